@@ -159,9 +159,9 @@ def _release_leases(death: ChildDeath) -> None:
 
     settings = WorkerSettings()
     _begin(settings)
-    from workers import lost_worker
+    from workers import lost_worker_leases
 
-    release = lost_worker.release(
+    release = lost_worker_leases.release_leases(
         settings, death.owner, death.exit_code, is_out_of_memory=death.is_out_of_memory
     )
     asyncio.run(release)

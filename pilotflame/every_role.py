@@ -41,9 +41,9 @@ from pilotflame.refusal import Refusal
 from scheduler.main import duties, ticking
 from scheduler.settings import SchedulerSettings
 from workers.deployer import main as deployers
-from workers.deployer.deployer import deploying
+from workers.deployer.deployer import run_deployer
 from workers.deployer.settings import DeployerSettings
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 log = structlog.get_logger()
@@ -140,18 +140,18 @@ async def _run(
             log.info("executions taken back", count=count)
         key = await _first_key(database, roles.gateway)
         gateway = await stack.enter_async_context(state.assembled(roles.gateway, database, store, broker))
-        await stack.enter_async_context(working(roles.worker, store, broker, database))
+        await stack.enter_async_context(run_worker(roles.worker, store, broker, database))
         await stack.enter_async_context(ticking(duties(roles.scheduler, database, store, broker)))
         deployer = _reached_at(_address(listener), roles.deployer)
         pods = await stack.enter_async_context(AsyncExitStack())
         await pods.enter_async_context(
-            deploying(
+            run_deployer(
                 deployer,
                 database,
                 store,
                 broker,
                 partial(deployers.open_driver, deployer),
-                command=deployers.command(deployer),
+                command=deployers.runner_command(deployer),
                 close_driver=deployers.end_pods,
             )
         )

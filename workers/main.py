@@ -42,11 +42,11 @@ from nodes.connections.organization_folders import OrganizationFolders
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
-from workers import lost_worker
-from workers.follow_up import AfterRuns
-from workers.reading import Reader, Sources
+from workers import lost_worker_leases
+from workers.completion_actions import CompletionActions
+from workers.mail_parsing import MailParser, MailSources
 from workers.settings import WorkerSettings
-from workers.webhooks import Webhooks
+from workers.webhook_delivery import WebhookSender
 
 log = structlog.get_logger()
 
@@ -78,9 +78,9 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         owner = new_lease_owner(settings.worker_name)
         broker = await brokers.connect(settings.redis_url, inbox=owner)
         stack.push_async_callback(broker.close)
-        await lost_worker.take_back_of_predecessors(database, store, broker, settings.worker_name)
+        await lost_worker_leases.reclaim_predecessor_leases(database, store, broker, settings.worker_name)
         announce(owner)
-        await stack.enter_async_context(working(settings, store, broker, database))
+        await stack.enter_async_context(run_worker(settings, store, broker, database))
         gc_tuning.freeze_loaded()
         log.info("worker ready", inbox=broker.inbox)
         await stop.wait()
@@ -88,7 +88,7 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
 
 
 @asynccontextmanager
-async def working(
+async def run_worker(
     settings: WorkerSettings, store: JournalStore, broker: Broker, database: Database
 ) -> AsyncIterator[RunExecutor]:
     """Work as long as the context lasts; on leaving it, hand over what still runs.
@@ -123,8 +123,10 @@ async def working(
         pace=SharedThrottle(database),
         events=EventMatcher(database, broker),
     )
-    webhooks = Webhooks(database, vault, outbound)
-    after = AfterRuns(database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds)
+    webhooks = WebhookSender(database, vault, outbound)
+    after = CompletionActions(
+        database, store, broker, blobs, webhooks, runs, sweep_seconds=settings.sweep_seconds
+    )
     isolation = TrialGate()
     executor = RunExecutor(
         store,
@@ -135,19 +137,19 @@ async def working(
         blobs=blobs,
         around=ExecutorHooks(
             answers=partial(node_answers.read_answers, database),
-            on_left=after.left,
-            on_swept=partial(_see_to_others, database, store, broker),
+            on_left=after.handle_end,
+            on_swept=partial(_sweep_unattended_runs, database, store, broker),
         ),
         isolation=isolation,
     )
-    reader = Reader(
+    reader = MailParser(
         database,
         store,
         broker,
         blobs,
-        Sources(connections, services.pace),
+        MailSources(connections, services.pace),
         settings,
-        on_left=after.left,
+        on_left=after.handle_end,
         isolation=isolation,
     )
     try:
@@ -167,7 +169,7 @@ async def working(
         await outbound.close()
 
 
-async def _see_to_others(database: Database, store: JournalStore, broker: Broker) -> None:
+async def _sweep_unattended_runs(database: Database, store: JournalStore, broker: Broker) -> None:
     """See to runs that nobody else does, should there be no scheduler just now; raises `DatabaseUnavailable`."""
     await abandoned_runs.end_abandoned_runs(database, store, broker)
     await due_runs.wake_due_deployments(database, broker)

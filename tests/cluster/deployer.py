@@ -6,12 +6,12 @@ from pathlib import Path
 
 import msgspec
 
-from workers.cluster import local
-from workers.cluster.driver import Wanted
+from workers.cluster import local_driver
+from workers.cluster.driver import DesiredDeployment
 
 
-async def deploy(folder: Path, wanted: Wanted) -> None:
-    driver = await local.open_local(folder, runs_without_isolation=True)
+async def deploy(folder: Path, wanted: DesiredDeployment) -> None:
+    driver = await local_driver.open_local(folder, runs_without_isolation=True)
     await driver.apply(wanted)
     async for workflow_id in driver.watch():
         if (await driver.observe(workflow_id)).is_ready:
@@ -22,4 +22,6 @@ async def deploy(folder: Path, wanted: Wanted) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(deploy(Path(sys.argv[1]), msgspec.json.decode(sys.stdin.buffer.readline(), type=Wanted)))
+    asyncio.run(
+        deploy(Path(sys.argv[1]), msgspec.json.decode(sys.stdin.buffer.readline(), type=DesiredDeployment))
+    )

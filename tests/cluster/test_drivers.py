@@ -9,11 +9,11 @@ import aiohttp
 import pytest
 
 from tests.cluster.world import GRACE_SECONDS, PROGRAM, Cluster
-from workers.cluster.driver import TOKEN_VARIABLE, NotDeployed, Observed, Reason
+from workers.cluster.driver import TOKEN_VARIABLE, NotDeployed, ObservedDeployment, PodFailureReason
 
 
 async def test_what_was_never_deployed_is_told_to_be_absent(cluster: Cluster) -> None:
-    assert await cluster.driver.observe("wf_none") == Observed("wf_none", exists=False)
+    assert await cluster.driver.observe("wf_none") == ObservedDeployment("wf_none", exists=False)
     assert await cluster.driver.delete("wf_none")
     assert await cluster.driver.endpoint("wf_none") == ()
     assert await cluster.driver.logs("wf_none", limit=10) == ()
@@ -82,7 +82,7 @@ async def test_another_definition_replaces_the_pods_and_leaves_none_missing(clus
     wanted = await cluster.start()
     await cluster.driver.apply(replace(wanted, definition_hash="second", generation=2))
 
-    def is_replaced(observed: Observed) -> bool:
+    def is_replaced(observed: ObservedDeployment) -> bool:
         assert observed.ready_pods
         return observed.is_rolled_out
 
@@ -116,7 +116,7 @@ async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(
     await cluster.driver.apply(wanted)
     failed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
     assert failed.trouble is not None
-    assert failed.trouble.reason is Reason.CRASH_LOOP
+    assert failed.trouble.reason is PodFailureReason.CRASH_LOOP
     assert "code 1" in failed.trouble.message
     assert "the program cannot start" in failed.trouble.message
     assert failed.trouble in {pod.trouble for pod in failed.pods}
@@ -166,7 +166,9 @@ async def test_what_is_deleted_is_gone_and_its_neighbour_is_not(cluster: Cluster
     await cluster.ready(wanted.workflow_id)
     there = await cluster.ready(neighbour.workflow_id)
     await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
-    assert await cluster.driver.observe(wanted.workflow_id) == Observed(wanted.workflow_id, exists=False)
+    assert await cluster.driver.observe(wanted.workflow_id) == ObservedDeployment(
+        wanted.workflow_id, exists=False
+    )
     assert await cluster.driver.list() == (there,)
     with pytest.raises(NotDeployed):
         await cluster.driver.scale(wanted.workflow_id, 1)

@@ -16,20 +16,20 @@ from tests.cluster.fake_api.ownership import Manager
 from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
 from tests.cluster.fake_api.schema import KINDS
 from tests.cluster.world import NAMESPACE, Cluster, layout, turn_until
-from workers.cluster import kubernetes, kubernetes_api, pods
+from workers.cluster import kubernetes_api, kubernetes_driver, pod_status
 from workers.cluster.driver import (
     ClusterBusy,
     ClusterForbidden,
     ClusterRefused,
     ClusterUnavailable,
-    Observed,
-    Reason,
-    Resources,
-    Trouble,
-    Wanted,
+    DesiredDeployment,
+    ObservedDeployment,
+    PodFailure,
+    PodFailureReason,
+    PodResourceLimits,
 )
-from workers.cluster.kubernetes import DEPLOYER, SCALER, KubernetesDriver
 from workers.cluster.kubernetes_api import RequestBudget
+from workers.cluster.kubernetes_driver import DEPLOYER, SCALER, KubernetesDriver
 
 Fake = tuple[Cluster, FakeApi]
 CONFLICT = Refused(409, "Conflict", "the object has been modified")
@@ -91,13 +91,17 @@ async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake: Fake
 @pytest.mark.parametrize(
     ("changes", "reason", "words"),
     [
-        ({"image": "registry.invalid/runner:1"}, Reason.IMAGE_PULL, "registry.invalid/runner:1"),
-        ({"resources": Resources(cpu_millicores=64_000)}, Reason.UNSCHEDULABLE, "Insufficient cpu"),
-        ({"environment": {"POD_EXIT_CODE": "137"}}, Reason.OUT_OF_MEMORY, "memory"),
+        ({"image": "registry.invalid/runner:1"}, PodFailureReason.IMAGE_PULL, "registry.invalid/runner:1"),
+        (
+            {"resources": PodResourceLimits(cpu_millicores=64_000)},
+            PodFailureReason.UNSCHEDULABLE,
+            "Insufficient cpu",
+        ),
+        ({"environment": {"POD_EXIT_CODE": "137"}}, PodFailureReason.OUT_OF_MEMORY, "memory"),
     ],
 )
 async def test_a_pod_that_does_not_come_up_says_why(
-    fake: Fake, changes: dict[str, Any], reason: Reason, words: str
+    fake: Fake, changes: dict[str, Any], reason: PodFailureReason, words: str
 ) -> None:
     cluster, _ = fake
     wanted = cluster.wanted(**changes)
@@ -130,7 +134,7 @@ def test_a_pod_waits_in_vain_for_what_does_not_come_by_itself(
 ) -> None:
     container = {"state": {"waiting": {"reason": waiting, "message": words}}}
     pod = {"metadata": {"name": "pod"}, "spec": {}, "status": {"containerStatuses": [container]}}
-    (found,) = pods.observed("wf_1", None, [pod], port=1).pods
+    (found,) = pod_status.summarize_deployment("wf_1", None, [pod], port=1).pods
     assert found.trouble is not None
     assert found.trouble.is_final is is_final
     assert words in found.trouble.message
@@ -143,7 +147,7 @@ async def test_a_full_quota_is_told_by_a_wake(fake: Fake) -> None:
     await cluster.driver.scale(wanted.workflow_id, 2)
     observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
     assert observed.trouble is not None
-    assert observed.trouble.reason is Reason.QUOTA
+    assert observed.trouble.reason is PodFailureReason.QUOTA
 
 
 async def test_a_pod_without_its_secret_says_so(fake: Fake) -> None:
@@ -153,7 +157,7 @@ async def test_a_pod_without_its_secret_says_so(fake: Fake) -> None:
     await cluster.driver.scale(wanted.workflow_id, 2)
     observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
     assert observed.trouble is not None
-    assert observed.trouble.reason is Reason.INVALID_CONFIG
+    assert observed.trouble.reason is PodFailureReason.INVALID_CONFIG
 
 
 async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake: Fake) -> None:
@@ -167,9 +171,9 @@ async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake: Fake
         "metadata": {**pod["metadata"], "name": "evicted"},
         "status": {"phase": "Failed", "reason": "Evicted", "message": message},
     }
-    alone = pods.observed(wanted.workflow_id, deployment, [evicted], port=1)
-    beside = pods.observed(wanted.workflow_id, deployment, [evicted, pod], port=1)
-    assert (alone.trouble, alone.pods) == (Trouble(Reason.EVICTED, message), ())
+    alone = pod_status.summarize_deployment(wanted.workflow_id, deployment, [evicted], port=1)
+    beside = pod_status.summarize_deployment(wanted.workflow_id, deployment, [evicted, pod], port=1)
+    assert (alone.trouble, alone.pods) == (PodFailure(PodFailureReason.EVICTED, message), ())
     assert (beside.trouble, beside.is_rolled_out) == (None, True)
 
 
@@ -306,7 +310,7 @@ async def test_a_watched_cluster_is_observed_for_nothing_and_scaled_by_one_reque
         assert len(api.requests) - seen == 2
 
 
-def _is_done(observed: Observed, replicas: int) -> bool:
+def _is_done(observed: ObservedDeployment, replicas: int) -> bool:
     return observed.is_current and len(observed.pods) == len(observed.ready_pods) == replicas
 
 
@@ -375,7 +379,7 @@ async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake:
     api.node.runs_commands = False
     wanted = cluster.wanted()
 
-    async def requests_of_refused(wanted: Wanted) -> int:
+    async def requests_of_refused(wanted: DesiredDeployment) -> int:
         seen = len(api.requests)
         with pytest.raises(ClusterForbidden) as refused:
             await cluster.driver.apply(wanted)
@@ -487,4 +491,4 @@ async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_mi
 
 async def test_a_kubeconfig_that_is_none_is_refused_in_words() -> None:
     with pytest.raises(ClusterRefused, match="no way to a Kubernetes API server"):
-        await kubernetes.connect(layout())
+        await kubernetes_driver.connect_driver(layout())

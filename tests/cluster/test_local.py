@@ -17,10 +17,10 @@ import psutil
 import pytest
 
 from tests.cluster.world import Cluster, a_wanted, turn_until
-from workers.cluster import local
-from workers.cluster.driver import OWN_VARIABLES, ClusterRefused, Driver, Wanted
-from workers.cluster.local import Copy, Plan, plan
-from workers.cluster.local_pod import Limits
+from workers.cluster import local_driver
+from workers.cluster.driver import RUNNER_VARIABLES, ClusterDriver, ClusterRefused, DesiredDeployment
+from workers.cluster.local_driver import PodCopy, ScalePlan, plan_scaling
+from workers.cluster.local_pod import LocalPodLimits
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,11 +34,11 @@ def found(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern))
 
 
-async def never() -> Driver:
+async def never() -> ClusterDriver:
     raise AssertionError
 
 
-def deploy_and_die(folder: Path) -> Wanted:
+def deploy_and_die(folder: Path) -> DesiredDeployment:
     """Deploy by another process, and kill that when the pod is up."""
     wanted = a_wanted()
     with subprocess.Popen(
@@ -75,7 +75,7 @@ async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
     wanted = await machine.start(environment={"A": "1"})
     state = await state_of(machine, wanted.workflow_id)
     assert state["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_"} == {
-        "A", "HOME", "LANG", "PATH", "TMPDIR", *OWN_VARIABLES
+        "A", "HOME", "LANG", "PATH", "TMPDIR", *RUNNER_VARIABLES
     }  # fmt: skip
     assert Path(state["folder"]).is_relative_to(folder)
     assert state["session"] == state["pid"]
@@ -86,7 +86,7 @@ async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
 
 async def test_it_must_be_asked_for_and_by_one_deployer_only(machine: Cluster, folder: Path) -> None:
     with pytest.raises(ClusterRefused, match="only `dev`"):
-        await local.open_local(folder, runs_without_isolation=False)
+        await local_driver.open_local(folder, runs_without_isolation=False)
     with pytest.raises(ClusterRefused, match="Another process"):
         await machine.reopen()
 
@@ -94,7 +94,7 @@ async def test_it_must_be_asked_for_and_by_one_deployer_only(machine: Cluster, f
 async def test_pods_survive_a_deployer_that_is_killed(folder: Path) -> None:
     wanted = await asyncio.to_thread(deploy_and_die, folder)
     (record,) = found(folder, "*/*/pod.json")
-    async with await local.open_local(folder, runs_without_isolation=True) as driver:
+    async with await local_driver.open_local(folder, runs_without_isolation=True) as driver:
         cluster = Cluster(driver, never)
         observed = await cluster.ready(wanted.workflow_id)
         assert [pod.name for pod in observed.pods] == [record.parent.name]
@@ -129,14 +129,14 @@ async def test_a_process_that_bears_the_number_of_a_pod_is_not_taken_for_it(
 async def test_a_pod_that_does_not_end_is_killed_after_its_grace_by_the_next_deployer_too(
     folder: Path,
 ) -> None:
-    limits = Limits(grace_seconds=0.6)
-    driver = await local.open_local(folder, runs_without_isolation=True, limits=limits)
+    limits = LocalPodLimits(grace_seconds=0.6)
+    driver = await local_driver.open_local(folder, runs_without_isolation=True, limits=limits)
     cluster = Cluster(driver, never)
     wanted = await cluster.start(environment={"POD_IGNORES_TERM": "1"})
     pid = (await state_of(cluster, wanted.workflow_id))["pid"]
     await driver.scale(wanted.workflow_id, 0)
     await driver.close()
-    async with await local.open_local(folder, runs_without_isolation=True, limits=limits) as driver:
+    async with await local_driver.open_local(folder, runs_without_isolation=True, limits=limits) as driver:
         (pod,) = (await driver.observe(wanted.workflow_id)).pods
         assert pod.is_terminating
         assert is_running(pid)
@@ -163,7 +163,7 @@ async def test_what_can_not_be_read_any_more_keeps_nobody_from_starting(
     wanted = await machine.start()
     await machine.driver.close()
     (folder / "torn").mkdir()
-    (folder / "torn" / local.KEPT).write_text("{")
+    (folder / "torn" / local_driver.DEPLOYMENT_FILE).write_text("{")
     machine.driver = await machine.reopen()
     await machine.ready(wanted.workflow_id)
     assert len(await machine.driver.list()) == 1
@@ -192,17 +192,21 @@ async def test_another_token_needs_another_pod(machine: Cluster) -> None:
 @pytest.mark.parametrize(
     ("copies", "replicas", "expected"),
     [
-        ([], 2, Plan(2, ())),
-        ([Copy("a", "new", is_ready=False), Copy("b", "new", is_ready=True)], 1, Plan(0, ("a",))),
-        ([Copy("a", "new", is_ready=True)], 0, Plan(0, ("a",))),
-        ([Copy("a", "old", is_ready=True)], 1, Plan(1, ())),
-        ([Copy("a", "old", is_ready=True), Copy("b", "new", is_ready=False)], 1, Plan(0, ())),
-        ([Copy("a", "old", is_ready=True), Copy("b", "new", is_ready=True)], 1, Plan(0, ("a",))),
-        ([Copy("a", "old", is_ready=False), Copy("b", "old", is_ready=True)], 1, Plan(1, ("a",))),
-        ([Copy("a", "old", is_ready=True), Copy("b", "new", is_ready=True)], 0, Plan(0, ("b", "a"))),
+        ([], 2, ScalePlan(2, ())),
+        ([PodCopy("a", "new", is_ready=False), PodCopy("b", "new", is_ready=True)], 1, ScalePlan(0, ("a",))),
+        ([PodCopy("a", "new", is_ready=True)], 0, ScalePlan(0, ("a",))),
+        ([PodCopy("a", "old", is_ready=True)], 1, ScalePlan(1, ())),
+        ([PodCopy("a", "old", is_ready=True), PodCopy("b", "new", is_ready=False)], 1, ScalePlan(0, ())),
+        ([PodCopy("a", "old", is_ready=True), PodCopy("b", "new", is_ready=True)], 1, ScalePlan(0, ("a",))),
+        ([PodCopy("a", "old", is_ready=False), PodCopy("b", "old", is_ready=True)], 1, ScalePlan(1, ("a",))),
+        (
+            [PodCopy("a", "old", is_ready=True), PodCopy("b", "new", is_ready=True)],
+            0,
+            ScalePlan(0, ("b", "a")),
+        ),
     ],
 )
 def test_pods_of_another_kind_stay_until_there_is_one_in_their_place(
-    copies: list[Copy], replicas: int, expected: Plan
+    copies: list[PodCopy], replicas: int, expected: ScalePlan
 ) -> None:
-    assert plan(copies, template="new", replicas=replicas) == expected
+    assert plan_scaling(copies, template="new", replicas=replicas) == expected

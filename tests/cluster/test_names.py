@@ -35,7 +35,7 @@ def test_an_id_of_our_own_can_be_read_in_its_name() -> None:
 @settings(max_examples=30)
 @given(st.text(max_size=40), st.text(alphabet="$()aA{}%", max_size=20))
 def test_whatever_users_write_the_objects_are_valid_and_restricted(text: str, value: str) -> None:
-    made = manifests.objects(
+    made = manifests.build_objects(
         a_wanted(workflow_id=text, organization_id=text, environment={"A": value}), layout()
     )
     for manifest in made:
@@ -46,7 +46,7 @@ def test_whatever_users_write_the_objects_are_valid_and_restricted(text: str, va
 
 
 def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
-    made = manifests.objects(a_wanted(environment={TOKEN_VARIABLE: "another"}), layout())
+    made = manifests.build_objects(a_wanted(environment={TOKEN_VARIABLE: "another"}), layout())
     assert [manifest["kind"] for manifest in made if "token-canary" in str(manifest)] == []
     assert "another" not in str(made)
     deployment = made[-1]
@@ -56,10 +56,10 @@ def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
 
 def test_what_applications_call_leads_to_the_gateway_and_only_that_may_enter() -> None:
     one = a_wanted()
-    service = manifests.gateway_service(one, layout())
+    service = manifests.build_gateway_service(one, layout())
     assert service["metadata"]["name"] == names.workflow_name(one.workflow_id)
     assert service["spec"] == {"type": "ExternalName", "externalName": layout().gateway_host}
-    policy = manifests.network_policy(one, layout())["spec"]
+    policy = manifests.build_network_policy(one, layout())["spec"]
     (ingress,) = policy["ingress"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert [set(peer) for peer in ingress["from"]] == [{"namespaceSelector", "podSelector"}]

@@ -20,11 +20,11 @@ from kubernetes.aio.client import ApiException
 from models import ids
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.fake_api.server import serving
-from workers.cluster import kubernetes, local
-from workers.cluster.driver import Driver, Observed, Resources, Wanted
+from workers.cluster import kubernetes_driver, local_driver
+from workers.cluster.driver import ClusterDriver, DesiredDeployment, ObservedDeployment, PodResourceLimits
 from workers.cluster.kubernetes_api import RequestBudget
-from workers.cluster.local_pod import Limits
-from workers.cluster.manifests import Layout
+from workers.cluster.local_pod import LocalPodLimits
+from workers.cluster.manifests import ClusterLayout
 
 PROGRAM = (Path(__file__).parent / "pod.py").read_text()
 NAMESPACE = "user-workflows"
@@ -37,8 +37,8 @@ RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 TEST_KUBECONFIG = os.environ.get("TEST_KUBECONFIG")
 
 
-def layout(namespace: str = NAMESPACE, grace_seconds: int = GRACE_SECONDS) -> Layout:
-    return Layout(
+def layout(namespace: str = NAMESPACE, grace_seconds: int = GRACE_SECONDS) -> ClusterLayout:
+    return ClusterLayout(
         namespace=namespace,
         gateway_host="pilotflame-gateway.pilotflame.svc.cluster.local",
         gateway_namespace="pilotflame",
@@ -46,7 +46,7 @@ def layout(namespace: str = NAMESPACE, grace_seconds: int = GRACE_SECONDS) -> La
     )
 
 
-def a_wanted(python: str = sys.executable, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
+def a_wanted(python: str = sys.executable, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
     """Return a wish for the program of these tests."""
     given: dict[str, Any] = {
         "workflow_id": ids.new_id("wf"),
@@ -56,17 +56,17 @@ def a_wanted(python: str = sys.executable, **changes: Any) -> Wanted:  # noqa: A
         "image": "example.com/runner:1",
         "command": (python, "-S", "-c", PROGRAM),
         "token": "token-canary",
-        "resources": Resources(cpu_millicores=100, memory_mebibytes=64),
+        "resources": PodResourceLimits(cpu_millicores=100, memory_mebibytes=64),
     }
-    return Wanted(**{**given, **changes})
+    return DesiredDeployment(**{**given, **changes})
 
 
 @dataclass
 class Cluster:
     """A driver, and what a test has to know of the place that it drives."""
 
-    driver: Driver
-    reopen: Callable[[], Awaitable[Driver]]
+    driver: ClusterDriver
+    reopen: Callable[[], Awaitable[ClusterDriver]]
     image: str = "example.com/runner:1"
     python: str = sys.executable
     patience_seconds: float = 60.0
@@ -85,7 +85,7 @@ class Cluster:
             body = {"metadata": {"name": "quota"}, "spec": {"hard": hard}}
             await self.core.create_namespaced_resource_quota(self.namespace, body)
 
-    def wanted(self, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
+    def wanted(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
         wanted = a_wanted(self.python, **{"image": self.image, **changes})
         self.used.append(wanted.workflow_id)
         return wanted
@@ -108,7 +108,9 @@ class Cluster:
         assert self.core is not None
         await self.core.create_namespace({"metadata": {"name": self.namespace, "labels": RESTRICTED}})
 
-    async def until(self, workflow_id: str, holds: Callable[[Observed], bool]) -> Observed:
+    async def until(
+        self, workflow_id: str, holds: Callable[[ObservedDeployment], bool]
+    ) -> ObservedDeployment:
         """Observe until something holds."""
         observed = await self.driver.observe(workflow_id)
         try:
@@ -126,13 +128,13 @@ class Cluster:
             while not await holds():  # noqa: ASYNC110 - of another process, which sets no event of ours
                 await asyncio.sleep(POLL_SECONDS)
 
-    async def ready(self, workflow_id: str) -> Observed:
+    async def ready(self, workflow_id: str) -> ObservedDeployment:
         """Wait until all that is wanted is ready."""
         return await self.until(
             workflow_id, lambda observed: observed.replicas > 0 and observed.is_rolled_out
         )
 
-    async def start(self, **changes: Any) -> Wanted:  # noqa: ANN401 - the fields of Wanted
+    async def start(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
         """Deploy something, and wait until it is ready."""
         wanted = self.wanted(**changes)
         await self.driver.apply(wanted)
@@ -176,10 +178,10 @@ async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.
 
 @asynccontextmanager
 async def on_this_machine(folder: Path) -> AsyncIterator[Cluster]:
-    limits = Limits(grace_seconds=GRACE_SECONDS, log_bytes=20_000)
+    limits = LocalPodLimits(grace_seconds=GRACE_SECONDS, log_bytes=20_000)
 
-    async def open_driver() -> Driver:
-        return await local.open_local(folder, runs_without_isolation=True, limits=limits)
+    async def open_driver() -> ClusterDriver:
+        return await local_driver.open_local(folder, runs_without_isolation=True, limits=limits)
 
     cluster = Cluster(await open_driver(), open_driver)
     try:
@@ -199,11 +201,11 @@ async def on_fake(folder: Path, **settings: Any) -> AsyncIterator[tuple[Cluster,
         core.api_client.set_default_header("Authorization", f"Bearer {api.token}")
         await core.create_namespace({"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
 
-        async def open_driver() -> Driver:
+        async def open_driver() -> ClusterDriver:
             budget = RequestBudget(FAKE_REQUESTS_PER_SECOND)
             # A pod that drains is killed after this many seconds of the fake's own, shorter clock.
             grace_seconds = int(GRACE_SECONDS / api.second)
-            return await kubernetes.connect(
+            return await kubernetes_driver.connect_driver(
                 layout(grace_seconds=grace_seconds), kubeconfig=path, budget=budget
             )
 
@@ -221,11 +223,11 @@ async def watched(cluster: Cluster) -> AsyncIterator[Cluster]:
     watches: list[asyncio.Task[None]] = []
     reopen = cluster.reopen
 
-    async def watch(driver: Driver) -> None:
+    async def watch(driver: ClusterDriver) -> None:
         async for _ in driver.watch():
             pass
 
-    async def reopen_watched() -> Driver:
+    async def reopen_watched() -> ClusterDriver:
         driver = await reopen()
         watches.append(asyncio.create_task(watch(driver)))
         return driver
@@ -268,8 +270,8 @@ async def on_real(path: Path) -> AsyncIterator[Cluster]:
         stack.push_async_callback(core.delete_namespace, namespace)
         image = os.environ.get("TEST_POD_IMAGE") or await _python_image(core)
 
-        async def open_driver() -> Driver:
-            return await kubernetes.connect(layout(namespace), kubeconfig=path)
+        async def open_driver() -> ClusterDriver:
+            return await kubernetes_driver.connect_driver(layout(namespace), kubeconfig=path)
 
         cluster = Cluster(
             await open_driver(),

@@ -18,9 +18,9 @@ from journal.deployments import desired_state
 from models.deployment import Deployment, ObservedState
 from tests.cluster.world import PROGRAM
 from tests.integration.gateway_world import SECRET, Person, World
-from workers.cluster import local
-from workers.cluster.driver import Driver
-from workers.deployer.deployer import Deployer, deploying
+from workers.cluster import local_driver
+from workers.cluster.driver import ClusterDriver
+from workers.deployer.deployer import Deployer, run_deployer
 from workers.deployer.main import end_pods
 from workers.deployer.settings import DeployerSettings
 
@@ -32,14 +32,14 @@ BROKEN_POD = (sys.executable, "-S", "-c", "raise SystemExit('it was built broken
 @asynccontextmanager
 async def deployer(
     world: World,
-    open_driver: Callable[[], Awaitable[Driver]],
+    open_driver: Callable[[], Awaitable[ClusterDriver]],
     *,
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
     """Run a deployer on a gateway's database and broker."""
     gateway = world.gateway
-    async with deploying(
+    async with run_deployer(
         deployer_settings(**settings),
         gateway.database,
         gateway.store,
@@ -53,7 +53,7 @@ async def deployer(
 
 def deployer_of(
     world: World,
-    open_driver: Callable[[], Awaitable[Driver]],
+    open_driver: Callable[[], Awaitable[ClusterDriver]],
     *,
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
@@ -84,7 +84,7 @@ async def on_this_machine(
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
     """Run a deployer whose pods end with it."""
-    open_driver = partial(local.open_local, folder, runs_without_isolation=True)
+    open_driver = partial(local_driver.open_local, folder, runs_without_isolation=True)
     async with deployer(world, open_driver, command=command, **settings) as found:
         yield found
 

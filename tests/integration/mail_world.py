@@ -34,7 +34,7 @@ from tests import fake_s3
 from tests.fake_s3 import FakeS3, Stored
 from tests.integration.gateway_world import EDGE, STEP, Person, World
 from tests.provider_requests import BY_NAME, CONFIG, FOLDER, Step, certificate
-from workers.reading import Reader, Sources
+from workers.mail_parsing import MailParser, MailSources
 from workers.settings import WorkerSettings
 
 WORKFLOWS: Final = "/api/v1/workflows"
@@ -205,7 +205,7 @@ class MailWorld:
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
-    async def reading(self, **settings: Any) -> AsyncIterator[Reader]:  # noqa: ANN401 - a field of WorkerSettings
+    async def reading(self, **settings: Any) -> AsyncIterator[MailParser]:  # noqa: ANN401 - a field of WorkerSettings
         """Let a worker read what is there, as long as the context lasts."""
         gateway = self.gateway
         shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
@@ -216,12 +216,12 @@ class MailWorld:
                 allowed_networks=(ip_network("127.0.0.0/8"),), own_databases=(), files=told.files_dir
             ),
         )
-        reader = Reader(
+        reader = MailParser(
             gateway.database,
             gateway.store,
             gateway.broker,
             gateway.blobs,
-            Sources(connections, SharedThrottle(gateway.database)),
+            MailSources(connections, SharedThrottle(gateway.database)),
             told,
             on_left=lambda one, ended: self.left.append((one, ended)),
             isolation=TrialGate(),

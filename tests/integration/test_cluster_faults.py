@@ -31,11 +31,11 @@ from tests.integration.standing_cluster import listening
 from tests.integration.test_deployer import has_failed, is_running
 from tests.receiver import receiving
 from tests.services import PostgreSQL
-from workers.cluster.driver import Driver
-from workers.cluster.kubernetes import KubernetesDriver
+from workers.cluster.driver import ClusterDriver
 from workers.cluster.kubernetes_api import KubernetesApi
+from workers.cluster.kubernetes_driver import KubernetesDriver
 from workers.cluster.manifests import DEFINITION_ANNOTATION
-from workers.deployer import comparison, refusal_budget, rows
+from workers.deployer import deployment_rows, reconcile, refusal_budget
 from workers.deployer.deployer import Deployer
 from workers.deployer.main import LOCAL_COMMAND
 
@@ -158,11 +158,11 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
             await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED),
         ]
         fake.api.lose_etcd()
-        found.look_at(workflow_id)
+        found.request_reconcile(workflow_id)
         unknown = await until(world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN)
         assert unknown.observed_reason != failed.observed_reason
         fake.api.restart_etcd()
-        found.look_at(workflow_id)
+        found.request_reconcile(workflow_id)
         seen.append(await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED))
         for one in seen:
             assert status_of(one) is DeploymentStatus.FAILED
@@ -262,7 +262,7 @@ async def test_a_lost_node_is_told_of_and_its_workflow_serves_again_from_another
 ) -> None:
     # By itself, the cluster would wait for the tolerations to be over.
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
-    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(seconds=0.2))
+    monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, fake.cluster):
         before = await until(world, workflow_id, is_running)
@@ -280,7 +280,7 @@ async def test_a_node_that_is_back_within_moments_keeps_its_pod(
     world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
-    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(minutes=1))
+    monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(minutes=1))
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, fake.cluster):
         await until(world, workflow_id, is_running)
@@ -322,7 +322,7 @@ async def test_a_pod_of_a_lost_node_is_left_to_the_cluster_while_another_serves(
 async def test_a_node_that_is_lost_alone_is_waited_for_with_the_reason(
     world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(seconds=0.2))
+    monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
     fake.api.node.machines.pop()
     await asked(people.owner, "deploy", workflow_id, 202)
     async with deploying(world, fake.cluster, start_seconds=0.1):
@@ -368,7 +368,7 @@ async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
         )
         assert cluster.namespace in str(lost.observed_reason)
         await cluster.create_namespace()
-        found.look_at(workflow_id)  # it would look again within a minute
+        found.request_reconcile(workflow_id)  # it would look again within a minute
         again = await until(world, workflow_id, is_running)
         assert again.generation == before.generation
         await undeployed(world, people, workflow_id)
@@ -419,10 +419,10 @@ class FreezingApi(KubernetesApi):
 async def test_a_deployer_that_was_frozen_leaves_to_others_what_they_have_taken_over(
     world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rows, "HELD_SECONDS", 0.5)
+    monkeypatch.setattr(deployment_rows, "LOCK_SECONDS", 0.5)
     frozen_api = FreezingApi(fake.api)
 
-    async def open_frozen() -> Driver:
+    async def open_frozen() -> ClusterDriver:
         return KubernetesDriver(frozen_api, clusters.layout())
 
     await asked(people.owner, "deploy", workflow_id, 202)
@@ -432,7 +432,7 @@ async def test_a_deployer_that_was_frozen_leaves_to_others_what_they_have_taken_
     await asked(people.owner, "deploy", workflow_id, 202)
     frozen_api.changes_left = 3
     frozen = deployer_of(world, open_frozen, cluster="kubernetes")
-    look = asyncio.create_task(frozen.reconciler.look(workflow_id))
+    look = asyncio.create_task(frozen.reconciler.reconcile(workflow_id))
     async with asyncio.timeout(PATIENCE_SECONDS):
         await frozen_api.is_frozen.wait()
     async with deploying(world, fake.cluster):
@@ -540,7 +540,7 @@ async def test_callers_notice_neither_a_drain_nor_a_deploy_nor_a_rollback(
 async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
     gateway: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(comparison, "LOST_NODE_TIME", timedelta(seconds=0.2))
+    monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
     people = await gateway.people()
     async with (
         receiving() as receiver,

@@ -37,11 +37,11 @@ from tests.integration.deployers import (
     until,
 )
 from tests.integration.gateway_world import GRAPH, People, World
-from workers.cluster import local
-from workers.cluster.driver import ClusterUnavailable, Driver
-from workers.cluster.driver import Observed as Seen
-from workers.cluster.kubernetes import KubernetesDriver
+from workers.cluster import local_driver
+from workers.cluster.driver import ClusterDriver, ClusterUnavailable
+from workers.cluster.driver import ObservedDeployment as Seen
 from workers.cluster.kubernetes_api import KubernetesApi
+from workers.cluster.kubernetes_driver import KubernetesDriver
 
 PATIENCE_SECONDS = 60.0
 DEATHS = ((1, 1), (4, 2), (6, 4), (7, 6))
@@ -128,7 +128,7 @@ async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(
         assert (healed.observed_definition_hash, healed.observed_reason) == (failed.definition_hash, None)
 
 
-class Moody(local.LocalDriver):
+class Moody(local_driver.LocalDriver):
     """A cluster that is away now and then."""
 
     is_away = False
@@ -142,7 +142,7 @@ class Moody(local.LocalDriver):
 async def test_while_the_cluster_is_away_what_is_wanted_is_kept_and_comes_about_later(
     world: World, people: People, workflow_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local, "LocalDriver", Moody)
+    monkeypatch.setattr(local_driver, "LocalDriver", Moody)
     async with on_this_machine(world, tmp_path) as found:
         await asked(people.owner, "deploy", workflow_id, 202)
         await until(world, workflow_id, is_running)
@@ -152,7 +152,7 @@ async def test_while_the_cluster_is_away_what_is_wanted_is_kept_and_comes_about_
         assert (unknown.replicas, unknown.observed_reason) == (2, "the cluster is away")
         assert status_of(unknown) is DeploymentStatus.UNKNOWN
         monkeypatch.setattr(Moody, "is_away", False)
-        found.look_at(workflow_id)
+        found.request_reconcile(workflow_id)
         await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
 
 
@@ -236,13 +236,13 @@ async def died(world: World, workflow_id: str, api: FakeApi, stack: AsyncExitSta
     mortal = Mortal(api)
     mortal.dies_at = dies_at
 
-    async def open_driver() -> Driver:
+    async def open_driver() -> ClusterDriver:
         return MortalDriver(mortal)
 
     found = await stack.enter_async_context(
         deployer(world, open_driver, cluster="kubernetes", deployer_sweep_seconds=60)
     )
-    found.look_at(workflow_id)
+    found.request_reconcile(workflow_id)
     async with asyncio.timeout(PATIENCE_SECONDS):
         await mortal.is_dead.wait()
     await expire(world, workflow_id)

@@ -33,12 +33,12 @@ from tests.integration.gateway_world import GRAPH, People, World, open_world
 from tests.integration.test_deployer import is_running
 from tests.services import PostgreSQL
 from workers.cluster import quota_watch, watch_cache
-from workers.cluster.kubernetes import KubernetesDriver
+from workers.cluster.kubernetes_driver import KubernetesDriver
 from workers.cluster.manifests import WORKFLOW_LABEL
-from workers.deployer import reconciler, refusal_budget, rows
-from workers.deployer.look_queue import Backoff, Retry
+from workers.deployer import deployment_rows, reconciler, refusal_budget
+from workers.deployer.reconcile_queue import RetryBackoff, ScheduledRetry
 
-OFTEN = Backoff(0.02, 0.02)
+OFTEN = RetryBackoff(0.02, 0.02)
 SWEEP_SECONDS = 0.05
 DENIED = Refused(400, "BadRequest", 'admission webhook "policy.example.com" denied the request: not here')
 NO_RIGHT = forbidden("patch", "deployments")
@@ -114,9 +114,9 @@ def brief_minute(monkeypatch: pytest.MonkeyPatch) -> None:
         (quota_watch, "PAUSE_SECONDS"),
     ):
         monkeypatch.setattr(module, name, getattr(module, name) * share)
-    pauses = reconciler.WHILE_REFUSED
-    brief = Backoff(pauses.first_seconds * share, pauses.longest_seconds * share)
-    monkeypatch.setattr(reconciler, "WHILE_REFUSED", brief)
+    pauses = reconciler.REFUSED_BACKOFF
+    brief = RetryBackoff(pauses.first_seconds * share, pauses.longest_seconds * share)
+    monkeypatch.setattr(reconciler, "REFUSED_BACKOFF", brief)
 
 
 def is_write_of_deployment(method: str, path: str) -> bool:
@@ -146,7 +146,7 @@ async def _nothing_is_left_deployed(world: World) -> AsyncIterator[None]:
 @pytest.fixture
 def sweeps(monkeypatch: pytest.MonkeyPatch) -> Calls:
     calls = Calls()
-    monkeypatch.setattr(rows, "unsettled", calls.counted(rows.unsettled))
+    monkeypatch.setattr(deployment_rows, "list_unsettled", calls.counted(deployment_rows.list_unsettled))
     return calls
 
 
@@ -207,8 +207,8 @@ async def test_a_workflow_that_waits_for_room_is_looked_at_for_nothing_and_start
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster, api = fake
-    monkeypatch.setattr(reconciler, "WHILE_CHANGING", OFTEN)
-    monkeypatch.setattr(reconciler, "LATER", Retry(OFTEN))
+    monkeypatch.setattr(reconciler, "CHANGING_BACKOFF", OFTEN)
+    monkeypatch.setattr(reconciler, "RETRY_LATER", ScheduledRetry(OFTEN))
     await cluster.set_quota({"pods": "0"})
     (workflow_id,) = await deployed(people)
     async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
@@ -260,7 +260,7 @@ async def test_a_deploy_that_is_refused_costs_six_requests_a_minute_however_ofte
     async with deployer(
         world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ) as found:
-        await times.happen(11, lambda: found.look_at(workflow_id))
+        await times.happen(11, lambda: found.request_reconcile(workflow_id))
         assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
         assert str(refusal) in ((await until(world, workflow_id, is_unknown)).observed_reason or "")
         api.refuses = lambda *_: None
@@ -281,7 +281,7 @@ async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
         await until(world, workflow_id, is_stopped)
         times = RequestTimes(api, NO_RIGHT, lambda method, _: method == "DELETE")
         await asked(people.owner, "undeploy", workflow_id, 202)
-        await times.happen(11, lambda: found.look_at(workflow_id))
+        await times.happen(11, lambda: found.request_reconcile(workflow_id))
         assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
         api.refuses = lambda *_: None
         await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
@@ -317,7 +317,7 @@ async def test_a_busy_api_server_makes_nothing_unknown(
 ) -> None:
     cluster, api = fake
     monkeypatch.setattr("workers.cluster.kubernetes_api.BUSY_SECONDS", 0)
-    monkeypatch.setattr(reconciler.WHILE_CHANGING.__class__, "delay", lambda *_: 0.05)
+    monkeypatch.setattr(reconciler.CHANGING_BACKOFF.__class__, "delay", lambda *_: 0.05)
     (workflow_id,) = await deployed(people)
     seen: set[str] = set()
     async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):

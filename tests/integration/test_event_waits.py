@@ -28,7 +28,7 @@ from models.execution_status import TERMINAL_STATUSES
 from models.ingest import EventRecord
 from tests.integration.gateway_world import People, Person, World
 from tests.integration.locks import impatient, left_open, prompt
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 pytestmark = pytest.mark.timeout(30)
@@ -62,7 +62,7 @@ async def worker(world: World) -> AsyncIterator[None]:
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05)
     broker = LocalBroker(inbox=uuid4().hex)
-    async with working(settings, gateway.store, broker, gateway.database):
+    async with run_worker(settings, gateway.store, broker, gateway.database):
         yield
     await broker.close()
 

@@ -38,11 +38,11 @@ from nodes.outbound_http import OutboundClient, OutboundPolicy
 from tests.integration.plans import explained
 from tests.integration.run_world import Place, Where, World, key_of, opened, write
 from tests.receiver import Receiver, receiving
-from workers import follow_up as after_runs
-from workers import webhooks
-from workers.follow_up import AfterRuns
+from workers import completion_actions as after_runs
+from workers import webhook_delivery
+from workers.completion_actions import CompletionActions
 from workers.settings import WorkerSettings
-from workers.webhooks import Webhooks
+from workers.webhook_delivery import WebhookSender
 
 VAULT = SecretVault(b"a secret of more than thirty-two characters")
 LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
@@ -85,18 +85,18 @@ class Office:
     blobs: BlobStore
     stack: AsyncExitStack
 
-    def after_runs(self) -> AfterRuns:
+    def after_runs(self) -> CompletionActions:
         """Return what comes after runs in one worker."""
         outbound = OutboundClient(LOOPBACK)
         broker = LocalBroker(inbox="worker")
         database, store = self.world.database, self.world.store
         runs = ChildRunStarter(database, store, broker, catalog.load_catalog(), WorkerSettings())
-        after = AfterRuns(
+        after = CompletionActions(
             database,
             store,
             broker,
             self.blobs,
-            Webhooks(database, VAULT, outbound),
+            WebhookSender(database, VAULT, outbound),
             runs,
             sweep_seconds=3600,
             lease_seconds=60,
@@ -227,7 +227,7 @@ async def test_the_end_of_a_run_is_told_once_signed_and_with_its_outputs(
         spans=[span("start", {"body": 1}), span("one", {"a": 1}), span("two", [2])],
         definition=graph("start>one", "start>two", "one>never-reached"),
     )
-    office.after_runs().left(run, RunOutcome(RunStatus.COMPLETED))
+    office.after_runs().handle_end(run, RunOutcome(RunStatus.COMPLETED))
     assert await office.outcome(run) == {"attempts": 1, "error": None}
     assert await office.is_done(run)
     (message,) = receiver.received
@@ -266,7 +266,7 @@ async def test_a_message_that_fails_is_sent_again_later_under_the_same_id(
     after = office.after_runs()
     receiver.answers = ["500 Broken", "302 Found\r\nLocation: /elsewhere"]
     run = await office.ended(await office.place(), callback(receiver.url()))
-    after.left(run, RunOutcome(RunStatus.COMPLETED))
+    after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
     assert await office.outcome(run) == {"attempts": 1, "error": "The answer was 500"}
     row = await office.world.row(run.execution_id)
     assert 4_000_000 < row["follow_up_at"] - row["ended_at"] < 9_000_000
@@ -298,7 +298,7 @@ async def test_who_is_gone_or_inside_is_not_tried_again(office: Office, receiver
     }
     for url, error in wishes.items():
         run = await office.ended(place, callback(url))
-        after.left(run, RunOutcome(RunStatus.COMPLETED))
+        after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
         assert await office.outcome(run) == {"attempts": 1, "error": error}
         assert await office.is_done(run)
     assert len(receiver.received) == 1
@@ -308,7 +308,7 @@ async def test_who_is_gone_or_inside_is_not_tried_again(office: Office, receiver
 async def test_after_three_days_a_message_is_given_up(office: Office, receiver: Receiver) -> None:
     receiver.answers = ["503 Busy"]
     run = await office.ended(await office.place(), callback(receiver.url()))
-    tried = len(webhooks.RETRY_SECONDS)
+    tried = len(webhook_delivery.RETRY_SECONDS)
     await office.world.query(
         "UPDATE execution SET follow_up_outcome = :before",
         before=json.dumps({"attempts": tried, "error": "before"}),
@@ -316,9 +316,9 @@ async def test_after_three_days_a_message_is_given_up(office: Office, receiver: 
     await office.after_runs().sweep()
     await until(lambda: office.is_done(run))
     assert await office.outcome(run) == {"attempts": tried + 1, "error": "The answer was 503"}
-    pauses = [webhooks.pause_seconds(attempt, 0) for attempt in range(1, tried + 2)]
+    pauses = [webhook_delivery.retry_delay_seconds(attempt, 0) for attempt in range(1, tried + 2)]
     assert pauses == [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400, None]
-    assert webhooks.pause_seconds(1, 1) == 6
+    assert webhook_delivery.retry_delay_seconds(1, 1) == 6
 
 
 @ON_ONE
@@ -328,7 +328,7 @@ async def test_without_a_secret_nothing_is_sent_until_there_is_one(
     place = await office.place(signs=False)
     after = office.after_runs()
     run = await office.ended(place, callback(receiver.url()))
-    after.left(run, RunOutcome(RunStatus.COMPLETED))
+    after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
     assert "signing secret" in (await office.outcome(run))["error"]
     assert not await office.is_done(run)
     secret = await office.secret(place)
@@ -359,7 +359,7 @@ async def test_workers_that_look_at_once_send_each_message_once(office: Office, 
     runs = [await office.ended(place, callback(receiver.url())) for _ in range(6)]
     workers = [office.after_runs() for _ in range(3)]
     for run in runs:
-        workers[0].left(run, RunOutcome(RunStatus.COMPLETED))
+        workers[0].handle_end(run, RunOutcome(RunStatus.COMPLETED))
     await asyncio.gather(*(worker.sweep() for worker in workers))
     for run in runs:
         await office.outcome(run)
@@ -376,7 +376,7 @@ async def test_what_a_dead_worker_had_in_hand_is_another_s_after_its_lease(
     )
     after = office.after_runs()
     await after.sweep()
-    await after.follow_up([key_of(run)])
+    await after.perform([key_of(run)])
     assert receiver.received == []
     await office.make_due(run)
     await after.sweep()
@@ -402,13 +402,13 @@ async def test_a_worker_that_was_overtaken_settles_nothing(office: Office) -> No
 async def test_slow_receivers_of_one_organisation_hold_up_no_other(
     office: Office, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(after_runs, "MAX_PER_ORGANIZATION", 2)
+    monkeypatch.setattr(after_runs, "MAX_ACTIONS_PER_ORGANIZATION", 2)
     receiver.may_answer.clear()
     slow, other = await office.place(), await office.place()
     after = office.after_runs()
     runs = [await office.ended(slow, callback(receiver.url("/slow"))) for _ in range(4)]
     for run in runs:
-        after.left(run, RunOutcome(RunStatus.COMPLETED))
+        after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
 
     async def two_wait() -> bool:
         return len(receiver.received) == 2
@@ -476,11 +476,11 @@ async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(of
     )
     wish = on_failure(workflowId=about.workflow_id)
     well = await office.ended(place, wish)
-    after.left(well, RunOutcome(RunStatus.COMPLETED))
+    after.handle_end(well, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(well))
     failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
     for _ in range(2):
-        after.left(failed, RunOutcome(RunStatus.FAILED, FAILED))
+        after.handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
         await until(lambda: office.is_done(failed))
         await world.query(
             "UPDATE execution SET follow_up = :wish WHERE id = :id", wish=wish, id=failed.execution_id
@@ -506,7 +506,7 @@ async def test_a_workflow_that_the_user_may_not_run_is_not_run_and_that_is_told(
     place, foreign = await office.place(), await office.place()
     wish = on_failure(workflowId=foreign.workflow_id)
     failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
-    office.after_runs().left(failed, RunOutcome(RunStatus.FAILED, FAILED))
+    office.after_runs().handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
     outcome = await office.outcome(failed)
     assert outcome["error"] == f"settings.onFailure: There is no workflow {foreign.workflow_id}"
     assert await office.is_done(failed)
@@ -522,7 +522,7 @@ async def test_failures_alone_are_told_to_an_address_of_the_settings(
     for status in (RunStatus.COMPLETED, RunStatus.STOPPED, RunStatus.FAILED):
         error = FAILED if status is RunStatus.FAILED else None
         run = await office.ended(place, wish, status, error=error)
-        after.left(run, RunOutcome(status, error))
+        after.handle_end(run, RunOutcome(status, error))
         await until(partial(office.is_done, run))
     (message,) = receiver.received
     assert message.headers["webhook-id"].endswith("-on-failure")
@@ -569,7 +569,7 @@ async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
     place = await office.place()
     parent = await waiting_parent(office, place)
     child = await office.ended(place, asked_by(parent), spans=spans, definition=graph(*edges))
-    office.after_runs().left(child, RunOutcome(RunStatus.COMPLETED))
+    office.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(child))
     assert await answer(office, parent) == {"output": expected, "port": "output"}
     row = await office.world.row(parent.execution_id)
@@ -603,7 +603,7 @@ async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_i
     kept = await office.blobs.put(own, json.dumps(value).encode(), media_type="application/json")
     done = structs.replace(span("start", None), output=None, output_blob=kept.as_text())
     assert await office.world.store.record([write(child, end=RunStatus.COMPLETED, spans=[done])])
-    office.after_runs().left(child, RunOutcome(RunStatus.COMPLETED))
+    office.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(child))
     assert (await answer(office, parent))["output"] == value
     parents = BlobOwner(place.organization.id, parent.key_id)
@@ -616,13 +616,13 @@ async def test_a_parent_that_is_limited_waits_for_a_place_again(office: Office) 
     parent_run = place.run(concurrency_key="key", concurrency_limit=1)
     await world.store.accept([parent_run])
     after = office.after_runs()
-    await after.admit("key")
+    await after.admit_waiting("key")
     (parent,) = await world.claim()
     awaits = b'{"kind":"run","request":null,"expired":null}'
     asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
     assert await world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
     child = await office.ended(place, asked_by(parent))
-    after.left(child, RunOutcome(RunStatus.COMPLETED))
+    after.handle_end(child, RunOutcome(RunStatus.COMPLETED))
     await until(lambda: office.is_done(child))
     await until(lambda: _is_admitted(world, parent.execution_id))
 
@@ -636,9 +636,9 @@ async def test_a_run_that_was_asleep_gets_a_place_when_it_is_due(office: Office)
     world, after = office.world, office.after_runs()
     place = await office.place()
     await world.store.accept([place.run(concurrency_key="key", concurrency_limit=1)])
-    await after.admit("key")
+    await after.admit_waiting("key")
     (run,) = await world.claim()
     due_at = datetime.now(UTC) + timedelta(seconds=0.05)
     await world.store.record([write(run, end=RunStatus.WAITING, due_at=due_at)])
-    after.left(run, RunOutcome(RunStatus.WAITING, due_at=due_at))
+    after.handle_end(run, RunOutcome(RunStatus.WAITING, due_at=due_at))
     await until(lambda: _is_admitted(world, run.execution_id))

@@ -33,8 +33,8 @@ from tests.heartbeat import beating
 from tests.integration.gateway_world import STEP, People, World, refused
 from tests.integration.mail_world import MailWorld, mail_world, until
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
-from workers import mails as worker_mails
-from workers import reading
+from workers import mail_parsing
+from workers import mail_triggers as worker_mails
 
 MAILS = [case for case in CASES if case.provider in {"native", "sendgrid", "mailgun", "ses"}]
 NO_RUNS = {
@@ -560,7 +560,7 @@ async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
 
     with monkeypatch.context() as patch:
         patch.setattr(mails.gateway.blobs, "put", put)
-        patch.setattr(reading, "CLOSE_SECONDS", 0.01)
+        patch.setattr(mail_parsing, "CLOSE_SECONDS", 0.01)
         async with mails.reading():
             await asyncio.wait_for(begun.wait(), 60)
     run = await mails.run(execution_id)
@@ -615,7 +615,7 @@ async def test_an_exception_of_a_parser_fails_the_run_at_once_and_its_delivery_c
         raise IndexError("list index out of range")
 
     with monkeypatch.context() as patch:
-        patch.setattr(worker_mails, "read", break_down)
+        patch.setattr(worker_mails, "parse_mail", break_down)
         await mails.read(execution_id)
     failed = await mails.run(execution_id)
     assert (failed.status, failed.error["code"], failed.attempt) == ("failed", "invalid-input", 1)

@@ -31,7 +31,7 @@ from models.execution import Execution, Idempotency, SpanRow
 from models.workflow import Definition, Workflow, WorkflowShare
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, Person, World
 from tests.services import Redis
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 WORKFLOWS = "/api/v1/workflows"
@@ -1442,7 +1442,7 @@ async def worker(world: World) -> AsyncIterator[None]:
         lease_seconds=5,
         sweep_seconds=60,
     )
-    async with working(settings, gateway.store, gateway.broker, gateway.database):
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
         yield
 
 

@@ -21,7 +21,7 @@ from models.execution_status import TERMINAL_STATUSES
 from tests.integration.gateway_world import GRAPH, SECRET, People, Person, World, refused
 from tests.integration.second_gateway import second_gateway
 from tests.receiver import receiving
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
@@ -78,7 +78,7 @@ async def worker(world: World, folder: Path) -> AsyncIterator[None]:
     )
     broker = await brokers.connect(None)
     try:
-        async with working(settings, gateway.store, broker, gateway.database):
+        async with run_worker(settings, gateway.store, broker, gateway.database):
             yield
     finally:
         await broker.close()

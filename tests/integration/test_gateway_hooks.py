@@ -31,7 +31,7 @@ from models.lifecycle_policy import StoppedReason
 from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
 from tests.integration.standing_cluster import Cluster, standing
 from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 WORKFLOWS = "/api/v1/workflows"
@@ -159,7 +159,7 @@ async def worker(world: World) -> AsyncIterator[None]:
         lease_seconds=5,
         sweep_seconds=60,
     )
-    async with working(settings, gateway.store, gateway.broker, gateway.database):
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
         yield
 
 

@@ -14,7 +14,7 @@ from gateway import limits
 from models.execution import Execution
 from models.workflow import Definition
 from tests.integration.gateway_world import GRAPH, TRIGGER, People, Person, World, refused
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 pytestmark = pytest.mark.anyio
@@ -31,7 +31,7 @@ async def worker(world: World) -> AsyncIterator[None]:
         lease_seconds=5,
         sweep_seconds=60,
     )
-    async with working(settings, gateway.store, gateway.broker, gateway.database):
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
         yield
 
 

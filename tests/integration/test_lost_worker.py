@@ -19,7 +19,7 @@ from tests import commands, services
 from tests.commands import Started, environment
 from tests.integration.run_world import Place, Where, World, opened, write
 from tests.receiver import Receiver, receiving
-from workers import lost_worker
+from workers import lost_worker_leases
 from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
@@ -165,7 +165,7 @@ async def test_a_worker_that_ran_out_of_memory_is_named_in_the_logs_of_what_was_
         span = NodeSpan("charge", "charge", "http-request", SpanStatus.RUNNING, 4, NOON)
         await world.store.record([write(writing, spans=[span])])
         settings = WorkerSettings(database_url=on_postgres.url, redis_url=redis_server.url)
-        await lost_worker.release(settings, "worker", -9, is_out_of_memory=True)
+        await lost_worker_leases.release_leases(settings, "worker", -9, is_out_of_memory=True)
         lines = await world.query("SELECT execution_id, sequence, level, message, node_id FROM log_line")
         by_id = {line.pop("execution_id"): tuple(line.values()) for line in lines}
         said = "The process ran out of memory while this execution was at work"

@@ -23,7 +23,7 @@ from gateway.data_sources.data_source_probes import Probes
 from models.data_source import DataSource
 from tests.integration.gateway_world import People, Person, World
 from tests.services import PostgreSQL
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
@@ -154,7 +154,7 @@ async def test_no_answer_no_log_and_no_row_holds_a_secret(
             "wrong type": (calling(f"{shop.url}/", ids["database"]), "failed"),
             "refused": (calling("http://10.0.0.1/", ids["bearer"]), "failed"),
         }
-        async with working(settings, gateway.store, gateway.broker, gateway.database):
+        async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
             for name, (graph, expected) in graphs.items():
                 workflow_id = await people.owner.create(name=name, **graph)
                 assert await reader.run(workflow_id) == expected, name

@@ -14,7 +14,7 @@ import pytest
 from aiohttp import web
 
 from tests.integration.gateway_world import People, Person, World, refused
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 DATA = Path(__file__).parents[2] / "docs" / "examples"
@@ -34,7 +34,7 @@ async def world_with_worker(world: World) -> AsyncIterator[World]:
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
         outbound_allowed_networks=(ip_network("127.0.0.1/32"),),
     )
-    async with working(settings, gateway.store, gateway.broker, gateway.database):
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
         yield world
 
 

@@ -24,7 +24,7 @@ from models.execution_status import TERMINAL_STATUSES
 from nodes import catalog
 from tests.integration.gateway_world import People, Person, World
 from tests.receiver import receiving
-from workers.main import working
+from workers.main import run_worker
 from workers.settings import WorkerSettings
 
 pytestmark = pytest.mark.timeout(30)
@@ -66,7 +66,7 @@ async def worker(world: World, **settings: Any) -> AsyncIterator[None]:  # noqa:
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})
     broker = LocalBroker(inbox=uuid4().hex)
-    async with working(of_worker, gateway.store, broker, gateway.database):
+    async with run_worker(of_worker, gateway.store, broker, gateway.database):
         yield
     await broker.close()
 

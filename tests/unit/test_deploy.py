@@ -34,7 +34,7 @@ from tests.cluster import world
 from tests.cluster.fake_api import rules
 from tests.cluster.fake_api.schema import KINDS, Kind
 from tests.kustomize import Json, containers, one, rendered, templates
-from workers.cluster.manifests import Layout
+from workers.cluster.manifests import ClusterLayout
 
 DEPLOY = ROOT / "deploy"
 BASE = DEPLOY / "kubernetes/base"
@@ -147,7 +147,7 @@ def test_every_pod_is_restricted_and_its_namespace_refuses_others(base: list[Jso
         assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
     for template in templates(base).values():
         assert rules.violations_of_restricted(template["spec"]) == []
-        assert template["spec"]["securityContext"]["runAsUser"] == Layout.user_id
+        assert template["spec"]["securityContext"]["runAsUser"] == ClusterLayout.user_id
 
 
 def test_no_pod_can_write_but_to_a_bounded_folder_of_its_own(base: list[Json]) -> None:
@@ -386,7 +386,7 @@ def test_the_deployer_looks_for_the_gateway_where_it_is(
     assert container_port["containerPort"] == settings.kubernetes_gateway_port
     assert settings.kubernetes_gateway_namespace == service["metadata"]["namespace"]
     assert service["spec"]["selector"].items() <= gateway["metadata"]["labels"].items()
-    assert set(Layout.gateway_labels) <= gateway["metadata"]["labels"].items()
+    assert set(ClusterLayout.gateway_labels) <= gateway["metadata"]["labels"].items()
     assert settings.kubernetes_namespace == world.NAMESPACE
     served = settings_of(monkeypatch, "gateway", environment_of(example, "gateway") | NEEDS["gateway"])
     assert (served.host, served.port) == ("0.0.0.0", settings.kubernetes_gateway_port)
@@ -527,8 +527,8 @@ def test_images_are_built_from_what_is_known_by_its_hash(path: Path) -> None:
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_images_hold_compiled_modules_for_a_user_who_owns_nothing(path: Path) -> None:
     *_, build, image = stages(path)
-    assert Instruction("USER", f"{Layout.user_id}:{Layout.user_id}") in image
-    assert image.index(Instruction("USER", f"{Layout.user_id}:{Layout.user_id}")) > max(
+    assert Instruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}") in image
+    assert image.index(Instruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}")) > max(
         index for index, (name, _) in enumerate(image) if name in {"RUN", "COPY"}
     )
     assert all("--chown" not in rest for name, rest in image if name == "COPY")

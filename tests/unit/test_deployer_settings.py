@@ -12,7 +12,7 @@ from models.settings import InvalidSettings
 from runner.settings import RunnerSettings
 from tests.cluster.world import a_wanted
 from workers.cluster import manifests
-from workers.cluster.manifests import Layout
+from workers.cluster.manifests import ClusterLayout
 from workers.deployer.settings import DeployerSettings
 
 PRODUCTION: dict[str, Any] = {
@@ -35,13 +35,13 @@ def test_local_pods_need_the_word_of_whoever_runs_the_server() -> None:
 
 def egress(text: str) -> list[Any]:
     """Return what the policy of a workflow lets its pods reach, besides the gateway and the networks."""
-    layout = Layout(
+    layout = ClusterLayout(
         "user-workflows",
         "gateway",
         "pilotflame",
         dns_endpoints=DeployerSettings(kubernetes_dns=text).dns_endpoints,
     )
-    _, *names, _ = manifests.network_policy(a_wanted(), layout)["spec"]["egress"]
+    _, *names, _ = manifests.build_network_policy(a_wanted(), layout)["spec"]["egress"]
     return [(rule["to"], [(port["protocol"], port["port"]) for port in rule["ports"]]) for rule in names]
 
 

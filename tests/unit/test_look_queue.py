@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 from contextlib import suppress
 
-from workers.deployer.look_queue import Backoff, LookQueue, Retry
+from workers.deployer.reconcile_queue import ReconcileQueue, RetryBackoff, ScheduledRetry
 
-SOON = Retry(Backoff(0.05, 0.05))
-NEVER = Retry(Backoff(60, 60))
+SOON = ScheduledRetry(RetryBackoff(0.05, 0.05))
+NEVER = ScheduledRetry(RetryBackoff(60, 60))
 
 
-async def look(queue: LookQueue, retry: Retry | None = None, generation: int = 1) -> str:
+async def look(queue: ReconcileQueue, retry: ScheduledRetry | None = None, generation: int = 1) -> str:
     workflow_id = await asyncio.wait_for(queue.take(), 60)
     queue.finish(workflow_id, retry, generation=generation)
     return workflow_id
 
 
-async def is_empty(queue: LookQueue) -> bool:
+async def is_empty(queue: ReconcileQueue) -> bool:
     taking = asyncio.ensure_future(queue.take())
     await asyncio.sleep(0)
     taking.cancel()
@@ -25,7 +25,7 @@ async def is_empty(queue: LookQueue) -> bool:
 
 
 async def test_any_number_of_unsettled_looks_leave_one_timer() -> None:
-    queue = LookQueue()
+    queue = ReconcileQueue()
     for _ in range(100):
         queue.add("wf")
         await look(queue, SOON)
@@ -40,7 +40,7 @@ async def test_any_number_of_unsettled_looks_leave_one_timer() -> None:
 
 
 async def test_a_settled_workflow_is_looked_at_no_more() -> None:
-    queue = LookQueue()
+    queue = ReconcileQueue()
     queue.add("wf")
     await look(queue, SOON)
     queue.add("wf")
@@ -50,7 +50,7 @@ async def test_a_settled_workflow_is_looked_at_no_more() -> None:
 
 
 async def test_a_look_asked_for_meanwhile_follows_and_never_runs_beside_the_first() -> None:
-    queue = LookQueue()
+    queue = ReconcileQueue()
     queue.add("wf")
     assert await queue.take() == "wf"
     queue.add("wf")
@@ -63,7 +63,7 @@ async def test_a_look_asked_for_meanwhile_follows_and_never_runs_beside_the_firs
 
 
 async def test_each_workflow_goes_to_one_of_many_tasks() -> None:
-    queue = LookQueue()
+    queue = ReconcileQueue()
     tasks = [asyncio.create_task(queue.take()) for _ in range(3)]
     await asyncio.sleep(0)
     queue.add("a")
@@ -75,7 +75,7 @@ async def test_each_workflow_goes_to_one_of_many_tasks() -> None:
 
 
 async def test_urgent_workflows_pass_routine_ones_and_are_looked_at_once() -> None:
-    queue = LookQueue()
+    queue = ReconcileQueue()
     for workflow_id in ("a", "b", "c"):
         queue.add(workflow_id)
     queue.add_urgent("c")
@@ -85,7 +85,7 @@ async def test_urgent_workflows_pass_routine_ones_and_are_looked_at_once() -> No
 
 
 async def test_a_sweep_leaves_a_scheduled_retry_alone_unless_something_else_is_desired() -> None:
-    queue = LookQueue()
+    queue = ReconcileQueue()
     queue.add("wf")
     await look(queue, NEVER, generation=1)
     queue.add_unless_scheduled("wf", 1)
@@ -101,7 +101,7 @@ async def test_a_sweep_leaves_a_scheduled_retry_alone_unless_something_else_is_d
 
 
 def test_delays_double_up_to_the_longest_and_spread() -> None:
-    backoff = Backoff(1, 30)
+    backoff = RetryBackoff(1, 30)
     for retries, seconds in ((0, 1), (1, 2), (4, 16), (5, 30), (1_000, 30)):
         assert seconds <= backoff.delay(retries) <= seconds * 1.25
     assert len({backoff.delay(0) for _ in range(10)}) > 1

@@ -11,8 +11,8 @@ import pytest
 from models import oom_kills
 from models.pod_processes import PodProcess
 from tests.unit.test_pod_processes import NOON, SECOND
-from workers.cluster import pods
-from workers.deployer import comparison
+from workers.cluster import pod_status
+from workers.deployer import reconcile
 
 V1, V2 = "9:cpu:/a\n4:memory:/a/b\n0::/\n", "0::/a/b\n"
 PARENT = """
@@ -78,6 +78,6 @@ def test_a_process_whose_pod_was_ended_for_memory_is_told_from_others() -> None:
         {"metadata": {"name": name}, "spec": {}, "status": {"containerStatuses": [one]}}
         for name, one in (("a", status), ("b", {"state": {"terminated": {"reason": "Error"}}}))
     ]
-    observed = pods.observed("wf_1", None, listed, port=1)
+    observed = pod_status.summarize_deployment("wf_1", None, listed, port=1)
     gone = [PodProcess(name, NOON - SECOND) for name in ("a", "b", "c")]
-    assert comparison.out_of_memory(gone, observed) == {gone[0]}
+    assert reconcile.out_of_memory_processes(gone, observed) == {gone[0]}

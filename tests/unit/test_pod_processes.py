@@ -7,8 +7,8 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from models.pod_processes import PodProcess
-from workers.cluster.driver import Observed, Pod
-from workers.deployer import comparison
+from workers.cluster.driver import ObservedDeployment, ObservedPod
+from workers.deployer import reconcile
 
 NOON = datetime(2025, 1, 15, 12, 0, 0, 250_000, UTC)
 SECOND = timedelta(seconds=1)
@@ -39,7 +39,7 @@ def test_what_names_no_process_is_none(name: str) -> None:
 def test_a_process_is_gone_with_its_pod_or_at_its_end(
     pod: str, ended_at: datetime | None, *, is_gone: bool
 ) -> None:
-    found = Pod(pod, "", None, is_ready=True, is_terminating=False, ended_at=ended_at)
-    observed = Observed("wf_1", exists=True, pods=(found,))
+    found = ObservedPod(pod, "", None, is_ready=True, is_terminating=False, ended_at=ended_at)
+    observed = ObservedDeployment("wf_1", exists=True, pods=(found,))
     process = PodProcess("a", NOON)
-    assert list(comparison.gone([process], observed)) == ([process] if is_gone else [])
+    assert list(reconcile.lost_processes([process], observed)) == ([process] if is_gone else [])

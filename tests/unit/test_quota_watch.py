@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from workers.cluster.quota_watch import has_grown, rooms
+from workers.cluster.quota_watch import has_grown, quota_headroom
 
 
 def quota(hard: dict[str, str], used: dict[str, str]) -> dict[str, Any]:
@@ -16,13 +16,13 @@ def quota(hard: dict[str, str], used: dict[str, str]) -> dict[str, Any]:
 def test_what_is_left_is_counted_in_one_unit() -> None:
     hard = {"pods": "200", "requests.cpu": "32", "limits.memory": "64Gi", "services.nodeports": "0"}
     used = {"pods": "3", "requests.cpu": "1500m", "limits.memory": "768Mi"}
-    assert rooms(quota(hard, used)) == {
+    assert quota_headroom(quota(hard, used)) == {
         "pods": 197,
         "requests.cpu": 30.5,
         "limits.memory": 64 * 2**30 - 768 * 2**20,
         "services.nodeports": 0,
     }
-    assert rooms({"spec": {}}) == {}
+    assert quota_headroom({"spec": {}}) == {}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from typing import Any
 
 from models.deployment import Deployment
 from models.deployment import ObservedState as Stored
-from workers.cluster.driver import Observed, Pod, PodStage, Reason, Trouble
-from workers.deployer import comparison
+from workers.cluster.driver import ObservedDeployment, ObservedPod, PodFailure, PodFailureReason, PodStage
+from workers.deployer import reconcile
 from workers.deployer.start_clock import StartClock
 from workers.deployer.start_gate import StartGate
 
@@ -75,12 +75,12 @@ def deployment(**columns: Any) -> Deployment:  # noqa: ANN401 - any column
     return Deployment(**{**given, **columns})
 
 
-def seen(*stages: PodStage, trouble: Trouble | None = None) -> Observed:
+def seen(*stages: PodStage, trouble: PodFailure | None = None) -> ObservedDeployment:
     pods = tuple(
-        Pod(f"pod-{number}", "d", None, stage is PodStage.READY, is_terminating=False, stage=stage)
+        ObservedPod(f"pod-{number}", "d", None, stage is PodStage.READY, is_terminating=False, stage=stage)
         for number, stage in enumerate(stages)
     )
-    return Observed(
+    return ObservedDeployment(
         "wf", exists=True, replicas=1, updated=len(pods), is_current=True, pods=pods, trouble=trouble
     )
 
@@ -92,10 +92,10 @@ class Starts:
         self._clock = StartClock()
 
     def state(
-        self, seconds: float, observed: Observed, row: Deployment | None = None
+        self, seconds: float, observed: ObservedDeployment, row: Deployment | None = None
     ) -> tuple[str, str | None]:
         row, now = row or deployment(), NOON + timedelta(seconds=seconds)
-        sighting = comparison.sighting(
+        sighting = reconcile.observed_status(
             row,
             observed,
             now=now,
@@ -128,7 +128,7 @@ def test_pods_that_make_progress_are_not_given_up() -> None:
 
 def test_a_program_that_crashes_again_and_again_makes_no_progress() -> None:
     starts = Starts()
-    crashed = Trouble(Reason.CRASH_LOOP, "it crashed")
+    crashed = PodFailure(PodFailureReason.CRASH_LOOP, "it crashed")
     starts.state(0, seen(PodStage.STARTED))
     starts.state(60, seen(PodStage.SCHEDULED, trouble=crashed))
     assert starts.state(121, seen(PodStage.STARTED, trouble=crashed)) == ("failed", "it crashed")
@@ -136,7 +136,7 @@ def test_a_program_that_crashes_again_and_again_makes_no_progress() -> None:
 
 def test_no_time_runs_while_the_cluster_has_no_room_or_after_something_else_was_desired() -> None:
     starts = Starts()
-    full = Trouble(Reason.QUOTA, "exceeded quota")
+    full = PodFailure(PodFailureReason.QUOTA, "exceeded quota")
     starts.state(0, seen(trouble=full))
     assert starts.state(3_600, seen(trouble=full)) == ("starting", "exceeded quota")
     assert starts.state(3_700, seen(PodStage.SCHEDULED))[0] == "starting"

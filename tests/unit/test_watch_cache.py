@@ -22,7 +22,7 @@ def item(version: int, *, uid: str = "1", workflow_id: str = "wf") -> dict[str, 
 
 
 def version_of(collection: WatchedCollection, workflow_id: str = "wf") -> str | None:
-    found = collection.of(workflow_id)
+    found = collection.objects_of(workflow_id)
     return found[0]["metadata"]["resourceVersion"] if found else None
 
 
@@ -61,6 +61,6 @@ def test_versions_that_went_back_with_a_restored_store_are_taken() -> None:
 def test_large_parts_that_nobody_reads_are_not_kept() -> None:
     pods = WatchedCollection("pods")
     pods.put(item(1))
-    (kept,) = pods.of("wf")
+    (kept,) = pods.objects_of("wf")
     assert kept["spec"] == {"nodeName": "node"}
     assert "managedFields" not in kept["metadata"]

@@ -25,7 +25,7 @@ class DnsEndpoint:
     port: int = DNS_PORT
 
 
-def parse(text: str) -> DnsEndpoint:
+def parse_endpoint(text: str) -> DnsEndpoint:
     """Return the endpoint of `kube-system`, `openshift-dns:5353`, `169.254.20.10` or `[fd00::10]:53`.
 
     Raises `ValueError` for anything else.
@@ -43,6 +43,6 @@ def parse(text: str) -> DnsEndpoint:
         raise ValueError(f"{text!r} names neither a namespace nor a network: {error}") from error
 
 
-def parse_list(text: str) -> tuple[DnsEndpoint, ...]:
+def parse_endpoints(text: str) -> tuple[DnsEndpoint, ...]:
     """Return the endpoints of a list that commas separate; raises `ValueError`."""
-    return tuple(parse(part.strip()) for part in text.split(",") if part.strip())
+    return tuple(parse_endpoint(part.strip()) for part in text.split(",") if part.strip())

@@ -17,7 +17,7 @@ HOST_VARIABLE = "PILOTFLAME_RUNNER_HOST"
 PORT_VARIABLE = "PILOTFLAME_RUNNER_PORT"
 POD_VARIABLE = "PILOTFLAME_RUNNER_POD"
 TOKEN_VARIABLE = "PILOTFLAME_RUNNER_TOKEN"  # noqa: S105 - the name of one
-OWN_VARIABLES = frozenset({HOST_VARIABLE, PORT_VARIABLE, POD_VARIABLE, TOKEN_VARIABLE})
+RUNNER_VARIABLES = frozenset({HOST_VARIABLE, PORT_VARIABLE, POD_VARIABLE, TOKEN_VARIABLE})
 READINESS_PATH = "/readyz"
 LIVENESS_PATH = "/healthz"
 
@@ -54,7 +54,7 @@ class NotDeployed(ClusterError):
     """The cluster holds nothing for this workflow: apply it first."""
 
 
-class Reason(StrEnum):
+class PodFailureReason(StrEnum):
     """Why pods that are wanted do not come up."""
 
     IMAGE_PULL = "image-pull"
@@ -70,17 +70,17 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True)
-class Trouble:
+class PodFailure:
     """A reason, and the cluster's own words."""
 
-    reason: Reason
+    reason: PodFailureReason
     message: str
     is_final: bool = False
     """It does not go away by itself: new pods meet it too, until somebody changes something."""
 
 
 @dataclass(frozen=True)
-class Resources:
+class PodResourceLimits:
     """What one pod is granted, and may not exceed."""
 
     cpu_millicores: int = 500
@@ -88,7 +88,7 @@ class Resources:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class DesiredDeployment:
     """What a deployment is wanted to be."""
 
     workflow_id: str
@@ -104,7 +104,7 @@ class Wanted:
     replicas: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
     """Nothing secret: whoever may read the cluster reads it."""
-    resources: Resources = Resources()
+    resources: PodResourceLimits = PodResourceLimits()
 
 
 class PodStage(IntEnum):
@@ -119,7 +119,7 @@ class PodStage(IntEnum):
 
 
 @dataclass(frozen=True)
-class Pod:
+class ObservedPod:
     """One copy of the program, as it is now."""
 
     name: str
@@ -137,12 +137,12 @@ class Pod:
     """
     is_out_of_memory: bool = False
     """Its program was ended last because it had used more memory than it is granted."""
-    trouble: Trouble | None = None
+    trouble: PodFailure | None = None
     """Why it is not ready, where the cluster says so."""
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedDeployment:
     """What the cluster holds for a workflow."""
 
     workflow_id: str
@@ -158,16 +158,16 @@ class Observed:
     """The cluster has taken notice of what it was asked last."""
     updated: int = 0
     """How many of its pods are of what was applied last, as far as it has counted."""
-    pods: tuple[Pod, ...] = ()
+    pods: tuple[ObservedPod, ...] = ()
     """Those that are being stopped too: they live until they are gone from here."""
-    trouble: Trouble | None = None
+    trouble: PodFailure | None = None
 
     @property
-    def ready_pods(self) -> tuple[Pod, ...]:
+    def ready_pods(self) -> tuple[ObservedPod, ...]:
         return tuple(pod for pod in self.pods if pod.is_ready)
 
     @property
-    def is_coming_up(self) -> bool:
+    def is_starting(self) -> bool:
         """Pods that are wanted are still to be made, or to become ready."""
         live = [pod for pod in self.pods if not pod.is_terminating]
         is_complete = (
@@ -194,7 +194,7 @@ class Observed:
 
 
 @dataclass(frozen=True)
-class LogLine:
+class PodLogLine:
     """What a pod has written; `at` is RFC 3339, or None where the cluster keeps no times."""
 
     pod: str
@@ -202,29 +202,29 @@ class LogLine:
     text: str
 
 
-class Driver(Protocol):
+class ClusterDriver(Protocol):
     """One cluster.
 
     Every operation raises `ClusterUnavailable` when the cluster can't be reached in time, `ClusterBusy` when it puts
     requests off, `ClusterForbidden` when it lets nobody ask, and `ClusterRefused` when it says no.
     """
 
-    async def apply(self, wanted: Wanted) -> None:
+    async def apply(self, wanted: DesiredDeployment) -> None:
         """Make all that belongs to a deployment exist as wanted, and ask for its replicas; wait for no pod."""
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
         """Ask for so many pods, and wait for none; raises `NotDeployed`."""
 
-    async def observe(self, workflow_id: str) -> Observed:
+    async def observe(self, workflow_id: str) -> ObservedDeployment:
         """Tell what there is; what does not exist is an answer too.
 
         While a watch is open it may answer from what that has brought, moments late.
         """
 
-    async def observe_uncached(self, workflow_id: str) -> Observed:
+    async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
         """Tell what there is now, by asking the cluster itself."""
 
-    async def list(self) -> tuple[Observed, ...]:
+    async def list(self) -> tuple[ObservedDeployment, ...]:
         """Tell of every deployment that was ever applied here and not deleted."""
 
     async def delete(self, workflow_id: str) -> bool:
@@ -242,7 +242,7 @@ class Driver(Protocol):
         A cluster that is away only makes it silent. To give up waiting for the next one ends it.
         """
 
-    async def logs(self, workflow_id: str, *, limit: int) -> tuple[LogLine, ...]:
+    async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
         """Return the last lines of its pods, oldest first."""
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ BURST_SECONDS = 2.0
 """Requests of so long may be sent at once after a quiet time."""
 BUSY_SECONDS = 30.0
 """How long a request is repeated that the API server puts off with 429."""
-USUAL_RETRY_SECONDS = 1.0
+DEFAULT_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 PAGE_SIZE = 500
 ATTEMPTS = 3
@@ -41,7 +41,7 @@ JSON = "application/json"
 _UNREACHED_WEBHOOK = "failed calling webhook"
 
 
-class ObjectAbsent(Exception):
+class ObjectNotFound(Exception):
     """404."""
 
 
@@ -53,7 +53,7 @@ class VersionExpired(Exception):
     """410: the API server has forgotten what is asked for; list again."""
 
 
-async def connect(kubeconfig: Path | None, *, budget: RequestBudget | None = None) -> KubernetesApi:
+async def connect_api(kubeconfig: Path | None, *, budget: RequestBudget | None = None) -> KubernetesApi:
     """Return an API server with the rights of a kubeconfig, or of the pod's own service account.
 
     Raises `ClusterRefused` for a configuration that names no cluster.
@@ -137,7 +137,7 @@ class KubernetesApi:
                     query["continue"] = metadata["continue"]
             except VersionExpired:
                 continue  # the pages before are of a state that the API server has forgotten
-            except ObjectAbsent as error:  # an API server that has just started doesn't serve all paths yet
+            except ObjectNotFound as error:  # an API server that has just started doesn't serve all paths yet
                 raise ClusterUnavailable(f"The API server does not serve {path}: {error}") from error
         raise ClusterUnavailable(f"{path} changed faster than it could be listed")
 
@@ -161,16 +161,16 @@ class KubernetesApi:
                 response = await self.send("GET", path, query=query)
                 async with response:
                     if response.status != HTTPStatus.OK:
-                        raise self._failure(response, await response.content.read())
-                    _keep_alive(response)
+                        raise self._error_for_response(response, await response.content.read())
+                    _enable_keep_alive(response)
                     async for line in response.content:
                         event: Manifest = decoding.decode(line)
                         if event["type"] == "ERROR":
                             status = event["object"]
-                            raise _refusal(status.get("code", 0), status.get("message", ""))
+                            raise _error_for_status(status.get("code", 0), status.get("message", ""))
                         on_event(event)
         except (aiohttp.ClientError, OSError, ValueError, kubernetes_config.ConfigException) as error:
-            raise ClusterUnavailable(f"The watch was cut off: {_text(error)}") from error
+            raise ClusterUnavailable(f"The watch was cut off: {_describe_error(error)}") from error
 
     async def request(
         self,
@@ -205,16 +205,16 @@ class KubernetesApi:
         gives_up_at = loop.time() + BUSY_SECONDS
         while True:
             await self._budget.acquire()
-            response, answer = await self._exchange(
+            response, answer = await self._send_and_read(
                 method, path, query=query, body=body, content_type=content_type
             )
             if response.status < HTTPStatus.BAD_REQUEST:
                 return answer
-            failure = self._failure(response, answer)
+            failure = self._error_for_response(response, answer)
             if not isinstance(failure, ClusterBusy) or loop.time() + failure.retry_seconds > gives_up_at:
                 raise failure
 
-    async def _exchange(
+    async def _send_and_read(
         self,
         method: str,
         path: str,
@@ -233,7 +233,7 @@ class KubernetesApi:
             kubernetes_config.ConfigException,
         ) as error:  # TimeoutError is an OSError
             raise ClusterUnavailable(
-                f"The API server did not answer {method} {path}: {_text(error)}"
+                f"The API server did not answer {method} {path}: {_describe_error(error)}"
             ) from error
         return response, answer
 
@@ -260,16 +260,16 @@ class KubernetesApi:
         response: aiohttp.ClientResponse = answer.response
         return response
 
-    def _failure(self, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
+    def _error_for_response(self, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
         """Return the meaning of an answer other than success; 429 pauses all requests."""
         if response.status != HTTPStatus.TOO_MANY_REQUESTS:
-            return _refusal(response.status, _message(answer))
-        seconds = _retry_seconds(response.headers.get("Retry-After", ""))
+            return _error_for_status(response.status, _error_message(answer))
+        seconds = _parse_retry_after(response.headers.get("Retry-After", ""))
         self._budget.pause(seconds)
-        return ClusterBusy(_message(answer), retry_seconds=seconds)
+        return ClusterBusy(_error_message(answer), retry_seconds=seconds)
 
 
-def _keep_alive(response: aiohttp.ClientResponse) -> None:
+def _enable_keep_alive(response: aiohttp.ClientResponse) -> None:
     """Have a stream noticed within 25 s whose other side vanished without a word."""
     connection = response.connection
     found = None if connection is None else connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
@@ -281,16 +281,16 @@ def _keep_alive(response: aiohttp.ClientResponse) -> None:
             found.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _retry_seconds(header: str) -> float:
+def _parse_retry_after(header: str) -> float:
     """Return the seconds of a `Retry-After`; a date, which no API server sends, is taken for the usual delay."""
-    return min(float(header), MAX_RETRY_SECONDS) if header.isdecimal() else USUAL_RETRY_SECONDS
+    return min(float(header), MAX_RETRY_SECONDS) if header.isdecimal() else DEFAULT_RETRY_SECONDS
 
 
-def _refusal(status: int, message: str) -> Exception:
+def _error_for_status(status: int, message: str) -> Exception:
     """Return the meaning of an answer other than success to the caller."""
     match status:
         case HTTPStatus.NOT_FOUND:
-            return ObjectAbsent(message)
+            return ObjectNotFound(message)
         case HTTPStatus.CONFLICT:
             return ObjectConflict(message)
         case HTTPStatus.GONE:
@@ -316,12 +316,12 @@ def _is_forbidden(status: int, message: str) -> bool:
     return status == HTTPStatus.UNAUTHORIZED or (status == HTTPStatus.FORBIDDEN and not is_quota)
 
 
-def _message(answer: bytes) -> str:
+def _error_message(answer: bytes) -> str:
     try:
         return str(decoding.decode(answer)["message"])
     except (ValueError, KeyError, TypeError):
         return answer[:200].decode(errors="replace") or "no reason given"
 
 
-def _text(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return str(error) or type(error).__name__

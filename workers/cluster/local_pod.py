@@ -20,32 +20,32 @@ import msgspec
 
 from models.host_time import HOST_TIME
 from models.oom_kills import OomKillWatch
-from workers.cluster import process
+from workers.cluster import local_process
+from workers.cluster.atomic_files import replace_file
 from workers.cluster.driver import (
     HOST_VARIABLE,
     POD_VARIABLE,
     PORT_VARIABLE,
     READINESS_PATH,
     TOKEN_VARIABLE,
-    Pod,
+    DesiredDeployment,
+    ObservedPod,
+    PodFailure,
+    PodFailureReason,
     PodStage,
-    Reason,
-    Trouble,
-    Wanted,
 )
-from workers.cluster.files import replace_file
 
 HOST = "127.0.0.1"
-RECORD = "pod.json"
-LOG = "log"
-OLDER_LOG = "log.1"
-WORK = "work"
-PATH = "/usr/local/bin:/usr/bin:/bin"
+POD_FILE = "pod.json"
+LOG_FILE = "log"
+ROTATED_LOG_FILE = "log.1"
+WORK_FOLDER = "work"
+SEARCH_PATH = "/usr/local/bin:/usr/bin:/bin"
 LAST_WORDS_BYTES = 2_000
 FIRST_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 30.0
 MAX_DOUBLINGS = 10
-STEADY_SECONDS = 10.0
+STABLE_SECONDS = 10.0
 """A program that was ready for so long and then crashes is not taken to crash over and over."""
 PROBE_TIMEOUT_SECONDS = 2.0
 STARTING_PROBE_SECONDS = 0.05
@@ -55,7 +55,7 @@ CERTIFICATE_READS = 20
 
 
 @dataclass(frozen=True)
-class Limits:
+class LocalPodLimits:
     """What bounds a local pod."""
 
     grace_seconds: float = 75.0
@@ -64,7 +64,7 @@ class Limits:
     """Of each of its two log files."""
 
 
-class Record(msgspec.Struct, frozen=True):
+class LocalPodRecord(msgspec.Struct, frozen=True):
     """What is kept of a pod, so that it is known again."""
 
     template: str
@@ -81,16 +81,16 @@ class LocalPod:
     def __init__(
         self,
         folder: Path,
-        record: Record,
+        record: LocalPodRecord,
         session: aiohttp.ClientSession,
-        limits: Limits,
+        limits: LocalPodLimits,
         changed: Callable[[], None],
     ) -> None:
         self.folder = folder
         self.record = record
         self.is_ready = False
         self.is_gone = False
-        self.trouble: Trouble | None = None
+        self.trouble: PodFailure | None = None
         self.ended_at: datetime | None = None
         self._is_out_of_memory = False
         self._oom_kills = OomKillWatch()
@@ -112,8 +112,8 @@ class LocalPod:
         return f"http://{HOST}:{self.record.port}" if self.record.port else None
 
     @property
-    def shown(self) -> Pod:
-        return Pod(
+    def observe(self) -> ObservedPod:
+        return ObservedPod(
             name=self.folder.name,
             definition_hash=self.record.definition_hash,
             address=self.address,
@@ -128,58 +128,60 @@ class LocalPod:
     def stop(self) -> None:
         """Ask it to end: by a signal now, and by force after its grace."""
         if not self.is_terminating:
-            self._keep(terminating_since=HOST_TIME.seconds())
+            self._save_record(terminating_since=HOST_TIME.seconds())
             self._stop.set()
 
     async def end(self, patience_seconds: float) -> None:
         """End its process, by force after a while, and leave everything else as it is; for when nobody lives it."""
-        running = process.find(self.folder / WORK)
+        running = local_process.find_process(self.folder / WORK_FOLDER)
         if running is None or not running.is_alive:
             return
         running.send(signal.SIGTERM)
         with suppress(TimeoutError):
             async with asyncio.timeout(patience_seconds):
-                await running.ended()
+                await running.wait_ended()
         running.kill_session()
 
-    async def live(self, wanted: Wanted) -> None:
+    async def supervise(self, wanted: DesiredDeployment) -> None:
         """Keep the program up until it is stopped; then nothing is left of the pod."""
-        running = await self._found()
+        running = await self._find_process()
         if running is not None:
-            await self._until_ended(running)
+            await self._watch_until_exit(running)
         while not self.is_terminating:
             try:
                 running = self._start(wanted)
             except OSError as error:
                 message = f"The program could not be started: {error}"
                 is_final = isinstance(error, FileNotFoundError | PermissionError)
-                await self._recover(Trouble(Reason.NOT_CREATED, message, is_final=is_final))
+                await self._back_off_after(
+                    PodFailure(PodFailureReason.NOT_CREATED, message, is_final=is_final)
+                )
                 continue
-            await self._until_ended(running)
+            await self._watch_until_exit(running)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.is_gone = True
         self._changed()
 
-    async def _found(self) -> process.Process | None:
+    async def _find_process(self) -> local_process.LocalProcess | None:
         """Return the process of an earlier deployer's making, if it lives."""
-        if not self.record.port or self.record.boot_id != process.boot_id():
+        if not self.record.port or self.record.boot_id != local_process.read_boot_id():
             return None
         for _ in range(CERTIFICATE_READS):  # one that was being started then may not have written it yet
-            found = process.find(self.folder / WORK)
+            found = local_process.find_process(self.folder / WORK_FOLDER)
             if found is not None:
                 return found if found.is_alive else None
             await asyncio.sleep(STARTING_PROBE_SECONDS)
         return None
 
-    def _start(self, wanted: Wanted) -> process.Process:
-        work = self.folder / WORK
+    def _start(self, wanted: DesiredDeployment) -> local_process.LocalProcess:
+        work = self.folder / WORK_FOLDER
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._keep(boot_id=process.boot_id(), port=_free_port())
+        self._save_record(boot_id=local_process.read_boot_id(), port=_find_free_port())
         if self.ended_at is not None:
             # Anew: should the clock have been set back since, the process that begins now knows that too.
             self.ended_at = datetime.now(UTC)  # noqa: TID251 - compared with its process's own start
         environment = {
-            "PATH": PATH,
+            "PATH": SEARCH_PATH,
             "LANG": "C.UTF-8",
             "HOME": str(work),
             "TMPDIR": str(work),
@@ -189,13 +191,15 @@ class LocalPod:
             POD_VARIABLE: self.folder.name,
             TOKEN_VARIABLE: wanted.token,
         }
-        return process.start(wanted.command, folder=work, log=self.folder / LOG, environment=environment)
+        return local_process.start_process(
+            wanted.command, folder=work, log=self.folder / LOG_FILE, environment=environment
+        )
 
-    async def _until_ended(self, running: process.Process) -> None:
+    async def _watch_until_exit(self, running: local_process.LocalProcess) -> None:
         """Look after the program as long as it runs; when it has crashed, wait before it may be started again."""
-        helpers = [asyncio.create_task(self._attend()), asyncio.create_task(self._drain(running))]
+        helpers = [asyncio.create_task(self._probe_readiness()), asyncio.create_task(self._drain(running))]
         try:
-            code = await running.ended()
+            code = await running.wait_ended()
         finally:
             for helper in helpers:
                 helper.cancel()
@@ -203,12 +207,12 @@ class LocalPod:
         self.ended_at = datetime.now(UTC)  # noqa: TID251 - as above
         self._is_out_of_memory = self._oom_kills.explains(code)
         if not self.is_terminating:
-            reason = Reason.OUT_OF_MEMORY if self._is_out_of_memory else Reason.CRASH_LOOP
-            await self._recover(Trouble(reason, self._last_words(code)))
+            reason = PodFailureReason.OUT_OF_MEMORY if self._is_out_of_memory else PodFailureReason.CRASH_LOOP
+            await self._back_off_after(PodFailure(reason, self._exit_message(code)))
 
-    async def _recover(self, trouble: Trouble) -> None:
+    async def _back_off_after(self, trouble: PodFailure) -> None:
         """Say what went wrong, and wait, longer each time."""
-        steady = self._ready_since is not None and time.monotonic() - self._ready_since > STEADY_SECONDS
+        steady = self._ready_since is not None and time.monotonic() - self._ready_since > STABLE_SECONDS
         self._failures = 0 if steady else min(self._failures + 1, MAX_DOUBLINGS)
         self._set_ready(is_ready=False)
         self.trouble = trouble
@@ -217,7 +221,7 @@ class LocalPod:
             async with asyncio.timeout(min(FIRST_PAUSE_SECONDS * 2**self._failures, MAX_PAUSE_SECONDS)):
                 await self._stop.wait()
 
-    async def _drain(self, running: process.Process) -> None:
+    async def _drain(self, running: local_process.LocalProcess) -> None:
         await self._stop.wait()
         running.send(signal.SIGTERM)
         # Never longer than its grace, even where the clock was set back since an earlier deployer stopped it.
@@ -226,11 +230,11 @@ class LocalPod:
         await asyncio.sleep(min(since + grace_seconds - HOST_TIME.seconds(), grace_seconds))
         running.kill_session()
 
-    async def _attend(self) -> None:
+    async def _probe_readiness(self) -> None:
         """Ask whether it is ready, often while it starts, and keep its log within bounds."""
         misses = 0
         while True:
-            if await self._answers():
+            if await self._is_answering():
                 misses = 0
                 self._set_ready(is_ready=True)
             elif self.is_ready:
@@ -241,7 +245,7 @@ class LocalPod:
             self._oom_kills.look()
             await asyncio.sleep(PROBE_SECONDS if self.is_ready else STARTING_PROBE_SECONDS)
 
-    async def _answers(self) -> bool:
+    async def _is_answering(self) -> bool:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_SECONDS)
         try:
             async with self._session.get(f"{self.address}{READINESS_PATH}", timeout=timeout) as response:
@@ -260,47 +264,49 @@ class LocalPod:
 
     def _rotate_log(self) -> None:
         """Move what is written aside and go on from an empty file: the program keeps its descriptor of it."""
-        log = self.folder / LOG
+        log = self.folder / LOG_FILE
         with suppress(OSError):  # it is tried again in a second
             if log.stat().st_size > self._limits.log_bytes:
-                (self.folder / OLDER_LOG).write_bytes(_tail(log, self._limits.log_bytes))
+                (self.folder / ROTATED_LOG_FILE).write_bytes(_read_tail(log, self._limits.log_bytes))
                 os.truncate(log, 0)
 
     def log_lines(self, limit: int) -> Sequence[str]:
         """Return the last lines that it has written."""
         lines: list[str] = []
-        for name in (OLDER_LOG, LOG):
+        for name in (ROTATED_LOG_FILE, LOG_FILE):
             with suppress(FileNotFoundError):
                 lines += (
-                    _tail(self.folder / name, self._limits.log_bytes).decode(errors="replace").splitlines()
+                    _read_tail(self.folder / name, self._limits.log_bytes)
+                    .decode(errors="replace")
+                    .splitlines()
                 )
         return lines[-limit:]
 
-    def _last_words(self, code: int | None) -> str:
-        message = f"The program in the pod {_ending(code)}"
+    def _exit_message(self, code: int | None) -> str:
+        message = f"The program in the pod {_describe_exit(code)}"
         with suppress(FileNotFoundError):
-            words = _tail(self.folder / LOG, LAST_WORDS_BYTES).decode(errors="replace").strip()
+            words = _read_tail(self.folder / LOG_FILE, LAST_WORDS_BYTES).decode(errors="replace").strip()
             return f"{message}: {words}" if words else message
         return message
 
-    def _keep(self, **changes: str | float) -> None:
+    def _save_record(self, **changes: str | float) -> None:
         self.record = msgspec.structs.replace(self.record, **changes)
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        replace_file(self.folder / RECORD, msgspec.json.encode(self.record))
+        replace_file(self.folder / POD_FILE, msgspec.json.encode(self.record))
 
 
-def new_name(deployment: str) -> str:
+def new_pod_name(deployment: str) -> str:
     """Return a name for one more pod."""
     return f"{deployment}-{secrets.token_hex(4)}"
 
 
-def _ending(code: int | None) -> str:
+def _describe_exit(code: int | None) -> str:
     if code is None:
         return "ended"
     return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
 
-def _free_port() -> int:
+def _find_free_port() -> int:
     """Return a port that nobody listens on; a program that finds it taken all the same crashes, and gets another."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
@@ -308,7 +314,7 @@ def _free_port() -> int:
         return port
 
 
-def _tail(path: Path, size: int) -> bytes:
+def _read_tail(path: Path, size: int) -> bytes:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - size))
         return file.read(size)

@@ -15,12 +15,12 @@ from workers.cluster.dns_endpoints import DnsEndpoint
 from workers.cluster.driver import (
     HOST_VARIABLE,
     LIVENESS_PATH,
-    OWN_VARIABLES,
     POD_VARIABLE,
     PORT_VARIABLE,
     READINESS_PATH,
+    RUNNER_VARIABLES,
     TOKEN_VARIABLE,
-    Wanted,
+    DesiredDeployment,
 )
 
 Manifest = dict[str, Any]
@@ -34,7 +34,7 @@ WORKFLOW_ANNOTATION = f"{DOMAIN}/workflow-id"
 ORGANIZATION_ANNOTATION = f"{DOMAIN}/organization-id"
 DEFINITION_ANNOTATION = f"{DOMAIN}/definition"
 GENERATION_ANNOTATION = f"{DOMAIN}/generation"
-TRIED_ANNOTATION = f"{DOMAIN}/tried"
+RETRIED_ANNOTATION = f"{DOMAIN}/tried"
 """Changed to have pods made now that could not be made before."""
 TOKEN_ANNOTATION = f"{DOMAIN}/token-digest"
 CONTAINER = "runner"
@@ -50,7 +50,7 @@ PRIVATE_NETWORKS_6 = ("fc00::/7", "fe80::/10")
 
 
 @dataclass(frozen=True)
-class Layout:
+class ClusterLayout:
     """What all deployments of one cluster share."""
 
     namespace: str
@@ -71,70 +71,70 @@ class Layout:
     dns_endpoints: tuple[DnsEndpoint, ...] = (DnsEndpoint("kube-system"),)
 
 
-def selector(workflow_id: str) -> dict[str, str]:
+def workflow_labels(workflow_id: str) -> dict[str, str]:
     """Return the labels that all objects and pods of a workflow have, and nothing else has."""
     return {MANAGED_BY_LABEL: MANAGED_BY, WORKFLOW_LABEL: names.workflow_name(workflow_id)}
 
 
-def objects(wanted: Wanted, layout: Layout) -> tuple[Manifest, ...]:
+def build_objects(wanted: DesiredDeployment, layout: ClusterLayout) -> tuple[Manifest, ...]:
     """Return all of a deployment in the order of making: what a pod needs comes before the pod."""
     return (
-        service_account(wanted, layout),
-        token_secret(wanted, layout),
-        network_policy(wanted, layout),
-        pods_service(wanted, layout),
-        gateway_service(wanted, layout),
-        deployment(wanted, layout),
+        build_service_account(wanted, layout),
+        build_token_secret(wanted, layout),
+        build_network_policy(wanted, layout),
+        build_pods_service(wanted, layout),
+        build_gateway_service(wanted, layout),
+        build_deployment(wanted, layout),
     )
 
 
-def service_account(wanted: Wanted, layout: Layout) -> Manifest:
+def build_service_account(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return an identity without rights, so that a right granted to the namespace's default one is not a pod's."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
-        "metadata": _metadata(wanted, layout),
+        "metadata": _build_metadata(wanted, layout),
         "automountServiceAccountToken": False,
     }
 
 
-def token_secret(wanted: Wanted, layout: Layout) -> Manifest:
+def build_token_secret(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return what holds the token."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
-        "metadata": _metadata(wanted, layout),
+        "metadata": _build_metadata(wanted, layout),
         "type": "Opaque",
         "data": {TOKEN_KEY: b64encode(wanted.token.encode()).decode()},
     }
 
 
-def pods_service(wanted: Wanted, layout: Layout) -> Manifest:
+def build_pods_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the headless Service whose addresses are those of the ready pods."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(wanted, layout, name=names.pods_service_name(wanted.workflow_id)),
+        "metadata": _build_metadata(wanted, layout, name=names.pods_service_name(wanted.workflow_id)),
         "spec": {
             "type": "ClusterIP",
             "clusterIP": "None",
-            "selector": selector(wanted.workflow_id),
+            "selector": workflow_labels(wanted.workflow_id),
             "ports": [{"name": "http", "protocol": "TCP", "port": layout.port, "targetPort": "http"}],
         },
     }
 
 
-def gateway_service(wanted: Wanted, layout: Layout) -> Manifest:
+def build_gateway_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the name that applications in the cluster call: it leads to the gateway, never past it to a pod."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
-        "metadata": _metadata(wanted, layout),
+        "metadata": _build_metadata(wanted, layout),
         "spec": {"type": "ExternalName", "externalName": layout.gateway_host},
     }
 
 
-def network_policy(wanted: Wanted, layout: Layout) -> Manifest:
+def build_network_policy(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return who may speak to the pods (the gateway), and whom they may reach: it, names, and what is public."""
     gateway = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": layout.gateway_namespace}},
@@ -148,21 +148,21 @@ def network_policy(wanted: Wanted, layout: Layout) -> Manifest:
     return {
         "apiVersion": "networking.k8s.io/v1",
         "kind": "NetworkPolicy",
-        "metadata": _metadata(wanted, layout),
+        "metadata": _build_metadata(wanted, layout),
         "spec": {
-            "podSelector": {"matchLabels": selector(wanted.workflow_id)},
+            "podSelector": {"matchLabels": workflow_labels(wanted.workflow_id)},
             "policyTypes": ["Ingress", "Egress"],
             "ingress": [{"from": [gateway], "ports": [{"protocol": "TCP", "port": layout.port}]}],
             "egress": [
                 {"to": [gateway], "ports": [{"protocol": "TCP", "port": layout.gateway_port}]},
-                *(_dns_rule(endpoint) for endpoint in layout.dns_endpoints),
+                *(_build_dns_rule(endpoint) for endpoint in layout.dns_endpoints),
                 {"to": networks},
             ],
         },
     }
 
 
-def _dns_rule(endpoint: DnsEndpoint) -> Manifest:
+def _build_dns_rule(endpoint: DnsEndpoint) -> Manifest:
     if isinstance(endpoint.place, str):
         peer: Manifest = {
             "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": endpoint.place}}
@@ -173,7 +173,7 @@ def _dns_rule(endpoint: DnsEndpoint) -> Manifest:
     return {"to": [peer], "ports": ports}
 
 
-def deployment(wanted: Wanted, layout: Layout) -> Manifest:
+def build_deployment(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     """Return the pods without their number.
 
     Who applies `replicas` and later leaves it out resets it to 1, and who applies it always undoes each stop. So it
@@ -182,14 +182,14 @@ def deployment(wanted: Wanted, layout: Layout) -> Manifest:
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
-        "metadata": _metadata(wanted, layout),
+        "metadata": _build_metadata(wanted, layout),
         "spec": {
             "revisionHistoryLimit": 1,
             "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 1, "maxUnavailable": 0}},
-            "selector": {"matchLabels": selector(wanted.workflow_id)},
+            "selector": {"matchLabels": workflow_labels(wanted.workflow_id)},
             "template": {
                 "metadata": {
-                    "labels": selector(wanted.workflow_id),
+                    "labels": workflow_labels(wanted.workflow_id),
                     "annotations": {
                         WORKFLOW_ANNOTATION: wanted.workflow_id,
                         DEFINITION_ANNOTATION: wanted.definition_hash,
@@ -197,13 +197,13 @@ def deployment(wanted: Wanted, layout: Layout) -> Manifest:
                         TOKEN_ANNOTATION: sha256(wanted.token.encode()).hexdigest()[:16],
                     },
                 },
-                "spec": _pod(wanted, layout),
+                "spec": _build_pod(wanted, layout),
             },
         },
     }
 
 
-def _pod(wanted: Wanted, layout: Layout) -> Manifest:
+def _build_pod(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     pod: Manifest = {
         "serviceAccountName": names.workflow_name(wanted.workflow_id),
         "automountServiceAccountToken": False,
@@ -228,7 +228,7 @@ def _pod(wanted: Wanted, layout: Layout) -> Manifest:
             }
             for taint in ("not-ready", "unreachable")
         ],
-        "containers": [_container(wanted, layout)],
+        "containers": [_build_container(wanted, layout)],
         "volumes": [{"name": "temporary", "emptyDir": {"sizeLimit": f"{TEMPORARY_MEBIBYTES}Mi"}}],
     }
     if layout.image_pull_secrets:
@@ -236,7 +236,7 @@ def _pod(wanted: Wanted, layout: Layout) -> Manifest:
     return pod
 
 
-def _container(wanted: Wanted, layout: Layout) -> Manifest:
+def _build_container(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
     granted = {
         "cpu": f"{wanted.resources.cpu_millicores}m",
         "memory": f"{wanted.resources.memory_mebibytes}Mi",
@@ -244,8 +244,8 @@ def _container(wanted: Wanted, layout: Layout) -> Manifest:
     return {
         "name": CONTAINER,
         "image": wanted.image,
-        "command": [literal(part) for part in wanted.command],
-        "env": _environment(wanted, layout),
+        "command": [escape_variables(part) for part in wanted.command],
+        "env": _build_environment(wanted, layout),
         "ports": [{"name": "http", "protocol": "TCP", "containerPort": layout.port}],
         "resources": {"requests": granted, "limits": granted},
         "securityContext": {
@@ -278,11 +278,11 @@ def _container(wanted: Wanted, layout: Layout) -> Manifest:
     }
 
 
-def _environment(wanted: Wanted, layout: Layout) -> list[Manifest]:
-    given = {name: value for name, value in wanted.environment.items() if name not in OWN_VARIABLES}
+def _build_environment(wanted: DesiredDeployment, layout: ClusterLayout) -> list[Manifest]:
+    given = {name: value for name, value in wanted.environment.items() if name not in RUNNER_VARIABLES}
     token = {"secretKeyRef": {"name": names.workflow_name(wanted.workflow_id), "key": TOKEN_KEY}}
     return [
-        *({"name": name, "value": literal(value)} for name, value in sorted(given.items())),
+        *({"name": name, "value": escape_variables(value)} for name, value in sorted(given.items())),
         {"name": PORT_VARIABLE, "value": str(layout.port)},
         {"name": HOST_VARIABLE, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "status.podIP"}}},
         {"name": POD_VARIABLE, "valueFrom": {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.name"}}},
@@ -290,16 +290,16 @@ def _environment(wanted: Wanted, layout: Layout) -> list[Manifest]:
     ]
 
 
-def literal(text: str) -> str:
+def escape_variables(text: str) -> str:
     """Return a value or argument so that it arrives as it is: `$(NAME)` would be another variable's value."""
     return text.replace("$", "$$")
 
 
-def _metadata(wanted: Wanted, layout: Layout, *, name: str | None = None) -> Manifest:
+def _build_metadata(wanted: DesiredDeployment, layout: ClusterLayout, *, name: str | None = None) -> Manifest:
     return {
         "name": name or names.workflow_name(wanted.workflow_id),
         "namespace": layout.namespace,
-        "labels": selector(wanted.workflow_id),
+        "labels": workflow_labels(wanted.workflow_id),
         "annotations": {
             WORKFLOW_ANNOTATION: wanted.workflow_id,
             ORGANIZATION_ANNOTATION: wanted.organization_id,

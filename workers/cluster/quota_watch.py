@@ -14,7 +14,7 @@ from typing import Final
 import structlog
 
 from workers.cluster.driver import ClusterError, ClusterForbidden
-from workers.cluster.kubernetes_api import KubernetesApi, ObjectAbsent, ObjectConflict, VersionExpired
+from workers.cluster.kubernetes_api import KubernetesApi, ObjectConflict, ObjectNotFound, VersionExpired
 from workers.cluster.manifests import Manifest
 
 WATCH_SECONDS: Final = 240
@@ -22,7 +22,7 @@ PAUSE_SECONDS: Final = 2.0
 """Before quotas are listed again after the end of a stream; doubled by each failure in turn."""
 MAX_DOUBLINGS: Final = 5
 _QUANTITY: Final = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{0,2})\Z")
-_UNITS: Final[Mapping[str, float]] = {
+_QUANTITY_UNITS: Final[Mapping[str, float]] = {
     "": 1.0,
     "n": 1e-9,
     "u": 1e-6,
@@ -38,7 +38,7 @@ _UNITS: Final[Mapping[str, float]] = {
     "Ti": 2.0**40,
     "Pi": 2.0**50,
 }
-_OF_PODS: Final = frozenset(
+_POD_RESOURCES: Final = frozenset(
     {
         "pods",
         "cpu",
@@ -47,23 +47,23 @@ _OF_PODS: Final = frozenset(
     }
 )
 """Resources that a pod takes some of; others, as of Services, say nothing about its room."""
-Rooms = dict[str, float]
+QuotaHeadroom = dict[str, float]
 """What is left of each resource, by its name."""
 
 log = structlog.get_logger()
 
 
-def rooms(quota: Manifest) -> Rooms:
+def quota_headroom(quota: Manifest) -> QuotaHeadroom:
     """Return what a quota has left of each resource that it bounds."""
     status = quota.get("status") or {}
     used = status.get("used") or {}
     return {
-        name: _amount(bound) - _amount(used.get(name, "0"))
+        name: _parse_quantity(bound) - _parse_quantity(used.get(name, "0"))
         for name, bound in (quota["spec"].get("hard") or {}).items()
     }
 
 
-def has_grown(before: Rooms, after: Rooms) -> bool:
+def has_grown(before: QuotaHeadroom, after: QuotaHeadroom) -> bool:
     """Tell whether anything that was bounded has more room, or no bound any more."""
     return any(after.get(name, float("inf")) > left for name, left in before.items())
 
@@ -76,19 +76,22 @@ class QuotaWatch:
         self._api = api
         self._path = path
         self._on_room = on_room
-        self._known: dict[str, Rooms] = {}
+        self._known: dict[str, QuotaHeadroom] = {}
         self._has_room = asyncio.Event()
 
     @property
     def is_full(self) -> bool:
         """Whether some quota leaves nothing for another pod."""
         return any(
-            left <= 0 for known in self._known.values() for name, left in known.items() if name in _OF_PODS
+            left <= 0
+            for known in self._known.values()
+            for name, left in known.items()
+            if name in _POD_RESOURCES
         )
 
     async def follow(self) -> None:
         """Call back whenever there is more room, until cancelled."""
-        telling = asyncio.create_task(self._tell())
+        telling = asyncio.create_task(self._notify())
         failures = 0
         try:
             while True:  # a stream has no event
@@ -110,46 +113,46 @@ class QuotaWatch:
         """
         try:
             items, version = await self._api.list(self._path, "")
-            listed = {item["metadata"]["name"]: rooms(item) for item in items}
+            listed = {item["metadata"]["name"]: quota_headroom(item) for item in items}
             for name, before in self._known.items():
                 self._compare(before, listed.get(name, {}))
             self._known = listed
             query = {"resourceVersion": version}
-            await self._api.watch(self._path, query, seconds=WATCH_SECONDS, on_event=self._take)
+            await self._api.watch(self._path, query, seconds=WATCH_SECONDS, on_event=self._apply_event)
         except VersionExpired:
             return True
         except ClusterForbidden:
             raise
-        except (ClusterError, ObjectAbsent, ObjectConflict) as error:
+        except (ClusterError, ObjectNotFound, ObjectConflict) as error:
             log.info("quotas not watched", path=self._path, error=str(error))
             return False
         return True
 
-    def _take(self, event: Manifest) -> None:
+    def _apply_event(self, event: Manifest) -> None:
         if event["type"] == "BOOKMARK":
             return
         name = event["object"]["metadata"]["name"]
         before = self._known.pop(name, {})
-        after = {} if event["type"] == "DELETED" else rooms(event["object"])
+        after = {} if event["type"] == "DELETED" else quota_headroom(event["object"])
         if event["type"] != "DELETED":
             self._known[name] = after
         self._compare(before, after)
 
-    def _compare(self, before: Rooms, after: Rooms) -> None:
+    def _compare(self, before: QuotaHeadroom, after: QuotaHeadroom) -> None:
         if has_grown(before, after):
             self._has_room.set()
 
-    async def _tell(self) -> None:
+    async def _notify(self) -> None:
         while True:
             await self._has_room.wait()
             self._has_room.clear()
             try:
                 await self._on_room()
-            except (ClusterError, ObjectAbsent, ObjectConflict) as error:
+            except (ClusterError, ObjectNotFound, ObjectConflict) as error:
                 log.warning("pods over quota not tried again", error=str(error))
 
 
-def _amount(text: str) -> float:
+def _parse_quantity(text: str) -> float:
     """Return a quantity as the API server writes it, in units; 0 for what is none."""
     match = _QUANTITY.match(str(text))
-    return float(match[1]) * _UNITS.get(match[2], 1.0) if match is not None else 0.0
+    return float(match[1]) * _QUANTITY_UNITS.get(match[2], 1.0) if match is not None else 0.0

@@ -11,9 +11,9 @@ from typing import Any, Final
 
 import structlog
 
-from workers.cluster.changes import Changes
+from workers.cluster.changed_workflows import ChangedWorkflows
 from workers.cluster.driver import ClusterBusy, ClusterError, ClusterForbidden, ClusterUnavailable
-from workers.cluster.kubernetes_api import KubernetesApi, ObjectAbsent, ObjectConflict, VersionExpired
+from workers.cluster.kubernetes_api import KubernetesApi, ObjectConflict, ObjectNotFound, VersionExpired
 from workers.cluster.manifests import WORKFLOW_ANNOTATION, WORKFLOW_LABEL, Manifest
 
 WATCH_SECONDS: Final = 120
@@ -25,7 +25,7 @@ PROBE_SECONDS: Final = 15.0
 """Between two lists while the API server forbids them, those of all collections together."""
 STEADY_SECONDS: Final = 30.0
 """A stream that lasted so long is opened again at once; shorter ones after longer and longer pauses."""
-_UNUSED: Final[Mapping[str, Sequence[str]]] = {
+_UNUSED_FIELDS: Final[Mapping[str, Sequence[str]]] = {
     "metadata": ("managedFields",),
     "spec": ("template", "containers", "volumes"),
 }
@@ -34,7 +34,7 @@ _UNUSED: Final[Mapping[str, Sequence[str]]] = {
 log = structlog.get_logger()
 
 
-def workflow_of(item: Manifest) -> str | None:
+def workflow_id_of(item: Manifest) -> str | None:
     """Return the id that an object was made for; None for one that is only labelled like ours."""
     annotations = item.get("metadata", {}).get("annotations") or {}
     workflow_id: str | None = annotations.get(WORKFLOW_ANNOTATION)
@@ -53,7 +53,7 @@ class WatchedCollection:
     """Version of the last list."""
     _objects: dict[str, dict[str, Manifest]] = field(default_factory=dict)
 
-    def of(self, name: str) -> tuple[Manifest, ...]:
+    def objects_of(self, name: str) -> tuple[Manifest, ...]:
         """Return the objects of a workflow, by its name in the cluster."""
         return tuple(self._objects.get(name, {}).values())
 
@@ -63,41 +63,46 @@ class WatchedCollection:
 
     def replace(self, items: Sequence[Manifest], version: str) -> set[str]:
         """Take a whole list; return the ids of workflows of which something has changed."""
-        if _number(version) < self.listed_version:
+        if _parse_version(version) < self.listed_version:
             # The API server's own data were restored: its versions count from an earlier one, and ours mean nothing.
             for one in self:
                 one["metadata"]["resourceVersion"] = ""
-        self.listed_version = _number(version)
+        self.listed_version = _parse_version(version)
         listed = {item["metadata"]["uid"] for item in items}
         gone = [
             one
             for one in self
             # Written by this process, and answered, after the list was made.
-            if one["metadata"]["uid"] not in listed and _version(one["metadata"]) <= _number(version)
+            if one["metadata"]["uid"] not in listed
+            and _resource_version(one["metadata"]) <= _parse_version(version)
         ]
         changed = [*(one for one in gone if self.remove(one)), *(one for one in items if self.put(one))]
-        return {workflow_id for one in changed if (workflow_id := workflow_of(one)) is not None}
+        return {workflow_id for one in changed if (workflow_id := workflow_id_of(one)) is not None}
 
     def put(self, item: Manifest) -> bool:
         """Take an object as it is now; False where this or a later state of it is known."""
         metadata = item["metadata"]
-        objects = self._objects.setdefault(_owner(item), {})
+        objects = self._objects.setdefault(_owner_name(item), {})
         known = objects.get(metadata["name"])
         is_same = known is not None and known["metadata"]["uid"] == metadata["uid"]
-        if known is not None and is_same and 0 < _version(metadata) <= _version(known["metadata"]):
+        if (
+            known is not None
+            and is_same
+            and 0 < _resource_version(metadata) <= _resource_version(known["metadata"])
+        ):
             return False
-        objects[metadata["name"]] = _slim(item)
+        objects[metadata["name"]] = _strip_unused(item)
         return True
 
     def remove(self, item: Manifest) -> bool:
         """Forget an object; False where another one bears its name by now."""
-        objects = self._objects.get(_owner(item), {})
+        objects = self._objects.get(_owner_name(item), {})
         known = objects.get(item["metadata"]["name"])
         if known is None or known["metadata"]["uid"] != item["metadata"]["uid"]:
             return False
         del objects[item["metadata"]["name"]]
         if not objects:
-            del self._objects[_owner(item)]
+            del self._objects[_owner_name(item)]
         return True
 
     def clear(self) -> None:
@@ -122,7 +127,7 @@ class WatchCache:
         self.first_pause_seconds = first_pause_seconds
         self._api = api
         self._label = label
-        self._watchers: set[Changes] = set()
+        self._watchers: set[ChangedWorkflows] = set()
         self._followers: set[asyncio.Task[Any]] = set()
         self._outcome = asyncio.Event()
         """Set when a list has come or failed."""
@@ -137,13 +142,13 @@ class WatchCache:
 
     async def watch(self) -> AsyncGenerator[str, None]:
         """Yield the ids of workflows of which something has changed, at first of all."""
-        changes = Changes()
+        changes = ChangedWorkflows()
         self._watchers.add(changes)
         changes.add(
             workflow_id
             for collection in (self.deployments, self.pods)
             for one in collection
-            if (workflow_id := workflow_of(one)) is not None
+            if (workflow_id := workflow_id_of(one)) is not None
         )
         if not self._followers:
             for collection in (self.deployments, self.pods):
@@ -151,7 +156,7 @@ class WatchCache:
         upcoming: asyncio.Task[str] | None = None
         try:
             while True:
-                upcoming = asyncio.create_task(changes.next())
+                upcoming = asyncio.create_task(changes.take_oldest())
                 done, _ = await asyncio.wait(
                     {upcoming, *self._followers}, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -174,7 +179,7 @@ class WatchCache:
         for collection in (self.deployments, self.pods):
             collection.clear()
 
-    async def synced(self, seconds: float) -> None:
+    async def wait_synced(self, seconds: float) -> None:
         """Wait until both collections are known; raises the `ClusterError` that keeps them from it."""
         await asyncio.sleep(0)  # whoever reads over and over lets the events come in
         try:
@@ -198,7 +203,7 @@ class WatchCache:
             is_forbidden, is_listed = False, False
             try:
                 items, version = await self._api.list(collection.path, self._label)
-                self._tell(collection.replace(items, version))
+                self._notify(collection.replace(items, version))
                 self._set_outcome(collection, None)
                 is_listed = True
                 await self._take_events(collection, version)
@@ -206,7 +211,7 @@ class WatchCache:
                 log.info("cluster watch expired", path=collection.path)
             except ClusterBusy as error:
                 log.info("cluster busy", path=collection.path, seconds=error.retry_seconds)
-            except (ClusterError, ObjectAbsent, ObjectConflict) as error:
+            except (ClusterError, ObjectNotFound, ObjectConflict) as error:
                 log.warning("cluster not watched", path=collection.path, error=str(error))
                 is_forbidden = isinstance(error, ClusterForbidden)
                 if collection.is_synced and not is_forbidden:
@@ -246,9 +251,9 @@ class WatchCache:
                 return
             item = event["object"]
             is_news = collection.remove(item) if event["type"] == "DELETED" else collection.put(item)
-            workflow_id = workflow_of(item)
+            workflow_id = workflow_id_of(item)
             if is_news and workflow_id is not None:
-                self._tell({workflow_id})
+                self._notify({workflow_id})
 
         query = {"labelSelector": self._label, "resourceVersion": version}
         await self._api.watch(collection.path, query, seconds=WATCH_SECONDS, on_event=take)
@@ -259,29 +264,29 @@ class WatchCache:
             self._listed.set()
         self._outcome.set()
 
-    def _tell(self, workflow_ids: set[str]) -> None:
+    def _notify(self, workflow_ids: set[str]) -> None:
         for watcher in self._watchers:
             watcher.add(workflow_ids)
 
 
-def _owner(item: Manifest) -> str:
+def _owner_name(item: Manifest) -> str:
     owner: str = (item["metadata"].get("labels") or {}).get(WORKFLOW_LABEL, "")
     return owner
 
 
-def _version(metadata: Manifest) -> int:
-    return _number(metadata.get("resourceVersion", ""))
+def _resource_version(metadata: Manifest) -> int:
+    return _parse_version(metadata.get("resourceVersion", ""))
 
 
-def _number(version: str) -> int:
+def _parse_version(version: str) -> int:
     """Return what orders two states of an object: versions are whole numbers, documented so since 1.35."""
     return int(version) if version.isdecimal() else 0
 
 
-def _slim(item: Manifest) -> Manifest:
+def _strip_unused(item: Manifest) -> Manifest:
     return {
-        part: {name: one for name, one in value.items() if name not in _UNUSED[part]}
-        if part in _UNUSED
+        part: {name: one for name, one in value.items() if name not in _UNUSED_FIELDS[part]}
+        if part in _UNUSED_FIELDS
         else value
         for part, value in item.items()
     }

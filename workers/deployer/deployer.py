@@ -17,38 +17,38 @@ from messages.broker import BrokerUnavailable
 from messages.deployments import DeployerMessage, ReadPodLogs
 from models import deployment_token, ids
 from models.errors import DatabaseUnavailable
-from workers.cluster.driver import ClusterError, LogLine
-from workers.deployer import rows
-from workers.deployer.connection import ClusterConnection, OpenDriver
-from workers.deployer.look_queue import LookQueue, Retry
-from workers.deployer.reconciler import WHILE_CHANGING, LookResult, Reconciler
+from workers.cluster.driver import ClusterError, PodLogLine
+from workers.deployer import deployment_rows
+from workers.deployer.cluster_connection import ClusterConnection, OpenDriver
+from workers.deployer.reconcile_queue import ReconcileQueue, ScheduledRetry
+from workers.deployer.reconciler import CHANGING_BACKOFF, Reconciler, ReconcileResult
 
 if TYPE_CHECKING:
     from journal.store import JournalStore
     from messages.broker import Broker
     from models.database import Database
-    from workers.cluster.driver import Driver
+    from workers.cluster.driver import ClusterDriver
     from workers.deployer.settings import DeployerSettings
 
 log = structlog.get_logger()
 
-AT_ONCE: Final = 8
+CONCURRENT_RECONCILES: Final = 8
 """Workflows that are looked after at the same time."""
 WATCH_AGAIN_SECONDS: Final = 1.0
 SWEEPS_PER_COUNT: Final = 12
 """Every so many sweeps everything is looked at, also what seems settled, and what no row accounts for."""
 MAX_LOG_BYTES: Final = 1_000_000
 
-CloseDriver = Callable[["Driver"], Awaitable[None]]
+CloseDriver = Callable[["ClusterDriver"], Awaitable[None]]
 
 
-async def leave(driver: Driver) -> None:
+async def release_driver(driver: ClusterDriver) -> None:
     """Let go of a cluster whose pods live on for the next deployer."""
     await driver.close()
 
 
 @asynccontextmanager
-async def deploying(
+async def run_deployer(
     settings: DeployerSettings,
     database: Database,
     store: JournalStore,
@@ -56,7 +56,7 @@ async def deploying(
     open_driver: OpenDriver,
     *,
     command: Sequence[str],
-    close_driver: CloseDriver = leave,
+    close_driver: CloseDriver = release_driver,
 ) -> AsyncIterator[Deployer]:
     """Look after deployments as long as the context lasts; the cluster is opened once there is one."""
     deployer = Deployer(settings, database, store, broker, open_driver, command=command)
@@ -87,7 +87,7 @@ class Deployer:
         self._settings = settings
         self._database = database
         self._broker = broker
-        self._queue = LookQueue()
+        self._queue = ReconcileQueue()
         self._connection = ClusterConnection(
             open_driver, cluster=settings.cluster, on_open=lambda driver: self._spawn(self._watch(driver))
         )
@@ -105,11 +105,14 @@ class Deployer:
 
     async def start(self) -> None:
         """Begin to look after deployments."""
-        self._broker.start_deployer(self._take)
-        for loop in (self._sweep_on(), *(self._look_on() for _ in range(AT_ONCE))):
+        self._broker.start_deployer(self._on_message)
+        for loop in (
+            self._sweep_forever(),
+            *(self._reconcile_forever() for _ in range(CONCURRENT_RECONCILES)),
+        ):
             self._spawn(loop)
 
-    async def stop(self) -> Driver | None:
+    async def stop(self) -> ClusterDriver | None:
         """Leave everything as it is for the next deployer; returns the way to the cluster, where it was opened."""
         await self._broker.stop_deployer()
         for task in self._tasks:
@@ -118,7 +121,7 @@ class Deployer:
         self._queue.close()
         return self._connection.current
 
-    def look_at(self, workflow_id: str) -> None:
+    def request_reconcile(self, workflow_id: str) -> None:
         """Have a deployment looked at soon."""
         self._queue.add_urgent(workflow_id)
 
@@ -127,20 +130,20 @@ class Deployer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def _take(self, message: DeployerMessage) -> None:
+    def _on_message(self, message: DeployerMessage) -> None:
         if isinstance(message, ReadPodLogs):
             self._spawn(self._send_logs(message))
         else:
-            self.look_at(message.workflow_id)
+            self.request_reconcile(message.workflow_id)
 
     # ── when to look ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def _look_on(self) -> None:
+    async def _reconcile_forever(self) -> None:
         while True:
             workflow_id = await self._queue.take()
-            result = LookResult(Retry(WHILE_CHANGING))
+            result = ReconcileResult(ScheduledRetry(CHANGING_BACKOFF))
             try:
-                result = await self.reconciler.look(workflow_id)
+                result = await self.reconciler.reconcile(workflow_id)
             except DatabaseUnavailable as error:
                 log.warning("database not reached", workflow_id=workflow_id, error=str(error))
             except Exception:  # this is the outermost loop
@@ -148,13 +151,13 @@ class Deployer:
             finally:
                 self._queue.finish(workflow_id, result.retry, generation=result.generation)
 
-    async def _sweep_on(self) -> None:
+    async def _sweep_forever(self) -> None:
         sweeps = 0
         while True:
             try:
-                await self._add_all(rows.unsettled)
+                await self._add_all(deployment_rows.list_unsettled)
                 if sweeps % SWEEPS_PER_COUNT == 0:
-                    await self._count()
+                    await self._request_all()
                 sweeps += 1
             except DatabaseUnavailable as error:
                 log.warning("database not reached", error=str(error))
@@ -176,9 +179,9 @@ class Deployer:
             after = some[-1][0]
         return found
 
-    async def _count(self) -> None:
+    async def _request_all(self) -> None:
         """Look at everything that there is, by the rows and by the cluster."""
-        known = await self._add_all(rows.present)
+        known = await self._add_all(deployment_rows.list_present)
         if not known and self._connection.current is None:
             return  # nothing is deployed: the cluster need not be opened for that
         driver = await self._connection.driver()
@@ -190,7 +193,7 @@ class Deployer:
         for workflow_id in superseded:
             await self.reconciler.revoke_superseded(driver, workflow_id)
 
-    async def _watch(self, driver: Driver) -> None:
+    async def _watch(self, driver: ClusterDriver) -> None:
         while True:
             try:
                 async for workflow_id in driver.watch():
@@ -208,14 +211,14 @@ class Deployer:
         except ClusterError as error:
             letter = {"pod_logs": asked.asked, "error": str(error)}
         else:
-            letter = {"pod_logs": asked.asked, "lines": _encoded(lines)}
+            letter = {"pod_logs": asked.asked, "lines": _encode_log_lines(lines)}
         with suppress(BrokerUnavailable):  # whoever asked is told to ask again
             await self._broker.send(asked.inbox, letter)
 
 
-def _encoded(lines: Sequence[LogLine]) -> str:
+def _encode_log_lines(lines: Sequence[PodLogLine]) -> str:
     """Return the last lines that fit into a letter, as JSON."""
-    kept: list[LogLine] = []
+    kept: list[PodLogLine] = []
     size = 0
     for line in reversed(lines):
         size += len(line.text)

@@ -19,16 +19,16 @@ from messages import broker as brokers
 from models import database as databases
 from models import schema_migration
 from models.database import Database
-from workers.deployer.deployer import deploying
+from workers.deployer.deployer import run_deployer
 
 if TYPE_CHECKING:
-    from workers.cluster.driver import Driver
+    from workers.cluster.driver import ClusterDriver
     from workers.deployer.settings import DeployerSettings
 
 log = structlog.get_logger()
 
 COMMAND_OF_IMAGE: Final = ("pilotflame", "runner")
-END_SECONDS: Final = 3.0
+STOP_SECONDS: Final = 3.0
 LOCAL_COMMAND: Final = (sys.executable, "-m", "pilotflame", "runner")
 
 
@@ -54,7 +54,7 @@ async def _serve(settings: DeployerSettings) -> None:
         stack.push_async_callback(broker.close)
         to_cluster = partial(open_driver, settings)
         await stack.enter_async_context(
-            deploying(settings, database, store, broker, to_cluster, command=command(settings))
+            run_deployer(settings, database, store, broker, to_cluster, command=runner_command(settings))
         )
         gc_tuning.freeze_loaded()
         log.info("deployer ready", cluster=settings.cluster)
@@ -62,38 +62,38 @@ async def _serve(settings: DeployerSettings) -> None:
         log.info("deployer stops")
 
 
-def command(settings: DeployerSettings) -> tuple[str, ...]:
+def runner_command(settings: DeployerSettings) -> tuple[str, ...]:
     """Return what is run in a pod."""
     return LOCAL_COMMAND if settings.cluster == "local" else COMMAND_OF_IMAGE
 
 
-async def end_pods(driver: Driver) -> None:
+async def end_pods(driver: ClusterDriver) -> None:
     """Let go of a cluster, and of local pods too: they start again with the next deployer."""
-    from workers.cluster.local import LocalDriver  # noqa: PLC0415 - it is loaded by now, or not needed
+    from workers.cluster.local_driver import LocalDriver  # noqa: PLC0415 - it is loaded by now, or not needed
 
     if isinstance(driver, LocalDriver):
-        await driver.end_pods(END_SECONDS)
+        await driver.end_pods(STOP_SECONDS)
     else:
         await driver.close()
 
 
-async def open_driver(settings: DeployerSettings) -> Driver:
+async def open_driver(settings: DeployerSettings) -> ClusterDriver:
     """Return the way to the cluster of the settings; raises `ClusterError`."""
     if settings.cluster == "local":
-        from workers.cluster import local  # noqa: PLC0415 - its HTTP client costs what nobody needs without pods
-        from workers.cluster.local_pod import Limits  # noqa: PLC0415 - the same
+        from workers.cluster import local_driver  # noqa: PLC0415 - its HTTP client costs what nobody needs without pods
+        from workers.cluster.local_pod import LocalPodLimits  # noqa: PLC0415 - the same
 
-        return await local.open_local(
+        return await local_driver.open_local(
             settings.data_dir / "pods",
             runs_without_isolation=settings.allow_local_pods,
-            limits=Limits(grace_seconds=settings.grace_seconds),
+            limits=LocalPodLimits(grace_seconds=settings.grace_seconds),
         )
 
-    from workers.cluster import kubernetes  # noqa: PLC0415 - its client costs 140 MB, which local pods save
+    from workers.cluster import kubernetes_driver  # noqa: PLC0415 - its client costs 140 MB, which local pods save
     from workers.cluster.kubernetes_api import RequestBudget  # noqa: PLC0415 - the same
-    from workers.cluster.manifests import Layout  # noqa: PLC0415 - the same
+    from workers.cluster.manifests import ClusterLayout  # noqa: PLC0415 - the same
 
-    layout = Layout(
+    layout = ClusterLayout(
         namespace=settings.kubernetes_namespace,
         gateway_host=settings.kubernetes_gateway_host,
         gateway_namespace=settings.kubernetes_gateway_namespace,
@@ -104,4 +104,4 @@ async def open_driver(settings: DeployerSettings) -> Driver:
         dns_endpoints=settings.dns_endpoints,
     )
     budget = RequestBudget(settings.kubernetes_requests_per_second)
-    return await kubernetes.connect(layout, kubeconfig=settings.kubeconfig, budget=budget)
+    return await kubernetes_driver.connect_driver(layout, kubeconfig=settings.kubeconfig, budget=budget)

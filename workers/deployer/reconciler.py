@@ -24,14 +24,14 @@ from workers.cluster.driver import (
     ClusterError,
     ClusterForbidden,
     ClusterRefused,
+    DesiredDeployment,
     NotDeployed,
-    Reason,
-    Resources,
-    Wanted,
+    PodFailureReason,
+    PodResourceLimits,
 )
-from workers.deployer import comparison, rows
-from workers.deployer.comparison import Step
-from workers.deployer.look_queue import Backoff, Retry
+from workers.deployer import deployment_rows, reconcile
+from workers.deployer.reconcile import ReconcileStep
+from workers.deployer.reconcile_queue import RetryBackoff, ScheduledRetry
 from workers.deployer.refusal_budget import AttemptDeferred, Refusal, RefusalBudget
 from workers.deployer.start_clock import StartClock
 from workers.deployer.start_gate import StartGate
@@ -42,43 +42,43 @@ if TYPE_CHECKING:
     from models.database import Database
     from models.deployment import Deployment
     from models.pod_processes import PodProcess
-    from workers.cluster.driver import Driver, Observed, Pod
-    from workers.deployer.connection import ClusterConnection
-    from workers.deployer.rows import Found, Sighting
+    from workers.cluster.driver import ClusterDriver, ObservedDeployment, ObservedPod
+    from workers.deployer.cluster_connection import ClusterConnection
+    from workers.deployer.deployment_rows import DeploymentSnapshot, ObservedStatus
     from workers.deployer.settings import DeployerSettings
 
 log = structlog.get_logger()
 
-WHILE_CHANGING: Final = Backoff(1.0, 30.0)
+CHANGING_BACKOFF: Final = RetryBackoff(1.0, 30.0)
 """For pods that come and go: the cluster notifies of them, and a retry makes up for what was missed."""
-WHILE_DRAINING: Final = Backoff(1.0, 1.0)
+DRAINING_BACKOFF: Final = RetryBackoff(1.0, 1.0)
 """For runs of a drain: nothing notifies of their ends."""
-WHILE_UNAVAILABLE: Final = Backoff(5.0, 60.0)
+WHILE_UNAVAILABLE: Final = RetryBackoff(5.0, 60.0)
 """For changes that the cluster has not answered."""
-WHILE_REFUSED: Final = Backoff(10.0, 60.0)
+REFUSED_BACKOFF: Final = RetryBackoff(10.0, 60.0)
 """For changes that the cluster refuses: nothing notifies of a cure."""
-WHILE_WAITING_IN_TURN: Final = Backoff(15.0, 60.0)
+QUEUED_START_BACKOFF: Final = RetryBackoff(15.0, 60.0)
 """For starts that wait for others: the end of one asks for the next look."""
-MARGIN_SECONDS: Final = 0.05
+TIMER_MARGIN_SECONDS: Final = 0.05
 """How much later than its due time a start is looked at."""
-SHARE_OF_HOLD: Final = 0.9
+LOCK_TIME_FRACTION: Final = 0.9
 """After so much of the time for which a workflow is held, its changes are cut off."""
-LATER: Final = Retry(WHILE_CHANGING)
-IN_TURN: Final = Retry(WHILE_WAITING_IN_TURN)
-MUCH_LATER: Final = Retry(WHILE_UNAVAILABLE)
-AT_ONCE: Final = Retry(WHILE_CHANGING, within_seconds=0)
+RETRY_LATER: Final = ScheduledRetry(CHANGING_BACKOFF)
+RETRY_IN_TURN: Final = ScheduledRetry(QUEUED_START_BACKOFF)
+RETRY_AFTER_REFUSAL: Final = ScheduledRetry(WHILE_UNAVAILABLE)
+RETRY_AT_ONCE: Final = ScheduledRetry(CHANGING_BACKOFF, within_seconds=0)
 """For a row that somebody else has changed since it was read."""
 
 
-_TIMED: Final = frozenset({Stored.STARTING, Stored.RUNNING})
+_TIMED_STATES: Final = frozenset({Stored.STARTING, Stored.RUNNING})
 """States that time alone may change."""
 
 
 @dataclass(frozen=True, slots=True)
-class LookResult:
+class ReconcileResult:
     """Outcome of one look: the retry that it needs, and the generation of the row that it has read."""
 
-    retry: Retry | None
+    retry: ScheduledRetry | None
     generation: int | None = None
 
 
@@ -111,93 +111,103 @@ class Reconciler:
         self._gate = StartGate(settings.starts_at_once, on_admit)
         self._refusals = RefusalBudget()
 
-    async def look(self, workflow_id: str) -> LookResult:
+    async def reconcile(self, workflow_id: str) -> ReconcileResult:
         """Bring a workflow nearer to what is desired; raises `DatabaseUnavailable`."""
-        found = await rows.find(self._database, workflow_id)
+        found = await deployment_rows.find_deployment(self._database, workflow_id)
         if found is not None and found.deployment.drain_until is not None:
             settled = await decisions.decide_and_apply(
                 self._database, workflow_id, decisions.decide_by_policy
             )
             if settled is not None and settled.decision.action is not LifecycleAction.NONE:
-                found = await rows.find(self._database, workflow_id)
+                found = await deployment_rows.find_deployment(self._database, workflow_id)
         try:
-            retry = await self._reconcile(workflow_id, found)
+            retry = await self._reconcile_found(workflow_id, found)
         except Exception:
             self._gate.release(workflow_id)
             raise
         if found is None:
-            return LookResult(retry)
+            return ReconcileResult(retry)
         is_draining = found.deployment.is_deployed and found.deployment.drain_until is not None
-        if is_draining and retry is not None and retry.backoff is WHILE_CHANGING:
-            retry = Retry(WHILE_DRAINING)
-        return LookResult(retry, found.deployment.generation)
+        if is_draining and retry is not None and retry.backoff is CHANGING_BACKOFF:
+            retry = ScheduledRetry(DRAINING_BACKOFF)
+        return ReconcileResult(retry, found.deployment.generation)
 
-    async def _reconcile(self, workflow_id: str, found: Found | None) -> Retry | None:
+    async def _reconcile_found(
+        self, workflow_id: str, found: DeploymentSnapshot | None
+    ) -> ScheduledRetry | None:
         """Act and store the result; None where nothing more is expected."""
         try:
             driver = await self._connection.driver()
             # Read before the pods are: a holder that is known by then, and is not among the pods, is gone.
             holders = await pod_leases.pod_lease_owners(self._database, workflow_id)
             observed = await driver.observe(workflow_id)
-            if comparison.gone(holders, observed):
+            if reconcile.lost_processes(holders, observed):
                 # A cache may not know a pod yet that has taken a run already.
                 observed = await driver.observe_uncached(workflow_id)
         except ClusterBusy as error:
-            return _put_off(workflow_id, error)
+            return _postpone(workflow_id, error)
         except ClusterError as error:  # a read that is refused says nothing about pods
-            return await self._note_trouble(workflow_id, error, comparison.unknown, LATER)
-        gone = comparison.gone(holders, observed)
-        await self._take_back(workflow_id, gone, comparison.out_of_memory(gone, observed))
+            return await self._store_failure(workflow_id, error, reconcile.unknown_status, RETRY_LATER)
+        gone = reconcile.lost_processes(holders, observed)
+        await self._reclaim_leases(workflow_id, gone, reconcile.out_of_memory_processes(gone, observed))
         try:
-            return await self._bring_about(driver, workflow_id, found, observed)
+            return await self._converge(driver, workflow_id, found, observed)
         except ClusterBusy as error:
-            return _put_off(workflow_id, error)
+            return _postpone(workflow_id, error)
         except AttemptDeferred as error:
-            retry = Retry(Backoff(error.seconds, error.seconds))
+            retry = ScheduledRetry(RetryBackoff(error.seconds, error.seconds))
             return await self._note_refusal(workflow_id, error.refusal, retry)
         except (ClusterForbidden, ClusterRefused) as error:
             self._refusals.charge(workflow_id, _generation(found), error)
-            return await self._note_refusal(workflow_id, error, Retry(WHILE_REFUSED))
+            return await self._note_refusal(workflow_id, error, ScheduledRetry(REFUSED_BACKOFF))
         except ClusterError as error:
-            return await self._note_trouble(workflow_id, error, comparison.unknown, MUCH_LATER)
+            return await self._store_failure(
+                workflow_id, error, reconcile.unknown_status, RETRY_AFTER_REFUSAL
+            )
 
-    async def _bring_about(
-        self, driver: Driver, workflow_id: str, found: Found | None, observed: Observed
-    ) -> Retry | None:
+    async def _converge(
+        self,
+        driver: ClusterDriver,
+        workflow_id: str,
+        found: DeploymentSnapshot | None,
+        observed: ObservedDeployment,
+    ) -> ScheduledRetry | None:
         if found is None:
             self._forget_start(workflow_id)
             return await self._remove_unknown(driver, observed)
         deployment = found.deployment
-        step = self._step(deployment, observed)
-        stale = comparison.replaceable(deployment, observed, now=found.now)
-        if step is not Step.NONE or stale:
+        step = self._plan_step(deployment, observed)
+        stale = reconcile.pods_to_replace(deployment, observed, now=found.now)
+        if step is not ReconcileStep.NONE or stale:
             self._refusals.require(workflow_id, deployment.generation)
         else:
             self._refusals.forget(workflow_id)
-        if comparison.is_start(deployment, observed, step) and not self._gate.admit(
+        if reconcile.starts_pods(deployment, observed, step) and not self._gate.admit(
             workflow_id, deployment.organization_id
         ):
-            return IN_TURN
-        if step is not Step.NONE:
-            return await self._act(driver, workflow_id)
+            return RETRY_IN_TURN
+        if step is not ReconcileStep.NONE:
+            return await self._act_under_lock(driver, workflow_id)
         if not deployment.is_deployed:
             self._forget_start(workflow_id)
             return None
         if stale:
             observed = await self._replace(driver, workflow_id, stale)
-        return await self._note_observed(found, observed)
+        return await self._store_observed(found, observed)
 
-    async def _replace(self, driver: Driver, workflow_id: str, stale: Collection[Pod]) -> Observed:
+    async def _replace(
+        self, driver: ClusterDriver, workflow_id: str, stale: Collection[ObservedPod]
+    ) -> ObservedDeployment:
         """Have other pods take the places of these; return what there is then. Two deployers may do so at once."""
         reasons = {pod.trouble.reason for pod in stale if pod.trouble is not None}
         await driver.replace(workflow_id, [pod.name for pod in stale])
         log.info("pods replaced", workflow_id=workflow_id, count=len(stale), reasons=sorted(reasons))
-        if Reason.INVALID_CONFIG in reasons:
+        if PodFailureReason.INVALID_CONFIG in reasons:
             self._applied.discard(workflow_id)  # something that they need is missing: make it anew
         return await driver.observe(workflow_id)
 
-    def _step(self, deployment: Deployment, observed: Observed) -> Step:
-        return comparison.step(deployment, observed, is_applied=deployment.workflow_id in self._applied)
+    def _plan_step(self, deployment: Deployment, observed: ObservedDeployment) -> ReconcileStep:
+        return reconcile.plan(deployment, observed, is_applied=deployment.workflow_id in self._applied)
 
     def _forget_start(self, workflow_id: str) -> None:
         self._clock.forget(workflow_id)
@@ -205,42 +215,42 @@ class Reconciler:
 
     # ── acting ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _act(self, driver: Driver, workflow_id: str) -> Retry | None:
+    async def _act_under_lock(self, driver: ClusterDriver, workflow_id: str) -> ScheduledRetry | None:
         """Do what is to be done, unless another deployer is at it."""
-        if not await rows.hold(self._database, workflow_id, self._name):
+        if not await deployment_rows.lock_deployment(self._database, workflow_id, self._name):
             self._gate.release(workflow_id)
-            return LATER
+            return RETRY_LATER
         try:
             # A process that was frozen must not go on with what another one has taken over meanwhile.
-            async with asyncio.timeout(rows.HELD_SECONDS * SHARE_OF_HOLD):
+            async with asyncio.timeout(deployment_rows.LOCK_SECONDS * LOCK_TIME_FRACTION):
                 # Another deployer may have been at it since it was read.
-                found = await rows.find(self._database, workflow_id)
+                found = await deployment_rows.find_deployment(self._database, workflow_id)
                 if found is None:
-                    return AT_ONCE
+                    return RETRY_AT_ONCE
                 observed = await driver.observe(workflow_id)
-                step = self._step(found.deployment, observed)
-                if step is Step.DELETE:
+                step = self._plan_step(found.deployment, observed)
+                if step is ReconcileStep.DELETE:
                     return await self._delete(driver, found.deployment)
                 await self._carry_out(driver, found, step)
         except TimeoutError:
             log.warning("deployment not carried out in time", workflow_id=workflow_id)
-            return LATER
+            return RETRY_LATER
         finally:
             with suppress(DatabaseUnavailable):  # it is free again when its time is up
-                await rows.release(self._database, workflow_id, self._name)
-        return await self._look_once_more(driver, workflow_id)
+                await deployment_rows.unlock_deployment(self._database, workflow_id, self._name)
+        return await self._observe_again(driver, workflow_id)
 
-    async def _carry_out(self, driver: Driver, found: Found, step: Step) -> None:
+    async def _carry_out(self, driver: ClusterDriver, found: DeploymentSnapshot, step: ReconcileStep) -> None:
         deployment = found.deployment
         workflow_id = deployment.workflow_id
-        if step is Step.APPLY:
-            if deployment.observed == Stored.ABSENT and not await rows.note(
-                self._database, deployment, comparison.begun(deployment)
+        if step is ReconcileStep.APPLY:
+            if deployment.observed == Stored.ABSENT and not await deployment_rows.store_status(
+                self._database, deployment, reconcile.initial_status(deployment)
             ):
                 return
-            await driver.apply(await self._wanted(found))
+            await driver.apply(await self._desired_deployment(found))
             self._applied.add(workflow_id)
-        elif step is Step.SCALE:
+        elif step is ReconcileStep.SCALE:
             try:
                 await driver.scale(workflow_id, deployment.replicas)
             except NotDeployed:
@@ -253,33 +263,35 @@ class Reconciler:
             generation=deployment.generation,
         )
 
-    async def _look_once_more(self, driver: Driver, workflow_id: str) -> Retry | None:
-        found = await rows.find(self._database, workflow_id)
+    async def _observe_again(self, driver: ClusterDriver, workflow_id: str) -> ScheduledRetry | None:
+        found = await deployment_rows.find_deployment(self._database, workflow_id)
         observed = await driver.observe(workflow_id)
-        if found is None or self._step(found.deployment, observed) is not Step.NONE:
-            return AT_ONCE
-        return await self._note_observed(found, observed)
+        if found is None or self._plan_step(found.deployment, observed) is not ReconcileStep.NONE:
+            return RETRY_AT_ONCE
+        return await self._store_observed(found, observed)
 
-    async def _delete(self, driver: Driver, deployment: Deployment) -> Retry | None:
+    async def _delete(self, driver: ClusterDriver, deployment: Deployment) -> ScheduledRetry | None:
         holders = await pod_leases.pod_lease_owners(self._database, deployment.workflow_id)
         is_gone = await driver.delete(deployment.workflow_id)
         self._applied.discard(deployment.workflow_id)
         self._forget_start(deployment.workflow_id)
         if is_gone:
             log.info("deployment removed", workflow_id=deployment.workflow_id)
-            await self._take_back(deployment.workflow_id, holders)
-        return await self._note(deployment, comparison.undeployed(deployment, is_gone=is_gone))
+            await self._reclaim_leases(deployment.workflow_id, holders)
+        return await self._store_status(deployment, reconcile.undeployed_status(deployment, is_gone=is_gone))
 
-    async def _remove_unknown(self, driver: Driver, observed: Observed) -> Retry | None:
+    async def _remove_unknown(
+        self, driver: ClusterDriver, observed: ObservedDeployment
+    ) -> ScheduledRetry | None:
         """Remove what no row accounts for."""
         if not observed.exists and not observed.pods:
             self._refusals.forget(observed.workflow_id)
             return None
         self._refusals.require(observed.workflow_id, None)
         log.warning("deployment without a row removed", workflow_id=observed.workflow_id)
-        return None if await driver.delete(observed.workflow_id) else LATER
+        return None if await driver.delete(observed.workflow_id) else RETRY_LATER
 
-    async def _take_back(
+    async def _reclaim_leases(
         self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
     ) -> None:
         """Have what processes that are gone have held go on elsewhere, without waiting for the ends of their leases."""
@@ -291,12 +303,12 @@ class Reconciler:
             # Of what is deployed no more, runs are any worker's.
             await hints.wake(self._broker)
 
-    async def _wanted(self, found: Found) -> Wanted:
+    async def _desired_deployment(self, found: DeploymentSnapshot) -> DesiredDeployment:
         deployment, secret = found.deployment, self._settings.secret
-        token = await rows.token(self._database, deployment, secret=secret, now=found.now)
-        asked = await rows.resources(self._database, deployment)
-        usual = Resources()
-        return Wanted(
+        token = await deployment_rows.ensure_token(self._database, deployment, secret=secret, now=found.now)
+        asked = await deployment_rows.pod_resources(self._database, deployment)
+        usual = PodResourceLimits()
+        return DesiredDeployment(
             workflow_id=deployment.workflow_id,
             organization_id=deployment.organization_id,
             definition_hash=deployment.definition_hash,
@@ -306,7 +318,7 @@ class Reconciler:
             token=token,
             replicas=deployment.replicas,
             environment=self._settings.pod_environment(deployment.workflow_id),
-            resources=Resources(
+            resources=PodResourceLimits(
                 cpu_millicores=asked.cpu_millicores or usual.cpu_millicores,
                 memory_mebibytes=asked.memory_mebibytes or usual.memory_mebibytes,
             ),
@@ -314,13 +326,15 @@ class Reconciler:
 
     # ── storing ───────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _note_observed(self, found: Found, observed: Observed) -> Retry | None:
+    async def _store_observed(
+        self, found: DeploymentSnapshot, observed: ObservedDeployment
+    ) -> ScheduledRetry | None:
         """Store what is seen of a workflow that is deployed as desired, and keep count of its start."""
         deployment, now = found.deployment, found.now
         start_time = timedelta(seconds=self._settings.start_seconds)
         stalled_since = self._clock.stalled_since(deployment, observed, now)
         waiting_since = self._clock.waiting_since(deployment.workflow_id)
-        sighting = comparison.sighting(
+        sighting = reconcile.observed_status(
             deployment,
             observed,
             now=now,
@@ -328,28 +342,28 @@ class Reconciler:
             stalled_since=stalled_since,
             waiting_since=waiting_since,
         )
-        is_under_way = observed.is_coming_up and sighting.observed_reason is None
+        is_under_way = observed.is_starting and sighting.observed_reason is None
         if is_under_way:
             self._gate.mark_starting(deployment.workflow_id, deployment.organization_id)
-        retry = await self._note(deployment, sighting)
+        retry = await self._store_status(deployment, sighting)
         if not is_under_way:
             # Only now: until its end is stored, a start counts for whoever reads the rows.
             self._gate.release(deployment.workflow_id)
-        lost_seconds = comparison.seconds_until_replaced(deployment, sighting, now=now)
-        if retry is LATER and lost_seconds is not None:
-            return Retry(WHILE_CHANGING, lost_seconds + MARGIN_SECONDS)
-        if retry is LATER and waiting_since is not None and sighting.observed in _TIMED:
-            due_seconds = (waiting_since + start_time - now).total_seconds() + MARGIN_SECONDS
-            return Retry(WHILE_CHANGING, due_seconds) if due_seconds > 0 else retry
+        lost_seconds = reconcile.seconds_until_replaced(deployment, sighting, now=now)
+        if retry is RETRY_LATER and lost_seconds is not None:
+            return ScheduledRetry(CHANGING_BACKOFF, lost_seconds + TIMER_MARGIN_SECONDS)
+        if retry is RETRY_LATER and waiting_since is not None and sighting.observed in _TIMED_STATES:
+            due_seconds = (waiting_since + start_time - now).total_seconds() + TIMER_MARGIN_SECONDS
+            return ScheduledRetry(CHANGING_BACKOFF, due_seconds) if due_seconds > 0 else retry
         return retry
 
-    async def _note(self, deployment: Deployment, sighting: Sighting) -> Retry | None:
+    async def _store_status(self, deployment: Deployment, sighting: ObservedStatus) -> ScheduledRetry | None:
         """Store what was seen, and notify whoever waits; None where nothing more is expected."""
-        retry = None if comparison.is_settled(deployment, sighting) else LATER
-        if sighting == rows.last_sighting(deployment):
+        retry = None if reconcile.is_settled(deployment, sighting) else RETRY_LATER
+        if sighting == deployment_rows.stored_status(deployment):
             return retry
-        if not await rows.note(self._database, deployment, sighting):
-            return AT_ONCE
+        if not await deployment_rows.store_status(self._database, deployment, sighting):
+            return RETRY_AT_ONCE
         log.info(
             "deployment observed",
             workflow_id=deployment.workflow_id,
@@ -362,25 +376,33 @@ class Reconciler:
             await self._broker.announce({deployments.changed(deployment.workflow_id): ""})
         return retry
 
-    async def _note_refusal(self, workflow_id: str, refusal: Refusal, retry: Retry) -> Retry:
-        sighting = comparison.refused if isinstance(refusal, ClusterRefused) else comparison.unknown
-        return await self._note_trouble(workflow_id, refusal, sighting, retry)
+    async def _note_refusal(
+        self, workflow_id: str, refusal: Refusal, retry: ScheduledRetry
+    ) -> ScheduledRetry:
+        sighting = (
+            reconcile.refused_status if isinstance(refusal, ClusterRefused) else reconcile.unknown_status
+        )
+        return await self._store_failure(workflow_id, refusal, sighting, retry)
 
-    async def _note_trouble(
-        self, workflow_id: str, error: ClusterError, told: Callable[[Deployment, str], Sighting], retry: Retry
-    ) -> Retry:
+    async def _store_failure(
+        self,
+        workflow_id: str,
+        error: ClusterError,
+        told: Callable[[Deployment, str], ObservedStatus],
+        retry: ScheduledRetry,
+    ) -> ScheduledRetry:
         """Store why nothing is known, or nothing can be done; return when to try again."""
         log.warning("cluster in the way", workflow_id=workflow_id, error=str(error))
         self._gate.release(workflow_id)
-        found = await rows.find(self._database, workflow_id)
+        found = await deployment_rows.find_deployment(self._database, workflow_id)
         if found is None:
             return retry
-        noted = await self._note(found.deployment, told(found.deployment, str(error)))
-        return AT_ONCE if noted is AT_ONCE else retry
+        noted = await self._store_status(found.deployment, told(found.deployment, str(error)))
+        return RETRY_AT_ONCE if noted is RETRY_AT_ONCE else retry
 
-    async def revoke_superseded(self, driver: Driver, workflow_id: str) -> None:
+    async def revoke_superseded(self, driver: ClusterDriver, workflow_id: str) -> None:
         """Revoke tokens that no pod has any more: those of pods that were replaced, once they are gone."""
-        found = await rows.find(self._database, workflow_id)
+        found = await deployment_rows.find_deployment(self._database, workflow_id)
         observed = await driver.observe(workflow_id)
         if found is None or not (observed.is_rolled_out or not observed.pods):
             return
@@ -396,11 +418,13 @@ class Reconciler:
         )
 
 
-def _generation(found: Found | None) -> int | None:
+def _generation(found: DeploymentSnapshot | None) -> int | None:
     return None if found is None else found.deployment.generation
 
 
-def _put_off(workflow_id: str, error: ClusterBusy) -> Retry:
+def _postpone(workflow_id: str, error: ClusterBusy) -> ScheduledRetry:
     """Return when to try again what the cluster has put off; what was seen last still holds."""
     log.info("cluster busy", workflow_id=workflow_id, seconds=error.retry_seconds)
-    return Retry(Backoff(error.retry_seconds, max(error.retry_seconds, WHILE_CHANGING.longest_seconds)))
+    return ScheduledRetry(
+        RetryBackoff(error.retry_seconds, max(error.retry_seconds, CHANGING_BACKOFF.longest_seconds))
+    )

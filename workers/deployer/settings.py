@@ -120,13 +120,13 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
     @field_validator("kubernetes_dns")
     @classmethod
     def _check_dns(cls, value: str) -> str:
-        dns_endpoints.parse_list(value)
+        dns_endpoints.parse_endpoints(value)
         return value
 
     @property
     def dns_endpoints(self) -> tuple[DnsEndpoint, ...]:
         """Where the pods of workflows look up names."""
-        return dns_endpoints.parse_list(self.kubernetes_dns)
+        return dns_endpoints.parse_endpoints(self.kubernetes_dns)
 
     @property
     def seconds_between_sweeps(self) -> float:

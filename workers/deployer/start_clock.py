@@ -11,11 +11,11 @@ from workers.cluster.driver import PodStage
 
 if TYPE_CHECKING:
     from models.deployment import Deployment
-    from workers.cluster.driver import Observed
+    from workers.cluster.driver import ObservedDeployment
 
 
 @dataclass(slots=True)
-class _Start:
+class _StartProgress:
     generation: int
     stage: PodStage
     """The furthest that a pod of it has come."""
@@ -29,22 +29,24 @@ class StartClock:
     """
 
     def __init__(self) -> None:
-        self._starts: dict[str, _Start] = {}
+        self._starts: dict[str, _StartProgress] = {}
 
-    def stalled_since(self, deployment: Deployment, observed: Observed, now: datetime) -> datetime | None:
+    def stalled_since(
+        self, deployment: Deployment, observed: ObservedDeployment, now: datetime
+    ) -> datetime | None:
         """Return when the pods of a start made their last progress; None where that says nothing against them.
 
         Nothing is said against pods that the cluster has not scheduled yet, and gives no reason for.
         """
         coming = [pod for pod in observed.pods if not pod.is_terminating and not pod.is_ready]
-        if not observed.is_coming_up:
+        if not observed.is_starting:
             self.forget(deployment.workflow_id)
             return None
         stage = max((pod.stage for pod in coming), default=PodStage.CREATED)
         start = self._starts.get(deployment.workflow_id)
         is_blocked = observed.trouble is not None and observed.trouble.reason in BLOCKING_REASONS
         if start is None or start.generation != deployment.generation or is_blocked:
-            start = self._starts[deployment.workflow_id] = _Start(deployment.generation, stage, now)
+            start = self._starts[deployment.workflow_id] = _StartProgress(deployment.generation, stage, now)
         elif stage > start.stage:
             # Lower ones count for nothing: a program that crashes and is started again makes no progress.
             start.stage, start.since = stage, now

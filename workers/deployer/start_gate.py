@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 
-def choose_next(waiting: Mapping[str, str], starting: Mapping[str, str], limit: int) -> str | None:
+def choose_next_start(waiting: Mapping[str, str], starting: Mapping[str, str], limit: int) -> str | None:
     """Return the workflow that may start next; None where all have to wait.
 
     Both map workflows to their organizations, `waiting` in the order of asking. The organization with the fewest starts
@@ -52,7 +52,7 @@ class StartGate:
             self._admit_more()
 
     def _admit_more(self, *, but: str | None = None) -> None:
-        while (chosen := choose_next(self._waiting, self._starting, self._limit)) is not None:
+        while (chosen := choose_next_start(self._waiting, self._starting, self._limit)) is not None:
             self._starting[chosen] = self._waiting.pop(chosen)
             if chosen != but:
                 self._on_admit(chosen)

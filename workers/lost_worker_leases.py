@@ -28,7 +28,7 @@ RELEASE_SECONDS: Final = 5.0
 """A database that is away for longer finds the leases expired when it is back."""
 
 
-async def release(
+async def release_leases(
     settings: WorkerSettings, owner: str, exit_code: int, *, is_out_of_memory: bool = False
 ) -> None:
     """Release the leases of a dead process of this machine, and wake other workers; bounded in time, raises nothing."""
@@ -53,7 +53,7 @@ async def release(
         log.warning("leases left to a sweep", owner=owner, error=str(error) or type(error).__name__)
 
 
-async def take_back_of_predecessors(
+async def reclaim_predecessor_leases(
     database: Database, store: JournalStore, broker: Broker, name: str
 ) -> None:
     """Take back what dead processes of this worker's name held; raises `DatabaseUnavailable`.

@@ -9,25 +9,27 @@ from typing import TYPE_CHECKING
 import structlog
 
 if TYPE_CHECKING:
-    from workers.cluster.driver import Driver
+    from workers.cluster.driver import ClusterDriver
 
 log = structlog.get_logger()
 
-OpenDriver = Callable[[], Awaitable["Driver"]]
+OpenDriver = Callable[[], Awaitable["ClusterDriver"]]
 
 
 class ClusterConnection:
     """Driver of one cluster, shared by all tasks of a deployer."""
 
-    def __init__(self, open_driver: OpenDriver, *, cluster: str, on_open: Callable[[Driver], None]) -> None:
-        self.current: Driver | None = None
+    def __init__(
+        self, open_driver: OpenDriver, *, cluster: str, on_open: Callable[[ClusterDriver], None]
+    ) -> None:
+        self.current: ClusterDriver | None = None
         """The driver, once it is open."""
         self._open_driver = open_driver
         self._cluster = cluster
         self._on_open = on_open
         self._opening = asyncio.Lock()
 
-    async def driver(self) -> Driver:
+    async def driver(self) -> ClusterDriver:
         """Return the driver, opened by the first call that succeeds; raises `ClusterError`."""
         async with self._opening:
             if self.current is None:

@@ -38,8 +38,8 @@ from models.errors import DatabaseUnavailable
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.workflow import Workflow
-from workers import webhooks
-from workers.webhooks import MAX_OUTPUT_CHARACTERS, Failure
+from workers import webhook_delivery
+from workers.webhook_delivery import MAX_OUTPUT_CHARACTERS, WebhookFailure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,27 +55,27 @@ if TYPE_CHECKING:
     from journal.waits.completion import DueCompletion
     from messages.broker import Broker
     from models.database import Database
-    from workers.webhooks import Webhooks
+    from workers.webhook_delivery import WebhookSender
 
 log = structlog.get_logger()
 
 LEASE_SECONDS: Final = 30.0
 """How long a follow-up is one worker's: longer than a message may take."""
-MAX_AT_ONCE: Final = 100
-MAX_PER_ORGANIZATION: Final = 10
+MAX_CONCURRENT_ACTIONS: Final = 100
+MAX_ACTIONS_PER_ORGANIZATION: Final = 10
 """So many messages of one organisation are on their way at once, so that slow receivers hold up nobody else's."""
-AGAIN_SECONDS: Final = 5.0
+RETRY_SECONDS: Final = 5.0
 """When a message is looked at again that found no room."""
 MAX_ANSWER_CHARACTERS: Final = 10_000_000
 MAX_ANSWER_BLOB_BYTES: Final = 50_000_000
 CLOSE_SECONDS: Final = 2.0
 MAX_TIMER_SECONDS: Final = 3600.0
-WOKEN_SECONDS: Final = 0.05
+WAKE_DELAY_SECONDS: Final = 0.05
 """A timer may fire a moment early, and the clock that decides is the database's."""
 _encode = msgspec.json.Encoder().encode
 
 
-class AfterRuns:
+class CompletionActions:
     """One process's share of what comes after runs, its own and those that nobody else has seen to."""
 
     def __init__(
@@ -84,7 +84,7 @@ class AfterRuns:
         store: JournalStore,
         broker: Broker,
         blobs: BlobStore,
-        messages: Webhooks,
+        messages: WebhookSender,
         runs: ChildRunStarter,
         *,
         sweep_seconds: float,
@@ -119,31 +119,31 @@ class AfterRuns:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def left(self, one: ClaimedRun, ended: RunOutcome) -> None:
+    def handle_end(self, one: ClaimedRun, ended: RunOutcome) -> None:
         """See to what comes after a run that has left this process: at once, and beside what else it does."""
         status = STATUS_AFTER[ended.status]
         key = one.concurrency_key
         if key is not None:
-            self._begin(lambda: self.admit(key))
+            self._start_task(lambda: self.admit_waiting(key))
             if ended.status is RunStatus.WAITING and ended.due_at is not None:
                 self._admit_when_due(key, ended.due_at)
         if one.follow_up is not None and status in TERMINAL_STATUSES:
             follow_up = CompletionAction.from_text(one.follow_up).for_status(status)
             execution = ExecutionKey(one.execution_id, one.lane)
             if follow_up == NO_ACTION:
-                self._begin(lambda: completion.clear_action(self._database, execution))
+                self._start_task(lambda: completion.clear_action(self._database, execution))
             else:
-                self._begin(lambda: self.follow_up([execution]))
+                self._start_task(lambda: self.perform([execution]))
 
-    async def admit(self, key: str) -> None:
+    async def admit_waiting(self, key: str) -> None:
         """Give the free places of a key to those that wait for one; raises `DatabaseUnavailable`."""
         if await concurrency_limits.admit_waiting_runs(self._database, key):
             await hints.wake(self._broker)
 
-    async def follow_up(self, keys: Sequence[ExecutionKey]) -> None:
+    async def perform(self, keys: Sequence[ExecutionKey]) -> None:
         """Do what is to be done about the ends of runs; raises `DatabaseUnavailable`."""
         for due in await completion.claim_completions(self._database, keys, self._lease_seconds):
-            self._begin(lambda due=due: self._see_to(due))  # type: ignore[misc]
+            self._start_task(lambda due=due: self._perform_due(due))  # type: ignore[misc]
 
     async def sweep(self) -> None:
         """See to what nobody else has: free places first; raises `DatabaseUnavailable`."""
@@ -152,56 +152,56 @@ class AfterRuns:
         )
         if admitted:
             await hints.wake(self._broker)
-        room = MAX_AT_ONCE - len(self._tasks)
-        busy = [one for one, count in self._on_their_way.items() if count >= MAX_PER_ORGANIZATION]
+        room = MAX_CONCURRENT_ACTIONS - len(self._tasks)
+        busy = [one for one, count in self._on_their_way.items() if count >= MAX_ACTIONS_PER_ORGANIZATION]
         if room > 0 and (found := await completion.find_due_completions(self._database, room, but_of=busy)):
-            await self.follow_up(found)
+            await self.perform(found)
 
     # ── one run ───────────────────────────────────────────────────────────────────────────────────
 
-    async def _see_to(self, due: DueCompletion) -> None:
+    async def _perform_due(self, due: DueCompletion) -> None:
         left = due.follow_up.for_status(due.status)
         if left.parent is not None:
             left = await self._answer_parent(due, left)
         elif left == NO_ACTION:
-            await self._settle(due, NO_ACTION)
+            await self._store_outcome(due, NO_ACTION)
         if left == NO_ACTION:
             return
-        if not self._has_room(due.organization_id):
-            await self._settle(due, left, delay_seconds=AGAIN_SECONDS)
+        if not self._has_capacity(due.organization_id):
+            await self._store_outcome(due, left, delay_seconds=RETRY_SECONDS)
             return
         self._on_their_way[due.organization_id] += 1
         try:
             callback, on_failure = await asyncio.gather(
-                self._call_back(due, left), self._on_failure(due, left)
+                self._send_callback(due, left), self._handle_failure(due, left)
             )
         finally:
             self._on_their_way[due.organization_id] -= 1
-        await self._settle_tries(due, left, callback, on_failure)
+        await self._store_attempts(due, left, callback, on_failure)
 
-    def _has_room(self, organization_id: str) -> bool:
+    def _has_capacity(self, organization_id: str) -> bool:
         return (
-            self._on_their_way[organization_id] < MAX_PER_ORGANIZATION
-            and self._on_their_way.total() < MAX_AT_ONCE
+            self._on_their_way[organization_id] < MAX_ACTIONS_PER_ORGANIZATION
+            and self._on_their_way.total() < MAX_CONCURRENT_ACTIONS
         )
 
-    async def _settle_tries(
+    async def _store_attempts(
         self,
         due: DueCompletion,
         tried: CompletionAction,
-        callback: Failure | None,
-        on_failure: Failure | None,
+        callback: WebhookFailure | None,
+        on_failure: WebhookFailure | None,
     ) -> None:
         """Write what came of the tries, and when what has failed is tried again."""
         attempts = due.outcome.attempts + 1
-        pause = webhooks.pause_seconds(attempts, random.random())  # noqa: S311 - no secret
+        pause = webhook_delivery.retry_delay_seconds(attempts, random.random())  # noqa: S311 - no secret
         left = CompletionAction(
-            callback=tried.callback if _may_succeed(callback) and pause is not None else None,
-            on_failure=tried.on_failure if _may_succeed(on_failure) and pause is not None else None,
+            callback=tried.callback if _is_retryable(callback) and pause is not None else None,
+            on_failure=tried.on_failure if _is_retryable(on_failure) and pause is not None else None,
         )
         failure = callback or on_failure
         outcome = CompletionOutcome(attempts, failure.message if failure else None)
-        await self._settle(due, left, outcome, pause)
+        await self._store_outcome(due, left, outcome, pause)
         if failure is not None:
             log.warning(
                 "end of execution not told",
@@ -211,7 +211,7 @@ class AfterRuns:
                 error=failure.message,
             )
 
-    async def _settle(
+    async def _store_outcome(
         self,
         due: DueCompletion,
         left: CompletionAction,
@@ -236,9 +236,9 @@ class AfterRuns:
         async with self._database.read() as connection:
             row = (await connection.execute(statement)).first()
         if row is None:
-            await self._settle(due, left)
+            await self._store_outcome(due, left)
             return left
-        payload = await self._answer(due, BlobOwner(due.organization_id, row.key_id))
+        payload = await self._build_answer(due, BlobOwner(due.organization_id, row.key_id))
 
         async def give(connection: AsyncConnection) -> bool:
             given = await node_answers.store_answer(
@@ -254,13 +254,13 @@ class AfterRuns:
             await hints.wake(self._broker)
         return left
 
-    async def _answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:
+    async def _build_answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:
         """Return the end of a run as its parent's node is given it: what has come of it, or why nothing has."""
         if due.status is not ExecutionStatus.COMPLETED:
-            return node_answers.encode_error_answer(*_reason(due), _cause(due))
+            return node_answers.encode_error_answer(*_describe_failure(due), _find_cause(due))
         try:
-            found = await self._outputs(due, MAX_ANSWER_CHARACTERS)
-            texts = {node_id: await self._whole(due, leaf, parent) for node_id, leaf in found.items()}
+            found = await self._read_outputs(due, MAX_ANSWER_CHARACTERS)
+            texts = {node_id: await self._read_output(due, leaf, parent) for node_id, leaf in found.items()}
         except (OutputsTooLarge, BlobLost, BlobTooLarge, InvalidBlobReference) as error:
             return node_answers.encode_error_answer(
                 "output-not-passed-on", f"The run has completed, but: {error}"
@@ -271,13 +271,13 @@ class AfterRuns:
             text = _encode({node_id: Raw(text) for node_id, text in texts.items()} or None)
         return _encode({"output": Raw(text), "port": OUTPUT})
 
-    async def _outputs(self, due: DueCompletion, max_characters: int) -> Mapping[str, LeafOutput]:
+    async def _read_outputs(self, due: DueCompletion, max_characters: int) -> Mapping[str, LeafOutput]:
         async with self._database.read() as connection:
             return await run_outputs.read_leaf_outputs(
                 connection, due.key, due.definition, max_characters=max_characters
             )
 
-    async def _whole(self, due: DueCompletion, leaf: LeafOutput, parent: BlobOwner) -> bytes:
+    async def _read_output(self, due: DueCompletion, leaf: LeafOutput, parent: BlobOwner) -> bytes:
         """Return an output as JSON, what is kept elsewhere included; files in it become the parent's too."""
         own = BlobOwner(due.organization_id, due.key_id)
         text = leaf.text
@@ -286,10 +286,12 @@ class AfterRuns:
                 own, BlobReference.from_text(text).sha256, max_bytes=MAX_ANSWER_BLOB_BYTES
             )
         if b'"$blob"' in text:
-            await self._hand_on(_references(decoding.decode(text)), own, parent)
+            await self._share_blobs(_collect_references(decoding.decode(text)), own, parent)
         return text
 
-    async def _hand_on(self, references: Sequence[BlobReference], own: BlobOwner, parent: BlobOwner) -> None:
+    async def _share_blobs(
+        self, references: Sequence[BlobReference], own: BlobOwner, parent: BlobOwner
+    ) -> None:
         """Put files among those of the parent's line of runs, as far as they are this one's and not too many."""
         left_bytes = MAX_ANSWER_BLOB_BYTES
         for reference in references:
@@ -302,21 +304,21 @@ class AfterRuns:
 
     # ── messages, and the workflow that is run about a failure ────────────────────────────────────
 
-    async def _call_back(self, due: DueCompletion, follow_up: CompletionAction) -> Failure | None:
+    async def _send_callback(self, due: DueCompletion, follow_up: CompletionAction) -> WebhookFailure | None:
         if follow_up.callback is None:
             return None
         return await self._send(due, follow_up.callback.url, "callback")
 
-    async def _on_failure(self, due: DueCompletion, follow_up: CompletionAction) -> Failure | None:
+    async def _handle_failure(self, due: DueCompletion, follow_up: CompletionAction) -> WebhookFailure | None:
         wanted = follow_up.on_failure
         if wanted is None:
             return None
         if wanted.url is not None:
             return await self._send(due, wanted.url, "on-failure")
-        return await self._run_about_failure(due, wanted.workflow_id or "")
+        return await self._start_failure_workflow(due, wanted.workflow_id or "")
 
-    async def _send(self, due: DueCompletion, url: str, kind: str) -> Failure | None:
-        body = webhooks.body_about(due, await self._sendable_outputs(due))
+    async def _send(self, due: DueCompletion, url: str, kind: str) -> WebhookFailure | None:
+        body = webhook_delivery.build_completion_body(due, await self._sendable_outputs(due))
         return await self._messages.send(due.organization_id, url, f"{due.key.execution_id}-{kind}", body)
 
     async def _sendable_outputs(self, due: DueCompletion) -> Mapping[str, LeafOutput] | None:
@@ -324,11 +326,11 @@ class AfterRuns:
         if due.status is not ExecutionStatus.COMPLETED:
             return {}
         try:
-            return await self._outputs(due, MAX_OUTPUT_CHARACTERS)
+            return await self._read_outputs(due, MAX_OUTPUT_CHARACTERS)
         except OutputsTooLarge:
             return None
 
-    async def _run_about_failure(self, due: DueCompletion, workflow_id: str) -> Failure | None:
+    async def _start_failure_workflow(self, due: DueCompletion, workflow_id: str) -> WebhookFailure | None:
         caller = RunCaller(
             due.organization_id, due.user_id, due.workflow_id, due.key.execution_id, due.key_id
         )
@@ -348,7 +350,7 @@ class AfterRuns:
         try:
             await self._runs.start_about_failure(caller, workflow_id, inputs)
         except NodeError as error:
-            return Failure(f"settings.onFailure: {error}", is_final=not error.retryable)
+            return WebhookFailure(f"settings.onFailure: {error}", is_final=not error.retryable)
         return None
 
     # ── in the background ─────────────────────────────────────────────────────────────────────────
@@ -358,15 +360,15 @@ class AfterRuns:
         seconds = self._store.clock.seconds_until(due_at)
         if seconds < MAX_TIMER_SECONDS:
             asyncio.get_running_loop().call_later(
-                seconds + WOKEN_SECONDS, self._begin, lambda: self._admit_due(key)
+                seconds + WAKE_DELAY_SECONDS, self._start_task, lambda: self._admit_due(key)
             )
 
     async def _admit_due(self, key: str) -> None:
         await self._store.promote_due()
-        await self.admit(key)
+        await self.admit_waiting(key)
 
-    def _begin(self, work: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.create_task(_quietly(work))
+    def _start_task(self, work: Callable[[], Awaitable[None]]) -> None:
+        task = asyncio.create_task(_suppress_outages(work))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -374,10 +376,10 @@ class AfterRuns:
         while True:
             # Spread out, so that workers that were started together don't all look at once.
             await asyncio.sleep(self._sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
-            await _quietly(self.sweep)
+            await _suppress_outages(self.sweep)
 
 
-async def _quietly(work: Callable[[], Awaitable[None]]) -> None:
+async def _suppress_outages(work: Callable[[], Awaitable[None]]) -> None:
     """Do what the next sweep finds again if it fails: this is the outermost loop of this work."""
     try:
         await work()
@@ -387,18 +389,18 @@ async def _quietly(work: Callable[[], Awaitable[None]]) -> None:
         log.exception("not followed up")
 
 
-def _may_succeed(failure: Failure | None) -> bool:
+def _is_retryable(failure: WebhookFailure | None) -> bool:
     return failure is not None and not failure.is_final
 
 
-def _reason(due: DueCompletion) -> tuple[str, str]:
+def _describe_failure(due: DueCompletion) -> tuple[str, str]:
     """Return why a run has no result: a code, and a sentence."""
     if due.error is not None:
         return str(due.error["code"]), str(due.error["message"])
     return due.status.value, f"The run {due.key.execution_id} was {due.status}"
 
 
-def _cause(due: DueCompletion) -> FailureCause | None:
+def _find_cause(due: DueCompletion) -> FailureCause | None:
     """Return the error of the node that made a run fail, with the execution that the node belongs to."""
     stored = due.error and due.error.get("cause")
     if not stored:
@@ -407,7 +409,7 @@ def _cause(due: DueCompletion) -> FailureCause | None:
     return msgspec.structs.replace(cause, execution_id=cause.execution_id or due.key.execution_id)
 
 
-def _references(value: Json) -> list[BlobReference]:
+def _collect_references(value: Json) -> list[BlobReference]:
     """Return the references to files in a value, each once."""
     found: dict[str, BlobReference] = {}
     waiting: list[Json] = [value]

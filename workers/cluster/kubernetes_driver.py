@@ -16,25 +16,32 @@ from pathlib import Path
 from typing import Any, Self
 
 from models import workflow_names as names
-from workers.cluster import kubernetes_api, manifests, pods
+from workers.cluster import kubernetes_api, manifests, pod_status
 from workers.cluster.change_attempts import ChangeAttempt, ChangeAttempts
-from workers.cluster.driver import ClusterForbidden, ClusterRefused, LogLine, NotDeployed, Observed, Wanted
+from workers.cluster.driver import (
+    ClusterForbidden,
+    ClusterRefused,
+    DesiredDeployment,
+    NotDeployed,
+    ObservedDeployment,
+    PodLogLine,
+)
 from workers.cluster.kubernetes_api import (
     APPLY,
     MERGE,
     KubernetesApi,
-    ObjectAbsent,
     ObjectConflict,
+    ObjectNotFound,
     RequestBudget,
 )
-from workers.cluster.manifests import Layout, Manifest
+from workers.cluster.manifests import ClusterLayout, Manifest
 from workers.cluster.quota_watch import QuotaWatch
-from workers.cluster.watch_cache import WatchCache, workflow_of
+from workers.cluster.watch_cache import WatchCache, workflow_id_of
 
 DEPLOYER = "pilotflame-deployer"
 SCALER = "pilotflame-scaler"
 MAX_LOG_BYTES = 1_000_000
-TRY_PAUSE_SECONDS = 0.1
+RETRY_PAUSE_SECONDS = 0.1
 """Between two Deployments whose refused pods are made: half of the budget of requests is left to others."""
 
 _CORE = "/api/v1"
@@ -50,34 +57,34 @@ _COLLECTIONS = {
 """Kinds of objects that a deployment is made of, in the order of removal."""
 _DELETED = "deleted"
 """Goal of a removal."""
-_OURS = f"{manifests.MANAGED_BY_LABEL}={manifests.MANAGED_BY}"
+_MANAGED_SELECTOR = f"{manifests.MANAGED_BY_LABEL}={manifests.MANAGED_BY}"
 
 
-async def connect(
-    layout: Layout, *, kubeconfig: Path | None = None, budget: RequestBudget | None = None
+async def connect_driver(
+    layout: ClusterLayout, *, kubeconfig: Path | None = None, budget: RequestBudget | None = None
 ) -> KubernetesDriver:
     """Return a driver with the rights of a kubeconfig, or of the pod's own service account.
 
     Raises `ClusterRefused` for a configuration that says nothing of a cluster.
     """
-    return KubernetesDriver(await kubernetes_api.connect(kubeconfig, budget=budget), layout)
+    return KubernetesDriver(await kubernetes_api.connect_api(kubeconfig, budget=budget), layout)
 
 
 class KubernetesDriver:
     """The deployments of one namespace."""
 
-    def __init__(self, api: KubernetesApi, layout: Layout) -> None:
+    def __init__(self, api: KubernetesApi, layout: ClusterLayout) -> None:
         self.cache = WatchCache(
             api,
-            deployments=_path(layout, "Deployment"),
-            pods=_path_of_pods(layout),
-            label=_OURS,
+            deployments=_object_path(layout, "Deployment"),
+            pods=_pods_path(layout),
+            label=_MANAGED_SELECTOR,
         )
         self._api = api
         self._layout = layout
         self._attempts = ChangeAttempts()
         quotas = f"{_CORE}/namespaces/{layout.namespace}/resourcequotas"
-        self._quotas = QuotaWatch(api, quotas, self._make_refused_pods)
+        self._quotas = QuotaWatch(api, quotas, self._retry_refused_pods)
 
     async def __aenter__(self) -> Self:
         return self
@@ -92,32 +99,32 @@ class KubernetesDriver:
 
     # ── what is wanted ────────────────────────────────────────────────────────────────────────────────────
 
-    async def apply(self, wanted: Wanted) -> None:
+    async def apply(self, wanted: DesiredDeployment) -> None:
         """Make all objects as they are wanted, and ask for the replicas.
 
         Fields that somebody else has set are taken back: the deployer decides about all that it applies, and the number
         of pods is not among it.
         """
         async with self._attempts.begin(wanted.workflow_id, wanted) as attempt:
-            for manifest in manifests.objects(wanted, self._layout):
+            for manifest in manifests.build_objects(wanted, self._layout):
                 await attempt.send(partial(self._apply_object, manifest))
             await attempt.send(partial(self.scale, wanted.workflow_id, wanted.replicas))
 
     async def _apply_object(self, manifest: Manifest) -> None:
-        path = _path(self._layout, manifest["kind"], manifest["metadata"]["name"])
+        path = _object_path(self._layout, manifest["kind"], manifest["metadata"]["name"])
         query = {"fieldManager": DEPLOYER, "force": "true"}
         try:
             await self._api.patch(path, manifest, content_type=APPLY, query=query)
-        except ObjectAbsent as error:  # there is no namespace: an apply makes what is absent itself
+        except ObjectNotFound as error:  # there is no namespace: an apply makes what is absent itself
             raise ClusterForbidden(f"The API server has no place for {path}: {error}") from error
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
         """Ask for so many pods; raises `NotDeployed`."""
-        path = _path(self._layout, "Deployment", names.workflow_name(workflow_id))
+        path = _object_path(self._layout, "Deployment", names.workflow_name(workflow_id))
         change = {"spec": {"replicas": replicas}}
         try:
             scaled = await self._api.patch(path, change, content_type=MERGE, query={"fieldManager": SCALER})
-        except ObjectAbsent as error:
+        except ObjectNotFound as error:
             raise NotDeployed(f"{workflow_id} is not deployed in {self._layout.namespace}") from error
         if self.cache.is_open:
             self.cache.deployments.put(scaled)
@@ -127,8 +134,8 @@ class KubernetesDriver:
 
         The Deployment is the last to go: as long as anything is left, it shows that there is.
         """
-        deployments, listed = await self._found(workflow_id)
-        if any(not pods.has_ended(pod) for pod in listed):
+        deployments, listed = await self._list_objects(workflow_id)
+        if any(not pod_status.has_ended(pod) for pod in listed):
             if any(one["spec"].get("replicas") for one in deployments):
                 with suppress(NotDeployed):
                     await self.scale(workflow_id, 0)
@@ -137,7 +144,7 @@ class KubernetesDriver:
             return await self._remove_all(workflow_id, attempt)
 
     async def _remove_all(self, workflow_id: str, attempt: ChangeAttempt) -> bool:
-        label = _selector(manifests.selector(workflow_id))
+        label = _format_selector(manifests.workflow_labels(workflow_id))
 
         async def listed(path: str) -> Sequence[Manifest]:
             items, _ = await attempt.send(partial(self._api.list, path, label))
@@ -147,10 +154,10 @@ class KubernetesDriver:
             left = [
                 (kind, one["metadata"])
                 for kind in _COLLECTIONS
-                for one in await listed(_path(self._layout, kind))
+                for one in await listed(_object_path(self._layout, kind))
             ]
             if not left:
-                return not await listed(_path_of_pods(self._layout))
+                return not await listed(_pods_path(self._layout))
             for kind, metadata in left:
                 if "deletionTimestamp" not in metadata:
                     await attempt.send(partial(self._remove, kind, metadata))
@@ -159,10 +166,11 @@ class KubernetesDriver:
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
         """Delete these pods: their ReplicaSet makes others at once, beside those that take long to end."""
         for name in pods:
-            with suppress(ObjectAbsent, ObjectConflict):
-                deleted = await self._api.request("DELETE", _path_of_pods(self._layout, name))
+            with suppress(ObjectNotFound, ObjectConflict):
+                deleted = await self._api.request("DELETE", _pods_path(self._layout, name))
                 known = {
-                    pod["metadata"]["name"] for pod in self.cache.pods.of(names.workflow_name(workflow_id))
+                    pod["metadata"]["name"]
+                    for pod in self.cache.pods.objects_of(names.workflow_name(workflow_id))
                 }
                 # One that the watch has taken away already must not come back.
                 if name in known and deleted.get("kind") == "Pod":
@@ -171,74 +179,76 @@ class KubernetesDriver:
     async def _remove(self, kind: str, metadata: Mapping[str, Any]) -> None:
         # What was made anew under the same name meanwhile is not what was found: its uid differs.
         options = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
-        with suppress(ObjectAbsent, ObjectConflict):
-            await self._api.request("DELETE", _path(self._layout, kind, metadata["name"]), body=options)
+        with suppress(ObjectNotFound, ObjectConflict):
+            await self._api.request(
+                "DELETE", _object_path(self._layout, kind, metadata["name"]), body=options
+            )
 
     # ── what there is ─────────────────────────────────────────────────────────────────────────────────────
 
-    async def observe(self, workflow_id: str) -> Observed:
+    async def observe(self, workflow_id: str) -> ObservedDeployment:
         """Read the Deployment and its pods, from the cache while a watch is open."""
-        return self._observed(workflow_id, *await self._found(workflow_id))
+        return self._summarize(workflow_id, *await self._list_objects(workflow_id))
 
-    async def observe_uncached(self, workflow_id: str) -> Observed:
+    async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
         """Read the Deployment and its pods: it alone never says why none comes up."""
-        return self._observed(workflow_id, *await self._read(workflow_id))
+        return self._summarize(workflow_id, *await self._read_objects(workflow_id))
 
-    async def list(self) -> tuple[Observed, ...]:
+    async def list(self) -> tuple[ObservedDeployment, ...]:
         """Tell of all Deployments of ours."""
         if self.cache.is_open:
-            await self.cache.synced(self._api.request_seconds)
+            await self.cache.wait_synced(self._api.request_seconds)
             deployments: Sequence[Manifest] = tuple(self.cache.deployments)
             all_pods: Sequence[Manifest] = tuple(self.cache.pods)
         else:
-            deployments, _ = await self._api.list(_path(self._layout, "Deployment"), _OURS)
-            all_pods, _ = await self._api.list(_path_of_pods(self._layout), _OURS)
+            deployments, _ = await self._api.list(_object_path(self._layout, "Deployment"), _MANAGED_SELECTOR)
+            all_pods, _ = await self._api.list(_pods_path(self._layout), _MANAGED_SELECTOR)
         by_name: dict[str, list[Manifest]] = {}
         for pod in all_pods:
             by_name.setdefault(pod["metadata"]["labels"].get(manifests.WORKFLOW_LABEL, ""), []).append(pod)
         return tuple(
-            self._observed(workflow_id, [one], by_name.get(one["metadata"]["name"], []))
+            self._summarize(workflow_id, [one], by_name.get(one["metadata"]["name"], []))
             for one in deployments
-            if (workflow_id := workflow_of(one)) is not None
+            if (workflow_id := workflow_id_of(one)) is not None
         )
 
-    async def _found(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
+    async def _list_objects(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
         """Return the Deployments and pods of a workflow."""
         if not self.cache.is_open:
-            return await self._read(workflow_id)
-        await self.cache.synced(self._api.request_seconds)
+            return await self._read_objects(workflow_id)
+        await self.cache.wait_synced(self._api.request_seconds)
         name = names.workflow_name(workflow_id)
-        return self.cache.deployments.of(name), self.cache.pods.of(name)
+        return self.cache.deployments.objects_of(name), self.cache.pods.objects_of(name)
 
-    async def _read(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
-        label = _selector(manifests.selector(workflow_id))
+    async def _read_objects(self, workflow_id: str) -> tuple[Sequence[Manifest], Sequence[Manifest]]:
+        label = _format_selector(manifests.workflow_labels(workflow_id))
         (deployments, _), (listed, _) = await asyncio.gather(
-            self._api.list(_path(self._layout, "Deployment"), label),
-            self._api.list(_path_of_pods(self._layout), label),
+            self._api.list(_object_path(self._layout, "Deployment"), label),
+            self._api.list(_pods_path(self._layout), label),
         )
         return deployments, listed
 
-    def _observed(
+    def _summarize(
         self, workflow_id: str, deployments: Sequence[Manifest], listed: Sequence[Manifest]
-    ) -> Observed:
+    ) -> ObservedDeployment:
         name = names.workflow_name(workflow_id)
         deployment = next((one for one in deployments if one["metadata"]["name"] == name), None)
-        return pods.observed(workflow_id, deployment, listed, port=self._layout.port)
+        return pod_status.summarize_deployment(workflow_id, deployment, listed, port=self._layout.port)
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
         """Return the addresses of the ready pods."""
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
-    async def logs(self, workflow_id: str, *, limit: int) -> tuple[LogLine, ...]:
+    async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
         """Return the last lines of all pods by their times, of a crashed container its last run's."""
-        label = _selector(manifests.selector(workflow_id))
-        listed, _ = await self._api.list(_path_of_pods(self._layout), label)
-        read = await asyncio.gather(*(self._log_of(pod, limit) for pod in listed))
+        label = _format_selector(manifests.workflow_labels(workflow_id))
+        listed, _ = await self._api.list(_pods_path(self._layout), label)
+        read = await asyncio.gather(*(self._read_pod_log(pod, limit) for pod in listed))
         lines = sorted((line for lines in read for line in lines), key=lambda line: line.at or "")
         return tuple(lines[-limit:])
 
-    async def _log_of(self, pod: Manifest, limit: int) -> Sequence[LogLine]:
+    async def _read_pod_log(self, pod: Manifest, limit: int) -> Sequence[PodLogLine]:
         name: str = pod["metadata"]["name"]
         query = {
             "container": manifests.CONTAINER,
@@ -246,14 +256,14 @@ class KubernetesDriver:
             "limitBytes": str(MAX_LOG_BYTES),
             "timestamps": "true",
         }
-        if pods.is_between_crashes(pod):
+        if pod_status.is_between_crashes(pod):
             query["previous"] = "true"
         try:
-            text = await self._api.read("GET", f"{_path_of_pods(self._layout, name)}/log", query=query)
-        except (ObjectAbsent, ClusterRefused):
+            text = await self._api.read("GET", f"{_pods_path(self._layout, name)}/log", query=query)
+        except (ObjectNotFound, ClusterRefused):
             return ()  # it is gone, or has written nothing yet: its container waits to be started
         return [
-            LogLine(name, at, line)
+            PodLogLine(name, at, line)
             for at, _, line in (row.partition(" ") for row in text.decode(errors="replace").splitlines())
         ]
 
@@ -270,37 +280,37 @@ class KubernetesDriver:
             quotas.cancel()
             await asyncio.gather(quotas, return_exceptions=True)
 
-    async def _make_refused_pods(self) -> None:
+    async def _retry_refused_pods(self) -> None:
         """Have ReplicaSets that a quota has refused try again now: a change of theirs wakes them up.
 
         Requests of others go between, and nothing is asked for in vain once the quota is full again.
         """
-        refused = [one for one in self.cache.deployments if pods.is_over_quota(one)]
+        refused = [one for one in self.cache.deployments if pod_status.is_over_quota(one)]
         for one in refused:
             if self._quotas.is_full:
                 return
-            path = _path(self._layout, "Deployment", one["metadata"]["name"])
-            mark = {manifests.TRIED_ANNOTATION: secrets.token_hex(4)}
-            with suppress(ObjectAbsent):
+            path = _object_path(self._layout, "Deployment", one["metadata"]["name"])
+            mark = {manifests.RETRIED_ANNOTATION: secrets.token_hex(4)}
+            with suppress(ObjectNotFound):
                 await self._api.patch(
                     path,
                     {"metadata": {"annotations": mark}},
                     content_type=MERGE,
                     query={"fieldManager": SCALER},
                 )
-            await asyncio.sleep(TRY_PAUSE_SECONDS)
+            await asyncio.sleep(RETRY_PAUSE_SECONDS)
 
 
-def _path(layout: Layout, kind: str, name: str | None = None) -> str:
+def _object_path(layout: ClusterLayout, kind: str, name: str | None = None) -> str:
     group, plural = _COLLECTIONS[kind]
     path = f"{group}/namespaces/{layout.namespace}/{plural}"
     return path if name is None else f"{path}/{name}"
 
 
-def _path_of_pods(layout: Layout, name: str | None = None) -> str:
+def _pods_path(layout: ClusterLayout, name: str | None = None) -> str:
     path = f"{_CORE}/namespaces/{layout.namespace}/pods"
     return path if name is None else f"{path}/{name}"
 
 
-def _selector(labels: Mapping[str, str]) -> str:
+def _format_selector(labels: Mapping[str, str]) -> str:
     return ",".join(f"{name}={value}" for name, value in labels.items())

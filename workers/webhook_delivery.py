@@ -31,8 +31,8 @@ RETRY_SECONDS: Final = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86
 JITTER: Final = 0.2
 """The share of a pause that is added to it at random."""
 MAX_OUTPUT_CHARACTERS: Final = 262_144
-GONE: Final = 410
-_FINAL: Final = frozenset(
+GONE_STATUS: Final = 410
+_FINAL_REFUSALS: Final = frozenset(
     {
         OutboundRefusalCode.INVALID_URL,
         OutboundRefusalCode.INVALID_REQUEST,
@@ -45,7 +45,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
-class Failure:
+class WebhookFailure:
     """Why something was not done."""
 
     message: str
@@ -53,14 +53,14 @@ class Failure:
     """Another attempt would fail as well."""
 
 
-def pause_seconds(attempts: int, chance: float) -> float | None:
+def retry_delay_seconds(attempts: int, chance: float) -> float | None:
     """Return how long to wait after so many attempts, by a chance from 0 to 1; None: it has been tried enough."""
     if attempts > len(RETRY_SECONDS):
         return None
     return RETRY_SECONDS[attempts - 1] * (1 + JITTER * chance)
 
 
-def body_about(due: DueCompletion, outputs: Mapping[str, LeafOutput] | None) -> bytes:
+def build_completion_body(due: DueCompletion, outputs: Mapping[str, LeafOutput] | None) -> bytes:
     """Return what is said about the end of a run; without `outputs`, that they are too large to be sent along."""
     data: dict[str, object] = {
         "executionId": due.key.execution_id,
@@ -84,7 +84,7 @@ def body_about(due: DueCompletion, outputs: Mapping[str, LeafOutput] | None) -> 
     )
 
 
-class Webhooks:
+class WebhookSender:
     """Signs messages by the secrets of an organisation, and sends them by the guarded way out."""
 
     def __init__(self, database: Database, vault: SecretVault, http: HttpClientService) -> None:
@@ -92,11 +92,13 @@ class Webhooks:
         self._vault = vault
         self._http = http
 
-    async def send(self, organization_id: str, url: str, message_id: str, body: bytes) -> Failure | None:
+    async def send(
+        self, organization_id: str, url: str, message_id: str, body: bytes
+    ) -> WebhookFailure | None:
         """Send one message once; returns why it did not arrive. Raises `DatabaseUnavailable`."""
         secrets = await self._secrets(organization_id)
         if not secrets:
-            return Failure(
+            return WebhookFailure(
                 "The organisation has no signing secret: POST /api/v1/auth/signing-secret makes one"
             )
         now = int(self._database.clock.now().timestamp())
@@ -116,21 +118,21 @@ class Webhooks:
                 follow_redirects=False,
             )
         except OutboundRefused as error:
-            return Failure(error.message, is_final=error.code in _FINAL)
+            return WebhookFailure(error.message, is_final=error.code in _FINAL_REFUSALS)
         except OutboundError as error:
-            return Failure(str(error))
+            return WebhookFailure(str(error))
         if 200 <= response.status < 300:  # noqa: PLR2004 - the statuses of success
             return None
-        return Failure(f"The answer was {response.status}", is_final=response.status == GONE)
+        return WebhookFailure(f"The answer was {response.status}", is_final=response.status == GONE_STATUS)
 
     async def _secrets(self, organization_id: str) -> Sequence[str]:
         async with self._database.read() as connection:
             rows = await connection.execute(signing_secrets.valid_secrets_statement(organization_id))
             found = [SigningSecret(**row) for row in rows.mappings()]
         # In a thread: what opens them is loaded and derived by the first use.
-        return await asyncio.to_thread(self._opened, found)
+        return await asyncio.to_thread(self._decrypt_secrets, found)
 
-    def _opened(self, found: Sequence[SigningSecret]) -> Sequence[str]:
+    def _decrypt_secrets(self, found: Sequence[SigningSecret]) -> Sequence[str]:
         opened: list[str] = []
         for row in found:
             try:

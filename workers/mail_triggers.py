@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from mail.reception import MailReception
 
 _AUTOMATIC_REPORTS: Final = frozenset({"delivery-status", "disposition-notification"})
-_ANSWERED: Final = ("in-reply-to", "references")
+_REPLY_HEADERS: Final = ("in-reply-to", "references")
 
 
-def read(
+def parse_mail(
     unread: UnparsedMail, contents: list[bytes], keep: KeepAttachment
 ) -> tuple[ParsedMailContent, MailReception]:
     """Return the mail that a content is, and how it was received; raises `InvalidMail`.
@@ -43,7 +43,7 @@ def read(
     return mail, reception.add_envelope(received, unread.sender, unread.recipients)
 
 
-def trigger_of(
+def build_trigger(
     mail: ParsedMailContent, received: MailReception, references: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Return what the trigger node gives, with the references to the attachments that were handed out, in order."""
@@ -56,7 +56,7 @@ def trigger_of(
     return {**mail.as_json(attachments), **received.as_json()}
 
 
-def rejection(received: MailReception, screening: ScreeningRules | None) -> str | None:
+def rejection_reason(received: MailReception, screening: ScreeningRules | None) -> str | None:
     """Return why the trigger's rules reject a mail; None: they let it run."""
     if screening is None:
         return None
@@ -70,20 +70,20 @@ def rejection(received: MailReception, screening: ScreeningRules | None) -> str 
 
 def is_automatic(mail: ParsedMailContent) -> bool:
     """Tell whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522)."""
-    submitted = headers.parse_parameters(_header(mail, "auto-submitted"))[0]
-    content_type, parameters = headers.parse_parameters(_header(mail, "content-type"))
+    submitted = headers.parse_parameters(_first_header(mail, "auto-submitted"))[0]
+    content_type, parameters = headers.parse_parameters(_first_header(mail, "content-type"))
     reports = parameters.get("report-type", "").lower()
     return submitted == "auto-replied" or (
         content_type == "multipart/report" and reports in _AUTOMATIC_REPORTS
     )
 
 
-def answers_ours(mail: ParsedMailContent) -> bool:
+def is_reply_to_workflow(mail: ParsedMailContent) -> bool:
     """Tell whether a mail answers one that a workflow has sent."""
-    named = " ".join(_header(mail, name) for name in _ANSWERED)
+    named = " ".join(_first_header(mail, name) for name in _REPLY_HEADERS)
     return any(composition.is_workflow_mail(one) for one in named.split())
 
 
-def _header(mail: ParsedMailContent, name: str) -> str:
+def _first_header(mail: ParsedMailContent, name: str) -> str:
     values = next((value for each, value in mail.email_headers.items() if each.lower() == name), "")
     return values if isinstance(values, str) else " ".join(values)

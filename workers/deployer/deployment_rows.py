@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
     from models.database import Database
 
-HELD_SECONDS: Final = 15
+LOCK_SECONDS: Final = 15
 """How long a deployer that has died keeps others from what it was at. Whoever takes longer may find another at it too:
 both do the same.
 """
 BATCH_DEPLOYMENTS: Final = 1_000
-_UNSETTLED: Final = (
+_UNSETTLED_CONDITIONS: Final = (
     *(ObservedState.ABSENT, ObservedState.STARTING, ObservedState.STOPPING),
     *(ObservedState.FAILED, ObservedState.OUTDATED, ObservedState.UNKNOWN),
 )
@@ -43,16 +43,16 @@ class PodResources(msgspec.Struct, rename="camel"):
     memory_mebibytes: int | None = None
 
 
-class _Settings(msgspec.Struct):
+class _DefinitionSettings(msgspec.Struct):
     resources: PodResources | None = None
 
 
-class _Definition(msgspec.Struct):
-    settings: _Settings = msgspec.field(default_factory=_Settings)
+class _DeployedDefinition(msgspec.Struct):
+    settings: _DefinitionSettings = msgspec.field(default_factory=_DefinitionSettings)
 
 
 @dataclass(frozen=True, slots=True)
-class Sighting:
+class ObservedStatus:
     """What is stored of what was seen; `observed_generation` is that of what had been carried out by then."""
 
     observed: ObservedState
@@ -68,16 +68,16 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class DeploymentSnapshot:
     """A deployment's row, and the database's time when it was read."""
 
     deployment: Deployment
     now: datetime
 
 
-def last_sighting(deployment: Deployment) -> Sighting:
+def stored_status(deployment: Deployment) -> ObservedStatus:
     """Return what was stored last."""
-    return Sighting(
+    return ObservedStatus(
         ObservedState(deployment.observed),
         deployment.observed_generation,
         deployment.observed_replicas,
@@ -91,7 +91,7 @@ def last_sighting(deployment: Deployment) -> Sighting:
     )
 
 
-async def find(database: Database, workflow_id: str) -> Found | None:
+async def find_deployment(database: Database, workflow_id: str) -> DeploymentSnapshot | None:
     """Return what is wanted of a deployment; raises `DatabaseUnavailable`."""
     statement = select(Deployment, DatabaseTime().label("now")).where(
         col(Deployment.workflow_id) == workflow_id
@@ -101,10 +101,10 @@ async def find(database: Database, workflow_id: str) -> Found | None:
     if row is None:
         return None
     columns = {name: value for name, value in row.items() if name != "now"}
-    return Found(Deployment(**columns), from_microseconds(row["now"]))
+    return DeploymentSnapshot(Deployment(**columns), from_microseconds(row["now"]))
 
 
-async def unsettled(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
+async def list_unsettled(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
     """Return workflows that need a look, with the generations of their rows, in batches.
 
     Raises `DatabaseUnavailable`.
@@ -112,7 +112,7 @@ async def unsettled(database: Database, *, after: str = "") -> Sequence[tuple[st
     is_unsettled = or_(
         col(Deployment.generation) != col(Deployment.observed_generation),
         col(Deployment.drain_until).is_not(None),
-        col(Deployment.observed).in_(_UNSETTLED),
+        col(Deployment.observed).in_(_UNSETTLED_CONDITIONS),
     )
     is_gone = col(Deployment.is_deployed).is_(False) & (col(Deployment.observed) == ObservedState.ABSENT)
     statement = (
@@ -125,7 +125,7 @@ async def unsettled(database: Database, *, after: str = "") -> Sequence[tuple[st
         return [(row[0], row[1]) for row in await connection.execute(statement)]
 
 
-async def present(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
+async def list_present(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
     """Return workflows of which a cluster has, or may have something, with the generations of their rows, in batches.
 
     Raises `DatabaseUnavailable`.
@@ -146,9 +146,9 @@ async def present(database: Database, *, after: str = "") -> Sequence[tuple[str,
 # ── one deployer at a time ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def hold(database: Database, workflow_id: str, deployer: str) -> bool:
+async def lock_deployment(database: Database, workflow_id: str, deployer: str) -> bool:
     """Keep other deployers from a deployment for a while; False where another is at it."""
-    until = DatabaseTime() + HELD_SECONDS * 1_000_000
+    until = DatabaseTime() + LOCK_SECONDS * 1_000_000
     is_free = or_(
         col(Deployment.held_by).is_(None),
         col(Deployment.held_by) == deployer,
@@ -166,7 +166,7 @@ async def hold(database: Database, workflow_id: str, deployer: str) -> bool:
     return await database.transaction(work)
 
 
-async def release(database: Database, workflow_id: str, deployer: str) -> None:
+async def unlock_deployment(database: Database, workflow_id: str, deployer: str) -> None:
     """Let other deployers at it again."""
     statement = (
         update(Deployment)
@@ -179,9 +179,9 @@ async def release(database: Database, workflow_id: str, deployer: str) -> None:
 # ── what was seen ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def note(database: Database, before: Deployment, sighting: Sighting) -> bool:
+async def store_status(database: Database, before: Deployment, sighting: ObservedStatus) -> bool:
     """Store what was seen; False where somebody has changed what is wanted, or has noted something else, meanwhile."""
-    last = last_sighting(before)
+    last = stored_status(before)
     if sighting == last:
         return True
     since = before.observed_at if sighting.observed is last.observed else None
@@ -212,7 +212,7 @@ async def note(database: Database, before: Deployment, sighting: Sighting) -> bo
 # ── what pods are given ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
+async def ensure_token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
     """Return the token that pods are started with from now on."""
     bearer = TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.lane)
     token_id = deployment_token.new_token_id()
@@ -223,7 +223,7 @@ async def token(database: Database, deployment: Deployment, *, secret: bytes, no
     )
 
 
-async def resources(database: Database, deployment: Deployment) -> PodResources:
+async def pod_resources(database: Database, deployment: Deployment) -> PodResources:
     """Return what the deployed definition says of its pods."""
     statement = select(col(Definition.body)).where(
         col(Definition.organization_id) == deployment.organization_id,
@@ -234,4 +234,4 @@ async def resources(database: Database, deployment: Deployment) -> PodResources:
         body: str | None = await connection.scalar(statement)
     if body is None:
         return PodResources()
-    return decoding.decode(body, _Definition).settings.resources or PodResources()
+    return decoding.decode(body, _DeployedDefinition).settings.resources or PodResources()

@@ -11,24 +11,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
-_BOOT = _PROC / "sys/kernel/random/boot_id"
+_BOOT_ID_FILE = _PROC / "sys/kernel/random/boot_id"
 _SHELL = "/bin/sh"
-_LAUNCH = 'cd "$0" && read -r birth </proc/$$/stat && echo "$birth" >../process && exec "$@"'
+_LAUNCH_SCRIPT = 'cd "$0" && read -r birth </proc/$$/stat && echo "$birth" >../process && exec "$@"'
 """A process writes its own certificate of birth before it becomes the program: nothing that runs goes unrecorded,
 wherever the one that started it is killed."""
-CERTIFICATE = "process"
+BIRTH_FILE = "process"
 _STATE_FIELD = 0
 _BIRTH_FIELD = 19
 """Of what follows the name in /proc/PID/stat (proc(5) counts it as the 22nd): clock ticks from boot to start."""
 
 
-def boot_id() -> str:
+def read_boot_id() -> str:
     """Return what no two boots of a machine share; times of birth start over with each."""
-    return _BOOT.read_text().strip()
+    return _BOOT_ID_FILE.read_text().strip()
 
 
 @dataclass(frozen=True)
-class Process:
+class LocalProcess:
     """A number, and when the process that it stands for was born."""
 
     pid: int
@@ -36,7 +36,7 @@ class Process:
 
     @property
     def is_alive(self) -> bool:
-        found = _state_and_birth(self.pid)
+        found = _read_state_and_birth(self.pid)
         return found is not None and found[0] not in {"Z", "X"} and found[1] == self.birth
 
     def send(self, number: signal.Signals) -> None:
@@ -54,7 +54,7 @@ class Process:
         if self.is_alive:
             _kill_group(self.pid)
 
-    async def ended(self) -> int | None:
+    async def wait_ended(self) -> int | None:
         """Wait until it has ended; return its exit code (minus the signal that ended it) if it is a child of ours."""
         if self.is_alive:
             try:
@@ -63,15 +63,15 @@ class Process:
                 return None
             try:
                 if self.is_alive:
-                    await _readable(handle)
+                    await _wait_readable(handle)
                     # What it has started bears its number still, which nobody else can be given meanwhile.
                     _kill_group(self.pid)
             finally:
                 os.close(handle)
-        return self._reaped()
+        return self._reap()
 
-    def _reaped(self) -> int | None:
-        found = _state_and_birth(self.pid)
+    def _reap(self) -> int | None:
+        found = _read_state_and_birth(self.pid)
         if found is None or found[1] != self.birth:
             return None
         _kill_group(self.pid)
@@ -86,14 +86,16 @@ def _kill_group(number: int) -> None:
         os.killpg(number, signal.SIGKILL)
 
 
-def start(command: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]) -> Process:
+def start_process(
+    command: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]
+) -> LocalProcess:
     """Start a program in a session of its own with nothing but this environment, which works in `folder`."""
     # Of an earlier process, were it not: one that dies before it writes its own would be taken for that.
-    (folder.parent / CERTIFICATE).unlink(missing_ok=True)
+    (folder.parent / BIRTH_FILE).unlink(missing_ok=True)
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     pid = os.posix_spawn(
         _SHELL,
-        [_SHELL, "-c", _LAUNCH, str(folder), *command],
+        [_SHELL, "-c", _LAUNCH_SCRIPT, str(folder), *command],
         dict(environment),
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -104,36 +106,36 @@ def start(command: Sequence[str], *, folder: Path, log: Path, environment: Mappi
         setsigmask=[],
         setsigdef=[signal.SIGPIPE, signal.SIGINT, signal.SIGTERM],
     )
-    found = _state_and_birth(pid)
-    return Process(pid, found[1] if found is not None else 0)
+    found = _read_state_and_birth(pid)
+    return LocalProcess(pid, found[1] if found is not None else 0)
 
 
-def find(folder: Path) -> Process | None:
+def find_process(folder: Path) -> LocalProcess | None:
     """Return the process that wrote its certificate beside `folder`; it may have ended since."""
     try:
-        line = (folder.parent / CERTIFICATE).read_text()
+        line = (folder.parent / BIRTH_FILE).read_text()
     except FileNotFoundError:
         return None
     if not line.endswith("\n"):
         return None
-    return Process(int(line.split(" ", 1)[0]), int(_after_name(line)[_BIRTH_FIELD]))
+    return LocalProcess(int(line.split(" ", 1)[0]), int(_fields_after_name(line)[_BIRTH_FIELD]))
 
 
-def _state_and_birth(pid: int) -> tuple[str, int] | None:
+def _read_state_and_birth(pid: int) -> tuple[str, int] | None:
     try:
         line = (_PROC / str(pid) / "stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return None
-    fields = _after_name(line)
+    fields = _fields_after_name(line)
     return fields[_STATE_FIELD], int(fields[_BIRTH_FIELD])
 
 
-def _after_name(line: str) -> Sequence[str]:
+def _fields_after_name(line: str) -> Sequence[str]:
     # A program's name may hold blanks and brackets; the last bracket ends it.
     return line.rpartition(") ")[2].split()
 
 
-async def _readable(handle: int) -> None:
+async def _wait_readable(handle: int) -> None:
     loop = asyncio.get_running_loop()
     is_readable = asyncio.Event()
     loop.add_reader(handle, is_readable.set)

@@ -11,11 +11,11 @@ from typing import Final
 MAX_DOUBLINGS: Final = 16
 JITTER: Final = 0.25
 """Share of a delay that is added at random, so that retries of many workflows spread out."""
-SHORTEST_SECONDS: Final = 0.05
+MIN_DELAY_SECONDS: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Backoff:
+class RetryBackoff:
     """Delays between retries, in seconds: the first one, doubled by each retry, up to the longest."""
 
     first_seconds: float
@@ -28,16 +28,16 @@ class Backoff:
 
 
 @dataclass(frozen=True, slots=True)
-class Retry:
+class ScheduledRetry:
     """Another look that a workflow needs, if nothing is heard of it before."""
 
-    backoff: Backoff
+    backoff: RetryBackoff
     within_seconds: float | None = None
     """Upper bound of this delay, such as the time until a start is overdue; None: none but the back-off's."""
 
 
 @dataclass(slots=True)
-class _Entry:
+class _QueueEntry:
     generation: int | None = None
     """Generation of the row at the last look; None before it."""
     is_queued: bool = False
@@ -54,14 +54,14 @@ class _Entry:
             self.timer = None
 
 
-class LookQueue:
+class ReconcileQueue:
     """Workflows in the order in which they are reconciled: those that somebody waits for come first.
 
     It belongs to one event loop.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, _QueueEntry] = {}
         self._urgent: deque[str] = deque()
         self._routine: deque[str] = deque()
         self._is_filled = asyncio.Event()
@@ -103,7 +103,9 @@ class LookQueue:
                 return workflow_id
             # It stood in both queues, and has been taken from the urgent one.
 
-    def finish(self, workflow_id: str, retry: Retry | None, *, generation: int | None = None) -> None:
+    def finish(
+        self, workflow_id: str, retry: ScheduledRetry | None, *, generation: int | None = None
+    ) -> None:
         """End a look: schedule the retry, or forget the workflow where nothing more is expected."""
         entry = self._entries[workflow_id]
         entry.is_taken = False
@@ -125,7 +127,7 @@ class LookQueue:
             entry.stop_timer()
 
     def _enqueue(self, workflow_id: str, *, is_urgent: bool) -> None:
-        entry = self._entries.setdefault(workflow_id, _Entry())
+        entry = self._entries.setdefault(workflow_id, _QueueEntry())
         if entry.is_taken:
             entry.is_asked_again = True
             entry.is_urgent |= is_urgent
@@ -134,12 +136,12 @@ class LookQueue:
             (self._urgent if is_urgent else self._routine).append(workflow_id)
             self._is_filled.set()
 
-    def _schedule(self, workflow_id: str, entry: _Entry, retry: Retry) -> None:
+    def _schedule(self, workflow_id: str, entry: _QueueEntry, retry: ScheduledRetry) -> None:
         """Arm the timer; one that is armed already stays, unless this retry is due before it."""
         loop = asyncio.get_running_loop()
         delay = retry.backoff.delay(entry.retries)
         if retry.within_seconds is not None:
-            delay = min(delay, max(retry.within_seconds, SHORTEST_SECONDS))
+            delay = min(delay, max(retry.within_seconds, MIN_DELAY_SECONDS))
         if entry.timer is not None:
             if entry.timer.when() <= loop.time() + delay:
                 return

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Iterable
 
 
-class Changes:
+class ChangedWorkflows:
     """Ids of workflows to observe: one that changes many times before it is looked at is told once."""
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Changes:
         if self._ids:
             self._is_there.set()
 
-    async def next(self) -> str:
+    async def take_oldest(self) -> str:
         """Return the one that has waited longest."""
         await self._is_there.wait()
         workflow_id = next(iter(self._ids))

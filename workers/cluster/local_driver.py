@@ -23,27 +23,33 @@ import structlog
 
 from json_text import decoding
 from models import workflow_names as names
-from workers.cluster.changes import Changes
-from workers.cluster.driver import ClusterRefused, LogLine, NotDeployed, Observed, Wanted
-from workers.cluster.files import replace_file
-from workers.cluster.local_pod import RECORD, Limits, LocalPod, Record, new_name
+from workers.cluster.atomic_files import replace_file
+from workers.cluster.changed_workflows import ChangedWorkflows
+from workers.cluster.driver import (
+    ClusterRefused,
+    DesiredDeployment,
+    NotDeployed,
+    ObservedDeployment,
+    PodLogLine,
+)
+from workers.cluster.local_pod import POD_FILE, LocalPod, LocalPodLimits, LocalPodRecord, new_pod_name
 
-KEPT = "deployment.json"
-LOCK = "lock"
+DEPLOYMENT_FILE = "deployment.json"
+LOCK_FILE = "lock"
 DELETE_SECONDS = 5.0
 
 log = structlog.get_logger()
 
 
-class Kept(msgspec.Struct, frozen=True):
+class LocalDeploymentRecord(msgspec.Struct, frozen=True):
     """What is kept of a deployment: all that was wanted of it, its token among that."""
 
-    wanted: Wanted
+    wanted: DesiredDeployment
     is_deleted: bool = False
 
 
 @dataclass(frozen=True)
-class Copy:
+class PodCopy:
     """What a decision about a pod depends on."""
 
     name: str
@@ -52,14 +58,14 @@ class Copy:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ScalePlan:
     """How many pods to start, and which to stop."""
 
     starts: int
     stops: tuple[str, ...]
 
 
-def plan(copies: Sequence[Copy], *, template: str, replicas: int) -> Plan:
+def plan_scaling(copies: Sequence[PodCopy], *, template: str, replicas: int) -> ScalePlan:
     """Decide what brings the pods that live to as many of one template.
 
     A pod of another template stays until one of this is ready in its place.
@@ -69,11 +75,11 @@ def plan(copies: Sequence[Copy], *, template: str, replicas: int) -> Plan:
     others = [copy for copy in ready_first if copy.template != template]
     replaced = sum(copy.is_ready for copy in current)
     surplus = current[replicas:] + others[max(0, replicas - replaced) :]
-    return Plan(starts=max(0, replicas - len(current)), stops=tuple(copy.name for copy in surplus))
+    return ScalePlan(starts=max(0, replicas - len(current)), stops=tuple(copy.name for copy in surplus))
 
 
 async def open_local(
-    folder: Path, *, runs_without_isolation: bool, limits: Limits | None = None
+    folder: Path, *, runs_without_isolation: bool, limits: LocalPodLimits | None = None
 ) -> LocalDriver:
     """Return a driver whose pods live in a folder, with those that live there already.
 
@@ -84,7 +90,7 @@ async def open_local(
         raise ClusterRefused(
             "Local pods are not isolated from each other nor from this user: only `dev` runs them"
         )
-    driver = LocalDriver(folder, _lock(folder), limits or Limits())
+    driver = LocalDriver(folder, _lock_folder(folder), limits or LocalPodLimits())
     driver.adopt()
     return driver
 
@@ -92,13 +98,13 @@ async def open_local(
 class LocalDriver:
     """The pods of one folder."""
 
-    def __init__(self, folder: Path, lock: int, limits: Limits) -> None:
+    def __init__(self, folder: Path, lock: int, limits: LocalPodLimits) -> None:
         self._folder = folder.resolve()
         self._lock = lock
         self._limits = limits
         self._session = aiohttp.ClientSession()
         self._deployments: dict[str, LocalDeployment] = {}
-        self._watchers: set[Changes] = set()
+        self._watchers: set[ChangedWorkflows] = set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -108,13 +114,13 @@ class LocalDriver:
 
     def adopt(self) -> None:
         """Take over what an earlier deployer has left running."""
-        for kept in sorted(self._folder.glob(f"*/{KEPT}")):
+        for kept in sorted(self._folder.glob(f"*/{DEPLOYMENT_FILE}")):
             try:
-                found = decoding.decode(kept.read_bytes(), Kept)
+                found = decoding.decode(kept.read_bytes(), LocalDeploymentRecord)
             except msgspec.DecodeError as error:
                 log.warning("local deployment not readable", path=str(kept), error=str(error))
                 continue
-            self._hold(found).adopt()
+            self._add_deployment(found).adopt()
 
     async def close(self) -> None:
         """Leave the pods running for the next deployer."""
@@ -129,31 +135,31 @@ class LocalDriver:
         await self.close()
         await asyncio.gather(*(pod.end(patience_seconds) for pod in pods))
 
-    async def apply(self, wanted: Wanted) -> None:
+    async def apply(self, wanted: DesiredDeployment) -> None:
         """Keep what is wanted, and begin to bring it about."""
-        kept = Kept(wanted)
-        deployment = self._deployments.get(wanted.workflow_id) or self._hold(kept)
-        deployment.want(kept)
+        kept = LocalDeploymentRecord(wanted)
+        deployment = self._deployments.get(wanted.workflow_id) or self._add_deployment(kept)
+        deployment.apply(kept)
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
         """Ask for so many pods; raises `NotDeployed`."""
         deployment = self._deployments.get(workflow_id)
         if deployment is None or deployment.kept.is_deleted:
             raise NotDeployed(f"{workflow_id} is not deployed on this machine")
-        deployment.want(Kept(replace(deployment.kept.wanted, replicas=replicas)))
+        deployment.apply(LocalDeploymentRecord(replace(deployment.kept.wanted, replicas=replicas)))
 
-    async def observe(self, workflow_id: str) -> Observed:
+    async def observe(self, workflow_id: str) -> ObservedDeployment:
         """Tell what there is."""
         deployment = self._deployments.get(workflow_id)
-        return deployment.observed if deployment is not None else Observed(workflow_id, exists=False)
+        return deployment.observe if deployment is not None else ObservedDeployment(workflow_id, exists=False)
 
-    async def observe_uncached(self, workflow_id: str) -> Observed:
+    async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
         """Tell what there is."""
         return await self.observe(workflow_id)
 
-    async def list(self) -> tuple[Observed, ...]:
+    async def list(self) -> tuple[ObservedDeployment, ...]:
         """Tell of every deployment."""
-        every = (deployment.observed for deployment in self._deployments.values())
+        every = (deployment.observe for deployment in self._deployments.values())
         return tuple(observed for observed in every if observed.exists)
 
     async def delete(self, workflow_id: str) -> bool:
@@ -161,7 +167,7 @@ class LocalDriver:
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
             return True
-        deployment.want(Kept(replace(deployment.kept.wanted, replicas=0), is_deleted=True))
+        deployment.apply(LocalDeploymentRecord(replace(deployment.kept.wanted, replicas=0), is_deleted=True))
         with suppress(TimeoutError):
             async with asyncio.timeout(DELETE_SECONDS):
                 await deployment.is_empty.wait()
@@ -170,7 +176,7 @@ class LocalDriver:
         if deployment.kept.is_deleted and self._deployments.pop(workflow_id, None) is not None:
             await deployment.close()
             shutil.rmtree(deployment.folder, ignore_errors=True)
-            self._changed(workflow_id)
+            self._notify_changed(workflow_id)
         return True
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
@@ -181,22 +187,22 @@ class LocalDriver:
 
     async def watch(self) -> AsyncGenerator[str, None]:
         """Yield what to observe, for as long as it is asked for."""
-        changes = Changes()
+        changes = ChangedWorkflows()
         changes.add(self._deployments)
         self._watchers.add(changes)
         try:
             while True:
-                yield await changes.next()
+                yield await changes.take_oldest()
         finally:
             self._watchers.discard(changes)
 
-    async def logs(self, workflow_id: str, *, limit: int) -> tuple[LogLine, ...]:
+    async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
         """Return the last lines of its pods, one pod after the other."""
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
             return ()
         lines = [
-            LogLine(pod.folder.name, None, text)
+            PodLogLine(pod.folder.name, None, text)
             for pod in deployment.pods.values()
             for text in pod.log_lines(limit)
         ]
@@ -207,19 +213,19 @@ class LocalDriver:
         observed = await self.observe(workflow_id)
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
-    def _hold(self, kept: Kept) -> LocalDeployment:
+    def _add_deployment(self, kept: LocalDeploymentRecord) -> LocalDeployment:
         workflow_id = kept.wanted.workflow_id
         deployment = LocalDeployment(
             self._folder / names.workflow_name(workflow_id),
             kept,
             self._session,
             self._limits,
-            lambda: self._changed(workflow_id),
+            lambda: self._notify_changed(workflow_id),
         )
         self._deployments[workflow_id] = deployment
         return deployment
 
-    def _changed(self, workflow_id: str) -> None:
+    def _notify_changed(self, workflow_id: str) -> None:
         for watcher in self._watchers:
             watcher.add((workflow_id,))
 
@@ -230,9 +236,9 @@ class LocalDeployment:
     def __init__(
         self,
         folder: Path,
-        kept: Kept,
+        kept: LocalDeploymentRecord,
         session: aiohttp.ClientSession,
-        limits: Limits,
+        limits: LocalPodLimits,
         changed: Callable[[], None],
     ) -> None:
         self.folder = folder
@@ -245,17 +251,17 @@ class LocalDeployment:
         self._lives: dict[str, asyncio.Task[None]] = {}
 
     @property
-    def observed(self) -> Observed:
+    def observe(self) -> ObservedDeployment:
         wanted = self.kept.wanted
-        pods = tuple(pod.shown for pod in self.pods.values())
+        pods = tuple(pod.observe for pod in self.pods.values())
         if self.kept.is_deleted:
-            return Observed(wanted.workflow_id, exists=False, pods=pods)
-        template = _template(wanted)
+            return ObservedDeployment(wanted.workflow_id, exists=False, pods=pods)
+        template = _pod_template_hash(wanted)
         updated = sum(
             pod.record.template == template and not pod.is_terminating for pod in self.pods.values()
         )
         troubles = (pod.trouble for pod in self.pods.values() if not pod.is_terminating)
-        return Observed(
+        return ObservedDeployment(
             wanted.workflow_id,
             exists=True,
             replicas=wanted.replicas,
@@ -270,25 +276,25 @@ class LocalDeployment:
 
     def adopt(self) -> None:
         """Hold the pods that are recorded in the folder."""
-        for path in sorted(self.folder.glob(f"*/{RECORD}")):
+        for path in sorted(self.folder.glob(f"*/{POD_FILE}")):
             with suppress(msgspec.DecodeError):
-                self._add(path.parent, decoding.decode(path.read_bytes(), Record))
-        self._bring_about()
+                self._add(path.parent, decoding.decode(path.read_bytes(), LocalPodRecord))
+        self._reconcile()
 
-    def want(self, kept: Kept) -> None:
+    def apply(self, kept: LocalDeploymentRecord) -> None:
         """Keep what is wanted now, and act on it."""
-        if kept != self.kept or not (self.folder / KEPT).exists():
+        if kept != self.kept or not (self.folder / DEPLOYMENT_FILE).exists():
             self.kept = kept
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            replace_file(self.folder / KEPT, msgspec.json.encode(kept))
-        self._bring_about()
+            replace_file(self.folder / DEPLOYMENT_FILE, msgspec.json.encode(kept))
+        self._reconcile()
         self._changed()
 
     def replace(self, names: Collection[str]) -> None:
         """Stop pods that are still there, and start others."""
         for name in self.pods.keys() & set(names):
             self.pods[name].stop()
-        self._bring_about()
+        self._reconcile()
         self._changed()
 
     async def close(self) -> None:
@@ -298,48 +304,48 @@ class LocalDeployment:
             life.cancel()
         await asyncio.gather(*lives, return_exceptions=True)
 
-    def _bring_about(self) -> None:
+    def _reconcile(self) -> None:
         wanted = self.kept.wanted
-        template = _template(wanted)
+        template = _pod_template_hash(wanted)
         copies = [
-            Copy(name, pod.record.template, pod.is_ready)
+            PodCopy(name, pod.record.template, pod.is_ready)
             for name, pod in self.pods.items()
             if not pod.is_terminating
         ]
-        decided = plan(copies, template=template, replicas=wanted.replicas)
+        decided = plan_scaling(copies, template=template, replicas=wanted.replicas)
         for name in decided.stops:
             self.pods[name].stop()
         for _ in range(decided.starts):
-            record = Record(template=template, definition_hash=wanted.definition_hash)
-            self._add(self.folder / new_name(self.folder.name), record)
+            record = LocalPodRecord(template=template, definition_hash=wanted.definition_hash)
+            self._add(self.folder / new_pod_name(self.folder.name), record)
         if self.pods:
             self.is_empty.clear()
         else:
             self.is_empty.set()
 
-    def _add(self, folder: Path, record: Record) -> None:
-        pod = LocalPod(folder, record, self._session, self._limits, self._pod_changed)
+    def _add(self, folder: Path, record: LocalPodRecord) -> None:
+        pod = LocalPod(folder, record, self._session, self._limits, self._on_pod_change)
         self.pods[folder.name] = pod
-        self._lives[folder.name] = asyncio.create_task(pod.live(self.kept.wanted))
+        self._lives[folder.name] = asyncio.create_task(pod.supervise(self.kept.wanted))
 
-    def _pod_changed(self) -> None:
+    def _on_pod_change(self) -> None:
         for name in [name for name, pod in self.pods.items() if pod.is_gone]:
             del self.pods[name]
             del self._lives[name]
-        self._bring_about()
+        self._reconcile()
         self._changed()
 
 
-def _template(wanted: Wanted) -> str:
+def _pod_template_hash(wanted: DesiredDeployment) -> str:
     """Return what differs when a pod has to be another one."""
     parts = (wanted.definition_hash, wanted.command, wanted.token, sorted(wanted.environment.items()))
     return blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
 
 
-def _lock(folder: Path) -> int:
+def _lock_folder(folder: Path) -> int:
     """Return a descriptor that holds the folder as long as it is open; raises `ClusterRefused`."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -11,37 +11,37 @@ from collections.abc import Iterable, Sequence
 from datetime import datetime
 from ipaddress import IPv6Address, ip_address
 
-from workers.cluster.driver import Observed, Pod, PodStage, Reason, Trouble
+from workers.cluster.driver import ObservedDeployment, ObservedPod, PodFailure, PodFailureReason, PodStage
 from workers.cluster.manifests import DEFINITION_ANNOTATION, GENERATION_ANNOTATION, Manifest
 
-_NEVER_PULLED = re.compile(
+_PERMANENT_PULL_ERROR = re.compile(
     r"not found|manifest unknown|unauthorized|denied|forbidden|no such host|insufficient_scope|invalid reference",
     re.IGNORECASE,
 )
 """Words of a registry, or about it, that another pull meets again."""
-_PULLED_LATER = re.compile(
+_TRANSIENT_PULL_ERROR = re.compile(
     r"time.?out|deadline exceeded|too ?many ?requests|connection (?:refused|reset)|unexpected EOF|\b(?:429|50[0234])\b",
     re.IGNORECASE,
 )
-_REFUSED_POD = re.compile(r'\Apods "[^"]*" is forbidden: ')
-_NEVER_CONFIGURED = re.compile(r"not found|couldn't find key")
-_WAITING = {
-    "ErrImagePull": Reason.IMAGE_PULL,
-    "ImagePullBackOff": Reason.IMAGE_PULL,
-    "ErrImageNeverPull": Reason.IMAGE_PULL,
-    "InvalidImageName": Reason.IMAGE_PULL,
-    "ImageInspectError": Reason.IMAGE_PULL,
-    "RegistryUnavailable": Reason.IMAGE_PULL,
-    "CreateContainerConfigError": Reason.INVALID_CONFIG,
-    "CreateContainerError": Reason.INVALID_CONFIG,
-    "RunContainerError": Reason.INVALID_CONFIG,
-    "CrashLoopBackOff": Reason.CRASH_LOOP,
+_QUOTA_REFUSAL = re.compile(r'\Apods "[^"]*" is forbidden: ')
+_PERMANENT_CONFIG_ERROR = re.compile(r"not found|couldn't find key")
+_WAITING_REASONS = {
+    "ErrImagePull": PodFailureReason.IMAGE_PULL,
+    "ImagePullBackOff": PodFailureReason.IMAGE_PULL,
+    "ErrImageNeverPull": PodFailureReason.IMAGE_PULL,
+    "InvalidImageName": PodFailureReason.IMAGE_PULL,
+    "ImageInspectError": PodFailureReason.IMAGE_PULL,
+    "RegistryUnavailable": PodFailureReason.IMAGE_PULL,
+    "CreateContainerConfigError": PodFailureReason.INVALID_CONFIG,
+    "CreateContainerError": PodFailureReason.INVALID_CONFIG,
+    "RunContainerError": PodFailureReason.INVALID_CONFIG,
+    "CrashLoopBackOff": PodFailureReason.CRASH_LOOP,
 }
 
 
-def observed(
+def summarize_deployment(
     workflow_id: str, deployment: Manifest | None, pods: Iterable[Manifest], *, port: int
-) -> Observed:
+) -> ObservedDeployment:
     """Return what a workflow's Deployment, None where it has none, and its pods amount to.
 
     Pods that have ended for good, such as evicted ones, are listed long after others have taken their place: they count
@@ -49,16 +49,16 @@ def observed(
     """
     listed = list(pods)
     live = [pod for pod in listed if not has_ended(pod)]
-    seen = tuple(_pod(pod, port) for pod in live)
+    seen = tuple(_observe_pod(pod, port) for pod in live)
     if deployment is None:
-        return Observed(workflow_id, exists=False, pods=seen)
+        return ObservedDeployment(workflow_id, exists=False, pods=seen)
     metadata, spec, status = deployment["metadata"], deployment["spec"], deployment.get("status") or {}
     annotations = metadata.get("annotations") or {}
     generation = annotations.get(GENERATION_ANNOTATION, "")
-    trouble = _trouble_of_pods(live) or _trouble_of_deployment(status)
+    trouble = _pods_failure(live) or _deployment_failure(status)
     if trouble is None and not any(pod.is_ready for pod in seen):
-        trouble = _trouble_of_pods(listed)
-    return Observed(
+        trouble = _pods_failure(listed)
+    return ObservedDeployment(
         workflow_id,
         exists="deletionTimestamp" not in metadata,
         replicas=spec.get("replicas") or 0,
@@ -74,8 +74,8 @@ def observed(
 
 def is_over_quota(deployment: Manifest) -> bool:
     """Tell whether a quota has refused pods of a Deployment."""
-    trouble = _trouble_of_deployment(deployment.get("status") or {})
-    return trouble is not None and trouble.reason is Reason.QUOTA
+    trouble = _deployment_failure(deployment.get("status") or {})
+    return trouble is not None and trouble.reason is PodFailureReason.QUOTA
 
 
 def is_between_crashes(pod: Manifest) -> bool:
@@ -85,28 +85,28 @@ def is_between_crashes(pod: Manifest) -> bool:
     )
 
 
-def _pod(pod: Manifest, port: int) -> Pod:
+def _observe_pod(pod: Manifest, port: int) -> ObservedPod:
     metadata, status = pod["metadata"], pod.get("status") or {}
     is_terminating = "deletionTimestamp" in metadata
     is_ready = any(
         one["type"] == "Ready" and one["status"] == "True" for one in status.get("conditions") or ()
     )
     address = status.get("podIP")
-    return Pod(
+    return ObservedPod(
         name=metadata["name"],
         definition_hash=(metadata.get("annotations") or {}).get(DEFINITION_ANNOTATION, ""),
-        address=_url(address, port) if address else None,
+        address=_pod_url(address, port) if address else None,
         # For its whole grace period a pod that ends goes on saying that it is ready.
         is_ready=is_ready and bool(address) and not is_terminating,
         is_terminating=is_terminating,
-        stage=_stage(pod, is_ready=is_ready),
-        ended_at=_ended_at(pod),
+        stage=_pod_stage(pod, is_ready=is_ready),
+        ended_at=_container_ended_at(pod),
         is_out_of_memory=_is_out_of_memory(pod),
-        trouble=None if is_terminating else _trouble_of_pod(pod),
+        trouble=None if is_terminating else _pod_failure(pod),
     )
 
 
-def _stage(pod: Manifest, *, is_ready: bool) -> PodStage:
+def _pod_stage(pod: Manifest, *, is_ready: bool) -> PodStage:
     if is_ready:
         return PodStage.READY
     statuses = _container_statuses(pod)
@@ -120,7 +120,7 @@ def has_ended(pod: Manifest) -> bool:
     return (pod.get("status") or {}).get("phase") in {"Failed", "Succeeded"}
 
 
-def _ended_at(pod: Manifest) -> datetime | None:
+def _container_ended_at(pod: Manifest) -> datetime | None:
     """Return when a container was started again, or has ended: by then, nothing of before was left.
 
     Of the two the start counts: should the machine's clock have been set back in between, its process knows that too.
@@ -129,64 +129,72 @@ def _ended_at(pod: Manifest) -> datetime | None:
     for one in _container_statuses(pod):
         state, last = one.get("state") or {}, one.get("lastState") or {}
         if "running" not in state:
-            moments += [ended["finishedAt"] for ended in (_end(state), _end(last)) if ended.get("finishedAt")]
-        elif _end(last) and state["running"].get("startedAt"):
+            moments += [
+                ended["finishedAt"]
+                for ended in (_termination_time(state), _termination_time(last))
+                if ended.get("finishedAt")
+            ]
+        elif _termination_time(last) and state["running"].get("startedAt"):
             moments.append(state["running"]["startedAt"])
     return max(map(datetime.fromisoformat, moments), default=None)
 
 
 def _is_out_of_memory(pod: Manifest) -> bool:
     states = [state for one in _container_statuses(pod) for state in (one.get("state"), one.get("lastState"))]
-    return any(_end(state or {}).get("reason") == "OOMKilled" for state in states)
+    return any(_termination_time(state or {}).get("reason") == "OOMKilled" for state in states)
 
 
-def _end(state: Manifest) -> Manifest:
+def _termination_time(state: Manifest) -> Manifest:
     ended: Manifest = state.get("terminated") or {}
     return ended
 
 
-def _url(address: str, port: int) -> str:
+def _pod_url(address: str, port: int) -> str:
     host = f"[{address}]" if isinstance(ip_address(address), IPv6Address) else address
     return f"http://{host}:{port}"
 
 
-def _trouble_of_deployment(status: Manifest) -> Trouble | None:
+def _deployment_failure(status: Manifest) -> PodFailure | None:
     for condition in status.get("conditions") or ():
         if condition["type"] != "ReplicaFailure" or condition["status"] != "True":
             continue
         words = condition.get("message") or condition.get("reason") or "no pod could be made"
         # Each try has another name for its pod: with it, a reason that stays the same would look like a new one.
-        message, was_forbidden = _REFUSED_POD.subn("", words)
+        message, was_forbidden = _QUOTA_REFUSAL.subn("", words)
         if "exceeded quota" in message:
-            return Trouble(Reason.QUOTA, message)
+            return PodFailure(PodFailureReason.QUOTA, message)
         if was_forbidden:
-            return Trouble(Reason.FORBIDDEN, message, is_final="violates PodSecurity" in message)
-        return Trouble(Reason.NOT_CREATED, message)
+            return PodFailure(PodFailureReason.FORBIDDEN, message, is_final="violates PodSecurity" in message)
+        return PodFailure(PodFailureReason.NOT_CREATED, message)
     return None
 
 
-def _trouble_of_pods(pods: Iterable[Manifest]) -> Trouble | None:
+def _pods_failure(pods: Iterable[Manifest]) -> PodFailure | None:
     for pod in pods:
         if "deletionTimestamp" not in pod["metadata"]:
-            found = _trouble_of_pod(pod)
+            found = _pod_failure(pod)
             if found is not None:
                 return found
     return None
 
 
-def _trouble_of_pod(pod: Manifest) -> Trouble | None:
-    return _trouble_of_status(pod) or _trouble_of_containers(_container_statuses(pod))
+def _pod_failure(pod: Manifest) -> PodFailure | None:
+    return _pod_status_failure(pod) or _container_failure(_container_statuses(pod))
 
 
-def _trouble_of_status(pod: Manifest) -> Trouble | None:
+def _pod_status_failure(pod: Manifest) -> PodFailure | None:
     status = pod.get("status") or {}
     if status.get("reason") == "Evicted":
-        return Trouble(Reason.EVICTED, status.get("message") or "The pod was evicted")
+        return PodFailure(PodFailureReason.EVICTED, status.get("message") or "The pod was evicted")
     for condition in status.get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
-            return Trouble(Reason.UNSCHEDULABLE, condition.get("message") or "No node has room for the pod")
+            return PodFailure(
+                PodFailureReason.UNSCHEDULABLE, condition.get("message") or "No node has room for the pod"
+            )
     if _is_on_lost_node(status):
-        return Trouble(Reason.NODE_NOT_READY, f"The node {_node_of(pod)} of the pod is not ready")
+        return PodFailure(
+            PodFailureReason.NODE_NOT_READY, f"The node {_node_name(pod)} of the pod is not ready"
+        )
     return None
 
 
@@ -200,46 +208,49 @@ def _is_on_lost_node(status: Manifest) -> bool:
     return conditions.get("ContainersReady") == "True" and conditions.get("Ready") in {"False", "Unknown"}
 
 
-def _node_of(pod: Manifest) -> str:
+def _node_name(pod: Manifest) -> str:
     node: str = pod["spec"].get("nodeName") or "unknown"
     return node
 
 
-def _trouble_of_containers(statuses: Sequence[Manifest]) -> Trouble | None:
+def _container_failure(statuses: Sequence[Manifest]) -> PodFailure | None:
     for one in statuses:
         state, last = one.get("state") or {}, one.get("lastState") or {}
-        ended = _end(state) or _end(last)
+        ended = _termination_time(state) or _termination_time(last)
         is_up = "running" in state and one.get("ready", False)
         if ended.get("reason") == "OOMKilled" and not is_up:
-            return Trouble(Reason.OUT_OF_MEMORY, "The pod used more memory than it is granted")
+            return PodFailure(PodFailureReason.OUT_OF_MEMORY, "The pod used more memory than it is granted")
         waiting = state.get("waiting") or {}
-        reason = _WAITING.get(waiting.get("reason", ""))
-        if reason not in {None, Reason.CRASH_LOOP}:
+        reason = _WAITING_REASONS.get(waiting.get("reason", ""))
+        if reason not in {None, PodFailureReason.CRASH_LOOP}:
             message = f"{waiting['reason']}: {waiting.get('message') or 'no details given'}"
-            return Trouble(reason, message, is_final=_is_final(waiting["reason"], message))
+            return PodFailure(reason, message, is_final=_is_permanent(waiting["reason"], message))
         # Between two crashes it runs for a moment: until it is ready, its last end is what is known of it.
-        if reason is Reason.CRASH_LOOP or (ended.get("exitCode") and not is_up):
-            return Trouble(Reason.CRASH_LOOP, _last_words(ended))
+        if reason is PodFailureReason.CRASH_LOOP or (ended.get("exitCode") and not is_up):
+            return PodFailure(PodFailureReason.CRASH_LOOP, _termination_message(ended))
     return None
 
 
-def _is_final(waiting_reason: str, message: str) -> bool:
+def _is_permanent(waiting_reason: str, message: str) -> bool:
     """Tell whether a container waits for something that does not come by itself.
 
     A registry that is slow, busy or away is no such thing.
     """
     match waiting_reason:
         case "ErrImagePull":
-            return _NEVER_PULLED.search(message) is not None
+            return _PERMANENT_PULL_ERROR.search(message) is not None
         case "ImagePullBackOff":
-            return _NEVER_PULLED.search(message) is not None or _PULLED_LATER.search(message) is None
+            return (
+                _PERMANENT_PULL_ERROR.search(message) is not None
+                or _TRANSIENT_PULL_ERROR.search(message) is None
+            )
         case "CreateContainerConfigError":
-            return _NEVER_CONFIGURED.search(message) is not None
+            return _PERMANENT_CONFIG_ERROR.search(message) is not None
         case _:
             return waiting_reason in {"ErrImageNeverPull", "InvalidImageName"}
 
 
-def _last_words(ended: Manifest) -> str:
+def _termination_message(ended: Manifest) -> str:
     message = f"The program in the pod ended with code {ended.get('exitCode', 'unknown')}"
     details = (ended.get("message") or "").strip()
     return f"{message}: {details}" if details else message

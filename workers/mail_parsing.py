@@ -41,7 +41,7 @@ from messages.broker import BrokerUnavailable
 from models.errors import DatabaseUnavailable
 from models.execution import UNPARSED_TARGET
 from models.execution_status import TERMINAL_STATUSES
-from workers import mails
+from workers import mail_triggers
 
 if TYPE_CHECKING:
     from engine.services import DataSourceService, ThrottleService
@@ -56,28 +56,28 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-THREADS: Final = 2
-LARGE_AT_ONCE: Final = 2
+PARSER_THREADS: Final = 2
+MAX_LARGE_MAILS: Final = 2
 """Mails that are too large for their rows: each is in memory while it is read."""
-CLAIMED_AT_ONCE: Final = 32
+MAX_CLAIMED_MAILS: Final = 32
 MAX_MAIL_BYTES: Final = 50_000_000
 FETCH_SECONDS: Final = 60.0
 FIRST_RETRY: Final = timedelta(seconds=5)
 LAST_RETRY: Final = timedelta(minutes=15)
-GIVEN_UP_AFTER: Final = timedelta(days=1)
+MAX_RETRY_TIME: Final = timedelta(days=1)
 """What can't be had for so long won't be."""
-ANSWERS: Final = 10
-ANSWERS_SECONDS: Final = 3_600.0
+MAX_REPLIES: Final = 10
+REPLY_WINDOW_SECONDS: Final = 3_600.0
 """So many mails of one sender within this time may answer those that workflows have sent; more are a loop."""
 CLOSE_SECONDS: Final = 2.0
 PAUSE_SECONDS: Final = 0.5
-INVALID: Final = "invalid-input"
-LOOP: Final = "mail-loop"
-REJECTED: Final = "mail-rejected"
+INVALID_INPUT_CODE: Final = "invalid-input"
+MAIL_LOOP_CODE: Final = "mail-loop"
+MAIL_REJECTED_CODE: Final = "mail-rejected"
 _encode = msgspec.json.Encoder().encode
 
 
-class NotNow(Exception):
+class MailUnavailable(Exception):
     """What is to be read can't be had at this moment."""
 
 
@@ -86,7 +86,7 @@ class AttachmentNotStored(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Sources:
+class MailSources:
     """What is read from besides blobs, and how often."""
 
     data_sources: DataSourceService
@@ -107,10 +107,10 @@ class ParsedMail:
 
 
 @dataclass(slots=True, eq=False)
-class Reading:
+class MailParseTask:
     """A mail that this process reads."""
 
-    one: ClaimedRun
+    claim: ClaimedRun
     lease: RunLease
     begun_at: float = field(default_factory=time.monotonic)
     task: asyncio.Task[None] = field(init=False)
@@ -121,15 +121,15 @@ class Reading:
 
     @property
     def key(self) -> ExecutionKey:
-        return ExecutionKey(self.one.execution_id, self.one.lane)
+        return ExecutionKey(self.claim.execution_id, self.claim.lane)
 
     @property
     def owner(self) -> BlobOwner:
-        return BlobOwner(self.one.organization_id, self.one.key_id)
+        return BlobOwner(self.claim.organization_id, self.claim.key_id)
 
     @property
     def caller(self) -> RunCaller:
-        one = self.one
+        one = self.claim
         return RunCaller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id)
 
     def give_up(self) -> None:
@@ -139,7 +139,7 @@ class Reading:
             self.putting.cancel()
 
 
-class Reader:
+class MailParser:
     """One process's share of the reading."""
 
     def __init__(
@@ -148,7 +148,7 @@ class Reader:
         store: JournalStore,
         broker: Broker,
         blobs: BlobStore,
-        sources: Sources,
+        sources: MailSources,
         settings: WorkerSettings,
         *,
         on_left: Callable[[ClaimedRun, RunOutcome], None],
@@ -165,16 +165,16 @@ class Reader:
         # Not that of the executor, which gives back what it doesn't know of.
         self._owner = f"{broker.inbox}.reader"
         self._leases = LeaseKeeper(
-            store, settings.lease_seconds, on_lost=self._lost, on_request=self._requested
+            store, settings.lease_seconds, on_lost=self._on_lease_lost, on_request=self._on_request
         )
         self._threads = ThreadPoolExecutor(
-            THREADS,
+            PARSER_THREADS,
             thread_name_prefix="mail-reading",
             initializer=lambda: sys.setswitchinterval(offload.SWITCH_SECONDS),
         )
-        self._large = asyncio.Semaphore(LARGE_AT_ONCE)
-        self._leaving: GroupCommit[MailParseResult, MailRunState | None] = GroupCommit(self._leave)
-        self._readings: dict[str, Reading] = {}
+        self._large = asyncio.Semaphore(MAX_LARGE_MAILS)
+        self._leaving: GroupCommit[MailParseResult, MailRunState | None] = GroupCommit(self._hand_over)
+        self._readings: dict[str, MailParseTask] = {}
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._isolation = isolation
         self._isolation.join(self._is_proven)
@@ -189,7 +189,7 @@ class Reader:
         """Begin to read."""
         self._leases.start()
         self._broker.start_reader(self._wanted.set)
-        self._serving = asyncio.create_task(self._serve())
+        self._serving = asyncio.create_task(self._parse_forever())
         self._wanted.set()
 
     async def close(self) -> None:
@@ -214,7 +214,7 @@ class Reader:
 
     # ── claiming ────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _serve(self) -> None:
+    async def _parse_forever(self) -> None:
         """Look whenever somebody says that something is there, and now and then without: this is the outermost loop."""
         while not self._is_draining:
             # Spread out, so that readers that were started together don't all look at once.
@@ -253,17 +253,17 @@ class Reader:
                 is_trial=True,
                 max_trial_losses=max_trial_losses,
             )
-            for reading in await self._take(claim):
+            for reading in await self._claim_batch(claim):
                 log.info(
-                    "suspect on trial", execution_id=reading.one.execution_id, attempt=reading.one.attempt
+                    "suspect on trial", execution_id=reading.claim.execution_id, attempt=reading.claim.attempt
                 )
                 await asyncio.wait([reading.task], timeout=TRIAL_SECONDS)
                 if not reading.task.done():
-                    await self._write(reading, has_passed=True)
+                    await self._store_end(reading, has_passed=True)
 
     async def _claim(self) -> None:
         await self._isolation.pass_gate()
-        places = CLAIMED_AT_ONCE - len(self._readings)
+        places = MAX_CLAIMED_MAILS - len(self._readings)
         if self._is_draining or places <= 0:
             return  # whatever is read to its end looks again
         claim = ClaimQuery(
@@ -275,14 +275,14 @@ class Reader:
         )
         self._is_claiming = True
         try:
-            taken = await self._take(claim)
+            taken = await self._claim_batch(claim)
         finally:
             self._is_claiming = False
         if taken:
-            self._after_organization = taken[-1].one.organization_id
+            self._after_organization = taken[-1].claim.organization_id
             self._wanted.set()
 
-    async def _take(self, claim: ClaimQuery) -> Sequence[Reading]:
+    async def _claim_batch(self, claim: ClaimQuery) -> Sequence[MailParseTask]:
         since = time.monotonic()
         try:
             claimed = await self._store.claim(claim)
@@ -290,51 +290,53 @@ class Reader:
             # A claim may be made though its answer was lost.
             await self._store.give_back(self._owner, self._leases.execution_ids())
             raise
-        taken: list[Reading] = []
+        taken: list[MailParseTask] = []
         for one in claimed:
             key = ExecutionKey(one.execution_id, one.lane)
-            reading = Reading(one, self._leases.hold(key, one.token, since))
+            reading = MailParseTask(one, self._leases.hold(key, one.token, since))
             self._readings[one.execution_id] = reading
-            reading.task = asyncio.create_task(self._see_to(reading))
+            reading.task = asyncio.create_task(self._parse_and_finish(reading))
             if one.request is not None:
-                self._requested(reading.lease, one.request)
+                self._on_request(reading.lease, one.request)
             taken.append(reading)
         return taken
 
     # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _see_to(self, reading: Reading) -> None:
+    async def _parse_and_finish(self, reading: MailParseTask) -> None:
         """Read one mail and leave its row; what breaks leaves the row to its lease, and counts as an attempt."""
         try:
-            await self._read(reading)
+            await self._parse_claimed(reading)
         except asyncio.CancelledError:
             reading.give_up()
             raise
         except (DatabaseUnavailable, BrokerUnavailable) as error:
-            log.warning("mail not left", execution_id=reading.one.execution_id, error=str(error))
+            log.warning("mail not left", execution_id=reading.claim.execution_id, error=str(error))
         except Exception:
-            log.exception("reading broke", execution_id=reading.one.execution_id)
+            log.exception("reading broke", execution_id=reading.claim.execution_id)
         finally:
             self._leases.release(reading.lease)
-            if self._readings.get(reading.one.execution_id) is reading:
-                del self._readings[reading.one.execution_id]
+            if self._readings.get(reading.claim.execution_id) is reading:
+                del self._readings[reading.claim.execution_id]
             self._wanted.set()
 
-    async def _read(self, reading: Reading) -> None:
+    async def _parse_claimed(self, reading: MailParseTask) -> None:
         try:
-            parsed = await self._taken_apart(reading)
-            if (refusal := await self._refusal(reading, parsed)) is not None:
+            parsed = await self._parse(reading)
+            if (refusal := await self._rejection_reason(reading, parsed)) is not None:
                 await self._end(reading, RunStatus.CANCELLED, refusal)
                 return
         except InvalidMail as error:
             await self._end(
-                reading, RunStatus.FAILED, RunError(INVALID, f"The mail can't be read: {error.message}")
+                reading,
+                RunStatus.FAILED,
+                RunError(INVALID_INPUT_CODE, f"The mail can't be read: {error.message}"),
             )
             return
-        except NotNow as error:
-            await self._put_off(reading, str(error))
+        except MailUnavailable as error:
+            await self._postpone(reading, str(error))
             return
-        one = reading.one
+        one = reading.claim
         left = await self._leaving.submit(
             MailParseResult(reading.key, one.token, self._owner, one.workflow_id, parsed.trigger, parsed.text)
         )
@@ -342,29 +344,29 @@ class Reader:
             log.warning("mail abandoned", execution_id=one.execution_id, reason="lease lost")
             return
         log.info("mail read", execution_id=one.execution_id, workflow_id=one.workflow_id)
-        await self._hand_on(reading, left)
+        await self._notify_next(reading, left)
 
-    async def _taken_apart(self, reading: Reading) -> ParsedMail:
+    async def _parse(self, reading: MailParseTask) -> ParsedMail:
         """Return a mail, and what its run is given; raises `InvalidMail` and `NotNow`."""
         try:
-            found = UnparsedMail.from_text(reading.one.trigger)
+            found = UnparsedMail.from_text(reading.claim.trigger)
         except msgspec.DecodeError as error:
             raise InvalidMail("what was kept of it is not understood") from error
         async with AsyncExitStack() as stack:
             if found.blob is not None or found.stored is not None:
                 await stack.enter_async_context(self._large)
-            contents = [await self._content(reading, found)]
+            contents = [await self._read_content(reading, found)]
             loop = asyncio.get_running_loop()
-            work = partial(self._parsed, reading, found, contents, loop)
+            work = partial(self._parse_in_thread, reading, found, contents, loop)
             try:
                 return await loop.run_in_executor(self._threads, work)
             except BlobsUnavailable as error:
-                raise NotNow(str(error)) from error
+                raise MailUnavailable(str(error)) from error
 
-    async def _content(self, reading: Reading, found: UnparsedMail) -> bytes:
+    async def _read_content(self, reading: MailParseTask, found: UnparsedMail) -> bytes:
         """Return a mail as it was handed in; raises `InvalidMail` and `NotNow`."""
         if found.blob is not None:
-            return await self._blob(reading.owner, found.blob.sha256)
+            return await self._read_blob(reading.owner, found.blob.sha256)
         if found.stored is None:
             return found.content
         try:
@@ -374,9 +376,9 @@ class Reader:
             if error.code == "object-too-large":
                 raise InvalidMail(error.message) from error
             # An object may be there a little later, and rights and secrets may be mended.
-            raise NotNow(error.message) from error
+            raise MailUnavailable(error.message) from error
 
-    async def _blob(self, owner: BlobOwner, digest: str) -> bytes:
+    async def _read_blob(self, owner: BlobOwner, digest: str) -> bytes:
         """Return a content that is in memory once: to join its pieces would take that twice."""
         written = BytesIO()
         try:
@@ -386,11 +388,15 @@ class Reader:
         except BlobLost as error:
             raise InvalidMail("what was kept of it is lost") from error
         except (BlobsUnavailable, TimeoutError) as error:
-            raise NotNow("The blob storage does not answer") from error
+            raise MailUnavailable("The blob storage does not answer") from error
         return written.getvalue()
 
-    def _parsed(
-        self, reading: Reading, found: UnparsedMail, contents: list[bytes], loop: asyncio.AbstractEventLoop
+    def _parse_in_thread(
+        self,
+        reading: MailParseTask,
+        found: UnparsedMail,
+        contents: list[bytes],
+        loop: asyncio.AbstractEventLoop,
     ) -> ParsedMail:
         """Take a mail apart in a thread, which waits for each attachment to be kept before it decodes the next.
 
@@ -398,21 +404,23 @@ class Reader:
         """
         references: list[dict[str, Any]] = []
         try:
-            mail, received = mails.read(found, contents, self._keeping(reading, references, loop))
-            trigger = mails.trigger_of(mail, received, references)
+            mail, received = mail_triggers.parse_mail(
+                found, contents, self._attachment_keeper(reading, references, loop)
+            )
+            trigger = mail_triggers.build_trigger(mail, received, references)
             return ParsedMail(mail, received, found.screening, trigger, _encode(trigger).decode())
         except AttachmentNotStored as error:
             raise error.__cause__ or error from None
-        except (InvalidMail, NotNow, MemoryError):
+        except (InvalidMail, MailUnavailable, MemoryError):
             raise
         except Exception as error:
-            log.exception("mail parser failed", execution_id=reading.one.execution_id)
+            log.exception("mail parser failed", execution_id=reading.claim.execution_id)
             raise InvalidMail(
                 f"parsing it raised {type(error).__name__}; redrive its delivery once the server is updated"
             ) from error
 
-    def _keeping(
-        self, reading: Reading, references: list[dict[str, Any]], loop: asyncio.AbstractEventLoop
+    def _attachment_keeper(
+        self, reading: MailParseTask, references: list[dict[str, Any]], loop: asyncio.AbstractEventLoop
     ) -> KeepAttachment:
         def keep(label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
             put = self._blobs.put(
@@ -423,7 +431,7 @@ class Reader:
             )
             if reading.is_over:
                 put.close()
-                raise NotNow("Nobody waits for it any more")
+                raise MailUnavailable("Nobody waits for it any more")
             reading.putting = asyncio.run_coroutine_threadsafe(put, loop)
             try:
                 reference = reading.putting.result()
@@ -433,50 +441,54 @@ class Reader:
 
         return keep
 
-    async def _refusal(self, reading: Reading, parsed: ParsedMail) -> RunError | None:
+    async def _rejection_reason(self, reading: MailParseTask, parsed: ParsedMail) -> RunError | None:
         """Return why a mail is not to be run.
 
         Its trigger rejects it, nobody wrote it, or it may be one of many that answer one another.
         """
-        if (reason := mails.rejection(parsed.received, parsed.screening)) is not None:
-            return RunError(REJECTED, reason)
+        if (reason := mail_triggers.rejection_reason(parsed.received, parsed.screening)) is not None:
+            return RunError(MAIL_REJECTED_CODE, reason)
         accepts_automatic = parsed.screening is None or parsed.screening.accept_automatic
-        if not accepts_automatic and mails.is_automatic(parsed.mail):
+        if not accepts_automatic and mail_triggers.is_automatic(parsed.mail):
             kinds = "an automatic reply, a bounce or a receipt"
-            return RunError(LOOP, f"The mail is {kinds}; `acceptAutomatic` on the trigger runs those too")
-        reason = await self._loop(reading, parsed.mail)
-        return None if reason is None else RunError(LOOP, reason)
+            return RunError(
+                MAIL_LOOP_CODE, f"The mail is {kinds}; `acceptAutomatic` on the trigger runs those too"
+            )
+        reason = await self._loop_reason(reading, parsed.mail)
+        return None if reason is None else RunError(MAIL_LOOP_CODE, reason)
 
-    async def _loop(self, reading: Reading, mail: ParsedMailContent) -> str | None:
+    async def _loop_reason(self, reading: MailParseTask, mail: ParsedMailContent) -> str | None:
         """Return why a mail is not to be run, if it may be one of many that answer one another."""
-        if not mails.answers_ours(mail):
+        if not mail_triggers.is_reply_to_workflow(mail):
             return None
         sender = ",".join(addresses.bare_addresses(mail.from_)).lower()
         digest = sha256(sender.encode()).hexdigest()[:32]
         try:
             await self._sources.pace.reserve(
                 reading.caller,
-                f"mails:{reading.one.workflow_id}:{digest}",
-                limit=ANSWERS,
-                per_seconds=ANSWERS_SECONDS,
-                max_wait_seconds=ANSWERS_SECONDS * (ANSWERS - 1) / ANSWERS,
+                f"mails:{reading.claim.workflow_id}:{digest}",
+                limit=MAX_REPLIES,
+                per_seconds=REPLY_WINDOW_SECONDS,
+                max_wait_seconds=REPLY_WINDOW_SECONDS * (MAX_REPLIES - 1) / MAX_REPLIES,
             )
         except NodeError as error:
             if error.code != "throttled":
-                raise NotNow(error.message) from error
-            return f"More than {ANSWERS} mails of one sender have answered mails of workflows within an hour"
+                raise MailUnavailable(error.message) from error
+            return (
+                f"More than {MAX_REPLIES} mails of one sender have answered mails of workflows within an hour"
+            )
         return None
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _leave(self, batch: Sequence[MailParseResult]) -> Sequence[MailRunState | None]:
+    async def _hand_over(self, batch: Sequence[MailParseResult]) -> Sequence[MailRunState | None]:
         return await self._database.transaction(partial(unparsed_mail.release_parsed, batch=batch))
 
-    async def _hand_on(self, reading: Reading, left: MailRunState) -> None:
+    async def _notify_next(self, reading: MailParseTask, left: MailRunState) -> None:
         """Tell those who go on with a run; what fails here, a sweep sees to."""
         if left.status in TERMINAL_STATUSES:
             status = RunStatus(left.status.value)
-            await self._ended(reading, RunOutcome(status, left.error), left.inbox)
+            await self._on_ended(reading, RunOutcome(status, left.error), left.inbox)
         elif left.concurrency_key is not None:
             if await concurrency_limits.admit_waiting_runs(self._database, left.concurrency_key):
                 await hints.wake(self._broker)
@@ -485,36 +497,36 @@ class Reader:
         else:
             await hints.wake(self._broker)
 
-    async def _end(self, reading: Reading, status: RunStatus, error: RunError) -> None:
-        if not await self._write(reading, end=status, error=error):
+    async def _end(self, reading: MailParseTask, status: RunStatus, error: RunError) -> None:
+        if not await self._store_end(reading, end=status, error=error):
             return
-        if error.code in {LOOP, REJECTED}:
+        if error.code in {MAIL_LOOP_CODE, MAIL_REJECTED_CODE}:
             reason = f"{error.code}: {error.message}"
             await self._database.transaction(
                 partial(unparsed_mail.note_rejection, key=reading.key, reason=reason)
             )
-        await self._ended(reading, RunOutcome(status, error), reading.one.inbox)
+        await self._on_ended(reading, RunOutcome(status, error), reading.claim.inbox)
 
-    async def _put_off(self, reading: Reading, reason: str) -> None:
+    async def _postpone(self, reading: MailParseTask, reason: str) -> None:
         """Let a mail be read later, and ever later; after a day it has failed."""
         now = self._store.clock.now()
-        age = now - reading.one.started_at
-        if age > GIVEN_UP_AFTER:
+        age = now - reading.claim.started_at
+        if age > MAX_RETRY_TIME:
             message_ = f"The mail could not be read for a day: {reason}"
-            await self._end(reading, RunStatus.FAILED, RunError(INVALID, message_))
+            await self._end(reading, RunStatus.FAILED, RunError(INVALID_INPUT_CODE, message_))
             return
-        log.warning("mail not read yet", execution_id=reading.one.execution_id, reason=reason)
+        log.warning("mail not read yet", execution_id=reading.claim.execution_id, reason=reason)
         due_at = now + min(max(age / 2, FIRST_RETRY), LAST_RETRY)
-        await self._write(reading, end=RunStatus.WAITING, due_at=due_at, signals=reading.one.signals)
+        await self._store_end(reading, end=RunStatus.WAITING, due_at=due_at, signals=reading.claim.signals)
 
-    async def _write(self, reading: Reading, **fields: Any) -> bool:  # noqa: ANN401 - fields of any type
+    async def _store_end(self, reading: MailParseTask, **fields: Any) -> bool:  # noqa: ANN401 - fields of any type
         """Write what has become of a run; returns False where its lease was lost."""
-        one = reading.one
+        one = reading.claim
         write = RunWrite(one.execution_id, one.lane, one.token, **fields)
         return one.execution_id in await self._store.record([write], owner=self._owner)
 
-    async def _ended(self, reading: Reading, ended: RunOutcome, inbox: str) -> None:
-        one = reading.one
+    async def _on_ended(self, reading: MailParseTask, ended: RunOutcome, inbox: str) -> None:
+        one = reading.claim
         log.info(
             "mail not run",
             status=ended.status.value,
@@ -529,35 +541,35 @@ class Reader:
 
     # ── what others say ─────────────────────────────────────────────────────────────────────────────────────
 
-    def _lost(self, lease: RunLease) -> None:
-        reading = self._holder_of(lease)
+    def _on_lease_lost(self, lease: RunLease) -> None:
+        reading = self._task_of(lease)
         if reading is not None:
             reading.task.cancel()
 
-    def _requested(self, lease: RunLease, _request: str) -> None:
-        reading = self._holder_of(lease)
+    def _on_request(self, lease: RunLease, _request: str) -> None:
+        reading = self._task_of(lease)
         if reading is not None and not reading.is_asked_to_end:
             reading.is_asked_to_end = True
-            self._in_background(partial(self._break_off, reading))
+            self._in_background(partial(self._release, reading))
 
-    async def _break_off(self, reading: Reading) -> None:
+    async def _release(self, reading: MailParseTask) -> None:
         """Give a run back that a client has asked to end: it ends by that."""
         reading.task.cancel()
         await asyncio.wait([reading.task])
-        if await self._write(reading, end=RunStatus.RELEASED):
+        if await self._store_end(reading, end=RunStatus.RELEASED):
             with suppress(BrokerUnavailable):
-                await self._broker.announce({reading.one.execution_id: reading.one.inbox})
+                await self._broker.announce({reading.claim.execution_id: reading.claim.inbox})
 
-    def _holder_of(self, lease: RunLease) -> Reading | None:
+    def _task_of(self, lease: RunLease) -> MailParseTask | None:
         reading = self._readings.get(lease.key.execution_id)
         return reading if reading is not None and reading.lease is lease else None
 
     def _in_background(self, work: Callable[[], Awaitable[None]]) -> None:
-        task = asyncio.create_task(self._quietly(work))
+        task = asyncio.create_task(self._suppress_outages(work))
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
 
-    async def _quietly(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _suppress_outages(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do what the lease's end does otherwise."""
         try:
             await work()
