@@ -11,7 +11,7 @@ import aiohttp
 import msgspec
 import structlog
 
-from bridge.answers import whole
+from bridge.http_bodies import read_body
 from json_text import decoding
 
 if TYPE_CHECKING:
@@ -23,10 +23,10 @@ CALL_SECONDS: Final = 60.0
 CONNECT_SECONDS: Final = 5.0
 MAX_ANSWER_BYTES: Final = 1_000_000
 MAX_MESSAGE_CHARACTERS: Final = 200
-SUCCESS: Final = range(200, 300)
-NOT_FOUND: Final = 404
-TOO_LARGE: Final = 413
-FINAL: Final = frozenset({400, 401, 403, 415, 422})
+SUCCESS_STATUSES: Final = range(200, 300)
+NOT_FOUND_STATUS: Final = 404
+TOO_LARGE_STATUS: Final = 413
+FINAL_STATUSES: Final = frozenset({400, 401, 403, 415, 422})
 """Statuses that the same mail would get again; whatever else is no success may pass."""
 
 
@@ -42,18 +42,18 @@ class SmtpReply:
         return f"{self.code} {self.text}"
 
 
-OK: Final = SmtpReply(250, "2.1.5 OK")
-NO_SUCH_ADDRESS: Final = SmtpReply(550, "5.1.1 No workflow takes mail at this address")
-LATER: Final = SmtpReply(451, "4.3.0 The workflow server is not reached: try again later")
+OK_REPLY: Final = SmtpReply(250, "2.1.5 OK")
+NO_SUCH_ADDRESS_REPLY: Final = SmtpReply(550, "5.1.1 No workflow takes mail at this address")
+RETRY_LATER_REPLY: Final = SmtpReply(451, "4.3.0 The workflow server is not reached: try again later")
 
 
-class _Reason(msgspec.Struct):
+class _MailRefusalDetail(msgspec.Struct):
     code: str = ""
     message: str = ""
 
 
-class _Refusal(msgspec.Struct):
-    error: _Reason
+class _MailRefusal(msgspec.Struct):
+    error: _MailRefusalDetail
 
 
 class MailGateway:
@@ -72,8 +72,8 @@ class MailGateway:
         """Return 250 once the mail's run is committed, else what its sender is to do; never raises."""
         headers = {
             "Content-Type": "message/rfc822",
-            "X-Envelope-From": _header_value(sender),
-            "X-Envelope-To": _header_value(recipient),
+            "X-Envelope-From": _encode_address(sender),
+            "X-Envelope-To": _encode_address(recipient),
         }
         return await self._ask("POST", token, headers, content)
 
@@ -90,29 +90,29 @@ class MailGateway:
             async with self._session.request(
                 method, url, data=data, headers=headers, allow_redirects=False
             ) as response:
-                return _reply(response.status, await whole(response, MAX_ANSWER_BYTES))
+                return _reply_for_status(response.status, await read_body(response, MAX_ANSWER_BYTES))
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             log.warning("gateway not reached", error=str(error) or type(error).__name__)
-            return LATER
+            return RETRY_LATER_REPLY
 
 
-def _reply(status: int, text: bytes) -> SmtpReply:
-    if status in SUCCESS:
-        return OK
-    if status == NOT_FOUND:
-        return NO_SUCH_ADDRESS
+def _reply_for_status(status: int, text: bytes) -> SmtpReply:
+    if status in SUCCESS_STATUSES:
+        return OK_REPLY
+    if status == NOT_FOUND_STATUS:
+        return NO_SUCH_ADDRESS_REPLY
     try:
-        reason = decoding.decode(text, _Refusal).error
+        reason = decoding.decode(text, _MailRefusal).error
     except msgspec.DecodeError:
-        return LATER
+        return RETRY_LATER_REPLY
     told = "".join(one for one in f"{reason.code}: {reason.message}" if " " <= one <= "~")[
         :MAX_MESSAGE_CHARACTERS
     ]
-    if status == TOO_LARGE:
+    if status == TOO_LARGE_STATUS:
         return SmtpReply(552, f"5.3.4 {told}")
-    return SmtpReply(550, f"5.7.1 {told}") if status in FINAL else SmtpReply(451, f"4.3.0 {told}")
+    return SmtpReply(550, f"5.7.1 {told}") if status in FINAL_STATUSES else SmtpReply(451, f"4.3.0 {told}")
 
 
-def _header_value(address: str) -> str:
+def _encode_address(address: str) -> str:
     """Return an address as a header holds it; aiohttp refuses line ends, and SMTPUTF8 is not offered."""
     return "".join(one for one in address if " " < one <= "~")

@@ -9,10 +9,10 @@ from contextlib import AsyncExitStack
 import structlog
 import uvloop
 
-from bridge.gateway import Gateway
+from bridge.message_source import MessageSource
+from bridge.queue_gateway import QueueGateway
+from bridge.queue_transfer import QueueTransfer
 from bridge.settings import BridgeSettings, RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
-from bridge.source import Source
-from bridge.transfer import Transfer
 from concurrency import heartbeat
 
 log = structlog.get_logger()
@@ -31,9 +31,9 @@ async def _serve(settings: BridgeSettings) -> None:
         await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
         source = open_source(settings)
         stack.push_async_callback(source.close)
-        gateway = Gateway(settings)
+        gateway = QueueGateway(settings)
         stack.push_async_callback(gateway.close)
-        transfer = Transfer(
+        transfer = QueueTransfer(
             source,
             gateway,
             stop,
@@ -49,7 +49,7 @@ async def _serve(settings: BridgeSettings) -> None:
             log.info("bridge stops", accepted=transfer.accepted, duplicates=transfer.duplicates)
 
 
-def open_source(settings: BridgeSettings) -> Source:
+def open_source(settings: BridgeSettings) -> MessageSource:
     """Return the source that settings are for, which is first asked when messages are taken."""
     match settings:
         case RedisBridgeSettings():
@@ -57,11 +57,11 @@ def open_source(settings: BridgeSettings) -> Source:
 
             return RedisStream(settings)
         case SqsBridgeSettings():
-            from bridge.sqs import SqsQueue  # noqa: PLC0415 - as above
+            from bridge.sqs_queue import SqsQueue  # noqa: PLC0415 - as above
 
             return SqsQueue(settings)
         case RabbitmqBridgeSettings():
-            from bridge.rabbitmq import RabbitmqQueue  # noqa: PLC0415 - its library is optional
+            from bridge.rabbitmq_queue import RabbitmqQueue  # noqa: PLC0415 - its library is optional
 
             return RabbitmqQueue(settings)
     raise TypeError(f"{type(settings).__name__} names no source")

@@ -15,13 +15,20 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, NoPermissionError
 
-from bridge.errors import Refused, Unavailable
-from bridge.source import Message, Unreadable, deduplication_id, json_of, priority_of, text_of
+from bridge.bridge_errors import BridgeRefused, BridgeUnavailable
+from bridge.message_source import (
+    SourceMessage,
+    UnreadableMessage,
+    decode_text,
+    make_deduplication_id,
+    parse_priority,
+    to_json,
+)
 
 if TYPE_CHECKING:
     from bridge.settings import RedisBridgeSettings
 
-Entry = tuple[bytes, Mapping[bytes, bytes] | None]
+StreamEntry = tuple[bytes, Mapping[bytes, bytes] | None]
 """An id, and the fields; None for an entry that was deleted before it was acknowledged."""
 
 COMMAND_SECONDS: Final = 5.0
@@ -30,14 +37,14 @@ OWN, NEW, BEGINNING = "0", ">", "0-0"
 MESSAGE_FIELDS: Final = (b"message", b"data")
 PRIORITY_FIELD: Final = b"priority"
 REASON_FIELD: Final = b"refused"
-FOREVER: Final = ("WRONGTYPE", "WRONGPASS", "NOAUTH")
+FINAL_ERRORS: Final = ("WRONGTYPE", "WRONGPASS", "NOAUTH")
 """What Redis says of errors that don't pass."""
 
 log = structlog.get_logger()
 
 
 class RedisStream:
-    """Implements `bridge.source.Source`; several processes share a stream by consumers of different names."""
+    """Implements `bridge.message_source.MessageSource`; processes share a stream by consumers of different names."""
 
     def __init__(self, settings: RedisBridgeSettings) -> None:
         self.label = settings.label("redis", settings.bridge_redis_stream)
@@ -63,11 +70,11 @@ class RedisStream:
         self._claims_from = BEGINNING
         self._claims_at = 0.0
 
-    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
         """Return what was left of an earlier life first, then what others have left, then what is new."""
-        async with self._answered():
+        async with self._translate_errors():
             await self._make_group()
-            entries = await self._own(limit) or await self._abandoned(limit)
+            entries = await self._read_own(limit) or await self._claim_abandoned(limit)
             if not entries:
                 entries = await self._read(NEW, limit, block_milliseconds=max(1, int(wait_seconds * 1000)))
             return await self._messages(entries)
@@ -77,7 +84,7 @@ class RedisStream:
         await self._set_idle(ids, milliseconds=0)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        async with self._answered():
+        async with self._translate_errors():
             await self._acknowledge(ids)
 
     async def give_back(self, ids: Sequence[str]) -> None:
@@ -86,9 +93,9 @@ class RedisStream:
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
         """Copy entries to the stream for them, before they are acknowledged."""
-        async with self._answered():
+        async with self._translate_errors():
             for entry_id, reason in reasons.items():
-                found = cast("list[Entry]", await self._client.xrange(self._stream, entry_id, entry_id))
+                found = cast("list[StreamEntry]", await self._client.xrange(self._stream, entry_id, entry_id))
                 for _, fields in found:
                     copied: dict[Any, Any] = {**(fields or {})}
                     await self._client.xadd(self._dead_letters, copied | {REASON_FIELD: reason})
@@ -109,14 +116,14 @@ class RedisStream:
                 raise
         self._has_group = True
 
-    async def _own(self, limit: int) -> Sequence[Entry]:
+    async def _read_own(self, limit: int) -> Sequence[StreamEntry]:
         if not self._may_have_own:
             return []
         entries = await self._read(OWN, limit)
         self._may_have_own = len(entries) > 0
         return entries
 
-    async def _abandoned(self, limit: int) -> Sequence[Entry]:
+    async def _claim_abandoned(self, limit: int) -> Sequence[StreamEntry]:
         """Claim what was delivered to others long ago, page by page and not all the time."""
         loop = asyncio.get_running_loop()
         if loop.time() < self._claims_at:
@@ -133,7 +140,7 @@ class RedisStream:
 
     async def _read(
         self, which: str, limit: int, *, block_milliseconds: int | None = None
-    ) -> Sequence[Entry]:
+    ) -> Sequence[StreamEntry]:
         streams: dict[Any, Any] = {self._stream: which}
         answer: Any = await self._client.xreadgroup(
             self._group, self._consumer, streams, count=limit, block=block_milliseconds
@@ -142,20 +149,20 @@ class RedisStream:
         pairs = answer.items() if isinstance(answer, dict) else answer or ()
         return [entry for _, entries in pairs for entry in entries]
 
-    async def _messages(self, entries: Sequence[Entry]) -> Sequence[Message]:
+    async def _messages(self, entries: Sequence[StreamEntry]) -> Sequence[SourceMessage]:
         gone = [entry_id.decode() for entry_id, fields in entries if not fields]
         if gone:
             log.warning("entries were deleted before they were handed over", stream=self._stream, ids=gone)
             await self._acknowledge(gone)
         return [self._message(entry_id.decode(), fields) for entry_id, fields in entries if fields]
 
-    def _message(self, entry_id: str, fields: Mapping[bytes, bytes]) -> Message:
-        known_as = deduplication_id(self.label, entry_id)
+    def _message(self, entry_id: str, fields: Mapping[bytes, bytes]) -> SourceMessage:
+        known_as = make_deduplication_id(self.label, entry_id)
         try:
-            body, priority = content_of(fields)
-        except Unreadable as error:
-            return Message(entry_id, known_as, problem=str(error))
-        return Message(entry_id, known_as, body, priority)
+            body, priority = parse_entry(fields)
+        except UnreadableMessage as error:
+            return SourceMessage(entry_id, known_as, problem=str(error))
+        return SourceMessage(entry_id, known_as, body, priority)
 
     async def _acknowledge(self, ids: Sequence[str]) -> None:
         await self._client.xack(self._stream, self._group, *ids)
@@ -163,13 +170,13 @@ class RedisStream:
             await self._client.xdel(self._stream, *ids)
 
     async def _set_idle(self, ids: Sequence[str], *, milliseconds: int) -> None:
-        async with self._answered():
+        async with self._translate_errors():
             await self._client.xclaim(
                 self._stream, self._group, self._consumer, 0, list(ids), idle=milliseconds, justid=True
             )
 
     @asynccontextmanager
-    async def _answered(self) -> AsyncIterator[None]:
+    async def _translate_errors(self) -> AsyncIterator[None]:
         try:
             yield
         except (redis.RedisError, OSError) as error:
@@ -177,13 +184,13 @@ class RedisStream:
             self._may_have_own, self._has_group = True, False
             text = str(error) or type(error).__name__
             if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
-                raise Refused(f"Redis refuses it: {text}") from error
-            if isinstance(error, redis.ResponseError) and text.startswith(FOREVER):
-                raise Refused(f"Redis refuses it: {text}") from error
-            raise Unavailable(f"Redis did not answer: {text}") from error
+                raise BridgeRefused(f"Redis refuses it: {text}") from error
+            if isinstance(error, redis.ResponseError) and text.startswith(FINAL_ERRORS):
+                raise BridgeRefused(f"Redis refuses it: {text}") from error
+            raise BridgeUnavailable(f"Redis did not answer: {text}") from error
 
 
-def content_of(fields: Mapping[bytes, bytes]) -> tuple[bytes, int | None]:
+def parse_entry(fields: Mapping[bytes, bytes]) -> tuple[bytes, int | None]:
     """Return body and priority of an entry; raises `Unreadable`.
 
     A field `message` or `data` holds the body, alone or beside a field `priority`. Otherwise all fields are the body.
@@ -191,6 +198,6 @@ def content_of(fields: Mapping[bytes, bytes]) -> tuple[bytes, int | None]:
     rest = [name for name in fields if name != PRIORITY_FIELD]
     if len(rest) == 1 and rest[0] in MESSAGE_FIELDS:
         priority = fields.get(PRIORITY_FIELD)
-        return json_of(fields[rest[0]]), priority_of(None if priority is None else text_of(priority))
-    body = {text_of(name): text_of(value) for name, value in fields.items()}
+        return to_json(fields[rest[0]]), parse_priority(None if priority is None else decode_text(priority))
+    body = {decode_text(name): decode_text(value) for name, value in fields.items()}
     return msgspec.json.encode(body), None

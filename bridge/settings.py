@@ -19,10 +19,10 @@ from models.settings import InvalidSettings
 
 _NAME: Final = re.compile(r"[\x21-\x7e]{1,100}")
 _SQS_HOST: Final = re.compile(r"sqs\.([a-z0-9-]+)\.amazonaws\.com(?:\.cn)?")
-_ORIGIN: Final = r"https?://[^\s/?#@]+"
+_ORIGIN_PATTERN: Final = r"https?://[^\s/?#@]+"
 
 
-class OnRefused(StrEnum):
+class RefusalAction(StrEnum):
     """What becomes of a message that the gateway will never take."""
 
     STOP = "stop"
@@ -61,8 +61,8 @@ class BridgeSettings(BaseSettings):
             " workflow: messages are deduplicated by it and their id. Unset: the name of the stream or queue."
         ),
     )
-    bridge_on_refused: OnRefused = Field(
-        default=OnRefused.STOP,
+    bridge_on_refused: RefusalAction = Field(
+        default=RefusalAction.STOP,
         description=(
             "Handling of messages that the gateway refuses for good: `stop`, `drop` or `dead-letter`."
         ),
@@ -150,12 +150,12 @@ class SqsBridgeSettings(BridgeSettings):
     """What an SQS-compatible queue needs, but for the credentials."""
 
     bridge_sqs_queue_url: str = Field(
-        pattern=rf"^{_ORIGIN}/[^\s?#]+$",
+        pattern=rf"^{_ORIGIN_PATTERN}/[^\s?#]+$",
         description="URL of the queue: `https://sqs.eu-west-1.amazonaws.com/123456789012/orders`.",
     )
     bridge_sqs_endpoint: str = Field(
         default="",
-        pattern=rf"^(?:{_ORIGIN})?$",
+        pattern=rf"^(?:{_ORIGIN_PATTERN})?$",
         description="Address of the SQS-compatible server. Unset: the address of the queue.",
     )
 
@@ -195,7 +195,9 @@ class AwsCredentials:
     region: str
 
     @classmethod
-    def of(cls, settings: SqsBridgeSettings, environment: Mapping[str, str] = os.environ) -> AwsCredentials:
+    def from_environment(
+        cls, settings: SqsBridgeSettings, environment: Mapping[str, str] = os.environ
+    ) -> AwsCredentials:
         """Return the credentials of the environment; raises `InvalidSettings` for what is not there."""
         host = _SQS_HOST.fullmatch(urlsplit(settings.bridge_sqs_queue_url).hostname or "")
         # What Amazon's own address says is right, whatever else the environment is for.

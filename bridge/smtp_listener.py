@@ -18,7 +18,7 @@ import structlog
 from aiosmtpd.lmtp import LMTP
 from aiosmtpd.smtp import SMTP
 
-from bridge.mail_gateway import NO_SUCH_ADDRESS, OK, MailGateway, SmtpReply
+from bridge.mail_gateway import NO_SUCH_ADDRESS_REPLY, OK_REPLY, MailGateway, SmtpReply
 from bridge.smtp_settings import MailProtocol
 from concurrency import heartbeat
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from aiosmtpd.smtp import Envelope, Session
 
-    from bridge.smtp_settings import SmtpSettings
+    from bridge.smtp_settings import SmtpListenerSettings
 
 log = structlog.get_logger()
 
@@ -36,13 +36,13 @@ IDLE_SECONDS: Final = 300.0
 """As RFC 5321, section 4.5.3.2, asks of servers."""
 SHUTDOWN_SECONDS: Final = 20.0
 MAX_RECIPIENTS: Final = 100
-IDENT: Final = "Pilotflame"
-TOO_MANY_CONNECTIONS: Final = b"421 4.3.2 Too many connections: try again later\r\n"
-WRONG_DOMAIN: Final = SmtpReply(550, "5.7.1 No mail is taken for this domain")
-TOO_MANY_RECIPIENTS: Final = SmtpReply(452, "4.5.3 Too many recipients")
+SERVER_NAME: Final = "Pilotflame"
+TOO_MANY_CONNECTIONS_REPLY: Final = b"421 4.3.2 Too many connections: try again later\r\n"
+WRONG_DOMAIN_REPLY: Final = SmtpReply(550, "5.7.1 No mail is taken for this domain")
+TOO_MANY_RECIPIENTS_REPLY: Final = SmtpReply(452, "4.5.3 Too many recipients")
 
 
-class MailHandler:
+class SmtpMailHandler:
     """Handler for aiosmtpd: checks recipients and hands mails over."""
 
     def __init__(self, gateway: MailGateway, domains: Sequence[str], protocol: MailProtocol) -> None:
@@ -60,11 +60,11 @@ class MailHandler:
         del server, session
         token, domain = split_recipient(address)
         if self._domains and domain not in self._domains:
-            return WRONG_DOMAIN.line
+            return WRONG_DOMAIN_REPLY.line
         if len(envelope.rcpt_tos) >= MAX_RECIPIENTS:
-            return TOO_MANY_RECIPIENTS.line
-        reply = NO_SUCH_ADDRESS if token is None else await self._gateway.find_address(token)
-        if reply is OK:
+            return TOO_MANY_RECIPIENTS_REPLY.line
+        reply = NO_SUCH_ADDRESS_REPLY if token is None else await self._gateway.find_address(token)
+        if reply is OK_REPLY:
             envelope.rcpt_tos.append(address)
             envelope.rcpt_options.extend(options)
         return reply.line
@@ -85,12 +85,12 @@ class MailHandler:
             log.info("mail handed over", recipient_domain=split_recipient(address)[1], code=reply.code)
         if self._protocol is MailProtocol.LMTP:
             return "\r\n".join(reply.line for reply in replies)
-        return worst_of(replies).line
+        return worst_reply(replies).line
 
     async def _hand_over(self, address: str, content: bytes, envelope: Envelope) -> SmtpReply:
         token, _ = split_recipient(address)
         if token is None:
-            return NO_SUCH_ADDRESS
+            return NO_SUCH_ADDRESS_REPLY
         sender = envelope.mail_from or ""
         return await self._gateway.hand_over(token, content, sender=sender, recipient=address)
 
@@ -102,20 +102,20 @@ def split_recipient(address: str) -> tuple[str | None, str]:
     return (token if token.startswith(TOKEN_PREFIX) else None), domain.lower()
 
 
-def worst_of(replies: Sequence[SmtpReply]) -> SmtpReply:
+def worst_reply(replies: Sequence[SmtpReply]) -> SmtpReply:
     """Return the one answer of SMTP to a mail for several recipients.
 
     A passing failure makes the mail server repeat the mail for all of them: those that have it make no second run.
     """
     passing = [reply for reply in replies if 400 <= reply.code < 500]  # noqa: PLR2004 - as RFC 5321 divides replies
     final = [reply for reply in replies if reply.code >= 500]  # noqa: PLR2004 - as above
-    return next(iter([*passing, *final]), OK)
+    return next(iter([*passing, *final]), OK_REPLY)
 
 
 class BoundedConnections:
     """Makes a protocol for each connection, and turns away those beyond a number."""
 
-    def __init__(self, settings: SmtpSettings, handler: MailHandler) -> None:
+    def __init__(self, settings: SmtpListenerSettings, handler: SmtpMailHandler) -> None:
         self._limit = settings.smtp_connections
         self.open = 0
         protocol = _BoundedLmtp if settings.smtp_protocol is MailProtocol.LMTP else _BoundedSmtp
@@ -125,7 +125,7 @@ class BoundedConnections:
             connections=self,
             data_size_limit=settings.smtp_max_bytes,
             hostname=socket.getfqdn(),
-            ident=IDENT,
+            ident=SERVER_NAME,
             tls_context=settings.tls_context(),
             require_starttls=settings.smtp_require_tls,
             timeout=IDLE_SECONDS,
@@ -133,22 +133,22 @@ class BoundedConnections:
 
     def __call__(self) -> asyncio.BaseProtocol:
         if self.open >= self._limit:
-            return _TurnedAway()
+            return _RejectedConnection()
         protocol: asyncio.BaseProtocol = self._make(loop=asyncio.get_running_loop())
         return protocol
 
 
-class _TurnedAway(asyncio.Protocol):
+class _RejectedConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         if isinstance(transport, asyncio.WriteTransport):
-            transport.write(TOO_MANY_CONNECTIONS)
+            transport.write(TOO_MANY_CONNECTIONS_REPLY)
             transport.close()
 
 
 class _BoundedSmtp(SMTP):
     """aiosmtpd's, counted while its connection is open; TLS makes a second connection of the first."""
 
-    def __init__(self, handler: MailHandler, *, connections: BoundedConnections, **settings: Any) -> None:  # noqa: ANN401 - those of aiosmtpd
+    def __init__(self, handler: SmtpMailHandler, *, connections: BoundedConnections, **settings: Any) -> None:  # noqa: ANN401 - those of aiosmtpd
         super().__init__(handler, **settings)
         self._connections = connections
         self._is_counted = False
@@ -171,13 +171,13 @@ class _BoundedLmtp(_BoundedSmtp, LMTP):
 
 
 @asynccontextmanager
-async def listening(settings: SmtpSettings) -> AsyncIterator[asyncio.Server]:
+async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.Server]:
     """Listen until the context ends, and let mails that are being handed over end first.
 
     Raises `InvalidSettings` for TLS files that can't be used, and `OSError` for an address that can't be listened on.
     """
     gateway = MailGateway(settings.url)
-    handler = MailHandler(gateway, settings.smtp_domains, settings.smtp_protocol)
+    handler = SmtpMailHandler(gateway, settings.smtp_domains, settings.smtp_protocol)
     try:
         connections = BoundedConnections(settings, handler)
         loop = asyncio.get_running_loop()
@@ -194,19 +194,19 @@ async def listening(settings: SmtpSettings) -> AsyncIterator[asyncio.Server]:
         await gateway.close()
 
 
-def serve(settings: SmtpSettings) -> None:
+def serve(settings: SmtpListenerSettings) -> None:
     """Run until told to stop; raises what `listening` raises."""
     asyncio.run(_serve(settings))
 
 
-async def _serve(settings: SmtpSettings) -> None:
+async def _serve(settings: SmtpListenerSettings) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(heartbeat.run_heartbeat(settings.heartbeat_file))
-        server = await stack.enter_async_context(listening(settings))
+        server = await stack.enter_async_context(run_listener(settings))
         host, port = server.sockets[0].getsockname()[:2]
         log.info("SMTP listener ready", host=host, port=port, protocol=settings.smtp_protocol.value)
         await stop.wait()

@@ -21,7 +21,7 @@ class MailProtocol(StrEnum):
     """One answer for each recipient (RFC 2033): for a mail server on the same machine."""
 
 
-class SmtpSettings(BaseSettings):
+class SmtpListenerSettings(BaseSettings):
     """Settings of `pilotflame smtp`: its own address and the gateway's; no database and no key."""
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")

@@ -12,7 +12,7 @@ from pydantic_core import PydanticUndefined
 from pydantic_settings import BaseSettings
 
 from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
-from bridge.smtp_settings import SmtpSettings
+from bridge.smtp_settings import SmtpListenerSettings
 from gateway.settings import GatewaySettings
 from runner.settings import RunnerSettings
 from scheduler.settings import SchedulerSettings
@@ -35,7 +35,7 @@ BRIDGES: Final[tuple[type[BaseSettings], ...]] = (
 READERS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
     *PROCESSES.items(),
     *(("bridge", settings) for settings in BRIDGES),
-    ("smtp", SmtpSettings),
+    ("smtp", SmtpListenerSettings),
 )
 ALL: Final = tuple(dict.fromkeys(process for process, _ in READERS))
 MOST_IMPORTANT: Final = ("database_url", "redis_url", "secret_key", "blob_url", "public_url")

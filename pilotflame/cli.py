@@ -285,9 +285,9 @@ def bridge_rabbitmq(
 @app.command()
 def smtp() -> None:
     """Take mails by SMTP or LMTP for the addresses of e-mail triggers, and hand them to the gateway."""
-    from bridge.smtp_settings import SmtpSettings
+    from bridge.smtp_settings import SmtpListenerSettings
 
-    settings = SmtpSettings()
+    settings = SmtpListenerSettings()
     _begin_log(settings.log_level)
     try:
         from bridge import smtp_listener
@@ -304,11 +304,11 @@ def smtp() -> None:
 def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
     settings = kind(**{f"bridge_{name}": value for name, value in given.items() if value is not None})
     _begin_log(settings.log_level)
-    from bridge import errors, main
+    from bridge import bridge_errors, main
 
     try:
         main.serve(settings)
-    except errors.Refused as error:
+    except bridge_errors.BridgeRefused as error:
         raise Refusal(str(error)) from error
 
 

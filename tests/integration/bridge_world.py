@@ -14,20 +14,20 @@ import aio_pika
 from aio_pika.abc import AbstractChannel
 from redis.asyncio import Redis
 
-from bridge.gateway import Gateway
-from bridge.rabbitmq import RabbitmqQueue
+from bridge.message_source import MessageSource
+from bridge.queue_gateway import QueueGateway
+from bridge.queue_transfer import QueueTransfer
+from bridge.rabbitmq_queue import RabbitmqQueue
 from bridge.redis_stream import RedisStream
 from bridge.settings import (
     AwsCredentials,
     BridgeSettings,
-    OnRefused,
     RabbitmqBridgeSettings,
     RedisBridgeSettings,
+    RefusalAction,
     SqsBridgeSettings,
 )
-from bridge.source import Source
-from bridge.sqs import SqsQueue
-from bridge.transfer import Transfer
+from bridge.sqs_queue import SqsQueue
 from tests import fake_sqs, services
 from tests.fake_gateway import FakeGateway
 from tests.fake_sqs import FakeSqs
@@ -64,7 +64,7 @@ class Place(ABC):
         """Put messages into it."""
 
     @abstractmethod
-    def open(self, **changes: Any) -> Source:  # noqa: ANN401 - settings
+    def open(self, **changes: Any) -> MessageSource:  # noqa: ANN401 - settings
         """Return what a new process would take messages by."""
 
     @abstractmethod
@@ -235,15 +235,15 @@ class Bridge:
     def __init__(
         self,
         gateway: FakeGateway,
-        source: Source,
+        source: MessageSource,
         *,
-        on_refused: OnRefused = OnRefused.STOP,
+        on_refused: RefusalAction = RefusalAction.STOP,
         batch: int = 100,
     ) -> None:
         self.source = source
-        self._gateway = Gateway(BridgeSettings(**settings_of(gateway)))
+        self._gateway = QueueGateway(BridgeSettings(**settings_of(gateway)))
         self.stop = asyncio.Event()
-        self.transfer = Transfer(
+        self.transfer = QueueTransfer(
             source,
             self._gateway,
             self.stop,

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from bridge.errors import Refused
+from bridge.bridge_errors import BridgeRefused
+from bridge.message_source import MessageSource, SourceMessage
 from bridge.redis_stream import RedisStream
-from bridge.settings import OnRefused
-from bridge.source import Message, Source
+from bridge.settings import RefusalAction
 from tests import commands, fake_gateway, services
 from tests.fake_gateway import POISON, FakeGateway, Refusal
 from tests.integration import bridge_world
@@ -74,11 +74,11 @@ class Killed(Exception):
 class DiesBeforeItAcknowledges:
     """The source of a process that is killed when the gateway has committed a batch of it."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: MessageSource) -> None:
         self._source = source
         self.label = source.label
 
-    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
         return await self._source.take(limit, wait_seconds)
 
     async def hold(self, ids: Sequence[str]) -> None:
@@ -173,7 +173,7 @@ async def test_a_message_that_is_refused_stops_the_bridge_and_stays_where_it_is(
 ) -> None:
     await place.send("good", POISON, "better")
     bridge = Bridge(gateway, place.open())
-    with pytest.raises(Refused, match="invalid-message: It is poison"):
+    with pytest.raises(BridgeRefused, match="invalid-message: It is poison"):
         await bridge.run()
     # What was not taken yet is there as well.
     assert POISON not in gateway.messages
@@ -181,14 +181,14 @@ async def test_a_message_that_is_refused_stops_the_bridge_and_stays_where_it_is(
     assert not await place.dead()
 
 
-@pytest.mark.parametrize("policy", [OnRefused.DROP, OnRefused.DEAD_LETTER])
+@pytest.mark.parametrize("policy", [RefusalAction.DROP, RefusalAction.DEAD_LETTER])
 async def test_a_message_that_is_refused_is_dropped_or_a_dead_letter_where_that_is_wanted(
-    gateway: FakeGateway, place: Place, policy: OnRefused
+    gateway: FakeGateway, place: Place, policy: RefusalAction
 ) -> None:
     await place.send("good", POISON, "better")
     bridge = Bridge(gateway, place.open(), on_refused=policy)
     await bridge.run_until_gone(place, lambda: sorted(gateway.messages) == ["better", "good"])
-    assert await place.dead() == ([POISON] if policy is OnRefused.DEAD_LETTER else [])
+    assert await place.dead() == ([POISON] if policy is RefusalAction.DEAD_LETTER else [])
 
 
 # ── redis ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -269,7 +269,7 @@ async def test_a_group_that_is_gone_is_made_again(gateway: FakeGateway, redis_pl
 async def test_a_key_that_is_no_stream_ends_the_bridge(redis_place: RedisPlace) -> None:
     await redis_place.client.set(redis_place.name, "text")
     source: RedisStream = redis_place.open()
-    with pytest.raises(Refused, match="WRONGTYPE"):
+    with pytest.raises(BridgeRefused, match="WRONGTYPE"):
         await source.take(10, WAIT_SECONDS)
     await source.close()
 
@@ -333,7 +333,7 @@ async def test_priorities_are_attributes_and_session_tokens_are_signed(
 async def test_a_wrong_secret_ends_the_bridge(sqs_place: SqsPlace) -> None:
     source = sqs_place.open()
     sqs_place.sqs.secret_access_key = "another"
-    with pytest.raises(Refused, match="InvalidSignatureException"):
+    with pytest.raises(BridgeRefused, match="InvalidSignatureException"):
         await source.take(10, WAIT_SECONDS)
     await source.close()
 
@@ -343,8 +343,8 @@ async def test_a_queue_without_dead_letters_keeps_what_is_refused(
 ) -> None:
     sqs_place.sqs.max_receives = None
     await sqs_place.send(POISON)
-    bridge = Bridge(gateway, sqs_place.open(), on_refused=OnRefused.DEAD_LETTER)
-    with pytest.raises(Refused, match="no dead-letter queue"):
+    bridge = Bridge(gateway, sqs_place.open(), on_refused=RefusalAction.DEAD_LETTER)
+    with pytest.raises(BridgeRefused, match="no dead-letter queue"):
         await bridge.run()
     assert await sqs_place.left() == 1
 
@@ -383,7 +383,7 @@ async def test_what_is_no_text_or_no_json_that_the_gateway_takes_is_refused_with
     await rabbitmq_place.publish(b'"between"')
     await rabbitmq_place.publish(b'{"twice": 1, "twice": 2}')
     await rabbitmq_place.publish(b'"after"')
-    bridge = Bridge(gateway, rabbitmq_place.open(), on_refused=OnRefused.DROP)
+    bridge = Bridge(gateway, rabbitmq_place.open(), on_refused=RefusalAction.DROP)
     await bridge.run_until(lambda: gateway.messages == ["before", "between", "after"])
     assert await rabbitmq_place.left() == 0
 
@@ -396,7 +396,7 @@ async def test_a_queue_that_is_not_there_ends_the_bridge(
     await rabbitmq_place.send("a")
     await until(lambda: gateway.messages == ["a"])
     await rabbitmq_place.channel.queue_delete(rabbitmq_place.name)
-    with pytest.raises(Refused, match="NOT_FOUND"):
+    with pytest.raises(BridgeRefused, match="NOT_FOUND"):
         await running
 
 

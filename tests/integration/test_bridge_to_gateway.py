@@ -9,10 +9,10 @@ import pytest
 import uvicorn
 from pydantic import SecretStr
 
-from bridge.errors import ContentRefused, Refused, Unavailable
-from bridge.gateway import Gateway
+from bridge.bridge_errors import BridgeRefused, BridgeUnavailable, ContentRefused
+from bridge.message_source import SourceMessage
+from bridge.queue_gateway import QueueGateway
 from bridge.settings import BridgeSettings
-from bridge.source import Message
 from tests.integration.gateway_world import GRAPH, People, World
 from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS, active
 
@@ -30,12 +30,12 @@ async def url(world: World) -> AsyncIterator[str]:
     await serving
 
 
-def gateway(url: str, workflow_id: str, key: str) -> Gateway:
-    return Gateway(BridgeSettings(url=url, bridge_workflow=workflow_id, api_key=SecretStr(key)))
+def gateway(url: str, workflow_id: str, key: str) -> QueueGateway:
+    return QueueGateway(BridgeSettings(url=url, bridge_workflow=workflow_id, api_key=SecretStr(key)))
 
 
-def message(name: str, body: bytes = b"1") -> Message:
-    return Message(id=name, body=body, deduplication_id=f"redis:orders/{name}")
+def message(name: str, body: bytes = b"1") -> SourceMessage:
+    return SourceMessage(id=name, body=body, deduplication_id=f"redis:orders/{name}")
 
 
 async def test_messages_are_taken_in_once_and_what_is_wrong_is_told_from_what_may_come_right(
@@ -51,16 +51,16 @@ async def test_messages_are_taken_in_once_and_what_is_wrong_is_told_from_what_ma
     with pytest.raises(ContentRefused):
         await queue.enqueue([message("4", b'{"a":1,"a":2}')], source="redis:orders")
     await owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
-    with pytest.raises(Unavailable):
+    with pytest.raises(BridgeUnavailable):
         await queue.enqueue([message("5")], source="redis:orders")
     await queue.close()
 
     limited = gateway(url, await active(owner, **LIMITED), owner.key)
-    with pytest.raises(Unavailable):
+    with pytest.raises(BridgeUnavailable):
         await limited.enqueue([message("1"), message("2")], source="redis:orders")
     await limited.close()
     for target, key in ((await active(owner, **GRAPH), owner.key), (workflow_id, "sk-unknown")):
         wrong = gateway(url, target, key)
-        with pytest.raises(Refused):
+        with pytest.raises(BridgeRefused):
             await wrong.enqueue([message("1")], source="redis:orders")
         await wrong.close()

@@ -13,9 +13,9 @@ import aiosmtplib
 import pytest
 import uvicorn
 
-from bridge.mail_gateway import OK, SmtpReply
-from bridge.smtp_listener import listening, split_recipient, worst_of
-from bridge.smtp_settings import MailProtocol, SmtpSettings
+from bridge.mail_gateway import OK_REPLY, SmtpReply
+from bridge.smtp_listener import run_listener, split_recipient, worst_reply
+from bridge.smtp_settings import MailProtocol, SmtpListenerSettings
 from models.execution import Execution
 from tests.integration.gateway_world import People, Person, World
 from tests.integration.mail_world import WORKFLOWS, MailWorld, mail_world
@@ -47,7 +47,7 @@ async def url(mails: MailWorld) -> AsyncIterator[str]:
 @asynccontextmanager
 async def smtp(url: str, **settings: Any) -> AsyncIterator[int]:  # noqa: ANN401 - values of settings
     """Listen as long as the context lasts; yields the port."""
-    async with listening(SmtpSettings(url=url, smtp_port=0, **settings)) as server:
+    async with run_listener(SmtpListenerSettings(url=url, smtp_port=0, **settings)) as server:
         port: int = server.sockets[0].getsockname()[1]
         yield port
 
@@ -182,6 +182,6 @@ def test_a_recipient_is_split_into_token_and_domain(address: str, token: str | N
 
 def test_a_failure_that_passes_outweighs_one_that_is_final() -> None:
     passing, final = SmtpReply(451, "later"), SmtpReply(550, "never")
-    assert worst_of([OK, final, passing]) is passing
-    assert worst_of([OK, final]) is final
-    assert worst_of([OK, OK]) is OK
+    assert worst_reply([OK_REPLY, final, passing]) is passing
+    assert worst_reply([OK_REPLY, final]) is final
+    assert worst_reply([OK_REPLY, OK_REPLY]) is OK_REPLY

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from bridge import gateway as gateways
-from bridge import patience
-from bridge.errors import ContentRefused, Refused, Unavailable
-from bridge.gateway import Gateway
-from bridge.redis_stream import content_of
+from bridge import queue_gateway as gateways
+from bridge import retry
+from bridge.bridge_errors import BridgeRefused, BridgeUnavailable, ContentRefused
+from bridge.message_source import SourceMessage, UnreadableMessage, make_deduplication_id, to_json
+from bridge.queue_gateway import QueueGateway
+from bridge.queue_transfer import split_requests
+from bridge.redis_stream import parse_entry
 from bridge.settings import AwsCredentials, BridgeSettings, SqsBridgeSettings
-from bridge.source import Message, Unreadable, deduplication_id, json_of
-from bridge.transfer import parts
 from models.settings import InvalidSettings
 from tests import fake_gateway
 from tests.fake_gateway import FakeGateway, Refusal
@@ -38,24 +38,26 @@ AMAZON = "https://sqs.eu-west-1.amazonaws.com/123456789012/orders"
     ],
 )
 def test_json_stays_as_it_is_and_any_other_text_is_a_string(content: bytes, meant: bytes) -> None:
-    assert json_of(content) == meant
+    assert to_json(content) == meant
 
 
 @pytest.mark.parametrize("content", [b"\xff", b'"\xff"', b"[" * 100_000])
 def test_what_is_neither_is_unreadable(content: bytes) -> None:
-    with pytest.raises(Unreadable):
-        json_of(content)
+    with pytest.raises(UnreadableMessage):
+        to_json(content)
 
 
 def test_an_entry_whose_priority_is_no_number_is_unreadable() -> None:
-    with pytest.raises(Unreadable, match="priority"):
-        content_of({b"message": b"{}", b"priority": b"high"})
-    assert content_of({b"priority": b"high"}) == (b'{"priority":"high"}', None)
+    with pytest.raises(UnreadableMessage, match="priority"):
+        parse_entry({b"message": b"{}", b"priority": b"high"})
+    assert parse_entry({b"priority": b"high"}) == (b'{"priority":"high"}', None)
 
 
 def test_ids_have_only_characters_that_the_gateway_takes_and_stay_different() -> None:
-    assert deduplication_id("redis:orders", "1-0") == "redis:orders/1-0"
-    strange = {deduplication_id("rabbitmq:orders", one) for one in ("a b", "a  b", "ü", "x" * 255, "x" * 254)}
+    assert make_deduplication_id("redis:orders", "1-0") == "redis:orders/1-0"
+    strange = {
+        make_deduplication_id("rabbitmq:orders", one) for one in ("a b", "a  b", "ü", "x" * 255, "x" * 254)
+    }
     assert len(strange) == 5
     assert all(len(one) <= 255 and one.isascii() and one.isprintable() and " " not in one for one in strange)
 
@@ -63,15 +65,15 @@ def test_ids_have_only_characters_that_the_gateway_takes_and_stay_different() ->
 def test_messages_are_split_by_size_and_unreadable_ones_stand_alone() -> None:
     large = b'"' + b"x" * (gateways.MAX_PART_BYTES // 2) + b'"'
     given = [
-        Message("1", "1", b"1"),
-        Message("2", "2", large),
-        Message("3", "3", large),
-        Message("4", "4", problem="?"),
-        Message("5", "5", b"5"),
-        Message("6", "6", large * 3),
-        Message("7", "7", b"7"),
+        SourceMessage("1", "1", b"1"),
+        SourceMessage("2", "2", large),
+        SourceMessage("3", "3", large),
+        SourceMessage("4", "4", problem="?"),
+        SourceMessage("5", "5", b"5"),
+        SourceMessage("6", "6", large * 3),
+        SourceMessage("7", "7", b"7"),
     ]
-    assert [[one.id for one in part] for part in parts(given)] == [
+    assert [[one.id for one in part] for part in split_requests(given)] == [
         ["1", "2"],
         ["3"],
         ["4"],
@@ -79,23 +81,23 @@ def test_messages_are_split_by_size_and_unreadable_ones_stand_alone() -> None:
         ["6"],
         ["7"],
     ]
-    assert list(parts([])) == []
+    assert list(split_requests([])) == []
 
 
 def test_pauses_grow_to_half_a_minute_and_never_undercut_what_was_asked_for() -> None:
-    assert 0.05 <= patience.pause_seconds(1, 0) <= 0.1
-    assert 15 <= patience.pause_seconds(1_000, 0) <= 30
-    assert 7 <= patience.pause_seconds(1, 7) <= 7.1
-    assert patience.pause_seconds(1, 1e9) < 601
+    assert 0.05 <= retry.pause_seconds(1, 0) <= 0.1
+    assert 15 <= retry.pause_seconds(1_000, 0) <= 30
+    assert 7 <= retry.pause_seconds(1, 7) <= 7.1
+    assert retry.pause_seconds(1, 1e9) < 601
 
 
 # ── the gateway ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _enqueue(fake: FakeGateway, *bodies: object, **settings: str) -> list[str]:
-    gateway = Gateway(BridgeSettings(url=fake.url, **{**NEEDED, "api_key": fake.key, **settings}))
+    gateway = QueueGateway(BridgeSettings(url=fake.url, **{**NEEDED, "api_key": fake.key, **settings}))
     messages = [
-        Message(str(index), f"id-{index}", json.dumps(one).encode()) for index, one in enumerate(bodies)
+        SourceMessage(str(index), f"id-{index}", json.dumps(one).encode()) for index, one in enumerate(bodies)
     ]
     try:
         return [answer.status for answer in await gateway.enqueue(messages, source="test")]
@@ -108,13 +110,13 @@ async def test_what_the_gateway_answers_says_what_to_do_next() -> None:
         assert await _enqueue(fake, "a", "poison") == ["accepted", "refused"]
         assert await _enqueue(fake, "a", "b") == ["duplicate", "accepted"]
         for status, code, kind in [
-            (401, "unauthorized", Refused),
-            (404, "not-found", Refused),
-            (422, "no-queue-trigger", Refused),
-            (307, "elsewhere", Refused),
-            (409, "workflow-not-active", Unavailable),
-            (429, "queue-full", Unavailable),
-            (500, "internal-error", Unavailable),
+            (401, "unauthorized", BridgeRefused),
+            (404, "not-found", BridgeRefused),
+            (422, "no-queue-trigger", BridgeRefused),
+            (307, "elsewhere", BridgeRefused),
+            (409, "workflow-not-active", BridgeUnavailable),
+            (429, "queue-full", BridgeUnavailable),
+            (500, "internal-error", BridgeUnavailable),
             (400, "too-deep", ContentRefused),
             (422, "validation-failed", ContentRefused),
         ]:
@@ -123,13 +125,13 @@ async def test_what_the_gateway_answers_says_what_to_do_next() -> None:
                 await _enqueue(fake, "c")
             assert getattr(raised.value, "retry_after_seconds", 9.0) == 9.0
         # A workflow whose graph can't run is no fault of its messages.
-        for path, kind in [("messages.1.priority", ContentRefused), ("nodes.step", Refused)]:
+        for path, kind in [("messages.1.priority", ContentRefused), ("nodes.step", BridgeRefused)]:
             fake.refusals = [Refusal(422, "validation-failed", path=path)]
             with pytest.raises(kind):
                 await _enqueue(fake, "c")
-        with pytest.raises(Refused, match="unauthorized"):
+        with pytest.raises(BridgeRefused, match="unauthorized"):
             await _enqueue(fake, "c", api_key="sk-another")
-    with pytest.raises(Unavailable):
+    with pytest.raises(BridgeUnavailable):
         await _enqueue(fake, "c")
     assert fake.messages == ["a", "b"]
 
@@ -147,10 +149,10 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_sent() -> None:
 def test_without_its_library_the_bridge_to_rabbitmq_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delitem(sys.modules, "bridge.rabbitmq", raising=False)
+    monkeypatch.delitem(sys.modules, "bridge.rabbitmq_queue", raising=False)
     monkeypatch.setitem(sys.modules, "aio_pika", None)
     with pytest.raises(InvalidSettings, match="pip install"):
-        importlib.import_module("bridge.rabbitmq")
+        importlib.import_module("bridge.rabbitmq_queue")
 
 
 # ── settings ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,11 +185,11 @@ def test_a_source_with_a_strange_name_has_to_be_given_another() -> None:
 def test_credentials_for_sqs_come_from_the_environment_alone() -> None:
     settings = SqsBridgeSettings(**NEEDED, bridge_sqs_queue_url=AMAZON)
     with pytest.raises(InvalidSettings, match="AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY in"):
-        AwsCredentials.of(settings, {})
+        AwsCredentials.from_environment(settings, {})
     given = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "secret-canary", "AWS_REGION": "us-east-1"}
-    found = AwsCredentials.of(settings, given)
+    found = AwsCredentials.from_environment(settings, given)
     assert found.region == "eu-west-1"
     assert "secret-canary" not in repr(found)
     elsewhere = SqsBridgeSettings(**NEEDED, bridge_sqs_queue_url="http://localhost:9324/000000000000/orders")
-    assert AwsCredentials.of(elsewhere, given).region == "us-east-1"
+    assert AwsCredentials.from_environment(elsewhere, given).region == "us-east-1"
     assert (elsewhere.endpoint, elsewhere.queue_name) == ("http://localhost:9324", "orders")

@@ -9,33 +9,33 @@ from typing import Protocol, TypeVar
 
 import structlog
 
-from bridge.errors import BridgeError, ContentRefused, Refused, Stopped
-from bridge.gateway import MAX_PART_BYTES, Answer, Reason
-from bridge.patience import insist
-from bridge.settings import OnRefused
-from bridge.source import Message, Source
+from bridge.bridge_errors import BridgeError, BridgeRefused, BridgeStopped, ContentRefused
+from bridge.message_source import MessageSource, SourceMessage
+from bridge.queue_gateway import MAX_PART_BYTES, MessageResult, RefusalDetail
+from bridge.retry import until_available
+from bridge.settings import RefusalAction
 
 T = TypeVar("T")
 
 log = structlog.get_logger()
 
 
-class Queue(Protocol):
-    """What messages are handed to; see `bridge.gateway.Gateway`."""
+class QueueTarget(Protocol):
+    """What messages are handed to; see `bridge.queue_gateway.QueueGateway`."""
 
-    async def enqueue(self, messages: Sequence[Message], *, source: str) -> Sequence[Answer]: ...
+    async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]: ...
 
 
-class Transfer:
+class QueueTransfer:
     """Takes batches of a source to a workflow, one after the other."""
 
     def __init__(
         self,
-        source: Source,
-        gateway: Queue,
+        source: MessageSource,
+        gateway: QueueTarget,
         stop: asyncio.Event,
         *,
-        on_refused: OnRefused = OnRefused.STOP,
+        on_refused: RefusalAction = RefusalAction.STOP,
         batch: int = 100,
         wait_seconds: float = 5.0,
         hold_seconds: float = 60.0,
@@ -55,66 +55,73 @@ class Transfer:
         """Go on until told to stop, with the batch in hand done; raises `Refused` for what an operator must mend."""
         try:
             while not self._stop.is_set():
-                messages = await self._insist(lambda: self._source.take(self._batch, self._wait_seconds))
+                messages = await self._until_available(
+                    lambda: self._source.take(self._batch, self._wait_seconds)
+                )
                 self._in_hand = {one.id for one in messages}
-                async with self._holding():
-                    for part in parts(messages):
+                async with self._extend_holds():
+                    for part in split_requests(messages):
                         await self._hand_over(part)
-        except Stopped:
+        except BridgeStopped:
             await self._give_back()
         except BridgeError:
             await self._give_back()
             raise
 
-    async def _hand_over(self, messages: Sequence[Message]) -> None:
-        answers = await self._answers(messages)
+    async def _hand_over(self, messages: Sequence[SourceMessage]) -> None:
+        answers = await self._enqueue_halving(messages)
         both = list(zip(messages, answers, strict=True))
         taken = [message.id for message, answer in both if answer.status != "refused"]
         refused = [(message, answer) for message, answer in both if answer.status == "refused"]
         if taken:
-            await self._insist(lambda: self._source.acknowledge(taken))
+            await self._until_available(lambda: self._source.acknowledge(taken))
             self._in_hand.difference_update(taken)
         self.accepted += sum(answer.status == "accepted" for answer in answers)
         self.duplicates += sum(answer.status == "duplicate" for answer in answers)
         log.debug("messages handed over", taken=len(taken), refused=len(refused))
         if refused:
-            await self._settle(refused)
+            await self._handle_refused(refused)
 
-    async def _answers(self, messages: Sequence[Message]) -> Sequence[Answer]:
+    async def _enqueue_halving(self, messages: Sequence[SourceMessage]) -> Sequence[MessageResult]:
         """Return what becomes of messages; one that makes the gateway refuse all of them is found by halving."""
         problem = messages[0].problem
         if problem is not None:
-            return [_refused("unreadable", problem)]
+            return [_refused_result("unreadable", problem)]
         try:
-            return await self._insist(lambda: self._gateway.enqueue(messages, source=self._source.label))
+            return await self._until_available(
+                lambda: self._gateway.enqueue(messages, source=self._source.label)
+            )
         except ContentRefused as error:
             if len(messages) == 1:
-                return [_refused(error.code, str(error))]
+                return [_refused_result(error.code, str(error))]
         middle = len(messages) // 2
-        return [*await self._answers(messages[:middle]), *await self._answers(messages[middle:])]
+        return [
+            *await self._enqueue_halving(messages[:middle]),
+            *await self._enqueue_halving(messages[middle:]),
+        ]
 
-    async def _settle(self, refused: Sequence[tuple[Message, Answer]]) -> None:
+    async def _handle_refused(self, refused: Sequence[tuple[SourceMessage, MessageResult]]) -> None:
         policy = self._on_refused
         reasons: dict[str, str] = {}
         for message, answer in refused:
-            reason = answer.error or Reason()
+            reason = answer.error or RefusalDetail()
             reasons[message.id] = f"{reason.code}: {reason.message}"
             about = {"code": reason.code, "reason": reason.message, "on_refused": policy.value}
             log.error("message refused", message=message.deduplication_id, **about)
         match policy:
-            case OnRefused.STOP:
+            case RefusalAction.STOP:
                 first = refused[0][0]
-                raise Refused(
+                raise BridgeRefused(
                     f"The message {first.deduplication_id} was refused, and left where it is: {reasons[first.id]}"
                 )
-            case OnRefused.DROP:
-                await self._insist(lambda: self._source.acknowledge(list(reasons)))
-            case OnRefused.DEAD_LETTER:
-                await self._insist(lambda: self._source.dead_letter(reasons))
+            case RefusalAction.DROP:
+                await self._until_available(lambda: self._source.acknowledge(list(reasons)))
+            case RefusalAction.DEAD_LETTER:
+                await self._until_available(lambda: self._source.dead_letter(reasons))
         self._in_hand.difference_update(reasons)
 
     @asynccontextmanager
-    async def _holding(self) -> AsyncIterator[None]:
+    async def _extend_holds(self) -> AsyncIterator[None]:
         """Keep what is in hand from others, however long the block takes."""
         ended = asyncio.Event()
         task = asyncio.create_task(self._hold_until(ended))
@@ -138,13 +145,13 @@ class Transfer:
             with suppress(BridgeError):  # then they come back by themselves, later
                 await self._source.give_back(sorted(self._in_hand))
 
-    async def _insist(self, work: Callable[[], Awaitable[T]]) -> T:
-        return await insist(work, self._stop)
+    async def _until_available(self, work: Callable[[], Awaitable[T]]) -> T:
+        return await until_available(work, self._stop)
 
 
-def parts(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
+def split_requests(messages: Sequence[SourceMessage]) -> Iterator[Sequence[SourceMessage]]:
     """Yield messages in order, as many at once as one request may hold; those with a problem alone."""
-    part: list[Message] = []
+    part: list[SourceMessage] = []
     size = 0
     for message in messages:
         length = len(message.body)
@@ -157,5 +164,5 @@ def parts(messages: Sequence[Message]) -> Iterator[Sequence[Message]]:
         yield part
 
 
-def _refused(code: str, message: str) -> Answer:
-    return Answer("refused", error=Reason(code, message))
+def _refused_result(code: str, message: str) -> MessageResult:
+    return MessageResult("refused", error=RefusalDetail(code, message))

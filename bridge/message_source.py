@@ -15,12 +15,12 @@ from json_text import decoding
 _DEDUPLICATION_ID: Final = re.compile(r"[\x21-\x7e]{1,255}")
 
 
-class Unreadable(ValueError):
+class UnreadableMessage(ValueError):
     """A message can't be said as JSON; the text says why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class SourceMessage:
     """A message in hand: taken, and not acknowledged yet."""
 
     id: str
@@ -34,14 +34,14 @@ class Message:
     """Why it can't be handed over at all; None where nothing is known against it."""
 
 
-class Source(Protocol):
+class MessageSource(Protocol):
     """A queue elsewhere. Every call raises `Unavailable` and `Refused`, and is harmless when it is made twice."""
 
     @property
     def label(self) -> str:
         """What runs are told of where their message comes from."""
 
-    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
         """Return messages, as soon as there are some; none after `wait_seconds`."""
 
     async def hold(self, ids: Sequence[str]) -> None:
@@ -60,36 +60,36 @@ class Source(Protocol):
         """Let go of connections; what is still in hand is delivered again."""
 
 
-def json_of(content: bytes) -> bytes:
+def to_json(content: bytes) -> bytes:
     """Return a content that is JSON as it is, and any other text as a string; raises `Unreadable`."""
     try:
         decoding.decode(content)
         return content
     except RecursionError as error:
-        raise Unreadable("It is nested too deeply") from error
+        raise UnreadableMessage("It is nested too deeply") from error
     except ValueError:
-        return msgspec.json.encode(text_of(content))
+        return msgspec.json.encode(decode_text(content))
 
 
-def text_of(content: bytes) -> str:
+def decode_text(content: bytes) -> str:
     """Return a text; raises `Unreadable`."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise Unreadable("It is neither JSON nor text in UTF-8") from error
+        raise UnreadableMessage("It is neither JSON nor text in UTF-8") from error
 
 
-def priority_of(text: str | None) -> int | None:
+def parse_priority(text: str | None) -> int | None:
     """Return a priority that is given as text; raises `Unreadable`."""
     if text is None:
         return None
     try:
         return int(text)
     except ValueError as error:
-        raise Unreadable("Its priority is not a whole number") from error
+        raise UnreadableMessage("Its priority is not a whole number") from error
 
 
-def deduplication_id(label: str, message_id: str) -> str:
+def make_deduplication_id(label: str, message_id: str) -> str:
     """Return what the gateway knows a message by, in the characters that it takes."""
     plain = f"{label}/{message_id}"
     if _DEDUPLICATION_ID.fullmatch(plain):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from bridge.errors import Refused
+from bridge.bridge_errors import BridgeRefused
 
 if TYPE_CHECKING:
     import aiohttp
 
 
-async def whole(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
     """Return the body of an answer, in however many pieces that comes; raises `Refused` for one that never ends."""
     body = bytearray()
     async for piece in response.content.iter_any():
         body += piece
         if len(body) > max_bytes:
-            raise Refused(f"The answer has more than {max_bytes:,} bytes")
+            raise BridgeRefused(f"The answer has more than {max_bytes:,} bytes")
     return bytes(body)

@@ -13,30 +13,30 @@ from urllib.parse import quote
 import aiohttp
 import msgspec
 
-from bridge.answers import whole
-from bridge.errors import ContentRefused, Refused, Unavailable
+from bridge.bridge_errors import BridgeRefused, BridgeUnavailable, ContentRefused
+from bridge.http_bodies import read_body
 from json_text import decoding
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from bridge.message_source import SourceMessage
     from bridge.settings import BridgeSettings
-    from bridge.source import Message
 
 CALL_SECONDS: Final = 15.0
 CONNECT_SECONDS: Final = 5.0
 MAX_PART_BYTES: Final = 4_000_000
 """Messages that are sent at once have no more bytes; one alone may have."""
 MAX_ANSWER_BYTES: Final = 4_000_000
-SUCCESS: Final = range(200, 300)
-CONFLICT: Final = 409
-TOO_LARGE: Final = 413
-FOR_NOW: Final = frozenset({408, 425, 429})
+SUCCESS_STATUSES: Final = range(200, 300)
+CONFLICT_STATUS: Final = 409
+TOO_LARGE_STATUS: Final = 413
+RETRYABLE_STATUSES: Final = frozenset({408, 425, 429})
 FIRST_SERVER_ERROR: Final = 500
-NO_PLACE: Final = "concurrency-limit"
+CONCURRENCY_LIMIT_CODE: Final = "concurrency-limit"
 """The refusal of one message that may be taken in later."""
-INVALID: Final = "validation-failed"
-ABOUT_CONTENT: Final = frozenset(
+VALIDATION_FAILED_CODE: Final = "validation-failed"
+CONTENT_CODES: Final = frozenset(
     {
         "malformed-json",
         "duplicate-key",
@@ -51,52 +51,52 @@ ABOUT_CONTENT: Final = frozenset(
 """Codes of a refusal for which a message is to blame: for any other, none of them may be given up."""
 
 
-class Reason(msgspec.Struct, frozen=True):
+class RefusalDetail(msgspec.Struct, frozen=True):
     """Why something was refused."""
 
     code: str = ""
     message: str = ""
 
 
-class Answer(msgspec.Struct, frozen=True, rename="camel"):
+class MessageResult(msgspec.Struct, frozen=True, rename="camel"):
     """What has become of one message."""
 
     status: Literal["accepted", "duplicate", "refused"]
     execution_id: str | None = None
-    error: Reason | None = None
+    error: RefusalDetail | None = None
 
 
-class _Answers(msgspec.Struct):
-    results: list[Answer]
+class _MessageResults(msgspec.Struct):
+    results: list[MessageResult]
 
 
-class _Detail(msgspec.Struct):
+class _ErrorLocation(msgspec.Struct):
     path: str = ""
 
 
-class _Explained(Reason, frozen=True):
-    details: list[_Detail] = []
+class _ValidationRefusal(RefusalDetail, frozen=True):
+    details: list[_ErrorLocation] = []
 
     @property
-    def is_about_content(self) -> bool:
+    def blames_content(self) -> bool:
         """Tell whether a message is to blame; a graph that can't run is said to be invalid by the same code."""
-        if self.code == INVALID:
+        if self.code == VALIDATION_FAILED_CODE:
             return all(detail.path.startswith("messages") for detail in self.details)
-        return self.code in ABOUT_CONTENT
+        return self.code in CONTENT_CODES
 
 
-class _Refusal(msgspec.Struct):
-    error: _Explained
+class _RefusalEnvelope(msgspec.Struct):
+    error: _ValidationRefusal
 
 
-class _Sent(msgspec.Struct, rename="camel", omit_defaults=True):
+class _MessageBody(msgspec.Struct, rename="camel", omit_defaults=True):
     message: msgspec.Raw
     deduplication_id: str
     source: str
     priority: int | None = None
 
 
-class Gateway:
+class QueueGateway:
     """A workflow's queue trigger."""
 
     def __init__(self, settings: BridgeSettings) -> None:
@@ -108,24 +108,27 @@ class Gateway:
             trust_env=False,
         )
 
-    async def enqueue(self, messages: Sequence[Message], *, source: str) -> Sequence[Answer]:
+    async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]:
         """Hand messages over, and return what has become of each; all are answered, or nothing is known.
 
         Raises `Unavailable`, `Refused` and `ContentRefused`.
         """
-        sent = [_Sent(msgspec.Raw(one.body), one.deduplication_id, source, one.priority) for one in messages]
+        sent = [
+            _MessageBody(msgspec.Raw(one.body), one.deduplication_id, source, one.priority)
+            for one in messages
+        ]
         status, headers, text = await self._post(msgspec.json.encode({"messages": sent}))
-        if status not in SUCCESS:
-            raise _refusal(status, headers, text)
+        if status not in SUCCESS_STATUSES:
+            raise _error_for_response(status, headers, text)
         try:
-            answers = decoding.decode(text, _Answers).results
+            answers = decoding.decode(text, _MessageResults).results
         except msgspec.DecodeError as error:
-            raise Refused(f"What answers at {self._url} is not Pilotflame") from error
+            raise BridgeRefused(f"What answers at {self._url} is not Pilotflame") from error
         if len(answers) != len(messages):
-            raise Refused(f"The gateway has answered {len(answers)} of {len(messages)} messages")
-        if any(one.error is not None and one.error.code == NO_PLACE for one in answers):
+            raise BridgeRefused(f"The gateway has answered {len(answers)} of {len(messages)} messages")
+        if any(one.error is not None and one.error.code == CONCURRENCY_LIMIT_CODE for one in answers):
             # Those that were taken in meanwhile are known when they come again.
-            raise Unavailable("As many runs of the workflow go on as its settings allow")
+            raise BridgeUnavailable("As many runs of the workflow go on as its settings allow")
         return answers
 
     async def close(self) -> None:
@@ -141,28 +144,29 @@ class Gateway:
                 # Where the gateway takes no bodies as large as this one, it says so before it is sent.
                 expect100=len(body) > MAX_PART_BYTES,
             ) as response:
-                return response.status, response.headers, await whole(response, MAX_ANSWER_BYTES)
+                return response.status, response.headers, await read_body(response, MAX_ANSWER_BYTES)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"The gateway did not answer: {error or type(error).__name__}") from error
+            raise BridgeUnavailable(f"The gateway did not answer: {error or type(error).__name__}") from error
 
 
-def _refusal(status: int, headers: Mapping[str, str], text: bytes) -> Exception:
+def _error_for_response(status: int, headers: Mapping[str, str], text: bytes) -> Exception:
     try:
-        reason = decoding.decode(text, _Refusal).error
+        reason = decoding.decode(text, _RefusalEnvelope).error
     except msgspec.DecodeError:
-        reason = _Explained("", "The answer is none of Pilotflame's")
+        reason = _ValidationRefusal("", "The answer is none of Pilotflame's")
     said = f"{reason.message} ({status} {reason.code})".replace(" )", ")")
-    if status == TOO_LARGE or reason.is_about_content:
+    if status == TOO_LARGE_STATUS or reason.blames_content:
         return ContentRefused(reason.code or "payload-too-large", said)
     # A workflow that is not active now may be so again: its messages are safest where they are.
-    if status in FOR_NOW or status == CONFLICT or status >= FIRST_SERVER_ERROR:
-        return Unavailable(
-            f"The gateway would not: {said}", retry_after_seconds=_seconds(headers.get("Retry-After"))
+    if status in RETRYABLE_STATUSES or status == CONFLICT_STATUS or status >= FIRST_SERVER_ERROR:
+        return BridgeUnavailable(
+            f"The gateway would not: {said}",
+            retry_after_seconds=_parse_retry_after(headers.get("Retry-After")),
         )
-    return Refused(f"The gateway refuses it: {said}")
+    return BridgeRefused(f"The gateway refuses it: {said}")
 
 
-def _seconds(retry_after: str | None) -> float:
+def _parse_retry_after(retry_after: str | None) -> float:
     """Return what `Retry-After` says, in either of its forms; 0 where it says nothing."""
     if retry_after is None:
         return 0.0

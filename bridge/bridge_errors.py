@@ -7,7 +7,7 @@ class BridgeError(Exception):
     """Anything that a source or the gateway has against it."""
 
 
-class Unavailable(BridgeError):
+class BridgeUnavailable(BridgeError):
     """It did not answer, or not now; the same call may succeed later."""
 
     def __init__(self, message: str, *, retry_after_seconds: float = 0.0) -> None:
@@ -16,7 +16,7 @@ class Unavailable(BridgeError):
         """What whoever would not said itself about when to come again."""
 
 
-class Refused(BridgeError):
+class BridgeRefused(BridgeError):
     """It would not, and will not the next time either: the text tells an operator what to mend."""
 
 
@@ -28,5 +28,5 @@ class ContentRefused(BridgeError):
         self.code = code
 
 
-class Stopped(BridgeError):
+class BridgeStopped(BridgeError):
     """The process was told to stop while it waited."""

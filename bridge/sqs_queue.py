@@ -13,10 +13,16 @@ import aiohttp
 import msgspec
 import structlog
 
-from bridge.answers import whole
-from bridge.errors import Refused, Unavailable
+from bridge.bridge_errors import BridgeRefused, BridgeUnavailable
+from bridge.http_bodies import read_body
+from bridge.message_source import (
+    SourceMessage,
+    UnreadableMessage,
+    make_deduplication_id,
+    parse_priority,
+    to_json,
+)
 from bridge.settings import AwsCredentials
-from bridge.source import Message, Unreadable, deduplication_id, json_of, priority_of
 from json_text import decoding
 from nodes.connections.aws_signature import AwsSigner
 
@@ -27,57 +33,65 @@ T = TypeVar("T")
 
 CALL_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 5.0
-AT_ONCE: Final = 10
+BATCH_MESSAGES: Final = 10
 """Messages, or entries of a batch, of one call."""
-MOST_TAKEN: Final = 100
+MAX_TAKEN: Final = 100
 """More calls at once would mostly come back with nothing, and each is paid for."""
 MAX_ANSWER_BYTES: Final = 50_000_000
 PRIORITY_ATTRIBUTE: Final = "priority"
-OK: Final = 200
+OK_STATUS: Final = 200
 TOO_MANY_REQUESTS: Final = 429
 FIRST_SERVER_ERROR: Final = 500
-FOR_NOW: Final = ("throttl", "slowdown", "toomanyrequests", "overlimit", "timeout", "unavailable", "internal")
+RETRYABLE_CODES: Final = (
+    "throttl",
+    "slowdown",
+    "toomanyrequests",
+    "overlimit",
+    "timeout",
+    "unavailable",
+    "internal",
+)
 """What the codes of errors that pass have in them, in lower case."""
 
 log = structlog.get_logger()
 
 
-class _Attribute(msgspec.Struct, rename="pascal"):
+class _MessageAttribute(msgspec.Struct, rename="pascal"):
     string_value: str | None = None
 
 
-class _Received(msgspec.Struct, rename="pascal"):
+class _SqsMessage(msgspec.Struct, rename="pascal"):
     message_id: str
     receipt_handle: str
     body: str
-    message_attributes: dict[str, _Attribute] = msgspec.field(default_factory=dict)
+    message_attributes: dict[str, _MessageAttribute] = msgspec.field(default_factory=dict)
 
 
-class _Batch(msgspec.Struct, rename="pascal"):
-    messages: list[_Received] | None = None
+class _SqsMessages(msgspec.Struct, rename="pascal"):
+    messages: list[_SqsMessage] | None = None
 
 
-class _Failure(msgspec.Struct, rename="pascal"):
+class _SqsFailure(msgspec.Struct, rename="pascal"):
     id: str
     sender_fault: bool
     code: str = ""
 
 
-class _Done(msgspec.Struct, rename="pascal"):
-    failed: list[_Failure] | None = None
+class _SqsBatchResult(msgspec.Struct, rename="pascal"):
+    failed: list[_SqsFailure] | None = None
 
 
-class _Attributes(msgspec.Struct, rename="pascal"):
+class _QueueAttributes(msgspec.Struct, rename="pascal"):
     attributes: dict[str, str] | None = None
 
 
-class _Error(msgspec.Struct):
+class _SqsError(msgspec.Struct):
     type: str = msgspec.field(default="", name="__type")
     message: str = ""
 
 
 class SqsQueue:
-    """Implements `bridge.source.Source`. A delivery's id is its receipt handle."""
+    """Implements `bridge.message_source.MessageSource`. A delivery's id is its receipt handle."""
 
     def __init__(
         self,
@@ -85,7 +99,7 @@ class SqsQueue:
         credentials: AwsCredentials | None = None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),  # noqa: TID251 - a signature of this host
     ) -> None:
-        who = credentials or AwsCredentials.of(settings)
+        who = credentials or AwsCredentials.from_environment(settings)
         self.label = settings.label("sqs", settings.queue_name)
         self._queue_url = settings.bridge_sqs_queue_url
         self._endpoint = settings.endpoint
@@ -99,13 +113,13 @@ class SqsQueue:
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS), trust_env=False
         )
 
-    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
         """Wait for a first handful; if more seem to be there, fetch them at once."""
-        first = await self._receive(min(limit, AT_ONCE), wait_seconds)
-        if len(first) < AT_ONCE:
+        first = await self._receive(min(limit, BATCH_MESSAGES), wait_seconds)
+        if len(first) < BATCH_MESSAGES:
             return first
-        most = min(limit, MOST_TAKEN)
-        sizes = [min(AT_ONCE, most - taken) for taken in range(AT_ONCE, most, AT_ONCE)]
+        most = min(limit, MAX_TAKEN)
+        sizes = [min(BATCH_MESSAGES, most - taken) for taken in range(BATCH_MESSAGES, most, BATCH_MESSAGES)]
         # One that fails costs the others nothing: what it was to fetch comes with the next handful.
         rest = await asyncio.gather(*(self._receive(size, 0) for size in sizes), return_exceptions=True)
         return [*first, *(one for some in rest if not isinstance(some, BaseException) for one in some)]
@@ -123,10 +137,13 @@ class SqsQueue:
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
         """Let messages be received again at once, until SQS itself moves them to the queue's dead-letter queue."""
         found = await self._call(
-            "GetQueueAttributes", {"AttributeNames": ["RedrivePolicy"]}, _Attributes, seconds=CALL_SECONDS
+            "GetQueueAttributes",
+            {"AttributeNames": ["RedrivePolicy"]},
+            _QueueAttributes,
+            seconds=CALL_SECONDS,
         )
         if "RedrivePolicy" not in (found.attributes or {}):
-            raise Refused(
+            raise BridgeRefused(
                 "The queue has no RedrivePolicy, and so no dead-letter queue: give it one, or use `drop`"
             )
         await self._change_visibility(list(reasons), 0)
@@ -134,7 +151,7 @@ class SqsQueue:
     async def close(self) -> None:
         await self._session.close()
 
-    async def _receive(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+    async def _receive(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
         wait = math.ceil(wait_seconds)
         call = {
             "MaxNumberOfMessages": limit,
@@ -142,33 +159,33 @@ class SqsQueue:
             "VisibilityTimeout": self._hold_seconds,
             "MessageAttributeNames": [PRIORITY_ATTRIBUTE],
         }
-        batch = await self._call("ReceiveMessage", call, _Batch, seconds=wait + CALL_SECONDS)
+        batch = await self._call("ReceiveMessage", call, _SqsMessages, seconds=wait + CALL_SECONDS)
         return [self._message(one) for one in batch.messages or ()]
 
-    def _message(self, received: _Received) -> Message:
-        known_as = deduplication_id(self.label, received.message_id)
+    def _message(self, received: _SqsMessage) -> SourceMessage:
+        known_as = make_deduplication_id(self.label, received.message_id)
         attribute = received.message_attributes.get(PRIORITY_ATTRIBUTE)
         try:
-            priority = priority_of(attribute.string_value if attribute else None)
-            return Message(received.receipt_handle, known_as, json_of(received.body.encode()), priority)
-        except Unreadable as error:
-            return Message(received.receipt_handle, known_as, problem=str(error))
+            priority = parse_priority(attribute.string_value if attribute else None)
+            return SourceMessage(received.receipt_handle, known_as, to_json(received.body.encode()), priority)
+        except UnreadableMessage as error:
+            return SourceMessage(received.receipt_handle, known_as, problem=str(error))
 
     async def _change_visibility(self, ids: Sequence[str], seconds: int) -> None:
         await self._in_batches("ChangeMessageVisibilityBatch", ids, {"VisibilityTimeout": seconds})
 
     async def _in_batches(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
-        calls = [self._batch(action, some, about_each) for some in _pages(ids, AT_ONCE)]
+        calls = [self._batch(action, some, about_each) for some in _split_pages(ids, BATCH_MESSAGES)]
         for outcome in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 raise outcome
 
     async def _batch(self, action: str, ids: Sequence[str], about_each: Mapping[str, int]) -> None:
         entries = [{"Id": str(index), "ReceiptHandle": one, **about_each} for index, one in enumerate(ids)]
-        done = await self._call(action, {"Entries": entries}, _Done, seconds=CALL_SECONDS)
+        done = await self._call(action, {"Entries": entries}, _SqsBatchResult, seconds=CALL_SECONDS)
         for failure in done.failed or ():
             if not failure.sender_fault:
-                raise Unavailable(f"SQS has not done all of {action}: {failure.code}")
+                raise BridgeUnavailable(f"SQS has not done all of {action}: {failure.code}")
             # The handle is good no more: somebody else has the message, or it is deleted.
             log.info("message out of hand", action=action, code=failure.code)
 
@@ -184,30 +201,30 @@ class SqsQueue:
                     f"{self._endpoint}/", data=body, headers=headers, allow_redirects=False
                 ) as response,
             ):
-                status, text = response.status, await whole(response, MAX_ANSWER_BYTES)
+                status, text = response.status, await read_body(response, MAX_ANSWER_BYTES)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(f"SQS did not answer: {error or type(error).__name__}") from error
-        if status != OK:
-            raise _refusal(status, text)
+            raise BridgeUnavailable(f"SQS did not answer: {error or type(error).__name__}") from error
+        if status != OK_STATUS:
+            raise _error_for_response(status, text)
         try:
             return decoding.decode(text, answer)
         except msgspec.DecodeError as error:
-            raise Refused(f"What answers at {self._endpoint} is no SQS that speaks JSON") from error
+            raise BridgeRefused(f"What answers at {self._endpoint} is no SQS that speaks JSON") from error
 
 
-def _refusal(status: int, text: bytes) -> Exception:
+def _error_for_response(status: int, text: bytes) -> Exception:
     try:
-        error = decoding.decode(text, _Error)
+        error = decoding.decode(text, _SqsError)
     except msgspec.DecodeError:
-        error = _Error()
+        error = _SqsError()
     code = error.type.rpartition("#")[2]
     said = f"{error.message} ({status} {code})".strip().replace(" )", ")")
     passes = status >= FIRST_SERVER_ERROR or status == TOO_MANY_REQUESTS
-    if passes or any(word in code.lower() for word in FOR_NOW):
-        return Unavailable(f"SQS would not: {said}")
-    return Refused(f"SQS refuses it: {said}")
+    if passes or any(word in code.lower() for word in RETRYABLE_CODES):
+        return BridgeUnavailable(f"SQS would not: {said}")
+    return BridgeRefused(f"SQS refuses it: {said}")
 
 
-def _pages(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+def _split_pages(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:
     for start in range(0, len(ids), size):
         yield ids[start : start + size]

@@ -10,7 +10,7 @@ from typing import Final, TypeVar
 
 import structlog
 
-from bridge.errors import Stopped, Unavailable
+from bridge.bridge_errors import BridgeStopped, BridgeUnavailable
 
 T = TypeVar("T")
 
@@ -23,13 +23,13 @@ MAX_RETRY_AFTER_SECONDS: Final = 600.0
 log = structlog.get_logger()
 
 
-async def insist(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
+async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
     """Return what `work` returns in the end; raises `Stopped`, and what `work` raises but for `Unavailable`."""
     failures = 0
     while True:
         try:
             result = await work()
-        except Unavailable as error:
+        except BridgeUnavailable as error:
             failures += 1
             seconds = pause_seconds(failures, error.retry_after_seconds)
             note = log.warning if failures == 1 else log.debug
@@ -41,7 +41,7 @@ async def insist(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), seconds)
         if stop.is_set():
-            raise Stopped("It was told to stop while it waited")
+            raise BridgeStopped("It was told to stop while it waited")
 
 
 def pause_seconds(failures: int, retry_after_seconds: float) -> float:

@@ -10,8 +10,8 @@ from uuid import uuid4
 
 import structlog
 
-from bridge.errors import Refused, Unavailable
-from bridge.source import Message, Unreadable, deduplication_id, json_of
+from bridge.bridge_errors import BridgeRefused, BridgeUnavailable
+from bridge.message_source import SourceMessage, UnreadableMessage, make_deduplication_id, to_json
 from models.settings import InvalidSettings
 
 try:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 CONNECT_SECONDS: Final = 5.0
 COMMAND_SECONDS: Final = 5.0
 MAX_PRIORITY: Final = 100
-FOREVER: Final = (
+FINAL_ERRORS: Final = (
     exceptions.AuthenticationError,
     exceptions.ChannelAccessRefused,
     exceptions.ChannelLockedResource,
@@ -39,28 +39,28 @@ FOREVER: Final = (
     exceptions.ProbableAuthenticationError,
 )
 """Errors that don't pass: a wrong password, no such queue or virtual host, no right to read it."""
-FOR_NOW: Final = (*aio_pika.exceptions.CONNECTION_EXCEPTIONS, TimeoutError)
+RETRYABLE_ERRORS: Final = (*aio_pika.exceptions.CONNECTION_EXCEPTIONS, TimeoutError)
 
 log = structlog.get_logger()
 
 
 class RabbitmqQueue:
-    """Implements `bridge.source.Source`; a connection that is lost is made anew when messages are taken."""
+    """Implements `bridge.message_source.MessageSource`; a lost connection is opened again when messages are taken."""
 
     def __init__(self, settings: RabbitmqBridgeSettings) -> None:
         self.label = settings.label("rabbitmq", settings.bridge_rabbitmq_queue)
         self._url = settings.bridge_rabbitmq_url.get_secret_value()
         self._queue = settings.bridge_rabbitmq_queue
         self._prefetch = settings.bridge_batch
-        self._consumer: Consumer | None = None
+        self._consumer: RabbitmqConsumer | None = None
 
-    async def take(self, limit: int, wait_seconds: float) -> Sequence[Message]:
+    async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
         if self._consumer is None:
-            async with _answered():
-                self._consumer = await Consumer.open(self._url, self._queue, prefetch=self._prefetch)
+            async with _translate_errors():
+                self._consumer = await RabbitmqConsumer.open(self._url, self._queue, prefetch=self._prefetch)
         try:
             return [self._message(*one) for one in await self._consumer.take(limit, wait_seconds)]
-        except Unavailable:
+        except BridgeUnavailable:
             await self.close()
             raise
 
@@ -68,19 +68,19 @@ class RabbitmqQueue:
         """Do nothing: a delivery is held for as long as its channel is open."""
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        for delivery in self._in_hand(ids):
-            with _whose_channel_may_be_gone():
+        for delivery in self._open_deliveries(ids):
+            with _ignore_closed_channel():
                 await delivery.ack()
 
     async def give_back(self, ids: Sequence[str]) -> None:
-        for delivery in self._in_hand(ids):
-            with _whose_channel_may_be_gone():
+        for delivery in self._open_deliveries(ids):
+            with _ignore_closed_channel():
                 await delivery.reject(requeue=True)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
         """Reject messages: they go to the queue's dead-letter exchange, and where it has none RabbitMQ drops them."""
-        for delivery in self._in_hand(list(reasons)):
-            with _whose_channel_may_be_gone():
+        for delivery in self._open_deliveries(list(reasons)):
+            with _ignore_closed_channel():
                 await delivery.reject(requeue=False)
 
     async def close(self) -> None:
@@ -88,24 +88,24 @@ class RabbitmqQueue:
         if consumer is not None:
             await consumer.close()
 
-    def _in_hand(self, ids: Sequence[str]) -> Iterator[AbstractIncomingMessage]:
+    def _open_deliveries(self, ids: Sequence[str]) -> Iterator[AbstractIncomingMessage]:
         """Yield deliveries of this connection; those of an earlier one are in RabbitMQ's own hand again."""
         for delivery_id in ids:
             delivery = self._consumer.in_hand.pop(delivery_id, None) if self._consumer else None
             if delivery is not None:
                 yield delivery
 
-    def _message(self, delivery_id: str, delivery: AbstractIncomingMessage) -> Message:
+    def _message(self, delivery_id: str, delivery: AbstractIncomingMessage) -> SourceMessage:
         # Without an id of its publisher's, nothing tells a second delivery from another message with the same content.
-        known_as = deduplication_id(self.label, delivery.message_id or delivery_id)
+        known_as = make_deduplication_id(self.label, delivery.message_id or delivery_id)
         try:
-            body = json_of(delivery.body)
-        except Unreadable as error:
-            return Message(delivery_id, known_as, problem=str(error))
-        return Message(delivery_id, known_as, body, min(delivery.priority or 0, MAX_PRIORITY))
+            body = to_json(delivery.body)
+        except UnreadableMessage as error:
+            return SourceMessage(delivery_id, known_as, problem=str(error))
+        return SourceMessage(delivery_id, known_as, body, min(delivery.priority or 0, MAX_PRIORITY))
 
 
-class Consumer:
+class RabbitmqConsumer:
     """One connection, and what has come by it."""
 
     def __init__(self, connection: AbstractConnection) -> None:
@@ -117,7 +117,7 @@ class Consumer:
         """None where nothing comes any more."""
 
     @classmethod
-    async def open(cls, url: str, queue_name: str, *, prefetch: int) -> Consumer:
+    async def open(cls, url: str, queue_name: str, *, prefetch: int) -> RabbitmqConsumer:
         connection = await aio_pika.connect(url, timeout=CONNECT_SECONDS)
         consumer = cls(connection)
         try:
@@ -151,30 +151,30 @@ class Consumer:
             arrived.append(self._arrivals.get_nowait())
         taken = {f"{self._mark}.{one.delivery_tag}": one for one in arrived if one is not None}
         if len(taken) < len(arrived):
-            raise Unavailable("RabbitMQ delivers no more by this connection")
+            raise BridgeUnavailable("RabbitMQ delivers no more by this connection")
         self.in_hand.update(taken)
         return list(taken.items())
 
     async def close(self) -> None:
-        with suppress(*FOR_NOW):
+        with suppress(*RETRYABLE_ERRORS):
             async with asyncio.timeout(COMMAND_SECONDS):
                 await self._connection.close()
 
 
 @asynccontextmanager
-async def _answered() -> AsyncIterator[None]:
+async def _translate_errors() -> AsyncIterator[None]:
     try:
         yield
-    except FOREVER as error:
-        raise Refused(f"RabbitMQ refuses it: {error}") from error
-    except FOR_NOW as error:
-        raise Unavailable(f"RabbitMQ did not answer: {error or type(error).__name__}") from error
+    except FINAL_ERRORS as error:
+        raise BridgeRefused(f"RabbitMQ refuses it: {error}") from error
+    except RETRYABLE_ERRORS as error:
+        raise BridgeUnavailable(f"RabbitMQ did not answer: {error or type(error).__name__}") from error
 
 
 @contextmanager
-def _whose_channel_may_be_gone() -> Iterator[None]:
+def _ignore_closed_channel() -> Iterator[None]:
     """Go on where a channel has closed: its messages are delivered again, and are duplicates then."""
     try:
         yield
-    except FOR_NOW as error:
+    except RETRYABLE_ERRORS as error:
         log.info("message out of hand", reason=str(error) or type(error).__name__)
