@@ -30,8 +30,8 @@ from benchmarks import (
     targets,
     transfer,
 )
-from benchmarks.profiles import Profiler
-from benchmarks.scenario import Options, Servers
+from benchmarks.profiles import ProcessProfiler
+from benchmarks.scenario import BackingServers, MeasureOptions
 from tests import services
 
 DISK = Path("/var/tmp")  # noqa: S108 - each run makes a folder of its own in it
@@ -49,33 +49,33 @@ PARTS = (
     "durability",
     "mass_starts",
 )
-PART_OF = {"gateway": "production", "worker": "production", "dev": "dev"}
+PART_OF_PROCESS = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class BenchmarkRequest:
     """What the command line asks for."""
 
     parts: Sequence[str]
     repeat: int
     folder: Path
-    options: Options
+    options: MeasureOptions
     json: Path | None
 
 
 def main() -> None:
-    request = _request()
+    request = _parse_request()
     # PostgreSQL and Redis make their folders where tempfile does; /tmp may be memory, which no disk slows down.
     tempfile.tempdir = str(request.folder)
     figures = uvloop.run(_measure(request))
-    outcomes = [*targets.judge(figures)]
-    print(*report.table(figures), "", *outcomes, sep="\n")
+    outcomes = [*targets.judge_targets(figures)]
+    print(*report.format_table(figures), "", *outcomes, sep="\n")
     if request.json is not None:
-        report.save(request.json, machine.description(), figures, outcomes)
+        report.save_report(request.json, machine.describe_machine(), figures, outcomes)
 
 
-async def _measure(request: Request) -> dict[str, list[dict[str, float]]]:
+async def _measure(request: BenchmarkRequest) -> dict[str, list[dict[str, float]]]:
     """Return the figures of each repetition, by part; each starts afresh."""
     gc.freeze()  # the generator's own collections would stand among the server's latencies
     figures: dict[str, list[dict[str, float]]] = {part: [] for part in PARTS if part in request.parts}
@@ -89,7 +89,7 @@ async def _measure(request: Request) -> dict[str, list[dict[str, float]]]:
                     print(f"{part}, repetition {number + 1} of {request.repeat} ...", flush=True)
                     figures[part].append(await run(folder, request.options))
                     _compare(figures, part)
-        for part, measure in ONCE.items():
+        for part, measure in ONE_SHOT_PARTS.items():
             if part in figures:
                 print(f"{part} ...", flush=True)
                 folder = Path(tempfile.mkdtemp(dir=root))
@@ -97,72 +97,74 @@ async def _measure(request: Request) -> dict[str, list[dict[str, float]]]:
     return figures
 
 
-def _baseline(folder: Path, options: Options) -> dict[str, float]:
+def _baseline(folder: Path, options: MeasureOptions) -> dict[str, float]:
     print("baseline ...", flush=True)
     with services.running_redis() as redis:
         return baseline.measure(redis.url, folder, options.seconds)
 
 
-async def _dev(folder: Path, options: Options) -> dict[str, float]:
-    async with processes.dev(folder) as pilotflame:
-        return await scenario.measure(pilotflame, Servers(), options)
+async def _dev(folder: Path, options: MeasureOptions) -> dict[str, float]:
+    async with processes.run_dev(folder) as pilotflame:
+        return await scenario.measure(pilotflame, BackingServers(), options)
 
 
-async def _production(folder: Path, options: Options) -> dict[str, float]:
+async def _production(folder: Path, options: MeasureOptions) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         database_url = await postgres.create_database("benchmark")
         ids = {"postgresql": postgres.process_id, "redis": redis.process_id}
-        servers = Servers(database_url, {name: number for name, number in ids.items() if number is not None})
-        async with processes.production(folder, database_url, redis.url) as pilotflame:
+        servers = BackingServers(
+            database_url, {name: number for name, number in ids.items() if number is not None}
+        )
+        async with processes.run_production(folder, database_url, redis.url) as pilotflame:
             return await scenario.measure(pilotflame, servers, options)
 
 
-async def _engine(_folder: Path, _options: Options) -> dict[str, float]:
+async def _engine(_folder: Path, _options: MeasureOptions) -> dict[str, float]:
     return await engine.measure()
 
 
-async def _transfer(folder: Path, _options: Options) -> dict[str, float]:
+async def _transfer(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres:
         return await transfer.measure(postgres, folder)
 
 
-async def _deployed(folder: Path, options: Options) -> dict[str, float]:
+async def _deployed(folder: Path, options: MeasureOptions) -> dict[str, float]:
     return await deployed.measure(folder, options.seconds)
 
 
-async def _cluster(folder: Path, _options: Options) -> dict[str, float]:
+async def _cluster(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         return await cluster.measure(postgres, redis, folder)
 
 
-async def _mass_starts(folder: Path, _options: Options) -> dict[str, float]:
+async def _mass_starts(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         return await mass_starts.measure(postgres, redis, folder)
 
 
-async def _claims(folder: Path, _options: Options) -> dict[str, float]:
+async def _claims(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres:
         return await claims.measure(postgres, folder)
 
 
-async def _authoring(folder: Path, _options: Options) -> dict[str, float]:
+async def _authoring(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         return await authoring.measure(postgres, redis, folder)
 
 
-async def _intake(folder: Path, options: Options) -> dict[str, float]:
+async def _intake(folder: Path, options: MeasureOptions) -> dict[str, float]:
     with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         return await intake.measure(postgres, redis, folder, options.seconds)
 
 
-async def _durability(folder: Path, _options: Options) -> dict[str, float]:
+async def _durability(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     return await durability.measure(folder)
 
 
-ONCE: Mapping[str, Callable[[Path, Options], Awaitable[dict[str, float]]]] = {
+ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str, float]]]] = {
     "engine": _engine,
     "transfer": _transfer,
     "deployed": _deployed,
@@ -183,14 +185,14 @@ def _compare(figures: dict[str, list[dict[str, float]]], part: str) -> None:
         newest["times_stock_dramatiq"] = newest["executions_per_second"] / stock[-1]["chains_per_second"]
 
 
-def _request() -> Request:
+def _parse_request() -> BenchmarkRequest:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     add = parser.add_argument
-    add("parts", nargs="*", type=_part, metavar="part", help=f"any of {', '.join(PARTS)}; default: all")
+    add("parts", nargs="*", type=_parse_part, metavar="part", help=f"any of {', '.join(PARTS)}; default: all")
     add("--seconds", type=float, default=15, help="length of each load (default: %(default)s)")
     add("--repeat", type=int, default=1, help="repetitions, each on fresh servers (default: %(default)s)")
     add("--idle-seconds", type=float, default=30, help="rest before memory is read (default: %(default)s)")
-    add("--profile", choices=PART_OF, help="sample this process while it is saturated")
+    add("--profile", choices=PART_OF_PROCESS, help="sample this process while it is saturated")
     add("--json", type=Path, metavar="FILE", help="write all figures there")
     add(
         "--folder",
@@ -200,17 +202,19 @@ def _request() -> Request:
     )
     given = parser.parse_args()
     parts = given.parts or [part for part in PARTS if part != "durability" or shutil.which("cc")]
-    if given.profile and PART_OF[given.profile] not in parts:
-        parser.error(f"{given.profile} is a process of {PART_OF[given.profile]}, which is not measured")
+    if given.profile and PART_OF_PROCESS[given.profile] not in parts:
+        parser.error(
+            f"{given.profile} is a process of {PART_OF_PROCESS[given.profile]}, which is not measured"
+        )
     if given.profile and given.seconds < SHORTEST_PROFILE_SECONDS:
         parser.error(f"a profile needs loads of at least {SHORTEST_PROFILE_SECONDS} seconds")
     folder = given.folder.resolve()
-    profiler = Profiler(given.profile, folder / "pilotflame-profiles") if given.profile else None
-    options = Options(given.seconds, given.idle_seconds, profiler)
-    return Request(parts, given.repeat, folder, options, given.json)
+    profiler = ProcessProfiler(given.profile, folder / "pilotflame-profiles") if given.profile else None
+    options = MeasureOptions(given.seconds, given.idle_seconds, profiler)
+    return BenchmarkRequest(parts, given.repeat, folder, options, given.json)
 
 
-def _part(name: str) -> str:
+def _parse_part(name: str) -> str:
     if name not in PARTS:
         raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(PARTS)}")
     return name

@@ -18,9 +18,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from benchmarks import machine, processes
-from benchmarks.http1 import Answer, Api, Connection
-from benchmarks.load import Sample, WrongAnswer
-from benchmarks.processes import Pilotflame
+from benchmarks.http1 import BenchmarkApi, HttpAnswer, KeptConnection
+from benchmarks.load import LatencySample, WrongAnswer
+from benchmarks.processes import ServerUnderTest
 from models import access_store
 from models.access import Organization, User, UserRole
 from models.database import Database, is_sqlite, parse_url
@@ -59,16 +59,16 @@ LISTS: Mapping[str, str] = {
     "statistics": "/stats",
 }
 
-Body = Mapping[str, Any]
+JsonBody = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class TimedRequest:
     """One request."""
 
     method: str
     path: str
-    body: Body | None = None
+    body: JsonBody | None = None
 
 
 async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
@@ -77,21 +77,21 @@ async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str,
     on_postgres = folder / "postgresql"
     on_sqlite.mkdir()
     on_postgres.mkdir()
-    async with processes.dev(on_sqlite) as pilotflame:
-        figures = await _measured("sqlite", pilotflame, f"sqlite:///{on_sqlite}/data/pilotflame.db")
+    async with processes.run_dev(on_sqlite) as pilotflame:
+        figures = await _measure_database("sqlite", pilotflame, f"sqlite:///{on_sqlite}/data/pilotflame.db")
     database_url = await postgres.create_database("authoring")
-    async with processes.production(on_postgres, database_url, redis.url) as pilotflame:
-        return figures | await _measured("postgresql", pilotflame, database_url)
+    async with processes.run_production(on_postgres, database_url, redis.url) as pilotflame:
+        return figures | await _measure_database("postgresql", pilotflame, database_url)
 
 
-async def _measured(name: str, pilotflame: Pilotflame, database_url: str) -> dict[str, float]:
-    callers = await _prepared(pilotflame, database_url)
-    calibration_ms = machine.calibration_ms()
-    queries = await _queries(callers)
-    workflow = await _large_workflow(pilotflame.api)
-    edits = await _edits(pilotflame.api, workflow)
-    whole = await _whole(pilotflame.api, workflow)
-    figures = {f"{name}_calibration_ms": (calibration_ms + machine.calibration_ms()) / 2}
+async def _measure_database(name: str, pilotflame: ServerUnderTest, database_url: str) -> dict[str, float]:
+    callers = await _prepare(pilotflame, database_url)
+    calibration_ms = machine.measure_calibration_ms()
+    queries = await _measure_lists(callers)
+    workflow = await _create_large_workflow(pilotflame.api)
+    edits = await _measure_edits(pilotflame.api, workflow)
+    whole = await _measure_whole_graph(pilotflame.api, workflow)
+    figures = {f"{name}_calibration_ms": (calibration_ms + machine.measure_calibration_ms()) / 2}
     figures |= {
         f"{name}_{what}_p{percent}_ms": sample.milliseconds(percent)
         for what, sample in {**queries, **edits, **whole}.items()
@@ -107,20 +107,20 @@ async def _measured(name: str, pilotflame: Pilotflame, database_url: str) -> dic
 # ── lists ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _queries(callers: Sequence[Api]) -> dict[str, Sample]:
+async def _measure_lists(callers: Sequence[BenchmarkApi]) -> dict[str, LatencySample]:
     """Return, of each list, the sample of that caller who waited longest."""
-    samples: dict[str, Sample] = {}
+    samples: dict[str, LatencySample] = {}
     for name, query in LISTS.items():
-        asked = [Asked("GET", PATH + query)] * (WARM_UP + REQUESTS)
-        several = [await _sampled(api, asked) for api in callers]
+        asked = [TimedRequest("GET", PATH + query)] * (WARM_UP + REQUESTS)
+        several = [await _sample(api, asked) for api in callers]
         samples[name] = max(several, key=lambda sample: sample.milliseconds(95))
     return samples
 
 
-async def _prepared(pilotflame: Pilotflame, database_url: str) -> Sequence[Api]:
+async def _prepare(pilotflame: ServerUnderTest, database_url: str) -> Sequence[BenchmarkApi]:
     """Fill the database, and return those who ask: an admin, an owner of many, a member who owns few."""
-    async with _client(pilotflame.api) as client:
-        whoami = await client.expect(Asked("GET", "/api/v1/auth/whoami"))
+    async with _open_client(pilotflame.api) as client:
+        whoami = await client.expect(TimedRequest("GET", "/api/v1/auth/whoami"))
     database = Database(parse_url(database_url))
     try:
         crowd = await database.transaction(lambda connection: _fill(connection, whoami["organizationId"]))
@@ -128,21 +128,21 @@ async def _prepared(pilotflame: Pilotflame, database_url: str) -> Sequence[Api]:
             await _vacuum(database)
     finally:
         await database.close()
-    keys = [await _key(pilotflame.api, user) for user in (crowd.owner, crowd.member)]
-    return [pilotflame.api, *(Api(pilotflame.api.port, key) for key in keys)]
+    keys = [await _create_key(pilotflame.api, user) for user in (crowd.owner, crowd.member)]
+    return [pilotflame.api, *(BenchmarkApi(pilotflame.api.port, key) for key in keys)]
 
 
 async def _fill(connection: AsyncConnection, organization_id: str) -> Crowd:
     here = await access_store.find_organization(connection, organization_id)
     assert here is not None
     elsewhere = await access_store.create_organization(connection, name="Elsewhere", now=datetime.now(UTC))
-    crowds = [await _crowd(connection, organization) for organization in (here, elsewhere)]
+    crowds = [await _create_members(connection, organization) for organization in (here, elsewhere)]
     for crowd in crowds:
         await many_workflows.fill(connection, crowd, WORKFLOWS)
     return crowds[0]
 
 
-async def _crowd(connection: AsyncConnection, organization: Organization) -> Crowd:
+async def _create_members(connection: AsyncConnection, organization: Organization) -> Crowd:
     users = [
         await access_store.create_user(
             connection,
@@ -164,10 +164,10 @@ async def _vacuum(database: Database) -> None:
         await alone.execute(text("VACUUM (ANALYZE)"))
 
 
-async def _key(api: Api, user: User) -> str:
-    async with _client(api) as client:
+async def _create_key(api: BenchmarkApi, user: User) -> str:
+    async with _open_client(api) as client:
         body = {"name": "benchmark", "userId": user.id}
-        made = await client.expect(Asked("POST", "/api/v1/auth/keys", body))
+        made = await client.expect(TimedRequest("POST", "/api/v1/auth/keys", body))
     key: str = made["key"]
     return key
 
@@ -175,81 +175,81 @@ async def _key(api: Api, user: User) -> str:
 # ── edits ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _large_workflow(api: Api) -> str:
+async def _create_large_workflow(api: BenchmarkApi) -> str:
     """Make an active workflow, whose graph has to be valid after each edit, and return its path."""
-    async with _client(api) as client:
+    async with _open_client(api) as client:
         body = {"name": "Large", "status": "active", "nodes": NODES, "connections": CONNECTIONS}
-        made = await client.expect(Asked("POST", PATH, body))
+        made = await client.expect(TimedRequest("POST", PATH, body))
     return f"{PATH}/{made['workflowId']}"
 
 
-async def _edits(api: Api, workflow: str) -> dict[str, Sample]:
-    kinds: Mapping[str, Callable[[int], Asked]] = {
-        "rename": lambda number: Asked("PUT", workflow, {"name": f"Large {number}"}),
-        "replace_the_graph": lambda number: Asked(
+async def _measure_edits(api: BenchmarkApi, workflow: str) -> dict[str, LatencySample]:
+    kinds: Mapping[str, Callable[[int], TimedRequest]] = {
+        "rename": lambda number: TimedRequest("PUT", workflow, {"name": f"Large {number}"}),
+        "replace_the_graph": lambda number: TimedRequest(
             "PUT",
             workflow,
             {"nodes": [*NODES[:-1], {**NODES[-1], "label": f"{number}"}], "connections": CONNECTIONS},
         ),
-        "add_a_node": lambda number: Asked(
+        "add_a_node": lambda number: TimedRequest(
             "POST", f"{workflow}/nodes", {"id": f"added-{number}", "nodeId": "set", "config": {"values": {}}}
         ),
-        "configure_a_node": lambda number: Asked(
+        "configure_a_node": lambda number: TimedRequest(
             "PUT", f"{workflow}/nodes/node-1", {"config": {"values": {"total": number}}}
         ),
-        "set_mappings": lambda number: Asked(
+        "set_mappings": lambda number: TimedRequest(
             "PUT", f"{workflow}/nodes/node-1/input-mappings", {"mappings": {"total": number}}
         ),
-        "set_pass_through": lambda number: Asked(
+        "set_pass_through": lambda number: TimedRequest(
             "PUT", f"{workflow}/nodes/node-1/passthrough-values", {"values": {"total": f"total{number}"}}
         ),
-        "connect": lambda number: Asked(
+        "connect": lambda number: TimedRequest(
             "POST",
             f"{workflow}/connections",
             {"id": f"added-{number}", "source": "node-3", "target": f"added-{number}"},
         ),
-        "disconnect": lambda number: Asked("DELETE", f"{workflow}/connections/added-{number}"),
-        "remove_a_node": lambda number: Asked("DELETE", f"{workflow}/nodes/added-{number}"),
+        "disconnect": lambda number: TimedRequest("DELETE", f"{workflow}/connections/added-{number}"),
+        "remove_a_node": lambda number: TimedRequest("DELETE", f"{workflow}/nodes/added-{number}"),
     }
     numbers = range(WARM_UP + REQUESTS)
-    return {name: await _sampled(api, [ask(number) for number in numbers]) for name, ask in kinds.items()}
+    return {name: await _sample(api, [ask(number) for number in numbers]) for name, ask in kinds.items()}
 
 
-async def _whole(api: Api, workflow: str) -> dict[str, Sample]:
+async def _measure_whole_graph(api: BenchmarkApi, workflow: str) -> dict[str, LatencySample]:
     """Have every node looked at; the first layout moves them, and the others leave them where they are."""
     asked = {
-        "validate": Asked("POST", f"{workflow}/validate"),
-        "lay_out": Asked("POST", f"{workflow}/layout"),
+        "validate": TimedRequest("POST", f"{workflow}/validate"),
+        "lay_out": TimedRequest("POST", f"{workflow}/layout"),
     }
-    return {name: await _sampled(api, [one] * (WARM_UP + REQUESTS)) for name, one in asked.items()}
+    return {name: await _sample(api, [one] * (WARM_UP + REQUESTS)) for name, one in asked.items()}
 
 
 # ── one client ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _sampled(api: Api, several: Sequence[Asked]) -> Sample:
+async def _sample(api: BenchmarkApi, several: Sequence[TimedRequest]) -> LatencySample:
     """Send one request after the other; the first ones don't count."""
-    async with _client(api) as client:
+    async with _open_client(api) as client:
         for asked in several[:WARM_UP]:
             await client.expect(asked)
         begun_at = perf_counter()
         latencies = sorted([await client.seconds(asked) for asked in several[WARM_UP:]])
-        return Sample(perf_counter() - begun_at, len(latencies), latencies)
+        return LatencySample(perf_counter() - begun_at, len(latencies), latencies)
 
 
 @dataclass(frozen=True, slots=True)
-class _Client:
-    api: Api
-    connection: Connection
+class _TimedClient:
+    api: BenchmarkApi
+    connection: KeptConnection
 
-    async def expect(self, asked: Asked) -> dict[str, Any]:
+    async def expect(self, asked: TimedRequest) -> dict[str, Any]:
         """Send a request and return its answer; raises `WrongAnswer` for a refusal."""
         answer = await self.connection.send(self._encoded(asked))
         _require_success(asked, answer)
         body: dict[str, Any] = msgspec.json.decode(answer.body)
         return body
 
-    async def seconds(self, asked: Asked) -> float:
+    async def seconds(self, asked: TimedRequest) -> float:
         """Return how long a request takes; raises `WrongAnswer`."""
         request = self._encoded(asked)
         started_at = perf_counter()
@@ -258,20 +258,20 @@ class _Client:
         _require_success(asked, answer)
         return seconds
 
-    def _encoded(self, asked: Asked) -> bytes:
+    def _encoded(self, asked: TimedRequest) -> bytes:
         body = None if asked.body is None else msgspec.json.encode(asked.body)
         return self.api.request(asked.method, asked.path, body)
 
 
-def _require_success(asked: Asked, answer: Answer) -> None:
+def _require_success(asked: TimedRequest, answer: HttpAnswer) -> None:
     if answer.status not in {200, 201}:
         raise WrongAnswer(f"{asked.method} {asked.path}: {answer.status}: {answer.body.decode()[:1000]}")
 
 
 @asynccontextmanager
-async def _client(api: Api) -> AsyncIterator[_Client]:
-    connection = await Connection.open(api.port)
+async def _open_client(api: BenchmarkApi) -> AsyncIterator[_TimedClient]:
+    connection = await KeptConnection.open(api.port)
     try:
-        yield _Client(api, connection)
+        yield _TimedClient(api, connection)
     finally:
         connection.close()

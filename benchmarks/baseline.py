@@ -11,8 +11,8 @@ from pathlib import Path
 from dramatiq.brokers.redis import RedisBroker
 from dramatiq.message import Message
 
-from benchmarks.machine import calibration_ms, fdatasync_ms
-from benchmarks.processes import require_running, started
+from benchmarks.machine import measure_calibration_ms, measure_fdatasync_ms
+from benchmarks.processes import require_running, run_commands
 
 QUEUE = "default"
 THREADS = 8
@@ -26,14 +26,14 @@ PATIENCE_SECONDS = 60
 
 def measure(redis_url: str, folder: Path, seconds: float) -> dict[str, float]:
     """Return the figures to compare all others with."""
-    figures = {"calibration_ms": calibration_ms(), "fdatasync_ms": fdatasync_ms(folder)}
+    figures = {"calibration_ms": measure_calibration_ms(), "fdatasync_ms": measure_fdatasync_ms(folder)}
     for count in PROCESS_COUNTS:
-        figures[f"chains_per_second_of_{count}"] = _chains_per_second(redis_url, folder, count, seconds)
+        figures[f"chains_per_second_of_{count}"] = _measure_chains(redis_url, folder, count, seconds)
     figures["chains_per_second"] = max(figures[f"chains_per_second_of_{count}"] for count in PROCESS_COUNTS)
     return figures
 
 
-class _Backlog:
+class _ChainBacklog:
     """Chains that wait or run: each has one message, which Redis drops when an actor has ended."""
 
     def __init__(self, redis_url: str) -> None:
@@ -57,12 +57,12 @@ class _Backlog:
         return int(self._broker.client.hlen(f"dramatiq:{QUEUE}.msgs"))
 
 
-def _chains_per_second(redis_url: str, folder: Path, process_count: int, seconds: float) -> float:
+def _measure_chains(redis_url: str, folder: Path, process_count: int, seconds: float) -> float:
     command = [sys.executable, "-m", "dramatiq", "benchmarks.chain"]
     options = ["--processes", str(process_count), "--threads", str(THREADS)]
     variables: Mapping[str, str] = os.environ | {"CHAIN_REDIS_URL": redis_url}
-    backlog = _Backlog(redis_url)
-    with started({"dramatiq": [*command, *options]}, variables, folder) as processes:
+    backlog = _ChainBacklog(redis_url)
+    with run_commands({"dramatiq": [*command, *options]}, variables, folder) as processes:
 
         def wait_until_empty() -> None:
             deadline = time.monotonic() + PATIENCE_SECONDS

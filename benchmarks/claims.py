@@ -15,7 +15,7 @@ from time import perf_counter
 
 import asyncpg
 
-from benchmarks.postgres_counters import dsn
+from benchmarks.postgres_counters import asyncpg_dsn
 from journal.store import ClaimQuery, JournalStore
 from journal.store_factory import open_store
 from models import schema_migration
@@ -58,21 +58,21 @@ async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
     figures: dict[str, float] = {}
     for organizations in ORGANIZATIONS:
         async with (
-            _on_sqlite(folder, FEW, organizations) as few,
-            _on_sqlite(folder, MANY, organizations) as many,
+            _prepare_sqlite(folder, FEW, organizations) as few,
+            _prepare_sqlite(folder, MANY, organizations) as many,
         ):
-            figures |= await _compared(f"sqlite_of_{organizations}", few, many)
+            figures |= await _compare(f"sqlite_of_{organizations}", few, many)
         async with (
-            _on_postgres(postgres, FEW, organizations) as few,
-            _on_postgres(postgres, MANY, organizations) as many,
+            _prepare_postgres(postgres, FEW, organizations) as few,
+            _prepare_postgres(postgres, MANY, organizations) as many,
         ):
-            figures |= await _compared(f"postgresql_of_{organizations}", few, many)
+            figures |= await _compare(f"postgresql_of_{organizations}", few, many)
     return figures
 
 
-async def _compared(name: str, few: JournalStore, many: JournalStore) -> dict[str, float]:
+async def _compare(name: str, few: JournalStore, many: JournalStore) -> dict[str, float]:
     """Claim from both in turn, so that whatever else the machine does slows both down."""
-    claimers = {FEW: _Claimer(few), MANY: _Claimer(many)}
+    claimers = {FEW: _BenchmarkClaimer(few), MANY: _BenchmarkClaimer(many)}
     for claimer in claimers.values():
         await claimer.claim_ms(1)  # opens the connection
     times: dict[int, list[float]] = {FEW: [], MANY: []}
@@ -87,7 +87,7 @@ async def _compared(name: str, few: JournalStore, many: JournalStore) -> dict[st
     }
 
 
-class _Claimer:
+class _BenchmarkClaimer:
     """Claims as a worker does: organisations in turn, from where it left off."""
 
     def __init__(self, store: JournalStore) -> None:
@@ -108,7 +108,7 @@ class _Claimer:
 
 
 @asynccontextmanager
-async def _on_sqlite(folder: Path, rows: int, organizations: int) -> AsyncIterator[JournalStore]:
+async def _prepare_sqlite(folder: Path, rows: int, organizations: int) -> AsyncIterator[JournalStore]:
     path = folder / f"claims-{rows}-of-{organizations}.db"
     url = parse_url(f"sqlite:///{path}")
     await schema_migration.migrate(url)
@@ -125,19 +125,21 @@ async def _on_sqlite(folder: Path, rows: int, organizations: int) -> AsyncIterat
 def _fill_sqlite(path: Path, rows: int, organizations: int) -> None:
     connection = sqlite3.connect(path)
     with connection:
-        for statement in _statements(_NUMBERS_OF_SQLITE, rows, organizations):
+        for statement in _fill_statements(_NUMBERS_OF_SQLITE, rows, organizations):
             connection.execute(statement)
     connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     connection.close()
 
 
 @asynccontextmanager
-async def _on_postgres(postgres: PostgreSQL, rows: int, organizations: int) -> AsyncIterator[JournalStore]:
+async def _prepare_postgres(
+    postgres: PostgreSQL, rows: int, organizations: int
+) -> AsyncIterator[JournalStore]:
     url = parse_url(await postgres.create_database(f"claims_{rows}_of_{organizations}"))
     await schema_migration.migrate(url)
-    connection = await asyncpg.connect(dsn(url.render_as_string(hide_password=False)))
+    connection = await asyncpg.connect(asyncpg_dsn(url.render_as_string(hide_password=False)))
     try:
-        for statement in _statements(_NUMBERS_OF_POSTGRES, rows, organizations):
+        for statement in _fill_statements(_NUMBERS_OF_POSTGRES, rows, organizations):
             await connection.execute(statement)
         # What autovacuum would have done while they came in, and must not do while they are claimed.
         await connection.execute("VACUUM (ANALYZE)")
@@ -151,6 +153,6 @@ async def _on_postgres(postgres: PostgreSQL, rows: int, organizations: int) -> A
         await store.close()
 
 
-def _statements(numbers: str, rows: int, organizations: int) -> Sequence[str]:
+def _fill_statements(numbers: str, rows: int, organizations: int) -> Sequence[str]:
     values = {"numbers": numbers.format(last=rows - 1), "organizations": organizations}
     return [statement.format(**values) for statement in (_EXECUTIONS, _DATA)]

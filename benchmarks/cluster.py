@@ -12,8 +12,8 @@ from statistics import median
 from time import perf_counter
 
 from benchmarks import deployed, load, machine, processes, workflows
-from benchmarks.deployed import Callers
-from benchmarks.load import Installed, Sample, WrongAnswer
+from benchmarks.deployed import TriggerCallers
+from benchmarks.load import InstalledWorkflow, LatencySample, WrongAnswer
 from tests.cluster.world import on_fake
 from tests.services import PostgreSQL, Redis
 
@@ -28,43 +28,43 @@ async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str,
     async with on_fake(folder, second=1.0) as (_, api):
         api.node.path = f"{Path(sys.executable).parent}:{api.node.path}"
         settings = {"CLUSTER": "kubernetes", "KUBECONFIG": str(folder / "kubeconfig")}
-        async with processes.production(folder, database_url, redis.url, **settings) as pilotflame:
-            installed = await load.create(pilotflame.api, workflows.pure())
-            figures = {"calibration_ms": machine.calibration_ms()}
+        async with processes.run_production(folder, database_url, redis.url, **settings) as pilotflame:
+            installed = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
+            figures = {"calibration_ms": machine.measure_calibration_ms()}
             # Whole seconds between probes would hide what a start is faster by.
-            deploys, starts = await _rounds(installed)
-            figures |= _figures("deploy_probed_often", deploys) | _figures("start_probed_often", starts)
+            deploys, starts = await _measure_rounds(installed)
+            figures |= _summarize("deploy_probed_often", deploys) | _summarize("start_probed_often", starts)
             figures["start_by_deploy"] = median(starts) / median(deploys)
             api.node.probe_seconds = PROBE_SECONDS
-            deploys, starts = await _rounds(installed)
-            figures |= _figures("deploy", deploys) | _figures("start", starts)
+            deploys, starts = await _measure_rounds(installed)
+            figures |= _summarize("deploy", deploys) | _summarize("start", starts)
     return figures
 
 
-async def _rounds(installed: Installed) -> tuple[list[float], list[float]]:
+async def _measure_rounds(installed: InstalledWorkflow) -> tuple[list[float], list[float]]:
     """Return the seconds of each deploy, and of the start that follows on a stop of it."""
     deploys: list[float] = []
     starts: list[float] = []
     for _ in range(ROUNDS):
-        deploys.append(await _until_running(installed, "deploy"))
+        deploys.append(await _wait_until_running(installed, "deploy"))
         await deployed.put_to_sleep(installed)
-        starts.append(await _until_running(installed, "start"))
-        callers = Callers(installed)
+        starts.append(await _wait_until_running(installed, "start"))
+        callers = TriggerCallers(installed)
         await callers.call()
         callers.close()
-        deployed.right(callers.calls)
-        await deployed.sent(installed, "POST", "undeploy")
+        deployed.correct_calls(callers.calls)
+        await deployed.send(installed, "POST", "undeploy")
     return deploys, starts
 
 
-async def _until_running(installed: Installed, what: str) -> float:
+async def _wait_until_running(installed: InstalledWorkflow, what: str) -> float:
     since = perf_counter()
-    answer = await deployed.sent(installed, "POST", what)
+    answer = await deployed.send(installed, "POST", what)
     if answer["deploymentStatus"] != "running":
         raise WrongAnswer(answer)
     return perf_counter() - since
 
 
-def _figures(name: str, seconds: list[float]) -> dict[str, float]:
-    sample = Sample(sum(seconds), len(seconds), sorted(seconds))
+def _summarize(name: str, seconds: list[float]) -> dict[str, float]:
+    sample = LatencySample(sum(seconds), len(seconds), sorted(seconds))
     return {f"{name}_p{percent}_ms": sample.milliseconds(percent) for percent in (50, 95)}

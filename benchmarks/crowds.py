@@ -18,8 +18,8 @@ from typing import Final
 import msgspec
 
 from benchmarks import processes, usage
-from benchmarks.http1 import Api, Connection
-from benchmarks.processes import Pilotflame
+from benchmarks.http1 import BenchmarkApi, KeptConnection
+from benchmarks.processes import ServerUnderTest
 from gateway.http.connection_budget import connections_for
 
 CROWD: Final = "127.0.0.2"
@@ -49,27 +49,31 @@ async def _measure(descriptors: int, mails: int) -> None:
     with tempfile.TemporaryDirectory(prefix="pilotflame-crowds-") as folder:
         async with AsyncExitStack() as stack:
             connections = str(connections_for(descriptors))
-            server = await stack.enter_async_context(processes.dev(Path(folder), MAX_CONNECTIONS=connections))
+            server = await stack.enter_async_context(
+                processes.run_dev(Path(folder), MAX_CONNECTIONS=connections)
+            )
             resource.prlimit(server.process_ids["dev"], resource.RLIMIT_NOFILE, (descriptors, descriptors))
-            workflow_id = await _made(server.api)
+            workflow_id = await _create_workflow(server.api)
             await _report("alone", server, workflow_id)
-            crowd = await asyncio.gather(*[_unfinished_mail(server.api, workflow_id) for _ in range(mails)])
+            crowd = await asyncio.gather(*[_hold_mail_open(server.api, workflow_id) for _ in range(mails)])
             await _report(f"{mails} unfinished mails of {MAIL_BYTES:,} bytes", server, workflow_id)
-            crowd += await asyncio.gather(*[_opened(server.api) for _ in range(IDLE)])
+            crowd += await asyncio.gather(*[_open_idle(server.api) for _ in range(IDLE)])
             await _report(f"and {IDLE} idle connections", server, workflow_id)
             for writer in crowd:
                 writer.transport.abort()
 
 
-async def _made(api: Api) -> str:
-    answer = await _asked(api, api.post("/api/v1/workflows", msgspec.json.encode(GRAPH)))
+async def _create_workflow(api: BenchmarkApi) -> str:
+    answer = await _request(api, api.post("/api/v1/workflows", msgspec.json.encode(GRAPH)))
     workflow_id: str = msgspec.json.decode(answer)["workflowId"]
-    await _asked(api, api.request("PUT", f"/api/v1/workflows/{workflow_id}/status", b'{"status": "active"}'))
+    await _request(
+        api, api.request("PUT", f"/api/v1/workflows/{workflow_id}/status", b'{"status": "active"}')
+    )
     return workflow_id
 
 
-async def _asked(api: Api, request: bytes) -> bytes:
-    connection = await Connection.open(api.port)
+async def _request(api: BenchmarkApi, request: bytes) -> bytes:
+    connection = await KeptConnection.open(api.port)
     try:
         answer = await connection.send(request)
     finally:
@@ -79,8 +83,8 @@ async def _asked(api: Api, request: bytes) -> bytes:
     return answer.body
 
 
-async def _unfinished_mail(api: Api, workflow_id: str) -> asyncio.StreamWriter:
-    writer = await _opened(api)
+async def _hold_mail_open(api: BenchmarkApi, workflow_id: str) -> asyncio.StreamWriter:
+    writer = await _open_idle(api)
     writer.write(api.request("POST", f"/api/v1/workflows/{workflow_id}/email-trigger")[:-2])
     writer.write(f"Content-Type: message/rfc822\r\nContent-Length: {MAIL_BYTES + 1}\r\n\r\n".encode())
     piece = b" " * 1_000_000
@@ -94,17 +98,17 @@ async def _unfinished_mail(api: Api, workflow_id: str) -> asyncio.StreamWriter:
     return writer
 
 
-async def _opened(api: Api) -> asyncio.StreamWriter:
+async def _open_idle(api: BenchmarkApi) -> asyncio.StreamWriter:
     _, writer = await asyncio.open_connection("127.0.0.1", api.port, local_addr=(CROWD, 0))
     return writer
 
 
-async def _report(name: str, server: Pilotflame, workflow_id: str) -> None:
+async def _report(name: str, server: ServerUnderTest, workflow_id: str) -> None:
     execute = server.api.post(f"/api/v1/workflows/{workflow_id}/execute", b"{}")
     milliseconds = []
     for _ in range(RUNS):
         began = perf_counter()
-        await _asked(server.api, execute)
+        await _request(server.api, execute)
         milliseconds.append((perf_counter() - began) * 1_000)
     memory = usage.memory_megabytes(server.process_ids)["dev"]
     print(

@@ -19,8 +19,8 @@ import msgspec
 import psutil
 
 from benchmarks import engine, load, machine, processes, usage, workflows
-from benchmarks.http1 import Connection
-from benchmarks.load import Installed, Sample, WrongAnswer
+from benchmarks.http1 import KeptConnection
+from benchmarks.load import InstalledWorkflow, LatencySample, WrongAnswer
 
 CALLS_PER_SECOND = 20
 STOP_EVERY_SECONDS = 5
@@ -43,18 +43,18 @@ IS_COLD = re.compile(rb"\r\nx-cold-start: *true", re.IGNORECASE)
 _numbers = count(1)
 
 
-class Triggered(msgspec.Struct):
+class TriggerAnswer(msgspec.Struct):
     """What a trigger that waits for the end of its run is answered with."""
 
     status: str
     output: dict[str, Any] = {}
 
 
-_triggered = msgspec.json.Decoder(Triggered)
+_triggered = msgspec.json.Decoder(TriggerAnswer)
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class TriggerCall:
     """A trigger, and what came of it."""
 
     seconds: float
@@ -64,17 +64,17 @@ class Call:
     """What it was answered with instead of what its run owes; empty where it was not."""
 
 
-class Callers:
+class TriggerCallers:
     """Triggers of one deployed workflow, each on a connection that is free, or on a new one."""
 
-    def __init__(self, installed: Installed) -> None:
-        self.calls: list[Call] = []
+    def __init__(self, installed: InstalledWorkflow) -> None:
+        self.calls: list[TriggerCall] = []
         self._installed = installed
-        self._idle: list[Connection] = []
+        self._idle: list[KeptConnection] = []
 
     async def call(self) -> None:
         """Trigger a run, and wait for its end."""
-        connection = self._idle.pop() if self._idle else await Connection.open(self._installed.api.port)
+        connection = self._idle.pop() if self._idle else await KeptConnection.open(self._installed.api.port)
         x = next(_numbers)
         path = f"/api/v1/workflows/{self._installed.workflow_id}/trigger"
         request = self._installed.api.post(path, b'{"sync":true,"inputs":{"x":%d}}' % x)
@@ -84,7 +84,7 @@ class Callers:
         self._idle.append(connection)
         is_right = answer.status == 200 and self._is_right(x, _triggered.decode(answer.body))
         trouble = "" if is_right else f"{answer.status} {answer.body.decode()}"
-        self.calls.append(Call(seconds, IS_COLD.search(answer.head) is not None, trouble))
+        self.calls.append(TriggerCall(seconds, IS_COLD.search(answer.head) is not None, trouble))
 
     async def call_steadily(self, seconds: float) -> None:
         """Trigger at even intervals, however long the answers take."""
@@ -104,27 +104,30 @@ class Callers:
         for connection in self._idle:
             connection.close()
 
-    def _is_right(self, x: int, triggered: Triggered) -> bool:
+    def _is_right(self, x: int, triggered: TriggerAnswer) -> bool:
         return triggered.status == "completed" and self._installed.workflow.is_right(x, triggered.output)
 
 
 async def measure(folder: Path, seconds: float) -> dict[str, float]:
     """Return milliseconds of cold and warm triggers, and what was lost of those that came while pods were stopped."""
-    async with processes.dev(folder, LIFECYCLE_SECONDS=LIFECYCLE_SECONDS) as pilotflame:
-        installed = await load.create(pilotflame.api, workflows.pure())
+    async with processes.run_dev(folder, LIFECYCLE_SECONDS=LIFECYCLE_SECONDS) as pilotflame:
+        installed = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
         since = perf_counter()
-        await sent(installed, "POST", "deploy")
-        figures = {"calibration_ms": machine.calibration_ms(), "deploy_ms": 1000 * (perf_counter() - since)}
-        figures |= await _pod(installed, pilotflame.process_ids["dev"])
-        figures |= await _warm(installed)
-        figures |= await _cold(installed)
-        figures |= await _crowd(installed)
-        figures |= await _stopped_under_load(installed, STEADY_PER_SECOND_ASKED * seconds)
-        figures |= await _asleep_between_bursts(installed, pilotflame.folder / "data")
+        await send(installed, "POST", "deploy")
+        figures = {
+            "calibration_ms": machine.measure_calibration_ms(),
+            "deploy_ms": 1000 * (perf_counter() - since),
+        }
+        figures |= await _measure_pod(installed, pilotflame.process_ids["dev"])
+        figures |= await _measure_warm(installed)
+        figures |= await _measure_cold(installed)
+        figures |= await _measure_crowd(installed)
+        figures |= await _measure_stops(installed, STEADY_PER_SECOND_ASKED * seconds)
+        figures |= await _measure_bursts(installed, pilotflame.folder / "data")
     return figures
 
 
-async def _pod(installed: Installed, deployer_id: int) -> dict[str, float]:
+async def _measure_pod(installed: InstalledWorkflow, deployer_id: int) -> dict[str, float]:
     """Return how long a pod took from its process to being ready, and how large it is before its first run."""
     await asyncio.sleep(REST_SECONDS)
     (process,) = (
@@ -132,7 +135,7 @@ async def _pod(installed: Installed, deployer_id: int) -> dict[str, float]:
         for child in psutil.Process(deployer_id).children()
         if child.environ().get("PILOTFLAME_RUNNER_WORKFLOW_ID") == installed.workflow_id
     )
-    lines = [json.loads(line["text"]) for line in (await sent(installed, "GET", "logs"))["lines"]]
+    lines = [json.loads(line["text"]) for line in (await send(installed, "GET", "logs"))["lines"]]
     (ready_at,) = (datetime.fromisoformat(line["time"]) for line in lines if line["event"] == "runner ready")
     return {
         "pod_ready_ms": 1000 * (ready_at.timestamp() - usage.started_at(process.pid)),
@@ -143,16 +146,16 @@ async def _pod(installed: Installed, deployer_id: int) -> dict[str, float]:
 # ── one at a time ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _warm(installed: Installed) -> dict[str, float]:
-    callers = Callers(installed)
+async def _measure_warm(installed: InstalledWorkflow) -> dict[str, float]:
+    callers = TriggerCallers(installed)
     for _ in range(WARM_UP_CALLS):
         await callers.call()
     callers.calls.clear()
     for _ in range(WARM_CALLS):
         await callers.call()
     callers.close()
-    warm = sample(right(callers.calls))
-    by_engine_ms = await engine.one_run_ms(installed.workflow)
+    warm = latency_sample(correct_calls(callers.calls))
+    by_engine_ms = await engine.measure_run_ms(installed.workflow)
     return {
         "warm_p50_ms": warm.milliseconds(50),
         "warm_p99_ms": warm.milliseconds(99),
@@ -161,77 +164,77 @@ async def _warm(installed: Installed) -> dict[str, float]:
     }
 
 
-async def _cold(installed: Installed) -> dict[str, float]:
-    callers = Callers(installed)
+async def _measure_cold(installed: InstalledWorkflow) -> dict[str, float]:
+    callers = TriggerCallers(installed)
     for _ in range(COLD_STARTS):
         await put_to_sleep(installed)
         await callers.call()
     callers.close()
-    calls = right(callers.calls)
+    calls = correct_calls(callers.calls)
     if not all(call.is_cold for call in calls):
         raise WrongAnswer("A workflow that was stopped was found running")
     return {
         "cold_p50_ms": median(1000 * call.seconds for call in calls),
-        "cold_longest_ms": sample(calls).milliseconds(100),
+        "cold_longest_ms": latency_sample(calls).milliseconds(100),
     }
 
 
 # ── many ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _crowd(installed: Installed) -> dict[str, float]:
+async def _measure_crowd(installed: InstalledWorkflow) -> dict[str, float]:
     """Have many call a sleeping workflow at once."""
     await put_to_sleep(installed)
-    before = await _wakes(installed)
-    callers = Callers(installed)
+    before = await _count_wakes(installed)
+    callers = TriggerCallers(installed)
     await callers.call_at_once(CROWD)
     callers.close()
     return {
-        f"starts_for_{CROWD}_callers": await _wakes(installed) - before,
-        f"longest_of_{CROWD}_callers_ms": sample(right(callers.calls)).milliseconds(100),
+        f"starts_for_{CROWD}_callers": await _count_wakes(installed) - before,
+        f"longest_of_{CROWD}_callers_ms": latency_sample(correct_calls(callers.calls)).milliseconds(100),
     }
 
 
-async def _stopped_under_load(installed: Installed, seconds: float) -> dict[str, float]:
+async def _measure_stops(installed: InstalledWorkflow, seconds: float) -> dict[str, float]:
     """Stop a workflow again and again while it is called."""
-    before, completed_before = await _wakes(installed), await _completed(installed)
-    callers = Callers(installed)
+    before, completed_before = await _count_wakes(installed), await _count_completed(installed)
+    callers = TriggerCallers(installed)
     async with asyncio.TaskGroup() as tasks:
         calling = tasks.create_task(callers.call_steadily(seconds))
         stops: list[asyncio.Task[Any]] = []
         while not (await asyncio.wait({calling}, timeout=STOP_EVERY_SECONDS))[0]:
             # Its answer waits for pods that are gone, which calls may not let happen for long.
-            stops.append(tasks.create_task(sent(installed, "POST", "stop")))
+            stops.append(tasks.create_task(send(installed, "POST", "stop")))
         for stop in stops:
             await stop
     callers.close()
-    figures = _load_figures("stopped", callers.calls, await _completed(installed) - completed_before)
+    figures = _summarize_load("stopped", callers.calls, await _count_completed(installed) - completed_before)
     return {
         **figures,
         "stopped_stops": float(len(stops)),
-        "stopped_wakes": await _wakes(installed) - before,
+        "stopped_wakes": await _count_wakes(installed) - before,
     }
 
 
-async def _asleep_between_bursts(installed: Installed, data: Path) -> dict[str, float]:
+async def _measure_bursts(installed: InstalledWorkflow, data: Path) -> dict[str, float]:
     """Leave a workflow alone for longer than it stays up, between bursts of calls."""
     await put_to_sleep(installed)
     _set_idle_seconds(data / "pilotflame.db", installed.workflow_id)
-    before, completed_before = await _wakes(installed), await _completed(installed)
-    callers = Callers(installed)
+    before, completed_before = await _count_wakes(installed), await _count_completed(installed)
+    callers = TriggerCallers(installed)
     for _ in range(BURSTS):
         await callers.call_steadily(BURST_SECONDS)
         await asyncio.sleep(SILENCE_SECONDS)
     callers.close()
-    figures = _load_figures("bursts", callers.calls, await _completed(installed) - completed_before)
-    return {**figures, "bursts_wakes": await _wakes(installed) - before}
+    figures = _summarize_load("bursts", callers.calls, await _count_completed(installed) - completed_before)
+    return {**figures, "bursts_wakes": await _count_wakes(installed) - before}
 
 
-def _load_figures(load_name: str, calls: Sequence[Call], completed: int) -> dict[str, float]:
+def _summarize_load(load_name: str, calls: Sequence[TriggerCall], completed: int) -> dict[str, float]:
     failed = [call.trouble for call in calls if call.trouble]
     if failed:
         print(f"{load_name}: {failed[0]}", flush=True)
-    everything, waking = sample(calls), sample([call for call in calls if call.is_cold])
+    everything, waking = latency_sample(calls), latency_sample([call for call in calls if call.is_cold])
     return {
         f"{load_name}_calls": float(len(calls)),
         f"{load_name}_lost": float(len(calls) - completed),
@@ -244,48 +247,48 @@ def _load_figures(load_name: str, calls: Sequence[Call], completed: int) -> dict
     }
 
 
-def right(calls: Sequence[Call]) -> Sequence[Call]:
+def correct_calls(calls: Sequence[TriggerCall]) -> Sequence[TriggerCall]:
     for call in calls:
         if call.trouble:
             raise WrongAnswer(call.trouble)
     return calls
 
 
-def sample(calls: Sequence[Call]) -> Sample:
+def latency_sample(calls: Sequence[TriggerCall]) -> LatencySample:
     seconds = sorted(call.seconds for call in calls)
-    return Sample(sum(seconds), len(seconds), seconds)
+    return LatencySample(sum(seconds), len(seconds), seconds)
 
 
 # ── the deployment ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def put_to_sleep(installed: Installed) -> None:
+async def put_to_sleep(installed: InstalledWorkflow) -> None:
     """Stop it, and wait until no pod is left."""
-    stopped = await sent(installed, "POST", "stop")
+    stopped = await send(installed, "POST", "stop")
     if stopped["deploymentStatus"] != "stopped":
         raise WrongAnswer(stopped)
 
 
-async def _wakes(installed: Installed) -> int:
+async def _count_wakes(installed: InstalledWorkflow) -> int:
     """Return how often it was woken, lately."""
-    history = await sent(installed, "GET", f"lifecycle/history?limit={DECISIONS}")
+    history = await send(installed, "GET", f"lifecycle/history?limit={DECISIONS}")
     return sum(decision["action"] == "wake" for decision in history["decisions"])
 
 
-async def _completed(installed: Installed) -> int:
+async def _count_completed(installed: InstalledWorkflow) -> int:
     path = f"/api/v1/executions?workflowId={installed.workflow_id}&status=completed&limit=1"
-    listed = await _answered(installed, installed.api.get(path))
+    listed = await _request(installed, installed.api.get(path))
     return int(listed["count"])
 
 
-async def sent(installed: Installed, method: str, what: str) -> dict[str, Any]:
+async def send(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
     """Return what is answered about the workflow."""
     path = f"/api/v1/workflows/{installed.workflow_id}/{what}"
-    return await _answered(installed, installed.api.request(method, path))
+    return await _request(installed, installed.api.request(method, path))
 
 
-async def _answered(installed: Installed, request: bytes) -> dict[str, Any]:
-    connection = await Connection.open(installed.api.port)
+async def _request(installed: InstalledWorkflow, request: bytes) -> dict[str, Any]:
+    connection = await KeptConnection.open(installed.api.port)
     try:
         answer = await connection.send(request)
     finally:

@@ -57,7 +57,7 @@ WORKFLOW = {
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class AcknowledgedAnswer:
     """Something that a client was told, and how long the record was by then."""
 
     at: int
@@ -69,12 +69,12 @@ class Answer:
 
 
 @dataclass(slots=True)
-class Recording:
+class PowerLossLog:
     """A server's work on one data folder."""
 
     root: Path
     log: Path
-    answers: list[Answer] = field(default_factory=list)
+    answers: list[AcknowledgedAnswer] = field(default_factory=list)
 
     @property
     def data(self) -> Path:
@@ -82,7 +82,7 @@ class Recording:
         return self.root / "server" / "data"
 
     def note(self, kind: str, identity: str, text: str = "") -> None:
-        self.answers.append(Answer(self.log.stat().st_size, kind, identity, text))
+        self.answers.append(AcknowledgedAnswer(self.log.stat().st_size, kind, identity, text))
 
 
 async def measure(folder: Path) -> dict[str, float]:
@@ -90,26 +90,28 @@ async def measure(folder: Path) -> dict[str, float]:
     library = preloads.compile_library(power_loss.RECORDER)
     if library is None:
         raise SystemExit("durability needs a C compiler: cc")
-    recording = Recording(folder / "disk", folder / "operations")
+    recording = PowerLossLog(folder / "disk", folder / "operations")
     recording.root.mkdir()
     given = power_loss.recorder_environment(library, recording.root, recording.log)
-    await _served(recording.data, folder / "recorded.txt", given, lambda url: _work(url, recording))
+    await _serve_until_done(
+        recording.data, folder / "recorded.txt", given, lambda url: _drive_server(url, recording)
+    )
     secret = (recording.data / "secret.key").read_bytes()
     operations = list(power_loss.read_operations(recording.log))
     checked = started = 0
     losses: list[str] = []
-    answered = _spread([answer.at for answer in recording.answers], CHECKED_POINTS // 2)
-    started_at = set(_spread(answered, STARTED_POINTS))
-    for point, disk in _cut_off(recording, operations, answered):
+    answered = _spread_points([answer.at for answer in recording.answers], CHECKED_POINTS // 2)
+    started_at = set(_spread_points(answered, STARTED_POINTS))
+    for point, disk in _iterate_cut_points(recording, operations, answered):
         told = [answer for answer in recording.answers if answer.at <= point]
         for number in range(1 + PARTS_PER_POINT):
             survives = power_loss.keep_nothing if number == 0 else power_loss.keep_some(point + number)
-            left = _made(disk, folder / "left", survives)
+            left = _materialize(disk, folder / "left", survives)
             data = left / recording.data.relative_to(recording.root)
-            found = [*_lost(data, told, secret)]
+            found = [*_find_lost(data, told, secret)]
             checked += 1
             if not found and point in started_at:
-                found = await _lost_after_start(data, told, folder / "started.txt")
+                found = await _find_lost_after_start(data, told, folder / "started.txt")
                 started += 1
             losses += [f"at {point}, state {number}: {loss}" for loss in found]
     for loss in losses[:20]:
@@ -126,7 +128,7 @@ async def measure(folder: Path) -> dict[str, float]:
 # ── the work ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _served(
+async def _serve_until_done(
     data: Path, log: Path, given: dict[str, str], work: Callable[[str], Awaitable[None]]
 ) -> None:
     """Run a server on a data folder for as long as some work takes; then it is killed."""
@@ -136,18 +138,18 @@ async def _served(
         await work(address)
 
 
-def _client(url: str) -> httpx2.AsyncClient:
+def _open_client(url: str) -> httpx2.AsyncClient:
     return httpx2.AsyncClient(
         base_url=f"{url}/api/v1", headers={"X-API-Key": KEY}, timeout=PATIENCE_SECONDS, trust_env=False
     )
 
 
-async def _work(url: str, recording: Recording) -> None:
-    async with _client(url) as client:
+async def _drive_server(url: str, recording: PowerLossLog) -> None:
+    async with _open_client(url) as client:
         await asyncio.gather(*(_create_and_run(client, recording, number) for number in range(CLIENTS)))
 
 
-async def _create_and_run(client: httpx2.AsyncClient, recording: Recording, number: int) -> None:
+async def _create_and_run(client: httpx2.AsyncClient, recording: PowerLossLog, number: int) -> None:
     created = await client.post("/workflows", json={**WORKFLOW, "name": f"Power {number}"})
     workflow_id = created.raise_for_status().json()["workflowId"]
     recording.note("workflow", workflow_id)
@@ -166,12 +168,12 @@ async def _create_and_run(client: httpx2.AsyncClient, recording: Recording, numb
 # ── the power cuts ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _cut_off(
-    recording: Recording, operations: Sequence[Operation], answered: Sequence[int]
+def _iterate_cut_points(
+    recording: PowerLossLog, operations: Sequence[Operation], answered: Sequence[int]
 ) -> Iterator[tuple[int, Disk]]:
     """Yield points of the record, and the disk at each: where answers had just come, and some in between."""
     between = [operation.ends_at for operation in operations if operation.ends_at > min(answered)]
-    points = sorted({*answered, *_spread(between, CHECKED_POINTS // 2)})
+    points = sorted({*answered, *_spread_points(between, CHECKED_POINTS // 2)})
     disk, done = Disk(recording.root), 0
     for point in points:
         while done < len(operations) and operations[done].ends_at <= point:
@@ -180,18 +182,18 @@ def _cut_off(
         yield point, disk
 
 
-def _spread(points: Sequence[int], count: int) -> list[int]:
+def _spread_points(points: Sequence[int], count: int) -> list[int]:
     return [points[(len(points) - 1) * number // max(count - 1, 1)] for number in range(count)]
 
 
-def _made(disk: Disk, target: Path, survives: Survives) -> Path:
+def _materialize(disk: Disk, target: Path, survives: Survives) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     disk.write_out(target, survives)
     return target
 
 
-def _lost(data: Path, told: Sequence[Answer], secret: bytes) -> Iterator[str]:
+def _find_lost(data: Path, told: Sequence[AcknowledgedAnswer], secret: bytes) -> Iterator[str]:
     """Tell what of the answers is not in a data folder."""
     database = data / "pilotflame.db"
     if not database.exists():
@@ -200,10 +202,12 @@ def _lost(data: Path, told: Sequence[Answer], secret: bytes) -> Iterator[str]:
     if not (data / "secret.key").exists() or (data / "secret.key").read_bytes() != secret:
         yield "the secret key"
     with closing(sqlite3.connect(database)) as connection:
-        yield from _lost_rows(connection, data, told)
+        yield from _find_lost_rows(connection, data, told)
 
 
-def _lost_rows(connection: sqlite3.Connection, data: Path, told: Sequence[Answer]) -> Iterator[str]:
+def _find_lost_rows(
+    connection: sqlite3.Connection, data: Path, told: Sequence[AcknowledgedAnswer]
+) -> Iterator[str]:
     try:
         (sound,) = connection.execute("PRAGMA integrity_check").fetchone()
         workflows = {row[0] for row in connection.execute("SELECT id FROM workflow")}
@@ -221,10 +225,12 @@ def _lost_rows(connection: sqlite3.Connection, data: Path, told: Sequence[Answer
         if answer.kind == "completed":
             if statuses.get(answer.id) != "completed":
                 yield f"the end of {answer.id}"
-            yield from _lost_contents(connection, data, answer)
+            yield from _find_lost_contents(connection, data, answer)
 
 
-def _lost_contents(connection: sqlite3.Connection, data: Path, answer: Answer) -> Iterator[str]:
+def _find_lost_contents(
+    connection: sqlite3.Connection, data: Path, answer: AcknowledgedAnswer
+) -> Iterator[str]:
     found = [*(data / "files").glob(f"*/objects/out/{answer.id}.txt")]
     if [path.read_text() for path in found] != [answer.text]:
         yield f"the file of {answer.id}"
@@ -235,34 +241,34 @@ def _lost_contents(connection: sqlite3.Connection, data: Path, answer: Answer) -
     for (text,) in blobs:
         reference = BlobReference.from_text(text.encode())
         kept = [*(data / "blobs").glob(f"*/{answer.id}/{reference.sha256}")]
-        if not any(_is_whole(path) for path in kept):
+        if not any(_is_intact(path) for path in kept):
             yield f"a blob of {answer.id}"
 
 
-def _is_whole(path: Path) -> bool:
+def _is_intact(path: Path) -> bool:
     _, _, content = path.read_bytes().partition(b"\n")
     return sha256(content).hexdigest() == path.name
 
 
-async def _lost_after_start(data: Path, told: Sequence[Answer], log: Path) -> list[str]:
+async def _find_lost_after_start(data: Path, told: Sequence[AcknowledgedAnswer], log: Path) -> list[str]:
     """Start a server on what was left, and tell what it doesn't know, or doesn't bring to its end."""
     lost: list[str] = []
 
     async def ask(url: str) -> None:
-        async with _client(url) as client:
+        async with _open_client(url) as client:
             for answer in told:
                 if answer.kind == "workflow":
                     response = await client.get(f"/workflows/{answer.id}")
                     if not response.is_success:
                         lost.append(f"workflow {answer.id} after a start")
-                elif not await _completes(client, answer):
+                elif not await _runs_to_completion(client, answer):
                     lost.append(f"execution {answer.id} after a start")
 
-    await _served(data, log, {}, ask)
+    await _serve_until_done(data, log, {}, ask)
     return lost
 
 
-async def _completes(client: httpx2.AsyncClient, answer: Answer) -> bool:
+async def _runs_to_completion(client: httpx2.AsyncClient, answer: AcknowledgedAnswer) -> bool:
     progress: dict[str, Any] = {"status": "pending"}
     async with asyncio.timeout(PATIENCE_SECONDS):
         while progress["status"] in {"pending", "running", "waiting"}:
@@ -275,7 +281,7 @@ async def _completes(client: httpx2.AsyncClient, answer: Answer) -> bool:
     return not answer.text or await _gives_content(client, answer, progress["outputs"])
 
 
-async def _gives_content(client: httpx2.AsyncClient, answer: Answer, outputs: object) -> bool:
+async def _gives_content(client: httpx2.AsyncClient, answer: AcknowledgedAnswer, outputs: object) -> bool:
     """Tell whether the large output of a run is still read through the API."""
     hashes = set(re.findall(r'"sha256": ?"([0-9a-f]{64})"', json.dumps(outputs)))
     contents = [await client.get(f"/executions/{answer.id}/blobs/{one}") for one in sorted(hashes)]

@@ -25,7 +25,7 @@ from nodes import catalog as catalogs
 from tests.calls import NoNetwork, call
 
 if TYPE_CHECKING:
-    from benchmarks.workflows import Workflow
+    from benchmarks.workflows import BenchmarkWorkflow
     from engine.values import Json
 
 CATALOG = catalogs.load_catalog()
@@ -64,18 +64,18 @@ Connections: TypeAlias = "list[dict[str, Any]]"
 
 async def measure() -> dict[str, float]:
     """Return nanoseconds per expression, microseconds per node and run, milliseconds of a loop and of large graphs."""
-    figures = _expressions()
-    figures |= await _single_nodes()
-    figures["run_of_three_nodes_us"] = await _per_run(_chain(3))
-    figures["run_of_forty_nodes_us"] = await _per_run(_chain(40), runs=RUNS_PER_ROUND // 10)
-    figures |= await _loop()
-    figures |= await _large_graph()
+    figures = _measure_expressions()
+    figures |= await _measure_nodes()
+    figures["run_of_three_nodes_us"] = await _measure_run(_build_chain(3))
+    figures["run_of_forty_nodes_us"] = await _measure_run(_build_chain(40), runs=RUNS_PER_ROUND // 10)
+    figures |= await _measure_loop()
+    figures |= await _measure_large_graph()
     return figures
 
 
-async def one_run_ms(workflow: Workflow) -> float:
+async def measure_run_ms(workflow: BenchmarkWorkflow) -> float:
     """Return the milliseconds of one run of a workflow that adds to `x`: the median of many."""
-    program = _compiled(_graph([*map(dict, workflow.nodes)], [*map(dict, workflow.connections)]))
+    program = _compile(_build_graph([*map(dict, workflow.nodes)], [*map(dict, workflow.connections)]))
     times: list[float] = []
     for x in range(RUNS_PER_ROUND):
         since = perf_counter_ns()
@@ -84,7 +84,7 @@ async def one_run_ms(workflow: Workflow) -> float:
     return median(times)
 
 
-class Unkept:
+class DiscardingJournal:
     """A journal that forgets, for what is measured is the engine."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class Unkept:
 # ── expressions and nodes ───────────────────────────────────────────────────────────────────────────────────
 
 
-def _expressions() -> dict[str, float]:
+def _measure_expressions() -> dict[str, float]:
     path = compile_template("{{ data.user.name }}")
     text = compile_template("Hello, {{ data.user.name }}: {{ data.total }}")
     value = compile_value({"$op": "add", "args": ["{{ data.total }}", 1]})
@@ -124,10 +124,10 @@ def _expressions() -> dict[str, float]:
         "operation_ns": lambda: value.render(SCOPE, unresolved),
         "condition_ns": lambda: condition.test(SCOPE, unresolved),
     }
-    return {name: _nanoseconds(work) for name, work in works.items()}
+    return {name: _measure_nanoseconds(work) for name, work in works.items()}
 
 
-def _nanoseconds(work: Callable[[], object]) -> float:
+def _measure_nanoseconds(work: Callable[[], object]) -> float:
     """Return the least of several rounds: what disturbs a round only ever adds to it."""
     rounds: list[float] = []
     for _ in range(ROUNDS):
@@ -138,26 +138,26 @@ def _nanoseconds(work: Callable[[], object]) -> float:
     return min(rounds)
 
 
-async def _single_nodes() -> dict[str, float]:
+async def _measure_nodes() -> dict[str, float]:
     figures: dict[str, float] = {}
     for name, node_type in NODES.items():
         example = CATALOG.get(node_type).examples[0]
-        figures[f"node_{name}_us"] = await _per_node(node_type, example["config"], example["input"])
+        figures[f"node_{name}_us"] = await _measure_node(node_type, example["config"], example["input"])
     return figures
 
 
-async def _per_node(node_type: str, config: Any, data: Json) -> float:  # noqa: ANN401 - JSON of the catalogue
+async def _measure_node(node_type: str, config: Any, data: Json) -> float:  # noqa: ANN401 - JSON of the catalogue
     """Return the microseconds of a node in a run of itself after a trigger, less those of the trigger alone."""
     await call(node_type, config, data)  # it must work before it is timed
-    alone = await _per_run([{"id": "start", "type": "manual"}], trigger=data)
+    alone = await _measure_run([{"id": "start", "type": "manual"}], trigger=data)
     graph = [{"id": "start", "type": "manual"}, {"id": "node", "type": node_type, "config": config}]
-    return await _per_run(graph, trigger=data, runs=CALLS_PER_ROUND) - alone
+    return await _measure_run(graph, trigger=data, runs=CALLS_PER_ROUND) - alone
 
 
 # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _chain(nodes: int) -> Nodes:
+def _build_chain(nodes: int) -> Nodes:
     add = {"$op": "add", "args": ["{{ data.sum }}", 1]}
     first = {"$op": "add", "args": ["{{ data.body.x }}", 1]}
     return [
@@ -169,7 +169,7 @@ def _chain(nodes: int) -> Nodes:
     ]
 
 
-def _graph(nodes: Nodes, connections: Connections | None = None) -> ParsedGraph:
+def _build_graph(nodes: Nodes, connections: Connections | None = None) -> ParsedGraph:
     """Return a graph of nodes, in a row unless it is said how they are connected."""
     if connections is None:
         connections = [{"source": one["id"], "target": other["id"]} for one, other in pairwise(nodes)]
@@ -178,7 +178,7 @@ def _graph(nodes: Nodes, connections: Connections | None = None) -> ParsedGraph:
     return ParsedGraph.from_stored({"nodes": drawn, "connections": edges, "settings": {}})
 
 
-def _compiled(graph: ParsedGraph) -> WorkflowProgram:
+def _compile(graph: ParsedGraph) -> WorkflowProgram:
     return WorkflowProgram.compile(graph, CATALOG, CATALOG.implementation)
 
 
@@ -192,25 +192,27 @@ async def _run(program: WorkflowProgram, trigger: Json) -> int:
         deadline=now + timedelta(hours=1),
         started_at=now,
     )
-    journal = Unkept()
+    journal = DiscardingJournal()
     ended = await run_workflow(program, start, journal, RunControl(), NodeServices(http=NoNetwork()))
     assert ended.status is RunStatus.COMPLETED, ended
     return journal.spans
 
 
-async def _per_run(nodes: Nodes, *, trigger: Json = None, runs: int = RUNS_PER_ROUND) -> float:
+async def _measure_run(nodes: Nodes, *, trigger: Json = None, runs: int = RUNS_PER_ROUND) -> float:
     """Return the microseconds of one run."""
-    program = _compiled(_graph(nodes))
+    program = _compile(_build_graph(nodes))
     given: Json = {"body": {"x": 1}} if trigger is None else trigger
 
     async def round_of_runs() -> None:
         for _ in range(runs):
             await _run(program, given)
 
-    return await _milliseconds(round_of_runs) * 1000 / runs
+    return await _measure_milliseconds(round_of_runs) * 1000 / runs
 
 
-async def _milliseconds(work: Callable[[], object | Awaitable[object]], rounds: int = ROUNDS) -> float:
+async def _measure_milliseconds(
+    work: Callable[[], object | Awaitable[object]], rounds: int = ROUNDS
+) -> float:
     times: list[int] = []
     for _ in range(rounds):
         since = perf_counter_ns()
@@ -224,7 +226,7 @@ async def _milliseconds(work: Callable[[], object | Awaitable[object]], rounds: 
 # ── what is large ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _loop() -> dict[str, float]:
+async def _measure_loop() -> dict[str, float]:
     """Go over many items with a body of one node, and let the same node go over as many in as many runs."""
     config = {"values": {"sum": {"$op": "add", "args": ["{{ item }}", 1]}}, "mode": "replace"}
     body = {"id": "body", "type": "set", "config": config}
@@ -233,10 +235,10 @@ async def _loop() -> dict[str, float]:
         {"source": "start", "target": "loop"},
         {"source": "loop", "sourcePort": "continue", "target": "body"},
     ]
-    program = _compiled(_graph([{"id": "start", "type": "manual"}, loop, body], connections))
+    program = _compile(_build_graph([{"id": "start", "type": "manual"}, loop, body], connections))
     trigger: Json = {"body": {"items": list(range(LOOP_ITEMS))}}
-    milliseconds = await _milliseconds(lambda: _run(program, trigger), rounds=3)
-    longest = await _longest_pause(_run(program, trigger))
+    milliseconds = await _measure_milliseconds(lambda: _run(program, trigger), rounds=3)
+    longest = await _measure_longest_pause(_run(program, trigger))
     return {
         f"loop_of_{LOOP_ITEMS}_ms": milliseconds,
         "loop_us_per_item": 1000 * milliseconds / LOOP_ITEMS,
@@ -244,26 +246,29 @@ async def _loop() -> dict[str, float]:
     }
 
 
-async def _large_graph() -> dict[str, float]:
+async def _measure_large_graph() -> dict[str, float]:
     """Validate, compile and run a chain and a ladder of diamonds, whose paths are two to the power of their number."""
     figures: dict[str, float] = {}
-    for name, graph in {"chain": _graph(_chain(LARGE_GRAPH_NODES - 1)), "diamonds": _diamonds()}.items():
-        figures |= {f"{figure}_{name}_ms": took for figure, took in (await _whole_life(graph)).items()}
+    for name, graph in {
+        "chain": _build_graph(_build_chain(LARGE_GRAPH_NODES - 1)),
+        "diamonds": _build_diamonds(),
+    }.items():
+        figures |= {f"{figure}_{name}_ms": took for figure, took in (await _measure_lifecycle(graph)).items()}
     return figures
 
 
-async def _whole_life(graph: ParsedGraph) -> dict[str, float]:
+async def _measure_lifecycle(graph: ParsedGraph) -> dict[str, float]:
     trigger: Json = {"body": {"x": 1}}
-    program = _compiled(graph)
+    program = _compile(graph)
     return {
-        "validate": await _milliseconds(lambda: validate_graph(graph, CATALOG), rounds=3),
-        "compile": await _milliseconds(lambda: _compiled(graph), rounds=3),
-        "run": await _milliseconds(lambda: _run(program, trigger), rounds=3),
-        "longest_pause_in": await _longest_pause(_run(program, trigger)),
+        "validate": await _measure_milliseconds(lambda: validate_graph(graph, CATALOG), rounds=3),
+        "compile": await _measure_milliseconds(lambda: _compile(graph), rounds=3),
+        "run": await _measure_milliseconds(lambda: _run(program, trigger), rounds=3),
+        "longest_pause_in": await _measure_longest_pause(_run(program, trigger)),
     }
 
 
-def _diamonds() -> ParsedGraph:
+def _build_diamonds() -> ParsedGraph:
     nodes: Nodes = [{"id": "start", "type": "manual"}]
     connections: Connections = []
     before = "start"
@@ -280,10 +285,10 @@ def _diamonds() -> ParsedGraph:
             {"source": right, "target": join},
         ]
         before = join
-    return _graph(nodes, connections)
+    return _build_graph(nodes, connections)
 
 
-async def _longest_pause(work: Awaitable[object]) -> float:
+async def _measure_longest_pause(work: Awaitable[object]) -> float:
     """Return the longest time, in milliseconds, that another task on the loop waited for its turn meanwhile."""
     pauses: list[int] = []
 

@@ -19,14 +19,14 @@ class ConnectionLost(Exception):
     """The server hung up before it had answered."""
 
 
-class Message(NamedTuple):
+class HttpMessage(NamedTuple):
     """A request or an answer."""
 
     head: bytes
     body: bytes
 
 
-class Answer(NamedTuple):
+class HttpAnswer(NamedTuple):
     """What a server said."""
 
     status: int
@@ -35,7 +35,7 @@ class Answer(NamedTuple):
     """Status line and headers."""
 
 
-def split(received: bytes) -> tuple[Message, bytes] | None:
+def split_message(received: bytes) -> tuple[HttpMessage, bytes] | None:
     """Return the first whole message and what follows it; None while more of it is on its way."""
     end = received.find(END_OF_HEAD)
     if end < 0:
@@ -45,11 +45,11 @@ def split(received: bytes) -> tuple[Message, bytes] | None:
     stop = start + (int(length[1]) if length else 0)
     if len(received) < stop:
         return None
-    return Message(received[:end], received[start:stop]), received[stop:]
+    return HttpMessage(received[:end], received[start:stop]), received[stop:]
 
 
 @dataclass(frozen=True, slots=True)
-class Api:
+class BenchmarkApi:
     """A server on this machine, and a key for it; makes requests as bytes."""
 
     port: int
@@ -74,22 +74,22 @@ class Api:
         return f"Host: 127.0.0.1:{self.port}\r\nX-API-Key: {self.key}\r\n"
 
 
-class Connection(asyncio.Protocol):
+class KeptConnection(asyncio.Protocol):
     """A kept connection to a server on this machine, for one request at a time."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
         self._received = b""
-        self._answer: asyncio.Future[Answer] | None = None
+        self._answer: asyncio.Future[HttpAnswer] | None = None
 
     @classmethod
-    async def open(cls, port: int) -> Connection:
+    async def open(cls, port: int) -> KeptConnection:
         """Connect; raises OSError while nobody listens."""
         _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return connection
 
-    async def send(self, request: bytes) -> Answer:
+    async def send(self, request: bytes) -> HttpAnswer:
         """Send a request and wait for its answer; raises `ConnectionLost`."""
         if self._transport is None or self._transport.is_closing():
             raise ConnectionLost("The connection was closed")
@@ -106,12 +106,12 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        found = split(self._received)
+        found = split_message(self._received)
         if found is None or self._answer is None:
             return
         message, self._received = found
         if not self._answer.done():
-            self._answer.set_result(Answer(int(message.head[STATUS]), message.body, message.head))
+            self._answer.set_result(HttpAnswer(int(message.head[STATUS]), message.body, message.head))
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._answer is not None and not self._answer.done():

@@ -19,9 +19,9 @@ from typing import Any
 import msgspec
 
 from benchmarks import load, machine, processes, usage
-from benchmarks.http1 import Answer, Api, Connection
+from benchmarks.http1 import BenchmarkApi, HttpAnswer, KeptConnection
 from benchmarks.load import WrongAnswer
-from benchmarks.processes import Pilotflame
+from benchmarks.processes import ServerUnderTest
 from benchmarks.targets import INTAKE_PER_CORE
 from tests import signed_requests
 from tests.services import PostgreSQL, Redis
@@ -42,10 +42,10 @@ _numbers = count(1)
 
 
 @dataclass(slots=True)
-class Sending:
+class IngestLoad:
     """One kind of request, and where it goes."""
 
-    api: Api
+    api: BenchmarkApi
     workflow_id: str
     path: str
     make: Callable[[int], Made]
@@ -54,10 +54,10 @@ class Sending:
     with_key: bool = True
     sent: int = field(default=0, init=False)
 
-    async def run(self, connection: Connection) -> float:
+    async def run(self, connection: KeptConnection) -> float:
         """Send one; returns the seconds to its answer. Raises `WrongAnswer` for any but that it was taken in."""
         made = self.make(next(_numbers))
-        request = _encoded(self.api, self.path, made, with_key=self.with_key)
+        request = _encode_request(self.api, self.path, made, with_key=self.with_key)
         started_at = perf_counter()
         answer = await connection.send(request)
         seconds = perf_counter() - started_at
@@ -73,22 +73,24 @@ async def measure(postgres: PostgreSQL, redis: Redis, folder: Path, seconds: flo
     on_sqlite.mkdir(parents=True)
     on_postgres.mkdir(parents=True)
     settings = {"MAX_BACKLOG_PER_WORKFLOW": str(BACKLOG), "MAX_BACKLOG_PER_ORGANIZATION": str(BACKLOG)}
-    async with processes.dev(on_sqlite, **settings) as pilotflame:
-        figures = await _measured("dev", pilotflame, "dev", seconds)
+    async with processes.run_dev(on_sqlite, **settings) as pilotflame:
+        figures = await _measure_mode("dev", pilotflame, "dev", seconds)
     database_url = await postgres.create_database("intake")
-    async with processes.production(on_postgres, database_url, redis.url, **settings) as pilotflame:
-        return figures | await _measured("production", pilotflame, "gateway", seconds)
+    async with processes.run_production(on_postgres, database_url, redis.url, **settings) as pilotflame:
+        return figures | await _measure_mode("production", pilotflame, "gateway", seconds)
 
 
-async def _measured(mode: str, pilotflame: Pilotflame, gateway: str, seconds: float) -> dict[str, float]:
-    figures = {f"{mode}_calibration_ms": machine.calibration_ms()}
-    sendings = await _sendings(pilotflame.api)
+async def _measure_mode(
+    mode: str, pilotflame: ServerUnderTest, gateway: str, seconds: float
+) -> dict[str, float]:
+    figures = {f"{mode}_calibration_ms": machine.measure_calibration_ms()}
+    sendings = await _create_loads(pilotflame.api)
     process_id = pilotflame.process_ids[gateway]
     for name, sending in sendings.items():
         clients = BATCH_CLIENTS if sending.runs > 1 else CLIENTS
-        await load.closed_loop(sending, clients, WARM_UP_SECONDS)
+        await load.run_closed_loop(sending, clients, WARM_UP_SECONDS)
         before = usage.cpu_seconds({gateway: process_id})[gateway]
-        sample = await load.closed_loop(sending, clients, seconds)
+        sample = await load.run_closed_loop(sending, clients, seconds)
         spent = usage.cpu_seconds({gateway: process_id})[gateway] - before
         figures |= {
             f"{mode}_{name}_per_second": sample.per_second * sending.runs,
@@ -96,29 +98,29 @@ async def _measured(mode: str, pilotflame: Pilotflame, gateway: str, seconds: fl
             f"{mode}_{name}_{gateway}_cpu_ms": 1000 * spent / sample.count / sending.runs,
             f"{mode}_{name}_saturation_p99_ms": sample.milliseconds(99),
         }
-        await _all_have_run(sending)
+        await _wait_until_run(sending)
         if name in INTAKE_PER_CORE:
             rate = INTAKE_PER_CORE[name] / 2
-            at_leisure = await load.open_loop(sending, rate, seconds)
+            at_leisure = await load.run_open_loop(sending, rate, seconds)
             figures |= {
                 f"{mode}_{name}_at_{rate:g}_per_second_p{percent}_ms": at_leisure.milliseconds(percent)
                 for percent in (50, 99)
             }
-            await _all_have_run(sending)
+            await _wait_until_run(sending)
     return figures
 
 
-async def _all_have_run(sending: Sending) -> None:
+async def _wait_until_run(sending: IngestLoad) -> None:
     """Wait until nothing is left to be run, and see that each accepted request has run once."""
     deadline = perf_counter() + DRAIN_SECONDS
-    async with _connection(sending.api) as connection:
-        while await _executions(connection, sending, *UNFINISHED):
+    async with _open_connection(sending.api) as connection:
+        while await _count_executions(connection, sending, *UNFINISHED):
             if perf_counter() > deadline:
                 raise WrongAnswer(f"{sending.path}: runs have not ended after {DRAIN_SECONDS} seconds")
             await asyncio.sleep(POLL_SECONDS)
         found, completed = (
-            await _executions(connection, sending),
-            await _executions(connection, sending, "completed"),
+            await _count_executions(connection, sending),
+            await _count_executions(connection, sending, "completed"),
         )
     if not found == completed == sending.sent * sending.runs:
         raise WrongAnswer(
@@ -126,72 +128,74 @@ async def _all_have_run(sending: Sending) -> None:
         )
 
 
-async def _executions(connection: Connection, sending: Sending, *statuses: str) -> int:
+async def _count_executions(connection: KeptConnection, sending: IngestLoad, *statuses: str) -> int:
     wanted = "".join(f"&status={status}" for status in statuses)
     path = f"/api/v1/executions?workflowId={sending.workflow_id}&limit=1{wanted}"
     answer = await connection.send(sending.api.get(path))
-    return int(_expected(answer, 200)["count"])
+    return int(_require_status(answer, 200)["count"])
 
 
 # ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _sendings(api: Api) -> Mapping[str, Sending]:
+async def _create_loads(api: BenchmarkApi) -> Mapping[str, IngestLoad]:
     """Make the workflows, and return what is sent to each."""
     send_grid = SendGrid()
     filling: dict[str, Any] = {
         "commits": [{"id": "0" * 40, "message": "x" * 80} for _ in range(PUSH_BYTES // 150)]
     }
-    async with _connection(api) as connection:
-        secret = await _posted(
+    async with _open_connection(api) as connection:
+        secret = await _post(
             connection,
             api,
             "/api/v1/datasources",
             {"name": "signs", "type": "webhook-secret", "settings": {}, "secrets": {"secret": SECRET}},
         )
         verification = {"provider": "github", "dataSource": secret["dataSourceId"]}
-        queue, batches = [await _workflow(connection, api, "queue-trigger", {}) for _ in range(2)]
-        mail = await _workflow(
+        queue, batches = [await _create_workflow(connection, api, "queue-trigger", {}) for _ in range(2)]
+        mail = await _create_workflow(
             connection, api, "email-trigger", {"sendgrid": {"publicKey": send_grid.public_key}}
         )
-        event = await _workflow(connection, api, "event-trigger", {"event_type": signed_requests.EVENT_TYPE})
-        hook = await _workflow(connection, api, "webhook", {"verification": verification})
-        token = (await _posted(connection, api, f"/api/v1/workflows/{hook}/trigger-token", {}))["token"]
+        event = await _create_workflow(
+            connection, api, "event-trigger", {"event_type": signed_requests.EVENT_TYPE}
+        )
+        hook = await _create_workflow(connection, api, "webhook", {"verification": verification})
+        token = (await _post(connection, api, f"/api/v1/workflows/{hook}/trigger-token", {}))["token"]
     return {
-        "enqueue": Sending(api, queue, f"/api/v1/workflows/{queue}/enqueue", _message),
-        "mail": Sending(
+        "enqueue": IngestLoad(api, queue, f"/api/v1/workflows/{queue}/enqueue", _build_message),
+        "mail": IngestLoad(
             api,
             mail,
             f"/api/v1/workflows/{mail}/email-trigger",
             lambda number: send_grid.mail(number, MAIL_BYTES),
             with_key=False,
         ),
-        "events": Sending(api, event, "/api/v1/workflows/events", signed_requests.native_event),
-        "webhooks": Sending(
+        "events": IngestLoad(api, event, "/api/v1/workflows/events", signed_requests.native_event),
+        "webhooks": IngestLoad(
             api,
             hook,
             f"/hooks/{token}",
             lambda number: signed_requests.github(number, filling),
             with_key=False,
         ),
-        "batched_messages": Sending(
-            api, batches, f"/api/v1/workflows/{batches}/enqueue-batch", _batch, runs=BATCH_MESSAGES
+        "batched_messages": IngestLoad(
+            api, batches, f"/api/v1/workflows/{batches}/enqueue-batch", _build_batch, runs=BATCH_MESSAGES
         ),
     }
 
 
-def _message(number: int) -> Made:
+def _build_message(number: int) -> Made:
     return Made({"Content-Type": "application/json"}, b'{"message":{"number":%d}}' % number)
 
 
-def _batch(number: int) -> Made:
+def _build_batch(number: int) -> Made:
     messages = b",".join(
         b'{"message":{"number":%d,"place":%d}}' % (number, place) for place in range(BATCH_MESSAGES)
     )
     return Made({"Content-Type": "application/json"}, b'{"messages":[%s]}' % messages)
 
 
-def _encoded(api: Api, path: str, made: Made, *, with_key: bool) -> bytes:
+def _encode_request(api: BenchmarkApi, path: str, made: Made, *, with_key: bool) -> bytes:
     key = f"X-API-Key: {api.key}\r\n" if with_key else ""
     headers = "".join(f"{name}: {value}\r\n" for name, value in made.headers.items())
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{api.port}\r\n{key}{headers}"
@@ -201,13 +205,15 @@ def _encoded(api: Api, path: str, made: Made, *, with_key: bool) -> bytes:
 # ── the server ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _workflow(connection: Connection, api: Api, trigger: str, config: Mapping[str, Any]) -> str:
+async def _create_workflow(
+    connection: KeptConnection, api: BenchmarkApi, trigger: str, config: Mapping[str, Any]
+) -> str:
     """Create an active workflow that begins with a trigger, and does as little as there is to do."""
     nodes: Sequence[Mapping[str, Any]] = [
         {"id": "start", "type": trigger, "config": config},
         {"id": "note", "type": "set", "config": {"values": {"seen": True}}},
     ]
-    made = await _posted(
+    made = await _post(
         connection,
         api,
         "/api/v1/workflows",
@@ -221,11 +227,13 @@ async def _workflow(connection: Connection, api: Api, trigger: str, config: Mapp
     return str(made["workflowId"])
 
 
-async def _posted(connection: Connection, api: Api, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    return _expected(await connection.send(api.post(path, msgspec.json.encode(body))), 201)
+async def _post(
+    connection: KeptConnection, api: BenchmarkApi, path: str, body: Mapping[str, Any]
+) -> dict[str, Any]:
+    return _require_status(await connection.send(api.post(path, msgspec.json.encode(body))), 201)
 
 
-def _expected(answer: Answer, status: int) -> dict[str, Any]:
+def _require_status(answer: HttpAnswer, status: int) -> dict[str, Any]:
     if answer.status != status:
         raise WrongAnswer(f"{answer.status} instead of {status}: {answer.body.decode()}")
     body: dict[str, Any] = msgspec.json.decode(answer.body)
@@ -233,8 +241,8 @@ def _expected(answer: Answer, status: int) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def _connection(api: Api) -> AsyncIterator[Connection]:
-    connection = await Connection.open(api.port)
+async def _open_connection(api: BenchmarkApi) -> AsyncIterator[KeptConnection]:
+    connection = await KeptConnection.open(api.port)
     try:
         yield connection
     finally:

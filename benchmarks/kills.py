@@ -40,7 +40,7 @@ NODE_SECONDS = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class KillRequest:
     """What the command line asks for."""
 
     parts: Sequence[str]
@@ -60,10 +60,10 @@ def main() -> None:
 # ── pilotflame dev ────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _dev(request: Request) -> None:
+async def _kill_dev(request: KillRequest) -> None:
     """Kill it at random moments of its life, each time as soon as it serves and a while more."""
     chance = Random(request.seed)
-    async with _one_process() as (deployment, client, effects):
+    async with _run_one_process() as (deployment, client, effects):
         effects.delay_seconds = NODE_SECONDS
         workflow = await client.create(flows.journey(effects))
         ends: list[Ended] = []
@@ -80,17 +80,19 @@ async def _dev(request: Request) -> None:
             deployment.gateway.kill()
             await deployment.revive()
             if (number + 1) % 50 == 0:
-                print(f"{number + 1} kills, {len(ends)} runs ended, {_told(ends)}", flush=True)
+                print(f"{number + 1} kills, {len(ends)} runs ended, {_describe_ends(ends)}", flush=True)
         is_over.set()
         await asyncio.gather(*clients)
         seconds = time.monotonic() - began_at
-        print(f"dev: {request.kills} kills in {seconds:.0f} s, {len(ends)} runs ended, {_told(ends)}")
+        print(
+            f"dev: {request.kills} kills in {seconds:.0f} s, {len(ends)} runs ended, {_describe_ends(ends)}"
+        )
         assert all(one.status == "completed" for one in ends)
 
 
-async def _poison(_request: Request) -> None:
+async def _run_poison(_request: KillRequest) -> None:
     """Have one run kill the process whenever its node begins."""
-    async with _one_process() as (deployment, client, effects):
+    async with _run_one_process() as (deployment, client, effects):
         effects.delay_seconds = NODE_SECONDS
         poison = await client.create(flows.chain(effects.reads("look"), effects.writes("poison")))
         journey = await client.create(flows.journey(effects))
@@ -109,20 +111,20 @@ async def _poison(_request: Request) -> None:
         deaths = len(effects.of("poison"))
         print(
             f"poison: ended {ended.status} ({ended.error_code}) after {deaths} deaths,"
-            f" all over after {time.monotonic() - began_at:.0f} s; beside it {_told(ends)}"
+            f" all over after {time.monotonic() - began_at:.0f} s; beside it {_describe_ends(ends)}"
         )
         assert (ended.status, ended.error_code) == ("failed", "crashed")
         assert deaths <= MAX_LOST_ATTEMPTS
         assert all(one.status == "completed" for one in ends)
 
 
-def _told(ends: Sequence[Ended]) -> str:
+def _describe_ends(ends: Sequence[Ended]) -> str:
     counted = Counter(one.status if one.error_code is None else one.error_code for one in ends)
     return ", ".join(f"{count} {what}" for what, count in counted.most_common()) or "none"
 
 
 @asynccontextmanager
-async def _one_process() -> AsyncIterator[tuple[Deployment, Client, Ledger]]:
+async def _run_one_process() -> AsyncIterator[tuple[Deployment, Client, Ledger]]:
     with tempfile.TemporaryDirectory(prefix="pilotflame-kills-") as folder:
         async with harness.one_process(Path(folder), **DEFAULTS) as deployment, ledger.running() as effects:
             client = Client(deployment.url, PATIENCE_SECONDS)
@@ -135,7 +137,7 @@ async def _one_process() -> AsyncIterator[tuple[Deployment, Client, Ledger]]:
 # ── workers ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _recovery(request: Request) -> None:
+async def _measure_recovery(request: KillRequest) -> None:
     """Kill what works on a run, and wait until the run is at work again."""
     ways: Sequence[tuple[str, Callable[[Process], Awaitable[None]], float]] = (
         ("child killed, parent lives", _kill_child, 5.0),
@@ -156,7 +158,7 @@ async def _recovery(request: Request) -> None:
             for name, kill, bound_seconds in ways:
                 seconds = sorted(
                     [
-                        await _recovered_after(deployment, client, effects, workflow, kill)
+                        await _seconds_to_recover(deployment, client, effects, workflow, kill)
                         for _ in range(request.trials)
                     ]
                 )
@@ -168,7 +170,7 @@ async def _recovery(request: Request) -> None:
             await client.close()
 
 
-async def _recovered_after(
+async def _seconds_to_recover(
     deployment: ManyProcesses,
     client: Client,
     effects: Ledger,
@@ -205,14 +207,14 @@ async def _kill_for_good(worker: Process) -> None:
     worker.kill()
 
 
-PARTS: dict[str, Callable[[Request], Coroutine[Any, Any, None]]] = {
-    "dev": _dev,
-    "poison": _poison,
-    "recovery": _recovery,
+PARTS: dict[str, Callable[[KillRequest], Coroutine[Any, Any, None]]] = {
+    "dev": _kill_dev,
+    "poison": _run_poison,
+    "recovery": _measure_recovery,
 }
 
 
-def _read_request() -> Request:
+def _read_request() -> KillRequest:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kills", description=(__doc__ or "").partition("\n")[0]
     )
@@ -222,7 +224,7 @@ def _read_request() -> Request:
     parser.add_argument("--trials", type=int, default=20, help="of each recovery (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    return Request(given.parts or list(PARTS), given.kills, given.longest_life, given.trials, given.seed)
+    return KillRequest(given.parts or list(PARTS), given.kills, given.longest_life, given.trials, given.seed)
 
 
 if __name__ == "__main__":

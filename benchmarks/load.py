@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from benchmarks.http1 import Answer, Api, Connection
-from benchmarks.workflows import Workflow
+from benchmarks.http1 import BenchmarkApi, HttpAnswer, KeptConnection
+from benchmarks.workflows import BenchmarkWorkflow
 
 WAIT_SECONDS = 9
 STUCK_SECONDS = 60
@@ -28,28 +28,28 @@ class WrongAnswer(Exception):
     """The server refused, or a run came to another result than it owed: no figure of it counts."""
 
 
-class Created(msgspec.Struct, rename="camel"):
+class CreatedWorkflow(msgspec.Struct, rename="camel"):
     workflow_id: str
 
 
-class Started(msgspec.Struct, rename="camel"):
+class StartedExecution(msgspec.Struct, rename="camel"):
     execution_id: str
 
 
-class Progress(msgspec.Struct):
+class ExecutionProgress(msgspec.Struct):
     status: str
     outputs: dict[str, Any] = {}
 
 
-_created = msgspec.json.Decoder(Created)
-_started = msgspec.json.Decoder(Started)
-_progress = msgspec.json.Decoder(Progress)
+_created = msgspec.json.Decoder(CreatedWorkflow)
+_started = msgspec.json.Decoder(StartedExecution)
+_progress = msgspec.json.Decoder(ExecutionProgress)
 _numbers = count(1)
 _wait = random.Random(1).expovariate
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class LatencySample:
     """How long each run of a load took, from sending the request to reading the outputs."""
 
     window_seconds: float
@@ -70,35 +70,35 @@ class Sample:
         return self.sorted_latencies_seconds[max(rank, 1) - 1] * 1000
 
 
-class Runnable(Protocol):
+class LoadTarget(Protocol):
     """What a load does again and again."""
 
     @property
-    def api(self) -> Api: ...
+    def api(self) -> BenchmarkApi: ...
 
-    async def run(self, connection: Connection) -> float:
+    async def run(self, connection: KeptConnection) -> float:
         """Do it once, and return the seconds that it took."""
 
 
 @dataclass(frozen=True, slots=True)
-class Installed:
+class InstalledWorkflow:
     """A workflow as it was created on a server."""
 
-    api: Api
-    workflow: Workflow
+    api: BenchmarkApi
+    workflow: BenchmarkWorkflow
     workflow_id: str
 
-    async def run(self, connection: Connection) -> float:
+    async def run(self, connection: KeptConnection) -> float:
         """Run it once and check what comes out; returns the seconds that it took. Raises `WrongAnswer`."""
         x = next(_numbers)
         started_at = perf_counter()
         path = f"/api/v1/workflows/{self.workflow_id}/execute"
         answer = await connection.send(self.api.post(path, b'{"triggerInputs":{"x":%d}}' % x))
-        execution_id = _started.decode(_expected(answer, 201)).execution_id
+        execution_id = _started.decode(_require_status(answer, 201)).execution_id
         poll = self.api.get(f"/api/v1/executions/{execution_id}/progress?wait={WAIT_SECONDS}")
         while True:
             answer = await connection.send(poll)
-            progress = _progress.decode(_expected(answer, 200))
+            progress = _progress.decode(_require_status(answer, 200))
             if progress.status not in UNFINISHED:
                 break
         seconds = perf_counter() - started_at
@@ -107,54 +107,57 @@ class Installed:
         return seconds
 
 
-async def create(api: Api, workflow: Workflow) -> Installed:
+async def install_workflow(api: BenchmarkApi, workflow: BenchmarkWorkflow) -> InstalledWorkflow:
     """Create a workflow on a server."""
     fields: Mapping[str, Any] = {
         "name": workflow.name,
         "nodes": workflow.nodes,
         "connections": workflow.connections,
     }
-    async with _connections(api, 1) as (connection,):
+    async with _open_connections(api, 1) as (connection,):
         answer = await connection.send(api.post("/api/v1/workflows", msgspec.json.encode(fields)))
-    return Installed(api, workflow, _created.decode(_expected(answer, 201)).workflow_id)
+    return InstalledWorkflow(api, workflow, _created.decode(_require_status(answer, 201)).workflow_id)
 
 
-async def one_by_one(installed: Installed, times: int) -> Sample:
+async def run_sequentially(installed: InstalledWorkflow, times: int) -> LatencySample:
     """Run it so many times, each after the one before."""
-    async with _connections(installed.api, 1) as (connection,):
+    async with _open_connections(installed.api, 1) as (connection,):
         begun_at = perf_counter()
         latencies = [await installed.run(connection) for _ in range(times)]
-    return Sample(perf_counter() - begun_at, times, sorted(latencies))
+    return LatencySample(perf_counter() - begun_at, times, sorted(latencies))
 
 
-async def closed_loop(installed: Runnable, clients: int, seconds: float) -> Sample:
+async def run_closed_loop(installed: LoadTarget, clients: int, seconds: float) -> LatencySample:
     """Run it for so long by so many clients, each of which waits for its result before it asks again."""
     latencies: list[float] = []
     ended_in_window = 0
 
-    async def work(connection: Connection, deadline: float) -> None:
+    async def work(connection: KeptConnection, deadline: float) -> None:
         nonlocal ended_in_window
         while perf_counter() < deadline:
             latencies.append(await installed.run(connection))
             ended_in_window += perf_counter() <= deadline
 
-    async with _connections(installed.api, clients) as connections, asyncio.timeout(seconds + STUCK_SECONDS):
+    async with (
+        _open_connections(installed.api, clients) as connections,
+        asyncio.timeout(seconds + STUCK_SECONDS),
+    ):
         deadline = perf_counter() + seconds
         async with asyncio.TaskGroup() as tasks:
             for connection in connections:
                 tasks.create_task(work(connection, deadline))
-    return Sample(seconds, ended_in_window, sorted(latencies))
+    return LatencySample(seconds, ended_in_window, sorted(latencies))
 
 
-async def open_loop(installed: Runnable, per_second: float, seconds: float) -> Sample:
+async def run_open_loop(installed: LoadTarget, per_second: float, seconds: float) -> LatencySample:
     """Run it at moments that don't depend on one another or on the server: a Poisson process."""
     latencies: list[float] = []
 
-    async with _connections(installed.api, SPARE_CONNECTIONS) as connections:
+    async with _open_connections(installed.api, SPARE_CONNECTIONS) as connections:
         idle = [*connections]
 
         async def run_once() -> None:
-            connection = idle.pop() if idle else await Connection.open(installed.api.port)
+            connection = idle.pop() if idle else await KeptConnection.open(installed.api.port)
             connections.add(connection)
             latencies.append(await installed.run(connection))
             idle.append(connection)
@@ -166,18 +169,18 @@ async def open_loop(installed: Runnable, per_second: float, seconds: float) -> S
                 await asyncio.sleep(due - perf_counter())
                 tasks.create_task(run_once())
                 due += _wait(per_second)
-    return Sample(seconds, len(latencies), sorted(latencies))
+    return LatencySample(seconds, len(latencies), sorted(latencies))
 
 
-def _expected(answer: Answer, status: int) -> bytes:
+def _require_status(answer: HttpAnswer, status: int) -> bytes:
     if answer.status != status:
         raise WrongAnswer(f"{answer.status} instead of {status}: {answer.body.decode()}")
     return answer.body
 
 
 @asynccontextmanager
-async def _connections(api: Api, number: int) -> AsyncIterator[set[Connection]]:
-    connections = {await Connection.open(api.port) for _ in range(number)}
+async def _open_connections(api: BenchmarkApi, number: int) -> AsyncIterator[set[KeptConnection]]:
+    connections = {await KeptConnection.open(api.port) for _ in range(number)}
     try:
         yield connections
     finally:

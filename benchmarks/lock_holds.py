@@ -37,21 +37,21 @@ def main(arguments: list[str]) -> None:
 def _measure(text: bytes) -> list[float]:
     """Return the longest hold of each step, as far as the text can be decoded."""
     found: list[Any] = []
-    held = [_longest(lambda: found.append(_decoded(text)))]
+    held = [_measure_longest(lambda: found.append(_decode_each(text)))]
     if found[0] is not None:
-        held += [_longest(partial(step, found[0])) for step in STEPS.values()]
-        held.append(_longest(found.clear))
+        held += [_measure_longest(partial(step, found[0])) for step in STEPS.values()]
+        held.append(_measure_longest(found.clear))
     return held
 
 
-def _decoded(text: bytes) -> object:
+def _decode_each(text: bytes) -> object:
     try:
         return values.decode_json(text)
     except InvalidJson:
         return None
 
 
-def _longest(step: Callable[[], object]) -> float:
+def _measure_longest(step: Callable[[], object]) -> float:
     with lock_holds.measuring() as holds:
         step()
     return holds.longest_seconds

@@ -15,16 +15,16 @@ PAGE_BYTES = 8192
 PAGES = 128
 
 
-def description() -> dict[str, str | int]:
+def describe_machine() -> dict[str, str | int]:
     return {"cpus": os.cpu_count() or 0, "python": platform.python_version(), "system": platform.platform()}
 
 
-def calibration_ms() -> float:
+def measure_calibration_ms() -> float:
     """Return the milliseconds that a fixed loop of pure Python takes: the median of five."""
-    return median(_timed_ms() for _ in range(CALIBRATION_ROUNDS))
+    return median(_time_loop_ms() for _ in range(CALIBRATION_ROUNDS))
 
 
-def fdatasync_ms(folder: Path) -> float:
+def measure_fdatasync_ms(folder: Path) -> float:
     """Return the median time to make one page durable on the folder's disk, in a file that has its full size."""
     page = os.urandom(PAGE_BYTES)
     path = folder / "fdatasync"
@@ -41,7 +41,7 @@ def fdatasync_ms(folder: Path) -> float:
     return median(times) * 1000
 
 
-def _timed_ms() -> float:
+def _time_loop_ms() -> float:
     begun_at = perf_counter()
     total = 0
     for number in range(CALIBRATION_STEPS):

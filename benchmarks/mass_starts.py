@@ -16,8 +16,8 @@ from typing import Any
 
 from benchmarks import deployed, load, processes, workflows
 from benchmarks.http1 import ConnectionLost
-from benchmarks.load import Installed, WrongAnswer
-from benchmarks.processes import Pilotflame
+from benchmarks.load import InstalledWorkflow, WrongAnswer
+from benchmarks.processes import ServerUnderTest
 from tests.cluster.fake_api import FakeApi
 from tests.cluster.world import on_fake
 from tests.services import PostgreSQL, Redis
@@ -50,12 +50,15 @@ async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str,
 async def _measure_starts(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
     async with _deploying(postgres, redis, folder) as (api, pilotflame):
         api.node.start_seconds, api.node.starts_at_once = PREPARE_SECONDS, PREPARED_AT_ONCE
-        installed = [await load.create(pilotflame.api, workflows.pure()) for _ in range(WORKFLOWS_AT_ONCE)]
+        installed = [
+            await load.install_workflow(pilotflame.api, workflows.pure_workflow())
+            for _ in range(WORKFLOWS_AT_ONCE)
+        ]
         since = perf_counter()
-        await asyncio.gather(*(deployed.sent(one, "POST", "deploy") for one in installed))
-        await _until_all(installed, "running")
+        await asyncio.gather(*(deployed.send(one, "POST", "deploy") for one in installed))
+        await _wait_until_all(installed, "running")
         all_run_seconds = perf_counter() - since
-        histories = [await deployed.sent(one, "GET", "lifecycle/history") for one in installed]
+        histories = [await deployed.send(one, "GET", "lifecycle/history") for one in installed]
         given_up = sum(made["reason"] == "failed" for history in histories for made in history["decisions"])
         return {
             "all_run_seconds": all_run_seconds,
@@ -67,19 +70,22 @@ async def _measure_starts(postgres: PostgreSQL, redis: Redis, folder: Path) -> d
 async def _measure_rest(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
     async with _deploying(postgres, redis, folder, **FAST) as (api, pilotflame):
         api.node.delay_seconds = CONTROLLER_SECONDS
-        installed = [await load.create(pilotflame.api, workflows.pure()) for _ in range(WORKFLOWS_AT_REST)]
+        installed = [
+            await load.install_workflow(pilotflame.api, workflows.pure_workflow())
+            for _ in range(WORKFLOWS_AT_REST)
+        ]
         places = asyncio.Semaphore(DEPLOYS_AT_ONCE)
 
-        async def deploy(one: Installed) -> None:
+        async def deploy(one: InstalledWorkflow) -> None:
             async with places:
                 await _sent(one, "POST", "deploy")
 
         await asyncio.gather(*map(deploy, installed))
-        await _until_all(installed, "running")
-        at_rest = await _requests_in(api, REST_SECONDS)
+        await _wait_until_all(installed, "running")
+        at_rest = await _count_requests(api, REST_SECONDS)
         seen = len(api.requests)
-        await deployed.sent(installed[0], "POST", "stop")
-        await _until_all(installed[:1], "stopped")
+        await deployed.send(installed[0], "POST", "stop")
+        await _wait_until_all(installed[:1], "stopped")
         return {
             "deployed_at_rest": float(len(installed)),
             "requests_per_minute_at_rest": at_rest,
@@ -90,7 +96,7 @@ async def _measure_rest(postgres: PostgreSQL, redis: Redis, folder: Path) -> dic
 @asynccontextmanager
 async def _deploying(
     postgres: PostgreSQL, redis: Redis, folder: Path, **settings: str
-) -> AsyncIterator[tuple[FakeApi, Pilotflame]]:
+) -> AsyncIterator[tuple[FakeApi, ServerUnderTest]]:
     """Run all processes on an empty database, beside an API server with one large node."""
     database_url = await postgres.create_database(f"mass_starts_{folder.name}")
     async with on_fake(folder, second=1.0) as (_, api):
@@ -102,11 +108,11 @@ async def _deploying(
             "SETTLE_SECONDS": "0.1",
             **settings,
         }
-        async with processes.production(folder, database_url, redis.url, **settings) as pilotflame:
+        async with processes.run_production(folder, database_url, redis.url, **settings) as pilotflame:
             yield api, pilotflame
 
 
-async def _until_all(installed: list[Installed], status: str) -> None:
+async def _wait_until_all(installed: list[InstalledWorkflow], status: str) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         for one in installed:
             while (shown := await _sent(one, "GET", "status"))["deploymentStatus"] != status:
@@ -115,14 +121,14 @@ async def _until_all(installed: list[Installed], status: str) -> None:
                 await asyncio.sleep(POLL_SECONDS)
 
 
-async def _sent(installed: Installed, method: str, what: str) -> dict[str, Any]:
+async def _sent(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
     """Return an answer about a workflow, although the gateway closes connections on which nothing comes in time."""
     while True:
         with suppress(ConnectionLost):
-            return await deployed.sent(installed, method, what)
+            return await deployed.send(installed, method, what)
 
 
-async def _requests_in(api: FakeApi, seconds: float) -> float:
+async def _count_requests(api: FakeApi, seconds: float) -> float:
     """Return requests per minute while nothing happens."""
     seen = len(api.requests)
     await asyncio.sleep(seconds)

@@ -18,7 +18,7 @@ class NotDurable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Counters:
+class PostgresCounters:
     """Totals since the server began; commits lag by up to a second."""
 
     commits: int
@@ -26,7 +26,7 @@ class Counters:
     transaction_ids: int
     """Only transactions that write have one."""
 
-    def per_run(self, before: Counters, runs: int) -> dict[str, float]:
+    def per_run(self, before: PostgresCounters, runs: int) -> dict[str, float]:
         """Return what one of so many runs has added."""
         return {
             "commits_per_run": (self.commits - before.commits) / runs,
@@ -35,19 +35,19 @@ class Counters:
         }
 
 
-async def read(database_url: str) -> Counters:
+async def read_counters(database_url: str) -> PostgresCounters:
     """Read the counters of a database's server."""
-    connection = await asyncpg.connect(dsn(database_url))
+    connection = await asyncpg.connect(asyncpg_dsn(database_url))
     try:
         [row] = await connection.fetch(_READ)
-        return Counters(*row)
+        return PostgresCounters(*row)
     finally:
         await connection.close()
 
 
 async def require_durable(database_url: str) -> None:
     """Raise `NotDurable` unless a commit is on the disk before it is answered."""
-    connection = await asyncpg.connect(dsn(database_url))
+    connection = await asyncpg.connect(asyncpg_dsn(database_url))
     try:
         for name in ("fsync", "synchronous_commit"):
             value = await connection.fetchval("SELECT current_setting($1)", name)
@@ -57,6 +57,6 @@ async def require_durable(database_url: str) -> None:
         await connection.close()
 
 
-def dsn(database_url: str) -> str:
+def asyncpg_dsn(database_url: str) -> str:
     """Return the address as asyncpg reads it."""
     return database_url.replace("+asyncpg", "", 1)

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 
-from benchmarks.http1 import Api, Connection, ConnectionLost
+from benchmarks.http1 import BenchmarkApi, ConnectionLost, KeptConnection
 
 PROJECT = Path(__file__).parent.parent
 READY_SECONDS = 60
 STOP_SECONDS = 30
 POLL_SECONDS = 0.01
 
-Processes = Mapping[str, "subprocess.Popen[bytes]"]
+RunningProcesses = Mapping[str, "subprocess.Popen[bytes]"]
 
 
 class ProcessEnded(Exception):
@@ -31,10 +31,10 @@ class ProcessEnded(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Pilotflame:
+class ServerUnderTest:
     """A server that answers, and what it is made of."""
 
-    api: Api
+    api: BenchmarkApi
     process_ids: Mapping[str, int]
     folder: Path
     """Its data and logs."""
@@ -44,26 +44,28 @@ class Pilotflame:
 
 
 @asynccontextmanager
-async def dev(folder: Path, **settings: str) -> AsyncIterator[Pilotflame]:
+async def run_dev(folder: Path, **settings: str) -> AsyncIterator[ServerUnderTest]:
     """Run `pilotflame dev` on SQLite in `folder`; settings are named without `PILOTFLAME_`."""
-    port = free_port()
-    api = Api(port, f"sk-{secrets.token_urlsafe(32)}")
+    port = find_free_port()
+    api = BenchmarkApi(port, f"sk-{secrets.token_urlsafe(32)}")
     commands = {"dev": ["pilotflame", "dev", "--port", str(port)]}
-    variables = environment(api, folder) | {f"PILOTFLAME_{name}": value for name, value in settings.items()}
-    async with _answering(api, commands, variables, folder) as pilotflame:
+    variables = build_environment(api, folder) | {
+        f"PILOTFLAME_{name}": value for name, value in settings.items()
+    }
+    async with _wait_until_answering(api, commands, variables, folder) as pilotflame:
         yield pilotflame
 
 
 @asynccontextmanager
-async def production(
+async def run_production(
     folder: Path, database_url: str, redis_url: str, **settings: str
-) -> AsyncIterator[Pilotflame]:
+) -> AsyncIterator[ServerUnderTest]:
     """Run the processes of the Procfile on a database, which is migrated first, and a Redis.
 
     Settings are named without `PILOTFLAME_`.
     """
-    api = Api(free_port(), f"sk-{secrets.token_urlsafe(32)}")
-    variables = environment(api, folder) | {
+    api = BenchmarkApi(find_free_port(), f"sk-{secrets.token_urlsafe(32)}")
+    variables = build_environment(api, folder) | {
         **{f"PILOTFLAME_{name}": value for name, value in settings.items()},
         "PILOTFLAME_RUNNER_GATEWAY_URL": f"http://127.0.0.1:{api.port}",
         "PILOTFLAME_DATABASE_URL": database_url,
@@ -71,11 +73,11 @@ async def production(
         "PILOTFLAME_SECRET_KEY": secrets.token_urlsafe(48),
     }
     subprocess.run(["pilotflame", "migrate"], env=variables, check=True, stdout=subprocess.DEVNULL)  # noqa: ASYNC221 - nothing else is under way
-    async with _answering(api, procfile(), variables, folder) as pilotflame:
+    async with _wait_until_answering(api, read_procfile(), variables, folder) as pilotflame:
         yield pilotflame
 
 
-def procfile() -> dict[str, Sequence[str]]:
+def read_procfile() -> dict[str, Sequence[str]]:
     """Return the commands of the Procfile, by the names of the processes that they start."""
     commands = [
         shlex.split(line.partition(":")[2]) for line in (PROJECT / "Procfile").read_text().splitlines()
@@ -83,7 +85,7 @@ def procfile() -> dict[str, Sequence[str]]:
     return {command[-1]: command for command in commands}
 
 
-def environment(api: Api, folder: Path) -> dict[str, str]:
+def build_environment(api: BenchmarkApi, folder: Path) -> dict[str, str]:
     """Return the variables that any of the processes needs; the user's own settings are left out."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
     return kept | {
@@ -96,7 +98,7 @@ def environment(api: Api, folder: Path) -> dict[str, str]:
     }
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     """Return a port that nothing listens on."""
     with socket.create_server(("127.0.0.1", 0)) as candidate:
         port: int = candidate.getsockname()[1]
@@ -104,14 +106,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def started(
+def run_commands(
     commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], folder: Path
-) -> Iterator[Processes]:
+) -> Iterator[RunningProcesses]:
     """Run commands as long as the context lasts, each with a log of its own; they end with this process too."""
     processes: dict[str, subprocess.Popen[bytes]] = {}
     try:
         for name, command in commands.items():
-            with log_of(name, folder).open("ab") as log:
+            with log_file(name, folder).open("ab") as log:
                 processes[name] = subprocess.Popen(
                     ["setpriv", "--pdeathsig=KILL", *command],
                     cwd=PROJECT,
@@ -129,16 +131,16 @@ def started(
             _wait_or_kill(process)
 
 
-def log_of(name: str, folder: Path) -> Path:
+def log_file(name: str, folder: Path) -> Path:
     """Return the file that a process writes to."""
     return folder / f"{name}.log"
 
 
-def require_running(processes: Processes, folder: Path) -> None:
+def require_running(processes: RunningProcesses, folder: Path) -> None:
     """Raise `ProcessEnded` unless all of them run."""
     for name, process in processes.items():
         if process.poll() is not None:
-            said = log_of(name, folder).read_text(errors="replace")
+            said = log_file(name, folder).read_text(errors="replace")
             raise ProcessEnded(f"{name} ended with status {process.returncode}:\n{said[-4000:]}")
 
 
@@ -151,11 +153,11 @@ def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
 
 
 @asynccontextmanager
-async def _answering(
-    api: Api, commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], folder: Path
-) -> AsyncIterator[Pilotflame]:
+async def _wait_until_answering(
+    api: BenchmarkApi, commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], folder: Path
+) -> AsyncIterator[ServerUnderTest]:
     started_at = perf_counter()
-    with started(commands, variables, folder) as processes:
+    with run_commands(commands, variables, folder) as processes:
         while not await _is_ready(api):
             require_running(processes, folder)
             if perf_counter() - started_at > READY_SECONDS:
@@ -163,12 +165,12 @@ async def _answering(
             await asyncio.sleep(POLL_SECONDS)
         ready_seconds = perf_counter() - started_at
         process_ids = {name: process.pid for name, process in processes.items()}
-        yield Pilotflame(api, process_ids, folder, started_at, ready_seconds)
+        yield ServerUnderTest(api, process_ids, folder, started_at, ready_seconds)
 
 
-async def _is_ready(api: Api) -> bool:
+async def _is_ready(api: BenchmarkApi) -> bool:
     try:
-        connection = await Connection.open(api.port)
+        connection = await KeptConnection.open(api.port)
     except OSError:
         return False
     try:

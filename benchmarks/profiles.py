@@ -19,7 +19,7 @@ LINE_NUMBER = re.compile(r":\d+\)$")
 
 
 @dataclass(frozen=True, slots=True)
-class Profiler:
+class ProcessProfiler:
     """Which process to sample, and where to put what comes of it."""
 
     process: str
@@ -33,7 +33,7 @@ class Profiler:
         )
         for file, kind in ((graph, "flamegraph"), (stacks, "raw")):
             await _record(process_id, file, kind, max(1, round(seconds / 2 - START_SECONDS)))
-        functions.write_text(summary(stacks.read_text().splitlines()))
+        functions.write_text(summarize_stacks(stacks.read_text().splitlines()))
         return [graph, functions]
 
 
@@ -51,7 +51,7 @@ async def _record(process_id: int, file: Path, kind: str, seconds: int) -> None:
         raise OSError(f"py-spy could not sample process {process_id}: {said.decode()}")
 
 
-def summary(stacks: Iterable[str]) -> str:
+def summarize_stacks(stacks: Iterable[str]) -> str:
     """Return the functions that were found most often, from lines of `outer;inner;innermost count`."""
     alone: Counter[str] = Counter()
     with_callees: Counter[str] = Counter()
@@ -70,13 +70,13 @@ def summary(stacks: Iterable[str]) -> str:
     return "\n".join(
         [
             f"{samples} samples",
-            *_section("In the function itself", alone, samples),
-            *_section("In it and what it calls", Counter(telling), samples),
+            *_format_section("In the function itself", alone, samples),
+            *_format_section("In it and what it calls", Counter(telling), samples),
             "",
         ]
     )
 
 
-def _section(title: str, counts: Counter[str], samples: int) -> list[str]:
+def _format_section(title: str, counts: Counter[str], samples: int) -> list[str]:
     lines = [f"{count / samples:7.1%}  {function}" for function, count in counts.most_common(TOP)]
     return ["", title, *lines]

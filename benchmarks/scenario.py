@@ -10,9 +10,9 @@ from pathlib import Path
 from time import perf_counter
 
 from benchmarks import load, machine, postgres_counters, sink, usage, workflows
-from benchmarks.load import Installed, WrongAnswer
-from benchmarks.processes import Pilotflame
-from benchmarks.profiles import Profiler
+from benchmarks.load import InstalledWorkflow, WrongAnswer
+from benchmarks.processes import ServerUnderTest
+from benchmarks.profiles import ProcessProfiler
 
 CLIENTS = 50
 RUNS_PER_SECOND = 10
@@ -23,60 +23,65 @@ COMMITS_OF_A_RUN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class MeasureOptions:
     """How long to measure, and whether to look inside meanwhile."""
 
     seconds: float
     idle_seconds: float
-    profiler: Profiler | None = None
+    profiler: ProcessProfiler | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Servers:
+class BackingServers:
     """What Pilotflame stands on: nothing where it is `dev`."""
 
     database_url: str | None = None
     process_ids: Mapping[str, int] = field(default_factory=dict)
 
 
-async def measure(pilotflame: Pilotflame, servers: Servers, options: Options) -> dict[str, float]:
+async def measure(
+    pilotflame: ServerUnderTest, servers: BackingServers, options: MeasureOptions
+) -> dict[str, float]:
     """Take every figure once. Raises `WrongAnswer` as soon as one run comes to a wrong result."""
-    pure = await load.create(pilotflame.api, workflows.pure())
-    await load.one_by_one(pure, 1)
+    pure = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
+    await load.run_sequentially(pure, 1)
     figures = {
         "ready_seconds": pilotflame.ready_seconds,
         "first_result_seconds": perf_counter() - pilotflame.started_at,
     }
     await asyncio.sleep(options.idle_seconds)
     process_ids = {**pilotflame.process_ids, **servers.process_ids}
-    figures |= _by_process("memory_mb", usage.memory_megabytes(process_ids))
-    figures |= await _saturated(pure, process_ids, servers.database_url, options)
-    figures |= await _at_leisure(pure, options.seconds)
-    figures |= await _forty_nodes(pilotflame)
-    figures |= await _three_writes(pilotflame, options.seconds)
+    figures |= _figures_by_process("memory_mb", usage.memory_megabytes(process_ids))
+    figures |= await _measure_saturated(pure, process_ids, servers.database_url, options)
+    figures |= await _measure_at_leisure(pure, options.seconds)
+    figures |= await _measure_forty_nodes(pilotflame)
+    figures |= await _measure_three_writes(pilotflame, options.seconds)
     return figures
 
 
-async def _saturated(
-    installed: Installed, process_ids: Mapping[str, int], database_url: str | None, options: Options
+async def _measure_saturated(
+    installed: InstalledWorkflow,
+    process_ids: Mapping[str, int],
+    database_url: str | None,
+    options: MeasureOptions,
 ) -> dict[str, float]:
-    await load.closed_loop(installed, CLIENTS, WARM_UP_SECONDS)
-    calibration_ms = machine.calibration_ms()
-    before = await _spent(process_ids, database_url)
-    sampling = _sampling(process_ids, options)
-    sample = await load.closed_loop(installed, CLIENTS, options.seconds)
-    after = await _spent(process_ids, database_url)
+    await load.run_closed_loop(installed, CLIENTS, WARM_UP_SECONDS)
+    calibration_ms = machine.measure_calibration_ms()
+    before = await _measure_spent(process_ids, database_url)
+    sampling = _sample_process(process_ids, options)
+    sample = await load.run_closed_loop(installed, CLIENTS, options.seconds)
+    after = await _measure_spent(process_ids, database_url)
     for file in await sampling if sampling else ():
         print(f"profile: {file}")
     cpu_seconds = {name: after.cpu_seconds[name] - before.cpu_seconds[name] for name in process_ids}
     figures = {
-        "calibration_ms": (calibration_ms + machine.calibration_ms()) / 2,
+        "calibration_ms": (calibration_ms + machine.measure_calibration_ms()) / 2,
         "executions_per_second": sample.per_second,
         "saturation_p50_ms": sample.milliseconds(50),
         "saturation_p95_ms": sample.milliseconds(95),
         "saturation_p99_ms": sample.milliseconds(99),
         "saturation_longest_ms": sample.milliseconds(100),
-        **_by_process(
+        **_figures_by_process(
             "cpu_ms_per_run", {name: 1000 * spent / sample.count for name, spent in cpu_seconds.items()}
         ),
         "generator_cpu_ms_per_run": 1000 * (after.own_cpu_seconds - before.own_cpu_seconds) / sample.count,
@@ -87,23 +92,23 @@ async def _saturated(
     return figures
 
 
-async def _at_leisure(installed: Installed, seconds: float) -> dict[str, float]:
-    sample = await load.open_loop(installed, RUNS_PER_SECOND, seconds)
+async def _measure_at_leisure(installed: InstalledWorkflow, seconds: float) -> dict[str, float]:
+    sample = await load.run_open_loop(installed, RUNS_PER_SECOND, seconds)
     return {f"at_10_per_second_p{percent}_ms": sample.milliseconds(percent) for percent in (50, 95, 99)}
 
 
-async def _forty_nodes(pilotflame: Pilotflame) -> dict[str, float]:
-    installed = await load.create(pilotflame.api, workflows.light_chain())
-    await load.one_by_one(installed, 1)
-    sample = await load.one_by_one(installed, SINGLE_RUNS)
+async def _measure_forty_nodes(pilotflame: ServerUnderTest) -> dict[str, float]:
+    installed = await load.install_workflow(pilotflame.api, workflows.light_chain_workflow())
+    await load.run_sequentially(installed, 1)
+    sample = await load.run_sequentially(installed, SINGLE_RUNS)
     return {"forty_nodes_ms": sample.milliseconds(50)}
 
 
-async def _three_writes(pilotflame: Pilotflame, seconds: float) -> dict[str, float]:
-    async with sink.listening() as called:
-        installed = await load.create(pilotflame.api, workflows.three_writes(called.url))
-        warm_up = await load.closed_loop(installed, CLIENTS, WARM_UP_SECONDS / 2)
-        sample = await load.closed_loop(installed, CLIENTS, seconds)
+async def _measure_three_writes(pilotflame: ServerUnderTest, seconds: float) -> dict[str, float]:
+    async with sink.run_sink() as called:
+        installed = await load.install_workflow(pilotflame.api, workflows.three_writes_workflow(called.url))
+        warm_up = await load.run_closed_loop(installed, CLIENTS, WARM_UP_SECONDS / 2)
+        sample = await load.run_closed_loop(installed, CLIENTS, seconds)
         runs = warm_up.count + sample.count
     if called.calls < 3 * runs:
         raise WrongAnswer(f"{runs} runs of three writes made {called.calls} calls")
@@ -115,23 +120,25 @@ async def _three_writes(pilotflame: Pilotflame, seconds: float) -> dict[str, flo
 
 
 @dataclass(frozen=True, slots=True)
-class _Spent:
+class _SpentResources:
     cpu_seconds: Mapping[str, float]
     own_cpu_seconds: float
-    counters: postgres_counters.Counters | None
+    counters: postgres_counters.PostgresCounters | None
 
 
-async def _spent(process_ids: Mapping[str, int], database_url: str | None) -> _Spent:
-    counters = await postgres_counters.read(database_url) if database_url else None
-    return _Spent(usage.cpu_seconds(process_ids), time.process_time(), counters)
+async def _measure_spent(process_ids: Mapping[str, int], database_url: str | None) -> _SpentResources:
+    counters = await postgres_counters.read_counters(database_url) if database_url else None
+    return _SpentResources(usage.cpu_seconds(process_ids), time.process_time(), counters)
 
 
-def _sampling(process_ids: Mapping[str, int], options: Options) -> asyncio.Task[list[Path]] | None:
+def _sample_process(
+    process_ids: Mapping[str, int], options: MeasureOptions
+) -> asyncio.Task[list[Path]] | None:
     profiler = options.profiler
     if profiler is None or profiler.process not in process_ids:
         return None
     return asyncio.create_task(profiler.record(process_ids[profiler.process], options.seconds))
 
 
-def _by_process(name: str, values: Mapping[str, float]) -> dict[str, float]:
+def _figures_by_process(name: str, values: Mapping[str, float]) -> dict[str, float]:
     return {name: sum(values.values()), **{f"{name}_{process}": value for process, value in values.items()}}

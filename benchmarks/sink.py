@@ -12,13 +12,13 @@ import msgspec
 from benchmarks import http1
 
 
-class Numbered(msgspec.Struct):
+class NumberMessage(msgspec.Struct):
     """Both what is asked and what is answered."""
 
     number: int
 
 
-class Sink:
+class HttpSink:
     """Where it listens, and how often it was called."""
 
     def __init__(self) -> None:
@@ -26,15 +26,15 @@ class Sink:
         self.url = ""
 
 
-_decode = msgspec.json.Decoder(Numbered).decode
+_decode = msgspec.json.Decoder(NumberMessage).decode
 _encode = msgspec.json.Encoder().encode
 
 
 @asynccontextmanager
-async def listening() -> AsyncIterator[Sink]:
+async def run_sink() -> AsyncIterator[HttpSink]:
     """Listen on a free port of this machine as long as the context lasts."""
-    sink = Sink()
-    server = await asyncio.get_running_loop().create_server(lambda: _Caller(sink), "127.0.0.1", 0)
+    sink = HttpSink()
+    server = await asyncio.get_running_loop().create_server(lambda: _SinkProtocol(sink), "127.0.0.1", 0)
     sink.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
     try:
         yield sink
@@ -42,8 +42,8 @@ async def listening() -> AsyncIterator[Sink]:
         server.close()
 
 
-class _Caller(asyncio.Protocol):
-    def __init__(self, sink: Sink) -> None:
+class _SinkProtocol(asyncio.Protocol):
+    def __init__(self, sink: HttpSink) -> None:
         self._sink = sink
         self._transport: asyncio.Transport | None = None
         self._received = b""
@@ -53,10 +53,10 @@ class _Caller(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        while (found := http1.split(self._received)) is not None:
+        while (found := http1.split_message(self._received)) is not None:
             message, self._received = found
             self._sink.calls += 1
-            body = _encode(Numbered(_decode(message.body).number + 1))
+            body = _encode(NumberMessage(_decode(message.body).number + 1))
             head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
             if self._transport is not None:
                 self._transport.write(head.encode() + body)

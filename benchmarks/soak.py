@@ -21,7 +21,7 @@ STRIKES_EVERY_SECONDS = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class SoakRequest:
     """What the command line asks for."""
 
     minutes: int
@@ -31,17 +31,17 @@ class Request:
 
 
 def main() -> None:
-    asyncio.run(_soak(_request()))
+    asyncio.run(_soak(_parse_request()))
 
 
-async def _soak(request: Request) -> None:
+async def _soak(request: SoakRequest) -> None:
     """Let one storm follow another on the same deployment; ends at the first broken promise."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotflame-soak-")))
-        deployment = await _deployment(request, folder, stack)
+        deployment = await _run_deployment(request, folder, stack)
         for minute in range(request.minutes):
             seed = request.seed + minute
-            report = await _storm(request, seed, deployment)
+            report = await _run_storm(request, seed, deployment)
             print(
                 f"minute {minute + 1}, seed {seed}: {report.ended.total()} runs ended once each",
                 ", ".join(f"{count} {status}" for status, count in report.ended.most_common()),
@@ -52,7 +52,7 @@ async def _soak(request: Request) -> None:
             )
 
 
-async def _deployment(request: Request, folder: Path, stack: AsyncExitStack) -> Deployment:
+async def _run_deployment(request: SoakRequest, folder: Path, stack: AsyncExitStack) -> Deployment:
     if request.is_one_process:
         return await stack.enter_async_context(harness.one_process(folder))
     postgres = stack.enter_context(services.running_postgres(services.DURABLE))
@@ -60,7 +60,7 @@ async def _deployment(request: Request, folder: Path, stack: AsyncExitStack) -> 
     return await stack.enter_async_context(harness.many_processes(folder, postgres, redis))
 
 
-async def _storm(request: Request, seed: int, deployment: Deployment) -> storm.Report:
+async def _run_storm(request: SoakRequest, seed: int, deployment: Deployment) -> storm.Report:
     one = Storm(
         runs=request.runs_per_second * STORM_SECONDS,
         seconds=STORM_SECONDS,
@@ -76,14 +76,14 @@ async def _storm(request: Request, seed: int, deployment: Deployment) -> storm.R
         await client.close()
 
 
-def _request() -> Request:
+def _parse_request() -> SoakRequest:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__)
     parser.add_argument("--minutes", type=int, default=10)
     parser.add_argument("--runs-per-second", type=int, default=25)
     parser.add_argument("--seed", type=int, default=1, help="of the first minute; each later one adds 1")
     parser.add_argument("--one-process", action="store_true", help="`pilotflame dev`, on SQLite")
     given = parser.parse_args()
-    return Request(given.minutes, given.runs_per_second, given.seed, given.one_process)
+    return SoakRequest(given.minutes, given.runs_per_second, given.seed, given.one_process)
 
 
 if __name__ == "__main__":

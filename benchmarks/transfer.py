@@ -21,9 +21,9 @@ import msgspec
 from sqlalchemy.engine import make_url
 
 from benchmarks import processes
-from benchmarks.http1 import Api, Connection
+from benchmarks.http1 import BenchmarkApi, KeptConnection
 from benchmarks.load import WrongAnswer
-from benchmarks.postgres_counters import dsn
+from benchmarks.postgres_counters import asyncpg_dsn
 from tests import services
 from tests.services import PostgreSQL
 
@@ -46,20 +46,20 @@ Rows: TypeAlias = Sequence[tuple[int, str, float]]
 
 async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
     """Return rows per second of either way, and how many times longer the workflow takes."""
-    address = dsn(await postgres.create_database("transfer"))
+    address = asyncpg_dsn(await postgres.create_database("transfer"))
     connection = await asyncpg.connect(address)
     await connection.execute(_TABLES)
-    async with processes.dev(folder) as pilotflame:
-        client = await Connection.open(pilotflame.api.port)
-        workflow_id = await _installed(pilotflame.api, client, address)
+    async with processes.run_dev(folder) as pilotflame:
+        client = await KeptConnection.open(pilotflame.api.port)
+        workflow_id = await _install_workflow(pilotflame.api, client, address)
         times: dict[str, list[float]] = {"by_hand": [], "by_copy": [], "by_workflow": []}
         for _ in range(ROUNDS):
-            times["by_hand"].append(await _seconds_by_hand(address, _insert))
-            await _emptied(connection)
-            times["by_copy"].append(await _seconds_by_hand(address, _copy))
-            await _emptied(connection)
-            times["by_workflow"].append(await _seconds_by_workflow(pilotflame.api, client, workflow_id))
-            await _emptied(connection)
+            times["by_hand"].append(await _time_by_hand(address, _insert))
+            await _check_and_empty(connection)
+            times["by_copy"].append(await _time_by_hand(address, _copy))
+            await _check_and_empty(connection)
+            times["by_workflow"].append(await _time_by_workflow(pilotflame.api, client, workflow_id))
+            await _check_and_empty(connection)
         client.close()
     await connection.close()
     middle = {way: median(seconds) for way, seconds in times.items()}
@@ -70,7 +70,7 @@ async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
     }
 
 
-async def _seconds_by_hand(address: str, write: Callable[[Any, Rows], Awaitable[object]]) -> float:
+async def _time_by_hand(address: str, write: Callable[[Any, Rows], Awaitable[object]]) -> float:
     since = perf_counter()
     connection = await asyncpg.connect(address)
     async with connection.transaction():
@@ -88,29 +88,29 @@ async def _copy(connection: Any, rows: Rows) -> None:  # noqa: ANN401 - as above
     await connection.copy_records_to_table("target", records=rows, columns=["id", "customer", "gross"])
 
 
-async def _seconds_by_workflow(api: Api, client: Connection, workflow_id: str) -> float:
+async def _time_by_workflow(api: BenchmarkApi, client: KeptConnection, workflow_id: str) -> float:
     since = perf_counter()
-    started = await _sent(client, api.post(f"/api/v1/workflows/{workflow_id}/execute", b"{}"), 201)
+    started = await _send(client, api.post(f"/api/v1/workflows/{workflow_id}/execute", b"{}"), 201)
     path = f"/api/v1/executions/{started['executionId']}/progress?wait={WAIT_SECONDS}"
-    progress = await _sent(client, api.get(path), 200)
+    progress = await _send(client, api.get(path), 200)
     if progress["status"] != "completed" or progress["outputs"]["write"] != {"written": ROWS}:
         raise WrongAnswer(progress)
     return perf_counter() - since
 
 
-async def _emptied(connection: Any) -> None:  # noqa: ANN401 - the driver's own type needs a record type
+async def _check_and_empty(connection: Any) -> None:  # noqa: ANN401 - the driver's own type needs a record type
     """Check that all rows have come, and take them away."""
     count, gross = await connection.fetchrow("SELECT count(*), sum(gross) FROM target")
     assert (count, gross) == (ROWS, sum(number / 4 * 1.25 for number in range(1, ROWS + 1)))
     await connection.execute("TRUNCATE target")
 
 
-async def _installed(api: Api, client: Connection, address: str) -> str:
+async def _install_workflow(api: BenchmarkApi, client: KeptConnection, address: str) -> str:
     url = make_url(address)
     settings = {"host": url.host, "port": url.port, "database": url.database, "user": url.username}
     secrets = {"password": url.password or "none"}
     body = {"name": "Shop", "type": "postgresql", "settings": settings, "secrets": secrets}
-    source = await _sent(client, api.post("/api/v1/datasources", msgspec.json.encode(body)), 201)
+    source = await _send(client, api.post("/api/v1/datasources", msgspec.json.encode(body)), 201)
     source_id = source["dataSourceId"]
     config = {
         "items": "{{ data.rows }}",
@@ -138,12 +138,12 @@ async def _installed(api: Api, client: Connection, address: str) -> str:
     order = ["start", "read", "change", "write"]
     connections = [{"source": one, "target": other} for one, other in pairwise(order)]
     workflow = {"name": "Transfer", "nodes": nodes, "connections": connections}
-    created = await _sent(client, api.post("/api/v1/workflows", msgspec.json.encode(workflow)), 201)
+    created = await _send(client, api.post("/api/v1/workflows", msgspec.json.encode(workflow)), 201)
     workflow_id: str = created["workflowId"]
     return workflow_id
 
 
-async def _sent(client: Connection, request: bytes, status: int) -> dict[str, Any]:
+async def _send(client: KeptConnection, request: bytes, status: int) -> dict[str, Any]:
     answer = await client.send(request)
     if answer.status != status:
         raise WrongAnswer(answer)

@@ -13,12 +13,14 @@ import psutil
 
 def cpu_seconds(process_ids: Mapping[str, int]) -> dict[str, float]:
     """Return the CPU time that each process has used; a child that has ended counts with its parent."""
-    return {name: sum(map(_cpu_seconds, _family(process_id))) for name, process_id in process_ids.items()}
+    return {
+        name: sum(map(_cpu_seconds, _process_tree(process_id))) for name, process_id in process_ids.items()
+    }
 
 
 def memory_megabytes(process_ids: Mapping[str, int]) -> dict[str, float]:
     """Return each process's PSS: its own memory, and its share of what it has in common with others."""
-    return {name: sum(map(_megabytes, _family(process_id))) for name, process_id in process_ids.items()}
+    return {name: sum(map(_megabytes, _process_tree(process_id))) for name, process_id in process_ids.items()}
 
 
 def started_at(process_id: int) -> float:
@@ -29,7 +31,7 @@ def started_at(process_id: int) -> float:
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)
 
 
-def _family(process_id: int) -> Iterator[psutil.Process]:
+def _process_tree(process_id: int) -> Iterator[psutil.Process]:
     process = psutil.Process(process_id)
     yield process
     yield from process.children(recursive=True)

@@ -11,7 +11,7 @@ LIGHT_NODES = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Workflow:
+class BenchmarkWorkflow:
     """A graph and the result that it owes."""
 
     name: str
@@ -21,7 +21,7 @@ class Workflow:
     """Whether these are the outputs, by node id, of a run that was given `x`."""
 
 
-def pure() -> Workflow:
+def pure_workflow() -> BenchmarkWorkflow:
     """Add one, ask whether that is even, say so: three nodes run, the branch not taken is skipped."""
 
     def is_right(x: int, outputs: Mapping[str, Any]) -> bool:
@@ -31,14 +31,14 @@ def pure() -> Workflow:
 
     nodes = [
         START,
-        _set("add", "sum", _plus_one("{{ data.body.x }}")),
+        _set_node("add", "sum", _increment("{{ data.body.x }}")),
         {
             "id": "check",
             "type": "conditional",
             "config": {"condition": {"left": "{{ data.sum }}", "operator": "divisible-by", "right": 2}},
         },
-        _set("even", "parity", "even"),
-        _set("odd", "parity", "odd"),
+        _set_node("even", "parity", "even"),
+        _set_node("odd", "parity", "odd"),
     ]
     connections = [
         {"source": "start", "target": "add"},
@@ -46,23 +46,24 @@ def pure() -> Workflow:
         {"source": "check", "sourcePort": "true", "target": "even"},
         {"source": "check", "sourcePort": "false", "target": "odd"},
     ]
-    return Workflow("three pure nodes", nodes, connections, is_right)
+    return BenchmarkWorkflow("three pure nodes", nodes, connections, is_right)
 
 
-def light_chain() -> Workflow:
+def light_chain_workflow() -> BenchmarkWorkflow:
     """Add one, forty times over, one node after another."""
 
     def is_right(x: int, outputs: Mapping[str, Any]) -> bool:
         return bool(outputs[f"add-{LIGHT_NODES}"]["sum"] == x + LIGHT_NODES)
 
-    first = _set("add-1", "sum", _plus_one("{{ data.body.x }}"))
+    first = _set_node("add-1", "sum", _increment("{{ data.body.x }}"))
     others = [
-        _set(f"add-{number}", "sum", _plus_one("{{ data.sum }}")) for number in range(2, LIGHT_NODES + 1)
+        _set_node(f"add-{number}", "sum", _increment("{{ data.sum }}"))
+        for number in range(2, LIGHT_NODES + 1)
     ]
-    return _chain("forty light nodes", [START, first, *others], is_right)
+    return _build_chain("forty light nodes", [START, first, *others], is_right)
 
 
-def three_writes(url: str) -> Workflow:
+def three_writes_workflow(url: str) -> BenchmarkWorkflow:
     """Call another system three times, each time with its last answer."""
 
     def is_right(x: int, outputs: Mapping[str, Any]) -> bool:
@@ -70,32 +71,32 @@ def three_writes(url: str) -> Workflow:
 
     nodes = [
         START,
-        _post("first", url, "{{ data.body.x }}"),
-        _post("second", url, "{{ data.body.number }}"),
-        _post("third", url, "{{ data.body.number }}"),
+        _post_node("first", url, "{{ data.body.x }}"),
+        _post_node("second", url, "{{ data.body.number }}"),
+        _post_node("third", url, "{{ data.body.number }}"),
     ]
-    return _chain("three writes", nodes, is_right)
+    return _build_chain("three writes", nodes, is_right)
 
 
 START: Mapping[str, Any] = {"id": "start", "type": "manual"}
 
 
-def _set(node_id: str, name: str, value: object) -> dict[str, Any]:
+def _set_node(node_id: str, name: str, value: object) -> dict[str, Any]:
     return {"id": node_id, "type": "set", "config": {"values": {name: value}}}
 
 
-def _post(node_id: str, url: str, number: str) -> dict[str, Any]:
+def _post_node(node_id: str, url: str, number: str) -> dict[str, Any]:
     config = {"method": "POST", "url": url, "body": {"number": number}}
     return {"id": node_id, "type": "http-request", "config": config}
 
 
-def _plus_one(path: str) -> dict[str, Any]:
+def _increment(path: str) -> dict[str, Any]:
     return {"$op": "add", "args": [path, 1]}
 
 
-def _chain(
+def _build_chain(
     name: str, nodes: Sequence[Mapping[str, Any]], is_right: Callable[[int, Mapping[str, Any]], bool]
-) -> Workflow:
+) -> BenchmarkWorkflow:
     ids = [node["id"] for node in nodes]
     connections = [{"source": source, "target": target} for source, target in pairwise(ids)]
-    return Workflow(name, nodes, connections, is_right)
+    return BenchmarkWorkflow(name, nodes, connections, is_right)
