@@ -149,64 +149,76 @@ LIMITS: Final[Mapping[str, int]] = {
 }
 
 
-def parts() -> dict[str, str]:
+def build_parts() -> dict[str, str]:
     """Return the generated parts of docs/expressions.md by the names of their marks."""
     return {
-        "scope": _block(SCOPE),
-        "paths": _table(("path", "value"), map(_example, PATHS)),
-        "templates": _table(("template", "value"), map(_example, TEMPLATES)),
-        "fallbacks": _table(("template", "value"), map(_example, FALLBACKS)),
-        "computed-fields": _table(("node", "fields"), _fields(FieldCompilation.VALUE)),
-        "operations": _table(("operation", "arguments", "result", "example: `args`", "value"), _operations()),
-        "condition-fields": _table(("node", "fields"), _fields(FieldCompilation.CONDITION)),
-        "operators": _table(("operator", "symbol", "compares", "example"), _operators()),
-        "joined-condition": _block(JOINED_CONDITION),
-        "expression-limits": _table(
+        "scope": _code_block(SCOPE),
+        "paths": _format_table(("path", "value"), map(_example_row, PATHS)),
+        "templates": _format_table(("template", "value"), map(_example_row, TEMPLATES)),
+        "fallbacks": _format_table(("template", "value"), map(_example_row, FALLBACKS)),
+        "computed-fields": _format_table(("node", "fields"), _field_rows(FieldCompilation.VALUE)),
+        "operations": _format_table(
+            ("operation", "arguments", "result", "example: `args`", "value"), _operation_sections()
+        ),
+        "condition-fields": _format_table(("node", "fields"), _field_rows(FieldCompilation.CONDITION)),
+        "operators": _format_table(("operator", "symbol", "compares", "example"), _operator_rows()),
+        "joined-condition": _code_block(JOINED_CONDITION),
+        "expression-limits": _format_table(
             ("limit", "value"), ((name, f"{value:,}") for name, value in LIMITS.items())
         ),
     }
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
-def _block(value: object) -> str:
+def _code_block(value: object) -> str:
     return f"```json\n{json.dumps(value, indent=2, ensure_ascii=False)}\n```"
 
 
-def _example(example: tuple[Json, Json]) -> tuple[str, str]:
+def _example_row(example: tuple[Json, Json]) -> tuple[str, str]:
     source, value = example
-    return _code(source if isinstance(source, str) else _json(source)), _code(_json(value))
+    return _format_code(source if isinstance(source, str) else _format_json(source)), _format_code(
+        _format_json(value)
+    )
 
 
-def _fields(kind: FieldCompilation) -> Iterator[tuple[str, str]]:
+def _field_rows(kind: FieldCompilation) -> Iterator[tuple[str, str]]:
     """Return a row for each node type that has fields of a kind."""
     for node_type in catalog.load_catalog().node_types.values():
         fields = [name for name, compiled in node_type.compiled.items() if compiled is kind]
         if fields:
-            yield f"[`{node_type.type}`](nodes.md#{node_type.type})", ", ".join(map(_code, fields))
+            yield f"[`{node_type.type}`](nodes.md#{node_type.type})", ", ".join(map(_format_code, fields))
 
 
-def _operations() -> Iterator[tuple[str, ...]]:
+def _operation_sections() -> Iterator[tuple[str, ...]]:
     for name, operation in sorted(OPERATIONS.items()):
         arguments, value = OPERATION_EXAMPLES[name]
         count = operation.arity.removesuffix("s").removesuffix(" argument")
-        yield _code(name), count, operation.summary, _code(_json(arguments)), _code(_json(value))
+        yield (
+            _format_code(name),
+            count,
+            operation.summary,
+            _format_code(_format_json(arguments)),
+            _format_code(_format_json(value)),
+        )
 
 
-def _operators() -> Iterator[tuple[str, ...]]:
+def _operator_rows() -> Iterator[tuple[str, ...]]:
     symbols = {name: symbol for symbol, name in conditions.SYMBOLS.items()}
     for name, needed in conditions.OPERATORS.items():
         left, right = OPERATOR_EXAMPLES[name]
-        example = f"{_json(left)} {name} {_json(right)}" if needed else f"{_json(left)} {name}"
-        symbol = _code(symbols[name]) if name in symbols else ""
-        yield _code(name), symbol, needed or "one value", _code(example)
+        example = (
+            f"{_format_json(left)} {name} {_format_json(right)}" if needed else f"{_format_json(left)} {name}"
+        )
+        symbol = _format_code(symbols[name]) if name in symbols else ""
+        yield _format_code(name), symbol, needed or "one value", _format_code(example)
 
 
-def _json(value: Json) -> str:
+def _format_json(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _code(text: str) -> str:
+def _format_code(text: str) -> str:
     return f"`{text}`".replace("|", r"\|")

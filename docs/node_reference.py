@@ -45,7 +45,7 @@ CATEGORIES: Mapping[str, str] = {
 }
 
 
-def reference() -> str:
+def build_reference() -> str:
     """Return the page: the types by category, each with its config and an example."""
     node_types = catalog.load_catalog().node_types.values()
     parts = [HEADING]
@@ -53,28 +53,30 @@ def reference() -> str:
         described = [each for each in node_types if each.category == category]
         if described:
             links = ", ".join(f"[{each.type}](#{each.type})" for each in described)
-            parts += [f"## {title}\n", f"{links}\n", *map(_described, described)]
+            parts += [f"## {title}\n", f"{links}\n", *map(_node_section, described)]
     return "\n".join(parts)
 
 
-def _described(node_type: NodeType) -> str:
+def _node_section(node_type: NodeType) -> str:
     lines = [f"### {node_type.type}\n", f"{node_type.description}\n"]
     if not node_type.runnable:
         lines.append("This node can be drawn, but not run on this server.\n")
-    lines.append(f"Version {node_type.version} · effect {_effect(node_type)} · {_ports(node_type)}\n")
+    lines.append(
+        f"Version {node_type.version} · effect {_describe_effect(node_type)} · {_describe_ports(node_type)}\n"
+    )
     if node_type.input_description:
         lines.append(f"**Input.** {node_type.input_description}\n")
     lines.append(f"**Output.** {node_type.output.description}\n")
     for version, earlier in node_type.earlier.items():
         lines.append(f"**Version {version}**, for nodes pinned to it: {earlier.changes}\n")
-    rows = list(_rows(node_type))
+    rows = list(_config_rows(node_type))
     if rows:
         lines += ["| config | type | default | meaning |", "| --- | --- | --- | --- |", *rows, ""]
-    lines += _example(node_type)
+    lines += _format_example(node_type)
     return "\n".join(lines)
 
 
-def _effect(node_type: NodeType) -> str:
+def _describe_effect(node_type: NodeType) -> str:
     rule = node_type.effect
     if rule.deciding_field is None:
         return rule.default.value
@@ -82,7 +84,7 @@ def _effect(node_type: NodeType) -> str:
     return f"{rule.default} (by `{rule.deciding_field}`: {cases})"
 
 
-def _ports(node_type: NodeType) -> str:
+def _describe_ports(node_type: NodeType) -> str:
     inputs, outputs = (
         ", ".join(f"`{port}`" for port in ports) or "none" for ports in (node_type.inputs, node_type.outputs)
     )
@@ -90,42 +92,42 @@ def _ports(node_type: NodeType) -> str:
     return f"ports in: {inputs}; out: {outputs}{named}"
 
 
-def _rows(node_type: NodeType) -> Iterator[str]:
-    for name, schema in _properties(node_type.config_schema).items():
+def _config_rows(node_type: NodeType) -> Iterator[str]:
+    for name, schema in _schema_properties(node_type.config_schema).items():
         compiled = node_type.compiled.get(name)
-        kind = "condition" if compiled is FieldCompilation.CONDITION else _kind(schema)
+        kind = "condition" if compiled is FieldCompilation.CONDITION else _describe_type(schema)
         if compiled is FieldCompilation.VALUE:
             kind += ", computed"
-        yield _row(name, schema, kind, is_required=name in _required(node_type.config_schema))
+        yield _config_row(name, schema, kind, is_required=name in _required_fields(node_type.config_schema))
         if compiled is not FieldCompilation.CONDITION:
-            yield from _inner_rows(name, schema, node_type.compiled)
+            yield from _nested_rows(name, schema, node_type.compiled)
 
 
-def _inner_rows(
+def _nested_rows(
     name: str, schema: Mapping[str, Any], compiled: Mapping[str, FieldCompilation]
 ) -> Iterator[str]:
     """Return the rows of the fields of an object, and of the objects in a list."""
     items = schema.get("items")
     for prefix, inner in ((name, schema), (f"{name}[]", items if isinstance(items, dict) else {})):
-        for field, of_field in _properties(inner).items():
+        for field, of_field in _schema_properties(inner).items():
             path = f"{prefix}.{field}"
             is_condition = compiled.get(path) is FieldCompilation.CONDITION
-            kind = "condition" if is_condition else _kind(of_field)
-            yield _row(path, of_field, kind, is_required=field in _required(inner))
+            kind = "condition" if is_condition else _describe_type(of_field)
+            yield _config_row(path, of_field, kind, is_required=field in _required_fields(inner))
             if not is_condition:
-                yield from _inner_rows(path, of_field, compiled)
+                yield from _nested_rows(path, of_field, compiled)
 
 
-def _row(name: str, schema: Mapping[str, Any], kind: str, *, is_required: bool) -> str:
-    default = f"`{_inline(schema['default'])}`" if "default" in schema else ""
+def _config_row(name: str, schema: Mapping[str, Any], kind: str, *, is_required: bool) -> str:
+    default = f"`{_format_inline(schema['default'])}`" if "default" in schema else ""
     cells = [f"`{name}`", kind, "*required*" if is_required else default, schema.get("description", "")]
     escaped = [cell.replace("|", r"\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
 
-def _kind(schema: Mapping[str, Any]) -> str:
+def _describe_type(schema: Mapping[str, Any]) -> str:
     if "enum" in schema:
-        return ", ".join(f"`{_inline(option)}`" for option in schema["enum"])
+        return ", ".join(f"`{_format_inline(option)}`" for option in schema["enum"])
     types = schema.get("type", "any value")
     kind = types if isinstance(types, str) else " or ".join(types)
     least, most = schema.get("minimum"), schema.get("maximum")
@@ -134,22 +136,22 @@ def _kind(schema: Mapping[str, Any]) -> str:
     return kind
 
 
-def _inline(value: Json) -> str:
-    return value if isinstance(value, str) and value.isprintable() and value else _written(value)
+def _format_inline(value: Json) -> str:
+    return value if isinstance(value, str) and value.isprintable() and value else _format_value(value)
 
 
-def _written(value: Json) -> str:
+def _format_value(value: Json) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def example_run(node_type: NodeType) -> dict[str, Any]:
+def example_execute_body(node_type: NodeType) -> dict[str, Any]:
     """Return the body of an execute that runs a node of a type as its first example says."""
     example: dict[str, Any] = dict(node_type.examples[0])
     step = {"id": STEP, "nodeId": node_type.type, "config": example["config"]}
     if node_type.is_trigger:
         return {"definition": {"nodes": [step]}, "triggerInputs": example["input"]}
     if isinstance(example["input"], dict) and "blob" in example["input"]:
-        return _run_with_file(step, example["input"]["blob"][BLOB]["name"])
+        return _file_execute_body(step, example["input"]["blob"][BLOB]["name"])
     pinned = example["input"] if node_type.joins else {"start": example["input"]}
     nodes = [{"id": parent, "nodeId": "set" if node_type.joins else "manual"} for parent in pinned]
     connections = [{"source": parent, "target": STEP} for parent in pinned]
@@ -160,7 +162,7 @@ def example_run(node_type: NodeType) -> dict[str, Any]:
     return {"definition": {"nodes": nodes, "connections": connections}, "pinned": pinned}
 
 
-def _run_with_file(step: Mapping[str, Json], name: str) -> dict[str, Any]:
+def _file_execute_body(step: Mapping[str, Json], name: str) -> dict[str, Any]:
     """Return the body of an execute in which another node fetches the file: a reference is good in one run alone."""
     fetch = {"id": "fetch", "nodeId": "file-source", "config": {"key": name, "as": "blob"}}
     nodes = [{"id": "start", "nodeId": "manual"}, fetch, step]
@@ -168,42 +170,42 @@ def _run_with_file(step: Mapping[str, Json], name: str) -> dict[str, Any]:
     return {"definition": {"nodes": nodes, "connections": connections}}
 
 
-def port_of(node_type: NodeType) -> Json:
+def example_port(node_type: NodeType) -> Json:
     """Return the port by which the output of the first example leaves."""
     return DONE if node_type.loops else node_type.examples[0]["port"]
 
 
-def _example(node_type: NodeType) -> Iterator[str]:
+def _format_example(node_type: NodeType) -> Iterator[str]:
     example = node_type.examples[0]
     if node_type.runnable:
-        yield from ("```json", _laid_out(example_run(node_type)), "```")
+        yield from ("```json", _format_json(example_execute_body(node_type)), "```")
     else:
-        yield from ("```json", _laid_out({"config": example["config"], "input": example["input"]}), "```")
+        yield from ("```json", _format_json({"config": example["config"], "input": example["input"]}), "```")
     if "error" in example:
         yield f"It fails: {example['error']}\n"
         return
-    if port_of(node_type) != OUTPUT:
-        yield f"By the port `{port_of(node_type)}`:"
-    yield from ("```json", _written(example["output"]), "```\n")
+    if example_port(node_type) != OUTPUT:
+        yield f"By the port `{example_port(node_type)}`:"
+    yield from ("```json", _format_value(example["output"]), "```\n")
 
 
-def _laid_out(value: Json, level: int = 0) -> str:
+def _format_json(value: Json, level: int = 0) -> str:
     """Return JSON with a line for each part, down to a node, and what is short in one."""
-    in_one = _written(value)
+    in_one = _format_value(value)
     if not isinstance(value, dict | list) or (level > 0 and (level == LINES_DOWN_TO or len(in_one) <= SHORT)):
         return in_one
     indent, below = "  " * level, "  " * (level + 1)
     if isinstance(value, list):
-        parts = [_laid_out(item, level + 1) for item in value]
+        parts = [_format_json(item, level + 1) for item in value]
     else:
-        parts = [f"{_written(key)}: {_laid_out(item, level + 1)}" for key, item in value.items()]
+        parts = [f"{_format_value(key)}: {_format_json(item, level + 1)}" for key, item in value.items()]
     opening, closing = ("[", "]") if isinstance(value, list) else ("{", "}")
     return f"{opening}\n{below}{f',{chr(10)}{below}'.join(parts)}\n{indent}{closing}"
 
 
-def _properties(schema: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _schema_properties(schema: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return dict(schema.get("properties", {}))
 
 
-def _required(schema: Mapping[str, Any]) -> list[str]:
+def _required_fields(schema: Mapping[str, Any]) -> list[str]:
     return list(schema.get("required", []))

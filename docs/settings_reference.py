@@ -79,7 +79,7 @@ _NAME_IN_CODE = re.compile(r"`([A-Z][A-Z0-9_]+)`")
 
 
 @dataclass(frozen=True, slots=True)
-class Variable:
+class SettingVariable:
     """One setting with the processes that read it."""
 
     name: str
@@ -87,14 +87,14 @@ class Variable:
     readers: tuple[str, ...]
 
 
-def variables() -> dict[str, Variable]:
+def list_variables() -> dict[str, SettingVariable]:
     """Return every setting by the name of its field, in the order of the processes."""
-    found: dict[str, Variable] = {}
+    found: dict[str, SettingVariable] = {}
     for process, settings in READERS:
         for name, field in settings.model_fields.items():
-            known = found.get(name, Variable(name, field, ()))
+            known = found.get(name, SettingVariable(name, field, ()))
             readers = tuple(dict.fromkeys((*known.readers, process)))
-            found[name] = Variable(name, known.field, readers)
+            found[name] = SettingVariable(name, known.field, readers)
     return found
 
 
@@ -103,51 +103,52 @@ def subject_of(name: str) -> str | None:
     return next((subject for subject, pattern in SUBJECTS.items() if re.fullmatch(pattern, name)), None)
 
 
-def page() -> str:
+def build_page() -> str:
     """Return docs/settings.md."""
-    found = variables()
+    found = list_variables()
     parts = [HEADING]
     for subject in SUBJECTS:
         of_subject = [each for each in found.values() if subject_of(each.name) == subject]
-        parts += [f"## {subject}\n", *_table(of_subject, found), ""]
+        parts += [f"## {subject}\n", *_format_table(of_subject, found), ""]
     return "\n".join(parts)
 
 
-def short_table() -> str:
+def build_short_table() -> str:
     """Return the table of the settings that the README shows."""
-    found = variables()
-    return "\n".join(_table([found[name] for name in MOST_IMPORTANT], found))
+    found = list_variables()
+    return "\n".join(_format_table([found[name] for name in MOST_IMPORTANT], found))
 
 
-def _table(shown: Iterable[Variable], known: Mapping[str, Variable]) -> list[str]:
+def _format_table(shown: Iterable[SettingVariable], known: Mapping[str, SettingVariable]) -> list[str]:
     rows = [
-        f"| `{_whole(each.name)}` | {_default(each)} | {_meaning(each, known)} | {_readers(each)} |"
+        f"| `{_variable_name(each.name)}` | {_format_default(each)} "
+        f"| {_describe_variable(each, known)} | {_describe_readers(each)} |"
         for each in shown
     ]
     return ["| variable | default | meaning | read by |", "| --- | --- | --- | --- |", *rows]
 
 
-def _meaning(variable: Variable, known: Mapping[str, Variable]) -> str:
+def _describe_variable(variable: SettingVariable, known: Mapping[str, SettingVariable]) -> str:
     """Return the description, with the whole names of the variables in it."""
 
     def whole(match: re.Match[str]) -> str:
-        return f"`{_whole(match[1])}`" if match[1].lower() in known else match[0]
+        return f"`{_variable_name(match[1])}`" if match[1].lower() in known else match[0]
 
     return _NAME_IN_CODE.sub(whole, variable.field.description or "").replace("|", r"\|")
 
 
-def _default(variable: Variable) -> str:
+def _format_default(variable: SettingVariable) -> str:
     if variable.field.default in {None, PydanticUndefined, (), ""}:
         return ""
     return f"`{variable.field.default}`"
 
 
-def _readers(variable: Variable) -> str:
+def _describe_readers(variable: SettingVariable) -> str:
     absent = [process for process in ALL if process not in variable.readers]
     if not absent:
         return "all"
     return f"all but {', '.join(absent)}" if len(absent) == 1 else ", ".join(variable.readers)
 
 
-def _whole(name: str) -> str:
+def _variable_name(name: str) -> str:
     return f"PILOTFLAME_{name.upper()}"

@@ -15,7 +15,7 @@ from gateway import limits
 ROOT = Path(__file__).parent.parent
 
 
-def limits_table() -> str:
+def build_limits_table() -> str:
     """Return a row for each limit, from the constant and its docstring."""
     body = ast.parse(inspect.getsource(limits)).body
     rows = []
@@ -24,53 +24,55 @@ def limits_table() -> str:
             continue
         if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
             value = getattr(limits, statement.target.id)
-            rows.append(_row(str(below.value.value).rstrip("."), f"{value:,}"))
+            rows.append(_settings_row(str(below.value.value).rstrip("."), f"{value:,}"))
     return "\n".join(["| limit | value |", "| --- | --- |", *rows])
 
 
-def with_table(text: str, name: str, table: str) -> str:
+def replace_table(text: str, name: str, table: str) -> str:
     """Return a document with the table inserted between its two marks."""
     before, _, rest = text.partition(f"<!-- {name} -->\n")
     _, _, after = rest.partition(f"<!-- /{name} -->")
     return f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"
 
 
-def with_tables(text: str, tables: Mapping[str, str]) -> str:
+def replace_tables(text: str, tables: Mapping[str, str]) -> str:
     """Return a document with several tables inserted, each between its two marks."""
     for name, table in tables.items():
-        text = with_table(text, name, table)
+        text = replace_table(text, name, table)
     return text
 
 
-def documents() -> dict[Path, str]:
+def build_documents() -> dict[Path, str]:
     """Return the text of each generated page, and of each page with a generated table."""
     readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
     expressions, retries = ROOT / "docs/expressions.md", ROOT / "docs/retries.md"
     workflow_settings = ROOT / "docs/workflow-settings.md"
     return {
-        readme: with_table(readme.read_text(), "settings", settings_reference.short_table()),
-        operations: with_table(operations.read_text(), "limits", limits_table()),
-        ROOT / "docs/nodes.md": node_reference.reference(),
-        expressions: with_tables(expressions.read_text(), expression_reference.parts()),
-        ROOT / "docs/settings.md": settings_reference.page(),
-        workflow_settings: with_table(
-            workflow_settings.read_text(), "workflow-settings", workflow_settings_reference.settings_table()
+        readme: replace_table(readme.read_text(), "settings", settings_reference.build_short_table()),
+        operations: replace_table(operations.read_text(), "limits", build_limits_table()),
+        ROOT / "docs/nodes.md": node_reference.build_reference(),
+        expressions: replace_tables(expressions.read_text(), expression_reference.build_parts()),
+        ROOT / "docs/settings.md": settings_reference.build_page(),
+        workflow_settings: replace_table(
+            workflow_settings.read_text(),
+            "workflow-settings",
+            workflow_settings_reference.build_settings_table(),
         ),
-        retries: with_tables(
+        retries: replace_tables(
             retries.read_text(),
             {
-                "retry": workflow_settings_reference.retry_table(),
-                "delays": workflow_settings_reference.delays_table(),
+                "retry": workflow_settings_reference.build_retry_table(),
+                "delays": workflow_settings_reference.build_delays_table(),
             },
         ),
     }
 
 
-def _row(*cells: str | None) -> str:
+def _settings_row(*cells: str | None) -> str:
     return f"| {' | '.join(cell or '' for cell in cells)} |"
 
 
 if __name__ == "__main__":
-    for path, text in documents().items():
+    for path, text in build_documents().items():
         path.write_text(text)
         sys.stdout.write(f"{path.relative_to(ROOT)}\n")

@@ -22,22 +22,22 @@ RETRY_FAILURES: Final = 5
 """Failed attempts for which the example of delays shows the delay."""
 
 
-def settings_table() -> str:
+def build_settings_table() -> str:
     """Return a row for each setting of a workflow, with the fields of those that are objects below them."""
     _, named = schemas.of([KnownSettings])
-    return "\n".join([*_HEAD, *_rows(named["KnownSettings"], named)])
+    return "\n".join([*_HEAD, *_setting_rows(named["KnownSettings"], named)])
 
 
-def retry_table() -> str:
+def build_retry_table() -> str:
     """Return a row for each field of a node's `retry`."""
     _, named = schemas.of([RetryShape])
     (schema,) = named.values()
-    for name, field in _properties(schema):
+    for name, field in _schema_properties(schema):
         field["default"] = RETRY_DEFAULTS[name]
-    return "\n".join([*_HEAD, *_rows(schema, named)])
+    return "\n".join([*_HEAD, *_setting_rows(schema, named)])
 
 
-def delays_table() -> str:
+def build_delays_table() -> str:
     """Return the delays after each failed attempt of the default policy, and of one with a low maximum."""
     shown = (
         RetryPolicy(max_attempts=6),
@@ -54,23 +54,27 @@ def delays_table() -> str:
     return "\n".join(rows)
 
 
-def _properties(schema: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
+def _schema_properties(schema: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, Any]]]:
     fields: dict[str, dict[str, Any]] = schema["properties"]
     return fields.items()
 
 
-def _rows(schema: Mapping[str, Any], named: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    for name, field in _properties(schema):
-        inner = _referred(field, named)
+def _setting_rows(schema: Mapping[str, Any], named: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, field in _schema_properties(schema):
+        inner = _referenced_schema(field, named)
         is_object = inner is not None and "properties" in inner
-        default = "*required*" if name in schema.get("required", []) else _default(field, is_object=is_object)
-        kind = "object" if is_object else _kind(inner if inner is not None else field)
+        default = (
+            "*required*"
+            if name in schema.get("required", [])
+            else _format_default(field, is_object=is_object)
+        )
+        kind = "object" if is_object else _describe_type(inner if inner is not None else field)
         yield f"| `{prefix}{name}` | {kind} | {default} | {field.get('description', '')} |"
         if inner is not None and is_object:
-            yield from _rows(inner, named, f"{prefix}{name}.")
+            yield from _setting_rows(inner, named, f"{prefix}{name}.")
 
 
-def _referred(field: Mapping[str, Any], named: Mapping[str, Any]) -> Mapping[str, Any] | None:
+def _referenced_schema(field: Mapping[str, Any], named: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Return the named schema of a field, if it has one."""
     for option in (field, *field.get("anyOf", ())):
         if "$ref" in option:
@@ -79,7 +83,7 @@ def _referred(field: Mapping[str, Any], named: Mapping[str, Any]) -> Mapping[str
     return None
 
 
-def _kind(field: Mapping[str, Any]) -> str:
+def _describe_type(field: Mapping[str, Any]) -> str:
     if "enum" in field:
         return ", ".join(f"`{option}`" for option in field["enum"])
     kinds = field["type"] if isinstance(field["type"], list) else [field["type"]]
@@ -91,7 +95,7 @@ def _kind(field: Mapping[str, Any]) -> str:
     return f"{kind}, {above}{least:,} to {most:,}"
 
 
-def _default(field: Mapping[str, Any], *, is_object: bool) -> str:
+def _format_default(field: Mapping[str, Any], *, is_object: bool) -> str:
     if is_object or field.get("default") is None:
         return ""
     return f"`{json.dumps(field['default'])}`"

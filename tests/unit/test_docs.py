@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from docs import settings_reference
-from docs.tables import ROOT, documents
+from docs.tables import ROOT, build_documents
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
@@ -17,12 +17,14 @@ _CODE = re.compile(r"`[^`\n]+`")
 
 
 def test_the_generated_tables_and_pages_are_up_to_date() -> None:
-    outdated = [str(path) for path, text in documents().items() if path.read_text() != text]
+    outdated = [str(path) for path, text in build_documents().items() if path.read_text() != text]
     assert not outdated, "run `make docs`"
 
 
 def test_every_setting_has_a_subject() -> None:
-    without = [name for name in settings_reference.variables() if settings_reference.subject_of(name) is None]
+    without = [
+        name for name in settings_reference.list_variables() if settings_reference.subject_of(name) is None
+    ]
     assert not without, "add these settings to docs/settings_reference.py: SUBJECTS"
 
 

@@ -232,7 +232,7 @@ WORKFLOW = {
 @pytest.mark.parametrize("node_type", EXAMPLES)
 async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeType, tmp_path: Path) -> None:
     example = node_type.examples[0]
-    program, trigger = taken_in(node_reference.example_run(node_type))
+    program, trigger = taken_in(node_reference.example_execute_body(node_type))
     notes = Notes()
     start = RunStart(
         CALLER, trigger, DatabaseClock(), deadline=datetime.now(UTC) + timedelta(seconds=60), started_at=NOW
@@ -251,4 +251,4 @@ async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeTyp
         return
     assert ended.status in {RunStatus.COMPLETED, RunStatus.WAITING}
     assert decode_json(step.output or b"") == example["output"]
-    assert step.port in {node_reference.port_of(node_type), None}
+    assert step.port in {node_reference.example_port(node_type), None}
