@@ -99,7 +99,7 @@ async def _measure(request: BenchmarkRequest) -> dict[str, list[dict[str, float]
 
 def _baseline(folder: Path, options: MeasureOptions) -> dict[str, float]:
     print("baseline ...", flush=True)
-    with services.running_redis() as redis:
+    with services.run_redis() as redis:
         return baseline.measure(redis.url, folder, options.seconds)
 
 
@@ -109,7 +109,7 @@ async def _dev(folder: Path, options: MeasureOptions) -> dict[str, float]:
 
 
 async def _production(folder: Path, options: MeasureOptions) -> dict[str, float]:
-    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         database_url = await postgres.create_database("benchmark")
         ids = {"postgresql": postgres.process_id, "redis": redis.process_id}
@@ -125,7 +125,7 @@ async def _engine(_folder: Path, _options: MeasureOptions) -> dict[str, float]:
 
 
 async def _transfer(folder: Path, _options: MeasureOptions) -> dict[str, float]:
-    with services.running_postgres(services.DURABLE) as postgres:
+    with services.run_postgres(services.DURABLE) as postgres:
         return await transfer.measure(postgres, folder)
 
 
@@ -134,28 +134,28 @@ async def _deployed(folder: Path, options: MeasureOptions) -> dict[str, float]:
 
 
 async def _cluster(folder: Path, _options: MeasureOptions) -> dict[str, float]:
-    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
         return await cluster.measure(postgres, redis, folder)
 
 
 async def _mass_starts(folder: Path, _options: MeasureOptions) -> dict[str, float]:
-    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
         return await mass_starts.measure(postgres, redis, folder)
 
 
 async def _claims(folder: Path, _options: MeasureOptions) -> dict[str, float]:
-    with services.running_postgres(services.DURABLE) as postgres:
+    with services.run_postgres(services.DURABLE) as postgres:
         return await claims.measure(postgres, folder)
 
 
 async def _authoring(folder: Path, _options: MeasureOptions) -> dict[str, float]:
-    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         return await authoring.measure(postgres, redis, folder)
 
 
 async def _intake(folder: Path, options: MeasureOptions) -> dict[str, float]:
-    with services.running_postgres(services.DURABLE) as postgres, services.running_redis() as redis:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
         await postgres_counters.require_durable(postgres.url)
         return await intake.measure(postgres, redis, folder, options.seconds)
 

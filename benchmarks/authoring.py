@@ -25,13 +25,13 @@ from models import access_store
 from models.access import Organization, User, UserRole
 from models.database import Database, is_sqlite, parse_url
 from tests import many_workflows
-from tests.many_workflows import ABSENT_WORD, COMMON_TAG, COMMON_WORD, RARE_TAG, RARE_WORD, Crowd
-from tests.services import PostgreSQL, Redis
+from tests.many_workflows import ABSENT_WORD, COMMON_TAG, COMMON_WORD, RARE_TAG, RARE_WORD, WorkflowOwners
+from tests.services import PostgresServer, RedisServer
 
 WORKFLOWS = 10_000
 """Of each of two organisations: of the one that is asked about, and of another."""
-NODES = many_workflows.nodes(1_000)
-CONNECTIONS = many_workflows.connections(NODES)
+NODES = many_workflows.build_nodes(1_000)
+CONNECTIONS = many_workflows.build_connections(NODES)
 WARM_UP = 3
 REQUESTS = 20
 PERCENTS = (50, 95)
@@ -71,7 +71,7 @@ class TimedRequest:
     body: JsonBody | None = None
 
 
-async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
     """Return how long each kind of request takes on either database."""
     on_sqlite = folder / "sqlite"
     on_postgres = folder / "postgresql"
@@ -132,7 +132,7 @@ async def _prepare(pilotflame: ServerUnderTest, database_url: str) -> Sequence[B
     return [pilotflame.api, *(BenchmarkApi(pilotflame.api.port, key) for key in keys)]
 
 
-async def _fill(connection: AsyncConnection, organization_id: str) -> Crowd:
+async def _fill(connection: AsyncConnection, organization_id: str) -> WorkflowOwners:
     here = await access_store.find_organization(connection, organization_id)
     assert here is not None
     elsewhere = await access_store.create_organization(connection, name="Elsewhere", now=datetime.now(UTC))
@@ -142,7 +142,7 @@ async def _fill(connection: AsyncConnection, organization_id: str) -> Crowd:
     return crowds[0]
 
 
-async def _create_members(connection: AsyncConnection, organization: Organization) -> Crowd:
+async def _create_members(connection: AsyncConnection, organization: Organization) -> WorkflowOwners:
     users = [
         await access_store.create_user(
             connection,
@@ -154,7 +154,7 @@ async def _create_members(connection: AsyncConnection, organization: Organizatio
         )
         for name in ("owner", "other", "member")
     ]
-    return Crowd(organization, *users)
+    return WorkflowOwners(organization, *users)
 
 
 async def _vacuum(database: Database) -> None:

@@ -20,7 +20,7 @@ from journal.store import ClaimQuery, JournalStore
 from journal.store_factory import open_store
 from models import schema_migration
 from models.database import parse_url
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 
 FEW, MANY = 1_000, 1_000_000
 ORGANIZATIONS = (1, 1_000)
@@ -53,7 +53,7 @@ SELECT number FROM series)
 """
 
 
-async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
+async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
     """Return the median milliseconds of a claim for each database, size and number of organisations, and ratios."""
     figures: dict[str, float] = {}
     for organizations in ORGANIZATIONS:
@@ -133,7 +133,7 @@ def _fill_sqlite(path: Path, rows: int, organizations: int) -> None:
 
 @asynccontextmanager
 async def _prepare_postgres(
-    postgres: PostgreSQL, rows: int, organizations: int
+    postgres: PostgresServer, rows: int, organizations: int
 ) -> AsyncIterator[JournalStore]:
     url = parse_url(await postgres.create_database(f"claims_{rows}_of_{organizations}"))
     await schema_migration.migrate(url)

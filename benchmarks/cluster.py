@@ -14,18 +14,18 @@ from time import perf_counter
 from benchmarks import deployed, load, machine, processes, workflows
 from benchmarks.deployed import TriggerCallers
 from benchmarks.load import InstalledWorkflow, LatencySample, WrongAnswer
-from tests.cluster.world import on_fake
-from tests.services import PostgreSQL, Redis
+from tests.cluster.cluster_harness import open_fake_cluster
+from tests.services import PostgresServer, RedisServer
 
 ROUNDS = 20
 PROBE_SECONDS = 1.0
 """As the readiness probe of the manifests asks for: the least that Kubernetes allows."""
 
 
-async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
     """Return milliseconds from asking for a deployment, or for a start of it, to the answer that its pod is ready."""
     database_url = await postgres.create_database("cluster")
-    async with on_fake(folder, second=1.0) as (_, api):
+    async with open_fake_cluster(folder, second=1.0) as (_, api):
         api.node.path = f"{Path(sys.executable).parent}:{api.node.path}"
         settings = {"CLUSTER": "kubernetes", "KUBECONFIG": str(folder / "kubeconfig")}
         async with processes.run_production(folder, database_url, redis.url, **settings) as pilotflame:

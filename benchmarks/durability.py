@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import httpx2
 
 from journal.blobs.blob_reference import BlobReference
-from tests import commands, power_loss, preloads
-from tests.power_loss import Disk, Survives
+from tests import command_runs, power_loss, preloads
+from tests.power_loss import SimulatedDisk, Survives
 
 if TYPE_CHECKING:
-    from tests.power_loss import Operation
+    from tests.power_loss import FileOperation
 
 KEY = "sk-of-the-power-cut-0123456789"
 CLIENTS = 4
@@ -132,8 +132,12 @@ async def _serve_until_done(
     data: Path, log: Path, given: dict[str, str], work: Callable[[str], Awaitable[None]]
 ) -> None:
     """Run a server on a data folder for as long as some work takes; then it is killed."""
-    settings = commands.environment(data, BOOTSTRAP_API_KEY=KEY, MAX_ROW_OUTPUT_BYTES=str(ROW_BYTES))
-    with commands.started("dev", "--port", "0", given={**settings, **given}, log=log, anew=True) as server:
+    settings = command_runs.command_environment(
+        data, BOOTSTRAP_API_KEY=KEY, MAX_ROW_OUTPUT_BYTES=str(ROW_BYTES)
+    )
+    with command_runs.run_command(
+        "dev", "--port", "0", given={**settings, **given}, log=log, anew=True
+    ) as server:
         address = await asyncio.to_thread(lambda: server.says(r"Pilotflame runs on (\S+)")[1])
         await work(address)
 
@@ -169,12 +173,12 @@ async def _create_and_run(client: httpx2.AsyncClient, recording: PowerLossLog, n
 
 
 def _iterate_cut_points(
-    recording: PowerLossLog, operations: Sequence[Operation], answered: Sequence[int]
-) -> Iterator[tuple[int, Disk]]:
+    recording: PowerLossLog, operations: Sequence[FileOperation], answered: Sequence[int]
+) -> Iterator[tuple[int, SimulatedDisk]]:
     """Yield points of the record, and the disk at each: where answers had just come, and some in between."""
     between = [operation.ends_at for operation in operations if operation.ends_at > min(answered)]
     points = sorted({*answered, *_spread_points(between, CHECKED_POINTS // 2)})
-    disk, done = Disk(recording.root), 0
+    disk, done = SimulatedDisk(recording.root), 0
     for point in points:
         while done < len(operations) and operations[done].ends_at <= point:
             disk.apply(operations[done])
@@ -186,7 +190,7 @@ def _spread_points(points: Sequence[int], count: int) -> list[int]:
     return [points[(len(points) - 1) * number // max(count - 1, 1)] for number in range(count)]
 
 
-def _materialize(disk: Disk, target: Path, survives: Survives) -> Path:
+def _materialize(disk: SimulatedDisk, target: Path, survives: Survives) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir()
     disk.write_out(target, survives)

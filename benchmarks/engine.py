@@ -22,7 +22,7 @@ from engine.validation import validate_graph
 from engine.workflow_runner import RunStart, run_workflow
 from models.database_clock import DatabaseClock
 from nodes import catalog as catalogs
-from tests.calls import NoNetwork, call
+from tests.node_calls import NoNetwork, call
 
 if TYPE_CHECKING:
     from benchmarks.workflows import BenchmarkWorkflow

@@ -24,8 +24,8 @@ from benchmarks.load import WrongAnswer
 from benchmarks.processes import ServerUnderTest
 from benchmarks.targets import INTAKE_PER_CORE
 from tests import signed_requests
-from tests.services import PostgreSQL, Redis
-from tests.signed_requests import SECRET, Made, SendGrid
+from tests.services import PostgresServer, RedisServer
+from tests.signed_requests import SECRET, SendGrid, SignedRequest
 
 CLIENTS = 50
 BATCH_CLIENTS = 4
@@ -48,7 +48,7 @@ class IngestLoad:
     api: BenchmarkApi
     workflow_id: str
     path: str
-    make: Callable[[int], Made]
+    make: Callable[[int], SignedRequest]
     runs: int = 1
     """That one request brings."""
     with_key: bool = True
@@ -67,7 +67,9 @@ class IngestLoad:
         return seconds
 
 
-async def measure(postgres: PostgreSQL, redis: Redis, folder: Path, seconds: float) -> dict[str, float]:
+async def measure(
+    postgres: PostgresServer, redis: RedisServer, folder: Path, seconds: float
+) -> dict[str, float]:
     """Return requests a second, CPU and latency of each kind, on PostgreSQL with Redis and in `dev`."""
     on_sqlite, on_postgres = folder / "dev", folder / "production"
     on_sqlite.mkdir(parents=True)
@@ -170,12 +172,12 @@ async def _create_loads(api: BenchmarkApi) -> Mapping[str, IngestLoad]:
             lambda number: send_grid.mail(number, MAIL_BYTES),
             with_key=False,
         ),
-        "events": IngestLoad(api, event, "/api/v1/workflows/events", signed_requests.native_event),
+        "events": IngestLoad(api, event, "/api/v1/workflows/events", signed_requests.build_native_event),
         "webhooks": IngestLoad(
             api,
             hook,
             f"/hooks/{token}",
-            lambda number: signed_requests.github(number, filling),
+            lambda number: signed_requests.sign_github(number, filling),
             with_key=False,
         ),
         "batched_messages": IngestLoad(
@@ -184,18 +186,18 @@ async def _create_loads(api: BenchmarkApi) -> Mapping[str, IngestLoad]:
     }
 
 
-def _build_message(number: int) -> Made:
-    return Made({"Content-Type": "application/json"}, b'{"message":{"number":%d}}' % number)
+def _build_message(number: int) -> SignedRequest:
+    return SignedRequest({"Content-Type": "application/json"}, b'{"message":{"number":%d}}' % number)
 
 
-def _build_batch(number: int) -> Made:
+def _build_batch(number: int) -> SignedRequest:
     messages = b",".join(
         b'{"message":{"number":%d,"place":%d}}' % (number, place) for place in range(BATCH_MESSAGES)
     )
-    return Made({"Content-Type": "application/json"}, b'{"messages":[%s]}' % messages)
+    return SignedRequest({"Content-Type": "application/json"}, b'{"messages":[%s]}' % messages)
 
 
-def _encode_request(api: BenchmarkApi, path: str, made: Made, *, with_key: bool) -> bytes:
+def _encode_request(api: BenchmarkApi, path: str, made: SignedRequest, *, with_key: bool) -> bytes:
     key = f"X-API-Key: {api.key}\r\n" if with_key else ""
     headers = "".join(f"{name}: {value}\r\n" for name, value in made.headers.items())
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{api.port}\r\n{key}{headers}"

@@ -24,11 +24,11 @@ import psutil
 
 from models.loss_limits import MAX_LOST_ATTEMPTS
 from tests import services
-from tests.system import flows, harness, ledger
-from tests.system.client import Client, Ended
-from tests.system.harness import Deployment, ManyProcesses
-from tests.system.ledger import Call, Ledger
-from tests.system.processes import Process
+from tests.system import harness, ledger, workflow_shapes
+from tests.system.client import ExecutionEnd, RetryingClient
+from tests.system.harness import ManyProcesses, SystemUnderTest
+from tests.system.ledger import EffectLedger, LedgerCall
+from tests.system.processes import SystemProcess
 
 DEFAULTS = {"LEASE_SECONDS": "10", "SWEEP_SECONDS": "2"}
 """Those of the product, in the place of the short ones of the tests."""
@@ -65,8 +65,8 @@ async def _kill_dev(request: KillRequest) -> None:
     chance = Random(request.seed)
     async with _run_one_process() as (deployment, client, effects):
         effects.delay_seconds = NODE_SECONDS
-        workflow = await client.create(flows.journey(effects))
-        ends: list[Ended] = []
+        workflow = await client.create(workflow_shapes.journey_workflow(effects))
+        ends: list[ExecutionEnd] = []
         is_over = asyncio.Event()
 
         async def keep_running() -> None:
@@ -94,10 +94,12 @@ async def _run_poison(_request: KillRequest) -> None:
     """Have one run kill the process whenever its node begins."""
     async with _run_one_process() as (deployment, client, effects):
         effects.delay_seconds = NODE_SECONDS
-        poison = await client.create(flows.chain(effects.reads("look"), effects.writes("poison")))
-        journey = await client.create(flows.journey(effects))
+        poison = await client.create(
+            workflow_shapes.chain_workflow(effects.reads("look"), effects.writes("poison"))
+        )
+        journey = await client.create(workflow_shapes.journey_workflow(effects))
 
-        def kill(call: Call) -> None:
+        def kill(call: LedgerCall) -> None:
             deployment.sender(call).kill()
 
         with effects.on_arrival("poison", kill):
@@ -118,16 +120,19 @@ async def _run_poison(_request: KillRequest) -> None:
         assert all(one.status == "completed" for one in ends)
 
 
-def _describe_ends(ends: Sequence[Ended]) -> str:
+def _describe_ends(ends: Sequence[ExecutionEnd]) -> str:
     counted = Counter(one.status if one.error_code is None else one.error_code for one in ends)
     return ", ".join(f"{count} {what}" for what, count in counted.most_common()) or "none"
 
 
 @asynccontextmanager
-async def _run_one_process() -> AsyncIterator[tuple[Deployment, Client, Ledger]]:
+async def _run_one_process() -> AsyncIterator[tuple[SystemUnderTest, RetryingClient, EffectLedger]]:
     with tempfile.TemporaryDirectory(prefix="pilotflame-kills-") as folder:
-        async with harness.one_process(Path(folder), **DEFAULTS) as deployment, ledger.running() as effects:
-            client = Client(deployment.url, PATIENCE_SECONDS)
+        async with (
+            harness.run_one_process(Path(folder), **DEFAULTS) as deployment,
+            ledger.run_ledger() as effects,
+        ):
+            client = RetryingClient(deployment.url, PATIENCE_SECONDS)
             try:
                 yield deployment, client, effects
             finally:
@@ -139,22 +144,22 @@ async def _run_one_process() -> AsyncIterator[tuple[Deployment, Client, Ledger]]
 
 async def _measure_recovery(request: KillRequest) -> None:
     """Kill what works on a run, and wait until the run is at work again."""
-    ways: Sequence[tuple[str, Callable[[Process], Awaitable[None]], float]] = (
+    ways: Sequence[tuple[str, Callable[[SystemProcess], Awaitable[None]], float]] = (
         ("child killed, parent lives", _kill_child, 5.0),
         ("both killed, started again", _kill_and_start, 5.0),
         ("both killed, as with their machine", _kill_for_good, 15.0),
     )
     with (
-        services.running_postgres(services.DURABLE) as postgres,
-        services.running_redis() as redis,
+        services.run_postgres(services.DURABLE) as postgres,
+        services.run_redis() as redis,
         tempfile.TemporaryDirectory(prefix="pilotflame-kills-") as folder,
     ):
         async with (
-            harness.many_processes(Path(folder), postgres, redis, None, **DEFAULTS) as deployment,
-            ledger.running() as effects,
+            harness.run_many_processes(Path(folder), postgres, redis, None, **DEFAULTS) as deployment,
+            ledger.run_ledger() as effects,
         ):
-            client = Client(deployment.url, PATIENCE_SECONDS)
-            workflow = await client.create(flows.chain(effects.writes("charge")))
+            client = RetryingClient(deployment.url, PATIENCE_SECONDS)
+            workflow = await client.create(workflow_shapes.chain_workflow(effects.writes("charge")))
             for name, kill, bound_seconds in ways:
                 seconds = sorted(
                     [
@@ -172,10 +177,10 @@ async def _measure_recovery(request: KillRequest) -> None:
 
 async def _seconds_to_recover(
     deployment: ManyProcesses,
-    client: Client,
-    effects: Ledger,
+    client: RetryingClient,
+    effects: EffectLedger,
     workflow: str,
-    kill: Callable[[Process], Awaitable[None]],
+    kill: Callable[[SystemProcess], Awaitable[None]],
 ) -> float:
     """Return the seconds from a kill to when another process is at the same node."""
     with effects.holding("charge") as held:
@@ -191,19 +196,19 @@ async def _seconds_to_recover(
     return seconds
 
 
-async def _kill_child(worker: Process) -> None:
+async def _kill_child(worker: SystemProcess) -> None:
     (child,) = psutil.Process(worker.process_id).children()[:1]
     child.kill()
     await worker.exit_code()
     worker.start()
 
 
-async def _kill_and_start(worker: Process) -> None:
+async def _kill_and_start(worker: SystemProcess) -> None:
     worker.kill()
     worker.start()
 
 
-async def _kill_for_good(worker: Process) -> None:
+async def _kill_for_good(worker: SystemProcess) -> None:
     worker.kill()
 
 

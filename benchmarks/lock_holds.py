@@ -26,7 +26,7 @@ STEPS: Final[Mapping[str, Callable[[Any], object]]] = {
 
 
 def main(arguments: list[str]) -> None:
-    print(f"slowness of this machine: {lock_holds.slowness():.2f}")
+    print(f"slowness of this machine: {lock_holds.machine_slowness():.2f}")
     for size in map(float, arguments or SIZES):
         print(f"{size:g} MB{'decode':>36}{''.join(f'{name:>13}' for name in STEPS)}{'release':>13}")
         for name, make in TEXTS.items():
@@ -52,7 +52,7 @@ def _decode_each(text: bytes) -> object:
 
 
 def _measure_longest(step: Callable[[], object]) -> float:
-    with lock_holds.measuring() as holds:
+    with lock_holds.measure_holds() as holds:
         step()
     return holds.longest_seconds
 

@@ -18,9 +18,9 @@ from benchmarks import deployed, load, processes, workflows
 from benchmarks.http1 import ConnectionLost
 from benchmarks.load import InstalledWorkflow, WrongAnswer
 from benchmarks.processes import ServerUnderTest
-from tests.cluster.fake_api import FakeApi
-from tests.cluster.world import on_fake
-from tests.services import PostgreSQL, Redis
+from tests.cluster.cluster_harness import open_fake_cluster
+from tests.cluster.fake_api import FakeApiServer
+from tests.services import PostgresServer, RedisServer
 
 WORKFLOWS_AT_ONCE = 50
 PREPARE_SECONDS = 5.0
@@ -37,7 +37,7 @@ PATIENCE_SECONDS = 600.0
 POLL_SECONDS = 1.0
 
 
-async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
     """Return figures of workflows that start at once on a slow node, and of many at rest."""
     (folder / "starts").mkdir()
     (folder / "rest").mkdir()
@@ -47,7 +47,7 @@ async def measure(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str,
     }
 
 
-async def _measure_starts(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+async def _measure_starts(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
     async with _deploying(postgres, redis, folder) as (api, pilotflame):
         api.node.start_seconds, api.node.starts_at_once = PREPARE_SECONDS, PREPARED_AT_ONCE
         installed = [
@@ -67,7 +67,7 @@ async def _measure_starts(postgres: PostgreSQL, redis: Redis, folder: Path) -> d
         }
 
 
-async def _measure_rest(postgres: PostgreSQL, redis: Redis, folder: Path) -> dict[str, float]:
+async def _measure_rest(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
     async with _deploying(postgres, redis, folder, **FAST) as (api, pilotflame):
         api.node.delay_seconds = CONTROLLER_SECONDS
         installed = [
@@ -95,11 +95,11 @@ async def _measure_rest(postgres: PostgreSQL, redis: Redis, folder: Path) -> dic
 
 @asynccontextmanager
 async def _deploying(
-    postgres: PostgreSQL, redis: Redis, folder: Path, **settings: str
-) -> AsyncIterator[tuple[FakeApi, ServerUnderTest]]:
+    postgres: PostgresServer, redis: RedisServer, folder: Path, **settings: str
+) -> AsyncIterator[tuple[FakeApiServer, ServerUnderTest]]:
     """Run all processes on an empty database, beside an API server with one large node."""
     database_url = await postgres.create_database(f"mass_starts_{folder.name}")
-    async with on_fake(folder, second=1.0) as (_, api):
+    async with open_fake_cluster(folder, second=1.0) as (_, api):
         api.node.runs_commands = False
         api.node.machines[0].cpu_millicores = 1_000_000
         settings = {
@@ -128,7 +128,7 @@ async def _sent(installed: InstalledWorkflow, method: str, what: str) -> dict[st
             return await deployed.send(installed, method, what)
 
 
-async def _count_requests(api: FakeApi, seconds: float) -> float:
+async def _count_requests(api: FakeApiServer, seconds: float) -> float:
     """Return requests per minute while nothing happens."""
     seen = len(api.requests)
     await asyncio.sleep(seconds)

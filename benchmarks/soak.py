@@ -11,9 +11,9 @@ from pathlib import Path
 
 from tests import services
 from tests.system import harness, ledger, storm
-from tests.system.client import Client
-from tests.system.harness import Deployment
-from tests.system.storm import Storm
+from tests.system.client import RetryingClient
+from tests.system.harness import SystemUnderTest
+from tests.system.storm import StormPlan
 
 STORM_SECONDS = 60
 STRIKES_EVERY_SECONDS = 30
@@ -52,26 +52,26 @@ async def _soak(request: SoakRequest) -> None:
             )
 
 
-async def _run_deployment(request: SoakRequest, folder: Path, stack: AsyncExitStack) -> Deployment:
+async def _run_deployment(request: SoakRequest, folder: Path, stack: AsyncExitStack) -> SystemUnderTest:
     if request.is_one_process:
-        return await stack.enter_async_context(harness.one_process(folder))
-    postgres = stack.enter_context(services.running_postgres(services.DURABLE))
-    redis = stack.enter_context(services.running_redis())
-    return await stack.enter_async_context(harness.many_processes(folder, postgres, redis))
+        return await stack.enter_async_context(harness.run_one_process(folder))
+    postgres = stack.enter_context(services.run_postgres(services.DURABLE))
+    redis = stack.enter_context(services.run_redis())
+    return await stack.enter_async_context(harness.run_many_processes(folder, postgres, redis))
 
 
-async def _run_storm(request: SoakRequest, seed: int, deployment: Deployment) -> storm.Report:
-    one = Storm(
+async def _run_storm(request: SoakRequest, seed: int, deployment: SystemUnderTest) -> storm.StormReport:
+    one = StormPlan(
         runs=request.runs_per_second * STORM_SECONDS,
         seconds=STORM_SECONDS,
         seed=seed,
         rounds=STORM_SECONDS // STRIKES_EVERY_SECONDS,
     )
-    client = Client(deployment.url)
+    client = RetryingClient(deployment.url)
     try:
         # A ledger for each, so that memory doesn't grow with the minutes.
-        async with ledger.running() as effects:
-            return await storm.blow(one, deployment, client, effects)
+        async with ledger.run_ledger() as effects:
+            return await storm.run_storm(one, deployment, client, effects)
     finally:
         await client.close()
 

@@ -25,7 +25,7 @@ from benchmarks.http1 import BenchmarkApi, KeptConnection
 from benchmarks.load import WrongAnswer
 from benchmarks.postgres_counters import asyncpg_dsn
 from tests import services
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 
 ROWS = 30_000
 ROUNDS = 5
@@ -44,7 +44,7 @@ _GROSS = {"$op": "multiply", "args": ["{{ item.total }}", 1.25]}
 Rows: TypeAlias = Sequence[tuple[int, str, float]]
 
 
-async def measure(postgres: PostgreSQL, folder: Path) -> dict[str, float]:
+async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
     """Return rows per second of either way, and how many times longer the workflow takes."""
     address = asyncpg_dsn(await postgres.create_database("transfer"))
     connection = await asyncpg.connect(address)
@@ -152,7 +152,7 @@ async def _send(client: KeptConnection, request: bytes, status: int) -> dict[str
 
 
 async def _main() -> None:
-    with services.running_postgres(services.DURABLE) as postgres, tempfile.TemporaryDirectory() as folder:
+    with services.run_postgres(services.DURABLE) as postgres, tempfile.TemporaryDirectory() as folder:
         for figure, measured in (await measure(postgres, Path(folder))).items():
             print(f"{figure:32} {measured:12,.1f}")
 

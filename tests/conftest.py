@@ -47,28 +47,28 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture(scope="session")
-def postgres() -> Iterator[services.PostgreSQL]:
-    with services.running_postgres() as server:
+def postgres() -> Iterator[services.PostgresServer]:
+    with services.run_postgres() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def mysql() -> Iterator[services.MySQL]:
-    with services.running_mysql() as server:
+def mysql() -> Iterator[services.MysqlServer]:
+    with services.run_mysql() as server:
         if server is None:
             pytest.skip("MariaDB is not installed, and TEST_MYSQL_URL names no server")
         yield server
 
 
 @pytest.fixture(scope="session")
-def redis_server() -> Iterator[services.Redis]:
-    with services.running_redis() as server:
+def redis_server() -> Iterator[services.RedisServer]:
+    with services.run_redis() as server:
         yield server
 
 
 @pytest.fixture(scope="session")
-def rabbitmq() -> Iterator[services.RabbitMQ]:
-    with services.running_rabbitmq() as server:
+def rabbitmq() -> Iterator[services.RabbitmqServer]:
+    with services.run_rabbitmq() as server:
         if server is None:
             pytest.skip("RabbitMQ is not installed, and TEST_RABBITMQ_URL names no server")
         yield server
@@ -84,8 +84,8 @@ def shifted_clock() -> Path:
 
 
 @pytest.fixture(scope="session")
-def pgbouncer(postgres: services.PostgreSQL) -> Iterator[services.PgBouncer]:
-    with services.running_pgbouncer(postgres) as server:
+def pgbouncer(postgres: services.PostgresServer) -> Iterator[services.PgBouncer]:
+    with services.run_pgbouncer(postgres) as server:
         if server is None:
             pytest.skip("pgbouncer is not installed")
         yield server

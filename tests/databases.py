@@ -6,15 +6,15 @@ from weakref import WeakSet
 
 from models import schema_migration
 from models.database import parse_url
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 
 TEMPLATE = "migrated"
 
-_with_template: WeakSet[PostgreSQL] = WeakSet()
+_with_template: WeakSet[PostgresServer] = WeakSet()
 _files: list[bytes] = []
 
 
-async def migrated(postgres: PostgreSQL, name: str) -> str:
+async def create_database(postgres: PostgresServer, name: str) -> str:
     """Make a database and return its URL."""
     if postgres not in _with_template:
         await schema_migration.migrate(parse_url(await postgres.create_database(TEMPLATE)))
@@ -22,7 +22,7 @@ async def migrated(postgres: PostgreSQL, name: str) -> str:
     return await postgres.create_database(name, template=TEMPLATE)
 
 
-async def migrated_file(file: Path) -> str:
+async def create_sqlite_database(file: Path) -> str:
     """Make a database of SQLite and return its URL."""
     url = f"sqlite:///{file}"
     if _files:

@@ -25,7 +25,7 @@ POISON: Final = "poison"
 
 
 @dataclass(frozen=True)
-class Run:
+class StartedFakeRun:
     """What one message has started."""
 
     message: Any
@@ -33,7 +33,7 @@ class Run:
     source: str | None
 
 
-class Refusal(Exception):
+class BatchRefusal(Exception):
     """An answer for the whole batch."""
 
     def __init__(
@@ -54,12 +54,12 @@ class FakeGateway:
     workflow_id: str = "wf_1"
     max_body_bytes: int = 10_000_000
     port: int = 0
-    runs: dict[str, Run] = field(default_factory=dict)
+    runs: dict[str, StartedFakeRun] = field(default_factory=dict)
     """By execution id, in the order of their acceptance."""
     executions: dict[str, str] = field(default_factory=dict)
     """Execution ids by deduplication id."""
     calls: int = 0
-    refusals: list[Refusal] = field(default_factory=list)
+    refusals: list[BatchRefusal] = field(default_factory=list)
     """Answers to the next calls."""
     is_away: bool = False
     loses_answers: int = 0
@@ -78,26 +78,26 @@ class FakeGateway:
         self.calls += 1
         try:
             return JSONResponse(await self._answered(request), 201)
-        except Refusal as refusal:
+        except BatchRefusal as refusal:
             error = {"code": refusal.code, "message": "It was refused", "details": refusal.details}
             body = {"success": False, "error": error, "requestId": "req_1"}
             return JSONResponse(body, refusal.status, dict(refusal.headers or {}))
 
     async def _answered(self, request: Request) -> dict[str, Any]:
         if self.is_away:
-            raise Refusal(503, "not-ready", {"Retry-After": "0"})
+            raise BatchRefusal(503, "not-ready", {"Retry-After": "0"})
         if self.refusals:
             raise self.refusals.pop(0)
         if request.headers.get("X-API-Key") != self.key:
-            raise Refusal(401, "unauthorized")
+            raise BatchRefusal(401, "unauthorized")
         if request.path_params["workflow_id"] != self.workflow_id:
-            raise Refusal(404, "not-found")
+            raise BatchRefusal(404, "not-found")
         if int(request.headers["Content-Length"]) > self.max_body_bytes:
-            raise Refusal(413, "payload-too-large")
-        answer = self._take(_decoded(request.headers["Content-Type"], await request.body()))
+            raise BatchRefusal(413, "payload-too-large")
+        answer = self._take(_decode_body(request.headers["Content-Type"], await request.body()))
         if self.loses_answers > 0:
             self.loses_answers -= 1
-            raise Refusal(500, "internal-error")
+            raise BatchRefusal(500, "internal-error")
         return answer
 
     def _take(self, body: object) -> dict[str, Any]:
@@ -106,9 +106,9 @@ class FakeGateway:
             or body.keys() != {"messages"}
             or not isinstance(body["messages"], list)
         ):
-            raise Refusal(422, "validation-failed")
+            raise BatchRefusal(422, "validation-failed")
         if not 1 <= len(body["messages"]) <= MAX_MESSAGES:
-            raise Refusal(422, "validation-failed")
+            raise BatchRefusal(422, "validation-failed")
         results = [self._result(one) for one in body["messages"]]
         return {
             "results": results,
@@ -117,7 +117,7 @@ class FakeGateway:
         }
 
     def _result(self, sent: object) -> dict[str, Any]:
-        problem = _problem(sent)
+        problem = _message_problem(sent)
         if problem is not None:
             return {"status": "refused", "error": {"code": "invalid-message", "message": problem}}
         assert isinstance(sent, dict)
@@ -125,32 +125,34 @@ class FakeGateway:
         if known_as in self.executions:
             return {"executionId": self.executions[known_as], "status": "duplicate"}
         execution_id = f"exec_{len(self.runs)}"
-        self.runs[execution_id] = Run(sent["message"], sent.get("priority", 0), sent.get("source"))
+        self.runs[execution_id] = StartedFakeRun(sent["message"], sent.get("priority", 0), sent.get("source"))
         if known_as is not None:
             self.executions[known_as] = execution_id
         return {"executionId": execution_id, "status": "accepted"}
 
 
-def _decoded(media_type: str, text: bytes) -> object:
+def _decode_body(media_type: str, text: bytes) -> object:
     if media_type != "application/json":
-        raise Refusal(415, "unsupported-media-type")
+        raise BatchRefusal(415, "unsupported-media-type")
     try:
-        return json.loads(text.decode(), object_pairs_hook=_without_twins, parse_constant=_no_constant)
+        return json.loads(
+            text.decode(), object_pairs_hook=_require_unique_names, parse_constant=_refuse_constant
+        )
     except ValueError as error:
-        raise Refusal(400, "malformed-json") from error
+        raise BatchRefusal(400, "malformed-json") from error
 
 
-def _without_twins(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _require_unique_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(dict(pairs)) < len(pairs):
-        raise Refusal(400, "duplicate-key")
+        raise BatchRefusal(400, "duplicate-key")
     return dict(pairs)
 
 
-def _no_constant(_: str) -> object:
-    raise Refusal(400, "not-finite")
+def _refuse_constant(_: str) -> object:
+    raise BatchRefusal(400, "not-finite")
 
 
-def _problem(sent: object) -> str | None:
+def _message_problem(sent: object) -> str | None:
     if not isinstance(sent, dict) or not FIELDS >= sent.keys() >= {"message"}:
         return "It must be an object with a message"
     priority, known_as = sent.get("priority", 0), sent.get("deduplicationId", "x")
@@ -163,7 +165,7 @@ def _problem(sent: object) -> str | None:
     return "It is poison" if sent["message"] == POISON else None
 
 
-class _Server(uvicorn.Server):
+class _FakeGatewayServer(uvicorn.Server):
     """Uvicorn's, which leaves signals to the tests."""
 
     @contextmanager
@@ -172,12 +174,14 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[FakeGateway]:
+async def serve_fake_gateway() -> AsyncIterator[FakeGateway]:
     """Serve one as long as the context lasts."""
     gateway = FakeGateway()
     path = "/api/v1/workflows/{workflow_id}/enqueue-batch"
     app = Starlette(routes=[Route(path, gateway.answer, methods=["POST"])])
-    server = _Server(uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, http="httptools"))
+    server = _FakeGatewayServer(
+        uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, http="httptools")
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         gateway.port = listener.getsockname()[1]
         task = asyncio.create_task(server.serve(sockets=[listener]))

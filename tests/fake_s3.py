@@ -25,7 +25,7 @@ TOLERANCE = timedelta(minutes=15)
 
 
 @dataclass
-class Stored:
+class FakeObject:
     """An object."""
 
     content: bytes
@@ -37,7 +37,7 @@ class Stored:
         return f'"{md5(self.content, usedforsecurity=False).hexdigest()}"'
 
 
-class Refused(Exception):
+class S3Error(Exception):
     """An error as S3 tells it."""
 
     def __init__(self, status: int, code: str) -> None:
@@ -56,12 +56,12 @@ class FakeS3:
     session_token: str | None = None
     domain: str = "s3.test"
     """What virtual hosts of buckets end in."""
-    buckets: dict[str, dict[str, Stored]] = field(default_factory=lambda: {"bucket": {}})
+    buckets: dict[str, dict[str, FakeObject]] = field(default_factory=lambda: {"bucket": {}})
     behind: timedelta = timedelta()
     """By so much its objects are dated too early."""
     requests: list[str] = field(default_factory=list)
     """Method, host and raw path of each."""
-    failures: list[Refused] = field(default_factory=list)
+    failures: list[S3Error] = field(default_factory=list)
     """Answers to the next requests."""
     is_silent: bool = False
     ending: asyncio.Event = field(default_factory=asyncio.Event)
@@ -73,7 +73,7 @@ class FakeS3:
         return f"http://127.0.0.1:{self.port}"
 
     @property
-    def objects(self) -> dict[str, Stored]:
+    def objects(self) -> dict[str, FakeObject]:
         """The objects of the bucket that there is from the start."""
         return self.buckets["bucket"]
 
@@ -89,7 +89,7 @@ class FakeS3:
             self._check_signature(request, body)
             bucket, key = self._addressed(request)
             return self._done(request, self._bucket(bucket), key, body)
-        except Refused as refused:
+        except S3Error as refused:
             text = f"<Error><Code>{refused.code}</Code><Message>It was refused</Message></Error>"
             return web.Response(status=refused.status, text=text, content_type="application/xml")
 
@@ -98,16 +98,16 @@ class FakeS3:
     def _check_signature(self, request: web.Request, body: bytes) -> None:
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
         if match is None:
-            raise Refused(403, "AccessDenied")
+            raise S3Error(403, "AccessDenied")
         access_key_id, day, region, names, signature = match.groups()
         if access_key_id != self.access_key_id:
-            raise Refused(403, "InvalidAccessKeyId")
+            raise S3Error(403, "InvalidAccessKeyId")
         if region != self.region:
-            raise Refused(400, "AuthorizationHeaderMalformed")
+            raise S3Error(400, "AuthorizationHeaderMalformed")
         if request.headers.get("x-amz-security-token") != self.session_token:
-            raise Refused(400, "InvalidToken")
+            raise S3Error(400, "InvalidToken")
         self._check_date(request.headers["x-amz-date"], day)
-        canonical = _canonical(request, names, body)
+        canonical = _canonical_request(request, names, body)
         scope = f"{day}/{region}/s3/aws4_request"
         digest = sha256(canonical.encode()).hexdigest()
         text = f"AWS4-HMAC-SHA256\n{request.headers['x-amz-date']}\n{scope}\n{digest}"
@@ -115,12 +115,12 @@ class FakeS3:
         for part in scope.split("/"):
             key = hmac.digest(key, part.encode(), sha256)
         if not hmac.compare_digest(hmac.digest(key, text.encode(), sha256).hex(), signature):
-            raise Refused(403, "SignatureDoesNotMatch")
+            raise S3Error(403, "SignatureDoesNotMatch")
 
     def _check_date(self, date: str, day: str) -> None:
         moment = datetime.strptime(date, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
         if abs(datetime.now(UTC) - moment) > TOLERANCE or not date.startswith(day):
-            raise Refused(403, "RequestTimeTooSkewed")
+            raise S3Error(403, "RequestTimeTooSkewed")
 
     def _addressed(self, request: web.Request) -> tuple[str, str]:
         host = request.headers["Host"].partition(":")[0]
@@ -130,17 +130,17 @@ class FakeS3:
         bucket, _, key = path.partition("/")
         return bucket, key
 
-    def _bucket(self, name: str) -> dict[str, Stored]:
+    def _bucket(self, name: str) -> dict[str, FakeObject]:
         if name not in self.buckets:
-            raise Refused(404, "NoSuchBucket")
+            raise S3Error(404, "NoSuchBucket")
         return self.buckets[name]
 
     # ── what it does ──────────────────────────────────────────────────────────────────────────────────────
 
     def _done(
-        self, request: web.Request, objects: dict[str, Stored], key: str, body: bytes
+        self, request: web.Request, objects: dict[str, FakeObject], key: str, body: bytes
     ) -> web.StreamResponse:
-        query = dict(_pairs(request.raw_path.partition("?")[2]))
+        query = dict(_parse_pairs(request.raw_path.partition("?")[2]))
         match request.method, key:
             case "GET", "" if query.get("list-type") == "2":
                 return self._list(objects, query)
@@ -152,16 +152,16 @@ class FakeS3:
                     for name, value in request.headers.items()
                     if name.lower() == "content-type" or name.lower().startswith("x-amz-meta-")
                 }
-                objects[key] = Stored(body, kept, datetime.now(UTC) - self.behind)
+                objects[key] = FakeObject(body, kept, datetime.now(UTC) - self.behind)
                 return web.Response(headers={"ETag": objects[key].etag})
             case "DELETE", str() if key:
                 objects.pop(key, None)
                 return web.Response(status=204)
             case "GET" | "HEAD", str() if key:
                 return _get(objects, key, request.headers.get("Range"))
-        raise Refused(501, "NotImplemented")
+        raise S3Error(501, "NotImplemented")
 
-    def _list(self, objects: dict[str, Stored], query: Mapping[str, str]) -> web.Response:
+    def _list(self, objects: dict[str, FakeObject], query: Mapping[str, str]) -> web.Response:
         prefix = query.get("prefix", "")
         after = query.get("continuation-token", query.get("start-after", ""))
         keys = sorted(key for key in objects if key.startswith(prefix) and key > after)
@@ -188,19 +188,19 @@ class FakeS3:
         return web.Response(text=text, content_type="application/xml")
 
 
-def _canonical(request: web.Request, names: str, body: bytes) -> str:
+def _canonical_request(request: web.Request, names: str, body: bytes) -> str:
     """Return what a client must have signed; refuses what leaves something out, or is encoded in another way."""
     signed = names.split(";")
     needed = {"host", *(name.lower() for name in request.headers if name.lower().startswith("x-amz-"))}
     if signed != sorted(signed) or not needed <= set(signed):
-        raise Refused(403, "AccessDenied")
+        raise S3Error(403, "AccessDenied")
     payload = request.headers["x-amz-content-sha256"]
     if payload not in {"UNSIGNED-PAYLOAD", sha256(body).hexdigest()}:
-        raise Refused(400, "XAmzContentSHA256Mismatch")
+        raise S3Error(400, "XAmzContentSHA256Mismatch")
     path, _, query = request.raw_path.partition("?")
     if quote(unquote(path), safe="/-_.~") != path:
-        raise Refused(400, "InvalidURI")
-    pairs = sorted((quote(key, safe="-_.~"), quote(value, safe="-_.~")) for key, value in _pairs(query))
+        raise S3Error(400, "InvalidURI")
+    pairs = sorted((quote(key, safe="-_.~"), quote(value, safe="-_.~")) for key, value in _parse_pairs(query))
     return "\n".join(
         [
             request.method,
@@ -214,12 +214,12 @@ def _canonical(request: web.Request, names: str, body: bytes) -> str:
     )
 
 
-def _pairs(query: str) -> list[tuple[str, str]]:
+def _parse_pairs(query: str) -> list[tuple[str, str]]:
     # A plus is a plus here: whoever means a space must write %20, or the signature is another one.
     return parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)
 
 
-def _delete(objects: dict[str, Stored], body: bytes) -> web.Response:
+def _delete(objects: dict[str, FakeObject], body: bytes) -> web.Response:
     keys = [node.text or "" for node in ET.fromstring(body).iter() if node.tag.endswith("Key")]  # noqa: S314 - our own
     for key in keys:
         objects.pop(key, None)
@@ -228,9 +228,9 @@ def _delete(objects: dict[str, Stored], body: bytes) -> web.Response:
     return web.Response(text=text, content_type="application/xml")
 
 
-def _get(objects: dict[str, Stored], key: str, wanted: str | None) -> web.Response:
+def _get(objects: dict[str, FakeObject], key: str, wanted: str | None) -> web.Response:
     if key not in objects:
-        raise Refused(404, "NoSuchKey")
+        raise S3Error(404, "NoSuchKey")
     stored = objects[key]
     headers = {
         **stored.headers,
@@ -243,14 +243,14 @@ def _get(objects: dict[str, Stored], key: str, wanted: str | None) -> web.Respon
         return web.Response(body=stored.content, headers=headers)
     first, last, size = int(match[1]), int(match[2]), len(stored.content)
     if first >= size:
-        raise Refused(416, "InvalidRange")
+        raise S3Error(416, "InvalidRange")
     part = stored.content[first : last + 1]
     headers["Content-Range"] = f"bytes {first}-{first + len(part) - 1}/{size}"
     return web.Response(status=206, body=part, headers=headers)
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[FakeS3]:
+async def serve_fake_s3() -> AsyncIterator[FakeS3]:
     """Serve an empty S3 as long as the context lasts."""
     s3 = FakeS3()
     app = web.Application(client_max_size=100_000_000)

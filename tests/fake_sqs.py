@@ -29,7 +29,7 @@ REAL_WAIT_SECONDS: Final = 0.05
 
 
 @dataclass
-class Kept:
+class FakeSqsMessage:
     """A message in the queue."""
 
     body: str
@@ -41,7 +41,7 @@ class Kept:
     """Of the newest delivery, the only one that is good."""
 
 
-class Refused(Exception):
+class SqsError(Exception):
     """An error as SQS tells it."""
 
     def __init__(self, status: int, code: str) -> None:
@@ -61,11 +61,11 @@ class FakeSqs:
     port: int = 0
     now: float = 0.0
     """Seconds on the clock of visibility timeouts."""
-    messages: list[Kept] = field(default_factory=list)
-    dead: list[Kept] = field(default_factory=list)
+    messages: list[FakeSqsMessage] = field(default_factory=list)
+    dead: list[FakeSqsMessage] = field(default_factory=list)
     max_receives: int | None = None
     """More are not made: then a message is a dead letter. None where the queue has no policy for it."""
-    failures: list[Refused] = field(default_factory=list)
+    failures: list[SqsError] = field(default_factory=list)
     """Answers to the next calls."""
     half_failures: int = 0
     """In so many batches every second entry fails, for no fault of its sender's."""
@@ -85,7 +85,7 @@ class FakeSqs:
         return "orders"
 
     def send(self, body: str, **attributes: Any) -> None:  # noqa: ANN401 - as SQS has them
-        self.messages.append(Kept(body, attributes))
+        self.messages.append(FakeSqsMessage(body, attributes))
         self.arrived.set()
 
     async def answer(self, request: web.Request) -> web.Response:
@@ -93,15 +93,17 @@ class FakeSqs:
         text = await request.read()
         try:
             self._check_signature(request, text)
-            return _json(await self._answered(request, json.loads(text)))
-        except Refused as refused:
-            return _json({"__type": refused.code, "message": "It was refused"}, status=refused.status)
+            return _json_response(await self._answered(request, json.loads(text)))
+        except SqsError as refused:
+            return _json_response(
+                {"__type": refused.code, "message": "It was refused"}, status=refused.status
+            )
 
     async def _answered(self, request: web.Request, call: dict[str, Any]) -> object:
         if request.headers["Content-Type"] != "application/x-amz-json-1.0":
-            raise Refused(400, "com.amazon.coral.service#SerializationException")
+            raise SqsError(400, "com.amazon.coral.service#SerializationException")
         if call.pop("QueueUrl", None) != self.queue_url:
-            raise Refused(400, "com.amazonaws.sqs#QueueDoesNotExist")
+            raise SqsError(400, "com.amazonaws.sqs#QueueDoesNotExist")
         action = request.headers["X-Amz-Target"].removeprefix("AmazonSQS.")
         self.actions.append(action)
         if self.failures:
@@ -120,7 +122,7 @@ class FakeSqs:
                 policy = json.dumps({"deadLetterTargetArn": "arn:dead", "maxReceiveCount": self.max_receives})
                 has_policy = "RedrivePolicy" in call["AttributeNames"] and self.max_receives is not None
                 return {"Attributes": {"RedrivePolicy": policy}} if has_policy else {}
-        raise Refused(400, "com.amazon.coral.service#UnknownOperationException")
+        raise SqsError(400, "com.amazon.coral.service#UnknownOperationException")
 
     # ── what it does ──────────────────────────────────────────────────────────────────────────────────────
 
@@ -138,7 +140,7 @@ class FakeSqs:
             and 0 <= VisibilityTimeout <= MAX_VISIBILITY_SECONDS
         )
         if not in_range:
-            raise Refused(400, "com.amazonaws.sqs#InvalidParameterValue")
+            raise SqsError(400, "com.amazonaws.sqs#InvalidParameterValue")
         if WaitTimeSeconds and not self._visible():
             self.arrived.clear()
             try:
@@ -155,7 +157,7 @@ class FakeSqs:
             received.append({**about, **({"MessageAttributes": shown} if shown else {})})
         return {"Messages": received} if received else {}
 
-    def _visible(self) -> list[Kept]:
+    def _visible(self) -> list[FakeSqsMessage]:
         self._bury()
         return [kept for kept in self.messages if kept.visible_at <= self.now]
 
@@ -170,7 +172,7 @@ class FakeSqs:
         entries: list[dict[str, Any]] = call["Entries"]
         ids = [entry["Id"] for entry in entries]
         if not 1 <= len(entries) <= MAX_BATCH or len(set(ids)) < len(ids):
-            raise Refused(400, "com.amazonaws.sqs#TooManyEntriesInBatchRequest")
+            raise SqsError(400, "com.amazonaws.sqs#TooManyEntriesInBatchRequest")
         failing = set(ids[1::2]) if self.half_failures > 0 else set()
         self.half_failures -= 1
         successful, failed = [], []
@@ -199,21 +201,21 @@ class FakeSqs:
     def _check_signature(self, request: web.Request, body: bytes) -> None:
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
         if match is None:
-            raise Refused(403, "com.amazon.coral.service#MissingAuthenticationTokenException")
+            raise SqsError(403, "com.amazon.coral.service#MissingAuthenticationTokenException")
         access_key_id, day, region, names, signature = match.groups()
         if access_key_id != self.access_key_id:
-            raise Refused(403, "com.amazon.coral.service#UnrecognizedClientException")
+            raise SqsError(403, "com.amazon.coral.service#UnrecognizedClientException")
         if request.headers.get("X-Amz-Security-Token") != self.session_token or region != self.region:
-            raise Refused(403, "com.amazon.coral.service#UnrecognizedClientException")
+            raise SqsError(403, "com.amazon.coral.service#UnrecognizedClientException")
         date = request.headers["X-Amz-Date"]
         moment = datetime.strptime(date, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
         if abs(datetime.now(UTC) - moment) > TOLERANCE or not date.startswith(day):
-            raise Refused(403, "com.amazon.coral.service#RequestExpired")
+            raise SqsError(403, "com.amazon.coral.service#RequestExpired")
         signed = names.split(";")
         of_aws = {name.lower() for name in request.headers if name.lower().startswith("x-amz-")}
         needed = {"host", "content-type", *of_aws}
         if signed != sorted(signed) or not needed <= set(signed):
-            raise Refused(403, "com.amazon.coral.service#IncompleteSignature")
+            raise SqsError(403, "com.amazon.coral.service#IncompleteSignature")
         lines = [f"{name}:{' '.join(request.headers[name].split())}" for name in signed]
         payload = sha256(body).hexdigest()
         canonical = "\n".join([request.method, request.raw_path, "", *lines, "", names, payload])
@@ -223,16 +225,16 @@ class FakeSqs:
         for part in scope.split("/"):
             key = hmac.digest(key, part.encode(), sha256)
         if not hmac.compare_digest(hmac.digest(key, text.encode(), sha256).hex(), signature):
-            raise Refused(403, "com.amazon.coral.service#InvalidSignatureException")
+            raise SqsError(403, "com.amazon.coral.service#InvalidSignatureException")
 
 
-def _json(value: object, *, status: int = 200) -> web.Response:
+def _json_response(value: object, *, status: int = 200) -> web.Response:
     body = json.dumps(value).encode()
     return web.Response(status=status, body=body, headers={"Content-Type": "application/x-amz-json-1.0"})
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[FakeSqs]:
+async def serve_fake_sqs() -> AsyncIterator[FakeSqs]:
     """Serve an empty queue as long as the context lasts."""
     sqs = FakeSqs()
     app = web.Application()

@@ -28,7 +28,7 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["tests.forks", *LOADED])
 
 
-class Forked:
+class ForkedCommand:
     """A command in a process and a session of its own, with those methods of `subprocess.Popen` that tests need."""
 
     def __init__(
@@ -43,7 +43,7 @@ class Forked:
         typed = [str(command), *arguments]
         # A daemon: else the tests would wait for it in the end.
         self._process = _context.Process(
-            target=_be, args=(typed, dict(given), outputs, folder or Path.cwd()), daemon=True
+            target=_run_forked, args=(typed, dict(given), outputs, folder or Path.cwd()), daemon=True
         )
         self._process.start()
 
@@ -72,7 +72,9 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
-def _be(typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path) -> None:
+def _run_forked(
+    typed: Sequence[str], given: Mapping[str, str], outputs: tuple[Path, Path], folder: Path
+) -> None:
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     os.setsid()  # Ctrl-C ends the tests, and they end the processes
     os.chdir(folder)

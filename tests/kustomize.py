@@ -16,11 +16,11 @@ Json = dict[str, Any]
 _KNOWN = {"apiVersion", "kind", "resources", "configMapGenerator", "secretGenerator", "images", "patches"}
 
 
-def rendered(folder: Path) -> list[Json]:
+def render_folder(folder: Path) -> list[Json]:
     """Return the objects of a folder; a file of secrets that is to be filled in is read as the example that it has."""
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text())
     assert kustomization.keys() <= _KNOWN, "this reads less than kustomize does"
-    objects = [found for name in kustomization["resources"] for found in _resource(folder / name)]
+    objects = [found for name in kustomization["resources"] for found in _render_resource(folder / name)]
     for kind in ("ConfigMap", "Secret"):
         for generator in kustomization.get(f"{kind[0].lower()}{kind[1:]}Generator", ()):
             _generate(objects, kind, generator, folder)
@@ -35,29 +35,29 @@ def rendered(folder: Path) -> list[Json]:
             for index, found in enumerate(objects)
             if found["kind"] == kind and pattern.fullmatch(found["metadata"]["name"])
         )
-        objects[index] = patches.operations(objects[index], yaml.safe_load(patch["patch"]))
+        objects[index] = patches.apply_json_patch(objects[index], yaml.safe_load(patch["patch"]))
     return objects
 
 
-def one(objects: list[Json], kind: str, name: str) -> Json:
+def find_object(objects: list[Json], kind: str, name: str) -> Json:
     """Return the object of a kind and a name."""
     (found,) = (each for each in objects if each["kind"] == kind and each["metadata"]["name"] == name)
     return found
 
 
-def templates(objects: list[Json]) -> dict[str, Json]:
+def pod_templates(objects: list[Json]) -> dict[str, Json]:
     """Return the templates of pods by the component that they are of."""
     found = [each["spec"]["template"] for each in objects if each["kind"] in {"Deployment", "Job"}]
     return {template["metadata"]["labels"]["app.kubernetes.io/component"]: template for template in found}
 
 
 def containers(objects: list[Json]) -> Iterator[Json]:
-    for template in templates(objects).values():
+    for template in pod_templates(objects).values():
         yield from template["spec"]["containers"]
 
 
-def _resource(path: Path) -> list[Json]:
-    return rendered(path) if path.is_dir() else list(yaml.safe_load_all(path.read_text()))
+def _render_resource(path: Path) -> list[Json]:
+    return render_folder(path) if path.is_dir() else list(yaml.safe_load_all(path.read_text()))
 
 
 def _generate(objects: list[Json], kind: str, generator: Json, folder: Path) -> None:
@@ -67,7 +67,7 @@ def _generate(objects: list[Json], kind: str, generator: Json, folder: Path) -> 
         lines += [line for line in example if line and not line.startswith("#")]
     data = dict(line.split("=", 1) for line in lines)
     if generator.get("behavior") == "merge":
-        one(objects, kind, generator["name"])["data"] |= data
+        find_object(objects, kind, generator["name"])["data"] |= data
         return
     metadata = {"name": generator["name"], "namespace": generator["namespace"]}
     objects.append({"apiVersion": "v1", "kind": kind, "metadata": metadata, "data": data})

@@ -31,12 +31,12 @@ _SCHEDULING: Final = Path("/proc/thread-self/schedstat")
 _TEXT: Final = "[" + ",".join(['{"a":[1,"b"]}'] * 20_000) + "]"
 
 
-class Holds:
+class LockHolds:
     longest_seconds = 0.0
 
 
 @contextmanager
-def measuring() -> Iterator[Holds]:
+def measure_holds() -> Iterator[LockHolds]:
     """Measure the longest hold of the lock by all threads but the one that measures.
 
     Garbage is collected as in processes that serve, and not among what the tests have left.
@@ -44,7 +44,7 @@ def measuring() -> Iterator[Holds]:
     before = gc.get_threshold()
     gc.freeze()
     gc.set_threshold(gc_tuning.YOUNG_OBJECTS, gc_tuning.YOUNG_COLLECTIONS, gc_tuning.MOST_MIDDLE_COLLECTIONS)
-    holds = Holds()
+    holds = LockHolds()
     is_done = threading.Event()
     started = threading.Event()
 
@@ -75,11 +75,11 @@ def holds_longer(work: Callable[[], object], seconds: float) -> bool:
 
     A hold that the work makes is there each time; one that a busy machine makes is not.
     """
-    return all(_longest_hold(work) >= seconds * slowness() for _ in range(ATTEMPTS))
+    return all(_longest_hold(work) >= seconds * machine_slowness() for _ in range(ATTEMPTS))
 
 
 def _longest_hold(work: Callable[[], object]) -> float:
-    with measuring() as holds:
+    with measure_holds() as holds:
         work()
     return holds.longest_seconds
 
@@ -92,12 +92,12 @@ def _queued_seconds() -> float:
         return 0.0
 
 
-def slowness() -> float:
+def machine_slowness() -> float:
     """Return by how much this machine is slower, right now, than the one that the bounds are meant for; 1 at least."""
-    return max(1.0, min(_reference() for _ in range(3)) / REFERENCE_SECONDS)
+    return max(1.0, min(_reference_seconds() for _ in range(3)) / REFERENCE_SECONDS)
 
 
-def _reference() -> float:
+def _reference_seconds() -> float:
     began_at = time.thread_time()
     json.loads(_TEXT)
     return time.thread_time() - began_at

@@ -33,7 +33,7 @@ COMMON_TAG, RARE_TAG, ABSENT_TAG = "production", "audited", "nowhere"
 
 
 @dataclass(frozen=True, slots=True)
-class Crowd:
+class WorkflowOwners:
     """Those among whom the workflows of an organisation are divided."""
 
     organization: Organization
@@ -45,14 +45,14 @@ class Crowd:
     """Owns one of five hundred."""
 
 
-async def fill(connection: AsyncConnection, crowd: Crowd, number: int) -> Rows:
+async def fill(connection: AsyncConnection, crowd: WorkflowOwners, number: int) -> Rows:
     """Give an organisation `number` workflows: one of twenty is deleted, one of fifty a template, one of ten public.
 
     Returns their rows.
     """
-    workflows = [_workflow(crowd, index) for index in range(number)]
-    graph = nodes(NODES)
-    edges = connections(graph)
+    workflows = [_build_workflow(crowd, index) for index in range(number)]
+    graph = build_nodes(NODES)
+    edges = build_connections(graph)
     for start in range(0, number, ROWS_AT_ONCE):
         part = workflows[start : start + ROWS_AT_ONCE]
         graphs = [
@@ -61,7 +61,7 @@ async def fill(connection: AsyncConnection, crowd: Crowd, number: int) -> Rows:
         ]
         await connection.execute(insert(Workflow), part)
         await connection.execute(insert(WorkflowGraph), graphs)
-        await connection.execute(insert(WorkflowTag), [*_tags(part)])
+        await connection.execute(insert(WorkflowTag), [*_tag_rows(part)])
     shares = [
         {"workflow_id": row["id"], "user_id": crowd.member.id, "shared_at": row["created_at"]}
         for row in workflows[::SHARED]
@@ -70,20 +70,20 @@ async def fill(connection: AsyncConnection, crowd: Crowd, number: int) -> Rows:
     return workflows
 
 
-def _workflow(crowd: Crowd, index: int) -> dict[str, Any]:
+def _build_workflow(crowd: WorkflowOwners, index: int) -> dict[str, Any]:
     # The digits have no order in them, and are as many in each name: languages agree on how these are sorted.
     name = f"{ACTIONS[index % 7]} {SUBJECTS[index % 9]} {index * 7919 % 100_000:05}"
-    description = _description(index)
+    description = _build_description(index)
     created_at = BEGINNING + timedelta(seconds=index // 3)
     return Workflow(
         id=ids.new_id("wf"),
         organization_id=crowd.organization.id,
         lane=crowd.organization.lane,
-        owner_id=_owner(crowd, index).id,
+        owner_id=_choose_owner(crowd, index).id,
         name=name,
         description=description,
         search_text=searched_in(name, description),
-        status=_status(index),
+        status=_choose_status(index),
         version=1 + index % 11,
         tags=[*_tag_names(index)],
         settings={"timeout": 3600, "retryOnFailure": False, "maxRetries": 3},
@@ -98,13 +98,13 @@ def _workflow(crowd: Crowd, index: int) -> dict[str, Any]:
     ).model_dump()
 
 
-def _owner(crowd: Crowd, index: int) -> User:
+def _choose_owner(crowd: WorkflowOwners, index: int) -> User:
     if index % 500 == 1:
         return crowd.member
     return crowd.other if index % 3 == 0 else crowd.owner
 
 
-def _description(index: int) -> str:
+def _build_description(index: int) -> str:
     rare = f" {RARE_WORD.upper()} of accounts included." if index % 500 == 9 else ""
     return (
         f"Reads the {SUBJECTS[index % 9]} of region {index % 40} from the database every hour, checks them against"
@@ -112,7 +112,7 @@ def _description(index: int) -> str:
     )
 
 
-def _status(index: int) -> WorkflowStatus:
+def _choose_status(index: int) -> WorkflowStatus:
     """Return draft for a half, active for most others, paused and archived for one of twenty each."""
     if index % 2:
         return WorkflowStatus.DRAFT
@@ -128,7 +128,7 @@ def _tag_names(index: int) -> Iterable[str]:
         yield RARE_TAG
 
 
-def _tags(workflows: Rows) -> Iterable[dict[str, str]]:
+def _tag_rows(workflows: Rows) -> Iterable[dict[str, str]]:
     for row in workflows:
         if row["deleted_at"] is None:
             for tag in row["tags"]:
@@ -138,16 +138,16 @@ def _tags(workflows: Rows) -> Iterable[dict[str, str]]:
 # ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def nodes(number: int) -> Rows:
+def build_nodes(number: int) -> Rows:
     """Return a trigger and what it leads to, in the stored form, which clients may send too."""
-    kinds = cycle((_set, _conditional, _request))
+    kinds = cycle((_set, _build_conditional, _request))
     return [
-        _node("start", "manual", 0, {}),
+        _build_node("start", "manual", 0, {}),
         *(kind(index) for index, kind in zip(range(1, number), kinds, strict=False)),
     ]
 
 
-def connections(nodes: Sequence[dict[str, Any]]) -> Rows:
+def build_connections(nodes: Sequence[dict[str, Any]]) -> Rows:
     """Lead from each node to the next."""
     return [
         {
@@ -163,23 +163,23 @@ def connections(nodes: Sequence[dict[str, Any]]) -> Rows:
 
 def _set(index: int) -> dict[str, Any]:
     total = {"$op": "add", "args": ["{{ data.body.total }}", 1]}
-    return _node(
+    return _build_node(
         f"node-{index}", "set", index, {"values": {"total": total, "state": "{{ data.body.state }}"}}
     )
 
 
-def _conditional(index: int) -> dict[str, Any]:
+def _build_conditional(index: int) -> dict[str, Any]:
     condition = {"left": "{{ data.total }}", "operator": "greater-than", "right": index}
-    return _node(f"node-{index}", "conditional", index, {"condition": condition})
+    return _build_node(f"node-{index}", "conditional", index, {"condition": condition})
 
 
 def _request(index: int) -> dict[str, Any]:
     url = f"https://api.example.com/orders/{index}"
     body = {"total": "{{ data.total }}", "note": "Checked by the workflow"}
-    return _node(f"node-{index}", "http-request", index, {"method": "POST", "url": url, "body": body})
+    return _build_node(f"node-{index}", "http-request", index, {"method": "POST", "url": url, "body": body})
 
 
-def _node(node_id: str, node_type: str, index: int, config: dict[str, Any]) -> dict[str, Any]:
+def _build_node(node_id: str, node_type: str, index: int, config: dict[str, Any]) -> dict[str, Any]:
     return {
         "id": node_id,
         "type": node_type,

@@ -22,7 +22,7 @@ Survives: TypeAlias = Callable[[], bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class FileOperation:
     """One change of a file, or one sync."""
 
     kind: str
@@ -38,7 +38,7 @@ def recorder_environment(library: Path, root: Path, log: Path) -> dict[str, str]
     return {"LD_PRELOAD": str(library), "FILE_RECORDER_ROOT": str(root), "FILE_RECORDER_LOG": str(log)}
 
 
-def read_operations(log: Path) -> Iterator[Operation]:
+def read_operations(log: Path) -> Iterator[FileOperation]:
     """Yield what was recorded, in its order."""
     content, at = log.read_bytes(), 0
     while at < len(content):
@@ -48,7 +48,7 @@ def read_operations(log: Path) -> Iterator[Operation]:
         at += path_length
         data = content[at : at + size]
         at += size
-        yield Operation(kind.decode(), path, data, offset, at)
+        yield FileOperation(kind.decode(), path, data, offset, at)
 
 
 @dataclass(eq=False)
@@ -105,14 +105,14 @@ class FolderNode:
         return names
 
 
-class Disk:
+class SimulatedDisk:
     """A folder that is there for good, and all that happens below it."""
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         self.top = FolderNode()
 
-    def apply(self, operation: Operation) -> None:
+    def apply(self, operation: FileOperation) -> None:
         """Do what a process did."""
         if operation.path.endswith(" (deleted)"):
             return
@@ -140,7 +140,7 @@ class Disk:
         _write_out(self.top, target, survives)
 
     def _rename(
-        self, folder: FolderNode, name: str, node: FileNode | FolderNode, operation: Operation
+        self, folder: FolderNode, name: str, node: FileNode | FolderNode, operation: FileOperation
     ) -> None:
         to, new_name = self._place(operation.data.decode())
         gone: dict[str, FileNode | FolderNode | None] = {name: None} if operation.kind == "R" else {}

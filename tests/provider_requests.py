@@ -17,7 +17,7 @@ CONFIG: Final[dict[str, Any]] = json.loads((FOLDER / "keys/config.json").read_by
 
 
 @dataclass(frozen=True)
-class Step:
+class ProviderStep:
     """One request of a case, and what is expected of it."""
 
     name: str
@@ -34,17 +34,17 @@ class Step:
 
     @property
     def arrival(self) -> SenderRequest:
-        return arrival(self.body, self.headers, self.at, method=self.method, target=self.target)
+        return build_request(self.body, self.headers, self.at, method=self.method, target=self.target)
 
 
 @dataclass(frozen=True)
-class Case:
+class ProviderCase:
     """One or several requests that belong together."""
 
     name: str
     provider: str
     expected: Mapping[str, Any]
-    steps: Sequence[Step]
+    steps: Sequence[ProviderStep]
 
     def __str__(self) -> str:
         return self.name
@@ -56,7 +56,7 @@ class Case:
         return step.arrival
 
 
-def arrival(
+def build_request(
     body: bytes,
     headers: Iterable[tuple[bytes, bytes]],
     at: datetime,
@@ -68,27 +68,29 @@ def arrival(
     return SenderRequest(method, address.path, parse_qs(address.query), RequestHeaders(headers), body, at)
 
 
-def certificate(url: str) -> bytes:
+def read_certificate(url: str) -> bytes:
     """Return what the tests' own SNS has at an address."""
     name: str = CONFIG["sns"]["certificates"][url]
     return (FOLDER / "keys" / name).read_bytes()
 
 
-def _case(entry: Mapping[str, Any]) -> Case:
+def _parse_case(entry: Mapping[str, Any]) -> ProviderCase:
     expected = json.loads((FOLDER / entry["expected"]).read_bytes())
-    steps = [_step(expected, step) for step in expected.get("steps", [expected])]
-    return Case(entry["name"], entry["provider"], expected, steps)
+    steps = [_parse_step(expected, step) for step in expected.get("steps", [expected])]
+    return ProviderCase(entry["name"], entry["provider"], expected, steps)
 
 
-def _step(expected: Mapping[str, Any], step: Mapping[str, Any]) -> Step:
+def _parse_step(expected: Mapping[str, Any], step: Mapping[str, Any]) -> ProviderStep:
     head, _, body = (FOLDER / step["request"]).read_bytes().partition(b"\r\n\r\n")
     request_line, *lines = head.split(b"\r\n")
     method, target, _ = request_line.decode().split(" ")
     headers = [(name, value.strip()) for name, _, value in (line.partition(b":") for line in lines)]
     at = datetime.fromisoformat(step["respond"].get("at", expected["clock"]))
-    return Step(Path(step["request"]).stem, method, target, headers, body, at, step["auth"], step["respond"])
+    return ProviderStep(
+        Path(step["request"]).stem, method, target, headers, body, at, step["auth"], step["respond"]
+    )
 
 
-CASES: Final = [_case(entry) for entry in json.loads((FOLDER / "index.json").read_bytes())["cases"]]
+CASES: Final = [_parse_case(entry) for entry in json.loads((FOLDER / "index.json").read_bytes())["cases"]]
 VECTORS: Final[list[dict[str, Any]]] = json.loads((FOLDER / "vectors.json").read_bytes())["vectors"]
 BY_NAME: Final = {case.name: case for case in CASES}

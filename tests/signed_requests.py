@@ -34,7 +34,7 @@ _ECDSA: Final = ec.ECDSA(Prehashed(SHA256()))
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class SignedRequest:
     """A request, but for where it goes."""
 
     headers: Mapping[str, str]
@@ -53,19 +53,19 @@ class SendGrid:
         public = self.key.public_key()
         return b64encode(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).decode()
 
-    def mail(self, number: int, content_bytes: int = 0) -> Made:
+    def mail(self, number: int, content_bytes: int = 0) -> SignedRequest:
         """Return a mail as it came, in a form that is about as long as asked for."""
         envelope = json.dumps({"from": "ada@example.org", "to": ["desk@in.example.test"]})
-        form = {"envelope": envelope, "email": raw_mail(number, content_bytes), "spam_score": "0.1"}
-        body = multipart(form)
+        form = {"envelope": envelope, "email": build_raw_mail(number, content_bytes), "spam_score": "0.1"}
+        body = encode_multipart(form)
         moment = str(int(time.time()))
         digest = sha256(moment.encode())
         digest.update(body)
         signature = b64encode(self.key.sign(digest.digest(), _ECDSA)).decode()
-        return Made({"Content-Type": FORM, _SIGNATURE: signature, _TIME: moment}, body)
+        return SignedRequest({"Content-Type": FORM, _SIGNATURE: signature, _TIME: moment}, body)
 
 
-def mailgun(number: int) -> Made:
+def sign_mailgun(number: int) -> SignedRequest:
     """Return a mail that a route of Mailgun forwards, signed with `SECRET`; each time by a token of its own."""
     moment, token = str(int(time.time())), sha256(f"{number} {time.time_ns()}".encode()).hexdigest()[:50]
     fields = {
@@ -78,12 +78,12 @@ def mailgun(number: int) -> Made:
         "body-plain": "Hello.\r\n",
         "timestamp": moment,
         "token": token,
-        "signature": signed(f"{moment}{token}".encode()),
+        "signature": sign_parts(f"{moment}{token}".encode()),
     }
-    return Made({"Content-Type": "application/x-www-form-urlencoded"}, urlencode(fields).encode())
+    return SignedRequest({"Content-Type": "application/x-www-form-urlencoded"}, urlencode(fields).encode())
 
 
-def ses(number: int) -> Made:
+def sign_ses(number: int) -> SignedRequest:
     """Return a mail that SES hands in through SNS. Nothing here can sign as SNS does: a token has to vouch for it."""
     source, recipient = "ada@example.org", "desk@in.example.test"
     told = {
@@ -97,7 +97,7 @@ def ses(number: int) -> Made:
             "commonHeaders": {"from": [source], "subject": f"Number {number}"},
         },
         "receipt": {"recipients": [recipient], "action": {"type": "SNS", "encoding": "UTF8"}},
-        "content": raw_mail(number),
+        "content": build_raw_mail(number),
     }
     moment = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
     message = {
@@ -111,56 +111,58 @@ def ses(number: int) -> Made:
         "SigningCertURL": f"https://sns.us-east-1.amazonaws.com/SimpleNotificationService-{0:032x}.pem",
     }
     headers = {"Content-Type": "text/plain; charset=UTF-8", "x-amz-sns-message-type": "Notification"}
-    return Made(headers, json.dumps(message).encode())
+    return SignedRequest(headers, json.dumps(message).encode())
 
 
-def github(number: int, payload: Mapping[str, Json] | None = None) -> Made:
+def sign_github(number: int, payload: Mapping[str, Json] | None = None) -> SignedRequest:
     """Return a push that GitHub tells of, signed with `SECRET`."""
     body = json.dumps({"ref": "refs/heads/main", "number": number, **(payload or {})}).encode()
     headers = {
         "Content-Type": "application/json",
         "X-GitHub-Event": "push",
         "X-GitHub-Delivery": str(uuid5(NAMESPACE_URL, f"github {number}")),
-        "X-Hub-Signature-256": f"sha256={signed(body)}",
+        "X-Hub-Signature-256": f"sha256={sign_parts(body)}",
     }
-    return Made(headers, body)
+    return SignedRequest(headers, body)
 
 
-def stripe(number: int) -> Made:
+def sign_stripe(number: int) -> SignedRequest:
     """Return an event of Stripe, signed with `SECRET`."""
     told = {"id": f"evt_{number}", "object": "event", "type": "invoice.paid", "data": {"object": {}}}
     body, moment = json.dumps(told).encode(), str(int(time.time()))
-    signature = signed(f"{moment}.".encode() + body)
-    return Made({"Content-Type": "application/json", "Stripe-Signature": f"t={moment},v1={signature}"}, body)
+    signature = sign_parts(f"{moment}.".encode() + body)
+    return SignedRequest(
+        {"Content-Type": "application/json", "Stripe-Signature": f"t={moment},v1={signature}"}, body
+    )
 
 
-def cloud_event(number: int) -> Made:
+def build_cloud_event(number: int) -> SignedRequest:
     """Return a structured CloudEvent, which nothing signs: an API key has to vouch for it."""
     event = {"specversion": "1.0", "id": f"A{number}", "source": "/tests", "type": EVENT_TYPE, "data": {}}
-    return Made({"Content-Type": "application/cloudevents+json"}, json.dumps(event).encode())
+    return SignedRequest({"Content-Type": "application/cloudevents+json"}, json.dumps(event).encode())
 
 
-def native_event(number: int) -> Made:
+def build_native_event(number: int) -> SignedRequest:
     """Return an event in the form of the API."""
     told = {"event_type": EVENT_TYPE, "event_data": {"number": number}}
-    return Made({"Content-Type": "application/json"}, json.dumps(told).encode())
+    return SignedRequest({"Content-Type": "application/json"}, json.dumps(told).encode())
 
 
-def message(number: int) -> Made:
+def build_message(number: int) -> SignedRequest:
     """Return a message for a queue, which its producer names."""
     body = {"message": {"number": number}, "deduplicationId": f"message-{number}"}
-    return Made({"Content-Type": "application/json"}, json.dumps(body).encode())
+    return SignedRequest({"Content-Type": "application/json"}, json.dumps(body).encode())
 
 
 # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def signed(*parts: bytes) -> str:
+def sign_parts(*parts: bytes) -> str:
     """Return the HMAC of parts under `SECRET`, in hexadecimal."""
     return hmac.new(SECRET.encode(), b"".join(parts), "sha256").hexdigest()
 
 
-def raw_mail(number: int, content_bytes: int = 0) -> str:
+def build_raw_mail(number: int, content_bytes: int = 0) -> str:
     """Return a mail in plain text."""
     line = "The quick brown fox jumps over the lazy dog, and over it again.\r\n"
     return (
@@ -170,7 +172,7 @@ def raw_mail(number: int, content_bytes: int = 0) -> str:
     )
 
 
-def multipart(fields: Mapping[str, str]) -> bytes:
+def encode_multipart(fields: Mapping[str, str]) -> bytes:
     """Return a form."""
     parts = "".join(
         f'--{BOUNDARY}\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{value}\r\n'

@@ -20,7 +20,7 @@ USERNAME, PASSWORD = "ada", "canary-of-ada"
 
 
 @dataclass
-class Received:
+class ReceivedMail:
     sender: str
     recipients: list[str]
     content: bytes
@@ -29,11 +29,11 @@ class Received:
 
 
 @dataclass
-class MailServer:
+class FakeMailServer:
     """What happened at the server, and what it is to say."""
 
     port: int = 0
-    received: list[Received] = field(default_factory=list)
+    received: list[ReceivedMail] = field(default_factory=list)
     logins: list[tuple[str, str, bool]] = field(default_factory=list)
     """Username, password, and whether the way was encrypted."""
     answers: dict[str, str] = field(default_factory=dict)
@@ -66,7 +66,7 @@ class MailServer:
         assert isinstance(content, bytes)
         if answer.startswith("250"):
             self.received.append(
-                Received(
+                ReceivedMail(
                     str(envelope.mail_from),
                     list(envelope.rcpt_tos),
                     content,
@@ -86,10 +86,12 @@ class MailServer:
 
 
 @asynccontextmanager
-async def running(certificate: Path | None = None, *, tls: str = "starttls") -> AsyncIterator[MailServer]:
+async def serve_smtp(
+    certificate: Path | None = None, *, tls: str = "starttls"
+) -> AsyncIterator[FakeMailServer]:
     """Run a server on a free port of the loopback; `tls` as data sources have it."""
-    mail_server = MailServer()
-    context = _context(certificate) if certificate else None
+    mail_server = FakeMailServer()
+    context = _tls_context(certificate) if certificate else None
 
     def protocol() -> SMTP:
         return SMTP(
@@ -110,13 +112,13 @@ async def running(certificate: Path | None = None, *, tls: str = "starttls") -> 
         server.close()
 
 
-def _context(certificate: Path) -> ssl.SSLContext:
+def _tls_context(certificate: Path) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
     return context
 
 
-def self_signed(name: str, folder: Path) -> Path:
+def create_certificate(name: str, folder: Path) -> Path:
     """Write a key and a certificate for a host, and for this machine, into one file; return that."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])

@@ -5,38 +5,44 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster import world
-from tests.cluster.fake_api import FakeApi
-from tests.cluster.world import Cluster
+from tests.cluster import cluster_harness
+from tests.cluster.cluster_harness import DriverUnderTest
+from tests.cluster.fake_api import FakeApiServer
 
-REAL = pytest.mark.skipif(world.TEST_KUBECONFIG is None, reason="TEST_KUBECONFIG names no cluster")
+REAL = pytest.mark.skipif(cluster_harness.TEST_KUBECONFIG is None, reason="TEST_KUBECONFIG names no cluster")
 
 
 @pytest.fixture(params=["local", "fake", pytest.param("real", marks=REAL)])
-async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[DriverUnderTest]:
     """Every driver on its cluster."""
     match request.param:
         case "local":
-            async with world.on_this_machine(tmp_path / "pods") as found:
+            async with cluster_harness.open_local_cluster(tmp_path / "pods") as found:
                 yield found
         case "fake":
-            async with world.on_fake(tmp_path) as (found, _), world.watched(found):
+            async with (
+                cluster_harness.open_fake_cluster(tmp_path) as (found, _),
+                cluster_harness.keep_watch_open(found),
+            ):
                 yield found
         case "real":
-            assert world.TEST_KUBECONFIG is not None
-            async with world.on_real(Path(world.TEST_KUBECONFIG)) as found, world.watched(found):
+            assert cluster_harness.TEST_KUBECONFIG is not None
+            async with (
+                cluster_harness.open_real_cluster(Path(cluster_harness.TEST_KUBECONFIG)) as found,
+                cluster_harness.keep_watch_open(found),
+            ):
                 yield found
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[tuple[Cluster, FakeApi]]:
+async def fake(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
     """The Kubernetes driver without a watch, and the API server that it speaks to."""
-    async with world.on_fake(tmp_path) as found:
+    async with cluster_harness.open_fake_cluster(tmp_path) as found:
         yield found
 
 
 @pytest.fixture
-async def machine(tmp_path: Path) -> AsyncIterator[Cluster]:
+async def machine(tmp_path: Path) -> AsyncIterator[DriverUnderTest]:
     """The local driver."""
-    async with world.on_this_machine(tmp_path / "pods") as found:
+    async with cluster_harness.open_local_cluster(tmp_path / "pods") as found:
         yield found

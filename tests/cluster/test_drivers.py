@@ -8,11 +8,11 @@ from dataclasses import replace
 import aiohttp
 import pytest
 
-from tests.cluster.world import GRACE_SECONDS, PROGRAM, Cluster
+from tests.cluster.cluster_harness import GRACE_SECONDS, PROGRAM, DriverUnderTest
 from workers.cluster.driver import TOKEN_VARIABLE, NotDeployed, ObservedDeployment, PodFailureReason
 
 
-async def test_what_was_never_deployed_is_told_to_be_absent(cluster: Cluster) -> None:
+async def test_what_was_never_deployed_is_told_to_be_absent(cluster: DriverUnderTest) -> None:
     assert await cluster.driver.observe("wf_none") == ObservedDeployment("wf_none", exists=False)
     assert await cluster.driver.delete("wf_none")
     assert await cluster.driver.endpoint("wf_none") == ()
@@ -21,7 +21,7 @@ async def test_what_was_never_deployed_is_told_to_be_absent(cluster: Cluster) ->
         await cluster.driver.scale("wf_none", 1)
 
 
-async def test_what_is_applied_comes_up_and_is_told_as_it_is(cluster: Cluster) -> None:
+async def test_what_is_applied_comes_up_and_is_told_as_it_is(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start(definition_hash="d1", generation=7)
     observed = await cluster.driver.observe(wanted.workflow_id)
     assert (observed.exists, observed.is_ready, observed.replicas, observed.available) == (True, True, 1, 1)
@@ -31,14 +31,14 @@ async def test_what_is_applied_comes_up_and_is_told_as_it_is(cluster: Cluster) -
     assert await cluster.get(f"{observed.pods[0].address}/readyz") == {}
 
 
-async def test_what_is_applied_twice_stays_as_it_is(cluster: Cluster) -> None:
+async def test_what_is_applied_twice_stays_as_it_is(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start()
     before = await cluster.driver.observe(wanted.workflow_id)
     await cluster.driver.apply(wanted)
     assert await cluster.driver.observe(wanted.workflow_id) == before
 
 
-async def test_variables_and_arguments_arrive_as_they_are(cluster: Cluster) -> None:
+async def test_variables_and_arguments_arrive_as_they_are(cluster: DriverUnderTest) -> None:
     texts = {"A": "$(PATH)", "B": "$$(A) $A $", "C": "", TOKEN_VARIABLE: "not the token"}
     command = (cluster.python, "-S", "-c", PROGRAM, "$(HOME)", "two words", "$$")
     wanted = await cluster.start(environment=texts, command=command)
@@ -52,7 +52,7 @@ async def test_variables_and_arguments_arrive_as_they_are(cluster: Cluster) -> N
     assert not {"SSH_AUTH_SOCK", "PYTEST_CURRENT_TEST", "USER"} & state["environment"].keys()
 
 
-async def test_a_pod_is_ready_only_when_it_says_so(cluster: Cluster) -> None:
+async def test_a_pod_is_ready_only_when_it_says_so(cluster: DriverUnderTest) -> None:
     wanted = cluster.wanted(environment={"POD_START_SECONDS": "0.5"})
     await cluster.driver.apply(wanted)
     started = await cluster.until(
@@ -63,7 +63,9 @@ async def test_a_pod_is_ready_only_when_it_says_so(cluster: Cluster) -> None:
     await cluster.ready(wanted.workflow_id)
 
 
-async def test_what_was_stopped_stays_so_whatever_is_applied_and_starts_again(cluster: Cluster) -> None:
+async def test_what_was_stopped_stays_so_whatever_is_applied_and_starts_again(
+    cluster: DriverUnderTest,
+) -> None:
     wanted = await cluster.start()
     for hash_, replicas in (("second", 2), ("third", 1)):
         await cluster.driver.scale(wanted.workflow_id, 0)
@@ -78,7 +80,7 @@ async def test_what_was_stopped_stays_so_whatever_is_applied_and_starts_again(cl
         assert len(set(await cluster.driver.endpoint(wanted.workflow_id))) == replicas
 
 
-async def test_another_definition_replaces_the_pods_and_leaves_none_missing(cluster: Cluster) -> None:
+async def test_another_definition_replaces_the_pods_and_leaves_none_missing(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start()
     await cluster.driver.apply(replace(wanted, definition_hash="second", generation=2))
 
@@ -91,7 +93,9 @@ async def test_another_definition_replaces_the_pods_and_leaves_none_missing(clus
     assert replaced.generation == 2
 
 
-async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(cluster: Cluster) -> None:
+async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(
+    cluster: DriverUnderTest,
+) -> None:
     wanted = await cluster.start(environment={"POD_DRAIN_SECONDS": str(GRACE_SECONDS)})
     (draining,) = await cluster.driver.endpoint(wanted.workflow_id)
     await cluster.driver.scale(wanted.workflow_id, 0)
@@ -111,7 +115,9 @@ async def test_a_wake_during_a_drain_starts_a_pod_beside_the_one_that_drains(clu
     await cluster.end_drain(*urls)
 
 
-async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(cluster: Cluster) -> None:
+async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(
+    cluster: DriverUnderTest,
+) -> None:
     wanted = cluster.wanted(environment={"POD_EXIT_CODE": "1"})
     await cluster.driver.apply(wanted)
     failed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
@@ -126,7 +132,7 @@ async def test_a_program_that_can_not_start_is_trouble_until_another_is_applied(
     assert mended.trouble is None
 
 
-async def test_a_pod_that_crashes_is_started_again(cluster: Cluster) -> None:
+async def test_a_pod_that_crashes_is_started_again(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start()
     (url,) = await cluster.driver.endpoint(wanted.workflow_id)
     first = (await cluster.get(f"{url}/state"))["started_at"]
@@ -144,7 +150,9 @@ async def test_a_pod_that_crashes_is_started_again(cluster: Cluster) -> None:
     await cluster.ready(wanted.workflow_id)
 
 
-async def test_a_pod_that_is_replaced_ends_beside_the_one_that_takes_its_place(cluster: Cluster) -> None:
+async def test_a_pod_that_is_replaced_ends_beside_the_one_that_takes_its_place(
+    cluster: DriverUnderTest,
+) -> None:
     wanted = await cluster.start()
     (before,) = (await cluster.driver.observe(wanted.workflow_id)).pods
     await cluster.driver.replace(wanted.workflow_id, [before.name, "it-is-gone"])
@@ -158,7 +166,7 @@ async def test_a_pod_that_is_replaced_ends_beside_the_one_that_takes_its_place(c
     assert before.name not in {pod.name for pod in after.pods}
 
 
-async def test_what_is_deleted_is_gone_and_its_neighbour_is_not(cluster: Cluster) -> None:
+async def test_what_is_deleted_is_gone_and_its_neighbour_is_not(cluster: DriverUnderTest) -> None:
     wanted = cluster.wanted(workflow_id="wf_A", environment={"POD_DRAIN_SECONDS": "0.3"})
     neighbour = cluster.wanted(workflow_id="wf-a")
     await cluster.driver.apply(wanted)
@@ -176,7 +184,7 @@ async def test_what_is_deleted_is_gone_and_its_neighbour_is_not(cluster: Cluster
     await cluster.ready(wanted.workflow_id)
 
 
-async def test_a_watch_tells_of_all_at_first_and_then_of_each_change(cluster: Cluster) -> None:
+async def test_a_watch_tells_of_all_at_first_and_then_of_each_change(cluster: DriverUnderTest) -> None:
     first, second = await cluster.start(), cluster.wanted()
     changes = cluster.driver.watch()
     try:
@@ -195,7 +203,7 @@ async def test_a_watch_tells_of_all_at_first_and_then_of_each_change(cluster: Cl
         await changes.aclose()
 
 
-async def test_logs_are_the_last_lines_that_pods_wrote(cluster: Cluster) -> None:
+async def test_logs_are_the_last_lines_that_pods_wrote(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start()
     (url,) = await cluster.driver.endpoint(wanted.workflow_id)
     for text in ("one", "two", "three"):
@@ -211,7 +219,7 @@ async def test_logs_are_the_last_lines_that_pods_wrote(cluster: Cluster) -> None
     assert line.pod == pod.name
 
 
-async def test_pods_outlive_the_deployer_and_are_known_to_the_next(cluster: Cluster) -> None:
+async def test_pods_outlive_the_deployer_and_are_known_to_the_next(cluster: DriverUnderTest) -> None:
     wanted = await cluster.start()
     before = await cluster.driver.observe(wanted.workflow_id)
     await cluster.driver.close()

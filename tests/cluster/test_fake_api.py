@@ -12,27 +12,27 @@ from typing import Any
 import aiohttp
 import pytest
 
-from tests.cluster.fake_api import FakeApi, serving
-from tests.cluster.fake_api.controllers import Retry
-from tests.cluster.fake_api.machines import Machine
+from tests.cluster.cluster_harness import NAMESPACE, open_fake_cluster, turn_until
+from tests.cluster.fake_api import FakeApiServer, serve_fake_api
+from tests.cluster.fake_api.controllers import ReplicaRetry
+from tests.cluster.fake_api.machines import FakeMachine
 from tests.cluster.fake_api.schema import KINDS
-from tests.cluster.world import NAMESPACE, on_fake, turn_until
 
 Json = dict[str, Any]
 ANSWERS: list[Json] = json.loads((Path(__file__).parent / "answers.json").read_text())
 NO_TOKEN, WRONG_TOKEN = "no token", "wrong token"
 SECOND = 0.02
 POLL_SECONDS = 0.02
-NEVER = Retry(0, 0, "", "")
+NEVER = ReplicaRetry(0, 0, "", "")
 
 
 @pytest.fixture
-async def api() -> AsyncIterator[FakeApi]:
-    async with serving(second=SECOND) as server:
+async def api() -> AsyncIterator[FakeApiServer]:
+    async with serve_fake_api(second=SECOND) as server:
         yield server
 
 
-async def test_every_recorded_request_gets_its_recorded_status_and_reason(api: FakeApi) -> None:
+async def test_every_recorded_request_gets_its_recorded_status_and_reason(api: FakeApiServer) -> None:
     wrong = {}
     api.node.delay_seconds = 0.1  # what terminates does so for longer than the next request takes
     async with aiohttp.ClientSession(base_url=api.url) as session:
@@ -43,7 +43,7 @@ async def test_every_recorded_request_gets_its_recorded_status_and_reason(api: F
     assert wrong == {}
 
 
-async def _replay(session: aiohttp.ClientSession, api: FakeApi, answer: Json) -> tuple[int, str]:
+async def _replay(session: aiohttp.ClientSession, api: FakeApiServer, answer: Json) -> tuple[int, str]:
     """Send the requests of a row; what a watch is answered with counts before what is sent to give it events."""
     watched: tuple[int, str] | None = None
     given = (0, "")
@@ -53,41 +53,43 @@ async def _replay(session: aiohttp.ClientSession, api: FakeApi, answer: Json) ->
             headers["Authorization"] = f"Bearer {'wrong' if answer['name'] == WRONG_TOKEN else api.token}"
         if "contentType" in request:
             headers["Content-Type"] = request["contentType"]
-        body = io.BytesIO(json.dumps(_whole(request["body"])).encode()) if "body" in request else None
+        body = (
+            io.BytesIO(json.dumps(_expand_strings(request["body"])).encode()) if "body" in request else None
+        )
         async with session.request(
             request["method"], request["path"], data=body, headers=headers
         ) as response:
             if "watch=" in request["path"]:
-                watched = response.status, await _reason_of_watch(response)
+                watched = response.status, await _watch_error_reason(response)
             else:
-                given = response.status, _reason(await response.json())
+                given = response.status, _status_reason(await response.json())
         is_namespace = request["path"].startswith("/api/v1/namespaces/") and request["path"].count("/") == 4
         if is_namespace and request["method"] == "GET":
             await asyncio.sleep(POLL_SECONDS)  # it was asked for again and again until it was gone
     return watched or given
 
 
-def _whole(body: Any) -> Any:  # noqa: ANN401 - JSON
+def _expand_strings(body: Any) -> Any:  # noqa: ANN401 - JSON
     """Write out the long strings that are told as a character and how often it stands there."""
     if isinstance(body, dict):
         if body.keys() == {"repeat", "times"}:
             return body["repeat"] * body["times"]
-        return {name: _whole(value) for name, value in body.items()}
-    return [_whole(item) for item in body] if isinstance(body, list) else body
+        return {name: _expand_strings(value) for name, value in body.items()}
+    return [_expand_strings(item) for item in body] if isinstance(body, list) else body
 
 
-async def _reason_of_watch(response: aiohttp.ClientResponse) -> str:
+async def _watch_error_reason(response: aiohttp.ClientResponse) -> str:
     if response.status != 200:
-        return _reason(await response.json())
+        return _status_reason(await response.json())
     try:
         async with asyncio.timeout(0.5):
             event = json.loads(await response.content.readline() or b"{}")
     except TimeoutError:
         return ""
-    return _reason(event["object"]) if event.get("type") == "ERROR" else ""
+    return _status_reason(event["object"]) if event.get("type") == "ERROR" else ""
 
 
-def _reason(body: Json) -> str:
+def _status_reason(body: Json) -> str:
     return str(body.get("reason", "")) if body.get("kind") == "Status" else ""
 
 
@@ -97,11 +99,11 @@ def _reason(body: Json) -> str:
 async def test_a_machine_that_falls_silent_loses_its_pods_in_time_and_ends_them_when_it_is_back(
     tmp_path: Path,
 ) -> None:
-    async with on_fake(tmp_path, second=SECOND / 10) as (cluster, api):
+    async with open_fake_cluster(tmp_path, second=SECOND / 10) as (cluster, api):
         api.node.runs_commands = False
         await cluster.start()
         (pod,) = api.store.every("pods", NAMESPACE)
-        api.node.machines.append(Machine("node-2"))
+        api.node.machines.append(FakeMachine("node-2"))
         await api.controllers.silence("node-1", is_powered=False)
 
         def conditions(name: str) -> dict[str, str]:
@@ -118,14 +120,14 @@ async def test_a_machine_that_falls_silent_loses_its_pods_in_time_and_ends_them_
         await turn_until(lambda: machines_of(api) == ["node-2"])
 
 
-def machines_of(api: FakeApi) -> list[str]:
+def machines_of(api: FakeApiServer) -> list[str]:
     return sorted(pod["spec"].get("nodeName", "") for pod in api.store.every("pods", NAMESPACE))
 
 
 async def test_a_pod_over_the_quota_is_made_again_later_and_later_unless_its_deployment_changes(
     tmp_path: Path,
 ) -> None:
-    async with on_fake(tmp_path) as (cluster, api):
+    async with open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
         await cluster.set_quota({"pods": "0"})
         wanted = cluster.wanted()

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from models import workflow_names as names
-from tests.cluster.fake_api import FakeApi
-from tests.cluster.fake_api.ownership import Manager
-from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
+from tests.cluster.cluster_harness import NAMESPACE, DriverUnderTest, cluster_layout, turn_until
+from tests.cluster.fake_api import FakeApiServer
+from tests.cluster.fake_api.api_errors import KubernetesError, forbidden_error, too_many_requests_error
+from tests.cluster.fake_api.ownership import FieldManager
 from tests.cluster.fake_api.schema import KINDS
-from tests.cluster.world import NAMESPACE, Cluster, layout, turn_until
 from workers.cluster import kubernetes_api, kubernetes_driver, pod_status
 from workers.cluster.driver import (
     ClusterBusy,
@@ -31,16 +31,16 @@ from workers.cluster.driver import (
 from workers.cluster.kubernetes_api import RequestBudget
 from workers.cluster.kubernetes_driver import DEPLOYER, SCALER, KubernetesDriver
 
-Fake = tuple[Cluster, FakeApi]
-CONFLICT = Refused(409, "Conflict", "the object has been modified")
-EXPIRED = Refused(410, "Expired", "too old")
+Fake = tuple[DriverUnderTest, FakeApiServer]
+CONFLICT = KubernetesError(409, "Conflict", "the object has been modified")
+EXPIRED = KubernetesError(410, "Expired", "too old")
 
 
-def deployment(api: FakeApi, workflow_id: str) -> dict[str, Any]:
+def read_deployment(api: FakeApiServer, workflow_id: str) -> dict[str, Any]:
     return api.store.get(KINDS["deployments"], NAMESPACE, names.workflow_name(workflow_id))
 
 
-def objects(api: FakeApi) -> list[tuple[str, str]]:
+def list_objects(api: FakeApiServer) -> list[tuple[str, str]]:
     return [
         (kind.name, found["metadata"]["name"])
         for kind in KINDS.values()
@@ -49,7 +49,7 @@ def objects(api: FakeApi) -> list[tuple[str, str]]:
     ]
 
 
-def owned(found: dict[str, Any], manager: str) -> list[dict[str, Any]]:
+def managed_fields_of(found: dict[str, Any], manager: str) -> list[dict[str, Any]]:
     return [entry["fieldsV1"] for entry in found["metadata"]["managedFields"] if entry["manager"] == manager]
 
 
@@ -62,10 +62,10 @@ async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake: Fa
     for replicas in (0, 1, 0, 3):
         await cluster.driver.scale(wanted.workflow_id, replicas)
         await cluster.driver.apply(replace(wanted, definition_hash=f"after {replicas}", replicas=replicas))
-        found = deployment(api, wanted.workflow_id)
+        found = read_deployment(api, wanted.workflow_id)
         assert found["spec"]["replicas"] == replicas
-        assert [fields["f:spec"] for fields in owned(found, SCALER)] == [{"f:replicas": {}}]
-        assert all("f:replicas" not in fields["f:spec"] for fields in owned(found, DEPLOYER))
+        assert [fields["f:spec"] for fields in managed_fields_of(found, SCALER)] == [{"f:replicas": {}}]
+        assert all("f:replicas" not in fields["f:spec"] for fields in managed_fields_of(found, DEPLOYER))
 
 
 async def test_nothing_is_written_when_nothing_has_changed(fake: Fake) -> None:
@@ -188,16 +188,16 @@ async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_witho
     for done in range(7):
         await _cut_off(api, done, cluster.driver.apply(wanted))
     await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
-    assert objects(api) == []
+    assert list_objects(api) == []
     await cluster.driver.apply(wanted)
     await cluster.ready(wanted.workflow_id)
     for done in range(8, 14):  # it lists by label before it deletes
         await _cut_off(api, done, cluster.driver.delete(wanted.workflow_id))
     await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
-    assert objects(api) == []
+    assert list_objects(api) == []
 
 
-async def _cut_off(api: FakeApi, requests: int, work: Any) -> None:  # noqa: ANN401 - a coroutine
+async def _cut_off(api: FakeApiServer, requests: int, work: Any) -> None:  # noqa: ANN401 - a coroutine
     """End a deployer's work after so many requests, as a kill does."""
     seen = len(api.requests)
     task = asyncio.ensure_future(work)
@@ -210,9 +210,9 @@ async def test_what_others_keep_in_the_namespace_is_left_alone(fake: Fake) -> No
     cluster, api = fake
     wanted = await cluster.start()
     service = {"metadata": {"name": "theirs"}, "spec": {"ports": [{"port": 80}]}}
-    api.store.create(KINDS["services"], NAMESPACE, service, Manager("kubectl", "Update"))
+    api.store.create(KINDS["services"], NAMESPACE, service, FieldManager("kubectl", "Update"))
     await cluster.until_true(lambda: cluster.driver.delete(wanted.workflow_id))
-    assert objects(api) == [("Service", "theirs")]
+    assert list_objects(api) == [("Service", "theirs")]
 
 
 # ── an API server that is slow, busy, or away ─────────────────────────────────────────────────────────────────
@@ -260,7 +260,7 @@ async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(
         (403, "exceeded quota: services", ClusterRefused),
         (422, "never", ClusterRefused),
     ):
-        api.failures.append(Refused(status, "", words))
+        api.failures.append(KubernetesError(status, "", words))
         with pytest.raises(error, match=words):
             await cluster.driver.list()
 
@@ -271,14 +271,14 @@ async def test_an_api_server_that_is_busy_is_left_alone_as_long_as_it_asks_and_t
     cluster, api = fake
     wanted = await cluster.start()
     seen = len(api.requests)
-    api.failures += [too_many_requests(1)]
+    api.failures += [too_many_requests_error(1)]
     began_at = asyncio.get_running_loop().time()
     assert (await cluster.driver.observe(wanted.workflow_id)).is_ready
     await cluster.driver.scale(wanted.workflow_id, 1)
     assert asyncio.get_running_loop().time() - began_at >= 1
     assert len(api.requests) - seen == 4
     monkeypatch.setattr(kubernetes_api, "BUSY_SECONDS", 0)
-    api.failures += [too_many_requests(1)]
+    api.failures += [too_many_requests_error(1)]
     with pytest.raises(ClusterBusy) as busy:
         await cluster.driver.scale(wanted.workflow_id, 2)
     assert busy.value.retry_seconds == 1
@@ -298,7 +298,7 @@ async def test_a_watched_cluster_is_observed_for_nothing_and_scaled_by_one_reque
     cluster, api = fake
     api.node.runs_commands = False
     wanted = await cluster.start()
-    async with watching(cluster, api) as changes:
+    async with open_watch(cluster, api) as changes:
         seen = len(api.requests)
         for replicas in (0, 1):
             await cluster.driver.scale(wanted.workflow_id, replicas)
@@ -329,8 +329,8 @@ async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(f
     async def is_back() -> bool:
         return not await is_refused() and (await cluster.driver.observe(wanted.workflow_id)).is_ready
 
-    async with watching(cluster, api):
-        api.refuses = lambda _, path: forbidden("list", "pods") if "/pods" in path else None
+    async with open_watch(cluster, api):
+        api.refuses = lambda _, path: forbidden_error("list", "pods") if "/pods" in path else None
         api.cut_watches()
         await cluster.until_true(is_refused)
         api.refuses = lambda *_: None
@@ -342,9 +342,9 @@ async def test_a_list_that_is_forbidden_after_a_stream_has_ended_is_told_at_once
     assert isinstance(cluster.driver, KubernetesDriver)
     api.node.runs_commands = False
     wanted = await cluster.start()
-    async with watching(cluster, api):
+    async with open_watch(cluster, api):
         cluster.driver.cache.probe_seconds = 600
-        api.refuses = lambda *_: forbidden("list", "pods")
+        api.refuses = lambda *_: forbidden_error("list", "pods")
         api.end_watches()
         cache = cluster.driver.cache
         await turn_until(lambda: not (cache.pods.is_synced or cache.deployments.is_synced))
@@ -361,12 +361,12 @@ async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake: 
     loop = asyncio.get_running_loop()
     times: list[float] = []
 
-    def refuse(_: str, path: str) -> Refused | None:
+    def refuse(_: str, path: str) -> KubernetesError | None:
         if "/resourcequotas" not in path:
             times.append(loop.time())
-        return forbidden("list", "pods")
+        return forbidden_error("list", "pods")
 
-    async with watching(cluster, api):
+    async with open_watch(cluster, api):
         cache.first_pause_seconds = 0.001
         api.refuses = refuse
         api.cut_watches()
@@ -386,11 +386,11 @@ async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake:
         assert refused.value.requests == len(api.requests) - seen
         return refused.value.requests
 
-    api.refuses = lambda _, path: forbidden("patch", "deployments") if "/deployments/" in path else None
+    api.refuses = lambda _, path: forbidden_error("patch", "deployments") if "/deployments/" in path else None
     assert [await requests_of_refused(wanted) for _ in range(3)] == [6, 1, 1]
     wanted = replace(wanted, token="another-token")
     assert [await requests_of_refused(wanted) for _ in range(2)] == [6, 1]
-    api.refuses = lambda _, path: forbidden("patch", "deployments") if SCALER in path else None
+    api.refuses = lambda _, path: forbidden_error("patch", "deployments") if SCALER in path else None
     assert [await requests_of_refused(wanted) for _ in range(2)] == [8, 1]
     # Nobody knows what others have removed since the first attempt.
     for kind in ("deployments", "secrets"):
@@ -405,7 +405,7 @@ async def test_a_write_that_meets_another_is_done_again(fake: Fake) -> None:
     wanted = await cluster.start()
     api.failures += [CONFLICT, CONFLICT]
     await cluster.driver.scale(wanted.workflow_id, 2)
-    assert deployment(api, wanted.workflow_id)["spec"]["replicas"] == 2
+    assert read_deployment(api, wanted.workflow_id)["spec"]["replicas"] == 2
 
 
 async def test_lists_are_whole_over_pages_that_expire(fake: Fake) -> None:
@@ -427,7 +427,7 @@ async def test_lists_are_whole_over_pages_that_expire(fake: Fake) -> None:
 
 
 @asynccontextmanager
-async def watching(cluster: Cluster, api: FakeApi) -> AsyncIterator[AsyncIterator[str]]:
+async def open_watch(cluster: DriverUnderTest, api: FakeApiServer) -> AsyncIterator[AsyncIterator[str]]:
     """Watch what is deployed, with nothing left to be told."""
     assert isinstance(cluster.driver, KubernetesDriver)
     cache = cluster.driver.cache
@@ -444,14 +444,20 @@ async def watching(cluster: Cluster, api: FakeApi) -> AsyncIterator[AsyncIterato
 
 @pytest.mark.parametrize(
     "interrupt",
-    [FakeApi.end_watches, FakeApi.cut_watches, lambda api: (api.store.forget(), api.cut_watches())],
+    [
+        FakeApiServer.end_watches,
+        FakeApiServer.cut_watches,
+        lambda api: (api.store.forget(), api.cut_watches()),
+    ],
     ids=["ended", "cut off", "expired"],
 )
-async def test_a_watch_goes_on_after_its_stream(fake: Fake, interrupt: Callable[[FakeApi], None]) -> None:
+async def test_a_watch_goes_on_after_its_stream(
+    fake: Fake, interrupt: Callable[[FakeApiServer], None]
+) -> None:
     cluster, api = fake
     api.node.runs_commands = False
     await cluster.start()
-    async with watching(cluster, api) as changes:
+    async with open_watch(cluster, api) as changes:
         interrupt(api)
         later = cluster.wanted()
         await cluster.driver.apply(later)
@@ -480,7 +486,7 @@ async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_mi
     cluster, api = fake
     api.node.runs_commands = False
     wanted = await cluster.start()
-    async with watching(cluster, api) as changes:
+    async with open_watch(cluster, api) as changes:
         await api.go_down()
         api.store.delete(KINDS["deployments"], NAMESPACE, names.workflow_name(wanted.workflow_id), {})
         await api.listen()
@@ -491,4 +497,4 @@ async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_mi
 
 async def test_a_kubeconfig_that_is_none_is_refused_in_words() -> None:
     with pytest.raises(ClusterRefused, match="no way to a Kubernetes API server"):
-        await kubernetes_driver.connect_driver(layout())
+        await kubernetes_driver.connect_driver(cluster_layout())

@@ -16,7 +16,7 @@ import msgspec
 import psutil
 import pytest
 
-from tests.cluster.world import Cluster, a_wanted, turn_until
+from tests.cluster.cluster_harness import DriverUnderTest, desired_deployment, turn_until
 from workers.cluster import local_driver
 from workers.cluster.driver import RUNNER_VARIABLES, ClusterDriver, ClusterRefused, DesiredDeployment
 from workers.cluster.local_driver import PodCopy, ScalePlan, plan_scaling
@@ -30,17 +30,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "pods"
 
 
-def found(folder: Path, pattern: str) -> list[Path]:
+def find_files(folder: Path, pattern: str) -> list[Path]:
     return sorted(folder.glob(pattern))
 
 
-async def never() -> ClusterDriver:
+async def fail_to_open() -> ClusterDriver:
     raise AssertionError
 
 
 def deploy_and_die(folder: Path) -> DesiredDeployment:
     """Deploy by another process, and kill that when the pod is up."""
-    wanted = a_wanted()
+    wanted = desired_deployment()
     with subprocess.Popen(
         [sys.executable, "-m", "tests.cluster.deployer", str(folder)],
         cwd=ROOT,
@@ -63,28 +63,28 @@ def is_running(pid: int) -> bool:
         return False
 
 
-async def state_of(cluster: Cluster, workflow_id: str) -> dict[str, Any]:
+async def read_state(cluster: DriverUnderTest, workflow_id: str) -> dict[str, Any]:
     (url,) = await cluster.driver.endpoint(workflow_id)
     state: dict[str, Any] = await cluster.get(f"{url}/state")
     return state
 
 
 async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
-    machine: Cluster, folder: Path
+    machine: DriverUnderTest, folder: Path
 ) -> None:
     wanted = await machine.start(environment={"A": "1"})
-    state = await state_of(machine, wanted.workflow_id)
+    state = await read_state(machine, wanted.workflow_id)
     assert state["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_"} == {
         "A", "HOME", "LANG", "PATH", "TMPDIR", *RUNNER_VARIABLES
     }  # fmt: skip
     assert Path(state["folder"]).is_relative_to(folder)
     assert state["session"] == state["pid"]
     assert os.getsid(0) != state["session"]
-    for kept in found(folder, "**/*.json"):
+    for kept in find_files(folder, "**/*.json"):
         assert kept.stat().st_mode & 0o077 == 0
 
 
-async def test_it_must_be_asked_for_and_by_one_deployer_only(machine: Cluster, folder: Path) -> None:
+async def test_it_must_be_asked_for_and_by_one_deployer_only(machine: DriverUnderTest, folder: Path) -> None:
     with pytest.raises(ClusterRefused, match="only `dev`"):
         await local_driver.open_local(folder, runs_without_isolation=False)
     with pytest.raises(ClusterRefused, match="Another process"):
@@ -93,33 +93,33 @@ async def test_it_must_be_asked_for_and_by_one_deployer_only(machine: Cluster, f
 
 async def test_pods_survive_a_deployer_that_is_killed(folder: Path) -> None:
     wanted = await asyncio.to_thread(deploy_and_die, folder)
-    (record,) = found(folder, "*/*/pod.json")
+    (record,) = find_files(folder, "*/*/pod.json")
     async with await local_driver.open_local(folder, runs_without_isolation=True) as driver:
-        cluster = Cluster(driver, never)
+        cluster = DriverUnderTest(driver, fail_to_open)
         observed = await cluster.ready(wanted.workflow_id)
         assert [pod.name for pod in observed.pods] == [record.parent.name]
-        state = await state_of(cluster, wanted.workflow_id)
+        state = await read_state(cluster, wanted.workflow_id)
         os.kill(state["pid"], signal.SIGKILL)  # a pod that was adopted is looked after like any other
         await cluster.until(wanted.workflow_id, lambda observed: not observed.is_ready)
         await cluster.ready(wanted.workflow_id)
         await cluster.until_true(lambda: driver.delete(wanted.workflow_id))
-    assert [path.name for path in found(folder, "*")] == ["lock"]
+    assert [path.name for path in find_files(folder, "*")] == ["lock"]
 
 
 async def test_a_process_that_bears_the_number_of_a_pod_is_not_taken_for_it(
-    machine: Cluster, folder: Path
+    machine: DriverUnderTest, folder: Path
 ) -> None:
     wanted = await machine.start()
-    pid = (await state_of(machine, wanted.workflow_id))["pid"]
+    pid = (await read_state(machine, wanted.workflow_id))["pid"]
     await machine.driver.close()
     os.kill(pid, signal.SIGKILL)
     bystander = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
-    (certificate,) = found(folder, "*/*/process")
+    (certificate,) = find_files(folder, "*/*/process")
     text = certificate.read_text()
     certificate.write_text(text.replace(f"{pid} ", f"{bystander.pid} ", 1))
     machine.driver = await machine.reopen()
     await machine.ready(wanted.workflow_id)
-    assert (await state_of(machine, wanted.workflow_id))["pid"] != bystander.pid
+    assert (await read_state(machine, wanted.workflow_id))["pid"] != bystander.pid
     await machine.until_true(lambda: machine.driver.delete(wanted.workflow_id))
     assert bystander.returncode is None
     bystander.kill()
@@ -131,9 +131,9 @@ async def test_a_pod_that_does_not_end_is_killed_after_its_grace_by_the_next_dep
 ) -> None:
     limits = LocalPodLimits(grace_seconds=0.6)
     driver = await local_driver.open_local(folder, runs_without_isolation=True, limits=limits)
-    cluster = Cluster(driver, never)
+    cluster = DriverUnderTest(driver, fail_to_open)
     wanted = await cluster.start(environment={"POD_IGNORES_TERM": "1"})
-    pid = (await state_of(cluster, wanted.workflow_id))["pid"]
+    pid = (await read_state(cluster, wanted.workflow_id))["pid"]
     await driver.scale(wanted.workflow_id, 0)
     await driver.close()
     async with await local_driver.open_local(folder, runs_without_isolation=True, limits=limits) as driver:
@@ -141,24 +141,24 @@ async def test_a_pod_that_does_not_end_is_killed_after_its_grace_by_the_next_dep
         assert pod.is_terminating
         assert is_running(pid)
         await turn_until(lambda: not is_running(pid))
-        await Cluster(driver, never).until_true(lambda: driver.delete(wanted.workflow_id))
+        await DriverUnderTest(driver, fail_to_open).until_true(lambda: driver.delete(wanted.workflow_id))
 
 
-async def test_logs_are_bounded_and_keep_the_end(machine: Cluster, folder: Path) -> None:
+async def test_logs_are_bounded_and_keep_the_end(machine: DriverUnderTest, folder: Path) -> None:
     wanted = await machine.start()
     (url,) = await machine.driver.endpoint(wanted.workflow_id)
     for number in range(3):
         await machine.get(f"{url}/say?text={'x' * 99}&times=300")
         await machine.get(f"{url}/say?text=end-{number}")
-    (log,) = found(folder, "*/*/log")
+    (log,) = find_files(folder, "*/*/log")
     await turn_until(lambda: log.stat().st_size < 20_000)
-    assert sum(path.stat().st_size for path in found(log.parent, "log*")) <= 40_000
+    assert sum(path.stat().st_size for path in find_files(log.parent, "log*")) <= 40_000
     (last,) = await machine.driver.logs(wanted.workflow_id, limit=1)
     assert last.text == "end-2"
 
 
 async def test_what_can_not_be_read_any_more_keeps_nobody_from_starting(
-    machine: Cluster, folder: Path
+    machine: DriverUnderTest, folder: Path
 ) -> None:
     wanted = await machine.start()
     await machine.driver.close()
@@ -169,8 +169,8 @@ async def test_what_can_not_be_read_any_more_keeps_nobody_from_starting(
     assert len(await machine.driver.list()) == 1
 
 
-async def test_a_pod_killed_with_its_children_leaves_none(machine: Cluster) -> None:
-    command = ("/bin/sh", "-c", 'sleep 60 & echo "$!"; exec "$@"', "pod", *a_wanted().command)
+async def test_a_pod_killed_with_its_children_leaves_none(machine: DriverUnderTest) -> None:
+    command = ("/bin/sh", "-c", 'sleep 60 & echo "$!"; exec "$@"', "pod", *desired_deployment().command)
     wanted = await machine.start(command=command)
     (child, *_) = await machine.driver.logs(wanted.workflow_id, limit=9)
     await machine.until_true(lambda: machine.driver.delete(wanted.workflow_id))
@@ -179,7 +179,7 @@ async def test_a_pod_killed_with_its_children_leaves_none(machine: Cluster) -> N
     assert not is_running(int(child.text))
 
 
-async def test_another_token_needs_another_pod(machine: Cluster) -> None:
+async def test_another_token_needs_another_pod(machine: DriverUnderTest) -> None:
     wanted = await machine.start()
     (before,) = (await machine.driver.observe(wanted.workflow_id)).pods
     await machine.driver.apply(replace(wanted, token="another"))

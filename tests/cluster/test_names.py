@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from models import ids
 from models import workflow_names as names
-from tests.cluster.fake_api import rules
+from tests.cluster.cluster_harness import cluster_layout, desired_deployment
+from tests.cluster.fake_api import object_rules
 from tests.cluster.fake_api.schema import KINDS
-from tests.cluster.world import a_wanted, layout
 from workers.cluster import manifests
 from workers.cluster.driver import TOKEN_VARIABLE
 
@@ -36,17 +36,19 @@ def test_an_id_of_our_own_can_be_read_in_its_name() -> None:
 @given(st.text(max_size=40), st.text(alphabet="$()aA{}%", max_size=20))
 def test_whatever_users_write_the_objects_are_valid_and_restricted(text: str, value: str) -> None:
     made = manifests.build_objects(
-        a_wanted(workflow_id=text, organization_id=text, environment={"A": value}), layout()
+        desired_deployment(workflow_id=text, organization_id=text, environment={"A": value}), cluster_layout()
     )
     for manifest in made:
         kind = next(kind for kind in KINDS.values() if kind.name == manifest["kind"])
-        assert rules.problems(kind, manifest) == []
+        assert object_rules.find_problems(kind, manifest) == []
     pod = made[-1]["spec"]["template"]["spec"]
-    assert rules.violations_of_restricted(pod) == []
+    assert object_rules.restricted_violations(pod) == []
 
 
 def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
-    made = manifests.build_objects(a_wanted(environment={TOKEN_VARIABLE: "another"}), layout())
+    made = manifests.build_objects(
+        desired_deployment(environment={TOKEN_VARIABLE: "another"}), cluster_layout()
+    )
     assert [manifest["kind"] for manifest in made if "token-canary" in str(manifest)] == []
     assert "another" not in str(made)
     deployment = made[-1]
@@ -55,11 +57,11 @@ def test_the_token_stands_in_its_secret_alone_and_replicas_nowhere() -> None:
 
 
 def test_what_applications_call_leads_to_the_gateway_and_only_that_may_enter() -> None:
-    one = a_wanted()
-    service = manifests.build_gateway_service(one, layout())
+    one = desired_deployment()
+    service = manifests.build_gateway_service(one, cluster_layout())
     assert service["metadata"]["name"] == names.workflow_name(one.workflow_id)
-    assert service["spec"] == {"type": "ExternalName", "externalName": layout().gateway_host}
-    policy = manifests.build_network_policy(one, layout())["spec"]
+    assert service["spec"] == {"type": "ExternalName", "externalName": cluster_layout().gateway_host}
+    policy = manifests.build_network_policy(one, cluster_layout())["spec"]
     (ingress,) = policy["ingress"]
     assert policy["policyTypes"] == ["Ingress", "Egress"]
     assert [set(peer) for peer in ingress["from"]] == [{"namespaceSelector", "podSelector"}]

@@ -27,13 +27,13 @@ from models.data_source import DataSource, DataSourceShare
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.workflow import Workflow, WorkflowShare
-from tests.integration import asking
-from tests.integration.deployed import answer_for_pods, come_up, taking
-from tests.integration.gateway_world import EDGE, GRAPH, SECRET, Person, World, open_world
-from tests.services import PostgreSQL
+from tests.integration import input_waits
+from tests.integration.deployed_workflows import answer_for_pods, mark_running, serve_as_pods
+from tests.integration.gateway_harness import EDGE, GRAPH, SECRET, GatewayHarness, UserClient, create_gateway
+from tests.services import PostgresServer
 
 
-class Caller(StrEnum):
+class CallerKind(StrEnum):
     """Everybody there is; whoever has a valid key has one of the needed scope and no other."""
 
     NO_KEY = "nobody"
@@ -51,7 +51,7 @@ class Caller(StrEnum):
 
 # ── what everybody is answered ──────────────────────────────────────────────────────────────────────────────
 
-Expected: TypeAlias = Mapping[Caller, str]
+Expected: TypeAlias = Mapping[CallerKind, str]
 """What each caller is answered: `ok`, or the status and code of a refusal."""
 
 OK = "ok"
@@ -62,54 +62,54 @@ NOT_ADMIN = "403 admin-required"
 NOT_FOUND = "404 not-found"
 
 
-def expected(
+def expect_access(
     *, stranger: str, colleague: str, guest: str, owner: str, colleague_of_public: str | None = None
 ) -> Expected:
     """Return an expectation about what takes a scope; in their organisation, admins may do everything."""
     answers = {
-        Caller.NO_KEY: NO_VALID_KEY,
-        Caller.UNKNOWN_KEY: NO_VALID_KEY,
-        Caller.REVOKED_KEY: NO_VALID_KEY,
-        Caller.EXPIRED_KEY: NO_VALID_KEY,
-        Caller.WRONG_SCOPE: WRONG_SCOPE,
-        Caller.STRANGER: stranger,
-        Caller.COLLEAGUE: colleague,
-        Caller.GUEST: guest,
-        Caller.OWNER: owner,
-        Caller.ADMIN: OK,
+        CallerKind.NO_KEY: NO_VALID_KEY,
+        CallerKind.UNKNOWN_KEY: NO_VALID_KEY,
+        CallerKind.REVOKED_KEY: NO_VALID_KEY,
+        CallerKind.EXPIRED_KEY: NO_VALID_KEY,
+        CallerKind.WRONG_SCOPE: WRONG_SCOPE,
+        CallerKind.STRANGER: stranger,
+        CallerKind.COLLEAGUE: colleague,
+        CallerKind.GUEST: guest,
+        CallerKind.OWNER: owner,
+        CallerKind.ADMIN: OK,
     }
     if colleague_of_public is not None:
-        answers[Caller.COLLEAGUE_OF_PUBLIC] = colleague_of_public
+        answers[CallerKind.COLLEAGUE_OF_PUBLIC] = colleague_of_public
     return answers
 
 
-OWN = expected(stranger=OK, colleague=OK, guest=OK, owner=OK)
+OWN = expect_access(stranger=OK, colleague=OK, guest=OK, owner=OK)
 """For what is about no object of others: all list and make what is their own."""
-READERS = expected(
+READERS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=OK, owner=OK, colleague_of_public=OK
 )  # fmt: skip
-WRITERS = expected(
+WRITERS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=OK, colleague_of_public=NOT_OWNER
 )
 """Whoever may read a workflow is told that only its owner and admins may do this."""
-TEMPLATE_MAKERS = expected(
+TEMPLATE_MAKERS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=NOT_ADMIN, colleague_of_public=NOT_OWNER
 )
 """For what shows a workflow to the whole organisation, to begin with: that takes an admin."""
-COPYING_ADMINS = expected(
+COPYING_ADMINS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_ADMIN, owner=NOT_ADMIN, colleague_of_public=NOT_ADMIN
 )
 """The same, of a copy: nothing happens to the workflow itself."""
-TEMPLATE_READERS = expected(stranger=NOT_FOUND, colleague=OK, guest=OK, owner=OK)
-TEMPLATE_WRITERS = expected(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_OWNER, owner=OK)
-KEY_HOLDERS = expected(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
-ADMINS = expected(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
+TEMPLATE_READERS = expect_access(stranger=NOT_FOUND, colleague=OK, guest=OK, owner=OK)
+TEMPLATE_WRITERS = expect_access(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_OWNER, owner=OK)
+KEY_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
+ADMINS = expect_access(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
 """For what admins do in their own organisation."""
-TOKEN_HOLDERS = expected(stranger=NOT_FOUND, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
+TOKEN_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
 """For what admins alone have to do with."""
 TWO_SCOPES: Expected = {caller: WRONG_SCOPE if answer == OK else answer for caller, answer in READERS.items()}
 """For what takes a scope more than those have who may read it."""
-ANY_KEY: Expected = {**OWN, Caller.WRONG_SCOPE: OK}
+ANY_KEY: Expected = {**OWN, CallerKind.WRONG_SCOPE: OK}
 EVERYBODY: Expected = dict.fromkeys(OWN, OK)
 
 
@@ -121,12 +121,12 @@ READ_SOURCES, WRITE_SOURCES = KeyScope.DATASOURCES_READ, KeyScope.DATASOURCES_WR
 SCOPES = {Access.ADMIN: USERS, Access.ANY_KEY: None, Access.PUBLIC: None, Access.SENDER: EXECUTE}
 """The scope that a key must have for what no scope alone opens."""
 
-Make: TypeAlias = Callable[["Cast", bool], Awaitable[str]]
+Make: TypeAlias = Callable[["AccessCast", bool], Awaitable[str]]
 """Makes something of the owner's, public or not, and returns its id."""
 
 
 @dataclass(frozen=True)
-class Row:
+class AccessRow:
     """An operation, or one use of it, and what everybody is answered."""
 
     method: str
@@ -146,34 +146,34 @@ class Row:
 
 
 @dataclass
-class Cast:
+class AccessCast:
     """Everybody, with a key for every occasion."""
 
-    world: World
-    owner: Person
-    users: Mapping[Caller, User]
-    keys: Mapping[tuple[Caller, KeyScope | None], str]
+    world: GatewayHarness
+    owner: UserClient
+    users: Mapping[CallerKind, User]
+    keys: Mapping[tuple[CallerKind, KeyScope | None], str]
     kept: dict[tuple[Make, bool], str] = field(default_factory=dict)
     """What calls are about that change nothing, or are refused."""
 
-    async def target(self, row: Row, caller: Caller) -> str:
+    async def target(self, row: AccessRow, caller: CallerKind) -> str:
         """Return the id of what a call is about: of something new, where the call may change it."""
         if row.make is None:
             return "wf_absent"
-        is_public = caller is Caller.COLLEAGUE_OF_PUBLIC
+        is_public = caller is CallerKind.COLLEAGUE_OF_PUBLIC
         if row.expected[caller] == OK and row.method != "GET":
             return await row.make(self, is_public)
         return self.kept[row.make, is_public]
 
     async def call(
-        self, client: httpx2.AsyncClient, row: Row, caller: Caller, target: str
+        self, client: httpx2.AsyncClient, row: AccessRow, caller: CallerKind, target: str
     ) -> httpx2.Response:
         words = {
             "id": target,
-            "guest": self.users[Caller.GUEST].id,
-            "colleague": self.users[Caller.COLLEAGUE].id,
+            "guest": self.users[CallerKind.GUEST].id,
+            "colleague": self.users[CallerKind.COLLEAGUE].id,
             "address": f"{uuid4().hex}@example.com",
-            "subscribed": self.kept.get((subscribed_workflow, True), ""),
+            "subscribed": self.kept.get((create_subscribed_workflow, True), ""),
         }
         steps = {"sub": "step", "subId": words["guest"], "version": "1", "other": "current", "type": "set"}
         steps["sha256"] = NOTHING
@@ -181,20 +181,20 @@ class Cast:
         return await client.request(
             row.method,
             row.path.format(id=target, **steps) + row.query,
-            json=None if row.body is None else filled(row.body, words),
+            json=None if row.body is None else fill_names(row.body, words),
             headers={} if key is None else {"X-API-Key": key},
         )
 
-    def hidden(self, caller: Caller) -> list[str]:
+    def hidden(self, caller: CallerKind) -> list[str]:
         """Return the ids of what a caller may not see: a colleague what isn't public, a stranger nothing."""
         return [
             kept
             for (make, is_public), kept in self.kept.items()
-            if caller is Caller.STRANGER or not (is_public or make is template)
+            if caller is CallerKind.STRANGER or not (is_public or make is create_template)
         ]
 
 
-def filled(body: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
+def fill_names(body: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
     """Return a body with words in the place of `<their names>`."""
     return {
         key: words.get(value.strip("<>"), value) if isinstance(value, str) else value
@@ -202,13 +202,13 @@ def filled(body: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-async def workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+async def create_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     """Make one that isn't laid out, nor as it was in its first version; a node and a connection are called `step`."""
     nodes = [{**node, "position": {"x": 7, "y": 7}} for node in GRAPH["nodes"]]
     workflow_id = await cast.owner.create(nodes=nodes, connections=[{**EDGE, "id": "step"}])
     share = {
         "workflow_id": workflow_id,
-        "user_id": cast.users[Caller.GUEST].id,
+        "user_id": cast.users[CallerKind.GUEST].id,
         "shared_at": datetime.now(UTC),
     }
 
@@ -224,8 +224,8 @@ async def workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every 
     return workflow_id
 
 
-async def template(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    workflow_id = await workflow(cast, is_public)
+async def create_template(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await create_workflow(cast, is_public)
 
     async def make_template(connection: AsyncConnection) -> None:
         await connection.execute(
@@ -236,16 +236,16 @@ async def template(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every 
     return workflow_id
 
 
-async def deployed_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    workflow_id = await workflow(cast, is_public)
+async def create_deployed_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await create_workflow(cast, is_public)
     await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/deploy")
-    await come_up(cast.world, workflow_id)
+    await mark_running(cast.world, workflow_id)
     return workflow_id
 
 
-async def queue_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+async def create_queue_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     """Make an active one that begins with a queue; nobody has sent it anything."""
-    workflow_id = await workflow(cast, is_public)
+    workflow_id = await create_workflow(cast, is_public)
     start = {"id": "start", "nodeId": "queue-trigger", "label": "Start"}
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
     await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
@@ -253,9 +253,9 @@ async def queue_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - 
     return workflow_id
 
 
-async def email_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+async def create_email_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     """Make an active one that begins with a mail; none has come."""
-    workflow_id = await workflow(cast, is_public)
+    workflow_id = await create_workflow(cast, is_public)
     start = {"id": "start", "nodeId": "email-trigger", "label": "Start"}
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
     await cast.owner.api.put(WORKFLOW.format(id=workflow_id), json=nodes)
@@ -263,9 +263,9 @@ async def email_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - 
     return workflow_id
 
 
-async def subscribed_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+async def create_subscribed_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     """Make an active one that begins with an event; none has come."""
-    workflow_id = await workflow(cast, is_public)
+    workflow_id = await create_workflow(cast, is_public)
     config = {"event_type": "never.happens"}
     start = {"id": "start", "nodeId": "event-trigger", "label": "Start", "config": config}
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
@@ -274,9 +274,9 @@ async def subscribed_workflow(cast: Cast, is_public: bool) -> str:  # noqa: FBT0
     return workflow_id
 
 
-async def hook(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+async def create_webhook(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     """Make an active one that begins with a webhook of anybody's; returns the token of its address."""
-    workflow_id = await workflow(cast, is_public)
+    workflow_id = await create_workflow(cast, is_public)
     config = {"verification": {"provider": "none"}}
     start = {"id": "start", "nodeId": "webhook", "label": "Start", "config": config}
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
@@ -285,27 +285,27 @@ async def hook(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Mak
     return await trigger_token(cast, workflow_id)
 
 
-async def mail_address(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+async def create_mail_address(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     """Make an active one that begins with a mail; returns the token of its address."""
-    return await trigger_token(cast, await email_workflow(cast, is_public))
+    return await trigger_token(cast, await create_email_workflow(cast, is_public))
 
 
-async def trigger_token(cast: Cast, workflow_id: str) -> str:
+async def trigger_token(cast: AccessCast, workflow_id: str) -> str:
     made = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/trigger-token", json={})
     token: str = made.json()["token"]
     return token
 
 
-async def delivery(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    workflow_id = await queue_workflow(cast, is_public)
+async def create_delivery(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await create_queue_workflow(cast, is_public)
     await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/enqueue", json={"message": 1})
     listed = await cast.owner.api.get(f"{WORKFLOW.format(id=workflow_id)}/deliveries")
     delivery_id: str = listed.json()["deliveries"][0]["id"]
     return delivery_id
 
 
-async def failed_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    workflow_id = await workflow(cast, is_public)
+async def create_failed_execution(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await create_workflow(cast, is_public)
     response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
     execution_id: str = response.json()["executionId"]
 
@@ -320,40 +320,40 @@ async def failed_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 
     return execution_id
 
 
-async def asking_execution(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    workflow_id = await workflow(cast, is_public)
+async def create_waiting_execution(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+    workflow_id = await create_workflow(cast, is_public)
     response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
     execution_id: str = response.json()["executionId"]
-    await asking.ask(cast.world.gateway.database, execution_id)
+    await input_waits.wait_for_input(cast.world.gateway.database, execution_id)
     return execution_id
 
 
-async def key(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+async def create_key(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
     response = await cast.owner.api.post("/api/v1/auth/keys", json={"name": "A key"})
     key_id: str = response.json()["id"]
     return key_id
 
 
-async def event_token(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
-    client = await cast.world.client(cast.keys[Caller.ADMIN, KEYS])
+async def create_event_token(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+    client = await cast.world.client(cast.keys[CallerKind.ADMIN, KEYS])
     response = await client.post("/api/v1/auth/event-tokens", json={"name": "Hooks"})
     token_id: str = response.json()["id"]
     return token_id
 
 
-async def event(cast: Cast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+async def create_event(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
     response = await cast.owner.api.post("/api/v1/workflows/events", json={"event_type": "a.b"})
     event_id: str = response.json()["event_id"]
     return event_id
 
 
-async def data_source(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
+async def create_data_source(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     body = {**TOKEN, "name": uuid4().hex}
     response = await cast.owner.api.post("/api/v1/datasources", json=body)
     source_id: str = response.json()["dataSourceId"]
     share = {
         "data_source_id": source_id,
-        "user_id": cast.users[Caller.GUEST].id,
+        "user_id": cast.users[CallerKind.GUEST].id,
         "shared_at": datetime.now(UTC),
     }
 
@@ -368,9 +368,16 @@ async def data_source(cast: Cast, is_public: bool) -> str:  # noqa: FBT001 - eve
 
 
 MADE: Sequence[Make] = (
-    *(workflow, deployed_workflow, queue_workflow, email_workflow, template, delivery),
-    *(failed_execution, asking_execution, key, data_source),
-    *(subscribed_workflow, event, event_token, mail_address),
+    *(
+        create_workflow,
+        create_deployed_workflow,
+        create_queue_workflow,
+        create_email_workflow,
+        create_template,
+        create_delivery,
+    ),
+    *(create_failed_execution, create_waiting_execution, create_key, create_data_source),
+    *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
 )
 WORKFLOW = "/api/v1/workflows/{id}"
 EXECUTION = "/api/v1/executions/{id}"
@@ -379,29 +386,37 @@ SOURCE = "/api/v1/datasources/{id}"
 TOKEN = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token"}}
 
 
-def reads(method: str, path: str, *, scope: KeyScope = READ, status: int = 200) -> Row:
+def read_row(method: str, path: str, *, scope: KeyScope = READ, status: int = 200) -> AccessRow:
     """Return a row for what whoever may read a workflow may do with it."""
-    return Row(method, WORKFLOW + path, scope, READERS, workflow, status=status)
+    return AccessRow(method, WORKFLOW + path, scope, READERS, create_workflow, status=status)
 
 
-def writes(method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200) -> Row:
+def write_row(
+    method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200
+) -> AccessRow:
     """Return a row for what changes a workflow."""
-    return Row(method, WORKFLOW + path, WRITE, WRITERS, workflow, body, status)
+    return AccessRow(method, WORKFLOW + path, WRITE, WRITERS, create_workflow, body, status)
 
 
-def runs(method: str, path: str, *, scope: KeyScope = READ, status: int = 200, query: str = "") -> Row:
+def run_row(
+    method: str, path: str, *, scope: KeyScope = READ, status: int = 200, query: str = ""
+) -> AccessRow:
     """Return a row for what whoever may read a workflow may do with its executions."""
-    return Row(method, EXECUTION + path, scope, READERS, failed_execution, status=status, query=query)
+    return AccessRow(
+        method, EXECUTION + path, scope, READERS, create_failed_execution, status=status, query=query
+    )
 
 
-def uses(method: str, path: str) -> Row:
+def use_row(method: str, path: str) -> AccessRow:
     """Return a row for what whoever may read a data source may do with it."""
-    return Row(method, SOURCE + path, READ_SOURCES, READERS, data_source)
+    return AccessRow(method, SOURCE + path, READ_SOURCES, READERS, create_data_source)
 
 
-def turns(method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200) -> Row:
+def change_row(
+    method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200
+) -> AccessRow:
     """Return a row for what changes a data source."""
-    return Row(method, SOURCE + path, WRITE_SOURCES, WRITERS, data_source, body, status)
+    return AccessRow(method, SOURCE + path, WRITE_SOURCES, WRITERS, create_data_source, body, status)
 
 
 NEW = {"name": "Mine", **GRAPH}
@@ -411,166 +426,182 @@ ANSWER = {"nodeId": "approval", "choice": "approve", "data": {}}
 DOCUMENT = {"document": {"format": "pilotflame/workflow", "formatVersion": 1, **NEW}, "references": {}}
 
 ROWS = [
-    Row("GET", "/healthz", None, EVERYBODY),
-    Row("GET", "/readyz", None, EVERYBODY),
-    Row("GET", "/openapi.json", None, EVERYBODY),
-    Row("GET", "/docs", None, EVERYBODY),
-    Row("GET", "/api/v1/auth/whoami", None, ANY_KEY),
-    Row("GET", "/api/v1/auth/keys", KEYS, OWN),
-    Row("POST", "/api/v1/auth/keys", KEYS, OWN, body={"name": "Mine"}, status=201),
-    Row("DELETE", "/api/v1/auth/keys/{id}", KEYS, KEY_HOLDERS, key, status=204),
-    Row("GET", "/api/v1/auth/signing-secret", KEYS, ADMINS),
-    Row("POST", "/api/v1/auth/signing-secret", KEYS, ADMINS, status=201),
-    Row("GET", "/api/v1/auth/event-tokens", KEYS, ADMINS),
-    Row("POST", "/api/v1/auth/event-tokens", KEYS, ADMINS, body={"name": "Hooks"}, status=201),
-    Row("DELETE", "/api/v1/auth/event-tokens/{id}", KEYS, TOKEN_HOLDERS, event_token, status=204),
-    Row("POST", "/api/v1/workflows/events", EXECUTE, OWN, body={"event_type": "a.b"}),
-    Row("OPTIONS", "/api/v1/workflows/events", None, EVERYBODY, status=204),
-    Row("GET", "/api/v1/events", READ, OWN),
-    Row("GET", "/api/v1/events/{id}", READ, KEY_HOLDERS, event),
-    Row("POST", "/api/v1/events/{id}/replay", EXECUTE, KEY_HOLDERS, event, REPLAY, status=201),
-    Row("GET", "/api/v1/auth/users", USERS, ADMINS),
-    Row("POST", "/api/v1/auth/users", USERS, ADMINS, body={"email": "<address>"}, status=201),
-    Row("GET", "/api/v1/audit", USERS, ADMINS),
-    Row("GET", "/api/v1/intake-samples", USERS, ADMINS),
-    Row("GET", "/api/v1/datasources", READ_SOURCES, OWN),
-    Row("POST", "/api/v1/datasources", WRITE_SOURCES, OWN, body=TOKEN, status=201),
-    uses("GET", ""),
-    turns("PUT", "", {"name": "<address>"}),
-    turns("DELETE", "", status=204),
-    uses("POST", "/test"),
-    uses("GET", "/share"),
-    turns("POST", "/share", {"userId": "<colleague>"}),
-    turns("DELETE", "/share/{subId}", status=204),
-    turns("PUT", "/visibility", {"isPublic": True}),
-    Row("GET", "/api/v1/workflow-nodes", READ, OWN),
-    Row("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
-    Row("GET", "/api/v1/workflows", READ, OWN),
-    Row("GET", "/api/v1/workflows/stats", READ, OWN),
-    Row("GET", "/api/v1/workflows/templates", READ, OWN),
-    Row("POST", "/api/v1/workflows", WRITE, OWN, body=NEW, status=201),
-    Row("POST", "/api/v1/workflows/build", WRITE, OWN, body=NEW, status=201),
-    Row("POST", "/api/v1/workflows/import", WRITE, OWN, body=DOCUMENT, status=201),
-    Row(
+    AccessRow("GET", "/healthz", None, EVERYBODY),
+    AccessRow("GET", "/readyz", None, EVERYBODY),
+    AccessRow("GET", "/openapi.json", None, EVERYBODY),
+    AccessRow("GET", "/docs", None, EVERYBODY),
+    AccessRow("GET", "/api/v1/auth/whoami", None, ANY_KEY),
+    AccessRow("GET", "/api/v1/auth/keys", KEYS, OWN),
+    AccessRow("POST", "/api/v1/auth/keys", KEYS, OWN, body={"name": "Mine"}, status=201),
+    AccessRow("DELETE", "/api/v1/auth/keys/{id}", KEYS, KEY_HOLDERS, create_key, status=204),
+    AccessRow("GET", "/api/v1/auth/signing-secret", KEYS, ADMINS),
+    AccessRow("POST", "/api/v1/auth/signing-secret", KEYS, ADMINS, status=201),
+    AccessRow("GET", "/api/v1/auth/event-tokens", KEYS, ADMINS),
+    AccessRow("POST", "/api/v1/auth/event-tokens", KEYS, ADMINS, body={"name": "Hooks"}, status=201),
+    AccessRow(
+        "DELETE", "/api/v1/auth/event-tokens/{id}", KEYS, TOKEN_HOLDERS, create_event_token, status=204
+    ),
+    AccessRow("POST", "/api/v1/workflows/events", EXECUTE, OWN, body={"event_type": "a.b"}),
+    AccessRow("OPTIONS", "/api/v1/workflows/events", None, EVERYBODY, status=204),
+    AccessRow("GET", "/api/v1/events", READ, OWN),
+    AccessRow("GET", "/api/v1/events/{id}", READ, KEY_HOLDERS, create_event),
+    AccessRow("POST", "/api/v1/events/{id}/replay", EXECUTE, KEY_HOLDERS, create_event, REPLAY, status=201),
+    AccessRow("GET", "/api/v1/auth/users", USERS, ADMINS),
+    AccessRow("POST", "/api/v1/auth/users", USERS, ADMINS, body={"email": "<address>"}, status=201),
+    AccessRow("GET", "/api/v1/audit", USERS, ADMINS),
+    AccessRow("GET", "/api/v1/intake-samples", USERS, ADMINS),
+    AccessRow("GET", "/api/v1/datasources", READ_SOURCES, OWN),
+    AccessRow("POST", "/api/v1/datasources", WRITE_SOURCES, OWN, body=TOKEN, status=201),
+    use_row("GET", ""),
+    change_row("PUT", "", {"name": "<address>"}),
+    change_row("DELETE", "", status=204),
+    use_row("POST", "/test"),
+    use_row("GET", "/share"),
+    change_row("POST", "/share", {"userId": "<colleague>"}),
+    change_row("DELETE", "/share/{subId}", status=204),
+    change_row("PUT", "/visibility", {"isPublic": True}),
+    AccessRow("GET", "/api/v1/workflow-nodes", READ, OWN),
+    AccessRow("GET", "/api/v1/workflow-nodes/{type}/schema", READ, OWN),
+    AccessRow("GET", "/api/v1/workflows", READ, OWN),
+    AccessRow("GET", "/api/v1/workflows/stats", READ, OWN),
+    AccessRow("GET", "/api/v1/workflows/templates", READ, OWN),
+    AccessRow("POST", "/api/v1/workflows", WRITE, OWN, body=NEW, status=201),
+    AccessRow("POST", "/api/v1/workflows/build", WRITE, OWN, body=NEW, status=201),
+    AccessRow("POST", "/api/v1/workflows/import", WRITE, OWN, body=DOCUMENT, status=201),
+    AccessRow(
         "POST",
         "/api/v1/workflows/from-template",
         WRITE,
         TEMPLATE_READERS,
-        template,
+        create_template,
         {"templateId": "<id>"},
         201,
     ),
-    Row("GET", WORKFLOW, READ, TEMPLATE_READERS, template, use="of a template"),
-    Row("PUT", WORKFLOW, WRITE, TEMPLATE_WRITERS, template, {"name": "Other"}, use="of a template"),
-    reads("GET", ""),
-    writes("PUT", "", {"name": "Other"}),
-    writes("DELETE", "", status=204),
-    writes("PUT", "/status", {"status": "active"}),
-    writes("PUT", "/visibility", {"isPublic": True}),
-    Row(
+    AccessRow("GET", WORKFLOW, READ, TEMPLATE_READERS, create_template, use="of a template"),
+    AccessRow(
+        "PUT", WORKFLOW, WRITE, TEMPLATE_WRITERS, create_template, {"name": "Other"}, use="of a template"
+    ),
+    read_row("GET", ""),
+    write_row("PUT", "", {"name": "Other"}),
+    write_row("DELETE", "", status=204),
+    write_row("PUT", "/status", {"status": "active"}),
+    write_row("PUT", "/visibility", {"isPublic": True}),
+    AccessRow(
         "PUT",
         f"{WORKFLOW}/visibility",
         WRITE,
         TEMPLATE_MAKERS,
-        workflow,
+        create_workflow,
         {"isTemplate": True},
         use="as a template",
     ),
-    Row("POST", f"{WORKFLOW}/save-as-template", WRITE, COPYING_ADMINS, workflow, status=201),
-    reads("POST", "/duplicate", scope=WRITE, status=201),
-    reads("GET", "/export"),
-    reads("POST", "/execute", scope=EXECUTE, status=201),
-    Row(
+    AccessRow("POST", f"{WORKFLOW}/save-as-template", WRITE, COPYING_ADMINS, create_workflow, status=201),
+    read_row("POST", "/duplicate", scope=WRITE, status=201),
+    read_row("GET", "/export"),
+    read_row("POST", "/execute", scope=EXECUTE, status=201),
+    AccessRow(
         "POST",
         f"{WORKFLOW}/execute",
         EXECUTE,
         TWO_SCOPES,
-        workflow,
+        create_workflow,
         {"definition": GRAPH},
         use="with a definition",
     ),
-    reads("GET", "/inbound-address"),
-    writes("POST", "/trigger-token", status=201),
-    writes("DELETE", "/trigger-token", status=204),
-    reads("GET", "/deliveries"),
-    reads("POST", "/deliveries/redrive", scope=EXECUTE),
-    reads("GET", "/dead-letters"),
-    reads("POST", "/dead-letters/redrive", scope=EXECUTE),
-    Row("POST", f"{WORKFLOW}/dead-letters/purge", EXECUTE, WRITERS, workflow),
-    Row("GET", "/api/v1/deliveries/{id}", READ, READERS, delivery),
-    Row("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, delivery, status=201),
-    Row("POST", "/hooks/{id}", None, EVERYBODY, hook, status=202),
-    Row("GET", "/mail/{id}", None, EVERYBODY, mail_address),
-    Row("POST", "/mail/{id}", None, EVERYBODY, mail_address, {"subject": "Hello"}, 201),
-    Row("POST", f"{WORKFLOW}/enqueue", EXECUTE, READERS, queue_workflow, {"message": 1}, 201),
-    Row("POST", f"{WORKFLOW}/email-trigger", EXECUTE, READERS, email_workflow, {"subject": "Hello"}, 201),
-    Row(
+    read_row("GET", "/inbound-address"),
+    write_row("POST", "/trigger-token", status=201),
+    write_row("DELETE", "/trigger-token", status=204),
+    read_row("GET", "/deliveries"),
+    read_row("POST", "/deliveries/redrive", scope=EXECUTE),
+    read_row("GET", "/dead-letters"),
+    read_row("POST", "/dead-letters/redrive", scope=EXECUTE),
+    AccessRow("POST", f"{WORKFLOW}/dead-letters/purge", EXECUTE, WRITERS, create_workflow),
+    AccessRow("GET", "/api/v1/deliveries/{id}", READ, READERS, create_delivery),
+    AccessRow("POST", "/api/v1/deliveries/{id}/redrive", EXECUTE, READERS, create_delivery, status=201),
+    AccessRow("POST", "/hooks/{id}", None, EVERYBODY, create_webhook, status=202),
+    AccessRow("GET", "/mail/{id}", None, EVERYBODY, create_mail_address),
+    AccessRow("POST", "/mail/{id}", None, EVERYBODY, create_mail_address, {"subject": "Hello"}, 201),
+    AccessRow("POST", f"{WORKFLOW}/enqueue", EXECUTE, READERS, create_queue_workflow, {"message": 1}, 201),
+    AccessRow(
+        "POST",
+        f"{WORKFLOW}/email-trigger",
+        EXECUTE,
+        READERS,
+        create_email_workflow,
+        {"subject": "Hello"},
+        201,
+    ),
+    AccessRow(
         "POST",
         f"{WORKFLOW}/enqueue-batch",
         EXECUTE,
         READERS,
-        queue_workflow,
+        create_queue_workflow,
         {"messages": [{"message": 1}]},
         201,
     ),
-    reads("POST", "/validate"),
-    writes("POST", "/layout"),
-    writes("POST", "/compute-scopes"),
-    reads("GET", "/nodes"),
-    writes("POST", "/nodes", {"nodeId": "set"}, status=201),
-    writes("PUT", "/nodes/{sub}", {"label": "Other"}),
-    writes("DELETE", "/nodes/{sub}"),
-    writes("PUT", "/nodes/{sub}/input-mappings", {"mappings": {"a": "data"}}),
-    writes("PUT", "/nodes/{sub}/passthrough-values", {"values": {"a": "a"}}),
-    Row("POST", f"{WORKFLOW}/nodes/{{sub}}/test", EXECUTE, READERS, workflow, {"wait": 0}, status=202),
-    Row(
+    read_row("POST", "/validate"),
+    write_row("POST", "/layout"),
+    write_row("POST", "/compute-scopes"),
+    read_row("GET", "/nodes"),
+    write_row("POST", "/nodes", {"nodeId": "set"}, status=201),
+    write_row("PUT", "/nodes/{sub}", {"label": "Other"}),
+    write_row("DELETE", "/nodes/{sub}"),
+    write_row("PUT", "/nodes/{sub}/input-mappings", {"mappings": {"a": "data"}}),
+    write_row("PUT", "/nodes/{sub}/passthrough-values", {"values": {"a": "a"}}),
+    AccessRow(
+        "POST", f"{WORKFLOW}/nodes/{{sub}}/test", EXECUTE, READERS, create_workflow, {"wait": 0}, status=202
+    ),
+    AccessRow(
         "POST",
         f"{WORKFLOW}/nodes/{{sub}}/test",
         EXECUTE,
         TWO_SCOPES,
-        workflow,
+        create_workflow,
         {"wait": 0, "config": {"values": {"a": 2}}},
         use="with a config",
     ),
-    writes("POST", "/connections", {**EDGE, "sourcePort": "error"}, status=201),
-    writes("DELETE", "/connections/{sub}"),
-    reads("GET", "/versions"),
-    writes("POST", "/versions", {"versionTag": "v2.0.0"}, status=201),
-    reads("GET", "/versions/{version}"),
-    writes("POST", "/versions/{version}/restore"),
-    reads("GET", "/versions/{version}/diff/{other}"),
-    reads("GET", "/share"),
-    writes("POST", "/share", {"userId": "<colleague>"}),
-    writes("DELETE", "/share/{subId}", status=204),
-    writes("POST", "/deploy", status=202),
-    writes("POST", "/deploy-version", {"version": 1}, status=202),
-    writes("POST", "/undeploy"),
-    Row("POST", f"{WORKFLOW}/stop", WRITE, WRITERS, deployed_workflow, status=202),
-    Row("POST", f"{WORKFLOW}/start", WRITE, WRITERS, deployed_workflow, {"replicas": 2}, status=202),
-    reads("GET", "/status"),
-    Row("GET", f"{WORKFLOW}/logs", READ, READERS, deployed_workflow),
-    Row("POST", f"{WORKFLOW}/trigger", EXECUTE, READERS, deployed_workflow),
-    Row("GET", "/api/v1/workflows/discover", READ, OWN, query="?appId=app_001"),
-    reads("GET", "/schedule"),
-    reads("GET", "/lifecycle"),
-    writes("PUT", "/lifecycle", {"type": "always-on"}),
-    reads("GET", "/lifecycle/history"),
-    Row("POST", f"{WORKFLOW}/lifecycle/preview", READ, READERS, workflow, {"type": "always-on"}),
-    Row("POST", "/api/v1/executions/bulk-cancel", EXECUTE, OWN, body=DRY_RUN),
-    Row("POST", "/api/v1/executions/bulk-retry", EXECUTE, OWN, body=DRY_RUN),
-    Row("POST", "/api/v1/executions/bulk-delete", WRITE, OWN, body=DRY_RUN),
-    Row("GET", "/api/v1/executions", READ, OWN),
-    runs("GET", ""),
-    runs("GET", "/progress", query="?wait=0"),
-    runs("GET", "/spans"),
-    runs("GET", "/logs"),
-    runs("GET", "/blobs/{sha256}"),
-    runs("GET", "/events"),
-    Row("GET", f"{EXECUTION}/pending-inputs", READ, READERS, asking_execution),
-    Row("POST", f"{EXECUTION}/input", EXECUTE, READERS, asking_execution, ANSWER),
-    runs("POST", "/stop", scope=EXECUTE),
-    runs("POST", "/cancel", scope=EXECUTE),
-    runs("POST", "/resume", scope=EXECUTE, status=201),
+    write_row("POST", "/connections", {**EDGE, "sourcePort": "error"}, status=201),
+    write_row("DELETE", "/connections/{sub}"),
+    read_row("GET", "/versions"),
+    write_row("POST", "/versions", {"versionTag": "v2.0.0"}, status=201),
+    read_row("GET", "/versions/{version}"),
+    write_row("POST", "/versions/{version}/restore"),
+    read_row("GET", "/versions/{version}/diff/{other}"),
+    read_row("GET", "/share"),
+    write_row("POST", "/share", {"userId": "<colleague>"}),
+    write_row("DELETE", "/share/{subId}", status=204),
+    write_row("POST", "/deploy", status=202),
+    write_row("POST", "/deploy-version", {"version": 1}, status=202),
+    write_row("POST", "/undeploy"),
+    AccessRow("POST", f"{WORKFLOW}/stop", WRITE, WRITERS, create_deployed_workflow, status=202),
+    AccessRow(
+        "POST", f"{WORKFLOW}/start", WRITE, WRITERS, create_deployed_workflow, {"replicas": 2}, status=202
+    ),
+    read_row("GET", "/status"),
+    AccessRow("GET", f"{WORKFLOW}/logs", READ, READERS, create_deployed_workflow),
+    AccessRow("POST", f"{WORKFLOW}/trigger", EXECUTE, READERS, create_deployed_workflow),
+    AccessRow("GET", "/api/v1/workflows/discover", READ, OWN, query="?appId=app_001"),
+    read_row("GET", "/schedule"),
+    read_row("GET", "/lifecycle"),
+    write_row("PUT", "/lifecycle", {"type": "always-on"}),
+    read_row("GET", "/lifecycle/history"),
+    AccessRow("POST", f"{WORKFLOW}/lifecycle/preview", READ, READERS, create_workflow, {"type": "always-on"}),
+    AccessRow("POST", "/api/v1/executions/bulk-cancel", EXECUTE, OWN, body=DRY_RUN),
+    AccessRow("POST", "/api/v1/executions/bulk-retry", EXECUTE, OWN, body=DRY_RUN),
+    AccessRow("POST", "/api/v1/executions/bulk-delete", WRITE, OWN, body=DRY_RUN),
+    AccessRow("GET", "/api/v1/executions", READ, OWN),
+    run_row("GET", ""),
+    run_row("GET", "/progress", query="?wait=0"),
+    run_row("GET", "/spans"),
+    run_row("GET", "/logs"),
+    run_row("GET", "/blobs/{sha256}"),
+    run_row("GET", "/events"),
+    AccessRow("GET", f"{EXECUTION}/pending-inputs", READ, READERS, create_waiting_execution),
+    AccessRow("POST", f"{EXECUTION}/input", EXECUTE, READERS, create_waiting_execution, ANSWER),
+    run_row("POST", "/stop", scope=EXECUTE),
+    run_row("POST", "/cancel", scope=EXECUTE),
+    run_row("POST", "/resume", scope=EXECUTE, status=201),
 ]
 
 NAMED = [pytest.param(number, id=row.name) for number, row in enumerate(ROWS)]
@@ -582,51 +613,57 @@ SAMPLE = [NAMED[number] for number in {id(row.expected): number for number, row 
 
 
 @pytest.fixture(scope="module")
-async def on_sqlite(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cast]:
+async def on_sqlite(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[AccessCast]:
     folder = tmp_path_factory.mktemp("access")
-    async with open_world("sqlite", postgres, folder) as world, taking(world):
-        yield await cast_in(world)
+    async with create_gateway("sqlite", postgres, folder) as world, serve_as_pods(world):
+        yield await create_cast(world)
 
 
 @pytest.fixture(scope="module")
-async def on_postgres(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cast]:
+async def on_postgres(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[AccessCast]:
     folder = tmp_path_factory.mktemp("access")
-    async with open_world("postgresql", postgres, folder) as world, taking(world):
-        yield await cast_in(world)
+    async with create_gateway("postgresql", postgres, folder) as world, serve_as_pods(world):
+        yield await create_cast(world)
 
 
-async def cast_in(world: World) -> Cast:
+async def create_cast(world: GatewayHarness) -> AccessCast:
     here, elsewhere = await world.organization(), await world.organization()
     owner = await world.person(here)
     users = {
-        Caller.OWNER: owner.user,
-        Caller.GUEST: (await world.person(here)).user,
-        Caller.COLLEAGUE: (await world.person(here)).user,
-        Caller.ADMIN: (await world.person(here, UserRole.ADMIN)).user,
-        Caller.STRANGER: (await world.person(elsewhere, UserRole.ADMIN)).user,
+        CallerKind.OWNER: owner.user,
+        CallerKind.GUEST: (await world.person(here)).user,
+        CallerKind.COLLEAGUE: (await world.person(here)).user,
+        CallerKind.ADMIN: (await world.person(here, UserRole.ADMIN)).user,
+        CallerKind.STRANGER: (await world.person(elsewhere, UserRole.ADMIN)).user,
     }
-    cast = Cast(world, owner, users, await keys_for(world, users))
+    cast = AccessCast(world, owner, users, await create_keys(world, users))
     answer_for_pods(world)
     for make in MADE:
         for is_public in (False, True):
             cast.kept[make, is_public] = await make(cast, is_public)
-    for admin in (Caller.ADMIN, Caller.STRANGER):
+    for admin in (CallerKind.ADMIN, CallerKind.STRANGER):
         client = await world.client(cast.keys[admin, KEYS])
         await client.post("/api/v1/auth/signing-secret")
     return cast
 
 
-async def keys_for(world: World, users: Mapping[Caller, User]) -> dict[tuple[Caller, KeyScope | None], str]:
+async def create_keys(
+    world: GatewayHarness, users: Mapping[CallerKind, User]
+) -> dict[tuple[CallerKind, KeyScope | None], str]:
     """Make a key for each caller and scope, and one without any; also those that aren't valid."""
     now = datetime.now(UTC)
     holders = {
         **users,
-        Caller.COLLEAGUE_OF_PUBLIC: users[Caller.COLLEAGUE],
-        Caller.WRONG_SCOPE: users[Caller.ADMIN],
-        Caller.EXPIRED_KEY: users[Caller.OWNER],
-        Caller.REVOKED_KEY: users[Caller.OWNER],
+        CallerKind.COLLEAGUE_OF_PUBLIC: users[CallerKind.COLLEAGUE],
+        CallerKind.WRONG_SCOPE: users[CallerKind.ADMIN],
+        CallerKind.EXPIRED_KEY: users[CallerKind.OWNER],
+        CallerKind.REVOKED_KEY: users[CallerKind.OWNER],
     }
-    keys = {(Caller.UNKNOWN_KEY, scope): "sk-00" + "0" * 52 for scope in (*KeyScope, None)}
+    keys = {(CallerKind.UNKNOWN_KEY, scope): "sk-00" + "0" * 52 for scope in (*KeyScope, None)}
 
     async def make(connection: AsyncConnection) -> None:
         for caller, scope in [(caller, scope) for caller in holders for scope in (*KeyScope, None)]:
@@ -635,13 +672,13 @@ async def keys_for(world: World, users: Mapping[Caller, User]) -> dict[tuple[Cal
                 connection,
                 user=user,
                 name="A key",
-                scopes=ALL_KEY_SCOPES - {scope} if caller is Caller.WRONG_SCOPE else {scope} - {None},
+                scopes=ALL_KEY_SCOPES - {scope} if caller is CallerKind.WRONG_SCOPE else {scope} - {None},
                 secret=SECRET.encode(),
                 now=now - timedelta(days=2),
-                expires_at=now - timedelta(seconds=1) if caller is Caller.EXPIRED_KEY else None,
+                expires_at=now - timedelta(seconds=1) if caller is CallerKind.EXPIRED_KEY else None,
             )
             keys[caller, scope] = made.key
-            if caller is Caller.REVOKED_KEY:
+            if caller is CallerKind.REVOKED_KEY:
                 await access_store.revoke_key(
                     connection, user.organization_id, made.row.id, user_id=None, now=now
                 )
@@ -650,7 +687,7 @@ async def keys_for(world: World, users: Mapping[Caller, User]) -> dict[tuple[Cal
     return keys
 
 
-async def everything(world: World) -> dict[str, list[str]]:
+async def read_all_rows(world: GatewayHarness) -> dict[str, list[str]]:
     """Return all rows of all tables, but for what is noted later: when a key was used, and of refusals and events."""
     rows = {}
     async with world.gateway.database.read() as connection:
@@ -681,17 +718,17 @@ def test_the_table_here_is_the_table_of_routes() -> None:
 
 @pytest.mark.parametrize("number", NAMED)
 async def test_everybody_is_answered_as_the_table_says_and_a_refusal_changes_nothing(
-    on_sqlite: Cast, number: int
+    on_sqlite: AccessCast, number: int
 ) -> None:
-    await ask(on_sqlite, number)
+    await ask_everybody(on_sqlite, number)
 
 
 @pytest.mark.parametrize("number", SAMPLE)
-async def test_it_is_the_same_on_postgresql(on_postgres: Cast, number: int) -> None:
-    await ask(on_postgres, number)
+async def test_it_is_the_same_on_postgresql(on_postgres: AccessCast, number: int) -> None:
+    await ask_everybody(on_postgres, number)
 
 
-async def ask(cast: Cast, number: int) -> None:
+async def ask_everybody(cast: AccessCast, number: int) -> None:
     """Have everybody ask, those who are refused first."""
     row = ROWS[number]
     # An address of its own, since one that keeps trying with keys that aren't valid is slowed down.
@@ -700,23 +737,23 @@ async def ask(cast: Cast, number: int) -> None:
     refused = [caller for caller, answer in row.expected.items() if answer != OK]
     allowed = [caller for caller, answer in row.expected.items() if answer == OK]
 
-    before = await everything(cast.world)
+    before = await read_all_rows(cast.world)
     answers = {caller: await cast.call(client, row, caller, targets[caller]) for caller in refused}
-    assert await everything(cast.world) == before
+    assert await read_all_rows(cast.world) == before
     answers |= {caller: await cast.call(client, row, caller, targets[caller]) for caller in allowed}
-    assert {caller: told(answer) for caller, answer in answers.items()} == {
+    assert {caller: status_and_code(answer) for caller, answer in answers.items()} == {
         caller: f"{row.status}" if answer == OK else answer for caller, answer in row.expected.items()
     }
     if row.scope is not None:
-        assert row.scope in answers[Caller.WRONG_SCOPE].json()["error"]["message"]
-    if row.expected[Caller.STRANGER] == NOT_FOUND:
-        absent = await cast.call(client, row, Caller.STRANGER, "wf_absent")
-        assert absent.json()["error"] == answers[Caller.STRANGER].json()["error"]
-    for caller in (Caller.STRANGER, Caller.COLLEAGUE):
+        assert row.scope in answers[CallerKind.WRONG_SCOPE].json()["error"]["message"]
+    if row.expected[CallerKind.STRANGER] == NOT_FOUND:
+        absent = await cast.call(client, row, CallerKind.STRANGER, "wf_absent")
+        assert absent.json()["error"] == answers[CallerKind.STRANGER].json()["error"]
+    for caller in (CallerKind.STRANGER, CallerKind.COLLEAGUE):
         assert not [hidden for hidden in cast.hidden(caller) if hidden in answers[caller].text]
 
 
-async def test_what_others_have_is_not_counted(on_sqlite: Cast) -> None:
+async def test_what_others_have_is_not_counted(on_sqlite: AccessCast) -> None:
     world = on_sqlite.world
     newcomer = await world.person(await world.organization(), UserRole.ADMIN)
     counts = {
@@ -734,7 +771,7 @@ async def test_what_others_have_is_not_counted(on_sqlite: Cast) -> None:
     assert {path: answer.get("count", answer.get("total")) for path, answer in answers.items()} == counts
 
 
-def told(answer: httpx2.Response) -> str:
+def status_and_code(answer: httpx2.Response) -> str:
     """Return the status of an answer, and the code of a refusal."""
     if answer.is_success:
         return f"{answer.status_code}"

@@ -12,11 +12,18 @@ import pytest
 
 from gateway import routes
 from gateway.http.endpoint import Access
-from tests.integration.deployed import taking
-from tests.integration.deployers import on_this_machine
-from tests.integration.example_world import in_place
-from tests.integration.gateway_world import GRAPH, People, Person, World, open_world, refused
-from tests.services import PostgreSQL
+from tests.integration.deployed_workflows import serve_as_pods
+from tests.integration.deployers import run_local_deployer
+from tests.integration.example_data import replace_example_ids
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+    create_gateway,
+)
+from tests.services import PostgresServer
 
 CONTRACT: dict[str, Any] = json.loads((Path(__file__).parent / "endpoints.json").read_text())
 WORKFLOW: dict[str, Any] = CONTRACT["workflow_object"]
@@ -26,7 +33,7 @@ ID = re.compile(r"(wf|exec|user|org|node|conn)[_-]\w+")
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class ContractEndpoint:
     """One endpoint as the contract describes it."""
 
     method: str
@@ -57,7 +64,7 @@ class Endpoint:
         return {**WORKFLOW, **(self.request or {}), "settings": settings}
 
 
-ENDPOINTS = [Endpoint(**endpoint) for endpoint in CONTRACT["endpoints"]]
+ENDPOINTS = [ContractEndpoint(**endpoint) for endpoint in CONTRACT["endpoints"]]
 REQUIRED_BY_THE_EXAMPLE = {(f"PUT {WORKFLOWS}/:id/lifecycle", "schedule")}
 """Fields that can't be left out, since what else stands in the example needs them."""
 OF_ANY_TYPE = {(f"POST {WORKFLOWS}/:id/enqueue", "message")}
@@ -75,7 +82,7 @@ FIELDS = [
 
 
 @dataclass
-class Scene:
+class ExampleScene:
     """What an example request finds."""
 
     ids: dict[str, str]
@@ -87,7 +94,7 @@ class Scene:
     query: dict[str, str] = field(default_factory=dict)
 
 
-Setting = Callable[[People], Awaitable[Scene]]
+Setting = Callable[[OrganizationUsers], Awaitable[ExampleScene]]
 
 SOURCE = {
     "id": "node_1",
@@ -101,18 +108,18 @@ STEP = {"id": "node_2", "nodeId": "set", "label": "Keep", "config": {"values": {
 EDGE = WORKFLOW["connections"][0]
 
 
-def edge(source: str, target: str, **fields: str) -> dict[str, str]:
+def build_edge(source: str, target: str, **fields: str) -> dict[str, str]:
     return {"sourceNodeId": source, "targetNodeId": target, **fields}
 
 
-async def scene(people: People, *free: str, sub: str = "", **fields: Any) -> Scene:  # noqa: ANN401 - any JSON value
+async def build_scene(people: OrganizationUsers, *free: str, sub: str = "", **fields: Any) -> ExampleScene:  # noqa: ANN401 - any JSON value
     """Make a workflow, by default one of two nodes."""
     graph = {"nodes": [SOURCE, STEP], "connections": [EDGE]}
     workflow_id = await people.owner.create(**{**graph, **fields})
-    return Scene({**cast(people), "wf_abc123": workflow_id}, frozenset(free), sub)
+    return ExampleScene({**example_ids(people), "wf_abc123": workflow_id}, frozenset(free), sub)
 
 
-def cast(people: People) -> dict[str, str]:
+def example_ids(people: OrganizationUsers) -> dict[str, str]:
     """Return who stands here for whom, and the ids that the examples' clients choose themselves."""
     return {
         "user_456": people.owner.user.id,
@@ -123,101 +130,105 @@ def cast(people: People) -> dict[str, str]:
     }
 
 
-async def sent(person: Person, method: str, path: str, body: Any = None) -> None:  # noqa: ANN401 - any JSON value
+async def send_successfully(person: UserClient, method: str, path: str, body: Any = None) -> None:  # noqa: ANN401 - any JSON value
     response = await person.api.request(method, f"{WORKFLOWS}/{path}", json=body)
     assert response.is_success, f"{method} {path}: {response.text}"
 
 
-async def nothing(people: People) -> Scene:
-    return Scene(cast(people))
+async def empty_scene(people: OrganizationUsers) -> ExampleScene:
+    return ExampleScene(example_ids(people))
 
 
-async def two_nodes(people: People) -> Scene:
-    return await scene(people)
+async def scene_with_two_nodes(people: OrganizationUsers) -> ExampleScene:
+    return await build_scene(people)
 
 
-async def empty_workflow(people: People) -> Scene:
-    return await scene(people, nodes=[], connections=[])
+async def scene_with_empty_workflow(people: OrganizationUsers) -> ExampleScene:
+    return await build_scene(people, nodes=[], connections=[])
 
 
-async def runnable(people: People) -> Scene:
-    return await scene(people, **GRAPH)
+async def scene_with_runnable_workflow(people: OrganizationUsers) -> ExampleScene:
+    return await build_scene(people, **GRAPH)
 
 
-async def with_a_mailbox(people: People) -> Scene:
+async def scene_with_mailbox(people: OrganizationUsers) -> ExampleScene:
     start = {"id": "start", "nodeId": "email-trigger", "label": "Start"}
-    here = await scene(people, nodes=[start, STEP], connections=[edge("start", "node_2")])
-    await sent(people.owner, "PUT", f"{here.ids['wf_abc123']}/status", {"status": "active"})
+    here = await build_scene(people, nodes=[start, STEP], connections=[build_edge("start", "node_2")])
+    await send_successfully(people.owner, "PUT", f"{here.ids['wf_abc123']}/status", {"status": "active"})
     return here
 
 
-async def with_a_queue(people: People) -> Scene:
+async def scene_with_queue(people: OrganizationUsers) -> ExampleScene:
     start = {**GRAPH["nodes"][0], "nodeId": "queue-trigger"}
-    made = await scene(people, nodes=[start, *GRAPH["nodes"][1:]], connections=GRAPH["connections"])
-    await sent(people.owner, "PUT", f"{made.ids['wf_abc123']}/status", {"status": "active"})
+    made = await build_scene(people, nodes=[start, *GRAPH["nodes"][1:]], connections=GRAPH["connections"])
+    await send_successfully(people.owner, "PUT", f"{made.ids['wf_abc123']}/status", {"status": "active"})
     return made
 
 
-async def subscribed(people: People) -> Scene:
+async def scene_with_subscription(people: OrganizationUsers) -> ExampleScene:
     config = {"event_type": "user.created"}
     start = {**GRAPH["nodes"][0], "nodeId": "event-trigger", "config": config}
     graph = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": GRAPH["connections"]}
-    made = await scene(people, "workflows_triggered", name="Send welcome email", **graph)
-    await sent(people.owner, "PUT", f"{made.ids['wf_abc123']}/status", {"status": "active"})
+    made = await build_scene(people, "workflows_triggered", name="Send welcome email", **graph)
+    await send_successfully(people.owner, "PUT", f"{made.ids['wf_abc123']}/status", {"status": "active"})
     return made
 
 
-async def whole_workflow(people: People, *free: str, **fields: Any) -> Scene:  # noqa: ANN401 - any JSON value
+async def scene_of_example(people: OrganizationUsers, *free: str, **fields: Any) -> ExampleScene:  # noqa: ANN401 - any JSON value
     """Make the workflow of the example: in its third version, and shared."""
     described = {key: WORKFLOW[key] for key in ("name", "description", "tags", "settings")}
-    made = await scene(people, *free, **{**described, **fields})
+    made = await build_scene(people, *free, **{**described, **fields})
     workflow_id = made.ids["wf_abc123"]
     for version in VERSIONS[1:]:
-        await sent(people.owner, "POST", f"{workflow_id}/versions", version)
-    await sent(people.owner, "POST", f"{workflow_id}/share", {"userId": people.colleague.user.id})
+        await send_successfully(people.owner, "POST", f"{workflow_id}/versions", version)
+    await send_successfully(
+        people.owner, "POST", f"{workflow_id}/share", {"userId": people.colleague.user.id}
+    )
     return made
 
 
-async def runnable_workflow(people: People, *free: str) -> Scene:
+async def scene_of_runnable_example(people: OrganizationUsers, *free: str) -> ExampleScene:
     start = {**SOURCE, "nodeId": "manual", "config": {}}
-    return await whole_workflow(people, "nodes.nodeId", *free, nodes=[start, STEP])
+    return await scene_of_example(people, "nodes.nodeId", *free, nodes=[start, STEP])
 
 
-async def active_workflow(people: People) -> Scene:
-    made = await runnable_workflow(people, "count")
-    await sent(people.owner, "PUT", f"{made.ids['wf_abc123']}/status", {"status": "active"})
+async def scene_with_active_workflow(people: OrganizationUsers) -> ExampleScene:
+    made = await scene_of_runnable_example(people, "count")
+    await send_successfully(people.owner, "PUT", f"{made.ids['wf_abc123']}/status", {"status": "active"})
     return made
 
 
-async def draft_workflow(people: People) -> Scene:
-    return await whole_workflow(people, "status")
+async def scene_with_draft(people: OrganizationUsers) -> ExampleScene:
+    return await scene_of_example(people, "status")
 
 
-async def with_a_node_to_configure(people: People) -> Scene:
-    made = await scene(people, sub="node-xyz123", nodes=[{**SOURCE, "id": "node-xyz123"}], connections=[])
+async def scene_with_node_to_configure(people: OrganizationUsers) -> ExampleScene:
+    made = await build_scene(
+        people, sub="node-xyz123", nodes=[{**SOURCE, "id": "node-xyz123"}], connections=[]
+    )
     made.ids["node-xyz123"] = "node-xyz123"
     return made
 
 
-async def with_a_node_between_two(people: People) -> Scene:
+async def scene_with_node_between(people: OrganizationUsers) -> ExampleScene:
     between = {**SOURCE, "id": "node-xyz123", "nodeId": "set", "config": {"values": {"a": 1}}}
-    edges = [edge("start", "node-xyz123"), edge("node-xyz123", "node_2")]
-    made = await scene(people, sub="node-xyz123", nodes=[START, between, STEP], connections=edges)
+    edges = [build_edge("start", "node-xyz123"), build_edge("node-xyz123", "node_2")]
+    made = await build_scene(people, sub="node-xyz123", nodes=[START, between, STEP], connections=edges)
     made.ids["node-xyz123"] = "node-xyz123"
     return made
 
 
-async def with_a_connection_to_remove(people: People) -> Scene:
-    made = await scene(people, sub="conn-abc123", connections=[{**EDGE, "id": "conn-abc123"}])
+async def scene_with_removable_connection(people: OrganizationUsers) -> ExampleScene:
+    made = await build_scene(people, sub="conn-abc123", connections=[{**EDGE, "id": "conn-abc123"}])
     made.ids["conn-abc123"] = "conn-abc123"
     return made
 
 
-async def unconnected(people: People) -> Scene:
-    return await scene(people, connections=[])
+async def scene_without_connections(people: OrganizationUsers) -> ExampleScene:
+    return await build_scene(people, connections=[])
 
 
-async def four_nodes(people: People, *free: str, **fields: Any) -> Scene:  # noqa: ANN401 - any JSON value
+async def scene_with_four_nodes(people: OrganizationUsers, *free: str, **fields: Any) -> ExampleScene:  # noqa: ANN401 - any JSON value
     source = {
         "id": "node_1",
         "nodeId": "mysql-source",
@@ -225,157 +236,164 @@ async def four_nodes(people: People, *free: str, **fields: Any) -> Scene:  # noq
         "position": {"x": 4, "y": 4},
     }
     steps = [{**STEP, "id": name, "position": {"x": 3, "y": 3}} for name in ("node_2", "node_3")]
-    edges = [edge("start", "node_1"), edge("node_1", "node_2"), edge("node_2", "node_3")]
-    return await scene(people, *free, nodes=[START, source, *steps], connections=edges, **fields)
+    edges = [build_edge("start", "node_1"), build_edge("node_1", "node_2"), build_edge("node_2", "node_3")]
+    return await build_scene(people, *free, nodes=[START, source, *steps], connections=edges, **fields)
 
 
-async def with_a_warning(people: People) -> Scene:
-    return await four_nodes(people, "warnings.message")
+async def scene_with_warning(people: OrganizationUsers) -> ExampleScene:
+    return await scene_with_four_nodes(people, "warnings.message")
 
 
-async def with_a_data_source_and_a_model(people: People) -> Scene:
+async def scene_with_resources(people: OrganizationUsers) -> ExampleScene:
     model = {"id": "model", "nodeId": "llm", "label": "Model", "config": {"model": "model_001"}}
-    return await scene(people, nodes=[SOURCE, STEP, model])
+    return await build_scene(people, nodes=[SOURCE, STEP, model])
 
 
-async def not_deployed(people: People) -> Scene:
-    return await scene(people, "deploymentStatus")
+async def scene_without_deployment(people: OrganizationUsers) -> ExampleScene:
+    return await build_scene(people, "deploymentStatus")
 
 
-async def deployed(people: People) -> Scene:
-    made = await runnable(people)
-    await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/deploy")
+async def scene_with_deployment(people: OrganizationUsers) -> ExampleScene:
+    made = await scene_with_runnable_workflow(people)
+    await send_successfully(people.owner, "POST", f"{made.ids['wf_abc123']}/deploy")
     return made
 
 
-async def of_an_application(people: People) -> Scene:
+async def scene_of_application(people: OrganizationUsers) -> ExampleScene:
     described = {key: WORKFLOW[key] for key in ("name", "description")}
     start = {"id": "start", "nodeId": "webhook"}
     free = ("endpoints.proxy_url", "deployment.pod_name")
     graph = {**GRAPH, "nodes": [start, *GRAPH["nodes"][1:]], "config": {"appId": "app_001"}}
-    made = await scene(people, *free, **graph, **described)
-    await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/deploy")
+    made = await build_scene(people, *free, **graph, **described)
+    await send_successfully(people.owner, "POST", f"{made.ids['wf_abc123']}/deploy")
     made.query["appId"] = "app_001"
     made.ids["user-workflows"] = "user-workflows"  # looks like the id of a user
     return made
 
 
-async def stopped(people: People) -> Scene:
-    made = await deployed(people)
-    await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/stop")
+async def scene_with_stopped_deployment(people: OrganizationUsers) -> ExampleScene:
+    made = await scene_with_deployment(people)
+    await send_successfully(people.owner, "POST", f"{made.ids['wf_abc123']}/stop")
     return made
 
 
-async def shared(people: People) -> Scene:
-    made = await scene(people, sub=people.colleague.user.id)
-    await sent(people.owner, "POST", f"{made.ids['wf_abc123']}/share", {"userId": people.colleague.user.id})
+async def scene_with_share(people: OrganizationUsers) -> ExampleScene:
+    made = await build_scene(people, sub=people.colleague.user.id)
+    await send_successfully(
+        people.owner, "POST", f"{made.ids['wf_abc123']}/share", {"userId": people.colleague.user.id}
+    )
     return made
 
 
-async def with_a_template(people: People) -> Scene:
+async def scene_with_template(people: OrganizationUsers) -> ExampleScene:
     described: dict[str, Any] = {
         "name": "Basic ETL Pipeline",
         "description": "A starter template for extract-transform-load workflows",
         "tags": ["etl", "starter"],
     }
-    made = await scene(people, "count", **described)
-    await sent(people.admin, "PUT", f"{made.ids['wf_abc123']}/visibility", {"isTemplate": True})
-    return Scene({**cast(people), "wf_tmpl_001": made.ids["wf_abc123"]}, made.free)
+    made = await build_scene(people, "count", **described)
+    await send_successfully(people.admin, "PUT", f"{made.ids['wf_abc123']}/visibility", {"isTemplate": True})
+    return ExampleScene({**example_ids(people), "wf_tmpl_001": made.ids["wf_abc123"]}, made.free)
 
 
-async def some_workflows(people: People) -> Scene:
-    made = await scene(people)
-    return Scene(made.ids, frozenset({"total", "active", "paused", "draft", "archived"}))
+async def scene_with_workflows(people: OrganizationUsers) -> ExampleScene:
+    made = await build_scene(people)
+    return ExampleScene(made.ids, frozenset({"total", "active", "paused", "draft", "archived"}))
 
 
 VERSIONS = next(one for one in ENDPOINTS if one.name == f"GET {WORKFLOWS}/:id/versions").response["versions"]
 
 SCENES: Mapping[str, Setting] = {
-    f"GET {WORKFLOWS}": active_workflow,
-    f"POST {WORKFLOWS}": nothing,
-    f"GET {WORKFLOWS}/:id": draft_workflow,
-    f"PUT {WORKFLOWS}/:id": draft_workflow,
-    f"DELETE {WORKFLOWS}/:id": two_nodes,
-    f"POST {WORKFLOWS}/:id/duplicate": two_nodes,
-    f"POST {WORKFLOWS}/:id/execute": runnable,
-    f"POST {WORKFLOWS}/:id/enqueue": with_a_queue,
-    f"POST {WORKFLOWS}/:id/email-trigger": with_a_mailbox,
-    f"POST {WORKFLOWS}/events": subscribed,
-    f"PUT {WORKFLOWS}/:id/status": runnable_workflow,
-    f"POST {WORKFLOWS}/:id/validate": with_a_warning,
-    f"POST {WORKFLOWS}/:id/layout": four_nodes,
-    f"POST {WORKFLOWS}/:id/compute-scopes": with_a_data_source_and_a_model,
-    f"GET {WORKFLOWS}/:id/versions": whole_workflow,
-    f"POST {WORKFLOWS}/:id/versions": whole_workflow,
-    f"GET {WORKFLOWS}/:id/share": shared,
-    f"POST {WORKFLOWS}/:id/share": two_nodes,
-    f"DELETE {WORKFLOWS}/:id/share/:subId": shared,
-    f"GET {WORKFLOWS}/:id/nodes": two_nodes,
-    f"POST {WORKFLOWS}/:id/nodes": empty_workflow,
-    f"PUT {WORKFLOWS}/:id/nodes/:sub": with_a_node_to_configure,
-    f"DELETE {WORKFLOWS}/:id/nodes/:sub": with_a_node_between_two,
-    f"PUT {WORKFLOWS}/:id/nodes/:sub/input-mappings": with_a_node_to_configure,
-    f"PUT {WORKFLOWS}/:id/nodes/:sub/passthrough-values": with_a_node_to_configure,
-    f"POST {WORKFLOWS}/:id/connections": unconnected,
-    f"DELETE {WORKFLOWS}/:id/connections/:sub": with_a_connection_to_remove,
-    f"POST {WORKFLOWS}/:id/deploy": runnable,
-    f"POST {WORKFLOWS}/:id/undeploy": deployed,
-    f"POST {WORKFLOWS}/:id/stop": deployed,
-    f"POST {WORKFLOWS}/:id/start": stopped,
-    f"POST {WORKFLOWS}/:id/trigger": deployed,
-    f"GET {WORKFLOWS}/discover": of_an_application,
-    f"GET {WORKFLOWS}/:id/lifecycle": not_deployed,
-    f"PUT {WORKFLOWS}/:id/lifecycle": two_nodes,
-    f"GET {WORKFLOWS}/templates": with_a_template,
-    f"GET {WORKFLOWS}/stats": some_workflows,
+    f"GET {WORKFLOWS}": scene_with_active_workflow,
+    f"POST {WORKFLOWS}": empty_scene,
+    f"GET {WORKFLOWS}/:id": scene_with_draft,
+    f"PUT {WORKFLOWS}/:id": scene_with_draft,
+    f"DELETE {WORKFLOWS}/:id": scene_with_two_nodes,
+    f"POST {WORKFLOWS}/:id/duplicate": scene_with_two_nodes,
+    f"POST {WORKFLOWS}/:id/execute": scene_with_runnable_workflow,
+    f"POST {WORKFLOWS}/:id/enqueue": scene_with_queue,
+    f"POST {WORKFLOWS}/:id/email-trigger": scene_with_mailbox,
+    f"POST {WORKFLOWS}/events": scene_with_subscription,
+    f"PUT {WORKFLOWS}/:id/status": scene_of_runnable_example,
+    f"POST {WORKFLOWS}/:id/validate": scene_with_warning,
+    f"POST {WORKFLOWS}/:id/layout": scene_with_four_nodes,
+    f"POST {WORKFLOWS}/:id/compute-scopes": scene_with_resources,
+    f"GET {WORKFLOWS}/:id/versions": scene_of_example,
+    f"POST {WORKFLOWS}/:id/versions": scene_of_example,
+    f"GET {WORKFLOWS}/:id/share": scene_with_share,
+    f"POST {WORKFLOWS}/:id/share": scene_with_two_nodes,
+    f"DELETE {WORKFLOWS}/:id/share/:subId": scene_with_share,
+    f"GET {WORKFLOWS}/:id/nodes": scene_with_two_nodes,
+    f"POST {WORKFLOWS}/:id/nodes": scene_with_empty_workflow,
+    f"PUT {WORKFLOWS}/:id/nodes/:sub": scene_with_node_to_configure,
+    f"DELETE {WORKFLOWS}/:id/nodes/:sub": scene_with_node_between,
+    f"PUT {WORKFLOWS}/:id/nodes/:sub/input-mappings": scene_with_node_to_configure,
+    f"PUT {WORKFLOWS}/:id/nodes/:sub/passthrough-values": scene_with_node_to_configure,
+    f"POST {WORKFLOWS}/:id/connections": scene_without_connections,
+    f"DELETE {WORKFLOWS}/:id/connections/:sub": scene_with_removable_connection,
+    f"POST {WORKFLOWS}/:id/deploy": scene_with_runnable_workflow,
+    f"POST {WORKFLOWS}/:id/undeploy": scene_with_deployment,
+    f"POST {WORKFLOWS}/:id/stop": scene_with_deployment,
+    f"POST {WORKFLOWS}/:id/start": scene_with_stopped_deployment,
+    f"POST {WORKFLOWS}/:id/trigger": scene_with_deployment,
+    f"GET {WORKFLOWS}/discover": scene_of_application,
+    f"GET {WORKFLOWS}/:id/lifecycle": scene_without_deployment,
+    f"PUT {WORKFLOWS}/:id/lifecycle": scene_with_two_nodes,
+    f"GET {WORKFLOWS}/templates": scene_with_template,
+    f"GET {WORKFLOWS}/stats": scene_with_workflows,
 }
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
+    request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
     folder: Path = tmp_path_factory.mktemp("contract")
     async with (
-        open_world(request.param, postgres, folder, settle_seconds=30) as world,
-        on_this_machine(world, folder / "pods"),
-        taking(world),
+        create_gateway(request.param, postgres, folder, settle_seconds=30) as world,
+        run_local_deployer(world, folder / "pods"),
+        serve_as_pods(world),
     ):
         yield world
 
 
 @pytest.fixture(scope="module")
-async def people(world: World) -> People:
+async def people(world: GatewayHarness) -> OrganizationUsers:
     return await world.people()
 
 
 # ── asked and compared ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def asked(endpoint: Endpoint, scene: Scene, people: People, body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+async def send_example(
+    endpoint: ContractEndpoint,
+    scene: ExampleScene,
+    people: OrganizationUsers,
+    body: Any,  # noqa: ANN401 - any JSON value
+) -> httpx2.Response:
     path = endpoint.path.replace(":id", scene.ids.get("wf_abc123", ""))
     path = re.sub(r":sub(Id)?", scene.sub, path)
     return await people.owner.api.request(endpoint.method, path, json=body, params=scene.query)
 
 
-def differences(actual: Any, example: Any, scene: Scene, at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
+def find_differences(actual: Any, example: Any, scene: ExampleScene, at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
     """Say where an answer lacks a field of the example, or has another type or value in it; more fields are welcome."""
     if isinstance(example, dict) and isinstance(actual, dict):
         for key, value in example.items():
             below = f"{at}.{key}".lstrip(".")
             if key in actual:
-                yield from differences(actual[key], value, scene, below)
+                yield from find_differences(actual[key], value, scene, below)
             else:
                 yield f"{below} is missing"
     elif isinstance(example, list) and isinstance(actual, list):
         for item in example:
-            tried = [list(differences(one, item, scene, at)) for one in actual]
+            tried = [list(find_differences(one, item, scene, at)) for one in actual]
             yield from min(tried, key=len, default=[f"{at} holds nothing like {item}"])
-    elif not stands_for(actual, example, scene, at):
+    elif not is_placeholder_for(actual, example, scene, at):
         yield f"{at} is {actual!r}, which can't stand for {example!r}"
 
 
-def stands_for(actual: Any, example: Any, scene: Scene, at: str) -> bool:  # noqa: ANN401 - any JSON value
+def is_placeholder_for(actual: Any, example: Any, scene: ExampleScene, at: str) -> bool:  # noqa: ANN401 - any JSON value
     if type(actual) is not type(example):
         return False
     if isinstance(example, str) and TIME.fullmatch(example):
@@ -413,36 +431,36 @@ def test_every_endpoint_of_the_contract_is_served_as_it_says() -> None:
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
 async def test_the_example_gives_its_status_and_every_field_of_its_body(
-    people: People, endpoint: Endpoint
+    people: OrganizationUsers, endpoint: ContractEndpoint
 ) -> None:
     scene = await SCENES[endpoint.name](people)
-    response = await asked(endpoint, scene, people, in_place(endpoint.request, scene.ids))
+    response = await send_example(endpoint, scene, people, replace_example_ids(endpoint.request, scene.ids))
     assert response.status_code == endpoint.status, response.text
     if endpoint.answer is None:
         assert response.content == b""
         return
     assert response.headers["Content-Type"] == "application/json"
-    assert list(differences(response.json(), endpoint.answer, scene)) == [], response.text
+    assert list(find_differences(response.json(), endpoint.answer, scene)) == [], response.text
 
 
 @pytest.mark.parametrize(
     ("endpoint", "part"), FIELDS, ids=[f"{endpoint.name} {part['name']}" for endpoint, part in FIELDS]
 )
 async def test_a_field_may_be_left_out_unless_it_is_required_and_has_its_type(
-    people: People, endpoint: Endpoint, part: Mapping[str, Any]
+    people: OrganizationUsers, endpoint: ContractEndpoint, part: Mapping[str, Any]
 ) -> None:
     name = part["name"]
     scene = await SCENES[endpoint.name](people)
-    example = in_place(endpoint.request, scene.ids)
-    wrong = await asked(
+    example = replace_example_ids(endpoint.request, scene.ids)
+    wrong = await send_example(
         endpoint, scene, people, {**example, name: [7] if part["type"] != "array" else {"a": 7}}
     )
-    refused(wrong, 422, "validation-failed")
+    assert_refused(wrong, 422, "validation-failed")
     assert [detail["path"] for detail in wrong.json()["error"]["details"]] == [name]
     without = {key: value for key, value in example.items() if key != name}
-    response = await asked(endpoint, scene, people, without)
+    response = await send_example(endpoint, scene, people, without)
     if part["required"] or (endpoint.name, name) in REQUIRED_BY_THE_EXAMPLE:
-        refused(response, 422, "validation-failed")
+        assert_refused(response, 422, "validation-failed")
         assert [detail["path"] for detail in response.json()["error"]["details"]] == [name]
     else:
         assert response.status_code == endpoint.status, response.text
@@ -464,8 +482,8 @@ async def test_a_field_may_be_left_out_unless_it_is_required_and_has_its_type(
     ],
 )
 def test_a_field_that_is_missing_renamed_or_retyped_is_noticed(actual: dict[str, Any]) -> None:
-    scene = Scene({"wf_abc123": "wf_1"}, frozenset({"n"}))
+    scene = ExampleScene({"wf_abc123": "wf_1"}, frozenset({"n"}))
     example = {"name": "x", "n": 42, "list": [{"id": "wf_abc123", "at": "2025-01-15T10:30:00Z"}]}
-    assert len(list(differences(actual, example, scene))) == 1
+    assert len(list(find_differences(actual, example, scene))) == 1
     right = {"name": "x", "n": 1, "list": [{"id": "wf_1", "at": "2025-01-15T10:30:00.123Z", "more": 1}]}
-    assert list(differences(right, example, scene)) == []
+    assert list(find_differences(right, example, scene)) == []

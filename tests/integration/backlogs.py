@@ -18,7 +18,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Rows:
+class BacklogRows:
     """Runs that are alike but for their ids and ranks."""
 
     organization_id: str
@@ -37,7 +37,7 @@ class Rows:
     prefix: str = field(default_factory=lambda: ids.new_id("exec"))
 
 
-async def fill(database: Database, rows: Rows) -> None:
+async def fill(database: Database, rows: BacklogRows) -> None:
     """Insert runs by the thousand."""
     if database.engine.dialect.name == "postgresql":
         numbers = f"generate_series(1, CAST({rows.count} AS bigint)) AS s (n)"

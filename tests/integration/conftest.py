@@ -5,47 +5,49 @@ import asyncpg
 import pytest
 
 from tests import databases
-from tests.integration.gateway_world import People, World, open_world
-from tests.integration.run_world import Where
-from tests.services import PgBouncer, PostgreSQL
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, create_gateway
+from tests.integration.run_database import MigratedDatabase
+from tests.services import PgBouncer, PostgresServer
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
+    request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on each kind of database, that of one file of tests."""
-    async with open_world(request.param, postgres, tmp_path_factory.mktemp("world")) as world:
+    async with create_gateway(request.param, postgres, tmp_path_factory.mktemp("world")) as world:
         yield world
 
 
 @pytest.fixture
-async def people(world: World) -> People:
+async def people(world: GatewayHarness) -> OrganizationUsers:
     return await world.people()
 
 
 @pytest.fixture(scope="session")
-def on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Where:
+def on_sqlite(tmp_path_factory: pytest.TempPathFactory) -> MigratedDatabase:
     folder = tmp_path_factory.mktemp("sqlite")
-    return Where(asyncio.run(databases.migrated_file(folder / "pilotflame.db")))
+    return MigratedDatabase(asyncio.run(databases.create_sqlite_database(folder / "pilotflame.db")))
 
 
 @pytest.fixture(scope="session")
-def on_postgres(postgres: PostgreSQL) -> Where:
-    return Where(asyncio.run(databases.migrated(postgres, "runs")))
+def on_postgres(postgres: PostgresServer) -> MigratedDatabase:
+    return MigratedDatabase(asyncio.run(databases.create_database(postgres, "runs")))
 
 
 @pytest.fixture(scope="session")
-def behind_pgbouncer(on_postgres: Where, pgbouncer: PgBouncer) -> Where:
-    return Where(pgbouncer.through(on_postgres.url), on_postgres.url)
+def behind_pgbouncer(on_postgres: MigratedDatabase, pgbouncer: PgBouncer) -> MigratedDatabase:
+    return MigratedDatabase(pgbouncer.through(on_postgres.url), on_postgres.url)
 
 
 @pytest.fixture(scope="session")
-def on_serializable_postgres(postgres: PostgreSQL) -> Where:
-    return Where(asyncio.run(_serializable(asyncio.run(databases.migrated(postgres, "runs_serializable")))))
+def on_serializable_postgres(postgres: PostgresServer) -> MigratedDatabase:
+    return MigratedDatabase(
+        asyncio.run(_make_serializable(asyncio.run(databases.create_database(postgres, "runs_serializable"))))
+    )
 
 
-async def _serializable(url: str) -> str:
+async def _make_serializable(url: str) -> str:
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
         name = await connection.fetchval("SELECT current_database()")

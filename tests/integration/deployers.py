@@ -16,8 +16,8 @@ from sqlmodel import col
 
 from journal.deployments import desired_state
 from models.deployment import Deployment, ObservedState
-from tests.cluster.world import PROGRAM
-from tests.integration.gateway_world import SECRET, Person, World
+from tests.cluster.cluster_harness import PROGRAM
+from tests.integration.gateway_harness import SECRET, GatewayHarness, UserClient
 from workers.cluster import local_driver
 from workers.cluster.driver import ClusterDriver
 from workers.deployer.deployer import Deployer, run_deployer
@@ -30,8 +30,8 @@ BROKEN_POD = (sys.executable, "-S", "-c", "raise SystemExit('it was built broken
 
 
 @asynccontextmanager
-async def deployer(
-    world: World,
+async def run_test_deployer(
+    world: GatewayHarness,
     open_driver: Callable[[], Awaitable[ClusterDriver]],
     *,
     command: Sequence[str] = POD,
@@ -51,8 +51,8 @@ async def deployer(
         yield found
 
 
-def deployer_of(
-    world: World,
+def build_deployer(
+    world: GatewayHarness,
     open_driver: Callable[[], Awaitable[ClusterDriver]],
     *,
     command: Sequence[str] = POD,
@@ -76,8 +76,8 @@ def deployer_settings(**settings: Any) -> DeployerSettings:  # noqa: ANN401 - an
 
 
 @asynccontextmanager
-async def on_this_machine(
-    world: World,
+async def run_local_deployer(
+    world: GatewayHarness,
     folder: Path,
     *,
     command: Sequence[str] = POD,
@@ -85,17 +85,17 @@ async def on_this_machine(
 ) -> AsyncIterator[Deployer]:
     """Run a deployer whose pods end with it."""
     open_driver = partial(local_driver.open_local, folder, runs_without_isolation=True)
-    async with deployer(world, open_driver, command=command, **settings) as found:
+    async with run_test_deployer(world, open_driver, command=command, **settings) as found:
         yield found
 
 
-async def forget_deployments(world: World) -> None:
+async def forget_deployments(world: GatewayHarness) -> None:
     """Have nothing deployed any more, whatever a test has left."""
     gone = update(Deployment).values(is_deployed=False, observed=ObservedState.ABSENT)
     await world.gateway.database.transaction(lambda connection: connection.execute(gone))
 
 
-async def row(world: World, workflow_id: str) -> Deployment:
+async def read_deployment(world: GatewayHarness, workflow_id: str) -> Deployment:
     """Return a deployment's row."""
     async with world.gateway.database.read() as connection:
         found = await desired_state.find_deployment(connection, workflow_id)
@@ -103,43 +103,45 @@ async def row(world: World, workflow_id: str) -> Deployment:
     return found
 
 
-async def all_rows(world: World, workflow_ids: Sequence[str]) -> list[Deployment]:
+async def read_deployments(world: GatewayHarness, workflow_ids: Sequence[str]) -> list[Deployment]:
     """Return the rows of deployments as of one moment: read one by one, they would be of several."""
     statement = select(Deployment).where(col(Deployment.workflow_id).in_(workflow_ids))
     async with world.gateway.database.read() as connection:
         return [Deployment(**row) for row in (await connection.execute(statement)).mappings()]
 
 
-async def until_all(
-    world: World, workflow_ids: Sequence[str], holds: Callable[[list[Deployment]], bool]
+async def wait_for_deployments(
+    world: GatewayHarness, workflow_ids: Sequence[str], holds: Callable[[list[Deployment]], bool]
 ) -> list[Deployment]:
     """Wait until something holds of the rows of deployments as of one moment."""
-    found = await all_rows(world, workflow_ids)
+    found = await read_deployments(world, workflow_ids)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not holds(found):
                 await asyncio.sleep(0.01)
-                found = await all_rows(world, workflow_ids)
+                found = await read_deployments(world, workflow_ids)
     except TimeoutError as error:
         raise AssertionError(f"It never came to be so: {found!r}") from error
     return found
 
 
-async def until(world: World, workflow_id: str, holds: Callable[[Deployment], bool]) -> Deployment:
+async def wait_for_deployment(
+    world: GatewayHarness, workflow_id: str, holds: Callable[[Deployment], bool]
+) -> Deployment:
     """Wait until something holds of a deployment's row."""
-    found = await row(world, workflow_id)
+    found = await read_deployment(world, workflow_id)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not holds(found):
                 await asyncio.sleep(0.02)
-                found = await row(world, workflow_id)
+                found = await read_deployment(world, workflow_id)
     except TimeoutError as error:
         raise AssertionError(f"It never came to be so: {found!r}") from error
     return found
 
 
-async def asked(
-    person: Person,
+async def request_lifecycle(
+    person: UserClient,
     verb: str,
     workflow_id: str,
     status: int,

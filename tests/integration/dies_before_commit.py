@@ -16,8 +16,8 @@ from journal.store import RunWrite
 from journal.store_factory import open_store
 from messages.local_broker import LocalBroker
 from models.database import parse_url
-from tests.calls import NoNetwork
-from tests.integration.large_outputs import library
+from tests.integration.large_outputs import build_catalog
+from tests.node_calls import NoNetwork
 from workers.settings import WorkerSettings
 
 
@@ -34,7 +34,7 @@ async def main(url: str, folder: str) -> None:
     store.record = record_or_die  # type: ignore[method-assign]  # in the place of what it does
     blobs = open_blobs(settings)
     services = NodeServices(http=NoNetwork())
-    executor = RunExecutor(store, LocalBroker(inbox="dies"), library(), services, settings, blobs=blobs)
+    executor = RunExecutor(store, LocalBroker(inbox="dies"), build_catalog(), services, settings, blobs=blobs)
     await executor.start()
     await asyncio.Event().wait()
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp
 from gateway import main, state
 from gateway.settings import GatewaySettings
 from tests import databases
-from tests.integration.gateway_world import SECRET
+from tests.integration.gateway_harness import SECRET
 
 KEY = "a-first-key-of-the-operator"
 
@@ -23,18 +23,18 @@ Address = tuple[str, int]
 
 
 @asynccontextmanager
-async def serving(folder: Path, **settings: Any) -> AsyncIterator[Address]:  # noqa: ANN401 - values of settings
+async def serve_gateway(folder: Path, **settings: Any) -> AsyncIterator[Address]:  # noqa: ANN401 - values of settings
     """Run a gateway on SQLite and yield where it listens."""
     read = GatewaySettings(
         data_dir=folder, secret_key=SecretStr(SECRET), bootstrap_api_key=SecretStr(KEY), **settings
     )
-    await databases.migrated_file(folder / "pilotflame.db")
-    async with listening(main.create_app(lambda: state.opened(read)), read) as address:
+    await databases.create_sqlite_database(folder / "pilotflame.db")
+    async with listen(main.create_app(lambda: state.opened(read)), read) as address:
         yield address
 
 
 @asynccontextmanager
-async def listening(app: ASGIApp, settings: GatewaySettings) -> AsyncIterator[Address]:
+async def listen(app: ASGIApp, settings: GatewaySettings) -> AsyncIterator[Address]:
     """Run an application behind the gateway's server."""
     server = main.server(app, settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -46,7 +46,7 @@ async def listening(app: ASGIApp, settings: GatewaySettings) -> AsyncIterator[Ad
         await serving
 
 
-class Connection:
+class RawConnection:
     """A connection from an address of this machine, on which bytes are sent as they are."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -54,7 +54,7 @@ class Connection:
         self.writer = writer
 
     @classmethod
-    async def open(cls, address: Address, source: str = "127.0.0.1") -> Connection:
+    async def open(cls, address: Address, source: str = "127.0.0.1") -> RawConnection:
         return cls(*await asyncio.open_connection(*address, local_addr=(source, 0)))
 
     async def send(self, head: str, body: bytes = b"") -> None:

@@ -12,7 +12,7 @@ from nodes.catalog import NodeCatalog
 
 
 @dataclass(frozen=True)
-class Library(NodeCatalog):
+class LargeOutputCatalog(NodeCatalog):
     """The library, and nodes made up for a test."""
 
     runs: dict[str, RunNode] = field(default_factory=dict)
@@ -21,26 +21,26 @@ class Library(NodeCatalog):
         return self.runs[type] if type in self.runs else super().implementation(type)
 
 
-def unlike(_call: NodeCall) -> Json:
+def emit_different_text(_call: NodeCall) -> Json:
     """Give out a large text that is another one in every attempt."""
     return {"text": os.urandom(500_000).hex()}
 
 
-def length(call: NodeCall) -> Json:
+def emit_length(call: NodeCall) -> Json:
     """Give out how long the text is that arrives."""
     data = call.data
     text = data.get("text") if isinstance(data, dict) else None
     return {"length": len(text) if isinstance(text, str) else None}
 
 
-def node_type(name: str, effect: NodeEffect = NodeEffect.PURE) -> NodeType:
+def make_node_type(name: str, effect: NodeEffect = NodeEffect.PURE) -> NodeType:
     return NodeType(name, name, "1.0.0", "test", "", EffectRule(effect), {"type": "object"})
 
 
-def library(**runs: RunNode) -> NodeCatalog:
+def build_catalog(**runs: RunNode) -> NodeCatalog:
     """Return the library with `unlike`, `length`, and others, all of them pure but `effect`."""
-    runs = {"unlike": unlike, "length": length, **runs}
+    runs = {"unlike": emit_different_text, "length": emit_length, **runs}
     types = {
-        name: node_type(name, NodeEffect.WRITE if name == "effect" else NodeEffect.PURE) for name in runs
+        name: make_node_type(name, NodeEffect.WRITE if name == "effect" else NodeEffect.PURE) for name in runs
     }
-    return Library({**catalog.load_catalog().node_types, **types}, runs)
+    return LargeOutputCatalog({**catalog.load_catalog().node_types, **types}, runs)

@@ -9,17 +9,19 @@ import httpx2
 
 from gateway import state
 from gateway.main import create_app
-from tests.integration.gateway_world import Person, World
+from tests.integration.gateway_harness import GatewayHarness, UserClient
 
 
 @asynccontextmanager
-async def second_gateway(world: World) -> AsyncIterator[Callable[[Person], httpx2.AsyncClient]]:
+async def run_second_gateway(
+    world: GatewayHarness,
+) -> AsyncIterator[Callable[[UserClient], httpx2.AsyncClient]]:
     """Run it on the same database; yields what returns a client of it with a person's key."""
     app = create_app(lambda: state.opened(world.gateway.settings))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
 
-        def client(person: Person) -> httpx2.AsyncClient:
+        def client(person: UserClient) -> httpx2.AsyncClient:
             return httpx2.AsyncClient(
                 transport=httpx2.ASGITransport(app),
                 base_url="http://gateway",

@@ -29,7 +29,7 @@ from journal.blobs.folder_storage import FolderBlobStorage
 from models.database import Database, parse_url
 from models.settings import InvalidSettings, ServerSettings
 from tests import fake_s3
-from tests.integration.run_world import Where, opened
+from tests.integration.run_database import MigratedDatabase, open_run_database
 
 LARGE = b'"' + b"x" * 3_000_000 + b'"'
 OURS = BlobOwner("org_ours", "exec_1")
@@ -57,7 +57,7 @@ def bucket_settings(s3: fake_s3.FakeS3, **changes: Any) -> ServerSettings:  # no
 
 @pytest.fixture
 async def s3() -> AsyncIterator[fake_s3.FakeS3]:
-    async with fake_s3.running() as s3:
+    async with fake_s3.serve_fake_s3() as s3:
         yield s3
 
 
@@ -167,7 +167,7 @@ async def folder(tmp_path: Path) -> AsyncIterator[BlobStore]:
     await blobs.close()
 
 
-def files(tmp_path: Path) -> Sequence[Path]:
+def blob_files(tmp_path: Path) -> Sequence[Path]:
     return [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
 
 
@@ -179,7 +179,7 @@ async def test_files_belong_to_the_process_alone_and_none_is_left_unfinished(
         reference = await put(folder)
     finally:
         os.umask(before)
-    (kept,) = files(tmp_path)
+    (kept,) = blob_files(tmp_path)
     assert kept == tmp_path / "blobs/org_ours/exec_1" / reference.sha256
     modes = [stat.S_IMODE(path.stat().st_mode) for path in (kept, *kept.parents[:3])]
     assert modes == [0o600, 0o700, 0o700, 0o700]
@@ -214,7 +214,7 @@ async def test_a_spoilt_content_is_never_given_out_and_is_mended_by_the_next_put
     folder: BlobStore, tmp_path: Path, spoilt: bytes
 ) -> None:
     reference = await put(folder)
-    (kept,) = files(tmp_path)
+    (kept,) = blob_files(tmp_path)
     kept.write_bytes(spoilt)
     with pytest.raises(BlobLost):
         await folder.get(OURS, reference.sha256)
@@ -224,7 +224,7 @@ async def test_a_spoilt_content_is_never_given_out_and_is_mended_by_the_next_put
 
 async def test_a_link_in_the_place_of_a_content_is_not_followed(folder: BlobStore, tmp_path: Path) -> None:
     reference = await put(folder)
-    (kept,) = files(tmp_path)
+    (kept,) = blob_files(tmp_path)
     kept.rename(tmp_path / "elsewhere")
     kept.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BlobsUnavailable):
@@ -270,23 +270,23 @@ def test_an_address_that_names_no_bucket_is_refused_at_the_start(url: str) -> No
 # ── what nodes see ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def caller(organization_id: str = "org_ours", key_id: str = "exec_1") -> RunCaller:
+def make_caller(organization_id: str = "org_ours", key_id: str = "exec_1") -> RunCaller:
     return RunCaller(organization_id, "user_1", "wf_1", f"exec_{uuid4().hex}", key_id)
 
 
 async def test_a_node_reads_what_its_own_line_of_runs_was_given_and_nothing_else(blobs: BlobStore) -> None:
     services = NodeBlobs(blobs)
-    reference = await services.put(caller(), b"rows", media_type="text/csv", name="rows.csv")
+    reference = await services.put(make_caller(), b"rows", media_type="text/csv", name="rows.csv")
     assert reference == {
         "$blob": {"sha256": sha256(b"rows").hexdigest(), "size": 4, "type": "text/csv", "name": "rows.csv"}
     }
-    assert await services.get(caller(), reference, max_bytes=4) == b"rows"
-    for other in (caller("org_theirs"), caller(key_id="exec_2")):
+    assert await services.get(make_caller(), reference, max_bytes=4) == b"rows"
+    for other in (make_caller("org_theirs"), make_caller(key_id="exec_2")):
         with pytest.raises(NodeError) as raised:
             await services.get(other, reference, max_bytes=4)
         assert (raised.value.code, raised.value.retryable) == ("blob-not-found", False)
     with pytest.raises(NodeError) as raised:
-        await services.get(caller(), reference, max_bytes=3)
+        await services.get(make_caller(), reference, max_bytes=3)
     assert raised.value.code == "blob-too-large"
 
 
@@ -306,7 +306,7 @@ async def test_a_node_reads_what_its_own_line_of_runs_was_given_and_nothing_else
 async def test_what_is_no_reference_is_refused_as_such(tmp_path: Path, forged: Any) -> None:  # noqa: ANN401 - any JSON value
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     with pytest.raises(NodeError) as raised:
-        await NodeBlobs(blobs).get(caller(), forged, max_bytes=10)
+        await NodeBlobs(blobs).get(make_caller(), forged, max_bytes=10)
     assert raised.value.code == "invalid-blob"
     with pytest.raises(InvalidBlobReference):
         BlobReference.from_value(forged)
@@ -316,7 +316,7 @@ async def test_what_is_no_reference_is_refused_as_such(tmp_path: Path, forged: A
 # ── orphans ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def age(tmp_path: Path, s3: fake_s3.FakeS3, days: float) -> None:
+def backdate_blobs(tmp_path: Path, s3: fake_s3.FakeS3, days: float) -> None:
     """Let everything have been there for so long."""
     moment = time.time() - days * 86_400
     for path in (tmp_path / "blobs").glob("*/*"):
@@ -326,10 +326,10 @@ def age(tmp_path: Path, s3: fake_s3.FakeS3, days: float) -> None:
 
 
 async def test_the_age_of_a_content_is_told_by_the_clock_of_its_storage(
-    blobs: BlobStore, on_sqlite: Where, s3: fake_s3.FakeS3
+    blobs: BlobStore, on_sqlite: MigratedDatabase, s3: fake_s3.FakeS3
 ) -> None:
     s3.behind = timedelta(days=2)
-    async with opened(on_sqlite):
+    async with open_run_database(on_sqlite):
         database = Database(parse_url(on_sqlite.url))
         fresh = BlobOwner("org_1", "exec_fresh")
         content = await put(blobs, fresh, b"just now")
@@ -339,9 +339,9 @@ async def test_the_age_of_a_content_is_told_by_the_clock_of_its_storage(
 
 
 async def test_what_no_run_is_left_for_is_swept_after_a_day(
-    blobs: BlobStore, on_sqlite: Where, tmp_path: Path, s3: fake_s3.FakeS3
+    blobs: BlobStore, on_sqlite: MigratedDatabase, tmp_path: Path, s3: fake_s3.FakeS3
 ) -> None:
-    async with opened(on_sqlite) as world, AsyncExitStack() as stack:
+    async with open_run_database(on_sqlite) as world, AsyncExitStack() as stack:
         database = Database(parse_url(on_sqlite.url))
         stack.push_async_callback(database.close)
         place = await world.workflow()
@@ -359,7 +359,7 @@ async def test_what_no_run_is_left_for_is_swept_after_a_day(
 
         await orphan_blobs.delete_orphans(blobs, database)
         assert await blobs.get(orphan, contents[orphan].sha256), "it may be a run that is only just ending"
-        age(tmp_path, s3, days=2)
+        backdate_blobs(tmp_path, s3, days=2)
         await orphan_blobs.delete_orphans(blobs, database)
         for owner in kept:
             assert await blobs.get(owner, contents[owner].sha256)

@@ -13,65 +13,69 @@ from bridge.bridge_errors import BridgeRefused
 from bridge.message_source import MessageSource, SourceMessage
 from bridge.redis_stream import RedisStream
 from bridge.settings import RefusalAction
-from tests import commands, fake_gateway, services
-from tests.fake_gateway import POISON, FakeGateway, Refusal
-from tests.integration import bridge_world
-from tests.integration.bridge_world import (
+from tests import command_runs, fake_gateway, services
+from tests.fake_gateway import POISON, BatchRefusal, FakeGateway
+from tests.integration import bridge_queues
+from tests.integration.bridge_queues import (
     WAIT_SECONDS,
-    Bridge,
-    Place,
-    RabbitmqPlace,
-    RedisPlace,
-    SqsPlace,
-    until,
+    BridgeQueue,
+    BridgeRunner,
+    RabbitmqBridgeQueue,
+    RedisBridgeQueue,
+    SqsBridgeQueue,
+    wait_until,
 )
 
 
 @pytest.fixture
 async def gateway() -> AsyncIterator[FakeGateway]:
-    async with fake_gateway.running() as gateway:
+    async with fake_gateway.serve_fake_gateway() as gateway:
         yield gateway
 
 
 @pytest.fixture
-async def redis_place(gateway: FakeGateway, redis_server: services.Redis) -> AsyncIterator[RedisPlace]:
-    async with bridge_world.redis_place(gateway, redis_server) as place:
+async def redis_place(
+    gateway: FakeGateway, redis_server: services.RedisServer
+) -> AsyncIterator[RedisBridgeQueue]:
+    async with bridge_queues.open_redis_queue(gateway, redis_server) as place:
         yield place
 
 
 @pytest.fixture
-async def sqs_place(gateway: FakeGateway) -> AsyncIterator[SqsPlace]:
-    async with bridge_world.sqs_place(gateway) as place:
+async def sqs_place(gateway: FakeGateway) -> AsyncIterator[SqsBridgeQueue]:
+    async with bridge_queues.open_sqs_queue(gateway) as place:
         yield place
 
 
 @pytest.fixture
-async def rabbitmq_place(gateway: FakeGateway, rabbitmq: services.RabbitMQ) -> AsyncIterator[RabbitmqPlace]:
-    async with bridge_world.rabbitmq_place(gateway, rabbitmq) as place:
+async def rabbitmq_place(
+    gateway: FakeGateway, rabbitmq: services.RabbitmqServer
+) -> AsyncIterator[RabbitmqBridgeQueue]:
+    async with bridge_queues.open_rabbitmq_queue(gateway, rabbitmq) as place:
         yield place
 
 
 @pytest.fixture(params=["redis", "sqs", "rabbitmq"])
-async def place(request: pytest.FixtureRequest, gateway: FakeGateway) -> AsyncIterator[Place]:
+async def place(request: pytest.FixtureRequest, gateway: FakeGateway) -> AsyncIterator[BridgeQueue]:
     match request.param:
         case "redis":
-            server: services.Redis = request.getfixturevalue("redis_server")
-            async with bridge_world.redis_place(gateway, server) as redis:
+            server: services.RedisServer = request.getfixturevalue("redis_server")
+            async with bridge_queues.open_redis_queue(gateway, server) as redis:
                 yield redis
         case "sqs":
-            async with bridge_world.sqs_place(gateway) as sqs:
+            async with bridge_queues.open_sqs_queue(gateway) as sqs:
                 yield sqs
         case "rabbitmq":
-            broker: services.RabbitMQ = request.getfixturevalue("rabbitmq")
-            async with bridge_world.rabbitmq_place(gateway, broker) as rabbitmq:
+            broker: services.RabbitmqServer = request.getfixturevalue("rabbitmq")
+            async with bridge_queues.open_rabbitmq_queue(gateway, broker) as rabbitmq:
                 yield rabbitmq
 
 
-class Killed(Exception):
+class ProcessKilled(Exception):
     """What ends the process at a point."""
 
 
-class DiesBeforeItAcknowledges:
+class SourceKilledBeforeAck:
     """The source of a process that is killed when the gateway has committed a batch of it."""
 
     def __init__(self, source: MessageSource) -> None:
@@ -85,7 +89,7 @@ class DiesBeforeItAcknowledges:
         await self._source.hold(ids)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        raise Killed(ids)
+        raise ProcessKilled(ids)
 
     async def give_back(self, ids: Sequence[str]) -> None:
         raise AssertionError(f"Whoever is killed gives nothing back: {ids}")
@@ -100,10 +104,12 @@ class DiesBeforeItAcknowledges:
 # ── every source ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_messages_start_runs_and_are_gone_from_their_source(gateway: FakeGateway, place: Place) -> None:
+async def test_messages_start_runs_and_are_gone_from_their_source(
+    gateway: FakeGateway, place: BridgeQueue
+) -> None:
     sent = [{"order": number} for number in range(25)]
     await place.send(*sent)
-    bridge = Bridge(gateway, place.open())
+    bridge = BridgeRunner(gateway, place.open())
     await bridge.run_until(lambda: bridge.transfer.accepted == len(sent))
     assert sorted(gateway.messages, key=json.dumps) == sorted(sent, key=json.dumps)
     assert {run.source for run in gateway.runs.values()} == {bridge.source.label}
@@ -113,17 +119,17 @@ async def test_messages_start_runs_and_are_gone_from_their_source(gateway: FakeG
 
 
 async def test_a_bridge_that_dies_before_it_acknowledges_loses_and_doubles_nothing(
-    gateway: FakeGateway, place: Place
+    gateway: FakeGateway, place: BridgeQueue
 ) -> None:
     sent = list(range(25))
     await place.send(*sent)
-    with pytest.raises(Killed):
-        await Bridge(gateway, DiesBeforeItAcknowledges(place.open()), batch=10).run()
+    with pytest.raises(ProcessKilled):
+        await BridgeRunner(gateway, SourceKilledBeforeAck(place.open()), batch=10).run()
     committed = len(gateway.runs)
     assert 0 < committed <= 10
     place.time_passes()
 
-    after = Bridge(gateway, place.open())
+    after = BridgeRunner(gateway, place.open())
     await after.run_until(lambda: after.transfer.accepted + after.transfer.duplicates == len(sent))
     assert after.transfer.duplicates == committed
     assert sorted(gateway.messages) == sent
@@ -131,48 +137,50 @@ async def test_a_bridge_that_dies_before_it_acknowledges_loses_and_doubles_nothi
 
 
 async def test_what_the_gateway_has_not_answered_is_sent_again_and_taken_once(
-    gateway: FakeGateway, place: Place
+    gateway: FakeGateway, place: BridgeQueue
 ) -> None:
-    gateway.refusals = [Refusal(503, "not-ready", {"Retry-After": "0"})]
+    gateway.refusals = [BatchRefusal(503, "not-ready", {"Retry-After": "0"})]
     gateway.loses_answers = 1
     await place.send("a", "b", "c")
-    bridge = Bridge(gateway, place.open())
+    bridge = BridgeRunner(gateway, place.open())
     await bridge.run_until(lambda: bridge.transfer.accepted + bridge.transfer.duplicates == 3)
     assert sorted(gateway.messages) == ["a", "b", "c"]
     assert await place.left() == 0
 
 
-async def test_a_bridge_outlives_its_connection_to_the_source(gateway: FakeGateway, place: Place) -> None:
+async def test_a_bridge_outlives_its_connection_to_the_source(
+    gateway: FakeGateway, place: BridgeQueue
+) -> None:
     await place.send("before")
-    bridge = Bridge(gateway, place.open())
+    bridge = BridgeRunner(gateway, place.open())
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(bridge.run())
-        await until(lambda: gateway.messages == ["before"])
+        await wait_until(lambda: gateway.messages == ["before"])
         await place.break_off()
         await place.send("after")
-        await until(lambda: gateway.messages == ["before", "after"])
+        await wait_until(lambda: gateway.messages == ["before", "after"])
         bridge.stop.set()
     assert await place.left() == 0
 
 
 async def test_a_bridge_told_to_stop_while_the_gateway_is_away_lets_others_have_its_messages(
-    gateway: FakeGateway, place: Place
+    gateway: FakeGateway, place: BridgeQueue
 ) -> None:
     gateway.is_away = True
     await place.send("a", "b")
-    await Bridge(gateway, place.open()).run_until(lambda: gateway.calls > 0)
+    await BridgeRunner(gateway, place.open()).run_until(lambda: gateway.calls > 0)
     assert not gateway.messages
     gateway.is_away = False
-    other = Bridge(gateway, place.open(bridge_name="other"))
+    other = BridgeRunner(gateway, place.open(bridge_name="other"))
     await other.run_until(lambda: other.transfer.accepted == 2)
     assert await place.left() == 0
 
 
 async def test_a_message_that_is_refused_stops_the_bridge_and_stays_where_it_is(
-    gateway: FakeGateway, place: Place
+    gateway: FakeGateway, place: BridgeQueue
 ) -> None:
     await place.send("good", POISON, "better")
-    bridge = Bridge(gateway, place.open())
+    bridge = BridgeRunner(gateway, place.open())
     with pytest.raises(BridgeRefused, match="invalid-message: It is poison"):
         await bridge.run()
     # What was not taken yet is there as well.
@@ -183,10 +191,10 @@ async def test_a_message_that_is_refused_stops_the_bridge_and_stays_where_it_is(
 
 @pytest.mark.parametrize("policy", [RefusalAction.DROP, RefusalAction.DEAD_LETTER])
 async def test_a_message_that_is_refused_is_dropped_or_a_dead_letter_where_that_is_wanted(
-    gateway: FakeGateway, place: Place, policy: RefusalAction
+    gateway: FakeGateway, place: BridgeQueue, policy: RefusalAction
 ) -> None:
     await place.send("good", POISON, "better")
-    bridge = Bridge(gateway, place.open(), on_refused=policy)
+    bridge = BridgeRunner(gateway, place.open(), on_refused=policy)
     await bridge.run_until_gone(place, lambda: sorted(gateway.messages) == ["better", "good"])
     assert await place.dead() == ([POISON] if policy is RefusalAction.DEAD_LETTER else [])
 
@@ -195,13 +203,13 @@ async def test_a_message_that_is_refused_is_dropped_or_a_dead_letter_where_that_
 
 
 async def test_entries_with_other_fields_are_handed_over_as_objects(
-    gateway: FakeGateway, redis_place: RedisPlace
+    gateway: FakeGateway, redis_place: RedisBridgeQueue
 ) -> None:
     stream, client = redis_place.name, redis_place.client
     await client.xadd(stream, {"data": '{"order": 1}', "priority": "7"})
     await client.xadd(stream, {"message": "hello", "user": "5"})
     await client.xadd(stream, {"message": "only text"})
-    bridge = Bridge(gateway, redis_place.open())
+    bridge = BridgeRunner(gateway, redis_place.open())
     await bridge.run_until(lambda: len(gateway.runs) == 3)
     assert [(run.message, run.priority) for run in gateway.runs.values()] == [
         ({"order": 1}, 7),
@@ -211,7 +219,7 @@ async def test_entries_with_other_fields_are_handed_over_as_objects(
 
 
 async def test_entries_of_a_consumer_that_never_returns_are_claimed_by_another(
-    gateway: FakeGateway, redis_place: RedisPlace
+    gateway: FakeGateway, redis_place: RedisBridgeQueue
 ) -> None:
     await redis_place.send("a", "b")
     dead = redis_place.open(bridge_redis_consumer="dead")
@@ -223,12 +231,12 @@ async def test_entries_of_a_consumer_that_never_returns_are_claimed_by_another(
 
     await redis_place.make_idle("dead")
     heir = redis_place.open(bridge_redis_consumer="heir")
-    bridge = Bridge(gateway, heir)
+    bridge = BridgeRunner(gateway, heir)
     await bridge.run_until(lambda: gateway.messages == ["a", "b"])
     assert await redis_place.left() == 0
 
 
-async def test_entries_in_hand_stay_fresh_while_the_gateway_is_away(redis_place: RedisPlace) -> None:
+async def test_entries_in_hand_stay_fresh_while_the_gateway_is_away(redis_place: RedisBridgeQueue) -> None:
     await redis_place.send("a")
     source = redis_place.open()
     (message,) = await source.take(10, WAIT_SECONDS)
@@ -241,32 +249,34 @@ async def test_entries_in_hand_stay_fresh_while_the_gateway_is_away(redis_place:
 
 
 async def test_entries_are_deleted_where_that_is_wanted_and_those_deleted_by_others_do_not_stay_pending(
-    gateway: FakeGateway, redis_place: RedisPlace
+    gateway: FakeGateway, redis_place: RedisBridgeQueue
 ) -> None:
     await redis_place.send("deleted by its sender", "b")
     source = redis_place.open(bridge_redis_delete=True)
     first, _ = await source.take(10, WAIT_SECONDS)
     await source.close()
     await redis_place.client.xdel(redis_place.name, first.id)
-    bridge = Bridge(gateway, redis_place.open(bridge_redis_delete=True))
+    bridge = BridgeRunner(gateway, redis_place.open(bridge_redis_delete=True))
     await bridge.run_until(lambda: gateway.messages == ["b"])
     assert await redis_place.client.xlen(redis_place.name) == 0
     assert await redis_place.left() == 0
 
 
-async def test_a_group_that_is_gone_is_made_again(gateway: FakeGateway, redis_place: RedisPlace) -> None:
-    bridge = Bridge(gateway, redis_place.open())
+async def test_a_group_that_is_gone_is_made_again(
+    gateway: FakeGateway, redis_place: RedisBridgeQueue
+) -> None:
+    bridge = BridgeRunner(gateway, redis_place.open())
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(bridge.run())
         await redis_place.send("a")
-        await until(lambda: gateway.messages == ["a"])
+        await wait_until(lambda: gateway.messages == ["a"])
         await redis_place.client.delete(redis_place.name)
         await redis_place.send("b")
-        await until(lambda: gateway.messages == ["a", "b"])
+        await wait_until(lambda: gateway.messages == ["a", "b"])
         bridge.stop.set()
 
 
-async def test_a_key_that_is_no_stream_ends_the_bridge(redis_place: RedisPlace) -> None:
+async def test_a_key_that_is_no_stream_ends_the_bridge(redis_place: RedisBridgeQueue) -> None:
     await redis_place.client.set(redis_place.name, "text")
     source: RedisStream = redis_place.open()
     with pytest.raises(BridgeRefused, match="WRONGTYPE"):
@@ -278,59 +288,59 @@ async def test_a_key_that_is_no_stream_ends_the_bridge(redis_place: RedisPlace) 
 
 
 async def test_entries_of_a_batch_that_have_failed_are_done_again(
-    gateway: FakeGateway, sqs_place: SqsPlace
+    gateway: FakeGateway, sqs_place: SqsBridgeQueue
 ) -> None:
     sqs_place.sqs.half_failures = 1
     await sqs_place.send("a", "b", "c")
-    bridge = Bridge(gateway, sqs_place.open())
+    bridge = BridgeRunner(gateway, sqs_place.open())
     await bridge.run_until(lambda: bridge.transfer.accepted == 3)
     assert sqs_place.sqs.actions.count("DeleteMessageBatch") == 2
     assert await sqs_place.left() == 0
 
 
 async def test_messages_stay_invisible_while_the_gateway_is_away(
-    gateway: FakeGateway, sqs_place: SqsPlace
+    gateway: FakeGateway, sqs_place: SqsBridgeQueue
 ) -> None:
     gateway.is_away = True
     await sqs_place.send("a")
-    bridge = Bridge(gateway, sqs_place.open())
+    bridge = BridgeRunner(gateway, sqs_place.open())
     (kept,) = sqs_place.sqs.messages
 
     def is_held_since() -> bool:
-        return kept.visible_at == sqs_place.sqs.now + bridge_world.HOLD_SECONDS
+        return kept.visible_at == sqs_place.sqs.now + bridge_queues.HOLD_SECONDS
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(bridge.run())
-        await until(lambda: gateway.calls > 0)
+        await wait_until(lambda: gateway.calls > 0)
         for _ in range(3):
-            sqs_place.sqs.now += bridge_world.HOLD_SECONDS / 2
-            await until(is_held_since)
+            sqs_place.sqs.now += bridge_queues.HOLD_SECONDS / 2
+            await wait_until(is_held_since)
         gateway.is_away = False
-        await until(lambda: gateway.messages == ["a"])
+        await wait_until(lambda: gateway.messages == ["a"])
         bridge.stop.set()
     assert kept.receives == 1
 
 
 async def test_large_messages_come_whole_though_the_answer_comes_in_pieces(
-    gateway: FakeGateway, sqs_place: SqsPlace
+    gateway: FakeGateway, sqs_place: SqsBridgeQueue
 ) -> None:
     await sqs_place.send(*("x" * 250_000 for _ in range(10)))
-    bridge = Bridge(gateway, sqs_place.open())
+    bridge = BridgeRunner(gateway, sqs_place.open())
     await bridge.run_until(lambda: len(gateway.runs) == 10)
     assert {len(message) for message in gateway.messages} == {250_000}
 
 
 async def test_priorities_are_attributes_and_session_tokens_are_signed(
-    gateway: FakeGateway, sqs_place: SqsPlace
+    gateway: FakeGateway, sqs_place: SqsBridgeQueue
 ) -> None:
     sqs_place.sqs.session_token = "token"
     sqs_place.sqs.send("not JSON", priority={"DataType": "Number", "StringValue": "-5"})
-    bridge = Bridge(gateway, sqs_place.open())
+    bridge = BridgeRunner(gateway, sqs_place.open())
     await bridge.run_until(lambda: len(gateway.runs) == 1)
     assert [(run.message, run.priority) for run in gateway.runs.values()] == [("not JSON", -5)]
 
 
-async def test_a_wrong_secret_ends_the_bridge(sqs_place: SqsPlace) -> None:
+async def test_a_wrong_secret_ends_the_bridge(sqs_place: SqsBridgeQueue) -> None:
     source = sqs_place.open()
     sqs_place.sqs.secret_access_key = "another"
     with pytest.raises(BridgeRefused, match="InvalidSignatureException"):
@@ -339,11 +349,11 @@ async def test_a_wrong_secret_ends_the_bridge(sqs_place: SqsPlace) -> None:
 
 
 async def test_a_queue_without_dead_letters_keeps_what_is_refused(
-    gateway: FakeGateway, sqs_place: SqsPlace
+    gateway: FakeGateway, sqs_place: SqsBridgeQueue
 ) -> None:
     sqs_place.sqs.max_receives = None
     await sqs_place.send(POISON)
-    bridge = Bridge(gateway, sqs_place.open(), on_refused=RefusalAction.DEAD_LETTER)
+    bridge = BridgeRunner(gateway, sqs_place.open(), on_refused=RefusalAction.DEAD_LETTER)
     with pytest.raises(BridgeRefused, match="no dead-letter queue"):
         await bridge.run()
     assert await sqs_place.left() == 1
@@ -353,48 +363,48 @@ async def test_a_queue_without_dead_letters_keeps_what_is_refused(
 
 
 async def test_priorities_of_publishers_are_kept_up_to_a_hundred(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqPlace
+    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
 ) -> None:
     await rabbitmq_place.publish(b"1", priority=9)
     await rabbitmq_place.publish(b"2", priority=200)
     await rabbitmq_place.publish(b"3")
-    bridge = Bridge(gateway, rabbitmq_place.open())
+    bridge = BridgeRunner(gateway, rabbitmq_place.open())
     await bridge.run_until(lambda: len(gateway.runs) == 3)
     assert {run.message: run.priority for run in gateway.runs.values()} == {1: 9, 2: 100, 3: 0}
 
 
 async def test_messages_without_an_id_are_never_taken_for_one(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqPlace
+    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
 ) -> None:
     gateway.loses_answers = 1
     await rabbitmq_place.publish(b'"same"')
     await rabbitmq_place.publish(b'"same"')
-    bridge = Bridge(gateway, rabbitmq_place.open())
+    bridge = BridgeRunner(gateway, rabbitmq_place.open())
     await bridge.run_until(lambda: bridge.transfer.accepted + bridge.transfer.duplicates == 2)
     assert gateway.messages == ["same", "same"]
     assert bridge.transfer.duplicates > 0
 
 
 async def test_what_is_no_text_or_no_json_that_the_gateway_takes_is_refused_without_its_neighbours(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqPlace
+    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
 ) -> None:
     await rabbitmq_place.publish(b'"before"')
     await rabbitmq_place.publish(b"\xff\xfe")
     await rabbitmq_place.publish(b'"between"')
     await rabbitmq_place.publish(b'{"twice": 1, "twice": 2}')
     await rabbitmq_place.publish(b'"after"')
-    bridge = Bridge(gateway, rabbitmq_place.open(), on_refused=RefusalAction.DROP)
+    bridge = BridgeRunner(gateway, rabbitmq_place.open(), on_refused=RefusalAction.DROP)
     await bridge.run_until(lambda: gateway.messages == ["before", "between", "after"])
     assert await rabbitmq_place.left() == 0
 
 
 async def test_a_queue_that_is_not_there_ends_the_bridge(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqPlace
+    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
 ) -> None:
-    bridge = Bridge(gateway, rabbitmq_place.open())
+    bridge = BridgeRunner(gateway, rabbitmq_place.open())
     running = asyncio.create_task(bridge.run())
     await rabbitmq_place.send("a")
-    await until(lambda: gateway.messages == ["a"])
+    await wait_until(lambda: gateway.messages == ["a"])
     await rabbitmq_place.channel.queue_delete(rabbitmq_place.name)
     with pytest.raises(BridgeRefused, match="NOT_FOUND"):
         await running
@@ -404,11 +414,11 @@ async def test_a_queue_that_is_not_there_ends_the_bridge(
 
 
 async def test_a_process_that_is_killed_before_the_answer_loses_and_doubles_nothing_and_stops_in_good_order(
-    gateway: FakeGateway, redis_place: RedisPlace, redis_server: services.Redis, tmp_path: Path
+    gateway: FakeGateway, redis_place: RedisBridgeQueue, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
     await redis_place.send("a", "b")
     given = {
-        **commands.environment(
+        **command_runs.command_environment(
             tmp_path,
             URL=gateway.url,
             BRIDGE_REDIS_URL=redis_server.url,
@@ -419,14 +429,14 @@ async def test_a_process_that_is_killed_before_the_answer_loses_and_doubles_noth
     }
     typed = ["bridge", "redis", "--workflow", gateway.workflow_id, "--stream", redis_place.name]
     gateway.loses_answers = 100
-    with commands.started(*typed, given=given, log=tmp_path / "killed") as process:
-        await until(lambda: len(gateway.runs) == 2)
+    with command_runs.run_command(*typed, given=given, log=tmp_path / "killed") as process:
+        await wait_until(lambda: len(gateway.runs) == 2)
         process.kill()
     assert await redis_place.left() == 2
 
     gateway.loses_answers = 0
-    with commands.started(*typed, given=given, log=tmp_path / "log") as process:
-        await until(lambda: '"taken":2' in process.log())
+    with command_runs.run_command(*typed, given=given, log=tmp_path / "log") as process:
+        await wait_until(lambda: '"taken":2' in process.log())
         assert await asyncio.to_thread(process.stop) == 0
         assert gateway.key not in process.log()
         assert '"event":"bridge stops"' in process.log()
@@ -435,13 +445,13 @@ async def test_a_process_that_is_killed_before_the_answer_loses_and_doubles_noth
 
 
 async def test_the_command_says_in_one_line_what_keeps_it_from_working(
-    gateway: FakeGateway, redis_place: RedisPlace, redis_server: services.Redis, tmp_path: Path
+    gateway: FakeGateway, redis_place: RedisBridgeQueue, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
     typed = ["bridge", "redis", "--workflow", gateway.workflow_id, "--stream", redis_place.name]
-    given = commands.environment(tmp_path, URL=gateway.url, BRIDGE_REDIS_URL=redis_server.url)
+    given = command_runs.command_environment(tmp_path, URL=gateway.url, BRIDGE_REDIS_URL=redis_server.url)
     await redis_place.send("a")
     wrong = {**given, "PILOTFLAME_API_KEY": "sk-wrong"}
-    refused = await asyncio.to_thread(lambda: commands.run(*typed, given=wrong))
+    refused = await asyncio.to_thread(lambda: command_runs.run(*typed, given=wrong))
     assert refused.returncode == 2
     assert refused.stderr == "pilotflame: The gateway refuses it: It was refused (401 unauthorized)\n"
     assert await redis_place.left() == 1

@@ -13,14 +13,14 @@ from bridge.bridge_errors import BridgeRefused, BridgeUnavailable, ContentRefuse
 from bridge.message_source import SourceMessage
 from bridge.queue_gateway import QueueGateway
 from bridge.settings import BridgeSettings
-from tests.integration.gateway_world import GRAPH, People, World
-from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS, active
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers
+from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS, create_active_workflow
 
 LIMITED = {**QUEUE, "settings": {"concurrency": {"limit": 1, "onLimit": "reject"}}}
 
 
 @pytest.fixture
-async def url(world: World) -> AsyncIterator[str]:
+async def url(world: GatewayHarness) -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(world.app, port=0, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - it tells nobody
@@ -30,37 +30,40 @@ async def url(world: World) -> AsyncIterator[str]:
     await serving
 
 
-def gateway(url: str, workflow_id: str, key: str) -> QueueGateway:
+def queue_gateway(url: str, workflow_id: str, key: str) -> QueueGateway:
     return QueueGateway(BridgeSettings(url=url, bridge_workflow=workflow_id, api_key=SecretStr(key)))
 
 
-def message(name: str, body: bytes = b"1") -> SourceMessage:
+def make_message(name: str, body: bytes = b"1") -> SourceMessage:
     return SourceMessage(id=name, body=body, deduplication_id=f"redis:orders/{name}")
 
 
 async def test_messages_are_taken_in_once_and_what_is_wrong_is_told_from_what_may_come_right(
-    url: str, people: People
+    url: str, people: OrganizationUsers
 ) -> None:
     owner = people.owner
-    workflow_id = await active(owner)
-    queue = gateway(url, workflow_id, owner.key)
-    first = await queue.enqueue([message("1"), message("2")], source="redis:orders")
-    again = await queue.enqueue([message("2"), message("3")], source="redis:orders")
+    workflow_id = await create_active_workflow(owner)
+    queue = queue_gateway(url, workflow_id, owner.key)
+    first = await queue.enqueue([make_message("1"), make_message("2")], source="redis:orders")
+    again = await queue.enqueue([make_message("2"), make_message("3")], source="redis:orders")
     assert [one.status for one in (*first, *again)] == ["accepted", "accepted", "duplicate", "accepted"]
     assert again[0].execution_id == first[1].execution_id
     with pytest.raises(ContentRefused):
-        await queue.enqueue([message("4", b'{"a":1,"a":2}')], source="redis:orders")
+        await queue.enqueue([make_message("4", b'{"a":1,"a":2}')], source="redis:orders")
     await owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
     with pytest.raises(BridgeUnavailable):
-        await queue.enqueue([message("5")], source="redis:orders")
+        await queue.enqueue([make_message("5")], source="redis:orders")
     await queue.close()
 
-    limited = gateway(url, await active(owner, **LIMITED), owner.key)
+    limited = queue_gateway(url, await create_active_workflow(owner, **LIMITED), owner.key)
     with pytest.raises(BridgeUnavailable):
-        await limited.enqueue([message("1"), message("2")], source="redis:orders")
+        await limited.enqueue([make_message("1"), make_message("2")], source="redis:orders")
     await limited.close()
-    for target, key in ((await active(owner, **GRAPH), owner.key), (workflow_id, "sk-unknown")):
-        wrong = gateway(url, target, key)
+    for target, key in (
+        (await create_active_workflow(owner, **GRAPH), owner.key),
+        (workflow_id, "sk-unknown"),
+    ):
+        wrong = queue_gateway(url, target, key)
         with pytest.raises(BridgeRefused):
-            await wrong.enqueue([message("1")], source="redis:orders")
+            await wrong.enqueue([make_message("1")], source="redis:orders")
         await wrong.close()

@@ -36,14 +36,14 @@ def _no_consumer_looks_before_its_bell_rings(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def redis_url(redis_server: services.Redis) -> str:
+def redis_url(redis_server: services.RedisServer) -> str:
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
     return redis_server.url
 
 
 @pytest.fixture
-def deserted_url(redis_server: services.Redis) -> Iterator[str]:
+def deserted_url(redis_server: services.RedisServer) -> Iterator[str]:
     redis_server.stop()
     yield redis_server.url
     redis_server.start()
@@ -56,7 +56,7 @@ def url(request: pytest.FixtureRequest) -> str | None:
 
 @pytest.fixture
 async def worker(url: str | None) -> AsyncIterator[Broker]:
-    async with _connected(url) as broker:
+    async with _open_broker(url) as broker:
         yield broker
 
 
@@ -66,7 +66,7 @@ async def gateway(url: str | None, worker: Broker) -> AsyncIterator[Broker]:
     if url is None:
         yield worker
         return
-    async with _connected(url) as broker:
+    async with _open_broker(url) as broker:
         yield broker
 
 
@@ -86,9 +86,9 @@ async def notices(gateway: Broker) -> "Queue[Notice]":
 
 async def test_a_hint_names_the_lane_that_has_work(gateway: Broker, hints: Queue[int]) -> None:
     await gateway.wake(7)
-    assert await _next(hints) == 7
+    assert await _next_item(hints) == 7
     await gateway.wake()
-    assert await _next(hints) == ALL_LANES
+    assert await _next_item(hints) == ALL_LANES
 
 
 async def test_a_lane_has_one_hint_until_that_is_taken(gateway: Broker, worker: Broker) -> None:
@@ -97,19 +97,19 @@ async def test_a_lane_has_one_hint_until_that_is_taken(gateway: Broker, worker: 
     await gateway.wake(1)
     hints: Queue[int] = Queue()
     worker.start_worker(hints.put_nowait)
-    assert [await _next(hints), await _next(hints)] == [1, 2]
+    assert [await _next_item(hints), await _next_item(hints)] == [1, 2]
 
     await gateway.wake(3)
-    assert await _next(hints) == 3
+    assert await _next_item(hints) == 3
     await gateway.wake(1)
-    assert await _next(hints) == 1
+    assert await _next_item(hints) == 1
 
 
 async def test_a_hint_waits_for_a_worker_that_starts_later(gateway: Broker, worker: Broker) -> None:
     await gateway.wake(5)
     hints: Queue[int] = Queue()
     worker.start_worker(hints.put_nowait)
-    assert await _next(hints) == 5
+    assert await _next_item(hints) == 5
 
 
 async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_a_worker(
@@ -119,22 +119,22 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
     asked = ReadPodLogs("wf_a", limit=5, inbox="gateway", asked="logs_1")
     worker.start_deployer(messages.put_nowait)
     await gateway.tell_deployer(LookAtDeployment("wf_a"))
-    assert await _next(messages) == LookAtDeployment("wf_a")
+    assert await _next_item(messages) == LookAtDeployment("wf_a")
     await gateway.tell_deployer(asked)
     await gateway.wake(3)
-    assert (await _next(messages), await _next(hints)) == (asked, 3)
+    assert (await _next_item(messages), await _next_item(hints)) == (asked, 3)
     await worker.stop_deployer()
     await gateway.wake(4)
-    assert await _next(hints) == 4
+    assert await _next_item(hints) == 4
 
 
 async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once_on_redis(redis_url: str) -> None:
-    async with _connected(redis_url) as gateway, _connected(redis_url) as later:
+    async with _open_broker(redis_url) as gateway, _open_broker(redis_url) as later:
         for workflow_id in ("wf_a", "wf_b", "wf_a"):
             await gateway.tell_deployer(LookAtDeployment(workflow_id))
         messages: Queue[DeployerMessage] = Queue()
         later.start_deployer(messages.put_nowait)
-        assert [await _next(messages), await _next(messages)] == [
+        assert [await _next_item(messages), await _next_item(messages)] == [
             LookAtDeployment("wf_a"),
             LookAtDeployment("wf_b"),
         ]
@@ -147,7 +147,7 @@ async def test_one_notice_tells_all_watched_executions_of_a_batch(
     await gateway.watch(["a", "b", "c"])
     await gateway.watch(["a"])
     await worker.announce(dict.fromkeys(["a", "unwatched", "b"], ""))
-    assert await _next(notices) == ExecutionsChanged(("a", "b"))
+    assert await _next_item(notices) == ExecutionsChanged(("a", "b"))
 
 
 async def test_a_watch_is_told_once(gateway: Broker, worker: Broker, notices: Queue[Notice]) -> None:
@@ -155,8 +155,8 @@ async def test_a_watch_is_told_once(gateway: Broker, worker: Broker, notices: Qu
     await worker.announce({"a": ""})
     await worker.announce({"a": ""})
     await worker.send(gateway.inbox, END)
-    assert await _next(notices) == ExecutionsChanged(("a",))
-    assert await _next(notices) == Letter(END)
+    assert await _next_item(notices) == ExecutionsChanged(("a",))
+    assert await _next_item(notices) == Letter(END)
 
 
 async def test_the_inbox_that_comes_with_an_execution_is_told_once_though_it_watches_nothing(
@@ -165,15 +165,15 @@ async def test_the_inbox_that_comes_with_an_execution_is_told_once_though_it_wat
     await gateway.watch(["b"])
     await worker.announce({"a": gateway.inbox, "b": gateway.inbox, "c": "somebody-else", "d": ""})
     await worker.send(gateway.inbox, END)
-    assert await _next(notices) == ExecutionsChanged(("a", "b"))
-    assert await _next(notices) == Letter(END)
+    assert await _next_item(notices) == ExecutionsChanged(("a", "b"))
+    assert await _next_item(notices) == Letter(END)
 
 
 async def test_nobody_is_told_of_nothing(gateway: Broker, worker: Broker, notices: Queue[Notice]) -> None:
     await gateway.watch([])
     await worker.announce({})
     await worker.send(gateway.inbox, END)
-    assert await _next(notices) == Letter(END)
+    assert await _next_item(notices) == Letter(END)
 
 
 async def test_a_letter_reaches_the_inbox_that_it_names_and_no_other(
@@ -181,19 +181,19 @@ async def test_a_letter_reaches_the_inbox_that_it_names_and_no_other(
 ) -> None:
     await worker.send("nobody", {"stop": "a"})
     await worker.send(gateway.inbox, {"cancel": "b"})
-    assert await _next(notices) == Letter({"cancel": "b"})
+    assert await _next_item(notices) == Letter({"cancel": "b"})
 
 
 async def test_every_listener_of_a_process_hears_everything(gateway: Broker, notices: Queue[Notice]) -> None:
     others: Queue[Notice] = Queue()
     await gateway.listen(others.put_nowait)
     await gateway.send(gateway.inbox, END)
-    assert await _next(notices) == await _next(others) == Letter(END)
+    assert await _next_item(notices) == await _next_item(others) == Letter(END)
 
 
 async def test_an_idle_worker_stops_though_nothing_wakes_it(worker: Broker, hints: Queue[int]) -> None:
     await worker.wake()
-    await _next(hints)
+    await _next_item(hints)
     async with asyncio.timeout(PATIENCE_SECONDS):
         await worker.stop_worker()
 
@@ -202,9 +202,9 @@ async def test_each_watching_process_is_told_of_its_own_executions(redis_url: st
     heard_by_one: Queue[Notice] = Queue()
     heard_by_other: Queue[Notice] = Queue()
     async with (
-        _connected(redis_url) as one,
-        _connected(redis_url) as other,
-        _connected(redis_url) as recorder,
+        _open_broker(redis_url) as one,
+        _open_broker(redis_url) as other,
+        _open_broker(redis_url) as recorder,
     ):
         await one.listen(heard_by_one.put_nowait)
         await other.listen(heard_by_other.put_nowait)
@@ -212,12 +212,12 @@ async def test_each_watching_process_is_told_of_its_own_executions(redis_url: st
         await other.watch(["b", "c"])
 
         await recorder.announce(dict.fromkeys(["a", "b", "c"], ""))
-        assert await _next(heard_by_one) == ExecutionsChanged(("a", "b"))
-        assert await _next(heard_by_other) == ExecutionsChanged(("b", "c"))
+        assert await _next_item(heard_by_one) == ExecutionsChanged(("a", "b"))
+        assert await _next_item(heard_by_other) == ExecutionsChanged(("b", "c"))
 
 
 async def test_a_watch_ends_by_itself(redis_url: str) -> None:
-    async with _connected(redis_url) as broker:
+    async with _open_broker(redis_url) as broker:
         await broker.watch(["a"])
         async with Redis.from_url(redis_url) as client:
             assert 0 < await client.ttl("pilotflame:watchers:a") <= 15 * 60
@@ -225,7 +225,7 @@ async def test_a_watch_ends_by_itself(redis_url: str) -> None:
 
 async def test_hints_that_no_worker_takes_stay_few(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_broker, "HINTS_KEPT", 3)
-    async with _connected(redis_url) as broker:
+    async with _open_broker(redis_url) as broker:
         for lane in range(9):
             await broker.wake(lane)
         async with Redis.from_url(redis_url) as client:
@@ -237,15 +237,15 @@ async def test_hints_that_no_worker_takes_stay_few(redis_url: str, monkeypatch: 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 async def test_wake_ups_and_notices_return_with_redis(
-    redis_server: services.Redis, redis_url: str, end: str
+    redis_server: services.RedisServer, redis_url: str, end: str
 ) -> None:
-    async with _connected(redis_url) as broker:
+    async with _open_broker(redis_url) as broker:
         hints: Queue[int] = Queue()
         notices: Queue[Notice] = Queue()
         broker.start_worker(hints.put_nowait)
         await broker.listen(notices.put_nowait)
         await broker.wake()
-        await _next(hints)
+        await _next_item(hints)
 
         await asyncio.to_thread(getattr(redis_server, end))
         with pytest.raises(BrokerUnavailable):
@@ -253,28 +253,28 @@ async def test_wake_ups_and_notices_return_with_redis(
         await asyncio.to_thread(redis_server.start)
 
         await broker.wake(2)
-        assert await _next(hints) == 2
+        assert await _next_item(hints) == 2
         async with asyncio.timeout(PATIENCE_SECONDS):
             while notices.empty():
                 await broker.send(broker.inbox, END)
 
 
 async def test_a_flushed_redis_heals_with_the_next_wake_up(redis_url: str) -> None:
-    async with _connected(redis_url) as broker:
+    async with _open_broker(redis_url) as broker:
         hints: Queue[int] = Queue()
         broker.start_worker(hints.put_nowait)
         await broker.wake(1)
-        await _next(hints)
+        await _next_item(hints)
         async with Redis.from_url(redis_url) as client:
             await client.flushall()
             await client.script_flush()
 
         await broker.wake(1)
-        assert await _next(hints) == 1
+        assert await _next_item(hints) == 1
 
 
 async def test_a_caller_can_be_cancelled_while_redis_answers(redis_url: str) -> None:
-    async with _connected(redis_url) as broker:
+    async with _open_broker(redis_url) as broker:
 
         async def wake_for_ever() -> None:
             while True:
@@ -289,7 +289,7 @@ async def test_a_caller_can_be_cancelled_while_redis_answers(redis_url: str) -> 
 
 
 async def test_without_redis_a_process_starts_says_so_and_stops(deserted_url: str) -> None:
-    async with _connected(deserted_url) as broker:
+    async with _open_broker(deserted_url) as broker:
         broker.start_worker(lambda _lane: None)
         with pytest.raises(BrokerUnavailable):
             await broker.wake()
@@ -323,13 +323,13 @@ async def test_a_redis_that_does_not_tell_its_policy_is_trusted(redis_url: str) 
             channels=["*"],
             commands=["+@all", "-info"],
         )
-        async with _connected(redis_url.replace("redis://", "redis://guest:secret@")) as broker:
+        async with _open_broker(redis_url.replace("redis://", "redis://guest:secret@")) as broker:
             await broker.wake()
         await client.acl_deluser("guest")
 
 
 @asynccontextmanager
-async def _connected(url: str | None) -> AsyncIterator[Broker]:
+async def _open_broker(url: str | None) -> AsyncIterator[Broker]:
     broker = await connect(url)
     try:
         yield broker
@@ -337,6 +337,6 @@ async def _connected(url: str | None) -> AsyncIterator[Broker]:
         await broker.close()
 
 
-async def _next(queue: Queue[Item]) -> Item:
+async def _next_item(queue: Queue[Item]) -> Item:
     async with asyncio.timeout(PATIENCE_SECONDS):
         return await queue.get()

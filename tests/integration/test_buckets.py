@@ -17,7 +17,7 @@ SLOW = Rate(per_second=0.01, burst=10)
 
 @pytest.fixture(params=["redis", "in one process"])
 async def brokers(
-    request: pytest.FixtureRequest, redis_server: services.Redis
+    request: pytest.FixtureRequest, redis_server: services.RedisServer
 ) -> AsyncIterator[tuple[Broker, Broker]]:
     """Yield the brokers of two processes; of the same one where there is only one."""
     async with AsyncExitStack() as stack:
@@ -32,16 +32,18 @@ async def brokers(
         yield found
 
 
-async def taken(broker: Broker, needed: int, wanted: int = 0, ahead: int = 0, rate: Rate = SLOW) -> Grant:
+async def take_tokens(
+    broker: Broker, needed: int, wanted: int = 0, ahead: int = 0, rate: Rate = SLOW
+) -> Grant:
     (grant,) = await broker.take_tokens([Demand("a", rate, needed, wanted, ahead)])
     return grant
 
 
 async def test_a_bucket_gives_its_burst_to_all_processes_together(brokers: tuple[Broker, Broker]) -> None:
     one, other = brokers
-    assert await taken(one, 4) == Grant(4, 6)
-    assert await taken(other, 6) == Grant(6, 0)
-    refused = await taken(one, 1)
+    assert await take_tokens(one, 4) == Grant(4, 6)
+    assert await take_tokens(other, 6) == Grant(6, 0)
+    refused = await take_tokens(one, 1)
     assert (refused.tokens, refused.left) == (0, 0)
     assert 95 < refused.wait_seconds <= 100
 
@@ -50,15 +52,15 @@ async def test_a_bucket_gives_what_is_wanted_as_far_as_it_goes_and_a_part_of_the
     brokers: tuple[Broker, Broker],
 ) -> None:
     wide = Rate(per_second=0.01, burst=100)
-    assert await taken(brokers[0], 1, wanted=20, ahead=1000, rate=wide) == Grant(
+    assert await take_tokens(brokers[0], 1, wanted=20, ahead=1000, rate=wide) == Grant(
         20 + 80 // SPARE, 80 - 80 // SPARE
     )
-    assert await taken(brokers[0], 1, wanted=1000, ahead=1000, rate=wide) == Grant(70, 0)
+    assert await take_tokens(brokers[0], 1, wanted=1000, ahead=1000, rate=wide) == Grant(70, 0)
 
 
 async def test_a_full_bucket_gives_more_than_it_holds_and_is_in_debt(brokers: tuple[Broker, Broker]) -> None:
-    assert await taken(brokers[0], 25) == Grant(25, -15)
-    refused = await taken(brokers[0], 25)
+    assert await take_tokens(brokers[0], 25) == Grant(25, -15)
+    refused = await take_tokens(brokers[0], 25)
     assert (refused.tokens, round(refused.wait_seconds)) == (0, 2500)
 
 
@@ -66,11 +68,11 @@ async def test_a_bucket_fills_at_its_rate_and_no_further_than_its_burst(
     brokers: tuple[Broker, Broker],
 ) -> None:
     quick = Rate(per_second=200, burst=4)
-    assert (await taken(brokers[0], 4, rate=quick)).tokens == 4
-    wait_seconds = (await taken(brokers[0], 2, rate=quick)).wait_seconds
+    assert (await take_tokens(brokers[0], 4, rate=quick)).tokens == 4
+    wait_seconds = (await take_tokens(brokers[0], 2, rate=quick)).wait_seconds
     assert 0 < wait_seconds <= 0.01
     await asyncio.sleep(wait_seconds + 0.02)
-    assert (await taken(brokers[0], 1, wanted=100, rate=quick)).tokens == 4
+    assert (await take_tokens(brokers[0], 1, wanted=100, rate=quick)).tokens == 4
 
 
 async def test_several_buckets_are_asked_at_once_and_know_nothing_of_one_another(
@@ -82,7 +84,7 @@ async def test_several_buckets_are_asked_at_once_and_know_nothing_of_one_another
     assert [grant.tokens for grant in again] == [0, 3]
 
 
-async def test_a_bucket_on_redis_is_gone_when_it_is_full(redis_server: services.Redis) -> None:
+async def test_a_bucket_on_redis_is_gone_when_it_is_full(redis_server: services.RedisServer) -> None:
     broker = await connect(redis_server.url)
     try:
         await broker.take_tokens([Demand("short-lived", Rate(per_second=10, burst=5), 3, 3)])

@@ -25,7 +25,14 @@ from messages.local_broker import LocalBroker
 from models.access import User
 from models.workflow import Workflow, WorkflowGraph
 from nodes import catalog
-from tests.integration.run_world import Place, Where, World, key_of, opened, write
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    key_of,
+    open_run_database,
+    write,
+)
 from workers.settings import WorkerSettings
 
 NODES: list[dict[str, Any]] = [
@@ -36,18 +43,22 @@ EDGES = [{"id": "e1", "source": "start", "target": "keep"}]
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def world(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as world:
         yield world
 
 
-async def runnable(world: World, place: Place | None = None, **columns: Any) -> Place:  # noqa: ANN401 - columns
+async def create_runnable(
+    world: RunDatabase,
+    place: OwnedWorkflow | None = None,
+    **columns: Any,  # noqa: ANN401 - columns
+) -> OwnedWorkflow:
     """Make a workflow that can be run, in the organisation of another if that is given."""
     made = await world.workflow(place.organization if place else None)
     graph = WorkflowGraph(
@@ -66,21 +77,21 @@ async def runnable(world: World, place: Place | None = None, **columns: Any) -> 
     return made
 
 
-def runs(world: World, **settings: Any) -> ChildRunStarter:  # noqa: ANN401 - a field of WorkerSettings
+def make_starter(world: RunDatabase, **settings: Any) -> ChildRunStarter:  # noqa: ANN401 - a field of WorkerSettings
     broker = LocalBroker(inbox="worker")
     return ChildRunStarter(
         world.database, world.store, broker, catalog.load_catalog(), WorkerSettings(**settings)
     )
 
 
-def caller_of(run: ClaimedRun, place: Place) -> RunCaller:
+def caller_of(run: ClaimedRun, place: OwnedWorkflow) -> RunCaller:
     return RunCaller(run.organization_id, place.user_id, run.workflow_id, run.execution_id, run.key_id)
 
 
 async def start(
     starter: ChildRunStarter,
     caller: RunCaller,
-    workflow: Place,
+    workflow: OwnedWorkflow,
     inputs: Json = None,
     **changes: Any,  # noqa: ANN401 - any argument
 ) -> str:
@@ -88,18 +99,18 @@ async def start(
     return await starter.start(caller, workflow.workflow_id, inputs, **options)
 
 
-async def refusal(starter: ChildRunStarter, caller: RunCaller, workflow: Place) -> NodeError:
+async def start_refused(starter: ChildRunStarter, caller: RunCaller, workflow: OwnedWorkflow) -> NodeError:
     with pytest.raises(NodeError) as refused:
         await start(starter, caller, workflow, node_id="another")
     return refused.value
 
 
-async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(world: World) -> None:
-    place = await runnable(world)
+async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(world: RunDatabase) -> None:
+    place = await create_runnable(world)
     parent = await world.claimed(place, trigger='{"body":{}}')
     caller = caller_of(parent, place)
     ids = await asyncio.gather(
-        *(start(runs(world), caller, place, {"n": 7}, iteration="3") for _ in range(4))
+        *(start(make_starter(world), caller, place, {"n": 7}, iteration="3") for _ in range(4))
     )
     assert len(set(ids)) == 1
     child = await world.row(ids[0])
@@ -112,37 +123,39 @@ async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(wo
     assert json.loads(given["trigger"]) == {"body": {"n": 7}, "headers": {}, "query": {}}
 
     others = [
-        await start(runs(world), caller, place, iteration="4"),
-        await start(runs(world), caller, place, node_id="sub2", iteration="3"),
-        await start(runs(world), caller, place, iteration="5", awaited=False),
+        await start(make_starter(world), caller, place, iteration="4"),
+        await start(make_starter(world), caller, place, node_id="sub2", iteration="3"),
+        await start(make_starter(world), caller, place, iteration="5", awaited=False),
     ]
     assert len({*ids, *others}) == 4
     assert (await world.row(others[-1]))["follow_up"] is None
 
 
-async def test_a_run_that_a_private_one_starts_is_private_too(world: World) -> None:
-    place = await runnable(world)
+async def test_a_run_that_a_private_one_starts_is_private_too(world: RunDatabase) -> None:
+    place = await create_runnable(world)
     for is_private in (True, False):
         parent = await world.claimed(place, is_private=is_private)
-        child = await world.row(await start(runs(world), caller_of(parent, place), place))
+        child = await world.row(await start(make_starter(world), caller_of(parent, place), place))
         assert bool(child["is_private"]) is is_private
         await world.query("UPDATE execution SET status = 'completed'")
 
 
-async def test_what_is_not_awaited_is_started_once_for_a_whole_line_of_resumed_runs(world: World) -> None:
-    place = await runnable(world)
+async def test_what_is_not_awaited_is_started_once_for_a_whole_line_of_resumed_runs(
+    world: RunDatabase,
+) -> None:
+    place = await create_runnable(world)
     first, second = await world.claimed(place), await world.claimed(place)
     resumed = structs.replace(caller_of(second, place), key_id=first.execution_id)
     callers = (caller_of(first, place), resumed)
-    awaited = {await start(runs(world), caller, place) for caller in callers}
-    alone = {await start(runs(world), caller, place, awaited=False) for caller in callers}
+    awaited = {await start(make_starter(world), caller, place) for caller in callers}
+    alone = {await start(make_starter(world), caller, place, awaited=False) for caller in callers}
     assert (len(awaited), len(alone)) == (2, 1)
 
 
-async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_is(world: World) -> None:
-    place = await runnable(world)
+async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_is(world: RunDatabase) -> None:
+    place = await create_runnable(world)
     caller = caller_of(await world.claimed(place), place)
-    starter = runs(world)
+    starter = make_starter(world)
     child_id = await start(starter, caller, place)
     hash_before = (await world.row(child_id))["definition_hash"]
     await world.query("UPDATE workflow SET revision = 2, settings = :settings", settings='{"timeout":60}')
@@ -154,13 +167,13 @@ async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_i
     assert changed["timeout_microseconds"] == 60_000_000
 
 
-async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(world: World) -> None:
-    place = await runnable(world)
-    starter = runs(world, max_run_depth=2, max_sub_runs=3)
+async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(world: RunDatabase) -> None:
+    place = await create_runnable(world)
+    starter = make_starter(world, max_run_depth=2, max_sub_runs=3)
     root, other = [caller_of(await world.claimed(place), place) for _ in range(2)]
     child = structs.replace(root, execution_id=await start(starter, root, place))
     grandchild = structs.replace(root, execution_id=await start(starter, child, place))
-    deepest = await refusal(starter, grandchild, place)
+    deepest = await start_refused(starter, grandchild, place)
     assert (deepest.code, "PILOTFLAME_MAX_RUN_DEPTH" in deepest.message) == ("run-too-deep", True)
 
     await start(starter, root, place, iteration="1")
@@ -174,18 +187,18 @@ async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(world: W
     await start(starter, other, place)
 
 
-async def test_what_the_caller_may_not_read_is_not_run(world: World) -> None:
-    place = await runnable(world)
+async def test_what_the_caller_may_not_read_is_not_run(world: RunDatabase) -> None:
+    place = await create_runnable(world)
     caller = caller_of(await world.claimed(place), place)
-    starter = runs(world)
-    theirs, elsewhere = await runnable(world, place), await runnable(world)
+    starter = make_starter(world)
+    theirs, elsewhere = await create_runnable(world, place), await create_runnable(world)
     for workflow in (theirs, elsewhere, replace(place, workflow_id="wf_absent")):
-        assert (await refusal(starter, caller, workflow)).code == "workflow-not-found"
+        assert (await start_refused(starter, caller, workflow)).code == "workflow-not-found"
 
     share = "INSERT INTO workflow_share (workflow_id, user_id, shared_at) VALUES (:workflow, :user, 0)"
     await world.query(share, workflow=theirs.workflow_id, user=place.user_id)
     await start(starter, caller, theirs)
-    public = await runnable(world, place, is_public=True)
+    public = await create_runnable(world, place, is_public=True)
     await start(starter, caller, public, iteration="1")
 
     # An admin of the organisation reads all of it, and nothing of others.
@@ -196,22 +209,22 @@ async def test_what_the_caller_may_not_read_is_not_run(world: World) -> None:
         )
     )
     await start(starter, caller, theirs, iteration="2")
-    assert (await refusal(starter, caller, elsewhere)).code == "workflow-not-found"
+    assert (await start_refused(starter, caller, elsewhere)).code == "workflow-not-found"
 
 
-async def test_what_cannot_be_run_says_why(world: World) -> None:
-    place = await runnable(world)
+async def test_what_cannot_be_run_says_why(world: RunDatabase) -> None:
+    place = await create_runnable(world)
     caller = caller_of(await world.claimed(place), place)
-    starter = runs(world)
+    starter = make_starter(world)
     for status in ("paused", "archived"):
-        workflow = await runnable(world, place, status=status, is_public=True)
-        assert (await refusal(starter, caller, workflow)).code == f"workflow-{status}"
-    broken = await runnable(world, place, is_public=True)
+        workflow = await create_runnable(world, place, status=status, is_public=True)
+        assert (await start_refused(starter, caller, workflow)).code == f"workflow-{status}"
+    broken = await create_runnable(world, place, is_public=True)
     await world.query("UPDATE workflow_graph SET connections = '[]', nodes = '[]'")
-    refused = await refusal(starter, caller, broken)
+    refused = await start_refused(starter, caller, broken)
     assert refused.code == "invalid-definition"
     assert "no nodes" in refused.message
-    full = await runnable(
+    full = await create_runnable(
         world, place, is_public=True, settings={"concurrency": {"limit": 1, "onLimit": "reject"}}
     )
     await start(starter, caller, full)
@@ -224,11 +237,13 @@ async def test_what_cannot_be_run_says_why(world: World) -> None:
 
 
 @pytest.mark.parametrize(("end", "status"), [("cancel", "cancelled"), ("stop", "stopped")])
-async def test_whoever_is_waited_for_does_not_outlive_its_parent(world: World, end: str, status: str) -> None:
-    place = await runnable(world)
+async def test_whoever_is_waited_for_does_not_outlive_its_parent(
+    world: RunDatabase, end: str, status: str
+) -> None:
+    place = await create_runnable(world)
     parent = await world.claimed(place)
     caller = caller_of(parent, place)
-    starter = runs(world)
+    starter = make_starter(world)
     child = await start(starter, caller, place)
     running = await start(starter, caller, place, iteration="1")
     grandchild = await start(starter, structs.replace(caller, execution_id=child), place)
@@ -251,10 +266,10 @@ async def test_whoever_is_waited_for_does_not_outlive_its_parent(world: World, e
     assert await children.request_abandoned_ends(world.database, world.store) == []
 
 
-async def test_a_parent_that_fails_stops_whoever_it_waits_for(world: World) -> None:
-    place = await runnable(world)
+async def test_a_parent_that_fails_stops_whoever_it_waits_for(world: RunDatabase) -> None:
+    place = await create_runnable(world)
     parent = await world.claimed(place)
-    child = await start(runs(world), caller_of(parent, place), place)
+    child = await start(make_starter(world), caller_of(parent, place), place)
     await world.store.record([write(parent, end=RunStatus.FAILED)])
     (ended,) = await children.request_abandoned_ends(world.database, world.store)
     assert (ended.execution_id, (await world.row(child))["status"]) == (child, "stopped")

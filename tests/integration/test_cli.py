@@ -11,8 +11,8 @@ import httpx2
 import pytest
 import redis
 
-from tests import commands, services
-from tests.commands import environment
+from tests import command_runs, services
+from tests.command_runs import command_environment
 
 KEY = "sk-of-the-settings-0123"
 SECRET = "a secret of more than thirty-two characters"
@@ -31,14 +31,14 @@ connections:
 
 
 @dataclass(frozen=True)
-class Shell:
+class CommandShell:
     """Where commands are typed, with a server at hand."""
 
     given: dict[str, str]
     folder: Path
 
     def output(self, *arguments: str) -> str:
-        return commands.output(*arguments, given=self.given)
+        return command_runs.run_output(*arguments, given=self.given)
 
     def file(self, name: str, content: str) -> str:
         """Write a file and return its name."""
@@ -53,23 +53,25 @@ class Shell:
 
 
 @pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandShell]:
     folder = tmp_path_factory.mktemp("shell")
-    given = environment(folder / "data", BOOTSTRAP_API_KEY=KEY)
+    given = command_environment(folder / "data", BOOTSTRAP_API_KEY=KEY)
     misspelt = {**given, "PILOTFLAME_LOG_LEVLE": "a value that nobody is shown"}
-    with commands.started("dev", "--port", "0", given=misspelt, log=folder / "log") as dev:
+    with command_runs.run_command("dev", "--port", "0", given=misspelt, log=folder / "log") as dev:
         address = dev.says(r"Pilotflame runs on (\S+)")[1]
-        yield Shell({**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": KEY}, folder)
+        yield CommandShell({**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": KEY}, folder)
         assert dev.stop() == 0
 
 
-def test_a_misspelt_variable_is_named_when_a_process_or_a_command_starts(shell: Shell) -> None:
+def test_a_misspelt_variable_is_named_when_a_process_or_a_command_starts(shell: CommandShell) -> None:
     logged = (shell.folder / "log").read_text()
     (warning,) = [json.loads(line) for line in logged.splitlines() if "unknown setting" in line]
     assert (warning["level"], warning["variable"]) == ("warning", "PILOTFLAME_LOG_LEVLE")
     assert warning["meant"][0] == "PILOTFLAME_LOG_LEVEL"
     known = {"PILOTFLAME_BRIDGE_WORKFLOW": "wf_1", "PILOTFLAME_RUNNER_TOKEN": "x", "PILOTFLAME_PORT": "1"}
-    listed = commands.run("keys", "list", given={**shell.given, **known, "PILOTFLAME_SECRET": "not shown"})
+    listed = command_runs.run(
+        "keys", "list", given={**shell.given, **known, "PILOTFLAME_SECRET": "not shown"}
+    )
     assert (listed.returncode, listed.stderr.splitlines()) == (
         0,
         ["pilotflame: PILOTFLAME_SECRET is no setting: did you mean PILOTFLAME_SECRET_KEY?"],
@@ -78,7 +80,7 @@ def test_a_misspelt_variable_is_named_when_a_process_or_a_command_starts(shell: 
     assert "not shown" not in listed.stderr
 
 
-def test_apply_makes_a_workflow_and_then_changes_the_same_one(shell: Shell) -> None:
+def test_apply_makes_a_workflow_and_then_changes_the_same_one(shell: CommandShell) -> None:
     made = shell.output("apply", shell.file("a.yaml", GREETING.format(name="Applied", said="Hello")))
     assert made == shell.output("apply", shell.file("a.yaml", GREETING.format(name="Applied", said="Bye")))
     stored = shell.api(f"/api/v1/workflows/{made}").json()
@@ -90,7 +92,7 @@ def test_apply_makes_a_workflow_and_then_changes_the_same_one(shell: Shell) -> N
     assert shell.api("/api/v1/workflows?search=Applied").json()["count"] == 1
 
 
-def test_run_prints_the_outputs_of_a_workflow_that_is_named_by_id_or_name(shell: Shell) -> None:
+def test_run_prints_the_outputs_of_a_workflow_that_is_named_by_id_or_name(shell: CommandShell) -> None:
     workflow_id = shell.output("apply", shell.file("r.yaml", GREETING.format(name="Run", said="Hello")))
     by_name = json.loads(shell.output("run", "Run", "--input", '{"name": "Ada"}'))
     assert by_name["greet"] == {"text": "Hello Ada"}
@@ -101,7 +103,9 @@ def test_run_prints_the_outputs_of_a_workflow_that_is_named_by_id_or_name(shell:
     )
 
 
-def test_run_prints_the_outputs_of_the_last_nodes_that_ran_unless_others_are_asked_for(shell: Shell) -> None:
+def test_run_prints_the_outputs_of_the_last_nodes_that_ran_unless_others_are_asked_for(
+    shell: CommandShell,
+) -> None:
     nodes = [
         {"id": "start", "type": "manual"},
         {"id": "look", "type": "set", "config": {"values": {"found": "{{ data.body.found }}"}}},
@@ -138,11 +142,11 @@ def test_run_prints_the_outputs_of_the_last_nodes_that_ran_unless_others_are_ask
     )
 
 
-def test_run_prints_large_outputs_and_tells_where_the_others_are(shell: Shell) -> None:
+def test_run_prints_large_outputs_and_tells_where_the_others_are(shell: CommandShell) -> None:
     shell.output("apply", shell.file("l.yaml", GREETING.format(name="Large", said="Hello")))
     name = "x" * 5_100_000
     given = shell.file("large.json", json.dumps({"name": name}))
-    told = commands.run("run", "Large", "--input", f"@{given}", "--output", "all", given=shell.given)
+    told = command_runs.run("run", "Large", "--input", f"@{given}", "--output", "all", given=shell.given)
     outputs = json.loads(told.stdout)
     assert outputs.pop("greet") == {"text": f"Hello {name}"}
     # The input is the output of all others: more than one answer shows.
@@ -152,13 +156,13 @@ def test_run_prints_large_outputs_and_tells_where_the_others_are(shell: Shell) -
     assert shell.api(lines[0].rpartition("GET ")[2]).json()["body"]["name"] == name
 
 
-def test_apply_prints_the_errors_that_validation_finds_and_ends_with_1(shell: Shell) -> None:
+def test_apply_prints_the_errors_that_validation_finds_and_ends_with_1(shell: CommandShell) -> None:
     nodes = [{"id": "start", "type": "manual"}, {"id": "one", "type": "set"}, {"id": "two", "type": "set"}]
     edges = [("start", "one"), ("one", "two"), ("two", "one")]
     connections = [{"source": source, "target": target} for source, target in edges]
     wrong = {"name": "Wrong", "nodes": nodes, "connections": connections}
     for _ in range(2):
-        done = commands.run("apply", shell.file("wrong.json", json.dumps(wrong)), given=shell.given)
+        done = command_runs.run("apply", shell.file("wrong.json", json.dumps(wrong)), given=shell.given)
         assert done.returncode == 1
         assert shell.api(f"/api/v1/workflows/{done.stdout.strip()}").json()["name"] == "Wrong"
         assert done.stderr.startswith("pilotflame: ")
@@ -166,13 +170,13 @@ def test_apply_prints_the_errors_that_validation_finds_and_ends_with_1(shell: Sh
 
 
 def test_the_version_is_that_of_the_package(tmp_path: Path) -> None:
-    printed = commands.output("--version", given=environment(tmp_path))
+    printed = command_runs.run_output("--version", given=command_environment(tmp_path))
     assert printed == f"pilotflame {metadata.version('pilotflame')}"
 
 
-def test_watch_shows_each_node_beside_the_outputs(shell: Shell) -> None:
+def test_watch_shows_each_node_beside_the_outputs(shell: CommandShell) -> None:
     shell.output("apply", shell.file("w.yaml", GREETING.format(name="Watched", said="Hello")))
-    done = commands.run("run", "Watched", "--watch", "--input", '{"name": "Ada"}', given=shell.given)
+    done = command_runs.run("run", "Watched", "--watch", "--input", '{"name": "Ada"}', given=shell.given)
     assert done.returncode == 0
     assert json.loads(done.stdout)["greet"] == {"text": "Hello Ada"}
     assert "Watched completed 3/3" in done.stderr
@@ -183,7 +187,7 @@ def test_watch_shows_each_node_beside_the_outputs(shell: Shell) -> None:
     ]
 
 
-def test_watch_tells_the_turns_of_a_loop_apart(shell: Shell) -> None:
+def test_watch_tells_the_turns_of_a_loop_apart(shell: CommandShell) -> None:
     nodes = [
         {"id": "start", "type": "manual"},
         {"id": "each", "type": "loop", "config": {"items": [1, 2]}},
@@ -195,12 +199,12 @@ def test_watch_tells_the_turns_of_a_loop_apart(shell: Shell) -> None:
     ]
     looping = {"name": "Looping", "nodes": nodes, "connections": edges}
     shell.output("apply", shell.file("loop.json", json.dumps(looping)))
-    done = commands.run("run", "Looping", "--watch", given=shell.given)
+    done = command_runs.run("run", "Looping", "--watch", given=shell.given)
     rows = [line.split("  ")[0] for line in done.stderr.splitlines()[-6:]]
     assert rows == ["Manual", "Log [0]", "Loop [0]", "Log [1]", "Loop [1]", "Loop"]
 
 
-def test_a_run_that_fails_ends_with_1_and_says_why(shell: Shell) -> None:
+def test_a_run_that_fails_ends_with_1_and_says_why(shell: CommandShell) -> None:
     nodes = [
         {"id": "start", "type": "manual"},
         {"id": "ask", "type": "http-request", "config": {"url": "http://127.0.0.1/"}},
@@ -208,22 +212,24 @@ def test_a_run_that_fails_ends_with_1_and_says_why(shell: Shell) -> None:
     edges = [{"source": "start", "target": "ask"}]
     failing = {"name": "Failing", "nodes": nodes, "connections": edges}
     shell.output("apply", shell.file("f.json", json.dumps(failing)))
-    done = commands.run("run", "Failing", given=shell.given)
+    done = command_runs.run("run", "Failing", given=shell.given)
     assert done.returncode == 1
     assert "failed: " in done.stderr
     assert "(node-error)" in done.stderr
 
 
-def test_logs_shows_what_nodes_logged_and_nothing_that_a_terminal_would_act_on(shell: Shell) -> None:
+def test_logs_shows_what_nodes_logged_and_nothing_that_a_terminal_would_act_on(shell: CommandShell) -> None:
     shell.output("apply", shell.file("l.yaml", GREETING.format(name="Logged", said="Hello")))
     inputs = json.dumps({"name": "\x1b[31mEve\r\x9b2J"})
-    execution_id = commands.run("run", "Logged", "--input", inputs, given=shell.given).stderr.strip()
+    execution_id = command_runs.run("run", "Logged", "--input", inputs, given=shell.given).stderr.strip()
     for follow in ((), ("--follow",)):
         line = shell.output("logs", execution_id, *follow)
         assert line.endswith(r" info    shout Hello \u001b[31mEve\u000d\u009b2J")
 
 
-def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_runs(shell: Shell) -> None:
+def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_runs(
+    shell: CommandShell,
+) -> None:
     organization = shell.output("orgs", "create", "Acme")
     user = shell.output("users", "create", "Ada@Example.com", "--org", "Acme", "--role", "admin")
     scopes = ("--scope", "workflows:read", "--scope", "workflows:execute")
@@ -241,7 +247,7 @@ def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_r
     assert "revoked" in shell.output("keys", "list", "--org", organization)
     revoked_at = time.monotonic()
     while shell.api("/api/v1/auth/whoami", key).status_code != 401:
-        assert time.monotonic() - revoked_at < commands.PATIENCE_SECONDS
+        assert time.monotonic() - revoked_at < command_runs.PATIENCE_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -274,7 +280,7 @@ def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_r
 def test_what_a_user_can_mend_is_told_in_one_line(
     arguments: list[str], variables: dict[str, str], told: str, tmp_path: Path
 ) -> None:
-    done = commands.run(*arguments, given=environment(tmp_path, **variables))
+    done = command_runs.run(*arguments, given=command_environment(tmp_path, **variables))
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
@@ -297,22 +303,22 @@ def test_what_a_user_can_mend_is_told_in_one_line(
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_what_a_server_or_its_database_refuses_is_told_in_one_line(
-    shell: Shell, arguments: list[str], told: str
+    shell: CommandShell, arguments: list[str], told: str
 ) -> None:
-    done = commands.run(*arguments, given=shell.given)
+    done = command_runs.run(*arguments, given=shell.given)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert told in done.stderr
 
 
 @pytest.mark.parametrize("process", ["gateway", "worker", "scheduler"])
 def test_no_process_starts_on_a_redis_that_forgets_when_it_is_full(
-    process: str, redis_server: services.Redis, tmp_path: Path
+    process: str, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    given = environment(tmp_path, SECRET_KEY=SECRET, REDIS_URL=redis_server.url)
-    commands.output("migrate", given=given)
+    given = command_environment(tmp_path, SECRET_KEY=SECRET, REDIS_URL=redis_server.url)
+    command_runs.run_output("migrate", given=given)
     with redis.Redis.from_url(redis_server.url) as client:
         client.config_set("maxmemory-policy", "allkeys-lru")
-        done = commands.run(process, given=given)
+        done = command_runs.run(process, given=given)
         client.config_set("maxmemory-policy", "noeviction")
     assert done.returncode == 2
     assert "maxmemory-policy" in done.stderr

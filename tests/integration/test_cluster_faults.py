@@ -19,18 +19,31 @@ from kubernetes.aio import client
 
 from models.deployment import Deployment, DeploymentStatus, ObservedState, status_of
 from scheduler import lifecycle, recovery
-from tests.cluster import world as clusters
+from tests.cluster import cluster_harness as clusters
+from tests.cluster.cluster_harness import NAMESPACE, PROGRAM, DriverUnderTest, turn_until
 from tests.cluster.conftest import REAL
-from tests.cluster.fake_api import FakeApi, machines
-from tests.cluster.fake_api.machines import Machine
+from tests.cluster.fake_api import FakeApiServer, machines
+from tests.cluster.fake_api.machines import FakeMachine
 from tests.cluster.fake_api.schema import KINDS
-from tests.cluster.world import NAMESPACE, PROGRAM, Cluster, turn_until
-from tests.integration.deployers import asked, deployer, deployer_of, forget_deployments, until
-from tests.integration.gateway_world import EDGE, GRAPH, TRIGGER, People, World, open_world
-from tests.integration.standing_cluster import listening
+from tests.http_receiver import run_receiver
+from tests.integration.deployers import (
+    build_deployer,
+    forget_deployments,
+    request_lifecycle,
+    run_test_deployer,
+    wait_for_deployment,
+)
+from tests.integration.gateway_harness import (
+    EDGE,
+    GRAPH,
+    TRIGGER,
+    GatewayHarness,
+    OrganizationUsers,
+    create_gateway,
+)
+from tests.integration.simulated_cluster import listen_for_pods
 from tests.integration.test_deployer import has_failed, is_running
-from tests.receiver import receiving
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 from workers.cluster.driver import ClusterDriver
 from workers.cluster.kubernetes_api import KubernetesApi
 from workers.cluster.kubernetes_driver import KubernetesDriver
@@ -45,19 +58,21 @@ CURED_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
-async def world(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with open_world("sqlite", postgres, tmp_path_factory.mktemp("world")) as world:
+async def world(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as world:
         yield world
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_is_left_deployed(world: World) -> AsyncIterator[None]:
+async def _nothing_is_left_deployed(world: GatewayHarness) -> AsyncIterator[None]:
     yield
     await forget_deployments(world)
 
 
 @pytest.fixture
-async def workflow_id(people: People) -> str:
+async def workflow_id(people: OrganizationUsers) -> str:
     workflow_id = await people.owner.create(**GRAPH)
     policy = {"type": "always-on"}
     changed = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
@@ -66,25 +81,25 @@ async def workflow_id(people: People) -> str:
 
 
 @pytest.fixture(params=["fake", pytest.param("real", marks=REAL)])
-async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Cluster]:
+async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[DriverUnderTest]:
     """A Kubernetes cluster, whichever it is."""
     if request.param == "fake":
-        async with clusters.on_fake(tmp_path) as (found, api):
+        async with clusters.open_fake_cluster(tmp_path) as (found, api):
             api.node.runs_commands = False
             api.node.first_retry_seconds = 3_600  # a real one gets to a quarter of an hour
             yield found
     else:
         assert clusters.TEST_KUBECONFIG is not None
-        async with clusters.on_real(Path(clusters.TEST_KUBECONFIG)) as found:
+        async with clusters.open_real_cluster(Path(clusters.TEST_KUBECONFIG)) as found:
             yield found
 
 
 @dataclass
-class FakeCluster:
+class TwoMachineCluster:
     """A fake cluster with two machines, whose seconds are short."""
 
-    cluster: Cluster
-    api: FakeApi
+    cluster: DriverUnderTest
+    api: FakeApiServer
 
     def pods(self) -> list[dict[str, Any]]:
         return [
@@ -101,32 +116,32 @@ class FakeCluster:
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[FakeCluster]:
-    async with clusters.on_fake(tmp_path, second=0.005) as (found, api):
+async def fake(tmp_path: Path) -> AsyncIterator[TwoMachineCluster]:
+    async with clusters.open_fake_cluster(tmp_path, second=0.005) as (found, api):
         api.node.runs_commands = False
         api.node.pull_seconds = 3_600  # a real one gets to five minutes
-        api.node.machines.append(Machine("node-2"))
-        yield FakeCluster(found, api)
+        api.node.machines.append(FakeMachine("node-2"))
+        yield TwoMachineCluster(found, api)
 
 
 @asynccontextmanager
-async def deploying(
-    world: World,
-    cluster: Cluster,
+async def run_deployer_on(
+    world: GatewayHarness,
+    cluster: DriverUnderTest,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
     command = (cluster.python, "-S", "-c", PROGRAM)
     given: dict[str, Any] = {"cluster": "kubernetes", "runner_image": cluster.image, **settings}
-    async with deployer(world, cluster.reopen, command=command, **given) as found:
+    async with run_test_deployer(world, cluster.reopen, command=command, **given) as found:
         yield found
 
 
-async def undeployed(world: World, people: People, workflow_id: str) -> None:
-    await asked(people.owner, "undeploy", workflow_id, 202)
-    await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+async def undeploy_and_wait(world: GatewayHarness, people: OrganizationUsers, workflow_id: str) -> None:
+    await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
+    await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
-async def trigger(people: People, workflow_id: str) -> tuple[int, str, str]:
+async def trigger(people: OrganizationUsers, workflow_id: str) -> tuple[int, str, str]:
     """Return status, code and message of the answer to whoever waits for a run."""
     answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/trigger", json={"sync": True})
     error = answer.json()["error"]
@@ -142,28 +157,34 @@ def is_blocked_by(code: str) -> Callable[[Deployment], bool]:
 
 
 async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_the_pods(
-    world: World, people: People, workflow_id: str, fake: FakeCluster
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
 ) -> None:
     fake.api.node.missing_images.add(fake.cluster.image)
     fake.api.node.terminate_seconds = 0.3
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster) as found:
-        await until(world, workflow_id, has_failed)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster) as found:
+        await wait_for_deployment(world, workflow_id, has_failed)
         # The same in other words, once the kubelet has given up for a while.
-        failed = await until(world, workflow_id, lambda one: "Back-off" in (one.observed_reason or ""))
+        failed = await wait_for_deployment(
+            world, workflow_id, lambda one: "Back-off" in (one.observed_reason or "")
+        )
         assert fake.cluster.image in str(failed.observed_reason)
         await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
         seen = [
-            await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPING),
-            await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED),
+            await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPING),
+            await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED),
         ]
         fake.api.lose_etcd()
         found.request_reconcile(workflow_id)
-        unknown = await until(world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN)
+        unknown = await wait_for_deployment(
+            world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
+        )
         assert unknown.observed_reason != failed.observed_reason
         fake.api.restart_etcd()
         found.request_reconcile(workflow_id)
-        seen.append(await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED))
+        seen.append(
+            await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED)
+        )
         for one in seen:
             assert status_of(one) is DeploymentStatus.FAILED
             assert (one.observed_reason_code, one.observed_reason) == ("image-pull", failed.observed_reason)
@@ -172,72 +193,72 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
 
 
 async def test_a_start_that_has_failed_goes_on_for_the_next_call_after_the_cure(
-    world: World, people: People, workflow_id: str, fake: FakeCluster
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
 ) -> None:
     image = fake.cluster.image
     fake.api.node.missing_images.add(image)
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster):
-        failed = await until(world, workflow_id, has_failed)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster):
+        failed = await wait_for_deployment(world, workflow_id, has_failed)
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "start-failed")
         assert image in message
-        again = await until(world, workflow_id, has_failed)
+        again = await wait_for_deployment(world, workflow_id, has_failed)
         assert again.generation > failed.generation, "it was tried once more for the call"
         fake.api.node.missing_images.discard(image)
         async with asyncio.timeout(CURED_SECONDS):
-            await asked(people.owner, "start", workflow_id, 202)
-            running = await until(world, workflow_id, is_running)
+            await request_lifecycle(people.owner, "start", workflow_id, 202)
+            running = await wait_for_deployment(world, workflow_id, is_running)
         assert (running.observed_reason, running.failed_reason) == (None, None)
 
 
 async def test_a_start_over_the_quota_says_so_at_once_and_goes_on_when_there_is_room(
-    world: World, people: People, workflow_id: str, cluster: Cluster
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, cluster: DriverUnderTest
 ) -> None:
     await cluster.set_quota({"pods": "0"})
-    async with deploying(world, cluster, start_seconds=0.1):
-        await asked(people.owner, "deploy", workflow_id, 202)
-        blocked = await until(world, workflow_id, is_blocked_by("quota"))
+    async with run_deployer_on(world, cluster, start_seconds=0.1):
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        blocked = await wait_for_deployment(world, workflow_id, is_blocked_by("quota"))
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         assert blocked.observed_reason is not None
         assert blocked.observed_reason in message
         async with asyncio.timeout(CURED_SECONDS + (cluster.patience_seconds if cluster.is_real else 0)):
             await cluster.set_quota(None)
-            running = await until(world, workflow_id, is_running)
+            running = await wait_for_deployment(world, workflow_id, is_running)
         assert (running.observed_reason, running.observed_reason_code) == (None, None)
-        await undeployed(world, people, workflow_id)
+        await undeploy_and_wait(world, people, workflow_id)
 
 
 async def test_a_deploy_is_answered_as_soon_as_it_is_known_that_there_is_no_room(
-    postgres: PostgreSQL, tmp_path: Path, cluster: Cluster
+    postgres: PostgresServer, tmp_path: Path, cluster: DriverUnderTest
 ) -> None:
-    async with open_world("sqlite", postgres, tmp_path, settle_seconds=300) as world:
+    async with create_gateway("sqlite", postgres, tmp_path, settle_seconds=300) as world:
         owner = (await world.people()).owner
         workflow_id = await owner.create(**GRAPH)
         await cluster.set_quota({"pods": "0"})
-        async with deploying(world, cluster):
-            answer = await asked(owner, "deploy", workflow_id, 202)
+        async with run_deployer_on(world, cluster):
+            answer = await request_lifecycle(owner, "deploy", workflow_id, 202)
             assert answer["deploymentStatus"] == "starting"
             assert "exceeded quota" in answer["reason"]
             await cluster.set_quota(None)
-            await asked(owner, "undeploy", workflow_id, 200)
+            await request_lifecycle(owner, "undeploy", workflow_id, 200)
 
 
 async def test_a_start_that_no_node_has_room_for_says_so_at_once_and_goes_on_when_one_has(
-    world: World, people: People, workflow_id: str, fake: FakeCluster
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
 ) -> None:
     for machine in fake.api.node.machines:
         machine.cpu_millicores = 1
-    async with deploying(world, fake.cluster, start_seconds=0.1):
-        await asked(people.owner, "deploy", workflow_id, 202)
-        await until(world, workflow_id, is_blocked_by("unschedulable"))
+    async with run_deployer_on(world, fake.cluster, start_seconds=0.1):
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, is_blocked_by("unschedulable"))
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         assert "0/2 nodes are available: 2 Insufficient cpu." in message
-        fake.api.node.machines.append(Machine("node-3"))
+        fake.api.node.machines.append(FakeMachine("node-3"))
         fake.api.store.touch()
-        running = await until(world, workflow_id, is_running)
+        running = await wait_for_deployment(world, workflow_id, is_running)
         assert (running.observed_reason, running.observed_reason_code) == (None, None)
 
 
@@ -245,110 +266,130 @@ async def test_a_start_that_no_node_has_room_for_says_so_at_once_and_goes_on_whe
 
 
 async def test_a_drained_node_is_left_for_another_and_nothing_has_failed(
-    world: World, people: People, workflow_id: str, fake: FakeCluster
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
 ) -> None:
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster):
-        before = await until(world, workflow_id, is_running)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster):
+        before = await wait_for_deployment(world, workflow_id, is_running)
         assert fake.used == "node-1"
         fake.api.controllers.drain("node-1")
         await turn_until(lambda: len(fake.pods()) == 1 and fake.used == "node-2")
-        after = await until(world, workflow_id, is_running)
+        after = await wait_for_deployment(world, workflow_id, is_running)
         assert after.generation == before.generation
 
 
 async def test_a_lost_node_is_told_of_and_its_workflow_serves_again_from_another(
-    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: TwoMachineCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # By itself, the cluster would wait for the tolerations to be over.
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster):
-        before = await until(world, workflow_id, is_running)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster):
+        before = await wait_for_deployment(world, workflow_id, is_running)
         (lost,) = fake.pods()
         await fake.api.controllers.silence("node-1", is_powered=False)
-        told = await until(world, workflow_id, is_blocked_by("node-not-ready"))
+        told = await wait_for_deployment(world, workflow_id, is_blocked_by("node-not-ready"))
         assert (told.ready_addresses, fake.used) == ([], "node-1")
-        after = await until(world, workflow_id, is_running)
+        after = await wait_for_deployment(world, workflow_id, is_running)
         assert (fake.used, after.generation) == ("node-2", before.generation)
         shown = fake.api.store.get(KINDS["pods"], NAMESPACE, lost["metadata"]["name"])
         assert "deletionTimestamp" in shown["metadata"], "its node can't tell yet that it has ended"
 
 
 async def test_a_node_that_is_back_within_moments_keeps_its_pod(
-    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: TwoMachineCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(minutes=1))
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster):
-        await until(world, workflow_id, is_running)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster):
+        await wait_for_deployment(world, workflow_id, is_running)
         (before,) = fake.pods()
         await fake.api.controllers.silence("node-1", is_powered=True)
-        await until(world, workflow_id, is_blocked_by("node-not-ready"))
+        await wait_for_deployment(world, workflow_id, is_blocked_by("node-not-ready"))
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         assert "The node node-1 of the pod is not ready" in message
         fake.api.controllers.mend("node-1")
-        await until(world, workflow_id, is_running)
+        await wait_for_deployment(world, workflow_id, is_running)
         assert [pod["metadata"]["uid"] for pod in fake.pods()] == [before["metadata"]["uid"]]
 
 
 async def test_a_pod_of_a_lost_node_is_left_to_the_cluster_while_another_serves(
-    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: TwoMachineCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for machine in fake.api.node.machines:
         machine.cpu_millicores = 500  # room for one pod each
     tolerated = machines.toleration_seconds
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster):
-        await asked(people.owner, "start", workflow_id, 202, replicas=2)
-        await until(world, workflow_id, lambda one: one.ready_replicas == 2)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster):
+        await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
+        await wait_for_deployment(world, workflow_id, lambda one: one.ready_replicas == 2)
         await fake.api.controllers.silence("node-1", is_powered=True)
-        lost = await until(world, workflow_id, lambda one: one.observed_reason_code == "node-not-ready")
+        lost = await wait_for_deployment(
+            world, workflow_id, lambda one: one.observed_reason_code == "node-not-ready"
+        )
         assert (status_of(lost), lost.ready_replicas) == (DeploymentStatus.RUNNING, 1)
         assert lost.observed_reason == "The node node-1 of the pod is not ready"
         assert len(fake.pods()) == 2, "nobody has deleted one"
         # From its toleration on, another pod is wanted in its place.
-        fake.api.node.machines.append(Machine("node-3", cpu_millicores=500))
+        fake.api.node.machines.append(FakeMachine("node-3", cpu_millicores=500))
         monkeypatch.setattr(machines, "toleration_seconds", tolerated)
-        whole = await until(world, workflow_id, lambda one: one.ready_replicas == 2)
+        whole = await wait_for_deployment(world, workflow_id, lambda one: one.ready_replicas == 2)
         assert whole.observed_reason is None
         assert {pod["spec"]["nodeName"] for pod in fake.pods()} == {"node-2", "node-3"}
 
 
 async def test_a_node_that_is_lost_alone_is_waited_for_with_the_reason(
-    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: TwoMachineCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
     fake.api.node.machines.pop()
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster, start_seconds=0.1):
-        await until(world, workflow_id, is_running)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster, start_seconds=0.1):
+        await wait_for_deployment(world, workflow_id, is_running)
         await fake.api.controllers.silence("node-1", is_powered=False)
-        blocked = await until(world, workflow_id, is_blocked_by("unschedulable"))
+        blocked = await wait_for_deployment(world, workflow_id, is_blocked_by("unschedulable"))
         assert "untolerated taint {node.kubernetes.io/unreachable" in str(blocked.observed_reason)
         status, code, _ = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         fake.api.controllers.mend("node-1")
         async with asyncio.timeout(CURED_SECONDS):
-            await until(world, workflow_id, is_running)
+            await wait_for_deployment(world, workflow_id, is_running)
 
 
 async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
-    world: World, people: People, workflow_id: str, tmp_path: Path
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
 ) -> None:
-    async with clusters.on_fake(tmp_path) as (cluster, api):
+    async with clusters.open_fake_cluster(tmp_path) as (cluster, api):
         api.node.delay_seconds = 0.2  # so long it stays down
-        await asked(people.owner, "deploy", workflow_id, 202)
-        async with deploying(world, cluster):
-            (address,) = (await until(world, workflow_id, is_running)).ready_addresses
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        async with run_deployer_on(world, cluster):
+            (address,) = (await wait_for_deployment(world, workflow_id, is_running)).ready_addresses
             await cluster.get(f"{address}/exit?code=137")
-            killed = await until(world, workflow_id, lambda one: one.observed_reason_code == "out-of-memory")
+            killed = await wait_for_deployment(
+                world, workflow_id, lambda one: one.observed_reason_code == "out-of-memory"
+            )
             assert killed.observed_reason == "The pod used more memory than it is granted"
-            again = await until(world, workflow_id, is_running)
+            again = await wait_for_deployment(world, workflow_id, is_running)
             assert (again.observed_reason, again.generation) == (None, killed.generation)
 
 
@@ -356,37 +397,43 @@ async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
 
 
 async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
-    world: World, people: People, workflow_id: str, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    cluster: DriverUnderTest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(refusal_budget, "SECONDS_PER_REQUEST", 0.1)
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, cluster) as found:
-        before = await until(world, workflow_id, is_running)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, cluster) as found:
+        before = await wait_for_deployment(world, workflow_id, is_running)
         await cluster.delete_namespace()
-        lost = await until(
+        lost = await wait_for_deployment(
             world, workflow_id, lambda one: not is_running(one) and one.observed_reason is not None
         )
         assert cluster.namespace in str(lost.observed_reason)
         await cluster.create_namespace()
         found.request_reconcile(workflow_id)  # it would look again within a minute
-        again = await until(world, workflow_id, is_running)
+        again = await wait_for_deployment(world, workflow_id, is_running)
         assert again.generation == before.generation
-        await undeployed(world, people, workflow_id)
+        await undeploy_and_wait(world, people, workflow_id)
 
 
 async def test_an_etcd_that_was_away_has_cost_no_pod_and_no_wish(
-    world: World, people: People, workflow_id: str, fake: FakeCluster
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
 ) -> None:
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster):
-        await until(world, workflow_id, is_running)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster):
+        await wait_for_deployment(world, workflow_id, is_running)
         (before,) = fake.pods()
         fake.api.lose_etcd()
-        await asked(people.owner, "start", workflow_id, 202, replicas=2)
-        unknown = await until(world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN)
+        await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
+        unknown = await wait_for_deployment(
+            world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
+        )
         assert "etcdserver: request timed out" in str(unknown.observed_reason)
         fake.api.restart_etcd()
-        await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
+        await wait_for_deployment(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
         assert before["metadata"]["uid"] in {pod["metadata"]["uid"] for pod in fake.pods()}
 
 
@@ -396,7 +443,7 @@ async def test_an_etcd_that_was_away_has_cost_no_pod_and_no_wish(
 class FreezingApi(KubernetesApi):
     """An API server's client in a process that is frozen at one of its changes, and thawed later."""
 
-    def __init__(self, api: FakeApi) -> None:
+    def __init__(self, api: FakeApiServer) -> None:
         configured = client.ApiClient(client.Configuration(host=api.url))
         configured.set_default_header("Authorization", f"Bearer {api.token}")
         super().__init__(configured, request_seconds=60)
@@ -417,26 +464,30 @@ class FreezingApi(KubernetesApi):
 
 
 async def test_a_deployer_that_was_frozen_leaves_to_others_what_they_have_taken_over(
-    world: World, people: People, workflow_id: str, fake: FakeCluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: TwoMachineCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(deployment_rows, "LOCK_SECONDS", 0.5)
     frozen_api = FreezingApi(fake.api)
 
     async def open_frozen() -> ClusterDriver:
-        return KubernetesDriver(frozen_api, clusters.layout())
+        return KubernetesDriver(frozen_api, clusters.cluster_layout())
 
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deploying(world, fake.cluster):
-        first = await until(world, workflow_id, is_running)
-    await edited(people, workflow_id, "second")
-    await asked(people.owner, "deploy", workflow_id, 202)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_deployer_on(world, fake.cluster):
+        first = await wait_for_deployment(world, workflow_id, is_running)
+    await edit_workflow(people, workflow_id, "second")
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
     frozen_api.changes_left = 3
-    frozen = deployer_of(world, open_frozen, cluster="kubernetes")
+    frozen = build_deployer(world, open_frozen, cluster="kubernetes")
     look = asyncio.create_task(frozen.reconciler.reconcile(workflow_id))
     async with asyncio.timeout(PATIENCE_SECONDS):
         await frozen_api.is_frozen.wait()
-    async with deploying(world, fake.cluster):
-        second = await until(world, workflow_id, is_running)
+    async with run_deployer_on(world, fake.cluster):
+        second = await wait_for_deployment(world, workflow_id, is_running)
         assert second.definition_hash != first.definition_hash
         frozen_api.changes_left = None
         frozen_api.is_thawed.set()
@@ -449,7 +500,7 @@ async def test_a_deployer_that_was_frozen_leaves_to_others_what_they_have_taken_
     await frozen_api.close()
 
 
-async def edited(people: People, workflow_id: str, text: str) -> None:
+async def edit_workflow(people: OrganizationUsers, workflow_id: str, text: str) -> None:
     edit = {"config": {"values": {"said": text}}}
     answer = await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/step", json=edit)
     assert answer.is_success
@@ -459,34 +510,39 @@ async def edited(people: People, workflow_id: str, text: str) -> None:
 
 
 @pytest.fixture
-async def gateway(postgres: PostgreSQL, tmp_path: Path) -> AsyncIterator[World]:
+async def gateway(postgres: PostgresServer, tmp_path: Path) -> AsyncIterator[GatewayHarness]:
     """A gateway of its own: it stops for good with the server that pods reach it at."""
-    async with open_world("sqlite", postgres, tmp_path) as world:
+    async with create_gateway("sqlite", postgres, tmp_path) as world:
         yield world
 
 
 @asynccontextmanager
-async def running_pods(
-    world: World,
+async def run_pods(
+    world: GatewayHarness,
     folder: Path,
     *,
     second: float,
     **settings: Any,  # noqa: ANN401 - any setting
-) -> AsyncIterator[FakeCluster]:
+) -> AsyncIterator[TwoMachineCluster]:
     """Bring real runners to two machines of a fake cluster."""
-    async with listening(world) as url, clusters.on_fake(folder, second=second) as (cluster, api):
-        api.node.machines.append(Machine("node-2"))
+    async with (
+        listen_for_pods(world) as url,
+        clusters.open_fake_cluster(folder, second=second) as (cluster, api),
+    ):
+        api.node.machines.append(FakeMachine("node-2"))
         given: dict[str, Any] = {
             "runner_gateway_url": url,
             "outbound_allowed_networks": (IPv4Network("127.0.0.1/32"),),
             **settings,
         }
-        async with deployer(world, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **given):
-            yield FakeCluster(cluster, api)
+        async with run_test_deployer(
+            world, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **given
+        ):
+            yield TwoMachineCluster(cluster, api)
 
 
 async def test_callers_notice_neither_a_drain_nor_a_deploy_nor_a_rollback(
-    gateway: World, tmp_path: Path
+    gateway: GatewayHarness, tmp_path: Path
 ) -> None:
     people = await gateway.people()
     answers: list[tuple[int, Any]] = []
@@ -509,28 +565,32 @@ async def test_callers_notice_neither_a_drain_nor_a_deploy_nor_a_rollback(
 
     said_first = {"id": "step", "nodeId": "set", "config": {"values": {"said": "first"}}}
     workflow_id = await people.owner.create(nodes=[TRIGGER, said_first], connections=[EDGE])
-    async with running_pods(gateway, tmp_path, second=0.1) as fake:
-        await asked(people.owner, "deploy", workflow_id, 202)
-        first = await until(gateway, workflow_id, is_running)
+    async with run_pods(gateway, tmp_path, second=0.1) as fake:
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        first = await wait_for_deployment(gateway, workflow_id, is_running)
         callers = [asyncio.create_task(call()) for _ in range(3)]
         await answered(5)
         fake.api.controllers.drain("node-1")
-        await until(gateway, workflow_id, lambda one: one.ready_addresses != first.ready_addresses)
+        await wait_for_deployment(
+            gateway, workflow_id, lambda one: one.ready_addresses != first.ready_addresses
+        )
         await answered(5)
-        await edited(people, workflow_id, "second")
+        await edit_workflow(people, workflow_id, "second")
         await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/versions", json={"versionTag": "v2"})
-        await asked(people.owner, "deploy", workflow_id, 202)
-        second = await until(
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        second = await wait_for_deployment(
             gateway, workflow_id, lambda one: is_running(one) and one.version > first.version
         )
         await answered(5)
-        await asked(people.owner, "deploy-version", workflow_id, 202, version=first.version)
-        await until(gateway, workflow_id, lambda one: is_running(one) and one.version < second.version)
+        await request_lifecycle(people.owner, "deploy-version", workflow_id, 202, version=first.version)
+        await wait_for_deployment(
+            gateway, workflow_id, lambda one: is_running(one) and one.version < second.version
+        )
         await answered(5)
         for caller in callers:
             caller.cancel()
         await asyncio.gather(*callers, return_exceptions=True)
-        await undeployed(gateway, people, workflow_id)
+        await undeploy_and_wait(gateway, people, workflow_id)
     wrong = [answer for status, answer in answers if (status, answer.get("status")) != (200, "completed")]
     assert wrong == []
     said = [answer["output"]["step"]["said"] for _, answer in answers]
@@ -538,22 +598,22 @@ async def test_callers_notice_neither_a_drain_nor_a_deploy_nor_a_rollback(
 
 
 async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
-    gateway: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gateway: GatewayHarness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
     people = await gateway.people()
     async with (
-        receiving() as receiver,
-        running_pods(gateway, tmp_path, second=0.01, lease_seconds=1.5) as fake,
+        run_receiver() as receiver,
+        run_pods(gateway, tmp_path, second=0.01, lease_seconds=1.5) as fake,
     ):
         receiver.may_answer.clear()
         asks = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
         workflow_id = await people.owner.create(
             nodes=[{"id": "start", "nodeId": "manual"}, asks], connections=[EDGE]
         )
-        await asked(people.owner, "deploy", workflow_id, 202)
-        await until(gateway, workflow_id, is_running)
-        execution_id = (await asked(people.owner, "trigger", workflow_id, 200))["execution_id"]
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        await wait_for_deployment(gateway, workflow_id, is_running)
+        execution_id = (await request_lifecycle(people.owner, "trigger", workflow_id, 200))["execution_id"]
 
         async def asked_for(times: int) -> None:
             async with asyncio.timeout(PATIENCE_SECONDS):
@@ -572,4 +632,4 @@ async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
                 await asyncio.sleep(0.05)
         assert fake.used == "node-2"
         fake.api.controllers.mend("node-1")
-        await undeployed(gateway, people, workflow_id)
+        await undeploy_and_wait(gateway, people, workflow_id)

@@ -16,8 +16,8 @@ from execution.user_code import open_worker_code
 from nodes import catalog
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner
-from tests.calls import CALLER, Called, call
-from tests.heartbeat import beating
+from tests.loop_heartbeat import measure_heartbeat
+from tests.node_calls import CALLER, CallRecord, call
 from workers.settings import WorkerSettings
 
 pytestmark = pytest.mark.anyio
@@ -30,15 +30,15 @@ OTHERS = RunCaller("org_2", "user_2", "wf_2", "exec_2", "exec_2")
 EXAMPLES = catalog.load_catalog().get("code").examples
 
 
-class Bench:
+class CodeBench:
     """Runs scripts in one backend; each must leave the worker's loop alone, and must not tell where the server is."""
 
     def __init__(self, backend: CodeBackend) -> None:
         self.backend = backend
         self.runner = CodeRunner(backend, limit=2)
 
-    async def called(self, source: str, data: Json = None, **config: Json) -> Called:
-        async with beating() as heartbeat:
+    async def called(self, source: str, data: Json = None, **config: Json) -> CallRecord:
+        async with measure_heartbeat() as heartbeat:
             called = await call("code", {"source": source, **config}, data, code=self.runner)
         assert heartbeat.longest_delay_seconds < LONGEST_DELAY_SECONDS
         return called
@@ -49,7 +49,7 @@ class Bench:
         return output
 
     async def failure(self, source: str, data: Json = None, **config: Json) -> tuple[str, str]:
-        async with beating() as heartbeat:
+        async with measure_heartbeat() as heartbeat:
             with pytest.raises(NodeError) as raised:
                 await call("code", {"source": source, **config}, data, code=self.runner)
         assert heartbeat.longest_delay_seconds < LONGEST_DELAY_SECONDS
@@ -61,8 +61,8 @@ class Bench:
 
 
 @pytest.fixture(scope="module", params=list(CodeBackend))
-async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
-    bench = Bench(request.param)
+async def bench(request: pytest.FixtureRequest) -> AsyncIterator[CodeBench]:
+    bench = CodeBench(request.param)
     yield bench
     await bench.runner.close()
 
@@ -71,7 +71,7 @@ async def bench(request: pytest.FixtureRequest) -> AsyncIterator[Bench]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-async def test_an_example_comes_true(bench: Bench, example: dict[str, Any]) -> None:
+async def test_an_example_comes_true(bench: CodeBench, example: dict[str, Any]) -> None:
     config = example["config"]
     if "error" in example:
         assert await bench.failure(data=example["input"], **config) == ("code-error", example["error"])
@@ -98,12 +98,12 @@ async def test_an_example_comes_true(bench: Bench, example: dict[str, Any]) -> N
     ],
 )
 async def test_the_last_expression_or_what_is_returned_is_the_result(
-    bench: Bench, source: str, result: Json
+    bench: CodeBench, source: str, result: Json
 ) -> None:
     assert await bench.output(source, {"a": 1, "seven": 7}, inputs={"n": "{{ data.seven }}"}) == result
 
 
-async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(bench: Bench) -> None:
+async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(bench: CodeBench) -> None:
     names: dict[str, Json] = {"data": None, "inputs": {}, "item": {"n": 3}, "index": 2}
 
     async def run(source: str, caller: RunCaller) -> Json:
@@ -117,18 +117,18 @@ async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(benc
             await run("secret", caller)
 
 
-async def test_large_values_go_in_and_out(bench: Bench) -> None:
+async def test_large_values_go_in_and_out(bench: CodeBench) -> None:
     rows: Json = [{"id": n, "name": "x" * 60} for n in range(10_000)]
     assert await bench.output("data", rows) == rows
 
 
-async def test_what_is_printed_goes_to_the_log(bench: Bench) -> None:
+async def test_what_is_printed_goes_to_the_log(bench: CodeBench) -> None:
     called = await bench.called("print('a', 1)\nprint('b', end='')\nprint('c\\n\\nd')\nprint('e', end='')")
     assert called.lines == [("info", line) for line in ("a 1", "bc", "", "d", "e")]
 
 
 @pytest.mark.parametrize("source", ["for n in range(3_000): print(n)", "print('x' * 3_000_000)"])
-async def test_only_so_much_is_printed(bench: Bench, source: str) -> None:
+async def test_only_so_much_is_printed(bench: CodeBench, source: str) -> None:
     lines = (await bench.called(source)).lines
     assert 1 <= len(lines) <= 1_001
     assert max(len(line) for _, line in lines) <= 8_192
@@ -152,7 +152,7 @@ async def test_only_so_much_is_printed(bench: Bench, source: str) -> None:
         ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module' \(line 1\)"),
     ],
 )
-async def test_an_exception_is_told_with_its_line(bench: Bench, source: str, message: str) -> None:
+async def test_an_exception_is_told_with_its_line(bench: CodeBench, source: str, message: str) -> None:
     code, told = await bench.failure(source)
     assert code == "code-error"
     assert re.match(message, told), told
@@ -170,7 +170,7 @@ async def test_an_exception_is_told_with_its_line(bench: Bench, source: str, mes
         ("x = ['x' * 1_000] * 100\n[x] * 1_000", {"output-too-large", "out-of-memory"}),
     ],
 )
-async def test_a_result_that_is_no_json_is_none(bench: Bench, source: str, codes: set[str]) -> None:
+async def test_a_result_that_is_no_json_is_none(bench: CodeBench, source: str, codes: set[str]) -> None:
     code, _ = await bench.failure(source)
     assert code in codes
 
@@ -185,7 +185,7 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("source", ENDLESS)
-async def test_a_script_has_only_so_much_time(bench: Bench, source: str) -> None:
+async def test_a_script_has_only_so_much_time(bench: CodeBench, source: str) -> None:
     began_at = time.monotonic()
     code, _ = await bench.failure(source, timeoutSeconds=SHORT_SECONDS)
     assert code == "timeout"
@@ -201,7 +201,7 @@ HUNGRY = [
 
 
 @pytest.mark.parametrize("source", HUNGRY)
-async def test_a_script_has_only_so_much_memory(bench: Bench, source: str) -> None:
+async def test_a_script_has_only_so_much_memory(bench: CodeBench, source: str) -> None:
     code, message = await bench.failure(source, maxMemoryMb=32)
     assert (code, message) == ("out-of-memory", "It needed more memory than its 32 MB")
 
@@ -219,7 +219,7 @@ async def test_a_script_has_only_so_much_memory(bench: Bench, source: str) -> No
         "'a' " * 16_000 + "'b'\nx = " + "[" * 90 + "]" * 90 + "\n1 / 0",
     ],
 )
-async def test_what_blows_up_ends_in_a_limit(bench: Bench, source: str) -> None:
+async def test_what_blows_up_ends_in_a_limit(bench: CodeBench, source: str) -> None:
     began_at = time.monotonic()
     code, _ = await bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32)
     assert code in {"timeout", "out-of-memory", "code-error", "crashed"}
@@ -257,7 +257,7 @@ outcomes
 """
 
 
-async def test_a_script_reaches_nothing_but_its_data(bench: Bench) -> None:
+async def test_a_script_reaches_nothing_but_its_data(bench: CodeBench) -> None:
     outcomes = await bench.output(TRIES, list(FORBIDDEN))
     assert isinstance(outcomes, dict)
     assert [attempt for attempt in FORBIDDEN if outcomes[attempt] == "done"] == []
@@ -273,7 +273,9 @@ async def test_a_script_reaches_nothing_but_its_data(bench: Bench) -> None:
         "import gc\n[str(each)[:200] for each in gc.get_objects() if isinstance(each, (str, dict))]",
     ],
 )
-async def test_a_script_learns_no_secret(bench: Bench, source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_script_learns_no_secret(
+    bench: CodeBench, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PILOTFLAME_SECRET_KEY", "canary-canary")
     try:
         told = json.dumps((await bench.called(source)).output)
@@ -285,7 +287,7 @@ async def test_a_script_learns_no_secret(bench: Bench, source: str, monkeypatch:
 # ── neighbours ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_hostile_scripts_do_not_hold_up_or_change_the_others(bench: Bench) -> None:
+async def test_hostile_scripts_do_not_hold_up_or_change_the_others(bench: CodeBench) -> None:
     hostile = [*ENDLESS[:3], *HUNGRY[:2], *FORBIDDEN[:3]]
     attacks = [
         asyncio.create_task(bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32))
@@ -309,8 +311,8 @@ async def test_hostile_scripts_do_not_hold_up_or_change_the_others(bench: Bench)
 
 
 @pytest.fixture(scope="module")
-async def python() -> AsyncIterator[Bench]:
-    bench = Bench(CodeBackend.SUBPROCESS)
+async def python() -> AsyncIterator[CodeBench]:
+    bench = CodeBench(CodeBackend.SUBPROCESS)
     yield bench
     await bench.runner.close()
 
@@ -330,13 +332,13 @@ async def python() -> AsyncIterator[Bench]:
     ],
 )
 async def test_breaking_the_interpreter_breaks_only_its_own_process(
-    python: Bench, source: str, code: str
+    python: CodeBench, source: str, code: str
 ) -> None:
     found, _ = await python.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32)
     assert found in {code, "node-error"}
 
 
-async def test_generators_classes_and_standard_modules_are_all_there(python: Bench) -> None:
+async def test_generators_classes_and_standard_modules_are_all_there(python: CodeBench) -> None:
     source = (
         "import statistics, uuid, enum\n"
         "class Shape(enum.Enum):\n    ROUND = 'round'\n"

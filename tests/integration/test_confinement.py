@@ -15,7 +15,7 @@ import pytest
 from nodes.sandbox.children import landlock, system_calls
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner
-from tests.calls import CALLER
+from tests.node_calls import CALLER
 
 pytestmark = [
     pytest.mark.anyio,

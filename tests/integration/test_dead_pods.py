@@ -17,13 +17,18 @@ from sqlmodel import col
 from models.deployment import ObservedState
 from models.execution import Execution
 from models.pod_processes import PodProcess, lease_owner_prefix
-from tests.cluster.world import on_fake
-from tests.integration.deployers import asked, deployer, on_this_machine, until
-from tests.integration.gateway_world import EDGE, World, open_world
-from tests.integration.standing_cluster import listening
+from tests.cluster.cluster_harness import open_fake_cluster
+from tests.http_receiver import run_receiver
+from tests.integration.deployers import (
+    request_lifecycle,
+    run_local_deployer,
+    run_test_deployer,
+    wait_for_deployment,
+)
+from tests.integration.gateway_harness import EDGE, GatewayHarness, create_gateway
+from tests.integration.simulated_cluster import listen_for_pods
 from tests.integration.test_deployer import is_running
-from tests.receiver import receiving
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 from workers.deployer.main import LOCAL_COMMAND
 
 PATIENCE_SECONDS = 60.0
@@ -39,15 +44,15 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 async def world(
-    driver: str, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
+    driver: str, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on one kind of database for each driver: neither knows the other."""
-    async with open_world(DATABASES[driver], postgres, tmp_path_factory.mktemp("world")) as world:
+    async with create_gateway(DATABASES[driver], postgres, tmp_path_factory.mktemp("world")) as world:
         yield world
 
 
 @asynccontextmanager
-async def running_pods(world: World, driver: str, folder: Path, url: str) -> AsyncIterator[None]:
+async def run_pods(world: GatewayHarness, driver: str, folder: Path, url: str) -> AsyncIterator[None]:
     """Bring pods that are the real runner to this driver's cluster."""
     settings: dict[str, Any] = {
         "runner_gateway_url": url,
@@ -55,23 +60,23 @@ async def running_pods(world: World, driver: str, folder: Path, url: str) -> Asy
         "outbound_allowed_networks": (IPv4Network("127.0.0.1/32"),),
     }
     if driver == "local":
-        async with on_this_machine(world, folder, command=LOCAL_COMMAND, **settings):
+        async with run_local_deployer(world, folder, command=LOCAL_COMMAND, **settings):
             yield
         return
     async with (
-        on_fake(folder) as (cluster, _),
-        deployer(world, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **settings),
+        open_fake_cluster(folder) as (cluster, _),
+        run_test_deployer(world, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **settings),
     ):
         yield
 
 
-async def happens(condition: Callable[[], bool]) -> None:
+async def wait_until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - of other processes, which set no event of ours
             await asyncio.sleep(0.02)
 
 
-async def holder(world: World, workflow_id: str, execution_id: str) -> str:
+async def wait_for_holder(world: GatewayHarness, workflow_id: str, execution_id: str) -> str:
     """Return the pod that holds a run."""
     statement = select(col(Execution.lease_owner)).where(col(Execution.id) == execution_id)
     async with world.gateway.database.read() as connection:
@@ -91,30 +96,36 @@ def kill(pod: str) -> None:
 
 
 async def test_what_a_killed_pod_held_goes_on_in_another_at_once(
-    world: World, driver: str, tmp_path: Path
+    world: GatewayHarness, driver: str, tmp_path: Path
 ) -> None:
     owner = (await world.people()).owner
-    async with receiving() as receiver, listening(world) as url, running_pods(world, driver, tmp_path, url):
+    async with (
+        run_receiver() as receiver,
+        listen_for_pods(world) as url,
+        run_pods(world, driver, tmp_path, url),
+    ):
         receiver.may_answer.clear()
         asks = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
         workflow_id = await owner.create(
             nodes=[{"id": "start", "nodeId": "manual"}, asks], connections=[EDGE]
         )
-        await asked(owner, "deploy", workflow_id, 202)
-        await until(world, workflow_id, is_running)
-        await asked(owner, "start", workflow_id, 202, replicas=2)
-        await until(world, workflow_id, lambda one: is_running(one) and len(one.ready_addresses) == 2)
-        execution_id = (await asked(owner, "trigger", workflow_id, 200))["execution_id"]
-        await happens(lambda: len(receiver.received) == 1)
-        first = await holder(world, workflow_id, execution_id)
+        await request_lifecycle(owner, "deploy", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, is_running)
+        await request_lifecycle(owner, "start", workflow_id, 202, replicas=2)
+        await wait_for_deployment(
+            world, workflow_id, lambda one: is_running(one) and len(one.ready_addresses) == 2
+        )
+        execution_id = (await request_lifecycle(owner, "trigger", workflow_id, 200))["execution_id"]
+        await wait_until(lambda: len(receiver.received) == 1)
+        first = await wait_for_holder(world, workflow_id, execution_id)
 
         kill(first)
-        await happens(lambda: len(receiver.received) == 2)
-        second = await holder(world, workflow_id, execution_id)
+        await wait_until(lambda: len(receiver.received) == 2)
+        second = await wait_for_holder(world, workflow_id, execution_id)
         assert second != first
         assert len({one.headers["idempotency-key"] for one in receiver.received}) == 1
         receiver.may_answer.set()
         done = await owner.api.get(f"/api/v1/executions/{execution_id}/progress", params={"wait": 9})
         assert done.json()["status"] == "completed"
-        await asked(owner, "undeploy", workflow_id, 202)
-        await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+        await request_lifecycle(owner, "undeploy", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)

@@ -23,20 +23,20 @@ from models.deployment_token import DeploymentToken
 from models.ids import new_id
 from models.lifecycle_policy import StoppedReason
 from scheduler import lifecycle
-from tests.cluster.fake_api import FakeApi
+from tests.cluster.cluster_harness import NAMESPACE, DriverUnderTest, cluster_layout, open_fake_cluster
+from tests.cluster.fake_api import FakeApiServer
 from tests.cluster.fake_api.schema import KINDS
-from tests.cluster.world import NAMESPACE, Cluster, layout, on_fake
-from tests.integration.deployed import deployed
+from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.deployers import (
     BROKEN_POD,
-    asked,
-    deployer,
     forget_deployments,
-    on_this_machine,
-    row,
-    until,
+    read_deployment,
+    request_lifecycle,
+    run_local_deployer,
+    run_test_deployer,
+    wait_for_deployment,
 )
-from tests.integration.gateway_world import GRAPH, People, World
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers
 from workers.cluster import local_driver
 from workers.cluster.driver import ClusterDriver, ClusterUnavailable
 from workers.cluster.driver import ObservedDeployment as Seen
@@ -50,12 +50,12 @@ LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture
-async def workflow_id(people: People) -> str:
+async def workflow_id(people: OrganizationUsers) -> str:
     return await people.owner.create(**GRAPH)
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_is_left_deployed(world: World) -> AsyncIterator[None]:
+async def _nothing_is_left_deployed(world: GatewayHarness) -> AsyncIterator[None]:
     yield
     await forget_deployments(world)
 
@@ -79,56 +79,63 @@ def is_gone(deployment: Deployment) -> bool:
 
 
 async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_again(
-    world: World, people: People, workflow_id: str, tmp_path: Path
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
 ) -> None:
     database, broker = world.gateway.database, world.gateway.broker
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with on_this_machine(world, tmp_path, command=BROKEN_POD, start_seconds=0.3):
-        failed = await until(world, workflow_id, has_failed)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_local_deployer(world, tmp_path, command=BROKEN_POD, start_seconds=0.3):
+        failed = await wait_for_deployment(world, workflow_id, has_failed)
         assert "it was built broken" in (failed.observed_reason or "")
-        answer = await asked(people.owner, "deploy", workflow_id, 202)
+        answer = await request_lifecycle(people.owner, "deploy", workflow_id, 202)
         assert answer["deploymentStatus"] in {"failed", "starting", "deploying"}
-        await until(world, workflow_id, has_failed)
+        await wait_for_deployment(world, workflow_id, has_failed)
         await lifecycle.keep_policies(database, broker)
-        stopped = await until(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED)
+        stopped = await wait_for_deployment(
+            world, workflow_id, lambda one: one.observed == ObservedState.STOPPED
+        )
         assert (stopped.replicas, stopped.stopped_reason) == (0, StoppedReason.FAILED)
         assert stopped.start_failures == 1
         assert has_failed(stopped)
         assert "it was built broken" in (stopped.observed_reason or "")
-    async with on_this_machine(world, tmp_path):
-        await asked(people.owner, "start", workflow_id, 202)
-        healed = await until(world, workflow_id, is_running)
+    async with run_local_deployer(world, tmp_path):
+        await request_lifecycle(people.owner, "start", workflow_id, 202)
+        healed = await wait_for_deployment(world, workflow_id, is_running)
         assert (healed.observed_reason, healed.stopped_reason, healed.start_failures) == (None, None, 0)
 
 
 async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(
-    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
     cluster, api = fake
     api.node.runs_commands = True
     database, owner = world.gateway.database, people.owner
-    await asked(owner, "deploy", workflow_id, 202)
-    async with deployer(world, cluster.reopen, cluster="kubernetes"):
-        before = await until(world, workflow_id, is_running)
-    async with deployer(world, cluster.reopen, command=BROKEN_POD, cluster="kubernetes", start_seconds=0.5):
+    await request_lifecycle(owner, "deploy", workflow_id, 202)
+    async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
+        before = await wait_for_deployment(world, workflow_id, is_running)
+    async with run_test_deployer(
+        world, cluster.reopen, command=BROKEN_POD, cluster="kubernetes", start_seconds=0.5
+    ):
         edit = {"config": {"values": {"greeting": "Edited"}}}
         assert (await owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/step", json=edit)).is_success
-        answer = await asked(owner, "deploy", workflow_id, 202)
+        answer = await request_lifecycle(owner, "deploy", workflow_id, 202)
         assert answer["deploymentStatus"] == "deploying"
-        failed = await until(world, workflow_id, has_failed)
+        failed = await wait_for_deployment(world, workflow_id, has_failed)
         shown = (await owner.api.get(f"/api/v1/workflows/{workflow_id}/status")).json()
         assert (shown["deploymentStatus"], shown["replicas"], shown["readyReplicas"]) == ("failed", 1, 1)
         assert "it was built broken" in shown["reason"]
         assert shown["readyDefinitionHash"] == before.definition_hash != shown["definitionHash"]
         await lifecycle.keep_policies(database, world.gateway.broker)
-        kept = await row(world, workflow_id)
+        kept = await read_deployment(world, workflow_id)
         assert (kept.generation, wakes.is_ready(kept)) == (failed.generation, True)
-    async with deployer(world, cluster.reopen, cluster="kubernetes"):
-        healed = await until(world, workflow_id, is_running)
+    async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
+        healed = await wait_for_deployment(world, workflow_id, is_running)
         assert (healed.observed_definition_hash, healed.observed_reason) == (failed.definition_hash, None)
 
 
-class Moody(local_driver.LocalDriver):
+class FlakyDriver(local_driver.LocalDriver):
     """A cluster that is away now and then."""
 
     is_away = False
@@ -140,44 +147,50 @@ class Moody(local_driver.LocalDriver):
 
 
 async def test_while_the_cluster_is_away_what_is_wanted_is_kept_and_comes_about_later(
-    world: World, people: People, workflow_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(local_driver, "LocalDriver", Moody)
-    async with on_this_machine(world, tmp_path) as found:
-        await asked(people.owner, "deploy", workflow_id, 202)
-        await until(world, workflow_id, is_running)
-        monkeypatch.setattr(Moody, "is_away", True)
-        await asked(people.owner, "start", workflow_id, 202, replicas=2)
-        unknown = await until(world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN)
+    monkeypatch.setattr(local_driver, "LocalDriver", FlakyDriver)
+    async with run_local_deployer(world, tmp_path) as found:
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, is_running)
+        monkeypatch.setattr(FlakyDriver, "is_away", True)
+        await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
+        unknown = await wait_for_deployment(
+            world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
+        )
         assert (unknown.replicas, unknown.observed_reason) == (2, "the cluster is away")
         assert status_of(unknown) is DeploymentStatus.UNKNOWN
-        monkeypatch.setattr(Moody, "is_away", False)
+        monkeypatch.setattr(FlakyDriver, "is_away", False)
         found.request_reconcile(workflow_id)
-        await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
+        await wait_for_deployment(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
 
 
 async def test_a_pod_that_is_gone_is_noticed_without_anybody_asking(
-    world: World, people: People, workflow_id: str, tmp_path: Path
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
 ) -> None:
-    async with on_this_machine(world, tmp_path / "pods"):
-        await asked(people.owner, "deploy", workflow_id, 202)
-        first = await until(world, workflow_id, is_running)
+    async with run_local_deployer(world, tmp_path / "pods"):
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        first = await wait_for_deployment(world, workflow_id, is_running)
         (certificate,) = (tmp_path / "pods").glob("*/*/process")
         os.kill(int(certificate.read_text().split(" ", 1)[0]), signal.SIGKILL)
-        await until(world, workflow_id, lambda one: one.observed == ObservedState.STARTING)
-        again = await until(world, workflow_id, is_running)
+        await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STARTING)
+        again = await wait_for_deployment(world, workflow_id, is_running)
         assert again.generation == first.generation
 
 
 # ── crashes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Mortal(KubernetesApi):
+class MortalApi(KubernetesApi):
     """Belongs to a process that dies at one of its changes: no request is sent from then on, and none is answered."""
 
     dies_at = 0
 
-    def __init__(self, api: FakeApi) -> None:
+    def __init__(self, api: FakeApiServer) -> None:
         configured = client.ApiClient(client.Configuration(host=api.url))
         configured.set_default_header("Authorization", f"Bearer {api.token}")
         super().__init__(configured, request_seconds=60)
@@ -197,8 +210,8 @@ class Mortal(KubernetesApi):
 class MortalDriver(KubernetesDriver):
     """Reads nothing from its cache either, once its process is dead."""
 
-    def __init__(self, api: Mortal) -> None:
-        super().__init__(api, layout())
+    def __init__(self, api: MortalApi) -> None:
+        super().__init__(api, cluster_layout())
         self._mortal = api
 
     async def observe(self, workflow_id: str) -> Seen:
@@ -208,13 +221,13 @@ class MortalDriver(KubernetesDriver):
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[tuple[Cluster, FakeApi]]:
-    async with on_fake(tmp_path) as (cluster, api):
+async def fake(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
+    async with open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
         yield cluster, api
 
 
-def objects(api: FakeApi) -> set[tuple[str, str]]:
+def list_objects(api: FakeApiServer) -> set[tuple[str, str]]:
     return {
         (kind.name, found["metadata"]["name"])
         for kind in KINDS.values()
@@ -223,7 +236,7 @@ def objects(api: FakeApi) -> set[tuple[str, str]]:
     }
 
 
-async def expire(world: World, workflow_id: str) -> None:
+async def expire(world: GatewayHarness, workflow_id: str) -> None:
     """Let the time go by for which a dead deployer keeps others away."""
     held = update(Deployment).where(col(Deployment.workflow_id) == workflow_id)
     await world.gateway.database.transaction(
@@ -231,16 +244,18 @@ async def expire(world: World, workflow_id: str) -> None:
     )
 
 
-async def died(world: World, workflow_id: str, api: FakeApi, stack: AsyncExitStack, dies_at: int) -> None:
+async def deploy_and_die(
+    world: GatewayHarness, workflow_id: str, api: FakeApiServer, stack: AsyncExitStack, dies_at: int
+) -> None:
     """Have a deployer look after a workflow, and die half-way."""
-    mortal = Mortal(api)
+    mortal = MortalApi(api)
     mortal.dies_at = dies_at
 
     async def open_driver() -> ClusterDriver:
         return MortalDriver(mortal)
 
     found = await stack.enter_async_context(
-        deployer(world, open_driver, cluster="kubernetes", deployer_sweep_seconds=60)
+        run_test_deployer(world, open_driver, cluster="kubernetes", deployer_sweep_seconds=60)
     )
     found.request_reconcile(workflow_id)
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -249,26 +264,26 @@ async def died(world: World, workflow_id: str, api: FakeApi, stack: AsyncExitSta
 
 
 async def test_a_deployer_that_dies_half_way_is_followed_by_one_that_finishes_and_nothing_is_left(
-    world: World, people: People, fake: tuple[Cluster, FakeApi]
+    world: GatewayHarness, people: OrganizationUsers, fake: tuple[DriverUnderTest, FakeApiServer]
 ) -> None:
     cluster, api = fake
-    before = objects(api)
+    before = list_objects(api)
     async with AsyncExitStack() as dead:
         for in_a_deploy, in_an_undeploy in DEATHS:
             workflow_id = await people.owner.create(**GRAPH)
-            await asked(people.owner, "deploy", workflow_id, 202)
-            await died(world, workflow_id, api, dead, in_a_deploy)
-            async with deployer(world, cluster.reopen, cluster="kubernetes"):
-                await until(world, workflow_id, is_running)
-            await asked(people.owner, "undeploy", workflow_id, 202)
-            await died(world, workflow_id, api, dead, in_an_undeploy)
-            async with deployer(world, cluster.reopen, cluster="kubernetes"):
-                await until(world, workflow_id, is_gone)
-            assert objects(api) == before
-            assert await valid_tokens(world, workflow_id) == 0
+            await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+            await deploy_and_die(world, workflow_id, api, dead, in_a_deploy)
+            async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
+                await wait_for_deployment(world, workflow_id, is_running)
+            await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
+            await deploy_and_die(world, workflow_id, api, dead, in_an_undeploy)
+            async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
+                await wait_for_deployment(world, workflow_id, is_gone)
+            assert list_objects(api) == before
+            assert await count_valid_tokens(world, workflow_id) == 0
 
 
-async def valid_tokens(world: World, workflow_id: str) -> int:
+async def count_valid_tokens(world: GatewayHarness, workflow_id: str) -> int:
     statement = select(func.count()).where(
         col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None)
     )
@@ -277,74 +292,85 @@ async def valid_tokens(world: World, workflow_id: str) -> int:
 
 
 async def test_an_undeploy_before_anything_was_seen_leaves_nothing(
-    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
     cluster, api = fake
-    before = objects(api)
+    before = list_objects(api)
     async with AsyncExitStack() as dead:
-        await asked(people.owner, "deploy", workflow_id, 202)
-        await died(world, workflow_id, api, dead, 3)
-        await asked(people.owner, "undeploy", workflow_id, 202)
-        assert objects(api) != before
-        async with deployer(world, cluster.reopen, cluster="kubernetes"):
-            await until(world, workflow_id, is_gone)
-        assert objects(api) == before
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        await deploy_and_die(world, workflow_id, api, dead, 3)
+        await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
+        assert list_objects(api) != before
+        async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
+            await wait_for_deployment(world, workflow_id, is_gone)
+        assert list_objects(api) == before
 
 
 async def test_what_no_row_accounts_for_is_removed(
-    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
     cluster, api = fake
-    before = objects(api)
+    before = list_objects(api)
     await cluster.driver.apply(cluster.wanted())
-    await asked(people.owner, "deploy", workflow_id, 202)
-    async with deployer(world, cluster.reopen, cluster="kubernetes"):
-        await until(world, workflow_id, is_running)
-        await asked(people.owner, "undeploy", workflow_id, 202)
-        await until(world, workflow_id, is_gone)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+    async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
+        await wait_for_deployment(world, workflow_id, is_running)
+        await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, is_gone)
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while objects(api) != before:  # noqa: ASYNC110 - objects tell nobody
+            while list_objects(api) != before:  # noqa: ASYNC110 - objects tell nobody
                 await asyncio.sleep(0.01)
 
 
 async def test_two_deployers_do_everything_once(
-    world: World, people: People, workflow_id: str, fake: tuple[Cluster, FakeApi]
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    fake: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
     cluster, _ = fake
     async with (
-        deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
-        deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
+        run_test_deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
+        run_test_deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
     ):
-        await asked(people.owner, "deploy", workflow_id, 202)
-        await until(world, workflow_id, is_running)
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, is_running)
         for replicas in (2, 1, 3):
-            await asked(people.owner, "start", workflow_id, 202, replicas=replicas)
-        settled = await until(
+            await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=replicas)
+        settled = await wait_for_deployment(
             world,
             workflow_id,
             lambda one: is_running(one) and one.ready_replicas == one.replicas and one.held_by is None,
         )
         assert settled.replicas == 3
-        await asked(people.owner, "undeploy", workflow_id, 202)
-        await until(world, workflow_id, is_gone)
+        await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, is_gone)
 
 
 # ── the scheduler's part ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_scheduler_stops_what_is_idle_and_leaves_the_rest(world: World, people: People) -> None:
+async def test_the_scheduler_stops_what_is_idle_and_leaves_the_rest(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     idle, busy = [await people.owner.create(**GRAPH) for _ in range(2)]
-    await deployed(world, people.owner, idle)
-    await deployed(world, people.owner, busy, last_activity_at=datetime.now(UTC))
+    await deploy_with_pod(world, people.owner, idle)
+    await deploy_with_pod(world, people.owner, busy, last_activity_at=datetime.now(UTC))
     await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
     await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
-    stopped, kept = await row(world, idle), await row(world, busy)
+    stopped, kept = await read_deployment(world, idle), await read_deployment(world, busy)
     assert (stopped.replicas, stopped.stopped_reason, stopped.generation) == (0, "idle", 2)
     assert (kept.replicas, kept.stopped_reason, kept.generation) == (1, None, 1)
 
 
 async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_look_next(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     asleep = {"replicas": 0, "last_replicas": 2, "observed": ObservedState.STOPPED}
@@ -353,16 +379,16 @@ async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_
     closed_at, opened_at, changed = [await owner.create(**GRAPH) for _ in range(3)]
     in_three_days = (datetime.now(UTC).isoweekday() + 3) % 7
     for workflow_id, policy, columns in (
-        (closed_at, window([in_three_days], "09:00"), {}),
-        (opened_at, window(list(range(7)), "24:00"), by_schedule),
+        (closed_at, window_policy([in_three_days], "09:00"), {}),
+        (opened_at, window_policy(list(range(7)), "24:00"), by_schedule),
         (changed, {"type": "always-on"}, idle),
     ):
-        await deployed(world, owner, workflow_id, **columns)
+        await deploy_with_pod(world, owner, workflow_id, **columns)
         set_to = await owner.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
         assert set_to.status_code == 200
     database, broker = world.gateway.database, world.gateway.broker
     await asyncio.gather(*(lifecycle.keep_policies(database, broker) for _ in range(2)))
-    found = [await row(world, workflow_id) for workflow_id in (closed_at, opened_at, changed)]
+    found = [await read_deployment(world, workflow_id) for workflow_id in (closed_at, opened_at, changed)]
     assert [(one.replicas, one.stopped_reason, one.generation) for one in found] == [
         (0, "schedule", 2),
         (2, None, 2),
@@ -370,18 +396,18 @@ async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_
     ]
 
 
-def window(days: list[int], until: str) -> dict[str, Any]:
+def window_policy(days: list[int], until: str) -> dict[str, Any]:
     """Return a policy that opens at midnight of these days."""
     opens = {"days": days, "startTime": "00:00", "endTime": until}
     return {"type": "scheduled-window", "schedule": {"timezone": "UTC", "windows": [opens]}}
 
 
 async def test_old_decisions_go_but_for_the_last_that_still_holds(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     now = datetime.now(UTC)
     made = [
-        await decision(world.gateway.database, people, workflow_id, now - timedelta(days=days))
+        await record_decision(world.gateway.database, people, workflow_id, now - timedelta(days=days))
         for days in (60, 40, 20, 1)
     ]
     await lifecycle.forget_decisions(world.gateway.database)
@@ -390,7 +416,9 @@ async def test_old_decisions_go_but_for_the_last_that_still_holds(
         assert set(await connection.scalars(of_workflow)) == set(made[1:])
 
 
-async def decision(database: Database, people: People, workflow_id: str, at: datetime) -> str:
+async def record_decision(
+    database: Database, people: OrganizationUsers, workflow_id: str, at: datetime
+) -> str:
     kept = LifecycleDecision(
         id=new_id("decision"),
         organization_id=people.owner.user.organization_id,

@@ -15,23 +15,23 @@ from sqlmodel import col
 from journal.deployments import wakes
 from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
 from scheduler import lifecycle
-from tests.cluster.fake_api import FakeApi
-from tests.cluster.fake_api.refused import Refused, forbidden, too_many_requests
-from tests.cluster.world import Cluster, on_fake, turn_until
+from tests.cluster.cluster_harness import DriverUnderTest, open_fake_cluster, turn_until
+from tests.cluster.fake_api import FakeApiServer
+from tests.cluster.fake_api.api_errors import KubernetesError, forbidden_error, too_many_requests_error
 from tests.integration.deployers import (
     POD,
-    all_rows,
-    asked,
-    deployer,
     forget_deployments,
-    on_this_machine,
-    row,
-    until,
-    until_all,
+    read_deployment,
+    read_deployments,
+    request_lifecycle,
+    run_local_deployer,
+    run_test_deployer,
+    wait_for_deployment,
+    wait_for_deployments,
 )
-from tests.integration.gateway_world import GRAPH, People, World, open_world
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, create_gateway
 from tests.integration.test_deployer import is_running
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 from workers.cluster import quota_watch, watch_cache
 from workers.cluster.kubernetes_driver import KubernetesDriver
 from workers.cluster.manifests import WORKFLOW_LABEL
@@ -40,8 +40,10 @@ from workers.deployer.reconcile_queue import RetryBackoff, ScheduledRetry
 
 OFTEN = RetryBackoff(0.02, 0.02)
 SWEEP_SECONDS = 0.05
-DENIED = Refused(400, "BadRequest", 'admission webhook "policy.example.com" denied the request: not here')
-NO_RIGHT = forbidden("patch", "deployments")
+DENIED = KubernetesError(
+    400, "BadRequest", 'admission webhook "policy.example.com" denied the request: not here'
+)
+NO_RIGHT = forbidden_error("patch", "deployments")
 MINUTE_SECONDS = 0.3
 """A minute of `brief_minute`."""
 REQUESTS_PER_MINUTE = 6
@@ -55,7 +57,7 @@ WATCH_REQUESTS = 4
 """Two lists and two watches, of Deployments and of pods, of whatever number; those of quotas come a moment later."""
 
 
-class Calls:
+class CallCounter:
     """Calls of a function, counted."""
 
     def __init__(self) -> None:
@@ -79,7 +81,9 @@ class Calls:
 class RequestTimes:
     """When requests arrive that are refused or about one workflow."""
 
-    def __init__(self, api: FakeApi, refusal: Refused, is_refused: Callable[[str, str], bool]) -> None:
+    def __init__(
+        self, api: FakeApiServer, refusal: KubernetesError, is_refused: Callable[[str, str], bool]
+    ) -> None:
         self._times: list[float] = []
         self._refusal = refusal
         self._is_refused = is_refused
@@ -96,7 +100,7 @@ class RequestTimes:
         """Return the most requests that arrived within a minute, however it is laid."""
         return max(sum(since <= at < since + MINUTE_SECONDS for at in self._times) for since in self._times)
 
-    def _answer(self, method: str, path: str) -> Refused | None:
+    def _answer(self, method: str, path: str) -> KubernetesError | None:
         refusal = self._refusal if self._is_refused(method, path) else None
         is_of_one_workflow = method != "GET" or f"{WORKFLOW_LABEL}=" in unquote(path)
         if refusal is not None or is_of_one_workflow:
@@ -105,7 +109,7 @@ class RequestTimes:
 
 
 @pytest.fixture
-def brief_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+def shorten_minute(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the pauses after refusals be so brief that a minute of them takes a moment."""
     share = MINUTE_SECONDS / 60
     for module, name in (
@@ -124,43 +128,45 @@ def is_write_of_deployment(method: str, path: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-async def world(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def world(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on one database: requests to a cluster know nothing of it."""
-    async with open_world("sqlite", postgres, tmp_path_factory.mktemp("world")) as world:
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as world:
         yield world
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[tuple[Cluster, FakeApi]]:
-    async with on_fake(tmp_path) as (cluster, api):
+async def fake(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
+    async with open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
         yield cluster, api
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_is_left_deployed(world: World) -> AsyncIterator[None]:
+async def _nothing_is_left_deployed(world: GatewayHarness) -> AsyncIterator[None]:
     yield
     await forget_deployments(world)
 
 
 @pytest.fixture
-def sweeps(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    calls = Calls()
+def sweeps(monkeypatch: pytest.MonkeyPatch) -> CallCounter:
+    calls = CallCounter()
     monkeypatch.setattr(deployment_rows, "list_unsettled", calls.counted(deployment_rows.list_unsettled))
     return calls
 
 
 @pytest.fixture
-def looks(monkeypatch: pytest.MonkeyPatch) -> Calls:
-    calls = Calls()
+def looks(monkeypatch: pytest.MonkeyPatch) -> CallCounter:
+    calls = CallCounter()
     monkeypatch.setattr(KubernetesDriver, "observe", calls.counted(KubernetesDriver.observe))
     return calls
 
 
-async def deployed(people: People, count: int = 1) -> list[str]:
+async def deploy_many(people: OrganizationUsers, count: int = 1) -> list[str]:
     workflow_ids = [await people.owner.create(**GRAPH) for _ in range(count)]
     for workflow_id in workflow_ids:
-        await asked(people.owner, "deploy", workflow_id, 202)
+        await request_lifecycle(people.owner, "deploy", workflow_id, 202)
     return workflow_ids
 
 
@@ -173,19 +179,24 @@ def is_unknown(deployment: Deployment) -> bool:
 
 
 async def test_stops_and_starts_cost_a_request_each_and_rest_costs_none(
-    world: World, people: People, fake: tuple[Cluster, FakeApi], sweeps: Calls
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    fake: tuple[DriverUnderTest, FakeApiServer],
+    sweeps: CallCounter,
 ) -> None:
     cluster, api = fake
-    workflow_ids = await deployed(people, 3)
-    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
+    workflow_ids = await deploy_many(people, 3)
+    async with run_test_deployer(
+        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+    ):
         for workflow_id in workflow_ids:
-            await until(world, workflow_id, is_running)
+            await wait_for_deployment(world, workflow_id, is_running)
         seen = len(api.requests)
         for _ in range(3):
-            await asked(people.owner, "stop", workflow_ids[0], 202)
-            await until(world, workflow_ids[0], is_stopped)
-            await asked(people.owner, "start", workflow_ids[0], 202)
-            await until(world, workflow_ids[0], is_running)
+            await request_lifecycle(people.owner, "stop", workflow_ids[0], 202)
+            await wait_for_deployment(world, workflow_ids[0], is_stopped)
+            await request_lifecycle(people.owner, "start", workflow_ids[0], 202)
+            await wait_for_deployment(world, workflow_ids[0], is_running)
         assert [one.split(" ")[0] for one in api.requests[seen:]] == ["PATCH"] * 6
         seen = len(api.requests)
         await sweeps.happen(14)  # of which one at least looks at everything that there is
@@ -200,41 +211,48 @@ async def test_stops_and_starts_cost_a_request_each_and_rest_costs_none(
 
 
 async def test_a_workflow_that_waits_for_room_is_looked_at_for_nothing_and_starts_when_there_is_some(
-    world: World,
-    people: People,
-    fake: tuple[Cluster, FakeApi],
-    looks: Calls,
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    fake: tuple[DriverUnderTest, FakeApiServer],
+    looks: CallCounter,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster, api = fake
     monkeypatch.setattr(reconciler, "CHANGING_BACKOFF", OFTEN)
     monkeypatch.setattr(reconciler, "RETRY_LATER", ScheduledRetry(OFTEN))
     await cluster.set_quota({"pods": "0"})
-    (workflow_id,) = await deployed(people)
-    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
-        await until(world, workflow_id, lambda one: "quota" in (one.observed_reason or ""))
+    (workflow_id,) = await deploy_many(people)
+    async with run_test_deployer(
+        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+    ):
+        await wait_for_deployment(world, workflow_id, lambda one: "quota" in (one.observed_reason or ""))
         seen = len(api.requests)
         await looks.happen(20)
         assert api.requests[seen:] == []
         await cluster.set_quota(None)
-        await until(world, workflow_id, is_running)
+        await wait_for_deployment(world, workflow_id, is_running)
 
 
 @pytest.mark.usefixtures("brief_minute")
 async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_after_the_cure(
-    world: World, people: People, fake: tuple[Cluster, FakeApi], sweeps: Calls
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    fake: tuple[DriverUnderTest, FakeApiServer],
+    sweeps: CallCounter,
 ) -> None:
     cluster, api = fake
     api.refuses = lambda method, path: DENIED if is_write_of_deployment(method, path) else None
-    (workflow_id,) = await deployed(people)
-    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
-        denied = await until(world, workflow_id, is_unknown)
+    (workflow_id,) = await deploy_many(people)
+    async with run_test_deployer(
+        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+    ):
+        denied = await wait_for_deployment(world, workflow_id, is_unknown)
         assert "policy.example.com" in (denied.observed_reason or "")
         await sweeps.happen(8)
         await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
-        assert (await row(world, workflow_id)).replicas == 1
+        assert (await read_deployment(world, workflow_id)).replicas == 1
         api.refuses = lambda *_: None
-        await until(world, workflow_id, is_running)
+        await wait_for_deployment(world, workflow_id, is_running)
 
 
 @pytest.mark.usefixtures("brief_minute")
@@ -248,105 +266,121 @@ async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_aft
     ],
 )
 async def test_a_deploy_that_is_refused_costs_six_requests_a_minute_however_often_it_is_asked_for(
-    world: World,
-    people: People,
-    fake: tuple[Cluster, FakeApi],
-    refusal: Refused,
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    fake: tuple[DriverUnderTest, FakeApiServer],
+    refusal: KubernetesError,
     is_refused: Callable[[str, str], bool],
 ) -> None:
     cluster, api = fake
     times = RequestTimes(api, refusal, is_refused)
-    (workflow_id,) = await deployed(people)
-    async with deployer(
+    (workflow_id,) = await deploy_many(people)
+    async with run_test_deployer(
         world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ) as found:
         await times.happen(11, lambda: found.request_reconcile(workflow_id))
         assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
-        assert str(refusal) in ((await until(world, workflow_id, is_unknown)).observed_reason or "")
+        assert str(refusal) in (
+            (await wait_for_deployment(world, workflow_id, is_unknown)).observed_reason or ""
+        )
         api.refuses = lambda *_: None
-        await until(world, workflow_id, is_running)
+        await wait_for_deployment(world, workflow_id, is_running)
 
 
 @pytest.mark.usefixtures("brief_minute")
 async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
-    world: World, people: People, fake: tuple[Cluster, FakeApi]
+    world: GatewayHarness, people: OrganizationUsers, fake: tuple[DriverUnderTest, FakeApiServer]
 ) -> None:
     cluster, api = fake
-    (workflow_id,) = await deployed(people)
-    async with deployer(
+    (workflow_id,) = await deploy_many(people)
+    async with run_test_deployer(
         world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ) as found:
-        await until(world, workflow_id, is_running)
-        await asked(people.owner, "stop", workflow_id, 202)
-        await until(world, workflow_id, is_stopped)
+        await wait_for_deployment(world, workflow_id, is_running)
+        await request_lifecycle(people.owner, "stop", workflow_id, 202)
+        await wait_for_deployment(world, workflow_id, is_stopped)
         times = RequestTimes(api, NO_RIGHT, lambda method, _: method == "DELETE")
-        await asked(people.owner, "undeploy", workflow_id, 202)
+        await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
         await times.happen(11, lambda: found.request_reconcile(workflow_id))
         assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
         api.refuses = lambda *_: None
-        await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+        await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 @pytest.mark.usefixtures("brief_minute")
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
-    world: World, people: People, fake: tuple[Cluster, FakeApi], status: int
+    world: GatewayHarness, people: OrganizationUsers, fake: tuple[DriverUnderTest, FakeApiServer], status: int
 ) -> None:
     cluster, api = fake
-    refusal = forbidden("list", "pods") if status == 403 else Refused(401, "Unauthorized", "Unauthorized")
-    (workflow_id,) = await deployed(people)
-    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
-        before = await until(world, workflow_id, is_running)
+    refusal = (
+        forbidden_error("list", "pods")
+        if status == 403
+        else KubernetesError(401, "Unauthorized", "Unauthorized")
+    )
+    (workflow_id,) = await deploy_many(people)
+    async with run_test_deployer(
+        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+    ):
+        before = await wait_for_deployment(world, workflow_id, is_running)
         seen = len(api.requests)
         api.refuses = lambda *_: refusal
         api.cut_watches()
-        unknown = await until(world, workflow_id, is_unknown)
+        unknown = await wait_for_deployment(world, workflow_id, is_unknown)
         assert str(refusal) in (unknown.observed_reason or "")
         assert (unknown.ready_addresses, wakes.is_ready(unknown)) == (before.ready_addresses, True)
         await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
-        kept = await row(world, workflow_id)
+        kept = await read_deployment(world, workflow_id)
         assert (kept.replicas, kept.generation) == (1, before.generation)
         api.refuses = lambda *_: None
-        healed = await until(world, workflow_id, is_running)
+        healed = await wait_for_deployment(world, workflow_id, is_running)
         assert (healed.generation, healed.observed_reason) == (before.generation, None)
         assert all(request.startswith("GET ") for request in api.requests[seen:])
 
 
 async def test_a_busy_api_server_makes_nothing_unknown(
-    world: World, people: People, fake: tuple[Cluster, FakeApi], monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    fake: tuple[DriverUnderTest, FakeApiServer],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cluster, api = fake
     monkeypatch.setattr("workers.cluster.kubernetes_api.BUSY_SECONDS", 0)
     monkeypatch.setattr(reconciler.CHANGING_BACKOFF.__class__, "delay", lambda *_: 0.05)
-    (workflow_id,) = await deployed(people)
+    (workflow_id,) = await deploy_many(people)
     seen: set[str] = set()
-    async with deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS):
-        await until(world, workflow_id, is_running)
-        api.refuses = lambda method, _: too_many_requests(0) if method == "PATCH" else None
-        await asked(people.owner, "start", workflow_id, 202, replicas=2)
+    async with run_test_deployer(
+        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+    ):
+        await wait_for_deployment(world, workflow_id, is_running)
+        api.refuses = lambda method, _: too_many_requests_error(0) if method == "PATCH" else None
+        await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
         requests = len(api.requests)
         async with asyncio.timeout(30):
             while len(api.requests) - requests < 5:
-                seen.add((await row(world, workflow_id)).observed)
+                seen.add((await read_deployment(world, workflow_id)).observed)
                 await asyncio.sleep(0.01)
         api.refuses = lambda *_: None
-        await until(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
+        await wait_for_deployment(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
     assert seen == {ObservedState.RUNNING}
 
 
 async def test_mass_starts_are_limited_and_none_is_given_up(
-    world: World, people: People, fake: tuple[Cluster, FakeApi], sweeps: Calls
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    fake: tuple[DriverUnderTest, FakeApiServer],
+    sweeps: CallCounter,
 ) -> None:
     cluster, api = fake
     api.node.starts_at_once = 0
-    workflow_ids = await deployed(people, 12)
-    async with deployer(
+    workflow_ids = await deploy_many(people, 12)
+    async with run_test_deployer(
         world, cluster.reopen, cluster="kubernetes", starts_at_once=3, deployer_sweep_seconds=SWEEP_SECONDS
     ):
         await turn_until(lambda: len(api.node.preparing) >= 3)
         await sweeps.happen(4)  # of which none starts more
         api.node.starts_at_once = 2
-        await until_all(world, workflow_ids, lambda found: all(map(is_running, found)))
+        await wait_for_deployments(world, workflow_ids, lambda found: all(map(is_running, found)))
     assert api.node.most_preparing == 3
     async with world.gateway.database.read() as connection:
         reasons = select(col(LifecycleDecision.reason)).where(
@@ -356,11 +390,11 @@ async def test_mass_starts_are_limited_and_none_is_given_up(
 
 
 async def test_mass_starts_of_local_pods_are_limited_too(
-    world: World, people: People, tmp_path: Path, sweeps: Calls
+    world: GatewayHarness, people: OrganizationUsers, tmp_path: Path, sweeps: CallCounter
 ) -> None:
     may_start = tmp_path / "may_start"
     command = (*POD[:-1], WAITING_PROGRAM.format(path=str(may_start)) + POD[-1])
-    workflow_ids = await deployed(people, 6)
+    workflow_ids = await deploy_many(people, 6)
     most_starting = 0
 
     def all_run(found: list[Deployment]) -> bool:
@@ -368,12 +402,12 @@ async def test_mass_starts_of_local_pods_are_limited_too(
         most_starting = max(most_starting, sum(one.observed == ObservedState.STARTING for one in found))
         return all(map(is_running, found))
 
-    async with on_this_machine(
+    async with run_local_deployer(
         world, tmp_path / "pods", command=command, starts_at_once=2, deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        await until_all(world, workflow_ids, lambda found: all_run(found) or most_starting >= 2)
+        await wait_for_deployments(world, workflow_ids, lambda found: all_run(found) or most_starting >= 2)
         await sweeps.happen(4)  # of which none starts more
-        all_run(await all_rows(world, workflow_ids))
+        all_run(await read_deployments(world, workflow_ids))
         may_start.touch()
-        await until_all(world, workflow_ids, all_run)
+        await wait_for_deployments(world, workflow_ids, all_run)
     assert most_starting == 2

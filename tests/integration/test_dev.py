@@ -18,9 +18,9 @@ import httpx2
 import psutil
 import pytest
 
-from tests import commands, databases
-from tests.commands import Started, environment
-from tests.integration.run_world import Where, opened
+from tests import command_runs, databases
+from tests.command_runs import RunningCommand, command_environment
+from tests.integration.run_database import MigratedDatabase, open_run_database
 
 ADDRESS = r"Pilotflame runs on (\S+)"
 KEY = r"sk-\w+"
@@ -30,18 +30,18 @@ LEASE_SECONDS = 60
 """What goes on much sooner was taken back, and not waited for."""
 
 
-def with_database(folder: Path) -> Path:
+def create_data_folder(folder: Path) -> Path:
     """Make a data folder in which the tables are there already: making them takes as long as a start."""
     folder.mkdir(mode=0o700)
-    asyncio.run(databases.migrated_file(folder / "pilotflame.db"))
+    asyncio.run(databases.create_sqlite_database(folder / "pilotflame.db"))
     return folder
 
 
-def whoami(address: str, key: str) -> httpx2.Response:
+def get_whoami(address: str, key: str) -> httpx2.Response:
     return httpx2.get(f"{address}/api/v1/auth/whoami", headers={"X-API-Key": key}, trust_env=False)
 
 
-def workflow_file(folder: Path, *nodes: Mapping[str, object]) -> str:
+def write_workflow_file(folder: Path, *nodes: Mapping[str, object]) -> str:
     """Write a workflow that goes from node to node, and return the file's name."""
     chain = [START, *nodes]
     edges = [{"source": one["id"], "target": other["id"]} for one, other in pairwise(chain)]
@@ -54,82 +54,86 @@ def test_the_first_start_prints_a_key_and_lines_that_work_and_the_next_one_only_
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "data"
-    given = environment(folder)
-    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log", anew=True) as first:
+    given = command_environment(folder)
+    with command_runs.run_command(
+        "dev", "--port", "0", given=given, log=tmp_path / "first.log", anew=True
+    ) as first:
         key, lines = first.says(rf"({KEY}).*wait for its result:\n(.*progress[^\n]*)\n").groups()
         shown = subprocess.run(["bash", "-euc", lines], capture_output=True, text=True, check=True).stdout
         assert "Hello, world!" in shown
         assert first.stop() == 0
-    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "second.log") as second:
-        assert whoami(second.says(ADDRESS)[1], key).json()["role"] == "admin"
+    with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "second.log") as second:
+        assert get_whoami(second.says(ADDRESS)[1], key).json()["role"] == "admin"
         assert not re.search(KEY, second.log())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
 
 
 def test_a_key_of_the_settings_opens_the_first_organisation_and_is_never_printed(tmp_path: Path) -> None:
-    given = environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
-    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
-        assert whoami(dev.says(ADDRESS)[1], OUR_KEY).json()["role"] == "admin"
+    given = command_environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
+        assert get_whoami(dev.says(ADDRESS)[1], OUR_KEY).json()["role"] == "admin"
         assert not re.search(KEY, dev.log())
 
 
 def test_a_run_outlives_a_killed_server_goes_on_at_once_and_whoever_waits_for_it_gets_the_result(
     tmp_path: Path,
 ) -> None:
-    data = with_database(tmp_path / "data")
+    data = create_data_folder(tmp_path / "data")
     own = {"BOOTSTRAP_API_KEY": OUR_KEY, "LEASE_SECONDS": str(LEASE_SECONDS)}
-    given = environment(data, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32", **own)
+    given = command_environment(data, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32", **own)
     with closing(socket.create_server(("127.0.0.1", 0))) as target:
-        target.settimeout(commands.PATIENCE_SECONDS)
+        target.settimeout(command_runs.PATIENCE_SECONDS)
         url = f"http://127.0.0.1:{target.getsockname()[1]}/"
         config = {"method": "POST", "url": url, "body": {"amount": 7}}
-        file = workflow_file(tmp_path, {"id": "post", "type": "http-request", "config": config})
-        with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+        file = write_workflow_file(tmp_path, {"id": "post", "type": "http-request", "config": config})
+        with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
             address = first.says(ADDRESS)[1]
             client = {**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": OUR_KEY}
-            commands.output("apply", file, given=client)
-            with commands.started("run", "Work", given=client, log=tmp_path / "run.log") as run:
+            command_runs.run_output("apply", file, given=client)
+            with command_runs.run_command("run", "Work", given=client, log=tmp_path / "run.log") as run:
                 with closing(target.accept()[0]) as lost:
-                    before = received(lost)
+                    before = receive_request(lost)
                     assert_no_second_start(first, given)
                     first.kill()
                     killed_at = time.monotonic()
                 port = address.rpartition(":")[2]
-                with commands.started("dev", "--port", port, given=given, log=tmp_path / "next.log"):
+                with command_runs.run_command("dev", "--port", port, given=given, log=tmp_path / "next.log"):
                     with closing(target.accept()[0]) as repeated:
                         assert time.monotonic() - killed_at < LEASE_SECONDS / 2
-                        assert received(repeated) == before
+                        assert receive_request(repeated) == before
                         repeated.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nreceived")
                     assert run.ends() == 0, run.log()
                     assert "received" in run.log()
 
 
 def test_a_pod_outlives_a_killed_server_and_makes_no_call_twice(tmp_path: Path) -> None:
-    data = with_database(tmp_path / "data")
-    given = environment(data, BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32")
+    data = create_data_folder(tmp_path / "data")
+    given = command_environment(data, BOOTSTRAP_API_KEY=OUR_KEY, OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32")
     with closing(socket.create_server(("127.0.0.1", 0))) as target:
-        target.settimeout(commands.PATIENCE_SECONDS)
+        target.settimeout(command_runs.PATIENCE_SECONDS)
         url = f"http://127.0.0.1:{target.getsockname()[1]}/"
         config = {"method": "POST", "url": url, "body": {"amount": 7}}
-        file = workflow_file(tmp_path, {"id": "post", "type": "http-request", "config": config})
-        with commands.started("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+        file = write_workflow_file(tmp_path, {"id": "post", "type": "http-request", "config": config})
+        with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
             address = first.says(ADDRESS)[1]
             client = {**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": OUR_KEY}
-            workflow_id = re.search(r"wf_\w+", commands.output("apply", file, given=client))
+            workflow_id = re.search(r"wf_\w+", command_runs.run_output("apply", file, given=client))
             assert workflow_id
             path = f"{address}/api/v1/workflows/{workflow_id[0]}"
-            assert asked("POST", f"{path}/deploy")["deploymentStatus"] == "running"
-            execution_id = asked("POST", f"{path}/trigger")["execution_id"]
+            assert call_api("POST", f"{path}/deploy")["deploymentStatus"] == "running"
+            execution_id = call_api("POST", f"{path}/trigger")["execution_id"]
             call = target.accept()[0]
-            received(call)
+            receive_request(call)
             first.kill()
         port = address.rpartition(":")[2]
-        with commands.started("dev", "--port", port, given=given, log=tmp_path / "next.log") as following:
+        with command_runs.run_command(
+            "dev", "--port", port, given=given, log=tmp_path / "next.log"
+        ) as following:
             following.says(ADDRESS)
             with closing(call):
                 call.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nreceived")
-            progress = asked("GET", f"{address}/api/v1/executions/{execution_id}/progress?wait=20")
+            progress = call_api("GET", f"{address}/api/v1/executions/{execution_id}/progress?wait=20")
             assert (progress["status"], progress["outputs"]["post"]["body"]) == ("completed", "received")
             target.settimeout(0)
             with pytest.raises(BlockingIOError):
@@ -139,8 +143,8 @@ def test_a_pod_outlives_a_killed_server_and_makes_no_call_twice(tmp_path: Path) 
 
 
 async def test_a_new_version_is_deployed_under_traffic_and_no_trigger_fails(tmp_path: Path) -> None:
-    given = environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
-    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
+    given = command_environment(tmp_path / "data", BOOTSTRAP_API_KEY=OUR_KEY)
+    with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "log") as dev:
         address = dev.says(ADDRESS)[1]
         headers = {"X-API-Key": OUR_KEY}
         async with httpx2.AsyncClient(base_url=address, headers=headers, trust_env=False, timeout=40) as api:
@@ -173,7 +177,7 @@ async def test_a_new_version_is_deployed_under_traffic_and_no_trigger_fails(tmp_
             assert (await api.post(f"{path}/undeploy")).status_code == 200
 
 
-def asked(method: str, url: str) -> dict[str, Any]:
+def call_api(method: str, url: str) -> dict[str, Any]:
     """Return what the API answers."""
     response = httpx2.request(method, url, headers={"X-API-Key": OUR_KEY}, trust_env=False, timeout=40)
     assert response.is_success, response.text
@@ -186,9 +190,9 @@ def is_of(process: psutil.Process, workflow_id: str) -> bool:
     return (process.info["environ"] or {}).get("PILOTFLAME_RUNNER_WORKFLOW_ID") == workflow_id
 
 
-def received(connection: socket.socket) -> tuple[bytes, bytes]:
+def receive_request(connection: socket.socket) -> tuple[bytes, bytes]:
     """Return the idempotency key and the body of a request."""
-    connection.settimeout(commands.PATIENCE_SECONDS)
+    connection.settimeout(command_runs.PATIENCE_SECONDS)
     request = b""
     while not request.endswith(b"}"):
         request += connection.recv(65_536)
@@ -197,22 +201,22 @@ def received(connection: socket.socket) -> tuple[bytes, bytes]:
     return key[1], request.partition(b"\r\n\r\n")[2]
 
 
-def assert_no_second_start(first: Started, given: dict[str, str]) -> None:
-    second = commands.run("dev", "--port", "0", given=given)
+def assert_no_second_start(first: RunningCommand, given: dict[str, str]) -> None:
+    second = command_runs.run("dev", "--port", "0", given=given)
     assert (second.returncode, second.stdout) == (2, "")
     assert second.stderr.count("\n") == 1
     assert f"in use by process {first.process.pid}" in second.stderr
 
 
 async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the_secret_stays(
-    on_sqlite: Where, tmp_path: Path
+    on_sqlite: MigratedDatabase, tmp_path: Path
 ) -> None:
-    async with opened(on_sqlite) as world:
+    async with open_run_database(on_sqlite) as world:
         held = await world.claimed()
-        given = environment(tmp_path / "data", DATABASE_URL=on_sqlite.url)
+        given = command_environment(tmp_path / "data", DATABASE_URL=on_sqlite.url)
         secrets = set()
         for log in ("first.log", "second.log"):
-            with commands.started("dev", "--port", "0", given=given, log=tmp_path / log) as dev:
+            with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / log) as dev:
                 dev.says(ADDRESS)
                 assert (await world.row(held.execution_id))["lease_owner"] == "worker"
                 secrets.add((tmp_path / "data" / "secret.key").read_text())
@@ -220,9 +224,9 @@ async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the
 
 
 def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_path: Path) -> None:
-    given = environment(with_database(tmp_path / "data"))
+    given = command_environment(create_data_folder(tmp_path / "data"))
     traced = {**given, "PYTHONPROFILEIMPORTTIME": "1"}
-    with commands.started("dev", "--port", "0", given=traced, log=tmp_path / "log", anew=True) as dev:
+    with command_runs.run_command("dev", "--port", "0", given=traced, log=tmp_path / "log", anew=True) as dev:
         dev.says(ADDRESS)
         loaded = set(re.findall(r"^import time:.*\| +(\S+)$", dev.log(), re.MULTILINE))
         assert "sqlmodel" in loaded
@@ -232,16 +236,16 @@ def test_at_rest_it_is_small_and_has_loaded_nothing_that_only_others_need(tmp_pa
 
 
 def test_it_ends_well_on_ctrl_c_though_a_run_waits_and_somebody_follows_it(tmp_path: Path) -> None:
-    given = environment(with_database(tmp_path / "data"), BOOTSTRAP_API_KEY=OUR_KEY)
+    given = command_environment(create_data_folder(tmp_path / "data"), BOOTSTRAP_API_KEY=OUR_KEY)
     log = {"id": "log", "type": "log", "config": {"message": "now it waits"}}
     wait = {"id": "wait", "type": "wait", "config": {"seconds": 3600}}
-    with commands.started("dev", "--port", "0", given=given, log=tmp_path / "dev.log") as dev:
+    with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "dev.log") as dev:
         client = {**given, "PILOTFLAME_URL": dev.says(ADDRESS)[1], "PILOTFLAME_API_KEY": OUR_KEY}
-        commands.output("apply", workflow_file(tmp_path, log, wait), given=client)
-        with commands.started("run", "Work", given=client, log=tmp_path / "run.log") as run:
+        command_runs.run_output("apply", write_workflow_file(tmp_path, log, wait), given=client)
+        with command_runs.run_command("run", "Work", given=client, log=tmp_path / "run.log") as run:
             execution_id = run.says(r"exec_\w+")[0]
             follow = ("logs", execution_id, "--follow")
-            with commands.started(*follow, given=client, log=tmp_path / "follow.log") as follower:
+            with command_runs.run_command(*follow, given=client, log=tmp_path / "follow.log") as follower:
                 follower.says("now it waits")
                 dev.process.send_signal(signal.SIGINT)
                 assert dev.ends() == 0

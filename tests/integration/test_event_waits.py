@@ -26,8 +26,8 @@ from models.event_wait import EventWait
 from models.execution import Execution, WaitAnswer
 from models.execution_status import TERMINAL_STATUSES
 from models.ingest import EventRecord
-from tests.integration.gateway_world import People, Person, World
-from tests.integration.locks import impatient, left_open, prompt
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.lock_holders import hold_transaction_open, open_impatient_database, require_prompt
 from workers.main import run_worker
 from workers.settings import WorkerSettings
 
@@ -37,7 +37,7 @@ EVENTS = "/api/v1/workflows/events"
 SAME_ORDER = {"left": "{{ item.event_data.order }}", "operator": "equals", "right": "{{ data.body.order }}"}
 
 
-def waiting(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+def waiting_graph(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return a graph that waits for an event and says what has come."""
     given = {"event_type": "order.paid", "filter": SAME_ORDER, **config}
     wait = {name: value for name, value in given.items() if value is not None}
@@ -57,7 +57,7 @@ def waiting(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
 
 
 @asynccontextmanager
-async def worker(world: World) -> AsyncIterator[None]:
+async def serve_worker(world: GatewayHarness) -> AsyncIterator[None]:
     gateway = world.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05)
@@ -67,8 +67,8 @@ async def worker(world: World) -> AsyncIterator[None]:
     await broker.close()
 
 
-async def started(person: Person, order: int, **config: Any) -> str:  # noqa: ANN401 - any JSON value
-    workflow_id = await person.create(**waiting(**config))
+async def start_run(person: UserClient, order: int, **config: Any) -> str:  # noqa: ANN401 - any JSON value
+    workflow_id = await person.create(**waiting_graph(**config))
     response = await person.api.post(
         f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": {"order": order}}
     )
@@ -76,31 +76,31 @@ async def started(person: Person, order: int, **config: Any) -> str:  # noqa: AN
     return execution_id
 
 
-async def told(person: Person, event_type: str, **data: Any) -> None:  # noqa: ANN401 - any JSON value
+async def send_event(person: UserClient, event_type: str, **data: Any) -> None:  # noqa: ANN401 - any JSON value
     response = await person.api.post(EVENTS, json={"event_type": event_type, "event_data": data})
     assert response.status_code == 200, response.text
 
 
-async def row(world: World, execution_id: str) -> Any:  # noqa: ANN401 - a row
+async def read_run(world: GatewayHarness, execution_id: str) -> Any:  # noqa: ANN401 - a row
     async with world.gateway.database.read() as connection:
         found = await connection.execute(select(Execution).where(col(Execution.id) == execution_id))
         return found.mappings().one()
 
 
-async def count(world: World, table: type[SQLModel], **equal: Any) -> int:  # noqa: ANN401 - any column
+async def count(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> int:  # noqa: ANN401 - any column
     conditions = [getattr(table, name) == value for name, value in equal.items()]
     async with world.gateway.database.read() as connection:
         return await connection.scalar(select(func.count()).select_from(table).where(*conditions)) or 0
 
 
-async def asleep(world: World, execution_id: str) -> None:
-    while (await row(world, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows tell nobody
+async def wait_until_asleep(world: GatewayHarness, execution_id: str) -> None:
+    while (await read_run(world, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows tell nobody
         await asyncio.sleep(0.02)
 
 
-async def came(world: World, person: Person, execution_id: str) -> tuple[str, Any]:
+async def read_result(world: GatewayHarness, person: UserClient, execution_id: str) -> tuple[str, Any]:
     """Return by which node a run has ended, and the total of the event that it was given."""
-    while (await row(world, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows tell nobody
+    while (await read_run(world, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows tell nobody
         await asyncio.sleep(0.02)
     shown = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
     assert shown["status"] == "completed", shown
@@ -108,14 +108,14 @@ async def came(world: World, person: Person, execution_id: str) -> tuple[str, An
     return name, output.get("total")
 
 
-def silence(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def silence_gateway(world: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the gateway die, as far as others see, as soon as events are committed."""
     telling = world.gateway.acceptances._events  # noqa: SLF001 - it is nowhere else
     monkeypatch.setattr(telling, "submit", lambda _event_id: None)
     monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
 
 
-def scheduler(world: World) -> EventMatcher:
+def make_matcher(world: GatewayHarness) -> EventMatcher:
     return EventMatcher(world.gateway.database, world.gateway.broker)
 
 
@@ -123,53 +123,55 @@ def scheduler(world: World) -> EventMatcher:
 
 
 async def test_a_run_sleeps_until_its_event_comes_and_one_event_may_be_that_of_many(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with worker(world):
-        mine, alike, other = [await started(people.owner, order) for order in (7, 7, 8)]
-        anything = await started(people.owner, 0, event_type="order.*", filter=None)
+    async with serve_worker(world):
+        mine, alike, other = [await start_run(people.owner, order) for order in (7, 7, 8)]
+        anything = await start_run(people.owner, 0, event_type="order.*", filter=None)
         for execution_id in (mine, alike, other, anything):
-            await asleep(world, execution_id)
-        sleeping = await row(world, mine)
+            await wait_until_asleep(world, execution_id)
+        sleeping = await read_run(world, mine)
         assert (sleeping["lease_owner"], sleeping["due_at"]) == (None, None)
-        await told(people.stranger, "order.paid", order=7, total=1)
-        await told(people.owner, "order.packed", order=7, total=2)
-        await told(people.owner, "order.paid", total=3)
-        await told(people.owner, "order.paid", order=7, total=4)
-        assert await came(world, people.owner, mine) == ("paid", 4)
-        assert await came(world, people.owner, alike) == ("paid", 4)
-        assert await came(world, people.owner, anything) == ("paid", 2)
-        assert (await row(world, other))["status"] == "waiting"
+        await send_event(people.stranger, "order.paid", order=7, total=1)
+        await send_event(people.owner, "order.packed", order=7, total=2)
+        await send_event(people.owner, "order.paid", total=3)
+        await send_event(people.owner, "order.paid", order=7, total=4)
+        assert await read_result(world, people.owner, mine) == ("paid", 4)
+        assert await read_result(world, people.owner, alike) == ("paid", 4)
+        assert await read_result(world, people.owner, anything) == ("paid", 2)
+        assert (await read_run(world, other))["status"] == "waiting"
         assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 1
         response = await people.owner.api.post(f"/api/v1/executions/{other}/cancel")
         assert response.status_code == 200
-    await scheduler(world).delete_expired()
+    await make_matcher(world).delete_expired()
     assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 0
 
 
 async def test_an_event_that_came_before_counts_where_the_node_looks_back(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_waits, "BATCH_SCANNED", 2)
     for total, order in enumerate((8, 8, 7, 7)):
-        await told(people.owner, "order.paid", order=order, total=total)
-    await told(people.owner, "orders", order=7, total=99)
+        await send_event(people.owner, "order.paid", order=order, total=total)
+    await send_event(people.owner, "orders", order=7, total=99)
     monkeypatch.setattr(event_waits, "MAX_CLOCK_SKEW", event_waits.MAX_CLOCK_SKEW * 0)
-    async with worker(world):
-        blind = await started(people.owner, 7)
-        await asleep(world, blind)
-        looking = await started(people.owner, 7, lookBackSeconds=60)
-        by_prefix = await started(people.owner, 7, lookBackSeconds=60, event_type="order.*")
-        assert await came(world, people.owner, looking) == ("paid", 2)
-        assert await came(world, people.owner, by_prefix) == ("paid", 2)
-        assert (await row(world, blind))["status"] == "waiting"
+    async with serve_worker(world):
+        blind = await start_run(people.owner, 7)
+        await wait_until_asleep(world, blind)
+        looking = await start_run(people.owner, 7, lookBackSeconds=60)
+        by_prefix = await start_run(people.owner, 7, lookBackSeconds=60, event_type="order.*")
+        assert await read_result(world, people.owner, looking) == ("paid", 2)
+        assert await read_result(world, people.owner, by_prefix) == ("paid", 2)
+        assert (await read_run(world, blind))["status"] == "waiting"
 
 
-async def test_a_run_goes_on_without_where_no_event_comes_in_time(world: World, people: People) -> None:
-    async with worker(world):
-        execution_id = await started(people.owner, 7, timeoutSeconds=1)
-        assert await came(world, people.owner, execution_id) == ("late", None)
-        await told(people.owner, "order.paid", order=7)
+async def test_a_run_goes_on_without_where_no_event_comes_in_time(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with serve_worker(world):
+        execution_id = await start_run(people.owner, 7, timeoutSeconds=1)
+        assert await read_result(world, people.owner, execution_id) == ("late", None)
+        await send_event(people.owner, "order.paid", order=7)
     assert await count(world, WaitAnswer, execution_id=execution_id) == 0
 
 
@@ -177,95 +179,95 @@ async def test_a_run_goes_on_without_where_no_event_comes_in_time(world: World, 
 
 
 async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with worker(world):
-        execution_id = await started(people.owner, 7)
-        await asleep(world, execution_id)
-        silence(world, monkeypatch)
-        await told(people.owner, "order.paid", order=7, total=1)
+    async with serve_worker(world):
+        execution_id = await start_run(people.owner, 7)
+        await wait_until_asleep(world, execution_id)
+        silence_gateway(world, monkeypatch)
+        await send_event(people.owner, "order.paid", order=7, total=1)
         await asyncio.sleep(0)
-        assert (await row(world, execution_id))["status"] == "waiting"
-        await aged(world)
-        await scheduler(world).deliver_undelivered()
-        assert await came(world, people.owner, execution_id) == ("paid", 1)
+        assert (await read_run(world, execution_id))["status"] == "waiting"
+        await age_events(world)
+        await make_matcher(world).deliver_undelivered()
+        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
     assert await count(world, EventRecord, told_at=None) == 0
 
 
 async def test_telling_that_breaks_off_is_done_again_and_answers_once(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note_told = event_waits.mark_delivered
 
     async def breaks_off(*_given: object, **_named: object) -> None:
         raise DatabaseUnavailable("gone")
 
-    async with worker(world):
-        execution_id = await started(people.owner, 7)
-        await asleep(world, execution_id)
+    async with serve_worker(world):
+        execution_id = await start_run(people.owner, 7)
+        await wait_until_asleep(world, execution_id)
         monkeypatch.setattr(event_waits, "mark_delivered", breaks_off)
-        await told(people.owner, "order.paid", order=7, total=1)
-        assert await came(world, people.owner, execution_id) == ("paid", 1)
+        await send_event(people.owner, "order.paid", order=7, total=1)
+        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
         await world.gateway.acceptances._events.drain()  # noqa: SLF001 - it is nowhere else
         monkeypatch.setattr(event_waits, "mark_delivered", note_told)
         monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
-        await aged(world)
-        await scheduler(world).deliver_undelivered()
+        await age_events(world)
+        await make_matcher(world).deliver_undelivered()
     assert await count(world, EventRecord, told_at=None) == 0
     assert await count(world, WaitAnswer, execution_id=execution_id) == 1
 
 
 async def test_a_locked_run_keeps_an_event_from_no_other(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silence(world, monkeypatch)
+    silence_gateway(world, monkeypatch)
     monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
     lock = "SELECT FROM execution WHERE id = $1 FOR UPDATE"
     url = world.gateway.database.url
-    async with worker(world), impatient(url, monkeypatch) as database:
-        locked, other = [await started(people.owner, 7) for _ in range(2)]
+    async with serve_worker(world), open_impatient_database(url, monkeypatch) as database:
+        locked, other = [await start_run(people.owner, 7) for _ in range(2)]
         for execution_id in (locked, other):
-            await asleep(world, execution_id)
-        await told(people.owner, "order.paid", order=7, total=1)
-        await aged(world)
+            await wait_until_asleep(world, execution_id)
+        await send_event(people.owner, "order.paid", order=7, total=1)
+        await age_events(world)
         awaited = EventMatcher(database, world.gateway.broker)
-        async with left_open(url, lock, locked):
-            await prompt(awaited.deliver_undelivered())
-            assert await came(world, people.owner, other) == ("paid", 1)
-            assert (await row(world, locked))["status"] == "waiting"
+        async with hold_transaction_open(url, lock, locked):
+            await require_prompt(awaited.deliver_undelivered())
+            assert await read_result(world, people.owner, other) == ("paid", 1)
+            assert (await read_run(world, locked))["status"] == "waiting"
         await awaited.deliver_undelivered()
-        assert await came(world, people.owner, locked) == ("paid", 1)
+        assert await read_result(world, people.owner, locked) == ("paid", 1)
     assert await count(world, EventRecord, told_at=None) == 0
 
 
 async def test_no_event_falls_between_the_wait_and_the_look_back(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silence(world, monkeypatch)
+    silence_gateway(world, monkeypatch)
     come_since, is_first = event_waits.list_events_since, True
 
     async def come_meanwhile(connection: AsyncConnection, *given: Any) -> Sequence[EventRecord]:  # noqa: ANN401 - as given
         nonlocal is_first
         if is_first:
             is_first = False
-            await told(people.owner, "order.paid", order=7, total=1)
+            await send_event(people.owner, "order.paid", order=7, total=1)
         return await come_since(connection, *given)
 
     monkeypatch.setattr(event_waits, "list_events_since", come_meanwhile)
-    async with worker(world):
-        execution_id = await started(people.owner, 7)
-        assert await came(world, people.owner, execution_id) == ("paid", 1)
+    async with serve_worker(world):
+        execution_id = await start_run(people.owner, 7)
+        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
 
 
 @pytest.mark.parametrize("dies", ["before it waits", "before it looks back", "before it sleeps"])
 async def test_a_run_whose_worker_died_has_what_came_meanwhile(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch, dies: str
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
-    execution_id = await started(people.owner, 7)
-    claimed = await dead_workers_claim(world, execution_id)
-    await begun(world, claimed)
+    execution_id = await start_run(people.owner, 7)
+    claimed = await claim_for_dead_worker(world, execution_id)
+    await begin_until_wait(world, claimed)
     if dies == "before it looks back":
-        monkeypatch.setattr(EventMatcher, "_look_back", died)
+        monkeypatch.setattr(EventMatcher, "_look_back", raise_died)
     if dies != "before it waits":
         caller = RunCaller(
             *(claimed.organization_id, claimed.user_id, claimed.workflow_id, execution_id, execution_id)
@@ -273,35 +275,35 @@ async def test_a_run_whose_worker_died_has_what_came_meanwhile(
         condition = '{"left":"{{ item.event_data.order }}","operator":"equals","right":"{{ data[0] }}"}'
         wanted = EventWaitRequest("order.paid", condition, "[7]")
         try:
-            await scheduler(world).expect(caller, wanted, node_id="wait", iteration="")
-        except Died:
+            await make_matcher(world).expect(caller, wanted, node_id="wait", iteration="")
+        except ProcessDied:
             monkeypatch.undo()
-    await told(people.owner, "order.paid", order=7, total=1)
-    async with worker(world):
-        assert await came(world, people.owner, execution_id) == ("paid", 1)
+    await send_event(people.owner, "order.paid", order=7, total=1)
+    async with serve_worker(world):
+        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
 
 
-class Died(Exception):
+class ProcessDied(Exception):
     """A process has."""
 
 
-async def died(*_given: object) -> None:
-    raise Died
+async def raise_died(*_given: object) -> None:
+    raise ProcessDied
 
 
-async def aged(world: World) -> None:
+async def age_events(world: GatewayHarness) -> None:
     """Let it be a moment later, by the database's clock."""
-    first = await database_time(world)
-    while await database_time(world) <= first:  # noqa: ASYNC110 - clocks tell nobody
+    first = await read_database_time(world)
+    while await read_database_time(world) <= first:  # noqa: ASYNC110 - clocks tell nobody
         await asyncio.sleep(0.001)
 
 
-async def database_time(world: World) -> int:
+async def read_database_time(world: GatewayHarness) -> int:
     async with world.gateway.database.read() as connection:
         return await connection.scalar(select(type_coerce(DatabaseTime(), BigInteger))) or 0
 
 
-async def dead_workers_claim(world: World, execution_id: str) -> ClaimedRun:
+async def claim_for_dead_worker(world: GatewayHarness, execution_id: str) -> ClaimedRun:
     """Claim a run for a worker that will never be heard of again."""
     for _ in range(3_000):
         for one in await world.gateway.store.claim(ClaimQuery("dead", 0.05, 100)):
@@ -311,7 +313,7 @@ async def dead_workers_claim(world: World, execution_id: str) -> ClaimedRun:
     raise AssertionError(f"{execution_id} can't be claimed")
 
 
-async def begun(world: World, claimed: ClaimedRun) -> None:
+async def begin_until_wait(world: GatewayHarness, claimed: ClaimedRun) -> None:
     """Have a run come as far as the node that waits."""
     now = datetime.now(UTC)
     given = b'{"body":{"order":7}}'

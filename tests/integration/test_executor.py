@@ -31,9 +31,15 @@ from messages.local_broker import LocalBroker
 from models.errors import DatabaseUnavailable
 from nodes import catalog
 from nodes.catalog import NodeCatalog
-from tests.calls import NoNetwork
-from tests.integration.run_world import Place, Where, World, opened, write
-from tests.services import PostgreSQL
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    open_run_database,
+    write,
+)
+from tests.node_calls import NoNetwork
+from tests.services import PostgresServer
 from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
@@ -58,30 +64,30 @@ def _no_tracebacks() -> Iterator[None]:
 
 
 @pytest.fixture(params=BOTH)
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
         yield world
 
 
 @pytest.fixture
-async def place(world: World) -> Place:
+async def place(world: RunDatabase) -> OwnedWorkflow:
     return await world.workflow()
 
 
-async def until(condition: Callable[[], Awaitable[bool]], seconds: float = PATIENCE_SECONDS) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool]], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait for a condition."""
     async with asyncio.timeout(seconds):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
             await asyncio.sleep(0.02)
 
 
-async def soon(event: asyncio.Event) -> None:
+async def wait_soon(event: asyncio.Event) -> None:
     await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
 
 
@@ -89,7 +95,7 @@ async def soon(event: asyncio.Event) -> None:
 
 
 @dataclass
-class Stage:
+class NodeStage:
     """What the nodes of a test have done, and whether they may go on."""
 
     calls: list[str] = field(default_factory=list)
@@ -118,11 +124,11 @@ class Stage:
         return call.data
 
     def library(self) -> NodeCatalog:
-        return Library(
+        return ExecutorTestCatalog(
             {
                 **catalog.load_catalog().node_types,
                 **{
-                    name: node_type(name, effect)
+                    name: make_node_type(name, effect)
                     for name, effect in (
                         ("note", NodeEffect.PURE),
                         ("look", NodeEffect.READ),
@@ -136,7 +142,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Library(NodeCatalog):
+class ExecutorTestCatalog(NodeCatalog):
     """The library, and nodes made up for a test."""
 
     runs: dict[str, RunNode] = field(default_factory=dict)
@@ -145,11 +151,11 @@ class Library(NodeCatalog):
         return self.runs[type] if type in self.runs else super().implementation(type)
 
 
-def node_type(name: str, effect: NodeEffect) -> NodeType:
+def make_node_type(name: str, effect: NodeEffect) -> NodeType:
     return NodeType(name, name, "1.0.0", "test", "", EffectRule(effect), {"type": "object"})
 
 
-def chain(*types: str, **configs: dict[str, Json]) -> str:
+def chain_definition(*types: str, **configs: dict[str, Json]) -> str:
     """Return a definition: the trigger, then one node of each type, each with the type and its place for an id."""
     nodes: list[dict[str, Json]] = [{"id": "start", "type": "manual"}]
     nodes += [
@@ -167,27 +173,27 @@ def chain(*types: str, **configs: dict[str, Json]) -> str:
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerUnderTest:
     """One worker's process, but for the process."""
 
     executor: RunExecutor
     broker: Broker
 
 
-class Deaf(LocalBroker):
+class DeafBroker(LocalBroker):
     """A broker whose hints reach nobody, and that takes no time to stop."""
 
     def start_worker(self, on_hint: Callable[[int], None]) -> None:
         pass
 
 
-class Workers:
+class WorkerStarter:
     """Starts workers on a database; leases and sweeps are long unless a test says otherwise."""
 
-    def __init__(self, world: World, stack: AsyncExitStack) -> None:
+    def __init__(self, world: RunDatabase, stack: AsyncExitStack) -> None:
         self._world = world
         self._stack = stack
-        self.stage = Stage()
+        self.stage = NodeStage()
 
     async def start(
         self,
@@ -195,9 +201,9 @@ class Workers:
         store: JournalStore | None = None,
         broker: Broker | None = None,
         **settings: Any,  # noqa: ANN401 - a field of WorkerSettings
-    ) -> Worker:
+    ) -> WorkerUnderTest:
         store = store or await self._world.another_store()
-        broker = broker or Deaf(inbox=uuid4().hex)
+        broker = broker or DeafBroker(inbox=uuid4().hex)
         self._stack.push_async_callback(broker.close)
         defaults = {"lease_seconds": LONG_SECONDS, "sweep_seconds": LONG_SECONDS, "commit_seconds": 0.02}
         executor = RunExecutor(
@@ -209,14 +215,15 @@ class Workers:
         )
         await executor.start()
         self._stack.push_async_callback(executor.drain)
-        return Worker(executor, broker)
+        return WorkerUnderTest(executor, broker)
 
     async def accept(
-        self, place: Place, *types: str, count: int = 1, **configs: dict[str, Json]
+        self, place: OwnedWorkflow, *types: str, count: int = 1, **configs: dict[str, Json]
     ) -> list[str]:
         """Accept runs of a chain, and return their ids."""
         runs = [
-            place.run(definition=chain(*types, **configs), total_nodes=len(types) + 1) for _ in range(count)
+            place.run(definition=chain_definition(*types, **configs), total_nodes=len(types) + 1)
+            for _ in range(count)
         ]
         await self._world.store.accept(runs)
         return [run.execution_id for run in runs]
@@ -230,14 +237,14 @@ class Workers:
 
 
 @pytest.fixture
-async def workers(world: World) -> AsyncIterator[Workers]:
+async def workers(world: RunDatabase) -> AsyncIterator[WorkerStarter]:
     async with AsyncExitStack() as stack:
-        workers = Workers(world, stack)
+        workers = WorkerStarter(world, stack)
         yield workers
         workers.stage.go_on.set()
 
 
-class Instead:
+class PatchedStore:
     """A store of which one method is another's."""
 
     def __init__(self, store: JournalStore, **methods: Any) -> None:  # noqa: ANN401 - any JSON value
@@ -252,7 +259,9 @@ class Instead:
 
 
 @pytest.mark.parametrize("where", EVERY, indirect=True)
-async def test_a_run_goes_from_its_row_to_its_outputs(world: World, place: Place, workers: Workers) -> None:
+async def test_a_run_goes_from_its_row_to_its_outputs(
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+) -> None:
     worker = await workers.start(broker=await brokers.connect(None))
     notices: list[Notice] = []
     await worker.broker.listen(notices.append)
@@ -283,7 +292,7 @@ async def test_a_run_goes_from_its_row_to_its_outputs(world: World, place: Place
     await worker.broker.watch([run.execution_id])
     await world.store.accept([run])
     await worker.broker.wake()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
 
     (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.lane)])
     assert (progress.completed_nodes, progress.total_nodes, progress.error) == (5, 5, None)
@@ -297,7 +306,7 @@ async def test_a_run_goes_from_its_row_to_its_outputs(world: World, place: Place
 
 @pytest.mark.parametrize("where", EVERY, indirect=True)
 async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     definition = {
         "nodes": [
@@ -315,7 +324,7 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
     run = place.run(definition=json.dumps(definition), total_nodes=4)
     await world.store.accept([run])
     await workers.start()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.lane)])
     assert (progress.completed_nodes, progress.percent) == (4, 99)
     assert {node_id for node_id, _ in progress.outputs} == {"start", "loop", "last"}
@@ -329,7 +338,7 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
 
 @ON_ONE
 async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watch(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     worker = await workers.start(broker=await brokers.connect(None))
     notices: list[Notice] = []
@@ -341,7 +350,7 @@ async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watc
     )
     await world.store.accept([run])
     await worker.broker.wake()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not notices:  # noqa: ASYNC110 - a list tells nobody
             await asyncio.sleep(0.02)
@@ -349,18 +358,18 @@ async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watc
 
 
 async def test_all_that_waits_is_run_without_another_word(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     other = await world.workflow()
     await workers.accept(place, "note", "effect", count=40)
     await workers.accept(other, "note", "effect", count=3)
     await workers.start(concurrency=4)
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     assert len(workers.stage.calls) == 2 * 43
 
 
 async def test_a_workflow_waits_for_its_turn_and_not_for_its_neighbour_s_flood(
-    world: World, workers: Workers
+    world: RunDatabase, workers: WorkerStarter
 ) -> None:
     organization = await world.organization()
     flood = await world.workflow(organization, turn=500)
@@ -368,23 +377,23 @@ async def test_a_workflow_waits_for_its_turn_and_not_for_its_neighbour_s_flood(
     await workers.accept(flood, "note", count=30)
     (lonely,) = await workers.accept(one, "note")
     await workers.start(concurrency=1)
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     assert f"{lonely}:note1:0" in workers.stage.calls[:3]
 
 
 async def test_two_workers_that_race_for_runs_run_each_once(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     await workers.accept(place, "effect", count=100)
     await asyncio.gather(*(workers.start(concurrency=7, sweep_seconds=0.2) for _ in range(2)))
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     assert set(Counter(workers.stage.calls).values()) == {1}
     assert len(workers.stage.calls) == 100
     assert await world.count("span") == 200
 
 
 async def test_a_run_that_waits_is_woken_when_it_is_due_without_a_sweep(
-    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(engine_run, "SHORT_WAIT_SECONDS", 0)
     store = await world.another_store()
@@ -394,28 +403,28 @@ async def test_a_run_that_waits_is_woken_when_it_is_due_without_a_sweep(
         promoted.append(await store.promote_due())
         return promoted[-1]
 
-    worker = await workers.start(store=Instead(store, promote_due=promote_due))
+    worker = await workers.start(store=PatchedStore(store, promote_due=promote_due))
     for _ in range(8):
         await workers.accept(place, "wait", "note", wait1={"seconds": 0.05})
         worker.executor.wake()
-        await until(lambda: workers.are_all("completed"))
+        await wait_until(lambda: workers.are_all("completed"))
     assert promoted == [1] * 8
     waits = await world.query("SELECT ended_at - started_at AS lasted FROM span WHERE node_id = 'wait1'")
     assert all(row["lasted"] >= 50_000 for row in waits)
 
 
 async def test_results_without_effects_are_committed_before_long(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     await workers.accept(place, "note", "look")
     await workers.start()
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
 
     async def is_committed() -> bool:
         (row,) = await world.query("SELECT status, completed_nodes FROM execution")
         return tuple(row.values()) == ("running", 2)
 
-    await until(is_committed)
+    await wait_until(is_committed)
 
 
 # ── what can't run ────────────────────────────────────────────────────────────────────────────────────────
@@ -433,42 +442,42 @@ BROKEN = {
 @ON_ONE
 @pytest.mark.parametrize("definition", BROKEN.values(), ids=list(BROKEN))
 async def test_a_definition_that_cannot_run_fails_its_run_and_no_other(
-    world: World, place: Place, workers: Workers, definition: str
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, definition: str
 ) -> None:
     run = place.run(definition=definition)
     await world.store.accept([run])
     (good,) = await workers.accept(place, "note")
     await workers.start()
-    await until(lambda: has_status(world, good, "completed"))
-    await until(lambda: has_status(world, run.execution_id, "failed"))
+    await wait_until(lambda: has_status(world, good, "completed"))
+    await wait_until(lambda: has_status(world, run.execution_id, "failed"))
     assert json.loads((await world.row(run.execution_id))["error"])["code"] == "invalid-definition"
 
 
-async def has_status(world: World, execution_id: str, status: str) -> bool:
+async def has_status(world: RunDatabase, execution_id: str, status: str) -> bool:
     found: str = (await world.row(execution_id))["status"]
     return found == status
 
 
 @ON_ONE
 async def test_a_definition_that_was_not_there_is_looked_for_again(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    run, again = [place.run(definition=chain("note")) for _ in range(2)]
+    run, again = [place.run(definition=chain_definition("note")) for _ in range(2)]
     await world.store.accept([run])
     await world.query("DELETE FROM definition")
     worker = await workers.start()
-    await until(lambda: has_status(world, run.execution_id, "failed"))
+    await wait_until(lambda: has_status(world, run.execution_id, "failed"))
     await world.store.accept([again])
     worker.executor.wake()
-    await until(lambda: has_status(world, again.execution_id, "completed"))
+    await wait_until(lambda: has_status(world, again.execution_id, "completed"))
 
 
 @ON_ONE
 async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    poison = await world.claimed(place, definition=chain("note"))
-    good = await world.claimed(place, definition=chain("note"))
+    poison = await world.claimed(place, definition=chain_definition("note"))
+    good = await world.claimed(place, definition=chain_definition("note"))
     await world.store.record([write(one, end=RunStatus.RELEASED) for one in (poison, good)])
     await world.query(
         "INSERT INTO span (execution_id, node_id, iteration, lane, id, sequence, label, type, status, attempt)"
@@ -477,8 +486,8 @@ async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
         lane=poison.lane,
     )
     await workers.start(lease_seconds=0.2, sweep_seconds=0.05)
-    await until(lambda: has_status(world, good.execution_id, "completed"))
-    await until(lambda: has_status(world, poison.execution_id, "failed"))
+    await wait_until(lambda: has_status(world, good.execution_id, "completed"))
+    await wait_until(lambda: has_status(world, poison.execution_id, "failed"))
     assert json.loads((await world.row(poison.execution_id))["error"])["code"] == "crashed"
 
 
@@ -487,65 +496,65 @@ async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
 
 @ON_ONE
 async def test_a_suspect_runs_alone_until_it_has_recorded_a_result(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    suspect = await world.suspect(place, definition=chain("hold", "note"))
+    suspect = await world.suspect(place, definition=chain_definition("hold", "note"))
     others = await workers.accept(place, "note", count=3)
     await workers.start(sweep_seconds=0.05)
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     await asyncio.sleep(0.3)  # it would be claimed by now
     assert await workers.statuses() == Counter(running=1, pending=3)
     workers.stage.go_on.set()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     assert workers.stage.calls[0] == f"{suspect.execution_id}:hold1:0"
     assert len(workers.stage.calls) == 2 + len(others)
 
 
 @ON_ONE
 async def test_what_arrives_during_a_trial_waits_for_its_end(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    await world.suspect(place, definition=chain("hold"))
+    await world.suspect(place, definition=chain_definition("hold"))
     await world.query("UPDATE execution SET status = 'waiting'")
     await workers.start(sweep_seconds=0.05)
     await workers.accept(place, "note")
-    await until(lambda: has_completed(world, 1))
+    await wait_until(lambda: has_completed(world, 1))
     await world.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     await workers.accept(place, "note")
     await asyncio.sleep(0.3)
     assert await workers.statuses() == Counter(completed=1, running=1, pending=1)
     workers.stage.go_on.set()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
 
 
 @ON_ONE
 async def test_a_suspect_waits_for_what_is_not_proven_and_a_trial_ends_by_time_too(
-    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = [await world.suspect(place, definition=chain("hold")) for _ in range(2)]
+    keys = [await world.suspect(place, definition=chain_definition("hold")) for _ in range(2)]
     await world.query("UPDATE execution SET status = 'waiting'")
-    keys = [await world.begun(place, definition=chain("hold")), *keys]
+    keys = [await world.begun(place, definition=chain_definition("hold")), *keys]
     await workers.start(sweep_seconds=0.05)
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     await world.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
     await asyncio.sleep(0.3)
     assert await workers.statuses() == Counter(running=1, pending=2)
     # Whatever has run for so long is proven: others go on, and a later loss is none on trial.
     monkeypatch.setattr(executors, "TRIAL_SECONDS", 0.1)
-    await until(lambda: workers.are_all("running"))
-    await until(lambda: are_off_trial(world))
+    await wait_until(lambda: workers.are_all("running"))
+    await wait_until(lambda: are_off_trial(world))
     assert workers.stage.calls == [f"{key.execution_id}:hold1:0" for key in keys]
     workers.stage.go_on.set()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
 
 
-async def has_completed(world: World, count: int) -> bool:
+async def has_completed(world: RunDatabase, count: int) -> bool:
     rows = await world.query("SELECT id FROM execution WHERE status = 'completed'")
     return len(rows) == count
 
 
-async def are_off_trial(world: World) -> bool:
+async def are_off_trial(world: RunDatabase) -> bool:
     (row,) = await world.query("SELECT count(*) AS count FROM execution WHERE on_trial")
     return not row["count"]
 
@@ -556,11 +565,11 @@ async def are_off_trial(world: World) -> bool:
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 @pytest.mark.parametrize("way", ["by letter", "by renewal"])
 async def test_a_run_ends_when_it_is_asked_to(
-    world: World, place: Place, workers: Workers, way: str, request_: str, status: str
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, way: str, request_: str, status: str
 ) -> None:
     (execution_id,) = await workers.accept(place, "look", "note")
     worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by letter" else 3.0)
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     requested = await world.store.request_end(ExecutionKey(execution_id, place.organization.lane), request_)
     assert requested is not None
     assert requested.lease_owner == worker.broker.inbox
@@ -569,42 +578,42 @@ async def test_a_run_ends_when_it_is_asked_to(
         await worker.broker.send(worker.broker.inbox, letter)
     if request_ == "stop":
         (active,) = worker.executor._active.values()  # noqa: SLF001 - nobody else knows what it was asked
-        await soon(active.control.changed)
+        await wait_soon(active.control.changed)
         assert await has_status(world, execution_id, "running")
         workers.stage.go_on.set()
-    await until(lambda: has_status(world, execution_id, status))
+    await wait_until(lambda: has_status(world, execution_id, status))
     assert workers.stage.cancelled == (request_ == "cancel")
     assert f"{execution_id}:note2:0" not in workers.stage.calls
 
 
 @ON_ONE
 async def test_a_letter_in_words_of_a_newer_version_ends_nothing(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     (execution_id,) = await workers.accept(place, "look")
     worker = await workers.start()
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     for request in ("pause", ""):
         await worker.broker.send(worker.broker.inbox, {"execution_id": execution_id, "request": request})
     await worker.broker.send(worker.broker.inbox, {"execution_id": "exec_unknown", "request": "cancel"})
     await worker.broker.send(worker.broker.inbox, {"other": "thing"})
     await asyncio.sleep(0)
     workers.stage.go_on.set()
-    await until(lambda: has_status(world, execution_id, "completed"))
+    await wait_until(lambda: has_status(world, execution_id, "completed"))
 
 
 # ── hand-over ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     (execution_id,) = await workers.accept(place, "note", "hold", "effect")
     first = await workers.start()
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else is told
     draining = asyncio.create_task(first.executor.drain())
-    await soon(active.control.changed)
+    await wait_soon(active.control.changed)
     assert active.control.request is ControlRequest.HAND_OVER
     workers.stage.go_on.set()
     await draining
@@ -612,31 +621,31 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
 
     await workers.start()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     assert Counter(workers.stage.calls) == {
         f"{execution_id}:{node}:0": 1 for node in ("note1", "hold2", "effect3")
     }
 
 
 async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
-    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "HAND_OFF_SECONDS", 0.1)
     (execution_id,) = await workers.accept(place, "hold")
     first = await workers.start()
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     await first.executor.drain()
     assert workers.stage.cancelled == 1
     assert (await world.row(execution_id))["status"] == "pending"
     workers.stage.go_on.set()
     await workers.start()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     assert workers.stage.calls == [f"{execution_id}:hold1:0"] * 2
 
 
 @ON_ONE
 async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_broken_off(
-    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def stubborn(call: NodeCall) -> Json:
         workers.stage.begun.set()
@@ -646,21 +655,21 @@ async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_b
         return call.data
 
     library = workers.stage.library()
-    assert isinstance(library, Library)
+    assert isinstance(library, ExecutorTestCatalog)
     library.runs["hold"] = stubborn
     workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
     for name in ("HAND_OVER_SECONDS", "BREAK_OFF_SECONDS"):
         monkeypatch.setattr(executors, name, 0.1)
     (execution_id,) = await workers.accept(place, "hold")
     first = await workers.start()
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     await first.executor.drain()
     row = await world.row(execution_id)
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
 
 
 async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     is_claiming, may_answer = asyncio.Event(), asyncio.Event()
     store = await world.another_store()
@@ -672,8 +681,8 @@ async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
         return claimed
 
     (execution_id,) = await workers.accept(place, "note")
-    worker = await workers.start(store=Instead(store, claim=claim))
-    await soon(is_claiming)
+    worker = await workers.start(store=PatchedStore(store, claim=claim))
+    await wait_soon(is_claiming)
     draining = asyncio.create_task(worker.executor.drain())
     await asyncio.sleep(0.1)
     may_answer.set()
@@ -686,7 +695,7 @@ async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
 # ── what changes underneath ───────────────────────────────────────────────────────────────────────────────
 
 
-async def take_away(world: World) -> None:
+async def take_away(world: RunDatabase) -> None:
     """Do what a sweep does after a lease has ended, before it can be renewed."""
     await world.query(
         "UPDATE execution SET status = 'pending', token = token + 1, lease_owner = NULL, lease_until = NULL"
@@ -694,11 +703,11 @@ async def take_away(world: World) -> None:
 
 
 async def test_a_worker_that_has_lost_a_run_abandons_it_and_another_finishes_it(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     (execution_id,) = await workers.accept(place, "hold", "effect")
     first = await workers.start(lease_seconds=2.4)
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else knows the lease
     first.executor._is_draining = True  # noqa: SLF001 - it must not win its own run back
     await take_away(world)
@@ -706,37 +715,41 @@ async def test_a_worker_that_has_lost_a_run_abandons_it_and_another_finishes_it(
     async def is_abandoned() -> bool:
         return workers.stage.cancelled == 1
 
-    await until(is_abandoned)
+    await wait_until(is_abandoned)
     assert active.lease.is_held()  # by the clock: it learnt from a renewal
     workers.stage.go_on.set()
     await workers.start()
-    await until(lambda: workers.are_all("completed"))
+    await wait_until(lambda: workers.are_all("completed"))
     keys = Counter(workers.stage.calls)
     assert keys == {f"{execution_id}:hold1:0": 2, f"{execution_id}:effect2:0": 1}
 
 
 @ON_ONE
 async def test_a_run_that_was_lost_and_came_back_to_the_same_worker_still_hears_requests(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     (execution_id,) = await workers.accept(place, "look")
     worker = await workers.start(lease_seconds=1.0)
-    await soon(workers.stage.begun)
+    await wait_soon(workers.stage.begun)
     await take_away(world)
     worker.executor.wake()
 
     async def has_left_the_first_one() -> bool:
         return len(workers.stage.calls) == 2 and workers.stage.cancelled == 1
 
-    await until(has_left_the_first_one)
+    await wait_until(has_left_the_first_one)
     assert await has_status(world, execution_id, "running")
     await world.store.request_end(ExecutionKey(execution_id, place.organization.lane), "cancel")
-    await until(lambda: has_status(world, execution_id, "cancelled"))
+    await wait_until(lambda: has_status(world, execution_id, "cancelled"))
 
 
 @pytest.mark.parametrize("method", ["definitions", "spans", "last_log_lines"])
 async def test_runs_that_cannot_be_begun_for_lack_of_a_database_are_given_back_uncounted(
-    world: World, place: Place, workers: Workers, method: str, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase,
+    place: OwnedWorkflow,
+    workers: WorkerStarter,
+    method: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.01)
     store = await world.another_store()
@@ -749,15 +762,15 @@ async def test_runs_that_cannot_be_begun_for_lack_of_a_database_are_given_back_u
             raise DatabaseUnavailable
         return await getattr(store, method)(keys)
 
-    begun = await world.claimed(place, definition=chain("note"))
+    begun = await world.claimed(place, definition=chain_definition("note"))
     await world.store.record([write(begun, end=RunStatus.RELEASED)])
-    await workers.start(store=Instead(store, **{method: fail_often}))
-    await until(lambda: workers.are_all("completed"))
+    await workers.start(store=PatchedStore(store, **{method: fail_often}))
+    await wait_until(lambda: workers.are_all("completed"))
     assert failures == 5
 
 
 async def test_a_claim_in_doubt_is_given_back_uncounted(
-    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.01)
     store = await world.another_store()
@@ -772,33 +785,33 @@ async def test_a_claim_in_doubt_is_given_back_uncounted(
         return claimed
 
     await workers.accept(place, "note", count=3)
-    await workers.start(store=Instead(store, claim=claim))
-    await until(lambda: workers.are_all("completed"))
+    await workers.start(store=PatchedStore(store, claim=claim))
+    await wait_until(lambda: workers.are_all("completed"))
     assert len(workers.stage.calls) == 3
 
 
 @ON_ONE
 async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_other(
-    world: World, place: Place, workers: Workers
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     def unstorable(_call: NodeCall) -> Json:
         raise NodeError("broken", code="code\ud800")
 
     library = workers.stage.library()
-    assert isinstance(library, Library)
+    assert isinstance(library, ExecutorTestCatalog)
     library.runs["note"] = unstorable
     workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
     (poison,) = await workers.accept(place, "note")
     (good,) = await workers.accept(place, "effect")
     await workers.start(lease_seconds=0.2, sweep_seconds=0.05)
-    await until(lambda: has_status(world, good, "completed"))
-    await until(lambda: has_status(world, poison, "failed"))
+    await wait_until(lambda: has_status(world, good, "completed"))
+    await wait_until(lambda: has_status(world, poison, "failed"))
     assert json.loads((await world.row(poison))["error"])["code"] == "crashed"
 
 
 @ON_ONE
 async def test_a_sweep_goes_on_until_nothing_is_left_to_take_back(
-    world: World, place: Place, workers: Workers, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "SWEEP_ROWS", 5)
     await workers.accept(place, "note", count=12)
@@ -811,23 +824,23 @@ async def test_a_sweep_goes_on_until_nothing_is_left_to_take_back(
 
     pauses = property(lambda _: LONG_SECONDS if is_swept.is_set() else 0.2)  # there is no second round
     monkeypatch.setattr(WorkerSettings, "seconds_between_sweeps", pauses)
-    await workers.start(store=Instead(store, sweep=sweep))
-    await until(lambda: workers.are_all("completed"))
+    await workers.start(store=PatchedStore(store, sweep=sweep))
+    await wait_until(lambda: workers.are_all("completed"))
 
 
 async def test_runs_outlast_a_restart_of_the_database(
-    on_postgres: Where, postgres: PostgreSQL, monkeypatch: pytest.MonkeyPatch
+    on_postgres: MigratedDatabase, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.05)
-    async with opened(on_postgres) as world, AsyncExitStack() as stack:
-        workers = Workers(world, stack)
+    async with open_run_database(on_postgres) as world, AsyncExitStack() as stack:
+        workers = WorkerStarter(world, stack)
         ids = await workers.accept(await world.workflow(), "effect", "hold", "effect", count=20)
         await workers.start(lease_seconds=20.0, sweep_seconds=0.5)
-        await soon(workers.stage.begun)
+        await wait_soon(workers.stage.begun)
         await asyncio.to_thread(postgres.kill)
         workers.stage.go_on.set()
         await asyncio.to_thread(postgres.start)
-        await until(lambda: workers.are_all("completed"))
+        await wait_until(lambda: workers.are_all("completed"))
         assert Counter(workers.stage.calls) == {
             f"{execution_id}:{node}:0": 1 for execution_id in ids for node in ("effect1", "hold2", "effect3")
         }

@@ -28,8 +28,8 @@ from nodes.connections.data_source_policy import ConnectionPolicy
 from nodes.connections.organization_folders import OrganizationFolders
 from nodes.connections.s3_bucket import open_bucket
 from tests import fake_s3
-from tests.calls import CALLER, Called, call
-from tests.fake_s3 import FakeS3, Stored
+from tests.fake_s3 import FakeObject, FakeS3
+from tests.node_calls import CALLER, CallRecord, call
 
 CITIES = b"city,celsius\nOslo,12.5\nRome,27\n"
 ROWS: Json = [{"city": "Oslo", "celsius": 12.5}, {"city": "Rome", "celsius": 27}]
@@ -39,7 +39,7 @@ WORKBOOK = b64decode(catalog.load_catalog().get("excel-parse").examples[0]["inpu
 
 
 @dataclass
-class World:
+class FileStores:
     """A bucket, a folder of blobs, and one of files."""
 
     s3: FakeS3
@@ -48,7 +48,7 @@ class World:
     folder: Path
     """Where those files are."""
 
-    async def call(self, node_type: str, config: Mapping[str, Json], data: Json = None) -> Called:
+    async def call(self, node_type: str, config: Mapping[str, Json], data: Json = None) -> CallRecord:
         if node_type.startswith("s3-"):
             config = {"dataSource": "ds_001", **config}
         return await call(node_type, config, data, data_sources=self, blobs=self.blobs, files=self.files)
@@ -86,11 +86,11 @@ class World:
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[World]:
+async def world(tmp_path: Path) -> AsyncIterator[FileStores]:
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     files = OrganizationFolders(tmp_path / "files")
-    async with fake_s3.running() as s3:
-        yield World(s3, NodeBlobs(blobs), files, tmp_path / "files/org_1/objects")
+    async with fake_s3.serve_fake_s3() as s3:
+        yield FileStores(s3, NodeBlobs(blobs), files, tmp_path / "files/org_1/objects")
     files.close()
     await blobs.close()
 
@@ -99,12 +99,12 @@ async def world(tmp_path: Path) -> AsyncIterator[World]:
     ("node_type", "example"),
     [(name, example) for name in NODES for example in catalog.load_catalog().get(name).examples],
 )
-async def test_every_example_comes_true(world: World, node_type: str, example: dict[str, Any]) -> None:
+async def test_every_example_comes_true(world: FileStores, node_type: str, example: dict[str, Any]) -> None:
     await world.put(CITIES, media_type="text/csv", name="cities.csv")
     if node_type == "file-source":
         await world.call("file-destination", {"key": "cities.csv", "content": CITIES.decode()})
     if node_type == "s3-source":
-        world.s3.objects["cities.csv"] = Stored(CITIES, {}, datetime(2026, 1, 1, tzinfo=UTC))
+        world.s3.objects["cities.csv"] = FakeObject(CITIES, {}, datetime(2026, 1, 1, tzinfo=UTC))
     data = copy.deepcopy(example["input"])
     called = await world.call(node_type, example["config"], data)
     assert called.output == example["output"]
@@ -144,7 +144,7 @@ FILES: list[tuple[bytes, str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("content", "name", "format", "output"), FILES)
 async def test_a_file_is_read_by_what_it_is(
-    world: World,
+    world: FileStores,
     content: bytes,
     name: str,
     format: str,  # noqa: A002 - the field's own word
@@ -156,18 +156,18 @@ async def test_a_file_is_read_by_what_it_is(
         config: dict[str, Json] = {"blob": "{{ data.file }}", "format": wanted}
         called = await world.call("file-parse", config, {"file": reference})
         assert called.output == expected
-    world.s3.objects[name] = Stored(content, {})
+    world.s3.objects[name] = FakeObject(content, {})
     wanted = "excel" if format == "excel" else "auto"
     called = await world.call("s3-source", {"key": name, "as": wanted})
     assert called.output == {"key": name, "size": len(content), **expected}
 
 
-async def test_the_type_of_a_file_counts_where_its_name_says_nothing(world: World) -> None:
+async def test_the_type_of_a_file_counts_where_its_name_says_nothing(world: FileStores) -> None:
     reference = await world.put(CITIES, media_type="text/csv; charset=utf-8", name="export")
     assert (await world.call("file-parse", {"blob": reference})).output == {"format": "csv", **TABLE}
 
 
-async def test_options_go_to_the_node_of_the_format(world: World) -> None:
+async def test_options_go_to_the_node_of_the_format(world: FileStores) -> None:
     reference = await world.put("stadt;grad\nKöln;007\n".encode("windows-1252"), name="a.csv")
     config: dict[str, Json] = {
         "blob": "{{ data }}",
@@ -195,13 +195,13 @@ async def test_options_go_to_the_node_of_the_format(world: World) -> None:
     ],
 )
 async def test_a_spoilt_file_says_what_is_wrong_with_it(
-    world: World, content: bytes, name: str, code: str
+    world: FileStores, content: bytes, name: str, code: str
 ) -> None:
     reference = await world.put(content, name=name)
     assert await world.refused("file-parse", {"blob": reference}) == code
 
 
-async def test_no_node_reads_a_file_of_another_run(world: World) -> None:
+async def test_no_node_reads_a_file_of_another_run(world: FileStores) -> None:
     other = RunCaller("org_1", "user_1", "wf_1", "exec_2", "exec_2")
     reference = await world.blobs.put(other, CITIES, media_type="text/csv")
     assert await world.refused("file-parse", {"blob": "{{ data }}"}, reference) == "blob-not-found"
@@ -213,9 +213,9 @@ async def test_no_node_reads_a_file_of_another_run(world: World) -> None:
 # ── objects ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_file_goes_through_a_run_as_it_is(world: World) -> None:
+async def test_a_file_goes_through_a_run_as_it_is(world: FileStores) -> None:
     raw = bytes(range(256)) * 1_000
-    world.s3.objects["in/bild.png"] = Stored(raw, {})
+    world.s3.objects["in/bild.png"] = FakeObject(raw, {})
     fetched = (await world.call("s3-source", {"key": "in/bild.png"})).output
     assert isinstance(fetched, dict)
     assert (fetched["format"], fetched["size"]) == ("blob", len(raw))
@@ -250,7 +250,7 @@ async def test_a_file_goes_through_a_run_as_it_is(world: World) -> None:
     ],
 )
 async def test_a_value_is_written_in_a_format(
-    world: World, config: dict[str, Json], content: str, media_type: str
+    world: FileStores, config: dict[str, Json], content: str, media_type: str
 ) -> None:
     for _ in range(2):
         await world.call("s3-destination", {"key": "a", **config}, "x")
@@ -273,9 +273,9 @@ async def test_a_value_is_written_in_a_format(
     ],
 )
 async def test_what_can_t_be_done_has_a_code_of_its_own(
-    world: World, node_type: str, config: dict[str, Json], code: str
+    world: FileStores, node_type: str, config: dict[str, Json], code: str
 ) -> None:
-    world.s3.objects.update({"large": Stored(b"x" * 100, {}), "other": Stored(b"", {})})
+    world.s3.objects.update({"large": FakeObject(b"x" * 100, {}), "other": FakeObject(b"", {})})
     assert await world.refused(node_type, config) == code
     assert "a" not in world.s3.objects
 
@@ -289,7 +289,7 @@ def test_the_catalogue_finds_a_config_that_names_neither_object_nor_prefix() -> 
 # ── the organisation's own folder ─────────────────────────────────────────────────────────────────────────
 
 
-async def test_files_come_back_and_are_listed_by_their_paths(world: World) -> None:
+async def test_files_come_back_and_are_listed_by_their_paths(world: FileStores) -> None:
     for key in ("b.txt", "deep/er/ü 1.txt"):
         await world.call("file-destination", {"key": key, "content": key})
         called = await world.call("file-source", {"key": key})
@@ -316,7 +316,7 @@ async def test_files_come_back_and_are_listed_by_their_paths(world: World) -> No
         "a/.",
     ],
 )
-async def test_no_path_leads_out_of_the_folder(world: World, key: str) -> None:
+async def test_no_path_leads_out_of_the_folder(world: FileStores, key: str) -> None:
     (world.folder.parent / "secret").parent.mkdir(parents=True)
     (world.folder.parent / "secret").write_text("another")
     for node_type in ("file-source", "file-destination"):
@@ -324,7 +324,7 @@ async def test_no_path_leads_out_of_the_folder(world: World, key: str) -> None:
     assert (world.folder.parent / "secret").read_text() == "another"
 
 
-async def test_no_link_is_followed_and_nothing_but_a_file_is_read(world: World, tmp_path: Path) -> None:
+async def test_no_link_is_followed_and_nothing_but_a_file_is_read(world: FileStores, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("another's")
     await world.call("file-destination", {"key": "a/b.txt", "content": "ours"})
     (world.folder / "link").symlink_to(tmp_path / "secret")
@@ -340,7 +340,7 @@ async def test_no_link_is_followed_and_nothing_but_a_file_is_read(world: World, 
     assert called.output["count"] == 2
 
 
-async def test_another_organisation_has_another_folder(world: World) -> None:
+async def test_another_organisation_has_another_folder(world: FileStores) -> None:
     await world.call("file-destination", {"key": "a.txt", "content": "ours"})
     folder = await world.files.folder(RunCaller("org_2", "user_1", "wf_1", "exec", "exec"))
     with pytest.raises(NodeError) as raised:
@@ -349,7 +349,9 @@ async def test_another_organisation_has_another_folder(world: World) -> None:
     assert await folder.list("", max_objects=10, timeout_seconds=5) == []
 
 
-async def test_a_file_is_replaced_whole_or_not_at_all(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_file_is_replaced_whole_or_not_at_all(
+    world: FileStores, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await world.call("file-destination", {"key": "a.txt", "content": "first"})
 
     def full(_descriptor: int) -> None:
@@ -362,7 +364,7 @@ async def test_a_file_is_replaced_whole_or_not_at_all(world: World, monkeypatch:
 
 
 async def test_a_folder_has_room_for_so_much_and_no_more(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: FileStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(organization_folders, "MAX_FOLDER_BYTES", 10)
     await world.call("file-destination", {"key": "a", "content": "12345"})

@@ -17,8 +17,8 @@ from models.access import ApiKey, KeyScope, UserRole
 from models.database import Database, parse_url
 from models.schema_migration import migrate
 from models.settings import InvalidSettings
-from tests.integration.gateway_world import SECRET, World, refused
-from tests.services import PostgreSQL
+from tests.integration.gateway_harness import SECRET, GatewayHarness, assert_refused
+from tests.services import PostgresServer
 
 KEYS = "/api/v1/auth/keys"
 USERS = "/api/v1/auth/users"
@@ -26,7 +26,7 @@ WHOAMI = "/api/v1/auth/whoami"
 PATIENCE_SECONDS = 60.0
 
 
-async def comes_true(condition: AsyncIterator[bool], *, within_seconds: float) -> float:
+async def wait_until_true(condition: AsyncIterator[bool], *, within_seconds: float) -> float:
     """Wait until a condition holds and return how long that took."""
     started = monotonic()
     async for holds in condition:
@@ -37,7 +37,7 @@ async def comes_true(condition: AsyncIterator[bool], *, within_seconds: float) -
     raise AssertionError
 
 
-async def test_whoami_tells_whom_a_key_stands_for(world: World) -> None:
+async def test_whoami_tells_whom_a_key_stands_for(world: GatewayHarness) -> None:
     people = await world.people()
     shown = (await people.owner.api.get(WHOAMI)).json()
     assert shown["userId"] == people.owner.user.id
@@ -50,27 +50,27 @@ async def test_whoami_tells_whom_a_key_stands_for(world: World) -> None:
 @pytest.mark.parametrize(
     "key", [None, "", "nothing", "sk-00" + "0" * 52, "Bearer nothing", "x" * 10_000, "é", "' OR 1=1 --"]
 )
-async def test_without_a_valid_key_every_answer_is_the_same(world: World, key: str | None) -> None:
+async def test_without_a_valid_key_every_answer_is_the_same(world: GatewayHarness, key: str | None) -> None:
     client = await world.client(address="10.0.0.2")
     headers = {} if key is None else {b"X-API-Key": key.encode("latin-1")}
     response = await client.get(WHOAMI, headers=headers)
-    refused(response, 401, "unauthorized")
+    assert_refused(response, 401, "unauthorized")
     assert response.headers["WWW-Authenticate"] == "ApiKey"
     assert response.json()["error"]["message"] == "Send a valid API key in the X-API-Key header"
 
 
-async def test_a_key_counts_in_its_own_header_alone(world: World) -> None:
+async def test_a_key_counts_in_its_own_header_alone(world: GatewayHarness) -> None:
     people = await world.people()
     client = await world.client(address="10.0.0.3")
     for headers in (
         {"Authorization": f"Bearer {people.owner.key}"},
         {"Cookie": f"X-API-Key={people.owner.key}"},
     ):
-        refused(await client.get(WHOAMI, headers=headers), 401, "unauthorized")
-    refused(await client.get(f"{WHOAMI}?X-API-Key={people.owner.key}"), 401, "unauthorized")
+        assert_refused(await client.get(WHOAMI, headers=headers), 401, "unauthorized")
+    assert_refused(await client.get(f"{WHOAMI}?X-API-Key={people.owner.key}"), 401, "unauthorized")
 
 
-async def test_headers_about_tenants_and_addresses_change_nobody(world: World) -> None:
+async def test_headers_about_tenants_and_addresses_change_nobody(world: GatewayHarness) -> None:
     people = await world.people()
     headers = {
         "X-Organization-Id": people.stranger.user.organization_id,
@@ -83,21 +83,21 @@ async def test_headers_about_tenants_and_addresses_change_nobody(world: World) -
     assert shown["userId"] == people.owner.user.id
 
 
-async def test_each_scope_opens_its_own_routes_and_no_other(world: World) -> None:
+async def test_each_scope_opens_its_own_routes_and_no_other(world: GatewayHarness) -> None:
     organization = await world.organization()
     reader = await world.person(organization, scopes=[KeyScope.WORKFLOWS_READ])
     writer = await world.person(organization, scopes=[KeyScope.WORKFLOWS_WRITE])
     assert (await reader.api.get("/api/v1/workflows")).status_code == 200
     assert (await writer.api.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
     refusal = await reader.api.post("/api/v1/workflows", json={"name": "x"})
-    refused(refusal, 403, "scope-required")
+    assert_refused(refusal, 403, "scope-required")
     assert "workflows:write" in refusal.json()["error"]["message"]
-    refused(await writer.api.get("/api/v1/workflows"), 403, "scope-required")
-    refused(await writer.api.get(KEYS), 403, "scope-required")
+    assert_refused(await writer.api.get("/api/v1/workflows"), 403, "scope-required")
+    assert_refused(await writer.api.get(KEYS), 403, "scope-required")
     assert (await reader.api.get(WHOAMI)).status_code == 200
 
 
-async def test_a_key_is_shown_once_and_kept_as_a_hash(world: World) -> None:
+async def test_a_key_is_shown_once_and_kept_as_a_hash(world: GatewayHarness) -> None:
     people = await world.people()
     response = await people.owner.api.post(KEYS, json={"name": "laptop", "scopes": ["workflows:read"]})
     assert response.status_code == 201
@@ -118,11 +118,11 @@ async def test_a_key_is_shown_once_and_kept_as_a_hash(world: World) -> None:
     assert (await (await world.client(key)).get(WHOAMI)).json()["keyId"] == made["id"]
 
 
-async def test_a_key_gets_no_scope_that_its_maker_lacks(world: World) -> None:
+async def test_a_key_gets_no_scope_that_its_maker_lacks(world: GatewayHarness) -> None:
     organization = await world.organization()
     maker = await world.person(organization, scopes=[KeyScope.KEYS_WRITE, KeyScope.WORKFLOWS_READ])
     refusal = await maker.api.post(KEYS, json={"name": "more", "scopes": ["workflows:write"]})
-    refused(refusal, 403, "scope-required")
+    assert_refused(refusal, 403, "scope-required")
     assert "workflows:write" in refusal.json()["error"]["message"]
     same = await maker.api.post(KEYS, json={"name": "same"})
     assert same.json()["scopes"] == ["keys:write", "workflows:read"]
@@ -145,14 +145,16 @@ async def test_a_key_gets_no_scope_that_its_maker_lacks(world: World) -> None:
         ({"name": "x", "expiresAt": "2030-01-01T00:00:00Z", "expiresInSeconds": 5}, "expiresAt"),
     ],
 )
-async def test_a_key_that_makes_no_sense_is_refused(world: World, body: dict[str, object], path: str) -> None:
+async def test_a_key_that_makes_no_sense_is_refused(
+    world: GatewayHarness, body: dict[str, object], path: str
+) -> None:
     people = await world.people()
     response = await people.owner.api.post(KEYS, json=body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
 
 
-async def test_a_key_stops_working_when_it_expires(world: World) -> None:
+async def test_a_key_stops_working_when_it_expires(world: GatewayHarness) -> None:
     people = await world.people()
     made = (await people.owner.api.post(KEYS, json={"name": "brief", "expiresInSeconds": 2})).json()
     client = await world.client(made["key"], address="10.0.0.4")
@@ -162,10 +164,10 @@ async def test_a_key_stops_working_when_it_expires(world: World) -> None:
         while True:
             yield (await client.get(WHOAMI)).status_code == 401
 
-    assert await comes_true(is_refused(), within_seconds=PATIENCE_SECONDS) > 0.5
+    assert await wait_until_true(is_refused(), within_seconds=PATIENCE_SECONDS) > 0.5
 
 
-async def test_a_revocation_works_before_long(world: World) -> None:
+async def test_a_revocation_works_before_long(world: GatewayHarness) -> None:
     people = await world.people()
     made = (await people.owner.api.post(KEYS, json={"name": "lost"})).json()
     client = await world.client(made["key"], address="10.0.0.5")
@@ -177,13 +179,13 @@ async def test_a_revocation_works_before_long(world: World) -> None:
         while True:
             yield (await client.get(WHOAMI)).status_code == 401
 
-    assert await comes_true(is_refused(), within_seconds=PATIENCE_SECONDS)
+    assert await wait_until_true(is_refused(), within_seconds=PATIENCE_SECONDS)
     assert auth.CACHE_SECONDS <= 1
     listed = (await people.owner.api.get(KEYS)).json()["keys"]
     assert next(key for key in listed if key["id"] == made["id"])["revokedAt"] is not None
 
 
-async def test_the_last_use_of_a_key_is_noted(world: World) -> None:
+async def test_the_last_use_of_a_key_is_noted(world: GatewayHarness) -> None:
     people = await world.people()
     await people.owner.api.get(WHOAMI)
 
@@ -192,31 +194,33 @@ async def test_the_last_use_of_a_key_is_noted(world: World) -> None:
             listed = (await people.owner.api.get(KEYS)).json()["keys"]
             yield listed[0]["lastUsedAt"] is not None
 
-    await comes_true(is_noted(), within_seconds=PATIENCE_SECONDS)
+    await wait_until_true(is_noted(), within_seconds=PATIENCE_SECONDS)
 
 
-async def test_members_manage_their_own_keys_and_admins_those_of_the_organisation(world: World) -> None:
+async def test_members_manage_their_own_keys_and_admins_those_of_the_organisation(
+    world: GatewayHarness,
+) -> None:
     people = await world.people()
     mine = (await people.owner.api.post(KEYS, json={"name": "mine"})).json()["id"]
     assert mine in [key["id"] for key in (await people.owner.api.get(KEYS)).json()["keys"]]
     assert mine in [key["id"] for key in (await people.admin.api.get(KEYS)).json()["keys"]]
     for other in (people.colleague, people.stranger):
         assert mine not in [key["id"] for key in (await other.api.get(KEYS)).json()["keys"]]
-        refused(await other.api.delete(f"{KEYS}/{mine}"), 404, "not-found")
+        assert_refused(await other.api.delete(f"{KEYS}/{mine}"), 404, "not-found")
     assert (await people.admin.api.delete(f"{KEYS}/{mine}")).status_code == 204
 
 
-async def test_an_admin_makes_keys_for_users_of_the_organisation_alone(world: World) -> None:
+async def test_an_admin_makes_keys_for_users_of_the_organisation_alone(world: GatewayHarness) -> None:
     people = await world.people()
     body = {"name": "for you", "scopes": ["workflows:read"], "userId": people.owner.user.id}
     made = await people.admin.api.post(KEYS, json=body)
     assert made.json()["userId"] == people.owner.user.id
     assert (await (await world.client(made.json()["key"])).get(WHOAMI)).json()["role"] == "member"
     for other in (people.colleague, people.stranger):
-        refused(await other.api.post(KEYS, json=body), 404, "not-found")
+        assert_refused(await other.api.post(KEYS, json=body), 404, "not-found")
 
 
-async def test_an_admin_adds_users(world: World) -> None:
+async def test_an_admin_adds_users(world: GatewayHarness) -> None:
     people = await world.people()
     response = await people.admin.api.post(USERS, json={"email": "Ada@Example.com", "name": "Ada"})
     assert response.status_code == 201
@@ -225,7 +229,7 @@ async def test_an_admin_adds_users(world: World) -> None:
     listed = (await people.admin.api.get(USERS)).json()
     assert made in listed["users"]
     assert listed["count"] == 4
-    refused(await people.admin.api.post(USERS, json={"email": "ada@example.com"}), 409, "email-taken")
+    assert_refused(await people.admin.api.post(USERS, json={"email": "ada@example.com"}), 409, "email-taken")
     same_elsewhere = await people.stranger.api.post(USERS, json={"email": "ada@example.com", "role": "admin"})
     assert same_elsewhere.status_code == 201
     assert made["id"] not in str((await people.stranger.api.get(USERS)).json())
@@ -243,21 +247,21 @@ async def test_an_admin_adds_users(world: World) -> None:
     ],
 )
 async def test_a_user_that_makes_no_sense_is_refused(
-    world: World, body: dict[str, object], path: str
+    world: GatewayHarness, body: dict[str, object], path: str
 ) -> None:
     people = await world.people()
     response = await people.admin.api.post(USERS, json=body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
 
 
-async def test_only_admins_with_the_scope_see_and_add_users(world: World) -> None:
+async def test_only_admins_with_the_scope_see_and_add_users(world: GatewayHarness) -> None:
     people = await world.people()
     for request in (people.owner.api.get(USERS), people.owner.api.post(USERS, json={"email": "a@b.c"})):
-        refused(await request, 403, "admin-required")
+        assert_refused(await request, 403, "admin-required")
     organization = await world.organization()
     narrow = await world.person(organization, UserRole.ADMIN, [KeyScope.WORKFLOWS_READ])
-    refused(await narrow.api.get(USERS), 403, "scope-required")
+    assert_refused(await narrow.api.get(USERS), 403, "scope-required")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +272,7 @@ async def test_only_admins_with_the_scope_see_and_add_users(world: World) -> Non
     ],
 )
 async def test_an_address_that_keeps_failing_is_slowed_down_but_no_valid_key_is(
-    world: World, first: str, neighbor: str, other: str
+    world: GatewayHarness, first: str, neighbor: str, other: str
 ) -> None:
     people = await world.people()
     answers = []
@@ -281,25 +285,25 @@ async def test_an_address_that_keeps_failing_is_slowed_down_but_no_valid_key_is(
         unseen = await world.client((await world.person(await world.organization())).key, address=address)
         assert (await unseen.get(WHOAMI)).status_code == 200
     wrong = await world.client("sk-00guess", address=other)
-    refused(await wrong.get(WHOAMI), 401, "unauthorized")
+    assert_refused(await wrong.get(WHOAMI), 401, "unauthorized")
     assert (await (await world.client(people.admin.key, address=first)).get(WHOAMI)).status_code == 200
 
 
 async def test_many_requests_with_one_key_ask_the_database_once(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     people = await world.people()
-    asked = _counted(monkeypatch)
+    asked = _count_hashes(monkeypatch)
     answers = await asyncio.gather(*(people.owner.api.get(WHOAMI) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {200}
     assert len(asked) == 1
 
 
 async def test_many_wrong_keys_share_queries_with_right_ones(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     people = await world.people()
-    asked = _counted(monkeypatch)
+    asked = _count_hashes(monkeypatch)
     guesses = [await world.client(f"sk-00guess{number}", address="10.7.7.9") for number in range(100)]
     answers = await asyncio.gather(
         *(client.get(WHOAMI) for client in (*guesses[:50], people.owner.api, *guesses[50:]))
@@ -309,7 +313,7 @@ async def test_many_wrong_keys_share_queries_with_right_ones(
     assert len(asked) < 10
 
 
-def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def _count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return the list of how many hashes each query for keys has asked for, from now on."""
     asked: list[int] = []
     find_keys = access_store.find_keys
@@ -322,11 +326,11 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(world: World) -> None:
+async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(world: GatewayHarness) -> None:
     people = await world.people()
     made = (await people.admin.api.post(KEYS, json={"name": "x", "userId": people.owner.user.id})).json()
     assert "users:write" in made["scopes"]
-    refused(await (await world.client(made["key"])).get(USERS), 403, "admin-required")
+    assert_refused(await (await world.client(made["key"])).get(USERS), 403, "admin-required")
 
 
 # ── the first key ───────────────────────────────────────────────────────────────────────────────────────────
@@ -334,7 +338,7 @@ async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(world: 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 async def empty_database(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path: Path
+    request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path: Path
 ) -> AsyncIterator[Database]:
     url = f"sqlite:///{tmp_path}/empty.db"
     if request.param == "postgresql":

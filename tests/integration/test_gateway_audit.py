@@ -18,8 +18,16 @@ from models.audit import AuditEntry
 from models.database import Database, parse_url
 from models.schema_migration import migrate
 from pilotflame import accounts
-from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, refused
-from tests.integration.second_gateway import second_gateway
+from tests.integration.gateway_harness import (
+    GRAPH,
+    STEP,
+    TRIGGER,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.second_gateway import run_second_gateway
 
 AUDIT = "/api/v1/audit"
 KEYS = "/api/v1/auth/keys"
@@ -28,7 +36,7 @@ WORKFLOWS = "/api/v1/workflows"
 FIELDS = {"id", "action", "objectId", "userId", "keyId", "beforeHash", "afterHash", "createdAt"}
 
 
-async def trail(person: Person, **query: str) -> list[dict[str, Any]]:
+async def read_trail(person: UserClient, **query: str) -> list[dict[str, Any]]:
     """Return the entries that a query finds, the first ones first."""
     response = await person.api.get(AUDIT, params={"sort": "createdAt:asc", "limit": "100", **query})
     assert response.status_code == 200, response.text
@@ -36,7 +44,7 @@ async def trail(person: Person, **query: str) -> list[dict[str, Any]]:
     return entries
 
 
-def actions(entries: list[dict[str, Any]]) -> list[str]:
+def list_actions(entries: list[dict[str, Any]]) -> list[str]:
     return [entry["action"] for entry in entries]
 
 
@@ -47,12 +55,12 @@ def is_chain(entries: list[dict[str, Any]]) -> bool:
     return all(left == right for left, right in links) and all(left != right for left, right in steps)
 
 
-async def key_id(person: Person) -> str:
+async def read_key_id(person: UserClient) -> str:
     shown: str = (await person.api.get("/api/v1/auth/whoami")).json()["keyId"]
     return shown
 
 
-async def everything(person: Person, workflow_id: str, user_id: str) -> None:
+async def change_everything(person: UserClient, workflow_id: str, user_id: str) -> None:
     """Do to a workflow whatever changes it, and delete it."""
     path = f"{WORKFLOWS}/{workflow_id}"
     for method, below, body in (
@@ -74,12 +82,12 @@ async def everything(person: Person, workflow_id: str, user_id: str) -> None:
 
 
 async def test_every_change_of_a_workflow_is_an_entry_that_begins_where_the_last_one_ended(
-    people: People,
+    people: OrganizationUsers,
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await everything(people.owner, workflow_id, people.colleague.user.id)
-    entries = await trail(people.admin, objectId=workflow_id)
-    assert actions(entries) == [
+    await change_everything(people.owner, workflow_id, people.colleague.user.id)
+    entries = await read_trail(people.admin, objectId=workflow_id)
+    assert list_actions(entries) == [
         "workflow.created",
         "workflow.updated",
         "workflow.status-set",
@@ -93,13 +101,13 @@ async def test_every_change_of_a_workflow_is_an_entry_that_begins_where_the_last
     ]
     assert is_chain(entries)
     assert (entries[0]["beforeHash"], entries[-1]["afterHash"]) == (None, None)
-    owner = (people.owner.user.id, await key_id(people.owner))
+    owner = (people.owner.user.id, await read_key_id(people.owner))
     assert {(entry["userId"], entry["keyId"]) for entry in entries} == {owner}
     assert all(set(entry) == FIELDS for entry in entries)
     assert all(len(entry["afterHash"]) == 64 for entry in entries[:-1])
 
 
-async def test_what_is_refused_or_changes_nothing_leaves_no_trace(people: People) -> None:
+async def test_what_is_refused_or_changes_nothing_leaves_no_trace(people: OrganizationUsers) -> None:
     workflow_id, guest = await people.owner.create(**GRAPH), people.colleague.user.id
     path = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.post(f"{path}/share", json={"userId": guest})
@@ -116,28 +124,33 @@ async def test_what_is_refused_or_changes_nothing_leaves_no_trace(people: People
     ):
         response = await person.api.request(method, path + below, json=body)
         assert response.status_code == status, response.text
-    refused(
+    assert_refused(
         await people.owner.api.put(path, json={}, headers={"If-Match": '"9"'}), 412, "precondition-failed"
     )
-    assert actions(await trail(people.admin, objectId=workflow_id)) == ["workflow.created", "share.added"]
+    assert list_actions(await read_trail(people.admin, objectId=workflow_id)) == [
+        "workflow.created",
+        "share.added",
+    ]
 
 
-async def test_changes_at_the_same_time_form_one_chain(world: World, people: People) -> None:
+async def test_changes_at_the_same_time_form_one_chain(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create()
-    async with second_gateway(world) as client, client(people.admin) as other:
+    async with run_second_gateway(world) as client, client(people.admin) as other:
         await asyncio.gather(
             *(
                 api.put(f"{WORKFLOWS}/{workflow_id}", json={"config": {f"key{n}": n}})
                 for n, api in enumerate([people.owner.api, other] * 5)
             )
         )
-    entries = await trail(people.admin, objectId=workflow_id)
+    entries = await read_trail(people.admin, objectId=workflow_id)
     assert len(entries) == 11
     assert is_chain(entries)
 
 
 async def test_a_change_whose_trace_can_t_be_written_is_not_made(
-    people: People, monkeypatch: pytest.MonkeyPatch
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await people.owner.create()
 
@@ -149,10 +162,10 @@ async def test_a_change_whose_trace_can_t_be_written_is_not_made(
         ("PUT", f"{WORKFLOWS}/{workflow_id}", {"name": "New"}),
         ("POST", f"{WORKFLOWS}/{workflow_id}/versions", {"versionTag": "v2"}),
         ("POST", KEYS, {"name": "untraced"}),
-        ("DELETE", f"{KEYS}/{await key_id(people.owner)}", None),
+        ("DELETE", f"{KEYS}/{await read_key_id(people.owner)}", None),
         ("POST", USERS, {"email": "untraced@example.com"}),
     ):
-        refused(await people.admin.api.request(method, path, json=body), 503, "not-ready")
+        assert_refused(await people.admin.api.request(method, path, json=body), 503, "not-ready")
     shown = await people.owner.workflow(workflow_id)
     assert (shown["name"], shown["version"]) == ("A workflow", 1)
     keys = (await people.admin.api.get(KEYS)).json()["keys"]
@@ -164,7 +177,7 @@ async def test_a_change_whose_trace_can_t_be_written_is_not_made(
 
 
 async def test_a_key_leaves_a_trace_when_it_is_made_and_when_it_is_revoked(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     later = datetime.now(timezone(timedelta(hours=2))) + timedelta(days=1)
     body = {"name": "laptop", "expiresAt": later.isoformat()}
@@ -172,23 +185,23 @@ async def test_a_key_leaves_a_trace_when_it_is_made_and_when_it_is_revoked(
     assert (await (await world.client(made["key"])).get(WORKFLOWS)).status_code == 200
     for person in (people.stranger, people.admin, people.owner):
         await person.api.delete(f"{KEYS}/{made['id']}")
-    entries = await trail(people.admin, objectId=made["id"])
-    assert actions(entries) == ["key.created", "key.revoked"]
+    entries = await read_trail(people.admin, objectId=made["id"])
+    assert list_actions(entries) == ["key.created", "key.revoked"]
     assert [entry["userId"] for entry in entries] == [people.owner.user.id, people.admin.user.id]
     assert is_chain(entries)
     assert made["key"] not in str(entries)
 
 
-async def test_a_user_leaves_a_trace_when_it_is_added(people: People) -> None:
+async def test_a_user_leaves_a_trace_when_it_is_added(people: OrganizationUsers) -> None:
     made = (await people.admin.api.post(USERS, json={"email": "ada@example.com"})).json()
-    refused(await people.admin.api.post(USERS, json={"email": "ada@example.com"}), 409, "email-taken")
-    (entry,) = await trail(people.admin, action="user.created")
+    assert_refused(await people.admin.api.post(USERS, json={"email": "ada@example.com"}), 409, "email-taken")
+    (entry,) = await read_trail(people.admin, action="user.created")
     assert (entry["objectId"], entry["userId"]) == (made["id"], people.admin.user.id)
     assert entry["beforeHash"] is None
 
 
 async def test_what_is_done_at_the_command_line_is_traced_as_the_operator_s(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     settings, organization = world.gateway.settings, people.admin.user.organization_id
     user = await accounts.create_user(settings, organization, "ci@example.com", "CI", UserRole.MEMBER)
@@ -196,8 +209,8 @@ async def test_what_is_done_at_the_command_line_is_traced_as_the_operator_s(
     (key,) = [key for key in await accounts.list_keys(settings, organization) if key.name == "ci"]
     for _ in range(2):
         await accounts.revoke_key(settings, organization, key.id)
-    entries = await trail(people.admin, userId="operator")
-    assert actions(entries) == ["user.created", "key.created", "key.revoked"]
+    entries = await read_trail(people.admin, userId="operator")
+    assert list_actions(entries) == ["user.created", "key.created", "key.revoked"]
     assert [entry["objectId"] for entry in entries] == [user, key.id, key.id]
     assert {entry["keyId"] for entry in entries} == {"operator"}
     assert is_chain(entries[1:])
@@ -217,27 +230,33 @@ async def test_the_first_user_and_key_are_traced_as_the_operator_s(tmp_path: Pat
 # ── read ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_trail_is_filtered_sorted_and_paged(people: People) -> None:
+async def test_the_trail_is_filtered_sorted_and_paged(people: OrganizationUsers) -> None:
     first = await people.owner.create()
     second = await people.admin.create()
     await people.admin.api.put(f"{WORKFLOWS}/{first}", json={"name": "New"})
-    all_of_them = await trail(people.admin)
+    all_of_them = await read_trail(people.admin)
     assert [entry["objectId"] for entry in all_of_them] == [first, second, first]
     newest = (await people.admin.api.get(f"{AUDIT}?limit=2&offset=1")).json()
     assert (newest["count"], newest["limit"], newest["offset"]) == (3, 2, 1)
     assert newest["entries"] == [all_of_them[1], all_of_them[0]]
-    assert await trail(people.admin, userId=people.owner.user.id) == all_of_them[:1]
-    assert await trail(people.admin, action="workflow.updated") == all_of_them[2:]
-    assert await trail(people.admin, objectId=first, action="workflow.created") == all_of_them[:1]
-    assert await trail(people.admin, objectId="wf_nobody") == []
+    assert await read_trail(people.admin, userId=people.owner.user.id) == all_of_them[:1]
+    assert await read_trail(people.admin, action="workflow.updated") == all_of_them[2:]
+    assert await read_trail(people.admin, objectId=first, action="workflow.created") == all_of_them[:1]
+    assert await read_trail(people.admin, objectId="wf_nobody") == []
     future = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
-    assert await trail(people.admin, since=all_of_them[0]["createdAt"], until=future) == all_of_them
-    assert await trail(people.admin, since=future) == await trail(people.admin, until="2001-01-01") == []
+    assert await read_trail(people.admin, since=all_of_them[0]["createdAt"], until=future) == all_of_them
+    assert (
+        await read_trail(people.admin, since=future)
+        == await read_trail(people.admin, until="2001-01-01")
+        == []
+    )
     for query in ("action=everything", "since=yesterday", "limit=101", "offset=-1", "sort=action"):
-        refused(await people.admin.api.get(f"{AUDIT}?{query}"), 400, "invalid-query")
+        assert_refused(await people.admin.api.get(f"{AUDIT}?{query}"), 400, "invalid-query")
 
 
-async def test_the_trail_is_for_admins_of_the_organisation_alone(world: World, people: People) -> None:
+async def test_the_trail_is_for_admins_of_the_organisation_alone(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create()
     user = people.admin.user
     organization = Organization(
@@ -245,20 +264,20 @@ async def test_the_trail_is_for_admins_of_the_organisation_alone(world: World, p
     )
     limited = await world.person(organization, UserRole.ADMIN, scopes=[KeyScope.WORKFLOWS_READ])
     for person in (people.owner, people.colleague):
-        refused(await person.api.get(AUDIT), 403, "admin-required")
-    refused(await limited.api.get(AUDIT), 403, "scope-required")
-    refused(await (await world.client()).get(AUDIT), 401, "unauthorized")
-    assert await trail(people.stranger) == await trail(people.stranger, objectId=workflow_id) == []
-    assert actions(await trail(people.admin, objectId=workflow_id)) == ["workflow.created"]
+        assert_refused(await person.api.get(AUDIT), 403, "admin-required")
+    assert_refused(await limited.api.get(AUDIT), 403, "scope-required")
+    assert_refused(await (await world.client()).get(AUDIT), 401, "unauthorized")
+    assert await read_trail(people.stranger) == await read_trail(people.stranger, objectId=workflow_id) == []
+    assert list_actions(await read_trail(people.admin, objectId=workflow_id)) == ["workflow.created"]
 
 
-async def test_nobody_rewrites_the_trail(people: People) -> None:
+async def test_nobody_rewrites_the_trail(people: OrganizationUsers) -> None:
     await people.owner.create()
-    (entry,) = before = await trail(people.admin)
+    (entry,) = before = await read_trail(people.admin)
     answers: list[httpx2.Response] = []
     for method in ("POST", "PUT", "PATCH", "DELETE"):
-        refused(await people.admin.api.request(method, AUDIT, json=entry), 405, "method-not-allowed")
+        assert_refused(await people.admin.api.request(method, AUDIT, json=entry), 405, "method-not-allowed")
         answers.append(await people.admin.api.request(method, f"{AUDIT}/{entry['id']}", json=entry))
     for answer in answers:
-        refused(answer, 404, "not-found")
-    assert await trail(people.admin) == before
+        assert_refused(answer, 404, "not-found")
+    assert await read_trail(people.admin) == before

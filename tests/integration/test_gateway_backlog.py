@@ -13,13 +13,13 @@ from journal import backlog
 from models.database import Database
 from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET
 from models.ids import turn_of_workflow
-from tests.integration.backlogs import Rows, fill
-from tests.integration.gateway_world import GRAPH, People, World, refused
-from tests.integration.gateways import execute, with_settings
-from tests.integration.plans import explained
+from tests.integration.backlogs import BacklogRows, fill
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, assert_refused
+from tests.integration.gateway_variants import execute_workflow, run_with_settings
+from tests.integration.query_plans import explain_statement
 
 
-async def begin(world: World, workflow_id: str) -> None:
+async def begin(world: GatewayHarness, workflow_id: str) -> None:
     """Let somebody begin all runs of a workflow."""
 
     async def work(connection: AsyncConnection) -> None:
@@ -34,59 +34,66 @@ async def begin(world: World, workflow_id: str) -> None:
 
 
 async def test_a_workflow_takes_in_as_much_as_may_wait_and_more_when_that_was_begun(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
-    async with with_settings(world, max_backlog_per_workflow=3) as gateway:
-        assert [(await execute(gateway, people.owner, workflow_id)).status_code for _ in range(3)] == [
-            201
-        ] * 3
-        answer = await execute(gateway, people.owner, workflow_id)
-        refused(answer, 429, "queue-full")
+    async with run_with_settings(world, max_backlog_per_workflow=3) as gateway:
+        assert [
+            (await execute_workflow(gateway, people.owner, workflow_id)).status_code for _ in range(3)
+        ] == [201] * 3
+        answer = await execute_workflow(gateway, people.owner, workflow_id)
+        assert_refused(answer, 429, "queue-full")
         assert answer.headers["Retry-After"] == "5"
-        assert (await execute(gateway, people.owner, other_id)).status_code == 201
+        assert (await execute_workflow(gateway, people.owner, other_id)).status_code == 201
         await begin(world, workflow_id)
         monkeypatch.setattr(backlogs, "monotonic", lambda: time.monotonic() + 2)
-        assert (await execute(gateway, people.owner, workflow_id)).status_code == 201
+        assert (await execute_workflow(gateway, people.owner, workflow_id)).status_code == 201
 
 
 async def test_an_organisation_takes_in_as_much_as_may_wait_of_all_its_workflows(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with with_settings(world, max_backlog_per_organization=2) as gateway:
-        answers = [await execute(gateway, people.owner, await people.owner.create(**GRAPH)) for _ in range(3)]
+    async with run_with_settings(world, max_backlog_per_organization=2) as gateway:
+        answers = [
+            await execute_workflow(gateway, people.owner, await people.owner.create(**GRAPH))
+            for _ in range(3)
+        ]
         assert [answer.status_code for answer in answers] == [201, 201, 429]
-        refused(answers[-1], 429, "queue-full")
+        assert_refused(answers[-1], 429, "queue-full")
         theirs = await people.stranger.create(**GRAPH)
-        assert (await execute(gateway, people.stranger, theirs)).status_code == 201
+        assert (await execute_workflow(gateway, people.stranger, theirs)).status_code == 201
 
 
-async def test_what_waited_before_a_gateway_started_counts(world: World, people: People) -> None:
+async def test_what_waited_before_a_gateway_started_counts(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await fill(world.gateway.database, Rows(people.owner.user.organization_id, workflow_id, 5))
-    async with with_settings(world, max_backlog_per_workflow=5) as gateway:
-        refused(await execute(gateway, people.owner, workflow_id), 429, "queue-full")
-    async with with_settings(world, max_backlog_per_workflow=6) as gateway:
-        assert (await execute(gateway, people.owner, workflow_id)).status_code == 201
-        refused(await execute(gateway, people.owner, workflow_id), 429, "queue-full")
+    await fill(world.gateway.database, BacklogRows(people.owner.user.organization_id, workflow_id, 5))
+    async with run_with_settings(world, max_backlog_per_workflow=5) as gateway:
+        assert_refused(await execute_workflow(gateway, people.owner, workflow_id), 429, "queue-full")
+    async with run_with_settings(world, max_backlog_per_workflow=6) as gateway:
+        assert (await execute_workflow(gateway, people.owner, workflow_id)).status_code == 201
+        assert_refused(await execute_workflow(gateway, people.owner, workflow_id), 429, "queue-full")
 
 
 async def test_a_request_that_was_answered_is_answered_the_same_when_the_queue_is_full(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    async with with_settings(world, max_backlog_per_workflow=1) as gateway:
+    async with run_with_settings(world, max_backlog_per_workflow=1) as gateway:
         first, again = [
-            await execute(gateway, people.owner, workflow_id, headers={"Idempotency-Key": "once"})
+            await execute_workflow(gateway, people.owner, workflow_id, headers={"Idempotency-Key": "once"})
             for _ in range(2)
         ]
         assert (again.status_code, again.json()) == (201, first.json())
-        refused(await execute(gateway, people.owner, workflow_id), 429, "queue-full")
+        assert_refused(await execute_workflow(gateway, people.owner, workflow_id), 429, "queue-full")
 
 
-async def test_several_at_once_are_taken_in_together_or_not_at_all(world: World, people: People) -> None:
+async def test_several_at_once_are_taken_in_together_or_not_at_all(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     organization_id = people.owner.user.organization_id
-    async with with_settings(world, max_backlog_per_organization=10) as gateway:
+    async with run_with_settings(world, max_backlog_per_organization=10) as gateway:
         room = gateway.gateway.backlog
         await room.require_room(organization_id, "wf_a", 8)
         with pytest.raises(ApiError):
@@ -97,7 +104,7 @@ async def test_several_at_once_are_taken_in_together_or_not_at_all(world: World,
 # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def counted(
+async def count_backlog(
     database: Database, organization_id: str, workflow_id: str = "", at_most: int = 1_000
 ) -> int:
     async with database.read() as connection:
@@ -108,42 +115,48 @@ async def counted(
         return await backlog.count_organization_backlog(connection, organization_id, at_most=at_most)
 
 
-async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(world: World, people: People) -> None:
+async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     organization_id, database = people.owner.user.organization_id, world.gateway.database
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
     for target in (SHARED_TARGET, LIMITED_TARGET, UNPARSED_TARGET):
-        await fill(database, Rows(organization_id, workflow_id, 2, target=target))
-    await fill(database, Rows(organization_id, workflow_id, 2, target=DELAYED_TARGET, status="waiting"))
-    await fill(database, Rows(organization_id, workflow_id, 4, status="waiting", started_at=1))
-    await fill(database, Rows(organization_id, workflow_id, 4, is_fresh=False, started_at=1))
+        await fill(database, BacklogRows(organization_id, workflow_id, 2, target=target))
+    await fill(
+        database, BacklogRows(organization_id, workflow_id, 2, target=DELAYED_TARGET, status="waiting")
+    )
+    await fill(database, BacklogRows(organization_id, workflow_id, 4, status="waiting", started_at=1))
+    await fill(database, BacklogRows(organization_id, workflow_id, 4, is_fresh=False, started_at=1))
     for status in ("running", "completed", "cancelled"):
-        await fill(database, Rows(organization_id, workflow_id, 4, status=status))
-    await fill(database, Rows(organization_id, other_id, 16, turn=turn_of_workflow(workflow_id)))
-    await fill(database, Rows(people.stranger.user.organization_id, workflow_id, 32))
-    assert await counted(database, organization_id, workflow_id) == 8
-    assert await counted(database, organization_id) == 24
-    assert await counted(database, organization_id, at_most=20) == 20
+        await fill(database, BacklogRows(organization_id, workflow_id, 4, status=status))
+    await fill(database, BacklogRows(organization_id, other_id, 16, turn=turn_of_workflow(workflow_id)))
+    await fill(database, BacklogRows(people.stranger.user.organization_id, workflow_id, 32))
+    assert await count_backlog(database, organization_id, workflow_id) == 8
+    assert await count_backlog(database, organization_id) == 24
+    assert await count_backlog(database, organization_id, at_most=20) == 20
 
 
 async def test_what_waits_for_the_pods_of_a_deployment_counts_for_its_organisation(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     organization_id, database = people.owner.user.organization_id, world.gateway.database
     workflow_id = await people.owner.create(**GRAPH)
     assert (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/deploy")).status_code in {200, 202}
-    await fill(database, Rows(organization_id, workflow_id, 3, target=workflow_id))
-    await fill(database, Rows(organization_id, workflow_id, 2, target=workflow_id, status="waiting"))
+    await fill(database, BacklogRows(organization_id, workflow_id, 3, target=workflow_id))
+    await fill(database, BacklogRows(organization_id, workflow_id, 2, target=workflow_id, status="waiting"))
     assert (
-        await counted(database, organization_id, workflow_id) == await counted(database, organization_id) == 5
+        await count_backlog(database, organization_id, workflow_id)
+        == await count_backlog(database, organization_id)
+        == 5
     )
 
 
 @pytest.fixture
-async def crowd(world: World) -> Database:
+async def crowd(world: GatewayHarness) -> Database:
     """Return a database where much has ended, and some waits."""
     database = world.gateway.database
-    await fill(database, Rows("org_crowd", "wf_1", 2_000, status="completed", started_at=1))
-    await fill(database, Rows("org_crowd", "wf_1", 500))
+    await fill(database, BacklogRows("org_crowd", "wf_1", 2_000, status="completed", started_at=1))
+    await fill(database, BacklogRows("org_crowd", "wf_1", 500))
 
     async def analyze(connection: AsyncConnection) -> None:
         await connection.execute(text("ANALYZE execution"))
@@ -156,10 +169,10 @@ async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowd: Databas
     in_organization = backlog.organization_statements("org_crowd", [SHARED_TARGET, LIMITED_TARGET, "wf_1"])
     in_workflow = backlog.workflow_statements("org_crowd", "wf_1")
     for pending, deferred in (in_organization, in_workflow):
-        assert "ix_execution_pending" in await explained(crowd, pending.limit(1_000))
-        plan = await explained(crowd, deferred.limit(1_000))
+        assert "ix_execution_pending" in await explain_statement(crowd, pending.limit(1_000))
+        plan = await explain_statement(crowd, deferred.limit(1_000))
         assert "ix_execution_deferred" in plan or "ix_execution_waiting" in plan
-    assert await counted(crowd, "org_crowd", at_most=5_000) == 500
+    assert await count_backlog(crowd, "org_crowd", at_most=5_000) == 500
 
 
 # ── when there will be room ─────────────────────────────────────────────────────────────────────────────────

@@ -17,16 +17,24 @@ from journal.blobs.blob_reference import BlobReference
 from journal.blobs.blob_storage import BlobOwner
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from models.execution import SpanRow
-from tests.integration.gateway_world import GRAPH, People, Person, World, refused
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 
 EXECUTIONS = "/api/v1/executions"
 LARGE = json.dumps({"text": "x" * 3_000_000}).encode()
 
 
-class Kept:
+class RunWithBlob:
     """A failed run of the owner's, of which one output is kept as a blob."""
 
-    def __init__(self, world: World, person: Person, run: ClaimedRun, reference: BlobReference) -> None:
+    def __init__(
+        self, world: GatewayHarness, person: UserClient, run: ClaimedRun, reference: BlobReference
+    ) -> None:
         self.world = world
         self.person = person
         self.run = run
@@ -44,7 +52,7 @@ class Kept:
         return f"{self.path}/blobs/{sha or self.reference.sha256}"
 
 
-async def claimed(world: World, execution_id: str) -> ClaimedRun:
+async def claim_run(world: GatewayHarness, execution_id: str) -> ClaimedRun:
     while True:
         for one in await world.gateway.store.claim(ClaimQuery(owner="worker", lease_seconds=60, limit=50)):
             if one.execution_id == execution_id:
@@ -52,10 +60,10 @@ async def claimed(world: World, execution_id: str) -> ClaimedRun:
 
 
 @pytest.fixture
-async def kept(world: World, people: People) -> Kept:
+async def kept(world: GatewayHarness, people: OrganizationUsers) -> RunWithBlob:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
-    run = await claimed(world, response.json()["executionId"])
+    run = await claim_run(world, response.json()["executionId"])
     owner = BlobOwner(run.organization_id, run.key_id)
     reference = await world.gateway.blobs.put(owner, LARGE, media_type="application/json")
     spans = [
@@ -84,26 +92,26 @@ async def kept(world: World, people: People) -> Kept:
         error=RunError("node-error", "No", "step", 1),
     )
     assert await world.gateway.store.record([write]) == {run.execution_id}
-    return Kept(world, people.owner, run, reference)
+    return RunWithBlob(world, people.owner, run, reference)
 
 
-async def got(kept: Kept, path: str) -> Any:  # noqa: ANN401 - any JSON value
+async def get_json(kept: RunWithBlob, path: str) -> Any:  # noqa: ANN401 - any JSON value
     response = await kept.person.api.get(kept.path + path)
     assert response.status_code == 200, response.text
     return response.json()
 
 
-def explanation(kept: Kept, reason: str = "too-large", path: str | None = None) -> dict[str, Any]:
+def explanation(kept: RunWithBlob, reason: str = "too-large", path: str | None = None) -> dict[str, Any]:
     """Return what stands in the place of the output; the message is for people."""
     note = {"bytes": len(LARGE), "reason": reason, "message": ANY, "url": path or kept.blob()}
     return {**kept.reference.as_json(), "omitted": note}
 
 
-async def test_a_large_output_is_explained_wherever_it_would_stand(kept: Kept) -> None:
+async def test_a_large_output_is_explained_wherever_it_would_stand(kept: RunWithBlob) -> None:
     explained = explanation(kept)
-    assert (await got(kept, ""))["outputs"] == {"start": explained}
-    assert (await got(kept, "/progress?wait=0"))["outputs"] == {"start": explained}
-    start, step = (await got(kept, "/spans"))["spans"]
+    assert (await get_json(kept, ""))["outputs"] == {"start": explained}
+    assert (await get_json(kept, "/progress?wait=0"))["outputs"] == {"start": explained}
+    start, step = (await get_json(kept, "/spans"))["spans"]
     assert start["outputData"] == step["inputData"] == explained
     assert (step["outputData"], start["inputData"]) == (None, None)
     assert (await kept.person.api.get(start["outputData"]["omitted"]["url"])).content == LARGE
@@ -112,25 +120,25 @@ async def test_a_large_output_is_explained_wherever_it_would_stand(kept: Kept) -
     assert [span["outputData"] for span in told if span.get("nodeLabel") == "Start"] == [explained]
 
 
-async def test_large_outputs_are_shown_where_that_is_asked_for(kept: Kept) -> None:
+async def test_large_outputs_are_shown_where_that_is_asked_for(kept: RunWithBlob) -> None:
     large = json.loads(LARGE)
-    assert (await got(kept, "?expand=blobs"))["outputs"] == {"start": large}
-    start, step = (await got(kept, "/spans?expand=blobs&limit=50"))["spans"]
+    assert (await get_json(kept, "?expand=blobs"))["outputs"] == {"start": large}
+    start, step = (await get_json(kept, "/spans?expand=blobs&limit=50"))["spans"]
     assert start["outputData"] == step["inputData"] == large
 
 
 async def test_an_answer_shows_large_outputs_up_to_its_limit(
-    kept: Kept, monkeypatch: pytest.MonkeyPatch
+    kept: RunWithBlob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # One fits; the same one at two places does not.
     monkeypatch.setattr(limits, "EXPANDED_BYTES", len(LARGE) * 2 - 1)
-    assert (await got(kept, "?expand=blobs"))["outputs"] == {"start": json.loads(LARGE)}
-    start, step = (await got(kept, "/spans?expand=blobs"))["spans"]
+    assert (await get_json(kept, "?expand=blobs"))["outputs"] == {"start": json.loads(LARGE)}
+    start, step = (await get_json(kept, "/spans?expand=blobs"))["spans"]
     assert start["outputData"] == step["inputData"] == explanation(kept, "over-limit")
 
 
 @pytest.mark.parametrize("spoilt", [b"{} , {}", b'{"a": "\xff"}', b"{" + b" " * len(LARGE), None])
-async def test_a_content_that_is_none_is_explained_instead(kept: Kept, spoilt: bytes | None) -> None:
+async def test_a_content_that_is_none_is_explained_instead(kept: RunWithBlob, spoilt: bytes | None) -> None:
     """A pod may have put there what it likes, and a disk may have lost it: the rest of the answer stays whole."""
     reference = kept.reference
     if spoilt is not None:
@@ -141,21 +149,25 @@ async def test_a_content_that_is_none_is_explained_instead(kept: Kept, spoilt: b
     text = reference.as_text().decode()
     statement = update(SpanRow).where(col(SpanRow.node_id) == "start").values(output_blob=text)
     await kept.world.gateway.database.transaction(lambda connection: connection.execute(statement))
-    (output,) = (await got(kept, "?expand=blobs"))["outputs"].values()
+    (output,) = (await get_json(kept, "?expand=blobs"))["outputs"].values()
     assert (output["omitted"]["reason"], output["$blob"]["sha256"]) == ("lost", reference.sha256)
 
 
 @pytest.mark.parametrize("path", ["?expand=blob", "/spans?expand=blobs,outputs", "?expand=BLOBS"])
-async def test_a_misspelt_expansion_is_refused_with_those_that_there_are(kept: Kept, path: str) -> None:
+async def test_a_misspelt_expansion_is_refused_with_those_that_there_are(
+    kept: RunWithBlob, path: str
+) -> None:
     response = await kept.person.api.get(kept.path + path)
-    refused(response, 400, "invalid-query")
+    assert_refused(response, 400, "invalid-query")
     assert "blobs" in response.json()["error"]["details"][0]["message"]
 
 
-async def test_a_value_that_looks_like_a_reference_is_shown_as_it_is(world: World, people: People) -> None:
+async def test_a_value_that_looks_like_a_reference_is_shown_as_it_is(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
-    run = await claimed(world, response.json()["executionId"])
+    run = await claim_run(world, response.json()["executionId"])
     file = BlobReference("0" * 64, 1, "text/csv")
     output = NodeSpan(
         "start", "", "manual", SpanStatus.COMPLETED, 1, run.started_at, run.started_at, output=file.as_text()
@@ -167,7 +179,7 @@ async def test_a_value_that_looks_like_a_reference_is_shown_as_it_is(world: Worl
         assert shown["outputs"] == {"start": file.as_json()}
 
 
-async def test_a_content_is_given_out_to_be_saved_and_never_to_be_shown(kept: Kept) -> None:
+async def test_a_content_is_given_out_to_be_saved_and_never_to_be_shown(kept: RunWithBlob) -> None:
     response = await kept.person.api.get(kept.blob())
     assert response.content == LARGE
     headers = response.headers
@@ -181,7 +193,7 @@ async def test_a_content_is_given_out_to_be_saved_and_never_to_be_shown(kept: Ke
     assert (head.content, head.headers["Content-Length"]) == (b"", str(len(LARGE)))
 
 
-async def test_what_somebody_else_has_named_is_a_file_and_no_more(kept: Kept) -> None:
+async def test_what_somebody_else_has_named_is_a_file_and_no_more(kept: RunWithBlob) -> None:
     content = b"<script>alert(1)</script>"
     for number, (media_type, name, content_type, disposition) in enumerate(
         [
@@ -204,25 +216,27 @@ async def test_what_somebody_else_has_named_is_a_file_and_no_more(kept: Kept) ->
         assert "X-Evil" not in response.headers
 
 
-async def test_what_is_not_there_is_not_found(kept: Kept) -> None:
+async def test_what_is_not_there_is_not_found(kept: RunWithBlob) -> None:
     for sha in ("0" * 64, "A" * 64, "0" * 63, "%2e%2e%2fx", "0" * 64 + "%0a"):
-        refused(await kept.person.api.get(kept.blob(sha)), 404, "not-found")
+        assert_refused(await kept.person.api.get(kept.blob(sha)), 404, "not-found")
 
 
-async def test_a_hash_is_worth_nothing_to_those_who_may_not_see_the_run(kept: Kept, people: People) -> None:
+async def test_a_hash_is_worth_nothing_to_those_who_may_not_see_the_run(
+    kept: RunWithBlob, people: OrganizationUsers
+) -> None:
     for person in (people.colleague, people.stranger):
-        refused(await person.api.get(kept.blob()), 404, "not-found")
+        assert_refused(await person.api.get(kept.blob()), 404, "not-found")
     workflow_id = await people.stranger.create(**GRAPH)
     response = await people.stranger.api.post(
         f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": kept.reference.as_json()}
     )
     own = response.json()["executionId"]
-    refused(
+    assert_refused(
         await people.stranger.api.get(f"{EXECUTIONS}/{own}/blobs/{kept.reference.sha256}"), 404, "not-found"
     )
 
 
-async def test_a_resumed_run_shows_what_it_went_on_from(kept: Kept) -> None:
+async def test_a_resumed_run_shows_what_it_went_on_from(kept: RunWithBlob) -> None:
     response = await kept.person.api.post(f"{kept.path}/resume")
     assert response.status_code == 201, response.text
     resumed = f"{EXECUTIONS}/{response.json()['executionId']}"
@@ -232,7 +246,7 @@ async def test_a_resumed_run_shows_what_it_went_on_from(kept: Kept) -> None:
     assert sha256(content.content).hexdigest() == kept.reference.sha256
 
 
-async def test_a_spoilt_content_never_arrives_whole(kept: Kept) -> None:
+async def test_a_spoilt_content_never_arrives_whole(kept: RunWithBlob) -> None:
     folder = Path(kept.world.gateway.settings.data_dir) / "blobs" / kept.owner.organization_id
     file = folder / kept.owner.key_id / kept.reference.sha256
     content = file.read_bytes()
@@ -241,13 +255,13 @@ async def test_a_spoilt_content_never_arrives_whole(kept: Kept) -> None:
         await kept.person.api.get(kept.blob())
 
 
-async def test_a_storage_that_is_away_is_not_ready(kept: Kept) -> None:
+async def test_a_storage_that_is_away_is_not_ready(kept: RunWithBlob) -> None:
     folder = Path(kept.world.gateway.settings.data_dir) / "blobs"
     folder.rename(folder.with_name("elsewhere"))
     folder.write_text("in the way")
     try:
         response: httpx2.Response = await kept.person.api.get(kept.blob())
-        refused(response, 503, "not-ready")
+        assert_refused(response, 503, "not-ready")
     finally:
         folder.unlink()
         folder.with_name("elsewhere").rename(folder)

@@ -26,8 +26,8 @@ from gateway.http.edge import Edge
 from gateway.http.proxies import TrustedProxies
 from gateway.settings import GatewaySettings
 from models.settings import InvalidSettings
-from tests.integration.gateway_server import KEY, Address, Connection, listening, serving
-from tests.integration.gateway_world import SECRET
+from tests.integration.gateway_harness import SECRET
+from tests.integration.gateway_server import KEY, Address, RawConnection, listen, serve_gateway
 
 LOCAL = ["127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"]
 """Addresses of this machine that are no trusted proxies."""
@@ -46,7 +46,7 @@ WORKFLOW = b'{"name": "A workflow", "description": ""}'
 
 
 @contextmanager
-def closing(connections: list[Connection]) -> Iterator[list[Connection]]:
+def close_connections(connections: list[RawConnection]) -> Iterator[list[RawConnection]]:
     try:
         yield connections
     finally:
@@ -60,8 +60,8 @@ def closing(connections: list[Connection]) -> Iterator[list[Connection]]:
 async def test_unfinished_bodies_of_one_client_take_no_room_from_others(tmp_path: Path) -> None:
     largest = dict.fromkeys(("max_body_bytes", "max_mail_bytes", "max_hook_bytes"), MEGABYTE)
     bounds = {**largest, "max_bodies_bytes": 2 * MEGABYTE}
-    async with serving(tmp_path, **bounds) as address:
-        with closing([await Connection.open(address, LOCAL[0]) for _ in range(8)]) as greedy:
+    async with serve_gateway(tmp_path, **bounds) as address:
+        with close_connections([await RawConnection.open(address, LOCAL[0]) for _ in range(8)]) as greedy:
             for connection in greedy:
                 await connection.send(upload(900_000), b" " * 800_000)
             refused = [asyncio.create_task(connection.answer()) for connection in greedy]
@@ -72,7 +72,7 @@ async def test_unfinished_bodies_of_one_client_take_no_room_from_others(tmp_path
             for one in set(refused) - waiting:
                 status, headers = one.result()
                 assert (status, headers["retry-after"]) == (503, "1")
-            other = await Connection.open(address, LOCAL[1])
+            other = await RawConnection.open(address, LOCAL[1])
             await other.send(upload(900_000), WORKFLOW.ljust(900_000))
             assert (await other.answer())[0] == 201
             assert not next(iter(waiting)).done()
@@ -118,17 +118,17 @@ async def test_idle_and_slow_connections_make_room_for_those_that_ask(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_budget, "IDLE_SECONDS", 0.0)
-    async with serving(tmp_path, max_connections=CONNECTIONS) as address:
-        kept = await Connection.open(address, LOCAL[1])
+    async with serve_gateway(tmp_path, max_connections=CONNECTIONS) as address:
+        kept = await RawConnection.open(address, LOCAL[1])
         assert await kept.ask("/healthz") == 200
-        idle = [await Connection.open(address, LOCAL[0]) for _ in range(CONNECTIONS // 2)]
-        slow = [await Connection.open(address, LOCAL[0]) for _ in range(CONNECTIONS)]
-        with closing([kept, *idle, *slow]):
+        idle = [await RawConnection.open(address, LOCAL[0]) for _ in range(CONNECTIONS // 2)]
+        slow = [await RawConnection.open(address, LOCAL[0]) for _ in range(CONNECTIONS)]
+        with close_connections([kept, *idle, *slow]):
             for connection in slow:
                 with suppress(ConnectionError):  # others have taken its place
                     await connection.send(upload(1_000), b"{")
             for _ in range(CONNECTIONS * 2):
-                newcomer = await Connection.open(address, LOCAL[2])
+                newcomer = await RawConnection.open(address, LOCAL[2])
                 assert await newcomer.ask("/api/v1/auth/whoami") == 200
                 newcomer.close()
             await idle[0].until_closed()
@@ -184,10 +184,10 @@ async def test_polls_of_one_client_leave_room_for_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection_budget, "READ_SECONDS", 0.0)
-    async with polled(tmp_path) as address:
-        with closing([]) as polls:
+    async with serve_polled(tmp_path) as address:
+        with close_connections([]) as polls:
             while True:
-                poll = await Connection.open(address, LOCAL[0])
+                poll = await RawConnection.open(address, LOCAL[0])
                 polls.append(poll)
                 await poll.send("GET /poll HTTP/1.1\nHost: x")
                 if len(polls) > CONNECTIONS // 2:
@@ -197,30 +197,30 @@ async def test_polls_of_one_client_leave_room_for_others(
                     break
             for source in LOCAL[1:]:
                 for _ in range(CONNECTIONS // 3):
-                    polls.append(await Connection.open(address, source))
+                    polls.append(await RawConnection.open(address, source))
                     await polls[-1].send("GET /poll HTTP/1.1\nHost: x")
-            newcomer = await Connection.open(address, "127.0.0.9")
+            newcomer = await RawConnection.open(address, "127.0.0.9")
             polls.append(newcomer)
             assert await newcomer.ask("/now") == 200
             await polls[0].until_closed()
 
 
 async def test_pods_and_probes_are_served_where_all_connections_are_taken(tmp_path: Path) -> None:
-    async with polled(tmp_path) as address:
-        with closing([]) as polls:
+    async with serve_polled(tmp_path) as address:
+        with close_connections([]) as polls:
             for number in range(CONNECTIONS + 1):
-                polls.append(await Connection.open(address, LOCAL[number % 4]))
+                polls.append(await RawConnection.open(address, LOCAL[number % 4]))
                 await polls[-1].send("POST /poll HTTP/1.1\nHost: x\nContent-Length: 0")
             status, headers = await polls[-1].answer()
             assert (status, headers["retry-after"], headers["connection"]) == (503, "1", "close")
             for path in ("/healthz", "/internal/v1/wait"):
-                connection = await Connection.open(address, LOCAL[3])
+                connection = await RawConnection.open(address, LOCAL[3])
                 assert await connection.ask(path) == 200
                 connection.close()
             polls[0].close()
             polls[1].close()
             while True:
-                connection = await Connection.open(address, LOCAL[3])
+                connection = await RawConnection.open(address, LOCAL[3])
                 status = await connection.ask("/now")
                 connection.close()
                 if status == 200:
@@ -228,7 +228,7 @@ async def test_pods_and_probes_are_served_where_all_connections_are_taken(tmp_pa
 
 
 @asynccontextmanager
-async def polled(folder: Path) -> AsyncIterator[Address]:
+async def serve_polled(folder: Path) -> AsyncIterator[Address]:
     """Run a server with an endpoint that does not answer."""
 
     async def poll(request: Request) -> Response:
@@ -241,7 +241,7 @@ async def polled(folder: Path) -> AsyncIterator[Address]:
 
     routes = [Route(path, now) for path in ("/now", "/healthz", "/internal/v1/wait")]
     app = bare_application(Route("/poll", poll, methods=["GET", "POST"]), *routes)
-    async with listening(app, settings(folder, max_connections=CONNECTIONS)) as address:
+    async with listen(app, make_settings(folder, max_connections=CONNECTIONS)) as address:
         yield address
 
 
@@ -252,23 +252,23 @@ async def test_a_client_that_does_not_take_its_answer_is_cut_off(tmp_path: Path)
     async def large(_request: Request) -> Response:
         return PlainTextResponse("x" * 32 * MEGABYTE)
 
-    before = _closed("answer-not-taken")
+    before = _count_closed("answer-not-taken")
     app = bare_application(Route("/large", large))
-    async with listening(app, settings(tmp_path, stall_seconds=0.2)) as address:
+    async with listen(app, make_settings(tmp_path, stall_seconds=0.2)) as address:
         with socket.create_connection(address) as reader:
             reader.sendall(b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
             async with asyncio.timeout(60):
-                while _closed("answer-not-taken") == before:  # noqa: ASYNC110 - a count has no event
+                while _count_closed("answer-not-taken") == before:  # noqa: ASYNC110 - a count has no event
                     await asyncio.sleep(0.01)
-            assert len(await asyncio.to_thread(_rest, reader)) < 32 * MEGABYTE
+            assert len(await asyncio.to_thread(_read_rest, reader)) < 32 * MEGABYTE
 
 
-def _closed(reason: str) -> float:
+def _count_closed(reason: str) -> float:
     """Return how many connections were closed for a reason."""
     return REGISTRY.get_sample_value("pilotflame_connections_closed_total", {"reason": reason}) or 0.0
 
 
-def _rest(reader: socket.socket) -> bytes:
+def _read_rest(reader: socket.socket) -> bytes:
     reader.settimeout(60)
     rest = b""
     try:
@@ -285,7 +285,7 @@ def bare_application(*routes: Route) -> ASGIApp:
     return Edge(router, others=router)
 
 
-def settings(folder: Path, **values: Any) -> GatewaySettings:  # noqa: ANN401 - values of settings
+def make_settings(folder: Path, **values: Any) -> GatewaySettings:  # noqa: ANN401 - values of settings
     return GatewaySettings(data_dir=folder, secret_key=SecretStr(SECRET), **values)
 
 
@@ -332,13 +332,13 @@ def test_a_whole_network_of_trusted_proxies_is_warned_of(named: str, warnings: i
 
 
 async def test_clients_behind_a_trusted_proxy_have_bounds_of_their_own(tmp_path: Path) -> None:
-    async with polled(tmp_path) as address:
-        with closing([]) as polls:
+    async with serve_polled(tmp_path) as address:
+        with close_connections([]) as polls:
             for _ in range(CONNECTIONS // 2 + 1):
-                polls.append(await Connection.open(address))  # from a trusted proxy
+                polls.append(await RawConnection.open(address))  # from a trusted proxy
                 await polls[-1].send("GET /poll HTTP/1.1\nHost: x\nX-Forwarded-For: 192.0.2.1")
             assert (await polls[-1].answer())[0] == 503
-            polls.append(await Connection.open(address))
+            polls.append(await RawConnection.open(address))
             await polls[-1].send("GET /now HTTP/1.1\nHost: x\nX-Forwarded-For: 192.0.2.2")
             assert (await polls[-1].answer())[0] == 200
 

@@ -13,15 +13,15 @@ from sqlmodel import col
 from gateway.workflows import shipped
 from models.audit import AuditEntry
 from models.workflow import Workflow, WorkflowVersion
-from tests.integration.gateway_world import (
+from tests.integration.gateway_harness import (
     EDGE,
     GRAPH,
     STEP,
     TRIGGER,
-    People,
-    Person,
-    World,
-    refused,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
 )
 
 WORKFLOWS = "/api/v1/workflows"
@@ -95,16 +95,16 @@ EMPTY: dict[str, Any] = {"format": "pilotflame/workflow", "formatVersion": 1, "n
 
 
 @pytest.fixture(scope="module")
-async def residents(world: World) -> People:
+async def residents(world: GatewayHarness) -> OrganizationUsers:
     """Return people whom all tests know that only look at one answer."""
     return await world.people()
 
 
-async def post(person: Person, path: str, body: Any = None, **headers: str) -> httpx2.Response:  # noqa: ANN401 - JSON
+async def post(person: UserClient, path: str, body: Any = None, **headers: str) -> httpx2.Response:  # noqa: ANN401 - JSON
     return await person.api.post(f"{WORKFLOWS}{path}", json=body, headers=headers)
 
 
-async def made(person: Person, path: str, body: Any = None) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+async def copy_workflow(person: UserClient, path: str, body: Any = None) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Make a workflow out of another, and return the answer."""
     response = await post(person, path, body)
     assert response.status_code == 201, response.text
@@ -112,29 +112,29 @@ async def made(person: Person, path: str, body: Any = None) -> dict[str, Any]:  
     return answer
 
 
-async def template(people: People, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+async def create_template(people: OrganizationUsers, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
     """Make a template out of a workflow of the owner's, and return its id."""
     workflow_id = await people.owner.create(**fields)
-    answer = await made(people.admin, f"/{workflow_id}/save-as-template", {})
+    answer = await copy_workflow(people.admin, f"/{workflow_id}/save-as-template", {})
     template_id: str = answer["workflowId"]
     return template_id
 
 
-async def exported(person: Person, workflow_id: str) -> dict[str, Any]:
+async def export_workflow(person: UserClient, workflow_id: str) -> dict[str, Any]:
     response = await person.api.get(f"{WORKFLOWS}/{workflow_id}/export")
     assert response.status_code == 200, response.text
     document: dict[str, Any] = response.json()
     return document
 
 
-async def set_columns(world: World, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
+async def set_columns(world: GatewayHarness, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
     async def work(connection: AsyncConnection) -> None:
         await connection.execute(update(Workflow).where(col(Workflow.id) == workflow_id).values(**values))
 
     await world.gateway.database.transaction(work)
 
 
-async def version_and_action(world: World, workflow_id: str) -> tuple[WorkflowVersion, str]:
+async def read_version_and_action(world: GatewayHarness, workflow_id: str) -> tuple[WorkflowVersion, str]:
     """Return the only version of a workflow, and how the audit trail says that it began."""
     versions = select(WorkflowVersion).where(col(WorkflowVersion.workflow_id) == workflow_id)
     entries = select(AuditEntry).where(col(AuditEntry.object_id) == workflow_id)
@@ -150,13 +150,13 @@ async def version_and_action(world: World, workflow_id: str) -> tuple[WorkflowVe
 
 
 async def test_a_duplicate_is_a_draft_of_the_caller_s_with_the_same_content(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await people.owner.create(status="active", **GRAPH, tags=["a"], config={"appId": "app_1"})
     await set_columns(
         world, source_id, is_public=True, is_template=True, version=7, scopes=["models:invoke:m"]
     )
-    answer = await made(people.colleague, f"/{source_id}/duplicate")
+    answer = await copy_workflow(people.colleague, f"/{source_id}/duplicate")
     assert answer["removedSecrets"] == []
     source = await people.owner.workflow(source_id)
     copy = await people.colleague.workflow(answer["workflowId"])
@@ -166,7 +166,7 @@ async def test_a_duplicate_is_a_draft_of_the_caller_s_with_the_same_content(
     assert (copy["name"], copy["status"], copy["version"]) == ("A workflow (copy)", "draft", 1)
     assert (copy["ownerId"], copy["sharedWith"]) == (people.colleague.user.id, [])
     assert (copy["isPublic"], copy["isTemplate"]) == (False, False)
-    version, action = await version_and_action(world, copy["id"])
+    version, action = await read_version_and_action(world, copy["id"])
     assert (version.version, version.version_tag, version.created_by) == (
         1,
         "v1.0.0",
@@ -176,15 +176,15 @@ async def test_a_duplicate_is_a_draft_of_the_caller_s_with_the_same_content(
     assert action == "workflow.duplicated"
 
 
-async def test_the_name_of_a_duplicate_is_never_too_long(residents: People) -> None:
+async def test_the_name_of_a_duplicate_is_never_too_long(residents: OrganizationUsers) -> None:
     source_id = await residents.owner.create(name="x" * 192 + " yz 1234")
     copy = await residents.owner.workflow(
-        (await made(residents.owner, f"/{source_id}/duplicate"))["workflowId"]
+        (await copy_workflow(residents.owner, f"/{source_id}/duplicate"))["workflowId"]
     )
     assert copy["name"] == "x" * 192 + " (copy)"
 
 
-async def test_an_idempotency_key_makes_one_duplicate_of_each_workflow(people: People) -> None:
+async def test_an_idempotency_key_makes_one_duplicate_of_each_workflow(people: OrganizationUsers) -> None:
     first_id, second_id = await people.owner.create(**SECRETIVE), await people.owner.create()
     key = {"Idempotency-Key": "once"}
     first, again = [await post(people.owner, f"/{first_id}/duplicate", **key) for _ in range(2)]
@@ -199,12 +199,12 @@ async def test_an_idempotency_key_makes_one_duplicate_of_each_workflow(people: P
 # ── what never comes along ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_credentials_never_come_along(world: World, people: People) -> None:
+async def test_credentials_never_come_along(world: GatewayHarness, people: OrganizationUsers) -> None:
     source_id = await people.owner.create(**SECRETIVE)
     ways: dict[str, Callable[[], Awaitable[dict[str, Any]]]] = {
-        "workflow.duplicated": lambda: made(people.owner, f"/{source_id}/duplicate"),
-        "template.saved": lambda: made(people.admin, f"/{source_id}/save-as-template", {}),
-        "template.used": lambda: made(people.owner, "/from-template", {"templateId": source_id}),
+        "workflow.duplicated": lambda: copy_workflow(people.owner, f"/{source_id}/duplicate"),
+        "template.saved": lambda: copy_workflow(people.admin, f"/{source_id}/save-as-template", {}),
+        "template.used": lambda: copy_workflow(people.owner, "/from-template", {"templateId": source_id}),
     }
     for way, make in ways.items():
         if way == "template.used":
@@ -212,7 +212,7 @@ async def test_credentials_never_come_along(world: World, people: People) -> Non
         answer = await make()
         assert answer["removedSecrets"] == REMOVED, way
         copy = await people.admin.workflow(answer["workflowId"])
-        version, action = await version_and_action(world, answer["workflowId"])
+        version, action = await read_version_and_action(world, answer["workflowId"])
         assert action == way
         assert CANARY not in json.dumps([copy, version.snapshot]), way
         assert (copy["description"], copy["nodes"][1]["label"]) == ("Calls a shop\nwith ", "")
@@ -233,9 +233,11 @@ async def test_credentials_never_come_along(world: World, people: People) -> Non
 # ── templates ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_templates_are_listed_for_everybody_in_the_organisation(people: People) -> None:
-    first_id = await template(people, name="First", description="Where to begin", tags=["starter"], **GRAPH)
-    second_id = await template(people, name="Second")
+async def test_templates_are_listed_for_everybody_in_the_organisation(people: OrganizationUsers) -> None:
+    first_id = await create_template(
+        people, name="First", description="Where to begin", tags=["starter"], **GRAPH
+    )
+    second_id = await create_template(people, name="Second")
     await people.owner.create(name="No template")
     body = (await people.colleague.api.get(f"{WORKFLOWS}/templates")).json()
     assert body["count"] == 2 + SHIPPED
@@ -249,39 +251,43 @@ async def test_templates_are_listed_for_everybody_in_the_organisation(people: Pe
     assert (part["count"], part["limit"], part["offset"]) == (2 + SHIPPED, 1, 1)
     assert [one["id"] for one in part["templates"]] == [first_id]
     assert (await people.stranger.api.get(f"{WORKFLOWS}/templates")).json()["count"] == SHIPPED
-    refused(await people.colleague.api.get(f"{WORKFLOWS}/templates?limit=0"), 400, "invalid-query")
+    assert_refused(await people.colleague.api.get(f"{WORKFLOWS}/templates?limit=0"), 400, "invalid-query")
 
 
-async def test_a_deleted_template_is_gone(people: People) -> None:
-    template_id = await template(people, name="Gone")
+async def test_a_deleted_template_is_gone(people: OrganizationUsers) -> None:
+    template_id = await create_template(people, name="Gone")
     assert (await people.admin.api.delete(f"{WORKFLOWS}/{template_id}")).status_code == 204
     assert (await people.colleague.api.get(f"{WORKFLOWS}/templates")).json()["count"] == SHIPPED
-    refused(await post(people.colleague, "/from-template", {"templateId": template_id}), 404, "not-found")
+    assert_refused(
+        await post(people.colleague, "/from-template", {"templateId": template_id}), 404, "not-found"
+    )
 
 
-async def test_a_template_is_described_as_the_admin_says(people: People) -> None:
+async def test_a_template_is_described_as_the_admin_says(people: OrganizationUsers) -> None:
     source_id = await people.owner.create(name="Mine", description="Private words", tags=["x"], **GRAPH)
     body = {"name": "For all", "description": "", "tags": ["starter"]}
-    answer = await made(people.admin, f"/{source_id}/save-as-template", body)
+    answer = await copy_workflow(people.admin, f"/{source_id}/save-as-template", body)
     shown = await people.colleague.workflow(answer["workflowId"])
     assert (shown["name"], shown["description"], shown["tags"]) == ("For all", "", ["starter"])
     assert (shown["isTemplate"], shown["status"], shown["ownerId"]) == (True, "draft", people.admin.user.id)
     assert (await people.owner.workflow(source_id))["isTemplate"] is False
     wrong = await post(people.admin, f"/{source_id}/save-as-template", {"name": "", "tags": ["", 1]})
-    refused(wrong, 422, "validation-failed")
+    assert_refused(wrong, 422, "validation-failed")
 
 
-async def test_only_admins_make_templates(residents: People) -> None:
+async def test_only_admins_make_templates(residents: OrganizationUsers) -> None:
     source_id = await residents.owner.create(**GRAPH)
-    refused(await post(residents.owner, f"/{source_id}/save-as-template", {}), 403, "admin-required")
+    assert_refused(await post(residents.owner, f"/{source_id}/save-as-template", {}), 403, "admin-required")
     for person in (residents.colleague, residents.stranger):
-        refused(await post(person, f"/{source_id}/save-as-template", {}), 404, "not-found")
+        assert_refused(await post(person, f"/{source_id}/save-as-template", {}), 404, "not-found")
 
 
-async def test_everybody_begins_with_a_template(people: People) -> None:
-    template_id = await template(people, name="Start here", tags=["starter"], **GRAPH)
-    plain = await made(people.colleague, "/from-template", {"templateId": template_id})
-    named = await made(people.colleague, "/from-template", {"templateId": template_id, "name": "My own"})
+async def test_everybody_begins_with_a_template(people: OrganizationUsers) -> None:
+    template_id = await create_template(people, name="Start here", tags=["starter"], **GRAPH)
+    plain = await copy_workflow(people.colleague, "/from-template", {"templateId": template_id})
+    named = await copy_workflow(
+        people.colleague, "/from-template", {"templateId": template_id, "name": "My own"}
+    )
     whole = await people.colleague.workflow(plain["workflowId"])
     assert (whole["name"], whole["ownerId"]) == ("Start here", people.colleague.user.id)
     assert (whole["status"], whole["isTemplate"], whole["tags"]) == ("draft", False, ["starter"])
@@ -289,33 +295,37 @@ async def test_everybody_begins_with_a_template(people: People) -> None:
     assert (await people.colleague.workflow(named["workflowId"]))["name"] == "My own"
 
 
-async def test_what_is_no_template_of_the_organisation_is_none_to_begin_with(residents: People) -> None:
-    template_id, workflow_id = await template(residents), await residents.owner.create()
+async def test_what_is_no_template_of_the_organisation_is_none_to_begin_with(
+    residents: OrganizationUsers,
+) -> None:
+    template_id, workflow_id = await create_template(residents), await residents.owner.create()
     for person, wanted in (
         (residents.stranger, template_id),
         (residents.owner, workflow_id),
         (residents.owner, "x y"),
     ):
-        refused(await post(person, "/from-template", {"templateId": wanted}), 404, "not-found")
-    refused(await post(residents.owner, "/from-template", {}), 422, "validation-failed")
+        assert_refused(await post(person, "/from-template", {"templateId": wanted}), 404, "not-found")
+    assert_refused(await post(residents.owner, "/from-template", {}), 422, "validation-failed")
     wrong = await post(residents.owner, "/from-template", {"templateId": template_id, "name": "x" * 201})
-    refused(wrong, 422, "validation-failed")
+    assert_refused(wrong, 422, "validation-failed")
 
 
-async def test_a_template_is_read_and_run_by_everybody_and_changed_by_its_owner(people: People) -> None:
-    template_id = await template(people, **GRAPH)
+async def test_a_template_is_read_and_run_by_everybody_and_changed_by_its_owner(
+    people: OrganizationUsers,
+) -> None:
+    template_id = await create_template(people, **GRAPH)
     run = await post(people.colleague, f"/{template_id}/execute", {})
     assert run.status_code == 201
     change = await people.colleague.api.put(f"{WORKFLOWS}/{template_id}", json={"name": "Mine"})
-    refused(change, 403, "not-owner")
-    refused(await people.stranger.api.get(f"{WORKFLOWS}/{template_id}"), 404, "not-found")
-    refused(await post(people.stranger, f"/{template_id}/execute", {}), 404, "not-found")
+    assert_refused(change, 403, "not-owner")
+    assert_refused(await people.stranger.api.get(f"{WORKFLOWS}/{template_id}"), 404, "not-found")
+    assert_refused(await post(people.stranger, f"/{template_id}/execute", {}), 404, "not-found")
 
 
 # ── exports ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_export_holds_the_content_and_nothing_of_the_organisation(people: People) -> None:
+async def test_an_export_holds_the_content_and_nothing_of_the_organisation(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**WHOLE)
     response = await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}/export")
     again = await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}/export")
@@ -356,7 +366,7 @@ async def test_an_export_holds_the_content_and_nothing_of_the_organisation(peopl
     ],
 )
 async def test_a_file_name_is_safe_whatever_the_workflow_is_called(
-    residents: People, name: str, file_name: str
+    residents: OrganizationUsers, name: str, file_name: str
 ) -> None:
     workflow_id = await residents.owner.create(name=name)
     response = await residents.owner.api.get(f"{WORKFLOWS}/{workflow_id}/export")
@@ -364,18 +374,22 @@ async def test_a_file_name_is_safe_whatever_the_workflow_is_called(
 
 
 @pytest.mark.parametrize("operation", ["GET export", "POST duplicate"])
-async def test_what_somebody_may_not_read_is_not_copied_by_them(residents: People, operation: str) -> None:
+async def test_what_somebody_may_not_read_is_not_copied_by_them(
+    residents: OrganizationUsers, operation: str
+) -> None:
     method, name = operation.split()
     workflow_id = await residents.owner.create(**GRAPH)
     for person in (residents.colleague, residents.stranger):
-        refused(await person.api.request(method, f"{WORKFLOWS}/{workflow_id}/{name}"), 404, "not-found")
+        assert_refused(
+            await person.api.request(method, f"{WORKFLOWS}/{workflow_id}/{name}"), 404, "not-found"
+        )
 
 
 # ── imports ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_import_first_tells_what_there_is_to_resolve(people: People) -> None:
-    document = await exported(people.owner, await people.owner.create(**WHOLE))
+async def test_an_import_first_tells_what_there_is_to_resolve(people: OrganizationUsers) -> None:
+    document = await export_workflow(people.owner, await people.owner.create(**WHOLE))
     before = (await people.stranger.api.get(WORKFLOWS)).json()["count"]
     response = await post(people.stranger, "/import", {"document": document})
     assert response.status_code == 200
@@ -389,11 +403,13 @@ async def test_an_import_first_tells_what_there_is_to_resolve(people: People) ->
     assert (await people.stranger.api.get(WORKFLOWS)).json()["count"] == before
 
 
-async def test_an_import_then_creates_a_draft_with_what_was_resolved(world: World, people: People) -> None:
-    document = await exported(people.owner, await people.owner.create(**WHOLE))
+async def test_an_import_then_creates_a_draft_with_what_was_resolved(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    document = await export_workflow(people.owner, await people.owner.create(**WHOLE))
     references = {"ds_001": "ds_9", "ds_002": None, "model_001": "model_9"}
     body = {"document": document, "references": references, "name": "From elsewhere"}
-    answer = await made(people.stranger, "/import", body)
+    answer = await copy_workflow(people.stranger, "/import", body)
     assert answer["created"] is True
     whole = await people.stranger.workflow(answer["workflowId"])
     assert (whole["name"], whole["status"], whole["version"]) == ("From elsewhere", "draft", 1)
@@ -405,7 +421,7 @@ async def test_an_import_then_creates_a_draft_with_what_was_resolved(world: Worl
     assert configs["model"] == {"model": "model_9"}
     missing = [one["nodeId"] for one in answer["findings"]["warnings"] if one["type"] == "missing-config"]
     assert missing == ["other"]
-    _, action = await version_and_action(world, answer["workflowId"])
+    _, action = await read_version_and_action(world, answer["workflowId"])
     assert action == "workflow.imported"
 
 
@@ -420,17 +436,19 @@ async def test_an_import_then_creates_a_draft_with_what_was_resolved(world: Worl
     ids=["whole", "bare", "broken draft", "defaults"],
 )
 async def test_what_was_exported_is_exported_again_after_an_import(
-    residents: People, fields: dict[str, Any]
+    residents: OrganizationUsers, fields: dict[str, Any]
 ) -> None:
-    document = await exported(residents.owner, await residents.owner.create(**fields))
+    document = await export_workflow(residents.owner, await residents.owner.create(**fields))
     references = {reference["id"]: reference["id"] for reference in document["references"]}
-    answer = await made(residents.stranger, "/import", {"document": document, "references": references})
-    again = await exported(residents.stranger, answer["workflowId"])
+    answer = await copy_workflow(
+        residents.stranger, "/import", {"document": document, "references": references}
+    )
+    again = await export_workflow(residents.stranger, answer["workflowId"])
     assert json.dumps(again) == json.dumps(document)
 
 
-async def test_an_idempotency_key_imports_once(people: People) -> None:
-    document = await exported(people.owner, await people.owner.create(**GRAPH))
+async def test_an_idempotency_key_imports_once(people: OrganizationUsers) -> None:
+    document = await export_workflow(people.owner, await people.owner.create(**GRAPH))
     body, key = {"document": document, "references": {}}, {"Idempotency-Key": "once"}
     planned = await post(people.owner, "/import", {"document": document}, **key)
     assert planned.status_code == 200
@@ -438,14 +456,14 @@ async def test_an_idempotency_key_imports_once(people: People) -> None:
     assert first.json() == again.json()
     assert again.headers["Idempotent-Replayed"] == "true"
     other = await post(people.owner, "/import", {**body, "name": "Another"}, **key)
-    refused(other, 422, "idempotency-mismatch")
+    assert_refused(other, 422, "idempotency-mismatch")
 
 
-async def test_every_reference_has_to_be_resolved(residents: People) -> None:
-    document = await exported(residents.owner, await residents.owner.create(**WHOLE))
+async def test_every_reference_has_to_be_resolved(residents: OrganizationUsers) -> None:
+    document = await export_workflow(residents.owner, await residents.owner.create(**WHOLE))
     references = {"ds_001": "no id!", "ds_2": "ds_9"}
     response = await post(residents.owner, "/import", {"document": document, "references": references})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert {(one["path"], one["code"]) for one in response.json()["error"]["details"]} == {
         ("references.ds_001", "invalid-id"),
         ("references.ds_002", "unresolved-reference"),
@@ -454,10 +472,10 @@ async def test_every_reference_has_to_be_resolved(residents: People) -> None:
     }
 
 
-async def test_credentials_in_a_document_are_kept_and_warned_of(residents: People) -> None:
+async def test_credentials_in_a_document_are_kept_and_warned_of(residents: OrganizationUsers) -> None:
     # A finding calls a node by its label.
     document = {**EMPTY, **SECRETIVE, "nodes": [TRIGGER, {**CALL, "label": "Call"}]}
-    answer = await made(residents.owner, "/import", {"document": document, "references": {}})
+    answer = await copy_workflow(residents.owner, "/import", {"document": document, "references": {}})
     warned = [one for one in answer["findings"]["warnings"] if one["type"] == "inline-secret"]
     assert [one.get("nodeId") for one in warned] == ["call", None, None, None]
     assert CANARY not in json.dumps(answer)
@@ -477,11 +495,11 @@ async def test_credentials_in_a_document_are_kept_and_warned_of(residents: Peopl
     ],
 )
 async def test_documents_of_another_format_are_refused(
-    residents: People, fields: dict[str, Any], path: str, code: str, word: str
+    residents: OrganizationUsers, fields: dict[str, Any], path: str, code: str, word: str
 ) -> None:
     document = {**EMPTY, "nodes": 7, **fields}
     response = await post(residents.owner, "/import", {"document": document})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert [(one["path"], one["code"]) for one in response.json()["error"]["details"]] == [(path, code)]
     assert word in response.json()["error"]["message"]
 
@@ -543,11 +561,11 @@ async def test_documents_of_another_format_are_refused(
     ids=["nodes", "connections", "ids of others", "fields", "too many", "types"],
 )
 async def test_all_that_is_wrong_with_a_document_is_told_at_once(
-    residents: People, fields: dict[str, Any], expected: dict[str, str]
+    residents: OrganizationUsers, fields: dict[str, Any], expected: dict[str, str]
 ) -> None:
     document = {**EMPTY, **fields}
     response = await post(residents.owner, "/import", {"document": document, "references": {}})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert {one["path"]: one["code"] for one in response.json()["error"]["details"]} == expected
 
 
@@ -563,25 +581,25 @@ async def test_all_that_is_wrong_with_a_document_is_told_at_once(
         {"document": EMPTY, "references": "ds_1"},
     ],
 )
-async def test_what_is_no_import_is_refused(residents: People, body: Any) -> None:  # noqa: ANN401 - any JSON value
-    refused(await post(residents.owner, "/import", body), 422, "validation-failed")
+async def test_what_is_no_import_is_refused(residents: OrganizationUsers, body: Any) -> None:  # noqa: ANN401 - any JSON value
+    assert_refused(await post(residents.owner, "/import", body), 422, "validation-failed")
 
 
-async def test_a_document_may_be_as_large_as_any_body(residents: People) -> None:
+async def test_a_document_may_be_as_large_as_any_body(residents: OrganizationUsers) -> None:
     huge = {"document": {**EMPTY, "description": "x" * 1_000_001}}
-    refused(await post(residents.owner, "/import", huge), 413, "payload-too-large")
+    assert_refused(await post(residents.owner, "/import", huge), 413, "payload-too-large")
 
 
-async def test_copies_are_strict_unless_the_original_says_otherwise(people: People) -> None:
+async def test_copies_are_strict_unless_the_original_says_otherwise(people: OrganizationUsers) -> None:
     async def strictness(path: str, body: Any = None) -> Any:  # noqa: ANN401 - any JSON value
-        workflow = await people.owner.workflow((await made(people.owner, path, body))["workflowId"])
+        workflow = await people.owner.workflow((await copy_workflow(people.owner, path, body))["workflowId"])
         return workflow["settings"].get("strictMappings")
 
     source_id = await people.owner.create()
     for stored, copied in ((None, True), (False, False)):
         await people.owner.api.put(f"{WORKFLOWS}/{source_id}", json={"settings": {"strictMappings": stored}})
         document = (await people.owner.api.get(f"{WORKFLOWS}/{source_id}/export")).json()
-        template_id = (await made(people.admin, f"/{source_id}/save-as-template", {}))["workflowId"]
+        template_id = (await copy_workflow(people.admin, f"/{source_id}/save-as-template", {}))["workflowId"]
         assert await strictness("/import", {"document": document, "references": {}}) is copied
         assert await strictness(f"/{source_id}/duplicate") is copied
         assert await strictness("/from-template", {"templateId": template_id}) is copied

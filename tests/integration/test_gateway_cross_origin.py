@@ -13,14 +13,14 @@ from gateway import routes
 from gateway.document import openapi
 from gateway.http import cross_origin
 from gateway.settings import GatewaySettings
-from tests.integration.gateway_world import People, World, refused
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
 
 WORKFLOWS = "/api/v1/workflows"
 PAGE = "https://app.example.com"
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
 
 
-def preflight(origin: str, method: str = "POST") -> dict[str, str]:
+def preflight_headers(origin: str, method: str = "POST") -> dict[str, str]:
     asks = {
         "Access-Control-Request-Method": method,
         "Access-Control-Request-Headers": "x-api-key,content-type",
@@ -28,11 +28,11 @@ def preflight(origin: str, method: str = "POST") -> dict[str, str]:
     return {"Origin": origin, **asks}
 
 
-def of_cors(answer: httpx2.Response) -> dict[str, str]:
+def cors_headers(answer: httpx2.Response) -> dict[str, str]:
     return {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
 
 
-async def test_options_of_every_path_tell_the_documented_methods_without_a_key(world: World) -> None:
+async def test_options_of_every_path_tell_the_documented_methods_without_a_key(world: GatewayHarness) -> None:
     anybody = await world.client()
     also = {line.path: {*line.also_by} for line in routes.TABLE if line.also_by}
     for path, methods in DOCUMENT["paths"].items():
@@ -41,56 +41,58 @@ async def test_options_of_every_path_tell_the_documented_methods_without_a_key(w
         documented = {method.upper() for method in methods} | also.get(path, set()) | {"OPTIONS"}
         documented |= {"HEAD"} if "get" in methods else set()
         assert set(answer.headers["Allow"].split(", ")) == documented, path
-    refused(await anybody.options("/api/v1/nothing"), 404, "not-found")
+    assert_refused(await anybody.options("/api/v1/nothing"), 404, "not-found")
 
 
-async def test_no_page_may_read_answers_unless_a_setting_says_so(people: People) -> None:
-    answer = await people.owner.api.options(WORKFLOWS, headers=preflight(PAGE))
-    assert (answer.status_code, of_cors(answer)) == (204, {})
+async def test_no_page_may_read_answers_unless_a_setting_says_so(people: OrganizationUsers) -> None:
+    answer = await people.owner.api.options(WORKFLOWS, headers=preflight_headers(PAGE))
+    assert (answer.status_code, cors_headers(answer)) == (204, {})
     answer = await people.owner.api.get(WORKFLOWS, headers={"Origin": PAGE})
-    assert of_cors(answer) == {}
+    assert cors_headers(answer) == {}
     assert "Vary" not in answer.headers
 
 
-async def test_pages_of_named_origins_may_use_the_api(world: World, people: People) -> None:
+async def test_pages_of_named_origins_may_use_the_api(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     there = await world.with_settings(cors_origins=(PAGE, "https://other.example.com"))
     anybody, owner = await there.client(), await there.client(people.owner.key)
 
-    asked = await anybody.options(WORKFLOWS, headers=preflight(PAGE))
+    asked = await anybody.options(WORKFLOWS, headers=preflight_headers(PAGE))
     assert (asked.status_code, asked.headers["Vary"]) == (204, "Origin")
-    assert of_cors(asked) == {
+    assert cors_headers(asked) == {
         "access-control-allow-origin": PAGE,
         "access-control-allow-methods": "GET, HEAD, OPTIONS, POST",
         "access-control-allow-headers": "*, Authorization",
         "access-control-max-age": "600",
     }
-    handshake = await anybody.options(f"{WORKFLOWS}/events", headers=preflight(PAGE))
+    handshake = await anybody.options(f"{WORKFLOWS}/events", headers=preflight_headers(PAGE))
     assert handshake.headers["Access-Control-Allow-Methods"] == "OPTIONS, POST"
 
     unauthorized = await anybody.get(WORKFLOWS, headers={"Origin": PAGE})
-    refused(unauthorized, 401, "unauthorized")
+    assert_refused(unauthorized, 401, "unauthorized")
     unknown = await anybody.get("/api/v1/nothing", headers={"Origin": PAGE})
     for answer in (await owner.get(WORKFLOWS, headers={"Origin": PAGE}), unauthorized, unknown):
-        assert set(of_cors(answer)) == {"access-control-allow-origin", "access-control-expose-headers"}
+        assert set(cors_headers(answer)) == {"access-control-allow-origin", "access-control-expose-headers"}
         assert answer.headers["Access-Control-Allow-Origin"] == PAGE
 
     for origin in ("https://app.example.com.evil.test", "http://app.example.com", "null", ""):
         for answer in (
             await owner.get(WORKFLOWS, headers={"Origin": origin}),
-            await anybody.options(WORKFLOWS, headers=preflight(origin)),
+            await anybody.options(WORKFLOWS, headers=preflight_headers(origin)),
         ):
-            assert (of_cors(answer), answer.headers["Vary"]) == ({}, "Origin"), origin
-    assert of_cors(await anybody.get("/internal/v1/nothing", headers={"Origin": PAGE})) == {}
+            assert (cors_headers(answer), answer.headers["Vary"]) == ({}, "Origin"), origin
+    assert cors_headers(await anybody.get("/internal/v1/nothing", headers={"Origin": PAGE})) == {}
 
 
 async def test_pages_of_every_origin_may_use_the_api_but_without_credentials(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     there = await world.with_settings(cors_origins=("*",))
     owner = await there.client(people.owner.key)
     for answer in (
         await owner.get(WORKFLOWS, headers={"Origin": "https://anywhere.test"}),
-        await owner.options(WORKFLOWS, headers=preflight("https://anywhere.test")),
+        await owner.options(WORKFLOWS, headers=preflight_headers("https://anywhere.test")),
     ):
         assert answer.headers["Access-Control-Allow-Origin"] == "*"
         assert "access-control-allow-credentials" not in answer.headers

@@ -18,7 +18,14 @@ from execution.stored_data_sources import StoredDataSources
 from models.data_source import DataSource
 from models.encryption import SecretVault
 from models.execution import Idempotency
-from tests.integration.gateway_world import SECRET, TRIGGER, People, Person, World, refused
+from tests.integration.gateway_harness import (
+    SECRET,
+    TRIGGER,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 
 SOURCES = "/api/v1/datasources"
 WORKFLOWS = "/api/v1/workflows"
@@ -31,11 +38,11 @@ DATABASE: dict[str, Any] = {
 BUCKET: dict[str, Any] = {"type": "s3", "secrets": {"secretAccessKey": "some-secret-text"}}
 
 
-def told(**settings: object) -> dict[str, Any]:
+def changed_settings(**settings: object) -> dict[str, Any]:
     return {**DATABASE["settings"], **settings}
 
 
-async def made(person: Person, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+async def create_source(person: UserClient, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
     """Make a data source and return its id."""
     count = (await person.api.get(SOURCES)).json()["count"]
     response = await person.api.post(SOURCES, json={"name": f"Source {count}", **DATABASE, **fields})
@@ -44,27 +51,27 @@ async def made(person: Person, **fields: Any) -> str:  # noqa: ANN401 - any JSON
     return source_id
 
 
-async def shown(person: Person, source_id: str) -> dict[str, Any]:
+async def get_source(person: UserClient, source_id: str) -> dict[str, Any]:
     response = await person.api.get(f"{SOURCES}/{source_id}")
     assert response.status_code == 200, response.text
     found: dict[str, Any] = response.json()
     return found
 
 
-async def change(person: Person, source_id: str, **fields: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+async def change(person: UserClient, source_id: str, **fields: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
     return await person.api.put(f"{SOURCES}/{source_id}", json=fields)
 
 
-async def share(person: Person, source_id: str, user_id: object) -> httpx2.Response:
+async def share(person: UserClient, source_id: str, user_id: object) -> httpx2.Response:
     return await person.api.post(f"{SOURCES}/{source_id}/share", json={"userId": user_id})
 
 
-def caller(person: Person) -> RunCaller:
+def caller_of(person: UserClient) -> RunCaller:
     """Return for whom a run of this person's works."""
     return RunCaller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
 
 
-def sources(world: World, *secrets: str) -> StoredDataSources:
+def stored_sources(world: GatewayHarness, *secrets: str) -> StoredDataSources:
     """Return what a worker finds data sources by."""
     secret, *previous = [one.encode() for one in secrets or (SECRET,)]
     return StoredDataSources(world.gateway.database, SecretVault(secret, previous))
@@ -74,12 +81,12 @@ def sources(world: World, *secrets: str) -> StoredDataSources:
 
 
 async def test_a_data_source_is_shown_with_defaults_and_without_its_secrets(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     answer = await people.owner.api.post(SOURCES, json={"name": " Orders ", **DATABASE})
     assert (answer.status_code, answer.headers["ETag"]) == (201, '"1"')
     source_id = answer.json()["dataSourceId"]
-    found = await shown(people.owner, source_id)
+    found = await get_source(people.owner, source_id)
     assert found == {
         "id": source_id,
         "name": "Orders",
@@ -96,7 +103,7 @@ async def test_a_data_source_is_shown_with_defaults_and_without_its_secrets(
     }
     listed = (await people.owner.api.get(SOURCES)).json()
     assert listed == {"count": 1, "limit": 20, "offset": 0, "dataSources": [found]}
-    source = await sources(world).find(caller(people.owner), source_id)
+    source = await stored_sources(world).find(caller_of(people.owner), source_id)
     assert (source.type, source.secrets) == ("postgresql", DATABASE["secrets"])
     assert (source.settings, source.revision) == (found["settings"], 1)
 
@@ -116,11 +123,11 @@ TYPES: list[tuple[str, dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
-async def test_each_type_takes_what_it_needs(people: People) -> None:
+async def test_each_type_takes_what_it_needs(people: OrganizationUsers) -> None:
     for kind, settings, secrets in TYPES:
         given = dict.fromkeys(secrets, "some-secret-text")
-        found = await shown(
-            people.owner, await made(people.owner, type=kind, settings=settings, secrets=given)
+        found = await get_source(
+            people.owner, await create_source(people.owner, type=kind, settings=settings, secrets=given)
         )
         assert settings.items() <= found["settings"].items()
         assert (found["type"], found["secretNames"]) == (kind, secrets)
@@ -131,12 +138,12 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
     ({"name": "x" * 201}, ["name"]),
     ({"type": "oracle"}, ["type"]),
     ({"settings": {}}, ["settings.host", "settings.database", "settings.user"]),
-    ({"settings": told(host="postgres://db"), "secrets": {}}, ["settings.host", "secrets.password"]),
-    ({"settings": told(port="5432")}, ["settings.port"]),
-    ({"settings": told(port=0)}, ["settings.port"]),
-    ({"settings": told(tls="maybe")}, ["settings.tls"]),
-    ({"settings": told(user="a\n")}, ["settings.user"]),
-    ({"settings": told(password=CANARY)}, ["settings.password"]),
+    ({"settings": changed_settings(host="postgres://db"), "secrets": {}}, ["settings.host", "secrets.password"]),
+    ({"settings": changed_settings(port="5432")}, ["settings.port"]),
+    ({"settings": changed_settings(port=0)}, ["settings.port"]),
+    ({"settings": changed_settings(tls="maybe")}, ["settings.tls"]),
+    ({"settings": changed_settings(user="a\n")}, ["settings.user"]),
+    ({"settings": changed_settings(password=CANARY)}, ["settings.password"]),
     ({"secrets": {"password": ""}}, ["secrets.password"]),
     ({"secrets": {"password": [CANARY]}}, ["secrets.password"]),
     ({"secrets": {"password": CANARY + "\r\n"}}, ["secrets.password"]),
@@ -158,10 +165,10 @@ WRONG: list[tuple[dict[str, Any], list[str]]] = [
 ]  # fmt: skip
 
 
-async def test_what_is_wrong_is_told_field_by_field_without_a_value(people: People) -> None:
+async def test_what_is_wrong_is_told_field_by_field_without_a_value(people: OrganizationUsers) -> None:
     for fields, paths in WRONG:
         response = await people.owner.api.post(SOURCES, json={"name": "A source", **DATABASE, **fields})
-        refused(response, 422, "validation-failed")
+        assert_refused(response, 422, "validation-failed")
         problems = response.json()["error"]["details"]
         assert [problem["path"] for problem in problems] == paths
         assert CANARY not in response.text
@@ -169,20 +176,24 @@ async def test_what_is_wrong_is_told_field_by_field_without_a_value(people: Peop
     assert (await people.owner.api.get(SOURCES)).json()["count"] == 0
 
 
-async def test_names_are_an_owners_own(people: People) -> None:
+async def test_names_are_an_owners_own(people: OrganizationUsers) -> None:
     owner, colleague = people.owner, people.colleague
-    first = await made(owner, name="Orders")
-    refused(await owner.api.post(SOURCES, json={"name": "Orders", **DATABASE}), 409, "data-source-name-taken")
-    await made(colleague, name="Orders")
-    second = await made(owner, name="Other")
-    refused(await change(owner, second, name="Orders"), 409, "data-source-name-taken")
+    first = await create_source(owner, name="Orders")
+    assert_refused(
+        await owner.api.post(SOURCES, json={"name": "Orders", **DATABASE}), 409, "data-source-name-taken"
+    )
+    await create_source(colleague, name="Orders")
+    second = await create_source(owner, name="Other")
+    assert_refused(await change(owner, second, name="Orders"), 409, "data-source-name-taken")
     assert (await change(owner, first, name="Orders")).status_code == 200
 
 
-async def test_lists_are_filtered_sorted_and_shown_in_parts(people: People) -> None:
+async def test_lists_are_filtered_sorted_and_shown_in_parts(people: OrganizationUsers) -> None:
     for name in "bca":
-        await made(people.owner, name=name)
-    token = await made(people.owner, name="d", type="http-bearer", settings={}, secrets={"token": "t"})
+        await create_source(people.owner, name=name)
+    token = await create_source(
+        people.owner, name="d", type="http-bearer", settings={}, secrets={"token": "t"}
+    )
 
     async def names(query: str) -> list[str]:
         answer = (await people.owner.api.get(f"{SOURCES}?{query}")).json()
@@ -193,13 +204,15 @@ async def test_lists_are_filtered_sorted_and_shown_in_parts(people: People) -> N
     filtered = (await people.owner.api.get(f"{SOURCES}?type=http-bearer")).json()
     assert (filtered["count"], filtered["dataSources"][0]["id"]) == (1, token)
     for query in ("type=oracle", "sort=settings", "limit=101"):
-        refused(await people.owner.api.get(f"{SOURCES}?{query}"), 400, "invalid-query")
+        assert_refused(await people.owner.api.get(f"{SOURCES}?{query}"), 400, "invalid-query")
 
 
-async def test_there_is_an_end_to_data_sources(people: People, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_there_is_an_end_to_data_sources(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gateway.limits.DATA_SOURCES", 1)
-    await made(people.owner)
-    refused(
+    await create_source(people.owner)
+    assert_refused(
         await people.colleague.api.post(SOURCES, json={"name": "One more", **DATABASE}),
         409,
         "too-many-data-sources",
@@ -207,7 +220,7 @@ async def test_there_is_an_end_to_data_sources(people: People, monkeypatch: pyte
 
 
 async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secrets_by(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     body, headers = {"name": "Once", **DATABASE}, {"Idempotency-Key": "once"}
     first, *others = await asyncio.gather(
@@ -217,7 +230,7 @@ async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secre
     assert {answer.json()["dataSourceId"] for answer in others} == {first.json()["dataSourceId"]}
     other = {**body, "secrets": {"password": "another"}}
     again = await people.owner.api.post(SOURCES, json=other, headers=headers)
-    refused(again, 422, "idempotency-mismatch")
+    assert_refused(again, 422, "idempotency-mismatch")
     async with world.gateway.database.read() as connection:
         kept = set(await connection.scalars(select(col(Idempotency.fingerprint))))
     assert fingerprint(body) not in kept
@@ -226,18 +239,20 @@ async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secre
 # ── changes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_a_change_does_not_name_stays_secrets_too(world: World, people: People) -> None:
-    source_id = await made(people.owner)
-    before = await shown(people.owner, source_id)
+async def test_what_a_change_does_not_name_stays_secrets_too(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    source_id = await create_source(people.owner)
+    before = await get_source(people.owner, source_id)
     response = await change(
         people.owner, source_id, name="Renamed", settings={"database": "other", "tls": None}
     )
     assert (response.status_code, response.headers["ETag"]) == (200, '"2"')
     after = response.json()
-    assert after == await shown(people.owner, source_id)
+    assert after == await get_source(people.owner, source_id)
     assert after["settings"] == {**before["settings"], "database": "other"}
     assert after["secretsSetAt"] == before["secretsSetAt"]
-    kept = await sources(world).find(caller(people.owner), source_id)
+    kept = await stored_sources(world).find(caller_of(people.owner), source_id)
     assert (kept.secrets, kept.revision) == (DATABASE["secrets"], 2)
 
     same = await change(people.owner, source_id, name="Renamed", settings={"database": "other"})
@@ -245,33 +260,37 @@ async def test_what_a_change_does_not_name_stays_secrets_too(world: World, peopl
     renewed = await change(people.owner, source_id, secrets={"password": "renewed"})
     assert (renewed.status_code, renewed.headers["ETag"]) == (200, '"3"')
     assert renewed.json()["secretsSetAt"] > before["secretsSetAt"]
-    assert (await sources(world).find(caller(people.owner), source_id)).secrets == {"password": "renewed"}
+    assert (await stored_sources(world).find(caller_of(people.owner), source_id)).secrets == {
+        "password": "renewed"
+    }
 
 
 @pytest.mark.parametrize("setting", [{"host": "elsewhere.example.com"}, {"port": 1}, {"tls": "disable"}])
 async def test_secrets_go_to_another_place_only_for_who_gives_them_again(
-    people: People, setting: dict[str, Any]
+    people: OrganizationUsers, setting: dict[str, Any]
 ) -> None:
-    source_id = await made(people.owner)
+    source_id = await create_source(people.owner)
     for person in (people.owner, people.admin):
         response = await change(person, source_id, settings=setting)
-        refused(response, 422, "validation-failed")
+        assert_refused(response, 422, "validation-failed")
         assert response.json()["error"]["details"][0]["path"] == "secrets"
     response = await change(people.owner, source_id, settings=setting, secrets={"password": "again"})
     assert response.status_code == 200
 
 
-async def test_hosts_are_widened_only_by_who_knows_the_token(people: People) -> None:
+async def test_hosts_are_widened_only_by_who_knows_the_token(people: OrganizationUsers) -> None:
     token = {"type": "http-bearer", "settings": {"hosts": ["a.example.com"]}, "secrets": {"token": "t"}}
-    source_id = await made(people.owner, **token)
+    source_id = await create_source(people.owner, **token)
     for hosts in (None, ["b.example.com"]):
-        refused(await change(people.admin, source_id, settings={"hosts": hosts}), 422, "validation-failed")
+        assert_refused(
+            await change(people.admin, source_id, settings={"hosts": hosts}), 422, "validation-failed"
+        )
     assert (await change(people.admin, source_id, settings={"hosts": ["a.example.com"]})).status_code == 200
 
 
-async def test_what_is_no_field_can_not_be_set(people: People) -> None:
-    source_id = await made(people.owner, id="ds_mine", ownerId=people.admin.user.id)
-    before = await shown(people.owner, source_id)
+async def test_what_is_no_field_can_not_be_set(people: OrganizationUsers) -> None:
+    source_id = await create_source(people.owner, id="ds_mine", ownerId=people.admin.user.id)
+    before = await get_source(people.owner, source_id)
     assert before["ownerId"] == people.owner.user.id
     assert before["id"] == source_id != "ds_mine"
     for fields in (
@@ -282,12 +301,12 @@ async def test_what_is_no_field_can_not_be_set(people: People) -> None:
         {"isPublic": True},
         {"lane": 7},
     ):
-        refused(await change(people.owner, source_id, **fields), 422, "validation-failed")
-    assert await shown(people.owner, source_id) == before
+        assert_refused(await change(people.owner, source_id, **fields), 422, "validation-failed")
+    assert await get_source(people.owner, source_id) == before
 
 
-async def test_a_change_is_made_to_the_state_that_was_read(people: People) -> None:
-    source_id = await made(people.owner)
+async def test_a_change_is_made_to_the_state_that_was_read(people: OrganizationUsers) -> None:
+    source_id = await create_source(people.owner)
     await change(people.owner, source_id, name="Changed")
     path, stale = f"{SOURCES}/{source_id}", {"If-Match": '"1"'}
     for response in (
@@ -295,14 +314,14 @@ async def test_a_change_is_made_to_the_state_that_was_read(people: People) -> No
         await people.owner.api.delete(path, headers=stale),
         await people.owner.api.put(f"{path}/visibility", json={"isPublic": True}, headers=stale),
     ):
-        refused(response, 412, "precondition-failed")
+        assert_refused(response, 412, "precondition-failed")
         assert response.headers["ETag"] == '"2"'
     fresh = {"If-Match": '"2"'}
     assert (await people.owner.api.put(path, json={"name": "Kept"}, headers=fresh)).status_code == 200
 
 
-async def test_changes_at_the_same_time_are_all_kept(people: People) -> None:
-    source_id = await made(people.owner)
+async def test_changes_at_the_same_time_are_all_kept(people: OrganizationUsers) -> None:
+    source_id = await create_source(people.owner)
     answers = await asyncio.gather(
         change(people.owner, source_id, name="Renamed"),
         change(people.owner, source_id, settings={"database": "other"}),
@@ -310,7 +329,7 @@ async def test_changes_at_the_same_time_are_all_kept(people: People) -> None:
         share(people.owner, source_id, people.colleague.user.id),
     )
     assert {answer.status_code for answer in answers} == {200}
-    found = await shown(people.owner, source_id)
+    found = await get_source(people.owner, source_id)
     assert (found["name"], found["settings"]["database"]) == ("Renamed", "other")
     assert found["sharedWith"] == [people.colleague.user.id]
 
@@ -318,28 +337,28 @@ async def test_changes_at_the_same_time_are_all_kept(people: People) -> None:
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def usable(world: World, person: Person, source_id: str) -> bool:
+async def is_usable(world: GatewayHarness, person: UserClient, source_id: str) -> bool:
     """Tell whether a run of this person's may use a data source, and check that the API says the same."""
     status = (await person.api.get(f"{SOURCES}/{source_id}")).status_code
     listed = (await person.api.get(SOURCES)).json()["dataSources"]
     assert (source_id in [one["id"] for one in listed]) is (status == 200)
     if status == 200:
-        await sources(world).find(caller(person), source_id)
+        await stored_sources(world).find(caller_of(person), source_id)
         return True
     with pytest.raises(NodeError) as raised:
-        await sources(world).find(caller(person), source_id)
+        await stored_sources(world).find(caller_of(person), source_id)
     assert (raised.value.code, raised.value.retryable, status) == ("data-source-not-found", False, 404)
     return False
 
 
 async def test_whoever_may_read_a_data_source_may_use_it_and_nobody_else(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    source_id, guest = await made(people.owner), people.colleague
+    source_id, guest = await create_source(people.owner), people.colleague
     everybody = (people.owner, people.admin, guest, people.stranger)
 
-    async def users() -> list[Person]:
-        return [person for person in everybody if await usable(world, person, source_id)]
+    async def users() -> list[UserClient]:
+        return [person for person in everybody if await is_usable(world, person, source_id)]
 
     assert await users() == [people.owner, people.admin]
     await share(people.owner, source_id, guest.user.id)
@@ -355,8 +374,8 @@ async def test_whoever_may_read_a_data_source_may_use_it_and_nobody_else(
     assert await users() == []
 
 
-async def test_a_guest_uses_and_neither_changes_nor_deletes_nor_shares(people: People) -> None:
-    source_id, guest = await made(people.owner), people.colleague
+async def test_a_guest_uses_and_neither_changes_nor_deletes_nor_shares(people: OrganizationUsers) -> None:
+    source_id, guest = await create_source(people.owner), people.colleague
     answer = await share(people.owner, source_id, guest.user.id)
     told = {"message": "Data source shared successfully", "dataSourceId": source_id, "userId": guest.user.id}
     assert (answer.status_code, answer.json()) == (200, told)
@@ -372,49 +391,57 @@ async def test_a_guest_uses_and_neither_changes_nor_deletes_nor_shares(people: P
         await guest.api.delete(f"{path}/share/{guest.user.id}"),
         await guest.api.put(f"{path}/visibility", json={"isPublic": True}),
     ):
-        refused(response, 403, "not-owner")
+        assert_refused(response, 403, "not-owner")
 
 
-async def test_a_data_source_is_shared_with_other_users_of_the_organisation_alone(people: People) -> None:
-    source_id = await made(people.owner)
+async def test_a_data_source_is_shared_with_other_users_of_the_organisation_alone(
+    people: OrganizationUsers,
+) -> None:
+    source_id = await create_source(people.owner)
     for user_id in (people.stranger.user.id, "user_nobody", ""):
-        refused(await share(people.owner, source_id, user_id), 404, "not-found")
+        assert_refused(await share(people.owner, source_id, user_id), 404, "not-found")
     for person, user in (
         (people.owner, people.owner.user),
         (people.admin, people.admin.user),
         (people.admin, people.owner.user),
     ):
-        refused(await share(person, source_id, user.id), 422, "validation-failed")
-    refused(await people.owner.api.delete(f"{SOURCES}/{source_id}/share/user_nobody"), 404, "not-found")
+        assert_refused(await share(person, source_id, user.id), 422, "validation-failed")
+    assert_refused(
+        await people.owner.api.delete(f"{SOURCES}/{source_id}/share/user_nobody"), 404, "not-found"
+    )
 
 
 async def test_a_change_reaches_runs_within_seconds_and_another_organisation_never(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source_id = await made(people.owner)
-    found = sources(world)
-    assert (await found.find(caller(people.owner), source_id)).revision == 1
+    source_id = await create_source(people.owner)
+    found = stored_sources(world)
+    assert (await found.find(caller_of(people.owner), source_id)).revision == 1
     await change(people.owner, source_id, name="Changed")
-    assert (await found.find(caller(people.owner), source_id)).revision == 1
+    assert (await found.find(caller_of(people.owner), source_id)).revision == 1
     for person in (people.stranger, people.colleague):
         with pytest.raises(NodeError) as raised:
-            await found.find(caller(person), source_id)
+            await found.find(caller_of(person), source_id)
         assert raised.value.code == "data-source-not-found"
     monkeypatch.setattr("execution.stored_data_sources.monotonic", lambda: float("inf"))
-    assert (await found.find(caller(people.owner), source_id)).revision == 2
+    assert (await found.find(caller_of(people.owner), source_id)).revision == 2
 
 
-async def test_what_another_secret_has_encrypted_is_no_crash(world: World, people: People) -> None:
-    source_id = await made(people.owner)
+async def test_what_another_secret_has_encrypted_is_no_crash(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    source_id = await create_source(people.owner)
     with pytest.raises(NodeError, match="given again") as raised:
-        await sources(world, "another secret of more than thirty-two characters").find(
-            caller(people.owner), source_id
+        await stored_sources(world, "another secret of more than thirty-two characters").find(
+            caller_of(people.owner), source_id
         )
     assert raised.value.code == "data-source-unreadable"
 
 
-async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(world: World, people: People) -> None:
-    first, second = await made(people.owner), await made(people.stranger)
+async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    first, second = await create_source(people.owner), await create_source(people.stranger)
 
     async def move(connection: AsyncConnection) -> None:
         sealed = await connection.scalar(select(col(DataSource.sealed)).where(col(DataSource.id) == first))
@@ -422,20 +449,20 @@ async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(world: Wor
 
     await world.gateway.database.transaction(move)
     with pytest.raises(NodeError) as raised:
-        await sources(world).find(caller(people.stranger), second)
+        await stored_sources(world).find(caller_of(people.stranger), second)
     assert raised.value.code == "data-source-unreadable"
 
 
 async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_can_use(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     bearer = {"type": "http-bearer", "settings": {}, "secrets": {"token": "a-token-of-the-tests"}}
-    good, foreign = await made(owner, **bearer), await made(people.stranger, **bearer)
-    secret = await made(
+    good, foreign = await create_source(owner, **bearer), await create_source(people.stranger, **bearer)
+    secret = await create_source(
         owner, name="Signs", type="webhook-secret", settings={}, secrets={"secret": "a secret of webhooks"}
     )
-    broken = await made(owner, **bearer)
+    broken = await create_source(owner, **bearer)
 
     async def break_it(connection: AsyncConnection) -> None:
         await connection.execute(update(DataSource).where(col(DataSource.id) == broken).values(sealed=b"x"))
@@ -455,7 +482,7 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
     ):
         workflow_id = await owner.create(nodes=asking(source_id), connections=edges)
         answer = await owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
-        refused(answer, 422, "validation-failed")
+        assert_refused(answer, 422, "validation-failed")
         (problem,) = answer.json()["error"]["details"]
         assert (problem["path"], problem["code"]) == ("nodes.ask.config.dataSource", code)
 
@@ -463,7 +490,7 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
     path = f"{WORKFLOWS}/{workflow_id}"
     assert (await owner.api.put(f"{path}/status", json={"status": "active"})).status_code == 200
     edited = await owner.api.put(path, json={"nodes": asking(secret)})
-    refused(edited, 422, "validation-failed")
+    assert_refused(edited, 422, "validation-failed")
     assert (await owner.api.delete(f"{SOURCES}/{good}?force=true")).status_code == 204
     # A source that has gone since keeps nobody from mending the rest of an active workflow.
     more = [*asking(good), {"id": "note", "nodeId": "log", "config": {"message": "x"}}]
@@ -473,8 +500,8 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
 # ── the end of one ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_workflows_name_is_deleted_only_by_force(people: People) -> None:
-    source_id = await made(people.owner)
+async def test_what_workflows_name_is_deleted_only_by_force(people: OrganizationUsers) -> None:
+    source_id = await create_source(people.owner)
     node = {"id": "ask", "nodeId": "http-request", "config": {"url": "https://a.b", "dataSource": source_id}}
     own = await people.owner.create(name="Mine", nodes=[TRIGGER, node])
     hidden = await people.colleague.create(name="Hidden", nodes=[TRIGGER, node])
@@ -482,7 +509,7 @@ async def test_what_workflows_name_is_deleted_only_by_force(people: People) -> N
     path = f"{SOURCES}/{source_id}"
 
     response = await people.owner.api.delete(path)
-    refused(response, 409, "data-source-in-use")
+    assert_refused(response, 409, "data-source-in-use")
     (named,) = response.json()["error"]["details"]
     assert (named["path"], named["message"]) == (f"workflows.{own}", "Mine")
     assert hidden not in response.text
@@ -490,15 +517,15 @@ async def test_what_workflows_name_is_deleted_only_by_force(people: People) -> N
 
     await people.owner.api.delete(f"{WORKFLOWS}/{own}")
     response = await people.owner.api.delete(path)
-    refused(response, 409, "data-source-in-use")
+    assert_refused(response, 409, "data-source-in-use")
     assert response.json()["error"]["details"] == []
     assert (await people.owner.api.delete(f"{path}?force=true")).status_code == 204
-    refused(await people.owner.api.get(path), 404, "not-found")
-    refused(await people.owner.api.delete(path), 404, "not-found")
+    assert_refused(await people.owner.api.get(path), 404, "not-found")
+    assert_refused(await people.owner.api.delete(path), 404, "not-found")
 
 
-async def test_changes_leave_a_trace_that_says_nothing_of_secrets(people: People) -> None:
-    source_id = await made(people.owner)
+async def test_changes_leave_a_trace_that_says_nothing_of_secrets(people: OrganizationUsers) -> None:
+    source_id = await create_source(people.owner)
     await change(people.owner, source_id, secrets={"password": f"{CANARY}-2"})
     await share(people.owner, source_id, people.colleague.user.id)
     await people.owner.api.put(f"{SOURCES}/{source_id}/visibility", json={"isPublic": True})

@@ -15,30 +15,36 @@ from messages.buckets import Rate
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.ingest import Delivery
-from tests.integration.gateway_world import GRAPH, People, Person, World, refused
-from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS, active, rows
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.test_gateway_enqueue import QUEUE, WORKFLOWS, create_active_workflow, read_rows
 
 
 @pytest.fixture
-async def workflow_id(people: People) -> str:
-    return await active(people.owner)
+async def workflow_id(people: OrganizationUsers) -> str:
+    return await create_active_workflow(people.owner)
 
 
-async def enqueue(person: Person, workflow_id: str, message: Any = 1) -> str:  # noqa: ANN401 - any JSON value
+async def enqueue(person: UserClient, workflow_id: str, message: Any = 1) -> str:  # noqa: ANN401 - any JSON value
     response = await person.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": message})
     assert response.status_code == 201, response.text
     execution_id: str = response.json()["executionId"]
     return execution_id
 
 
-async def got(person: Person, path: str) -> dict[str, Any]:
+async def get_json(person: UserClient, path: str) -> dict[str, Any]:
     response = await person.api.get(path)
     assert response.status_code == 200, response.text
     shown: dict[str, Any] = response.json()
     return shown
 
 
-async def fail(world: World, *execution_ids: str) -> None:
+async def fail(world: GatewayHarness, *execution_ids: str) -> None:
     await world.gateway.database.transaction(
         lambda connection: connection.execute(
             update(Execution)
@@ -52,13 +58,13 @@ async def fail(world: World, *execution_ids: str) -> None:
     )
 
 
-async def given(world: World, execution_id: str) -> Any:  # noqa: ANN401 - any JSON value
+async def read_trigger(world: GatewayHarness, execution_id: str) -> Any:  # noqa: ANN401 - any JSON value
     async with world.gateway.database.read() as connection:
         statement = select(col(ExecutionData.trigger)).where(col(ExecutionData.execution_id) == execution_id)
         return json.loads(await connection.scalar(statement) or "null")
 
 
-def remember_nothing(world: World, person: Person, workflow_id: str) -> None:
+def remember_nothing(world: GatewayHarness, person: UserClient, workflow_id: str) -> None:
     """Have the gateway know of a workflow what its rows say now."""
     world.gateway.workflows.forget(person.user.organization_id, workflow_id)
 
@@ -67,7 +73,7 @@ def remember_nothing(world: World, person: Person, workflow_id: str) -> None:
 
 
 async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     execution_id = await enqueue(people.owner, workflow_id)
     await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": 1, "priority": 999})
@@ -78,10 +84,13 @@ async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
         (people.owner, "wf_no"),
     ):
         answer = await person.api.post(f"{WORKFLOWS}/{named}/enqueue", json={"message": 1})
-        refused(answer, 404, "not-found")
-    assert [len(await rows(world, Delivery, workflow_id=one)) for one in (workflow_id, "wf_no")] == [2, 0]
+        assert_refused(answer, 404, "not-found")
+    assert [len(await read_rows(world, Delivery, workflow_id=one)) for one in (workflow_id, "wf_no")] == [
+        2,
+        0,
+    ]
     path = f"{WORKFLOWS}/{workflow_id}/deliveries"
-    shown = await got(people.owner, path)
+    shown = await get_json(people.owner, path)
     assert shown["count"] == 2
     wrong, right = shown["deliveries"]
     assert (wrong["outcome"], wrong["status"], wrong["reason"]["code"]) == (
@@ -90,27 +99,27 @@ async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
         "validation-failed",
     )
     assert (right["outcome"], right["executionId"], right["reason"]) == ("accepted", execution_id, None)
-    only = await got(people.admin, f"{path}?outcome=accepted&route=enqueue")
+    only = await get_json(people.admin, f"{path}?outcome=accepted&route=enqueue")
     assert [one["id"] for one in only["deliveries"]] == [right["id"]]
-    assert await got(people.owner, f"/api/v1/deliveries/{right['id']}") == right
+    assert await get_json(people.owner, f"/api/v1/deliveries/{right['id']}") == right
     for person in (people.stranger, people.colleague):
-        refused(await person.api.get(path), 404, "not-found")
-        refused(await person.api.get(f"/api/v1/deliveries/{right['id']}"), 404, "not-found")
-        refused(await person.api.post(f"/api/v1/deliveries/{right['id']}/redrive"), 404, "not-found")
+        assert_refused(await person.api.get(path), 404, "not-found")
+        assert_refused(await person.api.get(f"/api/v1/deliveries/{right['id']}"), 404, "not-found")
+        assert_refused(await person.api.post(f"/api/v1/deliveries/{right['id']}/redrive"), 404, "not-found")
 
 
 async def test_a_delivery_is_run_once_more_whatever_became_of_it_if_it_was_understood(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     api = people.owner.api
     first = await enqueue(people.owner, workflow_id, {"order": 7})
     await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
     remember_nothing(world, people.owner, workflow_id)
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
-    refused(await api.post(url, json={"message": {"order": 8}}), 409, "workflow-not-active")
-    refused(await api.post(url, json={"message": 1, "source": 1}), 422, "validation-failed")
+    assert_refused(await api.post(url, json={"message": {"order": 8}}), 409, "workflow-not-active")
+    assert_refused(await api.post(url, json={"message": 1, "source": 1}), 422, "validation-failed")
     await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
-    shown = (await got(people.owner, f"{WORKFLOWS}/{workflow_id}/deliveries"))["deliveries"]
+    shown = (await get_json(people.owner, f"{WORKFLOWS}/{workflow_id}/deliveries"))["deliveries"]
     not_understood, not_active, accepted = (one["id"] for one in shown)
 
     for delivery_id, order in ((accepted, 7), (not_active, 8)):
@@ -123,19 +132,23 @@ async def test_a_delivery_is_run_once_more_whatever_became_of_it_if_it_was_under
         assert answers[0].json() == answers[1].json()
         again = answers[0].json()["executionId"]
         assert again != first
-        assert (await given(world, again))["message"] == {"order": order}
-    refused(await api.post(f"/api/v1/deliveries/{not_understood}/redrive"), 409, "not-redrivable")
-    latest = (await got(people.owner, f"{WORKFLOWS}/{workflow_id}/deliveries?outcome=accepted"))["deliveries"]
+        assert (await read_trigger(world, again))["message"] == {"order": order}
+    assert_refused(await api.post(f"/api/v1/deliveries/{not_understood}/redrive"), 409, "not-redrivable")
+    latest = (await get_json(people.owner, f"{WORKFLOWS}/{workflow_id}/deliveries?outcome=accepted"))[
+        "deliveries"
+    ]
     assert [one["redrivenFrom"] for one in latest] == [not_active, accepted, None]
 
 
-async def test_a_list_of_deliveries_is_run_once_more_once(people: People, workflow_id: str) -> None:
+async def test_a_list_of_deliveries_is_run_once_more_once(
+    people: OrganizationUsers, workflow_id: str
+) -> None:
     for number in range(3):
         await enqueue(people.owner, workflow_id, number)
     path = f"{WORKFLOWS}/{workflow_id}/deliveries/redrive"
     dry = (await people.owner.api.post(path, json={"dryRun": True})).json()
     assert (dry["matched"], dry["redriven"]) == (3, 0)
-    refused(await people.owner.api.post(path, json={"dryrun": True}), 422, "validation-failed")
+    assert_refused(await people.owner.api.post(path, json={"dryrun": True}), 422, "validation-failed")
     first = (await people.owner.api.post(path, json={"limit": 2})).json()
     assert (first["matched"], first["redriven"], first["remaining"]) == (3, 2, 1)
     second = (await people.owner.api.post(path, json={})).json()
@@ -143,7 +156,9 @@ async def test_a_list_of_deliveries_is_run_once_more_once(people: People, workfl
     assert (await people.owner.api.post(path, json={})).json()["matched"] == 0
 
 
-async def test_what_cannot_be_run_once_more_stands_in_nobodys_way(people: People, workflow_id: str) -> None:
+async def test_what_cannot_be_run_once_more_stands_in_nobodys_way(
+    people: OrganizationUsers, workflow_id: str
+) -> None:
     api = people.owner.api
     url = f"{WORKFLOWS}/{workflow_id}"
     await api.post(f"{url}/enqueue-batch", json={"messages": [{"message": 1}]})
@@ -157,7 +172,7 @@ async def test_what_cannot_be_run_once_more_stands_in_nobodys_way(people: People
 
 
 async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
-    world: World, people: People, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "KEPT_REFUSED_CHARACTERS", 20_000)
     monkeypatch.setattr(deliveries, "KEPT", Rate(per_second=0.001, burst=15_000))
@@ -165,9 +180,9 @@ async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
     await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
     for size in (10_000, 10_000, 10, 30_000):
         answer = await api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": "x" * size})
-        refused(answer, 409, "workflow-not-active")
+        assert_refused(answer, 409, "workflow-not-active")
     kept = sorted(
-        len(one.payload or "") // 10 for one in await rows(world, Delivery, workflow_id=workflow_id)
+        len(one.payload or "") // 10 for one in await read_rows(world, Delivery, workflow_id=workflow_id)
     )
     assert kept == [0, 0, 5, 1_004]
 
@@ -176,59 +191,61 @@ async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
 
 
 async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     first, second, third, fine = [await enqueue(people.owner, workflow_id, number) for number in range(4)]
     await fail(world, first, second, third)
     path = f"{WORKFLOWS}/{workflow_id}/dead-letters"
-    shown = await got(people.owner, path)
+    shown = await get_json(people.owner, path)
     assert [one["executionId"] for one in shown["deadLetters"]] == [first, second, third]
     assert shown["deadLetters"][0]["given"]["message"] == 0
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/visibility", json={"isPublic": True})
-    refused(await people.colleague.api.post(f"{path}/purge", json={}), 403, "not-owner")
+    assert_refused(await people.colleague.api.post(f"{path}/purge", json={}), 403, "not-owner")
     assert shown["deadLetters"][0]["error"]["code"] == "no"
-    refused(await people.stranger.api.get(path), 404, "not-found")
+    assert_refused(await people.stranger.api.get(path), 404, "not-found")
 
     again = (await people.owner.api.post(f"{path}/redrive", json={"executionIds": [second, fine]})).json()
     assert (again["matched"], again["redriven"]) == (1, 1)
-    assert (await given(world, again["executionIds"][0]))["message"] == 1
+    assert (await read_trigger(world, again["executionIds"][0]))["message"] == 1
     misspelt = await people.owner.api.post(f"{path}/purge", json={"executionId": first})
-    refused(misspelt, 422, "validation-failed")
+    assert_refused(misspelt, 422, "validation-failed")
     purged = (await people.owner.api.post(f"{path}/purge", json={"executionIds": [first]})).json()
     assert purged == {"matched": 1, "purged": 1, "remaining": 0}
-    left = await got(people.owner, path)
+    left = await get_json(people.owner, path)
     assert [one["executionId"] for one in left["deadLetters"]] == [third]
     # What can't be run once more now stays, and is noted nowhere else.
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
     none = (await people.owner.api.post(f"{path}/redrive", json={})).json()
     assert (none["matched"], none["failed"]) == (1, 1)
-    assert (await got(people.owner, f"{WORKFLOWS}/{workflow_id}/deliveries?outcome=rejected"))["count"] == 0
+    assert (await get_json(people.owner, f"{WORKFLOWS}/{workflow_id}/deliveries?outcome=rejected"))[
+        "count"
+    ] == 0
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
     # What fails once more is a dead letter once more, and one that was resumed is none.
     await fail(world, *again["executionIds"])
-    assert (await got(people.owner, path))["count"] == 2
+    assert (await get_json(people.owner, path))["count"] == 2
     assert (await people.owner.api.post(f"/api/v1/executions/{third}/resume")).status_code == 201
-    left = await got(people.owner, path)
+    left = await get_json(people.owner, path)
     assert [one["executionId"] for one in left["deadLetters"]] == again["executionIds"]
 
 
 async def test_what_is_too_large_for_a_list_is_left_out_of_it(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     large, small = [await enqueue(people.owner, workflow_id, "x" * size) for size in (200_000, 1)]
     await fail(world, large, small)
     path = f"{WORKFLOWS}/{workflow_id}/dead-letters"
-    shown = (await got(people.owner, path))["deadLetters"]
+    shown = (await get_json(people.owner, path))["deadLetters"]
     assert [one["given"] and one["given"]["message"] for one in shown] == [None, "x"]
     again = (await people.owner.api.post(f"{path}/redrive", json={"executionIds": [large]})).json()
-    assert len((await given(world, again["executionIds"][0]))["message"]) == 200_000
+    assert len((await read_trigger(world, again["executionIds"][0]))["message"]) == 200_000
 
 
 # ── the token ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_the_token_of_a_workflow_is_shown_once_and_replaced(
-    people: People, world: World, workflow_id: str
+    people: OrganizationUsers, world: GatewayHarness, workflow_id: str
 ) -> None:
     path = f"{WORKFLOWS}/{workflow_id}/trigger-token"
     nobody = await world.client()
@@ -246,26 +263,28 @@ async def test_the_token_of_a_workflow_is_shown_once_and_replaced(
     assert (await people.owner.api.delete(path)).status_code == 204
     world.gateway.doorkeeper._kept._items.clear()  # noqa: SLF001 - it would be a second until it is asked for again
     for token in (old["token"], new["token"]):
-        refused(await nobody.post(url + token, json={"message": 1}), 401, "unauthorized")
-    refused(await people.stranger.api.post(path, json={}), 404, "not-found")
+        assert_refused(await nobody.post(url + token, json={"message": 1}), 401, "unauthorized")
+    assert_refused(await people.stranger.api.post(path, json={}), 404, "not-found")
 
 
-async def test_no_more_tokens_are_good_at_once_than_may_be(people: People, workflow_id: str) -> None:
+async def test_no_more_tokens_are_good_at_once_than_may_be(
+    people: OrganizationUsers, workflow_id: str
+) -> None:
     path = f"{WORKFLOWS}/{workflow_id}/trigger-token"
     hints = [
         (await people.owner.api.post(path, json={"overlapSeconds": 60})).json()["hint"]
         for _ in range(limits.TRIGGER_TOKENS + 2)
     ]
-    tokens = (await got(people.owner, f"{WORKFLOWS}/{workflow_id}/inbound-address"))["tokens"]
+    tokens = (await get_json(people.owner, f"{WORKFLOWS}/{workflow_id}/inbound-address"))["tokens"]
     assert [one["hint"] for one in tokens] == hints[:1:-1]
 
 
-async def test_only_those_who_may_change_a_workflow_make_its_token(people: People) -> None:
+async def test_only_those_who_may_change_a_workflow_make_its_token(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**QUEUE)
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/visibility", json={"isPublic": True})
     path = f"{WORKFLOWS}/{workflow_id}/trigger-token"
-    refused(await people.colleague.api.post(path, json={}), 403, "not-owner")
-    refused(await people.colleague.api.delete(path), 403, "not-owner")
+    assert_refused(await people.colleague.api.post(path, json={}), 403, "not-owner")
+    assert_refused(await people.colleague.api.delete(path), 403, "not-owner")
     manual = await people.owner.create(**GRAPH)
     made = (await people.owner.api.post(f"{WORKFLOWS}/{manual}/trigger-token", json={})).json()
     assert made["urls"] == {}

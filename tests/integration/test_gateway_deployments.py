@@ -16,10 +16,23 @@ from models.deployment import LifecycleDecision, ObservedState
 from models.deployment_token import DeploymentToken
 from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET, Execution
 from models.execution_status import ExecutionStatus
-from tests.integration.deployed import run
-from tests.integration.deployers import asked, on_this_machine, row, until
-from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, World, open_world, refused
-from tests.services import PostgreSQL
+from tests.integration.deployed_workflows import run
+from tests.integration.deployers import (
+    read_deployment,
+    request_lifecycle,
+    run_local_deployer,
+    wait_for_deployment,
+)
+from tests.integration.gateway_harness import (
+    GRAPH,
+    STEP,
+    TRIGGER,
+    GatewayHarness,
+    OrganizationUsers,
+    assert_refused,
+    create_gateway,
+)
+from tests.services import PostgresServer
 from workers.deployer.deployer import Deployer
 
 API = "/api/v1/workflows"
@@ -29,32 +42,32 @@ PATIENCE_SECONDS = 60.0
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 async def world(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[World]:
+    request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
     folder: Path = tmp_path_factory.mktemp("deployments")
-    async with open_world(request.param, postgres, folder, settle_seconds=30) as world:
+    async with create_gateway(request.param, postgres, folder, settle_seconds=30) as world:
         yield world
 
 
 @pytest.fixture
-async def deployer(world: World, tmp_path: Path) -> AsyncIterator[Deployer]:
-    async with on_this_machine(world, tmp_path / "pods") as found:
+async def deployer(world: GatewayHarness, tmp_path: Path) -> AsyncIterator[Deployer]:
+    async with run_local_deployer(world, tmp_path / "pods") as found:
         yield found
 
 
 @pytest.fixture
-async def workflow_id(people: People) -> str:
+async def workflow_id(people: OrganizationUsers) -> str:
     return await people.owner.create(**GRAPH)
 
 
-async def shown(people: People, workflow_id: str) -> dict[str, Any]:
+async def get_workflow(people: OrganizationUsers, workflow_id: str) -> dict[str, Any]:
     response = await people.owner.api.get(f"{API}/{workflow_id}/status")
     assert response.status_code == 200
     found: dict[str, Any] = response.json()
     return found
 
 
-async def tokens(world: World, workflow_id: str) -> list[DeploymentToken]:
+async def read_tokens(world: GatewayHarness, workflow_id: str) -> list[DeploymentToken]:
     statement = select(DeploymentToken).where(col(DeploymentToken.workflow_id) == workflow_id)
     async with world.gateway.database.read() as connection:
         return [DeploymentToken(**one) for one in (await connection.execute(statement)).mappings()]
@@ -62,10 +75,10 @@ async def tokens(world: World, workflow_id: str) -> list[DeploymentToken]:
 
 @pytest.mark.usefixtures("deployer")
 async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
-    deployed = await asked(owner, "deploy", workflow_id, 200)
+    deployed = await request_lifecycle(owner, "deploy", workflow_id, 200)
     assert deployed == {
         "message": "Workflow deployed successfully",
         "workflowId": workflow_id,
@@ -73,43 +86,43 @@ async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
         "deploymentStatus": "running",
         "version": 1,
     }
-    again = await asked(owner, "deploy", workflow_id, 200)
-    assert (again, (await row(world, workflow_id)).generation) == (deployed, 1)
+    again = await request_lifecycle(owner, "deploy", workflow_id, 200)
+    assert (again, (await read_deployment(world, workflow_id)).generation) == (deployed, 1)
 
-    stopped = await asked(owner, "stop", workflow_id, 200)
+    stopped = await request_lifecycle(owner, "stop", workflow_id, 200)
     assert stopped == {"workflowId": workflow_id, "deploymentStatus": "stopped"}
-    assert await asked(owner, "stop", workflow_id, 200) == stopped
-    status = await shown(people, workflow_id)
+    assert await request_lifecycle(owner, "stop", workflow_id, 200) == stopped
+    status = await get_workflow(people, workflow_id)
     assert (status["stoppedReason"], status["replicas"], status["readyReplicas"]) == ("manual", 0, 0)
 
-    started = await asked(owner, "start", workflow_id, 200, replicas=2)
+    started = await request_lifecycle(owner, "start", workflow_id, 200, replicas=2)
     assert started == {"workflowId": workflow_id, "deploymentStatus": "running", "replicas": 2}
-    assert (await shown(people, workflow_id))["readyReplicas"] == 2
-    assert (await asked(owner, "start", workflow_id, 200))["replicas"] == 1
+    assert (await get_workflow(people, workflow_id))["readyReplicas"] == 2
+    assert (await request_lifecycle(owner, "start", workflow_id, 200))["replicas"] == 1
 
     logs = await owner.api.get(f"{API}/{workflow_id}/logs", params={"limit": 5})
     assert {line["text"] for line in logs.json()["lines"]} == {"started"}
 
-    undeployed = await asked(owner, "undeploy", workflow_id, 200)
+    undeployed = await request_lifecycle(owner, "undeploy", workflow_id, 200)
     assert undeployed == {
         "message": "Workflow undeployed successfully",
         "workflowId": workflow_id,
         "status": "draft",
         "deploymentStatus": "not-deployed",
     }
-    assert await asked(owner, "undeploy", workflow_id, 200) == undeployed
-    assert all(token.revoked_at for token in await tokens(world, workflow_id))
+    assert await request_lifecycle(owner, "undeploy", workflow_id, 200) == undeployed
+    assert all(token.revoked_at for token in await read_tokens(world, workflow_id))
     for verb in ("stop", "start"):
-        refused(await owner.api.post(f"{API}/{workflow_id}/{verb}"), 409, "not-deployed")
-    refused(await owner.api.get(f"{API}/{workflow_id}/logs"), 409, "not-deployed")
+        assert_refused(await owner.api.post(f"{API}/{workflow_id}/{verb}"), 409, "not-deployed")
+    assert_refused(await owner.api.get(f"{API}/{workflow_id}/logs"), 409, "not-deployed")
 
 
 @pytest.mark.usefixtures("deployer")
 async def test_what_is_asked_leaves_a_trace_with_who_asked(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     for verb in ("deploy", "stop", "start", "undeploy"):
-        await asked(people.owner, verb, workflow_id, 200)
+        await request_lifecycle(people.owner, verb, workflow_id, 200)
     async with world.gateway.database.read() as connection:
         actions = await connection.scalars(
             select(col(AuditEntry.action))
@@ -144,63 +157,65 @@ async def test_what_is_asked_leaves_a_trace_with_who_asked(
 
 @pytest.mark.usefixtures("deployer")
 async def test_a_new_version_replaces_pods_and_their_token_and_an_old_one_comes_back(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
-    await asked(owner, "deploy", workflow_id, 200)
-    first = await row(world, workflow_id)
+    await request_lifecycle(owner, "deploy", workflow_id, 200)
+    first = await read_deployment(world, workflow_id)
     changed = {**STEP, "config": {"values": {"a": 2}}}
     await owner.api.put(f"{API}/{workflow_id}", json={"nodes": [TRIGGER, changed]})
     await owner.api.post(f"{API}/{workflow_id}/versions", json={"versionTag": "v2.0.0"})
-    assert (await asked(owner, "deploy", workflow_id, 200))["version"] == 2
-    second = await row(world, workflow_id)
+    assert (await request_lifecycle(owner, "deploy", workflow_id, 200))["version"] == 2
+    second = await read_deployment(world, workflow_id)
     assert second.observed_definition_hash == second.definition_hash != first.definition_hash
-    assert len([one for one in await tokens(world, workflow_id) if one.revoked_at is None]) == 2
+    assert len([one for one in await read_tokens(world, workflow_id) if one.revoked_at is None]) == 2
 
-    assert (await asked(owner, "deploy-version", workflow_id, 200, version=1))["version"] == 1
-    assert (await row(world, workflow_id)).definition_hash == first.definition_hash
+    assert (await request_lifecycle(owner, "deploy-version", workflow_id, 200, version=1))["version"] == 1
+    assert (await read_deployment(world, workflow_id)).definition_hash == first.definition_hash
     workflow = await owner.workflow(workflow_id)
     assert (workflow["version"], workflow["nodes"][1]["config"]) == (2, changed["config"])
-    refused(
+    assert_refused(
         await owner.api.post(f"{API}/{workflow_id}/deploy-version", json={"version": 9}), 404, "not-found"
     )
-    await asked(owner, "undeploy", workflow_id, 200)
+    await request_lifecycle(owner, "undeploy", workflow_id, 200)
 
 
-async def test_only_what_can_run_is_deployed(people: People) -> None:
+async def test_only_what_can_run_is_deployed(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[STEP])
     response = await people.owner.api.post(f"{API}/{workflow_id}/deploy")
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert "missing-trigger" in {one["type"] for one in response.json()["error"]["details"]}
-    assert (await shown(people, workflow_id))["deploymentStatus"] == "not-deployed"
+    assert (await get_workflow(people, workflow_id))["deploymentStatus"] == "not-deployed"
     assert (await people.owner.workflow(workflow_id))["status"] == "draft"
 
 
 @pytest.mark.parametrize("replicas", [0, 11, 1.5, "2"])
-async def test_there_are_one_to_ten_pods(people: People, workflow_id: str, replicas: object) -> None:
+async def test_there_are_one_to_ten_pods(
+    people: OrganizationUsers, workflow_id: str, replicas: object
+) -> None:
     response = await people.owner.api.post(f"{API}/{workflow_id}/start", json={"replicas": replicas})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
 
 
 @pytest.mark.parametrize("version", [0, 10_001, 2**31, 2**64, "1"])
 async def test_a_version_is_a_number_that_there_can_be(
-    people: People, workflow_id: str, version: object
+    people: OrganizationUsers, workflow_id: str, version: object
 ) -> None:
     response = await people.owner.api.post(f"{API}/{workflow_id}/deploy-version", json={"version": version})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
 
 
 @pytest.mark.usefixtures("deployer")
 async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    await asked(people.owner, "deploy", workflow_id, 200)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 200)
     kinds: dict[str, dict[str, Any]] = {
         "pending": {},
         "deferred": {"status": ExecutionStatus.WAITING},
         "waiting": {
             "status": ExecutionStatus.WAITING,
-            "started_at": (await row(world, workflow_id)).created_at,
+            "started_at": (await read_deployment(world, workflow_id)).created_at,
         },
         "limited": {"target": LIMITED_TARGET, "home": workflow_id},
         "delayed": {"target": DELAYED_TARGET, "status": ExecutionStatus.WAITING},
@@ -212,7 +227,7 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
         name: await run(world, people.owner, workflow_id, **{"home": workflow_id, **columns})
         for name, columns in kinds.items()
     }
-    await asked(people.owner, "undeploy", workflow_id, 200)
+    await request_lifecycle(people.owner, "undeploy", workflow_id, 200)
     statement = select(Execution).where(col(Execution.workflow_id) == workflow_id)
     async with world.gateway.database.read() as connection:
         found = {one["id"]: Execution(**one) for one in (await connection.execute(statement)).mappings()}
@@ -233,32 +248,35 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
 
 @pytest.mark.usefixtures("deployer")
 async def test_what_is_archived_or_deleted_has_no_pods(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
-    await asked(owner, "deploy", workflow_id, 200)
-    refused(await owner.api.delete(f"{API}/{workflow_id}"), 409, "workflow-deployed")
+    await request_lifecycle(owner, "deploy", workflow_id, 200)
+    assert_refused(await owner.api.delete(f"{API}/{workflow_id}"), 409, "workflow-deployed")
     archived = await owner.api.put(f"{API}/{workflow_id}/status", json={"status": "archived"})
     assert archived.status_code == 200
-    await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
-    assert (await asked(owner, "undeploy", workflow_id, 200))["status"] == "archived"
+    await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+    assert (await request_lifecycle(owner, "undeploy", workflow_id, 200))["status"] == "archived"
 
-    await asked(owner, "deploy", workflow_id, 200)
+    await request_lifecycle(owner, "deploy", workflow_id, 200)
     assert (await owner.api.delete(f"{API}/{workflow_id}", params={"force": "true"})).status_code == 204
-    await until(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+    await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 @pytest.mark.usefixtures("deployer")
 async def test_a_stop_lets_runs_end_and_takes_no_further_ones(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    await asked(people.owner, "deploy", workflow_id, 200)
+    await request_lifecycle(people.owner, "deploy", workflow_id, 200)
     execution_id = await run(
         world, people.owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=f"pod:{workflow_id}:a"
     )
-    stop = asyncio.create_task(asked(people.owner, "stop", workflow_id, 200))
-    draining = await until(world, workflow_id, lambda one: one.drain_until is not None)
-    assert (draining.replicas, (await shown(people, workflow_id))["deploymentStatus"]) == (1, "stopping")
+    stop = asyncio.create_task(request_lifecycle(people.owner, "stop", workflow_id, 200))
+    draining = await wait_for_deployment(world, workflow_id, lambda one: one.drain_until is not None)
+    assert (draining.replicas, (await get_workflow(people, workflow_id))["deploymentStatus"]) == (
+        1,
+        "stopping",
+    )
     ended = update(Execution).where(col(Execution.id) == execution_id)
     await world.gateway.database.transaction(
         lambda connection: connection.execute(
@@ -270,20 +288,20 @@ async def test_a_stop_lets_runs_end_and_takes_no_further_ones(
 
 @pytest.mark.usefixtures("deployer")
 async def test_whatever_is_overtaken_by_its_opposite_is_waited_for_no_longer(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
-    await asked(owner, "deploy", workflow_id, 200)
+    await request_lifecycle(owner, "deploy", workflow_id, 200)
     pod = f"pod:{workflow_id}:a"
     await run(world, owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=pod)
     async with asyncio.timeout(PATIENCE_SECONDS):
-        stop = asyncio.create_task(asked(owner, "stop", workflow_id, 202))
-        await until(world, workflow_id, lambda one: one.drain_until is not None)
-        started = asyncio.create_task(asked(owner, "start", workflow_id, 200))
+        stop = asyncio.create_task(request_lifecycle(owner, "stop", workflow_id, 202))
+        await wait_for_deployment(world, workflow_id, lambda one: one.drain_until is not None)
+        started = asyncio.create_task(request_lifecycle(owner, "start", workflow_id, 200))
         assert (await stop)["deploymentStatus"] in {"starting", "running"}
         assert (await started)["deploymentStatus"] == "running"
-        stop = asyncio.create_task(asked(owner, "stop", workflow_id, 202))
-        await until(world, workflow_id, lambda one: one.drain_until is not None)
-        undeployed = await asked(owner, "undeploy", workflow_id, 200)
+        stop = asyncio.create_task(request_lifecycle(owner, "stop", workflow_id, 202))
+        await wait_for_deployment(world, workflow_id, lambda one: one.drain_until is not None)
+        undeployed = await request_lifecycle(owner, "undeploy", workflow_id, 200)
         assert (await stop)["deploymentStatus"] in {"undeploying", "not-deployed"}
     assert undeployed["deploymentStatus"] == "not-deployed"

@@ -29,10 +29,10 @@ from models.errors import DatabaseUnavailable
 from models.execution import ISOLATED_UNPARSED_TARGET, UNPARSED_TARGET, Execution
 from nodes.outbound_http import OutboundRefusalCode, OutboundRefused, OutboundResponse
 from tests import fake_s3
-from tests.heartbeat import beating
-from tests.integration.gateway_world import STEP, People, World, refused
-from tests.integration.mail_world import MailWorld, mail_world, until
-from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
+from tests.integration.gateway_harness import STEP, GatewayHarness, OrganizationUsers, assert_refused
+from tests.integration.mail_harness import MailHarness, run_mail_harness, wait_until
+from tests.loop_heartbeat import measure_heartbeat
+from tests.provider_requests import BY_NAME, CASES, CONFIG, ProviderCase, ProviderStep
 from workers import mail_parsing
 from workers import mail_triggers as worker_mails
 
@@ -47,12 +47,12 @@ PLAIN = "From: Ada <ada@example.org>\r\nTo: b@example.org\r\nSubject: Hello\r\n{
 
 
 @pytest.fixture(scope="module")
-async def mails(world: World) -> AsyncIterator[MailWorld]:
-    async with mail_world(world) as mails:
+async def mails(world: GatewayHarness) -> AsyncIterator[MailHarness]:
+    async with run_mail_harness(world) as mails:
         yield mails
 
 
-def status_is_as_expected(status: int, step: Step) -> bool:
+def status_is_as_expected(status: int, step: ProviderStep) -> bool:
     classes = step.respond["status_class"].split("|")
     return any(f"{status // 100}xx" == one for one in classes)
 
@@ -61,7 +61,7 @@ def of_address(headers: Any, name: str) -> Any:  # noqa: ANN401 - any JSON value
     return next((value for each, value in headers.items() if each.lower() == name.lower()), None)
 
 
-def assert_is(given: dict[str, Any], case: Case) -> None:
+def assert_is(given: dict[str, Any], case: ProviderCase) -> None:
     """Check that a run was given what a recorded mail means."""
     expected = case.expected["normalized"]
     for name in ("body_text", "body_html"):
@@ -99,11 +99,11 @@ def attachments(given: dict[str, Any], expected: dict[str, Any]) -> Sequence[tup
 
 
 async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
-    runs: list[tuple[Case, str]] = []
+    runs: list[tuple[ProviderCase, str]] = []
     for case in MAILS:
         for step in case.steps:
             before = len(await mails.rows(Execution, workflow_id=workflow_id))
@@ -122,7 +122,7 @@ async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
                 assert answer.status_code == (200 if case.provider == "mailgun" else 201)
                 runs.append((case, answer.json()["executionId"]))
             elif case.provider == "mailgun":
-                refused(answer, 406, "mail-refused")
+                assert_refused(answer, 406, "mail-refused")
     first, again = (one for case, one in runs if case.name == "mg_retry_after_lost_reply")
     assert first == again
     unread_runs = [await mails.run(one) for case, one in runs if case.provider != "native"]
@@ -154,21 +154,21 @@ async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
 
 
 async def test_without_anything_configured_only_keys_and_tokens_let_mail_in(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner)
     names = ("sg_parsed_basic", "mg_parsed_urlencoded", "ses_sns_utf8_v1", "sg_parsed_basic_auth")
     for name in names:
-        refused(await mails.post(workflow_id, BY_NAME[name].steps[0]), 401, "unauthorized")
+        assert_refused(await mails.post(workflow_id, BY_NAME[name].steps[0]), 401, "unauthorized")
     made = await owner.api.post(f"{mails_url(workflow_id)}/trigger-token", json={})
     for name in names:
         answer = await mails.post(workflow_id, BY_NAME[name].steps[0], token=made.json()["token"])
         assert answer.is_success, answer.text
     other = await mails.workflow(owner)
     answer = await mails.post(other, BY_NAME[names[0]].steps[0], token=made.json()["token"])
-    refused(answer, 401, "unauthorized")
-    refused(
+    assert_refused(answer, 401, "unauthorized")
+    assert_refused(
         await mails.post("wf_00000000000000000000000000", BY_NAME[names[0]].steps[0]), 401, "unauthorized"
     )
     # By a token alone, nobody subscribes us to a topic, or has us read from a bucket.
@@ -177,7 +177,7 @@ async def test_without_anything_configured_only_keys_and_tokens_let_mail_in(
         ("ses_s3_action", 503, "trigger-not-ready"),
     ):
         answer = await mails.post(workflow_id, BY_NAME[name].steps[0], token=made.json()["token"])
-        refused(answer, status, code)
+        assert_refused(answer, status, code)
 
 
 def mails_url(workflow_id: str) -> str:
@@ -185,7 +185,7 @@ def mails_url(workflow_id: str) -> str:
 
 
 async def test_a_signature_that_is_not_good_refuses_whoever_has_a_key_too(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     config = await mails.whole_config(owner)
@@ -196,18 +196,18 @@ async def test_a_signature_that_is_not_good_refuses_whoever_has_a_key_too(
         ("ses_bad_signature", 401, "invalid-signature"),
         ("ses_topic_not_allowed", 400, "unknown-topic"),
     ):
-        refused(await mails.post(workflow_id, BY_NAME[name].steps[0], owner.key), status, code)
+        assert_refused(await mails.post(workflow_id, BY_NAME[name].steps[0], owner.key), status, code)
     assert [one.outcome for one in await mails.deliveries(workflow_id)] == ["rejected"] * 4
 
     strict = await mails.workflow(owner, **config, requireSignature=True)
     for name in ("native_full", "sg_parsed_basic_auth"):
         answer = await mails.post(strict, BY_NAME[name].steps[0], owner.key)
-        refused(answer, 401, "invalid-signature")
+        assert_refused(answer, 401, "invalid-signature")
     assert (await mails.post(strict, BY_NAME["sg_parsed_basic"].steps[0], owner.key)).status_code == 201
 
 
 async def test_passwords_and_tokens_let_in_and_can_not_be_tried_for_long(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     config = await mails.whole_config(owner)
@@ -222,16 +222,16 @@ async def test_passwords_and_tokens_let_in_and_can_not_be_tried_for_long(
     assert (await post(f"Basic {right}")).status_code == 201
     assert (await post(f"Bearer {CONFIG['bearer_token']}")).status_code == 201
     for _ in range(50):
-        refused(await post("Basic d3Jvbmc6d3Jvbmc="), 401, "invalid-signature")
-    refused(await post("Basic d3Jvbmc6d3Jvbmc="), 429, "rate-limited")
-    refused(await post("Digest x"), 429, "rate-limited")
+        assert_refused(await post("Basic d3Jvbmc6d3Jvbmc="), 401, "invalid-signature")
+    assert_refused(await post("Basic d3Jvbmc6d3Jvbmc="), 429, "rate-limited")
+    assert_refused(await post("Digest x"), 429, "rate-limited")
     # What was right before is no guess: mail services send from addresses that they share.
     assert (await post(f"Basic {right}")).status_code == 201
-    refused(await post(f"basic {right}"), 429, "rate-limited")
+    assert_refused(await post(f"basic {right}"), 429, "rate-limited")
 
 
 async def test_a_mail_is_known_again_and_a_token_of_mailgun_is_good_for_one_mail(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
@@ -244,25 +244,27 @@ async def test_a_mail_is_known_again_and_a_token_of_mailgun_is_good_for_one_mail
 
     token = b"token=" + BY_NAME["mg_parsed_urlencoded"].expected["idempotency"]["key"][0].encode()
     assert token in step.body
-    other = Step(
+    other = ProviderStep(
         **{
-            **{name: getattr(step, name) for name in Step.__dataclass_fields__},
+            **{name: getattr(step, name) for name in ProviderStep.__dataclass_fields__},
             "body": step.body.replace(b"Message-Id=", b"Message-Id=x"),
         }
     )
     assert other.body != step.body
     replayed = await mails.post(workflow_id, other)
-    refused(replayed, 406, "mail-refused")
+    assert_refused(replayed, 406, "mail-refused")
     assert "replayed-delivery" in replayed.json()["error"]["message"]
 
     await mails.set_status(owner, workflow_id, "draft")
     assert (await mails.post(workflow_id, step)).content == answers[0].content
     fresh = BY_NAME["mg_raw_mime"].steps[0]
-    refused(await mails.post(workflow_id, fresh), 406, "mail-refused")
-    refused(await mails.post(workflow_id, BY_NAME["sg_parsed_basic"].steps[0]), 409, "workflow-not-active")
+    assert_refused(await mails.post(workflow_id, fresh), 406, "mail-refused")
+    assert_refused(
+        await mails.post(workflow_id, BY_NAME["sg_parsed_basic"].steps[0]), 409, "workflow-not-active"
+    )
 
 
-def notified(step: Step, content: str, ses_id: str) -> Step:
+def notified(step: ProviderStep, content: str, ses_id: str) -> ProviderStep:
     """Return another notification of SES, of a mail with a content and the id that SES gives it."""
     envelope = json.loads(step.body)
     told = json.loads(envelope["Message"])
@@ -272,7 +274,9 @@ def notified(step: Step, content: str, ses_id: str) -> Step:
     return replace(step, body=json.dumps(envelope).encode())
 
 
-async def test_a_notification_of_sns_that_is_repeated_is_one_run(mails: MailWorld, people: People) -> None:
+async def test_a_notification_of_sns_that_is_repeated_is_one_run(
+    mails: MailHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await mails.workflow(people.owner, **await mails.whole_config(people.owner))
     for name in ("ses_sns_base64_v2", "ses_s3_action"):
         step = BY_NAME[name].steps[0]
@@ -283,12 +287,14 @@ async def test_a_notification_of_sns_that_is_repeated_is_one_run(mails: MailWorl
     assert len(await mails.rows(Execution, workflow_id=workflow_id)) == 2
 
 
-async def test_a_mail_that_ses_received_twice_is_one_run(mails: MailWorld, people: People) -> None:
+async def test_a_mail_that_ses_received_twice_is_one_run(
+    mails: MailHarness, people: OrganizationUsers
+) -> None:
     """A mail server sends a mail again whose receipt it has not heard of; SES gives it another id."""
     owner = people.owner
     workflow_id = await mails.workflow(owner)
 
-    async def run_of(step: Step) -> str:
+    async def run_of(step: ProviderStep) -> str:
         answer = await mails.post(workflow_id, step, owner.key)
         assert answer.status_code == 201, answer.text
         execution_id: str = answer.json()["executionId"]
@@ -307,7 +313,7 @@ async def test_a_mail_that_ses_received_twice_is_one_run(mails: MailWorld, peopl
 
 
 async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again(
-    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+    mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
@@ -323,11 +329,11 @@ async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again
     with monkeypatch.context() as patch:
         patch.setattr(store, "take_in", away)
         for step in steps:
-            refused(await mails.post(workflow_id, step, owner.key), 503, "not-ready")
+            assert_refused(await mails.post(workflow_id, step, owner.key), 503, "not-ready")
         # Its content is durable by then, for a run that never comes to be.
         envelope = '{"from": "a@example.org", "to": ["b@example.org"]}'
         large = {"envelope": envelope, "email": PLAIN.format("") + "x" * 100_000}
-        refused(await mails.post_form(workflow_id, owner, large), 503, "not-ready")
+        assert_refused(await mails.post_form(workflow_id, owner, large), 503, "not-ready")
     answers = [await mails.post(workflow_id, step, owner.key) for step in steps]
     answers.append(await mails.post_form(workflow_id, owner, large))
     for answer in answers:
@@ -342,14 +348,14 @@ async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again
 
     confirmation = BY_NAME["ses_subscription_confirmation"].steps[0]
     sns.statuses = [500]
-    refused(await mails.post(workflow_id, confirmation), 503, "not-ready")
+    assert_refused(await mails.post(workflow_id, confirmation), 503, "not-ready")
     sns.statuses = [403]
-    refused(await mails.post(workflow_id, confirmation), 400, "malformed-message")
+    assert_refused(await mails.post(workflow_id, confirmation), 400, "malformed-message")
     assert (await mails.post(workflow_id, confirmation)).status_code == 200
 
 
 async def test_a_certificate_of_sns_that_can_not_be_had_never_refuses_a_mail_for_good(
-    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+    mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await mails.workflow(people.owner, **await mails.whole_config(people.owner))
     step = BY_NAME["ses_sns_base64_v2"].steps[0]
@@ -360,16 +366,16 @@ async def test_a_certificate_of_sns_that_can_not_be_had_never_refuses_a_mail_for
         with monkeypatch.context() as patch:
             patch.setattr(mails.sns, "request", AsyncMock(**outcome))
             answer = await mails.post(workflow_id, step)
-        refused(answer, 503, "not-ready")
+        assert_refused(answer, 503, "not-ready")
         assert ("10.0.0.7" in answer.text) == ("side_effect" in outcome)
     mails.sns.statuses.append(404)
-    refused(await mails.post(workflow_id, step), 503, "not-ready")
+    assert_refused(await mails.post(workflow_id, step), 503, "not-ready")
     assert (await mails.post(workflow_id, step)).status_code == 201
 
 
 @pytest.mark.parametrize("envelope", ["<ada@example.org>", '"x"', '{"from": 7, "to": "b@example.org"}'])
 async def test_an_envelope_that_is_no_json_object_keeps_no_mail_away(
-    mails: MailWorld, people: People, envelope: str
+    mails: MailHarness, people: OrganizationUsers, envelope: str
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
     form = {"envelope": envelope, "charsets": "utf-8", "headers": "Subject: Hi\r\n", "text": "Hello."}
@@ -381,7 +387,9 @@ async def test_an_envelope_that_is_no_json_object_keeps_no_mail_away(
     assert (given["body_text"], given["envelope"]) == ("Hello.", {"from": "", "to": []})
 
 
-async def test_a_mail_in_json_has_header_values_of_one_line(mails: MailWorld, people: People) -> None:
+async def test_a_mail_in_json_has_header_values_of_one_line(
+    mails: MailHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await mails.workflow(people.owner)
     mail = {"from": "a@example.org", "subject": "Hello\r\nBcc: everybody@example.org"}
     answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/email-trigger", json=mail)
@@ -390,7 +398,7 @@ async def test_a_mail_in_json_has_header_values_of_one_line(mails: MailWorld, pe
 
 
 async def test_a_mail_in_json_has_its_attachments_as_blobs_like_others(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner)
@@ -411,7 +419,7 @@ async def test_a_mail_in_json_has_its_attachments_as_blobs_like_others(
 
     wrong = {"attachments": [pdf, {"content": "%%%"}, {"content": 7}]}
     refusal = await owner.api.post(path, json=wrong)
-    refused(refusal, 422, "validation-failed")
+    assert_refused(refusal, 422, "validation-failed")
     assert [one["path"] for one in refusal.json()["error"]["details"]] == [
         "attachments.1.content",
         "attachments.2.content",
@@ -419,7 +427,7 @@ async def test_a_mail_in_json_has_its_attachments_as_blobs_like_others(
 
 
 async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner, step = people.owner, BY_NAME["ses_s3_action"].steps[0]
     topics = CONFIG["sns"]["allowed_topic_arns"]
@@ -429,7 +437,7 @@ async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
         {"topics": topics, "objects": await mails.bucket(owner, "mai")},
     ):
         workflow_id = await mails.workflow(owner, ses=config)
-        refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
+        assert_refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
         (delivery,) = await mails.deliveries(workflow_id)
         assert delivery.reason.startswith("trigger-not-ready: ")
     # As it is now, the object can't be read; a moment later it can.
@@ -437,22 +445,22 @@ async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
         owner, ses={"topics": topics, "objects": await mails.bucket(owner, "")}
     )
     execution_id = (await mails.post(workflow_id, step)).json()["executionId"]
-    mails.s3.failures = [fake_s3.Refused(403, "AccessDenied")]
+    mails.s3.failures = [fake_s3.S3Error(403, "AccessDenied")]
     await mails.read(execution_id)
     run = await mails.run(execution_id)
     assert (run.status, run.target, run.attempt) == ("waiting", UNPARSED_TARGET, 0)
     assert timedelta(0) < run.due_at - datetime.now(UTC) <= timedelta(seconds=5)
-    await due_now(mails, execution_id)
+    await make_due(mails, execution_id)
     await mails.read(execution_id)
     assert_is(await mails.given(execution_id), BY_NAME["ses_s3_action"])
 
 
-async def due_now(mails: MailWorld, execution_id: str) -> None:
-    await changed(mails, execution_id, due_at=datetime(2020, 1, 1, tzinfo=UTC))
+async def make_due(mails: MailHarness, execution_id: str) -> None:
+    await change_run(mails, execution_id, due_at=datetime(2020, 1, 1, tzinfo=UTC))
     await mails.gateway.store.promote_due()
 
 
-async def changed(mails: MailWorld, execution_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
+async def change_run(mails: MailHarness, execution_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
     await mails.gateway.database.transaction(
         lambda connection: connection.execute(
             update(Execution).where(col(Execution.id) == execution_id).values(**values)
@@ -464,13 +472,13 @@ async def changed(mails: MailWorld, execution_id: str, **values: Any) -> None:  
 
 
 async def test_a_mail_whose_reader_dies_is_read_by_another_and_left_by_one(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
     execution_id = await mails.mail(workflow_id, people.owner, PLAIN.format(""))
     store = mails.gateway.store
-    (dead,) = [one for one in await claimed(mails, "dead.reader") if one.execution_id == execution_id]
-    await changed(mails, execution_id, lease_until=datetime(2020, 1, 1, tzinfo=UTC))
+    (dead,) = [one for one in await claim_mails(mails, "dead.reader") if one.execution_id == execution_id]
+    await change_run(mails, execution_id, lease_until=datetime(2020, 1, 1, tzinfo=UTC))
     assert (await store.sweep(100)).requeued >= 1
     await mails.read(execution_id)
     given = await mails.given(execution_id)
@@ -488,21 +496,21 @@ async def test_a_mail_whose_reader_dies_is_read_by_another_and_left_by_one(
 
 
 async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others_go_home(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
     homes = {
         await mails.mail(workflow_id, people.owner, PLAIN.format(f"Message-ID: <{home}@x>\r\n")): home
         for home in ("cancelled", "stopped", workflow_id, None)
     }
-    held = [one for one in await claimed(mails, "a.reader") if one.execution_id in homes]
+    held = [one for one in await claim_mails(mails, "a.reader") if one.execution_id in homes]
     for one in held:
         home = homes[one.execution_id]
         if home in {"cancelled", "stopped"}:
             key = ExecutionKey(one.execution_id, one.lane)
             await mails.gateway.store.request_end(key, "cancel" if home == "cancelled" else "stop")
         else:
-            await changed(mails, one.execution_id, home=home)
+            await change_run(mails, one.execution_id, home=home)
     batch = [
         unparsed_mail.MailParseResult(
             ExecutionKey(one.execution_id, one.lane), one.token, "a.reader", workflow_id, {}, "{}"
@@ -524,12 +532,12 @@ async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others
 
 
 async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
     execution_id = await mails.mail(workflow_id, people.owner, PLAIN.format("Message-ID: <suspect@x>\r\n"))
     for _ in range(2):
-        assert execution_id in {one.execution_id for one in await claimed(mails, "dead.reader")}
+        assert execution_id in {one.execution_id for one in await claim_mails(mails, "dead.reader")}
         await mails.gateway.store.take_back("dead")
     assert (await mails.run(execution_id)).target == ISOLATED_UNPARSED_TARGET
 
@@ -537,17 +545,17 @@ async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
         return bool((await mails.run(execution_id)).target == "shared")
 
     async with mails.reading():
-        await until(is_read)
+        await wait_until(is_read)
     run = await mails.run(execution_id)
     assert (run.status, run.attempt, run.on_trial) == ("pending", 0, False)
 
 
-async def claimed(mails: MailWorld, owner: str) -> Sequence[ClaimedRun]:
+async def claim_mails(mails: MailHarness, owner: str) -> Sequence[ClaimedRun]:
     return await mails.gateway.store.claim(ClaimQuery(owner, 30.0, 100, target=UNPARSED_TARGET))
 
 
 async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
-    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+    mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
     big = "Content-Type: multipart/mixed; boundary=b\r\n\r\n--b\r\nContent-Disposition: attachment\r\n\r\nx\r\n--b--"
@@ -568,7 +576,7 @@ async def test_a_reader_that_stops_gives_back_what_it_has_not_read(
 
 
 async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_a_day(
-    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+    mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner)
@@ -590,8 +598,8 @@ async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_
         assert (await mails.run(large)).status == "waiting"
         shown = await owner.api.get(f"/api/v1/executions/{large}")
         assert shown.json()["trigger"]["data"] == {}
-        await due_now(mails, large)
-        await changed(mails, large, started_at=datetime.now(UTC) - timedelta(days=1, minutes=1))
+        await make_due(mails, large)
+        await change_run(mails, large, started_at=datetime.now(UTC) - timedelta(days=1, minutes=1))
         await mails.read(large)
     failed = await mails.run(large)
     assert (failed.status, failed.error["code"]) == ("failed", "invalid-input")
@@ -605,7 +613,7 @@ async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_
 
 
 async def test_an_exception_of_a_parser_fails_the_run_at_once_and_its_delivery_can_be_redriven(
-    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+    mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner)
@@ -630,7 +638,7 @@ async def test_an_exception_of_a_parser_fails_the_run_at_once_and_its_delivery_c
 
 
 async def test_trouble_with_storing_an_attachment_leaves_the_mail_to_a_later_attempt(
-    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+    mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
     attached = "Content-Type: image/png\r\nMessage-ID: <p@x>\r\n"
@@ -646,7 +654,7 @@ async def test_trouble_with_storing_an_attachment_leaves_the_mail_to_a_later_att
 
 
 async def test_mails_that_answer_ours_without_end_are_accepted_and_not_run(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner)
@@ -673,7 +681,7 @@ REJECTED = [
 
 @pytest.mark.parametrize(("config", "fields", "reason"), REJECTED, ids=["spf", "dkim", "spam", "score"])
 async def test_a_mail_that_its_trigger_rejects_is_accepted_and_not_run_until_it_is_redriven(
-    mails: MailWorld, people: People, config: dict[str, Any], fields: dict[str, str], reason: str
+    mails: MailHarness, people: OrganizationUsers, config: dict[str, Any], fields: dict[str, str], reason: str
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner, **config)
@@ -697,7 +705,7 @@ async def test_a_mail_that_its_trigger_rejects_is_accepted_and_not_run_until_it_
 
 
 async def test_a_mail_waits_for_the_owner_to_mend_the_trigger_and_runs_once(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner, step = people.owner, BY_NAME["mg_raw_mime"].steps[0]
     signing_key = CONFIG["mailgun"]["webhook_signing_key"]
@@ -708,7 +716,7 @@ async def test_a_mail_waits_for_the_owner_to_mend_the_trigger_and_runs_once(
     mails.gateway.runners.sources.clear()
     for _ in range(2):
         answer = await mails.post(workflow_id, step)
-        refused(answer, 503, "trigger-not-ready")
+        assert_refused(answer, 503, "trigger-not-ready")
         assert answer.headers["Retry-After"] == "60"
     first, second = await mails.deliveries(workflow_id)
     assert (first.sender, first.outcome, first.status) == ("unverified", "rejected", 503)
@@ -731,7 +739,7 @@ async def test_a_mail_waits_for_the_owner_to_mend_the_trigger_and_runs_once(
 
 
 async def test_a_flood_that_nobody_can_verify_leaves_few_deliveries(
-    mails: MailWorld, people: People, monkeypatch: pytest.MonkeyPatch
+    mails: MailHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     owner, step = people.owner, BY_NAME["mg_raw_mime"].steps[0]
     gone = await mails.source(owner, "webhook-secret", {}, secret="x" * 20)
@@ -740,17 +748,17 @@ async def test_a_flood_that_nobody_can_verify_leaves_few_deliveries(
     mails.gateway.runners.sources.clear()
     monkeypatch.setattr(deliveries, "UNVERIFIED", Rate(per_second=1 / 3_600, burst=3))
     for _ in range(5):
-        refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
+        assert_refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
     assert len(await mails.deliveries(workflow_id)) == 3
 
 
 async def test_a_mail_for_a_draft_can_be_redriven_once_the_workflow_is_active(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner, step = people.owner, BY_NAME["sg_parsed_basic"].steps[0]
     workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
     await mails.set_status(owner, workflow_id, "draft")
-    refused(await mails.post(workflow_id, step), 409, "workflow-not-active")
+    assert_refused(await mails.post(workflow_id, step), 409, "workflow-not-active")
     (delivery,) = await mails.deliveries(workflow_id)
     await mails.set_status(owner, workflow_id, "active")
     redriven = await owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
@@ -763,7 +771,7 @@ BOUNCE = "Content-Type: multipart/report; report-type=delivery-status; boundary=
 
 @pytest.mark.parametrize("header", [BOUNCE, "Auto-Submitted: auto-replied\r\n"], ids=["bounce", "reply"])
 async def test_automatic_mails_are_run_only_where_the_trigger_accepts_them(
-    mails: MailWorld, people: People, header: str
+    mails: MailHarness, people: OrganizationUsers, header: str
 ) -> None:
     owner = people.owner
     for config, status in (({}, "cancelled"), ({"acceptAutomatic": True}, "pending")):
@@ -774,7 +782,7 @@ async def test_automatic_mails_are_run_only_where_the_trigger_accepts_them(
 
 
 async def test_a_mail_takes_its_place_among_the_runs_that_its_workflow_allows(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     by_sender = {"limit": 1, "key": "{{ trigger.from }}"}
@@ -792,7 +800,7 @@ async def test_a_mail_takes_its_place_among_the_runs_that_its_workflow_allows(
 
 
 async def test_a_mail_that_is_run_once_more_has_its_attachments_and_one_unread_is_read(
-    mails: MailWorld, people: People
+    mails: MailHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await mails.workflow(owner, **await mails.whole_config(owner))
@@ -815,7 +823,7 @@ async def test_a_mail_that_is_run_once_more_has_its_attachments_and_one_unread_i
             assert await mails.gateway.blobs.get(whose, told["sha256"]) is not None
 
 
-async def test_a_large_mail_keeps_nobody_waiting(mails: MailWorld, people: People) -> None:
+async def test_a_large_mail_keeps_nobody_waiting(mails: MailHarness, people: OrganizationUsers) -> None:
     if mails.gateway.database.url.get_backend_name() != "sqlite":
         pytest.skip("The database has no part in it")
     owner = people.owner
@@ -826,7 +834,7 @@ async def test_a_large_mail_keeps_nobody_waiting(mails: MailWorld, people: Peopl
     raw = PLAIN.format("Content-Type: multipart/mixed; boundary=b\r\n").encode() + b"\r\n" + body
     execution_id = await mails.mail(workflow_id, owner, raw)
     began = time.process_time()
-    async with beating() as heartbeat:
+    async with measure_heartbeat() as heartbeat:
         await mails.read(execution_id)
     seconds = time.process_time() - began
     (told,) = (await mails.given(execution_id))["attachments"]

@@ -22,33 +22,44 @@ from models.execution import DELAYED_TARGET, Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.ingest import Delivery, SenderToken, SenderTokenKind
 from models.lifecycle_policy import StoppedReason
-from tests.integration.deployed import deployed
-from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
+from tests.integration.deployed_workflows import deploy_with_pod
+from tests.integration.gateway_harness import (
+    EDGE,
+    GRAPH,
+    STEP,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 
 WORKFLOWS = "/api/v1/workflows"
 QUEUE = {"nodes": [{"id": "start", "nodeId": "queue-trigger", "label": "Start"}, STEP], "connections": [EDGE]}
 
 
 @pytest.fixture
-async def workflow_id(people: People) -> str:
-    return await active(people.owner)
+async def workflow_id(people: OrganizationUsers) -> str:
+    return await create_active_workflow(people.owner)
 
 
-async def active(person: Person, **graph: Any) -> str:  # noqa: ANN401 - any JSON value
+async def create_active_workflow(person: UserClient, **graph: Any) -> str:  # noqa: ANN401 - any JSON value
     workflow_id = await person.create(**(graph or QUEUE))
     response = await person.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
     assert response.status_code == 200, response.text
     return workflow_id
 
 
-async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+async def read_rows(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
     conditions = [getattr(table, name) == value for name, value in equal.items()]
     async with world.gateway.database.read() as connection:
         return list((await connection.execute(select(table).where(*conditions))).all())
 
 
-async def token_of(
-    world: World, person: Person, workflow_id: str, kind: SenderTokenKind = SenderTokenKind.TRIGGER
+async def create_token(
+    world: GatewayHarness,
+    person: UserClient,
+    workflow_id: str,
+    kind: SenderTokenKind = SenderTokenKind.TRIGGER,
 ) -> str:
     token = sender_tokens.new_token(kind)
     row = SenderToken(
@@ -81,18 +92,22 @@ async def token_of(
     ],
 )
 async def test_a_message_is_what_the_run_is_given(
-    world: World, people: People, workflow_id: str, body: Json, given: tuple[Json, int, str]
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    body: Json,
+    given: tuple[Json, int, str],
 ) -> None:
     response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json=body)
     assert response.status_code == 201, response.text
     execution_id = response.json()["executionId"]
     assert response.json() == {"executionId": execution_id, "trigger_type": "queue"}
     assert response.headers["Location"].endswith(f"/api/v1/executions/{execution_id}")
-    (data,) = await rows(world, ExecutionData, execution_id=execution_id)
+    (data,) = await read_rows(world, ExecutionData, execution_id=execution_id)
     assert json.loads(data.trigger) == dict(zip(("message", "priority", "source"), given, strict=True))
-    (run,) = await rows(world, Execution, id=execution_id)
+    (run,) = await read_rows(world, Execution, id=execution_id)
     assert (run.trigger_type, run.user_id) == ("queue", people.owner.user.id)
-    (delivery,) = await rows(world, Delivery, workflow_id=workflow_id)
+    (delivery,) = await read_rows(world, Delivery, workflow_id=workflow_id)
     assert (delivery.outcome, delivery.status, delivery.execution_id) == ("accepted", 201, execution_id)
     assert delivery.route == "enqueue"
     assert delivery.sender.startswith("api-key:key_")
@@ -100,7 +115,7 @@ async def test_a_message_is_what_the_run_is_given(
 
 
 async def test_what_is_sent_again_is_answered_as_it_was(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     body = {"message": 1, "deduplicationId": "once"}
@@ -108,8 +123,8 @@ async def test_what_is_sent_again_is_answered_as_it_was(
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.content for answer in answers}) == 1
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
-    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1
-    deliveries = await rows(world, Delivery, workflow_id=workflow_id)
+    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1
+    deliveries = await read_rows(world, Delivery, workflow_id=workflow_id)
     assert sorted(one.outcome for one in deliveries) == ["accepted", *["duplicate"] * 49]
     assert {one.execution_id for one in deliveries} == {answers[0].json()["executionId"]}
 
@@ -118,13 +133,13 @@ async def test_what_is_sent_again_is_answered_as_it_was(
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
     again = await people.owner.api.post(url, json={"message": 1}, headers=headers)
     assert (again.status_code, again.json()) == (201, first.json())
-    refused(
+    assert_refused(
         await people.owner.api.post(url, json={"message": 2}, headers=headers), 422, "idempotency-mismatch"
     )
 
 
 async def test_a_message_is_known_by_its_own_name_and_by_that_of_its_request(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     async def sent(key: str, name: str) -> Any:  # noqa: ANN401 - a response
         body = {"message": 1, "deduplicationId": name}
@@ -133,13 +148,13 @@ async def test_a_message_is_known_by_its_own_name_and_by_that_of_its_request(
 
     first, again, renamed = [await sent(key, "a") for key in ("1", "1", "2")]
     assert first.json() == again.json() == renamed.json()
-    refused(await sent("1", "b"), 422, "idempotency-mismatch")
+    assert_refused(await sent("1", "b"), 422, "idempotency-mismatch")
     assert (await sent("3", "b")).json() != first.json()
-    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 2
+    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 2
 
 
 async def test_large_messages_share_no_commit(
-    world: World, people: People, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[list[int]] = []
     ingest = world.gateway.store.ingest
@@ -156,11 +171,13 @@ async def test_large_messages_share_no_commit(
     assert max(map(sum, sizes)) <= acceptance.MAX_CHARACTERS
 
 
-async def test_a_message_waits_for_its_time(world: World, people: People, workflow_id: str) -> None:
+async def test_a_message_waits_for_its_time(
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     response = await people.owner.api.post(url, json={"message": 1, "delaySeconds": 60, "priority": 3})
     execution_id = response.json()["executionId"]
-    (run,) = await rows(world, Execution, id=execution_id)
+    (run,) = await read_rows(world, Execution, id=execution_id)
     assert (run.status, run.target) == (ExecutionStatus.WAITING, DELAYED_TARGET)
     assert timedelta(seconds=50) < run.due_at - run.created_at < timedelta(seconds=61)
     assert run.rank == pytest.approx(run.due_at.timestamp() * 1e6 - 3 * 60e6, abs=10)
@@ -170,16 +187,18 @@ async def test_a_message_waits_for_its_time(world: World, people: People, workfl
         )
     )
     assert await world.gateway.store.promote_due() == 1
-    (run,) = await rows(world, Execution, id=execution_id)
+    (run,) = await read_rows(world, Execution, id=execution_id)
     assert (run.status, run.target, run.due_at) == (ExecutionStatus.PENDING, "shared", None)
 
 
-async def test_a_message_for_later_wakes_no_pods(world: World, people: People, workflow_id: str) -> None:
+async def test_a_message_for_later_wakes_no_pods(
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     await people.owner.api.post(url, json={"message": 1})
-    (stored,) = await rows(world, Execution, workflow_id=workflow_id)
+    (stored,) = await read_rows(world, Execution, workflow_id=workflow_id)
     asleep = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": ObservedState.STOPPED}
-    await deployed(world, people.owner, workflow_id, definition_hash=stored.definition_hash, **asleep)
+    await deploy_with_pod(world, people.owner, workflow_id, definition_hash=stored.definition_hash, **asleep)
     world.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
     batch = {"messages": [{"message": 2, "delaySeconds": 60}]}
     for path, body, replicas in (
@@ -189,16 +208,16 @@ async def test_a_message_for_later_wakes_no_pods(world: World, people: People, w
     ):
         assert (await people.owner.api.post(path, json=body)).status_code == 201
         await world.gateway.activation._wakes.drain()  # noqa: SLF001 - nobody waits for it otherwise
-        (deployment,) = await rows(world, Deployment, workflow_id=workflow_id)
+        (deployment,) = await read_rows(world, Deployment, workflow_id=workflow_id)
         assert deployment.replicas == replicas
-    runs = await rows(world, Execution, workflow_id=workflow_id, home=workflow_id)
+    runs = await read_rows(world, Execution, workflow_id=workflow_id, home=workflow_id)
     assert sorted(run.target for run in runs) == sorted([DELAYED_TARGET, DELAYED_TARGET, workflow_id])
 
 
 async def test_a_revoked_token_is_good_for_a_second_after_it_was_asked_for_and_no_longer(
-    world: World, people: People, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"{WORKFLOWS}/{workflow_id}/enqueue?key={await token_of(world, people.owner, workflow_id)}"
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue?key={await create_token(world, people.owner, workflow_id)}"
     nobody = await world.client()
     clock = iter([10.0])
     monkeypatch.setattr(senders, "monotonic", lambda: next(clock, 10.9))
@@ -206,18 +225,18 @@ async def test_a_revoked_token_is_good_for_a_second_after_it_was_asked_for_and_n
     await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}/trigger-token")
     assert (await nobody.post(url, json={"message": 1})).status_code == 201
     monkeypatch.setattr(senders, "monotonic", lambda: 11.0)
-    refused(await nobody.post(url, json={"message": 1}), 401, "unauthorized")
+    assert_refused(await nobody.post(url, json={"message": 1}), 401, "unauthorized")
 
 
 async def test_a_token_shares_keys_with_those_before_and_after_it_and_with_no_user(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     nobody, headers = await world.client(), {"Idempotency-Key": "1"}
     own = await people.owner.api.post(url, json={"message": 1}, headers=headers)
     first, second = [
         await nobody.post(
-            f"{url}?key={await token_of(world, people.owner, workflow_id)}",
+            f"{url}?key={await create_token(world, people.owner, workflow_id)}",
             json={"message": 2},
             headers=headers,
         )
@@ -228,23 +247,23 @@ async def test_a_token_shares_keys_with_those_before_and_after_it_and_with_no_us
 
 
 async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    other = await active(people.owner)
-    token = await token_of(world, people.owner, workflow_id)
-    event_token = await token_of(world, people.owner, workflow_id, SenderTokenKind.EVENT)
+    other = await create_active_workflow(people.owner)
+    token = await create_token(world, people.owner, workflow_id)
+    event_token = await create_token(world, people.owner, workflow_id, SenderTokenKind.EVENT)
     nobody = await world.client()
 
     response = await nobody.post(f"{WORKFLOWS}/{workflow_id}/enqueue?key={token}", json={"message": 1})
     assert response.status_code == 201, response.text
-    (run,) = await rows(world, Execution, workflow_id=workflow_id)
+    (run,) = await read_rows(world, Execution, workflow_id=workflow_id)
     assert run.user_id == people.owner.user.id
-    (delivery,) = await rows(world, Delivery, workflow_id=workflow_id)
+    (delivery,) = await read_rows(world, Delivery, workflow_id=workflow_id)
     assert delivery.sender.startswith("trigger-token:tok_")
 
     telling = {"message": 1, "callbackUrl": "https://example.com/told"}
     path = f"{WORKFLOWS}/{workflow_id}/enqueue?key={token}"
-    refused(await nobody.post(path, json=telling), 422, "validation-failed")
+    assert_refused(await nobody.post(path, json=telling), 422, "validation-failed")
 
     def url(workflow_id: str, key: str) -> str:
         return f"{WORKFLOWS}/{workflow_id}/enqueue?key={key}"
@@ -257,31 +276,33 @@ async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
         url(workflow_id, people.owner.key),
         f"{WORKFLOWS}/{workflow_id}/enqueue",
     ):
-        refused(await nobody.post(address, json={"message": 1}), 401, "unauthorized")
-    refused(await nobody.get(f"{WORKFLOWS}/{workflow_id}?key={token}"), 401, "unauthorized")
-    refused(await nobody.get(f"{WORKFLOWS}", headers={"X-API-Key": token}), 401, "unauthorized")
+        assert_refused(await nobody.post(address, json={"message": 1}), 401, "unauthorized")
+    assert_refused(await nobody.get(f"{WORKFLOWS}/{workflow_id}?key={token}"), 401, "unauthorized")
+    assert_refused(await nobody.get(f"{WORKFLOWS}", headers={"X-API-Key": token}), 401, "unauthorized")
 
 
 async def test_what_is_refused_is_noted_with_its_reason(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     wrong = {"message": 1, "priority": 101, "delaySeconds": -1, "notBefore": "2030-01-01T00:00:00"}
-    refused(await people.owner.api.post(url, json=wrong), 422, "validation-failed")
+    assert_refused(await people.owner.api.post(url, json=wrong), 422, "validation-failed")
     for field in ({"priority": 1.5}, {"deduplicationId": ""}, {"deduplicationId": "x" * 256}):
-        refused(await people.owner.api.post(url, json={"message": 1, **field}), 422, "validation-failed")
-    refused(
+        assert_refused(
+            await people.owner.api.post(url, json={"message": 1, **field}), 422, "validation-failed"
+        )
+    assert_refused(
         await people.owner.api.post(url, content=b"{", headers={"Content-Type": "application/json"}),
         400,
         "malformed-json",
     )
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
-    refused(await people.owner.api.post(url, json={"message": 1}), 409, "workflow-paused")
+    assert_refused(await people.owner.api.post(url, json={"message": 1}), 409, "workflow-paused")
     batch = await people.owner.api.post(f"{url}-batch", json={"messages": [{"message": 1}]})
-    refused(batch, 409, "workflow-paused")
+    assert_refused(batch, 409, "workflow-paused")
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
-    refused(await people.owner.api.post(url, json={"message": 1}), 409, "workflow-not-active")
-    deliveries = await rows(world, Delivery, workflow_id=workflow_id)
+    assert_refused(await people.owner.api.post(url, json={"message": 1}), 409, "workflow-not-active")
+    deliveries = await read_rows(world, Delivery, workflow_id=workflow_id)
     assert [one.outcome for one in deliveries] == ["rejected"] * 8
     assert {one.reason.partition(":")[0] for one in deliveries} == {
         "validation-failed",
@@ -289,13 +310,15 @@ async def test_what_is_refused_is_noted_with_its_reason(
         "workflow-paused",
         "workflow-not-active",
     }
-    refused(await people.stranger.api.post(url, json={"message": 1}), 404, "not-found")
-    manual = await active(people.owner, **GRAPH)
-    refused(await people.owner.api.post(f"{WORKFLOWS}/{manual}/enqueue", json={}), 422, "no-queue-trigger")
+    assert_refused(await people.stranger.api.post(url, json={"message": 1}), 404, "not-found")
+    manual = await create_active_workflow(people.owner, **GRAPH)
+    assert_refused(
+        await people.owner.api.post(f"{WORKFLOWS}/{manual}/enqueue", json={}), 422, "no-queue-trigger"
+    )
 
 
 async def test_a_batch_is_taken_in_whole_but_for_what_is_wrong_or_known(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue-batch"
     api = people.owner.api
@@ -324,16 +347,16 @@ async def test_a_batch_is_taken_in_whole_but_for_what_is_wrong_or_known(
         "messages.2.priority",
         "messages.4.message",
     ]
-    runs = await rows(world, Execution, workflow_id=workflow_id)
+    runs = await read_rows(world, Execution, workflow_id=workflow_id)
     assert sorted(run.status for run in runs) == ["pending", "pending", "waiting"]
-    deliveries = await rows(world, Delivery, workflow_id=workflow_id)
+    deliveries = await read_rows(world, Delivery, workflow_id=workflow_id)
     assert sorted(one.route for one in deliveries) == ["enqueue", "enqueue-batch"]
     brought = {one.route: json.loads(one.answer or "[]") for one in deliveries}
     assert sorted(brought["enqueue-batch"]) == sorted(results[place]["executionId"] for place in (1, 5))
 
 
 async def test_a_batch_that_is_sent_again_is_answered_with_the_same_runs(
-    world: World, people: People, workflow_id: str
+    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue-batch"
     body = {"messages": [{"message": number} for number in range(1_000)]}
@@ -345,17 +368,17 @@ async def test_a_batch_that_is_sent_again_is_answered_with_the_same_runs(
     assert first.json()["accepted"] == 1_000
     made = {one["executionId"] for one in first.json()["results"]}
     assert len(made) == 1_000
-    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1_000
+    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1_000
     for other in (body["messages"][:-1], [*body["messages"][:-1], {"message": 0, "deduplicationId": "new"}]):
         answer = await people.owner.api.post(url, json={"messages": other}, headers=headers)
-        refused(answer, 422, "idempotency-mismatch")
-    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1_000
+        assert_refused(answer, 422, "idempotency-mismatch")
+    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1_000
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
     third = await people.owner.api.post(url, json=body, headers=headers)
     assert third.json() == first.json()
     assert third.headers["Idempotent-Replayed"] == "true"
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
     too_many = {"messages": [*body["messages"], {"message": 0}]}
-    refused(await people.owner.api.post(url, json=too_many), 422, "validation-failed")
-    refused(await people.owner.api.post(url, json={"messages": [{}]}), 422, "validation-failed")
-    refused(await people.owner.api.post(url, json={"messages": []}), 422, "validation-failed")
+    assert_refused(await people.owner.api.post(url, json=too_many), 422, "validation-failed")
+    assert_refused(await people.owner.api.post(url, json={"messages": [{}]}), 422, "validation-failed")
+    assert_refused(await people.owner.api.post(url, json={"messages": []}), 422, "validation-failed")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import pytest
 
 from gateway.arrivals import sender
-from tests.integration.gateway_world import People, World, refused
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
 
 TOKENS = "/api/v1/auth/event-tokens"
 EVENTS = "/api/v1/workflows/events"
 
 
-async def test_an_admin_makes_a_token_and_is_shown_it_once(world: World, people: People) -> None:
+async def test_an_admin_makes_a_token_and_is_shown_it_once(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     body = {
         "name": "Hooks of GitHub",
         "secrets": {"github": ["one", "two"], "standardWebhooks": ["whsec_YQ=="]},
@@ -35,30 +37,32 @@ async def test_an_admin_makes_a_token_and_is_shown_it_once(world: World, people:
     assert actions.count("event-token.created") == 2
     nobody = await world.client()
     unsigned = await nobody.post(made["url"], json={"event_type": "a.b"})
-    refused(unsigned, 401, "invalid-signature")
+    assert_refused(unsigned, 401, "invalid-signature")
 
 
 async def test_a_token_that_has_ended_opens_nothing(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sender, "KEPT_SECONDS", 0.0)
     made = (await people.admin.api.post(TOKENS, json={"name": "Plain"})).json()
     nobody = await world.client()
     assert (await nobody.post(made["url"], json={"event_type": "a.b"})).status_code == 200
-    refused(await people.stranger.api.delete(f"{TOKENS}/{made['id']}"), 404, "not-found")
+    assert_refused(await people.stranger.api.delete(f"{TOKENS}/{made['id']}"), 404, "not-found")
     for _ in range(2):
         assert (await people.admin.api.delete(f"{TOKENS}/{made['id']}")).status_code == 204
-    refused(await nobody.post(made["url"], json={"event_type": "a.b"}), 401, "unauthorized")
+    assert_refused(await nobody.post(made["url"], json={"event_type": "a.b"}), 401, "unauthorized")
     (shown,) = (await people.admin.api.get(TOKENS)).json()["tokens"]
     assert shown["revokedAt"] is not None
     actions = [one["action"] for one in (await people.admin.api.get("/api/v1/audit")).json()["entries"]]
     assert actions.count("event-token.revoked") == 1
 
 
-async def test_only_admins_have_to_do_with_tokens_and_wrong_ones_are_refused(people: People) -> None:
-    refused(await people.owner.api.post(TOKENS, json={"name": "Mine"}), 403, "admin-required")
-    refused(await people.owner.api.get(TOKENS), 403, "admin-required")
-    refused(await people.owner.api.delete(f"{TOKENS}/tok_1"), 403, "admin-required")
+async def test_only_admins_have_to_do_with_tokens_and_wrong_ones_are_refused(
+    people: OrganizationUsers,
+) -> None:
+    assert_refused(await people.owner.api.post(TOKENS, json={"name": "Mine"}), 403, "admin-required")
+    assert_refused(await people.owner.api.get(TOKENS), 403, "admin-required")
+    assert_refused(await people.owner.api.delete(f"{TOKENS}/tok_1"), 403, "admin-required")
     for body in (
         {},
         {"name": ""},
@@ -68,4 +72,4 @@ async def test_only_admins_have_to_do_with_tokens_and_wrong_ones_are_refused(peo
         {"name": "x", "secrets": {"gitHub": ["a"]}},
         {"name": "x", "secret": {"github": ["a"]}},
     ):
-        refused(await people.admin.api.post(TOKENS, json=body), 422, "validation-failed")
+        assert_refused(await people.admin.api.post(TOKENS, json=body), 422, "validation-failed")

@@ -29,8 +29,16 @@ from models.workflow_triggers import WorkflowTrigger, WorkflowTriggerMatch
 from scheduler import retention
 from scheduler.settings import SchedulerSettings
 from senders.event_senders import EventSender as Provider
-from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
-from tests.provider_requests import BY_NAME, CASES, CONFIG, Step
+from tests.integration.gateway_harness import (
+    EDGE,
+    GRAPH,
+    STEP,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.provider_requests import BY_NAME, CASES, CONFIG, ProviderStep
 
 EVENTS = "/api/v1/workflows/events"
 FALSE = {"left": 1, "operator": "equals", "right": 2}
@@ -52,7 +60,7 @@ SENT = [
 ]
 
 
-def subscribed(event_type: str | list[str], **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+def subscription_graph(event_type: str | list[str], **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     trigger = {
         "id": "start",
         "type": "event-trigger",
@@ -62,26 +70,26 @@ def subscribed(event_type: str | list[str], **config: Any) -> dict[str, Any]:  #
     return {"nodes": [trigger, STEP], "connections": [EDGE]}
 
 
-async def active(person: Person, graph: Mapping[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+async def create_active_workflow(person: UserClient, graph: Mapping[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON value
     workflow_id = await person.create(**graph, **fields)
     await set_status(person, workflow_id, "active")
     return workflow_id
 
 
-async def set_status(person: Person, workflow_id: str, status: str) -> None:
+async def set_status(person: UserClient, workflow_id: str, status: str) -> None:
     response = await person.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": status})
     assert response.status_code == 200, response.text
 
 
-async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+async def read_rows(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
     conditions = [getattr(table, name) == value for name, value in equal.items()]
     async with world.gateway.database.read() as connection:
         return list((await connection.execute(select(table).where(*conditions))).all())
 
 
-async def token_of(
-    world: World,
-    person: Person,
+async def create_token(
+    world: GatewayHarness,
+    person: UserClient,
     kind: SenderTokenKind = SenderTokenKind.EVENT,
     secrets: Mapping[Provider, Sequence[str]] | None = None,
     workflow_id: str | None = None,
@@ -114,7 +122,7 @@ async def token_of(
 
 
 @asynccontextmanager
-async def at(world: World, moment: datetime) -> AsyncIterator[None]:
+async def set_time(world: GatewayHarness, moment: datetime) -> AsyncIterator[None]:
     """Have the gateway look at signatures at a moment."""
     before = world.gateway
     world.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
@@ -127,15 +135,21 @@ async def at(world: World, moment: datetime) -> AsyncIterator[None]:
 # ── what an event starts ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_event_runs_every_active_workflow_that_waits_for_it(world: World, people: People) -> None:
-    welcome = await active(people.owner, subscribed("user.created"), name="Send welcome email")
-    listed = await active(people.colleague, subscribed(["order.paid", "user.*"]), name="Count")
+async def test_an_event_runs_every_active_workflow_that_waits_for_it(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    welcome = await create_active_workflow(
+        people.owner, subscription_graph("user.created"), name="Send welcome email"
+    )
+    listed = await create_active_workflow(
+        people.colleague, subscription_graph(["order.paid", "user.*"]), name="Count"
+    )
     for other in ("user", "user.created.late", "users.*", "user.deleted"):
-        await active(people.owner, subscribed(other))
-    archived = await active(people.owner, subscribed("user.created"))
+        await create_active_workflow(people.owner, subscription_graph(other))
+    archived = await create_active_workflow(people.owner, subscription_graph("user.created"))
     await set_status(people.owner, archived, "archived")
-    await people.owner.create(**subscribed("user.created"))
-    await active(people.stranger, subscribed("user.created"))
+    await people.owner.create(**subscription_graph("user.created"))
+    await create_active_workflow(people.stranger, subscription_graph("user.created"))
 
     data = {"userId": "user_456"}
     response = await people.owner.api.post(EVENTS, json={"event_type": "user.created", "event_data": data})
@@ -156,37 +170,43 @@ async def test_an_event_runs_every_active_workflow_that_waits_for_it(world: Worl
     assert all(set(one) == {"workflowId", "workflowName", "executionId"} for one in found.values())
 
     for workflow_id, owner in ((welcome, people.owner), (listed, people.colleague)):
-        (run,) = await rows(world, Execution, workflow_id=workflow_id)
+        (run,) = await read_rows(world, Execution, workflow_id=workflow_id)
         assert (run.id, run.trigger_type) == (found[workflow_id]["executionId"], "event")
         assert run.user_id == owner.user.id
-        (given,) = await rows(world, ExecutionData, execution_id=run.id)
+        (given,) = await read_rows(world, ExecutionData, execution_id=run.id)
         assert json.loads(given.trigger) == {
             "event_type": "user.created",
             "event_data": data,
             "source": "platform",
         }
-    (event,) = await rows(world, EventRecord, id=answer["event_id"])
+    (event,) = await read_rows(world, EventRecord, id=answer["event_id"])
     assert (event.event_type, event.organization_id) == ("user.created", people.owner.user.organization_id)
-    (delivery,) = await rows(world, Delivery, event_id=event.id)
+    (delivery,) = await read_rows(world, Delivery, event_id=event.id)
     assert (delivery.outcome, delivery.status, delivery.created_at) == ("accepted", 200, event.created_at)
-    assert len(await rows(world, Execution, organization_id=event.organization_id)) == 2
+    assert len(await read_rows(world, Execution, organization_id=event.organization_id)) == 2
 
 
-async def test_an_event_that_nobody_waits_for_is_kept(world: World, people: People) -> None:
+async def test_an_event_that_nobody_waits_for_is_kept(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     response = await people.owner.api.post(EVENTS, json={"event_type": "nothing.at-all", "source": "shop"})
     assert response.status_code == 200
     answer = response.json()
     assert (answer["workflows_triggered"], answer["workflows_failed"], answer["results"]) == (0, 0, [])
-    (event,) = await rows(world, EventRecord, id=answer["event_id"])
+    (event,) = await read_rows(world, EventRecord, id=answer["event_id"])
     assert json.loads(event.data) == {"event_type": "nothing.at-all", "event_data": {}, "source": "shop"}
 
 
-async def test_a_filter_decides_which_events_count(people: People) -> None:
+async def test_a_filter_decides_which_events_count(people: OrganizationUsers) -> None:
     large = {"left": "{{ data.event_data.total }}", "operator": "greater-than", "right": 100}
     vip = {"left": "{{ trigger.event_data.customer }}", "operator": "equals", "right": "vip"}
     from_shop = {"left": "{{ data.source }}", "operator": "equals", "right": "shop"}
-    wanted = await active(people.owner, subscribed("order.paid", filter={"any": [vip, large]}))
-    await active(people.owner, subscribed("order.paid", filter={"all": [from_shop, large]}))
+    wanted = await create_active_workflow(
+        people.owner, subscription_graph("order.paid", filter={"any": [vip, large]})
+    )
+    await create_active_workflow(
+        people.owner, subscription_graph("order.paid", filter={"all": [from_shop, large]})
+    )
 
     response = await people.owner.api.post(
         EVENTS, json={"event_type": "order.paid", "event_data": {"total": 7, "customer": "vip"}}
@@ -200,16 +220,20 @@ async def test_a_filter_decides_which_events_count(people: People) -> None:
     assert "executionId" not in failed
 
 
-async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(world: World, people: People) -> None:
+async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     alone = {"concurrency": {"limit": 1, "onLimit": "reject"}}
-    busy = await active(people.owner, subscribed("a.b"), settings=alone)
-    free = await active(people.owner, subscribed("a.b"))
-    broken = await active(people.owner, subscribed("a.b"))
+    busy = await create_active_workflow(people.owner, subscription_graph("a.b"), settings=alone)
+    free = await create_active_workflow(people.owner, subscription_graph("a.b"))
+    broken = await create_active_workflow(people.owner, subscription_graph("a.b"))
     await world.gateway.database.transaction(
         lambda connection: connection.execute(
             update(WorkflowGraph)
             .where(col(WorkflowGraph.workflow_id) == broken)
-            .values(nodes=[subscribed("a.b")["nodes"][0], {"id": "odd", "type": "gone", "config": {}}])
+            .values(
+                nodes=[subscription_graph("a.b")["nodes"][0], {"id": "odd", "type": "gone", "config": {}}]
+            )
         )
     )
     await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
@@ -227,15 +251,17 @@ async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(world: W
         EVENTS, json={"event_type": "a.b"}, headers={"Idempotency-Key": "none"}
     )
     assert nothing.json()["workflows_triggered"] == 0
-    assert len(await rows(world, Delivery, event_id=nothing.json()["event_id"])) == 1
+    assert len(await read_rows(world, Delivery, event_id=nothing.json()["event_id"])) == 1
     again = await people.owner.api.post(
         EVENTS, json={"event_type": "a.b"}, headers={"Idempotency-Key": "none"}
     )
     assert again.json() == nothing.json()
 
 
-async def test_what_is_told_again_is_answered_as_it_was(world: World, people: People) -> None:
-    workflow_id = await active(people.owner, subscribed("a.b"))
+async def test_what_is_told_again_is_answered_as_it_was(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner, subscription_graph("a.b"))
     body, headers = {"event_type": "a.b", "event_data": {"n": 1}}, {"Idempotency-Key": "mine"}
     answers = await asyncio.gather(
         *(people.owner.api.post(EVENTS, json=body, headers=headers) for _ in range(20))
@@ -245,11 +271,11 @@ async def test_what_is_told_again_is_answered_as_it_was(world: World, people: Pe
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
     await set_status(people.owner, workflow_id, "draft")
     assert (await people.owner.api.post(EVENTS, json=body, headers=headers)).content == answers[0].content
-    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1
-    assert len(await rows(world, EventRecord, organization_id=people.owner.user.organization_id)) == 1
-    noted = await rows(world, Delivery, organization_id=people.owner.user.organization_id)
+    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1
+    assert len(await read_rows(world, EventRecord, organization_id=people.owner.user.organization_id)) == 1
+    noted = await read_rows(world, Delivery, organization_id=people.owner.user.organization_id)
     assert sorted(one.outcome for one in noted) == ["accepted", *["duplicate"] * 20]
-    refused(
+    assert_refused(
         await people.owner.api.post(EVENTS, json={**body, "source": "other"}, headers=headers),
         422,
         "idempotency-mismatch",
@@ -257,10 +283,10 @@ async def test_what_is_told_again_is_answered_as_it_was(world: World, people: Pe
 
 
 async def test_an_event_is_taken_in_whole_or_not_at_all(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
-        await active(people.owner, subscribed("a.b"))
+        await create_active_workflow(people.owner, subscription_graph("a.b"))
     ingest = world.gateway.store.ingest
     calls = 0
 
@@ -277,25 +303,25 @@ async def test_an_event_is_taken_in_whole_or_not_at_all(
     monkeypatch.setattr(world.gateway.store, "take_in", fails)
     headers = {"Idempotency-Key": "again"}
     organization_id = people.owner.user.organization_id
-    refused(
+    assert_refused(
         await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
     )
-    assert await rows(world, EventRecord, organization_id=organization_id) == []
-    assert await rows(world, Execution, organization_id=organization_id) == []
-    refused(
+    assert await read_rows(world, EventRecord, organization_id=organization_id) == []
+    assert await read_rows(world, Execution, organization_id=organization_id) == []
+    assert_refused(
         await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
     )
     response = await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers)
     assert response.headers["Idempotent-Replayed"] == "true"
     assert response.json()["workflows_triggered"] == 3
-    assert len(await rows(world, Execution, organization_id=organization_id)) == 3
+    assert len(await read_rows(world, Execution, organization_id=organization_id)) == 3
 
 
 async def test_a_workflow_that_changes_meanwhile_is_run_as_it_is_then(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workflow_id = await active(people.owner, subscribed("a.b"))
-    other = await active(people.owner, subscribed("a.b"))
+    workflow_id = await create_active_workflow(people.owner, subscription_graph("a.b"))
+    other = await create_active_workflow(people.owner, subscription_graph("a.b"))
     await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
     load, hit = world.gateway.workflows.load_several, False
 
@@ -311,38 +337,42 @@ async def test_a_workflow_that_changes_meanwhile_is_run_as_it_is_then(
     monkeypatch.setattr(world.gateway.workflows, "load_several", and_change)
     answer = (await people.owner.api.post(EVENTS, json={"event_type": "a.b"})).json()
     assert [one["workflowName"] for one in answer["results"]] == ["Renamed"]
-    assert len(await rows(world, Execution, workflow_id=other)) == 1
+    assert len(await read_rows(world, Execution, workflow_id=other)) == 1
 
 
-async def test_deployed_workflows_take_events_as_they_are_deployed(world: World, people: People) -> None:
-    same = await active(people.owner, subscribed("a.b"))
-    edited = await active(people.owner, subscribed("a.b"))
-    asleep = await active(people.owner, subscribed("a.b"))
+async def test_deployed_workflows_take_events_as_they_are_deployed(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    same = await create_active_workflow(people.owner, subscription_graph("a.b"))
+    edited = await create_active_workflow(people.owner, subscription_graph("a.b"))
+    asleep = await create_active_workflow(people.owner, subscription_graph("a.b"))
     for one in (same, edited, asleep):
         response = await people.owner.api.post(f"{WORKFLOWS}/{one}/deploy")
         assert response.status_code in {200, 202}, response.text
-    await people.owner.api.put(f"{WORKFLOWS}/{edited}", json=subscribed(["a.b", "c.d"]))
+    await people.owner.api.put(f"{WORKFLOWS}/{edited}", json=subscription_graph(["a.b", "c.d"]))
     await people.owner.api.post(f"{WORKFLOWS}/{asleep}/stop")
     answer = (await people.owner.api.post(EVENTS, json={"event_type": "a.b"})).json()
     assert {one["workflowId"] for one in answer["results"]} == {same, edited, asleep}
     for one in (same, edited, asleep):
-        (run,) = await rows(world, Execution, workflow_id=one)
+        (run,) = await read_rows(world, Execution, workflow_id=one)
         assert run.home == one
-    await until_wanted(world, asleep)
+    await wait_until_wanted(world, asleep)
     answer = (await people.owner.api.post(EVENTS, json={"event_type": "c.d"})).json()
     assert answer["results"] == []
 
 
-async def until_wanted(world: World, workflow_id: str) -> None:
+async def wait_until_wanted(world: GatewayHarness, workflow_id: str) -> None:
     async with asyncio.timeout(60):
-        while not (await rows(world, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows tell nobody
+        while not (await read_rows(world, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows tell nobody
             await asyncio.sleep(0.02)
 
 
-async def test_events_that_are_none_are_refused_with_a_note(world: World, people: People) -> None:
+async def test_events_that_are_none_are_refused_with_a_note(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     for body in ({}, {"event_type": "a b"}, {"event_type": "a.*"}, {"event_type": "a.b", "event_data": [1]}):
-        refused(await people.owner.api.post(EVENTS, json=body), 422, "validation-failed")
-    noted = await rows(world, Delivery, organization_id=people.owner.user.organization_id)
+        assert_refused(await people.owner.api.post(EVENTS, json=body), 422, "validation-failed")
+    noted = await read_rows(world, Delivery, organization_id=people.owner.user.organization_id)
     assert [one.outcome for one in noted] == ["rejected"] * 4
 
 
@@ -350,7 +380,7 @@ async def test_events_that_are_none_are_refused_with_a_note(world: World, people
 
 
 async def send(
-    client: httpx2.AsyncClient, step: Step, target: str, key: str | None = None
+    client: httpx2.AsyncClient, step: ProviderStep, target: str, key: str | None = None
 ) -> httpx2.Response:
     """Send a request as it was recorded, but for its line and its API key."""
     headers = [
@@ -365,17 +395,17 @@ async def send(
 
 @pytest.mark.parametrize("case", SENT, ids=str)
 async def test_what_providers_send_is_answered_as_they_expect(
-    world: World,
+    world: GatewayHarness,
     case: Any,  # noqa: ANN401 - a case
 ) -> None:
     person = await world.person(await world.organization())
-    workflow_id = await active(
-        person, subscribed([f"{one}.*" for one in ("bed", "github", "invoice", "slack", "test")])
+    workflow_id = await create_active_workflow(
+        person, subscription_graph([f"{one}.*" for one in ("bed", "github", "invoice", "slack", "test")])
     )
-    token = await token_of(world, person, secrets=SECRETS)
+    token = await create_token(world, person, secrets=SECRETS)
     nobody = await world.client()
     for step in case.steps:
-        async with at(world, step.at):
+        async with set_time(world, step.at):
             with_key = any(name == b"X-API-Key" for name, _ in step.headers)
             target = EVENTS if with_key or step.method == "OPTIONS" else f"{EVENTS}?key={token}"
             response = await send(nobody, step, target, person.key)
@@ -387,47 +417,49 @@ async def test_what_providers_send_is_answered_as_they_expect(
             assert again.headers["Idempotent-Replayed"] == "true"
         assert step.respond.get("body_contains", "") in response.text
     expected = case.expected.get("events") or [case.expected.get("event", {})]
-    runs = await rows(world, Execution, workflow_id=workflow_id)
-    told = [json.loads((await rows(world, ExecutionData, execution_id=run.id))[0].trigger) for run in runs]
+    runs = await read_rows(world, Execution, workflow_id=workflow_id)
+    told = [
+        json.loads((await read_rows(world, ExecutionData, execution_id=run.id))[0].trigger) for run in runs
+    ]
     starts_nothing = case.name == "gh_ping" or step.respond.get("creates_execution") is False
     if status != 200 or starts_nothing or step.method == "OPTIONS":
         assert told == []
         return
     assert [(one["event_type"], one["source"], one["event_data"]) for one in told] == [
-        (one["event_type"], one["source"], data_of(one)) for one in expected
+        (one["event_type"], one["source"], event_data(one)) for one in expected
     ]
     if "subject" in expected[0]:
         assert told[0]["attributes"]["subject"] == expected[0]["subject"]
 
 
-def data_of(expected: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
+def event_data(expected: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON value
     return expected.get("event_data") or {"data_base64": expected["data_base64"]}
 
 
 async def test_an_event_token_opens_the_events_of_its_organisation_and_nothing_else(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await active(people.owner, subscribed("a.b"))
-    token = await token_of(world, people.owner)
-    trigger_token = await token_of(world, people.owner, SenderTokenKind.TRIGGER, workflow_id=workflow_id)
-    foreign = await token_of(world, people.stranger)
-    signed = await token_of(world, people.owner, secrets=SECRETS)
+    workflow_id = await create_active_workflow(people.owner, subscription_graph("a.b"))
+    token = await create_token(world, people.owner)
+    trigger_token = await create_token(world, people.owner, SenderTokenKind.TRIGGER, workflow_id=workflow_id)
+    foreign = await create_token(world, people.stranger)
+    signed = await create_token(world, people.owner, secrets=SECRETS)
     nobody = await world.client()
     body = {"event_type": "a.b"}
 
     response = await nobody.post(f"{EVENTS}?key={token}", json=body)
     assert response.json()["workflows_triggered"] == 1, response.text
     assert (await nobody.post(f"{EVENTS}?key={foreign}", json=body)).json()["workflows_triggered"] == 0
-    refused(await nobody.post(f"{EVENTS}?key={trigger_token}", json=body), 401, "unauthorized")
-    refused(await nobody.post(EVENTS, json=body), 401, "unauthorized")
-    refused(await nobody.post(f"{EVENTS}?key={signed}", json=body), 401, "invalid-signature")
+    assert_refused(await nobody.post(f"{EVENTS}?key={trigger_token}", json=body), 401, "unauthorized")
+    assert_refused(await nobody.post(EVENTS, json=body), 401, "unauthorized")
+    assert_refused(await nobody.post(f"{EVENTS}?key={signed}", json=body), 401, "invalid-signature")
     step = BY_NAME["gh_push"].steps[0]
-    refused(await send(nobody, step, f"{EVENTS}?key={token}"), 401, "invalid-signature")
-    refused(await nobody.get(f"{WORKFLOWS}?key={token}"), 401, "unauthorized")
-    assert len(await rows(world, Execution, workflow_id=workflow_id)) == 1
+    assert_refused(await send(nobody, step, f"{EVENTS}?key={token}"), 401, "invalid-signature")
+    assert_refused(await nobody.get(f"{WORKFLOWS}?key={token}"), 401, "unauthorized")
+    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1
 
 
-async def test_a_sender_of_cloud_events_is_told_that_it_may(world: World) -> None:
+async def test_a_sender_of_cloud_events_is_told_that_it_may(world: GatewayHarness) -> None:
     nobody = await world.client()
     asked = {"WebHook-Request-Origin": "eventemitter.example.com", "WebHook-Request-Rate": "120"}
     response = await nobody.options(EVENTS, headers=asked)
@@ -439,7 +471,7 @@ async def test_a_sender_of_cloud_events_is_told_that_it_may(world: World) -> Non
 # ── what is kept ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_events_are_listed_for_those_who_may_see_them(people: People) -> None:
+async def test_events_are_listed_for_those_who_may_see_them(people: OrganizationUsers) -> None:
     for event_type, source, teller in (
         ("user.created", "shop", people.owner),
         ("user.deleted", "shop", people.owner),
@@ -448,7 +480,7 @@ async def test_events_are_listed_for_those_who_may_see_them(people: People) -> N
         body = {"event_type": event_type, "source": source, "event_data": {"a": 1}}
         await teller.api.post(EVENTS, json=body)
 
-    async def listed(person: Person, query: str = "") -> list[str]:
+    async def listed(person: UserClient, query: str = "") -> list[str]:
         answer = (await person.api.get(f"/api/v1/events{query}")).json()
         assert answer["count"] >= len(answer["events"])
         return [one["eventType"] for one in answer["events"]]
@@ -463,17 +495,17 @@ async def test_events_are_listed_for_those_who_may_see_them(people: People) -> N
     assert len(await listed(people.admin, "?until=2100-01-01T00:00:00Z")) == 3
 
 
-async def test_an_event_is_replayed_to_a_workflow(world: World, people: People) -> None:
-    first = await active(people.owner, subscribed("a.b"))
+async def test_an_event_is_replayed_to_a_workflow(world: GatewayHarness, people: OrganizationUsers) -> None:
+    first = await create_active_workflow(people.owner, subscription_graph("a.b"))
     body = {"event_type": "a.b", "event_data": {"n": 1}}
     told = (await people.owner.api.post(EVENTS, json=body)).json()
     path = f"/api/v1/events/{told['event_id']}"
     shown = (await people.admin.api.get(path)).json()
     assert (shown["eventType"], shown["eventData"], shown["attributes"]) == ("a.b", {"n": 1}, {})
     assert shown["results"] == told["results"]
-    refused(await people.colleague.api.get(path), 404, "not-found")
+    assert_refused(await people.colleague.api.get(path), 404, "not-found")
 
-    later = await active(people.owner, subscribed("other", filter=FALSE))
+    later = await create_active_workflow(people.owner, subscription_graph("other", filter=FALSE))
     headers = {"Idempotency-Key": "once"}
     answers = [
         await people.owner.api.post(f"{path}/replay", json={"workflowId": later}, headers=headers)
@@ -482,25 +514,31 @@ async def test_an_event_is_replayed_to_a_workflow(world: World, people: People) 
     assert [answer.status_code for answer in answers] == [201, 201], answers[0].text
     assert answers[0].json() == answers[1].json()
     assert "Idempotent-Replayed" in answers[1].headers
-    (run,) = await rows(world, Execution, workflow_id=later)
-    (given,) = await rows(world, ExecutionData, execution_id=run.id)
+    (run,) = await read_rows(world, Execution, workflow_id=later)
+    (given,) = await read_rows(world, ExecutionData, execution_id=run.id)
     assert json.loads(given.trigger)["event_data"] == {"n": 1}
-    (brought,) = await rows(world, Delivery, event_id=told["event_id"])
-    noted = await rows(world, Delivery, workflow_id=later)
+    (brought,) = await read_rows(world, Delivery, event_id=told["event_id"])
+    noted = await read_rows(world, Delivery, workflow_id=later)
     assert [one.outcome for one in noted] == ["accepted", "duplicate"]
     assert {one.redriven_from for one in noted} == {brought.id}
 
-    manual = await active(people.owner, GRAPH)
-    refused(
+    manual = await create_active_workflow(people.owner, GRAPH)
+    assert_refused(
         await people.owner.api.post(f"{path}/replay", json={"workflowId": manual}), 422, "no-event-trigger"
     )
-    foreign = await active(people.stranger, subscribed("a.b"))
-    refused(await people.owner.api.post(f"{path}/replay", json={"workflowId": foreign}), 404, "not-found")
-    refused(await people.stranger.api.post(f"{path}/replay", json={"workflowId": foreign}), 404, "not-found")
-    assert len(await rows(world, Execution, workflow_id=first)) == 1
+    foreign = await create_active_workflow(people.stranger, subscription_graph("a.b"))
+    assert_refused(
+        await people.owner.api.post(f"{path}/replay", json={"workflowId": foreign}), 404, "not-found"
+    )
+    assert_refused(
+        await people.stranger.api.post(f"{path}/replay", json={"workflowId": foreign}), 404, "not-found"
+    )
+    assert len(await read_rows(world, Execution, workflow_id=first)) == 1
 
 
-async def copied(world: World, table: type[SQLModel], organization_id: str, new: Sequence[str]) -> None:
+async def copy_row(
+    world: GatewayHarness, table: type[SQLModel], organization_id: str, new: Sequence[str]
+) -> None:
     """Make rows like the only one that an organisation has, under other ids."""
 
     async def copy(connection: AsyncConnection) -> None:
@@ -512,7 +550,7 @@ async def copied(world: World, table: type[SQLModel], organization_id: str, new:
 
 
 async def test_events_and_deliveries_are_kept_for_some_days(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH_ROWS", 1)
     settings = SchedulerSettings(
@@ -522,17 +560,19 @@ async def test_events_and_deliveries_are_kept_for_some_days(
     organization_id = people.owner.user.organization_id
     old = ids.earliest_id("", datetime.now(UTC) - timedelta(days=15))
     for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
-        await copied(world, table, organization_id, [prefix + old[:-1] + last for last in "01"])
+        await copy_row(world, table, organization_id, [prefix + old[:-1] + last for last in "01"])
     await retention.forget_arrivals(settings, world.gateway.database)
     for table in (EventRecord, Delivery):
-        (kept,) = await rows(world, table, organization_id=organization_id)
+        (kept,) = await read_rows(world, table, organization_id=organization_id)
         assert not kept.id.endswith(old[:8])
 
 
 # ── many ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_thousand_workflows_are_run_within_moments(world: World, people: People) -> None:
+async def test_a_thousand_workflows_are_run_within_moments(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     await seed(world, people.owner, 1_000)
     times = []
     for _ in range(3):
@@ -543,12 +583,12 @@ async def test_a_thousand_workflows_are_run_within_moments(world: World, people:
     # Under a second, on a machine where no other test runs beside this one.
     assert min(times) < 9.0
     organization_id = people.owner.user.organization_id
-    assert len(await rows(world, Execution, organization_id=organization_id)) == 3_000
+    assert len(await read_rows(world, Execution, organization_id=organization_id)) == 3_000
 
 
-async def seed(world: World, person: Person, count: int) -> None:
+async def seed(world: GatewayHarness, person: UserClient, count: int) -> None:
     """Make many workflows like one, each with a graph of its own."""
-    first = await active(person, subscribed("seeded.event"))
+    first = await create_active_workflow(person, subscription_graph("seeded.event"))
     async with world.gateway.database.read() as connection:
         tables: Sequence[tuple[type[SQLModel], str]] = (
             (Workflow, "id"),

@@ -29,8 +29,16 @@ from messages.broker import Broker, Letter, Notice
 from models.access import KeyScope, Organization
 from models.execution import Execution, Idempotency, SpanRow
 from models.workflow import Definition, Workflow, WorkflowShare
-from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, Person, World
-from tests.services import Redis
+from tests.integration.gateway_harness import (
+    EDGE,
+    GRAPH,
+    STEP,
+    TRIGGER,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+)
+from tests.services import RedisServer
 from workers.main import run_worker
 from workers.settings import WorkerSettings
 
@@ -69,7 +77,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @dataclass
-class Run:
+class ClaimedTestRun:
     """A claimed run, and what a worker would write of it."""
 
     gateway: State
@@ -149,7 +157,9 @@ class Run:
         return LogLine(level, message, "step", self.sequence, NOW)
 
 
-async def taken(world: World, execution_id: str, *, broker: Broker | None = None) -> Run:
+async def claim_run(
+    world: GatewayHarness, execution_id: str, *, broker: Broker | None = None
+) -> ClaimedTestRun:
     """Claim a run as a worker would."""
     gateway = world.gateway
     broker = broker or gateway.broker
@@ -158,14 +168,14 @@ async def taken(world: World, execution_id: str, *, broker: Broker | None = None
         claimed = {one.execution_id: one for one in await gateway.store.claim(claim)}
         assert claimed, f"{execution_id} is not pending"
         if execution_id in claimed:
-            return Run(gateway, claimed[execution_id], broker)
+            return ClaimedTestRun(gateway, claimed[execution_id], broker)
 
 
-def refused(response: httpx2.Response, status: int, code: str) -> None:
+def assert_refused(response: httpx2.Response, status: int, code: str) -> None:
     assert (response.status_code, response.json()["error"]["code"]) == (status, code), response.text
 
 
-async def executed(person: Person, workflow_id: str, **body: Any) -> str:  # noqa: ANN401 - any JSON value
+async def execute_workflow(person: UserClient, workflow_id: str, **body: Any) -> str:  # noqa: ANN401 - any JSON value
     """Execute a workflow and return the execution's id."""
     response = await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json=body)
     assert response.status_code == 201, response.text
@@ -173,25 +183,25 @@ async def executed(person: Person, workflow_id: str, **body: Any) -> str:  # noq
     return execution_id
 
 
-async def got(person: Person, path: str) -> dict[str, Any]:
+async def get_json(person: UserClient, path: str) -> dict[str, Any]:
     response = await person.api.get(f"{EXECUTIONS}{path}")
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
     return body
 
 
-async def listed(person: Person, query: str = "") -> list[str]:
+async def list_ids(person: UserClient, query: str = "") -> list[str]:
     """Return the ids that a list shows."""
-    return [execution["id"] for execution in (await got(person, f"?{query}"))["executions"]]
+    return [execution["id"] for execution in (await get_json(person, f"?{query}"))["executions"]]
 
 
-async def row(world: World, execution_id: str) -> Execution:
+async def read_execution(world: GatewayHarness, execution_id: str) -> Execution:
     statement = select(Execution).where(col(Execution.id) == execution_id)
     async with world.gateway.database.read() as connection:
         return Execution(**(await connection.execute(statement)).mappings().one())
 
 
-async def changed(world: World, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
+async def change_workflow(world: GatewayHarness, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
     """Change a workflow behind the gateway's back, as another gateway would."""
 
     async def change(connection: AsyncConnection) -> None:
@@ -201,21 +211,21 @@ async def changed(world: World, workflow_id: str, **values: Any) -> None:  # noq
     await world.gateway.database.transaction(change)
 
 
-async def share(world: World, workflow_id: str, person: Person) -> None:
+async def share(world: GatewayHarness, workflow_id: str, person: UserClient) -> None:
     values = {"workflow_id": workflow_id, "user_id": person.user.id, "shared_at": datetime.now(UTC)}
 
     async def add(connection: AsyncConnection) -> None:
         await connection.execute(insert(WorkflowShare).values(values))
 
     await world.gateway.database.transaction(add)
-    await changed(world, workflow_id)
+    await change_workflow(world, workflow_id)
 
 
 # ── execute ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_execute_answers_as_the_contract_says_and_the_row_is_there(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
     response = await people.owner.api.post(
@@ -227,25 +237,25 @@ async def test_execute_answers_as_the_contract_says_and_the_row_is_there(
     assert re.fullmatch(r"exec_[0-9a-z]{26}", execution_id)
     assert response.headers["Location"] == f"{EXECUTIONS}/{execution_id}"
     assert "Idempotent-Replayed" not in response.headers
-    stored = await row(world, execution_id)
+    stored = await read_execution(world, execution_id)
     assert (stored.status, stored.total_nodes, stored.timeout_microseconds) == ("pending", 2, 60_000_000)
 
 
-async def test_the_body_of_execute_may_be_left_out(people: People) -> None:
+async def test_the_body_of_execute_may_be_left_out(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute")
     assert response.status_code == 201
-    shown = await got(people.owner, f"/{response.json()['executionId']}")
+    shown = await get_json(people.owner, f"/{response.json()['executionId']}")
     assert shown["trigger"] == {"type": "manual", "data": {"body": {}}}
 
 
 async def test_trigger_inputs_reach_the_run_as_the_trigger_node_gives_them_out(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     nodes = [TRIGGER | {"nodeId": "webhook"}, STEP]
     workflow_id = await people.owner.create(nodes=nodes, connections=[EDGE])
-    execution_id = await executed(people.owner, workflow_id, triggerInputs={"x": 1.0, "y": "é\u0301"})
-    run = await taken(world, execution_id)
+    execution_id = await execute_workflow(people.owner, workflow_id, triggerInputs={"x": 1.0, "y": "é\u0301"})
+    run = await claim_run(world, execution_id)
     assert json.loads(run.claimed.trigger) == {"body": {"x": 1.0, "y": "é\u0301"}, "headers": {}, "query": {}}
 
 
@@ -258,49 +268,55 @@ async def test_trigger_inputs_reach_the_run_as_the_trigger_node_gives_them_out(
         ({"definition": {"nodes": {}}}, "definition.nodes"),
     ],
 )
-async def test_wrong_fields_of_execute_are_named(people: People, body: dict[str, Any], path: str) -> None:
+async def test_wrong_fields_of_execute_are_named(
+    people: OrganizationUsers, body: dict[str, Any], path: str
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json=body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
 
 
 @pytest.mark.parametrize(
     ("status", "code"), [("paused", "workflow-paused"), ("archived", "workflow-archived")]
 )
-async def test_a_workflow_that_is_closed_takes_nothing_in(people: People, status: str, code: str) -> None:
+async def test_a_workflow_that_is_closed_takes_nothing_in(
+    people: OrganizationUsers, status: str, code: str
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": status})
-    refused(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 409, code)
+    assert_refused(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 409, code)
 
 
 @pytest.mark.parametrize("status", ["draft", "active"])
-async def test_drafts_and_active_workflows_are_executed(people: People, status: str) -> None:
+async def test_drafts_and_active_workflows_are_executed(people: OrganizationUsers, status: str) -> None:
     workflow_id = await people.owner.create(status=status, **GRAPH)
-    assert await executed(people.owner, workflow_id)
+    assert await execute_workflow(people.owner, workflow_id)
 
 
-async def test_an_invalid_graph_is_refused_with_its_findings(people: People) -> None:
+async def test_an_invalid_graph_is_refused_with_its_findings(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         nodes=[TRIGGER, STEP], connections=[EDGE | {"targetNodeId": "gone"}]
     )
     response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute")
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     [finding] = response.json()["error"]["details"]
     assert (finding["type"], finding["code"]) == ("broken-connection", "broken-connection")
     assert finding["connectionId"].startswith("conn-")
 
 
-async def test_execute_needs_its_scope_and_a_workflow_that_one_may_read(world: World, people: People) -> None:
+async def test_execute_needs_its_scope_and_a_workflow_that_one_may_read(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     reader = await world.person(await world.organization(), scopes=[KeyScope.WORKFLOWS_READ])
-    refused(await reader.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 403, "scope-required")
+    assert_refused(await reader.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 403, "scope-required")
     for person in (people.colleague, people.stranger):
-        refused(await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 404, "not-found")
+        assert_refused(await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 404, "not-found")
     await share(world, workflow_id, people.colleague)
     world.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
-    assert await executed(people.colleague, workflow_id)
-    assert await executed(people.admin, workflow_id)
+    assert await execute_workflow(people.colleague, workflow_id)
+    assert await execute_workflow(people.admin, workflow_id)
 
 
 # ── a definition of one's own ───────────────────────────────────────────────────────────────────────────────
@@ -312,13 +328,13 @@ OTHER = {
 
 
 async def test_a_definition_is_run_in_the_place_of_the_workflow_s_and_never_saved(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 7}, **GRAPH)
     before = await people.owner.workflow(workflow_id)
-    execution_id = await executed(people.owner, workflow_id, definition=OTHER, triggerInputs={"x": 1})
+    execution_id = await execute_workflow(people.owner, workflow_id, definition=OTHER, triggerInputs={"x": 1})
     assert await people.owner.workflow(workflow_id) == before
-    stored = await row(world, execution_id)
+    stored = await read_execution(world, execution_id)
     statement = select(col(Definition.body)).where(col(Definition.hash) == stored.definition_hash)
     async with world.gateway.database.read() as connection:
         pinned = json.loads(await connection.scalar(statement) or "")
@@ -328,16 +344,16 @@ async def test_a_definition_is_run_in_the_place_of_the_workflow_s_and_never_save
     assert (stored.total_nodes, stored.trigger_type) == (3, "rest-api")
 
 
-async def test_a_definition_needs_the_scope_to_write(world: World) -> None:
+async def test_a_definition_needs_the_scope_to_write(world: GatewayHarness) -> None:
     organization = await world.organization()
     owner = await world.person(organization)
     workflow_id = await owner.create(**GRAPH)
-    await changed(world, workflow_id, is_public=True)
+    await change_workflow(world, workflow_id, is_public=True)
     runner = await world.person(organization, scopes=[KeyScope.WORKFLOWS_EXECUTE, KeyScope.WORKFLOWS_READ])
     response = await runner.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json={"definition": OTHER})
-    refused(response, 403, "scope-required")
+    assert_refused(response, 403, "scope-required")
     assert "workflows:write" in response.json()["error"]["message"]
-    assert await executed(runner, workflow_id)
+    assert await execute_workflow(runner, workflow_id)
 
 
 @pytest.mark.parametrize(
@@ -350,13 +366,13 @@ async def test_a_definition_needs_the_scope_to_write(world: World) -> None:
     ],
 )
 async def test_a_definition_is_checked_like_any_graph(
-    people: People, definition: dict[str, Any], code: str, path: str
+    people: OrganizationUsers, definition: dict[str, Any], code: str, path: str
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(
         f"{WORKFLOWS}/{workflow_id}/execute", json={"definition": definition}
     )
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert (code, path) in [
         (detail["code"], detail["path"]) for detail in response.json()["error"]["details"]
     ]
@@ -364,34 +380,38 @@ async def test_a_definition_is_checked_like_any_graph(
 
 @pytest.mark.parametrize("definition", [{}, {"nodes": [], "connections": []}])
 async def test_a_definition_without_a_graph_replaces_nothing(
-    world: World, people: People, definition: dict[str, Any]
+    world: GatewayHarness, people: OrganizationUsers, definition: dict[str, Any]
 ) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH), definition=definition)
-    assert (await row(world, execution_id)).total_nodes == len(GRAPH["nodes"])
+    execution_id = await execute_workflow(
+        people.owner, await people.owner.create(**GRAPH), definition=definition
+    )
+    assert (await read_execution(world, execution_id)).total_nodes == len(GRAPH["nodes"])
 
 
-async def test_nothing_is_refused_from_memory(world: World, people: People) -> None:
+async def test_nothing_is_refused_from_memory(world: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[STEP])
 
-    async def told(person: Person = people.owner) -> int:
+    async def told(person: UserClient = people.owner) -> int:
         return (await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json={})).status_code
 
     assert await told() == 422
     assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=GRAPH)).status_code == 200
     assert await told() == 201
-    await changed(world, workflow_id, status="paused")
+    await change_workflow(world, workflow_id, status="paused")
     assert await told() == 409
-    await changed(world, workflow_id, status="draft")
+    await change_workflow(world, workflow_id, status="draft")
     assert await told() == 201
     assert await told(people.colleague) == 404
     await share(world, workflow_id, people.colleague)
     assert await told(people.colleague) == 201
 
 
-async def test_a_definition_s_text_is_stored_once_however_often_it_runs(world: World, people: People) -> None:
+async def test_a_definition_s_text_is_stored_once_however_often_it_runs(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     for _ in range(3):
-        await executed(
+        await execute_workflow(
             people.owner,
             workflow_id,
             definition=OTHER
@@ -411,7 +431,9 @@ async def test_a_definition_s_text_is_stored_once_however_often_it_runs(world: W
 # ── repeated requests ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_of_many_equal_requests_at_once_one_is_run_and_all_are_told_which(people: People) -> None:
+async def test_of_many_equal_requests_at_once_one_is_run_and_all_are_told_which(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     responses = await asyncio.gather(
         *(
@@ -428,21 +450,23 @@ async def test_of_many_equal_requests_at_once_one_is_run_and_all_are_told_which(
     replayed = [response.headers.get("Idempotent-Replayed") for response in responses]
     assert sorted(replayed, key=str) == [None, *["true"] * 49]
     assert {response.headers["Location"] for response in responses} == {f"{EXECUTIONS}/{execution_id}"}
-    assert await listed(people.owner, f"workflow_id={workflow_id}") == [execution_id]
+    assert await list_ids(people.owner, f"workflow_id={workflow_id}") == [execution_id]
 
 
-async def test_a_key_with_another_body_is_refused(people: People) -> None:
+async def test_a_key_with_another_body_is_refused(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path, headers = f"{WORKFLOWS}/{workflow_id}/execute", {"Idempotency-Key": "k"}
     assert (await people.owner.api.post(path, json={}, headers=headers)).status_code == 201
     response = await people.owner.api.post(path, json={"triggerInputs": {"x": 2}}, headers=headers)
-    refused(response, 422, "idempotency-mismatch")
+    assert_refused(response, 422, "idempotency-mismatch")
 
 
-async def test_a_key_is_its_user_s_and_its_workflow_s_alone(world: World, people: People) -> None:
+async def test_a_key_is_its_user_s_and_its_workflow_s_alone(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     headers = {"Idempotency-Key": "k"}
     workflows = [await people.owner.create(**GRAPH) for _ in range(2)]
-    await changed(world, workflows[0], is_public=True)
+    await change_workflow(world, workflows[0], is_public=True)
     started = [
         (await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute", headers=headers)).json()["executionId"]
         for person, workflow_id in (
@@ -455,7 +479,7 @@ async def test_a_key_is_its_user_s_and_its_workflow_s_alone(world: World, people
 
 
 async def test_a_request_that_was_answered_is_answered_the_same_when_the_workflow_is_closed(
-    people: People,
+    people: OrganizationUsers,
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path, headers = f"{WORKFLOWS}/{workflow_id}/execute", {"Idempotency-Key": "k"}
@@ -464,15 +488,17 @@ async def test_a_request_that_was_answered_is_answered_the_same_when_the_workflo
     again = await people.owner.api.post(path, headers=headers)
     assert (again.status_code, again.json()) == (201, first.json())
     assert again.headers["Idempotent-Replayed"] == "true"
-    refused(
+    assert_refused(
         await people.owner.api.post(path, json={"triggerInputs": {}}, headers=headers),
         422,
         "idempotency-mismatch",
     )
-    refused(await people.owner.api.post(path, headers={"Idempotency-Key": "other"}), 409, "workflow-paused")
+    assert_refused(
+        await people.owner.api.post(path, headers={"Idempotency-Key": "other"}), 409, "workflow-paused"
+    )
 
 
-async def test_a_key_is_free_again_after_its_time(world: World, people: People) -> None:
+async def test_a_key_is_free_again_after_its_time(world: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path, headers = f"{WORKFLOWS}/{workflow_id}/execute", {"Idempotency-Key": "old"}
     first = await people.owner.api.post(path, headers=headers)
@@ -491,11 +517,13 @@ async def test_a_key_is_free_again_after_its_time(world: World, people: People) 
 # ── workflows that change meanwhile ─────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_workflow_that_another_gateway_changed_is_loaded_again(world: World, people: People) -> None:
+async def test_a_workflow_that_another_gateway_changed_is_loaded_again(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await executed(people.owner, workflow_id)
-    await changed(world, workflow_id, settings={"timeout": 5})
-    stored = await row(world, await executed(people.owner, workflow_id))
+    await execute_workflow(people.owner, workflow_id)
+    await change_workflow(world, workflow_id, settings={"timeout": 5})
+    stored = await read_execution(world, await execute_workflow(people.owner, workflow_id))
     assert stored.timeout_microseconds == 5_000_000
 
 
@@ -507,22 +535,24 @@ async def test_a_workflow_that_another_gateway_changed_is_loaded_again(world: Wo
     ],
 )
 async def test_what_another_gateway_closed_or_deleted_takes_nothing_in(
-    world: World, people: People, values: dict[str, Any], status: int, code: str
+    world: GatewayHarness, people: OrganizationUsers, values: dict[str, Any], status: int, code: str
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    execution_id = await executed(people.owner, workflow_id)
-    await changed(world, workflow_id, **values)
-    refused(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), status, code)
-    assert await listed(people.admin, f"workflow_id={workflow_id}") == [execution_id]
+    execution_id = await execute_workflow(people.owner, workflow_id)
+    await change_workflow(world, workflow_id, **values)
+    assert_refused(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), status, code)
+    assert await list_ids(people.admin, f"workflow_id={workflow_id}") == [execution_id]
 
 
 # ── looking ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_execution_is_shown_with_everything_that_belongs_to_it(world: World, people: People) -> None:
+async def test_an_execution_is_shown_with_everything_that_belongs_to_it(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
-    execution_id = await executed(people.owner, workflow_id, triggerInputs={"x": 1})
-    pending = await got(people.owner, f"/{execution_id}")
+    execution_id = await execute_workflow(people.owner, workflow_id, triggerInputs={"x": 1})
+    pending = await get_json(people.owner, f"/{execution_id}")
     assert set(pending) >= EXECUTION | {"config", "outputs"}
     assert (pending["status"], pending["progress"], pending["outputs"]) == ("pending", 0, {})
     assert pending["startedAt"] is pending["endedAt"] is pending["durationMs"] is pending["error"] is None
@@ -535,13 +565,13 @@ async def test_an_execution_is_shown_with_everything_that_belongs_to_it(world: W
     }
     assert pending["trigger"] == {"type": "manual", "data": {"body": {"x": 1}}}
     assert (pending["userId"], pending["workflowId"]) == (people.owner.user.id, workflow_id)
-    run = await taken(world, execution_id)
+    run = await claim_run(world, execution_id)
     await run.write(run.span("start", output={"body": {"x": 1}}), run.span("step", SpanStatus.RUNNING))
-    running = await got(people.owner, f"/{execution_id}")
+    running = await get_json(people.owner, f"/{execution_id}")
     assert (running["status"], running["progress"], running["completedNodes"]) == ("running", 50, 1)
     assert running["outputs"] == {"start": {"body": {"x": 1}}}
     await run.write(run.span("step", output=[1]), end=RunStatus.COMPLETED)
-    completed = await got(people.owner, f"/{execution_id}")
+    completed = await get_json(people.owner, f"/{execution_id}")
     assert (completed["status"], completed["progress"], completed["totalNodes"]) == ("completed", 100, 2)
     assert completed["outputs"] == {"start": {"body": {"x": 1}}, "step": [1]}
     assert TIME.fullmatch(completed["endedAt"])
@@ -549,9 +579,9 @@ async def test_an_execution_is_shown_with_everything_that_belongs_to_it(world: W
     assert completed["organizationId"] == people.owner.user.organization_id
 
 
-async def test_a_failed_execution_shows_its_error(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+async def test_a_failed_execution_shows_its_error(world: GatewayHarness, people: OrganizationUsers) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     cause = FailureCause("http-404", "It broke", "step", "GET", "http://a.example/")
     error = RunError("node-error", "It broke", "step", 2, cause)
     await run.write(run.span("step", SpanStatus.FAILED, error=error), end=RunStatus.FAILED, error=error)
@@ -562,19 +592,19 @@ async def test_a_failed_execution_shows_its_error(world: World, people: People) 
             "url": "http://a.example/",
         },
     }  # fmt: skip
-    assert (await got(people.owner, f"/{execution_id}"))["error"] == shown
-    assert (await got(people.owner, f"/{execution_id}/progress"))["error"] == shown
-    told = await followed(world, people.owner, execution_id).rest()
+    assert (await get_json(people.owner, f"/{execution_id}"))["error"] == shown
+    assert (await get_json(people.owner, f"/{execution_id}/progress"))["error"] == shown
+    told = await open_stream(world, people.owner, execution_id).rest()
     assert [event.data["error"] for event in told] == [shown, shown]
-    assert (await got(people.owner, f"?workflow_id={run.claimed.workflow_id}"))["executions"][0][
+    assert (await get_json(people.owner, f"?workflow_id={run.claimed.workflow_id}"))["executions"][0][
         "error"
     ] == shown
 
 
-async def test_a_list_shows_how_many_there_are_and_a_page_of_them(people: People) -> None:
+async def test_a_list_shows_how_many_there_are_and_a_page_of_them(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    made = [await executed(people.owner, workflow_id) for _ in range(3)]
-    body = await got(people.owner, "?limit=2&offset=1")
+    made = [await execute_workflow(people.owner, workflow_id) for _ in range(3)]
+    body = await get_json(people.owner, "?limit=2&offset=1")
     assert set(body) == {"count", "limit", "offset", "executions"}
     assert (body["count"], body["limit"], body["offset"]) == (3, 2, 1)
     assert [execution["id"] for execution in body["executions"]] == [made[1], made[0]]
@@ -582,27 +612,27 @@ async def test_a_list_shows_how_many_there_are_and_a_page_of_them(people: People
     assert body["executions"][0]["trigger"] == {"type": "manual"}
 
 
-async def test_a_list_is_filtered_and_sorted(world: World, people: People) -> None:
+async def test_a_list_is_filtered_and_sorted(world: GatewayHarness, people: OrganizationUsers) -> None:
     owner = people.owner
     one, other = (
         await owner.create(**GRAPH),
         await owner.create(nodes=[TRIGGER | {"nodeId": "webhook"}, STEP], connections=[EDGE]),
     )
-    first, second, third = [await executed(owner, workflow_id) for workflow_id in (one, one, other)]
-    run = await taken(world, first)
+    first, second, third = [await execute_workflow(owner, workflow_id) for workflow_id in (one, one, other)]
+    run = await claim_run(world, first)
     await run.complete()
-    assert await listed(owner, f"workflow_id={one}") == [second, first]
-    assert await listed(owner, "trigger_type=webhook") == [third]
-    assert await listed(owner, "status=completed") == [first]
-    assert await listed(owner, "status=completed,failed") == [first]
-    assert await listed(owner, "status=failed&status=completed") == [first]
-    assert await listed(owner, "sort=createdAt:asc") == [first, second, third]
-    assert (await listed(owner, "sort=endedAt:desc"))[0] == first
-    assert (await listed(owner, "sort=startedAt:asc"))[-1] in {first, second, third}
-    moment = (await row(world, second)).created_at.isoformat().replace("+00:00", "Z")
-    assert await listed(owner, f"since={moment}") == [third, second]
-    assert await listed(owner, f"until={moment}") == [first]
-    assert await listed(owner, "workflow_id=wf_unknown") == []
+    assert await list_ids(owner, f"workflow_id={one}") == [second, first]
+    assert await list_ids(owner, "trigger_type=webhook") == [third]
+    assert await list_ids(owner, "status=completed") == [first]
+    assert await list_ids(owner, "status=completed,failed") == [first]
+    assert await list_ids(owner, "status=failed&status=completed") == [first]
+    assert await list_ids(owner, "sort=createdAt:asc") == [first, second, third]
+    assert (await list_ids(owner, "sort=endedAt:desc"))[0] == first
+    assert (await list_ids(owner, "sort=startedAt:asc"))[-1] in {first, second, third}
+    moment = (await read_execution(world, second)).created_at.isoformat().replace("+00:00", "Z")
+    assert await list_ids(owner, f"since={moment}") == [third, second]
+    assert await list_ids(owner, f"until={moment}") == [first]
+    assert await list_ids(owner, "workflow_id=wf_unknown") == []
 
 
 @pytest.mark.parametrize(
@@ -618,13 +648,15 @@ async def test_a_list_is_filtered_and_sorted(world: World, people: People) -> No
         "sort=createdAt:up",
     ],
 )
-async def test_a_query_that_means_nothing_is_400(people: People, query: str) -> None:
-    refused(await people.owner.api.get(f"{EXECUTIONS}?{query}"), 400, "invalid-query")
+async def test_a_query_that_means_nothing_is_400(people: OrganizationUsers, query: str) -> None:
+    assert_refused(await people.owner.api.get(f"{EXECUTIONS}?{query}"), 400, "invalid-query")
 
 
-async def test_spans_say_what_each_node_was_given_and_gave(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+async def test_spans_say_what_each_node_was_given_and_gave(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     hashes = b"".join(bytes([number]) * 32 for number in range(4))
     await run.write(
         run.span("start", input={"body": {}}, output={"body": {}, "größe": 1.0}, hashes=hashes),
@@ -638,7 +670,7 @@ async def test_spans_say_what_each_node_was_given_and_gave(world: World, people:
         ),
         run.span("never", SpanStatus.SKIPPED),
     )
-    body = await got(people.owner, f"/{execution_id}/spans")
+    body = await get_json(people.owner, f"/{execution_id}/spans")
     assert (body["count"], body["limit"], body["offset"]) == (3, 100, 0)
     start, step, never = body["spans"]
     assert set(start) == SPAN
@@ -664,29 +696,36 @@ async def test_spans_say_what_each_node_was_given_and_gave(world: World, people:
 
     async def nodes(query: str) -> list[str]:
         return [
-            span["nodeId"] for span in (await got(people.owner, f"/{execution_id}/spans?{query}"))["spans"]
+            span["nodeId"]
+            for span in (await get_json(people.owner, f"/{execution_id}/spans?{query}"))["spans"]
         ]
 
     assert await nodes("node_id=step") == ["step"]
     assert await nodes("status=completed,skipped") == ["start", "never"]
     assert await nodes("limit=1&offset=1") == ["step"]
-    refused(await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/spans?limit=1001"), 400, "invalid-query")
-    refused(
+    assert_refused(
+        await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/spans?limit=1001"), 400, "invalid-query"
+    )
+    assert_refused(
         await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/spans?status=done"), 400, "invalid-query"
     )
 
 
-async def test_logs_are_listed_in_order_and_by_level(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+async def test_logs_are_listed_in_order_and_by_level(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     await run.write(run.line("info", "one"), run.line("error", "two\nlines"), run.line("debug", "three"))
-    body = await got(people.owner, f"/{execution_id}/logs")
+    body = await get_json(people.owner, f"/{execution_id}/logs")
     assert body["count"] == 3
     assert [line["message"] for line in body["logs"]] == ["one", "two\nlines", "three"]
     assert set(body["logs"][0]) >= {"id", "executionId", "level", "message", "nodeId", "createdAt"}
-    errors = await got(people.owner, f"/{execution_id}/logs?level=error,debug&limit=1")
+    errors = await get_json(people.owner, f"/{execution_id}/logs?level=error,debug&limit=1")
     assert (errors["count"], [line["level"] for line in errors["logs"]]) == (2, ["error"])
-    refused(await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/logs?level=loud"), 400, "invalid-query")
+    assert_refused(
+        await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/logs?level=loud"), 400, "invalid-query"
+    )
 
 
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -699,39 +738,43 @@ PATHS = [
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
-async def test_an_execution_that_one_may_not_see_is_not_there(people: People, method: str, path: str) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+async def test_an_execution_that_one_may_not_see_is_not_there(
+    people: OrganizationUsers, method: str, path: str
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     for person, wanted in (
         (people.stranger, execution_id),
         (people.colleague, execution_id),
         (people.owner, "exec_0"),
     ):
-        refused(await person.api.request(method, f"{EXECUTIONS}/{wanted}{path}"), 404, "not-found")
-    assert execution_id not in await listed(people.stranger) + await listed(people.colleague)
-    assert (await got(people.owner, f"/{execution_id}"))["status"] == "pending"
+        assert_refused(await person.api.request(method, f"{EXECUTIONS}/{wanted}{path}"), 404, "not-found")
+    assert execution_id not in await list_ids(people.stranger) + await list_ids(people.colleague)
+    assert (await get_json(people.owner, f"/{execution_id}"))["status"] == "pending"
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
-async def test_each_operation_needs_its_scope(world: World, method: str, path: str) -> None:
+async def test_each_operation_needs_its_scope(world: GatewayHarness, method: str, path: str) -> None:
     needed = KeyScope.WORKFLOWS_READ if method == "GET" else KeyScope.WORKFLOWS_EXECUTE
     others = [scope for scope in KeyScope if scope is not needed]
     person = await world.person(await world.organization(), scopes=others)
     response = await person.api.request(method, f"{EXECUTIONS}/exec_1{path}")
-    refused(response, 403, "scope-required")
+    assert_refused(response, 403, "scope-required")
     assert needed in response.json()["error"]["message"]
 
 
-async def test_whoever_may_read_the_workflow_sees_its_executions(world: World, people: People) -> None:
+async def test_whoever_may_read_the_workflow_sees_its_executions(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    execution_id = await executed(people.owner, workflow_id)
+    execution_id = await execute_workflow(people.owner, workflow_id)
     await share(world, workflow_id, people.colleague)
     for person in (people.colleague, people.admin, people.owner):
-        assert execution_id in await listed(person)
-        assert (await got(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
-    assert await listed(people.stranger) == []
+        assert execution_id in await list_ids(person)
+        assert (await get_json(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
+    assert await list_ids(people.stranger) == []
 
 
-async def neighbor(world: World, people: People) -> Person:
+async def create_neighbor(world: GatewayHarness, people: OrganizationUsers) -> UserClient:
     """Return one more member of the organization."""
     statement = select(Organization).where(col(Organization.id) == people.owner.user.organization_id)
     async with world.gateway.database.read() as connection:
@@ -752,82 +795,86 @@ OWN_GRAPH = {"nodes": [TRIGGER, {**STEP, "config": {"values": {"mine": 1}}}], "c
     ],
 )
 async def test_a_run_of_what_its_caller_gave_is_seen_by_caller_owner_and_admins_alone(
-    world: World, people: People, path: str, body: dict[str, Any]
+    world: GatewayHarness, people: OrganizationUsers, path: str, body: dict[str, Any]
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     url = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.put(f"{url}/visibility", json={"isPublic": True})
     started = await people.colleague.api.post(f"{url}/{path}", json=body)
     execution_id = started.json()["executionId"]
-    other = await neighbor(world, people)
+    other = await create_neighbor(world, people)
     for method, below in PATHS:
-        refused(await other.api.request(method, f"{EXECUTIONS}/{execution_id}{below}"), 404, "not-found")
-    assert execution_id not in await listed(other)
+        assert_refused(
+            await other.api.request(method, f"{EXECUTIONS}/{execution_id}{below}"), 404, "not-found"
+        )
+    assert execution_id not in await list_ids(other)
     for action in ("cancel", "delete"):
         found = await other.api.post(
             f"{EXECUTIONS}/bulk-{action}", json={"filter": {"workflowId": workflow_id}, "dryRun": True}
         )
         assert found.json()["matched"] == 0
     for person in (people.colleague, people.owner, people.admin):
-        assert execution_id in await listed(person)
-        assert (await got(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
+        assert execution_id in await list_ids(person)
+        assert (await get_json(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
     for plain in ({}, {"upTo": "step"}):
-        seen = await executed(people.colleague, workflow_id, **plain)
-        assert seen in await listed(other)
+        seen = await execute_workflow(people.colleague, workflow_id, **plain)
+        assert seen in await list_ids(other)
 
 
 async def test_a_private_run_stays_so_when_it_is_resumed_and_is_no_dead_letter(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     trigger = {**TRIGGER, "nodeId": "queue-trigger"}
     workflow_id = await people.owner.create(nodes=[trigger, STEP], connections=[EDGE])
     url = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.put(f"{url}/visibility", json={"isPublic": True})
-    execution_id = await executed(people.colleague, workflow_id, pinned={"start": {"mine": 1}})
-    run = await taken(world, execution_id)
+    execution_id = await execute_workflow(people.colleague, workflow_id, pinned={"start": {"mine": 1}})
+    run = await claim_run(world, execution_id)
     await run.write(end=RunStatus.FAILED, error=RunError("node-error", "It broke", "step", 1))
     letters = await people.admin.api.get(f"{url}/dead-letters")
     assert (letters.status_code, letters.json()["count"]) == (200, 0)
     resumed = await people.colleague.api.post(f"{EXECUTIONS}/{execution_id}/resume")
-    assert (await row(world, resumed.json()["executionId"])).is_private
+    assert (await read_execution(world, resumed.json()["executionId"])).is_private
 
 
 async def test_the_history_of_a_deleted_workflow_stays_with_its_owner_and_those_who_ran_it(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     await share(world, workflow_id, people.colleague)
     of_owner, of_colleague = (
-        await executed(people.owner, workflow_id),
-        await executed(people.colleague, workflow_id),
+        await execute_workflow(people.owner, workflow_id),
+        await execute_workflow(people.colleague, workflow_id),
     )
-    await changed(world, workflow_id, deleted_at=NOW)
-    assert set(await listed(people.owner)) == {of_owner, of_colleague}
-    assert set(await listed(people.admin)) == {of_owner, of_colleague}
-    assert await listed(people.colleague) == [of_colleague]
-    refused(await people.colleague.api.get(f"{EXECUTIONS}/{of_owner}"), 404, "not-found")
+    await change_workflow(world, workflow_id, deleted_at=NOW)
+    assert set(await list_ids(people.owner)) == {of_owner, of_colleague}
+    assert set(await list_ids(people.admin)) == {of_owner, of_colleague}
+    assert await list_ids(people.colleague) == [of_colleague]
+    assert_refused(await people.colleague.api.get(f"{EXECUTIONS}/{of_owner}"), 404, "not-found")
 
 
 # ── progress ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def soon(poll: Awaitable[dict[str, Any]]) -> tuple[dict[str, Any], float]:
+async def measure_poll(poll: Awaitable[dict[str, Any]]) -> tuple[dict[str, Any], float]:
     """Return what a poll brings, and how many seconds it took."""
     began = time.monotonic()
     body = await poll
     return body, time.monotonic() - began
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def spin_until(condition: Callable[[], bool]) -> None:
     while not condition():  # noqa: ASYNC110 - what is waited for says nothing of itself
         await asyncio.sleep(0.001)
 
 
-async def test_a_poll_is_answered_as_soon_as_the_run_has_ended(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    poll = asyncio.create_task(soon(got(people.owner, f"/{execution_id}/progress")))
-    run = await taken(world, execution_id)
-    await until(lambda: world.gateway.waiting.polls > 0)
+async def test_a_poll_is_answered_as_soon_as_the_run_has_ended(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    poll = asyncio.create_task(measure_poll(get_json(people.owner, f"/{execution_id}/progress")))
+    run = await claim_run(world, execution_id)
+    await spin_until(lambda: world.gateway.waiting.polls > 0)
     began = time.monotonic()
     await run.complete()
     body, _ = await poll
@@ -841,15 +888,20 @@ async def test_a_poll_is_answered_as_soon_as_the_run_has_ended(world: World, peo
         "outputs": {"start": {"body": {"x": 1}}, "step": {"body": {"x": 1}, "a": 1}},
         "error": None,
     }
-    again, seconds = await soon(got(people.owner, f"/{execution_id}/progress"))
+    again, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress"))
     assert (again, seconds < PROMPT_SECONDS) == (body, True)
 
 
-async def test_many_polls_of_one_run_are_all_answered(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
-    polls = [asyncio.create_task(soon(got(people.owner, f"/{execution_id}/progress"))) for _ in range(20)]
-    await until(lambda: world.gateway.waiting.polls >= 20)
+async def test_many_polls_of_one_run_are_all_answered(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
+    polls = [
+        asyncio.create_task(measure_poll(get_json(people.owner, f"/{execution_id}/progress")))
+        for _ in range(20)
+    ]
+    await spin_until(lambda: world.gateway.waiting.polls >= 20)
     await run.write(run.span("start", output=1))  # not the end: they watch and wait on
     await run.complete()
     answers = await asyncio.gather(*polls)
@@ -858,144 +910,152 @@ async def test_many_polls_of_one_run_are_all_answered(world: World, people: Peop
 
 
 @pytest.mark.usefixtures("looks")
-async def test_a_notice_that_is_lost_costs_a_look(world: World, people: People) -> None:
-    async with second_gateway(world, await brokers.connect(None)) as there:
-        owner = await same(people.owner, there)
-        execution_id = await executed(owner, await owner.create(**GRAPH))
-        poll = asyncio.create_task(soon(got(owner, f"/{execution_id}/progress")))
-        await (await taken(world, execution_id)).complete(is_told=False)
+async def test_a_notice_that_is_lost_costs_a_look(world: GatewayHarness, people: OrganizationUsers) -> None:
+    async with run_second_gateway(world, await brokers.connect(None)) as there:
+        owner = await as_client_of(people.owner, there)
+        execution_id = await execute_workflow(owner, await owner.create(**GRAPH))
+        poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
+        await (await claim_run(world, execution_id)).complete(is_told=False)
         body, seconds = await poll
     assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
 
 
 async def test_once_the_end_was_seen_here_nobody_waits_for_a_notice_that_was_lost(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     ended = []
     for _ in range(2):
-        ended.append(await executed(people.owner, workflow_id))
-        await (await taken(world, ended[-1])).complete(is_told=False)
+        ended.append(await execute_workflow(people.owner, workflow_id))
+        await (await claim_run(world, ended[-1])).complete(is_told=False)
     polled, streamed = ended
-    await got(people.owner, f"/{polled}/progress?wait=0")
-    assert (await followed(world, people.owner, streamed).rest())[-1].id == "end"
+    await get_json(people.owner, f"/{polled}/progress?wait=0")
+    assert (await open_stream(world, people.owner, streamed).rest())[-1].id == "end"
     for execution_id in ended:
-        body, seconds = await soon(got(people.owner, f"/{execution_id}/progress"))
+        body, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress"))
         assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
 
 
-async def test_a_poll_whose_time_is_over_shows_where_the_run_is(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+async def test_a_poll_whose_time_is_over_shows_where_the_run_is(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     await run.write(run.span("start", output=1))
-    body, seconds = await soon(got(people.owner, f"/{execution_id}/progress?wait=1"))
+    body, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress?wait=1"))
     assert (body["status"], body["progress"], body["outputs"]) == ("running", 50, {})
     assert 0.9 < seconds < PROMPT_SECONDS
-    body, seconds = await soon(got(people.owner, f"/{execution_id}/progress?wait=0"))
+    body, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress?wait=0"))
     assert (body["completedNodes"], seconds < PROMPT_SECONDS) == (1, True)
 
 
 @pytest.mark.parametrize("wait", ["31", "-1", "1.5", "x"])
-async def test_wait_is_a_whole_number_of_seconds_up_to_thirty(people: People, wait: str) -> None:
-    refused(await people.owner.api.get(f"{EXECUTIONS}/exec_1/progress?wait={wait}"), 400, "invalid-query")
+async def test_wait_is_a_whole_number_of_seconds_up_to_thirty(people: OrganizationUsers, wait: str) -> None:
+    assert_refused(
+        await people.owner.api.get(f"{EXECUTIONS}/exec_1/progress?wait={wait}"), 400, "invalid-query"
+    )
 
 
 @asynccontextmanager
-async def second_gateway(world: World, broker: Broker) -> AsyncIterator[World]:
+async def run_second_gateway(world: GatewayHarness, broker: Broker) -> AsyncIterator[GatewayHarness]:
     """Run another gateway on the same database, which has a broker of its own."""
     here = world.gateway
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
         app = create_app(lambda: state.assembled(here.settings, here.database, here.store, broker))
         await stack.enter_async_context(app.router.lifespan_context(app))
-        yield World(app, app.state.gateway, stack)
+        yield GatewayHarness(app, app.state.gateway, stack)
 
 
-async def same(person: Person, world: World) -> Person:
+async def as_client_of(person: UserClient, world: GatewayHarness) -> UserClient:
     """Return a person as a client of another gateway."""
-    return Person(person.user, await world.client(person.key), person.key)
+    return UserClient(person.user, await world.client(person.key), person.key)
 
 
 @pytest.mark.usefixtures("looks")
 async def test_with_the_broker_away_runs_are_taken_in_and_polls_answered_by_looking(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_broker, "LISTEN_SECONDS", 0.01)
     workflow_id = await people.owner.create(**GRAPH)
-    async with second_gateway(world, await brokers.connect("redis://127.0.0.1:1")) as alone:
-        owner = await same(people.owner, alone)
-        execution_id = await executed(owner, workflow_id)
-        poll = asyncio.create_task(soon(got(owner, f"/{execution_id}/progress")))
-        await (await taken(world, execution_id)).complete()
+    async with run_second_gateway(world, await brokers.connect("redis://127.0.0.1:1")) as alone:
+        owner = await as_client_of(people.owner, alone)
+        execution_id = await execute_workflow(owner, workflow_id)
+        poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
+        await (await claim_run(world, execution_id)).complete()
         body, seconds = await poll
         assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
-        response = await owner.api.post(f"{EXECUTIONS}/{await executed(owner, workflow_id)}/cancel")
+        response = await owner.api.post(f"{EXECUTIONS}/{await execute_workflow(owner, workflow_id)}/cancel")
         assert response.json()["status"] == "cancelled"
 
 
 async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
-    world: World, people: People, redis_server: Redis
+    world: GatewayHarness, people: OrganizationUsers, redis_server: RedisServer
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     async with AsyncExitStack() as stack:
         one, other = [
-            await stack.enter_async_context(second_gateway(world, await brokers.connect(redis_server.url)))
+            await stack.enter_async_context(
+                run_second_gateway(world, await brokers.connect(redis_server.url))
+            )
             for _ in range(2)
         ]
         worker = await brokers.connect(redis_server.url)
         stack.push_async_callback(worker.close)
-        execution_id = await executed(await same(people.owner, one), workflow_id)
-        persons = [await same(people.owner, gateway) for gateway in (one, other)]
-        polls = [asyncio.create_task(got(person, f"/{execution_id}/progress")) for person in persons]
-        run = await taken(world, execution_id, broker=worker)
-        await until(lambda: other.gateway.waiting.is_watched(execution_id))
-        await until(lambda: one.gateway.waiting.polls > 0)
+        execution_id = await execute_workflow(await as_client_of(people.owner, one), workflow_id)
+        persons = [await as_client_of(people.owner, gateway) for gateway in (one, other)]
+        polls = [asyncio.create_task(get_json(person, f"/{execution_id}/progress")) for person in persons]
+        run = await claim_run(world, execution_id, broker=worker)
+        await spin_until(lambda: other.gateway.waiting.is_watched(execution_id))
+        await spin_until(lambda: one.gateway.waiting.polls > 0)
         began = time.monotonic()
         await run.complete()
         assert [body["status"] for body in await asyncio.gather(*polls)] == ["completed"] * 2
         assert time.monotonic() - began < PROMPT_SECONDS
 
 
-async def test_at_the_end_of_the_process_polls_are_answered_at_once(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    async with second_gateway(world, await brokers.connect(None)) as ending:
-        owner = await same(people.owner, ending)
-        poll = asyncio.create_task(soon(got(owner, f"/{execution_id}/progress")))
-        await until(lambda: ending.gateway.waiting.polls > 0)
+async def test_at_the_end_of_the_process_polls_are_answered_at_once(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    async with run_second_gateway(world, await brokers.connect(None)) as ending:
+        owner = await as_client_of(people.owner, ending)
+        poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
+        await spin_until(lambda: ending.gateway.waiting.polls > 0)
         ending.gateway.waiting.release()
         body, seconds = await poll
         assert (body["status"], seconds < PROMPT_SECONDS) == ("pending", True)
-        body, seconds = await soon(got(owner, f"/{execution_id}/progress"))
+        body, seconds = await measure_poll(get_json(owner, f"/{execution_id}/progress"))
         assert (body["status"], seconds < PROMPT_SECONDS) == ("pending", True)
 
 
 async def test_too_many_polls_and_acceptances_are_told_to_come_again(
-    people: People, monkeypatch: pytest.MonkeyPatch
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    execution_id = await executed(people.owner, workflow_id)
+    execution_id = await execute_workflow(people.owner, workflow_id)
     monkeypatch.setattr(limits, "POLLS_WAITING", 0)
     monkeypatch.setattr(limits, "ACCEPTANCES_WAITING", 0)
     for response in (
         await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/progress"),
         await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"),
     ):
-        refused(response, 503, "not-ready")
+        assert_refused(response, 503, "not-ready")
         assert int(response.headers["Retry-After"]) > 0
-    assert (await got(people.owner, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
+    assert (await get_json(people.owner, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
 
 
 # ── events ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class Event:
+class StreamEvent:
     name: str
     data: Any
     id: str | None = None
 
 
-class Stream:
+class EventStreamClient:
     """A client of the event stream that reads while it is written."""
 
     def __init__(self, app: Starlette, path: str, headers: dict[str, str]) -> None:
@@ -1026,12 +1086,12 @@ class Stream:
         self.raw += message.get("body", b"")
         self._chunks.put_nowait(message.get("body", b""))
 
-    async def next(self) -> Event:
+    async def next(self) -> StreamEvent:
         """Return the next event; comments are passed over."""
         while True:
             head, end, rest = self._unread.partition(b"\n\n")
             if not end:
-                await until(lambda: not self._chunks.empty() or self.ended.done())
+                await spin_until(lambda: not self._chunks.empty() or self.ended.done())
                 assert not self._chunks.empty(), f"The stream has ended: {self.ended}"
                 self._unread += self._chunks.get_nowait()
                 continue
@@ -1040,9 +1100,9 @@ class Stream:
                 line.split(": ", 1) for line in head.decode().split("\n") if not line.startswith(":")
             )
             if fields:
-                return Event(fields["event"], json.loads(fields["data"]), fields.get("id"))
+                return StreamEvent(fields["event"], json.loads(fields["data"]), fields.get("id"))
 
-    async def rest(self) -> list[Event]:
+    async def rest(self) -> list[StreamEvent]:
         """Return everything up to the end of the stream."""
         await asyncio.wait_for(self.ended, PATIENCE_SECONDS)
         events = []
@@ -1058,18 +1118,22 @@ class Stream:
         await asyncio.wait_for(self.ended, PATIENCE_SECONDS)
 
 
-def followed(world: World, person: Person, execution_id: str, last: str | None = None) -> Stream:
+def open_stream(
+    world: GatewayHarness, person: UserClient, execution_id: str, last: str | None = None
+) -> EventStreamClient:
     headers = {"X-API-Key": person.key} | ({"Last-Event-ID": last} if last is not None else {})
-    return Stream(world.app, f"{EXECUTIONS}/{execution_id}/events", headers)
+    return EventStreamClient(world.app, f"{EXECUTIONS}/{execution_id}/events", headers)
 
 
-async def test_events_tell_what_is_committed_in_order_up_to_the_end(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    stream = followed(world, people.owner, execution_id)
+async def test_events_tell_what_is_committed_in_order_up_to_the_end(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    stream = open_stream(world, people.owner, execution_id)
     first = await stream.next()
     assert (first.name, first.id, first.data["status"]) == ("execution", None, "pending")
     assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-    run = await taken(world, execution_id)
+    run = await claim_run(world, execution_id)
     began = time.monotonic()
     await run.write(run.span("start", output={"a": "line\nbreak"}), run.line("info", "hello"))
     events = [await stream.next() for _ in range(3)]
@@ -1097,11 +1161,11 @@ async def test_events_tell_what_is_committed_in_order_up_to_the_end(world: World
 
 
 async def test_attempts_of_a_node_are_listed_and_told_as_spans(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_events, "EVENTS_AT_ONCE", 2)
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     later = NOW + timedelta(seconds=5)
     cause = FailureCause("http-503", "It was away", "step", "GET", "https://example.com")
     error = RunError("http-503", "It was away", "step", 1, cause)
@@ -1110,7 +1174,9 @@ async def test_attempts_of_a_node_are_listed_and_told_as_spans(
         run.attempt("step", 1, ended_at=NOW, next_attempt_at=later, error=error),
         run.span("step", SpanStatus.RETRYING, wake_at=later, error=error),
     )
-    (retrying,) = (await got(people.owner, f"/{execution_id}/spans?node_id=step&status=retrying"))["spans"]
+    (retrying,) = (await get_json(people.owner, f"/{execution_id}/spans?node_id=step&status=retrying"))[
+        "spans"
+    ]
     assert (retrying["kind"], retrying["nextAttemptAt"]) == ("node", "2026-01-01T00:00:05.000Z")
     await run.write(
         run.attempt("step", 2, SpanStatus.COMPLETED, ended_at=later),
@@ -1118,7 +1184,7 @@ async def test_attempts_of_a_node_are_listed_and_told_as_spans(
         end=RunStatus.COMPLETED,
     )
 
-    listed = await got(people.owner, f"/{execution_id}/spans")
+    listed = await get_json(people.owner, f"/{execution_id}/spans")
     assert listed["count"] == 4
     spans = listed["spans"]
     assert all(set(span) == SPAN for span in spans)
@@ -1133,51 +1199,55 @@ async def test_attempts_of_a_node_are_listed_and_told_as_spans(
         "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:00.000Z", "2026-01-01T00:00:05.000Z",
     )  # fmt: skip
     assert first["error"]["cause"]["url"] == "https://example.com"
-    pages = [await got(people.owner, f"/{execution_id}/spans?limit=1&offset={n}") for n in range(4)]
+    pages = [await get_json(people.owner, f"/{execution_id}/spans?limit=1&offset={n}") for n in range(4)]
     assert [page["spans"][0] for page in pages] == spans
-    only = await got(people.owner, f"/{execution_id}/spans?node_id=step&status=failed")
+    only = await get_json(people.owner, f"/{execution_id}/spans?node_id=step&status=failed")
     assert (only["count"], only["spans"]) == (1, [first])
 
-    events = await followed(world, people.owner, execution_id).rest()
+    events = await open_stream(world, people.owner, execution_id).rest()
     assert [event.data for event in events if event.name == "span"] == spans
-    shown = await got(people.owner, f"/{execution_id}")
+    shown = await get_json(people.owner, f"/{execution_id}")
     assert shown["outputs"] == {"start": 1, "step": 2}
 
 
-async def test_a_client_that_comes_back_goes_on_behind_what_it_has_seen(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+async def test_a_client_that_comes_back_goes_on_behind_what_it_has_seen(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     await run.write(run.span("start", SpanStatus.RUNNING), run.line("info", "one"), run.line("info", "two"))
-    seen = followed(world, people.owner, execution_id)
+    seen = open_stream(world, people.owner, execution_id)
     assert [(await seen.next()).id for _ in range(4)] == [None, "1", "2", "3"]
     await seen.hang_up()
     await run.write(run.span("start", output=1), run.line("info", "three"), end=RunStatus.FAILED)
-    events = await followed(world, people.owner, execution_id, "2").rest()
+    events = await open_stream(world, people.owner, execution_id, "2").rest()
     assert [(event.name, event.id) for event in events] == [
         ("log", "3"), ("span", "4"), ("log", "5"), ("execution", "end"),
     ]  # fmt: skip
-    ended = followed(world, people.owner, execution_id, "end")
+    ended = open_stream(world, people.owner, execution_id, "end")
     assert await ended.rest() == []
     assert ended.status == 204
 
 
 async def test_a_long_history_is_told_in_order_and_whole(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_events, "EVENTS_AT_ONCE", 3)
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     spans_first = [run.span(f"n{number}", output=number) for number in range(4)]
     lines_then = [run.line("info", str(number)) for number in range(7)]
     await run.write(*spans_first, *lines_then, run.span("last", output=1), end=RunStatus.COMPLETED)
-    events = await followed(world, people.owner, execution_id).rest()
+    events = await open_stream(world, people.owner, execution_id).rest()
     assert [event.id for event in events] == [*map(str, range(1, 13)), "end"]
 
 
-async def test_no_event_is_missed_while_the_run_goes_on_writing(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    stream = followed(world, people.owner, execution_id)
-    run = await taken(world, execution_id)
+async def test_no_event_is_missed_while_the_run_goes_on_writing(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    stream = open_stream(world, people.owner, execution_id)
+    run = await claim_run(world, execution_id)
     for number in range(30):
         await run.write(run.span(f"n{number}", output=number), run.line("info", str(number)))
     await run.write(end=RunStatus.COMPLETED)
@@ -1186,32 +1256,32 @@ async def test_no_event_is_missed_while_the_run_goes_on_writing(world: World, pe
 
 
 @pytest.mark.parametrize("last", ["x", "-1", "1.5", "99999999999"])
-async def test_an_event_id_that_is_none_is_400(people: People, last: str) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+async def test_an_event_id_that_is_none_is_400(people: OrganizationUsers, last: str) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     response = await people.owner.api.get(
         f"{EXECUTIONS}/{execution_id}/events", headers={"Last-Event-ID": last}
     )
-    refused(response, 400, "invalid-last-event-id")
+    assert_refused(response, 400, "invalid-last-event-id")
 
 
-async def test_an_event_id_beyond_all_is_no_error(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+async def test_an_event_id_beyond_all_is_no_error(world: GatewayHarness, people: OrganizationUsers) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
-    events = await followed(world, people.owner, execution_id, "9999999999").rest()
+    events = await open_stream(world, people.owner, execution_id, "9999999999").rest()
     assert [(event.name, event.data["status"]) for event in events] == [("execution", "cancelled")]
 
 
 async def test_streams_are_bounded_and_a_client_that_leaves_makes_room(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "EVENT_STREAMS", 1)
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    stream = followed(world, people.owner, execution_id)
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    stream = open_stream(world, people.owner, execution_id)
     await stream.next()
     response = await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/events")
-    refused(response, 503, "not-ready")
+    assert_refused(response, 503, "not-ready")
     await stream.hang_up()
-    again = followed(world, people.owner, execution_id)
+    again = open_stream(world, people.owner, execution_id)
     assert (await again.next()).name == "execution"
     await again.hang_up()
     assert world.gateway.live_events.open == 0
@@ -1219,29 +1289,29 @@ async def test_streams_are_bounded_and_a_client_that_leaves_makes_room(
 
 @pytest.mark.usefixtures("looks")
 async def test_a_quiet_stream_is_kept_alive(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_events, "KEEP_ALIVE_SECONDS", 0.05)
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    async with second_gateway(world, await brokers.connect(None)) as there:
-        stream = followed(there, people.owner, execution_id)
-        await until(lambda: stream.raw.endswith(b": keep-alive\n\n"))
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    async with run_second_gateway(world, await brokers.connect(None)) as there:
+        stream = open_stream(there, people.owner, execution_id)
+        await spin_until(lambda: stream.raw.endswith(b": keep-alive\n\n"))
         await stream.hang_up()
 
 
 @pytest.mark.usefixtures("looks")
-async def test_a_revoked_key_ends_its_streams(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+async def test_a_revoked_key_ends_its_streams(world: GatewayHarness, people: OrganizationUsers) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
-    async with second_gateway(world, await brokers.connect(None)) as there:
-        stream = followed(there, Person(people.owner.user, people.owner.api, key["key"]), execution_id)
+    async with run_second_gateway(world, await brokers.connect(None)) as there:
+        stream = open_stream(there, UserClient(people.owner.user, people.owner.api, key["key"]), execution_id)
         await stream.next()
         await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")
         assert await stream.rest() == []
 
 
-async def test_the_head_of_a_stream_can_be_asked_for_alone(people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
+async def test_the_head_of_a_stream_can_be_asked_for_alone(people: OrganizationUsers) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     response = await people.owner.api.head(f"{EXECUTIONS}/{execution_id}/events")
     assert (response.status_code, response.headers["content-type"]) == (
         200,
@@ -1254,10 +1324,10 @@ async def test_the_head_of_a_stream_can_be_asked_for_alone(people: People) -> No
 
 @pytest.mark.parametrize(("wish", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 async def test_what_nobody_has_begun_ends_at_once_and_stays_as_it_ended(
-    people: People, wish: str, status: str
+    people: OrganizationUsers, wish: str, status: str
 ) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    poll = asyncio.create_task(soon(got(people.owner, f"/{execution_id}/progress")))
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    poll = asyncio.create_task(measure_poll(get_json(people.owner, f"/{execution_id}/progress")))
     for asked in (wish, "cancel", "stop"):
         response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/{asked}")
         assert (response.status_code, response.json()) == (
@@ -1268,27 +1338,29 @@ async def test_what_nobody_has_begun_ends_at_once_and_stays_as_it_ended(
     assert (body["status"], seconds < PROMPT_SECONDS) == (status, True)
 
 
-async def test_the_worker_that_holds_a_run_is_told_to_end_it(world: World, people: People) -> None:
-    execution_id = await executed(people.owner, await people.owner.create(**GRAPH))
-    run = await taken(world, execution_id)
+async def test_the_worker_that_holds_a_run_is_told_to_end_it(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
+    run = await claim_run(world, execution_id)
     heard: list[Notice] = []
     await world.gateway.broker.listen(heard.append)
     response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
     assert (response.status_code, response.json()["status"]) == (200, "running")
-    await until(lambda: Letter({"execution_id": execution_id, "request": "cancel"}) in heard)
+    await spin_until(lambda: Letter({"execution_id": execution_id, "request": "cancel"}) in heard)
     await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/stop")
-    assert (await row(world, execution_id)).request == "cancel"  # the stronger of the two
+    assert (await read_execution(world, execution_id)).request == "cancel"  # the stronger of the two
     await run.write(end=RunStatus.CANCELLED)
-    assert (await got(people.owner, f"/{execution_id}"))["status"] == "cancelled"
+    assert (await get_json(people.owner, f"/{execution_id}"))["status"] == "cancelled"
 
 
 # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def failed(world: World, person: Person, workflow_id: str) -> str:
+async def create_failed_run(world: GatewayHarness, person: UserClient, workflow_id: str) -> str:
     """Return an execution that has failed at its second node."""
-    execution_id = await executed(person, workflow_id, triggerInputs={"x": 1})
-    run = await taken(world, execution_id)
+    execution_id = await execute_workflow(person, workflow_id, triggerInputs={"x": 1})
+    run = await claim_run(world, execution_id)
     error = RunError("node-error", "It broke", "step", 1)
     await run.write(
         run.span("start", output={"body": {"x": 1}}, hashes=bytes(128)),
@@ -1307,16 +1379,16 @@ async def failed(world: World, person: Person, workflow_id: str) -> str:
     return execution_id
 
 
-async def rows_of_spans(world: World, execution_id: str) -> dict[str, dict[str, Any]]:
+async def read_spans(world: GatewayHarness, execution_id: str) -> dict[str, dict[str, Any]]:
     statement = select(SpanRow).where(col(SpanRow.execution_id) == execution_id)
     async with world.gateway.database.read() as connection:
         return {found["node_id"]: dict(found) for found in (await connection.execute(statement)).mappings()}
 
 
 async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    failed_id = await failed(
+    failed_id = await create_failed_run(
         world, people.owner, await people.owner.create(settings={"timeout": 60}, **GRAPH)
     )
     response = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")
@@ -1324,7 +1396,7 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
     resumed_id = response.json()["executionId"]
     assert response.json() == {"executionId": resumed_id, "resumedFrom": failed_id}
     assert response.headers["Location"] == f"{EXECUTIONS}/{resumed_id}"
-    before, after = await row(world, failed_id), await row(world, resumed_id)
+    before, after = await read_execution(world, failed_id), await read_execution(world, resumed_id)
     assert (after.status, after.is_fresh, after.has_journal, after.attempt, after.token) == (
         "pending",
         True,
@@ -1351,10 +1423,10 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
     ):
         assert getattr(after, name) == getattr(before, name)
     assert after.created_at > before.created_at
-    old, new = await rows_of_spans(world, failed_id), await rows_of_spans(world, resumed_id)
+    old, new = await read_spans(world, failed_id), await read_spans(world, resumed_id)
     assert set(new) == {"start", "away", "handled", "sent"}
     # What is tried again is tried from its first attempt on.
-    told = (await got(people.owner, f"/{resumed_id}/spans?status=failed"))["spans"]
+    told = (await get_json(people.owner, f"/{resumed_id}/spans?status=failed"))["spans"]
     assert [(span["nodeId"], span["kind"], span["attempt"]) for span in told] == [
         ("handled", "attempt", 1), ("handled", "attempt", 2), ("handled", "node", 2),
     ]  # fmt: skip
@@ -1362,27 +1434,29 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
     for node_id, span in new.items():
         assert span["id"] != old[node_id]["id"]
         assert span | {"id": 0, "execution_id": 0} == old[node_id] | {"id": 0, "execution_id": 0}
-    shown = await got(people.owner, f"/{resumed_id}")
+    shown = await get_json(people.owner, f"/{resumed_id}")
     assert (shown["resumedFrom"], shown["trigger"]["data"]) == (failed_id, {"body": {"x": 1}})
-    assert (await got(people.owner, f"/{resumed_id}/logs"))["count"] == 0
-    assert (await got(people.owner, f"/{failed_id}"))["status"] == "failed"
+    assert (await get_json(people.owner, f"/{resumed_id}/logs"))["count"] == 0
+    assert (await get_json(people.owner, f"/{failed_id}"))["status"] == "failed"
 
 
-async def test_a_run_resumed_twice_keeps_the_first_one_s_id_in_its_keys(world: World, people: People) -> None:
-    first = await failed(world, people.owner, await people.owner.create(**GRAPH))
+async def test_a_run_resumed_twice_keeps_the_first_one_s_id_in_its_keys(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    first = await create_failed_run(world, people.owner, await people.owner.create(**GRAPH))
     second = (await people.owner.api.post(f"{EXECUTIONS}/{first}/resume")).json()["executionId"]
-    run = await taken(world, second)
+    run = await claim_run(world, second)
     assert (run.claimed.key_id, run.claimed.has_journal) == (first, True)
     await run.write(end=RunStatus.FAILED, error=RunError("timeout", "Too long"))
     third = (await people.owner.api.post(f"{EXECUTIONS}/{second}/resume")).json()["executionId"]
-    stored = await row(world, third)
+    stored = await read_execution(world, third)
     assert (stored.key_id, stored.resumed_from, stored.completed_nodes) == (first, second, 3)
 
 
 async def test_a_failed_run_is_resumed_once_and_tells_of_the_newest_of_its_line(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    first = await failed(world, people.owner, await people.owner.create(**GRAPH))
+    first = await create_failed_run(world, people.owner, await people.owner.create(**GRAPH))
     answers = await asyncio.gather(
         *(person.api.post(f"{EXECUTIONS}/{first}/resume") for person in (people.owner, people.admin) * 2)
     )
@@ -1391,20 +1465,22 @@ async def test_a_failed_run_is_resumed_once_and_tells_of_the_newest_of_its_line(
     (second,) = made
     for answer in answers:
         if answer.status_code != 201:
-            refused(answer, 409, "already-resumed")
+            assert_refused(answer, 409, "already-resumed")
             assert answer.json()["error"]["details"][0]["executionId"] == second
-    run = await taken(world, second)
+    run = await claim_run(world, second)
     await run.write(end=RunStatus.FAILED, error=RunError("timeout", "Too long"))
     third = (await people.owner.api.post(f"{EXECUTIONS}/{second}/resume")).json()["executionId"]
     for execution_id in (first, second):
         again = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/resume")
-        refused(again, 409, "already-resumed")
+        assert_refused(again, 409, "already-resumed")
         assert again.json()["error"]["details"][0]["executionId"] == third
 
 
-async def test_a_repeated_request_to_resume_gets_the_first_answer(world: World, people: People) -> None:
+async def test_a_repeated_request_to_resume_gets_the_first_answer(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    first, other = [await failed(world, people.owner, workflow_id) for _ in range(2)]
+    first, other = [await create_failed_run(world, people.owner, workflow_id) for _ in range(2)]
     once = {"Idempotency-Key": "resume-once"}
     answers = await asyncio.gather(
         *(people.owner.api.post(f"{EXECUTIONS}/{first}/resume", headers=once) for _ in range(3))
@@ -1413,29 +1489,31 @@ async def test_a_repeated_request_to_resume_gets_the_first_answer(world: World, 
     assert len({answer.text for answer in answers}) == 1
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
     without = await people.owner.api.post(f"{EXECUTIONS}/{first}/resume")
-    refused(without, 409, "already-resumed")
+    assert_refused(without, 409, "already-resumed")
     elsewhere = await people.owner.api.post(f"{EXECUTIONS}/{other}/resume", headers=once)
     assert (elsewhere.status_code, elsewhere.json()["resumedFrom"]) == (201, other)
 
 
-async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(world: World, people: People) -> None:
+async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    pending = await executed(people.owner, workflow_id)
-    refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
+    pending = await execute_workflow(people.owner, workflow_id)
+    assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
     await people.owner.api.post(f"{EXECUTIONS}/{pending}/stop")
-    refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
-    failed_id = await failed(world, people.owner, workflow_id)
-    await changed(world, workflow_id, status="paused")
-    refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-paused")
-    await changed(world, workflow_id, deleted_at=NOW)
-    refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-deleted")
+    assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
+    failed_id = await create_failed_run(world, people.owner, workflow_id)
+    await change_workflow(world, workflow_id, status="paused")
+    assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-paused")
+    await change_workflow(world, workflow_id, deleted_at=NOW)
+    assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-deleted")
 
 
 # ── with a worker ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @asynccontextmanager
-async def worker(world: World) -> AsyncIterator[None]:
+async def serve_worker(world: GatewayHarness) -> AsyncIterator[None]:
     gateway = world.gateway
     settings = WorkerSettings(
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
@@ -1446,18 +1524,20 @@ async def worker(world: World) -> AsyncIterator[None]:
         yield
 
 
-async def test_a_worker_runs_what_is_taken_in_and_resumed(world: World, people: People) -> None:
+async def test_a_worker_runs_what_is_taken_in_and_resumed(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    failed_id = await failed(world, people.owner, workflow_id)
-    async with worker(world):
-        execution_id = await executed(people.owner, workflow_id, triggerInputs={"x": 1})
-        body, seconds = await soon(got(people.owner, f"/{execution_id}/progress"))
+    failed_id = await create_failed_run(world, people.owner, workflow_id)
+    async with serve_worker(world):
+        execution_id = await execute_workflow(people.owner, workflow_id, triggerInputs={"x": 1})
+        body, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress"))
         assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
         assert body["outputs"] == {"start": {"body": {"x": 1}}, "step": {"body": {"x": 1}, "a": 1}}
         resumed_id = (await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")).json()["executionId"]
-        resumed = await got(people.owner, f"/{resumed_id}/progress")
+        resumed = await get_json(people.owner, f"/{resumed_id}/progress")
     assert (resumed["status"], resumed["outputs"]["step"]) == ("completed", {"body": {"x": 1}, "a": 1})
-    spans = (await got(people.owner, f"/{execution_id}/spans"))["spans"]
+    spans = (await get_json(people.owner, f"/{execution_id}/spans"))["spans"]
     assert [(span["nodeId"], span["status"]) for span in spans] == [
         ("start", "completed"),
         ("step", "completed"),

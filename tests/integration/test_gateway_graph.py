@@ -15,15 +15,15 @@ from engine.canvas_layout import CARD_HEIGHT, CARD_WIDTH
 from gateway.workflows import graph_shapes
 from journal import definition_snapshot
 from models.audit import AuditEntry
-from tests.integration.gateway_world import (
+from tests.integration.gateway_harness import (
     EDGE,
     GRAPH,
     STEP,
     TRIGGER,
-    People,
-    Person,
-    World,
-    refused,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
 )
 
 WORKFLOWS = "/api/v1/workflows"
@@ -35,12 +35,12 @@ BRANCHES: dict[str, Any] = {"nodes": [TRIGGER, *STEPS], "connections": EDGES}
 """Two branches that meet again, one longer than the other."""
 
 
-def places(workflow: dict[str, Any]) -> dict[str, tuple[float, float]]:
+def node_positions(workflow: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """Return where the nodes of a workflow stand."""
     return {node["id"]: (node["position"]["x"], node["position"]["y"]) for node in workflow["nodes"]}
 
 
-def overlapping(workflow: dict[str, Any]) -> list[str]:
+def overlapping_nodes(workflow: dict[str, Any]) -> list[str]:
     return [
         f"{one['id']} {other['id']}"
         for one, other in combinations(workflow["nodes"], 2)
@@ -49,23 +49,23 @@ def overlapping(workflow: dict[str, Any]) -> list[str]:
     ]
 
 
-def lead_to_the_right(workflow: dict[str, Any]) -> bool:
-    at = places(workflow)
+def all_lead_right(workflow: dict[str, Any]) -> bool:
+    at = node_positions(workflow)
     edges = workflow["connections"]
     return all(at[edge["sourceNodeId"]][0] < at[edge["targetNodeId"]][0] for edge in edges)
 
 
-def piled_up(graph: dict[str, Any]) -> dict[str, Any]:
+def stacked_graph(graph: dict[str, Any]) -> dict[str, Any]:
     """Return a graph whose nodes all stand on one place."""
     nodes = [{**node, "position": {"x": 7, "y": 7.5}} for node in graph["nodes"]]
     return {**graph, "nodes": nodes}
 
 
-async def lay_out(person: Person, workflow_id: str, **headers: str) -> httpx2.Response:
+async def lay_out(person: UserClient, workflow_id: str, **headers: str) -> httpx2.Response:
     return await person.api.post(f"{WORKFLOWS}/{workflow_id}/layout", headers=headers)
 
 
-async def actions(world: World, workflow_id: str) -> list[str]:
+async def list_actions(world: GatewayHarness, workflow_id: str) -> list[str]:
     """Return what the audit trail has of a workflow."""
     statement = select(col(AuditEntry.action)).where(col(AuditEntry.object_id) == workflow_id)
     async with world.gateway.database.read() as connection:
@@ -75,57 +75,59 @@ async def actions(world: World, workflow_id: str) -> list[str]:
 # ── positions that nobody gave ──────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_graph_without_positions_is_created_arranged(people: People) -> None:
+async def test_a_graph_without_positions_is_created_arranged(people: OrganizationUsers) -> None:
     workflow = await people.owner.workflow(await people.owner.create(**BRANCHES))
-    assert overlapping(workflow) == []
-    assert lead_to_the_right(workflow)
+    assert overlapping_nodes(workflow) == []
+    assert all_lead_right(workflow)
     again = (await lay_out(people.owner, workflow["id"])).json()
     assert again == {"workflowId": workflow["id"], "changed": False, "nodesRepositioned": 0}
 
 
-async def test_nodes_without_a_position_stand_beside_those_that_have_one(people: People) -> None:
+async def test_nodes_without_a_position_stand_beside_those_that_have_one(people: OrganizationUsers) -> None:
     start, b, *others = BRANCHES["nodes"]
     placed = [start | {"position": {"x": 600, "y": -50.5}}, b | {"position": {"x": 850, "y": -50.5}}]
     edges = BRANCHES["connections"]
     workflow = await people.owner.workflow(
         await people.owner.create(nodes=[*placed, *others, STEP | {"id": "alone"}], connections=edges)
     )
-    at = places(workflow)
+    at = node_positions(workflow)
     assert (at["start"], at["b"]) == ((600, -50.5), (850, -50.5))
-    assert overlapping(workflow) == []
-    assert lead_to_the_right(workflow)
+    assert overlapping_nodes(workflow) == []
+    assert all_lead_right(workflow)
     assert at["alone"][1] > max(y for node, (_, y) in at.items() if node != "alone")
 
 
-async def test_a_node_that_comes_back_without_its_position_keeps_it(people: People) -> None:
+async def test_a_node_that_comes_back_without_its_position_keeps_it(people: OrganizationUsers) -> None:
     nodes = [TRIGGER | {"position": {"x": -10, "y": 3}}, STEP | {"position": {"x": 40, "y": 900}}]
     workflow_id = await people.owner.create(nodes=nodes, connections=[EDGE])
     before = await people.owner.workflow(workflow_id)
     more = {"nodes": [*GRAPH["nodes"], STEP | {"id": "more"}], "connections": [EDGE]}
     after = (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=more)).json()
-    assert places(after).items() >= places(before).items()
-    assert overlapping(after) == []
+    assert node_positions(after).items() >= node_positions(before).items()
+    assert overlapping_nodes(after) == []
 
 
 # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_layout_arranges_the_nodes_and_says_how_many_have_moved(world: World, people: People) -> None:
-    workflow_id = await people.owner.create(**piled_up(BRANCHES))
+async def test_layout_arranges_the_nodes_and_says_how_many_have_moved(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**stacked_graph(BRANCHES))
     first = await lay_out(people.owner, workflow_id)
     assert first.status_code == 200
     assert first.json() == {"workflowId": workflow_id, "changed": True, "nodesRepositioned": 5}
     workflow = await people.owner.workflow(workflow_id)
-    assert overlapping(workflow) == []
-    assert lead_to_the_right(workflow)
+    assert overlapping_nodes(workflow) == []
+    assert all_lead_right(workflow)
     second = await lay_out(people.owner, workflow_id)
     assert second.json() == {"workflowId": workflow_id, "changed": False, "nodesRepositioned": 0}
     assert first.headers["ETag"] == second.headers["ETag"] == '"2"'
     assert await people.owner.workflow(workflow_id) == workflow
-    assert await actions(world, workflow_id) == ["workflow.created", "workflow.laid-out"]
+    assert await list_actions(world, workflow_id) == ["workflow.created", "workflow.laid-out"]
 
 
-async def test_only_the_node_that_was_dragged_away_is_counted(people: People) -> None:
+async def test_only_the_node_that_was_dragged_away_is_counted(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**BRANCHES)
     before = await people.owner.workflow(workflow_id)
     nodes = [
@@ -133,48 +135,50 @@ async def test_only_the_node_that_was_dragged_away_is_counted(people: People) ->
     ]
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": nodes})
     assert (await lay_out(people.owner, workflow_id)).json()["nodesRepositioned"] == 1
-    assert places(await people.owner.workflow(workflow_id)) == places(before)
+    assert node_positions(await people.owner.workflow(workflow_id)) == node_positions(before)
 
 
-async def test_graphs_that_are_broken_are_arranged_too(people: People) -> None:
+async def test_graphs_that_are_broken_are_arranged_too(people: OrganizationUsers) -> None:
     nobody = [{"source": "nobody", "target": "b"}, {"source": "c", "target": "nobody"}]
     circular = [{"source": "end", "target": "c"}, {"source": "d", "target": "d"}, EDGES[0]]
-    twice = piled_up({"nodes": [TRIGGER, *STEPS, *STEPS], "connections": [*EDGES, *nobody, *circular]})
+    twice = stacked_graph({"nodes": [TRIGGER, *STEPS, *STEPS], "connections": [*EDGES, *nobody, *circular]})
     workflow_id = await people.owner.create(**twice)
     assert (await lay_out(people.owner, workflow_id)).json()["nodesRepositioned"] == 9
-    assert overlapping(await people.owner.workflow(workflow_id)) == []
+    assert overlapping_nodes(await people.owner.workflow(workflow_id)) == []
     empty = await people.owner.create()
     assert (await lay_out(people.owner, empty)).json()["changed"] is False
 
 
-async def test_places_at_the_end_of_the_world_do_no_harm(people: People) -> None:
+async def test_places_at_the_end_of_the_world_do_no_harm(people: OrganizationUsers) -> None:
     corners = [(1e308, -1e308), (10**300, 0), (0, -(10**15)), (0.1, 2**53), (-1e-300, 5)]
     nodes = [
         node | {"position": {"x": x, "y": y}} for node, (x, y) in zip(BRANCHES["nodes"], corners, strict=True)
     ]
     workflow_id = await people.owner.create(nodes=[*nodes, STEP | {"id": "new"}], connections=EDGES)
     workflow = await people.owner.workflow(workflow_id)
-    assert [*places(workflow).values()][:5] == corners
-    assert overlapping(workflow) == []
+    assert [*node_positions(workflow).values()][:5] == corners
+    assert overlapping_nodes(workflow) == []
     assert (await lay_out(people.owner, workflow_id)).json()["nodesRepositioned"] == 6
-    assert max(x for x, _ in places(await people.owner.workflow(workflow_id)).values()) < 2_000
+    assert max(x for x, _ in node_positions(await people.owner.workflow(workflow_id)).values()) < 2_000
 
 
-async def test_layout_is_an_edit_like_any(people: People) -> None:
-    workflow_id = await people.owner.create(**piled_up(GRAPH))
+async def test_layout_is_an_edit_like_any(people: OrganizationUsers) -> None:
+    workflow_id = await people.owner.create(**stacked_graph(GRAPH))
     before = await people.owner.workflow(workflow_id)
-    refused(await lay_out(people.stranger, workflow_id), 404, "not-found")
-    refused(await lay_out(people.colleague, workflow_id), 404, "not-found")
+    assert_refused(await lay_out(people.stranger, workflow_id), 404, "not-found")
+    assert_refused(await lay_out(people.colleague, workflow_id), 404, "not-found")
     share = {"userId": people.colleague.user.id}
     await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/share", json=share)
-    refused(await lay_out(people.colleague, workflow_id), 403, "not-owner")
-    refused(await lay_out(people.owner, workflow_id, **{"If-Match": '"1"'}), 412, "precondition-failed")
-    assert places(await people.owner.workflow(workflow_id)) == places(before)
+    assert_refused(await lay_out(people.colleague, workflow_id), 403, "not-owner")
+    assert_refused(
+        await lay_out(people.owner, workflow_id, **{"If-Match": '"1"'}), 412, "precondition-failed"
+    )
+    assert node_positions(await people.owner.workflow(workflow_id)) == node_positions(before)
     assert (await lay_out(people.admin, workflow_id, **{"If-Match": '"2"'})).json()["changed"] is True
 
 
-async def test_nodes_that_are_added_during_a_layout_stay(people: People) -> None:
-    workflow_id = await people.owner.create(**piled_up(BRANCHES))
+async def test_nodes_that_are_added_during_a_layout_stay(people: OrganizationUsers) -> None:
+    workflow_id = await people.owner.create(**stacked_graph(BRANCHES))
     path = f"{WORKFLOWS}/{workflow_id}"
     answers = await asyncio.gather(
         *(people.owner.api.post(f"{path}/nodes", json=STEP | {"id": f"new-{n}"}) for n in range(4)),
@@ -185,17 +189,19 @@ async def test_nodes_that_are_added_during_a_layout_stay(people: People) -> None
     await lay_out(people.owner, workflow_id)
     workflow = await people.owner.workflow(workflow_id)
     assert len(workflow["nodes"]) == 13
-    assert overlapping(workflow) == []
+    assert overlapping_nodes(workflow) == []
 
 
 # ── build ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def build(person: Person, body: object, query: str = "", **headers: str) -> httpx2.Response:
+async def build(person: UserClient, body: object, query: str = "", **headers: str) -> httpx2.Response:
     return await person.api.post(f"{BUILD}{query}", json=body, headers=headers)
 
 
-async def test_a_whole_workflow_is_built_in_one_call(world: World, people: People) -> None:
+async def test_a_whole_workflow_is_built_in_one_call(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     body = {
         "name": "Whole",
         "description": "In one call",
@@ -227,23 +233,25 @@ async def test_a_whole_workflow_is_built_in_one_call(world: World, people: Peopl
         "targetNodeId": "b",
         "targetPort": "input",
     }
-    assert overlapping(workflow) == []
-    assert lead_to_the_right(workflow)
+    assert overlapping_nodes(workflow) == []
+    assert all_lead_right(workflow)
     assert workflow["settings"]["timeout"] == 60
     assert {name: workflow[name] for name in ("name", "description", "tags", "config")} == {
         name: body[name] for name in ("name", "description", "tags", "config")
     }
-    assert await actions(world, workflow["id"]) == ["workflow.built"]
+    assert await list_actions(world, workflow["id"]) == ["workflow.built"]
 
 
-async def test_an_active_workflow_that_was_built_runs_at_once(people: People) -> None:
+async def test_an_active_workflow_that_was_built_runs_at_once(people: OrganizationUsers) -> None:
     built = (await build(people.owner, {"name": "Active", "status": "active", **GRAPH})).json()
     assert built["status"] == "active"
     started = await people.owner.api.post(f"{WORKFLOWS}/{built['workflowId']}/execute", json={})
     assert started.status_code == 201, started.text
 
 
-async def test_every_wrong_field_and_every_error_of_the_graph_is_told_at_once(people: People) -> None:
+async def test_every_wrong_field_and_every_error_of_the_graph_is_told_at_once(
+    people: OrganizationUsers,
+) -> None:
     body = {
         "name": "x" * 201,
         "status": "paused",
@@ -266,7 +274,7 @@ async def test_every_wrong_field_and_every_error_of_the_graph_is_told_at_once(pe
         ],
     }
     response = await build(people.owner, body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     details = response.json()["error"]["details"]
     assert {(detail["path"], detail["code"]) for detail in details} == {
         ("name", "too-long"),
@@ -293,7 +301,7 @@ async def test_every_wrong_field_and_every_error_of_the_graph_is_told_at_once(pe
     assert (await people.owner.api.get(WORKFLOWS)).json()["count"] == 0
 
 
-async def test_what_only_follows_from_a_wrong_field_is_not_told(people: People) -> None:
+async def test_what_only_follows_from_a_wrong_field_is_not_told(people: OrganizationUsers) -> None:
     nodes = [TRIGGER, {"id": 5, "nodeId": "set", "config": 1}, STEP]
     edges = [{"source": "start", "target": "5"}, {"source": "start", "target": ["step"]}]
     body = {"name": "x", "nodes": nodes, "connections": edges}
@@ -315,15 +323,15 @@ async def test_what_only_follows_from_a_wrong_field_is_not_told(people: People) 
     ],
 )
 async def test_what_a_draft_may_lack_otherwise_is_an_error_here(
-    people: People, graph: dict[str, Any], finding: str
+    people: OrganizationUsers, graph: dict[str, Any], finding: str
 ) -> None:
     response = await build(people.owner, {"name": "x", **graph})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert [detail["code"] for detail in response.json()["error"]["details"]] == [finding]
 
 
 async def test_what_cannot_run_yet_is_a_warning_in_a_draft_and_an_error_in_an_active_workflow(
-    people: People,
+    people: OrganizationUsers,
 ) -> None:
     agent = {"id": "step", "nodeId": "agent", "config": {"prompt": "Be brief."}}
     body = {"name": "x", "nodes": [TRIGGER, agent], "connections": [EDGE]}
@@ -332,10 +340,10 @@ async def test_what_cannot_run_yet_is_a_warning_in_a_draft_and_an_error_in_an_ac
     assert [(found["path"], found["code"]) for found in draft.json()["warnings"]] == [
         ("nodes.1", "not-runnable")
     ]
-    refused(await build(people.owner, body | {"status": "active"}), 422, "validation-failed")
+    assert_refused(await build(people.owner, body | {"status": "active"}), 422, "validation-failed")
 
 
-async def test_a_dry_run_tells_the_findings_and_creates_nothing(people: People) -> None:
+async def test_a_dry_run_tells_the_findings_and_creates_nothing(people: OrganizationUsers) -> None:
     lonely = {"name": "x", "nodes": [*GRAPH["nodes"], STEP | {"id": "lonely"}], "connections": [EDGE]}
     answer = await build(people.owner, lonely, "?dryRun=true", **{"Idempotency-Key": "dry"})
     assert answer.status_code == 200
@@ -345,12 +353,12 @@ async def test_a_dry_run_tells_the_findings_and_creates_nothing(people: People) 
     invalid = (await build(people.owner, {"name": 1, "nodes": [STEP]}, "?dryRun=true")).json()
     assert invalid["valid"] is False
     assert [found["code"] for found in invalid["errors"]] == ["invalid-type", "missing-trigger"]
-    refused(await build(people.owner, lonely, "?dryRun=maybe"), 400, "invalid-query")
+    assert_refused(await build(people.owner, lonely, "?dryRun=maybe"), 400, "invalid-query")
     assert (await people.owner.api.get(WORKFLOWS)).json()["count"] == 0
     assert (await build(people.owner, lonely, **{"Idempotency-Key": "dry"})).status_code == 201
 
 
-async def test_a_build_that_is_repeated_gets_the_first_answer_again(people: People) -> None:
+async def test_a_build_that_is_repeated_gets_the_first_answer_again(people: OrganizationUsers) -> None:
     body = {"name": "Once", **BRANCHES}
     answers = await asyncio.gather(
         *(build(people.owner, body, **{"Idempotency-Key": "once"}) for _ in range(3))
@@ -359,7 +367,7 @@ async def test_a_build_that_is_repeated_gets_the_first_answer_again(people: Peop
     assert answers[0].json() == answers[1].json() == answers[2].json()
     assert sorted(answer.headers.get("Idempotent-Replayed", "") for answer in answers) == ["", "true", "true"]
     other = await build(people.owner, body | {"name": "Twice"}, **{"Idempotency-Key": "once"})
-    refused(other, 422, "idempotency-mismatch")
+    assert_refused(other, 422, "idempotency-mismatch")
     assert (await people.owner.api.get(WORKFLOWS)).json()["count"] == 1
 
 
@@ -387,9 +395,9 @@ async def test_a_build_that_is_repeated_gets_the_first_answer_again(people: Peop
         },
     ],
 )
-async def test_bodies_that_are_no_workflow_are_refused(people: People, body: object) -> None:
+async def test_bodies_that_are_no_workflow_are_refused(people: OrganizationUsers, body: object) -> None:
     response = await build(people.owner, body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     details = response.json()["error"]["details"]
     assert 1 <= len(details) <= 100
     assert all({"path", "code", "message"} <= set(detail) for detail in details)
@@ -402,7 +410,7 @@ async def test_bodies_that_are_no_workflow_are_refused(people: People, body: obj
 
 @pytest.mark.parametrize("operation", ["create", "update", "activate", "execute"])
 async def test_others_are_served_while_a_graph_is_gone_through(
-    people: People, monkeypatch: pytest.MonkeyPatch, operation: str
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"

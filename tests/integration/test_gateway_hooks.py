@@ -28,9 +28,17 @@ from models.execution import Execution, ExecutionData, SpanRow
 from models.execution_status import TERMINAL_STATUSES
 from models.ingest import Delivery
 from models.lifecycle_policy import StoppedReason
-from tests.integration.gateway_world import EDGE, GRAPH, STEP, People, Person, World, refused
-from tests.integration.standing_cluster import Cluster, standing
-from tests.provider_requests import BY_NAME, CASES, CONFIG, Case, Step
+from tests.integration.gateway_harness import (
+    EDGE,
+    GRAPH,
+    STEP,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.simulated_cluster import SimulatedCluster, run_simulated_cluster
+from tests.provider_requests import BY_NAME, CASES, CONFIG, ProviderCase, ProviderStep
 from workers.main import run_worker
 from workers.settings import WorkerSettings
 
@@ -65,47 +73,49 @@ AFTERWARDS = {"id": "later", "nodeId": "wait", "config": {"seconds": 3600}}
 
 
 @dataclasses.dataclass(frozen=True)
-class Hook:
+class WebhookUnderTest:
     """An active workflow that begins with a webhook, and its address."""
 
     workflow_id: str
     path: str
 
 
-def graph(config: dict[str, Any] | None, *nodes: dict[str, Any]) -> dict[str, Any]:
+def webhook_graph(config: dict[str, Any] | None, *nodes: dict[str, Any]) -> dict[str, Any]:
     trigger: dict[str, Any] = {"id": "start", "nodeId": "webhook", "config": config or {}}
     edges = [EDGE, {"source": "step", "target": "later"}]
     chain = [trigger, *(nodes or [STEP])]
     return {"nodes": chain, "connections": edges[: len(chain) - 1]}
 
 
-async def hooked(person: Person, config: dict[str, Any] | None = None, *nodes: dict[str, Any]) -> Hook:
-    workflow_id = await person.create(**graph(config, *nodes), status="active")
+async def create_webhook(
+    person: UserClient, config: dict[str, Any] | None = None, *nodes: dict[str, Any]
+) -> WebhookUnderTest:
+    workflow_id = await person.create(**webhook_graph(config, *nodes), status="active")
     response = await person.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
     assert response.status_code == 201, response.text
-    return Hook(workflow_id, urlsplit(response.json()["urls"]["webhook"]).path)
+    return WebhookUnderTest(workflow_id, urlsplit(response.json()["urls"]["webhook"]).path)
 
 
-async def secret(person: Person, text: str) -> str:
-    return await data_source(person, {"type": "webhook-secret", "secrets": {"secret": text}})
+async def create_secret(person: UserClient, text: str) -> str:
+    return await create_data_source(person, {"type": "webhook-secret", "secrets": {"secret": text}})
 
 
-async def data_source(person: Person, fields: dict[str, Any]) -> str:
+async def create_data_source(person: UserClient, fields: dict[str, Any]) -> str:
     response = await person.api.post("/api/v1/datasources", json={"name": uuid4().hex, **fields})
     assert response.status_code == 201, response.text
     source_id: str = response.json()["dataSourceId"]
     return source_id
 
 
-async def signed_by(person: Person, provider: str, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - any config
+async def signature_config(person: UserClient, provider: str, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - any config
     """Return the config of a hook for what a provider signs."""
-    sources = [await secret(person, text) for text in SECRETS[provider]]
+    sources = [await create_secret(person, text) for text in SECRETS[provider]]
     named: str | list[str] = sources[0] if len(sources) == 1 else sources
     return {"verification": {"provider": provider, "dataSource": named}, **more}
 
 
 @contextmanager
-def at(world: World, moment: datetime) -> Iterator[None]:
+def set_time(world: GatewayHarness, moment: datetime) -> Iterator[None]:
     """Have the gateway look at signatures at a moment."""
     before = world.gateway
     world.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
@@ -115,44 +125,46 @@ def at(world: World, moment: datetime) -> Iterator[None]:
         world.app.state.gateway = before
 
 
-async def send(world: World, step: Step, target: str, body: bytes | None = None) -> httpx2.Response:
+async def send(
+    world: GatewayHarness, step: ProviderStep, target: str, body: bytes | None = None
+) -> httpx2.Response:
     """Send a request as it was recorded, but for its line."""
     left_out = {b"host", b"connection", b"content-length"}
     headers = [(name, value) for name, value in step.headers if name.lower() not in left_out]
     nobody = await world.client()
-    with at(world, step.at):
+    with set_time(world, step.at):
         return await nobody.request(
             step.method, target, content=step.body if body is None else body, headers=headers
         )
 
 
-async def rows(world: World, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+async def read_rows(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
     conditions = [getattr(table, name) == value for name, value in equal.items()]
     async with world.gateway.database.read() as connection:
         return list((await connection.execute(select(table).where(*conditions))).all())
 
 
-async def given(world: World, workflow_id: str) -> list[dict[str, Any]]:
+async def read_triggers(world: GatewayHarness, workflow_id: str) -> list[dict[str, Any]]:
     """Return what the runs of a workflow were given."""
-    runs = await rows(world, Execution, workflow_id=workflow_id)
-    data = [await rows(world, ExecutionData, execution_id=run.id) for run in runs]
+    runs = await read_rows(world, Execution, workflow_id=workflow_id)
+    data = [await read_rows(world, ExecutionData, execution_id=run.id) for run in runs]
     return [json.loads(one.trigger) for (one,) in data]
 
 
-async def outcomes(world: World, workflow_id: str) -> list[tuple[str, int, str]]:
+async def read_outcomes(world: GatewayHarness, workflow_id: str) -> list[tuple[str, int, str]]:
     """Return what is noted of what came for a workflow: outcome, status and the code of the reason."""
-    found = await rows(world, Delivery, workflow_id=workflow_id)
+    found = await read_rows(world, Delivery, workflow_id=workflow_id)
     return sorted((one.outcome, one.status, (one.reason or "").partition(":")[0]) for one in found)
 
 
 @pytest.fixture(scope="module")
-async def people(world: World) -> People:
+async def people(world: GatewayHarness) -> OrganizationUsers:
     """Return the same people to all tests: what is theirs is told apart by its workflow."""
     return await world.people()
 
 
 @pytest.fixture(scope="module", autouse=True)
-async def worker(world: World) -> AsyncIterator[None]:
+async def worker(world: GatewayHarness) -> AsyncIterator[None]:
     gateway = world.gateway
     settings = WorkerSettings(
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
@@ -164,8 +176,8 @@ async def worker(world: World) -> AsyncIterator[None]:
 
 
 @pytest.fixture(scope="module")
-async def cluster(world: World) -> AsyncIterator[Cluster]:
-    async with standing(world) as cluster:
+async def cluster(world: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
+    async with run_simulated_cluster(world) as cluster:
         yield cluster
 
 
@@ -174,18 +186,18 @@ async def cluster(world: World) -> AsyncIterator[Cluster]:
 
 @pytest.mark.parametrize("provider", SECRETS)
 async def test_what_providers_send_is_answered_as_they_expect(
-    world: World, people: People, provider: str
+    world: GatewayHarness, people: OrganizationUsers, provider: str
 ) -> None:
-    config = await signed_by(people.owner, provider)
+    config = await signature_config(people.owner, provider)
     folder = FOLDERS.get(provider, provider)
     cases = [case for case in CASES if case.provider == folder and not case.name.endswith("_to_enqueue")]
     assert len(cases) >= 4
     for case in cases:
-        hook = await hooked(people.owner, config)
+        hook = await create_webhook(people.owner, config)
         response = await send(world, case.steps[0], hook.path)
         again = await send(world, case.steps[0], hook.path)
         expect_answer(case, response)
-        told = await given(world, hook.workflow_id)
+        told = await read_triggers(world, hook.workflow_id)
         is_run = case.name not in NOT_RUN and response.status_code // 100 == 2
         assert len(told) == is_run, case.name
         if is_run:
@@ -193,19 +205,19 @@ async def test_what_providers_send_is_answered_as_they_expect(
             assert again.json() == response.json()
             expect_given(case, told[0])
         if response.status_code == 401:
-            assert await outcomes(world, hook.workflow_id) == []
+            assert await read_outcomes(world, hook.workflow_id) == []
 
 
-def expect_answer(case: Case, response: httpx2.Response) -> None:
+def expect_answer(case: ProviderCase, response: httpx2.Response) -> None:
     expected = case.steps[0].respond
     assert f"{response.status_code // 100}xx" == expected["status_class"], (case.name, response.text)
     assert expected.get("body_contains", "") in response.text
     assert response.headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
     if response.status_code // 100 == 4:
-        refused(response, 401, "invalid-signature")
+        assert_refused(response, 401, "invalid-signature")
 
 
-def expect_given(case: Case, told: dict[str, Any]) -> None:
+def expect_given(case: ProviderCase, told: dict[str, Any]) -> None:
     wanted = case.expected["event"]["event_data"]
     assert (told["body"]["data"] if case.provider == "standardwebhooks" else told["body"]) == wanted
     assert (told["method"], told["query"], told["respond"]) == ("POST", {}, "at-once")
@@ -213,32 +225,42 @@ def expect_given(case: Case, told: dict[str, Any]) -> None:
     assert not [name for name in told["headers"] if "signature" in name]
 
 
-async def test_what_a_provider_sends_again_is_known_by_its_name(world: World, people: People) -> None:
-    hook = await hooked(people.owner, await signed_by(people.owner, "slack"))
+async def test_what_a_provider_sends_again_is_known_by_its_name(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hook = await create_webhook(people.owner, await signature_config(people.owner, "slack"))
     first = await send(world, BY_NAME["slack_event"].steps[0], hook.path)
     retry = await send(world, BY_NAME["slack_retry"].steps[0], hook.path)
     assert (first.status_code, retry.status_code) == (200, 200)
     assert retry.json() == first.json()
-    assert len(await given(world, hook.workflow_id)) == 1
-    assert [one[0] for one in await outcomes(world, hook.workflow_id)] == ["accepted", "duplicate"]
+    assert len(await read_triggers(world, hook.workflow_id)) == 1
+    assert [one[0] for one in await read_outcomes(world, hook.workflow_id)] == ["accepted", "duplicate"]
 
 
-async def test_fifty_deliveries_at_once_are_one_run(world: World, people: People) -> None:
-    hook = await hooked(people.owner, await signed_by(people.owner, "stripe"))
+async def test_fifty_deliveries_at_once_are_one_run(world: GatewayHarness, people: OrganizationUsers) -> None:
+    hook = await create_webhook(people.owner, await signature_config(people.owner, "stripe"))
     step = BY_NAME["stripe_invoice_paid"].steps[0]
     answers = await asyncio.gather(*(send(world, step, hook.path) for _ in range(50)))
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.content for answer in answers}) == 1
-    assert len(await given(world, hook.workflow_id)) == 1
-    found = [one[0] for one in await outcomes(world, hook.workflow_id)]
+    assert len(await read_triggers(world, hook.workflow_id)) == 1
+    found = [one[0] for one in await read_outcomes(world, hook.workflow_id)]
     assert found == ["accepted", *["duplicate"] * 49]
 
 
-async def test_events_that_are_not_asked_for_are_answered_and_not_run(world: World, people: People) -> None:
+async def test_events_that_are_not_asked_for_are_answered_and_not_run(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     push, ping = BY_NAME["gh_push"].steps[0], BY_NAME["gh_ping"].steps[0]
-    of_issues = await hooked(people.owner, await signed_by(people.owner, "github", allowedEvents=["issues"]))
-    of_pings = await hooked(people.owner, await signed_by(people.owner, "github", allowedEvents=["ping"]))
-    paid = await hooked(people.owner, await signed_by(people.owner, "stripe", allowedEvents=["invoice.*"]))
+    of_issues = await create_webhook(
+        people.owner, await signature_config(people.owner, "github", allowedEvents=["issues"])
+    )
+    of_pings = await create_webhook(
+        people.owner, await signature_config(people.owner, "github", allowedEvents=["ping"])
+    )
+    paid = await create_webhook(
+        people.owner, await signature_config(people.owner, "stripe", allowedEvents=["invoice.*"])
+    )
     for step, hook, is_run in (
         (push, of_issues, False),
         (ping, of_issues, False),
@@ -248,50 +270,54 @@ async def test_events_that_are_not_asked_for_are_answered_and_not_run(world: Wor
         response = await send(world, step, hook.path)
         assert response.status_code == (202 if is_run else 200), response.text
         assert response.json()["status"] == ("accepted" if is_run else "ignored")
-    assert await given(world, of_issues.workflow_id) == []
-    assert await outcomes(world, of_issues.workflow_id) == [("accepted", 200, "event-not-allowed")] * 2
+    assert await read_triggers(world, of_issues.workflow_id) == []
+    assert await read_outcomes(world, of_issues.workflow_id) == [("accepted", 200, "event-not-allowed")] * 2
 
 
 # ── who is let in ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_hook_that_says_nothing_of_verification_takes_nothing(world: World, people: People) -> None:
-    hook = await hooked(people.owner)
+async def test_a_hook_that_says_nothing_of_verification_takes_nothing(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hook = await create_webhook(people.owner)
     nobody = await world.client()
     answer = await nobody.post(hook.path, json={})
-    refused(answer, 422, "no-verification")
+    assert_refused(answer, 422, "no-verification")
     assert "`verification`" in answer.json()["error"]["message"]
     for source_id in (
         "ds_absent",
-        await secret(people.stranger, "x"),
-        await secret(people.colleague, "x"),
-        await data_source(people.owner, {"type": "http-bearer", "secrets": {"token": "x"}}),
+        await create_secret(people.stranger, "x"),
+        await create_secret(people.colleague, "x"),
+        await create_data_source(people.owner, {"type": "http-bearer", "secrets": {"token": "x"}}),
     ):
         config = {"verification": {"provider": "github", "dataSource": source_id}}
-        answer = await people.owner.api.post(WORKFLOWS, json={**graph(config), "status": "active"})
-        refused(answer, 422, "validation-failed")
+        answer = await people.owner.api.post(WORKFLOWS, json={**webhook_graph(config), "status": "active"})
+        assert_refused(answer, 422, "validation-failed")
 
 
 async def test_a_data_source_that_is_gone_is_for_the_owner_to_mend_and_the_sender_comes_again(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    source_id = await secret(people.owner, SECRETS["github"][0])
-    hook = await hooked(people.owner, {"verification": {"provider": "github", "dataSource": source_id}})
+    source_id = await create_secret(people.owner, SECRETS["github"][0])
+    hook = await create_webhook(
+        people.owner, {"verification": {"provider": "github", "dataSource": source_id}}
+    )
     await people.owner.api.delete(f"/api/v1/datasources/{source_id}?force=true")
     world.gateway.runners.sources.clear()
     answer = await send(world, BY_NAME["gh_push"].steps[0], hook.path)
-    refused(answer, 503, "trigger-not-ready")
+    assert_refused(answer, 503, "trigger-not-ready")
     assert int(answer.headers["Retry-After"]) == 60
     assert source_id not in answer.text
 
 
 async def test_an_address_that_opens_nothing_is_like_one_that_never_was(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = await hooked(people.owner, ANYBODY)
-    replaced = await hooked(people.owner, ANYBODY)
+    hook = await create_webhook(people.owner, ANYBODY)
+    replaced = await create_webhook(people.owner, ANYBODY)
     await people.owner.api.delete(f"{WORKFLOWS}/{replaced.workflow_id}/trigger-token")
-    gone = await hooked(people.owner, ANYBODY)
+    gone = await create_webhook(people.owner, ANYBODY)
     await people.owner.api.delete(f"{WORKFLOWS}/{gone.workflow_id}?force=true")
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 10)
     nobody = await world.client(address="10.9.9.9")
@@ -300,59 +326,61 @@ async def test_an_address_that_opens_nothing_is_like_one_that_never_was(
         for path in (f"{hook.path}x", "/hooks/x", replaced.path, gone.path, f"/hooks/{people.owner.key}")
     ]
     for answer in answers:
-        refused(answer, 404, "not-found")
+        assert_refused(answer, 404, "not-found")
     assert len({json.dumps(answer.json()["error"]) for answer in answers}) == 1
     assert (await nobody.post(hook.path, json={})).status_code == 202
     for _ in range(10):
         await nobody.post(f"/hooks/tt-{uuid4().hex}", json={})
-    refused(await nobody.post(f"{hook.path}x", json={}), 429, "rate-limited")
+    assert_refused(await nobody.post(f"{hook.path}x", json={}), 429, "rate-limited")
     assert (await nobody.post(hook.path, json={})).status_code == 202
     manual = await people.owner.create(**GRAPH)
     token = (await people.owner.api.post(f"{WORKFLOWS}/{manual}/trigger-token", json={})).json()["token"]
-    refused(await (await world.client()).post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
+    assert_refused(await (await world.client()).post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
 
 
-async def test_methods_networks_and_sizes_are_as_the_trigger_says(world: World, people: People) -> None:
+async def test_methods_networks_and_sizes_are_as_the_trigger_says(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     config = {
         **ANYBODY,
         "methods": ["PUT", "GET"],
         "allowedNetworks": ["192.0.2.0/24", "2001:db8::/32"],
         "maxBodyBytes": 100,
     }
-    hook = await hooked(people.owner, config)
+    hook = await create_webhook(people.owner, config)
     inside, outside = await world.client(address="192.0.2.7"), await world.client(address="192.0.3.7")
     mapped = await world.client(address="::ffff:192.0.2.7")
     answer = await inside.post(hook.path, json={})
-    refused(answer, 405, "method-not-allowed")
+    assert_refused(answer, 405, "method-not-allowed")
     assert answer.headers["Allow"] == "GET, PUT"
     assert (await inside.head(hook.path)).status_code == 405
-    refused(await outside.put(hook.path, json={}), 403, "network-not-allowed")
+    assert_refused(await outside.put(hook.path, json={}), 403, "network-not-allowed")
     too_large = await inside.put(hook.path, content=b"x" * 101)
-    refused(too_large, 413, "payload-too-large")
+    assert_refused(too_large, 413, "payload-too-large")
     assert "maxBodyBytes" in too_large.text
-    refused(
+    assert_refused(
         await inside.put(hook.path, content=b"{", headers={"Content-Type": "application/json"}),
         400,
         "malformed-json",
     )
-    refused(
+    assert_refused(
         await inside.put(hook.path, content=b"{}", headers={"Content-Encoding": "gzip"}),
         400,
         "malformed-body",
     )
     assert (await inside.put(hook.path, content=b"x" * 100)).status_code == 202
     assert (await mapped.get(f"{hook.path}?a=1&a=2&b=&key=secret")).status_code == 202
-    (first, second) = sorted(await given(world, hook.workflow_id), key=lambda one: one["method"])
+    (first, second) = sorted(await read_triggers(world, hook.workflow_id), key=lambda one: one["method"])
     assert (first["method"], first["query"], first["body"]) == ("GET", {"a": ["1", "2"], "b": ""}, {})
     assert second["body"] == {"base64": base64.b64encode(b"x" * 100).decode(), "contentType": ""}
 
 
 async def test_options_list_the_methods_of_a_hook_to_those_who_know_its_address(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = await hooked(people.owner, {**ANYBODY, "methods": ["PUT", "GET"]})
-    silent = await hooked(people.owner)
-    gone = await hooked(people.owner, ANYBODY)
+    hook = await create_webhook(people.owner, {**ANYBODY, "methods": ["PUT", "GET"]})
+    silent = await create_webhook(people.owner)
+    gone = await create_webhook(people.owner, ANYBODY)
     await people.owner.api.delete(f"{WORKFLOWS}/{gone.workflow_id}/trigger-token")
     nobody = await world.client(address="10.9.9.8")
     answer = await nobody.options(hook.path)
@@ -362,12 +390,12 @@ async def test_options_list_the_methods_of_a_hook_to_those_who_know_its_address(
         everything = "DELETE, GET, OPTIONS, PATCH, POST, PUT"
         assert (answer.status_code, answer.headers["Allow"]) == (204, everything)
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 4)
-    refused(await nobody.options("/hooks/x"), 429, "rate-limited")
+    assert_refused(await nobody.options("/hooks/x"), 429, "rate-limited")
     assert (await nobody.options(hook.path)).status_code == 204
 
 
-async def test_what_is_signed_in_ways_of_their_own(world: World, people: People) -> None:
-    source_id = await secret(people.owner, "a secret")
+async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people: OrganizationUsers) -> None:
+    source_id = await create_secret(people.owner, "a secret")
     verification = {
         "provider": "hmac",
         "dataSource": source_id,
@@ -379,7 +407,7 @@ async def test_what_is_signed_in_ways_of_their_own(world: World, people: People)
         "deliveryHeader": "X-Name",
         "replayWindowSeconds": 30,
     }
-    hook = await hooked(people.owner, {"verification": verification, "allowedEvents": ["a.b"]})
+    hook = await create_webhook(people.owner, {"verification": verification, "allowedEvents": ["a.b"]})
     nobody = await world.client()
     now = int(datetime.now(UTC).timestamp())
 
@@ -401,34 +429,36 @@ async def test_what_is_signed_in_ways_of_their_own(world: World, people: People)
     assert (await sent(body, {"X-Name": "1"})).headers["Idempotent-Replayed"] == "true"
     assert (await sent(body, {"X-Name": "2"})).status_code == 202
     assert (await sent(b'{"type": "a.c"}')).json() == {"status": "ignored"}
-    refused(await sent(body, time=now - 31), 401, "invalid-signature")
-    refused(await sent(body, {"X-Sealed": "v=AAAA"}), 401, "invalid-signature")
+    assert_refused(await sent(body, time=now - 31), 401, "invalid-signature")
+    assert_refused(await sent(body, {"X-Sealed": "v=AAAA"}), 401, "invalid-signature")
     twice = [("X-Sealed", "v=AAAA"), ("X-Sealed", "v=BBBB"), ("X-Time", str(now))]
-    refused(await nobody.post(hook.path, content=body, headers=twice), 400, "duplicate-header")
-    told = await given(world, hook.workflow_id)
+    assert_refused(await nobody.post(hook.path, content=body, headers=twice), 400, "duplicate-header")
+    told = await read_triggers(world, hook.workflow_id)
     assert len(told) == 2
     assert "x-sealed" not in told[0]["headers"]
 
-    basic = await data_source(
+    basic = await create_data_source(
         people.owner,
         {"type": "http-basic", "settings": {"username": "me"}, "secrets": {"password": "a password"}},
     )
-    hook = await hooked(people.owner, {"verification": {"provider": "basic", "dataSource": basic}})
+    hook = await create_webhook(people.owner, {"verification": {"provider": "basic", "dataSource": basic}})
     answer = await nobody.post(hook.path, json={})
-    refused(answer, 401, "invalid-signature")
+    assert_refused(answer, 401, "invalid-signature")
     assert answer.headers["WWW-Authenticate"].startswith("Basic ")
     assert (await nobody.post(hook.path, json={}, auth=("me", "a password"))).status_code == 202
-    assert "authorization" not in (await given(world, hook.workflow_id))[0]["headers"]
+    assert "authorization" not in (await read_triggers(world, hook.workflow_id))[0]["headers"]
 
 
-async def test_what_anybody_may_send_is_limited_and_known_by_a_key(world: World, people: People) -> None:
-    hook = await hooked(people.owner, ANYBODY)
+async def test_what_anybody_may_send_is_limited_and_known_by_a_key(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hook = await create_webhook(people.owner, ANYBODY)
     nobody = await world.client()
     for headers in ({"Idempotency-Key": "mine"}, {"webhook-id": "msg_1"}):
         first, again = [await nobody.post(hook.path, json={"n": 1}, headers=headers) for _ in range(2)]
         assert again.json() == first.json()
         assert again.headers["Idempotent-Replayed"] == "true"
-    refused(
+    assert_refused(
         await nobody.post(hook.path, json={"n": 2}, headers={"Idempotency-Key": "mine"}),
         422,
         "idempotency-mismatch",
@@ -436,48 +466,54 @@ async def test_what_anybody_may_send_is_limited_and_known_by_a_key(world: World,
     answers = await asyncio.gather(*(nobody.post(hook.path, json={}) for _ in range(30)))
     shed = [answer for answer in answers if answer.status_code != 202]
     assert 10 <= len(shed) <= 15
-    refused(shed[0], 429, "rate-limited")
-    assert len(await given(world, hook.workflow_id)) == 2 + 30 - len(shed)
+    assert_refused(shed[0], 429, "rate-limited")
+    assert len(await read_triggers(world, hook.workflow_id)) == 2 + 30 - len(shed)
 
 
 async def test_a_new_secret_counts_from_the_next_request_on(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hook = await hooked(people.owner, await signed_by(people.owner, "github"))
+    hook = await create_webhook(people.owner, await signature_config(people.owner, "github"))
     push = BY_NAME["gh_push"].steps[0]
     assert (await send(world, push, hook.path)).status_code == 202
-    other = {"verification": {"provider": "github", "dataSource": await secret(people.owner, "another")}}
-    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=graph(other))
+    other = {
+        "verification": {"provider": "github", "dataSource": await create_secret(people.owner, "another")}
+    }
+    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=webhook_graph(other))
     # What is remembered of the workflow would let it in, or keep it out: neither counts.
     monkeypatch.setattr(workflow_cache, "CACHE_SECONDS", 60.0)
     unknown = dataclasses.replace(
         push, headers=[(name, value) for name, value in push.headers if name != b"X-GitHub-Delivery"]
     )
-    refused(await send(world, unknown, hook.path), 401, "invalid-signature")
+    assert_refused(await send(world, unknown, hook.path), 401, "invalid-signature")
     await people.owner.api.put(
-        f"{WORKFLOWS}/{hook.workflow_id}", json=graph(await signed_by(people.owner, "github"))
+        f"{WORKFLOWS}/{hook.workflow_id}", json=webhook_graph(await signature_config(people.owner, "github"))
     )
     assert (await send(world, unknown, hook.path)).status_code == 202
-    assert len(await given(world, hook.workflow_id)) == 2
+    assert len(await read_triggers(world, hook.workflow_id)) == 2
 
 
-async def test_what_comes_for_a_draft_is_kept_for_later(world: World, people: People) -> None:
-    hook = await hooked(people.owner, await signed_by(people.owner, "github"))
+async def test_what_comes_for_a_draft_is_kept_for_later(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hook = await create_webhook(people.owner, await signature_config(people.owner, "github"))
     await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}/status", json={"status": "draft"})
-    refused(await send(world, BY_NAME["gh_push"].steps[0], hook.path), 409, "workflow-not-active")
-    ((delivery),) = await rows(world, Delivery, workflow_id=hook.workflow_id)
+    assert_refused(await send(world, BY_NAME["gh_push"].steps[0], hook.path), 409, "workflow-not-active")
+    ((delivery),) = await read_rows(world, Delivery, workflow_id=hook.workflow_id)
     assert json.loads(delivery.payload)["body"]["ref"] == "refs/heads/main"
     await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}/status", json={"status": "active"})
     again = await people.owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive", json={})
     assert again.status_code == 201, again.text
-    assert len(await given(world, hook.workflow_id)) == 1
+    assert len(await read_triggers(world, hook.workflow_id)) == 1
 
 
 # ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_bodies_are_read_as_what_they_are_said_to_be(world: World, people: People) -> None:
-    hook = await hooked(people.owner, ANYBODY)
+async def test_bodies_are_read_as_what_they_are_said_to_be(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hook = await create_webhook(people.owner, ANYBODY)
     nobody = await world.client()
     form = {"a": "1", "b": ["2", "3"]}
     for body, expected in (
@@ -494,13 +530,13 @@ async def test_bodies_are_read_as_what_they_are_said_to_be(world: World, people:
         response = await nobody.post(hook.path, **body)
         assert response.status_code == 202, response.text
         execution_id = response.json()["executionId"]
-        ((data),) = await rows(world, ExecutionData, execution_id=execution_id)
+        ((data),) = await read_rows(world, ExecutionData, execution_id=execution_id)
         assert json.loads(data.trigger)["body"] == expected
     headers = {"Content-Type": "text/plain"}
-    refused(await nobody.post(hook.path, content=b"a\0b", headers=headers), 400, "nul-character")
+    assert_refused(await nobody.post(hook.path, content=b"a\0b", headers=headers), 400, "nul-character")
     deep = b"[" * 64 + b"]" * 64
     headers = {"Content-Type": "application/json"}
-    refused(await nobody.post(hook.path, content=deep, headers=headers), 400, "too-deep")
+    assert_refused(await nobody.post(hook.path, content=deep, headers=headers), 400, "too-deep")
 
 
 # ── large bodies ────────────────────────────────────────────────────────────────────────────────────────────
@@ -511,13 +547,13 @@ def large(**fields: Any) -> bytes:  # noqa: ANN401 - any JSON value
     return json.dumps({**fields, "fill": "é" * 150_000}, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-async def shown(person: Person, execution_id: str) -> dict[str, Any]:
+async def shown(person: UserClient, execution_id: str) -> dict[str, Any]:
     execution: dict[str, Any] = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
     return execution
 
 
-async def test_a_large_body_is_a_blob_of_its_run(world: World, people: People) -> None:
-    hook = await hooked(people.owner, WHEN_DONE, ANSWERS)
+async def test_a_large_body_is_a_blob_of_its_run(world: GatewayHarness, people: OrganizationUsers) -> None:
+    hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS)
     nobody, api = await world.client(), people.owner.api
     headers = {"Content-Type": "application/json", "Idempotency-Key": uuid4().hex}
     body = large(order=7)
@@ -525,12 +561,12 @@ async def test_a_large_body_is_a_blob_of_its_run(world: World, people: People) -
     assert (answer.status_code, answer.json()) == (201, {"order": 7})
     again = await nobody.post(hook.path, content=body, headers=headers)
     assert (again.status_code, again.headers["Idempotent-Replayed"]) == (201, "true")
-    refused(
+    assert_refused(
         await nobody.post(hook.path, content=large(order=8), headers=headers), 422, "idempotency-mismatch"
     )
 
-    (run,) = await rows(world, Execution, workflow_id=hook.workflow_id)
-    ((data),) = await rows(world, ExecutionData, execution_id=run.id)
+    (run,) = await read_rows(world, Execution, workflow_id=hook.workflow_id)
+    ((data),) = await read_rows(world, ExecutionData, execution_id=run.id)
     assert len(data.trigger) < 2_000
     trigger = (await shown(people.owner, run.id))["trigger"]["data"]
     reference = trigger["body"]["$blob"]
@@ -542,7 +578,7 @@ async def test_a_large_body_is_a_blob_of_its_run(world: World, people: People) -
     kept = await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")
     assert kept.json() == json.loads(body)
 
-    (delivery,) = await rows(world, Delivery, execution_id=run.id, outcome="accepted")
+    (delivery,) = await read_rows(world, Delivery, execution_id=run.id, outcome="accepted")
     redriven = await api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
     assert redriven.status_code == 201, redriven.text
     redriven_id = redriven.json()["executionId"]
@@ -551,12 +587,14 @@ async def test_a_large_body_is_a_blob_of_its_run(world: World, people: People) -
     await world.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.id)])
     assert (await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")).status_code == 404
     assert (await api.get(f"/api/v1/executions/{redriven_id}/blobs/{own['sha256']}")).status_code == 200
-    refused(await api.post(f"/api/v1/deliveries/{delivery.id}/redrive"), 409, "not-redrivable")
+    assert_refused(await api.post(f"/api/v1/deliveries/{delivery.id}/redrive"), 409, "not-redrivable")
 
 
-async def test_a_body_may_be_as_large_as_its_trigger_says(world: World, people: People) -> None:
+async def test_a_body_may_be_as_large_as_its_trigger_says(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     """Its run gets it whole, and may pass it on unchanged, though no node may make as much."""
-    hook = await hooked(people.owner, {**WHEN_DONE, "maxBodyBytes": 25_000_000}, ANSWERS)
+    hook = await create_webhook(people.owner, {**WHEN_DONE, "maxBodyBytes": 25_000_000}, ANSWERS)
     nobody = await world.client()
     headers = {"Content-Type": "application/json"}
     body = json.dumps({"order": 7, "fill": "x" * 10_500_000}).encode()
@@ -564,28 +602,28 @@ async def test_a_body_may_be_as_large_as_its_trigger_says(world: World, people: 
     assert (answer.status_code, answer.json()) == (201, {"order": 7})
     narrow = await world.with_settings(max_hook_bytes=1_000_000)
     too_large = await (await narrow.client()).post(hook.path, content=body, headers=headers)
-    refused(too_large, 413, "payload-too-large")
+    assert_refused(too_large, 413, "payload-too-large")
     assert "PILOTFLAME_MAX_HOOK_BYTES" in too_large.text
 
 
 async def test_a_run_of_a_large_body_is_resumed_with_it_and_says_when_it_is_gone(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     missing = {"id": "step", "nodeId": "set", "config": {"values": {"x": "{{ trigger.body.missing }}"}}}
-    hook = await hooked(people.owner, ANYBODY, missing)
+    hook = await create_webhook(people.owner, ANYBODY, missing)
     nobody, api = await world.client(), people.owner.api
     headers = {"Content-Type": "application/json"}
     sent = (await nobody.post(hook.path, content=large(order=7), headers=headers)).json()["executionId"]
     assert await failure(people.owner, sent) == "node-error"
     resumed = (await api.post(f"/api/v1/executions/{sent}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "node-error"
-    (run,) = await rows(world, Execution, id=sent)
+    (run,) = await read_rows(world, Execution, id=sent)
     await world.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.key_id)])
     resumed = (await api.post(f"/api/v1/executions/{resumed}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "value-lost"
 
 
-async def failure(person: Person, execution_id: str) -> str:
+async def failure(person: UserClient, execution_id: str) -> str:
     """Return the code of the error with which an execution ends."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
@@ -595,20 +633,24 @@ async def failure(person: Person, execution_id: str) -> str:
                 return code
 
 
-async def test_a_body_that_looks_like_a_reference_is_data(world: World, people: People) -> None:
-    hook = await hooked(people.owner, WHEN_DONE, ANSWERS)
+async def test_a_body_that_looks_like_a_reference_is_data(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS)
     nobody = await world.client()
     reference = {"$blob": {"sha256": "0" * 64, "size": 1}}
     answer = await nobody.post(hook.path, json={**reference, "order": 7})
     assert answer.json() == {"order": 7}
-    assert [one["body"] for one in await given(world, hook.workflow_id)] == [{**reference, "order": 7}]
+    assert [one["body"] for one in await read_triggers(world, hook.workflow_id)] == [
+        {**reference, "order": 7}
+    ]
 
 
 # ── the workflow's answer ───────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_workflow_answers_and_goes_on(world: World, people: People) -> None:
-    hook = await hooked(people.owner, WHEN_DONE, ANSWERS, AFTERWARDS)
+async def test_the_workflow_answers_and_goes_on(world: GatewayHarness, people: OrganizationUsers) -> None:
+    hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS, AFTERWARDS)
     nobody = await world.client()
     headers = {"Idempotency-Key": "mine"}
     first = await nobody.post(hook.path, json={"order": 7}, headers=headers)
@@ -621,13 +663,15 @@ async def test_the_workflow_answers_and_goes_on(world: World, people: People) ->
         assert answer.headers["Cache-Control"] == "no-store"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert again.headers["Idempotent-Replayed"] == "true"
-    (run,) = await rows(world, Execution, workflow_id=hook.workflow_id)
+    (run,) = await read_rows(world, Execution, workflow_id=hook.workflow_id)
     assert run.ended_at is None
-    (later,) = await rows(world, SpanRow, execution_id=run.id, node_id="later")
+    (later,) = await read_rows(world, SpanRow, execution_id=run.id, node_id="later")
     assert later.status == "waiting"
 
 
-async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(world: World, people: People) -> None:
+async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     page = {
         "id": "step",
         "nodeId": "webhook-response",
@@ -640,19 +684,23 @@ async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(world: World
     baking = {**page, "config": {"headers": {"Set-Cookie": "session=1"}}}
     empty = {**page, "config": {"status": 204, "body": "x"}}
     nobody = await world.client()
-    shown = await nobody.post((await hooked(people.owner, WHEN_DONE, page)).path, json={})
-    cookie = await nobody.post((await hooked(people.owner, WHEN_DONE, baking)).path, json={})
-    nothing = await nobody.post((await hooked(people.owner, WHEN_DONE, empty)).path, json={})
+    shown = await nobody.post((await create_webhook(people.owner, WHEN_DONE, page)).path, json={})
+    cookie = await nobody.post((await create_webhook(people.owner, WHEN_DONE, baking)).path, json={})
+    nothing = await nobody.post((await create_webhook(people.owner, WHEN_DONE, empty)).path, json={})
     assert (shown.headers["Content-Type"], shown.text) == ("text/html", "<script>alert(1)</script>")
     assert shown.headers["Content-Security-Policy"] == "default-src 'none'; sandbox"
-    refused(cookie, 500, "execution-failed")
+    assert_refused(cookie, 500, "execution-failed")
     assert "Set-Cookie" not in cookie.headers
     assert (nothing.status_code, nothing.content) == (204, b"")
 
 
-async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(world: World, people: People) -> None:
-    silent = await hooked(people.owner, WHEN_DONE)
-    slow = await hooked(people.owner, {**WHEN_DONE, "deadlineSeconds": 1}, {**AFTERWARDS, "id": "step"})
+async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    silent = await create_webhook(people.owner, WHEN_DONE)
+    slow = await create_webhook(
+        people.owner, {**WHEN_DONE, "deadlineSeconds": 1}, {**AFTERWARDS, "id": "step"}
+    )
     nobody = await world.client()
     ended, going_on = await asyncio.gather(nobody.post(silent.path, json={}), nobody.post(slow.path, json={}))
     execution_id = ended.json()["executionId"]
@@ -662,16 +710,18 @@ async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(world: World, p
     assert going_on.headers["Location"].endswith(going_on.json()["executionId"])
 
 
-async def test_who_waits_is_answered_by_whoever_takes_the_run_over(world: World, people: People) -> None:
+async def test_who_waits_is_answered_by_whoever_takes_the_run_over(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     """Kill, as the rows tell of it, who has the run while its sender waits."""
     pause = {"id": "step", "nodeId": "wait", "config": {"seconds": 3600}}
-    hook = await hooked(people.owner, WHEN_DONE, pause, {**ANSWERS, "id": "later"})
+    hook = await create_webhook(people.owner, WHEN_DONE, pause, {**ANSWERS, "id": "later"})
     nobody = await world.client()
     waiting = asyncio.create_task(nobody.post(hook.path, json={"order": 1}))
     runs: list[Any] = []
     while not runs:
         await asyncio.sleep(0.01)
-        runs = await rows(world, Execution, workflow_id=hook.workflow_id, status="waiting")
+        runs = await read_rows(world, Execution, workflow_id=hook.workflow_id, status="waiting")
     now = datetime.now(UTC)
     lost = update(Execution).where(col(Execution.id) == runs[0].id)
     held = {"status": "running", "lease_until": now, "due_at": None, "deadline_at": now + timedelta(hours=1)}
@@ -689,24 +739,26 @@ async def test_who_waits_is_answered_by_whoever_takes_the_run_over(world: World,
 
 
 async def test_a_deployment_that_sleeps_is_woken_and_answers_as_it_is_deployed(
-    world: World, people: People, cluster: Cluster
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    hook = await hooked(people.owner, WHEN_DONE, ANSWERS)
+    hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS)
     nobody = await world.client()
     await people.owner.api.post(f"{WORKFLOWS}/{hook.workflow_id}/deploy", json={})
-    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=graph(None, ANSWERS))
+    await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=webhook_graph(None, ANSWERS))
     sleeping = update(Deployment).where(col(Deployment.workflow_id) == hook.workflow_id)
     values = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": ObservedState.STOPPED}
     await world.gateway.database.transaction(lambda connection: connection.execute(sleeping.values(values)))
     answer = await nobody.post(hook.path, json={"order": 7})
     assert (answer.status_code, answer.json()) == (201, {"order": 7})
     assert cluster.starts[hook.workflow_id] >= 1
-    (run,) = await rows(world, Execution, workflow_id=hook.workflow_id)
+    (run,) = await read_rows(world, Execution, workflow_id=hook.workflow_id)
     assert run.home == hook.workflow_id
 
 
-async def test_an_answer_that_nobody_waits_for_is_noted(world: World, people: People) -> None:
-    hook = await hooked(people.owner, ANYBODY, ANSWERS)
+async def test_an_answer_that_nobody_waits_for_is_noted(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    hook = await create_webhook(people.owner, ANYBODY, ANSWERS)
     nobody = await world.client()
     execution_id = (await nobody.post(hook.path, json={"order": 1})).json()["executionId"]
     progress = await people.owner.api.get(f"/api/v1/executions/{execution_id}/progress")
@@ -722,9 +774,9 @@ async def test_an_answer_that_nobody_waits_for_is_noted(world: World, people: Pe
     ("name", "provider"), [("gh_push_to_enqueue", "github"), ("stripe_to_enqueue", "stripe")]
 )
 async def test_messages_of_providers_are_verified_and_known_again(
-    world: World, people: People, name: str, provider: str
+    world: GatewayHarness, people: OrganizationUsers, name: str, provider: str
 ) -> None:
-    config = await signed_by(people.owner, provider)
+    config = await signature_config(people.owner, provider)
     start = {"id": "start", "nodeId": "queue-trigger", "config": config}
     workflow_id = await people.owner.create(nodes=[start, STEP], connections=[EDGE], status="active")
     made = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
@@ -736,13 +788,13 @@ async def test_messages_of_providers_are_verified_and_known_again(
     assert again.json() == first.json()
     assert again.headers["Idempotent-Replayed"] == "true"
     expected = case.expected["enqueue"]
-    (told,) = await given(world, workflow_id)
+    (told,) = await read_triggers(world, workflow_id)
     assert told["message"] == expected.get("by_the_letter", expected)["message"]
 
     nobody = await world.client()
-    refused(await send(world, case.steps[0], target, b"{}"), 401, "invalid-signature")
-    refused(await nobody.post(target, json={}), 401, "invalid-signature")
+    assert_refused(await send(world, case.steps[0], target, b"{}"), 401, "invalid-signature")
+    assert_refused(await nobody.post(target, json={}), 401, "invalid-signature")
     batch = target.replace("/enqueue", "/enqueue-batch")
-    refused(await nobody.post(batch, json={"messages": [{"message": 1}]}), 401, "invalid-signature")
+    assert_refused(await nobody.post(batch, json={"messages": [{"message": 1}]}), 401, "invalid-signature")
     with_key = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": 1})
     assert with_key.status_code == 201

@@ -15,14 +15,20 @@ from engine.values import Json
 from journal.store import ExecutionKey
 from journal.waits import node_answers
 from models.execution import Execution, WaitAnswer
-from tests.integration import asking
-from tests.integration.gateway_world import GRAPH, People, Person, World, refused
+from tests.integration import input_waits
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 
 EXECUTIONS = "/api/v1/executions"
 YES: dict[str, Json] = {"nodeId": "approval", "choice": "approve", "data": {"comment": "Right"}}
 
 
-async def execution_of(person: Person) -> str:
+async def start_waiting_run(person: UserClient) -> str:
     workflow_id = await person.create(**GRAPH)
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     assert response.status_code == 201, response.text
@@ -31,19 +37,19 @@ async def execution_of(person: Person) -> str:
 
 
 @pytest.fixture
-async def asked(world: World, people: People) -> str:
+async def asked(world: GatewayHarness, people: OrganizationUsers) -> str:
     """Return the id of an execution of the owner's in which one node waits for approval."""
-    execution_id = await execution_of(people.owner)
-    await asking.ask(world.gateway.database, execution_id)
+    execution_id = await start_waiting_run(people.owner)
+    await input_waits.wait_for_input(world.gateway.database, execution_id)
     return execution_id
 
 
-async def answer(person: Person, execution_id: str, body: Json = YES, key: str = "") -> httpx2.Response:
+async def answer(person: UserClient, execution_id: str, body: Json = YES, key: str = "") -> httpx2.Response:
     headers = {"Idempotency-Key": key} if key else {}
     return await person.api.post(f"{EXECUTIONS}/{execution_id}/input", json=body, headers=headers)
 
 
-async def pending(person: Person, execution_id: str) -> list[dict[str, Any]]:
+async def get_pending(person: UserClient, execution_id: str) -> list[dict[str, Any]]:
     response = await person.api.get(f"{EXECUTIONS}/{execution_id}/pending-inputs")
     assert response.status_code == 200, response.text
     shown: dict[str, Any] = response.json()
@@ -52,15 +58,15 @@ async def pending(person: Person, execution_id: str) -> list[dict[str, Any]]:
     return inputs
 
 
-def paths(response: httpx2.Response) -> list[str]:
-    refused(response, 422, "validation-failed")
+def error_paths(response: httpx2.Response) -> list[str]:
+    assert_refused(response, 422, "validation-failed")
     return [detail["path"] for detail in response.json()["error"]["details"]]
 
 
 async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
-    world: World, people: People, asked: str
+    world: GatewayHarness, people: OrganizationUsers, asked: str
 ) -> None:
-    (shown,) = await pending(people.owner, asked)
+    (shown,) = await get_pending(people.owner, asked)
     assert shown.pop("requestedAt") < shown.pop("expiresAt")
     assert shown == {
         "nodeId": "approval",
@@ -68,15 +74,15 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
         "nodeLabel": "Approval",
         "title": "Write 120 rows?",
         "description": "They replace those of yesterday.",
-        "schema": asking.REQUEST["schema"],
-        "choices": asking.REQUEST["choices"],
+        "schema": input_waits.REQUEST["schema"],
+        "choices": input_waits.REQUEST["choices"],
     }
     response = await answer(people.owner, asked)
     assert (response.status_code, response.json()) == (
         200,
         {"executionId": asked, "nodeId": "approval", "status": "accepted"},
     )
-    assert await pending(people.owner, asked) == []
+    assert await get_pending(people.owner, asked) == []
     database = world.gateway.database
     async with database.read() as connection:
         execution = (await connection.execute(select(Execution).where(col(Execution.id) == asked))).one()
@@ -89,11 +95,13 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
     assert payload.startswith('{"output":{"data":{"comment":"Right"},"choice":"approve","by":"user_')
     assert payload.endswith('"},"port":"approve"}')
 
-    refused(await answer(people.owner, asked), 409, "already-answered")
-    refused(await answer(people.owner, asked, {**YES, "nodeId": "step"}), 409, "no-input-pending")
+    assert_refused(await answer(people.owner, asked), 409, "already-answered")
+    assert_refused(await answer(people.owner, asked, {**YES, "nodeId": "step"}), 409, "no-input-pending")
 
 
-async def test_of_several_people_who_answer_at_once_one_is_heard(people: People, asked: str) -> None:
+async def test_of_several_people_who_answer_at_once_one_is_heard(
+    people: OrganizationUsers, asked: str
+) -> None:
     answers = await asyncio.gather(
         *(
             answer(person, asked, {**YES, "choice": choice})
@@ -105,39 +113,45 @@ async def test_of_several_people_who_answer_at_once_one_is_heard(people: People,
 
 
 async def test_an_answer_that_is_sent_again_with_its_key_is_answered_the_same(
-    people: People, asked: str
+    people: OrganizationUsers, asked: str
 ) -> None:
     first = await answer(people.owner, asked, key="once")
     again = await answer(people.owner, asked, key="once")
     assert (first.status_code, again.status_code, first.json()) == (200, 200, again.json())
     assert (first.headers.get("Idempotent-Replayed"), again.headers["Idempotent-Replayed"]) == (None, "true")
-    refused(
+    assert_refused(
         await answer(people.owner, asked, {**YES, "choice": "reject"}, "once"), 422, "idempotency-mismatch"
     )
-    refused(await answer(people.admin, asked, key="once"), 409, "already-answered")
+    assert_refused(await answer(people.admin, asked, key="once"), 409, "already-answered")
 
 
-async def test_requests_with_one_key_that_come_at_once_are_answered_alike(people: People, asked: str) -> None:
+async def test_requests_with_one_key_that_come_at_once_are_answered_alike(
+    people: OrganizationUsers, asked: str
+) -> None:
     answers = await asyncio.gather(*(answer(people.owner, asked, key="once") for _ in range(4)))
     assert [one.status_code for one in answers] == [200] * 4
     assert sum("Idempotent-Replayed" in one.headers for one in answers) == 3
 
 
-async def test_a_refused_answer_binds_no_key(world: World, people: People) -> None:
-    execution_id = await execution_of(people.owner)
-    refused(await answer(people.owner, execution_id, key="early"), 409, "no-input-pending")
-    await asking.ask(world.gateway.database, execution_id)
+async def test_a_refused_answer_binds_no_key(world: GatewayHarness, people: OrganizationUsers) -> None:
+    execution_id = await start_waiting_run(people.owner)
+    assert_refused(await answer(people.owner, execution_id, key="early"), 409, "no-input-pending")
+    await input_waits.wait_for_input(world.gateway.database, execution_id)
     assert (await answer(people.owner, execution_id, key="early")).status_code == 200
 
 
-async def test_what_was_not_asked_for_is_refused_with_its_paths(people: People, asked: str) -> None:
-    assert paths(await answer(people.owner, asked, {"nodeId": "approval"})) == ["choice", "data"]
-    assert paths(await answer(people.owner, asked, {**YES, "choice": "maybe"})) == ["choice"]
+async def test_what_was_not_asked_for_is_refused_with_its_paths(
+    people: OrganizationUsers, asked: str
+) -> None:
+    assert error_paths(await answer(people.owner, asked, {"nodeId": "approval"})) == ["choice", "data"]
+    assert error_paths(await answer(people.owner, asked, {**YES, "choice": "maybe"})) == ["choice"]
     too_long: dict[str, Json] = {**YES, "data": {"comment": "x" * 21}}
-    assert paths(await answer(people.owner, asked, too_long)) == ["data.comment"]
-    assert paths(await answer(people.owner, asked, {"choice": "approve"})) == ["nodeId"]
-    refused(await answer(people.owner, asked, {**YES, "data": "x" * 1_000_000}), 413, "payload-too-large")
-    assert len(await pending(people.owner, asked)) == 1
+    assert error_paths(await answer(people.owner, asked, too_long)) == ["data.comment"]
+    assert error_paths(await answer(people.owner, asked, {"choice": "approve"})) == ["nodeId"]
+    assert_refused(
+        await answer(people.owner, asked, {**YES, "data": "x" * 1_000_000}), 413, "payload-too-large"
+    )
+    assert len(await get_pending(people.owner, asked)) == 1
 
 
 @pytest.mark.parametrize(
@@ -155,56 +169,64 @@ async def test_what_was_not_asked_for_is_refused_with_its_paths(people: People, 
     ],
 )
 async def test_a_schema_is_obeyed_whatever_it_says_and_fetches_nothing(
-    world: World,
-    people: People,
+    world: GatewayHarness,
+    people: OrganizationUsers,
     schema: dict[str, Any],
     data: Json,
     wrong: list[str],
 ) -> None:
-    execution_id = await execution_of(people.owner)
-    await asking.ask(world.gateway.database, execution_id, request={"schema": schema})
+    execution_id = await start_waiting_run(people.owner)
+    await input_waits.wait_for_input(world.gateway.database, execution_id, request={"schema": schema})
     response = await answer(people.owner, execution_id, {"nodeId": "approval", "data": data})
-    assert sorted(paths(response)) == wrong
+    assert sorted(error_paths(response)) == wrong
 
 
 async def test_without_choices_there_is_none_and_without_a_schema_anything_goes(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    execution_id = await execution_of(people.owner)
-    await asking.ask(world.gateway.database, execution_id, request={"title": "Well?"}, expires_in=None)
-    (shown,) = await pending(people.owner, execution_id)
+    execution_id = await start_waiting_run(people.owner)
+    await input_waits.wait_for_input(
+        world.gateway.database, execution_id, request={"title": "Well?"}, expires_in=None
+    )
+    (shown,) = await get_pending(people.owner, execution_id)
     assert (shown["schema"], shown["choices"], shown["expiresAt"]) == (None, [], None)
-    assert paths(await answer(people.owner, execution_id, YES)) == ["choice"]
+    assert error_paths(await answer(people.owner, execution_id, YES)) == ["choice"]
     assert (await answer(people.owner, execution_id, {"nodeId": "approval", "data": [1]})).status_code == 200
 
 
-async def test_turns_of_a_loop_are_told_apart(world: World, people: People) -> None:
-    execution_id = await execution_of(people.owner)
+async def test_turns_of_a_loop_are_told_apart(world: GatewayHarness, people: OrganizationUsers) -> None:
+    execution_id = await start_waiting_run(people.owner)
     for iteration in ("0", "1"):
-        await asking.ask(world.gateway.database, execution_id, iteration=iteration)
-    assert [one["iteration"] for one in await pending(people.owner, execution_id)] == ["0", "1"]
+        await input_waits.wait_for_input(world.gateway.database, execution_id, iteration=iteration)
+    assert [one["iteration"] for one in await get_pending(people.owner, execution_id)] == ["0", "1"]
     unclear = await answer(people.owner, execution_id)
-    assert paths(unclear) == ["iteration"]
+    assert error_paths(unclear) == ["iteration"]
     assert "0, 1" in unclear.json()["error"]["message"]
     assert (await answer(people.owner, execution_id, {**YES, "iteration": "1"})).status_code == 200
-    refused(await answer(people.owner, execution_id, {**YES, "iteration": "1"}), 409, "already-answered")
+    assert_refused(
+        await answer(people.owner, execution_id, {**YES, "iteration": "1"}), 409, "already-answered"
+    )
     assert (await answer(people.owner, execution_id)).status_code == 200
 
 
-async def test_who_answers_too_late_or_whom_nobody_asked_is_told_so(world: World, people: People) -> None:
-    execution_id = await execution_of(people.owner)
-    refused(await answer(people.owner, execution_id), 409, "no-input-pending")
-    await asking.ask(world.gateway.database, execution_id, expires_in=-timedelta(seconds=1))
-    refused(await answer(people.owner, execution_id), 409, "input-expired")
-    await asking.ask(world.gateway.database, execution_id, "sub", kind="run")
-    refused(await answer(people.owner, execution_id, {"nodeId": "sub"}), 409, "no-input-pending")
+async def test_who_answers_too_late_or_whom_nobody_asked_is_told_so(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    execution_id = await start_waiting_run(people.owner)
+    assert_refused(await answer(people.owner, execution_id), 409, "no-input-pending")
+    await input_waits.wait_for_input(world.gateway.database, execution_id, expires_in=-timedelta(seconds=1))
+    assert_refused(await answer(people.owner, execution_id), 409, "input-expired")
+    await input_waits.wait_for_input(world.gateway.database, execution_id, "sub", kind="run")
+    assert_refused(await answer(people.owner, execution_id, {"nodeId": "sub"}), 409, "no-input-pending")
     assert (await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")).status_code == 200
-    assert await pending(people.owner, execution_id) == []
-    refused(await answer(people.owner, execution_id), 409, "no-input-pending")
+    assert await get_pending(people.owner, execution_id) == []
+    assert_refused(await answer(people.owner, execution_id), 409, "no-input-pending")
 
 
-async def test_a_list_of_executions_may_be_that_of_one_parent(world: World, people: People) -> None:
-    parent, child, other = [await execution_of(people.owner) for _ in range(3)]
+async def test_a_list_of_executions_may_be_that_of_one_parent(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    parent, child, other = [await start_waiting_run(people.owner) for _ in range(3)]
     links = {"parent_id": parent, "root_id": parent, "depth": 1}
     await world.gateway.database.transaction(
         lambda connection: connection.execute(

@@ -15,8 +15,14 @@ from models.deployment import Deployment, LifecycleDecision, ObservedState
 from models.execution_status import ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedReason
 from models.workflow import Workflow
-from tests.integration.deployed import deployed, run
-from tests.integration.gateway_world import GRAPH, People, Person, World, refused
+from tests.integration.deployed_workflows import deploy_with_pod, run
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
 
 DEFAULT = {"type": "idle-shutdown", "idleTimeoutMinutes": 30}
 OFFICE_HOURS = {"days": [1, 2, 3, 4, 5], "startTime": "09:00", "endTime": "17:00"}
@@ -27,17 +33,17 @@ SCHEDULED: dict[str, Any] = {
 HOUR = timedelta(hours=1)
 
 
-def path(workflow_id: str, below: str = "") -> str:
+def lifecycle_path(workflow_id: str, below: str = "") -> str:
     return f"/api/v1/workflows/{workflow_id}/lifecycle{below}"
 
 
-def scheduled(**window: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+def scheduled_policy(**window: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return a policy with one window, changed."""
     return {**SCHEDULED, "schedule": {**SCHEDULED["schedule"], "windows": [{**OFFICE_HOURS, **window}]}}
 
 
-async def shown(person: Person, workflow_id: str, below: str = "") -> dict[str, Any]:
-    response = await person.api.get(path(workflow_id, below))
+async def get_lifecycle(person: UserClient, workflow_id: str, below: str = "") -> dict[str, Any]:
+    response = await person.api.get(lifecycle_path(workflow_id, below))
     assert response.status_code == 200, response.text
     body: dict[str, Any] = response.json()
     return body
@@ -46,9 +52,11 @@ async def shown(person: Person, workflow_id: str, below: str = "") -> dict[str, 
 # ── set and shown ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_workflow_sleeps_after_half_an_hour_unless_somebody_chooses_otherwise(people: People) -> None:
+async def test_a_workflow_sleeps_after_half_an_hour_unless_somebody_chooses_otherwise(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    assert await shown(people.owner, workflow_id) == {
+    assert await get_lifecycle(people.owner, workflow_id) == {
         "workflowId": workflow_id,
         "lifecyclePolicy": DEFAULT,
         "deploymentStatus": "not-deployed",
@@ -68,22 +76,24 @@ KEPT: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"type": "idle-shutdown", "idleTimeoutMinutes": 5}, {**DEFAULT, "idleTimeoutMinutes": 5}),
     ({"type": "idle-shutdown", "idleTimeoutMinutes": 1440}, {**DEFAULT, "idleTimeoutMinutes": 1440}),
     (SCHEDULED, SCHEDULED),
-    (scheduled(endTime="24:00"), scheduled(endTime="24:00")),
+    (scheduled_policy(endTime="24:00"), scheduled_policy(endTime="24:00")),
     (
-        scheduled(startTime="00:00", endTime="00:00"),
-        scheduled(startTime="00:00", endTime="00:00"),
+        scheduled_policy(startTime="00:00", endTime="00:00"),
+        scheduled_policy(startTime="00:00", endTime="00:00"),
     ),
     ({**SCHEDULED, "idleTimeoutMinutes": 10}, SCHEDULED),
 ]
 
 
-async def test_a_policy_is_kept_as_it_was_sent_with_what_belongs_to_its_type(people: People) -> None:
+async def test_a_policy_is_kept_as_it_was_sent_with_what_belongs_to_its_type(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     for sent, kept in KEPT:
-        response = await people.owner.api.put(path(workflow_id), json=sent)
+        response = await people.owner.api.put(lifecycle_path(workflow_id), json=sent)
         assert response.status_code == 200, response.text
         assert response.json() == {"workflowId": workflow_id, "lifecyclePolicy": kept}
-        assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == kept
+        assert (await get_lifecycle(people.owner, workflow_id))["lifecyclePolicy"] == kept
 
 
 WRONG: list[tuple[dict[str, Any], dict[str, str]]] = [
@@ -103,32 +113,37 @@ WRONG: list[tuple[dict[str, Any], dict[str, str]]] = [
         {**SCHEDULED, "schedule": {"timezone": "UTC", "windows": []}},
         {"schedule.windows": "invalid-value"},
     ),
-    (scheduled(days=[]), {"schedule.windows.0.days": "invalid-value"}),
-    (scheduled(days=[7]), {"schedule.windows.0.days.0": "invalid-value"}),
-    (scheduled(days=["monday"]), {"schedule.windows.0.days.0": "invalid-type"}),
-    (scheduled(startTime="9:00"), {"schedule.windows.0.startTime": "invalid-value"}),
-    (scheduled(startTime="24:00"), {"schedule.windows.0.startTime": "invalid-value"}),
-    (scheduled(startTime="09:00\n"), {"schedule.windows.0.startTime": "invalid-value"}),
-    (scheduled(startTime="\u0660\u0669:\u0660\u0660"), {"schedule.windows.0.startTime": "invalid-value"}),
-    (scheduled(endTime="24:01"), {"schedule.windows.0.endTime": "invalid-value"}),
-    (scheduled(endTime="17:60"), {"schedule.windows.0.endTime": "invalid-value"}),
-    (scheduled(endTime="09:00"), {"schedule.windows.0.endTime": "empty-window"}),
+    (scheduled_policy(days=[]), {"schedule.windows.0.days": "invalid-value"}),
+    (scheduled_policy(days=[7]), {"schedule.windows.0.days.0": "invalid-value"}),
+    (scheduled_policy(days=["monday"]), {"schedule.windows.0.days.0": "invalid-type"}),
+    (scheduled_policy(startTime="9:00"), {"schedule.windows.0.startTime": "invalid-value"}),
+    (scheduled_policy(startTime="24:00"), {"schedule.windows.0.startTime": "invalid-value"}),
+    (scheduled_policy(startTime="09:00\n"), {"schedule.windows.0.startTime": "invalid-value"}),
+    (
+        scheduled_policy(startTime="\u0660\u0669:\u0660\u0660"),
+        {"schedule.windows.0.startTime": "invalid-value"},
+    ),
+    (scheduled_policy(endTime="24:01"), {"schedule.windows.0.endTime": "invalid-value"}),
+    (scheduled_policy(endTime="17:60"), {"schedule.windows.0.endTime": "invalid-value"}),
+    (scheduled_policy(endTime="09:00"), {"schedule.windows.0.endTime": "empty-window"}),
 ]
 
 
-async def test_a_policy_that_is_none_is_refused_field_by_field_and_so_is_its_preview(people: People) -> None:
+async def test_a_policy_that_is_none_is_refused_field_by_field_and_so_is_its_preview(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     for body, wrong in WRONG:
         for response in (
-            await people.owner.api.put(path(workflow_id), json=body),
-            await people.owner.api.post(path(workflow_id, "/preview"), json=body),
+            await people.owner.api.put(lifecycle_path(workflow_id), json=body),
+            await people.owner.api.post(lifecycle_path(workflow_id, "/preview"), json=body),
         ):
-            refused(response, 422, "validation-failed")
+            assert_refused(response, 422, "validation-failed")
             assert {one["path"]: one["code"] for one in response.json()["error"]["details"]} == wrong
-    assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == DEFAULT
+    assert (await get_lifecycle(people.owner, workflow_id))["lifecyclePolicy"] == DEFAULT
 
 
-async def test_a_zone_is_one_of_those_that_are_known(people: People) -> None:
+async def test_a_zone_is_one_of_those_that_are_known(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     for zone in (
         "",
@@ -140,58 +155,66 @@ async def test_a_zone_is_one_of_those_that_are_known(people: People) -> None:
         "+01:00",
     ):
         body = {**SCHEDULED, "schedule": {**SCHEDULED["schedule"], "timezone": zone}}
-        response = await people.owner.api.put(path(workflow_id), json=body)
+        response = await people.owner.api.put(lifecycle_path(workflow_id), json=body)
         (detail,) = response.json()["error"]["details"]
         assert (detail["path"], detail["code"]) == ("schedule.timezone", "unknown-timezone")
 
 
-async def test_a_policy_is_set_for_the_state_that_was_seen_and_leaves_a_trace(people: People) -> None:
+async def test_a_policy_is_set_for_the_state_that_was_seen_and_leaves_a_trace(
+    people: OrganizationUsers,
+) -> None:
     owner = people.owner
     workflow_id = await owner.create(**GRAPH)
-    tag = (await owner.api.get(path(workflow_id))).headers["ETag"]
-    first = await owner.api.put(path(workflow_id), json=SCHEDULED, headers={"If-Match": tag})
+    tag = (await owner.api.get(lifecycle_path(workflow_id))).headers["ETag"]
+    first = await owner.api.put(lifecycle_path(workflow_id), json=SCHEDULED, headers={"If-Match": tag})
     assert first.headers["ETag"] != tag
-    late = await owner.api.put(path(workflow_id), json={"type": "on-demand"}, headers={"If-Match": tag})
-    refused(late, 412, "precondition-failed")
-    again = await owner.api.put(path(workflow_id), json=SCHEDULED)
+    late = await owner.api.put(
+        lifecycle_path(workflow_id), json={"type": "on-demand"}, headers={"If-Match": tag}
+    )
+    assert_refused(late, 412, "precondition-failed")
+    again = await owner.api.put(lifecycle_path(workflow_id), json=SCHEDULED)
     assert again.headers["ETag"] == first.headers["ETag"]
     found = await people.admin.api.get("/api/v1/audit", params={"objectId": workflow_id})
     actions = [one["action"] for one in found.json()["entries"]]
     assert actions == ["workflow.lifecycle-set", "workflow.created"]
 
 
-async def test_a_copy_has_the_usual_policy(people: People) -> None:
+async def test_a_copy_has_the_usual_policy(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await people.owner.api.put(path(workflow_id), json=SCHEDULED)
+    await people.owner.api.put(lifecycle_path(workflow_id), json=SCHEDULED)
     copied = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/duplicate")
-    assert (await shown(people.owner, copied.json()["workflowId"]))["lifecyclePolicy"] == DEFAULT
+    assert (await get_lifecycle(people.owner, copied.json()["workflowId"]))["lifecyclePolicy"] == DEFAULT
 
 
 # ── where a deployment is ───────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_deployment_is_shown_with_what_will_become_of_it(world: World, people: People) -> None:
+async def test_a_deployment_is_shown_with_what_will_become_of_it(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     seen_at = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1)
-    await deployed(world, people.owner, workflow_id, last_activity_at=seen_at)
-    body = await shown(people.owner, workflow_id)
+    await deploy_with_pod(world, people.owner, workflow_id, last_activity_at=seen_at)
+    body = await get_lifecycle(people.owner, workflow_id)
     assert (body["deploymentStatus"], body["stoppedReason"]) == ("running", None)
     assert datetime.fromisoformat(body["lastActivityAt"]) == seen_at
     assert body["nextTransition"] == "stop"
     assert datetime.fromisoformat(body["nextTransitionAt"]) == seen_at + timedelta(minutes=30)
     ended_at = seen_at + timedelta(seconds=30)
     await run(world, people.owner, workflow_id, status=ExecutionStatus.COMPLETED, ended_at=ended_at)
-    assert datetime.fromisoformat((await shown(people.owner, workflow_id))["lastActivityAt"]) == ended_at
+    assert (
+        datetime.fromisoformat((await get_lifecycle(people.owner, workflow_id))["lastActivityAt"]) == ended_at
+    )
 
 
 async def test_an_idle_time_shorter_than_may_be_chosen_is_shown_as_it_is(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     policy = {"type": "idle-shutdown", "idleTimeoutMinutes": 2 / 60}
     row = update(Workflow).where(col(Workflow.id) == workflow_id).values(lifecycle=policy)
     await world.gateway.database.transaction(lambda connection: connection.execute(row))
-    assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == policy
+    assert (await get_lifecycle(people.owner, workflow_id))["lifecyclePolicy"] == policy
 
 
 STATUSES: list[tuple[dict[str, Any], str]] = [
@@ -213,28 +236,30 @@ STATUSES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-async def test_a_status_tells_what_is_wanted_and_what_was_seen(world: World, people: People) -> None:
+async def test_a_status_tells_what_is_wanted_and_what_was_seen(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    usual = (await deployed(world, people.owner, workflow_id)).model_dump()
+    usual = (await deploy_with_pod(world, people.owner, workflow_id)).model_dump()
     for columns, status in STATUSES:
-        await changed(world, workflow_id, {**usual, **columns})
-        body = await shown(people.owner, workflow_id)
+        await change_deployment(world, workflow_id, {**usual, **columns})
+        body = await get_lifecycle(people.owner, workflow_id)
         assert body["deploymentStatus"] == status
         assert body["stoppedReason"] == columns.get("stopped_reason")
 
 
-async def changed(world: World, workflow_id: str, columns: dict[str, Any]) -> None:
+async def change_deployment(world: GatewayHarness, workflow_id: str, columns: dict[str, Any]) -> None:
     row = update(Deployment).where(col(Deployment.workflow_id) == workflow_id).values(columns)
     await world.gateway.database.transaction(lambda connection: connection.execute(row))
 
 
 async def test_the_use_of_pods_is_told_next_to_that_of_pods_that_never_sleep(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await deployed(world, people.owner, workflow_id, last_replicas=2)
-    await decided(world, people.owner, workflow_id, {240: 2, 160: 0, 100: 2, 76: 1, 52: 0})
-    body = (await shown(people.owner, workflow_id))["usage"]
+    await deploy_with_pod(world, people.owner, workflow_id, last_replicas=2)
+    await record_replicas(world, people.owner, workflow_id, {240: 2, 160: 0, 100: 2, 76: 1, 52: 0})
+    body = (await get_lifecycle(people.owner, workflow_id))["usage"]
     hours = 8 * 2 + 24 * 2 + 24 * 1  # of 168
     assert body["podSecondsPerDay"] == pytest.approx(hours * 3600 / 7, rel=0.001)
     assert body["alwaysOnPodSecondsPerDay"] == 2 * 86_400
@@ -242,15 +267,19 @@ async def test_the_use_of_pods_is_told_next_to_that_of_pods_that_never_sleep(
     assert until - since == timedelta(days=7)
 
 
-async def test_the_use_of_pods_counts_from_the_first_deployment(world: World, people: People) -> None:
+async def test_the_use_of_pods_counts_from_the_first_deployment(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await deployed(world, people.owner, workflow_id)
-    await decided(world, people.owner, workflow_id, {2: 1, 1: 0})
-    body = (await shown(people.owner, workflow_id))["usage"]
+    await deploy_with_pod(world, people.owner, workflow_id)
+    await record_replicas(world, people.owner, workflow_id, {2: 1, 1: 0})
+    body = (await get_lifecycle(people.owner, workflow_id))["usage"]
     assert body["podSecondsPerDay"] == pytest.approx(43_200, rel=0.001)
 
 
-async def decided(world: World, person: Person, workflow_id: str, replicas: dict[int, int]) -> None:
+async def record_replicas(
+    world: GatewayHarness, person: UserClient, workflow_id: str, replicas: dict[int, int]
+) -> None:
     """Have had so many pods from so many hours ago on."""
     now = datetime.now(UTC)
     rows = [
@@ -276,27 +305,33 @@ async def decided(world: World, person: Person, workflow_id: str, replicas: dict
 # ── history ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_decisions_are_listed_page_by_page_the_newest_first(world: World, people: People) -> None:
+async def test_decisions_are_listed_page_by_page_the_newest_first(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await decided(world, people.owner, workflow_id, {4: 1, 3: 0, 2: 1, 1: 0})
-    whole = await shown(people.owner, workflow_id, "/history")
+    await record_replicas(world, people.owner, workflow_id, {4: 1, 3: 0, 2: 1, 1: 0})
+    whole = await get_lifecycle(people.owner, workflow_id, "/history")
     assert (whole["count"], whole["limit"], whole["offset"]) == (4, 20, 0)
     moments = [one["at"] for one in whole["decisions"]]
     assert all(later > earlier for later, earlier in pairwise(moments))
     newest = whole["decisions"][0]
     assert (newest["action"], newest["reason"], newest["stoppedReason"]) == ("stop", "idle", "idle")
     assert (newest["replicas"], newest["userId"], newest["inputs"]) == (0, None, {"hasDue": False})
-    part = await shown(people.owner, workflow_id, "/history?limit=2&offset=1")
+    part = await get_lifecycle(people.owner, workflow_id, "/history?limit=2&offset=1")
     assert part["decisions"] == whole["decisions"][1:3]
-    refused(await people.owner.api.get(path(workflow_id, "/history?limit=0")), 400, "invalid-query")
+    assert_refused(
+        await people.owner.api.get(lifecycle_path(workflow_id, "/history?limit=0")), 400, "invalid-query"
+    )
 
 
 # ── preview ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_preview_tells_when_a_schedule_starts_and_stops_and_changes_nothing(people: People) -> None:
+async def test_a_preview_tells_when_a_schedule_starts_and_stops_and_changes_nothing(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    response = await people.owner.api.post(path(workflow_id, "/preview"), json=SCHEDULED)
+    response = await people.owner.api.post(lifecycle_path(workflow_id, "/preview"), json=SCHEDULED)
     assert response.status_code == 200, response.text
     body = response.json()
     assert body["lifecyclePolicy"] == SCHEDULED
@@ -308,12 +343,14 @@ async def test_a_preview_tells_when_a_schedule_starts_and_stops_and_changes_noth
         assert datetime.fromisoformat(one["localTime"]).hour == hour
         assert datetime.fromisoformat(one["localTime"]) == datetime.fromisoformat(one["at"])
         assert not one["isClockChange"]
-    assert (await shown(people.owner, workflow_id))["lifecyclePolicy"] == DEFAULT
+    assert (await get_lifecycle(people.owner, workflow_id))["lifecyclePolicy"] == DEFAULT
 
 
-async def test_a_preview_replays_past_runs_under_both_policies(world: World, people: People) -> None:
+async def test_a_preview_replays_past_runs_under_both_policies(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await backdated(world, workflow_id, timedelta(days=20))
+    await backdate_workflow(world, workflow_id, timedelta(days=20))
     now = datetime.now(UTC)
     for hours in (100, 50, 49):
         accepted_at = now - HOUR * hours
@@ -325,7 +362,9 @@ async def test_a_preview_replays_past_runs_under_both_policies(world: World, peo
             created_at=accepted_at,
             ended_at=accepted_at + HOUR / 4,
         )
-    response = await people.owner.api.post(path(workflow_id, "/preview"), json={"type": "always-on"})
+    response = await people.owner.api.post(
+        lifecycle_path(workflow_id, "/preview"), json={"type": "always-on"}
+    )
     body = response.json()
     assert (body["transitions"], body["clockChanges"]) == ([], [])
     replay = body["replay"]
@@ -346,7 +385,7 @@ async def test_a_preview_replays_past_runs_under_both_policies(world: World, peo
     }
 
 
-async def backdated(world: World, workflow_id: str, age: timedelta) -> None:
+async def backdate_workflow(world: GatewayHarness, workflow_id: str, age: timedelta) -> None:
     """Have a workflow been made long ago."""
     row = update(Workflow).where(col(Workflow.id) == workflow_id)
     made = row.values(created_at=datetime.now(UTC) - age)

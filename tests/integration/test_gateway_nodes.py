@@ -15,8 +15,16 @@ from sqlmodel import col
 
 from models.audit import AuditEntry
 from models.workflow import WorkflowGraph, WorkflowShare
-from tests.integration.gateway_world import GRAPH, STEP, TRIGGER, People, Person, World, refused
-from tests.integration.second_gateway import second_gateway
+from tests.integration.gateway_harness import (
+    GRAPH,
+    STEP,
+    TRIGGER,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.second_gateway import run_second_gateway
 
 WORKFLOWS = "/api/v1/workflows"
 CHOOSE = {"id": "choose", "nodeId": "conditional"}
@@ -31,38 +39,38 @@ LINE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-async def people(world: World) -> People:
+async def people(world: GatewayHarness) -> OrganizationUsers:
     return await world.people()
 
 
 @pytest.fixture(scope="module")
-async def elsewhere(world: World, people: People) -> AsyncIterator[httpx2.AsyncClient]:
+async def elsewhere(world: GatewayHarness, people: OrganizationUsers) -> AsyncIterator[httpx2.AsyncClient]:
     """The owner's client at another gateway: what one process alone could keep in order, two can't."""
-    async with second_gateway(world) as client_of, client_of(people.owner) as client:
+    async with run_second_gateway(world) as client_of, client_of(people.owner) as client:
         yield client
 
 
-def detail(response: httpx2.Response) -> dict[str, Any]:
+def error_detail(response: httpx2.Response) -> dict[str, Any]:
     """Return the first detail of a refused body."""
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     first: dict[str, Any] = response.json()["error"]["details"][0]
     return first
 
 
-async def listed(person: Person, workflow_id: str) -> list[dict[str, Any]]:
+async def list_nodes(person: UserClient, workflow_id: str) -> list[dict[str, Any]]:
     response = await person.api.get(f"{WORKFLOWS}/{workflow_id}/nodes")
     assert response.status_code == 200, response.text
     nodes: list[dict[str, Any]] = response.json()["nodes"]
     return nodes
 
 
-async def node(person: Person, workflow_id: str, node_id: str) -> dict[str, Any]:
+async def get_node(person: UserClient, workflow_id: str, node_id: str) -> dict[str, Any]:
     """Return a node as the workflow shows it."""
     nodes = (await person.workflow(workflow_id))["nodes"]
     return next(one for one in nodes if one["id"] == node_id)
 
 
-def dangling(workflow: dict[str, Any]) -> list[dict[str, Any]]:
+def dangling_edges(workflow: dict[str, Any]) -> list[dict[str, Any]]:
     ids = {one["id"] for one in workflow["nodes"]}
     return [
         edge for edge in workflow["connections"] if not {edge["sourceNodeId"], edge["targetNodeId"]} <= ids
@@ -72,7 +80,9 @@ def dangling(workflow: dict[str, Any]) -> list[dict[str, Any]]:
 # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_node_is_added_as_the_catalogue_resolves_it(world: World, people: People) -> None:
+async def test_a_node_is_added_as_the_catalogue_resolves_it(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     node_type = world.gateway.catalog.get("mysql-source")
     given = {
@@ -108,7 +118,7 @@ async def test_a_node_is_added_as_the_catalogue_resolves_it(world: World, people
 
 
 @pytest.mark.parametrize("alias", ["nodeId", "nodeType", "type"])
-async def test_the_least_that_makes_a_node_is_its_type(people: People, alias: str) -> None:
+async def test_the_least_that_makes_a_node_is_its_type(people: OrganizationUsers, alias: str) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/nodes", json={alias: "http-request"})
     added = response.json()["node"]
@@ -117,41 +127,45 @@ async def test_the_least_that_makes_a_node_is_its_type(people: People, alias: st
     assert not {"retry", "timeout"} & set(added)
 
 
-async def test_nodes_without_a_position_are_put_where_nothing_is(people: People) -> None:
+async def test_nodes_without_a_position_are_put_where_nothing_is(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     for _ in range(5):
         await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/nodes", json={"nodeId": "set"})
-    places = [(one["position"]["x"], one["position"]["y"]) for one in await listed(people.owner, workflow_id)]
+    places = [
+        (one["position"]["x"], one["position"]["y"]) for one in await list_nodes(people.owner, workflow_id)
+    ]
     assert len(set(places)) == 5
     assert places == sorted(places)
 
 
-async def test_a_node_may_bring_an_id_that_is_free(people: People) -> None:
+async def test_a_node_may_bring_an_id_that_is_free(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes"
     assert (await people.owner.api.post(path, json={"id": "mine", "nodeId": "set"})).json()[
         "nodeId"
     ] == "mine"
-    refused(await people.owner.api.post(path, json={"id": "mine", "nodeId": "set"}), 409, "duplicate-node-id")
-    wrong = detail(await people.owner.api.post(path, json={"id": "no id", "nodeId": "set"}))
+    assert_refused(
+        await people.owner.api.post(path, json={"id": "mine", "nodeId": "set"}), 409, "duplicate-node-id"
+    )
+    wrong = error_detail(await people.owner.api.post(path, json={"id": "no id", "nodeId": "set"}))
     assert (wrong["path"], wrong["code"]) == ("id", "invalid-id")
 
 
-async def test_an_unknown_type_or_version_is_refused_with_what_there_is(people: People) -> None:
+async def test_an_unknown_type_or_version_is_refused_with_what_there_is(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes"
-    unknown = detail(await people.owner.api.post(path, json={"nodeId": "http-requets"}))
+    unknown = error_detail(await people.owner.api.post(path, json={"nodeId": "http-requets"}))
     assert (unknown["path"], unknown["code"]) == ("nodeId", "unknown-node-type")
     assert "did you mean http-request" in unknown["message"]
     for response in (
         await people.owner.api.post(path, json={"nodeId": "set", "version": "9.9.9"}),
         await people.owner.api.put(f"{path}/step", json={"config": {}, "version": "9.9.9"}),
     ):
-        assert "the catalogue has 1.0.0" in detail(response)["message"]
-    assert len(await listed(people.owner, workflow_id)) == 2
+        assert "the catalogue has 1.0.0" in error_detail(response)["message"]
+    assert len(await list_nodes(people.owner, workflow_id)) == 2
 
 
-async def test_a_list_shows_nodes_with_the_number_of_their_connections(people: People) -> None:
+async def test_a_list_shows_nodes_with_the_number_of_their_connections(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**LINE)
     response = await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}/nodes")
     body = response.json()
@@ -172,7 +186,9 @@ async def test_a_list_shows_nodes_with_the_number_of_their_connections(people: P
     assert [one["outboundConnections"] for one in body["nodes"]] == [1, 1, 0]
 
 
-async def test_a_type_that_left_the_catalogue_is_still_listed(world: World, people: People) -> None:
+async def test_a_type_that_left_the_catalogue_is_still_listed(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     gone = {"id": "old", "type": "gone", "label": "Old", "version": "0.1", "position": {"x": 0, "y": 0}}
     gone |= {"config": {}, "inputMappings": {}, "passThroughValues": {}}
@@ -182,7 +198,7 @@ async def test_a_type_that_left_the_catalogue_is_still_listed(world: World, peop
         await connection.execute(statement.values(nodes=[gone]))
 
     await world.gateway.database.transaction(store)
-    (shown,) = await listed(people.owner, workflow_id)
+    (shown,) = await list_nodes(people.owner, workflow_id)
     assert (shown["type"], shown["category"], shown["nodeVersion"]) == ("gone", "unknown", "0.1")
     response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/nodes/old", json={"label": "Older"})
     assert response.json()["node"]["category"] == "unknown"
@@ -191,7 +207,7 @@ async def test_a_type_that_left_the_catalogue_is_still_listed(world: World, peop
 # ── configuring ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_config_merges_and_null_takes_a_key_away(people: People) -> None:
+async def test_a_config_merges_and_null_takes_a_key_away(people: OrganizationUsers) -> None:
     config = {"url": "https://a.example", "query": {"a": 1}, "body": None}
     workflow_id = await people.owner.create(
         nodes=[{"id": "call", "nodeId": "http-request", "config": config}]
@@ -207,7 +223,7 @@ async def test_a_config_merges_and_null_takes_a_key_away(people: People) -> None
     assert answer["node"]["config"] == config | changes
     response = await people.owner.api.put(path, json={"config": {"method": None, "absent": None}})
     assert response.json()["node"]["config"] == config | {"query": {"b": 2}}
-    stored = await node(people.owner, workflow_id, "call")
+    stored = await get_node(people.owner, workflow_id, "call")
     assert (stored["config"], stored["label"]) == (response.json()["node"]["config"], "Renamed")
 
 
@@ -225,7 +241,7 @@ async def test_a_config_merges_and_null_takes_a_key_away(people: People) -> None
     ],
 )
 async def test_a_body_is_wrapped_or_is_the_config_itself(
-    people: People, body: dict[str, Any], label: str, config: dict[str, Any]
+    people: OrganizationUsers, body: dict[str, Any], label: str, config: dict[str, Any]
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/nodes/step", json=body)
@@ -233,7 +249,7 @@ async def test_a_body_is_wrapped_or_is_the_config_itself(
     assert (response.json()["node"]["label"], response.json()["node"]["config"]) == (label, config)
 
 
-async def test_what_stands_beside_the_config_is_set_and_taken_away_again(people: People) -> None:
+async def test_what_stands_beside_the_config_is_set_and_taken_away_again(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
     beside: dict[str, Any] = {
@@ -244,15 +260,15 @@ async def test_what_stands_beside_the_config_is_set_and_taken_away_again(people:
     }
     place = {"position": {"x": -7, "y": 8.5}}
     await people.owner.api.put(path, json={"config": {}, **beside, **place})
-    stored = await node(people.owner, workflow_id, "step")
+    stored = await get_node(people.owner, workflow_id, "step")
     assert stored.items() >= (beside | place).items()
     await people.owner.api.put(path, json={"config": {}, **dict.fromkeys(beside), "position": None})
-    stored = await node(people.owner, workflow_id, "step")
+    stored = await get_node(people.owner, workflow_id, "step")
     assert not set(beside) & set(stored)
     assert stored["position"] == place["position"]
 
 
-async def test_mappings_are_set_in_place_of_those_before(people: People) -> None:
+async def test_mappings_are_set_in_place_of_those_before(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step/input-mappings"
     await people.owner.api.put(path, json={"mappings": {"old": "data.old"}})
@@ -267,10 +283,12 @@ async def test_mappings_are_set_in_place_of_those_before(people: People) -> None
     response = await people.owner.api.put(path, json={"mappings": mappings})
     assert response.status_code == 200
     assert response.json() == {"nodeId": "step", "workflowId": workflow_id, "inputMappings": mappings}
-    assert (await node(people.owner, workflow_id, "step"))["inputMappings"] == mappings
+    assert (await get_node(people.owner, workflow_id, "step"))["inputMappings"] == mappings
 
 
-async def test_mappings_that_no_run_could_read_are_refused_each_with_its_field(people: People) -> None:
+async def test_mappings_that_no_run_could_read_are_refused_each_with_its_field(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     mappings = {
         "a": "user.id",
@@ -283,15 +301,15 @@ async def test_mappings_that_no_run_could_read_are_refused_each_with_its_field(p
     response = await people.owner.api.put(
         f"{WORKFLOWS}/{workflow_id}/nodes/step/input-mappings", json={"mappings": mappings}
     )
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     details = response.json()["error"]["details"]
     assert [one["path"] for one in details] == [f"mappings.{field}" for field in "abcef"]
     assert {one["code"] for one in details} == {"invalid-expression"}
     assert "did you mean data.user.id?" in details[0]["message"]
-    assert (await node(people.owner, workflow_id, "step"))["inputMappings"] == {}
+    assert (await get_node(people.owner, workflow_id, "step"))["inputMappings"] == {}
 
 
-async def test_what_is_passed_through_is_set_in_place_of_what_was_before(people: People) -> None:
+async def test_what_is_passed_through_is_set_in_place_of_what_was_before(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step/passthrough-values"
     await people.owner.api.put(path, json={"values": {"old": "old"}})
@@ -299,13 +317,13 @@ async def test_what_is_passed_through_is_set_in_place_of_what_was_before(people:
     response = await people.owner.api.put(path, json={"values": values})
     assert response.status_code == 200
     assert response.json() == {"nodeId": "step", "workflowId": workflow_id, "passThroughValues": values}
-    assert (await node(people.owner, workflow_id, "step"))["passThroughValues"] == values
+    assert (await get_node(people.owner, workflow_id, "step"))["passThroughValues"] == values
 
 
 # ── removing and connecting ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_removed_node_takes_its_connections_along(people: People) -> None:
+async def test_a_removed_node_takes_its_connections_along(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**LINE)
     response = await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}/nodes/step")
     assert response.status_code == 200
@@ -321,7 +339,7 @@ async def test_a_removed_node_takes_its_connections_along(people: People) -> Non
     assert again.json()["removedConnections"] == 0
 
 
-async def test_two_nodes_are_connected_in_either_spelling(people: People) -> None:
+async def test_two_nodes_are_connected_in_either_spelling(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[TRIGGER, STEP, CHOOSE, STEP | {"id": "yes"}])
     path = f"{WORKFLOWS}/{workflow_id}/connections"
     response = await people.owner.api.post(path, json={"sourceNodeId": "start", "targetNodeId": "step"})
@@ -345,18 +363,18 @@ async def test_two_nodes_are_connected_in_either_spelling(people: People) -> Non
     assert connections[2]["id"] == "mine"
 
 
-async def test_an_agent_is_given_its_model_and_its_tools(people: People) -> None:
+async def test_an_agent_is_given_its_model_and_its_tools(people: OrganizationUsers) -> None:
     types = ("manual", "agent", "llm", "tool")
     workflow_id = await people.owner.create(nodes=[{"id": kind, "nodeId": kind} for kind in types])
     path = f"{WORKFLOWS}/{workflow_id}/connections"
     for source, port in (("manual", "input"), ("llm", "ai"), ("tool", "tools")):
         body = {"sourceNodeId": source, "targetNodeId": "agent", "targetPort": port}
         assert (await people.owner.api.post(path, json=body)).json()["connection"]["targetPort"] == port
-    flaw = detail(await people.owner.api.post(path, json=body | {"targetPort": "memory"}))
+    flaw = error_detail(await people.owner.api.post(path, json=body | {"targetPort": "memory"}))
     assert flaw["suggestion"] == "Use one of: input, ai, tools."
 
 
-async def test_a_connection_is_removed(people: People) -> None:
+async def test_a_connection_is_removed(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**LINE)
     response = await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}/connections/first")
     assert response.status_code == 200
@@ -387,41 +405,41 @@ async def test_a_connection_is_removed(people: People) -> None:
     ],
 )
 async def test_a_connection_that_leads_nowhere_is_refused(
-    people: People, body: dict[str, str], path: str, code: str, hint: str
+    people: OrganizationUsers, body: dict[str, str], path: str, code: str, hint: str
 ) -> None:
     workflow_id = await people.owner.create(**LINE)
-    flaw = detail(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/connections", json=body))
+    flaw = error_detail(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/connections", json=body))
     assert (flaw["path"], flaw["code"]) == (path, code)
     assert hint in flaw["suggestion"]
     assert len((await people.owner.workflow(workflow_id))["connections"]) == 2
 
 
-async def test_a_switch_is_connected_by_the_ports_of_its_cases(people: People) -> None:
+async def test_a_switch_is_connected_by_the_ports_of_its_cases(people: OrganizationUsers) -> None:
     cases = [{"port": "gold", "equals": 1}]
     switch = {"id": "choose", "type": "switch", "config": {"cases": cases}}
     workflow_id = await people.owner.create(nodes=[switch, {"id": "end", "type": "log"}])
     path = f"{WORKFLOWS}/{workflow_id}/connections"
     body = {"source": "choose", "target": "end"}
-    flaw = detail(await people.owner.api.post(path, json=body | {"sourcePort": "silver"}))
+    flaw = error_detail(await people.owner.api.post(path, json=body | {"sourcePort": "silver"}))
     assert (flaw["code"], flaw["suggestion"]) == ("invalid-port", "Use one of: gold, default, error.")
     for port in ("gold", "default"):
         assert (await people.owner.api.post(path, json=body | {"sourcePort": port})).status_code == 201
 
 
-async def test_the_same_connection_is_made_once(people: People) -> None:
+async def test_the_same_connection_is_made_once(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**LINE)
     path = f"{WORKFLOWS}/{workflow_id}/connections"
     for body in (
         {"source": "start", "target": "step"},
         {"source": "start", "target": "last", "id": "first"},
     ):
-        refused(await people.owner.api.post(path, json=body), 409, "duplicate-connection")
+        assert_refused(await people.owner.api.post(path, json=body), 409, "duplicate-connection")
 
 
 # ── who, and in what state ──────────────────────────────────────────────────────────────────────────────────
 
 
-def edits(person: Person, workflow_id: str, **headers: str) -> Iterable[Any]:
+def edit_all(person: UserClient, workflow_id: str, **headers: str) -> Iterable[Any]:
     """Every edit of the three nodes in a row."""
     path = f"{WORKFLOWS}/{workflow_id}"
     request = person.api.request
@@ -436,27 +454,29 @@ def edits(person: Person, workflow_id: str, **headers: str) -> Iterable[Any]:
     ]
 
 
-async def test_only_the_owner_and_admins_edit(world: World, people: People) -> None:
+async def test_only_the_owner_and_admins_edit(world: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**LINE)
     for person in (people.stranger, people.colleague):
-        for edit in edits(person, workflow_id):
-            refused(await edit, 404, "not-found")
+        for edit in edit_all(person, workflow_id):
+            assert_refused(await edit, 404, "not-found")
     row = {"workflow_id": workflow_id, "user_id": people.colleague.user.id, "shared_at": datetime.now(UTC)}
 
     async def share(connection: AsyncConnection) -> None:
         await connection.execute(insert(WorkflowShare).values(row))
 
     await world.gateway.database.transaction(share)
-    for edit in edits(people.colleague, workflow_id):
-        refused(await edit, 403, "not-owner")
-    assert len(await listed(people.colleague, workflow_id)) == 3
-    for edit in edits(people.admin, workflow_id):
+    for edit in edit_all(people.colleague, workflow_id):
+        assert_refused(await edit, 403, "not-owner")
+    assert len(await list_nodes(people.colleague, workflow_id)) == 3
+    for edit in edit_all(people.admin, workflow_id):
         assert (await edit).is_success
 
 
-async def test_every_edit_answers_with_the_next_tag_and_leaves_a_trace(world: World, people: People) -> None:
+async def test_every_edit_answers_with_the_next_tag_and_leaves_a_trace(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**LINE)
-    tags = [(await edit).headers["ETag"] for edit in edits(people.owner, workflow_id)]
+    tags = [(await edit).headers["ETag"] for edit in edit_all(people.owner, workflow_id)]
     assert tags == [f'"{revision}"' for revision in range(2, 9)]
     response = await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}/nodes")
     assert response.headers["ETag"] == tags[-1]
@@ -472,18 +492,18 @@ async def test_every_edit_answers_with_the_next_tag_and_leaves_a_trace(world: Wo
     assert [entry.before_hash for entry in trace[1:]] == [entry.after_hash for entry in trace[:-1]]
 
 
-async def test_an_edit_of_a_state_that_is_past_changes_nothing(people: People) -> None:
+async def test_an_edit_of_a_state_that_is_past_changes_nothing(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**LINE)
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/nodes/step", json={"label": "Newer"})
     before = await people.owner.workflow(workflow_id)
-    for edit in edits(people.owner, workflow_id, **{"If-Match": '"1"'}):
+    for edit in edit_all(people.owner, workflow_id, **{"If-Match": '"1"'}):
         response = await edit
-        refused(response, 412, "precondition-failed")
+        assert_refused(response, 412, "precondition-failed")
         assert response.headers["ETag"] == '"2"'
     assert await people.owner.workflow(workflow_id) == before
 
 
-async def test_setting_what_is_set_already_changes_no_state(people: People) -> None:
+async def test_setting_what_is_set_already_changes_no_state(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
     for url, body in (
@@ -496,16 +516,16 @@ async def test_setting_what_is_set_already_changes_no_state(people: People) -> N
 
 
 @pytest.mark.parametrize("value", [1, 1.0, True])
-async def test_one_and_true_are_not_the_same(people: People, value: object) -> None:
+async def test_one_and_true_are_not_the_same(people: OrganizationUsers, value: object) -> None:
     for other in (1, 1.0, True):
         workflow_id = await people.owner.create(nodes=[STEP | {"config": {"values": {"a": other}}}])
         path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
         await people.owner.api.put(path, json={"values": {"a": value}})
-        stored = await node(people.owner, workflow_id, "step")
+        stored = await get_node(people.owner, workflow_id, "step")
         assert repr(stored["config"]) == repr({"values": {"a": value}})
 
 
-async def test_what_is_not_there_cannot_be_edited(people: People) -> None:
+async def test_what_is_not_there_cannot_be_edited(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
     for method, below, body in (
@@ -515,21 +535,23 @@ async def test_what_is_not_there_cannot_be_edited(people: People) -> None:
         ("PUT", "nodes/nobody/passthrough-values", {"values": {}}),
     ):
         response = await people.owner.api.request(method, f"{path}/{below}", json=body)
-        refused(response, 404, "not-found")
+        assert_refused(response, 404, "not-found")
         assert response.json()["error"]["message"] == "There is no such node"
     response = await people.owner.api.delete(f"{path}/connections/nobody")
     assert response.json()["error"]["message"] == "There is no such connection"
 
 
-async def test_two_nodes_of_one_id_are_removed_together_and_configured_never(people: People) -> None:
+async def test_two_nodes_of_one_id_are_removed_together_and_configured_never(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(nodes=[TRIGGER, STEP, STEP])
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
-    refused(await people.owner.api.put(path, json={"label": "Which?"}), 409, "duplicate-node-id")
+    assert_refused(await people.owner.api.put(path, json={"label": "Which?"}), 409, "duplicate-node-id")
     assert (await people.owner.api.delete(path)).status_code == 200
-    assert [one["id"] for one in await listed(people.owner, workflow_id)] == ["start"]
+    assert [one["id"] for one in await list_nodes(people.owner, workflow_id)] == ["start"]
 
 
-async def test_an_active_workflow_takes_no_edit_that_would_break_it(people: People) -> None:
+async def test_an_active_workflow_takes_no_edit_that_would_break_it(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(status="active", **GRAPH)
     before = await people.owner.workflow(workflow_id)
     path = f"{WORKFLOWS}/{workflow_id}/nodes"
@@ -538,7 +560,7 @@ async def test_an_active_workflow_takes_no_edit_that_would_break_it(people: Peop
         await people.owner.api.post(path, json={"nodeId": "manual"}),
         await people.owner.api.put(f"{path}/step", json={"config": {"values": 5}}),
     ):
-        refused(response, 422, "validation-failed")
+        assert_refused(response, 422, "validation-failed")
     assert await people.owner.workflow(workflow_id) == before
     assert (await people.owner.api.put(f"{path}/step", json={"values": {"b": 1}})).status_code == 200
 
@@ -547,7 +569,7 @@ async def test_an_active_workflow_takes_no_edit_that_would_break_it(people: Peop
 
 
 async def test_fifty_clients_that_add_nodes_at_once_are_all_heard(
-    people: People, elsewhere: httpx2.AsyncClient
+    people: OrganizationUsers, elsewhere: httpx2.AsyncClient
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes"
@@ -557,14 +579,14 @@ async def test_fifty_clients_that_add_nodes_at_once_are_all_heard(
         *(next(api).post(path, json={"nodeId": "set", "label": label}) for label in labels)
     )
     assert {answer.status_code for answer in answers} == {201}
-    shown = await listed(people.owner, workflow_id)
+    shown = await list_nodes(people.owner, workflow_id)
     assert sorted(one["label"] for one in shown) == sorted(["Start", "Step", *labels])
     assert len({one["id"] for one in shown}) == 52
     assert len({(one["position"]["x"], one["position"]["y"]) for one in shown}) == 52
 
 
 async def test_adders_removers_and_connectors_at_once_leave_no_end_loose(
-    people: People, elsewhere: httpx2.AsyncClient
+    people: OrganizationUsers, elsewhere: httpx2.AsyncClient
 ) -> None:
     passing = [f"passing{number}" for number in range(12)]
     workflow_id = await people.owner.create(
@@ -584,13 +606,13 @@ async def test_adders_removers_and_connectors_at_once_leave_no_end_loose(
     assert {answer.status_code for answer in answers} <= {200, 201, 409, 422}
     shown = await people.owner.workflow(workflow_id)
     assert len(shown["nodes"]) == 1 + 25
-    assert (shown["connections"], dangling(shown)) == ([], [])
+    assert (shown["connections"], dangling_edges(shown)) == ([], [])
     made = sum("connectionId" in answer.json() for answer in answers)
     assert made == sum(answer.json().get("removedConnections", 0) for answer in answers)
 
 
 async def test_of_two_clients_with_one_tag_exactly_one_wins(
-    people: People, elsewhere: httpx2.AsyncClient
+    people: OrganizationUsers, elsewhere: httpx2.AsyncClient
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
@@ -603,14 +625,14 @@ async def test_of_two_clients_with_one_tag_exactly_one_wins(
     )
     winner, loser = sorted(answers, key=lambda answer: answer.status_code)
     assert winner.status_code == 200
-    refused(loser, 412, "precondition-failed")
-    assert (await node(people.owner, workflow_id, "step"))["label"] == winner.json()["node"]["label"]
+    assert_refused(loser, 412, "precondition-failed")
+    assert (await get_node(people.owner, workflow_id, "step"))["label"] == winner.json()["node"]["label"]
 
 
 # ── what is no edit ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def nested(depth: int) -> Any:  # noqa: ANN401 - any JSON value
+def nested_value(depth: int) -> Any:  # noqa: ANN401 - any JSON value
     value: Any = 1
     for _ in range(depth):
         value = {"a": value}
@@ -630,7 +652,7 @@ def nested(depth: int) -> Any:  # noqa: ANN401 - any JSON value
         ("POST", "nodes", {"nodeId": "set", "label": "a\tb"}, "label"),
         ("POST", "nodes", {"nodeId": "set", "position": {"x": "left"}}, "position.x"),
         ("POST", "nodes", {"nodeId": "set", "config": "text"}, "config"),
-        ("POST", "nodes", {"nodeId": "set", "config": nested(62)}, "nodes"),
+        ("POST", "nodes", {"nodeId": "set", "config": nested_value(62)}, "nodes"),
         ("POST", "nodes", {"nodeId": "set", "retry": {"maxAttempts": 10**9}}, "retry.maxAttempts"),
         ("POST", "nodes", {"nodeId": "set", "inputMappings": {"a": "nowhere"}}, "inputMappings.a"),
         ("PUT", "nodes/step", [1], ""),
@@ -638,10 +660,10 @@ def nested(depth: int) -> Any:  # noqa: ANN401 - any JSON value
         ("PUT", "nodes/step", {"config": "text"}, "config"),
         ("PUT", "nodes/step", {"config": {}, "timeout": -1}, "timeout"),
         ("PUT", "nodes/step", {"label": "x" * 100_000}, "label"),
-        ("PUT", "nodes/step", nested(64), "nodes"),
+        ("PUT", "nodes/step", nested_value(64), "nodes"),
         ("PUT", "nodes/step/input-mappings", {}, "mappings"),
         ("PUT", "nodes/step/input-mappings", {"mappings": []}, "mappings"),
-        ("PUT", "nodes/step/input-mappings", {"mappings": {"a": nested(62)}}, "nodes"),
+        ("PUT", "nodes/step/input-mappings", {"mappings": {"a": nested_value(62)}}, "nodes"),
         ("PUT", "nodes/step/input-mappings", {"mappings": {"a": "{{" * 50_000}}, "mappings.a"),
         ("PUT", "nodes/step/passthrough-values", {"values": {"a": 1}}, "values.a"),
         ("PUT", "nodes/step/passthrough-values", {"values": None}, "values"),
@@ -657,11 +679,11 @@ def nested(depth: int) -> Any:  # noqa: ANN401 - any JSON value
     ],
 )
 async def test_what_is_no_edit_is_refused_with_the_field_that_is_wrong(
-    people: People, method: str, below: str, body: object, path: str
+    people: OrganizationUsers, method: str, below: str, body: object, path: str
 ) -> None:
     workflow_id = await people.owner.create(**LINE)
     response = await people.owner.api.request(method, f"{WORKFLOWS}/{workflow_id}/{below}", json=body)
-    flaw = detail(response)
+    flaw = error_detail(response)
     assert flaw["path"] == path
     assert len(response.content) < 2_000
     assert (await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}")).headers["ETag"] == '"1"'
@@ -677,17 +699,19 @@ async def test_what_is_no_edit_is_refused_with_the_field_that_is_wrong(
         (b"config=1", "malformed-json"),
     ],
 )
-async def test_what_is_no_json_changes_no_node(people: People, body: bytes, code: str) -> None:
+async def test_what_is_no_json_changes_no_node(people: OrganizationUsers, body: bytes, code: str) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.put(
         f"{WORKFLOWS}/{workflow_id}/nodes/step", content=body, headers={"Content-Type": "application/json"}
     )
-    refused(response, 400, code)
+    assert_refused(response, 400, code)
 
 
-async def test_the_deepest_config_that_is_taken_can_be_read_and_sent_back(people: People) -> None:
+async def test_the_deepest_config_that_is_taken_can_be_read_and_sent_back(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
-    assert (await people.owner.api.put(f"{path}/nodes/step", json={"config": nested(61)})).status_code == 200
+    assert (
+        await people.owner.api.put(f"{path}/nodes/step", json={"config": nested_value(61)})
+    ).status_code == 200
     shown = await people.owner.workflow(workflow_id)
     assert (await people.owner.api.put(path, json=shown)).json() == shown

@@ -10,7 +10,7 @@ from sqlmodel import col
 
 from models.execution import Execution
 from models.ingest import Delivery
-from tests.integration.gateway_world import EDGE, STEP, People, Person, World
+from tests.integration.gateway_harness import EDGE, STEP, GatewayHarness, OrganizationUsers, UserClient
 
 WORKFLOWS = "/api/v1/workflows"
 TRIGGERS: dict[str, dict[str, Any]] = {
@@ -20,7 +20,7 @@ TRIGGERS: dict[str, dict[str, Any]] = {
 }
 
 
-async def send(person: Person, kind: str, workflow_id: str, address: str, number: int) -> str:
+async def send(person: UserClient, kind: str, workflow_id: str, address: str, number: int) -> str:
     """Send something by which a workflow is to be run; returns the id of the execution."""
     match kind:
         case "email-trigger":
@@ -37,7 +37,7 @@ async def send(person: Person, kind: str, workflow_id: str, address: str, number
     return execution_id
 
 
-async def runs(world: World, workflow_id: str) -> list[Any]:
+async def read_runs(world: GatewayHarness, workflow_id: str) -> list[Any]:
     statement = (
         select(Execution).where(col(Execution.workflow_id) == workflow_id).order_by(col(Execution.rank))
     )
@@ -48,7 +48,7 @@ async def runs(world: World, workflow_id: str) -> list[Any]:
 @pytest.mark.parametrize("goes_on_as", ["active", "archived"])
 @pytest.mark.parametrize("kind", TRIGGERS)
 async def test_what_cannot_wait_is_kept_and_run_in_its_order_when_the_workflow_goes_on(
-    world: World, people: People, kind: str, goes_on_as: str
+    world: GatewayHarness, people: OrganizationUsers, kind: str, goes_on_as: str
 ) -> None:
     owner = people.owner
     trigger = {"id": "start", "nodeId": kind, "config": TRIGGERS[kind]}
@@ -60,12 +60,12 @@ async def test_what_cannot_wait_is_kept_and_run_in_its_order_when_the_workflow_g
     sent = [await send(owner, kind, workflow_id, address, number) for number in range(3)]
     await owner.api.put(f"{url}", json={"name": "Edited while it is paused"})
     await world.gateway.store.sweep(100)
-    assert {run.status for run in await runs(world, workflow_id)} == {"waiting"}
+    assert {run.status for run in await read_runs(world, workflow_id)} == {"waiting"}
     async with world.gateway.database.read() as connection:
         outcomes = await connection.scalars(select(col(Delivery.outcome)))
         assert set(outcomes) == {"deferred"}
 
     assert (await owner.api.put(f"{url}/status", json={"status": goes_on_as})).status_code == 200
     await world.gateway.store.sweep(100)
-    kept = await runs(world, workflow_id)
+    kept = await read_runs(world, workflow_id)
     assert [(run.id, run.status, run.target) for run in kept] == [(one, "pending", "shared") for one in sent]

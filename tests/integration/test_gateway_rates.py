@@ -10,94 +10,104 @@ from messages import broker as brokers
 from messages.broker import BrokerUnavailable
 from messages.buckets import Demand, Grant
 from messages.local_broker import LocalBroker
-from tests.integration.gateway_world import GRAPH, People, Person, World, refused
-from tests.integration.gateways import execute, with_settings
-from tests.services import Redis
+from tests.integration.gateway_harness import (
+    GRAPH,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.gateway_variants import execute_workflow, run_with_settings
+from tests.services import RedisServer
 
 SLOW: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 3}
 """Nothing comes back while a test goes on."""
 
 
-async def statuses(world: World, person: Person, workflow_id: str, count: int) -> list[int]:
+async def send_many(world: GatewayHarness, person: UserClient, workflow_id: str, count: int) -> list[int]:
     """Return what so many requests at once are answered."""
-    answers = await asyncio.gather(*(execute(world, person, workflow_id) for _ in range(count)))
+    answers = await asyncio.gather(*(execute_workflow(world, person, workflow_id) for _ in range(count)))
     return [answer.status_code for answer in answers]
 
 
-async def test_without_a_setting_nothing_is_limited_and_nothing_said(world: World, people: People) -> None:
-    answer = await execute(world, people.owner, await people.owner.create(**GRAPH))
+async def test_without_a_setting_nothing_is_limited_and_nothing_said(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    answer = await execute_workflow(world, people.owner, await people.owner.create(**GRAPH))
     assert answer.status_code == 201
     assert not any(name.startswith("ratelimit") for name in answer.headers)
 
 
 async def test_a_key_has_its_burst_is_told_where_it_stands_and_then_refused(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    async with with_settings(world, **SLOW) as gateway:
+    async with run_with_settings(world, **SLOW) as gateway:
         told = []
         for _ in range(3):
-            answer = await execute(gateway, people.owner, workflow_id)
+            answer = await execute_workflow(gateway, people.owner, workflow_id)
             assert answer.status_code == 201
             assert answer.headers["RateLimit-Policy"] == '"key";q=3;w=300'
             told.append(answer.headers["RateLimit"])
         assert told == ['"key";r=2;t=100', '"key";r=1;t=200', '"key";r=0;t=300']
-        answer = await execute(gateway, people.owner, workflow_id)
-        refused(answer, 429, "rate-limited")
+        answer = await execute_workflow(gateway, people.owner, workflow_id)
+        assert_refused(answer, 429, "rate-limited")
         assert answer.headers["RateLimit"] == '"key";r=0;t=300'
         assert 90 < int(answer.headers["Retry-After"]) <= 100
-        assert (await execute(gateway, people.admin, workflow_id)).status_code == 201, "another key"
+        assert (await execute_workflow(gateway, people.admin, workflow_id)).status_code == 201, "another key"
 
 
 async def test_a_workflow_has_one_limit_for_all_and_whoever_may_not_use_it_takes_nothing_of_it(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
     slow: dict[str, Any] = {"rate_per_workflow": 0.01, "rate_per_workflow_burst": 2}
-    async with with_settings(world, **slow) as gateway:
+    async with run_with_settings(world, **slow) as gateway:
         for person in (people.stranger, people.colleague):
-            assert await statuses(gateway, person, workflow_id, 3) == [404] * 3
-        assert (await execute(gateway, people.owner, workflow_id)).status_code == 201
-        answer = await execute(gateway, people.admin, workflow_id)
+            assert await send_many(gateway, person, workflow_id, 3) == [404] * 3
+        assert (await execute_workflow(gateway, people.owner, workflow_id)).status_code == 201
+        answer = await execute_workflow(gateway, people.admin, workflow_id)
         assert (answer.status_code, answer.headers["RateLimit"]) == (201, '"workflow";r=0;t=200')
-        refused(await execute(gateway, people.owner, workflow_id), 429, "rate-limited")
-        assert (await execute(gateway, people.owner, other_id)).status_code == 201
+        assert_refused(await execute_workflow(gateway, people.owner, workflow_id), 429, "rate-limited")
+        assert (await execute_workflow(gateway, people.owner, other_id)).status_code == 201
 
 
 async def test_a_request_that_one_limit_refuses_is_not_counted_by_another(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     full, free = [await people.owner.create(**GRAPH) for _ in range(2)]
-    async with with_settings(world, **SLOW, rate_per_workflow=0.01, rate_per_workflow_burst=1) as gateway:
-        assert await statuses(gateway, people.owner, full, 4) == [201, 429, 429, 429]
-        assert await statuses(gateway, people.owner, free, 1) == [201]
+    async with run_with_settings(world, **SLOW, rate_per_workflow=0.01, rate_per_workflow_burst=1) as gateway:
+        assert await send_many(gateway, people.owner, full, 4) == [201, 429, 429, 429]
+        assert await send_many(gateway, people.owner, free, 1) == [201]
 
 
 async def test_gateways_share_their_buckets_on_redis(
-    world: World, people: People, redis_server: Redis
+    world: GatewayHarness, people: OrganizationUsers, redis_server: RedisServer
 ) -> None:
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
     workflow_id = await people.owner.create(**GRAPH)
     burst: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 7}
     async with (
-        with_settings(world, await brokers.connect(redis_server.url), **burst) as one,
-        with_settings(world, await brokers.connect(redis_server.url), **burst) as other,
+        run_with_settings(world, await brokers.connect(redis_server.url), **burst) as one,
+        run_with_settings(world, await brokers.connect(redis_server.url), **burst) as other,
     ):
         answered = await asyncio.gather(
-            *(statuses(gateway, people.owner, workflow_id, 8) for gateway in (one, other))
+            *(send_many(gateway, people.owner, workflow_id, 8) for gateway in (one, other))
         )
     assert sorted([*answered[0], *answered[1]]) == [201] * 7 + [429] * 9
 
 
-class Away(LocalBroker):
+class BrokerWithoutTokens(LocalBroker):
     """A broker that gives no tokens."""
 
     async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:  # noqa: ARG002 - the broker's own
         raise BrokerUnavailable("Redis is away")
 
 
-async def test_with_redis_away_each_gateway_counts_by_itself(world: World, people: People) -> None:
+async def test_with_redis_away_each_gateway_counts_by_itself(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    async with with_settings(world, Away(inbox="away"), **SLOW) as gateway:
-        assert sorted(await statuses(gateway, people.owner, workflow_id, 5)) == [201, 201, 201, 429, 429]
+    async with run_with_settings(world, BrokerWithoutTokens(inbox="away"), **SLOW) as gateway:
+        assert sorted(await send_many(gateway, people.owner, workflow_id, 5)) == [201, 201, 201, 429, 429]

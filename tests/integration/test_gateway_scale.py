@@ -14,7 +14,7 @@ from sqlalchemy import event, text
 from models.access import UserRole
 from models.database import is_sqlite
 from tests import many_workflows
-from tests.integration.gateway_world import Person, World, open_world, refused
+from tests.integration.gateway_harness import GatewayHarness, UserClient, assert_refused, create_gateway
 from tests.many_workflows import (
     ABSENT_TAG,
     ABSENT_WORD,
@@ -22,10 +22,10 @@ from tests.many_workflows import (
     COMMON_WORD,
     RARE_TAG,
     RARE_WORD,
-    Crowd,
     Rows,
+    WorkflowOwners,
 )
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 
 WORKFLOWS = "/api/v1/workflows"
 NUMBER = 1_500
@@ -42,24 +42,24 @@ Condition: TypeAlias = Callable[[dict[str, Any]], bool]
 
 
 @dataclass(frozen=True)
-class Office:
+class LargeOrganization:
     """An organisation of many workflows, and those who ask for them."""
 
-    world: World
+    world: GatewayHarness
     rows: Rows
-    admin: Person
-    owner: Person
-    member: Person
+    admin: UserClient
+    owner: UserClient
+    member: UserClient
 
     @property
     def is_on_sqlite(self) -> bool:
         return is_sqlite(self.world.gateway.database.url)
 
     @property
-    def people(self) -> tuple[Person, ...]:
+    def people(self) -> tuple[UserClient, ...]:
         return self.admin, self.owner, self.member
 
-    def listed_to(self, person: Person, condition: Condition) -> Rows:
+    def listed_to(self, person: UserClient, condition: Condition) -> Rows:
         """Return what a list shows to somebody, the oldest first."""
         shared = {row["id"] for row in self.rows[:: many_workflows.SHARED] if person is self.member}
         return [
@@ -79,27 +79,27 @@ class Office:
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
 async def office(
-    request: pytest.FixtureRequest, postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Office]:
+    request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[LargeOrganization]:
     folder: Path = tmp_path_factory.mktemp("scale")
-    async with open_world(request.param, postgres, folder) as world:
-        await _opened(world)
-        office = await _opened(world)
+    async with create_gateway(request.param, postgres, folder) as world:
+        await _open_organization(world)
+        office = await _open_organization(world)
         async with world.gateway.database.engine.connect() as connection:
             alone = await connection.execution_options(isolation_level="AUTOCOMMIT")
             await alone.execute(text("ANALYZE" if request.param == "sqlite" else "VACUUM (ANALYZE)"))
         yield office
 
 
-async def _opened(world: World) -> Office:
+async def _open_organization(world: GatewayHarness) -> LargeOrganization:
     organization = await world.organization()
     admin = await world.person(organization, UserRole.ADMIN)
     owner, other, member = [await world.person(organization) for _ in range(3)]
-    crowd = Crowd(organization, owner.user, other.user, member.user)
+    crowd = WorkflowOwners(organization, owner.user, other.user, member.user)
     rows = await world.gateway.database.transaction(
         lambda connection: many_workflows.fill(connection, crowd, NUMBER)
     )
-    return Office(world, rows, admin, owner, member)
+    return LargeOrganization(world, rows, admin, owner, member)
 
 
 # ── what they answer ────────────────────────────────────────────────────────────────────────────────────────
@@ -131,7 +131,7 @@ def _is_any(_: dict[str, Any]) -> bool:
     ],
 )
 async def test_a_list_shows_what_it_should_in_its_order_and_counts_all_of_it(
-    office: Office, query: str, sort: str, condition: Condition
+    office: LargeOrganization, query: str, sort: str, condition: Condition
 ) -> None:
     field, _, direction = sort.partition(":")
     for person in office.people:
@@ -148,7 +148,7 @@ async def test_a_list_shows_what_it_should_in_its_order_and_counts_all_of_it(
             assert shown == [row["id"] for row in wanted[offset : offset + 10]]
 
 
-async def test_statistics_count_the_organisation_s_workflows_by_status(office: Office) -> None:
+async def test_statistics_count_the_organisation_s_workflows_by_status(office: LargeOrganization) -> None:
     everything = office.listed_to(office.admin, _is_any)
     for person in office.people:
         stats = (await person.api.get(f"{WORKFLOWS}/stats")).json()
@@ -161,7 +161,7 @@ async def test_statistics_count_the_organisation_s_workflows_by_status(office: O
 
 
 @contextmanager
-def _statements(office: Office) -> Iterator[list[tuple[str, Any]]]:
+def _collect_statements(office: LargeOrganization) -> Iterator[list[tuple[str, Any]]]:
     """Collect what is asked of workflows meanwhile, with its parameters."""
     sent: list[tuple[str, Any]] = []
 
@@ -177,9 +177,9 @@ def _statements(office: Office) -> Iterator[list[tuple[str, Any]]]:
         event.remove(engine, "before_cursor_execute", collect)
 
 
-async def _plans(office: Office, person: Person, path: str) -> list[str]:
+async def _explain_request(office: LargeOrganization, person: UserClient, path: str) -> list[str]:
     """Return how the database carries out each statement that a request sends."""
-    with _statements(office) as sent:
+    with _collect_statements(office) as sent:
         answer = await person.api.get(path)
     assert answer.status_code == 200
     explain = "EXPLAIN QUERY PLAN" if office.is_on_sqlite else "EXPLAIN"
@@ -191,31 +191,31 @@ async def _plans(office: Office, person: Person, path: str) -> list[str]:
 @pytest.mark.parametrize(("field", "column"), COLUMNS.items())
 @pytest.mark.parametrize("direction", ["asc", "desc"])
 async def test_a_list_is_sorted_by_an_index_and_counted_in_one(
-    office: Office, field: str, column: str, direction: str
+    office: LargeOrganization, field: str, column: str, direction: str
 ) -> None:
     for person in office.people:
-        page, count = await _plans(office, person, f"{WORKFLOWS}?sort={field}:{direction}")
+        page, count = await _explain_request(office, person, f"{WORKFLOWS}?sort={field}:{direction}")
         assert f"ix_workflow_listed_by_{column}" in page
         assert "ix_workflow_listed_by_" in count
         assert "workflow_graph" not in page + count
 
 
-async def test_a_status_is_counted_in_the_index_of_statuses(office: Office) -> None:
+async def test_a_status_is_counted_in_the_index_of_statuses(office: LargeOrganization) -> None:
     for person in office.people:
-        _, count = await _plans(office, person, f"{WORKFLOWS}?status=paused&limit=1")
+        _, count = await _explain_request(office, person, f"{WORKFLOWS}?status=paused&limit=1")
         assert "ix_workflow_listed_by_status" in count
 
 
-async def test_a_tag_is_looked_up_in_the_index_of_tags(office: Office) -> None:
+async def test_a_tag_is_looked_up_in_the_index_of_tags(office: LargeOrganization) -> None:
     index_of_tags = "sqlite_autoindex_workflow_tag_1" if office.is_on_sqlite else "workflow_tag_pkey"
     for person in office.people:
         for tag in (COMMON_TAG, RARE_TAG, ABSENT_TAG):
-            for plan in await _plans(office, person, f"{WORKFLOWS}?tag={tag}&limit=1"):
+            for plan in await _explain_request(office, person, f"{WORKFLOWS}?tag={tag}&limit=1"):
                 assert index_of_tags in plan
 
 
-async def test_statistics_are_counted_in_the_index_of_statuses(office: Office) -> None:
-    [plan] = await _plans(office, office.member, f"{WORKFLOWS}/stats")
+async def test_statistics_are_counted_in_the_index_of_statuses(office: LargeOrganization) -> None:
+    [plan] = await _explain_request(office, office.member, f"{WORKFLOWS}/stats")
     assert "ix_workflow_listed_by_status" in plan
 
 
@@ -224,15 +224,15 @@ async def test_statistics_are_counted_in_the_index_of_statuses(office: Office) -
 
 @pytest.mark.parametrize("config", [{"seconds": True}, {"seconds": -1}])
 async def test_one_wrong_node_among_many_that_stay_as_they_are_is_found(
-    office: Office, config: dict[str, Any]
+    office: LargeOrganization, config: dict[str, Any]
 ) -> None:
-    nodes = many_workflows.nodes(30)
+    nodes = many_workflows.build_nodes(30)
     nodes.append({**nodes[-1], "id": "pause", "type": "wait", "config": {"seconds": 1}})
-    connections = many_workflows.connections(nodes)
+    connections = many_workflows.build_connections(nodes)
     workflow_id = await office.owner.create(nodes=nodes, connections=connections, status="active")
     wrong = [*nodes[:-1], {**nodes[-1], "config": config}]
     answer = await office.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": wrong})
-    refused(answer, 422, "validation-failed")
+    assert_refused(answer, 422, "validation-failed")
     assert [problem["path"] for problem in answer.json()["error"]["details"]] == ["nodes.pause"]
     right = [{**node, "label": "Other"} for node in nodes]
     answer = await office.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": right})

@@ -22,9 +22,9 @@ from models.database import Database, parse_url
 from models.schema_migration import migrate
 from models.settings import InvalidSettings
 from tests import databases
-from tests.integration.gateway_server import KEY, Address, serving
-from tests.integration.gateway_world import SECRET, refused
-from tests.services import PostgreSQL, Redis
+from tests.integration.gateway_harness import SECRET, assert_refused
+from tests.integration.gateway_server import KEY, Address, serve_gateway
+from tests.services import PostgresServer, RedisServer
 
 FOLDER = Path(__file__).parents[2]
 UNFINISHED = (
@@ -35,11 +35,11 @@ UNFINISHED = (
 @pytest.fixture
 async def address(tmp_path: Path) -> AsyncIterator[Address]:
     """Run a server in this process, on SQLite, and yield where it listens."""
-    async with serving(tmp_path) as served:
+    async with serve_gateway(tmp_path) as served:
         yield served
 
 
-async def spoken(address: Address, *pieces: bytes) -> bytes:
+async def exchange_bytes(address: Address, *pieces: bytes) -> bytes:
     """Send bytes as they are and return what comes back until the server closes."""
     reader, writer = await asyncio.open_connection(*address)
     for piece in pieces:
@@ -50,7 +50,7 @@ async def spoken(address: Address, *pieces: bytes) -> bytes:
     return answer
 
 
-def error_code(answer: bytes) -> str:
+def read_error_code(answer: bytes) -> str:
     """Return the code in the body of a raw answer."""
     code: str = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"]
     return code
@@ -68,9 +68,9 @@ def error_code(answer: bytes) -> str:
     ],
 )
 async def test_what_is_not_http_is_refused_in_our_shape(address: Address, request_bytes: bytes) -> None:
-    answer = await spoken(address, request_bytes)
+    answer = await exchange_bytes(address, request_bytes)
     assert answer.startswith(b"HTTP/1.1 400 ")
-    assert error_code(answer) == "malformed-request"
+    assert read_error_code(answer) == "malformed-request"
 
 
 async def test_an_endless_head_is_cut_off(address: Address) -> None:
@@ -97,8 +97,8 @@ async def test_an_endless_head_is_cut_off(address: Address) -> None:
     ],
 )
 async def test_a_request_that_does_not_go_on_is_cut_off(tmp_path: Path, beginning: bytes) -> None:
-    async with serving(tmp_path, head_seconds=0.2, body_seconds=0.2) as address:
-        answer = await spoken(address, beginning)
+    async with serve_gateway(tmp_path, head_seconds=0.2, body_seconds=0.2) as address:
+        answer = await exchange_bytes(address, beginning)
     assert not answer or answer.startswith(b"HTTP/1.1 401 ")
 
 
@@ -111,7 +111,7 @@ async def test_a_body_without_a_length_is_cut_off_at_the_limit(address: Address)
     async with httpx2.AsyncClient(
         base_url=f"http://{address[0]}:{address[1]}", headers=headers, timeout=60
     ) as client:
-        refused(await client.post("/api/v1/workflows", content=chunks()), 413, "payload-too-large")
+        assert_refused(await client.post("/api/v1/workflows", content=chunks()), 413, "payload-too-large")
         assert (await client.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
 
 
@@ -131,7 +131,7 @@ async def test_a_connection_serves_one_request_after_another(address: Address) -
 
 
 @asynccontextmanager
-async def gateway_on(
+async def run_gateway_on(
     database_url: str, redis_url: str | None, folder: Path
 ) -> AsyncIterator[httpx2.AsyncClient]:
     """Run a gateway whose servers may be stopped under it."""
@@ -157,18 +157,20 @@ async def gateway_on(
     await database.close()
 
 
-async def test_without_its_database_it_lives_but_is_not_ready(postgres: PostgreSQL, tmp_path: Path) -> None:
+async def test_without_its_database_it_lives_but_is_not_ready(
+    postgres: PostgresServer, tmp_path: Path
+) -> None:
     url = await postgres.create_database("gateway_readiness")
-    async with gateway_on(url, None, tmp_path) as client:
+    async with run_gateway_on(url, None, tmp_path) as client:
         assert (await client.get("/readyz")).status_code == 200
         postgres.stop()
         try:
             assert (await client.get("/healthz")).status_code == 200
             not_ready = await client.get("/readyz")
-            refused(not_ready, 503, "not-ready")
+            assert_refused(not_ready, 503, "not-ready")
             assert [detail["path"] for detail in not_ready.json()["error"]["details"]] == ["database"]
-            refused(await client.get("/api/v1/workflows"), 503, "not-ready")
-            refused(await client.post("/api/v1/workflows", json={"name": "x"}), 503, "not-ready")
+            assert_refused(await client.get("/api/v1/workflows"), 503, "not-ready")
+            assert_refused(await client.post("/api/v1/workflows", json={"name": "x"}), 503, "not-ready")
         finally:
             postgres.start()
         assert (await client.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
@@ -176,14 +178,14 @@ async def test_without_its_database_it_lives_but_is_not_ready(postgres: PostgreS
 
 
 async def test_without_its_broker_it_is_not_ready_and_still_serves(
-    redis_server: Redis, tmp_path: Path
+    redis_server: RedisServer, tmp_path: Path
 ) -> None:
-    async with gateway_on(f"sqlite:///{tmp_path}/test.db", redis_server.url, tmp_path) as client:
+    async with run_gateway_on(f"sqlite:///{tmp_path}/test.db", redis_server.url, tmp_path) as client:
         assert (await client.get("/readyz")).status_code == 200
         redis_server.stop()
         try:
             not_ready = await client.get("/readyz")
-            refused(not_ready, 503, "not-ready")
+            assert_refused(not_ready, 503, "not-ready")
             assert [detail["path"] for detail in not_ready.json()["error"]["details"]] == ["broker"]
             assert (await client.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
         finally:
@@ -193,7 +195,7 @@ async def test_without_its_broker_it_is_not_ready_and_still_serves(
 # ── the process ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_process_serves_until_it_is_told_to_stop(redis_server: Redis, tmp_path: Path) -> None:
+async def test_the_process_serves_until_it_is_told_to_stop(redis_server: RedisServer, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment = {
@@ -204,7 +206,7 @@ async def test_the_process_serves_until_it_is_told_to_stop(redis_server: Redis, 
         "PILOTFLAME_BOOTSTRAP_API_KEY": KEY,
         "PILOTFLAME_PORT": str(port),
     }
-    await databases.migrated_file(tmp_path / "pilotflame.db")
+    await databases.create_sqlite_database(tmp_path / "pilotflame.db")
     code = "from gateway.main import serve; from gateway.settings import GatewaySettings; serve(GatewaySettings())"
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", code, env=environment, cwd=FOLDER)
     try:

@@ -8,11 +8,11 @@ from sqlmodel import col
 from gateway.arrivals import subscriptions
 from gateway.arrivals.subscriptions import Subscription
 from models.workflow_triggers import TriggerKind, WorkflowTrigger
-from tests.integration import plans
-from tests.integration.gateway_world import EDGE, STEP, People, Person, World
+from tests.integration import query_plans
+from tests.integration.gateway_harness import EDGE, STEP, GatewayHarness, OrganizationUsers, UserClient
 
 
-def _graph(*patterns: str) -> dict[str, Any]:
+def _subscription_graph(*patterns: str) -> dict[str, Any]:
     config = {"event_type": list(patterns)}
     return {
         "nodes": [{"id": "start", "nodeId": "event-trigger", "config": config}, STEP],
@@ -20,74 +20,76 @@ def _graph(*patterns: str) -> dict[str, Any]:
     }
 
 
-async def _active(person: Person, *patterns: str) -> str:
-    workflow_id = await person.create(**_graph(*patterns))
+async def _create_active_workflow(person: UserClient, *patterns: str) -> str:
+    workflow_id = await person.create(**_subscription_graph(*patterns))
     await _set_status(person, workflow_id, "active")
     return workflow_id
 
 
-async def _set_status(person: Person, workflow_id: str, status: str) -> None:
+async def _set_status(person: UserClient, workflow_id: str, status: str) -> None:
     response = await person.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": status})
     assert response.status_code == 200, response.text
 
 
-async def _subscribed(world: World, person: Person, event_type: str) -> list[Subscription]:
+async def _read_subscriptions(
+    world: GatewayHarness, person: UserClient, event_type: str
+) -> list[Subscription]:
     async with world.gateway.database.read() as connection:
         return [*await subscriptions.subscribed(connection, person.user.organization_id, event_type)]
 
 
-async def _started_by(world: World, person: Person, event_type: str) -> list[str]:
-    return [found.workflow_id for found in await _subscribed(world, person, event_type)]
+async def _workflows_started_by(world: GatewayHarness, person: UserClient, event_type: str) -> list[str]:
+    return [found.workflow_id for found in await _read_subscriptions(world, person, event_type)]
 
 
 async def test_an_event_finds_the_active_workflows_of_its_organisation_whose_patterns_match(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    exact = await _active(people.owner, "user.created")
-    prefix = await _active(people.colleague, "user.*")
-    both = await _active(people.owner, "user.*", "user.created", "other")
-    await _active(people.owner, "user")
-    await _active(people.owner, "user.created.*")
-    await _active(people.stranger, "user.created")
-    await people.owner.create(**_graph("user.created"))
-    assert await _started_by(world, people.owner, "user.created") == [exact, prefix, both]
-    assert await _started_by(world, people.owner, "user.deleted.at.once") == [prefix, both]
-    assert await _started_by(world, people.owner, "User.created") == []
-    (found,) = await _subscribed(world, people.owner, "other")
+    exact = await _create_active_workflow(people.owner, "user.created")
+    prefix = await _create_active_workflow(people.colleague, "user.*")
+    both = await _create_active_workflow(people.owner, "user.*", "user.created", "other")
+    await _create_active_workflow(people.owner, "user")
+    await _create_active_workflow(people.owner, "user.created.*")
+    await _create_active_workflow(people.stranger, "user.created")
+    await people.owner.create(**_subscription_graph("user.created"))
+    assert await _workflows_started_by(world, people.owner, "user.created") == [exact, prefix, both]
+    assert await _workflows_started_by(world, people.owner, "user.deleted.at.once") == [prefix, both]
+    assert await _workflows_started_by(world, people.owner, "User.created") == []
+    (found,) = await _read_subscriptions(world, people.owner, "other")
     assert (found.node_id, found.owner_id) == ("start", people.owner.user.id)
     assert found.config == {"event_type": ["user.*", "user.created", "other"]}
 
 
 async def test_a_workflow_is_found_by_its_graph_and_status_of_the_moment(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
-    workflow_id = await _active(owner, "a.b")
-    changed = await owner.api.put(f"/api/v1/workflows/{workflow_id}", json=_graph("c.d"))
+    workflow_id = await _create_active_workflow(owner, "a.b")
+    changed = await owner.api.put(f"/api/v1/workflows/{workflow_id}", json=_subscription_graph("c.d"))
     assert changed.status_code == 200
-    assert await _started_by(world, owner, "a.b") == []
-    (found,) = await _subscribed(world, owner, "c.d")
+    assert await _workflows_started_by(world, owner, "a.b") == []
+    (found,) = await _read_subscriptions(world, owner, "c.d")
     assert found.revision == 3
     config = {"config": {"event_type": "e.f"}}
     assert (
         await owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/start", json=config)
     ).status_code == 200
-    assert await _started_by(world, owner, "e.f") == [workflow_id]
+    assert await _workflows_started_by(world, owner, "e.f") == [workflow_id]
     await _set_status(owner, workflow_id, "paused")
-    assert await _started_by(world, owner, "e.f") == [workflow_id]
+    assert await _workflows_started_by(world, owner, "e.f") == [workflow_id]
     await _set_status(owner, workflow_id, "draft")
-    assert await _started_by(world, owner, "e.f") == []
+    assert await _workflows_started_by(world, owner, "e.f") == []
     await _set_status(owner, workflow_id, "active")
-    assert await _started_by(world, owner, "e.f") == [workflow_id]
+    assert await _workflows_started_by(world, owner, "e.f") == [workflow_id]
     assert (await owner.api.delete(f"/api/v1/workflows/{workflow_id}")).status_code in {200, 204}
-    assert await _started_by(world, owner, "e.f") == []
+    assert await _workflows_started_by(world, owner, "e.f") == []
 
 
 async def test_templates_have_triggers_that_nothing_starts_and_their_copies_have_their_own(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.admin
-    workflow_id = await _active(owner, "a.b")
+    workflow_id = await _create_active_workflow(owner, "a.b")
     saved = await owner.api.post(
         f"/api/v1/workflows/{workflow_id}/save-as-template", json={"name": "A template"}
     )
@@ -95,9 +97,9 @@ async def test_templates_have_triggers_that_nothing_starts_and_their_copies_have
     copied = await owner.api.post(f"/api/v1/workflows/{workflow_id}/duplicate", json={"name": "A copy"})
     assert copied.status_code == 201, copied.text
     copy_id = copied.json()["workflowId"]
-    assert await _started_by(world, owner, "a.b") == [workflow_id]
+    assert await _workflows_started_by(world, owner, "a.b") == [workflow_id]
     await _set_status(owner, copy_id, "active")
-    assert await _started_by(world, owner, "a.b") == [workflow_id, copy_id]
+    assert await _workflows_started_by(world, owner, "a.b") == [workflow_id, copy_id]
     async with world.gateway.database.read() as connection:
         kinds = select(col(WorkflowTrigger.kind)).where(
             col(WorkflowTrigger.organization_id) == owner.user.organization_id
@@ -105,20 +107,26 @@ async def test_templates_have_triggers_that_nothing_starts_and_their_copies_have
         assert [*await connection.scalars(kinds)] == [TriggerKind.EVENT] * 3
 
 
-async def test_a_version_that_is_restored_brings_its_triggers_back(world: World, people: People) -> None:
+async def test_a_version_that_is_restored_brings_its_triggers_back(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     owner = people.owner
-    workflow_id = await _active(owner, "old")
+    workflow_id = await _create_active_workflow(owner, "old")
     kept = await owner.api.post(f"/api/v1/workflows/{workflow_id}/versions", json={"versionTag": "v2"})
     assert kept.status_code == 201, kept.text
-    assert (await owner.api.put(f"/api/v1/workflows/{workflow_id}", json=_graph("new"))).status_code == 200
+    assert (
+        await owner.api.put(f"/api/v1/workflows/{workflow_id}", json=_subscription_graph("new"))
+    ).status_code == 200
     restored = await owner.api.post(f"/api/v1/workflows/{workflow_id}/versions/2/restore", json={})
     assert restored.status_code == 200, restored.text
-    assert await _started_by(world, owner, "new") == []
-    assert await _started_by(world, owner, "old") == [workflow_id]
+    assert await _workflows_started_by(world, owner, "new") == []
+    assert await _workflows_started_by(world, owner, "old") == [workflow_id]
 
 
-async def test_subscribers_are_read_by_an_index(world: World) -> None:
-    plan = await plans.explained(world.gateway.database, subscriptions.statement("org_1", "user.created"))
+async def test_subscribers_are_read_by_an_index(world: GatewayHarness) -> None:
+    plan = await query_plans.explain_statement(
+        world.gateway.database, subscriptions.statement("org_1", "user.created")
+    )
     assert "ix_workflow_trigger_match_pattern" in plan
     assert "SCAN workflow" not in plan
     assert "Seq Scan" not in plan

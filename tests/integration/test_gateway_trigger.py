@@ -22,11 +22,17 @@ from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
 from models.workflow import Definition
-from tests.integration.deployed import deployed
-from tests.integration.gateway_world import EDGE, People, Person, World, refused
-from tests.integration.second_gateway import second_gateway
-from tests.integration.standing_cluster import Cluster, standing
-from tests.receiver import Receiver, receiving
+from tests.http_receiver import HttpReceiver, run_receiver
+from tests.integration.deployed_workflows import deploy_with_pod
+from tests.integration.gateway_harness import (
+    EDGE,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.second_gateway import run_second_gateway
+from tests.integration.simulated_cluster import SimulatedCluster, run_simulated_cluster
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -50,26 +56,31 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.fixture(scope="module")
-async def cluster(world: World) -> AsyncIterator[Cluster]:
-    async with standing(world) as cluster:
+async def cluster(world: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
+    async with run_simulated_cluster(world) as cluster:
         yield cluster
 
 
 @pytest.fixture
-async def receiver() -> AsyncIterator[Receiver]:
+async def receiver() -> AsyncIterator[HttpReceiver]:
     """Yield whoever doesn't answer for now."""
-    async with receiving() as receiver:
+    async with run_receiver() as receiver:
         receiver.may_answer.clear()
         yield receiver
 
 
-def asks(receiver: Receiver) -> dict[str, Any]:
+def asking_graph(receiver: HttpReceiver) -> dict[str, Any]:
     """Return a graph whose runs go on until they are answered."""
     asking = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
     return {"nodes": [{"id": "start", "nodeId": "manual"}, asking], "connections": [EDGE]}
 
 
-async def deploy(world: World, person: Person, graph: dict[str, Any] = GREETS, **columns: Any) -> str:  # noqa: ANN401 - any column
+async def deploy(
+    world: GatewayHarness,
+    person: UserClient,
+    graph: dict[str, Any] = GREETS,
+    **columns: Any,  # noqa: ANN401 - any column
+) -> str:
     """Have a workflow deployed as it stands, active, and return its id."""
     workflow_id = await person.create(**graph)
     response = await person.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "active"})
@@ -94,16 +105,16 @@ async def deploy(world: World, person: Person, graph: dict[str, Any] = GREETS, *
             await connection.execute(insert(Definition).values(definition))
 
     await world.gateway.database.transaction(keep)
-    await deployed(world, person, workflow_id, definition_hash=loaded.definition_hash, **columns)
+    await deploy_with_pod(world, person, workflow_id, definition_hash=loaded.definition_hash, **columns)
     return workflow_id
 
 
-async def set_policy(person: Person, workflow_id: str, policy: dict[str, Any]) -> None:
+async def set_policy(person: UserClient, workflow_id: str, policy: dict[str, Any]) -> None:
     response = await person.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
     assert response.is_success, response.text
 
 
-def closed() -> dict[str, Any]:
+def closed_policy() -> dict[str, Any]:
     """Return a policy whose only window opens in three days."""
     day = (datetime.now(UTC) + timedelta(days=3)).isoweekday() % 7
     window = {"days": [day], "startTime": "09:00", "endTime": "10:00"}
@@ -111,27 +122,27 @@ def closed() -> dict[str, Any]:
 
 
 async def trigger(
-    person: Person, workflow_id: str, body: dict[str, Any] | None = None, **headers: str
+    person: UserClient, workflow_id: str, body: dict[str, Any] | None = None, **headers: str
 ) -> httpx2.Response:
     return await person.api.post(
         f"/api/v1/workflows/{workflow_id}/trigger", json=body or {}, headers=headers, timeout=30
     )
 
 
-async def deployment(world: World, workflow_id: str) -> Deployment:
+async def read_deployment(world: GatewayHarness, workflow_id: str) -> Deployment:
     async with world.gateway.database.read() as connection:
         seen = await activity.read_activity(connection, workflow_id)
     assert seen is not None
     return seen.deployment
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
             await asyncio.sleep(0.02)
 
 
-async def seen_to(world: World, workflow_id: str) -> wakes.WakeOutcome:
+async def wake_for_runs(world: GatewayHarness, workflow_id: str) -> wakes.WakeOutcome:
     """Return what is done about the runs that wait for a deployment, once nobody has its row locked."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
@@ -141,7 +152,7 @@ async def seen_to(world: World, workflow_id: str) -> wakes.WakeOutcome:
             await asyncio.sleep(0.02)
 
 
-async def status(world: World, execution_id: str) -> str:
+async def read_status(world: GatewayHarness, execution_id: str) -> str:
     async with world.gateway.database.read() as connection:
         found = await connection.scalar(
             select(col(Execution.status)).where(col(Execution.id) == execution_id)
@@ -149,14 +160,14 @@ async def status(world: World, execution_id: str) -> str:
     return str(found)
 
 
-async def runs(world: World, workflow_id: str) -> int:
+async def count_runs(world: GatewayHarness, workflow_id: str) -> int:
     async with world.gateway.database.read() as connection:
         statement = select(func.count()).where(col(Execution.workflow_id) == workflow_id)
         return int(await connection.scalar(statement) or 0)
 
 
 async def test_a_synchronous_trigger_answers_with_what_the_leaves_gave_out(
-    world: World, people: People, cluster: Cluster
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     cold = await trigger(people.owner, workflow_id, SYNC)
@@ -173,7 +184,7 @@ async def test_a_synchronous_trigger_answers_with_what_the_leaves_gave_out(
 
 
 async def test_many_callers_of_a_sleeping_workflow_share_one_start(
-    world: World, people: People, cluster: Cluster
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     answers = await asyncio.gather(*(trigger(people.owner, workflow_id, SYNC) for _ in range(200)))
@@ -186,10 +197,10 @@ async def test_many_callers_of_a_sleeping_workflow_share_one_start(
 
 
 async def test_two_gateways_that_wake_at_once_start_it_once(
-    world: World, people: People, cluster: Cluster
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
-    async with second_gateway(world) as client:
+    async with run_second_gateway(world) as client:
         other = client(people.owner)
         path = f"/api/v1/workflows/{workflow_id}/trigger"
         answers = await asyncio.gather(
@@ -200,9 +211,9 @@ async def test_two_gateways_that_wake_at_once_start_it_once(
 
 
 async def test_an_asynchronous_trigger_answers_when_a_pod_has_taken_the_run(
-    world: World, people: People, receiver: Receiver
+    world: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
     response = await trigger(people.owner, workflow_id, {"trigger_type": "nightly"})
     told = response.json()
     assert (told["status"], told["output"]) == ("started", {})
@@ -210,11 +221,11 @@ async def test_an_asynchronous_trigger_answers_when_a_pod_has_taken_the_run(
     assert shown.json()["triggerType"] == "nightly"
     assert shown.json()["status"] == "running"
     receiver.may_answer.set()
-    await eventually(lambda: has_status(world, told["execution_id"], "completed"))
+    await wait_until(lambda: has_status(world, told["execution_id"], "completed"))
 
 
 async def test_a_run_has_the_definition_that_is_deployed_whatever_was_edited_since(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     edit = {"config": {"values": {"greeting": "Edited"}}}
@@ -223,20 +234,23 @@ async def test_a_run_has_the_definition_that_is_deployed_whatever_was_edited_sin
 
 
 async def test_a_run_that_outlasts_the_wait_goes_on_and_is_named(
-    world: World, people: People, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
     await trigger(people.owner, workflow_id)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0.2)
     told = (await trigger(people.owner, workflow_id, {"sync": True})).json()
     assert told["status"] in {"pending", "running"}  # a pod may still be about to take it
     assert told["output"] == {}
     receiver.may_answer.set()
-    await eventually(lambda: has_status(world, told["execution_id"], "completed"))
+    await wait_until(lambda: has_status(world, told["execution_id"], "completed"))
 
 
 async def test_the_wait_for_a_start_counts_and_the_run_is_taken_later(
-    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    cluster: SimulatedCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0.2)
@@ -247,15 +261,17 @@ async def test_the_wait_for_a_start_counts_and_the_run_is_taken_later(
     cluster.is_held.clear()
     for answer in answers:
         execution_id = answer.json()["execution_id"]
-        await eventually(partial(has_status, world, execution_id, "completed"))
+        await wait_until(partial(has_status, world, execution_id, "completed"))
 
 
-async def has_status(world: World, execution_id: str, wanted: str) -> bool:
+async def has_status(world: GatewayHarness, execution_id: str, wanted: str) -> bool:
     await world.gateway.store.sweep(100)
-    return await status(world, execution_id) == wanted
+    return await read_status(world, execution_id) == wanted
 
 
-async def test_a_client_that_is_gone_changes_nothing(world: World, people: People, cluster: Cluster) -> None:
+async def test_a_client_that_is_gone_changes_nothing(
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     path = f"{cluster.gateway_url}/api/v1/workflows/{workflow_id}/trigger"
     cluster.is_held.set()
@@ -263,16 +279,19 @@ async def test_a_client_that_is_gone_changes_nothing(world: World, people: Peopl
         headers={"X-API-Key": people.owner.key}, timeout=PATIENCE_SECONDS
     ) as client:
         asking = asyncio.create_task(client.post(path, json=SYNC))
-        await eventually(lambda: as_many(world, workflow_id, 1))
+        await wait_until(lambda: has_runs(world, workflow_id, 1))
         asking.cancel()
         await asyncio.wait([asking])
-    await eventually(lambda: nobody_waits(world))
+    await wait_until(lambda: has_no_waiters(world))
     cluster.is_held.clear()
-    await eventually(lambda: all_have_ended(world, workflow_id, 1))
+    await wait_until(lambda: all_have_ended(world, workflow_id, 1))
 
 
 async def test_a_body_is_counted_no_longer_once_its_run_is_accepted(
-    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    cluster: SimulatedCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     large: set[ByteHolding] = set()
     add = ByteHolding.add
@@ -295,13 +314,13 @@ async def test_a_body_is_counted_no_longer_once_its_run_is_accepted(
         headers={"X-API-Key": people.owner.key}, timeout=PATIENCE_SECONDS
     ) as client:
         asking = asyncio.create_task(client.post(path, json=body))
-        await eventually(is_released)
+        await wait_until(is_released)
         assert not asking.done()
         cluster.is_held.clear()
         assert (await asking).is_success
 
 
-async def test_the_same_key_waits_on_the_same_run(world: World, people: People) -> None:
+async def test_the_same_key_waits_on_the_same_run(world: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     answers = await asyncio.gather(
         *(trigger(people.owner, workflow_id, SYNC, **{"Idempotency-Key": "once"}) for _ in range(3))
@@ -311,78 +330,80 @@ async def test_the_same_key_waits_on_the_same_run(world: World, people: People) 
     assert [answer.json()["output"] for answer in answers] == [GREETED] * 4
     assert answers[-1].headers["Idempotent-Replayed"] == "true"
     other = await trigger(people.owner, workflow_id, {"sync": True}, **{"Idempotency-Key": "once"})
-    refused(other, 422, "idempotency-mismatch")
+    assert_refused(other, 422, "idempotency-mismatch")
 
 
 # ── what may not start, or can't ────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_not_deployed_can_t_be_triggered(world: World, people: People) -> None:
+async def test_what_is_not_deployed_can_t_be_triggered(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     never = await people.owner.create(**GREETS)
-    refused(await trigger(people.owner, never), 409, "not-deployed")
+    assert_refused(await trigger(people.owner, never), 409, "not-deployed")
     no_more = await deploy(world, people.owner, **ASLEEP, is_deployed=False)
-    refused(await trigger(people.owner, no_more), 409, "not-deployed")
-    refused(await trigger(people.stranger, no_more), 404, "not-found")
-    assert await runs(world, never) == await runs(world, no_more) == 0
+    assert_refused(await trigger(people.owner, no_more), 409, "not-deployed")
+    assert_refused(await trigger(people.stranger, no_more), 404, "not-found")
+    assert await count_runs(world, never) == await count_runs(world, no_more) == 0
 
 
-async def test_a_closed_window_says_when_it_opens(world: World, people: People) -> None:
+async def test_a_closed_window_says_when_it_opens(world: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
-    await set_policy(people.owner, workflow_id, closed())
+    await set_policy(people.owner, workflow_id, closed_policy())
     response = await trigger(people.owner, workflow_id, SYNC)
-    refused(response, 409, "outside-window")
+    assert_refused(response, 409, "outside-window")
     opens_at = datetime.fromisoformat(response.json()["error"]["details"][0]["opensAt"])
     assert timedelta(days=1) < opens_at - datetime.now(UTC) < timedelta(days=4)
-    assert (await deployment(world, workflow_id)).replicas == 0
+    assert (await read_deployment(world, workflow_id)).replicas == 0
 
 
 async def test_what_somebody_has_stopped_starts_for_a_trigger_unless_it_is_always_on(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await deploy(world, people.owner, **BY_HAND)
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["status"] == "completed"
     other = await deploy(world, people.owner, **BY_HAND)
     await set_policy(people.owner, other, {"type": "always-on"})
-    refused(await trigger(people.owner, other, SYNC), 409, "stopped-manually")
+    assert_refused(await trigger(people.owner, other, SYNC), 409, "stopped-manually")
 
 
 async def test_what_is_not_active_takes_none_in_and_ends_what_it_has(
-    world: World, people: People, receiver: Receiver
+    world: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
     begun = (await trigger(people.owner, workflow_id)).json()
     assert begun["status"] == "started"
     path = f"/api/v1/workflows/{workflow_id}/status"
     for state, code in (("draft", "workflow-not-active"), ("paused", "workflow-paused")):
         assert (await people.owner.api.put(path, json={"status": state})).is_success
         response = await trigger(people.owner, workflow_id)
-        refused(response, 409, code)
+        assert_refused(response, 409, code)
         assert "active" in response.json()["error"]["message"]
     receiver.may_answer.set()
-    await eventually(lambda: has_status(world, begun["execution_id"], "completed"))
+    await wait_until(lambda: has_status(world, begun["execution_id"], "completed"))
     assert (await people.owner.api.put(path, json={"status": "active"})).is_success
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["status"] == "completed"
     await people.owner.api.put(path, json={"status": "archived"})
-    refused(await trigger(people.owner, workflow_id), 409, "workflow-archived")
+    assert_refused(await trigger(people.owner, workflow_id), 409, "workflow-archived")
 
 
 async def test_pods_that_can_t_start_are_told_of_with_their_reason_and_the_run_is_kept(
-    world: World, people: People, cluster: Cluster
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     cluster.broken[workflow_id] = "the image can't be pulled"
     answers = await asyncio.gather(*(trigger(people.owner, workflow_id, SYNC) for _ in range(3)))
     for answer in answers:
-        refused(answer, 503, "start-failed")
+        assert_refused(answer, 503, "start-failed")
         assert "the image can't be pulled" in answer.json()["error"]["message"]
         assert answer.headers["X-Cold-Start"] == "true"
     del cluster.broken[workflow_id]
     # Whoever comes next has it tried once more, for all.
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["output"] == GREETED
-    await eventually(lambda: all_have_ended(world, workflow_id, 4))
+    await wait_until(lambda: all_have_ended(world, workflow_id, 4))
 
 
-async def all_have_ended(world: World, workflow_id: str, count: int) -> bool:
+async def all_have_ended(world: GatewayHarness, workflow_id: str, count: int) -> bool:
     await world.gateway.store.sweep(100)
     ended = select(func.count()).where(
         col(Execution.workflow_id) == workflow_id, col(Execution.status) == ExecutionStatus.COMPLETED
@@ -392,30 +413,33 @@ async def all_have_ended(world: World, workflow_id: str, count: int) -> bool:
 
 
 async def test_no_more_wait_for_a_start_than_may(
-    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    cluster: SimulatedCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     monkeypatch.setattr(limits, "WAKES_WAITING", 2)
     cluster.is_held.set()
     waiting = [asyncio.create_task(trigger(people.owner, workflow_id, SYNC)) for _ in range(2)]
-    await eventually(lambda: as_many(world, workflow_id, 2))
-    refused(await trigger(people.owner, workflow_id, SYNC), 503, "not-ready")
+    await wait_until(lambda: has_runs(world, workflow_id, 2))
+    assert_refused(await trigger(people.owner, workflow_id, SYNC), 503, "not-ready")
     cluster.is_held.clear()
     assert {answer.json()["status"] for answer in await asyncio.gather(*waiting)} == {"completed"}
 
 
-async def as_many(world: World, workflow_id: str, count: int) -> bool:
-    return await runs(world, workflow_id) == count
+async def has_runs(world: GatewayHarness, workflow_id: str, count: int) -> bool:
+    return await count_runs(world, workflow_id) == count
 
 
-async def nobody_waits(world: World) -> bool:
+async def has_no_waiters(world: GatewayHarness) -> bool:
     return not world.gateway.activation.is_waited_for
 
 
 # ── who comes in between ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def stop(world: World, workflow_id: str) -> None:
+async def stop(world: GatewayHarness, workflow_id: str) -> None:
     await decisions.decide_and_apply(
         world.gateway.database,
         workflow_id,
@@ -426,7 +450,10 @@ async def stop(world: World, workflow_id: str) -> None:
 
 
 async def test_a_stop_between_the_count_and_the_run_is_made_good(
-    world: World, people: People, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness,
+    people: OrganizationUsers,
+    cluster: SimulatedCluster,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     await trigger(people.owner, workflow_id, SYNC)
@@ -435,7 +462,7 @@ async def test_a_stop_between_the_count_and_the_run_is_made_good(
     async def ask_and_be_overtaken(asked: str) -> Deployment:
         found = await ask(asked)
         await stop(world, asked)
-        await eventually(lambda: is_seen(world, asked, ObservedState.STOPPED))
+        await wait_until(lambda: is_seen(world, asked, ObservedState.STOPPED))
         return found
 
     monkeypatch.setattr(world.gateway.activation, "ask", ask_and_be_overtaken)
@@ -444,68 +471,70 @@ async def test_a_stop_between_the_count_and_the_run_is_made_good(
     assert cluster.starts[workflow_id] == 2
 
 
-async def is_seen(world: World, workflow_id: str, observed: ObservedState) -> bool:
-    return (await deployment(world, workflow_id)).observed == observed
+async def is_seen(world: GatewayHarness, workflow_id: str, observed: ObservedState) -> bool:
+    return (await read_deployment(world, workflow_id)).observed == observed
 
 
-async def test_a_stop_during_a_wake_only_delays_it(world: World, people: People, cluster: Cluster) -> None:
+async def test_a_stop_during_a_wake_only_delays_it(
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     cluster.is_held.set()
     waiting = asyncio.create_task(trigger(people.owner, workflow_id, SYNC))
-    await eventually(lambda: is_wanted(world, workflow_id))
+    await wait_until(lambda: is_wanted(world, workflow_id))
     await stop(world, workflow_id)
     cluster.is_held.clear()
     assert (await waiting).json()["status"] == "completed"
 
 
-async def is_wanted(world: World, workflow_id: str) -> bool:
-    return (await deployment(world, workflow_id)).replicas > 0
+async def is_wanted(world: GatewayHarness, workflow_id: str) -> bool:
+    return (await read_deployment(world, workflow_id)).replicas > 0
 
 
 async def test_a_wake_ends_a_drain(
-    world: World, people: People, cluster: Cluster, receiver: Receiver
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster, receiver: HttpReceiver
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asks(receiver), **ASLEEP)
+    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
     first = (await trigger(people.owner, workflow_id)).json()["execution_id"]
     cluster.is_held.set()
     await stop(world, workflow_id)
-    assert (await deployment(world, workflow_id)).drain_until is not None
+    assert (await read_deployment(world, workflow_id)).drain_until is not None
     second = asyncio.create_task(trigger(people.owner, workflow_id, {"sync": True}))
-    await eventually(lambda: is_without_drain(world, workflow_id))
+    await wait_until(lambda: is_without_drain(world, workflow_id))
     cluster.is_held.clear()
     receiver.may_answer.set()
     assert (await second).json()["status"] == "completed"
-    await eventually(lambda: has_status(world, first, "completed"))
+    await wait_until(lambda: has_status(world, first, "completed"))
 
 
-async def is_without_drain(world: World, workflow_id: str) -> bool:
-    return (await deployment(world, workflow_id)).drain_until is None
+async def is_without_drain(world: GatewayHarness, workflow_id: str) -> bool:
+    return (await read_deployment(world, workflow_id)).drain_until is None
 
 
 async def test_a_stop_that_may_not_be_undone_ends_the_wait_and_keeps_the_run(
-    world: World, people: People, cluster: Cluster
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
     await set_policy(people.owner, workflow_id, {"type": "always-on"})
     cluster.is_held.set()
     waiting = asyncio.create_task(trigger(people.owner, workflow_id, SYNC))
-    await eventually(lambda: is_wanted(world, workflow_id))
+    await wait_until(lambda: is_wanted(world, workflow_id))
     await stop(world, workflow_id)
     told = (await waiting).json()
     assert told["status"] == "pending"
-    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.DEFERRED
-    assert await status(world, told["execution_id"]) == "waiting"
+    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.DEFERRED
+    assert await read_status(world, told["execution_id"]) == "waiting"
     cluster.is_held.clear()
     # Whatever has let it start again, the run goes on.
     await set_policy(people.owner, workflow_id, {"type": "idle-shutdown"})
-    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.WOKEN
-    await eventually(lambda: has_status(world, told["execution_id"], "completed"))
+    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.WOKEN
+    await wait_until(lambda: has_status(world, told["execution_id"], "completed"))
 
 
 # ── runs that nobody waits for ──────────────────────────────────────────────────────────────────────────────
 
 
-async def accepted(world: World, person: Person, workflow_id: str) -> str:
+async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str) -> str:
     """Have a run accepted for pods, with nobody to wake them."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     execution_id: str = response.json()["executionId"]
@@ -516,21 +545,23 @@ async def accepted(world: World, person: Person, workflow_id: str) -> str:
     return execution_id
 
 
-async def test_a_run_that_is_due_wakes_its_deployment(world: World, people: People, cluster: Cluster) -> None:
+async def test_a_run_that_is_due_wakes_its_deployment(
+    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP)
-    execution_id = await accepted(world, people.owner, workflow_id)
-    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.WOKEN
-    await eventually(lambda: has_status(world, execution_id, "completed"))
+    execution_id = await accept_run(world, people.owner, workflow_id)
+    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.WOKEN
+    await wait_until(lambda: has_status(world, execution_id, "completed"))
     assert cluster.starts[workflow_id] == 1
 
 
 async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by_a_start(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
-    await set_policy(people.owner, workflow_id, closed())
-    execution_id = await accepted(world, people.owner, workflow_id)
-    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.DEFERRED
+    await set_policy(people.owner, workflow_id, closed_policy())
+    execution_id = await accept_run(world, people.owner, workflow_id)
+    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.DEFERRED
     due = select(col(Execution.due_at)).where(col(Execution.id) == execution_id)
     async with world.gateway.database.read() as connection:
         due_at = await connection.scalar(due)
@@ -539,13 +570,15 @@ async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by
     assert workflow_id not in await wakes.wake_for_waiting_runs(world.gateway.database)
     by_hand = LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
     await decisions.decide_and_apply(world.gateway.database, workflow_id, lambda _: by_hand)
-    assert await seen_to(world, workflow_id) is wakes.WakeOutcome.RELEASED
-    await eventually(lambda: has_status(world, execution_id, "completed"))
+    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.RELEASED
+    await wait_until(lambda: has_status(world, execution_id, "completed"))
 
 
-async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(world: World, people: People) -> None:
+async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await deploy(world, people.owner, **ASLEEP, is_deployed=False)
-    execution_id = await accepted(world, people.owner, workflow_id)
+    execution_id = await accept_run(world, people.owner, workflow_id)
     done = await wakes.wake_for_waiting_runs(world.gateway.database)
     assert done[workflow_id] is wakes.WakeOutcome.LEFT_TO_WORKERS
     async with world.gateway.database.read() as connection:
@@ -557,7 +590,7 @@ async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(world: World, p
 
 
 async def test_an_application_discovers_its_workflows_and_calls_them_by_name(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     app_id = f"app_{people.owner.user.id}"
     mine = await deploy(world, people.owner, {**GREETS, "config": {"appId": app_id}}, **ASLEEP)
@@ -575,9 +608,9 @@ async def test_an_application_discovers_its_workflows_and_calls_them_by_name(
     for person in (people.colleague, people.stranger):
         response = await person.api.get("/api/v1/workflows/discover", params={"appId": app_id})
         assert response.json() == []
-    refused(await people.owner.api.get("/api/v1/workflows/discover"), 400, "invalid-query")
+    assert_refused(await people.owner.api.get("/api/v1/workflows/discover"), 400, "invalid-query")
     answer = await people.owner.api.post(found[0]["endpoints"]["proxy_url"], json=SYNC, timeout=30)
     assert answer.json()["output"] == GREETED
-    refused(await (await world.client()).post(found[0]["endpoints"]["proxy_url"]), 401, "unauthorized")
-    refused(await people.stranger.api.post(f"http://{name}/trigger", json={}), 404, "not-found")
-    refused(await people.owner.api.get(f"http://{name}:8000/api/v1/workflows"), 404, "not-found")
+    assert_refused(await (await world.client()).post(found[0]["endpoints"]["proxy_url"]), 401, "unauthorized")
+    assert_refused(await people.stranger.api.post(f"http://{name}/trigger", json={}), 404, "not-found")
+    assert_refused(await people.owner.api.get(f"http://{name}:8000/api/v1/workflows"), 404, "not-found")

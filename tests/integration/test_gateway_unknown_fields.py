@@ -11,7 +11,15 @@ from sqlmodel import col
 from gateway import routes
 from gateway.limits import SETTINGS_BYTES
 from models.workflow import Workflow, WorkflowVersion
-from tests.integration.gateway_world import EDGE, GRAPH, STEP, TRIGGER, People, World, refused
+from tests.integration.gateway_harness import (
+    EDGE,
+    GRAPH,
+    STEP,
+    TRIGGER,
+    GatewayHarness,
+    OrganizationUsers,
+    assert_refused,
+)
 
 WORKFLOWS = "/api/v1/workflows"
 SOURCE = {
@@ -26,9 +34,9 @@ SCHEDULE: dict[str, Any] = {
 }
 
 
-def wrong_fields(response: httpx2.Response) -> list[dict[str, str]]:
+def unknown_field_errors(response: httpx2.Response) -> list[dict[str, str]]:
     """Return the entries of a refusal."""
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     found: list[dict[str, str]] = response.json()["error"]["details"]
     return found
 
@@ -71,7 +79,7 @@ def wrong_fields(response: httpx2.Response) -> list[dict[str, str]]:
     ],
 )
 async def test_a_misspelt_field_is_refused_with_the_one_that_was_meant(
-    people: People,
+    people: OrganizationUsers,
     method: str,
     path: str,
     body: Any,  # noqa: ANN401 - any JSON value
@@ -81,13 +89,13 @@ async def test_a_misspelt_field_is_refused_with_the_one_that_was_meant(
     workflow_id = await people.owner.create(**GRAPH)
     before = await people.owner.workflow(workflow_id)
     response = await people.owner.api.request(method, f"{WORKFLOWS}/{workflow_id}{path}", json=body)
-    (one,) = wrong_fields(response)
+    (one,) = unknown_field_errors(response)
     assert (one["path"], one["code"]) == (wrong, "unknown-field")
     assert meant in one["message"]
     assert await people.owner.workflow(workflow_id) == before
 
 
-async def test_other_unknown_fields_of_the_contract_are_told_of_once_each(people: People) -> None:
+async def test_other_unknown_fields_of_the_contract_are_told_of_once_each(people: OrganizationUsers) -> None:
     nodes = [{**TRIGGER, "selected": True}, {**STEP, "selected": False}]
     body = {"name": "Drawn", "canvasZoom": 2, **GRAPH, "nodes": nodes}
     response = await people.owner.api.post(WORKFLOWS, json=body, headers={"Idempotency-Key": "drawn"})
@@ -100,11 +108,11 @@ async def test_other_unknown_fields_of_the_contract_are_told_of_once_each(people
     again = await people.owner.api.post(WORKFLOWS, json=body, headers={"Idempotency-Key": "drawn"})
     assert again.json() == response.json()
     many = {"name": "Many", **{f"q{number}": 1 for number in range(5_000)}}
-    error = wrong_fields(await people.owner.api.post(WORKFLOWS, json=many))
+    error = unknown_field_errors(await people.owner.api.post(WORKFLOWS, json=many))
     assert len(error) == 100
 
 
-async def test_bodies_that_the_contract_leaves_to_senders_take_any_field(people: People) -> None:
+async def test_bodies_that_the_contract_leaves_to_senders_take_any_field(people: OrganizationUsers) -> None:
     start = {**TRIGGER, "nodeId": "queue-trigger"}
     workflow_id = await people.owner.create(nodes=[start, STEP], connections=[EDGE])
     path = f"{WORKFLOWS}/{workflow_id}"
@@ -119,25 +127,25 @@ async def test_bodies_that_the_contract_leaves_to_senders_take_any_field(people:
     assert kept.json()["config"]["anything"] == {"goes": 1}
 
 
-async def test_inputs_have_two_names_of_which_one_is_given(people: People) -> None:
+async def test_inputs_have_two_names_of_which_one_is_given(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/execute"
     assert (await people.owner.api.post(path, json={"inputs": {"a": 1}})).status_code == 201
     both = {"inputs": {"a": 1}, "triggerInputs": {"a": 1}}
-    assert wrong_fields(await people.owner.api.post(path, json=both))[0]["code"] == "ambiguous"
+    assert unknown_field_errors(await people.owner.api.post(path, json=both))[0]["code"] == "ambiguous"
 
 
 @pytest.mark.parametrize("query", ["limt=3", "Limit=3", "colour=red", "limt", "limit=3&x="])
-async def test_an_unknown_parameter_is_refused(people: People, query: str) -> None:
+async def test_an_unknown_parameter_is_refused(people: OrganizationUsers, query: str) -> None:
     response = await people.owner.api.get(f"{WORKFLOWS}?{query}")
-    refused(response, 400, "invalid-query")
+    assert_refused(response, 400, "invalid-query")
     assert response.json()["error"]["details"][0]["code"] == "unknown-parameter"
 
 
 # ── what GET shows, sent back ───────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_workflow_is_taken_as_it_is_shown(people: People) -> None:
+async def test_a_workflow_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
     nodes = [TRIGGER, {**STEP, "retry": {"maxAttempts": 2}, "timeout": 5, "atMostOnce": True}]
     workflow_id = await people.owner.create(
         nodes=nodes, connections=[EDGE], tags=["a"], config={"k": 1}, settings={"concurrency": {"limit": 2}}
@@ -156,13 +164,13 @@ async def test_a_workflow_is_taken_as_it_is_shown(people: People) -> None:
         ("ownerId", "user_other", "the server"),
     ):
         response = await people.owner.api.put(path, json={**shown, name: value, "name": "Changed"})
-        (problem,) = wrong_fields(response)
+        (problem,) = unknown_field_errors(response)
         assert (problem["path"], problem["code"]) == (name, "read-only")
         assert route in problem["message"]
     assert await people.owner.workflow(workflow_id) == shown
 
 
-async def test_a_new_workflow_may_be_what_another_is_shown_as(people: People) -> None:
+async def test_a_new_workflow_may_be_what_another_is_shown_as(people: OrganizationUsers) -> None:
     shown = await people.owner.workflow(await people.owner.create(**GRAPH))
     response = await people.owner.api.post(WORKFLOWS, json=shown)
     assert response.status_code == 201
@@ -170,10 +178,10 @@ async def test_a_new_workflow_may_be_what_another_is_shown_as(people: People) ->
     copy = await people.owner.workflow(response.json()["workflowId"])
     assert copy["nodes"] == shown["nodes"]
     public = await people.owner.api.post(WORKFLOWS, json={"name": "Public", "isPublic": True})
-    assert wrong_fields(public)[0]["path"] == "isPublic"
+    assert unknown_field_errors(public)[0]["path"] == "isPublic"
 
 
-async def test_a_node_is_taken_as_it_is_shown(people: People) -> None:
+async def test_a_node_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         nodes=[TRIGGER, {**STEP, "inputMappings": {"a": "data.a"}, "retry": {"maxAttempts": 2}}],
         connections=[EDGE],
@@ -187,12 +195,12 @@ async def test_a_node_is_taken_as_it_is_shown(people: People) -> None:
         assert (response.status_code, response.json()["node"]) == (200, whole)
     assert await people.owner.workflow(workflow_id) == before
     other = await people.owner.api.put(f"{path}/step", json={**whole, "inputMappings": {}})
-    assert "/input-mappings" in wrong_fields(other)[0]["message"]
+    assert "/input-mappings" in unknown_field_errors(other)[0]["message"]
     again = {**listed, "id": "another"}
     assert (await people.owner.api.post(path, json=again)).status_code == 201
 
 
-async def test_a_connection_is_taken_as_it_is_shown(people: People) -> None:
+async def test_a_connection_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/connections"
     shown = (await people.owner.workflow(workflow_id))["connections"][0]
@@ -204,16 +212,16 @@ async def test_a_connection_is_taken_as_it_is_shown(people: People) -> None:
     assert (await people.owner.api.post(path, json=made.json()["connection"])).status_code == 201
 
 
-async def test_a_data_source_is_taken_as_it_is_shown(people: People) -> None:
+async def test_a_data_source_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
     made = await people.owner.api.post("/api/v1/datasources", json=SOURCE)
     path = f"/api/v1/datasources/{made.json()['dataSourceId']}"
     shown = (await people.owner.api.get(path)).json()
     assert (await people.owner.api.put(path, json=shown)).json() == shown
     for name, value in (("type", "mysql"), ("isPublic", True), ("secretNames", [])):
-        error = wrong_fields(await people.owner.api.put(path, json={**shown, name: value}))
+        error = unknown_field_errors(await people.owner.api.put(path, json={**shown, name: value}))
         assert [(one["path"], one["code"]) for one in error] == [(name, "read-only")]
     for name in ("secret", "colour"):
-        error = wrong_fields(await people.owner.api.put(path, json={name: {}}))
+        error = unknown_field_errors(await people.owner.api.put(path, json={name: {}}))
         assert [(one["path"], one["code"]) for one in error] == [(name, "unknown-field")]
     copy = {**shown, "name": "Another", "secrets": SOURCE["secrets"]}
     assert (await people.owner.api.post("/api/v1/datasources", json=copy)).status_code == 201
@@ -227,7 +235,7 @@ async def test_a_data_source_is_taken_as_it_is_shown(people: People) -> None:
         {"type": "scheduled-window", "schedule": SCHEDULE},
     ],
 )
-async def test_a_policy_is_taken_as_it_is_shown(people: People, policy: dict[str, Any]) -> None:
+async def test_a_policy_is_taken_as_it_is_shown(people: OrganizationUsers, policy: dict[str, Any]) -> None:
     path = f"{WORKFLOWS}/{await people.owner.create(**GRAPH)}/lifecycle"
     assert (await people.owner.api.put(path, json=policy)).status_code == 200
     shown = (await people.owner.api.get(path)).json()
@@ -235,19 +243,19 @@ async def test_a_policy_is_taken_as_it_is_shown(people: People, policy: dict[str
         assert (await people.owner.api.put(path, json=body)).status_code == 200
         assert (await people.owner.api.get(path)).json() == shown
     other = await people.owner.api.put(path, json={**shown, "deploymentStatus": "running"})
-    assert wrong_fields(other)[0]["code"] == "read-only"
+    assert unknown_field_errors(other)[0]["code"] == "read-only"
     misspelt = {**shown, "lifecyclePolicy": {**policy, "typ": 1}}
-    error = wrong_fields(await people.owner.api.put(path, json=misspelt))
+    error = unknown_field_errors(await people.owner.api.put(path, json=misspelt))
     assert error[0]["path"] == "lifecyclePolicy.typ"
 
 
-async def test_a_trigger_may_be_named_by_what_starts_it(people: People) -> None:
+async def test_a_trigger_may_be_named_by_what_starts_it(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[{**TRIGGER, "nodeId": "queue"}, STEP], connections=[EDGE])
     start = (await people.owner.workflow(workflow_id))["nodes"][0]
     assert (start["nodeId"], start["type"]) == ("queue-trigger", "queue-trigger")
 
 
-async def test_a_version_is_taken_as_another_is_shown(people: People) -> None:
+async def test_a_version_is_taken_as_another_is_shown(people: OrganizationUsers) -> None:
     path = f"{WORKFLOWS}/{await people.owner.create(**GRAPH)}/versions"
     assert (await people.owner.api.post(path, json={"versionTag": "v2", "description": "d"})).is_success
     shown = (await people.owner.api.get(f"{path}/2")).json()
@@ -260,7 +268,7 @@ async def test_a_version_is_taken_as_another_is_shown(people: People) -> None:
 # ── every resource ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_every_resource_is_taken_as_it_is_shown(people: People) -> None:
+async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
     api = people.admin.api
     step = {**STEP, "inputMappings": {"a": "data.a"}, "passThroughValues": {"b": "b"}}
     workflow = f"{WORKFLOWS}/{await people.admin.create(nodes=[TRIGGER, step], connections=[EDGE])}"
@@ -316,7 +324,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: People) -> None:
     ],
 )
 async def test_read_only_fields_that_differ_are_refused(
-    people: People,
+    people: OrganizationUsers,
     path: str,
     written: dict[str, Any],
     name: str,
@@ -328,7 +336,7 @@ async def test_read_only_fields_that_differ_are_refused(
     response = await people.owner.api.put(
         path.format(workflow=workflow, source=source), json={**written, name: value}
     )
-    assert [(one["path"], one["code"]) for one in wrong_fields(response)] == [(name, "read-only")]
+    assert [(one["path"], one["code"]) for one in unknown_field_errors(response)] == [(name, "read-only")]
 
 
 @pytest.mark.parametrize(
@@ -336,19 +344,21 @@ async def test_read_only_fields_that_differ_are_refused(
     [("input-mappings", "mappings", "inputMappings"), ("passthrough-values", "values", "passThroughValues")],
 )
 async def test_mappings_have_two_names_of_which_one_is_given(
-    people: People, path: str, name: str, other: str
+    people: OrganizationUsers, path: str, name: str, other: str
 ) -> None:
     path = f"{WORKFLOWS}/{await people.owner.create(**GRAPH)}/nodes/step/{path}"
     given = {"a": "data.b"}
     by_other = await people.owner.api.put(path, json={other: given})
     assert by_other.json()[other] == given
     both = await people.owner.api.put(path, json={name: {}, other: given})
-    assert [(one["path"], one["code"]) for one in wrong_fields(both)] == [(other, "ambiguous")]
+    assert [(one["path"], one["code"]) for one in unknown_field_errors(both)] == [(other, "ambiguous")]
     neither = await people.owner.api.put(path, json={})
-    assert [(one["path"], one["code"]) for one in wrong_fields(neither)] == [(name, "required")]
+    assert [(one["path"], one["code"]) for one in unknown_field_errors(neither)] == [(name, "required")]
 
 
-async def test_keys_users_and_event_tokens_are_made_like_those_that_are_shown(people: People) -> None:
+async def test_keys_users_and_event_tokens_are_made_like_those_that_are_shown(
+    people: OrganizationUsers,
+) -> None:
     api = people.admin.api
     key = (await api.post("/api/v1/auth/keys", json={"name": "One", "expiresInSeconds": 600})).json()
     another = await api.post("/api/v1/auth/keys", json=key)
@@ -373,12 +383,14 @@ async def test_keys_users_and_event_tokens_are_made_like_those_that_are_shown(pe
     assert made.text.count('"warnings"') == 1
 
 
-async def test_a_token_is_never_made_without_the_secrets_of_the_one_that_is_shown(people: People) -> None:
+async def test_a_token_is_never_made_without_the_secrets_of_the_one_that_is_shown(
+    people: OrganizationUsers,
+) -> None:
     api, path = people.admin.api, "/api/v1/auth/event-tokens"
     secrets = {"github": ["a-secret-of-github"]}
     made = await api.post(path, json={"name": "Signed", "secrets": secrets})
     shown = next(one for one in (await api.get(path)).json()["tokens"] if one["id"] == made.json()["id"])
-    (problem,) = wrong_fields(await api.post(path, json=shown))
+    (problem,) = unknown_field_errors(await api.post(path, json=shown))
     assert (problem["path"], problem["code"]) == ("providers", "read-only")
     assert "secrets" in problem["message"]
     assert (await api.post(path, json={**shown, "secrets": secrets})).status_code == 201
@@ -387,7 +399,9 @@ async def test_a_token_is_never_made_without_the_secrets_of_the_one_that_is_show
 # ── settings that older servers stored ──────────────────────────────────────────────────────────────────────
 
 
-async def store(world: World, workflow_id: str, settings: dict[str, Any], config: dict[str, Any]) -> None:
+async def store(
+    world: GatewayHarness, workflow_id: str, settings: dict[str, Any], config: dict[str, Any]
+) -> None:
     """Write columns of a workflow as an older server did."""
     statement = update(Workflow).where(col(Workflow.id) == workflow_id)
     await world.gateway.database.transaction(
@@ -396,7 +410,7 @@ async def store(world: World, workflow_id: str, settings: dict[str, Any], config
 
 
 async def test_foreign_settings_are_shown_in_config_and_moved_there_by_the_first_edit(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
@@ -410,7 +424,7 @@ async def test_foreign_settings_are_shown_in_config_and_moved_there_by_the_first
         assert (response.status_code, response.json() | {"updatedAt": ""}) == (200, shown | {"updatedAt": ""})
     for value in ({"r": 2}, {"r": True}, None):
         wrong = await people.owner.api.put(path, json={"settings": {"color": value}})
-        assert wrong_fields(wrong)[0]["path"] == "settings.color"
+        assert unknown_field_errors(wrong)[0]["path"] == "settings.color"
     async with world.gateway.database.read() as connection:
         columns = select(col(Workflow.settings), col(Workflow.config)).where(col(Workflow.id) == workflow_id)
         row = (await connection.execute(columns)).one()
@@ -425,7 +439,7 @@ async def test_foreign_settings_are_shown_in_config_and_moved_there_by_the_first
     "config", [{"settings": "text"}, {"settings": {"color": "blue"}}, {"long": "x" * (SETTINGS_BYTES - 20)}]
 )
 async def test_foreign_settings_stay_where_config_has_no_room_for_them(
-    world: World, people: People, config: dict[str, Any]
+    world: GatewayHarness, people: OrganizationUsers, config: dict[str, Any]
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
@@ -439,7 +453,7 @@ async def test_foreign_settings_stay_where_config_has_no_room_for_them(
 
 
 async def test_a_version_with_foreign_settings_is_restored_with_them_in_config(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"

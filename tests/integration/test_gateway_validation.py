@@ -23,15 +23,15 @@ from models import ids
 from models.access import ApiCaller, KeyScope, UserRole
 from models.execution import Execution, ExecutionData, SpanRow
 from models.workflow import Workflow
-from tests.integration.gateway_world import (
+from tests.integration.gateway_harness import (
     EDGE,
     GRAPH,
     STEP,
     TRIGGER,
-    People,
-    Person,
-    World,
-    refused,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
 )
 
 CATALOGUE = "/api/v1/workflow-nodes"
@@ -54,11 +54,11 @@ CALLING = {
 
 
 @pytest.fixture(scope="module")
-async def people(world: World) -> People:
+async def people(world: GatewayHarness) -> OrganizationUsers:
     return await world.people()
 
 
-async def validated(person: Person, workflow_id: str) -> dict[str, Any]:
+async def validate_workflow(person: UserClient, workflow_id: str) -> dict[str, Any]:
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/validate")
     assert response.status_code == 200, response.text
     shown: dict[str, Any] = response.json()
@@ -68,7 +68,7 @@ async def validated(person: Person, workflow_id: str) -> dict[str, Any]:
 # ── validate ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_sound_workflow_is_valid(people: People) -> None:
+async def test_a_sound_workflow_is_valid(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/validate")
     assert response.json() == {
@@ -84,12 +84,12 @@ async def test_a_sound_workflow_is_valid(people: People) -> None:
     assert response.headers["ETag"] == shown.headers["ETag"]
 
 
-async def test_every_finding_says_what_where_and_what_to_do_and_some_how(people: People) -> None:
+async def test_every_finding_says_what_where_and_what_to_do_and_some_how(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         nodes=[TRIGGER, SOURCE, STEP],
         connections=[EDGE, {"id": "lost", "sourceNodeId": "step", "targetNodeId": "gone"}],
     )
-    found = await validated(people.owner, workflow_id)
+    found = await validate_workflow(people.owner, workflow_id)
     assert (found["valid"], found["nodeCount"], found["connectionCount"]) == (False, 3, 2)
     (error,) = found["errors"]
     assert error == {
@@ -106,44 +106,46 @@ async def test_every_finding_says_what_where_and_what_to_do_and_some_how(people:
     assert all(finding["message"] and finding["suggestion"] for finding in (error, *found["warnings"]))
     response = await people.owner.api.delete(f"/api/v1/workflows/{workflow_id}/connections/lost")
     assert response.status_code == 200
-    assert (await validated(people.owner, workflow_id))["valid"]
+    assert (await validate_workflow(people.owner, workflow_id))["valid"]
 
 
-async def test_what_cannot_run_keeps_a_workflow_from_becoming_active(people: People) -> None:
+async def test_what_cannot_run_keeps_a_workflow_from_becoming_active(people: OrganizationUsers) -> None:
     agent = {"id": "agent", "nodeId": "agent", "config": {"prompt": "Be brief."}}
     workflow_id = await people.owner.create(
         nodes=[TRIGGER, agent], connections=[{"sourceNodeId": "start", "targetNodeId": "agent"}]
     )
-    found = await validated(people.owner, workflow_id)
+    found = await validate_workflow(people.owner, workflow_id)
     assert (found["valid"], [warning["type"] for warning in found["warnings"]]) == (True, ["not-runnable"])
     path = f"/api/v1/workflows/{workflow_id}/status"
     response = await people.owner.api.put(path, json={"status": "active"})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert response.json()["error"]["details"][0]["type"] == "not-runnable"
     assert (await people.owner.api.put(path, json={"status": "archived"})).status_code == 200
-    found = await validated(people.owner, workflow_id)
+    found = await validate_workflow(people.owner, workflow_id)
     assert (found["valid"], [error["type"] for error in found["errors"]]) == (False, ["not-runnable"])
 
 
-async def test_whoever_may_read_a_workflow_may_have_it_checked(world: World, people: People) -> None:
+async def test_whoever_may_read_a_workflow_may_have_it_checked(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"/api/v1/workflows/{workflow_id}"
-    refused(await people.colleague.api.post(f"{path}/validate"), 404, "not-found")
+    assert_refused(await people.colleague.api.post(f"{path}/validate"), 404, "not-found")
     await people.owner.api.post(f"{path}/share", json={"userId": people.colleague.user.id})
-    assert (await validated(people.colleague, workflow_id))["valid"]
-    refused(await people.colleague.api.post(f"{path}/compute-scopes"), 403, "not-owner")
-    refused(await people.stranger.api.post(f"{path}/validate"), 404, "not-found")
+    assert (await validate_workflow(people.colleague, workflow_id))["valid"]
+    assert_refused(await people.colleague.api.post(f"{path}/compute-scopes"), 403, "not-owner")
+    assert_refused(await people.stranger.api.post(f"{path}/validate"), 404, "not-found")
     organization = await world.organization()
     writer = await world.person(organization, scopes=[KeyScope.WORKFLOWS_WRITE])
-    refused(await writer.api.post(f"{path}/validate"), 403, "scope-required")
+    assert_refused(await writer.api.post(f"{path}/validate"), 403, "scope-required")
 
 
 # ── validate, by past runs ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def has_run(
-    world: World,
-    person: Person,
+    world: GatewayHarness,
+    person: UserClient,
     workflow_id: str,
     outputs: Mapping[str, Any],
     *,
@@ -210,58 +212,70 @@ def answer(body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     return {"status": 200, "headers": {}, "url": "https://a.b", "body": body}
 
 
-async def test_paths_are_checked_against_what_past_runs_gave(world: World, people: People) -> None:
+async def test_paths_are_checked_against_what_past_runs_gave(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**CALLING)
-    assert (await validated(people.owner, workflow_id))["warnings"] == []
+    assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
     await has_run(world, people.owner, workflow_id, {"call": answer({"nme": "Ada"})})
-    (warning,) = (await validated(people.owner, workflow_id))["warnings"]
+    (warning,) = (await validate_workflow(people.owner, workflow_id))["warnings"]
     assert (warning["type"], warning["nodeId"]) == ("unresolved-mapping", "read")
     assert "found nothing in past runs" in warning["message"]
     assert warning["suggestion"] == "Did you mean data.body.nme?"
     fix = {"action": "set-config", "nodeId": "read", "path": ["text"], "value": "{{ data.body.nme }}"}
     assert warning["fix"] == fix
     await has_run(world, people.owner, workflow_id, {"call": answer({"name": "Ada"})})
-    assert (await validated(people.owner, workflow_id))["warnings"] == []
+    assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
 
 
-async def test_what_a_node_gave_before_it_was_changed_tells_nothing(world: World, people: People) -> None:
+async def test_what_a_node_gave_before_it_was_changed_tells_nothing(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**CALLING)
     await has_run(world, people.owner, workflow_id, {"call": answer({"x": 1})})
-    assert len((await validated(people.owner, workflow_id))["warnings"]) == 1
+    assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
     path = f"/api/v1/workflows/{workflow_id}/nodes/call"
     assert (await people.owner.api.put(path, json={"config": {"url": "https://c.d"}})).status_code == 200
-    assert (await validated(people.owner, workflow_id))["warnings"] == []
+    assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
 
 
-async def test_runs_of_another_organisation_tell_nothing(world: World, people: People) -> None:
+async def test_runs_of_another_organisation_tell_nothing(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**CALLING)
     elsewhere = people.stranger.user.organization_id
     outputs = {"call": answer({"x": 1})}
     await has_run(world, people.owner, workflow_id, outputs, organization_id=elsewhere)
-    assert (await validated(people.owner, workflow_id))["warnings"] == []
+    assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
 
 
-async def test_private_runs_tell_their_callers_and_the_owner_alone(world: World, people: People) -> None:
+async def test_private_runs_tell_their_callers_and_the_owner_alone(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**CALLING)
     await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
     await has_run(world, people.admin, workflow_id, {"call": answer({"nme": "Ada"})}, is_private=True)
-    assert (await validated(people.colleague, workflow_id))["warnings"] == []
-    assert len((await validated(people.owner, workflow_id))["warnings"]) == 1
+    assert (await validate_workflow(people.colleague, workflow_id))["warnings"] == []
+    assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
 
 
-async def test_only_a_few_runs_of_late_and_small_outputs_are_looked_at(world: World, people: People) -> None:
+async def test_only_a_few_runs_of_late_and_small_outputs_are_looked_at(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**CALLING)
     for minutes_ago in range(1, 6):
         outputs = {"call": answer({"x": minutes_ago})}
         await has_run(world, people.owner, workflow_id, outputs, minutes_ago=minutes_ago)
     await has_run(world, people.owner, workflow_id, {"call": answer({"name": "Ada"})}, minutes_ago=9)
-    assert len((await validated(people.owner, workflow_id))["warnings"]) == 1
+    assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
     large = answer({"name": "x" * MAX_OUTPUT_CHARACTERS})
     await has_run(world, people.owner, workflow_id, {"call": large}, minutes_ago=0)
-    assert len((await validated(people.owner, workflow_id))["warnings"]) == 1
+    assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
 
 
-async def test_all_outputs_that_are_looked_at_have_a_bounded_size(world: World, people: People) -> None:
+async def test_all_outputs_that_are_looked_at_have_a_bounded_size(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     count = 2 * MAX_CHARACTERS // MAX_OUTPUT_CHARACTERS
     names = [f"n{number}" for number in range(count)]
     workflow_id = await people.owner.create(nodes=[{**CALL, "id": name} for name in names])
@@ -276,7 +290,7 @@ async def test_all_outputs_that_are_looked_at_have_a_bounded_size(world: World, 
 
 
 async def test_a_graph_is_checked_beside_the_loop_that_serves_others(
-    people: People, monkeypatch: pytest.MonkeyPatch
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads: list[threading.Thread] = []
 
@@ -285,7 +299,7 @@ async def test_a_graph_is_checked_beside_the_loop_that_serves_others(
         return validate_graph(*arguments, **named)
 
     monkeypatch.setattr(validation, "validate_graph", noted)
-    assert (await validated(people.owner, await people.owner.create(**GRAPH)))["valid"]
+    assert (await validate_workflow(people.owner, await people.owner.create(**GRAPH)))["valid"]
     assert threads
     assert threading.current_thread() not in threads
 
@@ -293,7 +307,7 @@ async def test_a_graph_is_checked_beside_the_loop_that_serves_others(
 # ── compute-scopes ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_scopes_are_computed_kept_and_shown(people: People) -> None:
+async def test_scopes_are_computed_kept_and_shown(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[SOURCE, STEP, MODEL])
     path = f"/api/v1/workflows/{workflow_id}"
     assert (await people.owner.workflow(workflow_id))["scopes"] == []
@@ -311,15 +325,17 @@ async def test_scopes_are_computed_kept_and_shown(people: People) -> None:
 # ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def catalogue(person: Person, query: str = "") -> dict[str, Any]:
+async def get_catalog(person: UserClient, query: str = "") -> dict[str, Any]:
     response = await person.api.get(f"{CATALOGUE}?{query}")
     assert response.status_code == 200, response.text
     shown: dict[str, Any] = response.json()
     return shown
 
 
-async def test_a_node_type_is_listed_with_what_it_is(world: World, people: People) -> None:
-    listed = await catalogue(people.owner, "limit=100")
+async def test_a_node_type_is_listed_with_what_it_is(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    listed = await get_catalog(people.owner, "limit=100")
     types = [node["type"] for node in listed["nodes"]]
     assert types == sorted(world.gateway.catalog.types())
     assert (listed["count"], listed["limit"], listed["offset"]) == (len(types), 100, 0)
@@ -361,14 +377,14 @@ TRIGGERS = [
         ("category=triggers&limit=1&offset=1", TRIGGERS[1:2]),
     ],
 )
-async def test_the_catalogue_is_searched(people: People, query: str, types: list[str]) -> None:
-    listed = await catalogue(people.owner, query)
+async def test_the_catalogue_is_searched(people: OrganizationUsers, query: str, types: list[str]) -> None:
+    listed = await get_catalog(people.owner, query)
     assert [node["type"] for node in listed["nodes"]] == types
     assert listed["count"] == (len(TRIGGERS) if "offset" in query else len(types))
 
 
-async def test_every_type_shows_how_it_is_configured(people: People) -> None:
-    for entry in (await catalogue(people.owner, "limit=100"))["nodes"]:
+async def test_every_type_shows_how_it_is_configured(people: OrganizationUsers) -> None:
+    for entry in (await get_catalog(people.owner, "limit=100"))["nodes"]:
         response = await people.owner.api.get(f"{CATALOGUE}/{entry['type']}/schema")
         shown = response.json()
         assert {name: shown[name] for name in entry} == entry
@@ -381,7 +397,7 @@ async def test_every_type_shows_how_it_is_configured(people: People) -> None:
             assert config.is_valid(example["config"]) or "{{" in str(example["config"])
 
 
-async def test_the_schema_of_a_type_is_whole(people: People) -> None:
+async def test_the_schema_of_a_type_is_whole(people: OrganizationUsers) -> None:
     shown = (await people.owner.api.get(f"{CATALOGUE}/mysql-source/schema")).json()
     assert shown["config"]["properties"]["dataSource"]["x-resource"] == "datasources:read"
     assert shown["defaults"] == {"parameters": [], "maxRows": 10_000, "timeoutSeconds": 30}
@@ -404,13 +420,13 @@ async def test_the_schema_of_a_type_is_whole(people: People) -> None:
     )
 
 
-async def test_a_router_shows_where_its_ports_are_named(people: People) -> None:
+async def test_a_router_shows_where_its_ports_are_named(people: OrganizationUsers) -> None:
     shown = (await people.owner.api.get(f"{CATALOGUE}/switch/schema")).json()
     assert shown["ports"] == {"inputs": ["input"], "outputs": ["default"], "outputsFrom": "cases[].port"}
     assert shown["evaluated"] == {"cases[].condition": "condition"}
 
 
-async def test_a_type_that_is_not_there_is_answered_with_the_nearest(people: People) -> None:
+async def test_a_type_that_is_not_there_is_answered_with_the_nearest(people: OrganizationUsers) -> None:
     response = await people.owner.api.get(f"{CATALOGUE}/mysql-sorce/schema")
-    refused(response, 404, "not-found")
+    assert_refused(response, 404, "not-found")
     assert "did you mean mysql-source" in response.json()["error"]["message"]

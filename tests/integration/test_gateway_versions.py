@@ -11,42 +11,42 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from models.workflow import Workflow, WorkflowVersion
-from tests.integration.gateway_world import (
+from tests.integration.gateway_harness import (
     EDGE,
     GRAPH,
     STEP,
     TRIGGER,
-    People,
-    Person,
-    World,
-    refused,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
 )
-from tests.integration.second_gateway import second_gateway
+from tests.integration.second_gateway import run_second_gateway
 
 WORKFLOWS = "/api/v1/workflows"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
 NO_NUMBERS = ["0", "3", "-1", "01", "1_0", "v1", "current2", "999999999", "9" * 64]
 
 
-async def take(person: Person, workflow_id: str, tag: str, **fields: str) -> httpx2.Response:
+async def take(person: UserClient, workflow_id: str, tag: str, **fields: str) -> httpx2.Response:
     body = {"versionTag": tag, **fields}
     return await person.api.post(f"{WORKFLOWS}/{workflow_id}/versions", json=body)
 
 
-async def change(person: Person, workflow_id: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+async def change(person: UserClient, workflow_id: str, **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     response = await person.api.put(f"{WORKFLOWS}/{workflow_id}", json=fields)
     assert response.status_code == 200, response.text
     shown: dict[str, Any] = response.json()
     return shown
 
 
-async def read(person: Person, path: str) -> Any:  # noqa: ANN401 - any JSON value
+async def read(person: UserClient, path: str) -> Any:  # noqa: ANN401 - any JSON value
     response = await person.api.get(f"{WORKFLOWS}/{path}")
     assert response.status_code == 200, response.text
     return response.json()
 
 
-async def app_id(world: World, workflow_id: str) -> str | None:
+async def read_app_id(world: GatewayHarness, workflow_id: str) -> str | None:
     async with world.gateway.database.read() as connection:
         row = await connection.execute(select(col(Workflow.app_id)).where(col(Workflow.id) == workflow_id))
         stored: str | None = row.scalar_one()
@@ -56,7 +56,7 @@ async def app_id(world: World, workflow_id: str) -> str | None:
 # ── taken ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_versions_are_taken_and_listed_as_the_contract_says(people: People) -> None:
+async def test_versions_are_taken_and_listed_as_the_contract_says(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     description = "Added retry logic to S3 upload node"
     taken = await take(people.owner, workflow_id, " v2.1.0 ", description=description)
@@ -77,10 +77,10 @@ async def test_versions_are_taken_and_listed_as_the_contract_says(people: People
     assert [version["version"] for version in some["versions"]] == [2]
     for query in ("limit=0", "limit=1001", "offset=-1", "limit=x"):
         response = await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}/versions?{query}")
-        refused(response, 400, "invalid-query")
+        assert_refused(response, 400, "invalid-query")
 
 
-async def test_nothing_else_moves_a_workflow_s_version(people: People) -> None:
+async def test_nothing_else_moves_a_workflow_s_version(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     assert (await change(people.owner, workflow_id, name="New", nodes=[TRIGGER], connections=[]))[
         "version"
@@ -90,7 +90,7 @@ async def test_nothing_else_moves_a_workflow_s_version(people: People) -> None:
     assert restored.json()["version"] == 2
 
 
-async def test_a_version_that_makes_no_sense_is_refused(people: People) -> None:
+async def test_a_version_that_makes_no_sense_is_refused(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     bodies: list[tuple[dict[str, object], str]] = [
         ({}, "versionTag"),
@@ -102,25 +102,25 @@ async def test_a_version_that_makes_no_sense_is_refused(people: People) -> None:
     ]
     for body, path in bodies:
         response = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/versions", json=body)
-        refused(response, 422, "validation-failed")
+        assert_refused(response, 422, "validation-failed")
         assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
 
 
-async def test_a_tag_names_one_version_of_a_workflow(people: People) -> None:
+async def test_a_tag_names_one_version_of_a_workflow(people: OrganizationUsers) -> None:
     first, second = await people.owner.create(), await people.owner.create()
     assert (await take(people.owner, first, "same")).status_code == 201
     assert (await take(people.owner, second, "same")).status_code == 201
     for tag in ("same", "v1.0.0"):
-        refused(await take(people.owner, first, tag), 409, "version-tag-taken")
+        assert_refused(await take(people.owner, first, tag), 409, "version-tag-taken")
     assert (await read(people.owner, f"{first}/versions"))["currentVersion"] == 2
 
 
 async def test_versions_taken_at_once_get_different_numbers_without_gaps(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
     versions = f"{WORKFLOWS}/{workflow_id}/versions"
-    async with second_gateway(world) as client, client(people.owner) as other:
+    async with run_second_gateway(world) as client, client(people.owner) as other:
         apis = [people.owner.api, other] * 15
         tags = [f"tag {number % 25}" for number in range(30)]
         answers = await asyncio.gather(
@@ -134,17 +134,19 @@ async def test_versions_taken_at_once_get_different_numbers_without_gaps(
     assert listed["currentVersion"] == 26
 
 
-async def test_there_is_an_end_to_versions(people: People, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_there_is_an_end_to_versions(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gateway.limits.VERSIONS", 2)
     workflow_id = await people.owner.create()
     assert (await take(people.owner, workflow_id, "last")).status_code == 201
-    refused(await take(people.owner, workflow_id, "more"), 409, "too-many-versions")
+    assert_refused(await take(people.owner, workflow_id, "more"), 409, "too-many-versions")
 
 
 # ── looked at ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_version_shows_the_workflow_as_it_was(people: People) -> None:
+async def test_a_version_shows_the_workflow_as_it_was(people: OrganizationUsers) -> None:
     fields = {"description": "Old", "settings": {"timeout": 60}, "config": {"appId": "app_1"}}
     workflow_id = await people.owner.create(name="Before", **fields, **GRAPH)
     before = await people.owner.workflow(workflow_id)
@@ -158,20 +160,20 @@ async def test_a_version_shows_the_workflow_as_it_was(people: People) -> None:
     assert (shown["workflowId"], shown["createdBy"]) == (workflow_id, people.owner.user.id)
     for method in ("PUT", "PATCH", "DELETE", "POST"):
         response = await people.owner.api.request(method, f"{WORKFLOWS}/{workflow_id}/versions/2")
-        refused(response, 405, "method-not-allowed")
+        assert_refused(response, 405, "method-not-allowed")
 
 
-async def test_a_version_that_is_none_is_not_found(people: People) -> None:
+async def test_a_version_that_is_none_is_not_found(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     await take(people.owner, workflow_id, "v2")
     versions = f"{WORKFLOWS}/{workflow_id}/versions"
     for number in NO_NUMBERS:
         for path in (number, f"{number}/diff/1", f"1/diff/{number}"):
-            refused(await people.owner.api.get(f"{versions}/{path}"), 404, "not-found")
-        refused(await people.owner.api.post(f"{versions}/{number}/restore"), 404, "not-found")
+            assert_refused(await people.owner.api.get(f"{versions}/{path}"), 404, "not-found")
+        assert_refused(await people.owner.api.post(f"{versions}/{number}/restore"), 404, "not-found")
 
 
-async def test_two_versions_are_compared_by_what_came_went_and_changed(people: People) -> None:
+async def test_two_versions_are_compared_by_what_came_went_and_changed(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(name="Before", settings={"maxRetries": 1}, **GRAPH)
     last = {"id": "last", "nodeId": "log", "label": "Last", "config": {"message": "x"}}
     edges = [{"sourceNodeId": "start", "targetNodeId": "last"}]
@@ -207,7 +209,7 @@ async def test_two_versions_are_compared_by_what_came_went_and_changed(people: P
 # ── put back ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_restored_version_is_the_workflow_s_present_state(people: People) -> None:
+async def test_a_restored_version_is_the_workflow_s_present_state(people: OrganizationUsers) -> None:
     fields = {"description": "Old", "settings": {"timeout": 60}, "config": {"appId": "app_1"}, "tags": ["a"]}
     workflow_id = await people.owner.create(name="Before", **fields, **GRAPH)
     before = await people.owner.workflow(workflow_id)
@@ -223,7 +225,9 @@ async def test_a_restored_version_is_the_workflow_s_present_state(people: People
         connections=[],
     )
     restore = f"{WORKFLOWS}/{workflow_id}/versions/1/restore"
-    refused(await people.owner.api.post(restore, headers={"If-Match": '"1"'}), 412, "precondition-failed")
+    assert_refused(
+        await people.owner.api.post(restore, headers={"If-Match": '"1"'}), 412, "precondition-failed"
+    )
     response = await people.owner.api.post(restore, headers={"If-Match": '"2"'})
     assert response.status_code == 200, response.text
     assert response.headers["ETag"] == '"3"'
@@ -234,19 +238,21 @@ async def test_a_restored_version_is_the_workflow_s_present_state(people: People
     assert (again.headers["ETag"], again.json()) == ('"3"', restored)
 
 
-async def test_an_active_workflow_gets_no_version_back_that_can_t_run(people: People) -> None:
+async def test_an_active_workflow_gets_no_version_back_that_can_t_run(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     await change(people.owner, workflow_id, **GRAPH)
     status = f"{WORKFLOWS}/{workflow_id}/status"
     await people.owner.api.put(status, json={"status": "active"})
     restore = f"{WORKFLOWS}/{workflow_id}/versions/1/restore"
-    refused(await people.owner.api.post(restore), 422, "validation-failed")
+    assert_refused(await people.owner.api.post(restore), 422, "validation-failed")
     assert len((await people.owner.workflow(workflow_id))["nodes"]) == 2
     await people.owner.api.put(status, json={"status": "draft"})
     assert (await people.owner.api.post(restore)).json()["nodes"] == []
 
 
-async def test_a_draft_gets_back_what_the_catalogue_has_no_more(world: World, people: People) -> None:
+async def test_a_draft_gets_back_what_the_catalogue_has_no_more(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     shown = await read(people.owner, f"{workflow_id}/versions/1")
 
@@ -271,30 +277,32 @@ async def test_a_draft_gets_back_what_the_catalogue_has_no_more(world: World, pe
     assert difference["nodes"] == {"added": [], "removed": [], "changed": []}
     assert [node["nodeId"] for node in shown["snapshot"]["nodes"]] == ["manual", "set"]
     refusal = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
-    refused(refusal, 422, "validation-failed")
+    assert_refused(refusal, 422, "validation-failed")
     assert refusal.json()["error"]["details"][0]["code"] == "unknown-node-type"
 
 
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_readers_see_versions_and_only_owner_and_admins_take_and_restore_them(people: People) -> None:
+async def test_readers_see_versions_and_only_owner_and_admins_take_and_restore_them(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     versions = f"{WORKFLOWS}/{workflow_id}/versions"
     reading = [versions, f"{versions}/1", f"{versions}/1/diff/current"]
 
-    async def writing(person: Person) -> list[httpx2.Response]:
+    async def writing(person: UserClient) -> list[httpx2.Response]:
         return [await take(person, workflow_id, "mine"), await person.api.post(f"{versions}/1/restore")]
 
     for person in (people.colleague, people.stranger):
         for response in [await person.api.get(path) for path in reading] + await writing(person):
-            refused(response, 404, "not-found")
+            assert_refused(response, 404, "not-found")
     shared = {"userId": people.colleague.user.id}
     await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/share", json=shared)
     for path in reading:
         assert (await people.colleague.api.get(path)).status_code == 200
     for response in await writing(people.colleague):
-        refused(response, 403, "not-owner")
+        assert_refused(response, 403, "not-owner")
     assert [response.status_code for response in await writing(people.admin)] == [201, 200]
 
 
@@ -302,22 +310,22 @@ async def test_readers_see_versions_and_only_owner_and_admins_take_and_restore_t
 
 
 async def test_the_app_of_a_workflow_can_be_searched_by_however_its_config_changes(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(config={"appId": "app_1", "mine": 1}, nodes=[TRIGGER])
-    assert await app_id(world, workflow_id) == "app_1"
-    assert await app_id(world, await people.owner.create(config={"mine": 1})) is None
+    assert await read_app_id(world, workflow_id) == "app_1"
+    assert await read_app_id(world, await people.owner.create(config={"mine": 1})) is None
     await change(
         people.owner, workflow_id, config={"appId": "app-2"}, nodes=[TRIGGER, STEP], connections=[EDGE]
     )
-    assert await app_id(world, workflow_id) == "app-2"
+    assert await read_app_id(world, workflow_id) == "app-2"
     await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/versions/1/restore")
-    assert await app_id(world, workflow_id) == "app_1"
+    assert await read_app_id(world, workflow_id) == "app_1"
     assert (await change(people.owner, workflow_id, config={"appId": None}))["config"] == {"mine": 1}
-    assert await app_id(world, workflow_id) is None
+    assert await read_app_id(world, workflow_id) is None
 
 
-async def test_an_app_that_is_none_is_refused(people: People) -> None:
+async def test_an_app_that_is_none_is_refused(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(config={"appId": "app_1"})
     for value in ("", "a b", "a.b", "ü", "x" * 65, 1, True, ["app_1"], {"a": 1}):
         body = {"name": "x", "config": {"appId": value}}
@@ -325,6 +333,6 @@ async def test_an_app_that_is_none_is_refused(people: People) -> None:
             await people.owner.api.post(WORKFLOWS, json=body),
             await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=body),
         ):
-            refused(response, 422, "validation-failed")
+            assert_refused(response, 422, "validation-failed")
             assert [detail["path"] for detail in response.json()["error"]["details"]] == ["config.appId"]
     assert (await people.owner.workflow(workflow_id))["config"] == {"appId": "app_1"}

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Callable
 import httpx2
 import pytest
 
-from tests.integration.gateway_world import GRAPH, People, World, refused
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, assert_refused
 
 WORKFLOWS = "/api/v1/workflows"
 JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-async def people(world: World) -> People:
+async def people(world: GatewayHarness) -> OrganizationUsers:
     return await world.people()
 
 
@@ -38,8 +38,10 @@ async def people(world: World) -> People:
         (b'{"name": "x", "config": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", "too-deep"),
     ],
 )
-async def test_a_body_that_is_no_strict_json_is_refused(people: People, body: bytes, code: str) -> None:
-    refused(await people.owner.api.post(WORKFLOWS, content=body, headers=JSON), 400, code)
+async def test_a_body_that_is_no_strict_json_is_refused(
+    people: OrganizationUsers, body: bytes, code: str
+) -> None:
+    assert_refused(await people.owner.api.post(WORKFLOWS, content=body, headers=JSON), 400, code)
 
 
 @pytest.mark.parametrize(
@@ -83,15 +85,17 @@ async def test_a_body_that_is_no_strict_json_is_refused(people: People, body: by
         ('{"name": "x", "config": {"mine": "%s"}}' % ("x" * 20_000), ["config"]),
     ],
 )  # fmt: skip
-async def test_each_wrong_field_has_its_own_entry(people: People, body: str, paths: list[str]) -> None:
+async def test_each_wrong_field_has_its_own_entry(
+    people: OrganizationUsers, body: str, paths: list[str]
+) -> None:
     response = await people.owner.api.post(WORKFLOWS, content=body, headers=JSON)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     details = response.json()["error"]["details"]
     assert sorted(detail["path"] for detail in details) == paths
     assert all(set(detail) == {"path", "code", "message"} for detail in details)
 
 
-async def test_a_number_without_a_fraction_is_whole_however_it_is_written(people: People) -> None:
+async def test_a_number_without_a_fraction_is_whole_however_it_is_written(people: OrganizationUsers) -> None:
     settings = {"maxRetries": 2.0, "resources": {"cpuMillicores": 250.0}}
     node = '{"nodeId": "set", "id": "a", "retry": {"maxAttempts": 3e0}}'
     body = f'{{"name": "x", "settings": {json.dumps(settings)}, "nodes": [{node}]}}'
@@ -108,29 +112,29 @@ async def test_a_number_without_a_fraction_is_whole_however_it_is_written(people
     for wrong in (30.5, "30", True, 1e300):
         policy = {"type": "idle-shutdown", "idleTimeoutMinutes": wrong}
         answer = await people.owner.api.put(f"{path}/lifecycle", json=policy)
-        refused(answer, 422, "validation-failed")
+        assert_refused(answer, 422, "validation-failed")
         assert [detail["path"] for detail in answer.json()["error"]["details"]] == ["idleTimeoutMinutes"]
 
 
-async def test_an_unknown_node_type_is_told_with_the_nearest_names(people: People) -> None:
+async def test_an_unknown_node_type_is_told_with_the_nearest_names(people: OrganizationUsers) -> None:
     body = {"name": "x", "nodes": [{"nodeId": "csv-parser"}]}
     response = await people.owner.api.post(WORKFLOWS, json=body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert "csv-parse" in response.json()["error"]["details"][0]["message"]
 
 
-async def test_an_answer_lists_a_hundred_wrong_fields_at_most(people: People) -> None:
+async def test_an_answer_lists_a_hundred_wrong_fields_at_most(people: OrganizationUsers) -> None:
     body = {"name": "x", "nodes": [{"nodeId": f"unknown-{number}"} for number in range(2_000)]}
     response = await people.owner.api.post(WORKFLOWS, json=body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert len(response.json()["error"]["details"]) == 100
 
 
 @pytest.mark.parametrize("limit", [("nodes", 10_000), ("connections", 20_000)])
-async def test_a_graph_has_a_largest_size(people: People, limit: tuple[str, int]) -> None:
+async def test_a_graph_has_a_largest_size(people: OrganizationUsers, limit: tuple[str, int]) -> None:
     field, most = limit
     response = await people.owner.api.post(WORKFLOWS, json={"name": "x", field: [{}] * (most + 1)})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
 
 
 @pytest.mark.parametrize(
@@ -146,13 +150,15 @@ async def test_a_graph_has_a_largest_size(people: People, limit: tuple[str, int]
         ("application/vnd.pilotflame+json", 201),
     ],
 )
-async def test_a_body_must_be_sent_as_json(people: People, content_type: str | None, status: int) -> None:
+async def test_a_body_must_be_sent_as_json(
+    people: OrganizationUsers, content_type: str | None, status: int
+) -> None:
     headers = {} if content_type is None else {"Content-Type": content_type}
     response = await people.owner.api.post(WORKFLOWS, content=b'{"name": "x"}', headers=headers)
     if status == 201:
         assert response.status_code == 201
     else:
-        refused(response, 415, "unsupported-media-type")
+        assert_refused(response, 415, "unsupported-media-type")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +173,7 @@ async def test_a_body_must_be_sent_as_json(people: People, content_type: str | N
     ids=["gzip", "x-gzip", "deflate", "deflate without its wrapper", "identity"],
 )
 async def test_a_body_may_be_compressed(
-    people: People, encoding: str, compress: Callable[[bytes], bytes]
+    people: OrganizationUsers, encoding: str, compress: Callable[[bytes], bytes]
 ) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
     body = compress(b'{"name": "x"}')
@@ -182,7 +188,7 @@ async def test_a_body_may_be_compressed(
     assert response.status_code == 201, response.text
 
 
-async def test_a_compressed_body_is_bounded_and_whole(people: People) -> None:
+async def test_a_compressed_body_is_bounded_and_whole(people: OrganizationUsers) -> None:
     headers = {"Content-Type": "application/json", "Content-Encoding": "gzip"}
 
     async def post(content: bytes) -> httpx2.Response:
@@ -190,14 +196,14 @@ async def test_a_compressed_body_is_bounded_and_whole(people: People) -> None:
 
     bomb = gzip.compress(b'{"name": "' + b"x" * 50_000_000 + b'"}')
     answer = await post(bomb)
-    refused(answer, 413, "payload-too-large")
+    assert_refused(answer, 413, "payload-too-large")
     assert "PILOTFLAME_MAX_BODY_BYTES" in answer.text
     whole = gzip.compress(b'{"name": "x"}')
     for broken in (whole[:-4], whole + b"more", b'{"name": "x"}'):
-        refused(await post(broken), 400, "malformed-body")
+        assert_refused(await post(broken), 400, "malformed-body")
     headers["Content-Encoding"] = "br"
     answer = await post(whole)
-    refused(answer, 415, "unsupported-media-type")
+    assert_refused(answer, 415, "unsupported-media-type")
     assert answer.headers["Accept-Encoding"] == "gzip, deflate"
 
 
@@ -223,8 +229,8 @@ async def test_a_compressed_body_is_bounded_and_whole(people: People) -> None:
         "&".join(f"p{number}=1" for number in range(60)),
     ],
 )
-async def test_a_query_out_of_range_is_refused(people: People, query: str) -> None:
-    refused(await people.owner.api.get(f"{WORKFLOWS}?{query}"), 400, "invalid-query")
+async def test_a_query_out_of_range_is_refused(people: OrganizationUsers, query: str) -> None:
+    assert_refused(await people.owner.api.get(f"{WORKFLOWS}?{query}"), 400, "invalid-query")
 
 
 @pytest.mark.parametrize(
@@ -238,7 +244,7 @@ async def test_a_query_out_of_range_is_refused(people: People, query: str) -> No
         "limit=0&limit=2",
     ],
 )
-async def test_a_query_that_says_little_or_nothing_is_served(people: People, query: str) -> None:
+async def test_a_query_that_says_little_or_nothing_is_served(people: OrganizationUsers, query: str) -> None:
     response = await people.owner.api.get(f"{WORKFLOWS}?{query}")
     assert response.status_code == 200, response.text
 
@@ -261,24 +267,28 @@ async def test_a_query_that_says_little_or_nothing_is_served(people: People, que
         "/api/v1/workflows/wf_nobody",
     ],
 )
-async def test_what_is_not_there_is_not_found(people: People, path: str) -> None:
-    refused(await people.owner.api.get(path), 404, "not-found")
+async def test_what_is_not_there_is_not_found(people: OrganizationUsers, path: str) -> None:
+    assert_refused(await people.owner.api.get(path), 404, "not-found")
 
 
 @pytest.mark.parametrize("method", ["PATCH", "TRACE", "PROPFIND", "DELETE"])
-async def test_a_method_that_a_path_lacks_names_those_that_it_has(people: People, method: str) -> None:
+async def test_a_method_that_a_path_lacks_names_those_that_it_has(
+    people: OrganizationUsers, method: str
+) -> None:
     response = await people.owner.api.request(method, WORKFLOWS)
-    refused(response, 405, "method-not-allowed")
+    assert_refused(response, 405, "method-not-allowed")
     assert response.headers["Allow"] == "GET, HEAD, OPTIONS, POST"
 
 
-async def test_a_head_request_is_a_get_without_its_body(people: People) -> None:
+async def test_a_head_request_is_a_get_without_its_body(people: OrganizationUsers) -> None:
     assert (await people.owner.api.head(WORKFLOWS)).status_code == 200
     assert (await people.owner.api.head(f"{WORKFLOWS}/wf_nobody")).status_code == 404
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT"])
-async def test_a_body_over_the_limit_is_refused_whatever_its_length_says(people: People, method: str) -> None:
+async def test_a_body_over_the_limit_is_refused_whatever_its_length_says(
+    people: OrganizationUsers, method: str
+) -> None:
     path = WORKFLOWS if method == "POST" else f"{WORKFLOWS}/{await people.owner.create()}"
     too_large = b'{"name": "%s"}' % (b"x" * 1_000_000)
 
@@ -287,16 +297,16 @@ async def test_a_body_over_the_limit_is_refused_whatever_its_length_says(people:
             yield too_large[start : start + 100_000]
 
     told = await people.owner.api.request(method, path, content=too_large, headers=JSON)
-    refused(told, 413, "payload-too-large")
+    assert_refused(told, 413, "payload-too-large")
     untold = await people.owner.api.request(method, path, content=chunks(), headers=JSON)
-    refused(untold, 413, "payload-too-large")
+    assert_refused(untold, 413, "payload-too-large")
     lied = await people.owner.api.request(
         method, path, content=b"{}", headers=JSON | {"Content-Length": "9" * 30}
     )
-    refused(lied, 413, "payload-too-large")
+    assert_refused(lied, 413, "payload-too-large")
 
 
-async def test_a_body_in_many_pieces_is_put_together(people: People) -> None:
+async def test_a_body_in_many_pieces_is_put_together(people: OrganizationUsers) -> None:
     async def chunks() -> AsyncIterator[bytes]:
         for piece in (b'{"na', b'me": ', b'"In pieces"', b"}"):
             yield piece
@@ -305,9 +315,9 @@ async def test_a_body_in_many_pieces_is_put_together(people: People) -> None:
     assert response.status_code == 201
 
 
-async def test_a_body_is_read_after_the_key_is_checked(world: World) -> None:
+async def test_a_body_is_read_after_the_key_is_checked(world: GatewayHarness) -> None:
     nobody = await world.client("sk-00nobody", address="10.9.9.9")
-    refused(await nobody.post(WORKFLOWS, content=b"{", headers=JSON), 401, "unauthorized")
+    assert_refused(await nobody.post(WORKFLOWS, content=b"{", headers=JSON), 401, "unauthorized")
 
 
 @pytest.mark.parametrize(
@@ -315,16 +325,16 @@ async def test_a_body_is_read_after_the_key_is_checked(world: World) -> None:
     [("abc-DEF_123", True), ("x" * 64, True), ("x" * 65, False), ("a b", False), ("é", False), ("", False)],
 )
 async def test_a_request_id_is_taken_over_where_it_is_one(
-    people: People, given: str, *, is_kept: bool
+    people: OrganizationUsers, given: str, *, is_kept: bool
 ) -> None:
     headers = {b"X-Request-Id": given.encode("latin-1")}
     response = await people.owner.api.get("/api/v1/nothing", headers=headers)
-    refused(response, 404, "not-found")
+    assert_refused(response, 404, "not-found")
     shown = response.json()["requestId"]
     assert (shown == given) if is_kept else shown.startswith("req_")
 
 
-async def test_what_a_client_may_not_set_stays_as_it_is(people: People) -> None:
+async def test_what_a_client_may_not_set_stays_as_it_is(people: OrganizationUsers) -> None:
     of_other_routes = {"sharedWith": [people.colleague.user.id], "isPublic": True, "isTemplate": True}
     forbidden = {
         "id": "wf_mine",
@@ -337,7 +347,7 @@ async def test_what_a_client_may_not_set_stays_as_it_is(people: People) -> None:
     }
     for name, value in of_other_routes.items():
         response = await people.owner.api.post(WORKFLOWS, json={"name": "New", name: value})
-        refused(response, 422, "validation-failed")
+        assert_refused(response, 422, "validation-failed")
     workflow_id = await people.owner.create(**forbidden, **GRAPH)
     shown = await people.owner.workflow(workflow_id)
     assert shown["id"] == workflow_id != "wf_mine"
@@ -351,5 +361,5 @@ async def test_what_a_client_may_not_set_stays_as_it_is(people: People) -> None:
         if name != "revision":
             body = {name: value, "name": "New"}
             response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=body)
-            refused(response, 422, "validation-failed")
+            assert_refused(response, 422, "validation-failed")
     assert await people.owner.workflow(workflow_id) == shown

@@ -18,15 +18,15 @@ from models.database import Database
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.workflow import Workflow, WorkflowShare, WorkflowTag, WorkflowVersion
-from tests.integration.gateway_world import (
+from tests.integration.gateway_harness import (
     EDGE,
     GRAPH,
     STEP,
     TRIGGER,
-    People,
-    Person,
-    World,
-    refused,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
 )
 
 T = TypeVar("T")
@@ -39,14 +39,14 @@ SUMMARY = {
 OBJECT = SUMMARY | {"nodes", "connections", "config", "settings", "sharedWith"}
 
 
-async def listed(person: Person, query: str = "") -> list[str]:
+async def list_names(person: UserClient, query: str = "") -> list[str]:
     """Return the names that a list shows."""
     response = await person.api.get(f"{WORKFLOWS}?{query}")
     assert response.status_code == 200, response.text
     return [workflow["name"] for workflow in response.json()["workflows"]]
 
 
-async def count(world: World, condition: Any) -> int:  # noqa: ANN401 - any condition on one table
+async def count(world: GatewayHarness, condition: Any) -> int:  # noqa: ANN401 - any condition on one table
     async with world.gateway.database.read() as connection:
         return await connection.scalar(select(func.count()).where(condition)) or 0
 
@@ -54,7 +54,7 @@ async def count(world: World, condition: Any) -> int:  # noqa: ANN401 - any cond
 # ── the contract's bodies ───────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_contract_s_workflow_is_created_and_shown_as_it_says(people: People) -> None:
+async def test_the_contract_s_workflow_is_created_and_shown_as_it_says(people: OrganizationUsers) -> None:
     node = {
         "id": "node_1",
         "nodeId": "manual",
@@ -106,7 +106,7 @@ async def test_the_contract_s_workflow_is_created_and_shown_as_it_says(people: P
     assert shown["connections"][0]["id"].startswith("conn-")
 
 
-async def test_a_list_shows_the_contract_s_fields_and_the_total(people: People) -> None:
+async def test_a_list_shows_the_contract_s_fields_and_the_total(people: OrganizationUsers) -> None:
     for number in range(3):
         await people.owner.create(name=f"Workflow {number}", **GRAPH)
     body = (await people.owner.api.get(f"{WORKFLOWS}?limit=2&offset=1")).json()
@@ -116,7 +116,7 @@ async def test_a_list_shows_the_contract_s_fields_and_the_total(people: People) 
     assert [workflow["name"] for workflow in body["workflows"]] == ["Workflow 1", "Workflow 0"]
 
 
-async def test_the_least_that_makes_a_workflow_is_a_name(people: People) -> None:
+async def test_the_least_that_makes_a_workflow_is_a_name(people: OrganizationUsers) -> None:
     shown = await people.owner.workflow(await people.owner.create(name="  Bare   "))
     assert (shown["name"], shown["description"], shown["status"]) == ("Bare", "", "draft")
     assert (shown["nodes"], shown["connections"], shown["tags"]) == ([], [], [])
@@ -129,13 +129,13 @@ async def test_the_least_that_makes_a_workflow_is_a_name(people: People) -> None
     }
 
 
-async def test_optional_fields_may_be_null(people: People) -> None:
+async def test_optional_fields_may_be_null(people: OrganizationUsers) -> None:
     fields = ("description", "status", "nodes", "connections", "tags", "settings", "config")
     shown = await people.owner.workflow(await people.owner.create(**dict.fromkeys(fields)))
     assert shown["status"] == "draft"
 
 
-async def test_both_spellings_of_types_and_edges_are_taken(people: People) -> None:
+async def test_both_spellings_of_types_and_edges_are_taken(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         nodes=[{"id": "a", "type": "manual"}, {"id": "b", "nodeType": "set"}, {"nodeId": "set"}],
         connections=[
@@ -152,7 +152,7 @@ async def test_both_spellings_of_types_and_edges_are_taken(people: People) -> No
     assert shown["connections"][1]["id"] == "mine"
 
 
-async def test_what_is_shown_can_be_sent_back_unchanged(people: People) -> None:
+async def test_what_is_shown_can_be_sent_back_unchanged(people: OrganizationUsers) -> None:
     graph = {
         "nodes": [
             TRIGGER,
@@ -177,14 +177,14 @@ async def test_what_is_shown_can_be_sent_back_unchanged(people: People) -> None:
     assert shown["nodes"][1]["timeout"] == 30
 
 
-async def test_names_are_kept_in_one_unicode_form(people: People) -> None:
+async def test_names_are_kept_in_one_unicode_form(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(name="Cafe\u0301 🚀", tags=["  a ", "a", "Å"])
     shown = await people.owner.workflow(workflow_id)
     assert shown["name"] == "Café 🚀"
     assert shown["tags"] == ["a", "Å"]
 
 
-async def test_creation_stores_the_first_version(world: World, people: People) -> None:
+async def test_creation_stores_the_first_version(world: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(name="Versioned", **GRAPH)
     async with world.gateway.database.read() as connection:
         statement = select(WorkflowVersion).where(col(WorkflowVersion.workflow_id) == workflow_id)
@@ -197,7 +197,7 @@ async def test_creation_stores_the_first_version(world: World, people: People) -
 # ── changing ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_update_changes_what_it_names_and_nothing_else(people: People) -> None:
+async def test_an_update_changes_what_it_names_and_nothing_else(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(
         name="Before", description="Old", tags=["etl"], config={"appId": "app_1"}, **GRAPH
     )
@@ -221,7 +221,7 @@ async def test_an_update_changes_what_it_names_and_nothing_else(people: People) 
     assert {key for key in after if after[key] != before[key]} == {"name", "tags", "settings", "updatedAt"}
 
 
-async def test_settings_merge_and_null_takes_a_key_away(people: People) -> None:
+async def test_settings_merge_and_null_takes_a_key_away(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60, "maxRetries": 1, "strictMappings": True})
     path = f"{WORKFLOWS}/{workflow_id}"
     merged = (
@@ -237,11 +237,13 @@ async def test_settings_merge_and_null_takes_a_key_away(people: People) -> None:
         "strictMappings": True,
         "onFailure": {"url": "https://example.com"},
     }
-    refused(await people.owner.api.put(path, json={"settings": {"timeout": -1}}), 422, "validation-failed")
+    assert_refused(
+        await people.owner.api.put(path, json={"settings": {"timeout": -1}}), 422, "validation-failed"
+    )
 
 
 async def test_a_new_workflow_is_strict_unless_it_says_otherwise_and_one_that_was_stored_stays_as_it_is(
-    people: People,
+    people: OrganizationUsers,
 ) -> None:
     async def settings(**given: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
         shown: dict[str, Any] = (await people.owner.workflow(await people.owner.create(**given)))["settings"]
@@ -258,7 +260,7 @@ async def test_a_new_workflow_is_strict_unless_it_says_otherwise_and_one_that_wa
     assert "strictMappings" not in changed["settings"]
 
 
-async def test_an_update_without_a_change_changes_nothing(people: People) -> None:
+async def test_an_update_without_a_change_changes_nothing(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     before = await people.owner.workflow(workflow_id)
     for body in ({}, {"name": before["name"]}, before):
@@ -266,7 +268,7 @@ async def test_an_update_without_a_change_changes_nothing(people: People) -> Non
     assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}")).json() == before
 
 
-async def test_updates_at_the_same_time_are_all_kept(people: People) -> None:
+async def test_updates_at_the_same_time_are_all_kept(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     answers = await asyncio.gather(
         *(
@@ -279,7 +281,7 @@ async def test_updates_at_the_same_time_are_all_kept(people: People) -> None:
     assert [config[f"key{number}"] for number in range(4)] == [0, 1, 2, 3]
 
 
-async def test_every_change_moves_the_revision(world: World, people: People) -> None:
+async def test_every_change_moves_the_revision(world: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.put(path, json={"name": "New"})
@@ -295,7 +297,7 @@ async def test_every_change_moves_the_revision(world: World, people: People) -> 
 # ── status ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_status_is_set_and_the_whole_object_answers(people: People) -> None:
+async def test_a_status_is_set_and_the_whole_object_answers(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     for status in ("active", "paused", "active", "archived", "draft", "draft"):
         response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": status})
@@ -307,10 +309,10 @@ async def test_a_status_is_set_and_the_whole_object_answers(people: People) -> N
 @pytest.mark.parametrize(
     "body", [{}, {"status": "on"}, {"status": None}, {"status": 1}, {"status": "Active"}]
 )
-async def test_a_status_that_is_none_is_refused(people: People, body: dict[str, object]) -> None:
+async def test_a_status_that_is_none_is_refused(people: OrganizationUsers, body: dict[str, object]) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json=body)
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     assert response.json()["error"]["details"][0]["path"] == "status"
 
 
@@ -326,27 +328,27 @@ async def test_a_status_that_is_none_is_refused(people: People, body: dict[str, 
     ],
 )
 async def test_only_a_valid_workflow_becomes_active(
-    people: People, graph: dict[str, Any], finding: str
+    people: OrganizationUsers, graph: dict[str, Any], finding: str
 ) -> None:
-    refused(
+    assert_refused(
         await people.owner.api.post(WORKFLOWS, json={"name": "x", "status": "active", **graph}),
         422,
         "validation-failed",
     )
     draft = await people.owner.create(**graph)
     response = await people.owner.api.put(f"{WORKFLOWS}/{draft}/status", json={"status": "active"})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     details = response.json()["error"]["details"]
     assert finding in [detail["type"] for detail in details]
     assert all({"type", "message", "suggestion"} <= set(detail) for detail in details)
     assert (await people.owner.workflow(draft))["status"] == "draft"
 
 
-async def test_an_active_workflow_stays_valid(people: People) -> None:
+async def test_an_active_workflow_stays_valid(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(status="active", **GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
-    refused(await people.owner.api.put(path, json={"nodes": []}), 422, "validation-failed")
-    refused(await people.owner.api.put(path, json={"nodes": [STEP]}), 422, "validation-failed")
+    assert_refused(await people.owner.api.put(path, json={"nodes": []}), 422, "validation-failed")
+    assert_refused(await people.owner.api.put(path, json={"nodes": [STEP]}), 422, "validation-failed")
     assert len((await people.owner.workflow(workflow_id))["nodes"]) == 2
     assert (await people.owner.api.put(path, json={"name": "Still active"})).status_code == 200
     assert (await people.owner.api.put(f"{path}/status", json={"status": "paused"})).status_code == 200
@@ -356,42 +358,46 @@ async def test_an_active_workflow_stays_valid(people: People) -> None:
 # ── finding ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_list_filters_by_status_tag_and_words(people: People) -> None:
+async def test_a_list_filters_by_status_tag_and_words(people: OrganizationUsers) -> None:
     await people.owner.create(name="Invoices", tags=["finance", "daily"], status="archived")
     await people.owner.create(name="Orders", description="the DAILY run", tags=["sales"])
     await people.owner.create(name="100% _sure_", tags=["100%"])
-    assert await listed(people.owner, "status=archived") == ["Invoices"]
-    assert await listed(people.owner, "tag=daily") == ["Invoices"]
-    assert await listed(people.owner, "tag=dail") == []
-    assert await listed(people.owner, "search=daily") == ["Orders"]
-    assert await listed(people.owner, "search=INVO") == ["Invoices"]
-    assert await listed(people.owner, "search=%25") == ["100% _sure_"]
-    assert await listed(people.owner, "search=_sure") == ["100% _sure_"]
-    assert await listed(people.owner, "search=r_e") == []
-    assert await listed(people.owner, "search=%27%20OR%201=1") == []
-    assert await listed(people.owner, "tag=sales&status=draft&search=orders") == ["Orders"]
+    assert await list_names(people.owner, "status=archived") == ["Invoices"]
+    assert await list_names(people.owner, "tag=daily") == ["Invoices"]
+    assert await list_names(people.owner, "tag=dail") == []
+    assert await list_names(people.owner, "search=daily") == ["Orders"]
+    assert await list_names(people.owner, "search=INVO") == ["Invoices"]
+    assert await list_names(people.owner, "search=%25") == ["100% _sure_"]
+    assert await list_names(people.owner, "search=_sure") == ["100% _sure_"]
+    assert await list_names(people.owner, "search=r_e") == []
+    assert await list_names(people.owner, "search=%27%20OR%201=1") == []
+    assert await list_names(people.owner, "tag=sales&status=draft&search=orders") == ["Orders"]
     assert (await people.owner.api.get(f"{WORKFLOWS}?tag=sales")).json()["count"] == 1
 
 
-async def test_a_list_is_sorted_as_asked(people: People) -> None:
+async def test_a_list_is_sorted_as_asked(people: OrganizationUsers) -> None:
     for name in ("B", "C", "A"):
         await people.owner.create(name=name)
-    assert await listed(people.owner) == ["A", "C", "B"]
-    assert await listed(people.owner, "sort=createdAt:asc") == ["B", "C", "A"]
-    assert await listed(people.owner, "sort=name:asc") == ["A", "B", "C"]
-    assert await listed(people.owner, "sort=name:desc&limit=1&offset=1") == ["B"]
+    assert await list_names(people.owner) == ["A", "C", "B"]
+    assert await list_names(people.owner, "sort=createdAt:asc") == ["B", "C", "A"]
+    assert await list_names(people.owner, "sort=name:asc") == ["A", "B", "C"]
+    assert await list_names(people.owner, "sort=name:desc&limit=1&offset=1") == ["B"]
 
 
-async def test_tags_that_change_are_found_by_their_new_names(world: World, people: People) -> None:
+async def test_tags_that_change_are_found_by_their_new_names(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(name="Tagged", tags=["old", "same"])
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"tags": ["same", "new"]})
-    assert await listed(people.owner, "tag=old") == []
-    assert await listed(people.owner, "tag=same") == await listed(people.owner, "tag=new") == ["Tagged"]
+    assert await list_names(people.owner, "tag=old") == []
+    assert (
+        await list_names(people.owner, "tag=same") == await list_names(people.owner, "tag=new") == ["Tagged"]
+    )
     await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}")
     assert await count(world, col(WorkflowTag.workflow_id) == workflow_id) == 0
 
 
-async def test_stats_count_the_organisation_by_status(people: People) -> None:
+async def test_stats_count_the_organisation_by_status(people: OrganizationUsers) -> None:
     await people.owner.create(status="archived")
     await people.owner.create(status="active", **GRAPH)
     await people.colleague.create()
@@ -403,24 +409,26 @@ async def test_stats_count_the_organisation_by_status(people: People) -> None:
     assert response.json() == {"total": 3, "active": 1, "paused": 0, "draft": 1, "archived": 1}
 
 
-async def test_templates_are_in_no_list_and_no_count(world: World, people: People) -> None:
+async def test_templates_are_in_no_list_and_no_count(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create()
     await change(world, workflow_id, is_template=True)
-    assert await listed(people.owner) == []
+    assert await list_names(people.owner) == []
     assert (await people.owner.api.get(f"{WORKFLOWS}/stats")).json()["total"] == 0
 
 
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def change(world: World, workflow_id: str, **columns: Any) -> None:  # noqa: ANN401 - columns of any type
+async def change(world: GatewayHarness, workflow_id: str, **columns: Any) -> None:  # noqa: ANN401 - columns of any type
     async def work(connection: AsyncConnection) -> None:
         await connection.execute(update(Workflow).where(col(Workflow.id) == workflow_id).values(**columns))
 
     await world.gateway.database.transaction(work)
 
 
-async def share(world: World, workflow_id: str, person: Person) -> None:
+async def share(world: GatewayHarness, workflow_id: str, person: UserClient) -> None:
     row = {"workflow_id": workflow_id, "user_id": person.user.id, "shared_at": datetime.now(UTC)}
 
     async def work(connection: AsyncConnection) -> None:
@@ -429,7 +437,7 @@ async def share(world: World, workflow_id: str, person: Person) -> None:
     await world.gateway.database.transaction(work)
 
 
-async def attempts(person: Person, workflow_id: str) -> list[httpx2.Response]:
+async def attempt_changes(person: UserClient, workflow_id: str) -> list[httpx2.Response]:
     """Try everything that changes a workflow."""
     path = f"{WORKFLOWS}/{workflow_id}"
     return [
@@ -441,66 +449,72 @@ async def attempts(person: Person, workflow_id: str) -> list[httpx2.Response]:
     ]
 
 
-async def test_a_workflow_is_invisible_to_other_organisations_and_to_other_members(people: People) -> None:
+async def test_a_workflow_is_invisible_to_other_organisations_and_to_other_members(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.owner.create(name="Private", tags=["secret"])
     for person in (people.stranger, people.colleague):
-        refused(await person.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
-        for response in await attempts(person, workflow_id):
-            refused(response, 404, "not-found")
+        assert_refused(await person.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+        for response in await attempt_changes(person, workflow_id):
+            assert_refused(response, 404, "not-found")
         for query in ("", "search=Private", "tag=secret", "status=draft"):
-            assert await listed(person, query) == []
+            assert await list_names(person, query) == []
     assert (await people.owner.workflow(workflow_id))["name"] == "Private"
 
 
-async def test_an_absent_workflow_and_one_of_others_look_alike(people: People) -> None:
+async def test_an_absent_workflow_and_one_of_others_look_alike(people: OrganizationUsers) -> None:
     theirs = await people.stranger.create()
     answers = [await people.admin.api.get(f"{WORKFLOWS}/{which}") for which in (theirs, "wf_nobody")]
     bodies = [answer.json() | {"requestId": ""} for answer in answers]
     assert bodies[0] == bodies[1]
 
 
-async def test_an_admin_sees_and_manages_all_of_the_organisation(people: People) -> None:
+async def test_an_admin_sees_and_manages_all_of_the_organisation(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(name="Mine")
-    assert await listed(people.admin) == ["Mine"]
+    assert await list_names(people.admin) == ["Mine"]
     response = await people.admin.api.put(f"{WORKFLOWS}/{workflow_id}", json={"name": "Ours"})
     assert response.json()["ownerId"] == people.owner.user.id
     assert (await people.admin.api.delete(f"{WORKFLOWS}/{workflow_id}")).status_code == 204
 
 
-async def test_whoever_it_is_shared_with_reads_it_and_changes_nothing(world: World, people: People) -> None:
+async def test_whoever_it_is_shared_with_reads_it_and_changes_nothing(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(name="Shared")
     await share(world, workflow_id, people.colleague)
     assert (await people.colleague.workflow(workflow_id))["sharedWith"] == [people.colleague.user.id]
-    assert await listed(people.colleague) == ["Shared"]
-    for response in await attempts(people.colleague, workflow_id):
-        refused(response, 403, "not-owner")
+    assert await list_names(people.colleague) == ["Shared"]
+    for response in await attempt_changes(people.colleague, workflow_id):
+        assert_refused(response, 403, "not-owner")
     assert (await people.owner.workflow(workflow_id))["name"] == "Shared"
 
 
-async def test_a_share_with_another_organisation_s_user_opens_nothing(world: World, people: People) -> None:
+async def test_a_share_with_another_organisation_s_user_opens_nothing(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create()
     await share(world, workflow_id, people.stranger)
-    refused(await people.stranger.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+    assert_refused(await people.stranger.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
 
 
 async def test_a_public_workflow_is_read_by_the_organisation_and_changed_by_its_owner(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Public")
     await change(world, workflow_id, is_public=True)
-    assert await listed(people.colleague) == ["Public"]
-    assert await listed(people.stranger) == []
-    for response in await attempts(people.colleague, workflow_id):
-        refused(response, 403, "not-owner")
-    refused(await people.stranger.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+    assert await list_names(people.colleague) == ["Public"]
+    assert await list_names(people.stranger) == []
+    for response in await attempt_changes(people.colleague, workflow_id):
+        assert_refused(response, 403, "not-owner")
+    assert_refused(await people.stranger.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
 
 
 # ── deleting ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def accept_run(world: World, person: Person, workflow_id: str) -> str:
+async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str) -> str:
     """Accept a run that nobody will claim."""
-    workflow = await world.gateway.workflows.load(workflow_id, await caller(world, person))
+    workflow = await world.gateway.workflows.load(workflow_id, await authenticate(world, person))
     execution_id = ids.new_id("exec")
     (accepted,) = await world.gateway.store.accept(
         [
@@ -525,25 +539,29 @@ async def accept_run(world: World, person: Person, workflow_id: str) -> str:
     return execution_id
 
 
-async def caller(world: World, person: Person) -> Any:  # noqa: ANN401 - models.access.ApiCaller
+async def authenticate(world: GatewayHarness, person: UserClient) -> Any:  # noqa: ANN401 - models.access.ApiCaller
     scope = {"headers": [(b"x-api-key", person.key.encode())], "client": ("10.0.0.1", 1)}
     return await world.gateway.authenticator.caller(scope)
 
 
-async def test_a_deleted_workflow_is_gone(people: People) -> None:
+async def test_a_deleted_workflow_is_gone(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
     response = await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}")
     assert (response.status_code, response.content) == (204, b"")
-    refused(await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
-    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
-    assert await listed(people.owner) == []
+    assert_refused(await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+    assert_refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+    assert await list_names(people.owner) == []
 
 
-async def test_a_workflow_with_live_runs_is_deleted_by_force_alone(world: World, people: People) -> None:
+async def test_a_workflow_with_live_runs_is_deleted_by_force_alone(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     execution_id = await accept_run(world, people.owner, workflow_id)
-    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}"), 409, "workflow-running")
-    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=false"), 409, "workflow-running")
+    assert_refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}"), 409, "workflow-running")
+    assert_refused(
+        await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=false"), 409, "workflow-running"
+    )
     assert (await people.owner.workflow(workflow_id))["id"] == workflow_id
     assert (await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=true")).status_code == 204
     async with world.gateway.database.read() as connection:
@@ -551,22 +569,26 @@ async def test_a_workflow_with_live_runs_is_deleted_by_force_alone(world: World,
             select(col(Execution.status)).where(col(Execution.id) == execution_id)
         )
     assert status == ExecutionStatus.CANCELLED
-    refused(await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
+    assert_refused(await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
 
 
-async def test_force_is_true_or_false(people: People) -> None:
+async def test_force_is_true_or_false(people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create()
-    refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=yes"), 400, "invalid-query")
+    assert_refused(
+        await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=yes"), 400, "invalid-query"
+    )
 
 
 # ── repeated requests ───────────────────────────────────────────────────────────────────────────────────────
 
 
-async def create_with_key(person: Person, key: str, **body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
+async def create_with_key(person: UserClient, key: str, **body: Any) -> httpx2.Response:  # noqa: ANN401 - any JSON value
     return await person.api.post(WORKFLOWS, json={"name": "Once", **body}, headers={"Idempotency-Key": key})
 
 
-async def test_a_repeated_creation_gets_the_first_answer_again(world: World, people: People) -> None:
+async def test_a_repeated_creation_gets_the_first_answer_again(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     first = await create_with_key(people.owner, "key-1", tags=["a"])
     assert first.status_code == 201
     assert "Idempotent-Replayed" not in first.headers
@@ -576,13 +598,15 @@ async def test_a_repeated_creation_gets_the_first_answer_again(world: World, peo
     assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
 
 
-async def test_a_key_with_another_body_is_a_mismatch(world: World, people: People) -> None:
+async def test_a_key_with_another_body_is_a_mismatch(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     await create_with_key(people.owner, "key-2")
-    refused(await create_with_key(people.owner, "key-2", tags=["b"]), 422, "idempotency-mismatch")
+    assert_refused(await create_with_key(people.owner, "key-2", tags=["b"]), 422, "idempotency-mismatch")
     assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
 
 
-async def test_a_key_belongs_to_one_user(people: People) -> None:
+async def test_a_key_belongs_to_one_user(people: OrganizationUsers) -> None:
     mine = await create_with_key(people.owner, "key-3")
     for other in (people.colleague, people.stranger):
         theirs = await create_with_key(other, "key-3")
@@ -590,7 +614,9 @@ async def test_a_key_belongs_to_one_user(people: People) -> None:
         assert theirs.json() != mine.json()
 
 
-async def test_equal_requests_at_the_same_time_make_one_workflow(world: World, people: People) -> None:
+async def test_equal_requests_at_the_same_time_make_one_workflow(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     answers = await asyncio.gather(*(create_with_key(people.owner, "key-4") for _ in range(5)))
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.text for answer in answers}) == 1
@@ -598,13 +624,13 @@ async def test_equal_requests_at_the_same_time_make_one_workflow(world: World, p
     assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
 
 
-async def test_a_refused_request_frees_its_key(people: People) -> None:
-    refused(await create_with_key(people.owner, "key-5", status="active"), 422, "validation-failed")
+async def test_a_refused_request_frees_its_key(people: OrganizationUsers) -> None:
+    assert_refused(await create_with_key(people.owner, "key-5", status="active"), 422, "validation-failed")
     assert (await create_with_key(people.owner, "key-5")).status_code == 201
 
 
 async def test_a_commit_whose_answer_was_lost_is_not_made_twice(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transaction = world.gateway.database.transaction
 
@@ -622,18 +648,20 @@ async def test_a_commit_whose_answer_was_lost_is_not_made_twice(
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "with space", "tab\there", "ümlaut"])
-async def test_a_key_that_is_none_is_refused(people: People, key: str) -> None:
+async def test_a_key_that_is_none_is_refused(people: OrganizationUsers, key: str) -> None:
     headers = {b"Idempotency-Key": key.encode("latin-1")}
     response = await people.owner.api.post(WORKFLOWS, json={"name": "x"}, headers=headers)
-    refused(response, 400, "invalid-idempotency-key")
+    assert_refused(response, 400, "invalid-idempotency-key")
 
 
 # ── the cache that runs are accepted from ───────────────────────────────────────────────────────────────────
 
 
-async def test_a_loaded_workflow_is_what_its_row_says_and_follows_it(world: World, people: People) -> None:
+async def test_a_loaded_workflow_is_what_its_row_says_and_follows_it(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
-    owner = await caller(world, people.owner)
+    owner = await authenticate(world, people.owner)
     first = await world.gateway.workflows.load(workflow_id, owner)
     assert first is await world.gateway.workflows.load(workflow_id, owner)
     assert (first.status, first.revision, first.total_nodes, first.trigger_kind) == ("draft", 1, 2, "manual")
@@ -646,18 +674,20 @@ async def test_a_loaded_workflow_is_what_its_row_says_and_follows_it(world: Worl
     assert second.definition_hash != first.definition_hash
 
 
-async def test_a_loaded_workflow_is_shown_only_to_those_who_may_read_it(world: World, people: People) -> None:
+async def test_a_loaded_workflow_is_shown_only_to_those_who_may_read_it(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await world.gateway.workflows.load(workflow_id, await caller(world, people.owner))
-    await world.gateway.workflows.load(workflow_id, await caller(world, people.admin))
+    await world.gateway.workflows.load(workflow_id, await authenticate(world, people.owner))
+    await world.gateway.workflows.load(workflow_id, await authenticate(world, people.admin))
     for person in (people.colleague, people.stranger):
         with pytest.raises(Exception, match="no such workflow"):
-            await world.gateway.workflows.load(workflow_id, await caller(world, person))
+            await world.gateway.workflows.load(workflow_id, await authenticate(world, person))
 
 
 @pytest.mark.parametrize("verb", ["PUT", "DELETE"])
 async def test_a_change_whose_commit_got_no_answer_is_made_once(
-    people: People, verb: str, monkeypatch: pytest.MonkeyPatch
+    people: OrganizationUsers, verb: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await people.owner.create()
     transaction = Database.transaction

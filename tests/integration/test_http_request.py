@@ -14,7 +14,7 @@ from engine.services import DataSourceService, MailServerService, ObjectBucket, 
 from engine.values import Json
 from nodes import catalog
 from nodes.outbound_http import OutboundClient, OutboundPolicy
-from tests.calls import CALLER, call
+from tests.node_calls import CALLER, call
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ EXAMPLE_HOST = "https://api.example.com"
 EXAMPLES = catalog.load_catalog().get("http-request").examples
 
 
-class Server:
+class RecordingServer:
     """A server on this machine that keeps what it was asked, and answers as its paths say."""
 
     def __init__(self) -> None:
@@ -48,28 +48,28 @@ class Server:
         return await ANSWERS[request.path](request)
 
 
-async def cities(request: web.Request) -> web.Response:
+async def serve_cities(request: web.Request) -> web.Response:
     assert request.query == {"country": "NO", "limit": "2"}
     return web.Response(
         body=b'[{"name":"Oslo"},{"name":"Bergen"}]', headers={"content-type": "application/json"}
     )
 
 
-async def orders(request: web.Request) -> web.Response:
+async def serve_orders(request: web.Request) -> web.Response:
     body = json.dumps({"accepted": await request.json()}).encode()
     return web.Response(status=201, body=body, headers={"content-type": "application/json"})
 
 
-async def status(request: web.Request) -> web.Response:
+async def serve_status(request: web.Request) -> web.Response:
     return web.Response(status=int(request.query["status"]), text="out of\n  order " + "x" * 300)
 
 
-async def raw(request: web.Request) -> web.Response:
+async def serve_raw(request: web.Request) -> web.Response:
     headers = {"content-type": request.query["type"]} if "type" in request.query else {}
     return web.Response(body=bytes.fromhex(request.query.get("hex", "")), headers=headers)
 
 
-async def echo(request: web.Request) -> web.Response:
+async def serve_echo(request: web.Request) -> web.Response:
     said = dict(request.headers)
     status = int(request.query.get("status", "200"))
     login = said.get("Authorization", "").removeprefix("Basic ")
@@ -80,29 +80,29 @@ async def echo(request: web.Request) -> web.Response:
     return web.json_response({**said, "decoded": decoded}, status=status, headers={"X-Said": login})
 
 
-async def moved(_request: web.Request) -> web.Response:
+async def serve_redirect(_request: web.Request) -> web.Response:
     raise web.HTTPFound("/raw?hex=6869")
 
 
-async def gone(_request: web.Request) -> web.Response:
+async def serve_redirect_to_404(_request: web.Request) -> web.Response:
     raise web.HTTPFound("/status?status=404")
 
 
 ANSWERS: dict[str, Callable[[web.Request], Awaitable[web.StreamResponse]]] = {
-    "/cities": cities,
-    "/orders": orders,
-    "/status": status,
-    "/raw": raw,
-    "/moved": moved,
-    "/gone/bot123456:AAH3kZ9/send": gone,
-    "/echo": echo,
-    "/slow": raw,
+    "/cities": serve_cities,
+    "/orders": serve_orders,
+    "/status": serve_status,
+    "/raw": serve_raw,
+    "/moved": serve_redirect,
+    "/gone/bot123456:AAH3kZ9/send": serve_redirect_to_404,
+    "/echo": serve_echo,
+    "/slow": serve_raw,
 }
 
 
 @pytest.fixture
-async def server() -> AsyncIterator[Server]:
-    running = Server()
+async def server() -> AsyncIterator[RecordingServer]:
+    running = RecordingServer()
     application = web.Application()
     application.router.add_route("*", "/{path:.*}", running.answer)
     runner = web.AppRunner(application)
@@ -118,14 +118,16 @@ async def server() -> AsyncIterator[Server]:
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-async def test_every_example_of_the_catalogue_comes_true(server: Server, example: dict[str, Any]) -> None:
+async def test_every_example_of_the_catalogue_comes_true(
+    server: RecordingServer, example: dict[str, Any]
+) -> None:
     here = json.loads(json.dumps(example).replace(EXAMPLE_HOST, server.url))
     output = await server.output(here["config"], here["input"])
     assert {**output, "headers": here["output"]["headers"]} == here["output"]
     assert here["output"]["headers"].items() <= output["headers"].items()
 
 
-async def test_a_write_carries_the_same_key_on_every_attempt(server: Server) -> None:
+async def test_a_write_carries_the_same_key_on_every_attempt(server: RecordingServer) -> None:
     config: dict[str, Json] = {"url": f"{server.url}/orders", "method": "POST", "body": {"a": 1}}
     await server.output(config)
     await server.output(config)
@@ -135,7 +137,7 @@ async def test_a_write_carries_the_same_key_on_every_attempt(server: Server) -> 
     ]
 
 
-async def test_a_key_of_the_users_own_is_left_alone_and_a_read_has_none(server: Server) -> None:
+async def test_a_key_of_the_users_own_is_left_alone_and_a_read_has_none(server: RecordingServer) -> None:
     url = f"{server.url}/status?status=200"
     await server.output({"url": url, "method": "DELETE", "headers": {"idempotency-key": "mine"}})
     await server.output({"url": url})
@@ -159,7 +161,7 @@ async def test_a_key_of_the_users_own_is_left_alone_and_a_read_has_none(server: 
     ],
 )
 async def test_a_body_is_sent_as_what_it_is(
-    server: Server, body: Json, headers: dict[str, Json], sent: bytes, content_type: str | None
+    server: RecordingServer, body: Json, headers: dict[str, Json], sent: bytes, content_type: str | None
 ) -> None:
     url = f"{server.url}/status?status=200"
     await server.output({"url": url, "method": "PUT", "headers": headers, "body": "{{ data }}"}, body)
@@ -167,7 +169,7 @@ async def test_a_body_is_sent_as_what_it_is(
     assert server.requests[0].headers.get("Content-Type") == content_type
 
 
-async def test_parameters_and_headers_are_added_to_those_of_the_address(server: Server) -> None:
+async def test_parameters_and_headers_are_added_to_those_of_the_address(server: RecordingServer) -> None:
     await server.output(
         {
             "url": f"{server.url}/status?status=200#part",
@@ -203,7 +205,7 @@ async def test_parameters_and_headers_are_added_to_those_of_the_address(server: 
     ],
 )
 async def test_an_answer_becomes(
-    server: Server, response_type: str, content_type: str, raw: bytes, body: Json
+    server: RecordingServer, response_type: str, content_type: str, raw: bytes, body: Json
 ) -> None:
     config: dict[str, Json] = {
         "url": f"{server.url}/raw",
@@ -214,7 +216,7 @@ async def test_an_answer_becomes(
     assert output["body"] == body
 
 
-async def test_an_answer_that_should_be_json_and_is_not_fails_the_node(server: Server) -> None:
+async def test_an_answer_that_should_be_json_and_is_not_fails_the_node(server: RecordingServer) -> None:
     with pytest.raises(
         NodeError, match=r"^GET http://.*/raw\?hex=…: The answer can't be taken as JSON"
     ) as raised:
@@ -236,7 +238,7 @@ async def test_an_answer_that_should_be_json_and_is_not_fails_the_node(server: S
     ],
 )
 async def test_an_error_is_worth_another_attempt_if_it_may_pass(
-    server: Server, answered: int, *, retryable: bool
+    server: RecordingServer, answered: int, *, retryable: bool
 ) -> None:
     with pytest.raises(NodeError) as raised:
         await server.output({"url": f"{server.url}/status?status={answered}&key=s3cret"})
@@ -248,7 +250,9 @@ async def test_an_error_is_worth_another_attempt_if_it_may_pass(
     assert "s3cret" not in raised.value.message
 
 
-async def test_an_error_behind_a_redirect_names_both_urls_and_no_secret_of_either(server: Server) -> None:
+async def test_an_error_behind_a_redirect_names_both_urls_and_no_secret_of_either(
+    server: RecordingServer,
+) -> None:
     with pytest.raises(NodeError) as raised:
         await server.output({"url": f"{server.url}/gone/bot123456:AAH3kZ9/send?token=s3cret"})
     first, last = f"{server.url}/gone/…/send?token=…", f"{server.url}/status?status=…"
@@ -256,12 +260,12 @@ async def test_an_error_behind_a_redirect_names_both_urls_and_no_secret_of_eithe
     assert raised.value.request == ("GET", first)
 
 
-async def test_an_error_may_be_taken_as_an_answer(server: Server) -> None:
+async def test_an_error_may_be_taken_as_an_answer(server: RecordingServer) -> None:
     output = await server.output({"url": f"{server.url}/status?status=404", "failOnError": False})
     assert output["status"] == 404
 
 
-async def test_redirects_are_followed_unless_told_otherwise(server: Server) -> None:
+async def test_redirects_are_followed_unless_told_otherwise(server: RecordingServer) -> None:
     followed = await server.output({"url": f"{server.url}/moved"})
     assert (followed["status"], followed["body"], followed["url"]) == (
         200,
@@ -272,13 +276,13 @@ async def test_redirects_are_followed_unless_told_otherwise(server: Server) -> N
     assert (told["status"], told["url"]) == (302, f"{server.url}/moved")
 
 
-async def test_an_answer_that_does_not_come_is_worth_another_attempt(server: Server) -> None:
+async def test_an_answer_that_does_not_come_is_worth_another_attempt(server: RecordingServer) -> None:
     with pytest.raises(NodeError, match="No complete answer") as raised:
         await server.output({"url": f"{server.url}/slow", "timeoutSeconds": 0.1})
     assert (raised.value.code, raised.value.retryable) == ("timed-out", True)
 
 
-async def test_nobody_listening_is_worth_another_attempt(server: Server, free_tcp_port: int) -> None:
+async def test_nobody_listening_is_worth_another_attempt(server: RecordingServer, free_tcp_port: int) -> None:
     with pytest.raises(NodeError, match=f"POST http://127.0.0.1:{free_tcp_port}/: No connection") as raised:
         await server.output({"url": f"http://127.0.0.1:{free_tcp_port}/", "method": "POST"})
     assert (raised.value.code, raised.value.retryable) == ("not-connected", True)
@@ -297,7 +301,7 @@ async def test_nobody_listening_is_worth_another_attempt(server: Server, free_tc
     ],
 )
 async def test_what_is_refused_is_never_tried_again(
-    server: Server, config: dict[str, Json], code: str
+    server: RecordingServer, config: dict[str, Json], code: str
 ) -> None:
     with pytest.raises(NodeError) as raised:
         await server.output(config, "TRACE")
@@ -309,7 +313,7 @@ async def test_what_is_refused_is_never_tried_again(
 
 
 @dataclass
-class Headers:
+class HeaderDataSources:
     """Stands for the data sources of somebody: each id gives the headers that it is named for."""
 
     added: dict[str, str]
@@ -330,8 +334,10 @@ class Headers:
         raise AssertionError((caller, source_id))
 
 
-async def test_a_data_source_adds_its_header_in_the_place_of_one_of_the_same_name(server: Server) -> None:
-    sources = Headers({"Authorization": "Bearer of-the-source"})
+async def test_a_data_source_adds_its_header_in_the_place_of_one_of_the_same_name(
+    server: RecordingServer,
+) -> None:
+    sources = HeaderDataSources({"Authorization": "Bearer of-the-source"})
     config: dict[str, Json] = {
         "url": f"{server.url}/echo",
         "query": {"a": 1},
@@ -359,9 +365,9 @@ async def test_a_data_source_adds_its_header_in_the_place_of_one_of_the_same_nam
     ],
 )
 async def test_an_answer_that_repeats_a_secret_is_given_without_it(
-    server: Server, value: str, secrets: list[str]
+    server: RecordingServer, value: str, secrets: list[str]
 ) -> None:
-    sources = Headers({"Authorization": value})
+    sources = HeaderDataSources({"Authorization": value})
     config: dict[str, Json] = {"url": f"{server.url}/echo", "dataSource": "ds_1"}
     output = await server.output(config, data_sources=sources)
     shown = json.dumps(output)

@@ -12,9 +12,9 @@ from sqlmodel import col
 
 from models.execution import Execution
 from models.ingest import Delivery
-from tests import intake_senders
-from tests.intake_senders import Senders
-from tests.integration.gateway_world import World
+from tests import ingest_senders
+from tests.ingest_senders import AllSenders
+from tests.integration.gateway_harness import GatewayHarness
 
 if TYPE_CHECKING:
     import httpx2
@@ -25,46 +25,46 @@ AT_ONCE = 50
 
 
 @pytest.fixture(scope="module")
-async def everybody(world: World) -> Senders:
+async def everybody(world: GatewayHarness) -> AllSenders:
     admin = (await world.people()).admin
 
     async def post(path: str, body: dict[str, Json]) -> httpx2.Response:
         return await admin.api.post(f"/api/v1{path}", json=body)
 
-    return await intake_senders.set_up(post, admin.key)
+    return await ingest_senders.set_up(post, admin.key)
 
 
-@pytest.mark.parametrize("name", intake_senders.NAMES)
+@pytest.mark.parametrize("name", ingest_senders.NAMES)
 async def test_fifty_equal_requests_at_once_run_once_and_are_answered_alike(
-    world: World, everybody: Senders, name: str
+    world: GatewayHarness, everybody: AllSenders, name: str
 ) -> None:
     sender = everybody.one(name)
     made = sender.make(sender.delivery().number)
     nobody = await world.client()
-    before = await _delivered(world)
+    before = await _read_deliveries(world)
     answers = await asyncio.gather(*(sender.post(nobody, made) for _ in range(AT_ONCE)))
     assert len({(answer.status_code, answer.content) for answer in answers}) == 1
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
-    execution_id = intake_senders.execution_of(answers[0])
+    execution_id = ingest_senders.read_execution_id(answers[0])
     async with world.gateway.database.read() as connection:
         runs = await connection.scalars(
             select(col(Execution.id)).where(col(Execution.workflow_id).in_(everybody.workflows))
         )
         assert [run for run in runs if run not in before.values()] == [execution_id]
-    new = {one: of_run for one, of_run in (await _delivered(world)).items() if one not in before}
+    new = {one: of_run for one, of_run in (await _read_deliveries(world)).items() if one not in before}
     assert set(new.values()) == {execution_id}
     assert len(new) == AT_ONCE
-    assert await _outcomes(world, new) == {"accepted": 1, "duplicate": AT_ONCE - 1}
+    assert await _count_outcomes(world, new) == {"accepted": 1, "duplicate": AT_ONCE - 1}
 
 
-async def _delivered(world: World) -> dict[str, str | None]:
+async def _read_deliveries(world: GatewayHarness) -> dict[str, str | None]:
     """Return the runs of deliveries, by the ids of these."""
     async with world.gateway.database.read() as connection:
         rows = await connection.execute(select(col(Delivery.id), col(Delivery.execution_id)))
         return {row.id: row.execution_id for row in rows}
 
 
-async def _outcomes(world: World, deliveries: dict[str, str | None]) -> Counter[str]:
+async def _count_outcomes(world: GatewayHarness, deliveries: dict[str, str | None]) -> Counter[str]:
     async with world.gateway.database.read() as connection:
         statement = select(col(Delivery.outcome)).where(col(Delivery.id).in_(deliveries))
         return Counter(await connection.scalars(statement))

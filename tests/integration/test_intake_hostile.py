@@ -17,10 +17,17 @@ from sqlmodel import col
 
 from gateway.http.failed_attempts import MAX_FAILURES
 from models.execution import Execution, ExecutionData
-from tests import intake_senders, signed_requests
-from tests.intake_senders import Senders
-from tests.integration.gateway_world import EDGE, STEP, People, Person, World, refused
-from tests.signed_requests import BOUNDARY, FORM, signed
+from tests import ingest_senders, signed_requests
+from tests.ingest_senders import AllSenders
+from tests.integration.gateway_harness import (
+    EDGE,
+    STEP,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.signed_requests import BOUNDARY, FORM, sign_parts
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -37,11 +44,11 @@ DEEP = 100_000
 
 
 @dataclass(frozen=True)
-class Doors:
+class IngestEntryPoints:
     """All ways in, and whoever is let in by each."""
 
-    admin: Person
-    senders: Senders
+    admin: UserClient
+    senders: AllSenders
     open_hook: str
     """A hook that takes what anybody sends."""
     token: str
@@ -72,27 +79,27 @@ class Doors:
         yield f"{self.queue}?key={self.token}", of_nobody, body
         yield self.senders.one("SES").path, of_nobody, body
         yield self.open_hook, of_nobody, body
-        push = {"X-GitHub-Event": "push", "X-Hub-Signature-256": f"sha256={signed(body)}"}
+        push = {"X-GitHub-Event": "push", "X-Hub-Signature-256": f"sha256={sign_parts(body)}"}
         yield self.hook, of_nobody | push, body
         moment = str(int(time.time()))
-        signature = f"t={moment},v1={signed(moment.encode(), b'.', body)}"
+        signature = f"t={moment},v1={sign_parts(moment.encode(), b'.', body)}"
         yield self.stripe, of_nobody | {"Stripe-Signature": signature}, body
 
 
 @pytest.fixture(scope="module")
-async def doors(world: World) -> Doors:
+async def doors(world: GatewayHarness) -> IngestEntryPoints:
     admin = (await world.people()).admin
 
     async def post(path: str, body: dict[str, Json]) -> httpx2.Response:
         return await admin.api.post(f"/api/v1{path}", json=body)
 
-    everybody = await intake_senders.set_up(post, admin.key)
+    everybody = await ingest_senders.set_up(post, admin.key)
     trigger = {"id": "start", "nodeId": "webhook", "config": {"verification": {"provider": "none"}}}
     hook = await admin.create(nodes=[trigger, STEP], connections=[EDGE], status="active")
     queue = everybody.workflows[0]
     made = [await post(f"/workflows/{one}/trigger-token", {}) for one in (hook, queue)]
     of_hook, of_queue = (answer.json()["token"] for answer in made)
-    return Doors(admin, everybody, f"/hooks/{of_hook}", of_queue)
+    return IngestEntryPoints(admin, everybody, f"/hooks/{of_hook}", of_queue)
 
 
 # ── bodies ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -172,7 +179,7 @@ OTHER_TYPES = (
 )
 
 
-async def test_no_body_is_a_fault_of_ours(world: World, doors: Doors) -> None:
+async def test_no_body_is_a_fault_of_ours(world: GatewayHarness, doors: IngestEntryPoints) -> None:
     nobody = await world.client()
     requests = [request for text in TEXTS for request in doors.requests(JSON, text)]
     requests += [request for text in FIELDS for request in doors.requests(URLENCODED, text)]
@@ -181,7 +188,7 @@ async def test_no_body_is_a_fault_of_ours(world: World, doors: Doors) -> None:
 
 
 async def test_no_body_is_a_fault_of_ours_that_is_said_to_be_what_it_is_not(
-    world: World, doors: Doors
+    world: GatewayHarness, doors: IngestEntryPoints
 ) -> None:
     nobody = await world.client()
     said = zip(cycle(OTHER_TYPES), [*TEXTS, *FIELDS], strict=False)
@@ -189,46 +196,55 @@ async def test_no_body_is_a_fault_of_ours_that_is_said_to_be_what_it_is_not(
     await assert_alive(world, doors)
 
 
-def form(*parts: tuple[bytes, bytes], end: bytes = b"--\r\n") -> bytes:
+def form_body(*parts: tuple[bytes, bytes], end: bytes = b"--\r\n") -> bytes:
     mark = b"--" + BOUNDARY.encode()
     return (
         b"".join(mark + b"\r\n" + head + b"\r\n\r\n" + value + b"\r\n" for head, value in parts) + mark + end
     )
 
 
-def part(name: str, value: bytes, more: str = "") -> tuple[bytes, bytes]:
+def form_part(name: str, value: bytes, more: str = "") -> tuple[bytes, bytes]:
     return f'Content-Disposition: form-data; name="{name}"{more}'.encode(), value
 
 
-ENVELOPE = part("envelope", b'{"from":"a@example.org","to":["b@example.org"]}')
-RAW = part("email", b"From: a@example.org\r\n\r\nHello\r\n")
+ENVELOPE = form_part("envelope", b'{"from":"a@example.org","to":["b@example.org"]}')
+RAW = form_part("email", b"From: a@example.org\r\n\r\nHello\r\n")
 FORMS = (
-    form(),
-    form(end=b""),
-    form(ENVELOPE, RAW, end=b""),
-    form(ENVELOPE, RAW)[:-30],
-    form(*(part(f"f{number}", b"x") for number in range(10_000))),
-    form(ENVELOPE, *(RAW for _ in range(1_000))),
-    form((b"\r\n".join(b"X-%d: y" % number for number in range(10_000)), b"x")),
-    form((b"Content-Disposition: form-data; name=" + b"x" * 100_000, b"x")),
-    form((b"Content-Disposition", b""), (b": form-data", b""), (b"", b"")),
-    form(part("envelope", b"[" * DEEP), RAW),
-    form(part("envelope", b'{"from":{},"to":1}'), RAW),
-    form(part("envelope", b'{"from":"\\ud800","to":["\\u0000"]}'), RAW),
-    form(part("envelope", b"\xff\xfe\x00"), RAW),
-    form(ENVELOPE, part("email", b"\x00\xff" * 1_000)),
-    form(ENVELOPE, part("email", b"Message-ID: <" + b"x" * 500_000 + b">\r\n\r\n")),
-    form(ENVELOPE, part("email", b"Message-ID: \x00\xff\r\n\r\n")),
-    form(ENVELOPE, part("headers", b"\x00: \x00\r\n" * 1_000), part("charsets", b'{"text":"rot13"}')),
-    form(ENVELOPE, RAW, part("attachment1", b"x", '; filename="../../../etc/passwd"')),
-    form(ENVELOPE, RAW, part("attachment1", b"x", "; filename=\"C:\\\\nul\"; filename*=utf-9''%zz")),
-    form(ENVELOPE, RAW, part("a\x00b", b"x", '; filename="\x00"')),
-    form(ENVELOPE, RAW, part("attachment999999999999", b"x", '; filename="~/.ssh/id"')),
-    form(part("timestamp", b"\xff"), part("token", b"\x00"), part("signature", b""), part("body-mime", b"")),
+    form_body(),
+    form_body(end=b""),
+    form_body(ENVELOPE, RAW, end=b""),
+    form_body(ENVELOPE, RAW)[:-30],
+    form_body(*(form_part(f"f{number}", b"x") for number in range(10_000))),
+    form_body(ENVELOPE, *(RAW for _ in range(1_000))),
+    form_body((b"\r\n".join(b"X-%d: y" % number for number in range(10_000)), b"x")),
+    form_body((b"Content-Disposition: form-data; name=" + b"x" * 100_000, b"x")),
+    form_body((b"Content-Disposition", b""), (b": form-data", b""), (b"", b"")),
+    form_body(form_part("envelope", b"[" * DEEP), RAW),
+    form_body(form_part("envelope", b'{"from":{},"to":1}'), RAW),
+    form_body(form_part("envelope", b'{"from":"\\ud800","to":["\\u0000"]}'), RAW),
+    form_body(form_part("envelope", b"\xff\xfe\x00"), RAW),
+    form_body(ENVELOPE, form_part("email", b"\x00\xff" * 1_000)),
+    form_body(ENVELOPE, form_part("email", b"Message-ID: <" + b"x" * 500_000 + b">\r\n\r\n")),
+    form_body(ENVELOPE, form_part("email", b"Message-ID: \x00\xff\r\n\r\n")),
+    form_body(
+        ENVELOPE, form_part("headers", b"\x00: \x00\r\n" * 1_000), form_part("charsets", b'{"text":"rot13"}')
+    ),
+    form_body(ENVELOPE, RAW, form_part("attachment1", b"x", '; filename="../../../etc/passwd"')),
+    form_body(
+        ENVELOPE, RAW, form_part("attachment1", b"x", "; filename=\"C:\\\\nul\"; filename*=utf-9''%zz")
+    ),
+    form_body(ENVELOPE, RAW, form_part("a\x00b", b"x", '; filename="\x00"')),
+    form_body(ENVELOPE, RAW, form_part("attachment999999999999", b"x", '; filename="~/.ssh/id"')),
+    form_body(
+        form_part("timestamp", b"\xff"),
+        form_part("token", b"\x00"),
+        form_part("signature", b""),
+        form_part("body-mime", b""),
+    ),
 )
 
 
-async def test_no_form_is_a_fault_of_ours(world: World, doors: Doors) -> None:
+async def test_no_form_is_a_fault_of_ours(world: GatewayHarness, doors: IngestEntryPoints) -> None:
     nobody = await world.client()
     await assert_no_faults(nobody, [request for one in FORMS for request in doors.requests(FORM, one)])
     await assert_alive(world, doors)
@@ -270,7 +286,7 @@ HEADERS: Sequence[Sequence[tuple[bytes, bytes]]] = (
 )
 
 
-async def test_no_header_is_a_fault_of_ours(world: World, doors: Doors) -> None:
+async def test_no_header_is_a_fault_of_ours(world: GatewayHarness, doors: IngestEntryPoints) -> None:
     nobody = await world.client()
     requests = []
     for more in HEADERS:
@@ -282,7 +298,9 @@ async def test_no_header_is_a_fault_of_ours(world: World, doors: Doors) -> None:
     await assert_alive(world, doors)
 
 
-async def test_no_query_and_no_path_is_a_fault_of_ours_or_opens_anything(world: World, doors: Doors) -> None:
+async def test_no_query_and_no_path_is_a_fault_of_ours_or_opens_anything(
+    world: GatewayHarness, doors: IngestEntryPoints
+) -> None:
     nobody = await world.client()
     queries = (
         f"key={doors.token}&key={doors.token}",
@@ -295,7 +313,7 @@ async def test_no_query_and_no_path_is_a_fault_of_ours_or_opens_anything(world: 
     )
     for path in (doors.queue, f"{doors.queue}-batch", doors.mail, EVENTS):
         for query in queries:
-            refused(await nobody.post(f"{path}?{query}", json={}), *(401, "unauthorized"))
+            assert_refused(await nobody.post(f"{path}?{query}", json={}), *(401, "unauthorized"))
     for odd in (
         "..%2f..%2fetc",
         "%00",
@@ -315,7 +333,7 @@ async def test_no_query_and_no_path_is_a_fault_of_ours_or_opens_anything(world: 
 
 
 async def test_a_token_is_good_for_its_own_workflow_and_for_one_kind_of_door(
-    world: World, doors: Doors, people: People
+    world: GatewayHarness, doors: IngestEntryPoints, people: OrganizationUsers
 ) -> None:
     nobody = await world.client(address="10.9.9.1")
     theirs = await people.owner.create(
@@ -325,19 +343,19 @@ async def test_a_token_is_good_for_its_own_workflow_and_for_one_kind_of_door(
     token = made.json()["token"]
     of_events = doors.stripe.rpartition("=")[2]
     for path in (doors.queue, f"{doors.queue}-batch", doors.mail, EVENTS):
-        refused(await nobody.post(f"{path}?key={token}", json={"message": 1}), 401, "unauthorized")
+        assert_refused(await nobody.post(f"{path}?key={token}", json={"message": 1}), 401, "unauthorized")
     for path in (doors.queue, doors.mail):
-        refused(await nobody.post(f"{path}?key={of_events}", json={"message": 1}), 401, "unauthorized")
-    refused(await nobody.post(f"/hooks/{of_events}", json={}), 404, "not-found")
-    refused(await nobody.post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
+        assert_refused(await nobody.post(f"{path}?key={of_events}", json={"message": 1}), 401, "unauthorized")
+    assert_refused(await nobody.post(f"/hooks/{of_events}", json={}), 404, "not-found")
+    assert_refused(await nobody.post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
     for path in (f"{WORKFLOWS}/{theirs}", "/api/v1/deliveries/dlv_1", "/api/v1/auth/whoami"):
         answer = await nobody.get(f"{path}?key={token}", headers={"X-API-Key": token})
-        refused(answer, 401, "unauthorized")
+        assert_refused(answer, 401, "unauthorized")
     assert (await nobody.post(f"{WORKFLOWS}/{theirs}/enqueue?key={token}", json=1)).status_code == 201
 
 
 async def test_of_tokens_that_are_replaced_at_once_while_they_are_used_one_is_left(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(
         nodes=[{"id": "start", "nodeId": "queue-trigger"}, STEP], connections=[EDGE], status="active"
@@ -361,7 +379,7 @@ async def test_of_tokens_that_are_replaced_at_once_while_they_are_used_one_is_le
     tokens = {answer.json()["id"]: answer.json()["token"] for answer in replaced}
     last = tokens.pop(shown[0]["id"])
     for token in tokens.values():
-        refused(await nobody.post(f"{url}/enqueue?key={token}", json=1), 401, "unauthorized")
+        assert_refused(await nobody.post(f"{url}/enqueue?key={token}", json=1), 401, "unauthorized")
     assert (await nobody.post(f"{url}/enqueue?key={last}", json=1)).status_code == 201
     async with world.gateway.database.read() as connection:
         statement = select(func.count()).where(col(Execution.workflow_id) == workflow_id)
@@ -369,7 +387,7 @@ async def test_of_tokens_that_are_replaced_at_once_while_they_are_used_one_is_le
 
 
 async def test_a_sender_is_let_in_though_another_guesses_tokens_from_the_same_address(
-    world: World, doors: Doors
+    world: GatewayHarness, doors: IngestEntryPoints
 ) -> None:
     shared = await world.client(address="10.9.9.3")
     guesses = [f"/hooks/tt-00guess{number}" for number in range(MAX_FAILURES + 1)]
@@ -397,12 +415,12 @@ async def assert_no_faults(
     ]
 
 
-async def assert_alive(world: World, doors: Doors) -> None:
+async def assert_alive(world: GatewayHarness, doors: IngestEntryPoints) -> None:
     """Check that an honest request is taken, and that whatever was taken before is JSON."""
     nobody = await world.client()
     for one in doors.senders.all:
         answer = await one.post(nobody, one.make(one.delivery().number))
-        assert intake_senders.execution_of(answer)
+        assert ingest_senders.read_execution_id(answer)
     async with world.gateway.database.read() as connection:
         for text in await connection.scalars(select(col(ExecutionData.trigger))):
             given: Any = json.loads(text)

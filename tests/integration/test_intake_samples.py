@@ -13,7 +13,7 @@ from sqlmodel import col
 
 from gateway.arrivals.samples import SLOTS
 from models.ingest import Delivery, IngestRoute, RejectedRequestSample
-from tests.integration.gateway_world import People, Person, World, refused
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 
 SAMPLES = "/api/v1/intake-samples"
 WORKFLOWS = "/api/v1/workflows"
@@ -21,7 +21,7 @@ FLOOD = 1_000
 AT_ONCE = 50
 
 
-async def kept(world: World, route: IngestRoute) -> int:
+async def count_samples(world: GatewayHarness, route: IngestRoute) -> int:
     async with world.gateway.database.read() as connection:
         statement = (
             select(func.count())
@@ -31,7 +31,7 @@ async def kept(world: World, route: IngestRoute) -> int:
         return await connection.scalar(statement) or 0
 
 
-async def of(person: Person, **query: str) -> list[dict[str, Any]]:
+async def list_samples(person: UserClient, **query: str) -> list[dict[str, Any]]:
     answer = await person.api.get(SAMPLES, params=query)
     assert answer.status_code == 200, answer.text
     assert answer.json()["count"] == len(answer.json()["samples"])
@@ -41,10 +41,13 @@ async def of(person: Person, **query: str) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(("workflows", "rows"), [(1, 20), (FLOOD, SLOTS)], ids=["to one", "to many"])
 async def test_a_flood_without_a_key_is_counted_and_leaves_few_rows(
-    world: World, workflows: int, rows: int
+    world: GatewayHarness, workflows: int, rows: int
 ) -> None:
     nobody = await world.client()
-    before, already = counted("enqueue", "unauthorized"), await kept(world, IngestRoute.ENQUEUE)
+    before, already = (
+        read_refusal_count("enqueue", "unauthorized"),
+        await count_samples(world, IngestRoute.ENQUEUE),
+    )
     tag = uuid4().hex[:8]
     for start in range(0, FLOOD, AT_ONCE):
         paths = [
@@ -53,15 +56,15 @@ async def test_a_flood_without_a_key_is_counted_and_leaves_few_rows(
         answers = await asyncio.gather(*(nobody.post(path, json=1) for path in paths))
         assert {answer.status_code for answer in answers} == {401}
     await world.gateway.samples.drain()
-    assert counted("enqueue", "unauthorized") == before + FLOOD
-    assert await kept(world, IngestRoute.ENQUEUE) <= min(already + rows, SLOTS)
-    assert workflows == 1 or await kept(world, IngestRoute.ENQUEUE) == SLOTS
+    assert read_refusal_count("enqueue", "unauthorized") == before + FLOOD
+    assert await count_samples(world, IngestRoute.ENQUEUE) <= min(already + rows, SLOTS)
+    assert workflows == 1 or await count_samples(world, IngestRoute.ENQUEUE) == SLOTS
     async with world.gateway.database.read() as connection:
         assert not await connection.scalar(select(func.count()).select_from(Delivery))
 
 
 async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody_else_does(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
     made = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
@@ -75,7 +78,7 @@ async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody
     await nobody.post(f"{WORKFLOWS}/a%00b/enqueue", json={})
 
     await world.gateway.samples.drain()
-    by_route = {one["route"]: one for one in await of(people.admin)}
+    by_route = {one["route"]: one for one in await list_samples(people.admin)}
     assert set(by_route) == {"email-trigger", "events", "hook"}
     assert {one["workflowId"] for one in by_route.values()} == {workflow_id}
     mail = by_route["email-trigger"]
@@ -87,19 +90,21 @@ async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody
     shown = str(by_route)
     assert token not in shown
     assert "do not keep this" not in shown
-    assert [one["route"] for one in await of(people.admin, route="hook")] == ["hook"]
-    assert not await of(people.stranger)
-    refused(await people.owner.api.get(SAMPLES), 403, "admin-required")
+    assert [one["route"] for one in await list_samples(people.admin, route="hook")] == ["hook"]
+    assert not await list_samples(people.stranger)
+    assert_refused(await people.owner.api.get(SAMPLES), 403, "admin-required")
 
 
-async def test_what_a_delivery_tells_of_leaves_no_sample(world: World, people: People) -> None:
+async def test_what_a_delivery_tells_of_leaves_no_sample(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create()
     answer = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={})
-    refused(answer, 409, "workflow-not-active")
+    assert_refused(answer, 409, "workflow-not-active")
     await world.gateway.samples.drain()
-    assert not await of(people.admin)
+    assert not await list_samples(people.admin)
 
 
-def counted(route: str, reason: str) -> float:
+def read_refusal_count(route: str, reason: str) -> float:
     labels = {"route": route, "reason": reason}
     return REGISTRY.get_sample_value("pilotflame_intake_refusals_total", labels) or 0.0

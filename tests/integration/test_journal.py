@@ -22,25 +22,25 @@ from journal.leases import RENEWALS_PER_LEASE, LeaseKeeper, RunLease
 from journal.recorder import RunJournal, RunRecorder
 from journal.store import ClaimedRun, JournalStore, LeaseRenewal, RenewalResult, RunWrite
 from models.errors import DatabaseUnavailable
-from tests.integration.run_world import Where, World, key_of, opened
+from tests.integration.run_database import MigratedDatabase, RunDatabase, key_of, open_run_database
 
 PATIENCE_SECONDS = 60.0
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
         yield world
 
 
-async def soon(event: asyncio.Event) -> None:
+async def wait_soon(event: asyncio.Event) -> None:
     await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
 
 
@@ -48,7 +48,7 @@ async def soon(event: asyncio.Event) -> None:
 
 
 @dataclass
-class Commits:
+class CommitControl:
     """A commit that tests hold back, and that refuses what they say."""
 
     batches: list[Sequence[int]] = field(default_factory=list)
@@ -67,10 +67,10 @@ class Commits:
 
 
 async def test_what_arrives_during_a_commit_goes_into_the_next_one_together() -> None:
-    commits = Commits()
+    commits = CommitControl()
     group = GroupCommit(commits, max_batch=3)
     first = group.submit(0)
-    await soon(commits.begun)
+    await wait_soon(commits.begun)
     others = [group.submit(item) for item in range(1, 6)]
     assert group.depth == 5
     commits.go_on.set()
@@ -81,10 +81,10 @@ async def test_what_arrives_during_a_commit_goes_into_the_next_one_together() ->
 
 
 async def test_a_waiter_that_leaves_takes_nothing_with_it() -> None:
-    commits = Commits()
+    commits = CommitControl()
     group = GroupCommit(commits)
     gone, kept = group.submit(1), group.submit(2)
-    await soon(commits.begun)
+    await wait_soon(commits.begun)
     gone.cancel()
     commits.go_on.set()
     assert await kept == "2"
@@ -92,7 +92,7 @@ async def test_a_waiter_that_leaves_takes_nothing_with_it() -> None:
 
 
 async def test_one_item_that_is_refused_spoils_no_other() -> None:
-    commits = Commits(refusals={2: ValueError("two")})
+    commits = CommitControl(refusals={2: ValueError("two")})
     commits.go_on.set()
     group = GroupCommit(commits)
     answers = await asyncio.gather(*map(group.submit, (1, 2, 3)), return_exceptions=True)
@@ -100,7 +100,7 @@ async def test_one_item_that_is_refused_spoils_no_other() -> None:
 
 
 async def test_a_database_that_is_away_is_asked_once_for_all() -> None:
-    commits = Commits(refusals={2: DatabaseUnavailable()})
+    commits = CommitControl(refusals={2: DatabaseUnavailable()})
     commits.go_on.set()
     group = GroupCommit(commits)
     answers = await asyncio.gather(*map(group.submit, (1, 2, 3)), return_exceptions=True)
@@ -111,11 +111,11 @@ async def test_a_database_that_is_away_is_asked_once_for_all() -> None:
 
 
 async def test_a_group_is_drained_when_all_have_their_answers() -> None:
-    commits = Commits()
+    commits = CommitControl()
     group = GroupCommit(commits, max_batch=1)
     futures = [group.submit(item) for item in range(3)]
     draining = asyncio.create_task(group.drain())
-    await soon(commits.begun)
+    await wait_soon(commits.begun)
     assert not draining.done()
     commits.go_on.set()
     await draining
@@ -125,7 +125,7 @@ async def test_a_group_is_drained_when_all_have_their_answers() -> None:
 # ── the journal of a run ──────────────────────────────────────────────────────────────────────────────────
 
 
-class Faulty:
+class FaultyStore:
     """A store that is away, or silent, for as long as a test says."""
 
     def __init__(self, store: JournalStore) -> None:
@@ -145,36 +145,36 @@ class Faulty:
 
 
 @dataclass
-class Book:
+class JournalHarness:
     """A claimed run, its lease and its journal."""
 
     run: ClaimedRun
     lease: RunLease
     journal: RunJournal
-    store: Faulty
+    store: FaultyStore
     committed: list[str]
 
 
 @pytest.fixture
-async def book(world: World, monkeypatch: pytest.MonkeyPatch) -> Book:
+async def book(world: RunDatabase, monkeypatch: pytest.MonkeyPatch) -> JournalHarness:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
     run = await world.claimed()
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
-    store = Faulty(world.store)
+    store = FaultyStore(world.store)
     committed: list[str] = []
     journal = RunJournal(RunRecorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]
-    return Book(run, lease, journal, store, committed)
+    return JournalHarness(run, lease, journal, store, committed)
 
 
-def span(node_id: str, sequence: int, status: SpanStatus = SpanStatus.COMPLETED) -> NodeSpan:
+def make_span(node_id: str, sequence: int, status: SpanStatus = SpanStatus.COMPLETED) -> NodeSpan:
     return NodeSpan(node_id, node_id, "set", status, sequence, NOW, NOW)
 
 
 async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
-    world: World, book: Book
+    world: RunDatabase, book: JournalHarness
 ) -> None:
-    book.journal.record(span("a", 1, SpanStatus.RUNNING))
-    book.journal.record(span("a", 2))
+    book.journal.record(make_span("a", 1, SpanStatus.RUNNING))
+    book.journal.record(make_span("a", 2))
     book.journal.log(LogLine("info", "hello", "a", 3, NOW))
     assert await world.count("span") == 0
     await book.journal.commit()
@@ -187,7 +187,9 @@ async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
     assert book.committed == [book.run.execution_id]
 
 
-async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(world: World, book: Book) -> None:
+async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(
+    world: RunDatabase, book: JournalHarness
+) -> None:
     async def settled(*spans: NodeSpan) -> int:
         for one in spans:
             book.journal.record(one)
@@ -196,20 +198,22 @@ async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(world: 
         return completed - 1
 
     def turn(number: int) -> NodeSpan:
-        return replace(span("loop", number), iteration=str(number), port="continue")
+        return replace(make_span("loop", number), iteration=str(number), port="continue")
 
     def step(number: int) -> NodeSpan:
-        return replace(span("a", number), iteration=str(number), port="output", hashes=b"hashes")
+        return replace(make_span("a", number), iteration=str(number), port="output", hashes=b"hashes")
 
-    assert await settled(span("loop", 1, SpanStatus.RUNNING), turn(2), step(3)) == 1
+    assert await settled(make_span("loop", 1, SpanStatus.RUNNING), turn(2), step(3)) == 1
     assert await settled(turn(4), step(5)) == 1
-    assert await settled(span("loop", 6)) == 2
+    assert await settled(make_span("loop", 6)) == 2
 
 
-async def test_progress_grows_with_commits_and_is_never_taken_back(world: World, book: Book) -> None:
+async def test_progress_grows_with_commits_and_is_never_taken_back(
+    world: RunDatabase, book: JournalHarness
+) -> None:
     async def progress(share: float, number: int) -> int:
         book.journal.advance(share)
-        book.journal.record(span("a", number))
+        book.journal.record(make_span("a", number))
         await book.journal.commit()
         percent: int = (await world.row(book.run.execution_id))["progress"]
         return percent
@@ -224,8 +228,10 @@ async def test_progress_grows_with_commits_and_is_never_taken_back(world: World,
     assert (shown.percent, shown.status) == (99, "completed")
 
 
-async def test_the_end_takes_what_is_not_committed_yet_with_it(world: World, book: Book) -> None:
-    book.journal.record(span("a", 1))
+async def test_the_end_takes_what_is_not_committed_yet_with_it(
+    world: RunDatabase, book: JournalHarness
+) -> None:
+    book.journal.record(make_span("a", 1))
     error = RunError("node-error", "broken", "a", 1)
     await book.journal.end(RunOutcome(RunStatus.FAILED, error=error))
     row = await world.row(book.run.execution_id)
@@ -233,12 +239,12 @@ async def test_the_end_takes_what_is_not_committed_yet_with_it(world: World, boo
     assert await world.count("span") == 1
 
 
-async def test_commits_of_one_run_keep_their_order(world: World, book: Book) -> None:
+async def test_commits_of_one_run_keep_their_order(world: RunDatabase, book: JournalHarness) -> None:
     for sequence in range(1, 30):
-        book.journal.record(span("a", sequence))
+        book.journal.record(make_span("a", sequence))
     commits = [asyncio.create_task(book.journal.commit())]
     await asyncio.sleep(0)
-    book.journal.record(span("a", 30))
+    book.journal.record(make_span("a", 30))
     commits.append(asyncio.create_task(book.journal.commit()))
     await asyncio.sleep(0)
     ending = asyncio.create_task(book.journal.end(RunOutcome(RunStatus.COMPLETED)))
@@ -247,9 +253,9 @@ async def test_commits_of_one_run_keep_their_order(world: World, book: Book) -> 
     assert kept.sequence == 30
 
 
-async def test_a_commit_with_nothing_to_add_waits_for_the_one_under_way(book: Book) -> None:
+async def test_a_commit_with_nothing_to_add_waits_for_the_one_under_way(book: JournalHarness) -> None:
     book.store.answers.clear()
-    book.journal.record(span("a", 1))
+    book.journal.record(make_span("a", 1))
     commits = [asyncio.create_task(book.journal.commit()) for _ in range(2)]
     done, _ = await asyncio.wait(commits, timeout=0.05)
     assert not done
@@ -257,30 +263,34 @@ async def test_a_commit_with_nothing_to_add_waits_for_the_one_under_way(book: Bo
     await asyncio.gather(*commits)
 
 
-async def test_a_database_that_comes_back_in_time_is_waited_for(world: World, book: Book) -> None:
+async def test_a_database_that_comes_back_in_time_is_waited_for(
+    world: RunDatabase, book: JournalHarness
+) -> None:
     book.store.is_away = True
-    book.journal.record(span("a", 1))
+    book.journal.record(make_span("a", 1))
     commit = asyncio.create_task(book.journal.commit())
-    await soon(book.store.refused)
+    await wait_soon(book.store.refused)
     assert not commit.done()
     book.store.is_away = False
     await commit
     assert await world.count("span") == 1
 
 
-async def test_a_run_is_given_up_when_its_token_is_not_the_newest(world: World, book: Book) -> None:
+async def test_a_run_is_given_up_when_its_token_is_not_the_newest(
+    world: RunDatabase, book: JournalHarness
+) -> None:
     await world.expire(book.run)
     await world.store.sweep(10)
-    book.journal.record(span("a", 1))
+    book.journal.record(make_span("a", 1))
     with pytest.raises(LeaseLost):
         await book.journal.commit()
     assert await world.count("span") == 0
     assert book.committed == []
 
 
-async def test_a_commit_is_waited_for_no_longer_than_the_lease_lasts(book: Book) -> None:
+async def test_a_commit_is_waited_for_no_longer_than_the_lease_lasts(book: JournalHarness) -> None:
     book.store.answers.clear()
-    book.journal.record(span("a", 1))
+    book.journal.record(make_span("a", 1))
     book.lease.until = time.monotonic() + 0.5
     commit = asyncio.create_task(book.journal.commit())
     await asyncio.sleep(0)
@@ -294,10 +304,10 @@ async def test_a_commit_is_waited_for_no_longer_than_the_lease_lasts(book: Book)
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable(), ValueError("can't be stored")])
 async def test_nothing_follows_a_write_that_was_lost_even_if_the_lease_holds_again(
-    world: World, book: Book, error: Exception
+    world: RunDatabase, book: JournalHarness, error: Exception
 ) -> None:
     book.store.is_away, book.store.error = True, error
-    book.journal.record(span("a", 1))
+    book.journal.record(make_span("a", 1))
     if isinstance(error, DatabaseUnavailable):
         book.lease.until = time.monotonic() - 1
     with pytest.raises((LeaseLost, ValueError)):
@@ -306,7 +316,7 @@ async def test_nothing_follows_a_write_that_was_lost_even_if_the_lease_holds_aga
     book.store.is_away = False
     book.lease.until = time.monotonic() + 60
     assert not book.journal.holds_lease()
-    book.journal.record(span("b", 2))
+    book.journal.record(make_span("b", 2))
     for late in (
         book.journal.commit(),
         book.journal.commit(),
@@ -322,7 +332,7 @@ async def test_nothing_follows_a_write_that_was_lost_even_if_the_lease_holds_aga
 
 
 @dataclass
-class Keeping:
+class LeaseKeeperHarness:
     """A keeper of leases, and what it has told."""
 
     keeper: LeaseKeeper
@@ -333,7 +343,7 @@ class Keeping:
         return self.keeper.hold(key_of(run), run.token, time.monotonic())
 
 
-async def keeping(store: JournalStore, lease_seconds: float) -> Keeping:
+async def make_keeper(store: JournalStore, lease_seconds: float) -> LeaseKeeperHarness:
     lost: list[RunLease] = []
     requests: list[tuple[RunLease, str]] = []
     keeper = LeaseKeeper(
@@ -343,11 +353,11 @@ async def keeping(store: JournalStore, lease_seconds: float) -> Keeping:
         on_request=lambda lease, request: requests.append((lease, request)),
     )
     keeper.start()
-    return Keeping(keeper, lost, requests)
+    return LeaseKeeperHarness(keeper, lost, requests)
 
 
-async def test_leases_are_renewed_while_work_blocks_the_event_loop(world: World) -> None:
-    kept = await keeping(world.store, 3.0)
+async def test_leases_are_renewed_while_work_blocks_the_event_loop(world: RunDatabase) -> None:
+    kept = await make_keeper(world.store, 3.0)
     run = await world.claimed()
     lease = kept.hold(run)
     for _ in range(2):
@@ -363,8 +373,8 @@ async def test_leases_are_renewed_while_work_blocks_the_event_loop(world: World)
     kept.keeper.stop()
 
 
-async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(world: World) -> None:
-    kept = await keeping(world.store, 100.0)
+async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(world: RunDatabase) -> None:
+    kept = await make_keeper(world.store, 100.0)
     run = await world.claimed()
     since = time.monotonic() - 86
     assert not kept.keeper.hold(key_of(run), run.token, since).is_held()
@@ -372,8 +382,8 @@ async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(world:
     kept.keeper.stop()
 
 
-async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(world: World) -> None:
-    kept = await keeping(world.store, 1.5)
+async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(world: RunDatabase) -> None:
+    kept = await make_keeper(world.store, 1.5)
     place = await world.workflow()
     lost, asked = [kept.hold(await world.claimed(place)) for _ in range(2)]
     await world.query("UPDATE execution SET token = 9 WHERE id = :id", id=lost.key.execution_id)
@@ -388,7 +398,7 @@ async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(world:
 
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable(), ValueError("a surprise")])
-async def test_a_renewal_that_fails_is_tried_again(world: World, error: Exception) -> None:
+async def test_a_renewal_that_fails_is_tried_again(world: RunDatabase, error: Exception) -> None:
     failures = 0
 
     class FailsAtFirst:
@@ -405,7 +415,7 @@ async def test_a_renewal_that_fails_is_tried_again(world: World, error: Exceptio
         async def close(self) -> None: ...
 
     with capture_logs():
-        kept = await keeping(FailsAtFirst(), 0.15)  # type: ignore[arg-type]
+        kept = await make_keeper(FailsAtFirst(), 0.15)  # type: ignore[arg-type]
         lease = kept.hold(await world.claimed())
         first_end = lease.until
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -415,7 +425,7 @@ async def test_a_renewal_that_fails_is_tried_again(world: World, error: Exceptio
     assert failures >= 3
 
 
-async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_round(world: World) -> None:
+async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_round(world: RunDatabase) -> None:
     kept_back, rounds = await world.claimed(), list[float]()
     longest = 0.3 / RENEWALS_PER_LEASE * 1.5
 
@@ -436,7 +446,7 @@ async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_roun
         async def close(self) -> None: ...
 
     with capture_logs():
-        kept = await keeping(LocksOne(), 0.3)  # type: ignore[arg-type]
+        kept = await make_keeper(LocksOne(), 0.3)  # type: ignore[arg-type]
         for one in (kept_back, await world.claimed()):
             kept.hold(one)
         async with asyncio.timeout(PATIENCE_SECONDS):

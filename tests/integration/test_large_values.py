@@ -38,9 +38,15 @@ from journal.recorder import RunJournal, RunRecorder
 from journal.store import ClaimedRun, ExecutionKey
 from messages.local_broker import LocalBroker
 from models.database import Database, parse_url
-from tests.calls import NoNetwork
-from tests.integration.large_outputs import library
-from tests.integration.run_world import Place, Where, World, key_of, opened
+from tests.integration.large_outputs import build_catalog
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    key_of,
+    open_run_database,
+)
+from tests.node_calls import NoNetwork
 from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
@@ -55,23 +61,23 @@ def _no_tracebacks() -> Iterator[None]:
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
         yield world
 
 
 @pytest.fixture
-async def place(world: World) -> Place:
+async def place(world: RunDatabase) -> OwnedWorkflow:
     return await world.workflow()
 
 
-class Counted(FolderBlobStorage):
+class CountingFolder(FolderBlobStorage):
     """A folder that counts what is put, and that is away for as long as a test says."""
 
     def __init__(self, root: Path) -> None:
@@ -89,13 +95,13 @@ class Counted(FolderBlobStorage):
 
 
 @pytest.fixture
-async def folder(tmp_path: Path) -> AsyncIterator[Counted]:
-    folder = Counted(tmp_path / "blobs")
+async def folder(tmp_path: Path) -> AsyncIterator[CountingFolder]:
+    folder = CountingFolder(tmp_path / "blobs")
     yield folder
     await folder.close()
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
             await asyncio.sleep(0.02)
@@ -105,7 +111,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 @dataclass
-class Stage:
+class RunStage:
     """What holds a run back between two of its nodes, and what its nodes were given."""
 
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -119,20 +125,20 @@ class Stage:
         return call.data
 
 
-class Workers:
+class LargeValueWorkers:
     """Starts workers over one folder."""
 
-    def __init__(self, world: World, folder: Counted, stack: AsyncExitStack) -> None:
+    def __init__(self, world: RunDatabase, folder: CountingFolder, stack: AsyncExitStack) -> None:
         self._world = world
         self._folder = folder
         self._stack = stack
-        self.stage = Stage()
+        self.stage = RunStage()
 
     async def start(self) -> RunExecutor:
         executor = RunExecutor(
             await self._world.another_store(),
             LocalBroker(inbox=uuid4().hex),
-            library(effect=self.stage.effect),
+            build_catalog(effect=self.stage.effect),
             NodeServices(http=NoNetwork()),
             WorkerSettings(lease_seconds=3600, sweep_seconds=3600, commit_seconds=0.02),
             blobs=BlobStore(self._folder),
@@ -143,14 +149,14 @@ class Workers:
 
 
 @pytest.fixture
-async def workers(world: World, folder: Counted) -> AsyncIterator[Workers]:
+async def workers(world: RunDatabase, folder: CountingFolder) -> AsyncIterator[LargeValueWorkers]:
     async with AsyncExitStack() as stack:
-        workers = Workers(world, folder, stack)
+        workers = LargeValueWorkers(world, folder, stack)
         yield workers
         workers.stage.go_on.set()
 
 
-async def accept(world: World, place: Place, *types: str, text: str = "") -> ExecutionKey:
+async def accept(world: RunDatabase, place: OwnedWorkflow, *types: str, text: str = "") -> ExecutionKey:
     """Accept a run of a chain whose trigger gives out `text`."""
     nodes = [
         {"id": "start", "type": "manual"},
@@ -166,17 +172,17 @@ async def accept(world: World, place: Place, *types: str, text: str = "") -> Exe
     )
 
 
-async def has_ended(world: World, key: ExecutionKey) -> bool:
+async def has_ended(world: RunDatabase, key: ExecutionKey) -> bool:
     return (await world.row(key.execution_id))["ended_at"] is not None
 
 
-async def spans(world: World, key: ExecutionKey) -> dict[str, dict[str, Any]]:
+async def read_span_rows(world: RunDatabase, key: ExecutionKey) -> dict[str, dict[str, Any]]:
     rows = await world.query("SELECT * FROM span WHERE execution_id = :id", id=key.execution_id)
     return {row["node_id"]: row for row in rows}
 
 
 async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_restart(
-    world: World, place: Place, workers: Workers, folder: Counted
+    world: RunDatabase, place: OwnedWorkflow, workers: LargeValueWorkers, folder: CountingFolder
 ) -> None:
     text = "ü" * MEGABYTE
     key = await accept(world, place, "effect", "length", text=text)
@@ -189,12 +195,12 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
     first.wake()
     await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
     workers.stage.go_on.set()
-    await until(lambda: has_ended(world, key))
+    await wait_until(lambda: has_ended(world, key))
 
     assert (await world.row(key.execution_id))["status"] == "completed"
     assert len(workers.stage.keys) == 2
     assert len(set(workers.stage.keys)) == 1
-    found = await spans(world, key)
+    found = await read_span_rows(world, key)
     assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
     content = json.dumps({"text": text}, ensure_ascii=False, separators=(",", ":")).encode()
     reference = BlobReference.from_text(found["start"]["output_blob"].encode())
@@ -219,7 +225,11 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
 @pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b'{"type":"","name":""}\n{}')])
 async def test_a_run_whose_output_is_lost_ends_and_says_so(
-    world: World, place: Place, workers: Workers, tmp_path: Path, harm: Callable[[Path], object]
+    world: RunDatabase,
+    place: OwnedWorkflow,
+    workers: LargeValueWorkers,
+    tmp_path: Path,
+    harm: Callable[[Path], object],
 ) -> None:
     key = await accept(world, place, "effect", "length", text="x" * MEGABYTE)
     await workers.start()
@@ -229,7 +239,7 @@ async def test_a_run_whose_output_is_lost_ends_and_says_so(
     await world.query("UPDATE execution SET lease_until = 1")
     await world.store.sweep(10)
     await workers.start()
-    await until(lambda: has_ended(world, key))
+    await wait_until(lambda: has_ended(world, key))
     row = await world.row(key.execution_id)
     assert row["status"] == "failed"
     error = json.loads(row["error"])
@@ -239,7 +249,12 @@ async def test_a_run_whose_output_is_lost_ends_and_says_so(
 
 @pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
 async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_and_a_run_that_ends_right(
-    world: World, where: Where, place: Place, workers: Workers, folder: Counted, tmp_path: Path
+    world: RunDatabase,
+    where: MigratedDatabase,
+    place: OwnedWorkflow,
+    workers: LargeValueWorkers,
+    folder: CountingFolder,
+    tmp_path: Path,
 ) -> None:
     key = await accept(world, place, "unlike", "length")
     program = [sys.executable, "-m", "tests.integration.dies_before_commit", where.url, str(tmp_path)]
@@ -248,9 +263,9 @@ async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_an
     await world.query("UPDATE execution SET lease_until = 1")
     await world.store.sweep(10)
     await workers.start()
-    await until(lambda: has_ended(world, key))
+    await wait_until(lambda: has_ended(world, key))
 
-    found = await spans(world, key)
+    found = await read_span_rows(world, key)
     assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
     reference = BlobReference.from_text(found["unlike"]["output_blob"].encode())
     kept = {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file()}
@@ -271,7 +286,7 @@ async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_an
 
 
 @dataclass
-class Book:
+class LargeValueJournal:
     """A claimed run, and its journal."""
 
     run: ClaimedRun
@@ -281,21 +296,23 @@ class Book:
 
 
 @pytest.fixture
-async def book(world: World, folder: Counted, monkeypatch: pytest.MonkeyPatch) -> Book:
+async def book(
+    world: RunDatabase, folder: CountingFolder, monkeypatch: pytest.MonkeyPatch
+) -> LargeValueJournal:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
     run = await world.claimed()
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     control = RunControl()
     large = LargeValues(BlobStore(folder), BlobOwner(run.organization_id, run.key_id), 1_024)
     writer = RunRecorder(world.store, lambda _: None)
-    return Book(run, lease, RunJournal(writer, lease, large=large, control=control), control)
+    return LargeValueJournal(run, lease, RunJournal(writer, lease, large=large, control=control), control)
 
 
-def span(node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> NodeSpan:  # noqa: ANN401 - fields of a span
+def make_span(node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields: Any) -> NodeSpan:  # noqa: ANN401 - fields of a span
     return NodeSpan(node_id, node_id, "set", status, int(fields.pop("sequence", 1)), None, **fields)
 
 
-async def stored(world: World, book: Book) -> dict[str, NodeSpan]:
+async def read_spans(world: RunDatabase, book: LargeValueJournal) -> dict[str, NodeSpan]:
     found = await world.store.spans([key_of(book.run)])
     return {one.node_id: one for one in found[book.run.execution_id]}
 
@@ -304,45 +321,49 @@ ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
 
 
 @ON_SQLITE
-async def test_what_fits_into_a_row_stays_there(world: World, folder: Counted, book: Book) -> None:
-    book.journal.record(span("a", output=b"1" * 1_024, input=b"2" * 1_024))
+async def test_what_fits_into_a_row_stays_there(
+    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal
+) -> None:
+    book.journal.record(make_span("a", output=b"1" * 1_024, input=b"2" * 1_024))
     await book.journal.commit()
     assert folder.puts == 0
-    assert (await stored(world, book))["a"].output == b"1" * 1_024
+    assert (await read_spans(world, book))["a"].output == b"1" * 1_024
 
 
 @ON_SQLITE
 async def test_a_content_that_several_nodes_share_is_put_once_and_one_that_was_replaced_not_at_all(
-    world: World, folder: Counted, book: Book
+    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal
 ) -> None:
     large = b"1" * 5_000
-    book.journal.record(span("a", SpanStatus.RUNNING, input=b"2" * 5_000))
-    book.journal.record(span("a", output=large))
-    book.journal.record(span("b", output=large, input=large, sequence=2))
+    book.journal.record(make_span("a", SpanStatus.RUNNING, input=b"2" * 5_000))
+    book.journal.record(make_span("a", output=large))
+    book.journal.record(make_span("b", output=large, input=large, sequence=2))
     await book.journal.commit()
     assert folder.puts == 1
-    found = await stored(world, book)
+    found = await read_spans(world, book)
     assert found["a"].output_blob == found["b"].output_blob == found["b"].input_blob
     assert (found["b"].output, found["b"].input) == (None, None)
 
 
 @ON_SQLITE
-async def test_inputs_come_back_only_for_nodes_that_will_run_again(world: World, book: Book) -> None:
+async def test_inputs_come_back_only_for_nodes_that_will_run_again(
+    world: RunDatabase, book: LargeValueJournal
+) -> None:
     large, other = b"1" * 5_000, b"2" * 5_000
-    book.journal.record(span("a", SpanStatus.RUNNING, input=large))
-    book.journal.record(span("b", input=large, output=other, sequence=2))
+    book.journal.record(make_span("a", SpanStatus.RUNNING, input=large))
+    book.journal.record(make_span("b", input=large, output=other, sequence=2))
     await book.journal.commit()
-    found = await stored(world, book)
+    found = await read_spans(world, book)
     restored = await book.journal.restore(list(found.values()))
     assert [(one.input, one.output) for one in restored] == [(large, None), (None, other)]
 
 
 @ON_SQLITE
 async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
-    world: World, folder: Counted, book: Book
+    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal
 ) -> None:
     folder.is_away = True
-    book.journal.record(span("a", output=b"1" * 5_000))
+    book.journal.record(make_span("a", output=b"1" * 5_000))
     ending = asyncio.create_task(book.journal.end(RunOutcome(RunStatus.COMPLETED)))
     await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
     assert not ending.done()
@@ -350,17 +371,17 @@ async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
     folder.is_away = False
     await ending
     assert (await world.row(book.run.execution_id))["status"] == "completed"
-    (restored,) = await book.journal.restore(list((await stored(world, book)).values()))
+    (restored,) = await book.journal.restore(list((await read_spans(world, book)).values()))
     assert restored.output == b"1" * 5_000
 
 
 @ON_SQLITE
 @pytest.mark.parametrize("reason", ["lease", *(ControlRequest(number) for number in (3, 4, 5))])
 async def test_a_storage_that_stays_away_holds_no_run_whose_lease_is_over_or_that_was_broken_off(
-    world: World, folder: Counted, book: Book, reason: str | ControlRequest
+    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal, reason: str | ControlRequest
 ) -> None:
     folder.is_away = True
-    book.journal.record(span("a", output=b"1" * 5_000))
+    book.journal.record(make_span("a", output=b"1" * 5_000))
     commit = asyncio.create_task(book.journal.commit())
     await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
     if isinstance(reason, ControlRequest):

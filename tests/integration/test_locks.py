@@ -31,74 +31,81 @@ from models import postgresql_sessions as sessions
 from models.database import Database, parse_url
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.pod_processes import PodProcess
-from tests.integration.locks import PROMPT_SECONDS, impatient, left_open, prompt
-from tests.integration.run_world import (
-    Place,
-    Where,
-    World,
-    held,
+from tests.integration.lock_holders import (
+    PROMPT_SECONDS,
+    hold_transaction_open,
+    open_impatient_database,
+    require_prompt,
+)
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
     key_of,
+    lease_of,
     microseconds_from_now,
-    opened,
+    open_run_database,
     write,
 )
-from tests.system.moments import wait_until
+from tests.system.wait_conditions import wait_until
 
 
 @pytest.fixture(scope="module", params=["on_postgres", "behind_pgbouncer"])
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture(scope="module")
-async def shared_world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def shared_world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
         yield world
 
 
 @pytest.fixture
-async def world(shared_world: World) -> World:
+async def world(shared_world: RunDatabase) -> RunDatabase:
     await shared_world.clear()
     return shared_world
 
 
 @pytest.fixture
-async def place(world: World) -> Place:
+async def place(world: RunDatabase) -> OwnedWorkflow:
     return await world.workflow()
 
 
 @pytest.fixture
-async def database(world: World) -> AsyncIterator[Database]:
+async def database(world: RunDatabase) -> AsyncIterator[Database]:
     """Yield the database as a process reaches it, by way of the pooler where there is one."""
     database = Database(world.url)
     yield database
     await database.close()
 
 
-def locked(world: World, execution_id: str) -> AbstractAsyncContextManager[None]:
-    return left_open(world.database.url, "SELECT FROM execution WHERE id = $1 FOR UPDATE", execution_id)
+def lock_execution(world: RunDatabase, execution_id: str) -> AbstractAsyncContextManager[None]:
+    return hold_transaction_open(
+        world.database.url, "SELECT FROM execution WHERE id = $1 FOR UPDATE", execution_id
+    )
 
 
-def frozen_in_admission(world: World, key: str) -> AbstractAsyncContextManager[None]:
-    return left_open(
+def hold_key_lock(world: RunDatabase, key: str) -> AbstractAsyncContextManager[None]:
+    return hold_transaction_open(
         world.database.url, "SELECT pg_advisory_xact_lock($1)", concurrency_limits.advisory_lock_id(key)
     )
 
 
-def connections_of(database: Database) -> int:
+def count_connections(database: Database) -> int:
     """Return how many connections are in use."""
     pool = database.engine.pool
     assert isinstance(pool, QueuePool)
     return pool.checkedout()
 
 
-async def status(world: World, execution_id: str) -> str:
+async def read_status(world: RunDatabase, execution_id: str) -> str:
     found: str = (await world.row(execution_id))["status"]
     return found
 
 
-async def waiting(world: World, place: Place, count: int) -> list[str]:
+async def create_due_runs(world: RunDatabase, place: OwnedWorkflow, count: int) -> list[str]:
     """Return runs whose waits are over."""
     due_at = datetime.now(UTC) - timedelta(seconds=1)
     runs = [await world.claimed(place) for _ in range(count)]
@@ -107,67 +114,71 @@ async def waiting(world: World, place: Place, count: int) -> list[str]:
 
 
 async def test_a_locked_wait_holds_up_no_other_wait_and_no_dead_worker_s_run(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
-    kept, *others = await waiting(world, place, 3)
+    kept, *others = await create_due_runs(world, place, 3)
     orphan = await world.claimed(place)
     await world.expire(orphan)
-    async with locked(world, kept):
-        swept = await prompt(world.store.sweep(10))
+    async with lock_execution(world, kept):
+        swept = await require_prompt(world.store.sweep(10))
         assert (swept.requeued, swept.due) == (1, 2)
-        assert await prompt(world.store.promote_due()) == 0
-        assert [await status(world, one) for one in (kept, *others)] == ["waiting", "pending", "pending"]
+        assert await require_prompt(world.store.promote_due()) == 0
+        assert [await read_status(world, one) for one in (kept, *others)] == ["waiting", "pending", "pending"]
     assert await world.store.promote_due() == 1
 
 
-async def test_a_locked_wait_of_a_deployment_holds_up_no_other_of_it(world: World, place: Place) -> None:
-    kept, other = await waiting(world, place, 2)
+async def test_a_locked_wait_of_a_deployment_holds_up_no_other_of_it(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
+    kept, other = await create_due_runs(world, place, 2)
     await world.query("UPDATE execution SET target = :id", id=place.workflow_id)
     process = PodProcess.new("pod-1")
     holder = Holder(place.workflow_id, place.organization.id, place.organization.lane, process)
-    async with locked(world, kept):
-        assert await prompt(holding.promote_due(world.database, holder)) == 1
-        assert [await status(world, one) for one in (kept, other)] == ["waiting", "pending"]
+    async with lock_execution(world, kept):
+        assert await require_prompt(holding.promote_due(world.database, holder)) == 1
+        assert [await read_status(world, one) for one in (kept, other)] == ["waiting", "pending"]
     assert await holding.promote_due(world.database, holder) == 1
 
 
-async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(world: World, place: Place) -> None:
+async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     runs = [await world.claimed(place) for _ in range(3)]
-    async with locked(world, runs[0].execution_id):
-        assert await prompt(world.store.give_back("worker", [runs[1].execution_id])) == 1
-        assert await prompt(world.store.take_back("worker")) == 1
-        assert await status(world, runs[0].execution_id) == "running"
+    async with lock_execution(world, runs[0].execution_id):
+        assert await require_prompt(world.store.give_back("worker", [runs[1].execution_id])) == 1
+        assert await require_prompt(world.store.take_back("worker")) == 1
+        assert await read_status(world, runs[0].execution_id) == "running"
     assert await world.store.take_back("worker") == 1
 
 
 # ── running runs ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_locked_run_costs_its_worker_no_other_lease(world: World, place: Place) -> None:
+async def test_a_locked_run_costs_its_worker_no_other_lease(world: RunDatabase, place: OwnedWorkflow) -> None:
     kept, lost, *others = [await world.claimed(place) for _ in range(4)]
     await world.store.record([write(lost, end=RunStatus.COMPLETED)])
-    leases = [held(one) for one in (kept, lost, *others)]
-    async with locked(world, kept.execution_id):
-        renewed = await prompt(world.store.renew(leases, 500.0))
+    leases = [lease_of(one) for one in (kept, lost, *others)]
+    async with lock_execution(world, kept.execution_id):
+        renewed = await require_prompt(world.store.renew(leases, 500.0))
         assert {one.execution_id: one.is_locked for one in renewed} == {
             kept.execution_id: True,
             **{one.execution_id: False for one in others},
         }
         for one in others:
             assert (await world.row(one.execution_id))["lease_until"] > microseconds_from_now(400)
-    (now_free,) = await world.store.renew([held(kept)], 500.0)
+    (now_free,) = await world.store.renew([lease_of(kept)], 500.0)
     assert not now_free.is_locked
 
 
 async def test_a_lease_whose_row_is_locked_for_a_moment_is_renewed_before_it_ends(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     one = await world.claimed(place)
     lost: list[RunLease] = []
     keeper = LeaseKeeper(world.store, 6.0, on_lost=lost.append, on_request=lambda _lease, _request: None)
     lease = keeper.hold(key_of(one), one.token, monotonic())
     until = lease.until
-    async with locked(world, one.execution_id):
+    async with lock_execution(world, one.execution_id):
         keeper.start()
         await wait_until(lambda: monotonic() > until - 3)
         assert lease.until == until
@@ -176,63 +187,67 @@ async def test_a_lease_whose_row_is_locked_for_a_moment_is_renewed_before_it_end
     assert not lost
 
 
-async def test_a_batch_that_meets_a_locked_run_is_written_without_it(world: World, place: Place) -> None:
+async def test_a_batch_that_meets_a_locked_run_is_written_without_it(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     kept, lost, *others = [await world.claimed(place) for _ in range(4)]
     await world.store.record([write(lost, end=RunStatus.COMPLETED)])
     ends = [write(one, end=RunStatus.COMPLETED) for one in (kept, lost, *others)]
-    async with locked(world, kept.execution_id):
+    async with lock_execution(world, kept.execution_id):
         with pytest.raises(PartialCommit) as raised:
-            await prompt(world.store.record(ends))
+            await require_prompt(world.store.record(ends))
         assert raised.value.held == {one.execution_id for one in others}
         assert raised.value.unwritten == {kept.execution_id}
-        assert {await status(world, one.execution_id) for one in others} == {"completed"}
+        assert {await read_status(world, one.execution_id) for one in others} == {"completed"}
     assert await world.store.record(ends[:1]) == {kept.execution_id}
 
 
 async def test_whoever_is_written_beside_a_locked_run_waits_for_its_lock_once(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     kept, other = [await world.claimed(place) for _ in range(2)]
     recorder = RunRecorder(world.store, lambda _inboxes: None)
-    async with locked(world, kept.execution_id):
+    async with lock_execution(world, kept.execution_id):
         first = [recorder.submit(write(one)) for one in (kept, other)]
-        answers = await prompt(asyncio.gather(*first, return_exceptions=True))
+        answers = await require_prompt(asyncio.gather(*first, return_exceptions=True))
         assert [type(answers[0]), answers[1]] == [PartialCommit, True]
         stuck = recorder.submit(write(kept))
         for _ in range(20):
-            assert await prompt(recorder.submit(write(other)))
+            assert await require_prompt(recorder.submit(write(other)))
             assert not stuck.done()
         with pytest.raises(PartialCommit):
             await stuck
-    assert await prompt(recorder.submit(write(kept)))
+    assert await require_prompt(recorder.submit(write(kept)))
 
 
 # ── concurrency keys ──────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_key_that_a_frozen_process_has_locked_holds_up_no_other_key(
-    world: World, place: Place, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     limits = [{"concurrency_key": key, "concurrency_limit": 1} for key in ("a", "b", "b")]
     runs = [place.run(**limit) for limit in limits]
     await world.store.accept(runs)
-    async with impatient(world.url, monkeypatch) as database, frozen_in_admission(world, "a"):
-        assert await prompt(concurrency_limits.admit_waiting_keys(database)) == (1, "")
+    async with open_impatient_database(world.url, monkeypatch) as database, hold_key_lock(world, "a"):
+        assert await require_prompt(concurrency_limits.admit_waiting_keys(database)) == (1, "")
         # Many at once take one connection, so that others have some.
         waiting = [
             asyncio.create_task(concurrency_limits.admit_waiting_runs(database, "a")) for _ in range(30)
         ]
-        assert await prompt(concurrency_limits.admit_waiting_runs(database, "b")) == 0
-        assert connections_of(database) <= 1
-        assert await prompt(asyncio.gather(*waiting)) == [0] * 30
+        assert await require_prompt(concurrency_limits.admit_waiting_runs(database, "b")) == 0
+        assert count_connections(database) <= 1
+        assert await require_prompt(asyncio.gather(*waiting)) == [0] * 30
     assert await concurrency_limits.admit_waiting_runs(world.database, "a") == 1
 
 
-async def test_a_locked_run_that_waits_for_a_place_leaves_it_to_the_next(world: World, place: Place) -> None:
+async def test_a_locked_run_that_waits_for_a_place_leaves_it_to_the_next(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     first, second = [place.run(concurrency_key="a", concurrency_limit=1) for _ in range(2)]
     await world.store.accept([first, second])
-    async with locked(world, first.execution_id):
-        assert await prompt(concurrency_limits.admit_waiting_keys(world.database)) == (1, "")
+    async with lock_execution(world, first.execution_id):
+        assert await require_prompt(concurrency_limits.admit_waiting_keys(world.database)) == (1, "")
     targets = [(await world.row(run.execution_id))["target"] for run in (first, second)]
     assert targets == ["limited", "shared"]
 
@@ -241,7 +256,7 @@ async def test_a_locked_run_that_waits_for_a_place_leaves_it_to_the_next(world: 
 
 
 async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
-    world: World, database: Database, place: Place
+    world: RunDatabase, database: Database, place: OwnedWorkflow
 ) -> None:
     run, ended = place.run(), place.run()
     await world.store.accept([run, ended])
@@ -254,7 +269,7 @@ async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
         )
 
     all_rows = "SELECT FROM execution, definition FOR UPDATE"
-    async with left_open(world.database.url, all_rows):
+    async with hold_transaction_open(world.database.url, all_rows):
         started_at = monotonic()
         answers = await asyncio.gather(
             database.transaction(touch),
@@ -264,11 +279,11 @@ async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
         )
         assert [type(answer) for answer in answers] == [LockWaitTimeout] * 3
         assert monotonic() - started_at < PROMPT_SECONDS
-        await prompt(world.store.accept([theirs]))
+        await require_prompt(world.store.accept([theirs]))
 
 
 async def test_transactions_that_wait_for_one_row_take_one_connection_and_fail_together(
-    world: World, place: Place, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, place: OwnedWorkflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = place.run()
     await world.store.accept([run])
@@ -278,14 +293,14 @@ async def test_transactions_that_wait_for_one_row_take_one_connection_and_fail_t
             text("UPDATE execution SET lane = lane WHERE id = :id"), {"id": run.execution_id}
         )
 
-    async with impatient(world.url, monkeypatch) as database:
-        async with locked(world, run.execution_id):
+    async with open_impatient_database(world.url, monkeypatch) as database:
+        async with lock_execution(world, run.execution_id):
             waiting = [
                 asyncio.create_task(database.transaction(touch, locks=run.execution_id)) for _ in range(100)
             ]
-            await prompt(database.ping())
-            assert connections_of(database) <= 1
-            answers = await prompt(asyncio.gather(*waiting, return_exceptions=True))
+            await require_prompt(database.ping())
+            assert count_connections(database) <= 1
+            answers = await require_prompt(asyncio.gather(*waiting, return_exceptions=True))
             assert {type(answer) for answer in answers} == {LockWaitTimeout}
         await asyncio.gather(*(database.transaction(touch, locks=run.execution_id) for _ in range(20)))
 
@@ -301,7 +316,7 @@ async def test_a_transaction_of_a_frozen_process_ends_by_itself(database: Databa
     assert await database.transaction(timeouts) == ["2s", "5s"]
 
 
-async def test_connections_to_a_machine_that_is_gone_end_on_both_sides(on_postgres: Where) -> None:
+async def test_connections_to_a_machine_that_is_gone_end_on_both_sides(on_postgres: MigratedDatabase) -> None:
     connection = await sessions.open_session(sessions.driver_address(parse_url(on_postgres.url)), settings={})
     try:
         assert await connection.fetchval("SELECT current_setting('tcp_user_timeout')") == "10000"
@@ -317,7 +332,7 @@ async def test_connections_to_a_machine_that_is_gone_end_on_both_sides(on_postgr
 
 @pytest.mark.parametrize("sqlstate", ["25006", "53100", "53200", "57014", "58030"])
 async def test_a_server_that_reads_only_or_is_full_is_unavailable_on_every_path(
-    world: World, database: Database, place: Place, sqlstate: str
+    world: RunDatabase, database: Database, place: OwnedWorkflow, sqlstate: str
 ) -> None:
     await world.query(
         f"""CREATE FUNCTION fail() RETURNS trigger LANGUAGE plpgsql
@@ -337,7 +352,7 @@ async def test_a_server_that_reads_only_or_is_full_is_unavailable_on_every_path(
 
 
 async def test_a_value_that_the_driver_refuses_is_no_fault_of_the_server(
-    world: World, database: Database, place: Place
+    world: RunDatabase, database: Database, place: OwnedWorkflow
 ) -> None:
     with pytest.raises(asyncpg.DataError):
         await world.store.accept([place.run(timeout_seconds=1e30)])
@@ -350,36 +365,42 @@ async def test_a_value_that_the_driver_refuses_is_no_fault_of_the_server(
 # ── what is done to many ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def ended(world: World, place: Place, **changes: Any) -> list[ExecutionKey]:  # noqa: ANN401 - any field of an Acceptance
+async def create_ended_runs(world: RunDatabase, place: OwnedWorkflow, **changes: Any) -> list[ExecutionKey]:  # noqa: ANN401 - any field of an Acceptance
     """Return two runs that have completed."""
     runs = [await world.claimed(place, **changes) for _ in range(2)]
     await world.store.record([write(one, end=RunStatus.COMPLETED) for one in runs])
     return [key_of(one) for one in runs]
 
 
-async def test_a_locked_run_holds_up_the_follow_up_of_no_other(world: World, place: Place) -> None:
-    kept, other = keys = await ended(world, place, follow_up='{"callback":{"url":"http://127.0.0.1"}}')
-    async with locked(world, kept.execution_id):
-        due = await prompt(completion.claim_completions(world.database, keys, 30.0))
+async def test_a_locked_run_holds_up_the_follow_up_of_no_other(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
+    kept, other = keys = await create_ended_runs(
+        world, place, follow_up='{"callback":{"url":"http://127.0.0.1"}}'
+    )
+    async with lock_execution(world, kept.execution_id):
+        due = await require_prompt(completion.claim_completions(world.database, keys, 30.0))
         assert [one.key for one in due] == [other]
     assert [one.key for one in await completion.claim_completions(world.database, keys, 30.0)] == [kept]
 
 
-async def test_a_locked_run_holds_up_the_deletion_of_no_other(world: World, place: Place) -> None:
-    kept, other = [key.execution_id for key in await ended(world, place)]
-    async with locked(world, kept):
-        assert [*await prompt(delete_runs(world.database, [kept, other]))] == [other]
+async def test_a_locked_run_holds_up_the_deletion_of_no_other(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
+    kept, other = [key.execution_id for key in await create_ended_runs(world, place)]
+    async with lock_execution(world, kept):
+        assert [*await require_prompt(delete_runs(world.database, [kept, other]))] == [other]
     assert [*await delete_runs(world.database, [kept, other])] == [kept]
 
 
-async def test_a_locked_child_holds_up_the_end_of_no_other(world: World, place: Place) -> None:
+async def test_a_locked_child_holds_up_the_end_of_no_other(world: RunDatabase, place: OwnedWorkflow) -> None:
     parent = await world.claimed(place)
     follow_up = json.dumps(children.completion_for_parent(parent.execution_id, "node", ""))
     family = {"parent_id": parent.execution_id, "root_id": parent.execution_id, "depth": 1}
     kept, other = [await world.accept(place, follow_up=follow_up, **family) for _ in range(2)]
     await world.store.record([write(parent, end=RunStatus.STOPPED)])
-    async with locked(world, kept.execution_id):
-        abandoned = await prompt(children.request_abandoned_ends(world.database, world.store))
+    async with lock_execution(world, kept.execution_id):
+        abandoned = await require_prompt(children.request_abandoned_ends(world.database, world.store))
         assert [one.execution_id for one in abandoned] == [other.execution_id]
     abandoned = await children.request_abandoned_ends(world.database, world.store)
     assert [one.execution_id for one in abandoned] == [kept.execution_id]

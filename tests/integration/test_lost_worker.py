@@ -15,10 +15,16 @@ import psutil
 import pytest
 
 from engine.run_records import NodeSpan, SpanStatus
-from tests import commands, services
-from tests.commands import Started, environment
-from tests.integration.run_world import Place, Where, World, opened, write
-from tests.receiver import Receiver, receiving
+from tests import command_runs, services
+from tests.command_runs import RunningCommand, command_environment
+from tests.http_receiver import HttpReceiver, run_receiver
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    open_run_database,
+    write,
+)
 from workers import lost_worker_leases
 from workers.settings import WorkerSettings
 
@@ -31,20 +37,20 @@ KILLED = 137
 
 
 @dataclass(frozen=True)
-class Site:
+class LostWorkerHarness:
     """Workers on one database, and a server that their runs wait for."""
 
-    world: World
-    place: Place
-    receiver: Receiver
+    world: RunDatabase
+    place: OwnedWorkflow
+    receiver: HttpReceiver
     stack: ExitStack
     given: dict[str, str]
     folder: Path
 
-    def worker(self, number: int) -> Started:
+    def worker(self, number: int) -> RunningCommand:
         """Start a worker that holds one run at a time; all have the same name."""
         log = self.folder / f"{number}.log"
-        started = self.stack.enter_context(commands.started("worker", given=self.given, log=log))
+        started = self.stack.enter_context(command_runs.run_command("worker", given=self.given, log=log))
         started.says("worker ready")
         return started
 
@@ -74,8 +80,10 @@ class Site:
 
 
 @asynccontextmanager
-async def site(where: Where, redis: services.Redis, folder: Path) -> AsyncIterator[Site]:
-    given = environment(
+async def run_workers(
+    where: MigratedDatabase, redis: services.RedisServer, folder: Path
+) -> AsyncIterator[LostWorkerHarness]:
+    given = command_environment(
         folder,
         DATABASE_URL=where.url,
         REDIS_URL=redis.url,
@@ -86,28 +94,28 @@ async def site(where: Where, redis: services.Redis, folder: Path) -> AsyncIterat
         CONCURRENCY="1",
         WORKER_NAME="of-this-test",
     )
-    async with opened(where) as world, receiving() as receiver:
+    async with open_run_database(where) as world, run_receiver() as receiver:
         with ExitStack() as stack:
             receiver.may_answer.clear()
-            yield Site(world, await world.workflow(), receiver, stack, given, folder)
+            yield LostWorkerHarness(world, await world.workflow(), receiver, stack, given, folder)
 
 
-def child_of(worker: Started) -> psutil.Process:
+def child_process(worker: RunningCommand) -> psutil.Process:
     (child,) = psutil.Process(worker.process.pid).children()
     return child
 
 
 async def test_the_parent_of_a_killed_worker_releases_its_leases_and_no_others(
-    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+    on_postgres: MigratedDatabase, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    async with site(on_postgres, redis_server, tmp_path) as here:
+    async with run_workers(on_postgres, redis_server, tmp_path) as here:
         worker = here.worker(1)
         run = await here.held_run()
         await here.world.accept(here.place)
         (others,) = await here.world.claim(owner="worker:of-this-test/another-process")
         before = await here.row(run)
 
-        child_of(worker).kill()
+        child_process(worker).kill()
         assert worker.ends() == KILLED
         after = await here.row(run)
         assert (after["status"], after["attempt"], after["lease_owner"]) == ("pending", 1, None)
@@ -116,11 +124,11 @@ async def test_the_parent_of_a_killed_worker_releases_its_leases_and_no_others(
 
 
 async def test_a_worker_ends_with_its_parent_and_hands_over_when_that_is_asked_to_end(
-    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+    on_postgres: MigratedDatabase, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    async with site(on_postgres, redis_server, tmp_path) as here:
+    async with run_workers(on_postgres, redis_server, tmp_path) as here:
         killed, stopped = here.worker(1), here.worker(2)
-        children = [child_of(worker) for worker in (killed, stopped)]
+        children = [child_process(worker) for worker in (killed, stopped)]
         killed.kill()
         _, alive = await asyncio.to_thread(psutil.wait_procs, children[:1], timeout=DEATH_SECONDS)
         for orphan in alive:
@@ -136,9 +144,9 @@ async def test_a_worker_ends_with_its_parent_and_hands_over_when_that_is_asked_t
 
 
 async def test_a_worker_takes_back_what_a_dead_one_of_its_name_held_and_leaves_the_living_theirs(
-    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+    on_postgres: MigratedDatabase, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    async with site(on_postgres, redis_server, tmp_path) as here:
+    async with run_workers(on_postgres, redis_server, tmp_path) as here:
         first = here.worker(1)
         lost = await here.held_run()
         here.worker(2)
@@ -156,9 +164,9 @@ async def test_a_worker_takes_back_what_a_dead_one_of_its_name_held_and_leaves_t
 
 
 async def test_a_worker_that_ran_out_of_memory_is_named_in_the_logs_of_what_was_at_work(
-    on_postgres: Where, redis_server: services.Redis, capsys: pytest.CaptureFixture[str]
+    on_postgres: MigratedDatabase, redis_server: services.RedisServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with opened(on_postgres) as world:
+    async with open_run_database(on_postgres) as world:
         key = await world.begun()
         await world.accept(await world.workflow())
         writing, _ = await world.claim()

@@ -29,18 +29,18 @@ from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy
 from tests import smtp_server
-from tests.calls import CALLER, NOW, Called, call
-from tests.smtp_server import PASSWORD, USERNAME, MailServer
+from tests.node_calls import CALLER, NOW, CallRecord, call
+from tests.smtp_server import PASSWORD, USERNAME, FakeMailServer
 
 HOST = "mail.example"
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(range(256))
 
 
 @dataclass
-class Post:
+class MailNodeHarness:
     """A mail server, a data source that leads to it, and a place for attachments."""
 
-    server: MailServer
+    server: FakeMailServer
     connections: DataSourceConnections
     source: ConnectionSource
     blobs: NodeBlobs
@@ -49,7 +49,7 @@ class Post:
         assert (caller, source_id) == (CALLER, "ds_001")
         return self.source
 
-    async def send(self, **config: Json) -> Called:
+    async def send(self, **config: Json) -> CallRecord:
         told: dict[str, Json] = {
             "dataSource": "ds_001",
             "from": "Shop <shop@example.com>",
@@ -57,7 +57,7 @@ class Post:
         }
         return await self.call("email-send", {**told, **config})
 
-    async def call(self, node_type: str, config: Mapping[str, Json], data: Json = None) -> Called:
+    async def call(self, node_type: str, config: Mapping[str, Json], data: Json = None) -> CallRecord:
         return await call(node_type, config, data, data_sources=self.connections, blobs=self.blobs)
 
     async def refused(self, **config: Json) -> NodeError:
@@ -80,25 +80,27 @@ class Post:
         )
 
 
-async def only_here(_name: str) -> list[str]:
+async def resolve_to_loopback(_name: str) -> list[str]:
     return ["127.0.0.1"]
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smtp_server.self_signed(HOST, tmp_path_factory.mktemp("certificate"))
+    return smtp_server.create_certificate(HOST, tmp_path_factory.mktemp("certificate"))
 
 
 @pytest.fixture
-async def post(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Post]:
+async def post(
+    tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[MailNodeHarness]:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
-    async with smtp_server.running(certificate) as server:
+    async with smtp_server.serve_smtp(certificate) as server:
         settings: dict[str, Json] = {"host": HOST, "port": server.port, "username": USERNAME}
         source = ConnectionSource("ds_001", "org_1", "smtp", 1, settings, {"password": PASSWORD})
-        found = Post(server, None, source, NodeBlobs(blobs))  # type: ignore[arg-type]
+        found = MailNodeHarness(server, None, source, NodeBlobs(blobs))  # type: ignore[arg-type]
         policy = ConnectionPolicy(allowed_networks=(ip_network("127.0.0.0/8"),))
-        found.connections = DataSourceConnections(found, policy, only_here)
+        found.connections = DataSourceConnections(found, policy, resolve_to_loopback)
         yield found
         await found.connections.close()
     await blobs.close()
@@ -112,7 +114,9 @@ async def post(tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatc
         for example in catalog.load_catalog().get(name).examples
     ],
 )
-async def test_every_example_comes_true(post: Post, node_type: str, example: dict[str, Any]) -> None:
+async def test_every_example_comes_true(
+    post: MailNodeHarness, node_type: str, example: dict[str, Any]
+) -> None:
     await post.blobs.put(CALLER, b"city,celsius\nOslo,12.5\nRome,27\n", media_type="text/csv")
     data = copy.deepcopy(example["input"])
     output = (await post.call(node_type, example["config"], data)).output
@@ -126,7 +130,7 @@ async def test_every_example_comes_true(post: Post, node_type: str, example: dic
 # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_mail_arrives_as_it_was_meant(post: Post) -> None:
+async def test_a_mail_arrives_as_it_was_meant(post: MailNodeHarness) -> None:
     picture = await post.blobs.put(CALLER, PNG, media_type="image/png", name="p.png")
     report = await post.blobs.put(
         CALLER, b"a;b\n", media_type="text/csv; charset=utf-8", name="bericht ü.csv"
@@ -194,7 +198,7 @@ async def test_a_mail_arrives_as_it_was_meant(post: Post) -> None:
     assert addresses.bare_addresses(str(told["Cc"])) == ["carl@example.org", "ada@example.org"]
 
 
-async def test_a_second_attempt_is_the_same_mail(post: Post) -> None:
+async def test_a_second_attempt_is_the_same_mail(post: MailNodeHarness) -> None:
     for _ in range(2):
         await post.send(text="once")
     first, second = (mail_parsing.parse_mail(each.content, lambda *_: None) for each in post.server.received)
@@ -203,13 +207,15 @@ async def test_a_second_attempt_is_the_same_mail(post: Post) -> None:
     assert not composition.is_workflow_mail("<x.pilotflame.1@example.com>")
 
 
-async def test_a_mail_is_sent_when_it_is_taken_however_long_the_goodbye_lasts(post: Post) -> None:
+async def test_a_mail_is_sent_when_it_is_taken_however_long_the_goodbye_lasts(post: MailNodeHarness) -> None:
     post.server.leaves_nobody = True
     await asyncio.wait_for(post.send(text="once", timeoutSeconds=300), 60)
     assert len(post.server.received) == 1
 
 
-async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_begun(post: Post) -> None:
+async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_begun(
+    post: MailNodeHarness,
+) -> None:
     content = bytes(range(256)) * 40_000
     blob = await post.blobs.put(CALLER, content, media_type="application/pdf", name="a.pdf")
     assert (await post.refused(attachments=[blob, blob])).code == "mail-too-large"
@@ -251,14 +257,14 @@ async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_be
     ],
 )
 async def test_what_would_be_more_than_one_mail_is_refused(
-    post: Post, config: dict[str, Json], code: str
+    post: MailNodeHarness, config: dict[str, Json], code: str
 ) -> None:
     error = await post.refused(**config)
     assert (error.code, error.retryable) == (code, False)
     assert post.server.logins == []
 
 
-async def test_a_text_is_attached_as_a_file_of_its_name(post: Post) -> None:
+async def test_a_text_is_attached_as_a_file_of_its_name(post: MailNodeHarness) -> None:
     report = "city;°C\nOslo;12,5\n.\n"
     await post.send(
         attachments=[
@@ -282,7 +288,7 @@ async def test_a_text_is_attached_as_a_file_of_its_name(post: Post) -> None:
     ]
 
 
-async def test_a_name_with_line_ends_of_a_file_adds_no_header(post: Post) -> None:
+async def test_a_name_with_line_ends_of_a_file_adds_no_header(post: MailNodeHarness) -> None:
     await post.send(attachments=[{"filename": "a\r\nBcc: eve@example.net\r\n\r\nx.txt", "base64": "aGk="}])
     mail = mail_parsing.parse_mail(post.server.received[0].content, lambda *_: None)
     assert "Bcc" not in mail.email_headers
@@ -299,7 +305,7 @@ async def test_a_name_with_line_ends_of_a_file_adds_no_header(post: Post) -> Non
     ],
 )
 async def test_a_refusal_says_whether_another_attempt_is_worth_it(
-    post: Post, refused: str, answer: str, code: str, *, retryable: bool
+    post: MailNodeHarness, refused: str, answer: str, code: str, *, retryable: bool
 ) -> None:
     post.server.answers[refused] = answer
     error = await post.refused(to="ada@example.org, bob@example.org")
@@ -308,14 +314,14 @@ async def test_a_refusal_says_whether_another_attempt_is_worth_it(
 
 
 async def test_nobody_logs_in_before_the_server_has_shown_who_it_is(
-    post: Post, monkeypatch: pytest.MonkeyPatch
+    post: MailNodeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     post.changed(host="other.example")
     assert (await post.refused()).code == "tls-failed"
     post.changed(host=HOST)
     monkeypatch.delenv("SSL_CERT_FILE")
     assert (await post.refused()).code == "tls-failed"
-    async with smtp_server.running(tls="none") as plain:
+    async with smtp_server.serve_smtp(tls="none") as plain:
         post.changed(port=plain.port)
         error = await post.refused()
         assert (error.code, error.retryable) == ("tls-failed", False)
@@ -326,15 +332,17 @@ async def test_nobody_logs_in_before_the_server_has_shown_who_it_is(
 
 
 @pytest.mark.parametrize("tls", ["tls", "none"])
-async def test_a_way_is_taken_as_the_data_source_says(post: Post, certificate: Path, tls: str) -> None:
-    async with smtp_server.running(certificate if tls == "tls" else None, tls=tls) as other:
+async def test_a_way_is_taken_as_the_data_source_says(
+    post: MailNodeHarness, certificate: Path, tls: str
+) -> None:
+    async with smtp_server.serve_smtp(certificate if tls == "tls" else None, tls=tls) as other:
         post.changed(port=other.port, tls=tls)
         await post.send()
         assert len(other.received) == 1
         assert {(username, password) for username, password, _ in other.logins} == {(USERNAME, PASSWORD)}
 
 
-async def test_a_login_that_is_refused_shows_no_password(post: Post) -> None:
+async def test_a_login_that_is_refused_shows_no_password(post: MailNodeHarness) -> None:
     post.source = ConnectionSource(
         "ds_001", "org_1", "smtp", 1, post.source.settings, {"password": "wrong-canary"}
     )
@@ -344,7 +352,7 @@ async def test_a_login_that_is_refused_shows_no_password(post: Post) -> None:
 
 
 async def test_a_connection_that_breaks_at_the_end_leaves_it_open_whether_the_mail_was_taken(
-    post: Post,
+    post: MailNodeHarness,
 ) -> None:
     post.server.breaks_after_data = True
     with pytest.raises(NodeError) as raised:
@@ -364,7 +372,7 @@ async def test_a_connection_that_breaks_at_the_end_leaves_it_open_whether_the_ma
     ],
 )
 async def test_whatever_answers_can_only_refuse_the_connection(
-    post: Post, greeting: bytes, code: str, *, retryable: bool
+    post: MailNodeHarness, greeting: bytes, code: str, *, retryable: bool
 ) -> None:
     opened: list[asyncio.StreamWriter] = []
 
@@ -380,11 +388,11 @@ async def test_whatever_answers_can_only_refuse_the_connection(
     assert (error.code, error.retryable) == (code, retryable)
 
 
-async def test_a_server_is_only_where_mail_may_be_sent(post: Post) -> None:
+async def test_a_server_is_only_where_mail_may_be_sent(post: MailNodeHarness) -> None:
     policy = ConnectionPolicy()
     for host, port in (("127.0.0.1", 25), (HOST, 587), ("8.8.8.8", 22)):
         post.changed(host=host, port=port)
-        post.connections = DataSourceConnections(post, policy, only_here)
+        post.connections = DataSourceConnections(post, policy, resolve_to_loopback)
         assert (await post.refused()).code == "address-not-allowed"
     assert (await post.refused()).retryable is False
 
@@ -410,7 +418,9 @@ RAW = b"\r\n".join([
 ])  # fmt: skip
 
 
-async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_from_there(post: Post) -> None:
+async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_from_there(
+    post: MailNodeHarness,
+) -> None:
     blob = await post.blobs.put(CALLER, RAW, media_type="message/rfc822")
     parsed = (await post.call("email-parse", {"mail": "{{ data.raw }}"}, {"raw": blob})).output
     config: dict[str, Json] = {"mail": b64encode(RAW).decode(), "encoding": "base64"}
@@ -444,7 +454,7 @@ async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_fr
     ],
 )
 async def test_what_cant_be_read_says_why(
-    post: Post, node_type: str, config: dict[str, Json], code: str
+    post: MailNodeHarness, node_type: str, config: dict[str, Json], code: str
 ) -> None:
     blob = await post.blobs.put(CALLER, b"no json at all", media_type="text/plain")
     with pytest.raises(NodeError) as raised:
@@ -455,7 +465,7 @@ async def test_what_cant_be_read_says_why(
 # ── a data source is tried ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_mail_server_is_tested_by_logging_in(post: Post, tmp_path: Path) -> None:
+async def test_a_mail_server_is_tested_by_logging_in(post: MailNodeHarness, tmp_path: Path) -> None:
     networks = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
     vault = SecretVault(b"a-secret-of-the-server-that-is-long-enough", [])
     probes = Probes(vault, ServerSettings(data_dir=tmp_path, outbound_allowed_networks=networks))

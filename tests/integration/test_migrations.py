@@ -31,12 +31,12 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
 )
 from models.database import Database, parse_url
 from models.schema_migration import NewerDatabase, OutdatedDatabase
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 
 
 @pytest.fixture(params=["SQLite", "PostgreSQL"])
 async def database(
-    request: pytest.FixtureRequest, tmp_path: Path, postgres: PostgreSQL
+    request: pytest.FixtureRequest, tmp_path: Path, postgres: PostgresServer
 ) -> AsyncIterator[Database]:
     if request.param == "SQLite":
         url = f"sqlite:///{tmp_path}/pilotflame.db"
@@ -90,7 +90,7 @@ async def test_several_that_migrate_at_once_all_succeed(database: Database) -> N
     assert await schema_migration.read_revision(database) == schema_migration.HEAD_REVISION
 
 
-async def test_several_migrate_a_serializable_database_at_once(postgres: PostgreSQL) -> None:
+async def test_several_migrate_a_serializable_database_at_once(postgres: PostgresServer) -> None:
     url = await postgres.create_database("serializable_migrations")
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     await connection.execute(

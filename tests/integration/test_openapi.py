@@ -30,18 +30,18 @@ from gateway.routes import Line
 from gateway.settings import GatewaySettings
 from journal.store import ExecutionKey, RunProgressReport
 from pilotflame import refusal
-from tests.integration.deployed import answer_for_pods
-from tests.integration.example_world import cast, in_place
-from tests.integration.gateway_world import (
+from tests.integration.deployed_workflows import answer_for_pods
+from tests.integration.example_data import create_examples, replace_example_ids
+from tests.integration.gateway_harness import (
     FILE,
-    People,
-    Person,
-    World,
-    open_world,
-    opened_world,
-    refused,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+    create_gateway,
+    run_gateway,
 )
-from tests.services import PostgreSQL
+from tests.services import PostgresServer
 from tests.tools.environments import SCHEMATHESIS
 
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
@@ -80,31 +80,33 @@ ENOUGH = 0.7
 
 
 @pytest.fixture(scope="module")
-async def world(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
-    async with open_world("sqlite", postgres, tmp_path_factory.mktemp("openapi")) as world:
+async def world(
+    postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[GatewayHarness]:
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("openapi")) as world:
         yield world
 
 
 @pytest.fixture(scope="module")
-async def people(world: World) -> People:
+async def people(world: GatewayHarness) -> OrganizationUsers:
     return await world.people()
 
 
 @dataclass(frozen=True)
-class Stage:
+class ExampleStage:
     """What the examples are about, in a folder that each of them gets a copy of."""
 
     folder: Path
-    admin: Person
+    admin: UserClient
     ids: Mapping[str, str]
 
 
 @pytest.fixture(scope="module")
-async def stage(postgres: PostgreSQL, tmp_path_factory: pytest.TempPathFactory) -> Stage:
+async def stage(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> ExampleStage:
     folder = tmp_path_factory.mktemp("stage")
-    async with open_world("sqlite", postgres, folder) as world:
+    async with create_gateway("sqlite", postgres, folder) as world:
         people = await world.people()
-        return Stage(folder, people.admin, await cast(world, people))
+        return ExampleStage(folder, people.admin, await create_examples(world, people))
 
 
 WORKFLOWS_OF = {
@@ -128,7 +130,9 @@ WORKFLOWS_OF = {
         ("/favicon.ico", "image/svg+xml"),
     ],
 )
-async def test_the_document_needs_no_key_and_is_kept(world: World, path: str, media_type: str) -> None:
+async def test_the_document_needs_no_key_and_is_kept(
+    world: GatewayHarness, path: str, media_type: str
+) -> None:
     anybody = await world.client()
     first = await anybody.get(path)
     assert (first.status_code, first.headers["Content-Type"]) == (200, media_type)
@@ -137,10 +141,10 @@ async def test_the_document_needs_no_key_and_is_kept(world: World, path: str, me
     assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", first.headers["ETag"])
     outdated = await anybody.get(path, headers={"If-None-Match": '"another"'})
     assert (outdated.status_code, outdated.content) == (200, first.content)
-    refused(await anybody.post(path), 405, "method-not-allowed")
+    assert_refused(await anybody.post(path), 405, "method-not-allowed")
 
 
-async def test_the_document_is_that_of_the_table_and_holds_no_key(people: People) -> None:
+async def test_the_document_is_that_of_the_table_and_holds_no_key(people: OrganizationUsers) -> None:
     served = (await people.admin.api.get("/openapi.json")).text
     assert json.loads(served) == DOCUMENT
     shown = (await people.admin.api.get("/docs")).text
@@ -184,7 +188,7 @@ def test_a_public_url_is_absolute(monkeypatch: pytest.MonkeyPatch, url: str) -> 
     assert GatewaySettings().public_url == url
 
 
-async def test_the_document_names_the_public_url(world: World) -> None:
+async def test_the_document_names_the_public_url(world: GatewayHarness) -> None:
     public = await world.with_settings(public_url="https://flows.example.com/")
     anybody = await public.client()
     assert (await anybody.get("/openapi.json")).json()["servers"] == [{"url": "https://flows.example.com"}]
@@ -192,7 +196,7 @@ async def test_the_document_names_the_public_url(world: World) -> None:
     assert (await (await world.client()).get("/openapi.json")).json() == DOCUMENT
 
 
-async def test_the_page_may_load_and_run_nothing(world: World) -> None:
+async def test_the_page_may_load_and_run_nothing(world: GatewayHarness) -> None:
     anybody = await world.client()
     shown = await anybody.get("/docs")
     for answer in (shown, await anybody.get("/favicon.svg")):
@@ -203,7 +207,7 @@ async def test_the_page_may_load_and_run_nothing(world: World) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_the_address_of_the_server_leads_to_the_page(world: World, method: str) -> None:
+async def test_the_address_of_the_server_leads_to_the_page(world: GatewayHarness, method: str) -> None:
     answer = await (await world.client()).request(method, "/")
     assert (answer.status_code, answer.headers["Location"], answer.content) == (302, "docs", b"")
 
@@ -214,7 +218,7 @@ async def test_the_address_of_the_server_leads_to_the_page(world: World, method:
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("line", LINES)
 async def test_documented_examples_are_accepted_and_answered_as_documented(
-    stage: Stage, tmp_path: Path, line: Line
+    stage: ExampleStage, tmp_path: Path, line: Line
 ) -> None:
     for number, body in enumerate(_example_bodies(line) or [None]):
         await _check_answered(stage, tmp_path / str(number), line, body)
@@ -222,7 +226,9 @@ async def test_documented_examples_are_accepted_and_answered_as_documented(
 
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("line", WARNING)
-async def test_answers_warn_of_ignored_fields_as_documented(stage: Stage, tmp_path: Path, line: Line) -> None:
+async def test_answers_warn_of_ignored_fields_as_documented(
+    stage: ExampleStage, tmp_path: Path, line: Line
+) -> None:
     kind = line.body
     assert kind is not None
     assert issubclass(kind, Wire)
@@ -233,12 +239,12 @@ async def test_answers_warn_of_ignored_fields_as_documented(stage: Stage, tmp_pa
     assert ignored in str(shown["warnings"])
 
 
-async def _check_answered(stage: Stage, folder: Path, line: Line, body: Any) -> Any:  # noqa: ANN401 - any JSON value
+async def _check_answered(stage: ExampleStage, folder: Path, line: Line, body: Any) -> Any:  # noqa: ANN401 - any JSON value
     """Send a request about a copy of the stage, and check its answer; returns the JSON of it."""
     said = DOCUMENT["paths"][line.path][line.method.lower()]
     ids = {**stage.ids, "wf_abc123": stage.ids[WORKFLOWS_OF.get(line.path, "wf_abc123")]}
     shutil.copytree(stage.folder, folder)
-    async with opened_world(f"sqlite:///{folder / FILE}", folder) as world:
+    async with run_gateway(f"sqlite:///{folder / FILE}", folder) as world:
         answer_for_pods(world)
         admin = await world.client(stage.admin.key)
         if line.handler is trigger.start:
@@ -247,9 +253,9 @@ async def _check_answered(stage: Stage, folder: Path, line: Line, body: Any) -> 
             assert (await admin.put(path, json={"status": "active"})).is_success
         response = await admin.request(
             line.method,
-            line.path.format(**in_place(_examples(said, "path"), ids)),
-            params=in_place(_examples(said, "query"), ids),
-            json=in_place(body, ids),
+            line.path.format(**replace_example_ids(_examples(said, "path"), ids)),
+            params=replace_example_ids(_examples(said, "query"), ids),
+            json=replace_example_ids(body, ids),
         )
     assert response.status_code // 100 == 2, response.text
     _check_answer(said["responses"][str(response.status_code)], response)
@@ -284,17 +290,17 @@ def _check_answer(said: dict[str, Any], response: httpx2.Response) -> None:
     ((media_type, content),) = said["content"].items()
     assert response.headers["Content-Type"].partition(";")[0] == media_type
     if media_type == "application/json":
-        schema = {**content["schema"], "components": _closed(DOCUMENT["components"])}
+        schema = {**content["schema"], "components": _close_schema(DOCUMENT["components"])}
         jsonschema_rs.Draft202012Validator(schema, validate_formats=True).validate(response.json())
 
 
-def _closed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _close_schema(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     """Return schemas that allow no field which they don't name."""
     if isinstance(value, list):
-        return [_closed(item) for item in value]
+        return [_close_schema(item) for item in value]
     if not isinstance(value, dict):
         return value
-    closed = {key: _closed(item) for key, item in value.items()}
+    closed = {key: _close_schema(item) for key, item in value.items()}
     return closed | ({"additionalProperties": False} if isinstance(value.get("properties"), dict) else {})
 
 
@@ -302,7 +308,7 @@ def _closed(value: Any) -> Any:  # noqa: ANN401 - any JSON value
 
 
 @dataclass
-class Served:
+class ServedDocument:
     """A gateway that listens, and its document with examples that are there."""
 
     url: str
@@ -311,7 +317,7 @@ class Served:
 
 
 @dataclass
-class Report:
+class FuzzReport:
     """Failed checks of schemathesis, and the statuses that each operation answered."""
 
     failures: list[str]
@@ -329,49 +335,49 @@ class Report:
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one address try any number of wrong keys, and nobody wait for runs that nobody takes up."""
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 1_000_000)
-    monkeypatch.setattr(Waiting, "progress", at_once)
+    monkeypatch.setattr(Waiting, "progress", poll_at_once)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0)
     monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0)
 
 
-async def at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:  # noqa: ARG001 - the method's signature
+async def poll_at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:  # noqa: ARG001 - the method's signature
     return await PROGRESS(waiting, key, 0)
 
 
 @BUSY
 @pytest.mark.usefixtures("unlimited")
 def test_whatever_is_missing_too_long_or_of_another_kind_is_answered_as_documented(
-    postgres: PostgreSQL, tmp_path: Path
+    postgres: PostgresServer, tmp_path: Path
 ) -> None:
-    with serving("sqlite", postgres, tmp_path) as served:
-        report = tried(served, examples_of_an_operation=2, phases={"coverage"})
+    with serve_gateway("sqlite", postgres, tmp_path) as served:
+        report = fuzz_operation(served, examples_of_an_operation=2, phases={"coverage"})
     assert report.failures == []
     assert len(report.statuses) == len(routes.TABLE)
 
 
 @BUSY
 @pytest.mark.usefixtures("unlimited")
-def test_whatever_is_thought_of_is_answered_as_documented(postgres: PostgreSQL, tmp_path: Path) -> None:
-    with serving("postgresql", postgres, tmp_path) as served:
-        report = tried(served, examples_of_an_operation=1, phases={"fuzzing"})
+def test_whatever_is_thought_of_is_answered_as_documented(postgres: PostgresServer, tmp_path: Path) -> None:
+    with serve_gateway("postgresql", postgres, tmp_path) as served:
+        report = fuzz_operation(served, examples_of_an_operation=1, phases={"fuzzing"})
     assert report.failures == []
     assert len(report.statuses) == len(routes.TABLE)
     assert report.share_of_success >= ENOUGH
 
 
 @contextmanager
-def serving(kind: str, postgres: PostgreSQL, folder: Path) -> Iterator[Served]:
+def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator[ServedDocument]:
     """Run a gateway in a thread, while schemathesis waits for its answers in this one."""
     servers: list[main.Server] = []
-    served: list[Served] = []
+    served: list[ServedDocument] = []
 
     async def serve(listener: socket.socket) -> None:
-        async with open_world(kind, postgres, folder) as world:
+        async with create_gateway(kind, postgres, folder) as world:
             people = await world.people()
             host, port = listener.getsockname()
-            ids = await cast(world, people)
-            document = await placed(world, people, ids)
-            served.append(Served(f"http://{host}:{port}", people.admin.key, document))
+            ids = await create_examples(world, people)
+            document = await place_examples(world, people, ids)
+            served.append(ServedDocument(f"http://{host}:{port}", people.admin.key, document))
             app = main.create_app(lambda: nullcontext(world.gateway))
             servers.append(main.server(app, world.gateway.settings))
             await servers[0].serve(sockets=[listener])
@@ -389,13 +395,17 @@ def serving(kind: str, postgres: PostgreSQL, folder: Path) -> Iterator[Served]:
             serving.result()
 
 
-async def placed(world: World, people: People, ids: Mapping[str, str]) -> dict[str, Any]:
+async def place_examples(
+    world: GatewayHarness, people: OrganizationUsers, ids: Mapping[str, str]
+) -> dict[str, Any]:
     """Return the document with examples that are there; what an example destroys is there for it alone."""
-    document = in_place(DOCUMENT, ids)
+    document = replace_example_ids(DOCUMENT, ids)
     for path, methods in DOCUMENT["paths"].items():
         for method, operation in methods.items():
             if method == "delete" or operation["operationId"] in UNDOING:
-                document["paths"][path][method] = in_place(operation, await cast(world, people))
+                document["paths"][path][method] = replace_example_ids(
+                    operation, await create_examples(world, people)
+                )
             for response in document["paths"][path][method]["responses"].values():
                 for content in response.get("content", {}).values():
                     if openapi.ITEM_SCHEMA in content:
@@ -408,7 +418,9 @@ async def placed(world: World, people: People, ids: Mapping[str, str]) -> dict[s
     return document
 
 
-def tried(served: Served, *, examples_of_an_operation: int, phases: Collection[str]) -> Report:
+def fuzz_operation(
+    served: ServedDocument, *, examples_of_an_operation: int, phases: Collection[str]
+) -> FuzzReport:
     """Let schemathesis send what it thinks of, the same each time; it has a process, and so a processor, of its own."""
     config = {
         "base-url": served.url,
@@ -444,4 +456,4 @@ def tried(served: Served, *, examples_of_an_operation: int, phases: Collection[s
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    return Report(report["failures"], report["statuses"])
+    return FuzzReport(report["failures"], report["statuses"])

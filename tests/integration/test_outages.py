@@ -16,10 +16,10 @@ from journal.store_factory import open_store
 from models import circuit_breaker
 from models.database import Database, parse_url
 from models.errors import DatabaseUnavailable
-from tests.integration.run_world import Where, World, opened
+from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database
 from tests.system import proxy
-from tests.system.moments import wait_until
-from tests.system.proxy import Proxy
+from tests.system.proxy import FaultyProxy
+from tests.system.wait_conditions import wait_until
 
 FIRST_SECONDS = 20.0
 """Three seconds are promised; far below the half minute that a statement may take, whatever else the machine does."""
@@ -31,7 +31,7 @@ CALLS = 20
 Calls = list[Callable[[], Awaitable[object]]]
 
 
-def calls_of(store: JournalStore, database: Database) -> Calls:
+def make_calls(store: JournalStore, database: Database) -> Calls:
     """Return a call of each kind: of the run path, and of the rest."""
 
     async def write() -> None:
@@ -47,7 +47,7 @@ def calls_of(store: JournalStore, database: Database) -> Calls:
     ]
 
 
-async def refused(calls: Calls) -> float:
+async def assert_all_refused(calls: Calls) -> float:
     """Make calls at the same time, which must all fail; returns how long that took."""
     begun_at = monotonic()
     answers = await asyncio.gather(*(call() for call in calls), return_exceptions=True)
@@ -67,19 +67,19 @@ async def is_answered(call: Callable[[], Awaitable[object]]) -> bool:
 
 
 @pytest.fixture(params=["on_postgres", "behind_pgbouncer"])
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def way(where: Where) -> AsyncIterator[Proxy]:
-    async with proxy.before(where.url) as way:
+async def way(where: MigratedDatabase) -> AsyncIterator[FaultyProxy]:
+    async with proxy.run_proxy(where.url) as way:
         yield way
 
 
 @pytest.fixture
-async def behind(where: Where, way: Proxy) -> AsyncIterator[tuple[JournalStore, Database]]:
+async def behind(where: MigratedDatabase, way: FaultyProxy) -> AsyncIterator[tuple[JournalStore, Database]]:
     """Yield a store and a database that reach the server through the proxy."""
     url = parse_url(way.in_front_of(where.url))
     store, database = await open_store(url), Database(url)
@@ -99,16 +99,16 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("connections", ["open", "none"])
 async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_ends(
-    way: Proxy, behind: tuple[JournalStore, Database], connections: str, monkeypatch: pytest.MonkeyPatch
+    way: FaultyProxy, behind: tuple[JournalStore, Database], connections: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = [*calls_of(*behind), behind[1].ping]
+    calls = [*make_calls(*behind), behind[1].ping]
     if connections == "open":
         await asyncio.gather(*(call() for call in calls))
     way.keep_requests(b"")
-    assert await refused(calls[:1]) < FIRST_SECONDS
+    assert await assert_all_refused(calls[:1]) < FIRST_SECONDS
     with monkeypatch.context() as patch:
         patch.setattr(circuit_breaker, "LATE_SECONDS", NEVER_SECONDS)  # nobody who waits is given up
-        assert await refused(calls * CALLS) < AT_ONCE_SECONDS
+        assert await assert_all_refused(calls * CALLS) < AT_ONCE_SECONDS
     way.let_go()
     for call in calls:
         await wait_until(lambda: is_answered(call))  # noqa: B023 - it is awaited here
@@ -116,13 +116,13 @@ async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_end
 
 @pytest.mark.usefixtures("hasty")
 async def test_what_was_under_way_when_the_server_fell_silent_is_given_up(
-    way: Proxy, behind: tuple[JournalStore, Database]
+    way: FaultyProxy, behind: tuple[JournalStore, Database]
 ) -> None:
-    calls = [*calls_of(*behind), behind[1].ping]
+    calls = [*make_calls(*behind), behind[1].ping]
     await asyncio.gather(*(call() for call in calls))
     way.keep_requests(b"")
     # More than there are connections: some wait for one of them.
-    assert await refused(calls * CALLS) < FIRST_SECONDS
+    assert await assert_all_refused(calls * CALLS) < FIRST_SECONDS
 
 
 async def test_a_statement_that_takes_its_time_is_waited_for(
@@ -138,7 +138,7 @@ async def test_a_statement_that_takes_its_time_is_waited_for(
 
 
 @contextmanager
-def locked(world: World) -> Iterator[None]:
+def lock_file(world: RunDatabase) -> Iterator[None]:
     """Keep a file locked, as a backup tool might."""
     locking = sqlite3.connect(world.url.database or "", isolation_level=None)
     with closing(locking):
@@ -148,17 +148,17 @@ def locked(world: World) -> Iterator[None]:
 
 
 async def test_a_file_that_another_program_locks_is_told_within_seconds_and_then_at_once(
-    on_sqlite: Where, monkeypatch: pytest.MonkeyPatch
+    on_sqlite: MigratedDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("models.database", "journal.sqlite.sqlite_store"):
         monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.2)
-    async with opened(on_sqlite) as world:
-        calls = calls_of(world.store, world.database)
-        with locked(world):
-            assert await refused(calls) < FIRST_SECONDS
+    async with open_run_database(on_sqlite) as world:
+        calls = make_calls(world.store, world.database)
+        with lock_file(world):
+            assert await assert_all_refused(calls) < FIRST_SECONDS
             for module in ("models.database", "journal.sqlite.sqlite_store"):
                 monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", NEVER_SECONDS)
-            assert await refused(calls * CALLS) < AT_ONCE_SECONDS
+            assert await assert_all_refused(calls * CALLS) < AT_ONCE_SECONDS
             await world.database.ping()
             await world.store.progress([ExecutionKey("exec_1", 1)])
         for call in calls:
@@ -166,17 +166,17 @@ async def test_a_file_that_another_program_locks_is_told_within_seconds_and_then
 
 
 async def test_writers_of_one_process_wait_for_one_another_longer(
-    on_sqlite: Where, monkeypatch: pytest.MonkeyPatch
+    on_sqlite: MigratedDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("models.database", "journal.sqlite.sqlite_store"):
         monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.05)
-    async with opened(on_sqlite) as world:
+    async with open_run_database(on_sqlite) as world:
         is_written = asyncio.Event()
 
         writing = asyncio.create_task(world.database.transaction(lambda _connection: is_written.wait()))
         begun_at = monotonic()
         await wait_until(lambda: monotonic() > begun_at + 0.1)
-        calls = calls_of(world.store, world.database)
+        calls = make_calls(world.store, world.database)
         waiting = asyncio.gather(*(call() for call in calls))
         await wait_until(lambda: monotonic() > begun_at + 0.5)
         assert not waiting.done()

@@ -34,38 +34,38 @@ OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 
 @dataclass(frozen=True)
-class Received:
+class UpstreamRequest:
     method: str
     target: str
     headers: Mapping[str, str]
     body: bytes
 
 
-Answer = Callable[[Received], bytes | AsyncIterator[bytes]]
+Answer = Callable[[UpstreamRequest], bytes | AsyncIterator[bytes]]
 
 
 @dataclass
-class Upstream:
+class UpstreamServer:
     port: int = 0
     connections: int = 0
-    requests: list[Received] = field(default_factory=list)
+    requests: list[UpstreamRequest] = field(default_factory=list)
 
 
-async def receive(reader: asyncio.StreamReader) -> Received:
+async def receive(reader: asyncio.StreamReader) -> UpstreamRequest:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     first, *lines = head.removesuffix("\r\n\r\n").split("\r\n")
     method, target, _ = first.split(" ")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     body = await reader.readexactly(int(headers.get("content-length", 0)))
-    return Received(method, target, headers, body)
+    return UpstreamRequest(method, target, headers, body)
 
 
 @asynccontextmanager
-async def serving(
+async def serve_upstream(
     answer: Answer, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
-) -> AsyncGenerator[Upstream]:
+) -> AsyncGenerator[UpstreamServer]:
     """A server that answers each request as told, and hangs up after an empty answer."""
-    upstream = Upstream()
+    upstream = UpstreamServer()
     tasks: set[asyncio.Task[None]] = set()
 
     async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -105,7 +105,7 @@ async def serving(
 
 
 @asynccontextmanager
-async def client(
+async def open_client(
     policy: OutboundPolicy = LOOPBACK, resolve: ResolveName | None = None
 ) -> AsyncGenerator[OutboundClient]:
     outbound = OutboundClient(policy, resolve)
@@ -115,7 +115,7 @@ async def client(
         await outbound.close()
 
 
-def answering(*answers: Sequence[str]) -> ResolveName:
+def make_resolver(*answers: Sequence[str]) -> ResolveName:
     """A resolver that gives the answers one after the other, the last one for ever."""
     remaining = list(answers)
 
@@ -125,37 +125,42 @@ def answering(*answers: Sequence[str]) -> ResolveName:
     return resolve
 
 
-def always(answer: bytes) -> Answer:
+def answer_always(answer: bytes) -> Answer:
     return lambda _: answer
 
 
-def message(head: str, body: bytes = b"") -> bytes:
+def http_message(head: str, body: bytes = b"") -> bytes:
     return f"HTTP/1.1 {head}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def redirect(location: str, status: int = 302) -> bytes:
-    return message(f"{status} Elsewhere\r\nLocation: {location}")
+def redirect_message(location: str, status: int = 302) -> bytes:
+    return http_message(f"{status} Elsewhere\r\nLocation: {location}")
 
 
 async def fetch(outbound: OutboundClient, url: str, timeout_seconds: float = 10) -> OutboundResponse:
     return await outbound.request("GET", url, headers={}, timeout_seconds=timeout_seconds)
 
 
-async def refusal(outbound: OutboundClient, url: str, timeout_seconds: float = 10) -> OutboundRefusalCode:
+async def refusal_code(
+    outbound: OutboundClient, url: str, timeout_seconds: float = 10
+) -> OutboundRefusalCode:
     with pytest.raises(OutboundRefused) as refused:
         await fetch(outbound, url, timeout_seconds)
     return refused.value.code
 
 
-async def outage(outbound: OutboundClient, url: str, timeout_seconds: float = 10) -> OutboundOutageCode:
+async def outage_code(outbound: OutboundClient, url: str, timeout_seconds: float = 10) -> OutboundOutageCode:
     with pytest.raises(OutboundUnavailable) as unavailable:
         await fetch(outbound, url, timeout_seconds)
     return unavailable.value.code
 
 
 async def test_a_request_carries_what_it_was_given_and_brings_the_answer_back() -> None:
-    answer = message("201 Created\r\nX-Two: a\r\nx-two: b", b"made")
-    async with serving(always(answer)) as upstream, client(resolve=answering(["127.0.0.1"])) as outbound:
+    answer = http_message("201 Created\r\nX-Two: a\r\nx-two: b", b"made")
+    async with (
+        serve_upstream(answer_always(answer)) as upstream,
+        open_client(resolve=make_resolver(["127.0.0.1"])) as outbound,
+    ):
         url = f"http://upstream.test:{upstream.port}/a%2Fb?c=%20d"
         response = await outbound.request(
             "post", url, headers={"X-Key": "k", "Content-Type": "text/plain"}, body=b"hello"
@@ -180,9 +185,9 @@ async def test_a_request_carries_what_it_was_given_and_brings_the_answer_back() 
     "host", ["127.0.0.1", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "localhost", "0.0.0.0"]
 )
 async def test_the_machine_itself_is_not_reached_without_permission(host: str) -> None:
-    async with serving(always(OK)) as upstream, client(OutboundPolicy()) as outbound:
+    async with serve_upstream(answer_always(OK)) as upstream, open_client(OutboundPolicy()) as outbound:
         assert (
-            await refusal(outbound, f"http://{host}:{upstream.port}/")
+            await refusal_code(outbound, f"http://{host}:{upstream.port}/")
             is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
         )
     assert upstream.connections == 0
@@ -192,16 +197,19 @@ async def test_the_machine_itself_is_not_reached_without_permission(host: str) -
     "answer", [["10.0.0.1"], ["127.0.0.1", "10.0.0.1"], ["::ffff:10.0.0.1"], ["fe80::1%2"]]
 )
 async def test_one_address_that_is_not_allowed_refuses_the_name(answer: list[str]) -> None:
-    async with serving(always(OK)) as upstream, client(resolve=answering(answer)) as outbound:
+    async with (
+        serve_upstream(answer_always(OK)) as upstream,
+        open_client(resolve=make_resolver(answer)) as outbound,
+    ):
         assert (
-            await refusal(outbound, f"http://name.test:{upstream.port}/")
+            await refusal_code(outbound, f"http://name.test:{upstream.port}/")
             is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
         )
     assert upstream.connections == 0
 
 
 async def test_a_refusal_does_not_tell_what_a_name_means_inside() -> None:
-    async with client(resolve=answering(["10.9.8.7"])) as outbound:
+    async with open_client(resolve=make_resolver(["10.9.8.7"])) as outbound:
         with pytest.raises(OutboundRefused) as refused:
             await fetch(outbound, "http://name.test/secret?key=secret")
     assert "10.9.8.7" not in refused.value.message
@@ -210,21 +218,21 @@ async def test_a_refusal_does_not_tell_what_a_name_means_inside() -> None:
 
 async def test_a_name_in_an_allowed_network_is_found_by_the_system() -> None:
     policy = OutboundPolicy(allowed_networks=(ip_network("127.0.0.0/8"), ip_network("::1/128")))
-    async with serving(always(OK)) as upstream, client(policy) as outbound:
+    async with serve_upstream(answer_always(OK)) as upstream, open_client(policy) as outbound:
         assert (await fetch(outbound, f"http://localhost:{upstream.port}/")).body == b"ok"
     assert upstream.requests[0].headers["host"] == f"localhost:{upstream.port}"
 
 
 async def test_the_connection_goes_to_the_checked_address_whatever_the_name_means_later() -> None:
     async with (
-        serving(always(OK)) as public,
-        serving(always(OK), host="127.0.0.2", port=public.port) as private,
-        client(resolve=answering(["127.0.0.1"], ["127.0.0.2"])) as outbound,
+        serve_upstream(answer_always(OK)) as public,
+        serve_upstream(answer_always(OK), host="127.0.0.2", port=public.port) as private,
+        open_client(resolve=make_resolver(["127.0.0.1"], ["127.0.0.2"])) as outbound,
     ):
         url = f"http://rebinding.test:{public.port}/"
         assert (await fetch(outbound, url)).status == 200
         assert (
-            await refusal(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
+            await refusal_code(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
         )  # a kept connection is no excuse
     assert (public.connections, private.connections) == (1, 0)
 
@@ -234,11 +242,14 @@ async def test_the_connection_goes_to_the_checked_address_whatever_the_name_mean
     ["http://127.0.0.2:{port}/", "//127.0.0.2:{port}/", "http://[::1]:{port}/", "http://inside.test:{port}/"],
 )
 async def test_a_redirect_does_not_lead_inside(location: str) -> None:
-    async with serving(always(OK), host="127.0.0.2") as private:
-        answer = redirect(location.format(port=private.port))
-        async with serving(always(answer)) as public, client(resolve=answering(["127.0.0.2"])) as outbound:
+    async with serve_upstream(answer_always(OK), host="127.0.0.2") as private:
+        answer = redirect_message(location.format(port=private.port))
+        async with (
+            serve_upstream(answer_always(answer)) as public,
+            open_client(resolve=make_resolver(["127.0.0.2"])) as outbound,
+        ):
             url = f"http://127.0.0.1:{public.port}/"
-            assert await refusal(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
+            assert await refusal_code(outbound, url) is OutboundRefusalCode.ADDRESS_NOT_ALLOWED
     assert (public.connections, private.connections) == (1, 0)
 
 
@@ -246,23 +257,33 @@ async def test_a_redirect_does_not_lead_inside(location: str) -> None:
     "location", ["ftp://127.0.0.1/", "http://a@127.0.0.1/", "http://127.1/", "http:\\\\127.0.0.1"]
 )
 async def test_a_redirect_is_read_as_strictly_as_the_first_url(location: str) -> None:
-    async with serving(always(redirect(location))) as upstream, client() as outbound:
+    async with (
+        serve_upstream(answer_always(redirect_message(location))) as upstream,
+        open_client() as outbound,
+    ):
         assert (
-            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is OutboundRefusalCode.INVALID_URL
+            await refusal_code(outbound, f"http://127.0.0.1:{upstream.port}/")
+            is OutboundRefusalCode.INVALID_URL
         )
 
 
 async def test_redirects_end() -> None:
-    async with serving(lambda request: redirect(request.target + "x")) as upstream, client() as outbound:
+    async with (
+        serve_upstream(lambda request: redirect_message(request.target + "x")) as upstream,
+        open_client() as outbound,
+    ):
         assert (
-            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/")
+            await refusal_code(outbound, f"http://127.0.0.1:{upstream.port}/")
             is OutboundRefusalCode.TOO_MANY_REDIRECTS
         )
     assert [request.target for request in upstream.requests] == ["/", "/x", "/xx", "/xxx", "/xxxx", "/xxxxx"]
 
 
 async def test_a_redirect_may_be_left_to_the_caller() -> None:
-    async with serving(always(redirect("http://10.0.0.1/"))) as upstream, client() as outbound:
+    async with (
+        serve_upstream(answer_always(redirect_message("http://10.0.0.1/"))) as upstream,
+        open_client() as outbound,
+    ):
         url = f"http://127.0.0.1:{upstream.port}/"
         response = await outbound.request("GET", url, headers={}, follow_redirects=False)
     assert (response.status, response.headers["location"]) == (302, "http://10.0.0.1/")
@@ -278,10 +299,13 @@ SECRETS = {
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "other.test"])
 async def test_secrets_stay_with_the_origin_that_they_were_meant_for(host: str) -> None:
-    def answer(request: Received) -> bytes:
-        return OK if request.target == "/end" else redirect(f"http://{host}:{upstream.port}/end")
+    def answer(request: UpstreamRequest) -> bytes:
+        return OK if request.target == "/end" else redirect_message(f"http://{host}:{upstream.port}/end")
 
-    async with serving(answer) as upstream, client(resolve=answering(["127.0.0.1"])) as outbound:
+    async with (
+        serve_upstream(answer) as upstream,
+        open_client(resolve=make_resolver(["127.0.0.1"])) as outbound,
+    ):
         headers = {**SECRETS, "Accept": "text/plain"}
         await outbound.request("GET", f"http://127.0.0.1:{upstream.port}/", headers=headers)
     first, last = (request.headers for request in upstream.requests)
@@ -304,12 +328,12 @@ async def test_secrets_stay_with_the_origin_that_they_were_meant_for(host: str) 
     ],
 )
 async def test_a_redirect_keeps_method_and_body_or_neither(status: int, method: str, following: str) -> None:
-    def answer(request: Received) -> bytes:
+    def answer(request: UpstreamRequest) -> bytes:
         head = "200 OK" if request.target == "/end" else f"{status} Elsewhere\r\nLocation: /end"
-        return message(head)
+        return http_message(head)
 
     body = None if method == "HEAD" else b"body"
-    async with serving(answer) as upstream, client() as outbound:
+    async with serve_upstream(answer) as upstream, open_client() as outbound:
         url = f"http://127.0.0.1:{upstream.port}/"
         await outbound.request(method, url, headers={"Content-Type": "text/plain"}, body=body)
     last = upstream.requests[-1]
@@ -320,7 +344,10 @@ async def test_a_redirect_keeps_method_and_body_or_neither(status: int, method: 
 
 
 async def test_requests_of_one_name_and_address_share_a_connection() -> None:
-    async with serving(always(OK)) as upstream, client(resolve=answering(["127.0.0.1"])) as outbound:
+    async with (
+        serve_upstream(answer_always(OK)) as upstream,
+        open_client(resolve=make_resolver(["127.0.0.1"])) as outbound,
+    ):
         for name in ("one.test", "one.test", "two.test", "two.test"):
             await fetch(outbound, f"http://{name}:{upstream.port}/")
     assert upstream.connections == 2
@@ -328,35 +355,39 @@ async def test_requests_of_one_name_and_address_share_a_connection() -> None:
 
 async def test_the_next_address_is_tried_where_the_first_does_not_answer() -> None:
     policy = OutboundPolicy(allowed_networks=(ip_network("127.0.0.0/8"),))
-    resolve = answering(["127.0.0.3", "127.0.0.1"])
-    async with serving(always(OK)) as upstream, client(policy, resolve) as outbound:
+    resolve = make_resolver(["127.0.0.3", "127.0.0.1"])
+    async with serve_upstream(answer_always(OK)) as upstream, open_client(policy, resolve) as outbound:
         assert (await fetch(outbound, f"http://two.test:{upstream.port}/")).body == b"ok"
 
 
 async def test_of_a_long_answer_only_the_first_addresses_are_tried() -> None:
-    resolve = answering([*["127.0.0.1"] * MAX_ADDRESSES, "10.0.0.1"])
-    async with serving(always(OK)) as gone:
+    resolve = make_resolver([*["127.0.0.1"] * MAX_ADDRESSES, "10.0.0.1"])
+    async with serve_upstream(answer_always(OK)) as gone:
         pass
-    async with client(resolve=resolve) as outbound:
-        assert await outage(outbound, f"http://many.test:{gone.port}/") is OutboundOutageCode.NOT_CONNECTED
+    async with open_client(resolve=resolve) as outbound:
+        assert (
+            await outage_code(outbound, f"http://many.test:{gone.port}/") is OutboundOutageCode.NOT_CONNECTED
+        )
 
 
 async def test_what_can_not_be_connected_or_resolved_may_come_back() -> None:
     async def resolve(_: str) -> Sequence[str]:
         raise socket.gaierror(socket.EAI_NONAME, "unknown")
 
-    async with serving(always(OK)) as gone:
+    async with serve_upstream(answer_always(OK)) as gone:
         pass
-    async with client(resolve=resolve) as outbound:
-        assert await outage(outbound, f"http://127.0.0.1:{gone.port}/") is OutboundOutageCode.NOT_CONNECTED
-        assert await outage(outbound, "http://unknown.test/") is OutboundOutageCode.NAME_NOT_RESOLVED
-    async with client(resolve=answering([])) as outbound:
-        assert await outage(outbound, "http://empty.test/") is OutboundOutageCode.NAME_NOT_RESOLVED
+    async with open_client(resolve=resolve) as outbound:
+        assert (
+            await outage_code(outbound, f"http://127.0.0.1:{gone.port}/") is OutboundOutageCode.NOT_CONNECTED
+        )
+        assert await outage_code(outbound, "http://unknown.test/") is OutboundOutageCode.NAME_NOT_RESOLVED
+    async with open_client(resolve=make_resolver([])) as outbound:
+        assert await outage_code(outbound, "http://empty.test/") is OutboundOutageCode.NAME_NOT_RESOLVED
 
 
 @pytest.mark.parametrize("method", ["PUT", "POST", "DELETE"])
 async def test_a_write_whose_connection_breaks_is_sent_once(method: str) -> None:
-    async with serving(always(b"")) as upstream, client() as outbound:
+    async with serve_upstream(answer_always(b"")) as upstream, open_client() as outbound:
         with pytest.raises(OutboundUnavailable) as unavailable:
             await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={}, body=b"x")
     assert unavailable.value.code is OutboundOutageCode.INTERRUPTED
@@ -364,15 +395,18 @@ async def test_a_write_whose_connection_breaks_is_sent_once(method: str) -> None
 
 
 async def test_a_body_that_breaks_off_is_no_answer() -> None:
-    async def broken(_: Received) -> AsyncIterator[bytes]:
+    async def broken(_: UpstreamRequest) -> AsyncIterator[bytes]:
         yield b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nshort"
         raise ConnectionError
 
-    async with serving(broken) as upstream, client() as outbound:
-        assert await outage(outbound, f"http://127.0.0.1:{upstream.port}/") is OutboundOutageCode.INTERRUPTED
+    async with serve_upstream(broken) as upstream, open_client() as outbound:
+        assert (
+            await outage_code(outbound, f"http://127.0.0.1:{upstream.port}/")
+            is OutboundOutageCode.INTERRUPTED
+        )
 
 
-async def drip(head: bytes, piece: bytes) -> AsyncIterator[bytes]:
+async def drip_pieces(head: bytes, piece: bytes) -> AsyncIterator[bytes]:
     yield head
     while True:
         await asyncio.sleep(0.02)
@@ -390,10 +424,10 @@ async def drip(head: bytes, piece: bytes) -> AsyncIterator[bytes]:
     ],
 )
 async def test_a_server_that_drips_ends_at_the_deadline(head: bytes, piece: bytes) -> None:
-    async with serving(lambda _: drip(head, piece)) as upstream, client() as outbound:
+    async with serve_upstream(lambda _: drip_pieces(head, piece)) as upstream, open_client() as outbound:
         begin = time.monotonic()
         url = f"http://127.0.0.1:{upstream.port}/"
-        assert await outage(outbound, url, timeout_seconds=0.3) is OutboundOutageCode.TIMED_OUT
+        assert await outage_code(outbound, url, timeout_seconds=0.3) is OutboundOutageCode.TIMED_OUT
         assert time.monotonic() - begin > 0.25
 
 
@@ -403,9 +437,12 @@ async def test_redirects_and_names_share_one_deadline() -> None:
         return ["127.0.0.1"]
 
     policy = OutboundPolicy(allowed_networks=LOOPBACK.allowed_networks, max_redirects=1000)
-    async with serving(always(redirect("/"))) as upstream, client(policy, slow) as outbound:
+    async with (
+        serve_upstream(answer_always(redirect_message("/"))) as upstream,
+        open_client(policy, slow) as outbound,
+    ):
         url = f"http://slow.test:{upstream.port}/"
-        assert await outage(outbound, url, timeout_seconds=0.3) is OutboundOutageCode.TIMED_OUT
+        assert await outage_code(outbound, url, timeout_seconds=0.3) is OutboundOutageCode.TIMED_OUT
     assert len(upstream.requests) < 10
 
 
@@ -416,20 +453,23 @@ SMALL = OutboundPolicy(allowed_networks=LOOPBACK.allowed_networks, max_response_
     "framing", ["Content-Length: 1000001", "Content-Length: 999999999999", "Connection: close"]
 )
 async def test_a_body_over_the_limit_is_cut_off(framing: str) -> None:
-    async def endless(_: Received) -> AsyncIterator[bytes]:
+    async def endless(_: UpstreamRequest) -> AsyncIterator[bytes]:
         yield f"HTTP/1.1 200 OK\r\n{framing}\r\n\r\n".encode()
         while True:
             yield bytes(65_536)
 
-    async with serving(endless) as upstream, client(SMALL) as outbound:
+    async with serve_upstream(endless) as upstream, open_client(SMALL) as outbound:
         assert (
-            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/")
+            await refusal_code(outbound, f"http://127.0.0.1:{upstream.port}/")
             is OutboundRefusalCode.RESPONSE_TOO_LARGE
         )
 
 
 async def test_a_body_of_just_the_limit_is_read() -> None:
-    async with serving(always(message("200 OK", bytes(1_000_000)))) as upstream, client(SMALL) as outbound:
+    async with (
+        serve_upstream(answer_always(http_message("200 OK", bytes(1_000_000)))) as upstream,
+        open_client(SMALL) as outbound,
+    ):
         assert len((await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")).body) == 1_000_000
 
 
@@ -438,16 +478,16 @@ async def test_a_small_bomb_does_not_grow(encoding: str) -> None:
     zeros = bytes(200_000_000)
     bomb = gzip.compress(zeros, 9) if encoding == "gzip" else zlib.compress(zeros, 9)
     del zeros
-    answer = message(f"200 OK\r\nContent-Encoding: {encoding}", bomb)
+    answer = http_message(f"200 OK\r\nContent-Encoding: {encoding}", bomb)
     async with (
-        serving(lambda request: answer if request.target == "/bomb" else OK) as upstream,
-        client(SMALL) as outbound,
+        serve_upstream(lambda request: answer if request.target == "/bomb" else OK) as upstream,
+        open_client(SMALL) as outbound,
     ):
         url = f"http://127.0.0.1:{upstream.port}"
         await fetch(outbound, url)
         tracemalloc.start()
         try:
-            assert await refusal(outbound, f"{url}/bomb") is OutboundRefusalCode.RESPONSE_TOO_LARGE
+            assert await refusal_code(outbound, f"{url}/bomb") is OutboundRefusalCode.RESPONSE_TOO_LARGE
             _, peak_bytes = tracemalloc.get_traced_memory()
         finally:
             tracemalloc.stop()
@@ -463,17 +503,17 @@ async def test_a_small_bomb_does_not_grow(encoding: str) -> None:
     ],
 )
 async def test_a_compressed_body_arrives_plain(encoding: str, body: bytes) -> None:
-    answer = message(f"200 OK\r\nContent-Encoding: {encoding}", body)
-    async with serving(always(answer)) as upstream, client() as outbound:
+    answer = http_message(f"200 OK\r\nContent-Encoding: {encoding}", body)
+    async with serve_upstream(answer_always(answer)) as upstream, open_client() as outbound:
         assert (await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")).body == b"plain"
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "unknown"])
 async def test_an_encoding_that_was_not_asked_for_is_refused(encoding: str) -> None:
-    answer = message(f"200 OK\r\nContent-Encoding: {encoding}", b"body")
-    async with serving(always(answer)) as upstream, client() as outbound:
+    answer = http_message(f"200 OK\r\nContent-Encoding: {encoding}", b"body")
+    async with serve_upstream(answer_always(answer)) as upstream, open_client() as outbound:
         assert (
-            await refusal(outbound, f"http://127.0.0.1:{upstream.port}/")
+            await refusal_code(outbound, f"http://127.0.0.1:{upstream.port}/")
             is OutboundRefusalCode.INVALID_RESPONSE
         )
 
@@ -481,26 +521,26 @@ async def test_an_encoding_that_was_not_asked_for_is_refused(encoding: str) -> N
 @pytest.mark.parametrize(
     ("answer", "code"),
     [
-        (message("200 OK\r\nX-Long: " + "x" * 40_000), OutboundRefusalCode.INVALID_RESPONSE),
-        (message("200 OK" + "\r\nX-Many: x" * 200), OutboundRefusalCode.INVALID_RESPONSE),
-        (message("200 OK" + f"\r\nX-Large: {'x' * 1000}" * 40), OutboundRefusalCode.RESPONSE_TOO_LARGE),
+        (http_message("200 OK\r\nX-Long: " + "x" * 40_000), OutboundRefusalCode.INVALID_RESPONSE),
+        (http_message("200 OK" + "\r\nX-Many: x" * 200), OutboundRefusalCode.INVALID_RESPONSE),
+        (http_message("200 OK" + f"\r\nX-Large: {'x' * 1000}" * 40), OutboundRefusalCode.RESPONSE_TOO_LARGE),
         (b"SSH-2.0-OpenSSH_9.2\r\n\r\n", OutboundRefusalCode.INVALID_RESPONSE),
         (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\n\r\n",
             OutboundRefusalCode.INVALID_RESPONSE,
         ),
-        (message("000 Nothing"), OutboundRefusalCode.INVALID_RESPONSE),
-        (message("600 More"), OutboundRefusalCode.INVALID_RESPONSE),
-        (message("999 Denied"), OutboundRefusalCode.INVALID_RESPONSE),
-        (message("20 OK"), OutboundRefusalCode.INVALID_RESPONSE),
+        (http_message("000 Nothing"), OutboundRefusalCode.INVALID_RESPONSE),
+        (http_message("600 More"), OutboundRefusalCode.INVALID_RESPONSE),
+        (http_message("999 Denied"), OutboundRefusalCode.INVALID_RESPONSE),
+        (http_message("20 OK"), OutboundRefusalCode.INVALID_RESPONSE),
         (b"-ERR unknown command\r\n\r\n", OutboundRefusalCode.INVALID_RESPONSE),
     ],
 )
 async def test_a_head_that_is_too_large_or_no_http_is_refused(
     answer: bytes, code: OutboundRefusalCode
 ) -> None:
-    async with serving(always(answer)) as upstream, client() as outbound:
-        assert await refusal(outbound, f"http://127.0.0.1:{upstream.port}/") is code
+    async with serve_upstream(answer_always(answer)) as upstream, open_client() as outbound:
+        assert await refusal_code(outbound, f"http://127.0.0.1:{upstream.port}/") is code
 
 
 @pytest.mark.parametrize(
@@ -528,7 +568,7 @@ async def test_a_head_that_is_too_large_or_no_http_is_refused(
     ],
 )
 async def test_what_frames_or_forges_a_request_is_refused(method: str, name: str, value: str) -> None:
-    async with serving(always(OK)) as upstream, client() as outbound:
+    async with serve_upstream(answer_always(OK)) as upstream, open_client() as outbound:
         with pytest.raises(OutboundRefused) as refused:
             await outbound.request(method, f"http://127.0.0.1:{upstream.port}/", headers={name: value})
     assert refused.value.code is OutboundRefusalCode.INVALID_REQUEST
@@ -540,11 +580,11 @@ async def test_proxies_passwords_and_cookies_of_the_machine_are_left_alone(
 ) -> None:
     (tmp_path / "netrc").write_text("default login user password secret\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    answer = message("200 OK\r\nSet-Cookie: session=secret")
+    answer = http_message("200 OK\r\nSet-Cookie: session=secret")
     async with (
-        serving(always(OK)) as proxy,
-        serving(always(answer)) as upstream,
-        client(resolve=answering(["127.0.0.1"])) as outbound,
+        serve_upstream(answer_always(OK)) as proxy,
+        serve_upstream(answer_always(answer)) as upstream,
+        open_client(resolve=make_resolver(["127.0.0.1"])) as outbound,
     ):
         for name in ("http_proxy", "HTTP_PROXY", "https_proxy", "ALL_PROXY"):
             monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.port}")
@@ -603,10 +643,10 @@ async def test_https_trusts_the_name_and_not_the_address(tmp_path: Path) -> None
     tls.load_cert_chain(certificate, key)
     tls.sni_callback = lambda _connection, name, _context: server_names.append(name)
 
-    def answer(request: Received) -> bytes:
-        return OK if request.target == "/" else redirect(f"http://upstream.test:{upstream.port}/")
+    def answer(request: UpstreamRequest) -> bytes:
+        return OK if request.target == "/" else redirect_message(f"http://upstream.test:{upstream.port}/")
 
-    async with serving(answer, tls=tls) as upstream:
+    async with serve_upstream(answer, tls=tls) as upstream:
         origin = f"https://upstream.test:{upstream.port}"
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", OTHER_PROCESS),
@@ -633,6 +673,6 @@ async def test_https_trusts_the_name_and_not_the_address(tmp_path: Path) -> None
 
 async def test_answers_on_the_way_are_passed_over_up_to_the_final_one() -> None:
     early = b"".join(b"HTTP/1.1 %d Early\r\n\r\n" % status for status in (100, 102, 103, 199))
-    async with client() as outbound, serving(always(early + OK)) as upstream:
+    async with open_client() as outbound, serve_upstream(answer_always(early + OK)) as upstream:
         response = await fetch(outbound, f"http://127.0.0.1:{upstream.port}/")
     assert (response.status, response.body) == (200, b"ok")

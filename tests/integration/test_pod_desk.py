@@ -18,15 +18,15 @@ from messages.broker import Broker
 from models.pod_processes import PodProcess
 
 if TYPE_CHECKING:
-    from tests.integration.gateway_world import World
-    from tests.services import Redis
+    from tests.integration.gateway_harness import GatewayHarness
+    from tests.services import RedisServer
 
 POD = Holder("wf_1", "org_1", 0, PodProcess.new("a"))
 SECONDS = 5.0
 
 
 @pytest.fixture
-async def two(redis_server: Redis) -> AsyncIterator[tuple[Broker, Broker]]:
+async def two(redis_server: RedisServer) -> AsyncIterator[tuple[Broker, Broker]]:
     """Yield the brokers of two gateways."""
     one, other = await brokers.connect(redis_server.url), await brokers.connect(redis_server.url)
     yield one, other
@@ -40,14 +40,16 @@ def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
 
 
-async def opened(world: World, broker: Broker) -> Desk:
+async def open_hub(world: GatewayHarness, broker: Broker) -> Desk:
     desk = Desk(world.gateway.database, broker, Forwarder(world.gateway.database, broker))
     await desk.start()
     return desk
 
 
-async def test_an_arrival_is_told_wherever_a_pod_waits(world: World, two: tuple[Broker, Broker]) -> None:
-    here, there = [await opened(world, broker) for broker in two]
+async def test_an_arrival_is_told_wherever_a_pod_waits(
+    world: GatewayHarness, two: tuple[Broker, Broker]
+) -> None:
+    here, there = [await open_hub(world, broker) for broker in two]
     for desk in (here, there, there):
         waiting = asyncio.create_task(desk.wait(POD, WorkPollRequest(SECONDS, wants_work=False)))
         while not desk.is_waited_at_for(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
@@ -59,9 +61,9 @@ async def test_an_arrival_is_told_wherever_a_pod_waits(world: World, two: tuple[
 
 
 async def test_what_arrives_between_two_polls_is_told_with_the_next(
-    world: World, two: tuple[Broker, Broker]
+    world: GatewayHarness, two: tuple[Broker, Broker]
 ) -> None:
-    desk = await opened(world, two[0])
+    desk = await open_hub(world, two[0])
     first = await desk.wait(POD, WorkPollRequest(0, wants_work=True))
     assert not first.has_work
     known = {first.gateway: first.arrivals}

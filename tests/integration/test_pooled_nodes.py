@@ -16,8 +16,8 @@ from nodes import catalog
 from nodes.sandbox import pooled_catalog
 from nodes.sandbox.pooled_catalog import IN_PLACE_BYTES, PooledCatalog
 from nodes.sandbox.processes import ProcessKind, ProcessPool
-from tests.calls import call
-from tests.heartbeat import beating
+from tests.loop_heartbeat import measure_heartbeat
+from tests.node_calls import call
 
 pytestmark = pytest.mark.anyio
 
@@ -51,7 +51,7 @@ async def test_an_example_comes_true_in_a_child_too(
     assert (called.output, called.port) == (example["output"], example["port"])
 
 
-def workbook(rows: int, encoding: str = "utf-8") -> str:
+def encode_workbook(rows: int, encoding: str = "utf-8") -> str:
     relation = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
     cells = "".join(f'<row><c><v>{n}</v></c><c t="str"><v>é{n}</v></c></row>' for n in range(rows))
     head = f'<?xml version="1.0" encoding="{encoding}"?>'
@@ -77,8 +77,8 @@ CONFIGS: list[tuple[str, dict[str, Json]]] = [
     ("json-parse", {"text": json.dumps({"a": [{"n": n, "big": 10**300} for n in range(2_000)]})}),
     ("json-parse", {"text": "[" * 5_000}),
     ("json-parse", {"text": '{"a": "\\u0000' + "x" * 5_000 + '"}'}),
-    ("excel-parse", {"file": workbook(3_000), "hasHeader": False}),
-    ("excel-parse", {"file": workbook(20, "windows-1252"), "hasHeader": False}),
+    ("excel-parse", {"file": encode_workbook(3_000), "hasHeader": False}),
+    ("excel-parse", {"file": encode_workbook(20, "windows-1252"), "hasHeader": False}),
     ("excel-parse", {"file": "AAAA"}),
     (
         "html-extract",
@@ -125,7 +125,7 @@ async def test_nobody_waits_while_ten_megabytes_are_read(kind: str, shared: Pool
     run = shared.implementation(kind)
     assert asyncio.iscoroutinefunction(run)
     gc.freeze()  # as a worker does when it is ready
-    async with beating() as heartbeat:
+    async with measure_heartbeat() as heartbeat:
         await call(kind, config, library=shared)
     assert heartbeat.longest_delay_seconds < LONGEST_DELAY_SECONDS
 

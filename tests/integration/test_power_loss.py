@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import power_loss, preloads
-from tests.power_loss import Disk, Operation
+from tests.power_loss import FileOperation, SimulatedDisk
 
 SHA256 = "2cf24dba5fb0a30e26e83b2ac5b9e29e1b161e5c1fa7425e73043362938b9824"
 WRITER = f"""
@@ -71,17 +71,17 @@ with data_dir.locked(folder):
 """
 
 
-class Record:
+class PowerLossRecord:
     """What a process did to its files, and how far it had come when it said of something that it lasts."""
 
-    def __init__(self, root: Path, operations: list[Operation], said: dict[str, int]) -> None:
+    def __init__(self, root: Path, operations: list[FileOperation], said: dict[str, int]) -> None:
         self._root = root
         self._operations = operations
         self.said = said
 
-    def disk(self, what: str) -> Disk:
+    def disk(self, what: str) -> SimulatedDisk:
         """Return the disk as it was when something had just been said."""
-        disk = Disk(self._root)
+        disk = SimulatedDisk(self._root)
         for operation in self._operations:
             if operation.ends_at <= self.said[what]:
                 disk.apply(operation)
@@ -89,7 +89,7 @@ class Record:
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
+def record(tmp_path_factory: pytest.TempPathFactory) -> PowerLossRecord:
     library = preloads.compile_library(power_loss.RECORDER)
     if library is None:
         pytest.skip("there is no C compiler: nothing can record what a process does to its files")
@@ -104,10 +104,10 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> Record:
         text=True,
     )
     said = {what: int(size) for what, size in (line.split() for line in written.stdout.splitlines())}
-    return Record(root, [*power_loss.read_operations(log)], said)
+    return PowerLossRecord(root, [*power_loss.read_operations(log)], said)
 
 
-def kept(data: Path) -> Iterator[str]:
+def surviving_claims(data: Path) -> Iterator[str]:
     """Tell what of all that was said is in a data folder."""
     if (data / "secret.key").exists() and len((data / "secret.key").read_text().strip()) > 32:
         yield "key"
@@ -128,7 +128,7 @@ def kept(data: Path) -> Iterator[str]:
 
 
 def test_what_is_said_to_last_outlasts_a_power_cut_at_that_very_moment(
-    record: Record, tmp_path: Path
+    record: PowerLossRecord, tmp_path: Path
 ) -> None:
     for number, what in enumerate(record.said):
         for seed in (None, 1, 2):
@@ -136,5 +136,7 @@ def test_what_is_said_to_last_outlasts_a_power_cut_at_that_very_moment(
             left.mkdir()
             survives = power_loss.keep_nothing if seed is None else power_loss.keep_some(seed)
             record.disk(what).write_out(left, survives)
-            assert {*list(record.said)[: number + 1]} - {"nothing"} <= {*kept(left / "server" / "data")}
+            assert {*list(record.said)[: number + 1]} - {"nothing"} <= {
+                *surviving_claims(left / "server" / "data")
+            }
     assert not (tmp_path / "nothing-None/server/data/unsynced").exists()

@@ -16,7 +16,7 @@ from nodes import catalog
 from nodes.sandbox import pooled_catalog as pooled
 from nodes.sandbox.pooled_catalog import PooledCatalog
 from nodes.sandbox.processes import JobListener, ProcessKind, ProcessPool
-from tests.calls import call
+from tests.node_calls import call
 
 pytestmark = pytest.mark.anyio
 
@@ -32,7 +32,7 @@ SLOW: dict[str, Json] = {
 }
 
 
-def pooled_catalog(processes: ProcessPool) -> PooledCatalog:
+def make_pooled_catalog(processes: ProcessPool) -> PooledCatalog:
     return PooledCatalog(catalog.load_catalog().node_types, processes)
 
 
@@ -41,25 +41,27 @@ async def processes() -> AsyncIterator[ProcessPool]:
     processes = ProcessPool(ProcessKind.LIBRARY, limit=2)
     yield processes
     await processes.close()
-    assert children() == []
+    assert living_children() == []
 
 
-def children() -> list[psutil.Process]:
+def living_children() -> list[psutil.Process]:
     """Return what lives of the children that this process has for jobs."""
     found = psutil.Process().children()
     return [
-        each for each in found if each.is_running() and "nodes.sandbox.children" in " ".join(_command(each))
+        each
+        for each in found
+        if each.is_running() and "nodes.sandbox.children" in " ".join(_command_line(each))
     ]
 
 
-def _command(process: psutil.Process) -> list[str]:
+def _command_line(process: psutil.Process) -> list[str]:
     try:
         return process.cmdline()
     except psutil.Error:
         return []
 
 
-async def until(condition: Callable[[], object]) -> None:
+async def wait_until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - other processes set no event
             await asyncio.sleep(0.005)
@@ -67,14 +69,14 @@ async def until(condition: Callable[[], object]) -> None:
 
 async def test_nothing_is_started_before_it_is_needed_and_nothing_stays_that_is_idle() -> None:
     processes = ProcessPool(ProcessKind.LIBRARY, limit=2, idle_seconds=0.02)
-    library = pooled_catalog(processes)
-    assert children() == []
+    library = make_pooled_catalog(processes)
+    assert living_children() == []
     await call("csv-parse", {"text": "a\n1"}, library=library)
-    assert children() == [], "what is small is done in place"
+    assert living_children() == [], "what is small is done in place"
     config: dict[str, Json] = {"text": "abc", "pattern": "b"}
     await asyncio.gather(*(call("regex", config, library=library) for _ in range(6)))
-    assert 1 <= len(children()) <= 2
-    await until(lambda: children() == [])
+    assert 1 <= len(living_children()) <= 2
+    await wait_until(lambda: living_children() == [])
     await processes.close()
 
 
@@ -83,44 +85,44 @@ async def test_nothing_is_started_before_it_is_needed_and_nothing_stays_that_is_
 
 async def test_a_job_that_is_late_is_killed(processes: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pooled, "DEADLINE_SECONDS", 0.2)
-    library = pooled_catalog(processes)
+    library = make_pooled_catalog(processes)
     with pytest.raises(NodeError) as raised:
         await call("regex", NEVER_ENDING, library=library)
     assert (raised.value.code, raised.value.retryable) == ("timeout", False)
-    await until(lambda: children() == [])
+    await wait_until(lambda: living_children() == [])
     assert (await call("regex", {"text": "a", "pattern": "a"}, library=library)).output
 
 
 async def test_a_job_that_is_given_up_is_killed(processes: ProcessPool) -> None:
-    job = asyncio.create_task(call("regex", NEVER_ENDING, library=pooled_catalog(processes)))
-    await until(children)
+    job = asyncio.create_task(call("regex", NEVER_ENDING, library=make_pooled_catalog(processes)))
+    await wait_until(living_children)
     job.cancel()
     with pytest.raises(asyncio.CancelledError):
         await job
-    await until(lambda: children() == [])
+    await wait_until(lambda: living_children() == [])
 
 
 async def test_a_child_that_dies_ends_its_job_alone(processes: ProcessPool) -> None:
-    library = pooled_catalog(processes)
+    library = make_pooled_catalog(processes)
     await call(
         "regex", {"text": "a", "pattern": "a"}, library=library
     )  # it takes long to load, on a slow machine
-    (victim,) = children()
+    (victim,) = living_children()
     loaded_seconds = victim.cpu_times().user
     dies = asyncio.create_task(call("regex", NEVER_ENDING, library=library))
-    await until(lambda: victim.cpu_times().user > loaded_seconds + 0.2)
+    await wait_until(lambda: victim.cpu_times().user > loaded_seconds + 0.2)
     lives = asyncio.create_task(call("html-extract", SLOW, library=library))
-    await until(lambda: len(children()) == 2)
+    await wait_until(lambda: len(living_children()) == 2)
     victim.kill()
     with pytest.raises(NodeError) as raised:
         await dies
     assert (raised.value.code, raised.value.retryable) == ("crashed", False)
     assert isinstance((await lives).output, dict)
     # One that dies while it is idle is noticed before it is given a job.
-    idle = children()
+    idle = living_children()
     for child in idle:
         child.kill()
-    await until(lambda: not any(map(_lives, idle)))
+    await wait_until(lambda: not any(map(_is_alive, idle)))
     assert (await call("regex", {"text": "a", "pattern": "a"}, library=library)).output
 
 
@@ -130,8 +132,8 @@ from engine.run_errors import NodeError
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner
 from nodes.sandbox.processes import ProcessKind, ProcessPool
-from tests.calls import CALLER, call
-from tests.integration.test_processes import NEVER_ENDING, pooled_catalog
+from tests.node_calls import CALLER, call
+from tests.integration.test_processes import NEVER_ENDING, make_pooled_catalog
 
 async def code(backend):
     await CodeRunner(backend, limit=1).run(
@@ -146,7 +148,7 @@ async def search(library):
 
 async def main():
     jobs = [asyncio.create_task(code(backend)) for backend in CodeBackend]
-    library = pooled_catalog(ProcessPool(ProcessKind.LIBRARY, limit=1))
+    library = make_pooled_catalog(ProcessPool(ProcessKind.LIBRARY, limit=1))
     jobs.append(asyncio.create_task(search(library)))
     await asyncio.gather(*jobs)
 
@@ -159,18 +161,18 @@ def test_no_child_outlives_a_worker_that_is_killed() -> None:
     with subprocess.Popen([sys.executable, "-c", PARENT], cwd=root) as parent:
         worker = psutil.Process(parent.pid)
         # One child of each kind, and the interpreter that is a child of one of them.
-        anyio.run(until, lambda: len(_at_work(worker)) == 3)
+        anyio.run(wait_until, lambda: len(_working_children(worker)) == 3)
         family = worker.children(recursive=True)
         assert len(family) == 4
         parent.kill()
-        anyio.run(until, lambda: not any(map(_lives, family)))
+        anyio.run(wait_until, lambda: not any(map(_is_alive, family)))
 
 
-def _at_work(worker: psutil.Process) -> list[psutil.Process]:
+def _working_children(worker: psutil.Process) -> list[psutil.Process]:
     return [each for each in worker.children(recursive=True) if each.cpu_times().user > WORKING_SECONDS]
 
 
-def _lives(process: psutil.Process) -> bool:
+def _is_alive(process: psutil.Process) -> bool:
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -188,8 +190,8 @@ async def test_a_child_has_no_right_that_it_does_not_need(
     inherited = os.open(os.devnull, os.O_RDONLY)
     os.set_inheritable(inherited, True)  # noqa: FBT003 - it takes it by position
     try:
-        await call("regex", {"text": "a", "pattern": "a"}, library=pooled_catalog(processes))
-        (child,) = children()
+        await call("regex", {"text": "a", "pattern": "a"}, library=make_pooled_catalog(processes))
+        (child,) = living_children()
         about = Path(f"/proc/{child.pid}")
         status = dict(
             line.split(":\t", 1) for line in (about / "status").read_text().splitlines() if ":\t" in line
@@ -219,8 +221,8 @@ async def test_what_a_child_says_is_not_believed(processes: ProcessPool) -> None
 
 
 async def test_a_stopped_child_is_killed_all_the_same(processes: ProcessPool) -> None:
-    await call("regex", {"text": "a", "pattern": "a"}, library=pooled_catalog(processes))
-    (child,) = children()
+    await call("regex", {"text": "a", "pattern": "a"}, library=make_pooled_catalog(processes))
+    (child,) = living_children()
     child.send_signal(signal.SIGSTOP)
     with pytest.raises(NodeError) as raised:
         await processes.run(b"{}", JobListener(print, []), organization_id="org", seconds=0.1)

@@ -41,7 +41,7 @@ asyncio.run(main())
 """
 
 
-def _body(
+def _message_body(
     options: Mapping[str, object], *, queue: str = "executions", actor: str = "executions", **payload: object
 ) -> bytes:
     message: dramatiq.Message[None] = dramatiq.Message(queue, actor, (), payload, dict(options))
@@ -54,7 +54,7 @@ def _no_consumer_looks_before_its_bell_rings(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-async def client(redis_server: services.Redis) -> AsyncIterator[Redis]:
+async def client(redis_server: services.RedisServer) -> AsyncIterator[Redis]:
     # With a timeout of the socket, redis-py may swallow the cancellation that ends a wait on Python 3.11.
     async with Redis.from_url(redis_server.url, decode_responses=True, socket_timeout=None) as client:
         await client.flushall()
@@ -62,7 +62,7 @@ async def client(redis_server: services.Redis) -> AsyncIterator[Redis]:
 
 
 @pytest.fixture
-async def broker(redis_server: services.Redis, client: Redis) -> AsyncIterator[Broker]:  # noqa: ARG001 - flushed first
+async def broker(redis_server: services.RedisServer, client: Redis) -> AsyncIterator[Broker]:  # noqa: ARG001 - flushed first
     broker = await connect(redis_server.url)
     yield broker
     await broker.close()
@@ -80,7 +80,7 @@ async def test_an_idle_worker_takes_a_hint_within_milliseconds(broker: Broker, h
     for lane in range(100):
         sent_at = time.perf_counter()
         await broker.wake(lane)
-        assert await _next(hints) == lane
+        assert await _next_wakeup(hints) == lane
         seconds.append(time.perf_counter() - sent_at)
     median_ms = statistics.median(seconds) * 1000
     print(f"\nidle pick-up: median {median_ms:.1f} ms, slowest {max(seconds) * 1000:.1f} ms")  # noqa: T201 - a figure to read
@@ -88,24 +88,24 @@ async def test_an_idle_worker_takes_a_hint_within_milliseconds(broker: Broker, h
 
 
 async def test_one_hint_among_many_idle_consumers_costs_few_commands(
-    redis_server: services.Redis, client: Redis, broker: Broker
+    redis_server: services.RedisServer, client: Redis, broker: Broker
 ) -> None:
     hints: Queue[int] = Queue()
 
     async def are_idle() -> bool:
         return await client.hlen(f"{QUEUE}.msgs") == 0 and await _are_blocked(client, IDLE_CONSUMERS)
 
-    async with _workers(redis_server.url, hints, IDLE_CONSUMERS):
-        await _until(are_idle)
+    async with _run_workers(redis_server.url, hints, IDLE_CONSUMERS):
+        await _wait_until(are_idle)
         await broker.wake()  # loads the script
-        await _next(hints)
-        await _until(are_idle)
+        await _next_wakeup(hints)
+        await _wait_until(are_idle)
 
-        before = await _commands(client)
+        before = await _count_commands(client)
         await broker.wake()
-        await _next(hints)
-        await _until(are_idle)
-        after = await _commands(client)
+        await _next_wakeup(hints)
+        await _wait_until(are_idle)
+        after = await _count_commands(client)
     spent = {name: after[name] - before.get(name, 0) for name in after if after[name] > before.get(name, 0)}
     for asked in ("info", "hlen", "client|list"):  # by this test
         del spent[asked]
@@ -119,9 +119,9 @@ async def test_a_lost_bell_delays_a_hint_by_one_wait_at_most(
     monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.2, 0.3))
     hints: Queue[int] = Queue()
     broker.start_worker(hints.put_nowait)
-    await _until(lambda: _are_blocked(client, 1))
-    await _hint(client, 3)
-    assert await _next(hints) == 3
+    await _wait_until(lambda: _are_blocked(client, 1))
+    await _send_wakeup(client, 3)
+    assert await _next_wakeup(hints) == 3
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ async def test_a_lost_bell_delays_a_hint_by_one_wait_at_most(
         b"\xff{",
         b"[]",
         b'{"queue_name": "executions"}',
-        _body({MESSAGE_ID: "bad"}, queue="elsewhere"),
-        _body({MESSAGE_ID: "bad"}, actor="renamed"),
-        _body({MESSAGE_ID: "bad", "eta": 1}),
-        _body({}),
+        _message_body({MESSAGE_ID: "bad"}, queue="elsewhere"),
+        _message_body({MESSAGE_ID: "bad"}, actor="renamed"),
+        _message_body({MESSAGE_ID: "bad", "eta": 1}),
+        _message_body({}),
         b"[" * 100_000,
     ],
     ids=["bytes", "list", "fields", "queue", "actor", "delayed", "nameless", "deep"],
@@ -142,55 +142,55 @@ async def test_a_message_that_makes_no_sense_becomes_a_dead_letter_and_harms_no_
     client: Redis, broker: Broker, body: bytes
 ) -> None:
     await _put(client, body, "bad")
-    await _hint(client, 1)
-    await _hint(client, 2)
+    await _send_wakeup(client, 1)
+    await _send_wakeup(client, 2)
     hints: Queue[int] = Queue()
     broker.start_worker(hints.put_nowait)
-    assert {await _next(hints), await _next(hints)} == {1, 2}
+    assert {await _next_wakeup(hints), await _next_wakeup(hints)} == {1, 2}
 
-    await _until(lambda: _is(client.hkeys(DEAD_LETTERS), ["bad"]))
-    await _until(lambda: _is(client.hlen(f"{QUEUE}.msgs"), 0))
+    await _wait_until(lambda: _equals(client.hkeys(DEAD_LETTERS), ["bad"]))
+    await _wait_until(lambda: _equals(client.hlen(f"{QUEUE}.msgs"), 0))
     await broker.wake(3)
-    assert await _next(hints) == 3
+    assert await _next_wakeup(hints) == 3
 
 
 async def test_an_unreadable_message_is_logged(client: Redis, broker: Broker) -> None:
     with capture_logs() as logs:
         await _put(client, b"?", "bad")
         broker.start_worker(lambda _lane: None)
-        await _until(lambda: _is(client.hkeys(DEAD_LETTERS), ["bad"]))
+        await _wait_until(lambda: _equals(client.hkeys(DEAD_LETTERS), ["bad"]))
         await broker.close()
     assert [entry["message_id"] for entry in logs if entry["log_level"] == "error"] == ["b'bad'"]
 
 
 async def test_an_id_whose_body_is_gone_is_forgotten(client: Redis, broker: Broker) -> None:
     await client.rpush(QUEUE, "bodiless")
-    await _hint(client, 1)
+    await _send_wakeup(client, 1)
     hints: Queue[int] = Queue()
     broker.start_worker(hints.put_nowait)
-    assert await _next(hints) == 1
-    await _until(lambda: _is(client.keys("*__acks__*"), []))
+    assert await _next_wakeup(hints) == 1
+    await _wait_until(lambda: _equals(client.keys("*__acks__*"), []))
 
 
 async def test_a_payload_from_a_newer_release_is_a_hint_for_all_lanes(
     client: Redis, hints: Queue[int]
 ) -> None:
-    await _put(client, _body({MESSAGE_ID: "newer"}, v=2, lanes=[1]), "newer")
+    await _put(client, _message_body({MESSAGE_ID: "newer"}, v=2, lanes=[1]), "newer")
     await client.rpush(f"{QUEUE}.bell", 1)
-    assert await _next(hints) == executions.ALL_LANES
+    assert await _next_wakeup(hints) == executions.ALL_LANES
 
 
 async def test_what_a_dead_worker_held_comes_back(
-    redis_server: services.Redis, client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
+    redis_server: services.RedisServer, client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await _hint(client, 4)
+    await _send_wakeup(client, 4)
     dead = HintQueues(redis_server.url)
     assert await asyncio.to_thread(dead.do_fetch, "executions", 1)
     monkeypatch.setattr(redis_consumer, "HEARTBEAT_TIMEOUT_MILLISECONDS", 50)
     monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.05, 0.1))
     hints: Queue[int] = Queue()
     broker.start_worker(hints.put_nowait)
-    assert await _next(hints) == 4
+    assert await _next_wakeup(hints) == 4
     dead.close()
 
 
@@ -204,66 +204,66 @@ async def test_a_redis_that_hangs_is_a_redis_that_is_lost(
         broker.start_worker(hints.put_nowait)
         await client.client_pause(900)
         await broker.wake(1)
-        assert await _next(hints) == 1
+        assert await _next_wakeup(hints) == 1
     assert [entry["event"] for entry in logs] == ["redis lost", "redis is back"]
 
 
 async def test_what_a_lost_answer_held_comes_back(
-    redis_server: services.Redis, client: Redis, monkeypatch: pytest.MonkeyPatch
+    redis_server: services.RedisServer, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_consumer, "HEARTBEAT_TIMEOUT_MILLISECONDS", 50)
     monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.05, 0.1))
     await _load_scripts(redis_server.url)
-    await _hint(client, 6)
+    await _send_wakeup(client, 6)
     hints: Queue[int] = Queue()
-    async with _cutting_the_answer_to(b"fetch", redis_server.url) as url:
+    async with _drop_answer_to(b"fetch", redis_server.url) as url:
         broker = await connect(url)
         broker.start_worker(hints.put_nowait)
-        assert await _next(hints) == 6
+        assert await _next_wakeup(hints) == 6
         await broker.close()
 
 
 async def test_a_wake_up_that_failed_may_have_worked(
-    redis_server: services.Redis, broker: Broker, hints: Queue[int]
+    redis_server: services.RedisServer, broker: Broker, hints: Queue[int]
 ) -> None:
     await broker.wake()  # loads the script
-    await _next(hints)
-    async with _cutting_the_answer_to(MESSAGE_ID.encode(), redis_server.url) as url:
+    await _next_wakeup(hints)
+    async with _drop_answer_to(MESSAGE_ID.encode(), redis_server.url) as url:
         gateway = await connect(url)
         with pytest.raises(BrokerUnavailable):
             await gateway.wake(8)
-        assert await _next(hints) == 8
+        assert await _next_wakeup(hints) == 8
         await gateway.close()
 
 
 async def test_hints_that_a_stopping_worker_held_wake_another(
-    redis_server: services.Redis, client: Redis, hints: Queue[int]
+    redis_server: services.RedisServer, client: Redis, hints: Queue[int]
 ) -> None:
-    await _until(lambda: _are_blocked(client, 1))
+    await _wait_until(lambda: _are_blocked(client, 1))
     leaving = HintQueues(redis_server.url)
     leaving.declare_queue("executions")
     consumer = leaving.consume("executions", prefetch=2)
     assert isinstance(consumer, BlockingConsumer)
-    await _hint(client, 1)
-    await _hint(client, 2)
+    await _send_wakeup(client, 1)
+    await _send_wakeup(client, 2)
     taken = await asyncio.to_thread(consumer.__next__)
     assert taken is not None
 
     await asyncio.to_thread(consumer.requeue, [taken])
     await asyncio.to_thread(consumer.close)
-    assert {await _next(hints), await _next(hints)} == {1, 2}
+    assert {await _next_wakeup(hints), await _next_wakeup(hints)} == {1, 2}
     leaving.close()
 
 
 async def test_a_worker_that_waits_for_a_hint_ends_soon_after_sigterm(
-    redis_server: services.Redis, client: Redis, broker: Broker
+    redis_server: services.RedisServer, client: Redis, broker: Broker
 ) -> None:
     command = [sys.executable, "-c", COMMAND, redis_server.url]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
     await broker.wake()
     assert process.stdout
     assert await process.stdout.readline() == b"hint\n"
-    await _until(lambda: _are_blocked(client, 1))
+    await _wait_until(lambda: _are_blocked(client, 1))
 
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), SOON_SECONDS) == 0
@@ -271,7 +271,7 @@ async def test_a_worker_that_waits_for_a_hint_ends_soon_after_sigterm(
 
 
 @asynccontextmanager
-async def _workers(url: str, hints: "Queue[int]", count: int) -> AsyncIterator[None]:
+async def _run_workers(url: str, hints: "Queue[int]", count: int) -> AsyncIterator[None]:
     workers = [hint_worker.start(HintQueues(url), hints.put_nowait) for _ in range(count)]
     try:
         yield
@@ -280,7 +280,7 @@ async def _workers(url: str, hints: "Queue[int]", count: int) -> AsyncIterator[N
 
 
 @asynccontextmanager
-async def _cutting_the_answer_to(command: bytes, url: str) -> AsyncIterator[str]:
+async def _drop_answer_to(command: bytes, url: str) -> AsyncIterator[str]:
     """A way to Redis that lets all pass, but closes a connection once instead of handing over the answer."""
     port = int(url.rpartition(":")[2].partition("/")[0])
     cut = asyncio.Event()
@@ -314,12 +314,12 @@ async def _load_scripts(url: str) -> None:
     hints: Queue[int] = Queue()
     broker.start_worker(hints.put_nowait)
     await broker.wake()
-    await _next(hints)
+    await _next_wakeup(hints)
     await broker.close()
 
 
-async def _hint(client: Redis, lane: int) -> None:
-    await _put(client, _body({MESSAGE_ID: f"lane-{lane}"}, v=1, lane=lane), f"lane-{lane}")
+async def _send_wakeup(client: Redis, lane: int) -> None:
+    await _put(client, _message_body({MESSAGE_ID: f"lane-{lane}"}, v=1, lane=lane), f"lane-{lane}")
 
 
 async def _put(client: Redis, body: bytes, message_id: str) -> None:
@@ -328,7 +328,7 @@ async def _put(client: Redis, body: bytes, message_id: str) -> None:
     await client.rpush(QUEUE, message_id)
 
 
-async def _commands(client: Redis) -> dict[str, int]:
+async def _count_commands(client: Redis) -> dict[str, int]:
     statistics = await client.info("commandstats")
     return {name.removeprefix("cmdstat_"): entry["calls"] for name, entry in statistics.items()}
 
@@ -337,16 +337,16 @@ async def _are_blocked(client: Redis, count: int) -> bool:
     return sum("b" in entry["flags"] for entry in await client.client_list()) == count
 
 
-async def _is(answer: Awaitable[object], expected: object) -> bool:
+async def _equals(answer: Awaitable[object], expected: object) -> bool:
     return await answer == expected
 
 
-async def _until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def _wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():
             pass
 
 
-async def _next(queue: Queue[int]) -> int:
+async def _next_wakeup(queue: Queue[int]) -> int:
     async with asyncio.timeout(PATIENCE_SECONDS):
         return await queue.get()

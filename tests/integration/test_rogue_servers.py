@@ -18,8 +18,8 @@ from engine.values import Json
 from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy
-from tests.calls import CALLER, call
-from tests.heartbeat import beating
+from tests.loop_heartbeat import measure_heartbeat
+from tests.node_calls import CALLER, call
 
 pytestmark = pytest.mark.anyio
 
@@ -35,7 +35,7 @@ MAX_PAUSE_SECONDS = 3.0
 Reply = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
-class Sources:
+class SingleSource:
     """Gives whoever asks the one source."""
 
     def __init__(self, source: ConnectionSource) -> None:
@@ -47,7 +47,7 @@ class Sources:
 
 
 @asynccontextmanager
-async def serving(reply: Reply) -> AsyncIterator[int]:
+async def serve_connections(reply: Reply) -> AsyncIterator[int]:
     """Serve every connection so; yields the port."""
     tasks: set[asyncio.Task[None]] = set()
 
@@ -72,14 +72,14 @@ async def serving(reply: Reply) -> AsyncIterator[int]:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def endlessly(writer: asyncio.StreamWriter, piece: bytes) -> None:
+async def write_endlessly(writer: asyncio.StreamWriter, piece: bytes) -> None:
     many = piece * max(1, 100_000 // len(piece))
     while True:
         writer.write(many)
         await writer.drain()
 
 
-async def silence() -> None:
+async def stay_silent() -> None:
     await asyncio.Event().wait()
 
 
@@ -90,7 +90,7 @@ def memory_bytes(name: str) -> int:
 
 
 @contextmanager
-def little_memory() -> Iterator[None]:
+def assert_little_memory() -> Iterator[None]:
     """Check that the process takes little more at any time, even within one call."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
     before = memory_bytes("VmRSS")
@@ -98,21 +98,21 @@ def little_memory() -> Iterator[None]:
     assert memory_bytes("VmHWM") - before < MAX_MORE_BYTES
 
 
-async def longest_pause(work: Awaitable[Any]) -> float:
+async def measure_longest_pause(work: Awaitable[Any]) -> float:
     """Return for how long nobody else had a turn until the work ended."""
     running = asyncio.ensure_future(work)
-    async with asyncio.timeout(PATIENCE_SECONDS), beating() as heartbeat:
+    async with asyncio.timeout(PATIENCE_SECONDS), measure_heartbeat() as heartbeat:
         await asyncio.wait([running])
     return heartbeat.longest_delay_seconds
 
 
-async def failure_of(source: ConnectionSource, node: str, config: dict[str, Json]) -> NodeError:
+async def run_and_fail(source: ConnectionSource, node: str, config: dict[str, Json]) -> NodeError:
     """Return how a node fails with a source."""
-    connections = DataSourceConnections(Sources(source), POLICY)
+    connections = DataSourceConnections(SingleSource(source), POLICY)
     work = asyncio.ensure_future(call(node, {"dataSource": "ds", **config}, data_sources=connections))
     try:
-        with little_memory():
-            assert await longest_pause(work) < MAX_PAUSE_SECONDS
+        with assert_little_memory():
+            assert await measure_longest_pause(work) < MAX_PAUSE_SECONDS
         error = work.exception()
     finally:
         await connections.close()
@@ -127,37 +127,37 @@ ARRAY = struct.pack(">iiiii", 1, 0, TEXT, 2**31 - 1, 1)
 """Of items none of which follows."""
 
 
-def said(kind: bytes, body: bytes = b"") -> bytes:
+def encode_message(kind: bytes, body: bytes = b"") -> bytes:
     return kind + struct.pack(">i", len(body) + 4) + body
 
 
-def row(*values: bytes | None) -> bytes:
+def encode_row(*values: bytes | None) -> bytes:
     body = b"".join(
         struct.pack(">i", -1) if value is None else struct.pack(">i", len(value)) + value for value in values
     )
-    return said(b"D", struct.pack(">h", len(values)) + body)
+    return encode_message(b"D", struct.pack(">h", len(values)) + body)
 
 
-def columns(*types: int) -> bytes:
+def encode_columns(*types: int) -> bytes:
     each = [b"c%d\0" % at + struct.pack(">ihihih", 0, 0, oid, -1, -1, 1) for at, oid in enumerate(types)]
-    return said(b"T", struct.pack(">h", len(types)) + b"".join(each))
+    return encode_message(b"T", struct.pack(">h", len(types)) + b"".join(each))
 
 
-READY = said(b"Z", b"I")
-IN_TRANSACTION = said(b"Z", b"T")
-DONE = said(b"C", b"SELECT 1\0")
+READY = encode_message(b"Z", b"I")
+IN_TRANSACTION = encode_message(b"Z", b"T")
+DONE = encode_message(b"C", b"SELECT 1\0")
 
 
-def postgresql(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
+def postgresql_reply(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
     """Return a server whose queries give one column, and these rows; then, where given, something without end."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         (length,) = struct.unpack(">i", await reader.readexactly(4))
         await reader.readexactly(length - 4)
-        writer.write(said(b"R", struct.pack(">i", 0)))
+        writer.write(encode_message(b"R", struct.pack(">i", 0)))
         for setting in (b"server_version\x0016.1\0", b"client_encoding\0UTF8\0"):
-            writer.write(said(b"S", setting))
-        writer.write(said(b"K", b"\0" * 8) + READY)
+            writer.write(encode_message(b"S", setting))
+        writer.write(encode_message(b"K", b"\0" * 8) + READY)
         ready = READY
         while True:
             kind, length = struct.unpack(">ci", await reader.readexactly(5))
@@ -166,15 +166,15 @@ def postgresql(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
                 return
             if kind == b"Q":
                 ready = IN_TRANSACTION if query.startswith(b"BEGIN") else ready
-                writer.write(said(b"C", b"SET\0") + ready)
+                writer.write(encode_message(b"C", b"SET\0") + ready)
             elif kind == b"D":
-                writer.write(said(b"1") + said(b"t", b"\0\0") + columns(oid))
+                writer.write(encode_message(b"1") + encode_message(b"t", b"\0\0") + encode_columns(oid))
             elif kind == b"S":
                 writer.write(ready)
             elif kind == b"E":
-                writer.write(said(b"2") + rows)
+                writer.write(encode_message(b"2") + rows)
                 if again:
-                    await endlessly(writer, again)
+                    await write_endlessly(writer, again)
 
     return serve
 
@@ -182,34 +182,40 @@ def postgresql(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
 @pytest.mark.parametrize(
     ("oid", "rows", "again", "code"),
     [
-        pytest.param(TEXT, b"", row(), "result-too-large", id="rows without fields"),
-        pytest.param(TEXT, b"", row(None), "result-too-large", id="rows of null"),
-        pytest.param(TEXT, b"", row(b"x" * 900), "result-too-large", id="rows"),
+        pytest.param(TEXT, b"", encode_row(), "result-too-large", id="rows without fields"),
+        pytest.param(TEXT, b"", encode_row(None), "result-too-large", id="rows of null"),
+        pytest.param(TEXT, b"", encode_row(b"x" * 900), "result-too-large", id="rows"),
         pytest.param(TEXT, b"D" + struct.pack(">i", 2**31 - 1), b"x", "result-too-large", id="a field"),
-        pytest.param(TEXT, b"", said(b"S", b"name\0value\0"), "result-too-large", id="settings"),
-        pytest.param(TEXT, b"", said(b"N", b"SNOTICE\0\0"), "result-too-large", id="notices"),
-        pytest.param(TEXT, b"", said(b"A", b"\0\0\0\1a\0b\0"), "result-too-large", id="notifications"),
-        pytest.param(TEXT, said(b"D", b"\0\1\x7f\xff\xff\xff"), b"", "invalid-response", id="a long field"),
+        pytest.param(TEXT, b"", encode_message(b"S", b"name\0value\0"), "result-too-large", id="settings"),
+        pytest.param(TEXT, b"", encode_message(b"N", b"SNOTICE\0\0"), "result-too-large", id="notices"),
         pytest.param(
-            TEXT, said(b"D", b"\0\1\x80\0\0\0"), b"", "invalid-response", id="a field below nothing"
+            TEXT, b"", encode_message(b"A", b"\0\0\0\1a\0b\0"), "result-too-large", id="notifications"
+        ),
+        pytest.param(
+            TEXT, encode_message(b"D", b"\0\1\x7f\xff\xff\xff"), b"", "invalid-response", id="a long field"
+        ),
+        pytest.param(
+            TEXT, encode_message(b"D", b"\0\1\x80\0\0\0"), b"", "invalid-response", id="a field below nothing"
         ),
         pytest.param(TEXT, b"D\0\0\0\0", b"", "connection-failed", id="a message without its length"),
-        pytest.param(INT4, row(b"\0"), b"", "invalid-response", id="a short number"),
-        pytest.param(TEXT_ARRAY, row(ARRAY), b"", "invalid-response", id="an array of two billion"),
-        pytest.param(RECORD, row(struct.pack(">I", 2**27)) + DONE, b"", None, id="a record of many fields"),
+        pytest.param(INT4, encode_row(b"\0"), b"", "invalid-response", id="a short number"),
+        pytest.param(TEXT_ARRAY, encode_row(ARRAY), b"", "invalid-response", id="an array of two billion"),
+        pytest.param(
+            RECORD, encode_row(struct.pack(">I", 2**27)) + DONE, b"", None, id="a record of many fields"
+        ),
     ],
 )
 async def test_a_rogue_postgresql_costs_its_own_node_only(
     oid: int, rows: bytes, again: bytes, code: str | None
 ) -> None:
-    async with serving(postgresql(oid, rows, again=again)) as port:
-        source = source_at("postgresql", port)
+    async with serve_connections(postgresql_reply(oid, rows, again=again)) as port:
+        source = make_source("postgresql", port)
         config: dict[str, Json] = {"query": "SELECT 1", "timeoutSeconds": SECONDS}
         if code is not None:
-            assert (await failure_of(source, "postgresql-source", config)).code == code
+            assert (await run_and_fail(source, "postgresql-source", config)).code == code
             return
-        with little_memory():
-            connections = DataSourceConnections(Sources(source), POLICY)
+        with assert_little_memory():
+            connections = DataSourceConnections(SingleSource(source), POLICY)
             await call("postgresql-source", {"dataSource": "ds", **config}, data_sources=connections)
             await connections.close()
 
@@ -223,7 +229,7 @@ TEXT_COLUMN, DATE_TIME_COLUMN, DECIMAL_COLUMN = 0xFD, 0x0C, 0xF6
 OK, END_OF_PART = b"\0\0\0\2\0\0\0", b"\xfe\0\0\2\0"
 
 
-class Packets:
+class PacketWriter:
     """Writes packets whose numbers follow upon each other, as the client looks at them."""
 
     def __init__(self, writer: asyncio.StreamWriter, number: int = 1) -> None:
@@ -244,32 +250,32 @@ class Packets:
         return head[:3] + head[4:] + body
 
 
-def column(kind: int = TEXT_COLUMN) -> bytes:
+def encode_column(kind: int = TEXT_COLUMN) -> bytes:
     return b"\3def\0\0\0\1c\0\x0c" + struct.pack("<HIBHBH", 33, 4, kind, 0, 0, 0)
 
 
-def greeting() -> bytes:
+def encode_greeting() -> bytes:
     low, high = CAPABILITIES & 0xFFFF, CAPABILITIES >> 16
     settings = struct.pack("<HBHHB10x", low, 33, 2, high, 21)
     return b"\x0a8.0.0\0\1\0\0\0saltsalt\0" + settings + b"saltsaltsalt\0mysql_native_password\0"
 
 
-def mysql(reply: Callable[[Packets], Awaitable[None]], *, greets: bool = True) -> Reply:
+def mysql_reply(reply: Callable[[PacketWriter], Awaitable[None]], *, greets: bool = True) -> Reply:
     """Return a server that answers to a query so, or to whoever connects."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not greets:
-            await reply(Packets(writer, 0))
-        Packets(writer, 0).write(greeting())
-        await packet_of(reader)
-        Packets(writer, 2).write(OK)
+            await reply(PacketWriter(writer, 0))
+        PacketWriter(writer, 0).write(encode_greeting())
+        await read_packet(reader)
+        PacketWriter(writer, 2).write(OK)
         while True:
-            command = await packet_of(reader)
-            packets = Packets(writer)
+            command = await read_packet(reader)
+            packets = PacketWriter(writer)
             if command[0] == PREPARE:
                 places = command.count(b"?")
                 packets.write(b"\0" + struct.pack("<IHHBH", 1, 0, places, 0, 0))
-                packets.write(*[column()] * places, *[END_OF_PART] * bool(places))
+                packets.write(*[encode_column()] * places, *[END_OF_PART] * bool(places))
             elif command.startswith(b"\3EXECUTE"):
                 await reply(packets)
             elif command[0] != CLOSE:
@@ -278,24 +284,24 @@ def mysql(reply: Callable[[Packets], Awaitable[None]], *, greets: bool = True) -
     return serve
 
 
-async def packet_of(reader: asyncio.StreamReader) -> bytes:
+async def read_packet(reader: asyncio.StreamReader) -> bytes:
     length, _ = struct.unpack("<HBx", await reader.readexactly(4)), None
     return await reader.readexactly(length[0] | length[1] << 16)
 
 
-def rows_of(
+def rows_reply(
     body: bytes, kind: int = TEXT_COLUMN, *, columns: int = 1
-) -> Callable[[Packets], Awaitable[None]]:
-    async def reply(packets: Packets) -> None:
+) -> Callable[[PacketWriter], Awaitable[None]]:
+    async def reply(packets: PacketWriter) -> None:
         head = bytes([columns]) if columns < 251 else b"\xfc" + struct.pack("<H", columns)
-        packets.write(head, *[column(kind)] * columns, END_OF_PART)
+        packets.write(head, *[encode_column(kind)] * columns, END_OF_PART)
         await packets.endlessly(body)
 
     return reply
 
 
-def endless(*first: bytes, then: bytes) -> Callable[[Packets], Awaitable[None]]:
-    async def reply(packets: Packets) -> None:
+def endless_reply(*first: bytes, then: bytes) -> Callable[[PacketWriter], Awaitable[None]]:
+    async def reply(packets: PacketWriter) -> None:
         packets.write(*first)
         await packets.endlessly(then)
 
@@ -309,33 +315,37 @@ LARGEST = b"\0" * 0xFFFFFF
 @pytest.mark.parametrize(
     ("reply", "code"),
     [
-        pytest.param(rows_of(b"\0"), "too-many-rows", id="rows"),
-        pytest.param(rows_of(b"\xfb" * 4_000, columns=4_000), "result-too-large", id="rows of null"),
-        pytest.param(rows_of(b"\xfd\x40\x42\x0f" + b"x" * 1_000_000), "result-too-large", id="large rows"),
-        pytest.param(endless(b"\1", column(), END_OF_PART, then=LARGEST), "result-too-large", id="a row"),
+        pytest.param(rows_reply(b"\0"), "too-many-rows", id="rows"),
+        pytest.param(rows_reply(b"\xfb" * 4_000, columns=4_000), "result-too-large", id="rows of null"),
+        pytest.param(rows_reply(b"\xfd\x40\x42\x0f" + b"x" * 1_000_000), "result-too-large", id="large rows"),
         pytest.param(
-            endless(b"\xfe" + struct.pack("<Q", 2**30), then=column()), "result-too-large", id="columns"
+            endless_reply(b"\1", encode_column(), END_OF_PART, then=LARGEST), "result-too-large", id="a row"
         ),
-        pytest.param(rows_of(b"\xfe" + b"\xff" * 8), "invalid-response", id="a field below nothing"),
-        pytest.param(rows_of(b"\xfe" + b"\x7f" * 8), "sql-error", id="a long field"),
-        pytest.param(rows_of(b"\xfc"), "sql-error", id="half a length"),
-        pytest.param(rows_of(b"\1x", DECIMAL_COLUMN), "invalid-response", id="no number"),
-        pytest.param(endless(b"\1\2", then=b"\1"), "invalid-response", id="no column"),
-        pytest.param(endless(b"\xfb/etc/passwd", then=b"\0"), "statement-refused", id="a file"),
-        pytest.param(endless(b"", then=b"\0"), "invalid-response", id="nothing"),
+        pytest.param(
+            endless_reply(b"\xfe" + struct.pack("<Q", 2**30), then=encode_column()),
+            "result-too-large",
+            id="columns",
+        ),
+        pytest.param(rows_reply(b"\xfe" + b"\xff" * 8), "invalid-response", id="a field below nothing"),
+        pytest.param(rows_reply(b"\xfe" + b"\x7f" * 8), "sql-error", id="a long field"),
+        pytest.param(rows_reply(b"\xfc"), "sql-error", id="half a length"),
+        pytest.param(rows_reply(b"\1x", DECIMAL_COLUMN), "invalid-response", id="no number"),
+        pytest.param(endless_reply(b"\1\2", then=b"\1"), "invalid-response", id="no column"),
+        pytest.param(endless_reply(b"\xfb/etc/passwd", then=b"\0"), "statement-refused", id="a file"),
+        pytest.param(endless_reply(b"", then=b"\0"), "invalid-response", id="nothing"),
     ],
 )
 async def test_a_rogue_mysql_costs_its_own_node_only(
-    reply: Callable[[Packets], Awaitable[None]], code: str
+    reply: Callable[[PacketWriter], Awaitable[None]], code: str
 ) -> None:
-    async with serving(mysql(reply)) as port:
+    async with serve_connections(mysql_reply(reply)) as port:
         config: dict[str, Json] = {"query": "SELECT 1", "timeoutSeconds": SECONDS}
-        assert (await failure_of(source_at("mysql", port), "mysql-source", config)).code == code
+        assert (await run_and_fail(make_source("mysql", port), "mysql-source", config)).code == code
 
 
 async def test_a_greeting_without_end_is_not_kept() -> None:
-    async with serving(mysql(endless(then=LARGEST), greets=False)) as port:
-        error = await failure_of(source_at("mysql", port), "mysql-source", {"query": "SELECT 1"})
+    async with serve_connections(mysql_reply(endless_reply(then=LARGEST), greets=False)) as port:
+        error = await run_and_fail(make_source("mysql", port), "mysql-source", {"query": "SELECT 1"})
         assert error.code == "connection-failed"
 
 
@@ -346,24 +356,24 @@ async def test_a_silent_database_is_left_when_the_time_is_up(
     monkeypatch.setattr("nodes.connections.session_pool.OPEN_SECONDS", SILENT_SECONDS)
 
     async def say_nothing(_reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
-        await silence()
+        await stay_silent()
 
-    async with serving(say_nothing) as port:
+    async with serve_connections(say_nothing) as port:
         config: dict[str, Json] = {"query": "SELECT 1", "timeoutSeconds": SILENT_SECONDS}
-        assert (await failure_of(source_at(kind, port), f"{kind}-source", config)).code == "timeout"
+        assert (await run_and_fail(make_source(kind, port), f"{kind}-source", config)).code == "timeout"
 
 
 # ── mail servers ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def smtp(*answers: bytes, then: bytes) -> Reply:
+def smtp_reply(*answers: bytes, then: bytes) -> Reply:
     """Return a server that answers one command after another, and then without end."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for answer in answers:
             writer.write(answer)
             await reader.readline()
-        await endlessly(writer, then)
+        await write_endlessly(writer, then)
 
     return serve
 
@@ -375,48 +385,50 @@ ASKED = (*GREETED, b"250 ok\r\n", b"250 ok\r\n")
 @pytest.mark.parametrize(
     ("reply", "code"),
     [
-        pytest.param(smtp(then=b"220-hello\r\n"), "connection-failed", id="greeting"),
-        pytest.param(smtp(then=b"2"), "connection-failed", id="line"),
-        pytest.param(smtp(*GREETED[:1], then=b"250-SIZE 1\r\n"), "connection-failed", id="extensions"),
-        pytest.param(smtp(*GREETED, then=b"250-ok\r\n"), "connection-failed", id="sender"),
-        pytest.param(smtp(*ASKED, then=b"354-go on\r\n"), "connection-failed", id="beginning"),
-        pytest.param(smtp(*ASKED, b"354 go on\r\n", then=b"250-ok\r\n"), "connection-failed", id="end"),
+        pytest.param(smtp_reply(then=b"220-hello\r\n"), "connection-failed", id="greeting"),
+        pytest.param(smtp_reply(then=b"2"), "connection-failed", id="line"),
+        pytest.param(smtp_reply(*GREETED[:1], then=b"250-SIZE 1\r\n"), "connection-failed", id="extensions"),
+        pytest.param(smtp_reply(*GREETED, then=b"250-ok\r\n"), "connection-failed", id="sender"),
+        pytest.param(smtp_reply(*ASKED, then=b"354-go on\r\n"), "connection-failed", id="beginning"),
+        pytest.param(smtp_reply(*ASKED, b"354 go on\r\n", then=b"250-ok\r\n"), "connection-failed", id="end"),
     ],
 )
 async def test_a_rogue_mail_server_costs_its_own_node_only(reply: Reply, code: str) -> None:
-    async with serving(reply) as port:
+    async with serve_connections(reply) as port:
         mail: dict[str, Json] = {"from": "a@example.com", "to": "b@example.com", "timeoutSeconds": SECONDS}
-        assert (await failure_of(source_at("smtp", port, tls="none"), "email-send", mail)).code == code
+        assert (await run_and_fail(make_source("smtp", port, tls="none"), "email-send", mail)).code == code
 
 
 async def test_a_server_that_repeats_the_password_does_not_show_it_in_errors() -> None:
-    told = said(b"E", b"SERROR\0C42000\0Mthe password p4ssw0rd is wrong\0\0")
-    async with serving(postgresql(TEXT, told)) as port:
-        error = await failure_of(source_at("postgresql", port), "postgresql-source", {"query": "SELECT 1"})
+    told = encode_message(b"E", b"SERROR\0C42000\0Mthe password p4ssw0rd is wrong\0\0")
+    async with serve_connections(postgresql_reply(TEXT, told)) as port:
+        error = await run_and_fail(
+            make_source("postgresql", port), "postgresql-source", {"query": "SELECT 1"}
+        )
     assert error.message == "The database refused: the password [hidden] is wrong"
     refusal = b"550 no p4ssw0rd, %s\r\n" % b64encode(b"p4ssw0rd")
     login = (GREETED[0], b"250-hello\r\n250 AUTH PLAIN\r\n", b"235 ok\r\n", refusal)
-    async with serving(smtp(*login, then=b"250 ok\r\n")) as port:
-        source = source_at("smtp", port, tls="none", username="u")
-        error = await failure_of(source, "email-send", {"from": "a@example.com", "to": "b@example.com"})
+    async with serve_connections(smtp_reply(*login, then=b"250 ok\r\n")) as port:
+        source = make_source("smtp", port, tls="none", username="u")
+        error = await run_and_fail(source, "email-send", {"from": "a@example.com", "to": "b@example.com"})
     assert error.message.endswith("550 no [hidden], [hidden]")
 
 
 # ── buckets ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def http(head: bytes, *, then: bytes = b"") -> Reply:
+def http_reply(head: bytes, *, then: bytes = b"") -> Reply:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while True:
             await reader.readuntil(b"\r\n\r\n")
             writer.write(b"HTTP/1.1 " + head)
             if then:
-                await endlessly(writer, then)
+                await write_endlessly(writer, then)
 
     return serve
 
 
-def page(*objects: bytes, token: bytes = b"") -> bytes:
+def http_page(*objects: bytes, token: bytes = b"") -> bytes:
     truncated = b"<IsTruncated>true</IsTruncated><NextContinuationToken>%s</NextContinuationToken>" % token
     body = b"<ListBucketResult>%s%s</ListBucketResult>" % (b"".join(objects), truncated if token else b"")
     return b"200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
@@ -430,39 +442,44 @@ LIST: dict[str, Json] = {"prefix": "a/", "maxObjects": 10}
 @pytest.mark.parametrize(
     ("config", "reply", "code"),
     [
-        pytest.param(GET, http(b"200 OK\r\n\r\n", then=b"x"), "response-too-large", id="body"),
+        pytest.param(GET, http_reply(b"200 OK\r\n\r\n", then=b"x"), "response-too-large", id="body"),
         pytest.param(
             GET,
-            http(b"200 OK\r\nContent-Length: 999999999999\r\n\r\n", then=b"x"),
+            http_reply(b"200 OK\r\nContent-Length: 999999999999\r\n\r\n", then=b"x"),
             "response-too-large",
             id="length",
         ),
         pytest.param(
             GET,
-            http(b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", then=b"2\r\nxx\r\n"),
+            http_reply(b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", then=b"2\r\nxx\r\n"),
             "invalid-response",
             id="chunks",
         ),
         pytest.param(
             GET,
-            http(b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", then=b"x"),
+            http_reply(b"200 OK\r\nTransfer-Encoding: chunked\r\n\r\n", then=b"x"),
             "invalid-response",
             id="length of a chunk",
         ),
-        pytest.param(GET, http(b"200 OK\r\n", then=b"X-A: b\r\n"), "invalid-response", id="headers"),
-        pytest.param(GET, http(b"200 OK\r\nX-A: ", then=b"x"), "invalid-response", id="header"),
+        pytest.param(GET, http_reply(b"200 OK\r\n", then=b"X-A: b\r\n"), "invalid-response", id="headers"),
+        pytest.param(GET, http_reply(b"200 OK\r\nX-A: ", then=b"x"), "invalid-response", id="header"),
         pytest.param(
-            GET, http(b"100 Continue\r\n\r\n", then=b"HTTP/1.1 100 Continue\r\n\r\n"), "timed-out", id="100"
+            GET,
+            http_reply(b"100 Continue\r\n\r\n", then=b"HTTP/1.1 100 Continue\r\n\r\n"),
+            "timed-out",
+            id="100",
         ),
-        pytest.param(LIST, http(page(*[OBJECT] * 100_000)), "too-many-objects", id="objects"),
-        pytest.param(LIST, http(page(token=b"again")), "invalid-response", id="pages"),
-        pytest.param(LIST, http(b"200 OK\r\n\r\n<L>", then=b"<L>"), "response-too-large", id="elements"),
+        pytest.param(LIST, http_reply(http_page(*[OBJECT] * 100_000)), "too-many-objects", id="objects"),
+        pytest.param(LIST, http_reply(http_page(token=b"again")), "invalid-response", id="pages"),
+        pytest.param(
+            LIST, http_reply(b"200 OK\r\n\r\n<L>", then=b"<L>"), "response-too-large", id="elements"
+        ),
     ],
 )
 async def test_a_rogue_bucket_costs_its_own_node_only(
     config: dict[str, Json], reply: Reply, code: str
 ) -> None:
-    async with serving(reply) as port:
+    async with serve_connections(reply) as port:
         settings: dict[str, Json] = {
             "endpoint": f"http://127.0.0.1:{port}",
             "bucket": "bucket",
@@ -472,11 +489,11 @@ async def test_a_rogue_bucket_costs_its_own_node_only(
             "ds", CALLER.organization_id, "s3", 1, settings, {"secretAccessKey": "secret"}
         )
         seconds = 1.0 if code == "timed-out" else SECONDS
-        error = await failure_of(source, "s3-source", {**config, "timeoutSeconds": seconds})
+        error = await run_and_fail(source, "s3-source", {**config, "timeoutSeconds": seconds})
         assert error.code == code, error.message
 
 
-def source_at(kind: str, port: int, **settings: Json) -> ConnectionSource:
+def make_source(kind: str, port: int, **settings: Json) -> ConnectionSource:
     address: dict[str, Json] = {
         "host": "127.0.0.1",
         "port": port,

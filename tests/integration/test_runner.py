@@ -52,13 +52,13 @@ from runner import main as runners
 from runner.remote_store import RemoteRunStore
 from runner.settings import RunnerSettings
 from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
-from tests import commands
-from tests.integration import run_world
-from tests.integration.gateway_world import SECRET
-from tests.integration.run_world import Place, Where, World, opened
+from tests import command_runs
+from tests.http_receiver import HttpReceiver, run_receiver
+from tests.integration import run_database
+from tests.integration.gateway_harness import SECRET
+from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
 from tests.preloads import ShiftedClock
-from tests.receiver import Receiver, receiving
-from tests.services import free_port
+from tests.services import reserve_port
 
 PATIENCE_SECONDS = 60.0
 LEASE_SECONDS = 1.5
@@ -70,18 +70,18 @@ ON_POSTGRES = pytest.mark.parametrize("where", ["on_postgres"], indirect=True)
 
 
 @pytest.fixture(params=BOTH)
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
         yield world
 
 
-class Server(gateways.Server):
+class PodTestGatewayServer(gateways.Server):
     """A gateway's, in the process of the tests: signals are theirs."""
 
     @contextmanager
@@ -89,13 +89,13 @@ class Server(gateways.Server):
         yield
 
 
-class Gateway:
+class InterruptibleGateway:
     """A gateway that can be away for a while."""
 
     state: State
     port = 0
 
-    def __init__(self, world: World, folder: Path) -> None:
+    def __init__(self, world: RunDatabase, folder: Path) -> None:
         self._world = world
         self._settings = GatewaySettings(
             data_dir=folder,
@@ -117,7 +117,7 @@ class Gateway:
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
         app = gateways.create_app(lambda: nullcontext(self.state))
-        server = Server(gateways.server(app, self._settings).config)
+        server = PodTestGatewayServer(gateways.server(app, self._settings).config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
 
         async def end() -> None:
@@ -125,7 +125,7 @@ class Gateway:
             await serving
 
         self._running.push_async_callback(end)
-        await until(lambda: server.started)
+        await wait_until(lambda: server.started)
 
     async def stop(self) -> None:
         """Answer what was asked, and close."""
@@ -133,20 +133,20 @@ class Gateway:
 
 
 @pytest.fixture
-async def gateway(world: World, tmp_path: Path) -> AsyncIterator[Gateway]:
-    gateway = Gateway(world, tmp_path / "gateway")
+async def gateway(world: RunDatabase, tmp_path: Path) -> AsyncIterator[InterruptibleGateway]:
+    gateway = InterruptibleGateway(world, tmp_path / "gateway")
     await gateway.start()
     yield gateway
     await gateway.stop()
 
 
-async def until(condition: Callable[[], bool]) -> None:
+async def wait_until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not condition():  # noqa: ASYNC110 - servers and processes have no event for it
             await asyncio.sleep(0.02)
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
+async def wait_until_async(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
             await asyncio.sleep(0.02)
@@ -155,7 +155,7 @@ async def eventually(condition: Callable[[], Awaitable[bool]]) -> None:
 # ── what is deployed ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chain(*nodes: Mapping[str, Any]) -> str:
+def chain_definition(*nodes: Mapping[str, Any]) -> str:
     """Return a definition in which nodes follow on one another, the first on a trigger."""
     whole = [{"id": "start", "type": "manual", "config": {}}, *nodes]
     shown = [{"label": node["id"], "position": {"x": 0, "y": 0}, **node} for node in whole]
@@ -167,21 +167,21 @@ def chain(*nodes: Mapping[str, Any]) -> str:
     return json.dumps({"nodes": shown, "connections": edges, "settings": {}})
 
 
-def call(receiver: Receiver, name: str = "call") -> dict[str, Any]:
+def call(receiver: HttpReceiver, name: str = "call") -> dict[str, Any]:
     return {"id": name, "type": "http-request", "config": {"method": "POST", "url": receiver.url(f"/{name}")}}
 
 
 GREET = {"id": "greet", "type": "set", "config": {"values": {"greeting": "Hello, {{ data.body.name }}"}}}
-SIMPLE = chain(GREET)
+SIMPLE = chain_definition(GREET)
 
 
 @dataclass
-class Pods:
+class DeployedPods:
     """A deployed workflow and its pods."""
 
-    world: World
-    gateway: Gateway
-    place: Place
+    world: RunDatabase
+    gateway: InterruptibleGateway
+    place: OwnedWorkflow
     token: str
     folder: Path
     processes: ExitStack = field(default_factory=ExitStack)
@@ -205,9 +205,9 @@ class Pods:
         anew: bool = False,
         preload: Mapping[str, str] | None = None,
         **variables: str,
-    ) -> Pod:
+    ) -> PodProcessHarness:
         self.count += 1
-        port = free_port()
+        port = reserve_port()
         usual = {
             "RUNNER_GATEWAY_URL": self.gateway.url,
             "RUNNER_TOKEN": self.token,
@@ -217,9 +217,9 @@ class Pods:
             "LEASE_SECONDS": str(lease_seconds),
             "OUTBOUND_ALLOWED_NETWORKS": "127.0.0.1/32",
         }
-        given = commands.environment(self.folder, **{**usual, **variables})
+        given = command_runs.command_environment(self.folder, **{**usual, **variables})
         started = self.processes.enter_context(
-            commands.started(
+            command_runs.run_command(
                 "runner",
                 given={**given, **(preload or {})},
                 log=self.folder / f"pod-{self.count}.log",
@@ -227,14 +227,14 @@ class Pods:
                 anew=anew,
             )
         )
-        return Pod(started, f"http://127.0.0.1:{port}")
+        return PodProcessHarness(started, f"http://127.0.0.1:{port}")
 
     async def status(self, key: ExecutionKey) -> str:
         status: str = (await self.world.row(key.execution_id))["status"]
         return status
 
     async def reaches(self, key: ExecutionKey, status: str) -> None:
-        await eventually(lambda: self._has(key, status))
+        await wait_until_async(lambda: self._has(key, status))
 
     async def _has(self, key: ExecutionKey, status: str) -> bool:
         await self.world.store.sweep(100)
@@ -247,7 +247,7 @@ class Pods:
             await self.world.store.sweep(100)
             return condition()
 
-        await eventually(holds)
+        await wait_until_async(holds)
 
     async def outputs(self, key: ExecutionKey) -> dict[str, Any]:
         rows = await self.world.query(
@@ -257,14 +257,14 @@ class Pods:
 
 
 @dataclass
-class Pod:
+class PodProcessHarness:
     """A process of its own."""
 
-    started: commands.Started
+    started: command_runs.RunningCommand
     url: str
 
-    async def ready(self) -> Pod:
-        await eventually(lambda: self.answers("/readyz", 200))
+    async def ready(self) -> PodProcessHarness:
+        await wait_until_async(lambda: self.answers("/readyz", 200))
         return self
 
     async def answers(self, path: str, status: int, word: str = "") -> bool:
@@ -280,7 +280,7 @@ class Pod:
             return await client.post("/trigger", headers={"Authorization": f"Bearer {key}"})
 
 
-async def deploy(world: World, place: Place, definition: str = SIMPLE) -> str:
+async def deploy(world: RunDatabase, place: OwnedWorkflow, definition: str = SIMPLE) -> str:
     """Make a deployment, and return its token."""
     # A run brings the definition along.
     key = await world.accept(place, definition=definition)
@@ -308,20 +308,22 @@ async def deploy(world: World, place: Place, definition: str = SIMPLE) -> str:
 
 
 @pytest.fixture
-async def pods(world: World, gateway: Gateway, tmp_path: Path) -> AsyncIterator[Pods]:
+async def pods(
+    world: RunDatabase, gateway: InterruptibleGateway, tmp_path: Path
+) -> AsyncIterator[DeployedPods]:
     place = await world.workflow()
-    pods = Pods(world, gateway, place, await deploy(world, place), tmp_path)
+    pods = DeployedPods(world, gateway, place, await deploy(world, place), tmp_path)
     with pods.processes:
         yield pods
 
 
 @pytest.fixture
-async def receiver() -> AsyncIterator[Receiver]:
-    async with receiving() as receiver:
+async def receiver() -> AsyncIterator[HttpReceiver]:
+    async with run_receiver() as receiver:
         yield receiver
 
 
-async def bearer_source(pods: Pods) -> str:
+async def create_bearer_source(pods: DeployedPods) -> str:
     """Make a data source of whom the runs work for, and return its id."""
     source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.place.organization
     sealed = data_source.encrypt_secrets(
@@ -353,11 +355,11 @@ async def bearer_source(pods: Pods) -> str:
     return source_id
 
 
-async def stopped_in_a_call(pod: Pod, receiver: Receiver) -> int:
+async def stop_during_call(pod: PodProcessHarness, receiver: HttpReceiver) -> int:
     """Tell a pod to stop, have it go on when it has heard that, and return its exit code."""
-    await until(lambda: len(receiver.received) == 1)
+    await wait_until(lambda: len(receiver.received) == 1)
     pod.started.process.terminate()
-    await eventually(lambda: pod.answers("/readyz", 503, "draining"))
+    await wait_until_async(lambda: pod.answers("/readyz", 503, "draining"))
     receiver.may_answer.set()
     return await asyncio.to_thread(pod.started.ends)
 
@@ -365,7 +367,7 @@ async def stopped_in_a_call(pod: Pod, receiver: Receiver) -> int:
 # ── pods ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Pods) -> None:
+async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: DeployedPods) -> None:
     pod = await pods.start(anew=True).ready()
     shared = await pods.world.accept(pods.place, definition=SIMPLE)
     mine = await pods.accept(SIMPLE, trigger='{"body":{"name":"Ada"}}')
@@ -388,15 +390,15 @@ async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Pods) -
 
 @ON_POSTGRES
 async def test_a_pod_whose_clock_is_a_day_ahead_and_then_set_back_runs_like_any(
-    pods: Pods, receiver: Receiver, shifted_clock: Path, tmp_path: Path
+    pods: DeployedPods, receiver: HttpReceiver, shifted_clock: Path, tmp_path: Path
 ) -> None:
     clock = ShiftedClock(shifted_clock, tmp_path / "clock")
     clock.set(86_400)
     receiver.may_answer.clear()
     await pods.start(anew=True, preload=clock.environment).ready()
     pause = {"id": "pause", "type": "wait", "config": {"seconds": 1.2}}
-    key = await pods.accept(chain(call(receiver), pause, GREET))
-    await until(lambda: len(receiver.received) == 1)
+    key = await pods.accept(chain_definition(call(receiver), pause, GREET))
+    await wait_until(lambda: len(receiver.received) == 1)
     clock.set(-86_400)
     receiver.may_answer.set()
     await pods.reaches(key, "completed")
@@ -405,11 +407,13 @@ async def test_a_pod_whose_clock_is_a_day_ahead_and_then_set_back_runs_like_any(
     assert abs(span["ended_at"] - to_microseconds(datetime.now(UTC))) < PATIENCE_SECONDS * 1_000_000
 
 
-async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(pods: Pods, receiver: Receiver) -> None:
+async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(
+    pods: DeployedPods, receiver: HttpReceiver
+) -> None:
     receiver.may_answer.clear()
     first = await pods.start().ready()
-    key = await pods.accept(chain(GREET, call(receiver), {**GREET, "id": "last"}))
-    await until(lambda: len(receiver.received) == 1)
+    key = await pods.accept(chain_definition(GREET, call(receiver), {**GREET, "id": "last"}))
+    await wait_until(lambda: len(receiver.received) == 1)
     greeted = await pods.outputs(key)
     first.started.kill()
     pods.start()
@@ -423,7 +427,7 @@ async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(pods: Pods, r
 
 
 @ON_POSTGRES
-async def test_a_pod_puts_a_suspect_on_trial(pods: Pods) -> None:
+async def test_a_pod_puts_a_suspect_on_trial(pods: DeployedPods) -> None:
     suspect = await pods.accept(SIMPLE)
     await pods.world.query("UPDATE execution SET attempt = 2, is_fresh = false")
     other = await pods.accept(SIMPLE)
@@ -433,11 +437,11 @@ async def test_a_pod_puts_a_suspect_on_trial(pods: Pods) -> None:
     assert "suspect on trial" in pod.started.log()
 
 
-async def test_a_run_outlasts_a_restart_of_the_gateway(pods: Pods, receiver: Receiver) -> None:
+async def test_a_run_outlasts_a_restart_of_the_gateway(pods: DeployedPods, receiver: HttpReceiver) -> None:
     receiver.may_answer.clear()
     await pods.start(RUNNER_ORPHAN_SECONDS="10").ready()
-    key = await pods.accept(chain(call(receiver), GREET))
-    await until(lambda: len(receiver.received) == 1)
+    key = await pods.accept(chain_definition(call(receiver), GREET))
+    await wait_until(lambda: len(receiver.received) == 1)
     await pods.gateway.stop()
     receiver.may_answer.set()
     await pods.gateway.start()
@@ -450,13 +454,15 @@ async def test_a_run_outlasts_a_restart_of_the_gateway(pods: Pods, receiver: Rec
 
 
 @ON_SQLITE
-async def test_a_pod_that_drains_says_so_and_lets_its_run_end(pods: Pods, receiver: Receiver) -> None:
+async def test_a_pod_that_drains_says_so_and_lets_its_run_end(
+    pods: DeployedPods, receiver: HttpReceiver
+) -> None:
     receiver.may_answer.clear()
     pod = await pods.start().ready()
-    key = await pods.accept(chain(call(receiver), GREET))
-    await until(lambda: len(receiver.received) == 1)
+    key = await pods.accept(chain_definition(call(receiver), GREET))
+    await wait_until(lambda: len(receiver.received) == 1)
     pod.started.process.terminate()
-    await eventually(lambda: pod.answers("/readyz", 503, "draining"))
+    await wait_until_async(lambda: pod.answers("/readyz", 503, "draining"))
     async with pods.world.database.read() as connection:
         (hint_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
     refused = await pod.trigger(hint_key)
@@ -471,13 +477,13 @@ async def test_a_pod_that_drains_says_so_and_lets_its_run_end(pods: Pods, receiv
 
 @ON_SQLITE
 async def test_a_pod_hands_over_what_takes_too_long_and_no_call_is_made_twice(
-    pods: Pods, receiver: Receiver
+    pods: DeployedPods, receiver: HttpReceiver
 ) -> None:
     count = 25
     receiver.may_answer.clear()
     pod = await pods.start(RUNNER_DRAIN_SECONDS="0").ready()
-    key = await pods.accept(chain(*(call(receiver, f"call-{index}") for index in range(count))))
-    exit_code = await stopped_in_a_call(pod, receiver)
+    key = await pods.accept(chain_definition(*(call(receiver, f"call-{index}") for index in range(count))))
+    exit_code = await stop_during_call(pod, receiver)
     handed_over = await pods.world.row(key.execution_id)
     pods.start()
     await pods.reaches(key, "completed")
@@ -487,12 +493,17 @@ async def test_a_pod_hands_over_what_takes_too_long_and_no_call_is_made_twice(
     assert [one.path for one in receiver.received] == [f"/call-{index}" for index in range(count)]
 
 
-async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods, receiver: Receiver) -> None:
+async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(
+    pods: DeployedPods, receiver: HttpReceiver
+) -> None:
     large = "x" * 5_000
     send = call(receiver)
-    send["config"] |= {"dataSource": await bearer_source(pods), "body": {"text": "{{ nodes.large.text }}"}}
+    send["config"] |= {
+        "dataSource": await create_bearer_source(pods),
+        "body": {"text": "{{ nodes.large.text }}"},
+    }
     throttle = {"id": "slow", "type": "throttle", "config": {"limit": 100, "perSeconds": 1}}
-    definition = chain(
+    definition = chain_definition(
         {"id": "large", "type": "set", "config": {"values": {"text": "{{ data.body.text }}"}}},
         throttle,
         {"id": "ask", "type": "human-input", "config": {"title": "May it go out?"}},
@@ -530,7 +541,7 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(pods: Pods
 
 
 @ON_POSTGRES
-async def test_no_run_enters_a_deployment_that_drains(pods: Pods) -> None:
+async def test_no_run_enters_a_deployment_that_drains(pods: DeployedPods) -> None:
     key = await pods.accept(SIMPLE)
     far = int(datetime(2100, 1, 1, tzinfo=UTC).timestamp() * 1_000_000)
     for wanted in (f"drain_until = {far}", "drain_until = NULL, replicas = 0"):
@@ -549,20 +560,20 @@ async def test_no_run_enters_a_deployment_that_drains(pods: Pods) -> None:
 
 
 async def test_a_pod_of_a_deployment_that_was_stopped_hands_over_without_waiting_again(
-    pods: Pods, receiver: Receiver
+    pods: DeployedPods, receiver: HttpReceiver
 ) -> None:
     receiver.may_answer.clear()
     pod = await pods.start(RUNNER_DRAIN_SECONDS="60").ready()
-    key = await pods.accept(chain(*(call(receiver, f"call-{index}") for index in range(40))))
-    await until(lambda: len(receiver.received) == 1)
+    key = await pods.accept(chain_definition(*(call(receiver, f"call-{index}") for index in range(40))))
+    await wait_until(lambda: len(receiver.received) == 1)
     await pods.world.query("UPDATE deployment SET replicas = 0")
-    exit_code = await stopped_in_a_call(pod, receiver)
+    exit_code = await stop_during_call(pod, receiver)
     handed_over = await pods.world.row(key.execution_id)
     assert exit_code == 0
     assert (handed_over["status"], handed_over["attempt"], handed_over["lease_owner"]) == ("pending", 0, None)
 
 
-async def test_a_pod_reads_a_large_body_from_its_blob(pods: Pods) -> None:
+async def test_a_pod_reads_a_large_body_from_its_blob(pods: DeployedPods) -> None:
     body: Json = {"name": "Ada", "fill": "x" * 300_000}
     encoded = EncodedTrigger.of({"body": body, "headers": {}})
     execution_id = ids.new_id("exec")
@@ -576,13 +587,13 @@ async def test_a_pod_reads_a_large_body_from_its_blob(pods: Pods) -> None:
 
 @ON_POSTGRES
 async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
-    pods: Pods, monkeypatch: pytest.MonkeyPatch
+    pods: DeployedPods, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
     pod = await pods.start().ready()
     desk = pods.gateway.state.runners.desk
-    await until(lambda: desk.is_waited_at_for(pods.place.workflow_id))
-    elsewhere = Gateway(pods.world, pods.folder / "elsewhere")
+    await wait_until(lambda: desk.is_waited_at_for(pods.place.workflow_id))
+    elsewhere = InterruptibleGateway(pods.world, pods.folder / "elsewhere")
     await elsewhere.start()
     gone = "http://127.0.0.1:1"
     await pods.world.query(
@@ -601,12 +612,12 @@ async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
         await elsewhere.state.runners.desk.arrived([pods.place.workflow_id])
         return LookAtDeployment(pods.place.workflow_id) in told
 
-    await eventually(deployer_is_told)
+    await wait_until_async(deployer_is_told)
     await elsewhere.stop()
 
 
 @ON_SQLITE
-async def test_a_pod_that_nobody_is_left_for_ends_itself(pods: Pods) -> None:
+async def test_a_pod_that_nobody_is_left_for_ends_itself(pods: DeployedPods) -> None:
     folder = pods.folder / "work"
     folder.mkdir()
     housed = pods.start(folder=folder)
@@ -619,11 +630,11 @@ async def test_a_pod_that_nobody_is_left_for_ends_itself(pods: Pods) -> None:
         assert reason in pod.started.log()
 
 
-async def test_a_pod_hears_that_a_run_is_cancelled(pods: Pods, receiver: Receiver) -> None:
+async def test_a_pod_hears_that_a_run_is_cancelled(pods: DeployedPods, receiver: HttpReceiver) -> None:
     receiver.may_answer.clear()
     await pods.start(lease_seconds=60).ready()
-    key = await pods.accept(chain(call(receiver)))
-    await until(lambda: len(receiver.received) == 1)
+    key = await pods.accept(chain_definition(call(receiver)))
+    await wait_until(lambda: len(receiver.received) == 1)
     await pods.world.store.request_end(key, "cancel")
     await pods.reaches(key, "cancelled")
 
@@ -632,10 +643,10 @@ async def test_a_pod_hears_that_a_run_is_cancelled(pods: Pods, receiver: Receive
 
 
 @dataclass
-class Held:
+class HeldRun:
     """A run that a pod holds, with something of everything that can be asked about one."""
 
-    gateway: Gateway
+    gateway: InterruptibleGateway
     run: ClaimedRun
     source_id: str
     blob: str
@@ -716,7 +727,7 @@ ATTEMPT: dict[str, Any] = {
 }
 
 
-async def hold(pods: Pods) -> Held:
+async def hold(pods: DeployedPods) -> HeldRun:
     """Have the pod named `pod` claim a run, and put something of everything there."""
     world, place = pods.world, pods.place
     key = await pods.accept(SIMPLE)
@@ -727,7 +738,7 @@ async def hold(pods: Pods) -> Held:
     await pods.gateway.state.blobs.put(
         BlobOwner(run.organization_id, run.key_id), b"content", media_type="text/plain"
     )
-    source_id = await bearer_source(pods)
+    source_id = await create_bearer_source(pods)
     for table, columns, values in (
         ("signal", "node_id, iteration, payload, created_at", "'greet', '', '{}', 1"),
         ("log_line", "sequence, id, level, message, created_at", "7, 'log_1', 'info', 'x', 1"),
@@ -742,10 +753,10 @@ async def hold(pods: Pods) -> Held:
             id=run.execution_id,
             lane=run.lane,
         )
-    return Held(pods.gateway, run, source_id, blob, run.definition_hash)
+    return HeldRun(pods.gateway, run, source_id, blob, run.definition_hash)
 
 
-async def everything(world: World, held: Held) -> list[Any]:
+async def read_all_tables(world: RunDatabase, held: HeldRun) -> list[Any]:
     tables = ("execution", "span", "attempt_span", "signal", "log_line", "pace")
     return [
         [row for row in await world.query(f"SELECT * FROM {table}") if held.run.lane == row["lane"]]
@@ -753,11 +764,11 @@ async def everything(world: World, held: Held) -> list[Any]:
     ]
 
 
-async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_it(pods: Pods) -> None:
+async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_it(pods: DeployedPods) -> None:
     held = await hold(pods)
     neighbour = await deploy(pods.world, await pods.world.workflow(pods.place.organization))
     stranger = await deploy(pods.world, await pods.world.workflow())
-    before = await everything(pods.world, held)
+    before = await read_all_tables(pods.world, held)
     another = PodProcess("another-pod", POD.started_at).name
     for token, pod in ((neighbour, POD.name), (stranger, POD.name), (pods.token, another)):
         for line in routes.TABLE:
@@ -768,7 +779,7 @@ async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_i
                 assert response.json().items() >= NOTHING[line.path].items(), line
             else:
                 assert (response.status_code, response.json()["error"]["code"]) == (409, "lease-lost"), line
-    assert await everything(pods.world, held) == before
+    assert await read_all_tables(pods.world, held) == before
 
     own = {line.path: await held.ask(line, pods.token) for line in routes.TABLE if line.path != "/give-back"}
     assert own.pop("/executions/{id}/runs").json()["error"]["code"] == "workflow-not-found"
@@ -780,7 +791,9 @@ async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_i
 
 
 @ON_POSTGRES
-async def test_what_a_process_of_a_pod_held_is_taken_back_when_its_next_one_begins(pods: Pods) -> None:
+async def test_what_a_process_of_a_pod_held_is_taken_back_when_its_next_one_begins(
+    pods: DeployedPods,
+) -> None:
     held = await hold(pods)
     key = ExecutionKey(held.run.execution_id, held.run.lane)
     (line,) = (line for line in routes.TABLE if line.path == "/contact")
@@ -793,7 +806,7 @@ async def test_what_a_process_of_a_pod_held_is_taken_back_when_its_next_one_begi
 
 
 @ON_POSTGRES
-async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers(pods: Pods) -> None:
+async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers(pods: DeployedPods) -> None:
     settings = RunnerSettings(
         runner_gateway_url=pods.gateway.url,
         runner_token=SecretStr(pods.token),
@@ -818,15 +831,15 @@ async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers
     (one,) = await store.claim(ClaimQuery("pod", LEASE_SECONDS, 1))
     assert is_right()
     mislead(1)
-    assert await store.renew([run_world.held(one)], LEASE_SECONDS)
+    assert await store.renew([run_database.lease_of(one)], LEASE_SECONDS)
     assert is_right()
     await gateway.close()
 
 
 @ON_SQLITE
-async def test_no_route_takes_anything_but_a_valid_token(pods: Pods) -> None:
+async def test_no_route_takes_anything_but_a_valid_token(pods: DeployedPods) -> None:
     held = await hold(pods)
-    before = await everything(pods.world, held)
+    before = await read_all_tables(pods.world, held)
     person = "sk-00" + "a" * 52
     for line in routes.TABLE:
         for token in ("rt-00" + "a" * 52, person):
@@ -840,12 +853,12 @@ async def test_no_route_takes_anything_but_a_valid_token(pods: Pods) -> None:
     )
     for line in routes.TABLE:
         assert (await held.ask(line, pods.token)).status_code in {401, 429}, line
-    assert await everything(pods.world, held) == before
+    assert await read_all_tables(pods.world, held) == before
 
 
 @ON_POSTGRES
 async def test_a_pod_is_let_in_though_another_guesses_tokens_from_its_address(
-    pods: Pods, monkeypatch: pytest.MonkeyPatch
+    pods: DeployedPods, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 3)
 
@@ -860,7 +873,7 @@ async def test_a_pod_is_let_in_though_another_guesses_tokens_from_its_address(
     assert await claim(pods.token) == 200
 
 
-async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Pods) -> None:
+async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: DeployedPods) -> None:
     held = await hold(pods)
     (line,) = (line for line in routes.TABLE if line.path.endswith("/data-sources"))
     assert (await held.ask(line, pods.token)).status_code == 200
@@ -878,9 +891,9 @@ async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Pod
 
 
 @ON_SQLITE
-async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: Pods) -> None:
+async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: DeployedPods) -> None:
     held = await hold(pods)
-    before = await everything(pods.world, held)
+    before = await read_all_tables(pods.world, held)
     (line,) = (line for line in routes.TABLE if line.path == "/record")
     whole = {"node_id": "greet", "label": "", "type": "set", "status": "completed", "sequence": 9}
     lease = {"execution_id": held.run.execution_id, "lane": held.run.lane, "token": held.run.token}
@@ -896,7 +909,7 @@ async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: Pods) -> 
         body = {"writes": [{**lease, "spans": [{**whole, "started_at": None, **span}]}]}
         response = await held.ask(line, pods.token, body=json.loads(msgspec.json.encode(body)))
         assert response.status_code == 422, span
-    assert await everything(pods.world, held) == before
+    assert await read_all_tables(pods.world, held) == before
 
 
 async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> None:

@@ -23,7 +23,7 @@ from nodes.connections.data_source_policy import ConnectionPolicy
 from nodes.connections.s3_bucket import MAX_OBJECT_BYTES, S3Bucket, S3Location, open_bucket
 from nodes.outbound_http import OutboundClient, OutboundPolicy
 from tests import fake_s3
-from tests.fake_s3 import FakeS3, Refused
+from tests.fake_s3 import FakeS3, S3Error
 
 SECONDS = 5.0
 LOCAL = ConnectionPolicy(allowed_networks=(ip_network("127.0.0.0/8"),))
@@ -32,11 +32,11 @@ KEYS = ["a.txt", "räume/1 2.txt", "a+b&c=d%20~(1)*'!.csv", "deep/er/ß/🙂", "
 
 @pytest.fixture
 async def s3() -> AsyncIterator[FakeS3]:
-    async with fake_s3.running() as s3:
+    async with fake_s3.serve_fake_s3() as s3:
         yield s3
 
 
-def source(s3: FakeS3, *, secrets: dict[str, str] | None = None, **settings: Any) -> ConnectionSource:  # noqa: ANN401 - settings
+def bucket_source(s3: FakeS3, *, secrets: dict[str, str] | None = None, **settings: Any) -> ConnectionSource:  # noqa: ANN401 - settings
     return ConnectionSource(
         id="ds_1",
         organization_id="org_1",
@@ -53,11 +53,11 @@ def source(s3: FakeS3, *, secrets: dict[str, str] | None = None, **settings: Any
     )
 
 
-async def opened(s3: FakeS3, **settings: Any) -> S3Bucket:  # noqa: ANN401 - settings of the source
-    return await open_bucket(source(s3, **settings), LOCAL)
+async def open_test_bucket(s3: FakeS3, **settings: Any) -> S3Bucket:  # noqa: ANN401 - settings of the source
+    return await open_bucket(bucket_source(s3, **settings), LOCAL)
 
 
-async def written(bucket: S3Bucket, key: str, content: bytes = b"hello") -> str:
+async def put_object(bucket: S3Bucket, key: str, content: bytes = b"hello") -> str:
     return await bucket.put(key, content, media_type="text/plain", timeout_seconds=SECONDS)
 
 
@@ -120,17 +120,17 @@ def test_requests_are_signed_as_in_the_examples_that_amazon_publishes(
 
 @pytest.mark.parametrize("key", KEYS)
 async def test_an_object_comes_back_under_any_key_that_s3_takes(s3: FakeS3, key: str) -> None:
-    bucket = await opened(s3)
-    etag = await written(bucket, key)
+    bucket = await open_test_bucket(s3)
+    etag = await put_object(bucket, key)
     assert await read(bucket, key) == b"hello"
     assert f'"{etag}"' == s3.objects[key].etag
     assert s3.objects[key].headers["Content-Type"] == "text/plain"
 
 
 async def test_a_bucket_with_a_prefix_reaches_nothing_outside_of_it(s3: FakeS3) -> None:
-    bucket = await opened(s3, prefix="ours")
-    await written(bucket, "a.txt")
-    await written(await opened(s3), "theirs/b.txt")
+    bucket = await open_test_bucket(s3, prefix="ours")
+    await put_object(bucket, "a.txt")
+    await put_object(await open_test_bucket(s3), "theirs/b.txt")
     assert sorted(s3.objects) == ["ours/a.txt", "theirs/b.txt"]
     (only,) = await bucket.list("", max_objects=10, timeout_seconds=SECONDS)
     assert only.key == "a.txt"
@@ -143,19 +143,19 @@ async def test_a_bucket_with_a_prefix_reaches_nothing_outside_of_it(s3: FakeS3) 
 async def test_a_session_token_is_signed_too(s3: FakeS3) -> None:
     s3.session_token = "a token"
     secrets = {"secretAccessKey": s3.secret_access_key, "sessionToken": "a token"}
-    await written(await open_bucket(source(s3, secrets=secrets), LOCAL), "a.txt")
+    await put_object(await open_bucket(bucket_source(s3, secrets=secrets), LOCAL), "a.txt")
     with pytest.raises(NodeError):
-        await written(await opened(s3), "a.txt")
+        await put_object(await open_test_bucket(s3), "a.txt")
 
 
 async def test_requests_are_signed_with_the_time_of_the_database(s3: FakeS3) -> None:
     clock = DatabaseClock()
-    bucket = await open_bucket(source(s3), replace(LOCAL, clock=clock))
+    bucket = await open_bucket(bucket_source(s3), replace(LOCAL, clock=clock))
     clock.learn(datetime.now(UTC) + timedelta(days=1), time.monotonic())
     with pytest.raises(NodeError):
-        await written(bucket, "a.txt")
+        await put_object(bucket, "a.txt")
     clock.learn(datetime.now(UTC), time.monotonic())
-    await written(bucket, "a.txt")
+    await put_object(bucket, "a.txt")
 
 
 async def test_a_bucket_is_a_part_of_the_host_unless_it_can_t_be(s3: FakeS3) -> None:
@@ -172,7 +172,7 @@ async def test_a_bucket_is_a_part_of_the_host_unless_it_can_t_be(s3: FakeS3) -> 
     signer = AwsSigner(s3.access_key_id, s3.secret_access_key, s3.region)
     policy = OutboundPolicy(allowed_networks=LOCAL.allowed_networks)
     bucket = S3Bucket(place, signer, DatabaseClock(), lambda: OutboundClient(policy, resolve))
-    await written(bucket, "a b.txt")
+    await put_object(bucket, "a b.txt")
     assert await read(bucket, "a b.txt") == b"hello"
     assert [one.key for one in await bucket.list("a", max_objects=1, timeout_seconds=SECONDS)] == ["a b.txt"]
     assert set(asked) == {"bucket.s3.test"}
@@ -219,7 +219,7 @@ async def test_credentials_are_the_data_source_s_and_never_the_machine_s(
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3.access_key_id)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.secret_access_key)
     with pytest.raises(NodeError) as raised:
-        await open_bucket(source(s3, secrets={"sessionToken": "x"}), LOCAL)
+        await open_bucket(bucket_source(s3, secrets={"sessionToken": "x"}), LOCAL)
     assert raised.value.code == "invalid-data-source"
 
 
@@ -228,27 +228,27 @@ async def test_credentials_are_the_data_source_s_and_never_the_machine_s(
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1_000])
 async def test_an_object_of_any_size_that_is_allowed_is_read(s3: FakeS3, size: int) -> None:
-    bucket = await opened(s3)
-    await written(bucket, "a", b"x" * size)
+    bucket = await open_test_bucket(s3)
+    await put_object(bucket, "a", b"x" * size)
     assert await read(bucket, "a", 1_000) == b"x" * size
 
 
 async def test_an_object_that_is_too_large_is_refused_and_not_fetched(s3: FakeS3) -> None:
-    bucket = await opened(s3)
-    await written(bucket, "a", b"x" * 5_000)
+    bucket = await open_test_bucket(s3)
+    await put_object(bucket, "a", b"x" * 5_000)
     with pytest.raises(NodeError) as raised:
         await read(bucket, "a", 4_999)
     assert raised.value.code == "object-too-large"
     assert raised.value.message == "The object 'a' has 5,000 bytes; at most 4,999 are read"
     with pytest.raises(NodeError) as raised:
-        await written(bucket, "b", bytes(MAX_OBJECT_BYTES + 1))
+        await put_object(bucket, "b", bytes(MAX_OBJECT_BYTES + 1))
     assert raised.value.code == "object-too-large"
 
 
 async def test_a_listing_goes_over_pages_and_tells_names_as_they_are(s3: FakeS3) -> None:
-    bucket = await opened(s3)
+    bucket = await open_test_bucket(s3)
     for key in KEYS:
-        await written(bucket, key, key.encode())
+        await put_object(bucket, key, key.encode())
     s3.page_size = 2
     found = await bucket.list("", max_objects=len(KEYS), timeout_seconds=SECONDS)
     assert [one.key for one in found] == sorted(KEYS)
@@ -265,19 +265,19 @@ async def test_a_listing_goes_over_pages_and_tells_names_as_they_are(s3: FakeS3)
 @pytest.mark.parametrize(
     ("refused", "code", "is_retryable"),
     [
-        (Refused(403, "AccessDenied"), "access-denied", False),
-        (Refused(404, "NoSuchKey"), "object-not-found", False),
-        (Refused(404, "NoSuchBucket"), "s3-404", False),
-        (Refused(400, "ExpiredToken"), "s3-400", False),
-        (Refused(503, "SlowDown"), "s3-503", True),
-        (Refused(500, "InternalError"), "s3-500", True),
-        (Refused(301, "PermanentRedirect"), "wrong-region", False),
+        (S3Error(403, "AccessDenied"), "access-denied", False),
+        (S3Error(404, "NoSuchKey"), "object-not-found", False),
+        (S3Error(404, "NoSuchBucket"), "s3-404", False),
+        (S3Error(400, "ExpiredToken"), "s3-400", False),
+        (S3Error(503, "SlowDown"), "s3-503", True),
+        (S3Error(500, "InternalError"), "s3-500", True),
+        (S3Error(301, "PermanentRedirect"), "wrong-region", False),
     ],
 )
 async def test_what_s3_refuses_is_told_by_its_code_and_whether_it_is_worth_another_try(
-    s3: FakeS3, refused: Refused, code: str, *, is_retryable: bool
+    s3: FakeS3, refused: S3Error, code: str, *, is_retryable: bool
 ) -> None:
-    bucket = await opened(s3)
+    bucket = await open_test_bucket(s3)
     s3.failures = [refused]
     with pytest.raises(NodeError) as raised:
         await read(bucket, "a")
@@ -288,7 +288,7 @@ async def test_what_s3_refuses_is_told_by_its_code_and_whether_it_is_worth_anoth
 
 async def test_no_secret_is_in_what_goes_wrong(s3: FakeS3) -> None:
     s3.secret_access_key = "another"
-    of_user = source(s3, secrets={"secretAccessKey": "canary-secret", "sessionToken": "canary-token"})
+    of_user = bucket_source(s3, secrets={"secretAccessKey": "canary-secret", "sessionToken": "canary-token"})
     bucket = await open_bucket(of_user, LOCAL)
     with pytest.raises(NodeError) as raised:
         await read(bucket, "a")
@@ -303,7 +303,7 @@ async def test_no_secret_is_in_what_goes_wrong(s3: FakeS3) -> None:
 
 
 async def test_a_bucket_that_stays_silent_is_given_up_in_time(s3: FakeS3) -> None:
-    bucket = await opened(s3)
+    bucket = await open_test_bucket(s3)
     s3.is_silent = True
     with pytest.raises(NodeError) as raised:
         await bucket.get("a", max_bytes=1, timeout_seconds=0.1)
@@ -315,7 +315,7 @@ async def test_a_bucket_that_stays_silent_is_given_up_in_time(s3: FakeS3) -> Non
     ["http://127.0.0.1:{port}", "http://localhost:{port}", "http://[::1]:{port}", "http://169.254.169.254"],
 )
 async def test_a_private_endpoint_is_refused_unless_the_operator_allows_it(s3: FakeS3, endpoint: str) -> None:
-    of_user = source(s3, endpoint=endpoint.format(port=s3.port), pathStyle=True)
+    of_user = bucket_source(s3, endpoint=endpoint.format(port=s3.port), pathStyle=True)
     bucket = await open_bucket(of_user, ConnectionPolicy())
     with pytest.raises(NodeError) as raised:
         await read(bucket, "a")
@@ -347,7 +347,7 @@ async def test_a_listing_that_is_none_is_refused(
 
     monkeypatch.setattr(FakeS3, "_list", answer)
     with pytest.raises(NodeError):
-        await (await opened(s3)).list("", max_objects=1, timeout_seconds=SECONDS)
+        await (await open_test_bucket(s3)).list("", max_objects=1, timeout_seconds=SECONDS)
 
 
 async def test_a_real_s3_agrees() -> None:
@@ -375,7 +375,7 @@ async def test_a_real_s3_agrees() -> None:
     )
     bucket = await open_bucket(of_user, everywhere)
     for key in KEYS:
-        await written(bucket, key, key.encode())
+        await put_object(bucket, key, key.encode())
         assert await read(bucket, key) == key.encode()
     found = await bucket.list("", max_objects=len(KEYS), timeout_seconds=SECONDS)
     assert sorted(one.key for one in found) == sorted(KEYS)

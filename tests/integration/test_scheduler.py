@@ -23,9 +23,14 @@ from models.loss_limits import MAX_LOST_ATTEMPTS
 from scheduler import main, recovery, retention
 from scheduler.leadership import Leader
 from scheduler.main import Duty, ticking
-from tests import commands, services
-from tests.commands import Started, environment
-from tests.integration.run_world import Where, World, microseconds_from_now, opened
+from tests import command_runs, services
+from tests.command_runs import RunningCommand, command_environment
+from tests.integration.run_database import (
+    MigratedDatabase,
+    RunDatabase,
+    microseconds_from_now,
+    open_run_database,
+)
 
 LEASE_SECONDS = 3.0
 """Longer than a busy machine lets a process stand still."""
@@ -34,20 +39,20 @@ SECRET = "a secret of more than thirty-two characters"
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
         await world.query("DELETE FROM leadership")
         yield world
 
 
 @pytest.fixture
-async def database(world: World) -> AsyncIterator[Database]:
+async def database(world: RunDatabase) -> AsyncIterator[Database]:
     database = Database(world.url)
     yield database
     await database.close()
@@ -56,7 +61,7 @@ async def database(world: World) -> AsyncIterator[Database]:
 # ── leadership ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_one_of_two_leads_until_it_no_longer_renews(world: World, database: Database) -> None:
+async def test_one_of_two_leads_until_it_no_longer_renews(world: RunDatabase, database: Database) -> None:
     first, second = Leader(database, LEASE_SECONDS), Leader(database, LEASE_SECONDS)
     await first.renew()
     await second.renew()
@@ -68,11 +73,11 @@ async def test_one_of_two_leads_until_it_no_longer_renews(world: World, database
     assert not first.is_leading()
     await first.renew()
     assert not first.is_leading()
-    assert await epochs(world) == [2]
+    assert await read_epochs(world) == [2]
 
 
 async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
-    world: World, database: Database
+    world: RunDatabase, database: Database
 ) -> None:
     first, second = Leader(database, LEASE_SECONDS), Leader(database, LEASE_SECONDS)
     began = time.monotonic()
@@ -81,10 +86,10 @@ async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
         assert first.is_leading()
         await second.renew()
         await asyncio.sleep(0.1)
-    assert await epochs(world) == [1]
+    assert await read_epochs(world) == [1]
 
 
-async def test_whoever_resigns_is_followed_at_once(world: World, database: Database) -> None:
+async def test_whoever_resigns_is_followed_at_once(world: RunDatabase, database: Database) -> None:
     first, second = Leader(database, 3600), Leader(database, 3600)
     await first.renew()
     await first.resign()
@@ -92,19 +97,19 @@ async def test_whoever_resigns_is_followed_at_once(world: World, database: Datab
     await second.renew()
     assert second.is_leading()
     await first.resign()
-    assert await epochs(world) == [2]
+    assert await read_epochs(world) == [2]
     await first.renew()
     assert not first.is_leading()
 
 
-async def test_of_many_that_ask_at_once_one_leads(world: World, database: Database) -> None:
+async def test_of_many_that_ask_at_once_one_leads(world: RunDatabase, database: Database) -> None:
     leaders = [Leader(database, 3600) for _ in range(8)]
     await asyncio.gather(*(leader.renew() for leader in leaders))
     assert [leader.is_leading() for leader in leaders].count(True) == 1
-    assert await epochs(world) == [1]
+    assert await read_epochs(world) == [1]
 
 
-async def epochs(world: World) -> list[int]:
+async def read_epochs(world: RunDatabase) -> list[int]:
     return [row["epoch"] for row in await world.query("SELECT epoch FROM leadership")]
 
 
@@ -112,7 +117,7 @@ async def epochs(world: World) -> list[int]:
 
 
 async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "SWEEP_ROWS", 2)
     place = await world.workflow()
@@ -137,7 +142,7 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
     await broker.close()
 
 
-async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(world: World) -> None:
+async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(world: RunDatabase) -> None:
     place = await world.workflow()
     now = datetime.now(UTC)
     due, later = (
@@ -156,7 +161,7 @@ async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
     await broker.close()
 
 
-async def test_recovery_goes_on_though_the_broker_is_away(world: World) -> None:
+async def test_recovery_goes_on_though_the_broker_is_away(world: RunDatabase) -> None:
     lost = await world.claimed()
     await world.expire(lost)
     broker = await brokers.connect("redis://127.0.0.1:1")
@@ -166,7 +171,7 @@ async def test_recovery_goes_on_though_the_broker_is_away(world: World) -> None:
 
 
 async def test_only_idempotency_keys_whose_day_is_over_are_forgotten(
-    world: World, database: Database, monkeypatch: pytest.MonkeyPatch
+    world: RunDatabase, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH_ROWS", 3)
     for number in range(7):
@@ -176,7 +181,7 @@ async def test_only_idempotency_keys_whose_day_is_over_are_forgotten(
     assert [row["key"] for row in await world.query("SELECT key FROM idempotency")] == ["young"]
 
 
-async def keep_key(world: World, key: str, *, seconds: float) -> None:
+async def keep_key(world: RunDatabase, key: str, *, seconds: float) -> None:
     await world.query(
         "INSERT INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
         " VALUES (1, 'scope', :key, 'body', 'exec_1', :expires_at)",
@@ -250,9 +255,9 @@ async def test_duties_go_on_when_the_clock_is_set_back(monkeypatch: pytest.Monke
 
 
 async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one_that_stops(
-    on_postgres: Where, redis_server: services.Redis, tmp_path: Path
+    on_postgres: MigratedDatabase, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    given = environment(
+    given = command_environment(
         tmp_path,
         DATABASE_URL=on_postgres.url,
         REDIS_URL=redis_server.url,
@@ -260,21 +265,21 @@ async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one
         LEADERSHIP_SECONDS="3",
         SWEEP_SECONDS="0.2",
     )
-    async with opened(on_postgres) as world, AsyncExitStack() as stack:
+    async with open_run_database(on_postgres) as world, AsyncExitStack() as stack:
         await world.query("DELETE FROM leadership")
 
-        def scheduler(number: int) -> Started:
+        def scheduler(number: int) -> RunningCommand:
             log = tmp_path / f"{number}.log"
-            return stack.enter_context(commands.started("scheduler", given=given, log=log))
+            return stack.enter_context(command_runs.run_command("scheduler", given=given, log=log))
 
         first = scheduler(1)
-        assert epoch_of(first) == 1
+        assert wait_for_leader(first) == 1
         second = scheduler(2)
         second.says("scheduler ready")
         assert '"leading"' not in second.log()
 
         first.kill()
-        assert epoch_of(second) == 2
+        assert wait_for_leader(second) == 2
         lost = await world.claimed()
         await world.expire(lost)
         second.says("leases taken back")
@@ -283,12 +288,12 @@ async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one
         third = scheduler(3)
         third.says("scheduler ready")
         assert second.stop() == 0
-        assert epoch_of(third) == 3
+        assert wait_for_leader(third) == 3
         assert third.stop() == 0
         assert all(is_clean(line) for one in (second, third) for line in one.log().splitlines())
 
 
-def epoch_of(scheduler: Started) -> int:
+def wait_for_leader(scheduler: RunningCommand) -> int:
     """Wait until a scheduler leads, and return its epoch."""
     return int(scheduler.says(r'"event":"leading","epoch":(\d+)')[1])
 

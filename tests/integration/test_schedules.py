@@ -26,55 +26,64 @@ from models.workflow import Definition, Workflow
 from models.workflow_triggers import WorkflowTrigger
 from nodes import catalog
 from scheduler.schedules import Schedules
-from tests.integration import plans
-from tests.integration.deployed import deployed
-from tests.integration.gateway_world import EDGE, STEP, People, Person, World, refused
-from tests.integration.locks import impatient, left_open, prompt
+from tests.integration import query_plans
+from tests.integration.deployed_workflows import deploy_with_pod
+from tests.integration.gateway_harness import (
+    EDGE,
+    STEP,
+    GatewayHarness,
+    OrganizationUsers,
+    UserClient,
+    assert_refused,
+)
+from tests.integration.lock_holders import hold_transaction_open, open_impatient_database, require_prompt
 
 HOURLY = {"cron": "0 * * * *"}
 HOUR = timedelta(hours=1)
 
 
-class Killed(BaseException):
+class SchedulerKilled(BaseException):
     """The end of a process, as far as what goes on in it can tell."""
 
 
 @pytest.fixture(autouse=True)
-async def only_ours(world: World) -> None:
+async def only_ours(world: GatewayHarness) -> None:
     """Leave what other tests have scheduled."""
     await world.gateway.database.transaction(lambda connection: connection.execute(delete(Schedule)))
 
 
-def graph(config: dict[str, Any], **step: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a node
+def schedule_graph(config: dict[str, Any], **step: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a node
     trigger = {"id": "clock", "nodeId": "schedule-trigger", "config": config}
     return {"nodes": [trigger, {**STEP, **step}], "connections": [{**EDGE, "sourceNodeId": "clock"}]}
 
 
-async def active(person: Person, config: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON value
-    return await person.create(**graph(config), status="active", **fields)
+async def create_active_workflow(person: UserClient, config: dict[str, Any], **fields: Any) -> str:  # noqa: ANN401 - any JSON value
+    return await person.create(**schedule_graph(config), status="active", **fields)
 
 
-async def shown(person: Person, workflow_id: str) -> dict[str, Any]:
+async def get_schedule(person: UserClient, workflow_id: str) -> dict[str, Any]:
     response = await person.api.get(f"/api/v1/workflows/{workflow_id}/schedule")
     assert response.status_code == 200, response.text
     schedule: dict[str, Any] = response.json()
     return schedule
 
 
-async def instants(person: Person, workflow_id: str) -> list[datetime]:
+async def get_instants(person: UserClient, workflow_id: str) -> list[datetime]:
     """Return the next five instants."""
-    return [datetime.fromisoformat(run["at"]) for run in (await shown(person, workflow_id))["nextRuns"]]
+    return [
+        datetime.fromisoformat(run["at"]) for run in (await get_schedule(person, workflow_id))["nextRuns"]
+    ]
 
 
-async def tick(world: World, now: datetime, database: Database | None = None) -> int:
+async def tick(world: GatewayHarness, now: datetime, database: Database | None = None) -> int:
     """Have a scheduler look for what is due at a moment."""
-    async with scheduler(world, now, database) as schedules:
+    async with run_scheduler(world, now, database) as schedules:
         return await schedules.start_due()
 
 
 @asynccontextmanager
-async def scheduler(
-    world: World, now: datetime, database: Database | None = None
+async def run_scheduler(
+    world: GatewayHarness, now: datetime, database: Database | None = None
 ) -> AsyncIterator[Schedules]:
     broker = await brokers.connect(None)
     moment = literal(to_microseconds(now), BigInteger())
@@ -82,7 +91,7 @@ async def scheduler(
     await broker.close()
 
 
-async def runs_of(world: World, workflow_id: str) -> list[Execution]:
+async def read_runs(world: GatewayHarness, workflow_id: str) -> list[Execution]:
     """Return the runs of a workflow, in the order of their instants."""
     async with world.gateway.database.read() as connection:
         rows = await connection.execute(
@@ -91,7 +100,7 @@ async def runs_of(world: World, workflow_id: str) -> list[Execution]:
         return [Execution(**row) for row in rows.mappings()]
 
 
-async def instants_of(world: World, workflow_id: str) -> list[datetime]:
+async def read_instants(world: GatewayHarness, workflow_id: str) -> list[datetime]:
     """Return the instants that a workflow's runs were given, in order."""
     async with world.gateway.database.read() as connection:
         triggers = await connection.scalars(
@@ -106,27 +115,29 @@ def scheduled_at(trigger: str) -> datetime:
     return datetime.fromisoformat(rest[: rest.index('"')])
 
 
-async def end(world: World, workflow_id: str) -> None:
+async def end(world: GatewayHarness, workflow_id: str) -> None:
     """Bring the runs of a workflow to their ends."""
     ended = {"status": ExecutionStatus.COMPLETED.value, "ended_at": DatabaseTime()}
     await change(world, update(Execution).where(col(Execution.workflow_id) == workflow_id).values(ended))
 
 
-async def change(world: World, statement: Any) -> None:  # noqa: ANN401 - any statement
+async def change(world: GatewayHarness, statement: Any) -> None:  # noqa: ANN401 - any statement
     await world.gateway.database.transaction(lambda connection: connection.execute(statement))
 
 
 # ── what follows from the graph ─────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_workflow_that_becomes_active_counts_from_then_on(world: World, people: People) -> None:
+async def test_a_workflow_that_becomes_active_counts_from_then_on(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     owner = people.owner
-    workflow_id = await owner.create(**graph({"cron": "30 7 * * *", "timezone": "Asia/Kolkata"}))
-    draft = await shown(owner, workflow_id)
+    workflow_id = await owner.create(**schedule_graph({"cron": "30 7 * * *", "timezone": "Asia/Kolkata"}))
+    draft = await get_schedule(owner, workflow_id)
     assert (draft["isActive"], draft["inactiveReason"], draft["nodeId"]) == (False, "draft", "clock")
     assert len(draft["nextRuns"]) == 5
     await owner.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "active"})
-    schedule = await shown(owner, workflow_id)
+    schedule = await get_schedule(owner, workflow_id)
     assert (schedule["isActive"], schedule["inactiveReason"], schedule["problem"]) == (True, None, None)
     assert schedule["policy"] == {
         "cron": "30 7 * * *",
@@ -146,77 +157,81 @@ async def test_a_workflow_that_becomes_active_counts_from_then_on(world: World, 
     assert await tick(world, datetime.now(UTC)) == 0
 
 
-async def test_only_an_edit_of_the_timing_moves_the_next_instant(world: World, people: People) -> None:
+async def test_only_an_edit_of_the_timing_moves_the_next_instant(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     owner = people.owner
-    workflow_id = await active(owner, {"intervalSeconds": 3_600})
+    workflow_id = await create_active_workflow(owner, {"intervalSeconds": 3_600})
     long_ago = datetime(2026, 1, 1, tzinfo=UTC)
     moved = {"anchor_at": long_ago, "next_run_at": long_ago + HOUR, "due_at": long_ago + HOUR}
     await change(world, update(Schedule).where(col(Schedule.workflow_id) == workflow_id).values(moved))
     edits = [
-        graph({"intervalSeconds": 3_600}, label="Another step"),
-        graph({"intervalSeconds": 3_600, "misfire": "skip", "overlap": "queue"}),
+        schedule_graph({"intervalSeconds": 3_600}, label="Another step"),
+        schedule_graph({"intervalSeconds": 3_600, "misfire": "skip", "overlap": "queue"}),
         {"name": "Another name"},
     ]
     for edit in edits:
         assert (await owner.api.put(f"/api/v1/workflows/{workflow_id}", json=edit)).status_code == 200
-        assert (await instants(owner, workflow_id))[0] == long_ago + HOUR
-    assert (await shown(owner, workflow_id))["policy"]["overlap"] == "queue"
-    faster = graph({"intervalSeconds": 1_800})
+        assert (await get_instants(owner, workflow_id))[0] == long_ago + HOUR
+    assert (await get_schedule(owner, workflow_id))["policy"]["overlap"] == "queue"
+    faster = schedule_graph({"intervalSeconds": 1_800})
     assert (await owner.api.put(f"/api/v1/workflows/{workflow_id}", json=faster)).status_code == 200
-    (first, second, *_) = await instants(owner, workflow_id)
+    (first, second, *_) = await get_instants(owner, workflow_id)
     assert abs(first - datetime.now(UTC) - HOUR / 2) < timedelta(seconds=30)
     assert second - first == HOUR / 2
 
 
 async def test_what_is_paused_or_deleted_keeps_no_instant_and_misses_none(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
-    workflow_id = await active(owner, {"intervalSeconds": 60})
-    due_at = (await instants(owner, workflow_id))[0]
+    workflow_id = await create_active_workflow(owner, {"intervalSeconds": 60})
+    due_at = (await get_instants(owner, workflow_id))[0]
     status = f"/api/v1/workflows/{workflow_id}/status"
     await owner.api.put(status, json={"status": "paused"})
-    assert (await shown(owner, workflow_id))["inactiveReason"] == "paused"
+    assert (await get_schedule(owner, workflow_id))["inactiveReason"] == "paused"
     assert await tick(world, due_at + HOUR) == 0
     await change(world, update(Schedule).values(anchor_at=datetime(2026, 1, 1, tzinfo=UTC)))  # a long pause
     await owner.api.put(status, json={"status": "active"})
-    (first, *_) = await instants(owner, workflow_id)
+    (first, *_) = await get_instants(owner, workflow_id)
     assert timedelta() < first - datetime.now(UTC) <= timedelta(minutes=1)
     await owner.api.delete(f"/api/v1/workflows/{workflow_id}")
     assert await tick(world, first + HOUR) == 0
-    assert await runs_of(world, workflow_id) == []
+    assert await read_runs(world, workflow_id) == []
 
 
-async def test_what_has_no_schedule_or_cannot_be_run_by_one_says_so(people: People) -> None:
+async def test_what_has_no_schedule_or_cannot_be_run_by_one_says_so(people: OrganizationUsers) -> None:
     admin = people.admin
-    plain = await shown(admin, await admin.create())
+    plain = await get_schedule(admin, await admin.create())
     assert (plain["isActive"], plain["inactiveReason"], plain["nextRuns"]) == (False, "no-schedule", [])
     for wrong in ({"cron": "* * * * *", "timezone": ["UTC"]}, {"intervalSeconds": 1, "misfire": "whatever"}):
-        assert (await shown(admin, await admin.create(**graph(wrong))))["problem"]
-    impossible = await admin.create(**graph({"cron": "0 0 30 2 *", "timezone": "Mars"}))
-    schedule = await shown(admin, impossible)
+        assert (await get_schedule(admin, await admin.create(**schedule_graph(wrong))))["problem"]
+    impossible = await admin.create(**schedule_graph({"cron": "0 0 30 2 *", "timezone": "Mars"}))
+    schedule = await get_schedule(admin, impossible)
     assert (schedule["inactiveReason"], schedule["policy"]) == ("draft", None)
     assert schedule["problem"]
     response = await admin.api.put(f"/api/v1/workflows/{impossible}/status", json={"status": "active"})
-    refused(response, 422, "validation-failed")
+    assert_refused(response, 422, "validation-failed")
     (cron, zone) = [detail["message"] for detail in response.json()["error"]["details"]]
     assert "cron: must be five fields" in cron
     assert "timezone: must be an IANA time zone" in zone
-    template = await active(admin, HOURLY)
+    template = await create_active_workflow(admin, HOURLY)
     await admin.api.put(f"/api/v1/workflows/{template}/visibility", json={"isTemplate": True})
-    assert (await shown(admin, template))["inactiveReason"] == "template"
+    assert (await get_schedule(admin, template))["inactiveReason"] == "template"
 
 
 # ── what is run ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_run_has_its_instant_and_is_its_owners(world: World, people: People) -> None:
-    workflow_id = await active(people.owner, {**HOURLY, "timezone": "Europe/Berlin"})
-    (first, second, *_) = await instants(people.owner, workflow_id)
+async def test_a_run_has_its_instant_and_is_its_owners(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner, {**HOURLY, "timezone": "Europe/Berlin"})
+    (first, second, *_) = await get_instants(people.owner, workflow_id)
     assert await tick(world, first - timedelta(milliseconds=1)) == 0
     assert await tick(world, first + timedelta(milliseconds=700)) == 1
     assert await tick(world, first + timedelta(seconds=1)) == 0
-    (run,) = await runs_of(world, workflow_id)
+    (run,) = await read_runs(world, workflow_id)
     assert (run.trigger_type, run.user_id, run.status) == ("schedule", people.owner.user.id, "pending")
     assert (run.target, run.home, run.total_nodes) == (SHARED_TARGET, None, 2)
     response = await people.owner.api.get(f"/api/v1/executions/{run.id}")
@@ -227,16 +242,18 @@ async def test_a_run_has_its_instant_and_is_its_owners(world: World, people: Peo
     async with world.gateway.database.read() as connection:
         stored = select(col(Definition.body)).where(col(Definition.hash) == run.definition_hash)
         assert '"schedule-trigger"' in (await connection.scalar(stored) or "")
-    schedule = await shown(people.owner, workflow_id)
+    schedule = await get_schedule(people.owner, workflow_id)
     assert schedule["lastRun"]["executionId"] == run.id
     assert datetime.fromisoformat(schedule["lastRun"]["scheduledAt"]) == first
     assert schedule["lastRun"]["status"] == "pending"
     assert datetime.fromisoformat(schedule["nextRuns"][0]["at"]) == second
 
 
-async def test_two_schedulers_start_each_instant_once(world: World, people: People) -> None:
-    workflow_ids = [await active(people.owner, {"intervalSeconds": 30}) for _ in range(8)]
-    starts = [(await instants(people.owner, workflow_id))[0] for workflow_id in workflow_ids]
+async def test_two_schedulers_start_each_instant_once(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_ids = [await create_active_workflow(people.owner, {"intervalSeconds": 30}) for _ in range(8)]
+    starts = [(await get_instants(people.owner, workflow_id))[0] for workflow_id in workflow_ids]
     other = Database(world.gateway.database.url)
     now = max(starts)
     for step in range(4):
@@ -253,56 +270,56 @@ async def test_two_schedulers_start_each_instant_once(world: World, people: Peop
             for turn in range(4)
             if first + turn * timedelta(seconds=30) <= now + timedelta(seconds=60)
         ]
-        assert Counter(await instants_of(world, workflow_id)) == Counter(expected)
+        assert Counter(await read_instants(world, workflow_id)) == Counter(expected)
 
 
 async def test_an_edit_whose_transaction_began_before_an_instant_was_run_does_not_run_it_again(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await active(people.owner, HOURLY)
-    (first, *_) = await instants(people.owner, workflow_id)
+    workflow_id = await create_active_workflow(people.owner, HOURLY)
+    (first, *_) = await get_instants(people.owner, workflow_id)
     assert await tick(world, first) == 1
-    edit = graph({"cron": "0,30 * * * *"})
+    edit = schedule_graph({"cron": "0,30 * * * *"})
     assert (await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=edit)).status_code == 200
     assert await tick(world, first + timedelta(seconds=1)) == 0
-    assert (await instants(people.owner, workflow_id))[0] == first + HOUR / 2
+    assert (await get_instants(people.owner, workflow_id))[0] == first + HOUR / 2
 
 
 async def test_one_that_dies_before_its_commit_leaves_the_instant_to_the_next(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workflow_id = await active(people.owner, HOURLY)
-    (first, *_) = await instants(people.owner, workflow_id)
+    workflow_id = await create_active_workflow(people.owner, HOURLY)
+    (first, *_) = await get_instants(people.owner, workflow_id)
     write = scheduled_runs._ScheduleWriter.write  # noqa: SLF001 - the last moment before the commit
 
     async def die(entrance: Any) -> None:  # noqa: ANN401 - what the method is of
         await write(entrance)
-        raise Killed
+        raise SchedulerKilled
 
     with monkeypatch.context() as patch:
         patch.setattr(scheduled_runs._ScheduleWriter, "write", die)  # noqa: SLF001
-        with pytest.raises(Killed):
+        with pytest.raises(SchedulerKilled):
             await tick(world, first)
-    assert await runs_of(world, workflow_id) == []
+    assert await read_runs(world, workflow_id) == []
     assert await tick(world, first) == 1
-    assert await instants_of(world, workflow_id) == [first]
+    assert await read_instants(world, workflow_id) == [first]
 
 
 async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    workflow_id = await active(people.owner, HOURLY)
-    (first, *_) = await instants(people.owner, workflow_id)
+    workflow_id = await create_active_workflow(people.owner, HOURLY)
+    (first, *_) = await get_instants(people.owner, workflow_id)
 
     async def die(_broker: LocalBroker) -> None:
-        raise Killed
+        raise SchedulerKilled
 
     with monkeypatch.context() as patch:
         patch.setattr(LocalBroker, "wake", die)
-        with pytest.raises(Killed):
+        with pytest.raises(SchedulerKilled):
             await tick(world, first)
     assert await tick(world, first + timedelta(seconds=1)) == 0
-    assert await instants_of(world, workflow_id) == [first]
+    assert await read_instants(world, workflow_id) == [first]
 
 
 @pytest.mark.parametrize(
@@ -310,105 +327,109 @@ async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
     [({"misfire": "skip"}, 0), ({}, 1), ({"misfire": "run-all", "misfireLimit": 3}, 3)],
 )
 async def test_after_a_week_without_a_scheduler_the_policy_says_what_is_made_up_for(
-    world: World, people: People, policy: dict[str, Any], expected: int
+    world: GatewayHarness, people: OrganizationUsers, policy: dict[str, Any], expected: int
 ) -> None:
-    workflow_id = await active(people.owner, {**HOURLY, **policy})
-    (first, *_) = await instants(people.owner, workflow_id)
+    workflow_id = await create_active_workflow(people.owner, {**HOURLY, **policy})
+    (first, *_) = await get_instants(people.owner, workflow_id)
     last = first + timedelta(weeks=1)
     assert await tick(world, last + HOUR / 2) == expected
-    assert await instants_of(world, workflow_id) == [last - turn * HOUR for turn in reversed(range(expected))]
-    schedule = await shown(people.owner, workflow_id)
+    assert await read_instants(world, workflow_id) == [
+        last - turn * HOUR for turn in reversed(range(expected))
+    ]
+    schedule = await get_schedule(people.owner, workflow_id)
     assert schedule["lastPassedOver"]["reason"] == "missed"
     assert await tick(world, last + HOUR) == 1
 
 
 async def test_a_run_that_goes_on_has_the_next_passed_over_or_wait_for_its_turn(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    skipping = await active(people.owner, {**HOURLY, "overlap": "skip"})
-    queueing = await active(people.owner, {**HOURLY, "overlap": "queue"})
-    limited = await active(
+    skipping = await create_active_workflow(people.owner, {**HOURLY, "overlap": "skip"})
+    queueing = await create_active_workflow(people.owner, {**HOURLY, "overlap": "queue"})
+    limited = await create_active_workflow(
         people.owner, {**HOURLY, "overlap": "queue"}, settings={"concurrency": {"limit": 5}}
     )
-    (first, second, third, *_) = await instants(people.owner, skipping)
+    (first, second, third, *_) = await get_instants(people.owner, skipping)
     assert await tick(world, first) == 3
     assert await tick(world, second) == 2
-    schedule = await shown(people.owner, skipping)
+    schedule = await get_schedule(people.owner, skipping)
     assert schedule["lastPassedOver"]["reason"] == "overlap"
     assert datetime.fromisoformat(schedule["lastPassedOver"]["at"]) == second
     for workflow_id in (queueing, limited):
-        assert [run.target for run in await runs_of(world, workflow_id)] == [SHARED_TARGET, LIMITED_TARGET]
+        assert [run.target for run in await read_runs(world, workflow_id)] == [SHARED_TARGET, LIMITED_TARGET]
     await end(world, skipping)
     assert await tick(world, third) == 3
-    assert await instants_of(world, skipping) == [first, third]
-    assert await instants_of(world, queueing) == [first, second, third]
+    assert await read_instants(world, skipping) == [first, third]
+    assert await read_instants(world, queueing) == [first, second, third]
 
 
 async def test_a_limit_of_the_workflow_that_refuses_further_runs_has_instants_passed_over(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     settings = {"concurrency": {"limit": 1, "onLimit": "reject"}}
-    workflow_id = await active(people.owner, HOURLY, settings=settings)
-    (first, second, *_) = await instants(people.owner, workflow_id)
+    workflow_id = await create_active_workflow(people.owner, HOURLY, settings=settings)
+    (first, second, *_) = await get_instants(people.owner, workflow_id)
     assert (await tick(world, first), await tick(world, second)) == (1, 0)
-    assert (await shown(people.owner, workflow_id))["lastPassedOver"]["reason"] == "concurrency-limit"
-    (run,) = await runs_of(world, workflow_id)
+    assert (await get_schedule(people.owner, workflow_id))["lastPassedOver"]["reason"] == "concurrency-limit"
+    (run,) = await read_runs(world, workflow_id)
     assert run.target == SHARED_TARGET
 
 
-async def test_what_is_deployed_is_run_by_its_pods_as_it_was_deployed(world: World, people: People) -> None:
-    workflow_id = await active(people.owner, HOURLY)
-    (first, second, *_) = await instants(people.owner, workflow_id)
+async def test_what_is_deployed_is_run_by_its_pods_as_it_was_deployed(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await create_active_workflow(people.owner, HOURLY)
+    (first, second, *_) = await get_instants(people.owner, workflow_id)
     assert await tick(world, first) == 1
-    (own,) = await runs_of(world, workflow_id)
-    await deployed(world, people.owner, workflow_id, definition_hash=own.definition_hash)
-    edit = graph(HOURLY, label="Another step")
+    (own,) = await read_runs(world, workflow_id)
+    await deploy_with_pod(world, people.owner, workflow_id, definition_hash=own.definition_hash)
+    edit = schedule_graph(HOURLY, label="Another step")
     assert (await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=edit)).status_code == 200
     assert await tick(world, second) == 1
-    (_, run) = await runs_of(world, workflow_id)
+    (_, run) = await read_runs(world, workflow_id)
     assert (run.target, run.home, run.definition_hash) == (workflow_id, workflow_id, own.definition_hash)
 
 
 async def test_a_schedule_that_cannot_be_followed_is_put_off_and_keeps_no_other_from_its_runs(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    broken, lost, sound = [await active(people.owner, HOURLY) for _ in range(3)]
-    (first, *_) = await instants(people.owner, sound)
+    broken, lost, sound = [await create_active_workflow(people.owner, HOURLY) for _ in range(3)]
+    (first, *_) = await get_instants(people.owner, sound)
     elsewhere = {"cron": "0 * * * *", "timezone": "Mars/Olympus"}
     of_broken = col(WorkflowTrigger.workflow_id) == broken
     await change(world, update(WorkflowTrigger).where(of_broken).values(config=elsewhere))
-    await deployed(world, people.owner, lost, definition_hash="1" * 64)
+    await deploy_with_pod(world, people.owner, lost, definition_hash="1" * 64)
     assert await tick(world, first) == 1
     assert await tick(world, first + timedelta(seconds=1)) == 0
-    schedule = await shown(people.owner, lost)
+    schedule = await get_schedule(people.owner, lost)
     assert (schedule["isActive"], schedule["inactiveReason"]) == (False, "invalid-schedule")
     assert "not stored" in schedule["problem"]
     # Mended, it is run when it is looked at again.
     await change(world, update(WorkflowTrigger).where(of_broken).values(config=HOURLY))
     assert await tick(world, first + timedelta(minutes=2)) == 1
-    assert await instants_of(world, broken) == [first]
-    assert (await shown(people.owner, broken))["isActive"]
+    assert await read_instants(world, broken) == [first]
+    assert (await get_schedule(people.owner, broken))["isActive"]
 
 
 async def test_a_clock_that_was_far_ahead_keeps_nothing_from_being_run_once_it_is_right(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await active(people.owner, HOURLY)
-    (first, second, *_) = await instants(people.owner, workflow_id)
+    workflow_id = await create_active_workflow(people.owner, HOURLY)
+    (first, second, *_) = await get_instants(people.owner, workflow_id)
     ahead = first + timedelta(days=400)
     assert await tick(world, ahead) == 1
     assert await tick(world, second) == 0
-    async with scheduler(world, first + HOUR / 2) as schedules:
+    async with run_scheduler(world, first + HOUR / 2) as schedules:
         await schedules.set_back()
     assert await tick(world, second) == 1
-    assert await instants_of(world, workflow_id) == [second, ahead]
+    assert await read_instants(world, workflow_id) == [second, ahead]
 
 
 async def test_a_schedule_of_what_is_not_active_rests_whoever_has_left_it_due(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await active(people.owner, HOURLY)
-    (first, *_) = await instants(people.owner, workflow_id)
+    workflow_id = await create_active_workflow(people.owner, HOURLY)
+    (first, *_) = await get_instants(people.owner, workflow_id)
     await change(world, update(Workflow).where(col(Workflow.id) == workflow_id).values(status="paused"))
     assert await tick(world, first) == 0
     async with world.gateway.database.read() as connection:
@@ -416,8 +437,10 @@ async def test_a_schedule_of_what_is_not_active_rests_whoever_has_left_it_due(
         assert await connection.scalar(due_at) is None
 
 
-async def test_what_is_due_is_found_by_an_index(world: World) -> None:
-    plan = await plans.explained(world.gateway.database, scheduled_runs.due_statement(DatabaseTime()))
+async def test_what_is_due_is_found_by_an_index(world: GatewayHarness) -> None:
+    plan = await query_plans.explain_statement(
+        world.gateway.database, scheduled_runs.due_statement(DatabaseTime())
+    )
     assert "ix_schedule_due" in plan
     assert "SCAN workflow" not in plan
     assert "Seq Scan" not in plan
@@ -427,17 +450,17 @@ async def test_what_is_due_is_found_by_an_index(world: World) -> None:
 
 
 async def test_a_workflow_whose_places_are_locked_holds_up_the_schedule_of_no_other(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"concurrency": {"limit": 1, "onLimit": "reject"}}
-    locked, other = [await active(people.owner, HOURLY, settings=settings) for _ in range(2)]
+    locked, other = [await create_active_workflow(people.owner, HOURLY, settings=settings) for _ in range(2)]
     url = world.gateway.database.url
     lock = "SELECT pg_advisory_xact_lock($1)"
     async with (
-        impatient(url, monkeypatch) as database,
-        left_open(url, lock, concurrency_limits.advisory_lock_id(locked)),
+        open_impatient_database(url, monkeypatch) as database,
+        hold_transaction_open(url, lock, concurrency_limits.advisory_lock_id(locked)),
     ):
-        assert await prompt(tick(world, datetime.now(UTC) + HOUR, database)) == 1
-        assert len(await runs_of(world, other)) == 1
+        assert await require_prompt(tick(world, datetime.now(UTC) + HOUR, database)) == 1
+        assert len(await read_runs(world, other)) == 1
     assert await tick(world, datetime.now(UTC) + HOUR) == 1
-    assert len(await runs_of(world, locked)) == 1
+    assert len(await read_runs(world, locked)) == 1

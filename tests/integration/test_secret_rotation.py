@@ -20,27 +20,27 @@ from models.data_source import DataSource, decrypt_secrets
 from models.encryption import SecretVault, UnknownSecret
 from models.settings import InvalidSettings
 from pilotflame import rotation
-from tests import commands
-from tests.integration.gateway_world import SECRET, People, Person, World
+from tests import command_runs
+from tests.integration.gateway_harness import SECRET, GatewayHarness, OrganizationUsers, UserClient
 
 NEW = "the next secret, also of more than thirty-two characters"
 NEWEST = "and the one after that, of more than thirty-two too"
 
 
-def told(world: World, secret: str, *previous: str) -> GatewaySettings:
+def changed_settings(world: GatewayHarness, secret: str, *previous: str) -> GatewaySettings:
     """Return the settings of a server whose secret has changed."""
     secrets = {"secret_key": SecretStr(secret), "previous_secret_keys": tuple(map(SecretStr, previous))}
     return world.gateway.settings.model_copy(update=secrets)
 
 
-async def made(person: Person, name: str) -> str:
+async def create_source(person: UserClient, name: str) -> str:
     body = {"name": name, "type": "http-bearer", "secrets": {"token": f"token-{name}"}}
     answer = await person.api.post("/api/v1/datasources", json=body)
     source_id: str = answer.json()["dataSourceId"]
     return source_id
 
 
-async def secrets(world: World, vault: SecretVault, *source_ids: str) -> list[dict[str, str]]:
+async def open_secrets(world: GatewayHarness, vault: SecretVault, *source_ids: str) -> list[dict[str, str]]:
     """Return what a vault opens of data sources; raises `VaultError`."""
     statement = select(DataSource).where(col(DataSource.id).in_(source_ids)).order_by(col(DataSource.id))
     async with world.gateway.database.read() as connection:
@@ -49,7 +49,7 @@ async def secrets(world: World, vault: SecretVault, *source_ids: str) -> list[di
 
 
 @asynccontextmanager
-async def gateway(settings: GatewaySettings) -> AsyncIterator[httpx2.AsyncClient]:
+async def run_gateway(settings: GatewaySettings) -> AsyncIterator[httpx2.AsyncClient]:
     """Run another gateway on the same database; yields a client without a key."""
     app = create_app(lambda: state.opened(settings))
     async with AsyncExitStack() as stack:
@@ -60,12 +60,12 @@ async def gateway(settings: GatewaySettings) -> AsyncIterator[httpx2.AsyncClient
         )
 
 
-async def whoami(client: httpx2.AsyncClient, person: Person) -> int:
+async def get_whoami(client: httpx2.AsyncClient, person: UserClient) -> int:
     answer = await client.get("/api/v1/auth/whoami", headers={"X-API-Key": person.key})
     return answer.status_code
 
 
-async def told_by_github(client: httpx2.AsyncClient, token: str, secret: str) -> int:
+async def send_github_event(client: httpx2.AsyncClient, token: str, secret: str) -> int:
     body = b"{}"
     signature = "sha256=" + hmac.new(secret.encode(), body, "sha256").hexdigest()
     headers = {
@@ -79,16 +79,16 @@ async def told_by_github(client: httpx2.AsyncClient, token: str, secret: str) ->
 
 # In one test: each change begins where the one before has ended.
 async def test_data_sources_and_keys_survive_a_change_of_the_secret(
-    world: World, people: People, monkeypatch: pytest.MonkeyPatch
+    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = [await made(people.owner, name) for name in ("a", "b", "c")]
+    ids = [await create_source(people.owner, name) for name in ("a", "b", "c")]
     expected = [{"token": f"token-{name}"} for name in ("a", "b", "c")]
     signing = await people.admin.api.post("/api/v1/auth/signing-secret")
     assert signing.status_code == 201
     hooks = {"name": "Hooks", "secrets": {"github": ["a secret of GitHub's"]}}
     token = (await people.admin.api.post("/api/v1/auth/event-tokens", json=hooks)).json()["token"]
     old, new = SecretVault(SECRET.encode()), SecretVault(NEW.encode())
-    settings = told(world, NEW, SECRET)
+    settings = changed_settings(world, NEW, SECRET)
     before = (await people.admin.api.get("/api/v1/audit")).json()
 
     # Interrupted after the first batch: what is done is done, and both secrets are needed.
@@ -107,38 +107,40 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     monkeypatch.setattr(rotation, "_replace", replace)
     for vault in (old, new):
         with pytest.raises(UnknownSecret):
-            await secrets(world, vault, *ids)
-    assert await secrets(world, SecretVault(NEW.encode(), [SECRET.encode()]), *ids) == expected
+            await open_secrets(world, vault, *ids)
+    assert await open_secrets(world, SecretVault(NEW.encode(), [SECRET.encode()]), *ids) == expected
 
     done = await rotation.rotate(settings)
     assert (done.sealed, done.unreadable) == (4, [])
-    assert await secrets(world, new, *ids) == expected
+    assert await open_secrets(world, new, *ids) == expected
     again = await rotation.rotate(settings)
     assert (again.sealed, again.waiting_keys) == (0, done.waiting_keys)
     assert (await people.admin.api.get("/api/v1/audit")).json() == before
 
     # A key moves to the new secret when it is used; one that isn't ends with the old secret.
-    async with gateway(settings) as both:
-        assert await whoami(both, people.owner) == 200
-        assert await whoami(both, people.owner) == 200
-    async with gateway(told(world, NEW)) as alone:
-        assert await whoami(alone, people.owner) == 200
-        assert await whoami(alone, people.colleague) == 401
-        assert await told_by_github(alone, token, "a secret of GitHub's") == 200
-        assert await told_by_github(alone, token, "another") == 401
+    async with run_gateway(settings) as both:
+        assert await get_whoami(both, people.owner) == 200
+        assert await get_whoami(both, people.owner) == 200
+    async with run_gateway(changed_settings(world, NEW)) as alone:
+        assert await get_whoami(alone, people.owner) == 200
+        assert await get_whoami(alone, people.colleague) == 401
+        assert await send_github_event(alone, token, "a secret of GitHub's") == 200
+        assert await send_github_event(alone, token, "another") == 401
     assert (await rotation.rotate(settings)).waiting_keys == done.waiting_keys - 1
 
     # What nothing opens stays as it is, and is named.
-    lost = await rotation.rotate(told(world, NEWEST))
+    lost = await rotation.rotate(changed_settings(world, NEWEST))
     assert (lost.sealed, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 5)
-    assert await secrets(world, new, *ids) == expected
+    assert await open_secrets(world, new, *ids) == expected
 
 
 def test_the_command_says_what_it_has_done(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("rotation")
-    commands.output("migrate", given=commands.environment(folder, SECRET_KEY=SECRET))
-    given = commands.environment(folder, SECRET_KEY=NEW, PREVIOUS_SECRET_KEYS=json.dumps([SECRET, NEWEST]))
-    assert commands.output("keys", "rotate-secret", given=given) == "0 encrypted anew"
+    command_runs.run_output("migrate", given=command_runs.command_environment(folder, SECRET_KEY=SECRET))
+    given = command_runs.command_environment(
+        folder, SECRET_KEY=NEW, PREVIOUS_SECRET_KEYS=json.dumps([SECRET, NEWEST])
+    )
+    assert command_runs.run_output("keys", "rotate-secret", given=given) == "0 encrypted anew"
 
 
 def test_an_earlier_secret_that_is_hardly_one_is_refused_and_none_is_shown() -> None:

@@ -21,8 +21,8 @@ from structlog.testing import capture_logs
 
 from gateway.data_sources.data_source_probes import Probes
 from models.data_source import DataSource
-from tests.integration.gateway_world import People, Person, World
-from tests.services import PostgreSQL
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
+from tests.services import PostgresServer
 from workers.main import run_worker
 from workers.settings import WorkerSettings
 
@@ -47,7 +47,7 @@ TRACES = (CANARY, b64encode(f'ada:{CANARY}-"basic"'.encode()).decode(), CANARY.e
 
 
 @dataclass
-class Shop:
+class RepeatingServers:
     """A server that repeats what it is told, as careless ones do, and another that it sends clients to."""
 
     url: str = ""
@@ -69,8 +69,8 @@ class Shop:
 
 
 @pytest.fixture
-async def shop() -> AsyncIterator[Shop]:
-    shop = Shop()
+async def shop() -> AsyncIterator[RepeatingServers]:
+    shop = RepeatingServers()
     async with AsyncExitStack() as stack:
         for handler, place in ((shop.answer, "url"), (shop.answer_elsewhere, "elsewhere")):
             application = web.Application()
@@ -84,7 +84,7 @@ async def shop() -> AsyncIterator[Shop]:
         yield shop
 
 
-async def made(person: Person) -> dict[str, str]:
+async def create_sources(person: UserClient) -> dict[str, str]:
     """Make the data sources and return their ids by name."""
     ids = {}
     for name, body in SOURCES.items():
@@ -94,7 +94,7 @@ async def made(person: Person) -> dict[str, str]:
     return ids
 
 
-def calling(url: str, source_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+def calling_graph(url: str, source_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return a graph that calls an address with what a data source holds, and logs what comes back."""
     call = {"url": url, "dataSource": source_id, **config}
     return {
@@ -107,7 +107,7 @@ def calling(url: str, source_id: str, **config: Any) -> dict[str, Any]:  # noqa:
     }
 
 
-class Reader:
+class AnswerCollector:
     """Somebody who asks for everything, and keeps every answer."""
 
     def __init__(self, api: httpx2.AsyncClient) -> None:
@@ -133,9 +133,9 @@ class Reader:
 
 
 async def test_no_answer_no_log_and_no_row_holds_a_secret(
-    world: World, people: People, shop: Shop, tmp_path: Path
+    world: GatewayHarness, people: OrganizationUsers, shop: RepeatingServers, tmp_path: Path
 ) -> None:
-    reader, gateway = Reader(people.owner.api), world.gateway
+    reader, gateway = AnswerCollector(people.owner.api), world.gateway
     settings = WorkerSettings(
         data_dir=tmp_path,
         database_url=gateway.settings.database_url,
@@ -143,16 +143,19 @@ async def test_no_answer_no_log_and_no_row_holds_a_secret(
         outbound_allowed_networks=LOOPBACK,
     )
     with capture_logs() as lines:
-        ids = await made(people.owner)
-        tokens = await event_tokens(people.admin, reader)
+        ids = await create_sources(people.owner)
+        tokens = await exercise_event_token(people.admin, reader)
         graphs = {
-            "bearer": (calling(f"{shop.url}/", ids["bearer"]), "completed"),
-            "basic": (calling(f"{shop.url}/", ids["basic"], headers={"authorization": "mine"}), "completed"),
-            "key": (calling(f"{shop.url}/", ids["key"], method="POST"), "completed"),
-            "broken": (calling(f"{shop.url}/broken", ids["basic"]), "failed"),
-            "moved": (calling(f"{shop.url}/moved", ids["key"]), "completed"),
-            "wrong type": (calling(f"{shop.url}/", ids["database"]), "failed"),
-            "refused": (calling("http://10.0.0.1/", ids["bearer"]), "failed"),
+            "bearer": (calling_graph(f"{shop.url}/", ids["bearer"]), "completed"),
+            "basic": (
+                calling_graph(f"{shop.url}/", ids["basic"], headers={"authorization": "mine"}),
+                "completed",
+            ),
+            "key": (calling_graph(f"{shop.url}/", ids["key"], method="POST"), "completed"),
+            "broken": (calling_graph(f"{shop.url}/broken", ids["basic"]), "failed"),
+            "moved": (calling_graph(f"{shop.url}/moved", ids["key"]), "completed"),
+            "wrong type": (calling_graph(f"{shop.url}/", ids["database"]), "failed"),
+            "refused": (calling_graph("http://10.0.0.1/", ids["bearer"]), "failed"),
         }
         async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
             for name, (graph, expected) in graphs.items():
@@ -163,8 +166,8 @@ async def test_no_answer_no_log_and_no_row_holds_a_secret(
                     await reader.ask("GET", path + below)
                 for action in ("/validate", "/compute-scopes", "/duplicate"):
                     await reader.ask("POST", path + action)
-        await everything_about(reader, ids)
-    trail = Reader(people.admin.api)
+        await exercise_sources(reader, ids)
+    trail = AnswerCollector(people.admin.api)
     await trail.ask("GET", "/api/v1/audit?limit=100")
 
     # They were used, where they belong and nowhere else.
@@ -184,13 +187,13 @@ async def test_no_answer_no_log_and_no_row_holds_a_secret(
         "rows": kept,
         "another server": repr(shop.told_elsewhere),
     }
-    places |= {path.name: path.read_bytes().decode("latin-1") for path in files(world)}
+    places |= {path.name: path.read_bytes().decode("latin-1") for path in database_files(world)}
     traces = [*TRACES, *tokens]
     found = [(place, trace) for place, text in places.items() for trace in traces if trace in text]
     assert found == []
 
 
-async def event_tokens(admin: Person, reader: Reader) -> list[str]:
+async def exercise_event_token(admin: UserClient, reader: AnswerCollector) -> list[str]:
     """Make a token for events, send some by it, look at it, and return it."""
     body = {
         "name": "Hooks",
@@ -203,7 +206,7 @@ async def event_tokens(admin: Person, reader: Reader) -> list[str]:
         await reader.ask("POST", f"/api/v1/workflows/events?key={token}", {"event_type": "a.b"})
         await reader.ask("POST", f"/api/v1/workflows/events?key={token}", {"event_type": 7})
         await reader.ask("GET", f"/api/v1/workflows?key={token}")
-    looked = Reader(admin.api)
+    looked = AnswerCollector(admin.api)
     for path in ("/api/v1/auth/event-tokens", "/api/v1/events", "/api/v1/audit"):
         await looked.ask("GET", path)
     await looked.ask("POST", "/api/v1/auth/event-tokens", {"name": "", "secrets": {"github": [CANARY, 7]}})
@@ -211,7 +214,7 @@ async def event_tokens(admin: Person, reader: Reader) -> list[str]:
     return tokens
 
 
-async def everything_about(reader: Reader, ids: Mapping[str, str]) -> None:
+async def exercise_sources(reader: AnswerCollector, ids: Mapping[str, str]) -> None:
     """Look at the data sources in every way there is, and do what goes wrong."""
     for path in ("/api/v1/datasources", "/openapi.json"):
         await reader.ask("GET", path)
@@ -227,7 +230,7 @@ async def everything_about(reader: Reader, ids: Mapping[str, str]) -> None:
         await reader.ask("DELETE", path)
 
 
-async def dump(world: World) -> str:
+async def dump(world: GatewayHarness) -> str:
     """Return every value of every row, sealed ones as bytes."""
     rows = []
     async with world.gateway.database.read() as connection:
@@ -236,7 +239,7 @@ async def dump(world: World) -> str:
     return "\n".join(rows)
 
 
-def files(world: World) -> list[Path]:
+def database_files(world: GatewayHarness) -> list[Path]:
     """Return the files of the database, if it has its own."""
     folder = world.gateway.settings.data_dir
     return [path for path in folder.rglob("*") if path.is_file()]
@@ -246,13 +249,18 @@ def files(world: World) -> list[Path]:
 
 
 @pytest.fixture
-async def server(postgres: PostgreSQL) -> Mapping[str, Any]:
+async def server(postgres: PostgresServer) -> Mapping[str, Any]:
     """Return the settings of a data source that leads to a real database."""
     url = httpx2.URL((await postgres.create_database("probed_by_tests")).replace("+asyncpg", ""))
     return {"host": url.host, "port": url.port, "user": url.username, "database": url.path.lstrip("/")}
 
 
-async def probed(world: World, person: Person, probes: Probes, **settings: Any) -> tuple[bool, str]:  # noqa: ANN401 - any JSON value
+async def probe_source(
+    world: GatewayHarness,
+    person: UserClient,
+    probes: Probes,
+    **settings: Any,  # noqa: ANN401 - any JSON value
+) -> tuple[bool, str]:
     body = {"name": uuid4().hex, "type": "postgresql", "settings": settings}
     body["secrets"] = {"password": f"{CANARY}-probed"}
     source_id = (await person.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]
@@ -265,19 +273,21 @@ async def probed(world: World, person: Person, probes: Probes, **settings: Any) 
 
 
 async def test_a_data_source_is_tested_by_connecting_to_it(
-    world: World, people: People, server: Mapping[str, Any]
+    world: GatewayHarness, people: OrganizationUsers, server: Mapping[str, Any]
 ) -> None:
     allowed = world.gateway.settings.model_copy(update={"outbound_allowed_networks": LOOPBACK})
     probes = Probes(world.gateway.vault, allowed)
-    assert await probed(world, people.owner, probes, **server) == (True, "The database answers")
+    assert await probe_source(world, people.owner, probes, **server) == (True, "The database answers")
     for wrong in ({"database": "no_such_database"}, {"user": "nobody_there"}, {"port": 1}):
-        is_ok, message = await probed(world, people.owner, probes, **{**server, **wrong})
+        is_ok, message = await probe_source(world, people.owner, probes, **{**server, **wrong})
         assert (is_ok, message.startswith("No connection")) == (False, True), message
-    is_ok, message = await probed(world, people.owner, world.gateway.probes, **server)
+    is_ok, message = await probe_source(world, people.owner, world.gateway.probes, **server)
     assert (is_ok, "not a public address" in message) == (False, True)
 
 
-async def test_an_organisation_tests_only_so_often(people: People, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_organisation_tests_only_so_often(
+    people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("gateway.limits.DATA_SOURCE_TESTS", 2)
     body = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token"}}
     source_id = (await people.owner.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]

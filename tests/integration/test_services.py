@@ -12,12 +12,11 @@ import pytest
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
-from tests.services import PgBouncer, PostgreSQL
-from tests.services import Redis as RedisServer
+from tests.services import PgBouncer, PostgresServer, RedisServer
 
 
 @asynccontextmanager
-async def connected(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
+async def open_connection(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
     connection = await asyncpg.connect(url.replace("+asyncpg", ""))
     try:
         yield connection
@@ -25,29 +24,29 @@ async def connected(url: str) -> AsyncIterator["asyncpg.Connection[asyncpg.Recor
         connection.terminate()
 
 
-async def test_postgres_keeps_what_it_committed_before_a_crash(postgres: PostgreSQL) -> None:
+async def test_postgres_keeps_what_it_committed_before_a_crash(postgres: PostgresServer) -> None:
     url = await postgres.create_database("crash")
-    async with connected(url) as connection:
+    async with open_connection(url) as connection:
         await connection.execute("CREATE TABLE kept (value integer); INSERT INTO kept VALUES (42)")
         postgres.kill()
     with pytest.raises(ConnectionRefusedError):
         await asyncpg.connect(url.replace("+asyncpg", ""))
     postgres.restart()
-    async with connected(url) as connection:
+    async with open_connection(url) as connection:
         assert await connection.fetchval("SELECT value FROM kept") == 42
 
 
-async def test_a_database_made_again_is_empty(postgres: PostgreSQL) -> None:
+async def test_a_database_made_again_is_empty(postgres: PostgresServer) -> None:
     url = await postgres.create_database("again")
-    async with connected(url) as connection:
+    async with open_connection(url) as connection:
         await connection.execute("CREATE TABLE gone (value integer)")
         await postgres.create_database("again")
-    async with connected(url) as connection:
+    async with open_connection(url) as connection:
         assert await connection.fetchval("SELECT to_regclass('gone')") is None
 
 
-async def test_postgres_commits_before_it_answers(postgres: PostgreSQL) -> None:
-    async with connected(postgres.url) as connection:
+async def test_postgres_commits_before_it_answers(postgres: PostgresServer) -> None:
+    async with open_connection(postgres.url) as connection:
         assert await connection.fetchval("SHOW synchronous_commit") == "on"
 
 
@@ -64,17 +63,17 @@ async def test_redis_keeps_its_data_over_a_restart(redis_server: RedisServer, en
         assert await client.get("kept") == end.encode()
 
 
-async def test_pgbouncer_leads_to_the_same_database(postgres: PostgreSQL, pgbouncer: PgBouncer) -> None:
+async def test_pgbouncer_leads_to_the_same_database(postgres: PostgresServer, pgbouncer: PgBouncer) -> None:
     url = await postgres.create_database("pooled")
-    async with connected(pgbouncer.through(url)) as pooled, connected(url) as direct:
+    async with open_connection(pgbouncer.through(url)) as pooled, open_connection(url) as direct:
         await pooled.execute("CREATE TABLE seen (value integer)")
         assert await direct.fetchval("SELECT to_regclass('seen')") == "seen"
 
 
 def test_a_server_does_not_outlive_a_killed_test_process() -> None:
     program = """
-from tests.services import running_redis
-with running_redis() as server:
+from tests.services import run_redis
+with run_redis() as server:
     print(server.process_id, flush=True)
     input()
 """

@@ -17,9 +17,9 @@ from bridge.mail_gateway import OK_REPLY, SmtpReply
 from bridge.smtp_listener import run_listener, split_recipient, worst_reply
 from bridge.smtp_settings import MailProtocol, SmtpListenerSettings
 from models.execution import Execution
-from tests.integration.gateway_world import People, Person, World
-from tests.integration.mail_world import WORKFLOWS, MailWorld, mail_world
-from tests.smtp_server import self_signed
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
+from tests.integration.mail_harness import WORKFLOWS, MailHarness, run_mail_harness
+from tests.smtp_server import create_certificate
 
 MAIL = (
     "From: Ada <ada@example.org>\r\nTo: b@example.org\r\nSubject: Order\r\nMessage-ID: <{}@x>\r\n\r\n"
@@ -28,13 +28,13 @@ MAIL = (
 
 
 @pytest.fixture(scope="module")
-async def mails(world: World) -> AsyncIterator[MailWorld]:
-    async with mail_world(world) as mails:
+async def mails(world: GatewayHarness) -> AsyncIterator[MailHarness]:
+    async with run_mail_harness(world) as mails:
         yield mails
 
 
 @pytest.fixture(scope="module")
-async def url(mails: MailWorld) -> AsyncIterator[str]:
+async def url(mails: MailHarness) -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(mails.world.app, port=0, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - it tells nobody
@@ -45,14 +45,16 @@ async def url(mails: MailWorld) -> AsyncIterator[str]:
 
 
 @asynccontextmanager
-async def smtp(url: str, **settings: Any) -> AsyncIterator[int]:  # noqa: ANN401 - values of settings
+async def open_listener(url: str, **settings: Any) -> AsyncIterator[int]:  # noqa: ANN401 - values of settings
     """Listen as long as the context lasts; yields the port."""
     async with run_listener(SmtpListenerSettings(url=url, smtp_port=0, **settings)) as server:
         port: int = server.sockets[0].getsockname()[1]
         yield port
 
 
-async def address_of(mails: MailWorld, person: Person, domain: str = "in.example.org") -> tuple[str, str]:
+async def create_address(
+    mails: MailHarness, person: UserClient, domain: str = "in.example.org"
+) -> tuple[str, str]:
     """Make a workflow that takes mail; returns its id and the address of its trigger."""
     workflow_id = await mails.workflow(person)
     made = await person.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
@@ -60,7 +62,7 @@ async def address_of(mails: MailWorld, person: Person, domain: str = "in.example
     return workflow_id, f"{made.json()['token']}@{domain}"
 
 
-async def runs_of(mails: MailWorld, workflow_id: str) -> list[str]:
+async def list_runs(mails: MailHarness, workflow_id: str) -> list[str]:
     return [run.id for run in await mails.rows(Execution, workflow_id=workflow_id)]
 
 
@@ -70,14 +72,14 @@ async def send(port: int, recipients: list[str], raw: str, **options: Any) -> tu
 
 
 async def test_a_mail_is_answered_once_it_has_a_run_and_repeated_it_has_no_second(
-    mails: MailWorld, people: People, url: str
+    mails: MailHarness, people: OrganizationUsers, url: str
 ) -> None:
-    workflow_id, address = await address_of(mails, people.owner)
-    async with smtp(url) as port:
+    workflow_id, address = await create_address(mails, people.owner)
+    async with open_listener(url) as port:
         for recipient in (address, address.upper().replace("TT-", "tt-"), f"orders+{address}"):
             refused, answer = await send(port, [recipient], MAIL.format(1))
             assert (refused, answer[:5]) == ({}, "2.1.5")
-    (execution_id, *others) = await runs_of(mails, workflow_id)
+    (execution_id, *others) = await list_runs(mails, workflow_id)
     assert len(others) <= 2  # another way to write the recipient may be another envelope, and so another mail
     await mails.read(execution_id)
     given = await mails.given(execution_id)
@@ -86,40 +88,42 @@ async def test_a_mail_is_answered_once_it_has_a_run_and_repeated_it_has_no_secon
 
 
 async def test_each_recipient_has_a_run_and_a_stranger_is_refused_at_once(
-    mails: MailWorld, people: People, url: str
+    mails: MailHarness, people: OrganizationUsers, url: str
 ) -> None:
-    first, of_first = await address_of(mails, people.owner)
-    second, of_second = await address_of(mails, people.stranger)
+    first, of_first = await create_address(mails, people.owner)
+    second, of_second = await create_address(mails, people.stranger)
     nobody = "tt-00000000000000000000000000@in.example.org"
-    async with smtp(url) as port:
+    async with open_listener(url) as port:
         refused, _ = await send(port, [of_first, nobody, of_second, "info@in.example.org"], MAIL.format(2))
     assert {name: code for name, (code, _) in refused.items()} == {nobody: 550, "info@in.example.org": 550}
-    assert [len(await runs_of(mails, one)) for one in (first, second)] == [1, 1]
+    assert [len(await list_runs(mails, one)) for one in (first, second)] == [1, 1]
 
 
 async def test_trouble_is_answered_so_that_the_sender_comes_again(
-    mails: MailWorld, people: People, url: str
+    mails: MailHarness, people: OrganizationUsers, url: str
 ) -> None:
-    workflow_id, address = await address_of(mails, people.owner)
+    workflow_id, address = await create_address(mails, people.owner)
     await mails.set_status(people.owner, workflow_id, "draft")
-    async with smtp(url) as port:
+    async with open_listener(url) as port:
         with pytest.raises(aiosmtplib.SMTPDataError) as later:
             await send(port, [address], MAIL.format(3))
         assert later.value.code == 451
         await mails.set_status(people.owner, workflow_id, "active")
         await send(port, [address], MAIL.format(3))
-    assert len(await runs_of(mails, workflow_id)) == 1
-    async with smtp("http://127.0.0.1:1") as port:
+    assert len(await list_runs(mails, workflow_id)) == 1
+    async with open_listener("http://127.0.0.1:1") as port:
         with pytest.raises(aiosmtplib.SMTPRecipientsRefused) as unreachable:
             await send(port, [address], MAIL.format(4))
         assert unreachable.value.recipients[0].code == 451
 
 
-async def test_lmtp_answers_for_each_recipient(mails: MailWorld, people: People, url: str) -> None:
-    workflow_id, address = await address_of(mails, people.owner)
-    draft, of_draft = await address_of(mails, people.owner)
+async def test_lmtp_answers_for_each_recipient(
+    mails: MailHarness, people: OrganizationUsers, url: str
+) -> None:
+    workflow_id, address = await create_address(mails, people.owner)
+    draft, of_draft = await create_address(mails, people.owner)
     await mails.set_status(people.owner, draft, "draft")
-    async with smtp(url, smtp_protocol=MailProtocol.LMTP) as port:
+    async with open_listener(url, smtp_protocol=MailProtocol.LMTP) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         lines = [b"LHLO here", b"MAIL FROM:<a@example.org>"]
         lines += [f"RCPT TO:<{one}>".encode() for one in (address, of_draft)]
@@ -129,17 +133,17 @@ async def test_lmtp_answers_for_each_recipient(mails: MailWorld, people: People,
             said = (await reader.read()).decode().splitlines()
         writer.close()
     assert [line[:3] for line in said[-3:]] == ["250", "451", "221"]
-    assert len(await runs_of(mails, workflow_id)) == 1
+    assert len(await list_runs(mails, workflow_id)) == 1
 
 
 async def test_domains_sizes_tls_and_connections_are_as_the_settings_say(
-    mails: MailWorld, people: People, url: str, tmp_path: Path
+    mails: MailHarness, people: OrganizationUsers, url: str, tmp_path: Path
 ) -> None:
-    workflow_id, address = await address_of(mails, people.owner)
-    pem = self_signed("127.0.0.1", tmp_path)
+    workflow_id, address = await create_address(mails, people.owner)
+    pem = create_certificate("127.0.0.1", tmp_path)
     tls = {"smtp_tls_certificate": pem, "smtp_tls_key": pem, "smtp_require_tls": True}
     bounds = {"smtp_domains": ("in.example.org",), "smtp_max_bytes": 2_000, "smtp_connections": 1}
-    async with smtp(url, **tls, **bounds) as port:
+    async with open_listener(url, **tls, **bounds) as port:
         with pytest.raises(aiosmtplib.SMTPResponseException) as plain:
             await send(port, [address], MAIL.format(6))
         assert plain.value.code == 530
@@ -162,7 +166,7 @@ async def test_domains_sizes_tls_and_connections_are_as_the_settings_say(
             with pytest.raises(aiosmtplib.SMTPException) as crowded:
                 await send(port, [address], MAIL.format(8))
             assert "421" in str(crowded.value) or getattr(crowded.value, "code", 421) == 421
-    assert len(await runs_of(mails, workflow_id)) == 1
+    assert len(await list_runs(mails, workflow_id)) == 1
 
 
 @pytest.mark.parametrize(

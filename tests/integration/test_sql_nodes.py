@@ -29,7 +29,7 @@ from nodes.connections.data_source import ConnectionSource
 from nodes.connections.data_source_connections import DataSourceConnections
 from nodes.connections.data_source_policy import ConnectionPolicy, ServerDatabase
 from tests import services
-from tests.calls import CALLER, call
+from tests.node_calls import CALLER, call
 
 pytestmark = pytest.mark.anyio
 
@@ -64,7 +64,7 @@ LARGE = {
 
 
 @dataclass
-class Sources:
+class FixedSources:
     """Data sources by id; every caller may use each."""
 
     found: dict[str, ConnectionSource] = field(default_factory=dict)
@@ -77,11 +77,11 @@ class Sources:
 
 
 @dataclass
-class Place:
+class SqlTarget:
     """A database of some kind, with the table `orders`, empty; and the nodes that use it."""
 
     type: str
-    sources: Sources
+    sources: FixedSources
     connections: DataSourceConnections
     folder: Path
 
@@ -103,7 +103,7 @@ class Place:
         return cast("list[dict[str, Json]]", (await self.read(f"SELECT * FROM {table} ORDER BY 1"))["rows"])
 
 
-def source_at(kind: str, url: URL, **settings: Json) -> ConnectionSource:
+def make_source(kind: str, url: URL, **settings: Json) -> ConnectionSource:
     address: dict[str, Json] = {
         "host": url.host,
         "port": url.port,
@@ -118,38 +118,38 @@ def source_at(kind: str, url: URL, **settings: Json) -> ConnectionSource:
 @pytest.fixture(scope="module", params=TYPES)
 async def place(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Place]:
+) -> AsyncIterator[SqlTarget]:
     folder = tmp_path_factory.mktemp("files")
     kind = request.param
     if kind == "sqlite":
         source = ConnectionSource("ds", CALLER.organization_id, kind, 1, {"file": "orders.db"}, {})
     elif kind == "postgresql":
         server = request.getfixturevalue("postgres")
-        source = source_at(kind, make_url(await server.create_database("sql_nodes")))
+        source = make_source(kind, make_url(await server.create_database("sql_nodes")))
     else:
-        source = source_at(kind, make_url(request.getfixturevalue("mysql").url))
-    sources = Sources({"ds": source})
+        source = make_source(kind, make_url(request.getfixturevalue("mysql").url))
+    sources = FixedSources({"ds": source})
     connections = DataSourceConnections(sources, ConnectionPolicy(allowed_networks=LOOPBACK, files=folder))
-    yield Place(kind, sources, connections, folder)
+    yield SqlTarget(kind, sources, connections, folder)
     await connections.close()
 
 
 @pytest.fixture
-async def orders(place: Place) -> Place:
+async def orders(place: SqlTarget) -> SqlTarget:
     name = "text" if place.type != "mysql" else "varchar(200)"
     await place.run("DROP TABLE IF EXISTS orders")
     await place.run(f"CREATE TABLE orders (id integer PRIMARY KEY, name {name}, total double precision)")
     return place
 
 
-async def refused(code: str, work: Any) -> str:  # noqa: ANN401 - a coroutine
+async def assert_refused(code: str, work: Any) -> str:  # noqa: ANN401 - a coroutine
     with pytest.raises(NodeError) as raised:
         await work
     assert raised.value.code == code, raised.value.message
     return raised.value.message
 
 
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     while not await condition():  # noqa: ASYNC110 - a server tells nobody
         await asyncio.sleep(0.02)
 
@@ -157,7 +157,7 @@ async def until(condition: Callable[[], Awaitable[bool]]) -> None:
 # ── reading and writing ─────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_what_is_written_is_read_again(orders: Place) -> None:
+async def test_what_is_written_is_read_again(orders: SqlTarget) -> None:
     rows: list[Json] = [{"id": 1, "name": "Ada", "total": 42.5}, {"id": 2, "name": None, "total": 7.0}]
     assert await orders.write([*rows, {"id": 3}], table="orders") == 3
     read = await orders.read("SELECT id, name, total FROM orders WHERE id <= ? ORDER BY id", 3)
@@ -166,14 +166,14 @@ async def test_what_is_written_is_read_again(orders: Place) -> None:
     assert read["count"] == 3
 
 
-async def test_columns_are_made_of_each_row(orders: Place) -> None:
+async def test_columns_are_made_of_each_row(orders: SqlTarget) -> None:
     columns: Json = {"id": "{{ item.n }}", "name": "{{ data.who }}-{{ index }}"}
     data: Json = {"who": "x", "list": [{"n": 5}, {"n": 6.0}]}
     assert await orders.write(data, table="orders", rows="{{ data.list }}", columns=columns) == 2
     assert [row["name"] for row in await orders.rows()] == ["x-0", "x-1"]
 
 
-async def test_a_key_that_is_there_is_updated_or_left_as_it_is(orders: Place) -> None:
+async def test_a_key_that_is_there_is_updated_or_left_as_it_is(orders: SqlTarget) -> None:
     await orders.write(
         [{"id": 1, "name": "old", "total": 1}, {"id": 2, "name": "old", "total": 2}], table="orders"
     )
@@ -188,49 +188,51 @@ async def test_a_key_that_is_there_is_updated_or_left_as_it_is(orders: Place) ->
     assert await orders.write({"id": 1, "name": "only"}, table="orders", upsert={"key": ["id"]}) == 1
 
 
-async def test_a_key_that_the_table_does_not_hold_unique_is_refused(orders: Place) -> None:
-    await refused("sql-error", orders.write({"id": 1, "name": "a"}, table="orders", upsert={"key": ["name"]}))
+async def test_a_key_that_the_table_does_not_hold_unique_is_refused(orders: SqlTarget) -> None:
+    await assert_refused(
+        "sql-error", orders.write({"id": 1, "name": "a"}, table="orders", upsert={"key": ["name"]})
+    )
     assert await orders.rows() == []
 
 
-async def test_all_batches_are_written_or_none(orders: Place) -> None:
+async def test_all_batches_are_written_or_none(orders: SqlTarget) -> None:
     rows: Json = [{"id": number % 7} for number in range(8)]
-    message = await refused("sql-error", orders.write(rows, table="orders", batchSize=3))
+    message = await assert_refused("sql-error", orders.write(rows, table="orders", batchSize=3))
     assert "127.0.0.1" not in message
     assert await orders.rows() == []
 
 
-async def test_many_rows_go_in_batches(orders: Place) -> None:
+async def test_many_rows_go_in_batches(orders: SqlTarget) -> None:
     rows: Json = [{"id": number, "name": "x" * 150, "total": number / 4} for number in range(12_000)]
     assert await orders.write(rows, table="orders", batchSize=5000) == 12_000
     read = await orders.read("SELECT id, total FROM orders", maxRows=12_000)
     assert sum(row["id"] for row in read["rows"]) == sum(range(12_000))
 
 
-async def test_nothing_to_write_is_not_an_error(orders: Place) -> None:
+async def test_nothing_to_write_is_not_an_error(orders: SqlTarget) -> None:
     assert await orders.write([], table="orders") == 0
 
 
-async def test_a_statement_tells_how_many_rows_it_changed(orders: Place) -> None:
+async def test_a_statement_tells_how_many_rows_it_changed(orders: SqlTarget) -> None:
     await orders.write([{"id": number} for number in range(5)], table="orders")
     assert await orders.run("UPDATE orders SET name = ? WHERE id >= ?", "late", 2) == 3
     assert await orders.run("DELETE FROM orders WHERE name = ?", "late") == 3
 
 
-async def test_the_result_of_a_query_without_rows_has_its_columns(orders: Place) -> None:
+async def test_the_result_of_a_query_without_rows_has_its_columns(orders: SqlTarget) -> None:
     read = await orders.read("SELECT id, name FROM orders;  -- the end")
     assert read == {"rows": [], "columns": ["id", "name"], "count": 0}
 
 
-async def test_two_columns_of_one_name_are_refused(orders: Place) -> None:
+async def test_two_columns_of_one_name_are_refused(orders: SqlTarget) -> None:
     await orders.write({"id": 1}, table="orders")
-    await refused("duplicate-column", orders.read("SELECT id, id FROM orders"))
+    await assert_refused("duplicate-column", orders.read("SELECT id, id FROM orders"))
 
 
 # ── what is data, and what is SQL ───────────────────────────────────────────────────────────────────────────
 
 
-async def test_values_are_never_read_as_sql(orders: Place) -> None:
+async def test_values_are_never_read_as_sql(orders: SqlTarget) -> None:
     rows: Json = [{"id": number, "name": text} for number, text in enumerate(HOSTILE)]
     assert await orders.write(rows, table="orders") == len(HOSTILE)
     assert [row["name"] for row in await orders.rows()] == HOSTILE
@@ -244,7 +246,7 @@ async def test_values_are_never_read_as_sql(orders: Place) -> None:
 @pytest.mark.parametrize(
     "name", ['x" integer); DROP TABLE orders; --', "x`); DROP TABLE orders; --", "id) --"]
 )
-async def test_names_are_never_read_as_sql(orders: Place, name: str) -> None:
+async def test_names_are_never_read_as_sql(orders: SqlTarget, name: str) -> None:
     configs: list[dict[str, Json]] = [{"table": name}, {"table": "orders", "upsert": {"key": [name]}}]
     for config in configs:
         with pytest.raises(NodeError):
@@ -252,11 +254,11 @@ async def test_names_are_never_read_as_sql(orders: Place, name: str) -> None:
     assert await orders.rows() == []
 
 
-async def test_an_expression_in_a_query_is_refused_and_not_run(orders: Place) -> None:
+async def test_an_expression_in_a_query_is_refused_and_not_run(orders: SqlTarget) -> None:
     query = "SELECT {{ data.what }} FROM orders"
-    assert "parameters" in await refused("statement-refused", orders.read(query, data={"what": "1"}))
+    assert "parameters" in await assert_refused("statement-refused", orders.read(query, data={"what": "1"}))
     statement: Json = "DELETE FROM {{ data.what }}"
-    await refused("statement-refused", orders.write({"what": "orders"}, statement=statement))
+    await assert_refused("statement-refused", orders.write({"what": "orders"}, statement=statement))
 
 
 @pytest.mark.parametrize(
@@ -279,7 +281,7 @@ async def test_an_expression_in_a_query_is_refused_and_not_run(orders: Place) ->
         "SELECT 'open",
     ],
 )
-async def test_a_source_runs_one_statement_that_reads(orders: Place, query: str) -> None:
+async def test_a_source_runs_one_statement_that_reads(orders: SqlTarget, query: str) -> None:
     with pytest.raises(NodeError) as raised:
         await orders.read(query or " ")
     assert raised.value.code in {"statement-refused", "sql-error"}
@@ -287,13 +289,13 @@ async def test_a_source_runs_one_statement_that_reads(orders: Place, query: str)
     assert await orders.rows() == []
 
 
-async def test_the_number_of_values_must_fit(orders: Place) -> None:
-    await refused("statement-refused", orders.read("SELECT id FROM orders WHERE id = ?"))
-    await refused("statement-refused", orders.read("SELECT '?' AS x", 1))
+async def test_the_number_of_values_must_fit(orders: SqlTarget) -> None:
+    await assert_refused("statement-refused", orders.read("SELECT id FROM orders WHERE id = ?"))
+    await assert_refused("statement-refused", orders.read("SELECT '?' AS x", 1))
 
 
-async def test_what_the_database_says_is_passed_on_without_who_and_where(orders: Place) -> None:
-    message = await refused("sql-error", orders.read("SELECT nothing FROM orders"))
+async def test_what_the_database_says_is_passed_on_without_who_and_where(orders: SqlTarget) -> None:
+    message = await assert_refused("sql-error", orders.read("SELECT nothing FROM orders"))
     assert "nothing" in message
     assert "127.0.0.1" not in message
 
@@ -301,29 +303,29 @@ async def test_what_the_database_says_is_passed_on_without_who_and_where(orders:
 # ── limits ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_more_rows_than_allowed_are_an_error_and_not_kept(place: Place) -> None:
-    message = await refused("too-many-rows", place.read(MANY[place.type], maxRows=1000))
+async def test_more_rows_than_allowed_are_an_error_and_not_kept(place: SqlTarget) -> None:
+    message = await assert_refused("too-many-rows", place.read(MANY[place.type], maxRows=1000))
     assert "1,000" in message
     assert (await place.read("SELECT 1 AS one"))["rows"] == [{"one": 1}]
 
 
-async def test_a_result_too_large_for_an_output_is_an_error(place: Place) -> None:
-    assert "10,000,000" in await refused("result-too-large", place.read(LARGE[place.type]))
+async def test_a_result_too_large_for_an_output_is_an_error(place: SqlTarget) -> None:
+    assert "10,000,000" in await assert_refused("result-too-large", place.read(LARGE[place.type]))
 
 
-async def test_a_slow_query_ends_in_its_timeout_and_nobody_else_waits(place: Place) -> None:
+async def test_a_slow_query_ends_in_its_timeout_and_nobody_else_waits(place: SqlTarget) -> None:
     turns = 0
     running = asyncio.create_task(place.read(SLOW[place.type], timeoutSeconds=0.4))
     while not running.done():
         await asyncio.sleep(0.005)
         turns += 1
-    message = await refused("timeout", running)
+    message = await assert_refused("timeout", running)
     assert "timeoutSeconds" in message
     assert turns > 10
     assert (await place.read("SELECT 1 AS one"))["count"] == 1
 
 
-async def test_a_cancelled_node_leaves_connections_that_work(orders: Place) -> None:
+async def test_a_cancelled_node_leaves_connections_that_work(orders: SqlTarget) -> None:
     for _ in range(2 * ConnectionPolicy().max_connections_per_source):
         running = asyncio.create_task(orders.read(SLOW[orders.type]))
         await asyncio.sleep(0.02)
@@ -334,7 +336,7 @@ async def test_a_cancelled_node_leaves_connections_that_work(orders: Place) -> N
 
 
 async def test_a_node_that_is_cancelled_while_it_connects_leaves_nothing_behind(
-    place: Place, caplog: pytest.LogCaptureFixture
+    place: SqlTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
     policy = ConnectionPolicy(allowed_networks=LOOPBACK, files=place.folder)
     for milliseconds in range(0, 24, 2):
@@ -349,12 +351,12 @@ async def test_a_node_that_is_cancelled_while_it_connects_leaves_nothing_behind(
     assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
-async def test_few_connections_serve_many_calls(orders: Place) -> None:
+async def test_few_connections_serve_many_calls(orders: SqlTarget) -> None:
     reads = [orders.read("SELECT count(*) AS n FROM orders") for _ in range(40)]
     assert all(read["rows"] == [{"n": 0}] for read in await asyncio.gather(*reads))
 
 
-async def test_nothing_is_left_of_a_session(orders: Place) -> None:
+async def test_nothing_is_left_of_a_session(orders: SqlTarget) -> None:
     if orders.type == "sqlite":
         pytest.skip("a file is opened anew for each statement")
     marks = {
@@ -374,22 +376,22 @@ async def test_nothing_is_left_of_a_session(orders: Place) -> None:
 
 
 @pytest.fixture
-async def postgresql(postgres: services.PostgreSQL, tmp_path: Path) -> AsyncIterator[Place]:
-    sources = Sources({"ds": source_at("postgresql", make_url(postgres.url))})
+async def postgresql(postgres: services.PostgresServer, tmp_path: Path) -> AsyncIterator[SqlTarget]:
+    sources = FixedSources({"ds": make_source("postgresql", make_url(postgres.url))})
     connections = DataSourceConnections(sources, ConnectionPolicy(allowed_networks=LOOPBACK))
-    yield Place("postgresql", sources, connections, tmp_path)
+    yield SqlTarget("postgresql", sources, connections, tmp_path)
     await connections.close()
 
 
 @pytest.fixture
-async def mariadb(mysql: services.MySQL, tmp_path: Path) -> AsyncIterator[Place]:
-    sources = Sources({"ds": source_at("mysql", make_url(mysql.url))})
+async def mariadb(mysql: services.MysqlServer, tmp_path: Path) -> AsyncIterator[SqlTarget]:
+    sources = FixedSources({"ds": make_source("mysql", make_url(mysql.url))})
     connections = DataSourceConnections(sources, ConnectionPolicy(allowed_networks=LOOPBACK))
-    yield Place("mysql", sources, connections, tmp_path)
+    yield SqlTarget("mysql", sources, connections, tmp_path)
     await connections.close()
 
 
-async def test_values_of_postgresql_are_json(postgresql: Place) -> None:
+async def test_values_of_postgresql_are_json(postgresql: SqlTarget) -> None:
     values: Mapping[str, Json] = {
         "9007199254740993::bigint": 9007199254740993,
         "1.50::numeric": 1.5,
@@ -419,7 +421,7 @@ async def test_values_of_postgresql_are_json(postgresql: Place) -> None:
     assert dict(zip(values, read["rows"][0].values(), strict=True)) == values
 
 
-async def test_values_within_values_of_postgresql_are_json(postgresql: Place) -> None:
+async def test_values_within_values_of_postgresql_are_json(postgresql: SqlTarget) -> None:
     await postgresql.run("CREATE TABLE pairs (n integer, tags text[], grid integer[], spans int4range[])")
     await postgresql.run(
         "INSERT INTO pairs VALUES (2147483647, ARRAY['a', NULL], ARRAY[ARRAY[1, 2], ARRAY[3, 4]],"
@@ -434,16 +436,16 @@ async def test_values_within_values_of_postgresql_are_json(postgresql: Place) ->
     assert read["ranges"] == [["[1,3)", "[7,9)"]] * 2
 
 
-async def test_a_value_is_taken_as_the_type_that_stands_in_its_place(postgresql: Place) -> None:
+async def test_a_value_is_taken_as_the_type_that_stands_in_its_place(postgresql: SqlTarget) -> None:
     read = await postgresql.read(
         "SELECT ?::date + 1 AS a, ?::numeric * 2 AS b, ?::bool AS c, ?::jsonb AS d, ?::bytea AS e, ? || '!' AS f",
         *("2026-02-28", 1.25, False, "x", "AP8=", "hi"),
     )
     assert list(read["rows"][0].values()) == ["2026-03-01", 2.5, False, "x", "AP8=", "hi!"]
-    await refused("sql-error", postgresql.read("SELECT ?::int AS x", "1; DROP TABLE x"))
+    await assert_refused("sql-error", postgresql.read("SELECT ?::int AS x", "1; DROP TABLE x"))
 
 
-async def test_rows_of_every_type_are_written_to_postgresql(postgresql: Place) -> None:
+async def test_rows_of_every_type_are_written_to_postgresql(postgresql: SqlTarget) -> None:
     await postgresql.run("CREATE SCHEMA IF NOT EXISTS shop")
     await postgresql.run("DROP TABLE IF EXISTS shop.things")
     await postgresql.run(
@@ -457,13 +459,15 @@ async def test_rows_of_every_type_are_written_to_postgresql(postgresql: Place) -
     }  # fmt: skip
     assert await postgresql.write(row, table="shop.things") == 1
     assert await postgresql.rows("shop.things") == [row]
-    assert "too long" in await refused("sql-error", postgresql.write({"note": "longer"}, table="shop.things"))
-    assert "no column 'nope'" in await refused(
+    assert "too long" in await assert_refused(
+        "sql-error", postgresql.write({"note": "longer"}, table="shop.things")
+    )
+    assert "no column 'nope'" in await assert_refused(
         "sql-error", postgresql.write({"nope": 1}, table="shop.things")
     )
 
 
-async def test_values_of_mysql_are_json(mariadb: Place) -> None:
+async def test_values_of_mysql_are_json(mariadb: SqlTarget) -> None:
     values: Mapping[str, Json] = {
         "18446744073709551615": 18446744073709551615,
         "CAST(1.50 AS DECIMAL(9, 2))": 1.5,
@@ -483,7 +487,7 @@ async def test_values_of_mysql_are_json(mariadb: Place) -> None:
     assert dict(zip(values, read["rows"][0].values(), strict=True)) | {"b'101'": 5} == values
 
 
-async def test_rows_of_every_type_are_written_to_mysql(mariadb: Place) -> None:
+async def test_rows_of_every_type_are_written_to_mysql(mariadb: SqlTarget) -> None:
     await mariadb.run("DROP TABLE IF EXISTS things")
     await mariadb.run(
         "CREATE TABLE things (id int PRIMARY KEY, at datetime, stamp timestamp NULL, raw varbinary(9), doc json,"
@@ -502,12 +506,12 @@ async def test_rows_of_every_type_are_written_to_mysql(mariadb: Place) -> None:
     }
     assert await mariadb.rows("things") == [cast("dict[str, Json]", row) | kept]
     assert (await mariadb.read("SELECT id FROM things WHERE `order` = ?", "ü"))["count"] == 1
-    await refused("sql-error", mariadb.write({"id": 2, "order": "longer"}, table="things"))
-    await refused("statement-refused", mariadb.read("SELECT /*! 1 */ AS x"))
+    await assert_refused("sql-error", mariadb.write({"id": 2, "order": "longer"}, table="things"))
+    await assert_refused("statement-refused", mariadb.read("SELECT /*! 1 */ AS x"))
 
 
 async def test_a_file_gives_the_types_that_it_has(tmp_path: Path) -> None:
-    sqlite = await sqlite_place(tmp_path)
+    sqlite = await sqlite_target(tmp_path)
     await sqlite.run("CREATE TABLE things (a, b, c, d, e)")
     await sqlite.write({"a": 2**62, "b": True, "c": {"x": [1]}, "d": None, "e": 1.5}, table="things")
     read = await sqlite.read("SELECT *, x'00ff' AS f, 9e999 AS g, CAST(x'6100ff' AS TEXT) AS h FROM things")
@@ -518,7 +522,7 @@ async def test_a_file_gives_the_types_that_it_has(tmp_path: Path) -> None:
 # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_connection_that_is_dropped_is_worth_another_attempt(postgresql: Place) -> None:
+async def test_a_connection_that_is_dropped_is_worth_another_attempt(postgresql: SqlTarget) -> None:
     running = asyncio.create_task(postgresql.read("SELECT pg_sleep(60), 'dropped'"))
     backends = "FROM pg_stat_activity WHERE query LIKE ? AND pid <> pg_backend_pid()"
 
@@ -527,14 +531,14 @@ async def test_a_connection_that_is_dropped_is_worth_another_attempt(postgresql:
             (await postgresql.read(f"SELECT pg_terminate_backend(pid) {backends}", "%dropped%"))["count"]
         )
 
-    await until(is_killed)
+    await wait_until(is_killed)
     with pytest.raises(NodeError) as raised:
         await running
     assert (raised.value.code, raised.value.retryable) == ("connection-failed", True)
     assert (await postgresql.read("SELECT 1 AS one"))["count"] == 1
 
 
-async def test_a_deadlock_is_worth_another_attempt(postgresql: Place) -> None:
+async def test_a_deadlock_is_worth_another_attempt(postgresql: SqlTarget) -> None:
     await postgresql.run("DROP TABLE IF EXISTS pairs")
     await postgresql.run("CREATE TABLE pairs (id int PRIMARY KEY, n int)")
     await postgresql.write([{"id": 1, "n": 0}, {"id": 2, "n": 0}], table="pairs")
@@ -552,7 +556,7 @@ async def test_a_deadlock_is_worth_another_attempt(postgresql: Place) -> None:
     ]
 
 
-async def test_a_new_revision_closes_what_the_old_one_opened(postgresql: Place) -> None:
+async def test_a_new_revision_closes_what_the_old_one_opened(postgresql: SqlTarget) -> None:
     opened = "SELECT pid FROM pg_stat_activity WHERE application_name = 'pilotflame' AND datname = current_database()"
     (before,) = (await postgresql.read(opened))["rows"]
     assert before in (await postgresql.read(opened))["rows"]
@@ -563,32 +567,34 @@ async def test_a_new_revision_closes_what_the_old_one_opened(postgresql: Place) 
     async def is_gone() -> bool:
         return before not in (await postgresql.read(opened))["rows"]
 
-    await until(is_gone)
+    await wait_until(is_gone)
 
 
-async def test_a_connection_without_use_is_closed(postgres: services.PostgreSQL, tmp_path: Path) -> None:
-    sources = Sources({"ds": source_at("postgresql", make_url(postgres.url))})
+async def test_a_connection_without_use_is_closed(postgres: services.PostgresServer, tmp_path: Path) -> None:
+    sources = FixedSources({"ds": make_source("postgresql", make_url(postgres.url))})
     policy = ConnectionPolicy(allowed_networks=LOOPBACK, idle_seconds=0.01)
-    hasty = Place("postgresql", sources, DataSourceConnections(sources, policy), tmp_path)
+    hasty = SqlTarget("postgresql", sources, DataSourceConnections(sources, policy), tmp_path)
     backend = "SELECT pg_backend_pid() AS pid"
     first = await hasty.read(backend)
 
     async def is_another() -> bool:
         return await hasty.read(backend) != first
 
-    await until(is_another)
+    await wait_until(is_another)
     await hasty.connections.close()
 
 
-async def refused_source(
+async def open_refused(
     source: ConnectionSource, policy: ConnectionPolicy, addresses: tuple[str, ...] = ()
 ) -> NodeError:
     async def resolve(_name: str) -> tuple[str, ...]:
         return addresses
 
-    connections = DataSourceConnections(Sources({"ds": source}), policy, resolve)
+    connections = DataSourceConnections(FixedSources({"ds": source}), policy, resolve)
     with pytest.raises(NodeError) as raised:
-        await Place(source.type, Sources({"ds": source}), connections, Path()).read("SELECT 1 AS one")
+        await SqlTarget(source.type, FixedSources({"ds": source}), connections, Path()).read(
+            "SELECT 1 AS one"
+        )
     await connections.close()
     return raised.value
 
@@ -598,8 +604,8 @@ async def refused_source(
 )
 @pytest.mark.parametrize("kind", ["postgresql", "mysql"])
 async def test_private_hosts_are_refused(kind: str, host: str) -> None:
-    source = source_at(kind, URL.create(kind, "u", None, host, 5432, "x"), host=host)
-    refusal = await refused_source(source, ConnectionPolicy(), ("93.184.216.34", "192.168.0.1"))
+    source = make_source(kind, URL.create(kind, "u", None, host, 5432, "x"), host=host)
+    refusal = await open_refused(source, ConnectionPolicy(), ("93.184.216.34", "192.168.0.1"))
     assert refusal.code == "address-not-allowed"
     assert "192.168" not in refusal.message
 
@@ -611,7 +617,7 @@ async def test_our_own_database_is_refused_under_every_name(own: str, named: str
         allowed_networks=LOOPBACK, own_databases=(ServerDatabase(own, 5432, "pilotflame"),)
     )
     url = URL.create("postgresql", "u", None, "x", 5432, "pilotflame")
-    refusal = await refused_source(source_at("postgresql", url, host=named), policy, ("127.0.0.1",))
+    refusal = await open_refused(make_source("postgresql", url, host=named), policy, ("127.0.0.1",))
     assert (refusal.code, "own database" in refusal.message) == ("address-not-allowed", True)
 
 
@@ -620,7 +626,7 @@ async def test_nothing_is_connected_while_it_is_unknown_where_our_own_database_i
         allowed_networks=LOOPBACK, own_databases=(ServerDatabase("own.example", 5432, "pilotflame"),)
     )
     url = URL.create("postgresql", "u", None, "x", 5432, "pilotflame")
-    refusal = await refused_source(source_at("postgresql", url, host="127.0.0.1"), policy, ())
+    refusal = await open_refused(make_source("postgresql", url, host="127.0.0.1"), policy, ())
     assert (refusal.code, refusal.retryable) == ("connection-failed", True)
     assert "own database" in refusal.message
     assert "own.example" not in refusal.message
@@ -635,7 +641,9 @@ def test_our_own_database_is_read_from_its_url() -> None:
     )
 
 
-async def test_a_refused_login_and_a_missing_server_name_nobody(postgresql: Place, mariadb: Place) -> None:
+async def test_a_refused_login_and_a_missing_server_name_nobody(
+    postgresql: SqlTarget, mariadb: SqlTarget
+) -> None:
     for found in (postgresql, mariadb):
         source = found.sources.found["ds"]
         wrongs: list[dict[str, Json]] = [{"user": "nobody-here", "database": "gone"}, {"port": 1}]
@@ -648,18 +656,18 @@ async def test_a_refused_login_and_a_missing_server_name_nobody(postgresql: Plac
                 source.settings | settings,
                 {"password": "s3cret"},
             )
-            refusal = await refused_source(wrong, ConnectionPolicy(allowed_networks=LOOPBACK))
+            refusal = await open_refused(wrong, ConnectionPolicy(allowed_networks=LOOPBACK))
             assert refusal.code == "connection-failed"
             assert not any(word in refusal.message for word in ("nobody-here", "s3cret", "127.0.0.1"))
 
 
-async def test_a_server_that_can_not_encrypt_is_refused_where_that_is_required(postgresql: Place) -> None:
+async def test_a_server_that_can_not_encrypt_is_refused_where_that_is_required(postgresql: SqlTarget) -> None:
     source = postgresql.sources.found["ds"]
     for tls in ("require", "verify-full"):
         strict = ConnectionSource(
             "ds", source.organization_id, source.type, 1, source.settings | {"tls": tls}, source.secrets
         )
-        refusal = await refused_source(strict, ConnectionPolicy(allowed_networks=LOOPBACK))
+        refusal = await open_refused(strict, ConnectionPolicy(allowed_networks=LOOPBACK))
         assert refusal.code == "connection-failed"
 
 
@@ -683,12 +691,12 @@ async def test_whatever_answers_can_only_refuse_the_connection(kind: str, greeti
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
         url = URL.create(kind, "u", "p", "127.0.0.1", server.sockets[0].getsockname()[1], "x")
-        refusal = await refused_source(source_at(kind, url), ConnectionPolicy(allowed_networks=LOOPBACK))
+        refusal = await open_refused(make_source(kind, url), ConnectionPolicy(allowed_networks=LOOPBACK))
     assert refusal.code == "connection-failed"
 
 
 async def test_encryption_is_used_where_the_server_can_and_the_certificate_is_looked_at(
-    mariadb: Place,
+    mariadb: SqlTarget,
 ) -> None:
     source = mariadb.sources.found["ds"]
     cipher = "SHOW STATUS LIKE 'Ssl_cipher'"
@@ -702,7 +710,7 @@ async def test_encryption_is_used_where_the_server_can_and_the_certificate_is_lo
     strict = ConnectionSource(
         "ds", source.organization_id, source.type, 3, source.settings | {"tls": "verify-full"}, {}
     )
-    refusal = await refused_source(strict, ConnectionPolicy(allowed_networks=LOOPBACK))
+    refusal = await open_refused(strict, ConnectionPolicy(allowed_networks=LOOPBACK))
     assert "certificate" in refusal.message
 
 
@@ -710,7 +718,7 @@ async def test_encryption_is_used_where_the_server_can_and_the_certificate_is_lo
 async def test_the_certificate_must_name_the_host_although_an_address_is_connected(
     certified: str, logins: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    certificate = self_signed(certified, tmp_path)
+    certificate = create_certificate(certified, tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(certificate)
@@ -728,15 +736,15 @@ async def test_the_certificate_must_name_the_host_although_an_address_is_connect
 
     async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
         url = URL.create("postgresql", "u", None, "db.example", server.sockets[0].getsockname()[1], "x")
-        source = source_at("postgresql", url, tls="verify-full")
-        refusal = await refused_source(source, ConnectionPolicy(allowed_networks=LOOPBACK), ("127.0.0.1",))
+        source = make_source("postgresql", url, tls="verify-full")
+        refusal = await open_refused(source, ConnectionPolicy(allowed_networks=LOOPBACK), ("127.0.0.1",))
     assert refusal.code == "connection-failed"
     assert ("certificate" in refusal.message) != bool(logins)
     assert names == ["db.example"]
     assert len(received) == logins
 
 
-def self_signed(name: str, folder: Path) -> Path:
+def create_certificate(name: str, folder: Path) -> Path:
     """Make a certificate for a name, with its key in the same file."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -758,13 +766,13 @@ def self_signed(name: str, folder: Path) -> Path:
     return file
 
 
-async def test_a_data_source_of_another_kind_is_refused(postgresql: Place) -> None:
-    other = Place("mysql", postgresql.sources, postgresql.connections, postgresql.folder)
-    await refused("wrong-data-source", other.read("SELECT 1"))
-    await refused("data-source-not-found", call_missing(postgresql))
+async def test_a_data_source_of_another_kind_is_refused(postgresql: SqlTarget) -> None:
+    other = SqlTarget("mysql", postgresql.sources, postgresql.connections, postgresql.folder)
+    await assert_refused("wrong-data-source", other.read("SELECT 1"))
+    await assert_refused("data-source-not-found", call_missing(postgresql))
 
 
-async def call_missing(found: Place) -> None:
+async def call_missing(found: SqlTarget) -> None:
     config: dict[str, Json] = {"dataSource": "gone", "query": "SELECT 1"}
     await call("postgresql-source", config, data_sources=found.connections)
 
@@ -772,9 +780,11 @@ async def call_missing(found: Place) -> None:
 # ── files ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def sqlite_place(folder: Path, file: str = "a.db", **policy: Any) -> Place:  # noqa: ANN401 - fields of the policy
-    sources = Sources({"ds": ConnectionSource("ds", CALLER.organization_id, "sqlite", 1, {"file": file}, {})})
-    return Place(
+async def sqlite_target(folder: Path, file: str = "a.db", **policy: Any) -> SqlTarget:  # noqa: ANN401 - fields of the policy
+    sources = FixedSources(
+        {"ds": ConnectionSource("ds", CALLER.organization_id, "sqlite", 1, {"file": file}, {})}
+    )
+    return SqlTarget(
         "sqlite", sources, DataSourceConnections(sources, ConnectionPolicy(files=folder, **policy)), folder
     )
 
@@ -784,14 +794,14 @@ async def sqlite_place(folder: Path, file: str = "a.db", **policy: Any) -> Place
     ["../b.db", "/etc/passwd", "a/b.db", "", ".hidden", "a.db-journal", "a\0b", "a.db?mode=rwc", "x" * 200],
 )
 async def test_a_file_has_a_plain_name(tmp_path: Path, file: str) -> None:
-    found = await sqlite_place(tmp_path, file)
-    await refused("address-not-allowed", found.run("CREATE TABLE x (a)"))
+    found = await sqlite_target(tmp_path, file)
+    await assert_refused("address-not-allowed", found.run("CREATE TABLE x (a)"))
     await found.connections.close()
 
 
 async def test_a_file_is_made_for_us_alone_by_the_first_write(tmp_path: Path) -> None:
-    found = await sqlite_place(tmp_path)
-    await refused("connection-failed", found.read("SELECT 1"))
+    found = await sqlite_target(tmp_path)
+    await assert_refused("connection-failed", found.read("SELECT 1"))
     await found.run("CREATE TABLE x (a)")
     made = tmp_path / CALLER.organization_id / "a.db"
     assert made.stat().st_mode & 0o777 == 0o600
@@ -809,17 +819,17 @@ async def test_links_and_our_own_database_are_no_files_of_an_organisation(tmp_pa
     os.mkfifo(folder / "pipe.db")
     (folder / "own.db").write_bytes(b"")
     for name in ("soft.db", "hard.db", "pipe.db", "own.db"):
-        found = await sqlite_place(tmp_path, name, own_databases=(ServerDatabase(file=folder / "own.db"),))
-        await refused("address-not-allowed", found.read("SELECT 1"))
-        await refused("address-not-allowed", found.run("CREATE TABLE x (a)"))
+        found = await sqlite_target(tmp_path, name, own_databases=(ServerDatabase(file=folder / "own.db"),))
+        await assert_refused("address-not-allowed", found.read("SELECT 1"))
+        await assert_refused("address-not-allowed", found.run("CREATE TABLE x (a)"))
         await found.connections.close()
 
 
 async def test_a_file_can_not_grow_past_its_limit(tmp_path: Path) -> None:
-    found = await sqlite_place(tmp_path, max_file_bytes=100_000)
+    found = await sqlite_target(tmp_path, max_file_bytes=100_000)
     await found.run("CREATE TABLE x (a)")
     rows: Json = [{"a": "x" * 1000}] * 200
-    assert "full" in await refused("sql-error", found.write(rows, table="x"))
+    assert "full" in await assert_refused("sql-error", found.write(rows, table="x"))
     assert await found.rows("x") == []
     await found.connections.close()
 
@@ -834,7 +844,7 @@ async def test_a_file_can_not_grow_past_its_limit(tmp_path: Path) -> None:
     ],
 )
 async def test_a_file_is_all_that_a_query_can_touch(tmp_path: Path, statement: str) -> None:
-    found = await sqlite_place(tmp_path)
+    found = await sqlite_target(tmp_path)
     await found.run("CREATE TABLE t (a)")
     with pytest.raises(NodeError):
         await found.read(statement)
@@ -860,7 +870,7 @@ MAX_CHILD_BYTES = 600 << 20
     ],
 )
 async def test_a_statement_ends_within_its_time_and_memory(tmp_path: Path, statement: str, code: str) -> None:
-    found = await sqlite_place(tmp_path, max_file_bytes=40_000_000)
+    found = await sqlite_target(tmp_path, max_file_bytes=40_000_000)
     await found.run("CREATE TABLE t (a)")
     writes = not statement.startswith(("SELECT", "WITH"))
     seconds = 1.0 if code == "timeout" else 60.0
@@ -874,15 +884,15 @@ async def test_a_statement_ends_within_its_time_and_memory(tmp_path: Path, state
         while not work.done():
             await asyncio.wait([work], timeout=0.005)
             peak_bytes = max(peak_bytes, *map(resident_bytes, psutil.Process().children()))
-        await refused(code, work)
+        await assert_refused(code, work)
         assert peak_bytes < MAX_CHILD_BYTES
         assert await found.rows("t") == [], "whoever comes next is served"
     finally:
         await found.connections.close()
-    assert files_in(tmp_path) == {"a.db", CALLER.organization_id}
+    assert list_files(tmp_path) == {"a.db", CALLER.organization_id}
 
 
-def files_in(folder: Path) -> set[str]:
+def list_files(folder: Path) -> set[str]:
     return {each.name for each in folder.glob("**/*")}
 
 
@@ -894,7 +904,7 @@ def resident_bytes(process: psutil.Process) -> int:
 
 
 async def test_where_a_writer_died_the_next_reader_mends_the_file(tmp_path: Path) -> None:
-    found = await sqlite_place(tmp_path)
+    found = await sqlite_target(tmp_path)
     await found.run("CREATE TABLE t (a)")
     file = tmp_path / CALLER.organization_id / "a.db"
     script = f"""
@@ -928,8 +938,10 @@ async def test_a_credential_becomes_a_header(
     kind: str, settings: dict[str, Json], secrets: dict[str, str], headers: dict[str, str]
 ) -> None:
     source = ConnectionSource("ds", CALLER.organization_id, kind, 1, settings, secrets)
-    connections = DataSourceConnections(Sources({"ds": source}), ConnectionPolicy())
+    connections = DataSourceConnections(FixedSources({"ds": source}), ConnectionPolicy())
     assert await connections.headers(CALLER, "ds", "https://API.example/x") == headers
     if "hosts" in settings:
-        await refused("host-not-allowed", connections.headers(CALLER, "ds", "https://api.example.evil/x"))
+        await assert_refused(
+            "host-not-allowed", connections.headers(CALLER, "ds", "https://api.example.evil/x")
+        )
     await connections.close()

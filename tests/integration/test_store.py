@@ -47,19 +47,19 @@ from models.errors import DatabaseUnavailable
 from models.execution import UNPARSED_TARGET
 from models.execution_status import ExecutionStatus
 from models.ids import turn_of_workflow
-from tests.integration.run_world import (
+from tests.integration.run_database import (
     DEFINITION,
     LEASE_SECONDS,
-    Place,
-    Where,
-    World,
-    held,
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
     key_of,
+    lease_of,
     microseconds_from_now,
-    opened,
+    open_run_database,
     write,
 )
-from tests.services import PgBouncer, PostgreSQL
+from tests.services import PgBouncer, PostgresServer
 
 Answer = TypeVar("Answer")
 
@@ -75,29 +75,29 @@ DATABASES = {
 
 
 @pytest.fixture(scope="module", params=DATABASES.values(), ids=list(DATABASES))
-def where(request: pytest.FixtureRequest) -> Where:
-    found: Where = request.getfixturevalue(request.param)
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture(scope="module")
-async def shared_world(where: Where) -> AsyncIterator[World]:
-    async with opened(where) as world:
+async def shared_world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
         yield world
 
 
 @pytest.fixture
-async def world(shared_world: World) -> World:
+async def world(shared_world: RunDatabase) -> RunDatabase:
     await shared_world.clear()
     return shared_world
 
 
 @pytest.fixture
-async def place(world: World) -> Place:
+async def place(world: RunDatabase) -> OwnedWorkflow:
     return await world.workflow()
 
 
-def same(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+def idempotency_fields(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return what makes runs equal."""
     return {"idempotency": IdempotencyKey("caller and route", key, body, **fields)}
 
@@ -105,7 +105,9 @@ def same(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  
 # ── accept ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_accepted_run_is_pending_with_all_that_came_with_it(world: World, place: Place) -> None:
+async def test_an_accepted_run_is_pending_with_all_that_came_with_it(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     key = await world.accept(place, trigger='{"n":1}', config='{"c":2}', timeout_seconds=1.5)
     row = await world.row(key.execution_id)
     assert (row["status"], row["attempt"], row["token"], row["target"]) == ("pending", 0, 0, "shared")
@@ -115,7 +117,9 @@ async def test_an_accepted_run_is_pending_with_all_that_came_with_it(world: Worl
     assert (data["execution_id"], data["trigger"], data["config"]) == (*key[:1], '{"n":1}', '{"c":2}')
 
 
-async def test_a_definition_is_stored_once_and_found_by_its_hash(world: World, place: Place) -> None:
+async def test_a_definition_is_stored_once_and_found_by_its_hash(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     elsewhere = await world.workflow()
     first = place.run()
     await world.store.accept([first, place.run(), place.run(definition=None), elsewhere.run()])
@@ -126,11 +130,16 @@ async def test_a_definition_is_stored_once_and_found_by_its_hash(world: World, p
     assert await world.store.definitions([key, unknown]) == {key: DEFINITION}
 
 
-async def test_a_repeated_request_gets_the_first_answer(world: World, place: Place) -> None:
-    first = await world.accept(place, **same())
-    other_key = await world.accept(place, **same(key="another"))
+async def test_a_repeated_request_gets_the_first_answer(world: RunDatabase, place: OwnedWorkflow) -> None:
+    first = await world.accept(place, **idempotency_fields())
+    other_key = await world.accept(place, **idempotency_fields(key="another"))
     answers = await world.store.accept(
-        [place.run(), place.run(**same()), place.run(**same("b")), place.run(**same("c", key="another"))]
+        [
+            place.run(),
+            place.run(**idempotency_fields()),
+            place.run(**idempotency_fields("b")),
+            place.run(**idempotency_fields("c", key="another")),
+        ]
     )
     assert [answer.verdict for answer in answers] == ["accepted", "repeated", "mismatch", "mismatch"]
     assert [answer.execution_id for answer in answers[1:]] == [
@@ -141,24 +150,29 @@ async def test_a_repeated_request_gets_the_first_answer(world: World, place: Pla
     assert await world.count("execution") == await world.count("execution_data") == 3
 
 
-async def test_a_key_is_free_again_when_its_time_is_over(world: World, place: Place) -> None:
-    await world.accept(place, **same(lifetime_seconds=0))
-    second = await world.accept(place, **same("b"))
-    (answer,) = await world.store.accept([place.run(**same("b"))])
+async def test_a_key_is_free_again_when_its_time_is_over(world: RunDatabase, place: OwnedWorkflow) -> None:
+    await world.accept(place, **idempotency_fields(lifetime_seconds=0))
+    second = await world.accept(place, **idempotency_fields("b"))
+    (answer,) = await world.store.accept([place.run(**idempotency_fields("b"))])
     assert answer == AcceptanceResult(AcceptanceVerdict.REPEATED, second.execution_id)
 
 
-async def test_equal_requests_in_one_batch_start_one_run(world: World, place: Place) -> None:
-    batch = [place.run(**same()) for _ in range(50)]
+async def test_equal_requests_in_one_batch_start_one_run(world: RunDatabase, place: OwnedWorkflow) -> None:
+    batch = [place.run(**idempotency_fields()) for _ in range(50)]
     answers = await world.store.accept(batch)
     assert answers[0] == AcceptanceResult(AcceptanceVerdict.ACCEPTED, batch[0].execution_id)
     assert set(answers[1:]) == {AcceptanceResult(AcceptanceVerdict.REPEATED, batch[0].execution_id)}
     assert await world.count("execution") == 1
 
 
-async def test_equal_requests_to_two_processes_start_one_run(world: World, place: Place) -> None:
+async def test_equal_requests_to_two_processes_start_one_run(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     stores = [world.store, await world.another_store()]
-    batches = [[place.run(**same()), place.run(**same(key=f"{number % 5}"))] for number in range(50)]
+    batches = [
+        [place.run(**idempotency_fields()), place.run(**idempotency_fields(key=f"{number % 5}"))]
+        for number in range(50)
+    ]
     answers = await asyncio.gather(
         *(stores[number % 2].accept(batch) for number, batch in enumerate(batches))
     )
@@ -174,35 +188,35 @@ async def test_equal_requests_to_two_processes_start_one_run(world: World, place
     ids=["moved on", "another organisation's", "unknown"],
 )
 async def test_a_run_checked_against_an_old_workflow_is_refused(
-    world: World, place: Place, change: dict[str, Any]
+    world: RunDatabase, place: OwnedWorkflow, change: dict[str, Any]
 ) -> None:
-    stale = place.run(**change, **same())
+    stale = place.run(**change, **idempotency_fields())
     assert await world.store.accept([stale]) == [
         AcceptanceResult(AcceptanceVerdict.STALE, stale.execution_id)
     ]
     assert await world.count("execution") == await world.count("execution_data") == 0
-    await world.accept(place, **same())  # the key wasn't kept
+    await world.accept(place, **idempotency_fields())  # the key wasn't kept
 
 
-async def test_a_run_of_a_deleted_workflow_is_refused(world: World, place: Place) -> None:
+async def test_a_run_of_a_deleted_workflow_is_refused(world: RunDatabase, place: OwnedWorkflow) -> None:
     await world.query("UPDATE workflow SET deleted_at = 1")
     run = place.run()
     assert await world.store.accept([run]) == [AcceptanceResult(AcceptanceVerdict.STALE, run.execution_id)]
 
 
 async def test_a_repeated_request_gets_its_answer_though_the_workflow_has_moved_on(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
-    first = await world.accept(place, **same())
+    first = await world.accept(place, **idempotency_fields())
     await world.query("UPDATE workflow SET revision = 2")
-    assert await world.store.accept([place.run(**same())]) == [
+    assert await world.store.accept([place.run(**idempotency_fields())]) == [
         AcceptanceResult(AcceptanceVerdict.REPEATED, first.execution_id)
     ]
 
 
-@pytest.mark.parametrize("fields", [{}, same()], ids=["without a key", "with a key"])
+@pytest.mark.parametrize("fields", [{}, idempotency_fields()], ids=["without a key", "with a key"])
 async def test_a_run_accepted_again_after_its_answer_was_lost_is_accepted_once(
-    world: World, place: Place, fields: dict[str, Any]
+    world: RunDatabase, place: OwnedWorkflow, fields: dict[str, Any]
 ) -> None:
     run = place.run(**fields)
     expected = [AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)]
@@ -212,7 +226,9 @@ async def test_a_run_accepted_again_after_its_answer_was_lost_is_accepted_once(
     assert await world.count("execution") == await world.count("execution_data") == 1
 
 
-async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(world: World, place: Place) -> None:
+async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(world.store.accept)
     runs = [place.run(timeout_seconds=1e30 if number == 2 else 1.0) for number in range(5)]
     answers = await asyncio.gather(*map(group.submit, runs), return_exceptions=True)
@@ -224,7 +240,7 @@ async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(world: World, pl
 
 
 async def test_what_a_request_brings_is_there_with_its_delivery_and_its_event(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     other = await world.workflow(place.organization)
     event = EmittedEvent("evt_1", "user.created", "shop", '{"n":1}')
@@ -240,7 +256,9 @@ async def test_what_a_request_brings_is_there_with_its_delivery_and_its_event(
     assert (row["event_type"], row["source"], row["data"]) == ("user.created", "shop", '{"n":1}')
 
 
-async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(world: World, place: Place) -> None:
+async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     other = await world.workflow(place.organization)
     key = IdempotencyKey("events", "once", "")
     stale = place.arrival(place.run(), other.run(workflow_revision=2), idempotency=key)
@@ -254,7 +272,7 @@ async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(world:
 
 
 async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     key = IdempotencyKey("events", "once", "a")
     first, again = (place.arrival(place.run(), idempotency=key) for _ in range(2))
@@ -265,9 +283,9 @@ async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run
         ("repeated", first.delivery_id),
         ("mismatch", first.delivery_id),
     ]
-    batch = place.arrival(place.run(**same()), place.run())
-    more = place.arrival(place.run(**same()), place.run(**same(key="another")))
-    only_known = place.arrival(place.run(**same()))
+    batch = place.arrival(place.run(**idempotency_fields()), place.run())
+    more = place.arrival(place.run(**idempotency_fields()), place.run(**idempotency_fields(key="another")))
+    only_known = place.arrival(place.run(**idempotency_fields()))
     known, new, nothing = await world.store.ingest([batch, more, only_known])
     assert [one.verdict for one in known.runs] == ["accepted", "accepted"]
     assert [one.verdict for one in new.runs] == ["repeated", "accepted"]
@@ -279,9 +297,11 @@ async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run
     assert await world.count("delivery") == 3
 
 
-async def test_equal_requests_that_two_processes_take_in_start_one_run(world: World, place: Place) -> None:
+async def test_equal_requests_that_two_processes_take_in_start_one_run(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     other = await world.another_store()
-    sent = [place.arrival(place.run(**same())) for _ in range(20)]
+    sent = [place.arrival(place.run(**idempotency_fields())) for _ in range(20)]
     answers = await asyncio.gather(
         *(store.ingest([one]) for store, one in zip([world.store, other] * 10, sent, strict=True))
     )
@@ -291,7 +311,9 @@ async def test_equal_requests_that_two_processes_take_in_start_one_run(world: Wo
     assert await world.count("execution") == await world.count("delivery") == 1
 
 
-async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(world: World, place: Place) -> None:
+async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 2, "may_wait": False}
     arrival = place.arrival(place.run(**limited), place.run(), place.run(**limited), place.run(**limited))
     (taken,) = await world.store.ingest([arrival])
@@ -303,10 +325,10 @@ async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(world:
 
 
 async def test_what_was_taken_in_by_an_attempt_whose_answer_was_lost_is_not_doubled(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     keyed = place.arrival(place.run(), idempotency=IdempotencyKey("events", "once", ""))
-    plain = place.arrival(place.run(), place.run(**same()))
+    plain = place.arrival(place.run(), place.run(**idempotency_fields()))
     first = await world.store.ingest([keyed, plain])
     assert await world.store.ingest([keyed, plain]) == first
     await world.query("UPDATE workflow SET revision = 2")
@@ -314,7 +336,9 @@ async def test_what_was_taken_in_by_an_attempt_whose_answer_was_lost_is_not_doub
     assert [await world.count(table) for table in ("execution", "delivery")] == [3, 2]
 
 
-async def test_what_has_found_no_place_at_all_may_come_again_with_its_key(world: World, place: Place) -> None:
+async def test_what_has_found_no_place_at_all_may_come_again_with_its_key(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 1, "may_wait": False}
     key = IdempotencyKey("mail", "signature", "")
     await world.store.ingest([place.arrival(place.run(**limited))])
@@ -329,7 +353,9 @@ async def test_what_has_found_no_place_at_all_may_come_again_with_its_key(world:
     assert (again.verdict, again.delivery_id) == ("repeated", came.delivery_id)
 
 
-async def test_what_is_delayed_or_unread_is_nobody_s_until_its_time(world: World, place: Place) -> None:
+async def test_what_is_delayed_or_unread_is_nobody_s_until_its_time(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
     delayed = msgspec.structs.replace(place.arrival(place.run()).runs[0], delay_until=later)
     unread = msgspec.structs.replace(place.arrival(place.run()).runs[0], is_read=False)
@@ -347,7 +373,7 @@ async def test_what_is_delayed_or_unread_is_nobody_s_until_its_time(world: World
 
 
 async def test_a_claim_counts_the_attempt_and_sets_the_lease_before_any_work(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     key = await world.accept(place, trigger='{"n":1}', timeout_seconds=60.0)
     (one,) = await world.claim(owner="me", lease_seconds=9.0)
@@ -361,7 +387,7 @@ async def test_a_claim_counts_the_attempt_and_sets_the_lease_before_any_work(
     assert await world.claim() == []
 
 
-async def test_two_processes_that_race_for_runs_get_each_once(world: World) -> None:
+async def test_two_processes_that_race_for_runs_get_each_once(world: RunDatabase) -> None:
     places = [await world.workflow() for _ in range(5)]
     runs = [place.run() for place in places for _ in range(40)]
     await world.store.accept(runs)
@@ -384,7 +410,7 @@ async def test_two_processes_that_race_for_runs_get_each_once(world: World) -> N
     assert [tuple(row.values()) for row in rows] == [("running", 1, 1)]
 
 
-async def test_organisations_are_served_in_turn(world: World) -> None:
+async def test_organisations_are_served_in_turn(world: RunDatabase) -> None:
     flood, *others = sorted(
         [await world.workflow() for _ in range(4)], key=lambda place: place.organization.id
     )
@@ -394,7 +420,7 @@ async def test_organisations_are_served_in_turn(world: World) -> None:
     assert {one.organization_id for one in claimed} == {place.organization.id for place in (flood, *others)}
 
 
-async def test_a_claim_begins_behind_the_organisation_that_was_served_last(world: World) -> None:
+async def test_a_claim_begins_behind_the_organisation_that_was_served_last(world: RunDatabase) -> None:
     places = sorted([await world.workflow() for _ in range(3)], key=lambda place: place.organization.id)
     await world.store.accept([place.run() for place in places for _ in range(2)])
     served: list[str] = []
@@ -406,7 +432,7 @@ async def test_a_claim_begins_behind_the_organisation_that_was_served_last(world
     assert served == [places[number].organization.id for number in (2, 0, 1, 2, 0, 1)]
 
 
-async def test_workflows_of_an_organisation_are_served_in_turn(world: World) -> None:
+async def test_workflows_of_an_organisation_are_served_in_turn(world: RunDatabase) -> None:
     organization = await world.organization()
     flood = await world.workflow(organization, turn=10)
     other = await world.workflow(organization, turn=700)
@@ -420,7 +446,7 @@ async def test_workflows_of_an_organisation_are_served_in_turn(world: World) -> 
         assert one.workflow_id == expected.workflow_id
 
 
-async def test_a_claim_passes_over_organisations_that_it_names(world: World) -> None:
+async def test_a_claim_passes_over_organisations_that_it_names(world: RunDatabase) -> None:
     places = sorted([await world.workflow() for _ in range(4)], key=lambda place: place.organization.id)
     await world.store.accept([place.run() for place in places for _ in range(20)])
     first, second, third, last = (place.organization.id for place in places)
@@ -433,7 +459,7 @@ async def test_a_claim_passes_over_organisations_that_it_names(world: World) -> 
     assert not await world.store.claim(ClaimQuery("worker", 30.0, 2, others_than=everybody))
 
 
-async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: World) -> None:
+async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: RunDatabase) -> None:
     organizations = [await world.organization() for _ in range(3)]
     places = [
         await world.workflow(organization, turn=turn)
@@ -451,7 +477,7 @@ async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: World) -> 
 
 
 async def test_what_was_started_goes_before_what_is_fresh_and_priority_makes_up_for_age(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     started = await world.claimed(place)
     first = await world.accept(place)
@@ -467,7 +493,7 @@ async def test_what_was_started_goes_before_what_is_fresh_and_priority_makes_up_
 
 
 async def test_a_claim_takes_no_more_than_its_limit_and_says_whether_more_may_wait(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     await world.store.accept([place.run() for _ in range(5)])
     first = await world.claim(limit=3)
@@ -476,7 +502,7 @@ async def test_a_claim_takes_no_more_than_its_limit_and_says_whether_more_may_wa
     assert (len(rest), {one.may_have_more for one in rest}) == (2, {False})
 
 
-async def test_a_claim_that_was_shared_out_says_that_more_may_wait(world: World) -> None:
+async def test_a_claim_that_was_shared_out_says_that_more_may_wait(world: RunDatabase) -> None:
     few, many = [await world.workflow() for _ in range(2)]
     await world.store.accept([few.run(), *(many.run() for _ in range(50))])
     seen = 0
@@ -487,7 +513,7 @@ async def test_a_claim_that_was_shared_out_says_that_more_may_wait(world: World)
     assert seen == 51
 
 
-async def test_a_worker_takes_only_what_is_meant_for_it(world: World, place: Place) -> None:
+async def test_a_worker_takes_only_what_is_meant_for_it(world: RunDatabase, place: OwnedWorkflow) -> None:
     key = await world.accept(place)
     await world.query("UPDATE execution SET target = 'deployment'")
     assert await world.claim() == []
@@ -520,7 +546,7 @@ FULL_SPAN = NodeSpan(
 )
 
 
-def span(
+def make_span(
     node_id: str = "a",
     status: SpanStatus = SpanStatus.COMPLETED,
     sequence: int = 1,
@@ -530,11 +556,11 @@ def span(
     return NodeSpan(node_id, node_id, "set", status, sequence, NOW, ended_at, **more)
 
 
-def line(sequence: int = 1, message: str = "hello") -> LogLine:
+def make_log_line(sequence: int = 1, message: str = "hello") -> LogLine:
     return LogLine("info", message, "a", sequence, NOW)
 
 
-async def test_spans_are_read_back_as_they_were_written(world: World) -> None:
+async def test_spans_are_read_back_as_they_were_written(world: RunDatabase) -> None:
     one = await world.claimed()
     bare = NodeSpan("b", "b", "set", SpanStatus.SKIPPED, 3, started_at=None)
     await world.store.record([write(one, spans=[FULL_SPAN, bare])])
@@ -545,30 +571,36 @@ async def test_spans_are_read_back_as_they_were_written(world: World) -> None:
     }
 
 
-async def test_a_newer_span_of_a_node_replaces_the_one_before_it(world: World) -> None:
+async def test_a_newer_span_of_a_node_replaces_the_one_before_it(world: RunDatabase) -> None:
     one = await world.claimed()
-    running = span("pay", SpanStatus.RUNNING, 1, resolved_config=b"{}")
+    running = make_span("pay", SpanStatus.RUNNING, 1, resolved_config=b"{}")
     await world.store.record([write(one, spans=[running])])
     (before,) = await world.query("SELECT id FROM span")
-    done = [span("pay", SpanStatus.RETRYING, 2), span("pay", SpanStatus.COMPLETED, 4), span("b", sequence=3)]
+    done = [
+        make_span("pay", SpanStatus.RETRYING, 2),
+        make_span("pay", SpanStatus.COMPLETED, 4),
+        make_span("b", sequence=3),
+    ]
     await world.store.record([write(one, spans=done)])
     assert (await world.store.spans([key_of(one)]))[one.execution_id] == [done[2], done[1]]
     (after,) = await world.query("SELECT id FROM span WHERE node_id = 'pay'")
     assert after == before
 
 
-async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_its_start(world: World) -> None:
+async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_its_start(
+    world: RunDatabase,
+) -> None:
     def attempt(number: int, status: SpanStatus, sequence: int, **more: Any) -> AttemptSpan:  # noqa: ANN401 - the other fields
         return AttemptSpan("pay", "Pay", "set", "0.1", number, status, sequence, **more)
 
     one = await world.claimed()
     begun = attempt(2, SpanStatus.RUNNING, 1, started_at=NOW)
-    await world.store.record([write(one, spans=[span("pay", SpanStatus.RUNNING, 2)], attempts=[begun])])
+    await world.store.record([write(one, spans=[make_span("pay", SpanStatus.RUNNING, 2)], attempts=[begun])])
     (before,) = await world.query("SELECT id FROM attempt_span")
     error = RunError("lost-attempt", "Its end is unknown", "pay", 2)
     lost = attempt(2, SpanStatus.FAILED, 3, started_at=None, error=error)
     third = [attempt(3, status, 4, started_at=NOW) for status in (SpanStatus.RUNNING, SpanStatus.COMPLETED)]
-    wrote = write(one, spans=[span("pay", sequence=5)], attempts=[lost, *third])
+    wrote = write(one, spans=[make_span("pay", sequence=5)], attempts=[lost, *third])
     assert await world.store.record([wrote]) == await world.store.record([wrote]) == {one.execution_id}
     rows = await world.query(
         "SELECT id, attempt, status, started_at, ended_at, error IS NULL AS is_well FROM attempt_span ORDER BY attempt"
@@ -583,28 +615,30 @@ async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_it
     await world.expire(one)
     await world.store.sweep(10)
     late = write(
-        one, spans=[span("pay", sequence=6)], attempts=[attempt(4, SpanStatus.FAILED, 6, started_at=NOW)]
+        one, spans=[make_span("pay", sequence=6)], attempts=[attempt(4, SpanStatus.FAILED, 6, started_at=NOW)]
     )
     assert await world.store.record([late]) == frozenset()
     assert await world.count("attempt_span") == 2
 
 
-async def test_log_lines_are_kept_once(world: World) -> None:
+async def test_log_lines_are_kept_once(world: RunDatabase) -> None:
     one = await world.claimed()
     for _ in range(2):
-        await world.store.record([write(one, logs=[line(1, "first"), line(2, "ä")])])
+        await world.store.record([write(one, logs=[make_log_line(1, "first"), make_log_line(2, "ä")])])
     rows = await world.query("SELECT sequence, message FROM log_line ORDER BY sequence")
     assert [tuple(row.values()) for row in rows] == [(1, "first"), (2, "ä")]
 
 
-async def test_a_late_write_changes_nothing_and_spoils_nothing(world: World, place: Place) -> None:
+async def test_a_late_write_changes_nothing_and_spoils_nothing(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     late, good = await world.claimed(place), await world.claimed(place)
     await world.expire(late)
     await world.store.sweep(10)
     before = await world.row(late.execution_id)
     writes = [
-        write(late, spans=[span()], logs=[line()], end=RunStatus.COMPLETED, completed_nodes=1),
-        write(good, spans=[span()], logs=[line()], completed_nodes=1),
+        write(late, spans=[make_span()], logs=[make_log_line()], end=RunStatus.COMPLETED, completed_nodes=1),
+        write(good, spans=[make_span()], logs=[make_log_line()], completed_nodes=1),
     ]
     assert await world.store.record(writes) == {good.execution_id}
     assert await world.row(late.execution_id) == before
@@ -612,7 +646,9 @@ async def test_a_late_write_changes_nothing_and_spoils_nothing(world: World, pla
     assert await world.count("span") == await world.count("log_line") == 1
 
 
-async def test_a_worker_that_lost_its_run_can_write_nothing_after_another_claimed_it(world: World) -> None:
+async def test_a_worker_that_lost_its_run_can_write_nothing_after_another_claimed_it(
+    world: RunDatabase,
+) -> None:
     first = await world.claimed()
     await world.expire(first)
     await world.store.sweep(10)
@@ -625,10 +661,10 @@ async def test_a_worker_that_lost_its_run_can_write_nothing_after_another_claime
 @pytest.mark.parametrize(
     "end", [RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED, RunStatus.CANCELLED]
 )
-async def test_an_end_is_written_once_and_never_changes(world: World, end: RunStatus) -> None:
+async def test_an_end_is_written_once_and_never_changes(world: RunDatabase, end: RunStatus) -> None:
     one = await world.claimed()
     error = RunError("node-error", "broken", "a", 1) if end is RunStatus.FAILED else None
-    await world.store.record([write(one, spans=[span()], end=end, error=error, completed_nodes=2)])
+    await world.store.record([write(one, spans=[make_span()], end=end, error=error, completed_nodes=2)])
     row = await world.row(one.execution_id)
     assert (row["status"], row["completed_nodes"]) == (end.value, 2)
     assert (row["lease_owner"], row["lease_until"]) == (None, None)
@@ -645,9 +681,9 @@ async def test_an_end_is_written_once_and_never_changes(world: World, end: RunSt
     assert await world.row(one.execution_id) == row
 
 
-async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(world: World) -> None:
+async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(world: RunDatabase) -> None:
     one = await world.claimed()
-    await world.store.record([write(one, spans=[span()], end=RunStatus.RELEASED, completed_nodes=1)])
+    await world.store.record([write(one, spans=[make_span()], end=RunStatus.RELEASED, completed_nodes=1)])
     row = await world.row(one.execution_id)
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
     assert row["ended_at"] is None
@@ -660,33 +696,33 @@ async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(wor
 @pytest.mark.parametrize("request_", ["stop", "cancel"])
 @pytest.mark.parametrize("end", [RunStatus.RELEASED, RunStatus.WAITING])
 async def test_a_run_given_back_while_its_end_was_asked_for_has_ended(
-    world: World, request_: str, end: RunStatus
+    world: RunDatabase, request_: str, end: RunStatus
 ) -> None:
     one = await world.claimed()
     await world.store.request_end(key_of(one), request_)
     due_at = datetime.now(UTC) if end is RunStatus.WAITING else None
-    await world.store.record([write(one, spans=[span()], end=end, due_at=due_at)])
+    await world.store.record([write(one, spans=[make_span()], end=end, due_at=due_at)])
     row = await world.row(one.execution_id)
     assert row["status"] == ("stopped" if request_ == "stop" else "cancelled")
     assert row["ended_at"] is not None
     assert await world.store.promote_due() == 0
 
 
-async def test_attempts_lost_before_a_new_result_are_forgiven(world: World) -> None:
+async def test_attempts_lost_before_a_new_result_are_forgiven(world: RunDatabase) -> None:
     one = await world.claimed()
     for _ in range(2):
         await world.expire(one)
         await world.store.sweep(10)
         (one,) = await world.claim() or await world.trial()
     assert one.attempt == 3
-    await world.store.record([write(one, spans=[span("a", SpanStatus.RUNNING)])])
+    await world.store.record([write(one, spans=[make_span("a", SpanStatus.RUNNING)])])
     assert (await world.row(one.execution_id))["attempt"] == 3
-    await world.store.record([write(one, spans=[span("a")], has_new_result=True)])
+    await world.store.record([write(one, spans=[make_span("a")], has_new_result=True)])
     await world.expire(one)
     assert (await world.store.sweep(10)).requeued == 1
 
 
-async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(world: World) -> None:
+async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(world: RunDatabase) -> None:
     one = await world.claimed(timeout_seconds=100.0)
     due_at = datetime.now(UTC) + timedelta(seconds=0.2)
     await world.store.record([write(one, end=RunStatus.WAITING, due_at=due_at)])
@@ -706,14 +742,14 @@ async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(world: Wo
 
 
 async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     kept, lost, ended, stopped = [await world.claimed(place) for _ in range(4)]
     await world.expire(lost)
     await world.store.sweep(10)
     await world.store.record([write(ended, end=RunStatus.COMPLETED)])
     await world.store.request_end(key_of(stopped), "stop")
-    renewed = await world.store.renew([held(one) for one in (kept, lost, ended, stopped)], 500.0)
+    renewed = await world.store.renew([lease_of(one) for one in (kept, lost, ended, stopped)], 500.0)
     assert {one.execution_id: one.request for one in renewed} == {
         kept.execution_id: None,
         stopped.execution_id: "stop",
@@ -727,7 +763,9 @@ async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_counted(world: World) -> None:
+async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_counted(
+    world: RunDatabase,
+) -> None:
     one = await world.claimed()
     assert await world.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
     await world.expire(one)
@@ -739,7 +777,7 @@ async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_cou
 
 
 async def test_a_suspect_is_claimed_for_a_trial_alone_and_two_losses_there_end_it_as_crashed(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     key = await world.suspect(place)
     other = await world.accept(place)
@@ -762,7 +800,7 @@ async def test_a_suspect_is_claimed_for_a_trial_alone_and_two_losses_there_end_i
     assert error["message"].startswith("4 workers")
 
 
-async def test_ten_lost_workers_end_a_run_though_it_was_on_trial_only_once(world: World) -> None:
+async def test_ten_lost_workers_end_a_run_though_it_was_on_trial_only_once(world: RunDatabase) -> None:
     key = await world.suspect()
     for attempt in range(3, 11):
         (one,) = await world.trial()
@@ -776,9 +814,9 @@ async def test_ten_lost_workers_end_a_run_though_it_was_on_trial_only_once(world
     assert (error["code"], error["attempt"]) == ("crashed", 10)
 
 
-async def test_a_new_result_or_a_release_clears_a_suspect(world: World, place: Place) -> None:
+async def test_a_new_result_or_a_release_clears_a_suspect(world: RunDatabase, place: OwnedWorkflow) -> None:
     for way in (
-        {"spans": [span("a")], "has_new_result": True},
+        {"spans": [make_span("a")], "has_new_result": True},
         {"end": RunStatus.RELEASED},
     ):
         await world.suspect(place)
@@ -797,7 +835,7 @@ async def test_a_new_result_or_a_release_clears_a_suspect(world: World, place: P
         await world.store.record([write(one, end=RunStatus.COMPLETED)])
 
 
-async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: World) -> None:
+async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: RunDatabase) -> None:
     key = await world.suspect()
     (one,) = await world.trial()
     assert await world.store.give_back("worker", []) == 1
@@ -808,7 +846,7 @@ async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: 
 
 
 async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_on_trial_too(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     for target in (place.workflow_id, UNPARSED_TARGET):
         key = await world.accept(place)
@@ -832,7 +870,7 @@ async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_on_trial_to
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 async def test_a_run_whose_worker_died_after_its_end_was_asked_for_has_ended(
-    world: World, request_: str, status: str
+    world: RunDatabase, request_: str, status: str
 ) -> None:
     one = await world.claimed()
     await world.store.request_end(key_of(one), request_)
@@ -844,7 +882,7 @@ async def test_a_run_whose_worker_died_after_its_end_was_asked_for_has_ended(
 
 
 async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     runs = [await world.claimed(place) for _ in range(5)]
     await world.expire(*runs[1:])
@@ -853,17 +891,17 @@ async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
 
 
 async def test_a_sweep_on_postgresql_chooses_once_whatever_the_plan(
-    on_postgres: Where, monkeypatch: pytest.MonkeyPatch
+    on_postgres: MigratedDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # What is left then looks at what it is to take anew for each row.
     for way in ("hashjoin", "mergejoin", "hashagg", "sort", "material"):
         monkeypatch.setitem(SESSION_SETTINGS, f"enable_{way}", "off")
-    async with opened(on_postgres) as world:
+    async with open_run_database(on_postgres) as world:
         await world.expire(*[await world.claimed() for _ in range(5)])
         assert [(await world.store.sweep(3)).requeued for _ in range(3)] == [3, 2, 0]
 
 
-async def test_two_sweeps_at_once_take_each_run_back_once(world: World, place: Place) -> None:
+async def test_two_sweeps_at_once_take_each_run_back_once(world: RunDatabase, place: OwnedWorkflow) -> None:
     await world.store.accept([place.run() for _ in range(40)])
     runs = await world.claim()
     await world.expire(*runs)
@@ -874,7 +912,7 @@ async def test_two_sweeps_at_once_take_each_run_back_once(world: World, place: P
     assert [row["token"] for row in rows] == [2]
 
 
-async def test_a_wait_that_is_over_goes_back_to_the_queue(world: World, place: Place) -> None:
+async def test_a_wait_that_is_over_goes_back_to_the_queue(world: RunDatabase, place: OwnedWorkflow) -> None:
     over, not_over = [await world.claimed(place) for _ in range(2)]
     now = datetime.now(UTC)
     await world.store.record(
@@ -890,7 +928,7 @@ async def test_a_wait_that_is_over_goes_back_to_the_queue(world: World, place: P
 
 
 async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     one, other = await world.claimed(place), await world.claimed(place)
     await world.query("UPDATE execution SET lease_owner = 'you' WHERE id = :id", id=other.execution_id)
@@ -904,7 +942,7 @@ async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
 
 
 async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once_and_ends_at_the_second_time(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     hog, beside = [await world.accept(place) for _ in range(2)]
     assert len(await world.claim()) == 2
@@ -926,7 +964,9 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
     assert (row["status"], row["target"], row["attempt"], row["trial_losses"]) == ("pending", "shared", 1, 0)
 
 
-async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(world: World, place: Place) -> None:
+async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
     await world.store.accept([place.run() for _ in range(3)])
     begun, unheld = await world.claim(limit=2, owner="me")
     (other,) = await world.claim(owner="me too")
@@ -942,7 +982,7 @@ async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(world: W
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 async def test_what_is_given_back_after_its_end_was_asked_for_has_ended(
-    world: World, request_: str, status: str
+    world: RunDatabase, request_: str, status: str
 ) -> None:
     one = await world.claimed()
     await world.store.request_end(key_of(one), request_)
@@ -952,7 +992,7 @@ async def test_what_is_given_back_after_its_end_was_asked_for_has_ended(
     assert row["ended_at"] is not None
 
 
-async def test_an_owner_s_name_is_no_pattern(world: World) -> None:
+async def test_an_owner_s_name_is_no_pattern(world: RunDatabase) -> None:
     await world.claimed()
     assert await world.store.take_back("w%") == await world.store.take_back("_orker") == 0
 
@@ -963,7 +1003,7 @@ async def test_an_owner_s_name_is_no_pattern(world: World) -> None:
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 @pytest.mark.parametrize("state", ["pending", "waiting", "expired"])
 async def test_a_run_that_nobody_holds_ends_at_once(
-    world: World, place: Place, state: str, request_: str, status: str
+    world: RunDatabase, place: OwnedWorkflow, state: str, request_: str, status: str
 ) -> None:
     one = await world.claimed(place)
     if state == "expired":
@@ -981,16 +1021,16 @@ async def test_a_run_that_nobody_holds_ends_at_once(
     assert await world.claim() == []
 
 
-async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(world: World) -> None:
+async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(world: RunDatabase) -> None:
     one = await world.claimed()
     asked = [await world.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")]
     assert set(asked) == {EndRequestOutcome(ExecutionStatus.RUNNING, "worker", "gateway")}
-    (renewed,) = await world.store.renew([held(one)], 30.0)
+    (renewed,) = await world.store.renew([lease_of(one)], 30.0)
     assert renewed.request == "cancel"  # the stronger request stays
     assert await world.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
 
 
-async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(world: World) -> None:
+async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(world: RunDatabase) -> None:
     one = await world.claimed()
     await world.store.request_end(key_of(one), "cancel")
     await world.expire(one)
@@ -998,7 +1038,7 @@ async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(world
     assert requested == EndRequestOutcome(ExecutionStatus.CANCELLED, None, "gateway")
 
 
-async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(world: World) -> None:
+async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(world: RunDatabase) -> None:
     one = await world.claimed()
     await world.store.record([write(one, end=RunStatus.COMPLETED)])
     expected = EndRequestOutcome(ExecutionStatus.COMPLETED, None, "gateway")
@@ -1010,13 +1050,13 @@ async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(wo
 
 
 async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_ended(
-    world: World, place: Place
+    world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     running, done = [await world.claimed(place) for _ in range(2)]
     spans = [
-        span("a", output=b'"x"'),
-        span("b", SpanStatus.SKIPPED, 2),
-        span("c", SpanStatus.RUNNING, 3, output=b'"not yet"'),
+        make_span("a", output=b'"x"'),
+        make_span("b", SpanStatus.SKIPPED, 2),
+        make_span("c", SpanStatus.RUNNING, 3, output=b'"not yet"'),
     ]
     failed = RunError("node-error", "broken")
     await world.store.record(
@@ -1034,7 +1074,7 @@ async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_
     assert json.loads(other.error or "")["message"] == "broken"
 
 
-async def test_a_key_with_the_wrong_lane_finds_nothing(world: World) -> None:
+async def test_a_key_with_the_wrong_lane_finds_nothing(world: RunDatabase) -> None:
     one = await world.claimed()
     elsewhere = ExecutionKey(one.execution_id, one.lane + 1)
     assert list(await world.store.progress([elsewhere])) == []
@@ -1043,7 +1083,7 @@ async def test_a_key_with_the_wrong_lane_finds_nothing(world: World) -> None:
 
 
 def replace_lane(one: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
-    changed = write(one, spans=[span()])
+    changed = write(one, spans=[make_span()])
     changed.lane += 1
     return changed
 
@@ -1051,7 +1091,7 @@ def replace_lane(one: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
 # ── what a fault in the middle leaves behind ──────────────────────────────────────────────────────────────
 
 
-class Proxy:
+class AnswerLosingProxy:
     """Stands before a server, and loses the answer to one request that the server has done."""
 
     def __init__(self, host: str, port: int) -> None:
@@ -1086,11 +1126,11 @@ class Proxy:
 
 
 @dataclass
-class Losing:
+class LosingStore:
     """A world on PostgreSQL, and a store behind a proxy."""
 
-    world: World
-    proxy: Proxy
+    world: RunDatabase
+    proxy: AnswerLosingProxy
     store: JournalStore
 
     async def answer_of(self, work: Awaitable[Answer], marker: str) -> Answer:
@@ -1103,20 +1143,20 @@ class Losing:
 
 
 @pytest.fixture
-async def losing(on_postgres: Where) -> AsyncIterator[Losing]:
+async def losing(on_postgres: MigratedDatabase) -> AsyncIterator[LosingStore]:
     url = parse_url(on_postgres.url)
-    proxy = Proxy(url.host or "", url.port or 0)
+    proxy = AnswerLosingProxy(url.host or "", url.port or 0)
     server = await asyncio.start_server(proxy.pass_on, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with server, opened(on_postgres) as world:
+    async with server, open_run_database(on_postgres) as world:
         store = await open_store(url.set(host="127.0.0.1", port=port))
-        yield Losing(world, proxy, store)
+        yield LosingStore(world, proxy, store)
         await store.close()
 
 
-@pytest.mark.parametrize("fields", [{}, same()], ids=["without a key", "with a key"])
+@pytest.mark.parametrize("fields", [{}, idempotency_fields()], ids=["without a key", "with a key"])
 async def test_an_acceptance_whose_answer_is_lost_is_read_back_and_not_doubled(
-    losing: Losing, fields: dict[str, Any]
+    losing: LosingStore, fields: dict[str, Any]
 ) -> None:
     place = await losing.world.workflow()
     run, other = place.run(**fields), place.run()
@@ -1125,22 +1165,24 @@ async def test_an_acceptance_whose_answer_is_lost_is_read_back_and_not_doubled(
     assert await losing.world.count("execution") == await losing.world.count("execution_data") == 2
 
 
-async def test_results_whose_commit_is_in_doubt_are_written_once_and_the_run_goes_on(losing: Losing) -> None:
+async def test_results_whose_commit_is_in_doubt_are_written_once_and_the_run_goes_on(
+    losing: LosingStore,
+) -> None:
     one = await losing.world.claimed()
-    wrote = write(one, spans=[span()], logs=[line()], completed_nodes=1)
+    wrote = write(one, spans=[make_span()], logs=[make_log_line()], completed_nodes=1)
     assert await losing.answer_of(losing.store.record([wrote]), one.execution_id) == {one.execution_id}
     assert await losing.world.count("span") == await losing.world.count("log_line") == 1
 
 
-async def test_an_end_whose_commit_is_in_doubt_is_written_once(losing: Losing) -> None:
+async def test_an_end_whose_commit_is_in_doubt_is_written_once(losing: LosingStore) -> None:
     one = await losing.world.claimed()
-    wrote = write(one, spans=[span()], end=RunStatus.COMPLETED, completed_nodes=1)
+    wrote = write(one, spans=[make_span()], end=RunStatus.COMPLETED, completed_nodes=1)
     await losing.answer_of(losing.store.record([wrote]), one.execution_id)
     assert (await losing.world.row(one.execution_id))["status"] == "completed"
     assert await losing.world.count("span") == 1
 
 
-async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing: Losing) -> None:
+async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing: LosingStore) -> None:
     place = await losing.world.workflow()
     first, second = [await losing.world.accept(place) for _ in range(2)]
     with pytest.raises(DatabaseUnavailable):
@@ -1151,20 +1193,22 @@ async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing:
     assert len(await losing.store.claim(ClaimQuery("worker", 30.0, 10))) == 2
 
 
-async def test_an_end_that_was_asked_for_in_doubt_has_come(losing: Losing) -> None:
+async def test_an_end_that_was_asked_for_in_doubt_has_come(losing: LosingStore) -> None:
     key = await losing.world.accept(await losing.world.workflow())
     requested = await losing.answer_of(losing.store.request_end(key, "stop"), key.execution_id)
     assert requested == EndRequestOutcome(ExecutionStatus.STOPPED, None, "gateway")
 
 
-async def insist(work: Callable[[], Awaitable[Answer]]) -> Answer:
+async def repeat_until_available(work: Callable[[], Awaitable[Answer]]) -> Answer:
     while True:
         with suppress(DatabaseUnavailable):
             return await work()
 
 
-async def test_each_run_ends_once_while_connections_are_cut_again_and_again(on_postgres: Where) -> None:
-    async with opened(on_postgres) as world:
+async def test_each_run_ends_once_while_connections_are_cut_again_and_again(
+    on_postgres: MigratedDatabase,
+) -> None:
+    async with open_run_database(on_postgres) as world:
         store = world.store
         place = await world.workflow()
 
@@ -1180,19 +1224,19 @@ async def test_each_run_ends_once_while_connections_are_cut_again_and_again(on_p
             try:
                 return await world.claim(limit=10)
             except DatabaseUnavailable:
-                await insist(lambda: store.give_back("worker", []))
+                await repeat_until_available(lambda: store.give_back("worker", []))
                 return []
 
         cutting = asyncio.create_task(cut())
         for number in range(100):
-            run = place.run(**same(key=str(number)))
-            (answer,) = await insist(lambda: store.accept([run]))  # noqa: B023 - it is awaited here
+            run = place.run(**idempotency_fields(key=str(number)))
+            (answer,) = await repeat_until_available(lambda: store.accept([run]))  # noqa: B023 - it is awaited here
             assert answer == AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
         ended: list[str] = []
         while len(ended) < 100:
             claimed = await claim()
-            ends = [write(one, spans=[span()], end=RunStatus.COMPLETED) for one in claimed]
-            await insist(lambda: store.record(ends))  # noqa: B023 - it is awaited here
+            ends = [write(one, spans=[make_span()], end=RunStatus.COMPLETED) for one in claimed]
+            await repeat_until_available(lambda: store.record(ends))  # noqa: B023 - it is awaited here
             ended += [one.execution_id for one in claimed]
         cutting.cancel()
         rows = await world.query("SELECT id, status FROM execution")
@@ -1202,15 +1246,15 @@ async def test_each_run_ends_once_while_connections_are_cut_again_and_again(on_p
 
 
 async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_when_it_is_back(
-    on_postgres: Where, postgres: PostgreSQL
+    on_postgres: MigratedDatabase, postgres: PostgresServer
 ) -> None:
-    async with opened(on_postgres) as world:
+    async with open_run_database(on_postgres) as world:
         place = await world.workflow()
         runs = [place.run() for _ in range(3)]
         await world.store.accept(runs[:1])
 
         async def accept(run: RunAcceptance) -> AcceptanceResult:
-            (answer,) = await insist(lambda: world.store.accept([run]))
+            (answer,) = await repeat_until_available(lambda: world.store.accept([run]))
             return answer
 
         under_way = asyncio.create_task(accept(runs[1]))
@@ -1237,7 +1281,7 @@ async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_
 
 
 async def test_a_store_that_was_opened_while_the_pooler_was_away_works_when_it_is_back(
-    behind_pgbouncer: Where, pgbouncer: PgBouncer
+    behind_pgbouncer: MigratedDatabase, pgbouncer: PgBouncer
 ) -> None:
     await asyncio.to_thread(pgbouncer.stop)
     store = await open_store(parse_url(behind_pgbouncer.url))
@@ -1250,8 +1294,8 @@ async def test_a_store_that_was_opened_while_the_pooler_was_away_works_when_it_i
     await store.close()
 
 
-async def test_a_server_that_only_reads_is_away_for_writers(on_postgres: Where) -> None:
-    async with opened(on_postgres) as world:
+async def test_a_server_that_only_reads_is_away_for_writers(on_postgres: MigratedDatabase) -> None:
+    async with open_run_database(on_postgres) as world:
         place = await world.workflow()
         database = make_url(on_postgres.url).database
         await world.query(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
@@ -1268,13 +1312,13 @@ async def test_a_server_that_only_reads_is_away_for_writers(on_postgres: Where) 
 
 
 @pytest.fixture
-async def sqlite_world(on_sqlite: Where) -> AsyncIterator[World]:
-    async with opened(on_sqlite) as world:
+async def sqlite_world(on_sqlite: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(on_sqlite) as world:
         yield world
 
 
 async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
-    sqlite_world: World, monkeypatch: pytest.MonkeyPatch
+    sqlite_world: RunDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite_store, "SQLITE_BUSY_SECONDS", 0.5)
     store = await sqlite_world.another_store()
@@ -1292,7 +1336,7 @@ async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
 
 
 async def test_a_file_that_cannot_be_opened_is_reported_until_it_can(
-    tmp_path: Path, on_sqlite: Where
+    tmp_path: Path, on_sqlite: MigratedDatabase
 ) -> None:
     folder = tmp_path / "not there yet"
     store = await open_store(parse_url(f"sqlite:///{folder}/pilotflame.db"))
@@ -1304,7 +1348,7 @@ async def test_a_file_that_cannot_be_opened_is_reported_until_it_can(
     await store.close()
 
 
-async def test_a_store_that_was_closed_answers_nobody(sqlite_world: World) -> None:
+async def test_a_store_that_was_closed_answers_nobody(sqlite_world: RunDatabase) -> None:
     store = await sqlite_world.another_store()
     await store.sweep(10)
     await store.close()
@@ -1313,7 +1357,7 @@ async def test_a_store_that_was_closed_answers_nobody(sqlite_world: World) -> No
             await asyncio.wait_for(call, 60)
 
 
-async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_world: World) -> None:
+async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_world: RunDatabase) -> None:
     place = await sqlite_world.workflow()
     runs = [place.run(timeout_seconds=1e30 if number == 5 else 1.0) for number in range(10)]
     answers = await asyncio.gather(
@@ -1337,7 +1381,7 @@ PENDING = (
 )
 
 
-async def fill(world: World, first: int, last: int, organizations: int) -> None:
+async def fill(world: RunDatabase, first: int, last: int, organizations: int) -> None:
     """Insert pending runs by the thousand."""
     if is_sqlite(world.url):
         counted = "SELECT :first UNION ALL SELECT n + 1 FROM s WHERE n < :last"
@@ -1361,7 +1405,7 @@ async def fill(world: World, first: int, last: int, organizations: int) -> None:
 
 
 @dataclass
-class Spy:
+class StatementSpy:
     """What a store has sent to its database."""
 
     statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
@@ -1371,8 +1415,8 @@ class Spy:
 
 
 @pytest.fixture
-def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
-    spy = Spy()
+def spy(monkeypatch: pytest.MonkeyPatch) -> StatementSpy:
+    spy = StatementSpy()
     fetch = asyncpg.Pool.fetch
     connect = sqlite_store._open_connection  # noqa: SLF001 - nothing else sees the connection
 
@@ -1400,11 +1444,11 @@ def spy(monkeypatch: pytest.MonkeyPatch) -> Spy:
     return spy
 
 
-def nodes_of(plan: dict[str, Any]) -> list[dict[str, Any]]:
-    return [plan, *(node for inner in plan.get("Plans", []) for node in nodes_of(inner))]
+def plan_nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
+    return [plan, *(node for inner in plan.get("Plans", []) for node in plan_nodes(inner))]
 
 
-async def scans_of(sent: tuple[str, tuple[Any, ...]], where: Where) -> list[dict[str, Any]]:
+async def explain_scans(sent: tuple[str, tuple[Any, ...]], where: MigratedDatabase) -> list[dict[str, Any]]:
     """Run what was sent once more, and return how it reads the table of executions."""
     statement, arguments = sent
     connection = await asyncpg.connect(where.url.replace("+asyncpg", ""), server_settings=SESSION_SETTINGS)
@@ -1413,7 +1457,7 @@ async def scans_of(sent: tuple[str, tuple[Any, ...]], where: Where) -> list[dict
     finally:
         await connection.close()
     (explained,) = json.loads(text)
-    nodes = nodes_of(explained["Plan"])
+    nodes = plan_nodes(explained["Plan"])
     return [
         node for node in nodes if node.get("Relation Name") == "execution" and "Scan" in node["Node Type"]
     ]
@@ -1422,9 +1466,9 @@ async def scans_of(sent: tuple[str, tuple[Any, ...]], where: Where) -> list[dict
 @pytest.mark.parametrize("organizations", [1, 1_000])
 @pytest.mark.parametrize("statistics", ["missing", "stale", "fresh"])
 async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
-    on_postgres: Where, spy: Spy, organizations: int, statistics: str
+    on_postgres: MigratedDatabase, spy: StatementSpy, organizations: int, statistics: str
 ) -> None:
-    async with opened(on_postgres) as world:
+    async with open_run_database(on_postgres) as world:
         # Else the statistics may be of any moment in between.
         await world.query("ALTER TABLE execution SET (autovacuum_enabled = false)")
         if statistics == "stale":
@@ -1433,9 +1477,9 @@ async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
         if statistics == "fresh":
             await world.query("ANALYZE execution")
         await world.store.sweep(1)
-        looking = await scans_of(spy.statements[-1], on_postgres)
+        looking = await explain_scans(spy.statements[-1], on_postgres)
         await world.claim(limit=50)
-        scans = await scans_of(spy.statements[-1], on_postgres)
+        scans = await explain_scans(spy.statements[-1], on_postgres)
     assert [node.get("Index Name") for node in looking] == ["ix_execution_pending"]
     assert {node.get("Index Name") for node in scans} <= {"ix_execution_pending", "execution_pkey"}
     rows_read = sum(
@@ -1445,7 +1489,7 @@ async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
 
 
 async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
-    sqlite_world: World, spy: Spy
+    sqlite_world: RunDatabase, spy: StatementSpy
 ) -> None:
     costs: list[int] = []
     for first, last in ((1, 1_000), (1_001, 20_000)):
@@ -1470,9 +1514,9 @@ async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
 
 
 async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadlock(
-    on_postgres: Where, spy: Spy
+    on_postgres: MigratedDatabase, spy: StatementSpy
 ) -> None:
-    async with opened(on_postgres) as world:
+    async with open_run_database(on_postgres) as world:
         place = await world.workflow()
         await world.store.accept([place.run() for _ in range(200)])
         claimed = list(await world.claim(limit=200))
@@ -1481,7 +1525,7 @@ async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadloc
         async def renew() -> None:
             for _ in range(30):
                 random.shuffle(claimed)
-                assert len(await leases.renew([held(one) for one in claimed], 30.0)) == 200
+                assert len(await leases.renew([lease_of(one) for one in claimed], 30.0)) == 200
 
         async def record() -> None:
             for _ in range(30):
@@ -1491,10 +1535,10 @@ async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadloc
         assert spy.errors == []
 
 
-async def test_every_hot_statement_names_the_lane(world: World, spy: Spy) -> None:
+async def test_every_hot_statement_names_the_lane(world: RunDatabase, spy: StatementSpy) -> None:
     store = await world.another_store()
     place = await world.workflow()
-    run = place.run(**same())
+    run = place.run(**idempotency_fields())
     key = ExecutionKey(run.execution_id, run.lane)
     definition = DefinitionKey(run.organization_id, run.definition_hash, run.lane)
     by_call: dict[str, list[str]] = {}
@@ -1506,10 +1550,10 @@ async def test_every_hot_statement_names_the_lane(world: World, spy: Spy) -> Non
         return answer
 
     await tell("accept", store.accept([run]))
-    await tell("accept again", store.accept([place.run(**same())]))
+    await tell("accept again", store.accept([place.run(**idempotency_fields())]))
     (one,) = await tell("claim", store.claim(ClaimQuery("worker", 30.0, 10)))
-    await tell("renew", store.renew([held(one)], 30.0))
-    await tell("record", store.record([write(one, spans=[span()], logs=[line()])]))
+    await tell("renew", store.renew([lease_of(one)], 30.0))
+    await tell("record", store.record([write(one, spans=[make_span()], logs=[make_log_line()])]))
     await tell("definitions", store.definitions([definition]))
     await tell("spans", store.spans([key]))
     await tell("progress", store.progress([key]))

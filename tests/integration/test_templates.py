@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.integration.gateway_world import People, Person, World, refused
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 from workers.main import run_worker
 from workers.settings import WorkerSettings
 
@@ -28,7 +28,7 @@ SHIPPED = (
 
 
 @pytest.fixture(scope="module")
-async def world_with_worker(world: World) -> AsyncIterator[World]:
+async def world_with_worker(world: GatewayHarness) -> AsyncIterator[GatewayHarness]:
     gateway = world.gateway
     settings = WorkerSettings(
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
@@ -39,19 +39,19 @@ async def world_with_worker(world: World) -> AsyncIterator[World]:
 
 
 @pytest.fixture
-def person(world_with_worker: World, people: People) -> Person:
+def person(world_with_worker: GatewayHarness, people: OrganizationUsers) -> UserClient:
     assert world_with_worker
     return people.owner
 
 
-def folder(world: World, person: Person) -> Path:
+def organization_folder(world: GatewayHarness, person: UserClient) -> Path:
     """Return where the files of a person's organisation are."""
     path = world.gateway.settings.data_dir / "files" / person.user.organization_id
     path.mkdir(parents=True, exist_ok=True)
     return path
 
 
-async def database(person: Person, file: str) -> str:
+async def create_sqlite_source(person: UserClient, file: str) -> str:
     """Make a data source of a SQLite file; returns its id."""
     body = {"name": file, "type": "sqlite", "settings": {"file": file}}
     response = await person.api.post("/api/v1/datasources", json=body)
@@ -60,7 +60,7 @@ async def database(person: Person, file: str) -> str:
     return source_id
 
 
-async def used(person: Person, template: str, references: Mapping[str, str] | None = None) -> str:
+async def use_template(person: UserClient, template: str, references: Mapping[str, str] | None = None) -> str:
     """Make a workflow out of a template, which must be fit to be activated; returns its id."""
     body = {"templateId": template, "references": references or {}}
     response = await person.api.post("/api/v1/workflows/from-template", json=body)
@@ -71,7 +71,7 @@ async def used(person: Person, template: str, references: Mapping[str, str] | No
     return workflow_id
 
 
-async def begun(person: Person, workflow_id: str, inputs: Mapping[str, Any]) -> str:
+async def start_run(person: UserClient, workflow_id: str, inputs: Mapping[str, Any]) -> str:
     response = await person.api.post(
         f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": dict(inputs)}
     )
@@ -80,7 +80,7 @@ async def begun(person: Person, workflow_id: str, inputs: Mapping[str, Any]) -> 
     return execution_id
 
 
-async def outputs(person: Person, execution_id: str) -> dict[str, Any]:
+async def wait_for_outputs(person: UserClient, execution_id: str) -> dict[str, Any]:
     """Wait for a run to complete; returns its outputs by node."""
     response = await person.api.get(f"/api/v1/executions/{execution_id}/progress?wait=20")
     progress = response.json()
@@ -91,25 +91,27 @@ async def outputs(person: Person, execution_id: str) -> dict[str, Any]:
     return found
 
 
-async def result(person: Person, workflow_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    return await outputs(person, await begun(person, workflow_id, inputs))
+async def run_to_outputs(person: UserClient, workflow_id: str, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return await wait_for_outputs(person, await start_run(person, workflow_id, inputs))
 
 
-async def test_everybody_finds_them_and_nobody_can_change_them(people: People) -> None:
+async def test_everybody_finds_them_and_nobody_can_change_them(people: OrganizationUsers) -> None:
     for person in (people.owner, people.stranger):
         listed = (await person.api.get("/api/v1/workflows/templates")).json()
         assert [one["id"] for one in listed["templates"]] == [*SHIPPED]
         assert listed["count"] == len(SHIPPED)
         assert all(one["nodes"] and one["description"] for one in listed["templates"])
     for template in SHIPPED:
-        refused(
+        assert_refused(
             await people.admin.api.put(f"/api/v1/workflows/{template}", json={"name": "Mine"}),
             404,
             "not-found",
         )
 
 
-async def test_they_stand_behind_the_templates_of_the_organisation_page_by_page(people: People) -> None:
+async def test_they_stand_behind_the_templates_of_the_organisation_page_by_page(
+    people: OrganizationUsers,
+) -> None:
     workflow_id = await people.admin.create(name="Ours")
     await people.admin.api.post(f"/api/v1/workflows/{workflow_id}/save-as-template")
     names: list[str] = []
@@ -120,7 +122,7 @@ async def test_they_stand_behind_the_templates_of_the_organisation_page_by_page(
     assert (len(names), names[0], len(set(names))) == (len(SHIPPED) + 1, "Ours", len(names))
 
 
-async def test_what_a_template_names_may_be_filled_in_later(people: People) -> None:
+async def test_what_a_template_names_may_be_filled_in_later(people: OrganizationUsers) -> None:
     body = {"templateId": "wf_tmpl_daily-etl", "name": "Later"}
     response = await people.owner.api.post("/api/v1/workflows/from-template", json=body)
     workflow = await people.owner.workflow(response.json()["workflowId"])
@@ -128,17 +130,19 @@ async def test_what_a_template_names_may_be_filled_in_later(people: People) -> N
     extract = next(node for node in workflow["nodes"] if node["id"] == "extract")
     assert "dataSource" not in extract["config"]
     unknown = {"templateId": "wf_tmpl_daily-etl", "references": {"nothing": "ds_1"}}
-    refused(
+    assert_refused(
         await people.owner.api.post("/api/v1/workflows/from-template", json=unknown), 422, "validation-failed"
     )
 
 
 async def test_the_daily_etl_writes_the_revenue_of_each_country_and_year(
-    world: World, person: Person
+    world: GatewayHarness, person: UserClient
 ) -> None:
-    shutil.copy(DATA / "invoices.db", folder(world, person) / "invoices.db")
-    workflow_id = await used(person, SHIPPED[3], {"source": await database(person, "invoices.db")})
-    await result(person, workflow_id, {})
+    shutil.copy(DATA / "invoices.db", organization_folder(world, person) / "invoices.db")
+    workflow_id = await use_template(
+        person, SHIPPED[3], {"source": await create_sqlite_source(person, "invoices.db")}
+    )
+    await run_to_outputs(person, workflow_id, {})
     revenue: dict[tuple[str, str], float] = defaultdict(float)
     connection = sqlite3.connect(DATA / "invoices.db")
     for country, date, total in connection.execute(
@@ -146,7 +150,9 @@ async def test_the_daily_etl_writes_the_revenue_of_each_country_and_year(
     ):
         revenue[date[:4], country] += total
     connection.close()
-    with (folder(world, person) / "objects" / "reports" / "revenue.csv").open(newline="") as file:
+    with (organization_folder(world, person) / "objects" / "reports" / "revenue.csv").open(
+        newline=""
+    ) as file:
         rows = list(csv.DictReader(file))
     assert {(row["year"], row["country"]): float(row["revenue"]) for row in rows} == {
         place: round(total, 2) for place, total in revenue.items()
@@ -154,9 +160,9 @@ async def test_the_daily_etl_writes_the_revenue_of_each_country_and_year(
     assert rows == sorted(rows, key=lambda row: (row["year"], -float(row["revenue"]), row["country"]))
 
 
-async def test_the_csv_report_counts_and_weighs_the_penguins_of_each_island(person: Person) -> None:
+async def test_the_csv_report_counts_and_weighs_the_penguins_of_each_island(person: UserClient) -> None:
     text = (DATA / "penguins.csv").read_text()
-    found = (await result(person, await used(person, SHIPPED[2]), {"csv": text}))["report"]
+    found = (await run_to_outputs(person, await use_template(person, SHIPPED[2]), {"csv": text}))["report"]
     grams: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row in csv.DictReader(text.splitlines()):
         if row["body_mass_g"] != "NA":
@@ -171,15 +177,17 @@ async def test_the_csv_report_counts_and_weighs_the_penguins_of_each_island(pers
 
 
 async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
-    world: World, person: Person
+    world: GatewayHarness, person: UserClient
 ) -> None:
-    workflow_id = await used(person, SHIPPED[4], {"target": await database(person, "orders.db")})
+    workflow_id = await use_template(
+        person, SHIPPED[4], {"target": await create_sqlite_source(person, "orders.db")}
+    )
     orders = json.loads((DATA / "orders.json").read_text())
-    written = (await result(person, workflow_id, {"orders": orders}))["store"]["written"]
-    again = (await result(person, workflow_id, {"orders": orders[:1]}))["store"]["written"]
-    alone = (await result(person, workflow_id, {**orders[0], "id": "ord_2000"}))["store"]["written"]
+    written = (await run_to_outputs(person, workflow_id, {"orders": orders}))["store"]["written"]
+    again = (await run_to_outputs(person, workflow_id, {"orders": orders[:1]}))["store"]["written"]
+    alone = (await run_to_outputs(person, workflow_id, {**orders[0], "id": "ord_2000"}))["store"]["written"]
     assert (written, again, alone) == (3, 0, 1)
-    connection = sqlite3.connect(folder(world, person) / "orders.db")
+    connection = sqlite3.connect(organization_folder(world, person) / "orders.db")
     stored = connection.execute("SELECT id, customer, total FROM orders ORDER BY id").fetchall()
     connection.close()
     assert stored == [
@@ -190,7 +198,7 @@ async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
     ]
 
 
-async def test_a_polled_feed_tells_what_is_new_and_what_was_revised(person: Person) -> None:
+async def test_a_polled_feed_tells_what_is_new_and_what_was_revised(person: UserClient) -> None:
     feed = json.loads((DATA / "earthquakes.json").read_text())
     features = feed["features"]
     feed["features"] = features[:20]
@@ -206,13 +214,15 @@ async def test_a_polled_feed_tells_what_is_new_and_what_was_revised(person: Pers
     await site.start()
     port = runner.addresses[0][1]
     try:
-        workflow_id = await used(person, SHIPPED[0], {"memory": await database(person, "quakes.db")})
+        workflow_id = await use_template(
+            person, SHIPPED[0], {"memory": await create_sqlite_source(person, "quakes.db")}
+        )
         inputs = {"url": f"http://127.0.0.1:{port}/feed"}
-        first = await result(person, workflow_id, inputs)
-        nothing = await result(person, workflow_id, inputs)
+        first = await run_to_outputs(person, workflow_id, inputs)
+        nothing = await run_to_outputs(person, workflow_id, inputs)
         feed["features"] = features
         features[0]["properties"]["mag"] = 9.1
-        changed = await result(person, workflow_id, inputs)
+        changed = await run_to_outputs(person, workflow_id, inputs)
     finally:
         await runner.cleanup()
     assert first["news"]["text"] == "20 new and 0 revised earthquakes"
@@ -223,28 +233,30 @@ async def test_a_polled_feed_tells_what_is_new_and_what_was_revised(person: Pers
 
 @pytest.mark.parametrize("choice", ["approve", "reject"])
 async def test_a_price_is_written_when_somebody_has_approved_it(
-    world: World, person: Person, choice: str
+    world: GatewayHarness, person: UserClient, choice: str
 ) -> None:
-    workflow_id = await used(person, SHIPPED[1], {"target": await database(person, "prices.db")})
+    workflow_id = await use_template(
+        person, SHIPPED[1], {"target": await create_sqlite_source(person, "prices.db")}
+    )
     small = {"product": "Pencil", "price": 2, "requestedBy": "Eve"}
-    assert (await result(person, workflow_id, small))["write"] == {"written": 1}
+    assert (await run_to_outputs(person, workflow_id, small))["write"] == {"written": 1}
     large = {"product": "Piano", "price": 9000, "requestedBy": "Eve"}
-    execution_id = await begun(person, workflow_id, large)
-    asked = await pending(person, execution_id)
+    execution_id = await start_run(person, workflow_id, large)
+    asked = await wait_for_input(person, execution_id)
     assert asked["title"] == "Change the price of Piano to 9000?"
     response = await person.api.post(
         f"/api/v1/executions/{execution_id}/input", json={"nodeId": asked["nodeId"], "choice": choice}
     )
     assert response.status_code == 200, response.text
-    found = await outputs(person, execution_id)
+    found = await wait_for_outputs(person, execution_id)
     assert ("write" in found, "refused" in found) == (choice == "approve", choice == "reject")
-    connection = sqlite3.connect(folder(world, person) / "prices.db")
+    connection = sqlite3.connect(organization_folder(world, person) / "prices.db")
     stored = dict(connection.execute("SELECT product, approved_by FROM price"))
     connection.close()
     assert stored == {"Pencil": None} | ({"Piano": person.user.id} if choice == "approve" else {})
 
 
-async def pending(person: Person, execution_id: str) -> dict[str, Any]:
+async def wait_for_input(person: UserClient, execution_id: str) -> dict[str, Any]:
     """Wait until a run asks somebody; returns what it asks."""
     for _ in range(100):
         body = (await person.api.get(f"/api/v1/executions/{execution_id}/pending-inputs")).json()

@@ -22,8 +22,8 @@ from messages.local_broker import LocalBroker
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES
 from nodes import catalog
-from tests.integration.gateway_world import People, Person, World
-from tests.receiver import receiving
+from tests.http_receiver import run_receiver
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
 from workers.main import run_worker
 from workers.settings import WorkerSettings
 
@@ -48,7 +48,7 @@ ASKS: dict[str, Any] = {
 }
 
 
-def calling(workflow_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+def sub_workflow_graph(workflow_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
     """Return a graph that runs a workflow and hands on what comes of it."""
     return {
         "nodes": [
@@ -60,7 +60,7 @@ def calling(workflow_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 
 
 
 @asynccontextmanager
-async def worker(world: World, **settings: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a field of WorkerSettings
+async def serve_worker(world: GatewayHarness, **settings: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a field of WorkerSettings
     """Let a worker run whatever its sweeps find."""
     gateway = world.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
@@ -71,14 +71,14 @@ async def worker(world: World, **settings: Any) -> AsyncIterator[None]:  # noqa:
     await broker.close()
 
 
-async def got(person: Person, path: str) -> dict[str, Any]:
+async def get_json(person: UserClient, path: str) -> dict[str, Any]:
     response = await person.api.get(EXECUTIONS + path)
     assert response.status_code == 200, response.text
     shown: dict[str, Any] = response.json()
     return shown
 
 
-async def executed(person: Person, workflow_id: str, **inputs: Any) -> str:  # noqa: ANN401 - any JSON value
+async def execute_workflow(person: UserClient, workflow_id: str, **inputs: Any) -> str:  # noqa: ANN401 - any JSON value
     response = await person.api.post(
         f"/api/v1/workflows/{workflow_id}/execute", json={"triggerInputs": inputs}
     )
@@ -87,35 +87,37 @@ async def executed(person: Person, workflow_id: str, **inputs: Any) -> str:  # n
     return execution_id
 
 
-async def question(person: Person, execution_id: str) -> dict[str, Any]:
+async def wait_for_question(person: UserClient, execution_id: str) -> dict[str, Any]:
     """Wait until an execution asks something."""
-    while not (shown := await got(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows tell nobody
+    while not (shown := await get_json(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows tell nobody
         await asyncio.sleep(0.02)
     found: dict[str, Any] = shown["inputs"][0]
     return found
 
 
-async def say(person: Person, execution_id: str, choice: str) -> None:
+async def say(person: UserClient, execution_id: str, choice: str) -> None:
     body = {"nodeId": "ask", "choice": choice, "data": {"how": "well"}}
     response = await person.api.post(f"{EXECUTIONS}/{execution_id}/input", json=body)
     assert response.status_code == 200, response.text
 
 
-async def ended(person: Person, execution_id: str) -> dict[str, Any]:
-    while (shown := await got(person, f"/{execution_id}/progress?wait=0"))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - as above
+async def wait_until_ended(person: UserClient, execution_id: str) -> dict[str, Any]:
+    while (shown := await get_json(person, f"/{execution_id}/progress?wait=0"))[  # noqa: ASYNC110 - as above
+        "status"
+    ] not in TERMINAL_STATUSES:
         await asyncio.sleep(0.02)
     return shown
 
 
-async def children_of(person: Person, execution_id: str) -> Sequence[dict[str, Any]]:
+async def wait_for_children(person: UserClient, execution_id: str) -> Sequence[dict[str, Any]]:
     """Wait until an execution has started others."""
-    while not (found := (await got(person, f"?parent_id={execution_id}"))["executions"]):  # noqa: ASYNC110 - as above
+    while not (found := (await get_json(person, f"?parent_id={execution_id}"))["executions"]):  # noqa: ASYNC110 - as above
         await asyncio.sleep(0.02)
     children: Sequence[dict[str, Any]] = found
     return children
 
 
-async def dead_workers_claim(world: World, execution_id: str) -> ClaimedRun:
+async def claim_for_dead_worker(world: GatewayHarness, execution_id: str) -> ClaimedRun:
     """Claim a run for a worker that will never be heard of again."""
     store = world.gateway.store
     for _ in range(100):
@@ -129,51 +131,59 @@ async def dead_workers_claim(world: World, execution_id: str) -> ClaimedRun:
 # ── people ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_run_asks_and_goes_on_with_the_answer(world: World, people: People) -> None:
+async def test_a_run_asks_and_goes_on_with_the_answer(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**ASKS)
-    async with worker(world):
-        agreed, refused = [await executed(people.owner, workflow_id) for _ in range(2)]
-        shown = await question(people.owner, agreed)
+    async with serve_worker(world):
+        agreed, refused = [await execute_workflow(people.owner, workflow_id) for _ in range(2)]
+        shown = await wait_for_question(people.owner, agreed)
         assert (shown["nodeId"], shown["title"], shown["expiresAt"]) == ("ask", "Go on?", None)
         assert shown["choices"] == [{"port": "yes", "label": "yes"}, {"port": "no", "label": "no"}]
         await say(people.admin, agreed, "yes")
-        await question(people.owner, refused)
+        await wait_for_question(people.owner, refused)
         await say(people.owner, refused, "no")
-        outputs = (await ended(people.owner, agreed))["outputs"]
+        outputs = (await wait_until_ended(people.owner, agreed))["outputs"]
         assert outputs["ask"]["by"] == people.admin.user.id
         assert outputs["go"]["went"] == "well"
-        failed = await ended(people.owner, refused)
+        failed = await wait_until_ended(people.owner, refused)
     assert (failed["status"], failed["error"]["message"]) == ("failed", "Refused")
 
 
-async def test_an_answer_survives_the_worker_that_had_it_in_hand(world: World, people: People) -> None:
+async def test_an_answer_survives_the_worker_that_had_it_in_hand(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     workflow_id = await people.owner.create(**ASKS)
-    execution_id = await executed(people.owner, workflow_id)
-    async with worker(world):
-        await question(people.owner, execution_id)
+    execution_id = await execute_workflow(people.owner, workflow_id)
+    async with serve_worker(world):
+        await wait_for_question(people.owner, execution_id)
     await say(people.owner, execution_id, "yes")
-    assert (await dead_workers_claim(world, execution_id)).signals == 1
-    async with worker(world):
-        shown = await ended(people.owner, execution_id)
+    assert (await claim_for_dead_worker(world, execution_id)).signals == 1
+    async with serve_worker(world):
+        shown = await wait_until_ended(people.owner, execution_id)
     assert (shown["status"], shown["outputs"]["go"]["went"]) == ("completed", "well")
 
 
 @ON_ONE
-async def test_whoever_is_not_answered_in_time_goes_on_without(world: World, people: People) -> None:
+async def test_whoever_is_not_answered_in_time_goes_on_without(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     config = {"title": "Quick?", "expiresInSeconds": 1, "onExpiry": "continue"}
     nodes = [{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "human-input", "config": config}]
     workflow_id = await people.owner.create(nodes=nodes, connections=[{"source": "start", "target": "ask"}])
-    async with worker(world):
-        execution_id = await executed(people.owner, workflow_id)
-        shown = await ended(people.owner, execution_id)
+    async with serve_worker(world):
+        execution_id = await execute_workflow(people.owner, workflow_id)
+        shown = await wait_until_ended(people.owner, execution_id)
     assert shown["outputs"]["ask"] == {"data": None, "choice": None, "by": None, "at": None}
 
 
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(world: World, people: People) -> None:
-    async with receiving() as receiver, worker(world, outbound_allowed_networks="127.0.0.1/32"):
+async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with run_receiver() as receiver, serve_worker(world, outbound_allowed_networks="127.0.0.1/32"):
         receiver.answers = ["204 No Content", "500 Internal Server Error"]
         post = {"url": receiver.url(), "method": "POST", "body": "{{ item }}"}
         workflow_id = await people.owner.create(
@@ -187,10 +197,10 @@ async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(world: World
                 {"source": "each", "sourcePort": "continue", "target": "post"},
             ],
         )
-        failed_id = await executed(people.owner, workflow_id)
-        assert (await ended(people.owner, failed_id))["status"] == "failed"
+        failed_id = await execute_workflow(people.owner, workflow_id)
+        assert (await wait_until_ended(people.owner, failed_id))["status"] == "failed"
         response = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")
-        resumed = await ended(people.owner, response.json()["executionId"])
+        resumed = await wait_until_ended(people.owner, response.json()["executionId"])
     assert (resumed["status"], resumed["outputs"]["each"]["count"]) == ("completed", 3)
     assert [json.loads(one.body) for one in receiver.received] == [1, 2, 2, 3]
 
@@ -198,28 +208,30 @@ async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(world: World
 # ── other runs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_run_goes_on_with_what_came_of_another(world: World, people: People) -> None:
+async def test_a_run_goes_on_with_what_came_of_another(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     inner = await people.owner.create(**ASKS)
-    outer = await people.owner.create(**calling(inner, inputs={"n": "{{ data.body.n }}"}))
-    async with worker(world):
-        agreed, refused = [await executed(people.owner, outer, n=7) for _ in range(2)]
-        (child,) = await children_of(people.owner, agreed)
+    outer = await people.owner.create(**sub_workflow_graph(inner, inputs={"n": "{{ data.body.n }}"}))
+    async with serve_worker(world):
+        agreed, refused = [await execute_workflow(people.owner, outer, n=7) for _ in range(2)]
+        (child,) = await wait_for_children(people.owner, agreed)
         assert (child["workflowId"], child["triggerType"], child["rootId"]) == (inner, "sub-workflow", agreed)
-        assert (await got(people.owner, f"/{child['id']}"))["trigger"]["data"] == {"body": {"n": 7}}
-        await question(people.owner, child["id"])
+        assert (await get_json(people.owner, f"/{child['id']}"))["trigger"]["data"] == {"body": {"n": 7}}
+        await wait_for_question(people.owner, child["id"])
         await say(people.owner, child["id"], "yes")
-        assert (await ended(people.owner, agreed))["outputs"]["sub"]["went"] == "well"
+        assert (await wait_until_ended(people.owner, agreed))["outputs"]["sub"]["went"] == "well"
 
-        (child,) = await children_of(people.owner, refused)
-        await question(people.owner, child["id"])
+        (child,) = await wait_for_children(people.owner, refused)
+        await wait_for_question(people.owner, child["id"])
         await say(people.owner, child["id"], "no")
-        failed = await ended(people.owner, refused)
+        failed = await wait_until_ended(people.owner, refused)
     assert (failed["status"], failed["error"]["nodeId"]) == ("failed", "sub")
     assert "Refused" in failed["error"]["message"]
 
 
 async def test_the_error_inside_a_sub_workflow_is_the_cause_of_the_runs_around_it(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     url = "http://127.0.0.1:9/orders?token=s3cret"
     inner = await people.owner.create(
@@ -229,12 +241,14 @@ async def test_the_error_inside_a_sub_workflow_is_the_cause_of_the_runs_around_i
         ],
         connections=[{"source": "start", "target": "fetch"}],
     )
-    middle = await people.owner.create(**calling(inner))
-    async with worker(world):
-        outermost = await executed(people.owner, await people.owner.create(**calling(middle)))
-        error = (await ended(people.owner, outermost))["error"]
-    (between,) = await children_of(people.owner, outermost)
-    (innermost,) = await children_of(people.owner, between["id"])
+    middle = await people.owner.create(**sub_workflow_graph(inner))
+    async with serve_worker(world):
+        outermost = await execute_workflow(
+            people.owner, await people.owner.create(**sub_workflow_graph(middle))
+        )
+        error = (await wait_until_ended(people.owner, outermost))["error"]
+    (between,) = await wait_for_children(people.owner, outermost)
+    (innermost,) = await wait_for_children(people.owner, between["id"])
     cause = innermost["error"]["cause"]
     assert cause == {
         "code": "address-not-allowed",
@@ -245,17 +259,17 @@ async def test_the_error_inside_a_sub_workflow_is_the_cause_of_the_runs_around_i
     }
     assert (error["code"], error["nodeId"]) == ("node-error", "sub")
     assert error["cause"] == between["error"]["cause"] == {**cause, "executionId": innermost["id"]}
-    assert (await got(people.owner, f"/{outermost}"))["error"] == error
+    assert (await get_json(people.owner, f"/{outermost}"))["error"] == error
 
 
 async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_the_commit(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     inner = await people.owner.create(nodes=ASKS["nodes"][:1], connections=[])
-    outer = await people.owner.create(**calling(inner))
-    execution_id = await executed(people.owner, outer)
+    outer = await people.owner.create(**sub_workflow_graph(inner))
+    execution_id = await execute_workflow(people.owner, outer)
     gateway = world.gateway
-    run = await dead_workers_claim(world, execution_id)
+    run = await claim_for_dead_worker(world, execution_id)
     starting = NodeSpan(
         "sub",
         "Sub",
@@ -272,37 +286,39 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
     )
     caller = RunCaller(run.organization_id, run.user_id, run.workflow_id, execution_id, run.key_id)
     await starter.start(caller, inner, {}, node_id="sub", iteration="", awaited=True)
-    async with worker(world):
-        shown = await ended(people.owner, execution_id)
-        assert (shown["status"], len(await children_of(people.owner, execution_id))) == ("completed", 1)
+    async with serve_worker(world):
+        shown = await wait_until_ended(people.owner, execution_id)
+        assert (shown["status"], len(await wait_for_children(people.owner, execution_id))) == ("completed", 1)
 
 
-async def test_whoever_is_waited_for_is_cancelled_with_its_parent(world: World, people: People) -> None:
+async def test_whoever_is_waited_for_is_cancelled_with_its_parent(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     inner = await people.owner.create(**ASKS)
-    middle = await people.owner.create(**calling(inner))
-    outer = await people.owner.create(**calling(middle))
-    async with worker(world):
-        execution_id = await executed(people.owner, outer)
-        (child,) = await children_of(people.owner, execution_id)
-        (grandchild,) = await children_of(people.owner, child["id"])
-        await question(people.owner, grandchild["id"])
+    middle = await people.owner.create(**sub_workflow_graph(inner))
+    outer = await people.owner.create(**sub_workflow_graph(middle))
+    async with serve_worker(world):
+        execution_id = await execute_workflow(people.owner, outer)
+        (child,) = await wait_for_children(people.owner, execution_id)
+        (grandchild,) = await wait_for_children(people.owner, child["id"])
+        await wait_for_question(people.owner, grandchild["id"])
         response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
         assert response.status_code == 200
         for one in (execution_id, child["id"], grandchild["id"]):
-            assert (await ended(people.owner, one))["status"] == "cancelled"
+            assert (await wait_until_ended(people.owner, one))["status"] == "cancelled"
 
 
 @ON_ONE
 async def test_a_workflow_that_runs_itself_ends_at_a_limit_that_it_names(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    itself = await people.owner.create(**calling("wf_absent"))
-    graph = calling(itself)
+    itself = await people.owner.create(**sub_workflow_graph("wf_absent"))
+    graph = sub_workflow_graph(itself)
     response = await people.owner.api.put(f"/api/v1/workflows/{itself}", json=graph)
     assert response.status_code == 200, response.text
-    async with worker(world, max_run_depth=3):
-        execution_id = await executed(people.owner, itself)
-        shown = await ended(people.owner, execution_id)
+    async with serve_worker(world, max_run_depth=3):
+        execution_id = await execute_workflow(people.owner, itself)
+        shown = await wait_until_ended(people.owner, execution_id)
     assert shown["status"] == "failed"
     assert "PILOTFLAME_MAX_RUN_DEPTH" in shown["error"]["message"]
     async with world.gateway.database.read() as connection:
@@ -311,17 +327,19 @@ async def test_a_workflow_that_runs_itself_ends_at_a_limit_that_it_names(
 
 
 @ON_ONE
-async def test_a_run_that_is_not_waited_for_is_left_to_itself(world: World, people: People) -> None:
+async def test_a_run_that_is_not_waited_for_is_left_to_itself(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
     inner = await people.owner.create(**ASKS)
-    outer = await people.owner.create(**calling(inner, wait=False))
-    async with worker(world):
-        execution_id = await executed(people.owner, outer)
-        outputs = (await ended(people.owner, execution_id))["outputs"]
-        (child,) = await children_of(people.owner, execution_id)
+    outer = await people.owner.create(**sub_workflow_graph(inner, wait=False))
+    async with serve_worker(world):
+        execution_id = await execute_workflow(people.owner, outer)
+        outputs = (await wait_until_ended(people.owner, execution_id))["outputs"]
+        (child,) = await wait_for_children(people.owner, execution_id)
         assert outputs["sub"] == {"executionId": child["id"]}
-        await question(people.owner, child["id"])
+        await wait_for_question(people.owner, child["id"])
         await say(people.owner, child["id"], "yes")
-        assert (await ended(people.owner, child["id"]))["status"] == "completed"
+        assert (await wait_until_ended(people.owner, child["id"]))["status"] == "completed"
 
 
 # ── turns ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -329,7 +347,7 @@ async def test_a_run_that_is_not_waited_for_is_left_to_itself(world: World, peop
 
 @ON_ONE
 async def test_a_throttle_spreads_the_runs_of_all_workflows_with_its_key(
-    world: World, people: People
+    world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     config = {"limit": 5, "perSeconds": 1, "key": "crm"}
     graph = {
@@ -340,12 +358,13 @@ async def test_a_throttle_spreads_the_runs_of_all_workflows_with_its_key(
         "connections": [{"source": "start", "target": "slow"}],
     }
     workflows = [await people.owner.create(**graph) for _ in range(2)]
-    async with worker(world):
-        runs = [await executed(people.owner, workflow_id) for workflow_id in workflows * 2]
+    async with serve_worker(world):
+        runs = [await execute_workflow(people.owner, workflow_id) for workflow_id in workflows * 2]
         for execution_id in runs:
-            assert (await ended(people.owner, execution_id))["status"] == "completed"
+            assert (await wait_until_ended(people.owner, execution_id))["status"] == "completed"
     spans = [
-        (await got(people.owner, f"/{execution_id}/spans?node_id=slow"))["spans"][0] for execution_id in runs
+        (await get_json(people.owner, f"/{execution_id}/spans?node_id=slow"))["spans"][0]
+        for execution_id in runs
     ]
     times = sorted(datetime.fromisoformat(span["endedAt"]) for span in spans)
     assert times[-1] - times[0] >= timedelta(seconds=0.55)

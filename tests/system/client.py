@@ -12,7 +12,7 @@ from uuid import uuid4
 import httpx2
 
 from models.execution_status import TERMINAL_STATUSES
-from tests.system.moments import PATIENCE_SECONDS, POLL_SECONDS
+from tests.system.wait_conditions import PATIENCE_SECONDS, POLL_SECONDS
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -21,7 +21,7 @@ API_KEY = "sk-system-tests-0123456789"
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
+class ExecutionEnd:
     """How an execution ended, as its client was told."""
 
     status: str
@@ -29,12 +29,12 @@ class Ended:
     outputs: Mapping[str, Any]
 
 
-class Client:
+class RetryingClient:
     """One as the documentation asks for: what got no answer, or 503, is sent again under the same Idempotency-Key."""
 
     def __init__(self, url: str, patience_seconds: float = PATIENCE_SECONDS, key: str = API_KEY) -> None:
         self.patience_seconds = patience_seconds
-        self.ended: dict[str, Ended] = {}
+        self.ended: dict[str, ExecutionEnd] = {}
         """What was seen to have ended, as it was seen first."""
         self._http = httpx2.AsyncClient(
             base_url=f"{url}/api/v1",
@@ -101,14 +101,14 @@ class Client:
         assert response.status_code == httpx2.codes.OK, response.text
         return cast("dict[str, Any]", response.json())
 
-    async def end(self, execution_id: str, within: float = PATIENCE_SECONDS) -> Ended:
+    async def end(self, execution_id: str, within: float = PATIENCE_SECONDS) -> ExecutionEnd:
         """Follow an execution to its end; raises TimeoutError."""
         async with asyncio.timeout(within):
             progress: dict[str, Any] = {"status": "pending"}
             while progress["status"] not in TERMINAL_STATUSES:
                 progress = await self.progress(execution_id, wait_seconds=5)
         error = progress.get("error") or {}
-        ended = Ended(progress["status"], error.get("code"), progress["outputs"])
+        ended = ExecutionEnd(progress["status"], error.get("code"), progress["outputs"])
         return self.ended.setdefault(execution_id, ended)
 
     async def has_status(self, execution_id: str, status: str) -> bool:

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Generator
 
 import pytest
 
-from tests.system import flows, harness
+from tests.system import harness, workflow_shapes
 from tests.system import ledger as ledgers
-from tests.system.client import Client
-from tests.system.harness import Deployment
-from tests.system.ledger import Ledger
+from tests.system.client import RetryingClient
+from tests.system.harness import SystemUnderTest
+from tests.system.ledger import EffectLedger
 
 LIVELY_SECONDS = 60.0
 """Within this time a fresh run has ended, however bad the time before it was."""
@@ -19,38 +19,42 @@ LIVELY_SECONDS = 60.0
 @pytest.fixture(scope="session", params=["sqlite", "postgresql"])
 async def shared_deployment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Deployment]:
+) -> AsyncIterator[SystemUnderTest]:
     folder = tmp_path_factory.mktemp(request.param)
     if request.param == "sqlite":
-        async with harness.one_process(folder) as deployment:
+        async with harness.run_one_process(folder) as deployment:
             yield deployment
         return
     servers = (request.getfixturevalue("postgres"), request.getfixturevalue("redis_server"))
-    async with harness.many_processes(folder, *servers) as deployment:
+    async with harness.run_many_processes(folder, *servers) as deployment:
         yield deployment
 
 
 @pytest.fixture
-async def ledger() -> AsyncIterator[Ledger]:
-    async with ledgers.running() as ledger:
+async def ledger() -> AsyncIterator[EffectLedger]:
+    async with ledgers.run_ledger() as ledger:
         yield ledger
 
 
 @pytest.fixture
-async def client(shared_deployment: Deployment) -> AsyncIterator[Client]:
-    client = Client(shared_deployment.url)
+async def client(shared_deployment: SystemUnderTest) -> AsyncIterator[RetryingClient]:
+    client = RetryingClient(shared_deployment.url)
     yield client
     await client.close()
 
 
 @pytest.fixture
-async def deployment(shared_deployment: Deployment, client: Client) -> AsyncIterator[Deployment]:
+async def deployment(
+    shared_deployment: SystemUnderTest, client: RetryingClient
+) -> AsyncIterator[SystemUnderTest]:
     """Everything up before a test, and found well after it."""
     await shared_deployment.revive()
     yield shared_deployment
     await shared_deployment.revive()
     complaints = [line for process in shared_deployment.processes for line in process.complaints()]
-    execution_id = await client.execute(await client.create(flows.chain(flows.sets("done"))))
+    execution_id = await client.execute(
+        await client.create(workflow_shapes.chain_workflow(workflow_shapes.set_node("done")))
+    )
     ended = await client.end(execution_id, within=LIVELY_SECONDS)
     assert ended.status == "completed"
     assert not complaints
@@ -60,6 +64,6 @@ async def deployment(shared_deployment: Deployment, client: Client) -> AsyncIter
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     deployment = getattr(item, "funcargs", {}).get("shared_deployment")
-    if report.failed and isinstance(deployment, Deployment):
+    if report.failed and isinstance(deployment, SystemUnderTest):
         report.sections += [(f"Log of {process.name}", process.log()) for process in deployment.processes]
     return report

@@ -16,17 +16,17 @@ from uuid import uuid4
 
 import pytest
 
-from tests import commands, databases, services
+from tests import command_runs, databases, services
 from tests.system import proxy
 from tests.system.client import API_KEY
-from tests.system.moments import wait_until
-from tests.system.processes import Fault, Process
-from tests.system.witness import PostgreSQLRecords, Records, SQLiteRecords
+from tests.system.journal_records import JournalRecords, PostgresJournalRecords, SqliteJournalRecords
+from tests.system.processes import InjectedFault, SystemProcess
+from tests.system.wait_conditions import wait_until
 
 if TYPE_CHECKING:
     from tests.preloads import ShiftedClock
-    from tests.system.ledger import Call
-    from tests.system.proxy import Proxy
+    from tests.system.ledger import LedgerCall
+    from tests.system.proxy import FaultyProxy
 
 LEASE_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
@@ -34,7 +34,7 @@ RECOVERY_SECONDS = LEASE_SECONDS + SWEEP_SECONDS + 30.0
 """Within this time of a crash whatever it interrupted goes on, however busy the machine is with other tests."""
 START_SECONDS = 60.0
 
-COMMAND = commands.COMMAND
+COMMAND = command_runs.COMMAND
 
 on_one_process = pytest.mark.parametrize("shared_deployment", ["sqlite"], indirect=True)
 on_many_processes = pytest.mark.parametrize("shared_deployment", ["postgresql"], indirect=True)
@@ -42,18 +42,18 @@ on_many_processes = pytest.mark.parametrize("shared_deployment", ["postgresql"],
 
 
 @dataclass
-class Deployment:
+class SystemUnderTest:
     """Everything that runs, and everything that was done to it."""
 
     url: str
-    records: Records
-    gateway: Process
-    workers: Sequence[Process]
-    faults: list[Fault]
-    others: Sequence[Process] = ()
+    records: JournalRecords
+    gateway: SystemProcess
+    workers: Sequence[SystemProcess]
+    faults: list[InjectedFault]
+    others: Sequence[SystemProcess] = ()
 
     @property
-    def processes(self) -> Sequence[Process]:
+    def processes(self) -> Sequence[SystemProcess]:
         return list(dict.fromkeys([self.gateway, *self.workers, *self.others]))
 
     async def revive(self) -> None:
@@ -64,7 +64,7 @@ class Deployment:
             else:
                 process.start()
         for process in self.processes:
-            await wait_until(partial(_comes_up, process), START_SECONDS, what=f"{process.name} is at work")
+            await wait_until(partial(_is_starting, process), START_SECONDS, what=f"{process.name} is at work")
 
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
@@ -86,11 +86,11 @@ class Deployment:
                 if not process.is_alive:
                     process.start()
 
-    def worker_behind(self, port: int) -> Process | None:
+    def worker_behind(self, port: int) -> SystemProcess | None:
         """Return the worker whose connection this is, if it lives."""
         return next((worker for worker in self.workers if worker.has_port(port)), None)
 
-    def sender(self, call: Call) -> Process:
+    def sender(self, call: LedgerCall) -> SystemProcess:
         """Return the worker that made a call."""
         worker = self.worker_behind(call.port)
         assert worker is not None
@@ -103,15 +103,15 @@ class Deployment:
 
 
 @dataclass
-class OneProcess(Deployment):
+class OneProcess(SystemUnderTest):
     """`pilotflame dev`: every role in one process, on SQLite."""
 
-    records: SQLiteRecords
+    records: SqliteJournalRecords
 
     @contextmanager
     def database_locked(self) -> Iterator[None]:
         """Keep the process from writing, as a backup tool might."""
-        fault = Fault("SQLite locked", time.time(), float("inf"))
+        fault = InjectedFault("SQLite locked", time.time(), float("inf"))
         self.faults.append(fault)
         with self.records.locked():
             yield
@@ -119,44 +119,44 @@ class OneProcess(Deployment):
 
 
 @dataclass(frozen=True, slots=True)
-class Ways:
+class FaultyLinks:
     """Between processes and the servers that they ask: where answers can be lost, and requests can come late."""
 
-    gateway_to_database: Proxy
-    gateway_to_redis: Proxy
-    worker_to_database: Proxy
+    gateway_to_database: FaultyProxy
+    gateway_to_redis: FaultyProxy
+    worker_to_database: FaultyProxy
     """The first worker's: the second one, and the scheduler, ask PostgreSQL directly."""
 
 
 @dataclass(kw_only=True)
-class ManyProcesses(Deployment):
+class ManyProcesses(SystemUnderTest):
     """What the Procfile names, with two workers, on PostgreSQL and Redis."""
 
-    records: PostgreSQLRecords
-    ways: Ways
-    postgres: services.PostgreSQL
-    redis: services.Redis
+    records: PostgresJournalRecords
+    ways: FaultyLinks
+    postgres: services.PostgresServer
+    redis: services.RedisServer
 
     @property
-    def scheduler(self) -> Process:
+    def scheduler(self) -> SystemProcess:
         return self.others[0]
 
-    def other_worker(self, than: Process) -> Process:
+    def other_worker(self, than: SystemProcess) -> SystemProcess:
         return next(worker for worker in self.workers if worker is not than)
 
     @asynccontextmanager
     async def database_down(self) -> AsyncIterator[None]:
         """Have PostgreSQL crash, and start it again after the block."""
-        fault = Fault("PostgreSQL killed", time.time(), float("inf"))
+        fault = InjectedFault("PostgreSQL killed", time.time(), float("inf"))
         self.faults.append(fault)
-        async with _down(self.postgres):
+        async with _take_down(self.postgres):
             yield
         fault.ended_at = time.time()
 
     @asynccontextmanager
     async def late_requests(self, marker: bytes) -> AsyncIterator[None]:
         """Keep back, during a block, what the first worker asks of PostgreSQL from the request with `marker` on."""
-        fault = Fault("worker-1 cut off", time.time(), float("inf"))
+        fault = InjectedFault("worker-1 cut off", time.time(), float("inf"))
         self.faults.append(fault)
         self.ways.worker_to_database.keep_requests(marker)
         yield
@@ -167,7 +167,7 @@ class ManyProcesses(Deployment):
     @asynccontextmanager
     async def redis_down(self) -> AsyncIterator[None]:
         """Have Redis crash, and start it again after the block."""
-        async with _down(self.redis):
+        async with _take_down(self.redis):
             yield
 
     @contextmanager
@@ -183,7 +183,7 @@ class ManyProcesses(Deployment):
 
 
 @asynccontextmanager
-async def _down(server: services.Server) -> AsyncIterator[None]:
+async def _take_down(server: services.TestedServer) -> AsyncIterator[None]:
     await asyncio.to_thread(server.kill)
     try:
         yield
@@ -191,59 +191,59 @@ async def _down(server: services.Server) -> AsyncIterator[None]:
         await asyncio.to_thread(server.start)
 
 
-def _comes_up(process: Process) -> bool:
+def _is_starting(process: SystemProcess) -> bool:
     """Tell whether a process is at work; one that was told to end, and only now does so, is started once more."""
     if not process.is_alive:
         process.start()
     return process.is_at_work
 
 
-def _is_at_work(process: Process) -> bool:
+def _is_at_work(process: SystemProcess) -> bool:
     assert process.is_alive, process.log()
     return process.is_at_work
 
 
 @asynccontextmanager
-async def one_process(
+async def run_one_process(
     folder: Path, preload: Mapping[str, str] | None = None, /, **settings: str
 ) -> AsyncIterator[OneProcess]:
     """Run it; `preload` is what else stands in its environment."""
-    url, environment = _environment(folder, settings)
+    url, environment = _build_environment(folder, settings)
     environment |= preload or {}
-    await databases.migrated_file(folder / "pilotflame.db")
-    records = SQLiteRecords(folder / "pilotflame.db")
+    await databases.create_sqlite_database(folder / "pilotflame.db")
+    records = SqliteJournalRecords(folder / "pilotflame.db")
     await records.install()
-    faults: list[Fault] = []
-    dev = Process("dev", ["dev", "--port", environment["PILOTFLAME_PORT"]], environment, folder, faults)
+    faults: list[InjectedFault] = []
+    dev = SystemProcess("dev", ["dev", "--port", environment["PILOTFLAME_PORT"]], environment, folder, faults)
     deployment = OneProcess(url, records, gateway=dev, workers=[dev], faults=faults)
-    async with _alive(deployment):
+    async with _keep_alive(deployment):
         yield deployment
 
 
 @asynccontextmanager
-async def many_processes(
+async def run_many_processes(
     folder: Path,
-    postgres: services.PostgreSQL,
-    redis: services.Redis,
+    postgres: services.PostgresServer,
+    redis: services.RedisServer,
     clocks: Mapping[str, ShiftedClock] | None = None,
     **settings: str,
 ) -> AsyncIterator[ManyProcesses]:
     """Run them; `clocks` are those of processes whose wall clock is wrong, by the names of the processes."""
-    database_url = await databases.migrated(postgres, f"system_{uuid4().hex}")
+    database_url = await databases.create_database(postgres, f"system_{uuid4().hex}")
     servers = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
-    url, environment = _environment(folder, {**servers, **settings})
-    records = PostgreSQLRecords(database_url)
+    url, environment = _build_environment(folder, {**servers, **settings})
+    records = PostgresJournalRecords(database_url)
     await records.install()
-    faults: list[Fault] = []
+    faults: list[InjectedFault] = []
 
-    def process(name: str, role: str, **rerouted: str) -> Process:
+    def process(name: str, role: str, **rerouted: str) -> SystemProcess:
         shifted = clocks[name].environment if clocks and name in clocks else {}
-        return Process(name, [role], {**environment, **rerouted, **shifted}, folder, faults)
+        return SystemProcess(name, [role], {**environment, **rerouted, **shifted}, folder, faults)
 
     async with (
-        proxy.before(database_url) as gateway_to_database,
-        proxy.before(redis.url) as gateway_to_redis,
-        proxy.before(database_url) as worker_to_database,
+        proxy.run_proxy(database_url) as gateway_to_database,
+        proxy.run_proxy(redis.url) as gateway_to_redis,
+        proxy.run_proxy(database_url) as worker_to_database,
     ):
         gateway_servers = {
             "PILOTFLAME_DATABASE_URL": gateway_to_database.in_front_of(database_url),
@@ -258,15 +258,15 @@ async def many_processes(
             others=[process("scheduler", "scheduler")],
             postgres=postgres,
             redis=redis,
-            ways=Ways(gateway_to_database, gateway_to_redis, worker_to_database),
+            ways=FaultyLinks(gateway_to_database, gateway_to_redis, worker_to_database),
             faults=faults,
         )
-        async with _alive(deployment):
+        async with _keep_alive(deployment):
             yield deployment
 
 
 @asynccontextmanager
-async def _alive(deployment: Deployment) -> AsyncIterator[None]:
+async def _keep_alive(deployment: SystemUnderTest) -> AsyncIterator[None]:
     try:
         await deployment.revive()
         yield
@@ -274,9 +274,9 @@ async def _alive(deployment: Deployment) -> AsyncIterator[None]:
         await deployment.end()
 
 
-def _environment(folder: Path, settings: Mapping[str, str]) -> tuple[str, dict[str, str]]:
+def _build_environment(folder: Path, settings: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """Return the gateway's URL, and the environment of every process; settings are named without `PILOTFLAME_`."""
-    port = services.free_port()
+    port = services.reserve_port()
     given = {
         "SECRET_KEY": "a secret for tests, and long enough to be one",
         "BOOTSTRAP_API_KEY": API_KEY,
@@ -286,4 +286,4 @@ def _environment(folder: Path, settings: Mapping[str, str]) -> tuple[str, dict[s
         "OUTBOUND_ALLOWED_NETWORKS": "127.0.0.1/32",
         **settings,
     }
-    return f"http://127.0.0.1:{port}", commands.environment(folder, **given)
+    return f"http://127.0.0.1:{port}", command_runs.command_environment(folder, **given)

@@ -26,7 +26,7 @@ PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class LedgerCall:
     """One request that reached the ledger."""
 
     execution_id: str
@@ -55,14 +55,14 @@ class Call:
 
 
 @dataclass(slots=True)
-class Held:
+class HeldRequests:
     """Requests of one node that arrived and wait for their answer."""
 
     node_id: str
-    calls: asyncio.Queue[Call] = field(default_factory=asyncio.Queue)
+    calls: asyncio.Queue[LedgerCall] = field(default_factory=asyncio.Queue)
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def arrived(self) -> Call:
+    async def arrived(self) -> LedgerCall:
         """Wait for the next request of the node."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             return await self.calls.get()
@@ -72,18 +72,18 @@ class Held:
         self.released.set()
 
 
-class Ledger:
+class EffectLedger:
     """What happened, in the order in which it happened; and the ways to be slow, to hold back and to refuse."""
 
     def __init__(self, url: str) -> None:
-        self.calls: list[Call] = []
+        self.calls: list[LedgerCall] = []
         self.delay_seconds = 0.0
         self._url = url
         self._receipts = itertools.count(1)
-        self._held: dict[str, Held] = {}
+        self._held: dict[str, HeldRequests] = {}
         self._refused: dict[str, int] = {}
-        self._on_arrival: dict[str, Callable[[Call], None]] = {}
-        self._awaited: dict[int, asyncio.Future[Call]] = {}
+        self._on_arrival: dict[str, Callable[[LedgerCall], None]] = {}
+        self._awaited: dict[int, asyncio.Future[LedgerCall]] = {}
 
     # ── nodes that call it ────────────────────────────────────────────────────────────────────────
 
@@ -105,19 +105,19 @@ class Ledger:
 
     # ── what happened ─────────────────────────────────────────────────────────────────────────────
 
-    def effects(self) -> dict[tuple[str, str], list[Call]]:
+    def effects(self) -> dict[tuple[str, str], list[LedgerCall]]:
         """Return the effects by execution and node, each node's in the order of their arrival."""
-        effects: dict[tuple[str, str], list[Call]] = defaultdict(list)
+        effects: dict[tuple[str, str], list[LedgerCall]] = defaultdict(list)
         for call in self.calls:
             if call.is_effect:
                 effects[call.execution_id, call.node_id].append(call)
         return effects
 
-    def of(self, node_id: str) -> list[Call]:
+    def of(self, node_id: str) -> list[LedgerCall]:
         """Return what one node did."""
         return [call for call in self.calls if call.node_id == node_id]
 
-    async def call(self, number: int) -> Call:
+    async def call(self, number: int) -> LedgerCall:
         """Wait for the call that is the `number`-th of all, from 1."""
         if len(self.calls) >= number:
             return self.calls[number - 1]
@@ -128,9 +128,9 @@ class Ledger:
     # ── how it behaves ────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def holding(self, node_id: str) -> Iterator[Held]:
+    def holding(self, node_id: str) -> Iterator[HeldRequests]:
         """Keep requests of a node without an answer, until released or until the block ends."""
-        held = self._held[node_id] = Held(node_id)
+        held = self._held[node_id] = HeldRequests(node_id)
         try:
             yield held
         finally:
@@ -147,7 +147,7 @@ class Ledger:
             del self._refused[node_id]
 
     @contextmanager
-    def on_arrival(self, node_id: str, action: Callable[[Call], None]) -> Iterator[None]:
+    def on_arrival(self, node_id: str, action: Callable[[LedgerCall], None]) -> Iterator[None]:
         """Do something as soon as a request of a node arrives, before it is answered."""
         self._on_arrival[node_id] = action
         try:
@@ -168,10 +168,10 @@ class Ledger:
         status = self._refused.get(call.node_id, 200)
         return web.json_response({"receipt": call.receipt}, status=status)
 
-    async def _noted(self, request: web.Request) -> Call:
+    async def _noted(self, request: web.Request) -> LedgerCall:
         arrived_at = time.time()
         assert request.transport is not None
-        call = Call(
+        call = LedgerCall(
             execution_id=request.match_info["execution_id"],
             node_id=request.match_info["node_id"],
             method=request.method,
@@ -188,10 +188,10 @@ class Ledger:
 
 
 @asynccontextmanager
-async def running() -> AsyncIterator[Ledger]:
+async def run_ledger() -> AsyncIterator[EffectLedger]:
     """Run a ledger on a port of its own."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
-        ledger = Ledger(f"http://127.0.0.1:{listening.getsockname()[1]}")
+        ledger = EffectLedger(f"http://127.0.0.1:{listening.getsockname()[1]}")
         app = web.Application()
         app.router.add_route("*", "/{execution_id}/{node_id}", ledger.handle)
         runner = web.AppRunner(app, shutdown_timeout=0.1)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import psutil
 
-from tests.commands import COMMAND
-from tests.forks import Forked
-from tests.system.moments import wait_until
+from tests.command_runs import COMMAND
+from tests.forks import ForkedCommand
+from tests.system.wait_conditions import wait_until
 
 SHUTDOWN_SECONDS = 60.0
 """Within this time of SIGTERM a process has ended."""
@@ -27,7 +27,7 @@ ABANDONED = re.compile(r'"event":"run abandoned".*?"execution_id":"(\w+)"')
 
 
 @dataclass(slots=True)
-class Fault:
+class InjectedFault:
     """What a test did to whoever had nodes in hand, or to the database, and for how long; a kill is over at once."""
 
     what: str
@@ -40,7 +40,7 @@ class Fault:
         return self.began_at <= later and earlier <= self.ended_at + UNREAD_SECONDS
 
 
-class Process:
+class SystemProcess:
     """One process of a deployment, under the name that it has in the Procfile."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Process:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         folder: Path,
-        faults: list[Fault],
+        faults: list[InjectedFault],
     ) -> None:
         self.name = name
         self.environment = dict(environment)
@@ -62,8 +62,8 @@ class Process:
         self._faults = faults
         self._has_runs = arguments[0] in {"worker", "dev"}
         self._has_http = arguments[0] in {"gateway", "dev"}
-        self._pause: Fault | None = None
-        self._process: Forked | subprocess.Popen[bytes] | None = None
+        self._pause: InjectedFault | None = None
+        self._process: ForkedCommand | subprocess.Popen[bytes] | None = None
 
     @property
     def process_id(self) -> int:
@@ -81,7 +81,7 @@ class Process:
         if not self.is_alive or self._pause is not None:
             return False
         if self._has_http:
-            return _listens(int(self.environment["PILOTFLAME_PORT"]))
+            return _is_listening(int(self.environment["PILOTFLAME_PORT"]))
         return "ready" in self.log()
 
     def start(self) -> None:
@@ -91,7 +91,7 @@ class Process:
         if "LD_PRELOAD" in self.environment:
             self._process = self._loaded_anew()
             return
-        self._process = Forked(
+        self._process = ForkedCommand(
             COMMAND, self._arguments, self.environment, (self._log, self._log), self._folder
         )
 
@@ -103,7 +103,7 @@ class Process:
     def kill(self) -> None:
         """End it as a crash would: SIGKILL."""
         now = time.time()
-        self._note(Fault(f"{self.name} killed", now, now))
+        self._note(InjectedFault(f"{self.name} killed", now, now))
         self._end_pause()
         family = self._family()
         self._signal(signal.SIGKILL)
@@ -114,7 +114,7 @@ class Process:
 
     def pause(self) -> None:
         """Let it stand still, though it doesn't know: SIGSTOP. Returns when it does."""
-        self._pause = Fault(f"{self.name} paused", time.time(), float("inf"))
+        self._pause = InjectedFault(f"{self.name} paused", time.time(), float("inf"))
         self._note(self._pause)
         family = self._family()
         for process in family:
@@ -150,9 +150,11 @@ class Process:
         await wait_until(lambda: process.poll() is not None, within, what=f"{self.name} ends")
         return process.wait()
 
-    def twin(self) -> Process:
+    def twin(self) -> SystemProcess:
         """Return another one of the same kind, in the same environment, that is still to be started."""
-        return Process(f"{self.name}-twin", self._arguments, self.environment, self._folder, self._faults)
+        return SystemProcess(
+            f"{self.name}-twin", self._arguments, self.environment, self._folder, self._faults
+        )
 
     def log(self) -> str:
         """Return what it has logged since its start."""
@@ -199,7 +201,7 @@ class Process:
         assert self._process is not None
         self._process.send_signal(number)
 
-    def _note(self, fault: Fault) -> None:
+    def _note(self, fault: InjectedFault) -> None:
         if self._has_runs:
             self._faults.append(fault)
 
@@ -215,6 +217,6 @@ def _is_alive(process: psutil.Process) -> bool:
     return False
 
 
-def _listens(port: int) -> bool:
+def _is_listening(port: int) -> bool:
     with socket.socket() as client:
         return client.connect_ex(("127.0.0.1", port)) == 0

@@ -18,7 +18,7 @@ NO_TLS = b"N"
 STARTING_UP = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
 
-class Proxy:
+class FaultyProxy:
     """Stands before a server; passes everything on, except what it was told to keep."""
 
     def __init__(self, server: tuple[str, int]) -> None:
@@ -132,12 +132,12 @@ async def _refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
 
 
 @asynccontextmanager
-async def before(url: str) -> AsyncIterator[Proxy]:
+async def run_proxy(url: str) -> AsyncIterator[FaultyProxy]:
     """Run a proxy before the server that a URL names."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     assert parts.port is not None
-    proxy = Proxy((parts.hostname, parts.port))
+    proxy = FaultyProxy((parts.hostname, parts.port))
     connections: set[asyncio.Task[None]] = set()
 
     async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

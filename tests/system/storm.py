@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 from redis.asyncio import Redis
 
-from tests.system import flows, promises
+from tests.system import consistency_checks, workflow_shapes
 from tests.system.harness import LEASE_SECONDS, ManyProcesses, OneProcess
-from tests.system.moments import after, wait_until
+from tests.system.wait_conditions import act_after, wait_until
 
 if TYPE_CHECKING:
-    from tests.system.client import Client
-    from tests.system.harness import Deployment
-    from tests.system.ledger import Ledger
-    from tests.system.processes import Process
-    from tests.system.proxy import Proxy
+    from tests.system.client import RetryingClient
+    from tests.system.harness import SystemUnderTest
+    from tests.system.ledger import EffectLedger
+    from tests.system.processes import SystemProcess
+    from tests.system.proxy import FaultyProxy
 
 Strike = Callable[[], Awaitable[None]]
 
@@ -32,7 +32,7 @@ OUTAGE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Storm:
+class StormPlan:
     """How much happens, and in what time."""
 
     runs: int
@@ -44,7 +44,7 @@ class Storm:
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
+class StormWorkflow:
     """One of the workflows of a storm."""
 
     workflow_id: str
@@ -54,7 +54,7 @@ class Kind:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class StormReport:
     """What came of it."""
 
     ended: Counter[str]
@@ -68,31 +68,35 @@ class Report:
     """From when everything was up again, after the last fault, to the end of the last run."""
 
 
-async def blow(storm: Storm, deployment: Deployment, client: Client, ledger: Ledger) -> Report:
+async def run_storm(
+    storm: StormPlan, deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
+) -> StormReport:
     """Let it blow over a deployment; fails unless every promise was kept to every client."""
     chance = Random(storm.seed)
     ledger.delay_seconds = 0.1
     client.patience_seconds = PATIENCE_SECONDS
-    kinds = await _kinds(client, ledger)
+    kinds = await _create_workflows(client, ledger)
     drawn = chance.choices(kinds, [kind.weight for kind in kinds], k=storm.runs)
-    strikes = _strikes(deployment, chance) * storm.rounds
+    strikes = _list_strikes(deployment, chance) * storm.rounds
     chance.shuffle(strikes)
     with ledger.refusing("decline"):
         async with deployment.supervised():
             async with asyncio.TaskGroup() as group:
-                runs = [group.create_task(_live(kind, storm, chance, client)) for kind in drawn]
+                runs = [group.create_task(_run_to_end(kind, storm, chance, client)) for kind in drawn]
                 await _strike_all(strikes, storm, chance)
                 await deployment.revive()
                 calm_since = time.monotonic()
             lives = [run.result() for run in runs]
             expected = {life.execution_id: life.expected for life in lives}
             calm_seconds = time.monotonic() - calm_since
-            await promises.assert_kept(deployment, client, ledger, expected, within=PATIENCE_SECONDS)
+            await consistency_checks.assert_consistent(
+                deployment, client, ledger, expected, within=PATIENCE_SECONDS
+            )
     assert len(expected) == storm.runs
-    return Report(
+    return StormReport(
         ended=Counter(expected.values()),
         crashed=sum(life.is_crashed for life in lives),
-        repeated_effects=promises.repeated(ledger.effects()).total(),
+        repeated_effects=consistency_checks.count_repeated(ledger.effects()).total(),
         calls=len(ledger.calls),
         longest_seconds=max(life.seconds for life in lives),
         calm_seconds=calm_seconds,
@@ -103,7 +107,7 @@ async def blow(storm: Storm, deployment: Deployment, client: Client, ledger: Led
 
 
 @dataclass(frozen=True, slots=True)
-class Life:
+class StormRun:
     """One run, from the request to its end."""
 
     execution_id: str
@@ -112,22 +116,26 @@ class Life:
     is_crashed: bool
 
 
-async def _kinds(client: Client, ledger: Ledger) -> Sequence[Kind]:
-    order = flows.chain(
-        ledger.reads("look"), flows.sets("pack"), ledger.writes("charge"), ledger.writes("ship")
+async def _create_workflows(client: RetryingClient, ledger: EffectLedger) -> Sequence[StormWorkflow]:
+    order = workflow_shapes.chain_workflow(
+        ledger.reads("look"), workflow_shapes.set_node("pack"), ledger.writes("charge"), ledger.writes("ship")
     )
-    patient = flows.chain(ledger.writes("before"), flows.waits("wait", 1.5), ledger.writes("after"))
-    unlucky = flows.chain(ledger.writes("charge"), ledger.writes("decline"))
+    patient = workflow_shapes.chain_workflow(
+        ledger.writes("before"), workflow_shapes.wait_node("wait", 1.5), ledger.writes("after")
+    )
+    unlucky = workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("decline"))
     return [
-        Kind(await client.create(order), "completed", weight=14),
-        Kind(await client.create(flows.journey(ledger)), "completed", weight=2),
-        Kind(await client.create(patient), "completed", weight=2),
-        Kind(await client.create(unlucky), "failed", weight=1),
-        Kind(await client.create(patient), "cancelled", weight=1, is_cancelled=True),
+        StormWorkflow(await client.create(order), "completed", weight=14),
+        StormWorkflow(await client.create(workflow_shapes.journey_workflow(ledger)), "completed", weight=2),
+        StormWorkflow(await client.create(patient), "completed", weight=2),
+        StormWorkflow(await client.create(unlucky), "failed", weight=1),
+        StormWorkflow(await client.create(patient), "cancelled", weight=1, is_cancelled=True),
     ]
 
 
-async def _live(kind: Kind, storm: Storm, chance: Random, client: Client) -> Life:
+async def _run_to_end(
+    kind: StormWorkflow, storm: StormPlan, chance: Random, client: RetryingClient
+) -> StormRun:
     key = f"{chance.getrandbits(128):032x}"
     await asyncio.sleep(chance.uniform(0, storm.seconds))
     asked_at = time.monotonic()
@@ -141,13 +149,15 @@ async def _live(kind: Kind, storm: Storm, chance: Random, client: Client) -> Lif
         expected = "completed"  # the cancel came too late
     if ended.error_code == "crashed":
         expected = "failed"  # as it should, where fault upon fault took its workers: `blow` counts these
-    return Life(execution_id, expected, time.monotonic() - asked_at, is_crashed=ended.error_code == "crashed")
+    return StormRun(
+        execution_id, expected, time.monotonic() - asked_at, is_crashed=ended.error_code == "crashed"
+    )
 
 
 # ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _strike_all(strikes: Sequence[Strike], storm: Storm, chance: Random) -> None:
+async def _strike_all(strikes: Sequence[Strike], storm: StormPlan, chance: Random) -> None:
     async def strike_at(moment: float, strike: Strike) -> None:
         await asyncio.sleep(moment)
         await strike()
@@ -159,14 +169,14 @@ async def _strike_all(strikes: Sequence[Strike], storm: Storm, chance: Random) -
             group.create_task(strike_at(moment, strike))
 
 
-def _strikes(deployment: Deployment, chance: Random) -> list[Strike]:
+def _list_strikes(deployment: SystemUnderTest, chance: Random) -> list[Strike]:
     if isinstance(deployment, ManyProcesses):
-        return _strikes_on_many(deployment, chance)
+        return _strikes_on_many_processes(deployment, chance)
     assert isinstance(deployment, OneProcess)
-    return _strikes_on_one(deployment, chance)
+    return _strikes_on_one_process(deployment, chance)
 
 
-def _strikes_on_one(deployment: OneProcess, chance: Random) -> list[Strike]:
+def _strikes_on_one_process(deployment: OneProcess, chance: Random) -> list[Strike]:
     dev = deployment.gateway
 
     async def lock_database() -> None:
@@ -177,11 +187,11 @@ def _strikes_on_one(deployment: OneProcess, chance: Random) -> list[Strike]:
     return [*[lambda: _kill(dev)] * 2, lambda: _terminate(dev), lock_database]
 
 
-def _strikes_on_many(deployment: ManyProcesses, chance: Random) -> list[Strike]:
+def _strikes_on_many_processes(deployment: ManyProcesses, chance: Random) -> list[Strike]:
     # A server that is down can't be brought down.
     database_is_up, redis_is_up = asyncio.Lock(), asyncio.Lock()
 
-    def a_worker() -> Process:
+    def a_worker() -> SystemProcess:
         return chance.choice(deployment.workers)
 
     async def crash_database() -> None:
@@ -201,9 +211,9 @@ def _strikes_on_many(deployment: ManyProcesses, chance: Random) -> list[Strike]:
         async with redis_is_up, Redis.from_url(deployment.redis.url) as server:
             await server.flushall()
 
-    async def lose_answers(way: Proxy) -> None:
+    async def lose_answers(way: FaultyProxy) -> None:
         way.keep_answers(b"")
-        await after(chance.uniform(0, OUTAGE_SECONDS), way.cut)
+        await act_after(chance.uniform(0, OUTAGE_SECONDS), way.cut)
 
     ways = deployment.ways
     return [
@@ -220,21 +230,21 @@ def _strikes_on_many(deployment: ManyProcesses, chance: Random) -> list[Strike]:
     ]
 
 
-async def _kill(process: Process) -> None:
-    await _until_at_work(process)
+async def _kill(process: SystemProcess) -> None:
+    await _wait_until_at_work(process)
     process.kill()
 
 
-async def _terminate(process: Process) -> None:
-    await _until_at_work(process)
+async def _terminate(process: SystemProcess) -> None:
+    await _wait_until_at_work(process)
     process.terminate()
 
 
-async def _pause(process: Process) -> None:
-    await _until_at_work(process)
+async def _pause(process: SystemProcess) -> None:
+    await _wait_until_at_work(process)
     with process.paused():
         await asyncio.sleep(SLEEP_SECONDS)
 
 
-async def _until_at_work(process: Process) -> None:
+async def _wait_until_at_work(process: SystemProcess) -> None:
     await wait_until(lambda: process.is_at_work, PATIENCE_SECONDS)

@@ -1,56 +1,66 @@
-from tests.system import flows, promises
-from tests.system.client import Client
-from tests.system.harness import Deployment, ManyProcesses, on_many_processes
-from tests.system.ledger import Ledger
-from tests.system.moments import wait_until
+from tests.system import consistency_checks, workflow_shapes
+from tests.system.client import RetryingClient
+from tests.system.harness import ManyProcesses, SystemUnderTest, on_many_processes
+from tests.system.ledger import EffectLedger
+from tests.system.wait_conditions import wait_until
 
 
 @on_many_processes
 async def test_a_pending_run_is_cancelled_at_once_and_never_begins(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
     one, other = deployment.workers
     with one.paused(), other.paused():
         run = await client.execute(workflow)
         assert (await client.ask(run, "cancel")).json()["status"] == "cancelled"
         assert (await client.end(run)).status == "cancelled"
         later = await client.execute(workflow)
-    await promises.assert_kept(deployment, client, ledger, {later: "completed", run: "cancelled"})
+    await consistency_checks.assert_consistent(
+        deployment, client, ledger, {later: "completed", run: "cancelled"}
+    )
     assert [call.execution_id for call in ledger.of("charge")] == [later]
 
 
 async def test_a_running_run_is_cancelled_in_the_middle_of_a_node(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"))
+    )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         await held.arrived()
         await client.ask(run, "cancel")
         assert (await client.end(run)).status == "cancelled"
     assert (await client.ask(run, "cancel")).json()["status"] == "cancelled"
-    await promises.assert_kept(deployment, client, ledger, {run: "cancelled"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {run: "cancelled"})
     assert not ledger.of("ship")
 
 
 async def test_a_waiting_run_is_cancelled_at_once(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(flows.waits("wait", 2), ledger.writes("charge")))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(workflow_shapes.wait_node("wait", 2), ledger.writes("charge"))
+    )
     run = await client.execute(workflow)
     await wait_until(lambda: client.has_status(run, "waiting"))
     assert (await client.ask(run, "cancel")).json()["status"] == "cancelled"
     later = await client.execute(workflow)
-    await promises.assert_kept(deployment, client, ledger, {later: "completed", run: "cancelled"})
+    await consistency_checks.assert_consistent(
+        deployment, client, ledger, {later: "completed", run: "cancelled"}
+    )
     assert [call.execution_id for call in ledger.of("charge")] == [later]
 
 
 @on_many_processes
 async def test_the_run_of_a_dead_worker_is_ended_by_whoever_cancels_it(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"))
+    )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         owner = deployment.sender(await held.arrived())
@@ -61,28 +71,32 @@ async def test_the_run_of_a_dead_worker_is_ended_by_whoever_cancels_it(
             assert (await client.ask(run, "cancel")).json()["status"] == "cancelled"
             assert (await client.end(run)).status == "cancelled"
     await deployment.revive()
-    await promises.assert_kept(deployment, client, ledger, {run: "cancelled"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {run: "cancelled"})
 
 
 @on_many_processes
 async def test_a_run_whose_worker_died_before_it_heard_of_the_cancel_ends_as_cancelled(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"))
+    )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         owner = deployment.sender(await held.arrived())
         owner.pause()
         assert (await client.ask(run, "cancel")).json()["status"] == "running"
         owner.kill()
-        await promises.assert_kept(deployment, client, ledger, {run: "cancelled"})
+        await consistency_checks.assert_consistent(deployment, client, ledger, {run: "cancelled"})
     assert len(ledger.calls) == 1
 
 
 async def test_a_stopped_run_finishes_the_node_in_hand_and_begins_no_other(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"))
+    )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         call = await held.arrived()
@@ -90,15 +104,15 @@ async def test_a_stopped_run_finishes_the_node_in_hand_and_begins_no_other(
         assert (await client.progress(run))["status"] == "running"
     ended = await client.end(run)
     assert ended.outputs["charge"]["body"] == {"receipt": call.receipt}
-    await promises.assert_kept(deployment, client, ledger, {run: "stopped"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {run: "stopped"})
     assert not ledger.of("ship")
 
 
 async def test_a_failed_run_is_resumed_from_what_it_has_committed_under_the_same_idempotency_keys(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(
-        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+        workflow_shapes.chain_workflow(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
     )
     with ledger.refusing("ship"):
         failed = await client.execute(workflow)
@@ -111,10 +125,10 @@ async def test_a_failed_run_is_resumed_from_what_it_has_committed_under_the_same
     assert (refused.key, refused.execution_id) == (f"{failed}:ship:0", failed)
     assert (shipped.key, shipped.execution_id) == (f"{failed}:ship:0", resumed)
     assert (len(ledger.of("look")), len(ledger.of("charge"))) == (1, 1)
-    await promises.assert_kept(deployment, client, ledger, {failed: "failed"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {failed: "failed"})
 
 
-async def _is_orphaned(deployment: Deployment, run: str) -> bool:
+async def _is_orphaned(deployment: SystemUnderTest, run: str) -> bool:
     now = "extract(epoch FROM now()) * 1000000"
     return bool(
         await deployment.records.fetch(f"SELECT 1 FROM execution WHERE id = '{run}' AND lease_until < {now}")

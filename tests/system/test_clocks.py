@@ -14,11 +14,11 @@ import pytest
 
 from tests import services
 from tests.preloads import ShiftedClock
-from tests.system import flows, harness, promises
-from tests.system.client import Client, Ended
-from tests.system.harness import Deployment
-from tests.system.ledger import Ledger
-from tests.system.moments import PATIENCE_SECONDS, wait_until
+from tests.system import consistency_checks, harness, workflow_shapes
+from tests.system.client import ExecutionEnd, RetryingClient
+from tests.system.harness import SystemUnderTest
+from tests.system.ledger import EffectLedger
+from tests.system.wait_conditions import PATIENCE_SECONDS, wait_until
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -30,7 +30,7 @@ WAIT_SECONDS = 1.5
 """Longer than what keeps the worker, so that somebody promotes the run when it is due."""
 LATE_SECONDS = 30.0
 """No wait ends later than this, however busy the machine is; a wrong clock made it minutes, or a day."""
-QUEUE: flows.Node = {"id": "start", "nodeId": "queue-trigger"}
+QUEUE: workflow_shapes.Node = {"id": "start", "nodeId": "queue-trigger"}
 
 
 @pytest.fixture(scope="module")
@@ -46,14 +46,14 @@ def clocks(shifted_clock: Path, tmp_path_factory: pytest.TempPathFactory) -> dic
 @pytest.fixture(scope="module")
 async def many(
     clocks: dict[str, ShiftedClock],
-    postgres: services.PostgreSQL,
-    redis_server: services.Redis,
+    postgres: services.PostgresServer,
+    redis_server: services.RedisServer,
     tmp_path_factory: pytest.TempPathFactory,
-) -> AsyncIterator[Deployment]:
+) -> AsyncIterator[SystemUnderTest]:
     for name, seconds in {"gateway": DAY, "scheduler": -DAY, "worker-1": DAY, "worker-2": -90.0}.items():
         clocks[name].set(seconds)
     folder = tmp_path_factory.mktemp("many")
-    async with harness.many_processes(
+    async with harness.run_many_processes(
         folder, postgres, redis_server, clocks, LEASE_SECONDS=LEASE
     ) as deployment:
         yield deployment
@@ -62,15 +62,15 @@ async def many(
 @pytest.fixture(scope="module")
 async def dev(
     clocks: dict[str, ShiftedClock], tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Deployment]:
-    async with harness.one_process(
+) -> AsyncIterator[SystemUnderTest]:
+    async with harness.run_one_process(
         tmp_path_factory.mktemp("dev"), clocks["dev"].environment, LEASE_SECONDS=LEASE
     ) as deployment:
         yield deployment
 
 
 async def test_hosts_whose_clocks_are_wrong_and_are_set_fail_no_run_and_move_no_wait(
-    many: Deployment, clocks: dict[str, ShiftedClock], ledger: Ledger
+    many: SystemUnderTest, clocks: dict[str, ShiftedClock], ledger: EffectLedger
 ) -> None:
     await run_through(
         many.url,
@@ -79,7 +79,7 @@ async def test_hosts_whose_clocks_are_wrong_and_are_set_fail_no_run_and_move_no_
         {"gateway": -DAY, "scheduler": DAY, "worker-1": -90.0, "worker-2": DAY},
         {"worker-1": 90.0, "worker-2": -DAY, "scheduler": -DAY},
     )
-    client = Client(many.url)
+    client = RetryingClient(many.url)
     executions = (await client.answer("GET", "/executions?limit=100")).json()["executions"]
     assert len(executions) == 8
     for execution in executions:
@@ -90,7 +90,7 @@ async def test_hosts_whose_clocks_are_wrong_and_are_set_fail_no_run_and_move_no_
 
 
 async def test_a_clock_that_is_set_under_one_process_on_sqlite_fails_no_run_and_moves_no_wait(
-    dev: Deployment, clocks: dict[str, ShiftedClock], ledger: Ledger
+    dev: SystemUnderTest, clocks: dict[str, ShiftedClock], ledger: EffectLedger
 ) -> None:
     await run_through(dev.url, ledger, clocks, {"dev": DAY}, {"dev": -90.0})
 
@@ -100,19 +100,25 @@ def age(moment: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
 
 
-async def has_fallen_asleep(client: Client, execution_id: str) -> bool:
+async def has_fallen_asleep(client: RetryingClient, execution_id: str) -> bool:
     """Tell whether a run waits, or has on a machine that was busy for longer."""
     return (await client.progress(execution_id))["status"] in {"waiting", "completed"}
 
 
 async def run_through(
-    url: str, ledger: Ledger, clocks: dict[str, ShiftedClock], *steps: dict[str, float]
+    url: str, ledger: EffectLedger, clocks: dict[str, ShiftedClock], *steps: dict[str, float]
 ) -> None:
     """Have runs in hand, asleep and delayed while clocks are set, and see each end well, and in its time."""
-    client = Client(url)
-    works = await client.create(flows.chain(ledger.writes("charge"), flows.sets("done"), timeout=60))
-    sleeps = await client.create(flows.chain(flows.waits("pause", WAIT_SECONDS), timeout=60))
-    delayed = await client.create(flows.workflow([QUEUE, flows.sets("done")], "start>done", timeout=60))
+    client = RetryingClient(url)
+    works = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), workflow_shapes.set_node("done"), timeout=60)
+    )
+    sleeps = await client.create(
+        workflow_shapes.chain_workflow(workflow_shapes.wait_node("pause", WAIT_SECONDS), timeout=60)
+    )
+    delayed = await client.create(
+        workflow_shapes.build_workflow([QUEUE, workflow_shapes.set_node("done")], "start>done", timeout=60)
+    )
     for shifts in steps:
         with ledger.holding("charge") as held:
             in_hand = [await client.execute(works) for _ in range(2)]
@@ -130,6 +136,6 @@ async def run_through(
                 assert (await client.end(execution_id)).status == "completed"
                 assert WAIT_SECONDS <= time.monotonic() - begun_at < LATE_SECONDS
         for execution_id in in_hand:
-            assert await client.end(execution_id) == Ended("completed", None, ANY)
-        assert not promises.repeated(ledger.effects())
+            assert await client.end(execution_id) == ExecutionEnd("completed", None, ANY)
+        assert not consistency_checks.count_repeated(ledger.effects())
     await client.close()

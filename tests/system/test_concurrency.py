@@ -1,18 +1,20 @@
 import asyncio
 
 from journal import concurrency_limits
-from tests.system import flows, promises
-from tests.system.client import Client
-from tests.system.harness import RECOVERY_SECONDS, Deployment, ManyProcesses, on_many_processes
-from tests.system.ledger import Ledger
+from tests.system import consistency_checks, workflow_shapes
+from tests.system.client import RetryingClient
+from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, SystemUnderTest, on_many_processes
+from tests.system.ledger import EffectLedger
 
 LIMIT = 2
 
 
 async def test_a_killed_worker_s_places_are_taken_again_and_never_more_than_there_are(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), concurrency={"limit": LIMIT}))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), concurrency={"limit": LIMIT})
+    )
     seen: list[int] = []
     with ledger.holding("charge") as held:
         runs = [await client.execute(workflow) for _ in range(8)]
@@ -29,12 +31,14 @@ async def test_a_killed_worker_s_places_are_taken_again_and_never_more_than_ther
 
 @on_many_processes
 async def test_a_worker_frozen_while_it_gives_places_holds_up_neither_its_workflow_nor_another(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     # In the order in which sweeps go through them.
     first, second = sorted(
         [
-            await client.create(flows.chain(ledger.writes("charge"), concurrency={"limit": 1}))
+            await client.create(
+                workflow_shapes.chain_workflow(ledger.writes("charge"), concurrency={"limit": 1})
+            )
             for _ in range(2)
         ]
     )
@@ -50,10 +54,10 @@ async def test_a_worker_frozen_while_it_gives_places_holds_up_neither_its_workfl
         assert (await client.end(run, within=RECOVERY_SECONDS)).status == "completed"
     way.let_go()
     frozen.resume()
-    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+    await consistency_checks.assert_consistent(deployment, client, ledger, dict.fromkeys(runs, "completed"))
 
 
-async def look(deployment: Deployment, workflow_id: str, seen: list[int]) -> None:
+async def look(deployment: SystemUnderTest, workflow_id: str, seen: list[int]) -> None:
     """Note again and again how many runs of a workflow somebody holds."""
     statement = f"SELECT count(*) FROM execution WHERE workflow_id = '{workflow_id}' AND status = 'running'"
     while True:

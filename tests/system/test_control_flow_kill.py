@@ -9,35 +9,35 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from tests.system import flows
-from tests.system.harness import RECOVERY_SECONDS, Deployment, on_many_processes, on_one_process
-from tests.system.moments import after, wait_until
-from tests.system.witness import Kind
+from tests.system import workflow_shapes
+from tests.system.harness import RECOVERY_SECONDS, SystemUnderTest, on_many_processes, on_one_process
+from tests.system.journal_records import NoteKind
+from tests.system.wait_conditions import act_after, wait_until
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from tests.system.client import Client
-    from tests.system.ledger import Call, Ledger
+    from tests.system.client import RetryingClient
+    from tests.system.ledger import EffectLedger, LedgerCall
 
 RUNS = 3
 ITEMS = 4
 CALLS_OF_A_TURN = 3
 
 
-def loops(node_id: str, **config: Json) -> flows.Node:
+def loop_node(node_id: str, **config: Json) -> workflow_shapes.Node:
     return {"id": node_id, "nodeId": "loop", "config": config}
 
 
-async def kill_in_the_middle(deployment: Deployment, ledger: Ledger, *calls: int) -> None:
+async def kill_in_the_middle(deployment: SystemUnderTest, ledger: EffectLedger, *calls: int) -> None:
     """Kill whichever worker made a call: before the answer, while that is on its way, or after its commit."""
     chance = random.Random(11)
     for number in calls:
         await ledger.call(number)
         victim = await wait_until(lambda: deployment.worker_behind(ledger.calls[-1].port), RECOVERY_SECONDS)
-        await after(chance.uniform(0, 2 * ledger.delay_seconds), victim.kill)
+        await act_after(chance.uniform(0, 2 * ledger.delay_seconds), victim.kill)
 
 
-async def outputs_of(deployment: Deployment, execution_id: str) -> dict[tuple[str, str], Any]:
+async def read_outputs(deployment: SystemUnderTest, execution_id: str) -> dict[tuple[str, str], Any]:
     """Return what stands in the journal, by node and iteration."""
     rows = await deployment.records.fetch(
         f"SELECT node_id, iteration, output FROM span WHERE execution_id = '{execution_id}' AND output IS NOT NULL"
@@ -46,7 +46,11 @@ async def outputs_of(deployment: Deployment, execution_id: str) -> dict[tuple[st
 
 
 async def assert_once(
-    deployment: Deployment, client: Client, ledger: Ledger, runs: list[str], writes: Mapping[str, list[str]]
+    deployment: SystemUnderTest,
+    client: RetryingClient,
+    ledger: EffectLedger,
+    runs: list[str],
+    writes: Mapping[str, list[str]],
 ) -> None:
     """Check that runs completed once, and that each write had its effect once, unless its worker died over it.
 
@@ -56,9 +60,11 @@ async def assert_once(
         ended = await client.end(run, within=3 * RECOVERY_SECONDS)
         assert ended.status == "completed", ended
     notes = await deployment.records.notes(runs)
-    assert Counter(note.execution_id for note in notes if note.kind is Kind.ENDED) == dict.fromkeys(runs, 1)
-    assert not [note for note in notes if note.kind is Kind.REWRITTEN]
-    by_key: dict[str | None, list[Call]] = {}
+    assert Counter(note.execution_id for note in notes if note.kind is NoteKind.ENDED) == dict.fromkeys(
+        runs, 1
+    )
+    assert not [note for note in notes if note.kind is NoteKind.REWRITTEN]
+    by_key: dict[str | None, list[LedgerCall]] = {}
     for call in ledger.calls:
         if call.is_effect and call.execution_id in runs:
             by_key.setdefault(call.key, []).append(call)
@@ -77,22 +83,22 @@ async def assert_once(
             assert run in abandoned or any(
                 fault.lies_between(earlier.arrived_at, call.arrived_at) for fault in deployment.faults
             ), key
-        outputs = await outputs_of(deployment, run)
+        outputs = await read_outputs(deployment, run)
         # Outside of loops the key says 0, and the journal nothing.
         kept = outputs[node_id, iteration] if len(writes[node_id]) > 1 else outputs[node_id, ""]
         assert kept["body"]["receipt"] in {call.receipt for call in calls}, key
 
 
 async def test_a_loop_goes_on_at_the_first_turn_that_is_not_committed(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     ledger.delay_seconds = 0.02
     nodes = [
-        *(flows.START, loops("loop", items=list(range(ITEMS)), concurrency=2)),
+        *(workflow_shapes.START, loop_node("loop", items=list(range(ITEMS)), concurrency=2)),
         *(ledger.writes("charge"), ledger.reads("look"), ledger.writes("ship"), ledger.writes("report")),
     ]
     edges = "start>loop loop:continue>charge charge>look look>ship loop:done>report"
-    workflow = await client.create(flows.workflow(nodes, edges))
+    workflow = await client.create(workflow_shapes.build_workflow(nodes, edges))
     calls = RUNS * (ITEMS * CALLS_OF_A_TURN + 1)
     async with deployment.supervised():
         runs = [await client.execute(workflow) for _ in range(RUNS)]
@@ -100,7 +106,7 @@ async def test_a_loop_goes_on_at_the_first_turn_that_is_not_committed(
         turns = [str(turn) for turn in range(ITEMS)]
         await assert_once(deployment, client, ledger, runs, {"charge": turns, "ship": turns, "report": ["0"]})
     for run in runs:
-        outputs = await outputs_of(deployment, run)
+        outputs = await read_outputs(deployment, run)
         assert outputs["loop", ""] == {
             "results": [outputs["ship", turn] for turn in turns],
             "count": ITEMS,
@@ -110,15 +116,19 @@ async def test_a_loop_goes_on_at_the_first_turn_that_is_not_committed(
 
 @on_one_process
 async def test_a_question_in_a_loop_outlives_every_process_and_is_answered_once(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    ask: flows.Node = {"id": "ask", "nodeId": "human-input", "config": {"title": "Ship {{ item }}?"}}
+    ask: workflow_shapes.Node = {
+        "id": "ask",
+        "nodeId": "human-input",
+        "config": {"title": "Ship {{ item }}?"},
+    }
     nodes = [
-        *(flows.START, loops("loop", items=["a", "b"], concurrency=2)),
+        *(workflow_shapes.START, loop_node("loop", items=["a", "b"], concurrency=2)),
         *(ledger.writes("charge"), ask, ledger.writes("ship")),
     ]
     workflow = await client.create(
-        flows.workflow(nodes, "start>loop loop:continue>charge charge>ask ask>ship")
+        workflow_shapes.build_workflow(nodes, "start>loop loop:continue>charge charge>ask ask>ship")
     )
     run = await client.execute(workflow)
 
@@ -143,25 +153,25 @@ async def test_a_question_in_a_loop_outlives_every_process_and_is_answered_once(
             deployment.sender(await held.arrived()).kill()
             held.release()
             await assert_once(deployment, client, ledger, [run], {"charge": ["0", "1"], "ship": ["0", "1"]})
-    outputs = await outputs_of(deployment, run)
+    outputs = await read_outputs(deployment, run)
     assert [outputs["ask", turn]["data"] for turn in ("0", "1")] == ["yes 0", "yes 1"]
     assert len(ledger.of("charge")) == 2
 
 
 @on_many_processes
 async def test_workflows_that_a_loop_runs_are_not_doubled(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    child = await client.create(flows.chain(ledger.writes("pay")))
+    child = await client.create(workflow_shapes.chain_workflow(ledger.writes("pay")))
     turns = ["0", "1", "2"]
-    sub: flows.Node = {"id": "sub", "nodeId": "sub-workflow", "config": {"workflowId": child}}
+    sub: workflow_shapes.Node = {"id": "sub", "nodeId": "sub-workflow", "config": {"workflowId": child}}
     nodes = [
-        *(flows.START, loops("loop", items=list(turns), concurrency=3)),
+        *(workflow_shapes.START, loop_node("loop", items=list(turns), concurrency=3)),
         sub,
         *(ledger.writes("note"), ledger.writes("report")),
     ]
     parent = await client.create(
-        flows.workflow(nodes, "start>loop loop:continue>sub sub>note loop:done>report")
+        workflow_shapes.build_workflow(nodes, "start>loop loop:continue>sub sub>note loop:done>report")
     )
 
     async def are_all_answered() -> bool:
@@ -181,7 +191,7 @@ async def test_workflows_that_a_loop_runs_are_not_doubled(
         children = await deployment.records.fetch(f"SELECT id FROM execution WHERE parent_id = '{run}'")
         assert len(children) == len(turns)
         await assert_once(deployment, client, ledger, [row[0] for row in children], {"pay": ["0"]})
-    outputs = await outputs_of(deployment, run)
+    outputs = await read_outputs(deployment, run)
     receipts = {outputs["sub", turn]["body"]["receipt"] for turn in turns}
     assert receipts <= {call.receipt for call in ledger.of("pay")}
     assert len(receipts) == len(turns)

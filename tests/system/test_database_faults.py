@@ -1,19 +1,19 @@
 import time
 
-from tests.system import flows, promises
-from tests.system.client import Client
+from tests.system import consistency_checks, workflow_shapes
+from tests.system.client import RetryingClient
 from tests.system.harness import (
     LEASE_SECONDS,
     RECOVERY_SECONDS,
     SWEEP_SECONDS,
-    Deployment,
     ManyProcesses,
     OneProcess,
+    SystemUnderTest,
     on_many_processes,
     on_one_process,
 )
-from tests.system.ledger import Ledger
-from tests.system.moments import wait_until
+from tests.system.ledger import EffectLedger
+from tests.system.wait_conditions import wait_until
 
 RUNS = 10
 SHARED = b"\0\0\0\6shared"
@@ -22,10 +22,10 @@ SHARED = b"\0\0\0\6shared"
 
 @on_many_processes
 async def test_runs_go_on_over_a_crash_of_postgresql_and_clients_are_told_to_come_again(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     ledger.delay_seconds = 0.02
-    workflow = await client.create(flows.journey(ledger))
+    workflow = await client.create(workflow_shapes.journey_workflow(ledger))
     runs = [await client.execute(workflow) for _ in range(RUNS)]
     await ledger.call(4 * RUNS)
     async with deployment.database_down():
@@ -33,14 +33,16 @@ async def test_runs_go_on_over_a_crash_of_postgresql_and_clients_are_told_to_com
         assert refused.status_code == 503
         assert int(refused.headers["Retry-After"]) > 0
     runs += [await client.execute(workflow) for _ in range(RUNS)]
-    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"), within=30)
+    await consistency_checks.assert_consistent(
+        deployment, client, ledger, dict.fromkeys(runs, "completed"), within=30
+    )
 
 
 @on_many_processes
 async def test_clients_are_told_to_come_again_while_postgresql_starts(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
     with deployment.ways.gateway_to_database.starting_up():
         for refused in (
             await client.execute_once(workflow),
@@ -48,14 +50,16 @@ async def test_clients_are_told_to_come_again_while_postgresql_starts(
         ):
             assert refused.status_code == 503
             assert int(refused.headers["Retry-After"]) > 0
-    await promises.assert_kept(deployment, client, ledger, {await client.execute(workflow): "completed"})
+    await consistency_checks.assert_consistent(
+        deployment, client, ledger, {await client.execute(workflow): "completed"}
+    )
 
 
 @on_many_processes
 async def test_clients_of_a_gateway_that_is_cut_off_are_told_within_seconds_and_then_at_once(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
     way = deployment.ways.gateway_to_database
     way.keep_requests(b"")
     seconds: list[float] = []
@@ -72,32 +76,34 @@ async def test_clients_of_a_gateway_that_is_cut_off_are_told_within_seconds_and_
     assert max(seconds[1:]) < 9
     way.let_go()
     run = await client.execute(workflow)
-    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {run: "completed"})
 
 
 @on_many_processes
 async def test_a_claim_whose_answer_was_lost_is_taken_back_and_made_again(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     way = deployment.ways.worker_to_database
-    workflow = await client.create(flows.chain(ledger.writes("charge")))
+    workflow = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge")))
     with deployment.workers[1].paused():
         way.keep_answers(SHARED)
         run = await client.execute(workflow)
         await wait_until(lambda: _is_running(deployment, run))
         await way.kept_one()
         way.cut()
-        await promises.assert_kept(deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS)
+        await consistency_checks.assert_consistent(
+            deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS
+        )
     assert len(ledger.of("charge")) == 1
 
 
 @on_many_processes
 async def test_a_commit_of_a_worker_whose_answer_was_lost_is_made_again_and_changes_nothing(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     way = deployment.ways.worker_to_database
     workflow = await client.create(
-        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+        workflow_shapes.chain_workflow(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
     )
     with deployment.workers[1].paused(), ledger.holding("charge") as held:
         run = await client.execute(workflow)
@@ -106,25 +112,27 @@ async def test_a_commit_of_a_worker_whose_answer_was_lost_is_made_again_and_chan
         held.release()
         await way.kept_one()
         way.cut()
-        await promises.assert_kept(deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS)
+        await consistency_checks.assert_consistent(
+            deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS
+        )
     assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (1, 1)
 
 
 @on_one_process
 async def test_runs_go_on_behind_a_lock_on_sqlite_that_outlasts_their_leases(
-    deployment: OneProcess, client: Client, ledger: Ledger
+    deployment: OneProcess, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     ledger.delay_seconds = 0.02
-    workflow = await client.create(flows.journey(ledger))
+    workflow = await client.create(workflow_shapes.journey_workflow(ledger))
     runs = [await client.execute(workflow) for _ in range(RUNS)]
     await ledger.call(4 * RUNS)
     with deployment.database_locked():
         locked_at = time.monotonic()
         await wait_until(lambda: time.monotonic() > locked_at + LEASE_SECONDS + SWEEP_SECONDS)
-    await promises.assert_kept(
+    await consistency_checks.assert_consistent(
         deployment, client, ledger, dict.fromkeys(runs, "completed"), within=RECOVERY_SECONDS
     )
 
 
-async def _is_running(deployment: Deployment, run: str) -> bool:
+async def _is_running(deployment: SystemUnderTest, run: str) -> bool:
     return await deployment.records.status(run) == "running"

@@ -31,7 +31,7 @@ class ServedApi:
 
 @pytest.fixture(scope="module")
 async def api(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[ServedApi]:
-    async with harness.one_process(tmp_path_factory.mktemp("server")) as deployment:
+    async with harness.run_one_process(tmp_path_factory.mktemp("server")) as deployment:
         async with httpx2.AsyncClient(trust_env=False) as client:
             answer = await client.get(f"{deployment.url}/openapi.json")
         yield ServedApi(deployment.url, answer.content)

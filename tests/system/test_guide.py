@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.system import harness, past
+from tests.system import elapsed_time, harness
 from tests.system.client import API_KEY
 
 PROJECT = Path(__file__).parents[2]
@@ -35,12 +35,12 @@ EACH = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 
 @EACH
 async def test_every_request_of_a_guide_is_answered_as_it_shows(tmp_path: Path, guide: str) -> None:
-    async with harness.one_process(tmp_path, LIFECYCLE_SECONDS="0.5") as deployment:
+    async with harness.run_one_process(tmp_path, LIFECYCLE_SECONDS="0.5") as deployment:
         await walk(guide, tmp_path, deployment.url)
 
 
 async def test_every_request_of_the_pages_about_senders_is_answered_as_they_show(tmp_path: Path) -> None:
-    async with harness.one_process(tmp_path) as deployment:
+    async with harness.run_one_process(tmp_path) as deployment:
         for page in SENDERS.values():
             await walk(page, tmp_path, deployment.url)
 
@@ -56,23 +56,23 @@ async def walk(guide: str, folder: Path, url: str) -> None:
     environment = {**os.environ, "KEY": API_KEY, "API": f"{url}/api/v1"}
     copied: dict[str, str] = {}
     for commands, shown in REQUESTS.findall(guide):
-        script = COPIED.sub(partial(value_of, copied), commands)
-        if past.UNTIL_IT_SLEEPS.search(script):
-            past.let_a_minute_pass(folder / "pilotflame.db")
-        printed, environment = await asyncio.to_thread(ran, script, environment, project)
-        *others, last = answers(printed)
+        script = COPIED.sub(partial(find_value, copied), commands)
+        if elapsed_time.UNTIL_IT_SLEEPS.search(script):
+            elapsed_time.age_by_a_minute(folder / "pilotflame.db")
+        printed, environment = await asyncio.to_thread(run_commands, script, environment, project)
+        *others, last = parse_documents(printed)
         copied = {}
         wrong = [other for other in others if "error" in other]
-        wrong += differences(last, json.loads(shown), copied)
+        wrong += find_differences(last, json.loads(shown), copied)
         assert not wrong, f"{script}\n{printed}\n\n{shown}"
     assert {file.name for file in project.iterdir()} == {"docs", ".pilotflame", VARIABLES}
 
 
-def value_of(copied: dict[str, str], placeholder: re.Match[str]) -> str:
+def find_value(copied: dict[str, str], placeholder: re.Match[str]) -> str:
     return copied[placeholder[0]]
 
 
-def ran(script: str, environment: dict[str, str], folder: Path) -> tuple[str, dict[str, str]]:
+def run_commands(script: str, environment: dict[str, str], folder: Path) -> tuple[str, dict[str, str]]:
     """Run a block of commands in a shell; return what it prints, and the variables that there are then."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{script}\nenv -0 >{VARIABLES}"],
@@ -87,7 +87,7 @@ def ran(script: str, environment: dict[str, str], folder: Path) -> tuple[str, di
     return done.stdout, dict(variable.split("=", 1) for variable in variables if variable)
 
 
-def answers(printed: str) -> list[Any]:
+def parse_documents(printed: str) -> list[Any]:
     """Return the JSON documents that stand one behind the other."""
     found, start = [], 0
     while start < len(printed):
@@ -96,14 +96,14 @@ def answers(printed: str) -> list[Any]:
     return found
 
 
-def differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
+def find_differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
     """Say where an answer isn't what is shown of it, which may lack fields; what is to be copied goes to `copied`."""
     if isinstance(shown, dict) and isinstance(actual, dict):
         for key, value in shown.items():
-            yield from differences(actual.get(key), value, copied, f"{at}.{key}")
+            yield from find_differences(actual.get(key), value, copied, f"{at}.{key}")
     elif isinstance(shown, list) and isinstance(actual, list) and len(shown) == len(actual):
         for index, value in enumerate(shown):
-            yield from differences(actual[index], value, copied, f"{at}.{index}")
+            yield from find_differences(actual[index], value, copied, f"{at}.{index}")
     elif isinstance(shown, str) and COPIED.fullmatch(shown):
         copied[shown] = str(actual)
         if not copied[shown].startswith(shown.removesuffix("...")):

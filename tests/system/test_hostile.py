@@ -21,10 +21,10 @@ from models.access import KeyScope, UserRole
 from models.execution_status import TERMINAL_STATUSES
 from models.settings import ServerSettings
 from pilotflame import accounts
-from tests.system import flows, harness
-from tests.system.client import Client
-from tests.system.flows import START, chain, sets, workflow
-from tests.system.moments import wait_until
+from tests.system import harness, workflow_shapes
+from tests.system.client import RetryingClient
+from tests.system.wait_conditions import wait_until
+from tests.system.workflow_shapes import START, build_workflow, chain_workflow, set_node
 
 if TYPE_CHECKING:
     import httpx2
@@ -54,10 +54,10 @@ ELEMENTS = 1_000_000
 
 
 @dataclass
-class Neighbour:
+class NeighborOrganization:
     """Another organisation, which runs one and the same small workflow all the time."""
 
-    client: Client
+    client: RetryingClient
     workflow_id: str = ""
     delays: list[float] = field(default_factory=list)
 
@@ -71,12 +71,12 @@ class Neighbour:
 
 
 @dataclass
-class World:
+class SharedServer:
     """One process of everything, whoever attacks it, and whoever lives there too."""
 
     deployment: OneProcess
-    client: Client
-    neighbour: Neighbour
+    client: RetryingClient
+    neighbour: NeighborOrganization
     folder: Path
     upstream: str = ""
 
@@ -124,16 +124,18 @@ class World:
 
 
 @pytest.fixture(scope="module")
-async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[World]:
+async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SharedServer]:
     folder = tmp_path_factory.mktemp("hostile")
-    async with harness.one_process(folder, **SMALL) as deployment, serving() as upstream:
-        client = Client(deployment.url)
+    async with harness.run_one_process(folder, **SMALL) as deployment, serve_answers() as upstream:
+        client = RetryingClient(deployment.url)
         response = await client.answer("GET", "/auth/whoami")  # the first organisation is there
         assert response.status_code == HTTPStatus.OK
-        neighbour = Neighbour(Client(deployment.url, key=await _key_of_another(deployment, folder)))
-        neighbour.workflow_id = await neighbour.client.create(chain(sets("done")))
+        neighbour = NeighborOrganization(
+            RetryingClient(deployment.url, key=await _key_of_another(deployment, folder))
+        )
+        neighbour.workflow_id = await neighbour.client.create(chain_workflow(set_node("done")))
         life = asyncio.create_task(neighbour.live())
-        yield World(deployment, client, neighbour, folder, upstream)
+        yield SharedServer(deployment, client, neighbour, folder, upstream)
         life.cancel()
         with suppress(asyncio.CancelledError):
             await life
@@ -150,7 +152,7 @@ async def _key_of_another(deployment: OneProcess, folder: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-async def _nobody_waits(world: World) -> AsyncIterator[None]:
+async def _nobody_waits(world: SharedServer) -> AsyncIterator[None]:
     """The neighbour goes on as ever, during each test and right after it."""
     delays = world.neighbour.delays
     delays.clear()
@@ -160,24 +162,24 @@ async def _nobody_waits(world: World) -> AsyncIterator[None]:
     assert max(delays) < LONGEST_DELAY_SECONDS
 
 
-def node(node_id: str, type: str, **config: Json) -> dict[str, Json]:  # noqa: A002 - the field's own word
+def make_node(node_id: str, type: str, **config: Json) -> dict[str, Json]:  # noqa: A002 - the field's own word
     return {"id": node_id, "nodeId": type, "config": config}
 
 
-def op(name: str, *args: Json) -> Json:
+def make_operation(name: str, *args: Json) -> Json:
     return {"$op": name, "args": [*args]}
 
 
-NUMBERS = node("numbers", "set", values={"all": op("range", ELEMENTS)})
+NUMBERS = make_node("numbers", "set", values={"all": make_operation("range", ELEMENTS)})
 
 
-def computes(value: Json) -> Workflow:
+def computing_workflow(value: Json) -> Workflow:
     """Return a workflow that computes one value, of a list of a million numbers."""
-    return chain(NUMBERS, node("bomb", "set", values={"value": value}))
+    return chain_workflow(NUMBERS, make_node("bomb", "set", values={"value": value}))
 
 
-def asks(condition: Json) -> Workflow:
-    return chain(NUMBERS, node("bomb", "conditional", condition=condition))
+def condition_workflow(condition: Json) -> Workflow:
+    return chain_workflow(NUMBERS, make_node("bomb", "conditional", condition=condition))
 
 
 def limit_seconds(expected: str) -> float:
@@ -185,48 +187,48 @@ def limit_seconds(expected: str) -> float:
     return 1 if expected in {"timeout: ", "timed-out"} else END_SECONDS
 
 
-def runs_code(source: str, expected: str) -> Workflow:
+def code_workflow(source: str, expected: str) -> Workflow:
     config: dict[str, Json] = {"timeoutSeconds": limit_seconds(expected), "maxMemoryMb": 32}
-    return chain(node("bomb", "code", source=source, **config))
+    return chain_workflow(make_node("bomb", "code", source=source, **config))
 
 
 # ── graphs ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ladder(rungs: int, *, hands_on: bool) -> Workflow:
+def ladder_workflow(rungs: int, *, hands_on: bool) -> Workflow:
     """Return 2^n ways from top to bottom: each rung is two nodes that get what both of the rung above gave."""
     nodes, edges, above = [START], [], ["start"]
     for rung in range(rungs):
         pair = [f"left{rung}", f"right{rung}"]
-        nodes += [sets(one) if hands_on else node(one, "template", text="step") for one in pair]
+        nodes += [set_node(one) if hands_on else make_node(one, "template", text="step") for one in pair]
         edges += [f"{upper}>{lower}" for upper in above for lower in pair]
         above = pair
-    return workflow(nodes, " ".join(edges))
+    return build_workflow(nodes, " ".join(edges))
 
 
-async def test_a_cycle_is_refused(world: World) -> None:
-    graph = workflow([START, sets("one"), sets("two")], "start>one one>two two>one")
+async def test_a_cycle_is_refused(world: SharedServer) -> None:
+    graph = build_workflow([START, set_node("one"), set_node("two")], "start>one one>two two>one")
     assert "The connections form a cycle" in await world.refusal(graph)
 
 
-async def test_one_node_more_than_the_limit_is_refused(world: World) -> None:
-    graph = workflow([START, *(sets(f"n{number}") for number in range(10_000))], "")
+async def test_one_node_more_than_the_limit_is_refused(world: SharedServer) -> None:
+    graph = build_workflow([START, *(set_node(f"n{number}") for number in range(10_000))], "")
     assert "10000" in await world.refusal(graph)
 
 
-async def test_data_that_doubles_at_each_join_ends_in_the_limit_of_an_output(world: World) -> None:
-    assert "output-too-large: " in (failed := await world.failure(ladder(40, hands_on=True)))
+async def test_data_that_doubles_at_each_join_ends_in_the_limit_of_an_output(world: SharedServer) -> None:
+    assert "output-too-large: " in (failed := await world.failure(ladder_workflow(40, hands_on=True)))
     assert "PILOTFLAME_MAX_OUTPUT_BYTES" in failed
 
 
 async def test_ten_thousand_nodes_with_2_to_the_5000_ways_through_them_are_each_run_once(
-    world: World,
+    world: SharedServer,
 ) -> None:
-    await world.completes(ladder(4_990, hands_on=False))
+    await world.completes(ladder_workflow(4_990, hands_on=False))
 
 
-async def test_many_long_runs_of_one_organisation_leave_room_for_another(world: World) -> None:
-    graph = chain(*(node(f"n{number}", "template", text="step") for number in range(150)))
+async def test_many_long_runs_of_one_organisation_leave_room_for_another(world: SharedServer) -> None:
+    graph = chain_workflow(*(make_node(f"n{number}", "template", text="step") for number in range(150)))
     workflow_id = await world.client.create(graph)
     executions = [await world.client.execute(workflow_id) for _ in range(50)]
     for execution_id in executions:
@@ -236,12 +238,14 @@ async def test_many_long_runs_of_one_organisation_leave_room_for_another(world: 
 # ── runs of runs, and loops ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def _calling_one_another(world: World, count: int, *nodes: flows.Node, edges: str = "") -> str:
+async def _create_call_circle(
+    world: SharedServer, count: int, *nodes: workflow_shapes.Node, edges: str = ""
+) -> str:
     """Return the first of workflows that call one another in a circle."""
-    ids = [await world.client.create(chain(sets("done"))) for _ in range(count)]
+    ids = [await world.client.create(chain_workflow(set_node("done"))) for _ in range(count)]
     for caller, called in zip(ids, [*ids[1:], ids[0]], strict=True):
-        call = node("call", "sub-workflow", workflowId=called)
-        graph = workflow([START, *nodes, call], edges) if nodes else chain(call)
+        call = make_node("call", "sub-workflow", workflowId=called)
+        graph = build_workflow([START, *nodes, call], edges) if nodes else chain_workflow(call)
         response = await world.asked("PUT", f"/workflows/{caller}", graph)
         assert response.status_code == HTTPStatus.OK, response.text
     return ids[0]
@@ -249,19 +253,19 @@ async def _calling_one_another(world: World, count: int, *nodes: flows.Node, edg
 
 @pytest.mark.parametrize("count", [1, 2])
 async def test_workflows_that_call_themselves_or_one_another_end_in_the_limit_of_depth(
-    world: World, count: int
+    world: SharedServer, count: int
 ) -> None:
-    execution_id = await world.client.execute(await _calling_one_another(world, count))
+    execution_id = await world.client.execute(await _create_call_circle(world, count))
     assert (await world.client.end(execution_id, within=END_SECONDS)).status == "failed"
-    runs = await _line_of(world, execution_id)
+    runs = await _read_run_chain(world, execution_id)
     assert len(runs) == 1 + int(SMALL["MAX_RUN_DEPTH"])
     assert "PILOTFLAME_MAX_RUN_DEPTH" in runs[-1]["error"]["message"]
 
 
-async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(world: World) -> None:
+async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(world: SharedServer) -> None:
     items: Json = [*range(5)]
-    loop = node("loop", "loop", items=items, concurrency=5)
-    workflow_id = await _calling_one_another(world, 1, loop, edges="start>loop loop:continue>call")
+    loop = make_node("loop", "loop", items=items, concurrency=5)
+    workflow_id = await _create_call_circle(world, 1, loop, edges="start>loop loop:continue>call")
     execution_id = await world.client.execute(workflow_id)
     assert (await world.client.end(execution_id, within=END_SECONDS)).status == "failed"
 
@@ -273,7 +277,7 @@ async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(worl
     assert len(await wait_until(runs, what="nothing of it runs any more")) == 1 + int(SMALL["MAX_SUB_RUNS"])
 
 
-async def _line_of(world: World, execution_id: str) -> list[dict[str, Any]]:
+async def _read_run_chain(world: SharedServer, execution_id: str) -> list[dict[str, Any]]:
     """Return a run, the one that it started, and so on."""
     line = []
     while True:
@@ -285,16 +289,16 @@ async def _line_of(world: World, execution_id: str) -> list[dict[str, Any]]:
         execution_id = child["id"]
 
 
-async def test_loops_end_in_their_limits_of_items_and_of_turns(world: World) -> None:
+async def test_loops_end_in_their_limits_of_items_and_of_turns(world: SharedServer) -> None:
     def loops(*counts: int) -> Workflow:
-        nodes = [node(f"loop{depth}", "loop", items=[0] * count) for depth, count in enumerate(counts)]
+        nodes = [make_node(f"loop{depth}", "loop", items=[0] * count) for depth, count in enumerate(counts)]
         edges = [
             "start>loop0",
             *(f"loop{depth}:continue>loop{depth + 1}" for depth in range(len(counts) - 1)),
         ]
         last = f"loop{len(counts) - 1}"
-        return workflow(
-            [START, *nodes, node("body", "template", text="turn")],
+        return build_workflow(
+            [START, *nodes, make_node("body", "template", text="turn")],
             " ".join([*edges, f"{last}:continue>body"]),
         )
 
@@ -316,45 +320,66 @@ for _ in range(70):
 
 
 BOMBS = (
-    (computes([op("length", op("unique", ALL))] * 400), TOO_MUCH),
-    (computes([op("length", op("from-json", op("to-json", ALL)))] * 9), TOO_MUCH),
-    (computes([op("length", op("sort", ALL))] * 400), TOO_MUCH),
-    (computes([op("range", ELEMENTS)] * 9), "output-too-large"),
-    (computes(op("concat", *[op("pad", "x", 1_000_000)] * 50)), TOO_MUCH),
-    (computes(op("replace", op("pad", "", 5_000, "x"), "x", op("pad", "", 5_000))), "10,000,000 characters"),
-    (computes(f"{ALL} {ALL}"), TOO_MUCH),
-    (computes(op("multiply", 1e308, 10)), "too large"),
-    (computes(op("range", 10**12)), "1,000,000 elements"),
-    (asks({"any": [{"left": ALL, "operator": "contains", "right": -1}] * 1_000}), TOO_MUCH),
-    (asks({"all": [{"left": ALL, "operator": "equals", "right": ALL}] * 1_000}), TOO_MUCH),
-    (chain(NUMBERS, node("bomb", "template", text=ALL * 20)), TOO_MUCH),
-    (chain(NUMBERS, node("bomb", "map", items=[*range(50)], value=ALL)), "output-too-large"),
-    (chain(NUMBERS, node("bomb", "sort", items=ALL)), "too-many-items"),
+    (computing_workflow([make_operation("length", make_operation("unique", ALL))] * 400), TOO_MUCH),
+    (
+        computing_workflow(
+            [make_operation("length", make_operation("from-json", make_operation("to-json", ALL)))] * 9
+        ),
+        TOO_MUCH,
+    ),
+    (computing_workflow([make_operation("length", make_operation("sort", ALL))] * 400), TOO_MUCH),
+    (computing_workflow([make_operation("range", ELEMENTS)] * 9), "output-too-large"),
+    (computing_workflow(make_operation("concat", *[make_operation("pad", "x", 1_000_000)] * 50)), TOO_MUCH),
+    (
+        computing_workflow(
+            make_operation(
+                "replace", make_operation("pad", "", 5_000, "x"), "x", make_operation("pad", "", 5_000)
+            )
+        ),
+        "10,000,000 characters",
+    ),
+    (computing_workflow(f"{ALL} {ALL}"), TOO_MUCH),
+    (computing_workflow(make_operation("multiply", 1e308, 10)), "too large"),
+    (computing_workflow(make_operation("range", 10**12)), "1,000,000 elements"),
+    (condition_workflow({"any": [{"left": ALL, "operator": "contains", "right": -1}] * 1_000}), TOO_MUCH),
+    (condition_workflow({"all": [{"left": ALL, "operator": "equals", "right": ALL}] * 1_000}), TOO_MUCH),
+    (chain_workflow(NUMBERS, make_node("bomb", "template", text=ALL * 20)), TOO_MUCH),
+    (chain_workflow(NUMBERS, make_node("bomb", "map", items=[*range(50)], value=ALL)), "output-too-large"),
+    (chain_workflow(NUMBERS, make_node("bomb", "sort", items=ALL)), "too-many-items"),
 )
 
 
-async def test_an_expression_bomb_ends_in_its_limit(world: World) -> None:
+async def test_an_expression_bomb_ends_in_its_limit(world: SharedServer) -> None:
     await world.all_fail((graph, {}, expected) for graph, expected in BOMBS)
 
 
-async def test_expressions_that_are_too_many_or_too_deep_are_refused(world: World) -> None:
-    assert "at most 1,000 operations" in await world.refusal(computes([op("lower", "A")] * 1_001))
-    assert "64 deep" in await world.refusal(computes(DEEP))
+async def test_expressions_that_are_too_many_or_too_deep_are_refused(world: SharedServer) -> None:
+    assert "at most 1,000 operations" in await world.refusal(
+        computing_workflow([make_operation("lower", "A")] * 1_001)
+    )
+    assert "64 deep" in await world.refusal(computing_workflow(DEEP))
 
 
-async def test_a_body_of_millions_of_numbers_is_taken_in_without_a_pause(world: World) -> None:
-    await world.completes(chain(node("note", "log", message="here")), {"numbers": [7] * 2_000_000})
+async def test_a_body_of_millions_of_numbers_is_taken_in_without_a_pause(world: SharedServer) -> None:
+    await world.completes(
+        chain_workflow(make_node("note", "log", message="here")), {"numbers": [7] * 2_000_000}
+    )
 
 
-async def test_a_long_list_is_sorted_and_searched_without_a_pause(world: World) -> None:
-    items = op("slice", ALL, 0, 100_000)
+async def test_a_long_list_is_sorted_and_searched_without_a_pause(world: SharedServer) -> None:
+    items = make_operation("slice", ALL, 0, 100_000)
     found: Json = {"left": "{{ data.some }}", "operator": "contains", "right": "{{ item }}"}
-    graph = chain(
+    graph = chain_workflow(
         NUMBERS,
-        node("some", "set", values={"some": items}, mode="replace"),
-        node("sort", "sort", items="{{ data.some }}", by=["{{ item }}"] * 3),
-        node("less", "set", values={"some": op("slice", "{{ nodes.sort.items }}", 0, 3)}, mode="replace"),
-        node("filter", "filter", items="{{ data.some }}", condition=found),
+        make_node("some", "set", values={"some": items}, mode="replace"),
+        make_node("sort", "sort", items="{{ data.some }}", by=["{{ item }}"] * 3),
+        make_node(
+            "less",
+            "set",
+            values={"some": make_operation("slice", "{{ nodes.sort.items }}", 0, 3)},
+            mode="replace",
+        ),
+        make_node("filter", "filter", items="{{ data.some }}", condition=found),
     )
     assert (await world.completes(graph))["filter"]["count"] == 3
 
@@ -383,8 +408,8 @@ CODE = (
 )
 
 
-async def test_code_ends_in_its_limits(world: World) -> None:
-    await world.all_fail((runs_code(source, expected), {}, expected) for source, expected in CODE)
+async def test_code_ends_in_its_limits(world: SharedServer) -> None:
+    await world.all_fail((code_workflow(source, expected), {}, expected) for source, expected in CODE)
 
 
 LAUGHS = (
@@ -396,38 +421,49 @@ SECRET = '<!DOCTYPE l [<!ENTITY a SYSTEM "file:///etc/passwd">]><l>&a;</l>'
 
 
 TEXT = "{{ data.body.text }}"
-DOCUMENTS: Sequence[tuple[flows.Node, str, str]] = (
-    (node("bomb", "regex", text=TEXT, pattern="(?:a?){1000}a{1000}"), "a" * 900_000, "input-too-large"),
-    (node("bomb", "regex", text=TEXT, pattern="\\pL{1000}"), "a", "invalid-pattern"),
-    (node("bomb", "regex", text=TEXT, pattern="(.)" * 101), "a", "invalid-pattern"),
-    (node("bomb", "regex", text=TEXT, pattern="a", operation="find-all"), "a" * 110_000, "too-many-matches"),
-    (node("bomb", "xml-parse", text=TEXT), LAUGHS, "document-type-refused"),
-    (node("bomb", "xml-parse", text=TEXT), SECRET, "document-type-refused"),
-    (node("bomb", "xml-parse", text=TEXT), "<a>" * 500_000, "too-deep"),
-    (node("bomb", "xml-parse", text=TEXT), f"<a>{'<b/>' * 1_000_000}</a>", "too-many-elements"),
-    (node("bomb", "html-extract", html=TEXT, fields={"a": {"selector": "a"}}), "<div>" * 500_000, "too-deep"),
-    (node("bomb", "json-parse", text=TEXT), "[" * 4_000_000, "too-many-values"),
-    (node("bomb", "json-parse", text=TEXT), "9" * 4_000_000, "invalid-json"),
-    (node("bomb", "csv-parse", text=TEXT), ",".join(map(str, range(1_000_000))), "too-many-columns"),
-    (node("bomb", "excel-parse", file=TEXT), "UEsDBA==", "invalid-workbook"),
+DOCUMENTS: Sequence[tuple[workflow_shapes.Node, str, str]] = (
+    (make_node("bomb", "regex", text=TEXT, pattern="(?:a?){1000}a{1000}"), "a" * 900_000, "input-too-large"),
+    (make_node("bomb", "regex", text=TEXT, pattern="\\pL{1000}"), "a", "invalid-pattern"),
+    (make_node("bomb", "regex", text=TEXT, pattern="(.)" * 101), "a", "invalid-pattern"),
+    (
+        make_node("bomb", "regex", text=TEXT, pattern="a", operation="find-all"),
+        "a" * 110_000,
+        "too-many-matches",
+    ),
+    (make_node("bomb", "xml-parse", text=TEXT), LAUGHS, "document-type-refused"),
+    (make_node("bomb", "xml-parse", text=TEXT), SECRET, "document-type-refused"),
+    (make_node("bomb", "xml-parse", text=TEXT), "<a>" * 500_000, "too-deep"),
+    (make_node("bomb", "xml-parse", text=TEXT), f"<a>{'<b/>' * 1_000_000}</a>", "too-many-elements"),
+    (
+        make_node("bomb", "html-extract", html=TEXT, fields={"a": {"selector": "a"}}),
+        "<div>" * 500_000,
+        "too-deep",
+    ),
+    (make_node("bomb", "json-parse", text=TEXT), "[" * 4_000_000, "too-many-values"),
+    (make_node("bomb", "json-parse", text=TEXT), "9" * 4_000_000, "invalid-json"),
+    (make_node("bomb", "csv-parse", text=TEXT), ",".join(map(str, range(1_000_000))), "too-many-columns"),
+    (make_node("bomb", "excel-parse", file=TEXT), "UEsDBA==", "invalid-workbook"),
 )
 
 
-async def test_a_pattern_or_document_ends_in_its_limit(world: World) -> None:
-    await world.all_fail((chain(bomb), {"text": text}, expected) for bomb, text, expected in DOCUMENTS)
+async def test_a_pattern_or_document_ends_in_its_limit(world: SharedServer) -> None:
+    await world.all_fail(
+        (chain_workflow(bomb), {"text": text}, expected) for bomb, text, expected in DOCUMENTS
+    )
 
 
-async def test_a_pattern_that_others_never_come_to_the_end_of_takes_no_time(world: World) -> None:
+async def test_a_pattern_that_others_never_come_to_the_end_of_takes_no_time(world: SharedServer) -> None:
     for pattern in ("(a+)+$", "(a|a)*b", "(.*)*b"):
         await world.completes(
-            chain(node("find", "regex", text=TEXT, pattern=pattern)), {"text": "a" * 100_000 + "!"}
+            chain_workflow(make_node("find", "regex", text=TEXT, pattern=pattern)),
+            {"text": "a" * 100_000 + "!"},
         )
 
 
 # ── databases ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_sql_takes_values_as_values_names_as_names_and_one_statement(world: World) -> None:
+async def test_sql_takes_values_as_values_names_as_names_and_one_statement(world: SharedServer) -> None:
     whoami = (await world.asked("GET", "/auth/whoami")).json()
     files = world.folder / "files" / whoami["organizationId"]
     files.mkdir(parents=True)
@@ -443,7 +479,7 @@ async def test_sql_takes_values_as_values_names_as_names_and_one_statement(world
 
     def reads(query: str, *parameters: Json, seconds: float = END_SECONDS) -> Workflow:
         config: dict[str, Json] = {"dataSource": source_id, "query": query, "parameters": [*parameters]}
-        return chain(node("read", "sqlite-source", **config, timeoutSeconds=seconds))
+        return chain_workflow(make_node("read", "sqlite-source", **config, timeoutSeconds=seconds))
 
     hostile = "' OR 1=1; DROP TABLE person; --"
     found = await world.completes(reads("SELECT * FROM person WHERE name = ?", hostile))
@@ -457,8 +493,8 @@ async def test_sql_takes_values_as_values_names_as_names_and_one_statement(world
     assert await world.failure(reads("SELECT hex(zeroblob(900000000))"))
     table = 'person"; DROP TABLE person; --'
     rows: Json = [{"name": "x"}]
-    named = node("write", "sqlite-destination", dataSource=source_id, table=table, rows=rows)
-    assert await world.failure(chain(named))
+    named = make_node("write", "sqlite-destination", dataSource=source_id, table=table, rows=rows)
+    assert await world.failure(chain_workflow(named))
     assert (await world.completes(reads("SELECT * FROM person")))["read"]["count"] == 1
 
 
@@ -477,7 +513,7 @@ ENDLESS: Mapping[str, tuple[bytes, bytes, float]] = {
 
 
 @asynccontextmanager
-async def serving() -> AsyncIterator[str]:
+async def serve_answers() -> AsyncIterator[str]:
     """Serve answers that nobody should have to read."""
     tasks: set[asyncio.Task[Any]] = set()
 
@@ -522,8 +558,8 @@ async def _answer(path: str, writer: asyncio.StreamWriter) -> None:
     await writer.drain()
 
 
-def fetches(url: str, timeout_seconds: float) -> Workflow:
-    return chain(node("fetch", "http-request", url=url, timeoutSeconds=timeout_seconds))
+def fetching_workflow(url: str, timeout_seconds: float) -> Workflow:
+    return chain_workflow(make_node("fetch", "http-request", url=url, timeoutSeconds=timeout_seconds))
 
 
 UPSTREAMS = (
@@ -543,16 +579,16 @@ UPSTREAMS = (
 )
 
 
-async def test_an_upstream_ends_in_its_limit(world: World) -> None:
+async def test_an_upstream_ends_in_its_limit(world: SharedServer) -> None:
     await world.all_fail(
-        (fetches(world.upstream + path, limit_seconds(expected)), {}, expected)
+        (fetching_workflow(world.upstream + path, limit_seconds(expected)), {}, expected)
         for path, expected in UPSTREAMS
     )
 
 
-async def test_runs_that_hold_all_places_of_a_worker_leave_some_to_others(world: World) -> None:
+async def test_runs_that_hold_all_places_of_a_worker_leave_some_to_others(world: SharedServer) -> None:
     places = int(SMALL["CONCURRENCY"])
-    workflow_id = await world.client.create(fetches(f"{world.upstream}/drip", END_SECONDS))
+    workflow_id = await world.client.create(fetching_workflow(f"{world.upstream}/drip", END_SECONDS))
     executions = [await world.client.execute(workflow_id) for _ in range(2 * places)]
 
     async def are_held() -> bool:
@@ -570,12 +606,12 @@ async def test_runs_that_hold_all_places_of_a_worker_leave_some_to_others(world:
         assert (await world.client.end(execution_id, within=END_SECONDS)).status == "cancelled"
 
 
-async def test_a_large_answer_is_read_without_a_pause(world: World) -> None:
-    await world.completes(fetches(f"{world.upstream}/json", END_SECONDS))
+async def test_a_large_answer_is_read_without_a_pause(world: SharedServer) -> None:
+    await world.completes(fetching_workflow(f"{world.upstream}/json", END_SECONDS))
 
 
-async def test_nobody_is_told_of_an_end_at_a_private_address(world: World) -> None:
-    workflow_id = await world.client.create(chain(sets("done")))
+async def test_nobody_is_told_of_an_end_at_a_private_address(world: SharedServer) -> None:
+    workflow_id = await world.client.create(chain_workflow(set_node("done")))
     for host in ("127.0.0.2", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:192.168.0.1]"):
         response = await world.asked(
             "POST", f"/workflows/{workflow_id}/execute", {"callbackUrl": f"http://{host}:8080/hook"}
@@ -586,7 +622,7 @@ async def test_nobody_is_told_of_an_end_at_a_private_address(world: World) -> No
 # ── forms ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def doubling(joint: str) -> Json:
+def doubling_schema(joint: str) -> Json:
     parts: dict[str, Json] = {
         f"d{depth}": {joint: [{"$ref": f"#/$defs/d{depth + 1}"}] * 2} for depth in range(40)
     }
@@ -604,35 +640,35 @@ for _ in range(40):
 FORMS: Sequence[tuple[Json, Json, str]] = (
     ({"$ref": "http://127.0.0.1:1/schema.json"}, {}, "invalid-schema"),
     ({"$ref": "file:///etc/passwd"}, {}, "invalid-schema"),
-    (doubling("allOf"), 1, "invalid-schema"),
-    (doubling("anyOf"), 1, "invalid-schema"),
+    (doubling_schema("allOf"), 1, "invalid-schema"),
+    (doubling_schema("anyOf"), 1, "invalid-schema"),
     (BRANCHING, NESTED, "invalid-schema"),
     ({"properties": {"a": {"pattern": "^(a+)+$"}}}, {"a": "a" * 50_000 + "!"}, "pattern"),
     ({"properties": {"a": {"pattern": "(?=(a+)+b)(\\w+)\\1{3,}x"}}}, {"a": "a" * 5_000}, "pattern"),
 )
 
 
-async def test_a_form_with_an_evil_schema_refuses_its_answer(world: World) -> None:
-    responses = await asyncio.gather(*(_answered(world, schema, data) for schema, data, _ in FORMS))
+async def test_a_form_with_an_evil_schema_refuses_its_answer(world: SharedServer) -> None:
+    responses = await asyncio.gather(*(_answer_with(world, schema, data) for schema, data, _ in FORMS))
     for response, (_, _, expected) in zip(responses, FORMS, strict=True):
         assert response.status_code == HTTPStatus.UNPROCESSABLE_ENTITY, response.text
         assert expected in response.text
 
 
-async def test_a_form_whose_schema_is_none_is_refused(world: World) -> None:
+async def test_a_form_whose_schema_is_none_is_refused(world: SharedServer) -> None:
     refused = await world.refusal(
-        chain(node("ask", "human-input", title="Yes?", schema={"type": "nonsense"}))
+        chain_workflow(make_node("ask", "human-input", title="Yes?", schema={"type": "nonsense"}))
     )
     assert "schema.type" in refused
 
 
-async def test_a_form_that_refers_to_itself_takes_any_answer(world: World) -> None:
-    response = await _answered(world, {"$ref": "#"}, {"any": "thing"})
+async def test_a_form_that_refers_to_itself_takes_any_answer(world: SharedServer) -> None:
+    response = await _answer_with(world, {"$ref": "#"}, {"any": "thing"})
     assert response.status_code == HTTPStatus.OK, response.text
 
 
-async def _answered(world: World, schema: Json, data: Json) -> httpx2.Response:
-    graph = chain(node("ask", "human-input", title="Yes?", schema=schema))
+async def _answer_with(world: SharedServer, schema: Json, data: Json) -> httpx2.Response:
+    graph = chain_workflow(make_node("ask", "human-input", title="Yes?", schema=schema))
     execution_id = await world.client.execute(await world.client.create(graph))
     await wait_until(partial(world.client.has_status, execution_id, "waiting"))
     try:
@@ -644,16 +680,16 @@ async def _answered(world: World, schema: Json, data: Json) -> httpx2.Response:
 # ── what is given in the place of what was run ──────────────────────────────────────────────────────────────
 
 
-async def test_a_forged_blob_leads_nowhere(world: World) -> None:
+async def test_a_forged_blob_leads_nowhere(world: SharedServer) -> None:
     forged: Json = {"$blob": {"sha256": "0" * 64, "size": 1, "type": "text/csv", "name": "../../etc/passwd"}}
     path: Json = {"$blob": {"sha256": "../../../../etc/passwd", "size": 1, "type": "text/csv", "name": "a"}}
-    graph = chain(node("parse", "file-parse", blob="{{ data.body.blob }}", format="csv"))
+    graph = chain_workflow(make_node("parse", "file-parse", blob="{{ data.body.blob }}", format="csv"))
     assert "blob-not-found" in await world.failure(graph, {"blob": forged})
     assert "invalid-blob" in await world.failure(graph, {"blob": path})
 
 
-async def test_what_is_pinned_has_its_limits(world: World) -> None:
-    workflow_id = await world.client.create(chain(sets("one"), sets("two")))
+async def test_what_is_pinned_has_its_limits(world: SharedServer) -> None:
+    workflow_id = await world.client.create(chain_workflow(set_node("one"), set_node("two")))
     execute = partial(world.asked, "POST", f"/workflows/{workflow_id}/execute")
     unknown: list[Json] = [
         {"pinned": {"one": "x" * 1_000_001}},
@@ -670,8 +706,8 @@ async def test_what_is_pinned_has_its_limits(world: World) -> None:
 # ── the others, and the end ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_nothing_of_one_organisation_is_there_for_another(world: World) -> None:
-    graph = chain(node("ask", "human-input", title="Yes?"))
+async def test_nothing_of_one_organisation_is_there_for_another(world: SharedServer) -> None:
+    graph = chain_workflow(make_node("ask", "human-input", title="Yes?"))
     workflow_id = await world.client.create(graph)
     execution_id = await world.client.execute(workflow_id)
     await wait_until(partial(world.client.has_status, execution_id, "waiting"))
@@ -702,9 +738,9 @@ async def test_nothing_of_one_organisation_is_there_for_another(world: World) ->
         assert execution_id not in response.text.replace(path, "")
     assert (await other.send("GET", f"/executions?parent_id={execution_id}")).json()["executions"] == []
     assert source_id not in (await other.send("GET", "/datasources?limit=100")).text
-    calls = chain(node("call", "sub-workflow", workflowId=workflow_id))
-    uses = chain(node("fetch", "http-request", url=world.upstream, dataSource=source_id))
-    reaches = World(world.deployment, other, world.neighbour, world.folder)
+    calls = chain_workflow(make_node("call", "sub-workflow", workflowId=workflow_id))
+    uses = chain_workflow(make_node("fetch", "http-request", url=world.upstream, dataSource=source_id))
+    reaches = SharedServer(world.deployment, other, world.neighbour, world.folder)
     for graph, code in ((calls, "workflow-not-found"), (uses, "data-source-not-found")):
         made = await other.send("POST", "/workflows", graph)
         if made.is_success:
@@ -714,7 +750,7 @@ async def test_nothing_of_one_organisation_is_there_for_another(world: World) ->
     await world.client.ask(execution_id, "cancel")
 
 
-async def test_afterwards_everything_is_as_it_was(world: World) -> None:
+async def test_afterwards_everything_is_as_it_was(world: SharedServer) -> None:
     assert world.deployment.gateway.is_alive
     ready = await world.asked("GET", "/../../readyz")
     assert ready.status_code == HTTPStatus.OK, ready.text

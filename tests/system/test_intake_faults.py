@@ -11,33 +11,33 @@ from functools import partial
 import httpx2
 import pytest
 
-from tests import intake_senders
-from tests.intake_senders import Delivery, Senders
+from tests import ingest_senders
+from tests.ingest_senders import AllSenders, SenderDelivery
 from tests.system import proxy
-from tests.system.client import API_KEY, Client
-from tests.system.harness import RECOVERY_SECONDS, Deployment, ManyProcesses, on_many_processes
-from tests.system.moments import wait_until
+from tests.system.client import API_KEY, RetryingClient
+from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, SystemUnderTest, on_many_processes
+from tests.system.wait_conditions import wait_until
 
 
 @dataclass(frozen=True)
-class World:
+class IngestDeployment:
     """A deployment, everybody who sends to it, and a client that has no key."""
 
-    deployment: Deployment
-    client: Client
-    senders: Senders
+    deployment: SystemUnderTest
+    client: RetryingClient
+    senders: AllSenders
     http: httpx2.AsyncClient
     earlier: Collection[str]
     """Runs of other tests."""
 
-    async def deliver(self, deliveries: Iterable[Delivery]) -> list[str]:
+    async def deliver(self, deliveries: Iterable[SenderDelivery]) -> list[str]:
         """Send deliveries until they are taken; returns the run of each."""
         answers = await asyncio.gather(*(one.deliver(self.http) for one in deliveries))
-        return [intake_senders.execution_of(answer) for answer in answers]
+        return [ingest_senders.read_execution_id(answer) for answer in answers]
 
     async def runs(self) -> Collection[str]:
         """Return all runs that there are of what was sent."""
-        return await _runs(self.deployment, self.senders) - {*self.earlier}
+        return await _read_runs(self.deployment, self.senders) - {*self.earlier}
 
     async def assert_run_once(self, runs: Collection[str], within: float = RECOVERY_SECONDS) -> None:
         """Check that these are all the runs that there are, and that each comes to its end once."""
@@ -50,22 +50,24 @@ class World:
 
 
 @pytest.fixture(scope="module")
-async def everybody(shared_deployment: Deployment) -> Senders:
-    client = Client(shared_deployment.url)
-    everybody = await intake_senders.set_up(partial(client.answer, "POST"), API_KEY)
+async def everybody(shared_deployment: SystemUnderTest) -> AllSenders:
+    client = RetryingClient(shared_deployment.url)
+    everybody = await ingest_senders.set_up(partial(client.answer, "POST"), API_KEY)
     await client.close()
     return everybody
 
 
 @pytest.fixture
-async def world(deployment: Deployment, client: Client, everybody: Senders) -> AsyncIterator[World]:
-    async with intake_senders.http(deployment.url) as http:
-        yield World(deployment, client, everybody, http, await _runs(deployment, everybody))
+async def world(
+    deployment: SystemUnderTest, client: RetryingClient, everybody: AllSenders
+) -> AsyncIterator[IngestDeployment]:
+    async with ingest_senders.open_client(deployment.url) as http:
+        yield IngestDeployment(deployment, client, everybody, http, await _read_runs(deployment, everybody))
 
 
 @on_many_processes
 async def test_while_the_database_is_down_senders_are_told_to_come_again_and_what_they_send_then_runs(
-    world: World,
+    world: IngestDeployment,
 ) -> None:
     assert isinstance(world.deployment, ManyProcesses)
     deliveries = world.senders.deliveries()
@@ -80,24 +82,26 @@ async def test_while_the_database_is_down_senders_are_told_to_come_again_and_wha
 
 
 @on_many_processes
-async def test_while_redis_is_down_everything_is_taken_in_and_runs(world: World) -> None:
+async def test_while_redis_is_down_everything_is_taken_in_and_runs(world: IngestDeployment) -> None:
     assert isinstance(world.deployment, ManyProcesses)
     deliveries = world.senders.deliveries()
     async with world.deployment.redis_down():
         answers = await asyncio.gather(*(one.send(world.http) for one in deliveries))
-        runs = [intake_senders.execution_of(answer) for answer in answers]
+        runs = [ingest_senders.read_execution_id(answer) for answer in answers]
         await world.assert_run_once(runs)
 
 
-async def test_what_a_gateway_had_taken_in_when_it_was_killed_is_not_run_twice(world: World) -> None:
+async def test_what_a_gateway_had_taken_in_when_it_was_killed_is_not_run_twice(
+    world: IngestDeployment,
+) -> None:
     deliveries = world.senders.deliveries()
     async with (
-        proxy.before(world.deployment.url) as way,
-        intake_senders.http(way.in_front_of(world.deployment.url)) as http,
+        proxy.run_proxy(world.deployment.url) as way,
+        ingest_senders.open_client(way.in_front_of(world.deployment.url)) as http,
     ):
         way.keep_answers(b"POST")
         requests = [asyncio.create_task(one.send(http)) for one in deliveries]
-        taken = await wait_until(lambda: _all_of(world, len(deliveries)))
+        taken = await wait_until(lambda: _runs_when_complete(world, len(deliveries)))
         world.deployment.gateway.kill()
         way.cut()
         lost = await asyncio.gather(*requests, return_exceptions=True)
@@ -105,14 +109,14 @@ async def test_what_a_gateway_had_taken_in_when_it_was_killed_is_not_run_twice(w
     await world.deployment.revive()
     answers = await asyncio.gather(*(one.deliver(world.http) for one in deliveries))
     assert {answer.headers["Idempotent-Replayed"] for answer in answers} == {"true"}
-    runs = [intake_senders.execution_of(answer) for answer in answers]
+    runs = [ingest_senders.read_execution_id(answer) for answer in answers]
     assert set(runs) == set(taken)
     await world.assert_run_once(runs)
 
 
 @on_many_processes
 async def test_what_a_gateway_had_read_and_not_yet_taken_in_when_it_was_killed_is_lost_on_nobody(
-    world: World,
+    world: IngestDeployment,
 ) -> None:
     assert isinstance(world.deployment, ManyProcesses)
     way = world.deployment.ways.gateway_to_database
@@ -131,7 +135,7 @@ async def test_what_a_gateway_had_read_and_not_yet_taken_in_when_it_was_killed_i
 
 
 @on_many_processes
-async def test_a_mail_whose_reader_is_killed_is_read_by_another(world: World) -> None:
+async def test_a_mail_whose_reader_is_killed_is_read_by_another(world: IngestDeployment) -> None:
     deployment = world.deployment
     assert isinstance(deployment, ManyProcesses)
     delivery = world.senders.one("SendGrid").delivery()
@@ -146,12 +150,12 @@ async def test_a_mail_whose_reader_is_killed_is_read_by_another(world: World) ->
     await world.assert_run_once([run])
 
 
-async def _runs(deployment: Deployment, everybody: Senders) -> set[str]:
+async def _read_runs(deployment: SystemUnderTest, everybody: AllSenders) -> set[str]:
     ids = ", ".join(f"'{one}'" for one in everybody.workflows)
     rows = await deployment.records.fetch(f"SELECT id FROM execution WHERE workflow_id IN ({ids})")
     return {row[0] for row in rows}
 
 
-async def _all_of(world: World, count: int) -> Collection[str] | None:
+async def _runs_when_complete(world: IngestDeployment, count: int) -> Collection[str] | None:
     runs = await world.runs()
     return runs if len(runs) == count else None

@@ -4,11 +4,11 @@ from functools import partial
 
 from engine.values import Json
 from models.loss_limits import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
-from tests.system import flows, promises
-from tests.system.client import Client
-from tests.system.harness import RECOVERY_SECONDS, Deployment
-from tests.system.ledger import Call, Ledger
-from tests.system.moments import after, wait_until
+from tests.system import consistency_checks, workflow_shapes
+from tests.system.client import RetryingClient
+from tests.system.harness import RECOVERY_SECONDS, SystemUnderTest
+from tests.system.ledger import EffectLedger, LedgerCall
+from tests.system.wait_conditions import act_after, wait_until
 
 RUNS = 8
 CALLS = 11 * RUNS
@@ -17,11 +17,11 @@ BESIDE = 10
 
 
 async def test_runs_finish_though_their_worker_is_killed_at_random_points(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     chance = random.Random(7)
     ledger.delay_seconds = 0.02
-    workflow = await client.create(flows.journey(ledger))
+    workflow = await client.create(workflow_shapes.journey_workflow(ledger))
     async with deployment.supervised():
         starting = asyncio.gather(*(client.execute(workflow) for _ in range(RUNS)))
         for kill in range(KILLS):
@@ -31,21 +31,27 @@ async def test_runs_finish_though_their_worker_is_killed_at_random_points(
                 lambda: deployment.worker_behind(ledger.calls[-1].port), RECOVERY_SECONDS
             )
             # Before the ledger's answer, while that is on its way, or after it has been committed.
-            await after(chance.uniform(0, 2 * ledger.delay_seconds), victim.kill)
+            await act_after(chance.uniform(0, 2 * ledger.delay_seconds), victim.kill)
         runs = await starting
-        await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+        await consistency_checks.assert_consistent(
+            deployment, client, ledger, dict.fromkeys(runs, "completed")
+        )
 
 
 async def test_a_run_that_kills_its_worker_fails_as_crashed_after_two_trials(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    poison = await client.create(flows.chain(ledger.reads("look"), ledger.writes("poison")))
+    poison = await client.create(
+        workflow_shapes.chain_workflow(ledger.reads("look"), ledger.writes("poison"))
+    )
     harmless = await client.create(
-        flows.chain(ledger.reads("before"), ledger.writes("within"), ledger.writes("after"))
+        workflow_shapes.chain_workflow(
+            ledger.reads("before"), ledger.writes("within"), ledger.writes("after")
+        )
     )
     ledger.delay_seconds = 0.1
 
-    def kill(call: Call) -> None:
+    def kill(call: LedgerCall) -> None:
         deployment.sender(call).kill()
 
     with ledger.on_arrival("poison", kill):
@@ -54,19 +60,21 @@ async def test_a_run_that_kills_its_worker_fails_as_crashed_after_two_trials(
             run = await client.execute(poison)
             ended = await client.end(run, within=4 * RECOVERY_SECONDS)
             expected = {run: "failed"} | dict.fromkeys(beside, "completed")
-            await promises.assert_kept(deployment, client, ledger, expected)
+            await consistency_checks.assert_consistent(deployment, client, ledger, expected)
     assert ended.error_code == "crashed"
     assert len(ledger.of("poison")) == SUSPECT_LOSSES + MAX_TRIAL_LOSSES
 
 
 async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     waiting = await client.create(
-        flows.chain(ledger.writes("before"), flows.waits("wait", 2), ledger.writes("after"))
+        workflow_shapes.chain_workflow(
+            ledger.writes("before"), workflow_shapes.wait_node("wait", 2), ledger.writes("after")
+        )
     )
     retry: Json = {"maxAttempts": 2, "backoff": 2, "jitter": 0}
-    retrying = await client.create(flows.chain(ledger.writes("charge", retry=retry)))
+    retrying = await client.create(workflow_shapes.chain_workflow(ledger.writes("charge", retry=retry)))
     with ledger.refusing("charge", status=503):
         runs = [await client.execute(workflow) for workflow in (waiting, retrying)]
         for run in runs:
@@ -74,7 +82,7 @@ async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(
     for process in deployment.processes:
         process.kill()
     await deployment.revive()
-    await promises.assert_kept(
+    await consistency_checks.assert_consistent(
         deployment, client, ledger, dict.fromkeys(runs, "completed"), within=2 + RECOVERY_SECONDS
     )
     (first,), (second,) = ledger.of("before"), ledger.of("after")

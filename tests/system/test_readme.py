@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import commands
+from tests import command_runs
 from tests.system.harness import COMMAND
 
 POLL_SECONDS = 0.05
@@ -19,11 +19,11 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def _section(title: str) -> str:
+def _readme_section(title: str) -> str:
     return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
-def _blocks(section: str, kind: str = "sh") -> list[str]:
+def _code_blocks(section: str, kind: str = "sh") -> list[str]:
     return re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL)
 
 
@@ -35,7 +35,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def dev(data: Path) -> Iterator[dict[str, str]]:
     """A first start, as `make run` ends in one; yields the environment of the second terminal."""
-    before = "/".join(_files())
+    before = "/".join(_project_files())
     log = data.with_name("dev.log").open("w+")
     # The server and its commands talk to each other without the proxy.
     environment = {**os.environ, "PILOTFLAME_DATA_DIR": str(data), "http_proxy": "http://127.0.0.1:9"}
@@ -84,7 +84,7 @@ def _run(script: str, environment: dict[str, str]) -> str:
 
 def _second_terminal(dev: dict[str, str]) -> str:
     """Return the commands of the quick start, for this server."""
-    (commands_shown,) = _blocks(_section("Quick start"))[1:]
+    (commands_shown,) = _code_blocks(_readme_section("Quick start"))[1:]
     return (
         f"export http_proxy=http://127.0.0.1:9\nexport PILOTFLAME_URL={dev['PRINTED_ADDRESS']}\n"
         + re.sub(r"sk-\.\.\..*", shlex.quote(dev["PRINTED_KEY"]), commands_shown)
@@ -92,7 +92,7 @@ def _second_terminal(dev: dict[str, str]) -> str:
 
 
 def test_the_quick_start_prints_the_report_that_the_readme_shows(dev: dict[str, str]) -> None:
-    (report,) = _blocks(_section("Quick start"), kind="text")
+    (report,) = _code_blocks(_readme_section("Quick start"), kind="text")
     assert json.loads(_run(_second_terminal(dev), dev))["report"]["text"] == report.rstrip("\n")
 
 
@@ -108,10 +108,10 @@ def test_the_lines_that_the_first_start_prints_work_as_they_stand(dev: dict[str,
 
 def test_the_commands_of_the_readme_leave_nothing_in_the_checkout(dev: dict[str, str]) -> None:
     """Stands behind the tests that have run them."""
-    assert _files() == set(dev["FILES"].split("/"))
+    assert _project_files() == set(dev["FILES"].split("/"))
 
 
-def _files() -> set[str]:
+def _project_files() -> set[str]:
     """Return the names in the folders that commands run in, without those that tools of tests make."""
     folders = (ROOT, ROOT / "docs", ROOT / "docs/examples")
     names = {file.name for folder in folders for file in folder.iterdir()}
@@ -122,4 +122,4 @@ def test_every_command_of_the_readme_exists() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert set(re.findall(r"\bmake ([a-z]+)", README)) <= targets
     for command in sorted(set(re.findall(r"pilotflame (\w+)", README)) - {"dev"}):
-        assert commands.run(command, "--help", given=os.environ).returncode == 0, command
+        assert command_runs.run(command, "--help", given=os.environ).returncode == 0, command

@@ -1,10 +1,10 @@
 import pytest
 
 from tests.system import storm
-from tests.system.client import Client
-from tests.system.harness import RECOVERY_SECONDS, Deployment, on_many_processes, on_one_process
-from tests.system.ledger import Ledger
-from tests.system.storm import Storm
+from tests.system.client import RetryingClient
+from tests.system.harness import RECOVERY_SECONDS, SystemUnderTest, on_many_processes, on_one_process
+from tests.system.ledger import EffectLedger
+from tests.system.storm import StormPlan
 
 LONGEST_RUN_SECONDS = 30.0
 """What a run of the storm takes in fair weather, its wait included, on a machine that does other things."""
@@ -15,17 +15,17 @@ FEW = 3
 @on_many_processes
 @pytest.mark.timeout(600)
 async def test_hundreds_of_runs_end_once_each_though_every_part_fails_meanwhile(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    report = await storm.blow(Storm(runs=200, seconds=12, seed=7), deployment, client, ledger)
+    report = await storm.run_storm(StormPlan(runs=200, seconds=12, seed=7), deployment, client, ledger)
     assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
     assert report.crashed <= FEW, report
 
 
 @on_one_process
 async def test_a_hundred_runs_end_once_each_though_their_only_process_fails_again_and_again(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    report = await storm.blow(Storm(runs=100, seconds=6, seed=11), deployment, client, ledger)
+    report = await storm.run_storm(StormPlan(runs=100, seconds=6, seed=11), deployment, client, ledger)
     assert report.calm_seconds < LONGEST_RUN_SECONDS + RECOVERY_SECONDS, report
     assert report.crashed <= FEW, report

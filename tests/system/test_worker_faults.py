@@ -2,31 +2,33 @@ from functools import partial
 
 from journal.store_factory import open_store
 from models.database import parse_url
-from tests.system import flows, promises
-from tests.system.client import Client
-from tests.system.harness import RECOVERY_SECONDS, Deployment, ManyProcesses, on_many_processes
-from tests.system.ledger import Ledger
-from tests.system.moments import wait_until
+from tests.system import consistency_checks, workflow_shapes
+from tests.system.client import RetryingClient
+from tests.system.harness import RECOVERY_SECONDS, ManyProcesses, SystemUnderTest, on_many_processes
+from tests.system.ledger import EffectLedger
+from tests.system.wait_conditions import wait_until
 
 
 @on_many_processes
 async def test_two_workers_that_race_for_the_same_rows_share_them(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"))
+    )
     one, other = deployment.workers
     with one.paused(), other.paused():
         runs = [await client.execute(workflow) for _ in range(100)]
-    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
-    assert not promises.repeated(ledger.effects())
+    await consistency_checks.assert_consistent(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+    assert not consistency_checks.count_repeated(ledger.effects())
 
 
 @on_many_processes
 async def test_a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(
-        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+        workflow_shapes.chain_workflow(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
@@ -37,15 +39,15 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes(
             held.release()
             assert (await client.end(run)).status == "completed"
         await wait_until(lambda: sleeper.has_logged("run abandoned", run))
-    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {run: "completed"})
     assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (2, 1)
 
 
 async def test_a_worker_that_slept_past_its_lease_begins_again_what_it_had_in_hand(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(
-        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+        workflow_shapes.chain_workflow(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
@@ -54,15 +56,17 @@ async def test_a_worker_that_slept_past_its_lease_begins_again_what_it_had_in_ha
             # Taken back meanwhile: with a process of its own it might renew its lease before its sweep meets it.
             await wait_until(partial(_is_taken_back, deployment, run))
         await held.arrived()
-    await promises.assert_kept(deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS)
+    await consistency_checks.assert_consistent(
+        deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS
+    )
 
 
 @on_many_processes
 async def test_a_worker_that_fell_asleep_in_a_commit_begins_no_node_after_it(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     workflow = await client.create(
-        flows.chain(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
+        workflow_shapes.chain_workflow(ledger.reads("look"), ledger.writes("charge"), ledger.writes("ship"))
     )
     with ledger.holding("look") as held:
         run = await client.execute(workflow)
@@ -76,15 +80,17 @@ async def test_a_worker_that_fell_asleep_in_a_commit_begins_no_node_after_it(
     assert (await client.end(run)).status == "completed"
     sleeper.resume()
     await wait_until(lambda: sleeper.has_logged("run abandoned", run))
-    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {run: "completed"})
     assert len(ledger.of("charge")) == 1
 
 
 @on_many_processes
 async def test_a_result_that_was_on_its_way_when_the_lease_was_lost_changes_nothing(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship")))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"))
+    )
     one, other = deployment.workers
     with ledger.holding("charge") as charged, ledger.holding("ship") as shipped:
         with other.paused():
@@ -97,39 +103,41 @@ async def test_a_result_that_was_on_its_way_when_the_lease_was_lost_changes_noth
         await wait_until(lambda: one.has_logged("run abandoned", run))
     ended = await client.end(run)
     assert ended.outputs["charge"]["body"] != {"receipt": late.receipt}
-    await promises.assert_kept(deployment, client, ledger, {run: "completed"})
+    await consistency_checks.assert_consistent(deployment, client, ledger, {run: "completed"})
     assert (len(ledger.of("charge")), len(ledger.of("ship"))) == (2, 1)
 
 
 @on_many_processes
 async def test_sigterm_hands_runs_over_between_two_nodes(
-    deployment: ManyProcesses, client: Client, ledger: Ledger
+    deployment: ManyProcesses, client: RetryingClient, ledger: EffectLedger
 ) -> None:
     ledger.delay_seconds = 0.1
-    workflow = await client.create(flows.journey(ledger))
+    workflow = await client.create(workflow_shapes.journey_workflow(ledger))
     runs = [await client.execute(workflow) for _ in range(8)]
     leaving = deployment.sender(await ledger.call(2 * len(runs)))
     leaving.terminate()
     assert await leaving.exit_code() == 0
-    await promises.assert_kept(deployment, client, ledger, dict.fromkeys(runs, "completed"))
-    assert not promises.repeated(ledger.effects())
+    await consistency_checks.assert_consistent(deployment, client, ledger, dict.fromkeys(runs, "completed"))
+    assert not consistency_checks.count_repeated(ledger.effects())
 
 
 async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile(
-    deployment: Deployment, client: Client, ledger: Ledger
+    deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    workflow = await client.create(flows.chain(ledger.writes("charge"), ledger.writes("ship"), timeout=3))
+    workflow = await client.create(
+        workflow_shapes.chain_workflow(ledger.writes("charge"), ledger.writes("ship"), timeout=3)
+    )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         deployment.sender(await held.arrived()).kill()
         await deployment.revive()
         ended = await client.end(run, within=3 + RECOVERY_SECONDS)
         assert ended.error_code == "timeout"
-        await promises.assert_kept(deployment, client, ledger, {run: "failed"})
+        await consistency_checks.assert_consistent(deployment, client, ledger, {run: "failed"})
     assert not ledger.of("ship")
 
 
-async def _is_taken_back(deployment: Deployment, run: str) -> bool:
+async def _is_taken_back(deployment: SystemUnderTest, run: str) -> bool:
     """Sweep as workers do, and tell whether nobody holds a run any more, or another worker does."""
     ((before,),) = await deployment.records.fetch(f"SELECT token FROM execution WHERE id = '{run}'")
     environment = deployment.gateway.environment
@@ -141,6 +149,6 @@ async def _is_taken_back(deployment: Deployment, run: str) -> bool:
         await store.close()
 
 
-async def _is_waited_for(deployment: Deployment, owner: int) -> bool:
+async def _is_waited_for(deployment: SystemUnderTest, owner: int) -> bool:
     waiting = f"SELECT 1 FROM pg_stat_activity WHERE {owner} = ANY (pg_blocking_pids(pid)) AND query LIKE '%WITH held%'"
     return bool(await deployment.records.fetch(waiting))

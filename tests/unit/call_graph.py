@@ -22,7 +22,7 @@ Function: TypeAlias = "ast.FunctionDef | ast.AsyncFunctionDef"
 
 
 @dataclass(frozen=True)
-class Thing:
+class CodeDefinition:
     """A function, a class or a module, by where it is defined."""
 
     module: str
@@ -33,30 +33,30 @@ class Thing:
 
 
 @dataclass
-class Module:
+class SourceModule:
     """One file: what it defines, and what its names mean."""
 
     name: str
     functions: dict[str, Function] = field(default_factory=dict)
     """Methods as `Class.name`."""
     classes: dict[str, ast.ClassDef] = field(default_factory=dict)
-    names: dict[str, Thing] = field(default_factory=dict)
+    names: dict[str, CodeDefinition] = field(default_factory=dict)
 
 
 class CallGraph:
     """All of the gateway's source."""
 
     def __init__(self) -> None:
-        self._called: dict[Thing, Sequence[Thing]] = {}
+        self._called: dict[CodeDefinition, Sequence[CodeDefinition]] = {}
 
     @cached_property
-    def modules(self) -> Mapping[str, Module]:
+    def modules(self) -> Mapping[str, SourceModule]:
         names = [one.name for one in pkgutil.walk_packages(gateway.__path__, "gateway.")]
         return {name: _read(name) for name in names}
 
-    def reached(self, start: Thing) -> set[Thing]:
+    def reached(self, start: CodeDefinition) -> set[CodeDefinition]:
         """Return the functions that may be called when `start` is, itself among them."""
-        seen: set[Thing] = set()
+        seen: set[CodeDefinition] = set()
         waiting = [start]
         while waiting:
             thing = waiting.pop()
@@ -67,11 +67,11 @@ class CallGraph:
                 waiting.extend(self._called[thing])
         return seen
 
-    def codes(self, start: Thing) -> set[str]:
+    def codes(self, start: CodeDefinition) -> set[str]:
         """Return the codes of the refusals that a call of `start` may lead to."""
         return {code for thing in self.reached(start) for code in self.codes_of(thing)}
 
-    def codes_of(self, thing: Thing) -> Iterator[str]:
+    def codes_of(self, thing: CodeDefinition) -> Iterator[str]:
         """Return the codes that a function itself names; `module.function` for one that it computes."""
         for node in ast.walk(self.modules[thing.module].functions[thing.path]):
             if not isinstance(node, ast.Call):
@@ -81,14 +81,14 @@ class CallGraph:
                 code = node.args[position]
                 yield str(code.value) if isinstance(code, ast.Constant) else str(thing)
 
-    def everything(self) -> Iterator[Thing]:
+    def everything(self) -> Iterator[CodeDefinition]:
         """Return every function there is."""
         for module in self.modules.values():
-            yield from (Thing(module.name, path) for path in module.functions)
+            yield from (CodeDefinition(module.name, path) for path in module.functions)
 
     # ── what an expression means ────────────────────────────────────────────────────────────────────────────
 
-    def _mentioned(self, thing: Thing) -> Iterator[Thing]:
+    def _mentioned(self, thing: CodeDefinition) -> Iterator[CodeDefinition]:
         function = self.modules[thing.module].functions[thing.path]
         types = self._types(function, thing)
         for node in ast.walk(function):
@@ -103,16 +103,16 @@ class CallGraph:
             if meant and self._is_function(meant):
                 yield meant
 
-    def _types(self, function: Function, thing: Thing) -> dict[str, Thing]:
+    def _types(self, function: Function, thing: CodeDefinition) -> dict[str, CodeDefinition]:
         """Return the classes of a function's variables, where its source tells them."""
-        types: dict[str, Thing] = {}
+        types: dict[str, CodeDefinition] = {}
         for node in ast.walk(function):
             if isinstance(node, ast.arg) and node.annotation is not None:
                 kind = self._annotated(node.annotation, thing)
                 if kind:
                     types[node.arg] = kind
         if "." in thing.path:
-            types["self"] = Thing(thing.module, thing.path.partition(".")[0])
+            types["self"] = CodeDefinition(thing.module, thing.path.partition(".")[0])
         for node in ast.walk(function):
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
                 kind = self._type(node.value, thing, types)
@@ -120,7 +120,9 @@ class CallGraph:
                     types[node.targets[0].id] = kind
         return types
 
-    def _type(self, node: ast.expr, thing: Thing, types: Mapping[str, Thing]) -> Thing | None:
+    def _type(
+        self, node: ast.expr, thing: CodeDefinition, types: Mapping[str, CodeDefinition]
+    ) -> CodeDefinition | None:
         """Return the class of what an expression gives."""
         match node:
             case ast.Await(value=value):
@@ -136,7 +138,9 @@ class CallGraph:
                 return self._returned(meant)
         return None
 
-    def _meant(self, node: ast.expr, thing: Thing, types: Mapping[str, Thing]) -> Thing | None:
+    def _meant(
+        self, node: ast.expr, thing: CodeDefinition, types: Mapping[str, CodeDefinition]
+    ) -> CodeDefinition | None:
         """Return the function, class or module that an expression names."""
         match node:
             case ast.Name(id=name):
@@ -150,7 +154,7 @@ class CallGraph:
                     return self.modules[outer.module].names.get(name)
         return None
 
-    def _attribute(self, kind: Thing | None, name: str) -> Thing | None:
+    def _attribute(self, kind: CodeDefinition | None, name: str) -> CodeDefinition | None:
         """Return the class of an attribute, from the class's body or from what its `__init__` is given."""
         if kind is None or not self._is_class(kind):
             return None
@@ -172,19 +176,19 @@ class CallGraph:
                     return self._type(value, made, types)
         return None
 
-    def _method(self, kind: Thing | None, name: str) -> Thing | None:
+    def _method(self, kind: CodeDefinition | None, name: str) -> CodeDefinition | None:
         if kind is None:
             return None
-        method = Thing(kind.module, f"{kind.path}.{name}")
+        method = CodeDefinition(kind.module, f"{kind.path}.{name}")
         return method if self._is_function(method) else None
 
-    def _returned(self, function: Thing | None) -> Thing | None:
+    def _returned(self, function: CodeDefinition | None) -> CodeDefinition | None:
         if function is None or not self._is_function(function):
             return None
         returns = self.modules[function.module].functions[function.path].returns
         return None if returns is None else self._annotated(returns, function)
 
-    def _annotated(self, annotation: ast.expr, thing: Thing) -> Thing | None:
+    def _annotated(self, annotation: ast.expr, thing: CodeDefinition) -> CodeDefinition | None:
         """Return the class that an annotation names; of a union, the first."""
         match annotation:
             case ast.Name(id=name):
@@ -193,10 +197,10 @@ class CallGraph:
                 return self._annotated(left, thing)
         return None
 
-    def _is_function(self, thing: Thing) -> bool:
+    def _is_function(self, thing: CodeDefinition) -> bool:
         return thing.module in self.modules and thing.path in self.modules[thing.module].functions
 
-    def _is_class(self, thing: Thing) -> bool:
+    def _is_class(self, thing: CodeDefinition) -> bool:
         return thing.module in self.modules and thing.path in self.modules[thing.module].classes
 
 
@@ -206,32 +210,32 @@ _MAKERS = {"gateway.errors.conflict"}
 """What is handed the code, so that whoever calls it names it."""
 
 
-def _read(name: str) -> Module:
-    module = Module(name)
+def _read(name: str) -> SourceModule:
+    module = SourceModule(name)
     path = importlib.import_module(name).__file__
     assert path is not None
     tree = ast.parse(Path(path).read_text())
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             for alias in node.names:
-                module.names[alias.asname or alias.name] = _imported(node.module, alias.name)
+                module.names[alias.asname or alias.name] = _resolve_import(node.module, alias.name)
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             module.functions[node.name] = node
-            module.names[node.name] = Thing(name, node.name)
+            module.names[node.name] = CodeDefinition(name, node.name)
         elif isinstance(node, ast.ClassDef):
             module.classes[node.name] = node
-            module.names[node.name] = Thing(name, node.name)
+            module.names[node.name] = CodeDefinition(name, node.name)
             for inner in node.body:
                 if isinstance(inner, ast.FunctionDef | ast.AsyncFunctionDef):
                     module.functions[f"{node.name}.{inner.name}"] = inner
     return module
 
 
-def _imported(module: str, name: str) -> Thing:
+def _resolve_import(module: str, name: str) -> CodeDefinition:
     """Return what `from module import name` brings: another module, or something that the module defines."""
     try:
         is_module = find_spec(f"{module}.{name}") is not None
     except ModuleNotFoundError:
         is_module = False
-    return Thing(f"{module}.{name}") if is_module else Thing(module, name)
+    return CodeDefinition(f"{module}.{name}") if is_module else CodeDefinition(module, name)

@@ -43,35 +43,38 @@ TYPES.learn(
 )
 
 
-def item(value: bytes) -> bytes:
+def encode_item(value: bytes) -> bytes:
     return struct.pack(">i", len(value)) + value
 
 
-def array(*items: bytes, oid: int = INT4, claimed: int | None = None) -> bytes:
+def encode_array(*items: bytes, oid: int = INT4, claimed: int | None = None) -> bytes:
     count = len(items) if claimed is None else claimed
-    return struct.pack(">iiIii", 1, 0, oid, count, 1) + b"".join(map(item, items))
+    return struct.pack(">iiIii", 1, 0, oid, count, 1) + b"".join(map(encode_item, items))
 
 
-def pair(numbers: bytes) -> bytes:
-    one = struct.pack(">I", INT4) + item(b"\0\0\0\1")
-    return struct.pack(">i", 2) + one + struct.pack(">I", INT4_ARRAY) + item(numbers)
+def encode_pair(numbers: bytes) -> bytes:
+    one = struct.pack(">I", INT4) + encode_item(b"\0\0\0\1")
+    return struct.pack(">i", 2) + one + struct.pack(">I", INT4_ARRAY) + encode_item(numbers)
 
 
-GOOD = array(b"\0\0\0\1", b"\x7f\xff\xff\xff")
-BOMB = array(claimed=2**31 - 1)
+GOOD = encode_array(b"\0\0\0\1", b"\x7f\xff\xff\xff")
+BOMB = encode_array(claimed=2**31 - 1)
 
 
 @pytest.mark.parametrize(
     ("oid", "wrapped"),
     [
         (INT4_ARRAY, lambda numbers: numbers),
-        (PAIR, pair),
-        (PAIRS, lambda numbers: array(pair(GOOD), pair(numbers), oid=PAIR)),
-        (DOMAIN, lambda numbers: array(pair(numbers), oid=PAIR)),
-        (RANGE, lambda numbers: b"\x02" + item(pair(GOOD)) + item(pair(numbers))),
+        (PAIR, encode_pair),
+        (PAIRS, lambda numbers: encode_array(encode_pair(GOOD), encode_pair(numbers), oid=PAIR)),
+        (DOMAIN, lambda numbers: encode_array(encode_pair(numbers), oid=PAIR)),
+        (RANGE, lambda numbers: b"\x02" + encode_item(encode_pair(GOOD)) + encode_item(encode_pair(numbers))),
         (
             RANGES,
-            lambda numbers: struct.pack(">i", 1) + item(b"\x02" + item(pair(GOOD)) + item(pair(numbers))),
+            lambda numbers: (
+                struct.pack(">i", 1)
+                + encode_item(b"\x02" + encode_item(encode_pair(GOOD)) + encode_item(encode_pair(numbers)))
+            ),
         ),
     ],
 )
@@ -82,7 +85,9 @@ def test_a_count_that_can_not_be_true_is_found_wherever_it_is_hidden(oid: int, w
 
 
 def test_dimensions_and_ranges_are_counted_too() -> None:
-    assert has_plausible_dimensions(struct.pack(">iiIiiii", 2, 0, INT4, 1, 1, 1, 1) + item(b"\0\0\0\1"))
+    assert has_plausible_dimensions(
+        struct.pack(">iiIiiii", 2, 0, INT4, 1, 1, 1, 1) + encode_item(b"\0\0\0\1")
+    )
     assert not has_plausible_dimensions(struct.pack(">iiIiiii", 2, 0, INT4, 1, 1, 2**30, 1))
     assert not is_credible(TYPES, RANGES, struct.pack(">i", 2**30))
     assert has_plausible_dimensions(b"a text, however long it may be, is no array of anything")
@@ -91,7 +96,7 @@ def test_dimensions_and_ranges_are_counted_too() -> None:
 def test_values_nested_deeper_than_any_are_refused_in_no_time() -> None:
     value = b""
     for _ in range(2_000):
-        value = struct.pack(">iI", 1, NEST) + item(value)
+        value = struct.pack(">iI", 1, NEST) + encode_item(value)
     assert not is_credible(TYPES, NEST, value)
 
 
@@ -104,9 +109,9 @@ def test_a_value_of_too_many_parts_is_not_looked_through() -> None:
     assert is_credible(TYPES, INT4_ARRAY, struct.pack(">iiIii", 1, 0, INT4, 1_000_000, 1) + parts)
 
 
-@pytest.mark.parametrize("cut", range(0, len(pair(GOOD)), 3))
+@pytest.mark.parametrize("cut", range(0, len(encode_pair(GOOD)), 3))
 def test_what_is_cut_off_is_left_to_the_driver(cut: int) -> None:
-    assert is_credible(TYPES, PAIR, pair(GOOD)[:cut]) in {True, False}
-    row = struct.pack(">h", 2) + item(b"ab") + item(pair(GOOD)[:cut])
+    assert is_credible(TYPES, PAIR, encode_pair(GOOD)[:cut]) in {True, False}
+    row = struct.pack(">h", 2) + encode_item(b"ab") + encode_item(encode_pair(GOOD)[:cut])
     assert [*iterate_fields(row)][:1] == [b"ab"]
     assert [*iterate_fields(row[:-1])][1:] == []

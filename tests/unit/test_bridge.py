@@ -20,7 +20,7 @@ from bridge.redis_stream import parse_entry
 from bridge.settings import AwsCredentials, BridgeSettings, SqsBridgeSettings
 from models.settings import InvalidSettings
 from tests import fake_gateway
-from tests.fake_gateway import FakeGateway, Refusal
+from tests.fake_gateway import BatchRefusal, FakeGateway
 
 NEEDED: dict[str, Any] = {"api_key": "sk-1", "bridge_workflow": "wf_1"}
 AMAZON = "https://sqs.eu-west-1.amazonaws.com/123456789012/orders"
@@ -106,7 +106,7 @@ async def _enqueue(fake: FakeGateway, *bodies: object, **settings: str) -> list[
 
 
 async def test_what_the_gateway_answers_says_what_to_do_next() -> None:
-    async with fake_gateway.running() as fake:
+    async with fake_gateway.serve_fake_gateway() as fake:
         assert await _enqueue(fake, "a", "poison") == ["accepted", "refused"]
         assert await _enqueue(fake, "a", "b") == ["duplicate", "accepted"]
         for status, code, kind in [
@@ -120,13 +120,13 @@ async def test_what_the_gateway_answers_says_what_to_do_next() -> None:
             (400, "too-deep", ContentRefused),
             (422, "validation-failed", ContentRefused),
         ]:
-            fake.refusals = [Refusal(status, code, {"Retry-After": "9"})]
+            fake.refusals = [BatchRefusal(status, code, {"Retry-After": "9"})]
             with pytest.raises(kind) as raised:
                 await _enqueue(fake, "c")
             assert getattr(raised.value, "retry_after_seconds", 9.0) == 9.0
         # A workflow whose graph can't run is no fault of its messages.
         for path, kind in [("messages.1.priority", ContentRefused), ("nodes.step", BridgeRefused)]:
-            fake.refusals = [Refusal(422, "validation-failed", path=path)]
+            fake.refusals = [BatchRefusal(422, "validation-failed", path=path)]
             with pytest.raises(kind):
                 await _enqueue(fake, "c")
         with pytest.raises(BridgeRefused, match="unauthorized"):
@@ -137,7 +137,7 @@ async def test_what_the_gateway_answers_says_what_to_do_next() -> None:
 
 
 async def test_a_body_that_is_too_large_is_refused_before_it_is_sent() -> None:
-    async with fake_gateway.running() as fake:
+    async with fake_gateway.serve_fake_gateway() as fake:
         with pytest.raises(ContentRefused):
             await _enqueue(fake, "x" * 20_000_000)
         assert await _enqueue(fake, "x" * 5_000_000) == ["accepted"]

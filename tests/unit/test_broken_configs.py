@@ -21,7 +21,7 @@ from engine.services import HttpResponse
 from engine.validation import validate_graph
 from engine.values import InvalidJson, Json
 from nodes import catalog
-from tests.calls import call
+from tests.node_calls import call
 
 CATALOG = catalog.load_catalog()
 EXAMPLES_OF_A_TYPE = 25
@@ -29,7 +29,7 @@ FAILURES = (NodeError, ExpressionError, InvalidJson)
 """What the engine ends a node with in words that its author chose."""
 
 
-class NobodyAnswers:
+class FailingNetwork:
     """A network in which every request fails."""
 
     async def request(self, method: str, url: str, **_more: object) -> HttpResponse:
@@ -79,13 +79,13 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 
 
 @st.composite
-def broken(draw: st.DrawFn, node_type: NodeType) -> dict[str, Json]:
+def draw_broken_config(draw: st.DrawFn, node_type: NodeType) -> dict[str, Json]:
     """Return the config of an example with up to three of its fields replaced, removed or added, at any depth."""
     example = draw(st.sampled_from(node_type.examples))
     config = copy.deepcopy(example["config"])
     assert isinstance(config, dict)
     for _ in range(draw(st.integers(1, 3))):
-        _break(draw, config, list(_names(node_type.config_schema)))
+        _break(draw, config, list(_property_names(node_type.config_schema)))
     return config
 
 
@@ -107,7 +107,7 @@ def _break(draw: st.DrawFn, value: Any, names: list[str]) -> None:  # noqa: ANN4
         value[place] = draw(VALUES)
 
 
-def _names(schema: Mapping[str, Json]) -> Mapping[str, Json]:
+def _property_names(schema: Mapping[str, Json]) -> Mapping[str, Json]:
     properties = schema["properties"]
     assert isinstance(properties, dict)
     return properties
@@ -117,7 +117,7 @@ def _names(schema: Mapping[str, Json]) -> Mapping[str, Json]:
 @settings(max_examples=EXAMPLES_OF_A_TYPE)
 @given(data=st.data())
 def test_a_broken_config_is_found_or_fails_with_a_reason(node_type: NodeType, data: st.DataObject) -> None:
-    config = data.draw(broken(node_type))
+    config = data.draw(draw_broken_config(node_type))
     node = GraphNode("node", node_type.type, config=config)
     start = [] if node_type.is_trigger else [GraphNode("start", "manual")]
     edges = (
@@ -133,4 +133,4 @@ def test_a_broken_config_is_found_or_fails_with_a_reason(node_type: NodeType, da
     if program.nodes["node"].missing is None:
         arriving = data.draw(st.sampled_from([example["input"] for example in node_type.examples]) | VALUES)
         with contextlib.suppress(*FAILURES):
-            asyncio.run(call(node_type.type, config, arriving, http=NobodyAnswers()))
+            asyncio.run(call(node_type.type, config, arriving, http=FailingNetwork()))

@@ -12,7 +12,7 @@ from engine.node_api import OF_EACH, FieldCompilation, NodeEffect, NodeType
 from engine.values import Json
 from nodes import catalog
 from nodes.catalog import InvalidCatalogEntry, NodeCatalog, UnknownNodeType
-from tests.calls import call
+from tests.node_calls import call
 
 pytestmark = pytest.mark.anyio
 

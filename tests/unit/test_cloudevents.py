@@ -10,33 +10,37 @@ from senders import cloudevents, delivery_keys
 from senders.cloudevents import BATCHED_TYPE, STRUCTURED_TYPE
 from senders.sender_event import EventBatch, SenderEvent
 from senders.sender_request import RequestRefused
-from tests.provider_requests import arrival
+from tests.provider_requests import build_request
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
 EVENT: dict[str, Json] = {"specversion": "1.0", "id": "1", "source": "/beds/7", "type": "bed.watered"}
 HEADERS = [(b"ce-" + name.encode(), str(value).encode()) for name, value in EVENT.items()]
 
 
-def meaning(value: Json, content_type: str = STRUCTURED_TYPE) -> SenderEvent | EventBatch:
+def parse_structured_json(value: Json, content_type: str = STRUCTURED_TYPE) -> SenderEvent | EventBatch:
     headers = [(b"Content-Type", content_type.encode())]
-    return cloudevents.parse_event(arrival(json.dumps(value).encode(), headers, NOW))
+    return cloudevents.parse_event(build_request(json.dumps(value).encode(), headers, NOW))
 
 
-def structured(**members: Json) -> SenderEvent:
-    event = meaning({**EVENT, **members})
+def parse_structured(**members: Json) -> SenderEvent:
+    event = parse_structured_json({**EVENT, **members})
     assert isinstance(event, SenderEvent)
     return event
 
 
-def binary(body: bytes = b"", *headers: tuple[bytes, bytes]) -> SenderEvent:
-    event = cloudevents.parse_event(arrival(body, [*HEADERS, *headers], NOW))
+def parse_binary(body: bytes = b"", *headers: tuple[bytes, bytes]) -> SenderEvent:
+    event = cloudevents.parse_event(build_request(body, [*HEADERS, *headers], NOW))
     assert isinstance(event, SenderEvent)
     return event
 
 
 def test_source_and_id_together_are_what_an_event_is_known_by() -> None:
-    assert structured().key == binary().key == delivery_keys.delivery_key("cloudevents", "/beds/7", "1")
-    assert structured(source="/beds/8").key != structured().key != structured(id="2").key
+    assert (
+        parse_structured().key
+        == parse_binary().key
+        == delivery_keys.delivery_key("cloudevents", "/beds/7", "1")
+    )
+    assert parse_structured(source="/beds/8").key != parse_structured().key != parse_structured(id="2").key
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,7 @@ def test_source_and_id_together_are_what_an_event_is_known_by() -> None:
     ],
 )
 def test_the_data_of_an_event_is_kept_whatever_it_is(members: dict[str, Json], data: Json) -> None:
-    assert structured(**members).data == data
+    assert parse_structured(**members).data == data
 
 
 @pytest.mark.parametrize(
@@ -71,7 +75,7 @@ def test_a_body_is_data_of_the_type_that_it_is_said_to_have(
     content_type: bytes | None, body: bytes, data: Json
 ) -> None:
     headers = [] if content_type is None else [(b"Content-Type", content_type)]
-    event = binary(body, *headers)
+    event = parse_binary(body, *headers)
     assert event.data == data
     assert event.attributes == ({} if content_type is None else {"datacontenttype": content_type.decode()})
 
@@ -85,7 +89,9 @@ def test_what_else_an_event_says_is_kept() -> None:
         "sampled": True,
         "absent": None,
     }
-    assert structured(**more).attributes == {name: value for name, value in more.items() if value is not None}
+    assert parse_structured(**more).attributes == {
+        name: value for name, value in more.items() if value is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -98,7 +104,7 @@ def test_what_else_an_event_says_is_kept() -> None:
     ],
 )
 def test_headers_are_unquoted_and_then_decoded_once(value: bytes, text: str) -> None:
-    assert binary(b"", (b"CE-Subject", value)).attributes == {"subject": text}
+    assert parse_binary(b"", (b"CE-Subject", value)).attributes == {"subject": text}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +141,7 @@ def test_headers_are_unquoted_and_then_decoded_once(value: bytes, text: str) -> 
 )
 def test_what_the_specification_does_not_allow_is_refused(members: dict[str, Json]) -> None:
     with pytest.raises(RequestRefused) as refused:
-        structured(**members)
+        parse_structured(**members)
     assert refused.value.code == "invalid-event"
 
 
@@ -152,26 +158,26 @@ def test_what_the_specification_does_not_allow_is_refused(members: dict[str, Jso
 )
 def test_headers_that_are_no_attributes_are_refused(headers: list[tuple[bytes, bytes]]) -> None:
     with pytest.raises(RequestRefused) as refused:
-        binary(b"", *headers)
+        parse_binary(b"", *headers)
     assert refused.value.code == "invalid-event"
 
 
 def test_an_attribute_given_twice_is_refused() -> None:
     with pytest.raises(RequestRefused) as refused:
-        binary(b"", (b"ce-id", b"2"))
+        parse_binary(b"", (b"ce-id", b"2"))
     assert refused.value.code == "duplicate-header"
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])
 def test_a_batch_is_all_its_events(count: int) -> None:
-    batch = meaning([{**EVENT, "id": str(number + 1)} for number in range(count)], BATCHED_TYPE)
+    batch = parse_structured_json([{**EVENT, "id": str(number + 1)} for number in range(count)], BATCHED_TYPE)
     assert isinstance(batch, EventBatch)
     assert [event.id for event in batch.events] == [str(number + 1) for number in range(count)]
 
 
 def test_one_wrong_event_is_enough_to_refuse_a_batch() -> None:
     with pytest.raises(RequestRefused):
-        meaning([EVENT, {**EVENT, "id": None}], BATCHED_TYPE)
+        parse_structured_json([EVENT, {**EVENT, "id": None}], BATCHED_TYPE)
 
 
 @pytest.mark.parametrize(
@@ -191,5 +197,5 @@ def test_forms_that_are_not_spoken_and_events_without_end_are_refused(
     value: Json, content_type: str, code: str
 ) -> None:
     with pytest.raises(RequestRefused) as refused:
-        meaning(value, content_type)
+        parse_structured_json(value, content_type)
     assert refused.value.code == code

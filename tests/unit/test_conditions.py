@@ -12,16 +12,16 @@ from engine.values import Json
 SCOPE: ExpressionScope = {"data": {"x": 41, "name": "Ada", "tags": ["a", 1], "empty": [], "note": None}}
 
 
-def comparison(left: Json, operator: str, right: Json) -> dict[str, Json]:
+def make_comparison(left: Json, operator: str, right: Json) -> dict[str, Json]:
     return {"left": left, "operator": operator, "right": right}
 
 
-TRUE: Json = comparison(1, "equals", 1)
-FALSE: Json = comparison(1, "equals", 2)
-FAILING: Json = comparison(1, "greater-than", "a")
+TRUE: Json = make_comparison(1, "equals", 1)
+FALSE: Json = make_comparison(1, "equals", 2)
+FAILING: Json = make_comparison(1, "greater-than", "a")
 
 
-def answer(condition: Json, unresolved: list[str] | None = None) -> bool:
+def answer_condition(condition: Json, unresolved: list[str] | None = None) -> bool:
     return compile_condition(condition).test(SCOPE, [] if unresolved is None else unresolved)
 
 
@@ -57,8 +57,8 @@ def answer(condition: Json, unresolved: list[str] | None = None) -> bool:
     ],
 )
 def test_two_values_compare(left: Json, operator: str, right: Json) -> None:
-    assert answer(comparison(left, operator, right)) is True
-    assert answer({"not": comparison(left, operator, right)}) is False
+    assert answer_condition(make_comparison(left, operator, right)) is True
+    assert answer_condition({"not": make_comparison(left, operator, right)}) is False
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_two_values_compare(left: Json, operator: str, right: Json) -> None:
 )
 def test_one_value_is_asked(left: Json, true_of: set[str]) -> None:
     operators = ("exists", "not-exists", "is-empty", "is-not-empty", "is-true", "is-false")
-    assert {name for name in operators if answer({"left": left, "operator": name})} == true_of
+    assert {name for name in operators if answer_condition({"left": left, "operator": name})} == true_of
 
 
 @pytest.mark.parametrize(
@@ -101,41 +101,45 @@ def test_values_that_can_not_be_compared_are_an_error_that_names_both_types(
     left: Json, operator: str, right: Json, types: str
 ) -> None:
     with pytest.raises(ExpressionError, match=types):
-        answer(comparison(left, operator, right))
+        answer_condition(make_comparison(left, operator, right))
 
 
 @given(st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(), st.lists), st.data())
 def test_equals_never_fails(left: Json, data: st.DataObject) -> None:
     right = data.draw(st.sampled_from([left, [left], None, True, 1, "", 0.0]))
-    assert answer(comparison(left, "equals", right)) is not answer(comparison(left, "not-equals", right))
+    assert answer_condition(make_comparison(left, "equals", right)) is not answer_condition(
+        make_comparison(left, "not-equals", right)
+    )
 
 
 def test_conditions_are_joined() -> None:
-    assert answer({"all": [TRUE, {"any": [FALSE, TRUE]}, {"not": FALSE}]})
-    assert not answer({"all": [TRUE, FALSE]})
-    assert not answer({"any": [FALSE, FALSE]})
+    assert answer_condition({"all": [TRUE, {"any": [FALSE, TRUE]}, {"not": FALSE}]})
+    assert not answer_condition({"all": [TRUE, FALSE]})
+    assert not answer_condition({"any": [FALSE, FALSE]})
 
 
 def test_what_is_decided_already_is_not_looked_at() -> None:
-    assert not answer({"all": [FALSE, FAILING]})
-    assert answer({"any": [TRUE, FAILING]})
+    assert not answer_condition({"all": [FALSE, FAILING]})
+    assert answer_condition({"any": [TRUE, FAILING]})
 
 
 def test_a_missing_value_is_null_and_listed_unless_its_existence_was_asked() -> None:
     unresolved: list[str] = []
-    assert answer(comparison("{{ data.a }}", "equals", "{{ data.b }}"), unresolved)
-    assert answer({"left": "{{ data.c }}", "operator": "is-empty"}, unresolved)
-    assert not answer({"left": "{{ data.d }}", "operator": "exists"}, unresolved)
-    assert answer({"left": "{{ data.e }}", "operator": "not-exists"}, unresolved)
+    assert answer_condition(make_comparison("{{ data.a }}", "equals", "{{ data.b }}"), unresolved)
+    assert answer_condition({"left": "{{ data.c }}", "operator": "is-empty"}, unresolved)
+    assert not answer_condition({"left": "{{ data.d }}", "operator": "exists"}, unresolved)
+    assert answer_condition({"left": "{{ data.e }}", "operator": "not-exists"}, unresolved)
     assert unresolved == ["data.a", "data.b", "data.c"]
 
 
 def test_a_condition_names_its_paths() -> None:
-    condition = compile_condition({"all": [comparison("{{ data.a }}", "in", ["{{ item }}"]), {"not": TRUE}]})
+    condition = compile_condition(
+        {"all": [make_comparison("{{ data.a }}", "in", ["{{ item }}"]), {"not": TRUE}]}
+    )
     assert [path.text for path in condition.paths] == ["data.a", "item"]
 
 
-def nested(levels: int) -> Json:
+def nested_condition(levels: int) -> Json:
     condition = TRUE
     for level in range(levels):
         condition = {"all": [condition]} if level % 2 else {"not": {"not": condition}}
@@ -169,15 +173,15 @@ def test_what_is_no_condition_is_refused_with_a_reason(condition: Json, reason: 
 
 def test_an_expression_that_can_not_be_read_is_refused() -> None:
     with pytest.raises(ExpressionError, match=r"did you mean data\.x"):
-        compile_condition(comparison("{{ x }}", "equals", 1))
+        compile_condition(make_comparison("{{ x }}", "equals", 1))
 
 
 def test_nesting_and_size_are_bounded() -> None:
-    assert answer(nested(10))
+    assert answer_condition(nested_condition(10))
     with pytest.raises(ExpressionError, match="16 deep"):
-        compile_condition(nested(12))
+        compile_condition(nested_condition(12))
     with pytest.raises(ExpressionError, match="16 deep"):
-        compile_condition(nested(10_000))
+        compile_condition(nested_condition(10_000))
     with pytest.raises(ExpressionError, match="at most 1,000 times"):
         compile_condition({"any": [TRUE] * 1_001})
 
@@ -192,7 +196,14 @@ def test_nesting_and_size_are_bounded() -> None:
 def test_the_schema_accepts_what_compiles_wherever_it_stands(schema: dict[str, Json]) -> None:
     validator = Draft202012Validator(schema)
     unary: Json = {"left": "{{ data.x }}", "operator": "exists"}
-    for condition in (TRUE, FAILING, unary, comparison(1, ">=", 1), nested(10), {"any": [{"all": [unary]}]}):
+    for condition in (
+        TRUE,
+        FAILING,
+        unary,
+        make_comparison(1, ">=", 1),
+        nested_condition(10),
+        {"any": [{"all": [unary]}]},
+    ):
         assert validator.is_valid({"one": condition})
     for condition, _ in MALFORMED:
         assert not validator.is_valid({"one": condition})

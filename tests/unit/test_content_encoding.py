@@ -11,7 +11,7 @@ from gateway.errors import ApiError
 from gateway.http.content_encoding import PIECE_BYTES, ContentDecoder
 
 
-def decoded(encoding: str, *pieces: bytes) -> bytes:
+def decode_all(encoding: str, *pieces: bytes) -> bytes:
     decoder = ContentDecoder(encoding)
     found = [part for piece in pieces for part in decoder.decode(piece)]
     assert all(len(part) <= PIECE_BYTES for part in found)
@@ -28,14 +28,14 @@ def test_a_body_comes_whole_wherever_it_is_cut(pattern: bytes, times: int, data:
         ("deflate", zlib.compress(body, wbits=-15)),
     ):
         at = data.draw(st.integers(0, len(compressed)))
-        assert decoded(encoding, compressed[:at], b"", compressed[at:]) == body
+        assert decode_all(encoding, compressed[:at], b"", compressed[at:]) == body
 
 
 @given(st.binary(min_size=1, max_size=100))
 def test_other_bytes_are_refused_or_are_a_body(raw: bytes) -> None:
     for encoding in ("gzip", "deflate"):
         try:
-            decoded(encoding, raw)
+            decode_all(encoding, raw)
         except ApiError as error:
             assert (error.status, error.code) == (400, "malformed-body")  # noqa: PT017 - either is right
 

@@ -17,8 +17,8 @@ from engine.run_records import RunOutcome, RunStatus
 from engine.services import NodeServices, RunCaller
 from engine.values import Json, encode_json
 from nodes import catalog
-from tests.calls import NOW, NoEvents, NoNetwork, call
-from tests.unit.running import Notebook, Worker, error_of
+from tests.node_calls import NOW, NoEventWaits, NoNetwork, call
+from tests.unit.run_harness import InMemoryJournal, SimulatedWorker, require_error
 
 CATALOG = catalog.load_catalog()
 EXAMPLES = [
@@ -29,7 +29,7 @@ EXAMPLES = [
 
 
 @dataclass
-class OtherRuns:
+class RecordedSubRuns:
     """Starts nothing, and remembers what it was asked for."""
 
     asked: list[tuple[str, Json, str, str, bool]] = field(default_factory=list)
@@ -49,7 +49,7 @@ class OtherRuns:
         return "exec_2"
 
 
-def program(kind: str, config: Mapping[str, Json], *, body: bool = True) -> WorkflowProgram:
+def compile_node(kind: str, config: Mapping[str, Json], *, body: bool = True) -> WorkflowProgram:
     """Compile a graph with one node; in the body of a loop each item goes on as it is."""
     nodes: list[Json] = [
         {"id": "start", "type": "manual"},
@@ -66,16 +66,16 @@ def program(kind: str, config: Mapping[str, Json], *, body: bool = True) -> Work
 
 async def run(
     program: WorkflowProgram, data: Json, answer: Json = None
-) -> tuple[RunOutcome, Notebook, OtherRuns]:
+) -> tuple[RunOutcome, InMemoryJournal, RecordedSubRuns]:
     """Run to the end; what is waited for comes when it is asked for."""
-    runs = OtherRuns()
-    services = replace(NodeServices(http=NoNetwork()), runs=runs, events=NoEvents())
-    worker = Worker(program, data, services=services)
+    runs = RecordedSubRuns()
+    services = replace(NodeServices(http=NoNetwork()), runs=runs, events=NoEventWaits())
+    worker = SimulatedWorker(program, data, services=services)
     ended = await worker.work()
     if ended.status is RunStatus.WAITING:
         rows = list(worker.notebook.rows.values())
         signals = {("node", ""): encode_json(answer)}
-        worker = Worker(program, data, recorded=rows, signals=signals, services=services)
+        worker = SimulatedWorker(program, data, recorded=rows, signals=signals, services=services)
         ended = await worker.work()
     return ended, worker.notebook, runs
 
@@ -83,9 +83,9 @@ async def run(
 @pytest.mark.parametrize(("node_type", "example"), EXAMPLES)
 async def test_every_example_comes_true(node_type: NodeType, example: dict[str, Any]) -> None:
     answer = {"output": example.get("output"), "port": example["port"]}
-    ended, notebook, _ = await run(program(node_type.type, example["config"]), example["input"], answer)
+    ended, notebook, _ = await run(compile_node(node_type.type, example["config"]), example["input"], answer)
     if "error" in example:
-        assert error_of(ended).message == example["error"]
+        assert require_error(ended).message == example["error"]
         return
     assert ended == RunOutcome(RunStatus.COMPLETED)
     assert notebook.output("node") == example["output"]
@@ -190,10 +190,10 @@ def test_each_choice_is_a_port() -> None:
 
 async def test_another_workflow_is_started_with_the_data_or_with_what_the_config_says() -> None:
     answer: Json = {"output": 1}
-    _, _, runs = await run(program("sub-workflow", {"workflowId": "wf_2"}), {"a": 1}, answer)
+    _, _, runs = await run(compile_node("sub-workflow", {"workflowId": "wf_2"}), {"a": 1}, answer)
     assert runs.asked == [("wf_2", {"a": 1}, "node", "", True)]
     config: dict[str, Json] = {"workflowId": "wf_2", "inputs": {"b": "{{ data.a }}"}, "wait": False}
-    ended, notebook, runs = await run(program("sub-workflow", config), {"a": 1})
+    ended, notebook, runs = await run(compile_node("sub-workflow", config), {"a": 1})
     assert ended.status is RunStatus.COMPLETED
     assert runs.asked == [("wf_2", {"b": 1}, "node", "", False)]
     assert notebook.output("node") == {"executionId": "exec_2"}
@@ -201,6 +201,6 @@ async def test_another_workflow_is_started_with_the_data_or_with_what_the_config
 
 async def test_what_another_workflow_fails_by_fails_the_node() -> None:
     answer: Json = {"error": {"code": "run-failed", "message": "The other run failed"}}
-    ended, notebook, _ = await run(program("sub-workflow", {"workflowId": "wf_2"}), None, answer)
-    assert error_of(ended).message == "The other run failed"
+    ended, notebook, _ = await run(compile_node("sub-workflow", {"workflowId": "wf_2"}), None, answer)
+    assert require_error(ended).message == "The other run failed"
     assert cast("Any", notebook.spans["node"].error).code == "run-failed"

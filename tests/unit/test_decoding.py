@@ -22,19 +22,19 @@ MOST_MICROSECONDS = 3.0
 """Of processor time for each number, and for the list around it: a tenth of that is usual, and 8 were needed before."""
 
 
-class Wrapped(msgspec.Struct):
+class WrappedValue(msgspec.Struct):
     items: Any
     raw: msgspec.Raw = msgspec.Raw(b"null")
 
 
-class Timed(msgspec.Struct):
+class TimedValue(msgspec.Struct):
     seconds: float
 
 
 DECODERS: dict[str, Callable[[bytes], Any]] = {
     "any": decoding.decode,
     "built": decoding.build_decoder().decode,
-    "typed": lambda text: decoding.decode(b'{"items":' + text + b"}", Wrapped).items,
+    "typed": lambda text: decoding.decode(b'{"items":' + text + b"}", WrappedValue).items,
     "list": lambda text: decoding.decode(text, list[Any]),
     "frame": frames.decode_value,
     "column": lambda text: JsonTextColumn().process_result_value(text.decode(), None),  # type: ignore[arg-type]  # unused
@@ -59,16 +59,16 @@ def test_numbers_keep_every_bit(number: float) -> None:
 
 @pytest.mark.parametrize("text", ["1e999", "-1e400", "[1.8e308]", '{"items": 1e309}'])
 def test_a_number_that_would_be_infinite_is_refused(text: str) -> None:
-    for kind in (Any, Wrapped, list[Any]):
+    for kind in (Any, WrappedValue, list[Any]):
         with pytest.raises(ValueError, match=r"Number out of range|Expected"):
             decoding.decode(text, kind)
 
 
 def test_no_decoder_is_made_that_would_decode_floats_by_itself() -> None:
-    for kind in (list[float], dict[str, int | float], list[Timed], tuple[Timed, ...]):
+    for kind in (list[float], dict[str, int | float], list[TimedValue], tuple[TimedValue, ...]):
         with pytest.raises(TypeError, match="collection of floats"):
             decoding.build_decoder(kind)
 
 
 def test_a_single_float_is_a_float() -> None:
-    assert decoding.decode(b'{"seconds":1e300}', Timed) == Timed(1e300)
+    assert decoding.decode(b'{"seconds":1e300}', TimedValue) == TimedValue(1e300)

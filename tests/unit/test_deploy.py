@@ -30,10 +30,10 @@ from docs.tables import ROOT
 from gateway.endpoints import health
 from models import ids
 from models.settings import InvalidSettings, ServerSettings
-from tests.cluster import world
-from tests.cluster.fake_api import rules
-from tests.cluster.fake_api.schema import KINDS, Kind
-from tests.kustomize import Json, containers, one, rendered, templates
+from tests.cluster import cluster_harness
+from tests.cluster.fake_api import object_rules
+from tests.cluster.fake_api.schema import KINDS, ObjectKind
+from tests.kustomize import Json, containers, find_object, pod_templates, render_folder
 from workers.cluster.manifests import ClusterLayout
 
 DEPLOY = ROOT / "deploy"
@@ -47,15 +47,15 @@ DIGEST = re.compile(r"@sha256:[0-9a-f]{64}\Z")
 
 @pytest.fixture(scope="module")
 def base() -> list[Json]:
-    return rendered(BASE)
+    return render_folder(BASE)
 
 
 @pytest.fixture(scope="module")
 def example() -> list[Json]:
-    return rendered(EXAMPLE)
+    return render_folder(EXAMPLE)
 
 
-def settings_of(monkeypatch: pytest.MonkeyPatch, process: str, environment: Json) -> Any:  # noqa: ANN401 - its own class
+def read_settings(monkeypatch: pytest.MonkeyPatch, process: str, environment: Json) -> Any:  # noqa: ANN401 - its own class
     """Return a process's settings as it reads them from this environment; raises what it refuses to start for."""
     for name in [name for name in os.environ if name.startswith("PILOTFLAME_")]:
         monkeypatch.delenv(name)
@@ -78,17 +78,17 @@ def unknown_variables(settings: type[BaseSettings], environment: Json) -> set[st
 def check(found: Json) -> None:
     """Raise for what the API server would refuse: the client's models are made from its own schemas."""
     getattr(client, f"V1{found['kind']}").model_validate(found)
-    kind = Kind(found["kind"], "", found["apiVersion"], f"V1{found['kind']}")
-    assert rules.problems(kind, found) == []
+    kind = ObjectKind(found["kind"], "", found["apiVersion"], f"V1{found['kind']}")
+    assert object_rules.find_problems(kind, found) == []
 
 
-def kubernetes_own(objects: list[Json]) -> list[Json]:
+def without_custom_resources(objects: list[Json]) -> list[Json]:
     return [found for found in objects if found["kind"] not in CUSTOM]
 
 
 @pytest.mark.parametrize("folder", [BASE, EXAMPLE], ids=lambda folder: folder.name)
 def test_every_object_is_one_that_the_api_server_takes(folder: Path) -> None:
-    for found in kubernetes_own(rendered(folder)):
+    for found in without_custom_resources(render_folder(folder)):
         check(found)
 
 
@@ -104,7 +104,7 @@ def test_every_object_is_one_that_the_api_server_takes(folder: Path) -> None:
     ],
 )
 def test_a_slip_in_an_object_would_be_found(path: str, value: object) -> None:
-    found = one(rendered(BASE), "Deployment", "pilotflame-gateway")
+    found = find_object(render_folder(BASE), "Deployment", "pilotflame-gateway")
     check(found)
     *parents, last = (int(part) if part.isdecimal() else part for part in path.split("."))
     place: Any = found
@@ -124,10 +124,10 @@ def test_kustomize_renders_what_is_tested_here(folder: Path, tmp_path: Path) -> 
         given.rename(given.with_suffix(""))
     text = subprocess.check_output(["kustomize", "build", copy], text=True)
     without_hashes = re.sub(r"(pilotflame-(?:settings|[a-z]+-secrets))-[a-z0-9]{10}\b", r"\1", text)
-    assert by_name(list(yaml.safe_load_all(without_hashes))) == by_name(rendered(folder))
+    assert index_by_name(list(yaml.safe_load_all(without_hashes))) == index_by_name(render_folder(folder))
 
 
-def by_name(objects: list[Json]) -> Json:
+def index_by_name(objects: list[Json]) -> Json:
     return {
         f"{found['kind']} {found['metadata'].get('namespace')}/{found['metadata']['name']}": {
             **found,
@@ -145,13 +145,13 @@ def by_name(objects: list[Json]) -> Json:
 def test_every_pod_is_restricted_and_its_namespace_refuses_others(base: list[Json]) -> None:
     for namespace in (found for found in base if found["kind"] == "Namespace"):
         assert namespace["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
-    for template in templates(base).values():
-        assert rules.violations_of_restricted(template["spec"]) == []
+    for template in pod_templates(base).values():
+        assert object_rules.restricted_violations(template["spec"]) == []
         assert template["spec"]["securityContext"]["runAsUser"] == ClusterLayout.user_id
 
 
 def test_no_pod_can_write_but_to_a_bounded_folder_of_its_own(base: list[Json]) -> None:
-    for template in templates(base).values():
+    for template in pod_templates(base).values():
         assert all(volume["emptyDir"]["sizeLimit"] for volume in template["spec"]["volumes"])
     for container in containers(base):
         assert container["securityContext"]["readOnlyRootFilesystem"] is True
@@ -165,10 +165,10 @@ def test_only_the_deployer_has_a_token_for_the_api_server(base: list[Json]) -> N
     assert not any(account["automountServiceAccountToken"] for account in accounts.values())
     mounting = {
         component: template["spec"]["automountServiceAccountToken"]
-        for component, template in templates(base).items()
+        for component, template in pod_templates(base).items()
     }
     assert mounting == {"deployer": True} | dict.fromkeys(mounting.keys() - {"deployer"}, False)
-    for component, template in templates(base).items():
+    for component, template in pod_templates(base).items():
         assert template["spec"]["serviceAccountName"] == f"pilotflame-{component}"
         assert f"pilotflame-{component}" in accounts
 
@@ -188,7 +188,7 @@ async def test_the_deployer_may_do_what_its_driver_does_and_nothing_else(
         for resource in rule["resources"]
         for verb in rule["verbs"]
     }
-    async with world.on_fake(tmp_path) as (cluster, api):
+    async with cluster_harness.open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
         wanted = cluster.wanted()
         async with aclosing(cluster.driver.watch()) as changes:
@@ -202,14 +202,14 @@ async def test_the_deployer_may_do_what_its_driver_does_and_nothing_else(
             await cluster.driver.logs(wanted.workflow_id, limit=10)
             (pod, *_) = (await cluster.driver.observe(wanted.workflow_id)).pods
             await cluster.driver.replace(wanted.workflow_id, [pod.name])
-            await world.turn_until(lambda: api.watches == 3)
+            await cluster_harness.turn_until(lambda: api.watches == 3)
         while not await cluster.driver.delete(wanted.workflow_id):
             pass
-        asked = {right for line in api.requests for right in rights_for(line)}
+        asked = {right for line in api.requests for right in required_rights(line)}
     assert asked == granted
 
 
-def rights_for(request: str) -> Iterator[Right]:
+def required_rights(request: str) -> Iterator[Right]:
     method, _, address = request.partition(" ")
     parts = urlsplit(address)
     if "/namespaces/user-workflows/" not in parts.path:
@@ -235,7 +235,7 @@ def test_the_rights_end_at_the_namespace_of_the_workflows(base: list[Json]) -> N
     assert not any(found["kind"].startswith("Cluster") for found in base)
     (role,) = (found for found in base if found["kind"] == "Role")
     (binding,) = (found for found in base if found["kind"] == "RoleBinding")
-    assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == world.NAMESPACE
+    assert role["metadata"]["namespace"] == binding["metadata"]["namespace"] == cluster_harness.NAMESPACE
     assert binding["roleRef"]["name"] == role["metadata"]["name"]
     assert [(subject["namespace"], subject["name"]) for subject in binding["subjects"]] == [
         ("pilotflame", "pilotflame-deployer")
@@ -243,7 +243,7 @@ def test_the_rights_end_at_the_namespace_of_the_workflows(base: list[Json]) -> N
 
 
 def test_the_namespace_of_the_workflows_is_bounded_and_closed(base: list[Json]) -> None:
-    there = [found for found in base if found["metadata"].get("namespace") == world.NAMESPACE]
+    there = [found for found in base if found["metadata"].get("namespace") == cluster_harness.NAMESPACE]
     assert not any(found["kind"] in {"Deployment", "Job"} for found in there), "the deployer would delete it"
     (policy,) = (found for found in there if found["kind"] == "NetworkPolicy")
     assert policy["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
@@ -257,15 +257,15 @@ def test_the_namespace_of_the_workflows_is_bounded_and_closed(base: list[Json]) 
 # ── that it works ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def environment_of(objects: list[Json], component: str) -> Json:
+def container_environment(objects: list[Json], component: str) -> Json:
     """Return what a container is given, but for what is told by the cluster alone."""
-    (container,) = templates(objects)[component]["spec"]["containers"]
+    (container,) = pod_templates(objects)[component]["spec"]["containers"]
     found: Json = {}
     for source in container.get("envFrom", ()):
         for kind, key in (("ConfigMap", "configMapRef"), ("Secret", "secretRef")):
             secrets_stand_elsewhere = kind == "Secret" and not any(each["kind"] == kind for each in objects)
             if key in source and not secrets_stand_elsewhere:
-                found |= one(objects, kind, source[key]["name"])["data"]
+                found |= find_object(objects, kind, source[key]["name"])["data"]
     return found | {each["name"]: each["value"] for each in container["env"] if "value" in each}
 
 
@@ -288,18 +288,18 @@ NEEDS: dict[str, Json] = {
 def test_each_process_starts_with_its_own_secrets_and_never_without(
     process: str, example: list[Json], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    environment = environment_of(example, process)
+    environment = container_environment(example, process)
     given = NEEDS[process]
     assert environment.keys() >= given.keys()
-    settings_of(monkeypatch, process, environment | given)
+    read_settings(monkeypatch, process, environment | given)
     for name in given.keys() & (REDIS | SECRET).keys():
         with pytest.raises((InvalidSettings, ValidationError), match=name):
-            settings_of(monkeypatch, process, environment | given | {name: ""})
+            read_settings(monkeypatch, process, environment | given | {name: ""})
 
 
 @pytest.mark.parametrize("process", NEEDS)
 def test_each_process_has_a_secret_that_holds_what_it_needs_alone(process: str, example: list[Json]) -> None:
-    (container,) = templates(example)[process]["spec"]["containers"]
+    (container,) = pod_templates(example)[process]["spec"]["containers"]
     named = {source["secretRef"]["name"] for source in container.get("envFrom", ()) if "secretRef" in source}
     named |= {
         variable["valueFrom"]["secretKeyRef"]["name"]
@@ -308,7 +308,10 @@ def test_each_process_has_a_secret_that_holds_what_it_needs_alone(process: str, 
     }
     assert named - {"pilotflame-bootstrap"} == {f"pilotflame-{process}-secrets"}
     assert ("pilotflame-bootstrap" in named) is (process == "gateway")
-    assert one(example, "Secret", f"pilotflame-{process}-secrets")["data"].keys() == NEEDS[process].keys()
+    assert (
+        find_object(example, "Secret", f"pilotflame-{process}-secrets")["data"].keys()
+        == NEEDS[process].keys()
+    )
 
 
 def test_the_job_of_each_release_has_a_name_of_its_own(base: list[Json], example: list[Json]) -> None:
@@ -331,22 +334,24 @@ def test_the_job_of_each_release_has_a_name_of_its_own(base: list[Json], example
 def test_proxies_that_are_trusted_are_named_one_by_one(
     example: list[Json], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served = settings_of(monkeypatch, "gateway", environment_of(example, "gateway") | NEEDS["gateway"])
-    composed_gateway = composed(env_example() | FILLED | {"PILOTFLAME_TRUSTED_PROXIES": "192.0.2.7"})[
-        "gateway"
-    ]
+    served = read_settings(
+        monkeypatch, "gateway", container_environment(example, "gateway") | NEEDS["gateway"]
+    )
+    composed_gateway = render_compose(
+        read_env_example() | FILLED | {"PILOTFLAME_TRUSTED_PROXIES": "192.0.2.7"}
+    )["gateway"]
     assert composed_gateway["environment"]["PILOTFLAME_TRUSTED_PROXIES"] == "192.0.2.7"
-    for trusted in (served.trusted_proxies, env_example()["PILOTFLAME_TRUSTED_PROXIES"]):
+    for trusted in (served.trusted_proxies, read_env_example()["PILOTFLAME_TRUSTED_PROXIES"]):
         assert trusted
         assert not set("*/,") & set(trusted), "a network holds others too"
 
 
 @pytest.mark.parametrize("process", ROLES)
 def test_each_variable_is_one_that_somebody_reads(process: str, example: list[Json]) -> None:
-    (container,) = templates(example)[process]["spec"]["containers"]
+    (container,) = pod_templates(example)[process]["spec"]["containers"]
     own = {variable["name"]: "" for variable in container["env"]}
     assert unknown_variables(PROCESSES[process], own) == set()
-    shared = one(example, "ConfigMap", "pilotflame-settings")["data"]
+    shared = find_object(example, "ConfigMap", "pilotflame-settings")["data"]
     read = {f"PILOTFLAME_{name.upper()}" for kind in PROCESSES.values() for name in kind.model_fields}
     assert shared.keys() <= read
 
@@ -357,7 +362,7 @@ def test_no_pod_starts_before_it_is_said_where_blobs_and_images_are(
     required = {
         (process, variable["name"])
         for process in ROLES
-        for container in templates(base)[process]["spec"]["containers"]
+        for container in pod_templates(base)[process]["spec"]["containers"]
         for variable in container["env"]
         if "configMapKeyRef" in variable.get("valueFrom", {})
     }
@@ -365,16 +370,18 @@ def test_no_pod_starts_before_it_is_said_where_blobs_and_images_are(
         ("deployer", "PILOTFLAME_RUNNER_IMAGE")
     }
     names = {name for _, name in required}
-    assert not names & one(base, "ConfigMap", "pilotflame-settings")["data"].keys()
-    assert names <= one(example, "ConfigMap", "pilotflame-settings")["data"].keys()
+    assert not names & find_object(base, "ConfigMap", "pilotflame-settings")["data"].keys()
+    assert names <= find_object(example, "ConfigMap", "pilotflame-settings")["data"].keys()
 
 
 def test_the_deployer_looks_for_the_gateway_where_it_is(
     example: list[Json], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = settings_of(monkeypatch, "deployer", environment_of(example, "deployer") | NEEDS["deployer"])
-    service = one(example, "Service", "pilotflame-gateway")
-    gateway = templates(example)["gateway"]
+    settings = read_settings(
+        monkeypatch, "deployer", container_environment(example, "deployer") | NEEDS["deployer"]
+    )
+    service = find_object(example, "Service", "pilotflame-gateway")
+    gateway = pod_templates(example)["gateway"]
     (container,) = gateway["spec"]["containers"]
     (container_port,) = container["ports"]
     (port,) = service["spec"]["ports"]
@@ -387,17 +394,19 @@ def test_the_deployer_looks_for_the_gateway_where_it_is(
     assert settings.kubernetes_gateway_namespace == service["metadata"]["namespace"]
     assert service["spec"]["selector"].items() <= gateway["metadata"]["labels"].items()
     assert set(ClusterLayout.gateway_labels) <= gateway["metadata"]["labels"].items()
-    assert settings.kubernetes_namespace == world.NAMESPACE
-    served = settings_of(monkeypatch, "gateway", environment_of(example, "gateway") | NEEDS["gateway"])
+    assert settings.kubernetes_namespace == cluster_harness.NAMESPACE
+    served = read_settings(
+        monkeypatch, "gateway", container_environment(example, "gateway") | NEEDS["gateway"]
+    )
     assert (served.host, served.port) == ("0.0.0.0", settings.kubernetes_gateway_port)
-    assert (served.cluster, served.kubernetes_namespace) == ("kubernetes", world.NAMESPACE)
+    assert (served.cluster, served.kubernetes_namespace) == ("kubernetes", cluster_harness.NAMESPACE)
 
 
 @pytest.mark.parametrize("process", ROLES)
 def test_a_process_that_starts_slowly_is_not_asked_yet_whether_it_lives(
     process: str, base: list[Json]
 ) -> None:
-    (container,) = templates(base)[process]["spec"]["containers"]
+    (container,) = pod_templates(base)[process]["spec"]["containers"]
     starts, lives = container["startupProbe"], container["livenessProbe"]
     (question,) = starts.keys() & {"exec", "httpGet"}
     assert starts[question] == lives[question]
@@ -407,7 +416,7 @@ def test_a_process_that_starts_slowly_is_not_asked_yet_whether_it_lives(
 
 
 async def test_the_gateway_is_restarted_for_its_own_event_loop_alone(base: list[Json]) -> None:
-    (container,) = templates(base)["gateway"]["spec"]["containers"]
+    (container,) = pod_templates(base)["gateway"]["spec"]["containers"]
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     answer = await health.alive(None)  # type: ignore[arg-type]  # with nothing to look at
@@ -421,9 +430,9 @@ def test_other_processes_are_restarted_for_their_own_event_loop_alone(
         tuple(container["livenessProbe"]["exec"]["command"])
         for process in ROLES
         if process != "gateway"
-        for container in templates(base)[process]["spec"]["containers"]
+        for container in pod_templates(base)[process]["spec"]["containers"]
     }
-    commands.add(tuple(instruction(DEPLOY / "Dockerfile", "HEALTHCHECK")))
+    commands.add(tuple(find_instruction(DEPLOY / "Dockerfile", "HEALTHCHECK")))
     (command,) = commands
     file = tmp_path / "heartbeat"
 
@@ -441,8 +450,8 @@ def test_other_processes_are_restarted_for_their_own_event_loop_alone(
 def test_one_of_each_stays_while_machines_are_drained_and_runs_are_handed_over(base: list[Json]) -> None:
     for process in ROLES:
         name = f"pilotflame-{process}"
-        deployment = one(base, "Deployment", name)
-        budget = one(base, "PodDisruptionBudget", name)["spec"]
+        deployment = find_object(base, "Deployment", name)
+        budget = find_object(base, "PodDisruptionBudget", name)["spec"]
         assert budget["maxUnavailable"] < deployment["spec"]["replicas"]
         assert budget["selector"] == deployment["spec"]["selector"]
         assert deployment["spec"]["strategy"]["rollingUpdate"]["maxUnavailable"] == 0
@@ -457,13 +466,13 @@ def test_one_of_each_stays_while_machines_are_drained_and_runs_are_handed_over(b
 
 def test_images_of_the_example_are_named_by_digest(example: list[Json]) -> None:
     images = {container["image"] for container in containers(example)}
-    images.add(one(example, "ConfigMap", "pilotflame-settings")["data"]["PILOTFLAME_RUNNER_IMAGE"])
+    images.add(find_object(example, "ConfigMap", "pilotflame-settings")["data"]["PILOTFLAME_RUNNER_IMAGE"])
     assert all(DIGEST.search(image) for image in images)
 
 
 def test_workers_are_scaled_by_the_runs_that_workers_may_take(example: list[Json]) -> None:
-    scaled = one(example, "ScaledObject", "pilotflame-worker")["spec"]
-    worker = one(example, "Deployment", scaled["scaleTargetRef"]["name"])
+    scaled = find_object(example, "ScaledObject", "pilotflame-worker")["spec"]
+    worker = find_object(example, "Deployment", scaled["scaleTargetRef"]["name"])
     assert "replicas" not in worker["spec"], "an apply would undo what was scaled"
     (trigger,) = scaled["triggers"]
     table = SQLModel.metadata.tables["execution"]
@@ -481,36 +490,36 @@ def test_workers_are_scaled_by_the_runs_that_workers_may_take(example: list[Json
 DOCKERFILES = [DEPLOY / "Dockerfile", DEPLOY / "runner.Dockerfile"]
 
 
-class Instruction(NamedTuple):
+class DockerInstruction(NamedTuple):
     """One of a Dockerfile."""
 
     name: str
     rest: str
 
 
-def stages(path: Path) -> list[list[Instruction]]:
+def parse_stages(path: Path) -> list[list[DockerInstruction]]:
     """Return the instructions of each stage; before the first stand those that all share."""
     text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
-    found: list[list[Instruction]] = [[]]
+    found: list[list[DockerInstruction]] = [[]]
     for line in text.splitlines():
         name, _, rest = line.strip().partition(" ")
         if name == "FROM":
             found.append([])
         if name:
-            found[-1].append(Instruction(name, rest))
+            found[-1].append(DockerInstruction(name, rest))
     return found
 
 
-def instruction(path: Path, name: str) -> list[str]:
+def find_instruction(path: Path, name: str) -> list[str]:
     """Return the command of the one such instruction of the image."""
-    (found,) = (rest for each, rest in stages(path)[-1] if each == name)
+    (found,) = (rest for each, rest in parse_stages(path)[-1] if each == name)
     command: list[str] = json.loads(found[found.index("[") :])
     return command
 
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_images_are_built_from_what_is_known_by_its_hash(path: Path) -> None:
-    (argument,), *built = stages(path)
+    (argument,), *built = parse_stages(path)
     assert argument.name == "ARG"
     assert DIGEST.search(argument.rest)
     assert {stage[0].rest.split()[0] for stage in built} == {"${PYTHON_IMAGE}"}
@@ -526,9 +535,9 @@ def test_images_are_built_from_what_is_known_by_its_hash(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 def test_images_hold_compiled_modules_for_a_user_who_owns_nothing(path: Path) -> None:
-    *_, build, image = stages(path)
-    assert Instruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}") in image
-    assert image.index(Instruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}")) > max(
+    *_, build, image = parse_stages(path)
+    assert DockerInstruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}") in image
+    assert image.index(DockerInstruction("USER", f"{ClusterLayout.user_id}:{ClusterLayout.user_id}")) > max(
         index for index, (name, _) in enumerate(image) if name in {"RUN", "COPY"}
     )
     assert all("--chown" not in rest for name, rest in image if name == "COPY")
@@ -549,8 +558,10 @@ def test_an_image_is_built_from_the_packages_of_the_project_alone() -> None:
     }
 
 
-def left_out_of_pods() -> set[str]:
-    (words,) = (rest.split() for _, rest in stages(DEPLOY / "runner.Dockerfile")[-2] if " uninstall " in rest)
+def packages_removed_from_pods() -> set[str]:
+    (words,) = (
+        rest.split() for _, rest in parse_stages(DEPLOY / "runner.Dockerfile")[-2] if " uninstall " in rest
+    )
     return set(words[words.index("--yes") + 1 :])
 
 
@@ -559,13 +570,13 @@ def test_a_pod_holds_no_client_that_the_runner_may_not_use() -> None:
     (forbidden,) = (
         found["forbidden_modules"] for found in contracts if found.get("source_modules") == ["runner"]
     )
-    assert {name for name in forbidden if "." not in name} <= left_out_of_pods()
+    assert {name for name in forbidden if "." not in name} <= packages_removed_from_pods()
 
 
 def test_the_runner_and_every_node_load_without_what_its_image_lacks() -> None:
     program = f"""
 import importlib, pkgutil, sys
-for name in {sorted(left_out_of_pods())}:
+for name in {sorted(packages_removed_from_pods())}:
     sys.modules[name] = None
 import nodes.library, nodes.connections, pilotflame.cli, runner.main
 for package in (nodes.library, nodes.connections):
@@ -584,16 +595,16 @@ NEEDED = ("PILOTFLAME_BOOTSTRAP_API_KEY", "PILOTFLAME_SECRET_KEY", "POSTGRES_PAS
 FILLED = dict.fromkeys(NEEDED, "0123456789abcdef" * 3)
 
 
-class NotFilledIn(Exception):
+class VariableNotFilledIn(Exception):
     """Compose stops with what the variable says."""
 
 
-def env_example() -> dict[str, str]:
+def read_env_example() -> dict[str, str]:
     lines = (DEPLOY / ".env.example").read_text().splitlines()
     return dict(line.split("=", 1) for line in lines if line and not line.startswith("#"))
 
 
-def composed(variables: dict[str, str]) -> Json:
+def render_compose(variables: dict[str, str]) -> Json:
     """Return the services as compose sees them with these variables; raises `NotFilledIn`."""
 
     def value(match: re.Match[str]) -> str:
@@ -602,7 +613,7 @@ def composed(variables: dict[str, str]) -> Json:
         if given:
             return given
         if operator == ":?":
-            raise NotFilledIn(name)
+            raise VariableNotFilledIn(name)
         return word
 
     pattern = r"\$\{(?P<name>[A-Z_]+)(?P<operator>:[?-])(?P<word>[^}]*)\}"
@@ -614,36 +625,36 @@ def composed(variables: dict[str, str]) -> Json:
 
 @pytest.mark.parametrize("name", NEEDED)
 def test_compose_starts_nothing_before_its_secrets_are_filled_in(name: str) -> None:
-    assert env_example()[name] == ""
-    with pytest.raises(NotFilledIn, match=name):
-        composed(env_example() | FILLED | {name: ""})
+    assert read_env_example()[name] == ""
+    with pytest.raises(VariableNotFilledIn, match=name):
+        render_compose(read_env_example() | FILLED | {name: ""})
 
 
 @pytest.mark.parametrize("process", ["gateway", "worker", "scheduler"])
 def test_each_process_of_compose_starts_with_what_the_example_has(
     process: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    service = composed(env_example() | FILLED)[process]
+    service = render_compose(read_env_example() | FILLED)[process]
     assert service["command"] == [process]
     assert unknown_variables(PROCESSES[process], service["environment"]) == set()
-    settings_of(monkeypatch, process, service["environment"])
+    read_settings(monkeypatch, process, service["environment"])
 
 
 def test_local_pods_are_run_by_those_who_say_so_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = composed(env_example() | FILLED)["deployer"]
+    usual = render_compose(read_env_example() | FILLED)["deployer"]
     assert usual["profiles"] == ["deployments"]
     assert unknown_variables(PROCESSES["deployer"], usual["environment"]) == set()
     with pytest.raises(InvalidSettings, match="ALLOW_LOCAL_PODS"):
-        settings_of(monkeypatch, "deployer", usual["environment"])
-    allowed = composed(env_example() | FILLED | {"PILOTFLAME_ALLOW_LOCAL_PODS": "true"})
-    settings_of(monkeypatch, "deployer", allowed["deployer"]["environment"])
+        read_settings(monkeypatch, "deployer", usual["environment"])
+    allowed = render_compose(read_env_example() | FILLED | {"PILOTFLAME_ALLOW_LOCAL_PODS": "true"})
+    read_settings(monkeypatch, "deployer", allowed["deployer"]["environment"])
     # Each finds the other on the loopback that they share.
     assert usual["network_mode"] == "service:gateway"
     assert allowed["gateway"]["environment"]["PILOTFLAME_CLUSTER"] == "local"
 
 
 def test_services_of_compose_are_closed_and_hold_what_they_need() -> None:
-    services = composed(env_example() | FILLED)
+    services = render_compose(read_env_example() | FILLED)
     assert {name: service["ports"] for name, service in services.items() if "ports" in service} == {
         "gateway": ["127.0.0.1:8000:8000"]
     }
@@ -669,14 +680,14 @@ def test_services_of_compose_are_closed_and_hold_what_they_need() -> None:
 # ── a real cluster ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.skipif(world.TEST_KUBECONFIG is None, reason="TEST_KUBECONFIG names no cluster")
+@pytest.mark.skipif(cluster_harness.TEST_KUBECONFIG is None, reason="TEST_KUBECONFIG names no cluster")
 async def test_a_real_api_server_takes_all_of_it() -> None:
     configuration = client.Configuration()
     await config.load_kube_config(
-        config_file=world.TEST_KUBECONFIG, client_configuration=configuration, persist_config=False
+        config_file=cluster_harness.TEST_KUBECONFIG, client_configuration=configuration, persist_config=False
     )
     suffix = ids.new_id("test").replace("_", "-")
-    objects = kubernetes_own(rendered(EXAMPLE))
+    objects = without_custom_resources(render_folder(EXAMPLE))
     async with client.ApiClient(configuration) as api:
         core = client.CoreV1Api(api)
         namespaces = [found for found in objects if found["kind"] == "Namespace"]
@@ -690,10 +701,10 @@ async def test_a_real_api_server_takes_all_of_it() -> None:
             for found in objects:
                 if found["kind"] == "Namespace":
                     continue
-                moved = elsewhere(found, made)
+                moved = move_to_namespace(found, made)
                 await dry_run(api, moved)
                 if found["kind"] in {"Deployment", "Job"}:
-                    await dry_run(api, pod_of(moved))
+                    await dry_run(api, pod_of_template(moved))
         finally:
             for name in made.values():
                 await core.delete_namespace(name)
@@ -703,17 +714,17 @@ async def has_an_account(core: client.CoreV1Api, namespace: str) -> None:
     """Wait for the account that each namespace is given, and that pods of no other account have."""
     async with asyncio.timeout(30):
         while not (await core.list_namespaced_service_account(namespace)).items:  # noqa: ASYNC110 - of another machine
-            await asyncio.sleep(world.POLL_SECONDS)
+            await asyncio.sleep(cluster_harness.POLL_SECONDS)
 
 
-def elsewhere(found: Json, made: dict[str, str]) -> Json:
+def move_to_namespace(found: Json, made: dict[str, str]) -> Json:
     """Return an object as it is in a namespace of the test's own."""
     secret: Json = {"data": {}} if found["kind"] == "Secret" else {}
     metadata = {**found["metadata"], "namespace": made[found["metadata"]["namespace"]]}
     return {**found, **secret, "metadata": metadata}
 
 
-def pod_of(owner: Json) -> Json:
+def pod_of_template(owner: Json) -> Json:
     """Return the pod of a template: templates only cause a warning where the pods would be refused."""
     metadata = {"name": owner["metadata"]["name"], "namespace": owner["metadata"]["namespace"]}
     spec = {**owner["spec"]["template"]["spec"], "serviceAccountName": "default"}

@@ -10,7 +10,7 @@ from pydantic import SecretStr, ValidationError
 
 from models.settings import InvalidSettings
 from runner.settings import RunnerSettings
-from tests.cluster.world import a_wanted
+from tests.cluster.cluster_harness import desired_deployment
 from workers.cluster import manifests
 from workers.cluster.manifests import ClusterLayout
 from workers.deployer.settings import DeployerSettings
@@ -33,7 +33,7 @@ def test_local_pods_need_the_word_of_whoever_runs_the_server() -> None:
     DeployerSettings(**PRODUCTION).check_for_production()
 
 
-def egress(text: str) -> list[Any]:
+def egress_rules(text: str) -> list[Any]:
     """Return what the policy of a workflow lets its pods reach, besides the gateway and the networks."""
     layout = ClusterLayout(
         "user-workflows",
@@ -41,19 +41,19 @@ def egress(text: str) -> list[Any]:
         "pilotflame",
         dns_endpoints=DeployerSettings(kubernetes_dns=text).dns_endpoints,
     )
-    _, *names, _ = manifests.build_network_policy(a_wanted(), layout)["spec"]["egress"]
+    _, *names, _ = manifests.build_network_policy(desired_deployment(), layout)["spec"]["egress"]
     return [(rule["to"], [(port["protocol"], port["port"]) for port in rule["ports"]]) for rule in names]
 
 
-def namespace(name: str) -> list[Any]:
+def namespace_rule(name: str) -> list[Any]:
     return [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}}]
 
 
 def test_pods_look_up_names_where_the_cluster_answers_them() -> None:
     usual = [("UDP", 53), ("TCP", 53)]
-    assert egress("kube-system") == [(namespace("kube-system"), usual)]
-    assert egress("openshift-dns:5353,169.254.20.10, [fd00::10]:53") == [
-        (namespace("openshift-dns"), [("UDP", 5353), ("TCP", 5353)]),
+    assert egress_rules("kube-system") == [(namespace_rule("kube-system"), usual)]
+    assert egress_rules("openshift-dns:5353,169.254.20.10, [fd00::10]:53") == [
+        (namespace_rule("openshift-dns"), [("UDP", 5353), ("TCP", 5353)]),
         ([{"ipBlock": {"cidr": "169.254.20.10/32"}}], usual),
         ([{"ipBlock": {"cidr": "fd00::10/128"}}], usual),
     ]

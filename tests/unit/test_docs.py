@@ -44,15 +44,15 @@ def test_the_version_is_the_same_everywhere() -> None:
 def test_every_relative_link_and_anchor_resolves() -> None:
     broken = [
         f"{page.relative_to(ROOT)}: {link}"
-        for page in pages()
+        for page in list_pages()
         for link in _LINK.findall(_CODE.sub("", _FENCE.sub("", page.read_text())))
-        if not re.match(r"[a-z]+:", link) and not resolves(page, link)
+        if not re.match(r"[a-z]+:", link) and not is_resolvable(page, link)
     ]
     assert not broken
 
 
 def test_every_row_of_a_table_has_a_cell_for_each_column() -> None:
-    for page in pages():
+    for page in list_pages():
         columns = 0
         for line in _FENCE.sub("", page.read_text()).splitlines():
             cells = len(_CELL_BORDER.findall(line)) if line.startswith("|") else 0
@@ -75,19 +75,19 @@ def test_every_page_is_reached_from_the_contents() -> None:
     assert set((ROOT / "docs").glob("**/*.md")) <= reached
 
 
-def pages() -> list[Path]:
+def list_pages() -> list[Path]:
     """Return every Markdown page of the project."""
     return [*ROOT.glob("*.md"), *ROOT.glob("[a-z]*/**/*.md")]
 
 
-def resolves(page: Path, link: str) -> bool:
+def is_resolvable(page: Path, link: str) -> bool:
     name, _, anchor = link.partition("#")
     target = (page.parent / name).resolve() if name else page
-    return target.exists() and (not anchor or anchor in anchors(target))
+    return target.exists() and (not anchor or anchor in list_anchors(target))
 
 
 @cache
-def anchors(page: Path) -> frozenset[str]:
+def list_anchors(page: Path) -> frozenset[str]:
     """Return the anchors that GitHub gives to the headings of a page, and those that it sets itself."""
     text = _FENCE.sub("", page.read_text())
     found: set[str] = set(_HTML_ANCHOR.findall(text))
@@ -104,8 +104,8 @@ def anchors(page: Path) -> frozenset[str]:
 def test_the_link_check_sees_a_broken_link(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# A page: `code`, twice\n\n## Twice\n\n## Twice\n\n```sh\n# No heading\n```\n")
-    assert resolves(page, "#a-page-code-twice")
-    assert resolves(page, "page.md#twice-1")
-    assert not resolves(page, "#no-heading")
-    assert not resolves(page, "page.md#twice-2")
-    assert not resolves(page, "other.md")
+    assert is_resolvable(page, "#a-page-code-twice")
+    assert is_resolvable(page, "page.md#twice-1")
+    assert not is_resolvable(page, "#no-heading")
+    assert not is_resolvable(page, "page.md#twice-2")
+    assert not is_resolvable(page, "other.md")

@@ -12,7 +12,7 @@ from engine.conditions import compile_condition
 from engine.expressions import ExpressionError
 from engine.node_api import AnswerSource, AnswerWait, NodeResult
 from engine.services import EventWaitRequest
-from tests.calls import call
+from tests.node_calls import call
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 EVENT: Json = {"event_type": "order.paid", "event_data": {"order": 7, "tags": ["a"]}, "source": "shop"}
 
 
-def condition(left: Json, operator: str, right: Json) -> dict[str, Json]:
+def make_condition(left: Json, operator: str, right: Json) -> dict[str, Json]:
     return {"left": left, "operator": operator, "right": right}
 
 
 def test_a_condition_is_tested_on_an_event() -> None:
-    large = json.dumps(condition("{{ data.event_data.order }}", "greater-than", 5))
+    large = json.dumps(make_condition("{{ data.event_data.order }}", "greater-than", 5))
     assert event_filters.matches_event(large, {"data": EVENT})
     assert not event_filters.matches_event(large, {"data": {"event_data": {"order": 5}}})
     with pytest.raises(ExpressionError, match="two numbers"):
@@ -37,7 +37,7 @@ def test_a_condition_is_tested_on_an_event() -> None:
 
 def test_a_condition_that_takes_long_is_not_answered() -> None:
     joined: Json = {"$op": "join", "args": ["{{ data.texts }}", ","]}
-    asked = json.dumps(condition(joined, "equals", ""))
+    asked = json.dumps(make_condition(joined, "equals", ""))
     with pytest.raises(ExpressionError, match="too long"):
         event_filters.matches_event(asked, {"data": {"texts": ["x" * 1_000] * 1_000}})
 
@@ -45,9 +45,9 @@ def test_a_condition_that_takes_long_is_not_answered() -> None:
 def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
     source: Json = {
         "all": [
-            condition("{{ item.event_data.order }}", "equals", "{{ data.order }}"),
-            condition("{{item.source}}/{{ nodes.a.name }}", "equals", "shop/{{ item.source }}"),
-            {"not": condition({"$op": "add", "args": ["{{ data.missing }}", 1]}, "equals", 2)},
+            make_condition("{{ item.event_data.order }}", "equals", "{{ data.order }}"),
+            make_condition("{{item.source}}/{{ nodes.a.name }}", "equals", "shop/{{ item.source }}"),
+            {"not": make_condition({"$op": "add", "args": ["{{ data.missing }}", 1]}, "equals", 2)},
         ]
     }
     unresolved: list[str] = []
@@ -57,9 +57,9 @@ def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
     assert unresolved == ["data.missing"]
     assert bound == {
         "all": [
-            condition("{{ item.event_data.order }}", "equals", "{{ data[0] }}"),
-            condition("{{ item.source }}/{{ data[1] }}", "equals", "shop/{{ item.source }}"),
-            {"not": condition({"$op": "add", "args": ["{{ data[2] }}", 1]}, "equals", 2)},
+            make_condition("{{ item.event_data.order }}", "equals", "{{ data[0] }}"),
+            make_condition("{{ item.source }}/{{ data[1] }}", "equals", "shop/{{ item.source }}"),
+            {"not": make_condition({"$op": "add", "args": ["{{ data[2] }}", 1]}, "equals", 2)},
         ]
     }
     assert isinstance(bound, dict)
@@ -70,7 +70,7 @@ def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
     assert not event_filters.matches_event(json.dumps(second), {"item": EVENT, "data": given})
 
 
-class Ear:
+class RecordedEventWaits:
     """Remembers what is waited for."""
 
     def __init__(self, expires_at: datetime | None = None) -> None:
@@ -85,10 +85,10 @@ class Ear:
 
 
 async def test_a_node_asks_for_its_event_and_waits() -> None:
-    ear = Ear()
+    ear = RecordedEventWaits()
     config: dict[str, Json] = {
         "event_type": "order.{{ data.order }}.*",
-        "filter": condition("{{ item.event_data.order }}", "equals", "{{ data.order }}"),
+        "filter": make_condition("{{ item.event_data.order }}", "equals", "{{ data.order }}"),
         "lookBackSeconds": 60,
         "timeoutSeconds": 3600,
     }
@@ -112,19 +112,21 @@ async def test_a_node_asks_for_its_event_and_waits() -> None:
 @pytest.mark.parametrize("event_type", ["{{ data }}", "a {{ data.order }}", "*"])
 async def test_a_node_refuses_what_is_no_type_of_events(event_type: str) -> None:
     with pytest.raises(Exception, match="event_type"):
-        await call("wait-for-event", {"event_type": event_type}, {"order": 7}, events=Ear())
+        await call("wait-for-event", {"event_type": event_type}, {"order": 7}, events=RecordedEventWaits())
 
 
 def test_fallbacks_of_a_condition_are_looked_up_as_far_as_the_run_knows_them() -> None:
     source: Json = {
         "all": [
-            condition(
+            make_condition(
                 '{{ data.gone ?? data.order ?? "none" }}',
                 "equals",
                 "{{ item.gone ?? item.event_data.order }}",
             ),
-            condition('{{ data.gone ?? "shop" }}', "equals", "{{ item.gone ?? data.gone ?? nodes.a.name }}"),
-            condition("{{ data.gone ?? data.lost }}", "equals", None),
+            make_condition(
+                '{{ data.gone ?? "shop" }}', "equals", "{{ item.gone ?? data.gone ?? nodes.a.name }}"
+            ),
+            make_condition("{{ data.gone ?? data.lost }}", "equals", None),
         ]
     }
     unresolved: list[str] = []

@@ -37,20 +37,20 @@ SCOPE: ExpressionScope = {
 braceless = st.text(st.characters(exclude_characters="{"))
 
 
-def rendered(value: Json, scope: ExpressionScope = SCOPE) -> Json:
+def render_value(value: Json, scope: ExpressionScope = SCOPE) -> Json:
     unresolved: list[str] = []
     result = compile_value(value).render(scope, unresolved)
     assert unresolved == []
     return result
 
 
-def refused(value: Json) -> str:
+def refusal_of(value: Json) -> str:
     with pytest.raises(ExpressionError) as caught:
         compile_value(value)
     return str(caught.value)
 
 
-def operation(name: str, *arguments: Json) -> dict[str, Json]:
+def make_operation(name: str, *arguments: Json) -> dict[str, Json]:
     return {"$op": name, "args": list(arguments)}
 
 
@@ -156,7 +156,7 @@ def test_text_around_an_expression_stays_as_it_is(before: str, after: str) -> No
 
 @pytest.mark.parametrize("text", ["{{data.user}}", "{{ data.user }}", " \n{{ data.user }}\t"])
 def test_one_whole_expression_keeps_the_type_of_its_value(text: str) -> None:
-    assert rendered(text) is SCOPE["data"]["user"]  # type: ignore[index,call-overload]
+    assert render_value(text) is SCOPE["data"]["user"]  # type: ignore[index,call-overload]
 
 
 @pytest.mark.parametrize(
@@ -174,12 +174,12 @@ def test_one_whole_expression_keeps_the_type_of_its_value(text: str) -> None:
     ],
 )
 def test_expressions_in_a_text_are_joined_with_it(text: str, result: str) -> None:
-    assert rendered(text) == result
+    assert render_value(text) == result
 
 
 def test_expressions_are_found_wherever_a_text_is_but_not_in_keys() -> None:
     value: Json = {"{{ item }}": [{"deep": "{{ item }}"}, 1], "static": {"a": [1]}}
-    assert rendered(value) == {"{{ item }}": [{"deep": "x"}, 1], "static": {"a": [1]}}
+    assert render_value(value) == {"{{ item }}": [{"deep": "x"}, 1], "static": {"a": [1]}}
 
 
 def test_static_parts_are_shared_and_the_template_stays_as_it_was() -> None:
@@ -192,13 +192,14 @@ def test_static_parts_are_shared_and_the_template_stays_as_it_was() -> None:
 
 
 def test_data_is_never_evaluated() -> None:
-    assert rendered("{{ data.attack }}") == "{{ trigger.secret }}"
-    assert rendered("> {{ data.attack }}") == "> {{ trigger.secret }}"
+    assert render_value("{{ data.attack }}") == "{{ trigger.secret }}"
+    assert render_value("> {{ data.attack }}") == "> {{ trigger.secret }}"
     assert (
-        rendered(operation("from-json", operation("to-json", "{{ data.attack }}"))) == "{{ trigger.secret }}"
+        render_value(make_operation("from-json", make_operation("to-json", "{{ data.attack }}")))
+        == "{{ trigger.secret }}"
     )
     data: Json = {"$op": "add", "args": [1, 1]}
-    assert rendered({"x": "{{ data }}"}, {"data": data}) == {"x": data}
+    assert render_value({"x": "{{ data }}"}, {"data": data}) == {"x": data}
 
 
 def test_each_path_that_found_nothing_is_listed_and_is_null() -> None:
@@ -211,7 +212,7 @@ def test_each_path_that_found_nothing_is_listed_and_is_null() -> None:
 
 
 def test_a_template_names_its_paths() -> None:
-    template = compile_value(["{{ data.a }} {{ item }}", {"b": operation("first", "{{ data.c }}")}])
+    template = compile_value(["{{ data.a }} {{ item }}", {"b": make_operation("first", "{{ data.c }}")}])
     assert [path.text for path in template.paths] == ["data.a", "item", "data.c"]
 
 
@@ -229,7 +230,7 @@ def test_a_template_names_its_paths() -> None:
     ],
 )
 def test_braces_without_a_path_are_refused(text: str) -> None:
-    assert refused(text)
+    assert refusal_of(text)
 
 
 def test_a_template_is_as_deep_as_json_may_be() -> None:
@@ -237,23 +238,23 @@ def test_a_template_is_as_deep_as_json_may_be() -> None:
     for _ in range(64):
         value = [value]
     assert not compile_template(value).is_static
-    assert "64 deep" in refused([value])
+    assert "64 deep" in refusal_of([value])
     nested: Json = "{{ index }}"
     for _ in range(32):
-        nested = operation("add", nested, 1)
-    assert rendered(nested) == 32
-    assert "64 deep" in refused(operation("add", nested, 1))
+        nested = make_operation("add", nested, 1)
+    assert render_value(nested) == 32
+    assert "64 deep" in refusal_of(make_operation("add", nested, 1))
 
 
 def test_what_a_rendering_produces_is_bounded() -> None:
     scope: ExpressionScope = {"data": "x" * (MAX_WRITTEN // 4)}
-    assert len(rendered("{{ data }}{{ data }}{{ data }}", scope)) == MAX_WRITTEN * 3 // 4  # type: ignore[arg-type]
-    assert rendered(["{{ data }}"] * 100, scope) == [scope["data"]] * 100
-    for value in ("-{{ data }}", operation("upper", "{{ data }}")):
+    assert len(render_value("{{ data }}{{ data }}{{ data }}", scope)) == MAX_WRITTEN * 3 // 4  # type: ignore[arg-type]
+    assert render_value(["{{ data }}"] * 100, scope) == [scope["data"]] * 100
+    for value in ("-{{ data }}", make_operation("upper", "{{ data }}")):
         with pytest.raises(ExpressionError, match="more than 10,000,000 characters"):
-            rendered([value, value, value, value, value], scope)
+            render_value([value, value, value, value, value], scope)
     with pytest.raises(ExpressionError, match="more than 10,000,000 bytes"):
-        rendered("-{{ data }}", {"data": [scope["data"]] * 1_000_000})
+        render_value("-{{ data }}", {"data": [scope["data"]] * 1_000_000})
 
 
 def test_hostile_texts_are_refused_in_no_time() -> None:
@@ -264,7 +265,7 @@ def test_hostile_texts_are_refused_in_no_time() -> None:
         '{{ "' + '""' * 500_000,
         "{{ data" + ".a" * 500_000 + " }}",
     ):
-        refused(text)
+        refusal_of(text)
     assert time.process_time() - started < 8
 
 
@@ -273,30 +274,30 @@ def test_hostile_texts_are_refused_in_no_time() -> None:
 
 def test_operations_are_computed_wherever_they_stand() -> None:
     value: Json = {
-        "x": operation("add", "{{ data.user.id }}", operation("multiply", 2, 3)),
-        "y": [operation("upper", "a{{ item }}")],
+        "x": make_operation("add", "{{ data.user.id }}", make_operation("multiply", 2, 3)),
+        "y": [make_operation("upper", "a{{ item }}")],
     }
-    assert rendered(value) == {"x": 13, "y": ["AX"]}
+    assert render_value(value) == {"x": 13, "y": ["AX"]}
 
 
 def test_a_template_of_a_config_computes_nothing() -> None:
-    value: Json = operation("add", 1, 1)
+    value: Json = make_operation("add", 1, 1)
     assert compile_template(value).render(SCOPE, []) is value
 
 
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        (operation("ad", 1, 2), r"\$op ad: there is no such operation: did you mean pad or add\?"),
-        (operation("__class__", 1), "there are add, subtract"),
+        (make_operation("ad", 1, 2), r"\$op ad: there is no such operation: did you mean pad or add\?"),
+        (make_operation("__class__", 1), "there are add, subtract"),
         ({"$op": ["add"], "args": []}, "no such operation"),
         ({"$op": "add"}, '"args"'),
         ({"$op": "add", "args": "{{ data }}"}, '"args"'),
         ({"$op": "add", "args": [1, 2], "more": 1}, '"args"'),
-        (operation("add", 1), "it takes 2 to 100 arguments, not 1"),
-        (operation("not-there", "{{ broken"), "no such operation"),
-        (operation("first", "{{ broken"), "broken"),
-        ([operation("first", [])] * 1_001, "at most 1,000 operations"),
+        (make_operation("add", 1), "it takes 2 to 100 arguments, not 1"),
+        (make_operation("not-there", "{{ broken"), "no such operation"),
+        (make_operation("first", "{{ broken"), "broken"),
+        ([make_operation("first", [])] * 1_001, "at most 1,000 operations"),
     ],
 )
 def test_what_can_not_be_computed_is_refused_when_it_is_compiled(value: Json, reason: str) -> None:
@@ -305,7 +306,7 @@ def test_what_can_not_be_computed_is_refused_when_it_is_compiled(value: Json, re
 
 
 def test_wrong_types_are_named_together_with_the_operation() -> None:
-    template = compile_value({"x": operation("add", "{{ data.user.name }}", 1)})
+    template = compile_value({"x": make_operation("add", "{{ data.user.name }}", 1)})
     with pytest.raises(ExpressionError, match=r"\$op add: needs numbers, not text and number") as caught:
         template.render(SCOPE, [])
     assert caught.value.expression == "$op add"
@@ -315,8 +316,8 @@ def test_a_default_answers_for_what_is_missing() -> None:
     unresolved: list[str] = []
     template = compile_value(
         [
-            operation("default", "{{ data.gone }}", 1),
-            operation("coalesce", "{{ data.a }}", "{{ item }}", "{{ data.b }}"),
+            make_operation("default", "{{ data.gone }}", 1),
+            make_operation("coalesce", "{{ data.a }}", "{{ item }}", "{{ data.b }}"),
         ]
     )
     assert template.render(SCOPE, unresolved) == [1, "x"]
@@ -326,8 +327,11 @@ def test_a_default_answers_for_what_is_missing() -> None:
 def test_a_default_that_is_missing_too_is_listed() -> None:
     unresolved: list[str] = []
     template = compile_value(
-        operation(
-            "coalesce", "{{ data.a }}", operation("default", "{{ data.b }}", "{{ data.c }}"), "{{ data.d }}"
+        make_operation(
+            "coalesce",
+            "{{ data.a }}",
+            make_operation("default", "{{ data.b }}", "{{ data.c }}"),
+            "{{ data.d }}",
         )
     )
     assert template.render(SCOPE, unresolved) is None
@@ -335,7 +339,7 @@ def test_a_default_that_is_missing_too_is_listed() -> None:
 
 
 def test_a_default_found_is_as_strict_as_any_json() -> None:
-    assert rendered(operation("default", "{{ data.user.vip }}", decode_json(b"false"))) is True
+    assert render_value(make_operation("default", "{{ data.user.vip }}", decode_json(b"false"))) is True
 
 
 FALLBACKS: dict[str, Json] = {
@@ -356,7 +360,7 @@ FALLBACKS: dict[str, Json] = {
 
 @pytest.mark.parametrize("text", FALLBACKS)
 def test_the_first_value_counts_of_what_question_marks_join(text: str) -> None:
-    assert rendered(text) == FALLBACKS[text]
+    assert render_value(text) == FALLBACKS[text]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from nodes.sandbox.fairness import FairSlots
 pytestmark = pytest.mark.anyio
 
 
-class Queue:
+class SlotQueue:
     """Jobs that take a place until they are told to end; `begun` says in which order they got it."""
 
     def __init__(self, places: int) -> None:
@@ -40,11 +40,11 @@ class Queue:
 
 
 @pytest.fixture
-def queue() -> Queue:
-    return Queue(1)
+def queue() -> SlotQueue:
+    return SlotQueue(1)
 
 
-async def test_organisations_that_wait_take_turns(queue: Queue) -> None:
+async def test_organisations_that_wait_take_turns(queue: SlotQueue) -> None:
     await queue.add("a1", "b1", "a2", "a3", "b2", "b3")
     for name in ("a1", "b1", "a2", "b2", "a3"):
         await queue.end(name)
@@ -52,7 +52,7 @@ async def test_organisations_that_wait_take_turns(queue: Queue) -> None:
     await queue.end("b3")
 
 
-async def test_one_who_has_nothing_at_work_does_not_wait_for_the_jobs_of_another(queue: Queue) -> None:
+async def test_one_who_has_nothing_at_work_does_not_wait_for_the_jobs_of_another(queue: SlotQueue) -> None:
     await queue.add("a1", "a2", "b1", "c1")
     assert queue.begun == ["a1", "b1"], "twice as many places as there are, and no more"
     await queue.end("b1")
@@ -62,13 +62,13 @@ async def test_one_who_has_nothing_at_work_does_not_wait_for_the_jobs_of_another
     assert queue.begun[-1] == "a2"
 
 
-async def cancel_while_it_waits(queue: Queue) -> None:
+async def cancel_while_it_waits(queue: SlotQueue) -> None:
     queue.tasks["a2"].cancel()
     await queue.settle()
     await queue.end("a1")
 
 
-async def cancel_as_it_gets_its_turn(queue: Queue) -> None:
+async def cancel_as_it_gets_its_turn(queue: SlotQueue) -> None:
     queue.ends["a1"].set()
     await asyncio.sleep(0)
     queue.tasks["a2"].cancel()
@@ -77,7 +77,7 @@ async def cancel_as_it_gets_its_turn(queue: Queue) -> None:
 
 @pytest.mark.parametrize("cancel", [cancel_while_it_waits, cancel_as_it_gets_its_turn])
 async def test_one_who_gives_up_takes_no_place(
-    queue: Queue, cancel: Callable[[Queue], Awaitable[None]]
+    queue: SlotQueue, cancel: Callable[[SlotQueue], Awaitable[None]]
 ) -> None:
     await queue.add("a1", "a2", "a3")
     await cancel(queue)
@@ -89,7 +89,7 @@ async def test_one_who_gives_up_takes_no_place(
 
 
 async def test_an_organisation_can_only_have_so_many_waiting(
-    queue: Queue, monkeypatch: pytest.MonkeyPatch
+    queue: SlotQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fairness, "MAX_WAITING", 1)
     await queue.add("a1", "a2", "a3")

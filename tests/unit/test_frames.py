@@ -16,7 +16,7 @@ VALUES: st.SearchStrategy[Any] = st.recursive(
 )
 
 
-def assembled(sent: list[bytes]) -> Json:
+def assemble_value(sent: list[bytes]) -> Json:
     assembly = ValueAssembler()
     for each in sent:
         length, tag = frames.parse_header(each[: HEADER.size])
@@ -30,7 +30,7 @@ def assembled(sent: list[bytes]) -> Json:
 def test_a_value_arrives_as_it_was_in_whatever_pieces(value: Json) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(frames, "PIECE_BYTES", 10)
-        assert assembled(list(frames.encode_value(value))) == value
+        assert assemble_value(list(frames.encode_value(value))) == value
 
 
 def test_no_piece_of_a_large_value_is_large() -> None:
@@ -40,7 +40,7 @@ def test_no_piece_of_a_large_value_is_large() -> None:
     }
     sent = list(frames.encode_value(value))
     assert max(map(len, sent)) < 2 * frames.PIECE_BYTES
-    assert assembled(sent) == value
+    assert assemble_value(sent) == value
 
 
 @pytest.mark.parametrize(
@@ -64,7 +64,7 @@ def test_no_piece_of_a_large_value_is_large() -> None:
 )
 def test_what_is_no_value_is_refused(sent: list[tuple[FrameTag, bytes]]) -> None:
     with pytest.raises(InvalidFrame):
-        assembled([frames.encode_frame(tag, body) for tag, body in sent])
+        assemble_value([frames.encode_frame(tag, body) for tag, body in sent])
 
 
 def test_what_is_no_frame_is_refused() -> None:

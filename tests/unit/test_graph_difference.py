@@ -12,26 +12,26 @@ A = {"id": "a", "type": "manual", "label": "A", "position": {"x": 1, "y": 2}, "c
 B = {"id": "b", "type": "set", "label": "B", "position": {"x": 3, "y": 4}, "config": {"values": {"n": 1}}}
 
 
-def items(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Any:  # noqa: ANN401 - JSON
+def item_differences(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Any:  # noqa: ANN401 - JSON
     """Return a difference as clients see it."""
     return msgspec.to_builtins(graph_difference.of_items(before, after))
 
 
-def fields(before: dict[str, Any], after: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
+def field_differences(before: dict[str, Any], after: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
     return msgspec.to_builtins(graph_difference.of_fields(before, after))
 
 
 def test_equal_graphs_differ_in_nothing_whatever_their_order() -> None:
-    assert items([A, B], [B, A]) == {"added": [], "removed": [], "changed": []}
+    assert item_differences([A, B], [B, A]) == {"added": [], "removed": [], "changed": []}
 
 
 def test_what_came_and_went_is_shown_whole() -> None:
-    assert items([A], [B]) == {"added": [B], "removed": [A], "changed": []}
+    assert item_differences([A], [B]) == {"added": [B], "removed": [A], "changed": []}
 
 
 def test_a_change_names_its_fields_with_the_values_before_and_after() -> None:
     after = B | {"label": "New", "config": {"values": {"n": 2}}}
-    assert items([A, B], [A, after])["changed"] == [
+    assert item_differences([A, B], [A, after])["changed"] == [
         {
             "id": "b",
             "changes": {
@@ -45,14 +45,16 @@ def test_a_change_names_its_fields_with_the_values_before_and_after() -> None:
 def test_a_move_stands_apart_from_what_a_node_does() -> None:
     place = {"x": 30, "y": 40}
     moved = {"before": B["position"], "after": place}
-    assert items([B], [B | {"position": place}])["changed"] == [{"id": "b", "changes": {}, "position": moved}]
-    both = items([B], [B | {"position": place, "label": "New"}])["changed"][0]
+    assert item_differences([B], [B | {"position": place}])["changed"] == [
+        {"id": "b", "changes": {}, "position": moved}
+    ]
+    both = item_differences([B], [B | {"position": place, "label": "New"}])["changed"][0]
     assert both["position"] == moved
     assert set(both["changes"]) == {"label"}
 
 
 def test_a_field_that_came_or_went_has_one_side_and_null_is_a_value() -> None:
-    assert fields({"a": 1, "b": None}, {"b": 0, "c": None}) == {
+    assert field_differences({"a": 1, "b": None}, {"b": 0, "c": None}) == {
         "a": {"before": 1},
         "b": {"before": None, "after": 0},
         "c": {"after": None},
@@ -60,19 +62,19 @@ def test_a_field_that_came_or_went_has_one_side_and_null_is_a_value() -> None:
 
 
 def test_values_are_compared_as_json_compares_them() -> None:
-    assert fields({"a": 1, "b": [0]}, {"a": True, "b": [False]}) == {
+    assert field_differences({"a": 1, "b": [0]}, {"a": True, "b": [False]}) == {
         "a": {"before": 1, "after": True},
         "b": {"before": [0], "after": [False]},
     }
-    assert fields({"a": 1, "b": {"x": 1, "y": 2}}, {"a": 1.0, "b": {"y": 2, "x": 1}}) == {}
+    assert field_differences({"a": 1, "b": {"x": 1, "y": 2}}, {"a": 1.0, "b": {"y": 2, "x": 1}}) == {}
 
 
 def test_nodes_of_a_draft_that_share_an_id_are_compared_in_their_order() -> None:
     twin = A | {"label": "Twin"}
-    assert items([A, twin], [A, twin | {"label": "New"}])["changed"] == [
+    assert item_differences([A, twin], [A, twin | {"label": "New"}])["changed"] == [
         {"id": "a", "changes": {"label": {"before": "Twin", "after": "New"}}}
     ]
-    assert items([A], [A, twin]) == {"added": [twin], "removed": [], "changed": []}
+    assert item_differences([A], [A, twin]) == {"added": [twin], "removed": [], "changed": []}
 
 
 graphs = st.lists(
@@ -84,7 +86,7 @@ graphs = st.lists(
 @settings(max_examples=50)
 @given(before=graphs, after=graphs)
 def test_back_is_the_mirror_of_there(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> None:
-    there, back = items(before, after), items(after, before)
+    there, back = item_differences(before, after), item_differences(after, before)
     assert (there["added"], there["removed"]) == (back["removed"], back["added"])
     assert len(before) - len(there["removed"]) + len(there["added"]) == len(after)
     turned = sorted(

@@ -13,7 +13,7 @@ from models import ids
 NUMBERS = st.integers(0, 2**128 - 1)
 
 
-def number_of(new_id: str) -> int:
+def id_to_number(new_id: str) -> int:
     """Read an id back into the UUID that it is."""
     number = 0
     for character in new_id.partition("_")[2]:
@@ -24,14 +24,14 @@ def number_of(new_id: str) -> int:
 @given(NUMBERS, NUMBERS)
 def test_ids_sort_as_their_numbers_do(one: int, other: int) -> None:
     assert (ids.encode_base32(one) < ids.encode_base32(other)) == (one < other)
-    assert number_of(f"wf_{ids.encode_base32(one)}") == one
+    assert id_to_number(f"wf_{ids.encode_base32(one)}") == one
 
 
 def test_an_id_is_a_prefix_and_a_uuid_of_version_seven() -> None:
     before, new_id, after = time.time_ns() // 1_000_000, ids.new_id("exec"), time.time_ns() // 1_000_000 + 10
     assert ids.is_id(new_id)
     assert len(new_id) == len("exec_") + 26
-    number = number_of(new_id)
+    number = id_to_number(new_id)
     assert before <= number >> 80 <= after
     assert (number >> 76 & 0xF, number >> 62 & 0b11) == (7, 0b10)
 
@@ -49,8 +49,8 @@ def test_an_id_that_is_derived_from_another_is_the_same_each_time_and_lands_near
         ids.derive_id("exec", "exec_1", one, other),
     }
     assert derived[:14] == origin[:14]
-    number = number_of(derived)
-    assert number >> 80 == number_of(origin) >> 80
+    number = id_to_number(derived)
+    assert number >> 80 == id_to_number(origin) >> 80
     assert (number >> 76 & 0xF, number >> 62 & 0b11) == (7, 0b10)
 
 

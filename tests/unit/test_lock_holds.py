@@ -56,7 +56,7 @@ def test_a_body_of_a_megabyte_holds_nobody_up(name: str) -> None:
 @settings(max_examples=10)
 @given(items)
 def test_nor_does_any_other_body_of_that_size(item: Any) -> None:  # noqa: ANN401 - any JSON value
-    text = hostile_json.repeated(json.dumps(item, ensure_ascii=False).encode(errors="replace"), MEGABYTE)
+    text = hostile_json.list_of(json.dumps(item, ensure_ascii=False).encode(errors="replace"), MEGABYTE)
     assert not lock_holds.holds_longer(partial(go_through, text), lock_holds.MEGABYTE_SECONDS)
 
 
@@ -77,7 +77,7 @@ def test_a_list_that_is_too_long_is_refused_at_a_glance() -> None:
     class Body(Wire):
         items: Annotated[list[dict[str, int]], msgspec.Meta(max_length=3)]
 
-    body = values.decode_json(b'{"items":%s}' % hostile_json.repeated(b'{"a":1.0}', 5 * MEGABYTE))
+    body = values.decode_json(b'{"items":%s}' % hostile_json.list_of(b'{"a":1.0}', 5 * MEGABYTE))
     began_at = time.thread_time()
     with pytest.raises(ApiError) as caught:
         convert(body, Body)

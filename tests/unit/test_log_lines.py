@@ -13,11 +13,11 @@ from pilotflame.log_lines import HIDDEN, MAX_TEXT, MAX_WAITING_LINES, Lines, as_
 ESCAPE = "\x1b[2J\r\n\x9b"
 
 
-class Colour(StrEnum):
+class LogColor(StrEnum):
     RED = "red"
 
 
-def of_json(**fields: object) -> dict[str, object]:
+def log_as_json(**fields: object) -> dict[str, object]:
     line = as_json(None, "info", {"event": "something happened", **fields})
     assert line.count(b"\n") == 1
     assert line.endswith(b"\n")
@@ -25,7 +25,7 @@ def of_json(**fields: object) -> dict[str, object]:
     return told
 
 
-def of_text(**fields: object) -> str:
+def log_as_text(**fields: object) -> str:
     return as_text(None, "info", {"event": "something happened", **fields}).decode()
 
 
@@ -33,33 +33,35 @@ def of_text(**fields: object) -> str:
 
 
 def test_a_line_begins_with_time_level_and_event() -> None:
-    line = of_json(workflow_id="wf_1", colour=Colour.RED, count=3, share=0.5, is_new=True, error=None)
+    line = log_as_json(workflow_id="wf_1", colour=LogColor.RED, count=3, share=0.5, is_new=True, error=None)
     time = line.pop("time")
     assert isinstance(time, str)
     assert time.endswith("Z")
     assert list(line.items())[:2] == [("level", "info"), ("event", "something happened")]
     fields = {"workflow_id": "wf_1", "colour": "red", "count": 3, "share": 0.5, "is_new": True, "error": None}
     assert {**line, **fields} == line
-    assert of_text(workflow_id="wf_1", error=None).endswith(" info    something happened workflow_id=wf_1\n")
+    assert log_as_text(workflow_id="wf_1", error=None).endswith(
+        " info    something happened workflow_id=wf_1\n"
+    )
 
 
 @pytest.mark.parametrize(
     "name", ["api_key", "X-API-Key", "secret", "password", "Authorization", "token", "cookie"]
 )
 def test_what_may_be_a_secret_is_hidden_however_deep_it_lies(name: str) -> None:
-    line = of_json(**{name: "hush"}, headers={name: "hush"}, list=[{name: "hush"}])
+    line = log_as_json(**{name: "hush"}, headers={name: "hush"}, list=[{name: "hush"}])
     assert (line[name], line["headers"], line["list"]) == (HIDDEN, {name: HIDDEN}, [{name: HIDDEN}])
-    assert "hush" not in of_text(**{name: "hush"}, headers={name: "hush"})
+    assert "hush" not in log_as_text(**{name: "hush"}, headers={name: "hush"})
 
 
 def test_the_id_of_a_key_is_no_secret() -> None:
-    assert of_json(key_id="key_1")["key_id"] == "key_1"
+    assert log_as_json(key_id="key_1")["key_id"] == "key_1"
 
 
 def test_nothing_that_is_logged_can_begin_a_line_or_reach_the_terminal() -> None:
-    assert of_json(name=ESCAPE)["name"] == ESCAPE
+    assert log_as_json(name=ESCAPE)["name"] == ESCAPE
     assert b"\x1b" not in as_json(None, "info", {"event": ESCAPE, ESCAPE: ESCAPE})
-    line = of_text(name=ESCAPE)
+    line = log_as_text(name=ESCAPE)
     assert line.count("\n") == 1
     assert line.rstrip("\n").isprintable()
 
@@ -83,15 +85,15 @@ def test_any_value_can_be_logged() -> None:
         "itself": itself,
     }
     for name, value in values.items():
-        assert name in of_json(**{name: value})
-        assert name in of_text(**{name: value})
+        assert name in log_as_json(**{name: value})
+        assert name in log_as_text(**{name: value})
 
 
 def test_a_traceback_is_in_the_line_of_json_and_below_the_one_of_text() -> None:
     with pytest.raises(ValueError, match="Invalid") as raised:
         float("Invalid" + ESCAPE)
-    assert str(of_json(exc_info=raised.value)["traceback"]).startswith("Traceback")
-    first, *below = of_text(exc_info=raised.value).splitlines()
+    assert str(log_as_json(exc_info=raised.value)["traceback"]).startswith("Traceback")
+    first, *below = log_as_text(exc_info=raised.value).splitlines()
     assert first.endswith("something happened")
     assert "ValueError" in "".join(below)
     assert all(row.startswith("    ") and row.isprintable() for row in below)
@@ -101,7 +103,7 @@ def test_a_traceback_is_in_the_line_of_json_and_below_the_one_of_text() -> None:
 
 
 @contextmanager
-def pipe() -> Iterator[tuple[int, int]]:
+def open_pipe() -> Iterator[tuple[int, int]]:
     reader, writer = os.pipe()
     try:
         yield reader, writer
@@ -111,7 +113,7 @@ def pipe() -> Iterator[tuple[int, int]]:
 
 
 def test_lines_are_written_in_their_order_and_all_of_them_before_the_end() -> None:
-    with pipe() as (reader, writer):
+    with open_pipe() as (reader, writer):
         lines = Lines(writer, as_json)
         for number in range(2_000):
             lines.put(b"%d\n" % number)
@@ -121,7 +123,7 @@ def test_lines_are_written_in_their_order_and_all_of_them_before_the_end() -> No
 
 def test_who_logs_never_waits_for_a_sink_that_is_stuck_and_what_was_dropped_is_counted() -> None:
     sent = 2 * MAX_WAITING_LINES
-    with pipe() as (reader, writer):
+    with open_pipe() as (reader, writer):
         lines = Lines(writer, as_json)
         for _ in range(sent):
             lines.put(b"a line that nobody takes, though the pipe holds some\n")

@@ -15,7 +15,7 @@ from nodes import catalog
 CATALOG = catalog.load_catalog()
 
 
-def graph(drawing: str, **configs: Json) -> ParsedGraph:
+def parse_drawing(drawing: str, **configs: Json) -> ParsedGraph:
     """Return a graph drawn as `start > loop; loop:continue > text`: a node's type is its id without digits."""
     ids: dict[str, None] = {"start": None}
     edges: list[Json] = []
@@ -41,7 +41,7 @@ def graph(drawing: str, **configs: Json) -> ParsedGraph:
     return ParsedGraph.from_stored({"nodes": nodes, "connections": edges})
 
 
-def errors_of(drawn: ParsedGraph) -> list[GraphFinding]:
+def find_graph_errors(drawn: ParsedGraph) -> list[GraphFinding]:
     return list(find_errors(drawn, CATALOG).errors)
 
 
@@ -57,8 +57,8 @@ SOUND = [
 
 @pytest.mark.parametrize("drawing", SOUND)
 def test_the_body_of_a_loop_is_a_part_of_its_own(drawing: str) -> None:
-    drawn = graph(drawing)
-    assert errors_of(drawn) == []
+    drawn = parse_drawing(drawing)
+    assert find_graph_errors(drawn) == []
     WorkflowProgram.compile(drawn, CATALOG, CATALOG.implementation)
 
 
@@ -88,8 +88,8 @@ def test_the_body_of_a_loop_is_a_part_of_its_own(drawing: str) -> None:
     ],
 )
 def test_nothing_leads_into_a_body_from_outside(drawing: str, connection_id: str) -> None:
-    drawn = graph(drawing)
-    (error,) = errors_of(drawn)
+    drawn = parse_drawing(drawing)
+    (error,) = find_graph_errors(drawn)
     assert (error.type, error.connection_id) == ("loop-body-entered", connection_id)
     assert "done" in error.suggestion
     with pytest.raises(InvalidDefinition, match="body of a loop"):
@@ -108,7 +108,7 @@ def test_nothing_leads_into_a_body_from_outside(drawing: str, connection_id: str
     ],
 )
 def test_a_connection_back_to_the_loop_is_a_cycle_to_be_opened_right_there(drawing: str, back: str) -> None:
-    (error,) = errors_of(graph(drawing))
+    (error,) = find_graph_errors(parse_drawing(drawing))
     assert (error.type, error.node_id) == ("cycle", "loop")
     assert "ends by itself" in error.suggestion
     assert "done" in error.suggestion
@@ -117,12 +117,12 @@ def test_a_connection_back_to_the_loop_is_a_cycle_to_be_opened_right_there(drawi
 
 
 def test_loops_stand_four_deep_at_most() -> None:
-    drawn = graph(
+    drawn = parse_drawing(
         "start > loop1"
         + "".join(f"; loop{n}:continue > loop{n + 1}" for n in range(1, 5))
         + "; loop5:continue > text"
     )
-    (error,) = errors_of(drawn)
+    (error,) = find_graph_errors(drawn)
     assert (error.type, error.node_id) == ("loops-too-deep", "loop5")
     with pytest.raises(InvalidDefinition, match="More than 4 loops"):
         WorkflowProgram.compile(drawn, CATALOG, CATALOG.implementation)
@@ -150,19 +150,19 @@ def test_loops_stand_four_deep_at_most() -> None:
     ],
 )
 def test_paths_are_checked_by_where_they_stand(drawing: str, path: str, is_found: bool) -> None:  # noqa: FBT001 - a parameter
-    validation = validate_graph(graph(drawing, text={"text": f"{{{{ {path} }}}}"}), CATALOG)
+    validation = validate_graph(parse_drawing(drawing, text={"text": f"{{{{ {path} }}}}"}), CATALOG)
     assert validation.errors == ()
     assert [finding.type for finding in validation.warnings] == ([] if is_found else ["unresolved-mapping"])
 
 
 def test_item_is_there_outside_of_loops_in_what_a_node_evaluates_for_each_item() -> None:
     config: Json = {"text": "", "items": [1], "each": "{{ item }} at {{ index }}"}
-    assert validate_graph(graph("start > text", text=config), CATALOG).warnings == ()
+    assert validate_graph(parse_drawing("start > text", text=config), CATALOG).warnings == ()
 
 
 def test_ten_thousand_loops_are_checked_in_linear_time() -> None:
     drawing = "start > loop0; " + "; ".join(f"loop{n}:continue > loop{n + 1}" for n in range(10_000))
-    assert len(errors_of(graph(drawing))) == 1
+    assert len(find_graph_errors(parse_drawing(drawing))) == 1
     side_by_side = "; ".join(f"start > loop{n}; loop{n}:continue > text" for n in range(5_000))
-    assert {error.type for error in errors_of(graph(side_by_side))} == {"loop-body-entered"}
-    assert len(errors_of(graph(side_by_side))) == MAX_FINDINGS
+    assert {error.type for error in find_graph_errors(parse_drawing(side_by_side))} == {"loop-body-entered"}
+    assert len(find_graph_errors(parse_drawing(side_by_side))) == MAX_FINDINGS

@@ -6,7 +6,7 @@ import subprocess
 from docs.tables import ROOT
 
 
-def planned(*variables: str) -> str:
+def dry_run_make(*variables: str) -> str:
     """Return the commands that a first `make run` would execute."""
     return subprocess.run(
         ["make", "--dry-run", "--always-make", "run", *variables],
@@ -19,7 +19,7 @@ def planned(*variables: str) -> str:
 
 
 def test_uv_installs_the_same_lock_by_hash() -> None:
-    commands = planned("UV=/opt/uv")
+    commands = dry_run_make("UV=/opt/uv")
     assert "/opt/uv venv" in commands
     assert "/opt/uv pip install" in commands
     assert "--require-hashes --requirement requirements.lock" in commands
@@ -27,7 +27,7 @@ def test_uv_installs_the_same_lock_by_hash() -> None:
 
 
 def test_pip_installs_without_uv() -> None:
-    commands = planned("UV=")
+    commands = dry_run_make("UV=")
     assert "-m venv" in commands
     assert "-m pip" in commands
     assert "--require-hashes --requirement requirements.lock" in commands
@@ -35,4 +35,4 @@ def test_pip_installs_without_uv() -> None:
 
 
 def test_make_run_loads_the_example() -> None:
-    assert "dev --example docs/examples/penguins.json" in planned()
+    assert "dev --example docs/examples/penguins.json" in dry_run_make()

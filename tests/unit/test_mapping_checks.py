@@ -22,35 +22,37 @@ from engine.values import Json, decode_json
 from engine.workflow_runner import RunStart, run_workflow
 from models.database_clock import DatabaseClock
 from nodes import catalog
-from tests.calls import CALLER, NoNetwork
+from tests.node_calls import CALLER, NoNetwork
 
 CATALOG = catalog.load_catalog()
 Nodes = Sequence[dict[str, Json]]
 
 
-def node(name: str, node_type: str, **fields: Json) -> dict[str, Json]:
+def make_node(name: str, node_type: str, **fields: Json) -> dict[str, Json]:
     return {"id": name, "type": node_type, "label": name.title(), **fields}
 
 
-START = node("start", "rest-api")
-PARSE = node("parse", "csv-parse", config={"text": "{{ trigger.body.csv }}"})
-CALL = node("call", "http-request", config={"url": "https://a.b"})
-WRITE = node("write", "template", config={"text": "hello"})
-CHOOSE = node("choose", "conditional", config={"condition": {"left": 1, "operator": "equals", "right": 1}})
+START = make_node("start", "rest-api")
+PARSE = make_node("parse", "csv-parse", config={"text": "{{ trigger.body.csv }}"})
+CALL = make_node("call", "http-request", config={"url": "https://a.b"})
+WRITE = make_node("write", "template", config={"text": "hello"})
+CHOOSE = make_node(
+    "choose", "conditional", config={"condition": {"left": 1, "operator": "equals", "right": 1}}
+)
 
 
-def reading(*paths: str, node_type: str = "template") -> dict[str, Json]:
+def reading_node(*paths: str, node_type: str = "template") -> dict[str, Json]:
     """Return a node that reads some paths."""
     field = {"template": "text", "log": "message"}[node_type]
-    return node("read", node_type, config={field: " ".join(f"{{{{ {path} }}}}" for path in paths)})
+    return make_node("read", node_type, config={field: " ".join(f"{{{{ {path} }}}}" for path in paths)})
 
 
-def chain(*nodes: dict[str, Json]) -> tuple[Nodes, list[str]]:
+def chain_of_nodes(*nodes: dict[str, Json]) -> tuple[Nodes, list[str]]:
     names = [str(each["id"]) for each in nodes]
     return nodes, [f"{source} > {target}" for source, target in pairwise(names)]
 
 
-def found(
+def find_in_graph(
     nodes: Nodes, edges: Sequence[str], samples: Mapping[str, Sequence[Json]] | None = None
 ) -> list[GraphFinding]:
     """Return what is found of paths in a graph; an edge is `source:port > target`."""
@@ -66,7 +68,7 @@ def found(
     return [warning for warning in validation.warnings if warning.type == "unresolved-mapping"]
 
 
-def only(findings: list[GraphFinding]) -> GraphFinding:
+def only_finding(findings: list[GraphFinding]) -> GraphFinding:
     assert len(findings) == 1, findings
     return findings[0]
 
@@ -98,30 +100,42 @@ def only(findings: list[GraphFinding]) -> GraphFinding:
         ([CHOOSE], "data.body.x", 0),
         ([CHOOSE], "data.rows", 1),
         ([PARSE, CHOOSE], "data.rows", 0),
-        ([node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})], "data.a.b", 0),
-        ([node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})], "data.a.x", 1),
-        ([node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})], "data.c.x", 0),
-        ([node("put", "set", config={"values": {"a": 1}})], "data.body.x", 0),
-        ([node("put", "set", config={"values": {"a": 1}, "mode": "replace"})], "data.body.x", 1),
-        ([node("put", "set", config={"values": {"a": 1}, "mode": "{{ data.body.m }}"})], "data.x", 0),
-        ([node("put", "set", config={"values": {"a": {"$op": "now", "args": []}}})], "data.a.x", 0),
+        (
+            [make_node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})],
+            "data.a.b",
+            0,
+        ),
+        (
+            [make_node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})],
+            "data.a.x",
+            1,
+        ),
+        (
+            [make_node("put", "set", config={"values": {"a": {"b": 1}, "c": "{{ data.body }}"}})],
+            "data.c.x",
+            0,
+        ),
+        ([make_node("put", "set", config={"values": {"a": 1}})], "data.body.x", 0),
+        ([make_node("put", "set", config={"values": {"a": 1}, "mode": "replace"})], "data.body.x", 1),
+        ([make_node("put", "set", config={"values": {"a": 1}, "mode": "{{ data.body.m }}"})], "data.x", 0),
+        ([make_node("put", "set", config={"values": {"a": {"$op": "now", "args": []}}})], "data.a.x", 0),
     ],
 )
 def test_a_path_is_checked_against_what_the_nodes_before_give(
     parents: list[dict[str, Json]], path: str, lost: int
 ) -> None:
-    findings = found(*chain(START, *parents, reading(path)))
+    findings = find_in_graph(*chain_of_nodes(START, *parents, reading_node(path)))
     assert [finding.node_id for finding in findings] == ["read"] * lost
 
 
 def test_mapped_fields_are_laid_over_what_arrives_for_the_config_alone() -> None:
-    mapped = node(
+    mapped = make_node(
         "read",
         "template",
         config={"text": "{{ data.id }} {{ data.rows }} {{ data.first.anything }} {{ data.body.x }}"},
         inputMappings={"id": 7, "first": "data.rows[0]", "again": "data.id"},
     )
-    findings = found(*chain(START, PARSE, mapped))
+    findings = find_in_graph(*chain_of_nodes(START, PARSE, mapped))
     assert [finding.message.split(": ")[1:] for finding in findings] == [
         ["inputMappings.again", "data.id finds nothing"],
         ["config.text", "data.body.x finds nothing"],
@@ -131,7 +145,9 @@ def test_mapped_fields_are_laid_over_what_arrives_for_the_config_alone() -> None
 def test_a_value_is_passed_through_under_its_new_name() -> None:
     writing = WRITE | {"passThroughValues": {"lines": "rows", "place": "citty"}}
     mapped = writing | {"inputMappings": {"city": "trigger.body.city"}}
-    findings = found(*chain(START, PARSE, mapped, reading("data.lines[0].x", "data.text", "data.rows")))
+    findings = find_in_graph(
+        *chain_of_nodes(START, PARSE, mapped, reading_node("data.lines[0].x", "data.text", "data.rows"))
+    )
     assert [(finding.node_id, finding.message.split(": ")[1:]) for finding in findings] == [
         ("write", ["passThroughValues.place", "citty finds nothing"]),
         ("read", ["config.text", "data.rows finds nothing"]),
@@ -157,9 +173,9 @@ def test_a_value_is_passed_through_under_its_new_name() -> None:
     ],
 )
 def test_several_parents_give_their_fields_together_and_each_under_its_id(path: str, lost: int) -> None:
-    nodes = [START, PARSE, WRITE, reading(path)]
+    nodes = [START, PARSE, WRITE, reading_node(path)]
     edges = ["start > parse", "start > write", "parse > read", "write > read"]
-    assert len(found(nodes, edges)) == lost
+    assert len(find_in_graph(nodes, edges)) == lost
 
 
 @pytest.mark.parametrize(
@@ -178,38 +194,43 @@ def test_several_parents_give_their_fields_together_and_each_under_its_id(path: 
     ],
 )
 def test_a_merge_gives_what_it_lays_together(config: dict[str, Json], path: str, lost: int) -> None:
-    nodes = [START, PARSE, WRITE, node("merge", "merge", config=config), reading(path)]
+    nodes = [START, PARSE, WRITE, make_node("merge", "merge", config=config), reading_node(path)]
     edges = ["start > parse", "start > write", "parse > merge", "write > merge", "merge > read"]
-    assert len(found(nodes, edges)) == lost
+    assert len(find_in_graph(nodes, edges)) == lost
 
 
 def test_what_one_parent_may_have_is_not_told_by_how_another_has_it() -> None:
-    nodes = [START, node("put", "set", config={"values": {"body": 1}}), CHOOSE, reading("data.body.x")]
+    nodes = [
+        START,
+        make_node("put", "set", config={"values": {"body": 1}}),
+        CHOOSE,
+        reading_node("data.body.x"),
+    ]
     edges = ["start > put", "start > choose", "put > read", "choose:true > read"]
-    assert found(nodes, edges) == []
+    assert find_in_graph(nodes, edges) == []
 
 
 def test_by_its_error_port_a_node_gives_the_error_and_its_data() -> None:
     paths = ["data.error.message", "data.data.body", "data.error.massage", "data.status", "data.data.rows"]
-    nodes, edges = [START, CALL, reading(*paths)], ["start > call", "call:error > read"]
-    assert [finding.message.split(": ")[2] for finding in found(nodes, edges)] == [
+    nodes, edges = [START, CALL, reading_node(*paths)], ["start > call", "call:error > read"]
+    assert [finding.message.split(": ")[2] for finding in find_in_graph(nodes, edges)] == [
         "data.error.massage finds nothing",
         "data.status finds nothing",
         "data.data.rows finds nothing",
     ]
     both = [*edges, "call > read"]
-    assert [finding.message.split(": ")[2] for finding in found(nodes, both)] == [
+    assert [finding.message.split(": ")[2] for finding in find_in_graph(nodes, both)] == [
         "data.error.massage finds nothing",
         "data.data.rows finds nothing",
     ]
 
 
 def test_of_what_nobody_describes_nothing_is_said() -> None:
-    unknown = node("odd", "no-such-type")
-    tangled = [PARSE, reading("data.x", "nodes.parse.x")]
-    assert found(*chain(START, unknown, reading("data.x.y"))) == []
-    assert found(tangled, ["parse > read", "read > parse"]) == []
-    assert found([START, *tangled, PARSE], ["start > parse", "parse > read"]) == []
+    unknown = make_node("odd", "no-such-type")
+    tangled = [PARSE, reading_node("data.x", "nodes.parse.x")]
+    assert find_in_graph(*chain_of_nodes(START, unknown, reading_node("data.x.y"))) == []
+    assert find_in_graph(tangled, ["parse > read", "read > parse"]) == []
+    assert find_in_graph([START, *tangled, PARSE], ["start > parse", "parse > read"]) == []
 
 
 @pytest.mark.parametrize(
@@ -227,12 +248,14 @@ def test_of_what_nobody_describes_nothing_is_said() -> None:
     ],
 )
 def test_a_path_that_may_well_find_nothing_is_no_finding(config: dict[str, Json]) -> None:
-    assert found(*chain(START, CHOOSE | {"config": config})) == []
+    assert find_in_graph(*chain_of_nodes(START, CHOOSE | {"config": config})) == []
 
 
 def test_the_last_resort_of_a_default_must_be_there() -> None:
     values: Json = {"a": {"$op": "coalesce", "args": ["{{ data.x }}", "{{ data.y }}"]}}
-    finding = only(found(*chain(START, node("put", "set", config={"values": values}))))
+    finding = only_finding(
+        find_in_graph(*chain_of_nodes(START, make_node("put", "set", config={"values": values})))
+    )
     assert "config.values.a.args.1: data.y" in finding.message
 
 
@@ -240,20 +263,27 @@ def test_the_last_resort_of_a_default_must_be_there() -> None:
 
 
 def test_a_node_that_is_named_must_run_before() -> None:
-    nodes = [START, PARSE, WRITE, reading("nodes.parse.rows", "nodes.write.text", "nodes.read.text")]
-    findings = found(nodes, ["start > parse", "start > write", "parse > read"])
+    nodes = [START, PARSE, WRITE, reading_node("nodes.parse.rows", "nodes.write.text", "nodes.read.text")]
+    findings = find_in_graph(nodes, ["start > parse", "start > write", "parse > read"])
     assert [finding.message.split(": ")[2] for finding in findings] == [
         "nodes.write.text does not run before this one",
         "nodes.read.text is this node itself",
     ]
     assert "no connection leads here from 'Write'" in findings[0].message
-    assert found([*nodes[:3], reading("nodes.start.body", "nodes")], ["start > parse", "parse > read"]) == []
+    assert (
+        find_in_graph(
+            [*nodes[:3], reading_node("nodes.start.body", "nodes")], ["start > parse", "parse > read"]
+        )
+        == []
+    )
 
 
 @pytest.mark.parametrize("name", ["pars", 'nodes["Parse"]', "PARSE"])
 def test_a_node_that_is_not_there_is_answered_with_the_nearest(name: str) -> None:
     path = name if name.startswith("nodes") else f"nodes.{name}"
-    finding = only(found(*chain(START, PARSE, WRITE, reading(f"{path}.rows[0]"))))
+    finding = only_finding(
+        find_in_graph(*chain_of_nodes(START, PARSE, WRITE, reading_node(f"{path}.rows[0]")))
+    )
     assert "names no node of the workflow" in finding.message
     assert finding.suggestion == "Did you mean nodes.parse.rows[0]?"
     assert finding.as_json()["fix"] == {
@@ -265,7 +295,7 @@ def test_a_node_that_is_not_there_is_answered_with_the_nearest(name: str) -> Non
 
 
 def test_a_node_like_no_other_is_answered_with_those_that_run_before() -> None:
-    finding = only(found(*chain(START, PARSE, reading("nodes.quux.rows"))))
+    finding = only_finding(find_in_graph(*chain_of_nodes(START, PARSE, reading_node("nodes.quux.rows"))))
     assert finding.suggestion == "Before this node run parse, start."
     assert finding.fix is None
 
@@ -286,7 +316,7 @@ def test_a_node_like_no_other_is_answered_with_those_that_run_before() -> None:
     ],
 )
 def test_the_nearest_path_is_named_and_put_in_place(path: str, meant: str) -> None:
-    finding = only(found(*chain(START, PARSE, reading("trigger.body", path))))
+    finding = only_finding(find_in_graph(*chain_of_nodes(START, PARSE, reading_node("trigger.body", path))))
     assert finding.suggestion == f"Did you mean {meant}?"
     assert finding.as_json()["fix"] == {
         "action": "set-config",
@@ -302,7 +332,7 @@ def test_a_mapping_is_put_right_where_it_stands() -> None:
         "title": "the {{ data.cuont }} rows",
         "deep": [{"x": "{{ data.row }}"}],
     }
-    findings = found(*chain(START, PARSE, WRITE | {"inputMappings": mappings}))
+    findings = find_in_graph(*chain_of_nodes(START, PARSE, WRITE | {"inputMappings": mappings}))
     assert [finding.as_json()["fix"] for finding in findings] == [
         {"action": "set-input-mapping", "nodeId": "write", "path": path, "value": value}
         for path, value in [
@@ -326,20 +356,20 @@ def test_a_mapping_is_put_right_where_it_stands() -> None:
 def test_where_nothing_certain_was_meant_what_there_is_is_told(
     parents: list[dict[str, Json]], path: str, suggestion: str
 ) -> None:
-    finding = only(found(*chain(START, *parents, reading(path))))
+    finding = only_finding(find_in_graph(*chain_of_nodes(START, *parents, reading_node(path))))
     assert (finding.suggestion, finding.fix) == (suggestion, None)
 
 
 def test_an_odd_name_is_written_so_that_it_can_be_read_back() -> None:
-    put = node("put", "set", config={"values": {'an "odd" key': {"x": 1}}, "mode": "replace"})
-    finding = only(found(*chain(START, put, reading("data.x"))))
+    put = make_node("put", "set", config={"values": {'an "odd" key': {"x": 1}}, "mode": "replace"})
+    finding = only_finding(find_in_graph(*chain_of_nodes(START, put, reading_node("data.x"))))
     assert finding.suggestion == r'Did you mean data["an \"odd\" key"].x?'
-    assert found(*chain(START, put, reading(r'data["an \"odd\" key"].x'))) == []
+    assert find_in_graph(*chain_of_nodes(START, put, reading_node(r'data["an \"odd\" key"].x'))) == []
 
 
 def test_of_many_paths_only_the_first_are_explained() -> None:
     paths = [f"data.row[{number}]" for number in range(MAX_EXPLAINED + 5)]
-    findings = found(*chain(START, PARSE, reading(*paths)))
+    findings = find_in_graph(*chain_of_nodes(START, PARSE, reading_node(*paths)))
     assert len(findings) == len(paths)
     assert [finding.fix is None for finding in findings] == [False] * MAX_EXPLAINED + [True] * 5
     assert all(finding.suggestion for finding in findings)
@@ -370,45 +400,54 @@ ANSWER: Json = {
     ],
 )
 def test_past_outputs_tell_what_no_schema_says(path: str, lost: int) -> None:
-    findings = found(*chain(START, CALL, reading(path)), samples={"call": [ANSWER]})
+    findings = find_in_graph(*chain_of_nodes(START, CALL, reading_node(path)), samples={"call": [ANSWER]})
     assert len(findings) == lost
     assert all("found nothing in past runs" in finding.message for finding in findings)
 
 
 def test_a_path_that_any_past_run_found_is_no_finding() -> None:
     other: Json = {"status": 200, "headers": {}, "url": "u", "body": {"customer": {"name": "Ada"}}}
-    graph = chain(START, CALL, reading("data.body.customer.name", "data.body.order.id"))
-    assert found(*graph, samples={"call": [ANSWER, other]}) == []
+    graph = chain_of_nodes(START, CALL, reading_node("data.body.customer.name", "data.body.order.id"))
+    assert find_in_graph(*graph, samples={"call": [ANSWER, other]}) == []
 
 
 def test_past_outputs_name_the_path_that_was_meant() -> None:
-    finding = only(found(*chain(START, CALL, reading("data.order.id")), samples={"call": [ANSWER]}))
+    finding = only_finding(
+        find_in_graph(*chain_of_nodes(START, CALL, reading_node("data.order.id")), samples={"call": [ANSWER]})
+    )
     assert finding.suggestion == "Did you mean data.body.order.id?"
-    finding = only(found(*chain(START, reading("data.name")), samples={"start": [{"body": {"name": "Ada"}}]}))
+    finding = only_finding(
+        find_in_graph(
+            *chain_of_nodes(START, reading_node("data.name")), samples={"start": [{"body": {"name": "Ada"}}]}
+        )
+    )
     assert finding.suggestion == "Did you mean data.body.name?"
 
 
 @pytest.mark.parametrize("body", [None, {}, [], {"x": None}])
 def test_an_empty_past_output_tells_nothing(body: Json) -> None:
     output: Json = {"status": 204, "headers": {}, "body": body, "url": "u"}
-    assert found(*chain(START, CALL, reading("data.body.x.y")), samples={"call": [output]}) == []
+    assert (
+        find_in_graph(*chain_of_nodes(START, CALL, reading_node("data.body.x.y")), samples={"call": [output]})
+        == []
+    )
 
 
 def test_past_outputs_of_a_node_that_hands_its_input_on_are_not_asked() -> None:
-    put = node("put", "set", config={"values": {"new": 1}})
+    put = make_node("put", "set", config={"values": {"new": 1}})
     samples: dict[str, list[Json]] = {"put": [{"old": 1}]}
-    assert found(*chain(START, put, reading("data.new")), samples=samples) == []
+    assert find_in_graph(*chain_of_nodes(START, put, reading_node("data.new")), samples=samples) == []
 
 
 def test_a_past_output_has_more_than_the_schema_says() -> None:
     samples: dict[str, list[Json]] = {"start": [{"body": 1, "headers": {}, "query": {}, "extra": {"x": 1}}]}
-    assert found(*chain(START, reading("data.extra.x")), samples=samples) == []
+    assert find_in_graph(*chain_of_nodes(START, reading_node("data.extra.x")), samples=samples) == []
 
 
 # ── the same graphs, run ────────────────────────────────────────────────────────────────────────────────────
 
 
-class Kept:
+class SpanJournal:
     """A journal that keeps the spans of one run."""
 
     def __init__(self) -> None:
@@ -429,9 +468,9 @@ class Kept:
         return True
 
 
-async def spans_of(graph: ParsedGraph, trigger: Json) -> dict[str, NodeSpan]:
+async def run_and_record(graph: ParsedGraph, trigger: Json) -> dict[str, NodeSpan]:
     now = datetime.now(UTC)
-    journal = Kept()
+    journal = SpanJournal()
     program = WorkflowProgram.compile(graph, CATALOG, CATALOG.implementation)
     start = RunStart(CALLER, trigger, DatabaseClock(), deadline=now + timedelta(seconds=20), started_at=now)
     await run_workflow(program, start, journal, RunControl(), NodeServices(NoNetwork()))
@@ -486,7 +525,7 @@ def graphs(draw: st.DrawFn) -> tuple[Nodes, list[dict[str, Json]]]:
             port = draw(st.sampled_from([*ports, "error"]) if source is not START else st.just("output"))
             edges.append({"id": f"e{len(edges)}", "source": source["id"], "sourcePort": port, "target": name})
         nodes.append(
-            node(name, node_type, config=config, inputMappings=mappings, passThroughValues=dict(passed))
+            make_node(name, node_type, config=config, inputMappings=mappings, passThroughValues=dict(passed))
         )
     return nodes, edges
 
@@ -498,7 +537,7 @@ def test_what_is_said_to_find_nothing_finds_nothing_when_it_is_run(
 ) -> None:
     nodes, edges = drawn
     graph = ParsedGraph.from_stored({"nodes": cast("Json", list(nodes)), "connections": cast("Json", edges)})
-    spans = asyncio.run(spans_of(graph, {"body": body, "headers": {}, "query": {}}))
+    spans = asyncio.run(run_and_record(graph, {"body": body, "headers": {}, "query": {}}))
     done = {name: span for name, span in spans.items() if span.status is SpanStatus.COMPLETED}
     past = {name: [decode_json(span.output)] for name, span in done.items() if span.output is not None}
     for samples in ({}, past):
@@ -516,16 +555,21 @@ def test_what_is_said_to_find_nothing_finds_nothing_when_it_is_run(
 
 
 def test_a_path_with_a_fallback_may_find_nothing_and_the_last_of_several_may_not() -> None:
-    assert found(*chain(START, reading('trigger.nam ?? "you"', "trigger.bdy ?? trigger.body"))) == []
-    finding = only(found(*chain(START, reading("trigger.nam ?? trigger.bdy"))))
+    assert (
+        find_in_graph(
+            *chain_of_nodes(START, reading_node('trigger.nam ?? "you"', "trigger.bdy ?? trigger.body"))
+        )
+        == []
+    )
+    finding = only_finding(find_in_graph(*chain_of_nodes(START, reading_node("trigger.nam ?? trigger.bdy"))))
     assert finding.fix is not None
     assert finding.fix.value == "{{ trigger.nam ?? trigger.body }}"
-    mapped = node(
+    mapped = make_node(
         "read",
         "log",
         config={"message": "x"},
         inputMappings={"a": "data.bdy ?? 1", "b": "data.x ?? data.bdy"},
     )
-    finding = only(found(*chain(START, mapped)))
+    finding = only_finding(find_in_graph(*chain_of_nodes(START, mapped)))
     assert finding.fix is not None
     assert finding.fix.value == "data.x ?? data.body"

@@ -40,7 +40,7 @@ json_values = st.recursive(
 )
 
 
-def empty() -> Stored:
+def empty_workflow() -> Stored:
     workflow = Workflow(
         id="wf_1",
         organization_id="org_1",
@@ -57,12 +57,12 @@ def empty() -> Stored:
     return Stored(workflow, nodes=[], connections=[], shared_with={})
 
 
-def adding(node_id: str, node_type: str = "set", **fields: object) -> Edit:
+def add_edit(node_id: str, node_type: str = "set", **fields: object) -> Edit:
     node = msgspec.convert({"id": node_id, "nodeId": node_type, **fields}, NodeInput)
     return lambda before: node_edits.with_node(before, node, CATALOG)
 
 
-def connecting(
+def connect_edit(
     source: str, target: str, source_port: str = "", target_port: str = "", connection_id: str = ""
 ) -> Edit:
     edge = ConnectionInput(
@@ -75,61 +75,61 @@ def connecting(
     return lambda before: node_edits.with_connection(before, edge, CATALOG)
 
 
-def configuring(node_id: str, **changes: object) -> Edit:
+def configure_edit(node_id: str, **changes: object) -> Edit:
     wanted = msgspec.convert(changes, NodeChanges)
     return lambda before: node_edits.with_changes(before, node_id, wanted, CATALOG)
 
 
-def removing(node_id: str) -> Edit:
+def remove_edit(node_id: str) -> Edit:
     return lambda before: node_edits.without_node(before, node_id)
 
 
-def disconnecting(connection_id: str) -> Edit:
+def disconnect_edit(connection_id: str) -> Edit:
     return lambda before: node_edits.without_connection(before, connection_id)
 
 
-def mapping(node_id: str, mappings: dict[str, Json]) -> Edit:
+def mapping_edit(node_id: str, mappings: dict[str, Json]) -> Edit:
     return lambda before: node_edits.with_mappings(before, node_id, mappings)
 
 
-connections = st.builds(connecting, node_ids, node_ids, sources, targets, edge_ids)
+connections = st.builds(connect_edit, node_ids, node_ids, sources, targets, edge_ids)
 edits = st.one_of(
     connections,
     connections,
     connections,
-    st.builds(adding, node_ids, types),
-    st.builds(removing, node_ids),
-    st.builds(disconnecting, edge_ids),
-    st.builds(mapping, node_ids, st.dictionaries(texts, st.sampled_from(["data.a", 5]))),
+    st.builds(add_edit, node_ids, types),
+    st.builds(remove_edit, node_ids),
+    st.builds(disconnect_edit, edge_ids),
+    st.builds(mapping_edit, node_ids, st.dictionaries(texts, st.sampled_from(["data.a", 5]))),
     st.builds(
-        lambda node_id, config: configuring(node_id, config=config),
+        lambda node_id, config: configure_edit(node_id, config=config),
         node_ids,
         st.dictionaries(texts, json_values),
     ),
 )
 
 
-def after(*steps: Edit) -> Stored:
-    stored = empty()
+def apply_edits(*steps: Edit) -> Stored:
+    stored = empty_workflow()
     for step in steps:
         stored = step(stored)
     return stored
 
 
-def unless_refused(edit: Edit, before: Stored) -> Stored:
+def apply_unless_refused(edit: Edit, before: Stored) -> Stored:
     try:
         return edit(before)
     except ApiError:
         return before
 
 
-def refusal(edit: Edit, before: Stored) -> ApiError:
+def edit_refused(edit: Edit, before: Stored) -> ApiError:
     with pytest.raises(ApiError) as caught:
         edit(before)
     return caught.value
 
 
-def holds_together(stored: Stored) -> None:
+def assert_consistent(stored: Stored) -> None:
     validation = definition_snapshot.check_graph(stored.nodes, stored.connections, CATALOG)
     assert not NEVER_LEFT_BEHIND & {finding.type for finding in validation.errors}
     assert len({edge["id"] for edge in stored.connections}) == len(stored.connections)
@@ -143,50 +143,50 @@ def holds_together(stored: Stored) -> None:
 def test_whatever_is_edited_in_whatever_order_leaves_a_graph_that_holds_together(
     kinds: list[str], steps: list[Edit]
 ) -> None:
-    stored = empty()
-    for step in [*map(adding, NODE_IDS, kinds), *steps]:
+    stored = empty_workflow()
+    for step in [*map(add_edit, NODE_IDS, kinds), *steps]:
         graph = msgspec.json.encode([stored.nodes, stored.connections])
-        changed = unless_refused(step, stored)
+        changed = apply_unless_refused(step, stored)
         # An edit may be made again, from the start, where its transaction was undone.
         assert msgspec.json.encode([stored.nodes, stored.connections]) == graph
         if changed is not stored:
-            holds_together(changed)
+            assert_consistent(changed)
         stored = changed
 
 
 def test_a_cycle_is_shown_with_the_nodes_on_it() -> None:
     names = [f"n{number}" for number in range(10)]
-    line = after(*map(adding, names), *map(connecting, names, names[1:]))
-    (flaw,) = refusal(connecting("n3", "n1"), line).details
+    line = apply_edits(*map(add_edit, names), *map(connect_edit, names, names[1:]))
+    (flaw,) = edit_refused(connect_edit("n3", "n1"), line).details
     assert flaw["message"] == "The connection would close a cycle: n3 → n1 → n2 → n3"
-    (flaw,) = refusal(connecting("n9", "n0"), line).details
+    (flaw,) = edit_refused(connect_edit("n9", "n0"), line).details
     assert flaw["message"] == "The connection would close a cycle: n9 → n0 → n1 → n2 → n3 → n4 → …"
 
 
 def test_both_ends_that_are_absent_are_told_at_once() -> None:
-    flaws = refusal(connecting("starts", "nobody"), after(adding("start", "manual"))).details
+    flaws = edit_refused(connect_edit("starts", "nobody"), apply_edits(add_edit("start", "manual"))).details
     assert [flaw["path"] for flaw in flaws] == ["sourceNodeId", "targetNodeId"]
     assert flaws[0]["suggestion"] == "Did you mean start?"
 
 
 def test_a_graph_that_is_full_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    full = after(adding("a"), adding("b"), connecting("a", "b"))
+    full = apply_edits(add_edit("a"), add_edit("b"), connect_edit("a", "b"))
     monkeypatch.setattr(limits, "NODES", 2)
     monkeypatch.setattr(limits, "CONNECTIONS", 1)
-    for edit in (adding("c"), connecting("a", "b", source_port="error")):
-        (flaw,) = refusal(edit, full).details
+    for edit in (add_edit("c"), connect_edit("a", "b", source_port="error")):
+        (flaw,) = edit_refused(edit, full).details
         assert flaw["code"] == "too-many"
 
 
 def test_a_graph_grows_to_a_size_that_can_be_sent() -> None:
-    stored = after(adding("a", config={"text": "x" * (limits.GRAPH_BYTES - 1_000)}))
+    stored = apply_edits(add_edit("a", config={"text": "x" * (limits.GRAPH_BYTES - 1_000)}))
     more = "x" * 2_000
     for edit in (
-        adding("b", config={"more": more}),
-        configuring("a", config={"more": more}),
-        mapping("a", {"field": more}),
+        add_edit("b", config={"more": more}),
+        configure_edit("a", config={"more": more}),
+        mapping_edit("a", {"field": more}),
         lambda before: node_edits.with_pass_through(before, "a", {"field": more}),
     ):
-        (flaw,) = refusal(edit, stored).details
+        (flaw,) = edit_refused(edit, stored).details
         assert (flaw["path"], flaw["code"]) == ("nodes", "too-large")
-    assert removing("a")(stored).nodes == []
+    assert remove_edit("a")(stored).nodes == []

@@ -34,7 +34,7 @@ from models.database_clock import DatabaseClock
 from nodes import catalog
 from nodes.sandbox.code.code_backend import CodeBackend
 from nodes.sandbox.code.code_runner import CodeRunner
-from tests.calls import CALLER, EmptyRoad, NoEvents
+from tests.node_calls import CALLER, NoEventWaits, OpenThrottle
 from tests.sample_data import SampleDataSources
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ EXAMPLES = [
 ]
 
 
-class Notes:
+class ExampleJournal:
     """A journal that is read when all is over."""
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Notes:
 
 
 @dataclass
-class Answer:
+class ExampleAnswer:
     """What the server of an example answers."""
 
     status: int
@@ -89,18 +89,18 @@ class Answer:
     url: str
 
 
-class Server:
+class ExampleHttpServer:
     """Answers each request as an example says, whose output it gets."""
 
     def __init__(self, output: Mapping[str, Any]) -> None:
         self._output = output
 
-    async def request(self, _method: str, url: str, **_more: object) -> Answer:
+    async def request(self, _method: str, url: str, **_more: object) -> ExampleAnswer:
         body = msgspec.json.encode(self._output["body"])
-        return Answer(self._output["status"], self._output["headers"], body, url)
+        return ExampleAnswer(self._output["status"], self._output["headers"], body, url)
 
 
-class Shelf:
+class ExampleBucket:
     """A bucket with one object in it, or a folder, which has no entity tags."""
 
     def __init__(self, *, has_tags: bool = True) -> None:
@@ -124,7 +124,7 @@ class Shelf:
         return md5(content, usedforsecurity=False).hexdigest() if self._has_tags else ""
 
 
-class Drawer:
+class ExampleBlobs:
     """Keeps what is put into it, for the one run that there is."""
 
     def __init__(self) -> None:
@@ -146,14 +146,14 @@ class Drawer:
         return self._contents[cast("Any", reference)["$blob"]["sha256"]]
 
 
-class Mailbox:
+class ExampleMailServer:
     """Takes every mail."""
 
     async def send(self, *_mail: object, **_limits: object) -> None:
         """Leave it."""
 
 
-class Elsewhere:
+class ExampleSubRuns:
     """Takes other workflows in; whoever waits for one is answered by the test."""
 
     async def start(
@@ -169,35 +169,37 @@ class Elsewhere:
         return "exec_2"
 
 
-class Sources(SampleDataSources):
+class ExampleDataSources(SampleDataSources):
     """The sample databases, a bucket, a folder like it, and a mail server."""
 
-    async def bucket(self, caller: RunCaller, source_id: str) -> Shelf:
+    async def bucket(self, caller: RunCaller, source_id: str) -> ExampleBucket:
         await self.find(caller, source_id)
-        return Shelf()
+        return ExampleBucket()
 
-    async def mail_server(self, caller: RunCaller, source_id: str) -> Mailbox:
+    async def mail_server(self, caller: RunCaller, source_id: str) -> ExampleMailServer:
         await self.find(caller, source_id)
-        return Mailbox()
+        return ExampleMailServer()
 
-    async def folder(self, _caller: RunCaller) -> Shelf:
-        return Shelf(has_tags=False)
+    async def folder(self, _caller: RunCaller) -> ExampleBucket:
+        return ExampleBucket(has_tags=False)
 
 
 @asynccontextmanager
-async def lent(node_type: NodeType, folder: Path) -> AsyncIterator[NodeServices]:
+async def lend_services(node_type: NodeType, folder: Path) -> AsyncIterator[NodeServices]:
     """Lend what the example of a type asks for."""
-    sources, code = Sources(folder), CodeRunner(CodeBackend.MONTY, limit=1)
+    sources, code = ExampleDataSources(folder), CodeRunner(CodeBackend.MONTY, limit=1)
     output = node_type.examples[0].get("output")
-    http = cast("HttpClientService", Server(output if isinstance(output, dict) else {}))
+    http = cast("HttpClientService", ExampleHttpServer(output if isinstance(output, dict) else {}))
     try:
-        yield NodeServices(http, sources, sources, Drawer(), code, Elsewhere(), EmptyRoad(), NoEvents())
+        yield NodeServices(
+            http, sources, sources, ExampleBlobs(), code, ExampleSubRuns(), OpenThrottle(), NoEventWaits()
+        )
     finally:
         await code.close()
         await sources.connections.close()
 
 
-def taken_in(body: Mapping[str, Json]) -> tuple[WorkflowProgram, Json]:
+def compile_execute(body: Mapping[str, Json]) -> tuple[WorkflowProgram, Json]:
     """Return the program and the trigger of an execute."""
     asked = convert(dict(body), Execute)
     assert asked.definition is not None
@@ -232,12 +234,12 @@ WORKFLOW = {
 @pytest.mark.parametrize("node_type", EXAMPLES)
 async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeType, tmp_path: Path) -> None:
     example = node_type.examples[0]
-    program, trigger = taken_in(node_reference.example_execute_body(node_type))
-    notes = Notes()
+    program, trigger = compile_execute(node_reference.example_execute_body(node_type))
+    notes = ExampleJournal()
     start = RunStart(
         CALLER, trigger, DatabaseClock(), deadline=datetime.now(UTC) + timedelta(seconds=60), started_at=NOW
     )
-    async with lent(node_type, tmp_path) as services:
+    async with lend_services(node_type, tmp_path) as services:
         ended = await run_workflow(program, start, notes, RunControl(), services)
         if notes.spans[STEP].awaits is not None:
             answer = msgspec.json.encode({"output": example["output"], "port": example["port"]})

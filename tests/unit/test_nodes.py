@@ -15,7 +15,7 @@ from engine.node_api import NodeType, TimerWait
 from engine.run_errors import NodeError
 from engine.values import Json
 from nodes import catalog
-from tests.calls import NOW, call
+from tests.node_calls import NOW, call
 from tests.sample_data import SampleDataSources
 
 pytestmark = pytest.mark.anyio
@@ -69,7 +69,7 @@ HOLDS: Json = {"left": 1, "operator": "equals", "right": 1}
 ALWAYS: Json = {"condition": HOLDS}
 
 
-def taken(function: str, field: str = "t") -> list[Json]:
+def aggregation_config(function: str, field: str = "t") -> list[Json]:
     return [{"function": function, "field": field, "as": "x"}]
 
 
@@ -109,11 +109,31 @@ def taken(function: str, field: str = "t") -> list[Json]:
             [1.25, 2],
             {"text": "\n1.3\n2"},
         ),
-        ("aggregate", {"aggregations": taken("sum")}, ROWS, {"groups": [{"x": 39.5}], "count": 1}),
-        ("aggregate", {"aggregations": taken("avg")}, ROWS, {"groups": [{"x": 19.75}], "count": 1}),
-        ("aggregate", {"aggregations": taken("min")}, ROWS, {"groups": [{"x": 12}], "count": 1}),
-        ("aggregate", {"aggregations": taken("max")}, ROWS, {"groups": [{"x": 27.5}], "count": 1}),
-        ("aggregate", {"aggregations": taken("count")}, ROWS, {"groups": [{"x": 2}], "count": 1}),
+        (
+            "aggregate",
+            {"aggregations": aggregation_config("sum")},
+            ROWS,
+            {"groups": [{"x": 39.5}], "count": 1},
+        ),
+        (
+            "aggregate",
+            {"aggregations": aggregation_config("avg")},
+            ROWS,
+            {"groups": [{"x": 19.75}], "count": 1},
+        ),
+        ("aggregate", {"aggregations": aggregation_config("min")}, ROWS, {"groups": [{"x": 12}], "count": 1}),
+        (
+            "aggregate",
+            {"aggregations": aggregation_config("max")},
+            ROWS,
+            {"groups": [{"x": 27.5}], "count": 1},
+        ),
+        (
+            "aggregate",
+            {"aggregations": aggregation_config("count")},
+            ROWS,
+            {"groups": [{"x": 2}], "count": 1},
+        ),
         (
             "aggregate",
             {"aggregations": [{"function": "count", "as": "x"}]},
@@ -122,7 +142,7 @@ def taken(function: str, field: str = "t") -> list[Json]:
         ),
         (
             "aggregate",
-            {"groupBy": ["place.zone", "city"], "aggregations": taken("count", "city")},
+            {"groupBy": ["place.zone", "city"], "aggregations": aggregation_config("count", "city")},
             ROWS,
             {
                 "groups": [
@@ -132,19 +152,24 @@ def taken(function: str, field: str = "t") -> list[Json]:
                 "count": 2,
             },
         ),
-        ("aggregate", {"aggregations": taken("sum")}, [], {"groups": [{"x": 0}], "count": 1}),
-        ("aggregate", {"aggregations": taken("avg")}, [], {"groups": [{"x": None}], "count": 1}),
-        ("aggregate", {"aggregations": taken("max")}, [], {"groups": [{"x": None}], "count": 1}),
-        ("aggregate", {"groupBy": ["city"], "aggregations": taken("max")}, [], {"groups": [], "count": 0}),
+        ("aggregate", {"aggregations": aggregation_config("sum")}, [], {"groups": [{"x": 0}], "count": 1}),
+        ("aggregate", {"aggregations": aggregation_config("avg")}, [], {"groups": [{"x": None}], "count": 1}),
+        ("aggregate", {"aggregations": aggregation_config("max")}, [], {"groups": [{"x": None}], "count": 1}),
         (
             "aggregate",
-            {"aggregations": taken("sum", "PM2.5")},
+            {"groupBy": ["city"], "aggregations": aggregation_config("max")},
+            [],
+            {"groups": [], "count": 0},
+        ),
+        (
+            "aggregate",
+            {"aggregations": aggregation_config("sum", "PM2.5")},
             [{"PM2.5": 3}],
             {"groups": [{"x": 3}], "count": 1},
         ),
         (
             "aggregate",
-            {"aggregations": taken("sum")},
+            {"aggregations": aggregation_config("sum")},
             [{"t": 0.1}] * 10,
             {"groups": [{"x": 1.0}], "count": 1},
         ),
@@ -180,12 +205,12 @@ async def test_the_first_case_of_a_switch_that_fits_counts(cases: Json, port: st
 
 
 async def test_whole_numbers_stay_whole_when_they_are_added() -> None:
-    called = await call("aggregate", {"aggregations": taken("sum")}, [{"t": 2**53}, {"t": 1}])
+    called = await call("aggregate", {"aggregations": aggregation_config("sum")}, [{"t": 2**53}, {"t": 1}])
     assert repr(called.output) == repr({"groups": [{"x": 2**53 + 1}], "count": 1})
 
 
 async def test_a_field_that_items_lack_is_reported_once() -> None:
-    called = await call("aggregate", {"groupBy": ["cty"], "aggregations": taken("sum")}, ROWS)
+    called = await call("aggregate", {"groupBy": ["cty"], "aggregations": aggregation_config("sum")}, ROWS)
     assert called.unresolved == ["item.cty"]
 
 
@@ -221,7 +246,7 @@ async def test_a_field_of_a_csv_becomes_a_number_only_where_nothing_is_lost(
     assert repr(called.output) == repr({"rows": [{"a": value, "b": "x"}], "columns": ["a", "b"], "count": 1})
 
 
-def parsed(columns: Sequence[str], *rows: Sequence[Json]) -> Json:
+def rows_output(columns: Sequence[str], *rows: Sequence[Json]) -> Json:
     objects: list[Json] = [dict(zip(columns, row, strict=True)) for row in rows]
     return {"rows": objects, "columns": list(columns), "count": len(rows)}
 
@@ -229,21 +254,21 @@ def parsed(columns: Sequence[str], *rows: Sequence[Json]) -> Json:
 @pytest.mark.parametrize(
     ("config", "text", "output"),
     [
-        ({}, "", parsed([])),
-        ({}, "a,b\n", parsed(["a", "b"])),
-        ({}, "\ufeffa,b\r\n1,2\r\n\r\n3,4", parsed(["a", "b"], [1, 2], [3, 4])),
-        ({}, "a,b\r1,2\r", parsed(["a", "b"], [1, 2])),
-        ({}, '"a,1","b ""x"""\n"two\nlines",2\n', parsed(["a,1", 'b "x"'], ["two\nlines", 2])),
-        ({}, " a , ,b\n1,2,3\n", parsed(["a", "column2", "b"], [1, 2, 3])),
-        ({"types": "text"}, "a,b\n1,\n", parsed(["a", "b"], ["1", ""])),
-        ({"hasHeader": False}, "1,2\n", parsed(["column1", "column2"], [1, 2])),
-        ({"hasHeader": False, "columns": ["x", "y"]}, "1,2\n", parsed(["x", "y"], [1, 2])),
-        ({"columns": ["x", "y"]}, "a,b\n1,2\n", parsed(["x", "y"], [1, 2])),
-        ({"delimiter": "\t"}, "a\tb\n1\t2\n", parsed(["a", "b"], [1, 2])),
-        ({"delimiter": "auto"}, '"a,b";c\n1;2\n', parsed(["a,b", "c"], [1, 2])),
-        ({"delimiter": "auto"}, "\na|b\n1|2\n", parsed(["a", "b"], [1, 2])),
-        ({"delimiter": "auto"}, "a\n1\n", parsed(["a"], [1])),
-        ({"onRaggedRow": "pad"}, "a,b\n1\n", parsed(["a", "b"], [1, None])),
+        ({}, "", rows_output([])),
+        ({}, "a,b\n", rows_output(["a", "b"])),
+        ({}, "\ufeffa,b\r\n1,2\r\n\r\n3,4", rows_output(["a", "b"], [1, 2], [3, 4])),
+        ({}, "a,b\r1,2\r", rows_output(["a", "b"], [1, 2])),
+        ({}, '"a,1","b ""x"""\n"two\nlines",2\n', rows_output(["a,1", 'b "x"'], ["two\nlines", 2])),
+        ({}, " a , ,b\n1,2,3\n", rows_output(["a", "column2", "b"], [1, 2, 3])),
+        ({"types": "text"}, "a,b\n1,\n", rows_output(["a", "b"], ["1", ""])),
+        ({"hasHeader": False}, "1,2\n", rows_output(["column1", "column2"], [1, 2])),
+        ({"hasHeader": False, "columns": ["x", "y"]}, "1,2\n", rows_output(["x", "y"], [1, 2])),
+        ({"columns": ["x", "y"]}, "a,b\n1,2\n", rows_output(["x", "y"], [1, 2])),
+        ({"delimiter": "\t"}, "a\tb\n1\t2\n", rows_output(["a", "b"], [1, 2])),
+        ({"delimiter": "auto"}, '"a,b";c\n1;2\n', rows_output(["a,b", "c"], [1, 2])),
+        ({"delimiter": "auto"}, "\na|b\n1|2\n", rows_output(["a", "b"], [1, 2])),
+        ({"delimiter": "auto"}, "a\n1\n", rows_output(["a"], [1])),
+        ({"onRaggedRow": "pad"}, "a,b\n1\n", rows_output(["a", "b"], [1, None])),
     ],
 )
 async def test_a_csv_is_read(config: dict[str, Json], text: str, output: Json) -> None:
@@ -260,7 +285,7 @@ def test_every_table_of_texts_survives_being_written_as_csv(rows: list[list[str]
     written = io.StringIO(newline="")
     csv.writer(written, delimiter=delimiter).writerows([columns, *rows])
     config: dict[str, Json] = {"text": "{{ data }}", "types": "text", "delimiter": delimiter}
-    assert asyncio.run(call("csv-parse", config, written.getvalue())).output == parsed(columns, *rows)
+    assert asyncio.run(call("csv-parse", config, written.getvalue())).output == rows_output(columns, *rows)
 
 
 @pytest.mark.parametrize(
@@ -295,27 +320,45 @@ def test_every_table_of_texts_survives_being_written_as_csv(rows: list[list[str]
             "too-many-items",
             "100,001 items; at most 100,000",
         ),
-        ("aggregate", {"aggregations": taken("sum")}, [{"t": "12"}], "not-a-number", "csv-parse"),
         (
             "aggregate",
-            {"aggregations": taken("avg")},
+            {"aggregations": aggregation_config("sum")},
+            [{"t": "12"}],
+            "not-a-number",
+            "csv-parse",
+        ),
+        (
+            "aggregate",
+            {"aggregations": aggregation_config("avg")},
             [{"t": True}],
             "not-a-number",
             "Item 0 has true in `t`",
         ),
-        ("aggregate", {"aggregations": taken("sum")}, [3], "not-an-object", "Item 0 is a number"),
         (
             "aggregate",
-            {"aggregations": taken("sum")},
+            {"aggregations": aggregation_config("sum")},
+            [3],
+            "not-an-object",
+            "Item 0 is a number",
+        ),
+        (
+            "aggregate",
+            {"aggregations": aggregation_config("sum")},
             [{"t": 1.7e308}] * 2,
             "number-too-large",
             "The sum of `t`",
         ),
-        ("aggregate", {"groupBy": ["x"], "aggregations": taken("sum")}, [], "duplicate-name", "`x`"),
-        ("aggregate", {"aggregations": taken("sum") * 2}, [], "duplicate-name", "another `as`"),
         (
             "aggregate",
-            {"groupBy": "{{ data.by }}", "items": [], "aggregations": taken("sum")},
+            {"groupBy": ["x"], "aggregations": aggregation_config("sum")},
+            [],
+            "duplicate-name",
+            "`x`",
+        ),
+        ("aggregate", {"aggregations": aggregation_config("sum") * 2}, [], "duplicate-name", "another `as`"),
+        (
+            "aggregate",
+            {"groupBy": "{{ data.by }}", "items": [], "aggregations": aggregation_config("sum")},
             {"by": [""] * 21},
             "invalid-config",
             "at most 20",
@@ -437,7 +480,7 @@ LONG_LOOPS = [
         {"condition": {"left": "{{ item.t }}", "operator": "greater-than", "right": 1}},
         [{"t": 1}] * 100_000,
     ),
-    ("aggregate", {"groupBy": ["t"], "aggregations": taken("sum")}, [{"t": 1}] * 100_000),
+    ("aggregate", {"groupBy": ["t"], "aggregations": aggregation_config("sum")}, [{"t": 1}] * 100_000),
     (
         "template",
         {"text": "", "items": "{{ data }}", "each": "{{ item.t }} {{ index }}"},

@@ -24,7 +24,7 @@ from gateway.http import parameters
 from gateway.http.endpoint import Access
 from gateway.http.wire import Wire, is_strict_body
 from gateway.routes import Line
-from tests.unit.call_graph import CallGraph, Thing
+from tests.unit.call_graph import CallGraph, CodeDefinition
 
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
@@ -73,26 +73,26 @@ NEVER = {
 that tell in their answer what others refuse with; to which nothing comes that is signed.
 """
 TOLD_OF_EACH = {
-    deliveries.redrive_many: Thing("gateway.arrivals.redriving", "delivery"),
-    dead_letters.redrive: Thing("gateway.arrivals.redriving", "dead_letter"),
+    deliveries.redrive_many: CodeDefinition("gateway.arrivals.redriving", "delivery"),
+    dead_letters.redrive: CodeDefinition("gateway.arrivals.redriving", "dead_letter"),
 }
 """What those do, again and again, that tell in their answer what has kept each from being done."""
 NO_TRIGGER = COMPUTED["gateway.errors.no_such_trigger"]
 """Of these, an operation that takes something in has the one for what it takes."""
 
 
-def operation(line: Line) -> dict[str, Any]:
+def document_operation(line: Line) -> dict[str, Any]:
     found: dict[str, Any] = DOCUMENT["paths"][line.path][line.method.lower()]
     return found
 
 
-def handler(line: Line) -> Thing:
-    return Thing(line.handler.__module__, line.handler.__name__)
+def handler_of(line: Line) -> CodeDefinition:
+    return CodeDefinition(line.handler.__module__, line.handler.__name__)
 
 
-def refused(line: Line) -> set[str]:
+def reachable_codes(line: Line) -> set[str]:
     """Return the codes that the source of a handler can lead to."""
-    found = {code for name in GRAPH.codes(handler(line)) for code in COMPUTED.get(name, {name})}
+    found = {code for name in GRAPH.codes(handler_of(line)) for code in COMPUTED.get(name, {name})}
     found -= NO_TRIGGER - set(openapi.codes(line))
     if line.handler in TOLD_OF_EACH:
         found -= GRAPH.codes(TOLD_OF_EACH[line.handler]) - set(openapi.codes(line))
@@ -100,7 +100,7 @@ def refused(line: Line) -> set[str]:
 
 
 def reaches(line: Line, function: str) -> bool:
-    return function in map(str, GRAPH.reached(handler(line)))
+    return function in map(str, GRAPH.reached(handler_of(line)))
 
 
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -127,7 +127,7 @@ def test_server_is_that_of_the_document_unless_an_address_is_set() -> None:
 
 @pytest.mark.parametrize("line", LINES)
 def test_an_operation_says_what_it_does_and_who_may_use_it(line: Line) -> None:
-    said = operation(line)
+    said = document_operation(line)
     assert said["summary"]
     assert said["tags"]
     assert said["description"]
@@ -145,7 +145,7 @@ def test_an_operation_has_examples_of_its_own(line: Line) -> None:
 
 @pytest.mark.parametrize("line", LINES)
 def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(line: Line) -> None:
-    documented, found = set(openapi.codes(line)), refused(line)
+    documented, found = set(openapi.codes(line)), reachable_codes(line)
     assert found - documented == set(), "not in the document: add it to NOTES"
     assert documented - found - OF_THE_ENDPOINT - {"not-found"} == set(), (
         "nothing raises it: take it out of NOTES"
@@ -170,7 +170,9 @@ def test_an_answer_is_documented_with_warnings_where_fields_may_be_ignored(line:
     is_open = line.body is not None and issubclass(line.body, Wire) and not is_strict_body(line.body)
     assert openapi.may_warn(line) is (is_open or warns_of_new)
     if openapi.may_warn(line):
-        schema = operation(line)["responses"][str(line.status)]["content"]["application/json"]["schema"]
+        schema = document_operation(line)["responses"][str(line.status)]["content"]["application/json"][
+            "schema"
+        ]
         references = [schema["$ref"]] if "$ref" in schema else [one["$ref"] for one in schema["anyOf"]]
         for reference in references:
             named = DOCUMENT["components"]["schemas"][reference.rpartition("/")[2]]
@@ -182,7 +184,7 @@ def test_every_parameter_of_a_query_is_read(line: Line) -> None:
     known = vars(parameters) | vars(sys.modules[line.handler.__module__])
     read = {
         known.get(node.id)
-        for thing in GRAPH.reached(handler(line))
+        for thing in GRAPH.reached(handler_of(line))
         for node in ast.walk(GRAPH.modules[thing.module].functions[thing.path])
         if isinstance(node, ast.Name) and isinstance(known.get(node.id), parameters.Parameter)
     }
@@ -232,7 +234,7 @@ def test_every_reference_leads_somewhere() -> None:
             place = place[key]
 
 
-def validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
+def make_validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
     """Return a validator that knows the document's schemas."""
     return jsonschema_rs.Draft202012Validator(
         {**schema, "components": DOCUMENT["components"]}, validate_formats=True
@@ -241,25 +243,25 @@ def validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator:
 
 @pytest.mark.parametrize("line", LINES)
 def test_examples_are_what_they_are_examples_of(line: Line) -> None:
-    said = operation(line)
+    said = document_operation(line)
     for content in said.get("requestBody", {}).get("content", {}).values():
         for example in content["examples"].values():
-            validator(content["schema"]).validate(example["value"])
+            make_validator(content["schema"]).validate(example["value"])
     for content in said["responses"][str(line.status)].get("content", {}).values():
-        validator(content["schema"]).validate(content["example"])
+        make_validator(content["schema"]).validate(content["example"])
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_examples_of_parameters_are_what_their_schemas_allow(line: Line) -> None:
-    for parameter in operation(line)["parameters"]:
+    for parameter in document_operation(line)["parameters"]:
         if "example" in parameter:
-            validator(parameter["schema"]).validate(parameter["example"])
+            make_validator(parameter["schema"]).validate(parameter["example"])
 
 
 def test_examples_of_refusals_are_refusals_with_their_own_code() -> None:
     refused_schema = {"$ref": "#/components/schemas/Refused"}
     for code, example in DOCUMENT["components"]["examples"].items():
-        validator(refused_schema).validate(example["value"])
+        make_validator(refused_schema).validate(example["value"])
         assert example["value"]["error"]["code"] == code
     for response in DOCUMENT["components"]["responses"].values():
         for content in response["content"].values():
@@ -270,7 +272,7 @@ def test_examples_of_refusals_are_refusals_with_their_own_code() -> None:
 
 
 def test_operations_have_the_tags_that_are_described() -> None:
-    used = {tag for line in LINES for tag in operation(line.values[0])["tags"]}  # type: ignore[arg-type]
+    used = {tag for line in LINES for tag in document_operation(line.values[0])["tags"]}  # type: ignore[arg-type]
     assert used == {tag["name"] for tag in DOCUMENT["tags"]}
     assert [tag["name"] for tag in DOCUMENT["tags"] if not tag["description"]] == []
 
@@ -301,39 +303,41 @@ def test_the_contract_is_among_the_examples() -> None:
         if endpoint["body"] is not None:
             assert endpoint["body"]["example"] in example.bodies.values()
         if endpoint["response"] is not None:
-            assert holds(example.answer, endpoint["response"]), f"{line.method} {line.path}"
+            assert contains_fields(example.answer, endpoint["response"]), f"{line.method} {line.path}"
         compared += 1
     assert compared > 20
 
 
-def holds(value: Any, less: Any) -> bool:  # noqa: ANN401 - any JSON value
+def contains_fields(value: Any, less: Any) -> bool:  # noqa: ANN401 - any JSON value
     """Tell whether a value has every field of another, with the same values."""
     if isinstance(less, dict):
-        return isinstance(value, dict) and all(key in value and holds(value[key], less[key]) for key in less)
+        return isinstance(value, dict) and all(
+            key in value and contains_fields(value[key], less[key]) for key in less
+        )
     if isinstance(less, list):
-        return isinstance(value, list) and len(value) >= len(less) and all(map(holds, value, less))
+        return isinstance(value, list) and len(value) >= len(less) and all(map(contains_fields, value, less))
     return type(value) is type(less) and bool(value == less)
 
 
 # ── what generators of clients need ─────────────────────────────────────────────────────────────────────────
 
 
-def schemas_in(part: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: ANN401 - any part of the document
+def iterate_schemas(part: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: ANN401 - any part of the document
     """Yield everything below a part that is, or may be, a schema, with its path."""
     if isinstance(part, list):
         for number, item in enumerate(part):
-            yield from schemas_in(item, f"{path}/{number}")
+            yield from iterate_schemas(item, f"{path}/{number}")
     elif isinstance(part, dict):
         yield path, part
         for key, item in part.items():
             if key not in {"example", "examples", "default", "x-refusals"}:
-                yield from schemas_in(item, f"{path}/{key}")
+                yield from iterate_schemas(item, f"{path}/{key}")
 
 
 def test_a_schema_leaves_nothing_to_be_guessed() -> None:
     """Generators take an object without fields for an empty one, and refuse a list of anything or a word of no type."""
     vague = []
-    for path, schema in schemas_in(DOCUMENT):
+    for path, schema in iterate_schemas(DOCUMENT):
         kinds = schema.get("type", [])
         kinds = kinds if isinstance(kinds, list) else [kinds]
         if "object" in kinds and not {"properties", "additionalProperties"} & set(schema):
@@ -385,7 +389,7 @@ def test_the_page_shows_texts_as_they_are() -> None:
 
 @pytest.mark.parametrize("line", LINES)
 def test_every_operation_stands_on_the_page_with_a_request_to_copy(line: Line) -> None:
-    command = page.curl(line.path, line.method.lower(), operation(line))
+    command = page.curl(line.path, line.method.lower(), document_operation(line))
     assert command.startswith("curl -sS ")
     assert "{" not in command.partition("-d '")[0]
     assert ("X-API-Key: $KEY" in command) is (line.access is not Access.PUBLIC)

@@ -22,7 +22,7 @@ def read(parameter: Parameter[Any], *values: str) -> object:
     return Query(raw.encode(), [parameter])[parameter]
 
 
-def allowed(parameter: Parameter[Any]) -> list[str]:
+def allowed_values(parameter: Parameter[Any]) -> list[str]:
     """Return what the schema of a parameter just allows."""
     match parameter.schema:
         case {"enum": [*words]} | {"items": {"enum": [*words]}}:
@@ -38,7 +38,7 @@ def allowed(parameter: Parameter[Any]) -> list[str]:
     raise AssertionError(parameter.schema)
 
 
-def refused(parameter: Parameter[Any]) -> list[str]:
+def refused_values(parameter: Parameter[Any]) -> list[str]:
     """Return what the schema of a parameter just doesn't allow."""
     match parameter.schema:
         case {"minimum": int(least), "maximum": int(most)}:
@@ -50,9 +50,9 @@ def refused(parameter: Parameter[Any]) -> list[str]:
 
 @pytest.mark.parametrize("parameter", PARAMETERS)
 def test_a_parameter_takes_what_its_schema_allows_and_nothing_else(parameter: Parameter[Any]) -> None:
-    for value in allowed(parameter):
+    for value in allowed_values(parameter):
         read(parameter, value)
-    for value in refused(parameter):
+    for value in refused_values(parameter):
         with pytest.raises(ApiError) as error:
             read(parameter, value)
         assert (error.value.status, error.value.code) == (400, "invalid-query")

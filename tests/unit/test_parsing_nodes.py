@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from engine.run_errors import NodeError
 from engine.values import Json, encode_json
-from tests.calls import call
+from tests.node_calls import call
 
 pytestmark = pytest.mark.anyio
 
@@ -22,7 +22,7 @@ LONGEST_PAUSE_SECONDS = 0.8
 """For the other work of a process while a node is busy; the promise is a second."""
 
 
-async def output(node_type: str, config: Mapping[str, Json], data: Json = None) -> Json:
+async def run_node(node_type: str, config: Mapping[str, Json], data: Json = None) -> Json:
     """Run a node, which must give JSON and must let other work run meanwhile."""
     longest = 0.0
 
@@ -44,9 +44,9 @@ async def output(node_type: str, config: Mapping[str, Json], data: Json = None) 
         assert longest < LONGEST_PAUSE_SECONDS
 
 
-async def failure(node_type: str, config: Mapping[str, Json], data: Json = None) -> tuple[str, str]:
+async def run_failing_node(node_type: str, config: Mapping[str, Json], data: Json = None) -> tuple[str, str]:
     with pytest.raises(NodeError) as raised:
-        await output(node_type, config, data)
+        await run_node(node_type, config, data)
     assert not raised.value.retryable
     assert len(raised.value.message) < 500
     return raised.value.code, raised.value.message
@@ -149,7 +149,7 @@ async def failure(node_type: str, config: Mapping[str, Json], data: Json = None)
 async def test_a_moment_is_told_in_utc_and_in_the_zone(
     config: dict[str, Json], date: str, local: str
 ) -> None:
-    found = await output("date-time", config)
+    found = await run_node("date-time", config)
     assert isinstance(found, dict)
     assert (found["date"], found["local"]) == (date, local)
 
@@ -171,7 +171,7 @@ async def test_a_difference_follows_the_calendar_of_the_zone(
     start: str, end: str, unit: str, difference: float
 ) -> None:
     config: dict[str, Json] = {"operation": "difference", "date": start, "until": end, "unit": unit}
-    found = await output("date-time", {**config, "zone": "Europe/Berlin"})
+    found = await run_node("date-time", {**config, "zone": "Europe/Berlin"})
     assert found == {"difference": difference, "unit": unit}
 
 
@@ -202,7 +202,7 @@ async def test_a_difference_follows_the_calendar_of_the_zone(
     ],
 )
 async def test_what_is_no_date_is_refused(config: dict[str, Json], code: str, said: str) -> None:
-    found, message = await failure("date-time", config)
+    found, message = await run_failing_node("date-time", config)
     assert found == code
     assert said in message
 
@@ -235,13 +235,13 @@ async def test_what_is_no_date_is_refused(config: dict[str, Json], code: str, sa
     ],
 )
 async def test_a_hash_is_that_of_the_standard(config: dict[str, Json], hashed: str) -> None:
-    found = await output("hash", config, "abc")
+    found = await run_node("hash", config, "abc")
     assert isinstance(found, dict)
     assert found["hash"] == hashed
 
 
 async def test_equal_objects_have_the_same_hash() -> None:
-    assert await output("hash", {}, {"a": 1, "b": 2}) == await output("hash", {}, {"b": 2, "a": 1})
+    assert await run_node("hash", {}, {"a": 1, "b": 2}) == await run_node("hash", {}, {"b": 2, "a": 1})
 
 
 @pytest.mark.parametrize(
@@ -258,12 +258,12 @@ async def test_equal_objects_have_the_same_hash() -> None:
     ],
 )
 async def test_what_cant_be_hashed_is_refused(config: dict[str, Json], data: Json, code: str) -> None:
-    assert (await failure("hash", config, data))[0] == code
+    assert (await run_failing_node("hash", config, data))[0] == code
 
 
 async def test_a_key_that_is_wrong_is_not_shown() -> None:
     config: dict[str, Json] = {"algorithm": "hmac-sha256", "key": "s3cret!", "keyEncoding": "base64"}
-    code, message = await failure("hash", config, "x")
+    code, message = await run_failing_node("hash", config, "x")
     assert code == "invalid-encoding"
     assert "s3cret" not in message
 
@@ -314,7 +314,7 @@ async def test_a_key_that_is_wrong_is_not_shown() -> None:
 async def test_an_expression_finds_replaces_and_splits(
     config: dict[str, Json], text: str, expected: Json
 ) -> None:
-    assert await output("regex", {"text": "{{ data }}", **config}, text) == expected
+    assert await run_node("regex", {"text": "{{ data }}", **config}, text) == expected
 
 
 RANDOM = random.Random(1)
@@ -353,7 +353,7 @@ async def test_an_expression_that_is_wrong_or_too_costly_is_refused(
     config: dict[str, Json], text: str, code: str, said: str
 ) -> None:
     config = {"text": "{{ data }}", **config}
-    found, message = await failure("regex", config, text)
+    found, message = await run_failing_node("regex", config, text)
     assert found == code
     assert said in message
 
@@ -361,14 +361,14 @@ async def test_an_expression_that_is_wrong_or_too_costly_is_refused(
 @pytest.mark.parametrize("pattern", ["(a+)+$", "(a|a)*b", "(a*)*(a*)*(a*)*b", "(?:a?){30}a{30}b"])
 async def test_an_expression_that_would_explode_elsewhere_ends_at_once(pattern: str) -> None:
     began = time.process_time()
-    await output("regex", {"text": "{{ data }}", "pattern": pattern}, "a" * 100_000 + "!")
+    await run_node("regex", {"text": "{{ data }}", "pattern": pattern}, "a" * 100_000 + "!")
     assert time.process_time() - began < 5
 
 
 async def test_many_searches_of_one_text_have_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nodes.library.regex.MAXIMUM_SECONDS", 0.05)
     config: dict[str, Json] = {"text": "{{ data }}", "pattern": "a*b|a", "operation": "split"}
-    code, message = await failure("regex", config, "a" * 100_000)
+    code, message = await run_failing_node("regex", config, "a" * 100_000)
     assert code == "took-too-long"
     assert "search less text" in message
 
@@ -398,7 +398,7 @@ async def test_many_searches_of_one_text_have_a_deadline(monkeypatch: pytest.Mon
 async def test_xml_becomes_json(config: dict[str, Json], text: str, root: str, value: Json) -> None:
     expected = {"root": root, "value": value}
     assert (
-        await output("xml-parse", {"text": "{{ data }}", **config}, text.removeprefix("\ufeff")) == expected
+        await run_node("xml-parse", {"text": "{{ data }}", **config}, text.removeprefix("\ufeff")) == expected
     )
 
 
@@ -427,14 +427,14 @@ LAUGHS = (
     ],
 )
 async def test_xml_that_is_hostile_or_broken_is_refused(text: str, code: str, said: str) -> None:
-    found, message = await failure("xml-parse", {"text": "{{ data }}"}, text)
+    found, message = await run_failing_node("xml-parse", {"text": "{{ data }}"}, text)
     assert found == code
     assert said in message
 
 
 async def test_the_deepest_xml_that_is_taken_is_json_in_lists_all_the_way() -> None:
     text = "<a>" * 30 + "</a>" * 30
-    found = await output("xml-parse", {"text": "{{ data }}", "lists": ["a"]}, text)
+    found = await run_node("xml-parse", {"text": "{{ data }}", "lists": ["a"]}, text)
     assert encode_json(found).count(b"[") == 29
 
 
@@ -489,7 +489,7 @@ PAGE = """<!DOCTYPE html><title>Shop &amp; more</title><style>p { }</style>
 )
 async def test_a_selector_takes_what_css_says(selector: str, texts: list[Json]) -> None:
     config: dict[str, Json] = {"html": "{{ data }}", "fields": {"found": {"selector": selector, "all": True}}}
-    assert await output("html-extract", config, PAGE) == {"items": [{"found": texts}], "count": 1}
+    assert await run_node("html-extract", config, PAGE) == {"items": [{"found": texts}], "count": 1}
 
 
 async def test_what_an_item_lacks_is_null_and_reported() -> None:
@@ -512,7 +512,7 @@ async def test_what_an_item_lacks_is_null_and_reported() -> None:
 
 async def test_of_no_page_nothing_is_taken() -> None:
     config: dict[str, Json] = {"html": "{{ data }}", "fields": {"a": {}, "b": {"selector": "b", "all": True}}}
-    assert await output("html-extract", config, " \n") == {"items": [{"a": None, "b": []}], "count": 1}
+    assert await run_node("html-extract", config, " \n") == {"items": [{"a": None, "b": []}], "count": 1}
 
 
 ALL_DIVS: Json = {"found": {"selector": "div", "all": True}}
@@ -551,7 +551,7 @@ async def test_a_page_or_a_selector_that_is_hostile_or_wrong_is_refused(
     config: dict[str, Json], html: str, code: str, said: str
 ) -> None:
     config = {"html": "{{ data }}", **config}
-    found, message = await failure("html-extract", config, html)
+    found, message = await run_failing_node("html-extract", config, html)
     assert found == code
     assert said in message
 
@@ -560,14 +560,14 @@ async def test_selectors_test_only_so_many_elements(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("nodes.formats.css_selectors.MAXIMUM_STEPS", 100_000)
     fields: dict[str, Json] = {f"f{number}": {"selector": "a.b c.d"} for number in range(10)}
     html = "<div>" * 150 + "</div>" * 150
-    code, message = await failure("html-extract", {"html": html, "items": "div", "fields": fields})
+    code, message = await run_failing_node("html-extract", {"html": html, "items": "div", "fields": fields})
     assert code == "took-too-long"
     assert "take fewer" in message
 
 
 async def test_a_selector_inside_itself_many_times_is_no_danger() -> None:
     fields: dict[str, Json] = {"a": {"selector": ":is(" * 99 + "b" + ")" * 99}}
-    found = await output("html-extract", {"html": "<b>1</b>", "fields": fields})
+    found = await run_node("html-extract", {"html": "<b>1</b>", "fields": fields})
     assert found == {"items": [{"a": "1"}], "count": 1}
 
 
@@ -599,7 +599,7 @@ PARTS = {
 }
 
 
-def workbook(cells: str, **parts: str) -> str:
+def encode_workbook(cells: str, **parts: str) -> str:
     """Return a workbook in base64, with `cells` in its first sheet."""
     sheet = f"<worksheet><sheetData>{cells}</sheetData></worksheet>"
     written = io.BytesIO()
@@ -633,8 +633,8 @@ def workbook(cells: str, **parts: str) -> str:
     ],
 )
 async def test_a_cell_has_its_type(cell: str, value: Json) -> None:
-    file = workbook(f'<row><c t="s"><v>0</v></c></row><row>{cell}</row>')
-    found = await output("excel-parse", {"file": "{{ data }}"}, file)
+    file = encode_workbook(f'<row><c t="s"><v>0</v></c></row><row>{cell}</row>')
+    found = await run_node("excel-parse", {"file": "{{ data }}"}, file)
     assert repr(found) == repr(
         {"rows": [{"at": value}], "columns": ["at"], "count": 1, "sheet": "One", "sheets": ["One", "Two"]}
     )
@@ -642,8 +642,8 @@ async def test_a_cell_has_its_type(cell: str, value: Json) -> None:
 
 async def test_a_workbook_of_a_mac_counts_from_1904() -> None:
     contents = PARTS["xl/w.xml"].replace("<sheets>", '<workbookPr date1904="1"/><sheets>')
-    file = workbook('<row><c s="1"><v>1</v></c></row>', **{"xl/w.xml": contents})
-    found = await output("excel-parse", {"file": file, "hasHeader": False})
+    file = encode_workbook('<row><c s="1"><v>1</v></c></row>', **{"xl/w.xml": contents})
+    found = await run_node("excel-parse", {"file": file, "hasHeader": False})
     assert isinstance(found, dict)
     assert found["rows"] == [{"column1": "1904-01-02"}]
 
@@ -673,7 +673,7 @@ TABLE = (
 async def test_blank_rows_and_columns_are_passed_over(
     config: dict[str, Json], columns: list[str], rows: list[list[Json]]
 ) -> None:
-    found = await output("excel-parse", {"file": workbook(TABLE), **config}, "Two")
+    found = await run_node("excel-parse", {"file": encode_workbook(TABLE), **config}, "Two")
     assert isinstance(found, dict)
     assert (found["columns"], found["count"]) == (columns, len(rows))
     assert found["rows"] == [dict(zip(columns, row, strict=True)) for row in rows]
@@ -681,12 +681,12 @@ async def test_blank_rows_and_columns_are_passed_over(
 
 async def test_two_cells_in_far_corners_take_no_room() -> None:
     cells = '<row r="1"><c r="A1"><v>1</v></c></row><row r="1048576"><c r="XFD1048576"><v>2</v></c></row>'
-    found = await output("excel-parse", {"file": workbook(cells), "hasHeader": False})
+    found = await run_node("excel-parse", {"file": encode_workbook(cells), "hasHeader": False})
     assert isinstance(found, dict)
     assert found["columns"] == ["column1", "column16384"]
 
 
-def lying(file: str) -> str:
+def falsify_size(file: str) -> str:
     """Return a workbook whose directory claims that its first sheet is small."""
     raw = bytearray(base64.b64decode(file))
     at = raw.rindex(b"xl/one.xml") - 46
@@ -702,31 +702,41 @@ def lying(file: str) -> str:
         ({}, base64.b64encode(b"\xd0\xcf\x11\xe0" + b"\0" * 600).decode(), "invalid-workbook", "old `.xls`"),
         ({}, "A" * 14_000_000, "input-too-large", "10,000,000 bytes"),
         ({}, base64.b64encode(b"PK\x01\x02" * 2_001).decode(), "too-many-entries", "2,000 files"),
-        ({}, workbook("", **{"_rels/.rels": "<Relationships/>"}), "invalid-workbook", "officeDocument"),
-        ({}, workbook("<row>"), "invalid-xml", "mismatched tag"),
-        ({}, workbook("", **{"xl/strings.xml": LAUGHS}), "document-type-refused", "DOCTYPE"),
-        ({}, workbook("x" * 60_000_000), "input-too-large", "50,000,000 bytes"),
-        ({}, lying(workbook("x" * 1_000_000)), "invalid-workbook", "damaged"),
-        ({}, workbook('<row><c t="s"><v>2</v></c></row>'), "invalid-workbook", "a text that isn't there"),
-        ({}, workbook("<row><c><v>nan</v></c></row>"), "invalid-workbook", "a number"),
-        ({}, workbook('<row><c r="XFE1"><v>1</v></c></row>'), "invalid-workbook", "16,384"),
         (
             {},
-            workbook('<row><c t="str"><v>a</v></c><c t="str"><v>a</v></c></row>'),
+            encode_workbook("", **{"_rels/.rels": "<Relationships/>"}),
+            "invalid-workbook",
+            "officeDocument",
+        ),
+        ({}, encode_workbook("<row>"), "invalid-xml", "mismatched tag"),
+        ({}, encode_workbook("", **{"xl/strings.xml": LAUGHS}), "document-type-refused", "DOCTYPE"),
+        ({}, encode_workbook("x" * 60_000_000), "input-too-large", "50,000,000 bytes"),
+        ({}, falsify_size(encode_workbook("x" * 1_000_000)), "invalid-workbook", "damaged"),
+        (
+            {},
+            encode_workbook('<row><c t="s"><v>2</v></c></row>'),
+            "invalid-workbook",
+            "a text that isn't there",
+        ),
+        ({}, encode_workbook("<row><c><v>nan</v></c></row>"), "invalid-workbook", "a number"),
+        ({}, encode_workbook('<row><c r="XFE1"><v>1</v></c></row>'), "invalid-workbook", "16,384"),
+        (
+            {},
+            encode_workbook('<row><c t="str"><v>a</v></c><c t="str"><v>a</v></c></row>'),
             "duplicate-column",
             "'a'",
         ),
         (
             {"maxRows": 1, "hasHeader": False},
-            workbook("<row><c><v>1</v></c></row>" * 2),
+            encode_workbook("<row><c><v>1</v></c></row>" * 2),
             "too-many-rows",
             "more than 1",
         ),
-        ({"sheet": "Three"}, workbook(""), "unknown-sheet", "has One, Two"),
-        ({"sheet": 3}, workbook(""), "unknown-sheet", "number 3"),
+        ({"sheet": "Three"}, encode_workbook(""), "unknown-sheet", "has One, Two"),
+        ({"sheet": 3}, encode_workbook(""), "unknown-sheet", "number 3"),
         (
             {"hasHeader": False},
-            workbook(f"<row>{'<c><v>1</v></c>' * 1_000}</row>" + "<row><c><v>1</v></c></row>" * 1_000),
+            encode_workbook(f"<row>{'<c><v>1</v></c>' * 1_000}</row>" + "<row><c><v>1</v></c></row>" * 1_000),
             "too-many-rows",
             "1,000,000 values",
         ),
@@ -735,7 +745,7 @@ def lying(file: str) -> str:
 async def test_a_workbook_that_is_hostile_or_broken_is_refused(
     config: dict[str, Json], file: str, code: str, said: str
 ) -> None:
-    found, message = await failure("excel-parse", {"file": "{{ data }}", **config}, file)
+    found, message = await run_failing_node("excel-parse", {"file": "{{ data }}", **config}, file)
     assert found == code
     assert said in message
 
@@ -750,28 +760,28 @@ async def test_a_workbook_that_is_hostile_or_broken_is_refused(
             "nodes.formats.xlsx_workbook.MAXIMUM_CELLS",
             "excel-parse",
             {},
-            workbook("<row><c/></row>" * 1_001),
+            encode_workbook("<row><c/></row>" * 1_001),
             "too-many-cells",
         ),
         (
             "nodes.formats.xlsx_workbook.MAXIMUM_ELEMENTS",
             "excel-parse",
             {},
-            workbook("<x/>" * 1_001),
+            encode_workbook("<x/>" * 1_001),
             "too-many-elements",
         ),
         (
             "nodes.formats.xlsx_workbook.MAXIMUM_STRINGS",
             "excel-parse",
             {},
-            workbook("", **{"xl/strings.xml": f"<sst>{'<si/>' * 1_001}</sst>"}),
+            encode_workbook("", **{"xl/strings.xml": f"<sst>{'<si/>' * 1_001}</sst>"}),
             "too-many-cells",
         ),
         (
             "nodes.output_sizes.MAXIMUM_BYTES",
             "excel-parse",
             {},
-            workbook('<row><c t="s"><v>0</v></c></row>' * 501),
+            encode_workbook('<row><c t="s"><v>0</v></c></row>' * 501),
             "output-too-large",
         ),
         (
@@ -807,7 +817,7 @@ async def test_what_is_read_and_taken_is_counted(
 ) -> None:
     monkeypatch.setattr(limit, 1_000)
     field = "file" if node_type == "excel-parse" else "html"
-    found, message = await failure(node_type, {field: "{{ data }}", **config}, data)
+    found, message = await run_failing_node(node_type, {field: "{{ data }}", **config}, data)
     assert found == code
     assert "1,000" in message
 

@@ -27,7 +27,7 @@ json_values = st.recursive(
 sizes = st.integers(1, 40)
 
 
-def in_pieces(text: bytes, piece_bytes: int) -> Any:  # noqa: ANN401 - any JSON value
+def decode_pieces(text: bytes, piece_bytes: int) -> Any:  # noqa: ANN401 - any JSON value
     return pieces.decode_in_pieces(text, decoding.decode, piece_bytes=piece_bytes)
 
 
@@ -39,7 +39,7 @@ def test_the_value_is_the_same_in_pieces_of_any_size(
     indent: int | None,
 ) -> None:
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()
-    assert repr(in_pieces(text, piece_bytes)) == repr(decoding.decode(text))
+    assert repr(decode_pieces(text, piece_bytes)) == repr(decoding.decode(text))
 
 
 @given(json_values, sizes, st.data())
@@ -67,7 +67,7 @@ def test_of_two_members_of_one_name_the_second_wins_or_both_are_refused(value: A
     inner = json.dumps(value)
     text = f'{{"b":{{"a":[{inner},1],"c":[2,{inner}],"a":[3,[{inner},4]]}},"d":{inner}}}'.encode()
     with suppress(DuplicateName):
-        assert in_pieces(text, piece_bytes) == json.loads(text)
+        assert decode_pieces(text, piece_bytes) == json.loads(text)
     with pytest.raises(ValueError, match=r"name|more than once"):
         pieces.decode_in_pieces(text, values.decode_json, piece_bytes=piece_bytes)
 

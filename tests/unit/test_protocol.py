@@ -6,7 +6,7 @@ from typing import cast
 from gateway.http.protocol import MAX_GATHERED_BYTES, Gathering
 
 
-class Wire(asyncio.Transport):
+class RecordedTransport(asyncio.Transport):
     """Remembers each packet."""
 
     def __init__(self) -> None:
@@ -25,13 +25,13 @@ class Wire(asyncio.Transport):
         """Be cut off: a closed connection is, once its client has had time to take the rest."""
 
 
-def gathering() -> tuple[Gathering, Wire]:
-    wire = Wire()
+def make_gathering() -> tuple[Gathering, RecordedTransport]:
+    wire = RecordedTransport()
     return Gathering(cast("asyncio.Transport", wire), asyncio.get_running_loop(), 5.0), wire
 
 
 async def test_what_is_written_in_one_turn_of_the_loop_is_one_packet() -> None:
-    connection, wire = gathering()
+    connection, wire = make_gathering()
     connection.write(b"head ")
     connection.write(b"body")
     assert wire.packets == []
@@ -43,7 +43,7 @@ async def test_what_is_written_in_one_turn_of_the_loop_is_one_packet() -> None:
 
 
 async def test_a_large_piece_is_sent_at_once_behind_what_was_written_before() -> None:
-    connection, wire = gathering()
+    connection, wire = make_gathering()
     large = b"x" * (MAX_GATHERED_BYTES + 1)
     connection.write(b"head ")
     connection.write(large)
@@ -53,7 +53,7 @@ async def test_a_large_piece_is_sent_at_once_behind_what_was_written_before() ->
 
 
 async def test_a_connection_is_closed_behind_what_was_written() -> None:
-    connection, wire = gathering()
+    connection, wire = make_gathering()
     connection.write(b"last words")
     connection.close()
     assert (wire.packets, wire.is_closed) == ([b"last words"], True)

@@ -25,7 +25,17 @@ from senders.event_senders import EventBatch, EventSender, SenderEvent, UrlChall
 from senders.mail_kinds import MailKind
 from senders.sender_request import RequestRefused, SenderRequest
 from senders.signatures import SignatureResult
-from tests.provider_requests import BY_NAME, CASES, CONFIG, FOLDER, VECTORS, Case, Step, arrival, certificate
+from tests.provider_requests import (
+    BY_NAME,
+    CASES,
+    CONFIG,
+    FOLDER,
+    VECTORS,
+    ProviderCase,
+    ProviderStep,
+    build_request,
+    read_certificate,
+)
 
 STANDARD_WEBHOOKS = [CONFIG["standard_webhooks"]["secret"], CONFIG["standard_webhooks"]["public_key"]]
 REASONS = {
@@ -37,7 +47,7 @@ REASONS = {
 
 def verify_sns(request: SenderRequest) -> SignatureResult:
     message = sns.parse_sns_message(request)
-    pem = certificate(sns.signing_certificate_url(message))
+    pem = read_certificate(sns.signing_certificate_url(message))
     return sns.verify(message, pem, CONFIG["sns"]["allowed_topic_arns"], request.received_at)
 
 
@@ -85,7 +95,7 @@ def test_the_requests_are_those_that_were_recorded() -> None:
 
 
 @pytest.mark.parametrize("step", SIGNED, ids=str)
-def test_a_request_is_found_true_or_not(step: Step) -> None:
+def test_a_request_is_found_true_or_not(step: ProviderStep) -> None:
     verify = VERIFY[step.auth["scheme"]]
     if step.auth["result"] == "pass":
         assert isinstance(verify(step.arrival), SignatureResult)
@@ -99,31 +109,31 @@ BODY_SIGNED = {"sendgrid-ecdsa", "github-hmac", "stripe-hmac", "slack-hmac", "st
 
 
 @pytest.mark.parametrize("step", [step for step in SIGNED if step.auth["scheme"] in BODY_SIGNED], ids=str)
-def test_not_even_white_space_may_be_added_to_a_signed_body(step: Step) -> None:
+def test_not_even_white_space_may_be_added_to_a_signed_body(step: ProviderStep) -> None:
     with pytest.raises(RequestRefused):
-        VERIFY[step.auth["scheme"]](arrival(step.body + b" ", step.headers, step.at))
+        VERIFY[step.auth["scheme"]](build_request(step.body + b" ", step.headers, step.at))
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.provider in KINDS_OF_OTHERS], ids=str)
-def test_a_mail_is_recognised_by_what_it_is(case: Case) -> None:
+def test_a_mail_is_recognised_by_what_it_is(case: ProviderCase) -> None:
     for step in case.steps:
         expected = KINDS.get(case.name, KINDS_OF_OTHERS[case.provider])
         assert mail_kinds.recognize_mail(step.arrival) is expected
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.provider in SENDERS], ids=str)
-def test_a_webhook_is_recognised_by_its_headers(case: Case) -> None:
+def test_a_webhook_is_recognised_by_its_headers(case: ProviderCase) -> None:
     is_event = case.arrival.method == "POST"
     assert event_senders.recognize_sender(case.arrival) is (SENDERS[case.provider] if is_event else None)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.provider == "native"], ids=str)
-def test_a_call_of_the_api_is_of_no_known_sender(case: Case) -> None:
+def test_a_call_of_the_api_is_of_no_known_sender(case: ProviderCase) -> None:
     assert event_senders.recognize_sender(case.arrival) is None
 
 
 @pytest.mark.parametrize("case", WITH_EVENTS, ids=str)
-def test_the_events_of_a_webhook_are_what_was_meant(case: Case) -> None:
+def test_the_events_of_a_webhook_are_what_was_meant(case: ProviderCase) -> None:
     expected = case.expected.get("events") or [case.expected["event"]]
     meaning = event_senders.parse_event(case.arrival, SENDERS[case.provider])
     found = meaning.events if isinstance(meaning, EventBatch) else [meaning]
@@ -137,7 +147,7 @@ def test_the_events_of_a_webhook_are_what_was_meant(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", WITH_EVENTS, ids=str)
-def test_what_is_verified_and_what_is_meant_have_one_name(case: Case) -> None:
+def test_what_is_verified_and_what_is_meant_have_one_name(case: ProviderCase) -> None:
     if case.steps[0].auth["scheme"] not in VERIFY:
         return
     meaning = event_senders.parse_event(case.arrival, SENDERS[case.provider])
@@ -164,7 +174,7 @@ def test_a_cloud_event_without_an_id_is_refused() -> None:
     assert refused.value.code == "invalid-event"
 
 
-def key_of(step: Step) -> str | None:
+def deduplication_key_of(step: ProviderStep) -> str | None:
     return mail_kinds.deduplication_key(step.arrival, mail_kinds.recognize_mail(step.arrival))
 
 
@@ -174,7 +184,7 @@ def test_each_mail_has_a_name_of_its_own() -> None:
         for case in CASES
         if case.provider in {"sendgrid", "mailgun", "ses"} and "normalized" in case.expected
     ]
-    keys = {case.name: key_of(case.steps[0]) for case in mails}
+    keys = {case.name: deduplication_key_of(case.steps[0]) for case in mails}
     assert None not in keys.values()
     assert len(set(keys.values())) == len(mails)
 
@@ -182,7 +192,7 @@ def test_each_mail_has_a_name_of_its_own() -> None:
 def test_a_mail_that_mailgun_signs_anew_is_known_again_and_its_token_is_another() -> None:
     case = BY_NAME["mg_retry_after_lost_reply"]
     first, again = case.steps
-    assert key_of(first) == key_of(again)
+    assert deduplication_key_of(first) == deduplication_key_of(again)
     tokens = [VERIFY["mailgun-hmac"](step.arrival).delivery_key for step in case.steps]
     assert tokens[0] != tokens[1]
 
@@ -207,7 +217,7 @@ def test_sns_names_a_message_and_ses_a_mail() -> None:
 @pytest.mark.parametrize(
     "case", [case for case in CASES if case.provider in {"sendgrid", "mailgun"}], ids=str
 )
-def test_the_envelope_of_a_form_is_that_of_the_mail(case: Case) -> None:
+def test_the_envelope_of_a_form_is_that_of_the_mail(case: ProviderCase) -> None:
     expected = case.expected.get("envelope")
     if expected is not None:
         request = case.steps[0].arrival
@@ -226,13 +236,13 @@ def test_the_files_of_a_form_are_whole(name: str) -> None:
     assert found == {(one["filename"], one["content_type"], one["sha256"]) for one in attachments}
 
 
-def received(name: str) -> ses.SesMail | None:
+def parse_recorded_mail(name: str) -> ses.SesMail | None:
     return ses.parse_ses_mail(sns.parse_sns_message(BY_NAME[name].arrival))
 
 
 @pytest.mark.parametrize("name", ["ses_sns_utf8_v1", "ses_sns_base64_v2", "ses_sns_base64_8bit_latin1"])
 def test_a_mail_of_ses_comes_whole_in_its_notification(name: str) -> None:
-    mail = received(name)
+    mail = parse_recorded_mail(name)
     expected = BY_NAME[name].expected
     assert mail is not None
     assert mail.content is not None
@@ -244,7 +254,7 @@ def test_a_mail_of_ses_comes_whole_in_its_notification(name: str) -> None:
 
 
 def test_a_mail_that_ses_has_stored_is_named_by_bucket_and_key() -> None:
-    mail = received("ses_s3_action")
+    mail = parse_recorded_mail("ses_s3_action")
     expected = BY_NAME["ses_s3_action"].expected
     assert mail is not None
     assert mail.content is None
@@ -258,7 +268,7 @@ def test_a_mail_that_ses_has_stored_is_named_by_bucket_and_key() -> None:
     "name", ["ses_topic_validation_note", "ses_bounce_to_wrong_topic", "ses_subscription_confirmation"]
 )
 def test_not_every_message_of_a_topic_is_a_mail(name: str) -> None:
-    assert received(name) is None
+    assert parse_recorded_mail(name) is None
 
 
 def test_a_subscription_is_confirmed_at_the_host_of_its_topic() -> None:
@@ -270,7 +280,7 @@ def test_a_subscription_is_confirmed_at_the_host_of_its_topic() -> None:
 def test_signatures_that_providers_have_published_are_found_true(vector: Mapping[str, Any]) -> None:
     headers = [(name.encode(), value.encode()) for name, value in vector["headers"].items()]
     times = [value for name, value in vector["headers"].items() if name.lower().endswith("timestamp")]
-    request = arrival(
+    request = build_request(
         vector["body"].encode(),
         [*headers, (b"Content-Type", b"application/x-www-form-urlencoded")],
         datetime.fromtimestamp(int(times[0]) if times else 0, UTC),

@@ -9,14 +9,14 @@ import pytest
 from workers.cluster.quota_watch import has_grown, quota_headroom
 
 
-def quota(hard: dict[str, str], used: dict[str, str]) -> dict[str, Any]:
+def make_quota(hard: dict[str, str], used: dict[str, str]) -> dict[str, Any]:
     return {"spec": {"hard": hard}, "status": {"used": used}}
 
 
 def test_what_is_left_is_counted_in_one_unit() -> None:
     hard = {"pods": "200", "requests.cpu": "32", "limits.memory": "64Gi", "services.nodeports": "0"}
     used = {"pods": "3", "requests.cpu": "1500m", "limits.memory": "768Mi"}
-    assert quota_headroom(quota(hard, used)) == {
+    assert quota_headroom(make_quota(hard, used)) == {
         "pods": 197,
         "requests.cpu": 30.5,
         "limits.memory": 64 * 2**30 - 768 * 2**20,

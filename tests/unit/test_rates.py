@@ -18,7 +18,7 @@ pytestmark = pytest.mark.anyio
 SETTINGS = GatewaySettings(secret_key=SecretStr("a secret of more than thirty-two characters"))
 
 
-class Counting(LocalBroker):
+class CountingBroker(LocalBroker):
     """A broker that counts how often it is asked for tokens."""
 
     def __init__(self) -> None:
@@ -35,15 +35,15 @@ class Counting(LocalBroker):
 
 
 @pytest.fixture
-def broker() -> Counting:
-    return Counting()
+def broker() -> CountingBroker:
+    return CountingBroker()
 
 
-def limit(per_second: float, burst: int) -> Limit:
+def make_limit(per_second: float, burst: int) -> Limit:
     return Limit("key", "key:a", Rate(per_second, burst))
 
 
-async def passed(rates: Rates, under: Limit, count: int = 1) -> bool:
+async def passes_limits(rates: Rates, under: Limit, count: int = 1) -> bool:
     try:
         await rates.spend([under], count)
     except ApiError:
@@ -51,47 +51,47 @@ async def passed(rates: Rates, under: Limit, count: int = 1) -> bool:
     return True
 
 
-async def test_a_busy_client_costs_few_messages_and_a_refused_one_none(broker: Counting) -> None:
-    rates, wide = Rates(broker, SETTINGS), limit(10_000, 20_000)
-    assert all([await passed(rates, wide) for _ in range(2_000)])
+async def test_a_busy_client_costs_few_messages_and_a_refused_one_none(broker: CountingBroker) -> None:
+    rates, wide = Rates(broker, SETTINGS), make_limit(10_000, 20_000)
+    assert all([await passes_limits(rates, wide) for _ in range(2_000)])
     assert broker.asked < 30
     narrow = Limit("key", "key:b", Rate(0.01, 5))
-    assert [await passed(rates, narrow) for _ in range(6)] == [True] * 5 + [False]
+    assert [await passes_limits(rates, narrow) for _ in range(6)] == [True] * 5 + [False]
     asked = broker.asked
-    assert not any([await passed(rates, narrow) for _ in range(100)])
+    assert not any([await passes_limits(rates, narrow) for _ in range(100)])
     assert broker.asked == asked
 
 
-async def test_requests_that_come_together_cost_one_message(broker: Counting) -> None:
+async def test_requests_that_come_together_cost_one_message(broker: CountingBroker) -> None:
     rates = Rates(broker, SETTINGS)
-    assert all(await asyncio.gather(*(passed(rates, limit(1, 100)) for _ in range(100))))
+    assert all(await asyncio.gather(*(passes_limits(rates, make_limit(1, 100)) for _ in range(100))))
     assert broker.asked == 1
 
 
-async def test_what_many_gateways_let_through_stays_within_the_bound(broker: Counting) -> None:
+async def test_what_many_gateways_let_through_stays_within_the_bound(broker: CountingBroker) -> None:
     gateways = [Rates(broker, SETTINGS) for _ in range(5)]
     rate = Rate(per_second=400, burst=100)
     under = Limit("key", "key:a", rate)
     began, count = time.monotonic(), 0
     while time.monotonic() - began < 0.4:
-        count += sum([await passed(gateway, under) for gateway in gateways])
+        count += sum([await passes_limits(gateway, under) for gateway in gateways])
     seconds = time.monotonic() - began
     assert 0.5 * (rate.burst + seconds * rate.per_second) < count
     assert count <= rate.burst + (seconds + 0.5) * rate.per_second
 
 
-async def test_many_at_once_are_refused_though_single_ones_pass(broker: Counting) -> None:
-    rates, under = Rates(broker, SETTINGS), limit(0.01, 10)
-    assert await passed(rates, under, 4)
-    assert not await passed(rates, under, 8)
-    assert await passed(rates, under, 6)
-    assert not await passed(rates, under)
+async def test_many_at_once_are_refused_though_single_ones_pass(broker: CountingBroker) -> None:
+    rates, under = Rates(broker, SETTINGS), make_limit(0.01, 10)
+    assert await passes_limits(rates, under, 4)
+    assert not await passes_limits(rates, under, 8)
+    assert await passes_limits(rates, under, 6)
+    assert not await passes_limits(rates, under)
 
 
-async def test_a_redis_that_hangs_is_waited_for_once(broker: Counting) -> None:
-    rates, under = Rates(broker, SETTINGS), limit(0.01, 10)
+async def test_a_redis_that_hangs_is_waited_for_once(broker: CountingBroker) -> None:
+    rates, under = Rates(broker, SETTINGS), make_limit(0.01, 10)
     broker.is_silent = True
     began = time.monotonic()
-    assert [await passed(rates, under) for _ in range(11)] == [True] * 10 + [False]
+    assert [await passes_limits(rates, under) for _ in range(11)] == [True] * 10 + [False]
     assert broker.asked == 1
     assert time.monotonic() - began < 60

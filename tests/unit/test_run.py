@@ -37,28 +37,28 @@ from engine.run_records import (
 )
 from engine.values import Json, decode_json
 from journal import run_rows
-from tests.unit.running import (
+from tests.unit.run_harness import (
     FAST_RETRY,
     PATIENCE_SECONDS,
-    Kind,
-    Ledger,
-    Notebook,
-    Stream,
-    WatchedNotebook,
-    Worker,
-    echo,
-    error_of,
-    fail,
-    finished,
-    for_ever,
-    pause,
-    program,
-    pure,
-    read,
-    soon,
+    CrashPointJournal,
+    InMemoryJournal,
+    MadeUpNodeType,
+    OutsideWorld,
+    SimulatedWorker,
+    SpanHistory,
+    compile_drawing,
+    echo_data,
+    expire_waits,
+    fail_node,
+    pause_node,
+    pure_node,
+    read_world,
+    require_error,
+    run_to_completion,
+    wait_forever,
     wait_of,
-    woken,
-    write,
+    wait_soon,
+    write_world,
 )
 
 # ── the order of effects ──────────────────────────────────────────────────────────────────────────────────
@@ -71,13 +71,13 @@ async def test_a_write_starts_after_its_ancestors_its_input_and_its_attempt_are_
         seen.update(worker.notebook.spans)
         return call.config["amount"]
 
-    graph = program(
+    graph = compile_drawing(
         "start > look > pay",
-        {"look": read(pause), "pay": write(pay)},
+        {"look": read_world(pause_node), "pay": write_world(pay)},
         {"pay": {"config": {"amount": "{{ data.amount }}"}, "inputMappings": {"to": "trigger.name"}}},
     )
-    worker = Worker(graph, {"amount": 3, "name": "Ada"})
-    await finished(worker)
+    worker = SimulatedWorker(graph, {"amount": 3, "name": "Ada"})
+    await run_to_completion(worker)
     assert [seen[node_id].status for node_id in ("start", "look")] == [SpanStatus.COMPLETED] * 2
     assert (seen["pay"].status, seen["pay"].attempt) == (SpanStatus.RUNNING, 1)
     assert decode_json(seen["pay"].input or b"") == {"amount": 3, "name": "Ada", "to": "Ada"}
@@ -97,18 +97,20 @@ async def test_nothing_follows_a_write_before_its_result_is_committed(
     def follow(_call: NodeCall) -> Json:
         return str(worker.notebook.status("pay"))
 
-    graph = program(
+    graph = compile_drawing(
         "start > pay > follow; pay:other > follow; pay:error > follow",
-        {"pay": write(pay), "follow": pure(follow)},
+        {"pay": write_world(pay), "follow": pure_node(follow)},
     )
-    worker = Worker(graph)
-    notebook = await finished(worker)
+    worker = SimulatedWorker(graph)
+    notebook = await run_to_completion(worker)
     assert notebook.output("follow") == ("failed" if isinstance(outcome, NodeError) else "completed")
 
 
 async def test_the_result_of_a_write_is_committed_though_another_branch_goes_on() -> None:
-    graph = program("start > ever; start > pay", {"ever": read(for_ever), "pay": write(pause)})
-    worker = Worker(graph)
+    graph = compile_drawing(
+        "start > ever; start > pay", {"ever": read_world(wait_forever), "pay": write_world(pause_node)}
+    )
+    worker = SimulatedWorker(graph)
     work = worker.begin()
     async with asyncio.timeout(PATIENCE_SECONDS):
         while worker.notebook.status("pay") is not SpanStatus.COMPLETED:  # noqa: ASYNC110 - nothing tells
@@ -118,13 +120,19 @@ async def test_the_result_of_a_write_is_committed_though_another_branch_goes_on(
 
 
 async def test_a_chain_of_writes_takes_one_commit_each_and_one_for_the_end() -> None:
-    notebook = await finished(Worker(program("start > write1 > write2 > write3", {"write": write(pause)})))
+    notebook = await run_to_completion(
+        SimulatedWorker(
+            compile_drawing("start > write1 > write2 > write3", {"write": write_world(pause_node)})
+        )
+    )
     assert notebook.commits == 4
 
 
 async def test_nodes_without_effects_wait_for_no_commit() -> None:
-    notebook = await finished(
-        Worker(program("start > echo1 > look > echo2", {"look": read(pause)}), recorded=())
+    notebook = await run_to_completion(
+        SimulatedWorker(
+            compile_drawing("start > echo1 > look > echo2", {"look": read_world(pause_node)}), recorded=()
+        )
     )
     assert notebook.commits == 1
     assert set(notebook.statuses.values()) == {"completed"}
@@ -137,7 +145,7 @@ async def test_a_node_that_returns_at_once_is_called_in_place() -> None:
         tasks.add(asyncio.current_task())
         return None
 
-    worker = Worker(program("start > where1 > where2", {"where": pure(where)}))
+    worker = SimulatedWorker(compile_drawing("start > where1 > where2", {"where": pure_node(where)}))
     work = worker.begin()
     await work
     assert tasks == {work}
@@ -151,7 +159,9 @@ async def test_branches_run_at_once() -> None:
         return call.data
 
     branches = "start > meet1; start > meet2; start > write3"
-    await finished(Worker(program(branches, {"meet": read(meet), "write": write(meet)})))
+    await run_to_completion(
+        SimulatedWorker(compile_drawing(branches, {"meet": read_world(meet), "write": write_world(meet)}))
+    )
 
 
 @pytest.mark.parametrize(
@@ -174,13 +184,13 @@ async def test_no_more_nodes_run_at_once_than_the_settings_allow(
         return None
 
     ids = [f"count{number}" for number in range(50)]
-    graph = program(
+    graph = compile_drawing(
         "; ".join(f"start > {node_id}" for node_id in ids),
-        {"count": read(count)},
+        {"count": read_world(count)},
         dict.fromkeys(ids, retry),
         settings,
     )
-    await finished(Worker(graph))
+    await run_to_completion(SimulatedWorker(graph))
     assert most_running == most
 
 
@@ -194,7 +204,7 @@ async def test_other_work_gets_a_turn_during_a_long_chain(monkeypatch: pytest.Mo
             turns += 1
             await asyncio.sleep(0)
 
-    work = Worker(program(chain(100))).begin()
+    work = SimulatedWorker(compile_drawing(draw_chain(100))).begin()
     await elsewhere()
     assert turns >= 100
 
@@ -203,15 +213,15 @@ async def test_other_work_gets_a_turn_during_a_long_chain(monkeypatch: pytest.Mo
 
 
 async def test_branches_not_taken_are_skipped_and_a_merge_waits_for_the_others() -> None:
-    graph = program(
+    graph = compile_drawing(
         "start > choose; choose:left > slow > merge; choose:right > echo1 > echo2 > merge; echo2 > echo3",
         {
-            "choose": pure(lambda call: NodeResult(call.data, port="left")),
-            "slow": read(pause),
-            "merge": pure(echo),
+            "choose": pure_node(lambda call: NodeResult(call.data, port="left")),
+            "slow": read_world(pause_node),
+            "merge": pure_node(echo_data),
         },
     )
-    notebook = await finished(Worker(graph, 7))
+    notebook = await run_to_completion(SimulatedWorker(graph, 7))
     assert notebook.output("merge") == 7
     assert {node_id for node_id, status in notebook.statuses.items() if status == "skipped"} == {
         "echo1",
@@ -221,16 +231,16 @@ async def test_branches_not_taken_are_skipped_and_a_merge_waits_for_the_others()
 
 
 async def test_a_merge_gets_each_parent_under_its_id_and_all_of_them_merged() -> None:
-    graph = program(
+    graph = compile_drawing(
         "start > one1 > merge; start > two2 > merge; start > text > merge",
         {
-            "one": pure(lambda _: {"a": 1, "both": 1}),
-            "two": pure(lambda _: {"b": 2, "both": 2}),
-            "text": pure(lambda _: "no object"),
-            "merge": pure(echo),
+            "one": pure_node(lambda _: {"a": 1, "both": 1}),
+            "two": pure_node(lambda _: {"b": 2, "both": 2}),
+            "text": pure_node(lambda _: "no object"),
+            "merge": pure_node(echo_data),
         },
     )
-    notebook = await finished(Worker(graph))
+    notebook = await run_to_completion(SimulatedWorker(graph))
     assert notebook.output("merge") == {
         "a": 1,
         "b": 2,
@@ -242,17 +252,20 @@ async def test_a_merge_gets_each_parent_under_its_id_and_all_of_them_merged() ->
 
 
 async def test_a_parent_joined_by_two_edges_is_one_parent() -> None:
-    both = {"choose": pure(lambda call: NodeResult(call.data, port="left")), "echo": pure(echo)}
-    notebook = await finished(
-        Worker(program("start > choose; choose:left > echo; choose:left > echo", both), 5)
+    both = {
+        "choose": pure_node(lambda call: NodeResult(call.data, port="left")),
+        "echo": pure_node(echo_data),
+    }
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing("start > choose; choose:left > echo; choose:left > echo", both), 5)
     )
     assert notebook.output("echo") == 5
 
 
 async def test_what_nothing_leads_to_is_skipped_and_is_not_told_again() -> None:
-    graph = program("start > echo1; echo2 > echo3")
-    notebook = await finished(Worker(graph))
-    again = await finished(Worker(graph, recorded=list(notebook.spans.values())))
+    graph = compile_drawing("start > echo1; echo2 > echo3")
+    notebook = await run_to_completion(SimulatedWorker(graph))
+    again = await run_to_completion(SimulatedWorker(graph, recorded=list(notebook.spans.values())))
     assert again.commits == 0
     assert notebook.statuses == {
         "start": "completed",
@@ -269,12 +282,12 @@ async def test_a_node_sees_its_data_the_trigger_other_nodes_and_the_execution() 
         "node": "{{ nodes.echo1.n }}",
         "execution": "{{ execution.id }}",
     }
-    graph = program(
+    graph = compile_drawing(
         "start > echo1 > show",
-        {"show": pure(lambda call: dict(call.config))},
+        {"show": pure_node(lambda call: dict(call.config))},
         {"show": {"config": cast("Json", wanted)}},
     )
-    notebook = await finished(Worker(graph, {"n": 1}))
+    notebook = await run_to_completion(SimulatedWorker(graph, {"n": 1}))
     assert notebook.output("show") == {"data": 1, "trigger": 1, "node": 1, "execution": "exec_2"}
 
 
@@ -282,16 +295,16 @@ async def test_a_node_sees_its_data_the_trigger_other_nodes_and_the_execution() 
 
 
 async def test_a_node_that_fails_for_good_fails_the_run() -> None:
-    worker = Worker(program("start > fail > echo", {"fail": pure(fail)}))
-    error = error_of(await worker.work())
+    worker = SimulatedWorker(compile_drawing("start > fail > echo", {"fail": pure_node(fail_node)}))
+    error = require_error(await worker.work())
     cause = FailureCause("node-error", "exec_1:fail:0 is broken", "fail")
     assert error == RunError("node-error", cause.message, "fail", 1, cause)
     assert worker.notebook.statuses == {"start": "completed", "fail": "failed"}
 
 
 async def test_a_failure_leaves_by_the_error_port_where_something_is_connected_to_it() -> None:
-    graph = program("start > fail > echo1; fail:error > echo2", {"fail": pure(fail)})
-    notebook = await finished(Worker(graph, {"order": 7}))
+    graph = compile_drawing("start > fail > echo1; fail:error > echo2", {"fail": pure_node(fail_node)})
+    notebook = await run_to_completion(SimulatedWorker(graph, {"order": 7}))
     assert notebook.status("fail") is SpanStatus.FAILED
     assert notebook.status("echo1") is SpanStatus.SKIPPED
     message = "exec_1:fail:0 is broken"
@@ -305,8 +318,8 @@ async def test_a_failure_whose_data_would_not_fit_into_the_output_leaves_without
     deep: Json = None
     for _ in range(64):
         deep = [deep]
-    graph = program("start > fail; fail:error > echo", {"fail": pure(fail)})
-    notebook = await finished(Worker(graph, deep))
+    graph = compile_drawing("start > fail; fail:error > echo", {"fail": pure_node(fail_node)})
+    notebook = await run_to_completion(SimulatedWorker(graph, deep))
     output = notebook.output("echo")
     assert isinstance(output, dict)
     assert output["data"] is None
@@ -321,15 +334,15 @@ async def test_a_failed_run_lets_writes_finish_breaks_off_the_rest_and_starts_no
         return "paid"
 
     async def fail_late(call: NodeCall) -> Json:
-        await soon(is_waiting)
-        return fail(call)
+        await wait_soon(is_waiting)
+        return fail_node(call)
 
-    graph = program(
+    graph = compile_drawing(
         "start > pay > echo; start > ever; start > late",
-        {"pay": write(pay), "ever": read(for_ever), "late": read(fail_late)},
+        {"pay": write_world(pay), "ever": read_world(wait_forever), "late": read_world(fail_late)},
     )
-    worker = Worker(graph)
-    assert error_of(await worker.work()).node_id == "late"
+    worker = SimulatedWorker(graph)
+    assert require_error(await worker.work()).node_id == "late"
     assert worker.notebook.statuses == {
         "start": "completed",
         "pay": "completed",
@@ -348,14 +361,16 @@ async def test_a_failed_node_is_tried_again_with_the_same_key_and_input() -> Non
         return "done"
 
     config: dict[str, Json] = {"config": {"n": "{{ data }}"}, **FAST_RETRY}
-    worker = Worker(program("start > write", {"write": write(try_hard)}, {"write": config}), 7)
-    notebook = await finished(worker)
+    worker = SimulatedWorker(
+        compile_drawing("start > write", {"write": write_world(try_hard)}, {"write": config}), 7
+    )
+    notebook = await run_to_completion(worker)
     assert calls == [(attempt, "exec_1:write:0", {"n": 7}) for attempt in (1, 2, 3)]
     assert (notebook.spans["write"].attempt, notebook.output("write")) == (3, "done")
     assert [line.message for line in notebook.lines] == [f"Attempt {n} failed: not yet" for n in (1, 2)]
 
 
-def attempts_of(notebook: Notebook, node_id: str) -> list[tuple[int, str, str | None]]:
+def attempts_of(notebook: InMemoryJournal, node_id: str) -> list[tuple[int, str, str | None]]:
     """Return the number, status and error of each attempt that has a span of its own."""
     return [
         (number, one.status.value, None if one.error is None else one.error.code)
@@ -370,8 +385,8 @@ async def test_each_attempt_of_a_node_that_is_tried_again_is_a_span() -> None:
             raise NodeError("not yet", code="away", retryable=True)
         return "done"
 
-    graph = program("start > again > echo", {"again": read(try_hard)}, {"again": FAST_RETRY})
-    notebook = await finished(Worker(graph))
+    graph = compile_drawing("start > again > echo", {"again": read_world(try_hard)}, {"again": FAST_RETRY})
+    notebook = await run_to_completion(SimulatedWorker(graph))
     assert attempts_of(notebook, "again") == [
         (1, "failed", "away"),
         (2, "failed", "away"),
@@ -397,7 +412,9 @@ async def test_rounds_of_attempts_keep_the_number_that_each_had() -> None:
         raise NodeError("no", code=f"at-{call.attempt}")
 
     settings: dict[str, Json] = {"retryOnFailure": True, "maxRetries": 1}
-    first = Worker(program("start > step", {"step": pure(fail_for_good)}, {"step": FAST_RETRY}, settings))
+    first = SimulatedWorker(
+        compile_drawing("start > step", {"step": pure_node(fail_for_good)}, {"step": FAST_RETRY}, settings)
+    )
     assert (await first.work()).status in {RunStatus.WAITING, RunStatus.FAILED}
     kept = attempts_of(first.notebook, "step")
     assert kept[0] == (1, "failed", "at-1")
@@ -408,19 +425,19 @@ async def test_an_attempt_that_a_lost_worker_has_begun_is_told_by_the_next() -> 
     async def pay(call: NodeCall) -> Json:
         return call.attempt
 
-    graph = program("start > pay", {"pay": write(pay)})
-    first = Worker(graph)
-    begun = await finished(first)
+    graph = compile_drawing("start > pay", {"pay": write_world(pay)})
+    first = SimulatedWorker(graph)
+    begun = await run_to_completion(first)
     lost = msgspec.structs.replace(
         begun.spans["pay"], status=SpanStatus.RUNNING, output=None, ended_at=None, port=None
     )
-    second = await finished(Worker(graph, recorded=[begun.spans["start"], lost]))
+    second = await run_to_completion(SimulatedWorker(graph, recorded=[begun.spans["start"], lost]))
     assert attempts_of(second, "pay") == [(1, "failed", "lost-attempt"), (2, "completed", None)]
     one, two = second.attempts["pay", "", 1], second.attempts["pay", "", 2]
     assert (one.started_at, one.ended_at) == (lost.started_at, None)
     assert one.sequence < two.sequence < second.spans["pay"].sequence
     third = msgspec.structs.replace(lost, attempt=2)
-    again = await finished(Worker(graph, recorded=[begun.spans["start"], third]))
+    again = await run_to_completion(SimulatedWorker(graph, recorded=[begun.spans["start"], third]))
     assert attempts_of(again, "pay") == [(2, "failed", "lost-attempt"), (3, "completed", None)]
     assert again.attempts["pay", "", 2].started_at is None, "its start is recorded already"
 
@@ -436,16 +453,16 @@ async def test_attempts_of_a_run_have_spans_up_to_a_limit_over_all_its_workers(
         return call.data
 
     names = ["one", "two", "three", "four"]
-    graph = program(
+    graph = compile_drawing(
         "start > one > two > three > four",
-        {name: read(try_twice) for name in names},
+        {name: read_world(try_twice) for name in names},
         dict.fromkeys(names, FAST_RETRY),
     )
-    notebook = await finished(Worker(graph))
+    notebook = await run_to_completion(SimulatedWorker(graph))
     assert len(notebook.attempts) == 5
     assert sum("no more get spans" in line.message for line in notebook.lines) == 1
     recorded = [notebook.spans[name] for name in ("start", "one", "two")]
-    assert len((await finished(Worker(graph, recorded=recorded))).attempts) == 5 - 4
+    assert len((await run_to_completion(SimulatedWorker(graph, recorded=recorded))).attempts) == 5 - 4
 
 
 async def test_a_node_is_tried_no_more_often_than_it_says() -> None:
@@ -455,68 +472,78 @@ async def test_a_node_is_tried_no_more_often_than_it_says() -> None:
         calls[call.idempotency_key] += 1
         raise NodeError("never", retryable="again" in call.idempotency_key)
 
-    graph = program(
+    graph = compile_drawing(
         "start > again; start > once; once:error > echo",
-        {"again": pure(count), "once": pure(count)},
+        {"again": pure_node(count), "once": pure_node(count)},
         {"again": FAST_RETRY, "once": FAST_RETRY},
     )
-    assert error_of(await Worker(graph).work()).attempt == 3
+    assert require_error(await SimulatedWorker(graph).work()).attempt == 3
     assert calls == {"exec_1:again:0": 3, "exec_1:once:0": 1}
 
 
 async def test_a_node_that_takes_too_long_is_broken_off_and_tried_again() -> None:
     async def slow_at_first(call: NodeCall) -> Json:
         if call.attempt == 1:
-            await for_ever(call)
+            await wait_forever(call)
         return "in time"
 
     options: dict[str, Json] = {"timeout": 0.02, **FAST_RETRY}
-    notebook = await finished(
-        Worker(program("start > slow", {"slow": read(slow_at_first)}, {"slow": options}))
+    notebook = await run_to_completion(
+        SimulatedWorker(
+            compile_drawing("start > slow", {"slow": read_world(slow_at_first)}, {"slow": options})
+        )
     )
     assert notebook.output("slow") == "in time"
     assert "longer than its 0.02 s" in notebook.lines[0].message
 
 
 async def test_a_timeout_of_a_node_names_itself_as_the_reason() -> None:
-    worker = Worker(program("start > ever", {"ever": read(for_ever)}, {"ever": {"timeout": 0.01}}))
-    assert error_of(await worker.work()).code == "timeout"
+    worker = SimulatedWorker(
+        compile_drawing("start > ever", {"ever": read_world(wait_forever)}, {"ever": {"timeout": 0.01}})
+    )
+    assert require_error(await worker.work()).code == "timeout"
 
 
 async def test_a_timeout_inside_a_node_is_not_taken_for_the_node_s_own() -> None:
     async def ask(_call: NodeCall) -> Json:
         raise TimeoutError("the other side said nothing")
 
-    worker = Worker(program("start > ask", {"ask": read(ask)}, {"ask": {"timeout": 30}}))
-    error = error_of(await worker.work())
+    worker = SimulatedWorker(
+        compile_drawing("start > ask", {"ask": read_world(ask)}, {"ask": {"timeout": 30}})
+    )
+    error = require_error(await worker.work())
     assert (error.code, error.message) == ("timeout", "the other side said nothing")
 
 
 async def test_a_run_that_takes_too_long_fails_and_its_nodes_are_broken_off() -> None:
-    graph = program(
-        "start > ever; start > pay", {"ever": read(for_ever), "pay": write(for_ever)}, settings={"timeout": 9}
+    graph = compile_drawing(
+        "start > ever; start > pay",
+        {"ever": read_world(wait_forever), "pay": write_world(wait_forever)},
+        settings={"timeout": 9},
     )
-    worker = Worker(graph, seconds=0.05)
-    assert error_of(await worker.work()) == RunError("timeout", "The run took longer than its 9 s")
+    worker = SimulatedWorker(graph, seconds=0.05)
+    assert require_error(await worker.work()) == RunError("timeout", "The run took longer than its 9 s")
     assert worker.notebook.statuses == {"start": "completed", "ever": "cancelled", "pay": "cancelled"}
 
 
 async def test_a_run_that_is_late_before_it_begins_starts_nothing() -> None:
-    worker = Worker(program("start > echo"), seconds=-1)
-    assert error_of(await worker.work()).code == "timeout"
+    worker = SimulatedWorker(compile_drawing("start > echo"), seconds=-1)
+    assert require_error(await worker.work()).code == "timeout"
     assert worker.notebook.spans == {}
 
 
-@pytest.mark.parametrize("kind", [pure, read, write])
-async def test_whatever_a_node_raises_is_its_failure(kind: Callable[[RunNode], Kind]) -> None:
+@pytest.mark.parametrize("kind", [pure_node, read_world, write_world])
+async def test_whatever_a_node_raises_is_its_failure(kind: Callable[[RunNode], MadeUpNodeType]) -> None:
     def divide(_call: NodeCall) -> Json:
         return 1 // 0
 
     async def divide_later(call: NodeCall) -> Json:
         return divide(call)
 
-    worker = Worker(program("start > divide", {"divide": kind(divide if kind is pure else divide_later)}))
-    error = error_of(await worker.work())
+    worker = SimulatedWorker(
+        compile_drawing("start > divide", {"divide": kind(divide if kind is pure_node else divide_later)})
+    )
+    error = require_error(await worker.work())
     assert error.message == "ZeroDivisionError: integer division or modulo by zero"
 
 
@@ -524,7 +551,9 @@ async def test_a_node_that_cancels_itself_has_failed() -> None:
     async def give_up(_call: NodeCall) -> Json:
         raise asyncio.CancelledError
 
-    error = error_of(await Worker(program("start > up > echo", {"up": read(give_up)})).work())
+    error = require_error(
+        await SimulatedWorker(compile_drawing("start > up > echo", {"up": read_world(give_up)})).work()
+    )
     assert (error.node_id, error.code) == ("up", "node-error")
 
 
@@ -535,7 +564,7 @@ async def test_a_message_that_could_not_be_stored_is_made_storable(connected: st
         text = "NUL \0, half a pair \udfff" + "x" * 100_000
         raise NodeError(text, cause=FailureCause("no", text, "inner", url=text, execution_id="exec_2"))
 
-    worker = Worker(program(f"start > fail; {connected}", {"fail": pure(fail_oddly)}))
+    worker = SimulatedWorker(compile_drawing(f"start > fail; {connected}", {"fail": pure_node(fail_oddly)}))
     await worker.work()
     error = worker.notebook.spans["fail"].error
     assert error is not None
@@ -564,8 +593,8 @@ async def test_a_message_that_could_not_be_stored_is_made_storable(connected: st
     ids=["NaN", "infinity", "NUL", "surrogate", "a set", "a key that is no text", "10 MB", "60 MB"],
 )
 async def test_an_output_that_could_not_be_kept_fails_its_node(output: Any, code: str) -> None:  # noqa: ANN401 - any JSON value
-    worker = Worker(program("start > odd > echo", {"odd": pure(lambda _call: output)}))
-    error = error_of(await worker.work())
+    worker = SimulatedWorker(compile_drawing("start > odd > echo", {"odd": pure_node(lambda _call: output)}))
+    error = require_error(await worker.work())
     assert (error.code, error.node_id) == ("node-error", "odd")
     span = worker.notebook.spans["odd"]
     assert span.error is not None
@@ -574,8 +603,8 @@ async def test_an_output_that_could_not_be_kept_fails_its_node(output: Any, code
 
 
 async def test_an_output_of_ten_megabytes_is_kept() -> None:
-    kinds = {"big": pure(lambda _call: "x" * 9_999_998)}
-    notebook = await finished(Worker(program("start > big", kinds)))
+    kinds = {"big": pure_node(lambda _call: "x" * 9_999_998)}
+    notebook = await run_to_completion(SimulatedWorker(compile_drawing("start > big", kinds)))
     assert len(notebook.spans["big"].output or b"") == 10_000_000
 
 
@@ -584,8 +613,10 @@ async def test_a_config_that_could_not_be_kept_once_it_is_rendered_fails_its_nod
     for _ in range(63):
         deep = [deep]
     config: dict[str, Json] = {"config": {"body": {"inner": "{{ data }}"}}}
-    worker = Worker(program("start > pay", {"pay": write(pause)}, {"pay": config}), deep)
-    assert error_of(await worker.work()).node_id == "pay"
+    worker = SimulatedWorker(
+        compile_drawing("start > pay", {"pay": write_world(pause_node)}, {"pay": config}), deep
+    )
+    assert require_error(await worker.work()).node_id == "pay"
     assert worker.notebook.spans["pay"].error is not None
     assert worker.notebook.spans["pay"].error.code == "too-deep"
 
@@ -599,7 +630,7 @@ UNRESOLVED: dict[str, dict[str, Json]] = {
 }
 
 
-def late(call: NodeCall) -> Json:
+def finish_late(call: NodeCall) -> Json:
     for template in call.values.values():
         template.render(dict(call.scope), call.unresolved)
     return {"kept": call.data}
@@ -609,14 +640,16 @@ def late(call: NodeCall) -> Json:
 async def test_a_path_that_finds_nothing_is_listed_or_fails_the_node_of_a_strict_graph(
     options: dict[str, Json],
 ) -> None:
-    kinds = {"late": pure(late, compiled={"late": FieldCompilation.VALUE})}
-    notebook = await finished(Worker(program("start > late", kinds, {"late": options}), {"some": 1}))
+    kinds = {"late": pure_node(finish_late, compiled={"late": FieldCompilation.VALUE})}
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing("start > late", kinds, {"late": options}), {"some": 1})
+    )
     (path,) = notebook.spans["late"].unresolved
     assert path.removeprefix("data.") == "nothing"
 
-    strict = program("start > late", kinds, {"late": options}, settings={"strictMappings": True})
-    worker = Worker(strict, {"some": 1})
-    assert error_of(await worker.work()).node_id == "late"
+    strict = compile_drawing("start > late", kinds, {"late": options}, settings={"strictMappings": True})
+    worker = SimulatedWorker(strict, {"some": 1})
+    assert require_error(await worker.work()).node_id == "late"
     error = worker.notebook.spans["late"].error
     assert error is not None
     assert error.code == "unresolved-mapping"
@@ -636,7 +669,7 @@ MAY_BE_MISSING: dict[str, tuple[dict[str, Json], tuple[str, ...]]] = {
 }
 
 
-def asking(call: NodeCall) -> NodeOutcome:
+def ask_for_input(call: NodeCall) -> NodeOutcome:
     scope = call.scope_of({"a": 1}, 0)
     for template in call.values.values():
         template.render(scope, call.unresolved)
@@ -650,19 +683,19 @@ async def test_what_may_be_missing_is_null_in_a_strict_graph(
     options: dict[str, Json], listed: tuple[str, ...]
 ) -> None:
     kinds = {
-        "asking": pure(
-            asking, compiled={"late": FieldCompilation.VALUE, "asked": FieldCompilation.CONDITION}
+        "asking": pure_node(
+            ask_for_input, compiled={"late": FieldCompilation.VALUE, "asked": FieldCompilation.CONDITION}
         ),
-        "choose": pure(lambda call: NodeResult(call.data, "left")),
-        "away": pure(lambda call: call.data),
+        "choose": pure_node(lambda call: NodeResult(call.data, "left")),
+        "away": pure_node(lambda call: call.data),
     }
-    drawn = program(
+    drawn = compile_drawing(
         "start > choose; choose:right > away; choose:left > asking",
         kinds,
         {"asking": options},
         settings={"strictMappings": True},
     )
-    notebook = await finished(Worker(drawn, {"some": 1}))
+    notebook = await run_to_completion(SimulatedWorker(drawn, {"some": 1}))
     assert notebook.spans["away"].status is SpanStatus.SKIPPED
     assert notebook.spans["asking"].unresolved == listed
 
@@ -672,8 +705,10 @@ async def test_values_passed_through_stand_in_the_output_under_their_new_keys() 
         "inputMappings": {"id": "trigger.order"},
         "passThroughValues": {"orderId": "id"},
     }
-    kinds = {"make": pure(lambda _call: {"made": True})}
-    notebook = await finished(Worker(program("start > make", kinds, {"make": options}), {"order": 7}))
+    kinds = {"make": pure_node(lambda _call: {"made": True})}
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing("start > make", kinds, {"make": options}), {"order": 7})
+    )
     assert notebook.output("make") == {"made": True, "orderId": 7}
 
 
@@ -683,7 +718,9 @@ async def test_a_log_has_a_bounded_number_of_lines_and_says_when_it_is_cut() -> 
             call.log("info", str(number))
         return None
 
-    notebook = await finished(Worker(program("start > chatter", {"chatter": pure(chatter)})))
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing("start > chatter", {"chatter": pure_node(chatter)}))
+    )
     assert len(notebook.lines) == 10_001
     assert notebook.lines[-1].message.startswith("More than 10,000 log lines")
     sequences = [line.sequence for line in notebook.lines]
@@ -695,17 +732,19 @@ async def test_a_log_has_a_bounded_number_of_lines_and_says_when_it_is_cut() -> 
 
 async def test_a_short_wait_keeps_the_worker() -> None:
     began = datetime.now(UTC)
-    notebook = await finished(Worker(program("start > wait > echo", {"wait": pure(wait_of(0.05))}), 7))
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing("start > wait > echo", {"wait": pure_node(wait_of(0.05))}), 7)
+    )
     assert datetime.now(UTC) - began >= timedelta(seconds=0.05)
     assert notebook.output("echo") == 7
 
 
 async def test_a_long_wait_frees_the_worker_when_nothing_else_is_left_to_do() -> None:
-    graph = program(
+    graph = compile_drawing(
         "start > wait1 > echo; start > wait2 > echo; start > look > echo1",
-        {"wait": pure(wait_of(3600)), "look": read(pause)},
+        {"wait": pure_node(wait_of(3600)), "look": read_world(pause_node)},
     )
-    worker = Worker(graph, 7)
+    worker = SimulatedWorker(graph, 7)
     ended = await worker.work()
     assert ended.status is RunStatus.WAITING
     wakes = [worker.notebook.spans[node_id].wake_at for node_id in ("wait1", "wait2")]
@@ -722,17 +761,19 @@ async def test_a_wait_goes_on_where_another_worker_left_it() -> None:
         calls += 1
         return TimerWait(call.now + timedelta(hours=1), output=call.data)
 
-    graph = program(
-        "start > wait > echo", {"wait": pure(wait)}, {"wait": {"config": {"note": "{{ data.nothing }}"}}}
+    graph = compile_drawing(
+        "start > wait > echo", {"wait": pure_node(wait)}, {"wait": {"config": {"note": "{{ data.nothing }}"}}}
     )
-    first = Worker(graph, {"n": 7})
+    first = SimulatedWorker(graph, {"n": 7})
     due_at = (await first.work()).due_at
     spans = list(first.notebook.spans.values())
-    assert await Worker(graph, {"n": 7}, recorded=spans).work() == RunOutcome(
+    assert await SimulatedWorker(graph, {"n": 7}, recorded=spans).work() == RunOutcome(
         RunStatus.WAITING, due_at=due_at
     )
 
-    notebook = await finished(Worker(graph, {"n": 7}, recorded=woken(first.notebook)))
+    notebook = await run_to_completion(
+        SimulatedWorker(graph, {"n": 7}, recorded=expire_waits(first.notebook))
+    )
     assert calls == 1
     assert notebook.output("echo") == {"n": 7}
     waiting, done = first.notebook.spans["wait"], notebook.spans["wait"]
@@ -742,11 +783,13 @@ async def test_a_wait_goes_on_where_another_worker_left_it() -> None:
 
 async def test_a_pause_before_the_next_attempt_frees_the_worker_too() -> None:
     options: dict[str, Json] = {"retry": {"maxAttempts": 2, "backoff": 600, "jitter": 0}}
-    graph = program("start > fail", {"fail": pure(fail)}, {"fail": options})
-    first = Worker(graph)
+    graph = compile_drawing("start > fail", {"fail": pure_node(fail_node)}, {"fail": options})
+    first = SimulatedWorker(graph)
     assert (await first.work()).status is RunStatus.WAITING
     assert first.notebook.status("fail") is SpanStatus.RETRYING
-    assert error_of(await Worker(graph, recorded=woken(first.notebook)).work()).attempt == 2
+    assert (
+        require_error(await SimulatedWorker(graph, recorded=expire_waits(first.notebook)).work()).attempt == 2
+    )
 
 
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -755,7 +798,7 @@ async def test_a_pause_before_the_next_attempt_frees_the_worker_too() -> None:
 async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with_the_same_key_and_body() -> (
     None
 ):
-    ledger = Ledger()
+    ledger = OutsideWorld()
     attempts: Counter[str] = Counter()
 
     async def flaky(call: NodeCall) -> Json:
@@ -769,13 +812,13 @@ async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with
         # Another value on every attempt: what a write was given must be what it is given again.
         return {"value": len(ledger.moments)}
 
-    graph = program(
+    graph = compile_drawing(
         "start > random > write1 > echo1 > write2; start > look > write3; write2 > flaky; write3 > flaky",
         {
-            "random": pure(random),
-            "look": read(pause),
-            "write": write(ledger.write),
-            "flaky": write(flaky),
+            "random": pure_node(random),
+            "look": read_world(pause_node),
+            "write": write_world(ledger.write),
+            "flaky": write_world(flaky),
         },
         {
             "write1": {"config": {"of": "{{ data.value }}"}},
@@ -784,10 +827,10 @@ async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with
         },
     )
 
-    async def work(recorded: Sequence[NodeSpan]) -> Notebook:
-        worker = Worker(graph, {"n": 1}, recorded=recorded)
-        worker.notebook = WatchedNotebook(ledger, recorded)
-        return await finished(worker)
+    async def work(recorded: Sequence[NodeSpan]) -> InMemoryJournal:
+        worker = SimulatedWorker(graph, {"n": 1}, recorded=recorded)
+        worker.notebook = CrashPointJournal(ledger, recorded)
+        return await run_to_completion(worker)
 
     whole = await work([])
     moments = ledger.moments
@@ -829,15 +872,17 @@ async def test_a_write_that_is_tried_again_elsewhere_gets_the_recorded_input_and
         "config": {"note": "rate {{ nodes.rate.value }}"},
     }
     # Nothing leads from `rate` to `pay`: whether it has settled by then is a matter of luck.
-    graph = program("start > rate; start > pay", {"pay": write(pay), "rate": read(look_up)}, {"pay": options})
-    first = Worker(graph, {"amount": 1})
+    graph = compile_drawing(
+        "start > rate; start > pay", {"pay": write_world(pay), "rate": read_world(look_up)}, {"pay": options}
+    )
+    first = SimulatedWorker(graph, {"amount": 1})
     await first.work()
     span = msgspec.structs.replace(
         first.notebook.spans["pay"], status=SpanStatus.RUNNING, output=None, ended_at=None
     )
     rate = first.notebook.spans["rate"]
-    later = Worker(graph, {"amount": 1}, recorded=[first.notebook.spans["start"], span, rate])
-    notebook = await finished(later)
+    later = SimulatedWorker(graph, {"amount": 1}, recorded=[first.notebook.spans["start"], span, rate])
+    notebook = await run_to_completion(later)
     assert [attempt for attempt, _, _ in calls] == [1, 2]
     assert calls[0][1:] == calls[1][1:] == ({"amount": 1, "rate": None}, {"note": "rate "})
     assert notebook.spans["pay"].hashes == span.hashes
@@ -851,37 +896,41 @@ async def test_a_failure_that_was_recorded_before_the_worker_died_ends_the_run_i
     async def fail_so(_call: NodeCall) -> Json:
         raise raised
 
-    graph = program("start > fail", {"fail": read(fail_so)})
-    first = Worker(graph)
+    graph = compile_drawing("start > fail", {"fail": read_world(fail_so)})
+    first = SimulatedWorker(graph)
     ended = await first.work()
-    assert error_of(ended).code == code
-    assert (error_of(ended).cause is None) == (code == "timeout")
-    assert await Worker(graph, recorded=list(first.notebook.spans.values())).work() == ended
+    assert require_error(ended).code == code
+    assert (require_error(ended).cause is None) == (code == "timeout")
+    assert await SimulatedWorker(graph, recorded=list(first.notebook.spans.values())).work() == ended
 
 
 async def test_a_failure_with_an_exact_reason_ends_the_run_in_the_same_way_after_a_crash() -> None:
-    graph = program("start > odd", {"odd": pure(lambda _call: math.nan)})
-    first = Worker(graph)
+    graph = compile_drawing("start > odd", {"odd": pure_node(lambda _call: math.nan)})
+    first = SimulatedWorker(graph)
     ended = await first.work()
-    cause = error_of(ended).cause
+    cause = require_error(ended).cause
     assert cause is not None
     assert (cause.code, cause.node_id, cause.method) == ("not-finite", "odd", None)
-    assert await Worker(graph, recorded=as_stored(first.notebook.spans.values())).work() == ended
+    assert (
+        await SimulatedWorker(graph, recorded=restore_errors(first.notebook.spans.values())).work() == ended
+    )
 
 
 async def test_a_failed_request_is_the_cause_of_a_failed_run_also_after_a_crash() -> None:
     async def refuse(_call: NodeCall) -> Json:
         raise NodeError("No", code="http-404", request=HttpRequestName("GET", "http://a.example/?q=…"))
 
-    graph = program("start > call", {"call": read(refuse)})
-    first = Worker(graph)
+    graph = compile_drawing("start > call", {"call": read_world(refuse)})
+    first = SimulatedWorker(graph)
     ended = await first.work()
     cause = FailureCause("http-404", "No", "call", "GET", "http://a.example/?q=…")
-    assert error_of(ended) == RunError("node-error", "No", "call", 1, cause)
-    assert await Worker(graph, recorded=as_stored(first.notebook.spans.values())).work() == ended
+    assert require_error(ended) == RunError("node-error", "No", "call", 1, cause)
+    assert (
+        await SimulatedWorker(graph, recorded=restore_errors(first.notebook.spans.values())).work() == ended
+    )
 
 
-def as_stored(spans: Iterable[NodeSpan]) -> list[NodeSpan]:
+def restore_errors(spans: Iterable[NodeSpan]) -> list[NodeSpan]:
     """Return spans with their errors as they are read back from rows."""
     return [
         msgspec.structs.replace(span, error=run_rows.decode_error(run_rows.encode_error(span.error)))
@@ -890,11 +939,11 @@ def as_stored(spans: Iterable[NodeSpan]) -> list[NodeSpan]:
 
 
 async def test_sequence_numbers_go_on_where_they_were() -> None:
-    graph = program("start > echo1 > wait > echo2", {"wait": pure(wait_of(3600))})
-    first = Worker(graph)
+    graph = compile_drawing("start > echo1 > wait > echo2", {"wait": pure_node(wait_of(3600))})
+    first = SimulatedWorker(graph)
     await first.work()
-    spans = woken(first.notebook)
-    notebook = await finished(Worker(graph, recorded=spans))
+    spans = expire_waits(first.notebook)
+    notebook = await run_to_completion(SimulatedWorker(graph, recorded=spans))
     highest = max(span.sequence for span in spans)
     assert notebook.spans["wait"].sequence > highest
     assert notebook.spans["echo1"].sequence < highest
@@ -913,29 +962,29 @@ async def test_sequence_numbers_go_on_where_they_were() -> None:
     ids=["by node", "merged", "as a list"],
 )
 async def test_a_merge_lays_together_what_was_not_skipped(combine: dict[str, Json], merged: Json) -> None:
-    graph = program(
+    graph = compile_drawing(
         "start > one > merge; start > slow > two > merge; start > choose; choose:left > echo > merge",
         {
-            "one": pure(lambda _: {"a": 1, "both": 1}),
-            "two": pure(lambda _: {"b": 2, "both": 2}),
-            "slow": read(pause),
-            "choose": pure(lambda call: NodeResult(call.data, port="right")),
-            "merge": pure(echo, joins=True),
+            "one": pure_node(lambda _: {"a": 1, "both": 1}),
+            "two": pure_node(lambda _: {"b": 2, "both": 2}),
+            "slow": read_world(pause_node),
+            "choose": pure_node(lambda call: NodeResult(call.data, port="right")),
+            "merge": pure_node(echo_data, joins=True),
         },
         {"merge": {"config": combine}},
     )
-    notebook = await finished(Worker(graph))
+    notebook = await run_to_completion(SimulatedWorker(graph))
     assert notebook.output("merge") == merged
     assert notebook.status("echo") is SpanStatus.SKIPPED
 
 
 async def test_what_is_no_object_can_not_be_merged() -> None:
-    graph = program(
+    graph = compile_drawing(
         "start > list > merge",
-        {"list": pure(lambda _: [1]), "merge": pure(echo, joins=True)},
+        {"list": pure_node(lambda _: [1]), "merge": pure_node(echo_data, joins=True)},
         {"merge": {"config": {"combine": "merged"}}},
     )
-    error = error_of(await Worker(graph).work())
+    error = require_error(await SimulatedWorker(graph).work())
     assert (error.node_id, error.message) == (
         "merge",
         "Only objects can be merged, and node list gave list: combine by-node or list",
@@ -946,7 +995,7 @@ async def test_a_merge_of_any_goes_on_with_the_first_and_the_others_run_on_and_c
     may_end, follows = asyncio.Event(), Counter[str]()
 
     async def hold(call: NodeCall) -> Json:
-        await soon(may_end)
+        await wait_soon(may_end)
         return call.data
 
     def follow(call: NodeCall) -> Json:
@@ -954,33 +1003,33 @@ async def test_a_merge_of_any_goes_on_with_the_first_and_the_others_run_on_and_c
         may_end.set()
         return None
 
-    graph = program(
+    graph = compile_drawing(
         "start > held > merge > follow; start > fast > merge; start > choose; choose:left > merge",
         {
-            "held": read(hold),
-            "fast": pure(lambda _: "fast"),
-            "choose": pure(lambda call: NodeResult(call.data, port="right")),
-            "merge": pure(echo, joins=True),
-            "follow": pure(follow),
+            "held": read_world(hold),
+            "fast": pure_node(lambda _: "fast"),
+            "choose": pure_node(lambda call: NodeResult(call.data, port="right")),
+            "merge": pure_node(echo_data, joins=True),
+            "follow": pure_node(follow),
         },
         {"merge": {"config": {"mode": "any"}}},
     )
-    notebook = await finished(Worker(graph))
+    notebook = await run_to_completion(SimulatedWorker(graph))
     assert follows == {"fast": 1}
     assert notebook.spans["merge"].input_node == "fast"
     assert set(notebook.statuses.values()) == {"completed"}
 
 
 async def test_a_merge_of_any_is_skipped_when_no_branch_arrives() -> None:
-    graph = program(
+    graph = compile_drawing(
         "start > choose; choose:left > merge; choose:other > merge > echo",
         {
-            "choose": pure(lambda call: NodeResult(call.data, port="right")),
-            "merge": pure(echo, joins=True),
+            "choose": pure_node(lambda call: NodeResult(call.data, port="right")),
+            "merge": pure_node(echo_data, joins=True),
         },
         {"merge": {"config": {"mode": "any"}}},
     )
-    notebook = await finished(Worker(graph))
+    notebook = await run_to_completion(SimulatedWorker(graph))
     assert (notebook.statuses["merge"], notebook.statuses["echo"]) == ("skipped", "skipped")
 
 
@@ -989,7 +1038,7 @@ async def test_a_merge_of_any_is_reached_by_the_branch_that_was_first_in_an_earl
 
     async def arrive(call: NodeCall) -> Json:
         if call.config:
-            await soon(has_arrived)
+            await wait_soon(has_arrived)
         has_arrived.set()
         return None
 
@@ -997,17 +1046,17 @@ async def test_a_merge_of_any_is_reached_by_the_branch_that_was_first_in_an_earl
         "read1": {"config": {"is_late": True}},
         "merge": {"config": {"mode": "any"}},
     }
-    kinds = {"read": read(arrive), "merge": pure(echo, joins=True)}
-    graph = program("start > read1 > merge; start > read2 > merge", kinds, options)
-    whole = await finished(Worker(graph))
+    kinds = {"read": read_world(arrive), "merge": pure_node(echo_data, joins=True)}
+    graph = compile_drawing("start > read1 > merge; start > read2 > merge", kinds, options)
+    whole = await run_to_completion(SimulatedWorker(graph))
     assert whole.spans["merge"].input_node == "read2"
     before = [span for span in whole.spans.values() if span.node_id != "merge"]
-    again = await finished(Worker(graph, recorded=before))
+    again = await run_to_completion(SimulatedWorker(graph, recorded=before))
     assert again.spans["merge"].input_node == "read2"
 
 
 @st.composite
-def races(draw: st.DrawFn) -> tuple[WorkflowProgram, Counter[str]]:
+def draw_race(draw: st.DrawFn) -> tuple[WorkflowProgram, Counter[str]]:
     """Draw a graph in which branches of different lengths meet in merges of both modes, and what counts its calls."""
     calls: Counter[str] = Counter()
 
@@ -1044,15 +1093,15 @@ def races(draw: st.DrawFn) -> tuple[WorkflowProgram, Counter[str]]:
         options[node_id] = {"config": {"turns": turns, "port": port, **mode}}
         ids.append(node_id)
     kinds = {
-        "read": read(step),
-        "write": write(step),
-        "any": pure(echo, joins=True),
-        "all": pure(echo, joins=True),
+        "read": read_world(step),
+        "write": write_world(step),
+        "any": pure_node(echo_data, joins=True),
+        "all": pure_node(echo_data, joins=True),
     }
-    return program("; ".join(paths), kinds, options), calls
+    return compile_drawing("; ".join(paths), kinds, options), calls
 
 
-@given(races())
+@given(draw_race())
 @settings(max_examples=50)
 def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
     race: tuple[WorkflowProgram, Counter[str]],
@@ -1060,9 +1109,9 @@ def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
     graph, calls = race
     edges = graph.graph.inbound
 
-    def work(recorded: Sequence[NodeSpan]) -> Stream:
-        worker = Worker(graph, recorded=recorded)
-        worker.notebook = stream = Stream(recorded)
+    def work(recorded: Sequence[NodeSpan]) -> SpanHistory:
+        worker = SimulatedWorker(graph, recorded=recorded)
+        worker.notebook = stream = SpanHistory(recorded)
         assert asyncio.run(worker.work()) == RunOutcome(RunStatus.COMPLETED)
         return stream
 
@@ -1082,23 +1131,23 @@ def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
             if not any(settled.get(edge.source) == edge.source_port for edge in edges[node_id])
         }
         for node_id in graph.nodes:
-            if not _lies_behind(node_id, open_races, graph):
+            if not _is_behind(node_id, open_races, graph):
                 assert after.spans[node_id].output == whole.spans[node_id].output
 
 
-def _lies_behind(node_id: str, others: set[str], graph: WorkflowProgram) -> bool:
+def _is_behind(node_id: str, others: set[str], graph: WorkflowProgram) -> bool:
     sources = {edge.source for edge in graph.graph.inbound[node_id]}
-    return node_id in others or any(_lies_behind(source, others, graph) for source in sources)
+    return node_id in others or any(_is_behind(source, others, graph) for source in sources)
 
 
 # ── what others ask of a run ──────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
-class Held:
+class HeldGraph:
     """A graph with one node in flight, a branch not begun behind it, and a wait."""
 
-    kind: Callable[[RunNode], Kind] = write
+    kind: Callable[[RunNode], MadeUpNodeType] = write_world
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
     cancelled: int = 0
@@ -1112,8 +1161,8 @@ class Held:
             raise
         return "done"
 
-    def worker(self) -> Worker:
-        return Worker(program("start > held > echo", {"held": self.kind(self.node)}))
+    def worker(self) -> SimulatedWorker:
+        return SimulatedWorker(compile_drawing("start > held > echo", {"held": self.kind(self.node)}))
 
 
 @pytest.mark.parametrize(
@@ -1125,14 +1174,14 @@ class Held:
         (ControlRequest.CANCEL, RunStatus.CANCELLED, "cancelled"),
     ],
 )
-@pytest.mark.parametrize("kind", [read, write])
+@pytest.mark.parametrize("kind", [read_world, write_world])
 async def test_a_request_ends_a_run_as_it_says(
-    request_: ControlRequest, status: RunStatus, held_span: str, kind: Callable[[RunNode], Kind]
+    request_: ControlRequest, status: RunStatus, held_span: str, kind: Callable[[RunNode], MadeUpNodeType]
 ) -> None:
-    held = Held(kind)
+    held = HeldGraph(kind)
     worker = held.worker()
     work = worker.begin()
-    await soon(held.begun)
+    await wait_soon(held.begun)
     worker.control.ask(request_)
     if request_ in {ControlRequest.HAND_OVER, ControlRequest.STOP}:
         await asyncio.sleep(0)
@@ -1140,16 +1189,16 @@ async def test_a_request_ends_a_run_as_it_says(
         held.go_on.set()
     assert await asyncio.wait_for(work, PATIENCE_SECONDS) == RunOutcome(status)
     assert worker.notebook.status("echo") is None
-    expected = None if held_span == "running" and kind is read else held_span
+    expected = None if held_span == "running" and kind is read_world else held_span
     assert worker.notebook.statuses.get("held") == expected
     assert held.cancelled == (held_span in {"running", "cancelled"})
 
 
 async def test_a_run_whose_lease_is_lost_is_broken_off_and_writes_nothing() -> None:
-    held = Held()
+    held = HeldGraph()
     worker = held.worker()
     work = worker.begin()
-    await soon(held.begun)
+    await wait_soon(held.begun)
     before = dict(worker.notebook.statuses)
     worker.control.ask(ControlRequest.ABANDON)
     with pytest.raises(LeaseLost):
@@ -1159,10 +1208,10 @@ async def test_a_run_whose_lease_is_lost_is_broken_off_and_writes_nothing() -> N
 
 
 async def test_a_run_looks_at_its_lease_by_the_clock_while_a_node_is_in_flight() -> None:
-    held = Held()
+    held = HeldGraph()
     worker = held.worker()
     work = worker.begin()
-    await soon(held.begun)
+    await wait_soon(held.begun)
     worker.notebook.is_held = False
     with pytest.raises(LeaseLost):
         await asyncio.wait_for(work, PATIENCE_SECONDS)
@@ -1194,7 +1243,7 @@ async def test_a_wait_in_progress_does_not_hold_up_a_request(
     request_: ControlRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("engine.workflow_runner.SHORT_WAIT_SECONDS", 3_600)
-    worker = Worker(program("start > wait > echo", {"wait": pure(wait_of(3_000))}))
+    worker = SimulatedWorker(compile_drawing("start > wait > echo", {"wait": pure_node(wait_of(3_000))}))
     work = worker.begin()
     await asyncio.sleep(0)
     worker.control.ask(request_)
@@ -1214,11 +1263,11 @@ async def test_a_wait_in_progress_does_not_hold_up_a_request(
 async def test_a_write_is_not_begun_when_something_was_asked_during_the_commit_before_it(
     request_: ControlRequest, span: str
 ) -> None:
-    held = Held()
+    held = HeldGraph()
     worker = held.worker()
     worker.notebook.may_commit.clear()
     work = worker.begin()
-    await soon(worker.notebook.is_committing)
+    await wait_soon(worker.notebook.is_committing)
     worker.control.ask(request_)
     worker.notebook.may_commit.set()
     await asyncio.wait_for(work, PATIENCE_SECONDS)
@@ -1230,7 +1279,7 @@ async def test_a_write_is_not_begun_when_the_lease_ran_out_during_the_commit_bef
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine_run, "SLICE_SECONDS", 0)
-    held = Held()
+    held = HeldGraph()
     worker = held.worker()
     work = worker.begin()
 
@@ -1248,23 +1297,25 @@ async def test_a_write_is_not_begun_when_another_branch_failed_during_the_commit
     may_fail = asyncio.Event()
 
     async def fail_late(call: NodeCall) -> Json:
-        await soon(may_fail)
-        return fail(call)
+        await wait_soon(may_fail)
+        return fail_node(call)
 
     async def pay(_call: NodeCall) -> Json:
         is_paid.set()
         return None
 
-    graph = program("start > late; start > pay", {"late": read(fail_late), "pay": write(pay)})
-    worker = Worker(graph)
+    graph = compile_drawing(
+        "start > late; start > pay", {"late": read_world(fail_late), "pay": write_world(pay)}
+    )
+    worker = SimulatedWorker(graph)
     worker.notebook.may_commit.clear()
     work = worker.begin()
-    await soon(worker.notebook.is_committing)
+    await wait_soon(worker.notebook.is_committing)
     may_fail.set()
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     worker.notebook.may_commit.set()
-    assert error_of(await asyncio.wait_for(work, PATIENCE_SECONDS)).node_id == "late"
+    assert require_error(await asyncio.wait_for(work, PATIENCE_SECONDS)).node_id == "late"
     assert not is_paid.is_set()
     assert worker.notebook.statuses["pay"] == "cancelled"
 
@@ -1275,14 +1326,14 @@ async def test_a_node_that_ends_well_while_it_is_broken_off_has_ended_well() -> 
     async def pay(_call: NodeCall) -> Json:
         begun.set()
         try:
-            await for_ever(_call)
+            await wait_forever(_call)
         except asyncio.CancelledError:
             return "paid at the last moment"
         return None
 
-    worker = Worker(program("start > pay > echo", {"pay": write(pay)}))
+    worker = SimulatedWorker(compile_drawing("start > pay > echo", {"pay": write_world(pay)}))
     work = worker.begin()
-    await soon(begun)
+    await wait_soon(begun)
     worker.control.ask(ControlRequest.CANCEL)
     assert await asyncio.wait_for(work, PATIENCE_SECONDS) == RunOutcome(RunStatus.CANCELLED)
     assert worker.notebook.output("pay") == "paid at the last moment"
@@ -1304,9 +1355,9 @@ async def test_a_node_that_ignores_its_cancellation_is_left_behind(monkeypatch: 
                 continue
         return None
 
-    worker = Worker(program("start > stubborn", {"stubborn": read(ignore)}))
+    worker = SimulatedWorker(compile_drawing("start > stubborn", {"stubborn": read_world(ignore)}))
     work = worker.begin()
-    await soon(begun)
+    await wait_soon(begun)
     worker.control.ask(ControlRequest.CANCEL)
     assert await asyncio.wait_for(work, PATIENCE_SECONDS) == RunOutcome(RunStatus.CANCELLED)
     assert worker.notebook.statuses["stubborn"] == "cancelled"
@@ -1319,11 +1370,11 @@ async def test_a_node_that_ignores_its_cancellation_is_left_behind(monkeypatch: 
 # ── size ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def chain(length: int) -> str:
+def draw_chain(length: int) -> str:
     return "start > " + " > ".join(f"echo{number}" for number in range(length))
 
 
-def diamonds(depth: int) -> str:
+def draw_diamonds(depth: int) -> str:
     """Two parallel nodes a level, both of which lead to both of the next level."""
     first = "start > const0; start > const1; "
     levels = (
@@ -1335,11 +1386,11 @@ def diamonds(depth: int) -> str:
     return first + "; ".join(levels)
 
 
-CONST = {"const": pure(lambda _call: 1)}
+CONST = {"const": pure_node(lambda _call: 1)}
 
 
 @contextmanager
-def counted_calls() -> Iterator[Counter[str]]:
+def count_calls() -> Iterator[Counter[str]]:
     """Count the calls of Python functions: work by the same measure on any machine."""
     calls: Counter[str] = Counter()
 
@@ -1353,29 +1404,35 @@ def counted_calls() -> Iterator[Counter[str]]:
         sys.setprofile(None)
 
 
-@pytest.mark.parametrize("drawn", [chain, diamonds])
+@pytest.mark.parametrize("drawn", [draw_chain, draw_diamonds])
 async def test_work_grows_with_the_size_of_the_graph_and_no_faster(drawn: Callable[[int], str]) -> None:
     async def cost(size: int) -> int:
-        graph = program(drawn(size), CONST)
-        with counted_calls() as calls:
-            await finished(Worker(graph))
+        graph = compile_drawing(drawn(size), CONST)
+        with count_calls() as calls:
+            await run_to_completion(SimulatedWorker(graph))
         return calls.total()
 
     assert await cost(800) < 2.2 * await cost(400)
 
 
 @pytest.mark.parametrize(
-    ("drawing", "nodes"), [(chain(10_000), 10_001), (diamonds(5_000), 10_001)], ids=["deep", "deep and wide"]
+    ("drawing", "nodes"),
+    [(draw_chain(10_000), 10_001), (draw_diamonds(5_000), 10_001)],
+    ids=["deep", "deep and wide"],
 )
 async def test_ten_thousand_nodes_neither_recurse_nor_explode(drawing: str, nodes: int) -> None:
-    notebook = await finished(Worker(program(drawing, CONST)))
+    notebook = await run_to_completion(SimulatedWorker(compile_drawing(drawing, CONST)))
     assert Counter(notebook.statuses.values()) == {"completed": nodes}
-    again = await finished(Worker(program(drawing, CONST), recorded=list(notebook.spans.values())))
+    again = await run_to_completion(
+        SimulatedWorker(compile_drawing(drawing, CONST), recorded=list(notebook.spans.values()))
+    )
     assert again.commits == 0
 
 
 async def test_ten_thousand_skipped_nodes_neither_recurse_nor_explode() -> None:
-    notebook = await finished(Worker(program(f"start > echo; {chain(10_000).removeprefix('start > ')}")))
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing(f"start > echo; {draw_chain(10_000).removeprefix('start > ')}"))
+    )
     assert Counter(notebook.statuses.values()) == {"completed": 2, "skipped": 10_000}
 
 
@@ -1385,24 +1442,26 @@ async def test_ten_thousand_skipped_nodes_neither_recurse_nor_explode() -> None:
 PARTS = ("type and version", "config", "mappings", "input")
 
 
-async def parts_of(
+async def split_hashes(
     *,
     trigger: Json = 1,
     version: str = "1.0.0",
     config: Json = None,
     mappings: Json = None,
-    kind: Callable[..., Kind] = pure,
+    kind: Callable[..., MadeUpNodeType] = pure_node,
 ) -> dict[str, bytes]:
-    kinds = {"node": with_changes(kind(pause if kind is write else echo), version=version)}
+    kinds = {"node": with_changes(kind(pause_node if kind is write_world else echo_data), version=version)}
     options: dict[str, Json] = {"config": config or {"a": 1}, "inputMappings": mappings or {}}
-    notebook = await finished(Worker(program("start > node", kinds, {"node": options}), trigger))
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_drawing("start > node", kinds, {"node": options}), trigger)
+    )
     hashes = notebook.spans["node"].hashes
     assert hashes is not None
     assert len(hashes) == 128
     return {part: hashes[32 * place : 32 * place + 32] for place, part in enumerate(PARTS)}
 
 
-@pytest.mark.parametrize("kind", [pure, write])
+@pytest.mark.parametrize("kind", [pure_node, write_world])
 @pytest.mark.parametrize(
     ("change", "changed"),
     [
@@ -1415,15 +1474,15 @@ async def parts_of(
     ids=["nothing", "version", "config", "mappings", "input"],
 )
 async def test_a_change_shows_in_the_hash_of_its_part(
-    kind: Callable[..., Kind], change: dict[str, Any], changed: set[str]
+    kind: Callable[..., MadeUpNodeType], change: dict[str, Any], changed: set[str]
 ) -> None:
-    before, after = await parts_of(kind=kind), await parts_of(kind=kind, **change)
+    before, after = await split_hashes(kind=kind), await split_hashes(kind=kind, **change)
     # What a write is given includes its config, rendered: the two can't change apart.
-    expected = changed | ({"input"} if kind is write and "config" in changed else set())
+    expected = changed | ({"input"} if kind is write_world and "config" in changed else set())
     assert {part for part in PARTS if before[part] != after[part]} == expected
 
 
 async def test_a_hash_does_not_depend_on_the_order_of_keys_or_on_where_it_is_taken() -> None:
-    one = await parts_of(config={"a": 1, "b": {"c": 2, "d": 3}})
-    assert one == await parts_of(config={"b": {"d": 3, "c": 2}, "a": 1})
+    one = await split_hashes(config={"a": 1, "b": {"c": 2, "d": 3}})
+    assert one == await split_hashes(config={"b": {"d": 3, "c": 2}, "a": 1})
     assert one["config"] == sha256(b'{"a":1,"b":{"c":2,"d":3}}').digest()

@@ -15,24 +15,24 @@ from engine.run_control import ControlRequest
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
 from engine.values import Json, encode_json
-from tests.unit.running import (
+from tests.unit.run_harness import (
     FAST_RETRY,
-    Notebook,
-    Worker,
-    echo,
-    error_of,
-    finished,
-    program,
-    pure,
-    read,
-    soon,
-    write,
+    InMemoryJournal,
+    SimulatedWorker,
+    compile_drawing,
+    echo_data,
+    pure_node,
+    read_world,
+    require_error,
+    run_to_completion,
+    wait_soon,
+    write_world,
 )
 
 YES = encode_json({"output": {"said": "yes"}, "port": "output"})
 
 
-class Asking:
+class AskingNode:
     """A node that asks, and counts how often it does."""
 
     def __init__(self, *, seconds: float | None = None, expired: NodeResult | None = None) -> None:
@@ -52,19 +52,19 @@ class Asking:
 GRAPH = "start > ask > echo; ask:expired > late"
 
 
-def answered(notebook: Notebook, payload: bytes = YES) -> dict[tuple[str, str], bytes]:
+def answer_waits(notebook: InMemoryJournal, payload: bytes = YES) -> dict[tuple[str, str], bytes]:
     return {key: payload for key, span in notebook.rows.items() if span.awaits is not None}
 
 
-def overdue(notebook: Notebook) -> list[NodeSpan]:
+def make_overdue(notebook: InMemoryJournal) -> list[NodeSpan]:
     past = datetime.now(UTC) - timedelta(seconds=1)
     return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
 
 
 async def test_a_node_that_asks_frees_the_worker_for_as_long_as_nobody_answers() -> None:
-    asking = Asking()
-    graph = program(GRAPH, {"ask": pure(asking.ask), "late": pure(echo)})
-    first = Worker(graph)
+    asking = AskingNode()
+    graph = compile_drawing(GRAPH, {"ask": pure_node(asking.ask), "late": pure_node(echo_data)})
+    first = SimulatedWorker(graph)
     assert await first.work() == RunOutcome(RunStatus.WAITING)
     span = first.notebook.spans["ask"]
     assert (span.status, span.wake_at) == (SpanStatus.WAITING, None)
@@ -74,22 +74,26 @@ async def test_a_node_that_asks_frees_the_worker_for_as_long_as_nobody_answers()
         "expired": None,
     }
     rows = list(first.notebook.rows.values())
-    assert await Worker(graph, recorded=rows).work() == RunOutcome(RunStatus.WAITING)
-    notebook = await finished(Worker(graph, recorded=rows, signals=answered(first.notebook)))
+    assert await SimulatedWorker(graph, recorded=rows).work() == RunOutcome(RunStatus.WAITING)
+    notebook = await run_to_completion(
+        SimulatedWorker(graph, recorded=rows, signals=answer_waits(first.notebook))
+    )
     assert notebook.output("echo") == {"said": "yes"}
     assert (notebook.spans["ask"].hashes, asking.calls) == (span.hashes, 1)
-    again = await finished(
-        Worker(graph, recorded=list(notebook.rows.values()), signals=answered(first.notebook))
+    again = await run_to_completion(
+        SimulatedWorker(graph, recorded=list(notebook.rows.values()), signals=answer_waits(first.notebook))
     )
     assert again.commits == 0
 
 
 async def test_an_answer_says_by_which_port_it_leaves() -> None:
-    graph = program("start > ask > echo1; ask:no > echo2", {"ask": pure(Asking().ask)})
-    first = Worker(graph)
+    graph = compile_drawing("start > ask > echo1; ask:no > echo2", {"ask": pure_node(AskingNode().ask)})
+    first = SimulatedWorker(graph)
     await first.work()
-    no = answered(first.notebook, encode_json({"output": 7, "port": "no"}))
-    notebook = await finished(Worker(graph, recorded=list(first.notebook.rows.values()), signals=no))
+    no = answer_waits(first.notebook, encode_json({"output": 7, "port": "no"}))
+    notebook = await run_to_completion(
+        SimulatedWorker(graph, recorded=list(first.notebook.rows.values()), signals=no)
+    )
     assert notebook.status("echo1") is SpanStatus.SKIPPED
     assert notebook.output("echo2") == 7
 
@@ -98,56 +102,60 @@ async def test_an_answer_says_by_which_port_it_leaves() -> None:
     "settings", [{}, {"retryOnFailure": True}], ids=["", "though runs are taken up again"]
 )
 async def test_an_answer_may_be_a_failure_and_is_final(settings: Mapping[str, Json]) -> None:
-    graph = program("start > ask", {"ask": write(Asking().start)}, {"ask": FAST_RETRY}, settings)
-    first = Worker(graph)
+    graph = compile_drawing(
+        "start > ask", {"ask": write_world(AskingNode().start)}, {"ask": FAST_RETRY}, settings
+    )
+    first = SimulatedWorker(graph)
     await first.work()
     failed = encode_json({"error": {"code": "run-failed", "message": "It did not work"}})
-    second = Worker(
+    second = SimulatedWorker(
         graph,
         recorded=list(first.notebook.rows.values()),
-        signals=answered(first.notebook, failed),
+        signals=answer_waits(first.notebook, failed),
     )
-    assert error_of(await second.work()).message == "It did not work"
+    assert require_error(await second.work()).message == "It did not work"
     error = second.notebook.spans["ask"].error
     assert error is not None
     assert error.code == "run-failed"
 
 
 async def test_an_answer_that_is_no_value_fails_its_node() -> None:
-    graph = program("start > ask", {"ask": pure(Asking().ask)})
-    first = Worker(graph)
+    graph = compile_drawing("start > ask", {"ask": pure_node(AskingNode().ask)})
+    first = SimulatedWorker(graph)
     await first.work()
-    told = answered(first.notebook, b'{"error":{"code":"run-failed","message":"a\\u0000b"}}')
-    second = Worker(graph, recorded=list(first.notebook.rows.values()), signals=told)
-    cause = error_of(await second.work()).cause
+    told = answer_waits(first.notebook, b'{"error":{"code":"run-failed","message":"a\\u0000b"}}')
+    second = SimulatedWorker(graph, recorded=list(first.notebook.rows.values()), signals=told)
+    cause = require_error(await second.work()).cause
     assert cause is not None
     assert (cause.code, cause.node_id) == ("nul-character", "ask")
 
 
 async def test_an_answer_that_came_before_the_node_was_recorded_as_waiting_counts() -> None:
-    asking = Asking()
-    graph = program("start > ask > echo", {"ask": write(asking.start)})
-    notebook = await finished(Worker(graph, signals={("ask", ""): YES}))
+    asking = AskingNode()
+    graph = compile_drawing("start > ask > echo", {"ask": write_world(asking.start)})
+    notebook = await run_to_completion(SimulatedWorker(graph, signals={("ask", ""): YES}))
     assert notebook.output("echo") == {"said": "yes"}
 
 
 async def test_what_was_passed_through_stands_in_an_answer_too() -> None:
     options: dict[str, Json] = {"passThroughValues": {"order": "id"}}
-    graph = program("start > ask", {"ask": pure(Asking().ask)}, {"ask": options})
-    notebook = await finished(Worker(graph, {"id": 7}, signals={("ask", ""): YES}))
+    graph = compile_drawing("start > ask", {"ask": pure_node(AskingNode().ask)}, {"ask": options})
+    notebook = await run_to_completion(SimulatedWorker(graph, {"id": 7}, signals={("ask", ""): YES}))
     assert notebook.output("ask") == {"said": "yes", "order": 7}
 
 
 @pytest.mark.parametrize("seconds", [3600, 0.02], ids=["later", "while the worker still waits"])
 async def test_when_nobody_answers_in_time_the_node_gives_what_was_agreed_on_or_fails(seconds: float) -> None:
-    async def late(graph: str, expired: NodeResult | None) -> tuple[RunOutcome, Notebook]:
-        asking = Asking(seconds=seconds, expired=expired)
-        worker = Worker(program(graph, {"ask": pure(asking.ask), "late": pure(echo)}))
+    async def late(graph: str, expired: NodeResult | None) -> tuple[RunOutcome, InMemoryJournal]:
+        asking = AskingNode(seconds=seconds, expired=expired)
+        worker = SimulatedWorker(
+            compile_drawing(graph, {"ask": pure_node(asking.ask), "late": pure_node(echo_data)})
+        )
         ended = await worker.work()
         if seconds > 1:
             assert ended.status is RunStatus.WAITING
             assert ended.due_at == worker.notebook.spans["ask"].wake_at
-            worker = Worker(worker.program, recorded=overdue(worker.notebook))
+            worker = SimulatedWorker(worker.program, recorded=make_overdue(worker.notebook))
             ended = await worker.work()
         assert asking.calls == 1
         return ended, worker.notebook
@@ -157,7 +165,7 @@ async def test_when_nobody_answers_in_time_the_node_gives_what_was_agreed_on_or_
     assert notebook.output("late") == {"said": None}
     assert notebook.status("echo") is SpanStatus.SKIPPED
     ended, notebook = await late(GRAPH, None)
-    assert error_of(ended).message == "Nobody has answered in time"
+    assert require_error(ended).message == "Nobody has answered in time"
     error = notebook.spans["ask"].error
     assert error is not None
     assert error.code == "expired"
@@ -166,11 +174,11 @@ async def test_when_nobody_answers_in_time_the_node_gives_what_was_agreed_on_or_
 
 
 async def test_an_answer_counts_though_its_time_is_over() -> None:
-    graph = program("start > ask > echo", {"ask": pure(Asking(seconds=3600).ask)})
-    first = Worker(graph)
+    graph = compile_drawing("start > ask > echo", {"ask": pure_node(AskingNode(seconds=3600).ask)})
+    first = SimulatedWorker(graph)
     await first.work()
-    notebook = await finished(
-        Worker(graph, recorded=overdue(first.notebook), signals=answered(first.notebook))
+    notebook = await run_to_completion(
+        SimulatedWorker(graph, recorded=make_overdue(first.notebook), signals=answer_waits(first.notebook))
     )
     assert notebook.output("echo") == {"said": "yes"}
 
@@ -187,11 +195,11 @@ async def test_what_a_write_asks_is_committed_before_anything_follows() -> None:
             await asyncio.sleep(0)
         return call.data
 
-    graph = program(
+    graph = compile_drawing(
         "start > ask; start > slow > look",
-        {"ask": write(Asking().start), "slow": read(slowly), "look": read(look)},
+        {"ask": write_world(AskingNode().start), "slow": read_world(slowly), "look": read_world(look)},
     )
-    worker = Worker(graph)
+    worker = SimulatedWorker(graph)
     await worker.work()
     assert seen == [SpanStatus.WAITING]
 
@@ -201,12 +209,16 @@ async def test_an_unanswered_question_does_not_hold_up_a_stop() -> None:
 
     async def hold(call: NodeCall) -> Json:
         begun.set()
-        await soon(end)
+        await wait_soon(end)
         return call.data
 
-    worker = Worker(program("start > ask; start > hold", {"ask": pure(Asking().ask), "hold": read(hold)}))
+    worker = SimulatedWorker(
+        compile_drawing(
+            "start > ask; start > hold", {"ask": pure_node(AskingNode().ask), "hold": read_world(hold)}
+        )
+    )
     work = worker.begin()
-    await soon(begun)
+    await wait_soon(begun)
     worker.control.ask(ControlRequest.STOP)
     end.set()
     assert await work == RunOutcome(RunStatus.STOPPED)
@@ -216,23 +228,25 @@ async def test_a_question_that_can_not_be_kept_fails_its_node() -> None:
     def ask(_call: NodeCall) -> AnswerWait:
         return AnswerWait(AnswerSource.INPUT, {"title": "\0"})
 
-    worker = Worker(program("start > ask", {"ask": pure(ask)}))
-    assert error_of(await worker.work()).node_id == "ask"
+    worker = SimulatedWorker(compile_drawing("start > ask", {"ask": pure_node(ask)}))
+    assert require_error(await worker.work()).node_id == "ask"
 
 
 async def test_a_node_that_fails_before_it_asks_is_tried_again() -> None:
-    asking = Asking()
+    asking = AskingNode()
 
     async def flaky(call: NodeCall) -> AnswerWait:
         if call.attempt == 1:
             raise NodeError("not yet", retryable=True)
         return asking.ask(call)
 
-    graph = program("start > ask > echo", {"ask": write(flaky)}, {"ask": FAST_RETRY})
-    first = Worker(graph)
+    graph = compile_drawing("start > ask > echo", {"ask": write_world(flaky)}, {"ask": FAST_RETRY})
+    first = SimulatedWorker(graph)
     assert (await first.work()).status is RunStatus.WAITING
     assert first.notebook.spans["ask"].attempt == 2
-    notebook = await finished(
-        Worker(graph, recorded=list(first.notebook.rows.values()), signals=answered(first.notebook))
+    notebook = await run_to_completion(
+        SimulatedWorker(
+            graph, recorded=list(first.notebook.rows.values()), signals=answer_waits(first.notebook)
+        )
     )
     assert (notebook.spans["ask"].attempt, notebook.output("echo")) == (2, {"said": "yes"})

@@ -39,31 +39,31 @@ from engine.run_records import (
     SpanStatus,
 )
 from engine.values import Json, encode_json
-from tests.unit.running import (
+from tests.unit.run_harness import (
     FAST_RETRY,
-    Kind,
-    Ledger,
-    Notebook,
-    Outside,
-    Stream,
-    WatchedNotebook,
-    Worker,
-    echo,
-    error_of,
-    finished,
-    for_ever,
-    pause,
-    pure,
-    read,
-    soon,
+    CrashPointJournal,
+    InMemoryJournal,
+    MadeUpNodeType,
+    OutsideCall,
+    OutsideWorld,
+    SimulatedWorker,
+    SpanHistory,
+    echo_data,
+    expire_waits,
+    pause_node,
+    pure_node,
+    read_world,
+    require_error,
+    run_to_completion,
+    wait_forever,
     wait_of,
-    woken,
-    write,
+    wait_soon,
+    write_world,
 )
-from tests.unit.running import program as drawn
+from tests.unit.run_harness import compile_drawing as drawn
 
 
-def each(call: NodeCall) -> LoopRequest:
+def loop_over_items(call: NodeCall) -> LoopRequest:
     items = cast("list[Json]", call.config.get("items", call.data))
     return LoopRequest(
         items,
@@ -78,28 +78,33 @@ def fail_odd(call: NodeCall) -> Json:
     return call.data
 
 
-def double(call: NodeCall) -> Json:
+def double_data(call: NodeCall) -> Json:
     return 2 * cast("int", call.data)
 
 
-def program(
+def compile_loop(
     drawing: str,
-    kinds: Mapping[str, Kind] | None = None,
+    kinds: Mapping[str, MadeUpNodeType] | None = None,
     settings: Mapping[str, Json] | None = None,
     *,
     nodes: Mapping[str, Mapping[str, Json]] | None = None,
     **loop: Json,
 ) -> WorkflowProgram:
     """Compile a graph with a node `loop`, whose config is `loop`."""
-    known = {"loop": pure(each, loops=True), "double": pure(double), "odd": pure(fail_odd), **(kinds or {})}
+    known = {
+        "loop": pure_node(loop_over_items, loops=True),
+        "double": pure_node(double_data),
+        "odd": pure_node(fail_odd),
+        **(kinds or {}),
+    }
     return drawn(drawing, known, {"loop": {"config": loop}, **(nodes or {})}, settings)
 
 
 SIMPLE = "start > loop; loop:continue > double > pause; loop:done > end"
-STEPS = {"pause": read(pause), "end": pure(echo)}
+STEPS = {"pause": read_world(pause_node), "end": pure_node(echo_data)}
 
 
-def results(notebook: Notebook, node_id: str = "loop") -> Json:
+def loop_results(notebook: InMemoryJournal, node_id: str = "loop") -> Json:
     return cast("dict[str, Json]", notebook.output(node_id))["results"]
 
 
@@ -107,7 +112,7 @@ def results(notebook: Notebook, node_id: str = "loop") -> Json:
 
 
 async def test_each_item_has_a_turn_and_the_results_leave_together() -> None:
-    notebook = await finished(Worker(program(SIMPLE, STEPS), [3, 1, 2]))
+    notebook = await run_to_completion(SimulatedWorker(compile_loop(SIMPLE, STEPS), [3, 1, 2]))
     assert notebook.output("end") == {"results": [6, 2, 4], "count": 3, "errors": []}
     turns = [notebook.rows["loop", str(index)] for index in range(3)]
     assert [(turn.status, notebook.output("loop", turn.iteration)) for turn in turns] == [
@@ -142,11 +147,11 @@ async def test_turns_follow_one_another_unless_more_are_allowed_at_once() -> Non
     for concurrency in (1, 3, 100):
         begun.clear()
         now = most = 0
-        graph = program(
-            "start > loop; loop:continue > count", {"count": read(count)}, concurrency=concurrency
+        graph = compile_loop(
+            "start > loop; loop:continue > count", {"count": read_world(count)}, concurrency=concurrency
         )
-        notebook = await finished(Worker(graph, cast("Json", items)))
-        assert results(notebook) == begun == items
+        notebook = await run_to_completion(SimulatedWorker(graph, cast("Json", items)))
+        assert loop_results(notebook) == begun == items
         assert most == min(concurrency, 8)
 
 
@@ -161,16 +166,19 @@ async def test_a_turn_sees_its_item_its_own_nodes_and_all_that_was_before_the_lo
         "trigger": "{{ trigger.rows[0].n }}",
         "execution": "{{ execution.id }}",
     }
-    graph = program(
+    graph = compile_loop(
         "start > echo1 > loop; loop:continue > echo2 > show; loop:done > after",
-        {"show": pure(lambda call: dict(call.config)), "after": pure(lambda call: dict(call.config))},
+        {
+            "show": pure_node(lambda call: dict(call.config)),
+            "after": pure_node(lambda call: dict(call.config)),
+        },
         nodes={
             "show": {"config": cast("Json", wanted)},
             "after": {"config": {"item": "{{ item }}", "inside": "{{ nodes.echo2 }}"}},
         },
         items="{{ data.rows }}",
     )
-    notebook = await finished(Worker(graph, {"rows": [{"n": 1}, {"n": 2}]}))
+    notebook = await run_to_completion(SimulatedWorker(graph, {"rows": [{"n": 1}, {"n": 2}]}))
     assert notebook.output("show", "1") == {
         "item": 2,
         "index": 1,
@@ -186,50 +194,55 @@ async def test_a_turn_sees_its_item_its_own_nodes_and_all_that_was_before_the_lo
 
 
 async def test_of_several_last_nodes_those_that_were_reached_are_the_result() -> None:
-    graph = program(
+    graph = compile_loop(
         "start > loop; loop:continue > route; route:both > echo1; route:both > echo2; route:one > echo1",
-        {"route": pure(lambda call: NodeResult(call.data, port=str(call.data)))},
+        {"route": pure_node(lambda call: NodeResult(call.data, port=str(call.data)))},
     )
-    notebook = await finished(Worker(graph, ["both", "one", "none"]))
-    assert results(notebook) == [{"echo1": "both", "echo2": "both"}, "one", None]
+    notebook = await run_to_completion(SimulatedWorker(graph, ["both", "one", "none"]))
+    assert loop_results(notebook) == [{"echo1": "both", "echo2": "both"}, "one", None]
     assert notebook.status("echo2", "1") is SpanStatus.SKIPPED
 
 
 async def test_branches_of_a_turn_meet_as_they_do_outside_of_loops() -> None:
-    graph = program(
+    graph = compile_loop(
         "start > loop; loop:continue > merge; loop:continue > slow > merge; loop:continue > slow2 > any;"
         "loop:continue > double > any; any > merge",
         {
-            "slow": read(pause),
-            "merge": pure(echo, joins=True),
-            "any": pure(echo, joins=True),
+            "slow": read_world(pause_node),
+            "merge": pure_node(echo_data, joins=True),
+            "any": pure_node(echo_data, joins=True),
         },
         nodes={"any": {"config": {"mode": "any"}}},
         concurrency=2,
     )
-    notebook = await finished(Worker(graph, [1, 2]))
-    assert results(notebook) == [{"loop": n, "slow": n, "any": 2 * n} for n in (1, 2)]
+    notebook = await run_to_completion(SimulatedWorker(graph, [1, 2]))
+    assert loop_results(notebook) == [{"loop": n, "slow": n, "any": 2 * n} for n in (1, 2)]
 
 
 @pytest.mark.parametrize("items", [[], [1, 2]])
 async def test_a_loop_without_a_body_or_without_items_is_through_at_once(items: list[Json]) -> None:
-    notebook = await finished(Worker(program("start > loop; loop:done > end", STEPS), items))
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_loop("start > loop; loop:done > end", STEPS), items)
+    )
     assert notebook.output("end") == {"results": [None] * len(items), "count": len(items), "errors": []}
     assert set(notebook.rows) == {("start", ""), ("loop", ""), ("end", "")}
 
 
 @pytest.mark.parametrize("is_empty", [True, False], ids=["empty", "skipped"])
 async def test_the_body_of_a_loop_without_turns_is_skipped_once(is_empty: bool) -> None:  # noqa: FBT001 - a parameter
-    graph = program(
+    graph = compile_loop(
         "start > route; route:loop > loop; loop:continue > echo1 > loop1; loop1:continue > echo2;"
         "loop1:done > echo3; loop:done > end",
-        {**STEPS, "route": pure(lambda call: NodeResult(call.data, port="loop" if is_empty else "none"))},
+        {
+            **STEPS,
+            "route": pure_node(lambda call: NodeResult(call.data, port="loop" if is_empty else "none")),
+        },
     )
-    notebook = await finished(Worker(graph, []))
+    notebook = await run_to_completion(SimulatedWorker(graph, []))
     skipped = {key for key, span in notebook.rows.items() if span.status is SpanStatus.SKIPPED}
     body = {("echo1", ""), ("loop1", ""), ("echo2", ""), ("echo3", "")}
     assert skipped == body | (set() if is_empty else {("loop", ""), ("end", "")})
-    again = await finished(Worker(graph, [], recorded=list(notebook.rows.values())))
+    again = await run_to_completion(SimulatedWorker(graph, [], recorded=list(notebook.rows.values())))
     assert again.commits == 0
 
 
@@ -241,12 +254,12 @@ async def test_loops_stand_in_one_another() -> None:
         keys.append(call.idempotency_key)
         return {"row": call.scope["index"], "of": cast("Mapping[str, Json]", call.scope["nodes"])["loop"]}
 
-    graph = program(
+    graph = compile_loop(
         "start > loop; loop:continue > loop1; loop1:continue > pay; loop1:done > take; loop:done > end",
-        {**STEPS, "pay": write(pay), "take": pure(lambda call: results_of(call.data))},
+        {**STEPS, "pay": write_world(pay), "take": pure_node(lambda call: results_in(call.data))},
         concurrency=2,
     )
-    notebook = await finished(Worker(graph, [["a", "b"], [], ["c"]]))
+    notebook = await run_to_completion(SimulatedWorker(graph, [["a", "b"], [], ["c"]]))
     assert cast("Mapping[str, Json]", notebook.output("end"))["results"] == [
         [
             {"row": 0, "of": {"item": ["a", "b"], "index": 0}},
@@ -260,7 +273,7 @@ async def test_loops_stand_in_one_another() -> None:
     assert notebook.status("pay", "1") is SpanStatus.SKIPPED
 
 
-def results_of(output: Json) -> Json:
+def results_in(output: Json) -> Json:
     return cast("dict[str, Json]", output)["results"]
 
 
@@ -273,8 +286,10 @@ async def test_what_has_come_of_a_write_in_a_loop_is_committed_before_the_next_t
         seen.append(sum(span.status is SpanStatus.COMPLETED for span in paid))
         return call.data
 
-    worker = Worker(program("start > loop; loop:continue > pay", {"pay": write(pay)}), [1, 2, 3])
-    await finished(worker)
+    worker = SimulatedWorker(
+        compile_loop("start > loop; loop:continue > pay", {"pay": write_world(pay)}), [1, 2, 3]
+    )
+    await run_to_completion(worker)
     assert seen == [0, 1, 2]
 
 
@@ -282,10 +297,10 @@ async def test_what_has_come_of_a_write_in_a_loop_is_committed_before_the_next_t
 
 
 async def test_a_turn_that_fails_may_be_listed_with_its_error() -> None:
-    graph = program(
+    graph = compile_loop(
         "start > loop; loop:continue > odd > echo; loop:done > end", STEPS, onItemError="continue"
     )
-    notebook = await finished(Worker(graph, [2, 3, 4, 5]))
+    notebook = await run_to_completion(SimulatedWorker(graph, [2, 3, 4, 5]))
     reasons = [RunError("node-error", f"{n} is odd", "odd", 1) for n in (3, 5)]
     assert notebook.output("end") == {
         "results": [2, None, 4, None],
@@ -299,20 +314,22 @@ async def test_a_turn_that_fails_may_be_listed_with_its_error() -> None:
 
 
 async def test_a_turn_that_fails_fails_its_loop_and_the_run() -> None:
-    graph = program("start > loop; loop:continue > odd > echo; loop:done > end", STEPS)
-    worker = Worker(graph, [2, 3, 4])
+    graph = compile_loop("start > loop; loop:continue > odd > echo; loop:done > end", STEPS)
+    worker = SimulatedWorker(graph, [2, 3, 4])
     ended = await worker.work()
     reason = RunError("node-error", "3 is odd", "odd", 1)
     cause = FailureCause("node-error", "3 is odd", "odd")
     assert ended == RunOutcome(RunStatus.FAILED, error=RunError("node-error", "3 is odd", "odd", 1, cause))
     assert worker.notebook.spans["loop"].error == reason
     assert ("odd", "2") not in worker.notebook.rows
-    assert await Worker(graph, [2, 3, 4], recorded=list(worker.notebook.rows.values())).work() == ended
+    assert (
+        await SimulatedWorker(graph, [2, 3, 4], recorded=list(worker.notebook.rows.values())).work() == ended
+    )
 
 
 async def test_the_failure_of_a_loop_leaves_by_its_error_port() -> None:
-    graph = program("start > loop; loop:continue > odd; loop:done > end; loop:error > echo", STEPS)
-    notebook = await finished(Worker(graph, [1]))
+    graph = compile_loop("start > loop; loop:continue > odd; loop:done > end; loop:error > echo", STEPS)
+    notebook = await run_to_completion(SimulatedWorker(graph, [1]))
     reason = RunError("node-error", "1 is odd", "odd", 1)
     assert notebook.output("echo") == {"error": reason.as_json(), "data": [1]}
     assert notebook.status("end") is SpanStatus.SKIPPED
@@ -325,32 +342,32 @@ async def test_when_a_loop_fails_its_writes_end_and_its_other_turns_are_broken_o
     async def fail_late(call: NodeCall) -> Json:
         if call.data != "fails":
             return call.data
-        await soon(begun)
+        await wait_soon(begun)
         asyncio.get_running_loop().call_later(0.01, may_end.set)
         raise NodeError("no")
 
     async def pay(_call: NodeCall) -> Json:
         begun.set()
-        await soon(may_end)
+        await wait_soon(may_end)
         return "paid"
 
-    route: dict[str, Kind] = {
-        "route": pure(lambda call: NodeResult(call.data, port=str(call.data))),
-        "late": read(fail_late),
-        "pay": write(pay),
-        "look": read(for_ever),
-        "wait": pure(wait_of(3600)),
+    route: dict[str, MadeUpNodeType] = {
+        "route": pure_node(lambda call: NodeResult(call.data, port=str(call.data))),
+        "late": read_world(fail_late),
+        "pay": write_world(pay),
+        "look": read_world(wait_forever),
+        "wait": pure_node(wait_of(3600)),
     }
     body = "route; route:pays > pay > echo1; route:looks > look; route:waits > wait; route:fails > late"
     outer = "loop1; loop1:continue > " if inner else ""
-    graph = program(
+    graph = compile_loop(
         f"start > loop; loop:continue > {outer}{body}; loop:error > echo2",
         route,
         nodes={"loop1": {"config": {"items": ["{{ data }}"]}}},
         concurrency=4,
     )
-    worker = Worker(graph, ["pays", "looks", "waits", "fails", "too late"])
-    notebook = await finished(worker)
+    worker = SimulatedWorker(graph, ["pays", "looks", "waits", "fails", "too late"])
+    notebook = await run_to_completion(worker)
     assert notebook.status("echo2") is SpanStatus.COMPLETED
     suffix = ".0" if inner else ""
     assert [
@@ -365,13 +382,15 @@ async def test_when_a_loop_fails_its_writes_end_and_its_other_turns_are_broken_o
         SpanStatus.FAILED,
         None,
     ]
-    again = await finished(Worker(graph, worker.start.trigger, recorded=list(notebook.rows.values())))
+    again = await run_to_completion(
+        SimulatedWorker(graph, worker.start.trigger, recorded=list(notebook.rows.values()))
+    )
     assert again.commits == 0
 
 
 async def test_a_failure_in_a_turn_can_be_taken_up_inside_of_it() -> None:
-    graph = program("start > loop; loop:continue > odd > echo1; odd:error > echo2", STEPS)
-    found = cast("list[Json]", results(await finished(Worker(graph, [1, 2]))))
+    graph = compile_loop("start > loop; loop:continue > odd > echo1; odd:error > echo2", STEPS)
+    found = cast("list[Json]", loop_results(await run_to_completion(SimulatedWorker(graph, [1, 2]))))
     assert found[1] == 2
     assert cast("Mapping[str, Json]", found[0])["data"] == 1
 
@@ -385,13 +404,13 @@ async def test_nodes_in_a_turn_are_tried_again() -> None:
             raise NodeError("not yet", retryable=True)
         return call.data
 
-    graph = program(
+    graph = compile_loop(
         "start > loop; loop:continue > flaky",
-        {"flaky": write(flaky)},
+        {"flaky": write_world(flaky)},
         nodes={"flaky": FAST_RETRY},
         concurrency=2,
     )
-    assert results(await finished(Worker(graph, [1, 2, 3]))) == [1, 2, 3]
+    assert loop_results(await run_to_completion(SimulatedWorker(graph, [1, 2, 3]))) == [1, 2, 3]
     assert attempts == {"0": 2, "1": 2, "2": 2}
 
 
@@ -406,11 +425,11 @@ async def test_nodes_in_a_turn_are_tried_again() -> None:
 async def test_a_limit_that_is_reached_fails_the_loop_and_names_its_setting(
     limits: RunLimits, items: list[Json], code: str, name: str
 ) -> None:
-    graph = program(
-        "start > list > loop; loop:continue > echo", {"list": pure(lambda _call: None)}, items=items
+    graph = compile_loop(
+        "start > list > loop; loop:continue > echo", {"list": pure_node(lambda _call: None)}, items=items
     )
-    worker = Worker(graph, limits=limits)
-    error_of(await worker.work())
+    worker = SimulatedWorker(graph, limits=limits)
+    require_error(await worker.work())
     error = worker.notebook.spans["loop"].error
     assert error is not None
     assert error.code == code
@@ -421,10 +440,10 @@ async def test_what_is_no_list_fails_the_loop() -> None:
     def choosy(call: NodeCall) -> LoopRequest:
         if not isinstance(call.data, list):
             raise NodeError("no list")
-        return each(call)
+        return loop_over_items(call)
 
-    graph = program("start > loop; loop:continue > echo", {"loop": pure(choosy, loops=True)})
-    assert error_of(await Worker(graph, 7).work()).message == "no list"
+    graph = compile_loop("start > loop; loop:continue > echo", {"loop": pure_node(choosy, loops=True)})
+    assert require_error(await SimulatedWorker(graph, 7).work()).message == "no list"
 
 
 # ── what others ask, and time ─────────────────────────────────────────────────────────────────────────────
@@ -449,9 +468,11 @@ async def test_a_request_ends_a_run_in_the_middle_of_a_loop(
         await asyncio.sleep(0.01)
         return call.data
 
-    worker = Worker(program("start > loop; loop:continue > pay", {"pay": write(pay)}), [1, 2])
+    worker = SimulatedWorker(
+        compile_loop("start > loop; loop:continue > pay", {"pay": write_world(pay)}), [1, 2]
+    )
     work = worker.begin()
-    await soon(begun)
+    await wait_soon(begun)
     worker.control.ask(request_)
     assert (await work).status is status
     assert worker.notebook.status("loop") is loop_status
@@ -459,39 +480,41 @@ async def test_a_request_ends_a_run_in_the_middle_of_a_loop(
 
 
 async def test_a_wait_in_each_turn_frees_the_worker_and_goes_on_elsewhere() -> None:
-    graph = program("start > loop; loop:continue > wait > echo", {"wait": pure(wait_of(3600))}, concurrency=3)
-    worker = Worker(graph, [1, 2, 3, 4])
+    graph = compile_loop(
+        "start > loop; loop:continue > wait > echo", {"wait": pure_node(wait_of(3600))}, concurrency=3
+    )
+    worker = SimulatedWorker(graph, [1, 2, 3, 4])
     waits = 0
     while (ended := await worker.work()).status is RunStatus.WAITING:
         waits += 1
-        worker = Worker(graph, [1, 2, 3, 4], recorded=woken(worker.notebook))
+        worker = SimulatedWorker(graph, [1, 2, 3, 4], recorded=expire_waits(worker.notebook))
     assert ended == RunOutcome(RunStatus.COMPLETED)
-    assert (results(worker.notebook), waits) == ([1, 2, 3, 4], 2)
+    assert (loop_results(worker.notebook), waits) == ([1, 2, 3, 4], 2)
 
 
 # ── resuming ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def ask(call: NodeCall) -> AnswerWait:
+def ask_for_item(call: NodeCall) -> AnswerWait:
     return AnswerWait(AnswerSource.INPUT, {"about": call.data})
 
 
-class Outsider:
+class AnsweringOutsider:
     """Answers what waits, each once, and wakes what sleeps, until the run has ended."""
 
-    def __init__(self, graph: WorkflowProgram, trigger: Json, ledger: Ledger) -> None:
+    def __init__(self, graph: WorkflowProgram, trigger: Json, ledger: OutsideWorld) -> None:
         self.graph = graph
         self.trigger = trigger
         self.ledger = ledger
 
     async def work(
         self, recorded: Sequence[NodeSpan], signals: Mapping[tuple[str, str], bytes]
-    ) -> tuple[RunOutcome, Notebook]:
+    ) -> tuple[RunOutcome, InMemoryJournal]:
         given = dict(signals)
         rows = list(recorded)
         while True:
-            worker = Worker(self.graph, self.trigger, recorded=rows, signals=given)
-            worker.notebook = WatchedNotebook(self.ledger, rows)
+            worker = SimulatedWorker(self.graph, self.trigger, recorded=rows, signals=given)
+            worker.notebook = CrashPointJournal(self.ledger, rows)
             ended = await worker.work()
             if ended.status is not RunStatus.WAITING:
                 return ended, worker.notebook
@@ -500,7 +523,7 @@ class Outsider:
                     assert key not in given
                     about = json.loads(span.awaits)["request"]["about"]
                     given[key] = encode_json({"output": {"answer": about}, "port": "output"})
-            rows = woken(worker.notebook)
+            rows = expire_waits(worker.notebook)
 
 
 HOSTILE = {
@@ -525,7 +548,7 @@ CASES = [
 async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
     drawing: str, concurrency: int, on_error: str
 ) -> None:
-    ledger = Ledger()
+    ledger = OutsideWorld()
     attempts: Counter[str] = Counter()
 
     async def pay(call: NodeCall) -> Json:
@@ -539,17 +562,17 @@ async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
             raise NodeError("once more", retryable=True)
         return call.data
 
-    graph = program(
+    graph = compile_loop(
         drawing,
         {
-            "pay": write(pay),
-            "flaky": write(flaky),
-            "ask": pure(ask),
-            "wait": pure(wait_of(1800)),
-            "look": read(pause),
-            "merge": pure(echo, joins=True),
-            "wrap": pure(lambda call: [call.data, [], [7]]),
-            "end": pure(echo),
+            "pay": write_world(pay),
+            "flaky": write_world(flaky),
+            "ask": pure_node(ask_for_item),
+            "wait": pure_node(wait_of(1800)),
+            "look": read_world(pause_node),
+            "merge": pure_node(echo_data, joins=True),
+            "wrap": pure_node(lambda call: [call.data, [], [7]]),
+            "end": pure_node(echo_data),
         },
         nodes={
             "flaky": FAST_RETRY,
@@ -559,10 +582,10 @@ async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
         concurrency=concurrency,
         onItemError=on_error,
     )
-    outsider = Outsider(graph, [2, 4, 3, 6, 8], ledger)
+    outsider = AnsweringOutsider(graph, [2, 4, 3, 6, 8], ledger)
     whole_end, whole = await outsider.work([], {})
     reached = {effect.key for effect in ledger.effects}
-    moments, signals = ledger.moments, answers_in(whole)
+    moments, signals = ledger.moments, recorded_answers(whole)
     assert len(moments) > 20
     # Every state that a crash may leave behind, once.
     states = {frozenset((s.node_id, s.iteration, s.status, s.attempt) for s in d): (d, b) for d, b in moments}
@@ -579,7 +602,7 @@ async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
             assert {effect.key for effect in before + ledger.effects} == reached
 
 
-def answers_in(notebook: Notebook) -> dict[tuple[str, str], bytes]:
+def recorded_answers(notebook: InMemoryJournal) -> dict[tuple[str, str], bytes]:
     return {
         key: encode_json({"output": notebook.output(*key)})
         for key, span in notebook.rows.items()
@@ -588,7 +611,7 @@ def answers_in(notebook: Notebook) -> dict[tuple[str, str], bytes]:
 
 
 def _assert_nothing_was_done_twice(
-    known: Mapping[tuple[str, str], NodeSpan], before: Sequence[Outside], after: Sequence[Outside]
+    known: Mapping[tuple[str, str], NodeSpan], before: Sequence[OutsideCall], after: Sequence[OutsideCall]
 ) -> None:
     settled = {
         f"exec_1:{node_id}:{iteration or 0}"
@@ -619,27 +642,27 @@ async def test_a_loop_that_is_taken_up_again_has_the_items_that_it_had() -> None
         made += 1
         return [made, made + 1]
 
-    graph = program(
+    graph = compile_loop(
         "start > make; start > loop; loop:continue > pay",
-        {"make": pure(make), "pay": write(pay)},
+        {"make": pure_node(make), "pay": write_world(pay)},
         items="{{ nodes.make }}",
     )
-    first = Worker(graph)
-    await finished(first)
+    first = SimulatedWorker(graph)
+    await run_to_completion(first)
     rows = first.notebook.rows
     # What was committed when the first turn was: not what `make` gave, to which nothing leads from the loop.
     begun = [
         rows["start", ""],
-        _begun_again(rows["loop", ""], encode_json({"items": [1, 2]})),
+        _restarted_span(rows["loop", ""], encode_json({"items": [1, 2]})),
         rows["pay", "0"],
         rows["loop", "0"],
     ]
     seen.clear()
-    assert results(await finished(Worker(graph, recorded=begun))) == [1, 2]
+    assert loop_results(await run_to_completion(SimulatedWorker(graph, recorded=begun))) == [1, 2]
     assert seen == [2]
 
 
-def _begun_again(span: NodeSpan, config: bytes) -> NodeSpan:
+def _restarted_span(span: NodeSpan, config: bytes) -> NodeSpan:
     import msgspec.structs  # noqa: PLC0415
 
     return msgspec.structs.replace(
@@ -651,7 +674,7 @@ def _begun_again(span: NodeSpan, config: bytes) -> NodeSpan:
 
 
 @st.composite
-def bodies(draw: st.DrawFn) -> str:
+def draw_body(draw: st.DrawFn) -> str:
     """Draw a body without cycles: nodes that lead on from the loop or from one another."""
     ids = ["loop:continue"]
     paths = []
@@ -665,40 +688,40 @@ def bodies(draw: st.DrawFn) -> str:
     return "; ".join(paths)
 
 
-ANY_BODY: dict[str, Kind] = {
-    "triple": pure(lambda call: [call.data] * 3),
-    "slow": read(pause),
-    "write": write(pause),
-    "route": pure(
+ANY_BODY: dict[str, MadeUpNodeType] = {
+    "triple": pure_node(lambda call: [call.data] * 3),
+    "slow": read_world(pause_node),
+    "write": write_world(pause_node),
+    "route": pure_node(
         lambda call: NodeResult(call.data, "odd" if cast("int", call.scope["item"]) % 2 else "even")
     ),
 }
 
 
-@given(bodies(), st.lists(st.integers(0, 3), max_size=4), st.integers(1, 3))
+@given(draw_body(), st.lists(st.integers(0, 3), max_size=4), st.integers(1, 3))
 @settings(max_examples=50)
 def test_a_loop_gives_what_its_body_gives_for_each_item_alone_from_wherever_it_goes_on(
     body: str, items: list[Json], concurrency: int
 ) -> None:
-    graph = program(f"start > loop; {body}", ANY_BODY, concurrency=concurrency)
+    graph = compile_loop(f"start > loop; {body}", ANY_BODY, concurrency=concurrency)
 
-    def looped(some: list[Json], recorded: Sequence[NodeSpan] = ()) -> Stream:
-        worker = Worker(graph, some, recorded=recorded)
-        worker.notebook = stream = Stream(recorded)
+    def looped(some: list[Json], recorded: Sequence[NodeSpan] = ()) -> SpanHistory:
+        worker = SimulatedWorker(graph, some, recorded=recorded)
+        worker.notebook = stream = SpanHistory(recorded)
         assert asyncio.run(worker.work()) == RunOutcome(RunStatus.COMPLETED)
         return stream
 
     whole = looped(items)
-    assert results(whole) == [cast("list[Json]", results(looped([item])))[0] for item in items]
+    assert loop_results(whole) == [cast("list[Json]", loop_results(looped([item])))[0] for item in items]
     for length in range(1, len(whole.stream), 3):
         durable = {(span.node_id, span.iteration): span for span in whole.stream[:length]}
-        assert results(looped(items, list(durable.values()))) == results(whole)
+        assert loop_results(looped(items, list(durable.values()))) == loop_results(whole)
 
 
 # ── size ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Counting(Notebook):
+class CountingJournal(InMemoryJournal):
     """A notebook that keeps nothing, and counts what waits for a commit."""
 
     pending = most_pending = most_frames = 0
@@ -717,7 +740,7 @@ class Counting(Notebook):
 # ── progress ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def done(notebook: Notebook) -> list[float]:
+def done(notebook: InMemoryJournal) -> list[float]:
     """Return the part of the run that was done after each step, which only grows and ends as a whole."""
     assert all(before <= after + 1e-9 for before, after in pairwise(notebook.done))
     assert notebook.done[-1] == pytest.approx(1)
@@ -725,7 +748,9 @@ def done(notebook: Notebook) -> list[float]:
 
 
 async def test_each_turn_counts_for_its_part_of_the_loop_and_of_its_nodes() -> None:
-    notebook = await finished(Worker(program(SIMPLE, STEPS), cast("Json", list(range(10)))))
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_loop(SIMPLE, STEPS), cast("Json", list(range(10))))
+    )
     # Five nodes: the start, then ten turns of a tenth of three nodes each, then the end.
     steps = done(notebook)
     assert steps[0] == pytest.approx(1 / 5)
@@ -755,34 +780,39 @@ async def test_each_turn_counts_for_its_part_of_the_loop_and_of_its_nodes() -> N
 async def test_all_parts_of_a_run_are_counted_however_its_loops_end(
     drawing: str, items: Json, loop: dict[str, Json]
 ) -> None:
-    kinds = {**STEPS, "loop2": pure(each, loops=True), "no": pure(lambda call: NodeResult(call.data, "no"))}
-    graph = program(drawing, kinds, nodes={"loop": {"config": loop}})
-    done(await finished(Worker(graph, items)))
+    kinds = {
+        **STEPS,
+        "loop2": pure_node(loop_over_items, loops=True),
+        "no": pure_node(lambda call: NodeResult(call.data, "no")),
+    }
+    graph = compile_loop(drawing, kinds, nodes={"loop": {"config": loop}})
+    done(await run_to_completion(SimulatedWorker(graph, items)))
 
 
 async def test_a_run_that_is_taken_up_counts_what_is_in_the_journal() -> None:
-    graph = program(
-        "start > loop; loop:continue > double > wait; loop:done > end", {**STEPS, "wait": pure(wait_for_two)}
+    graph = compile_loop(
+        "start > loop; loop:continue > double > wait; loop:done > end",
+        {**STEPS, "wait": pure_node(wait_for_two_turns)},
     )
-    first = Worker(graph, [1, 2, 3, 4])
+    first = SimulatedWorker(graph, [1, 2, 3, 4])
     assert (await first.work()).status is RunStatus.WAITING
-    second = Worker(graph, [1, 2, 3, 4], recorded=woken(first.notebook))
-    counted = done(await finished(second))
+    second = SimulatedWorker(graph, [1, 2, 3, 4], recorded=expire_waits(first.notebook))
+    counted = done(await run_to_completion(second))
     # Before anything new has settled, no less is counted than the first had.
     assert first.notebook.done[-1] == pytest.approx(1 / 5 + 3 / 5 / 4 + 1 / 5 / 4)
     assert any(part == pytest.approx(first.notebook.done[-1]) for part in counted)
 
 
-def wait_for_two(call: NodeCall) -> NodeOutcome:
+def wait_for_two_turns(call: NodeCall) -> NodeOutcome:
     if call.data != 4:
         return call.data
     return TimerWait(call.now + timedelta(hours=1), call.data)
 
 
 async def test_a_loop_of_ten_thousand_items_keeps_little_in_memory() -> None:
-    graph = program("start > loop; loop:continue > echo1 > echo2; loop:done > end", STEPS)
-    worker = Worker(graph, cast("Json", list(range(10_000))))
-    worker.notebook = notebook = Counting()
+    graph = compile_loop("start > loop; loop:continue > echo1 > echo2; loop:done > end", STEPS)
+    worker = SimulatedWorker(graph, cast("Json", list(range(10_000))))
+    worker.notebook = notebook = CountingJournal()
     assert await worker.work() == RunOutcome(RunStatus.COMPLETED)
     assert notebook.most_pending < 5_000
     gc.collect()
@@ -797,28 +827,33 @@ async def test_turns_that_have_ended_are_taken_from_the_journal_without_being_en
         calls += 1
         return call.data
 
-    graph = program("start > loop; loop:continue > count > wait", {"count": pure(count), "wait": pure(once)})
+    graph = compile_loop(
+        "start > loop; loop:continue > count > wait",
+        {"count": pure_node(count), "wait": pure_node(wait_a_year)},
+    )
     items = list(range(2_000))
-    first = Worker(graph, cast("Json", items))
+    first = SimulatedWorker(graph, cast("Json", items))
     assert (await first.work()).status is RunStatus.WAITING
     assert calls == 2_000
-    recorded = woken(first.notebook)
+    recorded = expire_waits(first.notebook)
     ended = {span.iteration for span in recorded if span.is_turn and span.status in SETTLED_STATUSES}
     # What its nodes have left isn't needed of a turn that has ended.
     needed = [span for span in recorded if span.node_id == "loop" or span.iteration not in ended]
     assert len(needed) < len(recorded) - 2_000
-    notebook = await finished(Worker(graph, cast("Json", items), recorded=needed))
+    notebook = await run_to_completion(SimulatedWorker(graph, cast("Json", items), recorded=needed))
     assert calls == 2_000
-    assert results(notebook) == items
+    assert loop_results(notebook) == items
 
 
-def once(call: NodeCall) -> NodeOutcome:
+def wait_a_year(call: NodeCall) -> NodeOutcome:
     return TimerWait(call.now.replace(year=call.now.year + 1), call.data) if call.data == 1_999 else call.data
 
 
 async def test_a_node_that_is_broken_off_before_it_has_begun_leaves_its_turn() -> None:
     drawing = "start > loop; loop:continue > pause; loop:continue > odd; loop:done > end"
-    notebook = await finished(Worker(program(drawing, STEPS, onItemError="continue"), [1, 2]))
+    notebook = await run_to_completion(
+        SimulatedWorker(compile_loop(drawing, STEPS, onItemError="continue"), [1, 2])
+    )
     statuses = [notebook.rows["pause", iteration].status for iteration in ("0", "1")]
     assert statuses == [SpanStatus.CANCELLED, SpanStatus.COMPLETED]
     errors = cast("list[dict[str, Json]]", cast("dict[str, Json]", notebook.output("loop"))["errors"])

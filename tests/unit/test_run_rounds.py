@@ -14,25 +14,25 @@ from engine.run_control import ControlRequest
 from engine.run_errors import NodeError
 from engine.run_records import NodeSpan, RunStatus, SpanStatus
 from engine.values import Json
-from tests.unit.running import (
-    Notebook,
-    Worker,
-    echo,
-    error_of,
-    finished,
-    for_ever,
-    program,
-    pure,
-    soon,
-    woken,
-    write,
+from tests.unit.run_harness import (
+    InMemoryJournal,
+    SimulatedWorker,
+    compile_drawing,
+    echo_data,
+    expire_waits,
+    pure_node,
+    require_error,
+    run_to_completion,
+    wait_forever,
+    wait_soon,
+    write_world,
 )
 
 AGAIN: dict[str, Json] = {"retryOnFailure": True, "maxRetries": 2}
 ONCE: dict[str, Json] = {"atMostOnce": True}
 
 
-class Failing:
+class FailingNode:
     """A node that fails until it has been called often enough."""
 
     def __init__(self, *, times: int = 1_000, error: Exception | None = None) -> None:
@@ -47,7 +47,7 @@ class Failing:
         return "done"
 
 
-async def to_the_end(worker: Worker) -> tuple[Worker, list[float]]:
+async def run_through_pauses(worker: SimulatedWorker) -> tuple[SimulatedWorker, list[float]]:
     """Let every pause pass at once, each in another worker; returns the last and how long the pauses were."""
     pauses: list[float] = []
     while (await worker.work()).status is RunStatus.WAITING:
@@ -55,7 +55,7 @@ async def to_the_end(worker: Worker) -> tuple[Worker, list[float]]:
             span.wake_at for span in worker.notebook.rows.values() if span.status is SpanStatus.RETRYING
         ]
         pauses += [round((at - datetime.now(UTC)).total_seconds()) for at in asleep if at]
-        worker = Worker(worker.program, worker.start.trigger, recorded=woken(worker.notebook))
+        worker = SimulatedWorker(worker.program, worker.start.trigger, recorded=expire_waits(worker.notebook))
     return worker, pauses
 
 
@@ -84,23 +84,25 @@ def _every_pause_frees_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_a_run_is_taken_up_again_from_the_node_that_failed(
     retry: dict[str, Json], error: NodeError, attempts: list[int], pauses: list[int]
 ) -> None:
-    failing, before = Failing(error=error), Failing(times=0)
-    graph = program(
+    failing, before = FailingNode(error=error), FailingNode(times=0)
+    graph = compile_drawing(
         "start > before > fails",
-        {"before": write(before.run), "fails": write(failing.run)},
+        {"before": write_world(before.run), "fails": write_world(failing.run)},
         {"fails": {"retry": retry}},
         AGAIN,
     )
-    last, slept = await to_the_end(Worker(graph))
+    last, slept = await run_through_pauses(SimulatedWorker(graph))
     assert (failing.attempts, slept) == (attempts, pauses)
     assert before.attempts == [1]
     assert last.notebook.status("fails") is SpanStatus.FAILED
 
 
 async def test_a_run_that_was_taken_up_again_may_end_well() -> None:
-    failing = Failing(times=2)
-    last, _ = await to_the_end(
-        Worker(program("start > fails > echo", {"fails": write(failing.run)}, None, AGAIN))
+    failing = FailingNode(times=2)
+    last, _ = await run_through_pauses(
+        SimulatedWorker(
+            compile_drawing("start > fails > echo", {"fails": write_world(failing.run)}, None, AGAIN)
+        )
     )
     assert last.notebook.output("echo") == "done"
 
@@ -123,20 +125,25 @@ async def test_a_run_that_was_taken_up_again_may_end_well() -> None:
 async def test_a_failure_that_does_not_fail_the_run_is_not_repeated(
     drawing: str, settings: Mapping[str, Json]
 ) -> None:
-    failing = Failing()
+    failing = FailingNode()
     goes_on = "error > echo" not in drawing
     kinds = {
-        "fails": write(failing.run),
-        "loop": pure(lambda _call: LoopRequest([1], continues_on_error=goes_on), loops=True),
+        "fails": write_world(failing.run),
+        "loop": pure_node(lambda _call: LoopRequest([1], continues_on_error=goes_on), loops=True),
     }
-    await Worker(program(drawing, kinds, None, settings)).work()
+    await SimulatedWorker(compile_drawing(drawing, kinds, None, settings)).work()
     assert failing.attempts == [1]
 
 
 async def test_a_failure_in_a_loop_that_would_fail_the_run_is_repeated() -> None:
-    failing = Failing(times=1)
-    kinds = {"fails": write(failing.run), "loop": pure(lambda _call: LoopRequest([1, 2]), loops=True)}
-    last, _ = await to_the_end(Worker(program("start > loop; loop:continue > fails", kinds, None, AGAIN)))
+    failing = FailingNode(times=1)
+    kinds = {
+        "fails": write_world(failing.run),
+        "loop": pure_node(lambda _call: LoopRequest([1, 2]), loops=True),
+    }
+    last, _ = await run_through_pauses(
+        SimulatedWorker(compile_drawing("start > loop; loop:continue > fails", kinds, None, AGAIN))
+    )
     assert failing.attempts == [1, 2, 1]
     assert last.notebook.output("loop") == {"results": ["done", "done"], "count": 2, "errors": []}
 
@@ -147,22 +154,24 @@ async def test_what_was_stopped_or_took_too_long_is_not_taken_up_again(request_:
 
     async def hang(call: NodeCall) -> Json:
         begun.set()
-        await (asyncio.sleep(0.01) if request_ is ControlRequest.STOP else for_ever(call))
+        await (asyncio.sleep(0.01) if request_ is ControlRequest.STOP else wait_forever(call))
         raise NodeError("no")
 
-    worker = Worker(program("start > hang", {"hang": write(hang)}, None, AGAIN))
+    worker = SimulatedWorker(compile_drawing("start > hang", {"hang": write_world(hang)}, None, AGAIN))
     work = worker.begin()
-    await soon(begun)
+    await wait_soon(begun)
     worker.control.ask(request_)
     assert (await work).status in {RunStatus.STOPPED, RunStatus.CANCELLED}
-    late = Worker(program("start > hang", {"hang": write(for_ever)}, None, AGAIN), seconds=0.02)
-    assert error_of(await late.work()).code == "timeout"
+    late = SimulatedWorker(
+        compile_drawing("start > hang", {"hang": write_world(wait_forever)}, None, AGAIN), seconds=0.02
+    )
+    assert require_error(await late.work()).code == "timeout"
 
 
 # ── at most once ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def running(notebook: Notebook) -> list[NodeSpan]:
+def restart_spans(notebook: InMemoryJournal) -> list[NodeSpan]:
     """Return what was recorded, as it was while the write was under way."""
     return [
         msgspec.structs.replace(span, status=SpanStatus.RUNNING, output=None, port=None, ended_at=None)
@@ -175,12 +184,12 @@ def running(notebook: Notebook) -> list[NodeSpan]:
 
 @pytest.mark.parametrize("settings", [{}, AGAIN])
 async def test_an_attempt_that_was_lost_is_not_made_again(settings: Mapping[str, Json]) -> None:
-    paying = Failing(times=0)
+    paying = FailingNode(times=0)
     for drawing in ("start > pay > echo", "start > pay; pay:error > echo"):
         paying.attempts.clear()
-        graph = program(drawing, {"pay": write(paying.run)}, {"pay": ONCE}, settings)
-        first = await finished(Worker(graph))
-        second = Worker(graph, recorded=running(first))
+        graph = compile_drawing(drawing, {"pay": write_world(paying.run)}, {"pay": ONCE}, settings)
+        first = await run_to_completion(SimulatedWorker(graph))
+        second = SimulatedWorker(graph, recorded=restart_spans(first))
         ended = await second.work()
         assert paying.attempts == [1]
         error = second.notebook.spans["pay"].error
@@ -190,9 +199,9 @@ async def test_an_attempt_that_was_lost_is_not_made_again(settings: Mapping[str,
 
 
 async def test_a_node_that_only_reads_may_be_run_again_whatever_it_says() -> None:
-    graph = program("start > pay > echo", {"pay": pure(echo)}, {"pay": ONCE})
-    first = await finished(Worker(graph))
-    await finished(Worker(graph, recorded=running(first)))
+    graph = compile_drawing("start > pay > echo", {"pay": pure_node(echo_data)}, {"pay": ONCE})
+    first = await run_to_completion(SimulatedWorker(graph))
+    await run_to_completion(SimulatedWorker(graph, recorded=restart_spans(first)))
 
 
 @pytest.mark.parametrize(
@@ -209,21 +218,21 @@ async def test_a_node_that_only_reads_may_be_run_again_whatever_it_says() -> Non
 async def test_only_what_is_known_not_to_have_happened_is_tried_again(
     error: Exception, attempts: int
 ) -> None:
-    failing = Failing(error=error)
+    failing = FailingNode(error=error)
     options: dict[str, Json] = {**ONCE, "retry": {"maxAttempts": 3, "backoff": 2}}
-    graph = program("start > pay", {"pay": write(failing.run)}, {"pay": options})
-    await to_the_end(Worker(graph))
+    graph = compile_drawing("start > pay", {"pay": write_world(failing.run)}, {"pay": options})
+    await run_through_pauses(SimulatedWorker(graph))
     assert len(failing.attempts) == attempts
 
 
 @pytest.mark.parametrize("request_", [ControlRequest.HAND_OVER, ControlRequest.STOP])
 async def test_what_was_announced_and_never_begun_is_not_lost(request_: ControlRequest) -> None:
-    paying = Failing(times=0)
-    graph = program("start > pay > echo", {"pay": write(paying.run)}, {"pay": ONCE})
-    worker = Worker(graph)
+    paying = FailingNode(times=0)
+    graph = compile_drawing("start > pay > echo", {"pay": write_world(paying.run)}, {"pay": ONCE})
+    worker = SimulatedWorker(graph)
     worker.notebook.may_commit.clear()
     work = worker.begin()
-    await soon(worker.notebook.is_committing)
+    await wait_soon(worker.notebook.is_committing)
     worker.control.ask(request_)
     worker.notebook.may_commit.set()
     ended = await work
@@ -232,15 +241,15 @@ async def test_what_was_announced_and_never_begun_is_not_lost(request_: ControlR
         assert worker.notebook.status("pay") is SpanStatus.CANCELLED
         return
     assert ended.status is RunStatus.RELEASED
-    notebook = await finished(Worker(graph, recorded=woken(worker.notebook)))
+    notebook = await run_to_completion(SimulatedWorker(graph, recorded=expire_waits(worker.notebook)))
     assert paying.attempts == [1]
     assert notebook.output("echo") == "done"
 
 
 async def test_the_pauses_between_rounds_grow_to_a_minute() -> None:
-    failing = Failing()
+    failing = FailingNode()
     settings: dict[str, Json] = {"retryOnFailure": True, "maxRetries": 8}
-    _, pauses = await to_the_end(
-        Worker(program("start > fails", {"fails": write(failing.run)}, None, settings))
+    _, pauses = await run_through_pauses(
+        SimulatedWorker(compile_drawing("start > fails", {"fails": write_world(failing.run)}, None, settings))
     )
     assert pauses == [1, 2, 4, 8, 16, 32, 60, 60]

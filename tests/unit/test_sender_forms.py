@@ -20,28 +20,28 @@ from senders.event_senders import EventSender
 from senders.mail_kinds import MailKind
 from senders.posted_forms import PostedForm
 from senders.sender_request import RequestRefused, SenderRequest
-from tests.provider_requests import arrival
+from tests.provider_requests import build_request
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
 MULTIPART = "multipart/form-data; boundary=b"
 URLENCODED = "application/x-www-form-urlencoded"
 
 
-def form(body: bytes, content_type: str = MULTIPART) -> PostedForm:
+def parse_body(body: bytes, content_type: str = MULTIPART) -> PostedForm:
     return posted_forms.parse_form(media_types.parse_media_type(content_type), body)
 
 
-def part(value: bytes, header: bytes = b'Content-Disposition: form-data; name="a"') -> bytes:
+def form_part(value: bytes, header: bytes = b'Content-Disposition: form-data; name="a"') -> bytes:
     return b"--b\r\n" + header + b"\r\n\r\n" + value + b"\r\n"
 
 
-def first(found: PostedForm) -> bytes:
+def first_value(found: PostedForm) -> bytes:
     return bytes(found.values("a")[0])
 
 
-def code(body: bytes, content_type: str = MULTIPART) -> str:
+def refusal_code(body: bytes, content_type: str = MULTIPART) -> str:
     with pytest.raises(RequestRefused) as refused:
-        form(body, content_type)
+        parse_body(body, content_type)
     return refused.value.code
 
 
@@ -62,23 +62,23 @@ VALUES = [
 
 @pytest.mark.parametrize("value", VALUES)
 def test_a_value_comes_byte_for_byte(value: bytes) -> None:
-    found = form(part(value) + part(value) + b"--b--\r\n")
+    found = parse_body(form_part(value) + form_part(value) + b"--b--\r\n")
     assert [bytes(one) for one in found.values("a")] == [value, value]
 
 
 @pytest.mark.parametrize("end", [b"--b--", b"--b--\r\n", b"--b--\r\nafterwards\r\n--b\r\n"])
 def test_after_the_last_boundary_nothing_matters(end: bytes) -> None:
-    assert len(form(part(b"1") + end).parts) == 1
+    assert len(parse_body(form_part(b"1") + end).parts) == 1
 
 
 def test_a_boundary_may_be_quoted_and_padded() -> None:
-    body = part(b"1").replace(b"--b\r\n", b"--b \t\r\n") + b"--b--"
-    assert first(form(body, 'multipart/form-data; charset=x; Boundary="b"')) == b"1"
+    body = form_part(b"1").replace(b"--b\r\n", b"--b \t\r\n") + b"--b--"
+    assert first_value(parse_body(body, 'multipart/form-data; charset=x; Boundary="b"')) == b"1"
 
 
 def test_values_are_views_of_the_body() -> None:
-    body = part(b"1" * 1_000) + b"--b--"
-    value = form(body).first("a")
+    body = form_part(b"1" * 1_000) + b"--b--"
+    value = parse_body(body).first("a")
     assert value is not None
     assert value.obj is body
 
@@ -103,13 +103,13 @@ def test_a_part_is_kept_whatever_its_name(
     filename: str | None,
     is_file: bool,  # noqa: FBT001
 ) -> None:
-    (found,) = form(part(b"1", header) + b"--b--").parts
+    (found,) = parse_body(form_part(b"1", header) + b"--b--").parts
     assert (found.name, found.filename, found.is_file, bytes(found.value)) == (name, filename, is_file, b"1")
-    assert (name in form(part(b"1", header) + b"--b--")) is not is_file
+    assert (name in parse_body(form_part(b"1", header) + b"--b--")) is not is_file
 
 
 def test_a_part_without_a_header_is_kept_too() -> None:
-    (found,) = form(b"--b\r\n\r\n1\r\n--b--").parts
+    (found,) = parse_body(b"--b\r\n\r\n1\r\n--b--").parts
     assert bytes(found.value) == b"1"
 
 
@@ -125,7 +125,7 @@ def test_a_part_without_a_header_is_kept_too() -> None:
     ],
 )
 def test_a_form_without_its_boundary_is_refused(content_type: str) -> None:
-    assert code(part(b"1") + b"--b--", content_type) == "malformed-form"
+    assert refusal_code(form_part(b"1") + b"--b--", content_type) == "malformed-form"
 
 
 @pytest.mark.parametrize(
@@ -134,29 +134,29 @@ def test_a_form_without_its_boundary_is_refused(content_type: str) -> None:
         b"",
         b"--b",
         b"--b\r\n",
-        part(b"1"),
-        part(b"1") + b"--b",
-        b"before\r\n" + part(b"1") + b"--b--",
+        form_part(b"1"),
+        form_part(b"1") + b"--b",
+        b"before\r\n" + form_part(b"1") + b"--b--",
         b"--b\r\n--b--",
         b"--b\r\na: b\r\n--b--",
-        part(b"1", b"X: " + b"x" * posted_forms.MAX_HEADER_BYTES) + b"--b--",
+        form_part(b"1", b"X: " + b"x" * posted_forms.MAX_HEADER_BYTES) + b"--b--",
     ],
 )
 def test_a_form_that_is_cut_or_broken_is_refused(body: bytes) -> None:
-    assert code(body) == "malformed-form"
+    assert refusal_code(body) == "malformed-form"
 
 
 def test_media_types_other_than_forms_are_refused() -> None:
-    assert code(b"{}", "application/json") == "unsupported-media-type"
+    assert refusal_code(b"{}", "application/json") == "unsupported-media-type"
 
 
 HEADER_OF_PARAMETERS = b'Content-Disposition: form-data; x="' + b';a="' * 2_000
 BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
-    "parts": (MULTIPART, lambda: part(b"") * (posted_forms.MAX_PARTS + 1) + b"--b--"),
-    "almost boundaries": (MULTIPART, lambda: part(b"") + b"\r\n--bx" * 5_000_000),
-    "padding": (MULTIPART, lambda: part(b"")[:-2] + b"\r\n--b" + b" " * 30_000_000 + b"\r\n"),
+    "parts": (MULTIPART, lambda: form_part(b"") * (posted_forms.MAX_PARTS + 1) + b"--b--"),
+    "almost boundaries": (MULTIPART, lambda: form_part(b"") + b"\r\n--bx" * 5_000_000),
+    "padding": (MULTIPART, lambda: form_part(b"")[:-2] + b"\r\n--b" + b" " * 30_000_000 + b"\r\n"),
     "line ends": (MULTIPART, lambda: b"\r\n" * 15_000_000),
-    "parameters": (MULTIPART, lambda: part(b"", HEADER_OF_PARAMETERS) * 2_000 + b"--b--"),
+    "parameters": (MULTIPART, lambda: form_part(b"", HEADER_OF_PARAMETERS) * 2_000 + b"--b--"),
     "fields": (URLENCODED, lambda: b"&" * 30_000_000),
     "a name": (URLENCODED, lambda: b"a" * 30_000_000),
 }
@@ -166,7 +166,7 @@ BOMBS: dict[str, tuple[str, Callable[[], bytes]]] = {
 def test_a_form_that_is_made_to_cost_time_costs_little(content_type: str, made: Callable[[], bytes]) -> None:
     body = made()
     began = time.process_time()
-    assert code(body, content_type) == "malformed-form"
+    assert refusal_code(body, content_type) == "malformed-form"
     assert time.process_time() - began < 6
 
 
@@ -176,7 +176,7 @@ def test_a_form_that_is_made_to_cost_time_costs_little(content_type: str, made: 
 @settings(max_examples=50)
 @given(st.lists(st.tuples(st.text(), st.binary()), max_size=5))
 def test_what_was_urlencoded_comes_back(pairs: list[tuple[str, bytes]]) -> None:
-    found = form(urlencode(pairs).encode(), URLENCODED)
+    found = parse_body(urlencode(pairs).encode(), URLENCODED)
     assert [(one.name, bytes(one.value)) for one in found.parts] == pairs
 
 
@@ -185,7 +185,7 @@ def test_what_was_urlencoded_comes_back(pairs: list[tuple[str, bytes]]) -> None:
 def test_escapes_are_read_as_everywhere(text: str) -> None:
     raw = text.encode().replace(b"&", b"")
     try:
-        value = first(form(b"a=" + raw, URLENCODED))
+        value = first_value(parse_body(b"a=" + raw, URLENCODED))
     except RequestRefused:
         assert unquote_to_bytes(raw).count(b"%")
     else:
@@ -195,33 +195,33 @@ def test_escapes_are_read_as_everywhere(text: str) -> None:
 @pytest.mark.parametrize("shift", range(4))
 def test_an_escape_is_read_whole_wherever_a_large_value_is_cut(shift: int) -> None:
     value = b"x" * shift + "é".encode() * 600_000
-    assert first(form(b"a=" + quote_plus(value).encode(), URLENCODED)) == value
+    assert first_value(parse_body(b"a=" + quote_plus(value).encode(), URLENCODED)) == value
 
 
 def test_a_large_value_is_not_read_while_others_wait() -> None:
-    found = form(b"a=" + b"x" * 2_000_000, URLENCODED)
+    found = parse_body(b"a=" + b"x" * 2_000_000, URLENCODED)
     with pytest.raises(offload.BudgetExceeded):
         offload.try_inline(found.first, "a")
-    assert first(found) == b"x" * 2_000_000
+    assert first_value(found) == b"x" * 2_000_000
 
 
 @pytest.mark.parametrize("body", [b"a=%", b"a=%4", b"a=%zz", b"%=1", b"a" * 9_000 + b"=1"])
 def test_what_is_not_urlencoded_is_refused(body: bytes) -> None:
     with pytest.raises(RequestRefused) as refused:
-        _ = [one.value for one in form(body, URLENCODED).parts]
+        _ = [one.value for one in parse_body(body, URLENCODED).parts]
     assert refused.value.code == "malformed-form"
 
 
 def test_names_without_values_and_values_without_names_are_kept() -> None:
-    found = form(b"a&=b&&c=", URLENCODED)
+    found = parse_body(b"a&=b&&c=", URLENCODED)
     assert [(one.name, bytes(one.value)) for one in found.parts] == [("a", b""), ("", b"b"), ("c", b"")]
 
 
 # ── mails ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def mail(body: bytes, content_type: str) -> SenderRequest:
-    return arrival(body, [(b"Content-Type", content_type.encode())] if content_type else [], NOW)
+def mail_request(body: bytes, content_type: str) -> SenderRequest:
+    return build_request(body, [(b"Content-Type", content_type.encode())] if content_type else [], NOW)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def mail(body: bytes, content_type: str) -> SenderRequest:
 def test_a_mail_is_what_its_type_and_its_fields_say(
     body: bytes, content_type: str, expected: MailKind
 ) -> None:
-    assert mail_kinds.recognize_mail(mail(body, content_type)) is expected
+    assert mail_kinds.recognize_mail(mail_request(body, content_type)) is expected
 
 
 @pytest.mark.parametrize(
@@ -255,12 +255,12 @@ def test_a_mail_is_what_its_type_and_its_fields_say(
 )
 def test_what_is_no_mail_is_refused(body: bytes, content_type: str, expected: str) -> None:
     with pytest.raises(RequestRefused) as refused:
-        mail_kinds.recognize_mail(mail(body, content_type))
+        mail_kinds.recognize_mail(mail_request(body, content_type))
     assert refused.value.code == expected
 
 
-def key(fields: dict[str, str]) -> str | None:
-    request = mail(urlencode(fields).encode(), URLENCODED)
+def deduplication_key_of(fields: dict[str, str]) -> str | None:
+    request = mail_request(urlencode(fields).encode(), URLENCODED)
     return mail_kinds.deduplication_key(request, mail_kinds.recognize_mail(request))
 
 
@@ -269,11 +269,13 @@ SENT = {**SIGNATURE, "recipient": "a@in.test", "Message-Id": "<1@test>"}
 
 
 def test_a_mail_for_another_recipient_or_with_another_content_is_another() -> None:
-    assert key(SENT) == key({**SENT, "token": "other", "X-Mailgun-Sscore": "0.3", "body-plain": "\r\n"})
-    assert key(SENT) != key({**SENT, "recipient": "b@in.test"})
-    assert key(SENT) != key({**SENT, "Message-Id": "<2@test>"})
+    assert deduplication_key_of(SENT) == deduplication_key_of(
+        {**SENT, "token": "other", "X-Mailgun-Sscore": "0.3", "body-plain": "\r\n"}
+    )
+    assert deduplication_key_of(SENT) != deduplication_key_of({**SENT, "recipient": "b@in.test"})
+    assert deduplication_key_of(SENT) != deduplication_key_of({**SENT, "Message-Id": "<2@test>"})
     for name in ("from", "subject", "body-plain", "body-html"):
-        assert key(SENT) != key({**SENT, name: "other"})
+        assert deduplication_key_of(SENT) != deduplication_key_of({**SENT, name: "other"})
 
 
 RAW = (
@@ -282,26 +284,34 @@ RAW = (
 )
 
 
-def raw_key(received: str, subject: str, boundary: str, content: bytes, encoding: str) -> str | None:
+def raw_deduplication_key(
+    received: str, subject: str, boundary: str, content: bytes, encoding: str
+) -> str | None:
     encoded = b64encode(content).decode() if encoding == "base64" else b2a_qp(content).decode()
     attached = (
         f"--{boundary}\r\nContent-Type: text/plain; charset=utf-8\r\nContent-Disposition: attachment; filename=a.txt"
         f"\r\nContent-Transfer-Encoding: {encoding}\r\n\r\n{encoded}\r\n--{boundary}--\r\n"
     )
     envelope = '{"to": ["a@in.test"], "from": ""}'
-    return key({"email": RAW.format(received, subject, boundary, attached), "envelope": envelope})
+    return deduplication_key_of(
+        {"email": RAW.format(received, subject, boundary, attached), "envelope": envelope}
+    )
 
 
 def test_a_mail_that_is_encoded_and_sent_on_anew_is_the_same_mail() -> None:
-    first = raw_key("one", "=?utf-8?q?Gr=C3=BC=C3=9Fe?=", "b1", "Grüße".encode(), "base64")
-    assert first == raw_key("two", "=?utf-8?b?R3LDvMOfZQ==?=", "b2", "Grüße".encode(), "quoted-printable")
-    assert first != raw_key("one", "=?utf-8?q?Gr=C3=BC=C3=9Fe?=", "b1", b"other", "base64")
+    first = raw_deduplication_key("one", "=?utf-8?q?Gr=C3=BC=C3=9Fe?=", "b1", "Grüße".encode(), "base64")
+    assert first == raw_deduplication_key(
+        "two", "=?utf-8?b?R3LDvMOfZQ==?=", "b2", "Grüße".encode(), "quoted-printable"
+    )
+    assert first != raw_deduplication_key("one", "=?utf-8?q?Gr=C3=BC=C3=9Fe?=", "b1", b"other", "base64")
 
 
 def test_a_mail_without_a_message_id_is_known_by_all_that_is_said_of_it() -> None:
     anonymous = {**SENT, "Message-Id": " ", "subject": "one"}
-    assert key(anonymous) == key({**anonymous, **dict.fromkeys(SIGNATURE, "new")})
-    assert key(anonymous) != key({**anonymous, "subject": "two"})
+    assert deduplication_key_of(anonymous) == deduplication_key_of(
+        {**anonymous, **dict.fromkeys(SIGNATURE, "new")}
+    )
+    assert deduplication_key_of(anonymous) != deduplication_key_of({**anonymous, "subject": "two"})
 
 
 @pytest.mark.parametrize(
@@ -322,12 +332,14 @@ def test_the_message_id_is_read_from_the_header_of_a_mail_alone(head: str, found
 @pytest.mark.parametrize("told", ["[]", "{", '{"to": "a"}', '{"from": 1}', "<a@in.test>"])
 def test_an_envelope_that_cannot_be_read_is_empty(told: str) -> None:
     mail_ = {"email": "Message-ID: <1@test>\n\n"}
-    assert key({**mail_, "envelope": told}) == key({**mail_, "envelope": "{}"})
+    assert deduplication_key_of({**mail_, "envelope": told}) == deduplication_key_of(
+        {**mail_, "envelope": "{}"}
+    )
 
 
 def test_a_mail_as_json_is_known_by_the_message_id_that_its_caller_gives() -> None:
     def native(body: bytes) -> str | None:
-        return mail_kinds.deduplication_key(mail(body, "application/json"), MailKind.NATIVE)
+        return mail_kinds.deduplication_key(mail_request(body, "application/json"), MailKind.NATIVE)
 
     sent = b'{"to": "a@in.test", "subject": "%s", "email_headers": {"message-ID": "<1@test>", "X": "%s"}}'
     assert native(sent % (b"a", b"1")) == native(sent % (b"a", b"2"))
@@ -373,7 +385,9 @@ def stored_key(ses_id: str, *, dkim: str = "PASS", **headers: str | None) -> str
         "Signature": "s",
         "SigningCertURL": "https://example.org",
     }
-    return mail_kinds.deduplication_key(mail(json.dumps(message).encode(), "application/json"), MailKind.SNS)
+    return mail_kinds.deduplication_key(
+        mail_request(json.dumps(message).encode(), "application/json"), MailKind.SNS
+    )
 
 
 def test_a_stored_mail_is_known_by_headers_that_prove_its_content() -> None:
@@ -437,7 +451,7 @@ HEADER_LISTS = st.lists(st.tuples(NAMES, st.one_of(st.binary(max_size=10), st.ju
 def test_whatever_comes_is_read_or_refused(
     body: bytes, content_type: str, headers: list[tuple[bytes, bytes]]
 ) -> None:
-    request = arrival(body, [(b"Content-Type", content_type.encode()), *headers], NOW)
+    request = build_request(body, [(b"Content-Type", content_type.encode()), *headers], NOW)
     for sender in EventSender:
         _read_or_refused(partial(event_senders.parse_event, request, sender))
     _read_or_refused(lambda: event_senders.recognize_sender(request))

@@ -29,7 +29,7 @@ from senders.event_senders import EventSender, SenderEvent, UrlChallenge
 from senders.hmac_signature import HmacScheme, SignatureAlgorithm, SignatureEncoding
 from senders.sender_request import RequestHeaders, RequestRefused, SenderRequest
 from senders.signatures import SignatureResult
-from tests.provider_requests import arrival
+from tests.provider_requests import build_request
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
 SECRET, OTHER = "a secret", "another secret"
@@ -43,89 +43,91 @@ MAILGUN_TOKEN = "0123456789" * 5
 WITH_TIME = HmacScheme("X-Signature", timestamp_header="X-Time", delivery_header="X-Id")
 
 
-def seconds(at: datetime) -> bytes:
+def unix_seconds(at: datetime) -> bytes:
     return b"%d" % at.timestamp()
 
 
-def hexadecimal(message: bytes, secret: str = SECRET) -> bytes:
+def hex_signature(message: bytes, secret: str = SECRET) -> bytes:
     return hmac.digest(secret.encode(), message, "sha256").hex().encode()
 
 
-def by_github(at: datetime) -> SenderRequest:  # noqa: ARG001 - it signs no time
-    return request((b"X-Hub-Signature-256", b"sha256=" + hexadecimal(BODY)))
+def github_request(at: datetime) -> SenderRequest:  # noqa: ARG001 - it signs no time
+    return request((b"X-Hub-Signature-256", b"sha256=" + hex_signature(BODY)))
 
 
-def by_stripe(at: datetime) -> SenderRequest:
-    signature = hexadecimal(seconds(at) + b"." + BODY)
-    return request((b"Stripe-Signature", b"t=%s,v1=%s" % (seconds(at), signature)))
+def stripe_request(at: datetime) -> SenderRequest:
+    signature = hex_signature(unix_seconds(at) + b"." + BODY)
+    return request((b"Stripe-Signature", b"t=%s,v1=%s" % (unix_seconds(at), signature)))
 
 
-def by_slack(at: datetime) -> SenderRequest:
-    signature = hexadecimal(b"v0:%s:%s" % (seconds(at), BODY))
-    return request((b"X-Slack-Request-Timestamp", seconds(at)), (b"X-Slack-Signature", b"v0=" + signature))
+def slack_request(at: datetime) -> SenderRequest:
+    signature = hex_signature(b"v0:%s:%s" % (unix_seconds(at), BODY))
+    return request(
+        (b"X-Slack-Request-Timestamp", unix_seconds(at)), (b"X-Slack-Signature", b"v0=" + signature)
+    )
 
 
-def by_the_standard(at: datetime) -> SenderRequest:
-    signed = hmac.digest(SECRET.encode(), b"msg_1.%s.%s" % (seconds(at), BODY), "sha256")
+def standard_request(at: datetime) -> SenderRequest:
+    signed = hmac.digest(SECRET.encode(), b"msg_1.%s.%s" % (unix_seconds(at), BODY), "sha256")
     return request(
         (b"webhook-id", b"msg_1"),
-        (b"webhook-timestamp", seconds(at)),
+        (b"webhook-timestamp", unix_seconds(at)),
         (b"webhook-signature", b"v1," + b64encode(signed)),
     )
 
 
-def by_svix(at: datetime) -> SenderRequest:
-    signed = hmac.digest(SECRET.encode(), b"msg_1.%s.%s" % (seconds(at), BODY), "sha256")
+def svix_request(at: datetime) -> SenderRequest:
+    signed = hmac.digest(SECRET.encode(), b"msg_1.%s.%s" % (unix_seconds(at), BODY), "sha256")
     return request(
         (b"svix-id", b"msg_1"),
-        (b"svix-timestamp", seconds(at)),
+        (b"svix-timestamp", unix_seconds(at)),
         (b"svix-signature", b"v1," + b64encode(signed)),
     )
 
 
-def by_hmac(at: datetime) -> SenderRequest:
-    signature = hexadecimal(seconds(at) + b"." + BODY)
-    return request((b"X-Signature", signature), (b"X-Time", seconds(at)), (b"X-Id", b"7"))
+def hmac_request(at: datetime) -> SenderRequest:
+    signature = hex_signature(unix_seconds(at) + b"." + BODY)
+    return request((b"X-Signature", signature), (b"X-Time", unix_seconds(at)), (b"X-Id", b"7"))
 
 
-def by_sendgrid(at: datetime) -> SenderRequest:
-    signature = SENDGRID_KEY.sign(seconds(at) + BODY, ec.ECDSA(SHA256()))
+def sendgrid_request(at: datetime) -> SenderRequest:
+    signature = SENDGRID_KEY.sign(unix_seconds(at) + BODY, ec.ECDSA(SHA256()))
     return request(
         (sendgrid.SIGNATURE_HEADER.encode(), b64encode(signature)),
-        (sendgrid.TIME_HEADER.encode(), seconds(at)),
+        (sendgrid.TIME_HEADER.encode(), unix_seconds(at)),
     )
 
 
-def by_mailgun(at: datetime) -> SenderRequest:
-    signature = hexadecimal(seconds(at) + MAILGUN_TOKEN.encode())
-    return mailgun_form(seconds(at), MAILGUN_TOKEN.encode(), signature)
+def mailgun_request(at: datetime) -> SenderRequest:
+    signature = hex_signature(unix_seconds(at) + MAILGUN_TOKEN.encode())
+    return mailgun_form(unix_seconds(at), MAILGUN_TOKEN.encode(), signature)
 
 
 def mailgun_form(time: bytes, token: bytes, signature: bytes) -> SenderRequest:
     body = b"timestamp=%s&token=%s&signature=%s" % (time, token, signature)
-    return arrival(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
+    return build_request(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
 
 
 def request(*headers: tuple[bytes, bytes], body: bytes = BODY) -> SenderRequest:
-    return arrival(body, [(b"Content-Type", b"application/json"), *headers], NOW)
+    return build_request(body, [(b"Content-Type", b"application/json"), *headers], NOW)
 
 
 Verify = Callable[[SenderRequest, Sequence[str]], SignatureResult]
 SIGNED: Mapping[str, tuple[Callable[[datetime], SenderRequest], Verify, str]] = {
-    "github": (by_github, github.verify, SECRET),
-    "stripe": (by_stripe, stripe.verify, SECRET),
-    "slack": (by_slack, slack.verify, SECRET),
-    "standard": (by_the_standard, standard_webhooks.verify, WHSEC),
-    "svix": (by_svix, standard_webhooks.verify, WHSEC),
-    "hmac": (by_hmac, lambda given, secrets: hmac_signature.verify(given, secrets, WITH_TIME), SECRET),
-    "sendgrid": (by_sendgrid, sendgrid.verify, SENDGRID_PUBLIC),
-    "mailgun": (by_mailgun, mailgun.verify, SECRET),
+    "github": (github_request, github.verify, SECRET),
+    "stripe": (stripe_request, stripe.verify, SECRET),
+    "slack": (slack_request, slack.verify, SECRET),
+    "standard": (standard_request, standard_webhooks.verify, WHSEC),
+    "svix": (svix_request, standard_webhooks.verify, WHSEC),
+    "hmac": (hmac_request, lambda given, secrets: hmac_signature.verify(given, secrets, WITH_TIME), SECRET),
+    "sendgrid": (sendgrid_request, sendgrid.verify, SENDGRID_PUBLIC),
+    "mailgun": (mailgun_request, mailgun.verify, SECRET),
 }
 EACH = pytest.mark.parametrize(("sign", "verify", "secret"), SIGNED.values(), ids=SIGNED)
 OF_MINUTES = {name: SIGNED[name] for name in ("stripe", "slack", "standard", "hmac")}
 
 
-def code(verify: Verify, given: SenderRequest, *secrets: str) -> str:
+def refusal_code(verify: Verify, given: SenderRequest, *secrets: str) -> str:
     with pytest.raises(RequestRefused) as refused:
         verify(given, secrets)
     assert not any(secret in refused.value.message for secret in secrets if secret.strip())
@@ -147,13 +149,13 @@ def test_without_a_secret_nothing_is_let_in(
 ) -> None:
     assert secret
     for secrets in ([], [""], ["", "  "]):
-        assert code(verify, sign(NOW), *secrets) == "no-secret"
+        assert refusal_code(verify, sign(NOW), *secrets) == "no-secret"
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\t"])
 def test_what_is_signed_with_nothing_is_not_let_in(empty: str) -> None:
-    signed = request((b"X-Hub-Signature-256", b"sha256=" + hexadecimal(BODY, empty)))
-    assert code(github.verify, signed, empty) == "no-secret"
+    signed = request((b"X-Hub-Signature-256", b"sha256=" + hex_signature(BODY, empty)))
+    assert refusal_code(github.verify, signed, empty) == "no-secret"
 
 
 @EACH
@@ -161,10 +163,10 @@ def test_a_request_without_a_signature_is_told_from_one_with_a_wrong_one(
     sign: Callable[[datetime], SenderRequest], verify: Verify, secret: str
 ) -> None:
     if verify is mailgun.verify:
-        unsigned = arrival(b"a=b", [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
+        unsigned = build_request(b"a=b", [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
     else:
         unsigned = request()
-    assert code(verify, unsigned, secret) == "missing-signature"
+    assert refusal_code(verify, unsigned, secret) == "missing-signature"
     assert sign(NOW) is not unsigned
 
 
@@ -178,8 +180,8 @@ def test_a_header_given_twice_decides_nothing(
     signed = [(name, value) for name in HEADERS for value in once.headers.values(name)]
     raw = [(name.encode(), value.encode()) for name, value in signed]
     for number in range(len(raw)):
-        twice = arrival(BODY, [*raw, raw[number]], NOW)
-        assert code(verify, twice, secret) == "duplicate-header"
+        twice = build_request(BODY, [*raw, raw[number]], NOW)
+        assert refusal_code(verify, twice, secret) == "duplicate-header"
 
 
 HEADERS = (
@@ -196,15 +198,15 @@ def test_five_minutes_are_the_most_either_way(name: str) -> None:
     for age in (timedelta(minutes=-5), timedelta(), timedelta(minutes=5)):
         verify(sign(NOW - age), [secret])
     for age in (timedelta(seconds=-301), timedelta(seconds=301)):
-        assert code(verify, sign(NOW - age), secret) == "stale-signature"
+        assert refusal_code(verify, sign(NOW - age), secret) == "stale-signature"
 
 
 @pytest.mark.parametrize(("name", "hours"), [("mailgun", 8), ("sendgrid", 72)])
 def test_a_mail_is_true_for_as_long_as_its_service_may_repeat_it(name: str, hours: int) -> None:
     sign, verify, secret = SIGNED[name]
     verify(sign(NOW - timedelta(hours=hours, minutes=30)), [secret])
-    assert code(verify, sign(NOW - timedelta(hours=hours + 12)), secret) == "stale-signature"
-    assert code(verify, sign(NOW + timedelta(minutes=6)), secret) == "stale-signature"
+    assert refusal_code(verify, sign(NOW - timedelta(hours=hours + 12)), secret) == "stale-signature"
+    assert refusal_code(verify, sign(NOW + timedelta(minutes=6)), secret) == "stale-signature"
 
 
 WRONG = (
@@ -234,24 +236,27 @@ def test_whatever_stands_in_place_of_a_signature_is_only_refused(
             (name.encode(), wrong if is_signature else value.encode()) for value in given.headers.values(name)
         ]
     if verify is mailgun.verify:
-        given = mailgun_form(seconds(NOW), MAILGUN_TOKEN.encode(), wrong)
+        given = mailgun_form(unix_seconds(NOW), MAILGUN_TOKEN.encode(), wrong)
     else:
-        given = arrival(BODY, raw, NOW)
-    assert code(verify, given, secret) == "invalid-signature"
+        given = build_request(BODY, raw, NOW)
+    assert refusal_code(verify, given, secret) == "invalid-signature"
 
 
 @pytest.mark.parametrize("time", [b"", b"now", b"1e9", b"-1", b" 1", b"\xd9\xa1", b"9" * 20])
 def test_a_time_is_a_number_of_seconds(time: bytes) -> None:
-    signature = hexadecimal(b"v0:%s:%s" % (time, BODY))
+    signature = hex_signature(b"v0:%s:%s" % (time, BODY))
     given = request((b"X-Slack-Request-Timestamp", time), (b"X-Slack-Signature", b"v0=" + signature))
-    assert code(slack.verify, given, SECRET) == "invalid-signature"
+    assert refusal_code(slack.verify, given, SECRET) == "invalid-signature"
 
 
 def test_github_is_not_believed_for_a_signature_with_sha1() -> None:
     sha1 = hmac.digest(SECRET.encode(), BODY, "sha1").hex().encode()
-    assert code(github.verify, request((b"X-Hub-Signature", b"sha1=" + sha1)), SECRET) == "missing-signature"
+    assert (
+        refusal_code(github.verify, request((b"X-Hub-Signature", b"sha1=" + sha1)), SECRET)
+        == "missing-signature"
+    )
     given = request((b"X-Hub-Signature-256", b"sha1=" + sha1))
-    assert code(github.verify, given, SECRET) == "invalid-signature"
+    assert refusal_code(github.verify, given, SECRET) == "invalid-signature"
 
 
 @pytest.mark.parametrize(
@@ -264,36 +269,38 @@ def test_github_is_not_believed_for_a_signature_with_sha1() -> None:
     ],
 )
 def test_stripe_gives_one_time_and_few_signatures_of_the_first_version(header: bytes) -> None:
-    good = hexadecimal(seconds(NOW) + b"." + BODY)
-    given = request((b"Stripe-Signature", header % {b"t": seconds(NOW), b"good": good}))
-    assert code(stripe.verify, given, SECRET) == "invalid-signature"
+    good = hex_signature(unix_seconds(NOW) + b"." + BODY)
+    given = request((b"Stripe-Signature", header % {b"t": unix_seconds(NOW), b"good": good}))
+    assert refusal_code(stripe.verify, given, SECRET) == "invalid-signature"
 
 
 def test_mailguns_own_signature_is_the_one_that_counts_and_not_header_lines_of_a_mail() -> None:
-    signature = hexadecimal(seconds(NOW) + MAILGUN_TOKEN.encode())
+    signature = hex_signature(unix_seconds(NOW) + MAILGUN_TOKEN.encode())
     body = b"timestamp=1&token=x&signature=y&timestamp=%s&token=%s&signature=%s" % (
-        seconds(NOW),
+        unix_seconds(NOW),
         MAILGUN_TOKEN.encode(),
         signature,
     )
-    mailgun.verify(arrival(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW), [SECRET])
+    mailgun.verify(
+        build_request(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW), [SECRET]
+    )
 
 
 def test_mailguns_time_and_token_cannot_be_cut_elsewhere() -> None:
-    joined = seconds(NOW) + MAILGUN_TOKEN.encode()
-    moved = mailgun_form(joined[:9], joined[9:], hexadecimal(joined))
-    assert code(mailgun.verify, moved, SECRET) == "invalid-signature"
+    joined = unix_seconds(NOW) + MAILGUN_TOKEN.encode()
+    moved = mailgun_form(joined[:9], joined[9:], hex_signature(joined))
+    assert refusal_code(mailgun.verify, moved, SECRET) == "invalid-signature"
 
 
 def test_a_public_key_does_not_verify_what_is_signed_with_its_text() -> None:
     public = "whpk_" + b64encode(bytes(32)).decode()
-    signed = hmac.digest(bytes(32), b"msg_1.%s.%s" % (seconds(NOW), BODY), "sha256")
+    signed = hmac.digest(bytes(32), b"msg_1.%s.%s" % (unix_seconds(NOW), BODY), "sha256")
     given = request(
         (b"webhook-id", b"msg_1"),
-        (b"webhook-timestamp", seconds(NOW)),
+        (b"webhook-timestamp", unix_seconds(NOW)),
         (b"webhook-signature", b"v1," + b64encode(signed)),
     )
-    assert code(standard_webhooks.verify, given, public) == "invalid-signature"
+    assert refusal_code(standard_webhooks.verify, given, public) == "invalid-signature"
 
 
 @pytest.mark.parametrize(
@@ -375,13 +382,13 @@ def test_headers_have_names_in_any_case_and_keep_all_values() -> None:
 
 
 def test_a_request_does_not_show_what_it_carries() -> None:
-    given = arrival(b"secret", [(b"Authorization", b"secret")], NOW, target="/hooks/secret?key=secret")
+    given = build_request(b"secret", [(b"Authorization", b"secret")], NOW, target="/hooks/secret?key=secret")
     assert "secret" not in repr(given)
 
 
 def test_a_long_body_is_not_hashed_while_others_wait() -> None:
     body = b"x" * 2_000_000
-    given = request((b"X-Hub-Signature-256", b"sha256=" + hexadecimal(body)), body=body)
+    given = request((b"X-Hub-Signature-256", b"sha256=" + hex_signature(body)), body=body)
     with pytest.raises(offload.BudgetExceeded):
         offload.try_inline(github.verify, given, [SECRET])
     github.verify(given, [SECRET])
@@ -392,7 +399,7 @@ def test_a_long_body_is_not_hashed_while_others_wait() -> None:
 
 def test_a_click_in_slack_is_an_event_of_the_type_that_slack_gives_it() -> None:
     body = b"payload=%7B%22type%22%3A%22block_actions%22%2C%22trigger_id%22%3A%22t1%22%7D"
-    given = arrival(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
+    given = build_request(body, [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
     meaning = event_senders.parse_event(given, EventSender.SLACK)
     assert isinstance(meaning, SenderEvent)
     assert (meaning.event_type, meaning.id) == ("slack.block_actions", "t1")
@@ -400,18 +407,20 @@ def test_a_click_in_slack_is_an_event_of_the_type_that_slack_gives_it() -> None:
 
 
 def test_a_header_of_svix_is_not_believed_beside_a_signature_of_the_standard() -> None:
-    given = by_the_standard(NOW)
+    given = standard_request(NOW)
     names = ("webhook-id", "webhook-timestamp", "webhook-signature")
     signed = [(name.encode(), str(given.headers.single(name)).encode()) for name in names]
     forged = request(*signed, (b"svix-id", b"msg_2"), (b"svix-timestamp", b"0"))
     assert standard_webhooks.verify(forged, [WHSEC]) == standard_webhooks.verify(given, [WHSEC])
-    svix = by_svix(NOW)
+    svix = svix_request(NOW)
     assert standard_webhooks.verify(svix, [WHSEC]) == standard_webhooks.verify(given, [WHSEC])
     assert event_senders.recognize_sender(svix) is EventSender.STANDARD_WEBHOOKS
 
 
 def test_a_look_of_slack_at_a_certificate_is_no_event() -> None:
-    given = arrival(b"ssl_check=1&token=x", [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW)
+    given = build_request(
+        b"ssl_check=1&token=x", [(b"Content-Type", b"application/x-www-form-urlencoded")], NOW
+    )
     assert event_senders.parse_event(given, EventSender.SLACK) == UrlChallenge("")
 
 
@@ -442,5 +451,5 @@ def test_what_is_no_event_is_refused(
     sender: EventSender, headers: list[tuple[bytes, bytes]], body: bytes, expected: str
 ) -> None:
     with pytest.raises(RequestRefused) as refused:
-        event_senders.parse_event(arrival(body, headers, NOW), sender)
+        event_senders.parse_event(build_request(body, headers, NOW), sender)
     assert refused.value.code == expected

@@ -18,7 +18,7 @@ from engine.values import Json
 from senders import ses, sns
 from senders.sender_request import RequestRefused
 from senders.sns import SnsMessage
-from tests.provider_requests import BY_NAME, arrival
+from tests.provider_requests import BY_NAME, build_request
 
 NOW = datetime(2026, 9, 1, 12, tzinfo=UTC)
 TOPIC = "arn:aws:sns:us-east-1:111122223333:mail"
@@ -31,7 +31,7 @@ def private_key() -> rsa.RSAPrivateKey:
     return rsa.generate_private_key(65_537, 2_048)
 
 
-def certificate(
+def make_certificate(
     key: rsa.RSAPrivateKey | ec.EllipticCurvePrivateKey | None = None,
     *,
     start: datetime = NOW - timedelta(days=1),
@@ -44,7 +44,7 @@ def certificate(
     return built.sign(key, SHA256()).public_bytes(Encoding.PEM)
 
 
-def message(**changed: Json) -> dict[str, Json]:
+def sign_message(**changed: Json) -> dict[str, Json]:
     """Return a message, signed after it was changed."""
     members: dict[str, Json] = {
         "Type": "Notification",
@@ -65,36 +65,38 @@ def message(**changed: Json) -> dict[str, Json]:
     return members
 
 
-def parsed(members: Json, **headers: str) -> SnsMessage:
+def parse_members(members: Json, **headers: str) -> SnsMessage:
     raw = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-    return sns.parse_sns_message(arrival(json.dumps(members).encode(), raw, NOW))
+    return sns.parse_sns_message(build_request(json.dumps(members).encode(), raw, NOW))
 
 
-def code(members: Json, pem: bytes | None = None, now: datetime = NOW) -> str:
+def refusal_code(members: Json, pem: bytes | None = None, now: datetime = NOW) -> str:
     with pytest.raises(RequestRefused) as refused:
-        sns.verify(parsed(members), pem or certificate(), [TOPIC], now)
+        sns.verify(parse_members(members), pem or make_certificate(), [TOPIC], now)
     return refused.value.code
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
 @pytest.mark.parametrize("subject", [None, "A subject"])
 def test_a_message_is_true_if_sns_has_signed_all_of_it(version: str, subject: str | None) -> None:
-    members = message(SignatureVersion=version, **({"Subject": subject} if subject else {}))
-    assert sns.verify(parsed(members), certificate(), [TOPIC], NOW).delivery_key
+    members = sign_message(SignatureVersion=version, **({"Subject": subject} if subject else {}))
+    assert sns.verify(parse_members(members), make_certificate(), [TOPIC], NOW).delivery_key
     for name in ("Message", "MessageId"):
-        assert code({**members, name: "other"}) == "invalid-signature"
-    assert code({**members, "Subject": "other"}) == "invalid-signature"
+        assert refusal_code({**members, name: "other"}) == "invalid-signature"
+    assert refusal_code({**members, "Subject": "other"}) == "invalid-signature"
 
 
 def test_a_subject_of_null_is_none() -> None:
-    sns.verify(parsed({**message(), "Subject": None}), certificate(), [TOPIC], NOW)
+    sns.verify(parse_members({**sign_message(), "Subject": None}), make_certificate(), [TOPIC], NOW)
 
 
 def test_the_versions_of_signatures_are_not_mixed_up() -> None:
-    assert code({**message(SignatureVersion="2"), "SignatureVersion": "1"}) == "invalid-signature"
-    assert code(message(SignatureVersion="3")) == "invalid-signature"
-    assert code({**message(), "Signature": "not base64"}) == "invalid-signature"
-    assert code({**message(), "Signature": "é"}) == "invalid-signature"
+    assert (
+        refusal_code({**sign_message(SignatureVersion="2"), "SignatureVersion": "1"}) == "invalid-signature"
+    )
+    assert refusal_code(sign_message(SignatureVersion="3")) == "invalid-signature"
+    assert refusal_code({**sign_message(), "Signature": "not base64"}) == "invalid-signature"
+    assert refusal_code({**sign_message(), "Signature": "é"}) == "invalid-signature"
 
 
 @pytest.mark.parametrize(
@@ -102,7 +104,7 @@ def test_the_versions_of_signatures_are_not_mixed_up() -> None:
 )
 def test_a_message_of_any_other_topic_is_refused_however_well_signed(topics: list[str]) -> None:
     with pytest.raises(RequestRefused) as refused:
-        sns.verify(parsed(message()), certificate(), topics, NOW)
+        sns.verify(parse_members(sign_message()), make_certificate(), topics, NOW)
     assert refused.value.code == "unknown-topic"
 
 
@@ -132,11 +134,11 @@ def test_a_message_of_any_other_topic_is_refused_however_well_signed(topics: lis
     ],
 )
 def test_a_certificate_is_taken_from_sns_itself_and_from_nowhere_else(url: str) -> None:
-    members = message(SigningCertURL=url)
+    members = sign_message(SigningCertURL=url)
     with pytest.raises(RequestRefused) as refused:
-        sns.signing_certificate_url(parsed(members))
+        sns.signing_certificate_url(parse_members(members))
     assert refused.value.code == "untrusted-certificate"
-    assert code(members) == "untrusted-certificate"
+    assert refusal_code(members) == "untrusted-certificate"
 
 
 @pytest.mark.parametrize(
@@ -149,7 +151,7 @@ def test_a_certificate_is_taken_from_sns_itself_and_from_nowhere_else(url: str) 
 )
 def test_the_host_of_sns_is_that_of_the_region_of_the_topic(topic: str, host: str) -> None:
     url = f"https://{host}{CERTIFICATE}"
-    assert sns.signing_certificate_url(parsed(message(TopicArn=topic, SigningCertURL=url))) == url
+    assert sns.signing_certificate_url(parse_members(sign_message(TopicArn=topic, SigningCertURL=url))) == url
 
 
 @pytest.mark.parametrize(
@@ -168,26 +170,31 @@ def test_the_host_of_sns_is_that_of_the_region_of_the_topic(topic: str, host: st
 )
 def test_what_is_no_topic_names_no_host(topic: str | None) -> None:
     with pytest.raises(RequestRefused) as refused:
-        parsed(message(TopicArn=topic))
+        parse_members(sign_message(TopicArn=topic))
     assert refused.value.code == "malformed-message"
 
 
 def test_a_certificate_must_be_one_of_now_with_a_strong_rsa_key() -> None:
-    signed = message()
-    assert code(signed, certificate(end=NOW - timedelta(seconds=1))) == "invalid-certificate"
-    assert code(signed, certificate(start=NOW + timedelta(seconds=1))) == "invalid-certificate"
+    signed = sign_message()
+    assert refusal_code(signed, make_certificate(end=NOW - timedelta(seconds=1))) == "invalid-certificate"
+    assert refusal_code(signed, make_certificate(start=NOW + timedelta(seconds=1))) == "invalid-certificate"
     weak = rsa.generate_private_key(65_537, 1_024)  # noqa: S505 - which is to be refused
-    assert code(signed, certificate(weak)) == "invalid-certificate"
-    assert code(signed, certificate(ec.generate_private_key(ec.SECP256R1()))) == "invalid-certificate"
-    assert code(signed, b"no certificate") == "invalid-certificate"
-    assert code(signed, certificate(rsa.generate_private_key(65_537, 2_048))) == "invalid-signature"
+    assert refusal_code(signed, make_certificate(weak)) == "invalid-certificate"
+    assert (
+        refusal_code(signed, make_certificate(ec.generate_private_key(ec.SECP256R1())))
+        == "invalid-certificate"
+    )
+    assert refusal_code(signed, b"no certificate") == "invalid-certificate"
+    assert (
+        refusal_code(signed, make_certificate(rsa.generate_private_key(65_537, 2_048))) == "invalid-signature"
+    )
 
 
 def test_a_message_is_true_for_the_hour_in_which_sns_repeats_it() -> None:
-    signed = message()
-    sns.verify(parsed(signed), certificate(), [TOPIC], NOW + timedelta(hours=1))
-    assert code(signed, now=NOW + timedelta(hours=2)) == "stale-signature"
-    assert code(signed, now=NOW - timedelta(minutes=6)) == "stale-signature"
+    signed = sign_message()
+    sns.verify(parse_members(signed), make_certificate(), [TOPIC], NOW + timedelta(hours=1))
+    assert refusal_code(signed, now=NOW + timedelta(hours=2)) == "stale-signature"
+    assert refusal_code(signed, now=NOW - timedelta(minutes=6)) == "stale-signature"
 
 
 @pytest.mark.parametrize(
@@ -196,39 +203,39 @@ def test_a_message_is_true_for_the_hour_in_which_sns_repeats_it() -> None:
         [],
         None,
         {},
-        message(Type="Other"),
-        message(Message=7),
-        message(MessageId="a\nb"),
-        message(Timestamp="yesterday"),
-        message(Timestamp="2026-13-01T00:00:00Z"),
-        message(Subject="a\nTimestamp\nb"),
-        {**message(), "Signature": None},
-        message(Type="SubscriptionConfirmation"),
-        message(Type="SubscriptionConfirmation", Token="a&b", SubscribeURL=HOST),
+        sign_message(Type="Other"),
+        sign_message(Message=7),
+        sign_message(MessageId="a\nb"),
+        sign_message(Timestamp="yesterday"),
+        sign_message(Timestamp="2026-13-01T00:00:00Z"),
+        sign_message(Subject="a\nTimestamp\nb"),
+        {**sign_message(), "Signature": None},
+        sign_message(Type="SubscriptionConfirmation"),
+        sign_message(Type="SubscriptionConfirmation", Token="a&b", SubscribeURL=HOST),
     ],
 )
 def test_a_message_has_all_its_members_in_their_form(members: Json) -> None:
     with pytest.raises(RequestRefused) as refused:
-        parsed(members)
+        parse_members(members)
     assert refused.value.code == "malformed-message"
 
 
 def test_a_header_that_contradicts_the_body_is_refused() -> None:
-    parsed(message(), x_amz_sns_message_type="Notification")
+    parse_members(sign_message(), x_amz_sns_message_type="Notification")
     with pytest.raises(RequestRefused):
-        parsed(message(), x_amz_sns_message_type="SubscriptionConfirmation")
+        parse_members(sign_message(), x_amz_sns_message_type="SubscriptionConfirmation")
 
 
 @pytest.mark.parametrize("value", ["true", "TRUE", "1", "false"])
 def test_what_is_delivered_raw_carries_no_signature_and_is_refused(value: str) -> None:
     with pytest.raises(RequestRefused) as refused:
-        parsed(message(), x_amz_sns_rawdelivery=value)
+        parse_members(sign_message(), x_amz_sns_rawdelivery=value)
     assert refused.value.code == "raw-delivery"
 
 
 def test_a_message_is_not_larger_than_those_of_sns() -> None:
     with pytest.raises(RequestRefused) as refused:
-        sns.parse_sns_message(arrival(b" " * (sns.MAX_BYTES + 1), [], NOW))
+        sns.parse_sns_message(build_request(b" " * (sns.MAX_BYTES + 1), [], NOW))
     assert refused.value.code == "too-large"
 
 
@@ -243,7 +250,7 @@ def test_a_confirmation_goes_to_sns_wherever_the_message_points() -> None:
 def test_nothing_else_is_confirmed(kind: str) -> None:
     more: dict[str, Json] = {} if kind == "Notification" else {"Token": "ab", "SubscribeURL": HOST}
     with pytest.raises(RequestRefused):
-        sns.confirmation_url(parsed(message(Type=kind, **more)))
+        sns.confirmation_url(parse_members(sign_message(Type=kind, **more)))
 
 
 @pytest.mark.parametrize(
@@ -265,5 +272,5 @@ def test_nothing_else_is_confirmed(kind: str) -> None:
 def test_a_mail_that_ses_tells_of_in_pieces_is_refused(told: dict[str, Json]) -> None:
     text = json.dumps({"notificationType": "Received", **told})
     with pytest.raises(RequestRefused) as refused:
-        ses.parse_ses_mail(parsed(message(Message=text)))
+        ses.parse_ses_mail(parse_members(sign_message(Message=text)))
     assert refused.value.code == "malformed-mail"

@@ -7,7 +7,7 @@ EVERY = list(SqlDialect)
 POSTGRESQL, MYSQL, SQLITE = SqlDialect.POSTGRESQL, SqlDialect.MYSQL, SqlDialect.SQLITE
 
 
-def places(text: str, dialect: SqlDialect) -> str:
+def mark_places(text: str, dialect: SqlDialect) -> str:
     """Return the statement with `<0>`, `<1>`, … where values belong."""
     statement = sql_text.parse_statement(text, dialect)
     return statement.with_places([f"<{number}>" for number in range(statement.values)])
@@ -30,7 +30,7 @@ def places(text: str, dialect: SqlDialect) -> str:
 def test_a_value_belongs_where_a_question_mark_stands_in_the_open(
     text: str, expected: str, dialect: SqlDialect
 ) -> None:
-    assert places(text, dialect) == expected
+    assert mark_places(text, dialect) == expected
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_a_value_belongs_where_a_question_mark_stands_in_the_open(
     ],
 )
 def test_each_dialect_quotes_in_its_own_way(dialect: SqlDialect, text: str, expected: str) -> None:
-    assert places(text, dialect) == expected
+    assert mark_places(text, dialect) == expected
 
 
 @pytest.mark.parametrize("dialect", EVERY)

@@ -17,13 +17,13 @@ NOON = datetime(2026, 11, 28, 12, tzinfo=UTC)
 START_TIME = timedelta(seconds=120)
 
 
-def admitted(limit: int) -> tuple[StartGate, list[str]]:
+def make_gate(limit: int) -> tuple[StartGate, list[str]]:
     calls: list[str] = []
     return StartGate(limit, calls.append), calls
 
 
 def test_no_more_start_at_once_than_the_limit_and_each_end_admits_the_next() -> None:
-    gate, calls = admitted(2)
+    gate, calls = make_gate(2)
     assert [gate.admit(name, "org") for name in "abcd"] == [True, True, False, False]
     assert gate.admit("a", "org"), "what is starting may go on"
     gate.release("a")
@@ -35,7 +35,7 @@ def test_no_more_start_at_once_than_the_limit_and_each_end_admits_the_next() -> 
 
 
 def test_starts_that_others_have_begun_count() -> None:
-    gate, calls = admitted(1)
+    gate, calls = make_gate(1)
     gate.mark_starting("theirs", "org")
     assert not gate.admit("ours", "org")
     gate.release("theirs")
@@ -43,7 +43,7 @@ def test_starts_that_others_have_begun_count() -> None:
 
 
 def test_organizations_start_in_turn_and_slow_starts_of_one_hold_up_no_other() -> None:
-    gate, calls = admitted(4)
+    gate, calls = make_gate(4)
     for number in range(8):
         gate.admit(f"many-{number}", "many")
     assert gate.admit("few-0", "few"), "its share is free beyond the limit"
@@ -57,7 +57,7 @@ def test_organizations_start_in_turn_and_slow_starts_of_one_hold_up_no_other() -
     assert calls == ["many-4", "few-2"]
 
 
-def deployment(**columns: Any) -> Deployment:  # noqa: ANN401 - any column
+def make_deployment(**columns: Any) -> Deployment:  # noqa: ANN401 - any column
     given: dict[str, Any] = {
         "workflow_id": "wf",
         "organization_id": "org",
@@ -75,7 +75,7 @@ def deployment(**columns: Any) -> Deployment:  # noqa: ANN401 - any column
     return Deployment(**{**given, **columns})
 
 
-def seen(*stages: PodStage, trouble: PodFailure | None = None) -> ObservedDeployment:
+def make_observed(*stages: PodStage, trouble: PodFailure | None = None) -> ObservedDeployment:
     pods = tuple(
         ObservedPod(f"pod-{number}", "d", None, stage is PodStage.READY, is_terminating=False, stage=stage)
         for number, stage in enumerate(stages)
@@ -85,7 +85,7 @@ def seen(*stages: PodStage, trouble: PodFailure | None = None) -> ObservedDeploy
     )
 
 
-class Starts:
+class ObservedStart:
     """A start that is looked at from time to time."""
 
     def __init__(self) -> None:
@@ -94,7 +94,7 @@ class Starts:
     def state(
         self, seconds: float, observed: ObservedDeployment, row: Deployment | None = None
     ) -> tuple[str, str | None]:
-        row, now = row or deployment(), NOON + timedelta(seconds=seconds)
+        row, now = row or make_deployment(), NOON + timedelta(seconds=seconds)
         sighting = reconcile.observed_status(
             row,
             observed,
@@ -107,46 +107,46 @@ class Starts:
 
 
 def test_the_time_of_a_start_runs_from_the_scheduling_of_its_pod() -> None:
-    starts = Starts()
-    assert starts.state(0, seen()) == ("starting", None)
-    state, reason = starts.state(3_600, seen(PodStage.CREATED))
+    starts = ObservedStart()
+    assert starts.state(0, make_observed()) == ("starting", None)
+    state, reason = starts.state(3_600, make_observed(PodStage.CREATED))
     assert state == "starting"
     assert reason is not None
     assert "scheduled" in reason
-    assert starts.state(3_600, seen(PodStage.SCHEDULED)) == ("starting", None)
-    assert starts.state(3_719, seen(PodStage.SCHEDULED)) == ("starting", None)
-    assert starts.state(3_721, seen(PodStage.SCHEDULED))[0] == "failed"
+    assert starts.state(3_600, make_observed(PodStage.SCHEDULED)) == ("starting", None)
+    assert starts.state(3_719, make_observed(PodStage.SCHEDULED)) == ("starting", None)
+    assert starts.state(3_721, make_observed(PodStage.SCHEDULED))[0] == "failed"
 
 
 def test_pods_that_make_progress_are_not_given_up() -> None:
-    starts = Starts()
-    starts.state(0, seen(PodStage.SCHEDULED))
-    assert starts.state(119, seen(PodStage.STARTED)) == ("starting", None)
-    assert starts.state(238, seen(PodStage.STARTED)) == ("starting", None)
-    assert starts.state(240, seen(PodStage.STARTED))[0] == "failed"
+    starts = ObservedStart()
+    starts.state(0, make_observed(PodStage.SCHEDULED))
+    assert starts.state(119, make_observed(PodStage.STARTED)) == ("starting", None)
+    assert starts.state(238, make_observed(PodStage.STARTED)) == ("starting", None)
+    assert starts.state(240, make_observed(PodStage.STARTED))[0] == "failed"
 
 
 def test_a_program_that_crashes_again_and_again_makes_no_progress() -> None:
-    starts = Starts()
+    starts = ObservedStart()
     crashed = PodFailure(PodFailureReason.CRASH_LOOP, "it crashed")
-    starts.state(0, seen(PodStage.STARTED))
-    starts.state(60, seen(PodStage.SCHEDULED, trouble=crashed))
-    assert starts.state(121, seen(PodStage.STARTED, trouble=crashed)) == ("failed", "it crashed")
+    starts.state(0, make_observed(PodStage.STARTED))
+    starts.state(60, make_observed(PodStage.SCHEDULED, trouble=crashed))
+    assert starts.state(121, make_observed(PodStage.STARTED, trouble=crashed)) == ("failed", "it crashed")
 
 
 def test_no_time_runs_while_the_cluster_has_no_room_or_after_something_else_was_desired() -> None:
-    starts = Starts()
+    starts = ObservedStart()
     full = PodFailure(PodFailureReason.QUOTA, "exceeded quota")
-    starts.state(0, seen(trouble=full))
-    assert starts.state(3_600, seen(trouble=full)) == ("starting", "exceeded quota")
-    assert starts.state(3_700, seen(PodStage.SCHEDULED))[0] == "starting"
-    assert starts.state(3_900, seen(PodStage.SCHEDULED))[0] == "failed"
-    again = deployment(generation=2)
-    assert starts.state(3_901, seen(PodStage.SCHEDULED), again)[0] == "starting"
+    starts.state(0, make_observed(trouble=full))
+    assert starts.state(3_600, make_observed(trouble=full)) == ("starting", "exceeded quota")
+    assert starts.state(3_700, make_observed(PodStage.SCHEDULED))[0] == "starting"
+    assert starts.state(3_900, make_observed(PodStage.SCHEDULED))[0] == "failed"
+    again = make_deployment(generation=2)
+    assert starts.state(3_901, make_observed(PodStage.SCHEDULED), again)[0] == "starting"
 
 
 def test_a_workflow_that_serves_goes_on_serving_while_the_cluster_takes_notice_of_a_change() -> None:
-    stale = replace(seen(PodStage.READY), is_current=False, available=1)
-    serving = deployment(observed=Stored.RUNNING, generation=2)
-    assert Starts().state(0, stale, serving)[0] == "running"
-    assert Starts().state(0, stale, deployment(observed=Stored.STOPPING))[0] == "starting"
+    stale = replace(make_observed(PodStage.READY), is_current=False, available=1)
+    serving = make_deployment(observed=Stored.RUNNING, generation=2)
+    assert ObservedStart().state(0, stale, serving)[0] == "running"
+    assert ObservedStart().state(0, stale, make_deployment(observed=Stored.STOPPING))[0] == "starting"

@@ -1,13 +1,13 @@
 import pytest
 
 from engine.run_errors import NodeError
-from tests.calls import EmptyRoad, call
+from tests.node_calls import OpenThrottle, call
 
 pytestmark = pytest.mark.anyio
 
 
 async def test_a_throttle_of_a_key_shares_it_with_all_and_one_without_with_nobody() -> None:
-    road = EmptyRoad()
+    road = OpenThrottle()
     rate = {"limit": 2, "perSeconds": 10}
     await call("throttle", {**rate, "key": "crm-{{ data.customer }}"}, {"customer": 7}, pace=road)
     await call("throttle", {**rate, "key": "node:wf_1:node", "maxWaitSeconds": 5}, {}, pace=road)

@@ -12,7 +12,7 @@ from engine.run_errors import NodeError
 from engine.validation import validate_graph
 from engine.values import Json, encode_json, equal_json, identity_key, value_as_text
 from nodes import catalog
-from tests.calls import call
+from tests.node_calls import call
 
 pytestmark = pytest.mark.anyio
 
@@ -32,11 +32,11 @@ MANY_VALUES = st.lists(VALUES, max_size=20)
 A_FEW = settings(max_examples=25)
 
 
-def outcome(node_type: str, config: Mapping[str, Json], data: Json = None) -> Any:  # noqa: ANN401 - any JSON
+def run_node(node_type: str, config: Mapping[str, Json], data: Json = None) -> Any:  # noqa: ANN401 - any JSON
     return asyncio.run(call(node_type, config, data)).output
 
 
-async def items(node_type: str, config: Mapping[str, Json], data: Json) -> Json:
+async def run_items(node_type: str, config: Mapping[str, Json], data: Json) -> Json:
     output = (await call(node_type, config, data)).output
     assert isinstance(output, dict)
     assert isinstance(output["items"], list)
@@ -143,7 +143,7 @@ PEOPLE: Json = [ADA, BOB, ADA_AGAIN]
     ],
 )
 async def test_a_list_becomes(node_type: str, config: dict[str, Json], data: Json, expected: Json) -> None:
-    assert encode_json(await items(node_type, config, data)) == encode_json(expected)
+    assert encode_json(await run_items(node_type, config, data)) == encode_json(expected)
 
 
 ROWS: Json = [{"key": 1, "x": "a"}, {"key": 1, "x": "b"}, {"key": None, "x": "c"}]
@@ -620,23 +620,23 @@ def test_a_sort_by_several_keys_is_that_of_one_comparison_and_stable(records: li
         return 0
 
     config: dict[str, Json] = {"by": [{"key": "b", "order": "descending"}, "a"]}
-    assert outcome("sort", config, marked)["items"] == sorted(marked, key=cmp_to_key(compared))
+    assert run_node("sort", config, marked)["items"] == sorted(marked, key=cmp_to_key(compared))
 
 
 @A_FEW
 @given(values=MANY_VALUES)
 def test_whatever_is_sorted_has_one_order(values: list[Json]) -> None:
-    once = outcome("sort", {}, values)["items"]
+    once = run_node("sort", {}, values)["items"]
     assert sorted(map(encode_json, once)) == sorted(map(encode_json, values))
-    assert outcome("sort", {}, once)["items"] == once
-    downwards = outcome(
+    assert run_node("sort", {}, once)["items"] == once
+    downwards = run_node(
         "sort", {"by": [{"key": "{{ item }}", "order": "descending", "nulls": "first"}]}, values
     )
-    keys = [*map(_key, downwards["items"])]
-    assert keys == [*map(_key, reversed(once))]
+    keys = [*map(_sort_identity, downwards["items"])]
+    assert keys == [*map(_sort_identity, reversed(once))]
 
 
-def _key(value: Json) -> object:
+def _sort_identity(value: Json) -> object:
     """Return what a sort can tell two values apart by: numbers count by their value, the rest as it is written."""
     return identity_key(value) if not isinstance(value, list | dict) else encode_json(value)
 
@@ -644,12 +644,12 @@ def _key(value: Json) -> object:
 @A_FEW
 @given(values=MANY_VALUES)
 def test_of_equal_values_one_is_left_and_all_others_stay(values: list[Json]) -> None:
-    output = outcome("dedupe", {}, values)
+    output = run_node("dedupe", {}, values)
     left = output["items"]
     assert len(left) + output["removed"] == len(values)
     assert {*map(identity_key, left)} == {*map(identity_key, values)}
     assert len({*map(identity_key, left)}) == len(left)
-    assert outcome("dedupe", {}, left)["removed"] == 0
+    assert run_node("dedupe", {}, left)["removed"] == 0
 
 
 @A_FEW
@@ -668,7 +668,7 @@ def test_a_lookup_of_each_match_is_a_join(records: list[Any], table: list[Any]) 
         for row in table
         if record == row and record["a"] is not None
     ]
-    assert outcome("lookup", config, records)["items"] == joined
+    assert run_node("lookup", config, records)["items"] == joined
 
 
 KEYED = st.dictionaries(st.text("abc", max_size=2), st.integers(0, 2), max_size=6).map(
@@ -679,8 +679,8 @@ KEYED = st.dictionaries(st.text("abc", max_size=2), st.integers(0, 2), max_size=
 @A_FEW
 @given(before=KEYED, after=KEYED)
 def test_every_item_of_two_lists_is_told_once_and_the_way_back_mirrors_it(before: Any, after: Any) -> None:  # noqa: ANN401 - JSON
-    there = outcome("compare", {"by": ["key"], "before": before, "after": after})
-    back = outcome("compare", {"by": ["key"], "before": after, "after": before})
+    there = run_node("compare", {"by": ["key"], "before": before, "after": after})
+    back = run_node("compare", {"by": ["key"], "before": after, "after": before})
     changed = [change["after"] for change in there["changed"]]
     told = [*there["added"], *changed, *there["unchanged"]]
     assert sorted(item["key"] for item in told) == sorted(item["key"] for item in after)
@@ -692,20 +692,20 @@ def test_every_item_of_two_lists_is_told_once_and_the_way_back_mirrors_it(before
 @A_FEW
 @given(values=MANY_VALUES, size=st.integers(1, 8), parts=st.lists(st.text("ab "), min_size=1))
 def test_what_is_split_can_be_put_together_again(values: list[Json], size: int, parts: list[str]) -> None:
-    batches = outcome("split", {"mode": "batches", "size": size}, values)["items"]
+    batches = run_node("split", {"mode": "batches", "size": size}, values)["items"]
     assert [item for batch in batches for item in batch] == values
     assert {len(batch) for batch in batches[:-1]} <= {size}
-    assert outcome("split", {"mode": "text", "separator": ", "}, ", ".join(parts))["items"] == parts
+    assert run_node("split", {"mode": "text", "separator": ", "}, ", ".join(parts))["items"] == parts
 
 
 @A_FEW
 @given(values=MANY_VALUES)
 def test_whatever_was_written_as_json_is_read_as_it_was(values: list[Json]) -> None:
-    read = outcome("json-parse", {"text": "{{ data }}"}, encode_json(values).decode())["value"]
+    read = run_node("json-parse", {"text": "{{ data }}"}, encode_json(values).decode())["value"]
     assert equal_json(read, values)
     lines = "\n".join(encode_json(value).decode() for value in values)
     assert equal_json(
-        outcome("json-parse", {"text": "{{ data }}", "format": "lines"}, lines)["value"], values
+        run_node("json-parse", {"text": "{{ data }}", "format": "lines"}, lines)["value"], values
     )
 
 
@@ -719,14 +719,14 @@ TEXTS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
     line_end=st.sampled_from(["lf", "crlf"]),
 )
 def test_every_csv_that_is_written_is_read_as_it_was(rows: list[Any], delimiter: str, line_end: str) -> None:
-    written = outcome(
+    written = run_node(
         "csv-format",
         {"delimiter": delimiter, "lineEnd": line_end, "columns": ["a", "b, c"], "formulas": "keep"},
         rows,
     )
     config: dict[str, Json] = {"text": "{{ data }}", "delimiter": delimiter, "types": "text"}
     expected = [{"a": row["a"], "b, c": value_as_text(row["b, c"])} for row in rows]
-    assert outcome("csv-parse", config, written["text"])["rows"] == expected
+    assert run_node("csv-parse", config, written["text"])["rows"] == expected
 
 
 # ── fields that no item has ─────────────────────────────────────────────────────────────────────────────────

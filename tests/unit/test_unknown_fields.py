@@ -26,38 +26,38 @@ LINES = [line for line in routes.TABLE if line.body is not None]
 BODIES = [pytest.param(line.body, id=f"{line.method} {line.path}") for line in LINES]
 
 
-def structs_in(kind: Any) -> Iterator[type[msgspec.Struct]]:  # noqa: ANN401 - any type annotation
+def iterate_structs(kind: Any) -> Iterator[type[msgspec.Struct]]:  # noqa: ANN401 - any type annotation
     """Return every body that a type is made of."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         yield kind
         for field in msgspec.structs.fields(kind):
-            yield from structs_in(field.type)
+            yield from iterate_structs(field.type)
     for part in get_args(kind):
-        yield from structs_in(part)
+        yield from iterate_structs(part)
 
 
-class Inner(GuardedWire):
+class InnerBody(GuardedWire):
     """A part with fields of its own."""
 
     start_time: str = ""
 
 
-class Outer(Wire):
+class LenientOuterBody(Wire):
     """A body that passes over what it doesn't know, with parts that don't."""
 
-    parts: list[Inner] = msgspec.field(default_factory=list)
-    by_name: dict[str, Inner] = msgspec.field(default_factory=dict)
+    parts: list[InnerBody] = msgspec.field(default_factory=list)
+    by_name: dict[str, InnerBody] = msgspec.field(default_factory=dict)
     number: int = 0
 
 
-class Closed(StrictWire):
+class StrictBody(StrictWire):
     """A body that knows all of its fields."""
 
     is_public: bool | None = None
     number: int = 0
 
 
-def problems(value: Json, kind: type[msgspec.Struct]) -> dict[str, tuple[str, str]]:
+def decode_problems(value: Json, kind: type[msgspec.Struct]) -> dict[str, tuple[str, str]]:
     """Return code and message of everything that is refused, by path."""
     with pytest.raises(ApiError) as refused:
         convert(value, kind)
@@ -69,14 +69,14 @@ def problems(value: Json, kind: type[msgspec.Struct]) -> dict[str, tuple[str, st
 def test_every_body_refuses_each_misspelt_field(body: type[msgspec.Struct]) -> None:
     for field in msgspec.structs.fields(body):
         misspelt = f"{field.encode_name}s"
-        code, message = problems({misspelt: True}, body)[misspelt]
+        code, message = decode_problems({misspelt: True}, body)[misspelt]
         assert code == "unknown-field"
         assert field.encode_name in message
 
 
 @pytest.mark.parametrize("body", BODIES)
 def test_no_part_of_a_body_passes_over_what_it_does_not_have(body: type[msgspec.Struct]) -> None:
-    for part in structs_in(body):
+    for part in iterate_structs(body):
         assert part.__struct_config__.forbid_unknown_fields or issubclass(part, GuardedWire), part
 
 
@@ -84,7 +84,7 @@ def test_bodies_outside_of_the_contract_refuse_every_unknown_field() -> None:
     strict = {
         (line.method, line.path)
         for line in LINES
-        for part in structs_in(line.body)
+        for part in iterate_structs(line.body)
         if part is line.body and part.__struct_config__.forbid_unknown_fields
     }
     assert strict == {(line.method, line.path) for line in LINES} - INSIDE - OF_SENDERS
@@ -92,13 +92,13 @@ def test_bodies_outside_of_the_contract_refuse_every_unknown_field() -> None:
 
 @pytest.mark.parametrize("name", ["is_public", "public", "isPublik", "IsPublic", "ispublic"])
 def test_the_name_that_was_meant_is_told(name: str) -> None:
-    assert problems({name: True}, Closed) == {
+    assert decode_problems({name: True}, StrictBody) == {
         name: ("unknown-field", f"{name} is no field here: did you mean isPublic?")
     }
 
 
 def test_all_that_is_wrong_is_told_at_once_and_a_long_name_is_cut() -> None:
-    found = problems({"x" * 10_000: 1, "isPublik": 1, "number": "one"}, Closed)
+    found = decode_problems({"x" * 10_000: 1, "isPublik": 1, "number": "one"}, StrictBody)
     assert found.pop("number")[0] == "invalid-type"
     assert found.pop("isPublik")[0] == "unknown-field"
     ((path, (code, message)),) = found.items()
@@ -113,29 +113,32 @@ def test_parts_are_looked_at_wherever_they_stand() -> None:
         "numbr": 1,
         "number": 1.0,
     }
-    assert set(problems(value, Outer)) == {"parts.1.starttime", "byName.a.start_time"}
-    assert convert({"parts": [{"color": "red"}], "numbr": 1}, Outer).number == 0
+    assert set(decode_problems(value, LenientOuterBody)) == {"parts.1.starttime", "byName.a.start_time"}
+    assert convert({"parts": [{"color": "red"}], "numbr": 1}, LenientOuterBody).number == 0
 
 
 def test_many_unknown_fields_make_no_long_answer() -> None:
-    assert len(problems({f"field{number}": 1 for number in range(5_000)}, Closed)) == 100
+    assert len(decode_problems({f"field{number}": 1 for number in range(5_000)}, StrictBody)) == 100
 
 
 def test_other_unknown_fields_of_an_open_body_are_warned_of_once_each() -> None:
     warnings: list[dict[str, Json]] = []
     value: list[Json] = [{"color": "red"}, {"color": "blue", "shape": 1}]
-    convert({"parts": value}, Outer, warnings=warnings)
+    convert({"parts": value}, LenientOuterBody, warnings=warnings)
     assert [one["path"] for one in warnings] == ["parts.0.color", "parts.1.shape"]
-    assert len(problems({"parts": [{f"q{number}": 1} for number in range(5_000)]}, Outer)) == 100
+    assert (
+        len(decode_problems({"parts": [{f"q{number}": 1} for number in range(5_000)]}, LenientOuterBody))
+        == 100
+    )
 
 
 def test_every_part_of_a_strict_body_is_strict() -> None:
     class Whole(StrictWire):
         """A body of a route of our own, with a part that routes of the contract have too."""
 
-        part: Inner | None = None
+        part: InnerBody | None = None
 
-    assert set(problems({"part": {"color": "red"}}, Whole)) == {"part.color"}
+    assert set(decode_problems({"part": {"color": "red"}}, Whole)) == {"part.color"}
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,6 @@ def test_fields_that_canvases_and_mailers_have_besides_are_no_near_misses(
 
 
 def test_a_misspelt_read_only_field_is_refused() -> None:
-    code, message = problems({"isPublik": True}, UpdateWorkflow)["isPublik"]
+    code, message = decode_problems({"isPublik": True}, UpdateWorkflow)["isPublik"]
     assert code == "unknown-field"
     assert "isPublic" in message

@@ -30,19 +30,19 @@ CHOOSE: dict[str, Json] = {
 }
 
 
-def edge(source: str, target: str, **ports: str) -> dict[str, Json]:
+def parse_edge(source: str, target: str, **ports: str) -> dict[str, Json]:
     source_id, _, port = source.partition(":")
     return {"id": f"{source} > {target}", "source": source_id, "sourcePort": port, "target": target, **ports}
 
 
-def graph(nodes: list[dict[str, Json]], edges: list[dict[str, Json]]) -> ParsedGraph:
+def make_graph(nodes: list[dict[str, Json]], edges: list[dict[str, Json]]) -> ParsedGraph:
     return ParsedGraph.from_stored({"nodes": cast("Json", nodes), "connections": cast("Json", edges)})
 
 
 def check(
     nodes: list[dict[str, Json]], edges: list[dict[str, Json]], catalogue: NodeCatalog = CATALOG
 ) -> ValidationResult:
-    return validate_graph(graph(nodes, edges), catalogue)
+    return validate_graph(make_graph(nodes, edges), catalogue)
 
 
 def fix_of(finding: GraphFinding) -> Json:
@@ -58,11 +58,11 @@ def only_error(validation: ValidationResult) -> GraphFinding:
 def test_a_sound_graph_has_no_findings() -> None:
     nodes = [START, SET, CHOOSE, SET | {"id": "yes"}, SET | {"id": "no"}, SET | {"id": "on error"}]
     edges = [
-        edge("start", "set"),
-        edge("set", "choose"),
-        edge("choose:true", "yes"),
-        edge("choose:false", "no"),
-        edge("choose:error", "on error"),
+        parse_edge("start", "set"),
+        parse_edge("set", "choose"),
+        parse_edge("choose:true", "yes"),
+        parse_edge("choose:false", "no"),
+        parse_edge("choose:error", "on error"),
     ]
     assert check(nodes, edges) == ValidationResult()
 
@@ -88,7 +88,7 @@ def test_a_workflow_has_one_trigger_and_each_further_one_is_named() -> None:
 
 @pytest.mark.parametrize(("source", "target"), [("gone", "set"), ("set", "gone"), ("gone", "gone too")])
 def test_a_connection_whose_end_is_missing_is_broken(source: str, target: str) -> None:
-    error = only_error(check([START, SET], [edge("start", "set"), edge(source, target)]))
+    error = only_error(check([START, SET], [parse_edge("start", "set"), parse_edge(source, target)]))
     connection_id = f"{source} > {target}"
     assert (error.type, error.connection_id) == ("broken-connection", connection_id)
     assert "gone" in error.message
@@ -97,8 +97,8 @@ def test_a_connection_whose_end_is_missing_is_broken(source: str, target: str) -
 
 
 def test_two_connections_with_one_id_are_broken() -> None:
-    twin = edge("choose:true", "set") | {"id": "start > choose"}
-    error = only_error(check([START, CHOOSE, SET], [edge("start", "choose"), twin]))
+    twin = parse_edge("choose:true", "set") | {"id": "start > choose"}
+    error = only_error(check([START, CHOOSE, SET], [parse_edge("start", "choose"), twin]))
     assert (error.type, error.connection_id) == ("broken-connection", "start > choose")
 
 
@@ -106,13 +106,13 @@ def test_two_connections_with_one_id_are_broken() -> None:
 def test_an_id_given_to_two_nodes_is_an_error_whatever_they_are(other_type: str) -> None:
     twin: dict[str, Json] = {"id": "set", "type": other_type, "config": {"message": "hello"}}
     for nodes in ([START, SET, twin], [START, twin, SET]):
-        errors = {(error.type, error.node_id) for error in check(nodes, [edge("start", "set")]).errors}
+        errors = {(error.type, error.node_id) for error in check(nodes, [parse_edge("start", "set")]).errors}
         assert ("duplicate-node-id", "set") in errors
         assert (("unknown-node-type", "set") in errors) == (other_type == "no-such-type")
 
 
 def test_a_node_of_an_unknown_type_is_named_with_what_comes_nearest() -> None:
-    error = only_error(check([START, SET | {"type": "condtional"}], [edge("start", "set")]))
+    error = only_error(check([START, SET | {"type": "condtional"}], [parse_edge("start", "set")]))
     assert (error.type, error.node_id) == ("unknown-node-type", "set")
     assert "conditional" in error.message
     assert error.suggestion == "Use the type conditional."
@@ -120,13 +120,13 @@ def test_a_node_of_an_unknown_type_is_named_with_what_comes_nearest() -> None:
 
 
 def test_a_type_that_is_only_a_little_like_another_is_not_taken_for_it() -> None:
-    error = only_error(check([START, SET | {"type": "mail"}], [edge("start", "set")]))
+    error = only_error(check([START, SET | {"type": "mail"}], [parse_edge("start", "set")]))
     assert "did you mean manual?" in error.message
     assert fix_of(error) is None
 
 
 def test_a_version_that_the_catalogue_lacks_is_an_unknown_type() -> None:
-    error = only_error(check([START, SET | {"version": "9.9.9"}], [edge("start", "set")]))
+    error = only_error(check([START, SET | {"version": "9.9.9"}], [parse_edge("start", "set")]))
     assert error.type == "unknown-node-type"
     assert error.suggestion == "Use version 1.0.0."
     assert fix_of(error) == {"action": "set-version", "nodeId": "set", "value": "1.0.0"}
@@ -139,17 +139,17 @@ def test_an_unknown_type_might_be_the_trigger_so_none_is_missed() -> None:
 @pytest.mark.parametrize(
     ("connection", "node_id", "fix"),
     [
-        (edge("choose", "set"), "choose", None),
-        (edge("choose:fals", "set"), "choose", ["sourcePort", "false"]),
-        (edge("choose:true", "set", targetPort="tools"), "set", ["targetPort", "input"]),
-        (edge("set:done", "choose"), "set", ["sourcePort", "output"]),
+        (parse_edge("choose", "set"), "choose", None),
+        (parse_edge("choose:fals", "set"), "choose", ["sourcePort", "false"]),
+        (parse_edge("choose:true", "set", targetPort="tools"), "set", ["targetPort", "input"]),
+        (parse_edge("set:done", "choose"), "set", ["sourcePort", "output"]),
     ],
     ids=["no port output", "nearly a port", "the only input", "the only output"],
 )
 def test_a_connection_to_a_port_that_is_not_there_is_an_error(
     connection: dict[str, Json], node_id: str, fix: list[str] | None
 ) -> None:
-    errors = check([START, CHOOSE, SET], [edge("start", "choose"), connection]).errors
+    errors = check([START, CHOOSE, SET], [parse_edge("start", "choose"), connection]).errors
     error = next(error for error in errors if error.type == "invalid-port")
     assert (error.node_id, error.connection_id) == (node_id, connection["id"])
     assert "Use one of: " in error.suggestion
@@ -166,17 +166,22 @@ def test_the_outputs_of_a_switch_are_read_from_its_config() -> None:
     switch: dict[str, Json] = {"id": "choose", "type": "switch", "config": {"cases": cases}}
     found = check(
         [START, switch, SET],
-        [edge("start", "choose"), *(edge(f"choose:{port}", "set") for port in ("gold", "default", "error"))],
+        [
+            parse_edge("start", "choose"),
+            *(parse_edge(f"choose:{port}", "set") for port in ("gold", "default", "error")),
+        ],
     )
     assert found == ValidationResult()
-    error = only_error(check([START, switch, SET], [edge("start", "choose"), edge("choose:sliver", "set")]))
+    error = only_error(
+        check([START, switch, SET], [parse_edge("start", "choose"), parse_edge("choose:sliver", "set")])
+    )
     assert (error.type, error.suggestion) == ("invalid-port", "Use one of: gold, silver, default, error.")
     fix = {"action": "set-port", "connectionId": "choose:sliver > set"}
     assert fix_of(error) == {**fix, "path": ["sourcePort"], "value": "silver"}
 
 
 def test_a_connection_into_a_trigger_is_to_be_removed() -> None:
-    errors = check([START, CHOOSE, SET], [edge("choose:true", "start")]).errors
+    errors = check([START, CHOOSE, SET], [parse_edge("choose:true", "start")]).errors
     error = next(error for error in errors if error.type == "invalid-port")
     assert error.node_id == "start"
     assert "remove the connection" in error.suggestion
@@ -186,7 +191,7 @@ def test_a_connection_into_a_trigger_is_to_be_removed() -> None:
 @pytest.mark.parametrize("around", [["a"], ["a", "b"], ["a", "b", "c", "d", "e", "f", "g", "h", "i"]])
 def test_a_cycle_is_an_error_and_is_shown(around: list[str]) -> None:
     nodes = [START, *(SET | {"id": node_id} for node_id in around)]
-    edges = [edge("start", around[0]), *map(edge, around, [*around[1:], around[0]])]
+    edges = [parse_edge("start", around[0]), *map(parse_edge, around, [*around[1:], around[0]])]
     error = only_error(check(nodes, edges))
     assert error.type == "cycle"
     assert error.node_id in around
@@ -207,7 +212,7 @@ def test_a_cycle_is_an_error_and_is_shown(around: list[str]) -> None:
     ids=["against the schema", "unknown field", "bad expression", "bad operation"],
 )
 def test_a_config_that_cannot_be_is_an_error(config: dict[str, Json], word: str) -> None:
-    error = only_error(check([START, SET | {"config": config}], [edge("start", "set")]))
+    error = only_error(check([START, SET | {"config": config}], [parse_edge("start", "set")]))
     assert (error.type, error.node_id) == ("invalid-config", "set")
     assert word in error.message
     assert error.suggestion
@@ -233,12 +238,12 @@ def test_a_config_that_is_nearly_right_comes_with_its_correction(
     type_name: str, config: dict[str, Json], fix: Json
 ) -> None:
     node = SET | {"type": type_name, "config": config}
-    assert fix_of(only_error(check([START, node], [edge("start", "set")]))) == fix
+    assert fix_of(only_error(check([START, node], [parse_edge("start", "set")]))) == fix
 
 
 @pytest.mark.parametrize("source", ["nonsense", "{{ data.", {"a": ["{{ data }"]}])
 def test_a_mapping_that_cannot_be_read_is_an_error(source: Json) -> None:
-    error = only_error(check([START, SET | {"inputMappings": {"x": source}}], [edge("start", "set")]))
+    error = only_error(check([START, SET | {"inputMappings": {"x": source}}], [parse_edge("start", "set")]))
     assert (error.type, error.node_id) == ("invalid-config", "set")
     assert "inputMappings.x" in error.message
 
@@ -246,7 +251,7 @@ def test_a_mapping_that_cannot_be_read_is_an_error(source: Json) -> None:
 def test_every_expression_that_cannot_be_read_is_told_with_its_place() -> None:
     config: Json = {"url": "{{ nonsense }}", "headers": {"a": "{{ data }}", "b": "{{ more nonsense }}"}}
     node: dict[str, Json] = {"id": "call", "type": "http-request", "config": config}
-    errors = check([START, node], [edge("start", "call")]).errors
+    errors = check([START, node], [parse_edge("start", "call")]).errors
     assert [error.message.split(": ")[1] for error in errors] == ["config.url", "config.headers.b"]
 
 
@@ -257,7 +262,7 @@ def test_an_expression_in_a_case_of_a_switch_is_told_with_its_place() -> None:
         {"port": "c", "condition": {"left": "{{ nodes.gone.a }}", "operator": "equals", "right": 1}},
     ]
     node: dict[str, Json] = {"id": "choose", "type": "switch", "config": {"cases": cases}}
-    found = check([START, node], [edge("start", "choose")])
+    found = check([START, node], [parse_edge("start", "choose")])
     assert [error.message.split(": ")[1] for error in found.errors] == [
         "config.cases.0.equals",
         "config.cases.1.condition",
@@ -267,7 +272,7 @@ def test_an_expression_in_a_case_of_a_switch_is_told_with_its_place() -> None:
 
 def test_a_type_that_cannot_run_is_an_error_of_its_own() -> None:
     drawn_only = NodeCatalog({**CATALOG.node_types, "set": replace(CATALOG.get("set"), runnable=False)})
-    error = only_error(check([START, SET], [edge("start", "set")], drawn_only))
+    error = only_error(check([START, SET], [parse_edge("start", "set")], drawn_only))
     assert (error.type, error.node_id) == ("not-runnable", "set")
     assert "can't run it" in error.message
     assert "Replace it" in error.suggestion
@@ -275,7 +280,7 @@ def test_a_type_that_cannot_run_is_an_error_of_its_own() -> None:
 
 def test_what_cannot_run_is_a_warning_in_a_draft() -> None:
     agent: dict[str, Json] = {"id": "agent", "type": "agent", "config": {"prompt": "hello"}}
-    drawn = graph([START, agent], [edge("start", "agent")])
+    drawn = make_graph([START, agent], [parse_edge("start", "agent")])
     validation = validate_graph(drawn, CATALOG, is_draft=True)
     assert validation.is_valid
     assert [warning.type for warning in validation.warnings] == ["not-runnable"]
@@ -290,9 +295,9 @@ def test_a_language_model_and_tools_are_connected_to_an_agent() -> None:
         {"id": "tool", "type": "tool", "config": {"name": "t", "description": "d", "url": "https://a.b"}},
     ]
     edges = [
-        edge("start", "agent"),
-        edge("model", "agent", targetPort="ai"),
-        edge("tool", "agent", targetPort="tools"),
+        parse_edge("start", "agent"),
+        parse_edge("model", "agent", targetPort="ai"),
+        parse_edge("tool", "agent", targetPort="tools"),
     ]
     assert {error.type for error in check(nodes, edges).errors} == {"not-runnable"}
     assert check(nodes, edges).warnings == ()
@@ -301,7 +306,7 @@ def test_a_language_model_and_tools_are_connected_to_an_agent() -> None:
 
 
 def test_a_config_that_lacks_something_is_a_warning() -> None:
-    validation = check([START, SET | {"config": {}}], [edge("start", "set")])
+    validation = check([START, SET | {"config": {}}], [parse_edge("start", "set")])
     assert validation.is_valid
     (warning,) = validation.warnings
     assert (warning.type, warning.node_id) == ("missing-config", "set")
@@ -311,7 +316,9 @@ def test_a_config_that_lacks_something_is_a_warning() -> None:
 
 def test_what_a_node_needs_is_one_warning_that_begins_as_clients_know_it() -> None:
     source: dict[str, Json] = {"id": "node_1", "type": "mysql-source", "label": "Extract Orders"}
-    validation = validate_graph(graph([START, source], [edge("start", "node_1")]), CATALOG, is_draft=True)
+    validation = validate_graph(
+        make_graph([START, source], [parse_edge("start", "node_1")]), CATALOG, is_draft=True
+    )
     (warning,) = [warning for warning in validation.warnings if warning.type == "missing-config"]
     assert warning.message.startswith('Node "Extract Orders" (mysql-source) needs configuration')
     assert "dataSource" in warning.message
@@ -321,7 +328,7 @@ def test_what_a_node_needs_is_one_warning_that_begins_as_clients_know_it() -> No
 def test_what_looks_like_a_credential_in_a_config_is_a_warning() -> None:
     config: Json = {"url": "https://a.b", "headers": {"authorization": "Bearer 0123456789abcdef"}}
     node: dict[str, Json] = {"id": "call", "type": "http-request", "config": config}
-    (warning,) = check([START, node], [edge("start", "call")]).warnings
+    (warning,) = check([START, node], [parse_edge("start", "call")]).warnings
     assert (warning.type, warning.node_id) == ("inline-secret", "call")
     assert "headers.authorization" in warning.message
     assert "0123456789abcdef" not in str(warning.as_json())
@@ -330,7 +337,7 @@ def test_what_looks_like_a_credential_in_a_config_is_a_warning() -> None:
 
 def test_errors_can_be_had_without_the_warnings_that_take_time() -> None:
     nodes = [START, SET | {"config": {"values": {"a": "{{ data.nothing }}"}, "extra": 1}}]
-    drawn = graph(nodes, [edge("start", "set"), edge("set", "gone")])
+    drawn = make_graph(nodes, [parse_edge("start", "set"), parse_edge("set", "gone")])
     assert find_errors(drawn, CATALOG).errors == validate_graph(drawn, CATALOG).errors
     assert find_errors(drawn, CATALOG).warnings == ()
     assert [warning.type for warning in validate_graph(drawn, CATALOG).warnings] == ["unresolved-mapping"]
@@ -339,13 +346,13 @@ def test_errors_can_be_had_without_the_warnings_that_take_time() -> None:
 def test_more_findings_than_anybody_reads_are_cut_off_and_that_is_told() -> None:
     wrong = {f"wrong-{number}": 1 for number in range(50)}
     nodes = [START, *(SET | {"id": f"n{number}", "config": {**wrong}} for number in range(100))]
-    edges = [edge("start", f"n{number}") for number in range(100)]
+    edges = [parse_edge("start", f"n{number}") for number in range(100)]
     validation = check(nodes, edges)
     assert len(validation.errors) == MAX_FINDINGS
     assert validation.is_truncated
     assert not check(nodes[:10], edges[:9]).is_truncated
     many = [SET | {"id": f"n{number}", "config": {}} for number in range(MAX_FINDINGS + 1)]
-    warned = check([START, *many], [edge("start", str(node["id"])) for node in many])
+    warned = check([START, *many], [parse_edge("start", str(node["id"])) for node in many])
     assert (len(warned.warnings), warned.is_valid, warned.is_truncated) == (MAX_FINDINGS, True, True)
 
 
@@ -359,7 +366,7 @@ def test_a_node_that_nothing_leads_to_is_a_warning() -> None:
 
 def test_every_finding_says_what_and_where_and_what_to_do() -> None:
     nodes = [START, START | {"id": "again"}, SET, SET | {"type": "nope"}, SET | {"id": "alone", "config": {}}]
-    validation = check(nodes, [edge("start", "gone"), edge("start:nope", "alone")])
+    validation = check(nodes, [parse_edge("start", "gone"), parse_edge("start:nope", "alone")])
     findings = [*validation.errors, *validation.warnings]
     assert len({finding.type for finding in findings}) >= 6
     for finding in findings:
@@ -415,7 +422,7 @@ EDGES = st.fixed_dictionaries({
 def test_whatever_a_graph_is_it_has_findings_and_never_an_accident(
     nodes: list[dict[str, Json]], edges: list[dict[str, Json]], samples: dict[str, list[Json]]
 ) -> None:
-    drawn = graph(nodes, edges)
+    drawn = make_graph(nodes, edges)
     validation = validate_graph(drawn, CATALOG, samples=samples)
     for finding in (*validation.errors, *validation.warnings):
         assert finding.message
@@ -434,8 +441,8 @@ def test_thousands_of_nodes_are_checked_without_recursion_in_linear_time() -> No
                 for node_id, earlier in zip(ids, before, strict=False)
             ),
         ]
-        edges = [*map(edge, before, ids), *map(edge, before, ids[2:])]
-        drawn = graph(nodes, edges)
+        edges = [*map(parse_edge, before, ids), *map(parse_edge, before, ids[2:])]
+        drawn = make_graph(nodes, edges)
         calls: Counter[str] = Counter()
 
         def count(_frame: FrameType, event: str, _argument: object) -> None:
@@ -466,11 +473,11 @@ SUM: Json = {"$op": "add", "args": [1, 2]}
     ],
 )
 def test_an_operation_where_nothing_is_computed_is_an_error(fields: dict[str, Json]) -> None:
-    error = only_error(check([START, SET | fields], [edge("start", "set")]))
+    error = only_error(check([START, SET | fields], [parse_edge("start", "set")]))
     assert error.type == "invalid-config"
     assert "$op add" in error.message
 
 
 def test_an_operation_in_a_computed_field_is_none() -> None:
     nodes = [START, SET | {"config": {"values": {"total": SUM}}}]
-    assert check(nodes, [edge("start", "set")]).is_valid
+    assert check(nodes, [parse_edge("start", "set")]).is_valid

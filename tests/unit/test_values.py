@@ -32,7 +32,7 @@ json_values = st.recursive(
 )
 
 
-def refusal(raw: bytes) -> str:
+def refusal_code(raw: bytes) -> str:
     with pytest.raises(InvalidJson) as caught:
         decode_json(raw)
     return caught.value.code
@@ -43,13 +43,13 @@ def refusal(raw: bytes) -> str:
 
 @given(json_values)
 def test_what_is_encoded_decodes_to_the_same_value(value: Json) -> None:
-    assert same(decode_json(encode_json(value)), value)
+    assert is_identical(decode_json(encode_json(value)), value)
 
 
 @given(json_values, st.booleans(), st.sampled_from([None, 2]))
 def test_any_other_writer_of_json_is_understood(value: Json, ascii_only: bool, indent: int | None) -> None:  # noqa: FBT001 - drawn by hypothesis
     raw = json.dumps(value, ensure_ascii=ascii_only, indent=indent).encode()
-    assert same(decode_json(raw), value)
+    assert is_identical(decode_json(raw), value)
 
 
 @given(json_values, texts, st.data())
@@ -58,7 +58,7 @@ def test_a_key_given_twice_is_refused_wherever_it_is(value: Json, key: str, data
     raw = json.dumps({"around": [value, "a twin"], key + "'": value}).replace('"a twin"', f"{{{twin}}}")
     if data.draw(st.booleans()):
         raw = raw.replace(": ", ":")
-    assert refusal(raw.encode()) == "duplicate-key"
+    assert refusal_code(raw.encode()) == "duplicate-key"
 
 
 def test_the_key_given_twice_is_named() -> None:
@@ -113,7 +113,7 @@ def test_colons_quotes_and_backslashes_in_texts_are_no_keys(raw: bytes) -> None:
     ],
 )
 def test_what_could_not_be_kept_is_refused(raw: bytes, code: str) -> None:
-    assert refusal(raw) == code
+    assert refusal_code(raw) == code
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_whole_numbers_stay_exact() -> None:
 def test_depth_is_bounded_however_deep_the_text_is(opening: str, closing: str) -> None:
     assert decode_json((opening * 64 + "1" + closing * 64).encode())
     for depth in (65, 500, 1_500, 100_000):
-        assert refusal((opening * depth + "1" + closing * depth).encode()) == "too-deep"
+        assert refusal_code((opening * depth + "1" + closing * depth).encode()) == "too-deep"
     with pytest.raises(InvalidJson, match="more than 2 deep"):
         decode_json(b"[[[]]]", max_depth=2)
 
@@ -158,7 +158,7 @@ def test_a_hostile_text_takes_no_longer_than_its_length_deserves() -> None:
 # ── encoding ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def deep(depth: int) -> Json:
+def nested_list(depth: int) -> Json:
     value: Json = 1
     for _ in range(depth):
         value = [value]
@@ -183,7 +183,7 @@ def deep(depth: int) -> Json:
         (b"bytes", "not-json"),
         ([defaultdict(list)], "not-json"),
         ([object()], "not-json"),
-        (deep(65), "too-deep"),
+        (nested_list(65), "too-deep"),
     ],
 )
 def test_what_would_not_come_back_the_same_is_not_encoded(value: object, code: str) -> None:
@@ -267,6 +267,6 @@ def test_types_have_the_names_that_users_know() -> None:
     ]
 
 
-def same(left: Json, right: Json) -> bool:
+def is_identical(left: Json, right: Json) -> bool:
     """Compare types too: 1.0 must not come back as 1."""
     return repr(left) == repr(right)

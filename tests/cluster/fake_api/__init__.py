@@ -1,5 +1,5 @@
 """A Kubernetes API server in memory that refuses what the real one refuses, with controllers and a kubelet."""
 
-from tests.cluster.fake_api.server import FakeApi, serving
+from tests.cluster.fake_api.server import FakeApiServer, serve_fake_api
 
-__all__ = ["FakeApi", "serving"]
+__all__ = ["FakeApiServer", "serve_fake_api"]

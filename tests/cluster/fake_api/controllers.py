@@ -15,24 +15,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tests.cluster.fake_api import machines, quotas, rules
-from tests.cluster.fake_api.kubelet import Kubelet, Node
-from tests.cluster.fake_api.machines import Machine
-from tests.cluster.fake_api.ownership import Manager
-from tests.cluster.fake_api.refused import Json, bad_request, not_found
+from tests.cluster.fake_api import machines, object_rules, quotas
+from tests.cluster.fake_api.api_errors import Json, bad_request_error, not_found_error
+from tests.cluster.fake_api.kubelet import FakeKubelet, NodeBehavior
+from tests.cluster.fake_api.machines import FakeMachine
+from tests.cluster.fake_api.ownership import FieldManager
 from tests.cluster.fake_api.schema import KINDS
-from tests.cluster.fake_api.store import Store, now
+from tests.cluster.fake_api.store import ObjectStore, format_now
 
-__all__ = ["Controllers", "Node"]
+__all__ = ["FakeControllers", "NodeBehavior"]
 
-MANAGER = Manager("kube-controller-manager", "Update")
+MANAGER = FieldManager("kube-controller-manager", "Update")
 HASH_LABEL = "pod-template-hash"
 MAX_RETRY_SECONDS = 1_000.0
 """A ReplicaSet that could not make a pod tries again later and later, unless it or one of its pods changes."""
 
 
 @dataclass
-class Retry:
+class ReplicaRetry:
     """When pods of a Deployment are made again, after some could not be."""
 
     failures: int
@@ -42,15 +42,15 @@ class Retry:
     message: str
 
 
-class Controllers:
+class FakeControllers:
     """All controllers, one after the other after each change, and a kubelet for each pod."""
 
-    def __init__(self, store: Store, node: Node, second: float) -> None:
+    def __init__(self, store: ObjectStore, node: NodeBehavior, second: float) -> None:
         self._store = store
         self._node = node
         self._second = second
-        self._kubelets: dict[str, Kubelet] = {}
-        self.retries: dict[str, Retry] = {}
+        self._kubelets: dict[str, FakeKubelet] = {}
+        self.retries: dict[str, ReplicaRetry] = {}
         """By the uid of the Deployment."""
         self._task: asyncio.Task[None] | None = None
 
@@ -68,10 +68,12 @@ class Controllers:
         found = self._store.get(KINDS["pods"], namespace, name)
         kubelet = self._kubelets.get(found["metadata"]["uid"])
         if kubelet is None or not kubelet.has_started:
-            raise bad_request(f'container "{query.get("container", "")}" in pod "{name}" is waiting to start')
+            raise bad_request_error(
+                f'container "{query.get("container", "")}" in pod "{name}" is waiting to start'
+            )
         lines = kubelet.earlier_lines if query.get("previous") == "true" else kubelet.lines
         if lines is None:
-            raise not_found("previous terminated container of pods", name)
+            raise not_found_error("previous terminated container of pods", name)
         tail = lines[-int(query["tailLines"]) :] if "tailLines" in query else lines
         has_times = query.get("timestamps") == "true"
         return "".join(f"{at} {text}\n" if has_times else f"{text}\n" for at, text in tail)
@@ -111,7 +113,7 @@ class Controllers:
                 self._stop(pod)
         self._store.touch()
 
-    def _machine(self, name: str) -> Machine:
+    def _machine(self, name: str) -> FakeMachine:
         return next(machine for machine in self._node.machines if machine.name == name)
 
     # ── after each change ─────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +168,7 @@ class Controllers:
 
     def _control_quota(self, quota: Json) -> None:
         hard = quota["spec"].get("hard") or {}
-        taken = quotas.used(hard, self._store.every("pods", quota["metadata"]["namespace"]))
+        taken = quotas.quota_usage(hard, self._store.every("pods", quota["metadata"]["namespace"]))
         shown = {name: f"{amount:g}" for name, amount in taken.items()}
         self._store.set_status(quota, {"hard": hard, "used": shown})
 
@@ -198,7 +200,7 @@ class Controllers:
             machine = self._machine(pod["spec"]["nodeName"])
             if not machine.is_heard:
                 return
-            self._kubelets[metadata["uid"]] = Kubelet(
+            self._kubelets[metadata["uid"]] = FakeKubelet(
                 self._store, copy.deepcopy(pod), self._node, machine, self._second
             )
         kubelet = self._kubelets[metadata["uid"]]
@@ -214,8 +216,8 @@ class Controllers:
         if "deletionTimestamp" in metadata:
             self._store.remove(("pods", metadata["namespace"], metadata["name"]))
             return False
-        found = machines.place(pod, self._node.machines, list(self._store.every("pods")))
-        if isinstance(found, Machine):
+        found = machines.schedule_pod(pod, self._node.machines, list(self._store.every("pods")))
+        if isinstance(found, FakeMachine):
             self._store.bind(pod, found.name)
             return True
         condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": found}
@@ -236,7 +238,7 @@ class Controllers:
             if not pods:
                 self._store.remove(("deployments", metadata["namespace"], metadata["name"]))
             return
-        digest = _digest(deployment)
+        digest = _template_hash(deployment)
         current = [pod for pod in live if pod["metadata"]["labels"][HASH_LABEL] == digest]
         # Of those that are to be replaced, the ones that don't work go first.
         others = sorted((pod for pod in live if pod not in current), key=lambda pod: not _is_ready(pod))
@@ -264,7 +266,7 @@ class Controllers:
             return None
         failures = retry.failures + 1 if retry is not None else 0
         pause_seconds = min(self._node.first_retry_seconds * 2**failures, MAX_RETRY_SECONDS)
-        self.retries[uid] = Retry(failures, now_seconds + pause_seconds, seen, failure)
+        self.retries[uid] = ReplicaRetry(failures, now_seconds + pause_seconds, seen, failure)
         return failure
 
     def _make(self, deployment: Json, digest: str, count: int) -> str | None:
@@ -273,7 +275,7 @@ class Controllers:
         level = (namespace["metadata"].get("labels") or {}).get("pod-security.kubernetes.io/enforce")
         for _ in range(count):
             name = f"{metadata['name']}-{digest}-{secrets.token_hex(3)[:5]}"[:63]
-            pod = _pod(name, digest, deployment)
+            pod = _build_pod(name, digest, deployment)
             why = self._refused(metadata["namespace"], level, pod)
             if why is not None:
                 return f'pods "{name}" is forbidden: {why}'
@@ -282,7 +284,7 @@ class Controllers:
 
     def _refused(self, namespace: str, level: str | None, pod: Json) -> str | None:
         """Return why admission refuses a pod."""
-        violations = rules.violations_of_restricted(pod["spec"])
+        violations = object_rules.restricted_violations(pod["spec"])
         if level == "restricted" and violations:
             return f'violates PodSecurity "restricted:latest": {", ".join(violations)}'
         account = pod["spec"].get("serviceAccountName")
@@ -290,7 +292,7 @@ class Controllers:
         if account and account not in accounts:
             return f'error looking up service account: "{account}" not found'
         for quota in self._store.every("resourcequotas", namespace):
-            why = quotas.refusal(quota, list(self._store.every("pods", namespace)), pod)
+            why = quotas.quota_refusal(quota, list(self._store.every("pods", namespace)), pod)
             if why is not None:
                 return why
         return None
@@ -308,7 +310,7 @@ class Controllers:
         ]
         live = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
         ready = sum(_is_ready(pod) for pod in live)
-        digest = _digest(deployment)
+        digest = _template_hash(deployment)
         numbers = {
             "replicas": len(live),
             "updatedReplicas": sum(pod["metadata"]["labels"][HASH_LABEL] == digest for pod in live),
@@ -334,19 +336,19 @@ class Controllers:
         }
 
 
-def _digest(deployment: Json) -> str:
+def _template_hash(deployment: Json) -> str:
     template = json.dumps(deployment["spec"]["template"], sort_keys=True)
     return hashlib.sha256(template.encode()).hexdigest()[:10]
 
 
-def _pod(name: str, digest: str, deployment: Json) -> Json:
+def _build_pod(name: str, digest: str, deployment: Json) -> Json:
     template, metadata = copy.deepcopy(deployment["spec"]["template"]), deployment["metadata"]
     return {
         "metadata": {
             "name": name,
             "labels": {**template["metadata"]["labels"], HASH_LABEL: digest},
             "annotations": template["metadata"].get("annotations") or {},
-            "creationTimestamp": now(),
+            "creationTimestamp": format_now(),
             "ownerReferences": [
                 {
                     "apiVersion": "apps/v1",

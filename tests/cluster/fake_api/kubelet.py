@@ -19,10 +19,10 @@ from typing import Any
 
 import aiohttp
 
-from tests.cluster.fake_api.machines import Machine
-from tests.cluster.fake_api.refused import Json, Refused
+from tests.cluster.fake_api.api_errors import Json, KubernetesError
+from tests.cluster.fake_api.machines import FakeMachine
 from tests.cluster.fake_api.schema import KINDS
-from tests.cluster.fake_api.store import Store, now
+from tests.cluster.fake_api.store import ObjectStore, format_now
 
 OUT_OF_MEMORY = 137
 """A program that ends itself with this code stands for one that was killed for its memory."""
@@ -30,7 +30,7 @@ _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 
 
 @dataclass
-class Node:
+class NodeBehavior:
     """How machines and controllers behave."""
 
     runs_commands: bool = False
@@ -55,7 +55,7 @@ class Node:
     probe_seconds: float = 0.03
     missing_images: set[str] = field(default_factory=set)
     """Images that no registry has; neither are those of `*.invalid`."""
-    machines: list[Machine] = field(default_factory=lambda: [Machine()])
+    machines: list[FakeMachine] = field(default_factory=lambda: [FakeMachine()])
     path: str = "/usr/local/bin:/usr/bin:/bin"
     """Where commands are looked for."""
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(os.getpid() * 64))
@@ -74,10 +74,12 @@ class _NotStarted(Exception):
         self.reason = reason
 
 
-class Kubelet:
+class FakeKubelet:
     """Looks after one pod until it is gone."""
 
-    def __init__(self, store: Store, pod: Json, node: Node, machine: Machine, second: float) -> None:
+    def __init__(
+        self, store: ObjectStore, pod: Json, node: NodeBehavior, machine: FakeMachine, second: float
+    ) -> None:
         self.lines: list[tuple[str, str]] = []
         self.earlier_lines: list[tuple[str, str]] | None = None
         self.has_started = False
@@ -124,7 +126,7 @@ class Kubelet:
         await asyncio.sleep(self._node.terminate_seconds)
         # What has ended is listed for a moment more, as one that has come to its end.
         has_failed = not self.has_started
-        ended = {"exitCode": 137 if has_failed else 0, "reason": "Completed", "finishedAt": now()}
+        ended = {"exitCode": 137 if has_failed else 0, "reason": "Completed", "finishedAt": format_now()}
         self._show({"terminated": ended}, phase="Failed" if has_failed else "Succeeded")
         await asyncio.sleep(self._node.delay_seconds)
         metadata = self._pod["metadata"]
@@ -159,16 +161,16 @@ class Kubelet:
             return
         self.has_started = True
         if not self._node.runs_commands:
-            self._running = {"running": {"startedAt": now()}}
+            self._running = {"running": {"startedAt": format_now()}}
             self._show(self._running, is_ready=True)
             await self._stop.wait()
             return
-        command = [_expanded(part, environment) for part in self._container.get("command") or ()]
+        command = [_expand_variables(part, environment) for part in self._container.get("command") or ()]
         code = await self._process_ended(command, environment, folder)
         if self._stop.is_set():
             return
         reason = "OOMKilled" if code == OUT_OF_MEMORY else "Error" if code else "Completed"
-        ended: Json = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": now()}}
+        ended: Json = {"terminated": {"exitCode": code, "reason": reason, "finishedAt": format_now()}}
         if self._container.get("terminationMessagePolicy") == "FallbackToLogsOnError" and code:
             ended["terminated"]["message"] = "\n".join(text for _, text in self.lines[-80:])
         self._show(ended)
@@ -195,7 +197,7 @@ class Kubelet:
 
     async def _process_ended(self, command: list[str], environment: dict[str, str], folder: str) -> int:
         """Run the command until it ends or is stopped, and return its exit code."""
-        self._running = {"running": {"startedAt": now()}}
+        self._running = {"running": {"startedAt": format_now()}}
         process = await asyncio.create_subprocess_exec(
             *command,
             env=environment,
@@ -277,7 +279,7 @@ class Kubelet:
         for variable in self._container.get("env") or ():
             source = variable.get("valueFrom")
             if source is None:
-                given[variable["name"]] = _expanded(variable.get("value", ""), given)
+                given[variable["name"]] = _expand_variables(variable.get("value", ""), given)
             else:
                 given[variable["name"]] = self._referred(source)
         return given
@@ -294,7 +296,7 @@ class Kubelet:
         reference = source["secretKeyRef"]
         try:
             secret = self._store.get(KINDS["secrets"], self._pod["metadata"]["namespace"], reference["name"])
-        except Refused as refused:
+        except KubernetesError as refused:
             raise _NotStarted("CreateContainerConfigError", str(refused)) from refused
         encoded = (secret.get("data") or {}).get(reference["key"])
         if encoded is None:
@@ -334,7 +336,7 @@ class Kubelet:
             self._store.set_status(self._pod, status)
 
 
-def _expanded(text: str, variables: dict[str, str]) -> str:
+def _expand_variables(text: str, variables: dict[str, str]) -> str:
     """Put variables in for `$(NAME)`, and `$` for `$$`; what names none stays as it is."""
 
     def value(match: re.Match[str]) -> str:

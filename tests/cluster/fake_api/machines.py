@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 
-from tests.cluster.fake_api.refused import Json
-from tests.cluster.fake_api.rules import quantity
+from tests.cluster.fake_api.api_errors import Json
+from tests.cluster.fake_api.object_rules import parse_quantity
 
 SILENCE_SECONDS = 50.0
 """A node whose lease is older is not ready: `node-monitor-grace-period` since 1.32."""
@@ -17,7 +17,7 @@ UNREACHABLE = "node.kubernetes.io/unreachable"
 
 
 @dataclass
-class Machine:
+class FakeMachine:
     """A node, and what is known of it."""
 
     name: str = "node-1"
@@ -34,12 +34,12 @@ class Machine:
         return self.silent_since is None
 
 
-def place(pod: Json, machines: list[Machine], others: list[Json]) -> Machine | str:
+def schedule_pod(pod: Json, machines: list[FakeMachine], others: list[Json]) -> FakeMachine | str:
     """Return the machine that has room for a pod, or the scheduler's words about why there is none."""
-    wanted = _cpu(pod)
+    wanted = _requested_cpu(pod)
     reasons: dict[str, int] = {}
     for machine in machines:
-        used = sum(_cpu(other) for other in others if other["spec"].get("nodeName") == machine.name)
+        used = sum(_requested_cpu(other) for other in others if other["spec"].get("nodeName") == machine.name)
         if machine.lost_since is not None:
             reason = f"node(s) had untolerated taint {{{UNREACHABLE}: }}"
         elif machine.is_cordoned:
@@ -104,8 +104,8 @@ def status_when_evicted(status: Json) -> Json:
     return changed
 
 
-def _cpu(pod: Json) -> float:
+def _requested_cpu(pod: Json) -> float:
     requests = (
         (container.get("resources") or {}).get("requests") or {} for container in pod["spec"]["containers"]
     )
-    return sum(quantity(request.get("cpu", "0")) * 1_000 for request in requests)
+    return sum(parse_quantity(request.get("cpu", "0")) * 1_000 for request in requests)

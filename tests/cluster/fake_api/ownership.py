@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
-from tests.cluster.fake_api.refused import Json, Refused
+from tests.cluster.fake_api.api_errors import Json, KubernetesError
 
 Path = tuple[str, ...]
 REPLICAS: Path = ("f:spec", "f:replicas")
@@ -25,7 +25,7 @@ _SYSTEM = {
 
 
 @dataclass(frozen=True)
-class Manager:
+class FieldManager:
     """Who writes, by what kind of write, to which subresource."""
 
     name: str
@@ -33,7 +33,7 @@ class Manager:
     subresource: str = ""
 
 
-Owners = dict[Manager, set[Path]]
+Owners = dict[FieldManager, set[Path]]
 
 
 def item_key(field: str, item: Any) -> str | None:  # noqa: ANN401 - any JSON value
@@ -49,23 +49,23 @@ def item_key(field: str, item: Any) -> str | None:  # noqa: ANN401 - any JSON va
     return "k:" + json.dumps({key: item.get(key, defaults.get(key)) for key in keys}, separators=(",", ":"))
 
 
-def fields(found: Json) -> dict[Path, Any]:
+def managed_fields(found: Json) -> dict[Path, Any]:
     """Return the value of each field that a manager may own."""
     metadata = {key: value for key, value in found.get("metadata", {}).items() if key not in _SYSTEM}
     rest = {
         key: value for key, value in found.items() if key not in {"apiVersion", "kind", "metadata", "status"}
     }
-    return dict(_leaves({**rest, **({"metadata": metadata} if metadata else {})}, ()))
+    return dict(_iterate_leaves({**rest, **({"metadata": metadata} if metadata else {})}, ()))
 
 
-def _leaves(value: Json, path: Path) -> Iterator[tuple[Path, Any]]:
+def _iterate_leaves(value: Json, path: Path) -> Iterator[tuple[Path, Any]]:
     for name, item in value.items():
         below = (*path, f"f:{name}")
         if isinstance(item, dict) and item and name not in _ATOMIC:
-            yield from _leaves(item, below)
+            yield from _iterate_leaves(item, below)
         elif isinstance(item, list) and item and all(item_key(name, one) for one in item):
             for one in item:
-                yield from _leaves(one, (*below, item_key(name, one) or ""))
+                yield from _iterate_leaves(one, (*below, item_key(name, one) or ""))
         else:
             yield below, item
 
@@ -80,7 +80,7 @@ def refuse_duplicates(name: str, group_version: str, kind: str, config: Json) ->
                     keys = [item_key(field, one) for one in item]
                     for key in keys:
                         if key is not None and keys.count(key) > 1:
-                            raise Refused(
+                            raise KubernetesError(
                                 500,
                                 "",
                                 f"failed to create typed patch object (/{name}; {group_version}, Kind={kind}): "
@@ -94,9 +94,9 @@ def refuse_duplicates(name: str, group_version: str, kind: str, config: Json) ->
     look(config, "")
 
 
-def update(owners: Owners, manager: Manager, old: Json, new: Json) -> None:
+def update(owners: Owners, manager: FieldManager, old: Json, new: Json) -> None:
     """Give a manager what it has changed, and take that from all others."""
-    before, after = fields(old), fields(new)
+    before, after = managed_fields(old), managed_fields(new)
     changed = {path for path, value in after.items() if path not in before or before[path] != value}
     gone = before.keys() - after.keys()
     for owned in owners.values():
@@ -107,11 +107,11 @@ def update(owners: Owners, manager: Manager, old: Json, new: Json) -> None:
 
 
 def apply(
-    owners: Owners, manager: Manager, live: Json, config: Json, *, is_forced: bool, group_version: str
+    owners: Owners, manager: FieldManager, live: Json, config: Json, *, is_forced: bool, group_version: str
 ) -> Json:
     """Return the object with a configuration applied, or raise 409 with the fields that others own."""
-    present, wanted = fields(live), fields(config)
-    conflicts: dict[Manager, list[Path]] = {}
+    present, wanted = managed_fields(live), managed_fields(config)
+    conflicts: dict[FieldManager, list[Path]] = {}
     for other, owned in owners.items():
         if other == manager:
             continue
@@ -119,21 +119,21 @@ def apply(
             if present.get(path) != wanted[path]:
                 conflicts.setdefault(other, []).append(path)
     if conflicts and not is_forced:
-        raise Refused(409, "Conflict", _conflict_message(conflicts, group_version))
+        raise KubernetesError(409, "Conflict", _conflict_message(conflicts, group_version))
     for other, paths in conflicts.items():
         owners[other] -= set(paths)
     merged = copy.deepcopy(live)
     others = set().union(*(owned for other, owned in owners.items() if other != manager))
     kept = wanted.keys() | others
     for path in owners.get(manager, set()) - kept:
-        _remove(merged, _whole_item(path, kept))
+        _remove(merged, _item_path(path, kept))
     _merge(merged, config)
     owners[manager] = set(wanted)
     _drop_empty(owners)
     return merged
 
 
-def _conflict_message(conflicts: Mapping[Manager, list[Path]], group_version: str) -> str:
+def _conflict_message(conflicts: Mapping[FieldManager, list[Path]], group_version: str) -> str:
     texts = []
     for other, paths in conflicts.items():
         who = f'"{other.name}"'
@@ -141,11 +141,11 @@ def _conflict_message(conflicts: Mapping[Manager, list[Path]], group_version: st
             who += f' with subresource "{other.subresource}"'
         if other.operation == "Update":
             who += f" using {group_version}"
-        texts += [f"conflict with {who}: {_dotted(path)}" for path in sorted(paths)]
+        texts += [f"conflict with {who}: {_format_path(path)}" for path in sorted(paths)]
     return f"Apply failed with {len(texts)} conflict{'s' if len(texts) > 1 else ''}: {', '.join(texts)}"
 
 
-def _dotted(path: Path) -> str:
+def _format_path(path: Path) -> str:
     return "".join(f".{part[2:]}" if part.startswith("f:") else f"[{part[2:]}]" for part in path)
 
 
@@ -156,14 +156,14 @@ def merge_keyed(field: str, live: list[Any], change: list[Any]) -> list[Any]:
         key = item_key(field, item)
         for index, present in enumerate(merged):
             if item_key(field, present) == key:
-                merged[index] = _merged(present, item)
+                merged[index] = _merge_fields(present, item)
                 break
         else:
             merged.append(item)
     return merged
 
 
-def _merged(live: Json, change: Json) -> Json:
+def _merge_fields(live: Json, change: Json) -> Json:
     result = copy.deepcopy(live)
     _merge(result, change)
     return result
@@ -185,7 +185,7 @@ def _merge(live: Json, change: Json) -> None:
             live[name] = copy.deepcopy(item)
 
 
-def _whole_item(path: Path, kept: AbstractSet[Path]) -> Path:
+def _item_path(path: Path, kept: AbstractSet[Path]) -> Path:
     """Return the item of a list that a field stands in, when nobody wants any other field of it either."""
     for depth, part in enumerate(path):
         item = path[: depth + 1]
@@ -210,7 +210,7 @@ def _remove(live: Json, path: Path) -> None:
         holder[:] = [one for one in holder if item_key(path[-2][2:], one) != path[-1]]
 
 
-def shown(owners: Owners, group_version: str, at: str) -> list[Json]:
+def format_owners(owners: Owners, group_version: str, at: str) -> list[Json]:
     """Return the owners as objects carry them."""
     entries = []
     for manager, paths in owners.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from tests.cluster.fake_api.api_errors import Json, KubernetesError
 from tests.cluster.fake_api.ownership import item_key, merge_keyed
-from tests.cluster.fake_api.refused import Json, Refused
 
 
 def merge(live: Json, patch: Json) -> Json:
@@ -22,14 +22,14 @@ def merge(live: Json, patch: Json) -> Json:
     return result
 
 
-def strategic(live: Json, patch: Json) -> Json:
+def apply_strategic_patch(live: Json, patch: Json) -> Json:
     result = copy.deepcopy(live)
     for name, value in patch.items():
         present = result.get(name)
         if value is None:
             result.pop(name, None)
         elif isinstance(value, dict):
-            result[name] = strategic(present if isinstance(present, dict) else {}, value)
+            result[name] = apply_strategic_patch(present if isinstance(present, dict) else {}, value)
         elif (
             isinstance(value, list)
             and isinstance(present, list)
@@ -41,18 +41,18 @@ def strategic(live: Json, patch: Json) -> Json:
     return result
 
 
-def operations(live: Json, patch: list[Json]) -> Json:
+def apply_json_patch(live: Json, patch: list[Json]) -> Json:
     result = copy.deepcopy(live)
     for one in patch:
         *parents, last = one["path"].removeprefix("/").split("/")
         holder: Any = result
         for part in parents:
-            holder = holder[int(part)] if isinstance(holder, list) else holder[_unescaped(part)]
-        last = _unescaped(last)
+            holder = holder[int(part)] if isinstance(holder, list) else holder[_unescape(part)]
+        last = _unescape(last)
         place = int(last) if isinstance(holder, list) and last != "-" else last
         match one["op"]:
             case "test" if holder[place] != one["value"]:
-                raise Refused(
+                raise KubernetesError(
                     422, "Invalid", "the server rejected our request due to an error in our request"
                 )
             case "add" if isinstance(holder, list):
@@ -64,5 +64,5 @@ def operations(live: Json, patch: list[Json]) -> Json:
     return result
 
 
-def _unescaped(part: str) -> str:
+def _unescape(part: str) -> str:
     return part.replace("~1", "/").replace("~0", "~")

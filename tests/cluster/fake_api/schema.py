@@ -9,7 +9,7 @@ from typing import Any
 
 from kubernetes.aio import client
 
-from tests.cluster.fake_api.refused import Json
+from tests.cluster.fake_api.api_errors import Json
 
 _ITEMS = re.compile(r"List\[(.+)\]\Z")
 _VALUES = re.compile(r"Dict\[str, (.+)\]\Z")
@@ -22,7 +22,7 @@ _GO_NAMES = {"str": "string", "int": "int32", "bool": "bool", "datetime": "Time"
 
 
 @dataclass(frozen=True)
-class Kind:
+class ObjectKind:
     """A kind of object that the server keeps."""
 
     name: str
@@ -48,38 +48,40 @@ class Kind:
 KINDS = {
     kind.plural: kind
     for kind in (
-        Kind(
+        ObjectKind(
             "Namespace", "namespaces", "v1", "V1Namespace", is_namespaced=False, returns_object_on_delete=True
         ),
-        Kind("ConfigMap", "configmaps", "v1", "V1ConfigMap"),
-        Kind("Secret", "secrets", "v1", "V1Secret"),
-        Kind("Service", "services", "v1", "V1Service", returns_object_on_delete=True),
-        Kind("ServiceAccount", "serviceaccounts", "v1", "V1ServiceAccount", returns_object_on_delete=True),
-        Kind("ResourceQuota", "resourcequotas", "v1", "V1ResourceQuota", returns_object_on_delete=True),
-        Kind("Pod", "pods", "v1", "V1Pod", returns_object_on_delete=True),
-        Kind("Deployment", "deployments", "apps/v1", "V1Deployment", has_generation=True),
-        Kind(
+        ObjectKind("ConfigMap", "configmaps", "v1", "V1ConfigMap"),
+        ObjectKind("Secret", "secrets", "v1", "V1Secret"),
+        ObjectKind("Service", "services", "v1", "V1Service", returns_object_on_delete=True),
+        ObjectKind(
+            "ServiceAccount", "serviceaccounts", "v1", "V1ServiceAccount", returns_object_on_delete=True
+        ),
+        ObjectKind("ResourceQuota", "resourcequotas", "v1", "V1ResourceQuota", returns_object_on_delete=True),
+        ObjectKind("Pod", "pods", "v1", "V1Pod", returns_object_on_delete=True),
+        ObjectKind("Deployment", "deployments", "apps/v1", "V1Deployment", has_generation=True),
+        ObjectKind(
             "NetworkPolicy", "networkpolicies", "networking.k8s.io/v1", "V1NetworkPolicy", has_generation=True
         ),
     )
 }
-SCALE = Kind("Scale", "scales", "autoscaling/v1", "V1Scale")
+SCALE = ObjectKind("Scale", "scales", "autoscaling/v1", "V1Scale")
 
 
-def unknown_fields(kind: Kind, value: Json) -> list[str]:
+def unknown_fields(kind: ObjectKind, value: Json) -> list[str]:
     return [path for path, problem in _walk(kind.model, value, "") if problem is None]
 
 
-def wrong_types(kind: Kind, value: Json) -> list[str]:
+def wrong_types(kind: ObjectKind, value: Json) -> list[str]:
     return [problem for _, problem in _walk(kind.model, value, "") if problem is not None]
 
 
-def without_unknown(kind: Kind, value: Json) -> Json:
-    pruned: Json = _pruned(kind.model, value)
+def prune_unknown(kind: ObjectKind, value: Json) -> Json:
+    pruned: Json = _prune(kind.model, value)
     return pruned
 
 
-def _fields(model: str) -> dict[str, str]:
+def _model_fields(model: str) -> dict[str, str]:
     found = getattr(client, model)
     return {found.attribute_map[name]: type_name for name, type_name in found.openapi_types.items()}
 
@@ -93,7 +95,7 @@ def _walk(type_name: str, value: object, path: str) -> Found:
     if value is None or type_name == "object":
         return
     if type_name in _SCALARS:
-        yield from _scalar(type_name, value, path, is_quantity=name in _QUANTITY_FIELDS)
+        yield from _check_scalar(type_name, value, path, is_quantity=name in _QUANTITY_FIELDS)
     elif match := _ITEMS.match(type_name):
         if not isinstance(value, list):
             yield path, f"json: cannot unmarshal into Go struct field {path} of type []"
@@ -105,14 +107,14 @@ def _walk(type_name: str, value: object, path: str) -> Found:
     elif match := _VALUES.match(type_name):
         for key, item in value.items():
             if name in _QUANTITIES:
-                yield from _scalar(match[1], item, f"{path}.{key}", is_quantity=True)
+                yield from _check_scalar(match[1], item, f"{path}.{key}", is_quantity=True)
             else:
                 yield from _walk(match[1], item, f"{path}.{key}")
     else:
-        yield from _struct(_fields(type_name), value, path)
+        yield from _check_struct(_model_fields(type_name), value, path)
 
 
-def _struct(fields: dict[str, str], value: Json, path: str) -> Found:
+def _check_struct(fields: dict[str, str], value: Json, path: str) -> Found:
     for name, item in value.items():
         below = f"{path}.{name}" if path else name
         if name in fields:
@@ -121,7 +123,7 @@ def _struct(fields: dict[str, str], value: Json, path: str) -> Found:
             yield below, None
 
 
-def _scalar(type_name: str, value: object, path: str, *, is_quantity: bool) -> Found:
+def _check_scalar(type_name: str, value: object, path: str, *, is_quantity: bool) -> Found:
     if is_quantity:
         if not _QUANTITY.match(str(value)):
             yield (
@@ -136,14 +138,14 @@ def _scalar(type_name: str, value: object, path: str, *, is_quantity: bool) -> F
         )
 
 
-def _pruned(type_name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
+def _prune(type_name: str, value: Any) -> Any:  # noqa: ANN401 - any JSON value
     if match := _ITEMS.match(type_name):
-        return [_pruned(match[1], item) for item in value or ()]
+        return [_prune(match[1], item) for item in value or ()]
     if not isinstance(value, dict) or type_name == "object" or _VALUES.match(type_name):
         return value
-    fields = _fields(type_name)
+    fields = _model_fields(type_name)
     return {
-        name: _pruned(fields[name], item)
+        name: _prune(fields[name], item)
         for name, item in value.items()
         if name in fields and item is not None
     }

@@ -15,11 +15,17 @@ from typing import Any
 from aiohttp import web
 
 from tests.cluster.fake_api import patches, schema
-from tests.cluster.fake_api.controllers import Controllers, Node
-from tests.cluster.fake_api.ownership import Manager
-from tests.cluster.fake_api.refused import Json, Refused, bad_request, conflict, invalid
-from tests.cluster.fake_api.schema import KINDS, SCALE, Kind
-from tests.cluster.fake_api.store import Event, Store
+from tests.cluster.fake_api.api_errors import (
+    Json,
+    KubernetesError,
+    bad_request_error,
+    conflict_error,
+    invalid_error,
+)
+from tests.cluster.fake_api.controllers import FakeControllers, NodeBehavior
+from tests.cluster.fake_api.ownership import FieldManager
+from tests.cluster.fake_api.schema import KINDS, SCALE, ObjectKind
+from tests.cluster.fake_api.store import ObjectStore, WatchEvent
 
 _PATH = re.compile(
     r"(?P<group>/api/v1|/apis/[^/]+/v1)(/namespaces/(?P<namespace>[^/]+))?"
@@ -30,35 +36,35 @@ _REQUIREMENT = re.compile(r"(?P<key>[^\s=!,]+)\s*(?P<operator>==|!=|=)\s*(?P<val
 _JSON = "application/json"
 _PATCHES: Mapping[str, Callable[[Json, Any], Json]] = {
     "application/merge-patch+json": patches.merge,
-    "application/strategic-merge-patch+json": patches.strategic,
-    "application/json-patch+json": patches.operations,
+    "application/strategic-merge-patch+json": patches.apply_strategic_patch,
+    "application/json-patch+json": patches.apply_json_patch,
 }
 _APPLY = "application/apply-patch+yaml"
 
 
 @dataclass(frozen=True)
-class Target:
+class ApiTarget:
     """What a path names."""
 
-    kind: Kind
+    kind: ObjectKind
     namespace: str
     name: str
     subresource: str
 
 
 @dataclass
-class FakeApi:
+class FakeApiServer:
     """One API server; tests read and change its fields."""
 
     token: str = "fake-token"
     second: float = 1.0
     """How long its second takes: timeouts of watches and grace periods are whole seconds."""
-    node: Node = field(default_factory=Node)
-    failures: list[Refused] = field(default_factory=list)
+    node: NodeBehavior = field(default_factory=NodeBehavior)
+    failures: list[KubernetesError] = field(default_factory=list)
     """Answers to the next requests."""
-    outage: Refused | None = None
+    outage: KubernetesError | None = None
     """The answer to every request, as long as it is set."""
-    refuses: Callable[[str, str], Refused | None] = lambda *_: None
+    refuses: Callable[[str, str], KubernetesError | None] = lambda *_: None
     """Answer to each request with this method and path with query, until it is changed; None: as usual."""
     is_silent: bool = False
     """It takes requests, and answers none."""
@@ -67,14 +73,14 @@ class FakeApi:
     requests: list[str] = field(default_factory=list)
     """Method and path with query of each."""
     port: int = 0
-    store: Store = field(default_factory=Store)
-    controllers: Controllers = field(init=False)
+    store: ObjectStore = field(default_factory=ObjectStore)
+    controllers: FakeControllers = field(init=False)
     _watches: set[asyncio.Task[Any]] = field(default_factory=set)
     _ends: asyncio.Event = field(default_factory=asyncio.Event)
     _runner: web.AppRunner | None = None
 
     def __post_init__(self) -> None:
-        self.controllers = Controllers(self.store, self.node, self.second)
+        self.controllers = FakeControllers(self.store, self.node, self.second)
 
     @property
     def url(self) -> str:
@@ -111,7 +117,7 @@ class FakeApi:
 
     def lose_etcd(self) -> None:
         """Fail every request and break every stream, as while etcd is away."""
-        self.outage = Refused(500, "InternalError", "etcdserver: request timed out")
+        self.outage = KubernetesError(500, "InternalError", "etcdserver: request timed out")
         self.cut_watches()
 
     def restart_etcd(self) -> None:
@@ -138,29 +144,29 @@ class FakeApi:
             refused = self.refuses(request.method, request.path_qs)
             if refused is not None:
                 raise refused
-            target = _target(request.path)
+            target = _parse_target(request.path)
             self._authorize(request, target)
             if request.method == "GET":
                 return await self._read(request, target)
             status, body = self._write(request, target, raw)
             return web.json_response(body, status=status)
-        except Refused as refused:
+        except KubernetesError as refused:
             return web.json_response(refused.body, status=refused.status, headers=refused.headers)
 
-    def _authorize(self, request: web.Request, target: Target) -> None:
+    def _authorize(self, request: web.Request, target: ApiTarget) -> None:
         given = request.headers.get("Authorization")
         if given is not None and given != f"Bearer {self.token}":
-            raise Refused(401, "Unauthorized", "Unauthorized")
+            raise KubernetesError(401, "Unauthorized", "Unauthorized")
         user = "system:anonymous" if given is None else request.headers.get("Impersonate-User")
         if user is not None:
             group = target.kind.group_version.rpartition("/")[0]
             message = (
-                f'{target.kind.resource} is forbidden: User "{user}" cannot {_verb(request, target)} resource '
+                f'{target.kind.resource} is forbidden: User "{user}" cannot {_request_verb(request, target)} resource '
                 f'"{target.kind.plural}" in API group "{group}" in the namespace "{target.namespace}"'
             )
-            raise Refused(403, "Forbidden", message)
+            raise KubernetesError(403, "Forbidden", message)
 
-    async def _read(self, request: web.Request, target: Target) -> web.StreamResponse:
+    async def _read(self, request: web.Request, target: ApiTarget) -> web.StreamResponse:
         if not target.name:
             if request.query.get("watch") in {"true", "1"}:
                 return await self._watch(request, target)
@@ -170,9 +176,9 @@ class FakeApi:
         found = self.store.get(target.kind, target.namespace, target.name)
         return web.json_response(_scale(found) if target.subresource == "scale" else found)
 
-    def _write(self, request: web.Request, target: Target, raw: bytes) -> tuple[int, Json]:
+    def _write(self, request: web.Request, target: ApiTarget, raw: bytes) -> tuple[int, Json]:
         query = request.query
-        manager = Manager(query.get("fieldManager", "unknown"), "Update", target.subresource)
+        manager = FieldManager(query.get("fieldManager", "unknown"), "Update", target.subresource)
         is_dry = query.get("dryRun") == "All"
         match request.method:
             case "POST":
@@ -185,54 +191,56 @@ class FakeApi:
                 return self._patch(request, target, raw, manager, is_dry=is_dry)
             case "DELETE":
                 return 200, self._delete(target, json.loads(raw) if raw else {}, query)
-        raise Refused(
+        raise KubernetesError(
             405, "MethodNotAllowed", "the server does not allow this method on the requested resource"
         )
 
     def _decoded(
-        self, target: Target, raw: bytes, query: Mapping[str, str], *, by_apply: bool = False
+        self, target: ApiTarget, raw: bytes, query: Mapping[str, str], *, by_apply: bool = False
     ) -> Json:
         kind = SCALE if target.subresource == "scale" else target.kind
         try:
             body: Json = json.loads(raw)
         except ValueError as error:
-            raise bad_request("the object provided is unrecognized") from error
+            raise bad_request_error("the object provided is unrecognized") from error
         if by_apply and not (body.get("apiVersion") and body.get("kind")):
-            raise bad_request("invalid object type: /, Kind=")
+            raise bad_request_error("invalid object type: /, Kind=")
         if body.get("apiVersion", kind.group_version) != kind.group_version:
-            raise bad_request(
+            raise bad_request_error(
                 f"the API version in the data ({body['apiVersion']}) does not match the expected API version "
                 f"({kind.group_version})"
             )
         self._check_types(kind, body, by_apply=by_apply, is_strict=query.get("fieldValidation") == "Strict")
         namespace = body.get("metadata", {}).get("namespace")
         if namespace not in {None, "", target.namespace}:
-            raise bad_request(
+            raise bad_request_error(
                 "the namespace of the provided object does not match the namespace sent on the request"
             )
         return body
 
     def _check_types(
-        self, kind: Kind, body: Json, *, by_apply: bool = False, is_strict: bool = False
+        self, kind: ObjectKind, body: Json, *, by_apply: bool = False, is_strict: bool = False
     ) -> None:
         wrong = schema.wrong_types(kind, body)
         if wrong:
-            raise bad_request(f'{kind.name} in version "v1" cannot be handled as a {kind.name}: {wrong[0]}')
+            raise bad_request_error(
+                f'{kind.name} in version "v1" cannot be handled as a {kind.name}: {wrong[0]}'
+            )
         unknown = schema.unknown_fields(kind, body)
         if unknown and by_apply:
-            raise Refused(
+            raise KubernetesError(
                 500,
                 "",
                 f"failed to create typed patch object (/{body.get('metadata', {}).get('name')}; "
                 f"{kind.group_version}, Kind={kind.name}): .{unknown[0]}: field not declared in schema",
             )
         if unknown and is_strict:
-            raise bad_request(
+            raise bad_request_error(
                 f'{kind.name} in version "v1" cannot be handled as a {kind.name}: strict decoding error: '
                 f'unknown field "{unknown[0]}"'
             )
 
-    def _put(self, target: Target, body: Json, manager: Manager, *, is_dry: bool) -> Json:
+    def _put(self, target: ApiTarget, body: Json, manager: FieldManager, *, is_dry: bool) -> Json:
         if target.subresource == "scale":
             return self._write_scale(target, body, manager)
         is_status = target.subresource == "status"
@@ -241,58 +249,60 @@ class FakeApi:
         )
 
     def _patch(
-        self, request: web.Request, target: Target, raw: bytes, manager: Manager, *, is_dry: bool
+        self, request: web.Request, target: ApiTarget, raw: bytes, manager: FieldManager, *, is_dry: bool
     ) -> tuple[int, Json]:
         content_type = request.content_type
         if content_type == _APPLY:
             return self._apply(request, target, raw, is_dry=is_dry)
         if content_type not in _PATCHES:
-            raise Refused(415, "UnsupportedMediaType", "415: Unsupported Media Type")
+            raise KubernetesError(415, "UnsupportedMediaType", "415: Unsupported Media Type")
         found = self.store.get(target.kind, target.namespace, target.name)
         present = _scale(found) if target.subresource == "scale" else found
         # A patch that says nothing of versions is of whatever version there is.
         version = present["metadata"].pop("resourceVersion")
         patched = _PATCHES[content_type](present, json.loads(raw))
         if patched["metadata"].get("resourceVersion", version) != version:
-            raise conflict(target.kind.resource, target.name)
+            raise conflict_error(target.kind.resource, target.name)
         if target.subresource == "scale":
             return 200, self._write_scale(target, patched, manager)
         self._check_types(target.kind, patched)
         return 200, self._put(target, patched, manager, is_dry=is_dry)
 
-    def _apply(self, request: web.Request, target: Target, raw: bytes, *, is_dry: bool) -> tuple[int, Json]:
+    def _apply(
+        self, request: web.Request, target: ApiTarget, raw: bytes, *, is_dry: bool
+    ) -> tuple[int, Json]:
         query = request.query
         name = query.get("fieldManager")
         if not name:
             problem = "fieldManager: Required value: is required for apply patch"
-            raise invalid("PatchOptions.meta.k8s.io", "", [problem])
+            raise invalid_error("PatchOptions.meta.k8s.io", "", [problem])
         config = self._decoded(target, raw, query, by_apply=True)
         if "managedFields" in config.get("metadata", {}):
-            raise bad_request("metadata.managedFields must be nil")
+            raise bad_request_error("metadata.managedFields must be nil")
         applied, is_new = self.store.apply(
             target.kind,
             target.namespace,
             target.name,
             config,
-            Manager(name, "Apply", target.subresource),
+            FieldManager(name, "Apply", target.subresource),
             is_forced=query.get("force") == "true",
             is_dry=is_dry,
         )
         return 201 if is_new else 200, applied
 
-    def _write_scale(self, target: Target, body: Json, manager: Manager) -> Json:
+    def _write_scale(self, target: ApiTarget, body: Json, manager: FieldManager) -> Json:
         found = self.store.get(target.kind, target.namespace, target.name)
         version = body.get("metadata", {}).get("resourceVersion")
         if version and version != found["metadata"]["resourceVersion"]:
-            raise conflict(target.kind.resource, target.name)
+            raise conflict_error(target.kind.resource, target.name)
         replicas = body.get("spec", {}).get("replicas", 0)
         if replicas < 0:
             problem = f"spec.replicas: Invalid value: {replicas}: must be greater than or equal to 0"
-            raise invalid("Scale.autoscaling", target.name, [problem])
+            raise invalid_error("Scale.autoscaling", target.name, [problem])
         self.store.set_replicas(target.namespace, target.name, replicas, manager)
         return _scale(self.store.get(target.kind, target.namespace, target.name))
 
-    def _delete(self, target: Target, options: Json, query: Mapping[str, str]) -> Json:
+    def _delete(self, target: ApiTarget, options: Json, query: Mapping[str, str]) -> Json:
         kind = target.kind
         options = {"propagationPolicy": query.get("propagationPolicy"), **options}
         if not target.name:
@@ -306,13 +316,13 @@ class FakeApi:
 
     # ── lists and watches ─────────────────────────────────────────────────────────────────────────────────
 
-    def _matching(self, query: Mapping[str, str], target: Target) -> list[Json]:
-        matches = _selection(query)
+    def _matching(self, query: Mapping[str, str], target: ApiTarget) -> list[Json]:
+        matches = _label_selector(query)
         every = self.store.every(target.kind.plural, target.namespace if target.kind.is_namespaced else None)
         names = [found["metadata"]["name"] for found in every if matches(found)]
         return [self.store.get(target.kind, target.namespace, name) for name in names]
 
-    def _list(self, query: Mapping[str, str], target: Target) -> Json:
+    def _list(self, query: Mapping[str, str], target: ApiTarget) -> Json:
         items = self._matching(query, target)
         version, start = self.store.version, ""
         if "continue" in query:
@@ -323,7 +333,7 @@ class FakeApi:
         if sizes and len(items) > min(sizes):
             rest = len(items) - min(sizes)
             items = items[: min(sizes)]
-            metadata["continue"] = _token(version, items[-1]["metadata"]["name"])
+            metadata["continue"] = _continue_token(version, items[-1]["metadata"]["name"])
             metadata["remainingItemCount"] = rest
         for item in items:
             del item["kind"], item["apiVersion"]
@@ -340,19 +350,21 @@ class FakeApi:
             decoded = json.loads(base64.b64decode(token, validate=True))
             version, start = int(decoded["v"]), str(decoded["start"])
         except (binascii.Error, ValueError, KeyError, TypeError) as error:
-            raise bad_request(f"invalid continue token: continue key is not valid: {error}") from error
+            raise bad_request_error(f"invalid continue token: continue key is not valid: {error}") from error
         if version < self.store.forgotten:
             message = "The provided continue parameter is too old to display a consistent list result."
-            raise Refused(410, "Expired", message, **{"continue": _token(self.store.version, start)})
+            raise KubernetesError(
+                410, "Expired", message, **{"continue": _continue_token(self.store.version, start)}
+            )
         return version, start
 
-    async def _watch(self, request: web.Request, target: Target) -> web.StreamResponse:
+    async def _watch(self, request: web.Request, target: ApiTarget) -> web.StreamResponse:
         query = request.query
         asked = query.get("resourceVersion", "")
         if not (asked or "0").isdigit():
             message = f'resourceVersion: Invalid value: "{asked}": strconv.ParseUint: parsing "{asked}": invalid syntax'
-            raise Refused(500, "", message)
-        matches = _selection(query)
+            raise KubernetesError(500, "", message)
+        matches = _label_selector(query)
         response = web.StreamResponse(headers={"Content-Type": _JSON, "Transfer-Encoding": "chunked"})
         response.enable_chunked_encoding()
         await response.prepare(request)
@@ -379,7 +391,7 @@ class FakeApi:
         self,
         response: web.StreamResponse,
         query: Mapping[str, str],
-        target: Target,
+        target: ApiTarget,
         matches: Callable[[Json], bool],
     ) -> None:
         async def send(change: str, found: Json) -> None:
@@ -390,7 +402,7 @@ class FakeApi:
         sent = asked or self.store.version
         if asked and asked < self.store.forgotten:
             message = f"too old resource version: {asked} ({self.store.forgotten})"
-            await send("ERROR", Refused(410, "Expired", message).body)
+            await send("ERROR", KubernetesError(410, "Expired", message).body)
             return
         if not asked:
             for found in self._matching(query, target):
@@ -415,7 +427,7 @@ class FakeApi:
         finally:
             ended.cancel()
 
-    def _events_after(self, version: int, target: Target) -> list[Event]:
+    def _events_after(self, version: int, target: ApiTarget) -> list[WatchEvent]:
         return [
             event
             for event in self.store.events
@@ -425,17 +437,19 @@ class FakeApi:
         ]
 
 
-def _target(path: str) -> Target:
+def _parse_target(path: str) -> ApiTarget:
     match = _NAMESPACE_PATH.match(path) or _PATH.match(path)
     found = match.groupdict() if match is not None else {}
     kind = KINDS.get(found.get("plural") or "")
     group = (found.get("group") or "/api/v1").removeprefix("/apis/").removeprefix("/api/")
     if kind is None or group != kind.group_version:
-        raise Refused(404, "NotFound", "the server could not find the requested resource")
-    return Target(kind, found.get("namespace") or "", found.get("name") or "", found.get("subresource") or "")
+        raise KubernetesError(404, "NotFound", "the server could not find the requested resource")
+    return ApiTarget(
+        kind, found.get("namespace") or "", found.get("name") or "", found.get("subresource") or ""
+    )
 
 
-def _verb(request: web.Request, target: Target) -> str:
+def _request_verb(request: web.Request, target: ApiTarget) -> str:
     verbs = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete", "GET": "get"}
     return "list" if request.method == "GET" and not target.name else verbs[request.method]
 
@@ -459,13 +473,13 @@ def _scale(found: Json) -> Json:
     }
 
 
-def _selection(query: Mapping[str, str]) -> Callable[[Json], bool]:
-    labels = _requirements(query.get("labelSelector", ""))
-    wanted = _requirements(query.get("fieldSelector", ""))
+def _label_selector(query: Mapping[str, str]) -> Callable[[Json], bool]:
+    labels = _parse_requirements(query.get("labelSelector", ""))
+    wanted = _parse_requirements(query.get("fieldSelector", ""))
     for name, _, _ in wanted:
         if name not in {"metadata.name", "metadata.namespace"}:
             known = '"metadata.name", "metadata.namespace"'
-            raise bad_request(f'"{name}" is not a known field selector: only {known}')
+            raise bad_request_error(f'"{name}" is not a known field selector: only {known}')
 
     def matches(found: Json) -> bool:
         metadata = found["metadata"]
@@ -478,25 +492,25 @@ def _selection(query: Mapping[str, str]) -> Callable[[Json], bool]:
     return matches
 
 
-def _requirements(text: str) -> list[tuple[str, bool, str]]:
+def _parse_requirements(text: str) -> list[tuple[str, bool, str]]:
     found = []
     for part in (part.strip() for part in text.split(",") if part.strip()):
         match = _REQUIREMENT.match(part)
         if match is None:
-            raise bad_request(
+            raise bad_request_error(
                 f"unable to parse requirement: found '{part}', expected: in, notin, =, ==, !=, gt, lt"
             )
         found.append((match["key"], match["operator"] != "!=", match["value"]))
     return found
 
 
-def _token(version: int, start: str) -> str:
+def _continue_token(version: int, start: str) -> str:
     return base64.b64encode(json.dumps({"v": version, "start": start}).encode()).decode()
 
 
 @asynccontextmanager
-async def serving(**settings: Any) -> AsyncIterator[FakeApi]:  # noqa: ANN401 - the fields of FakeApi
-    api = FakeApi(**settings)
+async def serve_fake_api(**settings: Any) -> AsyncIterator[FakeApiServer]:  # noqa: ANN401 - the fields of FakeApi
+    api = FakeApiServer(**settings)
     await api.listen()
     await api.controllers.start()
     try:

@@ -12,10 +12,16 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from tests.cluster.fake_api import machines, ownership, rules, schema
-from tests.cluster.fake_api.ownership import Manager, Owners
-from tests.cluster.fake_api.refused import Json, Refused, conflict, invalid, not_found
-from tests.cluster.fake_api.schema import KINDS, Kind
+from tests.cluster.fake_api import machines, object_rules, ownership, schema
+from tests.cluster.fake_api.api_errors import (
+    Json,
+    KubernetesError,
+    conflict_error,
+    invalid_error,
+    not_found_error,
+)
+from tests.cluster.fake_api.ownership import FieldManager, Owners
+from tests.cluster.fake_api.schema import KINDS, ObjectKind
 
 FIRST_VERSION = 1_000
 """All before is forgotten."""
@@ -24,7 +30,7 @@ Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
-class Event:
+class WatchEvent:
     version: int
     type: str
     key: Key
@@ -32,33 +38,33 @@ class Event:
 
 
 @dataclass
-class Stored:
+class StoredObjectVersion:
     object: Json
     owners: Owners = field(default_factory=dict)
 
 
-def now() -> str:
+def format_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-class Store:
+class ObjectStore:
     """All state of the API server; nothing in it waits."""
 
     def __init__(self) -> None:
         self.version = FIRST_VERSION
         self.forgotten = FIRST_VERSION
         """Versions below it can't be watched or listed any more."""
-        self.events: list[Event] = []
-        self._stored: dict[Key, Stored] = {}
+        self.events: list[WatchEvent] = []
+        self._stored: dict[Key, StoredObjectVersion] = {}
         self._changed = asyncio.Event()
         self._addresses = iter(range(1, 60_000))
 
     # ── reading ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def get(self, kind: Kind, namespace: str, name: str) -> Json:
+    def get(self, kind: ObjectKind, namespace: str, name: str) -> Json:
         found = self._stored.get((kind.plural, namespace, name))
         if found is None:
-            raise not_found(kind.resource, name)
+            raise not_found_error(kind.resource, name)
         return self._shown(kind, found)
 
     def every(self, plural: str, namespace: str | None = None) -> Iterator[Json]:
@@ -70,16 +76,18 @@ class Store:
     async def changed(self) -> None:
         await self._changed.wait()
 
-    def _shown(self, kind: Kind, found: Stored) -> Json:
+    def _shown(self, kind: ObjectKind, found: StoredObjectVersion) -> Json:
         shown = copy.deepcopy(found.object)
         created = shown["metadata"]["creationTimestamp"]
-        shown["metadata"]["managedFields"] = ownership.shown(found.owners, kind.group_version, created)
+        shown["metadata"]["managedFields"] = ownership.format_owners(
+            found.owners, kind.group_version, created
+        )
         return shown
 
     # ── writing ───────────────────────────────────────────────────────────────────────────────────────────
 
     def create(
-        self, kind: Kind, namespace: str, body: Json, manager: Manager, *, is_dry: bool = False
+        self, kind: ObjectKind, namespace: str, body: Json, manager: FieldManager, *, is_dry: bool = False
     ) -> Json:
         self._require_namespace(kind, namespace, body.get("metadata", {}).get("name", ""))
         body = copy.deepcopy(body)
@@ -88,16 +96,16 @@ class Store:
             metadata["name"] = metadata["generateName"] + secrets.token_hex(3)[:5]
         name = metadata.get("name", "")
         if metadata.get("resourceVersion"):
-            raise Refused(500, "", "resourceVersion should not be set on objects to be created")
+            raise KubernetesError(500, "", "resourceVersion should not be set on objects to be created")
         key = (kind.plural, namespace, name)
         created = self._finished(kind, namespace, body)
         self._refuse_invalid(kind, created)
         if key in self._stored:
-            raise Refused(409, "AlreadyExists", f'{kind.resource} "{name}" already exists')
+            raise KubernetesError(409, "AlreadyExists", f'{kind.resource} "{name}" already exists')
         self._complete(kind, created)
         owners: Owners = {}
         ownership.update(owners, manager, {}, created)
-        stored = Stored(created, owners)
+        stored = StoredObjectVersion(created, owners)
         if not is_dry:
             self._stored[key] = stored
             self._commit("ADDED", key)
@@ -105,11 +113,11 @@ class Store:
 
     def replace(
         self,
-        kind: Kind,
+        kind: ObjectKind,
         namespace: str,
         name: str,
         body: Json,
-        manager: Manager,
+        manager: FieldManager,
         *,
         is_dry: bool = False,
         only_status: bool = False,
@@ -117,11 +125,11 @@ class Store:
         """Put an object in the place of another; the version that it carries, if any, must be that one's."""
         key = (kind.plural, namespace, name)
         if key not in self._stored:
-            raise not_found(kind.resource, name)
+            raise not_found_error(kind.resource, name)
         present = self._stored[key]
         version = body.get("metadata", {}).get("resourceVersion")
         if version and version != present.object["metadata"]["resourceVersion"]:
-            raise conflict(kind.resource, name)
+            raise conflict_error(kind.resource, name)
         replaced = self._finished(
             kind, namespace, self._kept(kind, present.object, body, only_status=only_status)
         )
@@ -131,11 +139,11 @@ class Store:
 
     def apply(
         self,
-        kind: Kind,
+        kind: ObjectKind,
         namespace: str,
         name: str,
         config: Json,
-        manager: Manager,
+        manager: FieldManager,
         *,
         is_forced: bool,
         is_dry: bool = False,
@@ -152,10 +160,10 @@ class Store:
             created = self.create(kind, namespace, config, manager, is_dry=is_dry)
             if not is_dry:
                 # What is filled in by default belongs to nobody.
-                self._stored[key].owners = {manager: set(ownership.fields(config))}
+                self._stored[key].owners = {manager: set(ownership.managed_fields(config))}
             return created, True
         if version and version != present.object["metadata"]["resourceVersion"]:
-            raise conflict(kind.resource, name)
+            raise conflict_error(kind.resource, name)
         owners = copy.deepcopy(present.owners)
         merged = ownership.apply(
             owners, manager, present.object, config, is_forced=is_forced, group_version=kind.group_version
@@ -165,7 +173,7 @@ class Store:
         )
         return self._exchange(kind, key, finished, owners, is_dry=is_dry), False
 
-    def set_replicas(self, namespace: str, name: str, replicas: int, manager: Manager) -> None:
+    def set_replicas(self, namespace: str, name: str, replicas: int, manager: FieldManager) -> None:
         """Write what `/scale` writes: zero is absent there, so that at 0 the field is nobody's."""
         kind = KINDS["deployments"]
         key = (kind.plural, namespace, name)
@@ -175,7 +183,7 @@ class Store:
         replaced = copy.deepcopy(present.object)
         replaced["spec"]["replicas"] = replicas
         owners = copy.deepcopy(present.owners)
-        ownership.update(owners, Manager(manager.name, "Update", "scale"), present.object, replaced)
+        ownership.update(owners, FieldManager(manager.name, "Update", "scale"), present.object, replaced)
         if replicas == 0:
             for owned in owners.values():
                 owned.discard(ownership.REPLICAS)
@@ -205,11 +213,11 @@ class Store:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def delete(self, kind: Kind, namespace: str, name: str, options: Json) -> Json:
+    def delete(self, kind: ObjectKind, namespace: str, name: str, options: Json) -> Json:
         key = (kind.plural, namespace, name)
         present = self._stored.get(key)
         if present is None:
-            raise not_found(kind.resource, name)
+            raise not_found_error(kind.resource, name)
         metadata = present.object["metadata"]
         self._check_preconditions(kind, name, metadata, options.get("preconditions") or {})
         if options.get("propagationPolicy") == "Foreground" and kind.name == "Deployment":
@@ -219,7 +227,7 @@ class Store:
         )
         if metadata.get("finalizers") or is_graceful:
             if "deletionTimestamp" not in metadata:
-                metadata["deletionTimestamp"] = now()
+                metadata["deletionTimestamp"] = format_now()
                 if kind.name == "Namespace":
                     present.object["status"] = {"phase": "Terminating"}
                 self._commit("MODIFIED", key)
@@ -239,31 +247,31 @@ class Store:
         self.forgotten = self.version
         self.events.clear()
 
-    def _check_preconditions(self, kind: Kind, name: str, metadata: Json, asked: Json) -> None:
+    def _check_preconditions(self, kind: ObjectKind, name: str, metadata: Json, asked: Json) -> None:
         for field_name, title in (("uid", "UID"), ("resourceVersion", "ResourceVersion")):
             if field_name in asked and asked[field_name] != metadata[field_name]:
-                raise Refused(
+                raise KubernetesError(
                     409,
                     "Conflict",
                     f'Operation cannot be fulfilled on {kind.title} "{name}": the {title} in the precondition '
                     f"({asked[field_name]}) does not match the {title} in record ({metadata[field_name]})",
                 )
 
-    def _require_namespace(self, kind: Kind, namespace: str, name: str) -> None:
+    def _require_namespace(self, kind: ObjectKind, namespace: str, name: str) -> None:
         if not kind.is_namespaced:
             return
         found = self._stored.get(("namespaces", "", namespace))
         if found is None:
-            raise not_found("namespaces", namespace)
+            raise not_found_error("namespaces", namespace)
         if "deletionTimestamp" in found.object["metadata"]:
-            raise Refused(
+            raise KubernetesError(
                 403,
                 "Forbidden",
                 f'{kind.resource} "{name}" is forbidden: unable to create new content in namespace {namespace} '
                 "because it is being terminated",
             )
 
-    def _kept(self, kind: Kind, present: Json, body: Json, *, only_status: bool) -> Json:
+    def _kept(self, kind: ObjectKind, present: Json, body: Json, *, only_status: bool) -> Json:
         """Return what is written with what a write can't change: the status by the object, all else by the status."""
         if only_status:
             return {**copy.deepcopy(present), "status": body.get("status", {})}
@@ -293,8 +301,8 @@ class Store:
             kept["spec"]["clusterIP"] = present["spec"]["clusterIP"]
         return kept
 
-    def _finished(self, kind: Kind, namespace: str, body: Json) -> Json:
-        finished = schema.without_unknown(kind, body)
+    def _finished(self, kind: ObjectKind, namespace: str, body: Json) -> Json:
+        finished = schema.prune_unknown(kind, body)
         finished["apiVersion"], finished["kind"] = kind.group_version, kind.name
         finished["metadata"].pop("managedFields", None)
         if kind.is_namespaced:
@@ -304,16 +312,18 @@ class Store:
         _fill_in(kind, finished)
         return finished
 
-    def _refuse_invalid(self, kind: Kind, found: Json, before: Json | None = None) -> None:
-        problems = rules.problems(kind, found)
+    def _refuse_invalid(self, kind: ObjectKind, found: Json, before: Json | None = None) -> None:
+        problems = object_rules.find_problems(kind, found)
         if before is not None:
-            problems += rules.changes(kind, before, found)
+            problems += object_rules.find_forbidden_changes(kind, before, found)
         if problems:
-            raise invalid(kind.title, found["metadata"]["name"], problems)
+            raise invalid_error(kind.title, found["metadata"]["name"], problems)
 
-    def _complete(self, kind: Kind, created: Json) -> None:
+    def _complete(self, kind: ObjectKind, created: Json) -> None:
         metadata = created["metadata"]
-        metadata.update(uid=str(uuid.uuid4()), creationTimestamp=now(), resourceVersion=str(self.version + 1))
+        metadata.update(
+            uid=str(uuid.uuid4()), creationTimestamp=format_now(), resourceVersion=str(self.version + 1)
+        )
         if kind.has_generation:
             metadata["generation"] = 1
         if kind.name == "Deployment":
@@ -328,17 +338,17 @@ class Store:
             spec["clusterIP"] = f"10.96.{number >> 8}.{number & 255}"
 
     def _exchange(
-        self, kind: Kind, key: Key, replaced: Json, owners: Owners, *, is_dry: bool = False
+        self, kind: ObjectKind, key: Key, replaced: Json, owners: Owners, *, is_dry: bool = False
     ) -> Json:
         present = self._stored[key]
         self._refuse_invalid(kind, replaced, present.object)
         if kind.has_generation and replaced.get("spec") != present.object.get("spec"):
             replaced["metadata"]["generation"] = present.object["metadata"]["generation"] + 1
         if is_dry:
-            return self._shown(kind, Stored(replaced, owners))
+            return self._shown(kind, StoredObjectVersion(replaced, owners))
         if replaced == present.object and owners == present.owners:
             return self._shown(kind, present)
-        self._stored[key] = Stored(replaced, owners)
+        self._stored[key] = StoredObjectVersion(replaced, owners)
         if "deletionTimestamp" in replaced["metadata"] and not replaced["metadata"].get("finalizers"):
             shown = self._shown(kind, self._stored[key])
             if kind.name not in {"Pod", "Namespace"}:
@@ -351,11 +361,11 @@ class Store:
         found = self._stored[key]
         self.version += 1
         found.object["metadata"]["resourceVersion"] = str(self.version)
-        self.events.append(Event(self.version, change, key, self._shown(KINDS[key[0]], found)))
+        self.events.append(WatchEvent(self.version, change, key, self._shown(KINDS[key[0]], found)))
         self.touch()
 
 
-def _fill_in(kind: Kind, found: Json) -> None:
+def _fill_in(kind: ObjectKind, found: Json) -> None:
     spec: dict[str, Any] = found.get("spec") or {}
     match kind.name:
         case "Deployment":

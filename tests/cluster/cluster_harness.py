@@ -1,0 +1,296 @@
+"""A cluster to test a driver on: this machine, the fake API server, or a real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from kubernetes.aio import client, config
+from kubernetes.aio.client import ApiException
+
+from models import ids
+from tests.cluster.fake_api import FakeApiServer
+from tests.cluster.fake_api.server import serve_fake_api
+from workers.cluster import kubernetes_driver, local_driver
+from workers.cluster.driver import ClusterDriver, DesiredDeployment, ObservedDeployment, PodResourceLimits
+from workers.cluster.kubernetes_api import RequestBudget
+from workers.cluster.local_pod import LocalPodLimits
+from workers.cluster.manifests import ClusterLayout
+
+PROGRAM = (Path(__file__).parent / "pod.py").read_text()
+NAMESPACE = "user-workflows"
+POLL_SECONDS = 0.02
+GRACE_SECONDS = 20
+FAKE_REQUESTS_PER_SECOND = 1_000.0
+"""So many that no test waits for its budget."""
+DEFAULT_IMAGE = "python:3.13-slim"
+RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
+TEST_KUBECONFIG = os.environ.get("TEST_KUBECONFIG")
+
+
+def cluster_layout(namespace: str = NAMESPACE, grace_seconds: int = GRACE_SECONDS) -> ClusterLayout:
+    return ClusterLayout(
+        namespace=namespace,
+        gateway_host="pilotflame-gateway.pilotflame.svc.cluster.local",
+        gateway_namespace="pilotflame",
+        grace_seconds=grace_seconds,
+    )
+
+
+def desired_deployment(python: str = sys.executable, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
+    """Return a wish for the program of these tests."""
+    given: dict[str, Any] = {
+        "workflow_id": ids.new_id("wf"),
+        "organization_id": "org_1",
+        "definition_hash": "first",
+        "generation": 1,
+        "image": "example.com/runner:1",
+        "command": (python, "-S", "-c", PROGRAM),
+        "token": "token-canary",
+        "resources": PodResourceLimits(cpu_millicores=100, memory_mebibytes=64),
+    }
+    return DesiredDeployment(**{**given, **changes})
+
+
+@dataclass
+class DriverUnderTest:
+    """A driver, and what a test has to know of the place that it drives."""
+
+    driver: ClusterDriver
+    reopen: Callable[[], Awaitable[ClusterDriver]]
+    image: str = "example.com/runner:1"
+    python: str = sys.executable
+    patience_seconds: float = 60.0
+    is_real: bool = False
+    used: list[str] = field(default_factory=list)
+    core: client.CoreV1Api | None = None
+    """An administrator's way to the API server, where there is one."""
+    namespace: str = NAMESPACE
+
+    async def set_quota(self, hard: dict[str, str] | None) -> None:
+        """Have the namespace bounded so; None: not at all."""
+        assert self.core is not None
+        with suppress(ApiException):  # there was none before
+            await self.core.delete_namespaced_resource_quota("quota", self.namespace)
+        if hard is not None:
+            body = {"metadata": {"name": "quota"}, "spec": {"hard": hard}}
+            await self.core.create_namespaced_resource_quota(self.namespace, body)
+
+    def wanted(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
+        wanted = desired_deployment(self.python, **{"image": self.image, **changes})
+        self.used.append(wanted.workflow_id)
+        return wanted
+
+    async def delete_namespace(self) -> None:
+        """Delete the namespace with all that is in it, and wait until it is gone."""
+        assert self.core is not None
+        await self.core.delete_namespace(self.namespace)
+
+        async def is_gone() -> bool:
+            assert self.core is not None
+            return all(
+                one.metadata.name != self.namespace for one in (await self.core.list_namespace()).items
+            )
+
+        await self.until_true(is_gone)
+
+    async def create_namespace(self) -> None:
+        """Make the namespace anew."""
+        assert self.core is not None
+        await self.core.create_namespace({"metadata": {"name": self.namespace, "labels": RESTRICTED}})
+
+    async def until(
+        self, workflow_id: str, holds: Callable[[ObservedDeployment], bool]
+    ) -> ObservedDeployment:
+        """Observe until something holds."""
+        observed = await self.driver.observe(workflow_id)
+        try:
+            async with asyncio.timeout(self.patience_seconds):
+                while not holds(observed):
+                    await asyncio.sleep(POLL_SECONDS)
+                    observed = await self.driver.observe(workflow_id)
+        except TimeoutError:
+            pytest.fail(f"It never came to be so: {observed}")
+        return observed
+
+    async def until_true(self, holds: Callable[[], Awaitable[bool]]) -> None:
+        """Ask until something holds."""
+        async with asyncio.timeout(self.patience_seconds):
+            while not await holds():  # noqa: ASYNC110 - of another process, which sets no event of ours
+                await asyncio.sleep(POLL_SECONDS)
+
+    async def ready(self, workflow_id: str) -> ObservedDeployment:
+        """Wait until all that is wanted is ready."""
+        return await self.until(
+            workflow_id, lambda observed: observed.replicas > 0 and observed.is_rolled_out
+        )
+
+    async def start(self, **changes: Any) -> DesiredDeployment:  # noqa: ANN401 - the fields of Wanted
+        """Deploy something, and wait until it is ready."""
+        wanted = self.wanted(**changes)
+        await self.driver.apply(wanted)
+        await self.ready(wanted.workflow_id)
+        return wanted
+
+    async def get(self, url: str) -> Any:  # noqa: ANN401 - JSON
+        """Ask a pod for something."""
+        try:
+            async with (
+                aiohttp.ClientSession() as session,
+                session.get(url, timeout=aiohttp.ClientTimeout(5)) as answer,
+            ):
+                assert answer.status == 200
+                return await answer.json(content_type=None)
+        except (aiohttp.ClientError, TimeoutError):
+            if self.is_real:
+                pytest.skip("the network of the pods can't be reached from here")
+            raise
+
+    async def end_drain(self, *urls: str) -> None:
+        """End pods that drain, before their grace is over; on a real cluster their network may be out of reach."""
+        if not self.is_real:
+            for url in urls:
+                await self.get(f"{url}/exit?code=0")
+
+    async def clean(self) -> None:
+        """Take everything away that tests have deployed."""
+        async with asyncio.timeout(self.patience_seconds + GRACE_SECONDS):
+            for workflow_id in self.used:
+                while not await self.driver.delete(workflow_id):
+                    pass
+
+
+async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.0) -> None:
+    """Let everything else go on until something holds."""
+    async with asyncio.timeout(patience_seconds):
+        while not holds():  # noqa: ASYNC110 - of what sets no event
+            await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def open_local_cluster(folder: Path) -> AsyncIterator[DriverUnderTest]:
+    limits = LocalPodLimits(grace_seconds=GRACE_SECONDS, log_bytes=20_000)
+
+    async def open_driver() -> ClusterDriver:
+        return await local_driver.open_local(folder, runs_without_isolation=True, limits=limits)
+
+    cluster = DriverUnderTest(await open_driver(), open_driver)
+    try:
+        yield cluster
+    finally:
+        await cluster.clean()
+        await cluster.driver.close()
+
+
+@asynccontextmanager
+async def open_fake_cluster(
+    folder: Path,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
+    async with serve_fake_api(**{"second": 0.05, **settings}) as api:
+        api.node.runs_commands = True
+        path = folder / "kubeconfig"
+        path.write_text(build_kubeconfig(api))
+        core = client.CoreV1Api(client.ApiClient(client.Configuration(host=api.url)))
+        core.api_client.set_default_header("Authorization", f"Bearer {api.token}")
+        await core.create_namespace({"metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
+
+        async def open_driver() -> ClusterDriver:
+            budget = RequestBudget(FAKE_REQUESTS_PER_SECOND)
+            # A pod that drains is killed after this many seconds of the fake's own, shorter clock.
+            grace_seconds = int(GRACE_SECONDS / api.second)
+            return await kubernetes_driver.connect_driver(
+                cluster_layout(grace_seconds=grace_seconds), kubeconfig=path, budget=budget
+            )
+
+        cluster = DriverUnderTest(await open_driver(), open_driver, core=core)
+        try:
+            yield cluster, api
+        finally:
+            await cluster.driver.close()
+            await core.api_client.close()
+
+
+@asynccontextmanager
+async def keep_watch_open(cluster: DriverUnderTest) -> AsyncIterator[DriverUnderTest]:
+    """Keep a watch open on each driver of a cluster, as a deployer does: it answers from its cache then."""
+    watches: list[asyncio.Task[None]] = []
+    reopen = cluster.reopen
+
+    async def watch(driver: ClusterDriver) -> None:
+        async for _ in driver.watch():
+            pass
+
+    async def reopen_watched() -> ClusterDriver:
+        driver = await reopen()
+        watches.append(asyncio.create_task(watch(driver)))
+        return driver
+
+    cluster.reopen = reopen_watched
+    watches.append(asyncio.create_task(watch(cluster.driver)))
+    try:
+        yield cluster
+    finally:
+        for task in watches:
+            task.cancel()
+        await asyncio.gather(*watches, return_exceptions=True)
+
+
+def build_kubeconfig(api: FakeApiServer) -> str:
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "fake",
+            "contexts": [{"name": "fake", "context": {"cluster": "fake", "user": "deployer"}}],
+            "clusters": [{"name": "fake", "cluster": {"server": api.url}}],
+            "users": [{"name": "deployer", "user": {"token": api.token}}],
+        }
+    )
+
+
+@asynccontextmanager
+async def open_real_cluster(path: Path) -> AsyncIterator[DriverUnderTest]:
+    """Use a namespace of its own on the cluster of a kubeconfig, and an image that its nodes have."""
+    namespace = ids.new_id("test").replace("_", "-")
+    configuration = client.Configuration()
+    await config.load_kube_config(
+        config_file=str(path), client_configuration=configuration, persist_config=False
+    )
+    async with AsyncExitStack() as stack:
+        api = await stack.enter_async_context(client.ApiClient(configuration))
+        core = client.CoreV1Api(api)
+        await core.create_namespace({"metadata": {"name": namespace, "labels": RESTRICTED}})
+        stack.push_async_callback(core.delete_namespace, namespace)
+        image = os.environ.get("TEST_POD_IMAGE") or await _find_python_image(core)
+
+        async def open_driver() -> ClusterDriver:
+            return await kubernetes_driver.connect_driver(cluster_layout(namespace), kubeconfig=path)
+
+        cluster = DriverUnderTest(
+            await open_driver(),
+            open_driver,
+            image=image,
+            python="python3",
+            patience_seconds=90,
+            is_real=True,
+            core=core,
+            namespace=namespace,
+        )
+        yield cluster
+        await cluster.driver.close()
+
+
+async def _find_python_image(core: client.CoreV1Api) -> str:
+    nodes = await core.list_node()
+    names = [name for node in nodes.items for image in node.status.images or () for name in image.names or ()]
+    return next((name for name in names if "python" in name and "@" not in name), DEFAULT_IMAGE)

@@ -1,0 +1,120 @@
+"""The command as its users run it: in processes of its own, untouched by the settings of this one.
+
+They are forked from a process that has loaded the command, unless a test is about what a start takes.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import psutil
+
+from tests.forks import ForkedCommand
+
+COMMAND = Path(sys.executable).with_name("pilotflame")
+PATIENCE_SECONDS = 60.0
+POLL_SECONDS = 0.01
+
+
+def command_environment(folder: Path, **variables: str) -> dict[str, str]:
+    """Return what a command is to find: a data folder, and the given variables without their `PILOTFLAME_`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
+    given = {f"PILOTFLAME_{name}": value for name, value in variables.items()}
+    return {**kept, "PILOTFLAME_DATA_DIR": str(folder), **given}
+
+
+def run(*arguments: str, given: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    with TemporaryDirectory() as folder:
+        outputs = Path(folder, "stdout"), Path(folder, "stderr")
+        process = ForkedCommand(COMMAND, arguments, given, outputs)
+        try:
+            code = process.wait(PATIENCE_SECONDS)
+        finally:
+            process.kill()
+        printed, complained = (output.read_text() for output in outputs)
+        return subprocess.CompletedProcess(arguments, code, printed, complained)
+
+
+def run_output(*arguments: str, given: Mapping[str, str]) -> str:
+    """Return what a command prints, which must succeed."""
+    done = run(*arguments, given=given)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+class RunningCommand:
+    """A command that goes on, and what it has said so far on both of its outputs."""
+
+    def __init__(self, process: ForkedCommand | subprocess.Popen[bytes], log: Path) -> None:
+        self.process = process
+        self._log = log
+        self._family: list[psutil.Process] = []
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def says(self, pattern: str) -> re.Match[str]:
+        """Wait until it says something."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while (found := re.search(pattern, self.log(), re.DOTALL)) is None:
+            assert self.process.poll() is None, self.log()
+            assert time.monotonic() < deadline, f"{pattern} is not in: {self.log()}"
+            time.sleep(POLL_SECONDS)
+        return found
+
+    def ends(self) -> int:
+        """Wait for its end, and return its exit code."""
+        return self.process.wait(PATIENCE_SECONDS)
+
+    def stop(self) -> int:
+        """End it as a supervisor does, and return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.ends()
+
+    def kill(self) -> None:
+        """End it as a crash would."""
+        self._note_family()
+        self.process.kill()
+        self.process.wait()
+
+    def end_family(self) -> None:
+        """End it and all that it has started: what outlives it would keep the tests from their own end."""
+        self.kill()
+        for one in self._family:
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+
+    def _note_family(self) -> None:
+        with suppress(psutil.NoSuchProcess):
+            self._family += psutil.Process(self.process.pid).children(recursive=True)
+
+
+@contextmanager
+def run_command(
+    *arguments: str, given: Mapping[str, str], log: Path, folder: Path | None = None, anew: bool = False
+) -> Iterator[RunningCommand]:
+    """Have a command run during a block; `anew`: loaded by itself, so that its memory and its time are its own."""
+    log.write_bytes(b"")
+    if anew:
+        typed = ["setpriv", "--pdeathsig=KILL", str(COMMAND), *arguments]
+        with log.open("ab") as sink:
+            process: ForkedCommand | subprocess.Popen[bytes] = subprocess.Popen(
+                typed, env=given, stdout=sink, stderr=sink, cwd=folder
+            )
+    else:
+        process = ForkedCommand(COMMAND, arguments, given, (log, log), folder)
+    running = RunningCommand(process, log)
+    try:
+        yield running
+    finally:
+        running.end_family()

@@ -1,0 +1,93 @@
+"""Somebody outside who is sent webhooks: an HTTP server, and a check of signatures that shares nothing with ours."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import json
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ReceivedRequest:
+    """A request as it came."""
+
+    path: str
+    headers: Mapping[str, str]
+    """Names in lower case."""
+    body: bytes
+
+    @property
+    def message(self) -> dict[str, Any]:
+        decoded: dict[str, Any] = json.loads(self.body)
+        return decoded
+
+    def is_signed_by(self, *secrets: str) -> bool:
+        """Tell whether it has just the signatures that Standard Webhooks 1.0.0 asks of these secrets."""
+        head = f"{self.headers['webhook-id']}.{self.headers['webhook-timestamp']}.".encode()
+        expected = set()
+        for secret in secrets:
+            assert secret.startswith("whsec_")
+            key = base64.b64decode(secret[len("whsec_") :], validate=True)
+            assert 24 <= len(key) <= 64
+            digest = hmac.new(key, head + self.body, hashlib.sha256).digest()
+            expected.add("v1," + base64.b64encode(digest).decode())
+        return set(self.headers["webhook-signature"].split(" ")) == expected
+
+
+@dataclass
+class HttpReceiver:
+    """What has come, and what is answered."""
+
+    port: int = 0
+    received: list[ReceivedRequest] = field(default_factory=list)
+    answers: list[str] = field(default_factory=list)
+    """Heads, one for each request that comes next; then 204."""
+    may_answer: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def url(self, path: str = "/hook") -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                first, *lines = head.strip().split("\r\n")
+                headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
+                body = await reader.readexactly(int(headers.get("content-length", "0")))
+                self.received.append(ReceivedRequest(first.split(" ")[1], headers, body))
+                await self.may_answer.wait()
+                answer = self.answers.pop(0) if self.answers else "204 No Content"
+                writer.write(f"HTTP/1.1 {answer}\r\nContent-Length: 0\r\n\r\n".encode())
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass  # the client has closed it
+        finally:
+            writer.close()
+
+
+@asynccontextmanager
+async def run_receiver() -> AsyncIterator[HttpReceiver]:
+    receiver = HttpReceiver()
+    receiver.may_answer.set()
+    tasks: set[asyncio.Task[None]] = set()
+
+    def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.create_task(receiver._serve(reader, writer))  # noqa: SLF001 - its own server
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    receiver.port = server.sockets[0].getsockname()[1]
+    try:
+        yield receiver
+    finally:
+        server.close()
+        for task in tuple(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,161 @@
+"""One sender of each kind, and the workflows that they send to."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import httpx2
+
+from tests import signed_requests
+from tests.signed_requests import SECRET, SendGrid, SignedRequest
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+Post: TypeAlias = Callable[[str, "dict[str, Json]"], Awaitable[httpx2.Response]]
+"""Sends a body to a path below `/api/v1`, with the key of an admin."""
+
+NAMES = ("a producer", "SendGrid", "Mailgun", "SES", "GitHub", "Stripe", "CloudEvents")
+PATIENCE_SECONDS = 60.0
+POLL_SECONDS = 0.02
+_numbers = count(1)
+
+
+@dataclass(frozen=True, slots=True)
+class SenderUnderTest:
+    """Somebody who sends what starts runs."""
+
+    name: str
+    path: str
+    make: Callable[[int], SignedRequest]
+    key: str | None = None
+    """An API key, where it isn't by its signature or by a token in the path that it is let in."""
+
+    def delivery(self) -> SenderDelivery:
+        """Return something that it hasn't sent before."""
+        return SenderDelivery(self, next(_numbers))
+
+    async def post(self, http: httpx2.AsyncClient, made: SignedRequest) -> httpx2.Response:
+        """Send a request; raises `httpx2.TransportError` where no answer comes."""
+        headers = dict(made.headers)
+        if self.key is not None:
+            headers["X-API-Key"] = self.key
+        return await http.post(self.path, content=made.body, headers=headers)
+
+
+@dataclass(frozen=True, slots=True)
+class SenderDelivery:
+    """Something to be sent, as often as it takes; a sender that signs does so each time."""
+
+    sender: SenderUnderTest
+    number: int
+
+    async def send(self, http: httpx2.AsyncClient) -> httpx2.Response:
+        """Send it once; raises `httpx2.TransportError` where no answer comes."""
+        return await self.sender.post(http, self.sender.make(self.number))
+
+    async def deliver(self, http: httpx2.AsyncClient) -> httpx2.Response:
+        """Send it until it is answered by anything but 503, as all of these senders do."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                response = await self.send(http)
+                if response.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
+                    return response
+            except httpx2.TransportError:
+                pass
+            assert time.monotonic() < deadline, self.sender.name
+            await asyncio.sleep(POLL_SECONDS)
+
+
+@dataclass(frozen=True, slots=True)
+class AllSenders:
+    """Everybody who sends, and what is run for them."""
+
+    all: Sequence[SenderUnderTest]
+    workflows: Sequence[str]
+
+    def one(self, name: str) -> SenderUnderTest:
+        return next(sender for sender in self.all if sender.name == name)
+
+    def deliveries(self) -> Sequence[SenderDelivery]:
+        """Return one of each sender."""
+        return [sender.delivery() for sender in self.all]
+
+
+def read_execution_id(response: httpx2.Response) -> str:
+    """Return the only run that a delivery has brought, from the answer to it."""
+    assert response.is_success, response.text
+    body: dict[str, Any] = response.json()
+    if "results" in body:
+        (body,) = body["results"]
+    return str(body["executionId"])
+
+
+@asynccontextmanager
+async def open_client(url: str) -> AsyncIterator[httpx2.AsyncClient]:
+    """Return a client that has no key."""
+    timeout = httpx2.Timeout(PATIENCE_SECONDS, connect=2.0)
+    async with httpx2.AsyncClient(base_url=url, timeout=timeout, trust_env=False) as client:
+        yield client
+
+
+async def set_up(post: Post, key: str) -> AllSenders:
+    """Make the workflows, and whatever lets senders in; `key` is for those who have one."""
+    send_grid = SendGrid()
+    source: dict[str, Json] = {
+        "name": "signs",
+        "type": "webhook-secret",
+        "settings": {},
+        "secrets": {"secret": SECRET},
+    }
+    secret = str((await _create(post, "/datasources", source))["dataSourceId"])
+    queue = await _create_workflow(post, "queue-trigger", {})
+    services: dict[str, Json] = {
+        "sendgrid": {"publicKey": send_grid.public_key},
+        "mailgun": {"signingKey": secret},
+    }
+    mail = await _create_workflow(post, "email-trigger", services)
+    hook = await _create_workflow(
+        post, "webhook", {"verification": {"provider": "github", "dataSource": secret}}
+    )
+    types: list[Json] = ["invoice.paid", signed_requests.EVENT_TYPE]
+    event = await _create_workflow(post, "event-trigger", {"event_type": types})
+    of_mail = (await _create(post, f"/workflows/{mail}/trigger-token", {}))["token"]
+    of_hook = (await _create(post, f"/workflows/{hook}/trigger-token", {}))["token"]
+    of_events = await _create(post, "/auth/event-tokens", {"name": "Stripe", "secrets": {"stripe": [SECRET]}})
+    base = "/api/v1/workflows"
+    emails = f"{base}/{mail}/email-trigger"
+    everybody = [
+        SenderUnderTest("a producer", f"{base}/{queue}/enqueue", signed_requests.build_message, key),
+        SenderUnderTest("SendGrid", emails, send_grid.mail),
+        SenderUnderTest("Mailgun", emails, signed_requests.sign_mailgun),
+        SenderUnderTest("SES", f"{emails}?key={of_mail}", signed_requests.sign_ses),
+        SenderUnderTest("GitHub", f"/hooks/{of_hook}", signed_requests.sign_github),
+        SenderUnderTest("Stripe", f"{base}/events?key={of_events['token']}", signed_requests.sign_stripe),
+        SenderUnderTest("CloudEvents", f"{base}/events", signed_requests.build_cloud_event, key),
+    ]
+    return AllSenders(everybody, [queue, mail, hook, event])
+
+
+async def _create_workflow(post: Post, trigger: str, config: Mapping[str, Json]) -> str:
+    nodes: list[Json] = [
+        {"id": "start", "nodeId": trigger, "config": dict(config)},
+        {"id": "done", "nodeId": "set", "config": {"values": {"is_done": True}}},
+    ]
+    connections: list[Json] = [{"source": "start", "target": "done"}]
+    body: dict[str, Json] = {"name": trigger, "status": "active", "nodes": nodes, "connections": connections}
+    return str((await _create(post, "/workflows", body))["workflowId"])
+
+
+async def _create(post: Post, path: str, body: dict[str, Json]) -> dict[str, Any]:
+    response = await post(path, body)
+    assert response.status_code == httpx2.codes.CREATED, response.text
+    made: dict[str, Any] = response.json()
+    return made

@@ -1,0 +1,128 @@
+"""Workflows that are deployed, as their rows tell, and runs that are theirs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import insert, select, update
+from sqlmodel import col
+
+from journal.store import ClaimQuery
+from messages import beginnings
+from messages.deployments import DeployerMessage, ReadPodLogs
+from models.deployment import Deployment, ObservedState
+from models.execution import Execution, ExecutionData
+from models.execution_status import ExecutionStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from tests.integration.gateway_harness import GatewayHarness, UserClient
+
+HASH = "0" * 64
+
+
+async def deploy_with_pod(
+    world: GatewayHarness,
+    person: UserClient,
+    workflow_id: str,
+    **changes: Any,  # noqa: ANN401 - any column
+) -> Deployment:
+    """Have a workflow deployed with one pod that runs, and nothing happening since an hour ago."""
+    now = datetime.now(UTC)
+    deployment = Deployment(
+        **{
+            "workflow_id": workflow_id,
+            "organization_id": person.user.organization_id,
+            "lane": person.user.lane,
+            "replicas": 1,
+            "definition_hash": HASH,
+            "version": 1,
+            "last_activity_at": now - timedelta(hours=1),
+            "observed": ObservedState.RUNNING,
+            "observed_replicas": 1,
+            "ready_replicas": 1,
+            "observed_definition_hash": HASH,
+            "observed_generation": 1,
+            "observed_at": now,
+            "created_at": now,
+            "updated_at": now,
+            **changes,
+        }
+    )
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(insert(Deployment).values(deployment.model_dump()))
+    )
+    return deployment
+
+
+async def mark_running(world: GatewayHarness, workflow_id: str) -> None:
+    """Have what is wanted of a deployment seen, where no deployer sees to it."""
+    seen = {
+        "observed": ObservedState.RUNNING,
+        "observed_generation": col(Deployment.generation),
+        "observed_replicas": col(Deployment.replicas),
+        "ready_replicas": col(Deployment.replicas),
+        "observed_definition_hash": col(Deployment.definition_hash),
+    }
+    row = update(Deployment).where(col(Deployment.workflow_id) == workflow_id)
+    await world.gateway.database.transaction(lambda connection: connection.execute(row.values(seen)))
+
+
+def answer_for_pods(world: GatewayHarness) -> None:
+    """Tell, in the place of a deployer, that pods have written nothing."""
+    broker = world.gateway.broker
+
+    def answer(message: DeployerMessage) -> None:
+        if isinstance(message, ReadPodLogs):
+            letter = {"pod_logs": message.asked, "lines": "[]"}
+            answers.append(asyncio.ensure_future(broker.send(message.inbox, letter)))
+
+    answers: list[asyncio.Future[None]] = []
+    broker.start_deployer(answer)
+
+
+@asynccontextmanager
+async def serve_as_pods(world: GatewayHarness) -> AsyncIterator[None]:
+    """Take, in the place of pods, whatever is there for them."""
+
+    async def take() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            async with world.gateway.database.read() as connection:
+                homes = select(col(Execution.home)).where(
+                    col(Execution.status) == ExecutionStatus.PENDING, col(Execution.home).is_not(None)
+                )
+                found = [str(home) for home in await connection.scalars(homes.distinct())]
+            for workflow_id in found:
+                claim = ClaimQuery(f"pod:{workflow_id}:1", 30, 50, target=workflow_id)
+                await beginnings.tell(world.gateway.broker, await world.gateway.store.claim(claim))
+
+    task = asyncio.create_task(take())
+    try:
+        yield
+    finally:
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def run(world: GatewayHarness, person: UserClient, workflow_id: str, **columns: Any) -> str:  # noqa: ANN401 - any column
+    """Make a run of a workflow that its pods are to take, with these columns."""
+    response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    execution_id: str = response.json()["executionId"]
+    values = {"target": workflow_id, **columns}
+    accepted_at = values.get("created_at")
+
+    async def change(connection: AsyncConnection) -> None:
+        row = update(Execution).where(col(Execution.id) == execution_id)
+        await connection.execute(row.values(values))
+        if accepted_at is not None:
+            data = update(ExecutionData).where(col(ExecutionData.execution_id) == execution_id)
+            await connection.execute(data.values(created_at=accepted_at))
+
+    await world.gateway.database.transaction(change)
+    return execution_id

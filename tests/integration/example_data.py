@@ -1,0 +1,117 @@
+"""What the examples of the API's document are about: for each of their ids, something that stands for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from sqlalchemy import update
+from sqlmodel import col
+
+from journal.blobs.blob_storage import BlobOwner
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
+from tests.integration import input_waits
+from tests.integration.deployed_workflows import answer_for_pods, mark_running
+from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers
+
+Json = TypeVar("Json")
+
+STEP = {"nodeId": "set", "config": {"values": {"a": 1}}}
+NODES = [
+    {"id": "start", "nodeId": "manual"},
+    *({"id": node_id, **STEP} for node_id in ("node_1", "node_2", "node-xyz123")),
+]
+HOOK = {"id": "start", "nodeId": "webhook", "config": {"verification": {"provider": "none"}}}
+DATABASE = {
+    "settings": {"host": "127.0.0.1", "database": "shop", "user": "reader"},
+    "secrets": {"password": "a-password"},
+}
+CONNECTIONS = [
+    {"source": "start", "target": "node_1"},
+    {"id": "conn-abc123", "source": "node_1", "target": "node-xyz123"},
+]
+
+
+async def create_examples(world: GatewayHarness, people: OrganizationUsers) -> dict[str, str]:
+    """Make what the examples name, for the admin to use; return what stands for each id."""
+    admin = people.admin
+    workflow_id = await admin.create(nodes=NODES, connections=CONNECTIONS)
+    template_id = await admin.create(name="A template")
+    await _send(people, "PUT", f"workflows/{template_id}/visibility", {"isTemplate": True})
+    await _send(people, "POST", f"workflows/{workflow_id}/share", {"userId": people.owner.user.id})
+    key = await _send(people, "POST", "auth/keys", {"name": "a key to revoke"})
+    body = {"name": f"For {workflow_id}", "type": "postgresql", **DATABASE}
+    source = await _send(people, "POST", "datasources", body)
+    await _send(
+        people, "POST", f"datasources/{source['dataSourceId']}/share", {"userId": people.owner.user.id}
+    )
+    hook = await admin.create(nodes=[HOOK, NODES[1]], connections=CONNECTIONS[:1], status="active")
+    token = await _send(people, "POST", f"workflows/{hook}/trigger-token", {})
+    queue, mails, events = [
+        await admin.create(nodes=[{**HOOK, **start}, NODES[1]], connections=CONNECTIONS[:1], status="active")
+        for start in (
+            {"nodeId": "queue-trigger", "config": {}},
+            {"nodeId": "email-trigger", "config": {}},
+            {"nodeId": "event-trigger", "config": {"event_type": "user.created"}},
+        )
+    ]
+    await _send(people, "POST", f"workflows/{queue}/enqueue", {"message": 1})
+    deliveries = await _send(people, "GET", f"workflows/{queue}/deliveries", None)
+    event = await _send(people, "POST", "workflows/events", {"event_type": "user.created"})
+    mail_token = await _send(people, "POST", f"workflows/{mails}/trigger-token", {})
+    event_token = await _send(people, "POST", "auth/event-tokens", {"name": "To be revoked"})
+    await _send(people, "POST", "auth/signing-secret", None)
+    await _send(people, "POST", f"workflows/{workflow_id}/deploy", None)
+    await mark_running(world, workflow_id)
+    await _send(people, "PUT", f"workflows/{workflow_id}/status", {"status": "draft"})
+    answer_for_pods(world)
+    started = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
+    failed = update(Execution).where(col(Execution.id) == started["executionId"])
+    error = {"code": "node-error", "message": "No", "nodeId": "start", "attempt": 1}
+    await world.gateway.database.transaction(
+        lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
+    )
+    owner = BlobOwner(admin.user.organization_id, started["executionId"])
+    await world.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
+    waiting = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
+    await input_waits.wait_for_input(world.gateway.database, waiting["executionId"])
+    return {
+        "wf_abc123": workflow_id,
+        "wf_tmpl_001": template_id,
+        "ds_001": source["dataSourceId"],
+        "wf_queue": queue,
+        "wf_mails": mails,
+        "wf_events": events,
+        "dlv_abc123": deliveries["deliveries"][0]["id"],
+        "event_abc123": event["event_id"],
+        "tok_abc123": event_token["id"],
+        "tt-abc123": token["token"],
+        "tt-mail123": mail_token["token"],
+        "exec_xyz789": started["executionId"],
+        "exec_asking": waiting["executionId"],
+        "key_abc123": key["id"],
+        "user_456": admin.user.id,
+        "user_789": people.owner.user.id,
+    }
+
+
+async def _send(people: OrganizationUsers, method: str, path: str, body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
+    response = await people.admin.api.request(method, f"/api/v1/{path}", json=body)
+    assert response.is_success, f"{method} {path}: {response.text}"
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def replace_example_ids(value: Json, ids: Mapping[str, str]) -> Json:
+    """Return JSON with the ids that stand for those of the examples."""
+    placed: Any = value
+    match value:
+        case dict():
+            placed = {ids.get(key, key): replace_example_ids(item, ids) for key, item in value.items()}
+        case list():
+            placed = [replace_example_ids(item, ids) for item in value]
+        case str():
+            placed = ids.get(value, value)
+    found: Json = placed
+    return found

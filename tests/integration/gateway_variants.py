@@ -1,0 +1,40 @@
+"""Another gateway beside that of a `World`, with settings or a broker of its own."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import httpx2
+
+from gateway import state
+from gateway.main import create_app
+from messages import broker as brokers
+from messages.broker import Broker
+from tests.integration.gateway_harness import GatewayHarness, UserClient
+
+
+@asynccontextmanager
+async def run_with_settings(
+    world: GatewayHarness,
+    broker: Broker | None = None,
+    **settings: Any,  # noqa: ANN401 - any setting
+) -> AsyncIterator[GatewayHarness]:
+    """Run it on the same database."""
+    here = world.gateway
+    broker = broker or await brokers.connect(None)
+    told = here.settings.model_copy(update=settings)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(broker.close)
+        app = create_app(lambda: state.assembled(told, here.database, here.store, broker))
+        await stack.enter_async_context(app.router.lifespan_context(app))
+        yield GatewayHarness(app, app.state.gateway, stack)
+
+
+async def execute_workflow(
+    world: GatewayHarness, person: UserClient, workflow_id: str, headers: Mapping[str, str] | None = None
+) -> httpx2.Response:
+    """Execute a workflow by this gateway."""
+    client = await world.client(person.key)
+    return await client.post(f"/api/v1/workflows/{workflow_id}/execute", headers=dict(headers or {}))

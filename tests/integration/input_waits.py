@@ -1,0 +1,72 @@
+"""Executions that wait for a person, made without a worker."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import insert, select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from engine.run_records import SpanStatus
+from models import ids
+from models.database import Database
+from models.database_time import DatabaseTime
+from models.execution import Execution, SpanRow
+from models.execution_status import ExecutionStatus
+
+REQUEST: Final[dict[str, Any]] = {
+    "title": "Write 120 rows?",
+    "description": "They replace those of yesterday.",
+    "schema": {"type": "object", "properties": {"comment": {"type": "string", "maxLength": 20}}},
+    "choices": [{"port": "approve", "label": "Yes, write"}, {"port": "reject", "label": "No"}],
+}
+HOUR: Final = timedelta(hours=1)
+
+
+async def wait_for_input(
+    database: Database,
+    execution_id: str,
+    node_id: str = "approval",
+    iteration: str = "",
+    *,
+    request: dict[str, Any] = REQUEST,
+    kind: str = "input",
+    expires_in: timedelta | None = HOUR,
+    status: ExecutionStatus = ExecutionStatus.WAITING,
+) -> None:
+    """Let a node of an execution wait for an answer, as a worker would have recorded it."""
+    now = datetime.now(UTC)
+    awaits = msgspec.json.encode({"kind": kind, "request": request, "expired": None}).decode()
+
+    async def work(connection: AsyncConnection) -> None:
+        await connection.execute(
+            update(Execution)
+            .where(col(Execution.id) == execution_id, col(Execution.status) != status)
+            .values(
+                status=status,
+                has_journal=True,
+                due_at=now + HOUR,
+                deadline_at=DatabaseTime() - DatabaseTime(),
+            )
+        )
+        lane = await connection.scalar(select(col(Execution.lane)).where(col(Execution.id) == execution_id))
+        span = SpanRow(
+            execution_id=execution_id,
+            node_id=node_id,
+            iteration=iteration,
+            lane=lane or 0,
+            id=ids.new_id("span"),
+            sequence=3,
+            label="Approval",
+            type="human-input",
+            status=SpanStatus.WAITING,
+            started_at=now,
+            wake_at=None if expires_in is None else now + expires_in,
+            awaits=awaits,
+        )
+        await connection.execute(insert(SpanRow).values(span.model_dump()))
+
+    await database.transaction(work)

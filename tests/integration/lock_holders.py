@@ -1,0 +1,48 @@
+"""Transactions on PostgreSQL that stay open and keep what they have locked, and databases that soon tire of that."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+import asyncpg
+import pytest
+from sqlalchemy import URL
+
+from models import postgresql_sessions as sessions
+from models.database import Database, is_sqlite
+
+Answer = TypeVar("Answer")
+
+PROMPT_SECONDS = 10.0
+"""Far above the time of any statement on a busy machine, far below waiting for a lock that is never let go."""
+
+
+@asynccontextmanager
+async def hold_transaction_open(url: URL, statement: str, *arguments: object) -> AsyncIterator[None]:
+    """Begin a transaction, as an operator might, or a process that then stands still, and end it after the block."""
+    connection = await asyncpg.connect(sessions.driver_address(url))
+    try:
+        async with connection.transaction():
+            await connection.execute(statement, *arguments)
+            yield
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def open_impatient_database(url: URL, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Database]:
+    """Yield a database that waits for locks no longer than a test should; skips where there are none."""
+    if is_sqlite(url):
+        pytest.skip("SQLite locks no rows")
+    monkeypatch.setitem(sessions.SESSION_TIMEOUTS, "lock_timeout", "200")
+    database = Database(url)
+    yield database
+    await database.close()
+
+
+async def require_prompt(call: Awaitable[Answer]) -> Answer:
+    async with asyncio.timeout(PROMPT_SECONDS):
+        return await call

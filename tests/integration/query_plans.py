@@ -1,0 +1,24 @@
+"""How a database goes about a statement."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sqlalchemy import CompoundSelect, Select
+
+    from models.database import Database
+
+    Statement = Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]]
+
+
+async def explain_statement(database: Database, statement: Statement) -> str:
+    """Return the plan of a statement, as it would be for tables too large to be read from end to end."""
+    async with database.read() as connection:
+        compiled = statement.compile(dialect=connection.dialect, compile_kwargs={"literal_binds": True})
+        explain = "EXPLAIN QUERY PLAN"
+        if connection.dialect.name == "postgresql":
+            explain = "EXPLAIN"
+            await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        rows = await connection.exec_driver_sql(f"{explain} {compiled}")
+        return "\n".join(str(row) for row in rows)

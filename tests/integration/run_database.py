@@ -1,0 +1,292 @@
+"""Databases of each kind with workflows in them, runs to be accepted there, and a look at their rows."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any
+
+import msgspec
+from sqlalchemy import URL, insert, text
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from engine.run_records import NodeSpan, RunStatus, SpanStatus
+from journal.store import (
+    AcceptanceResult,
+    AcceptanceVerdict,
+    ClaimedRun,
+    ClaimQuery,
+    ExecutionKey,
+    IngestedRun,
+    IngestWrite,
+    JournalStore,
+    LeaseRenewal,
+    RunAcceptance,
+    RunWrite,
+)
+from journal.store_factory import open_store
+from models import access_store, ids
+from models.access import Organization, UserRole
+from models.database import Database, parse_url
+from models.loss_limits import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.timestamps import to_microseconds
+from models.workflow import Workflow
+
+TABLES = (
+    *("delivery", "event", "event_wait"),
+    *(
+        "execution",
+        "execution_data",
+        "span",
+        "attempt_span",
+        "log_line",
+        "signal",
+        "pace",
+        "idempotency",
+        "definition",
+    ),
+    *("deployment", "deployment_token", "lifecycle_decision", "data_source_share", "data_source"),
+    *("workflow_trigger_match", "workflow_trigger", "schedule"),
+    *("workflow_graph", "workflow_tag", "workflow_share", "workflow_version", "workflow"),
+    *("api_key", "signing_secret", "user_account", "organization"),
+)
+DEFINITION = '{"nodes":[],"connections":[]}'
+LEASE_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class OwnedWorkflow:
+    """A workflow, and whose it is."""
+
+    organization: Organization
+    workflow_id: str
+    user_id: str
+
+    def run(self, **changes: Any) -> RunAcceptance:  # noqa: ANN401 - any field of an Acceptance
+        """Return a run of this workflow, to be accepted."""
+        definition = changes.get("definition", DEFINITION)
+        fields: dict[str, Any] = {
+            "execution_id": ids.new_id("exec"),
+            "lane": self.organization.lane,
+            "organization_id": self.organization.id,
+            "workflow_id": self.workflow_id,
+            "workflow_revision": 1,
+            "user_id": self.user_id,
+            "trigger_type": "api",
+            "trigger": '{"body":{}}',
+            "config": "{}",
+            "definition_hash": sha256((definition or DEFINITION).encode()).hexdigest(),
+            "definition": definition,
+            "timeout_seconds": 3600.0,
+            "total_nodes": 3,
+            "inbox": "gateway",
+        }
+        return RunAcceptance(**fields | changes)
+
+    def arrival(self, *runs: RunAcceptance, **changes: Any) -> IngestWrite:  # noqa: ANN401 - any field of an Arrival
+        """Return a request that brings runs."""
+        fields: dict[str, Any] = {
+            "delivery_id": ids.new_id("dlv"),
+            "lane": self.organization.lane,
+            "organization_id": self.organization.id,
+            "workflow_id": self.workflow_id,
+            "user_id": self.user_id,
+            "route": "enqueue",
+            "sender": "api-key:key_1",
+            "content_hash": "0" * 64,
+            "content_bytes": 2,
+            "outcome": "accepted",
+            "status": 201,
+            "runs": [msgspec.convert(run, IngestedRun, from_attributes=True) for run in runs],
+        }
+        return IngestWrite(**fields | changes)
+
+
+class RunDatabase:
+    """One database, and a store on it."""
+
+    def __init__(self, url: URL, database: Database, store: JournalStore) -> None:
+        self.url = url
+        self.store = store
+        self.database = database
+        self._others = AsyncExitStack()
+
+    async def another_store(self) -> JournalStore:
+        """Open a store as another process would."""
+        store = await open_store(self.url)
+        self._others.push_async_callback(store.close)
+        return store
+
+    async def clear(self) -> None:
+        """Close other stores and remove all rows."""
+        await self._others.aclose()
+
+        async def work(connection: AsyncConnection) -> None:
+            for table in TABLES:
+                await connection.execute(text(f"DELETE FROM {table}"))
+
+        await self.database.transaction(work)
+
+    # ── what is there ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def query(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - any JSON value
+        """Run a statement of the test's own."""
+
+        async def work(connection: AsyncConnection) -> list[dict[str, Any]]:
+            result = await connection.execute(text(statement), parameters)
+            return [dict(row) for row in result.mappings()] if result.returns_rows else []
+
+        return await self.database.transaction(work)
+
+    async def row(self, execution_id: str) -> dict[str, Any]:
+        """Return the row of a run."""
+        (row,) = await self.query("SELECT * FROM execution WHERE id = :id", id=execution_id)
+        return row
+
+    async def count(self, table: str) -> int:
+        """Return how many rows a table has."""
+        (row,) = await self.query(f"SELECT count(*) AS count FROM {table}")
+        count: int = row["count"]
+        return count
+
+    # ── what comes to be ──────────────────────────────────────────────────────────────────────────────────
+
+    async def organization(self) -> Organization:
+        now = datetime.now(UTC)
+        return await self.database.transaction(
+            lambda connection: access_store.create_organization(connection, name="An organisation", now=now)
+        )
+
+    async def workflow(
+        self, organization: Organization | None = None, *, turn: int | None = None
+    ) -> OwnedWorkflow:
+        """Make a workflow, in an organisation of its own if none is given, and with a certain turn if one is."""
+        owner = organization or await self.organization()
+        workflow_id = ids.new_id("wf")
+        while turn is not None and ids.turn_of_workflow(workflow_id) != turn:
+            workflow_id = ids.new_id("wf")
+        now = datetime.now(UTC)
+
+        async def make(connection: AsyncConnection) -> OwnedWorkflow:
+            user = await access_store.create_user(
+                connection,
+                organization=owner,
+                email=f"{ids.new_id('mail')}@example.com",
+                name="Somebody",
+                role=UserRole.MEMBER,
+                now=now,
+            )
+            workflow = Workflow(
+                id=workflow_id,
+                organization_id=owner.id,
+                lane=owner.lane,
+                owner_id=user.id,
+                name="A workflow",
+                tags=[],
+                settings={},
+                config={},
+                scopes=[],
+                created_at=now,
+                updated_at=now,
+            )
+            await connection.execute(insert(Workflow).values(**workflow.model_dump()))
+            return OwnedWorkflow(owner, workflow_id, user.id)
+
+        return await self.database.transaction(make)
+
+    async def accept(self, place: OwnedWorkflow, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
+        """Accept a run, which must be new."""
+        run = place.run(**changes)
+        assert await self.store.accept([run]) == [
+            AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
+        ]
+        return ExecutionKey(run.execution_id, run.lane)
+
+    async def claim(
+        self, limit: int = 100, owner: str = "worker", lease_seconds: float = LEASE_SECONDS
+    ) -> Sequence[ClaimedRun]:
+        return await self.store.claim(ClaimQuery(owner, lease_seconds, limit))
+
+    async def claimed(self, place: OwnedWorkflow | None = None, **changes: Any) -> ClaimedRun:  # noqa: ANN401 - any JSON value
+        """Accept a run and claim it."""
+        key = await self.accept(place or await self.workflow(), **changes)
+        (one,) = await self.claim()
+        assert one.execution_id == key.execution_id
+        return one
+
+    async def trial(self, max_trial_losses: int = MAX_TRIAL_LOSSES, **changes: Any) -> Sequence[ClaimedRun]:  # noqa: ANN401 - any field of a Claim
+        """Claim a suspect."""
+        claim = ClaimQuery("worker", LEASE_SECONDS, 1, is_trial=True, max_trial_losses=max_trial_losses)
+        return await self.store.claim(replace(claim, **changes))
+
+    async def begun(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
+        """Accept a run whose trigger is recorded, and which nobody holds."""
+        one = await self.claimed(place, **changes)
+        now = datetime.now(UTC)
+        trigger = NodeSpan(
+            "start", "start", "manual", SpanStatus.COMPLETED, 1, now, now, port="output", output=b"{}"
+        )
+        await self.store.record([write(one, spans=[trigger], end=RunStatus.RELEASED, completed_nodes=1)])
+        return key_of(one)
+
+    async def suspect(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
+        """Accept a run, and have as many workers die on it as make it a suspect."""
+        key = await self.begun(place, **changes)
+        (one,) = await self.claim()
+        assert one.execution_id == key.execution_id
+        for losses in range(1, SUSPECT_LOSSES + 1):
+            await self.expire(one)
+            await self.store.sweep(10)
+            if losses < SUSPECT_LOSSES:
+                (one,) = await self.claim()
+        return key_of(one)
+
+    async def expire(self, *runs: ClaimedRun) -> None:
+        """Let leases run out."""
+        for run in runs:
+            await self.query("UPDATE execution SET lease_until = 1 WHERE id = :id", id=run.execution_id)
+
+
+def key_of(run: ClaimedRun) -> ExecutionKey:
+    return ExecutionKey(run.execution_id, run.lane)
+
+
+def lease_of(run: ClaimedRun) -> LeaseRenewal:
+    return LeaseRenewal(run.execution_id, run.lane, run.token)
+
+
+def write(run: ClaimedRun, **fields: Any) -> RunWrite:  # noqa: ANN401 - any field of a RunWrite
+    return RunWrite(run.execution_id, run.lane, run.token, **fields)
+
+
+def microseconds_from_now(seconds: float) -> int:
+    return to_microseconds(datetime.now(UTC)) + int(seconds * 1_000_000)
+
+
+# ── databases ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class MigratedDatabase:
+    """A migrated database: how stores reach it, and how tests look at its rows, if by another way."""
+
+    url: str
+    direct_url: str | None = None
+
+
+@asynccontextmanager
+async def open_run_database(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    """Open a database and a store on it."""
+    database = Database(parse_url(where.direct_url or where.url))
+    url = parse_url(where.url)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(database.close)
+        store = await open_store(url)
+        stack.push_async_callback(store.close)
+        world = RunDatabase(url, database, store)
+        stack.push_async_callback(world.clear)
+        await world.clear()
+        yield world

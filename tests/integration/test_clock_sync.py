@@ -1,0 +1,137 @@
+"""The clock of an SQLite host is set: what counts a duration lasts as long as it would have."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import SQLModel
+
+from engine.run_records import RunStatus
+from journal import clock_sync
+from journal.store import IdempotencyKey
+from models import access, deployment, event_wait, execution, ingest, schedule, signing_secrets
+from models.column_types import TimestampColumn
+from models.errors import DatabaseUnavailable
+from models.host_time import HOST_TIME
+from models.timestamps import from_microseconds
+from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database, write
+
+DAY = 86_400_000_000
+MOMENT = 60_000_000
+"""Microseconds: longer than anything here takes, and far less than the clock is set by."""
+MODULES = (access, deployment, event_wait, execution, ingest, schedule, signing_secrets)
+"""Those with tables that hold the end of something: they must be known to the metadata."""
+ENDING_NAMES = {"expires_at", "due_at", "next_at", "wake_at", "deadline_at", "follow_up_at", "next_run_at"}
+CALENDAR = {
+    *("api_key.expires_at", "intake_token.expires_at", "signing_secret.expires_at"),
+    *("schedule.due_at", "schedule.next_run_at"),
+}
+"""Moments that a person has named, or a calendar: a clock is set so that these are right."""
+
+
+@pytest.fixture
+async def world(on_sqlite: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(on_sqlite) as world:
+        yield world
+
+
+@pytest.fixture(params=[DAY, -DAY], ids=["ahead", "back"])
+def step(request: pytest.FixtureRequest) -> Iterator[int]:
+    """By how many microseconds the host's clock was set, which the process has not followed yet."""
+    step: int = request.param
+    HOST_TIME.move(-step)
+    yield step
+    HOST_TIME.move(HOST_TIME.step())
+
+
+def test_each_column_that_ends_something_is_moved_or_is_a_moment_of_the_calendar() -> None:
+    ends = {
+        f"{table.name}.{column.name}"
+        for table in SQLModel.metadata.tables.values()
+        for column in table.columns
+        if isinstance(column.type, TimestampColumn)
+        and (column.name.endswith("_until") or column.name in ENDING_NAMES)
+    }
+    moved = {f"{table.__tablename__}.{name}" for table, name, _ in clock_sync.DEADLINE_COLUMNS}
+    assert moved.isdisjoint(CALENDAR)
+    assert ends == moved | CALENDAR
+
+
+async def test_leases_deadlines_waits_and_keys_last_as_long_as_they_would_have(
+    world: RunDatabase, step: int
+) -> None:
+    await create_runs(world)
+    before = await read_deadlines(world)
+    await clock_sync.follow_host_clock(world.database)
+    assert abs(HOST_TIME.step()) < MOMENT
+    after = await read_deadlines(world)
+    assert {name: moment - before[name] for name, moment in after.items()} == {
+        # A run that waits keeps what is left of its time, which no clock moves.
+        name: 0 if name == "waiting deadline_at" else pytest.approx(step, abs=MOMENT)
+        for name in before
+    }
+    swept = await world.store.sweep(10)
+    assert (swept.requeued, swept.due, len(swept.ended)) == (0, 0, 0)
+
+
+async def test_a_clock_is_not_followed_where_the_rows_could_not_be_moved(
+    world: RunDatabase, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transaction = world.database.transaction
+
+    async def fails(work: Callable[[AsyncConnection], Awaitable[Any]]) -> None:
+        async def undone(connection: AsyncConnection) -> None:
+            await work(connection)
+            raise DatabaseUnavailable
+
+        await transaction(undone)
+
+    await create_runs(world)
+    before = await read_deadlines(world)
+    monkeypatch.setattr(world.database, "transaction", fails)
+    with pytest.raises(DatabaseUnavailable):
+        await clock_sync.follow_host_clock(world.database)
+    monkeypatch.undo()
+    assert abs(HOST_TIME.step() - step) < MOMENT
+    assert await read_deadlines(world) == before
+
+
+async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
+    world: RunDatabase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock_sync, "CHECK_SECONDS", 0.01)
+    clock = world.database.clock
+    async with clock_sync.run_clock_sync(world.database):
+        # As after a night in which the machine slept, and the monotonic clock stood still.
+        clock.learn(clock.now() - timedelta(hours=8), time.monotonic())
+        async with asyncio.timeout(60):
+            while datetime.now(UTC) - clock.now() > timedelta(hours=1):  # noqa: ASYNC110 - nothing tells
+                await asyncio.sleep(0.01)
+
+
+async def create_runs(world: RunDatabase) -> None:
+    """Have one run at work, one asleep for an hour, and a key by which one of them is known again."""
+    place = await world.workflow()
+    await world.claimed(place, idempotency=IdempotencyKey("scope", "key", "fingerprint"))
+    asleep = await world.claimed(place)
+    due_at = from_microseconds(HOST_TIME.microseconds() + 3_600_000_000)
+    await world.store.record([write(asleep, end=RunStatus.WAITING, due_at=due_at)])
+
+
+async def read_deadlines(world: RunDatabase) -> dict[str, int]:
+    rows = await world.query(
+        "SELECT status, lease_until, deadline_at, due_at FROM execution"
+        " UNION ALL SELECT 'key', NULL, NULL, expires_at FROM idempotency"
+    )
+    return {
+        f"{row['status']} {name}": row[name]
+        for row in rows
+        for name in ("lease_until", "deadline_at", "due_at")
+        if row[name] is not None
+    }

@@ -1,0 +1,673 @@
+"""What comes after a run: messages to the outside, a workflow about its failure, the answer to its parent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from msgspec import structs
+from sqlalchemy import insert
+from sqlalchemy.ext.asyncio import AsyncConnection
+from structlog.testing import capture_logs
+
+from engine.run_records import FailureCause, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
+from execution.child_runs import ChildRunStarter
+from journal.blobs.blob_storage import BlobOwner
+from journal.blobs.blob_store import BlobStore
+from journal.blobs.folder_storage import FolderBlobStorage
+from journal.store import ClaimedRun
+from journal.waits import completion, node_answers
+from journal.waits.children import completion_for_parent
+from messages.local_broker import LocalBroker
+from models import ids, signing_secrets
+from models.encryption import SecretVault
+from models.loss_limits import MAX_LOST_ATTEMPTS
+from models.signing_secrets import SigningSecret
+from models.workflow import WorkflowGraph
+from nodes import catalog, url_targets
+from nodes.outbound_http import OutboundClient, OutboundPolicy
+from tests.http_receiver import HttpReceiver, run_receiver
+from tests.integration.query_plans import explain_statement
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    key_of,
+    open_run_database,
+    write,
+)
+from workers import completion_actions as after_runs
+from workers import webhook_delivery
+from workers.completion_actions import CompletionActions
+from workers.settings import WorkerSettings
+from workers.webhook_delivery import WebhookSender
+
+VAULT = SecretVault(b"a secret of more than thirty-two characters")
+LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+PATIENCE_SECONDS = 60.0
+NODES: list[dict[str, Any]] = [{"id": "start", "type": "rest-api"}]
+ON_ONE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+"""For what has nothing to do with the kind of database."""
+
+
+@pytest.fixture(autouse=True)
+def _no_logs() -> Iterator[None]:
+    with capture_logs():
+        yield
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
+        yield world
+
+
+@pytest.fixture
+async def receiver() -> AsyncIterator[HttpReceiver]:
+    async with run_receiver() as receiver:
+        yield receiver
+
+
+@dataclass
+class CompletionHarness:
+    """One place after another: what runs leave behind, and those that see to it."""
+
+    world: RunDatabase
+    blobs: BlobStore
+    stack: AsyncExitStack
+
+    def after_runs(self) -> CompletionActions:
+        """Return what comes after runs in one worker."""
+        outbound = OutboundClient(LOOPBACK)
+        broker = LocalBroker(inbox="worker")
+        database, store = self.world.database, self.world.store
+        runs = ChildRunStarter(database, store, broker, catalog.load_catalog(), WorkerSettings())
+        after = CompletionActions(
+            database,
+            store,
+            broker,
+            self.blobs,
+            WebhookSender(database, VAULT, outbound),
+            runs,
+            sweep_seconds=3600,
+            lease_seconds=60,
+        )
+        self.stack.push_async_callback(outbound.close)
+        self.stack.push_async_callback(after.close)
+        return after
+
+    async def place(self, *, signs: bool = True) -> OwnedWorkflow:
+        """Make a workflow that can be run, of an organisation that can sign."""
+        place = await self.world.workflow()
+        graph = WorkflowGraph(
+            workflow_id=place.workflow_id, lane=place.organization.lane, nodes=NODES, connections=[]
+        )
+        await self.world.database.transaction(
+            lambda connection: connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
+        )
+        if signs:
+            await self.secret(place)
+        return place
+
+    async def secret(self, place: OwnedWorkflow, *, expires_at: datetime | None = None) -> str:
+        secret, secret_id = signing_secrets.new_secret(), ids.new_id("whsec")
+        owner = {"organization_id": place.organization.id, "object_id": secret_id}
+        sealed = signing_secrets.encrypt_secret(VAULT, secret, **owner)
+        row = SigningSecret(
+            id=secret_id,
+            organization_id=place.organization.id,
+            lane=place.organization.lane,
+            sealed=sealed.content,
+            secret_id=sealed.secret_id,
+            hint=signing_secrets.visible_suffix(secret),
+            created_at=datetime.now(UTC),
+            expires_at=expires_at,
+        )
+
+        async def make(connection: AsyncConnection) -> None:
+            await connection.execute(insert(SigningSecret).values(row.model_dump()))
+
+        await self.world.database.transaction(make)
+        return secret
+
+    async def ended(
+        self,
+        place: OwnedWorkflow,
+        follow_up: str | None,
+        status: RunStatus = RunStatus.COMPLETED,
+        *,
+        spans: list[NodeSpan] | None = None,
+        error: RunError | None = None,
+        definition: str | None = None,
+        **fields: Any,  # noqa: ANN401 - any field of an Acceptance
+    ) -> ClaimedRun:
+        """Have a run come to its end, with nobody seeing to what comes after it."""
+        if definition is not None:
+            fields["definition"] = definition
+        run = await self.world.claimed(place, follow_up=follow_up, **fields)
+        done = write(run, end=status, spans=spans or [make_span("start", {"body": {}})], error=error)
+        assert await self.world.store.record([done])
+        return run
+
+    async def outcome(self, run: ClaimedRun) -> dict[str, Any]:
+        """Wait until an attempt is settled, and return what is known of it."""
+
+        async def settled() -> bool:
+            return (await self.world.row(run.execution_id))["follow_up_outcome"] is not None
+
+        await wait_until(settled)
+        found: dict[str, Any] = json.loads((await self.world.row(run.execution_id))["follow_up_outcome"])
+        return found
+
+    async def is_done(self, run: ClaimedRun) -> bool:
+        return (await self.world.row(run.execution_id))["follow_up"] is None
+
+    async def make_due(self, run: ClaimedRun) -> None:
+        await self.world.query("UPDATE execution SET follow_up_at = 1 WHERE id = :id", id=run.execution_id)
+
+
+@pytest.fixture
+async def office(world: RunDatabase, tmp_path: Path) -> AsyncIterator[CompletionHarness]:
+    async with AsyncExitStack() as stack:
+        blobs = BlobStore(FolderBlobStorage(tmp_path))
+        stack.push_async_callback(blobs.close)
+        yield CompletionHarness(world, blobs, stack)
+
+
+async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(PATIENCE_SECONDS):
+        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+            await asyncio.sleep(0.02)
+
+
+def make_span(node_id: str, output: Any, **fields: Any) -> NodeSpan:  # noqa: ANN401 - any JSON value, any field
+    given = {"output": json.dumps(output).encode(), "port": "output", **fields}
+    return NodeSpan(node_id, node_id, "set", SpanStatus.COMPLETED, 1, NOW, NOW, **given)
+
+
+def make_skipped_span(node_id: str) -> NodeSpan:
+    return NodeSpan(node_id, node_id, "set", SpanStatus.SKIPPED, 1, NOW, NOW)
+
+
+def make_definition(*edges: str) -> str:
+    """Return a definition with edges such as `start>end`."""
+    pairs = [edge.split(">") for edge in edges]
+    connections = [{"id": edge, "source": a, "target": b} for edge, (a, b) in zip(edges, pairs, strict=True)]
+    return json.dumps({"nodes": NODES, "connections": connections, "settings": {}})
+
+
+def callback_action(url: str) -> str | None:
+    return completion.requested_actions({}, callback_url=url)
+
+
+def failure_action(**wish: Any) -> str | None:  # noqa: ANN401 - a field of settings.onFailure
+    return completion.requested_actions({"onFailure": wish})
+
+
+# ── messages ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_end_of_a_run_is_told_once_signed_and_with_its_outputs(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    place = await office.place(signs=False)
+    secret = await office.secret(place)
+    run = await office.ended(
+        place,
+        callback_action(receiver.url("/hook?key=1")),
+        spans=[make_span("start", {"body": 1}), make_span("one", {"a": 1}), make_span("two", [2])],
+        definition=make_definition("start>one", "start>two", "one>never-reached"),
+    )
+    office.after_runs().handle_end(run, RunOutcome(RunStatus.COMPLETED))
+    assert await office.outcome(run) == {"attempts": 1, "error": None}
+    assert await office.is_done(run)
+    (message,) = receiver.received
+    assert message.path == "/hook?key=1"
+    assert message.headers["content-type"] == "application/json"
+    assert message.headers["webhook-id"] == f"{run.execution_id}-callback"
+    assert abs(int(message.headers["webhook-timestamp"]) - datetime.now(UTC).timestamp()) < 60
+    assert message.is_signed_by(secret)
+    data = message.message.pop("data")
+    assert message.message["type"] == "execution.completed"
+    assert message.message["timestamp"] == data["endedAt"]
+    assert data["endedAt"].endswith("Z")
+    assert (data["executionId"], data["workflowId"]) == (run.execution_id, place.workflow_id)
+    assert (data["status"], data["error"]) == ("completed", None)
+    assert data["outputs"] == {"one": {"a": 1}, "two": [2]}
+
+
+async def test_a_secret_that_was_replaced_signs_beside_the_new_one_until_it_expires(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    place = await office.place(signs=False)
+    now = datetime.now(UTC)
+    await office.secret(place, expires_at=now - timedelta(seconds=1))
+    before = await office.secret(place, expires_at=now + timedelta(hours=1))
+    current = await office.secret(place)
+    run = await office.ended(place, callback_action(receiver.url()))
+    await office.after_runs().sweep()
+    await office.outcome(run)
+    (message,) = receiver.received
+    assert message.is_signed_by(current, before)
+
+
+async def test_a_message_that_fails_is_sent_again_later_under_the_same_id(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    after = office.after_runs()
+    receiver.answers = ["500 Broken", "302 Found\r\nLocation: /elsewhere"]
+    run = await office.ended(await office.place(), callback_action(receiver.url()))
+    after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
+    assert await office.outcome(run) == {"attempts": 1, "error": "The answer was 500"}
+    row = await office.world.row(run.execution_id)
+    assert 4_000_000 < row["follow_up_at"] - row["ended_at"] < 9_000_000
+    await after.sweep()
+    assert len(receiver.received) == 1
+    for attempts, error in ((2, "The answer was 302"), (3, None)):
+        await office.make_due(run)
+        await after.sweep()
+
+        async def is_tried(attempts: int = attempts) -> bool:
+            return bool((await office.outcome(run))["attempts"] == attempts)
+
+        await wait_until(is_tried)
+        assert await office.outcome(run) == {"attempts": attempts, "error": error}
+    assert await office.is_done(run)
+    assert [message.path for message in receiver.received] == ["/hook"] * 3
+    assert len({message.headers["webhook-id"] for message in receiver.received}) == 1
+
+
+@ON_ONE
+async def test_who_is_gone_or_inside_is_not_tried_again(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    receiver.answers = ["410 Gone"]
+    place = await office.place()
+    after = office.after_runs()
+    wishes = {
+        receiver.url(): "The answer was 410",
+        f"http://127.0.0.2:{receiver.port}/": url_targets.not_public_refusal("127.0.0.2"),
+        "http://169.254.169.254/latest/meta-data": url_targets.not_public_refusal("169.254.169.254"),
+    }
+    for url, error in wishes.items():
+        run = await office.ended(place, callback_action(url))
+        after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
+        assert await office.outcome(run) == {"attempts": 1, "error": error}
+        assert await office.is_done(run)
+    assert len(receiver.received) == 1
+
+
+@ON_ONE
+async def test_after_three_days_a_message_is_given_up(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    receiver.answers = ["503 Busy"]
+    run = await office.ended(await office.place(), callback_action(receiver.url()))
+    tried = len(webhook_delivery.RETRY_SECONDS)
+    await office.world.query(
+        "UPDATE execution SET follow_up_outcome = :before",
+        before=json.dumps({"attempts": tried, "error": "before"}),
+    )
+    await office.after_runs().sweep()
+    await wait_until(lambda: office.is_done(run))
+    assert await office.outcome(run) == {"attempts": tried + 1, "error": "The answer was 503"}
+    pauses = [webhook_delivery.retry_delay_seconds(attempt, 0) for attempt in range(1, tried + 2)]
+    assert pauses == [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400, None]
+    assert webhook_delivery.retry_delay_seconds(1, 1) == 6
+
+
+@ON_ONE
+async def test_without_a_secret_nothing_is_sent_until_there_is_one(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    place = await office.place(signs=False)
+    after = office.after_runs()
+    run = await office.ended(place, callback_action(receiver.url()))
+    after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
+    assert "signing secret" in (await office.outcome(run))["error"]
+    assert not await office.is_done(run)
+    secret = await office.secret(place)
+    await office.make_due(run)
+    await after.sweep()
+    await wait_until(lambda: office.is_done(run))
+    assert receiver.received[0].is_signed_by(secret)
+
+
+@ON_ONE
+async def test_outputs_that_are_too_large_are_left_out_with_a_word(
+    office: CompletionHarness, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(after_runs, "MAX_OUTPUT_CHARACTERS", 100)
+    run = await office.ended(
+        await office.place(), callback_action(receiver.url()), spans=[make_span("start", "x" * 101)]
+    )
+    await office.after_runs().sweep()
+    await office.outcome(run)
+    data = receiver.received[0].message["data"]
+    assert data["outputs"] == {}
+    assert "too large" in data["note"]
+
+
+# ── who sees to it ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_workers_that_look_at_once_send_each_message_once(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    place = await office.place()
+    runs = [await office.ended(place, callback_action(receiver.url())) for _ in range(6)]
+    workers = [office.after_runs() for _ in range(3)]
+    for run in runs:
+        workers[0].handle_end(run, RunOutcome(RunStatus.COMPLETED))
+    await asyncio.gather(*(worker.sweep() for worker in workers))
+    for run in runs:
+        await office.outcome(run)
+        assert await office.is_done(run)
+    assert len(receiver.received) == len(runs)
+
+
+async def test_what_a_dead_worker_had_in_hand_is_another_s_after_its_lease(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    run = await office.ended(await office.place(), callback_action(receiver.url()))
+    assert (
+        len(await completion.claim_completions(office.world.database, [key_of(run)], lease_seconds=60)) == 1
+    )
+    after = office.after_runs()
+    await after.sweep()
+    await after.perform([key_of(run)])
+    assert receiver.received == []
+    await office.make_due(run)
+    await after.sweep()
+    await wait_until(lambda: office.is_done(run))
+    assert len(receiver.received) == 1
+
+
+async def test_a_worker_that_was_overtaken_settles_nothing(office: CompletionHarness) -> None:
+    run = await office.ended(await office.place(), callback_action("http://example.com"))
+    database = office.world.database
+    (late,) = await completion.claim_completions(database, [key_of(run)], lease_seconds=60)
+    await office.make_due(run)
+    await completion.claim_completions(database, [key_of(run)], lease_seconds=60)
+
+    async def settle(connection: AsyncConnection) -> None:
+        await completion.settle_completion(connection, late, completion.NO_ACTION, None, None)
+
+    await database.transaction(settle)
+    assert not await office.is_done(run)
+
+
+@ON_ONE
+async def test_slow_receivers_of_one_organisation_hold_up_no_other(
+    office: CompletionHarness, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(after_runs, "MAX_ACTIONS_PER_ORGANIZATION", 2)
+    receiver.may_answer.clear()
+    slow, other = await office.place(), await office.place()
+    after = office.after_runs()
+    runs = [await office.ended(slow, callback_action(receiver.url("/slow"))) for _ in range(4)]
+    for run in runs:
+        after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
+
+    async def two_wait() -> bool:
+        return len(receiver.received) == 2
+
+    await wait_until(two_wait)
+    async with run_receiver() as swift:
+        told = await office.ended(other, callback_action(swift.url()))
+        await after.sweep()
+        await wait_until(lambda: office.is_done(told))
+    receiver.may_answer.set()
+
+
+@pytest.mark.parametrize("end", ["crash", "cancel"])
+async def test_ends_that_no_worker_made_are_told_too(
+    office: CompletionHarness, receiver: HttpReceiver, end: str
+) -> None:
+    world = office.world
+    run = await world.claimed(await office.place(), follow_up=callback_action(receiver.url()))
+    after = office.after_runs()
+    await after.sweep()
+    await world.expire(run)
+    if end == "crash":
+        await world.query("UPDATE execution SET attempt = :most", most=MAX_LOST_ATTEMPTS)
+        await world.store.sweep(10)
+    else:
+        await world.store.request_end(key_of(run), "cancel")
+    await after.sweep()
+    await wait_until(lambda: office.is_done(run))
+    assert (
+        receiver.received[0].message["type"]
+        == {
+            "crash": "execution.failed",
+            "cancel": "execution.cancelled",
+        }[end]
+    )
+
+
+async def test_what_is_due_is_found_by_its_index(office: CompletionHarness) -> None:
+    plan = await explain_statement(office.world.database, completion.due_statement(10, but_of=["org_1"]))
+    assert plan.count("ix_execution_follow_up") == 2
+    assert "SCAN execution" not in plan
+
+
+# ── about a failure ─────────────────────────────────────────────────────────────────────────────────────────
+
+CAUSE = FailureCause("http-503", "It broke", "step", "GET", "http://a.example/")
+FAILED = RunError("node-error", "It broke", "step", 1, CAUSE)
+SHOWN_CAUSE = {
+    "code": "http-503", "message": "It broke", "nodeId": "step", "method": "GET", "url": "http://a.example/",
+}  # fmt: skip
+SHOWN = {
+    "code": "node-error", "message": "It broke", "nodeId": "step", "attempt": 1, "cause": SHOWN_CAUSE,
+}  # fmt: skip
+
+
+async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(
+    office: CompletionHarness,
+) -> None:
+    world, after = office.world, office.after_runs()
+    place = await office.place()
+    about = await office.place()
+    await world.query(
+        "UPDATE workflow SET organization_id = :own, lane = :lane, is_public = true,"
+        " settings = :settings WHERE id = :id",
+        own=place.organization.id,
+        lane=place.organization.lane,
+        settings=json.dumps({"onFailure": {"workflowId": place.workflow_id}}),
+        id=about.workflow_id,
+    )
+    wish = failure_action(workflowId=about.workflow_id)
+    well = await office.ended(place, wish)
+    after.handle_end(well, RunOutcome(RunStatus.COMPLETED))
+    await wait_until(lambda: office.is_done(well))
+    failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
+    for _ in range(2):
+        after.handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
+        await wait_until(lambda: office.is_done(failed))
+        await world.query(
+            "UPDATE execution SET follow_up = :wish WHERE id = :id", wish=wish, id=failed.execution_id
+        )
+    (started,) = await world.query("SELECT * FROM execution WHERE workflow_id = :id", id=about.workflow_id)
+    assert (started["trigger_type"], started["follow_up"]) == ("on-failure", None)
+    assert (started["user_id"], started["parent_id"]) == (place.user_id, failed.execution_id)
+    (row,) = await world.query(
+        "SELECT trigger FROM execution_data WHERE execution_id = :id", id=started["id"]
+    )
+    inputs = json.loads(row["trigger"])["body"]
+    assert inputs.pop("startedAt") <= inputs.pop("endedAt")
+    assert inputs == {
+        "executionId": failed.execution_id,
+        "workflowId": place.workflow_id,
+        "workflowName": "A workflow",
+        "status": "failed",
+        "error": SHOWN,
+    }
+
+
+async def test_a_workflow_that_the_user_may_not_run_is_not_run_and_that_is_told(
+    office: CompletionHarness,
+) -> None:
+    place, foreign = await office.place(), await office.place()
+    wish = failure_action(workflowId=foreign.workflow_id)
+    failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
+    office.after_runs().handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
+    outcome = await office.outcome(failed)
+    assert outcome["error"] == f"settings.onFailure: There is no workflow {foreign.workflow_id}"
+    assert await office.is_done(failed)
+    assert await office.world.count("execution") == 1
+
+
+@ON_ONE
+async def test_failures_alone_are_told_to_an_address_of_the_settings(
+    office: CompletionHarness, receiver: HttpReceiver
+) -> None:
+    place, after = await office.place(), office.after_runs()
+    wish = failure_action(url=receiver.url())
+    for status in (RunStatus.COMPLETED, RunStatus.STOPPED, RunStatus.FAILED):
+        error = FAILED if status is RunStatus.FAILED else None
+        run = await office.ended(place, wish, status, error=error)
+        after.handle_end(run, RunOutcome(status, error))
+        await wait_until(partial(office.is_done, run))
+    (message,) = receiver.received
+    assert message.headers["webhook-id"].endswith("-on-failure")
+    assert message.message["type"] == "execution.failed"
+    assert message.message["data"]["error"] == SHOWN
+    assert message.message["data"]["outputs"] == {}
+
+
+# ── the parent ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def waiting_parent(office: CompletionHarness, place: OwnedWorkflow) -> ClaimedRun:
+    """Have a run go to sleep until its node `sub` is answered."""
+    parent = await office.world.claimed(place)
+    awaits = b'{"kind":"run","request":null,"expired":null}'
+    asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
+    assert await office.world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
+    return parent
+
+
+async def read_answer(office: CompletionHarness, parent: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
+    found = await node_answers.read_answers(office.world.database, [key_of(parent)])
+    return json.loads(found[parent.execution_id]["sub", ""])
+
+
+def parent_action(parent: ClaimedRun) -> str | None:
+    return completion.requested_actions({}, answering=completion_for_parent(parent.execution_id, "sub", ""))
+
+
+CASES = {
+    "one leaf": ([make_span("start", 1), make_span("a", {"x": 1})], ["start>a"], {"x": 1}),
+    "leaves": (
+        [make_span("start", 1), make_span("a", 2), make_span("b", 3)],
+        ["start>a", "start>b"],
+        {"a": 2, "b": 3},
+    ),
+    "another port": ([make_span("start", 1), make_span("a", 2, port="true")], ["start>a", "a>start"], 2),
+    "none": ([make_span("start", 1), make_skipped_span("a")], ["start>a"], None),
+}
+
+
+@ON_ONE
+@pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
+async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
+    office: CompletionHarness, case: tuple[list[NodeSpan], list[str], Any]
+) -> None:
+    spans, edges, expected = case
+    place = await office.place()
+    parent = await waiting_parent(office, place)
+    child = await office.ended(place, parent_action(parent), spans=spans, definition=make_definition(*edges))
+    office.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
+    await wait_until(lambda: office.is_done(child))
+    assert await read_answer(office, parent) == {"output": expected, "port": "output"}
+    row = await office.world.row(parent.execution_id)
+    assert (row["status"], row["signals"]) == ("pending", 1)
+    assert (await office.world.row(child.execution_id))["follow_up_outcome"] is None
+
+
+@pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.STOPPED])
+async def test_a_parent_is_told_why_nothing_came_of_its_run(
+    office: CompletionHarness, status: RunStatus
+) -> None:
+    place = await office.place()
+    parent = await waiting_parent(office, place)
+    error = FAILED if status is RunStatus.FAILED else None
+    child = await office.ended(place, parent_action(parent), status, error=error)
+    await office.after_runs().sweep()
+    await wait_until(lambda: office.is_done(child))
+    told = (await read_answer(office, parent))["error"]
+    if status is RunStatus.FAILED:
+        cause = {**SHOWN_CAUSE, "executionId": child.execution_id}
+        assert told == {"code": "node-error", "message": "It broke", "cause": cause}
+    else:
+        assert told == {"code": "stopped", "message": f"The run {child.execution_id} was stopped"}
+
+
+async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_it(
+    office: CompletionHarness,
+) -> None:
+    place = await office.place()
+    parent = await waiting_parent(office, place)
+    child = await office.world.claimed(place, follow_up=parent_action(parent))
+    own = BlobOwner(place.organization.id, child.key_id)
+    file = await office.blobs.put(own, b"%PDF", media_type="application/pdf", name="a.pdf")
+    value = {"pages": ["x" * 1000], "file": file.as_json(), "fake": {"$blob": {"sha256": "0" * 64}}}
+    kept = await office.blobs.put(own, json.dumps(value).encode(), media_type="application/json")
+    done = structs.replace(make_span("start", None), output=None, output_blob=kept.as_text())
+    assert await office.world.store.record([write(child, end=RunStatus.COMPLETED, spans=[done])])
+    office.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
+    await wait_until(lambda: office.is_done(child))
+    assert (await read_answer(office, parent))["output"] == value
+    parents = BlobOwner(place.organization.id, parent.key_id)
+    assert await office.blobs.get(parents, file.sha256) == b"%PDF"
+
+
+async def test_a_parent_that_is_limited_waits_for_a_place_again(office: CompletionHarness) -> None:
+    place = await office.place()
+    world = office.world
+    parent_run = place.run(concurrency_key="key", concurrency_limit=1)
+    await world.store.accept([parent_run])
+    after = office.after_runs()
+    await after.admit_waiting("key")
+    (parent,) = await world.claim()
+    awaits = b'{"kind":"run","request":null,"expired":null}'
+    asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
+    assert await world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
+    child = await office.ended(place, parent_action(parent))
+    after.handle_end(child, RunOutcome(RunStatus.COMPLETED))
+    await wait_until(lambda: office.is_done(child))
+    await wait_until(lambda: _is_admitted(world, parent.execution_id))
+
+
+async def _is_admitted(world: RunDatabase, execution_id: str) -> bool:
+    row = await world.row(execution_id)
+    return (row["status"], row["target"]) == ("pending", "shared")
+
+
+async def test_a_run_that_was_asleep_gets_a_place_when_it_is_due(office: CompletionHarness) -> None:
+    world, after = office.world, office.after_runs()
+    place = await office.place()
+    await world.store.accept([place.run(concurrency_key="key", concurrency_limit=1)])
+    await after.admit_waiting("key")
+    (run,) = await world.claim()
+    due_at = datetime.now(UTC) + timedelta(seconds=0.05)
+    await world.store.record([write(run, end=RunStatus.WAITING, due_at=due_at)])
+    after.handle_end(run, RunOutcome(RunStatus.WAITING, due_at=due_at))
+    await wait_until(lambda: _is_admitted(world, run.execution_id))

@@ -1,0 +1,248 @@
+"""How many runs of one key go on at once: places given, taken, refused and freed, on both databases."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from engine.run_records import RunStatus
+from journal import concurrency_limits
+from journal.concurrency_limits import ConcurrencyLimit, LimitAction
+from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, RunAcceptance
+from models.database import Database
+from tests.integration.query_plans import explain_statement
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    key_of,
+    open_run_database,
+    write,
+)
+
+KEY = "wf:somebody"
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
+        yield world
+
+
+@pytest.fixture
+def database(world: RunDatabase) -> Database:
+    return world.database
+
+
+@pytest.fixture
+async def place(world: RunDatabase) -> OwnedWorkflow:
+    return await world.workflow()
+
+
+def limited_run(place: OwnedWorkflow, key: str = KEY, *, limit: int = 2, **fields: Any) -> RunAcceptance:  # noqa: ANN401 - any field of an Acceptance
+    return place.run(concurrency_key=key, concurrency_limit=limit, **fields)
+
+
+async def accept(world: RunDatabase, *runs: RunAcceptance) -> list[str]:
+    answers = await world.store.accept(runs)
+    assert {answer.verdict for answer in answers} == {AcceptanceVerdict.ACCEPTED}
+    return [run.execution_id for run in runs]
+
+
+async def admitted_ids(world: RunDatabase) -> set[str]:
+    rows = await world.query("SELECT id FROM execution WHERE target = 'shared' AND ended_at IS NULL")
+    return {row["id"] for row in rows}
+
+
+# ── places ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_nobody_claims_a_run_that_waits_for_a_place(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    first, second, _ = await accept(world, *(limited_run(place) for _ in range(3)))
+    assert await world.claim() == []
+    assert await concurrency_limits.admit_waiting_runs(database, KEY) == 2
+    assert {run.execution_id for run in await world.claim()} == {first, second}
+    assert await concurrency_limits.admit_waiting_runs(database, KEY) == 0
+
+
+async def test_a_place_is_the_next_one_s_when_a_run_has_left_whatever_came_of_it(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    ids = await accept(world, *(limited_run(place, limit=1) for _ in range(5)))
+    ends = (RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED, RunStatus.WAITING)
+    for execution_id, status in zip(ids, ends, strict=False):
+        assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
+        (run,) = await world.claim()
+        assert run.execution_id == execution_id
+        assert run.concurrency_key == KEY
+        assert await concurrency_limits.admit_waiting_runs(database, KEY) == 0
+        assert await world.store.record([write(run, end=status)])
+    assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
+    (last,) = await world.claim()
+    assert await world.store.request_end(key_of(last), "cancel")
+    assert (
+        await concurrency_limits.admit_waiting_runs(database, KEY) == 0
+    )  # it is asked to end, and has not yet
+
+
+async def test_whoever_was_begun_goes_first_then_the_better_rank(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    (begun,) = await accept(world, limited_run(place, limit=1))
+    await concurrency_limits.admit_waiting_runs(database, KEY)
+    (run,) = await world.claim()
+    late, urgent = await accept(world, limited_run(place, limit=1), limited_run(place, limit=1, priority=1))
+    await world.store.record([write(run, end=RunStatus.RELEASED)])
+    for expected in (begun, urgent, late):
+        assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
+        (run,) = await world.claim()
+        assert run.execution_id == expected
+        await world.store.record([write(run, end=RunStatus.COMPLETED)])
+
+
+async def test_a_worker_that_dies_frees_no_place_since_its_run_goes_on(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    first, second = await accept(world, *(limited_run(place, limit=1) for _ in range(2)))
+    await concurrency_limits.admit_waiting_runs(database, KEY)
+    (run,) = await world.claim()
+    await world.expire(run)
+    await world.store.sweep(10)
+    assert await concurrency_limits.admit_waiting_runs(database, KEY) == 0
+    (again,) = await world.claim()
+    assert again.execution_id == first
+    await world.store.record([write(again, end=RunStatus.COMPLETED)])
+    assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
+    assert await admitted_ids(world) == {second}
+
+
+async def test_keys_do_not_share_their_places_and_limits_hold_for_those_that_have_them(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    one = await accept(world, *(limited_run(place, "one", limit=3) for _ in range(2)))
+    await accept(world, *(limited_run(place, "two", limit=1) for _ in range(2)))
+    assert [
+        await concurrency_limits.admit_waiting_runs(database, key) for key in ("one", "two", "three")
+    ] == [2, 1, 0]
+    # The limit was lowered: whoever has it waits until fewer go on, and whoever comes later waits behind.
+    await accept(world, limited_run(place, "one", limit=1), limited_run(place, "one", limit=3))
+    assert await concurrency_limits.admit_waiting_runs(database, "one") == 0
+    await world.query("UPDATE execution SET ended_at = 1, status = 'completed' WHERE id = :id", id=one[0])
+    assert await concurrency_limits.admit_waiting_runs(database, "one") == 0
+    await world.query("UPDATE execution SET ended_at = 1, status = 'completed' WHERE id = :id", id=one[1])
+    assert await concurrency_limits.admit_waiting_runs(database, "one") == 2
+
+
+async def test_two_that_count_at_once_do_not_both_give_the_last_place(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    await accept(world, *(limited_run(place, limit=5) for _ in range(30)))
+    other = Database(world.url)
+    counts = await asyncio.gather(
+        *(concurrency_limits.admit_waiting_runs(one, KEY) for one in (database, other) for _ in range(6))
+    )
+    await other.close()
+    assert sum(counts) == len(await admitted_ids(world)) == 5
+
+
+async def test_a_sweep_finds_every_key_for_which_nobody_has_given_the_free_places(
+    world: RunDatabase, database: Database, place: OwnedWorkflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = [f"{number:03}" for number in range(7)]
+    await accept(world, *(limited_run(place, key, limit=1) for key in keys for _ in range(2)))
+    await concurrency_limits.admit_waiting_runs(database, "003")
+    monkeypatch.setattr(concurrency_limits, "BATCH_KEYS", 3)
+    swept, after = [], ""
+    while True:
+        count, after = await concurrency_limits.admit_waiting_keys(database, after)
+        swept.append(count)
+        if not after:
+            break
+    assert swept == [3, 2, 1]
+    assert len(await admitted_ids(world)) == 7
+    assert await concurrency_limits.admit_waiting_keys(database) == (0, "002")
+
+
+# ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_run_that_may_not_wait_is_refused_and_leaves_nothing(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    key = IdempotencyKey("scope", "first", "body")
+    first = limited_run(place, limit=1, may_wait=False, idempotency=key)
+    await accept(world, first)
+    refused = limited_run(place, limit=1, may_wait=False, idempotency=IdempotencyKey("scope", "2", "body"))
+    assert await world.store.accept([refused]) == [
+        AcceptanceResult(AcceptanceVerdict.FULL, refused.execution_id)
+    ]
+    assert [await world.count(table) for table in ("execution", "execution_data", "idempotency")] == [1] * 3
+    # Whoever repeats a request that was answered is answered the same, though there is no place any more.
+    again = limited_run(place, limit=1, may_wait=False, idempotency=key)
+    assert await world.store.accept([again]) == [
+        AcceptanceResult(AcceptanceVerdict.REPEATED, first.execution_id)
+    ]
+    assert await world.store.accept([first]) == [
+        AcceptanceResult(AcceptanceVerdict.ACCEPTED, first.execution_id)
+    ]
+    await concurrency_limits.admit_waiting_runs(database, KEY)
+    (run,) = await world.claim()
+    assert (await world.store.accept([refused]))[0].verdict is AcceptanceVerdict.FULL
+    await world.store.record([write(run, end=RunStatus.COMPLETED)])
+    assert (await world.store.accept([refused]))[0].verdict is AcceptanceVerdict.ACCEPTED
+
+
+async def test_of_many_at_once_that_may_not_wait_as_many_are_accepted_as_there_are_places(
+    world: RunDatabase, place: OwnedWorkflow
+) -> None:
+    stores = [world.store, await world.another_store()]
+    runs = [[limited_run(place, limit=4, may_wait=False), place.run()] for _ in range(12)]
+    answers = await asyncio.gather(*(stores[number % 2].accept(batch) for number, batch in enumerate(runs)))
+    assert Counter(one.verdict for one, _ in answers) == {
+        AcceptanceVerdict.ACCEPTED: 4,
+        AcceptanceVerdict.FULL: 8,
+    }
+    assert Counter(other.verdict for _, other in answers) == {AcceptanceVerdict.ACCEPTED: 12}
+
+
+# ── what is read ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("where", ["on_sqlite", "on_postgres"], indirect=True)
+async def test_places_and_those_that_wait_are_found_by_their_indexes(
+    world: RunDatabase, database: Database, place: OwnedWorkflow
+) -> None:
+    await accept(world, *(limited_run(place, f"{number % 50}") for number in range(400)))
+    await accept(world, *(place.run() for _ in range(400)))
+    plan = await explain_statement(database, concurrency_limits.waiting_keys_statement(""))
+    assert "ix_execution_limited" in plan
+    assert "ix_execution_admitted" in plan
+    assert "SCAN execution" not in plan
+
+
+def test_the_key_is_the_workflow_s_or_what_its_expression_gives() -> None:
+    def key(expression: str | None, trigger: Any) -> ConcurrencyLimit | None:  # noqa: ANN401 - any JSON value
+        concurrency: dict[str, Any] = {"limit": 2, "key": expression, "onLimit": "reject"}
+        return concurrency_limits.concurrency_limit({"concurrency": concurrency}, "wf_1", trigger)
+
+    assert concurrency_limits.concurrency_limit({}, "wf_1", {}) is None
+    assert key(None, {}) == ConcurrencyLimit("wf_1", 2, LimitAction.REJECT)
+    by_customer = [key("{{ trigger.body.customer }}", {"body": {"customer": one}}) for one in (1, 1, "1", 2)]
+    keys = [limit.key for limit in by_customer if limit]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    assert all(one.startswith("wf_1:") and len(one) < 64 for one in keys)
+    nowhere = key("{{ trigger.body.customer }}", {"body": "x" * 100_000})
+    assert nowhere == key("{{ trigger.body.customer }}", {})

@@ -1,0 +1,76 @@
+"""Places at a limited rate, taken by several processes at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from msgspec import structs
+
+from engine.run_errors import NodeError
+from execution.shared_throttle import SharedThrottle
+from models.database import Database
+from scheduler import retention
+from tests.integration.run_database import MigratedDatabase, RunDatabase, open_run_database
+from tests.node_calls import CALLER
+
+SECOND = timedelta(seconds=1)
+
+
+@pytest.fixture(params=["on_sqlite", "on_postgres"])
+def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+    found: MigratedDatabase = request.getfixturevalue(request.param)
+    return found
+
+
+@pytest.fixture
+async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(where) as world:
+        yield world
+
+
+async def reserve(
+    database: Database, key: str = "crm", organization_id: str = "org_1", max_wait_seconds: float = 3600
+) -> datetime:
+    caller = structs.replace(CALLER, organization_id=organization_id)
+    pace = SharedThrottle(database)
+    return await pace.reserve(caller, key, limit=6, per_seconds=60.0, max_wait_seconds=max_wait_seconds)
+
+
+async def test_places_are_spread_evenly_whoever_takes_them(world: RunDatabase) -> None:
+    other = Database(world.url)
+    try:
+        before = datetime.now(UTC)
+        taken = await asyncio.gather(*(reserve(database) for database in (world.database, other) * 4))
+        elsewhere = [await reserve(other, "erp"), await reserve(other, organization_id="org_2")]
+    finally:
+        await other.close()
+    first, *later = sorted(taken)
+    assert abs(first - before) < 5 * SECOND
+    assert later == [first + count * 10 * SECOND for count in range(1, 8)]
+    assert all(abs(place - before) < 5 * SECOND for place in elsewhere)
+
+
+async def test_a_place_that_is_too_far_away_is_not_taken(world: RunDatabase) -> None:
+    first = await reserve(world.database)
+    assert await reserve(world.database) == first + 10 * SECOND
+    with pytest.raises(NodeError) as refused:
+        await reserve(world.database, max_wait_seconds=15)
+    assert (refused.value.code, refused.value.retryable) == ("throttled", True)
+    assert await reserve(world.database, max_wait_seconds=25) == first + 20 * SECOND
+
+
+async def test_a_rate_that_nothing_happened_at_lately_is_forgotten_and_begins_anew(
+    world: RunDatabase,
+) -> None:
+    for key in ("old", "new"):
+        await reserve(world.database, key)
+    await world.query("UPDATE pace SET next_at = 1 WHERE key = 'old'")
+    await retention.forget_past_paces(world.database)
+    assert await world.query("SELECT key FROM pace") == [{"key": "new"}]
+
+    await world.query("UPDATE pace SET next_at = 1")
+    assert abs(await reserve(world.database, "new") - datetime.now(UTC)) < 5 * SECOND
+    assert await reserve(world.database, "new") > datetime.now(UTC) + 5 * SECOND

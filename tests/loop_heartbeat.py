@@ -1,0 +1,35 @@
+"""How long the other work of an event loop has to wait while something runs on it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+BEAT_SECONDS = 0.005
+
+
+class LoopHeartbeat:
+    longest_delay_seconds = 0.0
+
+
+@asynccontextmanager
+async def measure_heartbeat() -> AsyncIterator[LoopHeartbeat]:
+    """Let a neighbour wake up every few milliseconds, and measure by how much it is late."""
+    heartbeat = LoopHeartbeat()
+
+    async def beat() -> None:
+        while True:
+            began_at, used_before = time.monotonic(), time.process_time()
+            await asyncio.sleep(BEAT_SECONDS)
+            # What other processes of the machine take is no delay of the loop's making.
+            used = time.process_time() - used_before
+            delay = min(time.monotonic() - began_at - BEAT_SECONDS, used)
+            heartbeat.longest_delay_seconds = max(heartbeat.longest_delay_seconds, delay)
+
+    task = asyncio.create_task(beat())
+    await asyncio.sleep(0)
+    try:
+        yield heartbeat
+    finally:
+        await asyncio.sleep(0)
+        task.cancel()

@@ -1,0 +1,144 @@
+"""Calls of single nodes, compiled and rendered as in a run."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import cast
+
+from engine.graph import GraphNode
+from engine.node_api import AnswerWait, LoopRequest, NodeCall, NodeOutcome, NodeResult, TimerWait
+from engine.program import compile_node
+from engine.services import (
+    BlobService,
+    CodeService,
+    DataSourceService,
+    EventWaitRequest,
+    EventWaitService,
+    FileFolderService,
+    HttpClientService,
+    HttpResponse,
+    NodeServices,
+    RunCaller,
+    ThrottleService,
+)
+from engine.values import Json
+from nodes import catalog
+from nodes.catalog import NodeCatalog
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
+
+
+class NoEventWaits:
+    """Where nothing happens."""
+
+    async def expect(
+        self,
+        caller: RunCaller,  # noqa: ARG002 - here and below, the protocol's parameters
+        wanted: EventWaitRequest,  # noqa: ARG002 - as above
+        *,
+        node_id: str,  # noqa: ARG002 - as above
+        iteration: str,  # noqa: ARG002 - as above
+    ) -> datetime | None:
+        return None
+
+
+class NoNetwork:
+    """Stands where a client would, for nodes that have no business outside."""
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        body: bytes | None,
+        timeout_seconds: float,
+        follow_redirects: bool = True,
+    ) -> HttpResponse:
+        raise AssertionError(
+            f"{method} {url} was asked for {headers, body, timeout_seconds, follow_redirects}"
+        )
+
+
+class OpenThrottle:
+    """Lets everything pass at once, and remembers who asked for what."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int, float, float]] = []
+
+    async def reserve(
+        self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
+    ) -> datetime:
+        assert caller is CALLER
+        self.asked.append((key, limit, per_seconds, max_wait_seconds))
+        return NOW
+
+
+@dataclass
+class CallRecord:
+    """What came of a call, and what it left behind."""
+
+    outcome: NodeOutcome = None
+    unresolved: list[str] = field(default_factory=list)
+    lines: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def output(self) -> Json:
+        assert not isinstance(self.outcome, AnswerWait | LoopRequest)
+        return self.outcome.output if isinstance(self.outcome, NodeResult | TimerWait) else self.outcome
+
+    @property
+    def port(self) -> str:
+        return self.outcome.port if isinstance(self.outcome, NodeResult) else "output"
+
+
+async def call(  # noqa: PLR0913 - whichever services a node asks for
+    node_type: str,
+    config: Mapping[str, Json],
+    data: Json = None,
+    *,
+    http: HttpClientService | None = None,
+    pace: ThrottleService | None = None,
+    data_sources: DataSourceService | None = None,
+    code: CodeService | None = None,
+    blobs: BlobService | None = None,
+    files: FileFolderService | None = None,
+    events: EventWaitService | None = None,
+    library: NodeCatalog | None = None,
+    version: str | None = None,
+    is_strict: bool = False,
+) -> CallRecord:
+    """Run one node on `data`; raises what it raises."""
+    called = CallRecord()
+    library = library or catalog.load_catalog()
+    services = NodeServices(http=http or NoNetwork(), pace=pace or OpenThrottle())
+    services = services if code is None else replace(services, code=code)
+    services = services if blobs is None else replace(services, blobs=blobs)
+    services = services if files is None else replace(services, files=files)
+    services = services if events is None else replace(services, events=events)
+    program = compile_node(GraphNode(id="node", type=node_type, version=version, config=config), library)
+    assert program.missing is None, program.missing
+    scope: dict[str, Json] = {"data": data, "trigger": data, "nodes": {}, "execution": {"id": "exec"}}
+    outcome = library.implementation(node_type)(
+        NodeCall(
+            config=cast("Mapping[str, Json]", program.config.render(scope, called.unresolved)),
+            data=data,
+            scope=scope,
+            conditions=program.conditions,
+            values=program.values,
+            unresolved=called.unresolved,
+            log=lambda level, message: called.lines.append((level, message)),
+            caller=CALLER,
+            node_id="node",
+            iteration="",
+            idempotency_key="exec:node:0",
+            attempt=1,
+            now=NOW,
+            services=services if data_sources is None else replace(services, data_sources=data_sources),
+            is_strict=is_strict,
+        )
+    )
+    called.outcome = await outcome if inspect.isawaitable(outcome) else outcome
+    return called

@@ -1,0 +1,214 @@
+"""Witnesses inside the database: triggers that note when an execution ends and when a node's result is committed.
+
+What they noted can't be talked away later: a second end leaves a second note, and a result that was changed after it
+had been committed leaves one too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from engine.run_records import SETTLED_STATUSES
+from models.execution_status import TERMINAL_STATUSES
+
+PATIENCE_SECONDS = 60.0
+POLL_SECONDS = 0.02
+
+_ENDS = f"NEW.status IN ({', '.join(repr(status.value) for status in sorted(TERMINAL_STATUSES))})"
+_SETTLES = f"NEW.status IN ({', '.join(repr(status.value) for status in sorted(SETTLED_STATUSES))})"
+_WAS_SETTLED = _SETTLES.replace("NEW.", "OLD.")
+_TABLE = "CREATE TABLE witness (kind TEXT, execution_id TEXT, node_id TEXT, status TEXT, noted_at DOUBLE PRECISION)"
+
+
+class NoteKind(StrEnum):
+    """What was noted."""
+
+    ENDED = "ended"
+    """An execution was written in a state that is an end."""
+    SETTLED = "settled"
+    """A node's result was written."""
+    REWRITTEN = "rewritten"
+    """A node's result was replaced by another one."""
+
+
+@dataclass(frozen=True, slots=True)
+class WitnessNote:
+    """What a witness saw."""
+
+    kind: NoteKind
+    execution_id: str
+    node_id: str | None
+    status: str
+    noted_at: float
+    """Unix time."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """A node of an execution as it stands in the journal."""
+
+    execution_id: str
+    node_id: str
+    status: str
+    output: str | None
+    """JSON text."""
+    resolved_config: str | None
+    """JSON text: what a node that changes something was told before it began."""
+
+
+class JournalRecords(ABC):
+    """The rows as the database has them, read past every process of ours."""
+
+    @abstractmethod
+    async def fetch(self, statement: str) -> list[tuple[Any, ...]]:
+        """Return the rows of a query, once the database answers."""
+
+    @abstractmethod
+    async def install(self) -> None:
+        """Set the witnesses up in a database that has its tables."""
+
+    async def notes(self, execution_ids: Iterable[str]) -> list[WitnessNote]:
+        """Return what was seen of executions, in the order in which it was seen."""
+        rows = await self.fetch(
+            "SELECT kind, execution_id, node_id, status, noted_at FROM witness"
+            f" WHERE execution_id IN ({_quote_ids(execution_ids)}) ORDER BY noted_at"
+        )
+        return [WitnessNote(NoteKind(kind), *rest) for kind, *rest in rows]
+
+    async def results(self, execution_ids: Iterable[str]) -> list[NodeRecord]:
+        """Return the nodes of executions."""
+        rows = await self.fetch(
+            "SELECT execution_id, node_id, status, output, resolved_config FROM span"
+            f" WHERE execution_id IN ({_quote_ids(execution_ids)})"
+        )
+        return [NodeRecord(*row) for row in rows]
+
+    async def status(self, execution_id: str) -> str | None:
+        """Return the status of an execution; None where there is none."""
+        rows = await self.fetch(f"SELECT status FROM execution WHERE id = '{execution_id}'")
+        return rows[0][0] if rows else None
+
+
+def _quote_ids(execution_ids: Iterable[str]) -> str:
+    return ", ".join(f"'{execution_id}'" for execution_id in execution_ids) or "NULL"
+
+
+class SqliteJournalRecords(JournalRecords):
+    """Those in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    async def fetch(self, statement: str) -> list[tuple[Any, ...]]:
+        connection = sqlite3.connect(self._path, timeout=PATIENCE_SECONDS)
+        try:
+            return connection.execute(statement).fetchall()
+        finally:
+            connection.close()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the lock of whoever writes."""
+        connection = sqlite3.connect(self._path, timeout=PATIENCE_SECONDS, isolation_level=None)
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+        finally:
+            connection.close()
+
+    async def install(self) -> None:
+        now = "(julianday('now') - 2440587.5) * 86400.0"
+        note_end = f"INSERT INTO witness VALUES ('ended', NEW.id, NULL, NEW.status, {now})"
+        note_node = f"INSERT INTO witness VALUES ('{{}}', NEW.execution_id, NEW.node_id, NEW.status, {now})"
+        has_changed = "(OLD.sequence <> NEW.sequence OR OLD.output IS NOT NEW.output)"
+        # What is done about an end is written into the same row.
+        is_new_end = "(OLD.status <> NEW.status OR OLD.ended_at IS NOT NEW.ended_at)"
+        connection = sqlite3.connect(self._path)
+        connection.executescript(
+            f"""
+            {_TABLE};
+            CREATE TRIGGER end_is_noted AFTER UPDATE ON execution WHEN {_ENDS} AND {is_new_end}
+                BEGIN {note_end}; END;
+            CREATE TRIGGER new_result_is_noted AFTER INSERT ON span WHEN {_SETTLES}
+                BEGIN {note_node.format("settled")}; END;
+            CREATE TRIGGER result_is_noted AFTER UPDATE ON span WHEN {_SETTLES} AND NOT {_WAS_SETTLED}
+                BEGIN {note_node.format("settled")}; END;
+            CREATE TRIGGER change_is_noted AFTER UPDATE ON span WHEN {_WAS_SETTLED} AND {has_changed}
+                BEGIN {note_node.format("rewritten")}; END;
+            """
+        )
+        connection.close()
+
+
+class PostgresJournalRecords(JournalRecords):
+    """Those on a server, which may be down for a while."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url.replace("+asyncpg", "", 1)
+
+    async def fetch(self, statement: str) -> list[tuple[Any, ...]]:
+        async with asyncio.timeout(PATIENCE_SECONDS):
+            while True:
+                try:
+                    return await self._fetch(statement)
+                except (OSError, asyncpg.PostgresConnectionError, asyncpg.OperatorInterventionError):
+                    await asyncio.sleep(POLL_SECONDS)
+
+    async def _fetch(self, statement: str) -> list[tuple[Any, ...]]:
+        connection = await asyncpg.connect(self._url)
+        try:
+            return [tuple(row) for row in await connection.fetch(statement)]
+        finally:
+            connection.terminate()
+
+    async def install(self) -> None:
+        note = (
+            "INSERT INTO witness VALUES (TG_ARGV[0], {}, NEW.status, extract(epoch FROM clock_timestamp()))"
+        )
+        has_changed = "(OLD.sequence <> NEW.sequence OR OLD.output IS DISTINCT FROM NEW.output)"
+        is_new_end = "(OLD.status <> NEW.status OR OLD.ended_at IS DISTINCT FROM NEW.ended_at)"
+        await self._execute(
+            f"""
+            {_TABLE};
+            CREATE FUNCTION note_execution() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN {note.format("NEW.id, NULL")}; RETURN NULL; END $$;
+            CREATE FUNCTION note_node() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN {note.format("NEW.execution_id, NEW.node_id")}; RETURN NULL; END $$;
+            CREATE TRIGGER end_is_noted AFTER UPDATE ON execution FOR EACH ROW WHEN ({_ENDS} AND {is_new_end})
+                EXECUTE FUNCTION note_execution('ended');
+            CREATE TRIGGER new_result_is_noted AFTER INSERT ON span FOR EACH ROW WHEN ({_SETTLES})
+                EXECUTE FUNCTION note_node('settled');
+            CREATE TRIGGER result_is_noted AFTER UPDATE ON span FOR EACH ROW WHEN ({_SETTLES} AND NOT {_WAS_SETTLED})
+                EXECUTE FUNCTION note_node('settled');
+            CREATE TRIGGER change_is_noted AFTER UPDATE ON span FOR EACH ROW WHEN ({_WAS_SETTLED} AND {has_changed})
+                EXECUTE FUNCTION note_node('rewritten');
+            """
+        )
+
+    @asynccontextmanager
+    async def row_locked(self, execution_id: str) -> AsyncIterator[int]:
+        """Keep everybody else from writing the row of an execution; yields the process id of the lock's owner."""
+        connection = await asyncpg.connect(self._url)
+        try:
+            async with connection.transaction():
+                await connection.execute("SELECT FROM execution WHERE id = $1 FOR UPDATE", execution_id)
+                yield connection.get_server_pid()
+        finally:
+            await connection.close()
+
+    async def _execute(self, script: str) -> None:
+        connection = await asyncpg.connect(self._url)
+        try:
+            await connection.execute(script)
+        finally:
+            await connection.close()

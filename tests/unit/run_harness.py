@@ -1,0 +1,347 @@
+"""Runs against a journal in memory that keeps the protocol: what wasn't committed is gone with its worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from typing import Any, cast
+
+import msgspec.structs
+
+from engine.graph import Definition, ParsedGraph
+from engine.node_api import EffectRule, FieldCompilation, NodeCall, NodeEffect, NodeType, RunNode, TimerWait
+from engine.program import WorkflowProgram
+from engine.run_control import RunControl
+from engine.run_errors import LeaseLost, NodeError
+from engine.run_limits import RunLimits
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
+from engine.services import NodeServices, RunCaller
+from engine.values import Json, decode_json
+from engine.workflow_runner import DEFAULT_LIMITS, RunStart, run_workflow
+from models.database_clock import DatabaseClock
+from tests.node_calls import NoNetwork
+
+PATIENCE_SECONDS = 5.0
+FAST_RETRY: dict[str, Json] = {"retry": {"maxAttempts": 3, "backoff": 0.01}}
+
+
+@dataclass(frozen=True)
+class MadeUpNodeType:
+    """A node type made up for a test."""
+
+    effect: NodeEffect
+    run: RunNode
+    compiled: Mapping[str, FieldCompilation] = field(default_factory=dict)
+    version: str = "1.0.0"
+    joins: bool = False
+    loops: bool = False
+
+
+def pure_node(run: RunNode, **more: Any) -> MadeUpNodeType:  # noqa: ANN401 - the other fields of Kind
+    return MadeUpNodeType(NodeEffect.PURE, run, **more)
+
+
+def read_world(run: RunNode) -> MadeUpNodeType:
+    return MadeUpNodeType(NodeEffect.READ, run)
+
+
+def write_world(run: RunNode) -> MadeUpNodeType:
+    return MadeUpNodeType(NodeEffect.WRITE, run)
+
+
+@dataclass(frozen=True)
+class MadeUpNodeTypes:
+    """The catalogue of them: every config is right."""
+
+    kinds: Mapping[str, MadeUpNodeType]
+
+    def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002, ARG002 - the protocol's words
+        kind = self.kinds[type]
+        return NodeType(
+            type=type,
+            name=type,
+            version=kind.version,
+            category="test",
+            description="",
+            effect=EffectRule(kind.effect),
+            config_schema={},
+            trigger_kind="manual" if type == "start" else None,
+            compiled=kind.compiled,
+            joins=kind.joins,
+            loops=kind.loops,
+            outputs=("continue", "done") if kind.loops else ("output",),
+        )
+
+    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002 - the protocol's signature
+        return dict(config)
+
+    def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002 - the protocol's signature
+        return []
+
+
+def compile_drawing(
+    drawing: str,
+    kinds: Mapping[str, MadeUpNodeType] | None = None,
+    nodes: Mapping[str, Mapping[str, Json]] | None = None,
+    settings: Mapping[str, Json] | None = None,
+    trial: Mapping[str, Json] | None = None,
+) -> WorkflowProgram:
+    """Compile a graph drawn as `start > look > pay1; look:error > pay2`: a node's type is its id without digits."""
+    paths = [[step.strip() for step in path.split(">")] for path in drawing.split(";")]
+    edges = [edge for path in paths for edge in pairwise(path)]
+    ids = dict.fromkeys(step.partition(":")[0] for path in paths for step in path)
+    options = nodes or {}
+    stored: Definition = {
+        "nodes": [
+            {"id": node_id, "type": node_id.rstrip("0123456789"), **options.get(node_id, {})}
+            for node_id in ids
+        ],
+        "connections": [
+            {
+                "id": f"{source} {target}",
+                "source": source.partition(":")[0],
+                "sourcePort": source.partition(":")[2],
+                "target": target.partition(":")[0],
+            }
+            for source, target in edges
+        ],
+        "settings": cast("Json", settings or {}),
+        **(trial or {}),
+    }
+    known: dict[str, MadeUpNodeType] = {
+        "start": pure_node(echo_data),
+        "echo": pure_node(echo_data),
+        **(kinds or {}),
+    }
+    return WorkflowProgram.compile(
+        ParsedGraph.from_stored(stored), MadeUpNodeTypes(known), lambda kind: known[kind].run
+    )
+
+
+def echo_data(call: NodeCall) -> Json:
+    return call.data
+
+
+async def pause_node(call: NodeCall) -> Json:
+    await asyncio.sleep(0)
+    return call.data
+
+
+async def wait_forever(_call: NodeCall) -> Json:
+    return await asyncio.Event().wait()
+
+
+def fail_node(call: NodeCall) -> Json:
+    raise NodeError(f"{call.idempotency_key} is broken", retryable=True)
+
+
+class InMemoryJournal:
+    """The journal: `rows` and `lines` are durable, the rest would be lost with the worker."""
+
+    def __init__(self, recorded: Sequence[NodeSpan] = ()) -> None:
+        self.rows = {(span.node_id, span.iteration): span for span in recorded}
+        self.lines: list[LogLine] = []
+        self.commits = 0
+        self.attempts: dict[tuple[str, str, int], AttemptSpan] = {}
+        self.done: list[float] = []
+        """The part of the run that was done after each step of it."""
+        self.is_held = True
+        self.may_commit = asyncio.Event()
+        self.may_commit.set()
+        self.is_committing = asyncio.Event()
+        self._told: list[NodeSpan | AttemptSpan | LogLine] = []
+
+    def record(self, span: NodeSpan) -> None:
+        self._told.append(span)
+
+    def log(self, line: LogLine) -> None:
+        self._told.append(line)
+
+    def record_attempt(self, attempt: AttemptSpan) -> None:
+        self._told.append(attempt)
+
+    def advance(self, share: float) -> None:
+        self.done.append(share + (self.done[-1] if self.done else 0.0))
+
+    def holds_lease(self) -> bool:
+        return self.is_held
+
+    async def commit(self) -> None:
+        taken, self._told = self._told, []
+        if not taken:
+            return
+        self.is_committing.set()
+        await asyncio.sleep(0)
+        await self.may_commit.wait()
+        self.is_committing.clear()
+        if not self.is_held:
+            raise LeaseLost
+        self.commits += 1
+        for one in taken:
+            if isinstance(one, NodeSpan):
+                self.rows[one.node_id, one.iteration] = one
+            elif isinstance(one, AttemptSpan):
+                self.attempts[one.node_id, one.iteration, one.attempt] = one
+            else:
+                self.lines.append(one)
+
+    @property
+    def spans(self) -> dict[str, NodeSpan]:
+        """Those of nodes outside of loops, and of loops as a whole."""
+        return {node_id: span for (node_id, iteration), span in self.rows.items() if not iteration}
+
+    def status(self, node_id: str, iteration: str = "") -> SpanStatus | None:
+        span = self.rows.get((node_id, iteration))
+        return None if span is None else span.status
+
+    def output(self, node_id: str, iteration: str = "") -> Json:
+        output = self.rows[node_id, iteration].output
+        return None if output is None else decode_json(output)
+
+    @property
+    def statuses(self) -> dict[str, str]:
+        return {node_id: span.status.value for node_id, span in self.spans.items()}
+
+
+class SpanHistory(InMemoryJournal):
+    """A notebook that keeps every span in the order in which it was recorded."""
+
+    def __init__(self, recorded: Sequence[NodeSpan] = ()) -> None:
+        super().__init__(recorded)
+        self.stream: list[NodeSpan] = []
+
+    def record(self, span: NodeSpan) -> None:
+        super().record(span)
+        self.stream.append(span)
+
+    async def commit(self) -> None:
+        # Long enough for several branches to arrive meanwhile.
+        for _ in range(4):
+            await asyncio.sleep(0)
+        await super().commit()
+
+
+class SimulatedWorker:
+    """One worker's stretch of work on a run, as the executor does it."""
+
+    def __init__(
+        self,
+        program: WorkflowProgram,
+        trigger: Json = None,
+        *,
+        recorded: Sequence[NodeSpan] = (),
+        seconds: float = 60.0,
+        signals: Mapping[tuple[str, str], bytes] | None = None,
+        limits: RunLimits = DEFAULT_LIMITS,
+        services: NodeServices | None = None,
+    ) -> None:
+        self.program = program
+        self.limits = limits
+        self.services = services or NodeServices(http=NoNetwork())
+        self.notebook = InMemoryJournal(recorded)
+        self.control = RunControl()
+        now = datetime.now(UTC)
+        self.start = RunStart(
+            caller=RunCaller("org_1", "user_1", "wf_1", "exec_2", "exec_1"),
+            trigger=trigger,
+            clock=DatabaseClock(),
+            deadline=now + timedelta(seconds=seconds),
+            started_at=now,
+            recorded=recorded,
+            sequence=max((span.sequence for span in recorded), default=0),
+            signals=signals or {},
+        )
+
+    async def work(self) -> RunOutcome:
+        ended = await run_workflow(
+            self.program, self.start, self.notebook, self.control, self.services, self.limits
+        )
+        await self.notebook.commit()
+        return ended
+
+    def begin(self) -> asyncio.Task[RunOutcome]:
+        return asyncio.create_task(self.work())
+
+
+async def run_to_completion(worker: SimulatedWorker) -> InMemoryJournal:
+    """Work to the end, which must be a good one."""
+    assert await worker.work() == RunOutcome(RunStatus.COMPLETED)
+    return worker.notebook
+
+
+async def wait_soon(event: asyncio.Event) -> None:
+    await asyncio.wait_for(event.wait(), PATIENCE_SECONDS)
+
+
+def require_error(ended: RunOutcome) -> RunError:
+    assert ended.status is RunStatus.FAILED
+    assert ended.error is not None
+    return ended.error
+
+
+# ── waits ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def expire_waits(notebook: InMemoryJournal) -> list[NodeSpan]:
+    """Return what was recorded, as it reads when every wait is over."""
+    past = datetime.now(UTC) - timedelta(seconds=1)
+    return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
+
+
+def wait_of(seconds: float) -> RunNode:
+    def wait(call: NodeCall) -> TimerWait:
+        return TimerWait(call.now + timedelta(seconds=seconds), output=call.data)
+
+    return wait
+
+
+# ── the outside ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class OutsideCall:
+    """One call that reached the outside world."""
+
+    key: str
+    body: Json
+
+
+class OutsideWorld:
+    """The outside world: it keeps every effect, and, at each moment of a run, what was durable then."""
+
+    def __init__(self) -> None:
+        self.effects: list[OutsideCall] = []
+        self.moments: list[tuple[list[NodeSpan], list[OutsideCall]]] = []
+        self.notebook = InMemoryJournal()
+
+    async def write(self, call: NodeCall) -> Json:
+        self.look()
+        body: Json = {"config": dict(call.config), "data": call.data}
+        self.effects.append(OutsideCall(call.idempotency_key, body))
+        self.look()
+        await asyncio.sleep(0)
+        self.look()
+        return {"n": len(call.idempotency_key), "seen": call.data}
+
+    def look(self) -> None:
+        self.moments.append((list(self.notebook.rows.values()), list(self.effects)))
+
+
+class CrashPointJournal(InMemoryJournal):
+    """A notebook whose every step is a moment at which the worker might die."""
+
+    def __init__(self, ledger: OutsideWorld, recorded: Sequence[NodeSpan]) -> None:
+        super().__init__(recorded)
+        self._ledger = ledger
+        ledger.notebook = self
+
+    def record(self, span: NodeSpan) -> None:
+        super().record(span)
+        self._ledger.look()
+
+    async def commit(self) -> None:
+        await super().commit()
+        self._ledger.look()
