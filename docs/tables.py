@@ -10,7 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from docs import expression_reference, node_reference, settings_reference, workflow_settings_reference
-from gateway import limits
+from gateway.http import limits
 
 ROOT = Path(__file__).parent.parent
 

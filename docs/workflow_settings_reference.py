@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
 
 from engine.graph import RetryPolicy
-from gateway.document import schemas
+from gateway.openapi import schemas
 from gateway.workflows.graph_shapes import RetryShape
 from gateway.workflows.run_settings import KnownSettings
 
@@ -24,13 +24,13 @@ RETRY_FAILURES: Final = 5
 
 def build_settings_table() -> str:
     """Return a row for each setting of a workflow, with the fields of those that are objects below them."""
-    _, named = schemas.of([KnownSettings])
+    _, named = schemas.build_schemas([KnownSettings])
     return "\n".join([*_HEAD, *_setting_rows(named["KnownSettings"], named)])
 
 
 def build_retry_table() -> str:
     """Return a row for each field of a node's `retry`."""
-    _, named = schemas.of([RetryShape])
+    _, named = schemas.build_schemas([RetryShape])
     (schema,) = named.values()
     for name, field in _schema_properties(schema):
         field["default"] = RETRY_DEFAULTS[name]

@@ -20,14 +20,14 @@ from concurrency import gc_tuning, heartbeat
 from gateway import routes, state
 from gateway.http.byte_budget import ByteBudget
 from gateway.http.connection_budget import ConnectionBudget, connections_for
-from gateway.http.cross_origin import CrossOrigin
-from gateway.http.edge import Edge
-from gateway.http.endpoint import unrouted
-from gateway.http.hosts import Hosts
-from gateway.http.protocol import BoundedProtocol, Bounds
+from gateway.http.cross_origin import CrossOriginLayer
+from gateway.http.edge import EdgeLayer
+from gateway.http.endpoint import answer_unrouted
+from gateway.http.protocol import BoundedProtocol, ConnectionBounds
 from gateway.http.proxies import TrustedProxies
-from gateway.http.router import Route, Router
-from gateway.internal import routes as internal_routes
+from gateway.http.router import PathRoute, PathRouter
+from gateway.http.workflow_hosts import WorkflowHostRouter
+from gateway.pods import routes as internal_routes
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
 from models.descriptor_limits import raise_descriptor_limit
@@ -38,7 +38,7 @@ KEEP_ALIVE_SECONDS = 75
 """Longer than the minute for which load balancers keep idle connections, so that they close them, not we."""
 
 
-class Application(Starlette):
+class GatewayApplication(Starlette):
     """Starlette with our table for its routes, and without the layers that catch errors: an `Endpoint` does that."""
 
     def build_middleware_stack(self) -> ASGIApp:
@@ -46,10 +46,10 @@ class Application(Starlette):
             **routes.endpoints([*routes.TABLE, *routes.FOR_BROWSERS]),
             **internal_routes.endpoints(internal_routes.TABLE),
         }
-        router = Router(served, default=unrouted)
-        trigger = Route(routes.TRIGGER, served[routes.TRIGGER])
-        hosts = Hosts(router, trigger=trigger, default=unrouted)
-        return CrossOrigin(Edge(hosts, others=self.router))
+        router = PathRouter(served, default=answer_unrouted)
+        trigger = PathRoute(routes.TRIGGER, served[routes.TRIGGER])
+        hosts = WorkflowHostRouter(router, trigger=trigger, default=answer_unrouted)
+        return CrossOriginLayer(EdgeLayer(hosts, others=self.router))
 
 
 def create_app(open_state: StateFactory) -> Starlette:
@@ -60,7 +60,7 @@ def create_app(open_state: StateFactory) -> Starlette:
         async with open_state() as app.state.gateway:
             yield
 
-    return Application(lifespan=lifespan)
+    return GatewayApplication(lifespan=lifespan)
 
 
 def serve(settings: GatewaySettings) -> None:
@@ -73,14 +73,14 @@ def serve(settings: GatewaySettings) -> None:
 
 async def _serve(settings: GatewaySettings) -> None:
     # Opened here, not by the application's lifespan: Uvicorn would wrap what refuses to open in a traceback.
-    async with heartbeat.run_heartbeat(settings.heartbeat_file), state.opened(settings) as opened:
+    async with heartbeat.run_heartbeat(settings.heartbeat_file), state.open_state(settings) as opened:
         if not settings.public_url:
             effect = "URLs of triggers name the address of each request"
             log.warning("PILOTFLAME_PUBLIC_URL is not set", effect=effect)
-        await server(create_app(lambda: nullcontext(opened)), settings).serve()
+        await build_server(create_app(lambda: nullcontext(opened)), settings).serve()
 
 
-class Server(uvicorn.Server):
+class GatewayServer(uvicorn.Server):
     """Uvicorn's, without the pauses that full collections of everything imported would make."""
 
     before_shutdown: Callable[[], Awaitable[None]] | None = None
@@ -103,21 +103,21 @@ class Server(uvicorn.Server):
             await self.before_shutdown()
         # Polls that wait for a run to end would hold their connections, and with them the process.
         app = self.config.app
-        if isinstance(app, Application) and hasattr(app.state, "gateway"):
+        if isinstance(app, GatewayApplication) and hasattr(app.state, "gateway"):
             app.state.gateway.waiting.release()
             app.state.gateway.activation.release()
             app.state.gateway.runners.desk.release()
         await super().shutdown(sockets)
 
 
-def bounds_of(settings: GatewaySettings) -> Bounds:
+def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
     """Return what the connections of a server may hold; raises this process's limit of descriptors."""
     most = connections_for(raise_descriptor_limit())
     connections = settings.max_connections or most
     if connections > most:
         log.warning("fewer connections than PILOTFLAME_MAX_CONNECTIONS: raise `ulimit -n`", connections=most)
         connections = most
-    return Bounds(
+    return ConnectionBounds(
         connections=ConnectionBudget(connections),
         max_requests_per_client=max(connections // 2, 1),
         bodies=ByteBudget(settings.bodies_bytes, share_bytes=settings.body_share_bytes),
@@ -128,10 +128,10 @@ def bounds_of(settings: GatewaySettings) -> Bounds:
     )
 
 
-def server(app: ASGIApp, settings: GatewaySettings) -> Server:
+def build_server(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
     """Return the server for an application, ready to run."""
     bounds = bounds_of(settings)
-    made = Server(
+    made = GatewayServer(
         uvicorn.Config(
             app,
             host=settings.host,

@@ -6,71 +6,55 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.arrivals.sender import TOKEN
+from gateway import health
+from gateway.access import access, audit, signing
+from gateway.data_sources import data_sources
 from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
-from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PreviewedPolicy
-from gateway.endpoints import (
-    access,
-    audit,
-    bulk,
-    catalog,
-    copies,
-    data_sources,
+from gateway.deployments import deployments, discover, lifecycle, trigger
+from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewRequest
+from gateway.executions import bulk, execute, executions, inputs, node_tests
+from gateway.executions.execution_shapes import ExecutionShape, ProgressShape
+from gateway.http.endpoint import AccessRule, Handler, PathEndpoint, PathOperation
+from gateway.http.parameters import LIMIT, OFFSET, QueryParameter
+from gateway.http.sender import TOKEN
+from gateway.ingest import (
     dead_letters,
     deliveries,
-    deployments,
-    discover,
-    document,
     email_trigger,
     enqueue,
     enqueue_batch,
     event_tokens,
     events,
-    execute,
-    executions,
-    graph,
-    health,
     hooks,
-    inputs,
     intake_samples,
-    lifecycle,
     mail_addresses,
-    nodes,
     schedule,
-    sharing,
-    signing,
-    trigger,
     trigger_tokens,
-    trying,
-    validation,
-    versions,
-    workflows,
 )
-from gateway.executions.execution_shapes import ExecutionShape, ProgressShape
-from gateway.http.endpoint import Access, Endpoint, Handler, Operation
-from gateway.http.parameters import LIMIT, OFFSET, Parameter
-from gateway.workflows.building import BuildWorkflow
-from gateway.workflows.copying import Document, ImportWorkflow
+from gateway.openapi import document
+from gateway.workflows import catalog, copies, graph, nodes, sharing, validation, versions, workflows
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
 from gateway.workflows.node_edits import NodeChanges
+from gateway.workflows.workflow_builder import BuildWorkflow
+from gateway.workflows.workflow_documents import ImportWorkflow, WorkflowDocument
 from gateway.workflows.workflow_shapes import CreateWorkflow, NewWorkflow, UpdateWorkflow, WorkflowShape
 from models.access import KeyScope
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Route:
     """One line of the table, from which the document of the API is made too; who may use it has no default."""
 
     method: str
     path: str
-    access: KeyScope | Access
+    access: KeyScope | AccessRule
     handler: Handler
     body: type | None = None
     """The wire type of the request's body; None: it takes none."""
     answer: object = None
     """The type of the answer's body; None: it has none."""
     status: int = 200
-    query: Collection[Parameter[Any]] = ()
+    query: Collection[QueryParameter[Any]] = ()
     """The parameters of the query: the handler can read these, and no others."""
     also_by: Collection[str] = ()
     """Other methods that do the same."""
@@ -85,18 +69,18 @@ WRITE_SOURCES = KeyScope.DATASOURCES_WRITE
 
 TRIGGER = "/api/v1/workflows/{id}/trigger"
 
-SERVER: Sequence[Line] = (
-    Line("GET", "/healthz", Access.PUBLIC, health.alive, answer=health.Health),
-    Line("GET", "/readyz", Access.PUBLIC, health.ready, answer=health.Health),
-    Line("GET", "/openapi.json", Access.PUBLIC, document.openapi, answer=dict[str, Any]),
-    Line("GET", "/docs", Access.PUBLIC, document.page, answer=str),
+SERVER: Sequence[Route] = (
+    Route("GET", "/healthz", AccessRule.PUBLIC, health.alive, answer=health.HealthStatus),
+    Route("GET", "/readyz", AccessRule.PUBLIC, health.ready, answer=health.HealthStatus),
+    Route("GET", "/openapi.json", AccessRule.PUBLIC, document.openapi, answer=dict[str, Any]),
+    Route("GET", "/docs", AccessRule.PUBLIC, document.page, answer=str),
 )
 """What is asked of the server itself."""
 
-ACCESS: Sequence[Line] = (
-    Line("GET", "/api/v1/auth/whoami", Access.ANY_KEY, access.whoami, answer=access.WhoAmI),
-    Line("GET", "/api/v1/auth/keys", KEYS, access.list_keys, query=(LIMIT, OFFSET), answer=access.KeyList),
-    Line(
+ACCESS: Sequence[Route] = (
+    Route("GET", "/api/v1/auth/whoami", AccessRule.ANY_KEY, access.whoami, answer=access.WhoAmI),
+    Route("GET", "/api/v1/auth/keys", KEYS, access.list_keys, query=(LIMIT, OFFSET), answer=access.KeyList),
+    Route(
         "POST",
         "/api/v1/auth/keys",
         KEYS,
@@ -105,10 +89,17 @@ ACCESS: Sequence[Line] = (
         answer=access.KeyShape,
         status=201,
     ),
-    Line("DELETE", "/api/v1/auth/keys/{id}", KEYS, access.revoke_key, status=204),
-    Line("GET", "/api/v1/auth/signing-secret", KEYS, signing.show, answer=signing.ShownSecret),
-    Line("POST", "/api/v1/auth/signing-secret", KEYS, signing.replace, answer=signing.NewSecret, status=201),
-    Line(
+    Route("DELETE", "/api/v1/auth/keys/{id}", KEYS, access.revoke_key, status=204),
+    Route("GET", "/api/v1/auth/signing-secret", KEYS, signing.show, answer=signing.SigningSecretShape),
+    Route(
+        "POST",
+        "/api/v1/auth/signing-secret",
+        KEYS,
+        signing.replace,
+        answer=signing.NewSigningSecret,
+        status=201,
+    ),
+    Route(
         "GET",
         "/api/v1/auth/event-tokens",
         KEYS,
@@ -116,7 +107,7 @@ ACCESS: Sequence[Line] = (
         query=event_tokens.LISTED,
         answer=event_tokens.EventTokenList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/auth/event-tokens",
         KEYS,
@@ -125,30 +116,32 @@ ACCESS: Sequence[Line] = (
         answer=event_tokens.NewEventToken,
         status=201,
     ),
-    Line("DELETE", "/api/v1/auth/event-tokens/{id}", KEYS, event_tokens.revoke, status=204),
-    Line(
+    Route("DELETE", "/api/v1/auth/event-tokens/{id}", KEYS, event_tokens.revoke, status=204),
+    Route(
         "GET",
         "/api/v1/auth/users",
-        Access.ADMIN,
+        AccessRule.ADMIN,
         access.list_users,
         query=(LIMIT, OFFSET),
         answer=access.UserList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/auth/users",
-        Access.ADMIN,
+        AccessRule.ADMIN,
         access.create_user,
         body=access.CreateUser,
         answer=access.UserShape,
         status=201,
     ),
-    Line("GET", "/api/v1/audit", Access.ADMIN, audit.index, query=audit.LISTED, answer=audit.EntryList),
+    Route(
+        "GET", "/api/v1/audit", AccessRule.ADMIN, audit.index, query=audit.LISTED, answer=audit.AuditEntryList
+    ),
 )
 """Who may do what, and who did."""
 
-WORKFLOWS: Sequence[Line] = (
-    Line(
+WORKFLOWS: Sequence[Route] = (
+    Route(
         "GET",
         "/api/v1/workflows",
         READ,
@@ -156,7 +149,7 @@ WORKFLOWS: Sequence[Line] = (
         query=workflows.LISTED,
         answer=workflows.WorkflowList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows",
         WRITE,
@@ -165,16 +158,16 @@ WORKFLOWS: Sequence[Line] = (
         answer=NewWorkflow,
         status=201,
     ),
-    Line("GET", "/api/v1/workflows/stats", READ, workflows.stats, answer=workflows.Stats),
-    Line(
+    Route("GET", "/api/v1/workflows/stats", READ, workflows.stats, answer=workflows.WorkflowStats),
+    Route(
         "GET",
         "/api/v1/workflows/discover",
         READ,
         discover.index,
-        answer=list[discover.Discovered],
+        answer=list[discover.DiscoveredWorkflow],
         query=(discover.APP_ID,),
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflows/templates",
         READ,
@@ -182,16 +175,16 @@ WORKFLOWS: Sequence[Line] = (
         query=(LIMIT, OFFSET),
         answer=copies.TemplateList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/from-template",
         WRITE,
         copies.use_template,
         body=copies.UseTemplate,
-        answer=copies.Copied,
+        answer=copies.CopyResult,
         status=201,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/import",
         WRITE,
@@ -200,28 +193,30 @@ WORKFLOWS: Sequence[Line] = (
         answer=copies.ImportAnswer,
         status=201,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/duplicate",
         WRITE,
         copies.duplicate,
-        answer=copies.Copied,
+        answer=copies.CopyResult,
         status=201,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/save-as-template",
         WRITE,
         copies.save_as_template,
         body=copies.SaveAsTemplate,
-        answer=copies.Copied,
+        answer=copies.CopyResult,
         status=201,
     ),
-    Line("GET", "/api/v1/workflows/{id}/export", READ, copies.export_workflow, answer=Document),
-    Line("GET", "/api/v1/workflows/{id}", READ, workflows.show, answer=WorkflowShape),
-    Line("PUT", "/api/v1/workflows/{id}", WRITE, workflows.update, body=UpdateWorkflow, answer=WorkflowShape),
-    Line("DELETE", "/api/v1/workflows/{id}", WRITE, workflows.delete, query=(workflows.FORCE,), status=204),
-    Line(
+    Route("GET", "/api/v1/workflows/{id}/export", READ, copies.export_workflow, answer=WorkflowDocument),
+    Route("GET", "/api/v1/workflows/{id}", READ, workflows.show, answer=WorkflowShape),
+    Route(
+        "PUT", "/api/v1/workflows/{id}", WRITE, workflows.update, body=UpdateWorkflow, answer=WorkflowShape
+    ),
+    Route("DELETE", "/api/v1/workflows/{id}", WRITE, workflows.delete, query=(workflows.FORCE,), status=204),
+    Route(
         "PUT",
         "/api/v1/workflows/{id}/status",
         WRITE,
@@ -229,7 +224,7 @@ WORKFLOWS: Sequence[Line] = (
         body=workflows.SetStatus,
         answer=WorkflowShape,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflows/{id}/versions",
         READ,
@@ -237,7 +232,7 @@ WORKFLOWS: Sequence[Line] = (
         query=versions.LISTED,
         answer=versions.VersionList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/versions",
         WRITE,
@@ -246,32 +241,38 @@ WORKFLOWS: Sequence[Line] = (
         answer=versions.CreatedVersion,
         status=201,
     ),
-    Line("GET", "/api/v1/workflows/{id}/versions/{version}", READ, versions.show, answer=versions.Version),
-    Line(
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/versions/{version}",
+        READ,
+        versions.show,
+        answer=versions.WorkflowVersionShape,
+    ),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/versions/{version}/restore",
         WRITE,
         versions.restore,
         answer=WorkflowShape,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflows/{id}/versions/{version}/diff/{other}",
         READ,
         versions.compare,
         answer=versions.VersionDifference,
     ),
-    Line("GET", "/api/v1/workflows/{id}/share", READ, sharing.index, answer=sharing.ShareList),
-    Line(
+    Route("GET", "/api/v1/workflows/{id}/share", READ, sharing.index, answer=sharing.WorkflowGuests),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/share",
         WRITE,
         sharing.add,
         body=sharing.ShareWith,
-        answer=sharing.Shared,
+        answer=sharing.ShareResult,
     ),
-    Line("DELETE", "/api/v1/workflows/{id}/share/{subId}", WRITE, sharing.remove, status=204),
-    Line(
+    Route("DELETE", "/api/v1/workflows/{id}/share/{subId}", WRITE, sharing.remove, status=204),
+    Route(
         "PUT",
         "/api/v1/workflows/{id}/visibility",
         WRITE,
@@ -282,8 +283,8 @@ WORKFLOWS: Sequence[Line] = (
 )
 """Workflows as a whole."""
 
-GRAPHS: Sequence[Line] = (
-    Line(
+GRAPHS: Sequence[Route] = (
+    Route(
         "POST",
         "/api/v1/workflows/build",
         WRITE,
@@ -293,22 +294,22 @@ GRAPHS: Sequence[Line] = (
         status=201,
         query=(graph.DRY_RUN,),
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/validate",
         READ,
         validation.check,
         answer=validation.ValidationShape,
     ),
-    Line("POST", "/api/v1/workflows/{id}/layout", WRITE, graph.layout, answer=graph.LaidOut),
-    Line(
+    Route("POST", "/api/v1/workflows/{id}/layout", WRITE, graph.layout, answer=graph.LayoutResult),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/compute-scopes",
         WRITE,
         validation.compute_scopes,
-        answer=validation.ComputedScopes,
+        answer=validation.WorkflowScopes,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflow-nodes",
         READ,
@@ -316,15 +317,15 @@ GRAPHS: Sequence[Line] = (
         query=catalog.LISTED,
         answer=catalog.NodeTypeList,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflow-nodes/{type}/schema",
         READ,
         catalog.schema,
         answer=catalog.NodeTypeSchema,
     ),
-    Line("GET", "/api/v1/workflows/{id}/nodes", READ, nodes.index, answer=nodes.NodeList),
-    Line(
+    Route("GET", "/api/v1/workflows/{id}/nodes", READ, nodes.index, answer=nodes.NodeList),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/nodes",
         WRITE,
@@ -333,7 +334,7 @@ GRAPHS: Sequence[Line] = (
         answer=nodes.NodeAnswer,
         status=201,
     ),
-    Line(
+    Route(
         "PUT",
         "/api/v1/workflows/{id}/nodes/{sub}",
         WRITE,
@@ -341,16 +342,16 @@ GRAPHS: Sequence[Line] = (
         body=NodeChanges,
         answer=nodes.NodeAnswer,
     ),
-    Line("DELETE", "/api/v1/workflows/{id}/nodes/{sub}", WRITE, nodes.remove, answer=nodes.NodeRemoved),
-    Line(
+    Route("DELETE", "/api/v1/workflows/{id}/nodes/{sub}", WRITE, nodes.remove, answer=nodes.NodeRemoval),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/nodes/{sub}/test",
         EXECUTE,
-        trying.run_node,
-        body=trying.TryNode,
-        answer=trying.TriedNode,
+        node_tests.run_node,
+        body=node_tests.NodeTestRequest,
+        answer=node_tests.NodeTestResult,
     ),
-    Line(
+    Route(
         "PUT",
         "/api/v1/workflows/{id}/nodes/{sub}/input-mappings",
         WRITE,
@@ -358,7 +359,7 @@ GRAPHS: Sequence[Line] = (
         body=nodes.SetMappings,
         answer=nodes.MappingsAnswer,
     ),
-    Line(
+    Route(
         "PUT",
         "/api/v1/workflows/{id}/nodes/{sub}/passthrough-values",
         WRITE,
@@ -366,7 +367,7 @@ GRAPHS: Sequence[Line] = (
         body=nodes.SetPassThrough,
         answer=nodes.PassThroughAnswer,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/connections",
         WRITE,
@@ -375,40 +376,46 @@ GRAPHS: Sequence[Line] = (
         answer=nodes.ConnectionAnswer,
         status=201,
     ),
-    Line(
+    Route(
         "DELETE",
         "/api/v1/workflows/{id}/connections/{sub}",
         WRITE,
         nodes.disconnect,
-        answer=nodes.ConnectionRemoved,
+        answer=nodes.ConnectionRemoval,
     ),
 )
 """What stands in a workflow, and whether it would run."""
 
-DEPLOYMENTS: Sequence[Line] = (
-    Line("POST", "/api/v1/workflows/{id}/deploy", WRITE, deployments.deploy, answer=deployments.Deployed),
-    Line(
+DEPLOYMENTS: Sequence[Route] = (
+    Route(
+        "POST", "/api/v1/workflows/{id}/deploy", WRITE, deployments.deploy, answer=deployments.DeployResult
+    ),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/deploy-version",
         WRITE,
         deployments.deploy_version,
         body=deployments.DeployVersion,
-        answer=deployments.Deployed,
+        answer=deployments.DeployResult,
     ),
-    Line(
-        "POST", "/api/v1/workflows/{id}/undeploy", WRITE, deployments.undeploy, answer=deployments.Undeployed
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/undeploy",
+        WRITE,
+        deployments.undeploy,
+        answer=deployments.UndeployResult,
     ),
-    Line("POST", "/api/v1/workflows/{id}/stop", WRITE, deployments.stop, answer=deployments.Stopped),
-    Line(
+    Route("POST", "/api/v1/workflows/{id}/stop", WRITE, deployments.stop, answer=deployments.StopResult),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/start",
         WRITE,
         deployments.start,
         body=deployments.StartDeployment,
-        answer=deployments.Running,
+        answer=deployments.StartResult,
     ),
-    Line("GET", "/api/v1/workflows/{id}/status", READ, deployments.show, answer=deployments.DeploymentShape),
-    Line(
+    Route("GET", "/api/v1/workflows/{id}/status", READ, deployments.show, answer=deployments.DeploymentShape),
+    Route(
         "GET",
         "/api/v1/workflows/{id}/logs",
         READ,
@@ -416,22 +423,22 @@ DEPLOYMENTS: Sequence[Line] = (
         query=(deployments.LINES,),
         answer=deployments.PodLog,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflows/{id}/lifecycle",
         READ,
         lifecycle.show,
         answer=lifecycle.LifecycleShape,
     ),
-    Line(
+    Route(
         "PUT",
         "/api/v1/workflows/{id}/lifecycle",
         WRITE,
         lifecycle.update,
         body=LifecyclePolicy,
-        answer=lifecycle.PolicySet,
+        answer=lifecycle.PolicyUpdateResult,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflows/{id}/lifecycle/history",
         READ,
@@ -439,20 +446,20 @@ DEPLOYMENTS: Sequence[Line] = (
         query=lifecycle.LISTED,
         answer=lifecycle.DecisionList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/lifecycle/preview",
         READ,
         lifecycle.preview,
-        body=PreviewedPolicy,
-        answer=lifecycle.Preview,
+        body=PolicyPreviewRequest,
+        answer=lifecycle.PolicyPreview,
     ),
-    Line("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.Trigger, answer=trigger.Triggered),
+    Route("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.TriggerRequest, answer=trigger.TriggerResult),
 )
 """Workflows that have pods, and when those are there."""
 
-DATA_SOURCES: Sequence[Line] = (
-    Line(
+DATA_SOURCES: Sequence[Route] = (
+    Route(
         "GET",
         "/api/v1/datasources",
         READ_SOURCES,
@@ -460,7 +467,7 @@ DATA_SOURCES: Sequence[Line] = (
         query=data_sources.LISTED,
         answer=data_sources.DataSourceList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/datasources",
         WRITE_SOURCES,
@@ -469,8 +476,8 @@ DATA_SOURCES: Sequence[Line] = (
         answer=data_sources.NewDataSource,
         status=201,
     ),
-    Line("GET", "/api/v1/datasources/{id}", READ_SOURCES, data_sources.show, answer=DataSourceShape),
-    Line(
+    Route("GET", "/api/v1/datasources/{id}", READ_SOURCES, data_sources.show, answer=DataSourceShape),
+    Route(
         "PUT",
         "/api/v1/datasources/{id}",
         WRITE_SOURCES,
@@ -478,7 +485,7 @@ DATA_SOURCES: Sequence[Line] = (
         body=UpdateDataSource,
         answer=DataSourceShape,
     ),
-    Line(
+    Route(
         "DELETE",
         "/api/v1/datasources/{id}",
         WRITE_SOURCES,
@@ -486,36 +493,36 @@ DATA_SOURCES: Sequence[Line] = (
         query=(data_sources.FORCE,),
         status=204,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/datasources/{id}/test",
         READ_SOURCES,
         data_sources.test,
         answer=data_sources.DataSourceTest,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/datasources/{id}/share",
         READ_SOURCES,
         data_sources.list_shares,
         answer=data_sources.DataSourceGuests,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/datasources/{id}/share",
         WRITE_SOURCES,
         data_sources.share,
         body=data_sources.ShareDataSource,
-        answer=data_sources.SharedDataSource,
+        answer=data_sources.DataSourceShareResult,
     ),
-    Line(
+    Route(
         "DELETE",
         "/api/v1/datasources/{id}/share/{subId}",
         WRITE_SOURCES,
         data_sources.unshare,
         status=204,
     ),
-    Line(
+    Route(
         "PUT",
         "/api/v1/datasources/{id}/visibility",
         WRITE_SOURCES,
@@ -526,56 +533,56 @@ DATA_SOURCES: Sequence[Line] = (
 )
 """What workflows reach databases, buckets and services with."""
 
-INTAKE: Sequence[Line] = (
-    Line("GET", "/api/v1/workflows/{id}/schedule", READ, schedule.show, answer=schedule.WorkflowSchedule),
-    Line(
+INTAKE: Sequence[Route] = (
+    Route("GET", "/api/v1/workflows/{id}/schedule", READ, schedule.show, answer=schedule.WorkflowSchedule),
+    Route(
         "POST",
         "/api/v1/workflows/{id}/enqueue",
-        Access.SENDER,
+        AccessRule.SENDER,
         enqueue.enqueue,
-        body=enqueue.Enqueue,
-        answer=enqueue.Enqueued,
+        body=enqueue.EnqueueRequest,
+        answer=enqueue.EnqueueResult,
         status=201,
         query=(TOKEN,),
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/enqueue-batch",
-        Access.SENDER,
+        AccessRule.SENDER,
         enqueue_batch.enqueue,
         body=enqueue_batch.EnqueueBatch,
-        answer=enqueue_batch.EnqueuedBatch,
+        answer=enqueue_batch.EnqueueBatchResult,
         status=201,
         query=(TOKEN,),
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/email-trigger",
-        Access.SENDER,
+        AccessRule.SENDER,
         email_trigger.receive,
-        body=email_trigger.EmailTrigger,
-        answer=email_trigger.MailTakenIn,
+        body=email_trigger.ParsedMailRequest,
+        answer=email_trigger.MailReceipt,
         status=201,
         query=(TOKEN,),
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflows/{id}/inbound-address",
         READ,
         trigger_tokens.show,
         answer=trigger_tokens.InboundAddress,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/trigger-token",
         WRITE,
         trigger_tokens.replace,
-        body=trigger_tokens.ReplaceToken,
-        answer=trigger_tokens.NewToken,
+        body=trigger_tokens.TokenReplacement,
+        answer=trigger_tokens.NewTriggerToken,
         status=201,
     ),
-    Line("DELETE", "/api/v1/workflows/{id}/trigger-token", WRITE, trigger_tokens.revoke, status=204),
-    Line(
+    Route("DELETE", "/api/v1/workflows/{id}/trigger-token", WRITE, trigger_tokens.revoke, status=204),
+    Route(
         "GET",
         "/api/v1/workflows/{id}/deliveries",
         READ,
@@ -583,32 +590,32 @@ INTAKE: Sequence[Line] = (
         answer=deliveries.DeliveryList,
         query=deliveries.LISTED,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/deliveries/redrive",
         EXECUTE,
         deliveries.redrive_many,
         body=deliveries.RedriveDeliveries,
-        answer=deliveries.RedrivenMany,
+        answer=deliveries.DeliveryRedriveResults,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/intake-samples",
-        Access.ADMIN,
+        AccessRule.ADMIN,
         intake_samples.index,
         answer=intake_samples.SampleList,
         query=intake_samples.LISTED,
     ),
-    Line("GET", "/api/v1/deliveries/{id}", READ, deliveries.show, answer=deliveries.DeliveryShape),
-    Line(
+    Route("GET", "/api/v1/deliveries/{id}", READ, deliveries.show, answer=deliveries.DeliveryShape),
+    Route(
         "POST",
         "/api/v1/deliveries/{id}/redrive",
         EXECUTE,
         deliveries.redrive,
-        answer=deliveries.Redriven,
+        answer=deliveries.DeliveryRedriveResult,
         status=201,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/workflows/{id}/dead-letters",
         READ,
@@ -616,32 +623,32 @@ INTAKE: Sequence[Line] = (
         answer=dead_letters.DeadLetterList,
         query=dead_letters.LISTED,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/dead-letters/redrive",
         EXECUTE,
         dead_letters.redrive,
         body=dead_letters.ChooseDeadLetters,
-        answer=deliveries.RedrivenMany,
+        answer=deliveries.DeliveryRedriveResults,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/{id}/dead-letters/purge",
         EXECUTE,
         dead_letters.purge,
         body=dead_letters.ChooseDeadLetters,
-        answer=dead_letters.Purged,
+        answer=dead_letters.PurgeResult,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/workflows/events",
-        Access.SENDER,
+        AccessRule.SENDER,
         events.emit,
-        body=events.Emit,
-        answer=events.Emitted,
+        body=events.EmitEventRequest,
+        answer=events.EmitEventResult,
         query=(TOKEN,),
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/events",
         READ,
@@ -649,50 +656,50 @@ INTAKE: Sequence[Line] = (
         query=events.LISTED,
         answer=events.EventList,
     ),
-    Line("GET", "/api/v1/events/{id}", READ, events.show, answer=events.EventShape),
-    Line(
+    Route("GET", "/api/v1/events/{id}", READ, events.show, answer=events.EventShape),
+    Route(
         "POST",
         "/api/v1/events/{id}/replay",
         EXECUTE,
         events.replay,
         body=events.ReplayEvent,
-        answer=events.Replayed,
+        answer=events.EventReplayResult,
         status=201,
     ),
-    Line("OPTIONS", "/api/v1/workflows/events", Access.PUBLIC, events.handshake, status=204),
-    Line(
+    Route("OPTIONS", "/api/v1/workflows/events", AccessRule.PUBLIC, events.handshake, status=204),
+    Route(
         "POST",
         "/hooks/{id}",
-        Access.PUBLIC,
+        AccessRule.PUBLIC,
         hooks.receive,
-        answer=hooks.HookTaken,
+        answer=hooks.WebhookReceipt,
         status=202,
         also_by=tuple(method for method in hooks.METHODS if method != "POST"),
     ),
-    Line("GET", "/mail/{id}", Access.PUBLIC, mail_addresses.show, answer=mail_addresses.MailAddress),
-    Line(
+    Route("GET", "/mail/{id}", AccessRule.PUBLIC, mail_addresses.show, answer=mail_addresses.MailAddress),
+    Route(
         "POST",
         "/mail/{id}",
-        Access.PUBLIC,
+        AccessRule.PUBLIC,
         mail_addresses.receive,
-        body=email_trigger.EmailTrigger,
-        answer=email_trigger.MailTakenIn,
+        body=email_trigger.ParsedMailRequest,
+        answer=email_trigger.MailReceipt,
         status=201,
     ),
 )
 """What senders send, and what became of it."""
 
-EXECUTIONS: Sequence[Line] = (
-    Line(
+EXECUTIONS: Sequence[Route] = (
+    Route(
         "POST",
         "/api/v1/workflows/{id}/execute",
         EXECUTE,
         execute.start,
-        body=execute.Execute,
-        answer=execute.Started,
+        body=execute.ExecuteRequest,
+        answer=execute.ExecuteResult,
         status=201,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/executions",
         READ,
@@ -700,31 +707,31 @@ EXECUTIONS: Sequence[Line] = (
         query=executions.LISTED,
         answer=executions.ExecutionList,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/executions/bulk-cancel",
         EXECUTE,
         bulk.cancel,
-        body=bulk.Bulk,
-        answer=bulk.BulkDone,
+        body=bulk.BulkRequest,
+        answer=bulk.BulkResult,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/executions/bulk-retry",
         EXECUTE,
         bulk.retry,
-        body=bulk.Bulk,
-        answer=bulk.BulkRetried,
+        body=bulk.BulkRequest,
+        answer=bulk.BulkRetryResult,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/executions/bulk-delete",
         WRITE,
         bulk.delete,
-        body=bulk.Bulk,
-        answer=bulk.BulkDone,
+        body=bulk.BulkRequest,
+        answer=bulk.BulkResult,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/executions/{id}",
         READ,
@@ -732,7 +739,7 @@ EXECUTIONS: Sequence[Line] = (
         query=(executions.EXPAND,),
         answer=ExecutionShape,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/executions/{id}/progress",
         READ,
@@ -740,7 +747,7 @@ EXECUTIONS: Sequence[Line] = (
         query=(executions.WAIT,),
         answer=ProgressShape,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/executions/{id}/spans",
         READ,
@@ -748,7 +755,7 @@ EXECUTIONS: Sequence[Line] = (
         query=executions.SPANS,
         answer=executions.SpanList,
     ),
-    Line(
+    Route(
         "GET",
         "/api/v1/executions/{id}/logs",
         READ,
@@ -756,37 +763,45 @@ EXECUTIONS: Sequence[Line] = (
         query=executions.LOGS,
         answer=executions.LogList,
     ),
-    Line("GET", "/api/v1/executions/{id}/blobs/{sha256}", READ, executions.blob, answer=str),
-    Line("GET", "/api/v1/executions/{id}/events", READ, executions.events, answer=executions.StreamedEvent),
-    Line(
+    Route("GET", "/api/v1/executions/{id}/blobs/{sha256}", READ, executions.blob, answer=str),
+    Route("GET", "/api/v1/executions/{id}/events", READ, executions.events, answer=executions.StreamedEvent),
+    Route(
         "GET",
         "/api/v1/executions/{id}/pending-inputs",
         READ,
         inputs.index,
         answer=inputs.PendingInputs,
     ),
-    Line(
+    Route(
         "POST",
         "/api/v1/executions/{id}/input",
         EXECUTE,
         inputs.answer,
-        body=inputs.Answer,
-        answer=inputs.AnswerTaken,
+        body=inputs.InputAnswer,
+        answer=inputs.InputAnswerResult,
     ),
-    Line("POST", "/api/v1/executions/{id}/stop", EXECUTE, executions.stop, answer=executions.AskedToEnd),
-    Line("POST", "/api/v1/executions/{id}/cancel", EXECUTE, executions.cancel, answer=executions.AskedToEnd),
-    Line(
+    Route(
+        "POST", "/api/v1/executions/{id}/stop", EXECUTE, executions.stop, answer=executions.EndRequestResult
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/{id}/cancel",
+        EXECUTE,
+        executions.cancel,
+        answer=executions.EndRequestResult,
+    ),
+    Route(
         "POST",
         "/api/v1/executions/{id}/resume",
         EXECUTE,
         executions.resume,
-        answer=executions.Resumed,
+        answer=executions.ResumeResult,
         status=201,
     ),
 )
 """Runs: begun, followed, answered and ended."""
 
-TABLE: Sequence[Line] = (
+TABLE: Sequence[Route] = (
     *SERVER,
     *ACCESS,
     *WORKFLOWS,
@@ -797,22 +812,22 @@ TABLE: Sequence[Line] = (
     *EXECUTIONS,
 )
 
-FOR_BROWSERS: Sequence[Line] = (
-    Line("GET", "/", Access.PUBLIC, document.home, status=302),
-    Line("GET", "/favicon.svg", Access.PUBLIC, document.icon, answer=bytes),
-    Line("GET", "/favicon.ico", Access.PUBLIC, document.icon, answer=bytes),
-    Line("OPTIONS", "/hooks/{id}", Access.PUBLIC, hooks.options, status=204),
+FOR_BROWSERS: Sequence[Route] = (
+    Route("GET", "/", AccessRule.PUBLIC, document.home, status=302),
+    Route("GET", "/favicon.svg", AccessRule.PUBLIC, document.icon, answer=bytes),
+    Route("GET", "/favicon.ico", AccessRule.PUBLIC, document.icon, answer=bytes),
+    Route("OPTIONS", "/hooks/{id}", AccessRule.PUBLIC, hooks.options, status=204),
 )
 """What browsers ask for by themselves: no part of the API, nor of its document."""
 
 
-def endpoints(table: Sequence[Line]) -> dict[str, Endpoint]:
+def endpoints(table: Sequence[Route]) -> dict[str, PathEndpoint]:
     """Return what serves each path: one endpoint, with all of its methods."""
-    paths: dict[str, dict[str, Operation]] = {}
+    paths: dict[str, dict[str, PathOperation]] = {}
     for line in table:
         operations = paths.setdefault(line.path, {})
         for method in (line.method, *line.also_by):
-            operations[method] = Operation(line.access, line.handler, line.query)
+            operations[method] = PathOperation(line.access, line.handler, line.query)
         if line.method == "GET":
             operations["HEAD"] = operations["GET"]
-    return {path: Endpoint(operations) for path, operations in paths.items()}
+    return {path: PathEndpoint(operations) for path, operations in paths.items()}

@@ -9,30 +9,30 @@ from datetime import datetime
 from typing import TypeAlias
 
 from execution.event_matching import EventMatcher
-from gateway.arrivals.certificates import MAX_ANSWER_BYTES, Certificates
-from gateway.arrivals.deliveries import Deliveries
-from gateway.arrivals.event_telling import EventTelling
-from gateway.arrivals.samples import Samples
-from gateway.arrivals.sender import Doorkeeper
-from gateway.arrivals.subscribers import Subscribers
-from gateway.bootstrap import bootstrap
-from gateway.data_sources.data_source_probes import Probes
-from gateway.deployments.activation import Activation
+from gateway.access.bootstrap import bootstrap
+from gateway.data_sources.data_source_probes import DataSourceProber
+from gateway.deployments.activation import DeploymentActivator
 from gateway.deployments.deployed_definitions import DeployedDefinitions
-from gateway.deployments.pod_logs import PodLogs
-from gateway.executions.acceptance import Acceptances
-from gateway.executions.backlog import Backlog
+from gateway.deployments.pod_logs import PodLogReader
+from gateway.executions.acceptance import RunAcceptor
+from gateway.executions.backlog import BacklogLimits
 from gateway.executions.execution_access import ExecutionAccess
 from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
-from gateway.executions.rates import Rates
-from gateway.executions.waiting import Waiting
-from gateway.http.auth import Authenticator
+from gateway.executions.long_poll import ExecutionPollHub
+from gateway.executions.rate_limits import RunRateLimiter
+from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
-from gateway.internal import runners
-from gateway.internal.desk import Desk
-from gateway.internal.forwarding import Forwarder
-from gateway.internal.runners import Runners
+from gateway.http.sender import SenderAuthenticator
+from gateway.ingest.delivery_log import DeliveryLog
+from gateway.ingest.event_wait_delivery import EventWaitDelivery
+from gateway.ingest.rejected_samples import RejectedSamples
+from gateway.ingest.sns_certificates import MAX_ANSWER_BYTES, SnsCertificateCache
+from gateway.ingest.subscription_cache import SubscriptionCache
+from gateway.pods import pod_state
+from gateway.pods.forwarding import WakeupForwarder
+from gateway.pods.pod_state import PodState
+from gateway.pods.poll_hub import PodPollHub
 from gateway.settings import GatewaySettings
 from gateway.workflows.workflow_cache import WorkflowCache
 from journal import clock_sync
@@ -53,7 +53,7 @@ from nodes.sandbox.form_checks import FormChecker
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class GatewayState:
     """The parts that handlers use."""
 
     settings: GatewaySettings
@@ -64,36 +64,36 @@ class State:
     blobs: BlobStore
     broker: Broker
     catalog: NodeCatalog
-    authenticator: Authenticator
-    doorkeeper: Doorkeeper
-    deliveries: Deliveries
-    samples: Samples
-    subscribers: Subscribers
+    authenticator: KeyAuthenticator
+    doorkeeper: SenderAuthenticator
+    deliveries: DeliveryLog
+    samples: RejectedSamples
+    subscribers: SubscriptionCache
     workflows: WorkflowCache
-    acceptances: Acceptances
-    rates: Rates
-    backlog: Backlog
-    activation: Activation
+    acceptances: RunAcceptor
+    rates: RunRateLimiter
+    backlog: BacklogLimits
+    activation: DeploymentActivator
     deployed: DeployedDefinitions
-    waiting: Waiting
+    waiting: ExecutionPollHub
     access: ExecutionAccess
     live_events: LiveEvents
     large_outputs: LargeOutputs
     vault: SecretVault
-    probes: Probes
+    probes: DataSourceProber
     forms: FormChecker
-    runners: Runners
-    pod_logs: PodLogs
-    certificates: Certificates
+    runners: PodState
+    pod_logs: PodLogReader
+    certificates: SnsCertificateCache
     mail_attempts: PasswordAttempts
     """Passwords that were tried with mails."""
 
 
-StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[State]]
+StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]]
 
 
 @asynccontextmanager
-async def opened(settings: GatewaySettings) -> AsyncIterator[State]:
+async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
     """Open everything for a process of its own."""
     async with AsyncExitStack() as stack:
         url = databases.parse_url(settings.database_url)
@@ -105,50 +105,52 @@ async def opened(settings: GatewaySettings) -> AsyncIterator[State]:
         broker = await brokers.connect(settings.redis_url)
         stack.push_async_callback(broker.close)
         await stack.enter_async_context(clock_sync.run_clock_sync(database))
-        yield await stack.enter_async_context(assembled(settings, database, store, broker))
+        yield await stack.enter_async_context(assemble_state(settings, database, store, broker))
 
 
 @asynccontextmanager
-async def assembled(
+async def assemble_state(
     settings: GatewaySettings, database: Database, store: JournalStore, broker: Broker
-) -> AsyncIterator[State]:
+) -> AsyncIterator[GatewayState]:
     """Make the gateway's own parts around what the process may share with other roles, which stays open."""
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)
     catalog = catalogs.load_catalog()
     blobs = open_blobs(settings)
-    authenticator = Authenticator(database, settings.secret, settings.previous_secrets)
-    doorkeeper = Doorkeeper(database, authenticator)
-    deliveries = Deliveries(database)
-    samples = Samples(database)
-    subscribers = Subscribers(database)
+    authenticator = KeyAuthenticator(database, settings.secret, settings.previous_secrets)
+    doorkeeper = SenderAuthenticator(database, authenticator)
+    deliveries = DeliveryLog(database)
+    samples = RejectedSamples(database)
+    subscribers = SubscriptionCache(database)
     vault = SecretVault(settings.secret, settings.previous_secrets)
-    waiting = Waiting(store, broker)
-    desk = Desk(database, broker, Forwarder(database, broker))
+    waiting = ExecutionPollHub(store, broker)
+    desk = PodPollHub(database, broker, WakeupForwarder(database, broker))
     awaited = EventMatcher(database, broker)
-    telling = EventTelling(awaited)
-    acceptances = Acceptances(database, store, broker, waiting, desk, telling)
-    rates = Rates(broker, settings)
-    backlog = Backlog(database, settings)
-    activation = Activation(database, broker, waiting)
+    telling = EventWaitDelivery(awaited)
+    acceptances = RunAcceptor(database, store, broker, waiting, desk, telling)
+    rates = RunRateLimiter(broker, settings)
+    backlog = BacklogLimits(database, settings)
+    activation = DeploymentActivator(database, broker, waiting)
     access = ExecutionAccess(database)
     workflows = WorkflowCache(database, catalog)
     live_events = LiveEvents(
         database, waiting, authenticator, access, LargeOutputs(blobs, settings.public_url)
     )
     forms = FormChecker()
-    pod_logs = PodLogs(broker)
+    pod_logs = PodLogReader(broker)
     # Behind an endpoint of a VPC, the address of SNS is a private one.
     to_sns = OutboundPolicy(
         allowed_networks=settings.outbound_allowed_networks, max_response_bytes=MAX_ANSWER_BYTES
     )
-    certificates = Certificates(OutboundClient(to_sns))
+    certificates = SnsCertificateCache(OutboundClient(to_sns))
     await waiting.start()
     await pod_logs.start()
     await activation.start()
     try:
-        async with runners.opened(settings, database, store, broker, catalog, vault, desk) as for_pods:
-            yield State(
+        async with pod_state.open_pod_state(
+            settings, database, store, broker, catalog, vault, desk
+        ) as for_pods:
+            yield GatewayState(
                 settings=settings,
                 database=database,
                 store=store,
@@ -171,7 +173,7 @@ async def assembled(
                 live_events=live_events,
                 large_outputs=live_events.large_outputs,
                 vault=vault,
-                probes=Probes(vault, settings, database.clock),
+                probes=DataSourceProber(vault, settings, database.clock),
                 forms=forms,
                 runners=for_pods,
                 pod_logs=pod_logs,

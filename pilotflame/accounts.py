@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import or_, select
 from sqlmodel import col
 
-from gateway import audit
-from gateway.audit import Operator
+from gateway.access import audit_log
+from gateway.access.audit_log import ServerOperator
 from models import access_store, database_time, schema_migration
 from models.access import ApiKey, KeyScope, Organization, User, UserRole
 from models.access_store import EmailTaken
 from models.audit import AuditAction
 from models.database import Database, parse_url
-from pilotflame.refusal import Refusal
+from pilotflame.command_error import CommandError
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -55,16 +55,18 @@ async def create_user(
             role=role,
             now=await database_time.read_database_time(connection),
         )
-        author = Operator(found.id, found.lane)
-        after = audit.content_hash(made)
-        await audit.record(connection, author, AuditAction.USER_CREATED, made.id, before=None, after=after)
+        author = ServerOperator(found.id, found.lane)
+        after = audit_log.hash_content(made)
+        await audit_log.record_change(
+            connection, author, AuditAction.USER_CREATED, made.id, before=None, after=after
+        )
         return made.id
 
     async with opened(settings) as database:
         try:
             return await database.transaction(create)
         except EmailTaken as error:
-            raise Refusal(str(error)) from error
+            raise CommandError(str(error)) from error
 
 
 async def create_key(
@@ -90,9 +92,11 @@ async def create_key(
             now=now,
             expires_at=now + lifetime if lifetime else None,
         )
-        author = Operator(owner.organization_id, owner.lane)
-        after = audit.content_hash(made.row)
-        await audit.record(connection, author, AuditAction.KEY_CREATED, made.row.id, before=None, after=after)
+        author = ServerOperator(owner.organization_id, owner.lane)
+        after = audit_log.hash_content(made.row)
+        await audit_log.record_change(
+            connection, author, AuditAction.KEY_CREATED, made.row.id, before=None, after=after
+        )
         return made.key
 
     async with opened(settings) as database:
@@ -115,14 +119,14 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
         now = await database_time.read_database_time(connection)
         revoked = await access_store.revoke_key(connection, found.id, key_id, user_id=None, now=now)
         if revoked is None:
-            raise Refusal(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")
-        await audit.record(
+            raise CommandError(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")
+        await audit_log.record_change(
             connection,
-            Operator(found.id, found.lane),
+            ServerOperator(found.id, found.lane),
             AuditAction.KEY_REVOKED,
             key_id,
-            before=audit.content_hash(revoked.before),
-            after=audit.content_hash(revoked.after),
+            before=audit_log.hash_content(revoked.before),
+            after=audit_log.hash_content(revoked.after),
         )
 
     async with opened(settings) as database:
@@ -149,8 +153,8 @@ async def _organization(connection: AsyncConnection, id_or_name: str | None) -> 
         return found[0]
     if found:
         choice = ", ".join(f"{one.id} ({one.name})" for one in found)
-        raise Refusal(f"There are several organisations: choose by --org, with the id, one of {choice}")
-    raise Refusal("There is no such organisation: `pilotflame orgs create` makes one")
+        raise CommandError(f"There are several organisations: choose by --org, with the id, one of {choice}")
+    raise CommandError("There is no such organisation: `pilotflame orgs create` makes one")
 
 
 async def _user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
@@ -158,5 +162,7 @@ async def _user(connection: AsyncConnection, organization: Organization, id_or_e
     statement = select(User).where(col(User.organization_id) == organization.id, is_named)
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
-        raise Refusal(f"{organization.name} has no user {id_or_email!r}: `pilotflame users create` makes one")
+        raise CommandError(
+            f"{organization.name} has no user {id_or_email!r}: `pilotflame users create` makes one"
+        )
     return User(**row)

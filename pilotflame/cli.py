@@ -21,15 +21,15 @@ import typer
 from typer import Argument, Option, Typer
 
 from concurrency import gc_tuning
-from pilotflame import refusal, run_outputs, variables
-from pilotflame.refusal import Refusal
+from pilotflame import command_error, run_outputs, unknown_variables
+from pilotflame.command_error import CommandError
 from pilotflame.run_outputs import OutputChoice
 
 if TYPE_CHECKING:
     from bridge.settings import BridgeSettings
     from models.settings import ServerSettings
-    from pilotflame.client import Client
-    from pilotflame.log_lines import Lines, Render
+    from pilotflame.client import ApiClient
+    from pilotflame.log_lines import LineRenderer, LogLineWriter
     from pilotflame.worker_parent import ChildDeath
 
 REFUSED: Final = 2
@@ -40,14 +40,14 @@ _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\
 """What a terminal may act on, and what turns a line around."""
 
 
-class Commands(Typer):
+class CommandGroup(Typer):
     """Tells users in one line what they can mend; what is our own fault has a traceback."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as Typer has it
         try:
             return super().__call__(*args, **kwargs)
         except Exception as error:
-            text = refusal.explained(error)
+            text = command_error.explain_error(error)
             if text is None:
                 raise
             typer.echo(f"pilotflame: {_visible(text)}", err=True)
@@ -55,7 +55,7 @@ class Commands(Typer):
 
 
 # Without rich, which Typer would load to draw its help and errors.
-app = Commands(
+app = CommandGroup(
     rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True
 )
 orgs = Typer(
@@ -95,8 +95,8 @@ def pilotflame(
     os.umask(0o077)  # whatever is written from here on is its owner's alone
     gc_tuning.tune_at_start()
     if context.invoked_subcommand not in PROCESSES:  # those have a log for it
-        for name, meant in variables.unknown(os.environ).items():
-            typer.echo(_visible(f"pilotflame: {variables.warning(name, meant)}"), err=True)
+        for name, meant in unknown_variables.find_unknown(os.environ).items():
+            typer.echo(_visible(f"pilotflame: {unknown_variables.warning_text(name, meant)}"), err=True)
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────
@@ -144,7 +144,7 @@ def worker() -> None:
     """Run executions, in a child whose leases are released at once should it die."""
     from pilotflame import worker_parent
 
-    announce = worker_parent.fork(_release_leases)
+    announce = worker_parent.fork_worker(_release_leases)
     from workers.settings import WorkerSettings
 
     settings = WorkerSettings()
@@ -292,11 +292,11 @@ def smtp() -> None:
     try:
         from bridge import smtp_listener
     except ModuleNotFoundError as error:
-        raise Refusal("The SMTP listener needs a library: pip install 'pilotflame[smtp]'") from error
+        raise CommandError("The SMTP listener needs a library: pip install 'pilotflame[smtp]'") from error
     try:
         smtp_listener.serve(settings)
     except OSError as error:
-        raise Refusal(
+        raise CommandError(
             f"PILOTFLAME_SMTP_HOST and PILOTFLAME_SMTP_PORT can't be listened on: {error}"
         ) from error
 
@@ -309,7 +309,7 @@ def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
     try:
         main.serve(settings)
     except bridge_errors.BridgeRefused as error:
-        raise Refusal(str(error)) from error
+        raise CommandError(str(error)) from error
 
 
 @app.command()
@@ -323,25 +323,25 @@ def migrate() -> None:
     typer.echo("The database is up to date")
 
 
-def _begin(settings: ServerSettings, render: Render | None = None) -> Lines:
+def _begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
     """Set up what a process needs before its own modules are loaded."""
     from nodes.sandbox.children import confinement
 
     confinement.hide_process()  # its environment holds the server's secret
     if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
-        raise Refusal("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
+        raise CommandError("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
     return _begin_log(settings.log_level, render)
 
 
-def _begin_log(level: str, render: Render | None = None) -> Lines:
+def _begin_log(level: str, render: LineRenderer | None = None) -> LogLineWriter:
     """Set up a process's log, and a good end."""
     from pilotflame import log_lines
 
-    lines = log_lines.begin(level, render or log_lines.as_json)
+    lines = log_lines.configure_logging(level, render or log_lines.as_json)
     import structlog  # behind `log_lines`, which keeps it from loading what nobody needs
 
     log = structlog.get_logger()
-    for name, meant in variables.unknown(os.environ).items():
+    for name, meant in unknown_variables.find_unknown(os.environ).items():
         log.warning("unknown setting", variable=name, meant=meant)
     for number in (signal.SIGTERM, signal.SIGINT):
         # At once while it starts; and when Uvicorn, having stopped, repeats the signal that stopped it.
@@ -398,7 +398,7 @@ def create_key(
     from pilotflame import accounts
 
     if unknown := sorted(set(scope or ()) - ALL_KEY_SCOPES):
-        raise Refusal(
+        raise CommandError(
             f"There is no scope {', '.join(unknown)}: choose of {', '.join(sorted(ALL_KEY_SCOPES))}"
         )
     scopes = [KeyScope(one) for one in scope] if scope else ALL_KEY_SCOPES
@@ -433,9 +433,9 @@ def rotate_secret() -> None:
 
     Safe to repeat, and while the server runs: what is interrupted goes on where it was.
     """
-    from pilotflame import rotation
+    from pilotflame import secret_rotation
 
-    done = asyncio.run(rotation.rotate(_settings()))
+    done = asyncio.run(secret_rotation.rotate_secret(_settings()))
     typer.echo(f"{done.sealed} encrypted anew")
     if done.waiting_keys:
         typer.echo(
@@ -443,7 +443,7 @@ def rotate_secret() -> None:
             "Those that are not used before it is taken away stop working"
         )
     if done.unreadable:
-        raise Refusal(
+        raise CommandError(
             f"{len(done.unreadable)} can't be read by any of the secrets that are set, and stay as they are: "
             f"{', '.join(done.unreadable[:SHOWN_IDS])}"
         )
@@ -469,9 +469,9 @@ def apply(file: Annotated[Path, Argument(help="A workflow, as YAML or JSON.")]) 
 
     Exits with 1 where validation finds errors in it; they are printed on standard error.
     """
-    from pilotflame.client import Client
+    from pilotflame.client import ApiClient
 
-    client = Client.from_environment()
+    client = ApiClient.from_environment()
     workflow_id = client.apply(_definition(file))
     typer.echo(workflow_id)
     found = client.errors_of(workflow_id)
@@ -506,10 +506,10 @@ def run(
 
     A terminal is shown the beginning of long outputs; files and pipes get all of them.
     """
-    from pilotflame.client import Client
+    from pilotflame.client import ApiClient
 
     body = _body(given)
-    client = Client.from_environment()
+    client = ApiClient.from_environment()
     workflow_id = client.find_workflow(workflow)
     connections = _connections(client, workflow_id, body) if output is OutputChoice.LAST else []
     execution_id = client.execute(workflow_id, body)
@@ -517,7 +517,7 @@ def run(
     if watch:
         from pilotflame import live_view
 
-        live_view.show(workflow, client.follow(execution_id))
+        live_view.show_run(workflow, client.follow(execution_id))
     result = client.result(execution_id)
     if output is not OutputChoice.NONE and run_outputs.find_omitted(result["outputs"]):
         result["outputs"] = client.expanded_outputs(execution_id)
@@ -535,9 +535,9 @@ def logs(
     follow: Annotated[bool, Option("--follow", help="Go on until the execution ends.")] = False,
 ) -> None:
     """Print what the nodes of an execution have logged."""
-    from pilotflame.client import Client
+    from pilotflame.client import ApiClient
 
-    client = Client.from_environment()
+    client = ApiClient.from_environment()
     lines = client.logs(execution)
     if follow:
         lines = (event.data for event in client.follow(execution) if event.name == "log")
@@ -546,12 +546,12 @@ def logs(
         typer.echo(_visible(f"{line['createdAt']} {line['level']:<7} {node} {line['message']}"))
 
 
-def _connections(client: Client, workflow_id: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _connections(client: ApiClient, workflow_id: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the connections of what is about to run; none where the key may execute the workflow and not read it."""
     try:
         given = body.get("definition") or {}
         return given.get("connections") or client.connections_of(workflow_id)
-    except Refusal:
+    except CommandError:
         return []
 
 
@@ -596,11 +596,11 @@ def _definition(file: Path) -> dict[str, Any]:
         definition = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
         json.dumps(definition, allow_nan=False)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise Refusal(
+        raise CommandError(
             f"{file} is no {file.suffix.lstrip('.') or 'YAML'}: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(definition, dict) or not isinstance(definition.get("name"), str):
-        raise Refusal(f"{file} is no workflow: it must be an object with a name")
+        raise CommandError(f"{file} is no workflow: it must be an object with a name")
     return definition
 
 
@@ -610,9 +610,9 @@ def _body(given: str) -> dict[str, Any]:
     try:
         inputs = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Refusal(f"--input is no JSON: {error}") from error
+        raise CommandError(f"--input is no JSON: {error}") from error
     if not isinstance(inputs, dict):
-        raise Refusal("--input must be a JSON object")
+        raise CommandError("--input must be a JSON object")
     return inputs if "triggerInputs" in inputs else {"triggerInputs": inputs}
 
 

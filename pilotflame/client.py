@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlencode, urlsplit
 from uuid import uuid4
 
-from pilotflame.refusal import Refusal
+from pilotflame.command_error import CommandError
 
 T = TypeVar("T")
 
@@ -32,12 +32,12 @@ LAST_EVENT: Final = "end"
 UNAVAILABLE: Final = 503
 
 
-class Unreachable(Refusal):
+class ServerUnreachable(CommandError):
     """The server did not answer; it may be about to."""
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class ServerSentEvent:
     """One server-sent event; only what is committed has an id."""
 
     name: str
@@ -52,7 +52,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         return None
 
 
-class Client:
+class ApiClient:
     """One server, and the key that is shown to it."""
 
     def __init__(self, url: str, key: str) -> None:
@@ -64,16 +64,16 @@ class Client:
         self._has_answered = False
 
     @classmethod
-    def from_environment(cls) -> Client:
+    def from_environment(cls) -> ApiClient:
         """Return the client that PILOTFLAME_URL and PILOTFLAME_API_KEY describe; raises `Refusal`."""
         url = os.environ.get("PILOTFLAME_URL") or DEFAULT_URL
         if urlsplit(url).scheme not in {"http", "https"}:
-            raise Refusal(f"PILOTFLAME_URL must begin with http:// or https://, not be {url!r}")
+            raise CommandError(f"PILOTFLAME_URL must begin with http:// or https://, not be {url!r}")
         key = os.environ.get("PILOTFLAME_API_KEY", "")
         if not key:
-            raise Refusal("Set PILOTFLAME_API_KEY to an API key of the server")
+            raise CommandError("Set PILOTFLAME_API_KEY to an API key of the server")
         if not (key.isascii() and key.isprintable()):
-            raise Refusal("PILOTFLAME_API_KEY may hold visible ASCII characters only")
+            raise CommandError("PILOTFLAME_API_KEY may hold visible ASCII characters only")
         return cls(url, key)
 
     # ── workflows ─────────────────────────────────────────────────────────────────────────────────
@@ -106,14 +106,14 @@ class Client:
             return id_or_name
         workflow_id = self._workflow_named(id_or_name)
         if workflow_id is None:
-            raise Refusal(f"There is no workflow {id_or_name!r}")
+            raise CommandError(f"There is no workflow {id_or_name!r}")
         return workflow_id
 
     def _workflow_named(self, name: str) -> str | None:
         listed = self._listed("/workflows", "workflows", search=name)
         found = [str(workflow["id"]) for workflow in listed if workflow["name"] == name]
         if len(found) > 1:
-            raise Refusal(f"{len(found)} workflows are called {name!r}: {', '.join(found)}")
+            raise CommandError(f"{len(found)} workflows are called {name!r}: {', '.join(found)}")
         return found[0] if found else None
 
     # ── executions ────────────────────────────────────────────────────────────────────────────────
@@ -143,7 +143,7 @@ class Client:
         """Yield the log of a run, as far as it is written."""
         return self._listed(f"{_execution(execution_id)}/logs", "logs")
 
-    def follow(self, execution_id: str) -> Iterator[Event]:
+    def follow(self, execution_id: str) -> Iterator[ServerSentEvent]:
         """Yield what a run has done and does, from its beginning to its end."""
         path, last = f"{_execution(execution_id)}/events", ""
         while last != LAST_EVENT:
@@ -166,7 +166,7 @@ class Client:
         while True:
             try:
                 return ask()
-            except Unreachable:
+            except ServerUnreachable:
                 if not self._has_answered or time.monotonic() > give_up_at:
                     raise
                 time.sleep(PAUSE_SECONDS)
@@ -187,9 +187,9 @@ class Client:
                 answer: dict[str, Any] = json.load(response)
                 return answer
         except (OSError, http.client.HTTPException) as error:
-            raise Unreachable(f"The connection to {self._url} was lost: {error}") from error
+            raise ServerUnreachable(f"The connection to {self._url} was lost: {error}") from error
         except ValueError as error:
-            raise Refusal(f"What answers at {self._url} is not Pilotflame") from error
+            raise CommandError(f"What answers at {self._url} is not Pilotflame") from error
 
     def _open(
         self, method: str, path: str, body: object, headers: Mapping[str, str]
@@ -211,7 +211,7 @@ class Client:
                 raise _refusal(error) from error
         except urllib.error.URLError as error:
             reason = getattr(error.reason, "strerror", None) or error.reason
-            raise Unreachable(
+            raise ServerUnreachable(
                 f"No Pilotflame answers at {self._url} ({reason}): start one, or set PILOTFLAME_URL"
             ) from error
 
@@ -224,7 +224,7 @@ def _execution(execution_id: str) -> str:
     return f"/executions/{quote(execution_id, safe='')}"
 
 
-def _refusal(error: urllib.error.HTTPError) -> Refusal:
+def _refusal(error: urllib.error.HTTPError) -> CommandError:
     """Return the API's own words for why it refused."""
     try:
         told = json.load(error)["error"]
@@ -232,10 +232,10 @@ def _refusal(error: urllib.error.HTTPError) -> Refusal:
         text = "; ".join([f"{told['message']} ({told['code']})", *details])
     except (ValueError, LookupError, TypeError):
         text = f"The server answered {error.code} {error.reason}"
-    return Unreachable(text) if error.code == UNAVAILABLE else Refusal(text)
+    return ServerUnreachable(text) if error.code == UNAVAILABLE else CommandError(text)
 
 
-def _events(lines: http.client.HTTPResponse) -> Iterator[Event]:
+def _events(lines: http.client.HTTPResponse) -> Iterator[ServerSentEvent]:
     fields: dict[str, str] = {}
     for line in lines:
         name, _, value = line.decode().rstrip("\r\n").partition(":")
@@ -243,7 +243,7 @@ def _events(lines: http.client.HTTPResponse) -> Iterator[Event]:
             fields[name] = value.removeprefix(" ")
         elif "data" in fields:
             data = json.loads(fields["data"])
-            yield Event(fields.get("event", ""), fields.get("id", ""), data)
+            yield ServerSentEvent(fields.get("event", ""), fields.get("id", ""), data)
             fields = {}
         else:
             fields = {}  # a keep-alive

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from pydantic import SecretStr
 
 from models import durable_folders
-from pilotflame.refusal import Refusal
+from pilotflame.command_error import CommandError
 
 if TYPE_CHECKING:
     from models.settings import ServerSettings
@@ -31,7 +31,7 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
-            raise Refusal(
+            raise CommandError(
                 f"{folder} is in use by process {lock.read().strip()}: "
                 "stop that one first, or set PILOTFLAME_DATA_DIR to another folder"
             ) from error

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from models.settings import ServerSettings
 from pilotflame import data_dir
-from pilotflame.log_lines import Lines
-from pilotflame.refusal import Refusal
+from pilotflame.command_error import CommandError
+from pilotflame.log_lines import LogLineWriter
 
 SHUTDOWN_SECONDS: Final = 3
 """How long requests under way are waited for: runs are handed over after that, and all of it takes 20 s at most."""
@@ -21,7 +21,7 @@ SHUTDOWN_SECONDS: Final = 3
 
 def serve(
     given: dict[str, Any],
-    lines: Lines,
+    lines: LogLineWriter,
     example: Mapping[str, Any] | None = None,
     example_inputs: Path | None = None,
 ) -> None:
@@ -34,14 +34,14 @@ def serve(
     with data_dir.locked(folder):
         migration = begin_migration(settings.database_url) if _is_new(settings) else None
         # Loaded only now: it takes about as long as the migration.
-        from pilotflame import every_role
+        from pilotflame import all_in_one
 
         secret_key = settings.secret_key or data_dir.secret_key(folder) or data_dir.make_secret_key(folder)
         shared: dict[str, Any] = {"secret_key": secret_key, "redis_url": None}
-        roles = every_role.Roles.told(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
+        roles = all_in_one.RoleSettings.told(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
         with _listening(roles.gateway.host, roles.gateway.port) as listener:
-            loaded = None if example is None else every_role.ExampleWorkflow(example, example_inputs)
-            every_role.run(roles, listener, migration, lines, loaded)
+            loaded = None if example is None else all_in_one.ExampleWorkflow(example, example_inputs)
+            all_in_one.run_all_roles(roles, listener, migration, lines, loaded)
 
 
 def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
@@ -63,6 +63,6 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise Refusal(
+        raise CommandError(
             f"Nothing can listen on port {port} of {host} ({error.strerror}): choose another with --port"
         ) from error

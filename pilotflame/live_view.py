@@ -11,7 +11,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pilotflame.client import Event
+from pilotflame.client import ServerSentEvent
 
 MAX_ROWS: Final = 25
 """The nodes that were heard of last: more would not fit a screen."""
@@ -27,7 +27,7 @@ COLOURS: Final = {
 }
 
 
-class LiveView:
+class RunView:
     """What is known of a run: a heading, and a row for each node, in a loop for each of its turns."""
 
     def __init__(self, name: str) -> None:
@@ -35,7 +35,7 @@ class LiveView:
         self._execution: dict[str, Any] = {}
         self._spans: dict[tuple[str, int], dict[str, Any]] = {}
 
-    def take(self, event: Event) -> None:
+    def take(self, event: ServerSentEvent) -> None:
         if event.name == "execution":
             self._execution = event.data
         elif event.name == "span" and event.data["kind"] != "attempt":
@@ -63,9 +63,9 @@ class LiveView:
         return heading
 
 
-def show(name: str, events: Iterable[Event]) -> None:
+def show_run(name: str, events: Iterable[ServerSentEvent]) -> None:
     """Show a run until its events end; on standard error, so that the result alone is on standard output."""
-    view = LiveView(name)
+    view = RunView(name)
     with Live(view, console=Console(file=sys.stderr), refresh_per_second=8) as live:
         for event in events:
             view.take(event)

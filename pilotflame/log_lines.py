@@ -57,7 +57,7 @@ _SECRET_WORDS: Final = ("key", "secret", "password", "authorization", "token", "
 Fields = MutableMapping[str, Any]
 
 
-class Render(Protocol):
+class LineRenderer(Protocol):
     """Turns an event into a line; a processor of structlog's, and the only one."""
 
     def __call__(self, logger: object, level: str, fields: Fields, /) -> bytes: ...
@@ -144,10 +144,10 @@ def _traceback(exc_info: object) -> str:
 # ── where lines go ────────────────────────────────────────────────────────────────────────────────
 
 
-class Lines:
+class LogLineWriter:
     """Takes lines from any thread without ever blocking it, and writes them from a thread of its own."""
 
-    def __init__(self, descriptor: int, render: Render) -> None:
+    def __init__(self, descriptor: int, render: LineRenderer) -> None:
         self._descriptor = descriptor
         self._render = render
         self._waiting: SimpleQueue[bytes | None] = SimpleQueue()
@@ -213,10 +213,10 @@ class Lines:
                 return  # nobody reads any more, which is no reason to stop working
 
 
-class _FromLogging(logging.Handler):
+class _LoggingHandler(logging.Handler):
     """Writes what libraries say through Python's own logging."""
 
-    def __init__(self, lines: Lines, render: Render) -> None:
+    def __init__(self, lines: LogLineWriter, render: LineRenderer) -> None:
         super().__init__()
         self._lines = lines
         self._render = render
@@ -230,18 +230,18 @@ class _FromLogging(logging.Handler):
             self.handleError(record)
 
 
-def begin(level: str, render: Render, *, descriptor: int = 1) -> Lines:
+def configure_logging(level: str, render: LineRenderer, *, descriptor: int = 1) -> LogLineWriter:
     """Send all logging to `descriptor` from now on: our own from `level` up, and warnings of libraries.
 
     Loggers are made when they are first used, and filtered then: what is below the level costs next to nothing.
     """
-    lines = Lines(descriptor, render)
+    lines = LogLineWriter(descriptor, render)
     structlog.configure(
         processors=[render],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=lambda *_: lines,
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(handlers=[_FromLogging(lines, render)], level=logging.WARNING, force=True)
+    logging.basicConfig(handlers=[_LoggingHandler(lines, render)], level=logging.WARNING, force=True)
     atexit.register(lines.close)
     return lines

@@ -42,7 +42,7 @@ class ChildDeath:
     """The kernel killed it for want of memory."""
 
 
-def fork(release: Callable[[ChildDeath], None]) -> Announce:
+def fork_worker(release: Callable[[ChildDeath], None]) -> Announce:
     """Return in a child that dies with its parent; the parent stays here, and exits with the code of the child.
 
     The parent forwards signals. It calls `release` once the child is dead, unless the child ended with 0 or never named

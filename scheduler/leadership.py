@@ -27,7 +27,7 @@ MARGIN: Final = 0.15
 """The share of a lease that is given away: our clock and the database's need not run alike."""
 
 
-class Leader:
+class LeaderElection:
     """One process that leads, or would take over from the one that does."""
 
     def __init__(self, database: Database, lease_seconds: float) -> None:

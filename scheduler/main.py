@@ -32,15 +32,15 @@ from models.database import Database
 from models.errors import DatabaseUnavailable
 from nodes import catalog as catalogs
 from scheduler import (
-    lifecycle,
+    lifecycle_policies,
     old_executions,
     orphaned_blobs,
     recovery,
     retention,
     unused_definitions,
 )
-from scheduler.leadership import RENEWALS_PER_LEASE, Leader
-from scheduler.schedules import Schedules
+from scheduler.leadership import RENEWALS_PER_LEASE, LeaderElection
+from scheduler.schedules import ScheduleRunner
 from scheduler.settings import SchedulerSettings
 
 log = structlog.get_logger()
@@ -53,7 +53,7 @@ SET_BACK_SECONDS: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Duty:
+class PeriodicDuty:
     """Something to be done again and again, and harmless when it is done twice."""
 
     name: str
@@ -61,46 +61,62 @@ class Duty:
     do: Callable[[], Awaitable[object]]
 
 
-def duties(
+def list_duties(
     settings: SchedulerSettings, database: Database, store: JournalStore, broker: Broker
-) -> Sequence[Duty]:
+) -> Sequence[PeriodicDuty]:
     """Return what is to be done, and how often."""
-    schedules = Schedules(database, broker, catalogs.load_catalog())
+    schedules = ScheduleRunner(database, broker, catalogs.load_catalog())
     awaited = EventMatcher(database, broker)
     return (
-        Duty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
-        Duty("set schedules back", 60, schedules.set_back),
-        Duty("promote what is due", settings.schedule_seconds, partial(recovery.promote, store, broker)),
-        Duty("recover executions", settings.sweep_seconds, partial(recovery.recover, store, broker)),
-        Duty(
+        PeriodicDuty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
+        PeriodicDuty("set schedules back", 60, schedules.set_back),
+        PeriodicDuty(
+            "promote what is due",
+            settings.schedule_seconds,
+            partial(recovery.promote_due_runs, store, broker),
+        ),
+        PeriodicDuty(
+            "recover executions", settings.sweep_seconds, partial(recovery.recover_runs, store, broker)
+        ),
+        PeriodicDuty(
             "end abandoned executions",
             settings.sweep_seconds,
             partial(abandoned_runs.end_abandoned_runs, database, store, broker),
         ),
-        Duty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
-        Duty("forget past paces", 60, partial(retention.forget_past_paces, database)),
-        Duty("delete old deliveries", 3_600, partial(retention.forget_arrivals, settings, database)),
-        Duty("delete old executions", 600, partial(old_executions.delete_old, settings, database)),
-        Duty("delete unused definitions", 86_400, partial(unused_definitions.delete_unused, database)),
-        Duty(
+        PeriodicDuty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
+        PeriodicDuty("forget past paces", 60, partial(retention.forget_past_paces, database)),
+        PeriodicDuty(
+            "delete old deliveries", 3_600, partial(retention.forget_deliveries, settings, database)
+        ),
+        PeriodicDuty(
+            "delete old executions", 600, partial(old_executions.delete_old_executions, settings, database)
+        ),
+        PeriodicDuty(
+            "delete unused definitions",
+            86_400,
+            partial(unused_definitions.delete_unused_definitions, database),
+        ),
+        PeriodicDuty(
             "admit waiting executions",
             settings.sweep_seconds,
             partial(recovery.admit_waiting, database, broker),
         ),
-        Duty(
+        PeriodicDuty(
             "keep lifecycle policies",
             settings.lifecycle_seconds,
-            partial(lifecycle.keep_policies, database, broker),
+            partial(lifecycle_policies.keep_policies, database, broker),
         ),
-        Duty(
+        PeriodicDuty(
             "see to waiting executions",
             settings.sweep_seconds,
             partial(due_runs.wake_due_deployments, database, broker),
         ),
-        Duty("tell events", settings.sweep_seconds, awaited.deliver_undelivered),
-        Duty("forget waits for events", 600, awaited.delete_expired),
-        Duty("forget lifecycle decisions", 3_600, partial(lifecycle.forget_decisions, database)),
-        Duty("sweep blobs", 3_600, partial(orphaned_blobs.sweep, settings, database)),
+        PeriodicDuty("tell events", settings.sweep_seconds, awaited.deliver_undelivered),
+        PeriodicDuty("forget waits for events", 600, awaited.delete_expired),
+        PeriodicDuty(
+            "forget lifecycle decisions", 3_600, partial(lifecycle_policies.forget_decisions, database)
+        ),
+        PeriodicDuty("sweep blobs", 3_600, partial(orphaned_blobs.delete_orphaned_blobs, settings, database)),
     )
 
 
@@ -126,15 +142,15 @@ async def _serve(settings: SchedulerSettings) -> None:
         stack.push_async_callback(broker.close)
         is_leading = await stack.enter_async_context(_standing_for_leader(settings, database))
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=is_leading))
-        led = [_only_while(is_leading, duty) for duty in duties(settings, database, store, broker)]
-        await stack.enter_async_context(ticking(led))
+        led = [_only_while(is_leading, duty) for duty in list_duties(settings, database, store, broker)]
+        await stack.enter_async_context(run_duties(led))
         log.info("scheduler ready")
         await stop.wait()
         log.info("scheduler stops")
 
 
 @asynccontextmanager
-async def ticking(duties: Sequence[Duty]) -> AsyncIterator[None]:
+async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
     """Do each duty now, and then as often as it says, as long as the context lasts."""
     # It says at every tick that a slow duty is still at work.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
@@ -174,7 +190,7 @@ async def _watch_clock(ticker: AsyncIOScheduler) -> None:
                 job.modify(next_run_time=datetime.now(UTC))  # noqa: TID251 - the ticker counts by the clock of this host
 
 
-async def _do(duty: Duty, in_hand: set[asyncio.Task[None]]) -> None:
+async def _do(duty: PeriodicDuty, in_hand: set[asyncio.Task[None]]) -> None:
     """Do a duty once, whatever becomes of it: this is the outermost loop of the process."""
     if task := asyncio.current_task():
         in_hand.add(task)
@@ -192,10 +208,10 @@ async def _standing_for_leader(
     settings: SchedulerSettings, database: Database
 ) -> AsyncIterator[Callable[[], bool]]:
     """Lead whenever nobody else does; yields what tells whether that is so."""
-    leader = Leader(database, settings.leadership_seconds)
+    leader = LeaderElection(database, settings.leadership_seconds)
     await leader.renew()
-    renewal = Duty("stand for leader", settings.leadership_seconds / RENEWALS_PER_LEASE, leader.renew)
-    async with ticking([renewal]):
+    renewal = PeriodicDuty("stand for leader", settings.leadership_seconds / RENEWALS_PER_LEASE, leader.renew)
+    async with run_duties([renewal]):
         yield leader.is_leading
     try:
         async with asyncio.timeout(FINISH_SECONDS):
@@ -204,7 +220,7 @@ async def _standing_for_leader(
         log.warning("not resigned: the lease runs out by itself", error=str(error))
 
 
-def _only_while(is_true: Callable[[], bool], duty: Duty) -> Duty:
+def _only_while(is_true: Callable[[], bool], duty: PeriodicDuty) -> PeriodicDuty:
     async def do() -> None:
         if is_true():
             await duty.do()

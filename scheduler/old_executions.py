@@ -36,7 +36,7 @@ _HOUR_MICROSECONDS: Final = 3_600_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Retention:
+class RetentionPeriods:
     """How long executions are kept."""
 
     days: int
@@ -45,9 +45,9 @@ class Retention:
     """Of one workflow; of what is beyond, the oldest go."""
 
 
-async def delete_old(settings: SchedulerSettings, database: Database) -> None:
+async def delete_old_executions(settings: SchedulerSettings, database: Database) -> None:
     """Delete the executions whose days are over; raises `DatabaseUnavailable`."""
-    retention = Retention(settings.retention_days, settings.retention_runs)
+    retention = RetentionPeriods(settings.retention_days, settings.retention_runs)
     blobs = open_blobs(settings)
     deleted = 0
     try:
@@ -62,7 +62,7 @@ async def delete_old(settings: SchedulerSettings, database: Database) -> None:
         log.info("old executions deleted", executions=deleted)
 
 
-async def _deleted(database: Database, retention: Retention) -> AsyncIterator[Sequence[BlobOwner]]:
+async def _deleted(database: Database, retention: RetentionPeriods) -> AsyncIterator[Sequence[BlobOwner]]:
     """Delete batch by batch, and tell whose contents are to go with each."""
     after: str | None = ""
     while after is not None:
@@ -79,7 +79,7 @@ async def _deleted(database: Database, retention: Retention) -> AsyncIterator[Se
                 log.warning("old executions locked", workflow_id=workflow.id, error=str(error))
 
 
-def workflows(after: str, retention: Retention) -> Select[*tuple[Any, ...]]:
+def workflows(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
     """Return the statement that finds workflows, and when their oldest and the last superfluous run were accepted."""
     of_workflow = col(ExecutionData.workflow_id) == col(Workflow.id)
     accepted_at = select(col(ExecutionData.created_at)).where(of_workflow).correlate(Workflow)
@@ -97,14 +97,14 @@ def workflows(after: str, retention: Retention) -> Select[*tuple[Any, ...]]:
     )
 
 
-def _may_have_old(workflow: Row[Any], retention: Retention, now: datetime) -> bool:
+def _may_have_old(workflow: Row[Any], retention: RetentionPeriods, now: datetime) -> bool:
     if workflow.oldest is None:
         return False
     return bool(workflow.beyond is not None or workflow.oldest < now - timedelta(days=retention.days))
 
 
 async def _deleted_of(
-    database: Database, workflow_id: str, beyond: datetime | None, retention: Retention
+    database: Database, workflow_id: str, beyond: datetime | None, retention: RetentionPeriods
 ) -> AsyncIterator[Sequence[BlobOwner]]:
     statement = old(workflow_id, beyond, retention)
     while True:
@@ -119,7 +119,7 @@ async def _deleted_of(
         yield list(gone.values())
 
 
-def old(workflow_id: str, beyond: datetime | None, retention: Retention) -> Select[*tuple[Any, ...]]:
+def old(workflow_id: str, beyond: datetime | None, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
     """Return the statement that finds the oldest executions of a workflow that may go.
 
     Live ones are kept, those that somebody is still to be told of, and those whose parent goes on.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-async def sweep(settings: ServerSettings, database: Database) -> None:
+async def delete_orphaned_blobs(settings: ServerSettings, database: Database) -> None:
     """Delete those that have been there for a day; raises `DatabaseUnavailable`."""
     blobs = open_blobs(settings)
     try:

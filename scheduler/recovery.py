@@ -20,7 +20,7 @@ log = structlog.get_logger()
 SWEEP_ROWS: Final = 500
 
 
-async def recover(store: JournalStore, broker: Broker) -> None:
+async def recover_runs(store: JournalStore, broker: Broker) -> None:
     """Take back all leases that have run out, and say that there is work; raises `DatabaseUnavailable`."""
     swept_rows = SWEEP_ROWS
     while swept_rows == SWEEP_ROWS:
@@ -37,7 +37,7 @@ async def recover(store: JournalStore, broker: Broker) -> None:
             log.debug("broker not reached", reason=str(error))
 
 
-async def promote(store: JournalStore, broker: Broker) -> None:
+async def promote_due_runs(store: JournalStore, broker: Broker) -> None:
     """Put what was delayed until now in the queue, and say that there is work; raises `DatabaseUnavailable`."""
     if await store.promote_due():
         await hints.wake(broker)

@@ -40,7 +40,7 @@ async def forget_past_paces(database: Database) -> None:
     await _forget(database, ThrottleRow, identity, col(ThrottleRow.next_at))
 
 
-async def forget_arrivals(settings: SchedulerSettings, database: Database) -> None:
+async def forget_deliveries(settings: SchedulerSettings, database: Database) -> None:
     """Delete the events and deliveries whose days are over; raises `DatabaseUnavailable`."""
     before = database.clock.now() - timedelta(days=settings.retention_event_days)
     for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):

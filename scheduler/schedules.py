@@ -40,7 +40,7 @@ MAX_KEPT_CHARACTERS: Final = 32_000_000
 """Definitions are kept until they are this long, all together."""
 
 
-class Schedules:
+class ScheduleRunner:
     """What starts the runs of schedules; several may, at once and in any processes."""
 
     def __init__(

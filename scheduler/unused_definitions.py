@@ -33,7 +33,7 @@ BATCH_DEFINITIONS: Final = 500
 _IDENTITY: Final = (col(Definition.organization_id), col(Definition.hash))
 
 
-async def delete_unused(database: Database) -> None:
+async def delete_unused_definitions(database: Database) -> None:
     """Delete the definitions that no execution and no deployment names; raises `DatabaseUnavailable`."""
     async with database.read() as connection:
         if await connection.scalar(select(col(Definition.hash)).where(_is_old()).limit(1)) is None:

@@ -11,26 +11,26 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from engine.values import encode_canonical, fingerprint
-from gateway import audit, errors, limits
+from gateway.access import audit_log
 from gateway.data_sources import data_source_rows
-from gateway.data_sources.data_source_rows import NameTaken, Stored
-from gateway.errors import ApiError
-from gateway.http import idempotency, preconditions
+from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
+from gateway.http import errors, idempotency, limits, preconditions
+from gateway.http.errors import ApiError
 from gateway.http.responses import JsonResponse
 from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
     from models.data_source import DataSource
 
 log = structlog.get_logger()
 
-Change: TypeAlias = Callable[[Stored], Stored]
+Change: TypeAlias = Callable[[StoredDataSource], StoredDataSource]
 """Returns what a data source becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
 
 
-async def readable(connection: AsyncConnection, request: Request) -> Stored:
+async def find_readable(connection: AsyncConnection, request: GatewayRequest) -> StoredDataSource:
     """Return the data source of the path; raises 404 for one that the caller may not read."""
     stored = await data_source_rows.find(connection, request.path_params["id"], request.caller)
     if stored is None:
@@ -38,24 +38,24 @@ async def readable(connection: AsyncConnection, request: Request) -> Stored:
     return stored
 
 
-async def read(request: Request) -> Stored:
+async def read_data_source(request: GatewayRequest) -> StoredDataSource:
     """Return the data source of the path, for whoever needs nothing else from the database; raises 404."""
     async with request.gateway.database.read() as connection:
-        return await readable(connection, request)
+        return await find_readable(connection, request)
 
 
-def require_writer(request: Request, source: DataSource) -> None:
+def require_writer(request: GatewayRequest, source: DataSource) -> None:
     """Raise 403 for a data source that the caller may use, but not change, share or delete."""
     preconditions.require_owner(request, source.owner_id, what="data source")
 
 
-async def create(request: Request, body: Json, source: DataSource) -> JsonResponse:
+async def create_data_source(request: GatewayRequest, body: Json, source: DataSource) -> JsonResponse:
     """Write a new data source once for each Idempotency-Key, and answer 201 with its id."""
-    promise = idempotency.requested(request, _without_secrets(request, body))
+    promise = idempotency.requested_key(request, _without_secrets(request, body))
 
     async def insert(connection: AsyncConnection) -> str:
         if promise is not None:
-            bound = await idempotency.reserve(
+            bound = await idempotency.reserve_key(
                 connection, promise, lane=source.lane, resource_id=source.id, now=source.created_at
             )
             if bound != source.id:
@@ -67,12 +67,14 @@ async def create(request: Request, body: Json, source: DataSource) -> JsonRespon
             message = f"An organisation may have at most {limits.DATA_SOURCES:,} data sources"
             raise errors.conflict("too-many-data-sources", message)
         await data_source_rows.add(connection, source)
-        await _record(request, connection, AuditAction.DATA_SOURCE_CREATED, None, Stored(source, {}))
+        await _record(
+            request, connection, AuditAction.DATA_SOURCE_CREATED, None, StoredDataSource(source, {})
+        )
         return source.id
 
     try:
         source_id = await request.gateway.database.transaction(insert)
-    except NameTaken as error:
+    except DataSourceNameTaken as error:
         raise name_taken(error) from error
     shown = {"dataSourceId": source_id}
     if source_id != source.id:
@@ -80,18 +82,18 @@ async def create(request: Request, body: Json, source: DataSource) -> JsonRespon
     log.info(
         AuditAction.DATA_SOURCE_CREATED, data_source_id=source_id, organization_id=source.organization_id
     )
-    return JsonResponse(shown, status=201, headers=entity_tag(Stored(source, {})))
+    return JsonResponse(shown, status=201, headers=entity_tag(StoredDataSource(source, {})))
 
 
-async def edit(request: Request, action: AuditAction, change: Change) -> Stored:
+async def edit_data_source(request: GatewayRequest, action: AuditAction, change: Change) -> StoredDataSource:
     """Apply `change` to the data source of the path, as it stands when everybody before has finished.
 
     Raises 404, 403, 412 where `If-Match` names another state, `NameTaken`, and whatever `change` raises; then nothing
     is written.
     """
-    done: Stored | None = None
+    done: StoredDataSource | None = None
 
-    async def work(connection: AsyncConnection) -> Stored:
+    async def work(connection: AsyncConnection) -> StoredDataSource:
         nonlocal done
         await data_source_rows.lock(connection, request.path_params["id"], request.caller)
         if done is not None and await data_source_rows.exists(
@@ -99,7 +101,7 @@ async def edit(request: Request, action: AuditAction, change: Change) -> Stored:
         ):
             # Called once more because the answer to the commit was lost: the change is there.
             return done
-        before = await readable(connection, request)
+        before = await find_readable(connection, request)
         require_writer(request, before.source)
         preconditions.require_match(request, entity_tag(before)["ETag"], what="data source")
         after = change(before)
@@ -120,7 +122,7 @@ async def edit(request: Request, action: AuditAction, change: Change) -> Stored:
     return after
 
 
-async def delete(request: Request, *, is_forced: bool) -> None:
+async def delete_data_source(request: GatewayRequest, *, is_forced: bool) -> None:
     """Take the data source of the path away; raises 409 where workflows name it, unless that is forced."""
     is_done = False
 
@@ -129,7 +131,7 @@ async def delete(request: Request, *, is_forced: bool) -> None:
         await data_source_rows.lock(connection, request.path_params["id"], request.caller)
         if is_done and not await data_source_rows.exists(connection, request.path_params["id"]):
             return
-        before = await readable(connection, request)
+        before = await find_readable(connection, request)
         require_writer(request, before.source)
         preconditions.require_match(request, entity_tag(before)["ETag"], what="data source")
         if not is_forced:
@@ -142,17 +144,17 @@ async def delete(request: Request, *, is_forced: bool) -> None:
     log.info(AuditAction.DATA_SOURCE_DELETED, data_source_id=request.path_params["id"])
 
 
-def entity_tag(stored: Stored) -> dict[str, str]:
+def entity_tag(stored: StoredDataSource) -> dict[str, str]:
     """Return the header that names the state of a data source, for a later `If-Match`."""
     return {"ETag": f'"{stored.source.revision}"'}
 
 
-def answer(stored: Stored, value: object) -> JsonResponse:
+def answer(stored: StoredDataSource, value: object) -> JsonResponse:
     """Return an answer that shows something of a data source, with the tag of its state."""
     return JsonResponse(value, headers=entity_tag(stored))
 
 
-def content_hash(stored: Stored) -> str:
+def content_hash(stored: StoredDataSource) -> str:
     """Return the SHA-256 of everything that a change can change, in hexadecimal; of its secrets, when they were set."""
     row = stored.source.model_dump(
         exclude={"id", "revision", "sealed", "secret_id", "created_at", "updated_at"}
@@ -160,25 +162,27 @@ def content_hash(stored: Stored) -> str:
     return fingerprint([msgspec.to_builtins(row), sorted(stored.shared_with)])
 
 
-def name_taken(error: NameTaken) -> ApiError:
+def name_taken(error: DataSourceNameTaken) -> ApiError:
     """Return the refusal of a name that another data source of the owner has."""
     message = f"The owner has another data source of the name {error.args[0]!r}"
     return errors.conflict("data-source-name-taken", message)
 
 
 async def _record(
-    request: Request,
+    request: GatewayRequest,
     connection: AsyncConnection,
     action: AuditAction,
-    before: Stored | None,
-    after: Stored | None,
+    before: StoredDataSource | None,
+    after: StoredDataSource | None,
 ) -> None:
     hashes = [None if stored is None else content_hash(stored) for stored in (before, after)]
     object_id = next(stored.source.id for stored in (before, after) if stored is not None)
-    await audit.record(connection, request.caller, action, object_id, before=hashes[0], after=hashes[1])
+    await audit_log.record_change(
+        connection, request.caller, action, object_id, before=hashes[0], after=hashes[1]
+    )
 
 
-async def _require_unused(request: Request, connection: AsyncConnection, source: DataSource) -> None:
+async def _require_unused(request: GatewayRequest, connection: AsyncConnection, source: DataSource) -> None:
     if not await data_source_rows.is_named(connection, source):
         return
     named_by = await data_source_rows.naming(connection, source, request.caller, limits.FINDINGS)
@@ -190,7 +194,7 @@ async def _require_unused(request: Request, connection: AsyncConnection, source:
     )
 
 
-def _without_secrets(request: Request, body: Json) -> Json:
+def _without_secrets(request: GatewayRequest, body: Json) -> Json:
     """Return a body to compare others with, that says nothing of the secrets to whoever sees what is kept of it."""
     if not isinstance(body, dict) or "secrets" not in body:
         return body

@@ -14,7 +14,7 @@ import structlog
 
 from engine.run_errors import NodeError
 from engine.services import RunCaller
-from gateway import errors, limits
+from gateway.http import errors, limits
 from models.data_source import decrypt_secrets
 from models.data_source_types import DataSourceType
 from models.database_clock import DatabaseClock
@@ -42,7 +42,7 @@ _DATABASES: Final = frozenset({DataSourceType.POSTGRESQL, DataSourceType.MYSQL, 
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
+class ProbeResult:
     """What came of one attempt."""
 
     is_ok: bool
@@ -51,7 +51,7 @@ class Probed:
 
 
 @dataclass(frozen=True, slots=True)
-class _Only:
+class _SingleSource:
     """Finds one data source, whoever asks: that they may was decided before."""
 
     source: ConnectionSource
@@ -60,7 +60,7 @@ class _Only:
         return self.source
 
 
-class Probes:
+class DataSourceProber:
     """Connects to data sources for whoever wants to know whether that works."""
 
     def __init__(
@@ -71,7 +71,7 @@ class Probes:
         self._settings = settings
         self._begun: OrderedDict[str, deque[float]] = OrderedDict()
 
-    async def probe(self, source: DataSource) -> Probed:
+    async def probe(self, source: DataSource) -> ProbeResult:
         """Connect to a data source that the caller may use; raises 429 where an organisation does it too often."""
         self._count(source.organization_id)
         began = monotonic()
@@ -80,7 +80,7 @@ class Probes:
         log.info(
             "data source tested", data_source_id=source.id, is_ok=is_ok, duration_milliseconds=milliseconds
         )
-        return Probed(is_ok, message, milliseconds)
+        return ProbeResult(is_ok, message, milliseconds)
 
     async def _attempt(self, source: DataSource) -> tuple[bool, str]:
         try:
@@ -109,7 +109,7 @@ class Probes:
         found = ConnectionSource(
             source.id, source.organization_id, source.type, source.revision, source.settings, secrets
         )
-        connections = DataSourceConnections(_Only(found), policy)
+        connections = DataSourceConnections(_SingleSource(found), policy)
         try:
             if source.type in _DATABASES:
                 database = await connections.database(caller, source.id, source.type)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
-    from gateway.http.query import Page
+    from gateway.http.query import PageBounds
     from models.access import ApiCaller
     from models.data_source_types import DataSourceType
 
@@ -32,12 +32,12 @@ SORTABLE: Mapping[str, SQLColumnExpression[Any]] = {
 }
 
 
-class NameTaken(ValueError):
+class DataSourceNameTaken(ValueError):
     """The owner has another data source of this name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredDataSource:
     """A data source and whom it is shared with."""
 
     source: DataSource
@@ -57,23 +57,23 @@ async def lock(connection: AsyncConnection, source_id: str, caller: ApiCaller) -
     await connection.execute(row.with_for_update())
 
 
-async def find(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> Stored | None:
+async def find(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> StoredDataSource | None:
     """Return a data source that the caller may read."""
     statement = select(DataSource).where(col(DataSource.id) == source_id, is_readable_by(caller))
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
         return None
     shared_with = await _shares(connection, [source_id])
-    return Stored(DataSource(**row), shared_with.get(source_id, {}))
+    return StoredDataSource(DataSource(**row), shared_with.get(source_id, {}))
 
 
 async def page(
     connection: AsyncConnection,
     caller: ApiCaller,
     kind: DataSourceType | None,
-    part: Page,
+    part: PageBounds,
     order: ColumnElement[Any],
-) -> tuple[int, list[Stored]]:
+) -> tuple[int, list[StoredDataSource]]:
     """Return how many data sources the caller may read, and a page of them."""
     conditions = [is_readable_by(caller)]
     if kind is not None:
@@ -88,7 +88,7 @@ async def page(
     )
     sources = [DataSource(**row) for row in rows.mappings()]
     shared_with = await _shares(connection, [source.id for source in sources])
-    return count or 0, [Stored(source, shared_with.get(source.id, {})) for source in sources]
+    return count or 0, [StoredDataSource(source, shared_with.get(source.id, {})) for source in sources]
 
 
 async def _shares(connection: AsyncConnection, source_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
@@ -124,10 +124,12 @@ async def add(connection: AsyncConnection, source: DataSource) -> None:
     try:
         await connection.execute(insert(DataSource).values(source.model_dump()))
     except IntegrityError as error:
-        raise NameTaken(source.name) from error
+        raise DataSourceNameTaken(source.name) from error
 
 
-async def save(connection: AsyncConnection, before: Stored, after: Stored, caller: ApiCaller) -> bool:
+async def save(
+    connection: AsyncConnection, before: StoredDataSource, after: StoredDataSource, caller: ApiCaller
+) -> bool:
     """Write what differs, unless the data source has changed since `before` was read; tells whether it was written.
 
     Raises `NameTaken`.
@@ -145,7 +147,7 @@ async def save(connection: AsyncConnection, before: Stored, after: Stored, calle
     try:
         result = await connection.execute(written)
     except IntegrityError as error:
-        raise NameTaken(source.name) from error
+        raise DataSourceNameTaken(source.name) from error
     if result.rowcount != 1:
         return False
     if gone := before.shared_with.keys() - after.shared_with.keys():

@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar
 
 from msgspec import Meta, field
 
-from gateway import limits
-from gateway.errors import ApiError
-from gateway.http import text
-from gateway.http.text import Problems
-from gateway.http.wire import Instant, StrictWire, Wire, convert, instant
+from gateway.http import limits, text_rules
+from gateway.http.errors import ApiError
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import Instant, StrictWire, WireStruct, convert, instant
 from models import data_source_types, ids
 from models.data_source import DataSource, encrypt_secrets
 from models.data_source_types import DATA_SOURCE_TYPES, DataSourceFields, DataSourceType, to_stored
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.data_sources.data_source_rows import Stored
+    from gateway.data_sources.data_source_rows import StoredDataSource
     from models.access import ApiCaller
     from models.encryption import SecretVault
 
 Given = TypeVar("Given", bound=DataSourceFields)
 
-Name: TypeAlias = Annotated[str, text.allowed(limits.DATA_SOURCE_NAME_LENGTH, min_length=1)]
+Name: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.DATA_SOURCE_NAME_LENGTH, min_length=1)]
 Settings: TypeAlias = Annotated[
     dict[str, Any],
     Meta(
@@ -70,7 +69,7 @@ class UpdateDataSource(StrictWire):
     """In the place of all that there are."""
 
 
-class DataSourceShape(Wire):
+class DataSourceShape(WireStruct):
     """A data source, without its secrets."""
 
     id: str
@@ -92,10 +91,12 @@ class DataSourceShape(Wire):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(caller: ApiCaller, body: CreateDataSource, vault: SecretVault, now: datetime) -> DataSource:
+def build_data_source(
+    caller: ApiCaller, body: CreateDataSource, vault: SecretVault, now: datetime
+) -> DataSource:
     """Return a new data source of the caller's; raises 422."""
-    problems = Problems()
-    name = text.line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
+    problems = ProblemCollector()
+    name = text_rules.check_line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
     definition = DATA_SOURCE_TYPES[body.type]
     settings = _checked(body.settings, definition.settings, "settings", problems)
     secrets = _checked(body.secrets, definition.secrets, "secrets", problems)
@@ -120,13 +121,17 @@ def made(caller: ApiCaller, body: CreateDataSource, vault: SecretVault, now: dat
     )
 
 
-def changed(before: Stored, body: UpdateDataSource, vault: SecretVault, now: datetime) -> Stored:
+def apply_changes(
+    before: StoredDataSource, body: UpdateDataSource, vault: SecretVault, now: datetime
+) -> StoredDataSource:
     """Return what a data source becomes; raises 422."""
-    source, problems = before.source, Problems()
+    source, problems = before.source, ProblemCollector()
     definition = DATA_SOURCE_TYPES[DataSourceType(source.type)]
     changes: dict[str, object] = {}
     if body.name is not None:
-        changes["name"] = text.line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
+        changes["name"] = text_rules.check_line(
+            body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH
+        )
     if body.settings is not None:
         merged = {**source.settings, **body.settings}
         given = {name: value for name, value in merged.items() if value is not None}
@@ -152,7 +157,7 @@ def changed(before: Stored, body: UpdateDataSource, vault: SecretVault, now: dat
 
 
 def _checked(
-    given: Mapping[str, Json], kind: type[DataSourceFields], path: str, problems: Problems
+    given: Mapping[str, Json], kind: type[DataSourceFields], path: str, problems: ProblemCollector
 ) -> dict[str, object]:
     """Return fields as they are kept."""
     try:
@@ -162,7 +167,7 @@ def _checked(
         return {}
 
 
-def _require_whole(settings: object, secrets: Mapping[str, object], problems: Problems) -> None:
+def _require_whole(settings: object, secrets: Mapping[str, object], problems: ProblemCollector) -> None:
     """Add a problem for a user without a password, and for a password without a user, as mail servers allow neither."""
     if problems.found or not isinstance(settings, Mapping):
         return
@@ -173,7 +178,10 @@ def _require_whole(settings: object, secrets: Mapping[str, object], problems: Pr
 
 
 def _require_same_destination(
-    source: DataSource, settings: Mapping[str, object], destination: frozenset[str], problems: Problems
+    source: DataSource,
+    settings: Mapping[str, object],
+    destination: frozenset[str],
+    problems: ProblemCollector,
 ) -> None:
     """Add a problem where secrets would go to another place than the one that they were given for."""
     for name in sorted(destination):
@@ -185,7 +193,7 @@ def _require_same_destination(
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def shown(stored_source: Stored) -> DataSourceShape:
+def show_data_source(stored_source: StoredDataSource) -> DataSourceShape:
     """Return a data source as clients see it."""
     source = stored_source.source
     return DataSourceShape(

@@ -20,8 +20,8 @@ import structlog
 from starlette.requests import ClientDisconnect
 
 from concurrency.ttl_cache import TTLCache
-from gateway import errors, limits
-from gateway.errors import ApiError
+from gateway.http import errors, limits
+from gateway.http.errors import ApiError
 from gateway.http.wire import optional_instant
 from journal.deployments import activity, decisions, wakes
 from journal.deployments.wakes import StartRefused
@@ -33,7 +33,7 @@ from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, StartRefusal, StartRefusalCode, StoppedReason
 
 if TYPE_CHECKING:
-    from gateway.executions.waiting import Waiting
+    from gateway.executions.long_poll import ExecutionPollHub
     from journal.deployments.activity import DeploymentActivity
     from journal.store import ExecutionKey
     from messages.broker import Broker, Notice
@@ -53,23 +53,23 @@ MAX_HEARD: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
-class StartFailed:
+class StartFailure:
     """The pods of a deployment can't start."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class StartBlocked:
+class StartBlockage:
     """The pods of a deployment start when the cluster has room for them."""
 
     reason: str
 
 
-BadNews: TypeAlias = StartFailed | StartBlocked | StartRefusal
+BadNews: TypeAlias = StartFailure | StartBlockage | StartRefusal
 
 
-class NoPod(Exception):
+class PodUnavailable(Exception):
     """No pod will come for now; a run that was accepted for one waits for another time."""
 
     def __init__(self, news: BadNews) -> None:
@@ -78,7 +78,7 @@ class NoPod(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class CountedDeployment:
     """A deployment that something has come for."""
 
     deployment: Deployment
@@ -87,7 +87,7 @@ class Counted:
 
 
 @dataclass(slots=True, eq=False)
-class Lookout:
+class DeploymentWatch:
     """The look after one deployment, and how many need it."""
 
     bad_news: asyncio.Future[BadNews] = field(
@@ -97,17 +97,17 @@ class Lookout:
     task: asyncio.Task[None] | None = None
 
 
-class Activation:
+class DeploymentActivator:
     """Everybody who waits for deployments at this gateway."""
 
-    def __init__(self, database: Database, broker: Broker, waiting: Waiting) -> None:
+    def __init__(self, database: Database, broker: Broker, waiting: ExecutionPollHub) -> None:
         self._database = database
         self._broker = broker
         self._waiting = waiting
         self._counts: GroupCommit[str, Deployment | None] = GroupCommit(self._count)
         self._wakes: GroupCommit[str, None] = GroupCommit(self._wake)
         self._queues: Counter[str] = Counter()
-        self._lookouts: dict[str, Lookout] = {}
+        self._lookouts: dict[str, DeploymentWatch] = {}
         self._waiters: dict[str, set[asyncio.Future[bool]]] = {}
         self._heard: TTLCache[str, bool] = TTLCache(HEARD_SECONDS, MAX_HEARD)
         """Runs that were taken, maybe before anybody waited for that."""
@@ -134,7 +134,7 @@ class Activation:
         await self._wakes.drain()
 
     @property
-    def is_waited_for(self) -> bool:
+    def has_waiting_requests(self) -> bool:
         """Whether anybody waits for any deployment."""
         return bool(self._queues)
 
@@ -148,7 +148,7 @@ class Activation:
             yield
         except (asyncio.CancelledError, ClientDisconnect):
             # Whoever waited has gone, maybe before anybody was woken; the run may be accepted all the same.
-            self.see_to(workflow_id)
+            self.wake_deployment(workflow_id)
             raise
         finally:
             self._queues[workflow_id] -= 1
@@ -169,20 +169,22 @@ class Activation:
             raise errors.not_ready("Too many requests wait here for the workflow to start: try again")
         return deployment
 
-    async def count(self, workflow_id: str) -> Counted | None:
+    async def count(self, workflow_id: str) -> CountedDeployment | None:
         """Take down that something has come for a deployment that nobody waits for; None where it isn't deployed."""
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             return None
         if wakes.is_desired(deployment):
-            return Counted(deployment, None)
+            return CountedDeployment(deployment, None)
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)
         if seen is None:
             return None
-        return Counted(deployment, lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now))
+        return CountedDeployment(
+            deployment, lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
+        )
 
-    async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, Counted]:
+    async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, CountedDeployment]:
         """Do the same for several at once; those that aren't deployed are left out."""
         found = await wakes.record_activities(self._database, workflow_ids)
         asleep = [workflow_id for workflow_id, one in found.items() if not wakes.is_desired(one)]
@@ -190,13 +192,15 @@ class Activation:
         if asleep:
             async with self._database.read() as connection:
                 seen = await activity.read_activities(connection, asleep)
-        counted = {workflow_id: Counted(deployment, None) for workflow_id, deployment in found.items()}
+        counted = {
+            workflow_id: CountedDeployment(deployment, None) for workflow_id, deployment in found.items()
+        }
         for workflow_id, one in seen.items():
             refusal = lifecycle_policy.start_refusal(one.policy, one.situation, one.now)
-            counted[workflow_id] = Counted(found[workflow_id], refusal)
+            counted[workflow_id] = CountedDeployment(found[workflow_id], refusal)
         return counted
 
-    def see_to(self, workflow_id: str) -> None:
+    def wake_deployment(self, workflow_id: str) -> None:
         """Wake a deployment for a run that nobody waits for; what fails here, the scheduler sees to."""
         self._wakes.submit(workflow_id)
 
@@ -207,7 +211,7 @@ class Activation:
             raise errors.not_deployed()
         refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
         if refusal is not None:
-            raise refused(refusal)
+            raise refuse_start(refusal)
 
     async def _count(self, batch: Sequence[str]) -> Sequence[Deployment | None]:
         found = await wakes.record_activities(self._database, batch)
@@ -256,7 +260,7 @@ class Activation:
                 if waiter.done() or await self._has_begun(key):
                     return
                 if lookout.bad_news.done():
-                    raise NoPod(lookout.bad_news.result())
+                    raise PodUnavailable(lookout.bad_news.result())
 
     async def _has_begun(self, key: ExecutionKey) -> bool:
         progress = await self._waiting.progress(key, 0)
@@ -292,11 +296,11 @@ class Activation:
     # ── looking out ─────────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def _lookout(self, workflow_id: str) -> Iterator[Lookout]:
+    def _lookout(self, workflow_id: str) -> Iterator[DeploymentWatch]:
         """Have a deployment looked after, by one for all, for as long as the context lasts."""
         lookout = self._lookouts.get(workflow_id)
         if lookout is None:
-            lookout = self._lookouts[workflow_id] = Lookout()
+            lookout = self._lookouts[workflow_id] = DeploymentWatch()
             lookout.task = asyncio.create_task(self._look_after(workflow_id, lookout))
         lookout.waiting += 1
         try:
@@ -306,14 +310,14 @@ class Activation:
             if not lookout.waiting:
                 self._end(workflow_id, lookout)
 
-    def _end(self, workflow_id: str, lookout: Lookout) -> None:
+    def _end(self, workflow_id: str, lookout: DeploymentWatch) -> None:
         """Let whoever comes next have a lookout of their own."""
         if self._lookouts.get(workflow_id) is lookout:
             del self._lookouts[workflow_id]
         if lookout.task is not None:
             lookout.task.cancel()
 
-    async def _look_after(self, workflow_id: str, lookout: Lookout) -> None:
+    async def _look_after(self, workflow_id: str, lookout: DeploymentWatch) -> None:
         news: BadNews | None = None
         is_first = True
         while news is None:
@@ -340,10 +344,10 @@ class Activation:
         has_failed = wakes.has_failed(deployment)
         if not is_first and (has_failed or deployment.stopped_reason == StoppedReason.FAILED):
             reason = deployment.failed_reason or deployment.observed_reason
-            return StartFailed(reason or "it is not known why")
+            return StartFailure(reason or "it is not known why")
         if wakes.is_desired(deployment) and not has_failed:
             blocked_reason = None if is_first else wakes.blocked_reason(deployment)
-            return None if blocked_reason is None else StartBlocked(blocked_reason)
+            return None if blocked_reason is None else StartBlockage(blocked_reason)
         try:
             settled = await decisions.decide_and_apply(self._database, workflow_id, wakes.decide_for_run)
         except StartRefused as error:
@@ -353,7 +357,7 @@ class Activation:
         return None
 
 
-def refused(refusal: StartRefusal) -> ApiError:
+def refuse_start(refusal: StartRefusal) -> ApiError:
     """Return the answer about a run that can't have its deployment."""
     match refusal.code:
         case StartRefusalCode.NOT_DEPLOYED:

@@ -33,12 +33,12 @@ MAX_KEPT_CHARACTERS: Final = 500_000
 """Longer ones are read again each time."""
 
 
-class DefinitionLost(Exception):
+class DefinitionMissing(Exception):
     """What is deployed has no text any more."""
 
 
 @dataclass(frozen=True, slots=True)
-class Deployed:
+class DeployedDefinition:
     """One definition."""
 
     text: str
@@ -53,7 +53,7 @@ class DeployedDefinitions:
     def __init__(self, database: Database, catalog: NodeCatalog) -> None:
         self._database = database
         self._catalog = catalog
-        self._kept: TTLCache[DefinitionKey, Deployed] = TTLCache(KEPT_SECONDS, MAX_KEPT)
+        self._kept: TTLCache[DefinitionKey, DeployedDefinition] = TTLCache(KEPT_SECONDS, MAX_KEPT)
 
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
         """Return a workflow with what is deployed in the place of its own definition; raises `DefinitionLost`."""
@@ -80,7 +80,7 @@ class DeployedDefinitions:
         trigger = (await self._load(key)).trigger
         return trigger.kind if trigger else definition_snapshot.MANUAL_KIND
 
-    async def _load(self, key: DefinitionKey) -> Deployed:
+    async def _load(self, key: DefinitionKey) -> DeployedDefinition:
         kept = self._kept.get(key)
         if kept is not None:
             return kept
@@ -92,7 +92,7 @@ class DeployedDefinitions:
         async with self._database.read() as connection:
             found = await connection.scalar(text)
         if found is None:
-            raise DefinitionLost(f"The definition {key.hash} is deployed, and not stored")
+            raise DefinitionMissing(f"The definition {key.hash} is deployed, and not stored")
         # In a thread: others are served while a large graph is gone through.
         deployed = await asyncio.to_thread(_deployed, found, self._catalog)
         if len(found) <= MAX_KEPT_CHARACTERS:
@@ -100,9 +100,9 @@ class DeployedDefinitions:
         return deployed
 
 
-def _deployed(text: str, catalog: NodeCatalog) -> Deployed:
+def _deployed(text: str, catalog: NodeCatalog) -> DeployedDefinition:
     definition: dict[str, Any] = decoding.decode(text)
     nodes = definition["nodes"]
-    return Deployed(
+    return DeployedDefinition(
         text, definition["settings"], definition_snapshot.find_trigger(nodes, catalog), len(nodes)
     )

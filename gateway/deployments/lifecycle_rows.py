@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import BigInteger, and_, case, func, literal, select, type_coerce
 from sqlmodel import col
 
-from gateway import limits
+from gateway.http import limits
 from models.column_types import TimestampColumn
 from models.deployment import LifecycleDecision
 from models.execution import Execution, ExecutionData
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Select
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.http.query import Page
+    from gateway.http.query import PageBounds
 
 USAGE_TIME: Final = timedelta(days=7)
 """How far back the use of pods is looked at."""
@@ -31,7 +31,7 @@ _INSTANT: Final = TimestampColumn()
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class PodUsage:
     """What the pods of a workflow came to."""
 
     since: datetime
@@ -44,8 +44,8 @@ class Usage:
         return self.pod_seconds / seconds * DAY_SECONDS if seconds > 0 else 0.0
 
 
-async def history(
-    connection: AsyncConnection, workflow_id: str, part: Page
+async def list_decisions(
+    connection: AsyncConnection, workflow_id: str, part: PageBounds
 ) -> tuple[int, Sequence[LifecycleDecision]]:
     """Return how many decisions there are about a workflow, and a page of them, the newest first."""
     of_workflow = col(LifecycleDecision.workflow_id) == workflow_id
@@ -60,12 +60,12 @@ async def history(
     return count or 0, [LifecycleDecision(**row) for row in rows.mappings()]
 
 
-async def usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> Usage | None:
+async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> PodUsage | None:
     """Return what a workflow's pods came to in the last days, or since there are any; None: there were none ever."""
     row = (await connection.execute(usage_statement(workflow_id, now))).one()
     if row.first is None:
         return None
-    return Usage(max(row.first, now - USAGE_TIME), now, float(row.pod_microseconds) / _SECOND_MICROSECONDS)
+    return PodUsage(max(row.first, now - USAGE_TIME), now, float(row.pod_microseconds) / _SECOND_MICROSECONDS)
 
 
 def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
@@ -95,7 +95,7 @@ def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
     )
 
 
-async def past_runs(
+async def read_past_runs(
     connection: AsyncConnection, workflow_id: str, since: datetime, until: datetime
 ) -> Sequence[PastRun]:
     """Return a workflow's last runs, in the order in which they were accepted, at most `limits.PREVIEW_RUNS`."""

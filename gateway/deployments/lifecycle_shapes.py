@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from gateway import errors, limits
-from gateway.http.text import Problems
-from gateway.http.wire import GuardedWire, Wire
+from gateway.http import errors, limits
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import GuardedWire, WireStruct
 from models import lifecycle_policy, weekly_windows
 from models.lifecycle_policy import PolicyType
 from models.weekly_windows import EmptyWindow
@@ -58,11 +58,11 @@ class LifecyclePolicy(GuardedWire):
     """For `scheduled-window`, which needs it; others don't keep it."""
 
 
-class PreviewedPolicy(LifecyclePolicy, forbid_unknown_fields=True):
+class PolicyPreviewRequest(LifecyclePolicy, forbid_unknown_fields=True):
     """A policy to look ahead with."""
 
 
-class ShownPolicy(Wire, omit_defaults=True):
+class PolicyShape(WireStruct, omit_defaults=True):
     """A policy, with what belongs to its type."""
 
     type: PolicyType
@@ -70,7 +70,7 @@ class ShownPolicy(Wire, omit_defaults=True):
     schedule: ScheduleShape | UnsetType = UNSET
 
 
-def stored(body: LifecyclePolicy) -> dict[str, Any]:
+def store_policy(body: LifecyclePolicy) -> dict[str, Any]:
     """Return a policy as it is stored; raises 422."""
     match body.type:
         case PolicyType.IDLE_SHUTDOWN:
@@ -87,13 +87,13 @@ def stored(body: LifecyclePolicy) -> dict[str, Any]:
             return {"type": body.type.value}
 
 
-def shown(policy: Mapping[str, Any]) -> ShownPolicy:
+def show_policy(policy: Mapping[str, Any]) -> PolicyShape:
     """Return a stored policy as clients see it."""
-    return msgspec.convert(policy, ShownPolicy)
+    return msgspec.convert(policy, PolicyShape)
 
 
 def _check(schedule: ScheduleShape) -> None:
-    problems = Problems()
+    problems = ProblemCollector()
     if schedule.timezone not in weekly_windows.zone_names():
         message = "schedule.timezone must be the name of a zone, such as America/Los_Angeles or UTC"
         problems.add("schedule.timezone", "unknown-timezone", message)
@@ -101,7 +101,7 @@ def _check(schedule: ScheduleShape) -> None:
     problems.raise_any()
 
 
-def _check_windows(given: Sequence[WindowShape], problems: Problems) -> None:
+def _check_windows(given: Sequence[WindowShape], problems: ProblemCollector) -> None:
     for index, one in enumerate(given):
         path = f"schedule.windows.{index}.endTime"
         try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from gateway import errors
+from gateway.http import errors
 from json_text import decoding
 from messages.broker import Letter
 from messages.deployments import ReadPodLogs
@@ -22,7 +22,7 @@ ANSWER_SECONDS: Final = 15.0
 MAX_ASKED: Final = 100
 
 
-class Line(msgspec.Struct):
+class PodLogEntry(msgspec.Struct):
     """What a pod has written; `at` is RFC 3339, or None where the cluster keeps no times."""
 
     pod: str
@@ -30,23 +30,23 @@ class Line(msgspec.Struct):
     text: str
 
 
-class PodLogs:
+class PodLogReader:
     """All that was asked by this gateway and not answered yet."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._asked: dict[str, asyncio.Future[Sequence[Line]]] = {}
+        self._asked: dict[str, asyncio.Future[Sequence[PodLogEntry]]] = {}
 
     async def start(self) -> None:
         """Hear the answers."""
         await self._broker.listen(self._noticed)
 
-    async def read(self, workflow_id: str, limit: int) -> Sequence[Line]:
+    async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
         """Return the last lines of a workflow's pods; raises 503 where no deployer answers, or the cluster doesn't."""
         if len(self._asked) >= MAX_ASKED:
             raise errors.not_ready("Too many wait here for what pods have written: try again")
         asked = ids.new_id("logs")
-        answer: asyncio.Future[Sequence[Line]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Sequence[PodLogEntry]] = asyncio.get_running_loop().create_future()
         self._asked[asked] = answer
         try:
             await self._broker.tell_deployer(
@@ -69,4 +69,4 @@ class PodLogs:
         if lines is None:
             answer.set_exception(errors.not_ready(f"The cluster did not tell: {notice.message.get('error')}"))
         else:
-            answer.set_result(decoding.decode(lines, list[Line]))
+            answer.set_result(decoding.decode(lines, list[PodLogEntry]))

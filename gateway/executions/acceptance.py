@@ -11,7 +11,7 @@ from sqlalchemy import select, tuple_
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
-from gateway import errors, limits
+from gateway.http import errors, limits
 from journal import concurrency_limits
 from journal.group_commit import GroupCommit
 from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey
@@ -23,9 +23,9 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from sqlalchemy import Row
 
-    from gateway.arrivals.event_telling import EventTelling
-    from gateway.executions.waiting import Waiting
-    from gateway.internal.desk import Desk
+    from gateway.executions.long_poll import ExecutionPollHub
+    from gateway.ingest.event_wait_delivery import EventWaitDelivery
+    from gateway.pods.poll_hub import PodPollHub
     from journal.store import (
         IdempotencyKey,
         IngestedRun,
@@ -55,7 +55,7 @@ _CLOSED: Final[Mapping[WorkflowStatus, str]] = {
 """Statuses in which no run is taken in, and what to do about it."""
 
 
-class Acceptances:
+class RunAcceptor:
     """The way in of one gateway."""
 
     def __init__(
@@ -63,9 +63,9 @@ class Acceptances:
         database: Database,
         store: JournalStore,
         broker: Broker,
-        waiting: Waiting,
-        desk: Desk,
-        events: EventTelling,
+        waiting: ExecutionPollHub,
+        desk: PodPollHub,
+        events: EventWaitDelivery,
     ) -> None:
         self._database = database
         self._store = store
@@ -211,7 +211,7 @@ def require_open(status: WorkflowStatus) -> None:
         raise errors.conflict(f"workflow-{status}", _CLOSED[status])
 
 
-async def earlier(database: Database, lane: int, key: IdempotencyKey) -> AcceptanceResult | None:
+async def find_earlier(database: Database, lane: int, key: IdempotencyKey) -> AcceptanceResult | None:
     """Return the answer that an earlier request with this key got, if there was one."""
     statement = select(col(Idempotency.fingerprint), col(Idempotency.resource_id)).where(
         col(Idempotency.lane) == lane,
@@ -226,7 +226,7 @@ async def earlier(database: Database, lane: int, key: IdempotencyKey) -> Accepta
     return _as_bound(row, key)
 
 
-async def all_earlier(
+async def find_all_earlier(
     database: Database, lane: int, keys: Sequence[IdempotencyKey]
 ) -> dict[IdempotencyKey, AcceptanceResult]:
     """Return the same of many keys; those that no earlier request had are left out."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from gateway import errors
+from gateway.http import errors
 from journal import backlog
 from models.errors import DatabaseUnavailable
 
@@ -39,7 +39,7 @@ MAX_TALLIES: Final = 20_000
 
 
 @dataclass(slots=True)
-class Tally:
+class BacklogCount:
     """What is known of one backlog."""
 
     counted: int | None = None
@@ -76,14 +76,14 @@ class Tally:
         return min(max(seconds, 1), MAX_RETRY_SECONDS)
 
 
-class Backlog:
+class BacklogLimits:
     """The backlogs that one gateway adds to."""
 
     def __init__(self, database: Database, settings: GatewaySettings) -> None:
         self._database = database
         self._per_workflow = settings.max_backlog_per_workflow
         self._per_organization = settings.max_backlog_per_organization
-        self._tallies: OrderedDict[str, Tally] = OrderedDict()
+        self._tallies: OrderedDict[str, BacklogCount] = OrderedDict()
         self._counting: set[asyncio.Task[None]] = set()
 
     async def require_room(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
@@ -108,7 +108,9 @@ class Backlog:
         """Finish what is being counted."""
         await asyncio.gather(*self._counting, return_exceptions=True)
 
-    async def _require_room_of_workflow(self, organization_id: str, workflow_id: str, count: int) -> Tally:
+    async def _require_room_of_workflow(
+        self, organization_id: str, workflow_id: str, count: int
+    ) -> BacklogCount:
         workflow = self._tally(workflow_id)
         limit = self._per_workflow
 
@@ -122,10 +124,10 @@ class Backlog:
             raise errors.queue_full("the workflow", limit, workflow.retry_seconds(count, limit))
         return workflow
 
-    def _tally(self, whose: str) -> Tally:
+    def _tally(self, whose: str) -> BacklogCount:
         tally = self._tallies.get(whose)
         if tally is None:
-            tally = self._tallies[whose] = Tally()
+            tally = self._tallies[whose] = BacklogCount()
         self._tallies.move_to_end(whose)
         if len(self._tallies) > MAX_TALLIES:
             self._tallies.popitem(last=False)
@@ -133,7 +135,7 @@ class Backlog:
 
     async def _look(
         self,
-        tally: Tally,
+        tally: BacklogCount,
         count: int,
         limit: int,
         find: Callable[[AsyncConnection], Awaitable[int]],
@@ -146,7 +148,7 @@ class Backlog:
         if tally.counting is not None and (tally.counted is None or tally.lacks_room(count, limit)):
             await asyncio.shield(tally.counting)
 
-    async def _count(self, tally: Tally, find: Callable[[AsyncConnection], Awaitable[int]]) -> None:
+    async def _count(self, tally: BacklogCount, find: Callable[[AsyncConnection], Awaitable[int]]) -> None:
         began, added = monotonic(), tally.added
         try:
             async with self._database.read() as connection:

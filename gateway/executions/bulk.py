@@ -1,253 +1,166 @@
-"""Many executions at once: which of them a filter finds for whom, and what is done to them, a few at a time."""
+"""Many executions at once: cancelled, retried or deleted by a filter."""
 
 from __future__ import annotations
 
-import asyncio
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Final
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Annotated, Any
 
-import msgspec
 import structlog
-from sqlalchemy import and_, exists, or_, select
-from sqlmodel import col
+from msgspec import Meta
+from sqlalchemy import ColumnElement
 
-from engine.values import fingerprint
-from gateway import audit
-from gateway.executions import acceptance, execution_rows, resumption
-from gateway.executions.ending import ask_to_end
-from gateway.executions.execution_access import visible_to
-from gateway.executions.resumption import IS_RESUMED
-from gateway.executions.tries import TEST
-from gateway.http import idempotency
-from journal.blobs import orphan_blobs
-from journal.blobs.blob_storage import BlobsUnavailable
-from journal.run_deletion import IS_DELETABLE, delete_runs
-from journal.store import AcceptanceVerdict, ExecutionKey
-from json_text import decoding
-from models import ids
+from gateway.executions import bulk_actions
+from gateway.executions.bulk_actions import ChosenExecutions
+from gateway.executions.execution_rows import ExecutionFilter
+from gateway.http import idempotency, limits
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import StrictWire, WireStruct, body_of, decode_body, read_json
 from models.audit import AuditAction
-from models.errors import LockWaitTimeout
-from models.execution import Execution
-from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
-from models.workflow import Workflow, WorkflowStatus
-
-if TYPE_CHECKING:
-    from sqlalchemy import ColumnElement
-    from sqlalchemy.ext.asyncio import AsyncConnection
-
-    from gateway.executions.execution_rows import Filter
-    from gateway.http.request import Request
-    from gateway.state import State
-    from journal.store import EndRequestOutcome, IdempotencyKey
-    from models.access import ApiCaller
+from models.execution_status import ExecutionStatus
 
 log = structlog.get_logger()
 
-CANCELS_AT_ONCE: Final = 20
-RETRIES_AT_ONCE: Final = 20
-"""In one transaction."""
-DELETIONS_AT_ONCE: Final = 100
 
+class BulkFilter(StrictWire):
+    """Which executions; one that names no field finds all that there are."""
 
-class Chosen(msgspec.Struct, frozen=True):
-    """What a request is about: found once, and the same whenever it is repeated."""
+    workflow_id: str | None = None
+    status: ExecutionStatus | list[ExecutionStatus] | None = None
+    trigger_type: str | None = None
+    created_after: Annotated[datetime, Meta(tz=True)] | None = None
+    """Accepted at this time or later."""
+    created_before: Annotated[datetime, Meta(tz=True)] | None = None
 
-    operation_id: str
-    matched: int
-    """Executions that were found in all."""
-    execution_ids: Sequence[str]
-    """The oldest of them, as many as are to be acted on."""
-
-
-_encode = msgspec.json.Encoder().encode
-_decode = decoding.build_decoder(Chosen).decode
-
-
-# ── which ───────────────────────────────────────────────────────────────────────────────────────────────────
-
-_OPEN: Final = exists().where(
-    col(Workflow.id) == col(Execution.workflow_id),
-    col(Workflow.deleted_at).is_(None),
-    col(Workflow.status).in_([WorkflowStatus.DRAFT, WorkflowStatus.ACTIVE]),
-)
-
-
-def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return what holds for executions that the caller may cancel, and that nobody has cancelled."""
-    is_asked_for = col(Execution.request) == "cancel"
-    goes_on = col(Execution.status).not_in(TERMINAL_STATUSES)
-    return and_(visible_to(caller), goes_on, or_(col(Execution.request).is_(None), ~is_asked_for))
-
-
-def retryable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return what holds for failed executions that the caller may resume, and that nobody has resumed.
-
-    Tests of nodes are left alone: they were run to be looked at.
-    """
-    has_failed = col(Execution.status) == ExecutionStatus.FAILED
-    # Clients may call any run `test`, but only that of a node is private too.
-    is_node_test = and_(col(Execution.trigger_type) == TEST, col(Execution.is_private))
-    return and_(visible_to(caller), has_failed, ~is_node_test, ~IS_RESUMED, _OPEN.correlate(Execution))
-
-
-def deletable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return what holds for executions that may go, and whose workflow is the caller's to delete."""
-    if caller.is_admin:
-        return and_(visible_to(caller), IS_DELETABLE)
-    own = exists().where(
-        col(Workflow.id) == col(Execution.workflow_id), col(Workflow.owner_id) == caller.user_id
-    )
-    return and_(visible_to(caller), IS_DELETABLE, own.correlate(Execution))
-
-
-async def find(
-    request: Request, wanted: Filter, condition: ColumnElement[bool], limit: int
-) -> tuple[Chosen, Counter[str]]:
-    """Return the oldest executions that a filter finds among those of a kind, and how many are of each workflow."""
-    async with request.gateway.database.read() as connection:
-        matched, rows = await execution_rows.oldest(connection, wanted, condition, limit=limit)
-    found = Chosen(ids.new_id("bulk"), matched, [row.id for row in rows])
-    return found, Counter(row.workflow_id for row in rows)
-
-
-async def trace(request: Request, found: Chosen, action: AuditAction, about: str) -> None:
-    """Leave the trace of what is about to be done, to executions of the workflow or organisation `about`."""
-    leave = partial(_trace, request=request, found=found, action=action, about=about)
-    await request.gateway.database.transaction(leave)
-
-
-async def begin_retry(request: Request, found: Chosen, about: str, promise: IdempotencyKey | None) -> Chosen:
-    """Leave such a trace, and return what is to be retried: what the first request with the promise has found.
-
-    Raises 422 where that had another body.
-    """
-    text, now = _encode(found).decode(), request.gateway.clock()
-
-    async def keep(connection: AsyncConnection) -> str:
-        bound = text
-        if promise is not None:
-            lane = request.caller.lane
-            bound = await idempotency.reserve(connection, promise, lane=lane, resource_id=text, now=now)
-        if bound == text:
-            await _trace(
-                connection, request=request, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
-            )
-        return bound
-
-    return _decode(await request.gateway.database.transaction(keep))
-
-
-async def begun(request: Request, promise: IdempotencyKey) -> Chosen | None:
-    """Return what an earlier request with this promise was about; raises 422 where that had another body."""
-    earlier = await acceptance.earlier(request.gateway.database, request.caller.lane, promise)
-    if earlier is None:
-        return None
-    if earlier.verdict is AcceptanceVerdict.MISMATCH:
-        raise idempotency.mismatch()
-    return _decode(earlier.execution_id)
-
-
-async def _trace(
-    connection: AsyncConnection, *, request: Request, found: Chosen, action: AuditAction, about: str
-) -> None:
-    hashed = fingerprint(list(found.execution_ids))
-    before, after = (hashed, None) if action is AuditAction.EXECUTIONS_DELETED else (None, hashed)
-    if found.execution_ids:
-        await audit.record(connection, request.caller, action, about, before=before, after=after)
-
-
-# ── what is done to them ────────────────────────────────────────────────────────────────────────────────────
-
-
-async def cancel(gateway: State, caller: ApiCaller, execution_ids: Sequence[str]) -> list[str]:
-    """Cancel executions; returns those that had not ended by themselves."""
-    cancelled: list[str] = []
-    for some in _batches(execution_ids, CANCELS_AT_ONCE):
-        keys = [ExecutionKey(execution_id, caller.lane) for execution_id in some]
-        answers = await asyncio.gather(*(_ask_to_end_unlocked(gateway, key) for key in keys))
-        cancelled += [
-            execution_id
-            for execution_id, answer in zip(some, answers, strict=True)
-            if answer is not None and answer.status not in TERMINAL_STATUSES - {ExecutionStatus.CANCELLED}
-        ]
-    return cancelled
-
-
-async def _ask_to_end_unlocked(gateway: State, key: ExecutionKey) -> EndRequestOutcome | None:
-    """Cancel an execution; None where there is none, or another transaction keeps it locked."""
-    try:
-        return await ask_to_end(gateway, key, "cancel")
-    except LockWaitTimeout:
-        return None
-
-
-async def retry(gateway: State, caller: ApiCaller, chosen: Chosen) -> dict[str, str]:
-    """Resume failed executions, each once however often this is called; returns the new ones by those."""
-    new_ids = {
-        execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
-        for execution_id in chosen.execution_ids
-    }
-    resumed: set[str] = set()
-    for some in _batches(chosen.execution_ids, RETRIES_AT_ONCE):
-        keys = await _resumed_unlocked(gateway, caller, {one: new_ids[one] for one in some})
-        for execution_id, concurrency_key in keys.items():
-            resumed.add(execution_id)
-            gateway.access.allow(new_ids[execution_id], caller)
-            gateway.acceptances.follow(concurrency_key)
-    return {execution_id: new_id for execution_id, new_id in new_ids.items() if execution_id in resumed}
-
-
-async def _resumed_unlocked(
-    gateway: State, caller: ApiCaller, new_ids: Mapping[str, str]
-) -> dict[str, str | None]:
-    """Resume what still may be, one by one where another transaction keeps some of it locked; that is left."""
-    try:
-        return await gateway.database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
-    except LockWaitTimeout:
-        if len(new_ids) == 1:
-            return {}
-    resumed: dict[str, str | None] = {}
-    for one, new_id in new_ids.items():
-        resumed |= await _resumed_unlocked(gateway, caller, {one: new_id})
-    return resumed
-
-
-async def _resume(
-    connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
-) -> dict[str, str | None]:
-    """Resume what still may be; returns the concurrency keys of what was resumed, by now or by an earlier call."""
-    of_batch = col(Execution.id).in_(list(new_ids))
-    # In a statement of its own, so that the next ones see what whoever had the rows has committed.
-    locked = select(col(Execution.id)).where(of_batch).order_by(col(Execution.id)).with_for_update()
-    await connection.execute(locked)
-    made = select(col(Execution.resumed_from)).where(col(Execution.id).in_(list(new_ids.values())))
-    resumed: dict[str, str | None] = dict.fromkeys(await connection.scalars(made))
-    left = select(col(Execution.id), col(Execution.trigger_type), col(Execution.concurrency_key)).where(
-        of_batch, retryable(caller)
-    )
-    for row in (await connection.execute(left)).all():
-        failed = ExecutionKey(row.id, caller.lane)
-        await resumption.insert_copy(
-            connection, failed, new_ids[row.id], caller, trigger_type=row.trigger_type
+    def wanted(self) -> ExecutionFilter:
+        statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
+        return ExecutionFilter(
+            workflow_id=self.workflow_id,
+            statuses=statuses or (),
+            trigger_type=self.trigger_type,
+            parent_id=None,
+            since=self.created_after,
+            until=self.created_before,
         )
-        resumed[row.id] = row.concurrency_key
-    return resumed
 
 
-async def delete(gateway: State, execution_ids: Sequence[str]) -> list[str]:
-    """Delete executions that have ended, with all that belongs to them; returns which."""
-    deleted: list[str] = []
-    for some in _batches(execution_ids, DELETIONS_AT_ONCE):
-        gone = await delete_runs(gateway.database, some)
-        deleted += [execution_id for execution_id in some if execution_id in gone]
-        try:
-            await orphan_blobs.delete_unused(gateway.blobs, gateway.database, list(gone.values()))
-        except BlobsUnavailable as error:
-            log.warning("blobs of deleted executions not deleted", error=str(error))  # orphans from now on
-    return deleted
+class BulkRequest(StrictWire):
+    """What a request is to act on. A field that isn't known is refused: it might have been meant to spare something."""
+
+    filter: BulkFilter
+    dry_run: bool = False
+    """Find what it would act on, and leave it as it is."""
+    limit: Annotated[int, Meta(ge=1, le=limits.BULK_EXECUTIONS)] = limits.BULK_EXECUTIONS
+    """How many to act on, the oldest first; the answer says how many remain."""
 
 
-def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
-    return (items[begin : begin + size] for begin in range(0, len(items), size))
+class BulkResult(WireStruct):
+    """What became of a request about many executions."""
+
+    dry_run: bool
+    matched: int
+    """Executions that could be acted on, and that the filter has found."""
+    affected: int
+    """Those of them that were acted on; others may have changed meanwhile."""
+    remaining: int
+    """Those beyond the limit, for the next request."""
+    execution_ids: Sequence[str]
+    """The first 100 of those that were acted on, or would have been."""
+
+
+class BulkRetryResult(BulkResult):
+    """What became of a request to retry."""
+
+    new_execution_ids: Sequence[str]
+    """What goes on from each of `executionIds`, in their order."""
+
+
+async def cancel(request: GatewayRequest) -> JsonResponse:
+    """Cancel the executions that a filter finds and that have not ended, the oldest first."""
+    body = await decode_body(request, BulkRequest)
+    chosen = await _chosen(
+        request, body, bulk_actions.cancellable(request.caller), AuditAction.EXECUTIONS_CANCELLED
+    )
+    if body.dry_run:
+        return JsonResponse(BulkResult(**_counts(chosen, None)))
+    cancelled = await bulk_actions.cancel(request.gateway, request.caller, chosen.execution_ids)
+    log.info("executions cancelled", executions=len(cancelled), matched=chosen.matched)
+    return JsonResponse(BulkResult(**_counts(chosen, cancelled)))
+
+
+async def delete(request: GatewayRequest) -> JsonResponse:
+    """Delete the executions that a filter finds, with their spans, logs and contents, the oldest first.
+
+    It takes the owner of their workflow or an admin, and leaves what has not ended, what somebody is still to be told
+    of, and what was started by an execution that goes on.
+    """
+    body = await decode_body(request, BulkRequest)
+    chosen = await _chosen(
+        request, body, bulk_actions.deletable(request.caller), AuditAction.EXECUTIONS_DELETED
+    )
+    if body.dry_run:
+        return JsonResponse(BulkResult(**_counts(chosen, None)))
+    deleted = await bulk_actions.delete(request.gateway, chosen.execution_ids)
+    log.info("executions deleted", executions=len(deleted), matched=chosen.matched)
+    return JsonResponse(BulkResult(**_counts(chosen, deleted)))
+
+
+async def retry(request: GatewayRequest) -> JsonResponse:
+    """Resume the failed executions that a filter finds, the oldest first: each as a new one that goes on from there.
+
+    One that was resumed already is passed over, and so are those of workflows that are closed or gone.
+    """
+    value = await read_json(request)
+    body = body_of(request, value, BulkRequest)
+    promise = idempotency.requested_key(request, value)
+    earlier = None if promise is None else await bulk_actions.begun(request, promise)
+    if earlier is not None:
+        return await _retried(request, earlier, headers=idempotency.REPLAYED)
+    found, by_workflow = await bulk_actions.find(
+        request, body.filter.wanted(), bulk_actions.retryable(request.caller), body.limit
+    )
+    if body.dry_run:
+        preview = BulkRetryResult(**_counts(found, None), new_execution_ids=[])
+        return JsonResponse(preview)
+    for workflow_id, runs in by_workflow.items():
+        await request.gateway.backlog.require_room(request.caller.organization_id, workflow_id, runs)
+    chosen = await bulk_actions.begin_retry(request, found, _about(request, body), promise)
+    return await _retried(request, chosen, headers={} if chosen == found else idempotency.REPLAYED)
+
+
+async def _retried(
+    request: GatewayRequest, chosen: ChosenExecutions, headers: Mapping[str, str]
+) -> JsonResponse:
+    resumed = await bulk_actions.retry(request.gateway, request.caller, chosen)
+    log.info("executions retried", executions=len(resumed), matched=chosen.matched)
+    listed = list(resumed.values())[: limits.BULK_LISTED]
+    answer = BulkRetryResult(**_counts(chosen, list(resumed)), new_execution_ids=listed)
+    return JsonResponse(answer, headers=headers)
+
+
+async def _chosen(
+    request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
+) -> ChosenExecutions:
+    """Return what is to be acted on, once it is traced that it will be."""
+    found, _ = await bulk_actions.find(request, body.filter.wanted(), condition, body.limit)
+    if not body.dry_run:
+        await bulk_actions.trace(request, found, action, _about(request, body))
+    return found
+
+
+def _about(request: GatewayRequest, body: BulkRequest) -> str:
+    """Return what the audit trail says was changed: a workflow's executions, or an organisation's."""
+    return body.filter.workflow_id or request.caller.organization_id
+
+
+def _counts(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
+    """Return what is told of every request; of one that does nothing, `done` is None."""
+    listed = chosen.execution_ids if done is None else done
+    return {
+        "dry_run": done is None,
+        "matched": chosen.matched,
+        "affected": len(done or ()),
+        "remaining": chosen.matched - (0 if done is None else len(chosen.execution_ids)),
+        "execution_ids": listed[: limits.BULK_LISTED],
+    }

@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, and_, exists, or_, select
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
-from gateway import errors
+from gateway.http import errors
 from journal.store import ExecutionKey
 from models.execution import Execution
 from models.workflow import Workflow, is_readable_by
@@ -22,7 +22,7 @@ VISIBLE_SECONDS: Final = 5.0
 MAX_VISIBLE: Final = 20_000
 
 
-def visible_to(caller: ApiCaller) -> ColumnElement[bool]:
+def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a caller may see an execution: its workflow is readable.
 
     Of a deleted workflow, the history stays with admins, the owner, and whoever ran it. So does a private execution.
@@ -54,7 +54,9 @@ class ExecutionAccess:
     async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
         """Return where the rows of an execution are that the caller may see; raises 404."""
         if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
-            statement = select(col(Execution.id)).where(col(Execution.id) == execution_id, visible_to(caller))
+            statement = select(col(Execution.id)).where(
+                col(Execution.id) == execution_id, visibility_condition(caller)
+            )
             async with self._database.read() as connection:
                 if await connection.scalar(statement) is None:
                     raise errors.not_found("execution")

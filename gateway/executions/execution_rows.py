@@ -26,7 +26,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
-from gateway.executions.execution_access import visible_to
+from gateway.executions.execution_access import visibility_condition
 from journal.blobs.blob_storage import BlobOwner
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from engine.run_records import SpanStatus
-    from gateway.http.query import Page
+    from gateway.http.query import PageBounds
     from journal.store import ExecutionKey
     from models.access import ApiCaller
     from models.execution_status import ExecutionStatus
@@ -73,7 +73,7 @@ _IS_REFERENCE: Final = and_(col(SpanRow.output).is_(None), col(SpanRow.output_bl
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class ExecutionFilter:
     """Which executions a list shows."""
 
     workflow_id: str | None
@@ -87,7 +87,7 @@ class Filter:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class ExecutionRecord:
     """An execution with everything that belongs to it."""
 
     execution: Execution
@@ -98,12 +98,16 @@ class Whole:
     """Ids of the nodes whose text is the reference to a blob."""
 
 
-async def page(
-    connection: AsyncConnection, caller: ApiCaller, wanted: Filter, part: Page, order: ColumnElement[Any]
+async def list_executions(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    wanted: ExecutionFilter,
+    part: PageBounds,
+    order: ColumnElement[Any],
 ) -> tuple[int, list[Execution]]:
     """Return how many executions the caller may see, and a page of them."""
     conditions = [
-        visible_to(caller),
+        visibility_condition(caller),
         col(ExecutionData.organization_id) == caller.organization_id,
         *_conditions(wanted),
     ]
@@ -125,8 +129,8 @@ async def page(
     return count or 0, [Execution(**row) for row in rows.mappings()]
 
 
-async def oldest(
-    connection: AsyncConnection, wanted: Filter, *conditions: ColumnElement[bool], limit: int
+async def find_oldest(
+    connection: AsyncConnection, wanted: ExecutionFilter, *conditions: ColumnElement[bool], limit: int
 ) -> tuple[int, Sequence[Recorded]]:
     """Return how many executions fulfil all conditions, and the ids and workflows of the oldest."""
     same_run = and_(
@@ -147,7 +151,7 @@ async def oldest(
     return count or 0, rows.all()
 
 
-def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
+def _conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
     if wanted.workflow_id is not None:
         yield col(ExecutionData.workflow_id) == wanted.workflow_id
     if wanted.statuses:
@@ -166,9 +170,11 @@ def _conditions(wanted: Filter) -> Iterable[ColumnElement[bool]]:
         yield col(ExecutionData.created_at) < wanted.until
 
 
-async def find(connection: AsyncConnection, execution_id: str, caller: ApiCaller) -> Whole | None:
+async def find_execution(
+    connection: AsyncConnection, execution_id: str, caller: ApiCaller
+) -> ExecutionRecord | None:
     """Return an execution that the caller may see."""
-    condition = and_(col(Execution.id) == execution_id, visible_to(caller))
+    condition = and_(col(Execution.id) == execution_id, visibility_condition(caller))
     execution = (await connection.execute(select(Execution).where(condition))).mappings().first()
     if execution is None:
         return None
@@ -190,7 +196,7 @@ async def find(connection: AsyncConnection, execution_id: str, caller: ApiCaller
         .order_by(col(SpanRow.sequence))
     )
     rows = (await connection.execute(outputs)).all()
-    return Whole(
+    return ExecutionRecord(
         Execution(**execution),
         ExecutionData(**data),
         [(row.node_id, row.output) for row in rows],
@@ -269,10 +275,10 @@ _ATTEMPTS: Final = select(
 """The same columns, of attempts."""
 
 
-async def spans(
+async def list_spans(
     connection: AsyncConnection,
     key: ExecutionKey,
-    part: Page,
+    part: PageBounds,
     *,
     node_id: str | None,
     statuses: Sequence[SpanStatus],
@@ -301,8 +307,8 @@ def _spans_and_attempts(
     return union_all(_SPANS.where(*of_spans), _ATTEMPTS.where(*of_attempts)).order_by("sequence")
 
 
-async def logs(
-    connection: AsyncConnection, key: ExecutionKey, part: Page, *, levels: Sequence[str]
+async def list_logs(
+    connection: AsyncConnection, key: ExecutionKey, part: PageBounds, *, levels: Sequence[str]
 ) -> tuple[int, Sequence[Recorded]]:
     """Return how many lines a run's log has, and a page of them, the oldest first."""
     conditions = list(_of(LogRow, key))
@@ -318,7 +324,7 @@ async def _page(
     connection: AsyncConnection,
     counted: Select[int],
     statement: Select[*tuple[Any, ...]] | CompoundSelect[*tuple[Any, ...]],
-    part: Page,
+    part: PageBounds,
 ) -> tuple[int, Sequence[Recorded]]:
     count: int | None = await connection.scalar(counted)
     rows = (await connection.execute(statement.limit(part.limit).offset(part.offset))).all()
@@ -334,7 +340,7 @@ def _of(table: type[SpanRow | AttemptRow | LogRow], key: ExecutionKey) -> Iterab
 
 
 @dataclass(frozen=True, slots=True)
-class News:
+class RunChanges:
     """What has been recorded of a run since a stream last looked, in order."""
 
     spans: Sequence[Recorded]
@@ -343,7 +349,7 @@ class News:
     """There is nothing more yet."""
 
 
-async def heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
+async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
     """Return the light rows of several executions at once, by id."""
     ids, lanes = {key.execution_id for key in keys}, {key.lane for key in keys}
     statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.lane).in_(lanes))
@@ -351,7 +357,9 @@ async def heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> di
     return {row["id"]: Execution(**row) for row in rows.mappings()}
 
 
-async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int) -> News:
+async def read_changes(
+    connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int
+) -> RunChanges:
     """Return spans and log lines with a sequence number above `after`, the lowest of either kind."""
     # Between two statements more may be committed, of either kind: both go as far as was there at one moment.
     newest = (await connection.execute(_newest(key))).one()
@@ -375,9 +383,9 @@ async def news(connection: AsyncConnection, key: ExecutionKey, after: int, *, at
     # Behind the end of a list that was cut there may be more of its kind: the other goes no further than that.
     cuts = [rows[-1].sequence for rows in (found_spans, found_logs) if len(rows) == at_most]
     if not cuts:
-        return News(found_spans, found_logs, is_all=True)
+        return RunChanges(found_spans, found_logs, is_all=True)
     cut = min(cuts)
-    return News(
+    return RunChanges(
         [row for row in found_spans if row.sequence <= cut],
         [row for row in found_logs if row.sequence <= cut],
         is_all=False,

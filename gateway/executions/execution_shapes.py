@@ -11,13 +11,13 @@ from msgspec import UNSET, Meta, Raw, UnsetType, convert
 from engine.node_api import CONTINUE
 from engine.run_records import FailureCause, SpanStatus
 from gateway.executions.execution_rows import SpanKind
-from gateway.http.wire import Instant, Wire, instant, optional_instant
+from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal import unparsed_mail
 from journal.waits.completion import CompletionAction, CompletionOutcome
 from models.execution_status import ExecutionStatus
 
 if TYPE_CHECKING:
-    from gateway.executions.execution_rows import Recorded, Whole
+    from gateway.executions.execution_rows import ExecutionRecord, Recorded
     from gateway.executions.large_outputs import ShownOutputs
     from journal.store import RunProgressReport
     from models.execution import Execution
@@ -28,7 +28,7 @@ _DIGEST_BYTES = 32
 _HASHED_PARTS = ("type", "config", "mappings", "input")
 
 
-class ExecutionErrorShape(Wire):
+class ExecutionErrorShape(WireStruct):
     """The reason for which an execution has failed."""
 
     code: str
@@ -53,14 +53,14 @@ ErrorText: TypeAlias = Annotated[
 """An error as JSON, passed through as it is stored."""
 
 
-class TriggerShape(Wire):
+class TriggerShape(WireStruct):
     """What set a run off; lists leave its data out."""
 
     type: str
     data: Raw | UnsetType = UNSET
 
 
-class FollowUpShape(Wire):
+class FollowUpShape(WireStruct):
     """How it goes with telling somebody of the end of a run, or with running a workflow about its failure."""
 
     pending: bool
@@ -70,7 +70,7 @@ class FollowUpShape(Wire):
     """Why the last attempt failed; with nothing pending, it was given up."""
 
 
-class ExecutionShape(Wire):
+class ExecutionShape(WireStruct):
     """An execution; `config` and `outputs` are only in the answer about this one."""
 
     id: str
@@ -104,7 +104,7 @@ class ExecutionShape(Wire):
     """Null where nobody is to be told of its end."""
 
 
-class ProgressShape(Wire):
+class ProgressShape(WireStruct):
     """Where a run is; `outputs` are there when it has ended."""
 
     execution_id: str
@@ -117,7 +117,7 @@ class ProgressShape(Wire):
     error: ErrorText | None
 
 
-class HeadShape(Wire):
+class HeadShape(WireStruct):
     """What a stream tells of the run itself."""
 
     execution_id: str
@@ -128,7 +128,7 @@ class HeadShape(Wire):
     error: ErrorObject | None
 
 
-class SpanShape(Wire):
+class SpanShape(WireStruct):
     """One node in one run, one turn of a loop, or one attempt of a node that was tried more than once."""
 
     id: str
@@ -158,7 +158,7 @@ class SpanShape(Wire):
     """SHA-256, in hexadecimal, of type and version, of config after defaults, of mappings, and of the input."""
 
 
-class LogShape(Wire):
+class LogShape(WireStruct):
     """One line of a run's log."""
 
     id: str
@@ -170,7 +170,7 @@ class LogShape(Wire):
     created_at: Instant
 
 
-def listed(execution: Execution) -> ExecutionShape:
+def show_summary(execution: Execution) -> ExecutionShape:
     """Return an execution as lists show it, without what may be large."""
     return ExecutionShape(
         id=execution.id,
@@ -181,7 +181,7 @@ def listed(execution: Execution) -> ExecutionShape:
         user_id=execution.user_id,
         organization_id=execution.organization_id,
         error=execution.error,
-        progress=percent(execution.status, execution.progress),
+        progress=percent_done(execution.status, execution.progress),
         completed_nodes=execution.completed_nodes,
         total_nodes=execution.total_nodes,
         resumed_from=execution.resumed_from,
@@ -195,9 +195,9 @@ def listed(execution: Execution) -> ExecutionShape:
     )
 
 
-def whole(found: Whole, outputs: ShownOutputs) -> ExecutionShape:
+def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionShape:
     """Return an execution with everything that belongs to it, its outputs as `outputs` shows them."""
-    shape = listed(found.execution)
+    shape = show_summary(found.execution)
     shape.trigger = TriggerShape(
         type=found.execution.trigger_type, data=Raw(unparsed_mail.visible_trigger(found.data.trigger))
     )
@@ -207,11 +207,11 @@ def whole(found: Whole, outputs: ShownOutputs) -> ExecutionShape:
     return shape
 
 
-def progress(found: RunProgressReport, outputs: ShownOutputs) -> ProgressShape:
+def show_progress(found: RunProgressReport, outputs: ShownOutputs) -> ProgressShape:
     return ProgressShape(
         execution_id=found.execution_id,
         status=found.status,
-        progress=percent(found.status, found.percent),
+        progress=percent_done(found.status, found.percent),
         completed_nodes=found.completed_nodes,
         total_nodes=found.total_nodes,
         outputs=_outputs(found, outputs),
@@ -219,18 +219,18 @@ def progress(found: RunProgressReport, outputs: ShownOutputs) -> ProgressShape:
     )
 
 
-def head(execution: Execution) -> HeadShape:
+def show_head(execution: Execution) -> HeadShape:
     return HeadShape(
         execution_id=execution.id,
         status=execution.status,
-        progress=percent(execution.status, execution.progress),
+        progress=percent_done(execution.status, execution.progress),
         completed_nodes=execution.completed_nodes,
         total_nodes=execution.total_nodes,
         error=execution.error,
     )
 
 
-def span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
+def show_span(row: Recorded, outputs: ShownOutputs) -> SpanShape:
     is_retried = row.kind == SpanKind.ATTEMPT or row.status == SpanStatus.RETRYING
     return SpanShape(
         id=row.id,
@@ -262,7 +262,7 @@ def _kind(row: Recorded) -> SpanKind:
     return SpanKind.TURN if is_turn else SpanKind(row.kind)
 
 
-def log(row: Recorded) -> LogShape:
+def show_log(row: Recorded) -> LogShape:
     return LogShape(
         id=row.id,
         execution_id=row.execution_id,
@@ -274,12 +274,12 @@ def log(row: Recorded) -> LogShape:
     )
 
 
-def percent(status: str, stored: int) -> int:
+def percent_done(status: str, stored: int) -> int:
     """Return how much of a run is done: as it is stored, and 100 where it has completed."""
     return 100 if status == ExecutionStatus.COMPLETED else stored
 
 
-def _outputs(found: Whole | RunProgressReport, outputs: ShownOutputs) -> dict[str, Raw]:
+def _outputs(found: ExecutionRecord | RunProgressReport, outputs: ShownOutputs) -> dict[str, Raw]:
     references = frozenset(found.references)
     return {
         node_id: outputs.show(text, is_reference=node_id in references) for node_id, text in found.outputs

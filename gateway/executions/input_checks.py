@@ -6,27 +6,27 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from engine.run_errors import NodeError
-from gateway import errors, limits
-from gateway.http.text import Problems
+from gateway.http import errors, limits
+from gateway.http.text_rules import ProblemCollector
 from nodes.sandbox.form_checks import InvalidSchema
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
     from nodes.sandbox.form_checks import FormViolation
 
 
-def choices_of(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
+def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
     """Return the choices that a node has asked by."""
     return cast("Sequence[Mapping[str, Json]]", request.get("choices") or [])
 
 
-async def require_fitting(
-    request: Request, asked: Mapping[str, Json], choice: str | None, data: Json
+async def require_valid_inputs(
+    request: GatewayRequest, asked: Mapping[str, Json], choice: str | None, data: Json
 ) -> None:
     """Raise 422 unless an answer is one of the choices, and its data what the schema says."""
-    found = Problems()
-    ports = [str(one["port"]) for one in choices_of(asked)]
+    found = ProblemCollector()
+    ports = [str(one["port"]) for one in read_choices(asked)]
     if choice is None and ports:
         found.add("choice", "required", f"choice is required: {' or '.join(ports)}")
     elif choice is not None and choice not in ports:
@@ -39,7 +39,7 @@ async def require_fitting(
     found.raise_any()
 
 
-async def _wrong(request: Request, schema: Mapping[str, Json], data: Json) -> Sequence[FormViolation]:
+async def _wrong(request: GatewayRequest, schema: Mapping[str, Json], data: Json) -> Sequence[FormViolation]:
     try:
         found = await request.gateway.forms.check(request.caller.organization_id, schema, data)
     except InvalidSchema as error:

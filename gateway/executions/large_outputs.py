@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 from msgspec import Raw
 
-from gateway import errors, limits
-from gateway.http.wire import Wire
+from gateway.http import errors, limits
+from gateway.http.wire import WireStruct
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobsUnavailable
 from journal.blobs.blob_store import BlobTooLarge
@@ -36,7 +36,7 @@ class OmissionReason(StrEnum):
     LOST = "lost"
 
 
-class OmissionNote(Wire):
+class OmissionNote(WireStruct):
     """The size of an output that is not shown, the reason, and the URL that returns it as JSON."""
 
     bytes: int

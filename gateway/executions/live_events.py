@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 
-from gateway import errors, limits
-from gateway.errors import ApiError
 from gateway.executions import execution_rows, execution_shapes
+from gateway.http import errors, limits
+from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from starlette.types import Receive, Scope, Send
 
     from gateway.executions.execution_access import ExecutionAccess
-    from gateway.executions.execution_rows import News
+    from gateway.executions.execution_rows import RunChanges
     from gateway.executions.large_outputs import LargeOutputs
-    from gateway.executions.waiting import Waiter, Waiting
-    from gateway.http.auth import Authenticator
-    from gateway.http.wire import Wire
+    from gateway.executions.long_poll import ExecutionPollHub, ExecutionWaiter
+    from gateway.http.authentication import KeyAuthenticator
+    from gateway.http.wire import WireStruct
     from journal.store import ExecutionKey
     from models.database import Database
     from models.execution import Execution
@@ -47,8 +47,8 @@ class LiveEvents:
     def __init__(
         self,
         database: Database,
-        waiting: Waiting,
-        authenticator: Authenticator,
+        waiting: ExecutionPollHub,
+        authenticator: KeyAuthenticator,
         access: ExecutionAccess,
         large_outputs: LargeOutputs,
     ) -> None:
@@ -61,11 +61,11 @@ class LiveEvents:
         """How many streams are open."""
         self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
 
-    def stream(self, key: ExecutionKey, after: int) -> EventStream:
+    def stream(self, key: ExecutionKey, after: int) -> RunEventStream:
         """Return the answer that tells of a run from behind `after` on; raises 503 where too many are open."""
         if self.open >= limits.EVENT_STREAMS:
             raise errors.not_ready("Too many event streams are open here: poll the progress instead")
-        return EventStream(self, key, after)
+        return RunEventStream(self, key, after)
 
     async def close(self) -> None:
         """Finish what is being read."""
@@ -82,11 +82,11 @@ class LiveEvents:
 
     async def _read_heads(self, batch: Sequence[ExecutionKey]) -> Sequence[Execution | None]:
         async with self.database.read() as connection:
-            found = await execution_rows.heads(connection, batch)
+            found = await execution_rows.read_heads(connection, batch)
         return [found.get(key.execution_id) for key in batch]
 
 
-class EventStream:
+class RunEventStream:
     """One client's stream, as an ASGI answer."""
 
     def __init__(self, live: LiveEvents, key: ExecutionKey, after: int) -> None:
@@ -116,7 +116,7 @@ class EventStream:
             finally:
                 client.cancel()
 
-    async def _tell(self, waiter: Waiter, scope: Scope, send: Send) -> bool:
+    async def _tell(self, waiter: ExecutionWaiter, scope: Scope, send: Send) -> bool:
         """Send what is new; False when there will be nothing more."""
         waiter.changed.clear()
         try:
@@ -144,21 +144,23 @@ class EventStream:
             return
         has_moved = shown is None or shown.status != head.status or shown.progress != head.progress
         if head.status not in TERMINAL_STATUSES and has_moved:
-            await self._send(send, _event("execution", execution_shapes.head(head)))
+            await self._send(send, _event("execution", execution_shapes.show_head(head)))
         is_all = False
         while not is_all:
             async with self._live.database.read() as connection:
-                news = await execution_rows.news(connection, self._key, self._after, at_most=EVENTS_AT_ONCE)
+                news = await execution_rows.read_changes(
+                    connection, self._key, self._after, at_most=EVENTS_AT_ONCE
+                )
             is_all = news.is_all
             await self._send(send, b"".join(self._events(news)))
         self._shown = head
         if head.status in TERMINAL_STATUSES:
-            await self._send(send, _event("execution", execution_shapes.head(head), END))
+            await self._send(send, _event("execution", execution_shapes.show_head(head), END))
 
-    def _events(self, news: News) -> list[bytes]:
+    def _events(self, news: RunChanges) -> list[bytes]:
         outputs = self._live.large_outputs.explain(self._key.execution_id)
-        spans = [(row.sequence, "span", execution_shapes.span(row, outputs)) for row in news.spans]
-        lines = [(row.sequence, "log", execution_shapes.log(row)) for row in news.logs]
+        spans = [(row.sequence, "span", execution_shapes.show_span(row, outputs)) for row in news.spans]
+        lines = [(row.sequence, "log", execution_shapes.show_log(row)) for row in news.logs]
         in_order = sorted([*spans, *lines], key=lambda event: event[0])
         if in_order:
             self._after = in_order[-1][0]
@@ -179,6 +181,6 @@ async def _until_gone(receive: Receive) -> None:
         pass
 
 
-def _event(name: str, shape: Wire, event_id: str | None = None) -> bytes:
+def _event(name: str, shape: WireStruct, event_id: str | None = None) -> bytes:
     head = f"id: {event_id}\n" if event_id is not None else ""
     return f"{head}event: {name}\ndata: ".encode() + _encode(shape) + b"\n\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gateway import errors
+from gateway.http import errors
 
 if TYPE_CHECKING:
-    from gateway.errors import ApiError
+    from gateway.http.errors import ApiError
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from enum import IntEnum
 from time import monotonic
 from typing import Final, Protocol
 
-from gateway import metrics
+from gateway.http import metrics
 
 SPENT_PART: Final = 0.75
 """Part of the process's descriptors that connections may take: files, databases and children need the others."""
@@ -90,7 +90,7 @@ class ConnectionBudget:
         if len(self._open) <= self._limit + self._reserve:
             return True
         self.leave(connection)
-        metrics.connection_closed("no-room")
+        metrics.count_closed_connection("no-room")
         return False
 
     def leave(self, connection: BoundedConnection) -> None:
@@ -107,7 +107,7 @@ class ConnectionBudget:
             self._next_look = now + LOOK_AGAIN_SECONDS
         for victim in victims:
             self.leave(victim)
-            metrics.connection_closed(victim.phase.name.lower().replace("_", "-"))
+            metrics.count_closed_connection(victim.phase.name.lower().replace("_", "-"))
             victim.cut()
 
     def _victims(self, newcomer: BoundedConnection, now: float) -> list[BoundedConnection]:

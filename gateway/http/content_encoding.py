@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Final
 
-from gateway.errors import ApiError
+from gateway.http.errors import ApiError
 
 PIECE_BYTES: Final = 262_144
 """Decompressed bytes that are made at once."""

@@ -43,7 +43,7 @@ _PREFLIGHT: Final = [
 _VARY: Final = (b"vary", b"Origin")
 
 
-class CrossOrigin:
+class CrossOriginLayer:
     """The layer around all others: every answer, and so every refusal, can be read by the pages that may ask."""
 
     def __init__(self, app: ASGIApp) -> None:

@@ -18,7 +18,7 @@ SANDBOXED: Final = (b"content-security-policy", b"sandbox; default-src 'none'")
 """Anybody may have written it: whoever opens it in a browser after all lets it do nothing."""
 
 
-class Download:
+class BlobDownload:
     """One content, which is closed when it was sent."""
 
     def __init__(self, opened: OpenBlob, sha256: str, closing: AsyncExitStack) -> None:
@@ -27,7 +27,7 @@ class Download:
         self._closing = closing
 
     @classmethod
-    async def of(cls, blobs: BlobStore, owner: BlobOwner, sha256: str) -> Download:
+    async def of(cls, blobs: BlobStore, owner: BlobOwner, sha256: str) -> BlobDownload:
         """Open a content to be sent; raises `BlobLost` and `BlobsUnavailable`."""
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(blobs.open(owner, sha256))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gateway import metrics
+from gateway.http import metrics
 from models import ids
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ _NOT_KEPT = (b"cache-control", b"no-store")
 """Stands on every answer that doesn't itself say how it may be kept."""
 
 
-class Edge:
+class EdgeLayer:
     """Pure ASGI, since this is on the path of every run; what isn't HTTP goes to `others`."""
 
     def __init__(self, app: ASGIApp, *, others: ASGIApp) -> None:
@@ -62,7 +62,7 @@ class Edge:
                 holding.release()
             route = scope.get("route")
             path = route.path if route is not None else "none"
-            metrics.answered(scope["method"], path, status, perf_counter() - started)
+            metrics.count_answer(scope["method"], path, status, perf_counter() - started)
 
 
 def _may_be_kept(headers: Iterable[tuple[bytes, bytes]]) -> bool:

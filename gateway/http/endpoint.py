@@ -11,10 +11,10 @@ import structlog
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from gateway import errors
-from gateway.errors import ApiError
-from gateway.http.parameters import Parameter
-from gateway.http.request import Request
+from gateway.http import errors
+from gateway.http.errors import ApiError
+from gateway.http.parameters import QueryParameter
+from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from messages.broker import BrokerUnavailable
 from models import ids
@@ -22,17 +22,17 @@ from models.access import KeyScope
 from models.errors import DatabaseUnavailable
 
 if TYPE_CHECKING:
-    from gateway.state import State
+    from gateway.state import GatewayState
     from models.access import ApiCaller
 
 log = structlog.get_logger()
 
 OPTIONS: Final = "OPTIONS"
 """The method that every path answers with those that it takes."""
-Handler: TypeAlias = Callable[[Request], Awaitable[ASGIApp]]
+Handler: TypeAlias = Callable[[GatewayRequest], Awaitable[ASGIApp]]
 
 
-class Access(Enum):
+class AccessRule(Enum):
     """Who may use an operation, where no single scope says it."""
 
     PUBLIC = auto()
@@ -45,24 +45,24 @@ class Access(Enum):
     """Whoever has a key of the scope `workflows:execute` or a token in the URL, or signs what it sends."""
 
 
-OPEN_QUERIES = frozenset({Access.PUBLIC, Access.SENDER})
+OPEN_QUERIES = frozenset({AccessRule.PUBLIC, AccessRule.SENDER})
 """Routes of senders, who add parameters of their own, and of browsers."""
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class PathOperation:
     """What one method of a path does, and who may ask for it."""
 
-    access: KeyScope | Access
+    access: KeyScope | AccessRule
     handler: Handler
-    query: Collection[Parameter[Any]] = ()
+    query: Collection[QueryParameter[Any]] = ()
     """The parameters that the handler may read."""
 
 
-class Endpoint:
+class PathEndpoint:
     """An ASGI application for one path: decides by the route that was taken, never by the text of the URL."""
 
-    def __init__(self, operations: Mapping[str, Operation]) -> None:
+    def __init__(self, operations: Mapping[str, PathOperation]) -> None:
         self.operations = operations
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,17 +91,17 @@ class Endpoint:
                 raise errors.method_not_allowed(allowed)
             # Before any key is looked at: browsers send none with a preflight request.
             return NoContent({"Allow": ", ".join(sorted(allowed))})
-        gateway: State = scope["app"].state.gateway
+        gateway: GatewayState = scope["app"].state.gateway
         caller = sender = None
-        if operation.access is Access.SENDER:
-            sender = await gateway.doorkeeper.sender(scope)
+        if operation.access is AccessRule.SENDER:
+            sender = await gateway.doorkeeper.authenticate(scope)
             caller = None if sender is None else sender.caller
-        elif operation.access is not Access.PUBLIC:
+        elif operation.access is not AccessRule.PUBLIC:
             caller = await gateway.authenticator.caller(scope)
             _check_scope(caller, operation.access)
         if not all(map(ids.is_id, scope["path_params"].values())):
             raise errors.not_found("object")
-        request = Request(scope, receive, gateway, caller, operation.query, sender)
+        request = GatewayRequest(scope, receive, gateway, caller, operation.query, sender)
         if operation.access not in OPEN_QUERIES:
             request.query.require_known()
         response = await operation.handler(request)
@@ -110,10 +110,10 @@ class Endpoint:
         return response
 
 
-def _check_scope(caller: ApiCaller, access: KeyScope | Access) -> None:
-    if access is Access.ANY_KEY:
+def _check_scope(caller: ApiCaller, access: KeyScope | AccessRule) -> None:
+    if access is AccessRule.ANY_KEY:
         return
-    if access is Access.ADMIN:
+    if access is AccessRule.ADMIN:
         if not caller.is_admin:
             raise errors.admin_required()
         access = KeyScope.USERS_WRITE
@@ -121,6 +121,6 @@ def _check_scope(caller: ApiCaller, access: KeyScope | Access) -> None:
         raise errors.scope_required(str(access))
 
 
-async def unrouted(scope: Scope, receive: Receive, send: Send) -> None:
+async def answer_unrouted(scope: Scope, receive: Receive, send: Send) -> None:
     """Answer for a path that isn't in the table."""
     await errors.not_found().response(scope["request_id"])(scope, receive, send)

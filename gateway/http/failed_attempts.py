@@ -14,7 +14,7 @@ from hashlib import blake2b
 from time import monotonic
 
 from concurrency.ttl_cache import TTLCache
-from gateway.errors import ApiError
+from gateway.http.errors import ApiError
 
 MAX_FAILURES = 50
 """Failures of one client within a window that are answered as such."""
@@ -24,7 +24,7 @@ RIGHT_SECONDS = 86_400.0
 
 
 @dataclass(slots=True)
-class Failures:
+class ClientFailures:
     """What a client has tried in the window that began at `since`."""
 
     since: float
@@ -37,7 +37,7 @@ class FailedAttempts:
     def __init__(self, message: str) -> None:
         """`message` is what a refused client is told."""
         self._message = message
-        self._failures: OrderedDict[str, Failures] = OrderedDict()
+        self._failures: OrderedDict[str, ClientFailures] = OrderedDict()
 
     def fail(self, client: str, otherwise: ApiError) -> ApiError:
         """Count a failure and return its answer: `otherwise`, or 429 where there are too many."""
@@ -61,7 +61,7 @@ class FailedAttempts:
         """Remember a failure."""
         failures = self._failures.get(client)
         if failures is None or failures.since + FAILURE_WINDOW_SECONDS < monotonic():
-            failures = Failures(since=monotonic())
+            failures = ClientFailures(since=monotonic())
             self._failures[client] = failures
             self._failures.move_to_end(client)
         failures.count += 1

@@ -12,8 +12,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import col
 
 from engine.values import fingerprint
-from gateway import limits
-from gateway.errors import ApiError
+from gateway.http import limits
+from gateway.http.errors import ApiError
 from journal.store import IdempotencyKey
 from models.execution import Idempotency
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
     from engine.values import Json
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
 
 REPLAYED: Final[Mapping[str, str]] = {"Idempotent-Replayed": "true"}
 """The header of an answer that was given before."""
 
 
-def requested(request: Request, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
+def requested_key(request: GatewayRequest, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
     """Return the promise that a request carries, or None; raises 400 for a key that is none.
 
     Two requests are one when they come from one user, or by the tokens of one workflow, to one route and workflow with
     one key; `body` is then compared.
     """
-    key = given(request)
+    key = read_key(request)
     if key is None:
         return None
     route = f"{request.method} {request.scope['route'].path}"
@@ -41,7 +41,7 @@ def requested(request: Request, body: Json, *, workflow_id: str = "") -> Idempot
     return IdempotencyKey(scope, key, fingerprint(body), limits.IDEMPOTENCY_SECONDS)
 
 
-def _whose(request: Request) -> str:
+def _whose(request: GatewayRequest) -> str:
     sender = request.known_sender
     if sender is None or sender.token is None:
         return request.caller.user_id
@@ -49,7 +49,7 @@ def _whose(request: Request) -> str:
     return f"{sender.token.kind}-token:{sender.token.workflow_id or sender.token.id}"
 
 
-def given(request: Request) -> str | None:
+def read_key(request: GatewayRequest) -> str | None:
     """Return the key that a request carries, or None; raises 400 for one that is none."""
     keys = request.headers.getlist("idempotency-key")
     if not keys:
@@ -67,12 +67,12 @@ def is_key(text: str) -> bool:
     )
 
 
-def mismatch() -> ApiError:
+def mismatch_error() -> ApiError:
     """Return the refusal of a key that was used before, with another body."""
     return ApiError(422, "idempotency-mismatch", "This Idempotency-Key was used before, with another body")
 
 
-async def reserve(
+async def reserve_key(
     connection: AsyncConnection, key: IdempotencyKey, *, lane: int, resource_id: str, now: datetime
 ) -> str:
     """Bind a key to what a transaction makes, and return what it is bound to: that, or what the first request made.
@@ -101,5 +101,5 @@ async def reserve(
         )
     ).one()
     if bound.fingerprint != key.fingerprint:
-        raise mismatch()
+        raise mismatch_error()
     return str(bound.resource_id)

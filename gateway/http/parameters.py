@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Generic, TypeVar
 from sqlalchemy import ColumnElement
 from sqlalchemy.sql.expression import SQLColumnExpression
 
-from gateway import limits
-from gateway.errors import invalid_query
+from gateway.http import limits
+from gateway.http.errors import invalid_query
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -30,7 +30,7 @@ _FLAGS: Final = {"true": True, "false": False}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Parameter(ABC, Generic[Value]):
+class QueryParameter(ABC, Generic[Value]):
     """One name that may stand in a query; of a repeated one the last counts, unless it is a `Choices`."""
 
     name: str
@@ -47,7 +47,7 @@ class Parameter(ABC, Generic[Value]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Text(Parameter[str | None]):
+class TextParameter(QueryParameter[str | None]):
     """A text as it was given; None for an absent one."""
 
     max_length: int = limits.SEARCH_LENGTH
@@ -69,7 +69,7 @@ class Text(Parameter[str | None]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choice(Parameter[Kind | None]):
+class ChoiceParameter(QueryParameter[Kind | None]):
     """One of a few words; None for an absent one."""
 
     kind: type[Kind]
@@ -89,7 +89,7 @@ class Choice(Parameter[Kind | None]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Choices(Parameter[Sequence[Kind]]):
+class ChoicesParameter(QueryParameter[Sequence[Kind]]):
     """Any of a few words, as `name=a,b` or `name=a&name=b`; empty where there is none."""
 
     kind: type[Kind]
@@ -108,7 +108,7 @@ class Choices(Parameter[Sequence[Kind]]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class WholeNumber(Parameter[int]):
+class IntegerParameter(QueryParameter[int]):
     """A whole number between two others."""
 
     default: int
@@ -131,7 +131,7 @@ class WholeNumber(Parameter[int]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Flag(Parameter[bool]):
+class FlagParameter(QueryParameter[bool]):
     """True or false; false for an absent one."""
 
     @property
@@ -147,7 +147,7 @@ class Flag(Parameter[bool]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Moment(Parameter[datetime | None]):
+class TimeParameter(QueryParameter[datetime | None]):
     """An ISO 8601 time, in UTC where it names no zone; None for an absent one."""
 
     @property
@@ -169,7 +169,7 @@ class Moment(Parameter[datetime | None]):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Order(Parameter[ColumnElement[Any]]):
+class OrderParameter(QueryParameter[ColumnElement[Any]]):
     """By which column a list is sorted, and in which direction; upwards where it names none."""
 
     columns: Mapping[str, SQLColumnExpression[Any]]
@@ -194,14 +194,14 @@ class Order(Parameter[ColumnElement[Any]]):
         return orders
 
 
-def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> Order:
+def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> OrderParameter:
     """Return the parameter `sort` of a list that may be sorted by these."""
-    return Order("sort", "Field by which the list is sorted, then `:asc` or `:desc`.", columns)
+    return OrderParameter("sort", "Field by which the list is sorted, then `:asc` or `:desc`.", columns)
 
 
-LIMIT: Final = WholeNumber(
+LIMIT: Final = IntegerParameter(
     "limit", "How many items of the list are shown.", limits.PAGE_DEFAULT, minimum=1, maximum=limits.PAGE_MAX
 )
-OFFSET: Final = WholeNumber(
+OFFSET: Final = IntegerParameter(
     "offset", "How many items of the list are passed over.", 0, minimum=0, maximum=limits.OFFSET_MAX
 )

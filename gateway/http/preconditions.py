@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gateway.errors import ApiError
+from gateway.http.errors import ApiError
 
 if TYPE_CHECKING:
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
 
 
-def require_owner(request: Request, owner_id: str, *, what: str) -> None:
+def require_owner(request: GatewayRequest, owner_id: str, *, what: str) -> None:
     """Raise 403 for what the caller may use, but not change, share or delete."""
     if owner_id != request.caller.user_id and not request.caller.is_admin:
         message = f"Only the {what}'s owner and admins of the organisation may do this"
         raise ApiError(403, "not-owner", message)
 
 
-def require_match(request: Request, current: str, *, what: str) -> None:
+def require_match(request: GatewayRequest, current: str, *, what: str) -> None:
     """Raise 412 unless the state that the client saw is `current`, the one that there is (RFC 9110, 13.1.1)."""
     given = request.headers.get("if-match")
     if given is None or given.strip() == "*":

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from gateway import errors, metrics
+from gateway.http import errors, metrics
 from gateway.http.byte_budget import ByteBudget, ByteHolding
 from gateway.http.client_address import client_of
 from gateway.http.connection_budget import ConnectionBudget, ConnectionPhase
 from models import ids
 
 if TYPE_CHECKING:
-    from gateway.errors import ApiError
+    from gateway.http.errors import ApiError
     from gateway.http.proxies import TrustedProxies
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -37,7 +37,7 @@ READS: Final = frozenset({"GET", "HEAD"})
 
 
 @dataclass(slots=True)
-class Bounds:
+class ConnectionBounds:
     """What all connections of a server may hold together, and how long one may take."""
 
     connections: ConnectionBudget
@@ -64,7 +64,7 @@ class RequestHolding:
 
     __slots__ = ("_bounds", "_is_released", "body", "client", "refusal")
 
-    def __init__(self, bounds: Bounds, client: str, body: ByteHolding) -> None:
+    def __init__(self, bounds: ConnectionBounds, client: str, body: ByteHolding) -> None:
         self._bounds = bounds
         self._is_released = False
         self.client = client
@@ -86,7 +86,7 @@ class RequestHolding:
         self._is_released = True
 
 
-class Gathering:
+class BufferedTransport:
     """A transport that sends together what is written in one turn of the loop: an answer's head with its body.
 
     Each packet costs both sides a system call, and those are most of what an answer costs.
@@ -135,12 +135,12 @@ class Gathering:
 class BoundedProtocol(HttpToolsProtocol):
     """One connection; it is closed when it takes too long, or too many words, to say what it wants."""
 
-    def __init__(self, bounds: Bounds, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as Uvicorn has it
+    def __init__(self, bounds: ConnectionBounds, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as Uvicorn has it
         super().__init__(*args, **kwargs)
         self._bounds = bounds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as Uvicorn has it
-        gathering = Gathering(transport, self.loop, self._bounds.stall_seconds)
+        gathering = BufferedTransport(transport, self.loop, self._bounds.stall_seconds)
         super().connection_made(cast("asyncio.Transport", gathering))
         self.gathering = gathering
         self._is_head = False
@@ -251,7 +251,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _give_up_body(self) -> None:
         """Let go of a body for others; the request is answered so as soon as it reads on."""
-        metrics.body_given_up()
+        metrics.count_abandoned_body()
         self.cycle.body = bytearray()
         self.cycle.message_event.set()
 
@@ -276,7 +276,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def _look_whether_taken(self, before: int) -> None:
         size = self.gathering.get_write_buffer_size()
         if self._unsent is None or before - size < TAKEN_BYTES:
-            metrics.connection_closed("answer-not-taken")
+            metrics.count_closed_connection("answer-not-taken")
             self.gathering.abort()
             return
         self._unsent.lower(size)
@@ -318,7 +318,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def _close_late(self) -> None:
         self._timer = None
-        metrics.connection_closed("late-request")
+        metrics.count_closed_connection("late-request")
         self.transport.close()
 
     def _stop_timer(self) -> None:

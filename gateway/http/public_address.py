@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
 
 NOT_SET: Final = (
     "PILOTFLAME_PUBLIC_URL is not set: the URLs begin with the address that this request came to, which senders may not"
@@ -13,12 +13,12 @@ NOT_SET: Final = (
 )
 
 
-def base_url(request: Request) -> str:
+def base_url(request: GatewayRequest) -> str:
     """Return the beginning of whole URLs: the public URL, or the address that a request came to."""
     public_url = request.gateway.settings.public_url.rstrip("/")
     return public_url or f"{request.url.scheme}://{request.url.netloc}"
 
 
-def address_warnings(request: Request) -> list[str]:
+def address_warnings(request: GatewayRequest) -> list[str]:
     """Return what to tell beside URLs that are given to senders."""
     return [] if request.gateway.settings.public_url else [NOT_SET]

@@ -9,9 +9,9 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from engine import name_suggestions
-from gateway import limits
-from gateway.errors import ApiError, invalid_query
-from gateway.http.parameters import LIMIT, OFFSET, Parameter, Value, WholeNumber
+from gateway.http import limits
+from gateway.http.errors import ApiError, invalid_query
+from gateway.http.parameters import LIMIT, OFFSET, IntegerParameter, QueryParameter, Value
 
 REMEMBERED_BYTES = 100
 """Short queries, such as that of every poll, are taken apart once."""
@@ -19,7 +19,7 @@ MAX_SHOWN_NAME = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class PageBounds:
     """Which part of a list is asked for."""
 
     limit: int
@@ -41,10 +41,10 @@ def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
     return given
 
 
-class Query:
+class QueryString:
     """What stands behind the question mark."""
 
-    def __init__(self, raw: bytes, declared: Collection[Parameter[Any]]) -> None:
+    def __init__(self, raw: bytes, declared: Collection[QueryParameter[Any]]) -> None:
         self._given = _parsed(raw) if len(raw) <= REMEMBERED_BYTES else _parsed.__wrapped__(raw)
         self._declared = declared
 
@@ -59,12 +59,12 @@ class Query:
                 )
                 raise invalid_query(shown, "unknown-parameter", f"{shown} is no parameter here: {hint}")
 
-    def __getitem__(self, parameter: Parameter[Value]) -> Value:
+    def __getitem__(self, parameter: QueryParameter[Value]) -> Value:
         """Return what was given for a parameter of the route's line; raises 400 for what it doesn't allow."""
         if parameter not in self._declared:
             raise LookupError(f"The route's line says nothing of the parameter {parameter.name}")
         return parameter.read(self._given.get(parameter.name, ()))
 
-    def page(self, limit: WholeNumber = LIMIT) -> Page:
+    def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:
         """Return the part of a list that `limit` and `offset` ask for."""
-        return Page(self[limit], self[OFFSET])
+        return PageBounds(self[limit], self[OFFSET])

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from gateway import errors
-from gateway.http.wire import Wire
+from gateway.http import errors
+from gateway.http.wire import WireStruct
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
 
 IGNORED: Final = frozenset({"updatedAt", "warnings"})
 """What every change changes, and what only one answer says."""
 CODE: Final = "read-only"
 
 
-def require_same(given: Json, kind: type[Wire], shown: Callable[[], Mapping[str, Json]]) -> None:
+def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]) -> None:
     """Raise 422 for read-only fields that differ from those that are shown of the object."""
     found = [*_differing(given, kind, shown)]
     if found:
@@ -25,7 +25,7 @@ def require_same(given: Json, kind: type[Wire], shown: Callable[[], Mapping[str,
 
 
 def warn_of_new(
-    request: Request, given: Json, kind: type[Wire], shown: Callable[[], Mapping[str, Json]]
+    request: GatewayRequest, given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> None:
     """Refuse read-only fields of a new object that another route sets; warn of others, which the server gives it.
 
@@ -39,7 +39,7 @@ def warn_of_new(
 
 
 def _differing(
-    given: Json, kind: type[Wire], shown: Callable[[], Mapping[str, Json]]
+    given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> Iterator[tuple[str, dict[str, Json]]]:
     if not isinstance(given, dict):
         return

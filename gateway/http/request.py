@@ -10,37 +10,37 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
 
-from gateway import errors
-from gateway.arrivals.sender import no_sender
+from gateway.http import errors
 from gateway.http.body_limit import BodyLimit
 from gateway.http.content_encoding import ContentDecoder
-from gateway.http.query import Query
+from gateway.http.query import QueryString
+from gateway.http.sender import refuse_sender
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
     from engine.values import Json
-    from gateway.arrivals.sender import Sender
-    from gateway.http.parameters import Parameter
+    from gateway.http.parameters import QueryParameter
     from gateway.http.protocol import RequestHolding
-    from gateway.state import State
+    from gateway.http.sender import RequestSender
+    from gateway.state import GatewayState
     from models.access import ApiCaller
 
 MAX_LENGTH_DIGITS = 15
 """More digits in a Content-Length are more than any limit."""
 
 
-class Request(StarletteRequest):
+class GatewayRequest(StarletteRequest):
     """What a handler is given."""
 
     def __init__(
         self,
         scope: Scope,
         receive: Receive,
-        gateway: State,
+        gateway: GatewayState,
         caller: ApiCaller | None,
-        parameters: Collection[Parameter[Any]],
-        sender: Sender | None = None,
+        parameters: Collection[QueryParameter[Any]],
+        sender: RequestSender | None = None,
     ) -> None:
         super().__init__(scope, receive)
         self.gateway = gateway
@@ -58,16 +58,16 @@ class Request(StarletteRequest):
         return self._caller
 
     @property
-    def known_sender(self) -> Sender | None:
+    def known_sender(self) -> RequestSender | None:
         """Whoever a key or a token stands for, on routes of senders; None where there is neither."""
         return self._sender
 
     @property
-    def sender(self) -> Sender:
+    def sender(self) -> RequestSender:
         """Whoever a key or a token stands for; raises 401 where there is neither, or it is for another workflow."""
         workflow_id = self.path_params.get("id")
         if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
-            raise no_sender()
+            raise refuse_sender()
         return self._sender
 
     @property
@@ -76,9 +76,9 @@ class Request(StarletteRequest):
         return str(self.scope["request_id"])
 
     @property
-    def query(self) -> Query:
+    def query(self) -> QueryString:
         """The query string, to be read parameter by parameter."""
-        return Query(self.scope["query_string"], self._parameters)
+        return QueryString(self.scope["query_string"], self._parameters)
 
     def send_with_answer(self, name: str, value: str) -> None:
         """Put a header on the answer, whatever that will be."""

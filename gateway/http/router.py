@@ -10,31 +10,31 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
+class PathRoute:
     """What serves a path; in the place of its `{names}` stand the segments of the URL."""
 
     path: str
     endpoint: ASGIApp
 
 
-class Match(NamedTuple):
+class RouteMatch(NamedTuple):
     """The route of a path, and what stands there for its names."""
 
-    route: Route
+    route: PathRoute
     path_params: dict[str, str]
 
 
 @dataclass(slots=True)
-class _Branch:
+class _PathBranch:
     """What may follow on the segments so far: a word first, else anything."""
 
-    words: dict[str, _Branch] = field(default_factory=dict)
+    words: dict[str, _PathBranch] = field(default_factory=dict)
     name: str = ""
-    anything: _Branch | None = None
-    route: Route | None = None
+    anything: _PathBranch | None = None
+    route: PathRoute | None = None
 
 
-class Router:
+class PathRouter:
     """An ASGI application that hands each request on to the endpoint of its path."""
 
     def __init__(self, endpoints: Mapping[str, ASGIApp], *, default: ASGIApp) -> None:
@@ -44,9 +44,9 @@ class Router:
         Raises ValueError where two paths call one place by different names.
         """
         self._default = default
-        self._root = _Branch()
+        self._root = _PathBranch()
         for path, endpoint in endpoints.items():
-            self._add(Route(path, endpoint))
+            self._add(PathRoute(path, endpoint))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         match = self.match(scope["path"])
@@ -56,7 +56,7 @@ class Router:
         scope["route"], scope["path_params"] = match
         await match.route.endpoint(scope, receive, send)
 
-    def match(self, path: str) -> Match | None:
+    def match(self, path: str) -> RouteMatch | None:
         """Return what serves a path, or None."""
         branch = self._root
         path_params: dict[str, str] = {}
@@ -68,17 +68,17 @@ class Router:
                     return None
                 path_params[branch.name] = segment
             branch = following
-        return None if branch.route is None else Match(branch.route, path_params)
+        return None if branch.route is None else RouteMatch(branch.route, path_params)
 
-    def _add(self, route: Route) -> None:
+    def _add(self, route: PathRoute) -> None:
         branch = self._root
         for segment in route.path.split("/"):
             if not segment.startswith("{"):
-                branch = branch.words.setdefault(segment, _Branch())
+                branch = branch.words.setdefault(segment, _PathBranch())
                 continue
             name = segment.strip("{}")
             if branch.anything is None:
-                branch.name, branch.anything = name, _Branch()
+                branch.name, branch.anything = name, _PathBranch()
             if branch.name != name:
                 raise ValueError(f"{route.path}: another path calls {{{name}}} {{{branch.name}}}")
             branch = branch.anything

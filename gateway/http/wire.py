@@ -30,15 +30,15 @@ import msgspec
 from concurrency import offload
 from engine import name_suggestions, values
 from engine.values import InvalidJson, Json
-from gateway import errors, limits
-from gateway.errors import ApiError
+from gateway.http import errors, limits
+from gateway.http.errors import ApiError
 from models import timestamps
 
 if TYPE_CHECKING:
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
 
 
-class Wire(msgspec.Struct, rename="camel", kw_only=True):
+class WireStruct(msgspec.Struct, rename="camel", kw_only=True):
     """Base of every body. Answers derive from it directly; bodies of requests refuse fields that they don't have."""
 
     near_misses_are_refused: ClassVar[bool] = False
@@ -49,17 +49,17 @@ class Wire(msgspec.Struct, rename="camel", kw_only=True):
     """Unknown fields that senders do have, and that only look like misspelt ones: they are warned of."""
 
 
-class StrictWire(Wire, forbid_unknown_fields=True):
+class StrictWire(WireStruct, forbid_unknown_fields=True):
     """Base of bodies in which every unknown field is refused, down to all bodies in it."""
 
 
-class GuardedWire(Wire):
+class GuardedWire(WireStruct):
     """Base of bodies of the contract: fields that may be misspelt are refused, other unknown ones are warned of."""
 
     near_misses_are_refused: ClassVar[bool] = True
 
 
-Body = TypeVar("Body", bound=Wire)
+Body = TypeVar("Body", bound=WireStruct)
 Shape = TypeVar("Shape", bound=msgspec.Struct)
 
 Instant: TypeAlias = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
@@ -84,22 +84,22 @@ _JSON_WORDS = {
 }
 
 
-async def decode_body(request: Request, kind: type[Body]) -> Body:
+async def decode_body(request: GatewayRequest, kind: type[Body]) -> Body:
     """Return the body as `kind`; raises 400 for what is no JSON, 415 for other types, 422 for wrong fields."""
     return body_of(request, await read_json(request), kind)
 
 
-def body_of(request: Request, value: Json, kind: type[Body]) -> Body:
+def body_of(request: GatewayRequest, value: Json, kind: type[Body]) -> Body:
     """Return JSON that was read from a request as `kind`; its answer warns of unknown fields. Raises 422."""
     return convert(value, kind, warnings=request.warnings)
 
 
-async def read_json(request: Request) -> Json:
+async def read_json(request: GatewayRequest) -> Json:
     """Return the body as JSON; an absent one is an empty object."""
     return await json_of(request, await request.body())
 
 
-async def json_of(request: Request, raw: bytes) -> Json:
+async def json_of(request: GatewayRequest, raw: bytes) -> Json:
     """Return a body that was read before as JSON; an absent one is an empty object."""
     if not raw:
         return {}
@@ -258,12 +258,12 @@ class _UnknownFields:
 
 
 @dataclass(frozen=True, slots=True)
-class _Guard:
+class _UnknownFieldGuard:
     """What a type refuses of a value, found out once: a body may hold ten thousand small objects."""
 
     container: type
     """`dict` for bodies too."""
-    inside: Mapping[str, tuple[_Guard, ...]]
+    inside: Mapping[str, tuple[_UnknownFieldGuard, ...]]
     """What is refused of each field of a body; of every item of a container, by an empty name."""
     body: type[msgspec.Struct] | None = None
     names: frozenset[str] = frozenset()
@@ -271,17 +271,17 @@ class _Guard:
 
 
 @cache
-def _guards(kind: Any) -> tuple[_Guard, ...]:  # noqa: ANN401 - any type annotation
+def _guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any type annotation
     """Return what a type refuses, empty where it takes any fields."""
-    found: list[_Guard] = []
+    found: list[_UnknownFieldGuard] = []
     for part in _parts(kind):
         if _is_body(part):
             fields = _fields(part)
             below = {name: inside for name, field in fields.items() if (inside := _guards(field.type))}
             if below or is_strict_body(part) or _is_guarded(part):
-                found.append(_Guard(dict, below, part, frozenset(fields)))
+                found.append(_UnknownFieldGuard(dict, below, part, frozenset(fields)))
         elif get_origin(part) in {dict, list} and (inside := _guards(get_args(part)[-1])):
-            found.append(_Guard(get_origin(part), {"": inside}))
+            found.append(_UnknownFieldGuard(get_origin(part), {"": inside}))
     return tuple(found)
 
 
@@ -293,7 +293,7 @@ def _unknown_fields(value: Json, kind: Any, path: str) -> _UnknownFields:  # noq
 
 
 def _look_for_unknown_fields(
-    value: Json, guards: Sequence[_Guard], path: str, found: _UnknownFields, *, is_strict: bool
+    value: Json, guards: Sequence[_UnknownFieldGuard], path: str, found: _UnknownFields, *, is_strict: bool
 ) -> None:
     for guard in guards:
         if not isinstance(value, guard.container) or found.is_full:
@@ -313,7 +313,7 @@ def _look_for_unknown_fields(
 
 
 def _note_unknown_fields(
-    value: Mapping[str, Json], guard: _Guard, path: str, found: _UnknownFields, *, is_strict: bool
+    value: Mapping[str, Json], guard: _UnknownFieldGuard, path: str, found: _UnknownFields, *, is_strict: bool
 ) -> None:
     for name in value:
         if found.is_full:
@@ -323,11 +323,11 @@ def _note_unknown_fields(
 
 
 def _read_only(kind: type) -> Mapping[str, str]:
-    return kind.read_only if issubclass(kind, Wire) else {}
+    return kind.read_only if issubclass(kind, WireStruct) else {}
 
 
 def _likely_others(kind: type) -> frozenset[str]:
-    return kind.likely_others if issubclass(kind, Wire) else frozenset()
+    return kind.likely_others if issubclass(kind, WireStruct) else frozenset()
 
 
 def is_strict_body(kind: type[msgspec.Struct]) -> bool:
@@ -336,7 +336,7 @@ def is_strict_body(kind: type[msgspec.Struct]) -> bool:
 
 
 def _is_guarded(kind: type[msgspec.Struct]) -> bool:
-    return issubclass(kind, Wire) and kind.near_misses_are_refused
+    return issubclass(kind, WireStruct) and kind.near_misses_are_refused
 
 
 def _parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation

@@ -13,11 +13,11 @@ import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from concurrency import offload
-from gateway import audit, errors
-from gateway.http import idempotency, preconditions
+from gateway.access import audit_log
+from gateway.http import errors, idempotency, preconditions
 from gateway.http.responses import JsonResponse
-from gateway.workflows import copying, graph_shapes, source_checks, workflow_rows
-from gateway.workflows.workflow_rows import Stored
+from gateway.workflows import graph_shapes, source_checks, workflow_documents, workflow_rows
+from gateway.workflows.workflow_rows import StoredWorkflow
 from journal import definition_snapshot
 from models.audit import AuditAction
 from models.column_types import column_values
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.http.request import Request
+    from gateway.http.request import GatewayRequest
     from nodes.catalog import NodeCatalog
 
 log = structlog.get_logger()
@@ -37,92 +37,94 @@ _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
 @dataclass(frozen=True, slots=True)
-class Edited:
+class WorkflowEdit:
     """A workflow before and after one change; the same object twice where nothing was to change."""
 
-    before: Stored
-    after: Stored
+    before: StoredWorkflow
+    after: StoredWorkflow
 
 
 @dataclass(frozen=True, slots=True)
-class _Applied:
+class _AppliedEdit:
     """What a change makes of a workflow, and the hashes of both."""
 
-    after: Stored
+    after: StoredWorkflow
     hash_before: str
     hash_after: str
     named_sources: Sequence[ResourceReference] = ()
     """Data sources that its owner must be able to use."""
 
 
-Change: TypeAlias = Callable[[Stored], Stored]
+Change: TypeAlias = Callable[[StoredWorkflow], StoredWorkflow]
 """Returns what a workflow becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
-Addition: TypeAlias = Callable[[AsyncConnection, Edited], Awaitable[None]]
+Addition: TypeAlias = Callable[[AsyncConnection, WorkflowEdit], Awaitable[None]]
 """Writes what belongs to a change besides the workflow's own rows, in the same transaction."""
 
 
-async def readable(connection: AsyncConnection, request: Request) -> Stored:
+async def find_readable(connection: AsyncConnection, request: GatewayRequest) -> StoredWorkflow:
     """Return the workflow of the path; raises 404 for one that the caller may not read."""
-    stored = await workflow_rows.find(connection, request.path_params["id"], request.caller)
+    stored = await workflow_rows.find_workflow(connection, request.path_params["id"], request.caller)
     if stored is None:
         raise errors.not_found("workflow")
     return stored
 
 
-async def read(request: Request) -> Stored:
+async def read_workflow(request: GatewayRequest) -> StoredWorkflow:
     """Return the workflow of the path, for whoever needs nothing else from the database; raises 404."""
     async with request.gateway.database.read() as connection:
-        return await readable(connection, request)
+        return await find_readable(connection, request)
 
 
-def require_writer(request: Request, workflow: Workflow) -> None:
+def require_writer(request: GatewayRequest, workflow: Workflow) -> None:
     """Raise 403 for a workflow that the caller may read, but not change, share or delete."""
     preconditions.require_owner(request, workflow.owner_id, what="workflow")
 
 
-async def edit(
-    request: Request,
+async def edit_workflow(
+    request: GatewayRequest,
     action: AuditAction,
     change: Change,
     *,
     also: Addition | None = None,
     anyway: Addition | None = None,
-) -> Edited:
+) -> WorkflowEdit:
     """Apply `change` to the workflow of the path, as it stands when everybody before has finished.
 
     `anyway` is done even where nothing is to change. Raises 404, 403, 412 where `If-Match` names another state, 422
     where an active workflow would become invalid, and whatever `change`, `also` and `anyway` raise; then nothing is
     written.
     """
-    done: Edited | None = None
+    done: WorkflowEdit | None = None
 
-    async def work(connection: AsyncConnection) -> Edited:
+    async def work(connection: AsyncConnection) -> WorkflowEdit:
         nonlocal done
-        await workflow_rows.lock(connection, request.path_params["id"], request.caller)
+        await workflow_rows.lock_workflow(connection, request.path_params["id"], request.caller)
         if done is not None and await workflow_rows.is_stored(connection, done.after.workflow):
             # Called once more because the answer to the commit was lost: the change is there.
             return done
-        before = await readable(connection, request)
+        before = await find_readable(connection, request)
         require_writer(request, before.workflow)
         preconditions.require_match(request, entity_tag(before)["ETag"], what="workflow")
         # In a thread: others are served while a large graph is gone through.
         wanted = await asyncio.to_thread(_applied, change, before, request.gateway.catalog)
         if wanted is None:
-            same = Edited(before, before)
+            same = WorkflowEdit(before, before)
             if anyway is not None:
                 await anyway(connection, same)
             return same
         after = wanted.after.with_columns(
             revision=before.workflow.revision + 1, updated_at=request.gateway.clock()
         )
-        if not await workflow_rows.save(connection, before, after, request.caller, request.gateway.catalog):
+        if not await workflow_rows.save_workflow(
+            connection, before, after, request.caller, request.gateway.catalog
+        ):
             raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
         await source_checks.require_usable(connection, after, wanted.named_sources, request.gateway.vault)
-        edited = Edited(before, after)
+        edited = WorkflowEdit(before, after)
         for addition in (also, anyway):
             if addition is not None:
                 await addition(connection, edited)
-        await audit.record(
+        await audit_log.record_change(
             connection,
             request.caller,
             action,
@@ -139,17 +141,17 @@ async def edit(
     return edited
 
 
-async def create(
-    request: Request,
+async def create_workflow(
+    request: GatewayRequest,
     body: Json,
-    made: Stored,
+    made: StoredWorkflow,
     action: AuditAction,
     *,
     shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
 ) -> JsonResponse:
     """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
     promise = await offload.run(
-        idempotency.requested, request, body, workflow_id=request.path_params.get("id", "")
+        idempotency.requested_key, request, body, workflow_id=request.path_params.get("id", "")
     )
     workflow, catalog = made.workflow, request.gateway.catalog
     named: Sequence[ResourceReference] = ()
@@ -159,7 +161,7 @@ async def create(
 
     async def insert(connection: AsyncConnection) -> str:
         if promise is not None:
-            bound = await idempotency.reserve(
+            bound = await idempotency.reserve_key(
                 connection, promise, lane=workflow.lane, resource_id=workflow.id, now=workflow.created_at
             )
             if bound != workflow.id:
@@ -167,9 +169,11 @@ async def create(
         # An earlier try may have been committed though its answer was lost.
         if not await workflow_rows.exists(connection, workflow.id):
             await source_checks.require_usable(connection, made, named, request.gateway.vault)
-            await workflow_rows.add(connection, made, catalog)
+            await workflow_rows.add_workflow(connection, made, catalog)
             after = content_hash(made)
-            await audit.record(connection, request.caller, action, workflow.id, before=None, after=after)
+            await audit_log.record_change(
+                connection, request.caller, action, workflow.id, before=None, after=after
+            )
         return workflow.id
 
     workflow_id = await request.gateway.database.transaction(insert)
@@ -179,17 +183,17 @@ async def create(
     return answer(made, shown(workflow_id), status=201)
 
 
-def answer(stored: Stored, value: object, *, status: int = 200) -> JsonResponse:
+def answer(stored: StoredWorkflow, value: object, *, status: int = 200) -> JsonResponse:
     """Return an answer that shows something of a workflow, with the tag of its state."""
     return JsonResponse(value, status=status, headers=entity_tag(stored))
 
 
-def entity_tag(stored: Stored) -> dict[str, str]:
+def entity_tag(stored: StoredWorkflow) -> dict[str, str]:
     """Return the header that names the state of a workflow, for a later `If-Match`."""
     return {"ETag": f'"{stored.workflow.revision}"'}
 
 
-def content_hash(stored: Stored) -> str:
+def content_hash(stored: StoredWorkflow) -> str:
     """Return the SHA-256 of everything that a change can change, in hexadecimal; alike for alike content."""
     row = column_values(
         stored.workflow,
@@ -200,11 +204,11 @@ def content_hash(stored: Stored) -> str:
     return sha256(_encode_sorted(content)).hexdigest()
 
 
-def _applied(change: Change, before: Stored, catalog: NodeCatalog) -> _Applied | None:
+def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
     """Return what a workflow becomes, or None where nothing is to change; raises 422, and whatever `change` raises."""
     after = change(before)
     # Python takes 1 and true for the same: the hashes are of texts that tell them apart.
-    applied = _Applied(after, content_hash(before), content_hash(after))
+    applied = _AppliedEdit(after, content_hash(before), content_hash(after))
     if applied.hash_after == applied.hash_before and after.workflow.deleted_at is None:
         return None
     to_check = _unproved_nodes(before, after)
@@ -218,7 +222,7 @@ def _applied(change: Change, before: Stored, catalog: NodeCatalog) -> _Applied |
     return applied
 
 
-def _require_bare(stored: Stored) -> None:
+def _require_bare(stored: StoredWorkflow) -> None:
     """Raise 422 for credentials in a template, which everybody in the organisation sees."""
     if not stored.workflow.is_template:
         return
@@ -228,13 +232,13 @@ def _require_bare(stored: Stored) -> None:
             "inline-secret",
             "A template is seen by everybody in the organisation: take this credential out, or use save-as-template",
         )
-        for removed in copying.bare(stored).removed
+        for removed in workflow_documents.strip_credentials(stored).removed
     ]
     if found:
         raise errors.invalid(found)
 
 
-def _unproved_nodes(before: Stored, after: Stored) -> frozenset[str] | None:
+def _unproved_nodes(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str] | None:
     """Return the ids of nodes to check before a workflow becomes active, or stays so with another graph.
 
     None where nothing is to be checked.
@@ -249,7 +253,7 @@ def _unproved_nodes(before: Stored, after: Stored) -> frozenset[str] | None:
     return every - _unchanged(before, after) if was_active else every
 
 
-def _unchanged(before: Stored, after: Stored) -> frozenset[str]:
+def _unchanged(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
     """Return the ids of the nodes that are as they were: in a large graph all but a few."""
     known = {node["id"]: node for node in before.nodes}
     alike = [(known[node["id"]], node) for node in after.nodes if known.get(node["id"]) == node]

@@ -9,13 +9,13 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from engine.findings import FindingType, FixAction
-from gateway.http.wire import Wire
+from gateway.http.wire import WireStruct
 
 if TYPE_CHECKING:
     from engine.findings import GraphFinding
 
 
-class FixShape(Wire):
+class FixShape(WireStruct):
     """An edit that is certain to mend a finding: where in the node or connection, and what is to stand there."""
 
     action: FixAction
@@ -25,7 +25,7 @@ class FixShape(Wire):
     value: Any = UNSET
 
 
-class FindingShape(Wire):
+class FindingShape(WireStruct):
     """One thing to mend, and how."""
 
     type: FindingType
@@ -36,5 +36,5 @@ class FindingShape(Wire):
     fix: FixShape | UnsetType = UNSET
 
 
-def shown(findings: Sequence[GraphFinding]) -> list[FindingShape]:
+def show_finding(findings: Sequence[GraphFinding]) -> list[FindingShape]:
     return [msgspec.convert(finding.as_json(), FindingShape) for finding in findings]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from engine import values
-from gateway import limits
+from gateway.http import limits
 from gateway.workflows.run_settings import KnownSettings
 
 if TYPE_CHECKING:

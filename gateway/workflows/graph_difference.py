@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec import UNSET, UnsetType
 
 from engine.values import equal_json
-from gateway.http.wire import Wire
+from gateway.http.wire import WireStruct
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
 POSITION = "position"
 
 
-class Change(Wire):
+class ValueChange(WireStruct):
     """A value before and after; the side on which there was none is left out."""
 
     before: Any | UnsetType = UNSET
     after: Any | UnsetType = UNSET
 
 
-class ChangedItem(Wire):
+class ChangedItem(WireStruct):
     """A node or an edge that is there before and after."""
 
     id: str
-    changes: dict[str, Change]
+    changes: dict[str, ValueChange]
     """By the names of the fields; empty where a node was only moved."""
-    position: Change | UnsetType = UNSET
+    position: ValueChange | UnsetType = UNSET
     """Where a node was moved from and to."""
 
 
-class ItemsDifference(Wire):
+class ItemsDifference(WireStruct):
     """Nodes or edges that came, went, or are no longer what they were; their order counts for nothing."""
 
     added: list[dict[str, Any]]
@@ -42,7 +42,7 @@ class ItemsDifference(Wire):
     changed: list[ChangedItem]
 
 
-def of_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, Json]]) -> ItemsDifference:
+def compare_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, Json]]) -> ItemsDifference:
     """Return what differs between two lists of nodes or edges, each with an `id`."""
     old, new = _by_id(before), _by_id(after)
     pairs = ((old[key], item) for key, item in new.items() if key in old)
@@ -54,10 +54,10 @@ def of_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, Json]]
     )
 
 
-def of_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, Change]:
+def compare_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, ValueChange]:
     """Return the keys whose values differ, or that only one side has."""
     return {
-        key: Change(before=before.get(key, UNSET), after=after.get(key, UNSET))
+        key: ValueChange(before=before.get(key, UNSET), after=after.get(key, UNSET))
         for key in {**before, **after}
         if not (key in before and key in after and equal_json(before[key], after[key]))
     }
@@ -75,7 +75,7 @@ def _by_id(items: Sequence[dict[str, Json]]) -> dict[tuple[str, int], dict[str, 
 
 
 def _changed(before: dict[str, Json], after: dict[str, Json]) -> ChangedItem | None:
-    changes = of_fields(before, after)
+    changes = compare_fields(before, after)
     if not changes:
         return None
     position = changes.pop(POSITION, UNSET)

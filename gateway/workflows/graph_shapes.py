@@ -11,10 +11,9 @@ from msgspec import Meta
 from engine import canvas_layout
 from engine.graph import ParsedGraph
 from engine.node_api import INPUT, OUTPUT, UnknownNodeType
-from gateway import limits
-from gateway.errors import ApiError
-from gateway.http import text
-from gateway.http.text import Problems
+from gateway.http import limits, text_rules
+from gateway.http.errors import ApiError
+from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire
 from journal import definition_snapshot
 from models import ids
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from engine.canvas_layout import CardEdge, CardPosition
     from engine.findings import GraphFinding, ValidationResult
     from engine.values import Json
-    from gateway.workflows.workflow_rows import Stored
+    from gateway.workflows.workflow_rows import StoredWorkflow
     from nodes.catalog import NodeCatalog
 
 StoredNode: TypeAlias = "dict[str, Json]"
@@ -34,7 +33,7 @@ StoredConnection: TypeAlias = "dict[str, Json]"
 """`id, source, sourcePort, target, targetPort`."""
 
 
-class Position(GuardedWire):
+class CanvasPosition(GuardedWire):
     """A place on the canvas."""
 
     x: int | float
@@ -42,8 +41,8 @@ class Position(GuardedWire):
 
 
 GraphId: TypeAlias = Annotated[str, Meta(extra_json_schema={"pattern": "^[A-Za-z0-9_-]{0,64}$"})]
-NodeTypeName: TypeAlias = Annotated[str, text.allowed(limits.NODE_TYPE_LENGTH)]
-Label: TypeAlias = Annotated[str, text.allowed(limits.LABEL_LENGTH)]
+NodeTypeName: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.NODE_TYPE_LENGTH)]
+Label: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.LABEL_LENGTH)]
 
 
 class RetryShape(GuardedWire, omit_defaults=True):
@@ -90,7 +89,7 @@ class NodeInput(GuardedWire):
     """The same as `version`."""
     label: Label | None = None
     """The name of the type, where it is absent."""
-    position: Position | None = None
+    position: CanvasPosition | None = None
     """Worked out where it is absent."""
     config: dict[str, Any] | None = None
     """What the type's schema says; texts may hold `{{ expressions }}`."""
@@ -131,7 +130,9 @@ Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def stored_nodes(nodes: Sequence[NodeInput], catalog: NodeCatalog, problems: Problems) -> list[StoredNode]:
+def stored_nodes(
+    nodes: Sequence[NodeInput], catalog: NodeCatalog, problems: ProblemCollector
+) -> list[StoredNode]:
     """Return nodes in the stored form, those without a position as they are; what is wrong goes to `problems`."""
     return [
         stored_node(node, f"nodes.{index}.", None, catalog, problems)
@@ -140,7 +141,9 @@ def stored_nodes(nodes: Sequence[NodeInput], catalog: NodeCatalog, problems: Pro
     ]
 
 
-def stored_connections(connections: Sequence[ConnectionInput], problems: Problems) -> list[StoredConnection]:
+def stored_connections(
+    connections: Sequence[ConnectionInput], problems: ProblemCollector
+) -> list[StoredConnection]:
     """Return edges in the stored form; what is wrong with them goes to `problems`."""
     return [
         stored_connection(edge, f"connections.{index}.", problems)
@@ -150,7 +153,7 @@ def stored_connections(connections: Sequence[ConnectionInput], problems: Problem
 
 
 def stored_node(
-    node: NodeInput, path: str, place: Position | None, catalog: NodeCatalog, problems: Problems
+    node: NodeInput, path: str, place: CanvasPosition | None, catalog: NodeCatalog, problems: ProblemCollector
 ) -> StoredNode:
     """Return one node in the stored form, at `place` unless it has its own; `path`: what the paths of its fields begin
     with.
@@ -188,7 +191,7 @@ def stored_node(
     return stored
 
 
-def stored_connection(edge: ConnectionInput, path: str, problems: Problems) -> StoredConnection:
+def stored_connection(edge: ConnectionInput, path: str, problems: ProblemCollector) -> StoredConnection:
     """Return one edge in the stored form; `path`: what the paths of its fields begin with."""
     return {
         "id": _id(edge.id, "conn", path, problems),
@@ -199,10 +202,10 @@ def stored_connection(edge: ConnectionInput, path: str, problems: Problems) -> S
     }
 
 
-def _id(given: str | None, prefix: str, path: str, problems: Problems) -> str:
+def _id(given: str | None, prefix: str, path: str, problems: ProblemCollector) -> str:
     if not given:
         return new_id(prefix)
-    return text.identifier(given, f"{path}id", problems)
+    return text_rules.check_identifier(given, f"{path}id", problems)
 
 
 def new_id(prefix: str) -> str:
@@ -210,19 +213,19 @@ def new_id(prefix: str) -> str:
     return f"{prefix}-{''.join(ids.ALPHABET[byte & 31] for byte in os.urandom(12))}"
 
 
-def _end(given: str | None, path: str, problems: Problems) -> str:
+def _end(given: str | None, path: str, problems: ProblemCollector) -> str:
     if not given:
         problems.add(path, "required", f"{path} is required")
         return ""
-    return text.identifier(given, path, problems)
+    return text_rules.check_identifier(given, path, problems)
 
 
-def _label(given: str, path: str, problems: Problems) -> str:
-    return text.line(given, path, problems, max_length=limits.LABEL_LENGTH, may_be_empty=True)
+def _label(given: str, path: str, problems: ProblemCollector) -> str:
+    return text_rules.check_line(given, path, problems, max_length=limits.LABEL_LENGTH, may_be_empty=True)
 
 
-def _port(given: str | None, default: str, path: str, problems: Problems) -> str:
-    return text.line(given or default, path, problems, max_length=limits.LABEL_LENGTH)
+def _port(given: str | None, default: str, path: str, problems: ProblemCollector) -> str:
+    return text_rules.check_line(given or default, path, problems, max_length=limits.LABEL_LENGTH)
 
 
 def stored_retry(retry: RetryShape) -> dict[str, Json]:
@@ -239,7 +242,7 @@ def stored_retry(retry: RetryShape) -> dict[str, Json]:
 # ── placed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Drawing(NamedTuple):
+class LayoutInput(NamedTuple):
     """What a layout depends on: `layout.arrange(*drawing)`."""
 
     node_ids: list[str]
@@ -248,10 +251,10 @@ class Drawing(NamedTuple):
     """Where each node is, if anywhere."""
 
 
-def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> Drawing:
+def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> LayoutInput:
     """Return a graph as it is drawn."""
     edges = [(str(edge["source"]), str(edge["target"])) for edge in connections]
-    return Drawing([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
+    return LayoutInput([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
 
 
 def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
@@ -287,7 +290,7 @@ def _place(node: StoredNode) -> CardPosition | None:
 # ── checked ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def graph_of(stored: Stored) -> ParsedGraph:
+def graph_of(stored: StoredWorkflow) -> ParsedGraph:
     """Return the graph of a workflow as the engine sees it."""
     return ParsedGraph.from_stored(definition_snapshot.build_definition(stored.nodes, stored.connections, {}))
 

@@ -18,18 +18,17 @@ from engine.expressions import ExpressionError
 from engine.node_api import ERROR, UnknownNodeType
 from engine.program import compile_mapping
 from engine.values import InvalidJson, encode_json
-from gateway import errors, limits
-from gateway.errors import ApiError
-from gateway.http import text
-from gateway.http.text import Problems
+from gateway.http import errors, limits, text_rules
+from gateway.http.errors import ApiError
+from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire
 from gateway.workflows import graph_shapes
-from gateway.workflows.graph_shapes import ConnectionInput, Label, NodeInput, Position, RetryShape
+from gateway.workflows.graph_shapes import CanvasPosition, ConnectionInput, Label, NodeInput, RetryShape
 
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
-    from gateway.workflows.workflow_rows import Stored
+    from gateway.workflows.workflow_rows import StoredWorkflow
     from nodes.catalog import NodeCatalog
 
 COMPARED_IDS = 1_000
@@ -51,7 +50,7 @@ class NodeChanges(GuardedWire):
 
     config: dict[str, Any] | None = None
     label: Label | None = None
-    position: Position | None = None
+    position: CanvasPosition | None = None
     version: str | UnsetType | None = UNSET
     """Null: no longer pinned."""
     retry: RetryShape | UnsetType | None = UNSET
@@ -65,7 +64,7 @@ class NodeChanges(GuardedWire):
 # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def node_of(stored: Stored, node_id: str) -> StoredNode:
+def node_of(stored: StoredWorkflow, node_id: str) -> StoredNode:
     """Return a node by its id; raises 404, and 409 where two share the id."""
     return named(stored.nodes, node_id)
 
@@ -81,9 +80,9 @@ def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
     return found[0]
 
 
-def with_node(before: Stored, node: NodeInput, catalog: NodeCatalog) -> Stored:
+def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> StoredWorkflow:
     """Add a node that has its id; where it says no position, it gets a free one beside the others."""
-    problems = Problems()
+    problems = ProblemCollector()
     place = node.position or _free_position(before.nodes)
     made = graph_shapes.stored_node(node, "", place, catalog, problems)
     _check_mappings(node.input_mappings or {}, "inputMappings", problems)
@@ -97,15 +96,17 @@ def with_node(before: Stored, node: NodeInput, catalog: NodeCatalog) -> Stored:
     return replace(before, nodes=[*before.nodes, made])
 
 
-def with_changes(before: Stored, node_id: str, changes: NodeChanges, catalog: NodeCatalog) -> Stored:
+def with_changes(
+    before: StoredWorkflow, node_id: str, changes: NodeChanges, catalog: NodeCatalog
+) -> StoredWorkflow:
     """Configure a node."""
     node = node_of(before, node_id)
-    problems = Problems()
+    problems = ProblemCollector()
     after = dict(node)
     if changes.config:
         after["config"] = _merged(cast("dict[str, Json]", node["config"]), changes.config)
     if changes.label is not None:
-        after["label"] = text.line(
+        after["label"] = text_rules.check_line(
             changes.label, "label", problems, max_length=limits.LABEL_LENGTH, may_be_empty=True
         )
     if changes.position is not None:
@@ -123,19 +124,19 @@ def with_changes(before: Stored, node_id: str, changes: NodeChanges, catalog: No
     return _with_replaced(before, node, after)
 
 
-def with_mappings(before: Stored, node_id: str, mappings: dict[str, Json]) -> Stored:
+def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:
     """Replace the mappings of a node."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "inputMappings": mappings})
 
 
-def with_pass_through(before: Stored, node_id: str, values: Mapping[str, str]) -> Stored:
+def with_pass_through(before: StoredWorkflow, node_id: str, values: Mapping[str, str]) -> StoredWorkflow:
     """Replace what a node passes through."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "passThroughValues": dict(values)})
 
 
-def without_node(before: Stored, node_id: str) -> Stored:
+def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
     """Remove a node, with every connection that leads to it or from it."""
     nodes = [node for node in before.nodes if node["id"] != node_id]
     if len(nodes) == len(before.nodes):
@@ -146,12 +147,12 @@ def without_node(before: Stored, node_id: str) -> Stored:
 
 def require_valid_mappings(mappings: Mapping[str, Json]) -> None:
     """Raise 422 with one entry for every mapping that could not be computed in a run."""
-    problems = Problems()
+    problems = ProblemCollector()
     _check_mappings(mappings, "mappings", problems)
     problems.raise_any()
 
 
-def _check_mappings(mappings: Mapping[str, Json], path: str, problems: Problems) -> None:
+def _check_mappings(mappings: Mapping[str, Json], path: str, problems: ProblemCollector) -> None:
     for field, source in mappings.items():
         if problems.is_full:
             return
@@ -166,7 +167,9 @@ def _merged(before: Mapping[str, Json], given: Mapping[str, Json]) -> dict[str, 
     return {key: value for key, value in merged.items() if value is not None or key not in given}
 
 
-def _version(given: str | None, node_type: str, catalog: NodeCatalog, problems: Problems) -> str | None:
+def _version(
+    given: str | None, node_type: str, catalog: NodeCatalog, problems: ProblemCollector
+) -> str | None:
     if not given:
         return None
     try:
@@ -183,7 +186,7 @@ def _set_or_remove(node: StoredNode, key: str, value: Json) -> None:
         node[key] = value
 
 
-def _with_replaced(before: Stored, node: StoredNode, after: StoredNode) -> Stored:
+def _with_replaced(before: StoredWorkflow, node: StoredNode, after: StoredNode) -> StoredWorkflow:
     nodes = [after if other is node else other for other in before.nodes]
     _require_room(nodes, after)
     return replace(before, nodes=nodes)
@@ -200,18 +203,18 @@ def _require_room(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
         raise _refusal("nodes", "too-large", message)
 
 
-def _free_position(nodes: Iterable[StoredNode]) -> Position:
+def _free_position(nodes: Iterable[StoredNode]) -> CanvasPosition:
     places = (cast("Mapping[str, float]", node["position"]) for node in nodes)
     x, y = find_free_position((place["x"], place["y"]) for place in places)
-    return Position(x=x, y=y)
+    return CanvasPosition(x=x, y=y)
 
 
 # ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def with_connection(before: Stored, edge: ConnectionInput, catalog: NodeCatalog) -> Stored:
+def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: NodeCatalog) -> StoredWorkflow:
     """Connect two nodes, with an edge that has its id."""
-    problems = Problems()
+    problems = ProblemCollector()
     made = graph_shapes.stored_connection(edge, "", problems)
     problems.raise_any()
     nodes = {str(node["id"]): node for node in before.nodes}
@@ -225,7 +228,7 @@ def with_connection(before: Stored, edge: ConnectionInput, catalog: NodeCatalog)
     return replace(before, connections=[*before.connections, made])
 
 
-def without_connection(before: Stored, connection_id: str) -> Stored:
+def without_connection(before: StoredWorkflow, connection_id: str) -> StoredWorkflow:
     """Remove a connection."""
     connections = [edge for edge in before.connections if edge["id"] != connection_id]
     if len(connections) == len(before.connections):

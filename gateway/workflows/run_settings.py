@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 from msgspec import Meta
 
 from engine.expressions import ExpressionError, compile_template
-from gateway import limits
-from gateway.executions import callbacks
-from gateway.http import text
+from gateway.executions import callback_checks
+from gateway.http import limits, text_rules
 from gateway.http.wire import StrictWire
 from journal.concurrency_limits import LimitAction
 
 if TYPE_CHECKING:
-    from gateway.http.text import Problems
+    from gateway.http.text_rules import ProblemCollector
 
 
 class ConcurrencySettings(StrictWire):
@@ -22,7 +21,7 @@ class ConcurrencySettings(StrictWire):
 
     limit: Annotated[int, Meta(ge=1, le=limits.CONCURRENT_RUNS)]
     """Maximum number of runs at once."""
-    key: Annotated[str, text.allowed(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
+    key: Annotated[str, text_rules.is_allowed_text(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
     """Expression such as `{{ trigger.body.customer }}`: the limit applies to each of its values apart."""
     on_limit: LimitAction = LimitAction.QUEUE
     """Handling of further runs: `queue` makes them wait, `reject` refuses them with 429."""
@@ -35,7 +34,7 @@ class FailureSettings(StrictWire):
     """Workflow that runs once, for the user of the failed run. Its inputs are `executionId`, `workflowId`,
     `workflowName`, `status`, `error`, `startedAt` and `endedAt`.
     """
-    url: Annotated[str, text.allowed(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
+    url: Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
     """URL that gets a message, signed with the signing secret of the organization."""
 
 
@@ -69,11 +68,11 @@ class KnownSettings(StrictWire):
     """Processor and memory of each pod of the deployed workflow."""
 
 
-def check(
+def check_settings(
     concurrency: ConcurrencySettings | None,
     on_failure: FailureSettings | None,
     workflow_id: str,
-    problems: Problems,
+    problems: ProblemCollector,
 ) -> None:
     """Note what no type says: expressions that can't be read, addresses that are none, a workflow that names itself."""
     if concurrency is not None and concurrency.key is not None:
@@ -82,7 +81,7 @@ def check(
         _check_failure(on_failure, workflow_id, problems)
 
 
-def _check_key(key: str, problems: Problems) -> None:
+def _check_key(key: str, problems: ProblemCollector) -> None:
     path = "settings.concurrency.key"
     if len(key) > limits.CONCURRENCY_KEY_LENGTH:
         message = f"{path} may have at most {limits.CONCURRENCY_KEY_LENGTH:,} characters"
@@ -98,14 +97,14 @@ def _check_key(key: str, problems: Problems) -> None:
         problems.add(path, "invalid-expression", message)
 
 
-def _check_failure(on_failure: FailureSettings, workflow_id: str, problems: Problems) -> None:
+def _check_failure(on_failure: FailureSettings, workflow_id: str, problems: ProblemCollector) -> None:
     path = "settings.onFailure"
     if (on_failure.workflow_id is None) == (on_failure.url is None):
         problems.add(path, "conflict", f"{path} must have a workflowId or a url, and not both")
     elif on_failure.url is not None:
-        callbacks.checked(on_failure.url, f"{path}.url", problems)
+        callback_checks.check_callback(on_failure.url, f"{path}.url", problems)
     elif on_failure.workflow_id == workflow_id:
         message = "A workflow can't be run about its own failures"
         problems.add(f"{path}.workflowId", "self-reference", message)
     else:
-        text.identifier(on_failure.workflow_id or "", f"{path}.workflowId", problems)
+        text_rules.check_identifier(on_failure.workflow_id or "", f"{path}.workflowId", problems)

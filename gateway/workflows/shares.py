@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from gateway import errors, limits
+from gateway.http import errors, limits
 from models import access_store
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from sqlmodel import col
 
 from engine.graph import ParsedGraph
 from engine.resource_scopes import list_references
-from gateway import errors
+from gateway.http import errors
 from journal.definition_snapshot import build_definition
 from models.data_source import DataSource, decrypt_secrets, is_usable_by
 from models.encryption import VaultError
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from engine.program import NodeTypeLookup
     from engine.resource_scopes import ResourceReference
     from engine.values import Json
-    from gateway.workflows.workflow_rows import Stored
+    from gateway.workflows.workflow_rows import StoredWorkflow
     from models.encryption import SecretVault
 
 
 def named_sources(
-    stored: Stored, catalog: NodeTypeLookup, *, only: Collection[str]
+    stored: StoredWorkflow, catalog: NodeTypeLookup, *, only: Collection[str]
 ) -> Sequence[ResourceReference]:
     """Return every place in these nodes of a workflow that names a data source."""
     nodes = [node for node in stored.nodes if str(node["id"]) in only]
@@ -39,7 +39,10 @@ def named_sources(
 
 
 async def require_usable(
-    connection: AsyncConnection, stored: Stored, named: Sequence[ResourceReference], vault: SecretVault
+    connection: AsyncConnection,
+    stored: StoredWorkflow,
+    named: Sequence[ResourceReference],
+    vault: SecretVault,
 ) -> None:
     """Raise 422 unless each data source exists, may be used by the owner, can be decrypted, and has a fitting type."""
     if not named:

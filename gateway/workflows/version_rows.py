@@ -19,7 +19,7 @@ from models.workflow import WorkflowVersion
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.http.query import Page
+    from gateway.http.query import PageBounds
 
 _HEAD = (
     col(WorkflowVersion.version),
@@ -31,7 +31,7 @@ _HEAD = (
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class VersionRow:
     """A version without its snapshot."""
 
     version: int
@@ -41,7 +41,9 @@ class Head:
     created_at: datetime
 
 
-async def page(connection: AsyncConnection, workflow_id: str, part: Page) -> Sequence[Head]:
+async def list_versions(
+    connection: AsyncConnection, workflow_id: str, part: PageBounds
+) -> Sequence[VersionRow]:
     """Return some of a workflow's versions, the first ones first."""
     rows = await connection.execute(
         select(*_HEAD)
@@ -50,10 +52,10 @@ async def page(connection: AsyncConnection, workflow_id: str, part: Page) -> Seq
         .limit(part.limit)
         .offset(part.offset)
     )
-    return [Head(**row) for row in rows.mappings()]
+    return [VersionRow(**row) for row in rows.mappings()]
 
 
-async def find(connection: AsyncConnection, workflow_id: str, version: int) -> WorkflowVersion | None:
+async def find_version(connection: AsyncConnection, workflow_id: str, version: int) -> WorkflowVersion | None:
     statement = select(WorkflowVersion).where(
         col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version) == version
     )
@@ -61,14 +63,14 @@ async def find(connection: AsyncConnection, workflow_id: str, version: int) -> W
     return WorkflowVersion(**row) if row else None
 
 
-async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> Head | None:
+async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> VersionRow | None:
     """Return the one version of a workflow that bears a tag."""
     statement = select(*_HEAD).where(
         col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version_tag) == version_tag
     )
     row = (await connection.execute(statement)).mappings().first()
-    return Head(**row) if row else None
+    return VersionRow(**row) if row else None
 
 
-async def add(connection: AsyncConnection, version: WorkflowVersion) -> None:
+async def add_version(connection: AsyncConnection, version: WorkflowVersion) -> None:
     await connection.execute(insert(WorkflowVersion).values(column_values(version)))

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
-from gateway import errors
+from gateway.http import errors
 from journal import definition_snapshot
 from models.deployment import Deployment
 from models.workflow import Workflow, WorkflowGraph, WorkflowShare
@@ -51,7 +51,7 @@ _WITH_GRAPH = select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.conne
 
 
 @dataclass(slots=True)
-class Kept:
+class CachedWorkflow:
     """A workflow and how long it may be used without asking."""
 
     workflow: LoadedWorkflow
@@ -64,7 +64,7 @@ class WorkflowCache:
     def __init__(self, database: Database, catalog: NodeCatalog) -> None:
         self._database = database
         self._catalog = catalog
-        self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], CachedWorkflow] = OrderedDict()
         self._characters = 0
         self._loads: dict[tuple[str, str], asyncio.Task[LoadedWorkflow | None]] = {}
         self._organizations: TTLCache[str, str] = TTLCache(ORGANIZATION_SECONDS, MAX_ORGANIZATIONS)
@@ -147,7 +147,7 @@ class WorkflowCache:
         if self._loads.get(key) is asyncio.current_task():  # else somebody has asked for a newer one
             self._drop(key)
             if workflow is not None:
-                self._keep(key, Kept(workflow, asked_at + CACHE_SECONDS))
+                self._keep(key, CachedWorkflow(workflow, asked_at + CACHE_SECONDS))
         return workflow
 
     async def _load_together(
@@ -175,7 +175,7 @@ class WorkflowCache:
         )
         for workflow in loaded:
             self._drop((organization_id, workflow.id))
-            self._keep((organization_id, workflow.id), Kept(workflow, asked_at + CACHE_SECONDS))
+            self._keep((organization_id, workflow.id), CachedWorkflow(workflow, asked_at + CACHE_SECONDS))
         return {workflow.id: workflow for workflow in loaded}
 
     def _loaded_row(self, row: Row[Any], readers: frozenset[str]) -> LoadedWorkflow:
@@ -205,7 +205,7 @@ class WorkflowCache:
         # In a thread: others are served while a large graph is gone through.
         return await asyncio.to_thread(self._loaded_row, row, readers)
 
-    def _keep(self, key: tuple[str, str], kept: Kept) -> None:
+    def _keep(self, key: tuple[str, str], kept: CachedWorkflow) -> None:
         self._kept[key] = kept
         self._characters += len(kept.workflow.definition)
         while len(self._kept) > MAX_WORKFLOWS or self._characters > MAX_DEFINITION_CHARACTERS:

@@ -12,8 +12,7 @@ from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select,
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
-from gateway.arrivals import trigger_rows
-from gateway.workflows import foreign_settings
+from gateway.workflows import foreign_settings, trigger_rows
 from journal import held_runs
 from journal.store import ExecutionKey
 from models import ids
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
-    from gateway.http.query import Page
+    from gateway.http.query import PageBounds
     from gateway.workflows.graph_shapes import StoredConnection, StoredNode
     from models.access import ApiCaller
     from nodes.catalog import NodeCatalog
@@ -72,7 +71,7 @@ Listed: TypeAlias = Row[*tuple[Any, ...]]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredWorkflow:
     """A workflow with its graph and whom it is shared with."""
 
     workflow: Workflow
@@ -86,7 +85,7 @@ class Stored:
         return replace(self, workflow=Workflow(**{**column_values(self.workflow), **changes}))
 
 
-async def lock(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> None:
+async def lock_workflow(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> None:
     """Wait until nobody else is changing a workflow, and keep them waiting until the transaction ends.
 
     A statement of its own: what PostgreSQL reads together with a lock may be older than the lock. SQLite's transactions
@@ -104,7 +103,9 @@ async def is_readable(connection: AsyncConnection, workflow_id: str, caller: Api
     return await connection.scalar(statement) is not None
 
 
-async def find(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> Stored | None:
+async def find_workflow(
+    connection: AsyncConnection, workflow_id: str, caller: ApiCaller
+) -> StoredWorkflow | None:
     """Return a workflow that the caller may read."""
     row = (
         (
@@ -128,15 +129,15 @@ async def find(connection: AsyncConnection, workflow_id: str, caller: ApiCaller)
     return _stored(row, shared_with)
 
 
-def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> Stored:
+def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:
     """Return a workflow from its row, joined with that of its graph."""
     fields = foreign_settings.move(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
-    return Stored(Workflow(**fields), nodes, connections, shared_with)
+    return StoredWorkflow(Workflow(**fields), nodes, connections, shared_with)
 
 
 @dataclass(frozen=True, slots=True)
-class Filter:
+class WorkflowFilter:
     """Which workflows a list shows."""
 
     status: WorkflowStatus | None
@@ -144,8 +145,12 @@ class Filter:
     search: str | None
 
 
-async def page(
-    connection: AsyncConnection, caller: ApiCaller, wanted: Filter, part: Page, order: ColumnElement[Any]
+async def list_workflows(
+    connection: AsyncConnection,
+    caller: ApiCaller,
+    wanted: WorkflowFilter,
+    part: PageBounds,
+    order: ColumnElement[Any],
 ) -> tuple[int, Sequence[Listed]]:
     """Return how many workflows the caller may read and a page of them; templates are left out."""
     conditions = [is_listed_for(caller), *_conditions(caller, wanted)]
@@ -171,7 +176,7 @@ async def page(
     return count or 0, rows
 
 
-def _counted_on_the_way(wanted: Filter) -> ColumnElement[Any]:
+def _counted_on_the_way(wanted: WorkflowFilter) -> ColumnElement[Any]:
     """Return how many there are, for a search: it looks at every row, and should do so once.
 
     Anything else is counted in an index, apart: the page then needs no more of it than its own rows.
@@ -185,7 +190,7 @@ def _tie(order: ColumnElement[Any]) -> ColumnElement[Any]:
     return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
 
 
-def _conditions(caller: ApiCaller, wanted: Filter) -> Iterable[ColumnElement[bool]]:
+def _conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnElement[bool]]:
     if wanted.status is not None:
         yield col(Workflow.status) == wanted.status
     if wanted.tag is not None:
@@ -221,7 +226,9 @@ async def count_by_status(connection: AsyncConnection, organization_id: str) -> 
     return {row.status: row.total for row in rows}
 
 
-async def templates(connection: AsyncConnection, caller: ApiCaller, part: Page) -> tuple[int, list[Stored]]:
+async def templates(
+    connection: AsyncConnection, caller: ApiCaller, part: PageBounds
+) -> tuple[int, list[StoredWorkflow]]:
     """Return how many templates the caller's organisation has, and a page of them, the newest first."""
     conditions = (
         col(Workflow.organization_id) == caller.organization_id,
@@ -257,7 +264,7 @@ async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
     )
 
 
-async def add(connection: AsyncConnection, stored: Stored, catalog: NodeCatalog) -> None:
+async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:
     """Write a new workflow with its graph, triggers, tags and first version."""
     workflow = stored.workflow
     graph = WorkflowGraph(
@@ -279,7 +286,7 @@ async def add(connection: AsyncConnection, stored: Stored, catalog: NodeCatalog)
     await connection.execute(insert(Workflow).values(_columns(workflow)))
     await connection.execute(insert(WorkflowGraph).values(column_values(graph)))
     await connection.execute(insert(WorkflowVersion).values(column_values(version)))
-    await trigger_rows.add(connection, stored, catalog)
+    await trigger_rows.add_triggers(connection, stored, catalog)
     await _add_tags(connection, workflow)
 
 
@@ -294,8 +301,12 @@ def _columns(workflow: Workflow) -> dict[str, object]:
     }
 
 
-async def save(
-    connection: AsyncConnection, before: Stored, after: Stored, caller: ApiCaller, catalog: NodeCatalog
+async def save_workflow(
+    connection: AsyncConnection,
+    before: StoredWorkflow,
+    after: StoredWorkflow,
+    caller: ApiCaller,
+    catalog: NodeCatalog,
 ) -> bool:
     """Write what differs, unless the workflow has changed since `before` was read; tells whether it was written."""
     workflow = after.workflow
@@ -319,7 +330,7 @@ async def save(
         await connection.execute(
             update(WorkflowGraph).where(col(WorkflowGraph.workflow_id) == workflow.id).values(changed)
         )
-    await trigger_rows.save(connection, before, after, catalog)
+    await trigger_rows.save_triggers(connection, before, after, catalog)
     if before.workflow.status == WorkflowStatus.PAUSED != workflow.status:
         await held_runs.release_held_runs(connection, workflow.id)
     if workflow.tags != before.workflow.tags or workflow.deleted_at is not None:
@@ -336,7 +347,7 @@ async def save(
     return True
 
 
-async def _save_shares(connection: AsyncConnection, before: Stored, after: Stored) -> None:
+async def _save_shares(connection: AsyncConnection, before: StoredWorkflow, after: StoredWorkflow) -> None:
     workflow_id = after.workflow.id
     if gone := before.shared_with.keys() - after.shared_with.keys():
         await connection.execute(
@@ -375,7 +386,7 @@ async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:
         await connection.execute(insert(WorkflowTag), tags)
 
 
-def snapshot(stored: Stored) -> dict[str, object]:
+def snapshot(stored: StoredWorkflow) -> dict[str, object]:
     """Return what a version keeps of a workflow."""
     workflow = stored.workflow
     return {

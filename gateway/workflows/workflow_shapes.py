@@ -11,16 +11,15 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from engine.values import encode_json
-from gateway import limits
-from gateway.errors import ApiError
-from gateway.http import text
-from gateway.http.text import Problems
-from gateway.http.wire import GuardedWire, Instant, Wire, convert, instant, with_whole_numbers
+from gateway.http import limits, text_rules
+from gateway.http.errors import ApiError
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import GuardedWire, Instant, WireStruct, convert, instant, with_whole_numbers
 from gateway.workflows import foreign_settings, graph_shapes, run_settings
 from gateway.workflows.foreign_settings import KNOWN
-from gateway.workflows.graph_shapes import Connections, Nodes, Position, RetryShape
+from gateway.workflows.graph_shapes import CanvasPosition, Connections, Nodes, RetryShape
 from gateway.workflows.run_settings import KnownSettings
-from gateway.workflows.workflow_rows import Stored
+from gateway.workflows.workflow_rows import StoredWorkflow
 from journal import definition_snapshot
 from models import ids
 from models.workflow import Workflow, WorkflowStatus
@@ -32,9 +31,9 @@ if TYPE_CHECKING:
     from nodes.catalog import NodeCatalog
 
 
-Name: TypeAlias = Annotated[str, text.allowed(limits.WORKFLOW_NAME_LENGTH, min_length=1)]
-Description: TypeAlias = Annotated[str, text.allowed(limits.DESCRIPTION_LENGTH)]
-Tag: TypeAlias = Annotated[str, text.allowed(limits.TAG_LENGTH, min_length=1)]
+Name: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.WORKFLOW_NAME_LENGTH, min_length=1)]
+Description: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.DESCRIPTION_LENGTH)]
+Tag: TypeAlias = Annotated[str, text_rules.is_allowed_text(limits.TAG_LENGTH, min_length=1)]
 Tags: TypeAlias = Annotated[list[Tag], Meta(extra_json_schema={"maxItems": limits.TAGS})]
 Settings: TypeAlias = Annotated[
     dict[str, Any], Meta(extra_json_schema={"$ref": "#/components/schemas/KnownSettings"})
@@ -90,14 +89,14 @@ class UpdateWorkflow(GuardedWire):
     config: dict[str, Any] | None = None
 
 
-class ShownNode(Wire):
+class ShownNode(WireStruct):
     """A node of a workflow; its type stands there under two names."""
 
     id: str
     node_id: str
     type: str
     label: str
-    position: Position
+    position: CanvasPosition
     config: Mapping[str, Any]
     input_mappings: Mapping[str, Any]
     pass_through_values: Mapping[str, str]
@@ -107,7 +106,7 @@ class ShownNode(Wire):
     at_most_once: bool | UnsetType = UNSET
 
 
-class ShownConnection(Wire):
+class ShownConnection(WireStruct):
     """An edge of a workflow's graph."""
 
     id: str
@@ -117,7 +116,7 @@ class ShownConnection(Wire):
     target_port: str
 
 
-class WorkflowSummary(Wire):
+class WorkflowSummary(WireStruct):
     """A workflow without its graph."""
 
     id: str
@@ -156,7 +155,7 @@ READ_ONLY: Final[Mapping[str, str]] = {
 """Every field of a workflow, with the route that changes it, for bodies of routes that change one field alone."""
 
 
-class NewWorkflow(Wire):
+class NewWorkflow(WireStruct):
     """The id of a workflow that was created."""
 
     workflow_id: str
@@ -165,19 +164,21 @@ class NewWorkflow(Wire):
 # ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def made(caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, now: datetime) -> Stored:
+def build_workflow(
+    caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, now: datetime
+) -> StoredWorkflow:
     """Return a new workflow of the caller; raises 422."""
-    problems = Problems()
-    stored = drafted(caller, body, catalog, problems, now)
+    problems = ProblemCollector()
+    stored = draft_workflow(caller, body, catalog, problems, now)
     problems.raise_any()
     if stored.workflow.status == WorkflowStatus.ACTIVE:
         graph_shapes.require_valid(definition_snapshot.check_graph(stored.nodes, stored.connections, catalog))
     return replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
 
 
-def drafted(
-    caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, problems: Problems, now: datetime
-) -> Stored:
+def draft_workflow(
+    caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, problems: ProblemCollector, now: datetime
+) -> StoredWorkflow:
     """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
     workflow_id = ids.new_id("wf")
     workflow = Workflow(
@@ -197,13 +198,13 @@ def drafted(
     )
     nodes = graph_shapes.stored_nodes(body.nodes or [], catalog, problems)
     connections = graph_shapes.stored_connections(body.connections or [], problems)
-    return Stored(workflow, nodes, connections, shared_with={})
+    return StoredWorkflow(workflow, nodes, connections, shared_with={})
 
 
-def changed(before: Stored, body: UpdateWorkflow, catalog: NodeCatalog) -> Stored:
+def apply_changes(before: StoredWorkflow, body: UpdateWorkflow, catalog: NodeCatalog) -> StoredWorkflow:
     """Return a workflow with what the body gives in the place of what was; raises 422."""
     workflow = before.workflow
-    problems = Problems()
+    problems = ProblemCollector()
     changes: dict[str, object] = {}
     nodes, connections = before.nodes, before.connections
     if body.name is not None:
@@ -228,22 +229,22 @@ def changed(before: Stored, body: UpdateWorkflow, catalog: NodeCatalog) -> Store
     return replace(before.with_columns(**changes), nodes=nodes, connections=connections)
 
 
-def _name(given: str, problems: Problems) -> str:
-    return text.line(given, "name", problems, max_length=limits.WORKFLOW_NAME_LENGTH)
+def _name(given: str, problems: ProblemCollector) -> str:
+    return text_rules.check_line(given, "name", problems, max_length=limits.WORKFLOW_NAME_LENGTH)
 
 
-def _description(given: str, problems: Problems) -> str:
-    return text.paragraphs(given, "description", problems, max_length=limits.DESCRIPTION_LENGTH)
+def _description(given: str, problems: ProblemCollector) -> str:
+    return text_rules.check_paragraphs(given, "description", problems, max_length=limits.DESCRIPTION_LENGTH)
 
 
-def _tags(given: Sequence[str], problems: Problems) -> list[str]:
+def _tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
     """Return the tags in the order in which they were given, each once."""
     if len(given) > limits.TAGS:
         problems.add("tags", "too-many", f"A workflow may have at most {limits.TAGS} tags")
         return []
     return list(
         dict.fromkeys(
-            text.line(tag, f"tags.{position}", problems, max_length=limits.TAG_LENGTH)
+            text_rules.check_line(tag, f"tags.{position}", problems, max_length=limits.TAG_LENGTH)
             for position, tag in enumerate(given)
         )
     )
@@ -262,7 +263,7 @@ def _settings(
     before: Mapping[str, Json],
     config: Mapping[str, Json],
     given: Mapping[str, Json],
-    problems: Problems,
+    problems: ProblemCollector,
 ) -> dict[str, Json]:
     """Return settings with the given ones merged in, complete.
 
@@ -281,22 +282,24 @@ def _settings(
     except ApiError as error:
         problems.found.extend(error.details)
     else:
-        run_settings.check(known.concurrency, known.on_failure, workflow_id, problems)
+        run_settings.check_settings(known.concurrency, known.on_failure, workflow_id, problems)
     return definition_snapshot.effective_settings(
         _merged(before, {**fields, **removed}, "settings", problems)
     )
 
 
-def _config(before: Mapping[str, Json], given: Mapping[str, Json], problems: Problems) -> dict[str, Json]:
+def _config(
+    before: Mapping[str, Json], given: Mapping[str, Json], problems: ProblemCollector
+) -> dict[str, Json]:
     """Return a config with the given one merged in; of its keys, only `appId` means something here."""
     app_id = given.get("appId")
     if app_id is not None:
-        text.identifier(app_id if isinstance(app_id, str) else "", "config.appId", problems)
+        text_rules.check_identifier(app_id if isinstance(app_id, str) else "", "config.appId", problems)
     return _merged(before, given, "config", problems)
 
 
 def _merged(
-    before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: Problems
+    before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: ProblemCollector
 ) -> dict[str, Json]:
     """Return `before` with the given keys set; null takes a key away."""
     merged: dict[str, Json] = {key: value for key, value in {**before, **given}.items() if value is not None}
@@ -308,7 +311,7 @@ def _merged(
 # ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def summary(workflow: Workflow | Listed) -> dict[str, Json]:
+def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:
     """Return the Workflow object without its graph."""
     return {
         "id": workflow.id,
@@ -326,11 +329,11 @@ def summary(workflow: Workflow | Listed) -> dict[str, Json]:
     }
 
 
-def shown(stored: Stored) -> dict[str, Json]:
+def show_workflow(stored: StoredWorkflow) -> dict[str, Json]:
     """Return the Workflow object."""
     workflow = stored.workflow
     return {
-        **summary(workflow),
+        **show_summary(workflow),
         "nodes": [graph_shapes.shown_node(node) for node in stored.nodes],
         "connections": [graph_shapes.shown_connection(edge) for edge in stored.connections],
         "config": workflow.config,

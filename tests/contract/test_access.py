@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
 from gateway import routes
-from gateway.http.endpoint import Access
-from gateway.workflows import shipped
+from gateway.http.endpoint import AccessRule
+from gateway.workflows import shipped_templates
 from journal.blobs.blob_storage import BlobOwner
 from models import access_store
 from models.access import ALL_KEY_SCOPES, KeyScope, User, UserRole
@@ -118,7 +118,12 @@ EVERYBODY: Expected = dict.fromkeys(OWN, OK)
 READ, WRITE, EXECUTE = KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_WRITE, KeyScope.WORKFLOWS_EXECUTE
 KEYS, USERS = KeyScope.KEYS_WRITE, KeyScope.USERS_WRITE
 READ_SOURCES, WRITE_SOURCES = KeyScope.DATASOURCES_READ, KeyScope.DATASOURCES_WRITE
-SCOPES = {Access.ADMIN: USERS, Access.ANY_KEY: None, Access.PUBLIC: None, Access.SENDER: EXECUTE}
+SCOPES = {
+    AccessRule.ADMIN: USERS,
+    AccessRule.ANY_KEY: None,
+    AccessRule.PUBLIC: None,
+    AccessRule.SENDER: EXECUTE,
+}
 """The scope that a key must have for what no scope alone opens."""
 
 Make: TypeAlias = Callable[["AccessCast", bool], Awaitable[str]]
@@ -710,7 +715,7 @@ def test_the_table_here_is_the_table_of_routes() -> None:
         (
             line.method,
             line.path,
-            SCOPES[line.access] if isinstance(line.access, Access) else line.access,
+            SCOPES[line.access] if isinstance(line.access, AccessRule) else line.access,
         )
         for line in routes.TABLE
     }
@@ -764,7 +769,7 @@ async def test_what_others_have_is_not_counted(on_sqlite: AccessCast) -> None:
         "/api/v1/datasources": 0,
         "/api/v1/workflows": 0,
         "/api/v1/workflows/stats": 0,
-        "/api/v1/workflows/templates": len(shipped.load()),
+        "/api/v1/workflows/templates": len(shipped_templates.load_templates()),
         "/api/v1/executions": 0,
     }
     answers = {path: (await newcomer.api.get(path)).json() for path in counts}

@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from gateway import routes
-from gateway.http.endpoint import Access
+from gateway.http.endpoint import AccessRule
 from tests.integration.deployed_workflows import serve_as_pods
 from tests.integration.deployers import run_local_deployer
 from tests.integration.example_data import replace_example_ids
@@ -425,7 +425,7 @@ def test_every_endpoint_of_the_contract_is_served_as_it_says() -> None:
         line = served[endpoint.name]
         assert line is not None
         # Whoever can't send a key may have a token instead.
-        assert line.access in {endpoint.scope, Access.SENDER}
+        assert line.access in {endpoint.scope, AccessRule.SENDER}
         assert {one["name"] for one in endpoint.query} <= {parameter.name for parameter in line.query}
 
 

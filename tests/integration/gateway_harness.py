@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from gateway import state
 from gateway.main import create_app
 from gateway.settings import GatewaySettings
-from gateway.state import State
+from gateway.state import GatewayState
 from models import access_store
 from models.access import ALL_KEY_SCOPES, KeyScope, Organization, User, UserRole
 from tests import databases
@@ -73,7 +73,7 @@ class OrganizationUsers:
 class GatewayHarness:
     """One gateway, its database, and those who use it."""
 
-    def __init__(self, app: Starlette, gateway: State, clients: AsyncExitStack) -> None:
+    def __init__(self, app: Starlette, gateway: GatewayState, clients: AsyncExitStack) -> None:
         self.app = app
         self.gateway = gateway
         self._clients = clients
@@ -195,7 +195,7 @@ async def run_gateway(url: str, folder: Path, *, settle_seconds: float = 0) -> A
         max_body_bytes=1_000_000,
         settle_seconds=settle_seconds,
     )
-    app = create_app(lambda: state.opened(settings))
+    app = create_app(lambda: state.open_state(settings))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
         yield GatewayHarness(app, app.state.gateway, stack)

@@ -29,14 +29,14 @@ async def serve_gateway(folder: Path, **settings: Any) -> AsyncIterator[Address]
         data_dir=folder, secret_key=SecretStr(SECRET), bootstrap_api_key=SecretStr(KEY), **settings
     )
     await databases.create_sqlite_database(folder / "pilotflame.db")
-    async with listen(main.create_app(lambda: state.opened(read)), read) as address:
+    async with listen(main.create_app(lambda: state.open_state(read)), read) as address:
         yield address
 
 
 @asynccontextmanager
 async def listen(app: ASGIApp, settings: GatewaySettings) -> AsyncIterator[Address]:
     """Run an application behind the gateway's server."""
-    server = main.server(app, settings)
+    server = main.build_server(app, settings)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         while not server.started:  # noqa: ASYNC110 - the server has no event for it

@@ -27,7 +27,7 @@ async def run_with_settings(
     told = here.settings.model_copy(update=settings)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
-        app = create_app(lambda: state.assembled(told, here.database, here.store, broker))
+        app = create_app(lambda: state.assemble_state(told, here.database, here.store, broker))
         await stack.enter_async_context(app.router.lifespan_context(app))
         yield GatewayHarness(app, app.state.gateway, stack)
 

@@ -20,9 +20,9 @@ from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
 from execution.trials import TrialGate
 from gateway import state
-from gateway.arrivals.certificates import Certificates
+from gateway.ingest.sns_certificates import SnsCertificateCache
 from gateway.main import create_app
-from gateway.state import State
+from gateway.state import GatewayState
 from journal.store import ClaimedRun
 from messages import broker as brokers
 from models.execution import Execution, ExecutionData
@@ -84,7 +84,7 @@ class MailHarness:
     left: list[tuple[ClaimedRun, RunOutcome]] = field(default_factory=list)
 
     @property
-    def gateway(self) -> State:
+    def gateway(self) -> GatewayState:
         return self.world.gateway
 
     # ── workflows ─────────────────────────────────────────────────────────────────────────────────────────
@@ -259,9 +259,9 @@ async def run_mail_harness(world: GatewayHarness) -> AsyncIterator[MailHarness]:
     broker = await brokers.connect(None)
 
     @asynccontextmanager
-    async def opened() -> AsyncIterator[State]:
-        async with state.assembled(here.settings, here.database, here.store, broker) as gateway:
-            yield replace(gateway, clock=lambda: now[0], certificates=Certificates(sns))
+    async def opened() -> AsyncIterator[GatewayState]:
+        async with state.assemble_state(here.settings, here.database, here.store, broker) as gateway:
+            yield replace(gateway, clock=lambda: now[0], certificates=SnsCertificateCache(sns))
 
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TURN_SECONDS = 0.02
 
 
-class InProcessGatewayServer(gateways.Server):
+class InProcessGatewayServer(gateways.GatewayServer):
     """A gateway's, in the process of the tests: signals are theirs."""
 
     @contextmanager
@@ -47,7 +47,7 @@ async def listen_for_pods(world: GatewayHarness) -> AsyncIterator[str]:
     """Have the gateway of a world listen on a socket, which pods need; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
     app = gateways.create_app(lambda: nullcontext(world.gateway))
-    server = InProcessGatewayServer(gateways.server(app, world.gateway.settings).config)
+    server = InProcessGatewayServer(gateways.build_server(app, world.gateway.settings).config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:  # noqa: ASYNC110 - a server has no event for it
         await asyncio.sleep(0.01)

@@ -18,7 +18,7 @@ import pytest
 from kubernetes.aio import client
 
 from models.deployment import Deployment, DeploymentStatus, ObservedState, status_of
-from scheduler import lifecycle, recovery
+from scheduler import lifecycle_policies, recovery
 from tests.cluster import cluster_harness as clusters
 from tests.cluster.cluster_harness import NAMESPACE, PROGRAM, DriverUnderTest, turn_until
 from tests.cluster.conftest import REAL
@@ -169,7 +169,7 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
             world, workflow_id, lambda one: "Back-off" in (one.observed_reason or "")
         )
         assert fake.cluster.image in str(failed.observed_reason)
-        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+        await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
         seen = [
             await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPING),
             await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED),
@@ -618,7 +618,7 @@ async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
         async def asked_for(times: int) -> None:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 while len(receiver.received) < times:
-                    await recovery.recover(gateway.gateway.store, gateway.gateway.broker)
+                    await recovery.recover_runs(gateway.gateway.store, gateway.gateway.broker)
                     await asyncio.sleep(0.05)
 
         await asked_for(1)

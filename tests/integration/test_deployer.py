@@ -22,7 +22,7 @@ from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, O
 from models.deployment_token import DeploymentToken
 from models.ids import new_id
 from models.lifecycle_policy import StoppedReason
-from scheduler import lifecycle
+from scheduler import lifecycle_policies
 from tests.cluster.cluster_harness import NAMESPACE, DriverUnderTest, cluster_layout, open_fake_cluster
 from tests.cluster.fake_api import FakeApiServer
 from tests.cluster.fake_api.schema import KINDS
@@ -89,7 +89,7 @@ async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_aga
         answer = await request_lifecycle(people.owner, "deploy", workflow_id, 202)
         assert answer["deploymentStatus"] in {"failed", "starting", "deploying"}
         await wait_for_deployment(world, workflow_id, has_failed)
-        await lifecycle.keep_policies(database, broker)
+        await lifecycle_policies.keep_policies(database, broker)
         stopped = await wait_for_deployment(
             world, workflow_id, lambda one: one.observed == ObservedState.STOPPED
         )
@@ -127,7 +127,7 @@ async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(
         assert (shown["deploymentStatus"], shown["replicas"], shown["readyReplicas"]) == ("failed", 1, 1)
         assert "it was built broken" in shown["reason"]
         assert shown["readyDefinitionHash"] == before.definition_hash != shown["definitionHash"]
-        await lifecycle.keep_policies(database, world.gateway.broker)
+        await lifecycle_policies.keep_policies(database, world.gateway.broker)
         kept = await read_deployment(world, workflow_id)
         assert (kept.generation, wakes.is_ready(kept)) == (failed.generation, True)
     async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
@@ -362,8 +362,8 @@ async def test_the_scheduler_stops_what_is_idle_and_leaves_the_rest(
     idle, busy = [await people.owner.create(**GRAPH) for _ in range(2)]
     await deploy_with_pod(world, people.owner, idle)
     await deploy_with_pod(world, people.owner, busy, last_activity_at=datetime.now(UTC))
-    await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
-    await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+    await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
+    await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
     stopped, kept = await read_deployment(world, idle), await read_deployment(world, busy)
     assert (stopped.replicas, stopped.stopped_reason, stopped.generation) == (0, "idle", 2)
     assert (kept.replicas, kept.stopped_reason, kept.generation) == (1, None, 1)
@@ -387,7 +387,7 @@ async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_
         set_to = await owner.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
         assert set_to.status_code == 200
     database, broker = world.gateway.database, world.gateway.broker
-    await asyncio.gather(*(lifecycle.keep_policies(database, broker) for _ in range(2)))
+    await asyncio.gather(*(lifecycle_policies.keep_policies(database, broker) for _ in range(2)))
     found = [await read_deployment(world, workflow_id) for workflow_id in (closed_at, opened_at, changed)]
     assert [(one.replicas, one.stopped_reason, one.generation) for one in found] == [
         (0, "schedule", 2),
@@ -410,7 +410,7 @@ async def test_old_decisions_go_but_for_the_last_that_still_holds(
         await record_decision(world.gateway.database, people, workflow_id, now - timedelta(days=days))
         for days in (60, 40, 20, 1)
     ]
-    await lifecycle.forget_decisions(world.gateway.database)
+    await lifecycle_policies.forget_decisions(world.gateway.database)
     of_workflow = select(col(LifecycleDecision.id)).where(col(LifecycleDecision.workflow_id) == workflow_id)
     async with world.gateway.database.read() as connection:
         assert set(await connection.scalars(of_workflow)) == set(made[1:])

@@ -14,7 +14,7 @@ from sqlmodel import col
 
 from journal.deployments import wakes
 from models.deployment import Deployment, DeploymentStatus, LifecycleDecision, ObservedState, status_of
-from scheduler import lifecycle
+from scheduler import lifecycle_policies
 from tests.cluster.cluster_harness import DriverUnderTest, open_fake_cluster, turn_until
 from tests.cluster.fake_api import FakeApiServer
 from tests.cluster.fake_api.api_errors import KubernetesError, forbidden_error, too_many_requests_error
@@ -249,7 +249,7 @@ async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_aft
         denied = await wait_for_deployment(world, workflow_id, is_unknown)
         assert "policy.example.com" in (denied.observed_reason or "")
         await sweeps.happen(8)
-        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+        await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
         assert (await read_deployment(world, workflow_id)).replicas == 1
         api.refuses = lambda *_: None
         await wait_for_deployment(world, workflow_id, is_running)
@@ -329,7 +329,7 @@ async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
         unknown = await wait_for_deployment(world, workflow_id, is_unknown)
         assert str(refusal) in (unknown.observed_reason or "")
         assert (unknown.ready_addresses, wakes.is_ready(unknown)) == (before.ready_addresses, True)
-        await lifecycle.keep_policies(world.gateway.database, world.gateway.broker)
+        await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
         kept = await read_deployment(world, workflow_id)
         assert (kept.replicas, kept.generation) == (1, before.generation)
         api.refuses = lambda *_: None

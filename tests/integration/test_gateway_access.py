@@ -10,8 +10,8 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway.bootstrap import bootstrap
-from gateway.http import auth
+from gateway.access.bootstrap import bootstrap
+from gateway.http import authentication
 from models import access_store
 from models.access import ApiKey, KeyScope, UserRole
 from models.database import Database, parse_url
@@ -180,7 +180,7 @@ async def test_a_revocation_works_before_long(world: GatewayHarness) -> None:
             yield (await client.get(WHOAMI)).status_code == 401
 
     assert await wait_until_true(is_refused(), within_seconds=PATIENCE_SECONDS)
-    assert auth.CACHE_SECONDS <= 1
+    assert authentication.CACHE_SECONDS <= 1
     listed = (await people.owner.api.get(KEYS)).json()["keys"]
     assert next(key for key in listed if key["id"] == made["id"])["revokedAt"] is not None
 

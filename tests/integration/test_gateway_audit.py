@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway import errors
-from gateway.bootstrap import bootstrap
+from gateway.access.bootstrap import bootstrap
+from gateway.http import errors
 from models.access import KeyScope, Organization, UserRole
 from models.audit import AuditEntry
 from models.database import Database, parse_url
@@ -157,7 +157,7 @@ async def test_a_change_whose_trace_can_t_be_written_is_not_made(
     async def fails(*_: object, **__: object) -> None:
         raise errors.not_ready("There is no place for a trace")
 
-    monkeypatch.setattr("gateway.audit.record", fails)
+    monkeypatch.setattr("gateway.access.audit_log.record_change", fails)
     for method, path, body in (
         ("PUT", f"{WORKFLOWS}/{workflow_id}", {"name": "New"}),
         ("POST", f"{WORKFLOWS}/{workflow_id}/versions", {"versionTag": "v2"}),

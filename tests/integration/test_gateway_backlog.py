@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from gateway.errors import ApiError
 from gateway.executions import backlog as backlogs
-from gateway.executions.backlog import Tally
+from gateway.executions.backlog import BacklogCount
+from gateway.http.errors import ApiError
 from journal import backlog
 from models.database import Database
 from models.execution import DELAYED_TARGET, LIMITED_TARGET, SHARED_TARGET, UNPARSED_TARGET
@@ -179,7 +179,7 @@ async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowd: Databas
 
 
 def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
-    tally = Tally()
+    tally = BacklogCount()
     tally.recount(100, added_before=0, began=0.0, ended=0.1)
     assert tally.retry_seconds(1, 100) == backlogs.UNKNOWN_RETRY_SECONDS
     tally.added = 50
@@ -190,7 +190,7 @@ def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
 
 
 def test_a_count_that_takes_long_is_made_seldom() -> None:
-    tally = Tally()
+    tally = BacklogCount()
     tally.recount(1_000_000, added_before=0, began=0.0, ended=0.01)
     assert tally.fresh_until == 1.01
     tally.recount(1_000_000, added_before=0, began=0.0, ended=0.5)

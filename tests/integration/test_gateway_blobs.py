@@ -12,7 +12,7 @@ from sqlalchemy import update
 from sqlmodel import col
 
 from engine.run_records import NodeSpan, RunError, RunStatus, SpanStatus
-from gateway import limits
+from gateway.http import limits
 from journal.blobs.blob_reference import BlobReference
 from journal.blobs.blob_storage import BlobOwner
 from journal.store import ClaimedRun, ClaimQuery, RunWrite

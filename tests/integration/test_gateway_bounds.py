@@ -22,7 +22,7 @@ from gateway.http import connection_budget
 from gateway.http.byte_budget import UNCOUNTED_BYTES, ByteBudget, ByteHolding
 from gateway.http.client_address import client_of
 from gateway.http.connection_budget import SPENT_PART, ConnectionBudget, ConnectionPhase, connections_for
-from gateway.http.edge import Edge
+from gateway.http.edge import EdgeLayer
 from gateway.http.proxies import TrustedProxies
 from gateway.settings import GatewaySettings
 from models.settings import InvalidSettings
@@ -282,7 +282,7 @@ def _read_rest(reader: socket.socket) -> bytes:
 def bare_application(*routes: Route) -> ASGIApp:
     """Return an application behind the layer that holds the bounds, without a gateway's state."""
     router = Router(routes)
-    return Edge(router, others=router)
+    return EdgeLayer(router, others=router)
 
 
 def make_settings(folder: Path, **values: Any) -> GatewaySettings:  # noqa: ANN401 - values of settings

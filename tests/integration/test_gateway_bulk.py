@@ -10,8 +10,8 @@ from sqlalchemy import func, insert, select, text, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
-from gateway import limits
-from gateway.executions import bulk
+from gateway.executions import bulk_actions
+from gateway.http import limits
 from journal.blobs.blob_storage import BlobLost, BlobOwner
 from models.errors import DatabaseUnavailable
 from models.execution import Execution, ExecutionData, LogRow, SpanRow
@@ -311,8 +311,8 @@ async def test_a_request_that_broke_off_is_finished_by_its_repetition(
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     failed = await start_runs(world, people.owner, workflow_id, 3, **FAILED)
-    monkeypatch.setattr(bulk, "RETRIES_AT_ONCE", 2)
-    resume, calls = bulk._resume, 0  # noqa: SLF001 - breaks off between its transactions
+    monkeypatch.setattr(bulk_actions, "RETRIES_AT_ONCE", 2)
+    resume, calls = bulk_actions._resume, 0  # noqa: SLF001 - breaks off between its transactions
 
     async def break_off(connection: AsyncConnection, **arguments: Any) -> dict[str, str | None]:  # noqa: ANN401 - its own
         nonlocal calls
@@ -321,7 +321,7 @@ async def test_a_request_that_broke_off_is_finished_by_its_repetition(
             raise DatabaseUnavailable("the database is away")
         return await resume(connection, **arguments)
 
-    monkeypatch.setattr(bulk, "_resume", break_off)
+    monkeypatch.setattr(bulk_actions, "_resume", break_off)
     once, body = {"Idempotency-Key": workflow_id}, {"filter": {"workflowId": workflow_id}}
     assert_refused(await post_bulk(people.owner, "retry", once, **body), 503, "not-ready")
     answer = await post_bulk_successfully(people.owner, "retry", once, **body)

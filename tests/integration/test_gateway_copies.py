@@ -10,7 +10,7 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
-from gateway.workflows import shipped
+from gateway.workflows import shipped_templates
 from models.audit import AuditEntry
 from models.workflow import Workflow, WorkflowVersion
 from tests.integration.gateway_harness import (
@@ -25,7 +25,7 @@ from tests.integration.gateway_harness import (
 )
 
 WORKFLOWS = "/api/v1/workflows"
-SHIPPED = len(shipped.load())
+SHIPPED = len(shipped_templates.load_templates())
 """Templates that everybody has."""
 CANARY = "canary-5f2b9c"
 """No answer and no row of a copy may hold it."""

@@ -10,14 +10,14 @@ import pytest
 from pydantic import ValidationError
 
 from gateway import routes
-from gateway.document import openapi
 from gateway.http import cross_origin
+from gateway.openapi import openapi_document
 from gateway.settings import GatewaySettings
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
 
 WORKFLOWS = "/api/v1/workflows"
 PAGE = "https://app.example.com"
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
 
 
 def preflight_headers(origin: str, method: str = "POST") -> dict[str, str]:

@@ -210,7 +210,7 @@ async def test_lists_are_filtered_sorted_and_shown_in_parts(people: Organization
 async def test_there_is_an_end_to_data_sources(
     people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.limits.DATA_SOURCES", 1)
+    monkeypatch.setattr("gateway.http.limits.DATA_SOURCES", 1)
     await create_source(people.owner)
     assert_refused(
         await people.colleague.api.post(SOURCES, json={"name": "One more", **DATABASE}),

@@ -19,7 +19,7 @@ import pytest
 from sqlalchemy import update
 from sqlmodel import col
 
-from gateway.arrivals import deliveries
+from gateway.ingest import delivery_log
 from journal import unparsed_mail
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
 from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, IngestWrite
@@ -746,7 +746,7 @@ async def test_a_flood_that_nobody_can_verify_leaves_few_deliveries(
     workflow_id = await mails.workflow(owner, mailgun={"signingKey": gone})
     await owner.api.delete(f"/api/v1/datasources/{gone}?force=true")
     mails.gateway.runners.sources.clear()
-    monkeypatch.setattr(deliveries, "UNVERIFIED", Rate(per_second=1 / 3_600, burst=3))
+    monkeypatch.setattr(delivery_log, "UNVERIFIED", Rate(per_second=1 / 3_600, burst=3))
     for _ in range(5):
         assert_refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
     assert len(await mails.deliveries(workflow_id)) == 3

@@ -13,8 +13,8 @@ from sqlalchemy import insert, select, update
 from sqlmodel import SQLModel, col
 
 from engine.values import Json
-from gateway.arrivals import sender as senders
 from gateway.executions import acceptance
+from gateway.http import sender as senders
 from journal.store import IngestResult, IngestWrite
 from models import ids, sender_tokens
 from models.deployment import Deployment, ObservedState

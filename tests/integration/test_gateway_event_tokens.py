@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gateway.arrivals import sender
+from gateway.http import sender
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, assert_refused
 
 TOKENS = "/api/v1/auth/event-tokens"

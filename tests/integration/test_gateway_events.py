@@ -17,7 +17,7 @@ from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import SQLModel, col
 
-from gateway.arrivals import signatures
+from gateway.ingest import event_signatures
 from journal.store import IngestWrite
 from models import ids, sender_tokens
 from models.deployment import Deployment
@@ -99,7 +99,7 @@ async def create_token(
     sealed = None
     if secrets is not None:
         kept = {provider: list(some) for provider, some in secrets.items()}
-        sealed = signatures.sealed(
+        sealed = event_signatures.seal_secrets(
             world.gateway.vault, kept, organization_id=organization_id, token_id=token_id
         )
     row = SenderToken(
@@ -561,7 +561,7 @@ async def test_events_and_deliveries_are_kept_for_some_days(
     old = ids.earliest_id("", datetime.now(UTC) - timedelta(days=15))
     for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
         await copy_row(world, table, organization_id, [prefix + old[:-1] + last for last in "01"])
-    await retention.forget_arrivals(settings, world.gateway.database)
+    await retention.forget_deliveries(settings, world.gateway.database)
     for table in (EventRecord, Delivery):
         (kept,) = await read_rows(world, table, organization_id=organization_id)
         assert not kept.id.endswith(old[:8])

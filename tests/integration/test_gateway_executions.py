@@ -18,10 +18,11 @@ from sqlmodel import col
 from starlette.applications import Starlette
 
 from engine.run_records import AttemptSpan, FailureCause, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
-from gateway import limits, state
-from gateway.executions import live_events, waiting
+from gateway import state
+from gateway.executions import live_events, long_poll
+from gateway.http import limits
 from gateway.main import create_app
-from gateway.state import State
+from gateway.state import GatewayState
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from messages import broker as brokers
 from messages import redis_broker
@@ -59,13 +60,13 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS = 60.0
 PROMPT_SECONDS = 15.0
 """Sooner than a poll ends by itself; whoever isn't told meanwhile looks no sooner."""
-LOOK_SECONDS = waiting.LOOK_SECONDS
+LOOK_SECONDS = long_poll.LOOK_SECONDS
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _nobody_looks_without_being_told() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(waiting, "LOOK_SECONDS", 3_600.0)
+        patch.setattr(long_poll, "LOOK_SECONDS", 3_600.0)
         yield
 
 
@@ -73,14 +74,14 @@ def _nobody_looks_without_being_told() -> Iterator[None]:
 def looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have gateways that start from now on look by themselves, as they do."""
     assert LOOK_SECONDS <= 1
-    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.2)
+    monkeypatch.setattr(long_poll, "LOOK_SECONDS", 0.2)
 
 
 @dataclass
 class ClaimedTestRun:
     """A claimed run, and what a worker would write of it."""
 
-    gateway: State
+    gateway: GatewayState
     claimed: ClaimedRun
     broker: Broker
     sequence: int = 0
@@ -962,7 +963,7 @@ async def run_second_gateway(world: GatewayHarness, broker: Broker) -> AsyncIter
     here = world.gateway
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
-        app = create_app(lambda: state.assembled(here.settings, here.database, here.store, broker))
+        app = create_app(lambda: state.assemble_state(here.settings, here.database, here.store, broker))
         await stack.enter_async_context(app.router.lifespan_context(app))
         yield GatewayHarness(app, app.state.gateway, stack)
 

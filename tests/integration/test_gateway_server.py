@@ -144,7 +144,7 @@ async def run_gateway_on(
     url = parse_url(database_url)
     await migrate(url)
     database, store, broker = Database(url), await open_store(url), await brokers.connect(redis_url)
-    app = main.create_app(lambda: state.assembled(settings, database, store, broker))
+    app = main.create_app(lambda: state.assemble_state(settings, database, store, broker))
     transport = httpx2.ASGITransport(app)
     headers = {"X-API-Key": KEY}
     async with (

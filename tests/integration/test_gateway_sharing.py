@@ -92,7 +92,7 @@ async def test_a_workflow_is_shared_with_other_users_of_the_organisation_alone(
 
 
 async def test_there_is_an_end_to_shares(people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gateway.limits.SHARES", 1)
+    monkeypatch.setattr("gateway.http.limits.SHARES", 1)
     workflow_id = await people.owner.create()
     for _ in range(2):
         assert (await share(people.owner, workflow_id, people.colleague.user.id)).status_code == 200

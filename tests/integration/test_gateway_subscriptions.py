@@ -5,8 +5,8 @@ from typing import Any
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway.arrivals import subscriptions
-from gateway.arrivals.subscriptions import Subscription
+from gateway.ingest import event_subscriptions
+from gateway.ingest.event_subscriptions import EventSubscription
 from models.workflow_triggers import TriggerKind, WorkflowTrigger
 from tests.integration import query_plans
 from tests.integration.gateway_harness import EDGE, STEP, GatewayHarness, OrganizationUsers, UserClient
@@ -33,9 +33,13 @@ async def _set_status(person: UserClient, workflow_id: str, status: str) -> None
 
 async def _read_subscriptions(
     world: GatewayHarness, person: UserClient, event_type: str
-) -> list[Subscription]:
+) -> list[EventSubscription]:
     async with world.gateway.database.read() as connection:
-        return [*await subscriptions.subscribed(connection, person.user.organization_id, event_type)]
+        return [
+            *await event_subscriptions.match_subscriptions(
+                connection, person.user.organization_id, event_type
+            )
+        ]
 
 
 async def _workflows_started_by(world: GatewayHarness, person: UserClient, event_type: str) -> list[str]:
@@ -125,7 +129,7 @@ async def test_a_version_that_is_restored_brings_its_triggers_back(
 
 async def test_subscribers_are_read_by_an_index(world: GatewayHarness) -> None:
     plan = await query_plans.explain_statement(
-        world.gateway.database, subscriptions.statement("org_1", "user.created")
+        world.gateway.database, event_subscriptions.statement("org_1", "user.created")
     )
     assert "ix_workflow_trigger_match_pattern" in plan
     assert "SCAN workflow" not in plan

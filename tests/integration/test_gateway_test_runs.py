@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway import limits
+from gateway.http import limits
 from models.execution import Execution
 from models.workflow import Definition
 from tests.integration.gateway_harness import (

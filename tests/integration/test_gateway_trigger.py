@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import func, insert, select, update
 from sqlmodel import col
 
-from gateway import limits
+from gateway.http import limits
 from gateway.http.byte_budget import ByteHolding
 from journal.deployments import activity, decisions, wakes
 from models import lifecycle_policy
@@ -433,7 +433,7 @@ async def has_runs(world: GatewayHarness, workflow_id: str, count: int) -> bool:
 
 
 async def has_no_waiters(world: GatewayHarness) -> bool:
-    return not world.gateway.activation.is_waited_for
+    return not world.gateway.activation.has_waiting_requests
 
 
 # ── who comes in between ────────────────────────────────────────────────────────────────────────────────────

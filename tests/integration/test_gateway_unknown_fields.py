@@ -9,7 +9,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from gateway import routes
-from gateway.limits import SETTINGS_BYTES
+from gateway.http.limits import SETTINGS_BYTES
 from models.workflow import Workflow, WorkflowVersion
 from tests.integration.gateway_harness import (
     EDGE,

@@ -16,9 +16,9 @@ from engine.findings import ValidationResult
 from engine.graph import GraphNode
 from engine.program import compile_node
 from engine.validation import validate_graph
-from gateway.endpoints import validation
-from gateway.executions import past_outputs
-from gateway.executions.past_outputs import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
+from gateway.executions import output_samples
+from gateway.executions.output_samples import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
+from gateway.workflows import validation
 from models import ids
 from models.access import ApiCaller, KeyScope, UserRole
 from models.execution import Execution, ExecutionData, SpanRow
@@ -285,7 +285,7 @@ async def test_all_outputs_that_are_looked_at_have_a_bounded_size(
         rows = await connection.execute(select(Workflow).where(col(Workflow.id) == workflow_id))
         user = people.owner.user
         caller = ApiCaller("", user.id, user.organization_id, user.lane, UserRole.MEMBER, frozenset())
-        past = await past_outputs.recent(connection, Workflow(**rows.mappings().one()), caller)
+        past = await output_samples.recent_outputs(connection, Workflow(**rows.mappings().one()), caller)
     assert MAX_CHARACTERS * 0.9 < sum(len(row.output) for row in past) <= MAX_CHARACTERS
 
 

@@ -137,7 +137,7 @@ async def test_versions_taken_at_once_get_different_numbers_without_gaps(
 async def test_there_is_an_end_to_versions(
     people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.limits.VERSIONS", 2)
+    monkeypatch.setattr("gateway.http.limits.VERSIONS", 2)
     workflow_id = await people.owner.create()
     assert (await take(people.owner, workflow_id, "last")).status_code == 201
     assert_refused(await take(people.owner, workflow_id, "more"), 409, "too-many-versions")

@@ -11,7 +11,7 @@ from prometheus_client import REGISTRY
 from sqlalchemy import func, select
 from sqlmodel import col
 
-from gateway.arrivals.samples import SLOTS
+from gateway.ingest.rejected_samples import SLOTS
 from models.ingest import Delivery, IngestRoute, RejectedRequestSample
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient, assert_refused
 

@@ -17,7 +17,7 @@ from models.deployment import Deployment, LifecycleDecision
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
 from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedReason
-from scheduler.lifecycle import keep_policies
+from scheduler.lifecycle_policies import keep_policies
 from tests.integration.deployed_workflows import deploy_with_pod, run
 from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers
 from tests.integration.lock_holders import hold_transaction_open, open_impatient_database, require_prompt

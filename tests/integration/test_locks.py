@@ -19,8 +19,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlalchemy.pool import QueuePool
 
 from engine.run_records import RunStatus
-from gateway.internal import holding
-from gateway.internal.holding import Holder
+from gateway.pods import lease_checks
+from gateway.pods.lease_checks import LeaseHolder
 from journal import concurrency_limits
 from journal.leases import LeaseKeeper, RunLease
 from journal.recorder import RunRecorder
@@ -133,11 +133,11 @@ async def test_a_locked_wait_of_a_deployment_holds_up_no_other_of_it(
     kept, other = await create_due_runs(world, place, 2)
     await world.query("UPDATE execution SET target = :id", id=place.workflow_id)
     process = PodProcess.new("pod-1")
-    holder = Holder(place.workflow_id, place.organization.id, place.organization.lane, process)
+    holder = LeaseHolder(place.workflow_id, place.organization.id, place.organization.lane, process)
     async with lock_execution(world, kept):
-        assert await require_prompt(holding.promote_due(world.database, holder)) == 1
+        assert await require_prompt(lease_checks.promote_due(world.database, holder)) == 1
         assert [await read_status(world, one) for one in (kept, other)] == ["waiting", "pending"]
-    assert await holding.promote_due(world.database, holder) == 1
+    assert await lease_checks.promote_due(world.database, holder) == 1
 
 
 async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(

@@ -17,7 +17,7 @@ from engine.run_errors import NodeError
 from engine.services import RunCaller
 from engine.values import Json
 from execution.node_blobs import NodeBlobs
-from gateway.data_sources.data_source_probes import Probes
+from gateway.data_sources.data_source_probes import DataSourceProber
 from journal.blobs.blob_store_factory import open_blobs
 from mail import addresses, composition, mail_content, mail_parsing
 from models.data_source import DataSource, encrypt_secrets
@@ -468,7 +468,7 @@ async def test_what_cant_be_read_says_why(
 async def test_a_mail_server_is_tested_by_logging_in(post: MailNodeHarness, tmp_path: Path) -> None:
     networks = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
     vault = SecretVault(b"a-secret-of-the-server-that-is-long-enough", [])
-    probes = Probes(vault, ServerSettings(data_dir=tmp_path, outbound_allowed_networks=networks))
+    probes = DataSourceProber(vault, ServerSettings(data_dir=tmp_path, outbound_allowed_networks=networks))
 
     async def probed(password: str, **settings: Json) -> tuple[bool, str]:
         secrets: dict[str, object] = {"password": password}

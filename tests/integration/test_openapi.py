@@ -20,16 +20,16 @@ import pytest
 import uvloop
 from pydantic import ValidationError
 
-from gateway import limits, main, routes
-from gateway.document import openapi
-from gateway.endpoints import trigger
-from gateway.executions.waiting import Waiting
-from gateway.http import failed_attempts
-from gateway.http.wire import Wire, is_strict_body
-from gateway.routes import Line
+from gateway import main, routes
+from gateway.deployments import trigger
+from gateway.executions.long_poll import ExecutionPollHub
+from gateway.http import failed_attempts, limits
+from gateway.http.wire import WireStruct, is_strict_body
+from gateway.openapi import openapi_document
+from gateway.routes import Route
 from gateway.settings import GatewaySettings
 from journal.store import ExecutionKey, RunProgressReport
-from pilotflame import refusal
+from pilotflame import command_error
 from tests.integration.deployed_workflows import answer_for_pods
 from tests.integration.example_data import create_examples, replace_example_ids
 from tests.integration.gateway_harness import (
@@ -46,9 +46,11 @@ from tests.tools.environments import SCHEMATHESIS
 
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
 WARNING = [
-    pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE if openapi.may_warn(line)
+    pytest.param(line, id=f"{line.method} {line.path}")
+    for line in routes.TABLE
+    if openapi_document.may_warn(line)
 ]
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
 FOR_SOFTWARE = {
     "cache-control",
     "content-length",
@@ -74,7 +76,7 @@ TAKES_OTHERS_HEADERS = {
 """Senders of events have headers of their own, by which they are known: others are no mistake."""
 BUSY = pytest.mark.timeout(600)
 """For thousands of requests, which take minutes on a busy machine."""
-PROGRESS = Waiting.progress
+PROGRESS = ExecutionPollHub.progress
 ENOUGH = 0.7
 """The share of operations that schemathesis has to see succeed."""
 
@@ -175,7 +177,7 @@ def test_a_public_url_that_begins_no_urls_is_refused_at_start(
     monkeypatch.setenv("PILOTFLAME_PUBLIC_URL", url)
     with pytest.raises(ValidationError) as raised:
         GatewaySettings()
-    told = refusal.explained(raised.value)
+    told = command_error.explain_error(raised.value)
     assert told is not None
     assert told.startswith("PILOTFLAME_PUBLIC_URL: write an absolute URL with http or https")
 
@@ -218,7 +220,7 @@ async def test_the_address_of_the_server_leads_to_the_page(world: GatewayHarness
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("line", LINES)
 async def test_documented_examples_are_accepted_and_answered_as_documented(
-    stage: ExampleStage, tmp_path: Path, line: Line
+    stage: ExampleStage, tmp_path: Path, line: Route
 ) -> None:
     for number, body in enumerate(_example_bodies(line) or [None]):
         await _check_answered(stage, tmp_path / str(number), line, body)
@@ -227,11 +229,11 @@ async def test_documented_examples_are_accepted_and_answered_as_documented(
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("line", WARNING)
 async def test_answers_warn_of_ignored_fields_as_documented(
-    stage: ExampleStage, tmp_path: Path, line: Line
+    stage: ExampleStage, tmp_path: Path, line: Route
 ) -> None:
     kind = line.body
     assert kind is not None
-    assert issubclass(kind, Wire)
+    assert issubclass(kind, WireStruct)
     given_by_server = (name for name, route in kind.read_only.items() if not route)
     ignored = next(given_by_server) if is_strict_body(kind) else "colour"
     body = {**_example_bodies(line)[0], ignored: "red"}
@@ -239,7 +241,7 @@ async def test_answers_warn_of_ignored_fields_as_documented(
     assert ignored in str(shown["warnings"])
 
 
-async def _check_answered(stage: ExampleStage, folder: Path, line: Line, body: Any) -> Any:  # noqa: ANN401 - any JSON value
+async def _check_answered(stage: ExampleStage, folder: Path, line: Route, body: Any) -> Any:  # noqa: ANN401 - any JSON value
     """Send a request about a copy of the stage, and check its answer; returns the JSON of it."""
     said = DOCUMENT["paths"][line.path][line.method.lower()]
     ids = {**stage.ids, "wf_abc123": stage.ids[WORKFLOWS_OF.get(line.path, "wf_abc123")]}
@@ -262,7 +264,7 @@ async def _check_answered(stage: ExampleStage, folder: Path, line: Line, body: A
     return response.json() if response.headers.get("Content-Type") == "application/json" else None
 
 
-def _example_bodies(line: Line) -> list[Any]:
+def _example_bodies(line: Route) -> list[Any]:
     body = DOCUMENT["paths"][line.path][line.method.lower()].get("requestBody", {})
     return (
         [example["value"] for example in body["content"]["application/json"]["examples"].values()]
@@ -335,12 +337,16 @@ class FuzzReport:
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let one address try any number of wrong keys, and nobody wait for runs that nobody takes up."""
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 1_000_000)
-    monkeypatch.setattr(Waiting, "progress", poll_at_once)
+    monkeypatch.setattr(ExecutionPollHub, "progress", poll_at_once)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0)
     monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0)
 
 
-async def poll_at_once(waiting: Waiting, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:  # noqa: ARG001 - the method's signature
+async def poll_at_once(
+    waiting: ExecutionPollHub,
+    key: ExecutionKey,
+    wait_seconds: float,  # noqa: ARG001 - the method's signature
+) -> RunProgressReport | None:
     return await PROGRESS(waiting, key, 0)
 
 
@@ -368,7 +374,7 @@ def test_whatever_is_thought_of_is_answered_as_documented(postgres: PostgresServ
 @contextmanager
 def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator[ServedDocument]:
     """Run a gateway in a thread, while schemathesis waits for its answers in this one."""
-    servers: list[main.Server] = []
+    servers: list[main.GatewayServer] = []
     served: list[ServedDocument] = []
 
     async def serve(listener: socket.socket) -> None:
@@ -379,7 +385,7 @@ def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator
             document = await place_examples(world, people, ids)
             served.append(ServedDocument(f"http://{host}:{port}", people.admin.key, document))
             app = main.create_app(lambda: nullcontext(world.gateway))
-            servers.append(main.server(app, world.gateway.settings))
+            servers.append(main.build_server(app, world.gateway.settings))
             await servers[0].serve(sockets=[listener])
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
@@ -408,9 +414,9 @@ async def place_examples(
                 )
             for response in document["paths"][path][method]["responses"].values():
                 for content in response.get("content", {}).values():
-                    if openapi.ITEM_SCHEMA in content:
+                    if openapi_document.ITEM_SCHEMA in content:
                         # Where OpenAPI 3.1 has one schema, schemathesis checks each event by it.
-                        content["schema"] = content.pop(openapi.ITEM_SCHEMA)
+                        content["schema"] = content.pop(openapi_document.ITEM_SCHEMA)
             for parameter in document["paths"][path][method]["parameters"]:
                 if parameter["in"] == "path":
                     # Whatever else is wrong with a request to nowhere, its answer would be 404.

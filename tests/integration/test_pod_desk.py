@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from execution.pod_api import WorkPollRequest
-from gateway.internal import desk as desks
-from gateway.internal.desk import Desk
-from gateway.internal.forwarding import Forwarder
-from gateway.internal.holding import Holder
+from gateway.pods import poll_hub as desks
+from gateway.pods.forwarding import WakeupForwarder
+from gateway.pods.lease_checks import LeaseHolder
+from gateway.pods.poll_hub import PodPollHub
 from messages import broker as brokers
 from messages.broker import Broker
 from models.pod_processes import PodProcess
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tests.integration.gateway_harness import GatewayHarness
     from tests.services import RedisServer
 
-POD = Holder("wf_1", "org_1", 0, PodProcess.new("a"))
+POD = LeaseHolder("wf_1", "org_1", 0, PodProcess.new("a"))
 SECONDS = 5.0
 
 
@@ -40,8 +40,8 @@ def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
 
 
-async def open_hub(world: GatewayHarness, broker: Broker) -> Desk:
-    desk = Desk(world.gateway.database, broker, Forwarder(world.gateway.database, broker))
+async def open_hub(world: GatewayHarness, broker: Broker) -> PodPollHub:
+    desk = PodPollHub(world.gateway.database, broker, WakeupForwarder(world.gateway.database, broker))
     await desk.start()
     return desk
 
@@ -52,7 +52,7 @@ async def test_an_arrival_is_told_wherever_a_pod_waits(
     here, there = [await open_hub(world, broker) for broker in two]
     for desk in (here, there, there):
         waiting = asyncio.create_task(desk.wait(POD, WorkPollRequest(SECONDS, wants_work=False)))
-        while not desk.is_waited_at_for(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
+        while not desk.has_waiting_pod(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
             await asyncio.sleep(0.01)
         await here.arrived([POD.workflow_id])
         assert (await waiting).has_work

@@ -116,9 +116,9 @@ async def test_ended_runs_go_after_their_days_with_all_that_belongs_to_them(
     for one in (place, other, place, other, place):
         await create_ended_run(world, one, days=14.1)
     young = await create_ended_run(world, place, days=13.9)
-    await old_executions.delete_old(settings, world.database)
+    await old_executions.delete_old_executions(settings, world.database)
     assert await remaining_executions(world) == {young.execution_id}
-    await old_executions.delete_old(settings, world.database)
+    await old_executions.delete_old_executions(settings, world.database)
     assert await remaining_executions(world) == {young.execution_id}
 
 
@@ -135,7 +135,7 @@ async def test_what_is_alive_or_still_asked_for_stays_however_old(
     orphan = await create_ended_run(world, place, days=50, parent_id="exec_gone")
     pending = await create_ended_run(world, place, days=50)
     await change(world, pending.execution_id, ended_at=None, status="pending", token=9)
-    await old_executions.delete_old(settings, world.database)
+    await old_executions.delete_old_executions(settings, world.database)
     stays = {run.execution_id for run in (waiting, pending, untold, child)}
     assert await remaining_executions(world) == stays
     assert orphan.execution_id not in stays
@@ -148,10 +148,12 @@ async def test_of_more_than_a_workflow_may_have_the_oldest_go_but_not_within_a_d
     old = [await create_ended_run(world, place, days=days) for days in (6, 5, 4, 3, 2)]
     of_other = [await create_ended_run(world, other, days=days) for days in (6, 5, 4)]
     today = [await create_ended_run(world, place, days=0.1) for _ in range(1)]
-    await old_executions.delete_old(settings, world.database)
+    await old_executions.delete_old_executions(settings, world.database)
     assert await remaining_executions(world) == {run.execution_id for run in (*old[3:], *today, *of_other)}
     await world.query("UPDATE execution_data SET created_at = :at", at=microseconds_ago(0.9))
-    await old_executions.delete_old(settings.model_copy(update={"retention_runs": 1}), world.database)
+    await old_executions.delete_old_executions(
+        settings.model_copy(update={"retention_runs": 1}), world.database
+    )
     assert len(await remaining_executions(world)) == 6
 
 
@@ -161,7 +163,7 @@ async def test_a_deletion_that_broke_off_is_finished_by_the_next(
     run = await create_ended_run(world, await world.workflow(), days=50)
     await world.query("DELETE FROM execution")
     await world.query("DELETE FROM span WHERE node_id = 'n0'")
-    await old_executions.delete_old(settings, world.database)
+    await old_executions.delete_old_executions(settings, world.database)
     assert await remaining_executions(world) == set()
     assert [await world.count(table) for table in RECORDS] == [0] * len(RECORDS), run
 
@@ -176,19 +178,19 @@ async def test_contents_go_with_the_last_run_of_a_line(
     blobs = open_blobs(settings)
     owners = [BlobOwner(place.organization.id, run.key_id) for run in (first, alone)]
     references = [await blobs.put(owner, b"content", media_type="text/plain") for owner in owners]
-    await old_executions.delete_old(settings, world.database)
+    await old_executions.delete_old_executions(settings, world.database)
     assert await blobs.get(owners[0], references[0].sha256) == b"content"
     with pytest.raises(BlobLost):
         await blobs.get(owners[1], references[1].sha256)
     await world.query("UPDATE execution SET ended_at = :at", at=microseconds_ago(15))
     await world.query("UPDATE execution_data SET created_at = :at", at=microseconds_ago(15))
-    await old_executions.delete_old(settings, world.database)
+    await old_executions.delete_old_executions(settings, world.database)
     with pytest.raises(BlobLost):
         await blobs.get(owners[0], references[0].sha256)
 
 
 async def test_old_runs_are_found_by_indexes(world: RunDatabase) -> None:
-    retention = old_executions.Retention(14, 10_000)
+    retention = old_executions.RetentionPeriods(14, 10_000)
     plan = await explain_statement(world.database, old_executions.workflows("", retention))
     assert plan.count("ix_execution_data_workflow") == 2
     plan = await explain_statement(world.database, old_executions.old("wf_1", NOW, retention))
@@ -223,10 +225,10 @@ async def test_definitions_that_no_execution_names_go_after_a_day(
     await world.store.accept([run_with_definition(place, 5, is_sent=False)])
     for run in runs[:6]:
         await world.query("DELETE FROM execution WHERE id = :id", id=run.execution_id)
-    await unused_definitions.delete_unused(world.database)
+    await unused_definitions.delete_unused_definitions(world.database)
     assert len(await read_definition_hashes(world)) == 8
     await age_definitions(world)
-    await unused_definitions.delete_unused(world.database)
+    await unused_definitions.delete_unused_definitions(world.database)
     assert await read_definition_hashes(world) == {run.definition_hash for run in runs[5:]}
 
 
@@ -237,7 +239,7 @@ async def test_a_definition_that_is_sent_again_is_young_again(world: RunDatabase
     await age_definitions(world)
     await world.store.accept([run_with_definition(place, 0)])
     await world.query("DELETE FROM execution")
-    await unused_definitions.delete_unused(world.database)
+    await unused_definitions.delete_unused_definitions(world.database)
     # Whoever has sent it may leave it out for an hour from now.
     assert await read_definition_hashes(world) == {runs[0].definition_hash}
 
@@ -253,7 +255,7 @@ async def test_no_run_that_is_accepted_while_definitions_are_deleted_loses_its_o
         await world.query("DELETE FROM execution")
         run = run_with_definition(place, number)
         (accepted,), _ = await asyncio.gather(
-            store.accept([run]), unused_definitions.delete_unused(world.database)
+            store.accept([run]), unused_definitions.delete_unused_definitions(world.database)
         )
         assert accepted.verdict is AcceptanceVerdict.ACCEPTED
         assert run.definition_hash in await read_definition_hashes(world)
@@ -277,9 +279,9 @@ async def test_a_definition_that_was_sent_and_is_not_committed_yet_is_kept(world
             to_microseconds(datetime.now(UTC)),
         )
         async with asyncio.timeout(PATIENCE_SECONDS):
-            await unused_definitions.delete_unused(world.database)
+            await unused_definitions.delete_unused_definitions(world.database)
         await transaction.commit()
-        await unused_definitions.delete_unused(world.database)
+        await unused_definitions.delete_unused_definitions(world.database)
     finally:
         await sender.close()
     assert await read_definition_hashes(world) == {run.definition_hash}

@@ -30,10 +30,10 @@ from execution.pod_api import PREFIX, RUNNER_HEADER, WorkPollResponse
 from gateway import main as gateways
 from gateway import state
 from gateway.http import failed_attempts
-from gateway.internal import desk as desks
-from gateway.internal import routes
+from gateway.pods import poll_hub as desks
+from gateway.pods import routes
 from gateway.settings import GatewaySettings
-from gateway.state import State
+from gateway.state import GatewayState
 from journal import trigger_body
 from journal.blobs.blob_storage import BlobOwner
 from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
@@ -81,7 +81,7 @@ async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
         yield world
 
 
-class PodTestGatewayServer(gateways.Server):
+class PodTestGatewayServer(gateways.GatewayServer):
     """A gateway's, in the process of the tests: signals are theirs."""
 
     @contextmanager
@@ -92,7 +92,7 @@ class PodTestGatewayServer(gateways.Server):
 class InterruptibleGateway:
     """A gateway that can be away for a while."""
 
-    state: State
+    state: GatewayState
     port = 0
 
     def __init__(self, world: RunDatabase, folder: Path) -> None:
@@ -110,14 +110,14 @@ class InterruptibleGateway:
 
     async def start(self) -> None:
         """Listen, again at the same address."""
-        parts = state.assembled(
+        parts = state.assemble_state(
             self._settings, self._world.database, self._world.store, LocalBroker(inbox="gateway")
         )
         self.state = await self._running.enter_async_context(parts)
         listener = socket.create_server(("127.0.0.1", self.port))
         self.port = listener.getsockname()[1]
         app = gateways.create_app(lambda: nullcontext(self.state))
-        server = PodTestGatewayServer(gateways.server(app, self._settings).config)
+        server = PodTestGatewayServer(gateways.build_server(app, self._settings).config)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
 
         async def end() -> None:
@@ -592,7 +592,7 @@ async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
     pod = await pods.start().ready()
     desk = pods.gateway.state.runners.desk
-    await wait_until(lambda: desk.is_waited_at_for(pods.place.workflow_id))
+    await wait_until(lambda: desk.has_waiting_pod(pods.place.workflow_id))
     elsewhere = InterruptibleGateway(pods.world, pods.folder / "elsewhere")
     await elsewhere.start()
     gone = "http://127.0.0.1:1"
@@ -683,7 +683,7 @@ class HeldRun:
 
     async def ask(
         self,
-        line: routes.InternalLine,
+        line: routes.PodRoute,
         token: str,
         pod: str = POD.name,
         body: Mapping[str, Any] | None = None,

@@ -21,8 +21,8 @@ from models.database import Database
 from models.errors import DatabaseUnavailable
 from models.loss_limits import MAX_LOST_ATTEMPTS
 from scheduler import main, recovery, retention
-from scheduler.leadership import Leader
-from scheduler.main import Duty, ticking
+from scheduler.leadership import LeaderElection
+from scheduler.main import PeriodicDuty, run_duties
 from tests import command_runs, services
 from tests.command_runs import RunningCommand, command_environment
 from tests.integration.run_database import (
@@ -62,7 +62,7 @@ async def database(world: RunDatabase) -> AsyncIterator[Database]:
 
 
 async def test_one_of_two_leads_until_it_no_longer_renews(world: RunDatabase, database: Database) -> None:
-    first, second = Leader(database, LEASE_SECONDS), Leader(database, LEASE_SECONDS)
+    first, second = LeaderElection(database, LEASE_SECONDS), LeaderElection(database, LEASE_SECONDS)
     await first.renew()
     await second.renew()
     assert (first.is_leading(), second.is_leading()) == (True, False)
@@ -79,7 +79,7 @@ async def test_one_of_two_leads_until_it_no_longer_renews(world: RunDatabase, da
 async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
     world: RunDatabase, database: Database
 ) -> None:
-    first, second = Leader(database, LEASE_SECONDS), Leader(database, LEASE_SECONDS)
+    first, second = LeaderElection(database, LEASE_SECONDS), LeaderElection(database, LEASE_SECONDS)
     began = time.monotonic()
     while time.monotonic() - began < 1.2 * LEASE_SECONDS:
         await first.renew()
@@ -90,7 +90,7 @@ async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
 
 
 async def test_whoever_resigns_is_followed_at_once(world: RunDatabase, database: Database) -> None:
-    first, second = Leader(database, 3600), Leader(database, 3600)
+    first, second = LeaderElection(database, 3600), LeaderElection(database, 3600)
     await first.renew()
     await first.resign()
     assert not first.is_leading()
@@ -103,7 +103,7 @@ async def test_whoever_resigns_is_followed_at_once(world: RunDatabase, database:
 
 
 async def test_of_many_that_ask_at_once_one_leads(world: RunDatabase, database: Database) -> None:
-    leaders = [Leader(database, 3600) for _ in range(8)]
+    leaders = [LeaderElection(database, 3600) for _ in range(8)]
     await asyncio.gather(*(leader.renew() for leader in leaders))
     assert [leader.is_leading() for leader in leaders].count(True) == 1
     assert await read_epochs(world) == [1]
@@ -134,7 +134,7 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
     broker.start_worker(hints.put_nowait)
     await broker.watch([run.execution_id for run in lost])
 
-    await recovery.recover(world.store, broker)
+    await recovery.recover_runs(world.store, broker)
     statuses = [(await world.row(run.execution_id))["status"] for run in lost]
     assert statuses == ["failed", "pending", "pending", "pending", "pending"]
     assert await asyncio.wait_for(notices.get(), PATIENCE_SECONDS) == ExecutionsChanged((poison,))
@@ -155,7 +155,7 @@ async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
     hints: asyncio.Queue[int] = asyncio.Queue()
     broker = await brokers.connect(None)
     broker.start_worker(hints.put_nowait)
-    await recovery.promote(world.store, broker)
+    await recovery.promote_due_runs(world.store, broker)
     assert [(await world.row(run.execution_id))["status"] for run in (due, later)] == ["pending", "waiting"]
     await asyncio.wait_for(hints.get(), PATIENCE_SECONDS)
     await broker.close()
@@ -165,7 +165,7 @@ async def test_recovery_goes_on_though_the_broker_is_away(world: RunDatabase) ->
     lost = await world.claimed()
     await world.expire(lost)
     broker = await brokers.connect("redis://127.0.0.1:1")
-    await recovery.recover(world.store, broker)
+    await recovery.recover_runs(world.store, broker)
     assert (await world.row(lost.execution_id))["status"] == "pending"
     await broker.close()
 
@@ -202,7 +202,7 @@ async def test_a_duty_that_fails_is_done_again_and_holds_up_no_other() -> None:
         if failures > 2:
             successes.set()
 
-    async with ticking([Duty("fail", 0.01, fail), Duty("succeed", 0.01, succeed)]):
+    async with run_duties([PeriodicDuty("fail", 0.01, fail), PeriodicDuty("succeed", 0.01, succeed)]):
         await asyncio.wait_for(successes.wait(), PATIENCE_SECONDS)
 
 
@@ -215,7 +215,7 @@ async def test_what_is_being_done_at_the_end_is_finished() -> None:
         await finish.wait()
         finished = True
 
-    async with ticking([Duty("work", 60, work)]):
+    async with run_duties([PeriodicDuty("work", 60, work)]):
         await begun.wait()
         asyncio.get_running_loop().call_later(0.05, finish.set)
     assert finished
@@ -247,7 +247,7 @@ async def test_duties_go_on_when_the_clock_is_set_back(monkeypatch: pytest.Monke
     monkeypatch.setattr(main, "time", SimpleNamespace(time=wall_time, monotonic=time.monotonic))
     monkeypatch.setattr(main, "datetime", Wall)
     monkeypatch.setattr(base, "datetime", Wall)
-    async with ticking([Duty("work", 0.02, work)]):
+    async with run_duties([PeriodicDuty("work", 0.02, work)]):
         await asyncio.wait_for(again.wait(), PATIENCE_SECONDS)
 
 

@@ -25,7 +25,7 @@ from models.timestamps import to_microseconds
 from models.workflow import Definition, Workflow
 from models.workflow_triggers import WorkflowTrigger
 from nodes import catalog
-from scheduler.schedules import Schedules
+from scheduler.schedules import ScheduleRunner
 from tests.integration import query_plans
 from tests.integration.deployed_workflows import deploy_with_pod
 from tests.integration.gateway_harness import (
@@ -84,10 +84,10 @@ async def tick(world: GatewayHarness, now: datetime, database: Database | None =
 @asynccontextmanager
 async def run_scheduler(
     world: GatewayHarness, now: datetime, database: Database | None = None
-) -> AsyncIterator[Schedules]:
+) -> AsyncIterator[ScheduleRunner]:
     broker = await brokers.connect(None)
     moment = literal(to_microseconds(now), BigInteger())
-    yield Schedules(database or world.gateway.database, broker, catalog.load_catalog(), moment)
+    yield ScheduleRunner(database or world.gateway.database, broker, catalog.load_catalog(), moment)
     await broker.close()
 
 

@@ -19,7 +19,7 @@ from gateway.settings import GatewaySettings
 from models.data_source import DataSource, decrypt_secrets
 from models.encryption import SecretVault, UnknownSecret
 from models.settings import InvalidSettings
-from pilotflame import rotation
+from pilotflame import secret_rotation
 from tests import command_runs
 from tests.integration.gateway_harness import SECRET, GatewayHarness, OrganizationUsers, UserClient
 
@@ -51,7 +51,7 @@ async def open_secrets(world: GatewayHarness, vault: SecretVault, *source_ids: s
 @asynccontextmanager
 async def run_gateway(settings: GatewaySettings) -> AsyncIterator[httpx2.AsyncClient]:
     """Run another gateway on the same database; yields a client without a key."""
-    app = create_app(lambda: state.opened(settings))
+    app = create_app(lambda: state.open_state(settings))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
         transport = httpx2.ASGITransport(app)
@@ -92,8 +92,8 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     before = (await people.admin.api.get("/api/v1/audit")).json()
 
     # Interrupted after the first batch: what is done is done, and both secrets are needed.
-    monkeypatch.setattr(rotation, "BATCH", 1)
-    replace, calls = rotation._replace, []
+    monkeypatch.setattr(secret_rotation, "BATCH", 1)
+    replace, calls = secret_rotation._replace, []
 
     async def replace_once(*given: object) -> int:
         calls.append(given)
@@ -101,19 +101,19 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
             raise KeyboardInterrupt
         return await replace(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(rotation, "_replace", replace_once)
+    monkeypatch.setattr(secret_rotation, "_replace", replace_once)
     with pytest.raises(KeyboardInterrupt):
-        await rotation.rotate(settings)
-    monkeypatch.setattr(rotation, "_replace", replace)
+        await secret_rotation.rotate_secret(settings)
+    monkeypatch.setattr(secret_rotation, "_replace", replace)
     for vault in (old, new):
         with pytest.raises(UnknownSecret):
             await open_secrets(world, vault, *ids)
     assert await open_secrets(world, SecretVault(NEW.encode(), [SECRET.encode()]), *ids) == expected
 
-    done = await rotation.rotate(settings)
+    done = await secret_rotation.rotate_secret(settings)
     assert (done.sealed, done.unreadable) == (4, [])
     assert await open_secrets(world, new, *ids) == expected
-    again = await rotation.rotate(settings)
+    again = await secret_rotation.rotate_secret(settings)
     assert (again.sealed, again.waiting_keys) == (0, done.waiting_keys)
     assert (await people.admin.api.get("/api/v1/audit")).json() == before
 
@@ -126,10 +126,10 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
         assert await get_whoami(alone, people.colleague) == 401
         assert await send_github_event(alone, token, "a secret of GitHub's") == 200
         assert await send_github_event(alone, token, "another") == 401
-    assert (await rotation.rotate(settings)).waiting_keys == done.waiting_keys - 1
+    assert (await secret_rotation.rotate_secret(settings)).waiting_keys == done.waiting_keys - 1
 
     # What nothing opens stays as it is, and is named.
-    lost = await rotation.rotate(changed_settings(world, NEWEST))
+    lost = await secret_rotation.rotate_secret(changed_settings(world, NEWEST))
     assert (lost.sealed, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 5)
     assert await open_secrets(world, new, *ids) == expected
 

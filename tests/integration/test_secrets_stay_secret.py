@@ -19,7 +19,7 @@ from sqlalchemy import select
 from sqlmodel import SQLModel, col
 from structlog.testing import capture_logs
 
-from gateway.data_sources.data_source_probes import Probes
+from gateway.data_sources.data_source_probes import DataSourceProber
 from models.data_source import DataSource
 from tests.integration.gateway_harness import GatewayHarness, OrganizationUsers, UserClient
 from tests.services import PostgresServer
@@ -258,7 +258,7 @@ async def server(postgres: PostgresServer) -> Mapping[str, Any]:
 async def probe_source(
     world: GatewayHarness,
     person: UserClient,
-    probes: Probes,
+    probes: DataSourceProber,
     **settings: Any,  # noqa: ANN401 - any JSON value
 ) -> tuple[bool, str]:
     body = {"name": uuid4().hex, "type": "postgresql", "settings": settings}
@@ -276,7 +276,7 @@ async def test_a_data_source_is_tested_by_connecting_to_it(
     world: GatewayHarness, people: OrganizationUsers, server: Mapping[str, Any]
 ) -> None:
     allowed = world.gateway.settings.model_copy(update={"outbound_allowed_networks": LOOPBACK})
-    probes = Probes(world.gateway.vault, allowed)
+    probes = DataSourceProber(world.gateway.vault, allowed)
     assert await probe_source(world, people.owner, probes, **server) == (True, "The database answers")
     for wrong in ({"database": "no_such_database"}, {"user": "nobody_there"}, {"port": 1}):
         is_ok, message = await probe_source(world, people.owner, probes, **{**server, **wrong})
@@ -288,7 +288,7 @@ async def test_a_data_source_is_tested_by_connecting_to_it(
 async def test_an_organisation_tests_only_so_often(
     people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gateway.limits.DATA_SOURCE_TESTS", 2)
+    monkeypatch.setattr("gateway.http.limits.DATA_SOURCE_TESTS", 2)
     body = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token"}}
     source_id = (await people.owner.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]
     path = f"/api/v1/datasources/{source_id}/test"

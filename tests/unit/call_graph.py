@@ -204,9 +204,9 @@ class CallGraph:
         return thing.module in self.modules and thing.path in self.modules[thing.module].classes
 
 
-_CODE_AT = {"gateway.errors.ApiError": 1, "gateway.errors.conflict": 0}
+_CODE_AT = {"gateway.http.errors.ApiError": 1, "gateway.http.errors.conflict": 0}
 """Which argument is the code of a refusal."""
-_MAKERS = {"gateway.errors.conflict"}
+_MAKERS = {"gateway.http.errors.conflict"}
 """What is handed the code, so that whoever calls it names it."""
 
 

@@ -27,7 +27,7 @@ from sqlmodel import SQLModel
 
 from docs.settings_reference import PROCESSES
 from docs.tables import ROOT
-from gateway.endpoints import health
+from gateway import health
 from models import ids
 from models.settings import InvalidSettings, ServerSettings
 from tests.cluster import cluster_harness
@@ -582,8 +582,8 @@ import nodes.library, nodes.connections, pilotflame.cli, runner.main
 for package in (nodes.library, nodes.connections):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
-from pilotflame import refusal
-assert refusal.explained(RuntimeError("ours")) is None
+from pilotflame import command_error
+assert command_error.explain_error(RuntimeError("ours")) is None
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 

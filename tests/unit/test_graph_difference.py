@@ -14,11 +14,11 @@ B = {"id": "b", "type": "set", "label": "B", "position": {"x": 3, "y": 4}, "conf
 
 def item_differences(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> Any:  # noqa: ANN401 - JSON
     """Return a difference as clients see it."""
-    return msgspec.to_builtins(graph_difference.of_items(before, after))
+    return msgspec.to_builtins(graph_difference.compare_items(before, after))
 
 
 def field_differences(before: dict[str, Any], after: dict[str, Any]) -> Any:  # noqa: ANN401 - JSON
-    return msgspec.to_builtins(graph_difference.of_fields(before, after))
+    return msgspec.to_builtins(graph_difference.compare_fields(before, after))
 
 
 def test_equal_graphs_differ_in_nothing_whatever_their_order() -> None:

@@ -17,9 +17,9 @@ from engine import canvas_layout, values
 from engine.graph import ParsedGraph
 from engine.validation import validate_graph
 from engine.values import InvalidJson, Json
-from gateway import limits
-from gateway.errors import ApiError
-from gateway.http.wire import Wire, convert
+from gateway.http import limits
+from gateway.http.errors import ApiError
+from gateway.http.wire import WireStruct, convert
 from gateway.workflows import graph_difference
 from nodes import catalog
 from tests import hostile_json, lock_holds
@@ -74,7 +74,7 @@ def test_a_larger_text_is_decoded_in_pieces() -> None:
 
 
 def test_a_list_that_is_too_long_is_refused_at_a_glance() -> None:
-    class Body(Wire):
+    class Body(WireStruct):
         items: Annotated[list[dict[str, int]], msgspec.Meta(max_length=3)]
 
     body = values.decode_json(b'{"items":%s}' % hostile_json.list_of(b'{"a":1.0}', 5 * MEGABYTE))
@@ -112,7 +112,7 @@ def test_the_largest_graph_is_checked_arranged_and_compared_step_by_step() -> No
             ids, [(ids[source], ids[target]) for source, target in pairs], [None] * len(ids)
         )
         after = [{**node, "position": place} for node, place in zip(nodes, places, strict=True)]
-        difference = graph_difference.of_items(nodes, after)
+        difference = graph_difference.compare_items(nodes, after)
         shown = msgspec.json.format(msgspec.json.encode([after, connections, difference]))
         assert validation.is_valid
         assert len(difference.changed) == limits.NODES

@@ -8,7 +8,7 @@ from enum import StrEnum
 
 import pytest
 
-from pilotflame.log_lines import HIDDEN, MAX_TEXT, MAX_WAITING_LINES, Lines, as_json, as_text
+from pilotflame.log_lines import HIDDEN, MAX_TEXT, MAX_WAITING_LINES, LogLineWriter, as_json, as_text
 
 ESCAPE = "\x1b[2J\r\n\x9b"
 
@@ -114,7 +114,7 @@ def open_pipe() -> Iterator[tuple[int, int]]:
 
 def test_lines_are_written_in_their_order_and_all_of_them_before_the_end() -> None:
     with open_pipe() as (reader, writer):
-        lines = Lines(writer, as_json)
+        lines = LogLineWriter(writer, as_json)
         for number in range(2_000):
             lines.put(b"%d\n" % number)
         lines.close()
@@ -124,7 +124,7 @@ def test_lines_are_written_in_their_order_and_all_of_them_before_the_end() -> No
 def test_who_logs_never_waits_for_a_sink_that_is_stuck_and_what_was_dropped_is_counted() -> None:
     sent = 2 * MAX_WAITING_LINES
     with open_pipe() as (reader, writer):
-        lines = Lines(writer, as_json)
+        lines = LogLineWriter(writer, as_json)
         for _ in range(sent):
             lines.put(b"a line that nobody takes, though the pipe holds some\n")
         taken = b""
@@ -142,7 +142,7 @@ def test_who_logs_never_waits_for_a_sink_that_is_stuck_and_what_was_dropped_is_c
 def test_a_sink_that_is_gone_stops_nothing() -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    lines = Lines(writer, as_json)
+    lines = LogLineWriter(writer, as_json)
     lines.put(b"nobody reads this\n")
     lines.close()
     os.close(writer)
@@ -151,7 +151,7 @@ def test_a_sink_that_is_gone_stops_nothing() -> None:
 PROGRAM = """
 import logging, sys
 from pilotflame import log_lines
-log_lines.begin("info", log_lines.as_json)
+log_lines.configure_logging("info", log_lines.as_json)
 import structlog
 log = structlog.get_logger()
 log.debug("not wanted")

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from engine.canvas_layout import CARD_HEIGHT, CARD_WIDTH
 from engine.values import Json
-from gateway import limits
-from gateway.errors import ApiError
+from gateway.http import limits
+from gateway.http.errors import ApiError
 from gateway.workflows import graph_shapes, node_edits
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
 from gateway.workflows.node_edits import NodeChanges
-from gateway.workflows.workflow_rows import Stored
+from gateway.workflows.workflow_rows import StoredWorkflow
 from journal import definition_snapshot
 from models.workflow import Workflow
 from nodes import catalog
@@ -26,7 +26,7 @@ CATALOG = catalog.load_catalog()
 NEVER_LEFT_BEHIND = {"broken-connection", "duplicate-node-id", "invalid-port", "cycle", "unknown-node-type"}
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
-Edit: TypeAlias = Callable[[Stored], Stored]
+Edit: TypeAlias = Callable[[StoredWorkflow], StoredWorkflow]
 
 NODE_IDS = [f"node-{letter}" for letter in "abcdef"]
 EDGE_IDS = [f"conn-{letter}" for letter in "abcdefghij"]
@@ -40,7 +40,7 @@ json_values = st.recursive(
 )
 
 
-def empty_workflow() -> Stored:
+def empty_workflow() -> StoredWorkflow:
     workflow = Workflow(
         id="wf_1",
         organization_id="org_1",
@@ -54,7 +54,7 @@ def empty_workflow() -> Stored:
         created_at=NOON,
         updated_at=NOON,
     )
-    return Stored(workflow, nodes=[], connections=[], shared_with={})
+    return StoredWorkflow(workflow, nodes=[], connections=[], shared_with={})
 
 
 def add_edit(node_id: str, node_type: str = "set", **fields: object) -> Edit:
@@ -109,31 +109,31 @@ edits = st.one_of(
 )
 
 
-def apply_edits(*steps: Edit) -> Stored:
+def apply_edits(*steps: Edit) -> StoredWorkflow:
     stored = empty_workflow()
     for step in steps:
         stored = step(stored)
     return stored
 
 
-def apply_unless_refused(edit: Edit, before: Stored) -> Stored:
+def apply_unless_refused(edit: Edit, before: StoredWorkflow) -> StoredWorkflow:
     try:
         return edit(before)
     except ApiError:
         return before
 
 
-def edit_refused(edit: Edit, before: Stored) -> ApiError:
+def edit_refused(edit: Edit, before: StoredWorkflow) -> ApiError:
     with pytest.raises(ApiError) as caught:
         edit(before)
     return caught.value
 
 
-def assert_consistent(stored: Stored) -> None:
+def assert_consistent(stored: StoredWorkflow) -> None:
     validation = definition_snapshot.check_graph(stored.nodes, stored.connections, CATALOG)
     assert not NEVER_LEFT_BEHIND & {finding.type for finding in validation.errors}
     assert len({edge["id"] for edge in stored.connections}) == len(stored.connections)
-    places = [msgspec.convert(node["position"], graph_shapes.Position) for node in stored.nodes]
+    places = [msgspec.convert(node["position"], graph_shapes.CanvasPosition) for node in stored.nodes]
     for one, other in combinations(places, 2):
         assert abs(one.x - other.x) >= CARD_WIDTH or abs(one.y - other.y) >= CARD_HEIGHT
 

@@ -23,10 +23,10 @@ from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunStatus
 from engine.services import NodeServices, StoredObject
 from engine.values import decode_json
 from engine.workflow_runner import RunStart, run_workflow
-from gateway.endpoints.execute import Execute
-from gateway.executions import tries
-from gateway.executions.tries import Piece
-from gateway.http.text import Problems
+from gateway.executions import test_runs
+from gateway.executions.execute import ExecuteRequest
+from gateway.executions.test_runs import GraphSelection
+from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import convert
 from gateway.workflows import graph_shapes
 from journal import definition_snapshot
@@ -201,16 +201,16 @@ async def lend_services(node_type: NodeType, folder: Path) -> AsyncIterator[Node
 
 def compile_execute(body: Mapping[str, Json]) -> tuple[WorkflowProgram, Json]:
     """Return the program and the trigger of an execute."""
-    asked = convert(dict(body), Execute)
+    asked = convert(dict(body), ExecuteRequest)
     assert asked.definition is not None
-    problems = Problems()
+    problems = ProblemCollector()
     nodes = graph_shapes.stored_nodes(asked.definition.nodes or [], CATALOG, problems)
     connections = graph_shapes.stored_connections(asked.definition.connections or [], problems)
     problems.raise_any()
-    piece, inputs = Piece(asked.up_to, asked.pinned or {}), asked.trigger_inputs or {}
+    piece, inputs = GraphSelection(asked.up_to, asked.pinned or {}), asked.trigger_inputs or {}
     row = SimpleNamespace(**WORKFLOW)
     workflow = definition_snapshot.load_workflow(cast("Any", row), frozenset(), CATALOG)
-    accepted = tries.run_of_piece(workflow, nodes, connections, piece, inputs, CATALOG, NOW)
+    accepted = test_runs.plan_partial_run(workflow, nodes, connections, piece, inputs, CATALOG, NOW)
     graph_shapes.require_valid(accepted.workflow.validation)
     definition = msgspec.json.decode(accepted.workflow.definition)
     return WorkflowProgram.compile(

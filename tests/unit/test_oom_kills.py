@@ -22,7 +22,7 @@ from pilotflame import worker_parent
 
 counted = pathlib.Path(sys.argv[1])
 oom_kills.count_kills = lambda: int(counted.read_text())
-announce = worker_parent.fork(print)
+announce = worker_parent.fork_worker(print)
 announce("worker:a/1")
 counted.write_text(sys.argv[2])
 os.kill(os.getpid(), int(sys.argv[3]))

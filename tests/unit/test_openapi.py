@@ -15,35 +15,37 @@ import jsonschema_rs
 import pytest
 
 from gateway import routes
-from gateway.arrivals.sender import TOKEN
-from gateway.document import examples, openapi, page
-from gateway.document.notes import IDEMPOTENCY_KEY, IF_MATCH, NOTES, Note
-from gateway.document.refusals import JSON_CODES, REFUSALS
-from gateway.endpoints import dead_letters, deliveries, events, nodes, trying
+from gateway.executions import node_tests
 from gateway.http import parameters
-from gateway.http.endpoint import Access
-from gateway.http.wire import Wire, is_strict_body
-from gateway.routes import Line
+from gateway.http.endpoint import AccessRule
+from gateway.http.sender import TOKEN
+from gateway.http.wire import WireStruct, is_strict_body
+from gateway.ingest import dead_letters, deliveries, events
+from gateway.openapi import examples, openapi_document, page
+from gateway.openapi.operation_docs import IDEMPOTENCY_KEY, IF_MATCH, OPERATION_DOCS, OperationDoc
+from gateway.openapi.refusals import ERROR_CODES, JSON_CODES
+from gateway.routes import Route
+from gateway.workflows import nodes
 from tests.unit.call_graph import CallGraph, CodeDefinition
 
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
-DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi.document(routes.TABLE)))
-PAGE = page.page(DOCUMENT)
+DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
+PAGE = page.render_page(DOCUMENT)
 GRAPH = CallGraph()
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").read_text())
 
 COMPUTED = {
     "gateway.http.wire.json_of": {*JSON_CODES},
     "gateway.executions.acceptance.require_open": {"workflow-paused", "workflow-archived"},
-    "gateway.errors.no_such_trigger": {
+    "gateway.http.errors.no_such_trigger": {
         *("no-queue-trigger", "no-email-trigger", "no-event-trigger", "no-webhook-trigger")
     },
-    "gateway.arrivals.emitting.emit": {*JSON_CODES},
-    "gateway.arrivals.signatures.refusal": {
+    "gateway.ingest.event_dispatch.dispatch_event": {*JSON_CODES},
+    "gateway.ingest.event_signatures.refusal_error": {
         *JSON_CODES,
         *("unsupported-media-type", "duplicate-header", "malformed-form", "invalid-event"),
     },
-    "gateway.arrivals.mail_senders.refusal": {
+    "gateway.ingest.mail_verification.refusal_error": {
         *("duplicate-header", "malformed-form", "malformed-mail", "malformed-message", "unknown-mail"),
         *("raw-delivery", "unknown-topic", "untrusted-certificate", "invalid-certificate"),
     },
@@ -63,7 +65,7 @@ MATCHING = "gateway.http.preconditions.require_match"
 """What compares `If-Match` with the state that there is."""
 NEVER = {
     (nodes.index, "validation-failed"),
-    (trying.run_node, "concurrency-limit"),
+    (node_tests.run_node, "concurrency-limit"),
     (events.emit, "concurrency-limit"),
     (events.emit, "workflow-not-active"),
     (events.emit, "not-found"),
@@ -73,33 +75,33 @@ NEVER = {
 that tell in their answer what others refuse with; to which nothing comes that is signed.
 """
 TOLD_OF_EACH = {
-    deliveries.redrive_many: CodeDefinition("gateway.arrivals.redriving", "delivery"),
-    dead_letters.redrive: CodeDefinition("gateway.arrivals.redriving", "dead_letter"),
+    deliveries.redrive_many: CodeDefinition("gateway.ingest.redrive_runs", "redrive_delivery"),
+    dead_letters.redrive: CodeDefinition("gateway.ingest.redrive_runs", "redrive_dead_letter"),
 }
 """What those do, again and again, that tell in their answer what has kept each from being done."""
-NO_TRIGGER = COMPUTED["gateway.errors.no_such_trigger"]
+NO_TRIGGER = COMPUTED["gateway.http.errors.no_such_trigger"]
 """Of these, an operation that takes something in has the one for what it takes."""
 
 
-def document_operation(line: Line) -> dict[str, Any]:
+def document_operation(line: Route) -> dict[str, Any]:
     found: dict[str, Any] = DOCUMENT["paths"][line.path][line.method.lower()]
     return found
 
 
-def handler_of(line: Line) -> CodeDefinition:
+def handler_of(line: Route) -> CodeDefinition:
     return CodeDefinition(line.handler.__module__, line.handler.__name__)
 
 
-def reachable_codes(line: Line) -> set[str]:
+def reachable_codes(line: Route) -> set[str]:
     """Return the codes that the source of a handler can lead to."""
     found = {code for name in GRAPH.codes(handler_of(line)) for code in COMPUTED.get(name, {name})}
-    found -= NO_TRIGGER - set(openapi.codes(line))
+    found -= NO_TRIGGER - set(openapi_document.codes(line))
     if line.handler in TOLD_OF_EACH:
-        found -= GRAPH.codes(TOLD_OF_EACH[line.handler]) - set(openapi.codes(line))
+        found -= GRAPH.codes(TOLD_OF_EACH[line.handler]) - set(openapi_document.codes(line))
     return {code for code in found if (line.handler, code) not in NEVER}
 
 
-def reaches(line: Line, function: str) -> bool:
+def reaches(line: Route, function: str) -> bool:
     return function in map(str, GRAPH.reached(handler_of(line)))
 
 
@@ -117,35 +119,35 @@ def test_tags_are_words_and_each_has_a_section_of_the_page() -> None:
 def test_server_is_that_of_the_document_unless_an_address_is_set() -> None:
     assert DOCUMENT["servers"] == [{"url": "/"}]
     assert "export SERVER=http://127.0.0.1:8000 " in PAGE
-    public = openapi.document(routes.TABLE, server="https://flows.example.com/below")
+    public = openapi_document.build_document(routes.TABLE, server="https://flows.example.com/below")
     assert public["servers"] == [{"url": "https://flows.example.com/below"}]
-    assert "export SERVER=https://flows.example.com/below " in page.page(public)
+    assert "export SERVER=https://flows.example.com/below " in page.render_page(public)
 
 
 # ── every operation ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_an_operation_says_what_it_does_and_who_may_use_it(line: Line) -> None:
+def test_an_operation_says_what_it_does_and_who_may_use_it(line: Route) -> None:
     said = document_operation(line)
     assert said["summary"]
     assert said["tags"]
     assert said["description"]
-    assert (said["security"] == []) is (line.access is Access.PUBLIC)
+    assert (said["security"] == []) is (line.access is AccessRule.PUBLIC)
     assert all(parameter["description"] for parameter in said["parameters"])
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_an_operation_has_examples_of_its_own(line: Line) -> None:
-    shown = examples.of(line.method, line.path)
+def test_an_operation_has_examples_of_its_own(line: Route) -> None:
+    shown = examples.find_example(line.method, line.path)
     assert bool(shown.bodies) is (line.body is not None)
     assert (shown.answer is not None) is (line.answer is not None)
     assert set(shown.query) <= {parameter.name for parameter in line.query}
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(line: Line) -> None:
-    documented, found = set(openapi.codes(line)), reachable_codes(line)
+def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(line: Route) -> None:
+    documented, found = set(openapi_document.codes(line)), reachable_codes(line)
     assert found - documented == set(), "not in the document: add it to NOTES"
     assert documented - found - OF_THE_ENDPOINT - {"not-found"} == set(), (
         "nothing raises it: take it out of NOTES"
@@ -153,23 +155,23 @@ def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(l
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Line) -> None:
-    taken = NOTES.get(line.handler, Note()).takes
+def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Route) -> None:
+    taken = OPERATION_DOCS.get(line.handler, OperationDoc()).takes
     assert (IF_MATCH in taken) is reaches(line, MATCHING)
-    assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.http.idempotency.given")
+    assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.http.idempotency.read_key")
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_a_body_is_read_where_one_is_documented(line: Line) -> None:
+def test_a_body_is_read_where_one_is_documented(line: Route) -> None:
     assert (line.body is not None) is reaches(line, "gateway.http.wire.json_of")
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_an_answer_is_documented_with_warnings_where_fields_may_be_ignored(line: Line) -> None:
+def test_an_answer_is_documented_with_warnings_where_fields_may_be_ignored(line: Route) -> None:
     warns_of_new = reaches(line, "gateway.http.read_only.warn_of_new")
-    is_open = line.body is not None and issubclass(line.body, Wire) and not is_strict_body(line.body)
-    assert openapi.may_warn(line) is (is_open or warns_of_new)
-    if openapi.may_warn(line):
+    is_open = line.body is not None and issubclass(line.body, WireStruct) and not is_strict_body(line.body)
+    assert openapi_document.may_warn(line) is (is_open or warns_of_new)
+    if openapi_document.may_warn(line):
         schema = document_operation(line)["responses"][str(line.status)]["content"]["application/json"][
             "schema"
         ]
@@ -180,24 +182,24 @@ def test_an_answer_is_documented_with_warnings_where_fields_may_be_ignored(line:
 
 
 @pytest.mark.parametrize("line", [one for one in LINES if one.values[0].query])  # type: ignore[union-attr]
-def test_every_parameter_of_a_query_is_read(line: Line) -> None:
+def test_every_parameter_of_a_query_is_read(line: Route) -> None:
     known = vars(parameters) | vars(sys.modules[line.handler.__module__])
     read = {
         known.get(node.id)
         for thing in GRAPH.reached(handler_of(line))
         for node in ast.walk(GRAPH.modules[thing.module].functions[thing.path])
-        if isinstance(node, ast.Name) and isinstance(known.get(node.id), parameters.Parameter)
+        if isinstance(node, ast.Name) and isinstance(known.get(node.id), parameters.QueryParameter)
     }
     # Who sends something is found out before its handler is called.
     assert set(line.query) - {TOKEN} <= read
 
 
 def test_a_note_is_about_a_handler_of_the_table() -> None:
-    assert set(NOTES) <= {line.handler for line in routes.TABLE}
+    assert set(OPERATION_DOCS) <= {line.handler for line in routes.TABLE}
 
 
 def test_names_are_given_once() -> None:
-    names = [openapi.operation_id(line) for line in routes.TABLE]
+    names = [openapi_document.operation_id(line) for line in routes.TABLE]
     assert len(names) == len(set(names))
     assert [name for name in DOCUMENT["components"]["schemas"] if "." in name or "_" in name] == []
 
@@ -207,9 +209,9 @@ def test_names_are_given_once() -> None:
 
 def test_every_code_that_the_gateway_refuses_with_has_a_meaning() -> None:
     # What pods are answered stands in no document.
-    public = (thing for thing in GRAPH.everything() if not thing.module.startswith("gateway.internal."))
+    public = (thing for thing in GRAPH.everything() if not thing.module.startswith("gateway.pods."))
     named = {code for thing in public for code in GRAPH.codes_of(thing)}
-    assert {code for name in named for code in COMPUTED.get(name, {name})} == set(REFUSALS)
+    assert {code for name in named for code in COMPUTED.get(name, {name})} == set(ERROR_CODES)
 
 
 # ── the document ────────────────────────────────────────────────────────────────────────────────────────────
@@ -242,7 +244,7 @@ def make_validator(schema: dict[str, Any]) -> jsonschema_rs.Draft202012Validator
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_examples_are_what_they_are_examples_of(line: Line) -> None:
+def test_examples_are_what_they_are_examples_of(line: Route) -> None:
     said = document_operation(line)
     for content in said.get("requestBody", {}).get("content", {}).values():
         for example in content["examples"].values():
@@ -252,14 +254,14 @@ def test_examples_are_what_they_are_examples_of(line: Line) -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_examples_of_parameters_are_what_their_schemas_allow(line: Line) -> None:
+def test_examples_of_parameters_are_what_their_schemas_allow(line: Route) -> None:
     for parameter in document_operation(line)["parameters"]:
         if "example" in parameter:
             make_validator(parameter["schema"]).validate(parameter["example"])
 
 
 def test_examples_of_refusals_are_refusals_with_their_own_code() -> None:
-    refused_schema = {"$ref": "#/components/schemas/Refused"}
+    refused_schema = {"$ref": "#/components/schemas/ErrorResponse"}
     for code, example in DOCUMENT["components"]["examples"].items():
         make_validator(refused_schema).validate(example["value"])
         assert example["value"]["error"]["code"] == code
@@ -299,7 +301,7 @@ def test_the_contract_is_among_the_examples() -> None:
         line = shown.get(re.sub(r":\w+", "{}", f"{endpoint['method']} {endpoint['path']}"))
         if line is None:
             continue
-        example = examples.of(line.method, line.path)
+        example = examples.find_example(line.method, line.path)
         if endpoint["body"] is not None:
             assert endpoint["body"]["example"] in example.bodies.values()
         if endpoint["response"] is not None:
@@ -355,9 +357,9 @@ def test_a_schema_leaves_nothing_to_be_guessed() -> None:
 
 def test_an_input_may_hold_anything() -> None:
     named = DOCUMENT["components"]["schemas"]
-    assert named["Execute"]["properties"]["triggerInputs"]["additionalProperties"] is True
+    assert named["ExecuteRequest"]["properties"]["triggerInputs"]["additionalProperties"] is True
     assert named["PendingInput"]["properties"]["choices"]["items"] == {}
-    assert named["Refused"]["properties"]["success"] == {"type": "boolean", "enum": [False]}
+    assert named["ErrorResponse"]["properties"]["success"] == {"type": "boolean", "enum": [False]}
 
 
 # ── the page ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -381,16 +383,16 @@ def test_every_link_of_the_page_leads_somewhere() -> None:
 def test_the_page_shows_texts_as_they_are() -> None:
     document = json.loads(json.dumps(DOCUMENT))
     document["paths"]["/healthz"]["get"]["summary"] = "<b>`a` & 'b'"
-    document["components"]["schemas"]["Refused"]["description"] = "</style><script>"
-    text = page.page(document)
+    document["components"]["schemas"]["ErrorResponse"]["description"] = "</style><script>"
+    text = page.render_page(document)
     assert "&lt;b&gt;<code>a</code> &amp; 'b'" in text
     assert "<script>" not in text
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_operation_stands_on_the_page_with_a_request_to_copy(line: Line) -> None:
+def test_every_operation_stands_on_the_page_with_a_request_to_copy(line: Route) -> None:
     command = page.curl(line.path, line.method.lower(), document_operation(line))
     assert command.startswith("curl -sS ")
     assert "{" not in command.partition("-d '")[0]
-    assert ("X-API-Key: $KEY" in command) is (line.access is not Access.PUBLIC)
+    assert ("X-API-Key: $KEY" in command) is (line.access is not AccessRule.PUBLIC)
     assert escape(command, quote=False) in PAGE

@@ -6,9 +6,9 @@ from urllib.parse import quote
 import pytest
 
 from gateway import routes
-from gateway.errors import ApiError
-from gateway.http.parameters import LIMIT, OFFSET, Parameter, Text
-from gateway.http.query import Query
+from gateway.http.errors import ApiError
+from gateway.http.parameters import LIMIT, OFFSET, QueryParameter, TextParameter
+from gateway.http.query import QueryString
 
 PARAMETERS = [
     pytest.param(parameter, id=f"{line.path} {parameter.name}")
@@ -17,12 +17,12 @@ PARAMETERS = [
 ]
 
 
-def read(parameter: Parameter[Any], *values: str) -> object:
+def read(parameter: QueryParameter[Any], *values: str) -> object:
     raw = "&".join(f"{parameter.name}={quote(value)}" for value in values)
-    return Query(raw.encode(), [parameter])[parameter]
+    return QueryString(raw.encode(), [parameter])[parameter]
 
 
-def allowed_values(parameter: Parameter[Any]) -> list[str]:
+def allowed_values(parameter: QueryParameter[Any]) -> list[str]:
     """Return what the schema of a parameter just allows."""
     match parameter.schema:
         case {"enum": [*words]} | {"items": {"enum": [*words]}}:
@@ -38,7 +38,7 @@ def allowed_values(parameter: Parameter[Any]) -> list[str]:
     raise AssertionError(parameter.schema)
 
 
-def refused_values(parameter: Parameter[Any]) -> list[str]:
+def refused_values(parameter: QueryParameter[Any]) -> list[str]:
     """Return what the schema of a parameter just doesn't allow."""
     match parameter.schema:
         case {"minimum": int(least), "maximum": int(most)}:
@@ -49,7 +49,7 @@ def refused_values(parameter: Parameter[Any]) -> list[str]:
 
 
 @pytest.mark.parametrize("parameter", PARAMETERS)
-def test_a_parameter_takes_what_its_schema_allows_and_nothing_else(parameter: Parameter[Any]) -> None:
+def test_a_parameter_takes_what_its_schema_allows_and_nothing_else(parameter: QueryParameter[Any]) -> None:
     for value in allowed_values(parameter):
         read(parameter, value)
     for value in refused_values(parameter):
@@ -60,7 +60,7 @@ def test_a_parameter_takes_what_its_schema_allows_and_nothing_else(parameter: Pa
 
 
 @pytest.mark.parametrize("parameter", PARAMETERS)
-def test_an_empty_parameter_is_an_absent_one(parameter: Parameter[Any]) -> None:
+def test_an_empty_parameter_is_an_absent_one(parameter: QueryParameter[Any]) -> None:
     absent = read(parameter)
     assert str(read(parameter, "")) == str(absent)
     default = parameter.schema.get("default")
@@ -74,4 +74,4 @@ def test_of_a_repeated_parameter_the_last_counts() -> None:
 
 def test_a_parameter_that_the_route_says_nothing_of_is_not_read() -> None:
     with pytest.raises(LookupError, match="says nothing of the parameter tag"):
-        Query(b"tag=a", [LIMIT, OFFSET])[Text("tag", "A tag.")]
+        QueryString(b"tag=a", [LIMIT, OFFSET])[TextParameter("tag", "A tag.")]

@@ -3,7 +3,7 @@
 import asyncio
 from typing import cast
 
-from gateway.http.protocol import MAX_GATHERED_BYTES, Gathering
+from gateway.http.protocol import MAX_GATHERED_BYTES, BufferedTransport
 
 
 class RecordedTransport(asyncio.Transport):
@@ -25,9 +25,9 @@ class RecordedTransport(asyncio.Transport):
         """Be cut off: a closed connection is, once its client has had time to take the rest."""
 
 
-def make_gathering() -> tuple[Gathering, RecordedTransport]:
+def make_gathering() -> tuple[BufferedTransport, RecordedTransport]:
     wire = RecordedTransport()
-    return Gathering(cast("asyncio.Transport", wire), asyncio.get_running_loop(), 5.0), wire
+    return BufferedTransport(cast("asyncio.Transport", wire), asyncio.get_running_loop(), 5.0), wire
 
 
 async def test_what_is_written_in_one_turn_of_the_loop_is_one_packet() -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import pytest
 from pydantic import SecretStr
 
-from gateway.errors import ApiError
-from gateway.executions.rates import Limit, Rates
+from gateway.executions.rate_limits import RateLimit, RunRateLimiter
+from gateway.http.errors import ApiError
 from gateway.settings import GatewaySettings
 from messages.buckets import Demand, Grant, Rate
 from messages.local_broker import LocalBroker
@@ -39,11 +39,11 @@ def broker() -> CountingBroker:
     return CountingBroker()
 
 
-def make_limit(per_second: float, burst: int) -> Limit:
-    return Limit("key", "key:a", Rate(per_second, burst))
+def make_limit(per_second: float, burst: int) -> RateLimit:
+    return RateLimit("key", "key:a", Rate(per_second, burst))
 
 
-async def passes_limits(rates: Rates, under: Limit, count: int = 1) -> bool:
+async def passes_limits(rates: RunRateLimiter, under: RateLimit, count: int = 1) -> bool:
     try:
         await rates.spend([under], count)
     except ApiError:
@@ -52,10 +52,10 @@ async def passes_limits(rates: Rates, under: Limit, count: int = 1) -> bool:
 
 
 async def test_a_busy_client_costs_few_messages_and_a_refused_one_none(broker: CountingBroker) -> None:
-    rates, wide = Rates(broker, SETTINGS), make_limit(10_000, 20_000)
+    rates, wide = RunRateLimiter(broker, SETTINGS), make_limit(10_000, 20_000)
     assert all([await passes_limits(rates, wide) for _ in range(2_000)])
     assert broker.asked < 30
-    narrow = Limit("key", "key:b", Rate(0.01, 5))
+    narrow = RateLimit("key", "key:b", Rate(0.01, 5))
     assert [await passes_limits(rates, narrow) for _ in range(6)] == [True] * 5 + [False]
     asked = broker.asked
     assert not any([await passes_limits(rates, narrow) for _ in range(100)])
@@ -63,15 +63,15 @@ async def test_a_busy_client_costs_few_messages_and_a_refused_one_none(broker: C
 
 
 async def test_requests_that_come_together_cost_one_message(broker: CountingBroker) -> None:
-    rates = Rates(broker, SETTINGS)
+    rates = RunRateLimiter(broker, SETTINGS)
     assert all(await asyncio.gather(*(passes_limits(rates, make_limit(1, 100)) for _ in range(100))))
     assert broker.asked == 1
 
 
 async def test_what_many_gateways_let_through_stays_within_the_bound(broker: CountingBroker) -> None:
-    gateways = [Rates(broker, SETTINGS) for _ in range(5)]
+    gateways = [RunRateLimiter(broker, SETTINGS) for _ in range(5)]
     rate = Rate(per_second=400, burst=100)
-    under = Limit("key", "key:a", rate)
+    under = RateLimit("key", "key:a", rate)
     began, count = time.monotonic(), 0
     while time.monotonic() - began < 0.4:
         count += sum([await passes_limits(gateway, under) for gateway in gateways])
@@ -81,7 +81,7 @@ async def test_what_many_gateways_let_through_stays_within_the_bound(broker: Cou
 
 
 async def test_many_at_once_are_refused_though_single_ones_pass(broker: CountingBroker) -> None:
-    rates, under = Rates(broker, SETTINGS), make_limit(0.01, 10)
+    rates, under = RunRateLimiter(broker, SETTINGS), make_limit(0.01, 10)
     assert await passes_limits(rates, under, 4)
     assert not await passes_limits(rates, under, 8)
     assert await passes_limits(rates, under, 6)
@@ -89,7 +89,7 @@ async def test_many_at_once_are_refused_though_single_ones_pass(broker: Counting
 
 
 async def test_a_redis_that_hangs_is_waited_for_once(broker: CountingBroker) -> None:
-    rates, under = Rates(broker, SETTINGS), make_limit(0.01, 10)
+    rates, under = RunRateLimiter(broker, SETTINGS), make_limit(0.01, 10)
     broker.is_silent = True
     began = time.monotonic()
     assert [await passes_limits(rates, under) for _ in range(11)] == [True] * 10 + [False]

@@ -3,22 +3,22 @@
 import pytest
 
 from gateway import routes
-from gateway.http.endpoint import Access, unrouted
-from gateway.http.router import Router
+from gateway.http.endpoint import AccessRule, answer_unrouted
+from gateway.http.router import PathRouter
 from models.access import KeyScope
 
-ROUTER = Router(routes.endpoints(routes.TABLE), default=unrouted)
+ROUTER = PathRouter(routes.endpoints(routes.TABLE), default=answer_unrouted)
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_route_says_who_may_use_it(line: routes.Line) -> None:
-    assert isinstance(line.access, KeyScope | Access)
+def test_every_route_says_who_may_use_it(line: routes.Route) -> None:
+    assert isinstance(line.access, KeyScope | AccessRule)
 
 
 def test_what_is_public_stands_here() -> None:
     # Whoever looks after the server has no key, and the document is the same for all and tells nothing of anybody.
-    public = {(line.method, line.path) for line in routes.TABLE if line.access is Access.PUBLIC}
+    public = {(line.method, line.path) for line in routes.TABLE if line.access is AccessRule.PUBLIC}
     looked_at = {("GET", path) for path in ("/healthz", "/readyz", "/openapi.json", "/docs")}
     assert public == looked_at | {
         # The token in the path is the key.
@@ -37,7 +37,8 @@ def test_what_changes_something_needs_more_than_any_key() -> None:
     assert {
         line.path
         for line in routes.TABLE
-        if line.method != "GET" and line.access in {Access.ANY_KEY, Access.PUBLIC, KeyScope.WORKFLOWS_READ}
+        if line.method != "GET"
+        and line.access in {AccessRule.ANY_KEY, AccessRule.PUBLIC, KeyScope.WORKFLOWS_READ}
     } == asks | public
 
 
@@ -47,7 +48,7 @@ def test_no_line_stands_there_twice() -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_no_path_is_hidden_by_one_above_it(line: routes.Line) -> None:
+def test_no_path_is_hidden_by_one_above_it(line: routes.Route) -> None:
     taken = ROUTER.match(line.path)
     assert taken is not None
     assert taken.route.path == line.path
@@ -69,4 +70,4 @@ def test_other_paths_lead_nowhere(path: str) -> None:
 
 def test_one_place_has_one_name() -> None:
     with pytest.raises(ValueError, match="another path calls"):
-        Router({"/a/{id}": unrouted, "/a/{name}/b": unrouted}, default=unrouted)
+        PathRouter({"/a/{id}": answer_unrouted, "/a/{name}/b": answer_unrouted}, default=answer_unrouted)

@@ -11,9 +11,9 @@ import pytest
 
 from engine.values import Json
 from gateway import routes
-from gateway.endpoints.email_trigger import EmailTrigger
-from gateway.errors import ApiError
-from gateway.http.wire import GuardedWire, StrictWire, Wire, convert
+from gateway.http.errors import ApiError
+from gateway.http.wire import GuardedWire, StrictWire, WireStruct, convert
+from gateway.ingest.email_trigger import ParsedMailRequest
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
 from gateway.workflows.workflow_shapes import UpdateWorkflow
 
@@ -42,7 +42,7 @@ class InnerBody(GuardedWire):
     start_time: str = ""
 
 
-class LenientOuterBody(Wire):
+class LenientOuterBody(WireStruct):
     """A body that passes over what it doesn't know, with parts that don't."""
 
     parts: list[InnerBody] = msgspec.field(default_factory=list)
@@ -149,7 +149,7 @@ def test_every_part_of_a_strict_body_is_strict() -> None:
             "selected dragging width height positionAbsolute sourcePosition targetPosition parentNode zIndex style",
         ),
         (ConnectionInput, "sourceHandle targetHandle animated markerEnd style selected"),
-        (EmailTrigger, "bcc headers date sender message_id"),
+        (ParsedMailRequest, "bcc headers date sender message_id"),
     ],
 )
 def test_fields_that_canvases_and_mailers_have_besides_are_no_near_misses(

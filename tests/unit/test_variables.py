@@ -1,29 +1,31 @@
 """Variables that look like settings: those of any process are known, and others are named."""
 
 from docs.settings_reference import BRIDGES, PROCESSES
-from pilotflame import variables
+from pilotflame import unknown_variables
 
 
 def test_the_settings_of_every_process_are_known() -> None:
     settings = [*PROCESSES.values(), *BRIDGES]
     names = {f"PILOTFLAME_{name.upper()}" for one in settings for name in one.model_fields}
-    assert variables.known() == names >= variables.OF_COMMANDS
-    assert variables.unknown([*names, "pilotflame_port", "HOME", "PILOT"]) == {}
+    assert unknown_variables.known_variables() == names >= unknown_variables.OF_COMMANDS
+    assert unknown_variables.find_unknown([*names, "pilotflame_port", "HOME", "PILOT"]) == {}
 
 
 def test_what_may_be_meant_is_named() -> None:
-    found = variables.unknown(["PILOTFLAME_PROT", "pilotflame_log_levels", "PILOTFLAME_COLOR"])
+    found = unknown_variables.find_unknown(["PILOTFLAME_PROT", "pilotflame_log_levels", "PILOTFLAME_COLOR"])
     assert found["PILOTFLAME_PROT"] == ["PILOTFLAME_PORT"]
     assert found["pilotflame_log_levels"] == ["PILOTFLAME_LOG_LEVEL"]
     assert found["PILOTFLAME_COLOR"] == []
-    assert variables.warning("PILOTFLAME_A", ["PILOTFLAME_B", "PILOTFLAME_C"]) == (
+    assert unknown_variables.warning_text("PILOTFLAME_A", ["PILOTFLAME_B", "PILOTFLAME_C"]) == (
         "PILOTFLAME_A is no setting: did you mean PILOTFLAME_B or PILOTFLAME_C?"
     )
-    assert variables.warning("PILOTFLAME_A", []) == "PILOTFLAME_A is no setting"
+    assert unknown_variables.warning_text("PILOTFLAME_A", []) == "PILOTFLAME_A is no setting"
 
 
 def test_what_kubernetes_says_of_our_services_is_no_misspelt_setting() -> None:
     links = ["SERVICE_HOST", "SERVICE_PORT", "SERVICE_PORT_HTTP", "PORT", "PORT_80_TCP", "PORT_80_TCP_ADDR"]
     names = [f"PILOTFLAME_GATEWAY_{link}" for link in links]
-    assert variables.unknown(names) == {}
-    assert set(variables.unknown([*names, "PILOTFLAME_GATEWAY_ADDRESS"])) == {"PILOTFLAME_GATEWAY_ADDRESS"}
+    assert unknown_variables.find_unknown(names) == {}
+    assert set(unknown_variables.find_unknown([*names, "PILOTFLAME_GATEWAY_ADDRESS"])) == {
+        "PILOTFLAME_GATEWAY_ADDRESS"
+    }

@@ -1,0 +1,1 @@
+"""Keys, users, signing secrets and the audit log."""

@@ -1,0 +1,321 @@
+"""Who one is, the keys that stand for one, and the users of an organisation."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, ClassVar, Final
+
+from msgspec import UNSET, Meta, UnsetType
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.access import audit_log
+from gateway.http import errors, limits, read_only, text_rules
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, optional_instant, read_json
+from models import access_store
+from models.access import ApiCaller, ApiKey, KeyScope, User, UserRole
+from models.audit import AuditAction
+
+LIFETIME: Final = {"minimum": 1, "maximum": limits.KEY_LIFETIME_SECONDS}
+_EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
+
+
+class CreateKey(StrictWire):
+    """A key that somebody wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("id", "prefix", "createdAt", "revokedAt", "lastUsedAt", "key", "warnings"), ""
+    )
+
+    name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
+    scopes: list[KeyScope] | None = None
+    """At most those of the key that asks; where it is absent, just those."""
+    expires_at: datetime | None = None
+    expires_in_seconds: Annotated[int, Meta(extra_json_schema=LIFETIME)] | None = None
+    """Instead of `expiresAt`; with neither, the key doesn't expire."""
+    user_id: str | None = None
+    """The user that it is made for, by an admin."""
+
+
+class CreateUser(StrictWire):
+    """A user that an admin wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("id", "organizationId", "createdAt", "warnings"), ""
+    )
+
+    email: Annotated[str, text_rules.is_allowed_text(limits.EMAIL_LENGTH, min_length=3)]
+    name: Annotated[str, text_rules.is_allowed_text(limits.USER_NAME_LENGTH)] = ""
+    role: UserRole = UserRole.MEMBER
+
+
+class KeyShape(WireStruct):
+    """A key, without what it takes to use it."""
+
+    id: str
+    name: str
+    prefix: str
+    scopes: Sequence[KeyScope]
+    user_id: str
+    created_at: Instant
+    expires_at: Instant | None
+    revoked_at: Instant | None
+    last_used_at: Instant | None
+    key: str | UnsetType = UNSET
+    """Only in the answer that made it."""
+
+
+class UserShape(WireStruct):
+    """A user."""
+
+    id: str
+    email: str
+    name: str
+    role: UserRole
+    organization_id: str
+    created_at: Instant
+
+
+class WhoAmI(WireStruct):
+    """Whoever a key stands for."""
+
+    user_id: str
+    email: str
+    name: str
+    role: UserRole
+    organization_id: str
+    organization_name: str
+    key_id: str
+    scopes: Sequence[KeyScope]
+
+
+class KeyList(WireStruct):
+    """A part of a list of keys; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    keys: Sequence[KeyShape]
+
+
+class UserList(WireStruct):
+    """A part of a list of users; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    users: Sequence[UserShape]
+
+
+async def whoami(request: GatewayRequest) -> JsonResponse:
+    """Show whom the key stands for, and what it allows."""
+    caller = request.caller
+    async with request.gateway.database.read() as connection:
+        user = await access_store.find_user(connection, caller.organization_id, caller.user_id)
+        organization = await access_store.find_organization(connection, caller.organization_id)
+    if user is None or organization is None:
+        raise errors.unauthorized()
+    return JsonResponse(
+        WhoAmI(
+            user_id=user.id,
+            email=user.email,
+            name=user.name,
+            role=UserRole(user.role),
+            organization_id=organization.id,
+            organization_name=organization.name,
+            key_id=caller.key_id,
+            scopes=_scopes(caller.scopes),
+        )
+    )
+
+
+# ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def list_keys(request: GatewayRequest) -> JsonResponse:
+    """List the caller's own keys; to an admin, those of the organisation."""
+    caller = request.caller
+    page = request.query.page()
+    async with request.gateway.database.read() as connection:
+        count, keys = await access_store.list_keys(
+            connection, caller.organization_id, user_id=_own(caller), limit=page.limit, offset=page.offset
+        )
+    shown = [_key_shape(key) for key in keys]
+    return JsonResponse(KeyList(count=count, limit=page.limit, offset=page.offset, keys=shown))
+
+
+async def create_key(request: GatewayRequest) -> JsonResponse:
+    """Make a key, for oneself or, as an admin, for a user of the organisation; this answer alone holds it."""
+    value = await read_json(request)
+    body = body_of(request, value, CreateKey)
+    read_only.warn_of_new(request, value, CreateKey, dict)
+    caller = request.caller
+    now = request.gateway.clock()
+    problems = ProblemCollector()
+    name = text_rules.check_line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
+    expires_at = _expiry(body, now, problems)
+    problems.raise_any()
+    scopes = caller.scopes if body.scopes is None else frozenset(body.scopes)
+    if beyond := sorted(scopes - caller.scopes):
+        raise errors.scope_required(beyond[0])
+    user_id = body.user_id or caller.user_id
+    if user_id != caller.user_id and not caller.is_admin:
+        raise errors.not_found("user")
+
+    async def make(connection: AsyncConnection) -> access_store.CreatedKey:
+        user = await access_store.find_user(connection, caller.organization_id, user_id)
+        if user is None:
+            raise errors.not_found("user")
+        made = await access_store.create_key(
+            connection,
+            user=user,
+            name=name,
+            scopes=scopes,
+            secret=request.gateway.settings.secret,
+            now=now,
+            expires_at=expires_at,
+        )
+        after = audit_log.hash_content(made.row)
+        await audit_log.record_change(
+            connection, caller, AuditAction.KEY_CREATED, made.row.id, before=None, after=after
+        )
+        return made
+
+    made = await request.gateway.database.transaction(make)
+    return JsonResponse(_key_shape(made.row, made.key), status=201)
+
+
+async def revoke_key(request: GatewayRequest) -> NoContent:
+    """Revoke a key; it stops working at once."""
+    caller, key_id = request.caller, request.path_params["id"]
+
+    async def revoke(connection: AsyncConnection) -> None:
+        now, user_id = request.gateway.clock(), _own(caller)
+        revoked = await access_store.revoke_key(
+            connection, caller.organization_id, key_id, user_id=user_id, now=now
+        )
+        if revoked is None:
+            raise errors.not_found("key")
+        await audit_log.record_change(
+            connection,
+            caller,
+            AuditAction.KEY_REVOKED,
+            key_id,
+            before=audit_log.hash_content(revoked.before),
+            after=audit_log.hash_content(revoked.after),
+        )
+
+    await request.gateway.database.transaction(revoke)
+    return NoContent()
+
+
+def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
+    return sorted(map(KeyScope, scopes))
+
+
+def _own(caller: ApiCaller) -> str | None:
+    """Return the user whose keys a caller may manage; None: everybody's in the organisation."""
+    return None if caller.is_admin else caller.user_id
+
+
+def _expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> datetime | None:
+    if body.expires_at is not None and body.expires_in_seconds is not None:
+        problems.add("expiresAt", "conflict", "Give expiresAt or expiresInSeconds, not both")
+        return None
+    latest = now + timedelta(seconds=limits.KEY_LIFETIME_SECONDS)
+    if body.expires_in_seconds is not None:
+        if not 1 <= body.expires_in_seconds <= limits.KEY_LIFETIME_SECONDS:
+            allowed = f"expiresInSeconds must be from 1 to {limits.KEY_LIFETIME_SECONDS:,}"
+            problems.add("expiresInSeconds", "out-of-range", allowed)
+            return None
+        return now + timedelta(seconds=body.expires_in_seconds)
+    if body.expires_at is None:
+        return None
+    moment = body.expires_at if body.expires_at.tzinfo else body.expires_at.replace(tzinfo=UTC)
+    if not now < moment <= latest:
+        problems.add("expiresAt", "out-of-range", f"expiresAt must lie between now and {instant(latest)}")
+        return None
+    return moment.astimezone(UTC)
+
+
+def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
+    return KeyShape(
+        key=key_text,
+        id=key.id,
+        name=key.name,
+        prefix=key.prefix,
+        scopes=_scopes(key.scopes),
+        user_id=key.user_id,
+        created_at=instant(key.created_at),
+        expires_at=optional_instant(key.expires_at),
+        revoked_at=optional_instant(key.revoked_at),
+        last_used_at=optional_instant(key.last_used_at),
+    )
+
+
+# ── users ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def list_users(request: GatewayRequest) -> JsonResponse:
+    """List the users of the organisation."""
+    page = request.query.page()
+    async with request.gateway.database.read() as connection:
+        count, users = await access_store.list_users(
+            connection, request.caller.organization_id, limit=page.limit, offset=page.offset
+        )
+    shown = [_user_shape(user) for user in users]
+    return JsonResponse(UserList(count=count, limit=page.limit, offset=page.offset, users=shown))
+
+
+async def create_user(request: GatewayRequest) -> JsonResponse:
+    """Make a user of the organisation; what it may do is told by the keys that are made for it."""
+    value = await read_json(request)
+    body = body_of(request, value, CreateUser)
+    read_only.warn_of_new(request, value, CreateUser, dict)
+    problems = ProblemCollector()
+    email = text_rules.check_line(body.email, "email", problems, max_length=limits.EMAIL_LENGTH)
+    if email and not _EMAIL.match(email):
+        problems.add("email", "invalid-value", "email must be an address such as ada@example.com")
+    name = text_rules.check_line(
+        body.name, "name", problems, max_length=limits.USER_NAME_LENGTH, may_be_empty=True
+    )
+    problems.raise_any()
+
+    async def make(connection: AsyncConnection) -> User:
+        organization = await access_store.find_organization(connection, request.caller.organization_id)
+        if organization is None:
+            raise errors.unauthorized()
+        user = await access_store.create_user(
+            connection,
+            organization=organization,
+            email=email,
+            name=name,
+            role=body.role,
+            now=request.gateway.clock(),
+        )
+        after = audit_log.hash_content(user)
+        await audit_log.record_change(
+            connection, request.caller, AuditAction.USER_CREATED, user.id, before=None, after=after
+        )
+        return user
+
+    try:
+        user = await request.gateway.database.transaction(make)
+    except access_store.EmailTaken as error:
+        raise errors.conflict("email-taken", str(error)) from error
+    return JsonResponse(_user_shape(user), status=201)
+
+
+def _user_shape(user: User) -> UserShape:
+    return UserShape(
+        id=user.id,
+        email=user.email,
+        name=user.name,
+        role=UserRole(user.role),
+        organization_id=user.organization_id,
+        created_at=instant(user.created_at),
+    )

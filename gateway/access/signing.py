@@ -1,0 +1,114 @@
+"""The secret that messages about the ends of runs are signed with: made and replaced by admins, shown once."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING
+
+from sqlalchemy import delete, insert, select, update
+from sqlmodel import col
+
+from engine.values import fingerprint
+from gateway.access import audit_log
+from gateway.http import errors
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, WireStruct, instant
+from models import ids, signing_secrets
+from models.access import Organization
+from models.audit import AuditAction
+from models.signing_secrets import SigningSecret
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.request import GatewayRequest
+
+
+class SigningSecretShape(WireStruct):
+    """A signing secret, without what it takes to sign."""
+
+    hint: str
+    """Its last characters."""
+    created_at: Instant
+
+
+class NewSigningSecret(SigningSecretShape):
+    """A signing secret, in the only answer that has it."""
+
+    secret: str
+    """`whsec_` and Base64, as Standard Webhooks has it."""
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Tell when the secret was made that messages are signed with, and how it ends."""
+    _require_admin(request)
+    statement = signing_secrets.valid_secrets_statement(request.caller.organization_id).limit(1)
+    async with request.gateway.database.read() as connection:
+        row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        raise errors.not_found("signing secret: POST /api/v1/auth/signing-secret makes one")
+    return JsonResponse(SigningSecretShape(hint=row["hint"], created_at=instant(row["created_at"])))
+
+
+async def replace(request: GatewayRequest) -> JsonResponse:
+    """Make the secret that messages are signed with, or replace it; the answer shows it this once.
+
+    For a day, messages carry a signature of the one before too, so that receivers can be told in the meantime.
+    """
+    _require_admin(request)
+    caller, now = request.caller, request.gateway.clock()
+    secret, secret_id = signing_secrets.new_secret(), ids.new_id("whsec")
+    sealed = signing_secrets.encrypt_secret(
+        request.gateway.vault, secret, organization_id=caller.organization_id, object_id=secret_id
+    )
+    row = SigningSecret(
+        id=secret_id,
+        organization_id=caller.organization_id,
+        lane=caller.lane,
+        sealed=sealed.content,
+        secret_id=sealed.secret_id,
+        hint=signing_secrets.visible_suffix(secret),
+        created_at=now,
+    )
+
+    async def make(connection: AsyncConnection) -> None:
+        before = await _retire(connection, caller.organization_id, now)
+        await connection.execute(insert(SigningSecret).values(row.model_dump()))
+        await audit_log.record_change(
+            connection,
+            caller,
+            AuditAction.SIGNING_SECRET_SET,
+            caller.organization_id,
+            before=before and fingerprint(before),
+            after=fingerprint(row.id),
+        )
+
+    await request.gateway.database.transaction(make)
+    shown = NewSigningSecret(secret=secret, hint=row.hint, created_at=instant(now))
+    return JsonResponse(shown, status=201)
+
+
+async def _retire(connection: AsyncConnection, organization_id: str, now: datetime) -> str | None:
+    """Let the secret of now sign for another day, and delete those that sign no more; returns its id."""
+    # Of two that replace it at once, one waits here: there is never more than one that doesn't expire.
+    lock = select(col(Organization.id)).where(col(Organization.id) == organization_id).with_for_update()
+    await connection.execute(lock)
+    rows = (
+        (await connection.execute(signing_secrets.valid_secrets_statement(organization_id))).mappings().all()
+    )
+    still_signing = [row["id"] for row in rows[: signing_secrets.MAX_SECRETS - 1]]
+    of_organization = col(SigningSecret.organization_id) == organization_id
+    await connection.execute(
+        delete(SigningSecret).where(of_organization, col(SigningSecret.id).not_in(still_signing))
+    )
+    await connection.execute(
+        update(SigningSecret)
+        .where(of_organization, col(SigningSecret.expires_at).is_(None))
+        .values(expires_at=now + signing_secrets.OVERLAP_TIME)
+    )
+    return str(rows[0]["id"]) if rows else None
+
+
+def _require_admin(request: GatewayRequest) -> None:
+    if not request.caller.is_admin:
+        raise errors.admin_required()

@@ -1,0 +1,239 @@
+"""Data sources: ways to databases, buckets and other servers, whose secrets go in and never come out again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import msgspec
+
+from gateway.data_sources import data_source_editing as editing
+from gateway.data_sources import data_source_rows, data_source_shapes
+from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
+from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
+from gateway.http import read_only
+from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, FlagParameter, sorted_by
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, decode_body, instant, read_json
+from gateway.workflows import shares
+from models.audit import AuditAction
+from models.data_source_types import DataSourceType
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from models.access import ApiCaller
+
+TYPE = ChoiceParameter("type", "Only data sources of this type.", DataSourceType)
+SORT = sorted_by(data_source_rows.SORTABLE)
+LISTED = (TYPE, LIMIT, OFFSET, SORT)
+FORCE = FlagParameter("force", "Delete it though workflows name it: their runs will fail there.")
+
+
+class DataSourceList(WireStruct):
+    """A part of a list of data sources; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    data_sources: Sequence[DataSourceShape]
+
+
+class NewDataSource(WireStruct):
+    """The id of a data source that was created."""
+
+    data_source_id: str
+
+
+class DataSourceTest(WireStruct):
+    """Whether a data source can be reached, and is opened by what it holds."""
+
+    ok: bool
+    message: str
+    duration_ms: int
+
+
+class ShareDataSource(StrictWire):
+    """The user who is to use a data source."""
+
+    user_id: str
+
+
+class DataSourceShareResult(WireStruct):
+    """A share that is there."""
+
+    message: str
+    data_source_id: str
+    user_id: str
+
+
+class DataSourceGuest(WireStruct):
+    """A user that a data source is shared with, and since when."""
+
+    user_id: str
+    shared_at: Instant
+
+
+class DataSourceGuests(WireStruct):
+    """The users that a data source is shared with, the first ones first."""
+
+    data_source_id: str
+    shared_with: Sequence[DataSourceGuest]
+
+
+class SetDataSourceVisibility(StrictWire):
+    """Who else may use a data source."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("name", "settings"), "PUT /api/v1/datasources/:id"),
+        **{name: route for name, route in UpdateDataSource.read_only.items() if name != "isPublic"},
+    }
+
+    is_public: bool
+    """Whether everybody in the organisation may see it, test it and run workflows with it."""
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the data sources that the caller may use."""
+    query = request.query
+    part, kind, order = query.page(), query[TYPE], query[SORT]
+    async with request.gateway.database.read() as connection:
+        count, found = await data_source_rows.page(connection, request.caller, kind, part, order)
+    shown = [data_source_shapes.show_data_source(one) for one in found]
+    return JsonResponse(DataSourceList(count=count, limit=part.limit, offset=part.offset, data_sources=shown))
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show a data source, without its secrets."""
+    stored = await editing.read_data_source(request)
+    return editing.answer(stored, data_source_shapes.show_data_source(stored))
+
+
+async def test(request: GatewayRequest) -> JsonResponse:
+    """Connect to what a data source is a way to, as a workflow would, and tell whether that works."""
+    stored = await editing.read_data_source(request)
+    found = await request.gateway.probes.probe(stored.source)
+    return JsonResponse(
+        DataSourceTest(ok=found.is_ok, message=found.message, duration_ms=found.duration_milliseconds)
+    )
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def create(request: GatewayRequest) -> JsonResponse:
+    """Create a data source."""
+    value = await read_json(request)
+    body = body_of(request, value, CreateDataSource)
+    source = data_source_shapes.build_data_source(
+        request.caller, body, request.gateway.vault, request.gateway.clock()
+    )
+    read_only.warn_of_new(request, value, CreateDataSource, lambda: _as_json(StoredDataSource(source, {})))
+    return await editing.create_data_source(request, value, source)
+
+
+async def update(request: GatewayRequest) -> JsonResponse:
+    """Change a data source: what the body doesn't name stays, its secrets too."""
+    value = await read_json(request)
+    body = body_of(request, value, UpdateDataSource)
+    vault, now = request.gateway.vault, request.gateway.clock()
+
+    def change(before: StoredDataSource) -> StoredDataSource:
+        read_only.require_same(value, UpdateDataSource, lambda: _as_json(before))
+        return data_source_shapes.apply_changes(before, body, vault, now)
+
+    try:
+        after = await editing.edit_data_source(
+            request,
+            AuditAction.DATA_SOURCE_UPDATED,
+            change,
+        )
+    except DataSourceNameTaken as error:
+        raise editing.name_taken(error) from error
+    return editing.answer(after, data_source_shapes.show_data_source(after))
+
+
+async def delete(request: GatewayRequest) -> NoContent:
+    """Delete a data source with its secrets, unless a workflow names it."""
+    await editing.delete_data_source(request, is_forced=request.query[FORCE])
+    return NoContent()
+
+
+# ── who else may use it ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def list_shares(request: GatewayRequest) -> JsonResponse:
+    """List the users that a data source is shared with."""
+    stored = await editing.read_data_source(request)
+    guests = [
+        DataSourceGuest(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()
+    ]
+    return editing.answer(stored, DataSourceGuests(data_source_id=stored.source.id, shared_with=guests))
+
+
+async def share(request: GatewayRequest) -> JsonResponse:
+    """Share a data source with a user of the organisation, who may then see, test and use it."""
+    body = await decode_body(request, ShareDataSource)
+    await _require_user(request, body.user_id)
+    now = request.gateway.clock()
+    after = await editing.edit_data_source(
+        request, AuditAction.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+    )
+    shared = DataSourceShareResult(
+        message="Data source shared successfully", data_source_id=after.source.id, user_id=body.user_id
+    )
+    return editing.answer(after, shared)
+
+
+async def unshare(request: GatewayRequest) -> NoContent:
+    """End a share: the user loses sight of the data source, and workflows that run for them lose its use."""
+    user_id = request.path_params["subId"]
+    after = await editing.edit_data_source(
+        request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
+    )
+    return NoContent(editing.entity_tag(after))
+
+
+async def set_visibility(request: GatewayRequest) -> JsonResponse:
+    """Let everybody in the organisation use a data source, or no longer."""
+    value = await read_json(request)
+    is_public = body_of(request, value, SetDataSourceVisibility).is_public
+
+    def change(before: StoredDataSource) -> StoredDataSource:
+        read_only.require_same(value, SetDataSourceVisibility, lambda: _as_json(before))
+        return before.with_columns(is_public=is_public)
+
+    after = await editing.edit_data_source(request, AuditAction.DATA_SOURCE_VISIBILITY_SET, change)
+    return editing.answer(after, data_source_shapes.show_data_source(after))
+
+
+async def _require_user(request: GatewayRequest, user_id: str) -> None:
+    """Raise 404 for a user that is none of the organisation's, to those who may share the data source."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        editing.require_writer(request, stored.source)
+        await shares.require_user(connection, user_id, request.caller)
+
+
+def _shared(before: StoredDataSource, user_id: str, caller: ApiCaller, now: datetime) -> StoredDataSource:
+    """Return a data source that is shared with one user more; raises 409 and 422."""
+    shared_with = shares.added(
+        before.shared_with, user_id, now, what="data source", owner_id=before.source.owner_id, caller=caller
+    )
+    return replace(before, shared_with=shared_with)
+
+
+def _unshared(before: StoredDataSource, user_id: str) -> StoredDataSource:
+    """Return a data source that a user may use no longer; raises 404."""
+    return replace(before, shared_with=shares.removed(before.shared_with, user_id))
+
+
+def _as_json(stored: StoredDataSource) -> Mapping[str, Json]:
+    """Return a data source as clients see it, as JSON."""
+    shown: dict[str, Any] = msgspec.to_builtins(data_source_shapes.show_data_source(stored))
+    return shown

@@ -1,0 +1,186 @@
+"""What is asked of deployments: changed with a trace of who asked, told to the deployer, and waited for."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from engine.values import encode_canonical, fingerprint
+from gateway.access import audit_log
+from gateway.http import errors
+from gateway.workflows import editing
+from journal import definition_snapshot
+from journal.deployments import activity, decisions, desired_state, wakes
+from journal.deployments.desired_state import DeployRequest
+from messages import hints
+from messages.deployments import changed
+from models import deployment_token
+from models.audit import AuditAction
+from models.deployment import DeploymentStatus, status_of
+from models.lifecycle_policy import LifecycleAction
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.request import GatewayRequest
+    from gateway.state import GatewayState
+    from gateway.workflows.workflow_rows import StoredWorkflow
+    from journal.deployments.activity import DeploymentActivity
+    from models.deployment import Deployment
+    from models.lifecycle_policy import LifecycleVerdict, StoppedReason
+
+Decide = Callable[["DeploymentActivity"], "LifecycleVerdict"]
+
+
+def not_deployed() -> errors.ApiError:
+    return errors.conflict("not-deployed", "The workflow is not deployed: deploy it first")
+
+
+async def deploy_workflow(
+    connection: AsyncConnection,
+    request: GatewayRequest,
+    stored: StoredWorkflow,
+    snapshot: Mapping[str, Any],
+    *,
+    version: int,
+    token_id: str,
+) -> Deployment:
+    """Have what a snapshot holds deployed, in the transaction of `connection`, which may be run again."""
+    workflow = stored.workflow
+    text = await asyncio.to_thread(_pinned, snapshot)
+    order = DeployRequest(
+        workflow_id=workflow.id,
+        organization_id=workflow.organization_id,
+        lane=workflow.lane,
+        user_id=request.caller.user_id,
+        version=version,
+        definition=text.decode(),
+        definition_hash=sha256(text).hexdigest(),
+        token_id=token_id,
+    )
+    before = await desired_state.find_deployment(connection, workflow.id)
+    after = await desired_state.deploy_workflow(connection, order, secret=request.gateway.settings.secret)
+    await _record(connection, request, AuditAction.WORKFLOW_DEPLOYED, before, after)
+    return after
+
+
+async def undeploy_workflow(
+    connection: AsyncConnection,
+    request: GatewayRequest,
+    workflow_id: str,
+    *,
+    reason: StoppedReason | None = None,
+) -> None:
+    """Have a deployment taken away, in the transaction of `connection`; its runs are the workers' from then on."""
+    before = await desired_state.find_deployment(connection, workflow_id)
+    after = await desired_state.undeploy_workflow(
+        connection, workflow_id, user_id=request.caller.user_id, reason=reason
+    )
+    if after is not None:
+        await _record(connection, request, AuditAction.WORKFLOW_UNDEPLOYED, before, after)
+
+
+async def change_deployment(
+    request: GatewayRequest, action: AuditAction, decide: Decide, *, replicas: int | None = None
+) -> Deployment:
+    """Do to the deployment of the path what is decided about it; raises 404, 403, and 409 where there is none."""
+    workflow_id = request.path_params["id"]
+
+    async def work(connection: AsyncConnection) -> Deployment:
+        stored = await editing.find_readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        await activity.lock_deployment(connection, workflow_id)
+        seen = await activity.read_activity(connection, workflow_id)
+        if seen is None or not seen.deployment.is_deployed:
+            raise not_deployed()
+        decision = decide(seen)
+        if decision.action is LifecycleAction.NONE:
+            return seen.deployment
+        after = await decisions.apply_decision(
+            connection, seen, decision, replicas=replicas, user_id=request.caller.user_id
+        )
+        await _record(connection, request, action, seen.deployment, after)
+        return after
+
+    return await request.gateway.database.transaction(work, locks=f"deployment:{workflow_id}")
+
+
+async def notify_deployer(gateway: GatewayState, workflow_id: str) -> None:
+    """Tell the deployer, and the workers, whose runs may have become; to be done after the commit."""
+    await hints.deployment_changed(gateway.broker, workflow_id)
+    gateway.acceptances.hint()
+
+
+async def await_state(
+    gateway: GatewayState, workflow_id: str, is_reached: Callable[[Deployment], bool]
+) -> Deployment | None:
+    """Return where a deployment is: once it has got to where it is wanted, or failed, or the time is over."""
+    waiting, key = gateway.waiting, changed(workflow_id)
+    with waiting.waiter(key) as waiter:
+        timer = asyncio.get_running_loop().call_later(gateway.settings.settle_seconds, waiter.end)
+        try:
+            while True:
+                waiter.changed.clear()
+                was_watched = waiting.is_watched(key)
+                async with gateway.database.read() as connection:
+                    deployment = await desired_state.find_deployment(connection, workflow_id)
+                if deployment is None or waiter.is_over or is_reached(deployment):
+                    return deployment
+                if has_failed(deployment) or wakes.blocked_reason(deployment) is not None:
+                    return deployment
+                if was_watched or not await waiting.watch([key]):
+                    await waiter.changed.wait()
+        finally:
+            timer.cancel()
+
+
+def has_failed(deployment: Deployment) -> bool:
+    """Tell whether its pods can't start."""
+    return status_of(deployment) is DeploymentStatus.FAILED
+
+
+def fresh_token_id() -> str:
+    """Return an id for the token of a deploy, made before its transaction."""
+    return deployment_token.new_token_id()
+
+
+def _pinned(snapshot: Mapping[str, Any]) -> bytes:
+    return encode_canonical(
+        definition_snapshot.build_definition(snapshot["nodes"], snapshot["connections"], snapshot["settings"])
+    )
+
+
+async def _record(
+    connection: AsyncConnection,
+    request: GatewayRequest,
+    action: AuditAction,
+    before: Deployment | None,
+    after: Deployment,
+) -> None:
+    await audit_log.record_change(
+        connection,
+        request.caller,
+        action,
+        after.workflow_id,
+        before=_content_hash(before),
+        after=_content_hash(after),
+    )
+
+
+def _content_hash(deployment: Deployment | None) -> str | None:
+    """Return the SHA-256 of what is wanted; None where nothing is."""
+    if deployment is None or not deployment.is_deployed:
+        return None
+    wanted = {
+        "definition": deployment.definition_hash,
+        "version": deployment.version,
+        "replicas": deployment.replicas,
+        "drains": deployment.drain_until is not None,
+        "stopped": None if deployment.stopped_reason is None else str(deployment.stopped_reason),
+    }
+    return fingerprint(wanted)

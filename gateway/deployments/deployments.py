@@ -1,0 +1,361 @@
+"""Workflows with compute of their own: deployed and undeployed, stopped and started, and how their pods are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Final
+
+from msgspec import UNSET, Meta, UnsetType
+
+from gateway.deployments import deployment_changes
+from gateway.http import errors, limits
+from gateway.http.parameters import IntegerParameter
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import GuardedWire, Instant, StrictWire, WireStruct, decode_body, optional_instant
+from gateway.workflows import editing, graph_shapes, version_rows, workflow_rows
+from journal import definition_snapshot
+from journal.deployments import desired_state, wakes
+from models import lifecycle_policy
+from models.audit import AuditAction
+from models.deployment import MAX_REPLICAS, DeploymentStatus, status_of, stopped_reason_of
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.http.request import GatewayRequest
+    from gateway.workflows.editing import WorkflowEdit
+    from gateway.workflows.workflow_rows import StoredWorkflow
+    from journal.deployments.activity import DeploymentActivity
+    from models.deployment import Deployment
+    from models.workflow import WorkflowVersion
+
+LINES: Final = IntegerParameter(
+    "limit", "How many lines are shown, the last ones.", 100, minimum=1, maximum=limits.POD_LOG_LINES
+)
+
+
+class DeployVersion(StrictWire):
+    """The version that is wanted."""
+
+    version: Annotated[int, Meta(ge=1, le=limits.VERSIONS)]
+
+
+class StartDeployment(GuardedWire):
+    """How many pods are wanted."""
+
+    replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] = 1
+
+
+class DeployResult(WireStruct):
+    """What became of a deploy, so far."""
+
+    message: str
+    workflow_id: str
+    status: WorkflowStatus
+    deployment_status: DeploymentStatus
+    version: int
+    """Of the workflow, whose definition is deployed."""
+    reason: str | UnsetType = UNSET
+    """What keeps its pods from starting."""
+
+
+class UndeployResult(WireStruct):
+    """What became of an undeploy, so far."""
+
+    message: str
+    workflow_id: str
+    status: WorkflowStatus
+    deployment_status: DeploymentStatus
+
+
+class StopResult(WireStruct):
+    """What became of a stop, so far."""
+
+    workflow_id: str
+    deployment_status: DeploymentStatus
+
+
+class StartResult(WireStruct):
+    """What became of a start, so far."""
+
+    workflow_id: str
+    deployment_status: DeploymentStatus
+    replicas: int
+    """Pods that are wanted."""
+    reason: str | UnsetType = UNSET
+    """What keeps them from starting."""
+
+
+class DeploymentShape(WireStruct):
+    """Where a workflow and its deployment are: what is wanted, next to what was last seen of it."""
+
+    workflow_id: str
+    status: WorkflowStatus
+    deployment_status: DeploymentStatus
+    stopped_reason: StoppedReason | None
+    """Why it is down; null while it is up, and where it isn't deployed."""
+    reason: str | None
+    """What keeps its pods from starting, or the cluster from answering."""
+    reason_code: str | None
+    """The same as one word, such as `quota`, `unschedulable`, `image-pull` or `node-not-ready`."""
+    replicas: int
+    """Pods that are wanted."""
+    ready_replicas: int
+    """Pods that take runs."""
+    version: int | None
+    """Of the workflow, whose definition is deployed; null where none is."""
+    definition_hash: str | None
+    """Of what is deployed."""
+    ready_definition_hash: str | None
+    """Of what the pods that take runs were started with: another one until they are replaced."""
+    drain_until: Instant | None
+    """It takes no further runs, and those that go on may until then."""
+    observed_at: Instant | None
+    """Since when its pods are so."""
+    updated_at: Instant | None
+    """When something else was wanted of it last."""
+
+
+class PodLine(WireStruct):
+    """What a pod has written."""
+
+    pod: str
+    at: str | None
+    """Null where the cluster keeps no times."""
+    text: str
+
+
+class PodLog(WireStruct):
+    """The last lines of a workflow's pods, the oldest first."""
+
+    workflow_id: str
+    lines: Sequence[PodLine]
+
+
+# ── wanted ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def deploy(request: GatewayRequest) -> JsonResponse:
+    """Deploy a workflow as it stands: its runs then go to pods of its own, started by the one definition.
+
+    It becomes active, which takes a graph that can run. Deployed again, pods are replaced one by one.
+    """
+    token_id = deployment_changes.fresh_token_id()
+
+    async def order(connection: AsyncConnection, edited: WorkflowEdit) -> None:
+        stored = edited.after
+        snapshot = workflow_rows.snapshot(stored)
+        version = stored.workflow.version
+        await deployment_changes.deploy_workflow(
+            connection, request, stored, snapshot, version=version, token_id=token_id
+        )
+
+    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
+    return await _deployed(request, edited.after)
+
+
+async def deploy_version(request: GatewayRequest) -> JsonResponse:
+    """Deploy a version of a workflow, such as the one before; the workflow itself stays as it is."""
+    wanted = (await decode_body(request, DeployVersion)).version
+    token_id = deployment_changes.fresh_token_id()
+
+    async def order(connection: AsyncConnection, edited: WorkflowEdit) -> None:
+        version = await version_rows.find_version(connection, edited.after.workflow.id, wanted)
+        if version is None:
+            raise errors.not_found("version")
+        _require_runnable(version, request)
+        await deployment_changes.deploy_workflow(
+            connection, request, edited.after, version.snapshot, version=wanted, token_id=token_id
+        )
+
+    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
+    return await _deployed(request, edited.after)
+
+
+def _active(before: StoredWorkflow) -> StoredWorkflow:
+    return before.with_columns(status=WorkflowStatus.ACTIVE)
+
+
+def _require_runnable(version: WorkflowVersion, request: GatewayRequest) -> None:
+    """Raise 422 for a version that can't run, or not with the nodes that there are now."""
+    snapshot = version.snapshot
+    graph_shapes.require_valid(
+        definition_snapshot.check_graph(snapshot["nodes"], snapshot["connections"], request.gateway.catalog)
+    )
+
+
+async def _deployed(request: GatewayRequest, stored: StoredWorkflow) -> JsonResponse:
+    workflow_id = stored.workflow.id
+    await deployment_changes.notify_deployer(request.gateway, workflow_id)
+    deployment = await deployment_changes.await_state(request.gateway, workflow_id, _is_up_or_overtaken)
+    status = status_of(deployment)
+    is_done = deployment is not None and _is_running(deployment)
+    shape = DeployResult(
+        message="Workflow deployed successfully" if is_done else _unfinished("deployed", status),
+        workflow_id=workflow_id,
+        status=WorkflowStatus(stored.workflow.status),
+        deployment_status=status,
+        version=deployment.version if deployment else stored.workflow.version,
+        reason=_trouble(deployment),
+    )
+    return editing.answer(stored, shape, status=200 if is_done else 202)
+
+
+async def undeploy(request: GatewayRequest) -> JsonResponse:
+    """Take a workflow's pods away for good; it becomes a draft, and runs taken in go to the workers.
+
+    An archived workflow stays archived.
+    """
+
+    async def order(connection: AsyncConnection, edited: WorkflowEdit) -> None:
+        await deployment_changes.undeploy_workflow(connection, request, edited.after.workflow.id)
+
+    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _draft, anyway=order)
+    workflow_id = edited.after.workflow.id
+    await deployment_changes.notify_deployer(request.gateway, workflow_id)
+    status = status_of(
+        await deployment_changes.await_state(request.gateway, workflow_id, _is_gone_or_overtaken)
+    )
+    is_done = status is DeploymentStatus.NOT_DEPLOYED
+    shape = UndeployResult(
+        message="Workflow undeployed successfully" if is_done else _unfinished("undeployed", status),
+        workflow_id=workflow_id,
+        status=WorkflowStatus(edited.after.workflow.status),
+        deployment_status=status,
+    )
+    return editing.answer(edited.after, shape, status=200 if is_done else 202)
+
+
+def _draft(before: StoredWorkflow) -> StoredWorkflow:
+    is_archived = before.workflow.status == WorkflowStatus.ARCHIVED
+    return before if is_archived else before.with_columns(status=WorkflowStatus.DRAFT)
+
+
+async def stop(request: GatewayRequest) -> JsonResponse:
+    """Stop a workflow's pods: no new run enters, those that go on get a minute to end, and then are put back.
+
+    The deployment stays, and starts again by `start`, or for the next run where its lifecycle policy says so.
+    """
+    deployment = await deployment_changes.change_deployment(request, AuditAction.WORKFLOW_STOPPED, _stopped)
+    await deployment_changes.notify_deployer(request.gateway, deployment.workflow_id)
+    status = status_of(
+        await deployment_changes.await_state(request.gateway, deployment.workflow_id, _is_down_or_overtaken)
+    )
+    shape = StopResult(workflow_id=deployment.workflow_id, deployment_status=status)
+    return JsonResponse(shape, status=200 if status is DeploymentStatus.STOPPED else 202)
+
+
+def _stopped(seen: DeploymentActivity) -> LifecycleVerdict:
+    if seen.situation.stopped_reason is StoppedReason.MANUAL:
+        return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.STOPPED_BY_HAND)
+    return lifecycle_policy.stop_decision(seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL)
+
+
+async def start(request: GatewayRequest) -> JsonResponse:
+    """Start a stopped workflow, which is much faster than to deploy it; or change how many pods it has."""
+    replicas = (await decode_body(request, StartDeployment)).replicas
+
+    def started(seen: DeploymentActivity) -> LifecycleVerdict:
+        is_up = wakes.is_desired(seen.deployment) and not wakes.has_failed(seen.deployment)
+        if is_up and seen.deployment.replicas == replicas:
+            return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
+        return LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
+
+    ordered = await deployment_changes.change_deployment(
+        request, AuditAction.WORKFLOW_STARTED, started, replicas=replicas
+    )
+    await deployment_changes.notify_deployer(request.gateway, ordered.workflow_id)
+    deployment = await deployment_changes.await_state(
+        request.gateway, ordered.workflow_id, _is_up_or_overtaken
+    )
+    status = status_of(deployment)
+    shape = StartResult(
+        workflow_id=ordered.workflow_id,
+        deployment_status=status,
+        replicas=deployment.replicas if deployment else replicas,
+        reason=_trouble(deployment),
+    )
+    return JsonResponse(shape, status=200 if deployment is not None and _is_running(deployment) else 202)
+
+
+# ── seen ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show where a workflow and its deployment are."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        deployment = await desired_state.find_deployment(connection, stored.workflow.id)
+    is_deployed = deployment is not None and deployment.is_deployed
+    shape = DeploymentShape(
+        workflow_id=stored.workflow.id,
+        status=WorkflowStatus(stored.workflow.status),
+        deployment_status=status_of(deployment),
+        stopped_reason=stopped_reason_of(deployment) if is_deployed else None,
+        reason=deployment.observed_reason if deployment else None,
+        reason_code=deployment.observed_reason_code if deployment else None,
+        replicas=deployment.replicas if deployment else 0,
+        ready_replicas=deployment.ready_replicas if deployment else 0,
+        version=deployment.version if deployment and is_deployed else None,
+        definition_hash=deployment.definition_hash if deployment and is_deployed else None,
+        ready_definition_hash=(
+            deployment.observed_definition_hash if deployment and deployment.ready_replicas else None
+        ),
+        drain_until=optional_instant(deployment.drain_until if deployment else None),
+        observed_at=optional_instant(deployment.observed_at if deployment else None),
+        updated_at=optional_instant(deployment.updated_at if deployment else None),
+    )
+    return editing.answer(stored, shape)
+
+
+async def logs(request: GatewayRequest) -> JsonResponse:
+    """Show the last lines that a workflow's pods have written themselves; what runs have logged stands with them."""
+    limit = request.query[LINES]
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        deployment = await desired_state.find_deployment(connection, stored.workflow.id)
+    if status_of(deployment) is DeploymentStatus.NOT_DEPLOYED:
+        raise deployment_changes.not_deployed()
+    lines = await request.gateway.pod_logs.read(stored.workflow.id, limit)
+    shape = PodLog(
+        workflow_id=stored.workflow.id,
+        lines=[PodLine(pod=line.pod, at=line.at, text=line.text) for line in lines],
+    )
+    return JsonResponse(shape)
+
+
+def _is_running(deployment: Deployment) -> bool:
+    """Tell whether all pods are there, as was seen since something was wanted last."""
+    return (
+        status_of(deployment) is DeploymentStatus.RUNNING
+        and deployment.observed_generation == deployment.generation
+        and deployment.ready_replicas >= deployment.replicas
+    )
+
+
+# Somebody else, or a run that came, may want the opposite meanwhile: then there is nothing to wait for.
+
+
+def _is_up_or_overtaken(deployment: Deployment) -> bool:
+    return _is_running(deployment) or not wakes.is_desired(deployment)
+
+
+def _is_down_or_overtaken(deployment: Deployment) -> bool:
+    is_overtaken = wakes.is_desired(deployment) or not deployment.is_deployed
+    return is_overtaken or status_of(deployment) is DeploymentStatus.STOPPED
+
+
+def _is_gone_or_overtaken(deployment: Deployment) -> bool:
+    return status_of(deployment) is DeploymentStatus.NOT_DEPLOYED or deployment.is_deployed
+
+
+def _trouble(deployment: Deployment | None) -> str | UnsetType:
+    if deployment is None or deployment.observed_reason is None:
+        return UNSET
+    return deployment.observed_reason
+
+
+def _unfinished(done: str, status: DeploymentStatus) -> str:
+    return f"The workflow is not {done} yet: its deployment is {status}"

@@ -1,0 +1,125 @@
+"""Discover: how an application triggers the workflows that are its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway.http import limits
+from gateway.http.errors import invalid_query
+from gateway.http.parameters import TextParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import WireStruct
+from gateway.http.workflow_hosts import PATH
+from journal.store import DefinitionKey
+from models import workflow_names
+from models.deployment import Deployment
+from models.workflow import Workflow, WorkflowStatus, is_listed_for
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Row
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.settings import GatewaySettings
+    from models.access import ApiCaller
+
+APP_ID: Final = TextParameter(
+    "appId", "What stands as `config.appId` in the application's workflows; needed."
+)
+LOCAL_NAMESPACE: Final = "local"
+
+
+class TriggerEndpoints(WireStruct):
+    """How a workflow is triggered."""
+
+    proxy_url: str = msgspec.field(name="proxy_url")
+    """Leads to this server, which takes the same body and key as the trigger of the workflow, and wakes it."""
+    method: str = "POST"
+
+
+class PodLocation(WireStruct):
+    """Where the pods of a workflow are."""
+
+    pod_name: str = msgspec.field(name="pod_name")
+    """What the names of its pods begin with."""
+    namespace: str
+
+
+class DiscoveredWorkflow(WireStruct):
+    """A deployed workflow of an application."""
+
+    id: str
+    name: str
+    description: str
+    trigger_type: str = msgspec.field(name="trigger_type")
+    """What kind of event its trigger node takes."""
+    mode: str
+    endpoints: TriggerEndpoints
+    deployment: PodLocation
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the active, deployed workflows of an application, and how to trigger each."""
+    app_id = request.query[APP_ID]
+    if app_id is None:
+        raise invalid_query("appId", "required", "appId is required")
+    async with request.gateway.database.read() as connection:
+        found = await _deployed(connection, request.caller, app_id)
+    settings = request.gateway.settings
+    shapes = [
+        DiscoveredWorkflow(
+            id=row.id,
+            name=row.name,
+            description=row.description,
+            trigger_type=await request.gateway.deployed.trigger_kind(
+                DefinitionKey(row.organization_id, row.definition_hash, row.lane)
+            ),
+            mode="production",
+            endpoints=TriggerEndpoints(proxy_url=_trigger_url(settings, row.id)),
+            deployment=PodLocation(
+                pod_name=workflow_names.workflow_name(row.id), namespace=_namespace(settings)
+            ),
+        )
+        for row in found
+    ]
+    return JsonResponse(shapes)
+
+
+async def _deployed(
+    connection: AsyncConnection, caller: ApiCaller, app_id: str
+) -> Sequence[Row[*tuple[Any, ...]]]:
+    """Return those that the caller may trigger, the newest first."""
+    rows = await connection.execute(
+        select(
+            *(col(Workflow.id), col(Workflow.name), col(Workflow.description)),
+            *(col(Deployment.organization_id), col(Deployment.lane), col(Deployment.definition_hash)),
+        )
+        .join(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
+        .where(
+            is_listed_for(caller),
+            col(Workflow.app_id) == app_id,
+            col(Workflow.status) == WorkflowStatus.ACTIVE,
+            col(Deployment.is_deployed),
+        )
+        .order_by(col(Workflow.created_at).desc(), col(Workflow.id).desc())
+        .limit(limits.DISCOVERED)
+    )
+    return rows.all()
+
+
+def _trigger_url(settings: GatewaySettings, workflow_id: str) -> str:
+    if settings.cluster == "kubernetes":
+        name = workflow_names.workflow_name(workflow_id)
+        return f"http://{name}.{settings.kubernetes_namespace}.svc.cluster.local{PATH}"
+    address = settings.public_url or f"http://{settings.host}:{settings.port}"
+    return f"{address.rstrip('/')}/api/v1/workflows/{workflow_id}/trigger"
+
+
+def _namespace(settings: GatewaySettings) -> str:
+    return settings.kubernetes_namespace if settings.cluster == "kubernetes" else LOCAL_NAMESPACE

@@ -1,0 +1,293 @@
+"""Trigger: a run for the pods of a deployed workflow, which is woken for it where it sleeps."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+from starlette.requests import ClientDisconnect
+
+from concurrency import offload
+from engine.triggers import trigger_output
+from engine.values import encode_json
+from gateway.deployments.activation import BadNews, PodUnavailable, StartBlockage, StartFailure
+from gateway.executions import acceptance, run_requests
+from gateway.executions.run_requests import RunRequest
+from gateway.http import errors, idempotency, limits, text_rules
+from gateway.http.errors import ApiError
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import GuardedWire, WireStruct, body_of, read_json
+from journal import run_outputs
+from journal.deployments import wakes
+from journal.run_outputs import OutputsTooLarge
+from journal.store import AcceptanceVerdict, DefinitionKey, ExecutionKey
+from models.execution import Execution
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.lifecycle_policy import StartRefusal
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import AcceptanceResult, RunProgressReport
+
+Answer = TypeVar("Answer")
+
+API: Final = "api"
+
+
+class TriggerRequest(GuardedWire):
+    """What a run is to work on, and whether its end is waited for."""
+
+    trigger_type: Annotated[str, text_rules.is_allowed_text(limits.TRIGGER_TYPE_LENGTH, min_length=1)] = (
+        msgspec.field(default=API, name="trigger_type")
+    )
+    """A label, by which executions can be found again."""
+    inputs: dict[str, Any] | None = None
+    trigger_inputs: dict[str, Any] | None = None
+    """The same as `inputs`."""
+    sync: bool = False
+    """Wait for the end of the run, not just until a pod has taken it."""
+
+
+class TriggerStatus(StrEnum):
+    """Where a run is that was triggered."""
+
+    STARTED = "started"
+    """A pod has taken it."""
+    COMPLETED = "completed"
+    FAILED = "failed"
+    RUNNING = "running"
+    """The wait ended first: the run goes on."""
+    PENDING = "pending"
+    """The wait ended first: the run goes on as soon as a pod takes it."""
+
+
+class TriggerResult(WireStruct):
+    """A run of a deployed workflow."""
+
+    status: TriggerStatus
+    execution_id: str = msgspec.field(name="execution_id")
+    workflow_id: str = msgspec.field(name="workflow_id")
+    output: Mapping[str, msgspec.Raw] = {}
+    """Outputs of the nodes that nothing follows on, by node id; empty before the end."""
+    error: msgspec.Raw | None = None
+    """Why it has failed."""
+
+
+@dataclass(slots=True)
+class TriggerTimings:
+    """What the answer's time went into, and how the deployment was found."""
+
+    began: float
+    accepted: float = 0.0
+    taken: float | None = None
+    """None: the run was not taken in time."""
+    is_cold: bool = False
+    definition_hash: str = ""
+    """Of what is deployed."""
+
+    def headers(self) -> dict[str, str]:
+        """Return what tells a client of it."""
+        now = perf_counter()
+        taken = now if self.taken is None else self.taken
+        parts = {"accept": self.accepted - self.began, "wake": taken - self.accepted, "run": now - taken}
+        shown = ", ".join(f"{name};dur={seconds * 1_000:.1f}" for name, seconds in parts.items())
+        return {"Server-Timing": shown, "X-Cold-Start": str(self.is_cold).lower()}
+
+
+async def start(request: GatewayRequest) -> JsonResponse:
+    """Run a deployed workflow in its pods; they are started first where it sleeps and its policy allows it.
+
+    The answer comes when a pod has taken the run, for at most 30 seconds, or with `sync` when it has ended, for at most
+    5 minutes, the start of a pod included. The run goes on when that time is up, and when the client is gone.
+    """
+    times = TriggerTimings(perf_counter())
+    workflow_id = request.path_params["id"]
+    value = await read_json(request)
+    body = _checked(body_of(request, value, TriggerRequest))
+    promise = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
+
+    async def plan(workflow: LoadedWorkflow) -> RunRequest:
+        return await _planned(request, workflow, body, times)
+
+    with request.gateway.activation.queue(workflow_id):
+        accepted = await run_requests.accept_run(request, plan, promise)
+        times.accepted = perf_counter()
+        # Committed, and not to be held while the run is waited for.
+        value, body.inputs, body.trigger_inputs = None, None, None
+        request.release_body()
+        seconds = limits.TRIGGER_SYNC_SECONDS if body.sync else limits.TRIGGER_ASYNC_SECONDS
+        until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
+        headers = run_requests.response_headers(request, accepted)
+        try:
+            await _unless_gone(request, _wait_for_pod(request, accepted, times, until))
+        except PodUnavailable as error:
+            refusal = _refusal(error.news, accepted.execution_id)
+            if refusal is not None:
+                refusal.headers |= {**headers, **times.headers()}
+                raise refusal from error
+            # Stopped since the run was accepted: it is kept until the workflow may start.
+            until = 0.0
+    progress = await _unless_gone(request, _followed(request, accepted, body, times, until))
+    shape = await _shape(request, accepted, body, times, progress)
+    return JsonResponse(shape, headers={**headers, **times.headers()})
+
+
+def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
+    """Return the answer about a run whose pods do not come; None where the run is kept until they may."""
+    match news:
+        case StartFailure(reason):
+            return errors.start_failed(reason, execution_id)
+        case StartBlockage(reason):
+            return errors.start_blocked(reason, execution_id)
+        case StartRefusal():
+            return None
+
+
+def _checked(body: TriggerRequest) -> TriggerRequest:
+    run_requests.require_one_spelling(body.trigger_inputs, body.inputs)
+    problems = ProblemCollector()
+    body.trigger_type = text_rules.check_line(
+        body.trigger_type, "trigger_type", problems, max_length=limits.TRIGGER_TYPE_LENGTH
+    )
+    problems.raise_any()
+    return body
+
+
+async def _planned(
+    request: GatewayRequest, workflow: LoadedWorkflow, body: TriggerRequest, times: TriggerTimings
+) -> RunRequest:
+    """Return what is to be run, of what is deployed; raises 409 and 503."""
+    acceptance.require_open(workflow.status)
+    deployment = await request.gateway.activation.ask(workflow.id)
+    if workflow.status is WorkflowStatus.DRAFT:
+        raise errors.workflow_not_active()
+    times.is_cold = not wakes.is_ready(deployment)
+    times.definition_hash = deployment.definition_hash
+    deployed = await request.gateway.deployed.load(workflow, deployment)
+    given = body.inputs or body.trigger_inputs or {}
+    inputs = trigger_output(deployed.trigger_kind or "manual", given, request.gateway.clock())
+    return RunRequest(deployed, body.trigger_type, inputs, home=workflow.id)
+
+
+async def _wait_for_pod(
+    request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, until: float
+) -> None:
+    """Return when the run is taken, or the time is up; raises `NoPod`."""
+    is_taken = await request.gateway.activation.taken(
+        _key(request, accepted),
+        request.path_params["id"],
+        is_new=accepted.verdict is AcceptanceVerdict.ACCEPTED,
+        is_ready=not times.is_cold,
+        seconds=_left(until),
+    )
+    times.taken = perf_counter() if is_taken else None
+
+
+async def _followed(
+    request: GatewayRequest,
+    accepted: AcceptanceResult,
+    body: TriggerRequest,
+    times: TriggerTimings,
+    until: float,
+) -> RunProgressReport | None:
+    """Return where the run is, at its end if that is waited for and comes in time; None: it was taken, just now."""
+    if times.taken is not None and not body.sync:
+        return None
+    return await request.gateway.waiting.progress(_key(request, accepted), _left(until) if body.sync else 0)
+
+
+async def _shape(
+    request: GatewayRequest,
+    accepted: AcceptanceResult,
+    body: TriggerRequest,
+    times: TriggerTimings,
+    progress: RunProgressReport | None,
+) -> TriggerResult:
+    shape = TriggerResult(
+        status=TriggerStatus.STARTED,
+        execution_id=accepted.execution_id,
+        workflow_id=request.path_params["id"],
+    )
+    if progress is None or (times.taken is not None and not body.sync):
+        return shape
+    if progress.status not in TERMINAL_STATUSES:
+        has_begun = times.taken is not None or progress.completed_nodes > 0
+        is_pending = not has_begun and progress.status is not ExecutionStatus.RUNNING
+        shape.status = TriggerStatus.PENDING if is_pending else TriggerStatus.RUNNING
+        return shape
+    has_completed = progress.status is ExecutionStatus.COMPLETED
+    shape.status = TriggerStatus.COMPLETED if has_completed else TriggerStatus.FAILED
+    if not has_completed:
+        shape.error = msgspec.Raw(progress.error) if progress.error else _ended_by_hand(progress.status)
+    try:
+        shape.output = await _output(request, accepted, times)
+    except OutputsTooLarge as error:
+        message = f"{error}, more than an answer holds: they are to be read at the execution"
+        shape.error = msgspec.Raw(encode_json({"code": "output-too-large", "message": message}))
+    return shape
+
+
+async def _output(
+    request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings
+) -> dict[str, msgspec.Raw]:
+    caller, key = request.caller, _key(request, accepted)
+    async with request.gateway.database.read() as connection:
+        hashed = times.definition_hash
+        if accepted.verdict is not AcceptanceVerdict.ACCEPTED:
+            pinned = select(col(Execution.definition_hash)).where(
+                col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+            )
+            hashed = await connection.scalar(pinned) or ""
+        definition = DefinitionKey(caller.organization_id, hashed, caller.lane)
+        found = await run_outputs.read_leaf_outputs(
+            connection, key, definition, max_characters=limits.TRIGGER_OUTPUT_CHARACTERS
+        )
+    outputs = request.gateway.large_outputs.explain(key.execution_id)
+    return {
+        node_id: outputs.show(leaf.text.decode(), is_reference=leaf.is_blob)
+        for node_id, leaf in found.items()
+    }
+
+
+def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:
+    return msgspec.Raw(encode_json({"code": status.value, "message": f"Somebody has {status.value} the run"}))
+
+
+def _key(request: GatewayRequest, accepted: AcceptanceResult) -> ExecutionKey:
+    return ExecutionKey(accepted.execution_id, request.caller.lane)
+
+
+def _left(until: float) -> float:
+    return max(until - asyncio.get_running_loop().time(), 0.0)
+
+
+async def _unless_gone(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
+    """Return what work comes to; whoever is gone waits no longer, which changes nothing about the run."""
+    working = asyncio.ensure_future(work)
+    gone = asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        for task in (working, gone):
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+
+async def _gone(request: GatewayRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,1 +1,0 @@
-"""Handlers, each beside the shapes that it reads and writes."""

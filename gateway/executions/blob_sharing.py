@@ -1,0 +1,93 @@
+"""What a run was given besides its JSON, for another run: contents belong to a run, and go with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from gateway.http import errors
+from gateway.ingest.ingest import RunInput
+from journal import trigger_body, unparsed_mail
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
+from journal.unparsed_mail import UnparsedMail
+from json_text import decoding
+from models import ids
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from engine.values import Json
+    from gateway.http.errors import ApiError
+    from journal.blobs.blob_store import BlobStore
+    from journal.store import IdempotencyKey
+
+
+async def share_blobs(
+    blobs: BlobStore, given: str, source: BlobOwner | None, promise: IdempotencyKey | None
+) -> RunInput:
+    """Return what another run is given of what the run of `source` was given, once its contents are there too.
+
+    A mail that wasn't read is read once more, and run even where the trigger's rules rejected it before. Raises 409
+    where its content is gone, and 503.
+    """
+    execution_id = ids.new_id("exec")
+    if trigger_body.is_separate(given):
+        trigger = await _copy_body(blobs, given, source, execution_id)
+        return RunInput(trigger, given, promise=promise, execution_id=execution_id)
+    trigger = decoding.decode(given)
+    is_read = not unparsed_mail.is_unparsed(given)
+    if not is_read:
+        mail = msgspec.structs.replace(UnparsedMail.from_text(given), screening=None)
+        trigger, blob = mail.as_json(), mail.blob
+        if blob is not None and (source is None or not await _copy_blob(blobs, source, execution_id, blob)):
+            raise _blob_missing()
+    elif source is not None:
+        for reference in _attached_blobs(trigger):
+            # Where one is gone, the node that wants it says so.
+            await _copy_blob(blobs, source, execution_id, reference)
+    return RunInput(trigger=trigger, promise=promise, is_read=is_read, execution_id=execution_id)
+
+
+async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
+    """Copy the body of a webhook; returns the whole output of its trigger. Raises 409 where it is gone, and 503."""
+    if source is None or not await _copy_blob(
+        blobs, source, execution_id, trigger_body.find_reference(given)
+    ):
+        raise _blob_missing()
+    try:
+        return await trigger_body.read_body(given, blobs, source)
+    except BlobLost as error:
+        raise _blob_missing() from error
+    except BlobsUnavailable as error:
+        raise errors.not_ready(f"{error}: try again") from error
+
+
+def _blob_missing() -> ApiError:
+    return errors.conflict("not-redrivable", "What it has brought is not kept any more")
+
+
+def _attached_blobs(trigger: Json) -> Iterator[BlobReference]:
+    attachments = trigger.get("attachments") if isinstance(trigger, dict) else None
+    for attachment in attachments if isinstance(attachments, list) else ():
+        if isinstance(attachment, dict) and "blob" in attachment:
+            try:
+                yield BlobReference.from_value(attachment["blob"])
+            except InvalidBlobReference:
+                continue
+
+
+async def _copy_blob(
+    blobs: BlobStore, source: BlobOwner, execution_id: str, reference: BlobReference
+) -> bool:
+    """Copy a content; returns False where it is gone."""
+    target = BlobOwner(source.organization_id, execution_id)
+    try:
+        content = await blobs.get(source, reference.sha256)
+        await blobs.put(target, content, media_type=reference.type, name=reference.name)
+    except BlobLost:
+        return False
+    except BlobsUnavailable as error:
+        raise errors.not_ready(f"{error}: try again") from error
+    return True

@@ -1,0 +1,262 @@
+"""Many executions at once: which of them a filter finds for whom, and what is done to them, a few at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+from sqlalchemy import and_, exists, or_, select
+from sqlmodel import col
+
+from engine.values import fingerprint
+from gateway.access import audit_log
+from gateway.executions import acceptance, execution_rows, resume_runs
+from gateway.executions.cancellation import ask_to_end
+from gateway.executions.execution_access import visibility_condition
+from gateway.executions.resume_runs import IS_RESUMED
+from gateway.executions.test_runs import TEST
+from gateway.http import idempotency
+from journal.blobs import orphan_blobs
+from journal.blobs.blob_storage import BlobsUnavailable
+from journal.run_deletion import IS_DELETABLE, delete_runs
+from journal.store import AcceptanceVerdict, ExecutionKey
+from json_text import decoding
+from models import ids
+from models.audit import AuditAction
+from models.errors import LockWaitTimeout
+from models.execution import Execution
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.executions.execution_rows import ExecutionFilter
+    from gateway.http.request import GatewayRequest
+    from gateway.state import GatewayState
+    from journal.store import EndRequestOutcome, IdempotencyKey
+    from models.access import ApiCaller
+
+log = structlog.get_logger()
+
+CANCELS_AT_ONCE: Final = 20
+RETRIES_AT_ONCE: Final = 20
+"""In one transaction."""
+DELETIONS_AT_ONCE: Final = 100
+
+
+class ChosenExecutions(msgspec.Struct, frozen=True):
+    """What a request is about: found once, and the same whenever it is repeated."""
+
+    operation_id: str
+    matched: int
+    """Executions that were found in all."""
+    execution_ids: Sequence[str]
+    """The oldest of them, as many as are to be acted on."""
+
+
+_encode = msgspec.json.Encoder().encode
+_decode = decoding.build_decoder(ChosenExecutions).decode
+
+
+# ── which ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+_OPEN: Final = exists().where(
+    col(Workflow.id) == col(Execution.workflow_id),
+    col(Workflow.deleted_at).is_(None),
+    col(Workflow.status).in_([WorkflowStatus.DRAFT, WorkflowStatus.ACTIVE]),
+)
+
+
+def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
+    """Return what holds for executions that the caller may cancel, and that nobody has cancelled."""
+    is_asked_for = col(Execution.request) == "cancel"
+    goes_on = col(Execution.status).not_in(TERMINAL_STATUSES)
+    return and_(visibility_condition(caller), goes_on, or_(col(Execution.request).is_(None), ~is_asked_for))
+
+
+def retryable(caller: ApiCaller) -> ColumnElement[bool]:
+    """Return what holds for failed executions that the caller may resume, and that nobody has resumed.
+
+    Tests of nodes are left alone: they were run to be looked at.
+    """
+    has_failed = col(Execution.status) == ExecutionStatus.FAILED
+    # Clients may call any run `test`, but only that of a node is private too.
+    is_node_test = and_(col(Execution.trigger_type) == TEST, col(Execution.is_private))
+    return and_(
+        visibility_condition(caller), has_failed, ~is_node_test, ~IS_RESUMED, _OPEN.correlate(Execution)
+    )
+
+
+def deletable(caller: ApiCaller) -> ColumnElement[bool]:
+    """Return what holds for executions that may go, and whose workflow is the caller's to delete."""
+    if caller.is_admin:
+        return and_(visibility_condition(caller), IS_DELETABLE)
+    own = exists().where(
+        col(Workflow.id) == col(Execution.workflow_id), col(Workflow.owner_id) == caller.user_id
+    )
+    return and_(visibility_condition(caller), IS_DELETABLE, own.correlate(Execution))
+
+
+async def find(
+    request: GatewayRequest, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
+) -> tuple[ChosenExecutions, Counter[str]]:
+    """Return the oldest executions that a filter finds among those of a kind, and how many are of each workflow."""
+    async with request.gateway.database.read() as connection:
+        matched, rows = await execution_rows.find_oldest(connection, wanted, condition, limit=limit)
+    found = ChosenExecutions(ids.new_id("bulk"), matched, [row.id for row in rows])
+    return found, Counter(row.workflow_id for row in rows)
+
+
+async def trace(request: GatewayRequest, found: ChosenExecutions, action: AuditAction, about: str) -> None:
+    """Leave the trace of what is about to be done, to executions of the workflow or organisation `about`."""
+    leave = partial(_trace, request=request, found=found, action=action, about=about)
+    await request.gateway.database.transaction(leave)
+
+
+async def begin_retry(
+    request: GatewayRequest, found: ChosenExecutions, about: str, promise: IdempotencyKey | None
+) -> ChosenExecutions:
+    """Leave such a trace, and return what is to be retried: what the first request with the promise has found.
+
+    Raises 422 where that had another body.
+    """
+    text, now = _encode(found).decode(), request.gateway.clock()
+
+    async def keep(connection: AsyncConnection) -> str:
+        bound = text
+        if promise is not None:
+            lane = request.caller.lane
+            bound = await idempotency.reserve_key(connection, promise, lane=lane, resource_id=text, now=now)
+        if bound == text:
+            await _trace(
+                connection, request=request, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
+            )
+        return bound
+
+    return _decode(await request.gateway.database.transaction(keep))
+
+
+async def begun(request: GatewayRequest, promise: IdempotencyKey) -> ChosenExecutions | None:
+    """Return what an earlier request with this promise was about; raises 422 where that had another body."""
+    earlier = await acceptance.find_earlier(request.gateway.database, request.caller.lane, promise)
+    if earlier is None:
+        return None
+    if earlier.verdict is AcceptanceVerdict.MISMATCH:
+        raise idempotency.mismatch_error()
+    return _decode(earlier.execution_id)
+
+
+async def _trace(
+    connection: AsyncConnection,
+    *,
+    request: GatewayRequest,
+    found: ChosenExecutions,
+    action: AuditAction,
+    about: str,
+) -> None:
+    hashed = fingerprint(list(found.execution_ids))
+    before, after = (hashed, None) if action is AuditAction.EXECUTIONS_DELETED else (None, hashed)
+    if found.execution_ids:
+        await audit_log.record_change(connection, request.caller, action, about, before=before, after=after)
+
+
+# ── what is done to them ────────────────────────────────────────────────────────────────────────────────────
+
+
+async def cancel(gateway: GatewayState, caller: ApiCaller, execution_ids: Sequence[str]) -> list[str]:
+    """Cancel executions; returns those that had not ended by themselves."""
+    cancelled: list[str] = []
+    for some in _batches(execution_ids, CANCELS_AT_ONCE):
+        keys = [ExecutionKey(execution_id, caller.lane) for execution_id in some]
+        answers = await asyncio.gather(*(_ask_to_end_unlocked(gateway, key) for key in keys))
+        cancelled += [
+            execution_id
+            for execution_id, answer in zip(some, answers, strict=True)
+            if answer is not None and answer.status not in TERMINAL_STATUSES - {ExecutionStatus.CANCELLED}
+        ]
+    return cancelled
+
+
+async def _ask_to_end_unlocked(gateway: GatewayState, key: ExecutionKey) -> EndRequestOutcome | None:
+    """Cancel an execution; None where there is none, or another transaction keeps it locked."""
+    try:
+        return await ask_to_end(gateway, key, "cancel")
+    except LockWaitTimeout:
+        return None
+
+
+async def retry(gateway: GatewayState, caller: ApiCaller, chosen: ChosenExecutions) -> dict[str, str]:
+    """Resume failed executions, each once however often this is called; returns the new ones by those."""
+    new_ids = {
+        execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
+        for execution_id in chosen.execution_ids
+    }
+    resumed: set[str] = set()
+    for some in _batches(chosen.execution_ids, RETRIES_AT_ONCE):
+        keys = await _resumed_unlocked(gateway, caller, {one: new_ids[one] for one in some})
+        for execution_id, concurrency_key in keys.items():
+            resumed.add(execution_id)
+            gateway.access.allow(new_ids[execution_id], caller)
+            gateway.acceptances.follow(concurrency_key)
+    return {execution_id: new_id for execution_id, new_id in new_ids.items() if execution_id in resumed}
+
+
+async def _resumed_unlocked(
+    gateway: GatewayState, caller: ApiCaller, new_ids: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Resume what still may be, one by one where another transaction keeps some of it locked; that is left."""
+    try:
+        return await gateway.database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
+    except LockWaitTimeout:
+        if len(new_ids) == 1:
+            return {}
+    resumed: dict[str, str | None] = {}
+    for one, new_id in new_ids.items():
+        resumed |= await _resumed_unlocked(gateway, caller, {one: new_id})
+    return resumed
+
+
+async def _resume(
+    connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
+) -> dict[str, str | None]:
+    """Resume what still may be; returns the concurrency keys of what was resumed, by now or by an earlier call."""
+    of_batch = col(Execution.id).in_(list(new_ids))
+    # In a statement of its own, so that the next ones see what whoever had the rows has committed.
+    locked = select(col(Execution.id)).where(of_batch).order_by(col(Execution.id)).with_for_update()
+    await connection.execute(locked)
+    made = select(col(Execution.resumed_from)).where(col(Execution.id).in_(list(new_ids.values())))
+    resumed: dict[str, str | None] = dict.fromkeys(await connection.scalars(made))
+    left = select(col(Execution.id), col(Execution.trigger_type), col(Execution.concurrency_key)).where(
+        of_batch, retryable(caller)
+    )
+    for row in (await connection.execute(left)).all():
+        failed = ExecutionKey(row.id, caller.lane)
+        await resume_runs.insert_copy(
+            connection, failed, new_ids[row.id], caller, trigger_type=row.trigger_type
+        )
+        resumed[row.id] = row.concurrency_key
+    return resumed
+
+
+async def delete(gateway: GatewayState, execution_ids: Sequence[str]) -> list[str]:
+    """Delete executions that have ended, with all that belongs to them; returns which."""
+    deleted: list[str] = []
+    for some in _batches(execution_ids, DELETIONS_AT_ONCE):
+        gone = await delete_runs(gateway.database, some)
+        deleted += [execution_id for execution_id in some if execution_id in gone]
+        try:
+            await orphan_blobs.delete_unused(gateway.blobs, gateway.database, list(gone.values()))
+        except BlobsUnavailable as error:
+            log.warning("blobs of deleted executions not deleted", error=str(error))  # orphans from now on
+    return deleted
+
+
+def _batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[begin : begin + size] for begin in range(0, len(items), size))

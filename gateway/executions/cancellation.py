@@ -1,0 +1,25 @@
+"""Asking an execution to end: in its row first, then by a notice to whoever would otherwise hear of it later."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from messages import endings
+
+if TYPE_CHECKING:
+    from gateway.state import GatewayState
+    from journal.store import EndRequestOutcome, ExecutionKey
+
+
+async def ask_to_end(gateway: GatewayState, key: ExecutionKey, wish: str) -> EndRequestOutcome | None:
+    """Ask an execution to `stop` or `cancel`; None where there is no such execution."""
+    requested = await gateway.store.request_end(key, wish)
+    if requested is not None:
+        await endings.tell(
+            gateway.broker,
+            key.execution_id,
+            wish,
+            lease_owner=requested.lease_owner,
+            inbox=requested.inbox,
+        )
+    return requested

@@ -1,0 +1,128 @@
+"""Execute: a run is taken in, and the answer is sent once it is committed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any
+
+from concurrency import offload
+from engine.triggers import trigger_output
+from gateway.executions import acceptance, callback_checks, run_requests, test_runs
+from gateway.executions.run_requests import RunRequest
+from gateway.executions.test_runs import WHOLE, GraphSelection
+from gateway.http import errors, idempotency, limits, text_rules
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import GuardedWire, WireStruct, body_of, read_json
+from gateway.workflows import graph_shapes
+from gateway.workflows.graph_shapes import Connections, GraphId, Nodes
+from models.access import KeyScope
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from journal.definition_snapshot import LoadedWorkflow
+    from nodes.catalog import NodeCatalog
+
+
+class DefinitionOverride(GuardedWire):
+    """A graph to run in the place of the workflow's own, this once; an empty one replaces nothing."""
+
+    nodes: Nodes | None = None
+    connections: Connections | None = None
+
+
+class ExecuteRequest(GuardedWire):
+    """What a run is to work on."""
+
+    definition: DefinitionOverride | None = None
+    trigger_inputs: dict[str, Any] | None = None
+    inputs: dict[str, Any] | None = None
+    """The same as `triggerInputs`."""
+    up_to: GraphId | None = None
+    """The id of a node: it and what leads to it are run, and nothing else."""
+    pinned: dict[str, Any] | None = None
+    """Outputs by node id: these nodes give them out without being run, nor is run what leads to them alone."""
+    callback_url: (
+        Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
+    ) = None
+    """Is told how the run has ended, by a message that is signed with the organisation's secret."""
+
+
+class ExecuteResult(WireStruct):
+    """A run that was taken in."""
+
+    execution_id: str
+
+
+async def start(request: GatewayRequest) -> JsonResponse:
+    """Run a workflow; the answer comes as soon as the run is taken in, for good.
+
+    A `definition` is run in the place of the workflow's own graph, and needs the scope `workflows:write` too. With
+    `upTo` and `pinned` only a part of the graph is run, and only that part has to be valid. Only the caller, the
+    workflow's owner and admins see a run with `definition` or `pinned`.
+    """
+    value = await read_json(request)
+    body = body_of(request, value, ExecuteRequest)
+    run_requests.require_one_spelling(body.trigger_inputs, body.inputs)
+    promise = await offload.run(
+        idempotency.requested_key, request, value, workflow_id=request.path_params["id"]
+    )
+
+    async def plan(workflow: LoadedWorkflow) -> RunRequest:
+        return await _planned(request, workflow, body)
+
+    accepted = await run_requests.accept_run(request, plan, promise)
+    headers = run_requests.response_headers(request, accepted)
+    return JsonResponse(ExecuteResult(execution_id=accepted.execution_id), status=201, headers=headers)
+
+
+async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:
+    """Return what is to be run; raises 403, 409 and 422."""
+    override = body.definition
+    if override is not None and not override.nodes and not override.connections:
+        override = None
+    if override is not None and not request.caller.has_scope(KeyScope.WORKFLOWS_WRITE):
+        raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
+    acceptance.require_open(workflow.status)
+    piece = GraphSelection(body.up_to, body.pinned or {})
+    inputs = body.trigger_inputs or body.inputs or {}
+    if override is None and piece == WHOLE:
+        kind = workflow.trigger_kind or "manual"
+        run = RunRequest(workflow, kind, trigger_output(kind, inputs, request.gateway.clock()))
+    else:
+        # In a thread: others are served while a large graph is gone through.
+        catalog = request.gateway.catalog
+        run = await asyncio.to_thread(
+            _changed, workflow, override, piece, inputs, catalog, request.gateway.clock()
+        )
+        run = replace(run, is_private=override is not None or bool(piece.pinned))
+    graph_shapes.require_valid(run.workflow.validation)
+    if body.callback_url is None:
+        return run
+    await callback_checks.require_reachable(request, body.callback_url)
+    return replace(run, callback_url=body.callback_url)
+
+
+def _changed(
+    workflow: LoadedWorkflow,
+    override: DefinitionOverride | None,
+    piece: GraphSelection,
+    inputs: Mapping[str, Json],
+    catalog: NodeCatalog,
+    now: datetime,
+) -> RunRequest:
+    """Return the run of another graph, or of a piece of one; nothing of it is saved."""
+    if override is None:
+        nodes, connections = test_runs.select_graph(workflow)
+        return test_runs.plan_partial_run(workflow, nodes, connections, piece, inputs, catalog, now)
+    problems = ProblemCollector()
+    nodes = graph_shapes.stored_nodes(override.nodes or [], catalog, problems)
+    connections = graph_shapes.stored_connections(override.connections or [], problems)
+    if problems.found:
+        found = [{**problem, "path": f"definition.{problem['path']}"} for problem in problems.found]
+        raise errors.invalid(found)
+    return test_runs.plan_partial_run(workflow, nodes, connections, piece, inputs, catalog, now)

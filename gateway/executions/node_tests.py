@@ -1,0 +1,141 @@
+"""Single nodes tried out: run for real, on what a client gives them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+from msgspec import Meta, Raw
+
+from concurrency import offload
+from gateway.executions import acceptance, execution_rows, execution_shapes, run_requests, test_runs
+from gateway.executions.execution_shapes import LogShape, Status
+from gateway.executions.run_requests import RunRequest
+from gateway.executions.test_runs import NodeTestInput
+from gateway.http import errors, idempotency, limits
+from gateway.http.query import PageBounds
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import StrictWire, WireStruct, body_of, read_json
+from gateway.workflows import graph_shapes
+from journal.store import ExecutionKey
+from models.access import KeyScope
+from models.execution_status import TERMINAL_STATUSES
+
+if TYPE_CHECKING:
+    from gateway.executions.execution_rows import Recorded
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import RunProgressReport
+
+
+class NodeTestRequest(StrictWire):
+    """What a node is tried on."""
+
+    input: Any = None
+    """What arrives at the node, as if one node led to it; of a trigger, the inputs that it is started with."""
+    trigger: dict[str, Any] | None = None
+    """The inputs of the workflow's trigger, for paths that begin with `trigger`."""
+    nodes: dict[str, Any] | None = None
+    """Outputs of other nodes by their ids, for paths that begin with `nodes`."""
+    config: dict[str, Any] | None = None
+    """A config in the place of the node's own, this once; needs the scope `workflows:write` too."""
+    wait: Annotated[float, Meta(ge=0, le=limits.WAIT_SECONDS)] = limits.TEST_WAIT_DEFAULT_SECONDS
+    """Seconds that the answer waits for the end."""
+
+
+class NodeTestResult(WireStruct):
+    """What came of a node that was tried; `status` is that of the execution."""
+
+    execution_id: str
+    status: Status
+    error: Raw | None
+    logs: Sequence[LogShape]
+    output: Raw | None = None
+    port: str | None = None
+    """The port that the output left by."""
+    unresolved: Raw | Sequence[str] = ()
+    """Paths that found nothing."""
+    duration_ms: int | None = None
+
+
+class PendingNodeTest(WireStruct):
+    """A try whose end the answer didn't wait for: the execution tells it."""
+
+    execution_id: str
+    status: Status
+
+
+async def run_node(request: GatewayRequest) -> JsonResponse:
+    """Run one node of a workflow on an input of your own, for real: what it writes is written.
+
+    It is an execution of its own, with the trigger type `test`, by the node's config, mappings and retries as they
+    are stored. A loop runs with its body. Nothing before the node is run: give it by `input`, and what else its paths
+    ask for by `trigger` and `nodes`.
+    """
+    value = await read_json(request)
+    body = body_of(request, value, NodeTestRequest)
+    workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
+    promise = await offload.run(
+        idempotency.requested_key, request, value, workflow_id=f"{workflow_id}/{node_id}"
+    )
+
+    async def plan(workflow: LoadedWorkflow) -> RunRequest:
+        return await _planned(request, workflow, body)
+
+    accepted = await run_requests.accept_run(request, plan, promise)
+    headers = run_requests.response_headers(request, accepted)
+    key = ExecutionKey(accepted.execution_id, request.caller.lane)
+    progress = await request.gateway.waiting.progress(key, body.wait)
+    if progress is None:
+        raise errors.not_found("execution")
+    if progress.status not in TERMINAL_STATUSES:
+        goes_on = PendingNodeTest(execution_id=accepted.execution_id, status=progress.status)
+        return JsonResponse(goes_on, status=202, headers=headers)
+    return JsonResponse(await _tried(request, key, progress), headers=headers)
+
+
+async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
+    """Return what is to be run; raises 403, 404, 409 and 422."""
+    caller, catalog = request.caller, request.gateway.catalog
+    if body.config is not None and not caller.has_scope(KeyScope.WORKFLOWS_WRITE):
+        raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
+    acceptance.require_open(workflow.status)
+    given = NodeTestInput(body.input, body.trigger or {}, body.nodes or {}, body.config)
+    # In a thread: others are served while a large graph is gone through.
+    run = await asyncio.to_thread(
+        test_runs.plan_node_test,
+        workflow,
+        request.path_params["sub"],
+        given,
+        catalog,
+        request.gateway.clock(),
+    )
+    graph_shapes.require_valid(run.workflow.validation)
+    return run
+
+
+def _is_of_node(row: Recorded) -> bool:
+    return not row.iteration and row.kind == execution_rows.SpanKind.NODE
+
+
+async def _tried(request: GatewayRequest, key: ExecutionKey, progress: RunProgressReport) -> NodeTestResult:
+    whole = PageBounds(limits.RECORDS_MAX, 0)
+    async with request.gateway.database.read() as connection:
+        _, spans = await execution_rows.list_spans(
+            connection, key, whole, node_id=request.path_params["sub"], statuses=()
+        )
+        _, lines = await execution_rows.list_logs(connection, key, whole, levels=())
+    tried = NodeTestResult(
+        execution_id=key.execution_id,
+        status=progress.status,
+        error=None if progress.error is None else Raw(progress.error),
+        logs=[execution_shapes.show_log(row) for row in lines],
+    )
+    outputs = request.gateway.large_outputs.explain(key.execution_id)
+    for span in (execution_shapes.show_span(row, outputs) for row in spans if _is_of_node(row)):
+        tried.output, tried.port = span.output_data, span.port
+        tried.error = span.error or tried.error
+        tried.unresolved = span.unresolved
+        tried.duration_ms = span.duration_ms
+    return tried

@@ -1,0 +1,109 @@
+"""What the nodes of a workflow gave out in its last runs: a look at the shapes of real data, kept small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+from sqlalchemy import Row, func, select
+from sqlmodel import col
+
+from engine.expressions import ExpressionError
+from engine.node_api import UnknownNodeType
+from engine.program import compile_node
+from engine.run_records import SpanStatus
+from engine.values import InvalidJson
+from gateway.executions.execution_access import visibility_condition
+from json_text import decoding
+from models.execution import Execution, ExecutionData, SpanRow
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.graph import GraphNode, ParsedGraph
+    from engine.values import Json
+    from models.access import ApiCaller
+    from models.workflow import Workflow
+    from nodes.catalog import NodeCatalog
+
+PastOutput: TypeAlias = Row[*tuple[Any, ...]]
+"""`node_id`, `output` as JSON text, and the `hashes` of what the node was when it gave that out."""
+
+RUNS: Final = 5
+MAX_OUTPUT_CHARACTERS: Final = 100_000
+MAX_CHARACTERS: Final = 2_000_000
+"""Of all outputs together, the newest first."""
+MAX_OUTPUTS: Final = 2_000
+
+
+async def recent_outputs(
+    connection: AsyncConnection, workflow: Workflow, caller: ApiCaller
+) -> Sequence[PastOutput]:
+    """Return outputs of a workflow's newest runs that the caller may see, the newest run first."""
+    runs = (
+        select(
+            col(ExecutionData.execution_id).label("id"),
+            col(ExecutionData.lane),
+            col(ExecutionData.created_at),
+        )
+        .join(
+            Execution,
+            (col(Execution.id) == col(ExecutionData.execution_id))
+            & (col(Execution.lane) == col(ExecutionData.lane)),
+        )
+        .where(
+            visibility_condition(caller),
+            col(ExecutionData.organization_id) == workflow.organization_id,
+            col(ExecutionData.workflow_id) == workflow.id,
+            col(ExecutionData.lane) == workflow.lane,
+        )
+        .order_by(col(ExecutionData.created_at).desc())
+        .limit(RUNS)
+        .subquery()
+    )
+    size = func.length(col(SpanRow.output))
+    newest_first = (runs.c.created_at.desc(), runs.c.id, col(SpanRow.sequence))
+    outputs = (
+        select(
+            col(SpanRow.node_id),
+            col(SpanRow.output),
+            col(SpanRow.hashes),
+            func.sum(size).over(order_by=newest_first).label("characters"),
+        )
+        .join(runs, (col(SpanRow.execution_id) == runs.c.id) & (col(SpanRow.lane) == runs.c.lane))
+        .where(
+            col(SpanRow.status) == SpanStatus.COMPLETED,
+            col(SpanRow.hashes).is_not(None),
+            size <= MAX_OUTPUT_CHARACTERS,
+        )
+        .order_by(*newest_first)
+        .subquery()
+    )
+    few = select(outputs).where(outputs.c.characters <= MAX_CHARACTERS).limit(MAX_OUTPUTS)
+    return (await connection.execute(few)).all()
+
+
+def output_samples(
+    past: Sequence[PastOutput], graph: ParsedGraph, catalog: NodeCatalog
+) -> dict[str, list[Json]]:
+    """Return the outputs by node; a node that has been configured anew since then has none."""
+    present: dict[str, bytes | None] = {}
+    found: dict[str, list[Json]] = {}
+    for row in past:
+        node = graph.by_id.get(row.node_id)
+        if node is None:
+            continue
+        if node.id not in present:
+            present[node.id] = _hashes(node, catalog)
+        now = present[node.id]
+        if now is not None and row.hashes.startswith(now):
+            found.setdefault(node.id, []).append(decoding.decode(row.output))
+    return found
+
+
+def _hashes(node: GraphNode, catalog: NodeCatalog) -> bytes | None:
+    """Return the digests of a node's type, config and mappings; None for one that can't run."""
+    try:
+        return compile_node(node, catalog).static_hashes
+    except (UnknownNodeType, ExpressionError, InvalidJson):
+        return None

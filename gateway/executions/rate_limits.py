@@ -1,0 +1,216 @@
+"""How often runs may be asked for: buckets that all gateways share, of which each takes tokens ahead for a moment.
+
+What was taken ahead is used within half a second or not at all, and while a client is slow nothing is. So, of one
+bucket, at most `burst + (seconds + 0.5) * per_second` requests pass in any number of seconds, however many gateways
+there are; those that are refused cost no message. While Redis is away, each gateway counts by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from gateway.http.errors import ApiError
+from journal.group_commit import GroupCommit
+from messages.broker import BrokerUnavailable
+from messages.buckets import Demand, Grant, LocalBuckets, Rate
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from gateway.http.request import GatewayRequest
+    from gateway.settings import GatewaySettings
+    from messages.broker import Broker
+
+log = structlog.get_logger()
+
+LEASE_SECONDS: Final = 0.5
+"""How long tokens that were taken ahead may be used."""
+ASK_SECONDS: Final = 0.25
+"""How long a request waits for Redis."""
+AWAY_SECONDS: Final = 5.0
+"""How long it isn't asked again when it did not answer."""
+MAX_LEASES: Final = 20_000
+
+
+@dataclass(frozen=True, slots=True)
+class RateLimit:
+    """One of the limits that a request is under."""
+
+    policy: str
+    """What clients call it."""
+    bucket: str
+    """Those whose requests are counted together."""
+    rate: Rate
+
+
+@dataclass(slots=True)
+class TokenLease:
+    """What this process has of a bucket."""
+
+    tokens: int = 0
+    until: float = 0.0
+    spent: int = 0
+    """Since the bucket was last asked."""
+    awaited: int = 0
+    """By requests that wait for more."""
+    left: int = 0
+    """In the bucket, when it was last asked."""
+    refused: int = 0
+    """So many were refused, and more would be, until then."""
+    refused_until: float = 0.0
+    asking: asyncio.Task[None] | None = None
+
+    def held(self, now: float) -> int:
+        """Return how many tokens may be used."""
+        return self.tokens if now < self.until else 0
+
+
+class RunRateLimiter:
+    """The limits of all who ask one gateway for runs."""
+
+    def __init__(self, broker: Broker, settings: GatewaySettings) -> None:
+        self._broker = broker
+        self._per_key = read_rate(settings.rate_per_key, settings.rate_per_key_burst)
+        self._per_workflow = read_rate(settings.rate_per_workflow, settings.rate_per_workflow_burst)
+        self._leases: OrderedDict[str, TokenLease] = OrderedDict()
+        self._asked: GroupCommit[Demand, Grant] = GroupCommit(self._ask)
+        self._own = LocalBuckets()
+        self._away_until = 0.0
+
+    async def take(
+        self,
+        request: GatewayRequest,
+        workflow_id: str | None = None,
+        *,
+        key: str | None = None,
+        count: int = 1,
+        also: Sequence[RateLimit] = (),
+    ) -> None:
+        """Count a request for `count` runs, and say in its answer where its sender stands; raises 429.
+
+        It counts for whoever `key` is the id of: the API key unless given, and nobody where it is empty. A workflow
+        is named only to count for it, which nobody may who can't use it. `also` holds limits of a route of its own.
+        """
+        limits = list(also)
+        if self._per_key is not None and (whose := request.caller.key_id if key is None else key):
+            limits.append(RateLimit("key", f"key:{whose}", self._per_key))
+        if workflow_id is not None:
+            limits += self.of_workflow(workflow_id)
+        if not limits:
+            return
+        try:
+            await self.spend(limits, count)
+        finally:
+            for name, value in self._headers(limits).items():
+                request.send_with_answer(name, value)
+
+    def of_workflow(self, workflow_id: str) -> Sequence[RateLimit]:
+        """Return the limits of what runs a workflow, whoever asks for it."""
+        if self._per_workflow is None:
+            return ()
+        return (RateLimit("workflow", f"workflow:{workflow_id}", self._per_workflow),)
+
+    async def spend(self, limits: Sequence[RateLimit], count: int = 1) -> None:
+        """Count for limits without a word in the answer; raises 429, and counts for none of them then."""
+        pairs = [(limit, self._lease(limit)) for limit in limits]
+        while short := [pair for pair in pairs if pair[1].held(monotonic()) < count]:
+            for limit, lease in short:
+                if count >= lease.refused and (seconds := lease.refused_until - monotonic()) > 0:
+                    raise _refused(limit, seconds)
+            await asyncio.gather(*(self._more(limit, lease, count) for limit, lease in short))
+        for _, lease in pairs:
+            lease.tokens -= count
+            lease.spent += count
+
+    async def drain(self) -> None:
+        """Finish what was begun."""
+        await self._asked.drain()
+
+    def _lease(self, limit: RateLimit) -> TokenLease:
+        lease = self._leases.get(limit.bucket)
+        if lease is None:
+            lease = self._leases[limit.bucket] = TokenLease(left=limit.rate.burst)
+        self._leases.move_to_end(limit.bucket)
+        if len(self._leases) > MAX_LEASES:
+            self._leases.popitem(last=False)
+        return lease
+
+    def _headers(self, limits: Sequence[RateLimit]) -> Mapping[str, str]:
+        """Return what tells a client where it stands, as draft-ietf-httpapi-ratelimit-headers-10 has it."""
+        policies, standings = [], []
+        for limit in limits:
+            rate, lease = limit.rate, self._lease(limit)
+            window = max(math.ceil(rate.burst / rate.per_second), 1)
+            left = min(max(lease.left + lease.held(monotonic()), 0), rate.burst)
+            full = math.ceil((rate.burst - left) / rate.per_second)
+            policies.append(f'"{limit.policy}";q={rate.burst};w={window}')
+            standings.append(f'"{limit.policy}";r={left};t={full}')
+        return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(standings)}
+
+    # ── asking for tokens ───────────────────────────────────────────────────────────────────────────────────
+
+    async def _more(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
+        """Ask for tokens, once for all who wait for them."""
+        lease.awaited += count
+        try:
+            if lease.asking is None:
+                lease.asking = asyncio.create_task(self._ask_for(limit, lease, count))
+            await asyncio.shield(lease.asking)
+        finally:
+            lease.awaited -= count
+
+    async def _ask_for(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
+        try:
+            now = monotonic()
+            ahead = _ahead(limit.rate, lease, now)
+            wanted = max(lease.awaited, count)
+            grant = await self._asked.submit(Demand(limit.bucket, limit.rate, count, wanted, ahead))
+            lease.left, lease.spent = grant.left, 0
+            if grant.tokens:
+                lease.tokens = lease.held(now) + grant.tokens
+                lease.until = now + LEASE_SECONDS
+                lease.refused_until = 0.0
+            else:
+                lease.refused, lease.refused_until = count, monotonic() + grant.wait_seconds
+        finally:
+            lease.asking = None
+
+    async def _ask(self, batch: Sequence[Demand]) -> Sequence[Grant]:
+        if monotonic() >= self._away_until:
+            try:
+                async with asyncio.timeout(ASK_SECONDS):
+                    return await self._broker.take_tokens(batch)
+            except (BrokerUnavailable, TimeoutError) as error:
+                self._away_until = monotonic() + AWAY_SECONDS
+                log.warning("rates counted by this process alone", reason=str(error))
+        return [self._own.take(demand, monotonic()) for demand in batch]
+
+
+def read_rate(per_second: float, burst: int | None) -> Rate | None:
+    """Return what settings say; None: no limit. A burst that isn't given is that of two seconds."""
+    if not per_second:
+        return None
+    return Rate(per_second, burst or math.ceil(2 * per_second))
+
+
+def _ahead(rate: Rate, lease: TokenLease, now: float) -> int:
+    """Return how many tokens to take ahead: as many as were used of late, and more where they were used up early."""
+    if now >= lease.until + LEASE_SECONDS:
+        return 0
+    expected = lease.spent if now >= lease.until else 2 * lease.spent
+    return min(expected, int(rate.per_second * LEASE_SECONDS))
+
+
+def _refused(limit: RateLimit, seconds: float) -> ApiError:
+    rate = limit.rate
+    message = (
+        f"More than {rate.per_second:g} requests a second, after {rate.burst:,} at once: try again later"
+    )
+    return ApiError(429, "rate-limited", message, retry_after_seconds=max(math.ceil(seconds), 1))

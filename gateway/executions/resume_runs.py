@@ -1,0 +1,276 @@
+"""A failed run taken up again: a new execution that starts from what the failed one has committed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import (
+    Text,
+    and_,
+    bindparam,
+    case,
+    false,
+    func,
+    insert,
+    literal,
+    null,
+    or_,
+    select,
+    true,
+)
+from sqlalchemy.orm import aliased
+from sqlmodel import SQLModel, col
+
+from engine.node_api import ERROR
+from engine.run_records import SpanStatus
+from gateway.executions import acceptance
+from gateway.executions.execution_access import visibility_condition
+from gateway.http import errors
+from journal import unparsed_mail
+from journal.waits import completion
+from json_text import decoding
+from models import ids
+from models.database_time import DatabaseTime
+from models.execution import (
+    LIMITED_TARGET,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+    AttemptRow,
+    Execution,
+    ExecutionData,
+    SpanRow,
+)
+from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy import Insert, Row, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import ColumnElement, SQLColumnExpression
+
+    from journal.store import ExecutionKey
+    from models.access import ApiCaller
+
+_later = aliased(Execution)
+IS_RESUMED: Final = (
+    select(col(_later.id))
+    # By the index of resumed runs, which goes by the first of a line of them.
+    .where(col(_later.key_id) == col(Execution.key_id), col(_later.resumed_from) == col(Execution.id))
+    .correlate(Execution)
+    .exists()
+)
+"""Whether somebody has taken an execution up again."""
+_SETTLED: Final = or_(
+    col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
+    and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
+)
+"""Nodes that won't run again, among them one that failed and left by its error port, but no failed turn of a loop."""
+_IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
+"""Writes that nobody knows the end of: they are asked for again, with the key and the body that were recorded."""
+_NOT_YET: Final = (
+    *("due_at", "lease_owner", "lease_until", "deadline_at"),
+    *("request", "error", "started_at", "ended_at", "follow_up_at", "follow_up_outcome"),
+)
+"""Columns of an execution that are empty until somebody takes it up."""
+
+
+async def resume_execution(
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller
+) -> str | None:
+    """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume, or no longer.
+
+    Returns its concurrency key, if it waits for a place.
+    """
+    earlier = await _required_failed(connection, failed, caller)
+    concurrency_key: str | None = earlier.concurrency_key
+    if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
+        return concurrency_key  # an earlier try was committed, though its answer was lost
+    await _require_untaken(connection, failed)
+    await insert_copy(connection, failed, new_id, caller, trigger_type=earlier.trigger_type)
+    return concurrency_key
+
+
+async def insert_copy(
+    connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller, *, trigger_type: str
+) -> None:
+    """Insert the execution `new_id` with what a failed one has committed."""
+    kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
+        _spans_of(failed), or_(_SETTLED, _IN_FLIGHT)
+    )
+    spans = (await connection.execute(kept)).all()
+    settled_nodes = sum(bool(row.is_settled) and not row.iteration for row in spans)
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "completed_nodes": literal(settled_nodes),
+        "progress": case(
+            (
+                col(Execution.total_nodes) > 0,
+                MAX_PERCENT_UNDER_WAY * settled_nodes // col(Execution.total_nodes),
+            ),
+            else_=0,
+        ),
+        "follow_up": literal(await _follow_up(connection, failed, trigger_type), Text()),
+    }
+    if await connection.scalar(_is_unread(failed)):
+        changes["target"] = literal(UNPARSED_TARGET)
+    await connection.execute(_new_execution(failed, new_id, caller, changes))
+    await connection.execute(_new_data(failed, new_id))
+    if spans:
+        copies = [
+            {"new_id": ids.new_id("span"), "of_node": row.node_id, "of_iteration": row.iteration}
+            for row in spans
+        ]
+        await connection.execute(_new_span(failed, new_id), copies)
+        await _copy_attempts(connection, failed, new_id)
+
+
+async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
+    """Copy the attempts of the nodes whose spans are kept; others are tried from the first attempt on."""
+    identity = (col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt))
+    of_kept = and_(
+        *(
+            col(AttemptRow.execution_id) == col(SpanRow.execution_id),
+            col(AttemptRow.lane) == col(SpanRow.lane),
+        ),
+        *(
+            col(AttemptRow.node_id) == col(SpanRow.node_id),
+            col(AttemptRow.iteration) == col(SpanRow.iteration),
+        ),
+    )
+    kept = select(*identity).join(SpanRow, of_kept).where(_spans_of(failed), or_(_SETTLED, _IN_FLIGHT))
+    copies = [
+        {"new_id": ids.new_id("span"), "of_node": row[0], "of_iteration": row[1], "of_attempt": row[2]}
+        for row in await connection.execute(kept)
+    ]
+    if not copies:
+        return
+    condition = and_(
+        *(col(AttemptRow.execution_id) == failed.execution_id, col(AttemptRow.lane) == failed.lane),
+        col(AttemptRow.node_id) == bindparam("of_node"),
+        col(AttemptRow.iteration) == bindparam("of_iteration"),
+        col(AttemptRow.attempt) == bindparam("of_attempt"),
+    )
+    changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text())}
+    await connection.execute(_copy("attempt_span", changes, condition), copies)
+
+
+async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: ApiCaller) -> Row[Any]:
+    """Return what is known of the failed execution, which nobody resumes or deletes before the transaction ends."""
+    statement: Select[*tuple[Any, ...]] = (
+        select(
+            *(col(Execution.status), col(Execution.trigger_type), col(Execution.concurrency_key)),
+            *(col(Workflow.status).label("workflow_status"), col(Workflow.deleted_at)),
+        )
+        .join(Workflow, col(Workflow.id) == col(Execution.workflow_id))
+        .where(col(Execution.id) == failed.execution_id, visibility_condition(caller))
+        .with_for_update(of=Execution)
+    )
+    found: Row[Any] | None = (await connection.execute(statement)).first()
+    if found is None:
+        raise errors.not_found("execution")
+    if found.status != ExecutionStatus.FAILED:
+        message = f"Only a failed execution can be resumed: this one is {found.status}"
+        raise errors.conflict("execution-not-failed", message)
+    if found.deleted_at is not None:
+        raise errors.conflict("workflow-deleted", "The execution's workflow is deleted")
+    acceptance.require_open(WorkflowStatus(found.workflow_status))
+    return found
+
+
+async def _require_untaken(connection: AsyncConnection, failed: ExecutionKey) -> None:
+    """Raise 409 where a failed execution was resumed before; its details name the newest execution of the line."""
+    # In a statement of its own, after the lock: so it sees what a rival has committed.
+    taken_up = select(col(Execution.key_id)).where(col(Execution.id) == failed.execution_id, IS_RESUMED)
+    key_id = await connection.scalar(taken_up)
+    if key_id is None:
+        return
+    line = select(col(Execution.id)).where(
+        col(Execution.key_id) == key_id, col(Execution.resumed_from).is_not(None)
+    )
+    newest_first = (col(Execution.created_at).desc(), col(Execution.id).desc())
+    newest = await connection.scalar(line.order_by(*newest_first).limit(1))
+    message = f"The execution was resumed already: the newest one that goes on from it is {newest}"
+    detail = errors.problem("id", "already-resumed", message)
+    raise errors.conflict("already-resumed", message, details=[{**detail, "executionId": newest}])
+
+
+async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_type: str) -> str | None:
+    """Return what is to be done about the end of the new one: what the settings say that the failed one obeyed.
+
+    Whoever else waited for the failed one has been told.
+    """
+    if trigger_type == completion.ON_FAILURE_TRIGGER:
+        return None
+    config = select(col(ExecutionData.config)).where(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+    )
+    return completion.requested_actions(decoding.decode(await connection.scalar(config) or "{}"))
+
+
+def _new_execution(
+    failed: ExecutionKey, new_id: str, caller: ApiCaller, also: Mapping[str, SQLColumnExpression[Any]]
+) -> Insert:
+    now = DatabaseTime()
+    changes: dict[str, SQLColumnExpression[Any]] = {
+        "id": literal(new_id),
+        "user_id": literal(caller.user_id),
+        "status": literal(ExecutionStatus.PENDING.value),
+        "target": case(
+            (col(Execution.concurrency_key).is_(None), func.coalesce(col(Execution.home), SHARED_TARGET)),
+            else_=LIMITED_TARGET,
+        ),
+        "rank": now,
+        "is_fresh": true(),
+        "token": literal(0),
+        "attempt": literal(0),
+        "on_trial": false(),
+        "trial_losses": literal(0),
+        "signals": literal(0),
+        "resumed_from": col(Execution.id),
+        "has_journal": true(),
+        "inbox": literal(""),
+        "created_at": now,
+        "updated_at": now,
+        **{name: null() for name in _NOT_YET},
+        **also,
+    }
+    condition = and_(col(Execution.id) == failed.execution_id, col(Execution.lane) == failed.lane)
+    return _copy("execution", changes, condition)
+
+
+def _is_unread(failed: ExecutionKey) -> Select[bool]:
+    """Return the statement that tells whether what a run was brought by could not be read."""
+    return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+    )
+
+
+def _new_data(failed: ExecutionKey, new_id: str) -> Insert:
+    condition = and_(
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+    )
+    return _copy("execution_data", {"execution_id": literal(new_id), "created_at": DatabaseTime()}, condition)
+
+
+def _new_span(failed: ExecutionKey, new_id: str) -> Insert:
+    """Return the statement that copies one span, that of `of_node` and `of_iteration`, with the id `new_id`."""
+    condition = and_(
+        _spans_of(failed),
+        col(SpanRow.node_id) == bindparam("of_node"),
+        col(SpanRow.iteration) == bindparam("of_iteration"),
+    )
+    changes = {"execution_id": literal(new_id), "id": bindparam("new_id", type_=Text())}
+    return _copy("span", changes, condition)
+
+
+def _spans_of(failed: ExecutionKey) -> ColumnElement[bool]:
+    return and_(col(SpanRow.execution_id) == failed.execution_id, col(SpanRow.lane) == failed.lane)
+
+
+def _copy(
+    table: str, changes: Mapping[str, SQLColumnExpression[Any]], condition: ColumnElement[bool]
+) -> Insert:
+    """Return the statement that inserts rows of a table once more, with some columns changed."""
+    columns = SQLModel.metadata.tables[table].columns
+    selected = select(*(changes.get(column.name, column) for column in columns)).where(condition)
+    return insert(SQLModel.metadata.tables[table]).from_select([column.name for column in columns], selected)

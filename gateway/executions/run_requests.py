@@ -1,0 +1,147 @@
+"""One run on its way in: planned by the workflow as it was loaded last, and taken in once however often it is sent."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import msgspec
+
+from gateway.executions import acceptance
+from gateway.http import errors, idempotency
+from gateway.http.errors import ApiError
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import location
+from journal import concurrency_limits
+from journal.concurrency_limits import LimitAction
+from journal.definition_snapshot import LoadedWorkflow
+from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey, RunAcceptance
+from journal.waits import completion
+from models import ids
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from journal.store import IdempotencyKey
+
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """A run to be taken in."""
+
+    workflow: LoadedWorkflow
+    """With the definition that is to be run, which need not be its own."""
+    trigger_type: str
+    trigger: Json
+    """What the trigger node gives out."""
+    callback_url: str = ""
+    """Who is told of its end."""
+    home: str | None = None
+    """The deployment whose pods are to run it; None: any worker."""
+    is_private: bool = False
+    """Only its user and those who may change the workflow see it: it runs more than the workflow and its inputs."""
+
+
+RunPlanner: TypeAlias = Callable[[LoadedWorkflow], Awaitable[RunRequest]]
+"""Returns the run of a workflow; raises `ApiError`. It may be called again, with another revision."""
+
+
+def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
+    """Raise 422 where a body gives the inputs of a run by both names."""
+    if trigger_inputs is not None and inputs is not None:
+        message = "inputs and triggerInputs mean the same: give one of them"
+        raise errors.invalid([errors.problem("inputs", "ambiguous", message)])
+
+
+async def accept_run(
+    request: GatewayRequest, plan: RunPlanner, promise: IdempotencyKey | None
+) -> AcceptanceResult:
+    """Accept a run of the workflow of the path, or return the one that was accepted for the same promise before.
+
+    Raises 404, 409, 422, 429, and whatever `plan` raises.
+    """
+    workflow = await request.gateway.workflows.load(request.path_params["id"], request.caller)
+    await request.gateway.rates.take(request, workflow.id)
+    accepted = await _accept(request, workflow, plan, promise)
+    if accepted.verdict is AcceptanceVerdict.STALE:
+        # The workflow has moved on since it was loaded: it may be gone, closed, or another graph.
+        request.gateway.workflows.forget(workflow.organization_id, workflow.id)
+        workflow = await request.gateway.workflows.load(workflow.id, request.caller)
+        accepted = await _accept(request, workflow, plan, promise)
+    if accepted.verdict is AcceptanceVerdict.STALE:
+        raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
+    if accepted.verdict is AcceptanceVerdict.MISMATCH:
+        raise idempotency.mismatch_error()
+    request.gateway.access.allow(accepted.execution_id, request.caller)
+    return accepted
+
+
+def response_headers(request: GatewayRequest, accepted: AcceptanceResult) -> dict[str, str]:
+    """Return what the answer about an accepted run carries: where it is, and whether it was there before."""
+    told = location(request.gateway.settings, accepted.execution_id)
+    return {**told, **idempotency.REPLAYED} if accepted.verdict is AcceptanceVerdict.REPEATED else told
+
+
+async def _accept(
+    request: GatewayRequest, workflow: LoadedWorkflow, plan: RunPlanner, promise: IdempotencyKey | None
+) -> AcceptanceResult:
+    caller = request.caller
+    try:
+        run = await _plan_run(request, plan, workflow)
+        await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
+    except ApiError:
+        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        if promise is None:
+            raise
+        earlier = await acceptance.find_earlier(request.gateway.database, caller.lane, promise)
+        if earlier is None:
+            raise
+        return earlier
+    runnable = run.workflow
+    definition = DefinitionKey(runnable.organization_id, runnable.definition_hash, runnable.lane)
+    limit = concurrency_limits.concurrency_limit(runnable.settings, runnable.id, run.trigger)
+    acceptances = request.gateway.acceptances
+    accepted = await acceptances.accept(
+        RunAcceptance(
+            execution_id=ids.new_id("exec"),
+            lane=runnable.lane,
+            organization_id=runnable.organization_id,
+            workflow_id=runnable.id,
+            workflow_revision=runnable.revision,
+            user_id=caller.user_id,
+            trigger_type=run.trigger_type,
+            trigger=_encode(run.trigger).decode(),
+            config=runnable.config,
+            definition_hash=runnable.definition_hash,
+            definition=None if acceptances.is_stored(definition) else runnable.definition,
+            timeout_seconds=runnable.timeout_seconds,
+            total_nodes=runnable.total_nodes,
+            inbox=request.gateway.broker.inbox,
+            idempotency=promise,
+            concurrency_key=limit.key if limit else None,
+            concurrency_limit=limit.runs if limit else None,
+            may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
+            follow_up=completion.requested_actions(runnable.settings, callback_url=run.callback_url),
+            home=run.home,
+            is_private=run.is_private,
+        )
+    )
+    if accepted.verdict is AcceptanceVerdict.FULL:
+        raise errors.concurrency_limit()
+    return accepted
+
+
+async def _plan_run(request: GatewayRequest, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
+    """Return the run, planned by the workflow as it was loaded last."""
+    try:
+        return await plan(workflow)
+    except ApiError:
+        # It may have been mended or opened since: nothing is refused from memory.
+        workflows = request.gateway.workflows
+        workflows.forget(workflow.organization_id, workflow.id)
+        current = await workflows.load(workflow.id, request.caller)
+        if current is workflow:
+            raise
+        return await plan(current)

@@ -1,0 +1,263 @@
+"""Pieces of a workflow made ready to run on their own, some nodes with outputs that are given; nothing is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from hashlib import sha256
+from itertools import islice
+from typing import TYPE_CHECKING, Final
+
+from engine import name_suggestions, pruning
+from engine.findings import FindingType, ValidationResult
+from engine.graph import ParsedGraph
+from engine.node_api import INPUT, OUTPUT
+from engine.sections import find_bodies
+from engine.triggers import trigger_output
+from engine.validation import find_errors
+from engine.values import InvalidJson, encode_canonical, encode_json
+from gateway.executions.run_requests import RunRequest
+from gateway.http import errors, limits
+from gateway.workflows import graph_shapes, node_edits
+from journal import definition_snapshot
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from engine.findings import GraphFinding
+    from engine.values import Json
+    from gateway.workflows.graph_shapes import StoredConnection, StoredNode
+    from journal.definition_snapshot import LoadedWorkflow
+    from nodes.catalog import NodeCatalog
+
+TEST: Final = "test"
+"""The trigger type of a run of a single node."""
+ABOUT_WHOLE_RUNS: Final = frozenset({"retryOnFailure", "maxRetries", "onFailure", "concurrency"})
+"""Settings of a workflow that a test of one of its nodes doesn't obey."""
+COMPARED_IDS: Final = 1_000
+"""Nodes whose ids are compared with one that isn't there, to name those that are near."""
+SHOWN_CHARACTERS: Final = 64
+"""As much of an id that isn't there as is repeated."""
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSelection:
+    """What of a graph is run."""
+
+    up_to: str | None = None
+    """The node that is wanted: it and what leads to it. None: all nodes."""
+    pinned: Mapping[str, Json] = field(default_factory=dict)
+    """Outputs by node id: these nodes give them out without being run."""
+
+
+WHOLE: Final = GraphSelection()
+
+
+@dataclass(frozen=True, slots=True)
+class NodeTestInput:
+    """What a single node is tried on."""
+
+    input: Json
+    trigger: Mapping[str, Json]
+    """The inputs of the workflow's trigger."""
+    nodes: Mapping[str, Json]
+    """Outputs of other nodes, by their ids."""
+    config: Mapping[str, Json] | None
+    """In the place of the node's own."""
+
+
+def select_graph(workflow: LoadedWorkflow) -> tuple[list[StoredNode], list[StoredConnection]]:
+    """Return the nodes and connections of a workflow."""
+    definition = decoding.decode(workflow.definition)
+    return definition["nodes"], definition["connections"]
+
+
+def plan_partial_run(
+    workflow: LoadedWorkflow,
+    nodes: Sequence[StoredNode],
+    connections: Sequence[StoredConnection],
+    piece: GraphSelection,
+    inputs: Mapping[str, Json],
+    catalog: NodeCatalog,
+    now: datetime,
+) -> RunRequest:
+    """Return the run of a piece of a graph; raises 422 where the piece isn't one of this graph."""
+    known = {str(node["id"]) for node in nodes}
+    asked = {} if piece.up_to is None else {"upTo": piece.up_to}
+    _require(known, asked | {f"pinned.{node_id}": node_id for node_id in piece.pinned})
+    _require_room(piece.pinned, "pinned")
+    node = definition_snapshot.find_trigger(nodes, catalog)
+    kind = node.kind if node else definition_snapshot.MANUAL_KIND
+    trigger = _trigger(kind, inputs, nodes, piece.pinned, catalog, now)
+    return RunRequest(_with_definition(workflow, nodes, connections, piece, catalog), kind, trigger)
+
+
+def plan_node_test(
+    workflow: LoadedWorkflow, node_id: str, given: NodeTestInput, catalog: NodeCatalog, now: datetime
+) -> RunRequest:
+    """Return the run of one node, of a loop with its body, behind a node that gives out its input.
+
+    A trigger has none before it. Raises 404, 409 where two nodes share the id, and 422.
+    """
+    nodes, connections = select_graph(workflow)
+    tried = node_edits.named(nodes, node_id)
+    if given.config is not None:
+        tried = {**tried, "config": dict(given.config)}
+    others = {str(node["id"]): node for node in nodes if node["id"] != node_id}
+    _require(others, {f"nodes.{other}": other for other in given.nodes})
+    _require_room({"input": given.input, **given.nodes}, "input and nodes")
+    kind = workflow.trigger_kind or "manual"
+    if _is_trigger(tried, catalog):
+        if not isinstance(given.input, dict | None):
+            raise errors.invalid(
+                [errors.problem("input", "invalid-type", "a trigger's input must be an object")]
+            )
+        started_by = trigger_output(kind, given.input or given.trigger, now)
+        return RunRequest(_tested(workflow, [tried], [], {}, catalog), TEST, started_by, is_private=True)
+    trigger = _trigger(kind, given.trigger, nodes, given.nodes, catalog, now)
+    parent, edge = _parent_of(tried, others, catalog)
+    body = _body(node_id, nodes, connections, catalog)
+    inside = [one for one in connections if one["source"] in {node_id, *body} and one["target"] in body]
+    taken = [tried, parent, *(others[other] for other in {**given.nodes, **dict.fromkeys(body)})]
+    pinned = {**given.nodes, str(parent["id"]): given.input}
+    return RunRequest(
+        _tested(workflow, taken, [edge, *inside], pinned, catalog), TEST, trigger, is_private=True
+    )
+
+
+# ── definitions ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _tested(
+    workflow: LoadedWorkflow,
+    nodes: Sequence[StoredNode],
+    connections: Sequence[StoredConnection],
+    pinned: Mapping[str, Json],
+    catalog: NodeCatalog,
+) -> LoadedWorkflow:
+    settings = {name: value for name, value in workflow.settings.items() if name not in ABOUT_WHOLE_RUNS}
+    tested = replace(workflow, settings=settings, config=encode_json(settings).decode())
+    return _with_definition(tested, nodes, connections, GraphSelection(pinned=pinned), catalog)
+
+
+def _with_definition(
+    workflow: LoadedWorkflow,
+    nodes: Sequence[StoredNode],
+    connections: Sequence[StoredConnection],
+    piece: GraphSelection,
+    catalog: NodeCatalog,
+) -> LoadedWorkflow:
+    definition = definition_snapshot.build_definition(nodes, connections, workflow.settings)
+    if piece.up_to is not None:
+        definition["upTo"] = piece.up_to
+    text = encode_canonical(definition)
+    if piece.pinned:
+        definition["pinned"] = dict(piece.pinned)
+        # Not in canonical order: nodes give out the fields of an object as they stand, and so must what is pinned.
+        text = b'%b,"pinned":%b}' % (text[:-1], encode_json(definition["pinned"]))
+    graph = pruning.prune_graph(ParsedGraph.from_stored(definition), catalog)
+    return replace(
+        workflow,
+        definition=text.decode(),
+        definition_hash=sha256(text).hexdigest(),
+        validation=_of_what_runs(find_errors(graph, catalog), piece),
+        total_nodes=len(graph.nodes),
+    )
+
+
+def _of_what_runs(found: ValidationResult, piece: GraphSelection) -> ValidationResult:
+    """Leave out findings about nodes that aren't run; where some are pinned, no other trigger is missing."""
+
+    def matters(finding: GraphFinding) -> bool:
+        if finding.type is FindingType.MISSING_TRIGGER:
+            return not piece.pinned
+        if finding.type is FindingType.UNKNOWN_NODE_TYPE or finding.connection_id is not None:
+            return True
+        return finding.node_id not in piece.pinned
+
+    return replace(found, errors=tuple(filter(matters, found.errors)))
+
+
+def _trigger(
+    kind: str,
+    inputs: Mapping[str, Json],
+    nodes: Sequence[StoredNode],
+    pinned: Mapping[str, Json],
+    catalog: NodeCatalog,
+    now: datetime,
+) -> Json:
+    """Return what the trigger gives out: what it is pinned to, or what it makes of the inputs."""
+    for node in nodes if pinned else ():
+        if node["id"] in pinned and _is_trigger(node, catalog):
+            return pinned[str(node["id"])]
+    return trigger_output(kind, inputs, now)
+
+
+def _body(
+    node_id: str, nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: NodeCatalog
+) -> frozenset[str]:
+    """Return the nodes in the body of a loop; of any other node, none."""
+    types = {str(node["id"]): catalog.node_types.get(str(node["type"])) for node in nodes}
+    loops = {each for each, node_type in types.items() if node_type and node_type.loops}
+    if node_id not in loops:
+        return frozenset()
+    bodies = find_bodies(
+        ParsedGraph.from_stored(definition_snapshot.build_definition(nodes, connections, {})), loops
+    )
+    return frozenset(inner for inner in bodies.holders if node_id in bodies.around(inner))
+
+
+def _is_trigger(node: StoredNode, catalog: NodeCatalog) -> bool:
+    node_type = catalog.node_types.get(str(node["type"]))
+    return node_type is not None and node_type.is_trigger
+
+
+def _parent_of(
+    node: StoredNode, taken: Collection[str], catalog: NodeCatalog
+) -> tuple[StoredNode, StoredConnection]:
+    """Return a node that stands in for whatever leads to another, and the connection between them."""
+    node_type = catalog.node_types.get(str(node["type"]))
+    port = node_type.inputs[0] if node_type and node_type.inputs else INPUT
+    is_free = "input" not in {*taken, node["id"]}
+    parent_id = "input" if is_free else graph_shapes.new_id("input")
+    parent: StoredNode = {
+        "id": parent_id,
+        "type": "manual",
+        "label": "Input",
+        "config": {},
+        "inputMappings": {},
+        "passThroughValues": {},
+    }
+    edge: StoredConnection = {
+        "id": "conn-input",
+        "source": parent_id,
+        "sourcePort": OUTPUT,
+        "target": node["id"],
+        "targetPort": port,
+    }
+    return parent, edge
+
+
+# ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _require(known: Collection[str], asked: Mapping[str, str]) -> None:
+    """Raise 422 with a problem for each field, by its path, that names no such node."""
+    absent = [_absent(path, node_id, known) for path, node_id in asked.items() if node_id not in known]
+    if absent:
+        raise errors.invalid(absent)
+
+
+def _absent(path: str, node_id: str, known: Iterable[str]) -> dict[str, Json]:
+    meant = name_suggestions.suggest_names(node_id, [*islice(known, COMPARED_IDS)])
+    hint = f": did you mean {' or '.join(meant)}?" if meant else ""
+    message = f"There is no such node as {node_id[:SHOWN_CHARACTERS]}{hint}"
+    return errors.problem(path, "unknown-node", message)
+
+
+def _require_room(given: Mapping[str, Json], path: str) -> None:
+    try:
+        encode_json(dict(given), max_bytes=limits.PINNED_BYTES)
+    except InvalidJson as error:
+        message = f"{path} may have at most {limits.PINNED_BYTES:,} bytes as JSON, all together"
+        raise errors.invalid([errors.problem(path, "too-large", message)]) from error

@@ -1,0 +1,130 @@
+"""Who asks: a key, looked up by its keyed hash and remembered for a second.
+
+Lookups go by hash, and the hash can't be made without the server's secret, so timing tells nothing about keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from concurrency.single_flight import SingleFlight
+from gateway.http import errors
+from gateway.http.client_address import client_of_scope
+from gateway.http.failed_attempts import FailedAttempts
+from journal.group_commit import GroupCommit
+from models import access_store
+from models.access import hash_key
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Coroutine, Sequence
+
+    from starlette.types import Scope
+
+    from models.access import ApiCaller
+    from models.access_store import FoundKey
+    from models.database import Database
+
+log = structlog.get_logger()
+
+CACHE_SECONDS = 1.0
+"""A revocation works after at most this long, everywhere."""
+MAX_REMEMBERED_KEYS = 10_000
+USE_RECORDED_EVERY = timedelta(minutes=1)
+LONGEST_KEY = 200
+
+
+@dataclass(slots=True)
+class CachedCaller:
+    """A key that was valid when it was last looked up."""
+
+    caller: ApiCaller
+    fresh_until: float
+
+
+class KeyAuthenticator:
+    """Turns keys into callers, for one process."""
+
+    def __init__(self, database: Database, secret: bytes, previous: Sequence[bytes] = ()) -> None:
+        self._database = database
+        self._secret = secret
+        self._previous = previous
+        self._remembered: OrderedDict[str, CachedCaller] = OrderedDict()
+        self._lookups: SingleFlight[str, ApiCaller | None] = SingleFlight(self._look_up)
+        self._reads: GroupCommit[Sequence[str], FoundKey | None] = GroupCommit(self._read)
+        """One query at a time, for all keys that wait: however many wrong ones come, they keep one connection busy."""
+        self._failures = FailedAttempts("Too many requests from this address had no valid key")
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def caller(self, scope: Scope) -> ApiCaller:
+        """Return whoever the request's key stands for; raises 401 without a valid one, 429 after too many failures."""
+        key = _key(scope)
+        if key is None:
+            raise errors.unauthorized()
+        remembered = self._remembered.get(hash_key(key, self._secret))
+        if remembered is not None and remembered.fresh_until > monotonic():
+            return remembered.caller
+        caller = await self._lookups.get(key)
+        if caller is None:
+            raise self._failures.fail(client_of_scope(scope), errors.unauthorized())
+        return caller
+
+    async def close(self) -> None:
+        """Finish what is written in the background."""
+        await self._lookups.drain()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    async def _look_up(self, key: str) -> ApiCaller | None:
+        asked_at = monotonic()
+        now = self._database.clock.now()
+        hashed = hash_key(key, self._secret)
+        found = await self._reads.submit([hashed, *(hash_key(key, secret) for secret in self._previous)])
+        if found is None or not found.is_valid(now):
+            self._remembered.pop(hashed, None)
+            return None
+        self._remembered[hashed] = CachedCaller(found.caller, asked_at + CACHE_SECONDS)
+        self._remembered.move_to_end(hashed)
+        if len(self._remembered) > MAX_REMEMBERED_KEYS:
+            self._remembered.popitem(last=False)
+        if found.last_used_at is None or now - found.last_used_at > USE_RECORDED_EVERY:
+            self._in_background(self._record_use(found.caller.key_id, now))
+        if found.hash != hashed:
+            self._in_background(self._rehash(key, found))
+        return found.caller
+
+    async def _read(self, batch: Sequence[Sequence[str]]) -> Sequence[FoundKey | None]:
+        found = await access_store.find_keys(self._database, {one for hashes in batch for one in hashes})
+        return [next((found[one] for one in hashes if one in found), None) for hashes in batch]
+
+    def _in_background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _record_use(self, key_id: str, now: datetime) -> None:
+        try:
+            await access_store.record_use(self._database, key_id, now=now, every=USE_RECORDED_EVERY)
+        except DatabaseUnavailable as error:
+            log.warning("use of key not recorded", key_id=key_id, reason=str(error))
+
+    async def _rehash(self, key: str, found: FoundKey) -> None:
+        """Let a key go by the secret of now, so that it works when the earlier one is gone."""
+        try:
+            await access_store.rehash_key(self._database, key, earlier=found.hash, secret=self._secret)
+        except DatabaseUnavailable as error:
+            log.warning("key not hashed anew", key_id=found.caller.key_id, reason=str(error))
+
+
+def _key(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"x-api-key":
+            given: bytes = value
+            return given.decode("latin-1") if 0 < len(given) <= LONGEST_KEY else None
+    return None

@@ -1,0 +1,194 @@
+"""What clients are told when something can't be done: one shape for all of it, from an unknown route to a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from engine.values import Json
+from gateway.http import limits
+from gateway.http.responses import JsonResponse
+
+NOT_READY_RETRY_SECONDS = 1
+CONCURRENCY_RETRY_SECONDS = 5
+BLOCKED_RETRY_SECONDS = 15
+TRIGGER_RETRY_SECONDS = 60
+START_RETRY_SECONDS = 60
+"""As long as until a start that has failed is tried again anyway."""
+
+
+class ApiError(Exception):
+    """A refusal that a client is meant to read; raised anywhere below a handler."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        details: Iterable[Mapping[str, Json]] = (),
+        retry_after_seconds: int | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.details = list(details)
+        self.headers = dict(headers or {})
+        self.is_noted = False
+        """A delivery tells of it."""
+        if retry_after_seconds is not None:
+            self.headers["Retry-After"] = str(retry_after_seconds)
+
+    @property
+    def is_for_owner(self) -> bool:
+        """Whether the owner of a workflow has to mend something before the same request can be taken in."""
+        return self.code == "trigger-not-ready"
+
+    def response(self, request_id: str) -> JsonResponse:
+        error = {"code": self.code, "message": self.message, "details": self.details}
+        body = {"success": False, "error": error, "requestId": request_id}
+        return JsonResponse(body, status=self.status, headers=self.headers)
+
+
+def problem(path: str, code: str, message: str) -> dict[str, Json]:
+    """Return one entry of `details`: which field, what rule, and how to mend it."""
+    return {"path": path, "code": code, "message": message}
+
+
+def invalid_query(path: str, code: str, message: str) -> ApiError:
+    return ApiError(400, "invalid-query", message, details=[problem(path, code, message)])
+
+
+def invalid(details: Iterable[Mapping[str, Json]]) -> ApiError:
+    """Return the refusal of a body that is JSON, but not what was asked for: one entry for each wrong field."""
+    found = list(details)[: limits.FINDINGS]
+    message = str(found[0]["message"]) if len(found) == 1 else "Several fields are wrong: see details"
+    return ApiError(422, "validation-failed", message, details=found)
+
+
+def unauthorized() -> ApiError:
+    """Return the one answer for no key, an unknown one, an expired one and a revoked one."""
+    message = "Send a valid API key in the X-API-Key header"
+    return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "ApiKey"})
+
+
+def scope_required(scope: str) -> ApiError:
+    message = f"This needs a key with the scope {scope}"
+    return ApiError(403, "scope-required", message, details=[problem("X-API-Key", "scope-required", scope)])
+
+
+def admin_required() -> ApiError:
+    return ApiError(403, "admin-required", "Only an admin of the organisation may do this")
+
+
+def not_found(what: str = "route") -> ApiError:
+    """Return the answer for what is absent, and for what is somebody else's: nobody can tell which."""
+    return ApiError(404, "not-found", f"There is no such {what}")
+
+
+def method_not_allowed(allowed: Iterable[str]) -> ApiError:
+    methods = ", ".join(sorted(allowed))
+    return ApiError(405, "method-not-allowed", f"This path takes {methods}", headers={"Allow": methods})
+
+
+def conflict(code: str, message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
+    return ApiError(409, code, message, details=details)
+
+
+def too_large(limit_bytes: int, setting: str) -> ApiError:
+    """Return the refusal of a body beyond a limit, which `setting` names unless it is empty."""
+    limit = f"{limit_bytes:,} bytes, the limit of {setting}" if setting else f"{limit_bytes:,} bytes"
+    return ApiError(413, "payload-too-large", f"The body is larger than {limit}")
+
+
+def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
+    return ApiError(503, "not-ready", message, details=details, retry_after_seconds=NOT_READY_RETRY_SECONDS)
+
+
+def trigger_not_ready(message: str) -> ApiError:
+    """Return the refusal of a request that waits for the workflow's owner to mend the trigger.
+
+    Its sender comes again, and a delivery tells the owner.
+    """
+    return ApiError(503, "trigger-not-ready", message, retry_after_seconds=TRIGGER_RETRY_SECONDS)
+
+
+def busy(message: str, *, closes: bool = False) -> ApiError:
+    """Return the refusal of a request for which this process has no room; `closes` ends its connection too."""
+    headers = {"Connection": "close"} if closes else None
+    return ApiError(
+        503,
+        "not-ready",
+        f"{message}: try again",
+        retry_after_seconds=NOT_READY_RETRY_SECONDS,
+        headers=headers,
+    )
+
+
+def concurrency_limit() -> ApiError:
+    """Return the refusal of a run for which its workflow's settings leave no place."""
+    message = "As many runs go on already as settings.concurrency allows at once: try again"
+    return ApiError(429, "concurrency-limit", message, retry_after_seconds=CONCURRENCY_RETRY_SECONDS)
+
+
+def queue_full(whose: str, limit: int, retry_after_seconds: int) -> ApiError:
+    """Return the refusal of runs, since too many of a workflow or an organisation wait to be begun."""
+    message = f"As many runs of {whose} wait to be begun as may, {limit:,}: try again later"
+    return ApiError(429, "queue-full", message, retry_after_seconds=retry_after_seconds)
+
+
+def workflow_not_active() -> ApiError:
+    return conflict(
+        "workflow-not-active", "The workflow is not active: set its status to active, or deploy it"
+    )
+
+
+def workflow_paused() -> ApiError:
+    return conflict("workflow-paused", "The workflow is paused: set it to active to run it")
+
+
+def no_such_trigger(kind: str) -> ApiError:
+    """Return the refusal of what comes another way than its workflow's trigger takes it."""
+    return ApiError(422, f"no-{kind}-trigger", f"The workflow has no {kind} trigger node: add one")
+
+
+def not_deployed() -> ApiError:
+    return conflict("not-deployed", "The workflow is not deployed: deploy it first")
+
+
+def outside_window(opens_at: str | None) -> ApiError:
+    """Return the refusal of a run while a schedule is closed."""
+    message = "The workflow's schedule is closed: try again when it opens, or start it"
+    details = [{**problem("", "outside-window", f"It opens at {opens_at}"), "opensAt": opens_at}]
+    return ApiError(409, "outside-window", message, details=details if opens_at else ())
+
+
+def stopped_manually() -> ApiError:
+    return conflict(
+        "stopped-manually", "Somebody has stopped the workflow, which is always on: start it first"
+    )
+
+
+def start_failed(reason: str, execution_id: str) -> ApiError:
+    """Return the answer about a run that was accepted, and has no pod."""
+    message = (
+        f"The workflow's pods can't start: {reason}. When they can, {execution_id} runs: it was accepted"
+    )
+    return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
+
+
+def start_blocked(reason: str, execution_id: str) -> ApiError:
+    """Return the answer about a run that was accepted, and whose pods wait for room in the cluster."""
+    message = f"The workflow's pods wait to be started: {reason}. When they are, {execution_id} runs: it was accepted"
+    return ApiError(503, "not-ready", message, retry_after_seconds=BLOCKED_RETRY_SECONDS)
+
+
+def execution_failed(execution_id: str) -> ApiError:
+    """Return the answer to whoever waits for that of a run which has ended without one; why is the owner's business."""
+    return ApiError(500, "execution-failed", f"The execution {execution_id} has not completed")
+
+
+def internal() -> ApiError:
+    message = "Something went wrong here; the log has it under this request id"
+    return ApiError(500, "internal-error", message)

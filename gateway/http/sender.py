@@ -1,0 +1,178 @@
+"""Who has sent something: whoever has a key, or a token in the URL, since providers can't set a header."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from datetime import timedelta
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qsl
+
+import structlog
+
+from concurrency.single_flight import SingleFlight
+from concurrency.ttl_cache import TTLCache
+from gateway.http import errors
+from gateway.http.client_address import client_of_scope
+from gateway.http.errors import ApiError
+from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.parameters import TextParameter
+from journal.group_commit import GroupCommit
+from models import sender_tokens
+from models.access import ApiCaller, KeyScope
+from models.errors import DatabaseUnavailable
+from models.ingest import TOKEN_PREFIXES, SenderTokenKind
+from models.sender_tokens import FoundSenderToken
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from starlette.types import Scope
+
+    from gateway.http.authentication import KeyAuthenticator
+    from models.database import Database
+
+log = structlog.get_logger()
+
+LONGEST_TOKEN: Final = 100
+TOKEN: Final = TextParameter(
+    "key",
+    "A token of the sender, where it can't set the header `X-API-Key`: it is good for nothing else.",
+    LONGEST_TOKEN,
+)
+KEPT_SECONDS: Final = 1.0
+"""A revocation works after at most this long, everywhere."""
+MAX_KEPT: Final = 10_000
+MAX_QUERY_FIELDS: Final = 20
+USE_RECORDED_EVERY: Final = timedelta(minutes=1)
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSender:
+    """Whoever a key or a token stands for, or a provider whose signature was good."""
+
+    caller: ApiCaller
+    label: str
+    """`api-key:`, `trigger-token:` or `event-token:` and its id; the name of a provider that signed."""
+    token: FoundSenderToken | None = None
+
+    def may_send_to(self, workflow_id: str) -> bool:
+        """Tell whether it may send to a workflow, as far as a token says so."""
+        if self.token is None:
+            return True
+        return self.token.kind is SenderTokenKind.TRIGGER and self.token.workflow_id == workflow_id
+
+
+class SenderAuthenticator:
+    """Turns keys and tokens of requests into senders, for one process."""
+
+    def __init__(self, database: Database, authenticator: KeyAuthenticator) -> None:
+        self._database = database
+        self._authenticator = authenticator
+        self._kept: TTLCache[str, tuple[float, FoundSenderToken]] = TTLCache(KEPT_SECONDS, MAX_KEPT)
+        """Tokens and when they were asked for, by their hashes."""
+        self._lookups: SingleFlight[str, FoundSenderToken | None] = SingleFlight(self._look_up)
+        self._reads: GroupCommit[str, FoundSenderToken | None] = GroupCommit(self._read)
+        """One query at a time, for all tokens that wait."""
+        self._recorded: TTLCache[str, bool] = TTLCache(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
+        """Tokens whose use was noted from here."""
+        self._failures = FailedAttempts("Too many requests from this address had no valid token")
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def authenticate(self, scope: Scope) -> RequestSender | None:
+        """Return whoever a key or a token in the URL stands for; None: the request has neither.
+
+        Raises 401 for one that isn't valid, 403 for a key without the scope, and 429 after too many failures.
+        """
+        if any(name == b"x-api-key" for name, _ in scope["headers"]):
+            caller = await self._authenticator.caller(scope)
+            if not caller.has_scope(KeyScope.WORKFLOWS_EXECUTE):
+                raise errors.scope_required(KeyScope.WORKFLOWS_EXECUTE)
+            return RequestSender(caller, f"api-key:{caller.key_id}")
+        token = _read_token(scope)
+        return None if token is None else await self.by_token(scope, token)
+
+    async def by_token(self, scope: Scope, token: str) -> RequestSender:
+        """Return whoever a token stands for; raises 401 for one that isn't valid, 429 after too many failures."""
+        found = await self._find(scope, token)
+        self._note_use(found)
+        caller = ApiCaller(
+            key_id=found.id,
+            user_id=found.user_id,
+            organization_id=found.organization_id,
+            lane=found.lane,
+            role=found.role,
+            scopes=frozenset({KeyScope.WORKFLOWS_EXECUTE}),
+        )
+        sender = scope["sender"] = RequestSender(caller, f"{found.kind}-token:{found.id}", found)
+        return sender
+
+    async def close(self) -> None:
+        """Finish what is written in the background."""
+        await self._lookups.drain()
+        await asyncio.gather(*self._background, return_exceptions=True)
+
+    async def _find(self, scope: Scope, token: str) -> FoundSenderToken:
+        hashed = sender_tokens.hash_token(token)
+        kept = self._kept.get(hashed)
+        if kept is not None and monotonic() - kept[0] < KEPT_SECONDS:
+            return kept[1]
+        found = None
+        if len(token) <= LONGEST_TOKEN and token.startswith(tuple(TOKEN_PREFIXES.values())):
+            found = await self._lookups.get(hashed)
+        if found is None:
+            raise self._failures.fail(client_of_scope(scope), refuse_sender())
+        return found
+
+    async def _look_up(self, hashed: str) -> FoundSenderToken | None:
+        asked_at = monotonic()
+        found = await self._reads.submit(hashed)
+        if found is not None:
+            self._kept.put(hashed, (asked_at, found))
+        return found
+
+    async def _read(self, batch: Sequence[str]) -> Sequence[FoundSenderToken | None]:
+        found = await sender_tokens.find_tokens(self._database, batch, self._database.clock.now())
+        return [found.get(hashed) for hashed in batch]
+
+    def _note_use(self, found: FoundSenderToken) -> None:
+        """Have the use of a token noted in the background, now and then."""
+        is_recent = (
+            found.last_used_at and self._database.clock.now() - found.last_used_at <= USE_RECORDED_EVERY
+        )
+        if is_recent or self._recorded.get(found.id):
+            return
+        self._recorded.put(found.id, value=True)
+        task = asyncio.create_task(self._record_use(found.id))
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _record_use(self, token_id: str) -> None:
+        try:
+            await sender_tokens.record_use(
+                self._database, token_id, now=self._database.clock.now(), every=USE_RECORDED_EVERY
+            )
+        except DatabaseUnavailable as error:
+            log.warning("use of token not recorded", token_id=token_id, reason=str(error))
+
+
+def refuse_sender() -> ApiError:
+    """Return the one answer for neither key nor token nor signature, and for none that is valid here."""
+    message = (
+        "Send a valid API key in the X-API-Key header, or the workflow's trigger token as ?key= in the URL"
+    )
+    # Some senders give user and password only after they were asked for them.
+    return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": 'Basic realm="Pilotflame"'})
+
+
+def _read_token(scope: Scope) -> str | None:
+    """Return the token in a URL; one that is there twice is none that could be valid."""
+    try:
+        fields = parse_qsl(
+            scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS
+        )
+    except ValueError:
+        return ""
+    keys = [value for name, value in fields if name == "key"]
+    return None if not keys else keys[0] if len(keys) == 1 else ""

@@ -1,0 +1,154 @@
+"""Dead letters: runs of what arrived that have failed, until somebody has them run once more or puts them aside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Final
+
+import msgspec
+
+from gateway.access import audit_log
+from gateway.executions.execution_shapes import ErrorText
+from gateway.http import idempotency, limits
+from gateway.http.parameters import LIMIT, OFFSET
+from gateway.http.query import PageBounds
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
+from gateway.ingest import deduplication_keys, delivery_rows, redrive_runs
+from gateway.ingest.deliveries import counted
+from gateway.workflows import editing
+from journal import unparsed_mail
+from journal.store import AcceptanceResult, IdempotencyKey
+from models.audit import AuditAction
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.execution import Execution
+    from models.workflow import Workflow
+
+LISTED: Final = (LIMIT, OFFSET)
+PURGED: Final = "purged"
+
+
+class DeadLetter(WireStruct):
+    """A run of something that had arrived, and that failed."""
+
+    execution_id: str
+    trigger_type: str
+    given: msgspec.Raw | None
+    """What the trigger gave out; null where that is too large for a list: the execution has it."""
+    error: ErrorText | None
+    created_at: Instant
+    failed_at: Instant | None
+
+
+class DeadLetterList(WireStruct):
+    """A part of the dead letters, the oldest first; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    dead_letters: Sequence[DeadLetter]
+
+
+class ChooseDeadLetters(StrictWire):
+    """Which dead letters: those that are named, or the oldest.
+
+    A field that isn't known is refused: it might have been meant to spare something.
+    """
+
+    execution_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
+        default_factory=list
+    )
+    limit: Annotated[int, msgspec.Meta(ge=1, le=limits.REDRIVEN_AT_ONCE)] = limits.REDRIVEN_AT_ONCE
+    dry_run: bool = False
+    """Only tell how many there are."""
+
+
+class PurgeResult(WireStruct):
+    """What was put aside."""
+
+    matched: int
+    purged: int
+    remaining: int
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the runs of what arrived for a workflow that have failed, and wait for somebody to see to them."""
+    part = request.query.page()
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        count, found = await delivery_rows.list_dead_letters(connection, stored.workflow, part)
+        given = await delivery_rows.read_input(connection, [failed.id for failed in found])
+    shown = [_shape(failed, given.get(failed.id)) for failed in found]
+    return JsonResponse(DeadLetterList(count=count, limit=part.limit, offset=part.offset, dead_letters=shown))
+
+
+async def redrive(request: GatewayRequest) -> JsonResponse:
+    """Run a workflow, as it is now, once more on what its dead letters were given, each once however often asked."""
+    body = await decode_body(request, ChooseDeadLetters)
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        count, found = await _chosen(connection, stored.workflow, body)
+
+    async def again(execution_id: str, promise: IdempotencyKey) -> tuple[AcceptanceResult, str]:
+        return await redrive_runs.redrive_dead_letter(request, found[execution_id], promise)
+
+    done = await redrive_runs.redrive_each(request, [] if body.dry_run else list(found), again)
+    return JsonResponse(counted(count, done))
+
+
+async def purge(request: GatewayRequest) -> JsonResponse:
+    """Put dead letters aside for good; their executions stay as long as others."""
+    body = await decode_body(request, ChooseDeadLetters)
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        count, found = await _chosen(connection, stored.workflow, body)
+    purged = 0 if body.dry_run else len(found)
+    if purged:
+        await _settle(request, list(found.values()))
+    return JsonResponse(PurgeResult(matched=count, purged=purged, remaining=count - purged))
+
+
+async def _chosen(
+    connection: AsyncConnection, workflow: Workflow, body: ChooseDeadLetters
+) -> tuple[int, dict[str, Execution]]:
+    """Return how many dead letters there are to choose from, and those that are chosen, by their ids."""
+    count, found = await delivery_rows.list_dead_letters(
+        connection, workflow, PageBounds(body.limit, 0), body.execution_ids
+    )
+    return count, {failed.id: failed for failed in found}
+
+
+async def _settle(request: GatewayRequest, failed: Sequence[Execution]) -> None:
+    now = request.gateway.clock()
+
+    async def settle(connection: AsyncConnection) -> None:
+        for one in sorted(failed, key=lambda one: one.id):
+            promise = deduplication_keys.redrive_key(one.workflow_id, one.id)
+            await idempotency.reserve_key(connection, promise, lane=one.lane, resource_id=PURGED, now=now)
+        workflow_id = failed[0].workflow_id
+        await audit_log.record_change(
+            connection,
+            request.caller,
+            AuditAction.DEAD_LETTERS_PURGED,
+            workflow_id,
+            before=None,
+            after=str(len(failed)),
+        )
+
+    await request.gateway.database.transaction(settle)
+
+
+def _shape(failed: Execution, given: str | None) -> DeadLetter:
+    return DeadLetter(
+        execution_id=failed.id,
+        trigger_type=failed.trigger_type,
+        given=None if given is None else msgspec.Raw(unparsed_mail.visible_trigger(given).encode()),
+        error=msgspec.Raw(msgspec.json.encode(failed.error)) if failed.error else None,
+        created_at=instant(failed.created_at),
+        failed_at=optional_instant(failed.ended_at),
+    )

@@ -1,0 +1,125 @@
+"""What became of requests that brought nothing new: noted many at a time, since a flood of them is no rarity.
+
+Those that bring something are committed together with that, by the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from time import monotonic
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from sqlalchemy import insert
+
+from gateway.http import limits
+from gateway.http.errors import ApiError
+from journal.group_commit import GroupCommit
+from messages.buckets import Demand, LocalBuckets, Rate
+from models.errors import DatabaseUnavailable
+from models.ingest import Delivery, DeliveryOutcome
+from senders.request_refusal import RequestRefused
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.ingest.inbound_request import InboundRequest
+    from models.database import Database
+
+log = structlog.get_logger()
+
+MAX_WAITING: Final = 1_000
+"""Of those that were shed, no more wait here to be noted: there is too much to do already."""
+NOT_FOUND: Final = 404
+SERVER_ERROR: Final = 500
+KEPT: Final = Rate(per_second=100_000, burst=20_000_000)
+"""Characters of what is refused that are kept of one organisation: a flood of it fills no disk."""
+UNVERIFIED: Final = Rate(per_second=60 / 3_600, burst=60)
+"""Requests noted for one workflow that nobody could verify."""
+
+
+class DeliveryLog:
+    """The notes of one gateway."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._group: GroupCommit[Delivery, None] = GroupCommit(
+            self._commit,
+            weigh=lambda delivery: len(delivery.payload or ""),
+            max_weight=limits.KEPT_REFUSED_CHARACTERS,
+        )
+        self._kept = LocalBuckets()
+
+    async def note(self, delivery: Delivery) -> None:
+        """Commit a note; where the database can't be reached, the log has it."""
+        waiting = self._group.submit(delivery)
+        try:
+            await waiting
+        except DatabaseUnavailable as error:
+            log.warning("delivery not noted", delivery_id=delivery.id, error=str(error))
+
+    @asynccontextmanager
+    async def refusals(self, sent: InboundRequest) -> AsyncIterator[None]:
+        """Note why a request is refused, if it is.
+
+        Faults of ours are no refusals: senders come again with the same. Those of a workflow's owner are: a delivery
+        tells the owner.
+        """
+        try:
+            yield
+        except ApiError as error:
+            if error.is_noted:
+                raise
+            if error.status == NOT_FOUND:
+                raise  # a delivery to what isn't there for its sender is nobody's to look at
+            error.is_noted = True
+            if error.status < SERVER_ERROR or error.is_for_owner:
+                delivery = sent.refusal_delivery(self._database.clock.now(), error)
+                if not self._has_room(delivery):
+                    delivery.payload = None
+                if delivery.outcome != DeliveryOutcome.SHED:
+                    await self.note(delivery)
+                elif self._group.depth < MAX_WAITING:
+                    self._group.submit(delivery)
+            raise
+
+    @asynccontextmanager
+    async def unverified(
+        self, sent: InboundRequest, describe: Callable[[], Awaitable[None]]
+    ) -> AsyncIterator[None]:
+        """Note a request that can't be verified since its trigger isn't ready; a few of each workflow in an hour.
+
+        Anybody can send such a request. `describe` adds to `sent` what a redrive needs.
+        """
+        try:
+            yield
+        except ApiError as error:
+            bucket = Demand(f"unverified {sent.workflow_id}", UNVERIFIED, needed=1, wanted=1)
+            if error.is_for_owner and self._kept.take(bucket, monotonic()).tokens:
+                error.is_noted = True
+                with suppress(ApiError, RequestRefused, ValueError):
+                    await describe()
+                await self.note(sent.refusal_delivery(self._database.clock.now(), error))
+            raise
+
+    def _has_room(self, delivery: Delivery) -> bool:
+        """Tell whether what was refused may be kept as well, however much of it there is."""
+        size = len(delivery.payload or "")
+        if size > limits.KEPT_REFUSED_CHARACTERS:
+            return False
+        demand = Demand(delivery.organization_id, KEPT, needed=size, wanted=size)
+        return size == 0 or self._kept.take(demand, monotonic()).tokens > 0
+
+    async def drain(self) -> None:
+        """Commit what waits."""
+        await self._group.drain()
+
+    async def _commit(self, batch: Sequence[Delivery]) -> Sequence[None]:
+        rows = [one.model_dump() for one in batch]
+
+        async def write(connection: AsyncConnection) -> None:
+            await connection.execute(insert(Delivery), rows)
+
+        await self._database.transaction(write)
+        return [None] * len(batch)

@@ -1,0 +1,174 @@
+"""Deliveries and dead letters as lists read them; tenancy stands in every WHERE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import and_, exists, func, literal_column, or_, select
+from sqlmodel import col
+
+from gateway.executions.resume_runs import IS_RESUMED
+from gateway.ingest import deduplication_keys
+from models.execution import Execution, ExecutionData, Idempotency
+from models.execution_status import ExecutionStatus
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from gateway.http.query import PageBounds
+    from models.access import ApiCaller
+    from models.workflow import Workflow
+
+INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
+"""What sets off runs that nobody waits for: when one fails, it is a dead letter."""
+SHOWN_CHARACTERS: Final = 100_000
+"""A list shows what a run was given where that has no more characters."""
+KINDS: Final = {
+    IngestRoute.ENQUEUE: "queue",
+    IngestRoute.EMAIL: "email",
+    IngestRoute.HOOK: "webhook",
+}
+"""The trigger that takes what came a way, where that brings one run."""
+_LISTED: Final = [
+    column
+    for column in Delivery.__table__.columns  # type: ignore[attr-defined]  # SQLModel adds it
+    if column.name != "payload"
+]
+"""Payloads may be large: they are read one at a time."""
+_IS_KEPT: Final = or_(
+    col(Delivery.payload).is_not(None),
+    exists().where(col(ExecutionData.execution_id) == col(Delivery.execution_id)).correlate(Delivery),
+)
+"""What it has brought can be run once more."""
+# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+_FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
+
+
+@dataclass(frozen=True, slots=True)
+class DeliveryFilter:
+    """Which deliveries a list shows."""
+
+    outcome: DeliveryOutcome | None
+    route: IngestRoute | None
+    since: datetime | None
+    until: datetime | None
+    """Arrived from `since` on, and before `until`."""
+
+
+async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: ApiCaller) -> Delivery | None:
+    """Return a delivery of the caller's organisation."""
+    statement = select(Delivery).where(
+        col(Delivery.id) == delivery_id, col(Delivery.organization_id) == caller.organization_id
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    return None if row is None else Delivery(**row)
+
+
+async def list_deliveries(
+    connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, part: PageBounds
+) -> tuple[int, list[Delivery]]:
+    """Return how many deliveries a workflow has, and a page of them, the newest first."""
+    conditions = [*_of(workflow), *_conditions(wanted)]
+    count = await connection.scalar(select(func.count()).select_from(Delivery).where(*conditions))
+    rows = await connection.execute(
+        select(*_LISTED)
+        .where(*conditions)
+        .order_by(col(Delivery.created_at).desc(), col(Delivery.id).desc())
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return count or 0, [Delivery(**row) for row in rows.mappings()]
+
+
+async def find_not_redriven(
+    connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, limit: int
+) -> tuple[int, list[str]]:
+    """Return how many deliveries can be run once more and were not by a list, and the ids of the oldest of them.
+
+    Those that repeat another are left out, unless they are asked for.
+    """
+    conditions = [
+        *_of(workflow),
+        *_conditions(wanted),
+        col(Delivery.route).in_(list(KINDS)),
+        col(Delivery.redriven_from).is_(None),
+        _IS_KEPT,
+        ~_is_settled(workflow, col(Delivery.id)).correlate(Delivery),
+    ]
+    if wanted.outcome is None:
+        conditions.append(col(Delivery.outcome) != DeliveryOutcome.DUPLICATE)
+    count = await connection.scalar(select(func.count()).select_from(Delivery).where(*conditions))
+    oldest = select(col(Delivery.id)).where(*conditions).order_by(col(Delivery.created_at), col(Delivery.id))
+    return count or 0, [*await connection.scalars(oldest.limit(limit))]
+
+
+async def list_dead_letters(
+    connection: AsyncConnection, workflow: Workflow, part: PageBounds, only: Sequence[str] = ()
+) -> tuple[int, list[Execution]]:
+    """Return how many runs of what arrived have failed, and a page of them, the oldest first.
+
+    Those that were run once more or purged are left out.
+    """
+    conditions = [
+        col(Execution.workflow_id) == workflow.id,
+        col(Execution.organization_id) == workflow.organization_id,
+        _FAILED,
+        col(Execution.trigger_type).in_(INTAKE_KINDS),
+        col(Execution.parent_id).is_(None),
+        col(Execution.is_private).is_(False),
+        ~IS_RESUMED,
+        ~_is_settled(workflow, col(Execution.id)).correlate(Execution),
+    ]
+    if only:
+        conditions.append(col(Execution.id).in_(only))
+    count = await connection.scalar(select(func.count()).select_from(Execution).where(*conditions))
+    rows = await connection.execute(
+        select(Execution)
+        .where(*conditions)
+        .order_by(col(Execution.ended_at), col(Execution.id))
+        .limit(part.limit)
+        .offset(part.offset)
+    )
+    return count or 0, [Execution(**row) for row in rows.mappings()]
+
+
+async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) -> dict[str, str]:
+    """Return what runs were given, as JSON; what is too large for a list is left out."""
+    statement = select(col(ExecutionData.execution_id), col(ExecutionData.trigger)).where(
+        col(ExecutionData.execution_id).in_(execution_ids),
+        func.length(col(ExecutionData.trigger)) <= SHOWN_CHARACTERS,
+    )
+    return {row.execution_id: row.trigger for row in await connection.execute(statement)}
+
+
+def _of(workflow: Workflow) -> Iterable[ColumnElement[bool]]:
+    yield col(Delivery.workflow_id) == workflow.id
+    yield col(Delivery.organization_id) == workflow.organization_id
+
+
+def _conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
+    if wanted.outcome is not None:
+        yield col(Delivery.outcome) == wanted.outcome
+    if wanted.route is not None:
+        yield col(Delivery.route) == wanted.route
+    if wanted.since is not None:
+        yield col(Delivery.created_at) >= wanted.since
+    if wanted.until is not None:
+        yield col(Delivery.created_at) < wanted.until
+
+
+def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any:  # noqa: ANN401 - a correlated condition
+    """Tell whether something was run once more, or purged: then the key that is for that is taken."""
+    return exists().where(
+        and_(
+            col(Idempotency.lane) == workflow.lane,
+            col(Idempotency.scope) == deduplication_keys.redrive_key(workflow.id, "").scope,
+            col(Idempotency.key) == resource,
+        )
+    )

@@ -1,0 +1,429 @@
+"""E-mail: a mail for the e-mail trigger of an active workflow, as JSON or as mail services hand mails in.
+
+Mails of services are kept as they came and read by a worker: here they are recognised, found true and committed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Final
+
+import msgspec
+
+from concurrency import offload
+from gateway.http import errors, idempotency
+from gateway.http.body_limit import BodyLimit
+from gateway.http.errors import ApiError
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, location
+from gateway.http.wire import GuardedWire, WireStruct, body_of, json_of
+from gateway.ingest import deduplication_keys, inbound_request, ingest, mail_verification, trigger_secrets
+from gateway.ingest.ingest import RunInput
+from gateway.ingest.json_attachments import decode_attachments
+from gateway.ingest.mail_verification import MAILGUN
+from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
+from journal.store import AcceptanceVerdict
+from journal.unparsed_mail import StoredMailObject, UnparsedMail
+from mail.mail_content import join_lines
+from models import ids
+from models.data_source_types import DataSourceType
+from models.ingest import IngestRoute
+from models.workflow_triggers import TriggerKind
+from senders import mail_kinds, ses, sns
+from senders.mail_kinds import MailKind
+from senders.request_refusal import RequestRefused
+from senders.sender_request import RequestHeaders, SenderRequest
+from senders.sns import SnsMessageType
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.http.sender import RequestSender
+    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.ingest.ingest import RunTarget
+    from gateway.ingest.mail_verification import MailTarget, MailVerification
+    from journal.store import AcceptanceResult, IdempotencyKey
+    from senders.ses import SesMail, SesStoredMail
+
+UNVERIFIED: Final = "unverified"
+"""The sender of a delivery that could not be verified, since the trigger is not ready for that."""
+CREATED: Final = 201
+OK: Final = 200
+FORMS: Final = frozenset(
+    {
+        *(MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW),
+        *(MailKind.MAILGUN_PARSED, MailKind.MAILGUN_RAW, MailKind.MAILGUN_STORED),
+    }
+)
+_encode = msgspec.json.Encoder().encode
+MAX_INLINE_BYTES: Final = 65_536
+"""What is shorter stands in the row itself: as base64 it takes a third more there, and saves a file and its fsync."""
+MAX_MAIL_SETTING: Final = "PILOTFLAME_MAX_MAIL_BYTES"
+MEDIA_TYPE: Final = "application/octet-stream"
+NAME: Final = "as-it-came"
+
+
+class ParsedMailRequest(GuardedWire):
+    """A mail that somebody has taken apart."""
+
+    likely_others: ClassVar[frozenset[str]] = frozenset({"bcc", "headers"})
+
+    from_: str = msgspec.field(default="", name="from")
+    to: str = ""
+    subject: str = ""
+    body_text: str | None = msgspec.field(default=None, name="body_text")
+    body_html: str | None = msgspec.field(default=None, name="body_html")
+    text: str | None = None
+    """The same as `body_text`, which counts where both are given."""
+    html: str | None = None
+    """The same as `body_html`, which counts where both are given."""
+    cc: str = ""
+    reply_to: str = msgspec.field(default="", name="reply_to")
+    attachments: list[dict[str, Any]] = msgspec.field(default_factory=list)
+    """Each with `filename` and `content_type`, and its `content` in base64, which becomes a blob of the run."""
+    email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
+
+    def given(self, attachments: Sequence[Json]) -> dict[str, Json]:
+        """Return what the trigger node gives out; header values are one line each, as in a mail that was read."""
+        return {
+            "from": join_lines(self.from_),
+            "to": join_lines(self.to),
+            "subject": join_lines(self.subject),
+            "body_text": (self.text if self.body_text is None else self.body_text) or "",
+            "body_html": (self.html if self.body_html is None else self.body_html) or "",
+            "cc": join_lines(self.cc),
+            "reply_to": join_lines(self.reply_to),
+            "attachments": list(attachments),
+            "email_headers": self.email_headers,
+        }
+
+
+class MailReceipt(WireStruct):
+    """A mail that was taken in."""
+
+    execution_id: str
+    trigger_type: str = msgspec.field(default=TriggerKind.EMAIL.value, name="trigger_type")
+
+
+class MailNotice(WireStruct):
+    """What a mail service sends that is no mail."""
+
+    noted: str
+    """What it was: `subscription-confirmed`, `subscription-ended` or `no-mail`."""
+
+
+async def receive(request: GatewayRequest) -> JsonResponse:
+    """Run a workflow on a mail, through its e-mail trigger.
+
+    Takes the body below, a whole mail as `message/rfc822`, and the forms and messages that SendGrid Inbound Parse,
+    Mailgun routes and Amazon SES (through SNS) post. These are let in by the trigger token as `key` in the URL, or by
+    what they sign, if the trigger's config says with what. Mailgun is answered 200, or 406 for what is refused for
+    good.
+    """
+    known = None if request.known_sender is None else request.sender
+    return await receive_for(request, request.path_params["id"], known)
+
+
+async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestSender | None) -> JsonResponse:
+    """Run a workflow on a mail for a sender that a key or token names, or that the mail itself must verify."""
+    gateway = request.gateway
+    addressee = await mail_verification.find_target(gateway, workflow_id, known)
+    content = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
+    headers = RequestHeaders(request.scope["headers"])
+    arrival = SenderRequest(request.method, request.url.path, {}, headers, content, gateway.clock())
+    sender = addressee.sender(UNVERIFIED) if known is None else known
+    note = await inbound_request.describe_request(IngestRoute.EMAIL, sender, content, workflow_id=workflow_id)
+    request.scope["content_hash"] = note.content_hash
+    is_noted = nullcontext() if known is None else gateway.deliveries.refusals(note)
+    async with is_noted, gateway.deliveries.unverified(note, partial(_describe, note, arrival, addressee)):
+        addressee, kind, proof = await _verify_sender(request, addressee, arrival, known)
+    if known is None:
+        note = replace(note, sender=addressee.sender(proof.label))
+    with mail_verification.refuse_until_later(kind):
+        async with gateway.deliveries.refusals(note):
+            with mail_verification.answer_once(kind):
+                handed = VerifiedMail(request, addressee, arrival, kind, proof, note)
+                match kind:
+                    case MailKind.NATIVE:
+                        return await _native(handed)
+                    case MailKind.SNS:
+                        return await _of_topic(handed)
+                    case MailKind.RAW:
+                        return await _of_mail_server(handed)
+                    case MailKind.MAILGUN_EVENT:
+                        raise mail_verification.no_mail()
+                    case _:
+                        return await _of_form(handed)
+
+
+async def _verify_sender(
+    request: GatewayRequest, addressee: MailTarget, arrival: SenderRequest, known: RequestSender | None
+) -> tuple[MailTarget, MailKind, MailVerification]:
+    """Return what was handed in, for whom, and why it is let in; raises `ApiError`.
+
+    A trigger that isn't ready is looked up anew: its owner may have mended it a moment ago.
+    """
+    kind = await mail_verification.recognize_service(arrival)
+    gateway, address = request.gateway, request.client.host if request.client else ""
+
+    async def prove(addressee: MailTarget) -> MailVerification:
+        with mail_verification.refuse_until_later(kind), mail_verification.answer_once(kind):
+            return await mail_verification.verify_mail(
+                gateway, addressee, arrival, kind, address=address, is_known=known is not None
+            )
+
+    try:
+        return addressee, kind, await prove(addressee)
+    except ApiError as error:
+        workflow = addressee.workflow
+        if not error.is_for_owner:
+            raise
+        gateway.workflows.forget(workflow.organization_id, workflow.id)
+        current = await mail_verification.find_target(gateway, workflow.id, known)
+        if current.trigger == addressee.trigger:
+            raise
+        return current, kind, await prove(current)
+
+
+async def _describe(note: InboundRequest, arrival: SenderRequest, addressee: MailTarget) -> None:
+    """Put into a delivery what a redrive of an unverified mail needs, and the key that a repetition has."""
+    kind = await mail_verification.recognize_service(arrival)
+    if kind not in FORMS or len(arrival.body) > MAX_INLINE_BYTES:
+        return
+    key = await offload.run(mail_kinds.deduplication_key, arrival, kind)
+    if key is not None:
+        note.derived_key = deduplication_keys.derive_key("mail", addressee.workflow.id, key)
+    unread = await offload.run(_unread_form, arrival, kind, addressee, content=arrival.body)
+    note.payload = _encode(unread.as_json()).decode()
+
+
+def _unread_form(
+    arrival: SenderRequest, kind: MailKind, addressee: MailTarget, content: bytes = b""
+) -> UnparsedMail:
+    """Return a form of a mail service as a worker is to read it; raises `Refused`."""
+    envelope = mail_kinds.parse_envelope(arrival.form, kind)
+    return UnparsedMail(
+        kind,
+        arrival.received_at,
+        content_type=arrival.headers.single("Content-Type") or "",
+        content=content,
+        sender=envelope.sender,
+        recipients=envelope.recipients,
+        screening=addressee.trigger.screening,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedMail:
+    """What was let in."""
+
+    request: GatewayRequest
+    addressee: MailTarget
+    arrival: SenderRequest
+    kind: MailKind
+    proof: MailVerification
+    note: InboundRequest
+
+    @property
+    def workflow_id(self) -> str:
+        return self.addressee.workflow.id
+
+    def unread(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
+        """Return what a worker is to read."""
+        return UnparsedMail(
+            self.kind, self.arrival.received_at, screening=self.addressee.trigger.screening, **fields
+        )
+
+
+async def _native(handed: VerifiedMail) -> JsonResponse:
+    request, content = handed.request, handed.arrival.body
+    if len(content) > (most := request.gateway.settings.max_body_bytes):
+        raise BodyLimit(most).exceeded()
+    value = await json_of(request, content)
+    mail = body_of(request, value, ParsedMailRequest)
+    attachments = await offload.run(decode_attachments, mail.attachments)
+    promise = None
+    if request.known_sender is not None:
+        promise = await offload.run(idempotency.requested_key, request, value, workflow_id=handed.workflow_id)
+
+    blobs, organization_id = request.gateway.blobs, handed.addressee.workflow.organization_id
+    are_kept = any(one.content is not None for one in attachments)
+
+    async def message(execution_id: str) -> RunInput:
+        owner = BlobOwner(organization_id, execution_id)
+        try:
+            kept = [await one.as_json(blobs, owner) for one in attachments]
+        except BlobsUnavailable as error:
+            raise errors.not_ready(f"{error}: try again") from error
+        return RunInput(mail.given(kept), execution_id=execution_id)
+
+    return await _ingest(handed, message, promise, is_large=are_kept)
+
+
+async def _of_form(handed: VerifiedMail) -> JsonResponse:
+    unread = await offload.run(_unread_form, handed.arrival, handed.kind, handed.addressee)
+    return await _ingest_unparsed(handed, unread, handed.arrival.body)
+
+
+async def _of_mail_server(handed: VerifiedMail) -> JsonResponse:
+    envelope = mail_kinds.parse_raw_envelope(handed.arrival)
+    unread = handed.unread(sender=envelope.sender, recipients=envelope.recipients)
+    return await _ingest_unparsed(handed, unread, handed.arrival.body)
+
+
+async def _of_topic(handed: VerifiedMail) -> JsonResponse:
+    """Do what a message of SNS asks for, or run what it tells of."""
+    message = await offload.run(sns.parse_sns_message, handed.arrival)
+    match message.type:
+        case SnsMessageType.SUBSCRIPTION:
+            if handed.proof.label != "sns":
+                raise RequestRefused(
+                    "unknown-topic", "Subscriptions are confirmed to topics that the trigger names"
+                )
+            await handed.request.gateway.certificates.confirm(sns.confirmation_url(message))
+            return await _record_other(handed, "subscription-confirmed", message.topic_arn)
+        case SnsMessageType.UNSUBSCRIPTION:
+            return await _record_other(handed, "subscription-ended", message.topic_arn)
+    mail = await offload.run(ses.parse_ses_mail, message)
+    if mail is None:
+        return await _record_other(
+            handed, "no-mail", "The message of the topic tells of no mail that was received"
+        )
+    unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
+    if mail.stored is not None:
+        stored = await _store_content(handed, mail.stored)
+        unread = msgspec.structs.replace(unread, stored=stored)
+        return await _ingest_unparsed(handed, unread, ses_id=mail.mail_id)
+    return await _ingest_unparsed(handed, unread, _content(mail), ses_id=mail.mail_id)
+
+
+def _content(mail: SesMail) -> bytes:
+    if mail.content is None:
+        raise RequestRefused("malformed-mail", "SES tells of a mail that it neither sends along nor stores")
+    return mail.content
+
+
+async def _store_content(handed: VerifiedMail, place: SesStoredMail) -> StoredMailObject:
+    """Return where a mail is to be read that SES has stored: nowhere but where the trigger's config allows it.
+
+    Raises 503 otherwise: SNS takes a 4xx as final, and the owner may mend the config.
+    """
+    config = handed.addressee.trigger.ses
+    if config is None or not config.objects or handed.proof.label != "sns":
+        raise errors.trigger_not_ready("The trigger names no data source to read stored mails from")
+    source = await trigger_secrets.find_secret_source(
+        handed.request.gateway, handed.addressee.workflow, config.objects, {DataSourceType.S3}
+    )
+    prefix = str(source.settings.get("prefix") or "").strip("/")
+    prefix = f"{prefix}/" if prefix else ""
+    if place.bucket != source.settings.get("bucket") or not place.key.startswith(prefix):
+        raise errors.trigger_not_ready("The mail is not stored where the trigger's data source reads")
+    return StoredMailObject(source.id, place.key.removeprefix(prefix))
+
+
+# ── taking in ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _record_other(handed: VerifiedMail, what: str, told: str) -> JsonResponse:
+    gateway = handed.request.gateway
+    await gateway.deliveries.note(
+        handed.note.noted_delivery(gateway.clock(), status=OK, reason=f"{what}: {told}")
+    )
+    return JsonResponse(MailNotice(noted=what))
+
+
+async def _ingest_unparsed(
+    handed: VerifiedMail, unread: UnparsedMail, content: bytes | None = None, *, ses_id: str = ""
+) -> JsonResponse:
+    """Take in what a worker is to read; a large content is durable before its run is."""
+    blobs, organization_id = handed.request.gateway.blobs, handed.addressee.workflow.organization_id
+    if content is not None and len(content) <= MAX_INLINE_BYTES:
+        unread = msgspec.structs.replace(unread, content=content)
+        content = None
+        handed.note.payload = _encode(unread.as_json()).decode()
+    kept: UnparsedMail | None = None
+
+    async def message(execution_id: str) -> RunInput:
+        nonlocal kept
+        if kept is None and content is not None:
+            try:
+                blob = await blobs.put(
+                    BlobOwner(organization_id, execution_id), content, media_type=MEDIA_TYPE, name=NAME
+                )
+            except BlobsUnavailable as error:
+                raise errors.not_ready(f"{error}: try again") from error
+            kept = msgspec.structs.replace(unread, blob=blob)
+        return RunInput((kept or unread).as_json(), is_read=False, execution_id=execution_id)
+
+    return await _ingest(handed, message, is_large=content is not None, ses_id=ses_id)
+
+
+async def _ingest(
+    handed: VerifiedMail,
+    message: Callable[[str], Awaitable[RunInput]],
+    promise: IdempotencyKey | None = None,
+    *,
+    is_large: bool = False,
+    ses_id: str = "",
+) -> JsonResponse:
+    """Run the workflow on a mail, or answer as to the same mail before; `message` makes what the run is given.
+
+    `ses_id` is the name that Amazon SES has given the mail.
+    """
+    gateway, workflow = handed.request.gateway, handed.addressee.workflow
+    await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
+    key = await offload.run(mail_kinds.deduplication_key, handed.arrival, handed.kind)
+    if promise is None and key is not None:
+        promise = handed.note.derived_key = deduplication_keys.derive_key("mail", workflow.id, key)
+    own_key = _own_key(handed, key, ses_id)
+    status = OK if handed.kind in MAILGUN else CREATED
+    # What is there already needn't be kept once more only to find that out; but a key must be used up.
+    if is_large and promise is not None and own_key is None:
+        earlier = await ingest.find_repetition(gateway, handed.note, promise, status=status)
+        if earlier is not None:
+            return _answer(handed, earlier, status)
+    execution_id = ids.new_id("exec")
+
+    request = handed.request
+
+    async def plan(_ground: RunTarget) -> RunInput:
+        await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
+        made = await message(execution_id)
+        return replace(made, promise=promise)
+
+    accepted = await ingest.ingest_request(
+        gateway,
+        handed.note,
+        TriggerKind.EMAIL,
+        plan,
+        promise,
+        status=status,
+        own_key=own_key,
+        reused=errors.conflict(
+            "replayed-delivery", "What was signed for another delivery was put to this one"
+        ),
+    )
+    return _answer(handed, accepted, status)
+
+
+def _own_key(handed: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
+    """Return the key of the delivery itself: what was signed for one mail is good for no other.
+
+    Several actions of a rule of SES may each tell of one mail, which they name alike.
+    """
+    if ses_id:
+        return deduplication_keys.derive_key("ses", handed.workflow_id, ses_id)
+    if handed.proof.delivery_key is None:
+        return None
+    return deduplication_keys.derive_key(
+        handed.proof.label, handed.workflow_id, handed.proof.delivery_key, content=key or ""
+    )
+
+
+def _answer(handed: VerifiedMail, accepted: AcceptanceResult, status: int) -> JsonResponse:
+    headers = location(handed.request.gateway.settings, accepted.execution_id)
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
+        headers |= idempotency.REPLAYED
+    return JsonResponse(MailReceipt(execution_id=accepted.execution_id), status=status, headers=headers)

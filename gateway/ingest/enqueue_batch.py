@@ -1,0 +1,274 @@
+"""Enqueue many messages at once: those that can be run are taken in together, in one commit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from concurrency import offload
+from engine.values import fingerprint
+from gateway.executions import acceptance, callback_checks
+from gateway.http import errors, idempotency, limits, text_rules
+from gateway.http.errors import ApiError
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
+from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
+from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, vouched_key
+from gateway.openapi.refusals import ErrorDetail
+from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
+from json_text import decoding
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from engine.values import Json
+    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.ingest.verification import VerifiedSignature
+    from journal.store import IngestedRun
+
+
+class EnqueueBatch(StrictWire):
+    """Messages, each as `enqueue` takes it."""
+
+    messages: Annotated[list[BatchMessage], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
+    callback_url: (
+        Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
+    ) = None
+    """Is told how each of the runs has ended."""
+
+
+class _UncheckedBatch(StrictWire):
+    """The same, with messages that are still to be looked at, each for itself."""
+
+    messages: Annotated[list[Any], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
+    callback_url: (
+        Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
+    ) = None
+
+
+class WrongMessage(WireStruct):
+    """Why a message was refused."""
+
+    code: str
+    message: str
+    details: list[ErrorDetail] = msgspec.field(default_factory=list)
+
+
+class BatchResult(WireStruct, omit_defaults=True):
+    """What became of one message."""
+
+    status: Literal["accepted", "duplicate", "refused"]
+    execution_id: str | None = None
+    """Of its run, or of that of the message that it repeats."""
+    error: WrongMessage | None = None
+
+
+class EnqueueBatchResult(WireStruct):
+    """What became of messages, in their order."""
+
+    results: list[BatchResult]
+    accepted: int
+    duplicates: int
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedMessage:
+    """A message that can be run."""
+
+    place: int
+    body: QueueMessage
+    promise: IdempotencyKey | None
+
+
+@dataclass(frozen=True, slots=True)
+class BatchAnswers:
+    """What became of messages that can be run, in their order."""
+
+    accepted: Sequence[AcceptanceResult]
+    is_repeated: bool = False
+    """The batch was sent before: this became of it then."""
+
+
+NO_PLACE: Final = AcceptanceResult(AcceptanceVerdict.FULL, "")
+
+
+async def enqueue(request: GatewayRequest) -> JsonResponse:
+    """Run a workflow on each of up to 1,000 messages, through its queue trigger.
+
+    All that can be run are taken in by one commit, or none is. A message that is wrong is refused for itself; when all
+    are, the batch is. Sent again with the same `Idempotency-Key`, every message is answered as it was.
+    """
+    gateway, workflow_id = request.gateway, request.path_params["id"]
+    sender = request.sender
+    content = await request.body()
+    vouched = await verification.message_signature(request, QUEUE, content)
+    note = await inbound_request.describe_request(
+        IngestRoute.ENQUEUE_BATCH, sender, content, workflow_id=workflow_id
+    )
+    async with gateway.deliveries.refusals(note):
+        value = await json_of(request, content)
+        batch = body_of(request, value, _UncheckedBatch)
+        if batch.callback_url is not None:
+            await callback_checks.require_reachable(request, batch.callback_url)
+        own_key = vouched_key(vouched, workflow_id)
+        given = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
+        given = given or own_key
+        planned, refused = await offload.run(_planned, batch.messages, workflow_id, given, gateway.clock())
+        if not planned:
+            raise _all_wrong(refused)
+        first, repeats = _without_repeats(planned)
+        answers = await _ingest_messages(request, note, vouched, first, batch.callback_url, own_key or given)
+    results = dict(refused)
+    for one, answer in zip(first, answers.accepted, strict=True):
+        results[one.place] = _result(answer)
+    for place, origin in repeats.items():
+        repeated = results[origin]
+        results[place] = repeated if repeated.error else _duplicate_of(repeated)
+    shape = _counted([results[place] for place in range(len(batch.messages))])
+    if answers.is_repeated or (not shape.accepted and shape.duplicates):
+        await gateway.deliveries.note(
+            note.repetition_delivery(gateway.clock(), status=201, execution_id=None)
+        )
+    return JsonResponse(shape, status=201, headers=idempotency.REPLAYED if answers.is_repeated else None)
+
+
+async def _ingest_messages(
+    request: GatewayRequest,
+    note: InboundRequest,
+    vouched: VerifiedSignature | None,
+    planned: Sequence[PlannedMessage],
+    callback_url: str | None,
+    key: IdempotencyKey | None,
+) -> BatchAnswers:
+    """Take in all that can be run, or find what became of it the first time; raises 422 for another body then."""
+    gateway, now = request.gateway, request.gateway.clock()
+    runs: list[IngestedRun] = []
+
+    async def arrival() -> IngestWrite:
+        place = await ingest.resolve_target(gateway, note.sender.caller, str(note.workflow_id), QUEUE)
+        if vouched is not None:
+            await vouched.require_on(gateway, place)
+        await capacity.require_capacity(request, place, len(planned))
+        runs[:] = [
+            ingest.build_run(gateway, place, one.body.planned(now, one.promise, callback_url))
+            for one in planned
+        ]
+        outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
+        return note.for_arrival(runs, status=201, outcome=outcome, idempotency=key)
+
+    accepted: Sequence[AcceptanceResult] = ()
+    try:
+        taken = await ingest.ingest_batch(gateway, arrival)
+        verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
+    except ApiError:
+        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        earlier = key and await acceptance.find_earlier(gateway.database, note.sender.caller.lane, key)
+        if not earlier:
+            raise
+        verdict, delivery_id = earlier.verdict, earlier.execution_id
+    if AcceptanceVerdict.MISMATCH in {verdict, *(one.verdict for one in accepted)}:
+        raise idempotency.mismatch_error()
+    if verdict is AcceptanceVerdict.REPEATED:
+        return BatchAnswers(await _first(request, planned, delivery_id), is_repeated=True)
+    ingest.wake_deployments(gateway, runs, accepted)
+    return BatchAnswers(accepted)
+
+
+async def _first(
+    request: GatewayRequest, planned: Sequence[PlannedMessage], delivery_id: str
+) -> Sequence[AcceptanceResult]:
+    """Return what became of messages the first time: those whose keys nothing has found no place then."""
+    database = request.gateway.database
+    promises = [one.promise for one in planned if one.promise is not None]
+    found = await acceptance.find_all_earlier(database, request.caller.lane, promises)
+    async with database.read() as connection:
+        answer = await connection.scalar(
+            select(col(Delivery.answer)).where(
+                col(Delivery.id) == delivery_id,
+                col(Delivery.organization_id) == request.caller.organization_id,
+            )
+        )
+    made = {*decoding.decode(answer or "[]", list[str])}
+    then = [found.get(one.promise, NO_PLACE) if one.promise else NO_PLACE for one in planned]
+    accepted = AcceptanceVerdict.ACCEPTED
+    return [AcceptanceResult(accepted, one.execution_id) if one.execution_id in made else one for one in then]
+
+
+def _planned(
+    messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None, now: datetime
+) -> tuple[list[PlannedMessage], dict[int, BatchResult]]:
+    """Return the messages that can be run, and the answers to those that can't, by their places."""
+    planned: list[PlannedMessage] = []
+    refused: dict[int, BatchResult] = {}
+    for place, value in enumerate(messages):
+        try:
+            body = check_message(value, BatchMessage, now, f"messages.{place}")
+            if body.payload is None:
+                raise errors.invalid(
+                    [errors.problem(f"messages.{place}.message", "required", "message is required")]
+                )
+        except ApiError as error:
+            details = msgspec.convert(error.details, list[ErrorDetail])
+            because = WrongMessage(code=error.code, message=error.message, details=details)
+            refused[place] = BatchResult(status="refused", error=because)
+            continue
+        promise = None
+        if body.deduplication_id is not None:
+            promise = deduplication_keys.sender_key(workflow_id, body.deduplication_id)
+        elif given is not None:
+            promise = replace(given, key=fingerprint([given.key, place]))
+        planned.append(PlannedMessage(place, body, promise))
+    return planned, refused
+
+
+def _without_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessage], Mapping[int, int]]:
+    """Return the first messages of each key, and the places of the others with those of the first of the same key."""
+    first: list[PlannedMessage] = []
+    places: dict[IdempotencyKey, int] = {}
+    repeats: dict[int, int] = {}
+    for one in planned:
+        if one.promise is not None and one.promise in places:
+            repeats[one.place] = places[one.promise]
+            continue
+        if one.promise is not None:
+            places[one.promise] = one.place
+        first.append(one)
+    return first, repeats
+
+
+def _result(accepted: AcceptanceResult) -> BatchResult:
+    if accepted.verdict is AcceptanceVerdict.FULL:
+        full = errors.concurrency_limit()
+        return BatchResult(status="refused", error=WrongMessage(code=full.code, message=full.message))
+    is_new = accepted.verdict is AcceptanceVerdict.ACCEPTED
+    return BatchResult(status="accepted" if is_new else "duplicate", execution_id=accepted.execution_id)
+
+
+def _duplicate_of(result: BatchResult) -> BatchResult:
+    """Return the answer to a message that repeats another of its batch."""
+    return BatchResult(status="duplicate", execution_id=result.execution_id)
+
+
+def _counted(results: list[BatchResult]) -> EnqueueBatchResult:
+    statuses = [one.status for one in results]
+    return EnqueueBatchResult(
+        results=results,
+        accepted=statuses.count("accepted"),
+        duplicates=statuses.count("duplicate"),
+        refused=statuses.count("refused"),
+    )
+
+
+def _all_wrong(refused: Mapping[int, BatchResult]) -> ApiError:
+    details = [
+        msgspec.to_builtins(detail) for one in refused.values() if one.error for detail in one.error.details
+    ]
+    return errors.invalid(details)

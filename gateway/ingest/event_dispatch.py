@@ -1,0 +1,322 @@
+"""Events become runs: of all workflows that are subscribed to them, in one commit with the event itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from concurrency import offload
+from concurrency.loop_share import LoopShare
+from engine import event_filters, values
+from engine.expressions import ExpressionError
+from engine.values import InvalidJson
+from gateway.deployments.deployed_definitions import DefinitionMissing
+from gateway.executions import acceptance
+from gateway.http import errors, idempotency, limits
+from gateway.http.errors import ApiError
+from gateway.ingest import ingest
+from gateway.ingest.event_subscriptions import SUBSCRIBING
+from gateway.ingest.ingest import RunInput, RunTarget
+from gateway.workflows import graph_shapes
+from journal.store import AcceptanceVerdict, EmittedEvent
+from json_text import decoding
+from models import ids
+from models.execution import Execution
+from models.ingest import Delivery, DeliveryOutcome
+from models.ingest import EventRecord as EventRow
+from models.workflow import WorkflowStatus
+from models.workflow_triggers import TriggerKind, matching_patterns, parse_patterns
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from gateway.deployments.activation import CountedDeployment
+    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.state import GatewayState
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import IdempotencyKey, IngestedRun, IngestResult, IngestWrite
+    from senders.sender_event import SenderEvent
+
+ANSWERED: Final = 200
+BATCH_IDS: Final = 1_000
+_encode = msgspec.json.Encoder().encode
+
+
+class WorkflowEventOutcome(msgspec.Struct, frozen=True, array_like=True):
+    """What has come of an event for one workflow, as a delivery keeps it."""
+
+    workflow_id: str
+    workflow_name: str
+    execution_id: str | None
+    error: tuple[str, str] | None = None
+    """Code and message; of a run that may have found no place free: what is true where there is no such run."""
+
+
+_decode_outcomes = decoding.build_decoder(list[WorkflowEventOutcome]).decode
+
+
+@dataclass(frozen=True, slots=True)
+class EventDispatchResult:
+    """What has come of an event."""
+
+    event_id: str
+    event_type: str
+    outcomes: Sequence[WorkflowEventOutcome]
+    is_repeated: bool = False
+    """It had come before: this is what had come of it then."""
+
+
+@dataclass(slots=True)
+class EventDispatchPlan:
+    """What is to come of an event."""
+
+    outcomes: list[WorkflowEventOutcome] = field(default_factory=list)
+    runs: list[IngestedRun] = field(default_factory=list)
+    deferred: int = 0
+    refusal: ApiError | None = None
+    """Of the last workflow for which there was no room."""
+    has_other: bool = False
+    """Something else has come of it than such refusals."""
+
+    def add(self, workflow: LoadedWorkflow, run: IngestedRun, *, is_deferred: bool) -> None:
+        full = errors.concurrency_limit()
+        error = None if run.may_wait else (full.code, full.message)
+        self.outcomes.append(WorkflowEventOutcome(workflow.id, workflow.name, run.execution_id, error))
+        self.runs.append(run)
+        self.deferred += is_deferred
+        self.has_other = True
+
+    def fail(self, workflow: LoadedWorkflow, code: str, message: str) -> None:
+        self.outcomes.append(WorkflowEventOutcome(workflow.id, workflow.name, None, (code, message)))
+        self.has_other = True
+
+    def refuse(self, workflow: LoadedWorkflow, error: ApiError) -> None:
+        """Leave out a workflow for which there is no room now."""
+        self.outcomes.append(
+            WorkflowEventOutcome(workflow.id, workflow.name, None, (error.code, error.message))
+        )
+        self.refusal = error
+
+
+def build_event_input(event: SenderEvent) -> dict[str, Json]:
+    """Return what the runs of an event are given."""
+    told: dict[str, Json] = {
+        "event_type": event.event_type,
+        "event_data": event.data,
+        "source": event.source,
+    }
+    if event.attributes:
+        told["attributes"] = dict(event.attributes)
+    return told
+
+
+async def dispatch_event(
+    gateway: GatewayState, sent: InboundRequest, event: SenderEvent, promise: IdempotencyKey | None
+) -> EventDispatchResult:
+    """Take in an event with a run of every workflow that is subscribed to it, or return what had come of it before.
+
+    Raises 400 for what can't be stored, 409 where workflows change all the time, 413, 422 for a promise with another
+    body, 429 and 503.
+    """
+    trigger = build_event_input(event)
+    try:
+        text = (await offload.run(values.encode_json, trigger)).decode()
+    except InvalidJson as error:
+        raise ApiError(400, error.code, error.message) from error
+    told = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
+    planned = EventDispatchPlan()
+
+    async def plan() -> IngestWrite:
+        nonlocal planned
+        planned = await _plan_dispatch(gateway, sent.sender.caller.organization_id, RunInput(trigger, text))
+        outcome = (
+            DeliveryOutcome.DEFERRED
+            if 0 < len(planned.runs) == planned.deferred
+            else DeliveryOutcome.ACCEPTED
+        )
+        answer = _encode(planned.outcomes).decode()
+        return sent.for_arrival(
+            planned.runs, status=ANSWERED, outcome=outcome, event=told, answer=answer, idempotency=promise
+        )
+
+    try:
+        taken = await ingest.ingest_batch(gateway, plan)
+    except ApiError:
+        # Whatever keeps it from being taken in now: what was answered before is answered the same.
+        lane = sent.sender.caller.lane
+        earlier = promise and await acceptance.find_earlier(gateway.database, lane, promise)
+        if not earlier:
+            raise
+        return await _repeat_result(gateway, sent, earlier.verdict, earlier.execution_id)
+    if taken.verdict is not AcceptanceVerdict.ACCEPTED:
+        return await _repeat_result(gateway, sent, taken.verdict, taken.delivery_id)
+    ingest.wake_deployments(gateway, planned.runs, taken.runs)
+    return EventDispatchResult(told.event_id, event.event_type, _merge_outcomes(planned, taken))
+
+
+# ── planning ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _plan_dispatch(gateway: GatewayState, organization_id: str, message: RunInput) -> EventDispatchPlan:
+    event_type = str(_read_field(message.trigger, "event_type"))
+    subscribed = await gateway.subscribers.find(organization_id, event_type)
+    found, deployed = subscribed.found, subscribed.deployed
+    _require_size(message, len(found))
+    revisions = {one.workflow_id: one.revision for one in found}
+    workflows = await gateway.workflows.load_several(organization_id, revisions)
+    counted = await gateway.activation.count_several(deployed) if deployed else {}
+    planned, turn = EventDispatchPlan(), LoopShare()
+    for one in found:
+        await turn.yield_if_due()
+        workflow = workflows.get(one.workflow_id)
+        if workflow is not None and workflow.status in SUBSCRIBING:
+            await _plan_one(gateway, planned, workflow, counted.get(workflow.id), message)
+    if planned.refusal is not None and not planned.has_other:
+        raise planned.refusal
+    return planned
+
+
+async def _plan_one(
+    gateway: GatewayState,
+    planned: EventDispatchPlan,
+    workflow: LoadedWorkflow,
+    counted: CountedDeployment | None,
+    message: RunInput,
+) -> None:
+    """Add what is to come of an event for one workflow, if that is subscribed to it as it will be run."""
+    is_held = workflow.status is WorkflowStatus.PAUSED
+    if counted is not None:
+        try:
+            workflow = await gateway.deployed.load(workflow, counted.deployment)
+        except DefinitionMissing as error:
+            planned.fail(workflow, "invalid-definition", str(error))
+            return
+    trigger = workflow.trigger
+    if trigger is None or not _matches_subscription(trigger.kind, trigger.config, message.trigger):
+        return
+    try:
+        if not _passes_filter(trigger.config.get("filter"), message.trigger):
+            return
+        graph_shapes.require_valid(workflow.validation)
+    except ExpressionError as error:
+        planned.fail(workflow, "filter-failed", f"The filter of the trigger could not be answered: {error}")
+        return
+    except ApiError as error:
+        planned.fail(workflow, error.code, error.message)
+        return
+    try:
+        await gateway.rates.spend(gateway.rates.of_workflow(workflow.id))
+        await gateway.backlog.require_room(workflow.organization_id, workflow.id)
+    except ApiError as error:
+        planned.refuse(workflow, error)
+        return
+    is_deferred = is_held or (counted is not None and counted.refusal is not None)
+    home = None if counted is None else workflow.id
+    run = ingest.build_run(gateway, RunTarget(workflow, trigger, home, is_deferred, is_held), message)
+    planned.add(workflow, run, is_deferred=is_deferred)
+
+
+def _matches_subscription(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
+    """Tell whether a trigger takes an event: what is deployed may have another than the workflow as it is now."""
+    patterns = matching_patterns(str(_read_field(trigger, "event_type")))
+    return kind == TriggerKind.EVENT and not set(patterns).isdisjoint(parse_patterns(config))
+
+
+def _passes_filter(condition: Json, trigger: Json) -> bool:
+    return condition is None or event_filters.matches_event(
+        _encode(condition).decode(), {"data": trigger, "trigger": trigger}
+    )
+
+
+def _read_field(trigger: Json, name: str) -> Json:
+    return trigger.get(name) if isinstance(trigger, dict) else None
+
+
+def _require_size(message: RunInput, count: int) -> None:
+    """Raise 413 where an event is too large for all that want it: each of its runs has it for itself."""
+    if len(message.text or "") * count > limits.EVENT_FAN_OUT_BYTES:
+        text = (
+            f"{count:,} workflows want this event: together they may get {limits.EVENT_FAN_OUT_BYTES:,} bytes"
+        )
+        raise ApiError(413, "payload-too-large", text)
+
+
+# ── what has come of it ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def _merge_outcomes(planned: EventDispatchPlan, taken: IngestResult) -> Sequence[WorkflowEventOutcome]:
+    """Return the outcomes, now that it is known which runs were taken in."""
+    full = {
+        run.execution_id
+        for run, answer in zip(planned.runs, taken.runs, strict=True)
+        if answer.verdict is AcceptanceVerdict.FULL
+    }
+    return [_certain_outcomes(one, is_there=one.execution_id not in full) for one in planned.outcomes]
+
+
+def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> WorkflowEventOutcome:
+    if outcome.execution_id is None:
+        return outcome
+    if is_there:
+        return msgspec.structs.replace(outcome, error=None)
+    return msgspec.structs.replace(outcome, execution_id=None)
+
+
+async def _repeat_result(
+    gateway: GatewayState, sent: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str
+) -> EventDispatchResult:
+    """Return what had come of the first event with the same promise; raises 422 where that had another body."""
+    if verdict is AcceptanceVerdict.MISMATCH:
+        raise idempotency.mismatch_error()
+    async with gateway.database.read() as connection:
+        row = (
+            await connection.execute(
+                select(col(Delivery.answer), col(EventRow.id), col(EventRow.event_type))
+                .join(EventRow, col(EventRow.id) == col(Delivery.event_id))
+                .where(
+                    col(Delivery.id) == delivery_id,
+                    col(Delivery.organization_id) == sent.sender.caller.organization_id,
+                )
+            )
+        ).first()
+        if row is None:
+            raise errors.not_ready("What had come of this event is not kept any more")
+        found = await _kept(connection, row.answer)
+    await gateway.deliveries.note(
+        sent.repetition_delivery(gateway.clock(), status=ANSWERED, execution_id=_only(found))
+    )
+    return EventDispatchResult(row.id, row.event_type, found, is_repeated=True)
+
+
+async def read_outcomes(connection: AsyncConnection, delivery: Delivery) -> Sequence[WorkflowEventOutcome]:
+    """Return what had come of the event that a delivery has brought."""
+    return await _kept(connection, delivery.answer or "[]")
+
+
+async def _kept(connection: AsyncConnection, answer: str) -> Sequence[WorkflowEventOutcome]:
+    found = _decode_outcomes(answer)
+    unsure = [str(one.execution_id) for one in found if one.execution_id and one.error]
+    there = {*(await _existing(connection, unsure))}
+    return [_certain_outcomes(one, is_there=one.error is None or one.execution_id in there) for one in found]
+
+
+async def _existing(connection: AsyncConnection, execution_ids: Sequence[str]) -> Sequence[str]:
+    found: list[str] = []
+    for some in _batches(execution_ids):
+        found += await connection.scalars(select(col(Execution.id)).where(col(Execution.id).in_(some)))
+    return found
+
+
+def _only(outcomes: Sequence[WorkflowEventOutcome]) -> str | None:
+    runs = [one.execution_id for one in outcomes if one.execution_id is not None]
+    return runs[0] if len(runs) == 1 else None
+
+
+def _batches(names: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    return (names[start : start + BATCH_IDS] for start in range(0, len(names), BATCH_IDS))

@@ -1,0 +1,94 @@
+"""Whether those who send events sign what they send, with the secrets that an event token keeps of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+import structlog
+
+from concurrency import offload
+from gateway.http import errors
+from gateway.http.errors import ApiError
+from json_text import decoding
+from models.encryption import VaultError
+from senders import event_senders, github, slack, standard_webhooks, stripe
+from senders.event_senders import EventSender as Provider
+from senders.request_refusal import RequestRefused
+
+if TYPE_CHECKING:
+    from gateway.http.sender import RequestSender
+    from models.encryption import EncryptedText, SecretVault
+    from senders.sender_request import SenderRequest
+    from senders.signatures import SignatureResult
+
+log = structlog.get_logger()
+
+Secrets = dict[Provider, list[str]]
+"""What each provider signs with; several while one takes the place of another."""
+
+VERIFIERS: Final[Mapping[Provider, Callable[[SenderRequest, Sequence[str]], SignatureResult]]] = {
+    Provider.GITHUB: github.verify,
+    Provider.STRIPE: stripe.verify,
+    Provider.SLACK: slack.verify,
+    Provider.STANDARD_WEBHOOKS: standard_webhooks.verify,
+}
+_OF_SIGNATURES: Final = frozenset({"missing-signature", "invalid-signature", "stale-signature", "no-secret"})
+_encode = msgspec.json.Encoder().encode
+_decode = decoding.build_decoder(Secrets).decode
+
+
+def seal_secrets(
+    vault: SecretVault, secrets: Secrets, *, organization_id: str, token_id: str
+) -> EncryptedText:
+    """Return the secrets of an event token as they are stored."""
+    return vault.seal(_encode(secrets), organization_id=organization_id, object_id=token_id)
+
+
+async def verify_event(arrival: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
+    """Return whose form a request has, None for that of the API, after having found it signed as it must be.
+
+    An API key vouches for whatever comes with it. By a token, what a provider is known to sign must be signed, and a
+    token with secrets lets in nothing else. Raises 401, 400, and 503 where the secrets can't be read.
+    """
+    try:
+        claimed = event_senders.recognize_sender(arrival)
+        if sender.token is not None:
+            await offload.run(_require_signature, arrival, claimed, _opened(sender, vault))
+    except RequestRefused as error:
+        raise refusal_error(error) from error
+    return claimed
+
+
+def _require_signature(arrival: SenderRequest, claimed: Provider | None, secrets: Secrets) -> None:
+    verifier = None if claimed is None else VERIFIERS.get(claimed)
+    if claimed is not None and verifier is not None:
+        verifier(arrival, secrets.get(claimed, []))
+    elif secrets:
+        raise RequestRefused(
+            "missing-signature", "The request is not signed: this token is for those who sign"
+        )
+
+
+def refusal_error(error: RequestRefused) -> ApiError:
+    """Return what a sender is answered whose request isn't taken in."""
+    if error.code in _OF_SIGNATURES:
+        return ApiError(401, "invalid-signature", error.message)
+    if error.code == "too-large":
+        return ApiError(413, "payload-too-large", error.message)
+    if error.code == "unsupported-media-type":
+        return ApiError(415, error.code, error.message)
+    return ApiError(400, error.code, error.message)
+
+
+def _opened(sender: RequestSender, vault: SecretVault) -> Secrets:
+    token = sender.token
+    if token is None or token.sealed is None:
+        return {}
+    try:
+        text = vault.open(token.sealed, organization_id=token.organization_id, object_id=token.id)
+    except VaultError as error:
+        log.error("secrets of an event token not opened", token_id=token.id, reason=str(error))  # noqa: TRY400 - the reason says it
+        raise errors.not_ready("The secrets of this token can't be read: tell the operator") from error
+    return _decode(text)

@@ -1,0 +1,245 @@
+"""Tokens of those who send events and can't set a header: made by admins, shown once, inside the URL to give away."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final
+
+import msgspec
+from msgspec import Meta
+from sqlalchemy import func, insert, select, update
+from sqlmodel import col
+
+from engine.values import fingerprint
+from gateway.access import audit_log
+from gateway.http import errors, limits, read_only, text_rules
+from gateway.http.parameters import LIMIT, OFFSET
+from gateway.http.public_address import address_warnings, base_url
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, optional_instant, read_json
+from gateway.ingest import event_signatures
+from models import ids, sender_tokens
+from models.audit import AuditAction
+from models.ingest import SenderToken, SenderTokenKind
+from senders.event_senders import EventSender as Provider
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.ingest.event_signatures import Secrets
+    from models.access import ApiCaller
+
+Some = Annotated[
+    list[Annotated[str, Meta(min_length=1, max_length=limits.SECRET_LENGTH)]],
+    Meta(max_length=limits.EVENT_TOKEN_SECRETS),
+]
+LISTED: Final = (LIMIT, OFFSET)
+
+
+class ProviderSecrets(StrictWire):
+    """What providers sign with; several of one while a new one takes the place of another."""
+
+    github: Some = msgspec.field(default_factory=list)
+    stripe: Some = msgspec.field(default_factory=list)
+    slack: Some = msgspec.field(default_factory=list)
+    """Signing secrets of apps."""
+    standard_webhooks: Some = msgspec.field(default_factory=list)
+    """`whsec_` and a secret, or `whpk_` and a public key."""
+
+
+_NAMES: Final[Mapping[Provider, str]] = {
+    Provider.GITHUB: "github",
+    Provider.STRIPE: "stripe",
+    Provider.SLACK: "slack",
+    Provider.STANDARD_WEBHOOKS: "standardWebhooks",
+}
+
+
+class CreateEventToken(StrictWire):
+    """A token for one or several senders of events.
+
+    A field that isn't known is refused: were a provider's name misspelt, the token would take what nobody signs.
+    """
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("id", "hint", "userId", "createdAt", "lastUsedAt", "revokedAt", "token", "url", "warnings"), ""
+        ),
+        # Never ignored: the new token would take unsigned events, where the other one took none.
+        "providers": "`secrets`",
+    }
+
+    name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
+    secrets: ProviderSecrets | None = None
+    """With any, only what is signed by one of them is let in by this token; they are never shown."""
+
+
+class EventTokenShape(WireStruct):
+    """A token, without what it takes to use it."""
+
+    id: str
+    name: str
+    hint: str
+    """Its last characters."""
+    providers: list[str]
+    """Whose signatures it takes; none: it takes what isn't signed."""
+    user_id: str
+    """Who has made it: to them belong the events that come by it."""
+    created_at: Instant
+    last_used_at: Instant | None
+    revoked_at: Instant | None
+
+
+class NewEventToken(EventTokenShape):
+    """A token, in the only answer that has it."""
+
+    token: str
+    url: str
+    """Where events are sent to: to be given to the sender as it is."""
+    warnings: list[str]
+    """Reasons for which the sender may not reach that URL, and fields of the request that were ignored."""
+
+
+class EventTokenList(WireStruct):
+    """A part of the tokens, the newest first; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    tokens: Sequence[EventTokenShape]
+
+
+async def create(request: GatewayRequest) -> JsonResponse:
+    """Make a token by which senders tell events to the organisation; the answer shows it this once, with its URL.
+
+    It is good for nothing but events. What providers sign, it takes only where it has their secrets.
+    """
+    _require_admin(request.caller)
+    value = await read_json(request)
+    body = body_of(request, value, CreateEventToken)
+    secrets = _secrets(body.secrets or ProviderSecrets())
+    read_only.warn_of_new(
+        request, value, CreateEventToken, lambda: {"providers": [_NAMES[provider] for provider in secrets]}
+    )
+    problems = ProblemCollector()
+    name = text_rules.check_line(body.name, "name", problems, max_length=limits.KEY_NAME_LENGTH)
+    problems.raise_any()
+    caller, now = request.caller, request.gateway.clock()
+    token, token_id = sender_tokens.new_token(SenderTokenKind.EVENT), ids.new_id("tok")
+    row = SenderToken(
+        id=token_id,
+        kind=SenderTokenKind.EVENT,
+        organization_id=caller.organization_id,
+        lane=caller.lane,
+        user_id=caller.user_id,
+        name=name,
+        hash=sender_tokens.hash_token(token),
+        hint=sender_tokens.visible_suffix(token),
+        created_at=now,
+    )
+    if secrets:
+        sealed = event_signatures.seal_secrets(
+            request.gateway.vault, secrets, organization_id=caller.organization_id, token_id=token_id
+        )
+        row.sealed, row.secret_id = sealed.content, sealed.secret_id
+    row.providers = ",".join(secrets)
+
+    async def make(connection: AsyncConnection) -> None:
+        await connection.execute(insert(SenderToken).values(row.model_dump()))
+        after = fingerprint([token_id, name, row.providers])
+        await audit_log.record_change(
+            connection, caller, AuditAction.EVENT_TOKEN_CREATED, token_id, before=None, after=after
+        )
+
+    await request.gateway.database.transaction(make)
+    shown = msgspec.structs.asdict(_shape(row))
+    url = f"{base_url(request)}/api/v1/workflows/events?key={token}"
+    # This answer had texts for warnings before there were any about fields.
+    warnings = [*address_warnings(request), *(str(one["message"]) for one in request.warnings)]
+    request.warnings.clear()
+    return JsonResponse(NewEventToken(**shown, token=token, url=url, warnings=warnings), status=201)
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the tokens of the organisation's senders of events."""
+    _require_admin(request.caller)
+    part = request.query.page()
+    conditions = _of(request.caller)
+    async with request.gateway.database.read() as connection:
+        count = await connection.scalar(select(func.count()).select_from(SenderToken).where(*conditions))
+        rows = await connection.execute(
+            select(SenderToken)
+            .where(*conditions)
+            .order_by(col(SenderToken.id).desc())
+            .limit(part.limit)
+            .offset(part.offset)
+        )
+        found = [_shape(SenderToken(**row)) for row in rows.mappings()]
+    return JsonResponse(EventTokenList(count=count or 0, limit=part.limit, offset=part.offset, tokens=found))
+
+
+async def revoke(request: GatewayRequest) -> NoContent:
+    """End a token of senders of events: it opens nothing any more, everywhere within a second."""
+    _require_admin(request.caller)
+    caller, token_id, now = request.caller, request.path_params["id"], request.gateway.clock()
+
+    async def end(connection: AsyncConnection) -> bool:
+        is_this = (col(SenderToken.id) == token_id, *_of(caller))
+        row = (
+            (await connection.execute(select(SenderToken).where(*is_this).with_for_update()))
+            .mappings()
+            .first()
+        )
+        if row is None:
+            return False
+        if row["revoked_at"] is None:
+            await connection.execute(
+                update(SenderToken).where(*is_this).values(revoked_at=now, sealed=None, secret_id=None)
+            )
+            before = fingerprint([token_id, row["name"], row["providers"]])
+            await audit_log.record_change(
+                connection, caller, AuditAction.EVENT_TOKEN_REVOKED, token_id, before=before, after=None
+            )
+        return True
+
+    if not await request.gateway.database.transaction(end):
+        raise errors.not_found("event token")
+    return NoContent()
+
+
+def _of(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
+    return (
+        col(SenderToken.organization_id) == caller.organization_id,
+        col(SenderToken.kind) == SenderTokenKind.EVENT,
+    )
+
+
+def _secrets(given: ProviderSecrets) -> Secrets:
+    by_provider = {
+        Provider.GITHUB: given.github,
+        Provider.STRIPE: given.stripe,
+        Provider.SLACK: given.slack,
+        Provider.STANDARD_WEBHOOKS: given.standard_webhooks,
+    }
+    return {provider: secrets for provider, secrets in by_provider.items() if secrets}
+
+
+def _shape(row: SenderToken) -> EventTokenShape:
+    return EventTokenShape(
+        id=row.id,
+        name=row.name,
+        hint=row.hint,
+        providers=[_NAMES[Provider(word)] for word in row.providers.split(",") if word],
+        user_id=row.user_id,
+        created_at=instant(row.created_at),
+        last_used_at=optional_instant(row.last_used_at),
+        revoked_at=optional_instant(row.revoked_at),
+    )
+
+
+def _require_admin(caller: ApiCaller) -> None:
+    if not caller.is_admin:
+        raise errors.admin_required()

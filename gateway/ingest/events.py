@@ -1,0 +1,398 @@
+"""Events: what has happened somewhere, told to every workflow that waits for such a thing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import msgspec
+from sqlalchemy import func, select
+from sqlmodel import col
+
+from concurrency import offload
+from engine.values import fingerprint
+from gateway.http import errors, idempotency, limits, text_rules
+from gateway.http.parameters import LIMIT, OFFSET, TextParameter, TimeParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent, location
+from gateway.http.sender import RequestSender, refuse_sender
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import (
+    GuardedWire,
+    Instant,
+    StrictWire,
+    WireStruct,
+    body_of,
+    decode_body,
+    instant,
+    json_of,
+)
+from gateway.ingest import (
+    capacity,
+    deduplication_keys,
+    event_dispatch,
+    event_signatures,
+    inbound_request,
+    ingest,
+)
+from gateway.ingest.inbound_request import InboundRequest
+from gateway.ingest.ingest import RunInput
+from journal.store import AcceptanceVerdict
+from journal.waits import event_waits
+from json_text import decoding
+from models import ids
+from models.ingest import Delivery, IngestRoute, SenderTokenKind
+from models.ingest import EventRecord as EventRow
+from senders import event_senders
+from senders import sender_event as sent_events
+from senders.request_refusal import RequestRefused
+from senders.sender_event import EventBatch, SenderEvent, UrlChallenge
+from senders.sender_request import RequestHeaders, SenderRequest
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from gateway.ingest.event_dispatch import EventDispatchResult, WorkflowEventOutcome
+    from gateway.ingest.ingest import RunTarget
+    from journal.store import IdempotencyKey
+    from models.access import ApiCaller
+    from senders.event_senders import EventSender as Provider
+
+SOURCE: Final = "platform"
+EVENT: Final = "event"
+EVENT_TYPE: Final = TextParameter(
+    "eventType", "Only events of this type, or, as `user.*`, of all that begin so."
+)
+FROM: Final = TextParameter("source", "Only events from there.")
+SINCE: Final = TimeParameter("since", "Only what came from this moment on.")
+UNTIL: Final = TimeParameter("until", "Only what came before this moment.")
+LISTED: Final = (EVENT_TYPE, FROM, SINCE, UNTIL, LIMIT, OFFSET)
+_ORIGIN: Final = re.compile(r"[A-Za-z0-9*.:_-]{1,255}")
+
+
+class EmitEventRequest(GuardedWire):
+    """Something that has happened."""
+
+    event_type: Annotated[str, text_rules.is_allowed_text(limits.EVENT_TYPE_LENGTH, min_length=1)] = (
+        msgspec.field(name="event_type")
+    )
+    event_data: dict[str, Any] | None = msgspec.field(default=None, name="event_data")
+    source: Annotated[str, text_rules.is_allowed_text(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
+
+
+class EventFailure(WireStruct):
+    """Why a workflow was not run."""
+
+    code: str
+    message: str
+
+
+class EventResult(WireStruct, omit_defaults=True):
+    """What has come of an event for one workflow."""
+
+    workflow_id: str
+    workflow_name: str
+    execution_id: str | None = None
+    error: EventFailure | None = None
+    """In the place of an execution."""
+
+
+class EmitEventResult(WireStruct):
+    """What has come of an event."""
+
+    event_type: str = msgspec.field(name="event_type")
+    workflows_triggered: int = msgspec.field(name="workflows_triggered")
+    workflows_failed: int = msgspec.field(name="workflows_failed")
+    results: Sequence[EventResult]
+    event_id: str = msgspec.field(name="event_id")
+    """By which it can be looked at, and replayed."""
+
+
+class EmitEventResults(WireStruct):
+    """What has come of events, in their order."""
+
+    results: Sequence[EmitEventResult]
+
+
+class EndpointChallenge(WireStruct):
+    """What a sender wants back, to see that an address is ours."""
+
+    challenge: str
+
+
+class EventSummary(WireStruct, kw_only=False):
+    """An event, without what it tells."""
+
+    id: str
+    event_type: str
+    source: str
+    user_id: str
+    """Who has told it, or made the token by which it came."""
+    created_at: Instant
+
+
+class EventList(WireStruct):
+    """A part of the events; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    events: Sequence[EventSummary]
+
+
+class EventShape(WireStruct):
+    """An event, and what has come of it."""
+
+    id: str
+    event_type: str
+    source: str
+    user_id: str
+    """Who has told it, or made the token by which it came."""
+    created_at: Instant
+    event_data: Any
+    attributes: dict[str, Any]
+    """What a CloudEvent says besides."""
+    results: Sequence[EventResult]
+
+
+class ReplayEvent(StrictWire):
+    """What an event is to run once more."""
+
+    workflow_id: Annotated[
+        str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,64}$", description="the id of a workflow")
+    ]
+
+
+class EventReplayResult(WireStruct):
+    """The run of an event that has come before."""
+
+    execution_id: str
+    trigger_type: str = msgspec.field(default=EVENT, name="trigger_type")
+
+
+async def emit(request: GatewayRequest) -> JsonResponse:
+    """Tell an event to the organisation's workflows: each active one that waits for such an event is run.
+
+    Takes the body below; CloudEvents 1.0, structured, binary or as a batch, which is answered by a list `results` of
+    such answers; and what GitHub, Stripe, Slack and senders of Standard Webhooks send to the URL of an event token.
+    A workflow that can't be run stands in `results` with an `error`.
+    """
+    gateway, sender = request.gateway, request.sender
+    if sender.token is not None and sender.token.kind is not SenderTokenKind.EVENT:
+        raise refuse_sender()
+    content = await request.body()
+    arrival = SenderRequest(
+        request.method,
+        request.url.path,
+        {},
+        RequestHeaders(request.scope["headers"]),
+        content,
+        gateway.clock(),
+    )
+    provider = await event_signatures.verify_event(arrival, sender, gateway.vault)
+    note = await inbound_request.describe_request(IngestRoute.EVENTS, sender, content)
+    async with gateway.deliveries.refusals(note):
+        await gateway.rates.take(request)
+        meaning = await _meaning(request, arrival, provider)
+        if isinstance(meaning, UrlChallenge):
+            await gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
+            return JsonResponse(EndpointChallenge(challenge=meaning.text))
+        if isinstance(meaning, SenderEvent):
+            promise = await offload.run(_promise, request, sender, meaning)
+            emission = await event_dispatch.dispatch_event(gateway, note, meaning, promise)
+            headers = idempotency.REPLAYED if emission.is_repeated else None
+            return JsonResponse(_shape(emission), headers=headers)
+        return await _each(request, note, meaning)
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the events of the organisation, the newest first: admins see all, others those that they have told."""
+    query = request.query
+    part = query.page()
+    conditions = [*_visible_to(request.caller)]
+    if pattern := query[EVENT_TYPE]:
+        conditions.append(event_waits.matches_pattern(pattern))
+    if source := query[FROM]:
+        conditions.append(col(EventRow.source) == source)
+    if since := query[SINCE]:
+        conditions.append(col(EventRow.created_at) >= since)
+    if until := query[UNTIL]:
+        conditions.append(col(EventRow.created_at) < until)
+    columns = (
+        *(col(EventRow.id), col(EventRow.event_type), col(EventRow.source)),
+        *(col(EventRow.user_id), col(EventRow.created_at)),
+    )
+    async with request.gateway.database.read() as connection:
+        count = await connection.scalar(select(func.count()).select_from(EventRow).where(*conditions))
+        rows = await connection.execute(
+            select(*columns)
+            .where(*conditions)
+            .order_by(col(EventRow.created_at).desc(), col(EventRow.id).desc())
+            .limit(part.limit)
+            .offset(part.offset)
+        )
+        found = [EventSummary(*row[:4], instant(row[4])) for row in rows]
+    return JsonResponse(EventList(count=count or 0, limit=part.limit, offset=part.offset, events=found))
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show an event, and what has come of it."""
+    async with request.gateway.database.read() as connection:
+        event, delivery = await _readable(connection, request)
+        outcomes = await event_dispatch.read_outcomes(connection, delivery) if delivery is not None else []
+    told: dict[str, Any] = decoding.decode(event.data)
+    shape = EventShape(
+        id=event.id,
+        event_type=event.event_type,
+        source=event.source,
+        user_id=event.user_id,
+        created_at=instant(event.created_at),
+        event_data=told["event_data"],
+        attributes=told.get("attributes", {}),
+        results=[_result(one) for one in outcomes],
+    )
+    return JsonResponse(shape)
+
+
+async def replay(request: GatewayRequest) -> JsonResponse:
+    """Run one workflow on an event that has come before, whether it was subscribed to that or not.
+
+    It must be active, and begin with an event trigger, whose type and filter don't matter then.
+    """
+    body = await decode_body(request, ReplayEvent)
+    gateway, caller, workflow_id = request.gateway, request.caller, body.workflow_id
+    async with gateway.database.read() as connection:
+        event, delivery = await _readable(connection, request)
+    promise = idempotency.requested_key(request, {"event": event.id}, workflow_id=workflow_id)
+    note = InboundRequest(
+        route=IngestRoute.EVENTS,
+        sender=RequestSender(caller, f"api-key:{caller.key_id}"),
+        content_hash=delivery.content_hash if delivery else "",
+        content_bytes=delivery.content_bytes if delivery else len(event.data),
+        workflow_id=workflow_id,
+        redriven_from=delivery.id if delivery else None,
+    )
+
+    async def plan(ground: RunTarget) -> RunInput:
+        await capacity.require_not_paused(request, ground)
+        return RunInput(decoding.decode(event.data), event.data, promise=promise)
+
+    async with gateway.deliveries.refusals(note):
+        accepted = await ingest.ingest_request(gateway, note, EVENT, plan, promise)
+    headers = location(gateway.settings, accepted.execution_id)
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
+        headers |= idempotency.REPLAYED
+    return JsonResponse(EventReplayResult(execution_id=accepted.execution_id), status=201, headers=headers)
+
+
+async def handshake(request: GatewayRequest) -> NoContent:
+    """Tell a sender of CloudEvents, who asks before it sends any, that it may."""
+    headers = {"Allow": "OPTIONS, POST"}
+    origin = request.headers.get("webhook-request-origin", "")
+    if _ORIGIN.fullmatch(origin):
+        rate = request.gateway.settings.rate_per_key
+        headers["WebHook-Allowed-Origin"] = origin
+        headers["WebHook-Allowed-Rate"] = str(max(int(rate * 60), 1)) if rate else "*"
+    return NoContent(headers)
+
+
+async def _each(request: GatewayRequest, note: InboundRequest, batch: EventBatch) -> JsonResponse:
+    """Take in the events of a batch one after the other: one that is sent again in part is known by its events."""
+    if not batch.events:
+        await request.gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
+    whole: Json = [event_dispatch.build_event_input(one) for one in batch.events]
+    given = await offload.run(idempotency.requested_key, request, whole)
+    emissions: list[EventDispatchResult] = []
+    for place, event in enumerate(batch.events):
+        of_event = replace(note, delivery_id=ids.new_id("dlv"))
+        promise = _derived(note.sender, event)
+        if given is not None:
+            promise = replace(given, key=fingerprint([given.key, place]))
+        emissions.append(await event_dispatch.dispatch_event(request.gateway, of_event, event, promise))
+    is_repeated = bool(emissions) and all(emission.is_repeated for emission in emissions)
+    shape = EmitEventResults(results=[_shape(emission) for emission in emissions])
+    return JsonResponse(shape, headers=idempotency.REPLAYED if is_repeated else None)
+
+
+async def _meaning(
+    request: GatewayRequest, arrival: SenderRequest, provider: Provider | None
+) -> SenderEvent | EventBatch | UrlChallenge:
+    if provider is None:
+        return _plain(body_of(request, await json_of(request, arrival.body), EmitEventRequest))
+    try:
+        return await offload.run(event_senders.parse_event, arrival, provider)
+    except RequestRefused as error:
+        raise event_signatures.refusal_error(error) from error
+
+
+def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
+    own = (col(EventRow.organization_id) == caller.organization_id, col(EventRow.lane) == caller.lane)
+    return own if caller.is_admin else (*own, col(EventRow.user_id) == caller.user_id)
+
+
+async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tuple[EventRow, Delivery | None]:
+    """Return an event that the caller may see, and by what it came, as long as that is kept; raises 404."""
+    statement = select(EventRow).where(
+        col(EventRow.id) == request.path_params["id"], *_visible_to(request.caller)
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        raise errors.not_found("event")
+    event = EventRow(**row)
+    brought = select(Delivery).where(
+        col(Delivery.organization_id) == event.organization_id,
+        # They were committed together, and an index has these two.
+        col(Delivery.created_at) == event.created_at,
+        col(Delivery.event_id) == event.id,
+    )
+    delivery = (await connection.execute(brought)).mappings().first()
+    return event, None if delivery is None else Delivery(**delivery)
+
+
+def _plain(body: EmitEventRequest) -> SenderEvent:
+    """Return an event in the form of the API; raises 422."""
+    problems = ProblemCollector()
+    try:
+        sent_events.require_type(body.event_type)
+    except RequestRefused as error:
+        problems.add("event_type", "invalid-value", error.message)
+    source = text_rules.check_line(body.source, "source", problems, max_length=limits.SOURCE_LENGTH)
+    problems.raise_any()
+    return SenderEvent(body.event_type, source, body.event_data or {})
+
+
+def _promise(request: GatewayRequest, sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:
+    return idempotency.requested_key(request, event_dispatch.build_event_input(event)) or _derived(
+        sender, event
+    )
+
+
+def _derived(sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:
+    if event.key is None:
+        return None
+    return deduplication_keys.derive_key(EVENT, sender.caller.organization_id, event.key)
+
+
+def _shape(emission: EventDispatchResult) -> EmitEventResult:
+    failed = sum(one.execution_id is None for one in emission.outcomes)
+    return EmitEventResult(
+        event_type=emission.event_type,
+        workflows_triggered=len(emission.outcomes) - failed,
+        workflows_failed=failed,
+        results=[_result(one) for one in emission.outcomes],
+        event_id=emission.event_id,
+    )
+
+
+def _result(outcome: WorkflowEventOutcome) -> EventResult:
+    error = EventFailure(code=outcome.error[0], message=outcome.error[1]) if outcome.error else None
+    return EventResult(
+        workflow_id=outcome.workflow_id,
+        workflow_name=outcome.workflow_name,
+        execution_id=outcome.execution_id,
+        error=error,
+    )

@@ -1,0 +1,334 @@
+"""Hooks: what other systems send to the address of a workflow's webhook trigger."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+from urllib.parse import parse_qs
+
+from concurrency import offload
+from engine.values import InvalidJson
+from gateway.executions.rate_limits import RateLimit
+from gateway.http import errors, idempotency, limits
+from gateway.http.body_limit import BodyLimit
+from gateway.http.errors import ApiError
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent, location
+from gateway.http.wire import WireStruct
+from gateway.ingest import (
+    deduplication_keys,
+    event_signatures,
+    inbound_request,
+    ingest,
+    verification,
+    webhook_responses,
+    webhook_triggers,
+)
+from gateway.ingest.ingest import RunInput
+from gateway.ingest.path_tokens import find_path_sender, find_token_workflow
+from gateway.ingest.verification import SigningProvider
+from gateway.ingest.webhook_responses import WorkflowAnswer
+from gateway.ingest.webhook_triggers import ResponseMode
+from journal import trigger_body
+from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
+from journal.store import AcceptanceVerdict, ExecutionKey
+from journal.trigger_body import EncodedTrigger
+from messages.buckets import Rate
+from models import ids
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.ingest import IngestRoute
+from senders import delivery_keys
+from senders.request_refusal import RequestRefused
+from senders.sender_event import UrlChallenge
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+    from engine.values import Json
+    from gateway.http.sender import RequestSender
+    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.ingest.ingest import RunTarget
+    from gateway.ingest.verification import VerifiedSignature
+    from gateway.ingest.webhook_triggers import WebhookTrigger
+    from journal.definition_snapshot import LoadedWorkflow
+    from journal.store import AcceptanceResult, IdempotencyKey
+    from senders.sender_request import SenderRequest
+
+DELIVERY: Final = "hook"
+NAMED: Final = "hook-idempotency-key"
+ACCEPTED: Final = 202
+OK: Final = 200
+MAX_HOOK_SETTING: Final = "PILOTFLAME_MAX_HOOK_BYTES"
+KEY: Final = "key"
+METHODS: Final = ("GET", "POST", "PUT", "PATCH", "DELETE")
+"""Methods that a webhook trigger may accept."""
+_OPENS_NOTHING: Final = frozenset({404, 422})
+"""Statuses for an unknown address, and for a workflow without a webhook trigger."""
+
+
+class WebhookStatus(StrEnum):
+    """What has become of a request."""
+
+    ACCEPTED = "accepted"
+    """Its run goes on, or is about to begin."""
+    COMPLETED = "completed"
+    """Its run has ended, without an answer of its own."""
+    IGNORED = "ignored"
+    """It is of an event that runs nothing, or of none."""
+
+
+class WebhookReceipt(WireStruct, omit_defaults=True):
+    """What has become of a request, where the workflow doesn't answer it itself."""
+
+    status: WebhookStatus
+    execution_id: str | None = None
+    challenge: str | None = None
+    """What the sender wants back, to see that it is heard."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedWebhookRequest:
+    """A request that is truly of a sender of the hook."""
+
+    hook: WebhookTrigger
+    vouched: VerifiedSignature
+
+    @property
+    def arrival(self) -> SenderRequest:
+        return self.vouched.arrival
+
+
+async def receive(request: GatewayRequest) -> ASGIApp:
+    """Take what another system sends to a workflow's webhook trigger, by whichever methods that allows.
+
+    The address has the workflow's trigger token, and the trigger's config says how its senders are told from others;
+    one that doesn't takes nothing. The workflow itself answers where its trigger waits for that, with a status, headers
+    and a body of its own.
+    """
+    began = asyncio.get_running_loop().time()
+    for name, value in webhook_responses.POLICY.items():
+        request.send_with_answer(name, value)
+    sender = await find_path_sender(request)
+    let_in = await _verify_sender(request, sender)
+    note = await inbound_request.describe_request(
+        IngestRoute.HOOK, sender, let_in.arrival.body, workflow_id=find_token_workflow(sender)
+    )
+    async with request.gateway.deliveries.refusals(note):
+        await request.gateway.rates.take(
+            request, note.workflow_id, key=sender.caller.key_id, also=_also(let_in, sender)
+        )
+        try:
+            return await _answered(request, note, let_in, began)
+        except RequestRefused as error:
+            raise event_signatures.refusal_error(error) from error
+
+
+async def options(request: GatewayRequest) -> NoContent:
+    """List the methods that a webhook accepts.
+
+    An address that opens no webhook gets the list of all methods, so that the answer tells strangers nothing. Requests
+    with unknown tokens count as failed attempts here too.
+    """
+    methods: Collection[str] = METHODS
+    try:
+        sender = await find_path_sender(request)
+        methods = await verification.under_current(
+            request.gateway, sender.caller, find_token_workflow(sender), _accepted_methods
+        )
+    except ApiError as error:
+        if error.status not in _OPENS_NOTHING:
+            raise
+    return NoContent({"Allow": ", ".join(sorted({*methods, "OPTIONS"}))})
+
+
+async def _answered(
+    request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest, began: float
+) -> ASGIApp:
+    """Return the answer to a request that is let in; raises `Refused` for one that says nothing that can be kept."""
+    hook, arrival = let_in.hook, let_in.arrival
+    meaning = await offload.run(webhook_triggers.parse_request, hook, arrival)
+    if isinstance(meaning, UrlChallenge):
+        await _note_only(request, note, "challenge: the sender looks whether it is heard")
+        return JsonResponse(WebhookReceipt(status=WebhookStatus.IGNORED, challenge=meaning.text or None))
+    if not hook.runs_for(meaning.event_type):
+        await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'none is named'}")
+        return JsonResponse(WebhookReceipt(status=WebhookStatus.IGNORED))
+    trigger = await offload.run(webhook_triggers.build_input, hook, arrival, meaning.body)
+    encoded = await offload.run(_encoded, trigger)
+    if len(encoded.content) <= limits.KEPT_REFUSED_CHARACTERS:
+        note.payload = encoded.content.decode()
+    accepted, is_deferred = await _ingest(request, note, let_in, trigger, encoded)
+    if hook.config.respond is ResponseMode.AT_ONCE or is_deferred:
+        return _going_on(request, hook, accepted)
+    return await _when_done(request, hook, accepted, note, began + hook.config.deadline_seconds)
+
+
+# ── who sends ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> VerifiedWebhookRequest:
+    """Return a request that the trigger takes from its sender, with all of its body.
+
+    Raises 400, 401, 403, 405, 413, 415, 422 and 503; none of them but to those who know the address.
+    """
+    gateway = request.gateway
+    query = _query(request)
+    address = request.client.host if request.client else ""
+    content: bytes | None = None
+
+    async def use(workflow: LoadedWorkflow) -> VerifiedWebhookRequest:
+        nonlocal content
+        hook = webhook_triggers.read_webhook(workflow)
+        hook.require_method(request.method)
+        hook.require_network(address)
+        most = BodyLimit(gateway.settings.max_hook_bytes, MAX_HOOK_SETTING)
+        limit = min(hook.body_limit, most, key=lambda one: one.bytes)
+        if content is None:
+            content = await request.body_up_to(limit)
+        elif len(content) > limit.bytes:
+            raise limit.exceeded()
+        arrival = verification.build_arrival(request, query, content)
+        return VerifiedWebhookRequest(hook, await verification.verify_signature(gateway, workflow, arrival))
+
+    return await verification.under_current(gateway, sender.caller, find_token_workflow(sender), use)
+
+
+async def _accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
+    return webhook_triggers.read_webhook(workflow).config.methods
+
+
+def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
+    """Return the query, without what elsewhere would be a token."""
+    try:
+        query = parse_qs(
+            request.scope["query_string"].decode("latin-1"),
+            keep_blank_values=True,
+            max_num_fields=limits.QUERY_FIELDS,
+        )
+    except ValueError as error:
+        message = f"The query may have at most {limits.QUERY_FIELDS} parameters"
+        raise errors.invalid_query("", "too-many", message) from error
+    return {name: found for name, found in query.items() if name != KEY}
+
+
+def _also(let_in: VerifiedWebhookRequest, sender: RequestSender) -> Sequence[RateLimit]:
+    """Return the limit of a hook that takes what anybody sends."""
+    if let_in.hook.verification.provider is not SigningProvider.NONE:
+        return ()
+    rate = Rate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
+    return (RateLimit("hook", f"hook:{sender.caller.key_id}", rate),)
+
+
+# ── what becomes of it ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def _encoded(trigger: Mapping[str, Json]) -> EncodedTrigger:
+    try:
+        return EncodedTrigger.of(trigger)
+    except InvalidJson as error:
+        raise RequestRefused(error.code, error.message) from error
+
+
+async def _note_only(request: GatewayRequest, note: InboundRequest, reason: str) -> None:
+    await request.gateway.deliveries.note(
+        note.noted_delivery(request.gateway.clock(), status=OK, reason=reason)
+    )
+
+
+async def _ingest(
+    request: GatewayRequest,
+    note: InboundRequest,
+    let_in: VerifiedWebhookRequest,
+    trigger: Json,
+    encoded: EncodedTrigger,
+) -> tuple[AcceptanceResult, bool]:
+    """Return the run of a request, and whether it has to wait for its workflow's pods to be allowed to start.
+
+    A large body is durable as a blob before its run is.
+    """
+    gateway = request.gateway
+    promise = _promise(request, note, let_in)
+    is_deferred = False
+    execution_id, text = ids.new_id("exec"), None if encoded.is_large else note.payload
+    if encoded.is_large and promise is not None:
+        # What is there already needn't be kept once more only to find that out.
+        earlier = await ingest.find_repetition(gateway, note, promise, status=ACCEPTED)
+        if earlier is not None:
+            return earlier, False
+
+    async def plan(ground: RunTarget) -> RunInput:
+        nonlocal is_deferred, text
+        is_deferred = ground.is_deferred
+        await let_in.vouched.require_on(gateway, ground)
+        await gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
+        if text is None:
+            owner = BlobOwner(ground.workflow.organization_id, execution_id)
+            try:
+                text = await trigger_body.store_body(gateway.blobs, owner, encoded)
+            except BlobsUnavailable as error:
+                raise errors.not_ready(f"{error}: try again") from error
+        return RunInput(trigger, text, promise=promise, execution_id=execution_id)
+
+    accepted = await ingest.ingest_request(
+        gateway, note, webhook_triggers.KIND, plan, promise, status=ACCEPTED
+    )
+    return accepted, is_deferred
+
+
+def _promise(
+    request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest
+) -> IdempotencyKey | None:
+    """Return the key by which a request is known again: as its sender names it, or as anybody may name one."""
+    workflow_id = str(note.workflow_id)
+    if let_in.vouched.delivery_key is not None:
+        note.derived_key = deduplication_keys.derive_key(DELIVERY, workflow_id, let_in.vouched.delivery_key)
+        return note.derived_key
+    given = idempotency.read_key(request)
+    if given is not None:
+        key = deduplication_keys.derive_key(NAMED, workflow_id, given)
+        return replace(key, fingerprint=note.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)
+    name = let_in.arrival.headers.single("webhook-id")
+    return (
+        deduplication_keys.derive_key(DELIVERY, workflow_id, delivery_keys.delivery_key("webhook-id", name))
+        if name
+        else None
+    )
+
+
+async def _when_done(
+    request: GatewayRequest,
+    hook: WebhookTrigger,
+    accepted: AcceptanceResult,
+    note: InboundRequest,
+    until: float,
+) -> ASGIApp:
+    """Answer as the run does, or tell how it has ended, or that it goes on when the time is over."""
+    key = ExecutionKey(accepted.execution_id, note.sender.caller.lane)
+    seconds = until - asyncio.get_running_loop().time()
+    standing = await webhook_responses.await_answer(request.gateway, key, seconds)
+    if standing is not None and standing.answer is not None:
+        return WorkflowAnswer(standing.answer, _replayed(accepted))
+    if standing is None or standing.status not in TERMINAL_STATUSES:
+        return _going_on(request, hook, accepted)
+    if standing.status is not ExecutionStatus.COMPLETED:
+        raise errors.execution_failed(accepted.execution_id)
+    shape = WebhookReceipt(status=WebhookStatus.COMPLETED, execution_id=accepted.execution_id)
+    return JsonResponse(shape, headers=_headers(request, accepted))
+
+
+def _going_on(request: GatewayRequest, hook: WebhookTrigger, accepted: AcceptanceResult) -> JsonResponse:
+    shape = WebhookReceipt(status=WebhookStatus.ACCEPTED, execution_id=accepted.execution_id)
+    # To whoever has typed a command, Slack shows anything but 200 as a failure.
+    status = OK if hook.verification.provider is SigningProvider.SLACK else ACCEPTED
+    return JsonResponse(shape, status=status, headers=_headers(request, accepted))
+
+
+def _headers(request: GatewayRequest, accepted: AcceptanceResult) -> Mapping[str, str]:
+    return {**location(request.gateway.settings, accepted.execution_id), **_replayed(accepted)}
+
+
+def _replayed(accepted: AcceptanceResult) -> Mapping[str, str]:
+    return idempotency.REPLAYED if accepted.verdict is AcceptanceVerdict.REPEATED else {}

@@ -1,0 +1,125 @@
+"""One request of a sender, in so far as a delivery tells of it later."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+
+from gateway.ingest import stored_keys
+from journal.store import IngestWrite
+from models import ids
+from models.ingest import Delivery, DeliveryOutcome, IngestRoute
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from datetime import datetime
+
+    from gateway.http.errors import ApiError
+    from gateway.http.sender import RequestSender
+    from journal.store import EmittedEvent, IdempotencyKey, IngestedRun
+
+LARGE_BYTES: Final = 256_000
+"""A longer body is hashed in a thread."""
+REASON_LENGTH: Final = 500
+TOO_MANY: Final = 429
+
+
+@dataclass(slots=True)
+class InboundRequest:
+    """What was sent, by whom, and where to."""
+
+    route: IngestRoute
+    sender: RequestSender
+    content_hash: str
+    """SHA-256 of the body, in hexadecimal."""
+    content_bytes: int
+    workflow_id: str | None = None
+    """None: it is for whatever waits for such an event."""
+    payload: str | None = None
+    """JSON: what a run would be given, once that is known; kept where it is refused, so that it can be tried again."""
+    derived_key: IdempotencyKey | None = None
+    """By which a repetition is recognized, as its sender names it: a redrive uses up the same key."""
+    redriven_from: str | None = None
+    delivery_id: str = field(default_factory=lambda: ids.new_id("dlv"))
+
+    def for_arrival(
+        self,
+        runs: Sequence[IngestedRun],
+        *,
+        status: int,
+        outcome: DeliveryOutcome = DeliveryOutcome.ACCEPTED,
+        event: EmittedEvent | None = None,
+        answer: str | None = None,
+        idempotency: IdempotencyKey | None = None,
+    ) -> IngestWrite:
+        """Return what is taken in of it."""
+        caller = self.sender.caller
+        return IngestWrite(
+            delivery_id=self.delivery_id,
+            lane=caller.lane,
+            organization_id=caller.organization_id,
+            workflow_id=self.workflow_id,
+            user_id=caller.user_id,
+            route=self.route,
+            sender=self.sender.label,
+            content_hash=self.content_hash,
+            content_bytes=self.content_bytes,
+            outcome=outcome,
+            status=status,
+            runs=runs,
+            event=event,
+            answer=answer,
+            idempotency=idempotency,
+            redriven_from=self.redriven_from,
+        )
+
+    def repetition_delivery(self, now: datetime, *, status: int, execution_id: str | None) -> Delivery:
+        """Return what is noted of it where the same had arrived before."""
+        return self._delivery(
+            now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
+        )
+
+    def noted_delivery(self, now: datetime, *, status: int, reason: str) -> Delivery:
+        """Return what is noted of it where it was understood, and is nothing that could be run."""
+        return self._delivery(
+            now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
+        )
+
+    def refusal_delivery(self, now: datetime, error: ApiError) -> Delivery:
+        """Return what is noted of it where it was refused."""
+        is_shed = error.status == TOO_MANY
+        return self._delivery(
+            now,
+            outcome=DeliveryOutcome.SHED if is_shed else DeliveryOutcome.REJECTED,
+            status=error.status,
+            reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
+            payload=None if is_shed else self.payload,
+            derived_key=None if self.derived_key is None else stored_keys.encode_key(self.derived_key),
+        )
+
+    def _delivery(self, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
+        caller = self.sender.caller
+        return Delivery(
+            id=self.delivery_id,
+            lane=caller.lane,
+            organization_id=caller.organization_id,
+            workflow_id=self.workflow_id,
+            user_id=caller.user_id,
+            route=self.route,
+            sender=self.sender.label,
+            content_hash=self.content_hash,
+            content_bytes=self.content_bytes,
+            redriven_from=self.redriven_from,
+            created_at=now,
+            **values,
+        )
+
+
+async def describe_request(
+    route: IngestRoute, sender: RequestSender, content: bytes, *, workflow_id: str | None = None
+) -> InboundRequest:
+    """Return what was sent; a large body is hashed while others are served."""
+    hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
+    return InboundRequest(route, sender, hashed.hexdigest(), len(content), workflow_id)

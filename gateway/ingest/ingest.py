@@ -1,0 +1,244 @@
+"""What senders bring becomes runs: of workflows as they were loaded last, in one commit, once however often sent."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway.executions import acceptance
+from gateway.http import errors, idempotency
+from gateway.http.errors import ApiError
+from gateway.workflows import graph_shapes
+from journal import concurrency_limits, held_runs, trigger_body
+from journal.concurrency_limits import LimitAction
+from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey, IngestedRun, IngestResult
+from journal.waits import completion
+from models import ids
+from models.ingest import Delivery, DeliveryOutcome
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.ingest.inbound_request import InboundRequest
+    from gateway.state import GatewayState
+    from journal.definition_snapshot import LoadedWorkflow, TriggerNode
+    from journal.store import IdempotencyKey, IngestWrite
+    from models.access import ApiCaller
+
+_encode = msgspec.json.Encoder().encode
+ATTEMPTS: Final = 5
+"""How often something is planned anew because a workflow is changed meanwhile."""
+
+PlanArrival: TypeAlias = Callable[[], Awaitable["IngestWrite"]]
+"""Returns what is taken in; raises `ApiError`. It may be called again, when a workflow has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunTarget:
+    """A workflow that takes something in, as it will be run."""
+
+    workflow: LoadedWorkflow
+    """With what is deployed in the place of its own definition, where that is."""
+    trigger: TriggerNode
+    home: str | None
+    """The deployment whose pods are to run it; None: any worker."""
+    is_deferred: bool
+    """It may not run now."""
+    is_held: bool = False
+    """Nor later, but once the workflow is paused no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunInput:
+    """What one run is given."""
+
+    trigger: Json
+    """What the trigger node gives out."""
+    text: str | None = None
+    """The same as JSON, where that is written already."""
+    priority: int = 0
+    delay_until: datetime | None = None
+    callback_url: str = ""
+    promise: IdempotencyKey | None = None
+    is_read: bool = True
+    execution_id: str | None = None
+    """Of the run, where something is kept for it already."""
+
+
+async def resolve_target(gateway: GatewayState, caller: ApiCaller, workflow_id: str, kind: str) -> RunTarget:
+    """Return what takes something in for a workflow that the caller may read, by its trigger of a kind.
+
+    Raises 404, 409 for one that is neither active nor paused, and 422 for one with another trigger or an invalid graph.
+    """
+    workflow = await gateway.workflows.load(workflow_id, caller)
+    try:
+        return await _resolve_target(gateway, workflow, kind)
+    except ApiError:
+        # It may have been mended or opened since: nothing is refused from memory.
+        gateway.workflows.forget(workflow.organization_id, workflow.id)
+        current = await gateway.workflows.load(workflow_id, caller)
+        if current is workflow:
+            raise
+        return await _resolve_target(gateway, current, kind)
+
+
+async def _resolve_target(gateway: GatewayState, workflow: LoadedWorkflow, kind: str) -> RunTarget:
+    is_held = workflow.status is WorkflowStatus.PAUSED
+    if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
+        raise errors.workflow_not_active()
+    home, is_deferred = None, is_held
+    if workflow.is_deployed:
+        found = await gateway.activation.count(workflow.id)
+        if found is not None:
+            workflow = await gateway.deployed.load(workflow, found.deployment)
+            home, is_deferred = workflow.id, is_held or found.refusal is not None
+    if workflow.trigger is None or workflow.trigger.kind != kind:
+        raise errors.no_such_trigger(kind)
+    graph_shapes.require_valid(workflow.validation)
+    return RunTarget(workflow, workflow.trigger, home, is_deferred, is_held)
+
+
+def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> IngestedRun:
+    """Return the run of a message; it runs for the workflow's owner, whoever has sent it."""
+    workflow = ground.workflow
+    definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.lane)
+    limit = (
+        concurrency_limits.concurrency_limit(workflow.settings, workflow.id, message.trigger)
+        if message.is_read
+        else None
+    )
+    return IngestedRun(
+        execution_id=message.execution_id or ids.new_id("exec"),
+        lane=workflow.lane,
+        organization_id=workflow.organization_id,
+        workflow_id=workflow.id,
+        workflow_revision=workflow.revision,
+        user_id=workflow.owner_id,
+        trigger_type=ground.trigger.kind,
+        trigger=message.text or _encode(message.trigger).decode(),
+        config=workflow.config,
+        definition_hash=workflow.definition_hash,
+        definition=None if gateway.acceptances.is_stored(definition) else workflow.definition,
+        timeout_seconds=workflow.timeout_seconds,
+        total_nodes=workflow.total_nodes,
+        inbox=gateway.broker.inbox,
+        priority=message.priority,
+        idempotency=message.promise,
+        concurrency_key=limit.key if limit else None,
+        concurrency_limit=limit.runs if limit else None,
+        may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
+        follow_up=completion.requested_actions(workflow.settings, callback_url=message.callback_url),
+        home=ground.home,
+        delay_until=held_runs.UNTIL_RESUMED if ground.is_held else message.delay_until,
+        is_read=message.is_read,
+    )
+
+
+async def ingest_request(
+    gateway: GatewayState,
+    sent: InboundRequest,
+    kind: str,
+    plan: Callable[[RunTarget], Awaitable[RunInput]],
+    promise: IdempotencyKey | None,
+    *,
+    status: int = 201,
+    own_key: IdempotencyKey | None = None,
+    reused: ApiError | None = None,
+) -> AcceptanceResult:
+    """Take in the one run that a request brings, or return the one that was taken in for the same promise before.
+
+    `own_key` is what the request itself is known by, whatever it brings: with something else it is refused as `reused`.
+    Raises 404, 409, 422, 429, 503, and whatever `plan` raises. A repetition, answered by `status`, is noted as one.
+    """
+    caller, workflow_id = sent.sender.caller, str(sent.workflow_id)
+    runs: list[IngestedRun] = []
+
+    async def arrival() -> IngestWrite:
+        place = await resolve_target(gateway, caller, workflow_id, kind)
+        runs[:] = [build_run(gateway, place, await plan(place))]
+        if not trigger_body.is_separate(runs[0].trigger):
+            sent.payload = runs[0].trigger
+        outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
+        return sent.for_arrival(runs, status=status, outcome=outcome, idempotency=own_key)
+
+    try:
+        taken = await ingest_batch(gateway, arrival)
+        if taken.verdict is AcceptanceVerdict.MISMATCH:
+            raise reused or idempotency.mismatch_error()
+        accepted = taken.runs[0] if taken.runs else await _ingest_first(gateway, taken)
+    except ApiError:
+        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        earlier = promise and await acceptance.find_earlier(gateway.database, caller.lane, promise)
+        if not earlier:
+            raise
+        accepted = earlier
+    if accepted.verdict is AcceptanceVerdict.MISMATCH:
+        raise idempotency.mismatch_error()
+    if accepted.verdict is AcceptanceVerdict.FULL:
+        raise errors.concurrency_limit()
+    if accepted.verdict is AcceptanceVerdict.REPEATED:
+        now = gateway.clock()
+        await gateway.deliveries.note(
+            sent.repetition_delivery(now, status=status, execution_id=accepted.execution_id)
+        )
+    else:
+        wake_deployments(gateway, runs, [accepted])
+    gateway.access.allow(accepted.execution_id, caller)
+    return accepted
+
+
+async def find_repetition(
+    gateway: GatewayState, sent: InboundRequest, promise: IdempotencyKey, *, status: int
+) -> AcceptanceResult | None:
+    """Return the run that the same request began before, and note this one as a repetition; None for a first one."""
+    earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.lane, promise)
+    if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
+        return None
+    await gateway.deliveries.note(
+        sent.repetition_delivery(gateway.clock(), status=status, execution_id=earlier.execution_id)
+    )
+    return earlier
+
+
+def wake_deployments(
+    gateway: GatewayState, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]
+) -> None:
+    """Wake the deployments that have something to do now, by what became of runs for them."""
+    for home in {
+        run.home
+        for run, answer in zip(runs, answers, strict=True)
+        if answer.verdict is AcceptanceVerdict.ACCEPTED and run.home is not None and run.delay_until is None
+    }:
+        gateway.activation.wake_deployment(home)
+
+
+async def _ingest_first(gateway: GatewayState, taken: IngestResult) -> AcceptanceResult:
+    """Return the answer to the first request with the same key; raises 503 where that isn't known yet."""
+    async with gateway.database.read() as connection:
+        execution_id = await connection.scalar(
+            select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
+        )
+    if execution_id is None:
+        raise errors.not_ready("What has become of this delivery is being noted: try again")
+    return AcceptanceResult(taken.verdict, execution_id)
+
+
+async def ingest_batch(gateway: GatewayState, plan: PlanArrival) -> IngestResult:
+    """Take in what is planned, anew where a workflow was changed meanwhile.
+
+    Raises what `plan` raises, 409 where workflows change all the time, and 503.
+    """
+    for _ in range(ATTEMPTS):
+        arrival = await plan()
+        taken = await gateway.acceptances.ingest(arrival)
+        if taken.verdict is not AcceptanceVerdict.STALE:
+            return taken
+        for workflow_id in {run.workflow_id for run in arrival.runs}:
+            gateway.workflows.forget(arrival.organization_id, workflow_id)
+    raise errors.conflict("workflow-changed", "The workflow is being changed: try again")

@@ -1,0 +1,80 @@
+"""Attachments of a mail that is handed in as JSON: contents in base64 become blobs of its run."""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final
+
+from gateway.http import errors
+from mail import mail_content
+from mail.mail_content import AttachmentLabel, MailAttachment
+from mail.mail_limits import DEFAULT_LIMITS
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from journal.blobs.blob_storage import BlobOwner
+    from journal.blobs.blob_store import BlobStore
+
+CONTENT: Final = "content"
+_FIELD: Final = "attachments"
+
+
+@dataclass(frozen=True, slots=True)
+class JsonAttachment:
+    """One attachment, with its decoded content; None: the caller describes it and gives no content."""
+
+    members: Mapping[str, Json]
+    content: bytes | None
+
+    async def as_json(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
+        """Return what the run is given, once the content is durable; raises `BlobsUnavailable`."""
+        if self.content is None:
+            return dict(self.members)
+        label = self._label()
+        reference = await blobs.put(owner, self.content, media_type=label.media_type, name=label.filename)
+        attachment = MailAttachment(label, len(self.content), sha256(self.content).hexdigest())
+        return {**attachment.as_json(), "blob": reference.as_json()}
+
+    def _label(self) -> AttachmentLabel:
+        def text(name: str) -> str:
+            value = self.members.get(name)
+            return value if isinstance(value, str) else ""
+
+        disposition = text("disposition")
+        return AttachmentLabel(
+            filename=mail_content.clean_file_name(text("filename")),
+            content_type=mail_content.clean_media_type(text("content_type")),
+            content_id=mail_content.clean_content_id(text("content_id")),
+            disposition=disposition if disposition in {"attachment", "inline"} else "",
+        )
+
+
+def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
+    """Return attachments with their contents; raises 422 for a content that is no base64, and for too many."""
+    if len(attachments) > DEFAULT_LIMITS.max_attachments:
+        most = f"A mail may have at most {DEFAULT_LIMITS.max_attachments:,} attachments"
+        raise errors.invalid([errors.problem(_FIELD, "too-many", most)])
+    decoded: list[JsonAttachment] = []
+    problems: list[Mapping[str, Json]] = []
+    for number, members in enumerate(attachments):
+        try:
+            decoded.append(JsonAttachment(members, _content(members)))
+        except ValueError:
+            path = f"{_FIELD}.{number}.{CONTENT}"
+            problems.append(errors.problem(path, "invalid-base64", "The content must be a text in base64"))
+    if problems:
+        raise errors.invalid(problems)
+    return decoded
+
+
+def _content(members: Mapping[str, Json]) -> bytes | None:
+    """Return the decoded content, None where there is none; raises `ValueError`."""
+    value = members.get(CONTENT)
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ValueError("no text")  # noqa: TRY004 - as what is no base64
+    return b64decode("".join(value.split()), validate=True)

@@ -1,0 +1,303 @@
+"""Who may hand in mail for a workflow: whoever has its key or token, and mail services that its trigger names.
+
+What lets them in stands in the trigger's config as it is saved now, so that what is changed counts at once. Secrets are
+those of data sources that the workflow's owner may read. Where nothing is configured, nothing is let in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Final, TypeAlias, TypeVar
+
+import msgspec
+import structlog
+
+from concurrency import offload
+from gateway.http import errors
+from gateway.http.client_address import client_of
+from gateway.http.errors import ApiError
+from gateway.http.sender import RequestSender, refuse_sender
+from gateway.ingest import trigger_secrets
+from journal.unparsed_mail import ScreeningRules
+from models.access import ApiCaller, KeyScope, UserRole
+from models.workflow_triggers import TriggerKind
+from senders import basic_auth, mail_kinds, mailgun, sendgrid, sns
+from senders import signatures as sent_signatures
+from senders.mail_kinds import MailKind
+from senders.request_refusal import RequestRefused
+
+if TYPE_CHECKING:
+    from gateway.state import GatewayState
+    from journal.definition_snapshot import LoadedWorkflow
+    from senders.sender_request import SenderRequest
+    from senders.signatures import SignatureResult
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+One: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
+
+SENDGRID: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
+MAILGUN: Final = frozenset(
+    {
+        MailKind.MAILGUN_PARSED,
+        MailKind.MAILGUN_RAW,
+        MailKind.MAILGUN_STORED,
+        MailKind.MAILGUN_EVENT,
+    }
+)
+FIRST_REFUSAL: Final = 400
+FIRST_SERVER_ERROR: Final = 500
+TOO_MANY: Final = 429
+_OF_SIGNATURES: Final = frozenset({"missing-signature", "invalid-signature", "stale-signature", "no-secret"})
+_FINAL: Final = 406
+"""The one code that keeps Mailgun from trying again for eight hours."""
+
+
+class _SendGrid(msgspec.Struct, frozen=True, rename="camel"):
+    public_key: One | list[One]
+
+    @property
+    def public_keys(self) -> Sequence[str]:
+        return [self.public_key] if isinstance(self.public_key, str) else self.public_key
+
+
+class _Mailgun(msgspec.Struct, frozen=True, rename="camel"):
+    signing_key: One
+
+
+class _Ses(msgspec.Struct, frozen=True, rename="camel"):
+    topics: list[str] = []
+    objects: str = ""
+
+
+class MailTrigger(msgspec.Struct, frozen=True, rename="camel"):
+    """The config of an e-mail trigger; secrets are named by the ids of data sources."""
+
+    sendgrid: _SendGrid | None = None
+    mailgun: _Mailgun | None = None
+    ses: _Ses | None = None
+    basic_auth: str = ""
+    bearer: str = ""
+    require_signature: bool = False
+    reject_on: list[str] = []
+    max_spam_score: float | None = None
+    accept_automatic: bool = False
+
+    @property
+    def screening(self) -> ScreeningRules:
+        """The rules that the worker applies once it has read a mail."""
+        return ScreeningRules(self.reject_on, self.max_spam_score, self.accept_automatic)
+
+    @property
+    def accepts_anonymous(self) -> bool:
+        """Whether anybody may come without a key or token."""
+        return bool(self.sendgrid or self.mailgun or self.ses or self.basic_auth or self.bearer)
+
+
+@dataclass(frozen=True, slots=True)
+class MailTarget:
+    """A workflow that somebody hands in a mail for, and what its trigger says of that."""
+
+    workflow: LoadedWorkflow
+    trigger: MailTrigger
+
+    def sender(self, label: str) -> RequestSender:
+        """Return a mail service that has shown who it is: it acts for the owner, and may nothing else."""
+        workflow = self.workflow
+        caller = ApiCaller(
+            key_id="",
+            user_id=workflow.owner_id,
+            organization_id=workflow.organization_id,
+            lane=workflow.lane,
+            role=UserRole.MEMBER,
+            scopes=frozenset({KeyScope.WORKFLOWS_EXECUTE}),
+        )
+        return RequestSender(caller, label)
+
+
+@dataclass(frozen=True, slots=True)
+class MailVerification:
+    """Why a mail is let in that comes without a key or token, or is found true besides."""
+
+    label: str
+    """Who has shown what: `sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty: nothing was to be shown."""
+    delivery_key: str | None = None
+    """What the sender names the delivery by."""
+
+
+async def find_target(gateway: GatewayState, workflow_id: str, known: RequestSender | None) -> MailTarget:
+    """Return whom a mail is for; raises 404 for whoever has a key, and 401 for those whom nothing could let in."""
+    if known is not None:
+        workflow = await gateway.workflows.load(workflow_id, known.caller)
+        return MailTarget(workflow, _config(workflow))
+    found = await gateway.workflows.load_for_sender(workflow_id)
+    if found is None or not (config := _config(found)).accepts_anonymous:
+        raise refuse_sender()
+    return MailTarget(found, config)
+
+
+async def recognize_service(arrival: SenderRequest) -> MailKind:
+    """Return what is handed in; raises what a caller is answered for what is no mail of any kind."""
+    try:
+        return await offload.run(mail_kinds.recognize_mail, arrival)
+    except RequestRefused as error:
+        raise refusal_error(error) from error
+
+
+async def verify_mail(
+    gateway: GatewayState,
+    addressee: MailTarget,
+    arrival: SenderRequest,
+    kind: MailKind,
+    *,
+    address: str,
+    is_known: bool,
+) -> MailVerification:
+    """Return why a mail is let in; raises `ApiError` where it isn't, and `Refused` for a signature that isn't good.
+
+    A signature is checked wherever there is one and the trigger says by what, whoever comes with it. Passwords can be
+    tried: `address` is who must not do that too often.
+    """
+    signed = await _signature(gateway, addressee, arrival, kind)
+    if signed is not None:
+        return signed
+    if addressee.trigger.require_signature:
+        raise sent_signatures.missing_signature("a signature that the trigger can check")
+    if is_known:
+        return MailVerification("")
+    return MailVerification(await _tried(gateway, addressee, arrival, client=client_of(address)))
+
+
+async def _tried(gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, *, client: str) -> str:
+    """Return which credentials a mail came with; raises 429 to a client that has tried too many wrong ones."""
+    attempt = f"{addressee.workflow.id} {client}"
+    offered = f"{addressee.workflow.id} {arrival.headers.single('Authorization')}"
+    gateway.mail_attempts.require_allowed(attempt, offered)
+    try:
+        label = await _credentials(gateway, addressee, arrival)
+    except RequestRefused:
+        gateway.mail_attempts.note(attempt, offered, is_right=False)
+        raise
+    if label is None:
+        raise refuse_sender()
+    gateway.mail_attempts.note(attempt, offered, is_right=True)
+    return label
+
+
+@contextmanager
+def answer_once(kind: MailKind) -> Iterator[None]:
+    """Answer each mail service by the codes that it knows: of all refusals, Mailgun takes only 406 as final."""
+    try:
+        yield
+    except RequestRefused as error:
+        raise _final(kind, refusal_error(error)) from error
+    except ApiError as error:
+        raise _final(kind, error) from error
+
+
+@contextmanager
+def refuse_until_later(kind: MailKind) -> Iterator[None]:
+    """Have mail services come again where others are told that there is too much just now: they would give up."""
+    try:
+        yield
+    except ApiError as error:
+        if kind is MailKind.NATIVE or error.status != TOO_MANY:
+            raise
+        raise errors.not_ready(error.message) from error
+
+
+def refusal_error(error: RequestRefused) -> ApiError:
+    """Return what a sender is answered whose mail isn't taken in."""
+    if error.code in _OF_SIGNATURES:
+        return ApiError(401, "invalid-signature", error.message)
+    if error.code == "too-large":
+        return ApiError(413, "payload-too-large", error.message)
+    return ApiError(415 if error.code == "unsupported-media-type" else 400, error.code, error.message)
+
+
+def no_mail() -> ApiError:
+    """Return the refusal of what Mailgun tells of mails that were sent."""
+    message = "This tells what has become of a mail that was sent: give Mailgun another URL for its webhooks"
+    return ApiError(_FINAL, "mail-refused", message)
+
+
+def _final(kind: MailKind, error: ApiError) -> ApiError:
+    if kind not in MAILGUN or not FIRST_REFUSAL <= error.status < FIRST_SERVER_ERROR:
+        return error
+    if error.status in {TOO_MANY, _FINAL}:
+        return error
+    return ApiError(_FINAL, "mail-refused", f"{error.code}: {error.message}", details=error.details)
+
+
+def _config(workflow: LoadedWorkflow) -> MailTrigger:
+    """Return what the workflow's trigger says; one that can't be read lets nobody in."""
+    trigger = workflow.trigger
+    if trigger is None or trigger.kind != TriggerKind.EMAIL:
+        return MailTrigger()
+    try:
+        return msgspec.convert(trigger.config, MailTrigger)
+    except msgspec.ValidationError:
+        return MailTrigger(require_signature=True)
+
+
+# ── signatures ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _signature(
+    gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, kind: MailKind
+) -> MailVerification | None:
+    """Return that a mail is signed; None where it isn't, or nothing says what with."""
+    trigger = addressee.trigger
+    if kind in SENDGRID and trigger.sendgrid is not None:
+        if sendgrid.SIGNATURE_HEADER not in arrival.headers and sendgrid.TIME_HEADER not in arrival.headers:
+            return None
+        verified = await offload.run(sendgrid.verify, arrival, trigger.sendgrid.public_keys)
+        return _proof("sendgrid", verified)
+    if kind in MAILGUN and trigger.mailgun is not None:
+        source = await trigger_secrets.find_secret_source(
+            gateway, addressee.workflow, trigger.mailgun.signing_key, {"webhook-secret"}
+        )
+        verified = await offload.run(mailgun.verify, arrival, [source.secrets.get("secret", "")])
+        return _proof("mailgun", verified)
+    if kind is MailKind.SNS and trigger.ses is not None:
+        return _proof("sns", await _of_sns(gateway, arrival, trigger.ses.topics))
+    return None
+
+
+def _proof(label: str, verified: SignatureResult) -> MailVerification:
+    return MailVerification(label, verified.delivery_key)
+
+
+async def _of_sns(gateway: GatewayState, arrival: SenderRequest, topics: Sequence[str]) -> SignatureResult:
+    message = await offload.run(sns.parse_sns_message, arrival)
+    # Anybody can have a topic: nothing is fetched for one that nobody here has named.
+    sns.require_topic(message, topics)
+    pem = await gateway.certificates.get(sns.signing_certificate_url(message), arrival.received_at)
+    return sns.verify(message, pem, topics, arrival.received_at)
+
+
+# ── what stands in a URL or a header ────────────────────────────────────────────────────────────────────────
+
+
+async def _credentials(gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest) -> str | None:
+    """Return which credentials a mail came with; None where it has none, or none are configured."""
+    trigger = addressee.trigger
+    scheme, _, given = (arrival.headers.single("Authorization") or "").partition(" ")
+    if scheme.lower() == "basic" and trigger.basic_auth:
+        source = await trigger_secrets.find_secret_source(
+            gateway, addressee.workflow, trigger.basic_auth, {"http-basic"}
+        )
+        username, password = source.settings.get("username"), source.secrets.get("password", "")
+        basic_auth.verify(arrival, [basic_auth.BasicCredentials(str(username), password)])
+        return "basic-auth"
+    if scheme.lower() == "bearer" and trigger.bearer:
+        source = await trigger_secrets.find_secret_source(
+            gateway, addressee.workflow, trigger.bearer, {"http-bearer"}
+        )
+        expected = sent_signatures.usable_secrets([source.secrets.get("token", "")])
+        sent_signatures.require_match([sent_signatures.header_bytes(given.strip())], expected)
+        return "bearer"
+    return None

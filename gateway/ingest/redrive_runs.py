@@ -1,0 +1,163 @@
+"""What was run, or refused, is run once more: the same input, for the workflow as it is now."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway.executions.blob_sharing import share_blobs
+from gateway.http import errors
+from gateway.http.errors import ApiError
+from gateway.http.sender import RequestSender
+from gateway.ingest import capacity, deduplication_keys, delivery_rows, ingest, stored_keys
+from gateway.ingest.inbound_request import InboundRequest
+from journal.blobs.blob_storage import BlobOwner
+from journal.store import AcceptanceResult, AcceptanceVerdict
+from models.execution import Execution, ExecutionData
+from models.ingest import IngestRoute
+
+if TYPE_CHECKING:
+    from gateway.http.request import GatewayRequest
+    from gateway.ingest.ingest import RunInput, RunTarget
+    from journal.store import IdempotencyKey
+    from models.ingest import Delivery
+
+TOGETHER: Final = 10
+"""Of a list, so many are run once more at the same time: each may be large."""
+ROUTES: Final = {"queue": IngestRoute.ENQUEUE, "email": IngestRoute.EMAIL, "webhook": IngestRoute.HOOK}
+CREATED: Final = 201
+
+
+@dataclass(frozen=True, slots=True)
+class RedriveInput:
+    """What is to be run once more."""
+
+    text: str
+    """JSON."""
+    source: BlobOwner | None
+    """Whose the contents are that belong to it; None: it was given to nobody."""
+
+
+@dataclass(slots=True)
+class RedriveResult:
+    """What has come of a list."""
+
+    execution_ids: list[str] = field(default_factory=list)
+    errors: dict[str, ApiError] = field(default_factory=dict)
+    """By the ids of what was to be run."""
+
+
+async def redrive_each(
+    request: GatewayRequest,
+    resource_ids: Sequence[str],
+    redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
+) -> RedriveResult:
+    """Run each of a list once more unless that was done before, and return what has come of it."""
+    done = RedriveResult()
+
+    async def once(resource_id: str) -> AcceptanceResult | ApiError:
+        try:
+            accepted, _ = await redrive(
+                resource_id, deduplication_keys.redrive_key(request.path_params["id"], resource_id)
+            )
+        except ApiError as error:
+            return error
+        return accepted
+
+    for start in range(0, len(resource_ids), TOGETHER):
+        some = resource_ids[start : start + TOGETHER]
+        for resource_id, outcome in zip(some, await asyncio.gather(*map(once, some)), strict=True):
+            if isinstance(outcome, ApiError):
+                done.errors[resource_id] = outcome
+            elif outcome.verdict is AcceptanceVerdict.ACCEPTED:
+                done.execution_ids.append(outcome.execution_id)
+    return done
+
+
+async def redrive_delivery(
+    request: GatewayRequest, one: Delivery, promise: IdempotencyKey | None
+) -> tuple[AcceptanceResult, str]:
+    """Run the workflow of a delivery on what that has brought; returns the run, and the kind of its trigger.
+
+    Raises 409 where it has brought nothing that could be run, or more than one run, and what taking it in raises.
+    """
+    kind = delivery_rows.KINDS.get(IngestRoute(one.route))
+    if kind is None:
+        raise errors.conflict(
+            "not-redrivable", "Batches are run once more by their dead letters, and events by replaying them"
+        )
+    given, source = one.payload, None
+    if one.execution_id is not None:
+        given, source = await _read_input(request, one.execution_id)
+    if given is None:
+        raise errors.conflict("not-redrivable", "What it has brought is not kept, or was not understood")
+    # The sender may repeat it, too: whichever comes first makes the run, and the other is answered with it.
+    key = promise if one.derived_key is None else stored_keys.decode_key(one.derived_key)
+    own_key = promise if one.derived_key is not None else None
+    return await _redrive_run(
+        request, str(one.workflow_id), kind, RedriveInput(given, source), key, one, own_key
+    ), kind
+
+
+async def redrive_dead_letter(
+    request: GatewayRequest, failed: Execution, promise: IdempotencyKey
+) -> tuple[AcceptanceResult, str]:
+    """Run the workflow of a run that has failed on what that was given; raises 409, and what taking it in raises."""
+    given, source = await _read_input(request, failed.id)
+    if given is None:
+        raise errors.conflict("not-redrivable", "What it was given is not kept any more")
+    kind = failed.trigger_type
+    return await _redrive_run(
+        request, failed.workflow_id, kind, RedriveInput(given, source), promise, None
+    ), kind
+
+
+async def _redrive_run(
+    request: GatewayRequest,
+    workflow_id: str,
+    kind: str,
+    given: RedriveInput,
+    promise: IdempotencyKey | None,
+    origin: Delivery | None,
+    own_key: IdempotencyKey | None = None,
+) -> AcceptanceResult:
+    caller = request.caller
+    sent = InboundRequest(
+        route=ROUTES.get(kind, IngestRoute.EVENTS),
+        sender=RequestSender(caller, f"api-key:{caller.key_id}"),
+        content_hash=origin.content_hash if origin else "",
+        content_bytes=origin.content_bytes if origin else len(given.text),
+        workflow_id=workflow_id,
+        redriven_from=origin.id if origin else None,
+    )
+
+    async def plan(ground: RunTarget) -> RunInput:
+        await capacity.require_not_paused(request, ground)
+        await request.gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
+        return await share_blobs(request.gateway.blobs, given.text, given.source, promise)
+
+    # Nothing is noted of what is refused: it stays where it is, and would be there twice.
+    return await ingest.ingest_request(
+        request.gateway, sent, kind, plan, promise, status=CREATED, own_key=own_key
+    )
+
+
+async def _read_input(request: GatewayRequest, execution_id: str) -> tuple[str | None, BlobOwner | None]:
+    """Return what a run was given, as long as it is kept, and whose the contents are that belong to it."""
+    organization_id = request.caller.organization_id
+    statement = (
+        select(col(ExecutionData.trigger), col(Execution.key_id))
+        .join(Execution, col(Execution.id) == col(ExecutionData.execution_id))
+        .where(
+            col(ExecutionData.execution_id) == execution_id,
+            col(ExecutionData.organization_id) == organization_id,
+        )
+    )
+    async with request.gateway.database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    return (None, None) if row is None else (row.trigger, BlobOwner(organization_id, row.key_id))

@@ -1,0 +1,207 @@
+"""The schedule of a workflow: when it runs next, and what keeps it from that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.triggers import SCHEDULE_KIND
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import Instant, WireStruct, instant
+from gateway.workflows import editing
+from journal import definition_snapshot
+from models import schedule_timetable
+from models.execution import Execution
+from models.execution_status import ExecutionStatus
+from models.schedule import Schedule
+from models.schedule_timetable import InvalidTimetable, MisfirePolicy, OverlapPolicy, SkipReason
+from models.workflow import Workflow, WorkflowStatus
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.definition_snapshot import TriggerNode
+    from models.schedule_timetable import ScheduleTimetable
+
+SHOWN_RUNS: Final = 5
+_MICROSECOND: Final = timedelta(microseconds=1)
+
+
+class InactiveReason(StrEnum):
+    """Why nothing is run by a schedule."""
+
+    NO_SCHEDULE = "no-schedule"
+    """The workflow begins with no schedule trigger."""
+    DRAFT = "draft"
+    PAUSED = "paused"
+    ARCHIVED = "archived"
+    TEMPLATE = "template"
+    INVALID = "invalid-schedule"
+    """The problem says what is wrong with it."""
+
+
+class SchedulePolicy(WireStruct):
+    """What the config of the trigger says, with the defaults filled in."""
+
+    cron: str | None
+    interval_seconds: int | None
+    timezone: str
+    misfire: MisfirePolicy
+    misfire_limit: int
+    overlap: OverlapPolicy
+    jitter_seconds: int
+
+
+class UpcomingRun(WireStruct):
+    """An instant of a schedule."""
+
+    at: Instant
+    local_time: str
+    """The same in the schedule's zone, with its offset."""
+    starts_at: Instant
+    """Later by the workflow's share of the jitter."""
+
+
+class LastRun(WireStruct):
+    """The last run that a schedule has started."""
+
+    scheduled_at: Instant
+    execution_id: str
+    status: ExecutionStatus | None
+    """Null: the execution was deleted."""
+
+
+class SkippedInstant(WireStruct):
+    """The last instant that nothing was run for, and why."""
+
+    at: Instant
+    reason: SkipReason
+
+
+class WorkflowSchedule(WireStruct):
+    """The schedule of a workflow."""
+
+    workflow_id: str
+    is_active: bool
+    inactive_reason: InactiveReason | None
+    """Null while it is active."""
+    problem: str | None
+    """What keeps it from being run, in words."""
+    node_id: str | None
+    policy: SchedulePolicy | None
+    next_runs: Sequence[UpcomingRun]
+    """The next five; where it isn't active, as they would be if it became that now."""
+    last_run: LastRun | None
+    last_passed_over: SkippedInstant | None
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show when a workflow is run by its schedule next, when it was last, and whether it is active."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        row, status = await _row(connection, stored.workflow.id)
+    trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
+    shown = _shape(stored.workflow, trigger, row, status, request.gateway.clock())
+    return editing.answer(stored, shown)
+
+
+async def _row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule | None, str | None]:
+    """Return where a schedule is, and the status of its last run."""
+    statement = (
+        select(Schedule, col(Execution.status))
+        .outerjoin(Execution, col(Execution.id) == col(Schedule.last_execution_id))
+        .where(col(Schedule.workflow_id) == workflow_id)
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    if row is None:
+        return None, None
+    columns = dict(row)
+    status: str | None = columns.pop("status")
+    return Schedule(**columns), status
+
+
+def _shape(
+    workflow: Workflow,
+    trigger: TriggerNode | None,
+    row: Schedule | None,
+    status: str | None,
+    now: datetime,
+) -> WorkflowSchedule:
+    shape = WorkflowSchedule(
+        workflow_id=workflow.id,
+        is_active=False,
+        inactive_reason=_inactive_reason(workflow),
+        problem=row.problem if row else None,
+        node_id=None,
+        policy=None,
+        next_runs=[],
+        last_run=_last_run(row, status),
+        last_passed_over=_last_passed_over(row),
+    )
+    if trigger is None or trigger.kind != SCHEDULE_KIND:
+        shape.inactive_reason = InactiveReason.NO_SCHEDULE
+        return shape
+    shape.node_id = trigger.id
+    try:
+        wanted = schedule_timetable.parse_timetable(trigger.config)
+    except InvalidTimetable as error:
+        shape.inactive_reason = shape.inactive_reason or InactiveReason.INVALID
+        shape.problem = str(error)
+        return shape
+    shape.policy = _policy(wanted)
+    if shape.inactive_reason is None and shape.problem:
+        shape.inactive_reason = InactiveReason.INVALID
+    shape.is_active = shape.inactive_reason is None
+    since, anchor = now, now.replace(microsecond=0)
+    if row is not None and row.next_run_at is not None:
+        since, anchor = row.next_run_at - _MICROSECOND, row.anchor_at
+    delay = wanted.start_delay(workflow.id)
+    shape.next_runs = [
+        UpcomingRun(
+            at=instant(at),
+            local_time=at.astimezone(wanted.zone).isoformat(timespec="seconds"),
+            starts_at=instant(at + delay),
+        )
+        for at in schedule_timetable.upcoming_instants(wanted, since, anchor, SHOWN_RUNS)
+    ]
+    return shape
+
+
+def _inactive_reason(workflow: Workflow) -> InactiveReason | None:
+    if workflow.is_template:
+        return InactiveReason.TEMPLATE
+    return None if workflow.status == WorkflowStatus.ACTIVE else InactiveReason(workflow.status)
+
+
+def _policy(wanted: ScheduleTimetable) -> SchedulePolicy:
+    return SchedulePolicy(
+        cron=wanted.cron,
+        interval_seconds=wanted.interval_seconds,
+        timezone=wanted.timezone,
+        misfire=wanted.misfire,
+        misfire_limit=wanted.misfire_limit,
+        overlap=wanted.overlap,
+        jitter_seconds=wanted.jitter_seconds,
+    )
+
+
+def _last_run(row: Schedule | None, status: str | None) -> LastRun | None:
+    if row is None or row.last_run_at is None or row.last_execution_id is None:
+        return None
+    return LastRun(
+        scheduled_at=instant(row.last_run_at),
+        execution_id=row.last_execution_id,
+        status=None if status is None else ExecutionStatus(status),
+    )
+
+
+def _last_passed_over(row: Schedule | None) -> SkippedInstant | None:
+    if row is None or row.passed_at is None or row.passed_reason is None:
+        return None
+    return SkippedInstant(at=instant(row.passed_at), reason=SkipReason(row.passed_reason))

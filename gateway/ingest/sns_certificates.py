@@ -1,0 +1,125 @@
+"""What Amazon SNS has to be asked: for the certificates that it signs with, and to confirm a subscription.
+
+The addresses are made or checked by `senders.sns`; here they are visited, guarded, and without following anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Final, Protocol
+
+import structlog
+from cryptography import x509
+
+from gateway.http import errors
+from gateway.http.errors import ApiError
+from nodes.outbound_http import OutboundRefused, OutboundUnavailable
+from senders.request_refusal import RequestRefused
+
+if TYPE_CHECKING:
+    from nodes.outbound_http import OutboundResponse
+
+log = structlog.get_logger()
+
+ANSWER_SECONDS: Final = 5.0
+"""SNS itself waits for 15 seconds."""
+MAX_ANSWER_BYTES: Final = 65_536
+MAX_KEPT: Final = 100
+AT_ONCE: Final = 4
+OK: Final = 200
+TOO_MANY: Final = 429
+SERVER_ERROR: Final = 500
+
+
+class GuardedHttpClient(Protocol):
+    """The guarded way out."""
+
+    async def request(
+        self,
+        method: str,
+        url: str,
+        *,
+        headers: Mapping[str, str],
+        timeout_seconds: float,
+        follow_redirects: bool,
+    ) -> OutboundResponse: ...
+
+    async def close(self) -> None: ...
+
+
+class SnsCertificateCache:
+    """Those that were fetched, each until it expires; whoever wants the same one at once waits for one answer."""
+
+    def __init__(self, client: GuardedHttpClient) -> None:
+        self._client = client
+        self._kept: OrderedDict[str, tuple[bytes, datetime]] = OrderedDict()
+        self._fetches: dict[str, asyncio.Task[bytes]] = {}
+        self._places = asyncio.Semaphore(AT_ONCE)
+
+    async def get(self, url: str, now: datetime) -> bytes:
+        """Return the certificate at an address as PEM; raises 503 where it can't be had.
+
+        A 4xx would be final to SNS, and whatever stands between it and us may be mended: a network that is not allowed,
+        a proxy that answers in its place.
+        """
+        kept = self._kept.get(url)
+        if kept is not None and now < kept[1]:
+            return kept[0]
+        fetch = self._fetches.get(url)
+        if fetch is None:
+            fetch = self._fetches[url] = asyncio.create_task(self._fetch(url))
+            fetch.add_done_callback(lambda done: self._fetched(url, done))
+        return await asyncio.shield(fetch)
+
+    async def confirm(self, url: str) -> None:
+        """Confirm a subscription; raises `Refused` where SNS won't, and 503 where it doesn't answer just now."""
+        status, _ = await self._ask(url)
+        if status != OK:
+            raise RequestRefused(
+                "malformed-message", "SNS does not confirm the subscription: its token may be too old"
+            )
+
+    async def close(self) -> None:
+        """Let go of connections, after what is being fetched."""
+        await asyncio.gather(*self._fetches.values(), return_exceptions=True)
+        await self._client.close()
+
+    async def _fetch(self, url: str) -> bytes:
+        status, pem = await self._ask(url)
+        if status != OK:
+            raise _retry_later(f"it answered {status} instead of giving its certificate")
+        try:
+            ends = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+        except ValueError as error:
+            raise _retry_later("its answer is no certificate") from error
+        self._kept[url] = (pem, ends)
+        while len(self._kept) > MAX_KEPT:
+            self._kept.popitem(last=False)
+        return pem
+
+    def _fetched(self, url: str, fetch: asyncio.Task[bytes]) -> None:
+        del self._fetches[url]
+        if not fetch.cancelled():
+            fetch.exception()  # those who waited have it; if all of them have gone, nobody need be told
+
+    async def _ask(self, url: str) -> tuple[int, bytes]:
+        try:
+            async with self._places:
+                answer = await self._client.request(
+                    "GET", url, headers={}, timeout_seconds=ANSWER_SECONDS, follow_redirects=False
+                )
+        except OutboundUnavailable as error:
+            raise _retry_later(str(error)) from error
+        except OutboundRefused as error:
+            raise _retry_later(error.message) from error
+        if answer.status == TOO_MANY or answer.status >= SERVER_ERROR:
+            raise _retry_later(f"it answered {answer.status}")
+        return answer.status, answer.body
+
+
+def _retry_later(reason: str) -> ApiError:
+    log.warning("SNS not reached", reason=reason)
+    return errors.not_ready(f"Amazon SNS could not be asked: {reason}")

@@ -1,0 +1,80 @@
+"""Who is subscribed to an event, asked for by many events at once: those that come together share one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Final, TypeAlias
+
+from sqlalchemy import select
+from sqlmodel import col
+
+from gateway.ingest import event_subscriptions
+from journal.group_commit import GroupCommit
+from models.deployment import Deployment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.ingest.event_subscriptions import EventSubscription
+    from models.database import Database
+
+BATCH_IDS: Final = 1_000
+
+OfType: TypeAlias = tuple[str, str]
+"""An organisation, and a type of its events."""
+
+
+@dataclass(frozen=True, slots=True)
+class SubscribedWorkflows:
+    """The workflows that wait for an event."""
+
+    found: Sequence[EventSubscription]
+    deployed: Sequence[str]
+    """The ids of those that are deployed."""
+
+
+class SubscriptionCache:
+    """The questions of one gateway; each is answered by what is committed when it was asked."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._asked: GroupCommit[OfType, SubscribedWorkflows] = GroupCommit(self._look)
+
+    async def find(self, organization_id: str, event_type: str) -> SubscribedWorkflows:
+        """Return who waits for events of a type; raises `DatabaseUnavailable`."""
+        return await self._asked.submit((organization_id, event_type))
+
+    async def drain(self) -> None:
+        """Answer what was asked."""
+        await self._asked.drain()
+
+    async def _look(self, batch: Sequence[OfType]) -> Sequence[SubscribedWorkflows]:
+        async with self._database.read() as connection:
+            found = {
+                one: await event_subscriptions.match_subscriptions(connection, *one)
+                for one in dict.fromkeys(batch)
+            }
+            deployed = await _deployed(connection, chain.from_iterable(found.values()))
+        answers = {
+            one: SubscribedWorkflows(
+                some, [each.workflow_id for each in some if each.workflow_id in deployed]
+            )
+            for one, some in found.items()
+        }
+        return [answers[one] for one in batch]
+
+
+async def _deployed(connection: AsyncConnection, found: Iterable[EventSubscription]) -> frozenset[str]:
+    workflow_ids = [*{one.workflow_id for one in found}]
+    deployed: set[str] = set()
+    for start in range(0, len(workflow_ids), BATCH_IDS):
+        statement = select(col(Deployment.workflow_id)).where(
+            col(Deployment.workflow_id).in_(workflow_ids[start : start + BATCH_IDS]),
+            col(Deployment.is_deployed),
+        )
+        deployed |= {*(await connection.scalars(statement))}
+    return frozenset(deployed)

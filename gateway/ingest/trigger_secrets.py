@@ -1,0 +1,52 @@
+"""What the config of a trigger names by its id: data sources with what senders sign with, opened for the owner."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from engine.run_errors import NodeError
+from engine.services import RunCaller
+from gateway.http import errors
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from gateway.state import GatewayState
+    from journal.definition_snapshot import LoadedWorkflow
+    from nodes.connections.data_source import ConnectionSource
+
+log = structlog.get_logger()
+
+
+async def find_secrets(
+    gateway: GatewayState, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
+) -> ConnectionSource | None:
+    """Return a data source that the workflow's owner may use, as it was at most two seconds ago.
+
+    None where there is no such one of these types; raises 503 where that can't be told, so that senders come again.
+    """
+    owner = RunCaller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
+    try:
+        found = await gateway.runners.sources.find(owner, source_id)
+    except NodeError as error:
+        if error.retryable or error.code == "data-source-unreadable":
+            raise errors.not_ready("The secret that this is verified with can't be read just now") from error
+        return None
+    return found if found.type in types else None
+
+
+async def find_secret_source(
+    gateway: GatewayState, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
+) -> ConnectionSource:
+    """Return what `find` does; raises 503 where there is no such one, without saying which: its sender reads it."""
+    found = await find_secrets(gateway, workflow, source_id, types)
+    if found is None:
+        log.warning("data source of a trigger missing", workflow_id=workflow.id, data_source_id=source_id)
+        wanted = " or ".join(sorted(types))
+        raise errors.trigger_not_ready(
+            f"The trigger names no data source of the type {wanted} that the workflow's owner may use: its owner must"
+            " mend that"
+        )
+    return found

@@ -1,0 +1,231 @@
+"""The token of a workflow's senders: made and replaced by those who own the workflow, shown once, inside URLs."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from sqlalchemy import insert, select, update
+from sqlmodel import col
+
+from engine.values import fingerprint
+from gateway.access import audit_log
+from gateway.http import errors, limits
+from gateway.http.public_address import address_warnings, base_url
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant, optional_instant
+from gateway.workflows import editing, workflow_rows
+from journal import definition_snapshot
+from models import ids, sender_tokens
+from models.audit import AuditAction
+from models.ingest import SenderToken, SenderTokenKind
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from gateway.workflows.workflow_rows import StoredWorkflow
+
+MASK = "…"
+
+
+class TokenReplacement(StrictWire):
+    """How a new token takes the place of the one before."""
+
+    overlap_seconds: Annotated[int, msgspec.Meta(ge=0, le=limits.TOKEN_OVERLAP_SECONDS)] = 0
+    """For so long the one before stays good, so that its senders can be told."""
+
+
+class TriggerTokenShape(WireStruct):
+    """A token, without what it takes to use it."""
+
+    id: str
+    hint: str
+    """Its last characters."""
+    created_at: Instant
+    expires_at: Instant | None
+    """When one that was replaced ends."""
+    last_used_at: Instant | None
+
+
+class InboundAddress(WireStruct):
+    """Where senders send to, with the token left out."""
+
+    trigger_kind: str | None
+    """What kind of trigger the workflow begins with."""
+    urls: dict[str, str]
+    """By who sends there."""
+    warnings: list[str]
+    """Reasons for which senders may not reach these URLs."""
+    tokens: list[TriggerTokenShape]
+    """Those that are good, the newest first."""
+
+
+class NewTriggerToken(WireStruct):
+    """A token, in the only answer that has it."""
+
+    id: str
+    token: str
+    hint: str
+    urls: dict[str, str]
+    """By who sends there: to be given to it as they are."""
+    warnings: list[str]
+    """Reasons for which senders may not reach these URLs."""
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show where senders send to, without the token that it takes."""
+    workflow_id = request.path_params["id"]
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        rows = await _valid(connection, workflow_id, request.gateway.clock())
+    shape = InboundAddress(
+        trigger_kind=_kind(request, stored),
+        urls=_urls(request, stored, MASK + rows[0].hint if rows else MASK),
+        warnings=address_warnings(request),
+        tokens=[
+            TriggerTokenShape(
+                id=row.id,
+                hint=row.hint,
+                created_at=instant(row.created_at),
+                expires_at=optional_instant(row.expires_at),
+                last_used_at=optional_instant(row.last_used_at),
+            )
+            for row in rows
+        ],
+    )
+    return JsonResponse(shape)
+
+
+async def replace(request: GatewayRequest) -> JsonResponse:
+    """Make the token of the workflow's senders, or replace it; the answer shows it this once, in the URLs it is for.
+
+    It is good for what arrives for this workflow and for nothing else. The one before ends at once, or after
+    `overlapSeconds`.
+    """
+    body = await decode_body(request, TokenReplacement)
+    caller, now = request.caller, request.gateway.clock()
+    token, token_id = sender_tokens.new_token(SenderTokenKind.TRIGGER), ids.new_id("tok")
+    stored: StoredWorkflow | None = None
+
+    async def make(connection: AsyncConnection) -> None:
+        nonlocal stored
+        # Of two that replace it at once, one waits here, and ends the other's.
+        await workflow_rows.lock_workflow(connection, request.path_params["id"], caller)
+        stored = await editing.find_readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        before = await _end(
+            connection, stored.workflow.id, now, now + timedelta(seconds=body.overlap_seconds)
+        )
+        row = SenderToken(
+            id=token_id,
+            kind=SenderTokenKind.TRIGGER,
+            organization_id=caller.organization_id,
+            lane=caller.lane,
+            workflow_id=stored.workflow.id,
+            user_id=caller.user_id,
+            hash=sender_tokens.hash_token(token),
+            hint=sender_tokens.visible_suffix(token),
+            created_at=now,
+        )
+        await connection.execute(insert(SenderToken).values(row.model_dump()))
+        await audit_log.record_change(
+            connection,
+            caller,
+            AuditAction.TRIGGER_TOKEN_SET,
+            stored.workflow.id,
+            before=fingerprint(before) if before else None,
+            after=fingerprint([token_id]),
+        )
+
+    await request.gateway.database.transaction(make)
+    if stored is None:
+        raise errors.not_found("workflow")
+    shape = NewTriggerToken(
+        id=token_id,
+        token=token,
+        hint=sender_tokens.visible_suffix(token),
+        urls=_urls(request, stored, token),
+        warnings=address_warnings(request),
+    )
+    return JsonResponse(shape, status=201)
+
+
+async def revoke(request: GatewayRequest) -> NoContent:
+    """End the tokens of the workflow's senders, at once."""
+    now = request.gateway.clock()
+
+    async def end(connection: AsyncConnection) -> None:
+        stored = await editing.find_readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        before = await _end(connection, stored.workflow.id, now, now)
+        await audit_log.record_change(
+            connection,
+            request.caller,
+            AuditAction.TRIGGER_TOKEN_REVOKED,
+            stored.workflow.id,
+            before=fingerprint(before) if before else None,
+            after=None,
+        )
+
+    await request.gateway.database.transaction(end)
+    return NoContent()
+
+
+async def _valid(connection: AsyncConnection, workflow_id: str, now: datetime) -> Sequence[SenderToken]:
+    statement = (
+        select(SenderToken)
+        .where(
+            col(SenderToken.workflow_id) == workflow_id,
+            col(SenderToken.revoked_at).is_(None),
+            col(SenderToken.expires_at).is_(None) | (col(SenderToken.expires_at) > now),
+        )
+        .order_by(col(SenderToken.id).desc())
+    )
+    return [SenderToken(**row) for row in (await connection.execute(statement)).mappings()]
+
+
+async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
+    """End the tokens of a workflow, no later than they would anyway; returns the ids of those that were good."""
+    rows = await _valid(connection, workflow_id, now)
+    for place, row in enumerate(rows, start=1):
+        ends = at if row.expires_at is None else min(at, row.expires_at)
+        if place >= limits.TRIGGER_TOKENS:
+            ends = now
+        values = {"revoked_at": now} if ends <= now else {"expires_at": ends}
+        await connection.execute(update(SenderToken).where(col(SenderToken.id) == row.id).values(**values))
+    return [row.id for row in rows]
+
+
+def _kind(request: GatewayRequest, stored: StoredWorkflow) -> str | None:
+    trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
+    return trigger.kind if trigger else None
+
+
+def _urls(request: GatewayRequest, stored: StoredWorkflow, token: str) -> dict[str, str]:
+    """Return the URLs that a workflow's trigger is sent to, by who sends there."""
+    base = base_url(request)
+    workflow = f"{base}/api/v1/workflows/{stored.workflow.id}"
+    match _kind(request, stored):
+        case "queue":
+            return {
+                "api": f"{workflow}/enqueue?key={token}",
+                "batch": f"{workflow}/enqueue-batch?key={token}",
+            }
+        case "email":
+            url = f"{workflow}/email-trigger?key={token}"
+            # Mailgun sends the mail as it is to whatever ends in "mime".
+            return {
+                "api": url,
+                "sendgrid": url,
+                "ses": url,
+                "mailgun": url,
+                "mailgunMime": f"{url}&format=mime",
+                "mailServer": f"{base}/mail/{token}",
+            }
+        case "webhook":
+            return {"webhook": f"{base}/hooks/{token}"}
+    return {}

@@ -1,0 +1,244 @@
+"""Whether what is sent to a trigger is truly of whom the trigger's config says, and how it is known again."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from concurrency import offload
+from gateway.http import errors
+from gateway.http.errors import ApiError
+from gateway.ingest import event_signatures, trigger_secrets
+from models.data_source_types import DataSourceType
+from models.deployment import Deployment
+from senders import basic_auth, github, hmac_signature, slack, standard_webhooks, stripe
+from senders.basic_auth import BasicCredentials
+from senders.hmac_signature import HmacScheme, SignatureAlgorithm, SignatureEncoding
+from senders.request_refusal import RequestRefused
+from senders.sender_request import RequestHeaders, SenderRequest
+from senders.signatures import SignatureResult
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.http.request import GatewayRequest
+    from gateway.ingest.ingest import RunTarget
+    from gateway.state import GatewayState
+    from journal.definition_snapshot import LoadedWorkflow
+    from models.access import ApiCaller
+    from nodes.connections.data_source import ConnectionSource
+
+Used = TypeVar("Used")
+
+FIELD: Final = "verification"
+CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="Pilotflame"'}
+_MAY_BE_OLD: Final = frozenset({401, 403, 405, 422})
+"""Refusals that the config of a trigger makes, which somebody may have changed a moment ago."""
+
+
+class SigningProvider(StrEnum):
+    """Who signs, and how."""
+
+    GITHUB = "github"
+    STRIPE = "stripe"
+    SLACK = "slack"
+    STANDARD_WEBHOOKS = "standard-webhooks"
+    HMAC = "hmac"
+    """Somebody else, by a signature that the config describes."""
+    BASIC = "basic"
+    NONE = "none"
+    """Anybody is let in."""
+
+
+class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
+    """What a trigger's config says of it."""
+
+    provider: SigningProvider
+    data_source: str | list[str] = ""
+    header: str = ""
+    algorithm: SignatureAlgorithm = SignatureAlgorithm.SHA256
+    encoding: SignatureEncoding = SignatureEncoding.HEX
+    prefix: str = ""
+    timestamp_header: str | None = None
+    delivery_header: str | None = None
+    replay_window_seconds: int = 300
+
+    @property
+    def data_sources(self) -> Sequence[str]:
+        return [self.data_source] if isinstance(self.data_source, str) else self.data_source
+
+    @property
+    def tolerance(self) -> timedelta:
+        return timedelta(seconds=self.replay_window_seconds)
+
+    @property
+    def scheme(self) -> HmacScheme:
+        """How the sender signs, of `hmac`."""
+        return HmacScheme(
+            self.header,
+            self.algorithm,
+            self.encoding,
+            self.prefix,
+            self.timestamp_header,
+            self.tolerance,
+            self.delivery_header,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedSignature:
+    """What was found true under the config of a trigger."""
+
+    arrival: SenderRequest
+    said: Json
+    """What the config said of verification; None: nothing, and nothing had to be shown."""
+    delivery_key: str | None
+    """What the sender names the delivery by."""
+
+    async def require_on(self, gateway: GatewayState, ground: RunTarget) -> None:
+        """Verify it once more if the trigger says something else by now; raises what `verify` raises."""
+        says = ground.trigger.config.get(FIELD)
+        if says is not None and says != self.said:
+            await verify_signature(gateway, ground.workflow, self.arrival)
+
+
+# ── the trigger ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def under_current(
+    gateway: GatewayState,
+    caller: ApiCaller,
+    workflow_id: str,
+    use: Callable[[LoadedWorkflow], Awaitable[Used]],
+) -> Used:
+    """Return what `use` comes to with a workflow as it is run; nothing is refused by a config that is an old one.
+
+    Raises 404, and whatever `use` raises.
+    """
+    workflow = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
+    try:
+        return await use(workflow)
+    except ApiError as error:
+        if error.status not in _MAY_BE_OLD and not error.is_for_owner:
+            raise
+        gateway.workflows.forget(workflow.organization_id, workflow.id)
+        current = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
+        if current.trigger == workflow.trigger:
+            raise
+        return await use(current)
+
+
+async def _as_it_runs(gateway: GatewayState, workflow: LoadedWorkflow) -> LoadedWorkflow:
+    """Return a workflow with what is deployed, if it is; nothing is taken down about its having been asked for."""
+    if not workflow.is_deployed:
+        return workflow
+    statement = select(Deployment).where(
+        col(Deployment.workflow_id) == workflow.id, col(Deployment.is_deployed)
+    )
+    async with gateway.database.read() as connection:
+        row = (await connection.execute(statement)).mappings().first()
+    return workflow if row is None else await gateway.deployed.load(workflow, Deployment(**row))
+
+
+# ── what is sent to it ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def build_arrival(
+    request: GatewayRequest, query: Mapping[str, Sequence[str]], content: bytes
+) -> SenderRequest:
+    """Return a request as those see it who know senders; the path may hold a token, and is left out."""
+    headers = RequestHeaders(request.scope["headers"])
+    return SenderRequest(request.method, "", query, headers, content, request.gateway.clock())
+
+
+async def message_signature(request: GatewayRequest, kind: str, content: bytes) -> VerifiedSignature | None:
+    """Verify what came for a workflow by its trigger token, where its trigger of a kind says how.
+
+    None for what came by an API key, which vouches for itself. Raises 400, 401, 404, 422 and 503.
+    """
+    gateway, sender = request.gateway, request.sender
+    if sender.token is None:
+        return None
+    arrival = build_arrival(request, {}, content)
+
+    async def use(workflow: LoadedWorkflow) -> VerifiedSignature:
+        trigger = workflow.trigger
+        if trigger is None or trigger.kind != kind or trigger.config.get(FIELD) is None:
+            return VerifiedSignature(arrival, None, None)
+        return await verify_signature(gateway, workflow, arrival)
+
+    return await under_current(gateway, sender.caller, request.path_params["id"], use)
+
+
+async def verify_signature(
+    gateway: GatewayState, workflow: LoadedWorkflow, arrival: SenderRequest
+) -> VerifiedSignature:
+    """Return that a request is of whom the workflow's trigger says.
+
+    Raises 401 where it isn't, 400 where it can't be read, 422 where the trigger doesn't say, or names no secret that
+    can be used, and 503 where that can't be read.
+    """
+    said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
+    verification = parse_config(said)
+    if verification.provider is SigningProvider.NONE:
+        return VerifiedSignature(arrival, said, None)
+    is_basic = verification.provider is SigningProvider.BASIC
+    types = {DataSourceType.HTTP_BASIC if is_basic else DataSourceType.WEBHOOK_SECRET}
+    sources = [
+        await trigger_secrets.find_secret_source(gateway, workflow, source_id, types)
+        for source_id in verification.data_sources
+    ]
+    try:
+        verified = await offload.run(_verified, arrival, verification, sources)
+    except RequestRefused as error:
+        refusal = event_signatures.refusal_error(error)
+        if is_basic and refusal.status == errors.unauthorized().status:
+            refusal.headers |= CHALLENGE
+        raise refusal from error
+    return VerifiedSignature(arrival, said, verified.delivery_key)
+
+
+def parse_config(said: Json) -> VerificationConfig:
+    """Return what a trigger says of verification; raises 422 where that is nothing, or nothing that could be meant."""
+    if said is None:
+        message = (
+            "The trigger doesn't say how its senders are told from others: set `verification` in its config, with the"
+            " provider `none` to take what anybody sends who knows the address"
+        )
+        raise ApiError(422, "no-verification", message)
+    try:
+        return msgspec.convert(said, VerificationConfig)
+    except msgspec.ValidationError as error:
+        message = (
+            "The `verification` in the config of the trigger is not valid: the workflow's validation says why"
+        )
+        raise ApiError(422, "no-verification", message) from error
+
+
+def _verified(
+    arrival: SenderRequest, verification: VerificationConfig, sources: Sequence[ConnectionSource]
+) -> SignatureResult:
+    if verification.provider is SigningProvider.BASIC:
+        accepted = [
+            BasicCredentials(str(source.settings["username"]), source.secrets["password"])
+            for source in sources
+        ]
+        return basic_auth.verify(arrival, accepted)
+    secrets = [source.secrets["secret"] for source in sources]
+    match verification.provider:
+        case SigningProvider.GITHUB:
+            return github.verify(arrival, secrets)
+        case SigningProvider.STRIPE:
+            return stripe.verify(arrival, secrets, tolerance=verification.tolerance)
+        case SigningProvider.SLACK:
+            return slack.verify(arrival, secrets, tolerance=verification.tolerance)
+        case SigningProvider.STANDARD_WEBHOOKS:
+            return standard_webhooks.verify(arrival, secrets, tolerance=verification.tolerance)
+        case _:
+            return hmac_signature.verify(arrival, secrets, verification.scheme)

@@ -1,0 +1,134 @@
+"""The answer that a run gives to whoever has set it off: waited for, and given as what can do no harm from here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import and_, bindparam, select
+from sqlmodel import col
+
+from concurrency import offload
+from engine.run_errors import NodeError
+from engine.run_records import SpanStatus
+from gateway.http import errors, limits
+from json_text import decoding
+from models.execution import Execution, SpanRow
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from nodes import webhook_responses
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from gateway.executions.long_poll import ExecutionWaiter
+    from gateway.state import GatewayState
+    from journal.store import ExecutionKey
+    from nodes.webhook_responses import WebhookResponse
+
+NODE_TYPE: Final = "webhook-response"
+POLICY: Final[Mapping[str, str]] = {
+    "Content-Security-Policy": "default-src 'none'; sandbox",
+    "Referrer-Policy": "no-referrer",
+}
+"""On every answer: what others have written must not run as if it were ours, and the address is a secret."""
+
+# Made once: to put a statement together takes longer than to run it.
+_IS_ANSWER: Final = and_(
+    col(SpanRow.execution_id) == col(Execution.id),
+    col(SpanRow.lane) == col(Execution.lane),
+    col(SpanRow.type) == NODE_TYPE,
+    col(SpanRow.status) == SpanStatus.COMPLETED,
+)
+_STANDING: Final = (
+    select(col(Execution.status), col(SpanRow.resolved_config))
+    .outerjoin(SpanRow, _IS_ANSWER)
+    .where(col(Execution.id) == bindparam("execution_id"), col(Execution.lane) == bindparam("lane"))
+    .order_by(col(SpanRow.sequence))
+    .limit(1)
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitedRunState:
+    """Where a run is whose answer is waited for."""
+
+    status: ExecutionStatus
+    answer: WebhookResponse | None
+    """The first that it has given."""
+
+
+async def await_answer(gateway: GatewayState, key: ExecutionKey, seconds: float) -> AwaitedRunState | None:
+    """Return where a run is: as soon as it has answered or ended, else when the time is over; None where there is none.
+
+    Raises 503 where too many wait.
+    """
+    waiting = gateway.waiting
+    if waiting.polls >= limits.POLLS_WAITING:
+        raise errors.not_ready("Too many requests wait here for executions to end")
+    waiting.polls += 1
+    with waiting.waiter(key.execution_id) as waiter:
+        timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), waiter.end)
+        try:
+            return await _answer_when_ended(gateway, key, waiter)
+        finally:
+            timer.cancel()
+            waiting.polls -= 1
+
+
+async def _answer_when_ended(
+    gateway: GatewayState, key: ExecutionKey, waiter: ExecutionWaiter
+) -> AwaitedRunState | None:
+    while True:
+        waiter.changed.clear()
+        # Watched before it is read, so that a change in between is heard of.
+        if not gateway.waiting.is_watched(key.execution_id):
+            await gateway.waiting.watch([key.execution_id])
+        standing = await _read_run_state(gateway, key)
+        if (
+            standing is None
+            or standing.answer is not None
+            or standing.status in TERMINAL_STATUSES
+            or waiter.is_over
+        ):
+            return standing
+        await waiter.changed.wait()
+
+
+async def _read_run_state(gateway: GatewayState, key: ExecutionKey) -> AwaitedRunState | None:
+    async with gateway.database.read() as connection:
+        row = (await connection.execute(_STANDING, key._asdict())).first()
+    if row is None:
+        return None
+    answer = None
+    if row.resolved_config is not None:
+        try:
+            answer = await offload.run(_read_answer, row.resolved_config)
+        except NodeError as error:
+            raise errors.execution_failed(key.execution_id) from error
+    return AwaitedRunState(ExecutionStatus(row.status), answer)
+
+
+def _read_answer(config: str) -> WebhookResponse:
+    return webhook_responses.build_response(decoding.decode(config))
+
+
+class WorkflowAnswer:
+    """A workflow's answer as an ASGI callable."""
+
+    def __init__(self, answer: WebhookResponse, headers: Mapping[str, str]) -> None:
+        """`headers` are ours, and not the workflow's to set."""
+        self._answer = answer
+        ours = {name.lower(): value for name, value in headers.items()}
+        self._headers = {
+            **answer.headers,
+            **ours,
+            "cache-control": "no-store",
+            "content-length": str(len(answer.body)),
+        }
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in self._headers.items()]
+        await send({"type": "http.response.start", "status": self._answer.status, "headers": headers})
+        await send({"type": "http.response.body", "body": self._answer.body})

@@ -1,0 +1,209 @@
+"""What a webhook trigger takes: whose requests, which events of theirs, and what of them its runs are given."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv6Address, ip_address, ip_network
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from engine.values import Json
+from gateway.http import errors
+from gateway.http.body_limit import BodyLimit
+from gateway.http.errors import ApiError
+from gateway.ingest.verification import FIELD, SigningProvider, VerificationConfig, parse_config
+from models.workflow_triggers import matching_patterns
+from senders import github, posted_forms, sender_event, slack
+from senders.sender_event import UrlChallenge
+
+if TYPE_CHECKING:
+    from journal.definition_snapshot import LoadedWorkflow
+    from senders.posted_forms import FormPart, PostedForm
+    from senders.sender_request import RequestHeaders, SenderRequest
+
+KIND: Final = "webhook"
+PING: Final = "ping"
+_HIDDEN: Final = ("authorization", "cookie", "signature", "secret", "token", "password", "api-key")
+"""What is in the names of headers that hold what opens something."""
+_ENCODING: Final = "content-encoding"
+"""Not of the body that a run is given: that is decompressed."""
+_TEXTS: Final = frozenset(
+    {"application/xml", "application/javascript", "application/yaml", "application/x-ndjson"}
+)
+
+
+class ResponseMode(StrEnum):
+    """When a sender is answered."""
+
+    AT_ONCE = "at-once"
+    WHEN_DONE = "when-done"
+
+
+class WebhookConfig(msgspec.Struct, frozen=True, rename="camel"):
+    """The config of a webhook trigger, but for its verification."""
+
+    allowed_events: list[str] | None = None
+    allowed_networks: list[str] | None = None
+    methods: tuple[str, ...] = ("POST",)
+    max_body_bytes: int = 1_000_000
+    respond: ResponseMode = ResponseMode.AT_ONCE
+    deadline_seconds: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookTrigger:
+    """A webhook trigger."""
+
+    verification: VerificationConfig
+    config: WebhookConfig
+
+    @property
+    def body_limit(self) -> BodyLimit:
+        """Limit of a body that the trigger takes."""
+        return BodyLimit(self.config.max_body_bytes, "`maxBodyBytes` of the trigger")
+
+    def require_method(self, method: str) -> None:
+        """Raise 405 for a method that the trigger doesn't take."""
+        if method not in self.config.methods:
+            raise errors.method_not_allowed(self.config.methods)
+
+    def require_network(self, address: str) -> None:
+        """Raise 403 for a sender from elsewhere than the trigger allows."""
+        networks = self.config.allowed_networks
+        if networks is not None and not any(_is_in(address, network) for network in networks):
+            message = "The trigger takes nothing from the address that this came from"
+            raise ApiError(403, "network-not-allowed", message)
+
+    def runs_for(self, event_type: str | None) -> bool:
+        """Tell whether an event runs the workflow."""
+        allowed = self.config.allowed_events
+        if allowed is None:
+            return not (self.verification.provider is SigningProvider.GITHUB and event_type == PING)
+        return event_type is not None and not set(matching_patterns(event_type)).isdisjoint(allowed)
+
+
+def read_webhook(workflow: LoadedWorkflow) -> WebhookTrigger:
+    """Return the webhook trigger of a workflow; raises 422 where it has none, or one that takes nothing."""
+    trigger = workflow.trigger
+    if trigger is None or trigger.kind != KIND:
+        raise errors.no_such_trigger(KIND)
+    verification = parse_config(trigger.config.get(FIELD))
+    try:
+        return WebhookTrigger(verification, msgspec.convert(trigger.config, WebhookConfig))
+    except msgspec.ValidationError as error:
+        message = "The config of the webhook trigger is not valid: the workflow's validation says why"
+        raise ApiError(422, "validation-failed", message) from error
+
+
+def _is_in(address: str, network: str) -> bool:
+    try:
+        sender = ip_address(address)
+        if isinstance(sender, IPv6Address):
+            sender = sender.ipv4_mapped or sender
+        return sender in ip_network(network)
+    except ValueError:
+        return False
+
+
+# ── what was sent ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedWebhookRequest:
+    """What a request says."""
+
+    event_type: str | None
+    """In the sender's own words, as far as it has any."""
+    body: Json
+
+
+def parse_request(hook: WebhookTrigger, arrival: SenderRequest) -> ParsedWebhookRequest | UrlChallenge:
+    """Return what a request says; raises `Refused`."""
+    match hook.verification.provider:
+        case SigningProvider.GITHUB:
+            name = arrival.headers.single("X-GitHub-Event")
+            return ParsedWebhookRequest(name, github.parse_event(arrival).data if name else _body(arrival))
+        case SigningProvider.SLACK:
+            meaning = slack.parse_event(arrival)
+            if isinstance(meaning, UrlChallenge):
+                return meaning
+            return ParsedWebhookRequest(meaning.event_type.removeprefix(f"{slack.SOURCE}."), meaning.data)
+    body = _body(arrival)
+    told = body.get("type") if isinstance(body, dict) else None
+    return ParsedWebhookRequest(told if isinstance(told, str) else None, body)
+
+
+def build_input(hook: WebhookTrigger, arrival: SenderRequest, body: Json) -> dict[str, Json]:
+    """Return what the trigger node of a run gives out."""
+    query: dict[str, Json] = {
+        sender_event.storable_text(name): _one_or_all([sender_event.storable_text(value) for value in values])
+        for name, values in arrival.query.items()
+    }
+    return {
+        "body": body,
+        "headers": _headers(hook, arrival.headers),
+        "query": query,
+        "method": arrival.method,
+        "respond": hook.config.respond.value,
+    }
+
+
+def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
+    """Return the headers that a run may see; several of a name are one list to HTTP."""
+    own = {hook.verification.header.lower()} if hook.verification.provider is SigningProvider.HMAC else set()
+    return {
+        name: ", ".join(headers.values(name))
+        for name in headers.names_with_prefix("")
+        if name not in own and name != _ENCODING and not any(word in name for word in _HIDDEN)
+    }
+
+
+def _body(arrival: SenderRequest) -> Json:
+    """Return a body as what it is said to be."""
+    name = arrival.media_type.name
+    if not arrival.body:
+        return {}
+    if arrival.media_type.is_json:
+        return arrival.json
+    if name in {posted_forms.URLENCODED_TYPE, posted_forms.MULTIPART_TYPE}:
+        return _fields(arrival.form)
+    arrival.require_offloaded()
+    if name.startswith("text/") or name.endswith("+xml") or name in _TEXTS:
+        return sender_event.storable_text(_text(arrival))
+    return _bytes(arrival.body, name)
+
+
+def _text(arrival: SenderRequest) -> str:
+    charset = arrival.media_type.parameters.get("charset", "utf-8")
+    try:
+        return arrival.body.decode(charset)
+    except (LookupError, ValueError):
+        return posted_forms.decode_value(arrival.body)
+
+
+def _fields(form: PostedForm) -> dict[str, Json]:
+    fields: dict[str, list[Any]] = {}
+    for part in form.parts:
+        fields.setdefault(sender_event.storable_text(part.name), []).append(_field(part))
+    return {name: _one_or_all(values) for name, values in fields.items()}
+
+
+def _field(part: FormPart) -> Json:
+    if not part.is_file:
+        return sender_event.storable_text(posted_forms.decode_value(part.value))
+    return {
+        **_bytes(part.value, part.content_type or ""),
+        "filename": sender_event.storable_text(part.filename or ""),
+    }
+
+
+def _bytes(content: bytes | memoryview, content_type: str) -> dict[str, Json]:
+    return {"base64": b64encode(content).decode(), "contentType": content_type}
+
+
+def _one_or_all(values: Sequence[Any]) -> Json:
+    return values[0] if len(values) == 1 else list(values)

@@ -1,0 +1,112 @@
+"""The document of this API: OpenAPI 3.1 for programs, and a page for people."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+import msgspec
+
+if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
+    from gateway.http.request import GatewayRequest
+
+
+@dataclass(frozen=True, slots=True)
+class CachedText:
+    """A text that is the same as long as this process lives; a client that has it already is told so by 304."""
+
+    body: bytes
+    entity_tag: bytes
+    headers: tuple[tuple[bytes, bytes], ...]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        kept = [(b"etag", self.entity_tag), (b"cache-control", b"no-cache")]
+        has_it = any(
+            name == b"if-none-match" and self.entity_tag in value for name, value in scope["headers"]
+        )
+        body = b"" if has_it else self.body
+        headers = kept if has_it else [*kept, *self.headers, (b"content-length", b"%d" % len(body))]
+        await send({"type": "http.response.start", "status": 304 if has_it else 200, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+
+@dataclass(frozen=True, slots=True)
+class RedirectResponse:
+    """An answer that leads to another address: relative ones stay below the path of a proxy."""
+
+    location: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - ASGI's signature
+        headers = [(b"location", self.location.encode()), (b"content-length", b"0")]
+        await send({"type": "http.response.start", "status": 302, "headers": headers})
+        await send({"type": "http.response.body", "body": b""})
+
+
+@dataclass(frozen=True, slots=True)
+class ApiDocuments:
+    """Both forms of the document."""
+
+    openapi: CachedText
+    page: CachedText
+
+
+async def openapi(request: GatewayRequest) -> CachedText:
+    """Show this document as JSON: OpenAPI 3.1."""
+    return (await _documents(request)).openapi
+
+
+async def page(request: GatewayRequest) -> CachedText:
+    """Show this document as a page to read."""
+    return (await _documents(request)).page
+
+
+async def home(request: GatewayRequest) -> RedirectResponse:  # noqa: ARG001 - a handler's signature
+    """Lead from the address of the server to its documentation."""
+    return RedirectResponse("docs")
+
+
+async def icon(request: GatewayRequest) -> CachedText:  # noqa: ARG001 - a handler's signature
+    """Show the icon that browsers ask every server for."""
+    return _icon()
+
+
+async def _documents(request: GatewayRequest) -> ApiDocuments:
+    # In a thread: the first request alone takes some tenths of a second, and others are served meanwhile.
+    return await asyncio.to_thread(_made, request.gateway.settings.public_url.rstrip("/"))
+
+
+@cache
+def _made(public_url: str) -> ApiDocuments:
+    # Whoever never asks for the document doesn't load what makes it; and the table names these handlers.
+    from gateway.openapi import openapi_document, page  # noqa: PLC0415 - see above
+    from gateway.routes import TABLE  # noqa: PLC0415 - see above
+
+    document = openapi_document.build_document(TABLE, server=public_url or openapi_document.ANY_SERVER)
+    return ApiDocuments(
+        openapi=_kept(msgspec.json.encode(document), ((b"content-type", b"application/json"),)),
+        page=_kept(
+            page.render_page(document).encode(),
+            (
+                (b"content-type", b"text/html; charset=utf-8"),
+                (b"content-security-policy", page.POLICY.encode()),
+                (b"referrer-policy", b"no-referrer"),
+            ),
+        ),
+    )
+
+
+@cache
+def _icon() -> CachedText:
+    from gateway.openapi import page  # noqa: PLC0415 - see above
+
+    headers = ((b"content-type", b"image/svg+xml"), (b"content-security-policy", page.POLICY.encode()))
+    return _kept(page.ICON, headers)
+
+
+def _kept(body: bytes, headers: tuple[tuple[bytes, bytes], ...]) -> CachedText:
+    return CachedText(body, b'"%s"' % sha256(body).hexdigest()[:32].encode(), headers)

@@ -1,0 +1,323 @@
+"""The document itself: each line of the table becomes an operation."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from http import HTTPStatus
+from importlib import metadata, resources
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
+
+import msgspec
+
+from gateway.executions.execution_shapes import ExecutionErrorShape
+from gateway.http.endpoint import OPEN_QUERIES, AccessRule
+from gateway.http.sender import TOKEN
+from gateway.http.wire import WireStruct, is_strict_body
+from gateway.openapi import examples, schemas
+from gateway.openapi.operation_docs import (
+    ETAG,
+    EVENT_STREAM,
+    JSON,
+    OPERATION_DOCS,
+    PLACES,
+    HeaderDoc,
+    OperationDoc,
+)
+from gateway.openapi.refusals import BODY_CODES, ERROR_CODES, JSON_CODES, ErrorResponse, example
+from gateway.workflows.run_settings import KnownSettings
+from models.access import KeyScope
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.http.parameters import QueryParameter
+    from gateway.openapi.examples import OperationExample
+    from gateway.routes import Route
+
+Part: TypeAlias = dict[str, Any]
+"""A part of the document: JSON of many shapes."""
+
+ANY_SERVER: Final = "/"
+"""The server that the document came from, whatever its address."""
+KEY: Final = "X-API-Key"
+SENDERS_KEY: Final = "key"
+ITEM_SCHEMA: Final = "x-itemSchema"
+"""The schema of each event of a stream."""
+REQUEST_ID: Final = HeaderDoc("X-Request-Id", "The request's id: the one that was sent, or a new one.")
+RETRY_AFTER: Final = HeaderDoc(
+    "Retry-After", "Seconds to wait before trying again.", {"type": "integer", "minimum": 1}
+)
+AUTHENTICATE: Final = HeaderDoc("WWW-Authenticate", "What is missing.", {"type": "string", "const": "ApiKey"})
+_SENT_WITH: Final[Mapping[int, HeaderDoc]] = {
+    401: AUTHENTICATE,
+    412: ETAG,
+    429: RETRY_AFTER,
+    503: RETRY_AFTER,
+}
+"""What refusals carry besides, by their status."""
+_NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
+
+
+def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
+    """Return the document of the API that a table makes; `server` is the URL that paths follow."""
+    found, named = schemas.build_schemas(
+        [kind for line in table for kind in _types(line) if kind is not None]
+        + [ErrorResponse, KnownSettings, ExecutionErrorShape],
+        warning=[kind for line in table if may_warn(line) for kind in _types(line)[1:]],
+    )
+    in_turn = iter(found)
+    paths: dict[str, Part] = {}
+    for line in table:
+        shapes = [None if kind is None else next(in_turn) for kind in _types(line)]
+        paths.setdefault(line.path, {})[line.method.lower()] = _operation(line, *shapes)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Pilotflame",
+            "version": metadata.version("pilotflame"),
+            "description": resources.files(__package__).joinpath("introduction.md").read_text(),
+        },
+        "servers": [{"url": server}],
+        "tags": _tags(table),
+        "paths": paths,
+        "components": {
+            "securitySchemes": {
+                KEY: {
+                    "type": "apiKey",
+                    "in": "header",
+                    "name": KEY,
+                    "description": "A key of a user: `sk-...`.",
+                },
+                SENDERS_KEY: {
+                    "type": "apiKey",
+                    "in": "query",
+                    "name": SENDERS_KEY,
+                    "description": "A token of a sender that can't set a header: `tt-...` or `et-...`.",
+                },
+            },
+            "schemas": named,
+            "responses": {
+                _name_of(of_status): _refused(status, of_status)
+                for line in table
+                for status, of_status in _by_status(codes(line)).items()
+            },
+            "headers": {REQUEST_ID.name: _header(REQUEST_ID)},
+            "examples": {
+                code: {"summary": refusal.meaning, "value": msgspec.to_builtins(example(code))}
+                for code, refusal in ERROR_CODES.items()
+            },
+        },
+        "x-refusals": msgspec.to_builtins(ERROR_CODES),
+    }
+
+
+def _types(line: Route) -> list[object]:
+    """Return the types of an operation's body, of its answer, and of its other answers."""
+    return [line.body, line.answer, *(also.answer for also in _note(line).also.values())]
+
+
+def may_warn(line: Route) -> bool:
+    """Tell whether an answer may list fields of the request that were ignored.
+
+    These are unknown fields of a body that isn't strict, and read-only fields of a new object.
+    """
+    if line.body is None or not issubclass(line.body, WireStruct):
+        return False
+    return not is_strict_body(line.body) or (line.method == "POST" and bool(line.body.read_only))
+
+
+def _note(line: Route) -> OperationDoc:
+    return OPERATION_DOCS.get(line.handler, OperationDoc())
+
+
+def _tags(table: Iterable[Route]) -> list[Part]:
+    """Return a tag for each module of handlers, in the order of the table; what isn't the API proper comes last."""
+    in_order = sorted(table, key=lambda line: not line.path.startswith("/api/"))
+    modules = dict.fromkeys(line.handler.__module__ for line in in_order)
+    return [{"name": _tag(name), "description": inspect.getdoc(sys.modules[name])} for name in modules]
+
+
+def _tag(module_name: str) -> str:
+    return module_name.rpartition(".")[2].replace("_", " ").capitalize()
+
+
+# ── an operation ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _operation(line: Route, body: Part | None, answer: Part | None, *others: Part | None) -> Part:
+    note, shown = _note(line), examples.find_example(line.method, line.path)
+    summary, _, description = (inspect.getdoc(line.handler) or "").partition("\n\n")
+    operation: Part = {
+        "operationId": operation_id(line),
+        "tags": [_tag(line.handler.__module__)],
+        "summary": " ".join(summary.split()).removesuffix("."),
+        "description": "\n\n".join([*filter(None, [description]), _allowed_to(line.access)]),
+        **_security(line.access),
+        "parameters": [*_in_path(line, shown), *_in_query(line.query, shown), *map(_in_header, note.takes)],
+        "responses": {
+            str(line.status): _success(HTTPStatus(line.status).phrase, note, answer, shown.answer),
+            **{
+                str(status): _success(also.meaning, note, other, None)
+                for (status, also), other in zip(note.also.items(), others, strict=True)
+            },
+            **{
+                str(status): {"$ref": f"#/components/responses/{_name_of(of_status)}"}
+                for status, of_status in _by_status(codes(line)).items()
+            },
+        },
+    }
+    if body is not None and line.body is not None:
+        operation["requestBody"] = {
+            "required": any(field.required for field in msgspec.structs.fields(line.body)),
+            "content": {JSON: {"schema": body, "examples": _named_examples(shown.bodies)}},
+        }
+    return operation
+
+
+def operation_id(line: Route) -> str:
+    """Return the name of an operation: that of its handler, after that of the handler's module."""
+    module, function = line.handler.__module__.rpartition(".")[2], line.handler.__name__
+    return module + "".join(word.capitalize() for word in function.split("_"))
+
+
+def codes(line: Route) -> list[str]:
+    """Return what an operation may refuse with, in the order of the status."""
+    found = set(_note(line).refusals)
+    if line.access is not AccessRule.PUBLIC:
+        found |= {"unauthorized", "rate-limited", "internal-error", "not-ready"}
+    if line.access not in {AccessRule.PUBLIC, AccessRule.ANY_KEY}:
+        found |= {"scope-required"}
+    if line.access is AccessRule.ADMIN:
+        found |= {"admin-required"}
+    if "{" in line.path:
+        found |= {"not-found"}
+    if set(line.query) - {TOKEN} or line.access not in OPEN_QUERIES:
+        found |= {"invalid-query"}
+    if line.body is not None:
+        found |= {*BODY_CODES}
+    return [code for code in ERROR_CODES if code in found]
+
+
+def _allowed_to(access: KeyScope | AccessRule) -> str:
+    match access:
+        case AccessRule.PUBLIC:
+            return "Needs no key."
+        case AccessRule.ANY_KEY:
+            return "Needs a key, whatever its scopes."
+        case AccessRule.ADMIN:
+            return f"Needs a key of an admin with the scope `{KeyScope.USERS_WRITE}`."
+        case AccessRule.SENDER:
+            return f"Needs a key with the scope `{KeyScope.WORKFLOWS_EXECUTE}`, or a token of the sender as `key`."
+        case _:
+            return f"Needs a key with the scope `{access}`."
+
+
+def _security(access: KeyScope | AccessRule) -> Part:
+    if access is AccessRule.PUBLIC:
+        return {"security": []}
+    if access is AccessRule.SENDER:
+        return {
+            "security": [{KEY: []}, {SENDERS_KEY: []}],
+            "x-required-scope": str(KeyScope.WORKFLOWS_EXECUTE),
+        }
+    security: Part = {"security": [{KEY: []}]}
+    if access is not AccessRule.ANY_KEY:
+        security["x-required-scope"] = str(KeyScope.USERS_WRITE if access is AccessRule.ADMIN else access)
+    return security
+
+
+# ── what goes in ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _in_path(line: Route, shown: OperationExample) -> Iterator[Part]:
+    for place, name in _NAMED.findall(line.path):
+        yield {
+            "name": name,
+            "in": "path",
+            "required": True,
+            "description": PLACES[place].description,
+            "schema": PLACES[place].schema,
+            "example": shown.path.get(name, PLACES[place].example),
+        }
+
+
+def _in_query(parameters: Iterable[QueryParameter[Any]], shown: OperationExample) -> Iterator[Part]:
+    for one in parameters:
+        parameter = {"name": one.name, "in": "query", "description": one.description, "schema": one.schema}
+        example = {"example": _value_of(shown.query[one.name], one.schema)} if one.name in shown.query else {}
+        yield parameter | {"allowEmptyValue": True} | example
+
+
+def _value_of(text: str, schema: Mapping[str, Json]) -> Json:
+    """Return the value that the text of a query stands for, which its schema describes."""
+    match schema.get("type"):
+        case "integer":
+            return int(text)
+        case "boolean":
+            return text == "true"
+        case "array":
+            return [*text.split(",")]
+        case _:
+            return text
+
+
+def _in_header(header: HeaderDoc) -> Part:
+    return {"name": header.name, "in": "header", "description": header.description, "schema": header.schema}
+
+
+# ── what comes out ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _success(meaning: str, note: OperationDoc, answer: Part | None, shown: object) -> Part:
+    response = _response(meaning, note.sends)
+    if answer is None:
+        return response
+    content = {"schema": answer} | ({} if shown is None else {"example": shown})
+    if note.media_type == EVENT_STREAM:
+        # The stream is a text, which clients must not read as one event. OpenAPI 3.2 has `itemSchema` for the events.
+        content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _written(shown)}
+    response["content"] = {note.media_type: content}
+    return response
+
+
+def _written(event: object) -> str:
+    """Return an event as it stands in a stream."""
+    fields: dict[str, str] = msgspec.convert(event, dict[str, str])
+    return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
+
+
+def _by_status(found: Iterable[str]) -> dict[int, list[str]]:
+    by_status: dict[int, list[str]] = {}
+    for code in found:
+        by_status.setdefault(ERROR_CODES[code].status, []).append(code)
+    return by_status
+
+
+def _name_of(of_status: Iterable[str]) -> str:
+    """Return the name under which operations share a refusal: its codes, of those about JSON the first."""
+    return "-".join(dict.fromkeys(JSON_CODES[0] if code in JSON_CODES else code for code in of_status))
+
+
+def _refused(status: int, of_status: Iterable[str]) -> Part:
+    meanings = "\n".join(f"- `{code}`: {ERROR_CODES[code].meaning}" for code in of_status)
+    response = _response(meanings, [_SENT_WITH[status]] if status in _SENT_WITH else [])
+    shown = {code: {"$ref": f"#/components/examples/{code}"} for code in of_status}
+    response["content"] = {
+        JSON: {"schema": {"$ref": f"{schemas.REF}{ErrorResponse.__name__}"}, "examples": shown}
+    }
+    return response
+
+
+def _response(description: str, sent: Iterable[HeaderDoc]) -> Part:
+    headers = {REQUEST_ID.name: {"$ref": f"#/components/headers/{REQUEST_ID.name}"}}
+    return {"description": description, "headers": headers | {one.name: _header(one) for one in sent}}
+
+
+def _header(header: HeaderDoc) -> Part:
+    return {"description": header.description, "required": header.is_always_sent, "schema": header.schema}
+
+
+def _named_examples(values: Mapping[str, object]) -> Part:
+    return {name: {"value": value} for name, value in values.items()}

@@ -1,0 +1,154 @@
+"""JSON Schemas of the wire types, with what the code says about their fields."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from itertools import pairwise
+from types import UnionType
+from typing import TYPE_CHECKING, Any, Final, get_args
+
+import msgspec
+
+from gateway.http.wire import WireStruct
+from gateway.openapi.refusals import ErrorDetail
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+REF: Final = "#/components/schemas/"
+_SUFFIX: Final = "Shape"
+"""What the code adds to a name that means something else in it; clients see that only where both are shown to them."""
+_KINDS: Final = {str: "string", bool: "boolean", int: "integer"}
+"""The types of words that a field must be one of."""
+_WARNINGS: Final = {
+    "type": "array",
+    "items": {"$ref": REF + ErrorDetail.__name__},
+    "description": "Fields of the request that were ignored; absent where there are none.",
+}
+_NO_DEFAULT: Final = ("default", None)
+"""A field that may be left out says so by not being required."""
+
+
+def build_schemas(
+    types: Iterable[object], *, warning: Iterable[object] = ()
+) -> tuple[list[dict[str, Json]], dict[str, dict[str, Json]]]:
+    """Return the schema of each type, and those that they refer to by name.
+
+    Args:
+        types: Every type that gets a schema; `Detail` is among those that they refer to.
+        warning: Those of the types whose answers may carry warnings about the body of the request.
+
+    """
+    types = list(types)
+    schemas, named = msgspec.json.schema_components(types, ref_template=REF + "{name}")
+    for struct in _structs(types):
+        _describe(struct, named[struct.__name__])
+    for struct in {kind for kind in _parts_of(warning) if isinstance(kind, type)}:
+        if struct.__name__ in named:
+            named[struct.__name__]["properties"].setdefault("warnings", _WARNINGS)
+    known_as = {name: name.removesuffix(_SUFFIX) for name in named}
+    known_as |= {name: name for name, known in known_as.items() if known != name and known in named}
+    tidied = {known_as[name]: _tidied(schema, known_as) for name, schema in named.items()}
+    return _tidied(list(schemas), known_as), dict(sorted(tidied.items()))
+
+
+def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
+    """Return a schema with the names that clients see, and without what only repeats what it says already."""
+    if isinstance(value, list):
+        return [_tidied(item, known_as) for item in value]
+    if not isinstance(value, dict):
+        return value
+    tidied = {
+        key: _tidied(item, known_as)
+        for key, item in value.items()
+        # What is called a title is a text; a field of that name has a schema.
+        if not (key == "title" and isinstance(item, str)) and (key, item) != _NO_DEFAULT
+    }
+    match tidied:
+        case {"$ref": str(ref)}:
+            tidied["$ref"] = REF + known_as[ref.removeprefix(REF)]
+        case {"anyOf": [{"type": str(kind), **rest}, {"type": "null"}], **others} if "$ref" not in rest:
+            return {
+                "type": [kind, "null"],
+                **rest,
+                **{key: one for key, one in others.items() if key != "anyOf"},
+            }
+        case {"required": []}:
+            del tidied["required"]
+    return tidied | _spelled_out(tidied)
+
+
+def _spelled_out(schema: Mapping[str, Any]) -> dict[str, Json]:
+    """Return what JSON Schema takes for granted of a schema, and generators of clients take for something else."""
+    kind = schema.get("type", [])
+    kinds = kind if isinstance(kind, list) else [kind]
+    if "object" in kinds and "properties" not in schema and "additionalProperties" not in schema:
+        return {"additionalProperties": True}
+    if "array" in kinds and "items" not in schema and "prefixItems" not in schema:
+        return {"items": {}}
+    match schema:
+        case {"enum": [first, *others]} if not kinds and all(type(one) is type(first) for one in others):
+            return {"type": _KINDS[type(first)]}
+    return {}
+
+
+def _parts_of(types: Iterable[object]) -> Iterator[object]:
+    """Yield types, and the members of those that are unions."""
+    for kind in types:
+        yield kind
+        if isinstance(kind, UnionType):
+            yield from get_args(kind)
+
+
+def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
+    """Return every struct that the types are made of, once."""
+    seen: set[object] = set()
+    waiting = list(types)
+    while waiting:
+        kind = waiting.pop()
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            if kind in seen:
+                continue
+            seen.add(kind)
+            yield kind
+            waiting.extend(field.type for field in msgspec.structs.fields(kind))
+        waiting.extend(get_args(kind))
+
+
+def _describe(struct: type[msgspec.Struct], schema: dict[str, Any]) -> None:
+    """Add what stands below a field in the code to the field's schema."""
+    said: dict[str, str] = {}
+    for kind in reversed(struct.__mro__):
+        if issubclass(kind, WireStruct):
+            said |= _said_in(kind.__module__).get(kind.__name__, {})
+    for field in msgspec.structs.fields(struct):
+        if field.name in said:
+            schema["properties"][field.encode_name].setdefault("description", said[field.name])
+    if issubclass(struct, WireStruct):
+        for name, route in struct.read_only.items():
+            changed_by = f" `{route}` changes it." if route else ""
+            description = f"As it was shown, or absent.{changed_by}"
+            schema.setdefault("properties", {})[name] = {"readOnly": True, "description": description}
+
+
+@cache
+def _said_in(module_name: str) -> Mapping[str, Mapping[str, str]]:
+    """Return the sentences that stand below the fields of a module's classes."""
+    source = inspect.getsource(sys.modules[module_name])
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    return {one.name: dict(_said_below(one.body)) for one in classes}
+
+
+def _said_below(body: Iterable[ast.stmt]) -> Iterator[tuple[str, str]]:
+    for field, below in pairwise(body):
+        if (
+            isinstance(field, ast.AnnAssign)
+            and isinstance(field.target, ast.Name)
+            and isinstance(below, ast.Expr)
+            and isinstance(below.value, ast.Constant)
+        ):
+            yield field.target.id, " ".join(str(below.value.value).split())

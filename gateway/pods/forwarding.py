@@ -1,0 +1,135 @@
+"""Arrivals forwarded to pods that wait at no desk here: a hint that there is work, which a pod then claims as ever.
+
+Nothing of a run goes along, so that nothing can be lost on the way, be taken by a pod that stops, or be had by whoever
+has got its address since.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from sqlalchemy import select
+from sqlmodel import col
+
+from concurrency.ttl_cache import TTLCache
+from messages import hints
+from models import deployment_token
+from models.deployment import POSSIBLY_SERVING_STATES, Deployment
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import aiohttp
+
+    from messages.broker import Broker
+    from models.database import Database
+
+log = structlog.get_logger()
+
+HINT_SECONDS: Final = 2.0
+REMEMBERED_SECONDS: Final = 1.0
+MAX_REMEMBERED: Final = 10_000
+ACCEPTED: Final = 202
+UNAUTHORIZED: Final = 401
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyPods:
+    """Where the ready pods of a deployment are, and what they take hints by."""
+
+    addresses: Sequence[str] = ()
+    keys: Sequence[str] = ()
+    """Those of pods that are being replaced too; the newest first."""
+
+
+class WakeupForwarder:
+    """The way of one gateway to pods."""
+
+    def __init__(self, database: Database, broker: Broker) -> None:
+        self._database = database
+        self._broker = broker
+        self._remembered: TTLCache[str, ReadyPods] = TTLCache(REMEMBERED_SECONDS, MAX_REMEMBERED)
+        self._under_way: dict[str, asyncio.Task[None]] = {}
+        self._again: set[str] = set()
+        self._session: aiohttp.ClientSession | None = None
+
+    def forward(self, workflow_id: str) -> None:
+        """Tell one of the pods of a workflow soon, if it has any that are ready."""
+        if workflow_id in self._under_way:
+            self._again.add(workflow_id)
+        else:
+            self._under_way[workflow_id] = asyncio.create_task(self._forward(workflow_id))
+
+    async def close(self) -> None:
+        """Forward no more."""
+        tasks = list(self._under_way.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._session is not None:
+            await self._session.close()
+
+    async def _forward(self, workflow_id: str) -> None:
+        try:
+            is_wanted = True
+            while is_wanted:
+                self._again.discard(workflow_id)
+                await self._tell_one(workflow_id)
+                is_wanted = workflow_id in self._again
+        except DatabaseUnavailable as error:
+            log.debug("pods not told", workflow_id=workflow_id, error=str(error))
+        except Exception:
+            log.exception("pods not told", workflow_id=workflow_id)
+        finally:
+            del self._under_way[workflow_id]
+
+    async def _tell_one(self, workflow_id: str) -> None:
+        pods = self._remembered.get(workflow_id)
+        if pods is None:
+            pods = await self._find(workflow_id)
+            self._remembered.put(workflow_id, pods)
+        for address in random.sample(pods.addresses, len(pods.addresses)):
+            if await self._takes_hint(address, pods.keys):
+                return
+        if pods.addresses:
+            # They are gone, or about to be: whoever waits for the run sees to it that there are others.
+            log.info("pods not reached", workflow_id=workflow_id, pods=len(pods.addresses))
+            self._remembered.drop(workflow_id)
+            await hints.deployment_changed(self._broker, workflow_id)
+
+    async def _find(self, workflow_id: str) -> ReadyPods:
+        ready = select(col(Deployment.ready_addresses)).where(
+            col(Deployment.workflow_id) == workflow_id,
+            col(Deployment.is_deployed),
+            col(Deployment.observed).in_(POSSIBLY_SERVING_STATES),
+            col(Deployment.drain_until).is_(None),
+        )
+        async with self._database.read() as connection:
+            addresses = await connection.scalar(ready)
+            if not addresses:
+                return ReadyPods()
+            return ReadyPods(tuple(addresses), await deployment_token.wakeup_keys(connection, workflow_id))
+
+    async def _takes_hint(self, address: str, keys: Sequence[str]) -> bool:
+        """Tell whether a pod takes a hint; it doesn't where it drains, or another process listens there by now."""
+        import aiohttp  # noqa: PLC0415 - its client costs 15 MB, which gateways save at which all pods wait
+
+        if self._session is None:
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(HINT_SECONDS))
+        for key in keys:
+            headers = {"Authorization": f"Bearer {key}"}
+            try:
+                async with self._session.post(
+                    f"{address}/trigger", headers=headers, allow_redirects=False
+                ) as response:
+                    if response.status != UNAUTHORIZED:
+                        return response.status == ACCEPTED
+            except (aiohttp.ClientError, OSError, TimeoutError) as error:
+                log.debug("pod not reached", address=address, error=str(error) or type(error).__name__)
+                return False
+        return False

@@ -1,0 +1,208 @@
+"""The handlers by which pods claim, journal and hear of runs."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from execution.pod_api import (
+    MAX_RECORD_BYTES,
+    ClaimRequest,
+    ClaimResponse,
+    CountResponse,
+    DefinitionsRequest,
+    DefinitionsResponse,
+    LogPositions,
+    NodeAnswersResponse,
+    PodContact,
+    RecordRequest,
+    RecordResponse,
+    ReleaseRequest,
+    RenewRequest,
+    RenewResponse,
+    RunsRequest,
+    ServerDatabaseAddress,
+    SpansRequest,
+    SpansResponse,
+    SuspectsRequest,
+    SuspectsResponse,
+    WorkPollRequest,
+)
+from gateway.http import errors
+from gateway.http.responses import JsonResponse
+from gateway.pods import lease_checks, record_checks
+from gateway.pods.pod_endpoint import decode_call
+from journal.deployments import pod_leases
+from journal.store import ClaimQuery, LeaseRenewal
+from messages import beginnings
+from messages.broker import BrokerUnavailable
+from models.database import is_sqlite
+from models.errors import PartialCommit
+from nodes.connections import data_source_policy
+
+if TYPE_CHECKING:
+    from gateway.http.request import GatewayRequest
+    from gateway.pods.lease_checks import LeaseHolder
+    from gateway.state import GatewayState
+
+MANY_WRITES = 20
+"""So many are looked through in a thread."""
+
+
+async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Say what is deployed, and where no data source may lead."""
+    gateway = request.gateway
+    await _take_back_earlier(gateway, holder)
+    found = await lease_checks.deployed_definition(gateway.database, holder)
+    if found is None:
+        raise errors.conflict("not-deployed", "This workflow is not deployed")
+    return JsonResponse(
+        PodContact(
+            holder.organization_id,
+            holder.lane,
+            *found,
+            own_database=_own_database(gateway),
+            is_stopped=await lease_checks.is_stopped(gateway.database, holder),
+            now=gateway.database.clock.now(),
+        )
+    )
+
+
+async def _take_back_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
+    """Take back what processes of the same pod held before this one: it would not have been started beside another."""
+    held_by = await pod_leases.pod_lease_owners(gateway.database, holder.workflow_id)
+    earlier = [
+        process
+        for process in held_by
+        if process.pod == holder.process.pod and process.started_at < holder.process.started_at
+    ]
+    if await pod_leases.reclaim_pod_leases(gateway.database, gateway.store, holder.workflow_id, earlier):
+        await gateway.runners.desk.arrived([holder.workflow_id])
+
+
+def _own_database(gateway: GatewayState) -> ServerDatabaseAddress | None:
+    if is_sqlite(gateway.database.url):
+        return None
+    own = data_source_policy.ServerDatabase.from_url(gateway.settings.database_url)
+    return ServerDatabaseAddress(own.host, own.port, own.database)
+
+
+async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Wait for work, and for what is asked of runs."""
+    call = await decode_call(request, WorkPollRequest)
+    return JsonResponse(await request.gateway.runners.desk.wait(holder, call))
+
+
+async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Take pending runs of this deployment."""
+    call = await decode_call(request, ClaimRequest)
+    if not await lease_checks.takes_runs(request.gateway.database, holder):
+        return JsonResponse(ClaimResponse(()))
+    claimed = await request.gateway.store.claim(
+        ClaimQuery(
+            holder.owner,
+            call.lease_seconds,
+            call.limit,
+            target=holder.workflow_id,
+            is_trial=call.is_trial,
+            max_trial_losses=call.max_trial_losses,
+        )
+    )
+    await beginnings.tell(request.gateway.broker, claimed)
+    # What follows the end of a run is not the pod's business, and may name addresses that are nobody else's.
+    own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
+    return JsonResponse(ClaimResponse(own))
+
+
+async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Say whether runs of this deployment wait to be put on trial."""
+    call = await decode_call(request, SuspectsRequest)
+    store = request.gateway.store
+    return JsonResponse(SuspectsResponse(await store.has_suspects(call.max_trial_losses, holder.workflow_id)))
+
+
+async def record(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Write what runs have done."""
+    call = await decode_call(request, RecordRequest, max_bytes=MAX_RECORD_BYTES)
+    if len({write.execution_id for write in call.writes}) < len(call.writes):
+        message = "A run has more than one write"
+        raise errors.invalid([errors.problem("writes", "duplicate", message)])
+    if len(call.writes) > MANY_WRITES or len(call.writes and call.writes[0].spans) > MANY_WRITES:
+        await asyncio.to_thread(_require_storable, call)
+    else:
+        _require_storable(call)
+    unwritten: frozenset[str] = frozenset()
+    try:
+        held = await request.gateway.store.record(call.writes, owner=holder.owner)
+    except PartialCommit as error:
+        held, unwritten = error.held, error.unwritten
+    if held:
+        await _publish(request.gateway, call, held)
+    return JsonResponse(RecordResponse(sorted(held), sorted(unwritten)))
+
+
+def _require_storable(call: RecordRequest) -> None:
+    for write in call.writes:
+        record_checks.require_storable(write)
+
+
+async def _publish(gateway: GatewayState, call: RecordRequest, held: frozenset[str]) -> None:
+    inboxes = {write.execution_id: write.inbox for write in call.writes if write.execution_id in held}
+    with suppress(BrokerUnavailable):  # whoever waits looks once a second
+        await gateway.broker.announce(inboxes)
+
+
+async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Extend leases."""
+    call = await decode_call(request, RenewRequest)
+    held = [LeaseRenewal(lease.execution_id, lease.lane, lease.token) for lease in call.leases]
+    renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
+    return JsonResponse(
+        RenewResponse(
+            {one.execution_id: one.request for one in renewed if not one.is_locked},
+            [one.execution_id for one in renewed if one.is_locked],
+            request.gateway.database.clock.now(),
+        )
+    )
+
+
+async def give_back(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Give back what was claimed and never begun."""
+    call = await decode_call(request, ReleaseRequest)
+    return JsonResponse(CountResponse(await request.gateway.store.give_back(holder.owner, call.held)))
+
+
+async def promote(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Put waits that are over back in the queue."""
+    return JsonResponse(CountResponse(await lease_checks.promote_due(request.gateway.database, holder)))
+
+
+async def definitions(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Return definitions of runs."""
+    call = await decode_call(request, DefinitionsRequest)
+    found = await lease_checks.read_definitions(request.gateway.database, holder, call.hashes)
+    return JsonResponse(DefinitionsResponse(found))
+
+
+async def spans(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Return what was recorded of a run."""
+    call = await decode_call(request, SpansRequest)
+    found = await lease_checks.read_spans(request.gateway.database, holder, call.execution_id, call.after)
+    return JsonResponse(SpansResponse(found))
+
+
+async def log_ends(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Return where logs of runs end."""
+    call = await decode_call(request, RunsRequest)
+    found = await lease_checks.read_log_ends(request.gateway.database, holder, call.execution_ids)
+    return JsonResponse(LogPositions(found))
+
+
+async def answers(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Return what nodes of runs were answered."""
+    call = await decode_call(request, RunsRequest)
+    found = await lease_checks.read_answers(request.gateway.database, holder, call.execution_ids)
+    return JsonResponse(NodeAnswersResponse(found))

@@ -1,0 +1,242 @@
+"""What a pod may touch: runs of its own workflow, and of those the ones that it holds a live lease on.
+
+Each statement says so itself, so that nothing is read or changed after somebody else has taken the run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import bindparam, func, literal_column, select, update
+from sqlmodel import col
+
+from engine.services import RunCaller
+from execution.pod_api import SPANS_PER_PAGE, NodeAnswerRecord
+from gateway.http.errors import ApiError
+from journal.run_rows import SPAN_COLUMNS, decode_span
+from models.database_time import DatabaseTime
+from models.deployment import Deployment
+from models.execution import Execution, LogRow, SpanRow, WaitAnswer
+from models.execution_status import ExecutionStatus
+from models.pod_processes import PodProcess, lease_owner
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.run_records import NodeSpan
+    from models.database import Database
+
+_IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
+"""Written out, not bound: SQLite uses the index of running executions only for a condition that it can read."""
+_TAKES_RUNS = select(col(Deployment.workflow_id)).where(
+    col(Deployment.workflow_id) == bindparam("workflow_id"),
+    col(Deployment.is_deployed),
+    col(Deployment.replicas) > 0,
+    col(Deployment.drain_until).is_(None),
+)
+"""Made once: each claim asks this, and to put it together takes longer than to run it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseHolder:
+    """A pod that has proved which deployment it belongs to."""
+
+    workflow_id: str
+    organization_id: str
+    lane: int
+    process: PodProcess
+
+    @property
+    def owner(self) -> str:
+        """By what its leases are its own."""
+        return lease_owner(self.workflow_id, self.process)
+
+
+def lease_lost() -> ApiError:
+    """Return the answer about a run that isn't this pod's: whether it is another's, gone, or never was."""
+    return ApiError(409, "lease-lost", "This pod holds no lease on such an execution")
+
+
+def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
+    """Return the conditions on executions."""
+    return (
+        col(Execution.workflow_id) == holder.workflow_id,
+        col(Execution.organization_id) == holder.organization_id,
+        col(Execution.lane) == holder.lane,
+        _IS_RUNNING,
+        col(Execution.lease_owner) == holder.owner,
+        col(Execution.lease_until) >= DatabaseTime(),
+    )
+
+
+async def read_caller(database: Database, holder: LeaseHolder, execution_id: str) -> RunCaller:
+    """Return for whom a run works; raises 409 `lease-lost`."""
+    statement = select(col(Execution.user_id), col(Execution.key_id)).where(
+        col(Execution.id) == execution_id, *held_conditions(holder)
+    )
+    async with database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    if row is None:
+        raise lease_lost()
+    return RunCaller(holder.organization_id, row.user_id, holder.workflow_id, execution_id, row.key_id)
+
+
+async def require_resume_line(database: Database, holder: LeaseHolder, key_id: str) -> None:
+    """Raise 409 `lease-lost` unless the pod holds a run of this line of resumed runs."""
+    statement = (
+        select(col(Execution.id)).where(col(Execution.key_id) == key_id, *held_conditions(holder)).limit(1)
+    )
+    async with database.read() as connection:
+        if await connection.scalar(statement) is None:
+            raise lease_lost()
+
+
+async def deployed_definition(database: Database, holder: LeaseHolder) -> tuple[str, str] | None:
+    """Return the hash and the text of the definition that is deployed."""
+    statement = (
+        select(col(Definition.hash), col(Definition.body))
+        .join(
+            Deployment,
+            (col(Deployment.organization_id) == col(Definition.organization_id))
+            & (col(Deployment.definition_hash) == col(Definition.hash)),
+        )
+        .where(col(Deployment.workflow_id) == holder.workflow_id, col(Definition.lane) == holder.lane)
+    )
+    async with database.read() as connection:
+        row = (await connection.execute(statement)).first()
+    return None if row is None else (row.hash, row.body)
+
+
+async def takes_runs(database: Database, holder: LeaseHolder) -> bool:
+    """Tell whether runs may enter its pods: no new ones do where it stops or has been undeployed."""
+    async with database.read() as connection:
+        return await connection.scalar(_TAKES_RUNS, {"workflow_id": holder.workflow_id}) is not None
+
+
+async def is_stopped(database: Database, holder: LeaseHolder) -> bool:
+    """Tell whether its pods are to end after a drain; those of what is undeployed have had none."""
+    statement = select(col(Deployment.workflow_id)).where(
+        col(Deployment.workflow_id) == holder.workflow_id,
+        col(Deployment.is_deployed),
+        col(Deployment.replicas) == 0,
+    )
+    async with database.read() as connection:
+        return await connection.scalar(statement) is not None
+
+
+async def read_definitions(database: Database, holder: LeaseHolder, hashes: Sequence[str]) -> dict[str, str]:
+    """Return the definitions of runs that the pod holds."""
+    pinned = (
+        select(col(Execution.definition_hash))
+        .where(col(Execution.definition_hash).in_(hashes), *held_conditions(holder))
+        .distinct()
+    )
+    statement = select(col(Definition.hash), col(Definition.body)).where(
+        col(Definition.organization_id) == holder.organization_id,
+        col(Definition.lane) == holder.lane,
+        col(Definition.hash).in_(pinned),
+    )
+    async with database.read() as connection:
+        return {row.hash: row.body for row in await connection.execute(statement)}
+
+
+async def read_spans(
+    database: Database, holder: LeaseHolder, execution_id: str, after: int
+) -> list[NodeSpan]:
+    """Return a page of what was recorded of a run."""
+    # As they are stored: that is what `span_of` reads.
+    columns: list[ColumnElement[Any]] = [literal_column(f"span.{column}") for column in SPAN_COLUMNS]
+    statement = (
+        select(*columns)
+        .select_from(SpanRow)
+        .join(Execution, col(Execution.id) == col(SpanRow.execution_id))
+        .where(
+            col(SpanRow.execution_id) == execution_id,
+            col(SpanRow.lane) == holder.lane,
+            col(SpanRow.sequence) > after,
+            *held_conditions(holder),
+        )
+        .order_by(col(SpanRow.sequence))
+        .limit(SPANS_PER_PAGE)
+    )
+    async with database.read() as connection:
+        return [decode_span(row) for row in await connection.execute(statement)]
+
+
+async def read_log_ends(
+    database: Database, holder: LeaseHolder, execution_ids: Sequence[str]
+) -> dict[str, int]:
+    """Return the highest sequence number of each run's log."""
+    statement = (
+        select(col(LogRow.execution_id), func.max(col(LogRow.sequence)).label("last"))
+        .join(Execution, col(Execution.id) == col(LogRow.execution_id))
+        .where(
+            col(LogRow.execution_id).in_(execution_ids),
+            col(LogRow.lane) == holder.lane,
+            *held_conditions(holder),
+        )
+        .group_by(col(LogRow.execution_id))
+    )
+    async with database.read() as connection:
+        return {row.execution_id: row.last for row in await connection.execute(statement)}
+
+
+async def read_answers(
+    database: Database, holder: LeaseHolder, execution_ids: Sequence[str]
+) -> list[NodeAnswerRecord]:
+    """Return what nodes of runs were answered."""
+    statement = (
+        select(
+            *(col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration)),
+            col(WaitAnswer.payload),
+        )
+        .join(Execution, col(Execution.id) == col(WaitAnswer.execution_id))
+        .where(
+            col(WaitAnswer.execution_id).in_(execution_ids),
+            col(WaitAnswer.lane) == holder.lane,
+            *held_conditions(holder),
+        )
+    )
+    async with database.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    return [
+        NodeAnswerRecord(row.execution_id, row.node_id, row.iteration, row.payload.encode()) for row in rows
+    ]
+
+
+async def promote_due(database: Database, holder: LeaseHolder) -> int:
+    """Put waits of this deployment that are over back in the queue; returns how many. Skips locked rows."""
+    due = (
+        select(col(Execution.id))
+        .where(
+            col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
+            col(Execution.due_at) <= DatabaseTime(),
+            col(Execution.workflow_id) == holder.workflow_id,
+            col(Execution.target) == holder.workflow_id,
+            col(Execution.lane) == holder.lane,
+        )
+        .with_for_update(key_share=True, skip_locked=True)
+        .cte("due")
+    )
+    statement = (
+        update(Execution)
+        .where(col(Execution.id).in_(select(due.c.id)))
+        .values(
+            status=ExecutionStatus.PENDING.value,
+            due_at=None,
+            updated_at=DatabaseTime(),
+            # What was left of the run's timeout when it went to sleep is counted from now on.
+            deadline_at=col(Execution.deadline_at) + DatabaseTime(),
+        )
+        .returning(col(Execution.id))
+    )
+
+    async def work(connection: AsyncConnection) -> int:
+        return len((await connection.scalars(statement)).all())
+
+    return await database.transaction(work)

@@ -1,0 +1,149 @@
+"""The handlers by which nodes in pods reach what the server lends to nodes: contents, data sources, runs, rates.
+
+Each is for one run that the pod holds, in the name of whom that run works for; the pod has no say in that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from hashlib import sha256 as hash_of
+from typing import TYPE_CHECKING, Final
+from urllib.parse import unquote
+
+from engine.run_errors import NodeError
+from engine.services import EventWaitRequest
+from execution.node_blobs import MAX_BLOB_BYTES
+from execution.pod_api import (
+    FINAL,
+    NODE_ERROR_HEADER,
+    RETRYABLE,
+    DataSourceRequest,
+    ExpectEventRequest,
+    ExpectEventResponse,
+    StartRunRequest,
+    StartRunResponse,
+    ThrottleRequest,
+    ThrottleResponse,
+)
+from gateway.http import errors
+from gateway.http.body_limit import BodyLimit
+from gateway.http.downloads import BlobDownload
+from gateway.http.errors import ApiError
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.pods import lease_checks, record_checks
+from gateway.pods.pod_endpoint import decode_call
+from journal.blobs.blob_storage import BlobLost, BlobOwner, BlobsUnavailable
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from gateway.http.request import GatewayRequest
+    from gateway.pods.lease_checks import LeaseHolder
+
+MAX_START_BYTES: Final = 60_000_000
+"""What a run is started with may be as large as what a node may give out."""
+ASK_SECONDS: Final = 20.0
+"""How long a call may wait for our own database; whoever asked asks again."""
+
+
+async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
+    """Keep a content for a line of runs."""
+    owner = await _owner(request, holder)
+    content = await request.body_up_to(BodyLimit(MAX_BLOB_BYTES, setting=""))
+    wanted = request.path_params["sub"]
+    if await asyncio.to_thread(lambda: hash_of(content).hexdigest()) != wanted:
+        raise errors.invalid([errors.problem("sha256", "invalid-value", "The content has another hash")])
+    media_type = request.headers.get("content-type", "")
+    name = unquote(request.headers.get("x-name", ""))
+    try:
+        await request.gateway.blobs.put(owner, content, media_type=media_type, name=name)
+    except BlobsUnavailable as error:
+        raise errors.not_ready(f"{error}: try again") from error
+    return NoContent()
+
+
+async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload:
+    """Return a content of a line of runs."""
+    owner = await _owner(request, holder)
+    try:
+        return await BlobDownload.of(request.gateway.blobs, owner, request.path_params["sub"])
+    except BlobLost as error:
+        raise errors.not_found("content") from error
+    except BlobsUnavailable as error:
+        raise errors.not_ready(f"{error}: try again") from error
+
+
+async def _owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
+    key_id = request.path_params["id"]
+    await lease_checks.require_resume_line(request.gateway.database, holder, key_id)
+    return BlobOwner(holder.organization_id, key_id)
+
+
+async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Return a data source with its secrets."""
+    call = await decode_call(request, DataSourceRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _told():
+        return JsonResponse(await request.gateway.runners.sources.find(caller, call.source_id))
+
+
+async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Start a run of another workflow."""
+    call = await decode_call(request, StartRunRequest, max_bytes=MAX_START_BYTES)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _told():
+        execution_id = await request.gateway.runners.runs.start(
+            caller,
+            call.workflow_id,
+            decoding.decode(call.inputs),
+            node_id=call.node_id,
+            iteration=call.iteration,
+            awaited=call.awaited,
+        )
+    return JsonResponse(StartRunResponse(execution_id))
+
+
+async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Have a node wait for an event."""
+    call = await decode_call(request, ExpectEventRequest)
+    record_checks.require_readable(call)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _told():
+        expires_at = await request.gateway.runners.events.expect(
+            caller,
+            EventWaitRequest(
+                call.event_type, call.condition, call.given, call.look_back_seconds, call.timeout_seconds
+            ),
+            node_id=call.node_id,
+            iteration=call.iteration,
+        )
+    return JsonResponse(ExpectEventResponse(expires_at))
+
+
+async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+    """Take the next place at a limited rate."""
+    call = await decode_call(request, ThrottleRequest)
+    caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
+    async with _told():
+        at = await request.gateway.runners.pace.reserve(
+            caller,
+            call.key,
+            limit=call.limit,
+            per_seconds=call.per_seconds,
+            max_wait_seconds=call.max_wait_seconds,
+        )
+    return JsonResponse(ThrottleResponse(at))
+
+
+@asynccontextmanager
+async def _told() -> AsyncIterator[None]:
+    """Tell a node's error as one, and of a database that is away in time."""
+    try:
+        async with asyncio.timeout(ASK_SECONDS):
+            yield
+    except NodeError as error:
+        kind = RETRYABLE if error.retryable else FINAL
+        raise ApiError(422, error.code, error.message, headers={NODE_ERROR_HEADER: kind}) from error
+    except TimeoutError as error:
+        raise errors.not_ready("The database does not answer: try again") from error

@@ -1,0 +1,60 @@
+"""What the gateway holds for the pods of deployments."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from execution.child_runs import ChildRunStarter
+from execution.event_matching import EventMatcher
+from execution.shared_throttle import SharedThrottle
+from execution.stored_data_sources import StoredDataSources
+from gateway.pods.pod_endpoint import PodAuthenticator
+from gateway.pods.poll_hub import PodPollHub
+
+if TYPE_CHECKING:
+    from gateway.settings import GatewaySettings
+    from journal.store import JournalStore
+    from messages.broker import Broker
+    from models.database import Database
+    from models.encryption import SecretVault
+    from nodes.catalog import NodeCatalog
+
+
+@dataclass(frozen=True, slots=True)
+class PodState:
+    """The parts that the internal API uses; what nodes are lent here, workers lend by the same code."""
+
+    authenticator: PodAuthenticator
+    desk: PodPollHub
+    sources: StoredDataSources
+    runs: ChildRunStarter
+    pace: SharedThrottle
+    events: EventMatcher
+
+
+@asynccontextmanager
+async def open_pod_state(
+    settings: GatewaySettings,
+    database: Database,
+    store: JournalStore,
+    broker: Broker,
+    catalog: NodeCatalog,
+    vault: SecretVault,
+    desk: PodPollHub,
+) -> AsyncIterator[PodState]:
+    """Make them, and have pods wait at the desk as long as the context lasts."""
+    await desk.start()
+    try:
+        yield PodState(
+            authenticator=PodAuthenticator(database),
+            desk=desk,
+            sources=StoredDataSources(database, vault),
+            runs=ChildRunStarter(database, store, broker, catalog, settings),
+            pace=SharedThrottle(database),
+            events=EventMatcher(database, broker),
+        )
+    finally:
+        await desk.close()

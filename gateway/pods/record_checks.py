@@ -1,0 +1,86 @@
+"""What a pod may write into rows that others read: texts that are JSON, times with a zone, references that lead on.
+
+A pod runs its users' nodes: what it says is looked at like any other body from outside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from engine import values
+from engine.conditions import compile_condition
+from engine.expressions import ExpressionError
+from engine.values import InvalidJson
+from gateway.http import errors
+from gateway.http.errors import ApiError
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from json_text import decoding
+from models import ids
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from engine.run_records import NodeSpan
+    from execution.pod_api import ExpectEventRequest
+    from journal.store import RunWrite
+
+MAX_HASHES_BYTES = 1_024
+
+
+class _AwaitedNode(msgspec.Struct):
+    kind: str
+    request: dict[str, object] | None = None
+
+
+def require_storable(write: RunWrite) -> None:
+    """Raise 422 for what a row could not be read back from."""
+    try:
+        for span in write.spans:
+            _check_span(span)
+    except (InvalidJson, InvalidBlobReference, msgspec.DecodeError) as error:
+        raise _refused(f"A value is none that can be kept: {error}") from error
+    if any(moment.tzinfo is None for moment in _moments(write)):
+        raise _refused("A time has no zone")
+    if write.inbox and not ids.is_id(write.inbox):
+        raise _refused("The inbox is none")
+
+
+def require_readable(call: ExpectEventRequest) -> None:
+    """Raise 422 for the filter of a wait that nobody could look through events by."""
+    try:
+        if call.condition is not None:
+            compile_condition(values.decode_json(call.condition.encode()))
+        if not isinstance(values.decode_json(call.given.encode()), list):
+            raise _refused("What the filter is given is no list")
+    except (InvalidJson, ExpressionError) as error:
+        raise _refused(f"The filter can't be read: {error}") from error
+
+
+def _check_span(span: NodeSpan) -> None:
+    for text in (span.input, span.output, span.resolved_config):
+        if text is not None:
+            values.decode_json(text)
+    for reference in (span.input_blob, span.output_blob):
+        if reference is not None:
+            BlobReference.from_text(reference)
+    if span.awaits is not None:
+        values.decode_json(span.awaits)
+        decoding.decode(span.awaits, _AwaitedNode)
+    if span.hashes is not None and len(span.hashes) > MAX_HASHES_BYTES:
+        raise _refused("The hashes are too long")
+
+
+def _moments(write: RunWrite) -> Iterator[datetime]:
+    moments = [write.due_at, *(line.created_at for line in write.logs)]
+    for attempt in write.attempts:
+        moments += [attempt.started_at, attempt.ended_at, attempt.next_attempt_at]
+    for span in write.spans:
+        moments += [span.started_at, span.ended_at, span.wake_at]
+    yield from (moment for moment in moments if moment is not None)
+
+
+def _refused(message: str) -> ApiError:
+    return errors.invalid([errors.problem("writes", "invalid-value", message)])

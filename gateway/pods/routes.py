@@ -1,0 +1,57 @@
+"""The table of the internal API: what pods may ask, each with the token of its deployment. It stands in no document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from execution.pod_api import PREFIX
+from gateway.http.endpoint import PathEndpoint
+from gateway.pods import journal, node_services
+from gateway.pods.pod_endpoint import InternalHandler, PodEndpoint
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+
+@dataclass(frozen=True, slots=True)
+class PodRoute:
+    """One line of the table."""
+
+    method: str
+    path: str
+    """Below `/internal/v1`."""
+    handler: InternalHandler
+
+
+TABLE: Sequence[PodRoute] = (
+    PodRoute("POST", "/contact", journal.contact),
+    PodRoute("POST", "/wait", journal.wait),
+    PodRoute("POST", "/claim", journal.claim),
+    PodRoute("POST", "/suspects", journal.suspects),
+    PodRoute("POST", "/record", journal.record),
+    PodRoute("POST", "/renew", journal.renew),
+    PodRoute("POST", "/give-back", journal.give_back),
+    PodRoute("POST", "/promote", journal.promote),
+    PodRoute("POST", "/definitions", journal.definitions),
+    PodRoute("POST", "/spans", journal.spans),
+    PodRoute("POST", "/log-ends", journal.log_ends),
+    PodRoute("POST", "/answers", journal.answers),
+    PodRoute("PUT", "/blobs/{id}/{sub}", node_services.put_blob),
+    PodRoute("GET", "/blobs/{id}/{sub}", node_services.get_blob),
+    PodRoute("POST", "/executions/{id}/data-sources", node_services.open_data_source),
+    PodRoute("POST", "/executions/{id}/runs", node_services.start_run),
+    PodRoute("POST", "/executions/{id}/reservations", node_services.reserve),
+    PodRoute("POST", "/executions/{id}/event-waits", node_services.expect_event),
+)
+
+
+def endpoints(table: Sequence[PodRoute]) -> Mapping[str, ASGIApp]:
+    """Return what serves each path."""
+    found: dict[str, PathEndpoint] = {}
+    for line in table:
+        one = PodEndpoint(line.method, line.handler)
+        earlier = found.get(line.path)
+        found[line.path] = one if earlier is None else PathEndpoint({**earlier.operations, **one.operations})
+    return {PREFIX + path: endpoint for path, endpoint in found.items()}

@@ -1,0 +1,180 @@
+"""The catalogue of node types: what there is to draw a workflow with, and how each type is configured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from msgspec import UNSET, UnsetType
+
+from engine.node_api import NodeEffect, UnknownNodeType
+from gateway.http.errors import ApiError
+from gateway.http.parameters import LIMIT, OFFSET, TextParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import WireStruct
+
+if TYPE_CHECKING:
+    from engine.node_api import EffectRule, NodeType, OutputDescription
+
+SEARCH = TextParameter("search", "Only types with this text in their type, name or description.")
+CATEGORY = TextParameter(
+    "category", "Only types of this category: `triggers`, `sources`, `transform`, `control`, `io`, `ai`."
+)
+TYPE = TextParameter("type", "Only the type of exactly this name.")
+LISTED = (SEARCH, CATEGORY, TYPE, LIMIT, OFFSET)
+
+
+class EffectShape(WireStruct):
+    """What running a node does to the world: `default`, unless the config's `field` has a value that is in `cases`."""
+
+    default: NodeEffect
+    field: str | UnsetType = UNSET
+    cases: Mapping[str, NodeEffect] | UnsetType = UNSET
+
+
+class PortsShape(WireStruct):
+    """Where connections can end and begin; every node has the output port `error` besides."""
+
+    inputs: Sequence[str]
+    outputs: Sequence[str]
+    outputs_from: str | UnsetType = UNSET
+    """Where in the config the names of further outputs stand: `cases[].port`."""
+
+
+class NodeTypeShape(WireStruct):
+    """A node type."""
+
+    type: str
+    name: str
+    version: str
+    category: str
+    description: str
+    effect: EffectShape
+    ports: PortsShape
+    resources: Mapping[str, Any]
+    """What a pod that runs it asks for, as Kubernetes writes quantities."""
+    s3_location: str
+    """The address of the package that holds this version; what is shipped is loaded from the server's own files."""
+    runnable: bool
+    """False: it can be drawn, connected and configured, but this server can't run it."""
+    is_trigger: bool
+
+
+class NodeTypeList(WireStruct):
+    """A part of the catalogue; `count` tells how many types there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    nodes: Sequence[NodeTypeShape]
+
+
+class OutputShape(WireStruct):
+    """What a node gives out."""
+
+    description: str
+    schema: Mapping[str, Any]
+    """A JSON Schema; empty, where the output has no shape of its own."""
+    keeps_input: bool
+    """The fields that arrive are in it too, unless the config's field in `droppedBy` has the value there."""
+    dropped_by: Mapping[str, Any]
+    fields_of: str | None
+    """The field of the config whose keys are fields of the output."""
+
+
+class NodeTypeSchema(NodeTypeShape):
+    """A node type, and how it is configured."""
+
+    config: Mapping[str, Any]
+    """A JSON Schema, draft 2020-12. `x-resource` marks fields that hold the id of something outside the workflow."""
+    defaults: Mapping[str, Any]
+    """The config that a node has where it is given none."""
+    evaluated: Mapping[str, str]
+    """Fields of the config in which conditions, or computed values, may stand; `[]` is for each item of a list."""
+    input_description: str
+    output: OutputShape
+    examples: Sequence[Mapping[str, Any]]
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the node types of the catalogue."""
+    query = request.query
+    part = query.page()
+    search, category, wanted = query[SEARCH], query[CATEGORY], query[TYPE]
+    types = [
+        node_type
+        for _, node_type in sorted(request.gateway.catalog.node_types.items())
+        if wanted in (None, node_type.type)
+        and category in (None, node_type.category)
+        and (search is None or _mentions(node_type, search))
+    ]
+    shown = [_shown(node_type) for node_type in types[part.offset : part.offset + part.limit]]
+    return JsonResponse(NodeTypeList(count=len(types), limit=part.limit, offset=part.offset, nodes=shown))
+
+
+async def schema(request: GatewayRequest) -> JsonResponse:
+    """Show a node type with the JSON Schema of its config, its ports, its output, its defaults and examples."""
+    catalog = request.gateway.catalog
+    try:
+        node_type = catalog.get(request.path_params["type"])
+    except UnknownNodeType as error:
+        raise ApiError(404, "not-found", error.message) from error
+    return JsonResponse(
+        NodeTypeSchema(
+            **_fields(node_type),
+            config=node_type.config_schema,
+            defaults=catalog.with_defaults(node_type, {}),
+            evaluated=node_type.compiled,
+            input_description=node_type.input_description,
+            output=_output(node_type.output),
+            examples=node_type.examples,
+        )
+    )
+
+
+def _mentions(node_type: NodeType, search: str) -> bool:
+    texts = (node_type.type, node_type.name, node_type.description)
+    return any(search.casefold() in text.casefold() for text in texts)
+
+
+def _shown(node_type: NodeType) -> NodeTypeShape:
+    return NodeTypeShape(**_fields(node_type))
+
+
+def _fields(node_type: NodeType) -> dict[str, Any]:
+    return {
+        "type": node_type.type,
+        "name": node_type.name,
+        "version": node_type.version,
+        "category": node_type.category,
+        "description": node_type.description,
+        "effect": _effect(node_type.effect),
+        "ports": _ports(node_type),
+        "resources": node_type.resources,
+        "s3_location": node_type.s3_location,
+        "runnable": node_type.runnable,
+        "is_trigger": node_type.is_trigger,
+    }
+
+
+def _ports(node_type: NodeType) -> PortsShape:
+    return PortsShape(
+        inputs=node_type.inputs, outputs=node_type.outputs, outputs_from=node_type.outputs_from or UNSET
+    )
+
+
+def _effect(rule: EffectRule) -> EffectShape:
+    if rule.deciding_field is None:
+        return EffectShape(default=rule.default)
+    return EffectShape(default=rule.default, field=rule.deciding_field, cases=rule.cases)
+
+
+def _output(output: OutputDescription) -> OutputShape:
+    return OutputShape(
+        description=output.description,
+        schema=output.schema,
+        keeps_input=output.keeps_input,
+        dropped_by=dict([output.dropped_by] if output.dropped_by else []),
+        fields_of=output.fields_of,
+    )

@@ -1,0 +1,131 @@
+"""Whole graphs: arranged on the canvas, and built in one call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from msgspec import UNSET, UnsetType
+
+from engine import canvas_layout as layouts
+from engine.findings import FindingType
+from gateway.http import idempotency, limits
+from gateway.http.parameters import FlagParameter
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import WireStruct, read_json
+from gateway.workflows import editing, graph_shapes, workflow_builder
+from gateway.workflows.finding_shapes import FixShape
+from gateway.workflows.workflow_shapes import ShownConnection, ShownNode
+from models.audit import AuditAction
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.workflows.workflow_rows import StoredWorkflow
+
+DRY_RUN = FlagParameter("dryRun", "Only tell what is wrong with the workflow; nothing is created.")
+
+
+class LayoutResult(WireStruct):
+    """What arranging a workflow has changed."""
+
+    workflow_id: str
+    changed: bool
+    nodes_repositioned: int
+    """How many nodes stand elsewhere than before."""
+
+
+class BuildFinding(WireStruct):
+    """One thing to mend in a body, and where; `type` and what follows come from the validation of the graph."""
+
+    path: str
+    code: str
+    message: str
+    type: FindingType | UnsetType = UNSET
+    suggestion: str | UnsetType = UNSET
+    node_id: str | UnsetType = UNSET
+    connection_id: str | UnsetType = UNSET
+    fix: FixShape | UnsetType = UNSET
+
+
+class BuiltWorkflow(WireStruct):
+    """A workflow that was created, with its graph as it is kept."""
+
+    workflow_id: str
+    status: WorkflowStatus
+    version: int
+    nodes: Sequence[ShownNode]
+    connections: Sequence[ShownConnection]
+    warnings: Sequence[BuildFinding]
+    node_count: int
+    connection_count: int
+
+
+class BuildFindings(WireStruct):
+    """What is wrong with a workflow that wasn't created; with warnings alone it could be."""
+
+    valid: bool
+    errors: Sequence[BuildFinding]
+    warnings: Sequence[BuildFinding]
+
+
+async def layout(request: GatewayRequest) -> JsonResponse:
+    """Arrange the nodes of a workflow from left to right; what is arranged already stays as it is."""
+    stored = await editing.read_workflow(request)
+    editing.require_writer(request, stored.workflow)
+    seen = graph_shapes.drawing(stored.nodes, stored.connections)
+    # In a thread, here and below: others are served while a large graph is gone through.
+    places = await asyncio.to_thread(layouts.arrange_cards, *seen)
+
+    def arranged(before: StoredWorkflow) -> StoredWorkflow:
+        current = graph_shapes.drawing(before.nodes, before.connections)
+        wanted = places if current == seen else layouts.arrange_cards(*current)
+        return replace(before, nodes=graph_shapes.moved(before.nodes, wanted))
+
+    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_LAID_OUT, arranged)
+    nodes = zip(edited.before.nodes, edited.after.nodes, strict=True)
+    count = sum(node["position"] != was["position"] for was, node in nodes)
+    laid_out = LayoutResult(workflow_id=stored.workflow.id, changed=count > 0, nodes_repositioned=count)
+    return editing.answer(edited.after, laid_out)
+
+
+async def build(request: GatewayRequest) -> JsonResponse:
+    """Create a workflow with its whole graph at once, or tell everything that is wrong with it.
+
+    Errors that a draft may have otherwise keep a workflow from being built, except for `not-runnable`. In `details`
+    there is an entry for every wrong field and for every error of the graph; its `path` leads into the body.
+    """
+    is_dry_run = request.query[DRY_RUN]
+    value = await read_json(request)
+    plan = await asyncio.to_thread(
+        workflow_builder.plan_workflow,
+        request.caller,
+        value,
+        request.gateway.catalog,
+        request.gateway.clock(),
+    )
+    warnings = plan.warnings[: limits.FINDINGS]
+    if is_dry_run:
+        idempotency.read_key(request)  # what is no key is refused, though nothing is created
+        errors = plan.errors[: limits.FINDINGS]
+        return JsonResponse({"valid": not errors, "errors": errors, "warnings": warnings})
+    if plan.errors:
+        raise workflow_builder.refusal_error(plan.errors)
+    nodes, connections = plan.stored.nodes, plan.stored.connections
+
+    def built(workflow_id: str) -> Json:
+        return {
+            "workflowId": workflow_id,
+            "status": plan.stored.workflow.status,
+            "version": plan.stored.workflow.version,
+            "nodes": [graph_shapes.shown_node(node) for node in nodes],
+            "connections": [graph_shapes.shown_connection(edge) for edge in connections],
+            "warnings": [dict(warning) for warning in warnings],
+            "nodeCount": len(nodes),
+            "connectionCount": len(connections),
+        }
+
+    return await editing.create_workflow(request, value, plan.stored, AuditAction.WORKFLOW_BUILT, shown=built)

@@ -1,0 +1,372 @@
+"""A workflow's graph edited piece by piece: nodes, their config and mappings, and the connections between them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from gateway.http import errors, read_only
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse
+from gateway.http.wire import GuardedWire, WireStruct, body_of, convert, decode_body, read_json
+from gateway.workflows import editing, graph_shapes, node_edits
+from gateway.workflows.editing import WorkflowEdit
+from gateway.workflows.graph_shapes import CanvasPosition, ConnectionInput, NodeInput, RetryShape
+from gateway.workflows.node_edits import NodeChanges
+from models.audit import AuditAction
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from gateway.workflows.graph_shapes import StoredNode
+    from gateway.workflows.workflow_rows import StoredWorkflow
+    from nodes.catalog import NodeCatalog
+
+UNKNOWN_CATEGORY = "unknown"
+_OF_THE_NODE: Final[Mapping[str, str]] = dict.fromkeys(("nodeId", "workflowId", "warnings"), "")
+
+Values = TypeVar("Values", bound=Mapping[str, object])
+
+
+class SetMappings(GuardedWire):
+    """Where each field of a node's input comes from: a path, a text with expressions in it, or a constant."""
+
+    read_only: ClassVar[Mapping[str, str]] = _OF_THE_NODE
+
+    mappings: dict[str, Any] | None = None
+    input_mappings: dict[str, Any] | None = None
+    """The same as `mappings`, as answers name it; one of both is needed."""
+
+
+class SetPassThrough(GuardedWire):
+    """What a node passes on unchanged: keys of its output, each with the key of its input."""
+
+    read_only: ClassVar[Mapping[str, str]] = _OF_THE_NODE
+
+    values: dict[str, str] | None = None
+    pass_through_values: dict[str, str] | None = None
+    """The same as `values`, as answers name it; one of both is needed."""
+
+
+class NodeSummary(WireStruct):
+    """A node of a list, and how many connections lead to it and from it."""
+
+    id: str
+    type: str
+    label: str
+    category: str
+    position: CanvasPosition
+    has_config: bool
+    inbound_connections: int
+    outbound_connections: int
+    node_version: str | UnsetType = UNSET
+
+
+class NodeList(WireStruct):
+    """All nodes of a workflow."""
+
+    workflow_id: str
+    count: int
+    nodes: list[NodeSummary]
+
+
+class ResolvedNode(WireStruct):
+    """A node, and what the catalogue says of its type."""
+
+    id: str
+    type: str
+    category: str
+    label: str
+    position: CanvasPosition
+    config: dict[str, Any]
+    input_mappings: dict[str, Any]
+    pass_through_values: dict[str, str]
+    s3_location: str
+    resources: dict[str, Any]
+    data: dict[str, Any]
+    """Empty: all that a node is told stands in its config."""
+    node_version: str | UnsetType = UNSET
+    retry: RetryShape | UnsetType = UNSET
+    timeout: int | float | UnsetType = UNSET
+    at_most_once: bool | UnsetType = UNSET
+
+
+class NodeAnswer(WireStruct):
+    """A node that was added or configured."""
+
+    node_id: str
+    workflow_id: str
+    node: ResolvedNode
+
+
+class NodeRemoval(WireStruct):
+    """A node that is gone, and how many connections went with it."""
+
+    removed: bool
+    node_id: str
+    removed_connections: int
+    workflow_id: str
+
+
+class MappingsAnswer(WireStruct):
+    """The mappings of a node."""
+
+    node_id: str
+    workflow_id: str
+    input_mappings: dict[str, Any]
+
+
+class PassThroughAnswer(WireStruct):
+    """What a node passes on unchanged."""
+
+    node_id: str
+    workflow_id: str
+    pass_through_values: dict[str, str]
+
+
+class NodeConnection(WireStruct):
+    """A connection, from a port of a node to a port of another."""
+
+    id: str
+    source: str
+    target: str
+    source_port: str
+    target_port: str
+
+
+class ConnectionAnswer(WireStruct):
+    """A connection that was made."""
+
+    connection_id: str
+    workflow_id: str
+    connection: NodeConnection
+
+
+class ConnectionRemoval(WireStruct):
+    """A connection that is gone."""
+
+    removed: bool
+    connection_id: str
+    workflow_id: str
+
+
+# ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the nodes of a workflow."""
+    stored = await editing.read_workflow(request)
+    inbound = Counter(edge["target"] for edge in stored.connections)
+    outbound = Counter(edge["source"] for edge in stored.connections)
+    catalog = request.gateway.catalog
+    nodes = [_summary(node, catalog, inbound[node["id"]], outbound[node["id"]]) for node in stored.nodes]
+    listed = NodeList(workflow_id=stored.workflow.id, count=len(nodes), nodes=nodes)
+    return editing.answer(stored, listed)
+
+
+async def add(request: GatewayRequest) -> JsonResponse:
+    """Add a node to a workflow; without a position it is put beside the others."""
+    body = await decode_body(request, NodeInput)
+    node_id = body.id or graph_shapes.new_id("node")
+    named = msgspec.structs.replace(body, id=node_id)
+    catalog = request.gateway.catalog
+    edited = await editing.edit_workflow(
+        request,
+        AuditAction.NODE_ADDED,
+        lambda before: node_edits.with_node(before, named, catalog),
+    )
+    return _node_answer(request, edited, node_id, status=201)
+
+
+async def configure(request: GatewayRequest) -> JsonResponse:
+    """Merge values into a node's config; null takes a key away.
+
+    A body with `config`, or with `label` alone, may change the label too; with `config`, also the position, version,
+    retry, timeout and whether it runs at most once. Any other body is taken as the config itself.
+    """
+    body = _wrapped(await read_json(request))
+    changes = body_of(request, body, NodeChanges)
+    node_id = request.path_params["sub"]
+    catalog = request.gateway.catalog
+
+    def change(before: StoredWorkflow) -> StoredWorkflow:
+        read_only.require_same(body, NodeChanges, lambda: _all_fields(before, node_id, catalog))
+        return node_edits.with_changes(before, node_id, changes, catalog)
+
+    edited = await editing.edit_workflow(
+        request,
+        AuditAction.NODE_CONFIGURED,
+        change,
+    )
+    return _node_answer(request, edited, node_id)
+
+
+async def remove(request: GatewayRequest) -> JsonResponse:
+    """Remove a node, and the connections that lead to it and from it."""
+    node_id = request.path_params["sub"]
+    edited = await editing.edit_workflow(
+        request, AuditAction.NODE_REMOVED, lambda before: node_edits.without_node(before, node_id)
+    )
+    removed = len(edited.before.connections) - len(edited.after.connections)
+    return editing.answer(
+        edited.after,
+        NodeRemoval(
+            removed=True, node_id=node_id, removed_connections=removed, workflow_id=edited.after.workflow.id
+        ),
+    )
+
+
+async def set_mappings(request: GatewayRequest) -> JsonResponse:
+    """Set where the fields of a node's input come from, in place of what was set before."""
+    value = await read_json(request)
+    body = body_of(request, value, SetMappings)
+    mappings = _one_of("mappings", body.mappings, "inputMappings", body.input_mappings)
+    node_edits.require_valid_mappings(mappings)
+    node_id = request.path_params["sub"]
+
+    def change(before: StoredWorkflow) -> StoredWorkflow:
+        read_only.require_same(value, SetMappings, lambda: _ids_of_node(before, node_id))
+        return node_edits.with_mappings(before, node_id, mappings)
+
+    edited = await editing.edit_workflow(request, AuditAction.NODE_CONFIGURED, change)
+    return editing.answer(
+        edited.after,
+        MappingsAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, input_mappings=mappings),
+    )
+
+
+async def set_pass_through(request: GatewayRequest) -> JsonResponse:
+    """Set what a node passes from its input to its output, in place of what was set before."""
+    value = await read_json(request)
+    body = body_of(request, value, SetPassThrough)
+    values = _one_of("values", body.values, "passThroughValues", body.pass_through_values)
+    node_id = request.path_params["sub"]
+
+    def change(before: StoredWorkflow) -> StoredWorkflow:
+        read_only.require_same(value, SetPassThrough, lambda: _ids_of_node(before, node_id))
+        return node_edits.with_pass_through(before, node_id, values)
+
+    edited = await editing.edit_workflow(request, AuditAction.NODE_CONFIGURED, change)
+    return editing.answer(
+        edited.after,
+        PassThroughAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, pass_through_values=values),
+    )
+
+
+def _one_of(name: str, value: Values | None, other_name: str, other: Values | None) -> Values:
+    """Return the one of two values that was given; raises 422 for none, and for two that differ."""
+    if value is not None and other is not None and value != other:
+        message = f"Give {name} or {other_name}, not both"
+        raise errors.invalid([errors.problem(other_name, "ambiguous", message)])
+    if value is not None:
+        return value
+    if other is not None:
+        return other
+    raise errors.invalid([errors.problem(name, "required", f"{name} is required")])
+
+
+def _ids_of_node(stored: StoredWorkflow, node_id: str) -> dict[str, Json]:
+    return {"nodeId": node_id, "workflowId": stored.workflow.id}
+
+
+# ── connections ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def connect(request: GatewayRequest) -> JsonResponse:
+    """Connect a port of a node with a port of another."""
+    body = await decode_body(request, ConnectionInput)
+    connection_id = body.id or graph_shapes.new_id("conn")
+    named = msgspec.structs.replace(body, id=connection_id)
+    catalog = request.gateway.catalog
+    edited = await editing.edit_workflow(
+        request,
+        AuditAction.CONNECTION_ADDED,
+        lambda before: node_edits.with_connection(before, named, catalog),
+    )
+    made = convert(edited.after.connections[-1], NodeConnection)
+    return editing.answer(
+        edited.after,
+        ConnectionAnswer(connection_id=connection_id, workflow_id=edited.after.workflow.id, connection=made),
+        status=201,
+    )
+
+
+async def disconnect(request: GatewayRequest) -> JsonResponse:
+    """Remove a connection."""
+    connection_id = request.path_params["sub"]
+    edited = await editing.edit_workflow(
+        request,
+        AuditAction.CONNECTION_REMOVED,
+        lambda before: node_edits.without_connection(before, connection_id),
+    )
+    return editing.answer(
+        edited.after,
+        ConnectionRemoval(removed=True, connection_id=connection_id, workflow_id=edited.after.workflow.id),
+    )
+
+
+# ── shown ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _node_answer(
+    request: GatewayRequest, edited: WorkflowEdit, node_id: str, *, status: int = 200
+) -> JsonResponse:
+    node = _shown(node_edits.node_of(edited.after, node_id), request.gateway.catalog)
+    answer = NodeAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, node=node)
+    return editing.answer(edited.after, answer, status=status)
+
+
+def _summary(node: StoredNode, catalog: NodeCatalog, inbound: int, outbound: int) -> NodeSummary:
+    fields = _resolved(node, catalog) | {
+        "hasConfig": bool(node["config"]),
+        "inboundConnections": inbound,
+        "outboundConnections": outbound,
+    }
+    return convert(fields, NodeSummary)
+
+
+def _shown(node: StoredNode, catalog: NodeCatalog) -> ResolvedNode:
+    return convert(_resolved(node, catalog) | {"data": {}}, ResolvedNode)
+
+
+def _resolved(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
+    """Return a node with what the catalogue says of its type, which it may have lost since the node was stored."""
+    node_type = catalog.node_types.get(str(node["type"]))
+    if node_type is None:
+        resolved: dict[str, Json] = {"category": UNKNOWN_CATEGORY, "s3Location": "", "resources": {}}
+    else:
+        node_type = node_type.earlier.get(str(node.get("version")), node_type)
+        resolved = {
+            "category": node_type.category,
+            "nodeVersion": node_type.version,
+            "s3Location": node_type.s3_location,
+            "resources": dict(node_type.resources),
+        }
+    if "version" in node:
+        resolved["nodeVersion"] = node["version"]
+    return node | resolved
+
+
+def _all_fields(stored: StoredWorkflow, node_id: str, catalog: NodeCatalog) -> dict[str, Json]:
+    """Return every field of a node that some answer shows."""
+    node = node_edits.node_of(stored, node_id)
+    inbound = sum(edge["target"] == node_id for edge in stored.connections)
+    outbound = sum(edge["source"] == node_id for edge in stored.connections)
+    summary: dict[str, Json] = msgspec.to_builtins(_summary(node, catalog, inbound, outbound))
+    shown: dict[str, Json] = msgspec.to_builtins(_shown(node, catalog))
+    return graph_shapes.shown_node(node) | shown | summary
+
+
+def _is_summary(body: Mapping[str, Json]) -> bool:
+    """Tell whether a body is a node as the list of nodes shows it."""
+    return all(field.encode_name in body for field in msgspec.structs.fields(NodeSummary) if field.required)
+
+
+def _wrapped(body: Json) -> Json:
+    """Return the body of a change with the config in its place, where the body itself is the config."""
+    if not isinstance(body, dict) or "config" in body or body.keys() == {"label"} or _is_summary(body):
+        return body
+    return {"config": body}

@@ -1,0 +1,101 @@
+"""The row of a workflow's schedule, written along with its graph and status: the scheduler follows no other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import delete, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from models import database_time, schedule_timetable
+from models.schedule import Schedule
+from models.schedule_timetable import InvalidTimetable
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+    from sqlalchemy import RowMapping
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.schedule_timetable import ScheduleTimetable
+    from models.workflow import Workflow
+    from models.workflow_triggers import WorkflowTrigger
+
+_KEPT = frozenset({"workflow_id", "organization_id", "lane"})
+_OF_THE_PAST = {"last_run_at": None, "last_execution_id": None, "passed_at": None, "passed_reason": None}
+
+
+async def save_schedule(
+    connection: AsyncConnection, workflow: Workflow, trigger: WorkflowTrigger | None
+) -> None:
+    """Let a workflow's schedule count from now on, go on or rest, by its status and its schedule trigger.
+
+    One that goes on with the same instants keeps the next of them, whatever else has changed.
+    """
+    is_of_workflow = col(Schedule.workflow_id) == workflow.id
+    if workflow.deleted_at is not None:
+        await connection.execute(delete(Schedule).where(is_of_workflow))
+        return
+    if trigger is None or workflow.status != WorkflowStatus.ACTIVE or workflow.is_template:
+        rests = {"next_run_at": None, "due_at": None, "problem": None}
+        await connection.execute(update(Schedule).where(is_of_workflow).values(rests))
+        return
+    # Locked before the time is read: whoever starts runs of it is done then, and what they were for is known.
+    found = (
+        (await connection.execute(select(Schedule).where(is_of_workflow).with_for_update()))
+        .mappings()
+        .first()
+    )
+    now = await database_time.read_database_time(connection)
+    row = _begun(workflow, trigger, now, _last_run_at(found, now))
+    if found is not None and found["next_run_at"] is not None and _is_alike(row, Schedule(**found)):
+        return
+    values = row.model_dump(exclude=set(_OF_THE_PAST))
+    if found is None or found["node_id"] != trigger.node_id:
+        values |= _OF_THE_PAST
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(Schedule).values(values)
+    changes = {name: statement.excluded[name] for name in values if name not in _KEPT}
+    await connection.execute(
+        statement.on_conflict_do_update(index_elements=[col(Schedule.workflow_id)], set_=changes)
+    )
+
+
+def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
+    """Return the moment up to which instants were run: now, unless the transaction began a little before a run."""
+    last_run_at = found["last_run_at"] if found is not None else None
+    return (
+        now
+        if last_run_at is None or last_run_at > now + schedule_timetable.MAX_AHEAD
+        else max(now, last_run_at)
+    )
+
+
+def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
+    """Return the row of a schedule that counts from now on; instants up to `since` were run."""
+    row = Schedule(
+        workflow_id=workflow.id,
+        organization_id=workflow.organization_id,
+        lane=workflow.lane,
+        node_id=trigger.node_id,
+        timing_hash="",
+        anchor_at=now.replace(microsecond=0),
+        planned_at=now,
+    )
+    try:
+        followed: ScheduleTimetable = schedule_timetable.parse_timetable(trigger.config)
+    except InvalidTimetable as error:
+        # It was found good when the workflow became active, by a machine that knows other time zones, say.
+        row.problem = str(error)
+        return row
+    row.timing_hash = followed.timing_hash
+    row.next_run_at = followed.first_after(since, row.anchor_at)
+    if row.next_run_at is not None:
+        row.due_at = row.next_run_at + followed.start_delay(workflow.id)
+    return row
+
+
+def _is_alike(one: Schedule, other: Schedule) -> bool:
+    return (one.node_id, one.timing_hash) == (other.node_id, other.timing_hash)

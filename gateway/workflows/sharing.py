@@ -1,0 +1,159 @@
+"""Who besides its owner may see a workflow: the users that it is shared with, or everybody in the organisation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TYPE_CHECKING, ClassVar
+
+from gateway.http import read_only
+from gateway.http.errors import ApiError
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import (
+    GuardedWire,
+    Instant,
+    StrictWire,
+    WireStruct,
+    body_of,
+    decode_body,
+    instant,
+    read_json,
+)
+from gateway.workflows import editing, shares, workflow_shapes
+from models.audit import AuditAction
+
+if TYPE_CHECKING:
+    from gateway.workflows.editing import WorkflowEdit
+    from gateway.workflows.workflow_rows import StoredWorkflow
+    from models.access import ApiCaller
+
+
+class ShareWith(GuardedWire):
+    """The user who is to see a workflow."""
+
+    user_id: str
+
+
+class ShareResult(WireStruct):
+    """A share that is there."""
+
+    message: str
+    workflow_id: str
+    user_id: str
+
+
+class WorkflowGuest(WireStruct):
+    """A user that a workflow is shared with, and since when."""
+
+    user_id: str
+    shared_at: Instant
+
+
+class WorkflowGuests(WireStruct):
+    """The users that a workflow is shared with, the first ones first."""
+
+    workflow_id: str
+    shared_with: Sequence[WorkflowGuest]
+
+
+class SetVisibility(StrictWire):
+    """Who else may see a workflow; what isn't given stays."""
+
+    read_only: ClassVar[Mapping[str, str]] = {
+        name: route
+        for name, route in workflow_shapes.READ_ONLY.items()
+        if name not in {"isPublic", "isTemplate"}
+    }
+
+    is_public: bool | None = None
+    """Whether everybody in the organisation may read and execute it."""
+    is_template: bool | None = None
+    """Whether it is a template, for admins to decide."""
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the users that a workflow is shared with."""
+    stored = await editing.read_workflow(request)
+    guests = [
+        WorkflowGuest(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()
+    ]
+    return editing.answer(stored, WorkflowGuests(workflow_id=stored.workflow.id, shared_with=guests))
+
+
+async def add(request: GatewayRequest) -> JsonResponse:
+    """Share a workflow with a user of the organisation, who may then read and execute it."""
+    body = await decode_body(request, ShareWith)
+    await _require_user(request, body.user_id)
+    now = request.gateway.clock()
+    edited = await editing.edit_workflow(
+        request, AuditAction.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+    )
+    shared = ShareResult(
+        message="Workflow shared successfully", workflow_id=edited.after.workflow.id, user_id=body.user_id
+    )
+    return editing.answer(edited.after, shared)
+
+
+async def remove(request: GatewayRequest) -> NoContent:
+    """End a share: the user loses sight of the workflow and of its executions."""
+    user_id = request.path_params["subId"]
+    edited = await editing.edit_workflow(
+        request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
+    )
+    _forget_who_may_read(request, edited)
+    return NoContent(editing.entity_tag(edited.after))
+
+
+async def set_visibility(request: GatewayRequest) -> JsonResponse:
+    """Let everybody in the organisation see a workflow, or no longer; admins make templates too."""
+    value = await read_json(request)
+    body = body_of(request, value, SetVisibility)
+
+    def change(before: StoredWorkflow) -> StoredWorkflow:
+        read_only.require_same(value, SetVisibility, lambda: workflow_shapes.show_workflow(before))
+        return _visible(before, body, request.caller)
+
+    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_VISIBILITY_SET, change)
+    _forget_who_may_read(request, edited)
+    return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
+
+
+async def _require_user(request: GatewayRequest, user_id: str) -> None:
+    """Raise 404 for a user that is none of the organisation's, to those who may share the workflow."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        editing.require_writer(request, stored.workflow)
+        await shares.require_user(connection, user_id, request.caller)
+
+
+def _shared(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: datetime) -> StoredWorkflow:
+    """Return a workflow that is shared with one user more; raises 409 and 422."""
+    shared_with = shares.added(
+        before.shared_with, user_id, now, what="workflow", owner_id=before.workflow.owner_id, caller=caller
+    )
+    return replace(before, shared_with=shared_with)
+
+
+def _unshared(before: StoredWorkflow, user_id: str) -> StoredWorkflow:
+    """Return a workflow that a user sees no longer; raises 404."""
+    return replace(before, shared_with=shares.removed(before.shared_with, user_id))
+
+
+def _visible(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> StoredWorkflow:
+    """Return a workflow as visible as it is to be; raises 403."""
+    workflow = before.workflow
+    is_public = workflow.is_public if body.is_public is None else body.is_public
+    is_template = workflow.is_template if body.is_template is None else body.is_template
+    if is_template != workflow.is_template and not caller.is_admin:
+        message = "Only an admin of the organisation makes templates, or takes them back"
+        raise ApiError(403, "admin-required", message)
+    return before.with_columns(is_public=is_public, is_template=is_template)
+
+
+def _forget_who_may_read(request: GatewayRequest, edited: WorkflowEdit) -> None:
+    """Let nobody in by what this process remembers; others forget it within seconds, by themselves."""
+    workflow = edited.after.workflow
+    request.gateway.workflows.forget(workflow.organization_id, workflow.id)
+    request.gateway.access.forget()

@@ -1,0 +1,61 @@
+"""Templates that ship with the server and belong to everybody: each a document as an export gives it, in YAML.
+
+A file `name.yaml` in the folder `templates` is the template `wf_tmpl_name`. Where its nodes name a data source there
+stands a word for it: whoever uses the template says which of theirs takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from gateway.workflows import workflow_documents
+from gateway.workflows.workflow_documents import FORMAT, FORMAT_VERSION, ImportedDocument, ImportWorkflow
+
+if TYPE_CHECKING:
+    from gateway.workflows.workflow_rows import StoredWorkflow
+    from models.access import ApiCaller
+    from nodes.catalog import NodeCatalog
+
+FOLDER: Final = Path(__file__).parent / "templates"
+PREFIX: Final = "wf_tmpl_"
+SINCE: Final = datetime(2026, 11, 25, tzinfo=UTC)
+"""When the first release had them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShippedTemplate:
+    """One of them."""
+
+    id: str
+    document: ImportedDocument
+
+    def stored(self, caller: ApiCaller, catalog: NodeCatalog, now: datetime) -> StoredWorkflow:
+        """Return it as a draft of the caller's, with the words for data sources still in it."""
+        return workflow_documents.import_document(
+            caller, ImportWorkflow(document=self.document), catalog, now
+        )
+
+    def shown(self, caller: ApiCaller, catalog: NodeCatalog) -> StoredWorkflow:
+        """Return it as it stands in a list of templates."""
+        return self.stored(caller, catalog, SINCE).with_columns(id=self.id)
+
+
+@cache
+def load_templates() -> Mapping[str, ShippedTemplate]:
+    """Read them all, once for the process: by id, in the order of their names."""
+    return {one.id: one for one in map(_read, sorted(FOLDER.glob("*.yaml")))}
+
+
+def _read(path: Path) -> ShippedTemplate:
+    import yaml  # noqa: PLC0415 - most gateways are never asked for a template
+
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    described = {"format": FORMAT, "formatVersion": FORMAT_VERSION, **content}
+    return ShippedTemplate(f"{PREFIX}{path.stem}", msgspec.convert(described, ImportedDocument))

@@ -1,0 +1,304 @@
+"""Versions: a workflow's snapshots, taken, looked at, compared and put back."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, TypeAlias
+
+import msgspec
+
+from gateway.http import errors, limits, read_only, text_rules
+from gateway.http.parameters import OFFSET, IntegerParameter
+from gateway.http.responses import JsonResponse
+from gateway.http.text_rules import ProblemCollector
+from gateway.http.wire import GuardedWire, Instant, WireStruct, body_of, instant, read_json
+from gateway.workflows import (
+    editing,
+    foreign_settings,
+    graph_difference,
+    graph_shapes,
+    version_rows,
+    workflow_documents,
+    workflow_rows,
+    workflow_shapes,
+)
+from gateway.workflows.graph_difference import ItemsDifference, ValueChange
+from gateway.workflows.workflow_shapes import ShownConnection, ShownNode
+from journal import definition_snapshot
+from models.audit import AuditAction
+from models.workflow import WorkflowVersion
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from engine.values import Json
+    from gateway.http.request import GatewayRequest
+    from gateway.workflows.editing import WorkflowEdit
+    from gateway.workflows.version_rows import VersionRow
+    from gateway.workflows.workflow_rows import StoredWorkflow
+
+CURRENT: Final = "current"
+"""What stands in the place of a number for the workflow as it is now."""
+LIMIT: Final = IntegerParameter(
+    "limit", "How many versions are shown.", limits.VERSIONS_LISTED, minimum=1, maximum=limits.VERSIONS_LISTED
+)
+LISTED: Final = (LIMIT, OFFSET)
+
+_NUMBER = re.compile(r"[1-9][0-9]{0,8}\Z")
+
+State: TypeAlias = int | Literal["current"]
+"""A version's number, or the workflow as it is now."""
+
+
+class CreateVersion(GuardedWire):
+    """A version that somebody wants."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("version", "workflowId", "createdBy", "createdAt", "snapshot", "warnings"), ""
+    )
+
+    version_tag: Annotated[str, text_rules.is_allowed_text(limits.VERSION_TAG_LENGTH, min_length=1)]
+    description: Annotated[str, text_rules.is_allowed_text(limits.DESCRIPTION_LENGTH)] | None = None
+
+
+class CreatedVersion(WireStruct):
+    """A version that was created."""
+
+    workflow_id: str
+    version: int
+    version_tag: str
+
+
+class VersionHead(WireStruct):
+    """A version without what it holds."""
+
+    version: int
+    version_tag: str
+    description: str
+    created_by: str
+    created_at: Instant
+
+
+class VersionList(WireStruct):
+    """A workflow's versions, the first ones first."""
+
+    workflow_id: str
+    current_version: int
+    versions: Sequence[VersionHead]
+
+
+class WorkflowSnapshot(WireStruct):
+    """A workflow as it was."""
+
+    name: str
+    description: str
+    nodes: Sequence[ShownNode]
+    connections: Sequence[ShownConnection]
+    config: Mapping[str, Any]
+    settings: Mapping[str, Any]
+
+
+class WorkflowVersionShape(VersionHead):
+    """A version with what it holds."""
+
+    workflow_id: str
+    snapshot: WorkflowSnapshot
+
+
+class VersionDifference(WireStruct):
+    """What differs between two versions, or between one and the workflow as it is now."""
+
+    workflow_id: str
+    from_: State = msgspec.field(name="from")
+    to: State
+    nodes: ItemsDifference
+    connections: ItemsDifference
+    settings: dict[str, ValueChange]
+    config: dict[str, ValueChange]
+    fields: dict[str, ValueChange]
+    """The workflow's name and description."""
+
+
+# ── looked at ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List a workflow's versions, the first ones first."""
+    part = request.query.page(LIMIT)
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        heads = await version_rows.list_versions(connection, stored.workflow.id, part)
+    listed = VersionList(
+        workflow_id=stored.workflow.id,
+        current_version=stored.workflow.version,
+        versions=[_head(head) for head in heads],
+    )
+    return editing.answer(stored, listed)
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show a version with the workflow that it holds."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        version = await _find(connection, stored, request.path_params["version"])
+    head = {**msgspec.to_builtins(_head(version)), "workflowId": stored.workflow.id}
+    snapshot = _shown(_open_to_all(stored, version.snapshot))
+    return editing.answer(stored, {**head, "snapshot": snapshot})
+
+
+async def compare(request: GatewayRequest) -> JsonResponse:
+    """Show what differs between two versions; `current` stands for the workflow as it is now.
+
+    Nodes and connections are compared by their ids. Where a node was only moved, `changes` is empty.
+    """
+    names = request.path_params
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        from_, before = await _state(connection, stored, names["version"])
+        to, after = await _state(connection, stored, names["other"])
+    # In a thread: others are served while large graphs are gone through.
+    difference = await asyncio.to_thread(_difference, stored, (from_, before), (to, after))
+    return editing.answer(stored, difference)
+
+
+def _difference(
+    stored: StoredWorkflow, from_: tuple[State, Mapping[str, Any]], to: tuple[State, Mapping[str, Any]]
+) -> VersionDifference:
+    before, after = [_shown(_open_to_all(stored, snapshot)) for _, snapshot in (from_, to)]
+    fields = [{name: state[name] for name in ("name", "description")} for state in (before, after)]
+    return VersionDifference(
+        workflow_id=stored.workflow.id,
+        from_=from_[0],
+        to=to[0],
+        nodes=graph_difference.compare_items(before["nodes"], after["nodes"]),
+        connections=graph_difference.compare_items(before["connections"], after["connections"]),
+        settings=graph_difference.compare_fields(before["settings"], after["settings"]),
+        config=graph_difference.compare_fields(before["config"], after["config"]),
+        fields=graph_difference.compare_fields(*fields),
+    )
+
+
+async def _state(
+    connection: AsyncConnection, stored: StoredWorkflow, name: str
+) -> tuple[State, Mapping[str, Any]]:
+    if name == CURRENT:
+        return CURRENT, workflow_rows.snapshot(stored)
+    version = await _find(connection, stored, name)
+    return version.version, version.snapshot
+
+
+async def _find(connection: AsyncConnection, stored: StoredWorkflow, number: str) -> WorkflowVersion:
+    """Return the version that a path names; raises 404."""
+    version = None
+    if _NUMBER.match(number):
+        version = await version_rows.find_version(connection, stored.workflow.id, int(number))
+    if version is None:
+        raise errors.not_found("version")
+    return version
+
+
+def _head(version: VersionRow | WorkflowVersion) -> VersionHead:
+    return VersionHead(
+        version=version.version,
+        version_tag=version.version_tag,
+        description=version.description,
+        created_by=version.created_by,
+        created_at=instant(version.created_at),
+    )
+
+
+def _open_to_all(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a snapshot as readers may see it: of a template, which anybody reads, without credentials."""
+    if not stored.workflow.is_template:
+        return snapshot
+    return workflow_rows.snapshot(workflow_documents.strip_credentials(_restored(stored, snapshot)).stored)
+
+
+def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a snapshot in the form of the Workflow object."""
+    snapshot = foreign_settings.move(snapshot)
+    return {
+        **snapshot,
+        "nodes": [graph_shapes.shown_node(node) for node in snapshot["nodes"]],
+        "connections": [graph_shapes.shown_connection(edge) for edge in snapshot["connections"]],
+        "settings": definition_snapshot.effective_settings(snapshot["settings"]),
+    }
+
+
+# ── taken and put back ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def create(request: GatewayRequest) -> JsonResponse:
+    """Create a version: a snapshot of the workflow as it stands, which never changes."""
+    value = await read_json(request)
+    body = body_of(request, value, CreateVersion)
+    problems = ProblemCollector()
+    tag = text_rules.check_line(
+        body.version_tag, "versionTag", problems, max_length=limits.VERSION_TAG_LENGTH
+    )
+    description = text_rules.check_paragraphs(
+        body.description or "", "description", problems, max_length=limits.DESCRIPTION_LENGTH
+    )
+    problems.raise_any()
+    now = request.gateway.clock()
+
+    async def keep(connection: AsyncConnection, edited: WorkflowEdit) -> None:
+        workflow = edited.after.workflow
+        taken = await version_rows.tagged(connection, workflow.id, tag)
+        if taken is not None:
+            raise errors.conflict("version-tag-taken", f"Version {taken.version} has the tag {tag} already")
+        version = WorkflowVersion(
+            workflow_id=workflow.id,
+            version=workflow.version,
+            lane=workflow.lane,
+            version_tag=tag,
+            description=description,
+            snapshot=workflow_rows.snapshot(edited.after),
+            created_by=request.caller.user_id,
+            created_at=now,
+        )
+        await version_rows.add_version(connection, version)
+
+    edited = await editing.edit_workflow(request, AuditAction.VERSION_CREATED, _counted, also=keep)
+    workflow = edited.after.workflow
+    given_by_server: dict[str, Json] = {
+        "version": workflow.version,
+        "workflowId": workflow.id,
+        "createdBy": request.caller.user_id,
+        "createdAt": instant(now),
+    }
+    read_only.warn_of_new(request, value, CreateVersion, lambda: given_by_server)
+    created = CreatedVersion(workflow_id=workflow.id, version=workflow.version, version_tag=tag)
+    return editing.answer(edited.after, created, status=201)
+
+
+async def restore(request: GatewayRequest) -> JsonResponse:
+    """Put a version's graph, settings, config, name and description back; the workflow's version stays what it is."""
+    async with request.gateway.database.read() as connection:
+        stored = await editing.find_readable(connection, request)
+        version = await _find(connection, stored, request.path_params["version"])
+    edited = await editing.edit_workflow(
+        request, AuditAction.VERSION_RESTORED, lambda before: _restored(before, version.snapshot)
+    )
+    return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
+
+
+def _counted(before: StoredWorkflow) -> StoredWorkflow:
+    """Return a workflow with one version more; raises 409."""
+    if before.workflow.version >= limits.VERSIONS:
+        raise errors.conflict(
+            "too-many-versions", f"A workflow may have at most {limits.VERSIONS:,} versions"
+        )
+    return before.with_columns(version=before.workflow.version + 1)
+
+
+def _restored(before: StoredWorkflow, snapshot: Mapping[str, Any]) -> StoredWorkflow:
+    """Return a workflow as a snapshot has it."""
+    snapshot = foreign_settings.move(snapshot)
+    columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}
+    return replace(
+        before.with_columns(**columns), nodes=snapshot["nodes"], connections=snapshot["connections"]
+    )

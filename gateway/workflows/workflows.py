@@ -1,0 +1,189 @@
+"""Workflows: list, create, get, update, delete, status and statistics."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from gateway.deployments import deployment_changes
+from gateway.executions.cancellation import ask_to_end
+from gateway.http import errors, read_only
+from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, FlagParameter, TextParameter, sorted_by
+from gateway.http.request import GatewayRequest
+from gateway.http.responses import JsonResponse, NoContent
+from gateway.http.wire import GuardedWire, WireStruct, body_of, decode_body, read_json
+from gateway.workflows import editing, workflow_rows, workflow_shapes
+from gateway.workflows.editing import WorkflowEdit
+from gateway.workflows.workflow_rows import StoredWorkflow, WorkflowFilter
+from gateway.workflows.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
+from journal.deployments import desired_state
+from journal.store import ExecutionKey
+from models.audit import AuditAction
+from models.lifecycle_policy import StoppedReason
+from models.workflow import WorkflowStatus
+
+CANCELS_AT_ONCE = 20
+
+
+STATUS = ChoiceParameter("status", "Only workflows of this status.", WorkflowStatus)
+TAG = TextParameter("tag", "Only workflows with this tag.")
+SEARCH = TextParameter("search", "Only workflows with this text in their name or description.")
+SORT = sorted_by(workflow_rows.SORTABLE)
+LISTED = (STATUS, TAG, SEARCH, LIMIT, OFFSET, SORT)
+FORCE = FlagParameter(
+    "force", "Undeploy the workflow, and cancel the executions that have not ended, instead of refusing."
+)
+
+
+class SetStatus(GuardedWire):
+    """The status that is wanted."""
+
+    read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (
+            *("workflowId", "deploymentStatus", "stoppedReason", "reason", "reasonCode", "replicas"),
+            *("readyReplicas", "version", "definitionHash", "readyDefinitionHash", "drainUntil"),
+            *("observedAt", "updatedAt", "warnings"),
+        ),
+        "",
+    )
+
+    status: WorkflowStatus
+
+
+class WorkflowList(WireStruct):
+    """A part of a list of workflows; `count` tells how many there are in all."""
+
+    count: int
+    limit: int
+    offset: int
+    workflows: Sequence[WorkflowSummary]
+
+
+class WorkflowStats(WireStruct):
+    """How many workflows there are, in all and by status."""
+
+    total: int
+    draft: int
+    active: int
+    paused: int
+    archived: int
+
+
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def index(request: GatewayRequest) -> JsonResponse:
+    """List the workflows that the caller may read."""
+    query = request.query
+    part, order = query.page(), query[SORT]
+    wanted = WorkflowFilter(query[STATUS], query[TAG], query[SEARCH])
+    async with request.gateway.database.read() as connection:
+        count, workflows = await workflow_rows.list_workflows(connection, request.caller, wanted, part, order)
+    shown = [workflow_shapes.show_summary(workflow) for workflow in workflows]
+    return JsonResponse({"count": count, "limit": part.limit, "offset": part.offset, "workflows": shown})
+
+
+async def show(request: GatewayRequest) -> JsonResponse:
+    """Show a workflow with its graph."""
+    stored = await editing.read_workflow(request)
+    return editing.answer(stored, workflow_shapes.show_workflow(stored))
+
+
+async def stats(request: GatewayRequest) -> JsonResponse:
+    """Count the organisation's workflows by status."""
+    async with request.gateway.database.read() as connection:
+        counts = await workflow_rows.count_by_status(connection, request.caller.organization_id)
+    shown = {status.value: counts.get(status, 0) for status in WorkflowStatus}
+    return JsonResponse({"total": sum(shown.values()), **shown})
+
+
+# ── writing ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def create(request: GatewayRequest) -> JsonResponse:
+    """Create a workflow."""
+    value = await read_json(request)
+    body = body_of(request, value, CreateWorkflow)
+    # In a thread: others are served while a large graph is gone through.
+    made = await asyncio.to_thread(
+        workflow_shapes.build_workflow, request.caller, body, request.gateway.catalog, request.gateway.clock()
+    )
+    read_only.warn_of_new(request, value, CreateWorkflow, lambda: workflow_shapes.show_workflow(made))
+    return await editing.create_workflow(request, value, made, AuditAction.WORKFLOW_CREATED)
+
+
+async def update(request: GatewayRequest) -> JsonResponse:
+    """Change a workflow: what the body doesn't name stays.
+
+    Nodes, connections and tags are replaced whole; `settings` and `config` are merged, and null takes a key away.
+    """
+    value = await read_json(request)
+    body = body_of(request, value, UpdateWorkflow)
+    catalog = request.gateway.catalog
+
+    def change(before: StoredWorkflow) -> StoredWorkflow:
+        read_only.require_same(value, UpdateWorkflow, lambda: workflow_shapes.show_workflow(before))
+        return workflow_shapes.apply_changes(before, body, catalog)
+
+    edited = await editing.edit_workflow(
+        request,
+        AuditAction.WORKFLOW_UPDATED,
+        change,
+    )
+    return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
+
+
+async def set_status(request: GatewayRequest) -> JsonResponse:
+    """Set a workflow's status: it becomes active only with a graph that can run, and archived without its pods."""
+    wanted = (await decode_body(request, SetStatus)).status
+
+    async def undeploy_archived(connection: AsyncConnection, edited: WorkflowEdit) -> None:
+        if wanted is WorkflowStatus.ARCHIVED:
+            workflow_id = edited.after.workflow.id
+            await deployment_changes.undeploy_workflow(
+                connection, request, workflow_id, reason=StoppedReason.ARCHIVED
+            )
+
+    edited = await editing.edit_workflow(
+        request,
+        AuditAction.WORKFLOW_STATUS_SET,
+        lambda before: before.with_columns(status=wanted),
+        anyway=undeploy_archived,
+    )
+    if wanted is WorkflowStatus.ARCHIVED:
+        await deployment_changes.notify_deployer(request.gateway, edited.after.workflow.id)
+    return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
+
+
+async def delete(request: GatewayRequest) -> NoContent:
+    """Delete a workflow; its executions keep their history."""
+    is_forced = request.query[FORCE]
+    live: list[ExecutionKey] = []
+
+    async def look_for_runs(connection: AsyncConnection, edited: WorkflowEdit) -> None:
+        workflow_id = edited.before.workflow.id
+        deployment = await desired_state.find_deployment(connection, workflow_id)
+        if deployment is not None and deployment.is_deployed and not is_forced:
+            message = "The workflow is deployed: undeploy it first, or do both with ?force=true"
+            raise errors.conflict("workflow-deployed", message)
+        await deployment_changes.undeploy_workflow(connection, request, workflow_id)
+        # The workflow is gone by now: from here on no run is accepted, so those that are found are all there are.
+        live[:] = await workflow_rows.live_executions(connection, edited.before.workflow)
+        if live and not is_forced:
+            message = f"{len(live)} executions have not ended: wait for them, or cancel them with ?force=true"
+            raise errors.conflict("workflow-running", message)
+
+    edited = await editing.edit_workflow(
+        request,
+        AuditAction.WORKFLOW_DELETED,
+        lambda before: before.with_columns(deleted_at=request.gateway.clock()),
+        also=look_for_runs,
+    )
+    await deployment_changes.notify_deployer(request.gateway, edited.after.workflow.id)
+    for start in range(0, len(live), CANCELS_AT_ONCE):
+        cancelled = live[start : start + CANCELS_AT_ONCE]
+        await asyncio.gather(*(ask_to_end(request.gateway, one, "cancel") for one in cancelled))
+    return NoContent()

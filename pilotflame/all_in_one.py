@@ -1,0 +1,243 @@
+"""Every role in one process, with no service to install: SQLite in one folder, and messages inside the process.
+
+That is as durable as the rest, for what matters is in the rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import AsyncExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+import uvloop
+
+from gateway import main as gateways
+from gateway import state
+from gateway.access.bootstrap import bootstrap
+from gateway.settings import GatewaySettings
+from journal import clock_sync
+from journal.store import JournalStore
+from journal.store_factory import open_store
+from messages import broker as brokers
+from models import access, ids, schema_migration
+from models import database as databases
+from models.database import Database
+from models.pod_processes import POD_OWNER_PREFIX
+from models.schema_migration import OutdatedDatabase
+from pilotflame import data_dir
+from pilotflame.client import ApiClient
+from pilotflame.command_error import CommandError
+from pilotflame.dev import begin_migration
+from pilotflame.log_lines import LogLineWriter
+from scheduler.main import list_duties, run_duties
+from scheduler.settings import SchedulerSettings
+from workers.deployer import main as deployers
+from workers.deployer.deployer import run_deployer
+from workers.deployer.settings import DeployerSettings
+from workers.main import run_worker
+from workers.settings import WorkerSettings
+
+log = structlog.get_logger()
+
+OWNER: Final = "dev"
+"""What the names begin with by which such a process holds runs."""
+EXAMPLE: Final = (
+    '{"name": "Hello", "nodes": [{"id": "start", "type": "manual"},'
+    ' {"id": "greet", "type": "template", "config": {"text": "Hello, {{ data.body.name }}!"}}],'
+    ' "connections": [{"source": "start", "target": "greet"}]}'
+)
+INPUT: Final = '{"triggerInputs": {"name": "world"}}'
+WELCOME: Final = """
+Pilotflame runs on {address}
+
+Your API key, shown this once:
+  {key}
+{loaded}
+Make a workflow, execute it, wait for its result:
+  api={address}/api/v1; send() {{ curl -sS -H 'X-API-Key: {key}' -H 'Content-Type: application/json' "$@"; }}
+  id=$(send $api/workflows -d '{example}' | cut -d'"' -f4)
+  send $api/executions/$(send $api/workflows/$id/execute -d '{input}' | cut -d'"' -f4)/progress
+"""
+
+
+RUN_EXAMPLE: Final = """
+Run the example in a second terminal:
+  export PILOTFLAME_API_KEY={key} PILOTFLAME_URL={url}
+  {command} run {name}{given}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ExampleWorkflow:
+    """Workflow that is loaded into a new database, with the file of its inputs if there is one."""
+
+    definition: Mapping[str, Any]
+    inputs: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class RoleSettings:
+    """What each role is told; they share a database, a secret and no Redis."""
+
+    gateway: GatewaySettings
+    worker: WorkerSettings
+    scheduler: SchedulerSettings
+    deployer: DeployerSettings
+
+    @classmethod
+    def told(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> RoleSettings:
+        """Read the environment for what isn't given."""
+        # Nothing isolates local pods from one another: in one process for one user, they are all that user's own.
+        local: dict[str, Any] = {**shared, "cluster": "local"}
+        return cls(
+            GatewaySettings(**local, **gateway),
+            WorkerSettings(**shared),
+            SchedulerSettings(**shared),
+            DeployerSettings(**local, allow_local_pods=True),
+        )
+
+
+def run_all_roles(
+    roles: RoleSettings,
+    listener: socket.socket,
+    migration: subprocess.Popen[bytes] | None,
+    lines: LogLineWriter,
+    example: ExampleWorkflow | None,
+) -> None:
+    """Run until told to stop, on a database that `migration` may be making; raises `Refusal`."""
+    uvloop.run(_run(roles, listener, migration, lines, example))
+
+
+async def _run(
+    roles: RoleSettings,
+    listener: socket.socket,
+    migration: subprocess.Popen[bytes] | None,
+    lines: LogLineWriter,
+    example: ExampleWorkflow | None,
+) -> None:
+    async with AsyncExitStack() as stack:
+        url = databases.parse_url(roles.gateway.database_url)
+        database = Database(url)
+        stack.push_async_callback(database.close)
+        await _bring_up_to_date(database, migration)
+        await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=lambda: True))
+        store = await open_store(url, clock=database.clock)
+        stack.push_async_callback(store.close)
+        broker = await brokers.connect(None, inbox=ids.new_id(OWNER))
+        stack.push_async_callback(broker.close)
+        # Nobody else has the folder: what such a process holds in its database was held by one that is gone. Its pods
+        # may have outlived it, and go on with what they hold.
+        if data_dir.holds_database(roles.gateway) and (count := await store.take_back(f"{OWNER}_")):
+            log.info("executions taken back", count=count)
+        key = await _first_key(database, roles.gateway)
+        gateway = await stack.enter_async_context(
+            state.assemble_state(roles.gateway, database, store, broker)
+        )
+        await stack.enter_async_context(run_worker(roles.worker, store, broker, database))
+        await stack.enter_async_context(run_duties(list_duties(roles.scheduler, database, store, broker)))
+        deployer = _reached_at(_address(listener), roles.deployer)
+        pods = await stack.enter_async_context(AsyncExitStack())
+        await pods.enter_async_context(
+            run_deployer(
+                deployer,
+                database,
+                store,
+                broker,
+                partial(deployers.open_driver, deployer),
+                command=deployers.runner_command(deployer),
+                close_driver=deployers.end_pods,
+            )
+        )
+        app = gateways.create_app(lambda: nullcontext(gateway))
+        loading = asyncio.create_task(_greet(lines, _address(listener), key, example))
+        stack.callback(loading.cancel)
+        # It repeats the signal that stops it, whose handler exits: that closes all of this from the inside out.
+        server = gateways.build_server(app, roles.gateway)
+        server.before_shutdown = partial(
+            _end_pods, pods, store, owns_store=data_dir.holds_database(roles.gateway)
+        )
+        await server.serve(sockets=[listener])
+
+
+async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bool) -> None:
+    """End the pods while the gateway still answers them: by it, they hand over what they hold."""
+    await pods.aclose()
+    if owns_store:
+        # What one could not hand over in time is free at once, and not when its lease ends.
+        await store.take_back(POD_OWNER_PREFIX)
+
+
+async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:
+    try:
+        if migration is not None:
+            await asyncio.to_thread(migration.wait)
+        await schema_migration.require_current(database)
+    except OutdatedDatabase as error:
+        url = database.url.render_as_string(hide_password=False)
+        if await asyncio.to_thread(begin_migration(url).wait) != 0:
+            raise CommandError("The database could not be brought up to date") from error
+
+
+async def _first_key(database: Database, settings: GatewaySettings) -> str | None:
+    """Give an empty database its first organisation and key, unless the gateway will, with the key of its settings."""
+    if settings.bootstrap_api_key is not None:
+        return None
+    key = access.new_key()
+    return key if await bootstrap(database, key, settings.secret) else None
+
+
+def _reached_at(address: str, settings: DeployerSettings) -> DeployerSettings:
+    """Return the deployer's settings with the gateway of this process, as its pods reach it."""
+    return settings.model_copy(
+        update={"runner_gateway_url": settings.runner_gateway_url or _local_url(address)}
+    )
+
+
+def _local_url(address: str) -> str:
+    """Return the URL by which processes of this machine reach the gateway."""
+    return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]")
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+async def _greet(
+    lines: LogLineWriter, address: str, key: str | None, example: ExampleWorkflow | None
+) -> None:
+    """Print the address and, on a first start, the key and what to try; the example is loaded before that."""
+    if key is None:
+        greeting = f"Pilotflame runs on {address}\n"
+    else:
+        url = _local_url(address)
+        is_loaded = example is not None and await asyncio.to_thread(_load, example, url, key)
+        loaded = _command_of(example, url, key) if example is not None and is_loaded else ""
+        greeting = WELCOME.format(address=address, key=key, loaded=loaded, example=EXAMPLE, input=INPUT)
+    # By way of the log, so that it stands behind what was logged before.
+    lines.put(greeting.encode())
+
+
+def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
+    """Store the example through the API, as its user would; return whether it is stored."""
+    try:
+        ApiClient(url, key).apply(example.definition)
+    except CommandError as error:
+        log.warning("example not loaded", error=str(error))
+        return False
+    return True
+
+
+def _command_of(example: ExampleWorkflow, url: str, key: str) -> str:
+    given = f" --input @{example.inputs}" if example.inputs is not None else ""
+    name = shlex.quote(example.definition["name"])
+    return RUN_EXAMPLE.format(command=sys.argv[0], key=key, url=url, name=name, given=given)

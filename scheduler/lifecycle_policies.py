@@ -1,0 +1,96 @@
+"""Deployments started and stopped as their policies say, by what is: a tick that was missed does no harm."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+from zoneinfo import ZoneInfoNotFoundError
+
+import structlog
+from sqlalchemy import delete, select
+from sqlalchemy.orm import aliased
+from sqlmodel import col
+
+from journal.deployments import activity, decisions, wakes
+from messages import hints
+from models import lifecycle_policy
+from models.database_time import DatabaseTime
+from models.deployment import LifecycleDecision
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.deployments.activity import DeploymentActivity
+    from messages.broker import Broker
+    from models.database import Database
+
+log = structlog.get_logger()
+
+KEPT_TIME: Final = timedelta(days=30)
+"""How long decisions are kept; of each workflow, the last one from before that too, for it still holds."""
+BATCH_ROWS: Final = 1_000
+
+
+def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
+    """Return what is to be done about a deployment: what can't start is stopped, and tried again later."""
+    situation = seen.situation
+    if situation.is_up and wakes.has_failed(seen.deployment):
+        return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
+    return decisions.decide_by_policy(seen)
+
+
+async def keep_policies(database: Database, broker: Broker) -> None:
+    """Look at everything that is deployed, and start or stop what is to be; raises `DatabaseUnavailable`."""
+    after = ""
+    while True:
+        async with database.read() as connection:
+            found = await activity.read_all_activities(connection, after)
+        for seen in found:
+            await _keep_policy(database, broker, seen)
+        if len(found) < activity.BATCH_DEPLOYMENTS:
+            return
+        after = found[-1].deployment.workflow_id
+
+
+async def forget_decisions(database: Database) -> None:
+    """Delete the decisions whose days are over; raises `DatabaseUnavailable`."""
+    while await database.transaction(_forget_batch) == BATCH_ROWS:
+        pass
+
+
+async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActivity) -> None:
+    workflow_id = seen.deployment.workflow_id
+    try:
+        if decide_lifecycle(seen).action is LifecycleAction.NONE:
+            return
+        settled = await decisions.decide_and_apply(
+            database, workflow_id, decide_lifecycle, lock=activity.try_lock_deployment
+        )
+    except ZoneInfoNotFoundError as error:
+        log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
+        return
+    if settled is not None and settled.decision.action is not LifecycleAction.NONE:
+        await hints.deployment_changed(broker, workflow_id)
+
+
+async def _forget_batch(connection: AsyncConnection) -> int:
+    later = aliased(LifecycleDecision)
+    kept_since = DatabaseTime() - KEPT_TIME // timedelta(microseconds=1)
+    is_followed = (
+        select(col(later.id))
+        .where(
+            col(later.workflow_id) == col(LifecycleDecision.workflow_id),
+            col(later.at) > col(LifecycleDecision.at),
+            col(later.at) < kept_since,
+        )
+        .exists()
+    )
+    old = (
+        select(col(LifecycleDecision.id))
+        .where(col(LifecycleDecision.at) < kept_since, is_followed)
+        .limit(BATCH_ROWS)
+        .with_for_update(skip_locked=True)
+    )
+    result = await connection.execute(delete(LifecycleDecision).where(col(LifecycleDecision.id).in_(old)))
+    return result.rowcount
