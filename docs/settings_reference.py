@@ -79,7 +79,7 @@ _NAME_IN_CODE = re.compile(r"`([A-Z][A-Z0-9_]+)`")
 
 
 @dataclass(frozen=True, slots=True)
-class Variable:
+class SettingVariable:
     """One setting with the processes that read it."""
 
     name: str
@@ -87,14 +87,14 @@ class Variable:
     readers: tuple[str, ...]
 
 
-def variables() -> dict[str, Variable]:
+def variables() -> dict[str, SettingVariable]:
     """Return every setting by the name of its field, in the order of the processes."""
-    found: dict[str, Variable] = {}
+    found: dict[str, SettingVariable] = {}
     for process, settings in READERS:
         for name, field in settings.model_fields.items():
-            known = found.get(name, Variable(name, field, ()))
+            known = found.get(name, SettingVariable(name, field, ()))
             readers = tuple(dict.fromkeys((*known.readers, process)))
-            found[name] = Variable(name, known.field, readers)
+            found[name] = SettingVariable(name, known.field, readers)
     return found
 
 
@@ -119,7 +119,7 @@ def short_table() -> str:
     return "\n".join(_table([found[name] for name in MOST_IMPORTANT], found))
 
 
-def _table(shown: Iterable[Variable], known: Mapping[str, Variable]) -> list[str]:
+def _table(shown: Iterable[SettingVariable], known: Mapping[str, SettingVariable]) -> list[str]:
     rows = [
         f"| `{_whole(each.name)}` | {_default(each)} | {_meaning(each, known)} | {_readers(each)} |"
         for each in shown
@@ -127,7 +127,7 @@ def _table(shown: Iterable[Variable], known: Mapping[str, Variable]) -> list[str
     return ["| variable | default | meaning | read by |", "| --- | --- | --- | --- |", *rows]
 
 
-def _meaning(variable: Variable, known: Mapping[str, Variable]) -> str:
+def _meaning(variable: SettingVariable, known: Mapping[str, SettingVariable]) -> str:
     """Return the description, with the whole names of the variables in it."""
 
     def whole(match: re.Match[str]) -> str:
@@ -136,13 +136,13 @@ def _meaning(variable: Variable, known: Mapping[str, Variable]) -> str:
     return _NAME_IN_CODE.sub(whole, variable.field.description or "").replace("|", r"\|")
 
 
-def _default(variable: Variable) -> str:
+def _default(variable: SettingVariable) -> str:
     if variable.field.default in {None, PydanticUndefined, (), ""}:
         return ""
     return f"`{variable.field.default}`"
 
 
-def _readers(variable: Variable) -> str:
+def _readers(variable: SettingVariable) -> str:
     absent = [process for process in ALL if process not in variable.readers]
     if not absent:
         return "all"
