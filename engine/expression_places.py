@@ -203,8 +203,8 @@ def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = Fa
                     "[…]", f"objects and lists stand more than {MAX_DEPTH} deep in one another"
                 )
             if not needed_only and "$op" in inner and isinstance(inner, dict):
-                message = "nothing is computed here, but in the fields that docs/nodes.md calls computed"
-                raise ExpressionError(f"$op {inner['$op']}", f"{message}: compute it by a set node before")
+                message = "operations are computed only in the fields that docs/expressions.md lists"
+                raise ExpressionError(f"$op {inner['$op']}", f"{message}: compute it in a set node before")
             below = _needed_texts(inner) if needed_only else _all_texts(inner)
             left.extend(reversed([((*at, *steps), item) for steps, item in below]))
 

@@ -61,7 +61,7 @@ Pilotflame runs on {address}
 
 Your API key, shown this once:
   {key}
-{loaded}
+
 Make a workflow, execute it, wait for its result:
   api={address}/api/v1; send() {{ curl -sS -H 'X-API-Key: {key}' -H 'Content-Type: application/json' "$@"; }}
   id=$(send $api/workflows -d '{example}' | cut -d'"' -f4)
@@ -158,8 +158,13 @@ async def _run(
             )
         )
         app = gateways.create_app(lambda: nullcontext(gateway))
-        loading = asyncio.create_task(_greet(lines, _address(listener), key, example))
-        stack.callback(loading.cancel)
+        # By way of the log, so that it stands behind what was logged before.
+        lines.put(_greeting(_address(listener), key).encode())
+        if key is not None and example is not None:
+            # Once the server answers.
+            reached_at = _local_url(_address(listener))
+            loading = asyncio.create_task(_offer_example(lines, reached_at, key, example))
+            stack.callback(loading.cancel)
         # It repeats the signal that stops it, whose handler exits: that closes all of this from the inside out.
         server = gateways.build_server(app, roles.gateway)
         server.before_shutdown = partial(
@@ -212,19 +217,16 @@ def _address(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-async def _greet(
-    lines: LogLineWriter, address: str, key: str | None, example: ExampleWorkflow | None
-) -> None:
-    """Print the address and, on a first start, the key and what to try; the example is loaded before that."""
+def _greeting(address: str, key: str | None) -> str:
     if key is None:
-        greeting = f"Pilotflame runs on {address}\n"
-    else:
-        url = _local_url(address)
-        is_loaded = example is not None and await asyncio.to_thread(_load, example, url, key)
-        loaded = _command_of(example, url, key) if example is not None and is_loaded else ""
-        greeting = WELCOME.format(address=address, key=key, loaded=loaded, example=EXAMPLE, input=INPUT)
-    # By way of the log, so that it stands behind what was logged before.
-    lines.put(greeting.encode())
+        return f"Pilotflame runs on {address}\n"
+    return WELCOME.format(address=address, key=key, example=EXAMPLE, input=INPUT)
+
+
+async def _offer_example(lines: LogLineWriter, url: str, key: str, example: ExampleWorkflow) -> None:
+    """Load the example, and print the command that runs it."""
+    if await asyncio.to_thread(_load, example, url, key):
+        lines.put(_command_of(example, url, key).encode())
 
 
 def _load(example: ExampleWorkflow, url: str, key: str) -> bool:

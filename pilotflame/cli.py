@@ -107,7 +107,8 @@ def run_every_role(
     host: Annotated[str | None, Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[int | None, Option(help="Port to listen on; 0 takes any.", show_default="8000")] = None,
     example: Annotated[
-        Path | None, Option(help="Workflow to load into a new database, as YAML or JSON.")
+        Path | None,
+        Option(help="Workflow to load into a new database whose first key is printed, as YAML or JSON."),
     ] = None,
 ) -> None:
     """Run everything in one process, with no service to install."""

@@ -101,9 +101,17 @@ class RunningCommand:
 
 @contextmanager
 def run_command(
-    *arguments: str, given: Mapping[str, str], log: Path, folder: Path | None = None, anew: bool = False
+    *arguments: str,
+    given: Mapping[str, str],
+    log: Path,
+    folder: Path | None = None,
+    anew: bool = False,
+    leaves_children: bool = False,
 ) -> Iterator[RunningCommand]:
-    """Have a command run during a block; `anew`: loaded by itself, so that its memory and its time are its own."""
+    """Have a command run during a block; `anew`: loaded by itself, so that its memory and its time are its own.
+
+    All that it has started ends with it, unless it `leaves_children` for a test that watches them outlive it.
+    """
     log.write_bytes(b"")
     if anew:
         typed = ["setpriv", "--pdeathsig=KILL", str(COMMAND), *arguments]
@@ -117,4 +125,7 @@ def run_command(
     try:
         yield running
     finally:
-        running.end_family()
+        if leaves_children:
+            running.kill()
+        else:
+            running.end_family()

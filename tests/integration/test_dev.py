@@ -115,7 +115,9 @@ def test_a_pod_outlives_a_killed_server_and_makes_no_call_twice(tmp_path: Path) 
         url = f"http://127.0.0.1:{target.getsockname()[1]}/"
         config = {"method": "POST", "url": url, "body": {"amount": 7}}
         file = write_workflow_file(tmp_path, {"id": "post", "type": "http-request", "config": config})
-        with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / "first.log") as first:
+        with command_runs.run_command(
+            "dev", "--port", "0", given=given, log=tmp_path / "first.log", leaves_children=True
+        ) as first:
             address = first.says(ADDRESS)[1]
             client = {**given, "PILOTFLAME_URL": address, "PILOTFLAME_API_KEY": OUR_KEY}
             workflow_id = re.search(r"wf_\w+", command_runs.run_output("apply", file, given=client))

@@ -78,7 +78,7 @@ class EffectLedger:
     def __init__(self, url: str) -> None:
         self.calls: list[LedgerCall] = []
         self.delay_seconds = 0.0
-        self._url = url
+        self.url = url
         self._receipts = itertools.count(1)
         self._held: dict[str, HeldRequests] = {}
         self._refused: dict[str, int] = {}
@@ -101,7 +101,7 @@ class EffectLedger:
         return {"id": node_id, "nodeId": "http-request", "config": config, **more}
 
     def _url_of(self, node_id: str) -> str:
-        return f"{self._url}/{{{{ execution.id }}}}/{node_id}"
+        return f"{self.url}/{{{{ execution.id }}}}/{node_id}"
 
     # ── what happened ─────────────────────────────────────────────────────────────────────────────
 

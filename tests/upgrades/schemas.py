@@ -1,0 +1,77 @@
+"""Tables of a database with everything that belongs to them, to be compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from sqlalchemy import Connection, text
+
+from models import schema_migration
+from models.database import Database, parse_url
+
+_SQLITE = """
+SELECT type, name, tbl_name, replace(sql, '"', '') FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2
+"""
+_POSTGRESQL = """
+SELECT 'column', table_name, column_name, ordinal_position::text, data_type, is_nullable, column_default, collation_name
+    FROM information_schema.columns WHERE table_schema = 'public'
+UNION ALL
+SELECT 'index', tablename, indexname, indexdef, NULL, NULL, NULL, NULL FROM pg_indexes WHERE schemaname = 'public'
+UNION ALL
+SELECT 'constraint', conrelid::regclass::text, conname, pg_get_constraintdef(oid), NULL, NULL, NULL, NULL
+    FROM pg_constraint WHERE connamespace = 'public'::regnamespace
+UNION ALL
+SELECT 'table', relname, reloptions::text, NULL, NULL, NULL, NULL, NULL
+    FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'r'
+ORDER BY 1, 2, 3
+"""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Tables, indexes and constraints as the database describes them."""
+
+    parts: Sequence[tuple[Any, ...]]
+    row_counts: Mapping[str, int]
+
+
+async def read(url: str) -> Schema:
+    """Return the schema of a database, whose rows must fit it."""
+    database = Database(parse_url(url))
+    try:
+        async with database.read() as connection:
+            return await connection.run_sync(_read)
+    finally:
+        await database.close()
+
+
+async def downgrade(url: str, revision: str) -> None:
+    """Undo migrations down to a revision."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(schema_migration.__file__).parent / "migrations"))
+
+    def undo(connection: Connection) -> None:
+        config.attributes["connection"] = connection
+        command.downgrade(config, revision)
+
+    database = Database(parse_url(url))
+    try:
+        await database.transaction(lambda connection: connection.run_sync(undo))
+    finally:
+        await database.close()
+
+
+def _read(connection: Connection) -> Schema:
+    is_sqlite = connection.dialect.name == "sqlite"
+    parts = [tuple(row) for row in connection.execute(text(_SQLITE if is_sqlite else _POSTGRESQL))]
+    if is_sqlite:
+        assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
+        assert connection.execute(text("PRAGMA integrity_check")).scalar() == "ok"
+    tables = [part[1] for part in parts if part[0] == "table"]
+    counts = {name: connection.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in tables}
+    return Schema(parts, counts)
