@@ -32,9 +32,9 @@ LEASE_SECONDS = 600.0
 # Rows of a kind that gateways insert: as if one had come every microsecond, from each organisation in turn, for
 # four workflows of each.
 _EXECUTIONS = """
-INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash,
-    rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal,
-    inbox, depth, signals, created_at, updated_at)
+INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash,
+    rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal,
+    channel, depth, wait_answer_count, created_at, updated_at)
 SELECT 'exec_' || (10000000 + number), 0, 'org_' || number % {organizations}, 'wf_' || number / {organizations} % 4,
     'user', 'pending', 'shared', 'api', 'hash', 1700000000000000 + number, number / {organizations} % 4, true, 0, 0,
     3600000000, 0, 4, 'exec_' || (10000000 + number), false, '', 0, 0, 1700000000000000 + number,
@@ -42,7 +42,7 @@ SELECT 'exec_' || (10000000 + number), 0, 'org_' || number % {organizations}, 'w
 FROM {numbers}
 """
 _DATA = """
-INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)
+INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)
 SELECT 'exec_' || (10000000 + number), 0, '{{"body":{{"x":1}}}}', '{{}}', 'org_' || number % {organizations},
     'wf_' || number / {organizations} % 4, 1700000000000000 + number FROM {numbers}
 """

@@ -44,7 +44,7 @@ class RunProgress:
         self,
         program: WorkflowProgram,
         recorded: Mapping[str, Mapping[str, NodeSpan]],
-        signals: NodeAnswers,
+        wait_answers: NodeAnswers,
         visits: NodeInputs,
         scribe: SpanRecorder,
         agenda: Worklist,
@@ -54,7 +54,7 @@ class RunProgress:
         """That of the run."""
         self._nodes = program.nodes
         self._settings = program.graph.settings
-        self._signals = signals
+        self._signals = wait_answers
         self._visits = visits
         self._scribe = scribe
         self._agenda = agenda
@@ -308,9 +308,9 @@ class RunProgress:
             expired = answer_payloads.decode_expired(recorded.awaits)
             self._sleep(visit, recorded.wake_at, WakeAction.EXPIRED, expired=expired)
 
-    def apply_answers(self, signals: NodeAnswers) -> None:
+    def apply_answers(self, wait_answers: NodeAnswers) -> None:
         """Take the answers of now."""
-        self._signals, sleeping = signals, self._agenda.sleeping
+        self._signals, sleeping = wait_answers, self._agenda.sleeping
         for visit in [one.visit for one in sleeping.values() if one.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
             # What came of one of them may have broken off another.

@@ -265,5 +265,5 @@ class NodeServices:
     blobs: BlobService = field(default_factory=_missing_service("Blobs"))
     code: CodeService = field(default_factory=_missing_service("Code nodes"))
     runs: SubRunService = field(default_factory=_missing_service("Other workflows"))
-    pace: ThrottleService = field(default_factory=_missing_service("Shared rates"))
+    throttle: ThrottleService = field(default_factory=_missing_service("Shared rates"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))

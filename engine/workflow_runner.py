@@ -69,7 +69,7 @@ class RunStart(msgspec.Struct, frozen=True):
     """Spans of earlier attempts; settled ones are not run again."""
     sequence: int = 0
     """The highest sequence number that the journal holds."""
-    signals: NodeAnswers = {}
+    wait_answers: NodeAnswers = {}
     listen: Callable[[], Awaitable[NodeAnswers | None]] | None = None
     """Returns the answers of now, or None where it can't: some come while the run is at work elsewhere."""
 
@@ -116,7 +116,7 @@ class WorkflowRunner:
             program.root, start.trigger, _build_roots(start), recorded.get("", {}), start.started_at
         )
         self._root.share = 1 / program.root.size
-        self._settlement = RunProgress(program, recorded, start.signals, visits, scribe, agenda, limits)
+        self._settlement = RunProgress(program, recorded, start.wait_answers, visits, scribe, agenda, limits)
 
     async def run(self) -> RunOutcome:
         """Run to the end of this stretch of work."""
@@ -433,10 +433,10 @@ class WorkflowRunner:
         if self._listen is None or not awaits or not is_time:
             return True
         self._heard_at = time.monotonic()
-        signals = await self._listen()
-        if signals is None:
+        wait_answers = await self._listen()
+        if wait_answers is None:
             return False
-        self._settlement.apply_answers(signals)
+        self._settlement.apply_answers(wait_answers)
         return True
 
 

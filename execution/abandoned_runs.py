@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from journal.waits import children
-from messages import endings
+from messages import end_requests
 
 if TYPE_CHECKING:
     from journal.store import JournalStore
@@ -17,6 +17,6 @@ async def end_abandoned_runs(database: Database, store: JournalStore, broker: Br
     """Ask them to end, and tell those who hold or await them; raises `DatabaseUnavailable`."""
     for one in await children.request_abandoned_ends(database, store):
         told = one.requested
-        await endings.tell(
-            broker, one.execution_id, one.request, lease_owner=told.lease_owner, inbox=told.inbox
+        await end_requests.notify_end_request(
+            broker, one.execution_id, one.request, lease_owner=told.lease_owner, channel=told.channel
         )

@@ -54,7 +54,7 @@ _encode = msgspec.json.Encoder().encode
 class ParentRun(NamedTuple):
     """The run whose node starts another."""
 
-    lane: int
+    shard: int
     root_id: str
     """The first of the runs that have started one another."""
     depth: int
@@ -143,14 +143,14 @@ class ChildRunStarter:
                 return True
             parent = await _read_parent(connection, caller)
             _require_depth(parent, self._max_depth)
-            workflow = await self._load_workflow(connection, caller, parent.lane, workflow_id)
+            workflow = await self._load_workflow(connection, caller, parent.shard, workflow_id)
         kind = workflow.trigger_kind or "manual"
         trigger = trigger_output(kind, inputs, self._database.clock.now())
         limit = concurrency_limits.concurrency_limit(workflow.settings, workflow.id, trigger)
         is_last = trigger_type == ON_FAILURE_TRIGGER
         child = RunAcceptance(
             execution_id=child_id,
-            lane=workflow.lane,
+            shard=workflow.shard,
             organization_id=workflow.organization_id,
             workflow_id=workflow.id,
             workflow_revision=workflow.revision,
@@ -211,12 +211,12 @@ class ChildRunStarter:
             return await connection.scalar(counted) or 0
 
     async def _load_workflow(
-        self, connection: AsyncConnection, caller: RunCaller, lane: int, workflow_id: str
+        self, connection: AsyncConnection, caller: RunCaller, shard: int, workflow_id: str
     ) -> LoadedWorkflow:
         """Return a workflow that may be run for whom the node works; raises `NodeError`."""
         readable = (
             col(Workflow.id) == workflow_id,
-            is_readable_by(await _read_caller(connection, caller, lane)),
+            is_readable_by(await _read_caller(connection, caller, shard)),
         )
         revision = await connection.scalar(select(col(Workflow.revision)).where(*readable))
         kept = self._kept.get((caller.organization_id, workflow_id))
@@ -269,19 +269,19 @@ async def _child_exists(connection: AsyncConnection, caller: RunCaller, child_id
 
 async def _read_parent(connection: AsyncConnection, caller: RunCaller) -> ParentRun:
     statement = select(
-        col(Execution.lane), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)
+        col(Execution.shard), col(Execution.root_id), col(Execution.depth), col(Execution.is_private)
     ).where(col(Execution.id) == caller.execution_id)
-    lane, root_id, depth, is_private = (await connection.execute(statement)).one()
-    return ParentRun(lane, root_id or caller.execution_id, depth, is_private)
+    shard, root_id, depth, is_private = (await connection.execute(statement)).one()
+    return ParentRun(shard, root_id or caller.execution_id, depth, is_private)
 
 
-async def _read_caller(connection: AsyncConnection, caller: RunCaller, lane: int) -> access.ApiCaller:
+async def _read_caller(connection: AsyncConnection, caller: RunCaller, shard: int) -> access.ApiCaller:
     """Return for whom the node works as whoever asks for workflows: what is readable goes by the user's role."""
     statement = select(col(User.role)).where(
         col(User.id) == caller.user_id, col(User.organization_id) == caller.organization_id
     )
     role = UserRole(await connection.scalar(statement) or UserRole.MEMBER)
-    return access.ApiCaller("", caller.user_id, caller.organization_id, lane, role, frozenset())
+    return access.ApiCaller("", caller.user_id, caller.organization_id, shard, role, frozenset())
 
 
 def _workflow_changed(workflow_id: str) -> NodeError:

@@ -30,7 +30,7 @@ from journal.leases import LeaseKeeper, RunLease
 from journal.recorder import RunJournal, RunRecorder
 from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey
 from messages import hints
-from messages.broker import BrokerUnavailable, Letter, Notice
+from messages.broker import BrokerUnavailable, DirectMessage, Notification
 from models.errors import DatabaseUnavailable
 from models.ids import turn_of_workflow
 
@@ -90,7 +90,7 @@ class RecoveredState:
     spans: Sequence[NodeSpan] = ()
     last_sequence: int = 0
     """Of spans and log lines, which are counted together."""
-    signals: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
+    wait_answers: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
     """What nodes were answered, by node id and iteration."""
 
 
@@ -167,7 +167,7 @@ class RunExecutor:
         ]
         self.wake()
 
-    def wake(self, _lane: int = 0) -> None:
+    def wake(self, _shard: int = 0) -> None:
         """There is work."""
         self._owes_claim = True
         self._wanted.set()
@@ -191,7 +191,7 @@ class RunExecutor:
         if self._active:
             # A node that can't be broken off keeps its run: that is no loss, and its lease need not run out.
             with contextlib.suppress(DatabaseUnavailable):
-                await self._store.give_back(self._broker.inbox, [])
+                await self._store.give_back(self._broker.channel, [])
         await hints.wake(self._broker)
 
     async def _hand_off(self, request: ControlRequest, seconds: float) -> None:
@@ -224,7 +224,7 @@ class RunExecutor:
         self._owes_claim = bool(others_than)
         since = time.monotonic()
         claim = ClaimQuery(
-            self._broker.inbox,
+            self._broker.channel,
             self._settings.lease_seconds,
             limit,
             self._after_organization,
@@ -251,7 +251,7 @@ class RunExecutor:
             return ()
         if not claim.is_trial:
             self._remember_turns(claimed)
-        leases = [self._leases.hold(ExecutionKey(c.execution_id, c.lane), c.token, since) for c in claimed]
+        leases = [self._leases.hold(ExecutionKey(c.execution_id, c.shard), c.token, since) for c in claimed]
         if any(one.may_have_more for one in claimed):
             self.wake()
             await hints.wake(self._broker)
@@ -300,7 +300,7 @@ class RunExecutor:
     async def _release_unheld(self) -> None:
         """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
         self.wake()
-        await self._store.give_back(self._broker.inbox, self._leases.execution_ids())
+        await self._store.give_back(self._broker.channel, self._leases.execution_ids())
 
     async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         programs = await self._programs.load(claimed)
@@ -315,8 +315,8 @@ class RunExecutor:
                 self._recorder,
                 lease,
                 settled,
-                inbox=one.inbox,
-                signals=one.signals,
+                channel=one.channel,
+                wait_answer_count=one.wait_answer_count,
                 large=self._large_values(one),
                 control=control,
             )
@@ -338,11 +338,11 @@ class RunExecutor:
     async def _recover_states(self, begun: Sequence[ClaimedRun]) -> dict[str, RecoveredState]:
         if not begun:
             return {}
-        keys = [ExecutionKey(run.execution_id, run.lane) for run in begun]
+        keys = [ExecutionKey(run.execution_id, run.shard) for run in begun]
         spans = await self._store.spans(keys)
         last_lines = await self._store.last_log_lines(keys)
         answers = await self._group_answers(
-            [key for key, run in zip(keys, begun, strict=True) if run.signals]
+            [key for key, run in zip(keys, begun, strict=True) if run.wait_answer_count]
         )
         return {
             execution_id: RecoveredState(
@@ -358,7 +358,7 @@ class RunExecutor:
     ) -> Mapping[tuple[str, str], bytes] | None:
         """Return what nodes of a run were answered by now; None where the database doesn't say."""
         try:
-            answers = await self._group_answers([ExecutionKey(one.execution_id, one.lane)])
+            answers = await self._group_answers([ExecutionKey(one.execution_id, one.shard)])
         except DatabaseUnavailable:
             await asyncio.sleep(PAUSE_SECONDS)
             return None
@@ -381,18 +381,18 @@ class RunExecutor:
 
     async def _try_suspects(self) -> None:
         """Run suspects one after another, apart from what is not proven."""
-        max_trial_losses = await self._suspects.find()
-        if max_trial_losses is None:
+        max_isolation_losses = await self._suspects.find()
+        if max_isolation_losses is None:
             return
         async with self._isolation.run_trial():
             until = time.monotonic() + TRIAL_SECONDS
             while not self._is_draining and (since := time.monotonic()) < until:
                 claim = ClaimQuery(
-                    self._broker.inbox,
+                    self._broker.channel,
                     self._settings.lease_seconds,
                     limit=1,
                     is_trial=True,
-                    max_trial_losses=max_trial_losses,
+                    max_isolation_losses=max_isolation_losses,
                 )
                 claimed = await self._claim_and_begin(claim, since)
                 if not claimed:
@@ -468,7 +468,7 @@ class RunExecutor:
             attempt=one.attempt,
             recorded=recorded,
             sequence=past.last_sequence,
-            signals=past.signals,
+            wait_answers=past.wait_answers,
             listen=partial(self._read_answers, one, journal),
         )
         return await run_workflow(program, start, journal, control, self._services, self._limits)
@@ -493,12 +493,12 @@ class RunExecutor:
 
     # ── what others say ───────────────────────────────────────────────────────────────────────────
 
-    def _on_notification(self, notice: Notice) -> None:
-        if not isinstance(notice, Letter):
+    def _on_notification(self, notification: Notification) -> None:
+        if not isinstance(notification, DirectMessage):
             return
-        active = self._active.get(notice.message.get("execution_id", ""))
+        active = self._active.get(notification.message.get("execution_id", ""))
         if active is not None:
-            self._on_request(active.lease, notice.message.get("request", ""))
+            self._on_request(active.lease, notification.message.get("request", ""))
 
     def _on_request(self, lease: RunLease, request: str) -> None:
         active = self._running_execution(lease)
@@ -515,8 +515,8 @@ class RunExecutor:
         active = self._active.get(lease.key.execution_id)
         return active if active is not None and active.lease is lease else None
 
-    def _publish(self, inboxes: Mapping[str, str]) -> None:
-        self._in_background(lambda: self._broker.announce(inboxes))
+    def _publish(self, channels: Mapping[str, str]) -> None:
+        self._in_background(lambda: self._broker.publish(channels))
 
     # ── duties ────────────────────────────────────────────────────────────────────────────────────
 

@@ -14,7 +14,7 @@ import msgspec
 
 from engine.run_records import NodeSpan
 from journal.store import ClaimedRun, RunWrite
-from models.loss_limits import MAX_TRIAL_LOSSES
+from models.loss_limits import MAX_ISOLATION_LOSSES
 
 PREFIX: Final = "/internal/v1"
 RUNNER_HEADER: Final = "X-Runner"
@@ -50,7 +50,7 @@ class PodContact(msgspec.Struct, frozen=True):
     """What a pod is told first."""
 
     organization_id: str
-    lane: int
+    shard: int
     definition_hash: str
     definition: str
     own_database: ServerDatabaseAddress | None
@@ -89,7 +89,7 @@ class ClaimRequest(msgspec.Struct, frozen=True):
     lease_seconds: LeaseSeconds
     is_trial: bool = False
     """Suspects, and nothing else."""
-    max_trial_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_TRIAL_LOSSES)] = MAX_TRIAL_LOSSES
+    max_isolation_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_ISOLATION_LOSSES)] = MAX_ISOLATION_LOSSES
 
 
 class ClaimResponse(msgspec.Struct, frozen=True):
@@ -101,7 +101,7 @@ class ClaimResponse(msgspec.Struct, frozen=True):
 class SuspectsRequest(msgspec.Struct, frozen=True):
     """Look for runs of this deployment to be put on trial."""
 
-    max_trial_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_TRIAL_LOSSES)]
+    max_isolation_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_ISOLATION_LOSSES)]
 
 
 class SuspectsResponse(msgspec.Struct, frozen=True):
@@ -128,7 +128,7 @@ class LeaseIdentity(msgspec.Struct, frozen=True):
     """A lease to be renewed."""
 
     execution_id: str
-    lane: int
+    shard: int
     token: int
 
 

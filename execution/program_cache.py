@@ -99,4 +99,4 @@ class ProgramCache:
 
 def definition_key(run: ClaimedRun) -> DefinitionKey:
     """Return where a run's definition is."""
-    return DefinitionKey(run.organization_id, run.definition_hash, run.lane)
+    return DefinitionKey(run.organization_id, run.definition_hash, run.shard)

@@ -39,7 +39,7 @@ class SharedThrottle:
         apart = timedelta(seconds=per_seconds / limit)
         reach = timedelta(seconds=max_wait_seconds)
         take = partial(_reserve_slot, caller.organization_id, key, apart, reach)
-        row = f"pace:{caller.organization_id}:{key}"
+        row = f"throttle:{caller.organization_id}:{key}"
         place = await until_available(lambda: self._database.transaction(take, locks=row))
         if place is None:
             message = (
@@ -56,7 +56,7 @@ async def _reserve_slot(
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     now, step = DatabaseTime(), apart // timedelta(microseconds=1)
     next_at = type_coerce(col(ThrottleRow.next_at), BigInteger)
-    first = {"organization_id": organization_id, "key": key, "lane": ids.shard_of(organization_id)}
+    first = {"organization_id": organization_id, "key": key, "shard": ids.shard_of(organization_id)}
     statement = (
         insert(ThrottleRow)
         .values(**first, next_at=now + step)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from models.loss_limits import MAX_TRIAL_LOSSES
+from models.loss_limits import MAX_ISOLATION_LOSSES
 
 if TYPE_CHECKING:
     from execution.settings import ExecutionSettings
@@ -46,8 +46,12 @@ class SuspectSearch:
         if not self.is_due:
             return None
         self.pause()
-        max_trial_losses = MAX_TRIAL_LOSSES if time.monotonic() >= self._outlived_at else 0
-        return max_trial_losses if await self._store.has_suspects(max_trial_losses, self._target) else None
+        max_isolation_losses = MAX_ISOLATION_LOSSES if time.monotonic() >= self._outlived_at else 0
+        return (
+            max_isolation_losses
+            if await self._store.has_suspects(max_isolation_losses, self._target)
+            else None
+        )
 
     def pause(self) -> None:
         """Let others be claimed before the next trials."""

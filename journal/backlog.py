@@ -61,7 +61,7 @@ def workflow_statements(organization_id: str, workflow_id: str) -> Sequence[Sele
         col(Execution.workflow_id) == workflow_id,
     )
     return _waiting_conditions(
-        and_(_PENDING, own, col(Execution.turn) == turn_of_workflow(workflow_id)), and_(_DEFERRED, own)
+        and_(_PENDING, own, col(Execution.queue_turn) == turn_of_workflow(workflow_id)), and_(_DEFERRED, own)
     )
 
 

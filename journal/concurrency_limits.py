@@ -221,7 +221,10 @@ def _admit_statement(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
     return (
         update(Execution)
         .where(col(Execution.id).in_(select(free.c.id)))
-        .values(target=func.coalesce(col(Execution.home), SHARED_TARGET), updated_at=DatabaseTime())
+        .values(
+            target=func.coalesce(col(Execution.assigned_deployment_id), SHARED_TARGET),
+            updated_at=DatabaseTime(),
+        )
         .returning(col(Execution.id))
     )
 

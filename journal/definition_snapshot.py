@@ -47,7 +47,7 @@ class LoadedWorkflow:
 
     id: str
     organization_id: str
-    lane: int
+    shard: int
     owner_id: str
     readers: frozenset[str]
     is_public: bool
@@ -96,7 +96,7 @@ def load_workflow(
     return LoadedWorkflow(
         id=row.id,
         organization_id=row.organization_id,
-        lane=row.lane,
+        shard=row.shard,
         owner_id=row.owner_id,
         readers=readers,
         is_public=row.is_public,

@@ -47,19 +47,19 @@ async def _log_out_of_memory(connection: AsyncConnection, *, owner: str) -> dict
     """Add a line to the log of each run of a dead process, and return their nodes at work, by execution id."""
     # Its leases last: nobody else writes these logs before the runs are taken back.
     is_held = func.substr(col(Execution.lease_owner), 1, len(owner)) == owner
-    held = select(col(Execution.id), col(Execution.lane)).where(_IS_RUNNING, is_held)
-    lanes = {row.id: row.lane for row in await connection.execute(held)}
-    nodes: dict[str, list[str]] = {execution_id: [] for execution_id in lanes}
+    held = select(col(Execution.id), col(Execution.shard)).where(_IS_RUNNING, is_held)
+    shards = {row.id: row.shard for row in await connection.execute(held)}
+    nodes: dict[str, list[str]] = {execution_id: [] for execution_id in shards}
     at_work = select(col(SpanRow.execution_id), col(SpanRow.node_id)).where(
-        col(SpanRow.execution_id).in_(lanes), col(SpanRow.status) == SpanStatus.RUNNING.value
+        col(SpanRow.execution_id).in_(shards), col(SpanRow.status) == SpanStatus.RUNNING.value
     )
     for execution_id, node_id in (await connection.execute(at_work)).all():
         nodes[execution_id].append(node_id)
-    last = dict.fromkeys(lanes, 0)
+    last = dict.fromkeys(shards, 0)
     for table in (SpanRow, LogRow):
         ends = (
             select(col(table.execution_id), func.max(col(table.sequence)).label("last"))
-            .where(col(table.execution_id).in_(lanes))
+            .where(col(table.execution_id).in_(shards))
             .group_by(col(table.execution_id))
         )
         for execution_id, sequence in (await connection.execute(ends)).all():
@@ -68,7 +68,7 @@ async def _log_out_of_memory(connection: AsyncConnection, *, owner: str) -> dict
         {
             "execution_id": execution_id,
             "sequence": last[execution_id] + 1,
-            "lane": lanes[execution_id],
+            "shard": shards[execution_id],
             "id": ids.new_id("log"),
             "level": "warning",
             "message": f"{OUT_OF_MEMORY_MESSAGE} on {', '.join(names)}" if names else OUT_OF_MEMORY_MESSAGE,

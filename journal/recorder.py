@@ -51,7 +51,7 @@ class RunRecorder:
     """Groups the writes of all runs of a process."""
 
     def __init__(self, store: RunStore, on_committed: Callable[[Mapping[str, str]], None]) -> None:
-        """`on_committed` is called with the ids of runs that have changed, and the inbox of each that has ended."""
+        """`on_committed` is called with the ids of runs that have changed, and the channel of each that has ended."""
         self._store = store
         self._on_committed = on_committed
         self._group: GroupCommit[RunWrite, bool] = GroupCommit(
@@ -85,7 +85,7 @@ class RunRecorder:
         self._locked |= unwritten
         if held:
             self._on_committed(
-                {write.execution_id: write.inbox for write in batch if write.execution_id in held}
+                {write.execution_id: write.channel for write in batch if write.execution_id in held}
             )
         return [
             locked if locked is not None and write.execution_id in unwritten else write.execution_id in held
@@ -111,20 +111,20 @@ class RunJournal:
         lease: RunLease,
         settled: Sequence[str] = (),
         *,
-        inbox: str = "",
-        signals: int = 0,
+        channel: str = "",
+        wait_answer_count: int = 0,
         large: LargeValues | None = None,
         control: RunControl | None = None,
     ) -> None:
-        """`inbox` is told when the run has ended; `signals` are the answers that the run was given so far.
+        """`channel` is told when the run has ended; `signals` are the answers that the run was given so far.
 
         Without `large`, rows take everything. What `control` is asked breaks off the wait for a blob storage that is
         away: the lease goes on meanwhile, since the database is there to renew it.
         """
         self._recorder = recorder
         self._lease = lease
-        self._inbox = inbox
-        self._signals = signals
+        self._channel = channel
+        self._signals = wait_answer_count
         self._large = large
         self._max_row_bytes = sys.maxsize if large is None else large.max_row_bytes
         self._has_large = False
@@ -163,9 +163,9 @@ class RunJournal:
         """Count a part of the run as done."""
         self._done += share
 
-    def count_answers(self, signals: int) -> None:
+    def count_answers(self, wait_answer_count: int) -> None:
         """Count answers that the run has seen since it was claimed."""
-        self._signals = signals
+        self._signals = wait_answer_count
 
     def holds_lease(self) -> bool:
         """Tell whether the lease is certain to last a moment longer."""
@@ -218,9 +218,9 @@ class RunJournal:
         async with self._in_turn:
             write = self._take_pending()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
-            write.signals = self._signals
+            write.wait_answer_count = self._signals
             if ended.status not in UNFINISHED_STATUSES:
-                write.inbox = self._inbox
+                write.channel = self._channel
             await self._submit(write)
 
     def _take_pending(self) -> RunWrite:
@@ -230,8 +230,8 @@ class RunJournal:
         return write
 
     def _clear_pending(self) -> RunWrite:
-        execution_id, lane = self._lease.key
-        return RunWrite(execution_id, lane, self._lease.token)
+        execution_id, shard = self._lease.key
+        return RunWrite(execution_id, shard, self._lease.token)
 
     async def _submit(self, write: RunWrite) -> None:
         if self._is_broken:

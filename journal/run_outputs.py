@@ -25,7 +25,7 @@ BATCH_NODES: Final = 500
 # Made once: to put statements together takes longer than to run them.
 _IS_SETTLED: Final = and_(
     col(SpanRow.execution_id) == bindparam("execution_id"),
-    col(SpanRow.lane) == bindparam("lane"),
+    col(SpanRow.shard) == bindparam("shard"),
     col(SpanRow.iteration) == "",
     col(SpanRow.ended_at).is_not(None),
 )
@@ -43,7 +43,7 @@ _OUTPUTS: Final = select(col(SpanRow.node_id), col(SpanRow.output), col(SpanRow.
 _DEFINITION: Final = select(col(Definition.body)).where(
     col(Definition.organization_id) == bindparam("organization_id"),
     col(Definition.hash) == bindparam("hash"),
-    col(Definition.lane) == bindparam("lane"),
+    col(Definition.shard) == bindparam("shard"),
 )
 
 
@@ -81,7 +81,7 @@ async def read_leaf_outputs(
     A leaf is a node whose output went nowhere: no connection leads from the port by which it was left to a node that
     the run has come to.
     """
-    run = {"execution_id": key.execution_id, "lane": key.lane}
+    run = {"execution_id": key.execution_id, "shard": key.shard}
     rows = (await connection.execute(_SETTLED, run)).all()
     reached = {row.node_id for row in rows}
     edges = _parse_edges(await connection.scalar(_DEFINITION, definition._asdict()))

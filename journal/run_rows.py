@@ -24,7 +24,7 @@ SPAN_COLUMNS = (
     "execution_id",
     "node_id",
     "iteration",
-    "lane",
+    "shard",
     "id",
     "sequence",
     "label",
@@ -47,20 +47,31 @@ SPAN_COLUMNS = (
     "output_blob",
 )
 SPAN_KEY = ("execution_id", "node_id", "iteration")
-SPAN_FIXED_COLUMNS = (*SPAN_KEY, "lane", "id")
+SPAN_FIXED_COLUMNS = (*SPAN_KEY, "shard", "id")
 """What a newer row of the same node leaves as it was."""
 ATTEMPT_COLUMNS = (
-    *("execution_id", "node_id", "iteration", "attempt", "lane", "id", "sequence", "label", "type", "status"),
+    *(
+        "execution_id",
+        "node_id",
+        "iteration",
+        "attempt",
+        "shard",
+        "id",
+        "sequence",
+        "label",
+        "type",
+        "status",
+    ),
     *("started_at", "ended_at", "next_attempt_at", "error"),
 )
 ATTEMPT_KEY = ("execution_id", "node_id", "iteration", "attempt")
 ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.started_at), " + ", ".join(
     f"{column} = excluded.{column}"
     for column in ATTEMPT_COLUMNS
-    if column not in {*ATTEMPT_KEY, "lane", "id", "started_at"}
+    if column not in {*ATTEMPT_KEY, "shard", "id", "started_at"}
 )
 """The SQL by which a newer row of the same attempt replaces the one before it."""
-LOG_COLUMNS = ("execution_id", "sequence", "lane", "id", "level", "message", "node_id", "created_at")
+LOG_COLUMNS = ("execution_id", "sequence", "shard", "id", "level", "message", "node_id", "created_at")
 
 TOUCH_INTERVAL_MICROSECONDS = 3_600_000_000
 """A definition's age is counted anew when it is sent and older than this."""
@@ -117,7 +128,7 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
             write.execution_id,
             span.node_id,
             span.iteration,
-            write.lane,
+            write.shard,
             span_id,
             span.sequence,
             span.label,
@@ -156,7 +167,7 @@ def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
             one.node_id,
             one.iteration,
             one.attempt,
-            write.lane,
+            write.shard,
             span_id,
             one.sequence,
             one.label,
@@ -178,7 +189,7 @@ def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
         (
             write.execution_id,
             line.sequence,
-            write.lane,
+            write.shard,
             log_id,
             line.level,
             line.message,
@@ -221,12 +232,12 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
 
 def decode_claim(row: Sequence[Any]) -> ClaimedRun:
     """Return the claim that a row holds: the fields of `Claimed` in their order."""
-    execution_id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
-    has_journal, trigger, started_at, deadline_at, request, inbox, user_id, signals, *rest = rest
+    execution_id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
+    has_journal, trigger, started_at, deadline_at, request, channel, user_id, wait_answer_count, *rest = rest
     concurrency_key, follow_up, may_have_more, claimed_at = rest
     return ClaimedRun(
         execution_id=execution_id,
-        lane=lane,
+        shard=shard,
         organization_id=organization_id,
         workflow_id=workflow_id,
         definition_hash=definition_hash,
@@ -238,9 +249,9 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
         started_at=from_microseconds(started_at),
         deadline_at=from_microseconds(deadline_at),
         request=request,
-        inbox=inbox,
+        channel=channel,
         user_id=user_id,
-        signals=signals,
+        wait_answer_count=wait_answer_count,
         concurrency_key=concurrency_key,
         follow_up=follow_up,
         may_have_more=bool(may_have_more),
@@ -279,7 +290,7 @@ def split_rivals(batch: Sequence[IngestWrite]) -> tuple[list[IngestWrite], list[
     others: list[IngestWrite] = []
     taken: set[tuple[int, str, str]] = set()
     for one in batch:
-        keys = {(one.lane, key.scope, key.key) for key in _unique_keys(one)}
+        keys = {(one.shard, key.scope, key.key) for key in _unique_keys(one)}
         if taken.isdisjoint(keys):
             chosen.append(one)
         else:

@@ -63,7 +63,7 @@ _EXECUTION_DEFAULTS: Final[dict[str, Any]] = {
 """What the columns of an execution hold that nobody has begun, but for those that each has its own values of."""
 _MOVED_COLUMNS: Final = (
     *("planned_at", "next_run_at", "due_at", "problem"),
-    *("last_run_at", "last_execution_id", "passed_at", "passed_reason"),
+    *("last_run_at", "last_execution_id", "skipped_at", "skipped_reason"),
 )
 _MOVE_SCHEDULE: Final = (
     update(Schedule)
@@ -78,7 +78,7 @@ class DueSchedule:
 
     workflow_id: str
     organization_id: str
-    lane: int
+    shard: int
     revision: int
     """Of the workflow."""
     deployed_hash: str | None
@@ -110,7 +110,7 @@ class ScheduleRunResult:
     """Workflows whose schedules are put off from now on, and why."""
     concurrency_keys: set[str] = field(default_factory=set)
     """Of runs that wait for a place."""
-    homes: set[str | None] = field(default_factory=set)
+    assigned_deployment_ids: set[str | None] = field(default_factory=set)
     """Deployments that have something to take; None: workers have."""
     decided: int = 0
     """Schedules that aren't due any more."""
@@ -121,7 +121,7 @@ class ScheduleRunResult:
         self.passed += other.passed
         self.problems += other.problems
         self.concurrency_keys |= other.concurrency_keys
-        self.homes |= other.homes
+        self.assigned_deployment_ids |= other.assigned_deployment_ids
         self.decided += other.decided
 
 
@@ -138,7 +138,7 @@ def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
     is_deployed = and_(col(Deployment.workflow_id) == chosen.c.workflow_id, col(Deployment.is_deployed))
     return (
         select(
-            *(col(Workflow.id), col(Workflow.organization_id), col(Workflow.lane)),
+            *(col(Workflow.id), col(Workflow.organization_id), col(Workflow.shard)),
             *(col(Workflow.revision), _DEPLOYED_HASH),
         )
         .select_from(chosen)
@@ -297,7 +297,7 @@ class _ScheduleWriter:
         decided = schedule_timetable.decide_instants(wanted, await self._state(row), now)
         changes = _is_planned(wanted, workflow_id, decided.next_run_at, now)
         if decided.passed is not None:
-            changes |= self._skip(workflow_id, decided.passed, decided.passed_at or now)
+            changes |= self._skip(workflow_id, decided.passed, decided.skipped_at or now)
         for instant in decided.run:
             trigger = _build_trigger(runnable, wanted, instant)
             limit = _schedule_limit(runnable, wanted, trigger)
@@ -340,7 +340,7 @@ class _ScheduleWriter:
 
     def _skip(self, workflow_id: str, reason: SkipReason, instant: datetime) -> dict[str, Any]:
         self.started.passed.append((workflow_id, reason, instant))
-        return {"passed_at": instant, "passed_reason": reason.value}
+        return {"skipped_at": instant, "skipped_reason": reason.value}
 
     def _move(self, row: RowMapping, **changes: Any) -> None:  # noqa: ANN401 - columns of any type
         kept = {name: row[name] for name in _MOVED_COLUMNS}
@@ -362,11 +362,11 @@ class _ScheduleWriter:
     ) -> str:
         """Collect the rows of a run, and return its id."""
         due = runnable.due
-        home = due.workflow_id if due.deployed_hash else None
+        assigned_deployment_id = due.workflow_id if due.deployed_hash else None
         follow_up = completion.requested_actions(runnable.settings)
         execution_id = ids.new_id("exec")
         common = {
-            "lane": due.lane,
+            "shard": due.shard,
             "organization_id": due.organization_id,
             "workflow_id": due.workflow_id,
             "created_at": now,
@@ -376,18 +376,18 @@ class _ScheduleWriter:
             **common,
             "id": execution_id,
             "user_id": row["owner_id"],
-            "target": LIMITED_TARGET if limit else home or SHARED_TARGET,
-            "home": home,
+            "target": LIMITED_TARGET if limit else assigned_deployment_id or SHARED_TARGET,
+            "assigned_deployment_id": assigned_deployment_id,
             "trigger_type": SCHEDULE_KIND,
             "definition_hash": runnable.hash,
             "rank": row["now"],
-            "turn": ids.turn_of_workflow(due.workflow_id),
+            "queue_turn": ids.turn_of_workflow(due.workflow_id),
             "timeout_microseconds": int(
                 RunSettings.from_stored(runnable.settings).timeout_seconds * 1_000_000
             ),
             "total_nodes": runnable.total_nodes,
             "key_id": execution_id,
-            "inbox": "",
+            "channel": "",
             "concurrency_key": limit.key if limit else None,
             "concurrency_limit": limit.runs if limit else None,
             "follow_up": decoding.decode(follow_up) if follow_up else None,
@@ -406,12 +406,12 @@ class _ScheduleWriter:
             self._definitions[due.organization_id, runnable.hash] = {
                 "organization_id": due.organization_id,
                 "hash": runnable.hash,
-                "lane": due.lane,
+                "shard": due.shard,
                 "body": runnable.text,
                 "created_at": now,
             }
         if limit is None:
-            self.started.homes.add(home)
+            self.started.assigned_deployment_ids.add(assigned_deployment_id)
         else:
             self.started.concurrency_keys.add(limit.key)
         return execution_id

@@ -19,14 +19,14 @@ import msgspec
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
 from models.database_clock import DatabaseClock
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
-from models.loss_limits import MAX_TRIAL_LOSSES
+from models.loss_limits import MAX_ISOLATION_LOSSES
 
 
 class ExecutionKey(NamedTuple):
     """Where a run's rows are."""
 
     execution_id: str
-    lane: int
+    shard: int
 
 
 class DefinitionKey(NamedTuple):
@@ -34,7 +34,7 @@ class DefinitionKey(NamedTuple):
 
     organization_id: str
     hash: str
-    lane: int
+    shard: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """A run to be accepted: one row, and what comes with it."""
 
     execution_id: str
-    lane: int
+    shard: int
     organization_id: str
     workflow_id: str
     workflow_revision: int
@@ -67,7 +67,7 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """The definition's text where it may not be stored yet; None where it is known to be."""
     timeout_seconds: float
     total_nodes: int
-    inbox: str = ""
+    channel: str = ""
     """Whom to tell of its end."""
     priority: int = 0
     idempotency: IdempotencyKey | None = None
@@ -82,7 +82,7 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """Where it may not, it is refused unless a place is free."""
     follow_up: str | None = None
     """JSON text: what is to be done about its end."""
-    home: str | None = None
+    assigned_deployment_id: str | None = None
     """The deployment whose pods are to run it; None: any worker."""
     is_private: bool = False
     """Only its user and those who may change the workflow see it."""
@@ -111,7 +111,7 @@ class IngestWrite(msgspec.Struct, frozen=True):
     """A sender's request, and everything that it has brought: all of it is taken in, or nothing."""
 
     delivery_id: str
-    lane: int
+    shard: int
     organization_id: str
     workflow_id: str | None
     user_id: str
@@ -180,7 +180,7 @@ class ClaimQuery:
     """Organisations that are to be passed over."""
     is_trial: bool = False
     """Take suspects, and put them on trial; without it, only runs that are none are taken."""
-    max_trial_losses: int = MAX_TRIAL_LOSSES
+    max_isolation_losses: int = MAX_ISOLATION_LOSSES
     """Suspects that have lost more workers on trial are passed over."""
 
 
@@ -188,7 +188,7 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     """A run that is now this worker's, until its lease ends."""
 
     execution_id: str
-    lane: int
+    shard: int
     organization_id: str
     workflow_id: str
     definition_hash: str
@@ -200,11 +200,11 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     started_at: datetime
     deadline_at: datetime
     request: str | None
-    inbox: str
+    channel: str
     """Whom to tell of its end."""
     user_id: str
     """For whom it runs."""
-    signals: int
+    wait_answer_count: int
     """Answers that its waiting nodes have been given so far."""
     concurrency_key: str | None
     """Where it has one, its place is another's when it leaves."""
@@ -221,7 +221,7 @@ class LeaseRenewal:
     """A lease to be renewed."""
 
     execution_id: str
-    lane: int
+    shard: int
     token: int
 
 
@@ -229,7 +229,7 @@ class RunWrite(msgspec.Struct):
     """What one run wants written; nothing is, unless it still holds its token."""
 
     execution_id: str
-    lane: int
+    shard: int
     token: int
     spans: list[NodeSpan] = []
     """In the order in which they were recorded; the last one of a node counts."""
@@ -244,11 +244,11 @@ class RunWrite(msgspec.Struct):
     """It has been on trial for long enough: should its worker die, the loss doesn't count as one on trial."""
     end: RunStatus | None = None
     """None: it goes on."""
-    inbox: str = ""
+    channel: str = ""
     """Whom to tell besides those that watch the run."""
     error: RunError | None = None
     due_at: datetime | None = None
-    signals: int = 0
+    wait_answer_count: int = 0
     """Answers that it has seen: a run that waits, and was given more, goes on at once."""
     attempts: list[AttemptSpan] = []
     """Each beside a span of its node; the last one of an attempt counts."""
@@ -288,7 +288,7 @@ class SweepResult:
     requeued: int
     """Leases that had ended: back in the queue."""
     ended: Mapping[str, str]
-    """Executions that the sweep itself brought to an end, crashed, stopped or cancelled, and the inbox of each."""
+    """Executions that the sweep itself brought to an end, crashed, stopped or cancelled, and the channel of each."""
     due: int
     """Waits that are over: back in the queue."""
     has_pending: bool
@@ -302,7 +302,7 @@ class EndRequestOutcome:
     status: ExecutionStatus
     lease_owner: str | None
     """Whom to tell, where a worker holds the run."""
-    inbox: str = ""
+    channel: str = ""
     """Whom to tell, where it has ended by this."""
 
 
@@ -318,7 +318,7 @@ class RunStore(Protocol):
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
         """Take the best pending runs, counting the attempt; answers in the order of the turns."""
 
-    async def has_suspects(self, max_trial_losses: int, target: str = "shared") -> bool:
+    async def has_suspects(self, max_isolation_losses: int, target: str = "shared") -> bool:
         """Tell whether suspects wait to be put on trial, which have lost no more workers so."""
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:

@@ -130,8 +130,8 @@ class MailRunState:
     """How the row of a mail was left that was read."""
 
     status: ExecutionStatus
-    inbox: str
-    home: str | None
+    channel: str
+    assigned_deployment_id: str | None
     concurrency_key: str | None
     error: RunError | None = None
 
@@ -155,7 +155,7 @@ async def note_rejection(connection: AsyncConnection, key: ExecutionKey, reason:
     """Put beside the delivery of a run why that was not run."""
     await connection.execute(
         update(Delivery)
-        .where(col(Delivery.execution_id) == key.execution_id, col(Delivery.lane) == key.lane)
+        .where(col(Delivery.execution_id) == key.execution_id, col(Delivery.shard) == key.shard)
         .values(reason=reason)
     )
 
@@ -200,7 +200,11 @@ async def _release_one(
     is_asked = col(Execution.request).is_not(None)
     goes_on = ExecutionStatus.FAILED if is_full else ExecutionStatus.PENDING
     ended_at = DatabaseTime() if is_full else case((is_asked, DatabaseTime()), else_=null())
-    target = LIMITED_TARGET if limit is not None else func.coalesce(col(Execution.home), SHARED_TARGET)
+    target = (
+        LIMITED_TARGET
+        if limit is not None
+        else func.coalesce(col(Execution.assigned_deployment_id), SHARED_TARGET)
+    )
     statement = (
         update(Execution)
         .where(*_is_held(one))
@@ -221,14 +225,14 @@ async def _release_one(
             is_fresh=True,
             has_journal=False,
             attempt=0,
-            on_trial=False,
-            trial_losses=0,
+            isolated=False,
+            isolation_losses=0,
             token=col(Execution.token) + 1,
             lease_owner=None,
             lease_until=None,
             updated_at=DatabaseTime(),
         )
-        .returning(col(Execution.status), col(Execution.inbox), col(Execution.home))
+        .returning(col(Execution.status), col(Execution.channel), col(Execution.assigned_deployment_id))
     )
     row = (await connection.execute(statement)).first()
     if row is None:
@@ -236,15 +240,15 @@ async def _release_one(
     await connection.execute(
         update(ExecutionData)
         .where(
-            col(ExecutionData.execution_id) == one.key.execution_id, col(ExecutionData.lane) == one.key.lane
+            col(ExecutionData.execution_id) == one.key.execution_id, col(ExecutionData.shard) == one.key.shard
         )
         .values(trigger=one.text)
     )
     status = ExecutionStatus(row.status)
     return MailRunState(
         status,
-        row.inbox,
-        row.home,
+        row.channel,
+        row.assigned_deployment_id,
         limit.key if limit else None,
         error if status is ExecutionStatus.FAILED else None,
     )
@@ -253,7 +257,7 @@ async def _release_one(
 def _is_held(one: MailParseResult) -> Sequence[ColumnElement[bool]]:
     return (
         col(Execution.id) == one.key.execution_id,
-        col(Execution.lane) == one.key.lane,
+        col(Execution.shard) == one.key.shard,
         col(Execution.token) == one.token,
         col(Execution.status) == ExecutionStatus.RUNNING,
         col(Execution.lease_owner) == one.owner,

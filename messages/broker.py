@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
 
-from messages.buckets import Demand, Grant
-from messages.deployments import DeployerMessage
-from messages.executions import ALL_LANES
+from messages.deployer_messages import DeployerMessage
+from messages.executions import ALL_SHARDS
+from messages.token_buckets import TokenDemand, TokenGrant
 
 WATCH_SECONDS: Final = 15 * 60
 
@@ -24,23 +24,23 @@ class BrokerUnavailable(BrokerError):
     """Redis did not answer: carry on, for the rows are committed and the sweep finds what is due."""
 
 
-class EvictingRedis(BrokerError):
+class RedisMayEvict(BrokerError):
     """Redis would throw keys away when it is full: its settings must change before a new start."""
 
 
 @dataclass(frozen=True, slots=True)
-class ExecutionsChanged:
+class ChangedExecutions:
     execution_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Letter:
+class DirectMessage:
     """What another process sent to this one, such as "stop" or "cancel"."""
 
     message: Mapping[str, str]
 
 
-Notice: TypeAlias = ExecutionsChanged | Letter
+Notification: TypeAlias = ChangedExecutions | DirectMessage
 
 
 class RunBroker(Protocol):
@@ -50,27 +50,27 @@ class RunBroker(Protocol):
     """
 
     @property
-    def inbox(self) -> str:
+    def channel(self) -> str:
         """The name under which others reach this process."""
 
-    async def wake(self, lane: int = ALL_LANES) -> None:
+    async def wake(self, shard: int = ALL_SHARDS) -> None:
         """Say "there is work", after the commit; nothing is sent while an earlier hint lies there untaken."""
 
-    async def announce(self, inboxes: Mapping[str, str]) -> None:
+    async def publish(self, channels: Mapping[str, str]) -> None:
         """Tell of changed executions, each process with one notice, and end the watch of those that watch them.
 
-        Each comes with the inbox that is told without having watched it, or an empty text for nobody.
+        Each comes with the channel that is told without having watched it, or an empty text for nobody.
         """
 
-    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
-        """Call `on_notice` on the running event loop for whatever reaches the inbox, until `close`.
+    async def listen(self, on_notification: Callable[[Notification], None]) -> None:
+        """Call `on_notice` on the running event loop for whatever reaches the channel, until `close`.
 
-        Returns when the inbox is open, or after two seconds if Redis is away: it opens once Redis is back.
+        Returns when the channel is open, or after two seconds if Redis is away: it opens once Redis is back.
         Each of several listeners hears everything.
         """
 
     def start_worker(self, on_hint: Callable[[int], None]) -> None:
-        """Take hints on threads of this process; `on_hint(lane)` is called on the running event loop."""
+        """Take hints on threads of this process; `on_hint(shard)` is called on the running event loop."""
 
     async def stop_worker(self) -> None:
         """Take no more hints; what was taken and not handed over goes back for other workers."""
@@ -91,18 +91,18 @@ class Broker(RunBroker, Protocol):
         on waiting after a notice watches again before reading again.
         """
 
-    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
-        """Put a letter into another process's inbox; lost without a word when nobody listens there."""
+    async def send(self, channel: str, message: Mapping[str, str]) -> None:
+        """Put a letter into another process's channel; lost without a word when nobody listens there."""
 
-    async def is_heard(self, inbox: str) -> bool:
-        """Tell whether a process listens at an inbox: one that has died does not."""
+    async def is_heard(self, channel: str) -> bool:
+        """Tell whether a process listens at an channel: one that has died does not."""
 
     def start_reader(self, on_hint: Callable[[], None]) -> None:
         """Take hints that something is unread; `on_hint` is called on the running event loop."""
 
     async def stop_reader(self) -> None: ...
 
-    async def tell_deployer(self, message: DeployerMessage) -> None:
+    async def notify_deployer(self, message: DeployerMessage) -> None:
         """Tell one of the deployers something, after the commit; nothing is sent while the same lies there untaken."""
 
     def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
@@ -111,23 +111,23 @@ class Broker(RunBroker, Protocol):
     async def stop_deployer(self) -> None:
         """Take no more of that."""
 
-    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+    async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         """Take tokens from several buckets, no bucket twice; answers in their order."""
 
     async def ping(self) -> None: ...
 
 
-async def connect(url: str | None, *, inbox: str | None = None) -> Broker:
+async def connect_broker(url: str | None, *, channel: str | None = None) -> Broker:
     """A broker on the Redis at `url`, or one inside this process for None; it starts though Redis be away.
 
     Raises `EvictingRedis`, and ValueError for what is no Redis URL.
     """
-    name = inbox or uuid4().hex
+    name = channel or uuid4().hex
     if url is None:
         from messages.local_broker import LocalBroker  # noqa: PLC0415 - each process pays for one broker only
 
-        return LocalBroker(inbox=name)
+        return LocalBroker(channel=name)
 
     from messages import redis_broker  # noqa: PLC0415 - redis costs 40 MB that a single process saves
 
-    return await redis_broker.connect(url, inbox=name)
+    return await redis_broker.connect(url, channel=name)

@@ -1,4 +1,4 @@
-"""The one message that a worker of executions takes: "there is work", in one lane or in all of them."""
+"""The one message that a worker of executions takes: "there is work", in one shard or in all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ QUEUE: Final = "executions"
 # Never renamed: an older worker would put a message for an unknown actor among the dead letters.
 ACTOR: Final = "executions"
 VERSION: Final = 1
-ALL_LANES: Final = -1
+ALL_SHARDS: Final = -1
 
 
 @dataclass(frozen=True)
 class RunExecutions:
     v: int = VERSION
-    lane: int = ALL_LANES
+    shard: int = ALL_SHARDS
 
 
 def read(payload: Mapping[str, object]) -> RunExecutions:
-    """A payload of a version this worker does not know still says "there is work": look in all lanes."""
+    """A payload of a version this worker does not know still says "there is work": look in all shards."""
     match payload:
-        case {"v": 1, "lane": int(lane)}:
-            return RunExecutions(lane=lane)
+        case {"v": 1, "shard": int(shard)}:
+            return RunExecutions(shard=shard)
     return RunExecutions()

@@ -6,8 +6,8 @@ from typing import Final
 
 import dramatiq
 
-from messages import deployments, executions, intake
-from messages.deployments import DeployerMessage
+from messages import deployer_messages, executions, intake
+from messages.deployer_messages import DeployerMessage
 
 # The actor returns at once: the second thread hands over a message while the first acknowledges another.
 THREADS: Final = 2
@@ -18,7 +18,7 @@ STOP_MILLISECONDS: Final = 1_000
 def start(broker: dramatiq.Broker, on_hint: Callable[[int], None]) -> dramatiq.Worker:
     """Take hints that there are executions."""
     return _start(
-        broker, executions.QUEUE, executions.ACTOR, lambda payload: on_hint(executions.read(payload).lane)
+        broker, executions.QUEUE, executions.ACTOR, lambda payload: on_hint(executions.read(payload).shard)
     )
 
 
@@ -31,11 +31,11 @@ def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessag
     """Take messages about deployments."""
 
     def take(payload: Mapping[str, object]) -> None:
-        message = deployments.read(payload)
+        message = deployer_messages.parse_message(payload)
         if message is not None:
             on_message(message)
 
-    return _start(broker, deployments.QUEUE, deployments.ACTOR, take)
+    return _start(broker, deployer_messages.QUEUE, deployer_messages.ACTOR, take)
 
 
 def _start(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from messages.broker import BrokerUnavailable
-from messages.deployments import LookAtDeployment
+from messages.deployer_messages import ReconcileDeployment
 
 if TYPE_CHECKING:
     from messages.broker import Broker, RunBroker
@@ -34,6 +34,6 @@ async def something_unread(broker: Broker) -> None:
 async def deployment_changed(broker: Broker, workflow_id: str) -> None:
     """Say that something else is wanted of a deployment, after the commit; with the broker away, its row says so."""
     try:
-        await broker.tell_deployer(LookAtDeployment(workflow_id))
+        await broker.notify_deployer(ReconcileDeployment(workflow_id))
     except BrokerUnavailable as error:
         log.debug("deployer not told", reason=str(error))

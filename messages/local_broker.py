@@ -9,10 +9,10 @@ import dramatiq
 from dramatiq.brokers.stub import StubBroker
 
 from messages import executions, hint_worker
-from messages.broker import WATCH_SECONDS, ExecutionsChanged, Letter, Notice
-from messages.buckets import Demand, Grant, LocalBuckets
-from messages.deployments import DeployerMessage
-from messages.executions import ALL_LANES, RunExecutions
+from messages.broker import WATCH_SECONDS, ChangedExecutions, DirectMessage, Notification
+from messages.deployer_messages import DeployerMessage
+from messages.executions import ALL_SHARDS, RunExecutions
+from messages.token_buckets import LocalTokenBuckets, TokenDemand, TokenGrant
 
 
 class LocalQueues(StubBroker):
@@ -30,22 +30,22 @@ class LocalQueues(StubBroker):
 
 
 class LocalBroker:
-    def __init__(self, *, inbox: str) -> None:
-        self.inbox = inbox
+    def __init__(self, *, channel: str) -> None:
+        self.channel = channel
         self._queues = LocalQueues()
         self._worker: dramatiq.Worker | None = None
-        self._listeners: list[Callable[[Notice], None]] = []
+        self._listeners: list[Callable[[Notification], None]] = []
         self._deployer: Callable[[DeployerMessage], None] | None = None
         self._reader: Callable[[], None] | None = None
         self._hinted: set[int] = set()
         self._watched_until: dict[str, float] = {}
-        self._buckets = LocalBuckets()
+        self._buckets = LocalTokenBuckets()
 
-    async def wake(self, lane: int = ALL_LANES) -> None:
-        if lane in self._hinted:
+    async def wake(self, shard: int = ALL_SHARDS) -> None:
+        if shard in self._hinted:
             return
-        self._hinted.add(lane)
-        hint = asdict(RunExecutions(lane=lane))
+        self._hinted.add(shard)
+        hint = asdict(RunExecutions(shard=shard))
         self._queues.enqueue(dramatiq.Message(executions.QUEUE, executions.ACTOR, (), hint, {}))
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
@@ -55,30 +55,30 @@ class LocalBroker:
             self._watched_until[execution_id] = now + WATCH_SECONDS
         self._forget_watches_before(now)
 
-    async def announce(self, inboxes: Mapping[str, str]) -> None:
+    async def publish(self, channels: Mapping[str, str]) -> None:
         self._forget_watches_before(asyncio.get_running_loop().time())
         told = tuple(
             execution_id
-            for execution_id, inbox in inboxes.items()
-            if self._watched_until.pop(execution_id, None) is not None or inbox == self.inbox
+            for execution_id, channel in channels.items()
+            if self._watched_until.pop(execution_id, None) is not None or channel == self.channel
         )
         if told:
-            self._deliver(ExecutionsChanged(told))
+            self._deliver(ChangedExecutions(told))
 
-    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
-        if inbox == self.inbox:
-            self._deliver(Letter(dict(message)))
+    async def send(self, channel: str, message: Mapping[str, str]) -> None:
+        if channel == self.channel:
+            self._deliver(DirectMessage(dict(message)))
 
-    async def is_heard(self, inbox: str) -> bool:
-        return inbox == self.inbox and bool(self._listeners)
+    async def is_heard(self, channel: str) -> bool:
+        return channel == self.channel and bool(self._listeners)
 
-    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
-        self._listeners.append(on_notice)
+    async def listen(self, on_notification: Callable[[Notification], None]) -> None:
+        self._listeners.append(on_notification)
 
     def start_worker(self, on_hint: Callable[[int], None]) -> None:
-        def taken(lane: int) -> None:
-            self._hinted.discard(lane)
-            on_hint(lane)
+        def taken(shard: int) -> None:
+            self._hinted.discard(shard)
+            on_hint(shard)
 
         self._worker = hint_worker.start(self._queues, taken)
 
@@ -98,7 +98,7 @@ class LocalBroker:
     async def stop_reader(self) -> None:
         self._reader = None
 
-    async def tell_deployer(self, message: DeployerMessage) -> None:
+    async def notify_deployer(self, message: DeployerMessage) -> None:
         """Without a queue: the one deployer that there can be is right here, or there is none."""
         if self._deployer is not None:
             asyncio.get_running_loop().call_soon(self._deployer, message)
@@ -109,7 +109,7 @@ class LocalBroker:
     async def stop_deployer(self) -> None:
         self._deployer = None
 
-    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+    async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         now = asyncio.get_running_loop().time()
         return [self._buckets.take(demand, now) for demand in demands]
 
@@ -120,10 +120,10 @@ class LocalBroker:
         self._listeners.clear()
         await self.stop_worker()
 
-    def _deliver(self, notice: Notice) -> None:
+    def _deliver(self, notification: Notification) -> None:
         loop = asyncio.get_running_loop()
-        for on_notice in self._listeners:
-            loop.call_soon(on_notice, notice)
+        for on_notification in self._listeners:
+            loop.call_soon(on_notification, notification)
 
     def _forget_watches_before(self, now: float) -> None:
         # All watches last equally long and a renewed one moves to the end: the first is the next to run out.

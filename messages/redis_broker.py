@@ -17,18 +17,17 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from json_text import decoding
-from messages import deployments, executions, hint_worker, intake
+from messages import deployer_messages, executions, hint_worker, intake
 from messages.broker import (
     WATCH_SECONDS,
     BrokerUnavailable,
-    EvictingRedis,
-    ExecutionsChanged,
-    Letter,
-    Notice,
+    ChangedExecutions,
+    DirectMessage,
+    Notification,
+    RedisMayEvict,
 )
-from messages.buckets import SPARE, Demand, Grant
-from messages.deployments import DeployerMessage
-from messages.executions import ALL_LANES, RunExecutions
+from messages.deployer_messages import DeployerMessage
+from messages.executions import ALL_SHARDS, RunExecutions
 from messages.intake import ReadArrivals
 from messages.redis_consumer import (
     HINTS_KEPT,
@@ -38,6 +37,7 @@ from messages.redis_consumer import (
     HintQueues,
     reconnect_seconds,
 )
+from messages.token_buckets import SPARE, TokenDemand, TokenGrant
 
 CONNECTIONS: Final = 16
 LISTEN_SECONDS: Final = 2.0
@@ -70,26 +70,26 @@ end
 """
 
 # KEYS: the watchers of each execution. ARGV: the prefix of channels, then, in the same order, each execution and the
-# inbox that is told in any case, or nothing.
+# channel that is told in any case, or nothing.
 ANNOUNCE: Final = """
 local changed = {}
-local function tell(inbox, execution_id)
-    changed[inbox] = changed[inbox] or {}
-    table.insert(changed[inbox], execution_id)
+local function tell(channel, execution_id)
+    changed[channel] = changed[channel] or {}
+    table.insert(changed[channel], execution_id)
 end
 for index, watchers in ipairs(KEYS) do
     local execution_id, own = ARGV[2 * index], ARGV[2 * index + 1]
     if own ~= "" then
         tell(own, execution_id)
     end
-    for _, inbox in ipairs(redis.call("SPOP", watchers, 1000)) do
-        if inbox ~= own then
-            tell(inbox, execution_id)
+    for _, channel in ipairs(redis.call("SPOP", watchers, 1000)) do
+        if channel ~= own then
+            tell(channel, execution_id)
         end
     end
 end
-for inbox, execution_ids in pairs(changed) do
-    redis.call("PUBLISH", ARGV[1] .. inbox, cjson.encode({execution_ids = execution_ids}))
+for channel, execution_ids in pairs(changed) do
+    redis.call("PUBLISH", ARGV[1] .. channel, cjson.encode({execution_ids = execution_ids}))
 end
 """
 
@@ -120,14 +120,14 @@ end
 return grants
 """
 
-CHANNELS: Final = f"{NAMESPACE}:inbox:"
+CHANNELS: Final = f"{NAMESPACE}:channel:"
 
 log = structlog.get_logger()
 
 
-class _Published(msgspec.Struct):
+class _PublishedMessage(msgspec.Struct):
     execution_ids: tuple[str, ...] = ()
-    letter: dict[str, str] | None = None
+    direct_message: dict[str, str] | None = None
 
 
 async def refuse_evicting(client: Redis) -> None:
@@ -139,13 +139,13 @@ async def refuse_evicting(client: Redis) -> None:
         log.warning("redis does not tell its eviction policy", error=str(error))
         return
     if policy != "noeviction":
-        raise EvictingRedis(
+        raise RedisMayEvict(
             f"Redis may evict what it acknowledged: set maxmemory-policy to noeviction, not {policy}"
         )
 
 
 @asynccontextmanager
-async def _answered() -> AsyncIterator[None]:
+async def _check_answer() -> AsyncIterator[None]:
     try:
         async with asyncio.timeout(REDIS_TIMEOUT_SECONDS):
             yield
@@ -153,14 +153,14 @@ async def _answered() -> AsyncIterator[None]:
         raise BrokerUnavailable(str(error) or "redis did not answer in time") from error
 
 
-async def connect(url: str, *, inbox: str) -> "RedisBroker":
-    broker = RedisBroker(url, inbox=inbox)
+async def connect(url: str, *, channel: str) -> "RedisBroker":
+    broker = RedisBroker(url, channel=channel)
     try:
-        async with _answered():
+        async with _check_answer():
             await refuse_evicting(broker.client)
     except BrokerUnavailable as error:
         log.warning("redis is away, starting without it", error=str(error))
-    except EvictingRedis:
+    except RedisMayEvict:
         await broker.close()
         raise
     return broker
@@ -183,8 +183,8 @@ def _connected_to(url: str) -> Redis:
 
 
 class RedisBroker:
-    def __init__(self, url: str, *, inbox: str) -> None:
-        self.inbox = inbox
+    def __init__(self, url: str, *, channel: str) -> None:
+        self.channel = channel
         self.client = _connected_to(url)
         self._url = url
         self._wake = self.client.register_script(WAKE)
@@ -194,12 +194,12 @@ class RedisBroker:
         self._worker: dramatiq.Worker | None = None
         self._reader: dramatiq.Worker | None = None
         self._deployer: dramatiq.Worker | None = None
-        self._listeners: list[Callable[[Notice], None]] = []
+        self._listeners: list[Callable[[Notification], None]] = []
         self._listening: asyncio.Task[None] | None = None
-        self._is_inbox_open = asyncio.Event()
+        self._is_channel_open = asyncio.Event()
 
-    async def wake(self, lane: int = ALL_LANES) -> None:
-        await self._put(executions.QUEUE, executions.ACTOR, str(lane), asdict(RunExecutions(lane=lane)))
+    async def wake(self, shard: int = ALL_SHARDS) -> None:
+        await self._put(executions.QUEUE, executions.ACTOR, str(shard), asdict(RunExecutions(shard=shard)))
 
     async def wake_readers(self) -> None:
         await self._put(intake.QUEUE, intake.ACTOR, "all", asdict(ReadArrivals()))
@@ -212,8 +212,13 @@ class RedisBroker:
         if reader is not None:
             await asyncio.to_thread(hint_worker.stop, reader)
 
-    async def tell_deployer(self, message: DeployerMessage) -> None:
-        await self._put(deployments.QUEUE, deployments.ACTOR, message.key, deployments.payload(message))
+    async def notify_deployer(self, message: DeployerMessage) -> None:
+        await self._put(
+            deployer_messages.QUEUE,
+            deployer_messages.ACTOR,
+            message.key,
+            deployer_messages.encode_message(message),
+        )
 
     async def _put(self, name: str, actor: str, key: str, payload: dict[str, object]) -> None:
         """Put a message into a queue unless the latest with the same key lies there still."""
@@ -222,7 +227,7 @@ class RedisBroker:
             name, actor, (), payload, {MESSAGE_ID: identity}, identity
         )
         queue = f"{NAMESPACE}:{name}"
-        async with _answered():
+        async with _check_answer():
             await self._wake(
                 keys=[f"{queue}.hinted.{key}", queue, f"{queue}.msgs", f"{queue}.bell"],
                 args=[MARK_MILLISECONDS, identity, message.encode(), HINTS_KEPT],
@@ -231,32 +236,34 @@ class RedisBroker:
     async def watch(self, execution_ids: Sequence[str]) -> None:
         if not execution_ids:
             return
-        async with _answered():
-            await self._watch(keys=_watchers(execution_ids), args=[self.inbox, WATCH_SECONDS])
+        async with _check_answer():
+            await self._watch(keys=_watchers_key(execution_ids), args=[self.channel, WATCH_SECONDS])
 
-    async def announce(self, inboxes: Mapping[str, str]) -> None:
-        if not inboxes:
+    async def publish(self, channels: Mapping[str, str]) -> None:
+        if not channels:
             return
-        pairs = chain.from_iterable(inboxes.items())
-        async with _answered():
-            await self._announce(keys=_watchers(inboxes), args=[CHANNELS, *pairs])
+        pairs = chain.from_iterable(channels.items())
+        async with _check_answer():
+            await self._announce(keys=_watchers_key(channels), args=[CHANNELS, *pairs])
 
-    async def send(self, inbox: str, message: Mapping[str, str]) -> None:
-        async with _answered():
-            await self.client.publish(CHANNELS + inbox, msgspec.json.encode(_Published(letter=dict(message))))
+    async def send(self, channel: str, message: Mapping[str, str]) -> None:
+        async with _check_answer():
+            await self.client.publish(
+                CHANNELS + channel, msgspec.json.encode(_PublishedMessage(direct_message=dict(message)))
+            )
 
-    async def is_heard(self, inbox: str) -> bool:
-        async with _answered():
-            ((_, listeners),) = await self.client.pubsub_numsub(CHANNELS + inbox)
+    async def is_heard(self, channel: str) -> bool:
+        async with _check_answer():
+            ((_, listeners),) = await self.client.pubsub_numsub(CHANNELS + channel)
             return int(listeners) > 0
 
-    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
-        self._listeners.append(on_notice)
+    async def listen(self, on_notification: Callable[[Notification], None]) -> None:
+        self._listeners.append(on_notification)
         if self._listening is None:
             self._listening = asyncio.create_task(self._keep_listening())
         with suppress(TimeoutError):
             async with asyncio.timeout(LISTEN_SECONDS):
-                await self._is_inbox_open.wait()
+                await self._is_channel_open.wait()
 
     def start_worker(self, on_hint: Callable[[int], None]) -> None:
         self._worker = hint_worker.start(HintQueues(self._url), on_hint)
@@ -274,18 +281,18 @@ class RedisBroker:
         if deployer is not None:
             await asyncio.to_thread(hint_worker.stop, deployer)
 
-    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+    async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         numbers = chain.from_iterable(
             (one.rate.per_second, one.rate.burst, one.needed, one.wanted, one.ahead) for one in demands
         )
-        async with _answered():
+        async with _check_answer():
             answers = await self._take_tokens(
                 keys=[f"{NAMESPACE}:bucket:{one.bucket}" for one in demands], args=[SPARE, *numbers]
             )
-        return [Grant(tokens, left, microseconds / 1_000_000) for tokens, left, microseconds in answers]
+        return [TokenGrant(tokens, left, microseconds / 1_000_000) for tokens, left, microseconds in answers]
 
     async def ping(self) -> None:
-        async with _answered():
+        async with _check_answer():
             await self.client.ping()
 
     async def close(self) -> None:
@@ -302,38 +309,42 @@ class RedisBroker:
         while True:
             try:
                 async with self.client.pubsub() as subscription:
-                    await subscription.subscribe(CHANNELS + self.inbox)
+                    await subscription.subscribe(CHANNELS + self.channel)
                     async for event in subscription.listen():
                         failures = 0
                         self._take(event["type"], event["data"])
             except (redis.RedisError, OSError) as error:
                 if not failures:
-                    log.warning("inbox closed", inbox=self.inbox, error=str(error))
-            self._is_inbox_open.clear()
+                    log.warning("channel closed", channel=self.channel, error=str(error))
+            self._is_channel_open.clear()
             failures += 1
             await asyncio.sleep(reconnect_seconds(failures))
 
     def _take(self, kind: str, body: bytes) -> None:
         if kind == "subscribe":
-            self._is_inbox_open.set()
-            log.info("inbox open", inbox=self.inbox)
+            self._is_channel_open.set()
+            log.info("channel open", channel=self.channel)
         if kind != "message":
             return
         try:
-            notice = _read(body)
+            notification = _parse_message(body)
         except ValueError:
-            log.warning("notice unreadable", inbox=self.inbox)
+            log.warning("notice unreadable", channel=self.channel)
             return
         loop = asyncio.get_running_loop()
-        for on_notice in self._listeners:
+        for on_notification in self._listeners:
             # Called by the loop, so that an exception of one ends neither the others nor this task.
-            loop.call_soon(on_notice, notice)
+            loop.call_soon(on_notification, notification)
 
 
-def _read(body: bytes) -> Notice:
-    published = decoding.decode(body, _Published)
-    return Letter(published.letter) if published.letter else ExecutionsChanged(published.execution_ids)
+def _parse_message(body: bytes) -> Notification:
+    published = decoding.decode(body, _PublishedMessage)
+    return (
+        DirectMessage(published.direct_message)
+        if published.direct_message
+        else ChangedExecutions(published.execution_ids)
+    )
 
 
-def _watchers(execution_ids: Iterable[str]) -> list[str]:
+def _watchers_key(execution_ids: Iterable[str]) -> list[str]:
     return [f"{NAMESPACE}:watchers:{execution_id}" for execution_id in execution_ids]

@@ -28,7 +28,7 @@ REDIS_TIMEOUT_SECONDS: Final = 2.0
 # A lost bell delays a hint by this at most. Each fetch is a heartbeat too: far below that timeout.
 BELL_SECONDS: Final = (10.0, 12.0)
 HEARTBEAT_TIMEOUT_MILLISECONDS: Final = 30_000
-# Twice the 4,096 lanes, and as many tokens in the bell. Without workers hints pile up: the oldest give way.
+# Twice the 4,096 shards, and as many tokens in the bell. Without workers hints pile up: the oldest give way.
 HINTS_KEPT: Final = 8_192
 
 log = structlog.get_logger()
@@ -49,7 +49,7 @@ def _connected_to(url: str, *, socket_timeout_seconds: float) -> redis.Redis:
     return client
 
 
-class StopConsumersFirst(Middleware):
+class StopConsumersMiddleware(Middleware):
     """Dramatiq lets consumers fetch on until the threads of a stopping worker have ended."""
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
@@ -70,7 +70,7 @@ class HintQueues(RedisBroker):
             client=_connected_to(url, socket_timeout_seconds=REDIS_TIMEOUT_SECONDS),
             namespace=NAMESPACE,
             # No retries, delays, time limits, results or pipelines: the rows hold all of that.
-            middleware=[StopConsumersFirst()],
+            middleware=[StopConsumersMiddleware()],
             maintenance_chance=MAINTENANCE_SCALE,  # looks for what dead workers left at every fetch
             heartbeat_timeout=HEARTBEAT_TIMEOUT_MILLISECONDS,
         )

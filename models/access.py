@@ -42,7 +42,7 @@ class Organization(SQLModel, table=True):
     """A tenant."""
 
     id: str = Field(primary_key=True)
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     name: str
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
@@ -55,7 +55,7 @@ class User(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     organization_id: str = Field(foreign_key="organization.id")
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     email: str
     name: str = ""
     role: str = UserRole.MEMBER
@@ -75,7 +75,7 @@ class ApiKey(SQLModel, table=True):
     id: str = Field(primary_key=True)
     organization_id: str = Field(foreign_key="organization.id")
     user_id: str = Field(foreign_key="user_account.id")
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     name: str
     prefix: str
     hash: str
@@ -95,7 +95,7 @@ class ApiCaller:
     key_id: str
     user_id: str
     organization_id: str
-    lane: int
+    shard: int
     role: UserRole
     scopes: frozenset[str]
 

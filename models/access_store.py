@@ -74,7 +74,7 @@ def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
         key_id=row.id,
         user_id=row.user_id,
         organization_id=row.organization_id,
-        lane=row.lane,
+        shard=row.shard,
         role=UserRole(row.role),
         scopes=frozenset(row.scopes),
     )
@@ -116,8 +116,8 @@ async def has_organization(connection: AsyncConnection) -> bool:
 
 async def create_organization(connection: AsyncConnection, *, name: str, now: datetime) -> Organization:
     organization_id = ids.new_id("org")
-    lane = ids.shard_of(organization_id)
-    organization = Organization(id=organization_id, lane=lane, name=name, created_at=now)
+    shard = ids.shard_of(organization_id)
+    organization = Organization(id=organization_id, shard=shard, name=name, created_at=now)
     await connection.execute(insert(Organization).values(organization.model_dump()))
     return organization
 
@@ -147,7 +147,7 @@ async def create_user(
     user = User(
         id=ids.new_id("user"),
         organization_id=organization.id,
-        lane=organization.lane,
+        shard=organization.shard,
         email=email.lower(),
         name=name,
         role=role,
@@ -197,7 +197,7 @@ async def create_key(
         id=ids.new_id("key"),
         organization_id=user.organization_id,
         user_id=user.id,
-        lane=user.lane,
+        shard=user.shard,
         name=name,
         prefix=visible_prefix(text),
         hash=hash_key(text, secret),

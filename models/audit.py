@@ -69,7 +69,7 @@ class AuditEntry(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     organization_id: str = Field(foreign_key="organization.id")
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     user_id: str
     key_id: str
     """Whose key did it, and which; of whoever runs the server, `operator` both times."""

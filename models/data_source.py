@@ -38,14 +38,14 @@ class DataSource(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     organization_id: str = Field(foreign_key="organization.id")
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     owner_id: str = Field(foreign_key="user_account.id")
     name: str
     type: str
     settings: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     secret_names: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     """Which secrets it has."""
-    sealed: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    encrypted: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     """The secrets by their names, as JSON."""
     secret_id: str
     """Of the server's own secret that opens them."""
@@ -82,7 +82,7 @@ def encrypt_secrets(
 def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
     """Return the secrets of a data source by their names; raises `VaultError`."""
     text = vault.open(
-        EncryptedText(source.secret_id, source.sealed),
+        EncryptedText(source.secret_id, source.encrypted),
         organization_id=source.organization_id,
         object_id=source.id,
     )

@@ -65,7 +65,7 @@ class Deployment(SQLModel, table=True):
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     organization_id: str
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
 
     is_deployed: bool = True
     replicas: int = 0
@@ -127,7 +127,7 @@ class LifecycleDecision(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     organization_id: str
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     workflow_id: str
     at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     action: str

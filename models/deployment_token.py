@@ -32,7 +32,7 @@ class DeploymentToken(SQLModel, table=True):
     id: str = Field(primary_key=True)
     workflow_id: str = Field(foreign_key="workflow.id")
     organization_id: str
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     hash: str
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
@@ -44,7 +44,7 @@ class TokenBearer:
 
     workflow_id: str
     organization_id: str
-    lane: int
+    shard: int
 
 
 async def ensure_token(
@@ -70,7 +70,7 @@ async def issue_token(
             id=token_id,
             workflow_id=bearer.workflow_id,
             organization_id=bearer.organization_id,
-            lane=bearer.lane,
+            shard=bearer.shard,
             hash=runner_tokens.hash_token(token),
             created_at=now,
         )
@@ -130,11 +130,11 @@ async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenB
         col(DeploymentToken.hash),
         col(DeploymentToken.workflow_id),
         col(DeploymentToken.organization_id),
-        col(DeploymentToken.lane),
+        col(DeploymentToken.shard),
     ).where(col(DeploymentToken.hash).in_(hashes), col(DeploymentToken.revoked_at).is_(None))
     async with database.read() as connection:
         rows = await connection.execute(statement)
-        found = {row.hash: TokenBearer(row.workflow_id, row.organization_id, row.lane) for row in rows}
+        found = {row.hash: TokenBearer(row.workflow_id, row.organization_id, row.shard) for row in rows}
     return [found.get(hashed) for hashed in hashes]
 
 

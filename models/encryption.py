@@ -62,16 +62,16 @@ class SecretVault:
             self.secret_id, nonce + key.encrypt(nonce, text, _associated_data(organization_id, object_id))
         )
 
-    def open(self, sealed: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
+    def open(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
         """Return what was sealed for one object; raises `UnknownSecret` and `Damaged`."""
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _Key
 
-        key = self._keys.get(sealed.secret_id)
+        key = self._keys.get(encrypted.secret_id)
         if key is None:
             raise UnknownSecret(
                 "It was encrypted with another PILOTFLAME_SECRET_KEY than those of this server"
             )
-        nonce, ciphertext = sealed.content[:NONCE_BYTES], sealed.content[NONCE_BYTES:]
+        nonce, ciphertext = encrypted.content[:NONCE_BYTES], encrypted.content[NONCE_BYTES:]
         try:
             return key.cipher.decrypt(nonce, ciphertext, _associated_data(organization_id, object_id))
         except (InvalidTag, ValueError) as error:

@@ -19,7 +19,7 @@ class EventWait(SQLModel, table=True):
     execution_id: str = Field(primary_key=True)
     node_id: str = Field(primary_key=True)
     iteration: str = Field(primary_key=True, default="")
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     organization_id: str
     pattern: str
     """A type of events, or with `.*` at its end all that begin so."""

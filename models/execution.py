@@ -50,7 +50,7 @@ class Execution(SQLModel, table=True):
             "ix_execution_pending",
             "target",
             "organization_id",
-            "turn",
+            "queue_turn",
             "is_fresh",
             "rank",
             postgresql_where=text("status = 'pending'"),
@@ -132,20 +132,20 @@ class Execution(SQLModel, table=True):
     )
 
     id: str = Field(primary_key=True)
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     organization_id: str
     workflow_id: str
     user_id: str
     status: str = ExecutionStatus.PENDING
     target: str = SHARED_TARGET
     """Who may take it: any worker, the pods of the workflow whose id it is, or nobody while it waits for a place."""
-    home: str | None = None
+    assigned_deployment_id: str | None = None
     """The target that it has otherwise, if that isn't `shared`."""
     trigger_type: str
     definition_hash: str
     rank: int = Field(sa_column=Column(BigInteger, nullable=False))
     """Microseconds: accepted, less a minute for each step of priority; the smaller, the sooner."""
-    turn: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    queue_turn: int = Field(sa_column=Column(SmallInteger, nullable=False))
     """A hash of the workflow's id: within an organisation, workflows are served in the order of their turns."""
     is_fresh: bool = True
     """Nobody has begun it; what was begun goes first."""
@@ -157,11 +157,11 @@ class Execution(SQLModel, table=True):
 
     Of a pending run, this is the number of workers that it has lost since.
     """
-    on_trial: bool = Field(
+    isolated: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, server_default=text("false"))
     )
     """It was claimed as a suspect, and has not proved itself since: should its worker die, the loss counts."""
-    trial_losses: int = Field(
+    isolation_losses: int = Field(
         default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0"))
     )
     """Workers that it has lost while on trial, since the last recorded node result or release."""
@@ -179,7 +179,7 @@ class Execution(SQLModel, table=True):
     key_id: str
     """The execution whose id stands in idempotency keys: its own, or that of the first it was resumed from."""
     resumed_from: str | None = None
-    inbox: str
+    channel: str
     """Of the gateway that accepted it, which is told of its end without asking."""
     parent_id: str | None = None
     """The execution that started it, by one of its nodes."""
@@ -187,7 +187,7 @@ class Execution(SQLModel, table=True):
     """The first of the executions that started one another; None for one that nobody started so."""
     depth: int = 0
     """How many executions are above it."""
-    signals: int = Field(default=0, sa_column=Column(Integer, nullable=False))
+    wait_answer_count: int = Field(default=0, sa_column=Column(Integer, nullable=False))
     """Answers that its waiting nodes were given, ever: one that has seen fewer may not go to sleep."""
     concurrency_key: str | None = None
     """Runs with the same key share `concurrency_limit` places."""
@@ -223,7 +223,7 @@ class ExecutionData(SQLModel, table=True):
     )
 
     execution_id: str = Field(primary_key=True)
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     trigger: str = Field(sa_column=Column(Text, nullable=False))
     """JSON: what the trigger node gives out."""
     config: str = Field(sa_column=Column(Text, nullable=False))
@@ -241,7 +241,7 @@ class SpanRow(SQLModel, table=True):
     execution_id: str = Field(primary_key=True)
     node_id: str = Field(primary_key=True)
     iteration: str = Field(primary_key=True, default="")
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     id: str
     sequence: int
     label: str
@@ -274,7 +274,7 @@ class AttemptRow(SQLModel, table=True):
     node_id: str = Field(primary_key=True)
     iteration: str = Field(primary_key=True, default="")
     attempt: int = Field(primary_key=True)
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     id: str
     sequence: int
     label: str
@@ -290,12 +290,12 @@ class AttemptRow(SQLModel, table=True):
 class WaitAnswer(SQLModel, table=True):
     """An answer to a node that waits for one; the first counts, and there is no second."""
 
-    __tablename__ = "signal"
+    __tablename__ = "wait_answer"
 
     execution_id: str = Field(primary_key=True)
     node_id: str = Field(primary_key=True)
     iteration: str = Field(primary_key=True, default="")
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     payload: str = Field(sa_column=Column(Text, nullable=False))
     """JSON: `{"output": …, "port": "output"}` or `{"error": {code, message, cause?}}`."""
     user_id: str | None = None
@@ -306,11 +306,11 @@ class WaitAnswer(SQLModel, table=True):
 class ThrottleRow(SQLModel, table=True):
     """From when on the next of something that happens at a limited rate may pass."""
 
-    __tablename__ = "pace"
+    __tablename__ = "throttle"
 
     organization_id: str = Field(primary_key=True)
     key: str = Field(primary_key=True)
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     next_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False, index=True))
 
 
@@ -321,7 +321,7 @@ class LogRow(SQLModel, table=True):
 
     execution_id: str = Field(primary_key=True)
     sequence: int = Field(primary_key=True)
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     id: str
     level: str
     message: str = Field(sa_column=Column(Text, nullable=False))
@@ -332,7 +332,7 @@ class LogRow(SQLModel, table=True):
 class Idempotency(SQLModel, table=True):
     """The answer that a repeated request gets again; committed with the row that the first one made."""
 
-    lane: int = Field(sa_column=Column(SmallInteger, primary_key=True))
+    shard: int = Field(sa_column=Column(SmallInteger, primary_key=True))
     scope: str = Field(primary_key=True)
     """A hash of the caller, the route and the workflow."""
     key: str = Field(primary_key=True)

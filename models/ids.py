@@ -18,7 +18,7 @@ from models.timestamps import to_microseconds
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 SHARDS = 4096
-"""Virtual lanes; a row's lane is stored and never computed again, so this number can't change."""
+"""Virtual shards; a row's shard is stored and never computed again, so this number can't change."""
 TURNS = 1024
 """Workflows of one organisation are served in so many turns; two that share one are served as one."""
 _PAIRS = [a + b for a in ALPHABET for b in ALPHABET]
@@ -118,7 +118,7 @@ def is_id(text: str) -> bool:
 
 
 def shard_of(organization_id: str) -> int:
-    """Return the lane that rows of an organisation get when they are made."""
+    """Return the shard that rows of an organisation get when they are made."""
     return _hash(organization_id) % SHARDS
 
 

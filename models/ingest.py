@@ -67,7 +67,7 @@ class Delivery(SQLModel, table=True):
     )
 
     id: str = Field(primary_key=True)
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     organization_id: str
     workflow_id: str | None = None
     """None: an event, which is nobody's own."""
@@ -93,7 +93,7 @@ class Delivery(SQLModel, table=True):
     """
     payload: str | None = Field(default=None, sa_column=Column(Text))
     """JSON: what the run would have been given, of what was refused and may be tried again."""
-    derived_key: str | None = Field(default=None, sa_column=Column(Text))
+    deduplication_key: str | None = Field(default=None, sa_column=Column(Text))
     """JSON of what was refused: the idempotency key that a repetition by its sender has, and that a redrive uses up."""
     redriven_from: str | None = None
     """The delivery that this one repeats."""
@@ -108,15 +108,15 @@ class EventRecord(SQLModel, table=True):
         Index("ix_event_organization", "organization_id", "created_at"),
         Index("ix_event_type", "organization_id", "event_type", "created_at"),
         Index(
-            "ix_event_untold",
+            "ix_event_undelivered",
             "created_at",
-            postgresql_where=text("told_at IS NULL"),
-            sqlite_where=text("told_at IS NULL"),
+            postgresql_where=text("delivered_at IS NULL"),
+            sqlite_where=text("delivered_at IS NULL"),
         ),
     )
 
     id: str = Field(primary_key=True)
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     organization_id: str
     user_id: str
     event_type: str
@@ -124,7 +124,7 @@ class EventRecord(SQLModel, table=True):
     data: str = Field(sa_column=Column(Text, nullable=False))
     """JSON: what runs are given, with the type and the source in it."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
-    told_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    delivered_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """Since then, all nodes have it that waited for it."""
 
 
@@ -142,7 +142,7 @@ class SenderToken(SQLModel, table=True):
     id: str = Field(primary_key=True)
     kind: str
     organization_id: str = Field(foreign_key="organization.id")
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     workflow_id: str | None = Field(default=None, foreign_key="workflow.id")
     """None: a token for events."""
     user_id: str = Field(foreign_key="user_account.id")
@@ -153,7 +153,7 @@ class SenderToken(SQLModel, table=True):
     """Its last characters."""
     providers: str = ""
     """Whose signatures it takes, between commas."""
-    sealed: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
+    encrypted: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     """JSON: what providers sign with, by provider."""
     secret_id: str | None = None
     """Of the server's secret that seals it."""

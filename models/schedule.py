@@ -24,7 +24,7 @@ class Schedule(SQLModel, table=True):
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     organization_id: str
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     node_id: str
     timing_hash: str
     """Of what its config says about when: it counts anew where that changes, and for no other edit."""
@@ -39,8 +39,8 @@ class Schedule(SQLModel, table=True):
     last_run_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """The instant of its last run."""
     last_execution_id: str | None = None
-    passed_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    skipped_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     """The last instant that was passed over, and why."""
-    passed_reason: str | None = None
+    skipped_reason: str | None = None
     problem: str | None = Field(default=None, sa_column=Column(Text))
     """What keeps it from being run, in words for its owner."""

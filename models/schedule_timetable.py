@@ -168,7 +168,7 @@ class ScheduleDecision:
     next_run_at: datetime | None
     passed: SkipReason | None = None
     """Why some were passed over; None: none was."""
-    passed_at: datetime | None = None
+    skipped_at: datetime | None = None
     """The last of those."""
 
 
@@ -222,14 +222,14 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
     due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
         return ScheduleDecision((), state.next_run_at)
-    chosen, passed, passed_at = _instants_to_run(timetable, state, due_until)
+    chosen, passed, skipped_at = _instants_to_run(timetable, state, due_until)
     room = max(0, MAX_WAITING - state.waiting_runs)
     allowed, reason = chosen[:room], SkipReason.QUEUE_FULL
     if timetable.overlap is OverlapPolicy.SKIP:
         allowed, reason = [] if state.is_busy else chosen[:1], SkipReason.OVERLAP
     if len(allowed) < len(chosen):
-        passed, passed_at = reason, chosen[-1]
-    return ScheduleDecision(allowed, timetable.first_after(due_until, state.anchor_at), passed, passed_at)
+        passed, skipped_at = reason, chosen[-1]
+    return ScheduleDecision(allowed, timetable.first_after(due_until, state.anchor_at), passed, skipped_at)
 
 
 def _instants_to_run(

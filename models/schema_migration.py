@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.engine import URL
 
-HEAD_REVISION = "0001"
+HEAD_REVISION = "0002"
 """The newest revision that this code knows."""
 GUARD_MILLISECONDS = 600_000
 """So long one migration may keep others from theirs, though its process be frozen."""

@@ -38,12 +38,12 @@ class FoundSenderToken:
     id: str
     kind: SenderTokenKind
     organization_id: str
-    lane: int
+    shard: int
     workflow_id: str | None
     user_id: str
     """The workflow's owner; of a token for events: who has made it."""
     role: UserRole
-    sealed: EncryptedText | None
+    encrypted: EncryptedText | None
     """What providers sign with."""
     last_used_at: datetime | None
 
@@ -94,11 +94,11 @@ def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
         id=row.id,
         kind=SenderTokenKind(row.kind),
         organization_id=row.organization_id,
-        lane=row.lane,
+        shard=row.shard,
         workflow_id=row.workflow_id,
         user_id=row.owner_id or row.user_id,
         role=UserRole.MEMBER if row.workflow_id else UserRole(row.role),
-        sealed=EncryptedText(row.secret_id, row.sealed) if row.sealed is not None else None,
+        encrypted=EncryptedText(row.secret_id, row.encrypted) if row.encrypted is not None else None,
         last_used_at=row.last_used_at,
     )
 

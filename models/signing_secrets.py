@@ -40,8 +40,8 @@ class SigningSecret(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     organization_id: str = Field(foreign_key="organization.id")
-    lane: int = Field(sa_type=SmallInteger)
-    sealed: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    shard: int = Field(sa_type=SmallInteger)
+    encrypted: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     secret_id: str
     """Of the server's own secret that opens it."""
     hint: str
@@ -79,7 +79,7 @@ def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, obj
 
 def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
     """Return the secret of a row; raises `VaultError`."""
-    stored = EncryptedText(row.secret_id, row.sealed)
+    stored = EncryptedText(row.secret_id, row.encrypted)
     return vault.open(stored, organization_id=row.organization_id, object_id=row.id).decode()
 
 

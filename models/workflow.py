@@ -80,7 +80,7 @@ class Workflow(SQLModel, table=True):
 
     id: str = Field(primary_key=True)
     organization_id: str = Field(foreign_key="organization.id")
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     owner_id: str = Field(foreign_key="user_account.id")
     name: str
     description: str = ""
@@ -111,7 +111,7 @@ class WorkflowGraph(SQLModel, table=True):
     __tablename__ = "workflow_graph"
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     nodes: list[dict[str, Any]] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     connections: list[dict[str, Any]] = Field(sa_column=Column(JsonTextColumn, nullable=False))
 
@@ -145,7 +145,7 @@ class WorkflowVersion(SQLModel, table=True):
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     version: int = Field(primary_key=True)
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     version_tag: str
     description: str = ""
     snapshot: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
@@ -158,7 +158,7 @@ class Definition(SQLModel, table=True):
 
     organization_id: str = Field(primary_key=True)
     hash: str = Field(primary_key=True)
-    lane: int = Field(sa_type=SmallInteger)
+    shard: int = Field(sa_type=SmallInteger)
     body: str = Field(sa_column=Column(Text, nullable=False))
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 

@@ -39,7 +39,7 @@ class WorkflowTrigger(SQLModel, table=True):
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     node_id: str = Field(primary_key=True)
     organization_id: str
-    lane: int = Field(sa_column=Column(SmallInteger, nullable=False))
+    shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     kind: str
     config: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     """As it is stored: without the defaults of the node type."""

@@ -55,7 +55,7 @@ async def create_user(
             role=role,
             now=await database_time.read_database_time(connection),
         )
-        author = ServerOperator(found.id, found.lane)
+        author = ServerOperator(found.id, found.shard)
         after = audit_log.hash_content(made)
         await audit_log.record_change(
             connection, author, AuditAction.USER_CREATED, made.id, before=None, after=after
@@ -92,7 +92,7 @@ async def create_key(
             now=now,
             expires_at=now + lifetime if lifetime else None,
         )
-        author = ServerOperator(owner.organization_id, owner.lane)
+        author = ServerOperator(owner.organization_id, owner.shard)
         after = audit_log.hash_content(made.row)
         await audit_log.record_change(
             connection, author, AuditAction.KEY_CREATED, made.row.id, before=None, after=after
@@ -122,7 +122,7 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
             raise CommandError(f"There is no key {key_id!r}: `pilotflame keys list` shows the ids")
         await audit_log.record_change(
             connection,
-            ServerOperator(found.id, found.lane),
+            ServerOperator(found.id, found.shard),
             AuditAction.KEY_REVOKED,
             key_id,
             before=audit_log.hash_content(revoked.before),

@@ -132,7 +132,7 @@ async def _run(
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=lambda: True))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect(None, inbox=ids.new_id(OWNER))
+        broker = await brokers.connect_broker(None, channel=ids.new_id(OWNER))
         stack.push_async_callback(broker.close)
         # Nobody else has the folder: what such a process holds in its database was held by one that is gone. Its pods
         # may have outlived it, and go on with what they hold.

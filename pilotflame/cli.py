@@ -437,7 +437,7 @@ def rotate_secret() -> None:
     from pilotflame import secret_rotation
 
     done = asyncio.run(secret_rotation.rotate_secret(_settings()))
-    typer.echo(f"{done.sealed} encrypted anew")
+    typer.echo(f"{done.encrypted} encrypted anew")
     if done.waiting_keys:
         typer.echo(
             f"API keys that go by an earlier secret until they are used: {done.waiting_keys}. "

@@ -30,14 +30,14 @@ BATCH: Final = 100
 _Table: TypeAlias = "type[DataSource | SigningSecret | SenderToken]"
 _Found: TypeAlias = "Row[str, str, str | None, bytes | None]"
 TABLES: Final[Sequence[_Table]] = (DataSource, SigningSecret, SenderToken)
-"""All that hold something sealed."""
+"""All that hold something encrypted."""
 
 
 @dataclass
 class RotationResult:
     """What has come of it."""
 
-    sealed: int = 0
+    encrypted: int = 0
     """How many secrets were encrypted anew."""
     unreadable: list[str] = field(default_factory=list)
     """Ids of objects that none of the server's secrets opens."""
@@ -67,7 +67,7 @@ async def _rotate_table(
     last = ""
     while True:
         statement = (
-            select(col(table.id), col(table.organization_id), col(table.secret_id), col(table.sealed))
+            select(col(table.id), col(table.organization_id), col(table.secret_id), col(table.encrypted))
             .where(col(table.secret_id) != vault.secret_id, col(table.id) > last)
             .order_by(col(table.id))
             .limit(BATCH)
@@ -79,15 +79,15 @@ async def _rotate_table(
         last = rows[-1].id
         anew = {row: resealed for row in rows if (resealed := _resealed(vault, row)) is not None}
         rotation.unreadable += [row.id for row in rows if row not in anew]
-        rotation.sealed += await _replace(database, table, anew)
+        rotation.encrypted += await _replace(database, table, anew)
 
 
 def _resealed(vault: SecretVault, row: _Found) -> EncryptedText | None:
     owner = {"organization_id": row.organization_id, "object_id": row.id}
     try:
         # None is for rows without a secret, which aren't among these.
-        sealed = EncryptedText(row.secret_id or "", row.sealed or b"")
-        return vault.seal(vault.open(sealed, **owner), **owner)
+        encrypted = EncryptedText(row.secret_id or "", row.encrypted or b"")
+        return vault.seal(vault.open(encrypted, **owner), **owner)
     except VaultError:
         return None
 
@@ -100,8 +100,8 @@ async def _replace(database: Database, table: _Table, anew: dict[_Found, Encrypt
         for row, resealed in anew.items():
             result = await connection.execute(
                 update(table)
-                .where(col(table.id) == row.id, col(table.sealed) == row.sealed)
-                .values(sealed=resealed.content, secret_id=resealed.secret_id)
+                .where(col(table.id) == row.id, col(table.encrypted) == row.encrypted)
+                .values(encrypted=resealed.content, secret_id=resealed.secret_id)
             )
             count += result.rowcount
         return count

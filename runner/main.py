@@ -136,15 +136,15 @@ async def run_executor(
         blobs=NodeBlobs(blobs),
         code=code,
         runs=RemoteRunStarter(gateway),
-        pace=RemoteThrottle(gateway),
+        throttle=RemoteThrottle(gateway),
         events=RemoteEventWaits(gateway),
     )
     store = RemoteRunStore(gateway)
-    news = GatewayWorkPoll(gateway, inbox=settings.runner_pod)
+    news = GatewayWorkPoll(gateway, channel=settings.runner_pod)
     executor = RunExecutor(
         store, news, catalog, services, settings, blobs=blobs, around=ExecutorHooks(answers=store.answers)
     )
-    key = DefinitionKey(contact.organization_id, contact.definition_hash, contact.lane)
+    key = DefinitionKey(contact.organization_id, contact.definition_hash, contact.shard)
     await executor.prepare(key, contact.definition)
     try:
         await executor.start()

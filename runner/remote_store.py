@@ -62,16 +62,16 @@ class RemoteRunStore:
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
         """Take pending runs of this deployment; see `RunStore.claim`."""
         call = ClaimRequest(
-            min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_trial_losses
+            min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_isolation_losses
         )
         asked_at = time.monotonic()
         claimed = (await self._gateway.call("/claim", call, ClaimResponse)).runs
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
 
-    async def has_suspects(self, max_trial_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows whose they are
+    async def has_suspects(self, max_isolation_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows whose they are
         """Tell whether suspects of this deployment wait; see `RunStore.has_suspects`."""
-        call = SuspectsRequest(max_trial_losses)
+        call = SuspectsRequest(max_isolation_losses)
         return (await self._gateway.call("/suspects", call, SuspectsResponse)).has_suspects
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows whose it is
@@ -95,7 +95,7 @@ class RemoteRunStore:
         owner: str = "",  # noqa: ARG002 - the gateway knows whose they are
     ) -> Sequence[RenewalResult]:
         """Extend leases; see `RunStore.renew`."""
-        leases = [LeaseIdentity(one.execution_id, one.lane, one.token) for one in held]
+        leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()
         answer = await self._gateway.call("/renew", RenewRequest(leases, lease_seconds), RenewResponse)
         self.clock.learn(answer.now, asked_at)

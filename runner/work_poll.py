@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from execution.pod_api import MAX_WAIT_SECONDS, WorkPollRequest, WorkPollResponse
-from messages.broker import Letter, Notice
-from messages.executions import ALL_LANES
+from messages.broker import DirectMessage, Notification
+from messages.executions import ALL_SHARDS
 from models.errors import DatabaseUnavailable
 from runner.gateway_client import CallRefused
 
@@ -32,24 +32,24 @@ POLL_PAUSE_SECONDS: Final = 1.0
 class GatewayWorkPoll:
     """Keeps the promises of `messages.broker.RunBroker`."""
 
-    def __init__(self, gateway: GatewayClient, *, inbox: str) -> None:
-        self.inbox = inbox
+    def __init__(self, gateway: GatewayClient, *, channel: str) -> None:
+        self.channel = channel
         self._gateway = gateway
-        self._on_notice: Callable[[Notice], None] | None = None
+        self._on_notification: Callable[[Notification], None] | None = None
         self._heard: dict[str, str] = {}
         self._arrivals: dict[str, int] = {}
         self._hinted_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
-    async def wake(self, lane: int = ALL_LANES) -> None:
+    async def wake(self, shard: int = ALL_SHARDS) -> None:
         """Tell nobody: other pods look for themselves."""
 
-    async def announce(self, inboxes: Mapping[str, str]) -> None:
+    async def publish(self, channels: Mapping[str, str]) -> None:
         """Tell nobody: the gateway knows first what it has written."""
 
-    async def listen(self, on_notice: Callable[[Notice], None]) -> None:
+    async def listen(self, on_notification: Callable[[Notification], None]) -> None:
         """Hear what is asked of runs; see `RunBroker.listen`."""
-        self._on_notice = on_notice
+        self._on_notification = on_notification
 
     def start_worker(self, on_hint: Callable[[int], None]) -> None:
         """Hear of work; see `RunBroker.start_worker`."""
@@ -83,11 +83,11 @@ class GatewayWorkPoll:
             self._count_inbound(news)
             for execution_id, request in news.requests.items():
                 self._remember(execution_id, request)
-                if self._on_notice is not None:
-                    self._on_notice(Letter({"execution_id": execution_id, "request": request}))
+                if self._on_notification is not None:
+                    self._on_notification(DirectMessage({"execution_id": execution_id, "request": request}))
             if news.has_work:
                 self._hinted_at = loop.time()
-                on_hint(ALL_LANES)
+                on_hint(ALL_SHARDS)
 
     def _remember(self, execution_id: str, request: str) -> None:
         """Be told of it once; the gateway says everything that is not known here."""

@@ -128,7 +128,7 @@ def old(workflow_id: str, beyond: datetime | None, retention: RetentionPeriods) 
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()
     may_go = and_(IS_DELETABLE, or_(is_over, is_superfluous))
     same_run = and_(
-        col(Execution.id) == col(ExecutionData.execution_id), col(Execution.lane) == col(ExecutionData.lane)
+        col(Execution.id) == col(ExecutionData.execution_id), col(Execution.shard) == col(ExecutionData.shard)
     )
     return (
         select(col(ExecutionData.execution_id), col(Execution.id))

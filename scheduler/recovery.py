@@ -29,7 +29,7 @@ async def recover_runs(store: JournalStore, broker: Broker) -> None:
         if swept_rows:
             log.info("leases taken back", requeued=swept.requeued, ended=len(swept.ended))
         try:
-            await broker.announce(swept.ended)
+            await broker.publish(swept.ended)
             if swept.has_pending:
                 await broker.wake()
         except BrokerUnavailable as error:

@@ -27,7 +27,7 @@ BATCH_ROWS: Final = 1_000
 
 async def forget_expired_keys(database: Database) -> None:
     """Delete the idempotency keys whose day is over; raises `DatabaseUnavailable`."""
-    identity = (col(Idempotency.lane), col(Idempotency.scope), col(Idempotency.key))
+    identity = (col(Idempotency.shard), col(Idempotency.scope), col(Idempotency.key))
     await _forget(database, Idempotency, identity, col(Idempotency.expires_at))
 
 

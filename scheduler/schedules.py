@@ -95,9 +95,9 @@ class ScheduleRunner:
         _tell(started, lost)
         for key in sorted(started.concurrency_keys):
             await concurrency_limits.admit_waiting_runs(self._database, key)
-        if started.concurrency_keys or None in started.homes:
+        if started.concurrency_keys or None in started.assigned_deployment_ids:
             await hints.wake(self._broker)
-        if any(started.homes):
+        if any(started.assigned_deployment_ids):
             await due_runs.wake_due_deployments(self._database, self._broker)
         started.decided += len(lost)
         return started

@@ -56,7 +56,7 @@ async def fill(connection: AsyncConnection, crowd: WorkflowOwners, number: int) 
     for start in range(0, number, ROWS_AT_ONCE):
         part = workflows[start : start + ROWS_AT_ONCE]
         graphs = [
-            {"workflow_id": row["id"], "lane": row["lane"], "nodes": graph, "connections": edges}
+            {"workflow_id": row["id"], "shard": row["shard"], "nodes": graph, "connections": edges}
             for row in part
         ]
         await connection.execute(insert(Workflow), part)
@@ -78,7 +78,7 @@ def _build_workflow(crowd: WorkflowOwners, index: int) -> dict[str, Any]:
     return Workflow(
         id=ids.new_id("wf"),
         organization_id=crowd.organization.id,
-        lane=crowd.organization.lane,
+        shard=crowd.organization.shard,
         owner_id=_choose_owner(crowd, index).id,
         name=name,
         description=description,

@@ -100,7 +100,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     data: Json = None,
     *,
     http: HttpClientService | None = None,
-    pace: ThrottleService | None = None,
+    throttle: ThrottleService | None = None,
     data_sources: DataSourceService | None = None,
     code: CodeService | None = None,
     blobs: BlobService | None = None,
@@ -113,7 +113,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     """Run one node on `data`; raises what it raises."""
     called = CallRecord()
     library = library or catalog.load_catalog()
-    services = NodeServices(http=http or NoNetwork(), pace=pace or OpenThrottle())
+    services = NodeServices(http=http or NoNetwork(), throttle=throttle or OpenThrottle())
     services = services if code is None else replace(services, code=code)
     services = services if blobs is None else replace(services, blobs=blobs)
     services = services if files is None else replace(services, files=files)

@@ -129,7 +129,7 @@ class CompletionActions:
                 self._admit_when_due(key, ended.due_at)
         if one.follow_up is not None and status in TERMINAL_STATUSES:
             follow_up = CompletionAction.from_text(one.follow_up).for_status(status)
-            execution = ExecutionKey(one.execution_id, one.lane)
+            execution = ExecutionKey(one.execution_id, one.shard)
             if follow_up == NO_ACTION:
                 self._start_task(lambda: completion.clear_action(self._database, execution))
             else:
@@ -229,7 +229,7 @@ class CompletionActions:
         parent = follow_up.parent
         if parent is None:
             return follow_up
-        key = ExecutionKey(parent.execution_id, due.key.lane)
+        key = ExecutionKey(parent.execution_id, due.key.shard)
         left = msgspec.structs.replace(follow_up, parent=None)
         columns = (col(Execution.key_id), col(Execution.concurrency_key))
         statement = select(*columns).where(col(Execution.id) == key.execution_id)

@@ -46,7 +46,7 @@ async def release_leases(
                 count = await store.take_back(owner)
             log.warning("executions taken back", owner=owner, count=count)
             if count:
-                broker = await brokers.connect(settings.redis_url)
+                broker = await brokers.connect_broker(settings.redis_url)
                 stack.push_async_callback(broker.close)
                 await hints.wake(broker)
     except (DatabaseUnavailable, BrokerError, TimeoutError) as error:
@@ -58,12 +58,12 @@ async def reclaim_predecessor_leases(
 ) -> None:
     """Take back what dead processes of this worker's name held; raises `DatabaseUnavailable`.
 
-    A process that still listens at its inbox is alive: several workers of one machine may share a name. With the broker
-    away nobody can tell, and the leases run out.
+    A process that still listens at its channel is alive: several workers of one machine may share a name. While the
+    broker is away, none can be told from the dead, and the leases expire.
     """
     try:
         for owner in sorted(await worker_leases.worker_lease_owners(database, name)):
-            if owner == broker.inbox or await broker.is_heard(owner):
+            if owner == broker.channel or await broker.is_heard(owner):
                 continue
             log.info("executions taken back", owner=owner, count=await store.take_back(owner))
     except BrokerUnavailable as error:

@@ -90,7 +90,7 @@ class MailSources:
     """What is read from besides blobs, and how often."""
 
     data_sources: DataSourceService
-    pace: ThrottleService
+    throttle: ThrottleService
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class MailParseTask:
 
     @property
     def key(self) -> ExecutionKey:
-        return ExecutionKey(self.claim.execution_id, self.claim.lane)
+        return ExecutionKey(self.claim.execution_id, self.claim.shard)
 
     @property
     def owner(self) -> BlobOwner:
@@ -163,7 +163,7 @@ class MailParser:
         self._settings = settings
         self._on_left = on_left
         # Not that of the executor, which gives back what it doesn't know of.
-        self._owner = f"{broker.inbox}.reader"
+        self._owner = f"{broker.channel}.reader"
         self._leases = LeaseKeeper(
             store, settings.lease_seconds, on_lost=self._on_lease_lost, on_request=self._on_request
         )
@@ -241,8 +241,8 @@ class MailParser:
 
     async def _try_suspects(self) -> None:
         """Read a suspect apart from whatever else the process does."""
-        max_trial_losses = None if self._is_draining else await self._suspects.find()
-        if max_trial_losses is None:
+        max_isolation_losses = None if self._is_draining else await self._suspects.find()
+        if max_isolation_losses is None:
             return
         async with self._isolation.run_trial():
             claim = ClaimQuery(
@@ -251,7 +251,7 @@ class MailParser:
                 limit=1,
                 target=UNPARSED_TARGET,
                 is_trial=True,
-                max_trial_losses=max_trial_losses,
+                max_isolation_losses=max_isolation_losses,
             )
             for reading in await self._claim_batch(claim):
                 log.info(
@@ -292,7 +292,7 @@ class MailParser:
             raise
         taken: list[MailParseTask] = []
         for one in claimed:
-            key = ExecutionKey(one.execution_id, one.lane)
+            key = ExecutionKey(one.execution_id, one.shard)
             reading = MailParseTask(one, self._leases.hold(key, one.token, since))
             self._readings[one.execution_id] = reading
             reading.task = asyncio.create_task(self._parse_and_finish(reading))
@@ -464,7 +464,7 @@ class MailParser:
         sender = ",".join(addresses.bare_addresses(mail.from_)).lower()
         digest = sha256(sender.encode()).hexdigest()[:32]
         try:
-            await self._sources.pace.reserve(
+            await self._sources.throttle.reserve(
                 reading.caller,
                 f"mails:{reading.claim.workflow_id}:{digest}",
                 limit=MAX_REPLIES,
@@ -488,11 +488,11 @@ class MailParser:
         """Tell those who go on with a run; what fails here, a sweep sees to."""
         if left.status in TERMINAL_STATUSES:
             status = RunStatus(left.status.value)
-            await self._on_ended(reading, RunOutcome(status, left.error), left.inbox)
+            await self._on_ended(reading, RunOutcome(status, left.error), left.channel)
         elif left.concurrency_key is not None:
             if await concurrency_limits.admit_waiting_runs(self._database, left.concurrency_key):
                 await hints.wake(self._broker)
-        elif left.home is not None:
+        elif left.assigned_deployment_id is not None:
             await due_runs.wake_due_deployments(self._database, self._broker)
         else:
             await hints.wake(self._broker)
@@ -505,7 +505,7 @@ class MailParser:
             await self._database.transaction(
                 partial(unparsed_mail.note_rejection, key=reading.key, reason=reason)
             )
-        await self._on_ended(reading, RunOutcome(status, error), reading.claim.inbox)
+        await self._on_ended(reading, RunOutcome(status, error), reading.claim.channel)
 
     async def _postpone(self, reading: MailParseTask, reason: str) -> None:
         """Let a mail be read later, and ever later; after a day it has failed."""
@@ -517,15 +517,17 @@ class MailParser:
             return
         log.warning("mail not read yet", execution_id=reading.claim.execution_id, reason=reason)
         due_at = now + min(max(age / 2, FIRST_RETRY), LAST_RETRY)
-        await self._store_end(reading, end=RunStatus.WAITING, due_at=due_at, signals=reading.claim.signals)
+        await self._store_end(
+            reading, end=RunStatus.WAITING, due_at=due_at, wait_answer_count=reading.claim.wait_answer_count
+        )
 
     async def _store_end(self, reading: MailParseTask, **fields: Any) -> bool:  # noqa: ANN401 - fields of any type
         """Write what has become of a run; returns False where its lease was lost."""
         one = reading.claim
-        write = RunWrite(one.execution_id, one.lane, one.token, **fields)
+        write = RunWrite(one.execution_id, one.shard, one.token, **fields)
         return one.execution_id in await self._store.record([write], owner=self._owner)
 
-    async def _on_ended(self, reading: MailParseTask, ended: RunOutcome, inbox: str) -> None:
+    async def _on_ended(self, reading: MailParseTask, ended: RunOutcome, channel: str) -> None:
         one = reading.claim
         log.info(
             "mail not run",
@@ -537,7 +539,7 @@ class MailParser:
         if one.follow_up is not None:
             self._on_left(one, ended)
         with suppress(BrokerUnavailable):
-            await self._broker.announce({one.execution_id: inbox})
+            await self._broker.publish({one.execution_id: channel})
 
     # ── what others say ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -558,7 +560,7 @@ class MailParser:
         await asyncio.wait([reading.task])
         if await self._store_end(reading, end=RunStatus.RELEASED):
             with suppress(BrokerUnavailable):
-                await self._broker.announce({reading.claim.execution_id: reading.claim.inbox})
+                await self._broker.publish({reading.claim.execution_id: reading.claim.channel})
 
     def _task_of(self, lease: RunLease) -> MailParseTask | None:
         reading = self._readings.get(lease.key.execution_id)

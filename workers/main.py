@@ -76,13 +76,13 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
         owner = new_lease_owner(settings.worker_name)
-        broker = await brokers.connect(settings.redis_url, inbox=owner)
+        broker = await brokers.connect_broker(settings.redis_url, channel=owner)
         stack.push_async_callback(broker.close)
         await lost_worker_leases.reclaim_predecessor_leases(database, store, broker, settings.worker_name)
         announce(owner)
         await stack.enter_async_context(run_worker(settings, store, broker, database))
         gc_tuning.freeze_loaded()
-        log.info("worker ready", inbox=broker.inbox)
+        log.info("worker ready", channel=broker.channel)
         await stop.wait()
         log.info("worker stops")
 
@@ -120,7 +120,7 @@ async def run_worker(
         blobs=NodeBlobs(blobs),
         code=code,
         runs=runs,
-        pace=SharedThrottle(database),
+        throttle=SharedThrottle(database),
         events=EventMatcher(database, broker),
     )
     webhooks = WebhookSender(database, vault, outbound)
@@ -147,7 +147,7 @@ async def run_worker(
         store,
         broker,
         blobs,
-        MailSources(connections, services.pace),
+        MailSources(connections, services.throttle),
         settings,
         on_left=after.handle_end,
         isolation=isolation,

@@ -34,7 +34,7 @@ class ServerOperator:
     """Whoever runs the server, at its command line or by its settings: no user of the organisation, and no key."""
 
     organization_id: str
-    lane: int
+    shard: int
     user_id: str = OPERATOR
     key_id: str = OPERATOR
 
@@ -54,7 +54,7 @@ async def record_change(
     statement = insert(AuditEntry).values(
         id=ids.new_id("audit"),
         organization_id=author.organization_id,
-        lane=author.lane,
+        shard=author.shard,
         user_id=author.user_id,
         key_id=author.key_id,
         action=action,

@@ -45,7 +45,7 @@ async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
         made = await access_store.create_key(
             connection, user=admin, name="bootstrap", scopes=ALL_KEY_SCOPES, secret=secret, now=now, key=key
         )
-        author = ServerOperator(organization.id, organization.lane)
+        author = ServerOperator(organization.id, organization.shard)
         for action, row in ((AuditAction.USER_CREATED, admin), (AuditAction.KEY_CREATED, made.row)):
             after = audit_log.hash_content(row)
             await audit_log.record_change(connection, author, action, row.id, before=None, after=after)

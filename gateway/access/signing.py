@@ -58,15 +58,15 @@ async def replace(request: GatewayRequest) -> JsonResponse:
     _require_admin(request)
     caller, now = request.caller, request.gateway.clock()
     secret, secret_id = signing_secrets.new_secret(), ids.new_id("whsec")
-    sealed = signing_secrets.encrypt_secret(
+    encrypted = signing_secrets.encrypt_secret(
         request.gateway.vault, secret, organization_id=caller.organization_id, object_id=secret_id
     )
     row = SigningSecret(
         id=secret_id,
         organization_id=caller.organization_id,
-        lane=caller.lane,
-        sealed=sealed.content,
-        secret_id=sealed.secret_id,
+        shard=caller.shard,
+        encrypted=encrypted.content,
+        secret_id=encrypted.secret_id,
         hint=signing_secrets.visible_suffix(secret),
         created_at=now,
     )

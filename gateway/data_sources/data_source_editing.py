@@ -56,7 +56,7 @@ async def create_data_source(request: GatewayRequest, body: Json, source: DataSo
     async def insert(connection: AsyncConnection) -> str:
         if promise is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, lane=source.lane, resource_id=source.id, now=source.created_at
+                connection, promise, shard=source.shard, resource_id=source.id, now=source.created_at
             )
             if bound != source.id:
                 return bound
@@ -157,7 +157,7 @@ def answer(stored: StoredDataSource, value: object) -> JsonResponse:
 def content_hash(stored: StoredDataSource) -> str:
     """Return the SHA-256 of everything that a change can change, in hexadecimal; of its secrets, when they were set."""
     row = stored.source.model_dump(
-        exclude={"id", "revision", "sealed", "secret_id", "created_at", "updated_at"}
+        exclude={"id", "revision", "encrypted", "secret_id", "created_at", "updated_at"}
     )
     return fingerprint([msgspec.to_builtins(row), sorted(stored.shared_with)])
 

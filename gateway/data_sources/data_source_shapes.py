@@ -107,13 +107,13 @@ def build_data_source(
     return DataSource(
         id=source_id,
         organization_id=caller.organization_id,
-        lane=caller.lane,
+        shard=caller.shard,
         owner_id=caller.user_id,
         name=name,
         type=body.type,
         settings=settings,
         secret_names=sorted(secrets),
-        sealed=kept.content,
+        encrypted=kept.content,
         secret_id=kept.secret_id,
         secrets_set_at=now,
         created_at=now,
@@ -149,7 +149,7 @@ def apply_changes(
         kept = encrypt_secrets(vault, secrets, organization_id=source.organization_id, source_id=source.id)
         changes |= {
             "secret_names": sorted(secrets),
-            "sealed": kept.content,
+            "encrypted": kept.content,
             "secret_id": kept.secret_id,
             "secrets_set_at": now,
         }

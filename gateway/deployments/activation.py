@@ -26,7 +26,7 @@ from gateway.http.wire import optional_instant
 from journal.deployments import activity, decisions, wakes
 from journal.deployments.wakes import StartRefused
 from journal.group_commit import GroupCommit
-from messages import beginnings, hints
+from messages import hints, taken_runs
 from models import lifecycle_policy
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from gateway.executions.long_poll import ExecutionPollHub
     from journal.deployments.activity import DeploymentActivity
     from journal.store import ExecutionKey
-    from messages.broker import Broker, Notice
+    from messages.broker import Broker, Notification
     from models.database import Database
     from models.deployment import Deployment
 
@@ -283,8 +283,8 @@ class DeploymentActivator:
             if not waiters:
                 self._waiters.pop(execution_id, None)
 
-    def _noticed(self, notice: Notice) -> None:
-        for execution_id in beginnings.taken(notice):
+    def _noticed(self, notification: Notification) -> None:
+        for execution_id in taken_runs.parse_taken_runs(notification):
             self._heard.put(execution_id, value=True)
             self._tell(execution_id, is_taken=True)
 

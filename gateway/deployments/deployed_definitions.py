@@ -60,7 +60,7 @@ class DeployedDefinitions:
         if workflow.definition_hash == deployment.definition_hash:
             return replace(workflow, validation=ValidationResult())
         deployed = await self._load(
-            DefinitionKey(deployment.organization_id, deployment.definition_hash, deployment.lane)
+            DefinitionKey(deployment.organization_id, deployment.definition_hash, deployment.shard)
         )
         return replace(
             workflow,
@@ -87,7 +87,7 @@ class DeployedDefinitions:
         text = select(col(Definition.body)).where(
             col(Definition.organization_id) == key.organization_id,
             col(Definition.hash) == key.hash,
-            col(Definition.lane) == key.lane,
+            col(Definition.shard) == key.shard,
         )
         async with self._database.read() as connection:
             found = await connection.scalar(text)

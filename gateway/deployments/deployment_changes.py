@@ -15,7 +15,7 @@ from journal import definition_snapshot
 from journal.deployments import activity, decisions, desired_state, wakes
 from journal.deployments.desired_state import DeployRequest
 from messages import hints
-from messages.deployments import changed
+from messages.deployer_messages import reconcile_payload
 from models import deployment_token
 from models.audit import AuditAction
 from models.deployment import DeploymentStatus, status_of
@@ -56,7 +56,7 @@ async def deploy_workflow(
     order = DeployRequest(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,
-        lane=workflow.lane,
+        shard=workflow.shard,
         user_id=request.caller.user_id,
         version=version,
         definition=text.decode(),
@@ -120,7 +120,7 @@ async def await_state(
     gateway: GatewayState, workflow_id: str, is_reached: Callable[[Deployment], bool]
 ) -> Deployment | None:
     """Return where a deployment is: once it has got to where it is wanted, or failed, or the time is over."""
-    waiting, key = gateway.waiting, changed(workflow_id)
+    waiting, key = gateway.waiting, reconcile_payload(workflow_id)
     with waiting.waiter(key) as waiter:
         timer = asyncio.get_running_loop().call_later(gateway.settings.settle_seconds, waiter.end)
         try:

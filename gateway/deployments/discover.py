@@ -78,7 +78,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
             name=row.name,
             description=row.description,
             trigger_type=await request.gateway.deployed.trigger_kind(
-                DefinitionKey(row.organization_id, row.definition_hash, row.lane)
+                DefinitionKey(row.organization_id, row.definition_hash, row.shard)
             ),
             mode="production",
             endpoints=TriggerEndpoints(proxy_url=_trigger_url(settings, row.id)),
@@ -98,7 +98,7 @@ async def _deployed(
     rows = await connection.execute(
         select(
             *(col(Workflow.id), col(Workflow.name), col(Workflow.description)),
-            *(col(Deployment.organization_id), col(Deployment.lane), col(Deployment.definition_hash)),
+            *(col(Deployment.organization_id), col(Deployment.shard), col(Deployment.definition_hash)),
         )
         .join(Deployment, col(Deployment.workflow_id) == col(Workflow.id))
         .where(

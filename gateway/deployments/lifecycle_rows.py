@@ -100,7 +100,7 @@ async def read_past_runs(
 ) -> Sequence[PastRun]:
     """Return a workflow's last runs, in the order in which they were accepted, at most `limits.PREVIEW_RUNS`."""
     same_run = and_(
-        col(Execution.id) == col(ExecutionData.execution_id), col(Execution.lane) == col(ExecutionData.lane)
+        col(Execution.id) == col(ExecutionData.execution_id), col(Execution.shard) == col(ExecutionData.shard)
     )
     rows = await connection.execute(
         select(col(ExecutionData.created_at), col(Execution.ended_at))

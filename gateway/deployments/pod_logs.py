@@ -10,12 +10,12 @@ import msgspec
 
 from gateway.http import errors
 from json_text import decoding
-from messages.broker import Letter
-from messages.deployments import ReadPodLogs
+from messages.broker import DirectMessage
+from messages.deployer_messages import ReadPodLogs
 from models import ids
 
 if TYPE_CHECKING:
-    from messages.broker import Broker, Notice
+    from messages.broker import Broker, Notification
 
 ANSWER_SECONDS: Final = 15.0
 """Longer than a deployer waits for its cluster."""
@@ -49,8 +49,8 @@ class PodLogReader:
         answer: asyncio.Future[Sequence[PodLogEntry]] = asyncio.get_running_loop().create_future()
         self._asked[asked] = answer
         try:
-            await self._broker.tell_deployer(
-                ReadPodLogs(workflow_id, limit=limit, inbox=self._broker.inbox, asked=asked)
+            await self._broker.notify_deployer(
+                ReadPodLogs(workflow_id, limit=limit, channel=self._broker.channel, asked=asked)
             )
             async with asyncio.timeout(ANSWER_SECONDS):
                 return await answer
@@ -59,14 +59,16 @@ class PodLogReader:
         finally:
             del self._asked[asked]
 
-    def _noticed(self, notice: Notice) -> None:
-        if not isinstance(notice, Letter):
+    def _noticed(self, notification: Notification) -> None:
+        if not isinstance(notification, DirectMessage):
             return
-        answer = self._asked.get(notice.message.get("pod_logs", ""))
+        answer = self._asked.get(notification.message.get("pod_logs", ""))
         if answer is None or answer.done():
             return
-        lines = notice.message.get("lines")
+        lines = notification.message.get("lines")
         if lines is None:
-            answer.set_exception(errors.not_ready(f"The cluster did not tell: {notice.message.get('error')}"))
+            answer.set_exception(
+                errors.not_ready(f"The cluster did not tell: {notification.message.get('error')}")
+            )
         else:
             answer.set_result(decoding.decode(lines, list[PodLogEntry]))

@@ -177,7 +177,7 @@ async def _planned(
     deployed = await request.gateway.deployed.load(workflow, deployment)
     given = body.inputs or body.trigger_inputs or {}
     inputs = trigger_output(deployed.trigger_kind or "manual", given, request.gateway.clock())
-    return RunRequest(deployed, body.trigger_type, inputs, home=workflow.id)
+    return RunRequest(deployed, body.trigger_type, inputs, assigned_deployment_id=workflow.id)
 
 
 async def _wait_for_pod(
@@ -246,10 +246,10 @@ async def _output(
         hashed = times.definition_hash
         if accepted.verdict is not AcceptanceVerdict.ACCEPTED:
             pinned = select(col(Execution.definition_hash)).where(
-                col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+                col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
             )
             hashed = await connection.scalar(pinned) or ""
-        definition = DefinitionKey(caller.organization_id, hashed, caller.lane)
+        definition = DefinitionKey(caller.organization_id, hashed, caller.shard)
         found = await run_outputs.read_leaf_outputs(
             connection, key, definition, max_characters=limits.TRIGGER_OUTPUT_CHARACTERS
         )
@@ -265,7 +265,7 @@ def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:
 
 
 def _key(request: GatewayRequest, accepted: AcceptanceResult) -> ExecutionKey:
-    return ExecutionKey(accepted.execution_id, request.caller.lane)
+    return ExecutionKey(accepted.execution_id, request.caller.shard)
 
 
 def _left(until: float) -> float:

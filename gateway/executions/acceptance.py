@@ -159,16 +159,16 @@ class RunAcceptor:
         for one in accepted:
             if one.definition is not None:
                 self._stored.put(
-                    DefinitionKey(one.organization_id, one.definition_hash, one.lane), value=True
+                    DefinitionKey(one.organization_id, one.definition_hash, one.shard), value=True
                 )
 
     def _tell(self, accepted: Sequence[RunAcceptance]) -> None:
         """Tell of runs that may begin now."""
-        if any(one.concurrency_key is None and one.home is None for one in accepted):
+        if any(one.concurrency_key is None and one.assigned_deployment_id is None for one in accepted):
             self.hint()
         for one in accepted:
-            if one.concurrency_key is None and one.home is not None:
-                self._arrivals.submit(one.home)
+            if one.concurrency_key is None and one.assigned_deployment_id is not None:
+                self._arrivals.submit(one.assigned_deployment_id)
             if one.concurrency_key is not None:
                 self._begin_admission(one.concurrency_key)
 
@@ -211,10 +211,10 @@ def require_open(status: WorkflowStatus) -> None:
         raise errors.conflict(f"workflow-{status}", _CLOSED[status])
 
 
-async def find_earlier(database: Database, lane: int, key: IdempotencyKey) -> AcceptanceResult | None:
+async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> AcceptanceResult | None:
     """Return the answer that an earlier request with this key got, if there was one."""
     statement = select(col(Idempotency.fingerprint), col(Idempotency.resource_id)).where(
-        col(Idempotency.lane) == lane,
+        col(Idempotency.shard) == shard,
         col(Idempotency.scope) == key.scope,
         col(Idempotency.key) == key.key,
         col(Idempotency.expires_at) > database.clock.now(),
@@ -227,7 +227,7 @@ async def find_earlier(database: Database, lane: int, key: IdempotencyKey) -> Ac
 
 
 async def find_all_earlier(
-    database: Database, lane: int, keys: Sequence[IdempotencyKey]
+    database: Database, shard: int, keys: Sequence[IdempotencyKey]
 ) -> dict[IdempotencyKey, AcceptanceResult]:
     """Return the same of many keys; those that no earlier request had are left out."""
     pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
@@ -237,7 +237,7 @@ async def find_all_earlier(
     async with database.read() as connection:
         for start in range(0, len(pairs), KEYS_AT_ONCE):
             statement = select(Idempotency).where(
-                col(Idempotency.lane) == lane,
+                col(Idempotency.shard) == shard,
                 pair.in_(pairs[start : start + KEYS_AT_ONCE]),
                 col(Idempotency.expires_at) > database.clock.now(),
             )

@@ -132,8 +132,8 @@ async def begin_retry(
     async def keep(connection: AsyncConnection) -> str:
         bound = text
         if promise is not None:
-            lane = request.caller.lane
-            bound = await idempotency.reserve_key(connection, promise, lane=lane, resource_id=text, now=now)
+            shard = request.caller.shard
+            bound = await idempotency.reserve_key(connection, promise, shard=shard, resource_id=text, now=now)
         if bound == text:
             await _trace(
                 connection, request=request, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
@@ -145,7 +145,7 @@ async def begin_retry(
 
 async def begun(request: GatewayRequest, promise: IdempotencyKey) -> ChosenExecutions | None:
     """Return what an earlier request with this promise was about; raises 422 where that had another body."""
-    earlier = await acceptance.find_earlier(request.gateway.database, request.caller.lane, promise)
+    earlier = await acceptance.find_earlier(request.gateway.database, request.caller.shard, promise)
     if earlier is None:
         return None
     if earlier.verdict is AcceptanceVerdict.MISMATCH:
@@ -174,7 +174,7 @@ async def cancel(gateway: GatewayState, caller: ApiCaller, execution_ids: Sequen
     """Cancel executions; returns those that had not ended by themselves."""
     cancelled: list[str] = []
     for some in _batches(execution_ids, CANCELS_AT_ONCE):
-        keys = [ExecutionKey(execution_id, caller.lane) for execution_id in some]
+        keys = [ExecutionKey(execution_id, caller.shard) for execution_id in some]
         answers = await asyncio.gather(*(_ask_to_end_unlocked(gateway, key) for key in keys))
         cancelled += [
             execution_id
@@ -237,7 +237,7 @@ async def _resume(
         of_batch, retryable(caller)
     )
     for row in (await connection.execute(left)).all():
-        failed = ExecutionKey(row.id, caller.lane)
+        failed = ExecutionKey(row.id, caller.shard)
         await resume_runs.insert_copy(
             connection, failed, new_ids[row.id], caller, trigger_type=row.trigger_type
         )

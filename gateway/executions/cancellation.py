@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from messages import endings
+from messages import end_requests
 
 if TYPE_CHECKING:
     from gateway.state import GatewayState
@@ -15,11 +15,11 @@ async def ask_to_end(gateway: GatewayState, key: ExecutionKey, wish: str) -> End
     """Ask an execution to `stop` or `cancel`; None where there is no such execution."""
     requested = await gateway.store.request_end(key, wish)
     if requested is not None:
-        await endings.tell(
+        await end_requests.notify_end_request(
             gateway.broker,
             key.execution_id,
             wish,
             lease_owner=requested.lease_owner,
-            inbox=requested.inbox,
+            channel=requested.channel,
         )
     return requested

@@ -27,7 +27,7 @@ def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
 
     Of a deleted workflow, the history stays with admins, the owner, and whoever ran it. So does a private execution.
     """
-    own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.lane) == caller.lane)
+    own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
     if caller.is_admin:
         return own
     concerns = or_(col(Workflow.owner_id) == caller.user_id, col(Execution.user_id) == caller.user_id)
@@ -61,7 +61,7 @@ class ExecutionAccess:
                 if await connection.scalar(statement) is None:
                     raise errors.not_found("execution")
             self.allow(execution_id, caller)
-        return ExecutionKey(execution_id, caller.lane)
+        return ExecutionKey(execution_id, caller.shard)
 
     def allow(self, execution_id: str, caller: ApiCaller) -> None:
         """Remember that the caller may see an execution: it has just started it."""

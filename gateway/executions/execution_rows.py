@@ -113,7 +113,7 @@ async def list_executions(
     ]
     same_run = and_(
         col(ExecutionData.execution_id) == col(Execution.id),
-        col(ExecutionData.lane) == col(Execution.lane),
+        col(ExecutionData.shard) == col(Execution.shard),
     )
     count = await connection.scalar(
         select(func.count()).select_from(Execution).join(ExecutionData, same_run).where(*conditions)
@@ -135,7 +135,7 @@ async def find_oldest(
     """Return how many executions fulfil all conditions, and the ids and workflows of the oldest."""
     same_run = and_(
         col(ExecutionData.execution_id) == col(Execution.id),
-        col(ExecutionData.lane) == col(Execution.lane),
+        col(ExecutionData.shard) == col(Execution.shard),
     )
     required = [*conditions, *_conditions(wanted)]
     count = await connection.scalar(
@@ -179,7 +179,7 @@ async def find_execution(
     if execution is None:
         return None
     heavy = select(ExecutionData).where(
-        col(ExecutionData.execution_id) == execution_id, col(ExecutionData.lane) == caller.lane
+        col(ExecutionData.execution_id) == execution_id, col(ExecutionData.shard) == caller.shard
     )
     data = (await connection.execute(heavy)).mappings().first()
     if data is None:
@@ -188,7 +188,7 @@ async def find_execution(
         select(col(SpanRow.node_id), _SHOWN.label("output"), _IS_REFERENCE)
         .where(
             col(SpanRow.execution_id) == execution_id,
-            col(SpanRow.lane) == caller.lane,
+            col(SpanRow.shard) == caller.shard,
             col(SpanRow.iteration) == "",
             _SHOWN.is_not(None),
             col(SpanRow.ended_at).is_not(None),
@@ -207,7 +207,7 @@ async def find_execution(
 async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwner | None:
     """Return under whose name the contents of a run are kept."""
     statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
-        col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+        col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
     )
     row = (await connection.execute(statement)).first()
     return None if row is None else BlobOwner(*row)
@@ -250,7 +250,7 @@ _SPANS: Final = select(
     _source,
     and_(
         col(_source.execution_id) == col(SpanRow.execution_id),
-        col(_source.lane) == col(SpanRow.lane),
+        col(_source.shard) == col(SpanRow.shard),
         col(_source.node_id) == col(SpanRow.input_node),
         col(_source.iteration) == col(SpanRow.iteration),
     ),
@@ -333,7 +333,7 @@ async def _page(
 
 def _of(table: type[SpanRow | AttemptRow | LogRow], key: ExecutionKey) -> Iterable[ColumnElement[bool]]:
     yield col(table.execution_id) == key.execution_id
-    yield col(table.lane) == key.lane
+    yield col(table.shard) == key.shard
 
 
 # ── what streams follow ─────────────────────────────────────────────────────────────────────────────────────
@@ -351,8 +351,8 @@ class RunChanges:
 
 async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
     """Return the light rows of several executions at once, by id."""
-    ids, lanes = {key.execution_id for key in keys}, {key.lane for key in keys}
-    statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.lane).in_(lanes))
+    ids, shards = {key.execution_id for key in keys}, {key.shard for key in keys}
+    statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.shard).in_(shards))
     rows = await connection.execute(statement)
     return {row["id"]: Execution(**row) for row in rows.mappings()}
 

@@ -285,7 +285,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     async def insert(connection: AsyncConnection) -> tuple[str, str | None]:
         if promise is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, lane=failed.lane, resource_id=new_id, now=now
+                connection, promise, shard=failed.shard, resource_id=new_id, now=now
             )
             if bound != new_id:
                 return bound, None

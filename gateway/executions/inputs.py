@@ -118,7 +118,7 @@ async def _is_repeated(request: GatewayRequest, key: ExecutionKey, promise: Idem
     """Tell whether an earlier request with the same key was answered; raises 422 where it had another body."""
     if promise is None:
         return False
-    earlier = await acceptance.find_earlier(request.gateway.database, key.lane, promise)
+    earlier = await acceptance.find_earlier(request.gateway.database, key.shard, promise)
     if earlier is not None and earlier.verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch_error()
     return earlier is not None
@@ -166,7 +166,7 @@ async def _given(
     async def work(connection: AsyncConnection) -> AnswerResult | None:
         if promise is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, lane=key.lane, resource_id=answer_id, now=answered_at
+                connection, promise, shard=key.shard, resource_id=answer_id, now=answered_at
             )
             if bound != answer_id:
                 return None

@@ -17,12 +17,12 @@ import structlog
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors, limits
 from journal.group_commit import GroupCommit
-from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
+from messages.broker import WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
 from models.execution_status import TERMINAL_STATUSES
 
 if TYPE_CHECKING:
     from journal.store import ExecutionKey, JournalStore, RunProgressReport
-    from messages.broker import Broker, Notice
+    from messages.broker import Broker, Notification
 
 log = structlog.get_logger()
 
@@ -69,7 +69,7 @@ class ExecutionPollHub:
         self._is_released = False
 
     async def start(self) -> None:
-        """Open the inbox, or go on without it while the broker is away."""
+        """Open the channel, or go on without it while the broker is away."""
         await self._broker.listen(self._noticed)
         self._looking = asyncio.create_task(self._look_again())
 
@@ -179,9 +179,9 @@ class ExecutionPollHub:
                 self.heard_of(progress.execution_id)
         return [found.get(key.execution_id) for key in batch]
 
-    def _noticed(self, notice: Notice) -> None:
-        if isinstance(notice, ExecutionsChanged):
-            for execution_id in notice.execution_ids:
+    def _noticed(self, notification: Notification) -> None:
+        if isinstance(notification, ChangedExecutions):
+            for execution_id in notification.execution_ids:
                 self.heard_of(execution_id)
 
     async def _look_again(self) -> None:

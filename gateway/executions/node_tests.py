@@ -85,7 +85,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
 
     accepted = await run_requests.accept_run(request, plan, promise)
     headers = run_requests.response_headers(request, accepted)
-    key = ExecutionKey(accepted.execution_id, request.caller.lane)
+    key = ExecutionKey(accepted.execution_id, request.caller.shard)
     progress = await request.gateway.waiting.progress(key, body.wait)
     if progress is None:
         raise errors.not_found("execution")

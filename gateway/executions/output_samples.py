@@ -43,19 +43,19 @@ async def recent_outputs(
     runs = (
         select(
             col(ExecutionData.execution_id).label("id"),
-            col(ExecutionData.lane),
+            col(ExecutionData.shard),
             col(ExecutionData.created_at),
         )
         .join(
             Execution,
             (col(Execution.id) == col(ExecutionData.execution_id))
-            & (col(Execution.lane) == col(ExecutionData.lane)),
+            & (col(Execution.shard) == col(ExecutionData.shard)),
         )
         .where(
             visibility_condition(caller),
             col(ExecutionData.organization_id) == workflow.organization_id,
             col(ExecutionData.workflow_id) == workflow.id,
-            col(ExecutionData.lane) == workflow.lane,
+            col(ExecutionData.shard) == workflow.shard,
         )
         .order_by(col(ExecutionData.created_at).desc())
         .limit(RUNS)
@@ -70,7 +70,7 @@ async def recent_outputs(
             col(SpanRow.hashes),
             func.sum(size).over(order_by=newest_first).label("characters"),
         )
-        .join(runs, (col(SpanRow.execution_id) == runs.c.id) & (col(SpanRow.lane) == runs.c.lane))
+        .join(runs, (col(SpanRow.execution_id) == runs.c.id) & (col(SpanRow.shard) == runs.c.shard))
         .where(
             col(SpanRow.status) == SpanStatus.COMPLETED,
             col(SpanRow.hashes).is_not(None),

@@ -19,7 +19,7 @@ import structlog
 from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
 from messages.broker import BrokerUnavailable
-from messages.buckets import Demand, Grant, LocalBuckets, Rate
+from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand, TokenGrant
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -47,7 +47,7 @@ class RateLimit:
     """What clients call it."""
     bucket: str
     """Those whose requests are counted together."""
-    rate: Rate
+    rate: BucketRate
 
 
 @dataclass(slots=True)
@@ -80,8 +80,8 @@ class RunRateLimiter:
         self._per_key = read_rate(settings.rate_per_key, settings.rate_per_key_burst)
         self._per_workflow = read_rate(settings.rate_per_workflow, settings.rate_per_workflow_burst)
         self._leases: OrderedDict[str, TokenLease] = OrderedDict()
-        self._asked: GroupCommit[Demand, Grant] = GroupCommit(self._ask)
-        self._own = LocalBuckets()
+        self._asked: GroupCommit[TokenDemand, TokenGrant] = GroupCommit(self._ask)
+        self._own = LocalTokenBuckets()
         self._away_until = 0.0
 
     async def take(
@@ -171,7 +171,7 @@ class RunRateLimiter:
             now = monotonic()
             ahead = _ahead(limit.rate, lease, now)
             wanted = max(lease.awaited, count)
-            grant = await self._asked.submit(Demand(limit.bucket, limit.rate, count, wanted, ahead))
+            grant = await self._asked.submit(TokenDemand(limit.bucket, limit.rate, count, wanted, ahead))
             lease.left, lease.spent = grant.left, 0
             if grant.tokens:
                 lease.tokens = lease.held(now) + grant.tokens
@@ -182,7 +182,7 @@ class RunRateLimiter:
         finally:
             lease.asking = None
 
-    async def _ask(self, batch: Sequence[Demand]) -> Sequence[Grant]:
+    async def _ask(self, batch: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         if monotonic() >= self._away_until:
             try:
                 async with asyncio.timeout(ASK_SECONDS):
@@ -193,14 +193,14 @@ class RunRateLimiter:
         return [self._own.take(demand, monotonic()) for demand in batch]
 
 
-def read_rate(per_second: float, burst: int | None) -> Rate | None:
+def read_rate(per_second: float, burst: int | None) -> BucketRate | None:
     """Return what settings say; None: no limit. A burst that isn't given is that of two seconds."""
     if not per_second:
         return None
-    return Rate(per_second, burst or math.ceil(2 * per_second))
+    return BucketRate(per_second, burst or math.ceil(2 * per_second))
 
 
-def _ahead(rate: Rate, lease: TokenLease, now: float) -> int:
+def _ahead(rate: BucketRate, lease: TokenLease, now: float) -> int:
     """Return how many tokens to take ahead: as many as were used of late, and more where they were used up early."""
     if now >= lease.until + LEASE_SECONDS:
         return 0

@@ -130,7 +130,7 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     of_kept = and_(
         *(
             col(AttemptRow.execution_id) == col(SpanRow.execution_id),
-            col(AttemptRow.lane) == col(SpanRow.lane),
+            col(AttemptRow.shard) == col(SpanRow.shard),
         ),
         *(
             col(AttemptRow.node_id) == col(SpanRow.node_id),
@@ -145,7 +145,7 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     if not copies:
         return
     condition = and_(
-        *(col(AttemptRow.execution_id) == failed.execution_id, col(AttemptRow.lane) == failed.lane),
+        *(col(AttemptRow.execution_id) == failed.execution_id, col(AttemptRow.shard) == failed.shard),
         col(AttemptRow.node_id) == bindparam("of_node"),
         col(AttemptRow.iteration) == bindparam("of_iteration"),
         col(AttemptRow.attempt) == bindparam("of_attempt"),
@@ -202,7 +202,7 @@ async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_
     if trigger_type == completion.ON_FAILURE_TRIGGER:
         return None
     config = select(col(ExecutionData.config)).where(
-        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
     return completion.requested_actions(decoding.decode(await connection.scalar(config) or "{}"))
 
@@ -216,38 +216,41 @@ def _new_execution(
         "user_id": literal(caller.user_id),
         "status": literal(ExecutionStatus.PENDING.value),
         "target": case(
-            (col(Execution.concurrency_key).is_(None), func.coalesce(col(Execution.home), SHARED_TARGET)),
+            (
+                col(Execution.concurrency_key).is_(None),
+                func.coalesce(col(Execution.assigned_deployment_id), SHARED_TARGET),
+            ),
             else_=LIMITED_TARGET,
         ),
         "rank": now,
         "is_fresh": true(),
         "token": literal(0),
         "attempt": literal(0),
-        "on_trial": false(),
-        "trial_losses": literal(0),
-        "signals": literal(0),
+        "isolated": false(),
+        "isolation_losses": literal(0),
+        "wait_answer_count": literal(0),
         "resumed_from": col(Execution.id),
         "has_journal": true(),
-        "inbox": literal(""),
+        "channel": literal(""),
         "created_at": now,
         "updated_at": now,
         **{name: null() for name in _NOT_YET},
         **also,
     }
-    condition = and_(col(Execution.id) == failed.execution_id, col(Execution.lane) == failed.lane)
+    condition = and_(col(Execution.id) == failed.execution_id, col(Execution.shard) == failed.shard)
     return _copy("execution", changes, condition)
 
 
 def _is_unread(failed: ExecutionKey) -> Select[bool]:
     """Return the statement that tells whether what a run was brought by could not be read."""
     return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
-        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
 
 
 def _new_data(failed: ExecutionKey, new_id: str) -> Insert:
     condition = and_(
-        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.lane) == failed.lane
+        col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
     return _copy("execution_data", {"execution_id": literal(new_id), "created_at": DatabaseTime()}, condition)
 
@@ -264,7 +267,7 @@ def _new_span(failed: ExecutionKey, new_id: str) -> Insert:
 
 
 def _spans_of(failed: ExecutionKey) -> ColumnElement[bool]:
-    return and_(col(SpanRow.execution_id) == failed.execution_id, col(SpanRow.lane) == failed.lane)
+    return and_(col(SpanRow.execution_id) == failed.execution_id, col(SpanRow.shard) == failed.shard)
 
 
 def _copy(

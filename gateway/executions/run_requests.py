@@ -38,7 +38,7 @@ class RunRequest:
     """What the trigger node gives out."""
     callback_url: str = ""
     """Who is told of its end."""
-    home: str | None = None
+    assigned_deployment_id: str | None = None
     """The deployment whose pods are to run it; None: any worker."""
     is_private: bool = False
     """Only its user and those who may change the workflow see it: it runs more than the workflow and its inputs."""
@@ -95,18 +95,18 @@ async def _accept(
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
         if promise is None:
             raise
-        earlier = await acceptance.find_earlier(request.gateway.database, caller.lane, promise)
+        earlier = await acceptance.find_earlier(request.gateway.database, caller.shard, promise)
         if earlier is None:
             raise
         return earlier
     runnable = run.workflow
-    definition = DefinitionKey(runnable.organization_id, runnable.definition_hash, runnable.lane)
+    definition = DefinitionKey(runnable.organization_id, runnable.definition_hash, runnable.shard)
     limit = concurrency_limits.concurrency_limit(runnable.settings, runnable.id, run.trigger)
     acceptances = request.gateway.acceptances
     accepted = await acceptances.accept(
         RunAcceptance(
             execution_id=ids.new_id("exec"),
-            lane=runnable.lane,
+            shard=runnable.shard,
             organization_id=runnable.organization_id,
             workflow_id=runnable.id,
             workflow_revision=runnable.revision,
@@ -118,13 +118,13 @@ async def _accept(
             definition=None if acceptances.is_stored(definition) else runnable.definition,
             timeout_seconds=runnable.timeout_seconds,
             total_nodes=runnable.total_nodes,
-            inbox=request.gateway.broker.inbox,
+            channel=request.gateway.broker.channel,
             idempotency=promise,
             concurrency_key=limit.key if limit else None,
             concurrency_limit=limit.runs if limit else None,
             may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
             follow_up=completion.requested_actions(runnable.settings, callback_url=run.callback_url),
-            home=run.home,
+            assigned_deployment_id=run.assigned_deployment_id,
             is_private=run.is_private,
         )
     )

@@ -73,20 +73,20 @@ def mismatch_error() -> ApiError:
 
 
 async def reserve_key(
-    connection: AsyncConnection, key: IdempotencyKey, *, lane: int, resource_id: str, now: datetime
+    connection: AsyncConnection, key: IdempotencyKey, *, shard: int, resource_id: str, now: datetime
 ) -> str:
     """Bind a key to what a transaction makes, and return what it is bound to: that, or what the first request made.
 
     Waits for a rival with the same key to commit. Raises 422 where the first request had another body.
     """
     identity = (
-        col(Idempotency.lane) == lane,
+        col(Idempotency.shard) == shard,
         col(Idempotency.scope) == key.scope,
         col(Idempotency.key) == key.key,
     )
     await connection.execute(delete(Idempotency).where(*identity, col(Idempotency.expires_at) <= now))
     row = Idempotency(
-        lane=lane,
+        shard=shard,
         scope=key.scope,
         key=key.key,
         fingerprint=key.fingerprint,

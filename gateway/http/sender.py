@@ -101,7 +101,7 @@ class SenderAuthenticator:
             key_id=found.id,
             user_id=found.user_id,
             organization_id=found.organization_id,
-            lane=found.lane,
+            shard=found.shard,
             role=found.role,
             scopes=frozenset({KeyScope.WORKFLOWS_EXECUTE}),
         )

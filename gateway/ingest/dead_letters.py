@@ -129,7 +129,7 @@ async def _settle(request: GatewayRequest, failed: Sequence[Execution]) -> None:
     async def settle(connection: AsyncConnection) -> None:
         for one in sorted(failed, key=lambda one: one.id):
             promise = deduplication_keys.redrive_key(one.workflow_id, one.id)
-            await idempotency.reserve_key(connection, promise, lane=one.lane, resource_id=PURGED, now=now)
+            await idempotency.reserve_key(connection, promise, shard=one.shard, resource_id=PURGED, now=now)
         workflow_id = failed[0].workflow_id
         await audit_log.record_change(
             connection,

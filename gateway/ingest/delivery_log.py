@@ -16,7 +16,7 @@ from sqlalchemy import insert
 from gateway.http import limits
 from gateway.http.errors import ApiError
 from journal.group_commit import GroupCommit
-from messages.buckets import Demand, LocalBuckets, Rate
+from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand
 from models.errors import DatabaseUnavailable
 from models.ingest import Delivery, DeliveryOutcome
 from senders.request_refusal import RequestRefused
@@ -33,9 +33,9 @@ MAX_WAITING: Final = 1_000
 """Of those that were shed, no more wait here to be noted: there is too much to do already."""
 NOT_FOUND: Final = 404
 SERVER_ERROR: Final = 500
-KEPT: Final = Rate(per_second=100_000, burst=20_000_000)
+KEPT: Final = BucketRate(per_second=100_000, burst=20_000_000)
 """Characters of what is refused that are kept of one organisation: a flood of it fills no disk."""
-UNVERIFIED: Final = Rate(per_second=60 / 3_600, burst=60)
+UNVERIFIED: Final = BucketRate(per_second=60 / 3_600, burst=60)
 """Requests noted for one workflow that nobody could verify."""
 
 
@@ -49,7 +49,7 @@ class DeliveryLog:
             weigh=lambda delivery: len(delivery.payload or ""),
             max_weight=limits.KEPT_REFUSED_CHARACTERS,
         )
-        self._kept = LocalBuckets()
+        self._kept = LocalTokenBuckets()
 
     async def note(self, delivery: Delivery) -> None:
         """Commit a note; where the database can't be reached, the log has it."""
@@ -95,7 +95,7 @@ class DeliveryLog:
         try:
             yield
         except ApiError as error:
-            bucket = Demand(f"unverified {sent.workflow_id}", UNVERIFIED, needed=1, wanted=1)
+            bucket = TokenDemand(f"unverified {sent.workflow_id}", UNVERIFIED, needed=1, wanted=1)
             if error.is_for_owner and self._kept.take(bucket, monotonic()).tokens:
                 error.is_noted = True
                 with suppress(ApiError, RequestRefused, ValueError):
@@ -108,7 +108,7 @@ class DeliveryLog:
         size = len(delivery.payload or "")
         if size > limits.KEPT_REFUSED_CHARACTERS:
             return False
-        demand = Demand(delivery.organization_id, KEPT, needed=size, wanted=size)
+        demand = TokenDemand(delivery.organization_id, KEPT, needed=size, wanted=size)
         return size == 0 or self._kept.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:

@@ -167,7 +167,7 @@ def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any: 
     """Tell whether something was run once more, or purged: then the key that is for that is taken."""
     return exists().where(
         and_(
-            col(Idempotency.lane) == workflow.lane,
+            col(Idempotency.shard) == workflow.shard,
             col(Idempotency.scope) == deduplication_keys.redrive_key(workflow.id, "").scope,
             col(Idempotency.key) == resource,
         )

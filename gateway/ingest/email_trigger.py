@@ -107,7 +107,7 @@ class MailReceipt(WireStruct):
     trigger_type: str = msgspec.field(default=TriggerKind.EMAIL.value, name="trigger_type")
 
 
-class MailNotice(WireStruct):
+class MailNotification(WireStruct):
     """What a mail service sends that is no mail."""
 
     noted: str
@@ -194,7 +194,7 @@ async def _describe(note: InboundRequest, arrival: SenderRequest, addressee: Mai
         return
     key = await offload.run(mail_kinds.deduplication_key, arrival, kind)
     if key is not None:
-        note.derived_key = deduplication_keys.derive_key("mail", addressee.workflow.id, key)
+        note.deduplication_key = deduplication_keys.derive_key("mail", addressee.workflow.id, key)
     unread = await offload.run(_unread_form, arrival, kind, addressee, content=arrival.body)
     note.payload = _encode(unread.as_json()).decode()
 
@@ -331,7 +331,7 @@ async def _record_other(handed: VerifiedMail, what: str, told: str) -> JsonRespo
     await gateway.deliveries.note(
         handed.note.noted_delivery(gateway.clock(), status=OK, reason=f"{what}: {told}")
     )
-    return JsonResponse(MailNotice(noted=what))
+    return JsonResponse(MailNotification(noted=what))
 
 
 async def _ingest_unparsed(
@@ -376,7 +376,7 @@ async def _ingest(
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
     key = await offload.run(mail_kinds.deduplication_key, handed.arrival, handed.kind)
     if promise is None and key is not None:
-        promise = handed.note.derived_key = deduplication_keys.derive_key("mail", workflow.id, key)
+        promise = handed.note.deduplication_key = deduplication_keys.derive_key("mail", workflow.id, key)
     own_key = _own_key(handed, key, ses_id)
     status = OK if handed.kind in MAILGUN else CREATED
     # What is there already needn't be kept once more only to find that out; but a key must be used up.

@@ -170,7 +170,7 @@ async def _ingest_messages(
         verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
     except ApiError:
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
-        earlier = key and await acceptance.find_earlier(gateway.database, note.sender.caller.lane, key)
+        earlier = key and await acceptance.find_earlier(gateway.database, note.sender.caller.shard, key)
         if not earlier:
             raise
         verdict, delivery_id = earlier.verdict, earlier.execution_id
@@ -188,7 +188,7 @@ async def _first(
     """Return what became of messages the first time: those whose keys nothing has found no place then."""
     database = request.gateway.database
     promises = [one.promise for one in planned if one.promise is not None]
-    found = await acceptance.find_all_earlier(database, request.caller.lane, promises)
+    found = await acceptance.find_all_earlier(database, request.caller.shard, promises)
     async with database.read() as connection:
         answer = await connection.scalar(
             select(col(Delivery.answer)).where(

@@ -149,8 +149,8 @@ async def dispatch_event(
         taken = await ingest.ingest_batch(gateway, plan)
     except ApiError:
         # Whatever keeps it from being taken in now: what was answered before is answered the same.
-        lane = sent.sender.caller.lane
-        earlier = promise and await acceptance.find_earlier(gateway.database, lane, promise)
+        shard = sent.sender.caller.shard
+        earlier = promise and await acceptance.find_earlier(gateway.database, shard, promise)
         if not earlier:
             raise
         return await _repeat_result(gateway, sent, earlier.verdict, earlier.execution_id)
@@ -217,8 +217,10 @@ async def _plan_one(
         planned.refuse(workflow, error)
         return
     is_deferred = is_held or (counted is not None and counted.refusal is not None)
-    home = None if counted is None else workflow.id
-    run = ingest.build_run(gateway, RunTarget(workflow, trigger, home, is_deferred, is_held), message)
+    assigned_deployment_id = None if counted is None else workflow.id
+    run = ingest.build_run(
+        gateway, RunTarget(workflow, trigger, assigned_deployment_id, is_deferred, is_held), message
+    )
     planned.add(workflow, run, is_deferred=is_deferred)
 
 

@@ -84,10 +84,10 @@ def refusal_error(error: RequestRefused) -> ApiError:
 
 def _opened(sender: RequestSender, vault: SecretVault) -> Secrets:
     token = sender.token
-    if token is None or token.sealed is None:
+    if token is None or token.encrypted is None:
         return {}
     try:
-        text = vault.open(token.sealed, organization_id=token.organization_id, object_id=token.id)
+        text = vault.open(token.encrypted, organization_id=token.organization_id, object_id=token.id)
     except VaultError as error:
         log.error("secrets of an event token not opened", token_id=token.id, reason=str(error))  # noqa: TRY400 - the reason says it
         raise errors.not_ready("The secrets of this token can't be read: tell the operator") from error

@@ -29,7 +29,7 @@ class EventSubscription:
     node_id: str
     config: Mapping[str, Any]
     """As it is stored: without the defaults of the node type."""
-    lane: int
+    shard: int
     owner_id: str
     revision: int
     """Of the workflow as it is now."""
@@ -63,7 +63,7 @@ def statement(organization_id: str, event_type: str) -> Select[*tuple[Any, ...]]
             col(WorkflowTrigger.workflow_id),
             col(WorkflowTrigger.node_id),
             col(WorkflowTrigger.config),
-            col(Workflow.lane),
+            col(Workflow.shard),
             col(Workflow.owner_id),
             col(Workflow.revision),
         )

@@ -133,7 +133,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
         id=token_id,
         kind=SenderTokenKind.EVENT,
         organization_id=caller.organization_id,
-        lane=caller.lane,
+        shard=caller.shard,
         user_id=caller.user_id,
         name=name,
         hash=sender_tokens.hash_token(token),
@@ -141,10 +141,10 @@ async def create(request: GatewayRequest) -> JsonResponse:
         created_at=now,
     )
     if secrets:
-        sealed = event_signatures.seal_secrets(
+        encrypted = event_signatures.seal_secrets(
             request.gateway.vault, secrets, organization_id=caller.organization_id, token_id=token_id
         )
-        row.sealed, row.secret_id = sealed.content, sealed.secret_id
+        row.encrypted, row.secret_id = encrypted.content, encrypted.secret_id
     row.providers = ",".join(secrets)
 
     async def make(connection: AsyncConnection) -> None:
@@ -197,7 +197,7 @@ async def revoke(request: GatewayRequest) -> NoContent:
             return False
         if row["revoked_at"] is None:
             await connection.execute(
-                update(SenderToken).where(*is_this).values(revoked_at=now, sealed=None, secret_id=None)
+                update(SenderToken).where(*is_this).values(revoked_at=now, encrypted=None, secret_id=None)
             )
             before = fingerprint([token_id, row["name"], row["providers"]])
             await audit_log.record_change(

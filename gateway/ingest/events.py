@@ -330,7 +330,7 @@ async def _meaning(
 
 
 def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
-    own = (col(EventRow.organization_id) == caller.organization_id, col(EventRow.lane) == caller.lane)
+    own = (col(EventRow.organization_id) == caller.organization_id, col(EventRow.shard) == caller.shard)
     return own if caller.is_admin else (*own, col(EventRow.user_id) == caller.user_id)
 
 

@@ -36,7 +36,7 @@ from journal import trigger_body
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
 from journal.store import AcceptanceVerdict, ExecutionKey
 from journal.trigger_body import EncodedTrigger
-from messages.buckets import Rate
+from messages.token_buckets import BucketRate
 from models import ids
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.ingest import IngestRoute
@@ -218,7 +218,7 @@ def _also(let_in: VerifiedWebhookRequest, sender: RequestSender) -> Sequence[Rat
     """Return the limit of a hook that takes what anybody sends."""
     if let_in.hook.verification.provider is not SigningProvider.NONE:
         return ()
-    rate = Rate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
+    rate = BucketRate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
     return (RateLimit("hook", f"hook:{sender.caller.key_id}", rate),)
 
 
@@ -284,8 +284,10 @@ def _promise(
     """Return the key by which a request is known again: as its sender names it, or as anybody may name one."""
     workflow_id = str(note.workflow_id)
     if let_in.vouched.delivery_key is not None:
-        note.derived_key = deduplication_keys.derive_key(DELIVERY, workflow_id, let_in.vouched.delivery_key)
-        return note.derived_key
+        note.deduplication_key = deduplication_keys.derive_key(
+            DELIVERY, workflow_id, let_in.vouched.delivery_key
+        )
+        return note.deduplication_key
     given = idempotency.read_key(request)
     if given is not None:
         key = deduplication_keys.derive_key(NAMED, workflow_id, given)
@@ -306,7 +308,7 @@ async def _when_done(
     until: float,
 ) -> ASGIApp:
     """Answer as the run does, or tell how it has ended, or that it goes on when the time is over."""
-    key = ExecutionKey(accepted.execution_id, note.sender.caller.lane)
+    key = ExecutionKey(accepted.execution_id, note.sender.caller.shard)
     seconds = until - asyncio.get_running_loop().time()
     standing = await webhook_responses.await_answer(request.gateway, key, seconds)
     if standing is not None and standing.answer is not None:

@@ -39,7 +39,7 @@ class InboundRequest:
     """None: it is for whatever waits for such an event."""
     payload: str | None = None
     """JSON: what a run would be given, once that is known; kept where it is refused, so that it can be tried again."""
-    derived_key: IdempotencyKey | None = None
+    deduplication_key: IdempotencyKey | None = None
     """By which a repetition is recognized, as its sender names it: a redrive uses up the same key."""
     redriven_from: str | None = None
     delivery_id: str = field(default_factory=lambda: ids.new_id("dlv"))
@@ -58,7 +58,7 @@ class InboundRequest:
         caller = self.sender.caller
         return IngestWrite(
             delivery_id=self.delivery_id,
-            lane=caller.lane,
+            shard=caller.shard,
             organization_id=caller.organization_id,
             workflow_id=self.workflow_id,
             user_id=caller.user_id,
@@ -96,14 +96,16 @@ class InboundRequest:
             status=error.status,
             reason=f"{error.code}: {error.message}"[:REASON_LENGTH],
             payload=None if is_shed else self.payload,
-            derived_key=None if self.derived_key is None else stored_keys.encode_key(self.derived_key),
+            deduplication_key=None
+            if self.deduplication_key is None
+            else stored_keys.encode_key(self.deduplication_key),
         )
 
     def _delivery(self, now: datetime, **values: Any) -> Delivery:  # noqa: ANN401 - columns of any type
         caller = self.sender.caller
         return Delivery(
             id=self.delivery_id,
-            lane=caller.lane,
+            shard=caller.shard,
             organization_id=caller.organization_id,
             workflow_id=self.workflow_id,
             user_id=caller.user_id,

@@ -46,7 +46,7 @@ class RunTarget:
     workflow: LoadedWorkflow
     """With what is deployed in the place of its own definition, where that is."""
     trigger: TriggerNode
-    home: str | None
+    assigned_deployment_id: str | None
     """The deployment whose pods are to run it; None: any worker."""
     is_deferred: bool
     """It may not run now."""
@@ -92,22 +92,22 @@ async def _resolve_target(gateway: GatewayState, workflow: LoadedWorkflow, kind:
     is_held = workflow.status is WorkflowStatus.PAUSED
     if workflow.status is not WorkflowStatus.ACTIVE and not is_held:
         raise errors.workflow_not_active()
-    home, is_deferred = None, is_held
+    assigned_deployment_id, is_deferred = None, is_held
     if workflow.is_deployed:
         found = await gateway.activation.count(workflow.id)
         if found is not None:
             workflow = await gateway.deployed.load(workflow, found.deployment)
-            home, is_deferred = workflow.id, is_held or found.refusal is not None
+            assigned_deployment_id, is_deferred = workflow.id, is_held or found.refusal is not None
     if workflow.trigger is None or workflow.trigger.kind != kind:
         raise errors.no_such_trigger(kind)
     graph_shapes.require_valid(workflow.validation)
-    return RunTarget(workflow, workflow.trigger, home, is_deferred, is_held)
+    return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
 
 
 def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> IngestedRun:
     """Return the run of a message; it runs for the workflow's owner, whoever has sent it."""
     workflow = ground.workflow
-    definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.lane)
+    definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
     limit = (
         concurrency_limits.concurrency_limit(workflow.settings, workflow.id, message.trigger)
         if message.is_read
@@ -115,7 +115,7 @@ def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> In
     )
     return IngestedRun(
         execution_id=message.execution_id or ids.new_id("exec"),
-        lane=workflow.lane,
+        shard=workflow.shard,
         organization_id=workflow.organization_id,
         workflow_id=workflow.id,
         workflow_revision=workflow.revision,
@@ -127,14 +127,14 @@ def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> In
         definition=None if gateway.acceptances.is_stored(definition) else workflow.definition,
         timeout_seconds=workflow.timeout_seconds,
         total_nodes=workflow.total_nodes,
-        inbox=gateway.broker.inbox,
+        channel=gateway.broker.channel,
         priority=message.priority,
         idempotency=message.promise,
         concurrency_key=limit.key if limit else None,
         concurrency_limit=limit.runs if limit else None,
         may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
         follow_up=completion.requested_actions(workflow.settings, callback_url=message.callback_url),
-        home=ground.home,
+        assigned_deployment_id=ground.assigned_deployment_id,
         delay_until=held_runs.UNTIL_RESUMED if ground.is_held else message.delay_until,
         is_read=message.is_read,
     )
@@ -174,7 +174,7 @@ async def ingest_request(
         accepted = taken.runs[0] if taken.runs else await _ingest_first(gateway, taken)
     except ApiError:
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
-        earlier = promise and await acceptance.find_earlier(gateway.database, caller.lane, promise)
+        earlier = promise and await acceptance.find_earlier(gateway.database, caller.shard, promise)
         if not earlier:
             raise
         accepted = earlier
@@ -197,7 +197,7 @@ async def find_repetition(
     gateway: GatewayState, sent: InboundRequest, promise: IdempotencyKey, *, status: int
 ) -> AcceptanceResult | None:
     """Return the run that the same request began before, and note this one as a repetition; None for a first one."""
-    earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.lane, promise)
+    earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.shard, promise)
     if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
         return None
     await gateway.deliveries.note(
@@ -210,12 +210,14 @@ def wake_deployments(
     gateway: GatewayState, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]
 ) -> None:
     """Wake the deployments that have something to do now, by what became of runs for them."""
-    for home in {
-        run.home
+    for assigned_deployment_id in {
+        run.assigned_deployment_id
         for run, answer in zip(runs, answers, strict=True)
-        if answer.verdict is AcceptanceVerdict.ACCEPTED and run.home is not None and run.delay_until is None
+        if answer.verdict is AcceptanceVerdict.ACCEPTED
+        and run.assigned_deployment_id is not None
+        and run.delay_until is None
     }:
-        gateway.activation.wake_deployment(home)
+        gateway.activation.wake_deployment(assigned_deployment_id)
 
 
 async def _ingest_first(gateway: GatewayState, taken: IngestResult) -> AcceptanceResult:

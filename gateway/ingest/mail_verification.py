@@ -111,7 +111,7 @@ class MailTarget:
             key_id="",
             user_id=workflow.owner_id,
             organization_id=workflow.organization_id,
-            lane=workflow.lane,
+            shard=workflow.shard,
             role=UserRole.MEMBER,
             scopes=frozenset({KeyScope.WORKFLOWS_EXECUTE}),
         )

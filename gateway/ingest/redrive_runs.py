@@ -97,8 +97,8 @@ async def redrive_delivery(
     if given is None:
         raise errors.conflict("not-redrivable", "What it has brought is not kept, or was not understood")
     # The sender may repeat it, too: whichever comes first makes the run, and the other is answered with it.
-    key = promise if one.derived_key is None else stored_keys.decode_key(one.derived_key)
-    own_key = promise if one.derived_key is not None else None
+    key = promise if one.deduplication_key is None else stored_keys.decode_key(one.deduplication_key)
+    own_key = promise if one.deduplication_key is not None else None
     return await _redrive_run(
         request, str(one.workflow_id), kind, RedriveInput(given, source), key, one, own_key
     ), kind

@@ -19,7 +19,7 @@ from sqlmodel import col
 
 from gateway.http import metrics
 from gateway.ingest.inbound_request import REASON_LENGTH, TOO_MANY
-from messages.buckets import Demand, LocalBuckets, Rate
+from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand
 from models import ids
 from models.errors import DatabaseUnavailable
 from models.ingest import IngestRoute, RejectedRequestSample
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 SLOTS: Final = 100
-PER_WORKFLOW: Final = Rate(per_second=20 / 3_600, burst=20)
+PER_WORKFLOW: Final = BucketRate(per_second=20 / 3_600, burst=20)
 """Samples of one workflow or token: 20 at once, and as many in an hour."""
 WRITE_SECONDS: Final = 1.0
 MAX_HEADERS: Final = 50
@@ -65,7 +65,7 @@ class RejectedSamples:
         self._waiting: dict[tuple[str, int], RejectedRequestSample] = {}
         self._writing: asyncio.Task[None] | None = None
         self._is_urgent = asyncio.Event()
-        self._per_workflow = LocalBuckets()
+        self._per_workflow = LocalTokenBuckets()
 
     def note(self, scope: Scope, error: ApiError) -> None:
         """Count a request that is refused and of which no delivery tells, and keep what it looked like."""
@@ -82,7 +82,7 @@ class RejectedSamples:
 
     def _has_turn(self, scope: Scope) -> bool:
         """Tell whether a sample may take the place of another: a flood to one workflow leaves those of others."""
-        demand = Demand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
+        demand = TokenDemand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
         return self._per_workflow.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:

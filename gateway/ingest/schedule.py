@@ -202,6 +202,6 @@ def _last_run(row: Schedule | None, status: str | None) -> LastRun | None:
 
 
 def _last_passed_over(row: Schedule | None) -> SkippedInstant | None:
-    if row is None or row.passed_at is None or row.passed_reason is None:
+    if row is None or row.skipped_at is None or row.skipped_reason is None:
         return None
-    return SkippedInstant(at=instant(row.passed_at), reason=SkipReason(row.passed_reason))
+    return SkippedInstant(at=instant(row.skipped_at), reason=SkipReason(row.skipped_reason))

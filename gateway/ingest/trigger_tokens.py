@@ -124,7 +124,7 @@ async def replace(request: GatewayRequest) -> JsonResponse:
             id=token_id,
             kind=SenderTokenKind.TRIGGER,
             organization_id=caller.organization_id,
-            lane=caller.lane,
+            shard=caller.shard,
             workflow_id=stored.workflow.id,
             user_id=caller.user_id,
             hash=sender_tokens.hash_token(token),

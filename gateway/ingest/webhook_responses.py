@@ -37,14 +37,14 @@ POLICY: Final[Mapping[str, str]] = {
 # Made once: to put a statement together takes longer than to run it.
 _IS_ANSWER: Final = and_(
     col(SpanRow.execution_id) == col(Execution.id),
-    col(SpanRow.lane) == col(Execution.lane),
+    col(SpanRow.shard) == col(Execution.shard),
     col(SpanRow.type) == NODE_TYPE,
     col(SpanRow.status) == SpanStatus.COMPLETED,
 )
 _STANDING: Final = (
     select(col(Execution.status), col(SpanRow.resolved_config))
     .outerjoin(SpanRow, _IS_ANSWER)
-    .where(col(Execution.id) == bindparam("execution_id"), col(Execution.lane) == bindparam("lane"))
+    .where(col(Execution.id) == bindparam("execution_id"), col(Execution.shard) == bindparam("shard"))
     .order_by(col(SpanRow.sequence))
     .limit(1)
 )

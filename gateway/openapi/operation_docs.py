@@ -205,7 +205,7 @@ TAKES_MAIL: Final = replace(
     also={
         200: OtherSuccess(
             "It is no mail, and was noted; Mailgun is answered so on a mail, with the body of 201.",
-            email_trigger.MailNotice,
+            email_trigger.MailNotification,
         )
     },
     refusals=(

@@ -37,7 +37,7 @@ from gateway.pods import lease_checks, record_checks
 from gateway.pods.pod_endpoint import decode_call
 from journal.deployments import pod_leases
 from journal.store import ClaimQuery, LeaseRenewal
-from messages import beginnings
+from messages import taken_runs
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
 from models.errors import PartialCommit
@@ -62,7 +62,7 @@ async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     return JsonResponse(
         PodContact(
             holder.organization_id,
-            holder.lane,
+            holder.shard,
             *found,
             own_database=_own_database(gateway),
             is_stopped=await lease_checks.is_stopped(gateway.database, holder),
@@ -108,10 +108,10 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
             call.limit,
             target=holder.workflow_id,
             is_trial=call.is_trial,
-            max_trial_losses=call.max_trial_losses,
+            max_isolation_losses=call.max_isolation_losses,
         )
     )
-    await beginnings.tell(request.gateway.broker, claimed)
+    await taken_runs.notify_taken_runs(request.gateway.broker, claimed)
     # What follows the end of a run is not the pod's business, and may name addresses that are nobody else's.
     own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
     return JsonResponse(ClaimResponse(own))
@@ -121,7 +121,9 @@ async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse
     """Say whether runs of this deployment wait to be put on trial."""
     call = await decode_call(request, SuspectsRequest)
     store = request.gateway.store
-    return JsonResponse(SuspectsResponse(await store.has_suspects(call.max_trial_losses, holder.workflow_id)))
+    return JsonResponse(
+        SuspectsResponse(await store.has_suspects(call.max_isolation_losses, holder.workflow_id))
+    )
 
 
 async def record(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
@@ -150,15 +152,15 @@ def _require_storable(call: RecordRequest) -> None:
 
 
 async def _publish(gateway: GatewayState, call: RecordRequest, held: frozenset[str]) -> None:
-    inboxes = {write.execution_id: write.inbox for write in call.writes if write.execution_id in held}
+    channels = {write.execution_id: write.channel for write in call.writes if write.execution_id in held}
     with suppress(BrokerUnavailable):  # whoever waits looks once a second
-        await gateway.broker.announce(inboxes)
+        await gateway.broker.publish(channels)
 
 
 async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Extend leases."""
     call = await decode_call(request, RenewRequest)
-    held = [LeaseRenewal(lease.execution_id, lease.lane, lease.token) for lease in call.leases]
+    held = [LeaseRenewal(lease.execution_id, lease.shard, lease.token) for lease in call.leases]
     renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
     return JsonResponse(
         RenewResponse(

@@ -48,7 +48,7 @@ class LeaseHolder:
 
     workflow_id: str
     organization_id: str
-    lane: int
+    shard: int
     process: PodProcess
 
     @property
@@ -67,7 +67,7 @@ def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
     return (
         col(Execution.workflow_id) == holder.workflow_id,
         col(Execution.organization_id) == holder.organization_id,
-        col(Execution.lane) == holder.lane,
+        col(Execution.shard) == holder.shard,
         _IS_RUNNING,
         col(Execution.lease_owner) == holder.owner,
         col(Execution.lease_until) >= DatabaseTime(),
@@ -105,7 +105,7 @@ async def deployed_definition(database: Database, holder: LeaseHolder) -> tuple[
             (col(Deployment.organization_id) == col(Definition.organization_id))
             & (col(Deployment.definition_hash) == col(Definition.hash)),
         )
-        .where(col(Deployment.workflow_id) == holder.workflow_id, col(Definition.lane) == holder.lane)
+        .where(col(Deployment.workflow_id) == holder.workflow_id, col(Definition.shard) == holder.shard)
     )
     async with database.read() as connection:
         row = (await connection.execute(statement)).first()
@@ -138,7 +138,7 @@ async def read_definitions(database: Database, holder: LeaseHolder, hashes: Sequ
     )
     statement = select(col(Definition.hash), col(Definition.body)).where(
         col(Definition.organization_id) == holder.organization_id,
-        col(Definition.lane) == holder.lane,
+        col(Definition.shard) == holder.shard,
         col(Definition.hash).in_(pinned),
     )
     async with database.read() as connection:
@@ -157,7 +157,7 @@ async def read_spans(
         .join(Execution, col(Execution.id) == col(SpanRow.execution_id))
         .where(
             col(SpanRow.execution_id) == execution_id,
-            col(SpanRow.lane) == holder.lane,
+            col(SpanRow.shard) == holder.shard,
             col(SpanRow.sequence) > after,
             *held_conditions(holder),
         )
@@ -177,7 +177,7 @@ async def read_log_ends(
         .join(Execution, col(Execution.id) == col(LogRow.execution_id))
         .where(
             col(LogRow.execution_id).in_(execution_ids),
-            col(LogRow.lane) == holder.lane,
+            col(LogRow.shard) == holder.shard,
             *held_conditions(holder),
         )
         .group_by(col(LogRow.execution_id))
@@ -198,7 +198,7 @@ async def read_answers(
         .join(Execution, col(Execution.id) == col(WaitAnswer.execution_id))
         .where(
             col(WaitAnswer.execution_id).in_(execution_ids),
-            col(WaitAnswer.lane) == holder.lane,
+            col(WaitAnswer.shard) == holder.shard,
             *held_conditions(holder),
         )
     )
@@ -218,7 +218,7 @@ async def promote_due(database: Database, holder: LeaseHolder) -> int:
             col(Execution.due_at) <= DatabaseTime(),
             col(Execution.workflow_id) == holder.workflow_id,
             col(Execution.target) == holder.workflow_id,
-            col(Execution.lane) == holder.lane,
+            col(Execution.shard) == holder.shard,
         )
         .with_for_update(key_share=True, skip_locked=True)
         .cte("due")

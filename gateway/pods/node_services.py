@@ -126,7 +126,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     call = await decode_call(request, ThrottleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
-        at = await request.gateway.runners.pace.reserve(
+        at = await request.gateway.runners.throttle.reserve(
             caller,
             call.key,
             limit=call.limit,

@@ -72,7 +72,7 @@ class PodAuthenticator:
         if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or process is None:
             raise _unauthorized()
         bearer = await self._bearer(token, client_of_scope(request.scope))
-        return LeaseHolder(bearer.workflow_id, bearer.organization_id, bearer.lane, process)
+        return LeaseHolder(bearer.workflow_id, bearer.organization_id, bearer.shard, process)
 
     def forget(self) -> None:
         """Look every token up anew."""

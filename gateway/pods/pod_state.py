@@ -31,7 +31,7 @@ class PodState:
     desk: PodPollHub
     sources: StoredDataSources
     runs: ChildRunStarter
-    pace: SharedThrottle
+    throttle: SharedThrottle
     events: EventMatcher
 
 
@@ -53,7 +53,7 @@ async def open_pod_state(
             desk=desk,
             sources=StoredDataSources(database, vault),
             runs=ChildRunStarter(database, store, broker, catalog, settings),
-            pace=SharedThrottle(database),
+            throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),
         )
     finally:

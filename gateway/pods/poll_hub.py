@@ -19,7 +19,7 @@ from sqlmodel import col
 from concurrency.ttl_cache import TTLCache
 from execution.pod_api import WorkPollRequest, WorkPollResponse
 from gateway.http import errors
-from messages.broker import WATCH_SECONDS, BrokerUnavailable, ExecutionsChanged
+from messages.broker import WATCH_SECONDS, BrokerUnavailable, ChangedExecutions
 from models.errors import DatabaseUnavailable
 from models.execution import Execution
 from models.execution_status import ExecutionStatus
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from gateway.pods.forwarding import WakeupForwarder
     from gateway.pods.lease_checks import LeaseHolder
-    from messages.broker import Broker, Notice
+    from messages.broker import Broker, Notification
     from models.database import Database
 
 log = structlog.get_logger()
@@ -111,7 +111,7 @@ class PodPollHub:
             if self._polled.get(workflow_id) is None:
                 self._forwarder.forward(workflow_id)
         try:
-            await self._broker.announce(dict.fromkeys(elsewhere, ""))
+            await self._broker.publish(dict.fromkeys(elsewhere, ""))
         except BrokerUnavailable as error:
             log.debug("pods not told", reason=str(error))  # the rows are committed: whoever looks finds them
 
@@ -156,13 +156,13 @@ class PodPollHub:
 
     def _has_missed_arrivals(self, waiter: WaitingPod) -> bool:
         """Tell whether something has arrived here since a pod was told of arrivals here last."""
-        known = waiter.call.arrivals.get(self._broker.inbox)
+        known = waiter.call.arrivals.get(self._broker.channel)
         return known is not None and known != self._arrivals.get(waiter.workflow_id, 0)
 
-    def _noticed(self, notice: Notice) -> None:
-        if not isinstance(notice, ExecutionsChanged):
+    def _noticed(self, notification: Notification) -> None:
+        if not isinstance(notification, ChangedExecutions):
             return
-        for workflow_id in notice.execution_ids:
+        for workflow_id in notification.execution_ids:
             if workflow_id in self._waiters or self._watched.get(workflow_id) is not None:
                 self._watched.drop(workflow_id)
                 task = asyncio.create_task(self._pass_on(workflow_id))
@@ -236,7 +236,7 @@ class PodPollHub:
         self, waiter: WaitingPod, *, has_work: bool = False, requests: dict[str, str] | None = None
     ) -> WorkPollResponse:
         arrivals = self._arrivals.get(waiter.workflow_id, 0)
-        return WorkPollResponse(has_work, requests or {}, self._broker.inbox, arrivals)
+        return WorkPollResponse(has_work, requests or {}, self._broker.channel, arrivals)
 
     def _all(self) -> list[WaitingPod]:
         return [waiter for waiters in self._waiters.values() for waiter in waiters]

@@ -44,8 +44,8 @@ def require_storable(write: RunWrite) -> None:
         raise _refused(f"A value is none that can be kept: {error}") from error
     if any(moment.tzinfo is None for moment in _moments(write)):
         raise _refused("A time has no zone")
-    if write.inbox and not ids.is_id(write.inbox):
-        raise _refused("The inbox is none")
+    if write.channel and not ids.is_id(write.channel):
+        raise _refused("The channel is none")
 
 
 def require_readable(call: ExpectEventRequest) -> None:

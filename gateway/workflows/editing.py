@@ -162,7 +162,7 @@ async def create_workflow(
     async def insert(connection: AsyncConnection) -> str:
         if promise is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, lane=workflow.lane, resource_id=workflow.id, now=workflow.created_at
+                connection, promise, shard=workflow.shard, resource_id=workflow.id, now=workflow.created_at
             )
             if bound != workflow.id:
                 return bound

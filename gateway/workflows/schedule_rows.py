@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from models.workflow import Workflow
     from models.workflow_triggers import WorkflowTrigger
 
-_KEPT = frozenset({"workflow_id", "organization_id", "lane"})
-_OF_THE_PAST = {"last_run_at": None, "last_execution_id": None, "passed_at": None, "passed_reason": None}
+_KEPT = frozenset({"workflow_id", "organization_id", "shard"})
+_OF_THE_PAST = {"last_run_at": None, "last_execution_id": None, "skipped_at": None, "skipped_reason": None}
 
 
 async def save_schedule(
@@ -78,7 +78,7 @@ def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: d
     row = Schedule(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,
-        lane=workflow.lane,
+        shard=workflow.shard,
         node_id=trigger.node_id,
         timing_hash="",
         anchor_at=now.replace(microsecond=0),

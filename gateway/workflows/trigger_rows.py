@@ -79,7 +79,7 @@ def _triggers(
             workflow_id=workflow.id,
             node_id=str(node["id"]),
             organization_id=workflow.organization_id,
-            lane=workflow.lane,
+            shard=workflow.shard,
             kind=node_type.trigger_kind,
             config=cast("dict[str, Any]", node["config"]),
             revision=workflow.revision,

@@ -253,7 +253,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
         version = WorkflowVersion(
             workflow_id=workflow.id,
             version=workflow.version,
-            lane=workflow.lane,
+            shard=workflow.shard,
             version_tag=tag,
             description=description,
             snapshot=workflow_rows.snapshot(edited.after),

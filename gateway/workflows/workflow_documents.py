@@ -169,7 +169,7 @@ def copy_workflow(
     workflow = Workflow(
         id=ids.new_id("wf"),
         organization_id=caller.organization_id,
-        lane=caller.lane,
+        shard=caller.shard,
         owner_id=caller.user_id,
         name=content.name,
         description=content.description,

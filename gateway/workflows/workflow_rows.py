@@ -269,14 +269,14 @@ async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, cata
     workflow = stored.workflow
     graph = WorkflowGraph(
         workflow_id=workflow.id,
-        lane=workflow.lane,
+        shard=workflow.shard,
         nodes=list(stored.nodes),
         connections=list(stored.connections),
     )
     version = WorkflowVersion(
         workflow_id=workflow.id,
         version=FIRST_VERSION,
-        lane=workflow.lane,
+        shard=workflow.shard,
         version_tag=FIRST_VERSION_TAG,
         description=FIRST_VERSION_DESCRIPTION,
         snapshot=snapshot(stored),
@@ -366,7 +366,7 @@ async def _save_shares(connection: AsyncConnection, before: StoredWorkflow, afte
 async def live_executions(connection: AsyncConnection, workflow: Workflow) -> list[ExecutionKey]:
     """Return a workflow's runs that have not ended."""
     running = (
-        select(col(Execution.id), col(Execution.lane))
+        select(col(Execution.id), col(Execution.shard))
         .join(ExecutionData, col(ExecutionData.execution_id) == col(Execution.id))
         .where(
             col(ExecutionData.workflow_id) == workflow.id,
@@ -374,7 +374,7 @@ async def live_executions(connection: AsyncConnection, workflow: Workflow) -> li
             col(Execution.status).not_in(TERMINAL_STATUSES),
         )
     )
-    return [ExecutionKey(row.id, row.lane) for row in await connection.execute(running)]
+    return [ExecutionKey(row.id, row.shard) for row in await connection.execute(running)]
 
 
 async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:

@@ -184,7 +184,7 @@ def draft_workflow(
     workflow = Workflow(
         id=workflow_id,
         organization_id=caller.organization_id,
-        lane=caller.lane,
+        shard=caller.shard,
         owner_id=caller.user_id,
         name=_name(body.name, problems),
         description=_description(body.description or "", problems),

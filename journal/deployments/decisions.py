@@ -127,7 +127,7 @@ async def store_decision(
     kept = LifecycleDecision(
         id=ids.new_id("decision"),
         organization_id=after.organization_id,
-        lane=after.lane,
+        shard=after.shard,
         workflow_id=after.workflow_id,
         at=seen.now,
         action=decision.action,

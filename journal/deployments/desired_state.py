@@ -40,7 +40,7 @@ class DeployRequest:
 
     workflow_id: str
     organization_id: str
-    lane: int
+    shard: int
     user_id: str
     version: int
     definition: str
@@ -81,7 +81,7 @@ async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, 
     after = await decisions.apply_decision(
         connection, seen, decision, replicas=replicas, user_id=order.user_id
     )
-    bearer = TokenBearer(order.workflow_id, order.organization_id, order.lane)
+    bearer = TokenBearer(order.workflow_id, order.organization_id, order.shard)
     await deployment_token.issue_token(
         connection, bearer, secret=secret, token_id=order.token_id, now=seen.now
     )
@@ -119,7 +119,7 @@ async def _store_definition(connection: AsyncConnection, order: DeployRequest) -
     statement = dialect.insert(Definition).values(
         organization_id=order.organization_id,
         hash=order.definition_hash,
-        lane=order.lane,
+        shard=order.shard,
         body=order.definition,
         created_at=DatabaseTime(),
     )
@@ -137,7 +137,7 @@ async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> 
     first = Deployment(
         workflow_id=order.workflow_id,
         organization_id=order.organization_id,
-        lane=order.lane,
+        shard=order.shard,
         is_deployed=False,
         definition_hash=order.definition_hash,
         version=order.version,
@@ -179,7 +179,7 @@ async def _release_to_workers(connection: AsyncConnection, deployment: Deploymen
         await connection.execute(
             update(Execution)
             .where(of_status, *whose)
-            .values(target=wakes.WORKER_TARGET, home=None, updated_at=DatabaseTime())
+            .values(target=wakes.WORKER_TARGET, assigned_deployment_id=None, updated_at=DatabaseTime())
         )
     kept_from_pods = (
         col(Execution.target).in_(
@@ -187,11 +187,13 @@ async def _release_to_workers(connection: AsyncConnection, deployment: Deploymen
         ),
         col(Execution.organization_id) == deployment.organization_id,
         col(Execution.workflow_id) == workflow_id,
-        col(Execution.home) == workflow_id,
+        col(Execution.assigned_deployment_id) == workflow_id,
     )
     for is_found in (
-        and_(wakes.IS_PENDING, col(Execution.turn) == turn_of_workflow(workflow_id)),
+        and_(wakes.IS_PENDING, col(Execution.queue_turn) == turn_of_workflow(workflow_id)),
         wakes.IS_DEFERRED,
         col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'"),
     ):
-        await connection.execute(update(Execution).where(is_found, *kept_from_pods).values(home=None))
+        await connection.execute(
+            update(Execution).where(is_found, *kept_from_pods).values(assigned_deployment_id=None)
+        )

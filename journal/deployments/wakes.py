@@ -239,7 +239,9 @@ async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> Wake
         seen = await activity.read_activity(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
         await release_deferred_runs(connection, workflow_id)
-        moved = await _retarget_runs(connection, workflow_id, IS_PENDING, target=WORKER_TARGET, home=None)
+        moved = await _retarget_runs(
+            connection, workflow_id, IS_PENDING, target=WORKER_TARGET, assigned_deployment_id=None
+        )
         return WakeOutcome.LEFT_TO_WORKERS if moved else WakeOutcome.NOTHING
     refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
     if refusal is not None:

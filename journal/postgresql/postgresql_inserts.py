@@ -104,7 +104,7 @@ class PostgresqlInserts:
 
     async def _explain_refusals(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
         """Tell why rows didn't come back: accepted by a lost attempt, repeated, or checked against an old workflow."""
-        earlier = await self._read_earlier_keys([(item.lane, item.idempotency) for item in batch])
+        earlier = await self._read_earlier_keys([(item.shard, item.idempotency) for item in batch])
         own = {
             row[0]
             for row in await self._fetch(
@@ -116,8 +116,8 @@ class PostgresqlInserts:
     async def _read_earlier_keys(
         self, asked: Sequence[tuple[int, IdempotencyKey | None]]
     ) -> dict[tuple[Any, ...], tuple[str, str]]:
-        """Return the fingerprints and ids that keys are bound to, by lane, scope and key."""
-        keys = [(lane, key.scope, key.key) for lane, key in asked if key]
+        """Return the fingerprints and ids that keys are bound to, by shard, scope and key."""
+        keys = [(shard, key.scope, key.key) for shard, key in asked if key]
         found = await self._fetch(_EARLIER_KEYS, *transpose_rows(keys, 3)) if keys else []
         return {tuple(row)[:3]: (row[3], row[4]) for row in found}
 
@@ -188,9 +188,9 @@ class PostgresqlInserts:
 
     async def _explain_missing(self, batch: Sequence[IngestWrite]) -> dict[str, IngestResult]:
         """Tell why arrivals didn't come back: kept by a lost attempt, repeated, or planned by an old workflow."""
-        bound = await self._read_earlier_keys([(one.lane, one.idempotency) for one in batch])
+        bound = await self._read_earlier_keys([(one.shard, one.idempotency) for one in batch])
         found = await self._fetch(
-            _STORED_DELIVERIES, *transpose_rows([(one.delivery_id, one.lane) for one in batch], 2)
+            _STORED_DELIVERIES, *transpose_rows([(one.delivery_id, one.shard) for one in batch], 2)
         )
         own = {row[0] for row in found}
         return {one.delivery_id: _ingest_refusal(one, bound, own) for one in batch}
@@ -214,9 +214,9 @@ _RUN_TYPES = (
     *("text", "text", "integer", "text", "integer", "text", "text", "boolean"),
 )
 _RUN_COLUMNS = """
-        id, lane, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
-        timeout, total_nodes, advance, turn, scope, key, fingerprint, lifetime, inbox, parent_id, root_id, depth,
-        concurrency_key, concurrency_limit, follow_up, home, is_private"""
+        id, shard, organization_id, workflow_id, revision, user_id, trigger_type, trigger, config, definition_hash,
+        timeout, total_nodes, advance, queue_turn, scope, key, fingerprint, lifetime, channel, parent_id, root_id,
+        depth, concurrency_key, concurrency_limit, follow_up, assigned_deployment_id, is_private"""
 _DEFINITION_TYPES = ("text", "text", "smallint", "text")
 _INGESTED_RUN_TYPES = (*_RUN_TYPES, "text", "bigint", "boolean")
 _INGESTED_RUN_COLUMNS = f"{_RUN_COLUMNS}, delivery_id, delay_until, is_unread"
@@ -228,7 +228,7 @@ _INGEST_TYPES = (
 
 def _definitions_sql(first: int) -> str:
     return f"""
-    INSERT INTO definition (organization_id, hash, lane, body, created_at)
+    INSERT INTO definition (organization_id, hash, shard, body, created_at)
     SELECT d.*, {NOW} FROM unnest({unnest_sql(first, _DEFINITION_TYPES)}) AS d
     -- Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
     ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at
@@ -238,10 +238,10 @@ def _definitions_sql(first: int) -> str:
 def _idempotency_sql(table: str) -> str:
     """Bind the keys of rows to them, where no earlier ones are bound to these."""
     return f"""
-    INSERT INTO idempotency AS earlier (lane, scope, key, fingerprint, resource_id, expires_at)
-    SELECT lane, scope, key, fingerprint, id, {NOW} + lifetime FROM {table}
-    WHERE key IS NOT NULL ORDER BY lane, scope, key
-    ON CONFLICT (lane, scope, key) DO UPDATE
+    INSERT INTO idempotency AS earlier (shard, scope, key, fingerprint, resource_id, expires_at)
+    SELECT shard, scope, key, fingerprint, id, {NOW} + lifetime FROM {table}
+    WHERE key IS NOT NULL ORDER BY shard, scope, key
+    ON CONFLICT (shard, scope, key) DO UPDATE
     SET fingerprint = excluded.fingerprint, resource_id = excluded.resource_id, expires_at = excluded.expires_at
     WHERE earlier.expires_at <= {NOW}
     RETURNING resource_id"""
@@ -250,29 +250,28 @@ def _idempotency_sql(table: str) -> str:
 def _run_inserts_sql(status: str, target: str, due_at: str, since: str) -> str:
     """Insert the runs of the table `winner`, data first."""
     return f"""data AS (
-    INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)
-    SELECT id, lane, trigger, config, organization_id, workflow_id, {NOW} FROM winner ON CONFLICT DO NOTHING
+    INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)
+    SELECT id, shard, trigger, config, organization_id, workflow_id, {NOW} FROM winner ON CONFLICT DO NOTHING
 ), inserted AS (
-    INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,
-        definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
-        key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,
-        concurrency_limit, follow_up, home, is_private, due_at)
-    SELECT id, lane, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
-        definition_hash, {since} - advance, turn, true, 0, 0, timeout, 0, total_nodes,
-        id, false, inbox, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
-        concurrency_limit, follow_up, home, coalesce(is_private, false), {due_at}
+    INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type,
+        definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,
+        key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth, wait_answer_count,
+        concurrency_key, concurrency_limit, follow_up, assigned_deployment_id, is_private, due_at)
+    SELECT id, shard, organization_id, workflow_id, user_id, {status}, {target}, trigger_type,
+        definition_hash, {since} - advance, queue_turn, true, 0, 0, timeout, 0, total_nodes,
+        id, false, channel, {NOW}, {NOW}, parent_id, root_id, coalesce(depth, 0), 0, concurrency_key,
+        concurrency_limit, follow_up, assigned_deployment_id, coalesce(is_private, false), {due_at}
     FROM winner ON CONFLICT DO NOTHING
     RETURNING id
 )"""
 
 
 _CURRENT = """
-    SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.lane = item.lane
+    SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.shard = item.shard
         AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
         AND workflow.deleted_at IS NULL"""
-_TARGET = (
-    f"CASE WHEN concurrency_key IS NULL THEN coalesce(home, '{SHARED_TARGET}') ELSE '{LIMITED_TARGET}' END"
-)
+_UNLIMITED_TARGET = f"coalesce(assigned_deployment_id, '{SHARED_TARGET}')"
+_TARGET = f"CASE WHEN concurrency_key IS NULL THEN {_UNLIMITED_TARGET} ELSE '{LIMITED_TARGET}' END"
 _ACCEPT = f"""
 WITH item AS (
     SELECT * FROM unnest({unnest_sql(1, _RUN_TYPES)}) AS item ({_RUN_COLUMNS})
@@ -292,7 +291,7 @@ WITH item AS (
     WHERE {lock_wait_sql(LOCK_WAIT_MILLISECONDS)}
 ), arrival AS (
     SELECT * FROM unnest({unnest_sql(_FIRST_INGEST, _INGEST_TYPES)}) AS arrival (
-        id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes, outcome, status,
+        id, shard, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes, outcome, status,
         execution_id, event_id, event_type, event_source, event_data, answer, redriven_from, scope, key, fingerprint,
         lifetime, brings_runs)
 ), new_definition AS ({_definitions_sql(len(_INGESTED_RUN_TYPES) + 1)}
@@ -318,13 +317,13 @@ WITH item AS (
         f"coalesce(delay_until, {NOW})",
     )
 }, new_event AS (
-    INSERT INTO event (id, lane, organization_id, user_id, event_type, source, data, created_at)
-    SELECT event_id, lane, organization_id, user_id, event_type, event_source, event_data, {NOW} FROM fresh
+    INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at)
+    SELECT event_id, shard, organization_id, user_id, event_type, event_source, event_data, {NOW} FROM fresh
     WHERE event_id IS NOT NULL ON CONFLICT DO NOTHING
 ), new_delivery AS (
-    INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
+    INSERT INTO delivery (id, shard, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
         outcome, status, execution_id, event_id, answer, redriven_from, created_at)
-    SELECT id, lane, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
+    SELECT id, shard, organization_id, workflow_id, user_id, route, sender, content_hash, content_bytes,
         outcome, status, execution_id, event_id,
         CASE WHEN execution_id IS NULL AND event_id IS NULL AND brings_runs THEN
             (SELECT json_agg(winner.id ORDER BY winner.id) FROM winner WHERE winner.delivery_id = fresh.id)::text
@@ -340,15 +339,15 @@ SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> 
     + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED_TARGET}' AND status = 'pending')
 """
 _EARLIER_KEYS = f"""
-SELECT lane, scope, key, fingerprint, resource_id FROM idempotency
-JOIN unnest({unnest_sql(1, ("smallint", "text", "text"))}) AS asked (lane, scope, key) USING (lane, scope, key)
+SELECT shard, scope, key, fingerprint, resource_id FROM idempotency
+JOIN unnest({unnest_sql(1, ("smallint", "text", "text"))}) AS asked (shard, scope, key) USING (shard, scope, key)
 WHERE expires_at > {NOW}
 """
 _ACCEPTED = """
-SELECT id FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+SELECT id FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, shard) USING (id, shard)
 """
 _STORED_DELIVERIES = """
-SELECT id FROM delivery JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
+SELECT id FROM delivery JOIN unnest($1::text[], $2::smallint[]) AS asked (id, shard) USING (id, shard)
 """
 
 
@@ -356,7 +355,7 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
     key = item.idempotency
     return (
         item.execution_id,
-        item.lane,
+        item.shard,
         item.organization_id,
         item.workflow_id,
         item.workflow_revision,
@@ -373,14 +372,14 @@ def _acceptance_row(item: RunAcceptance) -> tuple[Any, ...]:
         key.key if key else None,
         key.fingerprint if key else None,
         key.lifetime_seconds * 1_000_000 if key else None,
-        item.inbox,
+        item.channel,
         item.parent_id,
         item.root_id,
         item.depth or None,
         item.concurrency_key,
         item.concurrency_limit,
         item.follow_up,
-        item.home,
+        item.assigned_deployment_id,
         item.is_private or None,
     )
 
@@ -415,7 +414,7 @@ def _ingest_row(one: IngestWrite, without: Collection[str]) -> tuple[Any, ...]:
         key = None  # it has found no place at all, and may come again
     return (
         one.delivery_id,
-        one.lane,
+        one.shard,
         one.organization_id,
         one.workflow_id,
         one.user_id,
@@ -442,7 +441,7 @@ def _ingest_row(one: IngestWrite, without: Collection[str]) -> tuple[Any, ...]:
 
 def _distinct_definitions(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
     rows = {
-        (item.organization_id, item.definition_hash, item.lane, item.definition)
+        (item.organization_id, item.definition_hash, item.shard, item.definition)
         for item in batch
         if item.definition is not None
     }
@@ -456,7 +455,7 @@ def _conflict_order(item: RunAcceptance) -> tuple[str, str]:
 
 
 def _idempotency_key(item: RunAcceptance) -> ExecutionKey:
-    return ExecutionKey(item.execution_id, item.lane)
+    return ExecutionKey(item.execution_id, item.shard)
 
 
 def _acceptance_refusal(
@@ -465,7 +464,7 @@ def _acceptance_refusal(
     if item.execution_id in own:
         return AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id)
     key = item.idempotency
-    found = earlier.get((item.lane, key.scope, key.key)) if key else None
+    found = earlier.get((item.shard, key.scope, key.key)) if key else None
     if key is None or found is None:
         return AcceptanceResult(AcceptanceVerdict.STALE, item.execution_id)
     fingerprint, execution_id = found
@@ -482,7 +481,7 @@ def _ingest_refusal(
         # By an attempt whose answer was lost.
         return IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id)
     key = one.idempotency
-    found = bound.get((one.lane, key.scope, key.key)) if key else None
+    found = bound.get((one.shard, key.scope, key.key)) if key else None
     if key is None or found is None:
         return IngestResult(AcceptanceVerdict.STALE, one.delivery_id)
     fingerprint, delivery_id = found

@@ -60,7 +60,7 @@ from models.database import CONNECT_SECONDS, RETRIES, RETRY_SECONDS, STATEMENT_S
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
-from models.loss_limits import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.loss_limits import MAX_ISOLATION_LOSSES, MAX_LOST_ATTEMPTS, SUSPECT_LOSSES
 from models.postgresql_failures import DatabaseFailure, failure_of
 from models.timestamps import from_microseconds, to_microseconds
 
@@ -135,9 +135,11 @@ class PostgreSQLStore:
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
 
-    async def has_suspects(self, max_trial_losses: int, target: str = SHARED_TARGET) -> bool:
+    async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
         """Tell whether suspects wait; see `RunStore.has_suspects`."""
-        return bool(await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_trial_losses))
+        return bool(
+            await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_isolation_losses)
+        )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
@@ -183,7 +185,7 @@ class PostgreSQLStore:
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
         """Extend leases; see `Store.renew`."""
-        left = sorted((lease.execution_id, lease.lane, lease.token) for lease in held)
+        left = sorted((lease.execution_id, lease.shard, lease.token) for lease in held)
         renewed: list[RenewalResult] = []
         for pause_seconds in (*RENEW_PAUSES_SECONDS, None):
             asked_at = monotonic()
@@ -271,7 +273,7 @@ class PostgreSQLStore:
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
         if not rows:
             rows = await self._fetch(
-                "SELECT status, NULL, inbox FROM execution WHERE id = $1 AND lane = $2", *key
+                "SELECT status, NULL, channel FROM execution WHERE id = $1 AND shard = $2", *key
             )
         return EndRequestOutcome(ExecutionStatus(rows[0][0]), rows[0][1], rows[0][2]) if rows else None
 
@@ -349,14 +351,14 @@ _PENDING = "SELECT {column} FROM execution WHERE status = 'pending' AND target =
 
 def _next_organization_sql(after: str) -> str:
     first = _PENDING.format(column="organization_id")
-    order = "ORDER BY organization_id, turn LIMIT 1"  # an order that no other index has
+    order = "ORDER BY organization_id, queue_turn LIMIT 1"  # an order that no other index has
     return f"SELECT coalesce(({first} AND organization_id > {after} {order}), ({first} {order})) OFFSET 0"
 
 
 def _next_turn_sql(least: str) -> str:
-    first = _PENDING.format(column="turn") + " AND organization_id = organization.id"
-    order = "ORDER BY turn LIMIT 1"
-    return f"SELECT coalesce(({first} AND turn >= {least} {order}), ({first} {order})) OFFSET 0"
+    first = _PENDING.format(column="queue_turn") + " AND organization_id = organization.id"
+    order = "ORDER BY queue_turn LIMIT 1"
+    return f"SELECT coalesce(({first} AND queue_turn >= {least} {order}), ({first} {order})) OFFSET 0"
 
 
 def _claim_update_sql(also: str = "") -> str:
@@ -371,9 +373,10 @@ def _claim_update_sql(also: str = "") -> str:
     WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
     RETURNING *
 )
-SELECT taken.id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
-    (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.lane = taken.lane),
-    started_at, deadline_at, request, inbox, user_id, signals, concurrency_key, follow_up, is_share_used_up, updated_at
+SELECT taken.id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
+    (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.shard = taken.shard),
+    started_at, deadline_at, request, channel, user_id, wait_answer_count, concurrency_key, follow_up, is_share_used_up,
+    updated_at
 FROM taken JOIN chosen ON chosen.id = taken.id ORDER BY place
 """
 
@@ -393,33 +396,33 @@ WITH RECURSIVE circle (id, first, place) AS (
     SELECT best.id, row_number() OVER (ORDER BY organization.place, workflow.place) AS place,
         count(*) OVER (PARTITION BY organization.place, workflow.place) = workflow.share AS is_share_used_up
     FROM organization, LATERAL (
-        WITH RECURSIVE circle (turn, first, place) AS (
-            SELECT start.turn, start.turn, 1
-            FROM ({_next_turn_sql("coalesce(($3::jsonb ->> organization.id)::smallint, 0)")}) AS start (turn)
-            WHERE start.turn IS NOT NULL
+        WITH RECURSIVE circle (queue_turn, first, place) AS (
+            SELECT start.queue_turn, start.queue_turn, 1
+            FROM ({_next_turn_sql("coalesce(($3::jsonb ->> organization.id)::smallint, 0)")}) AS start (queue_turn)
+            WHERE start.queue_turn IS NOT NULL
             UNION ALL
-            SELECT next.turn, circle.first, circle.place + 1
-            FROM circle, LATERAL ({_next_turn_sql("circle.turn + 1")}) AS next (turn)
-            WHERE next.turn <> circle.first AND circle.place < organization.share
+            SELECT next.queue_turn, circle.first, circle.place + 1
+            FROM circle, LATERAL ({_next_turn_sql("circle.queue_turn + 1")}) AS next (queue_turn)
+            WHERE next.queue_turn <> circle.first AND circle.place < organization.share
         )
-        SELECT turn, ceil(organization.share::numeric / count(*) OVER ())::integer AS share, place FROM circle
+        SELECT queue_turn, ceil(organization.share::numeric / count(*) OVER ())::integer AS share, place FROM circle
     ) AS workflow, LATERAL (
-        {_PENDING.format(column="id")} AND organization_id = organization.id AND turn = workflow.turn
+        {_PENDING.format(column="id")} AND organization_id = organization.id AND queue_turn = workflow.queue_turn
             AND attempt < {SUSPECT_LOSSES}
         ORDER BY is_fresh, rank LIMIT workflow.share FOR UPDATE SKIP LOCKED
     ) AS best
     ORDER BY organization.place, workflow.place LIMIT $4::integer
 {_claim_update_sql()}"""
 # What was begun stands together in the index, apart from what nobody has begun.
-_IS_SUSPECT = f"NOT is_fresh AND attempt >= {SUSPECT_LOSSES} AND trial_losses <= $2::smallint"
+_IS_SUSPECT = f"NOT is_fresh AND attempt >= {SUSPECT_LOSSES} AND isolation_losses <= $2::smallint"
 _HAS_SUSPECTS = f"{_PENDING.format(column='1')} AND {_IS_SUSPECT} LIMIT 1"
 _CLAIM_FOR_TRIAL = f"""
 WITH chosen AS MATERIALIZED (
     SELECT id, row_number() OVER () AS place, false AS is_share_used_up FROM (
         {_PENDING.format(column="id")} AND {_IS_SUSPECT}
-        ORDER BY trial_losses, attempt, rank LIMIT $4::integer FOR UPDATE SKIP LOCKED
+        ORDER BY isolation_losses, attempt, rank LIMIT $4::integer FOR UPDATE SKIP LOCKED
     ) AS best
-{_claim_update_sql(", on_trial = true, target = $3::text")}"""
+{_claim_update_sql(", isolated = true, target = $3::text")}"""
 
 
 def _claim_statement(claim: ClaimQuery) -> tuple[Any, ...]:
@@ -427,7 +430,7 @@ def _claim_statement(claim: ClaimQuery) -> tuple[Any, ...]:
     lease = claim.owner, int(claim.lease_seconds * 1_000_000)
     if claim.is_trial:
         queue = ISOLATION_TARGETS.get(claim.target, claim.target)
-        return (_CLAIM_FOR_TRIAL, queue, claim.max_trial_losses, claim.target, claim.limit, *lease)
+        return (_CLAIM_FOR_TRIAL, queue, claim.max_isolation_losses, claim.target, claim.limit, *lease)
     turns = msgspec.json.encode(claim.turns).decode()
     return (
         _CLAIM,
@@ -492,7 +495,7 @@ _NEW_ATTEMPTS = f"""
 """
 """Only in the statements for batches that hold attempts of nodes: most hold none, and are not to pay for it."""
 # A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer.
-_ENDS_WAITING = "(write.status = 'waiting' AND execution.signals <= write.signals)"
+_ENDS_WAITING = "(write.status = 'waiting' AND execution.wait_answer_count <= write.wait_answer_count)"
 _RECORD_TEMPLATE = f"""
 WITH held AS (
     UPDATE execution SET
@@ -508,8 +511,8 @@ WITH held AS (
         has_journal = true,
         -- Attempts lost before a new result are forgiven; the one in hand goes on counting.
         attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
-        trial_losses = CASE WHEN write.move = 'gives-back' OR write.has_new_result THEN 0 ELSE trial_losses END,
-        on_trial = on_trial AND write.move = 'goes-on' AND NOT (write.has_new_result OR write.has_passed),
+        isolation_losses = CASE WHEN write.move = 'gives-back' OR write.has_new_result THEN 0 ELSE isolation_losses END,
+        isolated = isolated AND write.move = 'goes-on' AND NOT (write.has_new_result OR write.has_passed),
         due_at = CASE WHEN {_ENDS_WAITING} THEN write.due_at END,
         -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
         deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - {NOW} ELSE deadline_at END,
@@ -521,8 +524,9 @@ WITH held AS (
         lease_until = CASE WHEN write.move = 'goes-on' THEN lease_until END,
         updated_at = {NOW}
     FROM unnest({unnest_sql(1, _WRITE_TYPES)}) AS write (
-        id, lane, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at, signals)
-    WHERE execution.id = write.id AND execution.lane = write.lane AND execution.token = write.token
+        id, shard, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at,
+        wait_answer_count)
+    WHERE execution.id = write.id AND execution.shard = write.shard AND execution.token = write.token
         AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
         AND {{lock_wait}}
     RETURNING execution.id
@@ -556,8 +560,8 @@ def _record_statement(lock_milliseconds: int) -> Mapping[bool, str]:
 _RECORD = _record_statement(BATCH_LOCK_MILLISECONDS)
 _RECORD_ALONE = _record_statement(LONE_LOCK_MILLISECONDS)
 _HELD_LEASES = f"""
-execution JOIN unnest({unnest_sql(1, ("text", "smallint", "bigint"))}) AS held (id, lane, token)
-    ON execution.id = held.id AND execution.lane = held.lane AND execution.token = held.token
+execution JOIN unnest({unnest_sql(1, ("text", "smallint", "bigint"))}) AS held (id, shard, token)
+    ON execution.id = held.id AND execution.shard = held.shard AND execution.token = held.token
 WHERE status = 'running' AND ({{owner}}::text = '' OR lease_owner = {{owner}})
 """
 _RENEW = f"""
@@ -577,7 +581,7 @@ def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
         status = STATUS_AFTER[write.end].value
     return (
         write.execution_id,
-        write.lane,
+        write.shard,
         write.token,
         move,
         status,
@@ -587,32 +591,32 @@ def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
         write.has_passed,
         encode_error(write.error),
         to_microseconds(write.due_at) if write.due_at else None,
-        write.signals if move == "gives-back" else None,
+        write.wait_answer_count if move == "gives-back" else None,
     )
 
 
 # ── read ──────────────────────────────────────────────────────────────────────────────────────────
 
 _DEFINITIONS = f"""
-SELECT organization_id, hash, lane, body FROM definition
-JOIN unnest({unnest_sql(1, ("text", "text", "smallint"))}) AS asked (organization_id, hash, lane)
-USING (organization_id, hash, lane)
+SELECT organization_id, hash, shard, body FROM definition
+JOIN unnest({unnest_sql(1, ("text", "text", "smallint"))}) AS asked (organization_id, hash, shard)
+USING (organization_id, hash, shard)
 """
 _SPANS = f"""
 SELECT {", ".join(SPAN_COLUMNS)} FROM span
-JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (execution_id, lane)
+JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, shard) USING (execution_id, shard)
 ORDER BY execution_id, sequence
 """
 _LAST_LOG_LINES = """
 SELECT execution_id, max(sequence) FROM log_line
-JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, lane) USING (execution_id, lane)
+JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, shard) USING (execution_id, shard)
 GROUP BY execution_id
 """
 _PROGRESS = """
 SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id,
     coalesce(span.output, span.output_blob), progress, span.output IS NULL
-FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, lane) USING (id, lane)
-LEFT JOIN span ON span.execution_id = execution.id AND span.lane = execution.lane
+FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, shard) USING (id, shard)
+LEFT JOIN span ON span.execution_id = execution.id AND span.shard = execution.shard
     AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.iteration = ''
     AND coalesce(span.output, span.output_blob) IS NOT NULL
 """
@@ -630,17 +634,19 @@ def _skip_locked_sql(condition: str, limit: str = "") -> str:
 
 _PROMOTE_DUE = f"""
 UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, deadline_at = deadline_at + {NOW},
-    target = CASE target WHEN '{DELAYED_TARGET}' THEN coalesce(home, '{SHARED_TARGET}') ELSE target END
+    target = CASE target
+        WHEN '{DELAYED_TARGET}' THEN coalesce(assigned_deployment_id, '{SHARED_TARGET}') ELSE target
+    END
 WHERE {_skip_locked_sql(f"status = 'waiting' AND due_at <= {NOW}")} RETURNING id
 """
-_TRIAL_LOSSES = "trial_losses + CASE WHEN on_trial THEN 1 ELSE 0 END"
-_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
-_IS_NEXT_ON_TRIAL = (
+_ISOLATION_LOSSES = "isolation_losses + CASE WHEN isolated THEN 1 ELSE 0 END"
+_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_ISOLATION_LOSSES} >= {MAX_ISOLATION_LOSSES})"
+_IS_NEXT_ISOLATED = (
     f"request IS NULL AND NOT {_HAS_CRASHED} AND greatest(attempt, {{least_losses}}) >= {SUSPECT_LOSSES}"
 )
 _RECLAIM = f"""
 UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = {NOW},
-    has_journal = true, on_trial = false, trial_losses = greatest({_TRIAL_LOSSES}, {{least_trial_losses}}),
+    has_journal = true, isolated = false, isolation_losses = greatest({_ISOLATION_LOSSES}, {{least_isolation_losses}}),
     attempt = greatest(attempt, {{least_losses}}),
     status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'
         WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,
@@ -648,24 +654,24 @@ UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, 
     error = CASE
         WHEN request IS NULL AND {_HAS_CRASHED} THEN replace($2::text, '{LOSS_PLACEHOLDER}', attempt::text)
     END,
-    target = {release_target_sql(_IS_NEXT_ON_TRIAL)}
+    target = {release_target_sql(_IS_NEXT_ISOLATED)}
 """
 _SWEEP = f"""
-{_RECLAIM.format(least_trial_losses=0, least_losses=0)}
+{_RECLAIM.format(least_isolation_losses=0, least_losses=0)}
 WHERE {_skip_locked_sql(f"status = 'running' AND lease_until < {NOW}", "LIMIT $1::integer")}
-RETURNING id, status, inbox
+RETURNING id, status, channel
 """
 _HAD_TRIAL = (
-    "SELECT 1 FROM execution WHERE status = 'running' AND starts_with(lease_owner, $1) AND on_trial LIMIT 1"
+    "SELECT 1 FROM execution WHERE status = 'running' AND starts_with(lease_owner, $1) AND isolated LIMIT 1"
 )
 _COUNT_LOSS = "CASE WHEN $3::boolean THEN {} ELSE 0 END"
 _RECLAIM_OWNER = f"""
-{_RECLAIM.format(least_trial_losses=_COUNT_LOSS.format(1), least_losses=_COUNT_LOSS.format(SUSPECT_LOSSES))}
+{_RECLAIM.format(least_isolation_losses=_COUNT_LOSS.format(1), least_losses=_COUNT_LOSS.format(SUSPECT_LOSSES))}
 WHERE {_skip_locked_sql("status = 'running' AND starts_with(lease_owner, $1)")}
 RETURNING id
 """
 _RELEASE = f"""
-UPDATE execution SET token = token + 1, attempt = attempt - 1, on_trial = false, lease_owner = NULL,
+UPDATE execution SET token = token + 1, attempt = attempt - 1, isolated = false, lease_owner = NULL,
     lease_until = NULL, updated_at = {NOW}, target = {release_target_sql(f"attempt > {SUSPECT_LOSSES}")},
     status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,
     ended_at = CASE WHEN request IS NOT NULL THEN {NOW} END
@@ -674,7 +680,7 @@ RETURNING id
 """
 # In the order of the index of pending runs: without one, a table full of ended runs might be read from its beginning.
 _HAS_PENDING = (
-    "SELECT 1 FROM execution WHERE status = 'pending' ORDER BY target, organization_id, turn LIMIT 1"
+    "SELECT 1 FROM execution WHERE status = 'pending' ORDER BY target, organization_id, queue_turn LIMIT 1"
 )
 _IS_HELD = f"(status = 'running' AND lease_until >= {NOW})"
 _REQUEST_END = f"""
@@ -684,7 +690,7 @@ UPDATE execution SET updated_at = {NOW},
     ended_at = CASE WHEN {_IS_HELD} THEN NULL ELSE {NOW} END,
     lease_owner = CASE WHEN {_IS_HELD} THEN lease_owner END,
     status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
-WHERE id = $1 AND lane = $2 AND status IN ('pending', 'running', 'waiting')
+WHERE id = $1 AND shard = $2 AND status IN ('pending', 'running', 'waiting')
     AND {lock_wait_sql(sessions.LOCK_WAIT_MILLISECONDS)}
-RETURNING status, lease_owner, inbox
+RETURNING status, lease_owner, channel
 """

@@ -68,7 +68,7 @@ def _ingest_one(connection: sqlite3.Connection, arrival: IngestWrite, now: int) 
     is_current = all(_current_workflows(connection, arrival.runs).values())
     key = arrival.idempotency
     if key is not None:
-        bound = _bind_key(connection, arrival.lane, key, arrival.delivery_id, now, is_new=False)
+        bound = _bind_key(connection, arrival.shard, key, arrival.delivery_id, now, is_new=False)
         if bound is not None and bound[0] is not AcceptanceVerdict.ACCEPTED:
             return IngestResult(*bound)
     if not is_current and not _is_delivery_stored(connection, arrival):
@@ -77,7 +77,7 @@ def _ingest_one(connection: sqlite3.Connection, arrival: IngestWrite, now: int) 
     brings_itself = not runs or arrival.event is not None
     if key is not None and (brings_itself or any(run.verdict is not AcceptanceVerdict.FULL for run in runs)):
         # One that has found no place at all may come again.
-        _bind_key(connection, arrival.lane, key, arrival.delivery_id, now, is_new=is_current)
+        _bind_key(connection, arrival.shard, key, arrival.delivery_id, now, is_new=is_current)
     if brings_itself or any(run.verdict is AcceptanceVerdict.ACCEPTED for run in runs):
         # What brought nothing new is a duplicate, of which more is known once the first one is.
         _insert_delivery(connection, arrival, runs, now)
@@ -100,12 +100,12 @@ def _insert_delivery(
         brought = [run.execution_id for run in runs if run.verdict is AcceptanceVerdict.ACCEPTED]
         answer = msgspec.json.encode(brought).decode()
     connection.execute(
-        "INSERT INTO delivery (id, lane, organization_id, workflow_id, user_id, route, sender, content_hash,"
+        "INSERT INTO delivery (id, shard, organization_id, workflow_id, user_id, route, sender, content_hash,"
         " content_bytes, outcome, status, execution_id, event_id, answer, redriven_from, created_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
         (
             one.delivery_id,
-            one.lane,
+            one.shard,
             one.organization_id,
             one.workflow_id,
             one.user_id,
@@ -127,11 +127,11 @@ def _insert_delivery(
 def _insert_event(connection: sqlite3.Connection, one: IngestWrite, now: int) -> None:
     if (event := one.event) is not None:
         connection.execute(
-            "INSERT INTO event (id, lane, organization_id, user_id, event_type, source, data, created_at)"
+            "INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at)"
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
             (
                 event.event_id,
-                one.lane,
+                one.shard,
                 one.organization_id,
                 one.user_id,
                 event.event_type,
@@ -155,7 +155,7 @@ def _initial_target(item: RunAcceptance) -> str:
         return UNPARSED_TARGET
     if item.concurrency_key is not None:
         return LIMITED_TARGET
-    return DELAYED_TARGET if _delay_microseconds(item) else item.home or SHARED_TARGET
+    return DELAYED_TARGET if _delay_microseconds(item) else item.assigned_deployment_id or SHARED_TARGET
 
 
 def _current_workflows(
@@ -163,15 +163,15 @@ def _current_workflows(
 ) -> dict[tuple[str, int], bool]:
     statement = (
         "SELECT 1 FROM workflow"
-        " WHERE id = ? AND lane = ? AND revision = ? AND organization_id = ? AND deleted_at IS NULL"
+        " WHERE id = ? AND shard = ? AND revision = ? AND organization_id = ? AND deleted_at IS NULL"
     )
     return {
         (workflow_id, revision): connection.execute(
-            statement, (workflow_id, lane, revision, organization_id)
+            statement, (workflow_id, shard, revision, organization_id)
         ).fetchone()
         is not None
-        for workflow_id, lane, revision, organization_id in {
-            (item.workflow_id, item.lane, item.workflow_revision, item.organization_id) for item in batch
+        for workflow_id, shard, revision, organization_id in {
+            (item.workflow_id, item.shard, item.workflow_revision, item.organization_id) for item in batch
         }
     }
 
@@ -180,13 +180,13 @@ def _claim_key(
     connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
 ) -> AcceptanceResult | None:
     """Return the answer to an earlier request with this key; else keep the key, if the run will be accepted."""
-    bound = _bind_key(connection, item.lane, key, item.execution_id, now, is_new=is_new)
+    bound = _bind_key(connection, item.shard, key, item.execution_id, now, is_new=is_new)
     return None if bound is None else AcceptanceResult(*bound)
 
 
 def _bind_key(
     connection: sqlite3.Connection,
-    lane: int,
+    shard: int,
     key: IdempotencyKey,
     resource_id: str,
     now: int,
@@ -194,9 +194,9 @@ def _bind_key(
     is_new: bool,
 ) -> tuple[AcceptanceVerdict, str] | None:
     """Tell what a key says of a resource that is bound to it before; else bind it to this one, if that is new."""
-    identity = (lane, key.scope, key.key)
+    identity = (shard, key.scope, key.key)
     found = connection.execute(
-        "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE lane = ? AND scope = ? AND key = ?",
+        "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE shard = ? AND scope = ? AND key = ?",
         identity,
     ).fetchone()
     if found is not None and found[2] > now:
@@ -209,7 +209,7 @@ def _bind_key(
         )
     if is_new:
         connection.execute(
-            "INSERT OR REPLACE INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
+            "INSERT OR REPLACE INTO idempotency (shard, scope, key, fingerprint, resource_id, expires_at)"
             " VALUES (?, ?, ?, ?, ?, ?)",
             (*identity, key.fingerprint, resource_id, now + key.lifetime_seconds * 1_000_000),
         )
@@ -232,34 +232,34 @@ def _has_free_slot(
 
 def _is_run_stored(connection: sqlite3.Connection, item: RunAcceptance) -> bool:
     """Tell whether this very run was accepted before, by a call whose answer was lost."""
-    statement = "SELECT 1 FROM execution WHERE id = ? AND lane = ?"
-    return connection.execute(statement, (item.execution_id, item.lane)).fetchone() is not None
+    statement = "SELECT 1 FROM execution WHERE id = ? AND shard = ?"
+    return connection.execute(statement, (item.execution_id, item.shard)).fetchone() is not None
 
 
 def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int) -> None:
     definitions = {
-        (item.organization_id, item.definition_hash, item.lane, item.definition, now)
+        (item.organization_id, item.definition_hash, item.shard, item.definition, now)
         for item in batch
         if item.definition is not None
     }
     connection.executemany(
-        "INSERT INTO definition (organization_id, hash, lane, body, created_at) VALUES (?, ?, ?, ?, ?)"
+        "INSERT INTO definition (organization_id, hash, shard, body, created_at) VALUES (?, ?, ?, ?, ?)"
         # Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
         " ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at"
         f" WHERE created_at < excluded.created_at - {TOUCH_INTERVAL_MICROSECONDS}",
         definitions,
     )
     connection.executemany(
-        "INSERT INTO execution (id, lane, organization_id, workflow_id, user_id, status, target, trigger_type,"
-        " definition_hash, rank, turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes,"
-        " key_id, has_journal, inbox, created_at, updated_at, parent_id, root_id, depth, signals, concurrency_key,"
-        " concurrency_limit, follow_up, home, is_private, due_at)"
+        "INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type,"
+        " definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes,"
+        " total_nodes, key_id, has_journal, channel, created_at, updated_at, parent_id, root_id, depth,"
+        " wait_answer_count, concurrency_key, concurrency_limit, follow_up, assigned_deployment_id, is_private, due_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 1, 0, 0, ?, 0, ?, ?, 0, ?, ?, ?, ?, ?, ?, 0, ?, ?, ?, ?, ?, ?)"
         " ON CONFLICT DO NOTHING",
         [
             (
                 item.execution_id,
-                item.lane,
+                item.shard,
                 item.organization_id,
                 item.workflow_id,
                 item.user_id,
@@ -272,7 +272,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
                 int(item.timeout_seconds * 1_000_000),
                 item.total_nodes,
                 item.execution_id,
-                item.inbox,
+                item.channel,
                 now,
                 now,
                 item.parent_id,
@@ -281,7 +281,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
                 item.concurrency_key,
                 item.concurrency_limit,
                 item.follow_up,
-                item.home,
+                item.assigned_deployment_id,
                 item.is_private,
                 _delay_microseconds(item),
             )
@@ -289,12 +289,12 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
         ],
     )
     connection.executemany(
-        "INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
+        "INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)"
         " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
         [
             (
                 item.execution_id,
-                item.lane,
+                item.shard,
                 item.trigger,
                 item.config,
                 item.organization_id,

@@ -59,7 +59,7 @@ from models.errors import DatabaseUnavailable
 from models.execution import DELAYED_TARGET, ISOLATION_TARGETS, LIMITED_TARGET, SHARED_TARGET
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
 from models.host_time import HOST_TIME
-from models.loss_limits import MAX_LOST_ATTEMPTS, MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.loss_limits import MAX_ISOLATION_LOSSES, MAX_LOST_ATTEMPTS, SUSPECT_LOSSES
 from models.timestamps import to_microseconds
 
 T = TypeVar("T")
@@ -95,9 +95,11 @@ class SQLiteStore:
         self.clock.follow_host()
         return claimed
 
-    async def has_suspects(self, max_trial_losses: int, target: str = SHARED_TARGET) -> bool:
+    async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
         """Tell whether suspects wait; see `RunStore.has_suspects`."""
-        return await self._reader.run(lambda connection: _has_suspects(connection, target, max_trial_losses))
+        return await self._reader.run(
+            lambda connection: _has_suspects(connection, target, max_isolation_losses)
+        )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
         """Write what runs have done; see `Store.record`."""
@@ -300,8 +302,8 @@ def _claim(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun
 
 def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun]:
     rows = connection.execute(
-        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY trial_losses, attempt, rank LIMIT ?",
-        (ISOLATION_TARGETS.get(claim.target, claim.target), claim.max_trial_losses, claim.limit),
+        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY isolation_losses, attempt, rank LIMIT ?",
+        (ISOLATION_TARGETS.get(claim.target, claim.target), claim.max_isolation_losses, claim.limit),
     ).fetchall()
     now = _now_microseconds()
     return [_take_run(connection, claim, row[0], now, may_have_more=False) for row in rows]
@@ -334,12 +336,14 @@ def _organization_runs(
 ) -> list[tuple[str, bool]]:
     """Return an organisation's best runs, its workflows served in turn, and whether a workflow may have more."""
     statement = (
-        "SELECT min(turn) FROM execution"
-        " WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn >= ?"
+        "SELECT min(queue_turn) FROM execution"
+        " WHERE status = 'pending' AND target = ? AND organization_id = ? AND queue_turn >= ?"
     )
 
-    def following(turn: int) -> int | None:
-        found: int | None = connection.execute(statement, (claim.target, organization_id, turn)).fetchone()[0]
+    def following(queue_turn: int) -> int | None:
+        found: int | None = connection.execute(
+            statement, (claim.target, organization_id, queue_turn)
+        ).fetchone()[0]
         return found
 
     turns: list[int] = []
@@ -352,12 +356,12 @@ def _organization_runs(
     # Elsewhere suspects wait at a target of their own.
     is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND attempt < {SUSPECT_LOSSES}"
     chosen: list[tuple[str, bool]] = []
-    for served, turn in enumerate(turns):
+    for served, queue_turn in enumerate(turns):
         part = -(-(share - len(chosen)) // (len(turns) - served))
         rows = connection.execute(
-            "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ? AND turn = ?"
-            f"{is_no_suspect} ORDER BY is_fresh, rank LIMIT ?",
-            (claim.target, organization_id, turn, part),
+            "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ?"
+            f" AND queue_turn = ?{is_no_suspect} ORDER BY is_fresh, rank LIMIT ?",
+            (claim.target, organization_id, queue_turn, part),
         ).fetchall()
         chosen.extend((row[0], len(rows) == part) for row in rows)
     return chosen
@@ -368,7 +372,7 @@ def _merge_first(one: int | None, other: int | None) -> int | None:
 
 
 # Written only where it changes: `target` stands in several indexes.
-_PUTS_ON_TRIAL = " on_trial = 1, target = ?5,"
+_PUTS_ISOLATED = " isolated = 1, target = ?5,"
 
 
 def _take_run(
@@ -376,13 +380,13 @@ def _take_run(
 ) -> ClaimedRun:
     row = connection.execute(
         "UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = 0,"
-        f"{_PUTS_ON_TRIAL if claim.is_trial else ''}"
+        f"{_PUTS_ISOLATED if claim.is_trial else ''}"
         " lease_owner = ?1, lease_until = ?2, started_at = coalesce(started_at, ?3), updated_at = ?3,"
         " deadline_at = coalesce(deadline_at, ?3 + timeout_microseconds)"
         " WHERE id = ?4 AND status = 'pending'"
-        " RETURNING id, lane, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
+        " RETURNING id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,"
         " (SELECT trigger FROM execution_data WHERE execution_id = execution.id), started_at, deadline_at, request,"
-        " inbox, user_id, signals, concurrency_key, follow_up",
+        " channel, user_id, wait_answer_count, concurrency_key, follow_up",
         (
             *(claim.owner, now + int(claim.lease_seconds * 1_000_000), now, execution_id),
             *((claim.target,) if claim.is_trial else ()),
@@ -394,13 +398,13 @@ def _take_run(
 # What was begun stands together in the index, apart from what nobody has begun.
 _IS_SUSPECT = (
     f"WHERE status = 'pending' AND target = ? AND NOT is_fresh AND attempt >= {SUSPECT_LOSSES}"
-    " AND trial_losses <= ?"
+    " AND isolation_losses <= ?"
 )
 
 
-def _has_suspects(connection: sqlite3.Connection, target: str, max_trial_losses: int) -> bool:
+def _has_suspects(connection: sqlite3.Connection, target: str, max_isolation_losses: int) -> bool:
     statement = f"SELECT 1 FROM execution {_IS_SUSPECT} LIMIT 1"
-    values = (ISOLATION_TARGETS.get(target, target), max_trial_losses)
+    values = (ISOLATION_TARGETS.get(target, target), max_isolation_losses)
     return connection.execute(statement, values).fetchone() is not None
 
 
@@ -421,7 +425,7 @@ _INSERT_LOGS = (
     f"INSERT OR IGNORE INTO log_line ({', '.join(LOG_COLUMNS)}) VALUES ({', '.join('?' * len(LOG_COLUMNS))})"
 )
 _LEASE_GUARD = (
-    " WHERE id = :id AND lane = :lane AND token = :token AND status = 'running'"
+    " WHERE id = :id AND shard = :shard AND token = :token AND status = 'running'"
     " AND (:owner = '' OR lease_owner = :owner)"
 )
 _DONE = "completed_nodes = :completed, progress = max(progress, :progress)"
@@ -429,14 +433,14 @@ _UPDATE_PROGRESS = (
     f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
     # Attempts lost before a new result are forgiven; the one in hand goes on counting.
     " attempt = CASE WHEN :has_new_result THEN 1 ELSE attempt END,"
-    " trial_losses = CASE WHEN :has_new_result THEN 0 ELSE trial_losses END,"
-    " on_trial = on_trial AND NOT (:has_new_result OR :has_passed)" + _LEASE_GUARD
+    " isolation_losses = CASE WHEN :has_new_result THEN 0 ELSE isolation_losses END,"
+    " isolated = isolated AND NOT (:has_new_result OR :has_passed)" + _LEASE_GUARD
 )
 _UPDATE_END = (
     f"UPDATE execution SET status = :status, {_DONE}, error = :error, ended_at = :now,"
     " updated_at = :now, lease_owner = NULL, lease_until = NULL" + _LEASE_GUARD
 )
-_ENDS_WAITING = "(:status = 'waiting' AND signals <= :signals)"
+_ENDS_WAITING = "(:status = 'waiting' AND wait_answer_count <= :wait_answer_count)"
 """A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer."""
 _UPDATE_RELEASE = (
     f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
@@ -447,7 +451,7 @@ _UPDATE_RELEASE = (
     # A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
     f" deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - :now ELSE deadline_at END,"
     f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED_TARGET}' END,"
-    " token = token + 1, attempt = 0, trial_losses = 0, on_trial = 0, lease_owner = NULL, lease_until = NULL"
+    " token = token + 1, attempt = 0, isolation_losses = 0, isolated = 0, lease_owner = NULL, lease_until = NULL"
     + _LEASE_GUARD
 )
 
@@ -464,7 +468,7 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
 def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]:
     values: dict[str, Any] = {
         "id": write.execution_id,
-        "lane": write.lane,
+        "shard": write.shard,
         "token": write.token,
         "owner": owner,
         "completed": write.completed_nodes,
@@ -479,7 +483,7 @@ def _update(write: RunWrite, owner: str, now: int) -> tuple[str, dict[str, Any]]
     values["status"] = STATUS_AFTER[write.end].value
     if write.end in {RunStatus.WAITING, RunStatus.RELEASED}:
         due_at = to_microseconds(write.due_at) if write.due_at else None
-        return _UPDATE_RELEASE, values | {"due_at": due_at, "signals": write.signals}
+        return _UPDATE_RELEASE, values | {"due_at": due_at, "wait_answer_count": write.wait_answer_count}
     return _UPDATE_END, values | {"error": encode_error(write.error)}
 
 
@@ -494,7 +498,7 @@ def _renew(
             {
                 "until": until,
                 "id": lease.execution_id,
-                "lane": lease.lane,
+                "shard": lease.shard,
                 "token": lease.token,
                 "owner": owner,
             },
@@ -508,14 +512,14 @@ def _renew(
 
 
 def _definitions(connection: sqlite3.Connection, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-    statement = "SELECT body FROM definition WHERE organization_id = ? AND hash = ? AND lane = ?"
+    statement = "SELECT body FROM definition WHERE organization_id = ? AND hash = ? AND shard = ?"
     found = {key: connection.execute(statement, key).fetchone() for key in keys}
     return {key: row[0] for key, row in found.items() if row is not None}
 
 
 def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
     statement = (
-        f"SELECT {', '.join(SPAN_COLUMNS)} FROM span WHERE execution_id = ? AND lane = ? ORDER BY sequence"
+        f"SELECT {', '.join(SPAN_COLUMNS)} FROM span WHERE execution_id = ? AND shard = ? ORDER BY sequence"
     )
     return {
         key.execution_id: [decode_span(row) for row in connection.execute(statement, key)] for key in keys
@@ -523,7 +527,7 @@ def _spans(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict
 
 
 def _last_log_lines(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-    statement = "SELECT max(sequence) FROM log_line WHERE execution_id = ? AND lane = ?"
+    statement = "SELECT max(sequence) FROM log_line WHERE execution_id = ? AND shard = ?"
     found = {key.execution_id: connection.execute(statement, key).fetchone()[0] for key in keys}
     return {execution_id: last for execution_id, last in found.items() if last is not None}
 
@@ -532,7 +536,7 @@ def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> l
     found: list[RunProgressReport] = []
     for key in keys:
         row = connection.execute(
-            "SELECT status, completed_nodes, total_nodes, error, progress FROM execution WHERE id = ? AND lane = ?",
+            "SELECT status, completed_nodes, total_nodes, error, progress FROM execution WHERE id = ? AND shard = ?",
             key,
         ).fetchone()
         if row is None:
@@ -558,7 +562,7 @@ def _progress(connection: sqlite3.Connection, keys: Sequence[ExecutionKey]) -> l
 
 _OUTPUTS = (
     "SELECT node_id, coalesce(output, output_blob) AS shown, output IS NULL FROM span"
-    " WHERE execution_id = ? AND lane = ? AND iteration = '' AND shown IS NOT NULL AND ended_at IS NOT NULL"
+    " WHERE execution_id = ? AND shard = ? AND iteration = '' AND shown IS NOT NULL AND ended_at IS NOT NULL"
 )
 
 
@@ -569,32 +573,33 @@ def _promote_due(connection: sqlite3.Connection) -> int:
     now = _now_microseconds()
     return connection.execute(
         "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1,"
-        f" target = CASE target WHEN '{DELAYED_TARGET}' THEN coalesce(home, '{SHARED_TARGET}') ELSE target END"
+        f" target = CASE target WHEN '{DELAYED_TARGET}'"
+        f" THEN coalesce(assigned_deployment_id, '{SHARED_TARGET}') ELSE target END"
         " WHERE status = 'waiting' AND due_at <= ?1",
         (now,),
     ).rowcount
 
 
-_TRIAL_LOSSES = "trial_losses + (CASE WHEN on_trial THEN 1 ELSE 0 END)"
-_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_TRIAL_LOSSES} >= {MAX_TRIAL_LOSSES})"
-_IS_NEXT_ON_TRIAL = (
+_ISOLATION_LOSSES = "isolation_losses + (CASE WHEN isolated THEN 1 ELSE 0 END)"
+_HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_ISOLATION_LOSSES} >= {MAX_ISOLATION_LOSSES})"
+_IS_NEXT_ISOLATED = (
     f"request IS NULL AND NOT {_HAS_CRASHED} AND max(attempt, :least_losses) >= {SUSPECT_LOSSES}"
 )
 _RECLAIM = (
     "UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, updated_at = :now,"
-    f" has_journal = 1, on_trial = 0, trial_losses = max({_TRIAL_LOSSES}, :least_trial_losses),"
+    f" has_journal = 1, isolated = 0, isolation_losses = max({_ISOLATION_LOSSES}, :least_isolation_losses),"
     " attempt = max(attempt, :least_losses),"
     " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
     f" WHEN {_HAS_CRASHED} THEN 'failed' ELSE 'pending' END,"
     f" ended_at = CASE WHEN request IS NOT NULL OR {_HAS_CRASHED} THEN :now END,"
     f" error = CASE WHEN request IS NULL AND {_HAS_CRASHED} THEN replace(:crashed, '{LOSS_PLACEHOLDER}', attempt) END,"
-    f" target = {release_target_sql(_IS_NEXT_ON_TRIAL)}"
+    f" target = {release_target_sql(_IS_NEXT_ISOLATED)}"
 )
 
 
-_NO_LEAST = {"least_trial_losses": 0, "least_losses": 0}
+_NO_LEAST = {"least_isolation_losses": 0, "least_losses": 0}
 _RELEASE = (
-    "UPDATE execution SET token = token + 1, attempt = attempt - 1, on_trial = 0, lease_owner = NULL,"
+    "UPDATE execution SET token = token + 1, attempt = attempt - 1, isolated = 0, lease_owner = NULL,"
     f" lease_until = NULL, updated_at = :now, target = {release_target_sql(f'attempt > {SUSPECT_LOSSES}')},"
     " status = CASE request WHEN 'stop' THEN 'stopped' WHEN 'cancel' THEN 'cancelled' ELSE 'pending' END,"
     " ended_at = CASE WHEN request IS NOT NULL THEN :now END WHERE id = :id AND status = 'running'"
@@ -607,7 +612,7 @@ def _sweep(connection: sqlite3.Connection, limit: int) -> SweepResult:
     rows = connection.execute(
         _RECLAIM
         + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
-        " RETURNING id, status, inbox",
+        " RETURNING id, status, channel",
         {"now": now, "crashed": CRASHED_ERROR, "limit": limit, **_NO_LEAST},
     ).fetchall()
     has_pending = connection.execute("SELECT 1 FROM execution WHERE status = 'pending' LIMIT 1").fetchone()
@@ -620,9 +625,9 @@ def _reclaim(connection: sqlite3.Connection, owner_prefix: str, *, out_of_memory
     values = {"now": _now_microseconds(), "crashed": CRASHED_ERROR, "owner": owner_prefix, **_NO_LEAST}
     if out_of_memory:
         values["crashed"] = OUT_OF_MEMORY_ERROR
-        on_trial = f"SELECT 1 FROM execution{of_owner} AND on_trial LIMIT 1"
-        if connection.execute(on_trial, {"owner": owner_prefix}).fetchone() is None:
-            values |= {"least_trial_losses": 1, "least_losses": SUSPECT_LOSSES}
+        isolated = f"SELECT 1 FROM execution{of_owner} AND isolated LIMIT 1"
+        if connection.execute(isolated, {"owner": owner_prefix}).fetchone() is None:
+            values |= {"least_isolation_losses": 1, "least_losses": SUSPECT_LOSSES}
     return connection.execute(_RECLAIM + of_owner, values).rowcount
 
 
@@ -647,18 +652,18 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
         " lease_owner = CASE WHEN status = 'running' AND lease_until >= :now THEN lease_owner END,"
         " status = CASE WHEN status = 'running' AND lease_until >= :now THEN status"
         " WHEN request = 'cancel' THEN 'cancelled' ELSE :status END"
-        " WHERE id = :id AND lane = :lane AND status IN ('pending', 'running', 'waiting')"
-        " RETURNING status, lease_owner, inbox",
+        " WHERE id = :id AND shard = :shard AND status IN ('pending', 'running', 'waiting')"
+        " RETURNING status, lease_owner, channel",
         {
             "now": now,
             "request": request,
             "id": key.execution_id,
-            "lane": key.lane,
+            "shard": key.shard,
             "status": (ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED).value,
         },
     ).fetchone()
     if row is None:
         row = connection.execute(
-            "SELECT status, NULL, inbox FROM execution WHERE id = ? AND lane = ?", key
+            "SELECT status, NULL, channel FROM execution WHERE id = ? AND shard = ?", key
         ).fetchone()
     return None if row is None else EndRequestOutcome(ExecutionStatus(row[0]), row[1], row[2])

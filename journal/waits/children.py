@@ -32,11 +32,12 @@ _REQUESTS: Final[Mapping[str, str]] = {
 
 _parent_alias = aliased(Execution)
 _ABANDONED: Final[Select[str, int, str]] = (
-    select(col(Execution.id), col(Execution.lane), col(_parent_alias.status).label("parent_status"))
+    select(col(Execution.id), col(Execution.shard), col(_parent_alias.status).label("parent_status"))
     .join(
         _parent_alias,
         and_(
-            col(_parent_alias.id) == col(Execution.parent_id), col(_parent_alias.lane) == col(Execution.lane)
+            col(_parent_alias.id) == col(Execution.parent_id),
+            col(_parent_alias.shard) == col(Execution.shard),
         ),
     )
     .where(
@@ -86,7 +87,7 @@ async def request_abandoned_ends(database: Database, store: JournalStore) -> Seq
             found = (await connection.execute(_ABANDONED)).all()
         for child in found:
             request = _REQUESTS[child.parent_status]
-            requested = await store.request_end(ExecutionKey(child.id, child.lane), request)
+            requested = await store.request_end(ExecutionKey(child.id, child.shard), request)
             if requested is not None:
                 ended.append(AbandonedRun(child.id, request, requested))
         if not found:

@@ -83,7 +83,7 @@ ON_FAILURE_TRIGGER: Final = "on-failure"
 _IS_QUEUED: Final = (col(Execution.follow_up).is_not(None), col(Execution.ended_at).is_not(None))
 """The condition of the index: follow-ups of runs that have ended."""
 _COLUMNS: Final = (
-    *(col(Execution.id), col(Execution.lane), col(Execution.organization_id), col(Execution.workflow_id)),
+    *(col(Execution.id), col(Execution.shard), col(Execution.organization_id), col(Execution.workflow_id)),
     *(col(Execution.user_id), col(Execution.definition_hash), col(Execution.key_id), col(Execution.status)),
     *(col(Execution.error), col(Execution.started_at), col(Execution.ended_at), col(Execution.follow_up)),
     *(col(Execution.follow_up_at), col(Execution.follow_up_outcome)),
@@ -151,7 +151,7 @@ async def find_due_completions(
     """Return runs that are to be followed up by now: fresh ones, then those that wait the longest."""
     async with database.read() as connection:
         rows = await connection.execute(due_statement(limit, but_of=but_of).limit(limit))
-        return [ExecutionKey(row.id, row.lane) for row in rows]
+        return [ExecutionKey(row.id, row.shard) for row in rows]
 
 
 async def claim_completions(
@@ -164,7 +164,7 @@ async def claim_completions(
             select(col(Execution.id))
             .where(
                 col(Execution.id).in_(sorted(key.execution_id for key in keys)),
-                col(Execution.lane).in_({key.lane for key in keys}),
+                col(Execution.shard).in_({key.shard for key in keys}),
                 *_IS_QUEUED,
                 col(Execution.follow_up_at).is_(None) | (col(Execution.follow_up_at) <= DatabaseTime()),
             )
@@ -221,7 +221,7 @@ async def clear_action(database: Database, key: ExecutionKey) -> None:
 def _candidates_statement(
     condition: ColumnElement[bool], order: SQLColumnExpression[Any], limit: int, but_of: Collection[str]
 ) -> Select[Any]:
-    statement = select(col(Execution.id), col(Execution.lane)).where(*_IS_QUEUED, condition)
+    statement = select(col(Execution.id), col(Execution.shard)).where(*_IS_QUEUED, condition)
     if but_of:
         statement = statement.where(col(Execution.organization_id).not_in(but_of))
     # As a subquery, since SQLite takes no order in a part of a union.
@@ -230,11 +230,11 @@ def _candidates_statement(
 
 def _due_completion(row: Row[Any]) -> DueCompletion:
     return DueCompletion(
-        key=ExecutionKey(row.id, row.lane),
+        key=ExecutionKey(row.id, row.shard),
         organization_id=row.organization_id,
         workflow_id=row.workflow_id,
         user_id=row.user_id,
-        definition=DefinitionKey(row.organization_id, row.definition_hash, row.lane),
+        definition=DefinitionKey(row.organization_id, row.definition_hash, row.shard),
         key_id=row.key_id,
         status=ExecutionStatus(row.status),
         error=row.error,
@@ -247,4 +247,4 @@ def _due_completion(row: Row[Any]) -> DueCompletion:
 
 
 def _is_run(key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
-    return col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+    return col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard

@@ -70,10 +70,10 @@ async def add_wait(
         col(Execution.id) == caller.execution_id,
         col(Execution.organization_id) == caller.organization_id,
     )
-    lane = await connection.scalar(select(col(Execution.lane)).where(*of_run))
-    if lane is None:
+    shard = await connection.scalar(select(col(Execution.shard)).where(*of_run))
+    if shard is None:
         return None
-    key = ExecutionKey(caller.execution_id, lane)
+    key = ExecutionKey(caller.execution_id, shard)
     if await node_answers.is_answered(connection, key, node_id, iteration):
         return None
     now = await database_time.read_database_time(connection)
@@ -88,7 +88,7 @@ async def add_wait(
         execution_id=caller.execution_id,
         node_id=node_id,
         iteration=iteration,
-        lane=lane,
+        shard=shard,
         organization_id=caller.organization_id,
         pattern=wanted.event_type,
         condition=wanted.condition,
@@ -202,7 +202,7 @@ async def answer_waits(
     payload = _encode({"output": msgspec.Raw(data.encode()), "port": OUTPUT})
     given: list[AnswerResult] = []
     for wait in sorted(waits, key=wait_key):  # in order, so that rivals can't wait for one another
-        key = ExecutionKey(wait.execution_id, wait.lane)
+        key = ExecutionKey(wait.execution_id, wait.shard)
         given.append(
             await node_answers.store_answer(
                 connection, key, wait.node_id, wait.iteration, payload, kind=AnswerSource.EVENT
@@ -218,8 +218,8 @@ async def mark_delivered(connection: AsyncConnection, event_ids: Collection[str]
     """Note that everybody has events who waited for them."""
     await connection.execute(
         update(EventRecord)
-        .where(col(EventRecord.id).in_(event_ids), col(EventRecord.told_at).is_(None))
-        .values(told_at=type_coerce(DatabaseTime(), TimestampColumn))
+        .where(col(EventRecord.id).in_(event_ids), col(EventRecord.delivered_at).is_(None))
+        .values(delivered_at=type_coerce(DatabaseTime(), TimestampColumn))
     )
 
 
@@ -228,7 +228,7 @@ async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
     statement = (
         select(col(EventRecord.id))
         .where(
-            col(EventRecord.told_at).is_(None),
+            col(EventRecord.delivered_at).is_(None),
             col(EventRecord.created_at) < DatabaseTime() - UNDELIVERED_SECONDS * _SECOND_MICROSECONDS,
         )
         .order_by(col(EventRecord.created_at))

@@ -124,13 +124,16 @@ async def store_answer(
             execution_id=key.execution_id,
             node_id=node_id,
             iteration=iteration,
-            lane=key.lane,
+            shard=key.shard,
             payload=payload.decode(),
             user_id=user_id,
             created_at=DatabaseTime(),
         )
     )
-    changes: dict[str, Any] = {"signals": col(Execution.signals) + 1, "updated_at": DatabaseTime()}
+    changes: dict[str, Any] = {
+        "wait_answer_count": col(Execution.wait_answer_count) + 1,
+        "updated_at": DatabaseTime(),
+    }
     is_woken = run.status == ExecutionStatus.WAITING
     if is_woken:
         # What was left of the run's timeout when it went to sleep is counted from now on.
@@ -159,7 +162,7 @@ async def read_answers(
             part = keys[start : start + BATCH_RUNS]
             condition = and_(
                 col(WaitAnswer.execution_id).in_([key.execution_id for key in part]),
-                col(WaitAnswer.lane).in_({key.lane for key in part}),
+                col(WaitAnswer.shard).in_({key.shard for key in part}),
             )
             for execution_id, *place, payload in await connection.execute(select(*columns).where(condition)):
                 node_id, iteration = place
@@ -235,8 +238,8 @@ async def is_answered(
 
 
 def _is_run(key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
-    return col(Execution.id) == key.execution_id, col(Execution.lane) == key.lane
+    return col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
 
 
 def _belongs_to_run(table: type[WaitAnswer | SpanRow], key: ExecutionKey) -> Sequence[ColumnElement[bool]]:
-    return col(table.execution_id) == key.execution_id, col(table.lane) == key.lane
+    return col(table.execution_id) == key.execution_id, col(table.shard) == key.shard

@@ -20,7 +20,7 @@ MAX_KEY_LENGTH: Final = 200
 
 
 async def run(call: NodeCall) -> Json | TimerWait:
-    place = await call.services.pace.reserve(
+    place = await call.services.throttle.reserve(
         call.caller,
         _throttle_key(call),
         limit=int(config_fields.read_number(call.config, "limit", minimum=1, maximum=MAX_LIMIT)),

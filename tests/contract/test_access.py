@@ -700,7 +700,7 @@ async def read_all_rows(world: GatewayHarness) -> dict[str, list[str]]:
             if table.name in {"delivery", "intake_sample"}:
                 continue
             names = (
-                column.name for column in table.columns if column.name not in {"last_used_at", "told_at"}
+                column.name for column in table.columns if column.name not in {"last_used_at", "delivered_at"}
             )
             found = await connection.exec_driver_sql(f"SELECT {', '.join(names)} FROM {table.name}")
             rows[table.name] = sorted(map(str, found))

@@ -11,9 +11,9 @@ from models import ids
 from models.database import Database
 
 COLUMNS = (
-    "id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash, rank, turn,"
-    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, inbox,"
-    " created_at, updated_at, started_at, depth, signals"
+    "id, shard, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash, rank, queue_turn,"
+    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, channel,"
+    " created_at, updated_at, started_at, depth, wait_answer_count"
 )
 
 
@@ -29,7 +29,7 @@ class BacklogRows:
     is_fresh: bool = True
     started_at: int | None = None
     turn: int | None = None
-    lane: int = 1
+    shard: int = 1
     user_id: str = "user_1"
     definition_hash: str = "hash"
     rank: str = "n"
@@ -45,21 +45,21 @@ async def fill(database: Database, rows: BacklogRows) -> None:
         counted = f"SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {rows.count}"
         numbers = f"(WITH RECURSIVE s (n) AS ({counted}) SELECT n FROM s)"
     values = (
-        ":prefix || '_' || n, :lane, :organization_id, :workflow_id, :user_id, :status, :target, 'api',"
+        ":prefix || '_' || n, :shard, :organization_id, :workflow_id, :user_id, :status, :target, 'api',"
         " :definition_hash,"
-        f" {rows.rank}, :turn, :is_fresh, 0, 0, 3600000000, 0, 1, :prefix || '_' || n, false, '', n, n,"
+        f" {rows.rank}, :queue_turn, :is_fresh, 0, 0, 3600000000, 0, 1, :prefix || '_' || n, false, '', n, n,"
         " CAST(:started_at AS bigint), 0, 0"
     )
     fields = {
         "prefix": rows.prefix,
-        "lane": rows.lane,
+        "shard": rows.shard,
         "organization_id": rows.organization_id,
         "workflow_id": rows.workflow_id,
         "user_id": rows.user_id,
         "status": rows.status,
         "target": rows.target,
         "definition_hash": rows.definition_hash,
-        "turn": ids.turn_of_workflow(rows.workflow_id) if rows.turn is None else rows.turn,
+        "queue_turn": ids.turn_of_workflow(rows.workflow_id) if rows.turn is None else rows.turn,
         "is_fresh": rows.is_fresh,
         "started_at": rows.started_at,
     }
@@ -71,11 +71,11 @@ async def fill(database: Database, rows: BacklogRows) -> None:
         await connection.execute(
             text(
                 "INSERT INTO execution_data"
-                " (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
-                " SELECT :prefix || '_' || n, :lane, '{\"body\":{}}', '{}', :organization_id, :workflow_id, n"
+                " (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)"
+                " SELECT :prefix || '_' || n, :shard, '{\"body\":{}}', '{}', :organization_id, :workflow_id, n"
                 f" FROM {numbers}"
             ),
-            {name: fields[name] for name in ("prefix", "lane", "organization_id", "workflow_id")},
+            {name: fields[name] for name in ("prefix", "shard", "organization_id", "workflow_id")},
         )
 
     await database.transaction(work)

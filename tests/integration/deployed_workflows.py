@@ -12,8 +12,8 @@ from sqlalchemy import insert, select, update
 from sqlmodel import col
 
 from journal.store import ClaimQuery
-from messages import beginnings
-from messages.deployments import DeployerMessage, ReadPodLogs
+from messages import taken_runs
+from messages.deployer_messages import DeployerMessage, ReadPodLogs
 from models.deployment import Deployment, ObservedState
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
@@ -38,7 +38,7 @@ async def deploy_with_pod(
         **{
             "workflow_id": workflow_id,
             "organization_id": person.user.organization_id,
-            "lane": person.user.lane,
+            "shard": person.user.shard,
             "replicas": 1,
             "definition_hash": HASH,
             "version": 1,
@@ -80,7 +80,7 @@ def answer_for_pods(world: GatewayHarness) -> None:
     def answer(message: DeployerMessage) -> None:
         if isinstance(message, ReadPodLogs):
             letter = {"pod_logs": message.asked, "lines": "[]"}
-            answers.append(asyncio.ensure_future(broker.send(message.inbox, letter)))
+            answers.append(asyncio.ensure_future(broker.send(message.channel, letter)))
 
     answers: list[asyncio.Future[None]] = []
     broker.start_deployer(answer)
@@ -94,13 +94,19 @@ async def serve_as_pods(world: GatewayHarness) -> AsyncIterator[None]:
         while True:
             await asyncio.sleep(0.02)
             async with world.gateway.database.read() as connection:
-                homes = select(col(Execution.home)).where(
-                    col(Execution.status) == ExecutionStatus.PENDING, col(Execution.home).is_not(None)
+                assigned_deployment_ids = select(col(Execution.assigned_deployment_id)).where(
+                    col(Execution.status) == ExecutionStatus.PENDING,
+                    col(Execution.assigned_deployment_id).is_not(None),
                 )
-                found = [str(home) for home in await connection.scalars(homes.distinct())]
+                found = [
+                    str(assigned_deployment_id)
+                    for assigned_deployment_id in await connection.scalars(assigned_deployment_ids.distinct())
+                ]
             for workflow_id in found:
                 claim = ClaimQuery(f"pod:{workflow_id}:1", 30, 50, target=workflow_id)
-                await beginnings.tell(world.gateway.broker, await world.gateway.store.claim(claim))
+                await taken_runs.notify_taken_runs(
+                    world.gateway.broker, await world.gateway.store.claim(claim)
+                )
 
     task = asyncio.create_task(take())
     try:

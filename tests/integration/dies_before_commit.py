@@ -34,7 +34,9 @@ async def main(url: str, folder: str) -> None:
     store.record = record_or_die  # type: ignore[method-assign]  # in the place of what it does
     blobs = open_blobs(settings)
     services = NodeServices(http=NoNetwork())
-    executor = RunExecutor(store, LocalBroker(inbox="dies"), build_catalog(), services, settings, blobs=blobs)
+    executor = RunExecutor(
+        store, LocalBroker(channel="dies"), build_catalog(), services, settings, blobs=blobs
+    )
     await executor.start()
     await asyncio.Event().wait()
 

@@ -23,7 +23,7 @@ async def run_with_settings(
 ) -> AsyncIterator[GatewayHarness]:
     """Run it on the same database."""
     here = world.gateway
-    broker = broker or await brokers.connect(None)
+    broker = broker or await brokers.connect_broker(None)
     told = here.settings.model_copy(update=settings)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)

@@ -52,12 +52,12 @@ async def wait_for_input(
                 deadline_at=DatabaseTime() - DatabaseTime(),
             )
         )
-        lane = await connection.scalar(select(col(Execution.lane)).where(col(Execution.id) == execution_id))
+        shard = await connection.scalar(select(col(Execution.shard)).where(col(Execution.id) == execution_id))
         span = SpanRow(
             execution_id=execution_id,
             node_id=node_id,
             iteration=iteration,
-            lane=lane or 0,
+            shard=shard or 0,
             id=ids.new_id("span"),
             sequence=3,
             label="Approval",

@@ -256,7 +256,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 async def run_mail_harness(world: GatewayHarness) -> AsyncIterator[MailHarness]:
     """Run it on the database of a world."""
     here, sns, now = world.gateway, FakeSns(), [datetime.now(UTC)]
-    broker = await brokers.connect(None)
+    broker = await brokers.connect_broker(None)
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[GatewayState]:

@@ -31,7 +31,7 @@ from journal.store_factory import open_store
 from models import access_store, ids
 from models.access import Organization, UserRole
 from models.database import Database, parse_url
-from models.loss_limits import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.loss_limits import MAX_ISOLATION_LOSSES, SUSPECT_LOSSES
 from models.timestamps import to_microseconds
 from models.workflow import Workflow
 
@@ -43,8 +43,8 @@ TABLES = (
         "span",
         "attempt_span",
         "log_line",
-        "signal",
-        "pace",
+        "wait_answer",
+        "throttle",
         "idempotency",
         "definition",
     ),
@@ -70,7 +70,7 @@ class OwnedWorkflow:
         definition = changes.get("definition", DEFINITION)
         fields: dict[str, Any] = {
             "execution_id": ids.new_id("exec"),
-            "lane": self.organization.lane,
+            "shard": self.organization.shard,
             "organization_id": self.organization.id,
             "workflow_id": self.workflow_id,
             "workflow_revision": 1,
@@ -82,7 +82,7 @@ class OwnedWorkflow:
             "definition": definition,
             "timeout_seconds": 3600.0,
             "total_nodes": 3,
-            "inbox": "gateway",
+            "channel": "gateway",
         }
         return RunAcceptance(**fields | changes)
 
@@ -90,7 +90,7 @@ class OwnedWorkflow:
         """Return a request that brings runs."""
         fields: dict[str, Any] = {
             "delivery_id": ids.new_id("dlv"),
-            "lane": self.organization.lane,
+            "shard": self.organization.shard,
             "organization_id": self.organization.id,
             "workflow_id": self.workflow_id,
             "user_id": self.user_id,
@@ -182,7 +182,7 @@ class RunDatabase:
             workflow = Workflow(
                 id=workflow_id,
                 organization_id=owner.id,
-                lane=owner.lane,
+                shard=owner.shard,
                 owner_id=user.id,
                 name="A workflow",
                 tags=[],
@@ -203,7 +203,7 @@ class RunDatabase:
         assert await self.store.accept([run]) == [
             AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
         ]
-        return ExecutionKey(run.execution_id, run.lane)
+        return ExecutionKey(run.execution_id, run.shard)
 
     async def claim(
         self, limit: int = 100, owner: str = "worker", lease_seconds: float = LEASE_SECONDS
@@ -217,9 +217,15 @@ class RunDatabase:
         assert one.execution_id == key.execution_id
         return one
 
-    async def trial(self, max_trial_losses: int = MAX_TRIAL_LOSSES, **changes: Any) -> Sequence[ClaimedRun]:  # noqa: ANN401 - any field of a Claim
+    async def trial(
+        self,
+        max_isolation_losses: int = MAX_ISOLATION_LOSSES,
+        **changes: Any,  # noqa: ANN401 - any field of a claim
+    ) -> Sequence[ClaimedRun]:
         """Claim a suspect."""
-        claim = ClaimQuery("worker", LEASE_SECONDS, 1, is_trial=True, max_trial_losses=max_trial_losses)
+        claim = ClaimQuery(
+            "worker", LEASE_SECONDS, 1, is_trial=True, max_isolation_losses=max_isolation_losses
+        )
         return await self.store.claim(replace(claim, **changes))
 
     async def begun(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
@@ -251,15 +257,15 @@ class RunDatabase:
 
 
 def key_of(run: ClaimedRun) -> ExecutionKey:
-    return ExecutionKey(run.execution_id, run.lane)
+    return ExecutionKey(run.execution_id, run.shard)
 
 
 def lease_of(run: ClaimedRun) -> LeaseRenewal:
-    return LeaseRenewal(run.execution_id, run.lane, run.token)
+    return LeaseRenewal(run.execution_id, run.shard, run.token)
 
 
 def write(run: ClaimedRun, **fields: Any) -> RunWrite:  # noqa: ANN401 - any field of a RunWrite
-    return RunWrite(run.execution_id, run.lane, run.token, **fields)
+    return RunWrite(run.execution_id, run.shard, run.token, **fields)
 
 
 def microseconds_from_now(seconds: float) -> int:

@@ -115,7 +115,7 @@ class SimulatedCluster:
         token = await self.database.transaction(
             lambda connection: deployment_token.ensure_token(
                 connection,
-                TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.lane),
+                TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.shard),
                 secret=SECRET.encode(),
                 token_id=deployment_token.new_token_id(),
                 now=deployment.created_at,

@@ -14,14 +14,14 @@ from messages import redis_broker, redis_consumer
 from messages.broker import (
     Broker,
     BrokerUnavailable,
-    EvictingRedis,
-    ExecutionsChanged,
-    Letter,
-    Notice,
-    connect,
+    ChangedExecutions,
+    DirectMessage,
+    Notification,
+    RedisMayEvict,
+    connect_broker,
 )
-from messages.deployments import DeployerMessage, LookAtDeployment, ReadPodLogs
-from messages.executions import ALL_LANES
+from messages.deployer_messages import DeployerMessage, ReadPodLogs, ReconcileDeployment
+from messages.executions import ALL_SHARDS
 from tests import services
 
 PATIENCE_SECONDS = 60.0
@@ -78,20 +78,20 @@ async def hints(worker: Broker) -> "Queue[int]":
 
 
 @pytest.fixture
-async def notices(gateway: Broker) -> "Queue[Notice]":
-    notices: Queue[Notice] = Queue()
-    await gateway.listen(notices.put_nowait)
-    return notices
+async def notifications(gateway: Broker) -> "Queue[Notification]":
+    notifications: Queue[Notification] = Queue()
+    await gateway.listen(notifications.put_nowait)
+    return notifications
 
 
-async def test_a_hint_names_the_lane_that_has_work(gateway: Broker, hints: Queue[int]) -> None:
+async def test_a_hint_names_the_shard_that_has_work(gateway: Broker, hints: Queue[int]) -> None:
     await gateway.wake(7)
     assert await _next_item(hints) == 7
     await gateway.wake()
-    assert await _next_item(hints) == ALL_LANES
+    assert await _next_item(hints) == ALL_SHARDS
 
 
-async def test_a_lane_has_one_hint_until_that_is_taken(gateway: Broker, worker: Broker) -> None:
+async def test_a_shard_has_one_hint_until_that_is_taken(gateway: Broker, worker: Broker) -> None:
     await gateway.wake(1)
     await gateway.wake(2)
     await gateway.wake(1)
@@ -116,11 +116,11 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
     gateway: Broker, worker: Broker, hints: Queue[int]
 ) -> None:
     messages: Queue[DeployerMessage] = Queue()
-    asked = ReadPodLogs("wf_a", limit=5, inbox="gateway", asked="logs_1")
+    asked = ReadPodLogs("wf_a", limit=5, channel="gateway", asked="logs_1")
     worker.start_deployer(messages.put_nowait)
-    await gateway.tell_deployer(LookAtDeployment("wf_a"))
-    assert await _next_item(messages) == LookAtDeployment("wf_a")
-    await gateway.tell_deployer(asked)
+    await gateway.notify_deployer(ReconcileDeployment("wf_a"))
+    assert await _next_item(messages) == ReconcileDeployment("wf_a")
+    await gateway.notify_deployer(asked)
     await gateway.wake(3)
     assert (await _next_item(messages), await _next_item(hints)) == (asked, 3)
     await worker.stop_deployer()
@@ -131,64 +131,70 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
 async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once_on_redis(redis_url: str) -> None:
     async with _open_broker(redis_url) as gateway, _open_broker(redis_url) as later:
         for workflow_id in ("wf_a", "wf_b", "wf_a"):
-            await gateway.tell_deployer(LookAtDeployment(workflow_id))
+            await gateway.notify_deployer(ReconcileDeployment(workflow_id))
         messages: Queue[DeployerMessage] = Queue()
         later.start_deployer(messages.put_nowait)
         assert [await _next_item(messages), await _next_item(messages)] == [
-            LookAtDeployment("wf_a"),
-            LookAtDeployment("wf_b"),
+            ReconcileDeployment("wf_a"),
+            ReconcileDeployment("wf_b"),
         ]
         assert messages.empty()
 
 
-async def test_one_notice_tells_all_watched_executions_of_a_batch(
-    gateway: Broker, worker: Broker, notices: Queue[Notice]
+async def test_one_notification_tells_all_watched_executions_of_a_batch(
+    gateway: Broker, worker: Broker, notifications: Queue[Notification]
 ) -> None:
     await gateway.watch(["a", "b", "c"])
     await gateway.watch(["a"])
-    await worker.announce(dict.fromkeys(["a", "unwatched", "b"], ""))
-    assert await _next_item(notices) == ExecutionsChanged(("a", "b"))
+    await worker.publish(dict.fromkeys(["a", "unwatched", "b"], ""))
+    assert await _next_item(notifications) == ChangedExecutions(("a", "b"))
 
 
-async def test_a_watch_is_told_once(gateway: Broker, worker: Broker, notices: Queue[Notice]) -> None:
+async def test_a_watch_is_told_once(
+    gateway: Broker, worker: Broker, notifications: Queue[Notification]
+) -> None:
     await gateway.watch(["a"])
-    await worker.announce({"a": ""})
-    await worker.announce({"a": ""})
-    await worker.send(gateway.inbox, END)
-    assert await _next_item(notices) == ExecutionsChanged(("a",))
-    assert await _next_item(notices) == Letter(END)
+    await worker.publish({"a": ""})
+    await worker.publish({"a": ""})
+    await worker.send(gateway.channel, END)
+    assert await _next_item(notifications) == ChangedExecutions(("a",))
+    assert await _next_item(notifications) == DirectMessage(END)
 
 
-async def test_the_inbox_that_comes_with_an_execution_is_told_once_though_it_watches_nothing(
-    gateway: Broker, worker: Broker, notices: Queue[Notice]
+async def test_the_channel_that_comes_with_an_execution_is_told_once_though_it_watches_nothing(
+    gateway: Broker, worker: Broker, notifications: Queue[Notification]
 ) -> None:
     await gateway.watch(["b"])
-    await worker.announce({"a": gateway.inbox, "b": gateway.inbox, "c": "somebody-else", "d": ""})
-    await worker.send(gateway.inbox, END)
-    assert await _next_item(notices) == ExecutionsChanged(("a", "b"))
-    assert await _next_item(notices) == Letter(END)
+    await worker.publish({"a": gateway.channel, "b": gateway.channel, "c": "somebody-else", "d": ""})
+    await worker.send(gateway.channel, END)
+    assert await _next_item(notifications) == ChangedExecutions(("a", "b"))
+    assert await _next_item(notifications) == DirectMessage(END)
 
 
-async def test_nobody_is_told_of_nothing(gateway: Broker, worker: Broker, notices: Queue[Notice]) -> None:
+async def test_nobody_is_told_of_nothing(
+    gateway: Broker, worker: Broker, notifications: Queue[Notification]
+) -> None:
     await gateway.watch([])
-    await worker.announce({})
-    await worker.send(gateway.inbox, END)
-    assert await _next_item(notices) == Letter(END)
+    await worker.publish({})
+    await worker.send(gateway.channel, END)
+    assert await _next_item(notifications) == DirectMessage(END)
 
 
-async def test_a_letter_reaches_the_inbox_that_it_names_and_no_other(
-    gateway: Broker, worker: Broker, notices: Queue[Notice]
+async def test_a_letter_reaches_the_channel_that_it_names_and_no_other(
+    gateway: Broker, worker: Broker, notifications: Queue[Notification]
 ) -> None:
     await worker.send("nobody", {"stop": "a"})
-    await worker.send(gateway.inbox, {"cancel": "b"})
-    assert await _next_item(notices) == Letter({"cancel": "b"})
+    await worker.send(gateway.channel, {"cancel": "b"})
+    assert await _next_item(notifications) == DirectMessage({"cancel": "b"})
 
 
-async def test_every_listener_of_a_process_hears_everything(gateway: Broker, notices: Queue[Notice]) -> None:
-    others: Queue[Notice] = Queue()
+async def test_every_listener_of_a_process_hears_everything(
+    gateway: Broker, notifications: Queue[Notification]
+) -> None:
+    others: Queue[Notification] = Queue()
     await gateway.listen(others.put_nowait)
-    await gateway.send(gateway.inbox, END)
-    assert await _next_item(notices) == await _next_item(others) == Letter(END)
+    await gateway.send(gateway.channel, END)
+    assert await _next_item(notifications) == await _next_item(others) == DirectMessage(END)
 
 
 async def test_an_idle_worker_stops_though_nothing_wakes_it(worker: Broker, hints: Queue[int]) -> None:
@@ -199,8 +205,8 @@ async def test_an_idle_worker_stops_though_nothing_wakes_it(worker: Broker, hint
 
 
 async def test_each_watching_process_is_told_of_its_own_executions(redis_url: str) -> None:
-    heard_by_one: Queue[Notice] = Queue()
-    heard_by_other: Queue[Notice] = Queue()
+    heard_by_one: Queue[Notification] = Queue()
+    heard_by_other: Queue[Notification] = Queue()
     async with (
         _open_broker(redis_url) as one,
         _open_broker(redis_url) as other,
@@ -211,9 +217,9 @@ async def test_each_watching_process_is_told_of_its_own_executions(redis_url: st
         await one.watch(["a", "b"])
         await other.watch(["b", "c"])
 
-        await recorder.announce(dict.fromkeys(["a", "b", "c"], ""))
-        assert await _next_item(heard_by_one) == ExecutionsChanged(("a", "b"))
-        assert await _next_item(heard_by_other) == ExecutionsChanged(("b", "c"))
+        await recorder.publish(dict.fromkeys(["a", "b", "c"], ""))
+        assert await _next_item(heard_by_one) == ChangedExecutions(("a", "b"))
+        assert await _next_item(heard_by_other) == ChangedExecutions(("b", "c"))
 
 
 async def test_a_watch_ends_by_itself(redis_url: str) -> None:
@@ -226,8 +232,8 @@ async def test_a_watch_ends_by_itself(redis_url: str) -> None:
 async def test_hints_that_no_worker_takes_stay_few(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_broker, "HINTS_KEPT", 3)
     async with _open_broker(redis_url) as broker:
-        for lane in range(9):
-            await broker.wake(lane)
+        for shard in range(9):
+            await broker.wake(shard)
         async with Redis.from_url(redis_url) as client:
             queue = "pilotflame:executions"
             assert await client.llen(queue) == 3
@@ -236,14 +242,14 @@ async def test_hints_that_no_worker_takes_stay_few(redis_url: str, monkeypatch: 
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
-async def test_wake_ups_and_notices_return_with_redis(
+async def test_wake_ups_and_notifications_return_with_redis(
     redis_server: services.RedisServer, redis_url: str, end: str
 ) -> None:
     async with _open_broker(redis_url) as broker:
         hints: Queue[int] = Queue()
-        notices: Queue[Notice] = Queue()
+        notifications: Queue[Notification] = Queue()
         broker.start_worker(hints.put_nowait)
-        await broker.listen(notices.put_nowait)
+        await broker.listen(notifications.put_nowait)
         await broker.wake()
         await _next_item(hints)
 
@@ -255,8 +261,8 @@ async def test_wake_ups_and_notices_return_with_redis(
         await broker.wake(2)
         assert await _next_item(hints) == 2
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while notices.empty():
-                await broker.send(broker.inbox, END)
+            while notifications.empty():
+                await broker.send(broker.channel, END)
 
 
 async def test_a_flushed_redis_heals_with_the_next_wake_up(redis_url: str) -> None:
@@ -290,13 +296,13 @@ async def test_a_caller_can_be_cancelled_while_redis_answers(redis_url: str) -> 
 
 async def test_without_redis_a_process_starts_says_so_and_stops(deserted_url: str) -> None:
     async with _open_broker(deserted_url) as broker:
-        broker.start_worker(lambda _lane: None)
+        broker.start_worker(lambda _shard: None)
         with pytest.raises(BrokerUnavailable):
             await broker.wake()
         with pytest.raises(BrokerUnavailable):
             await broker.watch(["a"])
         with pytest.raises(BrokerUnavailable):
-            await broker.announce({"a": ""})
+            await broker.publish({"a": ""})
         with pytest.raises(BrokerUnavailable):
             await broker.send("nobody", END)
         with pytest.raises(BrokerUnavailable):
@@ -307,8 +313,8 @@ async def test_a_redis_that_evicts_is_refused(redis_url: str) -> None:
     async with Redis.from_url(redis_url) as client:
         await client.config_set("maxmemory-policy", "allkeys-lru")
         try:
-            with pytest.raises(EvictingRedis, match="set maxmemory-policy to noeviction, not allkeys-lru"):
-                await connect(redis_url)
+            with pytest.raises(RedisMayEvict, match="set maxmemory-policy to noeviction, not allkeys-lru"):
+                await connect_broker(redis_url)
         finally:
             await client.config_set("maxmemory-policy", "noeviction")
 
@@ -330,7 +336,7 @@ async def test_a_redis_that_does_not_tell_its_policy_is_trusted(redis_url: str) 
 
 @asynccontextmanager
 async def _open_broker(url: str | None) -> AsyncIterator[Broker]:
-    broker = await connect(url)
+    broker = await connect_broker(url)
     try:
         yield broker
     finally:

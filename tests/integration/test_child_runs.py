@@ -62,7 +62,7 @@ async def create_runnable(
     """Make a workflow that can be run, in the organisation of another if that is given."""
     made = await world.workflow(place.organization if place else None)
     graph = WorkflowGraph(
-        workflow_id=made.workflow_id, lane=made.organization.lane, nodes=NODES, connections=EDGES
+        workflow_id=made.workflow_id, shard=made.organization.shard, nodes=NODES, connections=EDGES
     )
 
     async def work(connection: AsyncConnection) -> None:
@@ -78,7 +78,7 @@ async def create_runnable(
 
 
 def make_starter(world: RunDatabase, **settings: Any) -> ChildRunStarter:  # noqa: ANN401 - a field of WorkerSettings
-    broker = LocalBroker(inbox="worker")
+    broker = LocalBroker(channel="worker")
     return ChildRunStarter(
         world.database, world.store, broker, catalog.load_catalog(), WorkerSettings(**settings)
     )

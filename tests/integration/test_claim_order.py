@@ -15,7 +15,7 @@ from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
 from engine.services import NodeServices
 from engine.values import Json
 from execution.executor import RunExecutor
-from messages.broker import Broker, connect
+from messages.broker import Broker, connect_broker
 from models.execution import PRIORITY_MICROSECONDS
 from nodes import catalog
 from nodes.catalog import NodeCatalog
@@ -87,7 +87,7 @@ async def flood(world: RunDatabase, place: OwnedWorkflow, *, rank: str, definiti
         organization.id,
         place.workflow_id,
         MANY,
-        lane=organization.lane,
+        shard=organization.shard,
         user_id=place.user_id,
         definition_hash=sha256(definition.encode()).hexdigest(),
         rank=rank,
@@ -98,7 +98,7 @@ async def flood(world: RunDatabase, place: OwnedWorkflow, *, rank: str, definiti
 @asynccontextmanager
 async def serve_worker(world: RunDatabase) -> AsyncIterator[Broker]:
     """Run what waits, until the context ends; yields what it is woken by."""
-    broker, end = await connect(None), asyncio.Event()
+    broker, end = await connect_broker(None), asyncio.Event()
     settings = WorkerSettings(lease_seconds=30, concurrency=20)
     store, services = await world.another_store(), NodeServices(http=NoNetwork())
     executor = RunExecutor(store, broker, build_catalog(end), services, settings)

@@ -541,7 +541,7 @@ async def run_pods(
             yield TwoMachineCluster(cluster, api)
 
 
-async def test_callers_notice_neither_a_drain_nor_a_deploy_nor_a_rollback(
+async def test_callers_notification_neither_a_drain_nor_a_deploy_nor_a_rollback(
     gateway: GatewayHarness, tmp_path: Path
 ) -> None:
     people = await gateway.people()

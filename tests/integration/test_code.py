@@ -268,7 +268,7 @@ async def test_a_script_reaches_nothing_but_its_data(bench: CodeBench) -> None:
     "source",
     [
         "import os\ndict(os.environ)",
-        "import os\n[os.environ.get(name) for name in ('PILOTFLAME_SECRET_KEY', 'HOME', 'PATH')]",
+        "import os\n[os.environ.get(name) for name in ('PILOTFLAME_SECRET_KEY', 'ASSIGNED_DEPLOYMENT_ID', 'PATH')]",
         "import os\nos.system('echo $PILOTFLAME_SECRET_KEY >&2; kill -9 $PPID')",
         "import gc\n[str(each)[:200] for each in gc.get_objects() if isinstance(each, (str, dict))]",
     ],

@@ -95,7 +95,7 @@ class CompletionHarness:
     def after_runs(self) -> CompletionActions:
         """Return what comes after runs in one worker."""
         outbound = OutboundClient(LOOPBACK)
-        broker = LocalBroker(inbox="worker")
+        broker = LocalBroker(channel="worker")
         database, store = self.world.database, self.world.store
         runs = ChildRunStarter(database, store, broker, catalog.load_catalog(), WorkerSettings())
         after = CompletionActions(
@@ -116,7 +116,7 @@ class CompletionHarness:
         """Make a workflow that can be run, of an organisation that can sign."""
         place = await self.world.workflow()
         graph = WorkflowGraph(
-            workflow_id=place.workflow_id, lane=place.organization.lane, nodes=NODES, connections=[]
+            workflow_id=place.workflow_id, shard=place.organization.shard, nodes=NODES, connections=[]
         )
         await self.world.database.transaction(
             lambda connection: connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
@@ -128,13 +128,13 @@ class CompletionHarness:
     async def secret(self, place: OwnedWorkflow, *, expires_at: datetime | None = None) -> str:
         secret, secret_id = signing_secrets.new_secret(), ids.new_id("whsec")
         owner = {"organization_id": place.organization.id, "object_id": secret_id}
-        sealed = signing_secrets.encrypt_secret(VAULT, secret, **owner)
+        encrypted = signing_secrets.encrypt_secret(VAULT, secret, **owner)
         row = SigningSecret(
             id=secret_id,
             organization_id=place.organization.id,
-            lane=place.organization.lane,
-            sealed=sealed.content,
-            secret_id=sealed.secret_id,
+            shard=place.organization.shard,
+            encrypted=encrypted.content,
+            secret_id=encrypted.secret_id,
             hint=signing_secrets.visible_suffix(secret),
             created_at=datetime.now(UTC),
             expires_at=expires_at,
@@ -486,10 +486,10 @@ async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(
     place = await office.place()
     about = await office.place()
     await world.query(
-        "UPDATE workflow SET organization_id = :own, lane = :lane, is_public = true,"
+        "UPDATE workflow SET organization_id = :own, shard = :shard, is_public = true,"
         " settings = :settings WHERE id = :id",
         own=place.organization.id,
-        lane=place.organization.lane,
+        shard=place.organization.shard,
         settings=json.dumps({"onFailure": {"workflowId": place.workflow_id}}),
         id=about.workflow_id,
     )
@@ -598,7 +598,7 @@ async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
     await wait_until(lambda: office.is_done(child))
     assert await read_answer(office, parent) == {"output": expected, "port": "output"}
     row = await office.world.row(parent.execution_id)
-    assert (row["status"], row["signals"]) == ("pending", 1)
+    assert (row["status"], row["wait_answer_count"]) == ("pending", 1)
     assert (await office.world.row(child.execution_id))["follow_up_outcome"] is None
 
 

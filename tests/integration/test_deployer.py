@@ -422,7 +422,7 @@ async def record_decision(
     kept = LifecycleDecision(
         id=new_id("decision"),
         organization_id=people.owner.user.organization_id,
-        lane=people.owner.user.lane,
+        shard=people.owner.user.shard,
         workflow_id=workflow_id,
         at=at,
         action="start",

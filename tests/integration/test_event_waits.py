@@ -61,7 +61,7 @@ async def serve_worker(world: GatewayHarness) -> AsyncIterator[None]:
     gateway = world.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05)
-    broker = LocalBroker(inbox=uuid4().hex)
+    broker = LocalBroker(channel=uuid4().hex)
     async with run_worker(settings, gateway.store, broker, gateway.database):
         yield
     await broker.close()
@@ -191,7 +191,7 @@ async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
         await age_events(world)
         await make_matcher(world).deliver_undelivered()
         assert await read_result(world, people.owner, execution_id) == ("paid", 1)
-    assert await count(world, EventRecord, told_at=None) == 0
+    assert await count(world, EventRecord, delivered_at=None) == 0
 
 
 async def test_telling_that_breaks_off_is_done_again_and_answers_once(
@@ -213,7 +213,7 @@ async def test_telling_that_breaks_off_is_done_again_and_answers_once(
         monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
         await age_events(world)
         await make_matcher(world).deliver_undelivered()
-    assert await count(world, EventRecord, told_at=None) == 0
+    assert await count(world, EventRecord, delivered_at=None) == 0
     assert await count(world, WaitAnswer, execution_id=execution_id) == 1
 
 
@@ -237,7 +237,7 @@ async def test_a_locked_run_keeps_an_event_from_no_other(
             assert (await read_run(world, locked))["status"] == "waiting"
         await awaited.deliver_undelivered()
         assert await read_result(world, people.owner, locked) == ("paid", 1)
-    assert await count(world, EventRecord, told_at=None) == 0
+    assert await count(world, EventRecord, delivered_at=None) == 0
 
 
 async def test_no_event_falls_between_the_wait_and_the_look_back(
@@ -321,5 +321,5 @@ async def begin_until_wait(world: GatewayHarness, claimed: ClaimedRun) -> None:
         "start", "start", "manual", SpanStatus.COMPLETED, 1, now, ended_at=now, port="output", output=given
     )
     wait = NodeSpan("wait", "wait", "wait-for-event", SpanStatus.RUNNING, 2, now, input_node="start")
-    write = RunWrite(claimed.execution_id, claimed.lane, claimed.token, spans=[start, wait])
+    write = RunWrite(claimed.execution_id, claimed.shard, claimed.token, spans=[start, wait])
     assert await world.gateway.store.record([write])

@@ -26,7 +26,7 @@ from execution import executor as executors
 from execution.executor import RunExecutor
 from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey, JournalStore, SweepResult
 from messages import broker as brokers
-from messages.broker import Broker, ExecutionsChanged, Notice
+from messages.broker import Broker, ChangedExecutions, Notification
 from messages.local_broker import LocalBroker
 from models.errors import DatabaseUnavailable
 from nodes import catalog
@@ -203,7 +203,7 @@ class WorkerStarter:
         **settings: Any,  # noqa: ANN401 - a field of WorkerSettings
     ) -> WorkerUnderTest:
         store = store or await self._world.another_store()
-        broker = broker or DeafBroker(inbox=uuid4().hex)
+        broker = broker or DeafBroker(channel=uuid4().hex)
         self._stack.push_async_callback(broker.close)
         defaults = {"lease_seconds": LONG_SECONDS, "sweep_seconds": LONG_SECONDS, "commit_seconds": 0.02}
         executor = RunExecutor(
@@ -262,9 +262,9 @@ class PatchedStore:
 async def test_a_run_goes_from_its_row_to_its_outputs(
     world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    worker = await workers.start(broker=await brokers.connect(None))
-    notices: list[Notice] = []
-    await worker.broker.listen(notices.append)
+    worker = await workers.start(broker=await brokers.connect_broker(None))
+    notifications: list[Notification] = []
+    await worker.broker.listen(notifications.append)
     definition = {
         "nodes": [
             {"id": "start", "type": "rest-api"},
@@ -294,14 +294,14 @@ async def test_a_run_goes_from_its_row_to_its_outputs(
     await worker.broker.wake()
     await wait_until(lambda: workers.are_all("completed"))
 
-    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.lane)])
+    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.shard)])
     assert (progress.completed_nodes, progress.total_nodes, progress.error) == (5, 5, None)
     outputs = {node_id: json.loads(output) for node_id, output in progress.outputs}
     assert outputs["yes"]["n"] == 42
     assert "no" not in outputs
     (line,) = await world.query("SELECT message, node_id FROM log_line")
     assert tuple(line.values()) == ("42 is large", "yes")
-    assert notices == [ExecutionsChanged((run.execution_id,))]
+    assert notifications == [ChangedExecutions((run.execution_id,))]
 
 
 @pytest.mark.parametrize("where", EVERY, indirect=True)
@@ -325,7 +325,7 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
     await world.store.accept([run])
     await workers.start()
     await wait_until(lambda: workers.are_all("completed"))
-    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.lane)])
+    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.shard)])
     assert (progress.completed_nodes, progress.percent) == (4, 99)
     assert {node_id for node_id, _ in progress.outputs} == {"start", "loop", "last"}
     spans = await world.query(
@@ -340,21 +340,21 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
 async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watch(
     world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    worker = await workers.start(broker=await brokers.connect(None))
-    notices: list[Notice] = []
-    await worker.broker.listen(notices.append)
+    worker = await workers.start(broker=await brokers.connect_broker(None))
+    notifications: list[Notification] = []
+    await worker.broker.listen(notifications.append)
     run = place.run(
         definition=json.dumps({"nodes": [{"id": "start", "type": "manual"}], "connections": []}),
         total_nodes=1,
-        inbox=worker.broker.inbox,
+        channel=worker.broker.channel,
     )
     await world.store.accept([run])
     await worker.broker.wake()
     await wait_until(lambda: workers.are_all("completed"))
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not notices:  # noqa: ASYNC110 - a list tells nobody
+        while not notifications:  # noqa: ASYNC110 - a list tells nobody
             await asyncio.sleep(0.02)
-    assert notices == [ExecutionsChanged((run.execution_id,))]
+    assert notifications == [ChangedExecutions((run.execution_id,))]
 
 
 async def test_all_that_waits_is_run_without_another_word(
@@ -480,10 +480,10 @@ async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
     good = await world.claimed(place, definition=chain_definition("note"))
     await world.store.record([write(one, end=RunStatus.RELEASED) for one in (poison, good)])
     await world.query(
-        "INSERT INTO span (execution_id, node_id, iteration, lane, id, sequence, label, type, status, attempt)"
-        " VALUES (:id, 'note1', '', :lane, 'span_1', 1, 'note', 'note', 'of a newer version', 1)",
+        "INSERT INTO span (execution_id, node_id, iteration, shard, id, sequence, label, type, status, attempt)"
+        " VALUES (:id, 'note1', '', :shard, 'span_1', 1, 'note', 'note', 'of a newer version', 1)",
         id=poison.execution_id,
-        lane=poison.lane,
+        shard=poison.shard,
     )
     await workers.start(lease_seconds=0.2, sweep_seconds=0.05)
     await wait_until(lambda: has_status(world, good.execution_id, "completed"))
@@ -555,7 +555,7 @@ async def has_completed(world: RunDatabase, count: int) -> bool:
 
 
 async def are_off_trial(world: RunDatabase) -> bool:
-    (row,) = await world.query("SELECT count(*) AS count FROM execution WHERE on_trial")
+    (row,) = await world.query("SELECT count(*) AS count FROM execution WHERE isolated")
     return not row["count"]
 
 
@@ -570,12 +570,12 @@ async def test_a_run_ends_when_it_is_asked_to(
     (execution_id,) = await workers.accept(place, "look", "note")
     worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by letter" else 3.0)
     await wait_soon(workers.stage.begun)
-    requested = await world.store.request_end(ExecutionKey(execution_id, place.organization.lane), request_)
+    requested = await world.store.request_end(ExecutionKey(execution_id, place.organization.shard), request_)
     assert requested is not None
-    assert requested.lease_owner == worker.broker.inbox
+    assert requested.lease_owner == worker.broker.channel
     if way == "by letter":
         letter = {"execution_id": execution_id, "request": request_}
-        await worker.broker.send(worker.broker.inbox, letter)
+        await worker.broker.send(worker.broker.channel, letter)
     if request_ == "stop":
         (active,) = worker.executor._active.values()  # noqa: SLF001 - nobody else knows what it was asked
         await wait_soon(active.control.changed)
@@ -594,9 +594,9 @@ async def test_a_letter_in_words_of_a_newer_version_ends_nothing(
     worker = await workers.start()
     await wait_soon(workers.stage.begun)
     for request in ("pause", ""):
-        await worker.broker.send(worker.broker.inbox, {"execution_id": execution_id, "request": request})
-    await worker.broker.send(worker.broker.inbox, {"execution_id": "exec_unknown", "request": "cancel"})
-    await worker.broker.send(worker.broker.inbox, {"other": "thing"})
+        await worker.broker.send(worker.broker.channel, {"execution_id": execution_id, "request": request})
+    await worker.broker.send(worker.broker.channel, {"execution_id": "exec_unknown", "request": "cancel"})
+    await worker.broker.send(worker.broker.channel, {"other": "thing"})
     await asyncio.sleep(0)
     workers.stage.go_on.set()
     await wait_until(lambda: has_status(world, execution_id, "completed"))
@@ -739,7 +739,7 @@ async def test_a_run_that_was_lost_and_came_back_to_the_same_worker_still_hears_
 
     await wait_until(has_left_the_first_one)
     assert await has_status(world, execution_id, "running")
-    await world.store.request_end(ExecutionKey(execution_id, place.organization.lane), "cancel")
+    await world.store.request_end(ExecutionKey(execution_id, place.organization.shard), "cancel")
     await wait_until(lambda: has_status(world, execution_id, "cancelled"))
 
 

@@ -260,7 +260,7 @@ async def test_the_trail_is_for_admins_of_the_organisation_alone(
     workflow_id = await people.owner.create()
     user = people.admin.user
     organization = Organization(
-        id=user.organization_id, lane=user.lane, name="An organisation", created_at=user.created_at
+        id=user.organization_id, shard=user.shard, name="An organisation", created_at=user.created_at
     )
     limited = await world.person(organization, UserRole.ADMIN, scopes=[KeyScope.WORKFLOWS_READ])
     for person in (people.owner, people.colleague):

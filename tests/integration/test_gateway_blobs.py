@@ -84,7 +84,7 @@ async def kept(world: GatewayHarness, people: OrganizationUsers) -> RunWithBlob:
     ]
     write = RunWrite(
         run.execution_id,
-        run.lane,
+        run.shard,
         run.token,
         spans,
         completed_nodes=2,
@@ -172,7 +172,7 @@ async def test_a_value_that_looks_like_a_reference_is_shown_as_it_is(
     output = NodeSpan(
         "start", "", "manual", SpanStatus.COMPLETED, 1, run.started_at, run.started_at, output=file.as_text()
     )
-    write = RunWrite(run.execution_id, run.lane, run.token, [output], end=RunStatus.COMPLETED)
+    write = RunWrite(run.execution_id, run.shard, run.token, [output], end=RunStatus.COMPLETED)
     await world.gateway.store.record([write])
     for path in ("?expand=blobs", "/progress?wait=0"):
         shown = (await people.owner.api.get(f"{EXECUTIONS}/{run.execution_id}{path}")).json()

@@ -151,7 +151,7 @@ async def test_the_oldest_go_first_and_the_answer_says_how_many_remain(
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     user = people.owner.user
-    rows = BacklogRows(user.organization_id, workflow_id, 250, lane=user.lane, user_id=user.id)
+    rows = BacklogRows(user.organization_id, workflow_id, 250, shard=user.shard, user_id=user.id)
     await fill(world.gateway.database, rows)
     answer = await post_bulk_successfully(people.owner, "cancel", filter={}, limit=150)
     assert (answer["matched"], answer["affected"], answer["remaining"]) == (250, 150, 100)
@@ -248,7 +248,7 @@ async def test_failed_runs_go_on_from_what_they_have_committed_once(
 
     async def settle(connection: AsyncConnection) -> None:
         span = {
-            "execution_id": failed[0], "node_id": "start", "iteration": "", "lane": people.owner.user.lane,
+            "execution_id": failed[0], "node_id": "start", "iteration": "", "shard": people.owner.user.shard,
             "id": f"span_{failed[0]}", "sequence": 1, "label": "Start", "type": "manual", "status": "completed",
             "attempt": 1, "output": "{}",
         }  # fmt: skip
@@ -374,7 +374,7 @@ async def test_what_has_ended_is_deleted_with_all_that_belongs_to_it(
         line = {
             "execution_id": ended[0],
             "sequence": 1,
-            "lane": people.owner.user.lane,
+            "shard": people.owner.user.shard,
             "id": f"log_{ended[0]}",
         }
         values = {**line, "level": "info", "message": "a line", "created_at": datetime.now(UTC)}

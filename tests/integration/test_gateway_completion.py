@@ -83,7 +83,7 @@ async def serve_worker(world: GatewayHarness, folder: Path) -> AsyncIterator[Non
         outbound_allowed_networks=(ip_network("127.0.0.1/32"),),
         sweep_seconds=0.1,
     )
-    broker = await brokers.connect(None)
+    broker = await brokers.connect_broker(None)
     try:
         async with run_worker(settings, gateway.store, broker, gateway.database):
             yield

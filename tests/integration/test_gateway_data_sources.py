@@ -299,7 +299,7 @@ async def test_what_is_no_field_can_not_be_set(people: OrganizationUsers) -> Non
         {"organizationId": "org_x"},
         {"ownerId": "user_x"},
         {"isPublic": True},
-        {"lane": 7},
+        {"shard": 7},
     ):
         assert_refused(await change(people.owner, source_id, **fields), 422, "validation-failed")
     assert await get_source(people.owner, source_id) == before
@@ -444,8 +444,12 @@ async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(
     first, second = await create_source(people.owner), await create_source(people.stranger)
 
     async def move(connection: AsyncConnection) -> None:
-        sealed = await connection.scalar(select(col(DataSource.sealed)).where(col(DataSource.id) == first))
-        await connection.execute(update(DataSource).where(col(DataSource.id) == second).values(sealed=sealed))
+        encrypted = await connection.scalar(
+            select(col(DataSource.encrypted)).where(col(DataSource.id) == first)
+        )
+        await connection.execute(
+            update(DataSource).where(col(DataSource.id) == second).values(encrypted=encrypted)
+        )
 
     await world.gateway.database.transaction(move)
     with pytest.raises(NodeError) as raised:
@@ -465,7 +469,9 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
     broken = await create_source(owner, **bearer)
 
     async def break_it(connection: AsyncConnection) -> None:
-        await connection.execute(update(DataSource).where(col(DataSource.id) == broken).values(sealed=b"x"))
+        await connection.execute(
+            update(DataSource).where(col(DataSource.id) == broken).values(encrypted=b"x")
+        )
 
     await world.gateway.database.transaction(break_it)
 

@@ -11,7 +11,7 @@ from sqlmodel import col
 
 from gateway.http import limits
 from gateway.ingest import delivery_log
-from messages.buckets import Rate
+from messages.token_buckets import BucketRate
 from models.execution import Execution, ExecutionData
 from models.execution_status import ExecutionStatus
 from models.ingest import Delivery
@@ -175,7 +175,7 @@ async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
     world: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "KEPT_REFUSED_CHARACTERS", 20_000)
-    monkeypatch.setattr(delivery_log, "KEPT", Rate(per_second=0.001, burst=15_000))
+    monkeypatch.setattr(delivery_log, "KEPT", BucketRate(per_second=0.001, burst=15_000))
     api = people.owner.api
     await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
     for size in (10_000, 10_000, 10, 30_000):

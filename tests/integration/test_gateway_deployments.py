@@ -217,14 +217,16 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
             "status": ExecutionStatus.WAITING,
             "started_at": (await read_deployment(world, workflow_id)).created_at,
         },
-        "limited": {"target": LIMITED_TARGET, "home": workflow_id},
+        "limited": {"target": LIMITED_TARGET, "assigned_deployment_id": workflow_id},
         "delayed": {"target": DELAYED_TARGET, "status": ExecutionStatus.WAITING},
         "unread": {"target": UNPARSED_TARGET},
         "being read": {"target": UNPARSED_TARGET, "status": ExecutionStatus.RUNNING},
         "ended": {"status": ExecutionStatus.COMPLETED},
     }
     made = {
-        name: await run(world, people.owner, workflow_id, **{"home": workflow_id, **columns})
+        name: await run(
+            world, people.owner, workflow_id, **{"assigned_deployment_id": workflow_id, **columns}
+        )
         for name, columns in kinds.items()
     }
     await request_lifecycle(people.owner, "undeploy", workflow_id, 200)
@@ -232,7 +234,8 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
     async with world.gateway.database.read() as connection:
         found = {one["id"]: Execution(**one) for one in (await connection.execute(statement)).mappings()}
     after = {
-        name: (found[made[name]].target, found[made[name]].home, found[made[name]].status) for name in made
+        name: (found[made[name]].target, found[made[name]].assigned_deployment_id, found[made[name]].status)
+        for name in made
     }
     assert after == {
         "pending": (SHARED_TARGET, None, "pending"),

@@ -24,7 +24,7 @@ from journal import unparsed_mail
 from journal.blobs.blob_storage import BlobOwner, BlobsUnavailable
 from journal.store import ClaimedRun, ClaimQuery, ExecutionKey, IngestWrite
 from mail import addresses
-from messages.buckets import Rate
+from messages.token_buckets import BucketRate
 from models.errors import DatabaseUnavailable
 from models.execution import ISOLATED_UNPARSED_TARGET, UNPARSED_TARGET, Execution
 from nodes.outbound_http import OutboundRefusalCode, OutboundRefused, OutboundResponse
@@ -484,7 +484,7 @@ async def test_a_mail_whose_reader_dies_is_read_by_another_and_left_by_one(
     given = await mails.given(execution_id)
     assert given["subject"] == "Hello"
     late = unparsed_mail.MailParseResult(
-        ExecutionKey(dead.execution_id, dead.lane), dead.token, "dead.reader", workflow_id, {}, "{}"
+        ExecutionKey(dead.execution_id, dead.shard), dead.token, "dead.reader", workflow_id, {}, "{}"
     )
     left = await mails.gateway.database.transaction(
         lambda connection: unparsed_mail.release_parsed(connection, [late])
@@ -495,25 +495,31 @@ async def test_a_mail_whose_reader_dies_is_read_by_another_and_left_by_one(
     assert (run.status, run.target, run.attempt, run.has_journal) == ("pending", "shared", 0, False)
 
 
-async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others_go_home(
+async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others_go_assigned_deployment_id(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await mails.workflow(people.owner)
-    homes = {
-        await mails.mail(workflow_id, people.owner, PLAIN.format(f"Message-ID: <{home}@x>\r\n")): home
-        for home in ("cancelled", "stopped", workflow_id, None)
+    assigned_deployment_ids = {
+        await mails.mail(
+            workflow_id, people.owner, PLAIN.format(f"Message-ID: <{assigned_deployment_id}@x>\r\n")
+        ): assigned_deployment_id
+        for assigned_deployment_id in ("cancelled", "stopped", workflow_id, None)
     }
-    held = [one for one in await claim_mails(mails, "a.reader") if one.execution_id in homes]
+    held = [
+        one for one in await claim_mails(mails, "a.reader") if one.execution_id in assigned_deployment_ids
+    ]
     for one in held:
-        home = homes[one.execution_id]
-        if home in {"cancelled", "stopped"}:
-            key = ExecutionKey(one.execution_id, one.lane)
-            await mails.gateway.store.request_end(key, "cancel" if home == "cancelled" else "stop")
+        assigned_deployment_id = assigned_deployment_ids[one.execution_id]
+        if assigned_deployment_id in {"cancelled", "stopped"}:
+            key = ExecutionKey(one.execution_id, one.shard)
+            await mails.gateway.store.request_end(
+                key, "cancel" if assigned_deployment_id == "cancelled" else "stop"
+            )
         else:
-            await change_run(mails, one.execution_id, home=home)
+            await change_run(mails, one.execution_id, assigned_deployment_id=assigned_deployment_id)
     batch = [
         unparsed_mail.MailParseResult(
-            ExecutionKey(one.execution_id, one.lane), one.token, "a.reader", workflow_id, {}, "{}"
+            ExecutionKey(one.execution_id, one.shard), one.token, "a.reader", workflow_id, {}, "{}"
         )
         for one in held
     ]
@@ -521,7 +527,7 @@ async def test_a_run_that_was_asked_to_end_while_it_was_read_ends_and_the_others
         lambda connection: unparsed_mail.release_parsed(connection, batch)
     )
     runs = [await mails.run(one.execution_id) for one in held]
-    assert {homes[run.id]: (run.status, run.target) for run in runs} == {
+    assert {assigned_deployment_ids[run.id]: (run.status, run.target) for run in runs} == {
         "cancelled": ("cancelled", "shared"),
         "stopped": ("stopped", "shared"),
         workflow_id: ("pending", workflow_id),
@@ -547,7 +553,7 @@ async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
     async with mails.reading():
         await wait_until(is_read)
     run = await mails.run(execution_id)
-    assert (run.status, run.attempt, run.on_trial) == ("pending", 0, False)
+    assert (run.status, run.attempt, run.isolated) == ("pending", 0, False)
 
 
 async def claim_mails(mails: MailHarness, owner: str) -> Sequence[ClaimedRun]:
@@ -746,7 +752,7 @@ async def test_a_flood_that_nobody_can_verify_leaves_few_deliveries(
     workflow_id = await mails.workflow(owner, mailgun={"signingKey": gone})
     await owner.api.delete(f"/api/v1/datasources/{gone}?force=true")
     mails.gateway.runners.sources.clear()
-    monkeypatch.setattr(delivery_log, "UNVERIFIED", Rate(per_second=1 / 3_600, burst=3))
+    monkeypatch.setattr(delivery_log, "UNVERIFIED", BucketRate(per_second=1 / 3_600, burst=3))
     for _ in range(5):
         assert_refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
     assert len(await mails.deliveries(workflow_id)) == 3

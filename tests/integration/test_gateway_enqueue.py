@@ -66,7 +66,7 @@ async def create_token(
         id=ids.new_id("tok"),
         kind=kind,
         organization_id=person.user.organization_id,
-        lane=person.user.lane,
+        shard=person.user.shard,
         workflow_id=workflow_id if kind is SenderTokenKind.TRIGGER else None,
         user_id=person.user.id,
         hash=sender_tokens.hash_token(token),
@@ -210,7 +210,7 @@ async def test_a_message_for_later_wakes_no_pods(
         await world.gateway.activation._wakes.drain()  # noqa: SLF001 - nobody waits for it otherwise
         (deployment,) = await read_rows(world, Deployment, workflow_id=workflow_id)
         assert deployment.replicas == replicas
-    runs = await read_rows(world, Execution, workflow_id=workflow_id, home=workflow_id)
+    runs = await read_rows(world, Execution, workflow_id=workflow_id, assigned_deployment_id=workflow_id)
     assert sorted(run.target for run in runs) == sorted([DELAYED_TARGET, DELAYED_TARGET, workflow_id])
 
 

@@ -96,23 +96,23 @@ async def create_token(
 ) -> str:
     token, token_id = sender_tokens.new_token(kind), ids.new_id("tok")
     organization_id = person.user.organization_id
-    sealed = None
+    encrypted = None
     if secrets is not None:
         kept = {provider: list(some) for provider, some in secrets.items()}
-        sealed = event_signatures.seal_secrets(
+        encrypted = event_signatures.seal_secrets(
             world.gateway.vault, kept, organization_id=organization_id, token_id=token_id
         )
     row = SenderToken(
         id=token_id,
         kind=kind,
         organization_id=organization_id,
-        lane=person.user.lane,
+        shard=person.user.shard,
         workflow_id=workflow_id,
         user_id=person.user.id,
         hash=sender_tokens.hash_token(token),
         hint=sender_tokens.visible_suffix(token),
-        sealed=sealed.content if sealed else None,
-        secret_id=sealed.secret_id if sealed else None,
+        encrypted=encrypted.content if encrypted else None,
+        secret_id=encrypted.secret_id if encrypted else None,
         created_at=datetime.now(UTC),
     )
     await world.gateway.database.transaction(
@@ -355,7 +355,7 @@ async def test_deployed_workflows_take_events_as_they_are_deployed(
     assert {one["workflowId"] for one in answer["results"]} == {same, edited, asleep}
     for one in (same, edited, asleep):
         (run,) = await read_rows(world, Execution, workflow_id=one)
-        assert run.home == one
+        assert run.assigned_deployment_id == one
     await wait_until_wanted(world, asleep)
     answer = (await people.owner.api.post(EVENTS, json={"event_type": "c.d"})).json()
     assert answer["results"] == []

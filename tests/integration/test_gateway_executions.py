@@ -26,7 +26,7 @@ from gateway.state import GatewayState
 from journal.store import ClaimedRun, ClaimQuery, RunWrite
 from messages import broker as brokers
 from messages import redis_broker
-from messages.broker import Broker, Letter, Notice
+from messages.broker import Broker, DirectMessage, Notification
 from models.access import KeyScope, Organization
 from models.execution import Execution, Idempotency, SpanRow
 from models.workflow import Definition, Workflow, WorkflowShare
@@ -102,7 +102,7 @@ class ClaimedTestRun:
         claimed = self.claimed
         write = RunWrite(
             claimed.execution_id,
-            claimed.lane,
+            claimed.shard,
             claimed.token,
             spans,
             [record for record in records if isinstance(record, LogLine)],
@@ -114,7 +114,7 @@ class ClaimedTestRun:
         )
         assert await self.gateway.store.record([write]) == {claimed.execution_id}
         if is_told:
-            await self.broker.announce({claimed.execution_id: claimed.inbox})
+            await self.broker.publish({claimed.execution_id: claimed.channel})
 
     def attempt(
         self,
@@ -165,7 +165,7 @@ async def claim_run(
     gateway = world.gateway
     broker = broker or gateway.broker
     while True:
-        claim = ClaimQuery(owner=broker.inbox, lease_seconds=60, limit=50)
+        claim = ClaimQuery(owner=broker.channel, lease_seconds=60, limit=50)
         claimed = {one.execution_id: one for one in await gateway.store.claim(claim)}
         assert claimed, f"{execution_id} is not pending"
         if execution_id in claimed:
@@ -911,8 +911,10 @@ async def test_many_polls_of_one_run_are_all_answered(
 
 
 @pytest.mark.usefixtures("looks")
-async def test_a_notice_that_is_lost_costs_a_look(world: GatewayHarness, people: OrganizationUsers) -> None:
-    async with run_second_gateway(world, await brokers.connect(None)) as there:
+async def test_a_notification_that_is_lost_costs_a_look(
+    world: GatewayHarness, people: OrganizationUsers
+) -> None:
+    async with run_second_gateway(world, await brokers.connect_broker(None)) as there:
         owner = await as_client_of(people.owner, there)
         execution_id = await execute_workflow(owner, await owner.create(**GRAPH))
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
@@ -921,7 +923,7 @@ async def test_a_notice_that_is_lost_costs_a_look(world: GatewayHarness, people:
     assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
 
 
-async def test_once_the_end_was_seen_here_nobody_waits_for_a_notice_that_was_lost(
+async def test_once_the_end_was_seen_here_nobody_waits_for_a_notification_that_was_lost(
     world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
@@ -979,7 +981,7 @@ async def test_with_the_broker_away_runs_are_taken_in_and_polls_answered_by_look
 ) -> None:
     monkeypatch.setattr(redis_broker, "LISTEN_SECONDS", 0.01)
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_second_gateway(world, await brokers.connect("redis://127.0.0.1:1")) as alone:
+    async with run_second_gateway(world, await brokers.connect_broker("redis://127.0.0.1:1")) as alone:
         owner = await as_client_of(people.owner, alone)
         execution_id = await execute_workflow(owner, workflow_id)
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
@@ -997,11 +999,11 @@ async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
     async with AsyncExitStack() as stack:
         one, other = [
             await stack.enter_async_context(
-                run_second_gateway(world, await brokers.connect(redis_server.url))
+                run_second_gateway(world, await brokers.connect_broker(redis_server.url))
             )
             for _ in range(2)
         ]
-        worker = await brokers.connect(redis_server.url)
+        worker = await brokers.connect_broker(redis_server.url)
         stack.push_async_callback(worker.close)
         execution_id = await execute_workflow(await as_client_of(people.owner, one), workflow_id)
         persons = [await as_client_of(people.owner, gateway) for gateway in (one, other)]
@@ -1019,7 +1021,7 @@ async def test_at_the_end_of_the_process_polls_are_answered_at_once(
     world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    async with run_second_gateway(world, await brokers.connect(None)) as ending:
+    async with run_second_gateway(world, await brokers.connect_broker(None)) as ending:
         owner = await as_client_of(people.owner, ending)
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
         await spin_until(lambda: ending.gateway.waiting.polls > 0)
@@ -1294,7 +1296,7 @@ async def test_a_quiet_stream_is_kept_alive(
 ) -> None:
     monkeypatch.setattr(live_events, "KEEP_ALIVE_SECONDS", 0.05)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    async with run_second_gateway(world, await brokers.connect(None)) as there:
+    async with run_second_gateway(world, await brokers.connect_broker(None)) as there:
         stream = open_stream(there, people.owner, execution_id)
         await spin_until(lambda: stream.raw.endswith(b": keep-alive\n\n"))
         await stream.hang_up()
@@ -1304,7 +1306,7 @@ async def test_a_quiet_stream_is_kept_alive(
 async def test_a_revoked_key_ends_its_streams(world: GatewayHarness, people: OrganizationUsers) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
-    async with run_second_gateway(world, await brokers.connect(None)) as there:
+    async with run_second_gateway(world, await brokers.connect_broker(None)) as there:
         stream = open_stream(there, UserClient(people.owner.user, people.owner.api, key["key"]), execution_id)
         await stream.next()
         await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")
@@ -1344,11 +1346,11 @@ async def test_the_worker_that_holds_a_run_is_told_to_end_it(
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     run = await claim_run(world, execution_id)
-    heard: list[Notice] = []
+    heard: list[Notification] = []
     await world.gateway.broker.listen(heard.append)
     response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
     assert (response.status_code, response.json()["status"]) == (200, "running")
-    await spin_until(lambda: Letter({"execution_id": execution_id, "request": "cancel"}) in heard)
+    await spin_until(lambda: DirectMessage({"execution_id": execution_id, "request": "cancel"}) in heard)
     await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/stop")
     assert (await read_execution(world, execution_id)).request == "cancel"  # the stronger of the two
     await run.write(end=RunStatus.CANCELLED)
@@ -1412,7 +1414,7 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
         None,
     )
     for name in (
-        "lane",
+        "shard",
         "organization_id",
         "workflow_id",
         "definition_hash",

@@ -399,7 +399,7 @@ async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people
     verification = {
         "provider": "hmac",
         "dataSource": source_id,
-        "header": "X-Sealed",
+        "header": "X-Encrypted",
         "encoding": "base64",
         "prefix": "v=",
         "algorithm": "sha512",
@@ -416,7 +416,7 @@ async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people
     ) -> httpx2.Response:
         digest = hmac.digest(b"a secret", b"%d.%s" % (time, body), "sha512")
         signed = {
-            "X-Sealed": f"v={base64.b64encode(digest).decode()}",
+            "X-Encrypted": f"v={base64.b64encode(digest).decode()}",
             "X-Time": str(time),
             **(headers or {}),
         }
@@ -430,12 +430,12 @@ async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people
     assert (await sent(body, {"X-Name": "2"})).status_code == 202
     assert (await sent(b'{"type": "a.c"}')).json() == {"status": "ignored"}
     assert_refused(await sent(body, time=now - 31), 401, "invalid-signature")
-    assert_refused(await sent(body, {"X-Sealed": "v=AAAA"}), 401, "invalid-signature")
-    twice = [("X-Sealed", "v=AAAA"), ("X-Sealed", "v=BBBB"), ("X-Time", str(now))]
+    assert_refused(await sent(body, {"X-Encrypted": "v=AAAA"}), 401, "invalid-signature")
+    twice = [("X-Encrypted", "v=AAAA"), ("X-Encrypted", "v=BBBB"), ("X-Time", str(now))]
     assert_refused(await nobody.post(hook.path, content=body, headers=twice), 400, "duplicate-header")
     told = await read_triggers(world, hook.workflow_id)
     assert len(told) == 2
-    assert "x-sealed" not in told[0]["headers"]
+    assert "x-encrypted" not in told[0]["headers"]
 
     basic = await create_data_source(
         people.owner,
@@ -752,7 +752,7 @@ async def test_a_deployment_that_sleeps_is_woken_and_answers_as_it_is_deployed(
     assert (answer.status_code, answer.json()) == (201, {"order": 7})
     assert cluster.starts[hook.workflow_id] >= 1
     (run,) = await read_rows(world, Execution, workflow_id=hook.workflow_id)
-    assert run.home == hook.workflow_id
+    assert run.assigned_deployment_id == hook.workflow_id
 
 
 async def test_an_answer_that_nobody_waits_for_is_noted(

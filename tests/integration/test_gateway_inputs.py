@@ -89,8 +89,8 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
         user_id = await connection.scalar(
             select(col(WaitAnswer.user_id)).where(col(WaitAnswer.execution_id) == asked)
         )
-    assert (execution.status, execution.signals, user_id) == ("pending", 1, people.owner.user.id)
-    found = await node_answers.read_answers(database, [ExecutionKey(asked, execution.lane)])
+    assert (execution.status, execution.wait_answer_count, user_id) == ("pending", 1, people.owner.user.id)
+    found = await node_answers.read_answers(database, [ExecutionKey(asked, execution.shard)])
     payload = found[asked]["approval", ""].decode()
     assert payload.startswith('{"output":{"data":{"comment":"Right"},"choice":"approve","by":"user_')
     assert payload.endswith('"},"port":"approve"}')

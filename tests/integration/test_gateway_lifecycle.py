@@ -286,7 +286,7 @@ async def record_replicas(
         LifecycleDecision(
             id=ids.new_id("decision"),
             organization_id=person.user.organization_id,
-            lane=person.user.lane,
+            shard=person.user.shard,
             workflow_id=workflow_id,
             at=now - HOUR * hours,
             action=LifecycleAction.START if count else LifecycleAction.STOP,

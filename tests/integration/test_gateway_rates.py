@@ -8,8 +8,8 @@ import redis
 
 from messages import broker as brokers
 from messages.broker import BrokerUnavailable
-from messages.buckets import Demand, Grant
 from messages.local_broker import LocalBroker
+from messages.token_buckets import TokenDemand, TokenGrant
 from tests.integration.gateway_harness import (
     GRAPH,
     GatewayHarness,
@@ -89,8 +89,8 @@ async def test_gateways_share_their_buckets_on_redis(
     workflow_id = await people.owner.create(**GRAPH)
     burst: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 7}
     async with (
-        run_with_settings(world, await brokers.connect(redis_server.url), **burst) as one,
-        run_with_settings(world, await brokers.connect(redis_server.url), **burst) as other,
+        run_with_settings(world, await brokers.connect_broker(redis_server.url), **burst) as one,
+        run_with_settings(world, await brokers.connect_broker(redis_server.url), **burst) as other,
     ):
         answered = await asyncio.gather(
             *(send_many(gateway, people.owner, workflow_id, 8) for gateway in (one, other))
@@ -101,7 +101,7 @@ async def test_gateways_share_their_buckets_on_redis(
 class BrokerWithoutTokens(LocalBroker):
     """A broker that gives no tokens."""
 
-    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:  # noqa: ARG002 - the broker's own
+    async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:  # noqa: ARG002 - the broker's own
         raise BrokerUnavailable("Redis is away")
 
 
@@ -109,5 +109,5 @@ async def test_with_redis_away_each_gateway_counts_by_itself(
     world: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_with_settings(world, BrokerWithoutTokens(inbox="away"), **SLOW) as gateway:
+    async with run_with_settings(world, BrokerWithoutTokens(channel="away"), **SLOW) as gateway:
         assert sorted(await send_many(gateway, people.owner, workflow_id, 5)) == [201, 201, 201, 429, 429]

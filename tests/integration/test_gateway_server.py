@@ -143,7 +143,7 @@ async def run_gateway_on(
     )
     url = parse_url(database_url)
     await migrate(url)
-    database, store, broker = Database(url), await open_store(url), await brokers.connect(redis_url)
+    database, store, broker = Database(url), await open_store(url), await brokers.connect_broker(redis_url)
     app = main.create_app(lambda: state.assemble_state(settings, database, store, broker))
     transport = httpx2.ASGITransport(app)
     headers = {"X-API-Key": KEY}

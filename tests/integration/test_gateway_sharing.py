@@ -104,7 +104,7 @@ async def test_shares_and_edits_at_the_same_time_are_all_kept(
 ) -> None:
     user = people.owner.user
     organization = Organization(
-        id=user.organization_id, lane=user.lane, name="An organisation", created_at=user.created_at
+        id=user.organization_id, shard=user.shard, name="An organisation", created_at=user.created_at
     )
     guests = [(await world.person(organization)).user.id for _ in range(5)]
     workflow_id = await people.owner.create(**GRAPH)

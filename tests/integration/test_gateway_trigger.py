@@ -91,7 +91,7 @@ async def deploy(
     definition = {
         "organization_id": loaded.organization_id,
         "hash": loaded.definition_hash,
-        "lane": loaded.lane,
+        "shard": loaded.shard,
         "body": loaded.definition,
         "created_at": datetime.now(UTC),
     }
@@ -540,7 +540,9 @@ async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str
     execution_id: str = response.json()["executionId"]
     row = update(Execution).where(col(Execution.id) == execution_id)
     await world.gateway.database.transaction(
-        lambda connection: connection.execute(row.values(target=workflow_id, home=workflow_id))
+        lambda connection: connection.execute(
+            row.values(target=workflow_id, assigned_deployment_id=workflow_id)
+        )
     )
     return execution_id
 

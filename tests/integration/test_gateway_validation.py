@@ -159,7 +159,7 @@ async def has_run(
     created_at = datetime.now(UTC) - timedelta(minutes=minutes_ago)
     execution = Execution(
         id=ids.new_id("exec"),
-        lane=person.user.lane,
+        shard=person.user.shard,
         organization_id=organization_id or person.user.organization_id,
         workflow_id=workflow_id,
         user_id=person.user.id,
@@ -168,16 +168,16 @@ async def has_run(
         trigger_type="manual",
         definition_hash="",
         rank=0,
-        turn=0,
+        queue_turn=0,
         timeout_microseconds=0,
         key_id="",
-        inbox="",
+        channel="",
         created_at=created_at,
         updated_at=created_at,
     )
     data = ExecutionData(
         execution_id=execution.id,
-        lane=execution.lane,
+        shard=execution.shard,
         trigger="{}",
         config="{}",
         organization_id=execution.organization_id,
@@ -188,7 +188,7 @@ async def has_run(
         SpanRow(
             execution_id=execution.id,
             node_id=node_id,
-            lane=execution.lane,
+            shard=execution.shard,
             id=ids.new_id("span"),
             sequence=sequence,
             label="",
@@ -284,7 +284,7 @@ async def test_all_outputs_that_are_looked_at_have_a_bounded_size(
     async with world.gateway.database.read() as connection:
         rows = await connection.execute(select(Workflow).where(col(Workflow.id) == workflow_id))
         user = people.owner.user
-        caller = ApiCaller("", user.id, user.organization_id, user.lane, UserRole.MEMBER, frozenset())
+        caller = ApiCaller("", user.id, user.organization_id, user.shard, UserRole.MEMBER, frozenset())
         past = await output_samples.recent_outputs(connection, Workflow(**rows.mappings().one()), caller)
     assert MAX_CHARACTERS * 0.9 < sum(len(row.output) for row in past) <= MAX_CHARACTERS
 

@@ -520,7 +520,7 @@ async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str
         [
             RunAcceptance(
                 execution_id=execution_id,
-                lane=workflow.lane,
+                shard=workflow.shard,
                 organization_id=workflow.organization_id,
                 workflow_id=workflow.id,
                 workflow_revision=workflow.revision,

@@ -137,7 +137,7 @@ class LargeValueWorkers:
     async def start(self) -> RunExecutor:
         executor = RunExecutor(
             await self._world.another_store(),
-            LocalBroker(inbox=uuid4().hex),
+            LocalBroker(channel=uuid4().hex),
             build_catalog(effect=self.stage.effect),
             NodeServices(http=NoNetwork()),
             WorkerSettings(lease_seconds=3600, sweep_seconds=3600, commit_seconds=0.02),

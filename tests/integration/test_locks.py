@@ -133,7 +133,7 @@ async def test_a_locked_wait_of_a_deployment_holds_up_no_other_of_it(
     kept, other = await create_due_runs(world, place, 2)
     await world.query("UPDATE execution SET target = :id", id=place.workflow_id)
     process = PodProcess.new("pod-1")
-    holder = LeaseHolder(place.workflow_id, place.organization.id, place.organization.lane, process)
+    holder = LeaseHolder(place.workflow_id, place.organization.id, place.organization.shard, process)
     async with lock_execution(world, kept):
         assert await require_prompt(lease_checks.promote_due(world.database, holder)) == 1
         assert [await read_status(world, one) for one in (kept, other)] == ["waiting", "pending"]
@@ -206,7 +206,7 @@ async def test_whoever_is_written_beside_a_locked_run_waits_for_its_lock_once(
     world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     kept, other = [await world.claimed(place) for _ in range(2)]
-    recorder = RunRecorder(world.store, lambda _inboxes: None)
+    recorder = RunRecorder(world.store, lambda _channels: None)
     async with lock_execution(world, kept.execution_id):
         first = [recorder.submit(write(one)) for one in (kept, other)]
         answers = await require_prompt(asyncio.gather(*first, return_exceptions=True))
@@ -265,7 +265,7 @@ async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
 
     async def touch(connection: AsyncConnection) -> None:
         await connection.execute(
-            text("UPDATE execution SET lane = lane WHERE id = :id"), {"id": run.execution_id}
+            text("UPDATE execution SET shard = shard WHERE id = :id"), {"id": run.execution_id}
         )
 
     all_rows = "SELECT FROM execution, definition FOR UPDATE"
@@ -273,7 +273,7 @@ async def test_whoever_meets_a_lock_that_stays_is_told_to_try_again(
         started_at = monotonic()
         answers = await asyncio.gather(
             database.transaction(touch),
-            world.store.request_end(ExecutionKey(ended.execution_id, ended.lane), "stop"),
+            world.store.request_end(ExecutionKey(ended.execution_id, ended.shard), "stop"),
             world.store.accept([place.run()]),
             return_exceptions=True,
         )
@@ -290,7 +290,7 @@ async def test_transactions_that_wait_for_one_row_take_one_connection_and_fail_t
 
     async def touch(connection: AsyncConnection) -> None:
         await connection.execute(
-            text("UPDATE execution SET lane = lane WHERE id = :id"), {"id": run.execution_id}
+            text("UPDATE execution SET shard = shard WHERE id = :id"), {"id": run.execution_id}
         )
 
     async with open_impatient_database(world.url, monkeypatch) as database:

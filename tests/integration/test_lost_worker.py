@@ -180,4 +180,4 @@ async def test_a_worker_that_ran_out_of_memory_is_named_in_the_logs_of_what_was_
         assert by_id.pop(key.execution_id) == (5, "warning", f"{said} on charge", "charge")
         assert list(by_id.values()) == [(1, "warning", said, None)]
         assert f"{key.execution_id} charge" in capsys.readouterr().out
-        assert (await world.row(key.execution_id))["trial_losses"] == 1
+        assert (await world.row(key.execution_id))["isolation_losses"] == 1

@@ -77,7 +77,7 @@ async def test_to_migrate_again_changes_nothing(database: Database) -> None:
     await schema_migration.migrate(database.url)
     await database.transaction(
         lambda connection: connection.execute(
-            text("INSERT INTO organization (id, lane, name, created_at) VALUES ('org_1', 1, 'Kept', 1)")
+            text("INSERT INTO organization (id, shard, name, created_at) VALUES ('org_1', 1, 'Kept', 1)")
         )
     )
     await schema_migration.migrate(database.url)

@@ -73,7 +73,7 @@ def waiting_span(*, kind: str = "input", expires_at: datetime | None = None) -> 
 
 
 async def go_to_sleep(world: RunDatabase, run: ClaimedRun) -> None:
-    ended = write(run, spans=[waiting_span()], end=RunStatus.WAITING, signals=run.signals)
+    ended = write(run, spans=[waiting_span()], end=RunStatus.WAITING, wait_answer_count=run.wait_answer_count)
     assert await world.store.record([ended]) == {run.execution_id}
 
 
@@ -87,10 +87,10 @@ async def test_an_answer_wakes_a_run_that_sleeps_and_is_there_for_whoever_claims
 
     assert await give(world, key_of(run)) == AnswerResult(AnswerReception.TAKEN, is_woken=True)
     row = await world.row(run.execution_id)
-    assert (row["status"], row["signals"], row["due_at"]) == ("pending", 1, None)
+    assert (row["status"], row["wait_answer_count"], row["due_at"]) == ("pending", 1, None)
     assert microseconds_from_now(90) < row["deadline_at"] <= microseconds_from_now(100)
     (again,) = await world.claim()
-    assert again.signals == 1
+    assert again.wait_answer_count == 1
     assert await node_answers.read_answers(world.database, [key_of(again)]) == {
         run.execution_id: {("approval", ""): YES}
     }
@@ -103,7 +103,7 @@ async def test_a_run_that_was_answered_while_it_worked_does_not_go_to_sleep(worl
     await go_to_sleep(world, run)
     assert (await world.row(run.execution_id))["status"] == "pending"
     (again,) = await world.claim()
-    assert again.signals == 1
+    assert again.wait_answer_count == 1
     # It has seen the answer: what it waits for now is another one.
     await go_to_sleep(world, again)
     assert (await world.row(run.execution_id))["status"] == "waiting"
@@ -116,7 +116,7 @@ async def test_an_answer_and_the_write_that_it_races_lose_nothing(world: RunData
         given, _ = await asyncio.gather(give(world, key_of(run)), go_to_sleep(world, run))
         assert given.reception is AnswerReception.TAKEN
         (again,) = await world.claim()
-        assert (again.execution_id, again.signals) == (run.execution_id, 1)
+        assert (again.execution_id, again.wait_answer_count) == (run.execution_id, 1)
 
 
 async def test_of_two_answers_at_once_one_counts(world: RunDatabase) -> None:
@@ -131,7 +131,7 @@ async def test_of_two_answers_at_once_one_counts(world: RunDatabase) -> None:
     finally:
         await other.close()
     assert {one.reception for one in both} == {AnswerReception.TAKEN, AnswerReception.LATE}
-    assert (await world.row(run.execution_id))["signals"] == 1
+    assert (await world.row(run.execution_id))["wait_answer_count"] == 1
     first = (
         YES if both[0].reception is AnswerReception.TAKEN else node_answers.encode_error_answer("no", "No")
     )

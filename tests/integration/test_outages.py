@@ -35,7 +35,7 @@ def make_calls(store: JournalStore, database: Database) -> Calls:
     """Return a call of each kind: of the run path, and of the rest."""
 
     async def write() -> None:
-        await database.transaction(lambda connection: connection.execute(text("DELETE FROM pace")))
+        await database.transaction(lambda connection: connection.execute(text("DELETE FROM throttle")))
 
     return [
         lambda: store.sweep(10),

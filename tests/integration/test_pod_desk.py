@@ -28,7 +28,10 @@ SECONDS = 5.0
 @pytest.fixture
 async def two(redis_server: RedisServer) -> AsyncIterator[tuple[Broker, Broker]]:
     """Yield the brokers of two gateways."""
-    one, other = await brokers.connect(redis_server.url), await brokers.connect(redis_server.url)
+    one, other = (
+        await brokers.connect_broker(redis_server.url),
+        await brokers.connect_broker(redis_server.url),
+    )
     yield one, other
     await one.close()
     await other.close()

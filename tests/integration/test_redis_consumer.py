@@ -14,7 +14,7 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from messages import executions, hint_worker, redis_consumer
-from messages.broker import Broker, BrokerUnavailable, connect
+from messages.broker import Broker, BrokerUnavailable, connect_broker
 from messages.redis_consumer import MESSAGE_ID, BlockingConsumer, HintQueues
 from tests import services
 
@@ -27,11 +27,11 @@ SOON_SECONDS = 8.0
 
 COMMAND = """
 import asyncio, signal, sys
-from messages.broker import connect
+from messages.broker import connect_broker
 
 async def main():
-    broker = await connect(sys.argv[1])
-    broker.start_worker(lambda lane: print("hint", flush=True))
+    broker = await connect_broker(sys.argv[1])
+    broker.start_worker(lambda shard: print("hint", flush=True))
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     await told_to_stop.wait()
@@ -63,7 +63,7 @@ async def client(redis_server: services.RedisServer) -> AsyncIterator[Redis]:
 
 @pytest.fixture
 async def broker(redis_server: services.RedisServer, client: Redis) -> AsyncIterator[Broker]:  # noqa: ARG001 - flushed first
-    broker = await connect(redis_server.url)
+    broker = await connect_broker(redis_server.url)
     yield broker
     await broker.close()
 
@@ -77,10 +77,10 @@ async def hints(broker: Broker) -> "Queue[int]":
 
 async def test_an_idle_worker_takes_a_hint_within_milliseconds(broker: Broker, hints: Queue[int]) -> None:
     seconds = []
-    for lane in range(100):
+    for shard in range(100):
         sent_at = time.perf_counter()
-        await broker.wake(lane)
-        assert await _next_wakeup(hints) == lane
+        await broker.wake(shard)
+        assert await _next_wakeup(hints) == shard
         seconds.append(time.perf_counter() - sent_at)
     median_ms = statistics.median(seconds) * 1000
     print(f"\nidle pick-up: median {median_ms:.1f} ms, slowest {max(seconds) * 1000:.1f} ms")  # noqa: T201 - a figure to read
@@ -157,7 +157,7 @@ async def test_a_message_that_makes_no_sense_becomes_a_dead_letter_and_harms_no_
 async def test_an_unreadable_message_is_logged(client: Redis, broker: Broker) -> None:
     with capture_logs() as logs:
         await _put(client, b"?", "bad")
-        broker.start_worker(lambda _lane: None)
+        broker.start_worker(lambda _shard: None)
         await _wait_until(lambda: _equals(client.hkeys(DEAD_LETTERS), ["bad"]))
         await broker.close()
     assert [entry["message_id"] for entry in logs if entry["log_level"] == "error"] == ["b'bad'"]
@@ -172,12 +172,12 @@ async def test_an_id_whose_body_is_gone_is_forgotten(client: Redis, broker: Brok
     await _wait_until(lambda: _equals(client.keys("*__acks__*"), []))
 
 
-async def test_a_payload_from_a_newer_release_is_a_hint_for_all_lanes(
+async def test_a_payload_from_a_newer_release_is_a_hint_for_all_shards(
     client: Redis, hints: Queue[int]
 ) -> None:
-    await _put(client, _message_body({MESSAGE_ID: "newer"}, v=2, lanes=[1]), "newer")
+    await _put(client, _message_body({MESSAGE_ID: "newer"}, v=2, shards=[1]), "newer")
     await client.rpush(f"{QUEUE}.bell", 1)
-    assert await _next_wakeup(hints) == executions.ALL_LANES
+    assert await _next_wakeup(hints) == executions.ALL_SHARDS
 
 
 async def test_what_a_dead_worker_held_comes_back(
@@ -217,7 +217,7 @@ async def test_what_a_lost_answer_held_comes_back(
     await _send_wakeup(client, 6)
     hints: Queue[int] = Queue()
     async with _drop_answer_to(b"fetch", redis_server.url) as url:
-        broker = await connect(url)
+        broker = await connect_broker(url)
         broker.start_worker(hints.put_nowait)
         assert await _next_wakeup(hints) == 6
         await broker.close()
@@ -229,7 +229,7 @@ async def test_a_wake_up_that_failed_may_have_worked(
     await broker.wake()  # loads the script
     await _next_wakeup(hints)
     async with _drop_answer_to(MESSAGE_ID.encode(), redis_server.url) as url:
-        gateway = await connect(url)
+        gateway = await connect_broker(url)
         with pytest.raises(BrokerUnavailable):
             await gateway.wake(8)
         assert await _next_wakeup(hints) == 8
@@ -310,7 +310,7 @@ async def _drop_answer_to(command: bytes, url: str) -> AsyncIterator[str]:
 
 async def _load_scripts(url: str) -> None:
     """Have one hint go through, so that no later command is answered by "no such script"."""
-    broker = await connect(url)
+    broker = await connect_broker(url)
     hints: Queue[int] = Queue()
     broker.start_worker(hints.put_nowait)
     await broker.wake()
@@ -318,8 +318,8 @@ async def _load_scripts(url: str) -> None:
     await broker.close()
 
 
-async def _send_wakeup(client: Redis, lane: int) -> None:
-    await _put(client, _message_body({MESSAGE_ID: f"lane-{lane}"}, v=1, lane=lane), f"lane-{lane}")
+async def _send_wakeup(client: Redis, shard: int) -> None:
+    await _put(client, _message_body({MESSAGE_ID: f"shard-{shard}"}, v=1, shard=shard), f"shard-{shard}")
 
 
 async def _put(client: Redis, body: bytes, message_id: str) -> None:

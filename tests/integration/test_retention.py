@@ -31,7 +31,7 @@ from tests.integration.run_database import (
 NOW = datetime.now(UTC)
 DAY = 86_400_000_000
 PATIENCE_SECONDS = 60.0
-RECORDS = ("execution", "execution_data", "span", "attempt_span", "log_line", "signal")
+RECORDS = ("execution", "execution_data", "span", "attempt_span", "log_line", "wait_answer")
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
@@ -69,7 +69,7 @@ async def create_ended_run(
     done = write(run, end=RunStatus.COMPLETED, spans=spans, logs=logs, attempts=attempts)
     await world.store.record([done])
     await world.query(
-        "INSERT INTO signal (execution_id, node_id, iteration, lane, payload, created_at)"
+        "INSERT INTO wait_answer (execution_id, node_id, iteration, shard, payload, created_at)"
         " VALUES (:id, 'n0', '', 1, '{}', 1)",
         id=run.execution_id,
     )

@@ -39,7 +39,7 @@ from journal.blobs.blob_storage import BlobOwner
 from journal.store import ClaimedRun, ClaimQuery, EmittedEvent, ExecutionKey
 from journal.trigger_body import EncodedTrigger
 from journal.waits import node_answers
-from messages.deployments import DeployerMessage, LookAtDeployment
+from messages.deployer_messages import DeployerMessage, ReconcileDeployment
 from messages.local_broker import LocalBroker
 from models import data_source, deployment_token, ids
 from models.data_source import DataSource
@@ -111,7 +111,7 @@ class InterruptibleGateway:
     async def start(self) -> None:
         """Listen, again at the same address."""
         parts = state.assemble_state(
-            self._settings, self._world.database, self._world.store, LocalBroker(inbox="gateway")
+            self._settings, self._world.database, self._world.store, LocalBroker(channel="gateway")
         )
         self.state = await self._running.enter_async_context(parts)
         listener = socket.create_server(("127.0.0.1", self.port))
@@ -286,11 +286,11 @@ async def deploy(world: RunDatabase, place: OwnedWorkflow, definition: str = SIM
     key = await world.accept(place, definition=definition)
     await world.query("DELETE FROM execution WHERE id = :id", id=key.execution_id)
     now, token_id = datetime.now(UTC), deployment_token.new_token_id()
-    bearer = TokenBearer(place.workflow_id, place.organization.id, place.organization.lane)
+    bearer = TokenBearer(place.workflow_id, place.organization.id, place.organization.shard)
     deployment = Deployment(
         workflow_id=place.workflow_id,
         organization_id=place.organization.id,
-        lane=place.organization.lane,
+        shard=place.organization.shard,
         replicas=1,
         definition_hash=sha256(definition.encode()).hexdigest(),
         version=1,
@@ -326,7 +326,7 @@ async def receiver() -> AsyncIterator[HttpReceiver]:
 async def create_bearer_source(pods: DeployedPods) -> str:
     """Make a data source of whom the runs work for, and return its id."""
     source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.place.organization
-    sealed = data_source.encrypt_secrets(
+    encrypted = data_source.encrypt_secrets(
         pods.gateway.state.vault,
         {"token": "a secret"},
         organization_id=organization.id,
@@ -335,14 +335,14 @@ async def create_bearer_source(pods: DeployedPods) -> str:
     source = DataSource(
         id=source_id,
         organization_id=organization.id,
-        lane=organization.lane,
+        shard=organization.shard,
         owner_id=pods.place.user_id,
         name="A source",
         type="http-bearer",
         settings={},
         secret_names=["token"],
-        sealed=sealed.content,
-        secret_id=sealed.secret_id,
+        encrypted=encrypted.content,
+        secret_id=encrypted.secret_id,
         secrets_set_at=now,
         created_at=now,
         updated_at=now,
@@ -427,7 +427,7 @@ async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(
 
 
 @ON_POSTGRES
-async def test_a_pod_puts_a_suspect_on_trial(pods: DeployedPods) -> None:
+async def test_a_pod_puts_a_suspect_isolated(pods: DeployedPods) -> None:
     suspect = await pods.accept(SIMPLE)
     await pods.world.query("UPDATE execution SET attempt = 2, is_fresh = false")
     other = await pods.accept(SIMPLE)
@@ -536,7 +536,7 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(
     assert await pods.world.count("event_wait") == 0
     spans = await pods.world.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
     assert "large" in {span["node_id"] for span in spans}
-    assert await pods.world.count("pace") == 1
+    assert await pods.world.count("throttle") == 1
     assert (await pods.world.row(key.execution_id))["progress"] == 99
 
 
@@ -610,7 +610,7 @@ async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
 
     async def deployer_is_told() -> bool:
         await elsewhere.state.runners.desk.arrived([pods.place.workflow_id])
-        return LookAtDeployment(pods.place.workflow_id) in told
+        return ReconcileDeployment(pods.place.workflow_id) in told
 
     await wait_until_async(deployer_is_told)
     await elsewhere.stop()
@@ -655,11 +655,11 @@ class HeldRun:
     def body(self, path: str) -> dict[str, Any]:
         """Return what a pod sends that means this run."""
         execution_id = self.run.execution_id
-        lease = {"execution_id": execution_id, "lane": self.run.lane, "token": self.run.token}
+        lease = {"execution_id": execution_id, "shard": self.run.shard, "token": self.run.token}
         bodies: dict[str, dict[str, Any]] = {
             "/wait": {"seconds": 0, "wants_work": True},
             "/claim": {"limit": 10, "lease_seconds": 30},
-            "/suspects": {"max_trial_losses": 0},
+            "/suspects": {"max_isolation_losses": 0},
             "/record": {"writes": [{**lease, "completed_nodes": 2, "attempts": [ATTEMPT]}]},
             "/renew": {"leases": [lease], "lease_seconds": 30},
             "/give-back": {"held": []},
@@ -740,7 +740,7 @@ async def hold(pods: DeployedPods) -> HeldRun:
     )
     source_id = await create_bearer_source(pods)
     for table, columns, values in (
-        ("signal", "node_id, iteration, payload, created_at", "'greet', '', '{}', 1"),
+        ("wait_answer", "node_id, iteration, payload, created_at", "'greet', '', '{}', 1"),
         ("log_line", "sequence, id, level, message, created_at", "7, 'log_1', 'info', 'x', 1"),
         (
             "span",
@@ -749,17 +749,17 @@ async def hold(pods: DeployedPods) -> HeldRun:
         ),
     ):
         await world.query(
-            f"INSERT INTO {table} (execution_id, lane, {columns}) VALUES (:id, :lane, {values})",
+            f"INSERT INTO {table} (execution_id, shard, {columns}) VALUES (:id, :shard, {values})",
             id=run.execution_id,
-            lane=run.lane,
+            shard=run.shard,
         )
     return HeldRun(pods.gateway, run, source_id, blob, run.definition_hash)
 
 
 async def read_all_tables(world: RunDatabase, held: HeldRun) -> list[Any]:
-    tables = ("execution", "span", "attempt_span", "signal", "log_line", "pace")
+    tables = ("execution", "span", "attempt_span", "wait_answer", "log_line", "throttle")
     return [
-        [row for row in await world.query(f"SELECT * FROM {table}") if held.run.lane == row["lane"]]
+        [row for row in await world.query(f"SELECT * FROM {table}") if held.run.shard == row["shard"]]
         for table in tables
     ]
 
@@ -795,7 +795,7 @@ async def test_what_a_process_of_a_pod_held_is_taken_back_when_its_next_one_begi
     pods: DeployedPods,
 ) -> None:
     held = await hold(pods)
-    key = ExecutionKey(held.run.execution_id, held.run.lane)
+    key = ExecutionKey(held.run.execution_id, held.run.shard)
     (line,) = (line for line in routes.TABLE if line.path == "/contact")
     before, after = (POD.started_at + timedelta(seconds=seconds) for seconds in (-1, 1))
     for process in (PodProcess(POD.pod, before), POD, PodProcess(f"{POD.pod}-2", after)):
@@ -896,7 +896,7 @@ async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: DeployedP
     before = await read_all_tables(pods.world, held)
     (line,) = (line for line in routes.TABLE if line.path == "/record")
     whole = {"node_id": "greet", "label": "", "type": "set", "status": "completed", "sequence": 9}
-    lease = {"execution_id": held.run.execution_id, "lane": held.run.lane, "token": held.run.token}
+    lease = {"execution_id": held.run.execution_id, "shard": held.run.shard, "token": held.run.token}
     spoilt: list[dict[str, Any]] = [
         {"output": b"{"},
         {"output": b'{"a":1,"a":2}'},
@@ -937,9 +937,9 @@ async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> Non
                 runner_workflow_id="wf_none",
             )
         )
-        news = GatewayWorkPoll(calls, inbox="pod")
+        news = GatewayWorkPoll(calls, channel="pod")
         has_work = asyncio.Event()
-        news.start_worker(lambda _lane: has_work.set())
+        news.start_worker(lambda _shard: has_work.set())
         async with asyncio.timeout(PATIENCE_SECONDS):
             await has_work.wait()
         await news.close()

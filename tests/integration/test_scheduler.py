@@ -16,7 +16,7 @@ import pytest
 from apscheduler.schedulers import base
 
 from messages import broker as brokers
-from messages.broker import ExecutionsChanged, Notice
+from messages.broker import ChangedExecutions, Notification
 from models.database import Database
 from models.errors import DatabaseUnavailable
 from models.loss_limits import MAX_LOST_ATTEMPTS
@@ -127,17 +127,17 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
     await world.query(
         "UPDATE execution SET attempt = :most WHERE id = :id", most=MAX_LOST_ATTEMPTS, id=poison
     )
-    notices: asyncio.Queue[Notice] = asyncio.Queue()
+    notifications: asyncio.Queue[Notification] = asyncio.Queue()
     hints: asyncio.Queue[int] = asyncio.Queue()
-    broker = await brokers.connect(None)
-    await broker.listen(notices.put_nowait)
+    broker = await brokers.connect_broker(None)
+    await broker.listen(notifications.put_nowait)
     broker.start_worker(hints.put_nowait)
     await broker.watch([run.execution_id for run in lost])
 
     await recovery.recover_runs(world.store, broker)
     statuses = [(await world.row(run.execution_id))["status"] for run in lost]
     assert statuses == ["failed", "pending", "pending", "pending", "pending"]
-    assert await asyncio.wait_for(notices.get(), PATIENCE_SECONDS) == ExecutionsChanged((poison,))
+    assert await asyncio.wait_for(notifications.get(), PATIENCE_SECONDS) == ChangedExecutions((poison,))
     await asyncio.wait_for(hints.get(), PATIENCE_SECONDS)
     await broker.close()
 
@@ -153,7 +153,7 @@ async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
     )
     await world.store.ingest([place.arrival(runs=[due, later])])
     hints: asyncio.Queue[int] = asyncio.Queue()
-    broker = await brokers.connect(None)
+    broker = await brokers.connect_broker(None)
     broker.start_worker(hints.put_nowait)
     await recovery.promote_due_runs(world.store, broker)
     assert [(await world.row(run.execution_id))["status"] for run in (due, later)] == ["pending", "waiting"]
@@ -164,7 +164,7 @@ async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
 async def test_recovery_goes_on_though_the_broker_is_away(world: RunDatabase) -> None:
     lost = await world.claimed()
     await world.expire(lost)
-    broker = await brokers.connect("redis://127.0.0.1:1")
+    broker = await brokers.connect_broker("redis://127.0.0.1:1")
     await recovery.recover_runs(world.store, broker)
     assert (await world.row(lost.execution_id))["status"] == "pending"
     await broker.close()
@@ -183,7 +183,7 @@ async def test_only_idempotency_keys_whose_day_is_over_are_forgotten(
 
 async def keep_key(world: RunDatabase, key: str, *, seconds: float) -> None:
     await world.query(
-        "INSERT INTO idempotency (lane, scope, key, fingerprint, resource_id, expires_at)"
+        "INSERT INTO idempotency (shard, scope, key, fingerprint, resource_id, expires_at)"
         " VALUES (1, 'scope', :key, 'body', 'exec_1', :expires_at)",
         key=key,
         expires_at=microseconds_from_now(seconds),

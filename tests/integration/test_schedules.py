@@ -85,7 +85,7 @@ async def tick(world: GatewayHarness, now: datetime, database: Database | None =
 async def run_scheduler(
     world: GatewayHarness, now: datetime, database: Database | None = None
 ) -> AsyncIterator[ScheduleRunner]:
-    broker = await brokers.connect(None)
+    broker = await brokers.connect_broker(None)
     moment = literal(to_microseconds(now), BigInteger())
     yield ScheduleRunner(database or world.gateway.database, broker, catalog.load_catalog(), moment)
     await broker.close()
@@ -233,7 +233,7 @@ async def test_a_run_has_its_instant_and_is_its_owners(
     assert await tick(world, first + timedelta(seconds=1)) == 0
     (run,) = await read_runs(world, workflow_id)
     assert (run.trigger_type, run.user_id, run.status) == ("schedule", people.owner.user.id, "pending")
-    assert (run.target, run.home, run.total_nodes) == (SHARED_TARGET, None, 2)
+    assert (run.target, run.assigned_deployment_id, run.total_nodes) == (SHARED_TARGET, None, 2)
     response = await people.owner.api.get(f"/api/v1/executions/{run.id}")
     assert response.json()["trigger"]["data"] == {
         "scheduledAt": first.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
@@ -387,7 +387,11 @@ async def test_what_is_deployed_is_run_by_its_pods_as_it_was_deployed(
     assert (await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=edit)).status_code == 200
     assert await tick(world, second) == 1
     (_, run) = await read_runs(world, workflow_id)
-    assert (run.target, run.home, run.definition_hash) == (workflow_id, workflow_id, own.definition_hash)
+    assert (run.target, run.assigned_deployment_id, run.definition_hash) == (
+        workflow_id,
+        workflow_id,
+        own.definition_hash,
+    )
 
 
 async def test_a_schedule_that_cannot_be_followed_is_put_off_and_keeps_no_other_from_its_runs(

@@ -111,10 +111,10 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     assert await open_secrets(world, SecretVault(NEW.encode(), [SECRET.encode()]), *ids) == expected
 
     done = await secret_rotation.rotate_secret(settings)
-    assert (done.sealed, done.unreadable) == (4, [])
+    assert (done.encrypted, done.unreadable) == (4, [])
     assert await open_secrets(world, new, *ids) == expected
     again = await secret_rotation.rotate_secret(settings)
-    assert (again.sealed, again.waiting_keys) == (0, done.waiting_keys)
+    assert (again.encrypted, again.waiting_keys) == (0, done.waiting_keys)
     assert (await people.admin.api.get("/api/v1/audit")).json() == before
 
     # A key moves to the new secret when it is used; one that isn't ends with the old secret.
@@ -130,7 +130,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
 
     # What nothing opens stays as it is, and is named.
     lost = await secret_rotation.rotate_secret(changed_settings(world, NEWEST))
-    assert (lost.sealed, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 5)
+    assert (lost.encrypted, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 5)
     assert await open_secrets(world, new, *ids) == expected
 
 

@@ -35,8 +35,8 @@ async def reserve(
     database: Database, key: str = "crm", organization_id: str = "org_1", max_wait_seconds: float = 3600
 ) -> datetime:
     caller = structs.replace(CALLER, organization_id=organization_id)
-    pace = SharedThrottle(database)
-    return await pace.reserve(caller, key, limit=6, per_seconds=60.0, max_wait_seconds=max_wait_seconds)
+    throttle = SharedThrottle(database)
+    return await throttle.reserve(caller, key, limit=6, per_seconds=60.0, max_wait_seconds=max_wait_seconds)
 
 
 async def test_places_are_spread_evenly_whoever_takes_them(world: RunDatabase) -> None:
@@ -67,10 +67,10 @@ async def test_a_rate_that_nothing_happened_at_lately_is_forgotten_and_begins_an
 ) -> None:
     for key in ("old", "new"):
         await reserve(world.database, key)
-    await world.query("UPDATE pace SET next_at = 1 WHERE key = 'old'")
+    await world.query("UPDATE throttle SET next_at = 1 WHERE key = 'old'")
     await retention.forget_past_paces(world.database)
-    assert await world.query("SELECT key FROM pace") == [{"key": "new"}]
+    assert await world.query("SELECT key FROM throttle") == [{"key": "new"}]
 
-    await world.query("UPDATE pace SET next_at = 1")
+    await world.query("UPDATE throttle SET next_at = 1")
     assert abs(await reserve(world.database, "new") - datetime.now(UTC)) < 5 * SECOND
     assert await reserve(world.database, "new") > datetime.now(UTC) + 5 * SECOND

@@ -111,7 +111,7 @@ async def test_an_accepted_run_is_pending_with_all_that_came_with_it(
     key = await world.accept(place, trigger='{"n":1}', config='{"c":2}', timeout_seconds=1.5)
     row = await world.row(key.execution_id)
     assert (row["status"], row["attempt"], row["token"], row["target"]) == ("pending", 0, 0, "shared")
-    assert (row["lane"], row["key_id"], row["total_nodes"]) == (key.lane, key.execution_id, 3)
+    assert (row["shard"], row["key_id"], row["total_nodes"]) == (key.shard, key.execution_id, 3)
     assert (row["timeout_microseconds"], bool(row["is_fresh"])) == (1_500_000, True)
     (data,) = await world.query("SELECT * FROM execution_data")
     assert (data["execution_id"], data["trigger"], data["config"]) == (*key[:1], '{"n":1}', '{"c":2}')
@@ -125,7 +125,7 @@ async def test_a_definition_is_stored_once_and_found_by_its_hash(
     await world.store.accept([first, place.run(), place.run(definition=None), elsewhere.run()])
     await world.store.accept([place.run(definition='{"other":1}', definition_hash="f" * 64)])
     assert await world.count("definition") == 3
-    key = DefinitionKey(first.organization_id, first.definition_hash, first.lane)
+    key = DefinitionKey(first.organization_id, first.definition_hash, first.shard)
     unknown = key._replace(hash="0" * 64)
     assert await world.store.definitions([key, unknown]) == {key: DEFINITION}
 
@@ -377,7 +377,7 @@ async def test_a_claim_counts_the_attempt_and_sets_the_lease_before_any_work(
 ) -> None:
     key = await world.accept(place, trigger='{"n":1}', timeout_seconds=60.0)
     (one,) = await world.claim(owner="me", lease_seconds=9.0)
-    assert (one.execution_id, one.lane, one.workflow_id) == (*key, place.workflow_id)
+    assert (one.execution_id, one.shard, one.workflow_id) == (*key, place.workflow_id)
     assert (one.token, one.attempt, one.trigger, one.request) == (1, 1, '{"n":1}', None)
     assert (one.key_id, one.has_journal) == (key.execution_id, False)
     assert one.deadline_at - one.started_at == timedelta(seconds=60)
@@ -564,7 +564,7 @@ async def test_spans_are_read_back_as_they_were_written(world: RunDatabase) -> N
     one = await world.claimed()
     bare = NodeSpan("b", "b", "set", SpanStatus.SKIPPED, 3, started_at=None)
     await world.store.record([write(one, spans=[FULL_SPAN, bare])])
-    unknown = ExecutionKey("exec_unknown", one.lane)
+    unknown = ExecutionKey("exec_unknown", one.shard)
     assert await world.store.spans([key_of(one), unknown, key_of(one)]) == {
         one.execution_id: [bare, FULL_SPAN],
         "exec_unknown": [],
@@ -757,7 +757,7 @@ async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
     row = await world.row(kept.execution_id)
     assert row["lease_until"] == pytest.approx(microseconds_from_now(500), abs=2_000_000)
     assert (await world.row(lost.execution_id))["lease_until"] is None
-    assert await world.store.renew([LeaseRenewal(kept.execution_id, kept.lane, kept.token - 1)], 9.0) == []
+    assert await world.store.renew([LeaseRenewal(kept.execution_id, kept.shard, kept.token - 1)], 9.0) == []
 
 
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -800,7 +800,7 @@ async def test_a_suspect_is_claimed_for_a_trial_alone_and_two_losses_there_end_i
     assert error["message"].startswith("4 workers")
 
 
-async def test_ten_lost_workers_end_a_run_though_it_was_on_trial_only_once(world: RunDatabase) -> None:
+async def test_ten_lost_workers_end_a_run_though_it_was_isolated_only_once(world: RunDatabase) -> None:
     key = await world.suspect()
     for attempt in range(3, 11):
         (one,) = await world.trial()
@@ -830,7 +830,7 @@ async def test_a_new_result_or_a_release_clears_a_suspect(world: RunDatabase, pl
         await world.expire(one)
         assert (await world.store.sweep(10)).requeued == 1
         row = await world.row(one.execution_id)
-        assert (row["attempt"], row["trial_losses"], bool(row["on_trial"])) == (1, 0, False)
+        assert (row["attempt"], row["isolation_losses"], bool(row["isolated"])) == (1, 0, False)
         (one,) = await world.claim()
         await world.store.record([write(one, end=RunStatus.COMPLETED)])
 
@@ -840,18 +840,18 @@ async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: 
     (one,) = await world.trial()
     assert await world.store.give_back("worker", []) == 1
     row = await world.row(one.execution_id)
-    assert (row["attempt"], row["trial_losses"], bool(row["on_trial"])) == (2, 0, False)
+    assert (row["attempt"], row["isolation_losses"], bool(row["isolated"])) == (2, 0, False)
     assert await world.claim() == []
     assert [one.execution_id for one in await world.trial()] == [key.execution_id]
 
 
-async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_on_trial_too(
+async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_isolated_too(
     world: RunDatabase, place: OwnedWorkflow
 ) -> None:
     for target in (place.workflow_id, UNPARSED_TARGET):
         key = await world.accept(place)
-        move = "UPDATE execution SET target = :target, home = :home WHERE id = :id"
-        await world.query(move, target=target, home=place.workflow_id, id=key.execution_id)
+        move = "UPDATE execution SET target = :target, assigned_deployment_id = :assigned_deployment_id WHERE id = :id"
+        await world.query(move, target=target, assigned_deployment_id=place.workflow_id, id=key.execution_id)
         for _ in range(2):
             (one,) = await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 5, target=target))
             await world.expire(one)
@@ -950,7 +950,7 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
     assert await world.claim() == []
     for key in (hog, beside):
         row = await world.row(key.execution_id)
-        assert (row["status"], row["target"], row["trial_losses"]) == ("pending", "isolated", 1)
+        assert (row["status"], row["target"], row["isolation_losses"]) == ("pending", "isolated", 1)
     (one,) = await world.trial()
     await world.accept(place)
     (other,) = await world.claim()
@@ -961,7 +961,12 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
     assert "out of memory" in error["message"]
     # What ran beside the one on trial has lost a worker like any other.
     row = await world.row(other.execution_id)
-    assert (row["status"], row["target"], row["attempt"], row["trial_losses"]) == ("pending", "shared", 1, 0)
+    assert (row["status"], row["target"], row["attempt"], row["isolation_losses"]) == (
+        "pending",
+        "shared",
+        1,
+        0,
+    )
 
 
 async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(
@@ -1043,7 +1048,7 @@ async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(wo
     await world.store.record([write(one, end=RunStatus.COMPLETED)])
     expected = EndRequestOutcome(ExecutionStatus.COMPLETED, None, "gateway")
     assert await world.store.request_end(key_of(one), "cancel") == expected
-    assert await world.store.request_end(ExecutionKey("exec_unknown", one.lane), "cancel") is None
+    assert await world.store.request_end(ExecutionKey("exec_unknown", one.shard), "cancel") is None
 
 
 # ── progress ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -1065,7 +1070,7 @@ async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_
             write(done, spans=spans, completed_nodes=2, end=RunStatus.FAILED, error=failed),
         ]
     )
-    keys = [key_of(running), key_of(done), ExecutionKey("exec_unknown", done.lane), key_of(done)]
+    keys = [key_of(running), key_of(done), ExecutionKey("exec_unknown", done.shard), key_of(done)]
     found = {one.execution_id: one for one in await world.store.progress(keys)}
     assert found.keys() == {running.execution_id, done.execution_id}
     one, other = found[running.execution_id], found[done.execution_id]
@@ -1074,17 +1079,17 @@ async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_
     assert json.loads(other.error or "")["message"] == "broken"
 
 
-async def test_a_key_with_the_wrong_lane_finds_nothing(world: RunDatabase) -> None:
+async def test_a_key_with_the_wrong_shard_finds_nothing(world: RunDatabase) -> None:
     one = await world.claimed()
-    elsewhere = ExecutionKey(one.execution_id, one.lane + 1)
+    elsewhere = ExecutionKey(one.execution_id, one.shard + 1)
     assert list(await world.store.progress([elsewhere])) == []
     assert await world.store.request_end(elsewhere, "cancel") is None
-    assert await world.store.record([replace_lane(one)]) == frozenset()
+    assert await world.store.record([replace_shard(one)]) == frozenset()
 
 
-def replace_lane(one: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
+def replace_shard(one: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
     changed = write(one, spans=[make_span()])
-    changed.lane += 1
+    changed.shard += 1
     return changed
 
 
@@ -1371,9 +1376,9 @@ async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_world
 
 
 COLUMNS = (
-    "id, lane, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash, rank, turn,"
-    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, inbox,"
-    " created_at, updated_at, depth, signals"
+    "id, shard, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash, rank, queue_turn,"
+    " is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal, channel,"
+    " created_at, updated_at, depth, wait_answer_count"
 )
 PENDING = (
     "'exec_' || n, 1, 'org_' || n % :organizations, 'wf_' || n, 'user_1', 'pending', 'shared', 'api', 'hash',"
@@ -1397,7 +1402,7 @@ async def fill(world: RunDatabase, first: int, last: int, organizations: int) ->
         **which,
     )
     await world.query(
-        "INSERT INTO execution_data (execution_id, lane, trigger, config, organization_id, workflow_id, created_at)"
+        "INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)"
         f" SELECT 'exec_' || n, 1, '{{}}', '{{}}', 'org_' || n % :organizations, 'wf_' || n, 1 FROM {numbers}",
         organizations=organizations,
         **which,
@@ -1535,12 +1540,12 @@ async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadloc
         assert spy.errors == []
 
 
-async def test_every_hot_statement_names_the_lane(world: RunDatabase, spy: StatementSpy) -> None:
+async def test_every_hot_statement_names_the_shard(world: RunDatabase, spy: StatementSpy) -> None:
     store = await world.another_store()
     place = await world.workflow()
     run = place.run(**idempotency_fields())
-    key = ExecutionKey(run.execution_id, run.lane)
-    definition = DefinitionKey(run.organization_id, run.definition_hash, run.lane)
+    key = ExecutionKey(run.execution_id, run.shard)
+    definition = DefinitionKey(run.organization_id, run.definition_hash, run.shard)
     by_call: dict[str, list[str]] = {}
 
     async def tell(name: str, call: Awaitable[Answer]) -> Answer:
@@ -1572,4 +1577,4 @@ async def test_every_hot_statement_names_the_lane(world: RunDatabase, spy: State
         ]
         assert hot, name
         for statement in hot:
-            assert re.search(r"\blane\b", statement), f"{name}: {statement}"
+            assert re.search(r"\bshard\b", statement), f"{name}: {statement}"

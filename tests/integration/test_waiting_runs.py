@@ -65,7 +65,7 @@ async def serve_worker(world: GatewayHarness, **settings: Any) -> AsyncIterator[
     gateway = world.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})
-    broker = LocalBroker(inbox=uuid4().hex)
+    broker = LocalBroker(channel=uuid4().hex)
     async with run_worker(of_worker, gateway.store, broker, gateway.database):
         yield
     await broker.close()
@@ -158,7 +158,7 @@ async def test_an_answer_survives_the_worker_that_had_it_in_hand(
     async with serve_worker(world):
         await wait_for_question(people.owner, execution_id)
     await say(people.owner, execution_id, "yes")
-    assert (await claim_for_dead_worker(world, execution_id)).signals == 1
+    assert (await claim_for_dead_worker(world, execution_id)).wait_answer_count == 1
     async with serve_worker(world):
         shown = await wait_until_ended(people.owner, execution_id)
     assert (shown["status"], shown["outputs"]["go"]["went"]) == ("completed", "well")
@@ -280,7 +280,7 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
         input=b"{}",
         resolved_config=json.dumps({"workflowId": inner, "wait": True}).encode(),
     )
-    assert await gateway.store.record([RunWrite(execution_id, run.lane, run.token, spans=[starting])])
+    assert await gateway.store.record([RunWrite(execution_id, run.shard, run.token, spans=[starting])])
     starter = ChildRunStarter(
         gateway.database, gateway.store, gateway.broker, catalog.load_catalog(), WorkerSettings()
     )

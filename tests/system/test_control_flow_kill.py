@@ -175,7 +175,9 @@ async def test_workflows_that_a_loop_runs_are_not_doubled(
     )
 
     async def are_all_answered() -> bool:
-        answers = await deployment.records.fetch(f"SELECT node_id FROM signal WHERE execution_id = '{run}'")
+        answers = await deployment.records.fetch(
+            f"SELECT node_id FROM wait_answer WHERE execution_id = '{run}'"
+        )
         return len(answers) == len(turns)
 
     async with deployment.supervised():

@@ -3,7 +3,7 @@ import random
 from functools import partial
 
 from engine.values import Json
-from models.loss_limits import MAX_TRIAL_LOSSES, SUSPECT_LOSSES
+from models.loss_limits import MAX_ISOLATION_LOSSES, SUSPECT_LOSSES
 from tests.system import consistency_checks, workflow_shapes
 from tests.system.client import RetryingClient
 from tests.system.harness import RECOVERY_SECONDS, SystemUnderTest
@@ -62,7 +62,7 @@ async def test_a_run_that_kills_its_worker_fails_as_crashed_after_two_trials(
             expected = {run: "failed"} | dict.fromkeys(beside, "completed")
             await consistency_checks.assert_consistent(deployment, client, ledger, expected)
     assert ended.error_code == "crashed"
-    assert len(ledger.of("poison")) == SUSPECT_LOSSES + MAX_TRIAL_LOSSES
+    assert len(ledger.of("poison")) == SUSPECT_LOSSES + MAX_ISOLATION_LOSSES
 
 
 async def test_a_wait_and_the_next_attempt_at_a_node_outlive_every_process(

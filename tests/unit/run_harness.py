@@ -234,7 +234,7 @@ class SimulatedWorker:
         *,
         recorded: Sequence[NodeSpan] = (),
         seconds: float = 60.0,
-        signals: Mapping[tuple[str, str], bytes] | None = None,
+        wait_answers: Mapping[tuple[str, str], bytes] | None = None,
         limits: RunLimits = DEFAULT_LIMITS,
         services: NodeServices | None = None,
     ) -> None:
@@ -252,7 +252,7 @@ class SimulatedWorker:
             started_at=now,
             recorded=recorded,
             sequence=max((span.sequence for span in recorded), default=0),
-            signals=signals or {},
+            wait_answers=wait_answers or {},
         )
 
     async def work(self) -> RunOutcome:

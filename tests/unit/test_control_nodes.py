@@ -74,8 +74,8 @@ async def run(
     ended = await worker.work()
     if ended.status is RunStatus.WAITING:
         rows = list(worker.notebook.rows.values())
-        signals = {("node", ""): encode_json(answer)}
-        worker = SimulatedWorker(program, data, recorded=rows, signals=signals, services=services)
+        wait_answers = {("node", ""): encode_json(answer)}
+        worker = SimulatedWorker(program, data, recorded=rows, wait_answers=wait_answers, services=services)
         ended = await worker.work()
     return ended, worker.notebook, runs
 

@@ -94,7 +94,7 @@ def organizations() -> Iterator[str]:
     return (ids.new_id("org") for _ in range(2_000))
 
 
-def test_lanes_and_turns_are_spread_and_never_change(organizations: Iterator[str]) -> None:
+def test_shards_and_turns_are_spread_and_never_change(organizations: Iterator[str]) -> None:
     names = list(organizations)
     assert len({ids.shard_of(name) for name in names}) > 1_500
     assert len({ids.turn_of_workflow(name) for name in names}) > 800

@@ -44,7 +44,7 @@ def empty_workflow() -> StoredWorkflow:
     workflow = Workflow(
         id="wf_1",
         organization_id="org_1",
-        lane=0,
+        shard=0,
         owner_id="user_1",
         name="A workflow",
         tags=[],

@@ -220,7 +220,7 @@ def compile_execute(body: Mapping[str, Json]) -> tuple[WorkflowProgram, Json]:
 
 WORKFLOW = {
     **dict.fromkeys(("id", "organization_id", "owner_id", "name"), "x"),
-    "lane": 0,
+    "shard": 0,
     "revision": 1,
     "is_public": False,
     "is_template": False,
@@ -244,7 +244,7 @@ async def test_an_example_runs_and_gives_what_stands_below_it(node_type: NodeTyp
         if notes.spans[STEP].awaits is not None:
             answer = msgspec.json.encode({"output": example["output"], "port": example["port"]})
             recorded = list(notes.spans.values())
-            again = msgspec.structs.replace(start, recorded=recorded, signals={(STEP, ""): answer})
+            again = msgspec.structs.replace(start, recorded=recorded, wait_answers={(STEP, ""): answer})
             ended = await run_workflow(program, again, notes, RunControl(), services)
     step = notes.spans[STEP]
     if "error" in example:

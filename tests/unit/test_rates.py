@@ -10,8 +10,8 @@ from pydantic import SecretStr
 from gateway.executions.rate_limits import RateLimit, RunRateLimiter
 from gateway.http.errors import ApiError
 from gateway.settings import GatewaySettings
-from messages.buckets import Demand, Grant, Rate
 from messages.local_broker import LocalBroker
+from messages.token_buckets import BucketRate, TokenDemand, TokenGrant
 
 pytestmark = pytest.mark.anyio
 
@@ -22,11 +22,11 @@ class CountingBroker(LocalBroker):
     """A broker that counts how often it is asked for tokens."""
 
     def __init__(self) -> None:
-        super().__init__(inbox="counting")
+        super().__init__(channel="counting")
         self.asked = 0
         self.is_silent = False
 
-    async def take_tokens(self, demands: Sequence[Demand]) -> Sequence[Grant]:
+    async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         self.asked += 1
         if self.is_silent:
             await asyncio.Event().wait()
@@ -40,7 +40,7 @@ def broker() -> CountingBroker:
 
 
 def make_limit(per_second: float, burst: int) -> RateLimit:
-    return RateLimit("key", "key:a", Rate(per_second, burst))
+    return RateLimit("key", "key:a", BucketRate(per_second, burst))
 
 
 async def passes_limits(rates: RunRateLimiter, under: RateLimit, count: int = 1) -> bool:
@@ -55,7 +55,7 @@ async def test_a_busy_client_costs_few_messages_and_a_refused_one_none(broker: C
     rates, wide = RunRateLimiter(broker, SETTINGS), make_limit(10_000, 20_000)
     assert all([await passes_limits(rates, wide) for _ in range(2_000)])
     assert broker.asked < 30
-    narrow = RateLimit("key", "key:b", Rate(0.01, 5))
+    narrow = RateLimit("key", "key:b", BucketRate(0.01, 5))
     assert [await passes_limits(rates, narrow) for _ in range(6)] == [True] * 5 + [False]
     asked = broker.asked
     assert not any([await passes_limits(rates, narrow) for _ in range(100)])
@@ -70,7 +70,7 @@ async def test_requests_that_come_together_cost_one_message(broker: CountingBrok
 
 async def test_what_many_gateways_let_through_stays_within_the_bound(broker: CountingBroker) -> None:
     gateways = [RunRateLimiter(broker, SETTINGS) for _ in range(5)]
-    rate = Rate(per_second=400, burst=100)
+    rate = BucketRate(per_second=400, burst=100)
     under = RateLimit("key", "key:a", rate)
     began, count = time.monotonic(), 0
     while time.monotonic() - began < 0.4:

@@ -76,12 +76,14 @@ async def test_a_node_that_asks_frees_the_worker_for_as_long_as_nobody_answers()
     rows = list(first.notebook.rows.values())
     assert await SimulatedWorker(graph, recorded=rows).work() == RunOutcome(RunStatus.WAITING)
     notebook = await run_to_completion(
-        SimulatedWorker(graph, recorded=rows, signals=answer_waits(first.notebook))
+        SimulatedWorker(graph, recorded=rows, wait_answers=answer_waits(first.notebook))
     )
     assert notebook.output("echo") == {"said": "yes"}
     assert (notebook.spans["ask"].hashes, asking.calls) == (span.hashes, 1)
     again = await run_to_completion(
-        SimulatedWorker(graph, recorded=list(notebook.rows.values()), signals=answer_waits(first.notebook))
+        SimulatedWorker(
+            graph, recorded=list(notebook.rows.values()), wait_answers=answer_waits(first.notebook)
+        )
     )
     assert again.commits == 0
 
@@ -92,7 +94,7 @@ async def test_an_answer_says_by_which_port_it_leaves() -> None:
     await first.work()
     no = answer_waits(first.notebook, encode_json({"output": 7, "port": "no"}))
     notebook = await run_to_completion(
-        SimulatedWorker(graph, recorded=list(first.notebook.rows.values()), signals=no)
+        SimulatedWorker(graph, recorded=list(first.notebook.rows.values()), wait_answers=no)
     )
     assert notebook.status("echo1") is SpanStatus.SKIPPED
     assert notebook.output("echo2") == 7
@@ -111,7 +113,7 @@ async def test_an_answer_may_be_a_failure_and_is_final(settings: Mapping[str, Js
     second = SimulatedWorker(
         graph,
         recorded=list(first.notebook.rows.values()),
-        signals=answer_waits(first.notebook, failed),
+        wait_answers=answer_waits(first.notebook, failed),
     )
     assert require_error(await second.work()).message == "It did not work"
     error = second.notebook.spans["ask"].error
@@ -124,7 +126,7 @@ async def test_an_answer_that_is_no_value_fails_its_node() -> None:
     first = SimulatedWorker(graph)
     await first.work()
     told = answer_waits(first.notebook, b'{"error":{"code":"run-failed","message":"a\\u0000b"}}')
-    second = SimulatedWorker(graph, recorded=list(first.notebook.rows.values()), signals=told)
+    second = SimulatedWorker(graph, recorded=list(first.notebook.rows.values()), wait_answers=told)
     cause = require_error(await second.work()).cause
     assert cause is not None
     assert (cause.code, cause.node_id) == ("nul-character", "ask")
@@ -133,14 +135,14 @@ async def test_an_answer_that_is_no_value_fails_its_node() -> None:
 async def test_an_answer_that_came_before_the_node_was_recorded_as_waiting_counts() -> None:
     asking = AskingNode()
     graph = compile_drawing("start > ask > echo", {"ask": write_world(asking.start)})
-    notebook = await run_to_completion(SimulatedWorker(graph, signals={("ask", ""): YES}))
+    notebook = await run_to_completion(SimulatedWorker(graph, wait_answers={("ask", ""): YES}))
     assert notebook.output("echo") == {"said": "yes"}
 
 
 async def test_what_was_passed_through_stands_in_an_answer_too() -> None:
     options: dict[str, Json] = {"passThroughValues": {"order": "id"}}
     graph = compile_drawing("start > ask", {"ask": pure_node(AskingNode().ask)}, {"ask": options})
-    notebook = await run_to_completion(SimulatedWorker(graph, {"id": 7}, signals={("ask", ""): YES}))
+    notebook = await run_to_completion(SimulatedWorker(graph, {"id": 7}, wait_answers={("ask", ""): YES}))
     assert notebook.output("ask") == {"said": "yes", "order": 7}
 
 
@@ -178,7 +180,9 @@ async def test_an_answer_counts_though_its_time_is_over() -> None:
     first = SimulatedWorker(graph)
     await first.work()
     notebook = await run_to_completion(
-        SimulatedWorker(graph, recorded=make_overdue(first.notebook), signals=answer_waits(first.notebook))
+        SimulatedWorker(
+            graph, recorded=make_overdue(first.notebook), wait_answers=answer_waits(first.notebook)
+        )
     )
     assert notebook.output("echo") == {"said": "yes"}
 
@@ -246,7 +250,7 @@ async def test_a_node_that_fails_before_it_asks_is_tried_again() -> None:
     assert first.notebook.spans["ask"].attempt == 2
     notebook = await run_to_completion(
         SimulatedWorker(
-            graph, recorded=list(first.notebook.rows.values()), signals=answer_waits(first.notebook)
+            graph, recorded=list(first.notebook.rows.values()), wait_answers=answer_waits(first.notebook)
         )
     )
     assert (notebook.spans["ask"].attempt, notebook.output("echo")) == (2, {"said": "yes"})

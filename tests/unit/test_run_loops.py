@@ -508,12 +508,12 @@ class AnsweringOutsider:
         self.ledger = ledger
 
     async def work(
-        self, recorded: Sequence[NodeSpan], signals: Mapping[tuple[str, str], bytes]
+        self, recorded: Sequence[NodeSpan], wait_answers: Mapping[tuple[str, str], bytes]
     ) -> tuple[RunOutcome, InMemoryJournal]:
-        given = dict(signals)
+        given = dict(wait_answers)
         rows = list(recorded)
         while True:
-            worker = SimulatedWorker(self.graph, self.trigger, recorded=rows, signals=given)
+            worker = SimulatedWorker(self.graph, self.trigger, recorded=rows, wait_answers=given)
             worker.notebook = CrashPointJournal(self.ledger, rows)
             ended = await worker.work()
             if ended.status is not RunStatus.WAITING:
@@ -585,7 +585,7 @@ async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
     outsider = AnsweringOutsider(graph, [2, 4, 3, 6, 8], ledger)
     whole_end, whole = await outsider.work([], {})
     reached = {effect.key for effect in ledger.effects}
-    moments, signals = ledger.moments, recorded_answers(whole)
+    moments, wait_answers = ledger.moments, recorded_answers(whole)
     assert len(moments) > 20
     # Every state that a crash may leave behind, once.
     states = {frozenset((s.node_id, s.iteration, s.status, s.attempt) for s in d): (d, b) for d, b in moments}
@@ -594,7 +594,7 @@ async def test_after_death_at_any_moment_a_loop_goes_on_where_it_was(
         attempts.clear()
         attempts.update(effect.key for effect in before)
         known = {(s.node_id, s.iteration): s for s in durable}
-        ended, after = await outsider.work(durable, {k: v for k, v in signals.items() if k in known})
+        ended, after = await outsider.work(durable, {k: v for k, v in wait_answers.items() if k in known})
         assert ended == whole_end
         assert after.rows.get(("end", "")) is None or after.output("end") == whole.output("end")
         _assert_nothing_was_done_twice(known, before, ledger.effects)

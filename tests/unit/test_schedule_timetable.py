@@ -233,7 +233,7 @@ def test_of_a_week_that_was_missed_the_policy_says_what_is_run(
     decided = decide_instants(minutely_timetable(**config), make_state(NOON), now)
     assert decided.run == [NOON + WEEK + minutes * MINUTE for minutes in expected]
     assert decided.next_run_at == NOON + WEEK + MINUTE
-    assert (decided.passed, decided.passed_at) == (
+    assert (decided.passed, decided.skipped_at) == (
         SkipReason.MISSED,
         NOON + WEEK + (expected[0] - 1) * MINUTE,
     )
@@ -244,7 +244,7 @@ def test_a_daily_instant_that_was_missed_is_made_up_for_once_or_left_out() -> No
     daily = {"cron": "0 12 * * *"}
     assert decide_instants(parse_timetable(daily), make_state(NOON), now).run == [NOON + WEEK]
     left_out = decide_instants(parse_timetable({**daily, "misfire": "skip"}), make_state(NOON), now)
-    assert (left_out.run, left_out.passed_at) == ([], NOON + WEEK)
+    assert (left_out.run, left_out.skipped_at) == ([], NOON + WEEK)
     assert left_out.next_run_at == NOON + WEEK + timedelta(days=1)
 
 
@@ -267,7 +267,7 @@ def test_years_that_were_missed_by_the_second_take_no_time_to_decide_about() -> 
 def test_an_instant_is_passed_over_while_the_last_run_goes_on_where_the_policy_says_so() -> None:
     wanted = minutely_timetable(overlap="skip")
     busy = decide_instants(wanted, make_state(NOON, is_busy=True), NOON)
-    assert (busy.run, busy.passed, busy.passed_at) == ([], SkipReason.OVERLAP, NOON)
+    assert (busy.run, busy.passed, busy.skipped_at) == ([], SkipReason.OVERLAP, NOON)
     assert busy.next_run_at == NOON + MINUTE
     several = decide_instants(
         parse_timetable({"intervalSeconds": 10, "overlap": "skip"}), make_state(NOON), NOON + MINUTE / 2
@@ -281,7 +281,7 @@ def test_instants_are_passed_over_while_too_many_runs_wait(overlap: OverlapPolic
     nearly_full = make_state(NOON, is_busy=True, waiting_runs=MAX_WAITING - 2)
     decided = decide_instants(wanted, nearly_full, NOON + timedelta(seconds=25))
     assert decided.run == [NOON, NOON + timedelta(seconds=10)]
-    assert (decided.passed, decided.passed_at) == (SkipReason.QUEUE_FULL, NOON + timedelta(seconds=20))
+    assert (decided.passed, decided.skipped_at) == (SkipReason.QUEUE_FULL, NOON + timedelta(seconds=20))
 
 
 # ── clocks that are wrong ───────────────────────────────────────────────────────────────────────────────────

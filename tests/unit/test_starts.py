@@ -61,7 +61,7 @@ def make_deployment(**columns: Any) -> Deployment:  # noqa: ANN401 - any column
     given: dict[str, Any] = {
         "workflow_id": "wf",
         "organization_id": "org",
-        "lane": 0,
+        "shard": 0,
         "definition_hash": "d",
         "version": 1,
         "replicas": 1,
@@ -145,7 +145,7 @@ def test_no_time_runs_while_the_cluster_has_no_room_or_after_something_else_was_
     assert starts.state(3_901, make_observed(PodStage.SCHEDULED), again)[0] == "starting"
 
 
-def test_a_workflow_that_serves_goes_on_serving_while_the_cluster_takes_notice_of_a_change() -> None:
+def test_a_workflow_that_serves_goes_on_serving_while_the_cluster_takes_notification_of_a_change() -> None:
     stale = replace(make_observed(PodStage.READY), is_current=False, available=1)
     serving = make_deployment(observed=Stored.RUNNING, generation=2)
     assert ObservedStart().state(0, stale, serving)[0] == "running"

@@ -9,9 +9,9 @@ pytestmark = pytest.mark.anyio
 async def test_a_throttle_of_a_key_shares_it_with_all_and_one_without_with_nobody() -> None:
     road = OpenThrottle()
     rate = {"limit": 2, "perSeconds": 10}
-    await call("throttle", {**rate, "key": "crm-{{ data.customer }}"}, {"customer": 7}, pace=road)
-    await call("throttle", {**rate, "key": "node:wf_1:node", "maxWaitSeconds": 5}, {}, pace=road)
-    await call("throttle", rate, {}, pace=road)
+    await call("throttle", {**rate, "key": "crm-{{ data.customer }}"}, {"customer": 7}, throttle=road)
+    await call("throttle", {**rate, "key": "node:wf_1:node", "maxWaitSeconds": 5}, {}, throttle=road)
+    await call("throttle", rate, {}, throttle=road)
     assert road.asked == [
         ("key:crm-7", 2, 10, 3600),
         ("key:node:wf_1:node", 2, 10, 5),

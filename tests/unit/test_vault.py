@@ -13,10 +13,10 @@ HERE = {"organization_id": "org_1", "object_id": "ds_1"}
 
 def test_what_is_sealed_is_opened_and_shows_nothing_of_itself() -> None:
     vault = SecretVault(NEW)
-    sealed = vault.seal(TEXT, **HERE)
-    assert b"canary" not in sealed.content
-    assert vault.open(sealed, **HERE) == TEXT
-    assert SecretVault(NEW).open(sealed, **HERE) == TEXT
+    encrypted = vault.seal(TEXT, **HERE)
+    assert b"canary" not in encrypted.content
+    assert vault.open(encrypted, **HERE) == TEXT
+    assert SecretVault(NEW).open(encrypted, **HERE) == TEXT
 
 
 def test_the_same_text_is_never_sealed_the_same_way_twice() -> None:
@@ -41,26 +41,26 @@ def test_what_is_sealed_for_one_object_is_no_other_ones(elsewhere: dict[str, str
 
 def test_every_byte_counts() -> None:
     vault = SecretVault(NEW)
-    sealed = vault.seal(TEXT, **HERE)
-    for place in range(len(sealed.content)):
-        changed = bytearray(sealed.content)
+    encrypted = vault.seal(TEXT, **HERE)
+    for place in range(len(encrypted.content)):
+        changed = bytearray(encrypted.content)
         changed[place] ^= 1
         with pytest.raises(SecretCorrupted):
-            vault.open(EncryptedText(sealed.secret_id, bytes(changed)), **HERE)
-    for length in range(len(sealed.content)):
+            vault.open(EncryptedText(encrypted.secret_id, bytes(changed)), **HERE)
+    for length in range(len(encrypted.content)):
         with pytest.raises(SecretCorrupted):
-            vault.open(EncryptedText(sealed.secret_id, sealed.content[:length]), **HERE)
+            vault.open(EncryptedText(encrypted.secret_id, encrypted.content[:length]), **HERE)
 
 
 def test_an_earlier_secret_opens_what_it_sealed_as_long_as_it_is_listed() -> None:
-    sealed = SecretVault(OLD).seal(TEXT, **HERE)
+    encrypted = SecretVault(OLD).seal(TEXT, **HERE)
     both = SecretVault(NEW, [OLD])
-    assert both.open(sealed, **HERE) == TEXT
+    assert both.open(encrypted, **HERE) == TEXT
     assert both.seal(TEXT, **HERE).secret_id == identify_secret(NEW)
     with pytest.raises(UnknownSecret, match="PILOTFLAME_SECRET_KEY"):
-        SecretVault(NEW).open(sealed, **HERE)
+        SecretVault(NEW).open(encrypted, **HERE)
     with pytest.raises(SecretCorrupted):
-        both.open(EncryptedText(identify_secret(NEW), sealed.content), **HERE)
+        both.open(EncryptedText(identify_secret(NEW), encrypted.content), **HERE)
 
 
 def test_the_id_of_a_secret_tells_nothing_of_it() -> None:

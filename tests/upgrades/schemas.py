@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection, inspect, text
 
 from models import schema_migration
 from models.database import Database, parse_url
@@ -37,6 +37,8 @@ class Schema:
     """Tables, indexes and constraints as the database describes them."""
 
     parts: Sequence[tuple[Any, ...]]
+    columns: Collection[tuple[str, str, str, bool]]
+    """Table, name, type, and whether it may be NULL."""
     row_counts: Mapping[str, int]
 
 
@@ -59,9 +61,23 @@ async def downgrade(url: str, revision: str) -> None:
         config.attributes["connection"] = connection
         command.downgrade(config, revision)
 
+    await _transact(url, undo)
+
+
+async def execute(url: str, statements: Sequence[str]) -> None:
+    """Execute statements in one transaction."""
+
+    def work(connection: Connection) -> None:
+        for statement in statements:
+            connection.execute(text(statement))
+
+    await _transact(url, work)
+
+
+async def _transact(url: str, work: Callable[[Connection], None]) -> None:
     database = Database(parse_url(url))
     try:
-        await database.transaction(lambda connection: connection.run_sync(undo))
+        await database.transaction(lambda connection: connection.run_sync(work))
     finally:
         await database.close()
 
@@ -74,4 +90,10 @@ def _read(connection: Connection) -> Schema:
         assert connection.execute(text("PRAGMA integrity_check")).scalar() == "ok"
     tables = [part[1] for part in parts if part[0] == "table"]
     counts = {name: connection.execute(text(f"SELECT count(*) FROM {name}")).scalar_one() for name in tables}
-    return Schema(parts, counts)
+    inspector = inspect(connection)
+    columns = {
+        (table, column["name"], str(column["type"]), column["nullable"])
+        for table in tables
+        for column in inspector.get_columns(table)
+    }
+    return Schema(parts, columns, counts)

@@ -19,10 +19,12 @@ from tests.system.wait_conditions import wait_until
 from tests.upgrades import fixture as fixtures
 from tests.upgrades import schemas
 from tests.upgrades.api import Api
-from tests.upgrades.fixture import CALLBACKS, FOLDER, LEDGER, SECRET_KEY, Fixture, Manifest
+from tests.upgrades.fixture import CALLBACKS, FOLDER, KINDS, LEDGER, SECRET_KEY, Fixture, Manifest
 
 FIXTURES = [Fixture(path.parent.name, path.name) for path in sorted(FOLDER.glob("*/*/"))]
 NEW_SECRET_KEY = "another secret, by which everything is encrypted anew"
+UNDO_ADDITIONS = (FOLDER / "0001/undo_additions.sql").read_text().split(";\n")[:-1]
+"""These statements make a database of release 0.1.0 out of one of revision 0001 as it was last."""
 LEASE_SECONDS = 120.0
 """Longer than any pause of a busy machine: whatever runs a second time was begun anew without need."""
 SECRETS = 5
@@ -49,6 +51,11 @@ class Upgraded:
         await self.api.become(execution_id, "completed")
         calls = self.ledger.effects()[execution_id, node_id]
         assert [call.key for call in calls] == [f"{execution_id}:{node_id}:0"]
+
+
+@pytest.fixture(params=KINDS)
+def first_fixture(request: pytest.FixtureRequest) -> Fixture:
+    return Fixture("0001", request.param)
 
 
 @pytest.fixture(params=FIXTURES, ids=lambda one: f"{one.revision}-{one.kind}")
@@ -222,6 +229,20 @@ async def test_an_upgraded_database_has_all_its_rows_and_the_tables_of_a_new_one
 
     await schemas.downgrade(url, fixture.revision)
     assert await schemas.read(url) == before
+
+
+async def test_a_database_of_release_0_1_0_gets_what_was_added_to_its_revision_later(
+    first_fixture: Fixture, tmp_path: Path, postgres: services.PostgresServer
+) -> None:
+    urls = []
+    for name, statements in (("complete", []), ("early", UNDO_ADDITIONS)):
+        (tmp_path / name).mkdir()
+        url = await fixtures.restore(first_fixture, postgres, tmp_path / name, {})
+        await schemas.execute(url, statements)
+        await schema_migration.migrate(parse_url(url))
+        urls.append(url)
+    complete, early = [await schemas.read(url) for url in urls]
+    assert early.columns == complete.columns
 
 
 async def revision(url: str) -> str | None:

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from messages.broker import BrokerUnavailable
-from messages.deployments import DeployerMessage, ReadPodLogs
+from messages.deployer_messages import DeployerMessage, ReadPodLogs
 from models import deployment_token, ids
 from models.errors import DatabaseUnavailable
 from workers.cluster.driver import ClusterError, PodLogLine
@@ -209,11 +209,11 @@ class Deployer:
             driver = await self._connection.driver()
             lines = await driver.logs(asked.workflow_id, limit=asked.limit)
         except ClusterError as error:
-            letter = {"pod_logs": asked.asked, "error": str(error)}
+            direct_message = {"pod_logs": asked.asked, "error": str(error)}
         else:
-            letter = {"pod_logs": asked.asked, "lines": _encode_log_lines(lines)}
+            direct_message = {"pod_logs": asked.asked, "lines": _encode_log_lines(lines)}
         with suppress(BrokerUnavailable):  # whoever asked is told to ask again
-            await self._broker.send(asked.inbox, letter)
+            await self._broker.send(asked.channel, direct_message)
 
 
 def _encode_log_lines(lines: Sequence[PodLogLine]) -> str:

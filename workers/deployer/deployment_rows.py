@@ -214,7 +214,7 @@ async def store_status(database: Database, before: Deployment, sighting: Observe
 
 async def ensure_token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
     """Return the token that pods are started with from now on."""
-    bearer = TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.lane)
+    bearer = TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.shard)
     token_id = deployment_token.new_token_id()
     return await database.transaction(
         lambda connection: deployment_token.ensure_token(
@@ -228,7 +228,7 @@ async def pod_resources(database: Database, deployment: Deployment) -> PodResour
     statement = select(col(Definition.body)).where(
         col(Definition.organization_id) == deployment.organization_id,
         col(Definition.hash) == deployment.definition_hash,
-        col(Definition.lane) == deployment.lane,
+        col(Definition.shard) == deployment.shard,
     )
     async with database.read() as connection:
         body: str | None = await connection.scalar(statement)

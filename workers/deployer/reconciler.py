@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from journal.deployments import decisions, pod_leases
-from messages import deployments, hints
+from messages import deployer_messages, hints
 from messages.broker import BrokerUnavailable
 from models import deployment_token
 from models.deployment import ObservedState as Stored
@@ -299,7 +299,7 @@ class Reconciler:
             self._database, self._store, workflow_id, gone, out_of_memory
         ):
             with suppress(BrokerUnavailable):  # pods and workers look for themselves
-                await self._broker.announce({workflow_id: ""})
+                await self._broker.publish({workflow_id: ""})
             # Of what is deployed no more, runs are any worker's.
             await hints.wake(self._broker)
 
@@ -373,7 +373,7 @@ class Reconciler:
             generation=sighting.observed_generation,
         )
         with suppress(BrokerUnavailable):  # whoever waits looks once a second
-            await self._broker.announce({deployments.changed(deployment.workflow_id): ""})
+            await self._broker.publish({deployer_messages.reconcile_payload(deployment.workflow_id): ""})
         return retry
 
     async def _note_refusal(

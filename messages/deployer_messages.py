@@ -11,7 +11,7 @@ VERSION: Final = 1
 
 
 @dataclass(frozen=True)
-class LookAtDeployment:
+class ReconcileDeployment:
     """Something else may be wanted of a deployment than before."""
 
     workflow_id: str
@@ -24,11 +24,11 @@ class LookAtDeployment:
 
 @dataclass(frozen=True)
 class ReadPodLogs:
-    """Somebody waits for the last lines that pods have written: they go to `inbox`, as a letter that names `asked`."""
+    """Request for the last lines that pods have written: sent to `channel` as a direct message that names `asked`."""
 
     workflow_id: str
     limit: int
-    inbox: str
+    channel: str
     asked: str
 
     @property
@@ -36,30 +36,30 @@ class ReadPodLogs:
         return self.asked
 
 
-DeployerMessage: TypeAlias = LookAtDeployment | ReadPodLogs
+DeployerMessage: TypeAlias = ReconcileDeployment | ReadPodLogs
 
 
-def changed(workflow_id: str) -> str:
+def reconcile_payload(workflow_id: str) -> str:
     """Return what whoever waits for a deployment watches, in the place of an execution's id."""
     return f"deployment:{workflow_id}"
 
 
-def payload(message: DeployerMessage) -> dict[str, object]:
+def encode_message(message: DeployerMessage) -> dict[str, object]:
     """Return what goes over the wire."""
     return {"v": VERSION, **asdict(message)}
 
 
-def read(payload: Mapping[str, object]) -> DeployerMessage | None:
+def parse_message(payload: Mapping[str, object]) -> DeployerMessage | None:
     """A payload of a version this deployer does not know says nothing: its sweep finds what it was about."""
     match payload:
         case {
             "v": 1,
             "workflow_id": str(workflow_id),
             "limit": int(limit),
-            "inbox": str(inbox),
+            "channel": str(channel),
             "asked": str(asked),
         }:
-            return ReadPodLogs(workflow_id, limit, inbox, asked)
+            return ReadPodLogs(workflow_id, limit, channel, asked)
         case {"v": 1, "workflow_id": str(workflow_id)}:
-            return LookAtDeployment(workflow_id)
+            return ReconcileDeployment(workflow_id)
     return None

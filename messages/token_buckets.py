@@ -18,7 +18,7 @@ _ROUNDING: Final = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class BucketRate:
     """How fast a bucket fills, and what it holds."""
 
     per_second: float
@@ -26,11 +26,11 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Demand:
+class TokenDemand:
     """What is to be taken from one bucket."""
 
     bucket: str
-    rate: Rate
+    rate: BucketRate
     needed: int
     """At least this, or nothing."""
     wanted: int
@@ -40,7 +40,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
+class TokenGrant:
     """The answer to a demand."""
 
     tokens: int
@@ -51,26 +51,26 @@ class Grant:
     """Until there is what was needed, where that was too much."""
 
 
-class LocalBuckets:
+class LocalTokenBuckets:
     """The buckets of one process."""
 
     def __init__(self) -> None:
         self._full_at: dict[str, float] = {}
         self._swept_above = MAX_BUCKETS
 
-    def take(self, demand: Demand, now: float) -> Grant:
+    def take(self, demand: TokenDemand, now: float) -> TokenGrant:
         """Take tokens, by a clock of seconds that never goes back."""
         rate = demand.rate
         full_at = max(self._full_at.get(demand.bucket, now), now)
         held = rate.burst - (full_at - now) * rate.per_second + _ROUNDING
         enough = min(demand.needed, rate.burst)
         if held < enough:
-            return Grant(0, math.floor(held), (enough - held) / rate.per_second)
+            return TokenGrant(0, math.floor(held), (enough - held) / rate.per_second)
         tokens = max(demand.needed, min(demand.wanted, math.floor(held)))
         tokens += min(demand.ahead, max(math.floor(held) - tokens, 0) // SPARE)
         self._full_at[demand.bucket] = full_at + tokens / rate.per_second
         self._drop_full(now)
-        return Grant(tokens, math.floor(held) - tokens)
+        return TokenGrant(tokens, math.floor(held) - tokens)
 
     def _drop_full(self, now: float) -> None:
         if len(self._full_at) > self._swept_above:
