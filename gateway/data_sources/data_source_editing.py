@@ -51,12 +51,12 @@ def require_writer(request: GatewayRequest, source: DataSource) -> None:
 
 async def create_data_source(request: GatewayRequest, body: Json, source: DataSource) -> JsonResponse:
     """Write a new data source once for each Idempotency-Key, and answer 201 with its id."""
-    promise = idempotency.requested_key(request, _without_secrets(request, body))
+    idempotency_key = idempotency.requested_key(request, _without_secrets(request, body))
 
     async def insert(connection: AsyncConnection) -> str:
-        if promise is not None:
+        if idempotency_key is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, shard=source.shard, resource_id=source.id, now=source.created_at
+                connection, idempotency_key, shard=source.shard, resource_id=source.id, now=source.created_at
             )
             if bound != source.id:
                 return bound

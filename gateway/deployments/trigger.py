@@ -115,13 +115,13 @@ async def start(request: GatewayRequest) -> JsonResponse:
     workflow_id = request.path_params["id"]
     value = await read_json(request)
     body = _checked(body_of(request, value, TriggerRequest))
-    promise = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
+    idempotency_key = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _planned(request, workflow, body, times)
 
     with request.gateway.activation.queue(workflow_id):
-        accepted = await run_requests.accept_run(request, plan, promise)
+        accepted = await run_requests.accept_run(request, plan, idempotency_key)
         times.accepted = perf_counter()
         # Committed, and not to be held while the run is waited for.
         value, body.inputs, body.trigger_inputs = None, None, None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 async def share_blobs(
-    blobs: BlobStore, given: str, source: BlobOwner | None, promise: IdempotencyKey | None
+    blobs: BlobStore, given: str, source: BlobOwner | None, idempotency_key: IdempotencyKey | None
 ) -> RunInput:
     """Return what another run is given of what the run of `source` was given, once its contents are there too.
 
@@ -35,7 +35,7 @@ async def share_blobs(
     execution_id = ids.new_id("exec")
     if trigger_body.is_separate(given):
         trigger = await _copy_body(blobs, given, source, execution_id)
-        return RunInput(trigger, given, promise=promise, execution_id=execution_id)
+        return RunInput(trigger, given, idempotency_key=idempotency_key, execution_id=execution_id)
     trigger = decoding.decode(given)
     is_read = not unparsed_mail.is_unparsed(given)
     if not is_read:
@@ -47,7 +47,9 @@ async def share_blobs(
         for reference in _attached_blobs(trigger):
             # Where one is gone, the node that wants it says so.
             await _copy_blob(blobs, source, execution_id, reference)
-    return RunInput(trigger=trigger, promise=promise, is_read=is_read, execution_id=execution_id)
+    return RunInput(
+        trigger=trigger, idempotency_key=idempotency_key, is_read=is_read, execution_id=execution_id
+    )
 
 
 async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:

@@ -113,8 +113,8 @@ async def retry(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, BulkRequest)
-    promise = idempotency.requested_key(request, value)
-    earlier = None if promise is None else await bulk_actions.begun(request, promise)
+    idempotency_key = idempotency.requested_key(request, value)
+    earlier = None if idempotency_key is None else await bulk_actions.begun(request, idempotency_key)
     if earlier is not None:
         return await _retried(request, earlier, headers=idempotency.REPLAYED)
     found, by_workflow = await bulk_actions.find(
@@ -125,7 +125,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
         return JsonResponse(preview)
     for workflow_id, runs in by_workflow.items():
         await request.gateway.backlog.require_room(request.caller.organization_id, workflow_id, runs)
-    chosen = await bulk_actions.begin_retry(request, found, _about(request, body), promise)
+    chosen = await bulk_actions.begin_retry(request, found, _about(request, body), idempotency_key)
     return await _retried(request, chosen, headers={} if chosen == found else idempotency.REPLAYED)
 
 

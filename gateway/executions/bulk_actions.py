@@ -121,7 +121,7 @@ async def trace(request: GatewayRequest, found: ChosenExecutions, action: AuditA
 
 
 async def begin_retry(
-    request: GatewayRequest, found: ChosenExecutions, about: str, promise: IdempotencyKey | None
+    request: GatewayRequest, found: ChosenExecutions, about: str, idempotency_key: IdempotencyKey | None
 ) -> ChosenExecutions:
     """Leave such a trace, and return what is to be retried: what the first request with the promise has found.
 
@@ -131,9 +131,11 @@ async def begin_retry(
 
     async def keep(connection: AsyncConnection) -> str:
         bound = text
-        if promise is not None:
+        if idempotency_key is not None:
             shard = request.caller.shard
-            bound = await idempotency.reserve_key(connection, promise, shard=shard, resource_id=text, now=now)
+            bound = await idempotency.reserve_key(
+                connection, idempotency_key, shard=shard, resource_id=text, now=now
+            )
         if bound == text:
             await _trace(
                 connection, request=request, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
@@ -143,9 +145,9 @@ async def begin_retry(
     return _decode(await request.gateway.database.transaction(keep))
 
 
-async def begun(request: GatewayRequest, promise: IdempotencyKey) -> ChosenExecutions | None:
+async def begun(request: GatewayRequest, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
     """Return what an earlier request with this promise was about; raises 422 where that had another body."""
-    earlier = await acceptance.find_earlier(request.gateway.database, request.caller.shard, promise)
+    earlier = await acceptance.find_earlier(request.gateway.database, request.caller.shard, idempotency_key)
     if earlier is None:
         return None
     if earlier.verdict is AcceptanceVerdict.MISMATCH:

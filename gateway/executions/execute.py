@@ -68,14 +68,14 @@ async def start(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, ExecuteRequest)
     run_requests.require_one_spelling(body.trigger_inputs, body.inputs)
-    promise = await offload.run(
+    idempotency_key = await offload.run(
         idempotency.requested_key, request, value, workflow_id=request.path_params["id"]
     )
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _planned(request, workflow, body)
 
-    accepted = await run_requests.accept_run(request, plan, promise)
+    accepted = await run_requests.accept_run(request, plan, idempotency_key)
     headers = run_requests.response_headers(request, accepted)
     return JsonResponse(ExecuteResult(execution_id=accepted.execution_id), status=201, headers=headers)
 

@@ -279,13 +279,13 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     """
     caller, gateway = request.caller, request.gateway
     failed = await _visible(request)
-    promise = idempotency.requested_key(request, None, workflow_id=failed.execution_id)
+    idempotency_key = idempotency.requested_key(request, None, workflow_id=failed.execution_id)
     new_id, now = ids.new_id("exec"), gateway.clock()
 
     async def insert(connection: AsyncConnection) -> tuple[str, str | None]:
-        if promise is not None:
+        if idempotency_key is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, shard=failed.shard, resource_id=new_id, now=now
+                connection, idempotency_key, shard=failed.shard, resource_id=new_id, now=now
             )
             if bound != new_id:
                 return bound, None

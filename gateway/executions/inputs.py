@@ -91,19 +91,21 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     key = await gateway.access.key(request.path_params["id"], caller)
     value = await read_json(request)
     body = body_of(request, value, InputAnswer)
-    promise = await offload.run(idempotency.requested_key, request, value, workflow_id=key.execution_id)
-    if await _is_repeated(request, key, promise):
+    idempotency_key = await offload.run(
+        idempotency.requested_key, request, value, workflow_id=key.execution_id
+    )
+    if await _is_repeated(request, key, idempotency_key):
         return _taken(key, body, idempotency.REPLAYED)
     try:
         async with gateway.database.read() as connection:
             asked = await _asked(connection, key, body)
     except ApiError:
         # What is waited for no longer may have been answered by this very request, a moment ago.
-        if await _is_repeated(request, key, promise):
+        if await _is_repeated(request, key, idempotency_key):
             return _taken(key, body, idempotency.REPLAYED)
         raise
     await input_checks.require_valid_inputs(request, asked.request, body.choice, body.data)
-    given = await _given(request, key, asked, body, promise)
+    given = await _given(request, key, asked, body, idempotency_key)
     if given is None:
         return _taken(key, body, idempotency.REPLAYED)
     if given.concurrency_key is not None:
@@ -114,11 +116,13 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     return _taken(key, body, {})
 
 
-async def _is_repeated(request: GatewayRequest, key: ExecutionKey, promise: IdempotencyKey | None) -> bool:
+async def _is_repeated(
+    request: GatewayRequest, key: ExecutionKey, idempotency_key: IdempotencyKey | None
+) -> bool:
     """Tell whether an earlier request with the same key was answered; raises 422 where it had another body."""
-    if promise is None:
+    if idempotency_key is None:
         return False
-    earlier = await acceptance.find_earlier(request.gateway.database, key.shard, promise)
+    earlier = await acceptance.find_earlier(request.gateway.database, key.shard, idempotency_key)
     if earlier is not None and earlier.verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch_error()
     return earlier is not None
@@ -146,7 +150,7 @@ async def _given(
     key: ExecutionKey,
     asked: WaitingNode,
     body: InputAnswer,
-    promise: IdempotencyKey | None,
+    idempotency_key: IdempotencyKey | None,
 ) -> AnswerResult | None:
     """Give the answer; None where a request with the same key has. Raises 409, and 422 for a key of another body."""
     user_id = request.caller.user_id
@@ -164,9 +168,9 @@ async def _given(
     answer_id = ids.new_id("answer")
 
     async def work(connection: AsyncConnection) -> AnswerResult | None:
-        if promise is not None:
+        if idempotency_key is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, shard=key.shard, resource_id=answer_id, now=answered_at
+                connection, idempotency_key, shard=key.shard, resource_id=answer_id, now=answered_at
             )
             if bound != answer_id:
                 return None

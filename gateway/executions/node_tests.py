@@ -76,14 +76,14 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, NodeTestRequest)
     workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
-    promise = await offload.run(
+    idempotency_key = await offload.run(
         idempotency.requested_key, request, value, workflow_id=f"{workflow_id}/{node_id}"
     )
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _planned(request, workflow, body)
 
-    accepted = await run_requests.accept_run(request, plan, promise)
+    accepted = await run_requests.accept_run(request, plan, idempotency_key)
     headers = run_requests.response_headers(request, accepted)
     key = ExecutionKey(accepted.execution_id, request.caller.shard)
     progress = await request.gateway.waiting.progress(key, body.wait)

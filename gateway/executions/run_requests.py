@@ -56,7 +56,7 @@ def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
 
 
 async def accept_run(
-    request: GatewayRequest, plan: RunPlanner, promise: IdempotencyKey | None
+    request: GatewayRequest, plan: RunPlanner, idempotency_key: IdempotencyKey | None
 ) -> AcceptanceResult:
     """Accept a run of the workflow of the path, or return the one that was accepted for the same promise before.
 
@@ -64,12 +64,12 @@ async def accept_run(
     """
     workflow = await request.gateway.workflows.load(request.path_params["id"], request.caller)
     await request.gateway.rates.take(request, workflow.id)
-    accepted = await _accept(request, workflow, plan, promise)
+    accepted = await _accept(request, workflow, plan, idempotency_key)
     if accepted.verdict is AcceptanceVerdict.STALE:
         # The workflow has moved on since it was loaded: it may be gone, closed, or another graph.
         request.gateway.workflows.forget(workflow.organization_id, workflow.id)
         workflow = await request.gateway.workflows.load(workflow.id, request.caller)
-        accepted = await _accept(request, workflow, plan, promise)
+        accepted = await _accept(request, workflow, plan, idempotency_key)
     if accepted.verdict is AcceptanceVerdict.STALE:
         raise errors.conflict("workflow-changed", "The workflow is being changed: try again")
     if accepted.verdict is AcceptanceVerdict.MISMATCH:
@@ -85,7 +85,10 @@ def response_headers(request: GatewayRequest, accepted: AcceptanceResult) -> dic
 
 
 async def _accept(
-    request: GatewayRequest, workflow: LoadedWorkflow, plan: RunPlanner, promise: IdempotencyKey | None
+    request: GatewayRequest,
+    workflow: LoadedWorkflow,
+    plan: RunPlanner,
+    idempotency_key: IdempotencyKey | None,
 ) -> AcceptanceResult:
     caller = request.caller
     try:
@@ -93,9 +96,9 @@ async def _accept(
         await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
     except ApiError:
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
-        if promise is None:
+        if idempotency_key is None:
             raise
-        earlier = await acceptance.find_earlier(request.gateway.database, caller.shard, promise)
+        earlier = await acceptance.find_earlier(request.gateway.database, caller.shard, idempotency_key)
         if earlier is None:
             raise
         return earlier
@@ -119,7 +122,7 @@ async def _accept(
             timeout_seconds=runnable.timeout_seconds,
             total_nodes=runnable.total_nodes,
             channel=request.gateway.broker.channel,
-            idempotency=promise,
+            idempotency=idempotency_key,
             concurrency_key=limit.key if limit else None,
             concurrency_limit=limit.runs if limit else None,
             may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,

@@ -93,8 +93,8 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
         stored = await editing.find_readable(connection, request)
         count, found = await _chosen(connection, stored.workflow, body)
 
-    async def again(execution_id: str, promise: IdempotencyKey) -> tuple[AcceptanceResult, str]:
-        return await redrive_runs.redrive_dead_letter(request, found[execution_id], promise)
+    async def again(execution_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
+        return await redrive_runs.redrive_dead_letter(request, found[execution_id], idempotency_key)
 
     done = await redrive_runs.redrive_each(request, [] if body.dry_run else list(found), again)
     return JsonResponse(counted(count, done))
@@ -128,8 +128,10 @@ async def _settle(request: GatewayRequest, failed: Sequence[Execution]) -> None:
 
     async def settle(connection: AsyncConnection) -> None:
         for one in sorted(failed, key=lambda one: one.id):
-            promise = deduplication_keys.redrive_key(one.workflow_id, one.id)
-            await idempotency.reserve_key(connection, promise, shard=one.shard, resource_id=PURGED, now=now)
+            idempotency_key = deduplication_keys.redrive_key(one.workflow_id, one.id)
+            await idempotency.reserve_key(
+                connection, idempotency_key, shard=one.shard, resource_id=PURGED, now=now
+            )
         workflow_id = failed[0].workflow_id
         await audit_log.record_change(
             connection,

@@ -126,10 +126,10 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     What was refused runs too, where it was understood. With an `Idempotency-Key` a repeated request runs it once.
     """
     delivery = await _readable(request, request.path_params["id"])
-    promise = idempotency.requested_key(
+    idempotency_key = idempotency.requested_key(
         request, {"delivery": delivery.id}, workflow_id=str(delivery.workflow_id)
     )
-    accepted, kind = await redrive_runs.redrive_delivery(request, delivery, promise)
+    accepted, kind = await redrive_runs.redrive_delivery(request, delivery, idempotency_key)
     headers = location(request.gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
@@ -151,8 +151,10 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
         stored = await editing.find_readable(connection, request)
         count, found = await delivery_rows.find_not_redriven(connection, stored.workflow, wanted, body.limit)
 
-    async def again(delivery_id: str, promise: IdempotencyKey) -> tuple[AcceptanceResult, str]:
-        return await redrive_runs.redrive_delivery(request, await _readable(request, delivery_id), promise)
+    async def again(delivery_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
+        return await redrive_runs.redrive_delivery(
+            request, await _readable(request, delivery_id), idempotency_key
+        )
 
     done = await redrive_runs.redrive_each(request, [] if body.dry_run else found, again)
     return JsonResponse(counted(count, done))

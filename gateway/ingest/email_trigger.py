@@ -244,9 +244,11 @@ async def _native(handed: VerifiedMail) -> JsonResponse:
     value = await json_of(request, content)
     mail = body_of(request, value, ParsedMailRequest)
     attachments = await offload.run(decode_attachments, mail.attachments)
-    promise = None
+    idempotency_key = None
     if request.known_sender is not None:
-        promise = await offload.run(idempotency.requested_key, request, value, workflow_id=handed.workflow_id)
+        idempotency_key = await offload.run(
+            idempotency.requested_key, request, value, workflow_id=handed.workflow_id
+        )
 
     blobs, organization_id = request.gateway.blobs, handed.addressee.workflow.organization_id
     are_kept = any(one.content is not None for one in attachments)
@@ -259,7 +261,7 @@ async def _native(handed: VerifiedMail) -> JsonResponse:
             raise errors.not_ready(f"{error}: try again") from error
         return RunInput(mail.given(kept), execution_id=execution_id)
 
-    return await _ingest(handed, message, promise, is_large=are_kept)
+    return await _ingest(handed, message, idempotency_key, is_large=are_kept)
 
 
 async def _of_form(handed: VerifiedMail) -> JsonResponse:
@@ -363,7 +365,7 @@ async def _ingest_unparsed(
 async def _ingest(
     handed: VerifiedMail,
     message: Callable[[str], Awaitable[RunInput]],
-    promise: IdempotencyKey | None = None,
+    idempotency_key: IdempotencyKey | None = None,
     *,
     is_large: bool = False,
     ses_id: str = "",
@@ -375,13 +377,15 @@ async def _ingest(
     gateway, workflow = handed.request.gateway, handed.addressee.workflow
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
     key = await offload.run(mail_kinds.deduplication_key, handed.arrival, handed.kind)
-    if promise is None and key is not None:
-        promise = handed.note.deduplication_key = deduplication_keys.derive_key("mail", workflow.id, key)
+    if idempotency_key is None and key is not None:
+        idempotency_key = handed.note.deduplication_key = deduplication_keys.derive_key(
+            "mail", workflow.id, key
+        )
     own_key = _own_key(handed, key, ses_id)
     status = OK if handed.kind in MAILGUN else CREATED
     # What is there already needn't be kept once more only to find that out; but a key must be used up.
-    if is_large and promise is not None and own_key is None:
-        earlier = await ingest.find_repetition(gateway, handed.note, promise, status=status)
+    if is_large and idempotency_key is not None and own_key is None:
+        earlier = await ingest.find_repetition(gateway, handed.note, idempotency_key, status=status)
         if earlier is not None:
             return _answer(handed, earlier, status)
     execution_id = ids.new_id("exec")
@@ -391,14 +395,14 @@ async def _ingest(
     async def plan(_ground: RunTarget) -> RunInput:
         await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
         made = await message(execution_id)
-        return replace(made, promise=promise)
+        return replace(made, idempotency_key=idempotency_key)
 
     accepted = await ingest.ingest_request(
         gateway,
         handed.note,
         TriggerKind.EMAIL,
         plan,
-        promise,
+        idempotency_key,
         status=status,
         own_key=own_key,
         reused=errors.conflict(

@@ -63,7 +63,9 @@ class QueueMessage(GuardedWire):
         until = max(now + timedelta(seconds=self.delay_seconds or 0.0), self.not_before or now)
         return until if until > now else None
 
-    def planned(self, now: datetime, promise: IdempotencyKey | None, callback_url: str | None) -> RunInput:
+    def planned(
+        self, now: datetime, idempotency_key: IdempotencyKey | None, callback_url: str | None
+    ) -> RunInput:
         """Return the run of it."""
         trigger = {"message": self.payload, "priority": self.priority, "source": self.source}
         return RunInput(
@@ -72,7 +74,7 @@ class QueueMessage(GuardedWire):
             priority=self.priority,
             delay_until=self.delayed_until(now),
             callback_url=callback_url or "",
-            promise=promise,
+            idempotency_key=idempotency_key,
         )
 
 
@@ -112,8 +114,8 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         value = await json_of(request, content)
         now = gateway.clock()
         body = _interpreted(value, now, request.warnings)
-        own_key, promise = await offload.run(_keys, request, value, body, vouched)
-        message = body.planned(now, promise, body.callback_url)
+        own_key, idempotency_key = await offload.run(_keys, request, value, body, vouched)
+        message = body.planned(now, idempotency_key, body.callback_url)
         note.payload = message.text
 
         async def plan(ground: RunTarget) -> RunInput:
@@ -124,7 +126,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
                 await callback_checks.require_reachable(request, body.callback_url)
             return message
 
-        accepted = await ingest.ingest_request(gateway, note, QUEUE, plan, promise, own_key=own_key)
+        accepted = await ingest.ingest_request(gateway, note, QUEUE, plan, idempotency_key, own_key=own_key)
     headers = location(gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED

@@ -85,7 +85,7 @@ class PlannedMessage:
 
     place: int
     body: QueueMessage
-    promise: IdempotencyKey | None
+    idempotency_key: IdempotencyKey | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ async def _ingest_messages(
             await vouched.require_on(gateway, place)
         await capacity.require_capacity(request, place, len(planned))
         runs[:] = [
-            ingest.build_run(gateway, place, one.body.planned(now, one.promise, callback_url))
+            ingest.build_run(gateway, place, one.body.planned(now, one.idempotency_key, callback_url))
             for one in planned
         ]
         outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
@@ -187,8 +187,8 @@ async def _first(
 ) -> Sequence[AcceptanceResult]:
     """Return what became of messages the first time: those whose keys nothing has found no place then."""
     database = request.gateway.database
-    promises = [one.promise for one in planned if one.promise is not None]
-    found = await acceptance.find_all_earlier(database, request.caller.shard, promises)
+    idempotency_keys = [one.idempotency_key for one in planned if one.idempotency_key is not None]
+    found = await acceptance.find_all_earlier(database, request.caller.shard, idempotency_keys)
     async with database.read() as connection:
         answer = await connection.scalar(
             select(col(Delivery.answer)).where(
@@ -197,7 +197,7 @@ async def _first(
             )
         )
     made = {*decoding.decode(answer or "[]", list[str])}
-    then = [found.get(one.promise, NO_PLACE) if one.promise else NO_PLACE for one in planned]
+    then = [found.get(one.idempotency_key, NO_PLACE) if one.idempotency_key else NO_PLACE for one in planned]
     accepted = AcceptanceVerdict.ACCEPTED
     return [AcceptanceResult(accepted, one.execution_id) if one.execution_id in made else one for one in then]
 
@@ -220,12 +220,12 @@ def _planned(
             because = WrongMessage(code=error.code, message=error.message, details=details)
             refused[place] = BatchResult(status="refused", error=because)
             continue
-        promise = None
+        idempotency_key = None
         if body.deduplication_id is not None:
-            promise = deduplication_keys.sender_key(workflow_id, body.deduplication_id)
+            idempotency_key = deduplication_keys.sender_key(workflow_id, body.deduplication_id)
         elif given is not None:
-            promise = replace(given, key=fingerprint([given.key, place]))
-        planned.append(PlannedMessage(place, body, promise))
+            idempotency_key = replace(given, key=fingerprint([given.key, place]))
+        planned.append(PlannedMessage(place, body, idempotency_key))
     return planned, refused
 
 
@@ -235,11 +235,11 @@ def _without_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMes
     places: dict[IdempotencyKey, int] = {}
     repeats: dict[int, int] = {}
     for one in planned:
-        if one.promise is not None and one.promise in places:
-            repeats[one.place] = places[one.promise]
+        if one.idempotency_key is not None and one.idempotency_key in places:
+            repeats[one.place] = places[one.idempotency_key]
             continue
-        if one.promise is not None:
-            places[one.promise] = one.place
+        if one.idempotency_key is not None:
+            places[one.idempotency_key] = one.place
         first.append(one)
     return first, repeats
 

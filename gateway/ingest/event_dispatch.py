@@ -117,7 +117,7 @@ def build_event_input(event: SenderEvent) -> dict[str, Json]:
 
 
 async def dispatch_event(
-    gateway: GatewayState, sent: InboundRequest, event: SenderEvent, promise: IdempotencyKey | None
+    gateway: GatewayState, sent: InboundRequest, event: SenderEvent, idempotency_key: IdempotencyKey | None
 ) -> EventDispatchResult:
     """Take in an event with a run of every workflow that is subscribed to it, or return what had come of it before.
 
@@ -142,7 +142,12 @@ async def dispatch_event(
         )
         answer = _encode(planned.outcomes).decode()
         return sent.for_arrival(
-            planned.runs, status=ANSWERED, outcome=outcome, event=told, answer=answer, idempotency=promise
+            planned.runs,
+            status=ANSWERED,
+            outcome=outcome,
+            event=told,
+            answer=answer,
+            idempotency=idempotency_key,
         )
 
     try:
@@ -150,7 +155,7 @@ async def dispatch_event(
     except ApiError:
         # Whatever keeps it from being taken in now: what was answered before is answered the same.
         shard = sent.sender.caller.shard
-        earlier = promise and await acceptance.find_earlier(gateway.database, shard, promise)
+        earlier = idempotency_key and await acceptance.find_earlier(gateway.database, shard, idempotency_key)
         if not earlier:
             raise
         return await _repeat_result(gateway, sent, earlier.verdict, earlier.execution_id)

@@ -202,8 +202,8 @@ async def emit(request: GatewayRequest) -> JsonResponse:
             await gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
             return JsonResponse(EndpointChallenge(challenge=meaning.text))
         if isinstance(meaning, SenderEvent):
-            promise = await offload.run(_promise, request, sender, meaning)
-            emission = await event_dispatch.dispatch_event(gateway, note, meaning, promise)
+            idempotency_key = await offload.run(_idempotency_key, request, sender, meaning)
+            emission = await event_dispatch.dispatch_event(gateway, note, meaning, idempotency_key)
             headers = idempotency.REPLAYED if emission.is_repeated else None
             return JsonResponse(_shape(emission), headers=headers)
         return await _each(request, note, meaning)
@@ -267,7 +267,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     gateway, caller, workflow_id = request.gateway, request.caller, body.workflow_id
     async with gateway.database.read() as connection:
         event, delivery = await _readable(connection, request)
-    promise = idempotency.requested_key(request, {"event": event.id}, workflow_id=workflow_id)
+    idempotency_key = idempotency.requested_key(request, {"event": event.id}, workflow_id=workflow_id)
     note = InboundRequest(
         route=IngestRoute.EVENTS,
         sender=RequestSender(caller, f"api-key:{caller.key_id}"),
@@ -279,10 +279,10 @@ async def replay(request: GatewayRequest) -> JsonResponse:
 
     async def plan(ground: RunTarget) -> RunInput:
         await capacity.require_not_paused(request, ground)
-        return RunInput(decoding.decode(event.data), event.data, promise=promise)
+        return RunInput(decoding.decode(event.data), event.data, idempotency_key=idempotency_key)
 
     async with gateway.deliveries.refusals(note):
-        accepted = await ingest.ingest_request(gateway, note, EVENT, plan, promise)
+        accepted = await ingest.ingest_request(gateway, note, EVENT, plan, idempotency_key)
     headers = location(gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
@@ -309,10 +309,12 @@ async def _each(request: GatewayRequest, note: InboundRequest, batch: EventBatch
     emissions: list[EventDispatchResult] = []
     for place, event in enumerate(batch.events):
         of_event = replace(note, delivery_id=ids.new_id("dlv"))
-        promise = _derived(note.sender, event)
+        idempotency_key = _derived(note.sender, event)
         if given is not None:
-            promise = replace(given, key=fingerprint([given.key, place]))
-        emissions.append(await event_dispatch.dispatch_event(request.gateway, of_event, event, promise))
+            idempotency_key = replace(given, key=fingerprint([given.key, place]))
+        emissions.append(
+            await event_dispatch.dispatch_event(request.gateway, of_event, event, idempotency_key)
+        )
     is_repeated = bool(emissions) and all(emission.is_repeated for emission in emissions)
     shape = EmitEventResults(results=[_shape(emission) for emission in emissions])
     return JsonResponse(shape, headers=idempotency.REPLAYED if is_repeated else None)
@@ -365,7 +367,9 @@ def _plain(body: EmitEventRequest) -> SenderEvent:
     return SenderEvent(body.event_type, source, body.event_data or {})
 
 
-def _promise(request: GatewayRequest, sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:
+def _idempotency_key(
+    request: GatewayRequest, sender: RequestSender, event: SenderEvent
+) -> IdempotencyKey | None:
     return idempotency.requested_key(request, event_dispatch.build_event_input(event)) or _derived(
         sender, event
     )

@@ -250,12 +250,12 @@ async def _ingest(
     A large body is durable as a blob before its run is.
     """
     gateway = request.gateway
-    promise = _promise(request, note, let_in)
+    idempotency_key = _idempotency_key(request, note, let_in)
     is_deferred = False
     execution_id, text = ids.new_id("exec"), None if encoded.is_large else note.payload
-    if encoded.is_large and promise is not None:
+    if encoded.is_large and idempotency_key is not None:
         # What is there already needn't be kept once more only to find that out.
-        earlier = await ingest.find_repetition(gateway, note, promise, status=ACCEPTED)
+        earlier = await ingest.find_repetition(gateway, note, idempotency_key, status=ACCEPTED)
         if earlier is not None:
             return earlier, False
 
@@ -270,15 +270,15 @@ async def _ingest(
                 text = await trigger_body.store_body(gateway.blobs, owner, encoded)
             except BlobsUnavailable as error:
                 raise errors.not_ready(f"{error}: try again") from error
-        return RunInput(trigger, text, promise=promise, execution_id=execution_id)
+        return RunInput(trigger, text, idempotency_key=idempotency_key, execution_id=execution_id)
 
     accepted = await ingest.ingest_request(
-        gateway, note, webhook_triggers.KIND, plan, promise, status=ACCEPTED
+        gateway, note, webhook_triggers.KIND, plan, idempotency_key, status=ACCEPTED
     )
     return accepted, is_deferred
 
 
-def _promise(
+def _idempotency_key(
     request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest
 ) -> IdempotencyKey | None:
     """Return the key by which a request is known again: as its sender names it, or as anybody may name one."""

@@ -65,7 +65,7 @@ class RunInput:
     priority: int = 0
     delay_until: datetime | None = None
     callback_url: str = ""
-    promise: IdempotencyKey | None = None
+    idempotency_key: IdempotencyKey | None = None
     is_read: bool = True
     execution_id: str | None = None
     """Of the run, where something is kept for it already."""
@@ -129,7 +129,7 @@ def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> In
         total_nodes=workflow.total_nodes,
         channel=gateway.broker.channel,
         priority=message.priority,
-        idempotency=message.promise,
+        idempotency=message.idempotency_key,
         concurrency_key=limit.key if limit else None,
         concurrency_limit=limit.runs if limit else None,
         may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
@@ -145,7 +145,7 @@ async def ingest_request(
     sent: InboundRequest,
     kind: str,
     plan: Callable[[RunTarget], Awaitable[RunInput]],
-    promise: IdempotencyKey | None,
+    idempotency_key: IdempotencyKey | None,
     *,
     status: int = 201,
     own_key: IdempotencyKey | None = None,
@@ -174,7 +174,9 @@ async def ingest_request(
         accepted = taken.runs[0] if taken.runs else await _ingest_first(gateway, taken)
     except ApiError:
         # Whatever has become of the workflow since: a request that was answered before is answered the same.
-        earlier = promise and await acceptance.find_earlier(gateway.database, caller.shard, promise)
+        earlier = idempotency_key and await acceptance.find_earlier(
+            gateway.database, caller.shard, idempotency_key
+        )
         if not earlier:
             raise
         accepted = earlier
@@ -194,10 +196,10 @@ async def ingest_request(
 
 
 async def find_repetition(
-    gateway: GatewayState, sent: InboundRequest, promise: IdempotencyKey, *, status: int
+    gateway: GatewayState, sent: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
 ) -> AcceptanceResult | None:
     """Return the run that the same request began before, and note this one as a repetition; None for a first one."""
-    earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.shard, promise)
+    earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.shard, idempotency_key)
     if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
         return None
     await gateway.deliveries.note(

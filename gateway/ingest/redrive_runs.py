@@ -80,7 +80,7 @@ async def redrive_each(
 
 
 async def redrive_delivery(
-    request: GatewayRequest, one: Delivery, promise: IdempotencyKey | None
+    request: GatewayRequest, one: Delivery, idempotency_key: IdempotencyKey | None
 ) -> tuple[AcceptanceResult, str]:
     """Run the workflow of a delivery on what that has brought; returns the run, and the kind of its trigger.
 
@@ -97,15 +97,15 @@ async def redrive_delivery(
     if given is None:
         raise errors.conflict("not-redrivable", "What it has brought is not kept, or was not understood")
     # The sender may repeat it, too: whichever comes first makes the run, and the other is answered with it.
-    key = promise if one.deduplication_key is None else stored_keys.decode_key(one.deduplication_key)
-    own_key = promise if one.deduplication_key is not None else None
+    key = idempotency_key if one.deduplication_key is None else stored_keys.decode_key(one.deduplication_key)
+    own_key = idempotency_key if one.deduplication_key is not None else None
     return await _redrive_run(
         request, str(one.workflow_id), kind, RedriveInput(given, source), key, one, own_key
     ), kind
 
 
 async def redrive_dead_letter(
-    request: GatewayRequest, failed: Execution, promise: IdempotencyKey
+    request: GatewayRequest, failed: Execution, idempotency_key: IdempotencyKey
 ) -> tuple[AcceptanceResult, str]:
     """Run the workflow of a run that has failed on what that was given; raises 409, and what taking it in raises."""
     given, source = await _read_input(request, failed.id)
@@ -113,7 +113,7 @@ async def redrive_dead_letter(
         raise errors.conflict("not-redrivable", "What it was given is not kept any more")
     kind = failed.trigger_type
     return await _redrive_run(
-        request, failed.workflow_id, kind, RedriveInput(given, source), promise, None
+        request, failed.workflow_id, kind, RedriveInput(given, source), idempotency_key, None
     ), kind
 
 
@@ -122,7 +122,7 @@ async def _redrive_run(
     workflow_id: str,
     kind: str,
     given: RedriveInput,
-    promise: IdempotencyKey | None,
+    idempotency_key: IdempotencyKey | None,
     origin: Delivery | None,
     own_key: IdempotencyKey | None = None,
 ) -> AcceptanceResult:
@@ -139,11 +139,11 @@ async def _redrive_run(
     async def plan(ground: RunTarget) -> RunInput:
         await capacity.require_not_paused(request, ground)
         await request.gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
-        return await share_blobs(request.gateway.blobs, given.text, given.source, promise)
+        return await share_blobs(request.gateway.blobs, given.text, given.source, idempotency_key)
 
     # Nothing is noted of what is refused: it stays where it is, and would be there twice.
     return await ingest.ingest_request(
-        request.gateway, sent, kind, plan, promise, status=CREATED, own_key=own_key
+        request.gateway, sent, kind, plan, idempotency_key, status=CREATED, own_key=own_key
     )
 
 

@@ -150,7 +150,7 @@ async def create_workflow(
     shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
 ) -> JsonResponse:
     """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
-    promise = await offload.run(
+    idempotency_key = await offload.run(
         idempotency.requested_key, request, body, workflow_id=request.path_params.get("id", "")
     )
     workflow, catalog = made.workflow, request.gateway.catalog
@@ -160,9 +160,13 @@ async def create_workflow(
         named = await asyncio.to_thread(source_checks.named_sources, made, catalog, only=every)
 
     async def insert(connection: AsyncConnection) -> str:
-        if promise is not None:
+        if idempotency_key is not None:
             bound = await idempotency.reserve_key(
-                connection, promise, shard=workflow.shard, resource_id=workflow.id, now=workflow.created_at
+                connection,
+                idempotency_key,
+                shard=workflow.shard,
+                resource_id=workflow.id,
+                now=workflow.created_at,
             )
             if bound != workflow.id:
                 return bound
