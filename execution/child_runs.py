@@ -23,7 +23,7 @@ from journal.concurrency_limits import LimitAction
 from journal.store import AcceptanceVerdict, RunAcceptance
 from journal.waits import children, completion
 from journal.waits.completion import ON_FAILURE_TRIGGER
-from messages import hints
+from messages import wakeups
 from models import access, ids
 from models.access import User, UserRole
 from models.execution import Execution
@@ -180,7 +180,7 @@ class ChildRunStarter:
             return False
         if limit is not None:
             await concurrency_limits.admit_waiting_runs(self._database, limit.key)
-        await hints.wake(self._broker)
+        await wakeups.wake_workers(self._broker)
         return True
 
     @asynccontextmanager

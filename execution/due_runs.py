@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from journal.deployments import wakes
 from journal.deployments.wakes import WakeOutcome
-from messages import hints
+from messages import wakeups
 
 if TYPE_CHECKING:
     from messages.broker import Broker
@@ -18,6 +18,6 @@ async def wake_due_deployments(database: Database, broker: Broker) -> None:
     done = await wakes.wake_for_waiting_runs(database)
     for workflow_id, what in done.items():
         if what is WakeOutcome.WOKEN:
-            await hints.deployment_changed(broker, workflow_id)
+            await wakeups.wake_deployer(broker, workflow_id)
     if WakeOutcome.LEFT_TO_WORKERS in done.values():
-        await hints.wake(broker)
+        await wakeups.wake_workers(broker)

@@ -14,7 +14,7 @@ from engine.expressions import ExpressionError
 from execution.retry import until_available
 from journal import concurrency_limits
 from journal.waits import event_waits
-from messages import hints
+from messages import wakeups
 from models.errors import LockWaitTimeout
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class EventMatcher:
         for key in _given_keys(given):
             await concurrency_limits.admit_waiting_runs(self._database, key)
         if any(one.is_woken for one in given):
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
 
 
 def _given_keys(given: Iterable[AnswerResult]) -> Iterable[str]:

@@ -29,7 +29,7 @@ from journal.blobs.large_values import LargeValues, RecordedValueLost
 from journal.leases import LeaseKeeper, RunLease
 from journal.recorder import RunJournal, RunRecorder
 from journal.store import ClaimedRun, ClaimQuery, DefinitionKey, ExecutionKey
-from messages import hints
+from messages import wakeups
 from messages.broker import BrokerUnavailable, DirectMessage, Notification
 from models.errors import DatabaseUnavailable
 from models.ids import turn_of_workflow
@@ -156,7 +156,7 @@ class RunExecutor:
         await self._programs.prepare(key, definition)
 
     async def start(self) -> None:
-        """Begin to claim, to sweep and to take hints."""
+        """Begin to claim, to sweep and to take wakeups."""
         self._leases.start()
         await self._broker.listen(self._on_notification)
         self._broker.start_worker(self.wake)
@@ -192,7 +192,7 @@ class RunExecutor:
             # A node that can't be broken off keeps its run: that is no loss, and its lease need not run out.
             with contextlib.suppress(DatabaseUnavailable):
                 await self._store.give_back(self._broker.channel, [])
-        await hints.wake(self._broker)
+        await wakeups.wake_workers(self._broker)
 
     async def _hand_off(self, request: ControlRequest, seconds: float) -> None:
         for active in self._active.values():
@@ -254,7 +254,7 @@ class RunExecutor:
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.shard), c.token, since) for c in claimed]
         if any(one.may_have_more for one in claimed):
             self.wake()
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
         try:
             await self._begin(claimed, leases)
         except DatabaseUnavailable:

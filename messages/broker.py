@@ -1,6 +1,6 @@
 """How processes wake and tell one another, with Redis between them or all inside one process.
 
-Nothing that must happen is held here: a hint or notice that is lost, late or doubled changes only the time at
+Nothing that must happen is held here: a wakeup or notice that is lost, late or doubled changes only the time at
 which somebody looks at the rows.
 """
 
@@ -10,8 +10,8 @@ from typing import Final, Protocol, TypeAlias
 from uuid import uuid4
 
 from messages.deployer_messages import DeployerMessage
-from messages.executions import ALL_SHARDS
 from messages.token_buckets import TokenDemand, TokenGrant
+from messages.worker_wakeup import ALL_SHARDS
 
 WATCH_SECONDS: Final = 15 * 60
 
@@ -53,8 +53,8 @@ class RunBroker(Protocol):
     def channel(self) -> str:
         """The name under which others reach this process."""
 
-    async def wake(self, shard: int = ALL_SHARDS) -> None:
-        """Say "there is work", after the commit; nothing is sent while an earlier hint lies there untaken."""
+    async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
+        """Say "there is work", after the commit; nothing is sent while an earlier wakeup lies there untaken."""
 
     async def publish(self, channels: Mapping[str, str]) -> None:
         """Tell of changed executions, each process with one notice, and end the watch of those that watch them.
@@ -69,11 +69,11 @@ class RunBroker(Protocol):
         Each of several listeners hears everything.
         """
 
-    def start_worker(self, on_hint: Callable[[int], None]) -> None:
-        """Take hints on threads of this process; `on_hint(shard)` is called on the running event loop."""
+    def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
+        """Take wakeups on threads of this process; `on_wakeup(shard)` is called on the running event loop."""
 
     async def stop_worker(self) -> None:
-        """Take no more hints; what was taken and not handed over goes back for other workers."""
+        """Take no more wakeups; what was taken and not handed over goes back for other workers."""
 
     async def close(self) -> None: ...
 
@@ -81,8 +81,8 @@ class RunBroker(Protocol):
 class Broker(RunBroker, Protocol):
     """The broker whole."""
 
-    async def wake_readers(self) -> None:
-        """Say "something is unread", after the commit; nothing is sent while an earlier hint lies there untaken."""
+    async def wake_mail_parsers(self) -> None:
+        """Say "something is unread", after the commit; nothing is sent while an earlier wakeup lies there untaken."""
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
         """Have this process told once when each of these changes, within 15 minutes.
@@ -97,10 +97,10 @@ class Broker(RunBroker, Protocol):
     async def is_heard(self, channel: str) -> bool:
         """Tell whether a process listens at an channel: one that has died does not."""
 
-    def start_reader(self, on_hint: Callable[[], None]) -> None:
-        """Take hints that something is unread; `on_hint` is called on the running event loop."""
+    def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
+        """Take wakeups that something is unread; `on_wakeup` is called on the running event loop."""
 
-    async def stop_reader(self) -> None: ...
+    async def stop_mail_parser(self) -> None: ...
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
         """Tell one of the deployers something, after the commit; nothing is sent while the same lies there untaken."""

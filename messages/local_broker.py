@@ -1,4 +1,4 @@
-"""The broker of a single process: Dramatiq's in-process queues for hints, and dictionaries for the rest."""
+"""The broker of a single process: Dramatiq's in-process queues for wakeups, and dictionaries for the rest."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -8,17 +8,17 @@ from queue import Queue
 import dramatiq
 from dramatiq.brokers.stub import StubBroker
 
-from messages import executions, hint_worker
+from messages import wakeup_worker, worker_wakeup
 from messages.broker import WATCH_SECONDS, ChangedExecutions, DirectMessage, Notification
 from messages.deployer_messages import DeployerMessage
-from messages.executions import ALL_SHARDS, RunExecutions
 from messages.token_buckets import LocalTokenBuckets, TokenDemand, TokenGrant
+from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
 
 
 class LocalQueues(StubBroker):
     def __init__(self) -> None:
         super().__init__(middleware=[])
-        self.declare_queue(executions.QUEUE)
+        self.declare_queue(worker_wakeup.QUEUE)
 
     def declare_queue(self, queue_name: str) -> None:
         """Without the delay queue, which would only be polled: nothing is ever delayed in the broker."""
@@ -41,12 +41,12 @@ class LocalBroker:
         self._watched_until: dict[str, float] = {}
         self._buckets = LocalTokenBuckets()
 
-    async def wake(self, shard: int = ALL_SHARDS) -> None:
+    async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         if shard in self._hinted:
             return
         self._hinted.add(shard)
-        hint = asdict(RunExecutions(shard=shard))
-        self._queues.enqueue(dramatiq.Message(executions.QUEUE, executions.ACTOR, (), hint, {}))
+        wakeup = asdict(WorkerWakeup(shard=shard))
+        self._queues.enqueue(dramatiq.Message(worker_wakeup.QUEUE, worker_wakeup.ACTOR, (), wakeup, {}))
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
         now = asyncio.get_running_loop().time()
@@ -75,27 +75,27 @@ class LocalBroker:
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
         self._listeners.append(on_notification)
 
-    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+    def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         def taken(shard: int) -> None:
             self._hinted.discard(shard)
-            on_hint(shard)
+            on_wakeup(shard)
 
-        self._worker = hint_worker.start(self._queues, taken)
+        self._worker = wakeup_worker.start(self._queues, taken)
 
     async def stop_worker(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            await asyncio.to_thread(hint_worker.stop, worker)
+            await asyncio.to_thread(wakeup_worker.stop, worker)
 
-    async def wake_readers(self) -> None:
+    async def wake_mail_parsers(self) -> None:
         """Without a queue: readers are right here, or there are none."""
         if self._reader is not None:
             asyncio.get_running_loop().call_soon(self._reader)
 
-    def start_reader(self, on_hint: Callable[[], None]) -> None:
-        self._reader = on_hint
+    def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
+        self._reader = on_wakeup
 
-    async def stop_reader(self) -> None:
+    async def stop_mail_parser(self) -> None:
         self._reader = None
 
     async def notify_deployer(self, message: DeployerMessage) -> None:

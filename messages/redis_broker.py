@@ -1,4 +1,4 @@
-"""The broker that runs over Redis: hints in Dramatiq's own layout, notices by publish and subscribe."""
+"""The broker that runs over Redis: wakeups in Dramatiq's own layout, notices by publish and subscribe."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
 from json_text import decoding
-from messages import deployer_messages, executions, hint_worker, intake
+from messages import deployer_messages, mail_parser_wakeup, wakeup_worker, worker_wakeup
 from messages.broker import (
     WATCH_SECONDS,
     BrokerUnavailable,
@@ -27,26 +27,26 @@ from messages.broker import (
     RedisMayEvict,
 )
 from messages.deployer_messages import DeployerMessage
-from messages.executions import ALL_SHARDS, RunExecutions
-from messages.intake import ReadArrivals
+from messages.mail_parser_wakeup import MailParserWakeup
 from messages.redis_consumer import (
-    HINTS_KEPT,
     MESSAGE_ID,
     NAMESPACE,
     REDIS_TIMEOUT_SECONDS,
-    HintQueues,
+    WAKEUPS_KEPT,
+    WakeupQueues,
     reconnect_seconds,
 )
 from messages.token_buckets import SPARE, TokenDemand, TokenGrant
+from messages.worker_wakeup import ALL_SHARDS, WorkerWakeup
 
 CONNECTIONS: Final = 16
 LISTEN_SECONDS: Final = 2.0
 MARK_MILLISECONDS: Final = 60_000
 
-# A hint is outstanding while it lies in the queue. Whoever takes it out begins its claim later, and so sees
+# A wakeup is outstanding while it lies in the queue. Whoever takes it out begins its claim later, and so sees
 # whatever was committed before.
 WAKE: Final = """
-local mark, queue, bodies, bell = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local mark, queue, bodies, wakeup_signal = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local mark_milliseconds, id, body, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local latest = redis.call("SET", mark, id, "PX", mark_milliseconds, "GET")
 if latest and redis.call("LPOS", queue, latest) then
@@ -57,8 +57,8 @@ redis.call("HSET", bodies, id, body)
 if redis.call("RPUSH", queue, id) > limit then
     redis.call("HDEL", bodies, redis.call("LPOP", queue))
 end
-if redis.call("RPUSH", bell, 1) > limit then
-    redis.call("LPOP", bell)
+if redis.call("RPUSH", wakeup_signal, 1) > limit then
+    redis.call("LPOP", wakeup_signal)
 end
 """
 
@@ -198,19 +198,21 @@ class RedisBroker:
         self._listening: asyncio.Task[None] | None = None
         self._is_channel_open = asyncio.Event()
 
-    async def wake(self, shard: int = ALL_SHARDS) -> None:
-        await self._put(executions.QUEUE, executions.ACTOR, str(shard), asdict(RunExecutions(shard=shard)))
+    async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
+        await self._put(
+            worker_wakeup.QUEUE, worker_wakeup.ACTOR, str(shard), asdict(WorkerWakeup(shard=shard))
+        )
 
-    async def wake_readers(self) -> None:
-        await self._put(intake.QUEUE, intake.ACTOR, "all", asdict(ReadArrivals()))
+    async def wake_mail_parsers(self) -> None:
+        await self._put(mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, "all", asdict(MailParserWakeup()))
 
-    def start_reader(self, on_hint: Callable[[], None]) -> None:
-        self._reader = hint_worker.start_reader(HintQueues(self._url), on_hint)
+    def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
+        self._reader = wakeup_worker.start_reader(WakeupQueues(self._url), on_wakeup)
 
-    async def stop_reader(self) -> None:
+    async def stop_mail_parser(self) -> None:
         reader, self._reader = self._reader, None
         if reader is not None:
-            await asyncio.to_thread(hint_worker.stop, reader)
+            await asyncio.to_thread(wakeup_worker.stop, reader)
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
         await self._put(
@@ -229,8 +231,8 @@ class RedisBroker:
         queue = f"{NAMESPACE}:{name}"
         async with _check_answer():
             await self._wake(
-                keys=[f"{queue}.hinted.{key}", queue, f"{queue}.msgs", f"{queue}.bell"],
-                args=[MARK_MILLISECONDS, identity, message.encode(), HINTS_KEPT],
+                keys=[f"{queue}.hinted.{key}", queue, f"{queue}.msgs", f"{queue}.wakeup_signal"],
+                args=[MARK_MILLISECONDS, identity, message.encode(), WAKEUPS_KEPT],
             )
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
@@ -265,21 +267,21 @@ class RedisBroker:
             async with asyncio.timeout(LISTEN_SECONDS):
                 await self._is_channel_open.wait()
 
-    def start_worker(self, on_hint: Callable[[int], None]) -> None:
-        self._worker = hint_worker.start(HintQueues(self._url), on_hint)
+    def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
+        self._worker = wakeup_worker.start(WakeupQueues(self._url), on_wakeup)
 
     async def stop_worker(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
-            await asyncio.to_thread(hint_worker.stop, worker)
+            await asyncio.to_thread(wakeup_worker.stop, worker)
 
     def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
-        self._deployer = hint_worker.start_deployer(HintQueues(self._url), on_message)
+        self._deployer = wakeup_worker.start_deployer(WakeupQueues(self._url), on_message)
 
     async def stop_deployer(self) -> None:
         deployer, self._deployer = self._deployer, None
         if deployer is not None:
-            await asyncio.to_thread(hint_worker.stop, deployer)
+            await asyncio.to_thread(wakeup_worker.stop, deployer)
 
     async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         numbers = chain.from_iterable(
@@ -297,7 +299,7 @@ class RedisBroker:
 
     async def close(self) -> None:
         await self.stop_worker()
-        await self.stop_reader()
+        await self.stop_mail_parser()
         await self.stop_deployer()
         if self._listening is not None:
             self._listening.cancel()

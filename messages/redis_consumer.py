@@ -1,4 +1,4 @@
-"""Dramatiq's Redis queues for hints: their consumer blocks instead of polling, and outlives a lost server."""
+"""Dramatiq's Redis queues for wakeups: their consumer blocks instead of polling, and outlives a lost server."""
 
 import random
 import threading
@@ -25,11 +25,11 @@ NAMESPACE: Final = "pilotflame"
 MESSAGE_ID: Final = "redis_message_id"  # Dramatiq's name for the option that holds a message's id in Redis
 REDIS_TIMEOUT_SECONDS: Final = 2.0
 
-# A lost bell delays a hint by this at most. Each fetch is a heartbeat too: far below that timeout.
-BELL_SECONDS: Final = (10.0, 12.0)
+# A lost wakeup_signal delays a wakeup by this at most. Each fetch is a heartbeat too: far below that timeout.
+WAKEUP_SIGNAL_SECONDS: Final = (10.0, 12.0)
 HEARTBEAT_TIMEOUT_MILLISECONDS: Final = 30_000
-# Twice the 4,096 shards, and as many tokens in the bell. Without workers hints pile up: the oldest give way.
-HINTS_KEPT: Final = 8_192
+# Twice the 4,096 shards, and as many tokens in the wakeup_signal. Without workers wakeups pile up: the oldest give way.
+WAKEUPS_KEPT: Final = 8_192
 
 log = structlog.get_logger()
 
@@ -44,7 +44,7 @@ def _connected_to(url: str, *, socket_timeout_seconds: float) -> redis.Redis:
     client = redis.Redis.from_url(
         url, retry=Retry(NoBackoff(), 0), socket_connect_timeout=REDIS_TIMEOUT_SECONDS
     )
-    # A timeout in the URL would win over an argument, and cut every wait for the bell short.
+    # A timeout in the URL would win over an argument, and cut every wait for the wakeup_signal short.
     client.connection_pool.connection_kwargs["socket_timeout"] = socket_timeout_seconds
     return client
 
@@ -55,17 +55,17 @@ class StopConsumersMiddleware(Middleware):
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         for consumer in worker.consumers.values():
             consumer.stop()
-        if isinstance(broker, HintQueues):
+        if isinstance(broker, WakeupQueues):
             broker.interrupt()
 
 
-class HintQueues(RedisBroker):
-    """The side of Dramatiq's broker that consumes; hints are sent by a script of `redis_broker`."""
+class WakeupQueues(RedisBroker):
+    """The side of Dramatiq's broker that consumes; wakeups are sent by a script of `redis_broker`."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.interrupted = threading.Event()
-        self._own_bell = f"bell.{uuid4()}"
+        self._own_wakeup_signal = f"wakeup_signal.{uuid4()}"
         super().__init__(  # type: ignore[no-untyped-call]  # Dramatiq's
             client=_connected_to(url, socket_timeout_seconds=REDIS_TIMEOUT_SECONDS),
             namespace=NAMESPACE,
@@ -90,36 +90,41 @@ class HintQueues(RedisBroker):
     def close(self) -> None:
         self.client.close()
 
-    def connect_to_bell(self) -> redis.Redis:
-        return _connected_to(self.url, socket_timeout_seconds=BELL_SECONDS[1] + REDIS_TIMEOUT_SECONDS)
+    def connect_to_wakeup_signal(self) -> redis.Redis:
+        return _connected_to(
+            self.url, socket_timeout_seconds=WAKEUP_SIGNAL_SECONDS[1] + REDIS_TIMEOUT_SECONDS
+        )
 
-    def bells(self, queue_name: str) -> list[str]:
-        """Keys to wait at: the bell that one of all idle consumers hears, and that of this process alone."""
-        return [f"{NAMESPACE}:{queue_name}.bell", f"{NAMESPACE}:{queue_name}.{self._own_bell}"]
+    def wakeup_signals(self, queue_name: str) -> list[str]:
+        """Keys to wait at: the wakeup_signal that one of all idle consumers hears, and that of this process alone."""
+        return [
+            f"{NAMESPACE}:{queue_name}.wakeup_signal",
+            f"{NAMESPACE}:{queue_name}.{self._own_wakeup_signal}",
+        ]
 
-    def ring(self, queue_name: str, times: int) -> None:
-        bell, _ = self.bells(queue_name)
-        self.client.rpush(bell, *["1"] * times)
-        self.client.ltrim(bell, -HINTS_KEPT, -1)
+    def signal_wakeup(self, queue_name: str, times: int) -> None:
+        wakeup_signal, _ = self.wakeup_signals(queue_name)
+        self.client.rpush(wakeup_signal, *["1"] * times)
+        self.client.ltrim(wakeup_signal, -WAKEUPS_KEPT, -1)
 
     def interrupt(self) -> None:
-        """Make the consumers that wait return at once, be it for the bell or for Redis to come back."""
+        """Make the consumers that wait return at once, be it for the wakeup_signal or for Redis to come back."""
         self.interrupted.set()
         with suppress(redis.RedisError):
             for queue_name in self.queues:
-                _, own_bell = self.bells(queue_name)
-                self.client.rpush(own_bell, "1")
-                self.client.expire(own_bell, 60)
+                _, own_wakeup_signal = self.wakeup_signals(queue_name)
+                self.client.rpush(own_wakeup_signal, "1")
+                self.client.expire(own_wakeup_signal, 60)
 
 
 class BlockingConsumer(Consumer):
-    def __init__(self, broker: HintQueues, queue_name: str, prefetch: int, timeout: int) -> None:
+    def __init__(self, broker: WakeupQueues, queue_name: str, prefetch: int, timeout: int) -> None:
         self._broker = broker
         self._queue_name = queue_name
         self._prefetch = prefetch
         self._timeout_seconds = timeout / 1000
         # Blocks for longer than any other command may take, so it has a connection and a timeout of its own.
-        self._bell = broker.connect_to_bell()
+        self._wakeup_signal = broker.connect_to_wakeup_signal()
         self._fetched: deque[Message[Any]] = deque()
         self._unacknowledged: set[str] = set()
         self._room = threading.Condition()
@@ -150,7 +155,7 @@ class BlockingConsumer(Consumer):
             return
         try:
             self._broker.do_requeue(self._queue_name, *identities)
-            self._broker.ring(self._queue_name, len(identities))
+            self._broker.signal_wakeup(self._queue_name, len(identities))
         except redis.RedisError as error:
             raise ConnectionClosed(error) from error  # type: ignore[no-untyped-call]  # Dramatiq's
 
@@ -159,7 +164,7 @@ class BlockingConsumer(Consumer):
             self.requeue(self._fetched)
         finally:
             self._fetched.clear()
-            self._bell.close()
+            self._wakeup_signal.close()
 
     def _fill(self) -> None:
         if self._fetched:
@@ -168,7 +173,8 @@ class BlockingConsumer(Consumer):
             if not self._room.wait_for(self._has_room, self._timeout_seconds):
                 return
         if self._is_drained:
-            self._bell.blpop(self._broker.bells(self._queue_name), random.uniform(*BELL_SECONDS))  # noqa: S311 - no secret
+            seconds = random.uniform(*WAKEUP_SIGNAL_SECONDS)  # noqa: S311 - no secret
+            self._wakeup_signal.blpop(self._broker.wakeup_signals(self._queue_name), seconds)
         if not self._broker.interrupted.is_set():
             self._fetch(self._prefetch - len(self._unacknowledged))
 
@@ -210,7 +216,7 @@ class BlockingConsumer(Consumer):
         try:
             getattr(self._broker, f"do_{command}")(self._queue_name, message.options[MESSAGE_ID])
         except redis.RedisError as error:
-            # Raised to Dramatiq, it would hold the thread for five seconds a try; the hint was taken anyway.
+            # Raised to Dramatiq, it would hold the thread for five seconds a try; the wakeup was taken anyway.
             log.warning("message not settled", queue=self._queue_name, command=command, error=str(error))
         finally:
             with self._room:
@@ -226,6 +232,6 @@ class BlockingConsumer(Consumer):
         # heartbeat timeout.
         self._broker.broker_id = str(uuid4())
         # After a failover the old connections may lead to a server that has become a read-only replica.
-        self._bell.connection_pool.disconnect()
+        self._wakeup_signal.connection_pool.disconnect()
         self._broker.client.connection_pool.disconnect(inuse_connections=False)
         self._broker.interrupted.wait(reconnect_seconds(self._failures))

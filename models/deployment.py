@@ -56,7 +56,7 @@ BLOCKING_REASONS: Final = frozenset({"quota", "unschedulable", "node-not-ready"}
 SERVING_STATES: Final = frozenset({ObservedState.RUNNING, ObservedState.OUTDATED})
 """What is seen where a pod takes runs."""
 POSSIBLY_SERVING_STATES: Final = SERVING_STATES | {ObservedState.UNKNOWN}
-"""States in which the pods that were ready last are worth a hint."""
+"""States in which the pods that were ready last are worth a wakeup."""
 _FAILED_STATES: Final = frozenset({ObservedState.FAILED, ObservedState.OUTDATED})
 
 

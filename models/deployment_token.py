@@ -139,7 +139,7 @@ async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenB
 
 
 async def wakeup_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:
-    """Return what the pods of a deployment take hints by, that of the newest token first."""
+    """Return what the pods of a deployment take wakeups by, that of the newest token first."""
     rows = await connection.execute(_is_valid(workflow_id))
     return [runner_tokens.wakeup_key(row.hash) for row in rows]
 

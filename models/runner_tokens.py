@@ -32,5 +32,5 @@ def hash_token(token: str) -> str:
 
 
 def wakeup_key(hashed: str) -> str:
-    """Return what a pod takes hints by, made of the hash of its token."""
-    return blake2b(hashed.encode(), digest_size=32, person=b"runner hints").hexdigest()
+    """Return what a pod takes wakeups by, made of the hash of its token."""
+    return blake2b(hashed.encode(), digest_size=32, person=b"runner wakeups").hexdigest()

@@ -148,7 +148,7 @@ async def run_executor(
     await executor.prepare(key, contact.definition)
     try:
         await executor.start()
-        life.hint, life.stage = executor.wake, PodPhase.READY
+        life.wakeup, life.stage = executor.wake, PodPhase.READY
         yield executor
     finally:
         await executor.drain(patience_seconds=life.patience_seconds)

@@ -1,4 +1,4 @@
-"""What a pod answers: whether it lives, whether it is ready, and to a hint that there is work."""
+"""What a pod answers: whether it lives, whether it is ready, and to a wakeup that there is work."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class PodLifecycle:
         self.patience_seconds = patience_seconds
         """How long runs may take to end once it drains."""
         self.stage = PodPhase.STARTING
-        self.hint: Callable[[], None] = lambda: None
-        self._hint_key = runner_tokens.wakeup_key(runner_tokens.hash_token(token)).encode()
+        self.wakeup: Callable[[], None] = lambda: None
+        self._wakeup_key = runner_tokens.wakeup_key(runner_tokens.hash_token(token)).encode()
 
     def is_gateway_token(self, authorization: str) -> bool:
         """Tell, in constant time, whether a header is the gateway's."""
-        return hmac.compare_digest(authorization.encode(), b"Bearer " + self._hint_key)
+        return hmac.compare_digest(authorization.encode(), b"Bearer " + self._wakeup_key)
 
 
 def create_app(life: PodLifecycle) -> Starlette:
@@ -57,7 +57,7 @@ def create_app(life: PodLifecycle) -> Starlette:
             return JSONResponse({"status": "unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})
         if life.stage is not PodPhase.READY:
             return _stage(503)
-        life.hint()
+        life.wakeup()
         return JSONResponse({"status": "accepted"}, 202)
 
     def _stage(status: int) -> JSONResponse:

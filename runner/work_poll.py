@@ -11,7 +11,7 @@ import structlog
 
 from execution.pod_api import MAX_WAIT_SECONDS, WorkPollRequest, WorkPollResponse
 from messages.broker import DirectMessage, Notification
-from messages.executions import ALL_SHARDS
+from messages.worker_wakeup import ALL_SHARDS
 from models.errors import DatabaseUnavailable
 from runner.gateway_client import CallRefused
 
@@ -26,7 +26,7 @@ MAX_GATEWAYS: Final = 100
 REFUSED_SECONDS: Final = 1.0
 """How long nothing is asked after a refusal; where the gateway is away, its calls pause by themselves."""
 POLL_PAUSE_SECONDS: Final = 1.0
-"""After a hint, how long work that still lies there is taken to be known."""
+"""After a wakeup, how long work that still lies there is taken to be known."""
 
 
 class GatewayWorkPoll:
@@ -41,7 +41,7 @@ class GatewayWorkPoll:
         self._hinted_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
-    async def wake(self, shard: int = ALL_SHARDS) -> None:
+    async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
         """Tell nobody: other pods look for themselves."""
 
     async def publish(self, channels: Mapping[str, str]) -> None:
@@ -51,9 +51,9 @@ class GatewayWorkPoll:
         """Hear what is asked of runs; see `RunBroker.listen`."""
         self._on_notification = on_notification
 
-    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+    def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         """Hear of work; see `RunBroker.start_worker`."""
-        self._task = asyncio.create_task(self._poll(on_hint))
+        self._task = asyncio.create_task(self._poll(on_wakeup))
 
     async def stop_worker(self) -> None:
         """Hear of work no longer: of requests, runs that are finished hear with their renewals."""
@@ -67,7 +67,7 @@ class GatewayWorkPoll:
         """Let go."""
         await self.stop_worker()
 
-    async def _poll(self, on_hint: Callable[[int], None]) -> None:
+    async def _poll(self, on_wakeup: Callable[[int], None]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -87,7 +87,7 @@ class GatewayWorkPoll:
                     self._on_notification(DirectMessage({"execution_id": execution_id, "request": request}))
             if news.has_work:
                 self._hinted_at = loop.time()
-                on_hint(ALL_SHARDS)
+                on_wakeup(ALL_SHARDS)
 
     def _remember(self, execution_id: str, request: str) -> None:
         """Be told of it once; the gateway says everything that is not known here."""

@@ -12,7 +12,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import col
 
 from journal.deployments import activity, decisions, wakes
-from messages import hints
+from messages import wakeups
 from models import lifecycle_policy
 from models.database_time import DatabaseTime
 from models.deployment import LifecycleDecision
@@ -71,7 +71,7 @@ async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActiv
         log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
         return
     if settled is not None and settled.decision.action is not LifecycleAction.NONE:
-        await hints.deployment_changed(broker, workflow_id)
+        await wakeups.wake_deployer(broker, workflow_id)
 
 
 async def _forget_batch(connection: AsyncConnection) -> int:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from journal import concurrency_limits
-from messages import hints
+from messages import wakeups
 from messages.broker import BrokerUnavailable
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ async def recover_runs(store: JournalStore, broker: Broker) -> None:
         try:
             await broker.publish(swept.ended)
             if swept.has_pending:
-                await broker.wake()
+                await broker.wake_workers()
         except BrokerUnavailable as error:
             # Every worker sweeps too, and who polls an execution looks at its row.
             log.debug("broker not reached", reason=str(error))
@@ -40,7 +40,7 @@ async def recover_runs(store: JournalStore, broker: Broker) -> None:
 async def promote_due_runs(store: JournalStore, broker: Broker) -> None:
     """Put what was delayed until now in the queue, and say that there is work; raises `DatabaseUnavailable`."""
     if await store.promote_due():
-        await hints.wake(broker)
+        await wakeups.wake_workers(broker)
 
 
 async def admit_waiting(database: Database, broker: Broker) -> None:
@@ -50,4 +50,4 @@ async def admit_waiting(database: Database, broker: Broker) -> None:
         more, after = await concurrency_limits.admit_waiting_keys(database, after)
         admitted += more
     if admitted:
-        await hints.wake(broker)
+        await wakeups.wake_workers(broker)

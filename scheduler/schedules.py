@@ -18,7 +18,7 @@ from journal import concurrency_limits, definition_snapshot, scheduled_runs
 from journal.deployments import wakes
 from journal.scheduled_runs import BATCH_SCHEDULES, DueSchedule, ScheduleDefinition, ScheduleRunResult
 from json_text import decoding
-from messages import hints
+from messages import wakeups
 from models.database_time import DatabaseTime
 from models.errors import LockWaitTimeout
 from models.workflow import Definition, Workflow, WorkflowGraph
@@ -96,7 +96,7 @@ class ScheduleRunner:
         for key in sorted(started.concurrency_keys):
             await concurrency_limits.admit_waiting_runs(self._database, key)
         if started.concurrency_keys or None in started.assigned_deployment_ids:
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
         if any(started.assigned_deployment_ids):
             await due_runs.wake_due_deployments(self._database, self._broker)
         started.decided += len(lost)

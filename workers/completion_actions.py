@@ -32,7 +32,7 @@ from journal.store import ExecutionKey
 from journal.waits import completion, node_answers
 from journal.waits.completion import NO_ACTION, CompletionAction, CompletionOutcome
 from json_text import decoding
-from messages import hints
+from messages import wakeups
 from models import timestamps
 from models.errors import DatabaseUnavailable
 from models.execution import Execution
@@ -138,7 +138,7 @@ class CompletionActions:
     async def admit_waiting(self, key: str) -> None:
         """Give the free places of a key to those that wait for one; raises `DatabaseUnavailable`."""
         if await concurrency_limits.admit_waiting_runs(self._database, key):
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
 
     async def perform(self, keys: Sequence[ExecutionKey]) -> None:
         """Do what is to be done about the ends of runs; raises `DatabaseUnavailable`."""
@@ -151,7 +151,7 @@ class CompletionActions:
             self._database, self._after_key
         )
         if admitted:
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
         room = MAX_CONCURRENT_ACTIONS - len(self._tasks)
         busy = [one for one, count in self._on_their_way.items() if count >= MAX_ACTIONS_PER_ORGANIZATION]
         if room > 0 and (found := await completion.find_due_completions(self._database, room, but_of=busy)):
@@ -251,7 +251,7 @@ class CompletionActions:
         if is_woken and row.concurrency_key is not None:
             await concurrency_limits.admit_waiting_runs(self._database, row.concurrency_key)
         if is_woken:
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
         return left
 
     async def _build_answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:

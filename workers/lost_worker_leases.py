@@ -11,7 +11,7 @@ import structlog
 from journal import out_of_memory_reclaim, worker_leases
 from journal.store_factory import open_store
 from messages import broker as brokers
-from messages import hints
+from messages import wakeups
 from messages.broker import BrokerError, BrokerUnavailable
 from models import database as databases
 from models.database import Database
@@ -48,7 +48,7 @@ async def release_leases(
             if count:
                 broker = await brokers.connect_broker(settings.redis_url)
                 stack.push_async_callback(broker.close)
-                await hints.wake(broker)
+                await wakeups.wake_workers(broker)
     except (DatabaseUnavailable, BrokerError, TimeoutError) as error:
         log.warning("leases left to a sweep", owner=owner, error=str(error) or type(error).__name__)
 

@@ -36,7 +36,7 @@ from journal.store import ClaimQuery, ExecutionKey, RunWrite
 from journal.unparsed_mail import MailParseResult, MailRunState, UnparsedMail
 from mail import addresses, mail_content
 from mail.mail_limits import InvalidMail
-from messages import hints
+from messages import wakeups
 from messages.broker import BrokerUnavailable
 from models.errors import DatabaseUnavailable
 from models.execution import UNPARSED_TARGET
@@ -188,14 +188,14 @@ class MailParser:
     def start(self) -> None:
         """Begin to read."""
         self._leases.start()
-        self._broker.start_reader(self._wanted.set)
+        self._broker.start_mail_parser(self._wanted.set)
         self._serving = asyncio.create_task(self._parse_forever())
         self._wanted.set()
 
     async def close(self) -> None:
         """Read no more, and give back what isn't read to its end."""
         self._is_draining = True
-        await self._broker.stop_reader()
+        await self._broker.stop_mail_parser()
         if self._serving is not None:
             self._wanted.set()
             await asyncio.wait([self._serving], timeout=CLOSE_SECONDS)
@@ -491,11 +491,11 @@ class MailParser:
             await self._on_ended(reading, RunOutcome(status, left.error), left.channel)
         elif left.concurrency_key is not None:
             if await concurrency_limits.admit_waiting_runs(self._database, left.concurrency_key):
-                await hints.wake(self._broker)
+                await wakeups.wake_workers(self._broker)
         elif left.assigned_deployment_id is not None:
             await due_runs.wake_due_deployments(self._database, self._broker)
         else:
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
 
     async def _end(self, reading: MailParseTask, status: RunStatus, error: RunError) -> None:
         if not await self._store_end(reading, end=status, error=error):

@@ -1,9 +1,8 @@
 """How a deployment is there for whoever needs it: one lookout for each, shared by all who wait for it here.
 
-Nobody waits for a pod to be ready, but for the run to be taken, which a pod does as soon as it is. What is forwarded to
-a pod is a hint, so nothing is lost with one that refuses it: what there is to do stands in the rows, whoever starts or
-stops the deployment meanwhile.
-The lookout wakes it as often as that takes, and tells what keeps its pods away.
+Callers wait until a pod has taken the run, not until the pod is ready. A forwarded run is a wakeup: if the pod refuses
+it, nothing is lost, because the rows hold all work, whoever starts or stops the deployment meanwhile. The watch of
+deployments wakes the deployment as often as that takes, and reports reasons that keep its pods away.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from gateway.http.wire import optional_instant
 from journal.deployments import activity, decisions, wakes
 from journal.deployments.wakes import StartRefused
 from journal.group_commit import GroupCommit
-from messages import hints, taken_runs
+from messages import taken_runs, wakeups
 from models import lifecycle_policy
 from models.errors import DatabaseUnavailable
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
@@ -353,7 +352,7 @@ class DeploymentActivator:
         except StartRefused as error:
             return None if error.refusal.code is StartRefusalCode.NOT_DEPLOYED else error.refusal
         if settled is not None and settled.decision.action is not LifecycleAction.NONE:
-            await hints.deployment_changed(self._broker, workflow_id)
+            await wakeups.wake_deployer(self._broker, workflow_id)
         return None
 
 

@@ -14,7 +14,7 @@ from gateway.workflows import editing
 from journal import definition_snapshot
 from journal.deployments import activity, decisions, desired_state, wakes
 from journal.deployments.desired_state import DeployRequest
-from messages import hints
+from messages import wakeups
 from messages.deployer_messages import reconcile_payload
 from models import deployment_token
 from models.audit import AuditAction
@@ -112,8 +112,8 @@ async def change_deployment(
 
 async def notify_deployer(gateway: GatewayState, workflow_id: str) -> None:
     """Tell the deployer, and the workers, whose runs may have become; to be done after the commit."""
-    await hints.deployment_changed(gateway.broker, workflow_id)
-    gateway.acceptances.hint()
+    await wakeups.wake_deployer(gateway.broker, workflow_id)
+    gateway.acceptances.wake_workers()
 
 
 async def await_state(

@@ -1,4 +1,4 @@
-"""How runs are taken in: many in one commit, then one hint to the workers for all of them."""
+"""How runs are taken in: many in one commit, then one wakeup to the workers for all of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gateway.http import errors, limits
 from journal import concurrency_limits
 from journal.group_commit import GroupCommit
 from journal.store import AcceptanceResult, AcceptanceVerdict, DefinitionKey
-from messages import hints
+from messages import wakeups
 from models.errors import DatabaseUnavailable
 from models.execution import Idempotency
 from models.workflow import WorkflowStatus
@@ -83,7 +83,7 @@ class RunAcceptor:
             self._take_in, weigh=lambda arrival: sum(map(_weight, arrival.runs)), max_weight=MAX_CHARACTERS
         )
         self._admissions: set[asyncio.Task[None]] = set()
-        self._hints: GroupCommit[None, None] = GroupCommit(self._wake)
+        self._wakeups: GroupCommit[None, None] = GroupCommit(self._wake)
         self._arrivals: GroupCommit[str, None] = GroupCommit(self._tell_pods)
         self._unread: GroupCommit[None, None] = GroupCommit(self._tell_readers)
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
@@ -108,13 +108,13 @@ class RunAcceptor:
     def follow(self, concurrency_key: str | None) -> None:
         """See to it that a run that is pending by now is taken up: by way of a place, where it waits for one."""
         if concurrency_key is None:
-            self.hint()
+            self.wake_workers()
         else:
             self._begin_admission(concurrency_key)
 
-    def hint(self) -> None:
-        """Tell the workers that there is work, after the commit; hints that wait for one another become one."""
-        self._hints.submit(None)
+    def wake_workers(self) -> None:
+        """Tell the workers that there is work, after the commit; wakeups that wait for one another become one."""
+        self._wakeups.submit(None)
 
     async def drain(self) -> None:
         """Finish what was begun."""
@@ -123,7 +123,7 @@ class RunAcceptor:
         await self._arriving.drain()
         while self._admissions:
             await asyncio.wait(self._admissions)
-        await self._hints.drain()
+        await self._wakeups.drain()
         await self._unread.drain()
         await self._arrivals.drain()
 
@@ -165,7 +165,7 @@ class RunAcceptor:
     def _tell(self, accepted: Sequence[RunAcceptance]) -> None:
         """Tell of runs that may begin now."""
         if any(one.concurrency_key is None and one.assigned_deployment_id is None for one in accepted):
-            self.hint()
+            self.wake_workers()
         for one in accepted:
             if one.concurrency_key is None and one.assigned_deployment_id is not None:
                 self._arrivals.submit(one.assigned_deployment_id)
@@ -182,7 +182,7 @@ class RunAcceptor:
         """Give places to runs that were accepted for one; what fails here, a sweep sees to."""
         try:
             if await concurrency_limits.admit_waiting_runs(self._database, key):
-                self.hint()
+                self.wake_workers()
                 # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
                 await self._desk.arrived({key.partition(":")[0]})
         except DatabaseUnavailable as error:
@@ -193,11 +193,11 @@ class RunAcceptor:
         return [None] * len(batch)
 
     async def _tell_readers(self, batch: Sequence[None]) -> Sequence[None]:
-        await hints.something_unread(self._broker)
+        await wakeups.wake_mail_parsers(self._broker)
         return batch
 
     async def _wake(self, batch: Sequence[None]) -> Sequence[None]:
-        await hints.wake(self._broker)
+        await wakeups.wake_workers(self._broker)
         return batch
 
 

@@ -111,7 +111,7 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     if given.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(gateway.database, given.concurrency_key)
     if given.is_woken:
-        gateway.acceptances.hint()
+        gateway.acceptances.wake_workers()
     log.info("input given", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
     return _taken(key, body, {})
 

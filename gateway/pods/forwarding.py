@@ -1,4 +1,4 @@
-"""Arrivals forwarded to pods that wait at no desk here: a hint that there is work, which a pod then claims as ever.
+"""Arrivals forwarded to pods that wait at no desk here: a wakeup that there is work, which a pod then claims as ever.
 
 Nothing of a run goes along, so that nothing can be lost on the way, be taken by a pod that stops, or be had by whoever
 has got its address since.
@@ -16,7 +16,7 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
-from messages import hints
+from messages import wakeups
 from models import deployment_token
 from models.deployment import POSSIBLY_SERVING_STATES, Deployment
 from models.errors import DatabaseUnavailable
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-HINT_SECONDS: Final = 2.0
+WAKEUP_SECONDS: Final = 2.0
 REMEMBERED_SECONDS: Final = 1.0
 MAX_REMEMBERED: Final = 10_000
 ACCEPTED: Final = 202
@@ -40,7 +40,7 @@ UNAUTHORIZED: Final = 401
 
 @dataclass(frozen=True, slots=True)
 class ReadyPods:
-    """Where the ready pods of a deployment are, and what they take hints by."""
+    """Where the ready pods of a deployment are, and what they take wakeups by."""
 
     addresses: Sequence[str] = ()
     keys: Sequence[str] = ()
@@ -94,13 +94,13 @@ class WakeupForwarder:
             pods = await self._find(workflow_id)
             self._remembered.put(workflow_id, pods)
         for address in random.sample(pods.addresses, len(pods.addresses)):
-            if await self._takes_hint(address, pods.keys):
+            if await self._takes_wakeup(address, pods.keys):
                 return
         if pods.addresses:
             # They are gone, or about to be: whoever waits for the run sees to it that there are others.
             log.info("pods not reached", workflow_id=workflow_id, pods=len(pods.addresses))
             self._remembered.drop(workflow_id)
-            await hints.deployment_changed(self._broker, workflow_id)
+            await wakeups.wake_deployer(self._broker, workflow_id)
 
     async def _find(self, workflow_id: str) -> ReadyPods:
         ready = select(col(Deployment.ready_addresses)).where(
@@ -115,12 +115,12 @@ class WakeupForwarder:
                 return ReadyPods()
             return ReadyPods(tuple(addresses), await deployment_token.wakeup_keys(connection, workflow_id))
 
-    async def _takes_hint(self, address: str, keys: Sequence[str]) -> bool:
-        """Tell whether a pod takes a hint; it doesn't where it drains, or another process listens there by now."""
+    async def _takes_wakeup(self, address: str, keys: Sequence[str]) -> bool:
+        """Tell whether a pod takes a wakeup; it doesn't where it drains, or another process listens there by now."""
         import aiohttp  # noqa: PLC0415 - its client costs 15 MB, which gateways save at which all pods wait
 
         if self._session is None:
-            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(HINT_SECONDS))
+            self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(WAKEUP_SECONDS))
         for key in keys:
             headers = {"Authorization": f"Bearer {key}"}
             try:

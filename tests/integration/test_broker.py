@@ -21,7 +21,7 @@ from messages.broker import (
     connect_broker,
 )
 from messages.deployer_messages import DeployerMessage, ReadPodLogs, ReconcileDeployment
-from messages.executions import ALL_SHARDS
+from messages.worker_wakeup import ALL_SHARDS
 from tests import services
 
 PATIENCE_SECONDS = 60.0
@@ -31,8 +31,8 @@ Item = TypeVar("Item")
 
 
 @pytest.fixture(autouse=True)
-def _no_consumer_looks_before_its_bell_rings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (600.0, 600.0))
+def _no_consumer_looks_before_its_wakeup_signal_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_consumer, "WAKEUP_SIGNAL_SECONDS", (600.0, 600.0))
 
 
 @pytest.fixture
@@ -71,10 +71,10 @@ async def gateway(url: str | None, worker: Broker) -> AsyncIterator[Broker]:
 
 
 @pytest.fixture
-async def hints(worker: Broker) -> "Queue[int]":
-    hints: Queue[int] = Queue()
-    worker.start_worker(hints.put_nowait)
-    return hints
+async def wakeups(worker: Broker) -> "Queue[int]":
+    wakeups: Queue[int] = Queue()
+    worker.start_worker(wakeups.put_nowait)
+    return wakeups
 
 
 @pytest.fixture
@@ -84,36 +84,36 @@ async def notifications(gateway: Broker) -> "Queue[Notification]":
     return notifications
 
 
-async def test_a_hint_names_the_shard_that_has_work(gateway: Broker, hints: Queue[int]) -> None:
-    await gateway.wake(7)
-    assert await _next_item(hints) == 7
-    await gateway.wake()
-    assert await _next_item(hints) == ALL_SHARDS
+async def test_a_wakeup_names_the_shard_that_has_work(gateway: Broker, wakeups: Queue[int]) -> None:
+    await gateway.wake_workers(7)
+    assert await _next_item(wakeups) == 7
+    await gateway.wake_workers()
+    assert await _next_item(wakeups) == ALL_SHARDS
 
 
-async def test_a_shard_has_one_hint_until_that_is_taken(gateway: Broker, worker: Broker) -> None:
-    await gateway.wake(1)
-    await gateway.wake(2)
-    await gateway.wake(1)
-    hints: Queue[int] = Queue()
-    worker.start_worker(hints.put_nowait)
-    assert [await _next_item(hints), await _next_item(hints)] == [1, 2]
+async def test_a_shard_has_one_wakeup_until_that_is_taken(gateway: Broker, worker: Broker) -> None:
+    await gateway.wake_workers(1)
+    await gateway.wake_workers(2)
+    await gateway.wake_workers(1)
+    wakeups: Queue[int] = Queue()
+    worker.start_worker(wakeups.put_nowait)
+    assert [await _next_item(wakeups), await _next_item(wakeups)] == [1, 2]
 
-    await gateway.wake(3)
-    assert await _next_item(hints) == 3
-    await gateway.wake(1)
-    assert await _next_item(hints) == 1
+    await gateway.wake_workers(3)
+    assert await _next_item(wakeups) == 3
+    await gateway.wake_workers(1)
+    assert await _next_item(wakeups) == 1
 
 
-async def test_a_hint_waits_for_a_worker_that_starts_later(gateway: Broker, worker: Broker) -> None:
-    await gateway.wake(5)
-    hints: Queue[int] = Queue()
-    worker.start_worker(hints.put_nowait)
-    assert await _next_item(hints) == 5
+async def test_a_wakeup_waits_for_a_worker_that_starts_later(gateway: Broker, worker: Broker) -> None:
+    await gateway.wake_workers(5)
+    wakeups: Queue[int] = Queue()
+    worker.start_worker(wakeups.put_nowait)
+    assert await _next_item(wakeups) == 5
 
 
 async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_a_worker(
-    gateway: Broker, worker: Broker, hints: Queue[int]
+    gateway: Broker, worker: Broker, wakeups: Queue[int]
 ) -> None:
     messages: Queue[DeployerMessage] = Queue()
     asked = ReadPodLogs("wf_a", limit=5, channel="gateway", asked="logs_1")
@@ -121,11 +121,11 @@ async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_
     await gateway.notify_deployer(ReconcileDeployment("wf_a"))
     assert await _next_item(messages) == ReconcileDeployment("wf_a")
     await gateway.notify_deployer(asked)
-    await gateway.wake(3)
-    assert (await _next_item(messages), await _next_item(hints)) == (asked, 3)
+    await gateway.wake_workers(3)
+    assert (await _next_item(messages), await _next_item(wakeups)) == (asked, 3)
     await worker.stop_deployer()
-    await gateway.wake(4)
-    assert await _next_item(hints) == 4
+    await gateway.wake_workers(4)
+    assert await _next_item(wakeups) == 4
 
 
 async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once_on_redis(redis_url: str) -> None:
@@ -197,9 +197,9 @@ async def test_every_listener_of_a_process_hears_everything(
     assert await _next_item(notifications) == await _next_item(others) == DirectMessage(END)
 
 
-async def test_an_idle_worker_stops_though_nothing_wakes_it(worker: Broker, hints: Queue[int]) -> None:
-    await worker.wake()
-    await _next_item(hints)
+async def test_an_idle_worker_stops_though_nothing_wakes_it(worker: Broker, wakeups: Queue[int]) -> None:
+    await worker.wake_workers()
+    await _next_item(wakeups)
     async with asyncio.timeout(PATIENCE_SECONDS):
         await worker.stop_worker()
 
@@ -229,16 +229,16 @@ async def test_a_watch_ends_by_itself(redis_url: str) -> None:
             assert 0 < await client.ttl("pilotflame:watchers:a") <= 15 * 60
 
 
-async def test_hints_that_no_worker_takes_stay_few(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_broker, "HINTS_KEPT", 3)
+async def test_wakeups_that_no_worker_takes_stay_few(redis_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_broker, "WAKEUPS_KEPT", 3)
     async with _open_broker(redis_url) as broker:
         for shard in range(9):
-            await broker.wake(shard)
+            await broker.wake_workers(shard)
         async with Redis.from_url(redis_url) as client:
             queue = "pilotflame:executions"
             assert await client.llen(queue) == 3
             assert await client.hlen(f"{queue}.msgs") == 3
-            assert await client.llen(f"{queue}.bell") == 3
+            assert await client.llen(f"{queue}.wakeup_signal") == 3
 
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
@@ -246,20 +246,20 @@ async def test_wake_ups_and_notifications_return_with_redis(
     redis_server: services.RedisServer, redis_url: str, end: str
 ) -> None:
     async with _open_broker(redis_url) as broker:
-        hints: Queue[int] = Queue()
+        wakeups: Queue[int] = Queue()
         notifications: Queue[Notification] = Queue()
-        broker.start_worker(hints.put_nowait)
+        broker.start_worker(wakeups.put_nowait)
         await broker.listen(notifications.put_nowait)
-        await broker.wake()
-        await _next_item(hints)
+        await broker.wake_workers()
+        await _next_item(wakeups)
 
         await asyncio.to_thread(getattr(redis_server, end))
         with pytest.raises(BrokerUnavailable):
-            await broker.wake(1)
+            await broker.wake_workers(1)
         await asyncio.to_thread(redis_server.start)
 
-        await broker.wake(2)
-        assert await _next_item(hints) == 2
+        await broker.wake_workers(2)
+        assert await _next_item(wakeups) == 2
         async with asyncio.timeout(PATIENCE_SECONDS):
             while notifications.empty():
                 await broker.send(broker.channel, END)
@@ -267,16 +267,16 @@ async def test_wake_ups_and_notifications_return_with_redis(
 
 async def test_a_flushed_redis_heals_with_the_next_wake_up(redis_url: str) -> None:
     async with _open_broker(redis_url) as broker:
-        hints: Queue[int] = Queue()
-        broker.start_worker(hints.put_nowait)
-        await broker.wake(1)
-        await _next_item(hints)
+        wakeups: Queue[int] = Queue()
+        broker.start_worker(wakeups.put_nowait)
+        await broker.wake_workers(1)
+        await _next_item(wakeups)
         async with Redis.from_url(redis_url) as client:
             await client.flushall()
             await client.script_flush()
 
-        await broker.wake(1)
-        assert await _next_item(hints) == 1
+        await broker.wake_workers(1)
+        assert await _next_item(wakeups) == 1
 
 
 async def test_a_caller_can_be_cancelled_while_redis_answers(redis_url: str) -> None:
@@ -284,7 +284,7 @@ async def test_a_caller_can_be_cancelled_while_redis_answers(redis_url: str) -> 
 
         async def wake_for_ever() -> None:
             while True:
-                await broker.wake()
+                await broker.wake_workers()
 
         for _ in range(20):
             task = asyncio.create_task(wake_for_ever())
@@ -298,7 +298,7 @@ async def test_without_redis_a_process_starts_says_so_and_stops(deserted_url: st
     async with _open_broker(deserted_url) as broker:
         broker.start_worker(lambda _shard: None)
         with pytest.raises(BrokerUnavailable):
-            await broker.wake()
+            await broker.wake_workers()
         with pytest.raises(BrokerUnavailable):
             await broker.watch(["a"])
         with pytest.raises(BrokerUnavailable):
@@ -330,7 +330,7 @@ async def test_a_redis_that_does_not_tell_its_policy_is_trusted(redis_url: str) 
             commands=["+@all", "-info"],
         )
         async with _open_broker(redis_url.replace("redis://", "redis://guest:secret@")) as broker:
-            await broker.wake()
+            await broker.wake_workers()
         await client.acl_deluser("guest")
 
 

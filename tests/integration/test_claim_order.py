@@ -171,7 +171,7 @@ async def test_an_organisation_waits_for_no_place_that_the_runs_of_another_hold(
     async with serve_worker(world) as broker:
         await wait_until_begun(world, 20)
         one = await world.accept(other, definition=QUICK, total_nodes=2)
-        await broker.wake()
+        await broker.wake_workers()
         await wait_until_ended(world, one.execution_id)
         assert await count_pending(world) == MANY + 1 - 20, "nobody has left its place"
 

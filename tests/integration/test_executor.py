@@ -181,9 +181,9 @@ class WorkerUnderTest:
 
 
 class DeafBroker(LocalBroker):
-    """A broker whose hints reach nobody, and that takes no time to stop."""
+    """A broker whose wakeups reach nobody, and that takes no time to stop."""
 
-    def start_worker(self, on_hint: Callable[[int], None]) -> None:
+    def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         pass
 
 
@@ -291,7 +291,7 @@ async def test_a_run_goes_from_its_row_to_its_outputs(
     run = place.run(definition=json.dumps(definition), trigger='{"body":{"n":21}}', total_nodes=5)
     await worker.broker.watch([run.execution_id])
     await world.store.accept([run])
-    await worker.broker.wake()
+    await worker.broker.wake_workers()
     await wait_until(lambda: workers.are_all("completed"))
 
     (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.shard)])
@@ -349,7 +349,7 @@ async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watc
         channel=worker.broker.channel,
     )
     await world.store.accept([run])
-    await worker.broker.wake()
+    await worker.broker.wake_workers()
     await wait_until(lambda: workers.are_all("completed"))
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not notifications:  # noqa: ASYNC110 - a list tells nobody

@@ -733,7 +733,7 @@ async def test_who_waits_is_answered_by_whoever_takes_the_run_over(
 
     await world.gateway.database.transaction(kill)
     assert (await world.gateway.store.sweep(100)).requeued == 1
-    await world.gateway.broker.wake()
+    await world.gateway.broker.wake_workers()
     answer = await waiting
     assert (answer.status_code, answer.json()) == (201, {"order": 1})
 

@@ -13,9 +13,9 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from messages import executions, hint_worker, redis_consumer
+from messages import redis_consumer, wakeup_worker, worker_wakeup
 from messages.broker import Broker, BrokerUnavailable, connect_broker
-from messages.redis_consumer import MESSAGE_ID, BlockingConsumer, HintQueues
+from messages.redis_consumer import MESSAGE_ID, BlockingConsumer, WakeupQueues
 from tests import services
 
 PATIENCE_SECONDS = 60.0
@@ -31,7 +31,7 @@ from messages.broker import connect_broker
 
 async def main():
     broker = await connect_broker(sys.argv[1])
-    broker.start_worker(lambda shard: print("hint", flush=True))
+    broker.start_worker(lambda shard: print("wakeup", flush=True))
     told_to_stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told_to_stop.set)
     await told_to_stop.wait()
@@ -49,8 +49,8 @@ def _message_body(
 
 
 @pytest.fixture(autouse=True)
-def _no_consumer_looks_before_its_bell_rings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (600.0, 600.0))
+def _no_consumer_looks_before_its_wakeup_signal_rings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(redis_consumer, "WAKEUP_SIGNAL_SECONDS", (600.0, 600.0))
 
 
 @pytest.fixture
@@ -69,59 +69,59 @@ async def broker(redis_server: services.RedisServer, client: Redis) -> AsyncIter
 
 
 @pytest.fixture
-async def hints(broker: Broker) -> "Queue[int]":
-    hints: Queue[int] = Queue()
-    broker.start_worker(hints.put_nowait)
-    return hints
+async def wakeups(broker: Broker) -> "Queue[int]":
+    wakeups: Queue[int] = Queue()
+    broker.start_worker(wakeups.put_nowait)
+    return wakeups
 
 
-async def test_an_idle_worker_takes_a_hint_within_milliseconds(broker: Broker, hints: Queue[int]) -> None:
+async def test_an_idle_worker_takes_a_wakeup_within_milliseconds(broker: Broker, wakeups: Queue[int]) -> None:
     seconds = []
     for shard in range(100):
         sent_at = time.perf_counter()
-        await broker.wake(shard)
-        assert await _next_wakeup(hints) == shard
+        await broker.wake_workers(shard)
+        assert await _next_wakeup(wakeups) == shard
         seconds.append(time.perf_counter() - sent_at)
     median_ms = statistics.median(seconds) * 1000
     print(f"\nidle pick-up: median {median_ms:.1f} ms, slowest {max(seconds) * 1000:.1f} ms")  # noqa: T201 - a figure to read
     assert median_ms < 50  # whoever polls takes longer
 
 
-async def test_one_hint_among_many_idle_consumers_costs_few_commands(
+async def test_one_wakeup_among_many_idle_consumers_costs_few_commands(
     redis_server: services.RedisServer, client: Redis, broker: Broker
 ) -> None:
-    hints: Queue[int] = Queue()
+    wakeups: Queue[int] = Queue()
 
     async def are_idle() -> bool:
         return await client.hlen(f"{QUEUE}.msgs") == 0 and await _are_blocked(client, IDLE_CONSUMERS)
 
-    async with _run_workers(redis_server.url, hints, IDLE_CONSUMERS):
+    async with _run_workers(redis_server.url, wakeups, IDLE_CONSUMERS):
         await _wait_until(are_idle)
-        await broker.wake()  # loads the script
-        await _next_wakeup(hints)
+        await broker.wake_workers()  # loads the script
+        await _next_wakeup(wakeups)
         await _wait_until(are_idle)
 
         before = await _count_commands(client)
-        await broker.wake()
-        await _next_wakeup(hints)
+        await broker.wake_workers()
+        await _next_wakeup(wakeups)
         await _wait_until(are_idle)
         after = await _count_commands(client)
     spent = {name: after[name] - before.get(name, 0) for name in after if after[name] > before.get(name, 0)}
     for asked in ("info", "hlen", "client|list"):  # by this test
         del spent[asked]
-    print(f"\none hint, {IDLE_CONSUMERS} idle consumers: {sum(spent.values())} commands {spent}")  # noqa: T201 - a figure to read
+    print(f"\none wakeup, {IDLE_CONSUMERS} idle consumers: {sum(spent.values())} commands {spent}")  # noqa: T201 - a figure to read
     assert sum(spent.values()) < 20
 
 
-async def test_a_lost_bell_delays_a_hint_by_one_wait_at_most(
+async def test_a_lost_wakeup_signal_delays_a_wakeup_by_one_wait_at_most(
     client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.2, 0.3))
-    hints: Queue[int] = Queue()
-    broker.start_worker(hints.put_nowait)
+    monkeypatch.setattr(redis_consumer, "WAKEUP_SIGNAL_SECONDS", (0.2, 0.3))
+    wakeups: Queue[int] = Queue()
+    broker.start_worker(wakeups.put_nowait)
     await _wait_until(lambda: _are_blocked(client, 1))
     await _send_wakeup(client, 3)
-    assert await _next_wakeup(hints) == 3
+    assert await _next_wakeup(wakeups) == 3
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ async def test_a_message_that_makes_no_sense_becomes_a_dead_letter_and_harms_no_
     await _put(client, body, "bad")
     await _send_wakeup(client, 1)
     await _send_wakeup(client, 2)
-    hints: Queue[int] = Queue()
-    broker.start_worker(hints.put_nowait)
-    assert {await _next_wakeup(hints), await _next_wakeup(hints)} == {1, 2}
+    wakeups: Queue[int] = Queue()
+    broker.start_worker(wakeups.put_nowait)
+    assert {await _next_wakeup(wakeups), await _next_wakeup(wakeups)} == {1, 2}
 
     await _wait_until(lambda: _equals(client.hkeys(DEAD_LETTERS), ["bad"]))
     await _wait_until(lambda: _equals(client.hlen(f"{QUEUE}.msgs"), 0))
-    await broker.wake(3)
-    assert await _next_wakeup(hints) == 3
+    await broker.wake_workers(3)
+    assert await _next_wakeup(wakeups) == 3
 
 
 async def test_an_unreadable_message_is_logged(client: Redis, broker: Broker) -> None:
@@ -166,31 +166,31 @@ async def test_an_unreadable_message_is_logged(client: Redis, broker: Broker) ->
 async def test_an_id_whose_body_is_gone_is_forgotten(client: Redis, broker: Broker) -> None:
     await client.rpush(QUEUE, "bodiless")
     await _send_wakeup(client, 1)
-    hints: Queue[int] = Queue()
-    broker.start_worker(hints.put_nowait)
-    assert await _next_wakeup(hints) == 1
+    wakeups: Queue[int] = Queue()
+    broker.start_worker(wakeups.put_nowait)
+    assert await _next_wakeup(wakeups) == 1
     await _wait_until(lambda: _equals(client.keys("*__acks__*"), []))
 
 
-async def test_a_payload_from_a_newer_release_is_a_hint_for_all_shards(
-    client: Redis, hints: Queue[int]
+async def test_a_payload_from_a_newer_release_is_a_wakeup_for_all_shards(
+    client: Redis, wakeups: Queue[int]
 ) -> None:
     await _put(client, _message_body({MESSAGE_ID: "newer"}, v=2, shards=[1]), "newer")
-    await client.rpush(f"{QUEUE}.bell", 1)
-    assert await _next_wakeup(hints) == executions.ALL_SHARDS
+    await client.rpush(f"{QUEUE}.wakeup_signal", 1)
+    assert await _next_wakeup(wakeups) == worker_wakeup.ALL_SHARDS
 
 
 async def test_what_a_dead_worker_held_comes_back(
     redis_server: services.RedisServer, client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await _send_wakeup(client, 4)
-    dead = HintQueues(redis_server.url)
+    dead = WakeupQueues(redis_server.url)
     assert await asyncio.to_thread(dead.do_fetch, "executions", 1)
     monkeypatch.setattr(redis_consumer, "HEARTBEAT_TIMEOUT_MILLISECONDS", 50)
-    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.05, 0.1))
-    hints: Queue[int] = Queue()
-    broker.start_worker(hints.put_nowait)
-    assert await _next_wakeup(hints) == 4
+    monkeypatch.setattr(redis_consumer, "WAKEUP_SIGNAL_SECONDS", (0.05, 0.1))
+    wakeups: Queue[int] = Queue()
+    broker.start_worker(wakeups.put_nowait)
+    assert await _next_wakeup(wakeups) == 4
     dead.close()
 
 
@@ -198,13 +198,13 @@ async def test_a_redis_that_hangs_is_a_redis_that_is_lost(
     client: Redis, broker: Broker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_consumer, "REDIS_TIMEOUT_SECONDS", 0.5)
-    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.01, 0.02))
-    hints: Queue[int] = Queue()
+    monkeypatch.setattr(redis_consumer, "WAKEUP_SIGNAL_SECONDS", (0.01, 0.02))
+    wakeups: Queue[int] = Queue()
     with capture_logs() as logs:
-        broker.start_worker(hints.put_nowait)
+        broker.start_worker(wakeups.put_nowait)
         await client.client_pause(900)
-        await broker.wake(1)
-        assert await _next_wakeup(hints) == 1
+        await broker.wake_workers(1)
+        assert await _next_wakeup(wakeups) == 1
     assert [entry["event"] for entry in logs] == ["redis lost", "redis is back"]
 
 
@@ -212,35 +212,35 @@ async def test_what_a_lost_answer_held_comes_back(
     redis_server: services.RedisServer, client: Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_consumer, "HEARTBEAT_TIMEOUT_MILLISECONDS", 50)
-    monkeypatch.setattr(redis_consumer, "BELL_SECONDS", (0.05, 0.1))
+    monkeypatch.setattr(redis_consumer, "WAKEUP_SIGNAL_SECONDS", (0.05, 0.1))
     await _load_scripts(redis_server.url)
     await _send_wakeup(client, 6)
-    hints: Queue[int] = Queue()
+    wakeups: Queue[int] = Queue()
     async with _drop_answer_to(b"fetch", redis_server.url) as url:
         broker = await connect_broker(url)
-        broker.start_worker(hints.put_nowait)
-        assert await _next_wakeup(hints) == 6
+        broker.start_worker(wakeups.put_nowait)
+        assert await _next_wakeup(wakeups) == 6
         await broker.close()
 
 
 async def test_a_wake_up_that_failed_may_have_worked(
-    redis_server: services.RedisServer, broker: Broker, hints: Queue[int]
+    redis_server: services.RedisServer, broker: Broker, wakeups: Queue[int]
 ) -> None:
-    await broker.wake()  # loads the script
-    await _next_wakeup(hints)
+    await broker.wake_workers()  # loads the script
+    await _next_wakeup(wakeups)
     async with _drop_answer_to(MESSAGE_ID.encode(), redis_server.url) as url:
         gateway = await connect_broker(url)
         with pytest.raises(BrokerUnavailable):
-            await gateway.wake(8)
-        assert await _next_wakeup(hints) == 8
+            await gateway.wake_workers(8)
+        assert await _next_wakeup(wakeups) == 8
         await gateway.close()
 
 
-async def test_hints_that_a_stopping_worker_held_wake_another(
-    redis_server: services.RedisServer, client: Redis, hints: Queue[int]
+async def test_wakeups_that_a_stopping_worker_held_wake_another(
+    redis_server: services.RedisServer, client: Redis, wakeups: Queue[int]
 ) -> None:
     await _wait_until(lambda: _are_blocked(client, 1))
-    leaving = HintQueues(redis_server.url)
+    leaving = WakeupQueues(redis_server.url)
     leaving.declare_queue("executions")
     consumer = leaving.consume("executions", prefetch=2)
     assert isinstance(consumer, BlockingConsumer)
@@ -251,18 +251,18 @@ async def test_hints_that_a_stopping_worker_held_wake_another(
 
     await asyncio.to_thread(consumer.requeue, [taken])
     await asyncio.to_thread(consumer.close)
-    assert {await _next_wakeup(hints), await _next_wakeup(hints)} == {1, 2}
+    assert {await _next_wakeup(wakeups), await _next_wakeup(wakeups)} == {1, 2}
     leaving.close()
 
 
-async def test_a_worker_that_waits_for_a_hint_ends_soon_after_sigterm(
+async def test_a_worker_that_waits_for_a_wakeup_ends_soon_after_sigterm(
     redis_server: services.RedisServer, client: Redis, broker: Broker
 ) -> None:
     command = [sys.executable, "-c", COMMAND, redis_server.url]
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE)
-    await broker.wake()
+    await broker.wake_workers()
     assert process.stdout
-    assert await process.stdout.readline() == b"hint\n"
+    assert await process.stdout.readline() == b"wakeup\n"
     await _wait_until(lambda: _are_blocked(client, 1))
 
     process.send_signal(signal.SIGTERM)
@@ -271,12 +271,12 @@ async def test_a_worker_that_waits_for_a_hint_ends_soon_after_sigterm(
 
 
 @asynccontextmanager
-async def _run_workers(url: str, hints: "Queue[int]", count: int) -> AsyncIterator[None]:
-    workers = [hint_worker.start(HintQueues(url), hints.put_nowait) for _ in range(count)]
+async def _run_workers(url: str, wakeups: "Queue[int]", count: int) -> AsyncIterator[None]:
+    workers = [wakeup_worker.start(WakeupQueues(url), wakeups.put_nowait) for _ in range(count)]
     try:
         yield
     finally:
-        await asyncio.gather(*(asyncio.to_thread(hint_worker.stop, worker) for worker in workers))
+        await asyncio.gather(*(asyncio.to_thread(wakeup_worker.stop, worker) for worker in workers))
 
 
 @asynccontextmanager
@@ -309,12 +309,12 @@ async def _drop_answer_to(command: bytes, url: str) -> AsyncIterator[str]:
 
 
 async def _load_scripts(url: str) -> None:
-    """Have one hint go through, so that no later command is answered by "no such script"."""
+    """Have one wakeup go through, so that no later command is answered by "no such script"."""
     broker = await connect_broker(url)
-    hints: Queue[int] = Queue()
-    broker.start_worker(hints.put_nowait)
-    await broker.wake()
-    await _next_wakeup(hints)
+    wakeups: Queue[int] = Queue()
+    broker.start_worker(wakeups.put_nowait)
+    await broker.wake_workers()
+    await _next_wakeup(wakeups)
     await broker.close()
 
 
@@ -323,7 +323,7 @@ async def _send_wakeup(client: Redis, shard: int) -> None:
 
 
 async def _put(client: Redis, body: bytes, message_id: str) -> None:
-    """Enqueue without ringing the bell."""
+    """Enqueue without ringing the wakeup_signal."""
     await client.hset(f"{QUEUE}.msgs", message_id, body)
     await client.rpush(QUEUE, message_id)
 

@@ -378,8 +378,8 @@ async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Deploye
     assert await pod.answers("/healthz", 200, "ok")
 
     async with pods.world.database.read() as connection:
-        (hint_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
-    assert (await pod.trigger(hint_key)).status_code == 202
+        (wakeup_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
+    assert (await pod.trigger(wakeup_key)).status_code == 202
     assert (await pod.trigger(pods.token)).status_code == 401
     assert (await pod.trigger("x")).status_code == 401
 
@@ -464,8 +464,8 @@ async def test_a_pod_that_drains_says_so_and_lets_its_run_end(
     pod.started.process.terminate()
     await wait_until_async(lambda: pod.answers("/readyz", 503, "draining"))
     async with pods.world.database.read() as connection:
-        (hint_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
-    refused = await pod.trigger(hint_key)
+        (wakeup_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
+    refused = await pod.trigger(wakeup_key)
     untaken = await pods.accept(SIMPLE)
     receiver.may_answer.set()
 

@@ -128,17 +128,17 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
         "UPDATE execution SET attempt = :most WHERE id = :id", most=MAX_LOST_ATTEMPTS, id=poison
     )
     notifications: asyncio.Queue[Notification] = asyncio.Queue()
-    hints: asyncio.Queue[int] = asyncio.Queue()
+    wakeups: asyncio.Queue[int] = asyncio.Queue()
     broker = await brokers.connect_broker(None)
     await broker.listen(notifications.put_nowait)
-    broker.start_worker(hints.put_nowait)
+    broker.start_worker(wakeups.put_nowait)
     await broker.watch([run.execution_id for run in lost])
 
     await recovery.recover_runs(world.store, broker)
     statuses = [(await world.row(run.execution_id))["status"] for run in lost]
     assert statuses == ["failed", "pending", "pending", "pending", "pending"]
     assert await asyncio.wait_for(notifications.get(), PATIENCE_SECONDS) == ChangedExecutions((poison,))
-    await asyncio.wait_for(hints.get(), PATIENCE_SECONDS)
+    await asyncio.wait_for(wakeups.get(), PATIENCE_SECONDS)
     await broker.close()
 
 
@@ -152,12 +152,12 @@ async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
         for delay in (0, 60)
     )
     await world.store.ingest([place.arrival(runs=[due, later])])
-    hints: asyncio.Queue[int] = asyncio.Queue()
+    wakeups: asyncio.Queue[int] = asyncio.Queue()
     broker = await brokers.connect_broker(None)
-    broker.start_worker(hints.put_nowait)
+    broker.start_worker(wakeups.put_nowait)
     await recovery.promote_due_runs(world.store, broker)
     assert [(await world.row(run.execution_id))["status"] for run in (due, later)] == ["pending", "waiting"]
-    await asyncio.wait_for(hints.get(), PATIENCE_SECONDS)
+    await asyncio.wait_for(wakeups.get(), PATIENCE_SECONDS)
     await broker.close()
 
 

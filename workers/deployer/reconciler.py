@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from journal.deployments import decisions, pod_leases
-from messages import deployer_messages, hints
+from messages import deployer_messages, wakeups
 from messages.broker import BrokerUnavailable
 from models import deployment_token
 from models.deployment import ObservedState as Stored
@@ -301,7 +301,7 @@ class Reconciler:
             with suppress(BrokerUnavailable):  # pods and workers look for themselves
                 await self._broker.publish({workflow_id: ""})
             # Of what is deployed no more, runs are any worker's.
-            await hints.wake(self._broker)
+            await wakeups.wake_workers(self._broker)
 
     async def _desired_deployment(self, found: DeploymentSnapshot) -> DesiredDeployment:
         deployment, secret = found.deployment, self._settings.secret

@@ -1,4 +1,4 @@
-"""Hints that there is something to do, for those who would otherwise find it by their next sweep."""
+"""Wakeups that there is something to do, for those who would otherwise find it by their next sweep."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 
-async def wake(broker: RunBroker) -> None:
+async def wake_workers(broker: RunBroker) -> None:
     """Say "there is work", after the commit; with the broker away, the rows say so themselves."""
     try:
-        await broker.wake()
+        await broker.wake_workers()
     except BrokerUnavailable as error:
         log.debug("workers not woken", reason=str(error))
 
 
-async def something_unread(broker: Broker) -> None:
+async def wake_mail_parsers(broker: Broker) -> None:
     """Say that something has come that is to be read first, after the commit; with the broker away, its row says so."""
     try:
-        await broker.wake_readers()
+        await broker.wake_mail_parsers()
     except BrokerUnavailable as error:
         log.debug("readers not woken", reason=str(error))
 
 
-async def deployment_changed(broker: Broker, workflow_id: str) -> None:
+async def wake_deployer(broker: Broker, workflow_id: str) -> None:
     """Say that something else is wanted of a deployment, after the commit; with the broker away, its row says so."""
     try:
         await broker.notify_deployer(ReconcileDeployment(workflow_id))

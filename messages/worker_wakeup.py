@@ -12,14 +12,14 @@ ALL_SHARDS: Final = -1
 
 
 @dataclass(frozen=True)
-class RunExecutions:
+class WorkerWakeup:
     v: int = VERSION
     shard: int = ALL_SHARDS
 
 
-def read(payload: Mapping[str, object]) -> RunExecutions:
+def parse_wakeup(payload: Mapping[str, object]) -> WorkerWakeup:
     """A payload of a version this worker does not know still says "there is work": look in all shards."""
     match payload:
         case {"v": 1, "shard": int(shard)}:
-            return RunExecutions(shard=shard)
-    return RunExecutions()
+            return WorkerWakeup(shard=shard)
+    return WorkerWakeup()

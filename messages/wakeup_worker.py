@@ -6,7 +6,7 @@ from typing import Final
 
 import dramatiq
 
-from messages import deployer_messages, executions, intake
+from messages import deployer_messages, mail_parser_wakeup, worker_wakeup
 from messages.deployer_messages import DeployerMessage
 
 # The actor returns at once: the second thread hands over a message while the first acknowledges another.
@@ -15,16 +15,19 @@ THREAD_POLL_MILLISECONDS: Final = 250
 STOP_MILLISECONDS: Final = 1_000
 
 
-def start(broker: dramatiq.Broker, on_hint: Callable[[int], None]) -> dramatiq.Worker:
-    """Take hints that there are executions."""
+def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq.Worker:
+    """Take wakeups that there are executions."""
     return _start(
-        broker, executions.QUEUE, executions.ACTOR, lambda payload: on_hint(executions.read(payload).shard)
+        broker,
+        worker_wakeup.QUEUE,
+        worker_wakeup.ACTOR,
+        lambda payload: on_wakeup(worker_wakeup.parse_wakeup(payload).shard),
     )
 
 
-def start_reader(broker: dramatiq.Broker, on_hint: Callable[[], None]) -> dramatiq.Worker:
-    """Take hints that something has come that is to be read first."""
-    return _start(broker, intake.QUEUE, intake.ACTOR, lambda _payload: on_hint())
+def start_reader(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
+    """Take wakeups that something has come that is to be read first."""
+    return _start(broker, mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, lambda _payload: on_wakeup())
 
 
 def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessage], None]) -> dramatiq.Worker:

@@ -12,5 +12,5 @@ VERSION: Final = 1
 
 
 @dataclass(frozen=True)
-class ReadArrivals:
+class MailParserWakeup:
     v: int = VERSION
