@@ -68,7 +68,7 @@ class MailGateway:
         """Return whether an address takes mail; never raises."""
         return await self._ask("GET", token, {}, None)
 
-    async def hand_over(self, token: str, content: bytes, *, sender: str, recipient: str) -> SmtpReply:
+    async def hand_off(self, token: str, content: bytes, *, sender: str, recipient: str) -> SmtpReply:
         """Return 250 once the mail's run is committed, else what its sender is to do; never raises."""
         headers = {
             "Content-Type": "message/rfc822",

@@ -50,7 +50,7 @@ class MessageSource(Protocol):
     async def acknowledge(self, ids: Sequence[str]) -> None:
         """Have messages delivered never again."""
 
-    async def give_back(self, ids: Sequence[str]) -> None:
+    async def release(self, ids: Sequence[str]) -> None:
         """Let others have messages at once."""
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:

@@ -61,14 +61,14 @@ class QueueTransfer:
                 self._in_hand = {one.id for one in messages}
                 async with self._extend_holds():
                     for part in split_requests(messages):
-                        await self._hand_over(part)
+                        await self._hand_off(part)
         except BridgeStopped:
-            await self._give_back()
+            await self._release()
         except BridgeError:
-            await self._give_back()
+            await self._release()
             raise
 
-    async def _hand_over(self, messages: Sequence[SourceMessage]) -> None:
+    async def _hand_off(self, messages: Sequence[SourceMessage]) -> None:
         answers = await self._enqueue_halving(messages)
         both = list(zip(messages, answers, strict=True))
         taken = [message.id for message, answer in both if answer.status != "refused"]
@@ -140,10 +140,10 @@ class QueueTransfer:
                 with suppress(BridgeError):  # whatever is wrong is met by the next call that matters
                     await self._source.hold(sorted(self._in_hand))
 
-    async def _give_back(self) -> None:
+    async def _release(self) -> None:
         if self._in_hand:
             with suppress(BridgeError):  # then they come back by themselves, later
-                await self._source.give_back(sorted(self._in_hand))
+                await self._source.release(sorted(self._in_hand))
 
     async def _until_available(self, work: Callable[[], Awaitable[T]]) -> T:
         return await until_available(work, self._stop)

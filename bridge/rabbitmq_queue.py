@@ -72,7 +72,7 @@ class RabbitmqQueue:
             with _ignore_closed_channel():
                 await delivery.ack()
 
-    async def give_back(self, ids: Sequence[str]) -> None:
+    async def release(self, ids: Sequence[str]) -> None:
         for delivery in self._open_deliveries(ids):
             with _ignore_closed_channel():
                 await delivery.reject(requeue=True)

@@ -87,7 +87,7 @@ class RedisStream:
         async with self._translate_errors():
             await self._acknowledge(ids)
 
-    async def give_back(self, ids: Sequence[str]) -> None:
+    async def release(self, ids: Sequence[str]) -> None:
         """Make entries look abandoned: Redis has no other way to give them to somebody else."""
         await self._set_idle(ids, milliseconds=self._hold_milliseconds)
 

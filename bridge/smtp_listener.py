@@ -76,7 +76,7 @@ class SmtpMailHandler:
         self._handed_over += 1
         self.at_rest.clear()
         try:
-            replies = [await self._hand_over(address, raw, envelope) for address in envelope.rcpt_tos]
+            replies = [await self._hand_off(address, raw, envelope) for address in envelope.rcpt_tos]
         finally:
             self._handed_over -= 1
             if self._handed_over == 0:
@@ -87,12 +87,12 @@ class SmtpMailHandler:
             return "\r\n".join(reply.line for reply in replies)
         return worst_reply(replies).line
 
-    async def _hand_over(self, address: str, content: bytes, envelope: Envelope) -> SmtpReply:
+    async def _hand_off(self, address: str, content: bytes, envelope: Envelope) -> SmtpReply:
         token, _ = split_recipient(address)
         if token is None:
             return NO_SUCH_ADDRESS_REPLY
         sender = envelope.mail_from or ""
-        return await self._gateway.hand_over(token, content, sender=sender, recipient=address)
+        return await self._gateway.hand_off(token, content, sender=sender, recipient=address)
 
 
 def split_recipient(address: str) -> tuple[str | None, str]:

@@ -131,7 +131,7 @@ class SqsQueue:
         """Delete messages; of those whose time has run out, the next delivery is a duplicate."""
         await self._in_batches("DeleteMessageBatch", ids, {})
 
-    async def give_back(self, ids: Sequence[str]) -> None:
+    async def release(self, ids: Sequence[str]) -> None:
         await self._change_visibility(ids, 0)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""What a node type is, and what one call of a node is given and gives back.
+"""What a node type is, and what one call of a node is given and releases.
 
 A node's implementation is a module with one function, `run(call)`, plain or `async`. It returns its output
 (any JSON value), a `Result` where it chooses ports, a `Wait`, an `Await` or an `Each`; it raises `NodeError`. It never

@@ -9,11 +9,11 @@ from enum import IntEnum
 class ControlRequest(IntEnum):
     """Ordered by force: a stronger request replaces a weaker one, never the other way round."""
 
-    HAND_OVER = 1
+    HAND_OFF = 1
     """Finish what has begun, start nothing, let another worker go on."""
     STOP = 2
     """Finish what has begun, start nothing, end as stopped."""
-    HAND_OVER_NOW = 3
+    HAND_OFF_NOW = 3
     """Break off what has begun and let another worker go on."""
     CANCEL = 4
     """Break off what has begun and end as cancelled."""

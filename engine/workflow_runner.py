@@ -151,7 +151,7 @@ class WorkflowRunner:
             raise LeaseLost
         if request is ControlRequest.CANCEL:
             return RunOutcome(RunStatus.CANCELLED)
-        if request is ControlRequest.HAND_OVER_NOW:
+        if request is ControlRequest.HAND_OFF_NOW:
             return RunOutcome(RunStatus.RELEASED)
         if self._settlement.failure is not None and not agenda.has_write_at_work:
             return RunOutcome(RunStatus.FAILED, error=self._settlement.failure)
@@ -162,7 +162,7 @@ class WorkflowRunner:
         is_idle = not agenda.ready and not agenda.settled_before
         if is_idle and not agenda.sleeping:
             return RunOutcome(RunStatus.COMPLETED)
-        if request is ControlRequest.HAND_OVER:
+        if request is ControlRequest.HAND_OFF:
             return RunOutcome(RunStatus.RELEASED)
         if is_idle:
             wakes_at = agenda.next_wake

@@ -180,8 +180,8 @@ class RunExecutor:
         # A claim under way is waited for: cancelled, it might leave runs with a lease and nobody to run them.
         await asyncio.wait(self._loops[:1], timeout=CLAIM_SECONDS)
         await self._wait_for_runs(patience_seconds)
-        await self._hand_off(ControlRequest.HAND_OVER, HAND_OFF_SECONDS)
-        await self._hand_off(ControlRequest.HAND_OVER_NOW, CANCEL_SECONDS)
+        await self._hand_off(ControlRequest.HAND_OFF, HAND_OFF_SECONDS)
+        await self._hand_off(ControlRequest.HAND_OFF_NOW, CANCEL_SECONDS)
         for loop in self._loops:
             loop.cancel()
         with contextlib.suppress(TimeoutError):
@@ -191,7 +191,7 @@ class RunExecutor:
         if self._active:
             # A node that can't be broken off keeps its run: that is no loss, and its lease need not run out.
             with contextlib.suppress(DatabaseUnavailable):
-                await self._store.give_back(self._broker.channel, [])
+                await self._store.release(self._broker.channel, [])
         await wakeups.wake_workers(self._broker)
 
     async def _hand_off(self, request: ControlRequest, seconds: float) -> None:
@@ -300,7 +300,7 @@ class RunExecutor:
     async def _release_unheld(self) -> None:
         """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
         self.wake()
-        await self._store.give_back(self._broker.channel, self._leases.execution_ids())
+        await self._store.release(self._broker.channel, self._leases.execution_ids())
 
     async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         programs = await self._programs.load(claimed)

@@ -40,12 +40,12 @@ async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: 
         count=len(nodes),
         executions=[" ".join([execution_id, *at_work]) for execution_id, at_work in nodes.items()],
     )
-    return await store.take_back(owner, out_of_memory=True)
+    return await store.reclaim(owner, out_of_memory=True)
 
 
 async def _log_out_of_memory(connection: AsyncConnection, *, owner: str) -> dict[str, list[str]]:
     """Add a line to the log of each run of a dead process, and return their nodes at work, by execution id."""
-    # Its leases last: nobody else writes these logs before the runs are taken back.
+    # Its leases last: nobody else writes these logs before the runs are reclaimed.
     is_held = func.substr(col(Execution.lease_owner), 1, len(owner)) == owner
     held = select(col(Execution.id), col(Execution.shard)).where(_IS_RUNNING, is_held)
     shards = {row.id: row.shard for row in await connection.execute(held)}

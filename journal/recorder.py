@@ -274,7 +274,7 @@ class RunJournal:
 
     def _is_cancelled(self) -> bool:
         request = self._control.request
-        return request is not None and request >= ControlRequest.HAND_OVER_NOW
+        return request is not None and request >= ControlRequest.HAND_OFF_NOW
 
     async def _within_lease(self, future: asyncio.Future[T]) -> T:
         self._cancel_without_lease(future)

@@ -348,10 +348,10 @@ class RunStore(Protocol):
     async def sweep(self, limit: int) -> SweepResult:
         """Take back what dead workers held, then promote what is due, and look whether work lies about.
 
-        Rows that others have locked are left to the next sweep, as `give_back` and `take_back` leave them.
+        Rows that others have locked are left to the next sweep, as `release` and `reclaim` leave them.
         """
 
-    async def give_back(self, owner: str, held: Sequence[str]) -> int:
+    async def release(self, owner: str, held: Sequence[str]) -> int:
         """Give back, uncounted, what its living owner never began: all but the `held` runs; returns how many."""
 
     async def for_thread(self) -> RunStore:
@@ -373,7 +373,7 @@ class JournalStore(RunStore, Protocol):
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
         """Return where runs are; outputs of those only that have ended."""
 
-    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
+    async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
         """Take back, at once, the leases of owners that are known to be dead; returns how many.
 
         Of a process that ran out of memory, all that it held are suspects from then on, with a loss that counts; or the

@@ -33,7 +33,7 @@ class OomKillWatch:
     """Tells whether the kernel has killed a process within the moments before another died."""
 
     def __init__(self) -> None:
-        # Two looks back: the kernel counts a kill at once, and the process ends once its memory is given back.
+        # Two looks back: the kernel counts a kill at once, and the process ends once its memory is released.
         self._earlier = self._latest = count_kills()
         self._look_at = time.monotonic() + LOOK_SECONDS
 

@@ -136,7 +136,7 @@ async def _run(
         stack.push_async_callback(broker.close)
         # Nobody else has the folder: what such a process holds in its database was held by one that is gone. Its pods
         # may have outlived it, and go on with what they hold.
-        if data_dir.holds_database(roles.gateway) and (count := await store.take_back(f"{OWNER}_")):
+        if data_dir.holds_database(roles.gateway) and (count := await store.reclaim(f"{OWNER}_")):
             log.info("executions taken back", count=count)
         key = await _first_key(database, roles.gateway)
         gateway = await stack.enter_async_context(
@@ -178,7 +178,7 @@ async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bo
     await pods.aclose()
     if owns_store:
         # What one could not hand over in time is free at once, and not when its lease ends.
-        await store.take_back(POD_OWNER_PREFIX)
+        await store.reclaim(POD_OWNER_PREFIX)
 
 
 async def _bring_up_to_date(database: Database, migration: subprocess.Popen[bytes] | None) -> None:

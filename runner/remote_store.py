@@ -145,8 +145,8 @@ class RemoteRunStore:
         """Find nothing: workers look for what nobody holds, and pods are told of work."""
         return SweepResult(0, {}, 0, has_pending=False)
 
-    async def give_back(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows whose they are
-        """Give back what was never begun; see `RunStore.give_back`."""
+    async def release(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows whose they are
+        """Give back what was never begun; see `RunStore.release`."""
         return (await self._gateway.call("/give-back", ReleaseRequest(list(held)), CountResponse)).count
 
     async def for_thread(self) -> RemoteRunStore:

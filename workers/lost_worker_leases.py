@@ -43,7 +43,7 @@ async def release_leases(
                 stack.push_async_callback(database.close)
                 count = await out_of_memory_reclaim.reclaim_out_of_memory(database, store, owner)
             else:
-                count = await store.take_back(owner)
+                count = await store.reclaim(owner)
             log.warning("executions taken back", owner=owner, count=count)
             if count:
                 broker = await brokers.connect_broker(settings.redis_url)
@@ -65,6 +65,6 @@ async def reclaim_predecessor_leases(
         for owner in sorted(await worker_leases.worker_lease_owners(database, name)):
             if owner == broker.channel or await broker.is_heard(owner):
                 continue
-            log.info("executions taken back", owner=owner, count=await store.take_back(owner))
+            log.info("executions taken back", owner=owner, count=await store.reclaim(owner))
     except BrokerUnavailable as error:
         log.warning("leases left to a sweep", reason=str(error))

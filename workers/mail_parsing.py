@@ -162,7 +162,7 @@ class MailParser:
         self._sources = sources
         self._settings = settings
         self._on_left = on_left
-        # Not that of the executor, which gives back what it doesn't know of.
+        # Not that of the executor, which releases what it doesn't know of.
         self._owner = f"{broker.channel}.reader"
         self._leases = LeaseKeeper(
             store, settings.lease_seconds, on_lost=self._on_lease_lost, on_request=self._on_request
@@ -173,7 +173,7 @@ class MailParser:
             initializer=lambda: sys.setswitchinterval(offload.SWITCH_SECONDS),
         )
         self._large = asyncio.Semaphore(MAX_LARGE_MAILS)
-        self._leaving: GroupCommit[MailParseResult, MailRunState | None] = GroupCommit(self._hand_over)
+        self._leaving: GroupCommit[MailParseResult, MailRunState | None] = GroupCommit(self._hand_off)
         self._readings: dict[str, MailParseTask] = {}
         self._side_tasks: set[asyncio.Task[None]] = set()
         self._isolation = isolation
@@ -209,7 +209,7 @@ class MailParser:
         await self._leaving.drain()
         self._leases.stop()
         with suppress(DatabaseUnavailable):
-            await self._store.give_back(self._owner, [])
+            await self._store.release(self._owner, [])
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     # ── claiming ────────────────────────────────────────────────────────────────────────────────────────────
@@ -288,7 +288,7 @@ class MailParser:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
             # A claim may be made though its answer was lost.
-            await self._store.give_back(self._owner, self._leases.execution_ids())
+            await self._store.release(self._owner, self._leases.execution_ids())
             raise
         taken: list[MailParseTask] = []
         for one in claimed:
@@ -481,7 +481,7 @@ class MailParser:
 
     # ── leaving ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _hand_over(self, batch: Sequence[MailParseResult]) -> Sequence[MailRunState | None]:
+    async def _hand_off(self, batch: Sequence[MailParseResult]) -> Sequence[MailRunState | None]:
         return await self._database.transaction(partial(unparsed_mail.release_parsed, batch=batch))
 
     async def _notify_next(self, reading: MailParseTask, left: MailRunState) -> None:

@@ -55,7 +55,7 @@ MANY_WRITES = 20
 async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Say what is deployed, and where no data source may lead."""
     gateway = request.gateway
-    await _take_back_earlier(gateway, holder)
+    await _reclaim_earlier(gateway, holder)
     found = await lease_checks.deployed_definition(gateway.database, holder)
     if found is None:
         raise errors.conflict("not-deployed", "This workflow is not deployed")
@@ -71,7 +71,7 @@ async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     )
 
 
-async def _take_back_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
+async def _reclaim_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
     """Take back what processes of the same pod held before this one: it would not have been started beside another."""
     held_by = await pod_leases.pod_lease_owners(gateway.database, holder.workflow_id)
     earlier = [
@@ -171,10 +171,10 @@ async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     )
 
 
-async def give_back(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
+async def release(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Give back what was claimed and never begun."""
     call = await decode_call(request, ReleaseRequest)
-    return JsonResponse(CountResponse(await request.gateway.store.give_back(holder.owner, call.held)))
+    return JsonResponse(CountResponse(await request.gateway.store.release(holder.owner, call.held)))
 
 
 async def promote(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

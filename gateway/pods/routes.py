@@ -32,7 +32,7 @@ TABLE: Sequence[PodRoute] = (
     PodRoute("POST", "/suspects", journal.suspects),
     PodRoute("POST", "/record", journal.record),
     PodRoute("POST", "/renew", journal.renew),
-    PodRoute("POST", "/give-back", journal.give_back),
+    PodRoute("POST", "/give-back", journal.release),
     PodRoute("POST", "/promote", journal.promote),
     PodRoute("POST", "/definitions", journal.definitions),
     PodRoute("POST", "/spans", journal.spans),

@@ -1,4 +1,4 @@
-"""The leases of pods, as far as it matters who holds them: those of a process that is gone are taken back at once."""
+"""The leases of pods, as far as it matters who holds them: those of a process that is gone are reclaimed at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ async def reclaim_pod_leases(
         if process in out_of_memory:
             count += await out_of_memory_reclaim.reclaim_out_of_memory(database, store, owner)
         else:
-            count += await store.take_back(owner)
+            count += await store.reclaim(owner)
     if count:
         log.info("executions of pods taken back", workflow_id=workflow_id, count=count)
     return count

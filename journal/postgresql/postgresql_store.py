@@ -256,15 +256,15 @@ class PostgreSQLStore:
         ended = {row[0]: row[2] for row in rows if row[1] in TERMINAL_STATUSES}
         return SweepResult(len(rows) - len(ended), ended, due, bool(pending))
 
-    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Take back leases; see `Store.take_back`."""
+    async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
+        """Take back leases; see `Store.reclaim`."""
         if not out_of_memory:
             return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, CRASHED_ERROR, False))  # noqa: FBT003 - of a statement
         counts = not await self._fetch(_HAD_TRIAL, owner_prefix)
         return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, OUT_OF_MEMORY_ERROR, counts))
 
-    async def give_back(self, owner: str, held: Sequence[str]) -> int:
-        """Give back what was never begun; see `Store.give_back`."""
+    async def release(self, owner: str, held: Sequence[str]) -> int:
+        """Give back what was never begun; see `Store.release`."""
         return len(await self._fetch(_RELEASE, owner, list(held)))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:

@@ -137,14 +137,14 @@ class SQLiteStore:
         """Take back what dead workers held; see `Store.sweep`."""
         return await self._writer.run(lambda connection: _sweep(connection, limit))
 
-    async def take_back(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Take back leases; see `Store.take_back`."""
+    async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
+        """Take back leases; see `Store.reclaim`."""
         return await self._writer.run(
             lambda connection: _reclaim(connection, owner_prefix, out_of_memory=out_of_memory)
         )
 
-    async def give_back(self, owner: str, held: Sequence[str]) -> int:
-        """Give back what was never begun; see `Store.give_back`."""
+    async def release(self, owner: str, held: Sequence[str]) -> int:
+        """Give back what was never begun; see `Store.release`."""
         return await self._writer.run(lambda connection: _release(connection, owner, held))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:

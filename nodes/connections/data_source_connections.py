@@ -76,7 +76,7 @@ class DataSourceConnections:
                 }
 
     async def close(self) -> None:
-        """Close every connection; those at work when they are given back."""
+        """Close every connection; those at work when they are released."""
         for _, pool in self._pools.values():
             await pool.close()
         self._pools.clear()

@@ -91,7 +91,7 @@ class SourceKilledBeforeAck:
     async def acknowledge(self, ids: Sequence[str]) -> None:
         raise ProcessKilled(ids)
 
-    async def give_back(self, ids: Sequence[str]) -> None:
+    async def release(self, ids: Sequence[str]) -> None:
         raise AssertionError(f"Whoever is killed gives nothing back: {ids}")
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:

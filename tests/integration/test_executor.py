@@ -614,7 +614,7 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
     (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else is told
     draining = asyncio.create_task(first.executor.drain())
     await wait_soon(active.control.changed)
-    assert active.control.request is ControlRequest.HAND_OVER
+    assert active.control.request is ControlRequest.HAND_OFF
     workers.stage.go_on.set()
     await draining
     row = await world.row(execution_id)
@@ -810,7 +810,7 @@ async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_ot
 
 
 @ON_ONE
-async def test_a_sweep_goes_on_until_nothing_is_left_to_take_back(
+async def test_a_sweep_goes_on_until_nothing_is_left_to_reclaim(
     world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "SWEEP_ROWS", 5)

@@ -544,7 +544,7 @@ async def test_a_mail_under_which_two_readers_died_is_read_apart_from_others(
     execution_id = await mails.mail(workflow_id, people.owner, PLAIN.format("Message-ID: <suspect@x>\r\n"))
     for _ in range(2):
         assert execution_id in {one.execution_id for one in await claim_mails(mails, "dead.reader")}
-        await mails.gateway.store.take_back("dead")
+        await mails.gateway.store.reclaim("dead")
     assert (await mails.run(execution_id)).target == ISOLATED_UNPARSED_TARGET
 
     async def is_read() -> bool:

@@ -145,10 +145,10 @@ async def test_a_locked_run_of_a_dead_worker_holds_up_no_other_of_them(
 ) -> None:
     runs = [await world.claimed(place) for _ in range(3)]
     async with lock_execution(world, runs[0].execution_id):
-        assert await require_prompt(world.store.give_back("worker", [runs[1].execution_id])) == 1
-        assert await require_prompt(world.store.take_back("worker")) == 1
+        assert await require_prompt(world.store.release("worker", [runs[1].execution_id])) == 1
+        assert await require_prompt(world.store.reclaim("worker")) == 1
         assert await read_status(world, runs[0].execution_id) == "running"
-    assert await world.store.take_back("worker") == 1
+    assert await world.store.reclaim("worker") == 1
 
 
 # ── running runs ──────────────────────────────────────────────────────────────────────────────────────────

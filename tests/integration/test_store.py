@@ -674,8 +674,8 @@ async def test_an_end_is_written_once_and_never_changes(world: RunDatabase, end:
     again = [write(one, end=RunStatus.RELEASED), write(one, end=RunStatus.COMPLETED), write(one)]
     for late in again:
         assert await world.store.record([late]) == frozenset()
-    await world.store.take_back("worker")
-    await world.store.give_back("worker", [])
+    await world.store.reclaim("worker")
+    await world.store.release("worker", [])
     await world.store.sweep(10)
     await world.store.request_end(key_of(one), "cancel")
     assert await world.row(one.execution_id) == row
@@ -838,7 +838,7 @@ async def test_a_new_result_or_a_release_clears_a_suspect(world: RunDatabase, pl
 async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: RunDatabase) -> None:
     key = await world.suspect()
     (one,) = await world.trial()
-    assert await world.store.give_back("worker", []) == 1
+    assert await world.store.release("worker", []) == 1
     row = await world.row(one.execution_id)
     assert (row["attempt"], row["isolation_losses"], bool(row["isolated"])) == (2, 0, False)
     assert await world.claim() == []
@@ -933,7 +933,7 @@ async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
     one, other = await world.claimed(place), await world.claimed(place)
     await world.query("UPDATE execution SET lease_owner = 'you' WHERE id = :id", id=other.execution_id)
     for attempt in (1, 2, 3, 4):
-        assert await world.store.take_back("wor") == 1
+        assert await world.store.reclaim("wor") == 1
         row = await world.row(one.execution_id)
         assert (row["status"], row["attempt"]) == ("pending" if attempt < 4 else "failed", attempt)
         await (world.claim() if attempt < 2 else world.trial())
@@ -946,7 +946,7 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
 ) -> None:
     hog, beside = [await world.accept(place) for _ in range(2)]
     assert len(await world.claim()) == 2
-    assert await world.store.take_back("worker", out_of_memory=True) == 2
+    assert await world.store.reclaim("worker", out_of_memory=True) == 2
     assert await world.claim() == []
     for key in (hog, beside):
         row = await world.row(key.execution_id)
@@ -954,7 +954,7 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
     (one,) = await world.trial()
     await world.accept(place)
     (other,) = await world.claim()
-    assert await world.store.take_back("worker", out_of_memory=True) == 2
+    assert await world.store.reclaim("worker", out_of_memory=True) == 2
     row = await world.row(one.execution_id)
     error = json.loads(row["error"])
     assert (row["status"], error["code"]) == ("failed", "crashed")
@@ -976,7 +976,7 @@ async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(
     begun, unheld = await world.claim(limit=2, owner="me")
     (other,) = await world.claim(owner="me too")
     for _ in range(4):
-        assert await world.store.give_back("me", [begun.execution_id]) == 1
+        assert await world.store.release("me", [begun.execution_id]) == 1
         row = await world.row(unheld.execution_id)
         assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
         assert await world.store.record([write(unheld, end=RunStatus.COMPLETED)]) == frozenset()
@@ -991,7 +991,7 @@ async def test_what_is_given_back_after_its_end_was_asked_for_has_ended(
 ) -> None:
     one = await world.claimed()
     await world.store.request_end(key_of(one), request_)
-    assert await world.store.give_back("worker", []) == 1
+    assert await world.store.release("worker", []) == 1
     row = await world.row(one.execution_id)
     assert row["status"] == status
     assert row["ended_at"] is not None
@@ -999,7 +999,7 @@ async def test_what_is_given_back_after_its_end_was_asked_for_has_ended(
 
 async def test_an_owner_s_name_is_no_pattern(world: RunDatabase) -> None:
     await world.claimed()
-    assert await world.store.take_back("w%") == await world.store.take_back("_orker") == 0
+    assert await world.store.reclaim("w%") == await world.store.reclaim("_orker") == 0
 
 
 # ── ends on request ───────────────────────────────────────────────────────────────────────────────────────
@@ -1194,7 +1194,7 @@ async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing:
         await losing.answer_of(losing.store.claim(ClaimQuery("in doubt", 30.0, 1)), "in doubt")
     statuses = [(await losing.world.row(key.execution_id))["status"] for key in (first, second)]
     assert statuses == ["running", "pending"]
-    assert await losing.store.take_back("in doubt") == 1
+    assert await losing.store.reclaim("in doubt") == 1
     assert len(await losing.store.claim(ClaimQuery("worker", 30.0, 10))) == 2
 
 
@@ -1229,7 +1229,7 @@ async def test_each_run_ends_once_while_connections_are_cut_again_and_again(
             try:
                 return await world.claim(limit=10)
             except DatabaseUnavailable:
-                await repeat_until_available(lambda: store.give_back("worker", []))
+                await repeat_until_available(lambda: store.release("worker", []))
                 return []
 
         cutting = asyncio.create_task(cut())
@@ -1505,7 +1505,7 @@ async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
         spy.steps = 0
         assert len(await store.claim(ClaimQuery("worker", 30.0, 50))) == 50
         costs.append(spy.steps)
-        await store.take_back("worker")
+        await store.reclaim("worker")
     assert costs[1] < 1.2 * costs[0]
     selects = {statement for statement, _ in spy.statements if statement.startswith("SELECT")}
     plans = [

@@ -53,7 +53,7 @@ async def test_a_worker_that_slept_past_its_lease_begins_again_what_it_had_in_ha
         run = await client.execute(workflow)
         sleeper = deployment.sender(await held.arrived())
         with sleeper.paused():
-            # Taken back meanwhile: with a process of its own it might renew its lease before its sweep meets it.
+            # Reclaimed meanwhile: with a process of its own it might renew its lease before its sweep meets it.
             await wait_until(partial(_is_taken_back, deployment, run))
         await held.arrived()
     await consistency_checks.assert_consistent(

@@ -1168,9 +1168,9 @@ class HeldGraph:
 @pytest.mark.parametrize(
     ("request_", "status", "held_span"),
     [
-        (ControlRequest.HAND_OVER, RunStatus.RELEASED, "completed"),
+        (ControlRequest.HAND_OFF, RunStatus.RELEASED, "completed"),
         (ControlRequest.STOP, RunStatus.STOPPED, "completed"),
-        (ControlRequest.HAND_OVER_NOW, RunStatus.RELEASED, "running"),
+        (ControlRequest.HAND_OFF_NOW, RunStatus.RELEASED, "running"),
         (ControlRequest.CANCEL, RunStatus.CANCELLED, "cancelled"),
     ],
 )
@@ -1183,7 +1183,7 @@ async def test_a_request_ends_a_run_as_it_says(
     work = worker.begin()
     await wait_soon(held.begun)
     worker.control.ask(request_)
-    if request_ in {ControlRequest.HAND_OVER, ControlRequest.STOP}:
+    if request_ in {ControlRequest.HAND_OFF, ControlRequest.STOP}:
         await asyncio.sleep(0)
         assert not work.done()
         held.go_on.set()
@@ -1222,9 +1222,9 @@ async def test_a_stronger_request_replaces_a_weaker_one_and_never_the_other_way_
     asked: list[ControlRequest | None] = []
     for request in (
         ControlRequest.STOP,
-        ControlRequest.HAND_OVER,
+        ControlRequest.HAND_OFF,
         ControlRequest.CANCEL,
-        ControlRequest.HAND_OVER_NOW,
+        ControlRequest.HAND_OFF_NOW,
         ControlRequest.ABANDON,
     ):
         control.ask(request)
@@ -1238,7 +1238,7 @@ async def test_a_stronger_request_replaces_a_weaker_one_and_never_the_other_way_
     ]
 
 
-@pytest.mark.parametrize("request_", [ControlRequest.STOP, ControlRequest.HAND_OVER])
+@pytest.mark.parametrize("request_", [ControlRequest.STOP, ControlRequest.HAND_OFF])
 async def test_a_wait_in_progress_does_not_hold_up_a_request(
     request_: ControlRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1256,8 +1256,8 @@ async def test_a_wait_in_progress_does_not_hold_up_a_request(
     [
         (ControlRequest.STOP, "cancelled"),
         (ControlRequest.CANCEL, "cancelled"),
-        (ControlRequest.HAND_OVER, "running"),
-        (ControlRequest.HAND_OVER_NOW, "running"),
+        (ControlRequest.HAND_OFF, "running"),
+        (ControlRequest.HAND_OFF_NOW, "running"),
     ],
 )
 async def test_a_write_is_not_begun_when_something_was_asked_during_the_commit_before_it(

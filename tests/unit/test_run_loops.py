@@ -454,8 +454,8 @@ async def test_what_is_no_list_fails_the_loop() -> None:
     [
         (ControlRequest.STOP, RunStatus.STOPPED, SpanStatus.CANCELLED),
         (ControlRequest.CANCEL, RunStatus.CANCELLED, SpanStatus.CANCELLED),
-        (ControlRequest.HAND_OVER, RunStatus.RELEASED, SpanStatus.RUNNING),
-        (ControlRequest.HAND_OVER_NOW, RunStatus.RELEASED, SpanStatus.RUNNING),
+        (ControlRequest.HAND_OFF, RunStatus.RELEASED, SpanStatus.RUNNING),
+        (ControlRequest.HAND_OFF_NOW, RunStatus.RELEASED, SpanStatus.RUNNING),
     ],
 )
 async def test_a_request_ends_a_run_in_the_middle_of_a_loop(

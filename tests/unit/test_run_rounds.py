@@ -225,7 +225,7 @@ async def test_only_what_is_known_not_to_have_happened_is_tried_again(
     assert len(failing.attempts) == attempts
 
 
-@pytest.mark.parametrize("request_", [ControlRequest.HAND_OVER, ControlRequest.STOP])
+@pytest.mark.parametrize("request_", [ControlRequest.HAND_OFF, ControlRequest.STOP])
 async def test_what_was_announced_and_never_begun_is_not_lost(request_: ControlRequest) -> None:
     paying = FailingNode(times=0)
     graph = compile_drawing("start > pay > echo", {"pay": write_world(paying.run)}, {"pay": ONCE})

@@ -102,7 +102,7 @@ class KubernetesDriver:
     async def apply(self, wanted: DesiredDeployment) -> None:
         """Make all objects as they are wanted, and ask for the replicas.
 
-        Fields that somebody else has set are taken back: the deployer decides about all that it applies, and the number
+        Fields that somebody else has set are reclaimed: the deployer decides about all that it applies, and the number
         of pods is not among it.
         """
         async with self._attempts.begin(wanted.workflow_id, wanted) as attempt:
