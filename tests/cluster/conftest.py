@@ -35,14 +35,14 @@ async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
+async def fake_cluster(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
     """The Kubernetes driver without a watch, and the API server that it speaks to."""
     async with cluster_harness.open_fake_cluster(tmp_path) as found:
         yield found
 
 
 @pytest.fixture
-async def machine(tmp_path: Path) -> AsyncIterator[DriverUnderTest]:
+async def local_cluster(tmp_path: Path) -> AsyncIterator[DriverUnderTest]:
     """The local driver."""
     async with cluster_harness.open_local_cluster(tmp_path / "pods") as found:
         yield found

@@ -56,8 +56,8 @@ def managed_fields_of(found: dict[str, Any], manager: str) -> list[dict[str, Any
 # ── who owns the number of pods ───────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake: Fake) -> None:
-    cluster, api = fake
+async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     wanted = await cluster.start()
     for replicas in (0, 1, 0, 3):
         await cluster.driver.scale(wanted.workflow_id, replicas)
@@ -68,16 +68,16 @@ async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake: Fa
         assert all("f:replicas" not in fields["f:spec"] for fields in managed_fields_of(found, DEPLOYER))
 
 
-async def test_nothing_is_written_when_nothing_has_changed(fake: Fake) -> None:
-    cluster, api = fake
+async def test_nothing_is_written_when_nothing_has_changed(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     wanted = await cluster.start()
     before = api.store.version
     await cluster.driver.apply(wanted)
     assert api.store.version == before
 
 
-async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     api.node.delay_seconds = 0.3
     wanted = await cluster.start()
     await cluster.driver.scale(wanted.workflow_id, 0)
@@ -101,9 +101,9 @@ async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake: Fake
     ],
 )
 async def test_a_pod_that_does_not_come_up_says_why(
-    fake: Fake, changes: dict[str, Any], reason: PodFailureReason, words: str
+    fake_cluster: Fake, changes: dict[str, Any], reason: PodFailureReason, words: str
 ) -> None:
-    cluster, _ = fake
+    cluster, _ = fake_cluster
     wanted = cluster.wanted(**changes)
     await cluster.driver.apply(wanted)
     observed = await cluster.until(wanted.workflow_id, lambda observed: observed.trouble is not None)
@@ -140,8 +140,8 @@ def test_a_pod_waits_in_vain_for_what_does_not_come_by_itself(
     assert words in found.trouble.message
 
 
-async def test_a_full_quota_is_told_by_a_wake(fake: Fake) -> None:
-    cluster, _ = fake
+async def test_a_full_quota_is_told_by_a_wake(fake_cluster: Fake) -> None:
+    cluster, _ = fake_cluster
     wanted = await cluster.start()
     await cluster.set_quota({"pods": "1"})
     await cluster.driver.scale(wanted.workflow_id, 2)
@@ -150,8 +150,8 @@ async def test_a_full_quota_is_told_by_a_wake(fake: Fake) -> None:
     assert observed.trouble.reason is PodFailureReason.QUOTA
 
 
-async def test_a_pod_without_its_secret_says_so(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_pod_without_its_secret_says_so(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     wanted = await cluster.start(replicas=1)
     api.store.delete(KINDS["secrets"], NAMESPACE, names.workflow_name(wanted.workflow_id), {})
     await cluster.driver.scale(wanted.workflow_id, 2)
@@ -160,8 +160,8 @@ async def test_a_pod_without_its_secret_says_so(fake: Fake) -> None:
     assert observed.trouble.reason is PodFailureReason.INVALID_CONFIG
 
 
-async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     wanted = await cluster.start()
     (deployment,) = api.store.every("deployments", NAMESPACE)
     (pod,) = api.store.every("pods", NAMESPACE)
@@ -181,9 +181,9 @@ async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake: Fake
 
 
 async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_without_a_trace(
-    fake: Fake,
+    fake_cluster: Fake,
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     wanted = cluster.wanted()
     for done in range(7):
         await _cut_off(api, done, cluster.driver.apply(wanted))
@@ -206,8 +206,8 @@ async def _cut_off(api: FakeApiServer, requests: int, work: Any) -> None:  # noq
     await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_what_others_keep_in_the_namespace_is_left_alone(fake: Fake) -> None:
-    cluster, api = fake
+async def test_what_others_keep_in_the_namespace_is_left_alone(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     wanted = await cluster.start()
     service = {"metadata": {"name": "theirs"}, "spec": {"ports": [{"port": 80}]}}
     api.store.create(KINDS["services"], NAMESPACE, service, FieldManager("kubectl", "Update"))
@@ -218,8 +218,8 @@ async def test_what_others_keep_in_the_namespace_is_left_alone(fake: Fake) -> No
 # ── an API server that is slow, busy, or away ─────────────────────────────────────────────────────────────────
 
 
-async def test_an_api_server_that_is_away_is_unavailable_and_its_pods_go_on(fake: Fake) -> None:
-    cluster, api = fake
+async def test_an_api_server_that_is_away_is_unavailable_and_its_pods_go_on(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     wanted = await cluster.start()
     (url,) = await cluster.driver.endpoint(wanted.workflow_id)
     await api.go_down()
@@ -238,8 +238,8 @@ async def test_an_api_server_that_is_away_is_unavailable_and_its_pods_go_on(fake
     assert (await cluster.driver.observe(wanted.workflow_id)).is_ready
 
 
-async def test_an_api_server_that_says_nothing_is_given_up(fake: Fake) -> None:
-    cluster, api = fake
+async def test_an_api_server_that_says_nothing_is_given_up(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     assert isinstance(cluster.driver, KubernetesDriver)
     cluster.driver._api.request_seconds = 0.2  # noqa: SLF001 - ten seconds are too long for a test
     api.is_silent = True
@@ -247,8 +247,8 @@ async def test_an_api_server_that_says_nothing_is_given_up(fake: Fake) -> None:
         await cluster.driver.observe("wf_1")
 
 
-async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(fake: Fake) -> None:
-    cluster, api = fake
+async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     webhook = 'admission webhook "policy.example.com" denied the request: no'
     for status, words, error in (
         (500, "not now", ClusterUnavailable),
@@ -266,9 +266,9 @@ async def test_busy_and_failing_answers_may_be_asked_again_and_refusals_may_not(
 
 
 async def test_an_api_server_that_is_busy_is_left_alone_as_long_as_it_asks_and_then_asked_again(
-    fake: Fake, monkeypatch: pytest.MonkeyPatch
+    fake_cluster: Fake, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     wanted = await cluster.start()
     seen = len(api.requests)
     api.failures += [too_many_requests_error(1)]
@@ -294,8 +294,10 @@ async def test_requests_beyond_the_budget_wait_their_turn() -> None:
     assert burst_seconds < 0.19 <= loop.time() - began_at
 
 
-async def test_a_watched_cluster_is_observed_for_nothing_and_scaled_by_one_request(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_watched_cluster_is_observed_for_nothing_and_scaled_by_one_request(
+    fake_cluster: Fake,
+) -> None:
+    cluster, api = fake_cluster
     api.node.runs_commands = False
     wanted = await cluster.start()
     async with open_watch(cluster, api) as changes:
@@ -314,8 +316,8 @@ def _is_done(observed: ObservedDeployment, replicas: int) -> bool:
     return observed.is_current and len(observed.pods) == len(observed.ready_pods) == replicas
 
 
-async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     api.node.runs_commands = False
     wanted = await cluster.start()
 
@@ -337,8 +339,8 @@ async def test_a_watched_cluster_that_is_out_of_reach_says_so_until_it_is_back(f
         await cluster.until_true(is_back)
 
 
-async def test_a_list_that_is_forbidden_after_a_stream_has_ended_is_told_at_once(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_list_that_is_forbidden_after_a_stream_has_ended_is_told_at_once(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     assert isinstance(cluster.driver, KubernetesDriver)
     api.node.runs_commands = False
     wanted = await cluster.start()
@@ -352,8 +354,8 @@ async def test_a_list_that_is_forbidden_after_a_stream_has_ended_is_told_at_once
             await cluster.driver.observe(wanted.workflow_id)
 
 
-async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake: Fake) -> None:
-    cluster, api = fake
+async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     assert isinstance(cluster.driver, KubernetesDriver)
     cache = cluster.driver.cache
     api.node.runs_commands = False
@@ -374,8 +376,8 @@ async def test_lists_that_are_forbidden_are_asked_for_one_after_the_other(fake: 
         assert times[7] - times[0] >= 6 * cache.probe_seconds, "two at once, and then one at a time"
 
 
-async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     api.node.runs_commands = False
     wanted = cluster.wanted()
 
@@ -400,16 +402,16 @@ async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake:
     await cluster.ready(wanted.workflow_id)
 
 
-async def test_a_write_that_meets_another_is_done_again(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_write_that_meets_another_is_done_again(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     wanted = await cluster.start()
     api.failures += [CONFLICT, CONFLICT]
     await cluster.driver.scale(wanted.workflow_id, 2)
     assert read_deployment(api, wanted.workflow_id)["spec"]["replicas"] == 2
 
 
-async def test_lists_are_whole_over_pages_that_expire(fake: Fake) -> None:
-    cluster, api = fake
+async def test_lists_are_whole_over_pages_that_expire(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     api.node.runs_commands = False
     wanted = [cluster.wanted() for _ in range(5)]
     for one in wanted:
@@ -452,9 +454,9 @@ async def open_watch(cluster: DriverUnderTest, api: FakeApiServer) -> AsyncItera
     ids=["ended", "cut off", "expired"],
 )
 async def test_a_watch_goes_on_after_its_stream(
-    fake: Fake, interrupt: Callable[[FakeApiServer], None]
+    fake_cluster: Fake, interrupt: Callable[[FakeApiServer], None]
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     api.node.runs_commands = False
     await cluster.start()
     async with open_watch(cluster, api) as changes:
@@ -465,8 +467,8 @@ async def test_a_watch_goes_on_after_its_stream(
             pass
 
 
-async def test_a_version_that_is_forgotten_between_list_and_watch_is_listed_again(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_version_that_is_forgotten_between_list_and_watch_is_listed_again(fake_cluster: Fake) -> None:
+    cluster, api = fake_cluster
     api.node.runs_commands = False
     wanted = await cluster.start()
     changes = cluster.driver.watch()
@@ -482,8 +484,10 @@ async def test_a_version_that_is_forgotten_between_list_and_watch_is_listed_agai
     await changes.aclose()
 
 
-async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_missed(fake: Fake) -> None:
-    cluster, api = fake
+async def test_a_watch_outlives_an_api_server_that_was_away_and_tells_what_it_missed(
+    fake_cluster: Fake,
+) -> None:
+    cluster, api = fake_cluster
     api.node.runs_commands = False
     wanted = await cluster.start()
     async with open_watch(cluster, api) as changes:

@@ -70,10 +70,10 @@ async def read_state(cluster: DriverUnderTest, workflow_id: str) -> dict[str, An
 
 
 async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
-    machine: DriverUnderTest, folder: Path
+    local_cluster: DriverUnderTest, folder: Path
 ) -> None:
-    wanted = await machine.start(environment={"A": "1"})
-    state = await read_state(machine, wanted.workflow_id)
+    wanted = await local_cluster.start(environment={"A": "1"})
+    state = await read_state(local_cluster, wanted.workflow_id)
     assert state["environment"].keys() - {"PWD", "OLDPWD", "SHLVL", "_"} == {
         "A", "HOME", "LANG", "PATH", "TMPDIR", *RUNNER_VARIABLES
     }  # fmt: skip
@@ -84,11 +84,13 @@ async def test_a_pod_has_a_folder_a_session_and_an_environment_of_its_own(
         assert kept.stat().st_mode & 0o077 == 0
 
 
-async def test_it_must_be_asked_for_and_by_one_deployer_only(machine: DriverUnderTest, folder: Path) -> None:
+async def test_it_must_be_asked_for_and_by_one_deployer_only(
+    local_cluster: DriverUnderTest, folder: Path
+) -> None:
     with pytest.raises(ClusterRefused, match="only `dev`"):
         await local_driver.open_local(folder, runs_without_isolation=False)
     with pytest.raises(ClusterRefused, match="Another process"):
-        await machine.reopen()
+        await local_cluster.reopen()
 
 
 async def test_pods_survive_a_deployer_that_is_killed(folder: Path) -> None:
@@ -107,20 +109,20 @@ async def test_pods_survive_a_deployer_that_is_killed(folder: Path) -> None:
 
 
 async def test_a_process_that_bears_the_number_of_a_pod_is_not_taken_for_it(
-    machine: DriverUnderTest, folder: Path
+    local_cluster: DriverUnderTest, folder: Path
 ) -> None:
-    wanted = await machine.start()
-    pid = (await read_state(machine, wanted.workflow_id))["pid"]
-    await machine.driver.close()
+    wanted = await local_cluster.start()
+    pid = (await read_state(local_cluster, wanted.workflow_id))["pid"]
+    await local_cluster.driver.close()
     os.kill(pid, signal.SIGKILL)
     bystander = await asyncio.create_subprocess_exec("sleep", "60", start_new_session=True)
     (certificate,) = find_files(folder, "*/*/process")
     text = certificate.read_text()
     certificate.write_text(text.replace(f"{pid} ", f"{bystander.pid} ", 1))
-    machine.driver = await machine.reopen()
-    await machine.ready(wanted.workflow_id)
-    assert (await read_state(machine, wanted.workflow_id))["pid"] != bystander.pid
-    await machine.until_true(lambda: machine.driver.delete(wanted.workflow_id))
+    local_cluster.driver = await local_cluster.reopen()
+    await local_cluster.ready(wanted.workflow_id)
+    assert (await read_state(local_cluster, wanted.workflow_id))["pid"] != bystander.pid
+    await local_cluster.until_true(lambda: local_cluster.driver.delete(wanted.workflow_id))
     assert bystander.returncode is None
     bystander.kill()
     await bystander.wait()
@@ -144,46 +146,46 @@ async def test_a_pod_that_does_not_end_is_killed_after_its_grace_by_the_next_dep
         await DriverUnderTest(driver, fail_to_open).until_true(lambda: driver.delete(wanted.workflow_id))
 
 
-async def test_logs_are_bounded_and_keep_the_end(machine: DriverUnderTest, folder: Path) -> None:
-    wanted = await machine.start()
-    (url,) = await machine.driver.endpoint(wanted.workflow_id)
+async def test_logs_are_bounded_and_keep_the_end(local_cluster: DriverUnderTest, folder: Path) -> None:
+    wanted = await local_cluster.start()
+    (url,) = await local_cluster.driver.endpoint(wanted.workflow_id)
     for number in range(3):
-        await machine.get(f"{url}/say?text={'x' * 99}&times=300")
-        await machine.get(f"{url}/say?text=end-{number}")
+        await local_cluster.get(f"{url}/say?text={'x' * 99}&times=300")
+        await local_cluster.get(f"{url}/say?text=end-{number}")
     (log,) = find_files(folder, "*/*/log")
     await turn_until(lambda: log.stat().st_size < 20_000)
     assert sum(path.stat().st_size for path in find_files(log.parent, "log*")) <= 40_000
-    (last,) = await machine.driver.logs(wanted.workflow_id, limit=1)
+    (last,) = await local_cluster.driver.logs(wanted.workflow_id, limit=1)
     assert last.text == "end-2"
 
 
 async def test_what_can_not_be_read_any_more_keeps_nobody_from_starting(
-    machine: DriverUnderTest, folder: Path
+    local_cluster: DriverUnderTest, folder: Path
 ) -> None:
-    wanted = await machine.start()
-    await machine.driver.close()
+    wanted = await local_cluster.start()
+    await local_cluster.driver.close()
     (folder / "torn").mkdir()
     (folder / "torn" / local_driver.DEPLOYMENT_FILE).write_text("{")
-    machine.driver = await machine.reopen()
-    await machine.ready(wanted.workflow_id)
-    assert len(await machine.driver.list()) == 1
+    local_cluster.driver = await local_cluster.reopen()
+    await local_cluster.ready(wanted.workflow_id)
+    assert len(await local_cluster.driver.list()) == 1
 
 
-async def test_a_pod_killed_with_its_children_leaves_none(machine: DriverUnderTest) -> None:
+async def test_a_pod_killed_with_its_children_leaves_none(local_cluster: DriverUnderTest) -> None:
     command = ("/bin/sh", "-c", 'sleep 60 & echo "$!"; exec "$@"', "pod", *desired_deployment().command)
-    wanted = await machine.start(command=command)
-    (child, *_) = await machine.driver.logs(wanted.workflow_id, limit=9)
-    await machine.until_true(lambda: machine.driver.delete(wanted.workflow_id))
+    wanted = await local_cluster.start(command=command)
+    (child, *_) = await local_cluster.driver.logs(wanted.workflow_id, limit=9)
+    await local_cluster.until_true(lambda: local_cluster.driver.delete(wanted.workflow_id))
     with suppress(TimeoutError):
         await turn_until(lambda: not is_running(int(child.text)), patience_seconds=60)
     assert not is_running(int(child.text))
 
 
-async def test_another_token_needs_another_pod(machine: DriverUnderTest) -> None:
-    wanted = await machine.start()
-    (before,) = (await machine.driver.observe(wanted.workflow_id)).pods
-    await machine.driver.apply(replace(wanted, token="another"))
-    await machine.until(
+async def test_another_token_needs_another_pod(local_cluster: DriverUnderTest) -> None:
+    wanted = await local_cluster.start()
+    (before,) = (await local_cluster.driver.observe(wanted.workflow_id)).pods
+    await local_cluster.driver.apply(replace(wanted, token="another"))
+    await local_cluster.until(
         wanted.workflow_id,
         lambda observed: observed.is_rolled_out and before.name not in {pod.name for pod in observed.pods},
     )

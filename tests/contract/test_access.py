@@ -154,7 +154,7 @@ class AccessRow:
 class AccessCast:
     """Everybody, with a key for every occasion."""
 
-    world: GatewayHarness
+    harness: GatewayHarness
     owner: UserClient
     users: Mapping[CallerKind, User]
     keys: Mapping[tuple[CallerKind, KeyScope | None], str]
@@ -225,7 +225,7 @@ async def create_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FB
             .values(is_public=is_public, description="Changed since")
         )
 
-    await cast.world.gateway.database.transaction(open_up)
+    await cast.harness.gateway.database.transaction(open_up)
     return workflow_id
 
 
@@ -237,14 +237,14 @@ async def create_template(cast: AccessCast, is_public: bool) -> str:  # noqa: FB
             update(Workflow).where(col(Workflow.id) == workflow_id).values(is_template=True)
         )
 
-    await cast.world.gateway.database.transaction(make_template)
+    await cast.harness.gateway.database.transaction(make_template)
     return workflow_id
 
 
 async def create_deployed_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
     workflow_id = await create_workflow(cast, is_public)
     await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/deploy")
-    await mark_running(cast.world, workflow_id)
+    await mark_running(cast.harness, workflow_id)
     return workflow_id
 
 
@@ -319,9 +319,9 @@ async def create_failed_execution(cast: AccessCast, is_public: bool) -> str:  # 
             update(Execution).where(col(Execution.id) == execution_id).values(status=ExecutionStatus.FAILED)
         )
 
-    await cast.world.gateway.database.transaction(fail)
+    await cast.harness.gateway.database.transaction(fail)
     owner = BlobOwner(cast.owner.user.organization_id, execution_id)
-    await cast.world.gateway.blobs.put(owner, b"", media_type="text/plain")
+    await cast.harness.gateway.blobs.put(owner, b"", media_type="text/plain")
     return execution_id
 
 
@@ -329,7 +329,7 @@ async def create_waiting_execution(cast: AccessCast, is_public: bool) -> str:  #
     workflow_id = await create_workflow(cast, is_public)
     response = await cast.owner.api.post(f"{WORKFLOW.format(id=workflow_id)}/execute", json={})
     execution_id: str = response.json()["executionId"]
-    await input_waits.wait_for_input(cast.world.gateway.database, execution_id)
+    await input_waits.wait_for_input(cast.harness.gateway.database, execution_id)
     return execution_id
 
 
@@ -340,7 +340,7 @@ async def create_key(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001,
 
 
 async def create_event_token(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
-    client = await cast.world.client(cast.keys[CallerKind.ADMIN, KEYS])
+    client = await cast.harness.client(cast.keys[CallerKind.ADMIN, KEYS])
     response = await client.post("/api/v1/auth/event-tokens", json={"name": "Hooks"})
     token_id: str = response.json()["id"]
     return token_id
@@ -368,7 +368,7 @@ async def create_data_source(cast: AccessCast, is_public: bool) -> str:  # noqa:
             update(DataSource).where(col(DataSource.id) == source_id).values(is_public=is_public)
         )
 
-    await cast.world.gateway.database.transaction(open_up)
+    await cast.harness.gateway.database.transaction(open_up)
     return source_id
 
 
@@ -622,8 +622,8 @@ async def on_sqlite(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[AccessCast]:
     folder = tmp_path_factory.mktemp("access")
-    async with create_gateway("sqlite", postgres, folder) as world, serve_as_pods(world):
-        yield await create_cast(world)
+    async with create_gateway("sqlite", postgres, folder) as harness, serve_as_pods(harness):
+        yield await create_cast(harness)
 
 
 @pytest.fixture(scope="module")
@@ -631,33 +631,33 @@ async def on_postgres(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[AccessCast]:
     folder = tmp_path_factory.mktemp("access")
-    async with create_gateway("postgresql", postgres, folder) as world, serve_as_pods(world):
-        yield await create_cast(world)
+    async with create_gateway("postgresql", postgres, folder) as harness, serve_as_pods(harness):
+        yield await create_cast(harness)
 
 
-async def create_cast(world: GatewayHarness) -> AccessCast:
-    here, elsewhere = await world.organization(), await world.organization()
-    owner = await world.person(here)
+async def create_cast(harness: GatewayHarness) -> AccessCast:
+    here, elsewhere = await harness.organization(), await harness.organization()
+    owner = await harness.person(here)
     users = {
         CallerKind.OWNER: owner.user,
-        CallerKind.GUEST: (await world.person(here)).user,
-        CallerKind.COLLEAGUE: (await world.person(here)).user,
-        CallerKind.ADMIN: (await world.person(here, UserRole.ADMIN)).user,
-        CallerKind.STRANGER: (await world.person(elsewhere, UserRole.ADMIN)).user,
+        CallerKind.GUEST: (await harness.person(here)).user,
+        CallerKind.COLLEAGUE: (await harness.person(here)).user,
+        CallerKind.ADMIN: (await harness.person(here, UserRole.ADMIN)).user,
+        CallerKind.STRANGER: (await harness.person(elsewhere, UserRole.ADMIN)).user,
     }
-    cast = AccessCast(world, owner, users, await create_keys(world, users))
-    answer_for_pods(world)
+    cast = AccessCast(harness, owner, users, await create_keys(harness, users))
+    answer_for_pods(harness)
     for make in MADE:
         for is_public in (False, True):
             cast.kept[make, is_public] = await make(cast, is_public)
     for admin in (CallerKind.ADMIN, CallerKind.STRANGER):
-        client = await world.client(cast.keys[admin, KEYS])
+        client = await harness.client(cast.keys[admin, KEYS])
         await client.post("/api/v1/auth/signing-secret")
     return cast
 
 
 async def create_keys(
-    world: GatewayHarness, users: Mapping[CallerKind, User]
+    harness: GatewayHarness, users: Mapping[CallerKind, User]
 ) -> dict[tuple[CallerKind, KeyScope | None], str]:
     """Make a key for each caller and scope, and one without any; also those that aren't valid."""
     now = datetime.now(UTC)
@@ -688,14 +688,14 @@ async def create_keys(
                     connection, user.organization_id, made.row.id, user_id=None, now=now
                 )
 
-    await world.gateway.database.transaction(make)
+    await harness.gateway.database.transaction(make)
     return keys
 
 
-async def read_all_rows(world: GatewayHarness) -> dict[str, list[str]]:
+async def read_all_rows(harness: GatewayHarness) -> dict[str, list[str]]:
     """Return all rows of all tables, but for what is noted later: when a key was used, and of refusals and events."""
     rows = {}
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         for table in SQLModel.metadata.sorted_tables:
             if table.name in {"delivery", "intake_sample"}:
                 continue
@@ -737,14 +737,14 @@ async def ask_everybody(cast: AccessCast, number: int) -> None:
     """Have everybody ask, those who are refused first."""
     row = ROWS[number]
     # An address of its own, since one that keeps trying with keys that aren't valid is slowed down.
-    client = await cast.world.client(address=f"10.1.1.{number}")
+    client = await cast.harness.client(address=f"10.1.1.{number}")
     targets = {caller: await cast.target(row, caller) for caller in row.expected}
     refused = [caller for caller, answer in row.expected.items() if answer != OK]
     allowed = [caller for caller, answer in row.expected.items() if answer == OK]
 
-    before = await read_all_rows(cast.world)
+    before = await read_all_rows(cast.harness)
     answers = {caller: await cast.call(client, row, caller, targets[caller]) for caller in refused}
-    assert await read_all_rows(cast.world) == before
+    assert await read_all_rows(cast.harness) == before
     answers |= {caller: await cast.call(client, row, caller, targets[caller]) for caller in allowed}
     assert {caller: status_and_code(answer) for caller, answer in answers.items()} == {
         caller: f"{row.status}" if answer == OK else answer for caller, answer in row.expected.items()
@@ -759,8 +759,8 @@ async def ask_everybody(cast: AccessCast, number: int) -> None:
 
 
 async def test_what_others_have_is_not_counted(on_sqlite: AccessCast) -> None:
-    world = on_sqlite.world
-    newcomer = await world.person(await world.organization(), UserRole.ADMIN)
+    harness = on_sqlite.harness
+    newcomer = await harness.person(await harness.organization(), UserRole.ADMIN)
     counts = {
         "/api/v1/auth/keys": 1,
         "/api/v1/auth/users": 1,

@@ -345,21 +345,21 @@ SCENES: Mapping[str, Setting] = {
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
+async def harness(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     folder: Path = tmp_path_factory.mktemp("contract")
     async with (
-        create_gateway(request.param, postgres, folder, settle_seconds=30) as world,
-        run_local_deployer(world, folder / "pods"),
-        serve_as_pods(world),
+        create_gateway(request.param, postgres, folder, settle_seconds=30) as harness,
+        run_local_deployer(harness, folder / "pods"),
+        serve_as_pods(harness),
     ):
-        yield world
+        yield harness
 
 
 @pytest.fixture(scope="module")
-async def people(world: GatewayHarness) -> OrganizationUsers:
-    return await world.people()
+async def people(harness: GatewayHarness) -> OrganizationUsers:
+    return await harness.people()
 
 
 # ── asked and compared ──────────────────────────────────────────────────────────────────────────────────────

@@ -11,17 +11,17 @@ from tests.services import PgBouncer, PostgresServer
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
+async def harness(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on each kind of database, that of one file of tests."""
-    async with create_gateway(request.param, postgres, tmp_path_factory.mktemp("world")) as world:
-        yield world
+    async with create_gateway(request.param, postgres, tmp_path_factory.mktemp("world")) as harness:
+        yield harness
 
 
 @pytest.fixture
-async def people(world: GatewayHarness) -> OrganizationUsers:
-    return await world.people()
+async def people(harness: GatewayHarness) -> OrganizationUsers:
+    return await harness.people()
 
 
 @pytest.fixture(scope="session")

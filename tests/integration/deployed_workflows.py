@@ -27,7 +27,7 @@ HASH = "0" * 64
 
 
 async def deploy_with_pod(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     person: UserClient,
     workflow_id: str,
     **changes: Any,  # noqa: ANN401 - any column
@@ -54,13 +54,13 @@ async def deploy_with_pod(
             **changes,
         }
     )
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(insert(Deployment).values(deployment.model_dump()))
     )
     return deployment
 
 
-async def mark_running(world: GatewayHarness, workflow_id: str) -> None:
+async def mark_running(harness: GatewayHarness, workflow_id: str) -> None:
     """Have what is wanted of a deployment seen, where no deployer sees to it."""
     seen = {
         "observed": ObservedState.RUNNING,
@@ -70,12 +70,12 @@ async def mark_running(world: GatewayHarness, workflow_id: str) -> None:
         "observed_definition_hash": col(Deployment.definition_hash),
     }
     row = update(Deployment).where(col(Deployment.workflow_id) == workflow_id)
-    await world.gateway.database.transaction(lambda connection: connection.execute(row.values(seen)))
+    await harness.gateway.database.transaction(lambda connection: connection.execute(row.values(seen)))
 
 
-def answer_for_pods(world: GatewayHarness) -> None:
+def answer_for_pods(harness: GatewayHarness) -> None:
     """Tell, in the place of a deployer, that pods have written nothing."""
-    broker = world.gateway.broker
+    broker = harness.gateway.broker
 
     def answer(message: DeployerMessage) -> None:
         if isinstance(message, ReadPodLogs):
@@ -87,13 +87,13 @@ def answer_for_pods(world: GatewayHarness) -> None:
 
 
 @asynccontextmanager
-async def serve_as_pods(world: GatewayHarness) -> AsyncIterator[None]:
+async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
     """Take, in the place of pods, whatever is there for them."""
 
     async def take() -> None:
         while True:
             await asyncio.sleep(0.02)
-            async with world.gateway.database.read() as connection:
+            async with harness.gateway.database.read() as connection:
                 assigned_deployment_ids = select(col(Execution.assigned_deployment_id)).where(
                     col(Execution.status) == ExecutionStatus.PENDING,
                     col(Execution.assigned_deployment_id).is_not(None),
@@ -105,7 +105,7 @@ async def serve_as_pods(world: GatewayHarness) -> AsyncIterator[None]:
             for workflow_id in found:
                 claim = ClaimQuery(f"pod:{workflow_id}:1", 30, 50, target=workflow_id)
                 await taken_runs.notify_taken_runs(
-                    world.gateway.broker, await world.gateway.store.claim(claim)
+                    harness.gateway.broker, await harness.gateway.store.claim(claim)
                 )
 
     task = asyncio.create_task(take())
@@ -116,7 +116,7 @@ async def serve_as_pods(world: GatewayHarness) -> AsyncIterator[None]:
         await asyncio.wait([task])
 
 
-async def run(world: GatewayHarness, person: UserClient, workflow_id: str, **columns: Any) -> str:  # noqa: ANN401 - any column
+async def run(harness: GatewayHarness, person: UserClient, workflow_id: str, **columns: Any) -> str:  # noqa: ANN401 - any column
     """Make a run of a workflow that its pods are to take, with these columns."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     execution_id: str = response.json()["executionId"]
@@ -130,5 +130,5 @@ async def run(world: GatewayHarness, person: UserClient, workflow_id: str, **col
             data = update(ExecutionData).where(col(ExecutionData.execution_id) == execution_id)
             await connection.execute(data.values(created_at=accepted_at))
 
-    await world.gateway.database.transaction(change)
+    await harness.gateway.database.transaction(change)
     return execution_id

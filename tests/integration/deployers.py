@@ -31,14 +31,14 @@ BROKEN_POD = (sys.executable, "-S", "-c", "raise SystemExit('it was built broken
 
 @asynccontextmanager
 async def run_test_deployer(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     open_driver: Callable[[], Awaitable[ClusterDriver]],
     *,
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
     """Run a deployer on a gateway's database and broker."""
-    gateway = world.gateway
+    gateway = harness.gateway
     async with run_deployer(
         deployer_settings(**settings),
         gateway.database,
@@ -52,14 +52,14 @@ async def run_test_deployer(
 
 
 def build_deployer(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     open_driver: Callable[[], Awaitable[ClusterDriver]],
     *,
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> Deployer:
     """Return a deployer that looks only when it is asked to."""
-    gateway = world.gateway
+    gateway = harness.gateway
     return Deployer(
         deployer_settings(**settings),
         gateway.database,
@@ -77,7 +77,7 @@ def deployer_settings(**settings: Any) -> DeployerSettings:  # noqa: ANN401 - an
 
 @asynccontextmanager
 async def run_local_deployer(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     folder: Path,
     *,
     command: Sequence[str] = POD,
@@ -85,56 +85,56 @@ async def run_local_deployer(
 ) -> AsyncIterator[Deployer]:
     """Run a deployer whose pods end with it."""
     open_driver = partial(local_driver.open_local, folder, runs_without_isolation=True)
-    async with run_test_deployer(world, open_driver, command=command, **settings) as found:
+    async with run_test_deployer(harness, open_driver, command=command, **settings) as found:
         yield found
 
 
-async def forget_deployments(world: GatewayHarness) -> None:
+async def forget_deployments(harness: GatewayHarness) -> None:
     """Have nothing deployed any more, whatever a test has left."""
     gone = update(Deployment).values(is_deployed=False, observed=ObservedState.ABSENT)
-    await world.gateway.database.transaction(lambda connection: connection.execute(gone))
+    await harness.gateway.database.transaction(lambda connection: connection.execute(gone))
 
 
-async def read_deployment(world: GatewayHarness, workflow_id: str) -> Deployment:
+async def read_deployment(harness: GatewayHarness, workflow_id: str) -> Deployment:
     """Return a deployment's row."""
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         found = await desired_state.find_deployment(connection, workflow_id)
     assert found is not None
     return found
 
 
-async def read_deployments(world: GatewayHarness, workflow_ids: Sequence[str]) -> list[Deployment]:
+async def read_deployments(harness: GatewayHarness, workflow_ids: Sequence[str]) -> list[Deployment]:
     """Return the rows of deployments as of one moment: read one by one, they would be of several."""
     statement = select(Deployment).where(col(Deployment.workflow_id).in_(workflow_ids))
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return [Deployment(**row) for row in (await connection.execute(statement)).mappings()]
 
 
 async def wait_for_deployments(
-    world: GatewayHarness, workflow_ids: Sequence[str], holds: Callable[[list[Deployment]], bool]
+    harness: GatewayHarness, workflow_ids: Sequence[str], holds: Callable[[list[Deployment]], bool]
 ) -> list[Deployment]:
     """Wait until something holds of the rows of deployments as of one moment."""
-    found = await read_deployments(world, workflow_ids)
+    found = await read_deployments(harness, workflow_ids)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not holds(found):
                 await asyncio.sleep(0.01)
-                found = await read_deployments(world, workflow_ids)
+                found = await read_deployments(harness, workflow_ids)
     except TimeoutError as error:
         raise AssertionError(f"It never came to be so: {found!r}") from error
     return found
 
 
 async def wait_for_deployment(
-    world: GatewayHarness, workflow_id: str, holds: Callable[[Deployment], bool]
+    harness: GatewayHarness, workflow_id: str, holds: Callable[[Deployment], bool]
 ) -> Deployment:
     """Wait until something holds of a deployment's row."""
-    found = await read_deployment(world, workflow_id)
+    found = await read_deployment(harness, workflow_id)
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             while not holds(found):
                 await asyncio.sleep(0.02)
-                found = await read_deployment(world, workflow_id)
+                found = await read_deployment(harness, workflow_id)
     except TimeoutError as error:
         raise AssertionError(f"It never came to be so: {found!r}") from error
     return found

@@ -33,7 +33,7 @@ CONNECTIONS = [
 ]
 
 
-async def create_examples(world: GatewayHarness, people: OrganizationUsers) -> dict[str, str]:
+async def create_examples(harness: GatewayHarness, people: OrganizationUsers) -> dict[str, str]:
     """Make what the examples name, for the admin to use; return what stands for each id."""
     admin = people.admin
     workflow_id = await admin.create(nodes=NODES, connections=CONNECTIONS)
@@ -63,19 +63,19 @@ async def create_examples(world: GatewayHarness, people: OrganizationUsers) -> d
     event_token = await _send(people, "POST", "auth/event-tokens", {"name": "To be revoked"})
     await _send(people, "POST", "auth/signing-secret", None)
     await _send(people, "POST", f"workflows/{workflow_id}/deploy", None)
-    await mark_running(world, workflow_id)
+    await mark_running(harness, workflow_id)
     await _send(people, "PUT", f"workflows/{workflow_id}/status", {"status": "draft"})
-    answer_for_pods(world)
+    answer_for_pods(harness)
     started = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
     failed = update(Execution).where(col(Execution.id) == started["executionId"])
     error = {"code": "node-error", "message": "No", "nodeId": "start", "attempt": 1}
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(failed.values(status=ExecutionStatus.FAILED, error=error))
     )
     owner = BlobOwner(admin.user.organization_id, started["executionId"])
-    await world.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
+    await harness.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
     waiting = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
-    await input_waits.wait_for_input(world.gateway.database, waiting["executionId"])
+    await input_waits.wait_for_input(harness.gateway.database, waiting["executionId"])
     return {
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,

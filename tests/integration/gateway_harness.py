@@ -181,8 +181,8 @@ async def create_gateway(
         url = await databases.create_database(postgres, f"gateway_{uuid4().hex}")
     else:
         url = await databases.create_sqlite_database(folder / FILE)
-    async with run_gateway(url, folder, settle_seconds=settle_seconds) as world:
-        yield world
+    async with run_gateway(url, folder, settle_seconds=settle_seconds) as harness:
+        yield harness
 
 
 @asynccontextmanager

@@ -17,12 +17,12 @@ from tests.integration.gateway_harness import GatewayHarness, UserClient
 
 @asynccontextmanager
 async def run_with_settings(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     broker: Broker | None = None,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[GatewayHarness]:
     """Run it on the same database."""
-    here = world.gateway
+    here = harness.gateway
     broker = broker or await brokers.connect_broker(None)
     told = here.settings.model_copy(update=settings)
     async with AsyncExitStack() as stack:
@@ -33,8 +33,8 @@ async def run_with_settings(
 
 
 async def execute_workflow(
-    world: GatewayHarness, person: UserClient, workflow_id: str, headers: Mapping[str, str] | None = None
+    harness: GatewayHarness, person: UserClient, workflow_id: str, headers: Mapping[str, str] | None = None
 ) -> httpx2.Response:
     """Execute a workflow by this gateway."""
-    client = await world.client(person.key)
+    client = await harness.client(person.key)
     return await client.post(f"/api/v1/workflows/{workflow_id}/execute", headers=dict(headers or {}))

@@ -76,7 +76,7 @@ class FakeSns:
 class MailHarness:
     """A gateway, and what it asks."""
 
-    world: GatewayHarness
+    harness: GatewayHarness
     sns: FakeSns
     s3: FakeS3
     now: list[datetime]
@@ -85,7 +85,7 @@ class MailHarness:
 
     @property
     def gateway(self) -> GatewayState:
-        return self.world.gateway
+        return self.harness.gateway
 
     # ── workflows ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -148,7 +148,7 @@ class MailHarness:
         if key is not None:
             headers.append((b"X-API-Key", key.encode()))
         query = f"?key={token}" if token else ""
-        nobody = await self.world.client()
+        nobody = await self.harness.client()
         return await nobody.post(
             f"{WORKFLOWS}/{workflow_id}/email-trigger{query}", content=step.body, headers=headers
         )
@@ -253,9 +253,9 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 @asynccontextmanager
-async def run_mail_harness(world: GatewayHarness) -> AsyncIterator[MailHarness]:
+async def run_mail_harness(harness: GatewayHarness) -> AsyncIterator[MailHarness]:
     """Run it on the database of a world."""
-    here, sns, now = world.gateway, FakeSns(), [datetime.now(UTC)]
+    here, sns, now = harness.gateway, FakeSns(), [datetime.now(UTC)]
     broker = await brokers.connect_broker(None)
 
     @asynccontextmanager

@@ -284,15 +284,15 @@ class MigratedDatabase:
 
 
 @asynccontextmanager
-async def open_run_database(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+async def open_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
     """Open a database and a store on it."""
-    database = Database(parse_url(where.direct_url or where.url))
-    url = parse_url(where.url)
+    database = Database(parse_url(migrated_database.direct_url or migrated_database.url))
+    url = parse_url(migrated_database.url)
     async with AsyncExitStack() as stack:
         stack.push_async_callback(database.close)
         store = await open_store(url)
         stack.push_async_callback(store.close)
-        world = RunDatabase(url, database, store)
-        stack.push_async_callback(world.clear)
-        await world.clear()
-        yield world
+        run_database = RunDatabase(url, database, store)
+        stack.push_async_callback(run_database.clear)
+        await run_database.clear()
+        yield run_database

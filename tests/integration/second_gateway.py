@@ -14,10 +14,10 @@ from tests.integration.gateway_harness import GatewayHarness, UserClient
 
 @asynccontextmanager
 async def run_second_gateway(
-    world: GatewayHarness,
+    harness: GatewayHarness,
 ) -> AsyncIterator[Callable[[UserClient], httpx2.AsyncClient]]:
     """Run it on the same database; yields what returns a client of it with a person's key."""
-    app = create_app(lambda: state.open_state(world.gateway.settings))
+    app = create_app(lambda: state.open_state(harness.gateway.settings))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))
 

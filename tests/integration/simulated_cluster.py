@@ -43,11 +43,11 @@ class InProcessGatewayServer(gateways.GatewayServer):
 
 
 @asynccontextmanager
-async def listen_for_pods(world: GatewayHarness) -> AsyncIterator[str]:
+async def listen_for_pods(harness: GatewayHarness) -> AsyncIterator[str]:
     """Have the gateway of a world listen on a socket, which pods need; yields its address."""
     listener = socket.create_server(("127.0.0.1", 0))
-    app = gateways.create_app(lambda: nullcontext(world.gateway))
-    server = InProcessGatewayServer(gateways.build_server(app, world.gateway.settings).config)
+    app = gateways.create_app(lambda: nullcontext(harness.gateway))
+    server = InProcessGatewayServer(gateways.build_server(app, harness.gateway.settings).config)
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     while not server.started:  # noqa: ASYNC110 - a server has no event for it
         await asyncio.sleep(0.01)
@@ -150,10 +150,10 @@ class SimulatedCluster:
 
 
 @asynccontextmanager
-async def run_simulated_cluster(world: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
+async def run_simulated_cluster(harness: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
     """Run a cluster for the deployments of a world."""
-    async with listen_for_pods(world) as url:
-        cluster = SimulatedCluster(world.gateway.database, url)
+    async with listen_for_pods(harness) as url:
+        cluster = SimulatedCluster(harness.gateway.database, url)
         running = asyncio.create_task(cluster.run())
         try:
             yield cluster

@@ -161,7 +161,7 @@ async def test_names_and_types_from_outside_are_mere_labels(
 
 
 @pytest.fixture
-async def folder(tmp_path: Path) -> AsyncIterator[BlobStore]:
+async def folder_blobs(tmp_path: Path) -> AsyncIterator[BlobStore]:
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     yield blobs
     await blobs.close()
@@ -172,11 +172,11 @@ def blob_files(tmp_path: Path) -> Sequence[Path]:
 
 
 async def test_files_belong_to_the_process_alone_and_none_is_left_unfinished(
-    folder: BlobStore, tmp_path: Path
+    folder_blobs: BlobStore, tmp_path: Path
 ) -> None:
     before = os.umask(0)
     try:
-        reference = await put(folder)
+        reference = await put(folder_blobs)
     finally:
         os.umask(before)
     (kept,) = blob_files(tmp_path)
@@ -186,7 +186,7 @@ async def test_files_belong_to_the_process_alone_and_none_is_left_unfinished(
 
 
 async def test_a_content_is_on_the_disk_before_its_name_is_and_the_name_before_the_answer(
-    folder: BlobStore, monkeypatch: pytest.MonkeyPatch
+    folder_blobs: BlobStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
     fsync, replace = os.fsync, Path.replace
@@ -201,34 +201,36 @@ async def test_a_content_is_on_the_disk_before_its_name_is_and_the_name_before_t
 
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "replace", noted_replace)
-    await put(folder)
+    await put(folder_blobs)
     assert done == ["folder", "file", "rename", "folder", "folder", "folder"], "the root has its name first"
     done.clear()
-    await put(folder)
+    await put(folder_blobs)
     assert "rename" not in done, "a shared content is written once"
     assert done.count("folder") == 3, "whoever wrote it first may not have come to that"
 
 
 @pytest.mark.parametrize("spoilt", [b"", b"no label", b'{"type":"a/b","name":""}\nother'])
 async def test_a_spoilt_content_is_never_given_out_and_is_mended_by_the_next_put(
-    folder: BlobStore, tmp_path: Path, spoilt: bytes
+    folder_blobs: BlobStore, tmp_path: Path, spoilt: bytes
 ) -> None:
-    reference = await put(folder)
+    reference = await put(folder_blobs)
     (kept,) = blob_files(tmp_path)
     kept.write_bytes(spoilt)
     with pytest.raises(BlobLost):
-        await folder.get(OURS, reference.sha256)
-    await put(folder)
-    assert await folder.get(OURS, reference.sha256) == LARGE
+        await folder_blobs.get(OURS, reference.sha256)
+    await put(folder_blobs)
+    assert await folder_blobs.get(OURS, reference.sha256) == LARGE
 
 
-async def test_a_link_in_the_place_of_a_content_is_not_followed(folder: BlobStore, tmp_path: Path) -> None:
-    reference = await put(folder)
+async def test_a_link_in_the_place_of_a_content_is_not_followed(
+    folder_blobs: BlobStore, tmp_path: Path
+) -> None:
+    reference = await put(folder_blobs)
     (kept,) = blob_files(tmp_path)
     kept.rename(tmp_path / "elsewhere")
     kept.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(BlobsUnavailable):
-        await folder.get(OURS, reference.sha256)
+        await folder_blobs.get(OURS, reference.sha256)
 
 
 async def test_a_folder_that_can_t_be_written_is_unavailable_and_no_surprise(tmp_path: Path) -> None:
@@ -341,12 +343,12 @@ async def test_the_age_of_a_content_is_told_by_the_clock_of_its_storage(
 async def test_what_no_run_is_left_for_is_swept_after_a_day(
     blobs: BlobStore, on_sqlite: MigratedDatabase, tmp_path: Path, s3: fake_s3.FakeS3
 ) -> None:
-    async with open_run_database(on_sqlite) as world, AsyncExitStack() as stack:
+    async with open_run_database(on_sqlite) as run_database, AsyncExitStack() as stack:
         database = Database(parse_url(on_sqlite.url))
         stack.push_async_callback(database.close)
-        place = await world.workflow()
-        first, resumed = await world.accept(place), await world.accept(place)
-        await world.query(
+        place = await run_database.workflow()
+        first, resumed = await run_database.accept(place), await run_database.accept(place)
+        await run_database.query(
             "UPDATE execution SET resumed_from = :first, key_id = :gone WHERE id = :id",
             first=first.execution_id,
             gone="exec_gone",
@@ -366,6 +368,6 @@ async def test_what_no_run_is_left_for_is_swept_after_a_day(
         with pytest.raises(BlobLost):
             await blobs.get(orphan, contents[orphan].sha256)
 
-        await world.query("DELETE FROM execution WHERE id = :id", id=resumed.execution_id)
+        await run_database.query("DELETE FROM execution WHERE id = :id", id=resumed.execution_id)
         assert await orphan_blobs.delete_unused(blobs, database, kept) == 1
         assert await blobs.get(kept[0], contents[kept[0]].sha256)

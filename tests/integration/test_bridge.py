@@ -34,29 +34,29 @@ async def gateway() -> AsyncIterator[FakeGateway]:
 
 
 @pytest.fixture
-async def redis_place(
+async def redis_queue(
     gateway: FakeGateway, redis_server: services.RedisServer
 ) -> AsyncIterator[RedisBridgeQueue]:
-    async with bridge_queues.open_redis_queue(gateway, redis_server) as place:
-        yield place
+    async with bridge_queues.open_redis_queue(gateway, redis_server) as bridge_queue:
+        yield bridge_queue
 
 
 @pytest.fixture
-async def sqs_place(gateway: FakeGateway) -> AsyncIterator[SqsBridgeQueue]:
-    async with bridge_queues.open_sqs_queue(gateway) as place:
-        yield place
+async def sqs_queue(gateway: FakeGateway) -> AsyncIterator[SqsBridgeQueue]:
+    async with bridge_queues.open_sqs_queue(gateway) as bridge_queue:
+        yield bridge_queue
 
 
 @pytest.fixture
-async def rabbitmq_place(
+async def rabbitmq_queue(
     gateway: FakeGateway, rabbitmq: services.RabbitmqServer
 ) -> AsyncIterator[RabbitmqBridgeQueue]:
-    async with bridge_queues.open_rabbitmq_queue(gateway, rabbitmq) as place:
-        yield place
+    async with bridge_queues.open_rabbitmq_queue(gateway, rabbitmq) as bridge_queue:
+        yield bridge_queue
 
 
 @pytest.fixture(params=["redis", "sqs", "rabbitmq"])
-async def place(request: pytest.FixtureRequest, gateway: FakeGateway) -> AsyncIterator[BridgeQueue]:
+async def bridge_queue(request: pytest.FixtureRequest, gateway: FakeGateway) -> AsyncIterator[BridgeQueue]:
     match request.param:
         case "redis":
             server: services.RedisServer = request.getfixturevalue("redis_server")
@@ -105,111 +105,111 @@ class SourceKilledBeforeAck:
 
 
 async def test_messages_start_runs_and_are_gone_from_their_source(
-    gateway: FakeGateway, place: BridgeQueue
+    gateway: FakeGateway, bridge_queue: BridgeQueue
 ) -> None:
     sent = [{"order": number} for number in range(25)]
-    await place.send(*sent)
-    bridge = BridgeRunner(gateway, place.open())
+    await bridge_queue.send(*sent)
+    bridge = BridgeRunner(gateway, bridge_queue.open())
     await bridge.run_until(lambda: bridge.transfer.accepted == len(sent))
     assert sorted(gateway.messages, key=json.dumps) == sorted(sent, key=json.dumps)
     assert {run.source for run in gateway.runs.values()} == {bridge.source.label}
-    assert bridge.source.label.endswith(f":{place.name}")
+    assert bridge.source.label.endswith(f":{bridge_queue.name}")
     assert len(gateway.executions) == len(sent)
-    assert await place.left() == 0
+    assert await bridge_queue.left() == 0
 
 
 async def test_a_bridge_that_dies_before_it_acknowledges_loses_and_doubles_nothing(
-    gateway: FakeGateway, place: BridgeQueue
+    gateway: FakeGateway, bridge_queue: BridgeQueue
 ) -> None:
     sent = list(range(25))
-    await place.send(*sent)
+    await bridge_queue.send(*sent)
     with pytest.raises(ProcessKilled):
-        await BridgeRunner(gateway, SourceKilledBeforeAck(place.open()), batch=10).run()
+        await BridgeRunner(gateway, SourceKilledBeforeAck(bridge_queue.open()), batch=10).run()
     committed = len(gateway.runs)
     assert 0 < committed <= 10
-    place.time_passes()
+    bridge_queue.time_passes()
 
-    after = BridgeRunner(gateway, place.open())
+    after = BridgeRunner(gateway, bridge_queue.open())
     await after.run_until(lambda: after.transfer.accepted + after.transfer.duplicates == len(sent))
     assert after.transfer.duplicates == committed
     assert sorted(gateway.messages) == sent
-    assert await place.left() == 0
+    assert await bridge_queue.left() == 0
 
 
 async def test_what_the_gateway_has_not_answered_is_sent_again_and_taken_once(
-    gateway: FakeGateway, place: BridgeQueue
+    gateway: FakeGateway, bridge_queue: BridgeQueue
 ) -> None:
     gateway.refusals = [BatchRefusal(503, "not-ready", {"Retry-After": "0"})]
     gateway.loses_answers = 1
-    await place.send("a", "b", "c")
-    bridge = BridgeRunner(gateway, place.open())
+    await bridge_queue.send("a", "b", "c")
+    bridge = BridgeRunner(gateway, bridge_queue.open())
     await bridge.run_until(lambda: bridge.transfer.accepted + bridge.transfer.duplicates == 3)
     assert sorted(gateway.messages) == ["a", "b", "c"]
-    assert await place.left() == 0
+    assert await bridge_queue.left() == 0
 
 
 async def test_a_bridge_outlives_its_connection_to_the_source(
-    gateway: FakeGateway, place: BridgeQueue
+    gateway: FakeGateway, bridge_queue: BridgeQueue
 ) -> None:
-    await place.send("before")
-    bridge = BridgeRunner(gateway, place.open())
+    await bridge_queue.send("before")
+    bridge = BridgeRunner(gateway, bridge_queue.open())
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(bridge.run())
         await wait_until(lambda: gateway.messages == ["before"])
-        await place.break_off()
-        await place.send("after")
+        await bridge_queue.break_off()
+        await bridge_queue.send("after")
         await wait_until(lambda: gateway.messages == ["before", "after"])
         bridge.stop.set()
-    assert await place.left() == 0
+    assert await bridge_queue.left() == 0
 
 
 async def test_a_bridge_told_to_stop_while_the_gateway_is_away_lets_others_have_its_messages(
-    gateway: FakeGateway, place: BridgeQueue
+    gateway: FakeGateway, bridge_queue: BridgeQueue
 ) -> None:
     gateway.is_away = True
-    await place.send("a", "b")
-    await BridgeRunner(gateway, place.open()).run_until(lambda: gateway.calls > 0)
+    await bridge_queue.send("a", "b")
+    await BridgeRunner(gateway, bridge_queue.open()).run_until(lambda: gateway.calls > 0)
     assert not gateway.messages
     gateway.is_away = False
-    other = BridgeRunner(gateway, place.open(bridge_name="other"))
+    other = BridgeRunner(gateway, bridge_queue.open(bridge_name="other"))
     await other.run_until(lambda: other.transfer.accepted == 2)
-    assert await place.left() == 0
+    assert await bridge_queue.left() == 0
 
 
 async def test_a_message_that_is_refused_stops_the_bridge_and_stays_where_it_is(
-    gateway: FakeGateway, place: BridgeQueue
+    gateway: FakeGateway, bridge_queue: BridgeQueue
 ) -> None:
-    await place.send("good", POISON, "better")
-    bridge = BridgeRunner(gateway, place.open())
+    await bridge_queue.send("good", POISON, "better")
+    bridge = BridgeRunner(gateway, bridge_queue.open())
     with pytest.raises(BridgeRefused, match="invalid-message: It is poison"):
         await bridge.run()
     # What was not taken yet is there as well.
     assert POISON not in gateway.messages
-    assert await place.left() == 3 - len(gateway.messages)
-    assert not await place.dead()
+    assert await bridge_queue.left() == 3 - len(gateway.messages)
+    assert not await bridge_queue.dead()
 
 
 @pytest.mark.parametrize("policy", [RefusalAction.DROP, RefusalAction.DEAD_LETTER])
 async def test_a_message_that_is_refused_is_dropped_or_a_dead_letter_where_that_is_wanted(
-    gateway: FakeGateway, place: BridgeQueue, policy: RefusalAction
+    gateway: FakeGateway, bridge_queue: BridgeQueue, policy: RefusalAction
 ) -> None:
-    await place.send("good", POISON, "better")
-    bridge = BridgeRunner(gateway, place.open(), on_refused=policy)
-    await bridge.run_until_gone(place, lambda: sorted(gateway.messages) == ["better", "good"])
-    assert await place.dead() == ([POISON] if policy is RefusalAction.DEAD_LETTER else [])
+    await bridge_queue.send("good", POISON, "better")
+    bridge = BridgeRunner(gateway, bridge_queue.open(), on_refused=policy)
+    await bridge.run_until_gone(bridge_queue, lambda: sorted(gateway.messages) == ["better", "good"])
+    assert await bridge_queue.dead() == ([POISON] if policy is RefusalAction.DEAD_LETTER else [])
 
 
 # ── redis ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_entries_with_other_fields_are_handed_over_as_objects(
-    gateway: FakeGateway, redis_place: RedisBridgeQueue
+    gateway: FakeGateway, redis_queue: RedisBridgeQueue
 ) -> None:
-    stream, client = redis_place.name, redis_place.client
+    stream, client = redis_queue.name, redis_queue.client
     await client.xadd(stream, {"data": '{"order": 1}', "priority": "7"})
     await client.xadd(stream, {"message": "hello", "user": "5"})
     await client.xadd(stream, {"message": "only text"})
-    bridge = BridgeRunner(gateway, redis_place.open())
+    bridge = BridgeRunner(gateway, redis_queue.open())
     await bridge.run_until(lambda: len(gateway.runs) == 3)
     assert [(run.message, run.priority) for run in gateway.runs.values()] == [
         ({"order": 1}, 7),
@@ -219,66 +219,66 @@ async def test_entries_with_other_fields_are_handed_over_as_objects(
 
 
 async def test_entries_of_a_consumer_that_never_returns_are_claimed_by_another(
-    gateway: FakeGateway, redis_place: RedisBridgeQueue
+    gateway: FakeGateway, redis_queue: RedisBridgeQueue
 ) -> None:
-    await redis_place.send("a", "b")
-    dead = redis_place.open(bridge_redis_consumer="dead")
+    await redis_queue.send("a", "b")
+    dead = redis_queue.open(bridge_redis_consumer="dead")
     assert len(await dead.take(10, WAIT_SECONDS)) == 2
     await dead.close()
-    heir = redis_place.open(bridge_redis_consumer="heir")
+    heir = redis_queue.open(bridge_redis_consumer="heir")
     assert await heir.take(10, WAIT_SECONDS) == []
     await heir.close()
 
-    await redis_place.make_idle("dead")
-    heir = redis_place.open(bridge_redis_consumer="heir")
+    await redis_queue.make_idle("dead")
+    heir = redis_queue.open(bridge_redis_consumer="heir")
     bridge = BridgeRunner(gateway, heir)
     await bridge.run_until(lambda: gateway.messages == ["a", "b"])
-    assert await redis_place.left() == 0
+    assert await redis_queue.left() == 0
 
 
-async def test_entries_in_hand_stay_fresh_while_the_gateway_is_away(redis_place: RedisBridgeQueue) -> None:
-    await redis_place.send("a")
-    source = redis_place.open()
+async def test_entries_in_hand_stay_fresh_while_the_gateway_is_away(redis_queue: RedisBridgeQueue) -> None:
+    await redis_queue.send("a")
+    source = redis_queue.open()
     (message,) = await source.take(10, WAIT_SECONDS)
-    await redis_place.make_idle("dead")
+    await redis_queue.make_idle("dead")
     await source.hold([message.id])
-    other = redis_place.open(bridge_redis_consumer="other")
+    other = redis_queue.open(bridge_redis_consumer="other")
     assert await other.take(10, WAIT_SECONDS) == []
     await other.close()
     await source.close()
 
 
 async def test_entries_are_deleted_where_that_is_wanted_and_those_deleted_by_others_do_not_stay_pending(
-    gateway: FakeGateway, redis_place: RedisBridgeQueue
+    gateway: FakeGateway, redis_queue: RedisBridgeQueue
 ) -> None:
-    await redis_place.send("deleted by its sender", "b")
-    source = redis_place.open(bridge_redis_delete=True)
+    await redis_queue.send("deleted by its sender", "b")
+    source = redis_queue.open(bridge_redis_delete=True)
     first, _ = await source.take(10, WAIT_SECONDS)
     await source.close()
-    await redis_place.client.xdel(redis_place.name, first.id)
-    bridge = BridgeRunner(gateway, redis_place.open(bridge_redis_delete=True))
+    await redis_queue.client.xdel(redis_queue.name, first.id)
+    bridge = BridgeRunner(gateway, redis_queue.open(bridge_redis_delete=True))
     await bridge.run_until(lambda: gateway.messages == ["b"])
-    assert await redis_place.client.xlen(redis_place.name) == 0
-    assert await redis_place.left() == 0
+    assert await redis_queue.client.xlen(redis_queue.name) == 0
+    assert await redis_queue.left() == 0
 
 
 async def test_a_group_that_is_gone_is_made_again(
-    gateway: FakeGateway, redis_place: RedisBridgeQueue
+    gateway: FakeGateway, redis_queue: RedisBridgeQueue
 ) -> None:
-    bridge = BridgeRunner(gateway, redis_place.open())
+    bridge = BridgeRunner(gateway, redis_queue.open())
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(bridge.run())
-        await redis_place.send("a")
+        await redis_queue.send("a")
         await wait_until(lambda: gateway.messages == ["a"])
-        await redis_place.client.delete(redis_place.name)
-        await redis_place.send("b")
+        await redis_queue.client.delete(redis_queue.name)
+        await redis_queue.send("b")
         await wait_until(lambda: gateway.messages == ["a", "b"])
         bridge.stop.set()
 
 
-async def test_a_key_that_is_no_stream_ends_the_bridge(redis_place: RedisBridgeQueue) -> None:
-    await redis_place.client.set(redis_place.name, "text")
-    source: RedisStream = redis_place.open()
+async def test_a_key_that_is_no_stream_ends_the_bridge(redis_queue: RedisBridgeQueue) -> None:
+    await redis_queue.client.set(redis_queue.name, "text")
+    source: RedisStream = redis_queue.open()
     with pytest.raises(BridgeRefused, match="WRONGTYPE"):
         await source.take(10, WAIT_SECONDS)
     await source.close()
@@ -288,32 +288,32 @@ async def test_a_key_that_is_no_stream_ends_the_bridge(redis_place: RedisBridgeQ
 
 
 async def test_entries_of_a_batch_that_have_failed_are_done_again(
-    gateway: FakeGateway, sqs_place: SqsBridgeQueue
+    gateway: FakeGateway, sqs_queue: SqsBridgeQueue
 ) -> None:
-    sqs_place.sqs.half_failures = 1
-    await sqs_place.send("a", "b", "c")
-    bridge = BridgeRunner(gateway, sqs_place.open())
+    sqs_queue.sqs.half_failures = 1
+    await sqs_queue.send("a", "b", "c")
+    bridge = BridgeRunner(gateway, sqs_queue.open())
     await bridge.run_until(lambda: bridge.transfer.accepted == 3)
-    assert sqs_place.sqs.actions.count("DeleteMessageBatch") == 2
-    assert await sqs_place.left() == 0
+    assert sqs_queue.sqs.actions.count("DeleteMessageBatch") == 2
+    assert await sqs_queue.left() == 0
 
 
 async def test_messages_stay_invisible_while_the_gateway_is_away(
-    gateway: FakeGateway, sqs_place: SqsBridgeQueue
+    gateway: FakeGateway, sqs_queue: SqsBridgeQueue
 ) -> None:
     gateway.is_away = True
-    await sqs_place.send("a")
-    bridge = BridgeRunner(gateway, sqs_place.open())
-    (kept,) = sqs_place.sqs.messages
+    await sqs_queue.send("a")
+    bridge = BridgeRunner(gateway, sqs_queue.open())
+    (kept,) = sqs_queue.sqs.messages
 
     def is_held_since() -> bool:
-        return kept.visible_at == sqs_place.sqs.now + bridge_queues.HOLD_SECONDS
+        return kept.visible_at == sqs_queue.sqs.now + bridge_queues.HOLD_SECONDS
 
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(bridge.run())
         await wait_until(lambda: gateway.calls > 0)
         for _ in range(3):
-            sqs_place.sqs.now += bridge_queues.HOLD_SECONDS / 2
+            sqs_queue.sqs.now += bridge_queues.HOLD_SECONDS / 2
             await wait_until(is_held_since)
         gateway.is_away = False
         await wait_until(lambda: gateway.messages == ["a"])
@@ -322,90 +322,90 @@ async def test_messages_stay_invisible_while_the_gateway_is_away(
 
 
 async def test_large_messages_come_whole_though_the_answer_comes_in_pieces(
-    gateway: FakeGateway, sqs_place: SqsBridgeQueue
+    gateway: FakeGateway, sqs_queue: SqsBridgeQueue
 ) -> None:
-    await sqs_place.send(*("x" * 250_000 for _ in range(10)))
-    bridge = BridgeRunner(gateway, sqs_place.open())
+    await sqs_queue.send(*("x" * 250_000 for _ in range(10)))
+    bridge = BridgeRunner(gateway, sqs_queue.open())
     await bridge.run_until(lambda: len(gateway.runs) == 10)
     assert {len(message) for message in gateway.messages} == {250_000}
 
 
 async def test_priorities_are_attributes_and_session_tokens_are_signed(
-    gateway: FakeGateway, sqs_place: SqsBridgeQueue
+    gateway: FakeGateway, sqs_queue: SqsBridgeQueue
 ) -> None:
-    sqs_place.sqs.session_token = "token"
-    sqs_place.sqs.send("not JSON", priority={"DataType": "Number", "StringValue": "-5"})
-    bridge = BridgeRunner(gateway, sqs_place.open())
+    sqs_queue.sqs.session_token = "token"
+    sqs_queue.sqs.send("not JSON", priority={"DataType": "Number", "StringValue": "-5"})
+    bridge = BridgeRunner(gateway, sqs_queue.open())
     await bridge.run_until(lambda: len(gateway.runs) == 1)
     assert [(run.message, run.priority) for run in gateway.runs.values()] == [("not JSON", -5)]
 
 
-async def test_a_wrong_secret_ends_the_bridge(sqs_place: SqsBridgeQueue) -> None:
-    source = sqs_place.open()
-    sqs_place.sqs.secret_access_key = "another"
+async def test_a_wrong_secret_ends_the_bridge(sqs_queue: SqsBridgeQueue) -> None:
+    source = sqs_queue.open()
+    sqs_queue.sqs.secret_access_key = "another"
     with pytest.raises(BridgeRefused, match="InvalidSignatureException"):
         await source.take(10, WAIT_SECONDS)
     await source.close()
 
 
 async def test_a_queue_without_dead_letters_keeps_what_is_refused(
-    gateway: FakeGateway, sqs_place: SqsBridgeQueue
+    gateway: FakeGateway, sqs_queue: SqsBridgeQueue
 ) -> None:
-    sqs_place.sqs.max_receives = None
-    await sqs_place.send(POISON)
-    bridge = BridgeRunner(gateway, sqs_place.open(), on_refused=RefusalAction.DEAD_LETTER)
+    sqs_queue.sqs.max_receives = None
+    await sqs_queue.send(POISON)
+    bridge = BridgeRunner(gateway, sqs_queue.open(), on_refused=RefusalAction.DEAD_LETTER)
     with pytest.raises(BridgeRefused, match="no dead-letter queue"):
         await bridge.run()
-    assert await sqs_place.left() == 1
+    assert await sqs_queue.left() == 1
 
 
 # ── rabbitmq ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_priorities_of_publishers_are_kept_up_to_a_hundred(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
+    gateway: FakeGateway, rabbitmq_queue: RabbitmqBridgeQueue
 ) -> None:
-    await rabbitmq_place.publish(b"1", priority=9)
-    await rabbitmq_place.publish(b"2", priority=200)
-    await rabbitmq_place.publish(b"3")
-    bridge = BridgeRunner(gateway, rabbitmq_place.open())
+    await rabbitmq_queue.publish(b"1", priority=9)
+    await rabbitmq_queue.publish(b"2", priority=200)
+    await rabbitmq_queue.publish(b"3")
+    bridge = BridgeRunner(gateway, rabbitmq_queue.open())
     await bridge.run_until(lambda: len(gateway.runs) == 3)
     assert {run.message: run.priority for run in gateway.runs.values()} == {1: 9, 2: 100, 3: 0}
 
 
 async def test_messages_without_an_id_are_never_taken_for_one(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
+    gateway: FakeGateway, rabbitmq_queue: RabbitmqBridgeQueue
 ) -> None:
     gateway.loses_answers = 1
-    await rabbitmq_place.publish(b'"same"')
-    await rabbitmq_place.publish(b'"same"')
-    bridge = BridgeRunner(gateway, rabbitmq_place.open())
+    await rabbitmq_queue.publish(b'"same"')
+    await rabbitmq_queue.publish(b'"same"')
+    bridge = BridgeRunner(gateway, rabbitmq_queue.open())
     await bridge.run_until(lambda: bridge.transfer.accepted + bridge.transfer.duplicates == 2)
     assert gateway.messages == ["same", "same"]
     assert bridge.transfer.duplicates > 0
 
 
 async def test_what_is_no_text_or_no_json_that_the_gateway_takes_is_refused_without_its_neighbours(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
+    gateway: FakeGateway, rabbitmq_queue: RabbitmqBridgeQueue
 ) -> None:
-    await rabbitmq_place.publish(b'"before"')
-    await rabbitmq_place.publish(b"\xff\xfe")
-    await rabbitmq_place.publish(b'"between"')
-    await rabbitmq_place.publish(b'{"twice": 1, "twice": 2}')
-    await rabbitmq_place.publish(b'"after"')
-    bridge = BridgeRunner(gateway, rabbitmq_place.open(), on_refused=RefusalAction.DROP)
+    await rabbitmq_queue.publish(b'"before"')
+    await rabbitmq_queue.publish(b"\xff\xfe")
+    await rabbitmq_queue.publish(b'"between"')
+    await rabbitmq_queue.publish(b'{"twice": 1, "twice": 2}')
+    await rabbitmq_queue.publish(b'"after"')
+    bridge = BridgeRunner(gateway, rabbitmq_queue.open(), on_refused=RefusalAction.DROP)
     await bridge.run_until(lambda: gateway.messages == ["before", "between", "after"])
-    assert await rabbitmq_place.left() == 0
+    assert await rabbitmq_queue.left() == 0
 
 
 async def test_a_queue_that_is_not_there_ends_the_bridge(
-    gateway: FakeGateway, rabbitmq_place: RabbitmqBridgeQueue
+    gateway: FakeGateway, rabbitmq_queue: RabbitmqBridgeQueue
 ) -> None:
-    bridge = BridgeRunner(gateway, rabbitmq_place.open())
+    bridge = BridgeRunner(gateway, rabbitmq_queue.open())
     running = asyncio.create_task(bridge.run())
-    await rabbitmq_place.send("a")
+    await rabbitmq_queue.send("a")
     await wait_until(lambda: gateway.messages == ["a"])
-    await rabbitmq_place.channel.queue_delete(rabbitmq_place.name)
+    await rabbitmq_queue.channel.queue_delete(rabbitmq_queue.name)
     with pytest.raises(BridgeRefused, match="NOT_FOUND"):
         await running
 
@@ -414,9 +414,9 @@ async def test_a_queue_that_is_not_there_ends_the_bridge(
 
 
 async def test_a_process_that_is_killed_before_the_answer_loses_and_doubles_nothing_and_stops_in_good_order(
-    gateway: FakeGateway, redis_place: RedisBridgeQueue, redis_server: services.RedisServer, tmp_path: Path
+    gateway: FakeGateway, redis_queue: RedisBridgeQueue, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    await redis_place.send("a", "b")
+    await redis_queue.send("a", "b")
     given = {
         **command_runs.command_environment(
             tmp_path,
@@ -427,12 +427,12 @@ async def test_a_process_that_is_killed_before_the_answer_loses_and_doubles_noth
         ),
         "PILOTFLAME_API_KEY": gateway.key,
     }
-    typed = ["bridge", "redis", "--workflow", gateway.workflow_id, "--stream", redis_place.name]
+    typed = ["bridge", "redis", "--workflow", gateway.workflow_id, "--stream", redis_queue.name]
     gateway.loses_answers = 100
     with command_runs.run_command(*typed, given=given, log=tmp_path / "killed") as process:
         await wait_until(lambda: len(gateway.runs) == 2)
         process.kill()
-    assert await redis_place.left() == 2
+    assert await redis_queue.left() == 2
 
     gateway.loses_answers = 0
     with command_runs.run_command(*typed, given=given, log=tmp_path / "log") as process:
@@ -441,17 +441,17 @@ async def test_a_process_that_is_killed_before_the_answer_loses_and_doubles_noth
         assert gateway.key not in process.log()
         assert '"event":"bridge stops"' in process.log()
     assert gateway.messages == ["a", "b"]
-    assert await redis_place.left() == 0
+    assert await redis_queue.left() == 0
 
 
 async def test_the_command_says_in_one_line_what_keeps_it_from_working(
-    gateway: FakeGateway, redis_place: RedisBridgeQueue, redis_server: services.RedisServer, tmp_path: Path
+    gateway: FakeGateway, redis_queue: RedisBridgeQueue, redis_server: services.RedisServer, tmp_path: Path
 ) -> None:
-    typed = ["bridge", "redis", "--workflow", gateway.workflow_id, "--stream", redis_place.name]
+    typed = ["bridge", "redis", "--workflow", gateway.workflow_id, "--stream", redis_queue.name]
     given = command_runs.command_environment(tmp_path, URL=gateway.url, BRIDGE_REDIS_URL=redis_server.url)
-    await redis_place.send("a")
+    await redis_queue.send("a")
     wrong = {**given, "PILOTFLAME_API_KEY": "sk-wrong"}
     refused = await asyncio.to_thread(lambda: command_runs.run(*typed, given=wrong))
     assert refused.returncode == 2
     assert refused.stderr == "pilotflame: The gateway refuses it: It was refused (401 unauthorized)\n"
-    assert await redis_place.left() == 1
+    assert await redis_queue.left() == 1

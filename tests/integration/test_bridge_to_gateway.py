@@ -20,8 +20,8 @@ LIMITED = {**QUEUE, "settings": {"concurrency": {"limit": 1, "onLimit": "reject"
 
 
 @pytest.fixture
-async def url(world: GatewayHarness) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(world.app, port=0, log_config=None, lifespan="off"))
+async def url(harness: GatewayHarness) -> AsyncIterator[str]:
+    server = uvicorn.Server(uvicorn.Config(harness.app, port=0, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - it tells nobody
         await asyncio.sleep(0.01)

@@ -55,83 +55,87 @@ def url(request: pytest.FixtureRequest) -> str | None:
 
 
 @pytest.fixture
-async def worker(url: str | None) -> AsyncIterator[Broker]:
+async def worker_broker(url: str | None) -> AsyncIterator[Broker]:
     async with _open_broker(url) as broker:
         yield broker
 
 
 @pytest.fixture
-async def gateway(url: str | None, worker: Broker) -> AsyncIterator[Broker]:
+async def other_broker(url: str | None, worker_broker: Broker) -> AsyncIterator[Broker]:
     """Another process on Redis; the same one where there is only one."""
     if url is None:
-        yield worker
+        yield worker_broker
         return
     async with _open_broker(url) as broker:
         yield broker
 
 
 @pytest.fixture
-async def wakeups(worker: Broker) -> "Queue[int]":
+async def wakeups(worker_broker: Broker) -> "Queue[int]":
     wakeups: Queue[int] = Queue()
-    worker.start_worker(wakeups.put_nowait)
+    worker_broker.start_worker(wakeups.put_nowait)
     return wakeups
 
 
 @pytest.fixture
-async def notifications(gateway: Broker) -> "Queue[Notification]":
+async def notifications(other_broker: Broker) -> "Queue[Notification]":
     notifications: Queue[Notification] = Queue()
-    await gateway.listen(notifications.put_nowait)
+    await other_broker.listen(notifications.put_nowait)
     return notifications
 
 
-async def test_a_wakeup_names_the_shard_that_has_work(gateway: Broker, wakeups: Queue[int]) -> None:
-    await gateway.wake_workers(7)
+async def test_a_wakeup_names_the_shard_that_has_work(other_broker: Broker, wakeups: Queue[int]) -> None:
+    await other_broker.wake_workers(7)
     assert await _next_item(wakeups) == 7
-    await gateway.wake_workers()
+    await other_broker.wake_workers()
     assert await _next_item(wakeups) == ALL_SHARDS
 
 
-async def test_a_shard_has_one_wakeup_until_that_is_taken(gateway: Broker, worker: Broker) -> None:
-    await gateway.wake_workers(1)
-    await gateway.wake_workers(2)
-    await gateway.wake_workers(1)
+async def test_a_shard_has_one_wakeup_until_that_is_taken(
+    other_broker: Broker, worker_broker: Broker
+) -> None:
+    await other_broker.wake_workers(1)
+    await other_broker.wake_workers(2)
+    await other_broker.wake_workers(1)
     wakeups: Queue[int] = Queue()
-    worker.start_worker(wakeups.put_nowait)
+    worker_broker.start_worker(wakeups.put_nowait)
     assert [await _next_item(wakeups), await _next_item(wakeups)] == [1, 2]
 
-    await gateway.wake_workers(3)
+    await other_broker.wake_workers(3)
     assert await _next_item(wakeups) == 3
-    await gateway.wake_workers(1)
+    await other_broker.wake_workers(1)
     assert await _next_item(wakeups) == 1
 
 
-async def test_a_wakeup_waits_for_a_worker_that_starts_later(gateway: Broker, worker: Broker) -> None:
-    await gateway.wake_workers(5)
+async def test_a_wakeup_waits_for_a_worker_that_starts_later(
+    other_broker: Broker, worker_broker: Broker
+) -> None:
+    await other_broker.wake_workers(5)
     wakeups: Queue[int] = Queue()
-    worker.start_worker(wakeups.put_nowait)
+    worker_broker.start_worker(wakeups.put_nowait)
     assert await _next_item(wakeups) == 5
 
 
 async def test_a_deployer_is_told_once_what_lies_there_untaken_and_works_beside_a_worker(
-    gateway: Broker, worker: Broker, wakeups: Queue[int]
+    other_broker: Broker, worker_broker: Broker, wakeups: Queue[int]
 ) -> None:
     messages: Queue[DeployerMessage] = Queue()
     asked = ReadPodLogs("wf_a", limit=5, channel="gateway", asked="logs_1")
-    worker.start_deployer(messages.put_nowait)
-    await gateway.notify_deployer(ReconcileDeployment("wf_a"))
+    worker_broker.start_deployer(messages.put_nowait)
+    await other_broker.notify_deployer(ReconcileDeployment("wf_a"))
     assert await _next_item(messages) == ReconcileDeployment("wf_a")
-    await gateway.notify_deployer(asked)
-    await gateway.wake_workers(3)
+    await other_broker.notify_deployer(asked)
+    await other_broker.wake_workers(3)
     assert (await _next_item(messages), await _next_item(wakeups)) == (asked, 3)
-    await worker.stop_deployer()
-    await gateway.wake_workers(4)
+    await worker_broker.stop_deployer()
+    await other_broker.wake_workers(4)
     assert await _next_item(wakeups) == 4
 
 
 async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once_on_redis(redis_url: str) -> None:
-    async with _open_broker(redis_url) as gateway, _open_broker(redis_url) as later:
+    async with _open_broker(redis_url) as other_broker, _open_broker(redis_url) as later:
         for workflow_id in ("wf_a", "wf_b", "wf_a"):
-            await gateway.notify_deployer(ReconcileDeployment(workflow_id))
+            await other_broker.notify_deployer(ReconcileDeployment(workflow_id))
         messages: Queue[DeployerMessage] = Queue()
         later.start_deployer(messages.put_nowait)
         assert [await _next_item(messages), await _next_item(messages)] == [
@@ -142,66 +146,70 @@ async def test_what_a_deployer_is_told_while_none_is_there_lies_there_once_on_re
 
 
 async def test_one_notification_tells_all_watched_executions_of_a_batch(
-    gateway: Broker, worker: Broker, notifications: Queue[Notification]
+    other_broker: Broker, worker_broker: Broker, notifications: Queue[Notification]
 ) -> None:
-    await gateway.watch(["a", "b", "c"])
-    await gateway.watch(["a"])
-    await worker.publish(dict.fromkeys(["a", "unwatched", "b"], ""))
+    await other_broker.watch(["a", "b", "c"])
+    await other_broker.watch(["a"])
+    await worker_broker.publish(dict.fromkeys(["a", "unwatched", "b"], ""))
     assert await _next_item(notifications) == ChangedExecutions(("a", "b"))
 
 
 async def test_a_watch_is_told_once(
-    gateway: Broker, worker: Broker, notifications: Queue[Notification]
+    other_broker: Broker, worker_broker: Broker, notifications: Queue[Notification]
 ) -> None:
-    await gateway.watch(["a"])
-    await worker.publish({"a": ""})
-    await worker.publish({"a": ""})
-    await worker.send(gateway.channel, END)
+    await other_broker.watch(["a"])
+    await worker_broker.publish({"a": ""})
+    await worker_broker.publish({"a": ""})
+    await worker_broker.send(other_broker.channel, END)
     assert await _next_item(notifications) == ChangedExecutions(("a",))
     assert await _next_item(notifications) == DirectMessage(END)
 
 
 async def test_the_channel_that_comes_with_an_execution_is_told_once_though_it_watches_nothing(
-    gateway: Broker, worker: Broker, notifications: Queue[Notification]
+    other_broker: Broker, worker_broker: Broker, notifications: Queue[Notification]
 ) -> None:
-    await gateway.watch(["b"])
-    await worker.publish({"a": gateway.channel, "b": gateway.channel, "c": "somebody-else", "d": ""})
-    await worker.send(gateway.channel, END)
+    await other_broker.watch(["b"])
+    await worker_broker.publish(
+        {"a": other_broker.channel, "b": other_broker.channel, "c": "somebody-else", "d": ""}
+    )
+    await worker_broker.send(other_broker.channel, END)
     assert await _next_item(notifications) == ChangedExecutions(("a", "b"))
     assert await _next_item(notifications) == DirectMessage(END)
 
 
 async def test_nobody_is_told_of_nothing(
-    gateway: Broker, worker: Broker, notifications: Queue[Notification]
+    other_broker: Broker, worker_broker: Broker, notifications: Queue[Notification]
 ) -> None:
-    await gateway.watch([])
-    await worker.publish({})
-    await worker.send(gateway.channel, END)
+    await other_broker.watch([])
+    await worker_broker.publish({})
+    await worker_broker.send(other_broker.channel, END)
     assert await _next_item(notifications) == DirectMessage(END)
 
 
 async def test_a_letter_reaches_the_channel_that_it_names_and_no_other(
-    gateway: Broker, worker: Broker, notifications: Queue[Notification]
+    other_broker: Broker, worker_broker: Broker, notifications: Queue[Notification]
 ) -> None:
-    await worker.send("nobody", {"stop": "a"})
-    await worker.send(gateway.channel, {"cancel": "b"})
+    await worker_broker.send("nobody", {"stop": "a"})
+    await worker_broker.send(other_broker.channel, {"cancel": "b"})
     assert await _next_item(notifications) == DirectMessage({"cancel": "b"})
 
 
 async def test_every_listener_of_a_process_hears_everything(
-    gateway: Broker, notifications: Queue[Notification]
+    other_broker: Broker, notifications: Queue[Notification]
 ) -> None:
     others: Queue[Notification] = Queue()
-    await gateway.listen(others.put_nowait)
-    await gateway.send(gateway.channel, END)
+    await other_broker.listen(others.put_nowait)
+    await other_broker.send(other_broker.channel, END)
     assert await _next_item(notifications) == await _next_item(others) == DirectMessage(END)
 
 
-async def test_an_idle_worker_stops_though_nothing_wakes_it(worker: Broker, wakeups: Queue[int]) -> None:
-    await worker.wake_workers()
+async def test_an_idle_worker_stops_though_nothing_wakes_it(
+    worker_broker: Broker, wakeups: Queue[int]
+) -> None:
+    await worker_broker.wake_workers()
     await _next_item(wakeups)
     async with asyncio.timeout(PATIENCE_SECONDS):
-        await worker.stop_worker()
+        await worker_broker.stop_worker()
 
 
 async def test_each_watching_process_is_told_of_its_own_executions(redis_url: str) -> None:

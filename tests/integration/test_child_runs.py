@@ -49,18 +49,18 @@ def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
 
 
 @pytest.fixture
-async def world(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(migrated_database) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 async def create_runnable(
-    world: RunDatabase,
-    place: OwnedWorkflow | None = None,
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow | None = None,
     **columns: Any,  # noqa: ANN401 - columns
 ) -> OwnedWorkflow:
     """Make a workflow that can be run, in the organisation of another if that is given."""
-    made = await world.workflow(place.organization if place else None)
+    made = await run_database.workflow(owned_workflow.organization if owned_workflow else None)
     graph = WorkflowGraph(
         workflow_id=made.workflow_id, shard=made.organization.shard, nodes=NODES, connections=EDGES
     )
@@ -73,19 +73,21 @@ async def create_runnable(
     async def change(connection: AsyncConnection) -> None:
         await connection.execute(update(Workflow).where(col(Workflow.id) == made.workflow_id).values(columns))
 
-    await world.database.transaction(work)
+    await run_database.database.transaction(work)
     return made
 
 
-def make_starter(world: RunDatabase, **settings: Any) -> ChildRunStarter:  # noqa: ANN401 - a field of WorkerSettings
+def make_starter(run_database: RunDatabase, **settings: Any) -> ChildRunStarter:  # noqa: ANN401 - a field of WorkerSettings
     broker = LocalBroker(channel="worker")
     return ChildRunStarter(
-        world.database, world.store, broker, catalog.load_catalog(), WorkerSettings(**settings)
+        run_database.database, run_database.store, broker, catalog.load_catalog(), WorkerSettings(**settings)
     )
 
 
-def caller_of(run: ClaimedRun, place: OwnedWorkflow) -> RunCaller:
-    return RunCaller(run.organization_id, place.user_id, run.workflow_id, run.execution_id, run.key_id)
+def caller_of(run: ClaimedRun, owned_workflow: OwnedWorkflow) -> RunCaller:
+    return RunCaller(
+        run.organization_id, owned_workflow.user_id, run.workflow_id, run.execution_id, run.key_id
+    )
 
 
 async def start(
@@ -105,127 +107,148 @@ async def start_refused(starter: ChildRunStarter, caller: RunCaller, workflow: O
     return refused.value
 
 
-async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(world: RunDatabase) -> None:
-    place = await create_runnable(world)
-    parent = await world.claimed(place, trigger='{"body":{}}')
-    caller = caller_of(parent, place)
+async def test_a_run_is_started_once_however_often_and_wherever_that_is_asked(
+    run_database: RunDatabase,
+) -> None:
+    owned_workflow = await create_runnable(run_database)
+    parent = await run_database.claimed(owned_workflow, trigger='{"body":{}}')
+    caller = caller_of(parent, owned_workflow)
     ids = await asyncio.gather(
-        *(start(make_starter(world), caller, place, {"n": 7}, iteration="3") for _ in range(4))
+        *(
+            start(make_starter(run_database), caller, owned_workflow, {"n": 7}, iteration="3")
+            for _ in range(4)
+        )
     )
     assert len(set(ids)) == 1
-    child = await world.row(ids[0])
+    child = await run_database.row(ids[0])
     assert (child["parent_id"], child["root_id"], child["depth"]) == (parent.execution_id,) * 2 + (1,)
-    assert (child["organization_id"], child["user_id"]) == (parent.organization_id, place.user_id)
+    assert (child["organization_id"], child["user_id"]) == (parent.organization_id, owned_workflow.user_id)
     assert (child["trigger_type"], child["total_nodes"]) == ("sub-workflow", 2)
     answered = {"executionId": parent.execution_id, "nodeId": "sub", "iteration": "3"}
     assert json.loads(child["follow_up"]) == {"parent": answered}
-    (given,) = await world.query("SELECT trigger FROM execution_data WHERE execution_id = :id", id=ids[0])
+    (given,) = await run_database.query(
+        "SELECT trigger FROM execution_data WHERE execution_id = :id", id=ids[0]
+    )
     assert json.loads(given["trigger"]) == {"body": {"n": 7}, "headers": {}, "query": {}}
 
     others = [
-        await start(make_starter(world), caller, place, iteration="4"),
-        await start(make_starter(world), caller, place, node_id="sub2", iteration="3"),
-        await start(make_starter(world), caller, place, iteration="5", awaited=False),
+        await start(make_starter(run_database), caller, owned_workflow, iteration="4"),
+        await start(make_starter(run_database), caller, owned_workflow, node_id="sub2", iteration="3"),
+        await start(make_starter(run_database), caller, owned_workflow, iteration="5", awaited=False),
     ]
     assert len({*ids, *others}) == 4
-    assert (await world.row(others[-1]))["follow_up"] is None
+    assert (await run_database.row(others[-1]))["follow_up"] is None
 
 
-async def test_a_run_that_a_private_one_starts_is_private_too(world: RunDatabase) -> None:
-    place = await create_runnable(world)
+async def test_a_run_that_a_private_one_starts_is_private_too(run_database: RunDatabase) -> None:
+    owned_workflow = await create_runnable(run_database)
     for is_private in (True, False):
-        parent = await world.claimed(place, is_private=is_private)
-        child = await world.row(await start(make_starter(world), caller_of(parent, place), place))
+        parent = await run_database.claimed(owned_workflow, is_private=is_private)
+        child = await run_database.row(
+            await start(make_starter(run_database), caller_of(parent, owned_workflow), owned_workflow)
+        )
         assert bool(child["is_private"]) is is_private
-        await world.query("UPDATE execution SET status = 'completed'")
+        await run_database.query("UPDATE execution SET status = 'completed'")
 
 
 async def test_what_is_not_awaited_is_started_once_for_a_whole_line_of_resumed_runs(
-    world: RunDatabase,
+    run_database: RunDatabase,
 ) -> None:
-    place = await create_runnable(world)
-    first, second = await world.claimed(place), await world.claimed(place)
-    resumed = structs.replace(caller_of(second, place), key_id=first.execution_id)
-    callers = (caller_of(first, place), resumed)
-    awaited = {await start(make_starter(world), caller, place) for caller in callers}
-    alone = {await start(make_starter(world), caller, place, awaited=False) for caller in callers}
+    owned_workflow = await create_runnable(run_database)
+    first, second = await run_database.claimed(owned_workflow), await run_database.claimed(owned_workflow)
+    resumed = structs.replace(caller_of(second, owned_workflow), key_id=first.execution_id)
+    callers = (caller_of(first, owned_workflow), resumed)
+    awaited = {await start(make_starter(run_database), caller, owned_workflow) for caller in callers}
+    alone = {
+        await start(make_starter(run_database), caller, owned_workflow, awaited=False) for caller in callers
+    }
     assert (len(awaited), len(alone)) == (2, 1)
 
 
-async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_is(world: RunDatabase) -> None:
-    place = await create_runnable(world)
-    caller = caller_of(await world.claimed(place), place)
-    starter = make_starter(world)
-    child_id = await start(starter, caller, place)
-    hash_before = (await world.row(child_id))["definition_hash"]
-    await world.query("UPDATE workflow SET revision = 2, settings = :settings", settings='{"timeout":60}')
-    assert await start(starter, caller, place) == child_id
-    assert (await world.row(child_id))["definition_hash"] == hash_before
+async def test_the_workflow_may_change_after_its_run_was_started_and_before_it_is(
+    run_database: RunDatabase,
+) -> None:
+    owned_workflow = await create_runnable(run_database)
+    caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    starter = make_starter(run_database)
+    child_id = await start(starter, caller, owned_workflow)
+    hash_before = (await run_database.row(child_id))["definition_hash"]
+    await run_database.query(
+        "UPDATE workflow SET revision = 2, settings = :settings", settings='{"timeout":60}'
+    )
+    assert await start(starter, caller, owned_workflow) == child_id
+    assert (await run_database.row(child_id))["definition_hash"] == hash_before
 
-    changed = await world.row(await start(starter, caller, place, iteration="1"))
+    changed = await run_database.row(await start(starter, caller, owned_workflow, iteration="1"))
     assert changed["definition_hash"] != hash_before
     assert changed["timeout_microseconds"] == 60_000_000
 
 
-async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(world: RunDatabase) -> None:
-    place = await create_runnable(world)
-    starter = make_starter(world, max_run_depth=2, max_sub_runs=3)
-    root, other = [caller_of(await world.claimed(place), place) for _ in range(2)]
-    child = structs.replace(root, execution_id=await start(starter, root, place))
-    grandchild = structs.replace(root, execution_id=await start(starter, child, place))
-    deepest = await start_refused(starter, grandchild, place)
+async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(run_database: RunDatabase) -> None:
+    owned_workflow = await create_runnable(run_database)
+    starter = make_starter(run_database, max_run_depth=2, max_sub_runs=3)
+    root, other = [caller_of(await run_database.claimed(owned_workflow), owned_workflow) for _ in range(2)]
+    child = structs.replace(root, execution_id=await start(starter, root, owned_workflow))
+    grandchild = structs.replace(root, execution_id=await start(starter, child, owned_workflow))
+    deepest = await start_refused(starter, grandchild, owned_workflow)
     assert (deepest.code, "PILOTFLAME_MAX_RUN_DEPTH" in deepest.message) == ("run-too-deep", True)
 
-    await start(starter, root, place, iteration="1")
+    await start(starter, root, owned_workflow, iteration="1")
     for caller in (root, child):
         with pytest.raises(NodeError) as refused:
-            await start(starter, caller, place, iteration="2")
+            await start(starter, caller, owned_workflow, iteration="2")
         assert refused.value.code == "too-many-sub-runs"
         assert "PILOTFLAME_MAX_SUB_RUNS" in refused.value.message
     # What was started stays found, and others have a number of their own.
-    assert await start(starter, root, place) == child.execution_id
-    await start(starter, other, place)
+    assert await start(starter, root, owned_workflow) == child.execution_id
+    await start(starter, other, owned_workflow)
 
 
-async def test_what_the_caller_may_not_read_is_not_run(world: RunDatabase) -> None:
-    place = await create_runnable(world)
-    caller = caller_of(await world.claimed(place), place)
-    starter = make_starter(world)
-    theirs, elsewhere = await create_runnable(world, place), await create_runnable(world)
-    for workflow in (theirs, elsewhere, replace(place, workflow_id="wf_absent")):
+async def test_what_the_caller_may_not_read_is_not_run(run_database: RunDatabase) -> None:
+    owned_workflow = await create_runnable(run_database)
+    caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    starter = make_starter(run_database)
+    theirs, elsewhere = (
+        await create_runnable(run_database, owned_workflow),
+        await create_runnable(run_database),
+    )
+    for workflow in (theirs, elsewhere, replace(owned_workflow, workflow_id="wf_absent")):
         assert (await start_refused(starter, caller, workflow)).code == "workflow-not-found"
 
     share = "INSERT INTO workflow_share (workflow_id, user_id, shared_at) VALUES (:workflow, :user, 0)"
-    await world.query(share, workflow=theirs.workflow_id, user=place.user_id)
+    await run_database.query(share, workflow=theirs.workflow_id, user=owned_workflow.user_id)
     await start(starter, caller, theirs)
-    public = await create_runnable(world, place, is_public=True)
+    public = await create_runnable(run_database, owned_workflow, is_public=True)
     await start(starter, caller, public, iteration="1")
 
     # An admin of the organisation reads all of it, and nothing of others.
-    await world.query("DELETE FROM workflow_share")
-    await world.database.transaction(
+    await run_database.query("DELETE FROM workflow_share")
+    await run_database.database.transaction(
         lambda connection: connection.execute(
-            update(User).where(col(User.id) == place.user_id).values(role="admin")
+            update(User).where(col(User.id) == owned_workflow.user_id).values(role="admin")
         )
     )
     await start(starter, caller, theirs, iteration="2")
     assert (await start_refused(starter, caller, elsewhere)).code == "workflow-not-found"
 
 
-async def test_what_cannot_be_run_says_why(world: RunDatabase) -> None:
-    place = await create_runnable(world)
-    caller = caller_of(await world.claimed(place), place)
-    starter = make_starter(world)
+async def test_what_cannot_be_run_says_why(run_database: RunDatabase) -> None:
+    owned_workflow = await create_runnable(run_database)
+    caller = caller_of(await run_database.claimed(owned_workflow), owned_workflow)
+    starter = make_starter(run_database)
     for status in ("paused", "archived"):
-        workflow = await create_runnable(world, place, status=status, is_public=True)
+        workflow = await create_runnable(run_database, owned_workflow, status=status, is_public=True)
         assert (await start_refused(starter, caller, workflow)).code == f"workflow-{status}"
-    broken = await create_runnable(world, place, is_public=True)
-    await world.query("UPDATE workflow_graph SET connections = '[]', nodes = '[]'")
+    broken = await create_runnable(run_database, owned_workflow, is_public=True)
+    await run_database.query("UPDATE workflow_graph SET connections = '[]', nodes = '[]'")
     refused = await start_refused(starter, caller, broken)
     assert refused.code == "invalid-definition"
     assert "no nodes" in refused.message
     full = await create_runnable(
-        world, place, is_public=True, settings={"concurrency": {"limit": 1, "onLimit": "reject"}}
+        run_database,
+        owned_workflow,
+        is_public=True,
+        settings={"concurrency": {"limit": 1, "onLimit": "reject"}},
     )
     await start(starter, caller, full)
     with pytest.raises(NodeError) as rejected:
@@ -238,38 +261,38 @@ async def test_what_cannot_be_run_says_why(world: RunDatabase) -> None:
 
 @pytest.mark.parametrize(("end", "status"), [("cancel", "cancelled"), ("stop", "stopped")])
 async def test_whoever_is_waited_for_does_not_outlive_its_parent(
-    world: RunDatabase, end: str, status: str
+    run_database: RunDatabase, end: str, status: str
 ) -> None:
-    place = await create_runnable(world)
-    parent = await world.claimed(place)
-    caller = caller_of(parent, place)
-    starter = make_starter(world)
-    child = await start(starter, caller, place)
-    running = await start(starter, caller, place, iteration="1")
-    grandchild = await start(starter, structs.replace(caller, execution_id=child), place)
-    alone = await start(starter, caller, place, iteration="2", awaited=False)
-    await world.query("UPDATE execution SET target = 'elsewhere' WHERE id <> :id", id=running)
-    (claimed,) = await world.claim()
+    owned_workflow = await create_runnable(run_database)
+    parent = await run_database.claimed(owned_workflow)
+    caller = caller_of(parent, owned_workflow)
+    starter = make_starter(run_database)
+    child = await start(starter, caller, owned_workflow)
+    running = await start(starter, caller, owned_workflow, iteration="1")
+    grandchild = await start(starter, structs.replace(caller, execution_id=child), owned_workflow)
+    alone = await start(starter, caller, owned_workflow, iteration="2", awaited=False)
+    await run_database.query("UPDATE execution SET target = 'elsewhere' WHERE id <> :id", id=running)
+    (claimed,) = await run_database.claim()
     assert claimed.execution_id == running
-    assert await children.request_abandoned_ends(world.database, world.store) == []
+    assert await children.request_abandoned_ends(run_database.database, run_database.store) == []
 
-    await world.expire(parent)
-    await world.store.request_end(key_of(parent), end)
-    ended = await children.request_abandoned_ends(world.database, world.store)
+    await run_database.expire(parent)
+    await run_database.store.request_end(key_of(parent), end)
+    ended = await children.request_abandoned_ends(run_database.database, run_database.store)
     assert {(one.execution_id, one.request) for one in ended[:2]} == {(child, end), (running, end)}
     assert [one.execution_id for one in ended[2:]] == [grandchild]
-    found = {one: (await world.row(one))["status"] for one in (child, grandchild, running, alone)}
+    found = {one: (await run_database.row(one))["status"] for one in (child, grandchild, running, alone)}
     assert found == {child: status, grandchild: status, running: "running", alone: "pending"}
-    assert (await world.row(running))["request"] == end
+    assert (await run_database.row(running))["request"] == end
     (told,) = [one.requested for one in ended if one.execution_id == running]
     assert told.lease_owner == "worker"
-    assert await children.request_abandoned_ends(world.database, world.store) == []
+    assert await children.request_abandoned_ends(run_database.database, run_database.store) == []
 
 
-async def test_a_parent_that_fails_stops_whoever_it_waits_for(world: RunDatabase) -> None:
-    place = await create_runnable(world)
-    parent = await world.claimed(place)
-    child = await start(make_starter(world), caller_of(parent, place), place)
-    await world.store.record([write(parent, end=RunStatus.FAILED)])
-    (ended,) = await children.request_abandoned_ends(world.database, world.store)
-    assert (ended.execution_id, (await world.row(child))["status"]) == (child, "stopped")
+async def test_a_parent_that_fails_stops_whoever_it_waits_for(run_database: RunDatabase) -> None:
+    owned_workflow = await create_runnable(run_database)
+    parent = await run_database.claimed(owned_workflow)
+    child = await start(make_starter(run_database), caller_of(parent, owned_workflow), owned_workflow)
+    await run_database.store.record([write(parent, end=RunStatus.FAILED)])
+    (ended,) = await children.request_abandoned_ends(run_database.database, run_database.store)
+    assert (ended.execution_id, (await run_database.row(child))["status"]) == (child, "stopped")

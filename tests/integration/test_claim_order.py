@@ -47,17 +47,17 @@ PRIORITY: Final = "((n * 7919) % 201 - 100)"
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
     # What is logged takes longer to print than what is tested.
     with capture_logs():
-        async with open_run_database(where) as world:
-            yield world
+        async with open_run_database(migrated_database) as run_database:
+            yield run_database
 
 
 @dataclass(frozen=True)
@@ -79,28 +79,30 @@ def build_catalog(until: asyncio.Event) -> NodeCatalog:
     return HeldNodeCatalog({**catalog.load_catalog().node_types, "hold": held}, hold=hold)
 
 
-async def flood(world: RunDatabase, place: OwnedWorkflow, *, rank: str, definition: str = QUICK) -> None:
+async def flood(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, *, rank: str, definition: str = QUICK
+) -> None:
     """Let ten thousand runs of a workflow wait."""
-    await world.accept(place, definition=definition, total_nodes=2)
-    organization = place.organization
+    await run_database.accept(owned_workflow, definition=definition, total_nodes=2)
+    organization = owned_workflow.organization
     rows = BacklogRows(
         organization.id,
-        place.workflow_id,
+        owned_workflow.workflow_id,
         MANY,
         shard=organization.shard,
-        user_id=place.user_id,
+        user_id=owned_workflow.user_id,
         definition_hash=sha256(definition.encode()).hexdigest(),
         rank=rank,
     )
-    await fill(world.database, rows)
+    await fill(run_database.database, rows)
 
 
 @asynccontextmanager
-async def serve_worker(world: RunDatabase) -> AsyncIterator[Broker]:
+async def serve_worker(run_database: RunDatabase) -> AsyncIterator[Broker]:
     """Run what waits, until the context ends; yields what it is woken by."""
     broker, end = await connect_broker(None), asyncio.Event()
     settings = WorkerSettings(lease_seconds=30, concurrency=20)
-    store, services = await world.another_store(), NodeServices(http=NoNetwork())
+    store, services = await run_database.another_store(), NodeServices(http=NoNetwork())
     executor = RunExecutor(store, broker, build_catalog(end), services, settings)
     await executor.start()
     try:
@@ -111,32 +113,32 @@ async def serve_worker(world: RunDatabase) -> AsyncIterator[Broker]:
         await broker.close()
 
 
-async def count_pending(world: RunDatabase) -> int:
-    (row,) = await world.query("SELECT count(*) AS count FROM execution WHERE status = 'pending'")
+async def count_pending(run_database: RunDatabase) -> int:
+    (row,) = await run_database.query("SELECT count(*) AS count FROM execution WHERE status = 'pending'")
     count: int = row["count"]
     return count
 
 
-async def wait_until_begun(world: RunDatabase, count: int) -> None:
+async def wait_until_begun(run_database: RunDatabase, count: int) -> None:
     """Wait until so many of the flood don't wait any more."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while await count_pending(world) > MANY + 1 - count:  # noqa: ASYNC110 - rows tell nobody
+        while await count_pending(run_database) > MANY + 1 - count:  # noqa: ASYNC110 - rows tell nobody
             await asyncio.sleep(0.02)
 
 
-async def wait_until_ended(world: RunDatabase, execution_id: str) -> dict[str, Any]:
+async def wait_until_ended(run_database: RunDatabase, execution_id: str) -> dict[str, Any]:
     """Wait until a run has completed, and return its row."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while (row := await world.row(execution_id))["ended_at"] is None:  # noqa: ASYNC110 - rows tell nobody
+        while (row := await run_database.row(execution_id))["ended_at"] is None:  # noqa: ASYNC110 - rows tell nobody
             await asyncio.sleep(0.02)
     assert row["status"] == "completed"
     return row
 
 
-async def count_overtaking(world: RunDatabase, flooded: OwnedWorkflow, execution_id: str) -> int:
+async def count_overtaking(run_database: RunDatabase, flooded: OwnedWorkflow, execution_id: str) -> int:
     """Return how many of the flood began between a run's acceptance and its end."""
-    row = await wait_until_ended(world, execution_id)
-    (found,) = await world.query(
+    row = await wait_until_ended(run_database, execution_id)
+    (found,) = await run_database.query(
         "SELECT count(*) AS count FROM execution"
         " WHERE workflow_id = :id AND started_at BETWEEN :since AND :until AND id <> :own",
         id=flooded.workflow_id,
@@ -148,40 +150,46 @@ async def count_overtaking(world: RunDatabase, flooded: OwnedWorkflow, execution
     return count
 
 
-async def test_the_backlog_of_one_delays_neither_others_nor_what_is_urgent(world: RunDatabase) -> None:
-    flooded = await world.workflow()
-    neighbour = await world.workflow(flooded.organization)
-    other = await world.workflow()
-    await flood(world, flooded, rank=f"{microseconds_from_now(0)} + n")
+async def test_the_backlog_of_one_delays_neither_others_nor_what_is_urgent(run_database: RunDatabase) -> None:
+    flooded = await run_database.workflow()
+    neighbour = await run_database.workflow(flooded.organization)
+    other = await run_database.workflow()
+    await flood(run_database, flooded, rank=f"{microseconds_from_now(0)} + n")
     run = {"definition": QUICK, "total_nodes": 2}
-    async with serve_worker(world):
-        await wait_until_begun(world, 100)
-        patient = await world.accept(flooded, priority=-100, **run)
-        urgent = await world.accept(flooded, priority=100, **run)
-        accepted = [urgent, await world.accept(neighbour, **run), await world.accept(other, **run)]
-        overtaken = [await count_overtaking(world, flooded, one.execution_id) for one in accepted]
-        assert await count_pending(world) > MANY / 10, "the backlog was gone too soon to delay anybody"
+    async with serve_worker(run_database):
+        await wait_until_begun(run_database, 100)
+        patient = await run_database.accept(flooded, priority=-100, **run)
+        urgent = await run_database.accept(flooded, priority=100, **run)
+        accepted = [
+            urgent,
+            await run_database.accept(neighbour, **run),
+            await run_database.accept(other, **run),
+        ]
+        overtaken = [await count_overtaking(run_database, flooded, one.execution_id) for one in accepted]
+        assert await count_pending(run_database) > MANY / 10, "the backlog was gone too soon to delay anybody"
         assert max(overtaken) < MANY / 50
-        assert (await world.row(patient.execution_id))["status"] == "pending"
+        assert (await run_database.row(patient.execution_id))["status"] == "pending"
 
 
-async def test_an_organisation_waits_for_no_place_that_the_runs_of_another_hold(world: RunDatabase) -> None:
-    flooded, other = await world.workflow(), await world.workflow()
-    await flood(world, flooded, rank=f"{microseconds_from_now(0)} + n", definition=HELD)
-    async with serve_worker(world) as broker:
-        await wait_until_begun(world, 20)
-        one = await world.accept(other, definition=QUICK, total_nodes=2)
+async def test_an_organisation_waits_for_no_place_that_the_runs_of_another_hold(
+    run_database: RunDatabase,
+) -> None:
+    flooded, other = await run_database.workflow(), await run_database.workflow()
+    await flood(run_database, flooded, rank=f"{microseconds_from_now(0)} + n", definition=HELD)
+    async with serve_worker(run_database) as broker:
+        await wait_until_begun(run_database, 20)
+        one = await run_database.accept(other, definition=QUICK, total_nodes=2)
         await broker.wake_workers()
-        await wait_until_ended(world, one.execution_id)
-        assert await count_pending(world) == MANY + 1 - 20, "nobody has left its place"
+        await wait_until_ended(run_database, one.execution_id)
+        assert await count_pending(run_database) == MANY + 1 - 20, "nobody has left its place"
 
 
-async def test_priorities_are_honoured_between_all_rows_that_wait(world: RunDatabase) -> None:
-    place = await world.workflow()
+async def test_priorities_are_honoured_between_all_rows_that_wait(run_database: RunDatabase) -> None:
+    owned_workflow = await run_database.workflow()
     began = 1_000_000_000_000_000
-    await flood(world, place, rank=f"{began} + n - {PRIORITY} * {PRIORITY_MICROSECONDS}")
-    claims = [await world.claim(limit=50) for _ in range(20)]
-    ranks = {row["id"]: row["rank"] for row in await world.query("SELECT id, rank FROM execution")}
+    await flood(run_database, owned_workflow, rank=f"{began} + n - {PRIORITY} * {PRIORITY_MICROSECONDS}")
+    claims = [await run_database.claim(limit=50) for _ in range(20)]
+    ranks = {row["id"]: row["rank"] for row in await run_database.query("SELECT id, rank FROM execution")}
     in_turn = [sorted(ranks.pop(one.execution_id) for one in claim) for claim in claims]
     taken = [rank for claim in in_turn for rank in claim]
     assert taken == sorted(taken)

@@ -36,9 +36,9 @@ CALENDAR = {
 
 
 @pytest.fixture
-async def world(on_sqlite: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(on_sqlite) as world:
-        yield world
+async def run_database(on_sqlite: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(on_sqlite) as run_database:
+        yield run_database
 
 
 @pytest.fixture(params=[DAY, -DAY], ids=["ahead", "back"])
@@ -64,26 +64,26 @@ def test_each_column_that_ends_something_is_moved_or_is_a_moment_of_the_calendar
 
 
 async def test_leases_deadlines_waits_and_keys_last_as_long_as_they_would_have(
-    world: RunDatabase, step: int
+    run_database: RunDatabase, step: int
 ) -> None:
-    await create_runs(world)
-    before = await read_deadlines(world)
-    await clock_sync.follow_host_clock(world.database)
+    await create_runs(run_database)
+    before = await read_deadlines(run_database)
+    await clock_sync.follow_host_clock(run_database.database)
     assert abs(HOST_TIME.step()) < MOMENT
-    after = await read_deadlines(world)
+    after = await read_deadlines(run_database)
     assert {name: moment - before[name] for name, moment in after.items()} == {
         # A run that waits keeps what is left of its time, which no clock moves.
         name: 0 if name == "waiting deadline_at" else pytest.approx(step, abs=MOMENT)
         for name in before
     }
-    swept = await world.store.sweep(10)
+    swept = await run_database.store.sweep(10)
     assert (swept.requeued, swept.due, len(swept.ended)) == (0, 0, 0)
 
 
 async def test_a_clock_is_not_followed_where_the_rows_could_not_be_moved(
-    world: RunDatabase, step: int, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transaction = world.database.transaction
+    transaction = run_database.database.transaction
 
     async def fails(work: Callable[[AsyncConnection], Awaitable[Any]]) -> None:
         async def undone(connection: AsyncConnection) -> None:
@@ -92,22 +92,22 @@ async def test_a_clock_is_not_followed_where_the_rows_could_not_be_moved(
 
         await transaction(undone)
 
-    await create_runs(world)
-    before = await read_deadlines(world)
-    monkeypatch.setattr(world.database, "transaction", fails)
+    await create_runs(run_database)
+    before = await read_deadlines(run_database)
+    monkeypatch.setattr(run_database.database, "transaction", fails)
     with pytest.raises(DatabaseUnavailable):
-        await clock_sync.follow_host_clock(world.database)
+        await clock_sync.follow_host_clock(run_database.database)
     monkeypatch.undo()
     assert abs(HOST_TIME.step() - step) < MOMENT
-    assert await read_deadlines(world) == before
+    assert await read_deadlines(run_database) == before
 
 
 async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
-    world: RunDatabase, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clock_sync, "CHECK_SECONDS", 0.01)
-    clock = world.database.clock
-    async with clock_sync.run_clock_sync(world.database):
+    clock = run_database.database.clock
+    async with clock_sync.run_clock_sync(run_database.database):
         # As after a night in which the machine slept, and the monotonic clock stood still.
         clock.learn(clock.now() - timedelta(hours=8), time.monotonic())
         async with asyncio.timeout(60):
@@ -115,17 +115,17 @@ async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
                 await asyncio.sleep(0.01)
 
 
-async def create_runs(world: RunDatabase) -> None:
+async def create_runs(run_database: RunDatabase) -> None:
     """Have one run at work, one asleep for an hour, and a key by which one of them is known again."""
-    place = await world.workflow()
-    await world.claimed(place, idempotency=IdempotencyKey("scope", "key", "fingerprint"))
-    asleep = await world.claimed(place)
+    place = await run_database.workflow()
+    await run_database.claimed(place, idempotency=IdempotencyKey("scope", "key", "fingerprint"))
+    asleep = await run_database.claimed(place)
     due_at = from_microseconds(HOST_TIME.microseconds() + 3_600_000_000)
-    await world.store.record([write(asleep, end=RunStatus.WAITING, due_at=due_at)])
+    await run_database.store.record([write(asleep, end=RunStatus.WAITING, due_at=due_at)])
 
 
-async def read_deadlines(world: RunDatabase) -> dict[str, int]:
-    rows = await world.query(
+async def read_deadlines(run_database: RunDatabase) -> dict[str, int]:
+    rows = await run_database.query(
         "SELECT status, lease_until, deadline_at, due_at FROM execution"
         " UNION ALL SELECT 'key', NULL, NULL, expires_at FROM idempotency"
     )

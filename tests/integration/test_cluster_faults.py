@@ -58,17 +58,17 @@ CURED_SECONDS = 5.0
 
 
 @pytest.fixture(scope="module")
-async def world(
+async def harness(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
-    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as world:
-        yield world
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as harness:
+        yield harness
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_is_left_deployed(world: GatewayHarness) -> AsyncIterator[None]:
+async def _nothing_is_left_deployed(harness: GatewayHarness) -> AsyncIterator[None]:
     yield
-    await forget_deployments(world)
+    await forget_deployments(harness)
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ class TwoMachineCluster:
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[TwoMachineCluster]:
+async def two_machine_cluster(tmp_path: Path) -> AsyncIterator[TwoMachineCluster]:
     async with clusters.open_fake_cluster(tmp_path, second=0.005) as (found, api):
         api.node.runs_commands = False
         api.node.pull_seconds = 3_600  # a real one gets to five minutes
@@ -126,19 +126,19 @@ async def fake(tmp_path: Path) -> AsyncIterator[TwoMachineCluster]:
 
 @asynccontextmanager
 async def run_deployer_on(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     cluster: DriverUnderTest,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
     command = (cluster.python, "-S", "-c", PROGRAM)
     given: dict[str, Any] = {"cluster": "kubernetes", "runner_image": cluster.image, **settings}
-    async with run_test_deployer(world, cluster.reopen, command=command, **given) as found:
+    async with run_test_deployer(harness, cluster.reopen, command=command, **given) as found:
         yield found
 
 
-async def undeploy_and_wait(world: GatewayHarness, people: OrganizationUsers, workflow_id: str) -> None:
+async def undeploy_and_wait(harness: GatewayHarness, people: OrganizationUsers, workflow_id: str) -> None:
     await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
-    await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+    await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 async def trigger(people: OrganizationUsers, workflow_id: str) -> tuple[int, str, str]:
@@ -157,33 +157,40 @@ def is_blocked_by(code: str) -> Callable[[Deployment], bool]:
 
 
 async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_the_pods(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    two_machine_cluster: TwoMachineCluster,
 ) -> None:
-    fake.api.node.missing_images.add(fake.cluster.image)
-    fake.api.node.terminate_seconds = 0.3
+    two_machine_cluster.api.node.missing_images.add(two_machine_cluster.cluster.image)
+    two_machine_cluster.api.node.terminate_seconds = 0.3
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster) as found:
-        await wait_for_deployment(world, workflow_id, has_failed)
+    async with run_deployer_on(harness, two_machine_cluster.cluster) as found:
+        await wait_for_deployment(harness, workflow_id, has_failed)
         # The same in other words, once the kubelet has given up for a while.
         failed = await wait_for_deployment(
-            world, workflow_id, lambda one: "Back-off" in (one.observed_reason or "")
+            harness, workflow_id, lambda one: "Back-off" in (one.observed_reason or "")
         )
-        assert fake.cluster.image in str(failed.observed_reason)
-        await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
+        assert two_machine_cluster.cluster.image in str(failed.observed_reason)
+        await lifecycle_policies.keep_policies(harness.gateway.database, harness.gateway.broker)
         seen = [
-            await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPING),
-            await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED),
+            await wait_for_deployment(
+                harness, workflow_id, lambda one: one.observed == ObservedState.STOPPING
+            ),
+            await wait_for_deployment(
+                harness, workflow_id, lambda one: one.observed == ObservedState.STOPPED
+            ),
         ]
-        fake.api.lose_etcd()
+        two_machine_cluster.api.lose_etcd()
         found.request_reconcile(workflow_id)
         unknown = await wait_for_deployment(
-            world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
+            harness, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
         )
         assert unknown.observed_reason != failed.observed_reason
-        fake.api.restart_etcd()
+        two_machine_cluster.api.restart_etcd()
         found.request_reconcile(workflow_id)
         seen.append(
-            await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STOPPED)
+            await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.STOPPED)
         )
         for one in seen:
             assert status_of(one) is DeploymentStatus.FAILED
@@ -193,51 +200,54 @@ async def test_an_image_that_is_nowhere_fails_at_once_and_its_reason_outlives_th
 
 
 async def test_a_start_that_has_failed_goes_on_for_the_next_call_after_the_cure(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    two_machine_cluster: TwoMachineCluster,
 ) -> None:
-    image = fake.cluster.image
-    fake.api.node.missing_images.add(image)
+    image = two_machine_cluster.cluster.image
+    two_machine_cluster.api.node.missing_images.add(image)
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster):
-        failed = await wait_for_deployment(world, workflow_id, has_failed)
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
+        failed = await wait_for_deployment(harness, workflow_id, has_failed)
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "start-failed")
         assert image in message
-        again = await wait_for_deployment(world, workflow_id, has_failed)
+        again = await wait_for_deployment(harness, workflow_id, has_failed)
         assert again.generation > failed.generation, "it was tried once more for the call"
-        fake.api.node.missing_images.discard(image)
+        two_machine_cluster.api.node.missing_images.discard(image)
         async with asyncio.timeout(CURED_SECONDS):
             await request_lifecycle(people.owner, "start", workflow_id, 202)
-            running = await wait_for_deployment(world, workflow_id, is_running)
+            running = await wait_for_deployment(harness, workflow_id, is_running)
         assert (running.observed_reason, running.failed_reason) == (None, None)
 
 
 async def test_a_start_over_the_quota_says_so_at_once_and_goes_on_when_there_is_room(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, cluster: DriverUnderTest
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, cluster: DriverUnderTest
 ) -> None:
     await cluster.set_quota({"pods": "0"})
-    async with run_deployer_on(world, cluster, start_seconds=0.1):
+    async with run_deployer_on(harness, cluster, start_seconds=0.1):
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-        blocked = await wait_for_deployment(world, workflow_id, is_blocked_by("quota"))
+        blocked = await wait_for_deployment(harness, workflow_id, is_blocked_by("quota"))
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         assert blocked.observed_reason is not None
         assert blocked.observed_reason in message
         async with asyncio.timeout(CURED_SECONDS + (cluster.patience_seconds if cluster.is_real else 0)):
             await cluster.set_quota(None)
-            running = await wait_for_deployment(world, workflow_id, is_running)
+            running = await wait_for_deployment(harness, workflow_id, is_running)
         assert (running.observed_reason, running.observed_reason_code) == (None, None)
-        await undeploy_and_wait(world, people, workflow_id)
+        await undeploy_and_wait(harness, people, workflow_id)
 
 
 async def test_a_deploy_is_answered_as_soon_as_it_is_known_that_there_is_no_room(
     postgres: PostgresServer, tmp_path: Path, cluster: DriverUnderTest
 ) -> None:
-    async with create_gateway("sqlite", postgres, tmp_path, settle_seconds=300) as world:
-        owner = (await world.people()).owner
+    async with create_gateway("sqlite", postgres, tmp_path, settle_seconds=300) as harness:
+        owner = (await harness.people()).owner
         workflow_id = await owner.create(**GRAPH)
         await cluster.set_quota({"pods": "0"})
-        async with run_deployer_on(world, cluster):
+        async with run_deployer_on(harness, cluster):
             answer = await request_lifecycle(owner, "deploy", workflow_id, 202)
             assert answer["deploymentStatus"] == "starting"
             assert "exceeded quota" in answer["reason"]
@@ -246,19 +256,22 @@ async def test_a_deploy_is_answered_as_soon_as_it_is_known_that_there_is_no_room
 
 
 async def test_a_start_that_no_node_has_room_for_says_so_at_once_and_goes_on_when_one_has(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    two_machine_cluster: TwoMachineCluster,
 ) -> None:
-    for machine in fake.api.node.machines:
+    for machine in two_machine_cluster.api.node.machines:
         machine.cpu_millicores = 1
-    async with run_deployer_on(world, fake.cluster, start_seconds=0.1):
+    async with run_deployer_on(harness, two_machine_cluster.cluster, start_seconds=0.1):
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, is_blocked_by("unschedulable"))
+        await wait_for_deployment(harness, workflow_id, is_blocked_by("unschedulable"))
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         assert "0/2 nodes are available: 2 Insufficient cpu." in message
-        fake.api.node.machines.append(FakeMachine("node-3"))
-        fake.api.store.touch()
-        running = await wait_for_deployment(world, workflow_id, is_running)
+        two_machine_cluster.api.node.machines.append(FakeMachine("node-3"))
+        two_machine_cluster.api.store.touch()
+        running = await wait_for_deployment(harness, workflow_id, is_running)
         assert (running.observed_reason, running.observed_reason_code) == (None, None)
 
 
@@ -266,130 +279,135 @@ async def test_a_start_that_no_node_has_room_for_says_so_at_once_and_goes_on_whe
 
 
 async def test_a_drained_node_is_left_for_another_and_nothing_has_failed(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    two_machine_cluster: TwoMachineCluster,
 ) -> None:
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster):
-        before = await wait_for_deployment(world, workflow_id, is_running)
-        assert fake.used == "node-1"
-        fake.api.controllers.drain("node-1")
-        await turn_until(lambda: len(fake.pods()) == 1 and fake.used == "node-2")
-        after = await wait_for_deployment(world, workflow_id, is_running)
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
+        before = await wait_for_deployment(harness, workflow_id, is_running)
+        assert two_machine_cluster.used == "node-1"
+        two_machine_cluster.api.controllers.drain("node-1")
+        await turn_until(
+            lambda: len(two_machine_cluster.pods()) == 1 and two_machine_cluster.used == "node-2"
+        )
+        after = await wait_for_deployment(harness, workflow_id, is_running)
         assert after.generation == before.generation
 
 
 async def test_a_lost_node_is_told_of_and_its_workflow_serves_again_from_another(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: TwoMachineCluster,
+    two_machine_cluster: TwoMachineCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # By itself, the cluster would wait for the tolerations to be over.
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster):
-        before = await wait_for_deployment(world, workflow_id, is_running)
-        (lost,) = fake.pods()
-        await fake.api.controllers.silence("node-1", is_powered=False)
-        told = await wait_for_deployment(world, workflow_id, is_blocked_by("node-not-ready"))
-        assert (told.ready_addresses, fake.used) == ([], "node-1")
-        after = await wait_for_deployment(world, workflow_id, is_running)
-        assert (fake.used, after.generation) == ("node-2", before.generation)
-        shown = fake.api.store.get(KINDS["pods"], NAMESPACE, lost["metadata"]["name"])
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
+        before = await wait_for_deployment(harness, workflow_id, is_running)
+        (lost,) = two_machine_cluster.pods()
+        await two_machine_cluster.api.controllers.silence("node-1", is_powered=False)
+        told = await wait_for_deployment(harness, workflow_id, is_blocked_by("node-not-ready"))
+        assert (told.ready_addresses, two_machine_cluster.used) == ([], "node-1")
+        after = await wait_for_deployment(harness, workflow_id, is_running)
+        assert (two_machine_cluster.used, after.generation) == ("node-2", before.generation)
+        shown = two_machine_cluster.api.store.get(KINDS["pods"], NAMESPACE, lost["metadata"]["name"])
         assert "deletionTimestamp" in shown["metadata"], "its node can't tell yet that it has ended"
 
 
 async def test_a_node_that_is_back_within_moments_keeps_its_pod(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: TwoMachineCluster,
+    two_machine_cluster: TwoMachineCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(minutes=1))
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster):
-        await wait_for_deployment(world, workflow_id, is_running)
-        (before,) = fake.pods()
-        await fake.api.controllers.silence("node-1", is_powered=True)
-        await wait_for_deployment(world, workflow_id, is_blocked_by("node-not-ready"))
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
+        await wait_for_deployment(harness, workflow_id, is_running)
+        (before,) = two_machine_cluster.pods()
+        await two_machine_cluster.api.controllers.silence("node-1", is_powered=True)
+        await wait_for_deployment(harness, workflow_id, is_blocked_by("node-not-ready"))
         status, code, message = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
         assert "The node node-1 of the pod is not ready" in message
-        fake.api.controllers.mend("node-1")
-        await wait_for_deployment(world, workflow_id, is_running)
-        assert [pod["metadata"]["uid"] for pod in fake.pods()] == [before["metadata"]["uid"]]
+        two_machine_cluster.api.controllers.mend("node-1")
+        await wait_for_deployment(harness, workflow_id, is_running)
+        assert [pod["metadata"]["uid"] for pod in two_machine_cluster.pods()] == [before["metadata"]["uid"]]
 
 
 async def test_a_pod_of_a_lost_node_is_left_to_the_cluster_while_another_serves(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: TwoMachineCluster,
+    two_machine_cluster: TwoMachineCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for machine in fake.api.node.machines:
+    for machine in two_machine_cluster.api.node.machines:
         machine.cpu_millicores = 500  # room for one pod each
     tolerated = machines.toleration_seconds
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster):
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
         await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
-        await wait_for_deployment(world, workflow_id, lambda one: one.ready_replicas == 2)
-        await fake.api.controllers.silence("node-1", is_powered=True)
+        await wait_for_deployment(harness, workflow_id, lambda one: one.ready_replicas == 2)
+        await two_machine_cluster.api.controllers.silence("node-1", is_powered=True)
         lost = await wait_for_deployment(
-            world, workflow_id, lambda one: one.observed_reason_code == "node-not-ready"
+            harness, workflow_id, lambda one: one.observed_reason_code == "node-not-ready"
         )
         assert (status_of(lost), lost.ready_replicas) == (DeploymentStatus.RUNNING, 1)
         assert lost.observed_reason == "The node node-1 of the pod is not ready"
-        assert len(fake.pods()) == 2, "nobody has deleted one"
+        assert len(two_machine_cluster.pods()) == 2, "nobody has deleted one"
         # From its toleration on, another pod is wanted in its place.
-        fake.api.node.machines.append(FakeMachine("node-3", cpu_millicores=500))
+        two_machine_cluster.api.node.machines.append(FakeMachine("node-3", cpu_millicores=500))
         monkeypatch.setattr(machines, "toleration_seconds", tolerated)
-        whole = await wait_for_deployment(world, workflow_id, lambda one: one.ready_replicas == 2)
+        whole = await wait_for_deployment(harness, workflow_id, lambda one: one.ready_replicas == 2)
         assert whole.observed_reason is None
-        assert {pod["spec"]["nodeName"] for pod in fake.pods()} == {"node-2", "node-3"}
+        assert {pod["spec"]["nodeName"] for pod in two_machine_cluster.pods()} == {"node-2", "node-3"}
 
 
 async def test_a_node_that_is_lost_alone_is_waited_for_with_the_reason(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: TwoMachineCluster,
+    two_machine_cluster: TwoMachineCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(reconcile, "LOST_NODE_TIME", timedelta(seconds=0.2))
-    fake.api.node.machines.pop()
+    two_machine_cluster.api.node.machines.pop()
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster, start_seconds=0.1):
-        await wait_for_deployment(world, workflow_id, is_running)
-        await fake.api.controllers.silence("node-1", is_powered=False)
-        blocked = await wait_for_deployment(world, workflow_id, is_blocked_by("unschedulable"))
+    async with run_deployer_on(harness, two_machine_cluster.cluster, start_seconds=0.1):
+        await wait_for_deployment(harness, workflow_id, is_running)
+        await two_machine_cluster.api.controllers.silence("node-1", is_powered=False)
+        blocked = await wait_for_deployment(harness, workflow_id, is_blocked_by("unschedulable"))
         assert "untolerated taint {node.kubernetes.io/unreachable" in str(blocked.observed_reason)
         status, code, _ = await trigger(people, workflow_id)
         assert (status, code) == (503, "not-ready")
-        fake.api.controllers.mend("node-1")
+        two_machine_cluster.api.controllers.mend("node-1")
         async with asyncio.timeout(CURED_SECONDS):
-            await wait_for_deployment(world, workflow_id, is_running)
+            await wait_for_deployment(harness, workflow_id, is_running)
 
 
 async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
 ) -> None:
     async with clusters.open_fake_cluster(tmp_path) as (cluster, api):
         api.node.delay_seconds = 0.2  # so long it stays down
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-        async with run_deployer_on(world, cluster):
-            (address,) = (await wait_for_deployment(world, workflow_id, is_running)).ready_addresses
+        async with run_deployer_on(harness, cluster):
+            (address,) = (await wait_for_deployment(harness, workflow_id, is_running)).ready_addresses
             await cluster.get(f"{address}/exit?code=137")
             killed = await wait_for_deployment(
-                world, workflow_id, lambda one: one.observed_reason_code == "out-of-memory"
+                harness, workflow_id, lambda one: one.observed_reason_code == "out-of-memory"
             )
             assert killed.observed_reason == "The pod used more memory than it is granted"
-            again = await wait_for_deployment(world, workflow_id, is_running)
+            again = await wait_for_deployment(harness, workflow_id, is_running)
             assert (again.observed_reason, again.generation) == (None, killed.generation)
 
 
@@ -397,7 +415,7 @@ async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
 
 
 async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
     cluster: DriverUnderTest,
@@ -405,36 +423,41 @@ async def test_a_namespace_that_was_deleted_is_filled_again_once_it_is_there(
 ) -> None:
     monkeypatch.setattr(refusal_budget, "SECONDS_PER_REQUEST", 0.1)
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, cluster) as found:
-        before = await wait_for_deployment(world, workflow_id, is_running)
+    async with run_deployer_on(harness, cluster) as found:
+        before = await wait_for_deployment(harness, workflow_id, is_running)
         await cluster.delete_namespace()
         lost = await wait_for_deployment(
-            world, workflow_id, lambda one: not is_running(one) and one.observed_reason is not None
+            harness, workflow_id, lambda one: not is_running(one) and one.observed_reason is not None
         )
         assert cluster.namespace in str(lost.observed_reason)
         await cluster.create_namespace()
         found.request_reconcile(workflow_id)  # it would look again within a minute
-        again = await wait_for_deployment(world, workflow_id, is_running)
+        again = await wait_for_deployment(harness, workflow_id, is_running)
         assert again.generation == before.generation
-        await undeploy_and_wait(world, people, workflow_id)
+        await undeploy_and_wait(harness, people, workflow_id)
 
 
 async def test_an_etcd_that_was_away_has_cost_no_pod_and_no_wish(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, fake: TwoMachineCluster
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    workflow_id: str,
+    two_machine_cluster: TwoMachineCluster,
 ) -> None:
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster):
-        await wait_for_deployment(world, workflow_id, is_running)
-        (before,) = fake.pods()
-        fake.api.lose_etcd()
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
+        await wait_for_deployment(harness, workflow_id, is_running)
+        (before,) = two_machine_cluster.pods()
+        two_machine_cluster.api.lose_etcd()
         await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
         unknown = await wait_for_deployment(
-            world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
+            harness, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
         )
         assert "etcdserver: request timed out" in str(unknown.observed_reason)
-        fake.api.restart_etcd()
-        await wait_for_deployment(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
-        assert before["metadata"]["uid"] in {pod["metadata"]["uid"] for pod in fake.pods()}
+        two_machine_cluster.api.restart_etcd()
+        await wait_for_deployment(
+            harness, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2
+        )
+        assert before["metadata"]["uid"] in {pod["metadata"]["uid"] for pod in two_machine_cluster.pods()}
 
 
 # ── deployers that race ───────────────────────────────────────────────────────────────────────────────────────
@@ -464,36 +487,36 @@ class FreezingApi(KubernetesApi):
 
 
 async def test_a_deployer_that_was_frozen_leaves_to_others_what_they_have_taken_over(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: TwoMachineCluster,
+    two_machine_cluster: TwoMachineCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(deployment_rows, "LOCK_SECONDS", 0.5)
-    frozen_api = FreezingApi(fake.api)
+    frozen_api = FreezingApi(two_machine_cluster.api)
 
     async def open_frozen() -> ClusterDriver:
         return KubernetesDriver(frozen_api, clusters.cluster_layout())
 
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_deployer_on(world, fake.cluster):
-        first = await wait_for_deployment(world, workflow_id, is_running)
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
+        first = await wait_for_deployment(harness, workflow_id, is_running)
     await edit_workflow(people, workflow_id, "second")
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
     frozen_api.changes_left = 3
-    frozen = build_deployer(world, open_frozen, cluster="kubernetes")
+    frozen = build_deployer(harness, open_frozen, cluster="kubernetes")
     look = asyncio.create_task(frozen.reconciler.reconcile(workflow_id))
     async with asyncio.timeout(PATIENCE_SECONDS):
         await frozen_api.is_frozen.wait()
-    async with run_deployer_on(world, fake.cluster):
-        second = await wait_for_deployment(world, workflow_id, is_running)
+    async with run_deployer_on(harness, two_machine_cluster.cluster):
+        second = await wait_for_deployment(harness, workflow_id, is_running)
         assert second.definition_hash != first.definition_hash
         frozen_api.changes_left = None
         frozen_api.is_thawed.set()
         await look
-        await turn_until(lambda: len(fake.pods()) == 1)
-        (pod,) = fake.pods()
+        await turn_until(lambda: len(two_machine_cluster.pods()) == 1)
+        (pod,) = two_machine_cluster.pods()
         assert pod["metadata"]["annotations"][DEFINITION_ANNOTATION] == second.definition_hash
     assert frozen_api.late == []
     await frozen.stop()
@@ -512,13 +535,13 @@ async def edit_workflow(people: OrganizationUsers, workflow_id: str, text: str) 
 @pytest.fixture
 async def gateway(postgres: PostgresServer, tmp_path: Path) -> AsyncIterator[GatewayHarness]:
     """A gateway of its own: it stops for good with the server that pods reach it at."""
-    async with create_gateway("sqlite", postgres, tmp_path) as world:
-        yield world
+    async with create_gateway("sqlite", postgres, tmp_path) as harness:
+        yield harness
 
 
 @asynccontextmanager
 async def run_pods(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     folder: Path,
     *,
     second: float,
@@ -526,7 +549,7 @@ async def run_pods(
 ) -> AsyncIterator[TwoMachineCluster]:
     """Bring real runners to two machines of a fake cluster."""
     async with (
-        listen_for_pods(world) as url,
+        listen_for_pods(harness) as url,
         clusters.open_fake_cluster(folder, second=second) as (cluster, api),
     ):
         api.node.machines.append(FakeMachine("node-2"))
@@ -536,7 +559,7 @@ async def run_pods(
             **settings,
         }
         async with run_test_deployer(
-            world, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **given
+            harness, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **given
         ):
             yield TwoMachineCluster(cluster, api)
 
@@ -565,12 +588,12 @@ async def test_callers_notification_neither_a_drain_nor_a_deploy_nor_a_rollback(
 
     said_first = {"id": "step", "nodeId": "set", "config": {"values": {"said": "first"}}}
     workflow_id = await people.owner.create(nodes=[TRIGGER, said_first], connections=[EDGE])
-    async with run_pods(gateway, tmp_path, second=0.1) as fake:
+    async with run_pods(gateway, tmp_path, second=0.1) as two_machine_cluster:
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
         first = await wait_for_deployment(gateway, workflow_id, is_running)
         callers = [asyncio.create_task(call()) for _ in range(3)]
         await answered(5)
-        fake.api.controllers.drain("node-1")
+        two_machine_cluster.api.controllers.drain("node-1")
         await wait_for_deployment(
             gateway, workflow_id, lambda one: one.ready_addresses != first.ready_addresses
         )
@@ -604,7 +627,7 @@ async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
     people = await gateway.people()
     async with (
         run_receiver() as receiver,
-        run_pods(gateway, tmp_path, second=0.01, lease_seconds=1.5) as fake,
+        run_pods(gateway, tmp_path, second=0.01, lease_seconds=1.5) as two_machine_cluster,
     ):
         receiver.may_answer.clear()
         asks = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
@@ -622,7 +645,7 @@ async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
                     await asyncio.sleep(0.05)
 
         await asked_for(1)
-        await fake.api.controllers.silence("node-1", is_powered=False)
+        await two_machine_cluster.api.controllers.silence("node-1", is_powered=False)
         await asked_for(2)
         assert len({one.headers["idempotency-key"] for one in receiver.received}) == 1
         receiver.may_answer.set()
@@ -630,6 +653,6 @@ async def test_what_a_pod_on_a_lost_node_held_goes_on_in_another(
         async with asyncio.timeout(PATIENCE_SECONDS):
             while (await people.owner.api.get(progress)).json()["status"] != "completed":  # noqa: ASYNC110 - an API has no event
                 await asyncio.sleep(0.05)
-        assert fake.used == "node-2"
-        fake.api.controllers.mend("node-1")
+        assert two_machine_cluster.used == "node-2"
+        two_machine_cluster.api.controllers.mend("node-1")
         await undeploy_and_wait(gateway, people, workflow_id)

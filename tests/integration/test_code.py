@@ -61,22 +61,22 @@ class CodeBench:
 
 
 @pytest.fixture(scope="module", params=list(CodeBackend))
-async def bench(request: pytest.FixtureRequest) -> AsyncIterator[CodeBench]:
-    bench = CodeBench(request.param)
-    yield bench
-    await bench.runner.close()
+async def code_bench(request: pytest.FixtureRequest) -> AsyncIterator[CodeBench]:
+    code_bench = CodeBench(request.param)
+    yield code_bench
+    await code_bench.runner.close()
 
 
 # ── what a script gives ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-async def test_an_example_comes_true(bench: CodeBench, example: dict[str, Any]) -> None:
+async def test_an_example_comes_true(code_bench: CodeBench, example: dict[str, Any]) -> None:
     config = example["config"]
     if "error" in example:
-        assert await bench.failure(data=example["input"], **config) == ("code-error", example["error"])
+        assert await code_bench.failure(data=example["input"], **config) == ("code-error", example["error"])
     else:
-        assert await bench.output(data=example["input"], **config) == example["output"]
+        assert await code_bench.output(data=example["input"], **config) == example["output"]
 
 
 @pytest.mark.parametrize(
@@ -98,16 +98,16 @@ async def test_an_example_comes_true(bench: CodeBench, example: dict[str, Any]) 
     ],
 )
 async def test_the_last_expression_or_what_is_returned_is_the_result(
-    bench: CodeBench, source: str, result: Json
+    code_bench: CodeBench, source: str, result: Json
 ) -> None:
-    assert await bench.output(source, {"a": 1, "seven": 7}, inputs={"n": "{{ data.seven }}"}) == result
+    assert await code_bench.output(source, {"a": 1, "seven": 7}, inputs={"n": "{{ data.seven }}"}) == result
 
 
-async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(bench: CodeBench) -> None:
+async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(code_bench: CodeBench) -> None:
     names: dict[str, Json] = {"data": None, "inputs": {}, "item": {"n": 3}, "index": 2}
 
     async def run(source: str, caller: RunCaller) -> Json:
-        return await bench.runner.run(
+        return await code_bench.runner.run(
             caller, source, names, timeout_seconds=5, max_memory_bytes=2**26, print_line=print
         )
 
@@ -117,19 +117,21 @@ async def test_a_script_sees_what_it_is_given_and_no_more_of_an_earlier_one(benc
             await run("secret", caller)
 
 
-async def test_large_values_go_in_and_out(bench: CodeBench) -> None:
+async def test_large_values_go_in_and_out(code_bench: CodeBench) -> None:
     rows: Json = [{"id": n, "name": "x" * 60} for n in range(10_000)]
-    assert await bench.output("data", rows) == rows
+    assert await code_bench.output("data", rows) == rows
 
 
-async def test_what_is_printed_goes_to_the_log(bench: CodeBench) -> None:
-    called = await bench.called("print('a', 1)\nprint('b', end='')\nprint('c\\n\\nd')\nprint('e', end='')")
+async def test_what_is_printed_goes_to_the_log(code_bench: CodeBench) -> None:
+    called = await code_bench.called(
+        "print('a', 1)\nprint('b', end='')\nprint('c\\n\\nd')\nprint('e', end='')"
+    )
     assert called.lines == [("info", line) for line in ("a 1", "bc", "", "d", "e")]
 
 
 @pytest.mark.parametrize("source", ["for n in range(3_000): print(n)", "print('x' * 3_000_000)"])
-async def test_only_so_much_is_printed(bench: CodeBench, source: str) -> None:
-    lines = (await bench.called(source)).lines
+async def test_only_so_much_is_printed(code_bench: CodeBench, source: str) -> None:
+    lines = (await code_bench.called(source)).lines
     assert 1 <= len(lines) <= 1_001
     assert max(len(line) for _, line in lines) <= 8_192
     assert lines.count(("warning", "The code printed too much: the rest is left out")) == 1
@@ -152,8 +154,8 @@ async def test_only_so_much_is_printed(bench: CodeBench, source: str) -> None:
         ("import no_such_module", r"ModuleNotFoundError: No module named 'no_such_module' \(line 1\)"),
     ],
 )
-async def test_an_exception_is_told_with_its_line(bench: CodeBench, source: str, message: str) -> None:
-    code, told = await bench.failure(source)
+async def test_an_exception_is_told_with_its_line(code_bench: CodeBench, source: str, message: str) -> None:
+    code, told = await code_bench.failure(source)
     assert code == "code-error"
     assert re.match(message, told), told
 
@@ -170,8 +172,8 @@ async def test_an_exception_is_told_with_its_line(bench: CodeBench, source: str,
         ("x = ['x' * 1_000] * 100\n[x] * 1_000", {"output-too-large", "out-of-memory"}),
     ],
 )
-async def test_a_result_that_is_no_json_is_none(bench: CodeBench, source: str, codes: set[str]) -> None:
-    code, _ = await bench.failure(source)
+async def test_a_result_that_is_no_json_is_none(code_bench: CodeBench, source: str, codes: set[str]) -> None:
+    code, _ = await code_bench.failure(source)
     assert code in codes
 
 
@@ -185,9 +187,9 @@ ENDLESS = [
 
 
 @pytest.mark.parametrize("source", ENDLESS)
-async def test_a_script_has_only_so_much_time(bench: CodeBench, source: str) -> None:
+async def test_a_script_has_only_so_much_time(code_bench: CodeBench, source: str) -> None:
     began_at = time.monotonic()
-    code, _ = await bench.failure(source, timeoutSeconds=SHORT_SECONDS)
+    code, _ = await code_bench.failure(source, timeoutSeconds=SHORT_SECONDS)
     assert code == "timeout"
     assert time.monotonic() - began_at < SOON_SECONDS
 
@@ -201,8 +203,8 @@ HUNGRY = [
 
 
 @pytest.mark.parametrize("source", HUNGRY)
-async def test_a_script_has_only_so_much_memory(bench: CodeBench, source: str) -> None:
-    code, message = await bench.failure(source, maxMemoryMb=32)
+async def test_a_script_has_only_so_much_memory(code_bench: CodeBench, source: str) -> None:
+    code, message = await code_bench.failure(source, maxMemoryMb=32)
     assert (code, message) == ("out-of-memory", "It needed more memory than its 32 MB")
 
 
@@ -219,9 +221,9 @@ async def test_a_script_has_only_so_much_memory(bench: CodeBench, source: str) -
         "'a' " * 16_000 + "'b'\nx = " + "[" * 90 + "]" * 90 + "\n1 / 0",
     ],
 )
-async def test_what_blows_up_ends_in_a_limit(bench: CodeBench, source: str) -> None:
+async def test_what_blows_up_ends_in_a_limit(code_bench: CodeBench, source: str) -> None:
     began_at = time.monotonic()
-    code, _ = await bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32)
+    code, _ = await code_bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32)
     assert code in {"timeout", "out-of-memory", "code-error", "crashed"}
     assert time.monotonic() - began_at < SOON_SECONDS
 
@@ -257,8 +259,8 @@ outcomes
 """
 
 
-async def test_a_script_reaches_nothing_but_its_data(bench: CodeBench) -> None:
-    outcomes = await bench.output(TRIES, list(FORBIDDEN))
+async def test_a_script_reaches_nothing_but_its_data(code_bench: CodeBench) -> None:
+    outcomes = await code_bench.output(TRIES, list(FORBIDDEN))
     assert isinstance(outcomes, dict)
     assert [attempt for attempt in FORBIDDEN if outcomes[attempt] == "done"] == []
     assert not WRITTEN.exists()  # noqa: ASYNC240 - it is not there
@@ -274,11 +276,11 @@ async def test_a_script_reaches_nothing_but_its_data(bench: CodeBench) -> None:
     ],
 )
 async def test_a_script_learns_no_secret(
-    bench: CodeBench, source: str, monkeypatch: pytest.MonkeyPatch
+    code_bench: CodeBench, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PILOTFLAME_SECRET_KEY", "canary-canary")
     try:
-        told = json.dumps((await bench.called(source)).output)
+        told = json.dumps((await code_bench.called(source)).output)
     except NodeError as error:
         told = error.message
     assert "canary-canary" not in told
@@ -287,15 +289,15 @@ async def test_a_script_learns_no_secret(
 # ── neighbours ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_hostile_scripts_do_not_hold_up_or_change_the_others(bench: CodeBench) -> None:
+async def test_hostile_scripts_do_not_hold_up_or_change_the_others(code_bench: CodeBench) -> None:
     hostile = [*ENDLESS[:3], *HUNGRY[:2], *FORBIDDEN[:3]]
     attacks = [
-        asyncio.create_task(bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32))
+        asyncio.create_task(code_bench.failure(source, timeoutSeconds=SHORT_SECONDS, maxMemoryMb=32))
         for source in hostile
     ]
     for number in range(3):
         async with asyncio.timeout(60):
-            result = await bench.runner.run(
+            result = await code_bench.runner.run(
                 OTHERS,
                 "data + 1",
                 {"data": number},
@@ -312,9 +314,9 @@ async def test_hostile_scripts_do_not_hold_up_or_change_the_others(bench: CodeBe
 
 @pytest.fixture(scope="module")
 async def python() -> AsyncIterator[CodeBench]:
-    bench = CodeBench(CodeBackend.SUBPROCESS)
-    yield bench
-    await bench.runner.close()
+    code_bench = CodeBench(CodeBackend.SUBPROCESS)
+    yield code_bench
+    await code_bench.runner.close()
 
 
 @pytest.mark.parametrize(

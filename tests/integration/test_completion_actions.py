@@ -67,15 +67,15 @@ def _no_logs() -> Iterator[None]:
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ async def receiver() -> AsyncIterator[HttpReceiver]:
 class CompletionHarness:
     """One place after another: what runs leave behind, and those that see to it."""
 
-    world: RunDatabase
+    run_database: RunDatabase
     blobs: BlobStore
     stack: AsyncExitStack
 
@@ -96,7 +96,7 @@ class CompletionHarness:
         """Return what comes after runs in one worker."""
         outbound = OutboundClient(LOOPBACK)
         broker = LocalBroker(channel="worker")
-        database, store = self.world.database, self.world.store
+        database, store = self.run_database.database, self.run_database.store
         runs = ChildRunStarter(database, store, broker, catalog.load_catalog(), WorkerSettings())
         after = CompletionActions(
             database,
@@ -112,27 +112,30 @@ class CompletionHarness:
         self.stack.push_async_callback(after.close)
         return after
 
-    async def place(self, *, signs: bool = True) -> OwnedWorkflow:
+    async def owned_workflow(self, *, signs: bool = True) -> OwnedWorkflow:
         """Make a workflow that can be run, of an organisation that can sign."""
-        place = await self.world.workflow()
+        owned_workflow = await self.run_database.workflow()
         graph = WorkflowGraph(
-            workflow_id=place.workflow_id, shard=place.organization.shard, nodes=NODES, connections=[]
+            workflow_id=owned_workflow.workflow_id,
+            shard=owned_workflow.organization.shard,
+            nodes=NODES,
+            connections=[],
         )
-        await self.world.database.transaction(
+        await self.run_database.database.transaction(
             lambda connection: connection.execute(insert(WorkflowGraph).values(graph.model_dump()))
         )
         if signs:
-            await self.secret(place)
-        return place
+            await self.secret(owned_workflow)
+        return owned_workflow
 
-    async def secret(self, place: OwnedWorkflow, *, expires_at: datetime | None = None) -> str:
+    async def secret(self, owned_workflow: OwnedWorkflow, *, expires_at: datetime | None = None) -> str:
         secret, secret_id = signing_secrets.new_secret(), ids.new_id("whsec")
-        owner = {"organization_id": place.organization.id, "object_id": secret_id}
+        owner = {"organization_id": owned_workflow.organization.id, "object_id": secret_id}
         encrypted = signing_secrets.encrypt_secret(VAULT, secret, **owner)
         row = SigningSecret(
             id=secret_id,
-            organization_id=place.organization.id,
-            shard=place.organization.shard,
+            organization_id=owned_workflow.organization.id,
+            shard=owned_workflow.organization.shard,
             encrypted=encrypted.content,
             secret_id=encrypted.secret_id,
             hint=signing_secrets.visible_suffix(secret),
@@ -143,12 +146,12 @@ class CompletionHarness:
         async def make(connection: AsyncConnection) -> None:
             await connection.execute(insert(SigningSecret).values(row.model_dump()))
 
-        await self.world.database.transaction(make)
+        await self.run_database.database.transaction(make)
         return secret
 
     async def ended(
         self,
-        place: OwnedWorkflow,
+        owned_workflow: OwnedWorkflow,
         follow_up: str | None,
         status: RunStatus = RunStatus.COMPLETED,
         *,
@@ -160,34 +163,38 @@ class CompletionHarness:
         """Have a run come to its end, with nobody seeing to what comes after it."""
         if definition is not None:
             fields["definition"] = definition
-        run = await self.world.claimed(place, follow_up=follow_up, **fields)
+        run = await self.run_database.claimed(owned_workflow, follow_up=follow_up, **fields)
         done = write(run, end=status, spans=spans or [make_span("start", {"body": {}})], error=error)
-        assert await self.world.store.record([done])
+        assert await self.run_database.store.record([done])
         return run
 
     async def outcome(self, run: ClaimedRun) -> dict[str, Any]:
         """Wait until an attempt is settled, and return what is known of it."""
 
         async def settled() -> bool:
-            return (await self.world.row(run.execution_id))["follow_up_outcome"] is not None
+            return (await self.run_database.row(run.execution_id))["follow_up_outcome"] is not None
 
         await wait_until(settled)
-        found: dict[str, Any] = json.loads((await self.world.row(run.execution_id))["follow_up_outcome"])
+        found: dict[str, Any] = json.loads(
+            (await self.run_database.row(run.execution_id))["follow_up_outcome"]
+        )
         return found
 
     async def is_done(self, run: ClaimedRun) -> bool:
-        return (await self.world.row(run.execution_id))["follow_up"] is None
+        return (await self.run_database.row(run.execution_id))["follow_up"] is None
 
     async def make_due(self, run: ClaimedRun) -> None:
-        await self.world.query("UPDATE execution SET follow_up_at = 1 WHERE id = :id", id=run.execution_id)
+        await self.run_database.query(
+            "UPDATE execution SET follow_up_at = 1 WHERE id = :id", id=run.execution_id
+        )
 
 
 @pytest.fixture
-async def office(world: RunDatabase, tmp_path: Path) -> AsyncIterator[CompletionHarness]:
+async def completion_harness(run_database: RunDatabase, tmp_path: Path) -> AsyncIterator[CompletionHarness]:
     async with AsyncExitStack() as stack:
         blobs = BlobStore(FolderBlobStorage(tmp_path))
         stack.push_async_callback(blobs.close)
-        yield CompletionHarness(world, blobs, stack)
+        yield CompletionHarness(run_database, blobs, stack)
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -224,19 +231,19 @@ def failure_action(**wish: Any) -> str | None:  # noqa: ANN401 - a field of sett
 
 
 async def test_the_end_of_a_run_is_told_once_signed_and_with_its_outputs(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
-    place = await office.place(signs=False)
-    secret = await office.secret(place)
-    run = await office.ended(
-        place,
+    owned_workflow = await completion_harness.owned_workflow(signs=False)
+    secret = await completion_harness.secret(owned_workflow)
+    run = await completion_harness.ended(
+        owned_workflow,
         callback_action(receiver.url("/hook?key=1")),
         spans=[make_span("start", {"body": 1}), make_span("one", {"a": 1}), make_span("two", [2])],
         definition=make_definition("start>one", "start>two", "one>never-reached"),
     )
-    office.after_runs().handle_end(run, RunOutcome(RunStatus.COMPLETED))
-    assert await office.outcome(run) == {"attempts": 1, "error": None}
-    assert await office.is_done(run)
+    completion_harness.after_runs().handle_end(run, RunOutcome(RunStatus.COMPLETED))
+    assert await completion_harness.outcome(run) == {"attempts": 1, "error": None}
+    assert await completion_harness.is_done(run)
     (message,) = receiver.received
     assert message.path == "/hook?key=1"
     assert message.headers["content-type"] == "application/json"
@@ -247,86 +254,90 @@ async def test_the_end_of_a_run_is_told_once_signed_and_with_its_outputs(
     assert message.message["type"] == "execution.completed"
     assert message.message["timestamp"] == data["endedAt"]
     assert data["endedAt"].endswith("Z")
-    assert (data["executionId"], data["workflowId"]) == (run.execution_id, place.workflow_id)
+    assert (data["executionId"], data["workflowId"]) == (run.execution_id, owned_workflow.workflow_id)
     assert (data["status"], data["error"]) == ("completed", None)
     assert data["outputs"] == {"one": {"a": 1}, "two": [2]}
 
 
 async def test_a_secret_that_was_replaced_signs_beside_the_new_one_until_it_expires(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
-    place = await office.place(signs=False)
+    owned_workflow = await completion_harness.owned_workflow(signs=False)
     now = datetime.now(UTC)
-    await office.secret(place, expires_at=now - timedelta(seconds=1))
-    before = await office.secret(place, expires_at=now + timedelta(hours=1))
-    current = await office.secret(place)
-    run = await office.ended(place, callback_action(receiver.url()))
-    await office.after_runs().sweep()
-    await office.outcome(run)
+    await completion_harness.secret(owned_workflow, expires_at=now - timedelta(seconds=1))
+    before = await completion_harness.secret(owned_workflow, expires_at=now + timedelta(hours=1))
+    current = await completion_harness.secret(owned_workflow)
+    run = await completion_harness.ended(owned_workflow, callback_action(receiver.url()))
+    await completion_harness.after_runs().sweep()
+    await completion_harness.outcome(run)
     (message,) = receiver.received
     assert message.is_signed_by(current, before)
 
 
 async def test_a_message_that_fails_is_sent_again_later_under_the_same_id(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
-    after = office.after_runs()
+    after = completion_harness.after_runs()
     receiver.answers = ["500 Broken", "302 Found\r\nLocation: /elsewhere"]
-    run = await office.ended(await office.place(), callback_action(receiver.url()))
+    run = await completion_harness.ended(
+        await completion_harness.owned_workflow(), callback_action(receiver.url())
+    )
     after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
-    assert await office.outcome(run) == {"attempts": 1, "error": "The answer was 500"}
-    row = await office.world.row(run.execution_id)
+    assert await completion_harness.outcome(run) == {"attempts": 1, "error": "The answer was 500"}
+    row = await completion_harness.run_database.row(run.execution_id)
     assert 4_000_000 < row["follow_up_at"] - row["ended_at"] < 9_000_000
     await after.sweep()
     assert len(receiver.received) == 1
     for attempts, error in ((2, "The answer was 302"), (3, None)):
-        await office.make_due(run)
+        await completion_harness.make_due(run)
         await after.sweep()
 
         async def is_tried(attempts: int = attempts) -> bool:
-            return bool((await office.outcome(run))["attempts"] == attempts)
+            return bool((await completion_harness.outcome(run))["attempts"] == attempts)
 
         await wait_until(is_tried)
-        assert await office.outcome(run) == {"attempts": attempts, "error": error}
-    assert await office.is_done(run)
+        assert await completion_harness.outcome(run) == {"attempts": attempts, "error": error}
+    assert await completion_harness.is_done(run)
     assert [message.path for message in receiver.received] == ["/hook"] * 3
     assert len({message.headers["webhook-id"] for message in receiver.received}) == 1
 
 
 @ON_ONE
 async def test_who_is_gone_or_inside_is_not_tried_again(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
     receiver.answers = ["410 Gone"]
-    place = await office.place()
-    after = office.after_runs()
+    owned_workflow = await completion_harness.owned_workflow()
+    after = completion_harness.after_runs()
     wishes = {
         receiver.url(): "The answer was 410",
         f"http://127.0.0.2:{receiver.port}/": url_targets.not_public_refusal("127.0.0.2"),
         "http://169.254.169.254/latest/meta-data": url_targets.not_public_refusal("169.254.169.254"),
     }
     for url, error in wishes.items():
-        run = await office.ended(place, callback_action(url))
+        run = await completion_harness.ended(owned_workflow, callback_action(url))
         after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
-        assert await office.outcome(run) == {"attempts": 1, "error": error}
-        assert await office.is_done(run)
+        assert await completion_harness.outcome(run) == {"attempts": 1, "error": error}
+        assert await completion_harness.is_done(run)
     assert len(receiver.received) == 1
 
 
 @ON_ONE
 async def test_after_three_days_a_message_is_given_up(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
     receiver.answers = ["503 Busy"]
-    run = await office.ended(await office.place(), callback_action(receiver.url()))
+    run = await completion_harness.ended(
+        await completion_harness.owned_workflow(), callback_action(receiver.url())
+    )
     tried = len(webhook_delivery.RETRY_SECONDS)
-    await office.world.query(
+    await completion_harness.run_database.query(
         "UPDATE execution SET follow_up_outcome = :before",
         before=json.dumps({"attempts": tried, "error": "before"}),
     )
-    await office.after_runs().sweep()
-    await wait_until(lambda: office.is_done(run))
-    assert await office.outcome(run) == {"attempts": tried + 1, "error": "The answer was 503"}
+    await completion_harness.after_runs().sweep()
+    await wait_until(lambda: completion_harness.is_done(run))
+    assert await completion_harness.outcome(run) == {"attempts": tried + 1, "error": "The answer was 503"}
     pauses = [webhook_delivery.retry_delay_seconds(attempt, 0) for attempt in range(1, tried + 2)]
     assert pauses == [5, 300, 1800, 7200, 18000, 36000, 50400, 72000, 86400, None]
     assert webhook_delivery.retry_delay_seconds(1, 1) == 6
@@ -334,31 +345,33 @@ async def test_after_three_days_a_message_is_given_up(
 
 @ON_ONE
 async def test_without_a_secret_nothing_is_sent_until_there_is_one(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
-    place = await office.place(signs=False)
-    after = office.after_runs()
-    run = await office.ended(place, callback_action(receiver.url()))
+    owned_workflow = await completion_harness.owned_workflow(signs=False)
+    after = completion_harness.after_runs()
+    run = await completion_harness.ended(owned_workflow, callback_action(receiver.url()))
     after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
-    assert "signing secret" in (await office.outcome(run))["error"]
-    assert not await office.is_done(run)
-    secret = await office.secret(place)
-    await office.make_due(run)
+    assert "signing secret" in (await completion_harness.outcome(run))["error"]
+    assert not await completion_harness.is_done(run)
+    secret = await completion_harness.secret(owned_workflow)
+    await completion_harness.make_due(run)
     await after.sweep()
-    await wait_until(lambda: office.is_done(run))
+    await wait_until(lambda: completion_harness.is_done(run))
     assert receiver.received[0].is_signed_by(secret)
 
 
 @ON_ONE
 async def test_outputs_that_are_too_large_are_left_out_with_a_word(
-    office: CompletionHarness, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
+    completion_harness: CompletionHarness, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(after_runs, "MAX_OUTPUT_CHARACTERS", 100)
-    run = await office.ended(
-        await office.place(), callback_action(receiver.url()), spans=[make_span("start", "x" * 101)]
+    run = await completion_harness.ended(
+        await completion_harness.owned_workflow(),
+        callback_action(receiver.url()),
+        spans=[make_span("start", "x" * 101)],
     )
-    await office.after_runs().sweep()
-    await office.outcome(run)
+    await completion_harness.after_runs().sweep()
+    await completion_harness.outcome(run)
     data = receiver.received[0].message["data"]
     assert data["outputs"] == {}
     assert "too large" in data["note"]
@@ -368,60 +381,69 @@ async def test_outputs_that_are_too_large_are_left_out_with_a_word(
 
 
 async def test_workers_that_look_at_once_send_each_message_once(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
-    place = await office.place()
-    runs = [await office.ended(place, callback_action(receiver.url())) for _ in range(6)]
-    workers = [office.after_runs() for _ in range(3)]
+    owned_workflow = await completion_harness.owned_workflow()
+    runs = [await completion_harness.ended(owned_workflow, callback_action(receiver.url())) for _ in range(6)]
+    workers = [completion_harness.after_runs() for _ in range(3)]
     for run in runs:
         workers[0].handle_end(run, RunOutcome(RunStatus.COMPLETED))
     await asyncio.gather(*(worker.sweep() for worker in workers))
     for run in runs:
-        await office.outcome(run)
-        assert await office.is_done(run)
+        await completion_harness.outcome(run)
+        assert await completion_harness.is_done(run)
     assert len(receiver.received) == len(runs)
 
 
 async def test_what_a_dead_worker_had_in_hand_is_another_s_after_its_lease(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
-    run = await office.ended(await office.place(), callback_action(receiver.url()))
-    assert (
-        len(await completion.claim_completions(office.world.database, [key_of(run)], lease_seconds=60)) == 1
+    run = await completion_harness.ended(
+        await completion_harness.owned_workflow(), callback_action(receiver.url())
     )
-    after = office.after_runs()
+    assert (
+        len(
+            await completion.claim_completions(
+                completion_harness.run_database.database, [key_of(run)], lease_seconds=60
+            )
+        )
+        == 1
+    )
+    after = completion_harness.after_runs()
     await after.sweep()
     await after.perform([key_of(run)])
     assert receiver.received == []
-    await office.make_due(run)
+    await completion_harness.make_due(run)
     await after.sweep()
-    await wait_until(lambda: office.is_done(run))
+    await wait_until(lambda: completion_harness.is_done(run))
     assert len(receiver.received) == 1
 
 
-async def test_a_worker_that_was_overtaken_settles_nothing(office: CompletionHarness) -> None:
-    run = await office.ended(await office.place(), callback_action("http://example.com"))
-    database = office.world.database
+async def test_a_worker_that_was_overtaken_settles_nothing(completion_harness: CompletionHarness) -> None:
+    run = await completion_harness.ended(
+        await completion_harness.owned_workflow(), callback_action("http://example.com")
+    )
+    database = completion_harness.run_database.database
     (late,) = await completion.claim_completions(database, [key_of(run)], lease_seconds=60)
-    await office.make_due(run)
+    await completion_harness.make_due(run)
     await completion.claim_completions(database, [key_of(run)], lease_seconds=60)
 
     async def settle(connection: AsyncConnection) -> None:
         await completion.settle_completion(connection, late, completion.NO_ACTION, None, None)
 
     await database.transaction(settle)
-    assert not await office.is_done(run)
+    assert not await completion_harness.is_done(run)
 
 
 @ON_ONE
 async def test_slow_receivers_of_one_organisation_hold_up_no_other(
-    office: CompletionHarness, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
+    completion_harness: CompletionHarness, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(after_runs, "MAX_ACTIONS_PER_ORGANIZATION", 2)
     receiver.may_answer.clear()
-    slow, other = await office.place(), await office.place()
-    after = office.after_runs()
-    runs = [await office.ended(slow, callback_action(receiver.url("/slow"))) for _ in range(4)]
+    slow, other = await completion_harness.owned_workflow(), await completion_harness.owned_workflow()
+    after = completion_harness.after_runs()
+    runs = [await completion_harness.ended(slow, callback_action(receiver.url("/slow"))) for _ in range(4)]
     for run in runs:
         after.handle_end(run, RunOutcome(RunStatus.COMPLETED))
 
@@ -430,28 +452,30 @@ async def test_slow_receivers_of_one_organisation_hold_up_no_other(
 
     await wait_until(two_wait)
     async with run_receiver() as swift:
-        told = await office.ended(other, callback_action(swift.url()))
+        told = await completion_harness.ended(other, callback_action(swift.url()))
         await after.sweep()
-        await wait_until(lambda: office.is_done(told))
+        await wait_until(lambda: completion_harness.is_done(told))
     receiver.may_answer.set()
 
 
 @pytest.mark.parametrize("end", ["crash", "cancel"])
 async def test_ends_that_no_worker_made_are_told_too(
-    office: CompletionHarness, receiver: HttpReceiver, end: str
+    completion_harness: CompletionHarness, receiver: HttpReceiver, end: str
 ) -> None:
-    world = office.world
-    run = await world.claimed(await office.place(), follow_up=callback_action(receiver.url()))
-    after = office.after_runs()
+    run_database = completion_harness.run_database
+    run = await run_database.claimed(
+        await completion_harness.owned_workflow(), follow_up=callback_action(receiver.url())
+    )
+    after = completion_harness.after_runs()
     await after.sweep()
-    await world.expire(run)
+    await run_database.expire(run)
     if end == "crash":
-        await world.query("UPDATE execution SET attempt = :most", most=MAX_LOST_ATTEMPTS)
-        await world.store.sweep(10)
+        await run_database.query("UPDATE execution SET attempt = :most", most=MAX_LOST_ATTEMPTS)
+        await run_database.store.sweep(10)
     else:
-        await world.store.request_end(key_of(run), "cancel")
+        await run_database.store.request_end(key_of(run), "cancel")
     await after.sweep()
-    await wait_until(lambda: office.is_done(run))
+    await wait_until(lambda: completion_harness.is_done(run))
     assert (
         receiver.received[0].message["type"]
         == {
@@ -461,8 +485,10 @@ async def test_ends_that_no_worker_made_are_told_too(
     )
 
 
-async def test_what_is_due_is_found_by_its_index(office: CompletionHarness) -> None:
-    plan = await explain_statement(office.world.database, completion.due_statement(10, but_of=["org_1"]))
+async def test_what_is_due_is_found_by_its_index(completion_harness: CompletionHarness) -> None:
+    plan = await explain_statement(
+        completion_harness.run_database.database, completion.due_statement(10, but_of=["org_1"])
+    )
     assert plan.count("ix_execution_follow_up") == 2
     assert "SCAN execution" not in plan
 
@@ -480,41 +506,43 @@ SHOWN = {
 
 
 async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(
-    office: CompletionHarness,
+    completion_harness: CompletionHarness,
 ) -> None:
-    world, after = office.world, office.after_runs()
-    place = await office.place()
-    about = await office.place()
-    await world.query(
+    run_database, after = completion_harness.run_database, completion_harness.after_runs()
+    owned_workflow = await completion_harness.owned_workflow()
+    about = await completion_harness.owned_workflow()
+    await run_database.query(
         "UPDATE workflow SET organization_id = :own, shard = :shard, is_public = true,"
         " settings = :settings WHERE id = :id",
-        own=place.organization.id,
-        shard=place.organization.shard,
-        settings=json.dumps({"onFailure": {"workflowId": place.workflow_id}}),
+        own=owned_workflow.organization.id,
+        shard=owned_workflow.organization.shard,
+        settings=json.dumps({"onFailure": {"workflowId": owned_workflow.workflow_id}}),
         id=about.workflow_id,
     )
     wish = failure_action(workflowId=about.workflow_id)
-    well = await office.ended(place, wish)
+    well = await completion_harness.ended(owned_workflow, wish)
     after.handle_end(well, RunOutcome(RunStatus.COMPLETED))
-    await wait_until(lambda: office.is_done(well))
-    failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
+    await wait_until(lambda: completion_harness.is_done(well))
+    failed = await completion_harness.ended(owned_workflow, wish, RunStatus.FAILED, error=FAILED)
     for _ in range(2):
         after.handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
-        await wait_until(lambda: office.is_done(failed))
-        await world.query(
+        await wait_until(lambda: completion_harness.is_done(failed))
+        await run_database.query(
             "UPDATE execution SET follow_up = :wish WHERE id = :id", wish=wish, id=failed.execution_id
         )
-    (started,) = await world.query("SELECT * FROM execution WHERE workflow_id = :id", id=about.workflow_id)
+    (started,) = await run_database.query(
+        "SELECT * FROM execution WHERE workflow_id = :id", id=about.workflow_id
+    )
     assert (started["trigger_type"], started["follow_up"]) == ("on-failure", None)
-    assert (started["user_id"], started["parent_id"]) == (place.user_id, failed.execution_id)
-    (row,) = await world.query(
+    assert (started["user_id"], started["parent_id"]) == (owned_workflow.user_id, failed.execution_id)
+    (row,) = await run_database.query(
         "SELECT trigger FROM execution_data WHERE execution_id = :id", id=started["id"]
     )
     inputs = json.loads(row["trigger"])["body"]
     assert inputs.pop("startedAt") <= inputs.pop("endedAt")
     assert inputs == {
         "executionId": failed.execution_id,
-        "workflowId": place.workflow_id,
+        "workflowId": owned_workflow.workflow_id,
         "workflowName": "A workflow",
         "status": "failed",
         "error": SHOWN,
@@ -522,29 +550,32 @@ async def test_a_workflow_is_run_once_about_a_failure_and_never_about_its_own(
 
 
 async def test_a_workflow_that_the_user_may_not_run_is_not_run_and_that_is_told(
-    office: CompletionHarness,
+    completion_harness: CompletionHarness,
 ) -> None:
-    place, foreign = await office.place(), await office.place()
+    owned_workflow, foreign = (
+        await completion_harness.owned_workflow(),
+        await completion_harness.owned_workflow(),
+    )
     wish = failure_action(workflowId=foreign.workflow_id)
-    failed = await office.ended(place, wish, RunStatus.FAILED, error=FAILED)
-    office.after_runs().handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
-    outcome = await office.outcome(failed)
+    failed = await completion_harness.ended(owned_workflow, wish, RunStatus.FAILED, error=FAILED)
+    completion_harness.after_runs().handle_end(failed, RunOutcome(RunStatus.FAILED, FAILED))
+    outcome = await completion_harness.outcome(failed)
     assert outcome["error"] == f"settings.onFailure: There is no workflow {foreign.workflow_id}"
-    assert await office.is_done(failed)
-    assert await office.world.count("execution") == 1
+    assert await completion_harness.is_done(failed)
+    assert await completion_harness.run_database.count("execution") == 1
 
 
 @ON_ONE
 async def test_failures_alone_are_told_to_an_address_of_the_settings(
-    office: CompletionHarness, receiver: HttpReceiver
+    completion_harness: CompletionHarness, receiver: HttpReceiver
 ) -> None:
-    place, after = await office.place(), office.after_runs()
+    owned_workflow, after = await completion_harness.owned_workflow(), completion_harness.after_runs()
     wish = failure_action(url=receiver.url())
     for status in (RunStatus.COMPLETED, RunStatus.STOPPED, RunStatus.FAILED):
         error = FAILED if status is RunStatus.FAILED else None
-        run = await office.ended(place, wish, status, error=error)
+        run = await completion_harness.ended(owned_workflow, wish, status, error=error)
         after.handle_end(run, RunOutcome(status, error))
-        await wait_until(partial(office.is_done, run))
+        await wait_until(partial(completion_harness.is_done, run))
     (message,) = receiver.received
     assert message.headers["webhook-id"].endswith("-on-failure")
     assert message.message["type"] == "execution.failed"
@@ -555,17 +586,19 @@ async def test_failures_alone_are_told_to_an_address_of_the_settings(
 # ── the parent ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def waiting_parent(office: CompletionHarness, place: OwnedWorkflow) -> ClaimedRun:
+async def waiting_parent(completion_harness: CompletionHarness, owned_workflow: OwnedWorkflow) -> ClaimedRun:
     """Have a run go to sleep until its node `sub` is answered."""
-    parent = await office.world.claimed(place)
+    parent = await completion_harness.run_database.claimed(owned_workflow)
     awaits = b'{"kind":"run","request":null,"expired":null}'
     asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
-    assert await office.world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
+    assert await completion_harness.run_database.store.record(
+        [write(parent, end=RunStatus.WAITING, spans=[asleep])]
+    )
     return parent
 
 
-async def read_answer(office: CompletionHarness, parent: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
-    found = await node_answers.read_answers(office.world.database, [key_of(parent)])
+async def read_answer(completion_harness: CompletionHarness, parent: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
+    found = await node_answers.read_answers(completion_harness.run_database.database, [key_of(parent)])
     return json.loads(found[parent.execution_id]["sub", ""])
 
 
@@ -588,31 +621,33 @@ CASES = {
 @ON_ONE
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 async def test_a_parent_is_answered_with_what_came_of_its_run_and_goes_on(
-    office: CompletionHarness, case: tuple[list[NodeSpan], list[str], Any]
+    completion_harness: CompletionHarness, case: tuple[list[NodeSpan], list[str], Any]
 ) -> None:
     spans, edges, expected = case
-    place = await office.place()
-    parent = await waiting_parent(office, place)
-    child = await office.ended(place, parent_action(parent), spans=spans, definition=make_definition(*edges))
-    office.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
-    await wait_until(lambda: office.is_done(child))
-    assert await read_answer(office, parent) == {"output": expected, "port": "output"}
-    row = await office.world.row(parent.execution_id)
+    owned_workflow = await completion_harness.owned_workflow()
+    parent = await waiting_parent(completion_harness, owned_workflow)
+    child = await completion_harness.ended(
+        owned_workflow, parent_action(parent), spans=spans, definition=make_definition(*edges)
+    )
+    completion_harness.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
+    await wait_until(lambda: completion_harness.is_done(child))
+    assert await read_answer(completion_harness, parent) == {"output": expected, "port": "output"}
+    row = await completion_harness.run_database.row(parent.execution_id)
     assert (row["status"], row["wait_answer_count"]) == ("pending", 1)
-    assert (await office.world.row(child.execution_id))["follow_up_outcome"] is None
+    assert (await completion_harness.run_database.row(child.execution_id))["follow_up_outcome"] is None
 
 
 @pytest.mark.parametrize("status", [RunStatus.FAILED, RunStatus.STOPPED])
 async def test_a_parent_is_told_why_nothing_came_of_its_run(
-    office: CompletionHarness, status: RunStatus
+    completion_harness: CompletionHarness, status: RunStatus
 ) -> None:
-    place = await office.place()
-    parent = await waiting_parent(office, place)
+    owned_workflow = await completion_harness.owned_workflow()
+    parent = await waiting_parent(completion_harness, owned_workflow)
     error = FAILED if status is RunStatus.FAILED else None
-    child = await office.ended(place, parent_action(parent), status, error=error)
-    await office.after_runs().sweep()
-    await wait_until(lambda: office.is_done(child))
-    told = (await read_answer(office, parent))["error"]
+    child = await completion_harness.ended(owned_workflow, parent_action(parent), status, error=error)
+    await completion_harness.after_runs().sweep()
+    await wait_until(lambda: completion_harness.is_done(child))
+    told = (await read_answer(completion_harness, parent))["error"]
     if status is RunStatus.FAILED:
         cause = {**SHOWN_CAUSE, "executionId": child.execution_id}
         assert told == {"code": "node-error", "message": "It broke", "cause": cause}
@@ -621,53 +656,59 @@ async def test_a_parent_is_told_why_nothing_came_of_its_run(
 
 
 async def test_a_parent_is_given_what_is_kept_outside_of_rows_and_the_files_in_it(
-    office: CompletionHarness,
+    completion_harness: CompletionHarness,
 ) -> None:
-    place = await office.place()
-    parent = await waiting_parent(office, place)
-    child = await office.world.claimed(place, follow_up=parent_action(parent))
-    own = BlobOwner(place.organization.id, child.key_id)
-    file = await office.blobs.put(own, b"%PDF", media_type="application/pdf", name="a.pdf")
+    owned_workflow = await completion_harness.owned_workflow()
+    parent = await waiting_parent(completion_harness, owned_workflow)
+    child = await completion_harness.run_database.claimed(owned_workflow, follow_up=parent_action(parent))
+    own = BlobOwner(owned_workflow.organization.id, child.key_id)
+    file = await completion_harness.blobs.put(own, b"%PDF", media_type="application/pdf", name="a.pdf")
     value = {"pages": ["x" * 1000], "file": file.as_json(), "fake": {"$blob": {"sha256": "0" * 64}}}
-    kept = await office.blobs.put(own, json.dumps(value).encode(), media_type="application/json")
+    kept = await completion_harness.blobs.put(own, json.dumps(value).encode(), media_type="application/json")
     done = structs.replace(make_span("start", None), output=None, output_blob=kept.as_text())
-    assert await office.world.store.record([write(child, end=RunStatus.COMPLETED, spans=[done])])
-    office.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
-    await wait_until(lambda: office.is_done(child))
-    assert (await read_answer(office, parent))["output"] == value
-    parents = BlobOwner(place.organization.id, parent.key_id)
-    assert await office.blobs.get(parents, file.sha256) == b"%PDF"
+    assert await completion_harness.run_database.store.record(
+        [write(child, end=RunStatus.COMPLETED, spans=[done])]
+    )
+    completion_harness.after_runs().handle_end(child, RunOutcome(RunStatus.COMPLETED))
+    await wait_until(lambda: completion_harness.is_done(child))
+    assert (await read_answer(completion_harness, parent))["output"] == value
+    parents = BlobOwner(owned_workflow.organization.id, parent.key_id)
+    assert await completion_harness.blobs.get(parents, file.sha256) == b"%PDF"
 
 
-async def test_a_parent_that_is_limited_waits_for_a_place_again(office: CompletionHarness) -> None:
-    place = await office.place()
-    world = office.world
-    parent_run = place.run(concurrency_key="key", concurrency_limit=1)
-    await world.store.accept([parent_run])
-    after = office.after_runs()
+async def test_a_parent_that_is_limited_waits_for_a_place_again(
+    completion_harness: CompletionHarness,
+) -> None:
+    owned_workflow = await completion_harness.owned_workflow()
+    run_database = completion_harness.run_database
+    parent_run = owned_workflow.run(concurrency_key="key", concurrency_limit=1)
+    await run_database.store.accept([parent_run])
+    after = completion_harness.after_runs()
     await after.admit_waiting("key")
-    (parent,) = await world.claim()
+    (parent,) = await run_database.claim()
     awaits = b'{"kind":"run","request":null,"expired":null}'
     asleep = NodeSpan("sub", "sub", "sub-workflow", SpanStatus.WAITING, 1, NOW, None, awaits=awaits)
-    assert await world.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
-    child = await office.ended(place, parent_action(parent))
+    assert await run_database.store.record([write(parent, end=RunStatus.WAITING, spans=[asleep])])
+    child = await completion_harness.ended(owned_workflow, parent_action(parent))
     after.handle_end(child, RunOutcome(RunStatus.COMPLETED))
-    await wait_until(lambda: office.is_done(child))
-    await wait_until(lambda: _is_admitted(world, parent.execution_id))
+    await wait_until(lambda: completion_harness.is_done(child))
+    await wait_until(lambda: _is_admitted(run_database, parent.execution_id))
 
 
-async def _is_admitted(world: RunDatabase, execution_id: str) -> bool:
-    row = await world.row(execution_id)
+async def _is_admitted(run_database: RunDatabase, execution_id: str) -> bool:
+    row = await run_database.row(execution_id)
     return (row["status"], row["target"]) == ("pending", "shared")
 
 
-async def test_a_run_that_was_asleep_gets_a_place_when_it_is_due(office: CompletionHarness) -> None:
-    world, after = office.world, office.after_runs()
-    place = await office.place()
-    await world.store.accept([place.run(concurrency_key="key", concurrency_limit=1)])
+async def test_a_run_that_was_asleep_gets_a_place_when_it_is_due(
+    completion_harness: CompletionHarness,
+) -> None:
+    run_database, after = completion_harness.run_database, completion_harness.after_runs()
+    owned_workflow = await completion_harness.owned_workflow()
+    await run_database.store.accept([owned_workflow.run(concurrency_key="key", concurrency_limit=1)])
     await after.admit_waiting("key")
-    (run,) = await world.claim()
+    (run,) = await run_database.claim()
     due_at = datetime.now(UTC) + timedelta(seconds=0.05)
-    await world.store.record([write(run, end=RunStatus.WAITING, due_at=due_at)])
+    await run_database.store.record([write(run, end=RunStatus.WAITING, due_at=due_at)])
     after.handle_end(run, RunOutcome(RunStatus.WAITING, due_at=due_at))
-    await wait_until(lambda: _is_admitted(world, run.execution_id))
+    await wait_until(lambda: _is_admitted(run_database, run.execution_id))

@@ -28,39 +28,45 @@ KEY = "wf:somebody"
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 @pytest.fixture
-def database(world: RunDatabase) -> Database:
-    return world.database
+def database(run_database: RunDatabase) -> Database:
+    return run_database.database
 
 
 @pytest.fixture
-async def place(world: RunDatabase) -> OwnedWorkflow:
-    return await world.workflow()
+async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
+    return await run_database.workflow()
 
 
-def limited_run(place: OwnedWorkflow, key: str = KEY, *, limit: int = 2, **fields: Any) -> RunAcceptance:  # noqa: ANN401 - any field of an Acceptance
-    return place.run(concurrency_key=key, concurrency_limit=limit, **fields)
+def limited_run(
+    owned_workflow: OwnedWorkflow,
+    key: str = KEY,
+    *,
+    limit: int = 2,
+    **fields: Any,  # noqa: ANN401 - any field of an Acceptance
+) -> RunAcceptance:
+    return owned_workflow.run(concurrency_key=key, concurrency_limit=limit, **fields)
 
 
-async def accept(world: RunDatabase, *runs: RunAcceptance) -> list[str]:
-    answers = await world.store.accept(runs)
+async def accept(run_database: RunDatabase, *runs: RunAcceptance) -> list[str]:
+    answers = await run_database.store.accept(runs)
     assert {answer.verdict for answer in answers} == {AcceptanceVerdict.ACCEPTED}
     return [run.execution_id for run in runs]
 
 
-async def admitted_ids(world: RunDatabase) -> set[str]:
-    rows = await world.query("SELECT id FROM execution WHERE target = 'shared' AND ended_at IS NULL")
+async def admitted_ids(run_database: RunDatabase) -> set[str]:
+    rows = await run_database.query("SELECT id FROM execution WHERE target = 'shared' AND ended_at IS NULL")
     return {row["id"] for row in rows}
 
 
@@ -68,100 +74,111 @@ async def admitted_ids(world: RunDatabase) -> set[str]:
 
 
 async def test_nobody_claims_a_run_that_waits_for_a_place(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
-    first, second, _ = await accept(world, *(limited_run(place) for _ in range(3)))
-    assert await world.claim() == []
+    first, second, _ = await accept(run_database, *(limited_run(owned_workflow) for _ in range(3)))
+    assert await run_database.claim() == []
     assert await concurrency_limits.admit_waiting_runs(database, KEY) == 2
-    assert {run.execution_id for run in await world.claim()} == {first, second}
+    assert {run.execution_id for run in await run_database.claim()} == {first, second}
     assert await concurrency_limits.admit_waiting_runs(database, KEY) == 0
 
 
 async def test_a_place_is_the_next_one_s_when_a_run_has_left_whatever_came_of_it(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
-    ids = await accept(world, *(limited_run(place, limit=1) for _ in range(5)))
+    ids = await accept(run_database, *(limited_run(owned_workflow, limit=1) for _ in range(5)))
     ends = (RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED, RunStatus.WAITING)
     for execution_id, status in zip(ids, ends, strict=False):
         assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
-        (run,) = await world.claim()
+        (run,) = await run_database.claim()
         assert run.execution_id == execution_id
         assert run.concurrency_key == KEY
         assert await concurrency_limits.admit_waiting_runs(database, KEY) == 0
-        assert await world.store.record([write(run, end=status)])
+        assert await run_database.store.record([write(run, end=status)])
     assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
-    (last,) = await world.claim()
-    assert await world.store.request_end(key_of(last), "cancel")
+    (last,) = await run_database.claim()
+    assert await run_database.store.request_end(key_of(last), "cancel")
     assert (
         await concurrency_limits.admit_waiting_runs(database, KEY) == 0
     )  # it is asked to end, and has not yet
 
 
 async def test_whoever_was_begun_goes_first_then_the_better_rank(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
-    (begun,) = await accept(world, limited_run(place, limit=1))
+    (begun,) = await accept(run_database, limited_run(owned_workflow, limit=1))
     await concurrency_limits.admit_waiting_runs(database, KEY)
-    (run,) = await world.claim()
-    late, urgent = await accept(world, limited_run(place, limit=1), limited_run(place, limit=1, priority=1))
-    await world.store.record([write(run, end=RunStatus.RELEASED)])
+    (run,) = await run_database.claim()
+    late, urgent = await accept(
+        run_database, limited_run(owned_workflow, limit=1), limited_run(owned_workflow, limit=1, priority=1)
+    )
+    await run_database.store.record([write(run, end=RunStatus.RELEASED)])
     for expected in (begun, urgent, late):
         assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
-        (run,) = await world.claim()
+        (run,) = await run_database.claim()
         assert run.execution_id == expected
-        await world.store.record([write(run, end=RunStatus.COMPLETED)])
+        await run_database.store.record([write(run, end=RunStatus.COMPLETED)])
 
 
 async def test_a_worker_that_dies_frees_no_place_since_its_run_goes_on(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
-    first, second = await accept(world, *(limited_run(place, limit=1) for _ in range(2)))
+    first, second = await accept(run_database, *(limited_run(owned_workflow, limit=1) for _ in range(2)))
     await concurrency_limits.admit_waiting_runs(database, KEY)
-    (run,) = await world.claim()
-    await world.expire(run)
-    await world.store.sweep(10)
+    (run,) = await run_database.claim()
+    await run_database.expire(run)
+    await run_database.store.sweep(10)
     assert await concurrency_limits.admit_waiting_runs(database, KEY) == 0
-    (again,) = await world.claim()
+    (again,) = await run_database.claim()
     assert again.execution_id == first
-    await world.store.record([write(again, end=RunStatus.COMPLETED)])
+    await run_database.store.record([write(again, end=RunStatus.COMPLETED)])
     assert await concurrency_limits.admit_waiting_runs(database, KEY) == 1
-    assert await admitted_ids(world) == {second}
+    assert await admitted_ids(run_database) == {second}
 
 
 async def test_keys_do_not_share_their_places_and_limits_hold_for_those_that_have_them(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
-    one = await accept(world, *(limited_run(place, "one", limit=3) for _ in range(2)))
-    await accept(world, *(limited_run(place, "two", limit=1) for _ in range(2)))
+    one = await accept(run_database, *(limited_run(owned_workflow, "one", limit=3) for _ in range(2)))
+    await accept(run_database, *(limited_run(owned_workflow, "two", limit=1) for _ in range(2)))
     assert [
         await concurrency_limits.admit_waiting_runs(database, key) for key in ("one", "two", "three")
     ] == [2, 1, 0]
     # The limit was lowered: whoever has it waits until fewer go on, and whoever comes later waits behind.
-    await accept(world, limited_run(place, "one", limit=1), limited_run(place, "one", limit=3))
+    await accept(
+        run_database, limited_run(owned_workflow, "one", limit=1), limited_run(owned_workflow, "one", limit=3)
+    )
     assert await concurrency_limits.admit_waiting_runs(database, "one") == 0
-    await world.query("UPDATE execution SET ended_at = 1, status = 'completed' WHERE id = :id", id=one[0])
+    await run_database.query(
+        "UPDATE execution SET ended_at = 1, status = 'completed' WHERE id = :id", id=one[0]
+    )
     assert await concurrency_limits.admit_waiting_runs(database, "one") == 0
-    await world.query("UPDATE execution SET ended_at = 1, status = 'completed' WHERE id = :id", id=one[1])
+    await run_database.query(
+        "UPDATE execution SET ended_at = 1, status = 'completed' WHERE id = :id", id=one[1]
+    )
     assert await concurrency_limits.admit_waiting_runs(database, "one") == 2
 
 
 async def test_two_that_count_at_once_do_not_both_give_the_last_place(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
-    await accept(world, *(limited_run(place, limit=5) for _ in range(30)))
-    other = Database(world.url)
+    await accept(run_database, *(limited_run(owned_workflow, limit=5) for _ in range(30)))
+    other = Database(run_database.url)
     counts = await asyncio.gather(
         *(concurrency_limits.admit_waiting_runs(one, KEY) for one in (database, other) for _ in range(6))
     )
     await other.close()
-    assert sum(counts) == len(await admitted_ids(world)) == 5
+    assert sum(counts) == len(await admitted_ids(run_database)) == 5
 
 
 async def test_a_sweep_finds_every_key_for_which_nobody_has_given_the_free_places(
-    world: RunDatabase, database: Database, place: OwnedWorkflow, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase,
+    database: Database,
+    owned_workflow: OwnedWorkflow,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     keys = [f"{number:03}" for number in range(7)]
-    await accept(world, *(limited_run(place, key, limit=1) for key in keys for _ in range(2)))
+    await accept(run_database, *(limited_run(owned_workflow, key, limit=1) for key in keys for _ in range(2)))
     await concurrency_limits.admit_waiting_runs(database, "003")
     monkeypatch.setattr(concurrency_limits, "BATCH_KEYS", 3)
     swept, after = [], ""
@@ -171,7 +188,7 @@ async def test_a_sweep_finds_every_key_for_which_nobody_has_given_the_free_place
         if not after:
             break
     assert swept == [3, 2, 1]
-    assert len(await admitted_ids(world)) == 7
+    assert len(await admitted_ids(run_database)) == 7
     assert await concurrency_limits.admit_waiting_keys(database) == (0, "002")
 
 
@@ -179,36 +196,40 @@ async def test_a_sweep_finds_every_key_for_which_nobody_has_given_the_free_place
 
 
 async def test_a_run_that_may_not_wait_is_refused_and_leaves_nothing(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
     key = IdempotencyKey("scope", "first", "body")
-    first = limited_run(place, limit=1, may_wait=False, idempotency=key)
-    await accept(world, first)
-    refused = limited_run(place, limit=1, may_wait=False, idempotency=IdempotencyKey("scope", "2", "body"))
-    assert await world.store.accept([refused]) == [
+    first = limited_run(owned_workflow, limit=1, may_wait=False, idempotency=key)
+    await accept(run_database, first)
+    refused = limited_run(
+        owned_workflow, limit=1, may_wait=False, idempotency=IdempotencyKey("scope", "2", "body")
+    )
+    assert await run_database.store.accept([refused]) == [
         AcceptanceResult(AcceptanceVerdict.FULL, refused.execution_id)
     ]
-    assert [await world.count(table) for table in ("execution", "execution_data", "idempotency")] == [1] * 3
+    assert [await run_database.count(table) for table in ("execution", "execution_data", "idempotency")] == [
+        1
+    ] * 3
     # Whoever repeats a request that was answered is answered the same, though there is no place any more.
-    again = limited_run(place, limit=1, may_wait=False, idempotency=key)
-    assert await world.store.accept([again]) == [
+    again = limited_run(owned_workflow, limit=1, may_wait=False, idempotency=key)
+    assert await run_database.store.accept([again]) == [
         AcceptanceResult(AcceptanceVerdict.REPEATED, first.execution_id)
     ]
-    assert await world.store.accept([first]) == [
+    assert await run_database.store.accept([first]) == [
         AcceptanceResult(AcceptanceVerdict.ACCEPTED, first.execution_id)
     ]
     await concurrency_limits.admit_waiting_runs(database, KEY)
-    (run,) = await world.claim()
-    assert (await world.store.accept([refused]))[0].verdict is AcceptanceVerdict.FULL
-    await world.store.record([write(run, end=RunStatus.COMPLETED)])
-    assert (await world.store.accept([refused]))[0].verdict is AcceptanceVerdict.ACCEPTED
+    (run,) = await run_database.claim()
+    assert (await run_database.store.accept([refused]))[0].verdict is AcceptanceVerdict.FULL
+    await run_database.store.record([write(run, end=RunStatus.COMPLETED)])
+    assert (await run_database.store.accept([refused]))[0].verdict is AcceptanceVerdict.ACCEPTED
 
 
 async def test_of_many_at_once_that_may_not_wait_as_many_are_accepted_as_there_are_places(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    stores = [world.store, await world.another_store()]
-    runs = [[limited_run(place, limit=4, may_wait=False), place.run()] for _ in range(12)]
+    stores = [run_database.store, await run_database.another_store()]
+    runs = [[limited_run(owned_workflow, limit=4, may_wait=False), owned_workflow.run()] for _ in range(12)]
     answers = await asyncio.gather(*(stores[number % 2].accept(batch) for number, batch in enumerate(runs)))
     assert Counter(one.verdict for one, _ in answers) == {
         AcceptanceVerdict.ACCEPTED: 4,
@@ -222,10 +243,10 @@ async def test_of_many_at_once_that_may_not_wait_as_many_are_accepted_as_there_a
 
 @pytest.mark.parametrize("where", ["on_sqlite", "on_postgres"], indirect=True)
 async def test_places_and_those_that_wait_are_found_by_their_indexes(
-    world: RunDatabase, database: Database, place: OwnedWorkflow
+    run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:
-    await accept(world, *(limited_run(place, f"{number % 50}") for number in range(400)))
-    await accept(world, *(place.run() for _ in range(400)))
+    await accept(run_database, *(limited_run(owned_workflow, f"{number % 50}") for number in range(400)))
+    await accept(run_database, *(owned_workflow.run() for _ in range(400)))
     plan = await explain_statement(database, concurrency_limits.waiting_keys_statement(""))
     assert "ix_execution_limited" in plan
     assert "ix_execution_admitted" in plan

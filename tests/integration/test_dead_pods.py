@@ -43,16 +43,16 @@ def driver(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-async def world(
+async def harness(
     driver: str, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on one kind of database for each driver: neither knows the other."""
-    async with create_gateway(DATABASES[driver], postgres, tmp_path_factory.mktemp("world")) as world:
-        yield world
+    async with create_gateway(DATABASES[driver], postgres, tmp_path_factory.mktemp("world")) as harness:
+        yield harness
 
 
 @asynccontextmanager
-async def run_pods(world: GatewayHarness, driver: str, folder: Path, url: str) -> AsyncIterator[None]:
+async def run_pods(harness: GatewayHarness, driver: str, folder: Path, url: str) -> AsyncIterator[None]:
     """Bring pods that are the real runner to this driver's cluster."""
     settings: dict[str, Any] = {
         "runner_gateway_url": url,
@@ -60,12 +60,12 @@ async def run_pods(world: GatewayHarness, driver: str, folder: Path, url: str) -
         "outbound_allowed_networks": (IPv4Network("127.0.0.1/32"),),
     }
     if driver == "local":
-        async with run_local_deployer(world, folder, command=LOCAL_COMMAND, **settings):
+        async with run_local_deployer(harness, folder, command=LOCAL_COMMAND, **settings):
             yield
         return
     async with (
         open_fake_cluster(folder) as (cluster, _),
-        run_test_deployer(world, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **settings),
+        run_test_deployer(harness, cluster.reopen, command=LOCAL_COMMAND, cluster="kubernetes", **settings),
     ):
         yield
 
@@ -76,10 +76,10 @@ async def wait_until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def wait_for_holder(world: GatewayHarness, workflow_id: str, execution_id: str) -> str:
+async def wait_for_holder(harness: GatewayHarness, workflow_id: str, execution_id: str) -> str:
     """Return the pod that holds a run."""
     statement = select(col(Execution.lease_owner)).where(col(Execution.id) == execution_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         owner = str(await connection.scalar(statement))
     process = PodProcess.from_name(owner.removeprefix(lease_owner_prefix(workflow_id)))
     assert process is not None
@@ -96,13 +96,13 @@ def kill(pod: str) -> None:
 
 
 async def test_what_a_killed_pod_held_goes_on_in_another_at_once(
-    world: GatewayHarness, driver: str, tmp_path: Path
+    harness: GatewayHarness, driver: str, tmp_path: Path
 ) -> None:
-    owner = (await world.people()).owner
+    owner = (await harness.people()).owner
     async with (
         run_receiver() as receiver,
-        listen_for_pods(world) as url,
-        run_pods(world, driver, tmp_path, url),
+        listen_for_pods(harness) as url,
+        run_pods(harness, driver, tmp_path, url),
     ):
         receiver.may_answer.clear()
         asks = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
@@ -110,22 +110,22 @@ async def test_what_a_killed_pod_held_goes_on_in_another_at_once(
             nodes=[{"id": "start", "nodeId": "manual"}, asks], connections=[EDGE]
         )
         await request_lifecycle(owner, "deploy", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
         await request_lifecycle(owner, "start", workflow_id, 202, replicas=2)
         await wait_for_deployment(
-            world, workflow_id, lambda one: is_running(one) and len(one.ready_addresses) == 2
+            harness, workflow_id, lambda one: is_running(one) and len(one.ready_addresses) == 2
         )
         execution_id = (await request_lifecycle(owner, "trigger", workflow_id, 200))["execution_id"]
         await wait_until(lambda: len(receiver.received) == 1)
-        first = await wait_for_holder(world, workflow_id, execution_id)
+        first = await wait_for_holder(harness, workflow_id, execution_id)
 
         kill(first)
         await wait_until(lambda: len(receiver.received) == 2)
-        second = await wait_for_holder(world, workflow_id, execution_id)
+        second = await wait_for_holder(harness, workflow_id, execution_id)
         assert second != first
         assert len({one.headers["idempotency-key"] for one in receiver.received}) == 1
         receiver.may_answer.set()
         done = await owner.api.get(f"/api/v1/executions/{execution_id}/progress", params={"wait": 9})
         assert done.json()["status"] == "completed"
         await request_lifecycle(owner, "undeploy", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+        await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.ABSENT)

@@ -55,9 +55,9 @@ async def workflow_id(people: OrganizationUsers) -> str:
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_is_left_deployed(world: GatewayHarness) -> AsyncIterator[None]:
+async def _nothing_is_left_deployed(harness: GatewayHarness) -> AsyncIterator[None]:
     yield
-    await forget_deployments(world)
+    await forget_deployments(harness)
 
 
 def is_running(deployment: Deployment) -> bool:
@@ -79,59 +79,59 @@ def is_gone(deployment: Deployment) -> bool:
 
 
 async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_again(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
 ) -> None:
-    database, broker = world.gateway.database, world.gateway.broker
+    database, broker = harness.gateway.database, harness.gateway.broker
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_local_deployer(world, tmp_path, command=BROKEN_POD, start_seconds=0.3):
-        failed = await wait_for_deployment(world, workflow_id, has_failed)
+    async with run_local_deployer(harness, tmp_path, command=BROKEN_POD, start_seconds=0.3):
+        failed = await wait_for_deployment(harness, workflow_id, has_failed)
         assert "it was built broken" in (failed.observed_reason or "")
         answer = await request_lifecycle(people.owner, "deploy", workflow_id, 202)
         assert answer["deploymentStatus"] in {"failed", "starting", "deploying"}
-        await wait_for_deployment(world, workflow_id, has_failed)
+        await wait_for_deployment(harness, workflow_id, has_failed)
         await lifecycle_policies.keep_policies(database, broker)
         stopped = await wait_for_deployment(
-            world, workflow_id, lambda one: one.observed == ObservedState.STOPPED
+            harness, workflow_id, lambda one: one.observed == ObservedState.STOPPED
         )
         assert (stopped.replicas, stopped.stopped_reason) == (0, StoppedReason.FAILED)
         assert stopped.start_failures == 1
         assert has_failed(stopped)
         assert "it was built broken" in (stopped.observed_reason or "")
-    async with run_local_deployer(world, tmp_path):
+    async with run_local_deployer(harness, tmp_path):
         await request_lifecycle(people.owner, "start", workflow_id, 202)
-        healed = await wait_for_deployment(world, workflow_id, is_running)
+        healed = await wait_for_deployment(harness, workflow_id, is_running)
         assert (healed.observed_reason, healed.stopped_reason, healed.start_failures) == (None, None, 0)
 
 
 async def test_pods_that_cannot_be_replaced_serve_on_beside_the_failed_deploy(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     api.node.runs_commands = True
-    database, owner = world.gateway.database, people.owner
+    database, owner = harness.gateway.database, people.owner
     await request_lifecycle(owner, "deploy", workflow_id, 202)
-    async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
-        before = await wait_for_deployment(world, workflow_id, is_running)
+    async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
+        before = await wait_for_deployment(harness, workflow_id, is_running)
     async with run_test_deployer(
-        world, cluster.reopen, command=BROKEN_POD, cluster="kubernetes", start_seconds=0.5
+        harness, cluster.reopen, command=BROKEN_POD, cluster="kubernetes", start_seconds=0.5
     ):
         edit = {"config": {"values": {"greeting": "Edited"}}}
         assert (await owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/step", json=edit)).is_success
         answer = await request_lifecycle(owner, "deploy", workflow_id, 202)
         assert answer["deploymentStatus"] == "deploying"
-        failed = await wait_for_deployment(world, workflow_id, has_failed)
+        failed = await wait_for_deployment(harness, workflow_id, has_failed)
         shown = (await owner.api.get(f"/api/v1/workflows/{workflow_id}/status")).json()
         assert (shown["deploymentStatus"], shown["replicas"], shown["readyReplicas"]) == ("failed", 1, 1)
         assert "it was built broken" in shown["reason"]
         assert shown["readyDefinitionHash"] == before.definition_hash != shown["definitionHash"]
-        await lifecycle_policies.keep_policies(database, world.gateway.broker)
-        kept = await read_deployment(world, workflow_id)
+        await lifecycle_policies.keep_policies(database, harness.gateway.broker)
+        kept = await read_deployment(harness, workflow_id)
         assert (kept.generation, wakes.is_ready(kept)) == (failed.generation, True)
-    async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
-        healed = await wait_for_deployment(world, workflow_id, is_running)
+    async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
+        healed = await wait_for_deployment(harness, workflow_id, is_running)
         assert (healed.observed_definition_hash, healed.observed_reason) == (failed.definition_hash, None)
 
 
@@ -147,38 +147,40 @@ class FlakyDriver(local_driver.LocalDriver):
 
 
 async def test_while_the_cluster_is_away_what_is_wanted_is_kept_and_comes_about_later(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(local_driver, "LocalDriver", FlakyDriver)
-    async with run_local_deployer(world, tmp_path) as found:
+    async with run_local_deployer(harness, tmp_path) as found:
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
         monkeypatch.setattr(FlakyDriver, "is_away", True)
         await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
         unknown = await wait_for_deployment(
-            world, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
+            harness, workflow_id, lambda one: one.observed == ObservedState.UNKNOWN
         )
         assert (unknown.replicas, unknown.observed_reason) == (2, "the cluster is away")
         assert status_of(unknown) is DeploymentStatus.UNKNOWN
         monkeypatch.setattr(FlakyDriver, "is_away", False)
         found.request_reconcile(workflow_id)
-        await wait_for_deployment(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
+        await wait_for_deployment(
+            harness, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2
+        )
 
 
 async def test_a_pod_that_is_gone_is_noticed_without_anybody_asking(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, tmp_path: Path
 ) -> None:
-    async with run_local_deployer(world, tmp_path / "pods"):
+    async with run_local_deployer(harness, tmp_path / "pods"):
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-        first = await wait_for_deployment(world, workflow_id, is_running)
+        first = await wait_for_deployment(harness, workflow_id, is_running)
         (certificate,) = (tmp_path / "pods").glob("*/*/process")
         os.kill(int(certificate.read_text().split(" ", 1)[0]), signal.SIGKILL)
-        await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.STARTING)
-        again = await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.STARTING)
+        again = await wait_for_deployment(harness, workflow_id, is_running)
         assert again.generation == first.generation
 
 
@@ -221,7 +223,7 @@ class MortalDriver(KubernetesDriver):
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
+async def fake_cluster(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
     async with open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
         yield cluster, api
@@ -236,16 +238,16 @@ def list_objects(api: FakeApiServer) -> set[tuple[str, str]]:
     }
 
 
-async def expire(world: GatewayHarness, workflow_id: str) -> None:
+async def expire(harness: GatewayHarness, workflow_id: str) -> None:
     """Let the time go by for which a dead deployer keeps others away."""
     held = update(Deployment).where(col(Deployment.workflow_id) == workflow_id)
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(held.values(held_until=LONG_AGO))
     )
 
 
 async def deploy_and_die(
-    world: GatewayHarness, workflow_id: str, api: FakeApiServer, stack: AsyncExitStack, dies_at: int
+    harness: GatewayHarness, workflow_id: str, api: FakeApiServer, stack: AsyncExitStack, dies_at: int
 ) -> None:
     """Have a deployer look after a workflow, and die half-way."""
     mortal = MortalApi(api)
@@ -255,122 +257,122 @@ async def deploy_and_die(
         return MortalDriver(mortal)
 
     found = await stack.enter_async_context(
-        run_test_deployer(world, open_driver, cluster="kubernetes", deployer_sweep_seconds=60)
+        run_test_deployer(harness, open_driver, cluster="kubernetes", deployer_sweep_seconds=60)
     )
     found.request_reconcile(workflow_id)
     async with asyncio.timeout(PATIENCE_SECONDS):
         await mortal.is_dead.wait()
-    await expire(world, workflow_id)
+    await expire(harness, workflow_id)
 
 
 async def test_a_deployer_that_dies_half_way_is_followed_by_one_that_finishes_and_nothing_is_left(
-    world: GatewayHarness, people: OrganizationUsers, fake: tuple[DriverUnderTest, FakeApiServer]
+    harness: GatewayHarness, people: OrganizationUsers, fake_cluster: tuple[DriverUnderTest, FakeApiServer]
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     before = list_objects(api)
     async with AsyncExitStack() as dead:
         for in_a_deploy, in_an_undeploy in DEATHS:
             workflow_id = await people.owner.create(**GRAPH)
             await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-            await deploy_and_die(world, workflow_id, api, dead, in_a_deploy)
-            async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
-                await wait_for_deployment(world, workflow_id, is_running)
+            await deploy_and_die(harness, workflow_id, api, dead, in_a_deploy)
+            async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
+                await wait_for_deployment(harness, workflow_id, is_running)
             await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
-            await deploy_and_die(world, workflow_id, api, dead, in_an_undeploy)
-            async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
-                await wait_for_deployment(world, workflow_id, is_gone)
+            await deploy_and_die(harness, workflow_id, api, dead, in_an_undeploy)
+            async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
+                await wait_for_deployment(harness, workflow_id, is_gone)
             assert list_objects(api) == before
-            assert await count_valid_tokens(world, workflow_id) == 0
+            assert await count_valid_tokens(harness, workflow_id) == 0
 
 
-async def count_valid_tokens(world: GatewayHarness, workflow_id: str) -> int:
+async def count_valid_tokens(harness: GatewayHarness, workflow_id: str) -> int:
     statement = select(func.count()).where(
         col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None)
     )
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return await connection.scalar(statement) or 0
 
 
 async def test_an_undeploy_before_anything_was_seen_leaves_nothing(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     before = list_objects(api)
     async with AsyncExitStack() as dead:
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-        await deploy_and_die(world, workflow_id, api, dead, 3)
+        await deploy_and_die(harness, workflow_id, api, dead, 3)
         await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
         assert list_objects(api) != before
-        async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
-            await wait_for_deployment(world, workflow_id, is_gone)
+        async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
+            await wait_for_deployment(harness, workflow_id, is_gone)
         assert list_objects(api) == before
 
 
 async def test_what_no_row_accounts_for_is_removed(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     before = list_objects(api)
     await cluster.driver.apply(cluster.wanted())
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-    async with run_test_deployer(world, cluster.reopen, cluster="kubernetes"):
-        await wait_for_deployment(world, workflow_id, is_running)
+    async with run_test_deployer(harness, cluster.reopen, cluster="kubernetes"):
+        await wait_for_deployment(harness, workflow_id, is_running)
         await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, is_gone)
+        await wait_for_deployment(harness, workflow_id, is_gone)
         async with asyncio.timeout(PATIENCE_SECONDS):
             while list_objects(api) != before:  # noqa: ASYNC110 - objects tell nobody
                 await asyncio.sleep(0.01)
 
 
 async def test_two_deployers_do_everything_once(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
 ) -> None:
-    cluster, _ = fake
+    cluster, _ = fake_cluster
     async with (
-        run_test_deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
-        run_test_deployer(world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
+        run_test_deployer(harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
+        run_test_deployer(harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=0.1),
     ):
         await request_lifecycle(people.owner, "deploy", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
         for replicas in (2, 1, 3):
             await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=replicas)
         settled = await wait_for_deployment(
-            world,
+            harness,
             workflow_id,
             lambda one: is_running(one) and one.ready_replicas == one.replicas and one.held_by is None,
         )
         assert settled.replicas == 3
         await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, is_gone)
+        await wait_for_deployment(harness, workflow_id, is_gone)
 
 
 # ── the scheduler's part ────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_the_scheduler_stops_what_is_idle_and_leaves_the_rest(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     idle, busy = [await people.owner.create(**GRAPH) for _ in range(2)]
-    await deploy_with_pod(world, people.owner, idle)
-    await deploy_with_pod(world, people.owner, busy, last_activity_at=datetime.now(UTC))
-    await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
-    await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
-    stopped, kept = await read_deployment(world, idle), await read_deployment(world, busy)
+    await deploy_with_pod(harness, people.owner, idle)
+    await deploy_with_pod(harness, people.owner, busy, last_activity_at=datetime.now(UTC))
+    await lifecycle_policies.keep_policies(harness.gateway.database, harness.gateway.broker)
+    await lifecycle_policies.keep_policies(harness.gateway.database, harness.gateway.broker)
+    stopped, kept = await read_deployment(harness, idle), await read_deployment(harness, busy)
     assert (stopped.replicas, stopped.stopped_reason, stopped.generation) == (0, "idle", 2)
     assert (kept.replicas, kept.stopped_reason, kept.generation) == (1, None, 1)
 
 
 async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_look_next(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     asleep = {"replicas": 0, "last_replicas": 2, "observed": ObservedState.STOPPED}
@@ -383,12 +385,12 @@ async def test_what_nobody_saw_happen_is_made_good_once_by_whichever_schedulers_
         (opened_at, window_policy(list(range(7)), "24:00"), by_schedule),
         (changed, {"type": "always-on"}, idle),
     ):
-        await deploy_with_pod(world, owner, workflow_id, **columns)
+        await deploy_with_pod(harness, owner, workflow_id, **columns)
         set_to = await owner.api.put(f"/api/v1/workflows/{workflow_id}/lifecycle", json=policy)
         assert set_to.status_code == 200
-    database, broker = world.gateway.database, world.gateway.broker
+    database, broker = harness.gateway.database, harness.gateway.broker
     await asyncio.gather(*(lifecycle_policies.keep_policies(database, broker) for _ in range(2)))
-    found = [await read_deployment(world, workflow_id) for workflow_id in (closed_at, opened_at, changed)]
+    found = [await read_deployment(harness, workflow_id) for workflow_id in (closed_at, opened_at, changed)]
     assert [(one.replicas, one.stopped_reason, one.generation) for one in found] == [
         (0, "schedule", 2),
         (2, None, 2),
@@ -403,16 +405,16 @@ def window_policy(days: list[int], until: str) -> dict[str, Any]:
 
 
 async def test_old_decisions_go_but_for_the_last_that_still_holds(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     now = datetime.now(UTC)
     made = [
-        await record_decision(world.gateway.database, people, workflow_id, now - timedelta(days=days))
+        await record_decision(harness.gateway.database, people, workflow_id, now - timedelta(days=days))
         for days in (60, 40, 20, 1)
     ]
-    await lifecycle_policies.forget_decisions(world.gateway.database)
+    await lifecycle_policies.forget_decisions(harness.gateway.database)
     of_workflow = select(col(LifecycleDecision.id)).where(col(LifecycleDecision.workflow_id) == workflow_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         assert set(await connection.scalars(of_workflow)) == set(made[1:])
 
 

@@ -128,25 +128,25 @@ def is_write_of_deployment(method: str, path: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-async def world(
+async def harness(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     """Yield a gateway on one database: requests to a cluster know nothing of it."""
-    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as world:
-        yield world
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as harness:
+        yield harness
 
 
 @pytest.fixture
-async def fake(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
+async def fake_cluster(tmp_path: Path) -> AsyncIterator[tuple[DriverUnderTest, FakeApiServer]]:
     async with open_fake_cluster(tmp_path) as (cluster, api):
         api.node.runs_commands = False
         yield cluster, api
 
 
 @pytest.fixture(autouse=True)
-async def _nothing_is_left_deployed(world: GatewayHarness) -> AsyncIterator[None]:
+async def _nothing_is_left_deployed(harness: GatewayHarness) -> AsyncIterator[None]:
     yield
-    await forget_deployments(world)
+    await forget_deployments(harness)
 
 
 @pytest.fixture
@@ -179,24 +179,24 @@ def is_unknown(deployment: Deployment) -> bool:
 
 
 async def test_stops_and_starts_cost_a_request_each_and_rest_costs_none(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
     sweeps: CallCounter,
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     workflow_ids = await deploy_many(people, 3)
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ):
         for workflow_id in workflow_ids:
-            await wait_for_deployment(world, workflow_id, is_running)
+            await wait_for_deployment(harness, workflow_id, is_running)
         seen = len(api.requests)
         for _ in range(3):
             await request_lifecycle(people.owner, "stop", workflow_ids[0], 202)
-            await wait_for_deployment(world, workflow_ids[0], is_stopped)
+            await wait_for_deployment(harness, workflow_ids[0], is_stopped)
             await request_lifecycle(people.owner, "start", workflow_ids[0], 202)
-            await wait_for_deployment(world, workflow_ids[0], is_running)
+            await wait_for_deployment(harness, workflow_ids[0], is_running)
         assert [one.split(" ")[0] for one in api.requests[seen:]] == ["PATCH"] * 6
         seen = len(api.requests)
         await sweeps.happen(14)  # of which one at least looks at everything that there is
@@ -211,48 +211,48 @@ async def test_stops_and_starts_cost_a_request_each_and_rest_costs_none(
 
 
 async def test_a_workflow_that_waits_for_room_is_looked_at_for_nothing_and_starts_when_there_is_some(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
     looks: CallCounter,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     monkeypatch.setattr(reconciler, "CHANGING_BACKOFF", OFTEN)
     monkeypatch.setattr(reconciler, "RETRY_LATER", ScheduledRetry(OFTEN))
     await cluster.set_quota({"pods": "0"})
     (workflow_id,) = await deploy_many(people)
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        await wait_for_deployment(world, workflow_id, lambda one: "quota" in (one.observed_reason or ""))
+        await wait_for_deployment(harness, workflow_id, lambda one: "quota" in (one.observed_reason or ""))
         seen = len(api.requests)
         await looks.happen(20)
         assert api.requests[seen:] == []
         await cluster.set_quota(None)
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
 
 
 @pytest.mark.usefixtures("brief_minute")
 async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_after_the_cure(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
     sweeps: CallCounter,
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     api.refuses = lambda method, path: DENIED if is_write_of_deployment(method, path) else None
     (workflow_id,) = await deploy_many(people)
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        denied = await wait_for_deployment(world, workflow_id, is_unknown)
+        denied = await wait_for_deployment(harness, workflow_id, is_unknown)
         assert "policy.example.com" in (denied.observed_reason or "")
         await sweeps.happen(8)
-        await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
-        assert (await read_deployment(world, workflow_id)).replicas == 1
+        await lifecycle_policies.keep_policies(harness.gateway.database, harness.gateway.broker)
+        assert (await read_deployment(harness, workflow_id)).replicas == 1
         api.refuses = lambda *_: None
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
 
 
 @pytest.mark.usefixtures("brief_minute")
@@ -266,53 +266,56 @@ async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_aft
     ],
 )
 async def test_a_deploy_that_is_refused_costs_six_requests_a_minute_however_often_it_is_asked_for(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
     refusal: KubernetesError,
     is_refused: Callable[[str, str], bool],
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     times = RequestTimes(api, refusal, is_refused)
     (workflow_id,) = await deploy_many(people)
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ) as found:
         await times.happen(11, lambda: found.request_reconcile(workflow_id))
         assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
         assert str(refusal) in (
-            (await wait_for_deployment(world, workflow_id, is_unknown)).observed_reason or ""
+            (await wait_for_deployment(harness, workflow_id, is_unknown)).observed_reason or ""
         )
         api.refuses = lambda *_: None
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
 
 
 @pytest.mark.usefixtures("brief_minute")
 async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
-    world: GatewayHarness, people: OrganizationUsers, fake: tuple[DriverUnderTest, FakeApiServer]
+    harness: GatewayHarness, people: OrganizationUsers, fake_cluster: tuple[DriverUnderTest, FakeApiServer]
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     (workflow_id,) = await deploy_many(people)
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ) as found:
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
         await request_lifecycle(people.owner, "stop", workflow_id, 202)
-        await wait_for_deployment(world, workflow_id, is_stopped)
+        await wait_for_deployment(harness, workflow_id, is_stopped)
         times = RequestTimes(api, NO_RIGHT, lambda method, _: method == "DELETE")
         await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
         await times.happen(11, lambda: found.request_reconcile(workflow_id))
         assert times.most_in_a_minute() <= REQUESTS_PER_MINUTE
         api.refuses = lambda *_: None
-        await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+        await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 @pytest.mark.usefixtures("brief_minute")
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
-    world: GatewayHarness, people: OrganizationUsers, fake: tuple[DriverUnderTest, FakeApiServer], status: int
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
+    status: int,
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     refusal = (
         forbidden_error("list", "pods")
         if status == 403
@@ -320,69 +323,71 @@ async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
     )
     (workflow_id,) = await deploy_many(people)
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        before = await wait_for_deployment(world, workflow_id, is_running)
+        before = await wait_for_deployment(harness, workflow_id, is_running)
         seen = len(api.requests)
         api.refuses = lambda *_: refusal
         api.cut_watches()
-        unknown = await wait_for_deployment(world, workflow_id, is_unknown)
+        unknown = await wait_for_deployment(harness, workflow_id, is_unknown)
         assert str(refusal) in (unknown.observed_reason or "")
         assert (unknown.ready_addresses, wakes.is_ready(unknown)) == (before.ready_addresses, True)
-        await lifecycle_policies.keep_policies(world.gateway.database, world.gateway.broker)
-        kept = await read_deployment(world, workflow_id)
+        await lifecycle_policies.keep_policies(harness.gateway.database, harness.gateway.broker)
+        kept = await read_deployment(harness, workflow_id)
         assert (kept.replicas, kept.generation) == (1, before.generation)
         api.refuses = lambda *_: None
-        healed = await wait_for_deployment(world, workflow_id, is_running)
+        healed = await wait_for_deployment(harness, workflow_id, is_running)
         assert (healed.generation, healed.observed_reason) == (before.generation, None)
         assert all(request.startswith("GET ") for request in api.requests[seen:])
 
 
 async def test_a_busy_api_server_makes_nothing_unknown(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     monkeypatch.setattr("workers.cluster.kubernetes_api.BUSY_SECONDS", 0)
     monkeypatch.setattr(reconciler.CHANGING_BACKOFF.__class__, "delay", lambda *_: 0.05)
     (workflow_id,) = await deploy_many(people)
     seen: set[str] = set()
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        await wait_for_deployment(world, workflow_id, is_running)
+        await wait_for_deployment(harness, workflow_id, is_running)
         api.refuses = lambda method, _: too_many_requests_error(0) if method == "PATCH" else None
         await request_lifecycle(people.owner, "start", workflow_id, 202, replicas=2)
         requests = len(api.requests)
         async with asyncio.timeout(30):
             while len(api.requests) - requests < 5:
-                seen.add((await read_deployment(world, workflow_id)).observed)
+                seen.add((await read_deployment(harness, workflow_id)).observed)
                 await asyncio.sleep(0.01)
         api.refuses = lambda *_: None
-        await wait_for_deployment(world, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2)
+        await wait_for_deployment(
+            harness, workflow_id, lambda one: is_running(one) and one.ready_replicas == 2
+        )
     assert seen == {ObservedState.RUNNING}
 
 
 async def test_mass_starts_are_limited_and_none_is_given_up(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
-    fake: tuple[DriverUnderTest, FakeApiServer],
+    fake_cluster: tuple[DriverUnderTest, FakeApiServer],
     sweeps: CallCounter,
 ) -> None:
-    cluster, api = fake
+    cluster, api = fake_cluster
     api.node.starts_at_once = 0
     workflow_ids = await deploy_many(people, 12)
     async with run_test_deployer(
-        world, cluster.reopen, cluster="kubernetes", starts_at_once=3, deployer_sweep_seconds=SWEEP_SECONDS
+        harness, cluster.reopen, cluster="kubernetes", starts_at_once=3, deployer_sweep_seconds=SWEEP_SECONDS
     ):
         await turn_until(lambda: len(api.node.preparing) >= 3)
         await sweeps.happen(4)  # of which none starts more
         api.node.starts_at_once = 2
-        await wait_for_deployments(world, workflow_ids, lambda found: all(map(is_running, found)))
+        await wait_for_deployments(harness, workflow_ids, lambda found: all(map(is_running, found)))
     assert api.node.most_preparing == 3
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         reasons = select(col(LifecycleDecision.reason)).where(
             col(LifecycleDecision.workflow_id).in_(workflow_ids)
         )
@@ -390,7 +395,7 @@ async def test_mass_starts_are_limited_and_none_is_given_up(
 
 
 async def test_mass_starts_of_local_pods_are_limited_too(
-    world: GatewayHarness, people: OrganizationUsers, tmp_path: Path, sweeps: CallCounter
+    harness: GatewayHarness, people: OrganizationUsers, tmp_path: Path, sweeps: CallCounter
 ) -> None:
     may_start = tmp_path / "may_start"
     command = (*POD[:-1], WAITING_PROGRAM.format(path=str(may_start)) + POD[-1])
@@ -403,11 +408,11 @@ async def test_mass_starts_of_local_pods_are_limited_too(
         return all(map(is_running, found))
 
     async with run_local_deployer(
-        world, tmp_path / "pods", command=command, starts_at_once=2, deployer_sweep_seconds=SWEEP_SECONDS
+        harness, tmp_path / "pods", command=command, starts_at_once=2, deployer_sweep_seconds=SWEEP_SECONDS
     ):
-        await wait_for_deployments(world, workflow_ids, lambda found: all_run(found) or most_starting >= 2)
+        await wait_for_deployments(harness, workflow_ids, lambda found: all_run(found) or most_starting >= 2)
         await sweeps.happen(4)  # of which none starts more
-        all_run(await read_deployments(world, workflow_ids))
+        all_run(await read_deployments(harness, workflow_ids))
         may_start.touch()
-        await wait_for_deployments(world, workflow_ids, all_run)
+        await wait_for_deployments(harness, workflow_ids, all_run)
     assert most_starting == 2

@@ -213,14 +213,14 @@ def assert_no_second_start(first: RunningCommand, given: dict[str, str]) -> None
 async def test_leases_in_a_database_that_others_may_use_are_left_to_them_and_the_secret_stays(
     on_sqlite: MigratedDatabase, tmp_path: Path
 ) -> None:
-    async with open_run_database(on_sqlite) as world:
-        held = await world.claimed()
+    async with open_run_database(on_sqlite) as run_database:
+        held = await run_database.claimed()
         given = command_environment(tmp_path / "data", DATABASE_URL=on_sqlite.url)
         secrets = set()
         for log in ("first.log", "second.log"):
             with command_runs.run_command("dev", "--port", "0", given=given, log=tmp_path / log) as dev:
                 dev.says(ADDRESS)
-                assert (await world.row(held.execution_id))["lease_owner"] == "worker"
+                assert (await run_database.row(held.execution_id))["lease_owner"] == "worker"
                 secrets.add((tmp_path / "data" / "secret.key").read_text())
         assert len(secrets) == 1
 

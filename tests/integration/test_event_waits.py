@@ -57,8 +57,8 @@ def waiting_graph(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON v
 
 
 @asynccontextmanager
-async def serve_worker(world: GatewayHarness) -> AsyncIterator[None]:
-    gateway = world.gateway
+async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
+    gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     settings = WorkerSettings(**shared, lease_seconds=5, sweep_seconds=0.05)
     broker = LocalBroker(channel=uuid4().hex)
@@ -81,26 +81,26 @@ async def send_event(person: UserClient, event_type: str, **data: Any) -> None: 
     assert response.status_code == 200, response.text
 
 
-async def read_run(world: GatewayHarness, execution_id: str) -> Any:  # noqa: ANN401 - a row
-    async with world.gateway.database.read() as connection:
+async def read_run(harness: GatewayHarness, execution_id: str) -> Any:  # noqa: ANN401 - a row
+    async with harness.gateway.database.read() as connection:
         found = await connection.execute(select(Execution).where(col(Execution.id) == execution_id))
         return found.mappings().one()
 
 
-async def count(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> int:  # noqa: ANN401 - any column
+async def count(harness: GatewayHarness, table: type[SQLModel], **equal: Any) -> int:  # noqa: ANN401 - any column
     conditions = [getattr(table, name) == value for name, value in equal.items()]
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return await connection.scalar(select(func.count()).select_from(table).where(*conditions)) or 0
 
 
-async def wait_until_asleep(world: GatewayHarness, execution_id: str) -> None:
-    while (await read_run(world, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows tell nobody
+async def wait_until_asleep(harness: GatewayHarness, execution_id: str) -> None:
+    while (await read_run(harness, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows tell nobody
         await asyncio.sleep(0.02)
 
 
-async def read_result(world: GatewayHarness, person: UserClient, execution_id: str) -> tuple[str, Any]:
+async def read_result(harness: GatewayHarness, person: UserClient, execution_id: str) -> tuple[str, Any]:
     """Return by which node a run has ended, and the total of the event that it was given."""
-    while (await read_run(world, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows tell nobody
+    while (await read_run(harness, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows tell nobody
         await asyncio.sleep(0.02)
     shown = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
     assert shown["status"] == "completed", shown
@@ -108,142 +108,142 @@ async def read_result(world: GatewayHarness, person: UserClient, execution_id: s
     return name, output.get("total")
 
 
-def silence_gateway(world: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+def silence_gateway(harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the gateway die, as far as others see, as soon as events are committed."""
-    telling = world.gateway.acceptances._events  # noqa: SLF001 - it is nowhere else
+    telling = harness.gateway.acceptances._events  # noqa: SLF001 - it is nowhere else
     monkeypatch.setattr(telling, "submit", lambda _event_id: None)
     monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
 
 
-def make_matcher(world: GatewayHarness) -> EventMatcher:
-    return EventMatcher(world.gateway.database, world.gateway.broker)
+def make_matcher(harness: GatewayHarness) -> EventMatcher:
+    return EventMatcher(harness.gateway.database, harness.gateway.broker)
 
 
 # ── what is waited for ──────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_run_sleeps_until_its_event_comes_and_one_event_may_be_that_of_many(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with serve_worker(world):
+    async with serve_worker(harness):
         mine, alike, other = [await start_run(people.owner, order) for order in (7, 7, 8)]
         anything = await start_run(people.owner, 0, event_type="order.*", filter=None)
         for execution_id in (mine, alike, other, anything):
-            await wait_until_asleep(world, execution_id)
-        sleeping = await read_run(world, mine)
+            await wait_until_asleep(harness, execution_id)
+        sleeping = await read_run(harness, mine)
         assert (sleeping["lease_owner"], sleeping["due_at"]) == (None, None)
         await send_event(people.stranger, "order.paid", order=7, total=1)
         await send_event(people.owner, "order.packed", order=7, total=2)
         await send_event(people.owner, "order.paid", total=3)
         await send_event(people.owner, "order.paid", order=7, total=4)
-        assert await read_result(world, people.owner, mine) == ("paid", 4)
-        assert await read_result(world, people.owner, alike) == ("paid", 4)
-        assert await read_result(world, people.owner, anything) == ("paid", 2)
-        assert (await read_run(world, other))["status"] == "waiting"
-        assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 1
+        assert await read_result(harness, people.owner, mine) == ("paid", 4)
+        assert await read_result(harness, people.owner, alike) == ("paid", 4)
+        assert await read_result(harness, people.owner, anything) == ("paid", 2)
+        assert (await read_run(harness, other))["status"] == "waiting"
+        assert await count(harness, EventWait, organization_id=people.owner.user.organization_id) == 1
         response = await people.owner.api.post(f"/api/v1/executions/{other}/cancel")
         assert response.status_code == 200
-    await make_matcher(world).delete_expired()
-    assert await count(world, EventWait, organization_id=people.owner.user.organization_id) == 0
+    await make_matcher(harness).delete_expired()
+    assert await count(harness, EventWait, organization_id=people.owner.user.organization_id) == 0
 
 
 async def test_an_event_that_came_before_counts_where_the_node_looks_back(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(event_waits, "BATCH_SCANNED", 2)
     for total, order in enumerate((8, 8, 7, 7)):
         await send_event(people.owner, "order.paid", order=order, total=total)
     await send_event(people.owner, "orders", order=7, total=99)
     monkeypatch.setattr(event_waits, "MAX_CLOCK_SKEW", event_waits.MAX_CLOCK_SKEW * 0)
-    async with serve_worker(world):
+    async with serve_worker(harness):
         blind = await start_run(people.owner, 7)
-        await wait_until_asleep(world, blind)
+        await wait_until_asleep(harness, blind)
         looking = await start_run(people.owner, 7, lookBackSeconds=60)
         by_prefix = await start_run(people.owner, 7, lookBackSeconds=60, event_type="order.*")
-        assert await read_result(world, people.owner, looking) == ("paid", 2)
-        assert await read_result(world, people.owner, by_prefix) == ("paid", 2)
-        assert (await read_run(world, blind))["status"] == "waiting"
+        assert await read_result(harness, people.owner, looking) == ("paid", 2)
+        assert await read_result(harness, people.owner, by_prefix) == ("paid", 2)
+        assert (await read_run(harness, blind))["status"] == "waiting"
 
 
 async def test_a_run_goes_on_without_where_no_event_comes_in_time(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with serve_worker(world):
+    async with serve_worker(harness):
         execution_id = await start_run(people.owner, 7, timeoutSeconds=1)
-        assert await read_result(world, people.owner, execution_id) == ("late", None)
+        assert await read_result(harness, people.owner, execution_id) == ("late", None)
         await send_event(people.owner, "order.paid", order=7)
-    assert await count(world, WaitAnswer, execution_id=execution_id) == 0
+    assert await count(harness, WaitAnswer, execution_id=execution_id) == 0
 
 
 # ── whatever dies ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with serve_worker(world):
+    async with serve_worker(harness):
         execution_id = await start_run(people.owner, 7)
-        await wait_until_asleep(world, execution_id)
-        silence_gateway(world, monkeypatch)
+        await wait_until_asleep(harness, execution_id)
+        silence_gateway(harness, monkeypatch)
         await send_event(people.owner, "order.paid", order=7, total=1)
         await asyncio.sleep(0)
-        assert (await read_run(world, execution_id))["status"] == "waiting"
-        await age_events(world)
-        await make_matcher(world).deliver_undelivered()
-        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
-    assert await count(world, EventRecord, delivered_at=None) == 0
+        assert (await read_run(harness, execution_id))["status"] == "waiting"
+        await age_events(harness)
+        await make_matcher(harness).deliver_undelivered()
+        assert await read_result(harness, people.owner, execution_id) == ("paid", 1)
+    assert await count(harness, EventRecord, delivered_at=None) == 0
 
 
 async def test_telling_that_breaks_off_is_done_again_and_answers_once(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     note_told = event_waits.mark_delivered
 
     async def breaks_off(*_given: object, **_named: object) -> None:
         raise DatabaseUnavailable("gone")
 
-    async with serve_worker(world):
+    async with serve_worker(harness):
         execution_id = await start_run(people.owner, 7)
-        await wait_until_asleep(world, execution_id)
+        await wait_until_asleep(harness, execution_id)
         monkeypatch.setattr(event_waits, "mark_delivered", breaks_off)
         await send_event(people.owner, "order.paid", order=7, total=1)
-        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
-        await world.gateway.acceptances._events.drain()  # noqa: SLF001 - it is nowhere else
+        assert await read_result(harness, people.owner, execution_id) == ("paid", 1)
+        await harness.gateway.acceptances._events.drain()  # noqa: SLF001 - it is nowhere else
         monkeypatch.setattr(event_waits, "mark_delivered", note_told)
         monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
-        await age_events(world)
-        await make_matcher(world).deliver_undelivered()
-    assert await count(world, EventRecord, delivered_at=None) == 0
-    assert await count(world, WaitAnswer, execution_id=execution_id) == 1
+        await age_events(harness)
+        await make_matcher(harness).deliver_undelivered()
+    assert await count(harness, EventRecord, delivered_at=None) == 0
+    assert await count(harness, WaitAnswer, execution_id=execution_id) == 1
 
 
 async def test_a_locked_run_keeps_an_event_from_no_other(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silence_gateway(world, monkeypatch)
+    silence_gateway(harness, monkeypatch)
     monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
     lock = "SELECT FROM execution WHERE id = $1 FOR UPDATE"
-    url = world.gateway.database.url
-    async with serve_worker(world), open_impatient_database(url, monkeypatch) as database:
+    url = harness.gateway.database.url
+    async with serve_worker(harness), open_impatient_database(url, monkeypatch) as database:
         locked, other = [await start_run(people.owner, 7) for _ in range(2)]
         for execution_id in (locked, other):
-            await wait_until_asleep(world, execution_id)
+            await wait_until_asleep(harness, execution_id)
         await send_event(people.owner, "order.paid", order=7, total=1)
-        await age_events(world)
-        awaited = EventMatcher(database, world.gateway.broker)
+        await age_events(harness)
+        awaited = EventMatcher(database, harness.gateway.broker)
         async with hold_transaction_open(url, lock, locked):
             await require_prompt(awaited.deliver_undelivered())
-            assert await read_result(world, people.owner, other) == ("paid", 1)
-            assert (await read_run(world, locked))["status"] == "waiting"
+            assert await read_result(harness, people.owner, other) == ("paid", 1)
+            assert (await read_run(harness, locked))["status"] == "waiting"
         await awaited.deliver_undelivered()
-        assert await read_result(world, people.owner, locked) == ("paid", 1)
-    assert await count(world, EventRecord, delivered_at=None) == 0
+        assert await read_result(harness, people.owner, locked) == ("paid", 1)
+    assert await count(harness, EventRecord, delivered_at=None) == 0
 
 
 async def test_no_event_falls_between_the_wait_and_the_look_back(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    silence_gateway(world, monkeypatch)
+    silence_gateway(harness, monkeypatch)
     come_since, is_first = event_waits.list_events_since, True
 
     async def come_meanwhile(connection: AsyncConnection, *given: Any) -> Sequence[EventRecord]:  # noqa: ANN401 - as given
@@ -254,18 +254,18 @@ async def test_no_event_falls_between_the_wait_and_the_look_back(
         return await come_since(connection, *given)
 
     monkeypatch.setattr(event_waits, "list_events_since", come_meanwhile)
-    async with serve_worker(world):
+    async with serve_worker(harness):
         execution_id = await start_run(people.owner, 7)
-        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
+        assert await read_result(harness, people.owner, execution_id) == ("paid", 1)
 
 
 @pytest.mark.parametrize("dies", ["before it waits", "before it looks back", "before it sleeps"])
 async def test_a_run_whose_worker_died_has_what_came_meanwhile(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, dies: str
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch, dies: str
 ) -> None:
     execution_id = await start_run(people.owner, 7)
-    claimed = await claim_for_dead_worker(world, execution_id)
-    await begin_until_wait(world, claimed)
+    claimed = await claim_for_dead_worker(harness, execution_id)
+    await begin_until_wait(harness, claimed)
     if dies == "before it looks back":
         monkeypatch.setattr(EventMatcher, "_look_back", raise_died)
     if dies != "before it waits":
@@ -275,12 +275,12 @@ async def test_a_run_whose_worker_died_has_what_came_meanwhile(
         condition = '{"left":"{{ item.event_data.order }}","operator":"equals","right":"{{ data[0] }}"}'
         wanted = EventWaitRequest("order.paid", condition, "[7]")
         try:
-            await make_matcher(world).expect(caller, wanted, node_id="wait", iteration="")
+            await make_matcher(harness).expect(caller, wanted, node_id="wait", iteration="")
         except ProcessDied:
             monkeypatch.undo()
     await send_event(people.owner, "order.paid", order=7, total=1)
-    async with serve_worker(world):
-        assert await read_result(world, people.owner, execution_id) == ("paid", 1)
+    async with serve_worker(harness):
+        assert await read_result(harness, people.owner, execution_id) == ("paid", 1)
 
 
 class ProcessDied(Exception):
@@ -291,29 +291,29 @@ async def raise_died(*_given: object) -> None:
     raise ProcessDied
 
 
-async def age_events(world: GatewayHarness) -> None:
+async def age_events(harness: GatewayHarness) -> None:
     """Let it be a moment later, by the database's clock."""
-    first = await read_database_time(world)
-    while await read_database_time(world) <= first:  # noqa: ASYNC110 - clocks tell nobody
+    first = await read_database_time(harness)
+    while await read_database_time(harness) <= first:  # noqa: ASYNC110 - clocks tell nobody
         await asyncio.sleep(0.001)
 
 
-async def read_database_time(world: GatewayHarness) -> int:
-    async with world.gateway.database.read() as connection:
+async def read_database_time(harness: GatewayHarness) -> int:
+    async with harness.gateway.database.read() as connection:
         return await connection.scalar(select(type_coerce(DatabaseTime(), BigInteger))) or 0
 
 
-async def claim_for_dead_worker(world: GatewayHarness, execution_id: str) -> ClaimedRun:
+async def claim_for_dead_worker(harness: GatewayHarness, execution_id: str) -> ClaimedRun:
     """Claim a run for a worker that will never be heard of again."""
     for _ in range(3_000):
-        for one in await world.gateway.store.claim(ClaimQuery("dead", 0.05, 100)):
+        for one in await harness.gateway.store.claim(ClaimQuery("dead", 0.05, 100)):
             if one.execution_id == execution_id:
                 return one
         await asyncio.sleep(0.02)
     raise AssertionError(f"{execution_id} can't be claimed")
 
 
-async def begin_until_wait(world: GatewayHarness, claimed: ClaimedRun) -> None:
+async def begin_until_wait(harness: GatewayHarness, claimed: ClaimedRun) -> None:
     """Have a run come as far as the node that waits."""
     now = datetime.now(UTC)
     given = b'{"body":{"order":7}}'
@@ -322,4 +322,4 @@ async def begin_until_wait(world: GatewayHarness, claimed: ClaimedRun) -> None:
     )
     wait = NodeSpan("wait", "wait", "wait-for-event", SpanStatus.RUNNING, 2, now, input_node="start")
     write = RunWrite(claimed.execution_id, claimed.shard, claimed.token, spans=[start, wait])
-    assert await world.gateway.store.record([write])
+    assert await harness.gateway.store.record([write])

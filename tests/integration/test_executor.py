@@ -64,20 +64,20 @@ def _no_tracebacks() -> Iterator[None]:
 
 
 @pytest.fixture(params=BOTH)
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 @pytest.fixture
-async def place(world: RunDatabase) -> OwnedWorkflow:
-    return await world.workflow()
+async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
+    return await run_database.workflow()
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]], seconds: float = PATIENCE_SECONDS) -> None:
@@ -159,12 +159,16 @@ def chain_definition(*types: str, **configs: dict[str, Json]) -> str:
     """Return a definition: the trigger, then one node of each type, each with the type and its place for an id."""
     nodes: list[dict[str, Json]] = [{"id": "start", "type": "manual"}]
     nodes += [
-        {"id": f"{kind}{place}", "type": kind, "config": configs.get(f"{kind}{place}", {})}
-        for place, kind in enumerate(types, start=1)
+        {"id": f"{kind}{owned_workflow}", "type": kind, "config": configs.get(f"{kind}{owned_workflow}", {})}
+        for owned_workflow, kind in enumerate(types, start=1)
     ]
     edges = [
-        {"id": f"e{place}", "source": nodes[place]["id"], "target": nodes[place + 1]["id"]}
-        for place in range(len(types))
+        {
+            "id": f"e{owned_workflow}",
+            "source": nodes[owned_workflow]["id"],
+            "target": nodes[owned_workflow + 1]["id"],
+        }
+        for owned_workflow in range(len(types))
     ]
     return json.dumps({"nodes": nodes, "connections": edges, "settings": {}})
 
@@ -190,8 +194,8 @@ class DeafBroker(LocalBroker):
 class WorkerStarter:
     """Starts workers on a database; leases and sweeps are long unless a test says otherwise."""
 
-    def __init__(self, world: RunDatabase, stack: AsyncExitStack) -> None:
-        self._world = world
+    def __init__(self, run_database: RunDatabase, stack: AsyncExitStack) -> None:
+        self._world = run_database
         self._stack = stack
         self.stage = NodeStage()
 
@@ -218,11 +222,11 @@ class WorkerStarter:
         return WorkerUnderTest(executor, broker)
 
     async def accept(
-        self, place: OwnedWorkflow, *types: str, count: int = 1, **configs: dict[str, Json]
+        self, owned_workflow: OwnedWorkflow, *types: str, count: int = 1, **configs: dict[str, Json]
     ) -> list[str]:
         """Accept runs of a chain, and return their ids."""
         runs = [
-            place.run(definition=chain_definition(*types, **configs), total_nodes=len(types) + 1)
+            owned_workflow.run(definition=chain_definition(*types, **configs), total_nodes=len(types) + 1)
             for _ in range(count)
         ]
         await self._world.store.accept(runs)
@@ -237,9 +241,9 @@ class WorkerStarter:
 
 
 @pytest.fixture
-async def workers(world: RunDatabase) -> AsyncIterator[WorkerStarter]:
+async def workers(run_database: RunDatabase) -> AsyncIterator[WorkerStarter]:
     async with AsyncExitStack() as stack:
-        workers = WorkerStarter(world, stack)
+        workers = WorkerStarter(run_database, stack)
         yield workers
         workers.stage.go_on.set()
 
@@ -260,7 +264,7 @@ class PatchedStore:
 
 @pytest.mark.parametrize("where", EVERY, indirect=True)
 async def test_a_run_goes_from_its_row_to_its_outputs(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     worker = await workers.start(broker=await brokers.connect_broker(None))
     notifications: list[Notification] = []
@@ -288,25 +292,25 @@ async def test_a_run_goes_from_its_row_to_its_outputs(
             {"id": "4", "source": "large", "sourcePort": "false", "target": "no"},
         ],
     }
-    run = place.run(definition=json.dumps(definition), trigger='{"body":{"n":21}}', total_nodes=5)
+    run = owned_workflow.run(definition=json.dumps(definition), trigger='{"body":{"n":21}}', total_nodes=5)
     await worker.broker.watch([run.execution_id])
-    await world.store.accept([run])
+    await run_database.store.accept([run])
     await worker.broker.wake_workers()
     await wait_until(lambda: workers.are_all("completed"))
 
-    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.shard)])
+    (progress,) = await run_database.store.progress([ExecutionKey(run.execution_id, run.shard)])
     assert (progress.completed_nodes, progress.total_nodes, progress.error) == (5, 5, None)
     outputs = {node_id: json.loads(output) for node_id, output in progress.outputs}
     assert outputs["yes"]["n"] == 42
     assert "no" not in outputs
-    (line,) = await world.query("SELECT message, node_id FROM log_line")
+    (line,) = await run_database.query("SELECT message, node_id FROM log_line")
     assert tuple(line.values()) == ("42 is large", "yes")
     assert notifications == [ChangedExecutions((run.execution_id,))]
 
 
 @pytest.mark.parametrize("where", EVERY, indirect=True)
 async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     definition = {
         "nodes": [
@@ -321,14 +325,14 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
             {"id": "3", "source": "loop", "sourcePort": "done", "target": "last"},
         ],
     }
-    run = place.run(definition=json.dumps(definition), total_nodes=4)
-    await world.store.accept([run])
+    run = owned_workflow.run(definition=json.dumps(definition), total_nodes=4)
+    await run_database.store.accept([run])
     await workers.start()
     await wait_until(lambda: workers.are_all("completed"))
-    (progress,) = await world.store.progress([ExecutionKey(run.execution_id, run.shard)])
+    (progress,) = await run_database.store.progress([ExecutionKey(run.execution_id, run.shard)])
     assert (progress.completed_nodes, progress.percent) == (4, 99)
     assert {node_id for node_id, _ in progress.outputs} == {"start", "loop", "last"}
-    spans = await world.query(
+    spans = await run_database.query(
         "SELECT node_id, iteration, output FROM span WHERE iteration <> '' ORDER BY 1, 2"
     )
     assert [tuple(span.values()) for span in spans] == [
@@ -338,17 +342,17 @@ async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
 
 @ON_ONE
 async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watch(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     worker = await workers.start(broker=await brokers.connect_broker(None))
     notifications: list[Notification] = []
     await worker.broker.listen(notifications.append)
-    run = place.run(
+    run = owned_workflow.run(
         definition=json.dumps({"nodes": [{"id": "start", "type": "manual"}], "connections": []}),
         total_nodes=1,
         channel=worker.broker.channel,
     )
-    await world.store.accept([run])
+    await run_database.store.accept([run])
     await worker.broker.wake_workers()
     await wait_until(lambda: workers.are_all("completed"))
     async with asyncio.timeout(PATIENCE_SECONDS):
@@ -358,10 +362,10 @@ async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watc
 
 
 async def test_all_that_waits_is_run_without_another_word(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    other = await world.workflow()
-    await workers.accept(place, "note", "effect", count=40)
+    other = await run_database.workflow()
+    await workers.accept(owned_workflow, "note", "effect", count=40)
     await workers.accept(other, "note", "effect", count=3)
     await workers.start(concurrency=4)
     await wait_until(lambda: workers.are_all("completed"))
@@ -369,11 +373,11 @@ async def test_all_that_waits_is_run_without_another_word(
 
 
 async def test_a_workflow_waits_for_its_turn_and_not_for_its_neighbour_s_flood(
-    world: RunDatabase, workers: WorkerStarter
+    run_database: RunDatabase, workers: WorkerStarter
 ) -> None:
-    organization = await world.organization()
-    flood = await world.workflow(organization, turn=500)
-    one = await world.workflow(organization, turn=501)
+    organization = await run_database.organization()
+    flood = await run_database.workflow(organization, turn=500)
+    one = await run_database.workflow(organization, turn=501)
     await workers.accept(flood, "note", count=30)
     (lonely,) = await workers.accept(one, "note")
     await workers.start(concurrency=1)
@@ -382,21 +386,24 @@ async def test_a_workflow_waits_for_its_turn_and_not_for_its_neighbour_s_flood(
 
 
 async def test_two_workers_that_race_for_runs_run_each_once(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    await workers.accept(place, "effect", count=100)
+    await workers.accept(owned_workflow, "effect", count=100)
     await asyncio.gather(*(workers.start(concurrency=7, sweep_seconds=0.2) for _ in range(2)))
     await wait_until(lambda: workers.are_all("completed"))
     assert set(Counter(workers.stage.calls).values()) == {1}
     assert len(workers.stage.calls) == 100
-    assert await world.count("span") == 200
+    assert await run_database.count("span") == 200
 
 
 async def test_a_run_that_waits_is_woken_when_it_is_due_without_a_sweep(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: WorkerStarter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(engine_run, "SHORT_WAIT_SECONDS", 0)
-    store = await world.another_store()
+    store = await run_database.another_store()
     promoted: list[int] = []
 
     async def promote_due() -> int:
@@ -405,23 +412,25 @@ async def test_a_run_that_waits_is_woken_when_it_is_due_without_a_sweep(
 
     worker = await workers.start(store=PatchedStore(store, promote_due=promote_due))
     for _ in range(8):
-        await workers.accept(place, "wait", "note", wait1={"seconds": 0.05})
+        await workers.accept(owned_workflow, "wait", "note", wait1={"seconds": 0.05})
         worker.executor.wake()
         await wait_until(lambda: workers.are_all("completed"))
     assert promoted == [1] * 8
-    waits = await world.query("SELECT ended_at - started_at AS lasted FROM span WHERE node_id = 'wait1'")
+    waits = await run_database.query(
+        "SELECT ended_at - started_at AS lasted FROM span WHERE node_id = 'wait1'"
+    )
     assert all(row["lasted"] >= 50_000 for row in waits)
 
 
 async def test_results_without_effects_are_committed_before_long(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    await workers.accept(place, "note", "look")
+    await workers.accept(owned_workflow, "note", "look")
     await workers.start()
     await wait_soon(workers.stage.begun)
 
     async def is_committed() -> bool:
-        (row,) = await world.query("SELECT status, completed_nodes FROM execution")
+        (row,) = await run_database.query("SELECT status, completed_nodes FROM execution")
         return tuple(row.values()) == ("running", 2)
 
     await wait_until(is_committed)
@@ -442,53 +451,53 @@ BROKEN = {
 @ON_ONE
 @pytest.mark.parametrize("definition", BROKEN.values(), ids=list(BROKEN))
 async def test_a_definition_that_cannot_run_fails_its_run_and_no_other(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, definition: str
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter, definition: str
 ) -> None:
-    run = place.run(definition=definition)
-    await world.store.accept([run])
-    (good,) = await workers.accept(place, "note")
+    run = owned_workflow.run(definition=definition)
+    await run_database.store.accept([run])
+    (good,) = await workers.accept(owned_workflow, "note")
     await workers.start()
-    await wait_until(lambda: has_status(world, good, "completed"))
-    await wait_until(lambda: has_status(world, run.execution_id, "failed"))
-    assert json.loads((await world.row(run.execution_id))["error"])["code"] == "invalid-definition"
+    await wait_until(lambda: has_status(run_database, good, "completed"))
+    await wait_until(lambda: has_status(run_database, run.execution_id, "failed"))
+    assert json.loads((await run_database.row(run.execution_id))["error"])["code"] == "invalid-definition"
 
 
-async def has_status(world: RunDatabase, execution_id: str, status: str) -> bool:
-    found: str = (await world.row(execution_id))["status"]
+async def has_status(run_database: RunDatabase, execution_id: str, status: str) -> bool:
+    found: str = (await run_database.row(execution_id))["status"]
     return found == status
 
 
 @ON_ONE
 async def test_a_definition_that_was_not_there_is_looked_for_again(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    run, again = [place.run(definition=chain_definition("note")) for _ in range(2)]
-    await world.store.accept([run])
-    await world.query("DELETE FROM definition")
+    run, again = [owned_workflow.run(definition=chain_definition("note")) for _ in range(2)]
+    await run_database.store.accept([run])
+    await run_database.query("DELETE FROM definition")
     worker = await workers.start()
-    await wait_until(lambda: has_status(world, run.execution_id, "failed"))
-    await world.store.accept([again])
+    await wait_until(lambda: has_status(run_database, run.execution_id, "failed"))
+    await run_database.store.accept([again])
     worker.executor.wake()
-    await wait_until(lambda: has_status(world, again.execution_id, "completed"))
+    await wait_until(lambda: has_status(run_database, again.execution_id, "completed"))
 
 
 @ON_ONE
 async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    poison = await world.claimed(place, definition=chain_definition("note"))
-    good = await world.claimed(place, definition=chain_definition("note"))
-    await world.store.record([write(one, end=RunStatus.RELEASED) for one in (poison, good)])
-    await world.query(
+    poison = await run_database.claimed(owned_workflow, definition=chain_definition("note"))
+    good = await run_database.claimed(owned_workflow, definition=chain_definition("note"))
+    await run_database.store.record([write(one, end=RunStatus.RELEASED) for one in (poison, good)])
+    await run_database.query(
         "INSERT INTO span (execution_id, node_id, iteration, shard, id, sequence, label, type, status, attempt)"
         " VALUES (:id, 'note1', '', :shard, 'span_1', 1, 'note', 'note', 'of a newer version', 1)",
         id=poison.execution_id,
         shard=poison.shard,
     )
     await workers.start(lease_seconds=0.2, sweep_seconds=0.05)
-    await wait_until(lambda: has_status(world, good.execution_id, "completed"))
-    await wait_until(lambda: has_status(world, poison.execution_id, "failed"))
-    assert json.loads((await world.row(poison.execution_id))["error"])["code"] == "crashed"
+    await wait_until(lambda: has_status(run_database, good.execution_id, "completed"))
+    await wait_until(lambda: has_status(run_database, poison.execution_id, "failed"))
+    assert json.loads((await run_database.row(poison.execution_id))["error"])["code"] == "crashed"
 
 
 # ── suspects ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -496,10 +505,10 @@ async def test_a_run_whose_journal_cannot_be_read_crashes_alone(
 
 @ON_ONE
 async def test_a_suspect_runs_alone_until_it_has_recorded_a_result(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    suspect = await world.suspect(place, definition=chain_definition("hold", "note"))
-    others = await workers.accept(place, "note", count=3)
+    suspect = await run_database.suspect(owned_workflow, definition=chain_definition("hold", "note"))
+    others = await workers.accept(owned_workflow, "note", count=3)
     await workers.start(sweep_seconds=0.05)
     await wait_soon(workers.stage.begun)
     await asyncio.sleep(0.3)  # it would be claimed by now
@@ -512,16 +521,16 @@ async def test_a_suspect_runs_alone_until_it_has_recorded_a_result(
 
 @ON_ONE
 async def test_what_arrives_during_a_trial_waits_for_its_end(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    await world.suspect(place, definition=chain_definition("hold"))
-    await world.query("UPDATE execution SET status = 'waiting'")
+    await run_database.suspect(owned_workflow, definition=chain_definition("hold"))
+    await run_database.query("UPDATE execution SET status = 'waiting'")
     await workers.start(sweep_seconds=0.05)
-    await workers.accept(place, "note")
-    await wait_until(lambda: has_completed(world, 1))
-    await world.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
+    await workers.accept(owned_workflow, "note")
+    await wait_until(lambda: has_completed(run_database, 1))
+    await run_database.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
     await wait_soon(workers.stage.begun)
-    await workers.accept(place, "note")
+    await workers.accept(owned_workflow, "note")
     await asyncio.sleep(0.3)
     assert await workers.statuses() == Counter(completed=1, running=1, pending=1)
     workers.stage.go_on.set()
@@ -530,32 +539,35 @@ async def test_what_arrives_during_a_trial_waits_for_its_end(
 
 @ON_ONE
 async def test_a_suspect_waits_for_what_is_not_proven_and_a_trial_ends_by_time_too(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: WorkerStarter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    keys = [await world.suspect(place, definition=chain_definition("hold")) for _ in range(2)]
-    await world.query("UPDATE execution SET status = 'waiting'")
-    keys = [await world.begun(place, definition=chain_definition("hold")), *keys]
+    keys = [await run_database.suspect(owned_workflow, definition=chain_definition("hold")) for _ in range(2)]
+    await run_database.query("UPDATE execution SET status = 'waiting'")
+    keys = [await run_database.begun(owned_workflow, definition=chain_definition("hold")), *keys]
     await workers.start(sweep_seconds=0.05)
     await wait_soon(workers.stage.begun)
-    await world.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
+    await run_database.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
     await asyncio.sleep(0.3)
     assert await workers.statuses() == Counter(running=1, pending=2)
     # Whatever has run for so long is proven: others go on, and a later loss is none on trial.
     monkeypatch.setattr(executors, "TRIAL_SECONDS", 0.1)
     await wait_until(lambda: workers.are_all("running"))
-    await wait_until(lambda: are_off_trial(world))
+    await wait_until(lambda: are_off_trial(run_database))
     assert workers.stage.calls == [f"{key.execution_id}:hold1:0" for key in keys]
     workers.stage.go_on.set()
     await wait_until(lambda: workers.are_all("completed"))
 
 
-async def has_completed(world: RunDatabase, count: int) -> bool:
-    rows = await world.query("SELECT id FROM execution WHERE status = 'completed'")
+async def has_completed(run_database: RunDatabase, count: int) -> bool:
+    rows = await run_database.query("SELECT id FROM execution WHERE status = 'completed'")
     return len(rows) == count
 
 
-async def are_off_trial(world: RunDatabase) -> bool:
-    (row,) = await world.query("SELECT count(*) AS count FROM execution WHERE isolated")
+async def are_off_trial(run_database: RunDatabase) -> bool:
+    (row,) = await run_database.query("SELECT count(*) AS count FROM execution WHERE isolated")
     return not row["count"]
 
 
@@ -565,12 +577,19 @@ async def are_off_trial(world: RunDatabase) -> bool:
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 @pytest.mark.parametrize("way", ["by letter", "by renewal"])
 async def test_a_run_ends_when_it_is_asked_to(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, way: str, request_: str, status: str
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: WorkerStarter,
+    way: str,
+    request_: str,
+    status: str,
 ) -> None:
-    (execution_id,) = await workers.accept(place, "look", "note")
+    (execution_id,) = await workers.accept(owned_workflow, "look", "note")
     worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by letter" else 3.0)
     await wait_soon(workers.stage.begun)
-    requested = await world.store.request_end(ExecutionKey(execution_id, place.organization.shard), request_)
+    requested = await run_database.store.request_end(
+        ExecutionKey(execution_id, owned_workflow.organization.shard), request_
+    )
     assert requested is not None
     assert requested.lease_owner == worker.broker.channel
     if way == "by letter":
@@ -579,18 +598,18 @@ async def test_a_run_ends_when_it_is_asked_to(
     if request_ == "stop":
         (active,) = worker.executor._active.values()  # noqa: SLF001 - nobody else knows what it was asked
         await wait_soon(active.control.changed)
-        assert await has_status(world, execution_id, "running")
+        assert await has_status(run_database, execution_id, "running")
         workers.stage.go_on.set()
-    await wait_until(lambda: has_status(world, execution_id, status))
+    await wait_until(lambda: has_status(run_database, execution_id, status))
     assert workers.stage.cancelled == (request_ == "cancel")
     assert f"{execution_id}:note2:0" not in workers.stage.calls
 
 
 @ON_ONE
 async def test_a_letter_in_words_of_a_newer_version_ends_nothing(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    (execution_id,) = await workers.accept(place, "look")
+    (execution_id,) = await workers.accept(owned_workflow, "look")
     worker = await workers.start()
     await wait_soon(workers.stage.begun)
     for request in ("pause", ""):
@@ -599,16 +618,16 @@ async def test_a_letter_in_words_of_a_newer_version_ends_nothing(
     await worker.broker.send(worker.broker.channel, {"other": "thing"})
     await asyncio.sleep(0)
     workers.stage.go_on.set()
-    await wait_until(lambda: has_status(world, execution_id, "completed"))
+    await wait_until(lambda: has_status(run_database, execution_id, "completed"))
 
 
 # ── hand-over ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    (execution_id,) = await workers.accept(place, "note", "hold", "effect")
+    (execution_id,) = await workers.accept(owned_workflow, "note", "hold", "effect")
     first = await workers.start()
     await wait_soon(workers.stage.begun)
     (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else is told
@@ -617,7 +636,7 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
     assert active.control.request is ControlRequest.HAND_OFF
     workers.stage.go_on.set()
     await draining
-    row = await world.row(execution_id)
+    row = await run_database.row(execution_id)
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
 
     await workers.start()
@@ -628,15 +647,18 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
 
 
 async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: WorkerStarter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(executors, "HAND_OFF_SECONDS", 0.1)
-    (execution_id,) = await workers.accept(place, "hold")
+    (execution_id,) = await workers.accept(owned_workflow, "hold")
     first = await workers.start()
     await wait_soon(workers.stage.begun)
     await first.executor.drain()
     assert workers.stage.cancelled == 1
-    assert (await world.row(execution_id))["status"] == "pending"
+    assert (await run_database.row(execution_id))["status"] == "pending"
     workers.stage.go_on.set()
     await workers.start()
     await wait_until(lambda: workers.are_all("completed"))
@@ -645,7 +667,10 @@ async def test_a_worker_that_stops_breaks_off_what_takes_too_long(
 
 @ON_ONE
 async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_broken_off(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: WorkerStarter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def stubborn(call: NodeCall) -> Json:
         workers.stage.begun.set()
@@ -660,19 +685,19 @@ async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_b
     workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
     for name in ("HAND_OVER_SECONDS", "BREAK_OFF_SECONDS"):
         monkeypatch.setattr(executors, name, 0.1)
-    (execution_id,) = await workers.accept(place, "hold")
+    (execution_id,) = await workers.accept(owned_workflow, "hold")
     first = await workers.start()
     await wait_soon(workers.stage.begun)
     await first.executor.drain()
-    row = await world.row(execution_id)
+    row = await run_database.row(execution_id)
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
 
 
 async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     is_claiming, may_answer = asyncio.Event(), asyncio.Event()
-    store = await world.another_store()
+    store = await run_database.another_store()
 
     async def claim(claim: ClaimQuery) -> Sequence[ClaimedRun]:
         claimed = await store.claim(claim)
@@ -680,14 +705,14 @@ async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
         await may_answer.wait()
         return claimed
 
-    (execution_id,) = await workers.accept(place, "note")
+    (execution_id,) = await workers.accept(owned_workflow, "note")
     worker = await workers.start(store=PatchedStore(store, claim=claim))
     await wait_soon(is_claiming)
     draining = asyncio.create_task(worker.executor.drain())
     await asyncio.sleep(0.1)
     may_answer.set()
     await draining
-    row = await world.row(execution_id)
+    row = await run_database.row(execution_id)
     assert (row["status"], row["attempt"]) == ("pending", 0)
     assert workers.stage.calls == []
 
@@ -695,22 +720,22 @@ async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
 # ── what changes underneath ───────────────────────────────────────────────────────────────────────────────
 
 
-async def take_away(world: RunDatabase) -> None:
+async def take_away(run_database: RunDatabase) -> None:
     """Do what a sweep does after a lease has ended, before it can be renewed."""
-    await world.query(
+    await run_database.query(
         "UPDATE execution SET status = 'pending', token = token + 1, lease_owner = NULL, lease_until = NULL"
     )
 
 
 async def test_a_worker_that_has_lost_a_run_abandons_it_and_another_finishes_it(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    (execution_id,) = await workers.accept(place, "hold", "effect")
+    (execution_id,) = await workers.accept(owned_workflow, "hold", "effect")
     first = await workers.start(lease_seconds=2.4)
     await wait_soon(workers.stage.begun)
     (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else knows the lease
     first.executor._is_draining = True  # noqa: SLF001 - it must not win its own run back
-    await take_away(world)
+    await take_away(run_database)
 
     async def is_abandoned() -> bool:
         return workers.stage.cancelled == 1
@@ -726,33 +751,35 @@ async def test_a_worker_that_has_lost_a_run_abandons_it_and_another_finishes_it(
 
 @ON_ONE
 async def test_a_run_that_was_lost_and_came_back_to_the_same_worker_still_hears_requests(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
-    (execution_id,) = await workers.accept(place, "look")
+    (execution_id,) = await workers.accept(owned_workflow, "look")
     worker = await workers.start(lease_seconds=1.0)
     await wait_soon(workers.stage.begun)
-    await take_away(world)
+    await take_away(run_database)
     worker.executor.wake()
 
     async def has_left_the_first_one() -> bool:
         return len(workers.stage.calls) == 2 and workers.stage.cancelled == 1
 
     await wait_until(has_left_the_first_one)
-    assert await has_status(world, execution_id, "running")
-    await world.store.request_end(ExecutionKey(execution_id, place.organization.shard), "cancel")
-    await wait_until(lambda: has_status(world, execution_id, "cancelled"))
+    assert await has_status(run_database, execution_id, "running")
+    await run_database.store.request_end(
+        ExecutionKey(execution_id, owned_workflow.organization.shard), "cancel"
+    )
+    await wait_until(lambda: has_status(run_database, execution_id, "cancelled"))
 
 
 @pytest.mark.parametrize("method", ["definitions", "spans", "last_log_lines"])
 async def test_runs_that_cannot_be_begun_for_lack_of_a_database_are_given_back_uncounted(
-    world: RunDatabase,
-    place: OwnedWorkflow,
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
     workers: WorkerStarter,
     method: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.01)
-    store = await world.another_store()
+    store = await run_database.another_store()
     failures = 0
 
     async def fail_often(keys: Sequence[DefinitionKey]) -> Any:  # noqa: ANN401 - any JSON value
@@ -762,18 +789,21 @@ async def test_runs_that_cannot_be_begun_for_lack_of_a_database_are_given_back_u
             raise DatabaseUnavailable
         return await getattr(store, method)(keys)
 
-    begun = await world.claimed(place, definition=chain_definition("note"))
-    await world.store.record([write(begun, end=RunStatus.RELEASED)])
+    begun = await run_database.claimed(owned_workflow, definition=chain_definition("note"))
+    await run_database.store.record([write(begun, end=RunStatus.RELEASED)])
     await workers.start(store=PatchedStore(store, **{method: fail_often}))
     await wait_until(lambda: workers.are_all("completed"))
     assert failures == 5
 
 
 async def test_a_claim_in_doubt_is_given_back_uncounted(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: WorkerStarter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.01)
-    store = await world.another_store()
+    store = await run_database.another_store()
     claims = 0
 
     async def claim(claim: ClaimQuery) -> Sequence[ClaimedRun]:
@@ -784,7 +814,7 @@ async def test_a_claim_in_doubt_is_given_back_uncounted(
             raise DatabaseUnavailable
         return claimed
 
-    await workers.accept(place, "note", count=3)
+    await workers.accept(owned_workflow, "note", count=3)
     await workers.start(store=PatchedStore(store, claim=claim))
     await wait_until(lambda: workers.are_all("completed"))
     assert len(workers.stage.calls) == 3
@@ -792,7 +822,7 @@ async def test_a_claim_in_doubt_is_given_back_uncounted(
 
 @ON_ONE
 async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_other(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
     def unstorable(_call: NodeCall) -> Json:
         raise NodeError("broken", code="code\ud800")
@@ -801,22 +831,25 @@ async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_ot
     assert isinstance(library, ExecutorTestCatalog)
     library.runs["note"] = unstorable
     workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
-    (poison,) = await workers.accept(place, "note")
-    (good,) = await workers.accept(place, "effect")
+    (poison,) = await workers.accept(owned_workflow, "note")
+    (good,) = await workers.accept(owned_workflow, "effect")
     await workers.start(lease_seconds=0.2, sweep_seconds=0.05)
-    await wait_until(lambda: has_status(world, good, "completed"))
-    await wait_until(lambda: has_status(world, poison, "failed"))
-    assert json.loads((await world.row(poison))["error"])["code"] == "crashed"
+    await wait_until(lambda: has_status(run_database, good, "completed"))
+    await wait_until(lambda: has_status(run_database, poison, "failed"))
+    assert json.loads((await run_database.row(poison))["error"])["code"] == "crashed"
 
 
 @ON_ONE
 async def test_a_sweep_goes_on_until_nothing_is_left_to_reclaim(
-    world: RunDatabase, place: OwnedWorkflow, workers: WorkerStarter, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: WorkerStarter,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(executors, "SWEEP_ROWS", 5)
-    await workers.accept(place, "note", count=12)
-    await world.claim(owner="a dead one", lease_seconds=0)
-    store, is_swept = await world.another_store(), asyncio.Event()
+    await workers.accept(owned_workflow, "note", count=12)
+    await run_database.claim(owner="a dead one", lease_seconds=0)
+    store, is_swept = await run_database.another_store(), asyncio.Event()
 
     async def sweep(limit: int) -> SweepResult:
         is_swept.set()
@@ -832,9 +865,9 @@ async def test_runs_outlast_a_restart_of_the_database(
     on_postgres: MigratedDatabase, postgres: PostgresServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(executors, "PAUSE_SECONDS", 0.05)
-    async with open_run_database(on_postgres) as world, AsyncExitStack() as stack:
-        workers = WorkerStarter(world, stack)
-        ids = await workers.accept(await world.workflow(), "effect", "hold", "effect", count=20)
+    async with open_run_database(on_postgres) as run_database, AsyncExitStack() as stack:
+        workers = WorkerStarter(run_database, stack)
+        ids = await workers.accept(await run_database.workflow(), "effect", "hold", "effect", count=20)
         await workers.start(lease_seconds=20.0, sweep_seconds=0.5)
         await wait_soon(workers.stage.begun)
         await asyncio.to_thread(postgres.kill)

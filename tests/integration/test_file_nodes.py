@@ -86,7 +86,7 @@ class FileStores:
 
 
 @pytest.fixture
-async def world(tmp_path: Path) -> AsyncIterator[FileStores]:
+async def file_stores(tmp_path: Path) -> AsyncIterator[FileStores]:
     blobs = open_blobs(ServerSettings(data_dir=tmp_path))
     files = OrganizationFolders(tmp_path / "files")
     async with fake_s3.serve_fake_s3() as s3:
@@ -99,18 +99,20 @@ async def world(tmp_path: Path) -> AsyncIterator[FileStores]:
     ("node_type", "example"),
     [(name, example) for name in NODES for example in catalog.load_catalog().get(name).examples],
 )
-async def test_every_example_comes_true(world: FileStores, node_type: str, example: dict[str, Any]) -> None:
-    await world.put(CITIES, media_type="text/csv", name="cities.csv")
+async def test_every_example_comes_true(
+    file_stores: FileStores, node_type: str, example: dict[str, Any]
+) -> None:
+    await file_stores.put(CITIES, media_type="text/csv", name="cities.csv")
     if node_type == "file-source":
-        await world.call("file-destination", {"key": "cities.csv", "content": CITIES.decode()})
+        await file_stores.call("file-destination", {"key": "cities.csv", "content": CITIES.decode()})
     if node_type == "s3-source":
-        world.s3.objects["cities.csv"] = FakeObject(CITIES, {}, datetime(2026, 1, 1, tzinfo=UTC))
+        file_stores.s3.objects["cities.csv"] = FakeObject(CITIES, {}, datetime(2026, 1, 1, tzinfo=UTC))
     data = copy.deepcopy(example["input"])
-    called = await world.call(node_type, example["config"], data)
+    called = await file_stores.call(node_type, example["config"], data)
     assert called.output == example["output"]
     assert data == example["input"]
     if node_type == "s3-destination":
-        stored = world.s3.objects[example["output"]["key"]]
+        stored = file_stores.s3.objects[example["output"]["key"]]
         assert stored.headers["Content-Type"] == example["output"]["contentType"]
 
 
@@ -144,44 +146,44 @@ FILES: list[tuple[bytes, str, str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("content", "name", "format", "output"), FILES)
 async def test_a_file_is_read_by_what_it_is(
-    world: FileStores,
+    file_stores: FileStores,
     content: bytes,
     name: str,
     format: str,  # noqa: A002 - the field's own word
     output: dict[str, Any],
 ) -> None:
     expected = {"format": format, **output}
-    reference = await world.put(content, name=name)
+    reference = await file_stores.put(content, name=name)
     for wanted in ("auto", format):
         config: dict[str, Json] = {"blob": "{{ data.file }}", "format": wanted}
-        called = await world.call("file-parse", config, {"file": reference})
+        called = await file_stores.call("file-parse", config, {"file": reference})
         assert called.output == expected
-    world.s3.objects[name] = FakeObject(content, {})
+    file_stores.s3.objects[name] = FakeObject(content, {})
     wanted = "excel" if format == "excel" else "auto"
-    called = await world.call("s3-source", {"key": name, "as": wanted})
+    called = await file_stores.call("s3-source", {"key": name, "as": wanted})
     assert called.output == {"key": name, "size": len(content), **expected}
 
 
-async def test_the_type_of_a_file_counts_where_its_name_says_nothing(world: FileStores) -> None:
-    reference = await world.put(CITIES, media_type="text/csv; charset=utf-8", name="export")
-    assert (await world.call("file-parse", {"blob": reference})).output == {"format": "csv", **TABLE}
+async def test_the_type_of_a_file_counts_where_its_name_says_nothing(file_stores: FileStores) -> None:
+    reference = await file_stores.put(CITIES, media_type="text/csv; charset=utf-8", name="export")
+    assert (await file_stores.call("file-parse", {"blob": reference})).output == {"format": "csv", **TABLE}
 
 
-async def test_options_go_to_the_node_of_the_format(world: FileStores) -> None:
-    reference = await world.put("stadt;grad\nKöln;007\n".encode("windows-1252"), name="a.csv")
+async def test_options_go_to_the_node_of_the_format(file_stores: FileStores) -> None:
+    reference = await file_stores.put("stadt;grad\nKöln;007\n".encode("windows-1252"), name="a.csv")
     config: dict[str, Json] = {
         "blob": "{{ data }}",
         "encoding": "windows-1252",
         "csv": {"delimiter": ";", "types": "text"},
     }
-    called = await world.call("file-parse", config, reference)
+    called = await file_stores.call("file-parse", config, reference)
     assert called.output == {
         "format": "csv",
         "rows": [{"stadt": "Köln", "grad": "007"}],
         "columns": ["stadt", "grad"],
         "count": 1,
     }
-    assert await world.refused("file-parse", {"blob": reference}) == "invalid-encoding"
+    assert await file_stores.refused("file-parse", {"blob": reference}) == "invalid-encoding"
 
 
 @pytest.mark.parametrize(
@@ -195,33 +197,33 @@ async def test_options_go_to_the_node_of_the_format(world: FileStores) -> None:
     ],
 )
 async def test_a_spoilt_file_says_what_is_wrong_with_it(
-    world: FileStores, content: bytes, name: str, code: str
+    file_stores: FileStores, content: bytes, name: str, code: str
 ) -> None:
-    reference = await world.put(content, name=name)
-    assert await world.refused("file-parse", {"blob": reference}) == code
+    reference = await file_stores.put(content, name=name)
+    assert await file_stores.refused("file-parse", {"blob": reference}) == code
 
 
-async def test_no_node_reads_a_file_of_another_run(world: FileStores) -> None:
+async def test_no_node_reads_a_file_of_another_run(file_stores: FileStores) -> None:
     other = RunCaller("org_1", "user_1", "wf_1", "exec_2", "exec_2")
-    reference = await world.blobs.put(other, CITIES, media_type="text/csv")
-    assert await world.refused("file-parse", {"blob": "{{ data }}"}, reference) == "blob-not-found"
+    reference = await file_stores.blobs.put(other, CITIES, media_type="text/csv")
+    assert await file_stores.refused("file-parse", {"blob": "{{ data }}"}, reference) == "blob-not-found"
     config: dict[str, Json] = {"key": "a", "content": "{{ data }}"}
-    assert await world.refused("s3-destination", config, reference) == "blob-not-found"
-    assert world.s3.objects == {}
+    assert await file_stores.refused("s3-destination", config, reference) == "blob-not-found"
+    assert file_stores.s3.objects == {}
 
 
 # ── objects ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_file_goes_through_a_run_as_it_is(world: FileStores) -> None:
+async def test_a_file_goes_through_a_run_as_it_is(file_stores: FileStores) -> None:
     raw = bytes(range(256)) * 1_000
-    world.s3.objects["in/bild.png"] = FakeObject(raw, {})
-    fetched = (await world.call("s3-source", {"key": "in/bild.png"})).output
+    file_stores.s3.objects["in/bild.png"] = FakeObject(raw, {})
+    fetched = (await file_stores.call("s3-source", {"key": "in/bild.png"})).output
     assert isinstance(fetched, dict)
     assert (fetched["format"], fetched["size"]) == ("blob", len(raw))
     config: dict[str, Json] = {"key": "out/bild.png", "content": "{{ data.blob }}"}
-    written = await world.call("s3-destination", config, fetched)
-    stored = world.s3.objects["out/bild.png"]
+    written = await file_stores.call("s3-destination", config, fetched)
+    stored = file_stores.s3.objects["out/bild.png"]
     assert (stored.content, stored.headers["Content-Type"]) == (raw, "image/png")
     assert written.output == {
         "key": "out/bild.png",
@@ -250,11 +252,11 @@ async def test_a_file_goes_through_a_run_as_it_is(world: FileStores) -> None:
     ],
 )
 async def test_a_value_is_written_in_a_format(
-    world: FileStores, config: dict[str, Json], content: str, media_type: str
+    file_stores: FileStores, config: dict[str, Json], content: str, media_type: str
 ) -> None:
     for _ in range(2):
-        await world.call("s3-destination", {"key": "a", **config}, "x")
-    stored = world.s3.objects["a"]
+        await file_stores.call("s3-destination", {"key": "a", **config}, "x")
+    stored = file_stores.s3.objects["a"]
     assert (stored.content.decode(), stored.headers["Content-Type"]) == (content, media_type)
 
 
@@ -273,11 +275,11 @@ async def test_a_value_is_written_in_a_format(
     ],
 )
 async def test_what_can_t_be_done_has_a_code_of_its_own(
-    world: FileStores, node_type: str, config: dict[str, Json], code: str
+    file_stores: FileStores, node_type: str, config: dict[str, Json], code: str
 ) -> None:
-    world.s3.objects.update({"large": FakeObject(b"x" * 100, {}), "other": FakeObject(b"", {})})
-    assert await world.refused(node_type, config) == code
-    assert "a" not in world.s3.objects
+    file_stores.s3.objects.update({"large": FakeObject(b"x" * 100, {}), "other": FakeObject(b"", {})})
+    assert await file_stores.refused(node_type, config) == code
+    assert "a" not in file_stores.s3.objects
 
 
 def test_the_catalogue_finds_a_config_that_names_neither_object_nor_prefix() -> None:
@@ -289,15 +291,15 @@ def test_the_catalogue_finds_a_config_that_names_neither_object_nor_prefix() -> 
 # ── the organisation's own folder ─────────────────────────────────────────────────────────────────────────
 
 
-async def test_files_come_back_and_are_listed_by_their_paths(world: FileStores) -> None:
+async def test_files_come_back_and_are_listed_by_their_paths(file_stores: FileStores) -> None:
     for key in ("b.txt", "deep/er/ü 1.txt"):
-        await world.call("file-destination", {"key": key, "content": key})
-        called = await world.call("file-source", {"key": key})
+        await file_stores.call("file-destination", {"key": key, "content": key})
+        called = await file_stores.call("file-source", {"key": key})
         assert called.output == {"key": key, "size": len(key.encode()), "format": "text", "text": key}
-    called = await world.call("file-source", {"prefix": "deep/"})
+    called = await file_stores.call("file-source", {"prefix": "deep/"})
     assert isinstance(called.output, dict)
     assert [one["key"] for one in called.output["objects"]] == ["deep/er/ü 1.txt"]  # type: ignore[union-attr,index,call-overload]  # JSON
-    modes = {path.stat().st_mode & 0o777 for path in world.folder.rglob("*")}
+    modes = {path.stat().st_mode & 0o777 for path in file_stores.folder.rglob("*")}
     assert modes == {0o600, 0o700}
 
 
@@ -316,33 +318,38 @@ async def test_files_come_back_and_are_listed_by_their_paths(world: FileStores) 
         "a/.",
     ],
 )
-async def test_no_path_leads_out_of_the_folder(world: FileStores, key: str) -> None:
-    (world.folder.parent / "secret").parent.mkdir(parents=True)
-    (world.folder.parent / "secret").write_text("another")
+async def test_no_path_leads_out_of_the_folder(file_stores: FileStores, key: str) -> None:
+    (file_stores.folder.parent / "secret").parent.mkdir(parents=True)
+    (file_stores.folder.parent / "secret").write_text("another")
     for node_type in ("file-source", "file-destination"):
-        assert await world.refused(node_type, {"key": key}, "x") == "invalid-key"
-    assert (world.folder.parent / "secret").read_text() == "another"
+        assert await file_stores.refused(node_type, {"key": key}, "x") == "invalid-key"
+    assert (file_stores.folder.parent / "secret").read_text() == "another"
 
 
-async def test_no_link_is_followed_and_nothing_but_a_file_is_read(world: FileStores, tmp_path: Path) -> None:
+async def test_no_link_is_followed_and_nothing_but_a_file_is_read(
+    file_stores: FileStores, tmp_path: Path
+) -> None:
     (tmp_path / "secret").write_text("another's")
-    await world.call("file-destination", {"key": "a/b.txt", "content": "ours"})
-    (world.folder / "link").symlink_to(tmp_path / "secret")
-    (world.folder / "linked").symlink_to(tmp_path)
-    os.mkfifo(world.folder / "pipe")
+    await file_stores.call("file-destination", {"key": "a/b.txt", "content": "ours"})
+    (file_stores.folder / "link").symlink_to(tmp_path / "secret")
+    (file_stores.folder / "linked").symlink_to(tmp_path)
+    os.mkfifo(file_stores.folder / "pipe")
     for key in ("link", "linked/secret", "a", "pipe", "a/b.txt/c"):
-        assert await world.refused("file-source", {"key": key}) == "invalid-key"
-    assert await world.refused("file-destination", {"key": "linked/secret", "content": "x"}) == "invalid-key"
-    await world.call("file-destination", {"key": "link", "content": "x"})
+        assert await file_stores.refused("file-source", {"key": key}) == "invalid-key"
+    assert (
+        await file_stores.refused("file-destination", {"key": "linked/secret", "content": "x"})
+        == "invalid-key"
+    )
+    await file_stores.call("file-destination", {"key": "link", "content": "x"})
     assert (tmp_path / "secret").read_text() == "another's", "the link itself was replaced"
-    called = await world.call("file-source", {"prefix": ""})
+    called = await file_stores.call("file-source", {"prefix": ""})
     assert isinstance(called.output, dict)
     assert called.output["count"] == 2
 
 
-async def test_another_organisation_has_another_folder(world: FileStores) -> None:
-    await world.call("file-destination", {"key": "a.txt", "content": "ours"})
-    folder = await world.files.folder(RunCaller("org_2", "user_1", "wf_1", "exec", "exec"))
+async def test_another_organisation_has_another_folder(file_stores: FileStores) -> None:
+    await file_stores.call("file-destination", {"key": "a.txt", "content": "ours"})
+    folder = await file_stores.files.folder(RunCaller("org_2", "user_1", "wf_1", "exec", "exec"))
     with pytest.raises(NodeError) as raised:
         await folder.get("a.txt", max_bytes=10, timeout_seconds=5)
     assert raised.value.code == "object-not-found"
@@ -350,25 +357,28 @@ async def test_another_organisation_has_another_folder(world: FileStores) -> Non
 
 
 async def test_a_file_is_replaced_whole_or_not_at_all(
-    world: FileStores, monkeypatch: pytest.MonkeyPatch
+    file_stores: FileStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await world.call("file-destination", {"key": "a.txt", "content": "first"})
+    await file_stores.call("file-destination", {"key": "a.txt", "content": "first"})
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert await world.refused("file-destination", {"key": "a.txt", "content": "second"}) == "not-available"
-    assert [path.name for path in world.folder.iterdir()] == ["a.txt"]
-    assert (world.folder / "a.txt").read_text() == "first"
+    assert (
+        await file_stores.refused("file-destination", {"key": "a.txt", "content": "second"})
+        == "not-available"
+    )
+    assert [path.name for path in file_stores.folder.iterdir()] == ["a.txt"]
+    assert (file_stores.folder / "a.txt").read_text() == "first"
 
 
 async def test_a_folder_has_room_for_so_much_and_no_more(
-    world: FileStores, monkeypatch: pytest.MonkeyPatch
+    file_stores: FileStores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(organization_folders, "MAX_FOLDER_BYTES", 10)
-    await world.call("file-destination", {"key": "a", "content": "12345"})
-    assert await world.refused("file-destination", {"key": "b", "content": "123456"}) == "folder-full"
+    await file_stores.call("file-destination", {"key": "a", "content": "12345"})
+    assert await file_stores.refused("file-destination", {"key": "b", "content": "123456"}) == "folder-full"
     monkeypatch.setattr(organization_folders, "MAX_FILES", 1)
-    assert await world.refused("file-destination", {"key": "c", "content": "1"}) == "folder-full"
-    assert await world.refused("file-source", {"key": "a", "maxBytes": 4}) == "object-too-large"
+    assert await file_stores.refused("file-destination", {"key": "c", "content": "1"}) == "folder-full"
+    assert await file_stores.refused("file-source", {"key": "a", "maxBytes": 4}) == "object-too-large"

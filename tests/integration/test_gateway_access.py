@@ -37,8 +37,8 @@ async def wait_until_true(condition: AsyncIterator[bool], *, within_seconds: flo
     raise AssertionError
 
 
-async def test_whoami_tells_whom_a_key_stands_for(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_whoami_tells_whom_a_key_stands_for(harness: GatewayHarness) -> None:
+    people = await harness.people()
     shown = (await people.owner.api.get(WHOAMI)).json()
     assert shown["userId"] == people.owner.user.id
     assert shown["organizationId"] == people.owner.user.organization_id
@@ -50,8 +50,8 @@ async def test_whoami_tells_whom_a_key_stands_for(world: GatewayHarness) -> None
 @pytest.mark.parametrize(
     "key", [None, "", "nothing", "sk-00" + "0" * 52, "Bearer nothing", "x" * 10_000, "é", "' OR 1=1 --"]
 )
-async def test_without_a_valid_key_every_answer_is_the_same(world: GatewayHarness, key: str | None) -> None:
-    client = await world.client(address="10.0.0.2")
+async def test_without_a_valid_key_every_answer_is_the_same(harness: GatewayHarness, key: str | None) -> None:
+    client = await harness.client(address="10.0.0.2")
     headers = {} if key is None else {b"X-API-Key": key.encode("latin-1")}
     response = await client.get(WHOAMI, headers=headers)
     assert_refused(response, 401, "unauthorized")
@@ -59,9 +59,9 @@ async def test_without_a_valid_key_every_answer_is_the_same(world: GatewayHarnes
     assert response.json()["error"]["message"] == "Send a valid API key in the X-API-Key header"
 
 
-async def test_a_key_counts_in_its_own_header_alone(world: GatewayHarness) -> None:
-    people = await world.people()
-    client = await world.client(address="10.0.0.3")
+async def test_a_key_counts_in_its_own_header_alone(harness: GatewayHarness) -> None:
+    people = await harness.people()
+    client = await harness.client(address="10.0.0.3")
     for headers in (
         {"Authorization": f"Bearer {people.owner.key}"},
         {"Cookie": f"X-API-Key={people.owner.key}"},
@@ -70,8 +70,8 @@ async def test_a_key_counts_in_its_own_header_alone(world: GatewayHarness) -> No
     assert_refused(await client.get(f"{WHOAMI}?X-API-Key={people.owner.key}"), 401, "unauthorized")
 
 
-async def test_headers_about_tenants_and_addresses_change_nobody(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_headers_about_tenants_and_addresses_change_nobody(harness: GatewayHarness) -> None:
+    people = await harness.people()
     headers = {
         "X-Organization-Id": people.stranger.user.organization_id,
         "X-User-Id": people.admin.user.id,
@@ -83,10 +83,10 @@ async def test_headers_about_tenants_and_addresses_change_nobody(world: GatewayH
     assert shown["userId"] == people.owner.user.id
 
 
-async def test_each_scope_opens_its_own_routes_and_no_other(world: GatewayHarness) -> None:
-    organization = await world.organization()
-    reader = await world.person(organization, scopes=[KeyScope.WORKFLOWS_READ])
-    writer = await world.person(organization, scopes=[KeyScope.WORKFLOWS_WRITE])
+async def test_each_scope_opens_its_own_routes_and_no_other(harness: GatewayHarness) -> None:
+    organization = await harness.organization()
+    reader = await harness.person(organization, scopes=[KeyScope.WORKFLOWS_READ])
+    writer = await harness.person(organization, scopes=[KeyScope.WORKFLOWS_WRITE])
     assert (await reader.api.get("/api/v1/workflows")).status_code == 200
     assert (await writer.api.post("/api/v1/workflows", json={"name": "x"})).status_code == 201
     refusal = await reader.api.post("/api/v1/workflows", json={"name": "x"})
@@ -97,8 +97,8 @@ async def test_each_scope_opens_its_own_routes_and_no_other(world: GatewayHarnes
     assert (await reader.api.get(WHOAMI)).status_code == 200
 
 
-async def test_a_key_is_shown_once_and_kept_as_a_hash(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_a_key_is_shown_once_and_kept_as_a_hash(harness: GatewayHarness) -> None:
+    people = await harness.people()
     response = await people.owner.api.post(KEYS, json={"name": "laptop", "scopes": ["workflows:read"]})
     assert response.status_code == 201
     made = response.json()
@@ -112,15 +112,15 @@ async def test_a_key_is_shown_once_and_kept_as_a_hash(world: GatewayHarness) -> 
     assert made in listed["keys"]
     assert (listed["count"], listed["limit"], listed["offset"]) == (2, 20, 0)
     assert key not in str(listed)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         row = (await connection.execute(select(ApiKey).where(col(ApiKey.id) == made["id"]))).mappings().one()
     assert key not in str(dict(row))
-    assert (await (await world.client(key)).get(WHOAMI)).json()["keyId"] == made["id"]
+    assert (await (await harness.client(key)).get(WHOAMI)).json()["keyId"] == made["id"]
 
 
-async def test_a_key_gets_no_scope_that_its_maker_lacks(world: GatewayHarness) -> None:
-    organization = await world.organization()
-    maker = await world.person(organization, scopes=[KeyScope.KEYS_WRITE, KeyScope.WORKFLOWS_READ])
+async def test_a_key_gets_no_scope_that_its_maker_lacks(harness: GatewayHarness) -> None:
+    organization = await harness.organization()
+    maker = await harness.person(organization, scopes=[KeyScope.KEYS_WRITE, KeyScope.WORKFLOWS_READ])
     refusal = await maker.api.post(KEYS, json={"name": "more", "scopes": ["workflows:write"]})
     assert_refused(refusal, 403, "scope-required")
     assert "workflows:write" in refusal.json()["error"]["message"]
@@ -146,18 +146,18 @@ async def test_a_key_gets_no_scope_that_its_maker_lacks(world: GatewayHarness) -
     ],
 )
 async def test_a_key_that_makes_no_sense_is_refused(
-    world: GatewayHarness, body: dict[str, object], path: str
+    harness: GatewayHarness, body: dict[str, object], path: str
 ) -> None:
-    people = await world.people()
+    people = await harness.people()
     response = await people.owner.api.post(KEYS, json=body)
     assert_refused(response, 422, "validation-failed")
     assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
 
 
-async def test_a_key_stops_working_when_it_expires(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_a_key_stops_working_when_it_expires(harness: GatewayHarness) -> None:
+    people = await harness.people()
     made = (await people.owner.api.post(KEYS, json={"name": "brief", "expiresInSeconds": 2})).json()
-    client = await world.client(made["key"], address="10.0.0.4")
+    client = await harness.client(made["key"], address="10.0.0.4")
     assert (await client.get(WHOAMI)).status_code == 200
 
     async def is_refused() -> AsyncIterator[bool]:
@@ -167,10 +167,10 @@ async def test_a_key_stops_working_when_it_expires(world: GatewayHarness) -> Non
     assert await wait_until_true(is_refused(), within_seconds=PATIENCE_SECONDS) > 0.5
 
 
-async def test_a_revocation_works_before_long(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_a_revocation_works_before_long(harness: GatewayHarness) -> None:
+    people = await harness.people()
     made = (await people.owner.api.post(KEYS, json={"name": "lost"})).json()
-    client = await world.client(made["key"], address="10.0.0.5")
+    client = await harness.client(made["key"], address="10.0.0.5")
     assert (await client.get(WHOAMI)).status_code == 200
     for _ in range(2):
         assert (await people.owner.api.delete(f"{KEYS}/{made['id']}")).status_code == 204
@@ -185,8 +185,8 @@ async def test_a_revocation_works_before_long(world: GatewayHarness) -> None:
     assert next(key for key in listed if key["id"] == made["id"])["revokedAt"] is not None
 
 
-async def test_the_last_use_of_a_key_is_noted(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_the_last_use_of_a_key_is_noted(harness: GatewayHarness) -> None:
+    people = await harness.people()
     await people.owner.api.get(WHOAMI)
 
     async def is_noted() -> AsyncIterator[bool]:
@@ -198,9 +198,9 @@ async def test_the_last_use_of_a_key_is_noted(world: GatewayHarness) -> None:
 
 
 async def test_members_manage_their_own_keys_and_admins_those_of_the_organisation(
-    world: GatewayHarness,
+    harness: GatewayHarness,
 ) -> None:
-    people = await world.people()
+    people = await harness.people()
     mine = (await people.owner.api.post(KEYS, json={"name": "mine"})).json()["id"]
     assert mine in [key["id"] for key in (await people.owner.api.get(KEYS)).json()["keys"]]
     assert mine in [key["id"] for key in (await people.admin.api.get(KEYS)).json()["keys"]]
@@ -210,18 +210,18 @@ async def test_members_manage_their_own_keys_and_admins_those_of_the_organisatio
     assert (await people.admin.api.delete(f"{KEYS}/{mine}")).status_code == 204
 
 
-async def test_an_admin_makes_keys_for_users_of_the_organisation_alone(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_an_admin_makes_keys_for_users_of_the_organisation_alone(harness: GatewayHarness) -> None:
+    people = await harness.people()
     body = {"name": "for you", "scopes": ["workflows:read"], "userId": people.owner.user.id}
     made = await people.admin.api.post(KEYS, json=body)
     assert made.json()["userId"] == people.owner.user.id
-    assert (await (await world.client(made.json()["key"])).get(WHOAMI)).json()["role"] == "member"
+    assert (await (await harness.client(made.json()["key"])).get(WHOAMI)).json()["role"] == "member"
     for other in (people.colleague, people.stranger):
         assert_refused(await other.api.post(KEYS, json=body), 404, "not-found")
 
 
-async def test_an_admin_adds_users(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_an_admin_adds_users(harness: GatewayHarness) -> None:
+    people = await harness.people()
     response = await people.admin.api.post(USERS, json={"email": "Ada@Example.com", "name": "Ada"})
     assert response.status_code == 201
     made = response.json()
@@ -247,20 +247,20 @@ async def test_an_admin_adds_users(world: GatewayHarness) -> None:
     ],
 )
 async def test_a_user_that_makes_no_sense_is_refused(
-    world: GatewayHarness, body: dict[str, object], path: str
+    harness: GatewayHarness, body: dict[str, object], path: str
 ) -> None:
-    people = await world.people()
+    people = await harness.people()
     response = await people.admin.api.post(USERS, json=body)
     assert_refused(response, 422, "validation-failed")
     assert [detail["path"] for detail in response.json()["error"]["details"]] == [path]
 
 
-async def test_only_admins_with_the_scope_see_and_add_users(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_only_admins_with_the_scope_see_and_add_users(harness: GatewayHarness) -> None:
+    people = await harness.people()
     for request in (people.owner.api.get(USERS), people.owner.api.post(USERS, json={"email": "a@b.c"})):
         assert_refused(await request, 403, "admin-required")
-    organization = await world.organization()
-    narrow = await world.person(organization, UserRole.ADMIN, [KeyScope.WORKFLOWS_READ])
+    organization = await harness.organization()
+    narrow = await harness.person(organization, UserRole.ADMIN, [KeyScope.WORKFLOWS_READ])
     assert_refused(await narrow.api.get(USERS), 403, "scope-required")
 
 
@@ -272,27 +272,29 @@ async def test_only_admins_with_the_scope_see_and_add_users(world: GatewayHarnes
     ],
 )
 async def test_an_address_that_keeps_failing_is_slowed_down_but_no_valid_key_is(
-    world: GatewayHarness, first: str, neighbor: str, other: str
+    harness: GatewayHarness, first: str, neighbor: str, other: str
 ) -> None:
-    people = await world.people()
+    people = await harness.people()
     answers = []
     for number in range(60):
-        guess = await world.client(f"sk-00guess{number}", address=neighbor if number % 2 else first)
+        guess = await harness.client(f"sk-00guess{number}", address=neighbor if number % 2 else first)
         answers.append(await guess.get(WHOAMI))
     assert [answer.status_code for answer in answers] == [401] * 50 + [429] * 10
     assert 0 < int(answers[-1].headers["Retry-After"]) <= 60
     for address in (first, neighbor):
-        unseen = await world.client((await world.person(await world.organization())).key, address=address)
+        unseen = await harness.client(
+            (await harness.person(await harness.organization())).key, address=address
+        )
         assert (await unseen.get(WHOAMI)).status_code == 200
-    wrong = await world.client("sk-00guess", address=other)
+    wrong = await harness.client("sk-00guess", address=other)
     assert_refused(await wrong.get(WHOAMI), 401, "unauthorized")
-    assert (await (await world.client(people.admin.key, address=first)).get(WHOAMI)).status_code == 200
+    assert (await (await harness.client(people.admin.key, address=first)).get(WHOAMI)).status_code == 200
 
 
 async def test_many_requests_with_one_key_ask_the_database_once(
-    world: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    people = await world.people()
+    people = await harness.people()
     asked = _count_hashes(monkeypatch)
     answers = await asyncio.gather(*(people.owner.api.get(WHOAMI) for _ in range(20)))
     assert {answer.status_code for answer in answers} == {200}
@@ -300,11 +302,11 @@ async def test_many_requests_with_one_key_ask_the_database_once(
 
 
 async def test_many_wrong_keys_share_queries_with_right_ones(
-    world: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    people = await world.people()
+    people = await harness.people()
     asked = _count_hashes(monkeypatch)
-    guesses = [await world.client(f"sk-00guess{number}", address="10.7.7.9") for number in range(100)]
+    guesses = [await harness.client(f"sk-00guess{number}", address="10.7.7.9") for number in range(100)]
     answers = await asyncio.gather(
         *(client.get(WHOAMI) for client in (*guesses[:50], people.owner.api, *guesses[50:]))
     )
@@ -326,11 +328,11 @@ def _count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(world: GatewayHarness) -> None:
-    people = await world.people()
+async def test_a_key_that_an_admin_made_has_no_more_rights_than_its_user(harness: GatewayHarness) -> None:
+    people = await harness.people()
     made = (await people.admin.api.post(KEYS, json={"name": "x", "userId": people.owner.user.id})).json()
     assert "users:write" in made["scopes"]
-    assert_refused(await (await world.client(made["key"])).get(USERS), 403, "admin-required")
+    assert_refused(await (await harness.client(made["key"])).get(USERS), 403, "admin-required")
 
 
 # ── the first key ───────────────────────────────────────────────────────────────────────────────────────────

@@ -134,10 +134,10 @@ async def test_what_is_refused_or_changes_nothing_leaves_no_trace(people: Organi
 
 
 async def test_changes_at_the_same_time_form_one_chain(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
-    async with run_second_gateway(world) as client, client(people.admin) as other:
+    async with run_second_gateway(harness) as client, client(people.admin) as other:
         await asyncio.gather(
             *(
                 api.put(f"{WORKFLOWS}/{workflow_id}", json={"config": {f"key{n}": n}})
@@ -177,12 +177,12 @@ async def test_a_change_whose_trace_can_t_be_written_is_not_made(
 
 
 async def test_a_key_leaves_a_trace_when_it_is_made_and_when_it_is_revoked(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     later = datetime.now(timezone(timedelta(hours=2))) + timedelta(days=1)
     body = {"name": "laptop", "expiresAt": later.isoformat()}
     made = (await people.owner.api.post(KEYS, json=body)).json()
-    assert (await (await world.client(made["key"])).get(WORKFLOWS)).status_code == 200
+    assert (await (await harness.client(made["key"])).get(WORKFLOWS)).status_code == 200
     for person in (people.stranger, people.admin, people.owner):
         await person.api.delete(f"{KEYS}/{made['id']}")
     entries = await read_trail(people.admin, objectId=made["id"])
@@ -201,9 +201,9 @@ async def test_a_user_leaves_a_trace_when_it_is_added(people: OrganizationUsers)
 
 
 async def test_what_is_done_at_the_command_line_is_traced_as_the_operator_s(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    settings, organization = world.gateway.settings, people.admin.user.organization_id
+    settings, organization = harness.gateway.settings, people.admin.user.organization_id
     user = await accounts.create_user(settings, organization, "ci@example.com", "CI", UserRole.MEMBER)
     await accounts.create_key(settings, organization, user, "ci", [KeyScope.WORKFLOWS_READ], None)
     (key,) = [key for key in await accounts.list_keys(settings, organization) if key.name == "ci"]
@@ -255,18 +255,18 @@ async def test_the_trail_is_filtered_sorted_and_paged(people: OrganizationUsers)
 
 
 async def test_the_trail_is_for_admins_of_the_organisation_alone(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
     user = people.admin.user
     organization = Organization(
         id=user.organization_id, shard=user.shard, name="An organisation", created_at=user.created_at
     )
-    limited = await world.person(organization, UserRole.ADMIN, scopes=[KeyScope.WORKFLOWS_READ])
+    limited = await harness.person(organization, UserRole.ADMIN, scopes=[KeyScope.WORKFLOWS_READ])
     for person in (people.owner, people.colleague):
         assert_refused(await person.api.get(AUDIT), 403, "admin-required")
     assert_refused(await limited.api.get(AUDIT), 403, "scope-required")
-    assert_refused(await (await world.client()).get(AUDIT), 401, "unauthorized")
+    assert_refused(await (await harness.client()).get(AUDIT), 401, "unauthorized")
     assert await read_trail(people.stranger) == await read_trail(people.stranger, objectId=workflow_id) == []
     assert list_actions(await read_trail(people.admin, objectId=workflow_id)) == ["workflow.created"]
 

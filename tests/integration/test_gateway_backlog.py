@@ -19,7 +19,7 @@ from tests.integration.gateway_variants import execute_workflow, run_with_settin
 from tests.integration.query_plans import explain_statement
 
 
-async def begin(world: GatewayHarness, workflow_id: str) -> None:
+async def begin(harness: GatewayHarness, workflow_id: str) -> None:
     """Let somebody begin all runs of a workflow."""
 
     async def work(connection: AsyncConnection) -> None:
@@ -30,14 +30,14 @@ async def begin(world: GatewayHarness, workflow_id: str) -> None:
             {"id": workflow_id, "fresh": False},
         )
 
-    await world.gateway.database.transaction(work)
+    await harness.gateway.database.transaction(work)
 
 
 async def test_a_workflow_takes_in_as_much_as_may_wait_and_more_when_that_was_begun(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
-    async with run_with_settings(world, max_backlog_per_workflow=3) as gateway:
+    async with run_with_settings(harness, max_backlog_per_workflow=3) as gateway:
         assert [
             (await execute_workflow(gateway, people.owner, workflow_id)).status_code for _ in range(3)
         ] == [201] * 3
@@ -45,15 +45,15 @@ async def test_a_workflow_takes_in_as_much_as_may_wait_and_more_when_that_was_be
         assert_refused(answer, 429, "queue-full")
         assert answer.headers["Retry-After"] == "5"
         assert (await execute_workflow(gateway, people.owner, other_id)).status_code == 201
-        await begin(world, workflow_id)
+        await begin(harness, workflow_id)
         monkeypatch.setattr(backlogs, "monotonic", lambda: time.monotonic() + 2)
         assert (await execute_workflow(gateway, people.owner, workflow_id)).status_code == 201
 
 
 async def test_an_organisation_takes_in_as_much_as_may_wait_of_all_its_workflows(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with run_with_settings(world, max_backlog_per_organization=2) as gateway:
+    async with run_with_settings(harness, max_backlog_per_organization=2) as gateway:
         answers = [
             await execute_workflow(gateway, people.owner, await people.owner.create(**GRAPH))
             for _ in range(3)
@@ -65,22 +65,22 @@ async def test_an_organisation_takes_in_as_much_as_may_wait_of_all_its_workflows
 
 
 async def test_what_waited_before_a_gateway_started_counts(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await fill(world.gateway.database, BacklogRows(people.owner.user.organization_id, workflow_id, 5))
-    async with run_with_settings(world, max_backlog_per_workflow=5) as gateway:
+    await fill(harness.gateway.database, BacklogRows(people.owner.user.organization_id, workflow_id, 5))
+    async with run_with_settings(harness, max_backlog_per_workflow=5) as gateway:
         assert_refused(await execute_workflow(gateway, people.owner, workflow_id), 429, "queue-full")
-    async with run_with_settings(world, max_backlog_per_workflow=6) as gateway:
+    async with run_with_settings(harness, max_backlog_per_workflow=6) as gateway:
         assert (await execute_workflow(gateway, people.owner, workflow_id)).status_code == 201
         assert_refused(await execute_workflow(gateway, people.owner, workflow_id), 429, "queue-full")
 
 
 async def test_a_request_that_was_answered_is_answered_the_same_when_the_queue_is_full(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_with_settings(world, max_backlog_per_workflow=1) as gateway:
+    async with run_with_settings(harness, max_backlog_per_workflow=1) as gateway:
         first, again = [
             await execute_workflow(gateway, people.owner, workflow_id, headers={"Idempotency-Key": "once"})
             for _ in range(2)
@@ -90,10 +90,10 @@ async def test_a_request_that_was_answered_is_answered_the_same_when_the_queue_i
 
 
 async def test_several_at_once_are_taken_in_together_or_not_at_all(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     organization_id = people.owner.user.organization_id
-    async with run_with_settings(world, max_backlog_per_organization=10) as gateway:
+    async with run_with_settings(harness, max_backlog_per_organization=10) as gateway:
         room = gateway.gateway.backlog
         await room.require_room(organization_id, "wf_a", 8)
         with pytest.raises(ApiError):
@@ -116,9 +116,9 @@ async def count_backlog(
 
 
 async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    organization_id, database = people.owner.user.organization_id, world.gateway.database
+    organization_id, database = people.owner.user.organization_id, harness.gateway.database
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
     for target in (SHARED_TARGET, LIMITED_TARGET, UNPARSED_TARGET):
         await fill(database, BacklogRows(organization_id, workflow_id, 2, target=target))
@@ -137,9 +137,9 @@ async def test_all_that_nobody_has_begun_is_counted_and_nothing_else(
 
 
 async def test_what_waits_for_the_pods_of_a_deployment_counts_for_its_organisation(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    organization_id, database = people.owner.user.organization_id, world.gateway.database
+    organization_id, database = people.owner.user.organization_id, harness.gateway.database
     workflow_id = await people.owner.create(**GRAPH)
     assert (await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/deploy")).status_code in {200, 202}
     await fill(database, BacklogRows(organization_id, workflow_id, 3, target=workflow_id))
@@ -152,9 +152,9 @@ async def test_what_waits_for_the_pods_of_a_deployment_counts_for_its_organisati
 
 
 @pytest.fixture
-async def crowd(world: GatewayHarness) -> Database:
+async def crowded_database(harness: GatewayHarness) -> Database:
     """Return a database where much has ended, and some waits."""
-    database = world.gateway.database
+    database = harness.gateway.database
     await fill(database, BacklogRows("org_crowd", "wf_1", 2_000, status="completed", started_at=1))
     await fill(database, BacklogRows("org_crowd", "wf_1", 500))
 
@@ -165,14 +165,14 @@ async def crowd(world: GatewayHarness) -> Database:
     return database
 
 
-async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowd: Database) -> None:
+async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowded_database: Database) -> None:
     in_organization = backlog.organization_statements("org_crowd", [SHARED_TARGET, LIMITED_TARGET, "wf_1"])
     in_workflow = backlog.workflow_statements("org_crowd", "wf_1")
     for pending, deferred in (in_organization, in_workflow):
-        assert "ix_execution_pending" in await explain_statement(crowd, pending.limit(1_000))
-        plan = await explain_statement(crowd, deferred.limit(1_000))
+        assert "ix_execution_pending" in await explain_statement(crowded_database, pending.limit(1_000))
+        plan = await explain_statement(crowded_database, deferred.limit(1_000))
         assert "ix_execution_deferred" in plan or "ix_execution_waiting" in plan
-    assert await count_backlog(crowd, "org_crowd", at_most=5_000) == 500
+    assert await count_backlog(crowded_database, "org_crowd", at_most=5_000) == 500
 
 
 # ── when there will be room ─────────────────────────────────────────────────────────────────────────────────

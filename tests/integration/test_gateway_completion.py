@@ -73,9 +73,9 @@ async def wait_until_ended(person: UserClient, *execution_ids: str) -> list[dict
 
 
 @asynccontextmanager
-async def serve_worker(world: GatewayHarness, folder: Path) -> AsyncIterator[None]:
+async def serve_worker(harness: GatewayHarness, folder: Path) -> AsyncIterator[None]:
     """Run a worker that finds what the gateway has accepted by its sweeps."""
-    gateway = world.gateway
+    gateway = harness.gateway
     settings = WorkerSettings(
         data_dir=folder,
         database_url=gateway.settings.database_url,
@@ -110,9 +110,9 @@ async def test_an_admin_makes_the_secret_and_sees_it_once(people: OrganizationUs
     assert_refused(await people.stranger.api.get(SIGNING), 404, "not-found")
 
 
-async def test_the_secret_takes_the_scope_for_keys(world: GatewayHarness) -> None:
-    organization = await world.organization()
-    admin = await world.person(organization, UserRole.ADMIN, ALL_KEY_SCOPES - {KeyScope.KEYS_WRITE})
+async def test_the_secret_takes_the_scope_for_keys(harness: GatewayHarness) -> None:
+    organization = await harness.organization()
+    admin = await harness.person(organization, UserRole.ADMIN, ALL_KEY_SCOPES - {KeyScope.KEYS_WRITE})
     assert_refused(await admin.api.post(SIGNING), 403, "scope-required")
 
 
@@ -153,12 +153,12 @@ async def test_a_callback_goes_to_the_internet_and_takes_a_secret(people: Organi
 
 
 async def test_whoever_asked_is_called_back_and_a_failure_is_told_and_acted_on(
-    world: GatewayHarness, people: OrganizationUsers, tmp_path: Path
+    harness: GatewayHarness, people: OrganizationUsers, tmp_path: Path
 ) -> None:
     owner = people.owner
     secret = await create_signing_secret(people.admin)
     about = await owner.create(**GRAPH)
-    async with run_receiver() as receiver, serve_worker(world, tmp_path):
+    async with run_receiver() as receiver, serve_worker(harness, tmp_path):
         url = f"http://localhost:{receiver.port}/hook"
         good = await owner.create(**GRAPH)
         bad = await owner.create(**FAILING, settings={"onFailure": {"workflowId": about}})
@@ -262,7 +262,7 @@ async def test_where_no_place_is_free_a_run_is_refused_and_those_accepted_are_an
 
 @pytest.mark.parametrize("kind", ["set", "wait"])
 async def test_never_more_runs_go_on_than_the_limit_and_all_of_them_end(
-    world: GatewayHarness, people: OrganizationUsers, tmp_path: Path, kind: str
+    harness: GatewayHarness, people: OrganizationUsers, tmp_path: Path, kind: str
 ) -> None:
     step = {"set": {"values": {"a": 1}}, "wait": {"seconds": 0.02}}[kind]
     graph = {
@@ -272,9 +272,9 @@ async def test_never_more_runs_go_on_than_the_limit_and_all_of_them_end(
     settings = {"concurrency": {"limit": 3}}
     workflow_id = await people.owner.create(**graph, settings=settings)
     async with (
-        run_second_gateway(world) as client_of,
-        serve_worker(world, tmp_path),
-        serve_worker(world, tmp_path),
+        run_second_gateway(harness) as client_of,
+        serve_worker(harness, tmp_path),
+        serve_worker(harness, tmp_path),
         client_of(people.owner) as other,
     ):
         clients = [people.owner.api, other]
@@ -283,17 +283,17 @@ async def test_never_more_runs_go_on_than_the_limit_and_all_of_them_end(
         most, left = 0, 40
         async with asyncio.timeout(PATIENCE_SECONDS):
             while left or not accepting.done():
-                running, left = await count_active(world, workflow_id)
+                running, left = await count_active(harness, workflow_id)
                 most = max(most, running)
                 await asyncio.sleep(0.001)
         assert {answer.status_code for answer in await accepting} == {201}
     assert most <= 3
-    assert 1 <= await max_concurrent(world, workflow_id) <= 3
+    assert 1 <= await max_concurrent(harness, workflow_id) <= 3
 
 
-async def count_active(world: GatewayHarness, workflow_id: str) -> tuple[int, int]:
+async def count_active(harness: GatewayHarness, workflow_id: str) -> tuple[int, int]:
     """Return how many runs of a workflow somebody holds, and how many have not ended."""
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         row = (
             await connection.execute(
                 text(
@@ -306,9 +306,9 @@ async def count_active(world: GatewayHarness, workflow_id: str) -> tuple[int, in
     return int(row[0]), int(row[1])
 
 
-async def max_concurrent(world: GatewayHarness, workflow_id: str) -> int:
+async def max_concurrent(harness: GatewayHarness, workflow_id: str) -> int:
     """Return how many ended runs of a workflow went on at the same time, by what their rows say."""
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         rows = await connection.execute(
             text("SELECT started_at, ended_at FROM execution WHERE workflow_id = :id"), {"id": workflow_id}
         )

@@ -95,9 +95,9 @@ EMPTY: dict[str, Any] = {"format": "pilotflame/workflow", "formatVersion": 1, "n
 
 
 @pytest.fixture(scope="module")
-async def residents(world: GatewayHarness) -> OrganizationUsers:
+async def residents(harness: GatewayHarness) -> OrganizationUsers:
     """Return people whom all tests know that only look at one answer."""
-    return await world.people()
+    return await harness.people()
 
 
 async def post(person: UserClient, path: str, body: Any = None, **headers: str) -> httpx2.Response:  # noqa: ANN401 - JSON
@@ -127,18 +127,18 @@ async def export_workflow(person: UserClient, workflow_id: str) -> dict[str, Any
     return document
 
 
-async def set_columns(world: GatewayHarness, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
+async def set_columns(harness: GatewayHarness, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
     async def work(connection: AsyncConnection) -> None:
         await connection.execute(update(Workflow).where(col(Workflow.id) == workflow_id).values(**values))
 
-    await world.gateway.database.transaction(work)
+    await harness.gateway.database.transaction(work)
 
 
-async def read_version_and_action(world: GatewayHarness, workflow_id: str) -> tuple[WorkflowVersion, str]:
+async def read_version_and_action(harness: GatewayHarness, workflow_id: str) -> tuple[WorkflowVersion, str]:
     """Return the only version of a workflow, and how the audit trail says that it began."""
     versions = select(WorkflowVersion).where(col(WorkflowVersion.workflow_id) == workflow_id)
     entries = select(AuditEntry).where(col(AuditEntry.object_id) == workflow_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         version = (await connection.execute(versions)).mappings().one()
         entry = (await connection.execute(entries)).mappings().one()
     assert entry["before_hash"] is None
@@ -150,11 +150,11 @@ async def read_version_and_action(world: GatewayHarness, workflow_id: str) -> tu
 
 
 async def test_a_duplicate_is_a_draft_of_the_caller_s_with_the_same_content(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await people.owner.create(status="active", **GRAPH, tags=["a"], config={"appId": "app_1"})
     await set_columns(
-        world, source_id, is_public=True, is_template=True, version=7, scopes=["models:invoke:m"]
+        harness, source_id, is_public=True, is_template=True, version=7, scopes=["models:invoke:m"]
     )
     answer = await copy_workflow(people.colleague, f"/{source_id}/duplicate")
     assert answer["removedSecrets"] == []
@@ -166,7 +166,7 @@ async def test_a_duplicate_is_a_draft_of_the_caller_s_with_the_same_content(
     assert (copy["name"], copy["status"], copy["version"]) == ("A workflow (copy)", "draft", 1)
     assert (copy["ownerId"], copy["sharedWith"]) == (people.colleague.user.id, [])
     assert (copy["isPublic"], copy["isTemplate"]) == (False, False)
-    version, action = await read_version_and_action(world, copy["id"])
+    version, action = await read_version_and_action(harness, copy["id"])
     assert (version.version, version.version_tag, version.created_by) == (
         1,
         "v1.0.0",
@@ -199,7 +199,7 @@ async def test_an_idempotency_key_makes_one_duplicate_of_each_workflow(people: O
 # ── what never comes along ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_credentials_never_come_along(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_credentials_never_come_along(harness: GatewayHarness, people: OrganizationUsers) -> None:
     source_id = await people.owner.create(**SECRETIVE)
     ways: dict[str, Callable[[], Awaitable[dict[str, Any]]]] = {
         "workflow.duplicated": lambda: copy_workflow(people.owner, f"/{source_id}/duplicate"),
@@ -208,11 +208,11 @@ async def test_credentials_never_come_along(world: GatewayHarness, people: Organ
     }
     for way, make in ways.items():
         if way == "template.used":
-            await set_columns(world, source_id, is_template=True)
+            await set_columns(harness, source_id, is_template=True)
         answer = await make()
         assert answer["removedSecrets"] == REMOVED, way
         copy = await people.admin.workflow(answer["workflowId"])
-        version, action = await read_version_and_action(world, answer["workflowId"])
+        version, action = await read_version_and_action(harness, answer["workflowId"])
         assert action == way
         assert CANARY not in json.dumps([copy, version.snapshot]), way
         assert (copy["description"], copy["nodes"][1]["label"]) == ("Calls a shop\nwith ", "")
@@ -404,7 +404,7 @@ async def test_an_import_first_tells_what_there_is_to_resolve(people: Organizati
 
 
 async def test_an_import_then_creates_a_draft_with_what_was_resolved(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     document = await export_workflow(people.owner, await people.owner.create(**WHOLE))
     references = {"ds_001": "ds_9", "ds_002": None, "model_001": "model_9"}
@@ -421,7 +421,7 @@ async def test_an_import_then_creates_a_draft_with_what_was_resolved(
     assert configs["model"] == {"model": "model_9"}
     missing = [one["nodeId"] for one in answer["findings"]["warnings"] if one["type"] == "missing-config"]
     assert missing == ["other"]
-    _, action = await read_version_and_action(world, answer["workflowId"])
+    _, action = await read_version_and_action(harness, answer["workflowId"])
     assert action == "workflow.imported"
 
 

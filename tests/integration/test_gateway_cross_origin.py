@@ -32,8 +32,10 @@ def cors_headers(answer: httpx2.Response) -> dict[str, str]:
     return {name: value for name, value in answer.headers.items() if name.startswith("access-control-")}
 
 
-async def test_options_of_every_path_tell_the_documented_methods_without_a_key(world: GatewayHarness) -> None:
-    anybody = await world.client()
+async def test_options_of_every_path_tell_the_documented_methods_without_a_key(
+    harness: GatewayHarness,
+) -> None:
+    anybody = await harness.client()
     also = {line.path: {*line.also_by} for line in routes.TABLE if line.also_by}
     for path, methods in DOCUMENT["paths"].items():
         answer = await anybody.options(path.replace("{", "").replace("}", ""))
@@ -53,9 +55,9 @@ async def test_no_page_may_read_answers_unless_a_setting_says_so(people: Organiz
 
 
 async def test_pages_of_named_origins_may_use_the_api(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    there = await world.with_settings(cors_origins=(PAGE, "https://other.example.com"))
+    there = await harness.with_settings(cors_origins=(PAGE, "https://other.example.com"))
     anybody, owner = await there.client(), await there.client(people.owner.key)
 
     asked = await anybody.options(WORKFLOWS, headers=preflight_headers(PAGE))
@@ -86,9 +88,9 @@ async def test_pages_of_named_origins_may_use_the_api(
 
 
 async def test_pages_of_every_origin_may_use_the_api_but_without_credentials(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    there = await world.with_settings(cors_origins=("*",))
+    there = await harness.with_settings(cors_origins=("*",))
     owner = await there.client(people.owner.key)
     for answer in (
         await owner.get(WORKFLOWS, headers={"Origin": "https://anywhere.test"}),

@@ -71,17 +71,17 @@ def caller_of(person: UserClient) -> RunCaller:
     return RunCaller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
 
 
-def stored_sources(world: GatewayHarness, *secrets: str) -> StoredDataSources:
+def stored_sources(harness: GatewayHarness, *secrets: str) -> StoredDataSources:
     """Return what a worker finds data sources by."""
     secret, *previous = [one.encode() for one in secrets or (SECRET,)]
-    return StoredDataSources(world.gateway.database, SecretVault(secret, previous))
+    return StoredDataSources(harness.gateway.database, SecretVault(secret, previous))
 
 
 # ── what they are ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_data_source_is_shown_with_defaults_and_without_its_secrets(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     answer = await people.owner.api.post(SOURCES, json={"name": " Orders ", **DATABASE})
     assert (answer.status_code, answer.headers["ETag"]) == (201, '"1"')
@@ -103,7 +103,7 @@ async def test_a_data_source_is_shown_with_defaults_and_without_its_secrets(
     }
     listed = (await people.owner.api.get(SOURCES)).json()
     assert listed == {"count": 1, "limit": 20, "offset": 0, "dataSources": [found]}
-    source = await stored_sources(world).find(caller_of(people.owner), source_id)
+    source = await stored_sources(harness).find(caller_of(people.owner), source_id)
     assert (source.type, source.secrets) == ("postgresql", DATABASE["secrets"])
     assert (source.settings, source.revision) == (found["settings"], 1)
 
@@ -220,7 +220,7 @@ async def test_there_is_an_end_to_data_sources(
 
 
 async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secrets_by(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     body, headers = {"name": "Once", **DATABASE}, {"Idempotency-Key": "once"}
     first, *others = await asyncio.gather(
@@ -231,7 +231,7 @@ async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secre
     other = {**body, "secrets": {"password": "another"}}
     again = await people.owner.api.post(SOURCES, json=other, headers=headers)
     assert_refused(again, 422, "idempotency-mismatch")
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         kept = set(await connection.scalars(select(col(Idempotency.fingerprint))))
     assert fingerprint(body) not in kept
 
@@ -240,7 +240,7 @@ async def test_a_repeated_request_makes_one_and_keeps_nothing_to_guess_its_secre
 
 
 async def test_what_a_change_does_not_name_stays_secrets_too(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await create_source(people.owner)
     before = await get_source(people.owner, source_id)
@@ -252,7 +252,7 @@ async def test_what_a_change_does_not_name_stays_secrets_too(
     assert after == await get_source(people.owner, source_id)
     assert after["settings"] == {**before["settings"], "database": "other"}
     assert after["secretsSetAt"] == before["secretsSetAt"]
-    kept = await stored_sources(world).find(caller_of(people.owner), source_id)
+    kept = await stored_sources(harness).find(caller_of(people.owner), source_id)
     assert (kept.secrets, kept.revision) == (DATABASE["secrets"], 2)
 
     same = await change(people.owner, source_id, name="Renamed", settings={"database": "other"})
@@ -260,7 +260,7 @@ async def test_what_a_change_does_not_name_stays_secrets_too(
     renewed = await change(people.owner, source_id, secrets={"password": "renewed"})
     assert (renewed.status_code, renewed.headers["ETag"]) == (200, '"3"')
     assert renewed.json()["secretsSetAt"] > before["secretsSetAt"]
-    assert (await stored_sources(world).find(caller_of(people.owner), source_id)).secrets == {
+    assert (await stored_sources(harness).find(caller_of(people.owner), source_id)).secrets == {
         "password": "renewed"
     }
 
@@ -337,28 +337,28 @@ async def test_changes_at_the_same_time_are_all_kept(people: OrganizationUsers) 
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def is_usable(world: GatewayHarness, person: UserClient, source_id: str) -> bool:
+async def is_usable(harness: GatewayHarness, person: UserClient, source_id: str) -> bool:
     """Tell whether a run of this person's may use a data source, and check that the API says the same."""
     status = (await person.api.get(f"{SOURCES}/{source_id}")).status_code
     listed = (await person.api.get(SOURCES)).json()["dataSources"]
     assert (source_id in [one["id"] for one in listed]) is (status == 200)
     if status == 200:
-        await stored_sources(world).find(caller_of(person), source_id)
+        await stored_sources(harness).find(caller_of(person), source_id)
         return True
     with pytest.raises(NodeError) as raised:
-        await stored_sources(world).find(caller_of(person), source_id)
+        await stored_sources(harness).find(caller_of(person), source_id)
     assert (raised.value.code, raised.value.retryable, status) == ("data-source-not-found", False, 404)
     return False
 
 
 async def test_whoever_may_read_a_data_source_may_use_it_and_nobody_else(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id, guest = await create_source(people.owner), people.colleague
     everybody = (people.owner, people.admin, guest, people.stranger)
 
     async def users() -> list[UserClient]:
-        return [person for person in everybody if await is_usable(world, person, source_id)]
+        return [person for person in everybody if await is_usable(harness, person, source_id)]
 
     assert await users() == [people.owner, people.admin]
     await share(people.owner, source_id, guest.user.id)
@@ -412,10 +412,10 @@ async def test_a_data_source_is_shared_with_other_users_of_the_organisation_alon
 
 
 async def test_a_change_reaches_runs_within_seconds_and_another_organisation_never(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source_id = await create_source(people.owner)
-    found = stored_sources(world)
+    found = stored_sources(harness)
     assert (await found.find(caller_of(people.owner), source_id)).revision == 1
     await change(people.owner, source_id, name="Changed")
     assert (await found.find(caller_of(people.owner), source_id)).revision == 1
@@ -428,18 +428,18 @@ async def test_a_change_reaches_runs_within_seconds_and_another_organisation_nev
 
 
 async def test_what_another_secret_has_encrypted_is_no_crash(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await create_source(people.owner)
     with pytest.raises(NodeError, match="given again") as raised:
-        await stored_sources(world, "another secret of more than thirty-two characters").find(
+        await stored_sources(harness, "another secret of more than thirty-two characters").find(
             caller_of(people.owner), source_id
         )
     assert raised.value.code == "data-source-unreadable"
 
 
 async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     first, second = await create_source(people.owner), await create_source(people.stranger)
 
@@ -451,14 +451,14 @@ async def test_what_is_encrypted_for_one_data_source_is_no_other_ones(
             update(DataSource).where(col(DataSource.id) == second).values(encrypted=encrypted)
         )
 
-    await world.gateway.database.transaction(move)
+    await harness.gateway.database.transaction(move)
     with pytest.raises(NodeError) as raised:
-        await stored_sources(world).find(caller_of(people.stranger), second)
+        await stored_sources(harness).find(caller_of(people.stranger), second)
     assert raised.value.code == "data-source-unreadable"
 
 
 async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_can_use(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     bearer = {"type": "http-bearer", "settings": {}, "secrets": {"token": "a-token-of-the-tests"}}
@@ -473,7 +473,7 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
             update(DataSource).where(col(DataSource.id) == broken).values(encrypted=b"x")
         )
 
-    await world.gateway.database.transaction(break_it)
+    await harness.gateway.database.transaction(break_it)
 
     def asking(source_id: str) -> list[dict[str, Any]]:
         config = {"url": "https://a.b", "dataSource": source_id}

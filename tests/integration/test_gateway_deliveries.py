@@ -44,8 +44,8 @@ async def get_json(person: UserClient, path: str) -> dict[str, Any]:
     return shown
 
 
-async def fail(world: GatewayHarness, *execution_ids: str) -> None:
-    await world.gateway.database.transaction(
+async def fail(harness: GatewayHarness, *execution_ids: str) -> None:
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(
             update(Execution)
             .where(col(Execution.id).in_(execution_ids))
@@ -58,22 +58,22 @@ async def fail(world: GatewayHarness, *execution_ids: str) -> None:
     )
 
 
-async def read_trigger(world: GatewayHarness, execution_id: str) -> Any:  # noqa: ANN401 - any JSON value
-    async with world.gateway.database.read() as connection:
+async def read_trigger(harness: GatewayHarness, execution_id: str) -> Any:  # noqa: ANN401 - any JSON value
+    async with harness.gateway.database.read() as connection:
         statement = select(col(ExecutionData.trigger)).where(col(ExecutionData.execution_id) == execution_id)
         return json.loads(await connection.scalar(statement) or "null")
 
 
-def remember_nothing(world: GatewayHarness, person: UserClient, workflow_id: str) -> None:
+def remember_nothing(harness: GatewayHarness, person: UserClient, workflow_id: str) -> None:
     """Have the gateway know of a workflow what its rows say now."""
-    world.gateway.workflows.forget(person.user.organization_id, workflow_id)
+    harness.gateway.workflows.forget(person.user.organization_id, workflow_id)
 
 
 # ── deliveries ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     execution_id = await enqueue(people.owner, workflow_id)
     await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": 1, "priority": 999})
@@ -85,7 +85,7 @@ async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
     ):
         answer = await person.api.post(f"{WORKFLOWS}/{named}/enqueue", json={"message": 1})
         assert_refused(answer, 404, "not-found")
-    assert [len(await read_rows(world, Delivery, workflow_id=one)) for one in (workflow_id, "wf_no")] == [
+    assert [len(await read_rows(harness, Delivery, workflow_id=one)) for one in (workflow_id, "wf_no")] == [
         2,
         0,
     ]
@@ -109,12 +109,12 @@ async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
 
 
 async def test_a_delivery_is_run_once_more_whatever_became_of_it_if_it_was_understood(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     api = people.owner.api
     first = await enqueue(people.owner, workflow_id, {"order": 7})
     await api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
-    remember_nothing(world, people.owner, workflow_id)
+    remember_nothing(harness, people.owner, workflow_id)
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     assert_refused(await api.post(url, json={"message": {"order": 8}}), 409, "workflow-not-active")
     assert_refused(await api.post(url, json={"message": 1, "source": 1}), 422, "validation-failed")
@@ -132,7 +132,7 @@ async def test_a_delivery_is_run_once_more_whatever_became_of_it_if_it_was_under
         assert answers[0].json() == answers[1].json()
         again = answers[0].json()["executionId"]
         assert again != first
-        assert (await read_trigger(world, again))["message"] == {"order": order}
+        assert (await read_trigger(harness, again))["message"] == {"order": order}
     assert_refused(await api.post(f"/api/v1/deliveries/{not_understood}/redrive"), 409, "not-redrivable")
     latest = (await get_json(people.owner, f"{WORKFLOWS}/{workflow_id}/deliveries?outcome=accepted"))[
         "deliveries"
@@ -172,7 +172,7 @@ async def test_what_cannot_be_run_once_more_stands_in_nobodys_way(
 
 
 async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "KEPT_REFUSED_CHARACTERS", 20_000)
     monkeypatch.setattr(delivery_log, "KEPT", BucketRate(per_second=0.001, burst=15_000))
@@ -182,7 +182,7 @@ async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
         answer = await api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": "x" * size})
         assert_refused(answer, 409, "workflow-not-active")
     kept = sorted(
-        len(one.payload or "") // 10 for one in await read_rows(world, Delivery, workflow_id=workflow_id)
+        len(one.payload or "") // 10 for one in await read_rows(harness, Delivery, workflow_id=workflow_id)
     )
     assert kept == [0, 0, 5, 1_004]
 
@@ -191,10 +191,10 @@ async def test_of_what_is_refused_no_more_is_kept_than_there_is_room_for(
 
 
 async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     first, second, third, fine = [await enqueue(people.owner, workflow_id, number) for number in range(4)]
-    await fail(world, first, second, third)
+    await fail(harness, first, second, third)
     path = f"{WORKFLOWS}/{workflow_id}/dead-letters"
     shown = await get_json(people.owner, path)
     assert [one["executionId"] for one in shown["deadLetters"]] == [first, second, third]
@@ -206,7 +206,7 @@ async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
 
     again = (await people.owner.api.post(f"{path}/redrive", json={"executionIds": [second, fine]})).json()
     assert (again["matched"], again["redriven"]) == (1, 1)
-    assert (await read_trigger(world, again["executionIds"][0]))["message"] == 1
+    assert (await read_trigger(harness, again["executionIds"][0]))["message"] == 1
     misspelt = await people.owner.api.post(f"{path}/purge", json={"executionId": first})
     assert_refused(misspelt, 422, "validation-failed")
     purged = (await people.owner.api.post(f"{path}/purge", json={"executionIds": [first]})).json()
@@ -222,7 +222,7 @@ async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
     ] == 0
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
     # What fails once more is a dead letter once more, and one that was resumed is none.
-    await fail(world, *again["executionIds"])
+    await fail(harness, *again["executionIds"])
     assert (await get_json(people.owner, path))["count"] == 2
     assert (await people.owner.api.post(f"/api/v1/executions/{third}/resume")).status_code == 201
     left = await get_json(people.owner, path)
@@ -230,25 +230,25 @@ async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
 
 
 async def test_what_is_too_large_for_a_list_is_left_out_of_it(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     large, small = [await enqueue(people.owner, workflow_id, "x" * size) for size in (200_000, 1)]
-    await fail(world, large, small)
+    await fail(harness, large, small)
     path = f"{WORKFLOWS}/{workflow_id}/dead-letters"
     shown = (await get_json(people.owner, path))["deadLetters"]
     assert [one["given"] and one["given"]["message"] for one in shown] == [None, "x"]
     again = (await people.owner.api.post(f"{path}/redrive", json={"executionIds": [large]})).json()
-    assert len((await read_trigger(world, again["executionIds"][0]))["message"]) == 200_000
+    assert len((await read_trigger(harness, again["executionIds"][0]))["message"]) == 200_000
 
 
 # ── the token ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_the_token_of_a_workflow_is_shown_once_and_replaced(
-    people: OrganizationUsers, world: GatewayHarness, workflow_id: str
+    people: OrganizationUsers, harness: GatewayHarness, workflow_id: str
 ) -> None:
     path = f"{WORKFLOWS}/{workflow_id}/trigger-token"
-    nobody = await world.client()
+    nobody = await harness.client()
     old = (await people.owner.api.post(path, json={})).json()
     assert old["token"] in old["urls"]["api"]
     assert old["urls"]["api"].endswith(f"/api/v1/workflows/{workflow_id}/enqueue?key={old['token']}")
@@ -261,7 +261,7 @@ async def test_the_token_of_a_workflow_is_shown_once_and_replaced(
     for token in (old["token"], new["token"]):
         assert (await nobody.post(url + token, json={"message": 1})).status_code == 201
     assert (await people.owner.api.delete(path)).status_code == 204
-    world.gateway.doorkeeper._kept._items.clear()  # noqa: SLF001 - it would be a second until it is asked for again
+    harness.gateway.doorkeeper._kept._items.clear()  # noqa: SLF001 - it would be a second until it is asked for again
     for token in (old["token"], new["token"]):
         assert_refused(await nobody.post(url + token, json={"message": 1}), 401, "unauthorized")
     assert_refused(await people.stranger.api.post(path, json={}), 404, "not-found")

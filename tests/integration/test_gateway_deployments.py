@@ -41,17 +41,17 @@ PATIENCE_SECONDS = 60.0
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def world(
+async def harness(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
     folder: Path = tmp_path_factory.mktemp("deployments")
-    async with create_gateway(request.param, postgres, folder, settle_seconds=30) as world:
-        yield world
+    async with create_gateway(request.param, postgres, folder, settle_seconds=30) as harness:
+        yield harness
 
 
 @pytest.fixture
-async def deployer(world: GatewayHarness, tmp_path: Path) -> AsyncIterator[Deployer]:
-    async with run_local_deployer(world, tmp_path / "pods") as found:
+async def deployer(harness: GatewayHarness, tmp_path: Path) -> AsyncIterator[Deployer]:
+    async with run_local_deployer(harness, tmp_path / "pods") as found:
         yield found
 
 
@@ -67,15 +67,15 @@ async def get_workflow(people: OrganizationUsers, workflow_id: str) -> dict[str,
     return found
 
 
-async def read_tokens(world: GatewayHarness, workflow_id: str) -> list[DeploymentToken]:
+async def read_tokens(harness: GatewayHarness, workflow_id: str) -> list[DeploymentToken]:
     statement = select(DeploymentToken).where(col(DeploymentToken.workflow_id) == workflow_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return [DeploymentToken(**one) for one in (await connection.execute(statement)).mappings()]
 
 
 @pytest.mark.usefixtures("deployer")
 async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
     deployed = await request_lifecycle(owner, "deploy", workflow_id, 200)
@@ -87,7 +87,7 @@ async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
         "version": 1,
     }
     again = await request_lifecycle(owner, "deploy", workflow_id, 200)
-    assert (again, (await read_deployment(world, workflow_id)).generation) == (deployed, 1)
+    assert (again, (await read_deployment(harness, workflow_id)).generation) == (deployed, 1)
 
     stopped = await request_lifecycle(owner, "stop", workflow_id, 200)
     assert stopped == {"workflowId": workflow_id, "deploymentStatus": "stopped"}
@@ -111,7 +111,7 @@ async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
         "deploymentStatus": "not-deployed",
     }
     assert await request_lifecycle(owner, "undeploy", workflow_id, 200) == undeployed
-    assert all(token.revoked_at for token in await read_tokens(world, workflow_id))
+    assert all(token.revoked_at for token in await read_tokens(harness, workflow_id))
     for verb in ("stop", "start"):
         assert_refused(await owner.api.post(f"{API}/{workflow_id}/{verb}"), 409, "not-deployed")
     assert_refused(await owner.api.get(f"{API}/{workflow_id}/logs"), 409, "not-deployed")
@@ -119,11 +119,11 @@ async def test_a_workflow_is_deployed_stopped_started_and_undeployed(
 
 @pytest.mark.usefixtures("deployer")
 async def test_what_is_asked_leaves_a_trace_with_who_asked(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     for verb in ("deploy", "stop", "start", "undeploy"):
         await request_lifecycle(people.owner, verb, workflow_id, 200)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         actions = await connection.scalars(
             select(col(AuditEntry.action))
             .where(col(AuditEntry.object_id) == workflow_id)
@@ -157,21 +157,21 @@ async def test_what_is_asked_leaves_a_trace_with_who_asked(
 
 @pytest.mark.usefixtures("deployer")
 async def test_a_new_version_replaces_pods_and_their_token_and_an_old_one_comes_back(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
     await request_lifecycle(owner, "deploy", workflow_id, 200)
-    first = await read_deployment(world, workflow_id)
+    first = await read_deployment(harness, workflow_id)
     changed = {**STEP, "config": {"values": {"a": 2}}}
     await owner.api.put(f"{API}/{workflow_id}", json={"nodes": [TRIGGER, changed]})
     await owner.api.post(f"{API}/{workflow_id}/versions", json={"versionTag": "v2.0.0"})
     assert (await request_lifecycle(owner, "deploy", workflow_id, 200))["version"] == 2
-    second = await read_deployment(world, workflow_id)
+    second = await read_deployment(harness, workflow_id)
     assert second.observed_definition_hash == second.definition_hash != first.definition_hash
-    assert len([one for one in await read_tokens(world, workflow_id) if one.revoked_at is None]) == 2
+    assert len([one for one in await read_tokens(harness, workflow_id) if one.revoked_at is None]) == 2
 
     assert (await request_lifecycle(owner, "deploy-version", workflow_id, 200, version=1))["version"] == 1
-    assert (await read_deployment(world, workflow_id)).definition_hash == first.definition_hash
+    assert (await read_deployment(harness, workflow_id)).definition_hash == first.definition_hash
     workflow = await owner.workflow(workflow_id)
     assert (workflow["version"], workflow["nodes"][1]["config"]) == (2, changed["config"])
     assert_refused(
@@ -207,7 +207,7 @@ async def test_a_version_is_a_number_that_there_can_be(
 
 @pytest.mark.usefixtures("deployer")
 async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await request_lifecycle(people.owner, "deploy", workflow_id, 200)
     kinds: dict[str, dict[str, Any]] = {
@@ -215,7 +215,7 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
         "deferred": {"status": ExecutionStatus.WAITING},
         "waiting": {
             "status": ExecutionStatus.WAITING,
-            "started_at": (await read_deployment(world, workflow_id)).created_at,
+            "started_at": (await read_deployment(harness, workflow_id)).created_at,
         },
         "limited": {"target": LIMITED_TARGET, "assigned_deployment_id": workflow_id},
         "delayed": {"target": DELAYED_TARGET, "status": ExecutionStatus.WAITING},
@@ -225,13 +225,13 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
     }
     made = {
         name: await run(
-            world, people.owner, workflow_id, **{"assigned_deployment_id": workflow_id, **columns}
+            harness, people.owner, workflow_id, **{"assigned_deployment_id": workflow_id, **columns}
         )
         for name, columns in kinds.items()
     }
     await request_lifecycle(people.owner, "undeploy", workflow_id, 200)
     statement = select(Execution).where(col(Execution.workflow_id) == workflow_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         found = {one["id"]: Execution(**one) for one in (await connection.execute(statement)).mappings()}
     after = {
         name: (found[made[name]].target, found[made[name]].assigned_deployment_id, found[made[name]].status)
@@ -251,37 +251,37 @@ async def test_runs_that_pods_were_to_take_are_left_to_the_workers(
 
 @pytest.mark.usefixtures("deployer")
 async def test_what_is_archived_or_deleted_has_no_pods(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
     await request_lifecycle(owner, "deploy", workflow_id, 200)
     assert_refused(await owner.api.delete(f"{API}/{workflow_id}"), 409, "workflow-deployed")
     archived = await owner.api.put(f"{API}/{workflow_id}/status", json={"status": "archived"})
     assert archived.status_code == 200
-    await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+    await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
     assert (await request_lifecycle(owner, "undeploy", workflow_id, 200))["status"] == "archived"
 
     await request_lifecycle(owner, "deploy", workflow_id, 200)
     assert (await owner.api.delete(f"{API}/{workflow_id}", params={"force": "true"})).status_code == 204
-    await wait_for_deployment(world, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
+    await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
 @pytest.mark.usefixtures("deployer")
 async def test_a_stop_lets_runs_end_and_takes_no_further_ones(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     await request_lifecycle(people.owner, "deploy", workflow_id, 200)
     execution_id = await run(
-        world, people.owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=f"pod:{workflow_id}:a"
+        harness, people.owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=f"pod:{workflow_id}:a"
     )
     stop = asyncio.create_task(request_lifecycle(people.owner, "stop", workflow_id, 200))
-    draining = await wait_for_deployment(world, workflow_id, lambda one: one.drain_until is not None)
+    draining = await wait_for_deployment(harness, workflow_id, lambda one: one.drain_until is not None)
     assert (draining.replicas, (await get_workflow(people, workflow_id))["deploymentStatus"]) == (
         1,
         "stopping",
     )
     ended = update(Execution).where(col(Execution.id) == execution_id)
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(
             ended.values(status=ExecutionStatus.COMPLETED, ended_at=draining.updated_at)
         )
@@ -291,20 +291,20 @@ async def test_a_stop_lets_runs_end_and_takes_no_further_ones(
 
 @pytest.mark.usefixtures("deployer")
 async def test_whatever_is_overtaken_by_its_opposite_is_waited_for_no_longer(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     owner = people.owner
     await request_lifecycle(owner, "deploy", workflow_id, 200)
     pod = f"pod:{workflow_id}:a"
-    await run(world, owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=pod)
+    await run(harness, owner, workflow_id, status=ExecutionStatus.RUNNING, lease_owner=pod)
     async with asyncio.timeout(PATIENCE_SECONDS):
         stop = asyncio.create_task(request_lifecycle(owner, "stop", workflow_id, 202))
-        await wait_for_deployment(world, workflow_id, lambda one: one.drain_until is not None)
+        await wait_for_deployment(harness, workflow_id, lambda one: one.drain_until is not None)
         started = asyncio.create_task(request_lifecycle(owner, "start", workflow_id, 200))
         assert (await stop)["deploymentStatus"] in {"starting", "running"}
         assert (await started)["deploymentStatus"] == "running"
         stop = asyncio.create_task(request_lifecycle(owner, "stop", workflow_id, 202))
-        await wait_for_deployment(world, workflow_id, lambda one: one.drain_until is not None)
+        await wait_for_deployment(harness, workflow_id, lambda one: one.drain_until is not None)
         undeployed = await request_lifecycle(owner, "undeploy", workflow_id, 200)
         assert (await stop)["deploymentStatus"] in {"undeploying", "not-deployed"}
     assert undeployed["deploymentStatus"] == "not-deployed"

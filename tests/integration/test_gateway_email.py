@@ -47,8 +47,8 @@ PLAIN = "From: Ada <ada@example.org>\r\nTo: b@example.org\r\nSubject: Hello\r\n{
 
 
 @pytest.fixture(scope="module")
-async def mails(world: GatewayHarness) -> AsyncIterator[MailHarness]:
-    async with run_mail_harness(world) as mails:
+async def mails(harness: GatewayHarness) -> AsyncIterator[MailHarness]:
+    async with run_mail_harness(harness) as mails:
         yield mails
 
 
@@ -212,7 +212,7 @@ async def test_passwords_and_tokens_let_in_and_can_not_be_tried_for_long(
     owner = people.owner
     config = await mails.whole_config(owner)
     workflow_id = await mails.workflow(owner, **{name: config[name] for name in ("basicAuth", "bearer")})
-    client = await mails.world.client()
+    client = await mails.harness.client()
 
     async def post(authorization: str) -> Any:  # noqa: ANN401 - a response
         url = f"{mails_url(workflow_id)}/email-trigger"

@@ -49,14 +49,14 @@ async def create_active_workflow(person: UserClient, **graph: Any) -> str:  # no
     return workflow_id
 
 
-async def read_rows(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+async def read_rows(harness: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
     conditions = [getattr(table, name) == value for name, value in equal.items()]
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return list((await connection.execute(select(table).where(*conditions))).all())
 
 
 async def create_token(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     person: UserClient,
     workflow_id: str,
     kind: SenderTokenKind = SenderTokenKind.TRIGGER,
@@ -73,7 +73,7 @@ async def create_token(
         hint=sender_tokens.visible_suffix(token),
         created_at=datetime.now(UTC),
     )
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(insert(SenderToken).values(row.model_dump()))
     )
     return token
@@ -92,7 +92,7 @@ async def create_token(
     ],
 )
 async def test_a_message_is_what_the_run_is_given(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     workflow_id: str,
     body: Json,
@@ -103,11 +103,11 @@ async def test_a_message_is_what_the_run_is_given(
     execution_id = response.json()["executionId"]
     assert response.json() == {"executionId": execution_id, "trigger_type": "queue"}
     assert response.headers["Location"].endswith(f"/api/v1/executions/{execution_id}")
-    (data,) = await read_rows(world, ExecutionData, execution_id=execution_id)
+    (data,) = await read_rows(harness, ExecutionData, execution_id=execution_id)
     assert json.loads(data.trigger) == dict(zip(("message", "priority", "source"), given, strict=True))
-    (run,) = await read_rows(world, Execution, id=execution_id)
+    (run,) = await read_rows(harness, Execution, id=execution_id)
     assert (run.trigger_type, run.user_id) == ("queue", people.owner.user.id)
-    (delivery,) = await read_rows(world, Delivery, workflow_id=workflow_id)
+    (delivery,) = await read_rows(harness, Delivery, workflow_id=workflow_id)
     assert (delivery.outcome, delivery.status, delivery.execution_id) == ("accepted", 201, execution_id)
     assert delivery.route == "enqueue"
     assert delivery.sender.startswith("api-key:key_")
@@ -115,7 +115,7 @@ async def test_a_message_is_what_the_run_is_given(
 
 
 async def test_what_is_sent_again_is_answered_as_it_was(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     body = {"message": 1, "deduplicationId": "once"}
@@ -123,8 +123,8 @@ async def test_what_is_sent_again_is_answered_as_it_was(
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.content for answer in answers}) == 1
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
-    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1
-    deliveries = await read_rows(world, Delivery, workflow_id=workflow_id)
+    assert len(await read_rows(harness, Execution, workflow_id=workflow_id)) == 1
+    deliveries = await read_rows(harness, Delivery, workflow_id=workflow_id)
     assert sorted(one.outcome for one in deliveries) == ["accepted", *["duplicate"] * 49]
     assert {one.execution_id for one in deliveries} == {answers[0].json()["executionId"]}
 
@@ -139,7 +139,7 @@ async def test_what_is_sent_again_is_answered_as_it_was(
 
 
 async def test_a_message_is_known_by_its_own_name_and_by_that_of_its_request(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     async def sent(key: str, name: str) -> Any:  # noqa: ANN401 - a response
         body = {"message": 1, "deduplicationId": name}
@@ -150,20 +150,20 @@ async def test_a_message_is_known_by_its_own_name_and_by_that_of_its_request(
     assert first.json() == again.json() == renamed.json()
     assert_refused(await sent("1", "b"), 422, "idempotency-mismatch")
     assert (await sent("3", "b")).json() != first.json()
-    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 2
+    assert len(await read_rows(harness, Execution, workflow_id=workflow_id)) == 2
 
 
 async def test_large_messages_share_no_commit(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[list[int]] = []
-    ingest = world.gateway.store.ingest
+    ingest = harness.gateway.store.ingest
 
     async def counted(batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
         sizes.append([len(run.trigger) for arrival in batch for run in arrival.runs])
         return await ingest(batch)
 
-    monkeypatch.setattr(world.gateway.store, "take_in", counted)
+    monkeypatch.setattr(harness.gateway.store, "take_in", counted)
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     body = {"message": "x" * 900_000}
     await asyncio.gather(*(people.owner.api.post(url, json=body) for _ in range(16)))
@@ -172,34 +172,36 @@ async def test_large_messages_share_no_commit(
 
 
 async def test_a_message_waits_for_its_time(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     response = await people.owner.api.post(url, json={"message": 1, "delaySeconds": 60, "priority": 3})
     execution_id = response.json()["executionId"]
-    (run,) = await read_rows(world, Execution, id=execution_id)
+    (run,) = await read_rows(harness, Execution, id=execution_id)
     assert (run.status, run.target) == (ExecutionStatus.WAITING, DELAYED_TARGET)
     assert timedelta(seconds=50) < run.due_at - run.created_at < timedelta(seconds=61)
     assert run.rank == pytest.approx(run.due_at.timestamp() * 1e6 - 3 * 60e6, abs=10)
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(
             update(Execution).where(col(Execution.id) == execution_id).values(due_at=run.created_at)
         )
     )
-    assert await world.gateway.store.promote_due() == 1
-    (run,) = await read_rows(world, Execution, id=execution_id)
+    assert await harness.gateway.store.promote_due() == 1
+    (run,) = await read_rows(harness, Execution, id=execution_id)
     assert (run.status, run.target, run.due_at) == (ExecutionStatus.PENDING, "shared", None)
 
 
 async def test_a_message_for_later_wakes_no_pods(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     await people.owner.api.post(url, json={"message": 1})
-    (stored,) = await read_rows(world, Execution, workflow_id=workflow_id)
+    (stored,) = await read_rows(harness, Execution, workflow_id=workflow_id)
     asleep = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": ObservedState.STOPPED}
-    await deploy_with_pod(world, people.owner, workflow_id, definition_hash=stored.definition_hash, **asleep)
-    world.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
+    await deploy_with_pod(
+        harness, people.owner, workflow_id, definition_hash=stored.definition_hash, **asleep
+    )
+    harness.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
     batch = {"messages": [{"message": 2, "delaySeconds": 60}]}
     for path, body, replicas in (
         (url, {"message": 2, "delaySeconds": 60}, 0),
@@ -207,18 +209,18 @@ async def test_a_message_for_later_wakes_no_pods(
         (url, {"message": 2}, 1),
     ):
         assert (await people.owner.api.post(path, json=body)).status_code == 201
-        await world.gateway.activation._wakes.drain()  # noqa: SLF001 - nobody waits for it otherwise
-        (deployment,) = await read_rows(world, Deployment, workflow_id=workflow_id)
+        await harness.gateway.activation._wakes.drain()  # noqa: SLF001 - nobody waits for it otherwise
+        (deployment,) = await read_rows(harness, Deployment, workflow_id=workflow_id)
         assert deployment.replicas == replicas
-    runs = await read_rows(world, Execution, workflow_id=workflow_id, assigned_deployment_id=workflow_id)
+    runs = await read_rows(harness, Execution, workflow_id=workflow_id, assigned_deployment_id=workflow_id)
     assert sorted(run.target for run in runs) == sorted([DELAYED_TARGET, DELAYED_TARGET, workflow_id])
 
 
 async def test_a_revoked_token_is_good_for_a_second_after_it_was_asked_for_and_no_longer(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    url = f"{WORKFLOWS}/{workflow_id}/enqueue?key={await create_token(world, people.owner, workflow_id)}"
-    nobody = await world.client()
+    url = f"{WORKFLOWS}/{workflow_id}/enqueue?key={await create_token(harness, people.owner, workflow_id)}"
+    nobody = await harness.client()
     clock = iter([10.0])
     monkeypatch.setattr(senders, "monotonic", lambda: next(clock, 10.9))
     assert (await nobody.post(url, json={"message": 1})).status_code == 201
@@ -229,14 +231,14 @@ async def test_a_revoked_token_is_good_for_a_second_after_it_was_asked_for_and_n
 
 
 async def test_a_token_shares_keys_with_those_before_and_after_it_and_with_no_user(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
-    nobody, headers = await world.client(), {"Idempotency-Key": "1"}
+    nobody, headers = await harness.client(), {"Idempotency-Key": "1"}
     own = await people.owner.api.post(url, json={"message": 1}, headers=headers)
     first, second = [
         await nobody.post(
-            f"{url}?key={await create_token(world, people.owner, workflow_id)}",
+            f"{url}?key={await create_token(harness, people.owner, workflow_id)}",
             json={"message": 2},
             headers=headers,
         )
@@ -247,18 +249,18 @@ async def test_a_token_shares_keys_with_those_before_and_after_it_and_with_no_us
 
 
 async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     other = await create_active_workflow(people.owner)
-    token = await create_token(world, people.owner, workflow_id)
-    event_token = await create_token(world, people.owner, workflow_id, SenderTokenKind.EVENT)
-    nobody = await world.client()
+    token = await create_token(harness, people.owner, workflow_id)
+    event_token = await create_token(harness, people.owner, workflow_id, SenderTokenKind.EVENT)
+    nobody = await harness.client()
 
     response = await nobody.post(f"{WORKFLOWS}/{workflow_id}/enqueue?key={token}", json={"message": 1})
     assert response.status_code == 201, response.text
-    (run,) = await read_rows(world, Execution, workflow_id=workflow_id)
+    (run,) = await read_rows(harness, Execution, workflow_id=workflow_id)
     assert run.user_id == people.owner.user.id
-    (delivery,) = await read_rows(world, Delivery, workflow_id=workflow_id)
+    (delivery,) = await read_rows(harness, Delivery, workflow_id=workflow_id)
     assert delivery.sender.startswith("trigger-token:tok_")
 
     telling = {"message": 1, "callbackUrl": "https://example.com/told"}
@@ -282,7 +284,7 @@ async def test_a_trigger_token_opens_its_own_workflow_and_nothing_else(
 
 
 async def test_what_is_refused_is_noted_with_its_reason(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     wrong = {"message": 1, "priority": 101, "delaySeconds": -1, "notBefore": "2030-01-01T00:00:00"}
@@ -302,7 +304,7 @@ async def test_what_is_refused_is_noted_with_its_reason(
     assert_refused(batch, 409, "workflow-paused")
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "draft"})
     assert_refused(await people.owner.api.post(url, json={"message": 1}), 409, "workflow-not-active")
-    deliveries = await read_rows(world, Delivery, workflow_id=workflow_id)
+    deliveries = await read_rows(harness, Delivery, workflow_id=workflow_id)
     assert [one.outcome for one in deliveries] == ["rejected"] * 8
     assert {one.reason.partition(":")[0] for one in deliveries} == {
         "validation-failed",
@@ -318,7 +320,7 @@ async def test_what_is_refused_is_noted_with_its_reason(
 
 
 async def test_a_batch_is_taken_in_whole_but_for_what_is_wrong_or_known(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue-batch"
     api = people.owner.api
@@ -347,16 +349,16 @@ async def test_a_batch_is_taken_in_whole_but_for_what_is_wrong_or_known(
         "messages.2.priority",
         "messages.4.message",
     ]
-    runs = await read_rows(world, Execution, workflow_id=workflow_id)
+    runs = await read_rows(harness, Execution, workflow_id=workflow_id)
     assert sorted(run.status for run in runs) == ["pending", "pending", "waiting"]
-    deliveries = await read_rows(world, Delivery, workflow_id=workflow_id)
+    deliveries = await read_rows(harness, Delivery, workflow_id=workflow_id)
     assert sorted(one.route for one in deliveries) == ["enqueue", "enqueue-batch"]
     brought = {one.route: json.loads(one.answer or "[]") for one in deliveries}
     assert sorted(brought["enqueue-batch"]) == sorted(results[place]["executionId"] for place in (1, 5))
 
 
 async def test_a_batch_that_is_sent_again_is_answered_with_the_same_runs(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     url = f"{WORKFLOWS}/{workflow_id}/enqueue-batch"
     body = {"messages": [{"message": number} for number in range(1_000)]}
@@ -368,11 +370,11 @@ async def test_a_batch_that_is_sent_again_is_answered_with_the_same_runs(
     assert first.json()["accepted"] == 1_000
     made = {one["executionId"] for one in first.json()["results"]}
     assert len(made) == 1_000
-    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1_000
+    assert len(await read_rows(harness, Execution, workflow_id=workflow_id)) == 1_000
     for other in (body["messages"][:-1], [*body["messages"][:-1], {"message": 0, "deduplicationId": "new"}]):
         answer = await people.owner.api.post(url, json={"messages": other}, headers=headers)
         assert_refused(answer, 422, "idempotency-mismatch")
-    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1_000
+    assert len(await read_rows(harness, Execution, workflow_id=workflow_id)) == 1_000
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
     third = await people.owner.api.post(url, json=body, headers=headers)
     assert third.json() == first.json()

@@ -12,7 +12,7 @@ EVENTS = "/api/v1/workflows/events"
 
 
 async def test_an_admin_makes_a_token_and_is_shown_it_once(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     body = {
         "name": "Hooks of GitHub",
@@ -35,17 +35,17 @@ async def test_an_admin_makes_a_token_and_is_shown_it_once(
 
     actions = [one["action"] for one in (await people.admin.api.get("/api/v1/audit")).json()["entries"]]
     assert actions.count("event-token.created") == 2
-    nobody = await world.client()
+    nobody = await harness.client()
     unsigned = await nobody.post(made["url"], json={"event_type": "a.b"})
     assert_refused(unsigned, 401, "invalid-signature")
 
 
 async def test_a_token_that_has_ended_opens_nothing(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sender, "KEPT_SECONDS", 0.0)
     made = (await people.admin.api.post(TOKENS, json={"name": "Plain"})).json()
-    nobody = await world.client()
+    nobody = await harness.client()
     assert (await nobody.post(made["url"], json={"event_type": "a.b"})).status_code == 200
     assert_refused(await people.stranger.api.delete(f"{TOKENS}/{made['id']}"), 404, "not-found")
     for _ in range(2):

@@ -81,14 +81,14 @@ async def set_status(person: UserClient, workflow_id: str, status: str) -> None:
     assert response.status_code == 200, response.text
 
 
-async def read_rows(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+async def read_rows(harness: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
     conditions = [getattr(table, name) == value for name, value in equal.items()]
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return list((await connection.execute(select(table).where(*conditions))).all())
 
 
 async def create_token(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     person: UserClient,
     kind: SenderTokenKind = SenderTokenKind.EVENT,
     secrets: Mapping[Provider, Sequence[str]] | None = None,
@@ -100,7 +100,7 @@ async def create_token(
     if secrets is not None:
         kept = {provider: list(some) for provider, some in secrets.items()}
         encrypted = event_signatures.seal_secrets(
-            world.gateway.vault, kept, organization_id=organization_id, token_id=token_id
+            harness.gateway.vault, kept, organization_id=organization_id, token_id=token_id
         )
     row = SenderToken(
         id=token_id,
@@ -115,28 +115,28 @@ async def create_token(
         secret_id=encrypted.secret_id if encrypted else None,
         created_at=datetime.now(UTC),
     )
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(insert(SenderToken).values(row.model_dump()))
     )
     return token
 
 
 @asynccontextmanager
-async def set_time(world: GatewayHarness, moment: datetime) -> AsyncIterator[None]:
+async def set_time(harness: GatewayHarness, moment: datetime) -> AsyncIterator[None]:
     """Have the gateway look at signatures at a moment."""
-    before = world.gateway
-    world.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
+    before = harness.gateway
+    harness.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
     try:
         yield
     finally:
-        world.app.state.gateway = before
+        harness.app.state.gateway = before
 
 
 # ── what an event starts ────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_an_event_runs_every_active_workflow_that_waits_for_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     welcome = await create_active_workflow(
         people.owner, subscription_graph("user.created"), name="Send welcome email"
@@ -170,30 +170,30 @@ async def test_an_event_runs_every_active_workflow_that_waits_for_it(
     assert all(set(one) == {"workflowId", "workflowName", "executionId"} for one in found.values())
 
     for workflow_id, owner in ((welcome, people.owner), (listed, people.colleague)):
-        (run,) = await read_rows(world, Execution, workflow_id=workflow_id)
+        (run,) = await read_rows(harness, Execution, workflow_id=workflow_id)
         assert (run.id, run.trigger_type) == (found[workflow_id]["executionId"], "event")
         assert run.user_id == owner.user.id
-        (given,) = await read_rows(world, ExecutionData, execution_id=run.id)
+        (given,) = await read_rows(harness, ExecutionData, execution_id=run.id)
         assert json.loads(given.trigger) == {
             "event_type": "user.created",
             "event_data": data,
             "source": "platform",
         }
-    (event,) = await read_rows(world, EventRecord, id=answer["event_id"])
+    (event,) = await read_rows(harness, EventRecord, id=answer["event_id"])
     assert (event.event_type, event.organization_id) == ("user.created", people.owner.user.organization_id)
-    (delivery,) = await read_rows(world, Delivery, event_id=event.id)
+    (delivery,) = await read_rows(harness, Delivery, event_id=event.id)
     assert (delivery.outcome, delivery.status, delivery.created_at) == ("accepted", 200, event.created_at)
-    assert len(await read_rows(world, Execution, organization_id=event.organization_id)) == 2
+    assert len(await read_rows(harness, Execution, organization_id=event.organization_id)) == 2
 
 
 async def test_an_event_that_nobody_waits_for_is_kept(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     response = await people.owner.api.post(EVENTS, json={"event_type": "nothing.at-all", "source": "shop"})
     assert response.status_code == 200
     answer = response.json()
     assert (answer["workflows_triggered"], answer["workflows_failed"], answer["results"]) == (0, 0, [])
-    (event,) = await read_rows(world, EventRecord, id=answer["event_id"])
+    (event,) = await read_rows(harness, EventRecord, id=answer["event_id"])
     assert json.loads(event.data) == {"event_type": "nothing.at-all", "event_data": {}, "source": "shop"}
 
 
@@ -221,13 +221,13 @@ async def test_a_filter_decides_which_events_count(people: OrganizationUsers) ->
 
 
 async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     alone = {"concurrency": {"limit": 1, "onLimit": "reject"}}
     busy = await create_active_workflow(people.owner, subscription_graph("a.b"), settings=alone)
     free = await create_active_workflow(people.owner, subscription_graph("a.b"))
     broken = await create_active_workflow(people.owner, subscription_graph("a.b"))
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(
             update(WorkflowGraph)
             .where(col(WorkflowGraph.workflow_id) == broken)
@@ -251,7 +251,7 @@ async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(
         EVENTS, json={"event_type": "a.b"}, headers={"Idempotency-Key": "none"}
     )
     assert nothing.json()["workflows_triggered"] == 0
-    assert len(await read_rows(world, Delivery, event_id=nothing.json()["event_id"])) == 1
+    assert len(await read_rows(harness, Delivery, event_id=nothing.json()["event_id"])) == 1
     again = await people.owner.api.post(
         EVENTS, json={"event_type": "a.b"}, headers={"Idempotency-Key": "none"}
     )
@@ -259,7 +259,7 @@ async def test_workflows_that_can_not_take_an_event_stand_in_the_answer(
 
 
 async def test_what_is_told_again_is_answered_as_it_was(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, subscription_graph("a.b"))
     body, headers = {"event_type": "a.b", "event_data": {"n": 1}}, {"Idempotency-Key": "mine"}
@@ -271,9 +271,9 @@ async def test_what_is_told_again_is_answered_as_it_was(
     assert sum("Idempotent-Replayed" not in answer.headers for answer in answers) == 1
     await set_status(people.owner, workflow_id, "draft")
     assert (await people.owner.api.post(EVENTS, json=body, headers=headers)).content == answers[0].content
-    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1
-    assert len(await read_rows(world, EventRecord, organization_id=people.owner.user.organization_id)) == 1
-    noted = await read_rows(world, Delivery, organization_id=people.owner.user.organization_id)
+    assert len(await read_rows(harness, Execution, workflow_id=workflow_id)) == 1
+    assert len(await read_rows(harness, EventRecord, organization_id=people.owner.user.organization_id)) == 1
+    noted = await read_rows(harness, Delivery, organization_id=people.owner.user.organization_id)
     assert sorted(one.outcome for one in noted) == ["accepted", *["duplicate"] * 20]
     assert_refused(
         await people.owner.api.post(EVENTS, json={**body, "source": "other"}, headers=headers),
@@ -283,11 +283,11 @@ async def test_what_is_told_again_is_answered_as_it_was(
 
 
 async def test_an_event_is_taken_in_whole_or_not_at_all(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for _ in range(3):
         await create_active_workflow(people.owner, subscription_graph("a.b"))
-    ingest = world.gateway.store.ingest
+    ingest = harness.gateway.store.ingest
     calls = 0
 
     async def fails(batch: Sequence[IngestWrite]) -> object:
@@ -300,30 +300,30 @@ async def test_an_event_is_taken_in_whole_or_not_at_all(
             raise DatabaseUnavailable("gone after the commit")
         return answer
 
-    monkeypatch.setattr(world.gateway.store, "take_in", fails)
+    monkeypatch.setattr(harness.gateway.store, "take_in", fails)
     headers = {"Idempotency-Key": "again"}
     organization_id = people.owner.user.organization_id
     assert_refused(
         await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
     )
-    assert await read_rows(world, EventRecord, organization_id=organization_id) == []
-    assert await read_rows(world, Execution, organization_id=organization_id) == []
+    assert await read_rows(harness, EventRecord, organization_id=organization_id) == []
+    assert await read_rows(harness, Execution, organization_id=organization_id) == []
     assert_refused(
         await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers), 503, "not-ready"
     )
     response = await people.owner.api.post(EVENTS, json={"event_type": "a.b"}, headers=headers)
     assert response.headers["Idempotent-Replayed"] == "true"
     assert response.json()["workflows_triggered"] == 3
-    assert len(await read_rows(world, Execution, organization_id=organization_id)) == 3
+    assert len(await read_rows(harness, Execution, organization_id=organization_id)) == 3
 
 
 async def test_a_workflow_that_changes_meanwhile_is_run_as_it_is_then(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, subscription_graph("a.b"))
     other = await create_active_workflow(people.owner, subscription_graph("a.b"))
     await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
-    load, hit = world.gateway.workflows.load_several, False
+    load, hit = harness.gateway.workflows.load_several, False
 
     async def and_change(organization_id: str, revisions: Mapping[str, int]) -> object:
         nonlocal hit
@@ -334,14 +334,14 @@ async def test_a_workflow_that_changes_meanwhile_is_run_as_it_is_then(
             await set_status(people.owner, other, "draft")
         return found
 
-    monkeypatch.setattr(world.gateway.workflows, "load_several", and_change)
+    monkeypatch.setattr(harness.gateway.workflows, "load_several", and_change)
     answer = (await people.owner.api.post(EVENTS, json={"event_type": "a.b"})).json()
     assert [one["workflowName"] for one in answer["results"]] == ["Renamed"]
-    assert len(await read_rows(world, Execution, workflow_id=other)) == 1
+    assert len(await read_rows(harness, Execution, workflow_id=other)) == 1
 
 
 async def test_deployed_workflows_take_events_as_they_are_deployed(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     same = await create_active_workflow(people.owner, subscription_graph("a.b"))
     edited = await create_active_workflow(people.owner, subscription_graph("a.b"))
@@ -354,25 +354,25 @@ async def test_deployed_workflows_take_events_as_they_are_deployed(
     answer = (await people.owner.api.post(EVENTS, json={"event_type": "a.b"})).json()
     assert {one["workflowId"] for one in answer["results"]} == {same, edited, asleep}
     for one in (same, edited, asleep):
-        (run,) = await read_rows(world, Execution, workflow_id=one)
+        (run,) = await read_rows(harness, Execution, workflow_id=one)
         assert run.assigned_deployment_id == one
-    await wait_until_wanted(world, asleep)
+    await wait_until_wanted(harness, asleep)
     answer = (await people.owner.api.post(EVENTS, json={"event_type": "c.d"})).json()
     assert answer["results"] == []
 
 
-async def wait_until_wanted(world: GatewayHarness, workflow_id: str) -> None:
+async def wait_until_wanted(harness: GatewayHarness, workflow_id: str) -> None:
     async with asyncio.timeout(60):
-        while not (await read_rows(world, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows tell nobody
+        while not (await read_rows(harness, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows tell nobody
             await asyncio.sleep(0.02)
 
 
 async def test_events_that_are_none_are_refused_with_a_note(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     for body in ({}, {"event_type": "a b"}, {"event_type": "a.*"}, {"event_type": "a.b", "event_data": [1]}):
         assert_refused(await people.owner.api.post(EVENTS, json=body), 422, "validation-failed")
-    noted = await read_rows(world, Delivery, organization_id=people.owner.user.organization_id)
+    noted = await read_rows(harness, Delivery, organization_id=people.owner.user.organization_id)
     assert [one.outcome for one in noted] == ["rejected"] * 4
 
 
@@ -395,17 +395,17 @@ async def send(
 
 @pytest.mark.parametrize("case", SENT, ids=str)
 async def test_what_providers_send_is_answered_as_they_expect(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     case: Any,  # noqa: ANN401 - a case
 ) -> None:
-    person = await world.person(await world.organization())
+    person = await harness.person(await harness.organization())
     workflow_id = await create_active_workflow(
         person, subscription_graph([f"{one}.*" for one in ("bed", "github", "invoice", "slack", "test")])
     )
-    token = await create_token(world, person, secrets=SECRETS)
-    nobody = await world.client()
+    token = await create_token(harness, person, secrets=SECRETS)
+    nobody = await harness.client()
     for step in case.steps:
-        async with set_time(world, step.at):
+        async with set_time(harness, step.at):
             with_key = any(name == b"X-API-Key" for name, _ in step.headers)
             target = EVENTS if with_key or step.method == "OPTIONS" else f"{EVENTS}?key={token}"
             response = await send(nobody, step, target, person.key)
@@ -417,9 +417,9 @@ async def test_what_providers_send_is_answered_as_they_expect(
             assert again.headers["Idempotent-Replayed"] == "true"
         assert step.respond.get("body_contains", "") in response.text
     expected = case.expected.get("events") or [case.expected.get("event", {})]
-    runs = await read_rows(world, Execution, workflow_id=workflow_id)
+    runs = await read_rows(harness, Execution, workflow_id=workflow_id)
     told = [
-        json.loads((await read_rows(world, ExecutionData, execution_id=run.id))[0].trigger) for run in runs
+        json.loads((await read_rows(harness, ExecutionData, execution_id=run.id))[0].trigger) for run in runs
     ]
     starts_nothing = case.name == "gh_ping" or step.respond.get("creates_execution") is False
     if status != 200 or starts_nothing or step.method == "OPTIONS":
@@ -437,14 +437,16 @@ def event_data(expected: Mapping[str, Any]) -> Any:  # noqa: ANN401 - any JSON v
 
 
 async def test_an_event_token_opens_the_events_of_its_organisation_and_nothing_else(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, subscription_graph("a.b"))
-    token = await create_token(world, people.owner)
-    trigger_token = await create_token(world, people.owner, SenderTokenKind.TRIGGER, workflow_id=workflow_id)
-    foreign = await create_token(world, people.stranger)
-    signed = await create_token(world, people.owner, secrets=SECRETS)
-    nobody = await world.client()
+    token = await create_token(harness, people.owner)
+    trigger_token = await create_token(
+        harness, people.owner, SenderTokenKind.TRIGGER, workflow_id=workflow_id
+    )
+    foreign = await create_token(harness, people.stranger)
+    signed = await create_token(harness, people.owner, secrets=SECRETS)
+    nobody = await harness.client()
     body = {"event_type": "a.b"}
 
     response = await nobody.post(f"{EVENTS}?key={token}", json=body)
@@ -456,11 +458,11 @@ async def test_an_event_token_opens_the_events_of_its_organisation_and_nothing_e
     step = BY_NAME["gh_push"].steps[0]
     assert_refused(await send(nobody, step, f"{EVENTS}?key={token}"), 401, "invalid-signature")
     assert_refused(await nobody.get(f"{WORKFLOWS}?key={token}"), 401, "unauthorized")
-    assert len(await read_rows(world, Execution, workflow_id=workflow_id)) == 1
+    assert len(await read_rows(harness, Execution, workflow_id=workflow_id)) == 1
 
 
-async def test_a_sender_of_cloud_events_is_told_that_it_may(world: GatewayHarness) -> None:
-    nobody = await world.client()
+async def test_a_sender_of_cloud_events_is_told_that_it_may(harness: GatewayHarness) -> None:
+    nobody = await harness.client()
     asked = {"WebHook-Request-Origin": "eventemitter.example.com", "WebHook-Request-Rate": "120"}
     response = await nobody.options(EVENTS, headers=asked)
     assert response.headers["WebHook-Allowed-Origin"] == "eventemitter.example.com"
@@ -495,7 +497,7 @@ async def test_events_are_listed_for_those_who_may_see_them(people: Organization
     assert len(await listed(people.admin, "?until=2100-01-01T00:00:00Z")) == 3
 
 
-async def test_an_event_is_replayed_to_a_workflow(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_an_event_is_replayed_to_a_workflow(harness: GatewayHarness, people: OrganizationUsers) -> None:
     first = await create_active_workflow(people.owner, subscription_graph("a.b"))
     body = {"event_type": "a.b", "event_data": {"n": 1}}
     told = (await people.owner.api.post(EVENTS, json=body)).json()
@@ -514,11 +516,11 @@ async def test_an_event_is_replayed_to_a_workflow(world: GatewayHarness, people:
     assert [answer.status_code for answer in answers] == [201, 201], answers[0].text
     assert answers[0].json() == answers[1].json()
     assert "Idempotent-Replayed" in answers[1].headers
-    (run,) = await read_rows(world, Execution, workflow_id=later)
-    (given,) = await read_rows(world, ExecutionData, execution_id=run.id)
+    (run,) = await read_rows(harness, Execution, workflow_id=later)
+    (given,) = await read_rows(harness, ExecutionData, execution_id=run.id)
     assert json.loads(given.trigger)["event_data"] == {"n": 1}
-    (brought,) = await read_rows(world, Delivery, event_id=told["event_id"])
-    noted = await read_rows(world, Delivery, workflow_id=later)
+    (brought,) = await read_rows(harness, Delivery, event_id=told["event_id"])
+    noted = await read_rows(harness, Delivery, workflow_id=later)
     assert [one.outcome for one in noted] == ["accepted", "duplicate"]
     assert {one.redriven_from for one in noted} == {brought.id}
 
@@ -533,11 +535,11 @@ async def test_an_event_is_replayed_to_a_workflow(world: GatewayHarness, people:
     assert_refused(
         await people.stranger.api.post(f"{path}/replay", json={"workflowId": foreign}), 404, "not-found"
     )
-    assert len(await read_rows(world, Execution, workflow_id=first)) == 1
+    assert len(await read_rows(harness, Execution, workflow_id=first)) == 1
 
 
 async def copy_row(
-    world: GatewayHarness, table: type[SQLModel], organization_id: str, new: Sequence[str]
+    harness: GatewayHarness, table: type[SQLModel], organization_id: str, new: Sequence[str]
 ) -> None:
     """Make rows like the only one that an organisation has, under other ids."""
 
@@ -546,24 +548,24 @@ async def copy_row(
         row = (await connection.execute(select(table).where(of_organization))).mappings().one()
         await connection.execute(insert(table), [{**row, "id": one} for one in new])
 
-    await world.gateway.database.transaction(copy)
+    await harness.gateway.database.transaction(copy)
 
 
 async def test_events_and_deliveries_are_kept_for_some_days(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH_ROWS", 1)
     settings = SchedulerSettings(
-        data_dir=world.gateway.settings.data_dir, secret_key=world.gateway.settings.secret_key
+        data_dir=harness.gateway.settings.data_dir, secret_key=harness.gateway.settings.secret_key
     )
     await people.owner.api.post(EVENTS, json={"event_type": "a.b"})
     organization_id = people.owner.user.organization_id
     old = ids.earliest_id("", datetime.now(UTC) - timedelta(days=15))
     for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
-        await copy_row(world, table, organization_id, [prefix + old[:-1] + last for last in "01"])
-    await retention.forget_deliveries(settings, world.gateway.database)
+        await copy_row(harness, table, organization_id, [prefix + old[:-1] + last for last in "01"])
+    await retention.forget_deliveries(settings, harness.gateway.database)
     for table in (EventRecord, Delivery):
-        (kept,) = await read_rows(world, table, organization_id=organization_id)
+        (kept,) = await read_rows(harness, table, organization_id=organization_id)
         assert not kept.id.endswith(old[:8])
 
 
@@ -571,9 +573,9 @@ async def test_events_and_deliveries_are_kept_for_some_days(
 
 
 async def test_a_thousand_workflows_are_run_within_moments(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    await seed(world, people.owner, 1_000)
+    await seed(harness, people.owner, 1_000)
     times = []
     for _ in range(3):
         began = time.perf_counter()
@@ -583,13 +585,13 @@ async def test_a_thousand_workflows_are_run_within_moments(
     # Under a second, on a machine where no other test runs beside this one.
     assert min(times) < 9.0
     organization_id = people.owner.user.organization_id
-    assert len(await read_rows(world, Execution, organization_id=organization_id)) == 3_000
+    assert len(await read_rows(harness, Execution, organization_id=organization_id)) == 3_000
 
 
-async def seed(world: GatewayHarness, person: UserClient, count: int) -> None:
+async def seed(harness: GatewayHarness, person: UserClient, count: int) -> None:
     """Make many workflows like one, each with a graph of its own."""
     first = await create_active_workflow(person, subscription_graph("seeded.event"))
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         tables: Sequence[tuple[type[SQLModel], str]] = (
             (Workflow, "id"),
             (WorkflowGraph, "workflow_id"),
@@ -611,4 +613,4 @@ async def seed(world: GatewayHarness, person: UserClient, count: int) -> None:
                     copy["nodes"] = nodes
             await connection.execute(insert(table), copies)
 
-    await world.gateway.database.transaction(write)
+    await harness.gateway.database.transaction(write)

@@ -159,10 +159,10 @@ class ClaimedTestRun:
 
 
 async def claim_run(
-    world: GatewayHarness, execution_id: str, *, broker: Broker | None = None
+    harness: GatewayHarness, execution_id: str, *, broker: Broker | None = None
 ) -> ClaimedTestRun:
     """Claim a run as a worker would."""
-    gateway = world.gateway
+    gateway = harness.gateway
     broker = broker or gateway.broker
     while True:
         claim = ClaimQuery(owner=broker.channel, lease_seconds=60, limit=50)
@@ -196,37 +196,37 @@ async def list_ids(person: UserClient, query: str = "") -> list[str]:
     return [execution["id"] for execution in (await get_json(person, f"?{query}"))["executions"]]
 
 
-async def read_execution(world: GatewayHarness, execution_id: str) -> Execution:
+async def read_execution(harness: GatewayHarness, execution_id: str) -> Execution:
     statement = select(Execution).where(col(Execution.id) == execution_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return Execution(**(await connection.execute(statement)).mappings().one())
 
 
-async def change_workflow(world: GatewayHarness, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
+async def change_workflow(harness: GatewayHarness, workflow_id: str, **values: Any) -> None:  # noqa: ANN401 - columns of any type
     """Change a workflow behind the gateway's back, as another gateway would."""
 
     async def change(connection: AsyncConnection) -> None:
         statement = update(Workflow).where(col(Workflow.id) == workflow_id)
         await connection.execute(statement.values(revision=col(Workflow.revision) + 1, **values))
 
-    await world.gateway.database.transaction(change)
+    await harness.gateway.database.transaction(change)
 
 
-async def share(world: GatewayHarness, workflow_id: str, person: UserClient) -> None:
+async def share(harness: GatewayHarness, workflow_id: str, person: UserClient) -> None:
     values = {"workflow_id": workflow_id, "user_id": person.user.id, "shared_at": datetime.now(UTC)}
 
     async def add(connection: AsyncConnection) -> None:
         await connection.execute(insert(WorkflowShare).values(values))
 
-    await world.gateway.database.transaction(add)
-    await change_workflow(world, workflow_id)
+    await harness.gateway.database.transaction(add)
+    await change_workflow(harness, workflow_id)
 
 
 # ── execute ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_execute_answers_as_the_contract_says_and_the_row_is_there(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
     response = await people.owner.api.post(
@@ -238,7 +238,7 @@ async def test_execute_answers_as_the_contract_says_and_the_row_is_there(
     assert re.fullmatch(r"exec_[0-9a-z]{26}", execution_id)
     assert response.headers["Location"] == f"{EXECUTIONS}/{execution_id}"
     assert "Idempotent-Replayed" not in response.headers
-    stored = await read_execution(world, execution_id)
+    stored = await read_execution(harness, execution_id)
     assert (stored.status, stored.total_nodes, stored.timeout_microseconds) == ("pending", 2, 60_000_000)
 
 
@@ -251,12 +251,12 @@ async def test_the_body_of_execute_may_be_left_out(people: OrganizationUsers) ->
 
 
 async def test_trigger_inputs_reach_the_run_as_the_trigger_node_gives_them_out(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     nodes = [TRIGGER | {"nodeId": "webhook"}, STEP]
     workflow_id = await people.owner.create(nodes=nodes, connections=[EDGE])
     execution_id = await execute_workflow(people.owner, workflow_id, triggerInputs={"x": 1.0, "y": "é\u0301"})
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     assert json.loads(run.claimed.trigger) == {"body": {"x": 1.0, "y": "é\u0301"}, "headers": {}, "query": {}}
 
 
@@ -307,15 +307,15 @@ async def test_an_invalid_graph_is_refused_with_its_findings(people: Organizatio
 
 
 async def test_execute_needs_its_scope_and_a_workflow_that_one_may_read(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    reader = await world.person(await world.organization(), scopes=[KeyScope.WORKFLOWS_READ])
+    reader = await harness.person(await harness.organization(), scopes=[KeyScope.WORKFLOWS_READ])
     assert_refused(await reader.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 403, "scope-required")
     for person in (people.colleague, people.stranger):
         assert_refused(await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), 404, "not-found")
-    await share(world, workflow_id, people.colleague)
-    world.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
+    await share(harness, workflow_id, people.colleague)
+    harness.gateway.workflows.forget(people.owner.user.organization_id, workflow_id)
     assert await execute_workflow(people.colleague, workflow_id)
     assert await execute_workflow(people.admin, workflow_id)
 
@@ -329,15 +329,15 @@ OTHER = {
 
 
 async def test_a_definition_is_run_in_the_place_of_the_workflow_s_and_never_saved(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 7}, **GRAPH)
     before = await people.owner.workflow(workflow_id)
     execution_id = await execute_workflow(people.owner, workflow_id, definition=OTHER, triggerInputs={"x": 1})
     assert await people.owner.workflow(workflow_id) == before
-    stored = await read_execution(world, execution_id)
+    stored = await read_execution(harness, execution_id)
     statement = select(col(Definition.body)).where(col(Definition.hash) == stored.definition_hash)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         pinned = json.loads(await connection.scalar(statement) or "")
     assert [node["id"] for node in pinned["nodes"]] == ["t", "u", "v"]
     assert [(edge["source"], edge["target"]) for edge in pinned["connections"]] == [("t", "u"), ("u", "v")]
@@ -345,12 +345,12 @@ async def test_a_definition_is_run_in_the_place_of_the_workflow_s_and_never_save
     assert (stored.total_nodes, stored.trigger_type) == (3, "rest-api")
 
 
-async def test_a_definition_needs_the_scope_to_write(world: GatewayHarness) -> None:
-    organization = await world.organization()
-    owner = await world.person(organization)
+async def test_a_definition_needs_the_scope_to_write(harness: GatewayHarness) -> None:
+    organization = await harness.organization()
+    owner = await harness.person(organization)
     workflow_id = await owner.create(**GRAPH)
-    await change_workflow(world, workflow_id, is_public=True)
-    runner = await world.person(organization, scopes=[KeyScope.WORKFLOWS_EXECUTE, KeyScope.WORKFLOWS_READ])
+    await change_workflow(harness, workflow_id, is_public=True)
+    runner = await harness.person(organization, scopes=[KeyScope.WORKFLOWS_EXECUTE, KeyScope.WORKFLOWS_READ])
     response = await runner.api.post(f"{WORKFLOWS}/{workflow_id}/execute", json={"definition": OTHER})
     assert_refused(response, 403, "scope-required")
     assert "workflows:write" in response.json()["error"]["message"]
@@ -381,15 +381,15 @@ async def test_a_definition_is_checked_like_any_graph(
 
 @pytest.mark.parametrize("definition", [{}, {"nodes": [], "connections": []}])
 async def test_a_definition_without_a_graph_replaces_nothing(
-    world: GatewayHarness, people: OrganizationUsers, definition: dict[str, Any]
+    harness: GatewayHarness, people: OrganizationUsers, definition: dict[str, Any]
 ) -> None:
     execution_id = await execute_workflow(
         people.owner, await people.owner.create(**GRAPH), definition=definition
     )
-    assert (await read_execution(world, execution_id)).total_nodes == len(GRAPH["nodes"])
+    assert (await read_execution(harness, execution_id)).total_nodes == len(GRAPH["nodes"])
 
 
-async def test_nothing_is_refused_from_memory(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_nothing_is_refused_from_memory(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(nodes=[STEP])
 
     async def told(person: UserClient = people.owner) -> int:
@@ -398,17 +398,17 @@ async def test_nothing_is_refused_from_memory(world: GatewayHarness, people: Org
     assert await told() == 422
     assert (await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json=GRAPH)).status_code == 200
     assert await told() == 201
-    await change_workflow(world, workflow_id, status="paused")
+    await change_workflow(harness, workflow_id, status="paused")
     assert await told() == 409
-    await change_workflow(world, workflow_id, status="draft")
+    await change_workflow(harness, workflow_id, status="draft")
     assert await told() == 201
     assert await told(people.colleague) == 404
-    await share(world, workflow_id, people.colleague)
+    await share(harness, workflow_id, people.colleague)
     assert await told(people.colleague) == 201
 
 
 async def test_a_definition_s_text_is_stored_once_however_often_it_runs(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     for _ in range(3):
@@ -425,7 +425,7 @@ async def test_a_definition_s_text_is_stored_once_however_often_it_runs(
         )
     organization_id = people.owner.user.organization_id
     statement = select(func.count()).where(col(Definition.organization_id) == organization_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         assert await connection.scalar(statement) == 1
 
 
@@ -463,11 +463,11 @@ async def test_a_key_with_another_body_is_refused(people: OrganizationUsers) -> 
 
 
 async def test_a_key_is_its_user_s_and_its_workflow_s_alone(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     headers = {"Idempotency-Key": "k"}
     workflows = [await people.owner.create(**GRAPH) for _ in range(2)]
-    await change_workflow(world, workflows[0], is_public=True)
+    await change_workflow(harness, workflows[0], is_public=True)
     started = [
         (await person.api.post(f"{WORKFLOWS}/{workflow_id}/execute", headers=headers)).json()["executionId"]
         for person, workflow_id in (
@@ -499,7 +499,7 @@ async def test_a_request_that_was_answered_is_answered_the_same_when_the_workflo
     )
 
 
-async def test_a_key_is_free_again_after_its_time(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_a_key_is_free_again_after_its_time(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path, headers = f"{WORKFLOWS}/{workflow_id}/execute", {"Idempotency-Key": "old"}
     first = await people.owner.api.post(path, headers=headers)
@@ -509,7 +509,7 @@ async def test_a_key_is_free_again_after_its_time(world: GatewayHarness, people:
         statement = update(Idempotency).where(col(Idempotency.resource_id) == first.json()["executionId"])
         await connection.execute(statement.values(expires_at=past))
 
-    await world.gateway.database.transaction(expire)
+    await harness.gateway.database.transaction(expire)
     second = await people.owner.api.post(path, json={"triggerInputs": {"x": 1}}, headers=headers)
     assert second.status_code == 201
     assert second.json() != first.json()
@@ -519,12 +519,12 @@ async def test_a_key_is_free_again_after_its_time(world: GatewayHarness, people:
 
 
 async def test_a_workflow_that_another_gateway_changed_is_loaded_again(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     await execute_workflow(people.owner, workflow_id)
-    await change_workflow(world, workflow_id, settings={"timeout": 5})
-    stored = await read_execution(world, await execute_workflow(people.owner, workflow_id))
+    await change_workflow(harness, workflow_id, settings={"timeout": 5})
+    stored = await read_execution(harness, await execute_workflow(people.owner, workflow_id))
     assert stored.timeout_microseconds == 5_000_000
 
 
@@ -536,11 +536,11 @@ async def test_a_workflow_that_another_gateway_changed_is_loaded_again(
     ],
 )
 async def test_what_another_gateway_closed_or_deleted_takes_nothing_in(
-    world: GatewayHarness, people: OrganizationUsers, values: dict[str, Any], status: int, code: str
+    harness: GatewayHarness, people: OrganizationUsers, values: dict[str, Any], status: int, code: str
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     execution_id = await execute_workflow(people.owner, workflow_id)
-    await change_workflow(world, workflow_id, **values)
+    await change_workflow(harness, workflow_id, **values)
     assert_refused(await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/execute"), status, code)
     assert await list_ids(people.admin, f"workflow_id={workflow_id}") == [execution_id]
 
@@ -549,7 +549,7 @@ async def test_what_another_gateway_closed_or_deleted_takes_nothing_in(
 
 
 async def test_an_execution_is_shown_with_everything_that_belongs_to_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
     execution_id = await execute_workflow(people.owner, workflow_id, triggerInputs={"x": 1})
@@ -566,7 +566,7 @@ async def test_an_execution_is_shown_with_everything_that_belongs_to_it(
     }
     assert pending["trigger"] == {"type": "manual", "data": {"body": {"x": 1}}}
     assert (pending["userId"], pending["workflowId"]) == (people.owner.user.id, workflow_id)
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     await run.write(run.span("start", output={"body": {"x": 1}}), run.span("step", SpanStatus.RUNNING))
     running = await get_json(people.owner, f"/{execution_id}")
     assert (running["status"], running["progress"], running["completedNodes"]) == ("running", 50, 1)
@@ -580,9 +580,9 @@ async def test_an_execution_is_shown_with_everything_that_belongs_to_it(
     assert completed["organizationId"] == people.owner.user.organization_id
 
 
-async def test_a_failed_execution_shows_its_error(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_a_failed_execution_shows_its_error(harness: GatewayHarness, people: OrganizationUsers) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     cause = FailureCause("http-404", "It broke", "step", "GET", "http://a.example/")
     error = RunError("node-error", "It broke", "step", 2, cause)
     await run.write(run.span("step", SpanStatus.FAILED, error=error), end=RunStatus.FAILED, error=error)
@@ -595,7 +595,7 @@ async def test_a_failed_execution_shows_its_error(world: GatewayHarness, people:
     }  # fmt: skip
     assert (await get_json(people.owner, f"/{execution_id}"))["error"] == shown
     assert (await get_json(people.owner, f"/{execution_id}/progress"))["error"] == shown
-    told = await open_stream(world, people.owner, execution_id).rest()
+    told = await open_stream(harness, people.owner, execution_id).rest()
     assert [event.data["error"] for event in told] == [shown, shown]
     assert (await get_json(people.owner, f"?workflow_id={run.claimed.workflow_id}"))["executions"][0][
         "error"
@@ -613,14 +613,14 @@ async def test_a_list_shows_how_many_there_are_and_a_page_of_them(people: Organi
     assert body["executions"][0]["trigger"] == {"type": "manual"}
 
 
-async def test_a_list_is_filtered_and_sorted(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_a_list_is_filtered_and_sorted(harness: GatewayHarness, people: OrganizationUsers) -> None:
     owner = people.owner
     one, other = (
         await owner.create(**GRAPH),
         await owner.create(nodes=[TRIGGER | {"nodeId": "webhook"}, STEP], connections=[EDGE]),
     )
     first, second, third = [await execute_workflow(owner, workflow_id) for workflow_id in (one, one, other)]
-    run = await claim_run(world, first)
+    run = await claim_run(harness, first)
     await run.complete()
     assert await list_ids(owner, f"workflow_id={one}") == [second, first]
     assert await list_ids(owner, "trigger_type=webhook") == [third]
@@ -630,7 +630,7 @@ async def test_a_list_is_filtered_and_sorted(world: GatewayHarness, people: Orga
     assert await list_ids(owner, "sort=createdAt:asc") == [first, second, third]
     assert (await list_ids(owner, "sort=endedAt:desc"))[0] == first
     assert (await list_ids(owner, "sort=startedAt:asc"))[-1] in {first, second, third}
-    moment = (await read_execution(world, second)).created_at.isoformat().replace("+00:00", "Z")
+    moment = (await read_execution(harness, second)).created_at.isoformat().replace("+00:00", "Z")
     assert await list_ids(owner, f"since={moment}") == [third, second]
     assert await list_ids(owner, f"until={moment}") == [first]
     assert await list_ids(owner, "workflow_id=wf_unknown") == []
@@ -654,10 +654,10 @@ async def test_a_query_that_means_nothing_is_400(people: OrganizationUsers, quer
 
 
 async def test_spans_say_what_each_node_was_given_and_gave(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     hashes = b"".join(bytes([number]) * 32 for number in range(4))
     await run.write(
         run.span("start", input={"body": {}}, output={"body": {}, "größe": 1.0}, hashes=hashes),
@@ -713,10 +713,10 @@ async def test_spans_say_what_each_node_was_given_and_gave(
 
 
 async def test_logs_are_listed_in_order_and_by_level(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     await run.write(run.line("info", "one"), run.line("error", "two\nlines"), run.line("debug", "three"))
     body = await get_json(people.owner, f"/{execution_id}/logs")
     assert body["count"] == 3
@@ -754,33 +754,33 @@ async def test_an_execution_that_one_may_not_see_is_not_there(
 
 
 @pytest.mark.parametrize(("method", "path"), PATHS)
-async def test_each_operation_needs_its_scope(world: GatewayHarness, method: str, path: str) -> None:
+async def test_each_operation_needs_its_scope(harness: GatewayHarness, method: str, path: str) -> None:
     needed = KeyScope.WORKFLOWS_READ if method == "GET" else KeyScope.WORKFLOWS_EXECUTE
     others = [scope for scope in KeyScope if scope is not needed]
-    person = await world.person(await world.organization(), scopes=others)
+    person = await harness.person(await harness.organization(), scopes=others)
     response = await person.api.request(method, f"{EXECUTIONS}/exec_1{path}")
     assert_refused(response, 403, "scope-required")
     assert needed in response.json()["error"]["message"]
 
 
 async def test_whoever_may_read_the_workflow_sees_its_executions(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     execution_id = await execute_workflow(people.owner, workflow_id)
-    await share(world, workflow_id, people.colleague)
+    await share(harness, workflow_id, people.colleague)
     for person in (people.colleague, people.admin, people.owner):
         assert execution_id in await list_ids(person)
         assert (await get_json(person, f"/{execution_id}/progress?wait=0"))["status"] == "pending"
     assert await list_ids(people.stranger) == []
 
 
-async def create_neighbor(world: GatewayHarness, people: OrganizationUsers) -> UserClient:
+async def create_neighbor(harness: GatewayHarness, people: OrganizationUsers) -> UserClient:
     """Return one more member of the organization."""
     statement = select(Organization).where(col(Organization.id) == people.owner.user.organization_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         found = Organization(**(await connection.execute(statement)).mappings().one())
-    return await world.person(found)
+    return await harness.person(found)
 
 
 OWN_GRAPH = {"nodes": [TRIGGER, {**STEP, "config": {"values": {"mine": 1}}}], "connections": [EDGE]}
@@ -796,14 +796,14 @@ OWN_GRAPH = {"nodes": [TRIGGER, {**STEP, "config": {"values": {"mine": 1}}}], "c
     ],
 )
 async def test_a_run_of_what_its_caller_gave_is_seen_by_caller_owner_and_admins_alone(
-    world: GatewayHarness, people: OrganizationUsers, path: str, body: dict[str, Any]
+    harness: GatewayHarness, people: OrganizationUsers, path: str, body: dict[str, Any]
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     url = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.put(f"{url}/visibility", json={"isPublic": True})
     started = await people.colleague.api.post(f"{url}/{path}", json=body)
     execution_id = started.json()["executionId"]
-    other = await create_neighbor(world, people)
+    other = await create_neighbor(harness, people)
     for method, below in PATHS:
         assert_refused(
             await other.api.request(method, f"{EXECUTIONS}/{execution_id}{below}"), 404, "not-found"
@@ -823,31 +823,31 @@ async def test_a_run_of_what_its_caller_gave_is_seen_by_caller_owner_and_admins_
 
 
 async def test_a_private_run_stays_so_when_it_is_resumed_and_is_no_dead_letter(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     trigger = {**TRIGGER, "nodeId": "queue-trigger"}
     workflow_id = await people.owner.create(nodes=[trigger, STEP], connections=[EDGE])
     url = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.put(f"{url}/visibility", json={"isPublic": True})
     execution_id = await execute_workflow(people.colleague, workflow_id, pinned={"start": {"mine": 1}})
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     await run.write(end=RunStatus.FAILED, error=RunError("node-error", "It broke", "step", 1))
     letters = await people.admin.api.get(f"{url}/dead-letters")
     assert (letters.status_code, letters.json()["count"]) == (200, 0)
     resumed = await people.colleague.api.post(f"{EXECUTIONS}/{execution_id}/resume")
-    assert (await read_execution(world, resumed.json()["executionId"])).is_private
+    assert (await read_execution(harness, resumed.json()["executionId"])).is_private
 
 
 async def test_the_history_of_a_deleted_workflow_stays_with_its_owner_and_those_who_ran_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await share(world, workflow_id, people.colleague)
+    await share(harness, workflow_id, people.colleague)
     of_owner, of_colleague = (
         await execute_workflow(people.owner, workflow_id),
         await execute_workflow(people.colleague, workflow_id),
     )
-    await change_workflow(world, workflow_id, deleted_at=NOW)
+    await change_workflow(harness, workflow_id, deleted_at=NOW)
     assert set(await list_ids(people.owner)) == {of_owner, of_colleague}
     assert set(await list_ids(people.admin)) == {of_owner, of_colleague}
     assert await list_ids(people.colleague) == [of_colleague]
@@ -870,12 +870,12 @@ async def spin_until(condition: Callable[[], bool]) -> None:
 
 
 async def test_a_poll_is_answered_as_soon_as_the_run_has_ended(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     poll = asyncio.create_task(measure_poll(get_json(people.owner, f"/{execution_id}/progress")))
-    run = await claim_run(world, execution_id)
-    await spin_until(lambda: world.gateway.waiting.polls > 0)
+    run = await claim_run(harness, execution_id)
+    await spin_until(lambda: harness.gateway.waiting.polls > 0)
     began = time.monotonic()
     await run.complete()
     body, _ = await poll
@@ -894,15 +894,15 @@ async def test_a_poll_is_answered_as_soon_as_the_run_has_ended(
 
 
 async def test_many_polls_of_one_run_are_all_answered(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     polls = [
         asyncio.create_task(measure_poll(get_json(people.owner, f"/{execution_id}/progress")))
         for _ in range(20)
     ]
-    await spin_until(lambda: world.gateway.waiting.polls >= 20)
+    await spin_until(lambda: harness.gateway.waiting.polls >= 20)
     await run.write(run.span("start", output=1))  # not the end: they watch and wait on
     await run.complete()
     answers = await asyncio.gather(*polls)
@@ -912,38 +912,38 @@ async def test_many_polls_of_one_run_are_all_answered(
 
 @pytest.mark.usefixtures("looks")
 async def test_a_notification_that_is_lost_costs_a_look(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with run_second_gateway(world, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
         owner = await as_client_of(people.owner, there)
         execution_id = await execute_workflow(owner, await owner.create(**GRAPH))
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
-        await (await claim_run(world, execution_id)).complete(is_told=False)
+        await (await claim_run(harness, execution_id)).complete(is_told=False)
         body, seconds = await poll
     assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
 
 
 async def test_once_the_end_was_seen_here_nobody_waits_for_a_notification_that_was_lost(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     ended = []
     for _ in range(2):
         ended.append(await execute_workflow(people.owner, workflow_id))
-        await (await claim_run(world, ended[-1])).complete(is_told=False)
+        await (await claim_run(harness, ended[-1])).complete(is_told=False)
     polled, streamed = ended
     await get_json(people.owner, f"/{polled}/progress?wait=0")
-    assert (await open_stream(world, people.owner, streamed).rest())[-1].id == "end"
+    assert (await open_stream(harness, people.owner, streamed).rest())[-1].id == "end"
     for execution_id in ended:
         body, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress"))
         assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
 
 
 async def test_a_poll_whose_time_is_over_shows_where_the_run_is(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     await run.write(run.span("start", output=1))
     body, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress?wait=1"))
     assert (body["status"], body["progress"], body["outputs"]) == ("running", 50, {})
@@ -960,9 +960,9 @@ async def test_wait_is_a_whole_number_of_seconds_up_to_thirty(people: Organizati
 
 
 @asynccontextmanager
-async def run_second_gateway(world: GatewayHarness, broker: Broker) -> AsyncIterator[GatewayHarness]:
+async def run_second_gateway(harness: GatewayHarness, broker: Broker) -> AsyncIterator[GatewayHarness]:
     """Run another gateway on the same database, which has a broker of its own."""
-    here = world.gateway
+    here = harness.gateway
     async with AsyncExitStack() as stack:
         stack.push_async_callback(broker.close)
         app = create_app(lambda: state.assemble_state(here.settings, here.database, here.store, broker))
@@ -970,22 +970,22 @@ async def run_second_gateway(world: GatewayHarness, broker: Broker) -> AsyncIter
         yield GatewayHarness(app, app.state.gateway, stack)
 
 
-async def as_client_of(person: UserClient, world: GatewayHarness) -> UserClient:
+async def as_client_of(person: UserClient, harness: GatewayHarness) -> UserClient:
     """Return a person as a client of another gateway."""
-    return UserClient(person.user, await world.client(person.key), person.key)
+    return UserClient(person.user, await harness.client(person.key), person.key)
 
 
 @pytest.mark.usefixtures("looks")
 async def test_with_the_broker_away_runs_are_taken_in_and_polls_answered_by_looking(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(redis_broker, "LISTEN_SECONDS", 0.01)
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_second_gateway(world, await brokers.connect_broker("redis://127.0.0.1:1")) as alone:
+    async with run_second_gateway(harness, await brokers.connect_broker("redis://127.0.0.1:1")) as alone:
         owner = await as_client_of(people.owner, alone)
         execution_id = await execute_workflow(owner, workflow_id)
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
-        await (await claim_run(world, execution_id)).complete()
+        await (await claim_run(harness, execution_id)).complete()
         body, seconds = await poll
         assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)
         response = await owner.api.post(f"{EXECUTIONS}/{await execute_workflow(owner, workflow_id)}/cancel")
@@ -993,13 +993,13 @@ async def test_with_the_broker_away_runs_are_taken_in_and_polls_answered_by_look
 
 
 async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
-    world: GatewayHarness, people: OrganizationUsers, redis_server: RedisServer
+    harness: GatewayHarness, people: OrganizationUsers, redis_server: RedisServer
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     async with AsyncExitStack() as stack:
         one, other = [
             await stack.enter_async_context(
-                run_second_gateway(world, await brokers.connect_broker(redis_server.url))
+                run_second_gateway(harness, await brokers.connect_broker(redis_server.url))
             )
             for _ in range(2)
         ]
@@ -1008,7 +1008,7 @@ async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
         execution_id = await execute_workflow(await as_client_of(people.owner, one), workflow_id)
         persons = [await as_client_of(people.owner, gateway) for gateway in (one, other)]
         polls = [asyncio.create_task(get_json(person, f"/{execution_id}/progress")) for person in persons]
-        run = await claim_run(world, execution_id, broker=worker)
+        run = await claim_run(harness, execution_id, broker=worker)
         await spin_until(lambda: other.gateway.waiting.is_watched(execution_id))
         await spin_until(lambda: one.gateway.waiting.polls > 0)
         began = time.monotonic()
@@ -1018,10 +1018,10 @@ async def test_a_run_taken_in_at_one_gateway_is_followed_at_another(
 
 
 async def test_at_the_end_of_the_process_polls_are_answered_at_once(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    async with run_second_gateway(world, await brokers.connect_broker(None)) as ending:
+    async with run_second_gateway(harness, await brokers.connect_broker(None)) as ending:
         owner = await as_client_of(people.owner, ending)
         poll = asyncio.create_task(measure_poll(get_json(owner, f"/{execution_id}/progress")))
         await spin_until(lambda: ending.gateway.waiting.polls > 0)
@@ -1122,21 +1122,21 @@ class EventStreamClient:
 
 
 def open_stream(
-    world: GatewayHarness, person: UserClient, execution_id: str, last: str | None = None
+    harness: GatewayHarness, person: UserClient, execution_id: str, last: str | None = None
 ) -> EventStreamClient:
     headers = {"X-API-Key": person.key} | ({"Last-Event-ID": last} if last is not None else {})
-    return EventStreamClient(world.app, f"{EXECUTIONS}/{execution_id}/events", headers)
+    return EventStreamClient(harness.app, f"{EXECUTIONS}/{execution_id}/events", headers)
 
 
 async def test_events_tell_what_is_committed_in_order_up_to_the_end(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    stream = open_stream(world, people.owner, execution_id)
+    stream = open_stream(harness, people.owner, execution_id)
     first = await stream.next()
     assert (first.name, first.id, first.data["status"]) == ("execution", None, "pending")
     assert (stream.status, stream.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     began = time.monotonic()
     await run.write(run.span("start", output={"a": "line\nbreak"}), run.line("info", "hello"))
     events = [await stream.next() for _ in range(3)]
@@ -1164,11 +1164,11 @@ async def test_events_tell_what_is_committed_in_order_up_to_the_end(
 
 
 async def test_attempts_of_a_node_are_listed_and_told_as_spans(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_events, "EVENTS_AT_ONCE", 2)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     later = NOW + timedelta(seconds=5)
     cause = FailureCause("http-503", "It was away", "step", "GET", "https://example.com")
     error = RunError("http-503", "It was away", "step", 1, cause)
@@ -1207,50 +1207,50 @@ async def test_attempts_of_a_node_are_listed_and_told_as_spans(
     only = await get_json(people.owner, f"/{execution_id}/spans?node_id=step&status=failed")
     assert (only["count"], only["spans"]) == (1, [first])
 
-    events = await open_stream(world, people.owner, execution_id).rest()
+    events = await open_stream(harness, people.owner, execution_id).rest()
     assert [event.data for event in events if event.name == "span"] == spans
     shown = await get_json(people.owner, f"/{execution_id}")
     assert shown["outputs"] == {"start": 1, "step": 2}
 
 
 async def test_a_client_that_comes_back_goes_on_behind_what_it_has_seen(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     await run.write(run.span("start", SpanStatus.RUNNING), run.line("info", "one"), run.line("info", "two"))
-    seen = open_stream(world, people.owner, execution_id)
+    seen = open_stream(harness, people.owner, execution_id)
     assert [(await seen.next()).id for _ in range(4)] == [None, "1", "2", "3"]
     await seen.hang_up()
     await run.write(run.span("start", output=1), run.line("info", "three"), end=RunStatus.FAILED)
-    events = await open_stream(world, people.owner, execution_id, "2").rest()
+    events = await open_stream(harness, people.owner, execution_id, "2").rest()
     assert [(event.name, event.id) for event in events] == [
         ("log", "3"), ("span", "4"), ("log", "5"), ("execution", "end"),
     ]  # fmt: skip
-    ended = open_stream(world, people.owner, execution_id, "end")
+    ended = open_stream(harness, people.owner, execution_id, "end")
     assert await ended.rest() == []
     assert ended.status == 204
 
 
 async def test_a_long_history_is_told_in_order_and_whole(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_events, "EVENTS_AT_ONCE", 3)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     spans_first = [run.span(f"n{number}", output=number) for number in range(4)]
     lines_then = [run.line("info", str(number)) for number in range(7)]
     await run.write(*spans_first, *lines_then, run.span("last", output=1), end=RunStatus.COMPLETED)
-    events = await open_stream(world, people.owner, execution_id).rest()
+    events = await open_stream(harness, people.owner, execution_id).rest()
     assert [event.id for event in events] == [*map(str, range(1, 13)), "end"]
 
 
 async def test_no_event_is_missed_while_the_run_goes_on_writing(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    stream = open_stream(world, people.owner, execution_id)
-    run = await claim_run(world, execution_id)
+    stream = open_stream(harness, people.owner, execution_id)
+    run = await claim_run(harness, execution_id)
     for number in range(30):
         await run.write(run.span(f"n{number}", output=number), run.line("info", str(number)))
     await run.write(end=RunStatus.COMPLETED)
@@ -1267,46 +1267,46 @@ async def test_an_event_id_that_is_none_is_400(people: OrganizationUsers, last: 
     assert_refused(response, 400, "invalid-last-event-id")
 
 
-async def test_an_event_id_beyond_all_is_no_error(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_an_event_id_beyond_all_is_no_error(harness: GatewayHarness, people: OrganizationUsers) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
-    events = await open_stream(world, people.owner, execution_id, "9999999999").rest()
+    events = await open_stream(harness, people.owner, execution_id, "9999999999").rest()
     assert [(event.name, event.data["status"]) for event in events] == [("execution", "cancelled")]
 
 
 async def test_streams_are_bounded_and_a_client_that_leaves_makes_room(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "EVENT_STREAMS", 1)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    stream = open_stream(world, people.owner, execution_id)
+    stream = open_stream(harness, people.owner, execution_id)
     await stream.next()
     response = await people.owner.api.get(f"{EXECUTIONS}/{execution_id}/events")
     assert_refused(response, 503, "not-ready")
     await stream.hang_up()
-    again = open_stream(world, people.owner, execution_id)
+    again = open_stream(harness, people.owner, execution_id)
     assert (await again.next()).name == "execution"
     await again.hang_up()
-    assert world.gateway.live_events.open == 0
+    assert harness.gateway.live_events.open == 0
 
 
 @pytest.mark.usefixtures("looks")
 async def test_a_quiet_stream_is_kept_alive(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(live_events, "KEEP_ALIVE_SECONDS", 0.05)
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    async with run_second_gateway(world, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
         stream = open_stream(there, people.owner, execution_id)
         await spin_until(lambda: stream.raw.endswith(b": keep-alive\n\n"))
         await stream.hang_up()
 
 
 @pytest.mark.usefixtures("looks")
-async def test_a_revoked_key_ends_its_streams(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_a_revoked_key_ends_its_streams(harness: GatewayHarness, people: OrganizationUsers) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
     key = (await people.owner.api.post("/api/v1/auth/keys", json={"name": "short-lived"})).json()
-    async with run_second_gateway(world, await brokers.connect_broker(None)) as there:
+    async with run_second_gateway(harness, await brokers.connect_broker(None)) as there:
         stream = open_stream(there, UserClient(people.owner.user, people.owner.api, key["key"]), execution_id)
         await stream.next()
         await people.owner.api.delete(f"/api/v1/auth/keys/{key['id']}")
@@ -1342,17 +1342,17 @@ async def test_what_nobody_has_begun_ends_at_once_and_stays_as_it_ended(
 
 
 async def test_the_worker_that_holds_a_run_is_told_to_end_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await execute_workflow(people.owner, await people.owner.create(**GRAPH))
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     heard: list[Notification] = []
-    await world.gateway.broker.listen(heard.append)
+    await harness.gateway.broker.listen(heard.append)
     response = await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")
     assert (response.status_code, response.json()["status"]) == (200, "running")
     await spin_until(lambda: DirectMessage({"execution_id": execution_id, "request": "cancel"}) in heard)
     await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/stop")
-    assert (await read_execution(world, execution_id)).request == "cancel"  # the stronger of the two
+    assert (await read_execution(harness, execution_id)).request == "cancel"  # the stronger of the two
     await run.write(end=RunStatus.CANCELLED)
     assert (await get_json(people.owner, f"/{execution_id}"))["status"] == "cancelled"
 
@@ -1360,10 +1360,10 @@ async def test_the_worker_that_holds_a_run_is_told_to_end_it(
 # ── resume ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def create_failed_run(world: GatewayHarness, person: UserClient, workflow_id: str) -> str:
+async def create_failed_run(harness: GatewayHarness, person: UserClient, workflow_id: str) -> str:
     """Return an execution that has failed at its second node."""
     execution_id = await execute_workflow(person, workflow_id, triggerInputs={"x": 1})
-    run = await claim_run(world, execution_id)
+    run = await claim_run(harness, execution_id)
     error = RunError("node-error", "It broke", "step", 1)
     await run.write(
         run.span("start", output={"body": {"x": 1}}, hashes=bytes(128)),
@@ -1382,24 +1382,24 @@ async def create_failed_run(world: GatewayHarness, person: UserClient, workflow_
     return execution_id
 
 
-async def read_spans(world: GatewayHarness, execution_id: str) -> dict[str, dict[str, Any]]:
+async def read_spans(harness: GatewayHarness, execution_id: str) -> dict[str, dict[str, Any]]:
     statement = select(SpanRow).where(col(SpanRow.execution_id) == execution_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return {found["node_id"]: dict(found) for found in (await connection.execute(statement)).mappings()}
 
 
 async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     failed_id = await create_failed_run(
-        world, people.owner, await people.owner.create(settings={"timeout": 60}, **GRAPH)
+        harness, people.owner, await people.owner.create(settings={"timeout": 60}, **GRAPH)
     )
     response = await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume")
     assert response.status_code == 201
     resumed_id = response.json()["executionId"]
     assert response.json() == {"executionId": resumed_id, "resumedFrom": failed_id}
     assert response.headers["Location"] == f"{EXECUTIONS}/{resumed_id}"
-    before, after = await read_execution(world, failed_id), await read_execution(world, resumed_id)
+    before, after = await read_execution(harness, failed_id), await read_execution(harness, resumed_id)
     assert (after.status, after.is_fresh, after.has_journal, after.attempt, after.token) == (
         "pending",
         True,
@@ -1426,7 +1426,7 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
     ):
         assert getattr(after, name) == getattr(before, name)
     assert after.created_at > before.created_at
-    old, new = await read_spans(world, failed_id), await read_spans(world, resumed_id)
+    old, new = await read_spans(harness, failed_id), await read_spans(harness, resumed_id)
     assert set(new) == {"start", "away", "handled", "sent"}
     # What is tried again is tried from its first attempt on.
     told = (await get_json(people.owner, f"/{resumed_id}/spans?status=failed"))["spans"]
@@ -1444,22 +1444,22 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
 
 
 async def test_a_run_resumed_twice_keeps_the_first_one_s_id_in_its_keys(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    first = await create_failed_run(world, people.owner, await people.owner.create(**GRAPH))
+    first = await create_failed_run(harness, people.owner, await people.owner.create(**GRAPH))
     second = (await people.owner.api.post(f"{EXECUTIONS}/{first}/resume")).json()["executionId"]
-    run = await claim_run(world, second)
+    run = await claim_run(harness, second)
     assert (run.claimed.key_id, run.claimed.has_journal) == (first, True)
     await run.write(end=RunStatus.FAILED, error=RunError("timeout", "Too long"))
     third = (await people.owner.api.post(f"{EXECUTIONS}/{second}/resume")).json()["executionId"]
-    stored = await read_execution(world, third)
+    stored = await read_execution(harness, third)
     assert (stored.key_id, stored.resumed_from, stored.completed_nodes) == (first, second, 3)
 
 
 async def test_a_failed_run_is_resumed_once_and_tells_of_the_newest_of_its_line(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    first = await create_failed_run(world, people.owner, await people.owner.create(**GRAPH))
+    first = await create_failed_run(harness, people.owner, await people.owner.create(**GRAPH))
     answers = await asyncio.gather(
         *(person.api.post(f"{EXECUTIONS}/{first}/resume") for person in (people.owner, people.admin) * 2)
     )
@@ -1470,7 +1470,7 @@ async def test_a_failed_run_is_resumed_once_and_tells_of_the_newest_of_its_line(
         if answer.status_code != 201:
             assert_refused(answer, 409, "already-resumed")
             assert answer.json()["error"]["details"][0]["executionId"] == second
-    run = await claim_run(world, second)
+    run = await claim_run(harness, second)
     await run.write(end=RunStatus.FAILED, error=RunError("timeout", "Too long"))
     third = (await people.owner.api.post(f"{EXECUTIONS}/{second}/resume")).json()["executionId"]
     for execution_id in (first, second):
@@ -1480,10 +1480,10 @@ async def test_a_failed_run_is_resumed_once_and_tells_of_the_newest_of_its_line(
 
 
 async def test_a_repeated_request_to_resume_gets_the_first_answer(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    first, other = [await create_failed_run(world, people.owner, workflow_id) for _ in range(2)]
+    first, other = [await create_failed_run(harness, people.owner, workflow_id) for _ in range(2)]
     once = {"Idempotency-Key": "resume-once"}
     answers = await asyncio.gather(
         *(people.owner.api.post(f"{EXECUTIONS}/{first}/resume", headers=once) for _ in range(3))
@@ -1498,17 +1498,17 @@ async def test_a_repeated_request_to_resume_gets_the_first_answer(
 
 
 async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     pending = await execute_workflow(people.owner, workflow_id)
     assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
     await people.owner.api.post(f"{EXECUTIONS}/{pending}/stop")
     assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{pending}/resume"), 409, "execution-not-failed")
-    failed_id = await create_failed_run(world, people.owner, workflow_id)
-    await change_workflow(world, workflow_id, status="paused")
+    failed_id = await create_failed_run(harness, people.owner, workflow_id)
+    await change_workflow(harness, workflow_id, status="paused")
     assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-paused")
-    await change_workflow(world, workflow_id, deleted_at=NOW)
+    await change_workflow(harness, workflow_id, deleted_at=NOW)
     assert_refused(await people.owner.api.post(f"{EXECUTIONS}/{failed_id}/resume"), 409, "workflow-deleted")
 
 
@@ -1516,8 +1516,8 @@ async def test_only_a_failed_run_of_an_open_workflow_can_be_resumed(
 
 
 @asynccontextmanager
-async def serve_worker(world: GatewayHarness) -> AsyncIterator[None]:
-    gateway = world.gateway
+async def serve_worker(harness: GatewayHarness) -> AsyncIterator[None]:
+    gateway = harness.gateway
     settings = WorkerSettings(
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
         lease_seconds=5,
@@ -1528,11 +1528,11 @@ async def serve_worker(world: GatewayHarness) -> AsyncIterator[None]:
 
 
 async def test_a_worker_runs_what_is_taken_in_and_resumed(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    failed_id = await create_failed_run(world, people.owner, workflow_id)
-    async with serve_worker(world):
+    failed_id = await create_failed_run(harness, people.owner, workflow_id)
+    async with serve_worker(harness):
         execution_id = await execute_workflow(people.owner, workflow_id, triggerInputs={"x": 1})
         body, seconds = await measure_poll(get_json(people.owner, f"/{execution_id}/progress"))
         assert (body["status"], seconds < PROMPT_SECONDS) == ("completed", True)

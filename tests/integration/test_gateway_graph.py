@@ -65,10 +65,10 @@ async def lay_out(person: UserClient, workflow_id: str, **headers: str) -> httpx
     return await person.api.post(f"{WORKFLOWS}/{workflow_id}/layout", headers=headers)
 
 
-async def list_actions(world: GatewayHarness, workflow_id: str) -> list[str]:
+async def list_actions(harness: GatewayHarness, workflow_id: str) -> list[str]:
     """Return what the audit trail has of a workflow."""
     statement = select(col(AuditEntry.action)).where(col(AuditEntry.object_id) == workflow_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return [*await connection.scalars(statement.order_by(col(AuditEntry.id)))]
 
 
@@ -111,7 +111,7 @@ async def test_a_node_that_comes_back_without_its_position_keeps_it(people: Orga
 
 
 async def test_layout_arranges_the_nodes_and_says_how_many_have_moved(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**stacked_graph(BRANCHES))
     first = await lay_out(people.owner, workflow_id)
@@ -124,7 +124,7 @@ async def test_layout_arranges_the_nodes_and_says_how_many_have_moved(
     assert second.json() == {"workflowId": workflow_id, "changed": False, "nodesRepositioned": 0}
     assert first.headers["ETag"] == second.headers["ETag"] == '"2"'
     assert await people.owner.workflow(workflow_id) == workflow
-    assert await list_actions(world, workflow_id) == ["workflow.created", "workflow.laid-out"]
+    assert await list_actions(harness, workflow_id) == ["workflow.created", "workflow.laid-out"]
 
 
 async def test_only_the_node_that_was_dragged_away_is_counted(people: OrganizationUsers) -> None:
@@ -200,7 +200,7 @@ async def build(person: UserClient, body: object, query: str = "", **headers: st
 
 
 async def test_a_whole_workflow_is_built_in_one_call(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     body = {
         "name": "Whole",
@@ -239,7 +239,7 @@ async def test_a_whole_workflow_is_built_in_one_call(
     assert {name: workflow[name] for name in ("name", "description", "tags", "config")} == {
         name: body[name] for name in ("name", "description", "tags", "config")
     }
-    assert await list_actions(world, workflow["id"]) == ["workflow.built"]
+    assert await list_actions(harness, workflow["id"]) == ["workflow.built"]
 
 
 async def test_an_active_workflow_that_was_built_runs_at_once(people: OrganizationUsers) -> None:

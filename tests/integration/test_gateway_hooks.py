@@ -115,57 +115,57 @@ async def signature_config(person: UserClient, provider: str, **more: Any) -> di
 
 
 @contextmanager
-def set_time(world: GatewayHarness, moment: datetime) -> Iterator[None]:
+def set_time(harness: GatewayHarness, moment: datetime) -> Iterator[None]:
     """Have the gateway look at signatures at a moment."""
-    before = world.gateway
-    world.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
+    before = harness.gateway
+    harness.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
     try:
         yield
     finally:
-        world.app.state.gateway = before
+        harness.app.state.gateway = before
 
 
 async def send(
-    world: GatewayHarness, step: ProviderStep, target: str, body: bytes | None = None
+    harness: GatewayHarness, step: ProviderStep, target: str, body: bytes | None = None
 ) -> httpx2.Response:
     """Send a request as it was recorded, but for its line."""
     left_out = {b"host", b"connection", b"content-length"}
     headers = [(name, value) for name, value in step.headers if name.lower() not in left_out]
-    nobody = await world.client()
-    with set_time(world, step.at):
+    nobody = await harness.client()
+    with set_time(harness, step.at):
         return await nobody.request(
             step.method, target, content=step.body if body is None else body, headers=headers
         )
 
 
-async def read_rows(world: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
+async def read_rows(harness: GatewayHarness, table: type[SQLModel], **equal: Any) -> list[Any]:  # noqa: ANN401 - rows of any table
     conditions = [getattr(table, name) == value for name, value in equal.items()]
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return list((await connection.execute(select(table).where(*conditions))).all())
 
 
-async def read_triggers(world: GatewayHarness, workflow_id: str) -> list[dict[str, Any]]:
+async def read_triggers(harness: GatewayHarness, workflow_id: str) -> list[dict[str, Any]]:
     """Return what the runs of a workflow were given."""
-    runs = await read_rows(world, Execution, workflow_id=workflow_id)
-    data = [await read_rows(world, ExecutionData, execution_id=run.id) for run in runs]
+    runs = await read_rows(harness, Execution, workflow_id=workflow_id)
+    data = [await read_rows(harness, ExecutionData, execution_id=run.id) for run in runs]
     return [json.loads(one.trigger) for (one,) in data]
 
 
-async def read_outcomes(world: GatewayHarness, workflow_id: str) -> list[tuple[str, int, str]]:
+async def read_outcomes(harness: GatewayHarness, workflow_id: str) -> list[tuple[str, int, str]]:
     """Return what is noted of what came for a workflow: outcome, status and the code of the reason."""
-    found = await read_rows(world, Delivery, workflow_id=workflow_id)
+    found = await read_rows(harness, Delivery, workflow_id=workflow_id)
     return sorted((one.outcome, one.status, (one.reason or "").partition(":")[0]) for one in found)
 
 
 @pytest.fixture(scope="module")
-async def people(world: GatewayHarness) -> OrganizationUsers:
+async def people(harness: GatewayHarness) -> OrganizationUsers:
     """Return the same people to all tests: what is theirs is told apart by its workflow."""
-    return await world.people()
+    return await harness.people()
 
 
 @pytest.fixture(scope="module", autouse=True)
-async def worker(world: GatewayHarness) -> AsyncIterator[None]:
-    gateway = world.gateway
+async def worker(harness: GatewayHarness) -> AsyncIterator[None]:
+    gateway = harness.gateway
     settings = WorkerSettings(
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
         lease_seconds=5,
@@ -176,8 +176,8 @@ async def worker(world: GatewayHarness) -> AsyncIterator[None]:
 
 
 @pytest.fixture(scope="module")
-async def cluster(world: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
-    async with run_simulated_cluster(world) as cluster:
+async def cluster(harness: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
+    async with run_simulated_cluster(harness) as cluster:
         yield cluster
 
 
@@ -186,7 +186,7 @@ async def cluster(world: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
 
 @pytest.mark.parametrize("provider", SECRETS)
 async def test_what_providers_send_is_answered_as_they_expect(
-    world: GatewayHarness, people: OrganizationUsers, provider: str
+    harness: GatewayHarness, people: OrganizationUsers, provider: str
 ) -> None:
     config = await signature_config(people.owner, provider)
     folder = FOLDERS.get(provider, provider)
@@ -194,10 +194,10 @@ async def test_what_providers_send_is_answered_as_they_expect(
     assert len(cases) >= 4
     for case in cases:
         hook = await create_webhook(people.owner, config)
-        response = await send(world, case.steps[0], hook.path)
-        again = await send(world, case.steps[0], hook.path)
+        response = await send(harness, case.steps[0], hook.path)
+        again = await send(harness, case.steps[0], hook.path)
         expect_answer(case, response)
-        told = await read_triggers(world, hook.workflow_id)
+        told = await read_triggers(harness, hook.workflow_id)
         is_run = case.name not in NOT_RUN and response.status_code // 100 == 2
         assert len(told) == is_run, case.name
         if is_run:
@@ -205,7 +205,7 @@ async def test_what_providers_send_is_answered_as_they_expect(
             assert again.json() == response.json()
             expect_given(case, told[0])
         if response.status_code == 401:
-            assert await read_outcomes(world, hook.workflow_id) == []
+            assert await read_outcomes(harness, hook.workflow_id) == []
 
 
 def expect_answer(case: ProviderCase, response: httpx2.Response) -> None:
@@ -226,30 +226,32 @@ def expect_given(case: ProviderCase, told: dict[str, Any]) -> None:
 
 
 async def test_what_a_provider_sends_again_is_known_by_its_name(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, await signature_config(people.owner, "slack"))
-    first = await send(world, BY_NAME["slack_event"].steps[0], hook.path)
-    retry = await send(world, BY_NAME["slack_retry"].steps[0], hook.path)
+    first = await send(harness, BY_NAME["slack_event"].steps[0], hook.path)
+    retry = await send(harness, BY_NAME["slack_retry"].steps[0], hook.path)
     assert (first.status_code, retry.status_code) == (200, 200)
     assert retry.json() == first.json()
-    assert len(await read_triggers(world, hook.workflow_id)) == 1
-    assert [one[0] for one in await read_outcomes(world, hook.workflow_id)] == ["accepted", "duplicate"]
+    assert len(await read_triggers(harness, hook.workflow_id)) == 1
+    assert [one[0] for one in await read_outcomes(harness, hook.workflow_id)] == ["accepted", "duplicate"]
 
 
-async def test_fifty_deliveries_at_once_are_one_run(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_fifty_deliveries_at_once_are_one_run(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
     hook = await create_webhook(people.owner, await signature_config(people.owner, "stripe"))
     step = BY_NAME["stripe_invoice_paid"].steps[0]
-    answers = await asyncio.gather(*(send(world, step, hook.path) for _ in range(50)))
+    answers = await asyncio.gather(*(send(harness, step, hook.path) for _ in range(50)))
     assert {answer.status_code for answer in answers} == {202}
     assert len({answer.content for answer in answers}) == 1
-    assert len(await read_triggers(world, hook.workflow_id)) == 1
-    found = [one[0] for one in await read_outcomes(world, hook.workflow_id)]
+    assert len(await read_triggers(harness, hook.workflow_id)) == 1
+    found = [one[0] for one in await read_outcomes(harness, hook.workflow_id)]
     assert found == ["accepted", *["duplicate"] * 49]
 
 
 async def test_events_that_are_not_asked_for_are_answered_and_not_run(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     push, ping = BY_NAME["gh_push"].steps[0], BY_NAME["gh_ping"].steps[0]
     of_issues = await create_webhook(
@@ -267,21 +269,21 @@ async def test_events_that_are_not_asked_for_are_answered_and_not_run(
         (ping, of_pings, True),
         (BY_NAME["stripe_invoice_paid"].steps[0], paid, True),
     ):
-        response = await send(world, step, hook.path)
+        response = await send(harness, step, hook.path)
         assert response.status_code == (202 if is_run else 200), response.text
         assert response.json()["status"] == ("accepted" if is_run else "ignored")
-    assert await read_triggers(world, of_issues.workflow_id) == []
-    assert await read_outcomes(world, of_issues.workflow_id) == [("accepted", 200, "event-not-allowed")] * 2
+    assert await read_triggers(harness, of_issues.workflow_id) == []
+    assert await read_outcomes(harness, of_issues.workflow_id) == [("accepted", 200, "event-not-allowed")] * 2
 
 
 # ── who is let in ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_hook_that_says_nothing_of_verification_takes_nothing(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner)
-    nobody = await world.client()
+    nobody = await harness.client()
     answer = await nobody.post(hook.path, json={})
     assert_refused(answer, 422, "no-verification")
     assert "`verification`" in answer.json()["error"]["message"]
@@ -297,22 +299,22 @@ async def test_a_hook_that_says_nothing_of_verification_takes_nothing(
 
 
 async def test_a_data_source_that_is_gone_is_for_the_owner_to_mend_and_the_sender_comes_again(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await create_secret(people.owner, SECRETS["github"][0])
     hook = await create_webhook(
         people.owner, {"verification": {"provider": "github", "dataSource": source_id}}
     )
     await people.owner.api.delete(f"/api/v1/datasources/{source_id}?force=true")
-    world.gateway.runners.sources.clear()
-    answer = await send(world, BY_NAME["gh_push"].steps[0], hook.path)
+    harness.gateway.runners.sources.clear()
+    answer = await send(harness, BY_NAME["gh_push"].steps[0], hook.path)
     assert_refused(answer, 503, "trigger-not-ready")
     assert int(answer.headers["Retry-After"]) == 60
     assert source_id not in answer.text
 
 
 async def test_an_address_that_opens_nothing_is_like_one_that_never_was(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = await create_webhook(people.owner, ANYBODY)
     replaced = await create_webhook(people.owner, ANYBODY)
@@ -320,7 +322,7 @@ async def test_an_address_that_opens_nothing_is_like_one_that_never_was(
     gone = await create_webhook(people.owner, ANYBODY)
     await people.owner.api.delete(f"{WORKFLOWS}/{gone.workflow_id}?force=true")
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 10)
-    nobody = await world.client(address="10.9.9.9")
+    nobody = await harness.client(address="10.9.9.9")
     answers = [
         await nobody.post(path, json={})
         for path in (f"{hook.path}x", "/hooks/x", replaced.path, gone.path, f"/hooks/{people.owner.key}")
@@ -335,11 +337,11 @@ async def test_an_address_that_opens_nothing_is_like_one_that_never_was(
     assert (await nobody.post(hook.path, json={})).status_code == 202
     manual = await people.owner.create(**GRAPH)
     token = (await people.owner.api.post(f"{WORKFLOWS}/{manual}/trigger-token", json={})).json()["token"]
-    assert_refused(await (await world.client()).post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
+    assert_refused(await (await harness.client()).post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
 
 
 async def test_methods_networks_and_sizes_are_as_the_trigger_says(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     config = {
         **ANYBODY,
@@ -348,8 +350,8 @@ async def test_methods_networks_and_sizes_are_as_the_trigger_says(
         "maxBodyBytes": 100,
     }
     hook = await create_webhook(people.owner, config)
-    inside, outside = await world.client(address="192.0.2.7"), await world.client(address="192.0.3.7")
-    mapped = await world.client(address="::ffff:192.0.2.7")
+    inside, outside = await harness.client(address="192.0.2.7"), await harness.client(address="192.0.3.7")
+    mapped = await harness.client(address="::ffff:192.0.2.7")
     answer = await inside.post(hook.path, json={})
     assert_refused(answer, 405, "method-not-allowed")
     assert answer.headers["Allow"] == "GET, PUT"
@@ -370,19 +372,19 @@ async def test_methods_networks_and_sizes_are_as_the_trigger_says(
     )
     assert (await inside.put(hook.path, content=b"x" * 100)).status_code == 202
     assert (await mapped.get(f"{hook.path}?a=1&a=2&b=&key=secret")).status_code == 202
-    (first, second) = sorted(await read_triggers(world, hook.workflow_id), key=lambda one: one["method"])
+    (first, second) = sorted(await read_triggers(harness, hook.workflow_id), key=lambda one: one["method"])
     assert (first["method"], first["query"], first["body"]) == ("GET", {"a": ["1", "2"], "b": ""}, {})
     assert second["body"] == {"base64": base64.b64encode(b"x" * 100).decode(), "contentType": ""}
 
 
 async def test_options_list_the_methods_of_a_hook_to_those_who_know_its_address(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = await create_webhook(people.owner, {**ANYBODY, "methods": ["PUT", "GET"]})
     silent = await create_webhook(people.owner)
     gone = await create_webhook(people.owner, ANYBODY)
     await people.owner.api.delete(f"{WORKFLOWS}/{gone.workflow_id}/trigger-token")
-    nobody = await world.client(address="10.9.9.8")
+    nobody = await harness.client(address="10.9.9.8")
     answer = await nobody.options(hook.path)
     assert (answer.status_code, answer.headers["Allow"]) == (204, "GET, OPTIONS, PUT")
     for path in (f"{hook.path}x", "/hooks/x", gone.path, silent.path, f"/hooks/{people.owner.key}"):
@@ -394,7 +396,9 @@ async def test_options_list_the_methods_of_a_hook_to_those_who_know_its_address(
     assert (await nobody.options(hook.path)).status_code == 204
 
 
-async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_what_is_signed_in_ways_of_their_own(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
     source_id = await create_secret(people.owner, "a secret")
     verification = {
         "provider": "hmac",
@@ -408,7 +412,7 @@ async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people
         "replayWindowSeconds": 30,
     }
     hook = await create_webhook(people.owner, {"verification": verification, "allowedEvents": ["a.b"]})
-    nobody = await world.client()
+    nobody = await harness.client()
     now = int(datetime.now(UTC).timestamp())
 
     async def sent(
@@ -433,7 +437,7 @@ async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people
     assert_refused(await sent(body, {"X-Encrypted": "v=AAAA"}), 401, "invalid-signature")
     twice = [("X-Encrypted", "v=AAAA"), ("X-Encrypted", "v=BBBB"), ("X-Time", str(now))]
     assert_refused(await nobody.post(hook.path, content=body, headers=twice), 400, "duplicate-header")
-    told = await read_triggers(world, hook.workflow_id)
+    told = await read_triggers(harness, hook.workflow_id)
     assert len(told) == 2
     assert "x-encrypted" not in told[0]["headers"]
 
@@ -446,14 +450,14 @@ async def test_what_is_signed_in_ways_of_their_own(world: GatewayHarness, people
     assert_refused(answer, 401, "invalid-signature")
     assert answer.headers["WWW-Authenticate"].startswith("Basic ")
     assert (await nobody.post(hook.path, json={}, auth=("me", "a password"))).status_code == 202
-    assert "authorization" not in (await read_triggers(world, hook.workflow_id))[0]["headers"]
+    assert "authorization" not in (await read_triggers(harness, hook.workflow_id))[0]["headers"]
 
 
 async def test_what_anybody_may_send_is_limited_and_known_by_a_key(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, ANYBODY)
-    nobody = await world.client()
+    nobody = await harness.client()
     for headers in ({"Idempotency-Key": "mine"}, {"webhook-id": "msg_1"}):
         first, again = [await nobody.post(hook.path, json={"n": 1}, headers=headers) for _ in range(2)]
         assert again.json() == first.json()
@@ -467,15 +471,15 @@ async def test_what_anybody_may_send_is_limited_and_known_by_a_key(
     shed = [answer for answer in answers if answer.status_code != 202]
     assert 10 <= len(shed) <= 15
     assert_refused(shed[0], 429, "rate-limited")
-    assert len(await read_triggers(world, hook.workflow_id)) == 2 + 30 - len(shed)
+    assert len(await read_triggers(harness, hook.workflow_id)) == 2 + 30 - len(shed)
 
 
 async def test_a_new_secret_counts_from_the_next_request_on(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = await create_webhook(people.owner, await signature_config(people.owner, "github"))
     push = BY_NAME["gh_push"].steps[0]
-    assert (await send(world, push, hook.path)).status_code == 202
+    assert (await send(harness, push, hook.path)).status_code == 202
     other = {
         "verification": {"provider": "github", "dataSource": await create_secret(people.owner, "another")}
     }
@@ -485,36 +489,36 @@ async def test_a_new_secret_counts_from_the_next_request_on(
     unknown = dataclasses.replace(
         push, headers=[(name, value) for name, value in push.headers if name != b"X-GitHub-Delivery"]
     )
-    assert_refused(await send(world, unknown, hook.path), 401, "invalid-signature")
+    assert_refused(await send(harness, unknown, hook.path), 401, "invalid-signature")
     await people.owner.api.put(
         f"{WORKFLOWS}/{hook.workflow_id}", json=webhook_graph(await signature_config(people.owner, "github"))
     )
-    assert (await send(world, unknown, hook.path)).status_code == 202
-    assert len(await read_triggers(world, hook.workflow_id)) == 2
+    assert (await send(harness, unknown, hook.path)).status_code == 202
+    assert len(await read_triggers(harness, hook.workflow_id)) == 2
 
 
 async def test_what_comes_for_a_draft_is_kept_for_later(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, await signature_config(people.owner, "github"))
     await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}/status", json={"status": "draft"})
-    assert_refused(await send(world, BY_NAME["gh_push"].steps[0], hook.path), 409, "workflow-not-active")
-    ((delivery),) = await read_rows(world, Delivery, workflow_id=hook.workflow_id)
+    assert_refused(await send(harness, BY_NAME["gh_push"].steps[0], hook.path), 409, "workflow-not-active")
+    ((delivery),) = await read_rows(harness, Delivery, workflow_id=hook.workflow_id)
     assert json.loads(delivery.payload)["body"]["ref"] == "refs/heads/main"
     await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}/status", json={"status": "active"})
     again = await people.owner.api.post(f"/api/v1/deliveries/{delivery.id}/redrive", json={})
     assert again.status_code == 201, again.text
-    assert len(await read_triggers(world, hook.workflow_id)) == 1
+    assert len(await read_triggers(harness, hook.workflow_id)) == 1
 
 
 # ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_bodies_are_read_as_what_they_are_said_to_be(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, ANYBODY)
-    nobody = await world.client()
+    nobody = await harness.client()
     form = {"a": "1", "b": ["2", "3"]}
     for body, expected in (
         ({"json": [1]}, [1]),
@@ -530,7 +534,7 @@ async def test_bodies_are_read_as_what_they_are_said_to_be(
         response = await nobody.post(hook.path, **body)
         assert response.status_code == 202, response.text
         execution_id = response.json()["executionId"]
-        ((data),) = await read_rows(world, ExecutionData, execution_id=execution_id)
+        ((data),) = await read_rows(harness, ExecutionData, execution_id=execution_id)
         assert json.loads(data.trigger)["body"] == expected
     headers = {"Content-Type": "text/plain"}
     assert_refused(await nobody.post(hook.path, content=b"a\0b", headers=headers), 400, "nul-character")
@@ -552,9 +556,9 @@ async def shown(person: UserClient, execution_id: str) -> dict[str, Any]:
     return execution
 
 
-async def test_a_large_body_is_a_blob_of_its_run(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_a_large_body_is_a_blob_of_its_run(harness: GatewayHarness, people: OrganizationUsers) -> None:
     hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS)
-    nobody, api = await world.client(), people.owner.api
+    nobody, api = await harness.client(), people.owner.api
     headers = {"Content-Type": "application/json", "Idempotency-Key": uuid4().hex}
     body = large(order=7)
     answer = await nobody.post(hook.path, content=body, headers=headers)
@@ -565,8 +569,8 @@ async def test_a_large_body_is_a_blob_of_its_run(world: GatewayHarness, people: 
         await nobody.post(hook.path, content=large(order=8), headers=headers), 422, "idempotency-mismatch"
     )
 
-    (run,) = await read_rows(world, Execution, workflow_id=hook.workflow_id)
-    ((data),) = await read_rows(world, ExecutionData, execution_id=run.id)
+    (run,) = await read_rows(harness, Execution, workflow_id=hook.workflow_id)
+    ((data),) = await read_rows(harness, ExecutionData, execution_id=run.id)
     assert len(data.trigger) < 2_000
     trigger = (await shown(people.owner, run.id))["trigger"]["data"]
     reference = trigger["body"]["$blob"]
@@ -578,47 +582,47 @@ async def test_a_large_body_is_a_blob_of_its_run(world: GatewayHarness, people: 
     kept = await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")
     assert kept.json() == json.loads(body)
 
-    (delivery,) = await read_rows(world, Delivery, execution_id=run.id, outcome="accepted")
+    (delivery,) = await read_rows(harness, Delivery, execution_id=run.id, outcome="accepted")
     redriven = await api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
     assert redriven.status_code == 201, redriven.text
     redriven_id = redriven.json()["executionId"]
     own = (await shown(people.owner, redriven_id))["trigger"]["data"]["body"]["$blob"]
     assert own == reference
-    await world.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.id)])
+    await harness.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.id)])
     assert (await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")).status_code == 404
     assert (await api.get(f"/api/v1/executions/{redriven_id}/blobs/{own['sha256']}")).status_code == 200
     assert_refused(await api.post(f"/api/v1/deliveries/{delivery.id}/redrive"), 409, "not-redrivable")
 
 
 async def test_a_body_may_be_as_large_as_its_trigger_says(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     """Its run gets it whole, and may pass it on unchanged, though no node may make as much."""
     hook = await create_webhook(people.owner, {**WHEN_DONE, "maxBodyBytes": 25_000_000}, ANSWERS)
-    nobody = await world.client()
+    nobody = await harness.client()
     headers = {"Content-Type": "application/json"}
     body = json.dumps({"order": 7, "fill": "x" * 10_500_000}).encode()
     answer = await nobody.post(hook.path, content=body, headers=headers)
     assert (answer.status_code, answer.json()) == (201, {"order": 7})
-    narrow = await world.with_settings(max_hook_bytes=1_000_000)
+    narrow = await harness.with_settings(max_hook_bytes=1_000_000)
     too_large = await (await narrow.client()).post(hook.path, content=body, headers=headers)
     assert_refused(too_large, 413, "payload-too-large")
     assert "PILOTFLAME_MAX_HOOK_BYTES" in too_large.text
 
 
 async def test_a_run_of_a_large_body_is_resumed_with_it_and_says_when_it_is_gone(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     missing = {"id": "step", "nodeId": "set", "config": {"values": {"x": "{{ trigger.body.missing }}"}}}
     hook = await create_webhook(people.owner, ANYBODY, missing)
-    nobody, api = await world.client(), people.owner.api
+    nobody, api = await harness.client(), people.owner.api
     headers = {"Content-Type": "application/json"}
     sent = (await nobody.post(hook.path, content=large(order=7), headers=headers)).json()["executionId"]
     assert await failure(people.owner, sent) == "node-error"
     resumed = (await api.post(f"/api/v1/executions/{sent}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "node-error"
-    (run,) = await read_rows(world, Execution, id=sent)
-    await world.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.key_id)])
+    (run,) = await read_rows(harness, Execution, id=sent)
+    await harness.gateway.blobs.delete_runs([BlobOwner(run.organization_id, run.key_id)])
     resumed = (await api.post(f"/api/v1/executions/{resumed}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "value-lost"
 
@@ -634,14 +638,14 @@ async def failure(person: UserClient, execution_id: str) -> str:
 
 
 async def test_a_body_that_looks_like_a_reference_is_data(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS)
-    nobody = await world.client()
+    nobody = await harness.client()
     reference = {"$blob": {"sha256": "0" * 64, "size": 1}}
     answer = await nobody.post(hook.path, json={**reference, "order": 7})
     assert answer.json() == {"order": 7}
-    assert [one["body"] for one in await read_triggers(world, hook.workflow_id)] == [
+    assert [one["body"] for one in await read_triggers(harness, hook.workflow_id)] == [
         {**reference, "order": 7}
     ]
 
@@ -649,9 +653,9 @@ async def test_a_body_that_looks_like_a_reference_is_data(
 # ── the workflow's answer ───────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_workflow_answers_and_goes_on(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_the_workflow_answers_and_goes_on(harness: GatewayHarness, people: OrganizationUsers) -> None:
     hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS, AFTERWARDS)
-    nobody = await world.client()
+    nobody = await harness.client()
     headers = {"Idempotency-Key": "mine"}
     first = await nobody.post(hook.path, json={"order": 7}, headers=headers)
     again = await nobody.post(hook.path, json={"order": 7}, headers=headers)
@@ -663,14 +667,14 @@ async def test_the_workflow_answers_and_goes_on(world: GatewayHarness, people: O
         assert answer.headers["Cache-Control"] == "no-store"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
     assert again.headers["Idempotent-Replayed"] == "true"
-    (run,) = await read_rows(world, Execution, workflow_id=hook.workflow_id)
+    (run,) = await read_rows(harness, Execution, workflow_id=hook.workflow_id)
     assert run.ended_at is None
-    (later,) = await read_rows(world, SpanRow, execution_id=run.id, node_id="later")
+    (later,) = await read_rows(harness, SpanRow, execution_id=run.id, node_id="later")
     assert later.status == "waiting"
 
 
 async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     page = {
         "id": "step",
@@ -683,7 +687,7 @@ async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(
     }
     baking = {**page, "config": {"headers": {"Set-Cookie": "session=1"}}}
     empty = {**page, "config": {"status": 204, "body": "x"}}
-    nobody = await world.client()
+    nobody = await harness.client()
     shown = await nobody.post((await create_webhook(people.owner, WHEN_DONE, page)).path, json={})
     cookie = await nobody.post((await create_webhook(people.owner, WHEN_DONE, baking)).path, json={})
     nothing = await nobody.post((await create_webhook(people.owner, WHEN_DONE, empty)).path, json={})
@@ -695,13 +699,13 @@ async def test_pages_of_a_workflow_are_sandboxed_and_set_no_cookies(
 
 
 async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     silent = await create_webhook(people.owner, WHEN_DONE)
     slow = await create_webhook(
         people.owner, {**WHEN_DONE, "deadlineSeconds": 1}, {**AFTERWARDS, "id": "step"}
     )
-    nobody = await world.client()
+    nobody = await harness.client()
     ended, going_on = await asyncio.gather(nobody.post(silent.path, json={}), nobody.post(slow.path, json={}))
     execution_id = ended.json()["executionId"]
     assert (ended.status_code, ended.json()) == (200, {"status": "completed", "executionId": execution_id})
@@ -711,17 +715,17 @@ async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(
 
 
 async def test_who_waits_is_answered_by_whoever_takes_the_run_over(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     """Kill, as the rows tell of it, who has the run while its sender waits."""
     pause = {"id": "step", "nodeId": "wait", "config": {"seconds": 3600}}
     hook = await create_webhook(people.owner, WHEN_DONE, pause, {**ANSWERS, "id": "later"})
-    nobody = await world.client()
+    nobody = await harness.client()
     waiting = asyncio.create_task(nobody.post(hook.path, json={"order": 1}))
     runs: list[Any] = []
     while not runs:
         await asyncio.sleep(0.01)
-        runs = await read_rows(world, Execution, workflow_id=hook.workflow_id, status="waiting")
+        runs = await read_rows(harness, Execution, workflow_id=hook.workflow_id, status="waiting")
     now = datetime.now(UTC)
     lost = update(Execution).where(col(Execution.id) == runs[0].id)
     held = {"status": "running", "lease_until": now, "due_at": None, "deadline_at": now + timedelta(hours=1)}
@@ -731,35 +735,35 @@ async def test_who_waits_is_answered_by_whoever_takes_the_run_over(
         await connection.execute(lost.values(held))
         await connection.execute(over.values(wake_at=now))
 
-    await world.gateway.database.transaction(kill)
-    assert (await world.gateway.store.sweep(100)).requeued == 1
-    await world.gateway.broker.wake_workers()
+    await harness.gateway.database.transaction(kill)
+    assert (await harness.gateway.store.sweep(100)).requeued == 1
+    await harness.gateway.broker.wake_workers()
     answer = await waiting
     assert (answer.status_code, answer.json()) == (201, {"order": 1})
 
 
 async def test_a_deployment_that_sleeps_is_woken_and_answers_as_it_is_deployed(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
     hook = await create_webhook(people.owner, WHEN_DONE, ANSWERS)
-    nobody = await world.client()
+    nobody = await harness.client()
     await people.owner.api.post(f"{WORKFLOWS}/{hook.workflow_id}/deploy", json={})
     await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=webhook_graph(None, ANSWERS))
     sleeping = update(Deployment).where(col(Deployment.workflow_id) == hook.workflow_id)
     values = {"replicas": 0, "stopped_reason": StoppedReason.IDLE, "observed": ObservedState.STOPPED}
-    await world.gateway.database.transaction(lambda connection: connection.execute(sleeping.values(values)))
+    await harness.gateway.database.transaction(lambda connection: connection.execute(sleeping.values(values)))
     answer = await nobody.post(hook.path, json={"order": 7})
     assert (answer.status_code, answer.json()) == (201, {"order": 7})
     assert cluster.starts[hook.workflow_id] >= 1
-    (run,) = await read_rows(world, Execution, workflow_id=hook.workflow_id)
+    (run,) = await read_rows(harness, Execution, workflow_id=hook.workflow_id)
     assert run.assigned_deployment_id == hook.workflow_id
 
 
 async def test_an_answer_that_nobody_waits_for_is_noted(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     hook = await create_webhook(people.owner, ANYBODY, ANSWERS)
-    nobody = await world.client()
+    nobody = await harness.client()
     execution_id = (await nobody.post(hook.path, json={"order": 1})).json()["executionId"]
     progress = await people.owner.api.get(f"/api/v1/executions/{execution_id}/progress")
     assert progress.json()["status"] == "completed"
@@ -774,7 +778,7 @@ async def test_an_answer_that_nobody_waits_for_is_noted(
     ("name", "provider"), [("gh_push_to_enqueue", "github"), ("stripe_to_enqueue", "stripe")]
 )
 async def test_messages_of_providers_are_verified_and_known_again(
-    world: GatewayHarness, people: OrganizationUsers, name: str, provider: str
+    harness: GatewayHarness, people: OrganizationUsers, name: str, provider: str
 ) -> None:
     config = await signature_config(people.owner, provider)
     start = {"id": "start", "nodeId": "queue-trigger", "config": config}
@@ -783,16 +787,16 @@ async def test_messages_of_providers_are_verified_and_known_again(
     address = urlsplit(made.json()["urls"]["api"])
     target = f"{address.path}?{address.query}"
     case = BY_NAME[name]
-    first, again = [await send(world, case.steps[0], target) for _ in range(2)]
+    first, again = [await send(harness, case.steps[0], target) for _ in range(2)]
     assert (first.status_code, first.json()["trigger_type"]) == (201, "queue")
     assert again.json() == first.json()
     assert again.headers["Idempotent-Replayed"] == "true"
     expected = case.expected["enqueue"]
-    (told,) = await read_triggers(world, workflow_id)
+    (told,) = await read_triggers(harness, workflow_id)
     assert told["message"] == expected.get("by_the_letter", expected)["message"]
 
-    nobody = await world.client()
-    assert_refused(await send(world, case.steps[0], target, b"{}"), 401, "invalid-signature")
+    nobody = await harness.client()
+    assert_refused(await send(harness, case.steps[0], target, b"{}"), 401, "invalid-signature")
     assert_refused(await nobody.post(target, json={}), 401, "invalid-signature")
     batch = target.replace("/enqueue", "/enqueue-batch")
     assert_refused(await nobody.post(batch, json={"messages": [{"message": 1}]}), 401, "invalid-signature")

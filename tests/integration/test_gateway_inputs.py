@@ -37,10 +37,10 @@ async def start_waiting_run(person: UserClient) -> str:
 
 
 @pytest.fixture
-async def asked(world: GatewayHarness, people: OrganizationUsers) -> str:
+async def waiting_execution_id(harness: GatewayHarness, people: OrganizationUsers) -> str:
     """Return the id of an execution of the owner's in which one node waits for approval."""
     execution_id = await start_waiting_run(people.owner)
-    await input_waits.wait_for_input(world.gateway.database, execution_id)
+    await input_waits.wait_for_input(harness.gateway.database, execution_id)
     return execution_id
 
 
@@ -64,9 +64,9 @@ def error_paths(response: httpx2.Response) -> list[str]:
 
 
 async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
-    world: GatewayHarness, people: OrganizationUsers, asked: str
+    harness: GatewayHarness, people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
-    (shown,) = await get_pending(people.owner, asked)
+    (shown,) = await get_pending(people.owner, waiting_execution_id)
     assert shown.pop("requestedAt") < shown.pop("expiresAt")
     assert shown == {
         "nodeId": "approval",
@@ -77,34 +77,38 @@ async def test_what_is_asked_is_shown_answered_once_and_handed_to_the_run(
         "schema": input_waits.REQUEST["schema"],
         "choices": input_waits.REQUEST["choices"],
     }
-    response = await answer(people.owner, asked)
+    response = await answer(people.owner, waiting_execution_id)
     assert (response.status_code, response.json()) == (
         200,
-        {"executionId": asked, "nodeId": "approval", "status": "accepted"},
+        {"executionId": waiting_execution_id, "nodeId": "approval", "status": "accepted"},
     )
-    assert await get_pending(people.owner, asked) == []
-    database = world.gateway.database
+    assert await get_pending(people.owner, waiting_execution_id) == []
+    database = harness.gateway.database
     async with database.read() as connection:
-        execution = (await connection.execute(select(Execution).where(col(Execution.id) == asked))).one()
+        execution = (
+            await connection.execute(select(Execution).where(col(Execution.id) == waiting_execution_id))
+        ).one()
         user_id = await connection.scalar(
-            select(col(WaitAnswer.user_id)).where(col(WaitAnswer.execution_id) == asked)
+            select(col(WaitAnswer.user_id)).where(col(WaitAnswer.execution_id) == waiting_execution_id)
         )
     assert (execution.status, execution.wait_answer_count, user_id) == ("pending", 1, people.owner.user.id)
-    found = await node_answers.read_answers(database, [ExecutionKey(asked, execution.shard)])
-    payload = found[asked]["approval", ""].decode()
+    found = await node_answers.read_answers(database, [ExecutionKey(waiting_execution_id, execution.shard)])
+    payload = found[waiting_execution_id]["approval", ""].decode()
     assert payload.startswith('{"output":{"data":{"comment":"Right"},"choice":"approve","by":"user_')
     assert payload.endswith('"},"port":"approve"}')
 
-    assert_refused(await answer(people.owner, asked), 409, "already-answered")
-    assert_refused(await answer(people.owner, asked, {**YES, "nodeId": "step"}), 409, "no-input-pending")
+    assert_refused(await answer(people.owner, waiting_execution_id), 409, "already-answered")
+    assert_refused(
+        await answer(people.owner, waiting_execution_id, {**YES, "nodeId": "step"}), 409, "no-input-pending"
+    )
 
 
 async def test_of_several_people_who_answer_at_once_one_is_heard(
-    people: OrganizationUsers, asked: str
+    people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
     answers = await asyncio.gather(
         *(
-            answer(person, asked, {**YES, "choice": choice})
+            answer(person, waiting_execution_id, {**YES, "choice": choice})
             for person in (people.owner, people.admin)
             for choice in ("approve", "reject")
         )
@@ -113,45 +117,56 @@ async def test_of_several_people_who_answer_at_once_one_is_heard(
 
 
 async def test_an_answer_that_is_sent_again_with_its_key_is_answered_the_same(
-    people: OrganizationUsers, asked: str
+    people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
-    first = await answer(people.owner, asked, key="once")
-    again = await answer(people.owner, asked, key="once")
+    first = await answer(people.owner, waiting_execution_id, key="once")
+    again = await answer(people.owner, waiting_execution_id, key="once")
     assert (first.status_code, again.status_code, first.json()) == (200, 200, again.json())
     assert (first.headers.get("Idempotent-Replayed"), again.headers["Idempotent-Replayed"]) == (None, "true")
     assert_refused(
-        await answer(people.owner, asked, {**YES, "choice": "reject"}, "once"), 422, "idempotency-mismatch"
+        await answer(people.owner, waiting_execution_id, {**YES, "choice": "reject"}, "once"),
+        422,
+        "idempotency-mismatch",
     )
-    assert_refused(await answer(people.admin, asked, key="once"), 409, "already-answered")
+    assert_refused(await answer(people.admin, waiting_execution_id, key="once"), 409, "already-answered")
 
 
 async def test_requests_with_one_key_that_come_at_once_are_answered_alike(
-    people: OrganizationUsers, asked: str
+    people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
-    answers = await asyncio.gather(*(answer(people.owner, asked, key="once") for _ in range(4)))
+    answers = await asyncio.gather(
+        *(answer(people.owner, waiting_execution_id, key="once") for _ in range(4))
+    )
     assert [one.status_code for one in answers] == [200] * 4
     assert sum("Idempotent-Replayed" in one.headers for one in answers) == 3
 
 
-async def test_a_refused_answer_binds_no_key(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_a_refused_answer_binds_no_key(harness: GatewayHarness, people: OrganizationUsers) -> None:
     execution_id = await start_waiting_run(people.owner)
     assert_refused(await answer(people.owner, execution_id, key="early"), 409, "no-input-pending")
-    await input_waits.wait_for_input(world.gateway.database, execution_id)
+    await input_waits.wait_for_input(harness.gateway.database, execution_id)
     assert (await answer(people.owner, execution_id, key="early")).status_code == 200
 
 
 async def test_what_was_not_asked_for_is_refused_with_its_paths(
-    people: OrganizationUsers, asked: str
+    people: OrganizationUsers, waiting_execution_id: str
 ) -> None:
-    assert error_paths(await answer(people.owner, asked, {"nodeId": "approval"})) == ["choice", "data"]
-    assert error_paths(await answer(people.owner, asked, {**YES, "choice": "maybe"})) == ["choice"]
+    assert error_paths(await answer(people.owner, waiting_execution_id, {"nodeId": "approval"})) == [
+        "choice",
+        "data",
+    ]
+    assert error_paths(await answer(people.owner, waiting_execution_id, {**YES, "choice": "maybe"})) == [
+        "choice"
+    ]
     too_long: dict[str, Json] = {**YES, "data": {"comment": "x" * 21}}
-    assert error_paths(await answer(people.owner, asked, too_long)) == ["data.comment"]
-    assert error_paths(await answer(people.owner, asked, {"choice": "approve"})) == ["nodeId"]
+    assert error_paths(await answer(people.owner, waiting_execution_id, too_long)) == ["data.comment"]
+    assert error_paths(await answer(people.owner, waiting_execution_id, {"choice": "approve"})) == ["nodeId"]
     assert_refused(
-        await answer(people.owner, asked, {**YES, "data": "x" * 1_000_000}), 413, "payload-too-large"
+        await answer(people.owner, waiting_execution_id, {**YES, "data": "x" * 1_000_000}),
+        413,
+        "payload-too-large",
     )
-    assert len(await get_pending(people.owner, asked)) == 1
+    assert len(await get_pending(people.owner, waiting_execution_id)) == 1
 
 
 @pytest.mark.parametrize(
@@ -169,24 +184,24 @@ async def test_what_was_not_asked_for_is_refused_with_its_paths(
     ],
 )
 async def test_a_schema_is_obeyed_whatever_it_says_and_fetches_nothing(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     schema: dict[str, Any],
     data: Json,
     wrong: list[str],
 ) -> None:
     execution_id = await start_waiting_run(people.owner)
-    await input_waits.wait_for_input(world.gateway.database, execution_id, request={"schema": schema})
+    await input_waits.wait_for_input(harness.gateway.database, execution_id, request={"schema": schema})
     response = await answer(people.owner, execution_id, {"nodeId": "approval", "data": data})
     assert sorted(error_paths(response)) == wrong
 
 
 async def test_without_choices_there_is_none_and_without_a_schema_anything_goes(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await start_waiting_run(people.owner)
     await input_waits.wait_for_input(
-        world.gateway.database, execution_id, request={"title": "Well?"}, expires_in=None
+        harness.gateway.database, execution_id, request={"title": "Well?"}, expires_in=None
     )
     (shown,) = await get_pending(people.owner, execution_id)
     assert (shown["schema"], shown["choices"], shown["expiresAt"]) == (None, [], None)
@@ -194,10 +209,10 @@ async def test_without_choices_there_is_none_and_without_a_schema_anything_goes(
     assert (await answer(people.owner, execution_id, {"nodeId": "approval", "data": [1]})).status_code == 200
 
 
-async def test_turns_of_a_loop_are_told_apart(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_turns_of_a_loop_are_told_apart(harness: GatewayHarness, people: OrganizationUsers) -> None:
     execution_id = await start_waiting_run(people.owner)
     for iteration in ("0", "1"):
-        await input_waits.wait_for_input(world.gateway.database, execution_id, iteration=iteration)
+        await input_waits.wait_for_input(harness.gateway.database, execution_id, iteration=iteration)
     assert [one["iteration"] for one in await get_pending(people.owner, execution_id)] == ["0", "1"]
     unclear = await answer(people.owner, execution_id)
     assert error_paths(unclear) == ["iteration"]
@@ -210,13 +225,13 @@ async def test_turns_of_a_loop_are_told_apart(world: GatewayHarness, people: Org
 
 
 async def test_who_answers_too_late_or_whom_nobody_asked_is_told_so(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     execution_id = await start_waiting_run(people.owner)
     assert_refused(await answer(people.owner, execution_id), 409, "no-input-pending")
-    await input_waits.wait_for_input(world.gateway.database, execution_id, expires_in=-timedelta(seconds=1))
+    await input_waits.wait_for_input(harness.gateway.database, execution_id, expires_in=-timedelta(seconds=1))
     assert_refused(await answer(people.owner, execution_id), 409, "input-expired")
-    await input_waits.wait_for_input(world.gateway.database, execution_id, "sub", kind="run")
+    await input_waits.wait_for_input(harness.gateway.database, execution_id, "sub", kind="run")
     assert_refused(await answer(people.owner, execution_id, {"nodeId": "sub"}), 409, "no-input-pending")
     assert (await people.owner.api.post(f"{EXECUTIONS}/{execution_id}/cancel")).status_code == 200
     assert await get_pending(people.owner, execution_id) == []
@@ -224,11 +239,11 @@ async def test_who_answers_too_late_or_whom_nobody_asked_is_told_so(
 
 
 async def test_a_list_of_executions_may_be_that_of_one_parent(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     parent, child, other = [await start_waiting_run(people.owner) for _ in range(3)]
     links = {"parent_id": parent, "root_id": parent, "depth": 1}
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(
             update(Execution).where(col(Execution.id) == child).values(links)
         )

@@ -190,30 +190,30 @@ async def test_a_copy_has_the_usual_policy(people: OrganizationUsers) -> None:
 
 
 async def test_a_deployment_is_shown_with_what_will_become_of_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     seen_at = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=1)
-    await deploy_with_pod(world, people.owner, workflow_id, last_activity_at=seen_at)
+    await deploy_with_pod(harness, people.owner, workflow_id, last_activity_at=seen_at)
     body = await get_lifecycle(people.owner, workflow_id)
     assert (body["deploymentStatus"], body["stoppedReason"]) == ("running", None)
     assert datetime.fromisoformat(body["lastActivityAt"]) == seen_at
     assert body["nextTransition"] == "stop"
     assert datetime.fromisoformat(body["nextTransitionAt"]) == seen_at + timedelta(minutes=30)
     ended_at = seen_at + timedelta(seconds=30)
-    await run(world, people.owner, workflow_id, status=ExecutionStatus.COMPLETED, ended_at=ended_at)
+    await run(harness, people.owner, workflow_id, status=ExecutionStatus.COMPLETED, ended_at=ended_at)
     assert (
         datetime.fromisoformat((await get_lifecycle(people.owner, workflow_id))["lastActivityAt"]) == ended_at
     )
 
 
 async def test_an_idle_time_shorter_than_may_be_chosen_is_shown_as_it_is(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     policy = {"type": "idle-shutdown", "idleTimeoutMinutes": 2 / 60}
     row = update(Workflow).where(col(Workflow.id) == workflow_id).values(lifecycle=policy)
-    await world.gateway.database.transaction(lambda connection: connection.execute(row))
+    await harness.gateway.database.transaction(lambda connection: connection.execute(row))
     assert (await get_lifecycle(people.owner, workflow_id))["lifecyclePolicy"] == policy
 
 
@@ -237,28 +237,28 @@ STATUSES: list[tuple[dict[str, Any], str]] = [
 
 
 async def test_a_status_tells_what_is_wanted_and_what_was_seen(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    usual = (await deploy_with_pod(world, people.owner, workflow_id)).model_dump()
+    usual = (await deploy_with_pod(harness, people.owner, workflow_id)).model_dump()
     for columns, status in STATUSES:
-        await change_deployment(world, workflow_id, {**usual, **columns})
+        await change_deployment(harness, workflow_id, {**usual, **columns})
         body = await get_lifecycle(people.owner, workflow_id)
         assert body["deploymentStatus"] == status
         assert body["stoppedReason"] == columns.get("stopped_reason")
 
 
-async def change_deployment(world: GatewayHarness, workflow_id: str, columns: dict[str, Any]) -> None:
+async def change_deployment(harness: GatewayHarness, workflow_id: str, columns: dict[str, Any]) -> None:
     row = update(Deployment).where(col(Deployment.workflow_id) == workflow_id).values(columns)
-    await world.gateway.database.transaction(lambda connection: connection.execute(row))
+    await harness.gateway.database.transaction(lambda connection: connection.execute(row))
 
 
 async def test_the_use_of_pods_is_told_next_to_that_of_pods_that_never_sleep(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await deploy_with_pod(world, people.owner, workflow_id, last_replicas=2)
-    await record_replicas(world, people.owner, workflow_id, {240: 2, 160: 0, 100: 2, 76: 1, 52: 0})
+    await deploy_with_pod(harness, people.owner, workflow_id, last_replicas=2)
+    await record_replicas(harness, people.owner, workflow_id, {240: 2, 160: 0, 100: 2, 76: 1, 52: 0})
     body = (await get_lifecycle(people.owner, workflow_id))["usage"]
     hours = 8 * 2 + 24 * 2 + 24 * 1  # of 168
     assert body["podSecondsPerDay"] == pytest.approx(hours * 3600 / 7, rel=0.001)
@@ -268,17 +268,17 @@ async def test_the_use_of_pods_is_told_next_to_that_of_pods_that_never_sleep(
 
 
 async def test_the_use_of_pods_counts_from_the_first_deployment(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await deploy_with_pod(world, people.owner, workflow_id)
-    await record_replicas(world, people.owner, workflow_id, {2: 1, 1: 0})
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    await record_replicas(harness, people.owner, workflow_id, {2: 1, 1: 0})
     body = (await get_lifecycle(people.owner, workflow_id))["usage"]
     assert body["podSecondsPerDay"] == pytest.approx(43_200, rel=0.001)
 
 
 async def record_replicas(
-    world: GatewayHarness, person: UserClient, workflow_id: str, replicas: dict[int, int]
+    harness: GatewayHarness, person: UserClient, workflow_id: str, replicas: dict[int, int]
 ) -> None:
     """Have had so many pods from so many hours ago on."""
     now = datetime.now(UTC)
@@ -297,7 +297,7 @@ async def record_replicas(
         ).model_dump()
         for hours, count in replicas.items()
     ]
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(insert(LifecycleDecision), rows)
     )
 
@@ -306,10 +306,10 @@ async def record_replicas(
 
 
 async def test_decisions_are_listed_page_by_page_the_newest_first(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await record_replicas(world, people.owner, workflow_id, {4: 1, 3: 0, 2: 1, 1: 0})
+    await record_replicas(harness, people.owner, workflow_id, {4: 1, 3: 0, 2: 1, 1: 0})
     whole = await get_lifecycle(people.owner, workflow_id, "/history")
     assert (whole["count"], whole["limit"], whole["offset"]) == (4, 20, 0)
     moments = [one["at"] for one in whole["decisions"]]
@@ -347,15 +347,15 @@ async def test_a_preview_tells_when_a_schedule_starts_and_stops_and_changes_noth
 
 
 async def test_a_preview_replays_past_runs_under_both_policies(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await backdate_workflow(world, workflow_id, timedelta(days=20))
+    await backdate_workflow(harness, workflow_id, timedelta(days=20))
     now = datetime.now(UTC)
     for hours in (100, 50, 49):
         accepted_at = now - HOUR * hours
         await run(
-            world,
+            harness,
             people.owner,
             workflow_id,
             status=ExecutionStatus.COMPLETED,
@@ -385,8 +385,8 @@ async def test_a_preview_replays_past_runs_under_both_policies(
     }
 
 
-async def backdate_workflow(world: GatewayHarness, workflow_id: str, age: timedelta) -> None:
+async def backdate_workflow(harness: GatewayHarness, workflow_id: str, age: timedelta) -> None:
     """Have a workflow been made long ago."""
     row = update(Workflow).where(col(Workflow.id) == workflow_id)
     made = row.values(created_at=datetime.now(UTC) - age)
-    await world.gateway.database.transaction(lambda connection: connection.execute(made))
+    await harness.gateway.database.transaction(lambda connection: connection.execute(made))

@@ -16,16 +16,16 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-async def world(
+async def harness(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
-    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("holds")) as world:
-        yield world
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("holds")) as harness:
+        yield harness
 
 
 @pytest.fixture
-async def owner(world: GatewayHarness) -> UserClient:
-    return (await world.people()).owner
+async def owner(harness: GatewayHarness) -> UserClient:
+    return (await harness.people()).owner
 
 
 def _large_workflow(config: bytes) -> bytes:

@@ -39,14 +39,16 @@ LINE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-async def people(world: GatewayHarness) -> OrganizationUsers:
-    return await world.people()
+async def people(harness: GatewayHarness) -> OrganizationUsers:
+    return await harness.people()
 
 
 @pytest.fixture(scope="module")
-async def elsewhere(world: GatewayHarness, people: OrganizationUsers) -> AsyncIterator[httpx2.AsyncClient]:
+async def other_gateway_client(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> AsyncIterator[httpx2.AsyncClient]:
     """The owner's client at another gateway: what one process alone could keep in order, two can't."""
-    async with run_second_gateway(world) as client_of, client_of(people.owner) as client:
+    async with run_second_gateway(harness) as client_of, client_of(people.owner) as client:
         yield client
 
 
@@ -81,10 +83,10 @@ def dangling_edges(workflow: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 async def test_a_node_is_added_as_the_catalogue_resolves_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    node_type = world.gateway.catalog.get("mysql-source")
+    node_type = harness.gateway.catalog.get("mysql-source")
     given = {
         "label": "Extract Orders",
         "position": {"x": 100, "y": 900},
@@ -187,7 +189,7 @@ async def test_a_list_shows_nodes_with_the_number_of_their_connections(people: O
 
 
 async def test_a_type_that_left_the_catalogue_is_still_listed(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     gone = {"id": "old", "type": "gone", "label": "Old", "version": "0.1", "position": {"x": 0, "y": 0}}
@@ -197,7 +199,7 @@ async def test_a_type_that_left_the_catalogue_is_still_listed(
         statement = update(WorkflowGraph).where(col(WorkflowGraph.workflow_id) == workflow_id)
         await connection.execute(statement.values(nodes=[gone]))
 
-    await world.gateway.database.transaction(store)
+    await harness.gateway.database.transaction(store)
     (shown,) = await list_nodes(people.owner, workflow_id)
     assert (shown["type"], shown["category"], shown["nodeVersion"]) == ("gone", "unknown", "0.1")
     response = await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/nodes/old", json={"label": "Older"})
@@ -454,7 +456,7 @@ def edit_all(person: UserClient, workflow_id: str, **headers: str) -> Iterable[A
     ]
 
 
-async def test_only_the_owner_and_admins_edit(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_only_the_owner_and_admins_edit(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**LINE)
     for person in (people.stranger, people.colleague):
         for edit in edit_all(person, workflow_id):
@@ -464,7 +466,7 @@ async def test_only_the_owner_and_admins_edit(world: GatewayHarness, people: Org
     async def share(connection: AsyncConnection) -> None:
         await connection.execute(insert(WorkflowShare).values(row))
 
-    await world.gateway.database.transaction(share)
+    await harness.gateway.database.transaction(share)
     for edit in edit_all(people.colleague, workflow_id):
         assert_refused(await edit, 403, "not-owner")
     assert len(await list_nodes(people.colleague, workflow_id)) == 3
@@ -473,14 +475,14 @@ async def test_only_the_owner_and_admins_edit(world: GatewayHarness, people: Org
 
 
 async def test_every_edit_answers_with_the_next_tag_and_leaves_a_trace(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**LINE)
     tags = [(await edit).headers["ETag"] for edit in edit_all(people.owner, workflow_id)]
     assert tags == [f'"{revision}"' for revision in range(2, 9)]
     response = await people.owner.api.get(f"{WORKFLOWS}/{workflow_id}/nodes")
     assert response.headers["ETag"] == tags[-1]
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         statement = (
             select(AuditEntry).where(col(AuditEntry.object_id) == workflow_id).order_by(col(AuditEntry.id))
         )
@@ -569,11 +571,11 @@ async def test_an_active_workflow_takes_no_edit_that_would_break_it(people: Orga
 
 
 async def test_fifty_clients_that_add_nodes_at_once_are_all_heard(
-    people: OrganizationUsers, elsewhere: httpx2.AsyncClient
+    people: OrganizationUsers, other_gateway_client: httpx2.AsyncClient
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes"
-    api = cycle([people.owner.api, elsewhere])
+    api = cycle([people.owner.api, other_gateway_client])
     labels = [f"Node {number}" for number in range(50)]
     answers = await asyncio.gather(
         *(next(api).post(path, json={"nodeId": "set", "label": label}) for label in labels)
@@ -586,14 +588,14 @@ async def test_fifty_clients_that_add_nodes_at_once_are_all_heard(
 
 
 async def test_adders_removers_and_connectors_at_once_leave_no_end_loose(
-    people: OrganizationUsers, elsewhere: httpx2.AsyncClient
+    people: OrganizationUsers, other_gateway_client: httpx2.AsyncClient
 ) -> None:
     passing = [f"passing{number}" for number in range(12)]
     workflow_id = await people.owner.create(
         nodes=[TRIGGER, *({"id": node_id, "nodeId": "set"} for node_id in passing)]
     )
     path = f"{WORKFLOWS}/{workflow_id}"
-    api = cycle([people.owner.api, elsewhere])
+    api = cycle([people.owner.api, other_gateway_client])
     added = [next(api).post(f"{path}/nodes", json={"nodeId": "set"}) for _ in range(25)]
     connected = [
         next(api).post(f"{path}/connections", json={"source": "start", "target": node_id})
@@ -612,11 +614,11 @@ async def test_adders_removers_and_connectors_at_once_leave_no_end_loose(
 
 
 async def test_of_two_clients_with_one_tag_exactly_one_wins(
-    people: OrganizationUsers, elsewhere: httpx2.AsyncClient
+    people: OrganizationUsers, other_gateway_client: httpx2.AsyncClient
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}/nodes/step"
-    api = cycle([people.owner.api, elsewhere])
+    api = cycle([people.owner.api, other_gateway_client])
     answers = await asyncio.gather(
         *(
             next(api).put(path, json={"label": name}, headers={"If-Match": '"1"'})

@@ -37,18 +37,18 @@ async def send(person: UserClient, kind: str, workflow_id: str, address: str, nu
     return execution_id
 
 
-async def read_runs(world: GatewayHarness, workflow_id: str) -> list[Any]:
+async def read_runs(harness: GatewayHarness, workflow_id: str) -> list[Any]:
     statement = (
         select(Execution).where(col(Execution.workflow_id) == workflow_id).order_by(col(Execution.rank))
     )
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return list((await connection.execute(statement)).all())
 
 
 @pytest.mark.parametrize("goes_on_as", ["active", "archived"])
 @pytest.mark.parametrize("kind", TRIGGERS)
 async def test_what_cannot_wait_is_kept_and_run_in_its_order_when_the_workflow_goes_on(
-    world: GatewayHarness, people: OrganizationUsers, kind: str, goes_on_as: str
+    harness: GatewayHarness, people: OrganizationUsers, kind: str, goes_on_as: str
 ) -> None:
     owner = people.owner
     trigger = {"id": "start", "nodeId": kind, "config": TRIGGERS[kind]}
@@ -59,13 +59,13 @@ async def test_what_cannot_wait_is_kept_and_run_in_its_order_when_the_workflow_g
     await owner.api.put(f"{url}/status", json={"status": "paused"})
     sent = [await send(owner, kind, workflow_id, address, number) for number in range(3)]
     await owner.api.put(f"{url}", json={"name": "Edited while it is paused"})
-    await world.gateway.store.sweep(100)
-    assert {run.status for run in await read_runs(world, workflow_id)} == {"waiting"}
-    async with world.gateway.database.read() as connection:
+    await harness.gateway.store.sweep(100)
+    assert {run.status for run in await read_runs(harness, workflow_id)} == {"waiting"}
+    async with harness.gateway.database.read() as connection:
         outcomes = await connection.scalars(select(col(Delivery.outcome)))
         assert set(outcomes) == {"deferred"}
 
     assert (await owner.api.put(f"{url}/status", json={"status": goes_on_as})).status_code == 200
-    await world.gateway.store.sweep(100)
-    kept = await read_runs(world, workflow_id)
+    await harness.gateway.store.sweep(100)
+    kept = await read_runs(harness, workflow_id)
     assert [(run.id, run.status, run.target) for run in kept] == [(one, "pending", "shared") for one in sent]

@@ -24,25 +24,25 @@ SLOW: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 3}
 """Nothing comes back while a test goes on."""
 
 
-async def send_many(world: GatewayHarness, person: UserClient, workflow_id: str, count: int) -> list[int]:
+async def send_many(harness: GatewayHarness, person: UserClient, workflow_id: str, count: int) -> list[int]:
     """Return what so many requests at once are answered."""
-    answers = await asyncio.gather(*(execute_workflow(world, person, workflow_id) for _ in range(count)))
+    answers = await asyncio.gather(*(execute_workflow(harness, person, workflow_id) for _ in range(count)))
     return [answer.status_code for answer in answers]
 
 
 async def test_without_a_setting_nothing_is_limited_and_nothing_said(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    answer = await execute_workflow(world, people.owner, await people.owner.create(**GRAPH))
+    answer = await execute_workflow(harness, people.owner, await people.owner.create(**GRAPH))
     assert answer.status_code == 201
     assert not any(name.startswith("ratelimit") for name in answer.headers)
 
 
 async def test_a_key_has_its_burst_is_told_where_it_stands_and_then_refused(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_with_settings(world, **SLOW) as gateway:
+    async with run_with_settings(harness, **SLOW) as gateway:
         told = []
         for _ in range(3):
             answer = await execute_workflow(gateway, people.owner, workflow_id)
@@ -58,11 +58,11 @@ async def test_a_key_has_its_burst_is_told_where_it_stands_and_then_refused(
 
 
 async def test_a_workflow_has_one_limit_for_all_and_whoever_may_not_use_it_takes_nothing_of_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id, other_id = [await people.owner.create(**GRAPH) for _ in range(2)]
     slow: dict[str, Any] = {"rate_per_workflow": 0.01, "rate_per_workflow_burst": 2}
-    async with run_with_settings(world, **slow) as gateway:
+    async with run_with_settings(harness, **slow) as gateway:
         for person in (people.stranger, people.colleague):
             assert await send_many(gateway, person, workflow_id, 3) == [404] * 3
         assert (await execute_workflow(gateway, people.owner, workflow_id)).status_code == 201
@@ -73,24 +73,26 @@ async def test_a_workflow_has_one_limit_for_all_and_whoever_may_not_use_it_takes
 
 
 async def test_a_request_that_one_limit_refuses_is_not_counted_by_another(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     full, free = [await people.owner.create(**GRAPH) for _ in range(2)]
-    async with run_with_settings(world, **SLOW, rate_per_workflow=0.01, rate_per_workflow_burst=1) as gateway:
+    async with run_with_settings(
+        harness, **SLOW, rate_per_workflow=0.01, rate_per_workflow_burst=1
+    ) as gateway:
         assert await send_many(gateway, people.owner, full, 4) == [201, 429, 429, 429]
         assert await send_many(gateway, people.owner, free, 1) == [201]
 
 
 async def test_gateways_share_their_buckets_on_redis(
-    world: GatewayHarness, people: OrganizationUsers, redis_server: RedisServer
+    harness: GatewayHarness, people: OrganizationUsers, redis_server: RedisServer
 ) -> None:
     with redis.Redis.from_url(redis_server.url) as client:
         client.flushall()
     workflow_id = await people.owner.create(**GRAPH)
     burst: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 7}
     async with (
-        run_with_settings(world, await brokers.connect_broker(redis_server.url), **burst) as one,
-        run_with_settings(world, await brokers.connect_broker(redis_server.url), **burst) as other,
+        run_with_settings(harness, await brokers.connect_broker(redis_server.url), **burst) as one,
+        run_with_settings(harness, await brokers.connect_broker(redis_server.url), **burst) as other,
     ):
         answered = await asyncio.gather(
             *(send_many(gateway, people.owner, workflow_id, 8) for gateway in (one, other))
@@ -106,8 +108,8 @@ class BrokerWithoutTokens(LocalBroker):
 
 
 async def test_with_redis_away_each_gateway_counts_by_itself(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    async with run_with_settings(world, BrokerWithoutTokens(channel="away"), **SLOW) as gateway:
+    async with run_with_settings(harness, BrokerWithoutTokens(channel="away"), **SLOW) as gateway:
         assert sorted(await send_many(gateway, people.owner, workflow_id, 5)) == [201, 201, 201, 429, 429]

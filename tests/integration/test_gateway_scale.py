@@ -45,7 +45,7 @@ Condition: TypeAlias = Callable[[dict[str, Any]], bool]
 class LargeOrganization:
     """An organisation of many workflows, and those who ask for them."""
 
-    world: GatewayHarness
+    harness: GatewayHarness
     rows: Rows
     admin: UserClient
     owner: UserClient
@@ -53,7 +53,7 @@ class LargeOrganization:
 
     @property
     def is_on_sqlite(self) -> bool:
-        return is_sqlite(self.world.gateway.database.url)
+        return is_sqlite(self.harness.gateway.database.url)
 
     @property
     def people(self) -> tuple[UserClient, ...]:
@@ -78,28 +78,28 @@ class LargeOrganization:
 
 
 @pytest.fixture(scope="module", params=["sqlite", "postgresql"])
-async def office(
+async def large_organization(
     request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LargeOrganization]:
     folder: Path = tmp_path_factory.mktemp("scale")
-    async with create_gateway(request.param, postgres, folder) as world:
-        await _open_organization(world)
-        office = await _open_organization(world)
-        async with world.gateway.database.engine.connect() as connection:
+    async with create_gateway(request.param, postgres, folder) as harness:
+        await _open_organization(harness)
+        large_organization = await _open_organization(harness)
+        async with harness.gateway.database.engine.connect() as connection:
             alone = await connection.execution_options(isolation_level="AUTOCOMMIT")
             await alone.execute(text("ANALYZE" if request.param == "sqlite" else "VACUUM (ANALYZE)"))
-        yield office
+        yield large_organization
 
 
-async def _open_organization(world: GatewayHarness) -> LargeOrganization:
-    organization = await world.organization()
-    admin = await world.person(organization, UserRole.ADMIN)
-    owner, other, member = [await world.person(organization) for _ in range(3)]
+async def _open_organization(harness: GatewayHarness) -> LargeOrganization:
+    organization = await harness.organization()
+    admin = await harness.person(organization, UserRole.ADMIN)
+    owner, other, member = [await harness.person(organization) for _ in range(3)]
     crowd = WorkflowOwners(organization, owner.user, other.user, member.user)
-    rows = await world.gateway.database.transaction(
+    rows = await harness.gateway.database.transaction(
         lambda connection: many_workflows.fill(connection, crowd, NUMBER)
     )
-    return LargeOrganization(world, rows, admin, owner, member)
+    return LargeOrganization(harness, rows, admin, owner, member)
 
 
 # ── what they answer ────────────────────────────────────────────────────────────────────────────────────────
@@ -131,12 +131,12 @@ def _is_any(_: dict[str, Any]) -> bool:
     ],
 )
 async def test_a_list_shows_what_it_should_in_its_order_and_counts_all_of_it(
-    office: LargeOrganization, query: str, sort: str, condition: Condition
+    large_organization: LargeOrganization, query: str, sort: str, condition: Condition
 ) -> None:
     field, _, direction = sort.partition(":")
-    for person in office.people:
+    for person in large_organization.people:
         wanted = sorted(
-            office.listed_to(person, condition),
+            large_organization.listed_to(person, condition),
             key=lambda row: (row[COLUMNS[field]], row["id"]),
             reverse=direction == "desc",
         )
@@ -148,9 +148,11 @@ async def test_a_list_shows_what_it_should_in_its_order_and_counts_all_of_it(
             assert shown == [row["id"] for row in wanted[offset : offset + 10]]
 
 
-async def test_statistics_count_the_organisation_s_workflows_by_status(office: LargeOrganization) -> None:
-    everything = office.listed_to(office.admin, _is_any)
-    for person in office.people:
+async def test_statistics_count_the_organisation_s_workflows_by_status(
+    large_organization: LargeOrganization,
+) -> None:
+    everything = large_organization.listed_to(large_organization.admin, _is_any)
+    for person in large_organization.people:
         stats = (await person.api.get(f"{WORKFLOWS}/stats")).json()
         assert stats.pop("total") == len(everything)
         for status, count in stats.items():
@@ -161,7 +163,7 @@ async def test_statistics_count_the_organisation_s_workflows_by_status(office: L
 
 
 @contextmanager
-def _collect_statements(office: LargeOrganization) -> Iterator[list[tuple[str, Any]]]:
+def _collect_statements(large_organization: LargeOrganization) -> Iterator[list[tuple[str, Any]]]:
     """Collect what is asked of workflows meanwhile, with its parameters."""
     sent: list[tuple[str, Any]] = []
 
@@ -169,7 +171,7 @@ def _collect_statements(office: LargeOrganization) -> Iterator[list[tuple[str, A
         if "FROM workflow" in statement:  # other statements are those of keys
             sent.append((statement, parameters))
 
-    engine = office.world.gateway.database.engine.sync_engine
+    engine = large_organization.harness.gateway.database.engine.sync_engine
     event.listen(engine, "before_cursor_execute", collect)
     try:
         yield sent
@@ -177,13 +179,13 @@ def _collect_statements(office: LargeOrganization) -> Iterator[list[tuple[str, A
         event.remove(engine, "before_cursor_execute", collect)
 
 
-async def _explain_request(office: LargeOrganization, person: UserClient, path: str) -> list[str]:
+async def _explain_request(large_organization: LargeOrganization, person: UserClient, path: str) -> list[str]:
     """Return how the database carries out each statement that a request sends."""
-    with _collect_statements(office) as sent:
+    with _collect_statements(large_organization) as sent:
         answer = await person.api.get(path)
     assert answer.status_code == 200
-    explain = "EXPLAIN QUERY PLAN" if office.is_on_sqlite else "EXPLAIN"
-    async with office.world.gateway.database.read() as connection:
+    explain = "EXPLAIN QUERY PLAN" if large_organization.is_on_sqlite else "EXPLAIN"
+    async with large_organization.harness.gateway.database.read() as connection:
         plans = [await connection.exec_driver_sql(f"{explain} {one}", values) for one, values in sent]
     return ["\n".join(str(row[-1]) for row in plan) for plan in plans]
 
@@ -191,31 +193,35 @@ async def _explain_request(office: LargeOrganization, person: UserClient, path: 
 @pytest.mark.parametrize(("field", "column"), COLUMNS.items())
 @pytest.mark.parametrize("direction", ["asc", "desc"])
 async def test_a_list_is_sorted_by_an_index_and_counted_in_one(
-    office: LargeOrganization, field: str, column: str, direction: str
+    large_organization: LargeOrganization, field: str, column: str, direction: str
 ) -> None:
-    for person in office.people:
-        page, count = await _explain_request(office, person, f"{WORKFLOWS}?sort={field}:{direction}")
+    for person in large_organization.people:
+        page, count = await _explain_request(
+            large_organization, person, f"{WORKFLOWS}?sort={field}:{direction}"
+        )
         assert f"ix_workflow_listed_by_{column}" in page
         assert "ix_workflow_listed_by_" in count
         assert "workflow_graph" not in page + count
 
 
-async def test_a_status_is_counted_in_the_index_of_statuses(office: LargeOrganization) -> None:
-    for person in office.people:
-        _, count = await _explain_request(office, person, f"{WORKFLOWS}?status=paused&limit=1")
+async def test_a_status_is_counted_in_the_index_of_statuses(large_organization: LargeOrganization) -> None:
+    for person in large_organization.people:
+        _, count = await _explain_request(large_organization, person, f"{WORKFLOWS}?status=paused&limit=1")
         assert "ix_workflow_listed_by_status" in count
 
 
-async def test_a_tag_is_looked_up_in_the_index_of_tags(office: LargeOrganization) -> None:
-    index_of_tags = "sqlite_autoindex_workflow_tag_1" if office.is_on_sqlite else "workflow_tag_pkey"
-    for person in office.people:
+async def test_a_tag_is_looked_up_in_the_index_of_tags(large_organization: LargeOrganization) -> None:
+    index_of_tags = (
+        "sqlite_autoindex_workflow_tag_1" if large_organization.is_on_sqlite else "workflow_tag_pkey"
+    )
+    for person in large_organization.people:
         for tag in (COMMON_TAG, RARE_TAG, ABSENT_TAG):
-            for plan in await _explain_request(office, person, f"{WORKFLOWS}?tag={tag}&limit=1"):
+            for plan in await _explain_request(large_organization, person, f"{WORKFLOWS}?tag={tag}&limit=1"):
                 assert index_of_tags in plan
 
 
-async def test_statistics_are_counted_in_the_index_of_statuses(office: LargeOrganization) -> None:
-    [plan] = await _explain_request(office, office.member, f"{WORKFLOWS}/stats")
+async def test_statistics_are_counted_in_the_index_of_statuses(large_organization: LargeOrganization) -> None:
+    [plan] = await _explain_request(large_organization, large_organization.member, f"{WORKFLOWS}/stats")
     assert "ix_workflow_listed_by_status" in plan
 
 
@@ -224,16 +230,16 @@ async def test_statistics_are_counted_in_the_index_of_statuses(office: LargeOrga
 
 @pytest.mark.parametrize("config", [{"seconds": True}, {"seconds": -1}])
 async def test_one_wrong_node_among_many_that_stay_as_they_are_is_found(
-    office: LargeOrganization, config: dict[str, Any]
+    large_organization: LargeOrganization, config: dict[str, Any]
 ) -> None:
     nodes = many_workflows.build_nodes(30)
     nodes.append({**nodes[-1], "id": "pause", "type": "wait", "config": {"seconds": 1}})
     connections = many_workflows.build_connections(nodes)
-    workflow_id = await office.owner.create(nodes=nodes, connections=connections, status="active")
+    workflow_id = await large_organization.owner.create(nodes=nodes, connections=connections, status="active")
     wrong = [*nodes[:-1], {**nodes[-1], "config": config}]
-    answer = await office.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": wrong})
+    answer = await large_organization.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": wrong})
     assert_refused(answer, 422, "validation-failed")
     assert [problem["path"] for problem in answer.json()["error"]["details"]] == ["nodes.pause"]
     right = [{**node, "label": "Other"} for node in nodes]
-    answer = await office.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": right})
+    answer = await large_organization.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": right})
     assert answer.status_code == 200, answer.text

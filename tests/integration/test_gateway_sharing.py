@@ -100,13 +100,13 @@ async def test_there_is_an_end_to_shares(people: OrganizationUsers, monkeypatch:
 
 
 async def test_shares_and_edits_at_the_same_time_are_all_kept(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     user = people.owner.user
     organization = Organization(
         id=user.organization_id, shard=user.shard, name="An organisation", created_at=user.created_at
     )
-    guests = [(await world.person(organization)).user.id for _ in range(5)]
+    guests = [(await harness.person(organization)).user.id for _ in range(5)]
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
     changes: list[Awaitable[httpx2.Response]] = [share(people.owner, workflow_id, user) for user in guests]
@@ -184,12 +184,12 @@ async def test_a_share_is_no_claim_on_what_the_owner_no_longer_shares(people: Or
 
 
 async def test_a_share_ends_at_other_gateways_too(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("gateway.executions.execution_access.VISIBLE_SECONDS", 0.2)
     workflow_id, guest = await people.owner.create(**GRAPH), people.colleague
     await share(people.owner, workflow_id, guest.user.id)
-    async with run_second_gateway(world) as client, client(guest) as api:
+    async with run_second_gateway(harness) as client, client(guest) as api:
         started = await execute_workflow(api, workflow_id)
         assert started.status_code == 201
         spans = f"{EXECUTIONS}/{started.json()['executionId']}/spans"

@@ -31,8 +31,8 @@ EXECUTIONS = "/api/v1/executions"
 
 
 @pytest.fixture(scope="module", autouse=True)
-async def worker(world: GatewayHarness) -> AsyncIterator[None]:
-    gateway = world.gateway
+async def worker(harness: GatewayHarness) -> AsyncIterator[None]:
+    gateway = harness.gateway
     settings = WorkerSettings(
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
         lease_seconds=5,
@@ -95,7 +95,7 @@ UNFINISHED = {"id": "later", "nodeId": "sort", "config": {"itmes": []}}
 
 
 async def test_a_draft_that_is_broken_elsewhere_runs_up_to_a_node_that_is_fine(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     graph = chain_graph(TRIGGER, set_node("first", a=1), set_node("second", b=2), UNFINISHED)
     graph["connections"].append({"source": "first", "target": "gone"})
@@ -110,11 +110,11 @@ async def test_a_draft_that_is_broken_elsewhere_runs_up_to_a_node_that_is_fine(
     assert set(progress["outputs"]) == {"start", "first", "second"}
     assert progress["outputs"]["second"] == {"body": {}, "a": 1, "b": 2}
     assert await people.owner.workflow(workflow_id) == before
-    pinned = await read_definition(world, response.json()["executionId"])
+    pinned = await read_definition(harness, response.json()["executionId"])
     assert pinned["upTo"] == "second"
 
 
-async def read_definition(world: GatewayHarness, execution_id: str) -> dict[str, Any]:
+async def read_definition(harness: GatewayHarness, execution_id: str) -> dict[str, Any]:
     """Return what an execution was pinned to."""
     statement = (
         select(col(Definition.body))
@@ -124,7 +124,7 @@ async def read_definition(world: GatewayHarness, execution_id: str) -> dict[str,
             col(Execution.organization_id) == col(Definition.organization_id),
         )
     )
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         found: dict[str, Any] = json.loads(await connection.scalar(statement) or "")
         return found
 
@@ -140,7 +140,7 @@ async def test_what_is_broken_on_the_way_to_the_node_is_refused(people: Organiza
 FAILING = {"id": "fails", "nodeId": "stop-with-error", "config": {"message": "never run"}}
 
 
-async def test_nothing_before_a_pinned_node_runs(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_nothing_before_a_pinned_node_runs(harness: GatewayHarness, people: OrganizationUsers) -> None:
     model = {"id": "model", "nodeId": "llm", "config": {"model": "{{ what", "no": "field"}}
     workflow_id = await people.owner.create(
         **chain_graph(TRIGGER, FAILING, model, set_node("last", a="{{ data.x }}"))
@@ -149,7 +149,7 @@ async def test_nothing_before_a_pinned_node_runs(world: GatewayHarness, people: 
     progress = await wait_until_ended(people.owner, response)
     assert (progress["status"], progress["totalNodes"]) == ("completed", 2)
     assert progress["outputs"] == {"model": {"x": [7]}, "last": {"x": [7], "a": [7]}}
-    assert (await read_definition(world, response.json()["executionId"]))["pinned"] == {"model": {"x": [7]}}
+    assert (await read_definition(harness, response.json()["executionId"]))["pinned"] == {"model": {"x": [7]}}
 
 
 async def test_what_leads_elsewhere_too_is_run_for_that(people: OrganizationUsers) -> None:

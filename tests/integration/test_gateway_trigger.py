@@ -56,8 +56,8 @@ pytestmark = pytest.mark.usefixtures("cluster")
 
 
 @pytest.fixture(scope="module")
-async def cluster(world: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
-    async with run_simulated_cluster(world) as cluster:
+async def cluster(harness: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
+    async with run_simulated_cluster(harness) as cluster:
         yield cluster
 
 
@@ -76,7 +76,7 @@ def asking_graph(receiver: HttpReceiver) -> dict[str, Any]:
 
 
 async def deploy(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     person: UserClient,
     graph: dict[str, Any] = GREETS,
     **columns: Any,  # noqa: ANN401 - any column
@@ -86,8 +86,8 @@ async def deploy(
     response = await person.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "active"})
     assert response.is_success
     await set_policy(person, workflow_id, {"type": "idle-shutdown"})
-    caller = await world.gateway.authenticator.caller({"headers": [(b"x-api-key", person.key.encode())]})
-    loaded = await world.gateway.workflows.load(workflow_id, caller)
+    caller = await harness.gateway.authenticator.caller({"headers": [(b"x-api-key", person.key.encode())]})
+    loaded = await harness.gateway.workflows.load(workflow_id, caller)
     definition = {
         "organization_id": loaded.organization_id,
         "hash": loaded.definition_hash,
@@ -104,8 +104,8 @@ async def deploy(
         if await connection.scalar(known) is None:
             await connection.execute(insert(Definition).values(definition))
 
-    await world.gateway.database.transaction(keep)
-    await deploy_with_pod(world, person, workflow_id, definition_hash=loaded.definition_hash, **columns)
+    await harness.gateway.database.transaction(keep)
+    await deploy_with_pod(harness, person, workflow_id, definition_hash=loaded.definition_hash, **columns)
     return workflow_id
 
 
@@ -129,8 +129,8 @@ async def trigger(
     )
 
 
-async def read_deployment(world: GatewayHarness, workflow_id: str) -> Deployment:
-    async with world.gateway.database.read() as connection:
+async def read_deployment(harness: GatewayHarness, workflow_id: str) -> Deployment:
+    async with harness.gateway.database.read() as connection:
         seen = await activity.read_activity(connection, workflow_id)
     assert seen is not None
     return seen.deployment
@@ -142,34 +142,34 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
-async def wake_for_runs(world: GatewayHarness, workflow_id: str) -> wakes.WakeOutcome:
+async def wake_for_runs(harness: GatewayHarness, workflow_id: str) -> wakes.WakeOutcome:
     """Return what is done about the runs that wait for a deployment, once nobody has its row locked."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
-            done = await wakes.wake_for_waiting_runs(world.gateway.database)
+            done = await wakes.wake_for_waiting_runs(harness.gateway.database)
             if workflow_id in done:
                 return done[workflow_id]
             await asyncio.sleep(0.02)
 
 
-async def read_status(world: GatewayHarness, execution_id: str) -> str:
-    async with world.gateway.database.read() as connection:
+async def read_status(harness: GatewayHarness, execution_id: str) -> str:
+    async with harness.gateway.database.read() as connection:
         found = await connection.scalar(
             select(col(Execution.status)).where(col(Execution.id) == execution_id)
         )
     return str(found)
 
 
-async def count_runs(world: GatewayHarness, workflow_id: str) -> int:
-    async with world.gateway.database.read() as connection:
+async def count_runs(harness: GatewayHarness, workflow_id: str) -> int:
+    async with harness.gateway.database.read() as connection:
         statement = select(func.count()).where(col(Execution.workflow_id) == workflow_id)
         return int(await connection.scalar(statement) or 0)
 
 
 async def test_a_synchronous_trigger_answers_with_what_the_leaves_gave_out(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     cold = await trigger(people.owner, workflow_id, SYNC)
     assert cold.status_code == 200, cold.text
     told = cold.json()
@@ -184,23 +184,23 @@ async def test_a_synchronous_trigger_answers_with_what_the_leaves_gave_out(
 
 
 async def test_many_callers_of_a_sleeping_workflow_share_one_start(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     answers = await asyncio.gather(*(trigger(people.owner, workflow_id, SYNC) for _ in range(200)))
     assert {answer.json()["status"] for answer in answers} == {"completed"}
     assert len({answer.json()["execution_id"] for answer in answers}) == 200
     assert cluster.starts[workflow_id] == 1
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         kept = select(col(LifecycleDecision.action)).where(col(LifecycleDecision.workflow_id) == workflow_id)
         assert list(await connection.scalars(kept)) == [LifecycleAction.WAKE]
 
 
 async def test_two_gateways_that_wake_at_once_start_it_once(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
-    async with run_second_gateway(world) as client:
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
+    async with run_second_gateway(harness) as client:
         other = client(people.owner)
         path = f"/api/v1/workflows/{workflow_id}/trigger"
         answers = await asyncio.gather(
@@ -211,9 +211,9 @@ async def test_two_gateways_that_wake_at_once_start_it_once(
 
 
 async def test_an_asynchronous_trigger_answers_when_a_pod_has_taken_the_run(
-    world: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver
+    harness: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, asking_graph(receiver), **ASLEEP)
     response = await trigger(people.owner, workflow_id, {"trigger_type": "nightly"})
     told = response.json()
     assert (told["status"], told["output"]) == ("started", {})
@@ -221,38 +221,41 @@ async def test_an_asynchronous_trigger_answers_when_a_pod_has_taken_the_run(
     assert shown.json()["triggerType"] == "nightly"
     assert shown.json()["status"] == "running"
     receiver.may_answer.set()
-    await wait_until(lambda: has_status(world, told["execution_id"], "completed"))
+    await wait_until(lambda: has_status(harness, told["execution_id"], "completed"))
 
 
 async def test_a_run_has_the_definition_that_is_deployed_whatever_was_edited_since(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     edit = {"config": {"values": {"greeting": "Edited"}}}
     assert (await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/nodes/step", json=edit)).is_success
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["output"] == GREETED
 
 
 async def test_a_run_that_outlasts_the_wait_goes_on_and_is_named(
-    world: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness,
+    people: OrganizationUsers,
+    receiver: HttpReceiver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, asking_graph(receiver), **ASLEEP)
     await trigger(people.owner, workflow_id)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0.2)
     told = (await trigger(people.owner, workflow_id, {"sync": True})).json()
     assert told["status"] in {"pending", "running"}  # a pod may still be about to take it
     assert told["output"] == {}
     receiver.may_answer.set()
-    await wait_until(lambda: has_status(world, told["execution_id"], "completed"))
+    await wait_until(lambda: has_status(harness, told["execution_id"], "completed"))
 
 
 async def test_the_wait_for_a_start_counts_and_the_run_is_taken_later(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     cluster: SimulatedCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0.2)
     monkeypatch.setattr(limits, "TRIGGER_ASYNC_SECONDS", 0.2)
     cluster.is_held.set()
@@ -261,34 +264,34 @@ async def test_the_wait_for_a_start_counts_and_the_run_is_taken_later(
     cluster.is_held.clear()
     for answer in answers:
         execution_id = answer.json()["execution_id"]
-        await wait_until(partial(has_status, world, execution_id, "completed"))
+        await wait_until(partial(has_status, harness, execution_id, "completed"))
 
 
-async def has_status(world: GatewayHarness, execution_id: str, wanted: str) -> bool:
-    await world.gateway.store.sweep(100)
-    return await read_status(world, execution_id) == wanted
+async def has_status(harness: GatewayHarness, execution_id: str, wanted: str) -> bool:
+    await harness.gateway.store.sweep(100)
+    return await read_status(harness, execution_id) == wanted
 
 
 async def test_a_client_that_is_gone_changes_nothing(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     path = f"{cluster.gateway_url}/api/v1/workflows/{workflow_id}/trigger"
     cluster.is_held.set()
     async with httpx2.AsyncClient(
         headers={"X-API-Key": people.owner.key}, timeout=PATIENCE_SECONDS
     ) as client:
         asking = asyncio.create_task(client.post(path, json=SYNC))
-        await wait_until(lambda: has_runs(world, workflow_id, 1))
+        await wait_until(lambda: has_runs(harness, workflow_id, 1))
         asking.cancel()
         await asyncio.wait([asking])
-    await wait_until(lambda: has_no_waiters(world))
+    await wait_until(lambda: has_no_waiters(harness))
     cluster.is_held.clear()
-    await wait_until(lambda: all_have_ended(world, workflow_id, 1))
+    await wait_until(lambda: all_have_ended(harness, workflow_id, 1))
 
 
 async def test_a_body_is_counted_no_longer_once_its_run_is_accepted(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     cluster: SimulatedCluster,
     monkeypatch: pytest.MonkeyPatch,
@@ -306,7 +309,7 @@ async def test_a_body_is_counted_no_longer_once_its_run_is_accepted(
         return len(large) == 1 and all(one.bytes == 0 for one in large)
 
     monkeypatch.setattr(ByteHolding, "add", note)
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     path = f"{cluster.gateway_url}/api/v1/workflows/{workflow_id}/trigger"
     body = {"inputs": {"name": "Ada", "letter": "x" * LARGE_BYTES}, "sync": True}
     cluster.is_held.set()
@@ -320,8 +323,8 @@ async def test_a_body_is_counted_no_longer_once_its_run_is_accepted(
         assert (await asking).is_success
 
 
-async def test_the_same_key_waits_on_the_same_run(world: GatewayHarness, people: OrganizationUsers) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+async def test_the_same_key_waits_on_the_same_run(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     answers = await asyncio.gather(
         *(trigger(people.owner, workflow_id, SYNC, **{"Idempotency-Key": "once"}) for _ in range(3))
     )
@@ -337,40 +340,40 @@ async def test_the_same_key_waits_on_the_same_run(world: GatewayHarness, people:
 
 
 async def test_what_is_not_deployed_can_t_be_triggered(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     never = await people.owner.create(**GREETS)
     assert_refused(await trigger(people.owner, never), 409, "not-deployed")
-    no_more = await deploy(world, people.owner, **ASLEEP, is_deployed=False)
+    no_more = await deploy(harness, people.owner, **ASLEEP, is_deployed=False)
     assert_refused(await trigger(people.owner, no_more), 409, "not-deployed")
     assert_refused(await trigger(people.stranger, no_more), 404, "not-found")
-    assert await count_runs(world, never) == await count_runs(world, no_more) == 0
+    assert await count_runs(harness, never) == await count_runs(harness, no_more) == 0
 
 
-async def test_a_closed_window_says_when_it_opens(world: GatewayHarness, people: OrganizationUsers) -> None:
-    workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
+async def test_a_closed_window_says_when_it_opens(harness: GatewayHarness, people: OrganizationUsers) -> None:
+    workflow_id = await deploy(harness, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
     await set_policy(people.owner, workflow_id, closed_policy())
     response = await trigger(people.owner, workflow_id, SYNC)
     assert_refused(response, 409, "outside-window")
     opens_at = datetime.fromisoformat(response.json()["error"]["details"][0]["opensAt"])
     assert timedelta(days=1) < opens_at - datetime.now(UTC) < timedelta(days=4)
-    assert (await read_deployment(world, workflow_id)).replicas == 0
+    assert (await read_deployment(harness, workflow_id)).replicas == 0
 
 
 async def test_what_somebody_has_stopped_starts_for_a_trigger_unless_it_is_always_on(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **BY_HAND)
+    workflow_id = await deploy(harness, people.owner, **BY_HAND)
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["status"] == "completed"
-    other = await deploy(world, people.owner, **BY_HAND)
+    other = await deploy(harness, people.owner, **BY_HAND)
     await set_policy(people.owner, other, {"type": "always-on"})
     assert_refused(await trigger(people.owner, other, SYNC), 409, "stopped-manually")
 
 
 async def test_what_is_not_active_takes_none_in_and_ends_what_it_has(
-    world: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver
+    harness: GatewayHarness, people: OrganizationUsers, receiver: HttpReceiver
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, asking_graph(receiver), **ASLEEP)
     begun = (await trigger(people.owner, workflow_id)).json()
     assert begun["status"] == "started"
     path = f"/api/v1/workflows/{workflow_id}/status"
@@ -380,7 +383,7 @@ async def test_what_is_not_active_takes_none_in_and_ends_what_it_has(
         assert_refused(response, 409, code)
         assert "active" in response.json()["error"]["message"]
     receiver.may_answer.set()
-    await wait_until(lambda: has_status(world, begun["execution_id"], "completed"))
+    await wait_until(lambda: has_status(harness, begun["execution_id"], "completed"))
     assert (await people.owner.api.put(path, json={"status": "active"})).is_success
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["status"] == "completed"
     await people.owner.api.put(path, json={"status": "archived"})
@@ -388,9 +391,9 @@ async def test_what_is_not_active_takes_none_in_and_ends_what_it_has(
 
 
 async def test_pods_that_can_t_start_are_told_of_with_their_reason_and_the_run_is_kept(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     cluster.broken[workflow_id] = "the image can't be pulled"
     answers = await asyncio.gather(*(trigger(people.owner, workflow_id, SYNC) for _ in range(3)))
     for answer in answers:
@@ -400,48 +403,48 @@ async def test_pods_that_can_t_start_are_told_of_with_their_reason_and_the_run_i
     del cluster.broken[workflow_id]
     # Whoever comes next has it tried once more, for all.
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["output"] == GREETED
-    await wait_until(lambda: all_have_ended(world, workflow_id, 4))
+    await wait_until(lambda: all_have_ended(harness, workflow_id, 4))
 
 
-async def all_have_ended(world: GatewayHarness, workflow_id: str, count: int) -> bool:
-    await world.gateway.store.sweep(100)
+async def all_have_ended(harness: GatewayHarness, workflow_id: str, count: int) -> bool:
+    await harness.gateway.store.sweep(100)
     ended = select(func.count()).where(
         col(Execution.workflow_id) == workflow_id, col(Execution.status) == ExecutionStatus.COMPLETED
     )
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         return await connection.scalar(ended) == count
 
 
 async def test_no_more_wait_for_a_start_than_may(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     cluster: SimulatedCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     monkeypatch.setattr(limits, "WAKES_WAITING", 2)
     cluster.is_held.set()
     waiting = [asyncio.create_task(trigger(people.owner, workflow_id, SYNC)) for _ in range(2)]
-    await wait_until(lambda: has_runs(world, workflow_id, 2))
+    await wait_until(lambda: has_runs(harness, workflow_id, 2))
     assert_refused(await trigger(people.owner, workflow_id, SYNC), 503, "not-ready")
     cluster.is_held.clear()
     assert {answer.json()["status"] for answer in await asyncio.gather(*waiting)} == {"completed"}
 
 
-async def has_runs(world: GatewayHarness, workflow_id: str, count: int) -> bool:
-    return await count_runs(world, workflow_id) == count
+async def has_runs(harness: GatewayHarness, workflow_id: str, count: int) -> bool:
+    return await count_runs(harness, workflow_id) == count
 
 
-async def has_no_waiters(world: GatewayHarness) -> bool:
-    return not world.gateway.activation.has_waiting_requests
+async def has_no_waiters(harness: GatewayHarness) -> bool:
+    return not harness.gateway.activation.has_waiting_requests
 
 
 # ── who comes in between ────────────────────────────────────────────────────────────────────────────────────
 
 
-async def stop(world: GatewayHarness, workflow_id: str) -> None:
+async def stop(harness: GatewayHarness, workflow_id: str) -> None:
     await decisions.decide_and_apply(
-        world.gateway.database,
+        harness.gateway.database,
         workflow_id,
         lambda seen: lifecycle_policy.stop_decision(
             seen.situation, LifecycleReason.BY_HAND, StoppedReason.MANUAL
@@ -450,96 +453,96 @@ async def stop(world: GatewayHarness, workflow_id: str) -> None:
 
 
 async def test_a_stop_between_the_count_and_the_run_is_made_good(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     people: OrganizationUsers,
     cluster: SimulatedCluster,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     await trigger(people.owner, workflow_id, SYNC)
-    ask = world.gateway.activation.ask
+    ask = harness.gateway.activation.ask
 
     async def ask_and_be_overtaken(asked: str) -> Deployment:
         found = await ask(asked)
-        await stop(world, asked)
-        await wait_until(lambda: is_seen(world, asked, ObservedState.STOPPED))
+        await stop(harness, asked)
+        await wait_until(lambda: is_seen(harness, asked, ObservedState.STOPPED))
         return found
 
-    monkeypatch.setattr(world.gateway.activation, "ask", ask_and_be_overtaken)
+    monkeypatch.setattr(harness.gateway.activation, "ask", ask_and_be_overtaken)
     response = await trigger(people.owner, workflow_id, SYNC)
     assert response.json()["status"] == "completed"
     assert cluster.starts[workflow_id] == 2
 
 
-async def is_seen(world: GatewayHarness, workflow_id: str, observed: ObservedState) -> bool:
-    return (await read_deployment(world, workflow_id)).observed == observed
+async def is_seen(harness: GatewayHarness, workflow_id: str, observed: ObservedState) -> bool:
+    return (await read_deployment(harness, workflow_id)).observed == observed
 
 
 async def test_a_stop_during_a_wake_only_delays_it(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     cluster.is_held.set()
     waiting = asyncio.create_task(trigger(people.owner, workflow_id, SYNC))
-    await wait_until(lambda: is_wanted(world, workflow_id))
-    await stop(world, workflow_id)
+    await wait_until(lambda: is_wanted(harness, workflow_id))
+    await stop(harness, workflow_id)
     cluster.is_held.clear()
     assert (await waiting).json()["status"] == "completed"
 
 
-async def is_wanted(world: GatewayHarness, workflow_id: str) -> bool:
-    return (await read_deployment(world, workflow_id)).replicas > 0
+async def is_wanted(harness: GatewayHarness, workflow_id: str) -> bool:
+    return (await read_deployment(harness, workflow_id)).replicas > 0
 
 
 async def test_a_wake_ends_a_drain(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster, receiver: HttpReceiver
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster, receiver: HttpReceiver
 ) -> None:
-    workflow_id = await deploy(world, people.owner, asking_graph(receiver), **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, asking_graph(receiver), **ASLEEP)
     first = (await trigger(people.owner, workflow_id)).json()["execution_id"]
     cluster.is_held.set()
-    await stop(world, workflow_id)
-    assert (await read_deployment(world, workflow_id)).drain_until is not None
+    await stop(harness, workflow_id)
+    assert (await read_deployment(harness, workflow_id)).drain_until is not None
     second = asyncio.create_task(trigger(people.owner, workflow_id, {"sync": True}))
-    await wait_until(lambda: is_without_drain(world, workflow_id))
+    await wait_until(lambda: is_without_drain(harness, workflow_id))
     cluster.is_held.clear()
     receiver.may_answer.set()
     assert (await second).json()["status"] == "completed"
-    await wait_until(lambda: has_status(world, first, "completed"))
+    await wait_until(lambda: has_status(harness, first, "completed"))
 
 
-async def is_without_drain(world: GatewayHarness, workflow_id: str) -> bool:
-    return (await read_deployment(world, workflow_id)).drain_until is None
+async def is_without_drain(harness: GatewayHarness, workflow_id: str) -> bool:
+    return (await read_deployment(harness, workflow_id)).drain_until is None
 
 
 async def test_a_stop_that_may_not_be_undone_ends_the_wait_and_keeps_the_run(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
     await set_policy(people.owner, workflow_id, {"type": "always-on"})
     cluster.is_held.set()
     waiting = asyncio.create_task(trigger(people.owner, workflow_id, SYNC))
-    await wait_until(lambda: is_wanted(world, workflow_id))
-    await stop(world, workflow_id)
+    await wait_until(lambda: is_wanted(harness, workflow_id))
+    await stop(harness, workflow_id)
     told = (await waiting).json()
     assert told["status"] == "pending"
-    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.DEFERRED
-    assert await read_status(world, told["execution_id"]) == "waiting"
+    assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.DEFERRED
+    assert await read_status(harness, told["execution_id"]) == "waiting"
     cluster.is_held.clear()
     # Whatever has let it start again, the run goes on.
     await set_policy(people.owner, workflow_id, {"type": "idle-shutdown"})
-    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.WOKEN
-    await wait_until(lambda: has_status(world, told["execution_id"], "completed"))
+    assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.WOKEN
+    await wait_until(lambda: has_status(harness, told["execution_id"], "completed"))
 
 
 # ── runs that nobody waits for ──────────────────────────────────────────────────────────────────────────────
 
 
-async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str) -> str:
+async def accept_run(harness: GatewayHarness, person: UserClient, workflow_id: str) -> str:
     """Have a run accepted for pods, with nobody to wake them."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     execution_id: str = response.json()["executionId"]
     row = update(Execution).where(col(Execution.id) == execution_id)
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(
             row.values(target=workflow_id, assigned_deployment_id=workflow_id)
         )
@@ -548,42 +551,42 @@ async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str
 
 
 async def test_a_run_that_is_due_wakes_its_deployment(
-    world: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
+    harness: GatewayHarness, people: OrganizationUsers, cluster: SimulatedCluster
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP)
-    execution_id = await accept_run(world, people.owner, workflow_id)
-    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.WOKEN
-    await wait_until(lambda: has_status(world, execution_id, "completed"))
+    workflow_id = await deploy(harness, people.owner, **ASLEEP)
+    execution_id = await accept_run(harness, people.owner, workflow_id)
+    assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.WOKEN
+    await wait_until(lambda: has_status(harness, execution_id, "completed"))
     assert cluster.starts[workflow_id] == 1
 
 
 async def test_a_run_outside_the_window_is_deferred_to_its_opening_and_let_go_by_a_start(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
+    workflow_id = await deploy(harness, people.owner, **{**ASLEEP, "stopped_reason": StoppedReason.SCHEDULE})
     await set_policy(people.owner, workflow_id, closed_policy())
-    execution_id = await accept_run(world, people.owner, workflow_id)
-    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.DEFERRED
+    execution_id = await accept_run(harness, people.owner, workflow_id)
+    assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.DEFERRED
     due = select(col(Execution.due_at)).where(col(Execution.id) == execution_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         due_at = await connection.scalar(due)
     assert due_at is not None
     assert timedelta(days=1) < due_at - datetime.now(UTC) < timedelta(days=4)
-    assert workflow_id not in await wakes.wake_for_waiting_runs(world.gateway.database)
+    assert workflow_id not in await wakes.wake_for_waiting_runs(harness.gateway.database)
     by_hand = LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
-    await decisions.decide_and_apply(world.gateway.database, workflow_id, lambda _: by_hand)
-    assert await wake_for_runs(world, workflow_id) is wakes.WakeOutcome.RELEASED
-    await wait_until(lambda: has_status(world, execution_id, "completed"))
+    await decisions.decide_and_apply(harness.gateway.database, workflow_id, lambda _: by_hand)
+    assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.RELEASED
+    await wait_until(lambda: has_status(harness, execution_id, "completed"))
 
 
 async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    workflow_id = await deploy(world, people.owner, **ASLEEP, is_deployed=False)
-    execution_id = await accept_run(world, people.owner, workflow_id)
-    done = await wakes.wake_for_waiting_runs(world.gateway.database)
+    workflow_id = await deploy(harness, people.owner, **ASLEEP, is_deployed=False)
+    execution_id = await accept_run(harness, people.owner, workflow_id)
+    done = await wakes.wake_for_waiting_runs(harness.gateway.database)
     assert done[workflow_id] is wakes.WakeOutcome.LEFT_TO_WORKERS
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         target = select(col(Execution.target)).where(col(Execution.id) == execution_id)
         assert await connection.scalar(target) == "shared"
 
@@ -592,11 +595,11 @@ async def test_runs_of_what_is_deployed_no_more_are_any_worker_s(
 
 
 async def test_an_application_discovers_its_workflows_and_calls_them_by_name(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     app_id = f"app_{people.owner.user.id}"
-    mine = await deploy(world, people.owner, {**GREETS, "config": {"appId": app_id}}, **ASLEEP)
-    await deploy(world, people.owner, {**GREETS, "config": {"appId": app_id}}, is_deployed=False)
+    mine = await deploy(harness, people.owner, {**GREETS, "config": {"appId": app_id}}, **ASLEEP)
+    await deploy(harness, people.owner, {**GREETS, "config": {"appId": app_id}}, is_deployed=False)
     await people.owner.create(**GREETS, config={"appId": app_id})
     found = (await people.owner.api.get("/api/v1/workflows/discover", params={"appId": app_id})).json()
     assert [one["id"] for one in found] == [mine]
@@ -613,6 +616,8 @@ async def test_an_application_discovers_its_workflows_and_calls_them_by_name(
     assert_refused(await people.owner.api.get("/api/v1/workflows/discover"), 400, "invalid-query")
     answer = await people.owner.api.post(found[0]["endpoints"]["proxy_url"], json=SYNC, timeout=30)
     assert answer.json()["output"] == GREETED
-    assert_refused(await (await world.client()).post(found[0]["endpoints"]["proxy_url"]), 401, "unauthorized")
+    assert_refused(
+        await (await harness.client()).post(found[0]["endpoints"]["proxy_url"]), 401, "unauthorized"
+    )
     assert_refused(await people.stranger.api.post(f"http://{name}/trigger", json={}), 404, "not-found")
     assert_refused(await people.owner.api.get(f"http://{name}:8000/api/v1/workflows"), 404, "not-found")

@@ -54,8 +54,8 @@ CALLING = {
 
 
 @pytest.fixture(scope="module")
-async def people(world: GatewayHarness) -> OrganizationUsers:
-    return await world.people()
+async def people(harness: GatewayHarness) -> OrganizationUsers:
+    return await harness.people()
 
 
 async def validate_workflow(person: UserClient, workflow_id: str) -> dict[str, Any]:
@@ -126,7 +126,7 @@ async def test_what_cannot_run_keeps_a_workflow_from_becoming_active(people: Org
 
 
 async def test_whoever_may_read_a_workflow_may_have_it_checked(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"/api/v1/workflows/{workflow_id}"
@@ -135,8 +135,8 @@ async def test_whoever_may_read_a_workflow_may_have_it_checked(
     assert (await validate_workflow(people.colleague, workflow_id))["valid"]
     assert_refused(await people.colleague.api.post(f"{path}/compute-scopes"), 403, "not-owner")
     assert_refused(await people.stranger.api.post(f"{path}/validate"), 404, "not-found")
-    organization = await world.organization()
-    writer = await world.person(organization, scopes=[KeyScope.WORKFLOWS_WRITE])
+    organization = await harness.organization()
+    writer = await harness.person(organization, scopes=[KeyScope.WORKFLOWS_WRITE])
     assert_refused(await writer.api.post(f"{path}/validate"), 403, "scope-required")
 
 
@@ -144,7 +144,7 @@ async def test_whoever_may_read_a_workflow_may_have_it_checked(
 
 
 async def has_run(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     person: UserClient,
     workflow_id: str,
     outputs: Mapping[str, Any],
@@ -195,7 +195,7 @@ async def has_run(
             type=nodes[node_id].type,
             status="completed",
             output=msgspec.json.encode(output).decode(),
-            hashes=compile_node(nodes[node_id], world.gateway.catalog).static_hashes + bytes(32),
+            hashes=compile_node(nodes[node_id], harness.gateway.catalog).static_hashes + bytes(32),
         ).model_dump()
         for sequence, (node_id, output) in enumerate(outputs.items())
     ]
@@ -205,7 +205,7 @@ async def has_run(
         await connection.execute(insert(ExecutionData).values(data.model_dump()))
         await connection.execute(insert(SpanRow), spans)
 
-    await world.gateway.database.transaction(write)
+    await harness.gateway.database.transaction(write)
 
 
 def answer(body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
@@ -213,26 +213,26 @@ def answer(body: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
 
 
 async def test_paths_are_checked_against_what_past_runs_gave(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**CALLING)
     assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
-    await has_run(world, people.owner, workflow_id, {"call": answer({"nme": "Ada"})})
+    await has_run(harness, people.owner, workflow_id, {"call": answer({"nme": "Ada"})})
     (warning,) = (await validate_workflow(people.owner, workflow_id))["warnings"]
     assert (warning["type"], warning["nodeId"]) == ("unresolved-mapping", "read")
     assert "found nothing in past runs" in warning["message"]
     assert warning["suggestion"] == "Did you mean data.body.nme?"
     fix = {"action": "set-config", "nodeId": "read", "path": ["text"], "value": "{{ data.body.nme }}"}
     assert warning["fix"] == fix
-    await has_run(world, people.owner, workflow_id, {"call": answer({"name": "Ada"})})
+    await has_run(harness, people.owner, workflow_id, {"call": answer({"name": "Ada"})})
     assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
 
 
 async def test_what_a_node_gave_before_it_was_changed_tells_nothing(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**CALLING)
-    await has_run(world, people.owner, workflow_id, {"call": answer({"x": 1})})
+    await has_run(harness, people.owner, workflow_id, {"call": answer({"x": 1})})
     assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
     path = f"/api/v1/workflows/{workflow_id}/nodes/call"
     assert (await people.owner.api.put(path, json={"config": {"url": "https://c.d"}})).status_code == 200
@@ -240,48 +240,48 @@ async def test_what_a_node_gave_before_it_was_changed_tells_nothing(
 
 
 async def test_runs_of_another_organisation_tell_nothing(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**CALLING)
     elsewhere = people.stranger.user.organization_id
     outputs = {"call": answer({"x": 1})}
-    await has_run(world, people.owner, workflow_id, outputs, organization_id=elsewhere)
+    await has_run(harness, people.owner, workflow_id, outputs, organization_id=elsewhere)
     assert (await validate_workflow(people.owner, workflow_id))["warnings"] == []
 
 
 async def test_private_runs_tell_their_callers_and_the_owner_alone(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**CALLING)
     await people.owner.api.put(f"/api/v1/workflows/{workflow_id}/visibility", json={"isPublic": True})
-    await has_run(world, people.admin, workflow_id, {"call": answer({"nme": "Ada"})}, is_private=True)
+    await has_run(harness, people.admin, workflow_id, {"call": answer({"nme": "Ada"})}, is_private=True)
     assert (await validate_workflow(people.colleague, workflow_id))["warnings"] == []
     assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
 
 
 async def test_only_a_few_runs_of_late_and_small_outputs_are_looked_at(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**CALLING)
     for minutes_ago in range(1, 6):
         outputs = {"call": answer({"x": minutes_ago})}
-        await has_run(world, people.owner, workflow_id, outputs, minutes_ago=minutes_ago)
-    await has_run(world, people.owner, workflow_id, {"call": answer({"name": "Ada"})}, minutes_ago=9)
+        await has_run(harness, people.owner, workflow_id, outputs, minutes_ago=minutes_ago)
+    await has_run(harness, people.owner, workflow_id, {"call": answer({"name": "Ada"})}, minutes_ago=9)
     assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
     large = answer({"name": "x" * MAX_OUTPUT_CHARACTERS})
-    await has_run(world, people.owner, workflow_id, {"call": large}, minutes_ago=0)
+    await has_run(harness, people.owner, workflow_id, {"call": large}, minutes_ago=0)
     assert len((await validate_workflow(people.owner, workflow_id))["warnings"]) == 1
 
 
 async def test_all_outputs_that_are_looked_at_have_a_bounded_size(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     count = 2 * MAX_CHARACTERS // MAX_OUTPUT_CHARACTERS
     names = [f"n{number}" for number in range(count)]
     workflow_id = await people.owner.create(nodes=[{**CALL, "id": name} for name in names])
     output = "x" * (MAX_OUTPUT_CHARACTERS * 9 // 10)
-    await has_run(world, people.owner, workflow_id, dict.fromkeys(names, output))
-    async with world.gateway.database.read() as connection:
+    await has_run(harness, people.owner, workflow_id, dict.fromkeys(names, output))
+    async with harness.gateway.database.read() as connection:
         rows = await connection.execute(select(Workflow).where(col(Workflow.id) == workflow_id))
         user = people.owner.user
         caller = ApiCaller("", user.id, user.organization_id, user.shard, UserRole.MEMBER, frozenset())
@@ -333,11 +333,11 @@ async def get_catalog(person: UserClient, query: str = "") -> dict[str, Any]:
 
 
 async def test_a_node_type_is_listed_with_what_it_is(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     listed = await get_catalog(people.owner, "limit=100")
     types = [node["type"] for node in listed["nodes"]]
-    assert types == sorted(world.gateway.catalog.types())
+    assert types == sorted(harness.gateway.catalog.types())
     assert (listed["count"], listed["limit"], listed["offset"]) == (len(types), 100, 0)
     assert listed["nodes"][types.index("mysql-source")] == {
         "type": "mysql-source",

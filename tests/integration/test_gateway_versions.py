@@ -46,8 +46,8 @@ async def read(person: UserClient, path: str) -> Any:  # noqa: ANN401 - any JSON
     return response.json()
 
 
-async def read_app_id(world: GatewayHarness, workflow_id: str) -> str | None:
-    async with world.gateway.database.read() as connection:
+async def read_app_id(harness: GatewayHarness, workflow_id: str) -> str | None:
+    async with harness.gateway.database.read() as connection:
         row = await connection.execute(select(col(Workflow.app_id)).where(col(Workflow.id) == workflow_id))
         stored: str | None = row.scalar_one()
         return stored
@@ -116,11 +116,11 @@ async def test_a_tag_names_one_version_of_a_workflow(people: OrganizationUsers) 
 
 
 async def test_versions_taken_at_once_get_different_numbers_without_gaps(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
     versions = f"{WORKFLOWS}/{workflow_id}/versions"
-    async with run_second_gateway(world) as client, client(people.owner) as other:
+    async with run_second_gateway(harness) as client, client(people.owner) as other:
         apis = [people.owner.api, other] * 15
         tags = [f"tag {number % 25}" for number in range(30)]
         answers = await asyncio.gather(
@@ -251,7 +251,7 @@ async def test_an_active_workflow_gets_no_version_back_that_can_t_run(people: Or
 
 
 async def test_a_draft_gets_back_what_the_catalogue_has_no_more(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     shown = await read(people.owner, f"{workflow_id}/versions/1")
@@ -264,12 +264,12 @@ async def test_a_draft_gets_back_what_the_catalogue_has_no_more(
             .values(snapshot={**stored, "nodes": nodes})
         )
 
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         snapshot = select(col(WorkflowVersion.snapshot)).where(
             col(WorkflowVersion.workflow_id) == workflow_id
         )
         stored = (await connection.execute(snapshot)).scalar_one()
-    await world.gateway.database.transaction(lose_a_node_type)
+    await harness.gateway.database.transaction(lose_a_node_type)
     restored = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/versions/1/restore")
     assert restored.status_code == 200, restored.text
     assert [node["nodeId"] for node in restored.json()["nodes"]] == ["manual", "lost"]
@@ -310,19 +310,19 @@ async def test_readers_see_versions_and_only_owner_and_admins_take_and_restore_t
 
 
 async def test_the_app_of_a_workflow_can_be_searched_by_however_its_config_changes(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(config={"appId": "app_1", "mine": 1}, nodes=[TRIGGER])
-    assert await read_app_id(world, workflow_id) == "app_1"
-    assert await read_app_id(world, await people.owner.create(config={"mine": 1})) is None
+    assert await read_app_id(harness, workflow_id) == "app_1"
+    assert await read_app_id(harness, await people.owner.create(config={"mine": 1})) is None
     await change(
         people.owner, workflow_id, config={"appId": "app-2"}, nodes=[TRIGGER, STEP], connections=[EDGE]
     )
-    assert await read_app_id(world, workflow_id) == "app-2"
+    assert await read_app_id(harness, workflow_id) == "app-2"
     await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/versions/1/restore")
-    assert await read_app_id(world, workflow_id) == "app_1"
+    assert await read_app_id(harness, workflow_id) == "app_1"
     assert (await change(people.owner, workflow_id, config={"appId": None}))["config"] == {"mine": 1}
-    assert await read_app_id(world, workflow_id) is None
+    assert await read_app_id(harness, workflow_id) is None
 
 
 async def test_an_app_that_is_none_is_refused(people: OrganizationUsers) -> None:

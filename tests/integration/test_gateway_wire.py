@@ -15,8 +15,8 @@ JSON = {"Content-Type": "application/json"}
 
 
 @pytest.fixture(scope="module")
-async def people(world: GatewayHarness) -> OrganizationUsers:
-    return await world.people()
+async def people(harness: GatewayHarness) -> OrganizationUsers:
+    return await harness.people()
 
 
 @pytest.mark.parametrize(
@@ -315,8 +315,8 @@ async def test_a_body_in_many_pieces_is_put_together(people: OrganizationUsers) 
     assert response.status_code == 201
 
 
-async def test_a_body_is_read_after_the_key_is_checked(world: GatewayHarness) -> None:
-    nobody = await world.client("sk-00nobody", address="10.9.9.9")
+async def test_a_body_is_read_after_the_key_is_checked(harness: GatewayHarness) -> None:
+    nobody = await harness.client("sk-00nobody", address="10.9.9.9")
     assert_refused(await nobody.post(WORKFLOWS, content=b"{", headers=JSON), 401, "unauthorized")
 
 

@@ -46,8 +46,8 @@ async def list_names(person: UserClient, query: str = "") -> list[str]:
     return [workflow["name"] for workflow in response.json()["workflows"]]
 
 
-async def count(world: GatewayHarness, condition: Any) -> int:  # noqa: ANN401 - any condition on one table
-    async with world.gateway.database.read() as connection:
+async def count(harness: GatewayHarness, condition: Any) -> int:  # noqa: ANN401 - any condition on one table
+    async with harness.gateway.database.read() as connection:
         return await connection.scalar(select(func.count()).where(condition)) or 0
 
 
@@ -184,9 +184,9 @@ async def test_names_are_kept_in_one_unicode_form(people: OrganizationUsers) -> 
     assert shown["tags"] == ["a", "Å"]
 
 
-async def test_creation_stores_the_first_version(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_creation_stores_the_first_version(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(name="Versioned", **GRAPH)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         statement = select(WorkflowVersion).where(col(WorkflowVersion.workflow_id) == workflow_id)
         row = (await connection.execute(statement)).one()
     assert (row.version, row.version_tag, row.description) == (1, "v1.0.0", "Initial version")
@@ -281,13 +281,13 @@ async def test_updates_at_the_same_time_are_all_kept(people: OrganizationUsers) 
     assert [config[f"key{number}"] for number in range(4)] == [0, 1, 2, 3]
 
 
-async def test_every_change_moves_the_revision(world: GatewayHarness, people: OrganizationUsers) -> None:
+async def test_every_change_moves_the_revision(harness: GatewayHarness, people: OrganizationUsers) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
     await people.owner.api.put(path, json={"name": "New"})
     await people.owner.api.put(f"{path}/status", json={"status": "active"})
     await people.owner.api.put(path, json={"name": "New"})
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         revision = await connection.scalar(
             select(col(Workflow.revision)).where(col(Workflow.id) == workflow_id)
         )
@@ -385,7 +385,7 @@ async def test_a_list_is_sorted_as_asked(people: OrganizationUsers) -> None:
 
 
 async def test_tags_that_change_are_found_by_their_new_names(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Tagged", tags=["old", "same"])
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"tags": ["same", "new"]})
@@ -394,7 +394,7 @@ async def test_tags_that_change_are_found_by_their_new_names(
         await list_names(people.owner, "tag=same") == await list_names(people.owner, "tag=new") == ["Tagged"]
     )
     await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}")
-    assert await count(world, col(WorkflowTag.workflow_id) == workflow_id) == 0
+    assert await count(harness, col(WorkflowTag.workflow_id) == workflow_id) == 0
 
 
 async def test_stats_count_the_organisation_by_status(people: OrganizationUsers) -> None:
@@ -410,10 +410,10 @@ async def test_stats_count_the_organisation_by_status(people: OrganizationUsers)
 
 
 async def test_templates_are_in_no_list_and_no_count(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
-    await change(world, workflow_id, is_template=True)
+    await change(harness, workflow_id, is_template=True)
     assert await list_names(people.owner) == []
     assert (await people.owner.api.get(f"{WORKFLOWS}/stats")).json()["total"] == 0
 
@@ -421,20 +421,20 @@ async def test_templates_are_in_no_list_and_no_count(
 # ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def change(world: GatewayHarness, workflow_id: str, **columns: Any) -> None:  # noqa: ANN401 - columns of any type
+async def change(harness: GatewayHarness, workflow_id: str, **columns: Any) -> None:  # noqa: ANN401 - columns of any type
     async def work(connection: AsyncConnection) -> None:
         await connection.execute(update(Workflow).where(col(Workflow.id) == workflow_id).values(**columns))
 
-    await world.gateway.database.transaction(work)
+    await harness.gateway.database.transaction(work)
 
 
-async def share(world: GatewayHarness, workflow_id: str, person: UserClient) -> None:
+async def share(harness: GatewayHarness, workflow_id: str, person: UserClient) -> None:
     row = {"workflow_id": workflow_id, "user_id": person.user.id, "shared_at": datetime.now(UTC)}
 
     async def work(connection: AsyncConnection) -> None:
         await connection.execute(insert(WorkflowShare).values(row))
 
-    await world.gateway.database.transaction(work)
+    await harness.gateway.database.transaction(work)
 
 
 async def attempt_changes(person: UserClient, workflow_id: str) -> list[httpx2.Response]:
@@ -478,10 +478,10 @@ async def test_an_admin_sees_and_manages_all_of_the_organisation(people: Organiz
 
 
 async def test_whoever_it_is_shared_with_reads_it_and_changes_nothing(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Shared")
-    await share(world, workflow_id, people.colleague)
+    await share(harness, workflow_id, people.colleague)
     assert (await people.colleague.workflow(workflow_id))["sharedWith"] == [people.colleague.user.id]
     assert await list_names(people.colleague) == ["Shared"]
     for response in await attempt_changes(people.colleague, workflow_id):
@@ -490,18 +490,18 @@ async def test_whoever_it_is_shared_with_reads_it_and_changes_nothing(
 
 
 async def test_a_share_with_another_organisation_s_user_opens_nothing(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
-    await share(world, workflow_id, people.stranger)
+    await share(harness, workflow_id, people.stranger)
     assert_refused(await people.stranger.api.get(f"{WORKFLOWS}/{workflow_id}"), 404, "not-found")
 
 
 async def test_a_public_workflow_is_read_by_the_organisation_and_changed_by_its_owner(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(name="Public")
-    await change(world, workflow_id, is_public=True)
+    await change(harness, workflow_id, is_public=True)
     assert await list_names(people.colleague) == ["Public"]
     assert await list_names(people.stranger) == []
     for response in await attempt_changes(people.colleague, workflow_id):
@@ -512,11 +512,11 @@ async def test_a_public_workflow_is_read_by_the_organisation_and_changed_by_its_
 # ── deleting ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str) -> str:
+async def accept_run(harness: GatewayHarness, person: UserClient, workflow_id: str) -> str:
     """Accept a run that nobody will claim."""
-    workflow = await world.gateway.workflows.load(workflow_id, await authenticate(world, person))
+    workflow = await harness.gateway.workflows.load(workflow_id, await authenticate(harness, person))
     execution_id = ids.new_id("exec")
-    (accepted,) = await world.gateway.store.accept(
+    (accepted,) = await harness.gateway.store.accept(
         [
             RunAcceptance(
                 execution_id=execution_id,
@@ -539,9 +539,9 @@ async def accept_run(world: GatewayHarness, person: UserClient, workflow_id: str
     return execution_id
 
 
-async def authenticate(world: GatewayHarness, person: UserClient) -> Any:  # noqa: ANN401 - models.access.ApiCaller
+async def authenticate(harness: GatewayHarness, person: UserClient) -> Any:  # noqa: ANN401 - models.access.ApiCaller
     scope = {"headers": [(b"x-api-key", person.key.encode())], "client": ("10.0.0.1", 1)}
-    return await world.gateway.authenticator.caller(scope)
+    return await harness.gateway.authenticator.caller(scope)
 
 
 async def test_a_deleted_workflow_is_gone(people: OrganizationUsers) -> None:
@@ -554,17 +554,17 @@ async def test_a_deleted_workflow_is_gone(people: OrganizationUsers) -> None:
 
 
 async def test_a_workflow_with_live_runs_is_deleted_by_force_alone(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    execution_id = await accept_run(world, people.owner, workflow_id)
+    execution_id = await accept_run(harness, people.owner, workflow_id)
     assert_refused(await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}"), 409, "workflow-running")
     assert_refused(
         await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=false"), 409, "workflow-running"
     )
     assert (await people.owner.workflow(workflow_id))["id"] == workflow_id
     assert (await people.owner.api.delete(f"{WORKFLOWS}/{workflow_id}?force=true")).status_code == 204
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         status = await connection.scalar(
             select(col(Execution.status)).where(col(Execution.id) == execution_id)
         )
@@ -587,7 +587,7 @@ async def create_with_key(person: UserClient, key: str, **body: Any) -> httpx2.R
 
 
 async def test_a_repeated_creation_gets_the_first_answer_again(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     first = await create_with_key(people.owner, "key-1", tags=["a"])
     assert first.status_code == 201
@@ -595,15 +595,15 @@ async def test_a_repeated_creation_gets_the_first_answer_again(
     again = await create_with_key(people.owner, "key-1", tags=["a"])
     assert (again.status_code, again.json()) == (201, first.json())
     assert again.headers["Idempotent-Replayed"] == "true"
-    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
+    assert await count(harness, col(Workflow.owner_id) == people.owner.user.id) == 1
 
 
 async def test_a_key_with_another_body_is_a_mismatch(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     await create_with_key(people.owner, "key-2")
     assert_refused(await create_with_key(people.owner, "key-2", tags=["b"]), 422, "idempotency-mismatch")
-    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
+    assert await count(harness, col(Workflow.owner_id) == people.owner.user.id) == 1
 
 
 async def test_a_key_belongs_to_one_user(people: OrganizationUsers) -> None:
@@ -615,13 +615,13 @@ async def test_a_key_belongs_to_one_user(people: OrganizationUsers) -> None:
 
 
 async def test_equal_requests_at_the_same_time_make_one_workflow(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     answers = await asyncio.gather(*(create_with_key(people.owner, "key-4") for _ in range(5)))
     assert {answer.status_code for answer in answers} == {201}
     assert len({answer.text for answer in answers}) == 1
     assert sum("Idempotent-Replayed" in answer.headers for answer in answers) == 4
-    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 1
+    assert await count(harness, col(Workflow.owner_id) == people.owner.user.id) == 1
 
 
 async def test_a_refused_request_frees_its_key(people: OrganizationUsers) -> None:
@@ -630,21 +630,21 @@ async def test_a_refused_request_frees_its_key(people: OrganizationUsers) -> Non
 
 
 async def test_a_commit_whose_answer_was_lost_is_not_made_twice(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transaction = world.gateway.database.transaction
+    transaction = harness.gateway.database.transaction
 
     async def answered_the_second_time(work: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:  # noqa: ANN401 - whatever `work` returns
         await transaction(work)
         return await transaction(work)
 
-    monkeypatch.setattr(world.gateway.database, "transaction", answered_the_second_time)
+    monkeypatch.setattr(harness.gateway.database, "transaction", answered_the_second_time)
     without_key = await people.owner.create(tags=["a"])
     with_key = await create_with_key(people.owner, "key-6")
     assert (await people.owner.workflow(without_key))["tags"] == ["a"]
     assert with_key.status_code == 201
     assert "Idempotent-Replayed" not in with_key.headers
-    assert await count(world, col(Workflow.owner_id) == people.owner.user.id) == 2
+    assert await count(harness, col(Workflow.owner_id) == people.owner.user.id) == 2
 
 
 @pytest.mark.parametrize("key", ["", "x" * 256, "with space", "tab\there", "ümlaut"])
@@ -658,31 +658,31 @@ async def test_a_key_that_is_none_is_refused(people: OrganizationUsers, key: str
 
 
 async def test_a_loaded_workflow_is_what_its_row_says_and_follows_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(settings={"timeout": 60}, **GRAPH)
-    owner = await authenticate(world, people.owner)
-    first = await world.gateway.workflows.load(workflow_id, owner)
-    assert first is await world.gateway.workflows.load(workflow_id, owner)
+    owner = await authenticate(harness, people.owner)
+    first = await harness.gateway.workflows.load(workflow_id, owner)
+    assert first is await harness.gateway.workflows.load(workflow_id, owner)
     assert (first.status, first.revision, first.total_nodes, first.trigger_kind) == ("draft", 1, 2, "manual")
     assert first.settings["timeout"] == 60
     assert first.validation.is_valid
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}", json={"nodes": [TRIGGER]})
-    world.gateway.workflows.forget(first.organization_id, workflow_id)
-    second = await world.gateway.workflows.load(workflow_id, owner)
+    harness.gateway.workflows.forget(first.organization_id, workflow_id)
+    second = await harness.gateway.workflows.load(workflow_id, owner)
     assert (second.revision, second.total_nodes) == (2, 1)
     assert second.definition_hash != first.definition_hash
 
 
 async def test_a_loaded_workflow_is_shown_only_to_those_who_may_read_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
-    await world.gateway.workflows.load(workflow_id, await authenticate(world, people.owner))
-    await world.gateway.workflows.load(workflow_id, await authenticate(world, people.admin))
+    await harness.gateway.workflows.load(workflow_id, await authenticate(harness, people.owner))
+    await harness.gateway.workflows.load(workflow_id, await authenticate(harness, people.admin))
     for person in (people.colleague, people.stranger):
         with pytest.raises(Exception, match="no such workflow"):
-            await world.gateway.workflows.load(workflow_id, await authenticate(world, person))
+            await harness.gateway.workflows.load(workflow_id, await authenticate(harness, person))
 
 
 @pytest.mark.parametrize("verb", ["PUT", "DELETE"])

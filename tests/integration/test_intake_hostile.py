@@ -87,8 +87,8 @@ class IngestEntryPoints:
 
 
 @pytest.fixture(scope="module")
-async def doors(world: GatewayHarness) -> IngestEntryPoints:
-    admin = (await world.people()).admin
+async def entry_points(harness: GatewayHarness) -> IngestEntryPoints:
+    admin = (await harness.people()).admin
 
     async def post(path: str, body: dict[str, Json]) -> httpx2.Response:
         return await admin.api.post(f"/api/v1{path}", json=body)
@@ -179,21 +179,21 @@ OTHER_TYPES = (
 )
 
 
-async def test_no_body_is_a_fault_of_ours(world: GatewayHarness, doors: IngestEntryPoints) -> None:
-    nobody = await world.client()
-    requests = [request for text in TEXTS for request in doors.requests(JSON, text)]
-    requests += [request for text in FIELDS for request in doors.requests(URLENCODED, text)]
+async def test_no_body_is_a_fault_of_ours(harness: GatewayHarness, entry_points: IngestEntryPoints) -> None:
+    nobody = await harness.client()
+    requests = [request for text in TEXTS for request in entry_points.requests(JSON, text)]
+    requests += [request for text in FIELDS for request in entry_points.requests(URLENCODED, text)]
     await assert_no_faults(nobody, requests)
-    await assert_alive(world, doors)
+    await assert_alive(harness, entry_points)
 
 
 async def test_no_body_is_a_fault_of_ours_that_is_said_to_be_what_it_is_not(
-    world: GatewayHarness, doors: IngestEntryPoints
+    harness: GatewayHarness, entry_points: IngestEntryPoints
 ) -> None:
-    nobody = await world.client()
+    nobody = await harness.client()
     said = zip(cycle(OTHER_TYPES), [*TEXTS, *FIELDS], strict=False)
-    await assert_no_faults(nobody, [request for one in said for request in doors.requests(*one)])
-    await assert_alive(world, doors)
+    await assert_no_faults(nobody, [request for one in said for request in entry_points.requests(*one)])
+    await assert_alive(harness, entry_points)
 
 
 def form_body(*parts: tuple[bytes, bytes], end: bytes = b"--\r\n") -> bytes:
@@ -244,10 +244,10 @@ FORMS = (
 )
 
 
-async def test_no_form_is_a_fault_of_ours(world: GatewayHarness, doors: IngestEntryPoints) -> None:
-    nobody = await world.client()
-    await assert_no_faults(nobody, [request for one in FORMS for request in doors.requests(FORM, one)])
-    await assert_alive(world, doors)
+async def test_no_form_is_a_fault_of_ours(harness: GatewayHarness, entry_points: IngestEntryPoints) -> None:
+    nobody = await harness.client()
+    await assert_no_faults(nobody, [request for one in FORMS for request in entry_points.requests(FORM, one)])
+    await assert_alive(harness, entry_points)
 
 
 # ── headers, queries and paths ──────────────────────────────────────────────────────────────────────────────
@@ -286,32 +286,32 @@ HEADERS: Sequence[Sequence[tuple[bytes, bytes]]] = (
 )
 
 
-async def test_no_header_is_a_fault_of_ours(world: GatewayHarness, doors: IngestEntryPoints) -> None:
-    nobody = await world.client()
+async def test_no_header_is_a_fault_of_ours(harness: GatewayHarness, entry_points: IngestEntryPoints) -> None:
+    nobody = await harness.client()
     requests = []
     for more in HEADERS:
         replaced = {name.lower() for name, _ in more}
-        for path, headers, body in doors.requests(JSON, b'{"message":1,"event_type":"a.b"}'):
+        for path, headers, body in entry_points.requests(JSON, b'{"message":1,"event_type":"a.b"}'):
             own = [(name.encode(), value.encode()) for name, value in headers.items()]
             requests.append((path, [*(pair for pair in own if pair[0].lower() not in replaced), *more], body))
     await assert_no_faults(nobody, requests)
-    await assert_alive(world, doors)
+    await assert_alive(harness, entry_points)
 
 
 async def test_no_query_and_no_path_is_a_fault_of_ours_or_opens_anything(
-    world: GatewayHarness, doors: IngestEntryPoints
+    harness: GatewayHarness, entry_points: IngestEntryPoints
 ) -> None:
-    nobody = await world.client()
+    nobody = await harness.client()
     queries = (
-        f"key={doors.token}&key={doors.token}",
+        f"key={entry_points.token}&key={entry_points.token}",
         *("key=", "key", "key=%00", "key=%ff%fe", "key=tt-%00", "key=" + "t" * 10_000, "key[]=a&key.x=b"),
-        "&".join(f"a{number}={number}" for number in range(2_000)) + f"&key={doors.token}",
-        f"KEY={doors.token}",
-        f"key=%20{doors.token}",
-        f"key={doors.token}%00",
-        f"key=et-{doors.token[3:]}",
+        "&".join(f"a{number}={number}" for number in range(2_000)) + f"&key={entry_points.token}",
+        f"KEY={entry_points.token}",
+        f"key=%20{entry_points.token}",
+        f"key={entry_points.token}%00",
+        f"key=et-{entry_points.token[3:]}",
     )
-    for path in (doors.queue, f"{doors.queue}-batch", doors.mail, EVENTS):
+    for path in (entry_points.queue, f"{entry_points.queue}-batch", entry_points.mail, EVENTS):
         for query in queries:
             assert_refused(await nobody.post(f"{path}?{query}", json={}), *(401, "unauthorized"))
     for odd in (
@@ -324,27 +324,27 @@ async def test_no_query_and_no_path_is_a_fault_of_ours_or_opens_anything(
         "%2e%2e",
     ):
         for path in (f"{WORKFLOWS}/{odd}/enqueue", f"{WORKFLOWS}/{odd}/email-trigger", f"/hooks/{odd}"):
-            answer = await doors.admin.api.post(path, json={})
+            answer = await entry_points.admin.api.post(path, json={})
             assert answer.status_code in {404, 429}, (path, answer.text)
-    await assert_alive(world, doors)
+    await assert_alive(harness, entry_points)
 
 
 # ── who is let in ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_token_is_good_for_its_own_workflow_and_for_one_kind_of_door(
-    world: GatewayHarness, doors: IngestEntryPoints, people: OrganizationUsers
+    harness: GatewayHarness, entry_points: IngestEntryPoints, people: OrganizationUsers
 ) -> None:
-    nobody = await world.client(address="10.9.9.1")
+    nobody = await harness.client(address="10.9.9.1")
     theirs = await people.owner.create(
         nodes=[{"id": "start", "nodeId": "queue-trigger"}, STEP], connections=[EDGE], status="active"
     )
     made = await people.owner.api.post(f"{WORKFLOWS}/{theirs}/trigger-token", json={})
     token = made.json()["token"]
-    of_events = doors.stripe.rpartition("=")[2]
-    for path in (doors.queue, f"{doors.queue}-batch", doors.mail, EVENTS):
+    of_events = entry_points.stripe.rpartition("=")[2]
+    for path in (entry_points.queue, f"{entry_points.queue}-batch", entry_points.mail, EVENTS):
         assert_refused(await nobody.post(f"{path}?key={token}", json={"message": 1}), 401, "unauthorized")
-    for path in (doors.queue, doors.mail):
+    for path in (entry_points.queue, entry_points.mail):
         assert_refused(await nobody.post(f"{path}?key={of_events}", json={"message": 1}), 401, "unauthorized")
     assert_refused(await nobody.post(f"/hooks/{of_events}", json={}), 404, "not-found")
     assert_refused(await nobody.post(f"/hooks/{token}", json={}), 422, "no-webhook-trigger")
@@ -355,12 +355,12 @@ async def test_a_token_is_good_for_its_own_workflow_and_for_one_kind_of_door(
 
 
 async def test_of_tokens_that_are_replaced_at_once_while_they_are_used_one_is_left(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(
         nodes=[{"id": "start", "nodeId": "queue-trigger"}, STEP], connections=[EDGE], status="active"
     )
-    nobody = await world.client(address="10.9.9.2")
+    nobody = await harness.client(address="10.9.9.2")
     url = f"{WORKFLOWS}/{workflow_id}"
     first = (await people.owner.api.post(f"{url}/trigger-token", json={})).json()["token"]
 
@@ -381,19 +381,19 @@ async def test_of_tokens_that_are_replaced_at_once_while_they_are_used_one_is_le
     for token in tokens.values():
         assert_refused(await nobody.post(f"{url}/enqueue?key={token}", json=1), 401, "unauthorized")
     assert (await nobody.post(f"{url}/enqueue?key={last}", json=1)).status_code == 201
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         statement = select(func.count()).where(col(Execution.workflow_id) == workflow_id)
         assert await connection.scalar(statement) == used.count(201) + 1
 
 
 async def test_a_sender_is_let_in_though_another_guesses_tokens_from_the_same_address(
-    world: GatewayHarness, doors: IngestEntryPoints
+    harness: GatewayHarness, entry_points: IngestEntryPoints
 ) -> None:
-    shared = await world.client(address="10.9.9.3")
+    shared = await harness.client(address="10.9.9.3")
     guesses = [f"/hooks/tt-00guess{number}" for number in range(MAX_FAILURES + 1)]
     answers = [await shared.post(path, json={}) for path in guesses]
     assert [answer.status_code for answer in answers] == [*[404] * MAX_FAILURES, 429]
-    assert (await shared.post(f"{doors.queue}?key={doors.token}", json=1)).status_code == 201
+    assert (await shared.post(f"{entry_points.queue}?key={entry_points.token}", json=1)).status_code == 201
 
 
 # ── what is checked after each attack ───────────────────────────────────────────────────────────────────────
@@ -415,13 +415,13 @@ async def assert_no_faults(
     ]
 
 
-async def assert_alive(world: GatewayHarness, doors: IngestEntryPoints) -> None:
+async def assert_alive(harness: GatewayHarness, entry_points: IngestEntryPoints) -> None:
     """Check that an honest request is taken, and that whatever was taken before is JSON."""
-    nobody = await world.client()
-    for one in doors.senders.all:
+    nobody = await harness.client()
+    for one in entry_points.senders.all:
         answer = await one.post(nobody, one.make(one.delivery().number))
         assert ingest_senders.read_execution_id(answer)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         for text in await connection.scalars(select(col(ExecutionData.trigger))):
             given: Any = json.loads(text)
             assert isinstance(given, dict)

@@ -21,8 +21,8 @@ FLOOD = 1_000
 AT_ONCE = 50
 
 
-async def count_samples(world: GatewayHarness, route: IngestRoute) -> int:
-    async with world.gateway.database.read() as connection:
+async def count_samples(harness: GatewayHarness, route: IngestRoute) -> int:
+    async with harness.gateway.database.read() as connection:
         statement = (
             select(func.count())
             .select_from(RejectedRequestSample)
@@ -41,12 +41,12 @@ async def list_samples(person: UserClient, **query: str) -> list[dict[str, Any]]
 
 @pytest.mark.parametrize(("workflows", "rows"), [(1, 20), (FLOOD, SLOTS)], ids=["to one", "to many"])
 async def test_a_flood_without_a_key_is_counted_and_leaves_few_rows(
-    world: GatewayHarness, workflows: int, rows: int
+    harness: GatewayHarness, workflows: int, rows: int
 ) -> None:
-    nobody = await world.client()
+    nobody = await harness.client()
     before, already = (
         read_refusal_count("enqueue", "unauthorized"),
-        await count_samples(world, IngestRoute.ENQUEUE),
+        await count_samples(harness, IngestRoute.ENQUEUE),
     )
     tag = uuid4().hex[:8]
     for start in range(0, FLOOD, AT_ONCE):
@@ -55,21 +55,21 @@ async def test_a_flood_without_a_key_is_counted_and_leaves_few_rows(
         ]
         answers = await asyncio.gather(*(nobody.post(path, json=1) for path in paths))
         assert {answer.status_code for answer in answers} == {401}
-    await world.gateway.samples.drain()
+    await harness.gateway.samples.drain()
     assert read_refusal_count("enqueue", "unauthorized") == before + FLOOD
-    assert await count_samples(world, IngestRoute.ENQUEUE) <= min(already + rows, SLOTS)
-    assert workflows == 1 or await count_samples(world, IngestRoute.ENQUEUE) == SLOTS
-    async with world.gateway.database.read() as connection:
+    assert await count_samples(harness, IngestRoute.ENQUEUE) <= min(already + rows, SLOTS)
+    assert workflows == 1 or await count_samples(harness, IngestRoute.ENQUEUE) == SLOTS
+    async with harness.gateway.database.read() as connection:
         assert not await connection.scalar(select(func.count()).select_from(Delivery))
 
 
 async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody_else_does(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
     made = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
     token = made.json()["token"]
-    nobody = await world.client(address="192.0.2.7")
+    nobody = await harness.client(address="192.0.2.7")
     headers = {"Content-Type": "text/odd\x7f", "X-Secret": "do not keep this"}
     await nobody.post(f"{WORKFLOWS}/{workflow_id}/email-trigger", content=b"12345", headers=headers)
     await nobody.post(f"{WORKFLOWS}/events?key={token}", json={"event_type": "a.b"})
@@ -77,7 +77,7 @@ async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody
     await nobody.post("/hooks/tt-00nobody", json={})
     await nobody.post(f"{WORKFLOWS}/a%00b/enqueue", json={})
 
-    await world.gateway.samples.drain()
+    await harness.gateway.samples.drain()
     by_route = {one["route"]: one for one in await list_samples(people.admin)}
     assert set(by_route) == {"email-trigger", "events", "hook"}
     assert {one["workflowId"] for one in by_route.values()} == {workflow_id}
@@ -96,12 +96,12 @@ async def test_admins_see_what_was_sent_to_their_workflows_and_tokens_and_nobody
 
 
 async def test_what_a_delivery_tells_of_leaves_no_sample(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create()
     answer = await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={})
     assert_refused(answer, 409, "workflow-not-active")
-    await world.gateway.samples.drain()
+    await harness.gateway.samples.drain()
     assert not await list_samples(people.admin)
 
 

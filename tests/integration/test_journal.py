@@ -29,15 +29,15 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 async def wait_soon(event: asyncio.Event) -> None:
@@ -156,11 +156,11 @@ class JournalHarness:
 
 
 @pytest.fixture
-async def book(world: RunDatabase, monkeypatch: pytest.MonkeyPatch) -> JournalHarness:
+async def journal_harness(run_database: RunDatabase, monkeypatch: pytest.MonkeyPatch) -> JournalHarness:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
-    run = await world.claimed()
+    run = await run_database.claimed()
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
-    store = FaultyStore(world.store)
+    store = FaultyStore(run_database.store)
     committed: list[str] = []
     journal = RunJournal(RunRecorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]
     return JournalHarness(run, lease, journal, store, committed)
@@ -171,30 +171,30 @@ def make_span(node_id: str, sequence: int, status: SpanStatus = SpanStatus.COMPL
 
 
 async def test_what_is_recorded_is_durable_after_the_commit_and_others_are_told(
-    world: RunDatabase, book: JournalHarness
+    run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
-    book.journal.record(make_span("a", 1, SpanStatus.RUNNING))
-    book.journal.record(make_span("a", 2))
-    book.journal.log(LogLine("info", "hello", "a", 3, NOW))
-    assert await world.count("span") == 0
-    await book.journal.commit()
-    spans = (await world.store.spans([key_of(book.run)]))[book.run.execution_id]
+    journal_harness.journal.record(make_span("a", 1, SpanStatus.RUNNING))
+    journal_harness.journal.record(make_span("a", 2))
+    journal_harness.journal.log(LogLine("info", "hello", "a", 3, NOW))
+    assert await run_database.count("span") == 0
+    await journal_harness.journal.commit()
+    spans = (await run_database.store.spans([key_of(journal_harness.run)]))[journal_harness.run.execution_id]
     assert [(one.node_id, one.status) for one in spans] == [("a", SpanStatus.COMPLETED)]
-    assert await world.count("log_line") == 1
-    assert (await world.row(book.run.execution_id))["completed_nodes"] == 2
-    assert book.committed == [book.run.execution_id]
-    await book.journal.commit()
-    assert book.committed == [book.run.execution_id]
+    assert await run_database.count("log_line") == 1
+    assert (await run_database.row(journal_harness.run.execution_id))["completed_nodes"] == 2
+    assert journal_harness.committed == [journal_harness.run.execution_id]
+    await journal_harness.journal.commit()
+    assert journal_harness.committed == [journal_harness.run.execution_id]
 
 
 async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(
-    world: RunDatabase, book: JournalHarness
+    run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
     async def settled(*spans: NodeSpan) -> int:
         for one in spans:
-            book.journal.record(one)
-        await book.journal.commit()
-        completed: int = (await world.row(book.run.execution_id))["completed_nodes"]
+            journal_harness.journal.record(one)
+        await journal_harness.journal.commit()
+        completed: int = (await run_database.row(journal_harness.run.execution_id))["completed_nodes"]
         return completed - 1
 
     def turn(number: int) -> NodeSpan:
@@ -209,123 +209,129 @@ async def test_a_loop_counts_when_it_is_through_and_the_nodes_in_it_once(
 
 
 async def test_progress_grows_with_commits_and_is_never_taken_back(
-    world: RunDatabase, book: JournalHarness
+    run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
     async def progress(share: float, number: int) -> int:
-        book.journal.advance(share)
-        book.journal.record(make_span("a", number))
-        await book.journal.commit()
-        percent: int = (await world.row(book.run.execution_id))["progress"]
+        journal_harness.journal.advance(share)
+        journal_harness.journal.record(make_span("a", number))
+        await journal_harness.journal.commit()
+        percent: int = (await run_database.row(journal_harness.run.execution_id))["progress"]
         return percent
 
     assert [await progress(share, number) for number, share in enumerate([0.1, 0.2, 0.005])] == [10, 30, 30]
     # Whoever takes the run up begins to count anew.
-    book.journal.advance(-0.3)
+    journal_harness.journal.advance(-0.3)
     assert await progress(0.1, 4) == 30
-    book.journal.advance(1.0)
-    await book.journal.end(RunOutcome(RunStatus.COMPLETED))
-    (shown,) = await world.store.progress([key_of(book.run)])
+    journal_harness.journal.advance(1.0)
+    await journal_harness.journal.end(RunOutcome(RunStatus.COMPLETED))
+    (shown,) = await run_database.store.progress([key_of(journal_harness.run)])
     assert (shown.percent, shown.status) == (99, "completed")
 
 
 async def test_the_end_takes_what_is_not_committed_yet_with_it(
-    world: RunDatabase, book: JournalHarness
+    run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
-    book.journal.record(make_span("a", 1))
+    journal_harness.journal.record(make_span("a", 1))
     error = RunError("node-error", "broken", "a", 1)
-    await book.journal.end(RunOutcome(RunStatus.FAILED, error=error))
-    row = await world.row(book.run.execution_id)
+    await journal_harness.journal.end(RunOutcome(RunStatus.FAILED, error=error))
+    row = await run_database.row(journal_harness.run.execution_id)
     assert (row["status"], row["completed_nodes"]) == ("failed", 2)
-    assert await world.count("span") == 1
+    assert await run_database.count("span") == 1
 
 
-async def test_commits_of_one_run_keep_their_order(world: RunDatabase, book: JournalHarness) -> None:
+async def test_commits_of_one_run_keep_their_order(
+    run_database: RunDatabase, journal_harness: JournalHarness
+) -> None:
     for sequence in range(1, 30):
-        book.journal.record(make_span("a", sequence))
-    commits = [asyncio.create_task(book.journal.commit())]
+        journal_harness.journal.record(make_span("a", sequence))
+    commits = [asyncio.create_task(journal_harness.journal.commit())]
     await asyncio.sleep(0)
-    book.journal.record(make_span("a", 30))
-    commits.append(asyncio.create_task(book.journal.commit()))
+    journal_harness.journal.record(make_span("a", 30))
+    commits.append(asyncio.create_task(journal_harness.journal.commit()))
     await asyncio.sleep(0)
-    ending = asyncio.create_task(book.journal.end(RunOutcome(RunStatus.COMPLETED)))
+    ending = asyncio.create_task(journal_harness.journal.end(RunOutcome(RunStatus.COMPLETED)))
     await asyncio.gather(*commits, ending)
-    (kept,) = (await world.store.spans([key_of(book.run)]))[book.run.execution_id]
+    (kept,) = (await run_database.store.spans([key_of(journal_harness.run)]))[
+        journal_harness.run.execution_id
+    ]
     assert kept.sequence == 30
 
 
-async def test_a_commit_with_nothing_to_add_waits_for_the_one_under_way(book: JournalHarness) -> None:
-    book.store.answers.clear()
-    book.journal.record(make_span("a", 1))
-    commits = [asyncio.create_task(book.journal.commit()) for _ in range(2)]
+async def test_a_commit_with_nothing_to_add_waits_for_the_one_under_way(
+    journal_harness: JournalHarness,
+) -> None:
+    journal_harness.store.answers.clear()
+    journal_harness.journal.record(make_span("a", 1))
+    commits = [asyncio.create_task(journal_harness.journal.commit()) for _ in range(2)]
     done, _ = await asyncio.wait(commits, timeout=0.05)
     assert not done
-    book.store.answers.set()
+    journal_harness.store.answers.set()
     await asyncio.gather(*commits)
 
 
 async def test_a_database_that_comes_back_in_time_is_waited_for(
-    world: RunDatabase, book: JournalHarness
+    run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
-    book.store.is_away = True
-    book.journal.record(make_span("a", 1))
-    commit = asyncio.create_task(book.journal.commit())
-    await wait_soon(book.store.refused)
+    journal_harness.store.is_away = True
+    journal_harness.journal.record(make_span("a", 1))
+    commit = asyncio.create_task(journal_harness.journal.commit())
+    await wait_soon(journal_harness.store.refused)
     assert not commit.done()
-    book.store.is_away = False
+    journal_harness.store.is_away = False
     await commit
-    assert await world.count("span") == 1
+    assert await run_database.count("span") == 1
 
 
 async def test_a_run_is_given_up_when_its_token_is_not_the_newest(
-    world: RunDatabase, book: JournalHarness
+    run_database: RunDatabase, journal_harness: JournalHarness
 ) -> None:
-    await world.expire(book.run)
-    await world.store.sweep(10)
-    book.journal.record(make_span("a", 1))
+    await run_database.expire(journal_harness.run)
+    await run_database.store.sweep(10)
+    journal_harness.journal.record(make_span("a", 1))
     with pytest.raises(LeaseLost):
-        await book.journal.commit()
-    assert await world.count("span") == 0
-    assert book.committed == []
+        await journal_harness.journal.commit()
+    assert await run_database.count("span") == 0
+    assert journal_harness.committed == []
 
 
-async def test_a_commit_is_waited_for_no_longer_than_the_lease_lasts(book: JournalHarness) -> None:
-    book.store.answers.clear()
-    book.journal.record(make_span("a", 1))
-    book.lease.until = time.monotonic() + 0.5
-    commit = asyncio.create_task(book.journal.commit())
+async def test_a_commit_is_waited_for_no_longer_than_the_lease_lasts(journal_harness: JournalHarness) -> None:
+    journal_harness.store.answers.clear()
+    journal_harness.journal.record(make_span("a", 1))
+    journal_harness.lease.until = time.monotonic() + 0.5
+    commit = asyncio.create_task(journal_harness.journal.commit())
     await asyncio.sleep(0)
-    book.lease.until = time.monotonic() + 2  # it was renewed meanwhile
+    journal_harness.lease.until = time.monotonic() + 2  # it was renewed meanwhile
     done, _ = await asyncio.wait([commit], timeout=0.6)
     assert not done
     with pytest.raises(LeaseLost):
         await asyncio.wait_for(commit, PATIENCE_SECONDS)
-    book.store.answers.set()
+    journal_harness.store.answers.set()
 
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable(), ValueError("can't be stored")])
 async def test_nothing_follows_a_write_that_was_lost_even_if_the_lease_holds_again(
-    world: RunDatabase, book: JournalHarness, error: Exception
+    run_database: RunDatabase, journal_harness: JournalHarness, error: Exception
 ) -> None:
-    book.store.is_away, book.store.error = True, error
-    book.journal.record(make_span("a", 1))
+    journal_harness.store.is_away, journal_harness.store.error = True, error
+    journal_harness.journal.record(make_span("a", 1))
     if isinstance(error, DatabaseUnavailable):
-        book.lease.until = time.monotonic() - 1
+        journal_harness.lease.until = time.monotonic() - 1
     with pytest.raises((LeaseLost, ValueError)):
-        await book.journal.commit()
+        await journal_harness.journal.commit()
 
-    book.store.is_away = False
-    book.lease.until = time.monotonic() + 60
-    assert not book.journal.holds_lease()
-    book.journal.record(make_span("b", 2))
+    journal_harness.store.is_away = False
+    journal_harness.lease.until = time.monotonic() + 60
+    assert not journal_harness.journal.holds_lease()
+    journal_harness.journal.record(make_span("b", 2))
     for late in (
-        book.journal.commit(),
-        book.journal.commit(),
-        book.journal.end(RunOutcome(RunStatus.COMPLETED)),
+        journal_harness.journal.commit(),
+        journal_harness.journal.commit(),
+        journal_harness.journal.end(RunOutcome(RunStatus.COMPLETED)),
     ):
         with pytest.raises(LeaseLost):
             await late
-    assert await world.count("span") == 0
-    assert (await world.row(book.run.execution_id))["status"] == "running"
+    assert await run_database.count("span") == 0
+    assert (await run_database.row(journal_harness.run.execution_id))["status"] == "running"
 
 
 # ── leases ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,9 +362,9 @@ async def make_keeper(store: JournalStore, lease_seconds: float) -> LeaseKeeperH
     return LeaseKeeperHarness(keeper, lost, requests)
 
 
-async def test_leases_are_renewed_while_work_blocks_the_event_loop(world: RunDatabase) -> None:
-    kept = await make_keeper(world.store, 3.0)
-    run = await world.claimed()
+async def test_leases_are_renewed_while_work_blocks_the_event_loop(run_database: RunDatabase) -> None:
+    kept = await make_keeper(run_database.store, 3.0)
+    run = await run_database.claimed()
     lease = kept.hold(run)
     for _ in range(2):
         renewed = lease.until
@@ -367,27 +373,27 @@ async def test_leases_are_renewed_while_work_blocks_the_event_loop(world: RunDat
             time.sleep(0.01)  # noqa: ASYNC251 - as a node that computes for long does
         assert lease.until > renewed
     assert lease.is_held()
-    row = await world.row(run.execution_id)
+    row = await run_database.row(run.execution_id)
     assert row["lease_until"] > time.time_ns() // 1000
     kept.keeper.release(lease)
     kept.keeper.stop()
 
 
-async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(world: RunDatabase) -> None:
-    kept = await make_keeper(world.store, 100.0)
-    run = await world.claimed()
+async def test_a_lease_ends_for_its_holder_before_it_ends_in_the_database(run_database: RunDatabase) -> None:
+    kept = await make_keeper(run_database.store, 100.0)
+    run = await run_database.claimed()
     since = time.monotonic() - 86
     assert not kept.keeper.hold(key_of(run), run.token, since).is_held()
     assert kept.keeper.hold(key_of(run), run.token, since + 2).is_held()
     kept.keeper.stop()
 
 
-async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(world: RunDatabase) -> None:
-    kept = await make_keeper(world.store, 1.5)
-    place = await world.workflow()
-    lost, asked = [kept.hold(await world.claimed(place)) for _ in range(2)]
-    await world.query("UPDATE execution SET token = 9 WHERE id = :id", id=lost.key.execution_id)
-    await world.store.request_end(asked.key, "stop")
+async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(run_database: RunDatabase) -> None:
+    kept = await make_keeper(run_database.store, 1.5)
+    place = await run_database.workflow()
+    lost, asked = [kept.hold(await run_database.claimed(place)) for _ in range(2)]
+    await run_database.query("UPDATE execution SET token = 9 WHERE id = :id", id=lost.key.execution_id)
+    await run_database.store.request_end(asked.key, "stop")
     async with asyncio.timeout(PATIENCE_SECONDS):
         while not (kept.lost and kept.requests):  # noqa: ASYNC110 - it tells from another thread
             await asyncio.sleep(0.01)
@@ -398,7 +404,7 @@ async def test_a_lease_that_was_lost_and_what_was_asked_of_a_run_are_told(world:
 
 
 @pytest.mark.parametrize("error", [DatabaseUnavailable(), ValueError("a surprise")])
-async def test_a_renewal_that_fails_is_tried_again(world: RunDatabase, error: Exception) -> None:
+async def test_a_renewal_that_fails_is_tried_again(run_database: RunDatabase, error: Exception) -> None:
     failures = 0
 
     class FailsAtFirst:
@@ -416,7 +422,7 @@ async def test_a_renewal_that_fails_is_tried_again(world: RunDatabase, error: Ex
 
     with capture_logs():
         kept = await make_keeper(FailsAtFirst(), 0.15)  # type: ignore[arg-type]
-        lease = kept.hold(await world.claimed())
+        lease = kept.hold(await run_database.claimed())
         first_end = lease.until
         async with asyncio.timeout(PATIENCE_SECONDS):
             while lease.until == first_end:  # noqa: ASYNC110 - it is renewed from another thread
@@ -425,8 +431,10 @@ async def test_a_renewal_that_fails_is_tried_again(world: RunDatabase, error: Ex
     assert failures >= 3
 
 
-async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_round(world: RunDatabase) -> None:
-    kept_back, rounds = await world.claimed(), list[float]()
+async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_round(
+    run_database: RunDatabase,
+) -> None:
+    kept_back, rounds = await run_database.claimed(), list[float]()
     longest = 0.3 / RENEWALS_PER_LEASE * 1.5
 
     class LocksOne:
@@ -447,7 +455,7 @@ async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_roun
 
     with capture_logs():
         kept = await make_keeper(LocksOne(), 0.3)  # type: ignore[arg-type]
-        for one in (kept_back, await world.claimed()):
+        for one in (kept_back, await run_database.claimed()):
             kept.hold(one)
         async with asyncio.timeout(PATIENCE_SECONDS):
             # Until one is as short as it should be, since a busy machine makes any of them longer.

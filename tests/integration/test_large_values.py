@@ -61,20 +61,20 @@ def _no_tracebacks() -> Iterator[None]:
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 @pytest.fixture
-async def place(world: RunDatabase) -> OwnedWorkflow:
-    return await world.workflow()
+async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
+    return await run_database.workflow()
 
 
 class CountingFolder(FolderBlobStorage):
@@ -95,10 +95,10 @@ class CountingFolder(FolderBlobStorage):
 
 
 @pytest.fixture
-async def folder(tmp_path: Path) -> AsyncIterator[CountingFolder]:
-    folder = CountingFolder(tmp_path / "blobs")
-    yield folder
-    await folder.close()
+async def counting_folder(tmp_path: Path) -> AsyncIterator[CountingFolder]:
+    counting_folder = CountingFolder(tmp_path / "blobs")
+    yield counting_folder
+    await counting_folder.close()
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
@@ -128,9 +128,11 @@ class RunStage:
 class LargeValueWorkers:
     """Starts workers over one folder."""
 
-    def __init__(self, world: RunDatabase, folder: CountingFolder, stack: AsyncExitStack) -> None:
-        self._world = world
-        self._folder = folder
+    def __init__(
+        self, run_database: RunDatabase, counting_folder: CountingFolder, stack: AsyncExitStack
+    ) -> None:
+        self._world = run_database
+        self._folder = counting_folder
         self._stack = stack
         self.stage = RunStage()
 
@@ -149,14 +151,18 @@ class LargeValueWorkers:
 
 
 @pytest.fixture
-async def workers(world: RunDatabase, folder: CountingFolder) -> AsyncIterator[LargeValueWorkers]:
+async def workers(
+    run_database: RunDatabase, counting_folder: CountingFolder
+) -> AsyncIterator[LargeValueWorkers]:
     async with AsyncExitStack() as stack:
-        workers = LargeValueWorkers(world, folder, stack)
+        workers = LargeValueWorkers(run_database, counting_folder, stack)
         yield workers
         workers.stage.go_on.set()
 
 
-async def accept(world: RunDatabase, place: OwnedWorkflow, *types: str, text: str = "") -> ExecutionKey:
+async def accept(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, *types: str, text: str = ""
+) -> ExecutionKey:
     """Accept a run of a chain whose trigger gives out `text`."""
     nodes = [
         {"id": "start", "type": "manual"},
@@ -167,40 +173,43 @@ async def accept(world: RunDatabase, place: OwnedWorkflow, *types: str, text: st
         for number in range(len(types))
     ]
     definition = json.dumps({"nodes": nodes, "connections": edges, "settings": {}})
-    return await world.accept(
-        place, definition=definition, trigger=json.dumps({"text": text}), total_nodes=len(nodes)
+    return await run_database.accept(
+        owned_workflow, definition=definition, trigger=json.dumps({"text": text}), total_nodes=len(nodes)
     )
 
 
-async def has_ended(world: RunDatabase, key: ExecutionKey) -> bool:
-    return (await world.row(key.execution_id))["ended_at"] is not None
+async def has_ended(run_database: RunDatabase, key: ExecutionKey) -> bool:
+    return (await run_database.row(key.execution_id))["ended_at"] is not None
 
 
-async def read_span_rows(world: RunDatabase, key: ExecutionKey) -> dict[str, dict[str, Any]]:
-    rows = await world.query("SELECT * FROM span WHERE execution_id = :id", id=key.execution_id)
+async def read_span_rows(run_database: RunDatabase, key: ExecutionKey) -> dict[str, dict[str, Any]]:
+    rows = await run_database.query("SELECT * FROM span WHERE execution_id = :id", id=key.execution_id)
     return {row["node_id"]: row for row in rows}
 
 
 async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_restart(
-    world: RunDatabase, place: OwnedWorkflow, workers: LargeValueWorkers, folder: CountingFolder
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
+    workers: LargeValueWorkers,
+    counting_folder: CountingFolder,
 ) -> None:
     text = "ü" * MEGABYTE
-    key = await accept(world, place, "effect", "length", text=text)
+    key = await accept(run_database, owned_workflow, "effect", "length", text=text)
     first = await workers.start()
     await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
-    await world.query("UPDATE execution SET lease_until = 1")
-    await world.store.sweep(10)  # as if the first worker had died: its write is nobody's any more
+    await run_database.query("UPDATE execution SET lease_until = 1")
+    await run_database.store.sweep(10)  # as if the first worker had died: its write is nobody's any more
     workers.stage.begun.clear()
     await workers.start()
     first.wake()
     await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
     workers.stage.go_on.set()
-    await wait_until(lambda: has_ended(world, key))
+    await wait_until(lambda: has_ended(run_database, key))
 
-    assert (await world.row(key.execution_id))["status"] == "completed"
+    assert (await run_database.row(key.execution_id))["status"] == "completed"
     assert len(workers.stage.keys) == 2
     assert len(set(workers.stage.keys)) == 1
-    found = await read_span_rows(world, key)
+    found = await read_span_rows(run_database, key)
     assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
     content = json.dumps({"text": text}, ensure_ascii=False, separators=(",", ":")).encode()
     reference = BlobReference.from_text(found["start"]["output_blob"].encode())
@@ -208,39 +217,41 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
     for name in ("start", "effect"):
         assert found[name]["output"] is None
         assert BlobReference.from_text(found[name]["output_blob"].encode()) == reference
-    (progress,) = await world.store.progress([key])
+    (progress,) = await run_database.store.progress([key])
     shown = {node_id: json.loads(output) for node_id, output in progress.outputs}
     assert shown["start"] == reference.as_json()
     assert set(progress.references) == {"start", "effect"}
-    attempts = await world.query("SELECT node_id, attempt, status, error FROM attempt_span ORDER BY attempt")
+    attempts = await run_database.query(
+        "SELECT node_id, attempt, status, error FROM attempt_span ORDER BY attempt"
+    )
     assert [(row["node_id"], row["attempt"], row["status"]) for row in attempts] == [
         ("effect", 1, "failed"),
         ("effect", 2, "completed"),
     ]
     assert json.loads(attempts[0]["error"])["code"] == "lost-attempt"
-    owner = BlobOwner(place.organization.id, key.execution_id)
-    assert await BlobStore(folder).get(owner, reference.sha256) == content
+    owner = BlobOwner(owned_workflow.organization.id, key.execution_id)
+    assert await BlobStore(counting_folder).get(owner, reference.sha256) == content
 
 
 @pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b'{"type":"","name":""}\n{}')])
 async def test_a_run_whose_output_is_lost_ends_and_says_so(
-    world: RunDatabase,
-    place: OwnedWorkflow,
+    run_database: RunDatabase,
+    owned_workflow: OwnedWorkflow,
     workers: LargeValueWorkers,
     tmp_path: Path,
     harm: Callable[[Path], object],
 ) -> None:
-    key = await accept(world, place, "effect", "length", text="x" * MEGABYTE)
+    key = await accept(run_database, owned_workflow, "effect", "length", text="x" * MEGABYTE)
     await workers.start()
     await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
     (kept,) = (path for path in (tmp_path / "blobs").rglob("*") if path.is_file())
     harm(kept)
-    await world.query("UPDATE execution SET lease_until = 1")
-    await world.store.sweep(10)
+    await run_database.query("UPDATE execution SET lease_until = 1")
+    await run_database.store.sweep(10)
     await workers.start()
-    await wait_until(lambda: has_ended(world, key))
-    row = await world.row(key.execution_id)
+    await wait_until(lambda: has_ended(run_database, key))
+    row = await run_database.row(key.execution_id)
     assert row["status"] == "failed"
     error = json.loads(row["error"])
     assert (error["code"], error["nodeId"]) == ("value-lost", "start")
@@ -249,35 +260,41 @@ async def test_a_run_whose_output_is_lost_ends_and_says_so(
 
 @pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
 async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_and_a_run_that_ends_right(
-    world: RunDatabase,
-    where: MigratedDatabase,
-    place: OwnedWorkflow,
+    run_database: RunDatabase,
+    migrated_database: MigratedDatabase,
+    owned_workflow: OwnedWorkflow,
     workers: LargeValueWorkers,
-    folder: CountingFolder,
+    counting_folder: CountingFolder,
     tmp_path: Path,
 ) -> None:
-    key = await accept(world, place, "unlike", "length")
-    program = [sys.executable, "-m", "tests.integration.dies_before_commit", where.url, str(tmp_path)]
+    key = await accept(run_database, owned_workflow, "unlike", "length")
+    program = [
+        sys.executable,
+        "-m",
+        "tests.integration.dies_before_commit",
+        migrated_database.url,
+        str(tmp_path),
+    ]
     process = await asyncio.create_subprocess_exec(*program, cwd=ROOT)
     assert await asyncio.wait_for(process.wait(), PATIENCE_SECONDS) == -signal.SIGKILL
-    await world.query("UPDATE execution SET lease_until = 1")
-    await world.store.sweep(10)
+    await run_database.query("UPDATE execution SET lease_until = 1")
+    await run_database.store.sweep(10)
     await workers.start()
-    await wait_until(lambda: has_ended(world, key))
+    await wait_until(lambda: has_ended(run_database, key))
 
-    found = await read_span_rows(world, key)
+    found = await read_span_rows(run_database, key)
     assert json.loads(found["length"]["output"]) == {"length": MEGABYTE}
     reference = BlobReference.from_text(found["unlike"]["output_blob"].encode())
     kept = {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file()}
     assert reference.sha256 in kept
     assert len(kept) == 2, "one of them is named by no row"
 
-    database = Database(parse_url(where.url))
-    os.utime(tmp_path / "blobs" / place.organization.id / key.execution_id, (1, 1))
-    await orphan_blobs.delete_orphans(BlobStore(folder), database)
+    database = Database(parse_url(migrated_database.url))
+    os.utime(tmp_path / "blobs" / owned_workflow.organization.id / key.execution_id, (1, 1))
+    await orphan_blobs.delete_orphans(BlobStore(counting_folder), database)
     assert {path.name for path in (tmp_path / "blobs").rglob("*") if path.is_file()} == kept
-    await world.query("DELETE FROM execution")
-    await orphan_blobs.delete_orphans(BlobStore(folder), database)
+    await run_database.query("DELETE FROM execution")
+    await orphan_blobs.delete_orphans(BlobStore(counting_folder), database)
     await database.close()
     assert not [path for path in (tmp_path / "blobs").rglob("*") if path.is_file()]
 
@@ -296,15 +313,15 @@ class LargeValueJournal:
 
 
 @pytest.fixture
-async def book(
-    world: RunDatabase, folder: CountingFolder, monkeypatch: pytest.MonkeyPatch
+async def large_value_journal(
+    run_database: RunDatabase, counting_folder: CountingFolder, monkeypatch: pytest.MonkeyPatch
 ) -> LargeValueJournal:
     monkeypatch.setattr(recorder, "RETRY_SECONDS", 0.01)
-    run = await world.claimed()
+    run = await run_database.claimed()
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     control = RunControl()
-    large = LargeValues(BlobStore(folder), BlobOwner(run.organization_id, run.key_id), 1_024)
-    writer = RunRecorder(world.store, lambda _: None)
+    large = LargeValues(BlobStore(counting_folder), BlobOwner(run.organization_id, run.key_id), 1_024)
+    writer = RunRecorder(run_database.store, lambda _: None)
     return LargeValueJournal(run, lease, RunJournal(writer, lease, large=large, control=control), control)
 
 
@@ -312,9 +329,11 @@ def make_span(node_id: str, status: SpanStatus = SpanStatus.COMPLETED, **fields:
     return NodeSpan(node_id, node_id, "set", status, int(fields.pop("sequence", 1)), None, **fields)
 
 
-async def read_spans(world: RunDatabase, book: LargeValueJournal) -> dict[str, NodeSpan]:
-    found = await world.store.spans([key_of(book.run)])
-    return {one.node_id: one for one in found[book.run.execution_id]}
+async def read_spans(
+    run_database: RunDatabase, large_value_journal: LargeValueJournal
+) -> dict[str, NodeSpan]:
+    found = await run_database.store.spans([key_of(large_value_journal.run)])
+    return {one.node_id: one for one in found[large_value_journal.run.execution_id]}
 
 
 ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
@@ -322,73 +341,78 @@ ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
 
 @ON_SQLITE
 async def test_what_fits_into_a_row_stays_there(
-    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal
+    run_database: RunDatabase, counting_folder: CountingFolder, large_value_journal: LargeValueJournal
 ) -> None:
-    book.journal.record(make_span("a", output=b"1" * 1_024, input=b"2" * 1_024))
-    await book.journal.commit()
-    assert folder.puts == 0
-    assert (await read_spans(world, book))["a"].output == b"1" * 1_024
+    large_value_journal.journal.record(make_span("a", output=b"1" * 1_024, input=b"2" * 1_024))
+    await large_value_journal.journal.commit()
+    assert counting_folder.puts == 0
+    assert (await read_spans(run_database, large_value_journal))["a"].output == b"1" * 1_024
 
 
 @ON_SQLITE
 async def test_a_content_that_several_nodes_share_is_put_once_and_one_that_was_replaced_not_at_all(
-    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal
+    run_database: RunDatabase, counting_folder: CountingFolder, large_value_journal: LargeValueJournal
 ) -> None:
     large = b"1" * 5_000
-    book.journal.record(make_span("a", SpanStatus.RUNNING, input=b"2" * 5_000))
-    book.journal.record(make_span("a", output=large))
-    book.journal.record(make_span("b", output=large, input=large, sequence=2))
-    await book.journal.commit()
-    assert folder.puts == 1
-    found = await read_spans(world, book)
+    large_value_journal.journal.record(make_span("a", SpanStatus.RUNNING, input=b"2" * 5_000))
+    large_value_journal.journal.record(make_span("a", output=large))
+    large_value_journal.journal.record(make_span("b", output=large, input=large, sequence=2))
+    await large_value_journal.journal.commit()
+    assert counting_folder.puts == 1
+    found = await read_spans(run_database, large_value_journal)
     assert found["a"].output_blob == found["b"].output_blob == found["b"].input_blob
     assert (found["b"].output, found["b"].input) == (None, None)
 
 
 @ON_SQLITE
 async def test_inputs_come_back_only_for_nodes_that_will_run_again(
-    world: RunDatabase, book: LargeValueJournal
+    run_database: RunDatabase, large_value_journal: LargeValueJournal
 ) -> None:
     large, other = b"1" * 5_000, b"2" * 5_000
-    book.journal.record(make_span("a", SpanStatus.RUNNING, input=large))
-    book.journal.record(make_span("b", input=large, output=other, sequence=2))
-    await book.journal.commit()
-    found = await read_spans(world, book)
-    restored = await book.journal.restore(list(found.values()))
+    large_value_journal.journal.record(make_span("a", SpanStatus.RUNNING, input=large))
+    large_value_journal.journal.record(make_span("b", input=large, output=other, sequence=2))
+    await large_value_journal.journal.commit()
+    found = await read_spans(run_database, large_value_journal)
+    restored = await large_value_journal.journal.restore(list(found.values()))
     assert [(one.input, one.output) for one in restored] == [(large, None), (None, other)]
 
 
 @ON_SQLITE
 async def test_a_storage_that_comes_back_is_waited_for_and_nothing_is_lost(
-    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal
+    run_database: RunDatabase, counting_folder: CountingFolder, large_value_journal: LargeValueJournal
 ) -> None:
-    folder.is_away = True
-    book.journal.record(make_span("a", output=b"1" * 5_000))
-    ending = asyncio.create_task(book.journal.end(RunOutcome(RunStatus.COMPLETED)))
-    await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
+    counting_folder.is_away = True
+    large_value_journal.journal.record(make_span("a", output=b"1" * 5_000))
+    ending = asyncio.create_task(large_value_journal.journal.end(RunOutcome(RunStatus.COMPLETED)))
+    await asyncio.wait_for(counting_folder.refused.wait(), PATIENCE_SECONDS)
     assert not ending.done()
-    assert await world.count("span") == 0
-    folder.is_away = False
+    assert await run_database.count("span") == 0
+    counting_folder.is_away = False
     await ending
-    assert (await world.row(book.run.execution_id))["status"] == "completed"
-    (restored,) = await book.journal.restore(list((await read_spans(world, book)).values()))
+    assert (await run_database.row(large_value_journal.run.execution_id))["status"] == "completed"
+    (restored,) = await large_value_journal.journal.restore(
+        list((await read_spans(run_database, large_value_journal)).values())
+    )
     assert restored.output == b"1" * 5_000
 
 
 @ON_SQLITE
 @pytest.mark.parametrize("reason", ["lease", *(ControlRequest(number) for number in (3, 4, 5))])
 async def test_a_storage_that_stays_away_holds_no_run_whose_lease_is_over_or_that_was_broken_off(
-    world: RunDatabase, folder: CountingFolder, book: LargeValueJournal, reason: str | ControlRequest
+    run_database: RunDatabase,
+    counting_folder: CountingFolder,
+    large_value_journal: LargeValueJournal,
+    reason: str | ControlRequest,
 ) -> None:
-    folder.is_away = True
-    book.journal.record(make_span("a", output=b"1" * 5_000))
-    commit = asyncio.create_task(book.journal.commit())
-    await asyncio.wait_for(folder.refused.wait(), PATIENCE_SECONDS)
+    counting_folder.is_away = True
+    large_value_journal.journal.record(make_span("a", output=b"1" * 5_000))
+    commit = asyncio.create_task(large_value_journal.journal.commit())
+    await asyncio.wait_for(counting_folder.refused.wait(), PATIENCE_SECONDS)
     if isinstance(reason, ControlRequest):
-        book.control.ask(reason)
+        large_value_journal.control.ask(reason)
     else:
-        book.lease.until = time.monotonic()
+        large_value_journal.lease.until = time.monotonic()
     with pytest.raises(LeaseLost):
         await asyncio.wait_for(commit, PATIENCE_SECONDS)
-    assert await world.count("span") == 0
-    assert not book.journal.holds_lease()
+    assert await run_database.count("span") == 0
+    assert not large_value_journal.journal.holds_lease()

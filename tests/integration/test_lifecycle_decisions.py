@@ -39,43 +39,43 @@ async def workflow_id(people: OrganizationUsers) -> str:
     return await people.owner.create(**GRAPH)
 
 
-async def read_activity(world: GatewayHarness, workflow_id: str) -> DeploymentActivity:
-    async with world.gateway.database.read() as connection:
+async def read_activity(harness: GatewayHarness, workflow_id: str) -> DeploymentActivity:
+    async with harness.gateway.database.read() as connection:
         found = await activity.read_activity(connection, workflow_id)
     assert found is not None
     return found
 
 
-async def decide_now(world: GatewayHarness, workflow_id: str) -> DecidedDeployment:
-    found = await decisions.decide_and_apply(world.gateway.database, workflow_id, decide_by_policy)
+async def decide_now(harness: GatewayHarness, workflow_id: str) -> DecidedDeployment:
+    found = await decisions.decide_and_apply(harness.gateway.database, workflow_id, decide_by_policy)
     assert found is not None
     return found
 
 
-async def read_decisions(world: GatewayHarness, workflow_id: str) -> Sequence[LifecycleDecision]:
+async def read_decisions(harness: GatewayHarness, workflow_id: str) -> Sequence[LifecycleDecision]:
     statement = select(LifecycleDecision).where(col(LifecycleDecision.workflow_id) == workflow_id)
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         rows = await connection.execute(statement.order_by(col(LifecycleDecision.at)))
         return [LifecycleDecision(**row) for row in rows.mappings()]
 
 
-async def count(world: GatewayHarness, workflow_id: str) -> bool:
+async def count(harness: GatewayHarness, workflow_id: str) -> bool:
     """Take down that something has come, by another connection."""
-    return await world.gateway.database.transaction(
+    return await harness.gateway.database.transaction(
         lambda connection: activity.record_activity(connection, workflow_id)
     )
 
 
 async def test_an_idle_deployment_is_stopped_once_and_the_decision_is_kept_with_its_inputs(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    before = await deploy_with_pod(world, people.owner, workflow_id, replicas=3, last_replicas=3)
-    both = await asyncio.gather(*(decide_now(world, workflow_id) for _ in range(2)))
+    before = await deploy_with_pod(harness, people.owner, workflow_id, replicas=3, last_replicas=3)
+    both = await asyncio.gather(*(decide_now(harness, workflow_id) for _ in range(2)))
     assert sorted(one.decision.action for one in both) == [NONE, STOP]
-    after = (await read_activity(world, workflow_id)).deployment
+    after = (await read_activity(harness, workflow_id)).deployment
     assert (after.replicas, after.last_replicas, after.generation) == (0, 3, before.generation + 1)
     assert after.stopped_reason == StoppedReason.IDLE
-    (decision,) = await read_decisions(world, workflow_id)
+    (decision,) = await read_decisions(harness, workflow_id)
     assert (decision.action, decision.reason, decision.replicas) == (STOP, LifecycleReason.IDLE, 0)
     assert decision.inputs["lifecyclePolicy"] == {"type": "idle-shutdown", "idleTimeoutMinutes": 30}
     assert (decision.inputs["hasDue"], decision.inputs["hasRunning"]) == (False, False)
@@ -91,11 +91,11 @@ async def test_an_idle_deployment_is_stopped_once_and_the_decision_is_kept_with_
     ],
 )
 async def test_a_deployment_with_runs_is_not_idle(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, columns: dict[str, Any]
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, columns: dict[str, Any]
 ) -> None:
-    await deploy_with_pod(world, people.owner, workflow_id)
-    await run(world, people.owner, workflow_id, **relative_columns(columns))
-    assert (await decide_now(world, workflow_id)).decision.action is NONE
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    await run(harness, people.owner, workflow_id, **relative_columns(columns))
+    assert (await decide_now(harness, workflow_id)).decision.action is NONE
 
 
 @pytest.mark.parametrize(
@@ -109,11 +109,11 @@ async def test_a_deployment_with_runs_is_not_idle(
     ],
 )
 async def test_runs_that_need_no_pod_now_keep_none_up(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str, columns: dict[str, Any]
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str, columns: dict[str, Any]
 ) -> None:
-    await deploy_with_pod(world, people.owner, workflow_id)
-    await run(world, people.owner, workflow_id, **relative_columns(columns))
-    assert (await decide_now(world, workflow_id)).decision.action is STOP
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    await run(harness, people.owner, workflow_id, **relative_columns(columns))
+    assert (await decide_now(harness, workflow_id)).decision.action is STOP
 
 
 def relative_columns(columns: dict[str, Any]) -> dict[str, Any]:
@@ -122,98 +122,101 @@ def relative_columns(columns: dict[str, Any]) -> dict[str, Any]:
 
 
 async def test_a_due_run_wakes_a_sleeping_deployment_with_as_many_pods_as_before(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
     stopped: dict[str, Any] = {"stopped_reason": StoppedReason.IDLE, "stopped_at": datetime.now(UTC)}
-    await deploy_with_pod(world, people.owner, workflow_id, replicas=0, last_replicas=4, **stopped)
-    assert (await decide_now(world, workflow_id)).decision.action is NONE
-    await run(world, people.owner, workflow_id)
-    woken = await decide_now(world, workflow_id)
+    await deploy_with_pod(harness, people.owner, workflow_id, replicas=0, last_replicas=4, **stopped)
+    assert (await decide_now(harness, workflow_id)).decision.action is NONE
+    await run(harness, people.owner, workflow_id)
+    woken = await decide_now(harness, workflow_id)
     assert woken.decision.action is WAKE
     assert (woken.deployment.replicas, woken.deployment.stopped_reason) == (4, None)
-    assert [one.action for one in await read_decisions(world, workflow_id)] == [WAKE]
+    assert [one.action for one in await read_decisions(harness, workflow_id)] == [WAKE]
 
 
 async def test_what_came_before_the_check_keeps_the_deployment(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    await deploy_with_pod(world, people.owner, workflow_id)
-    assert await count(world, workflow_id)
-    assert (await decide_now(world, workflow_id)).decision.action is NONE
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    assert await count(harness, workflow_id)
+    assert (await decide_now(harness, workflow_id)).decision.action is NONE
 
 
 async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    await deploy_with_pod(world, people.owner, workflow_id)
+    await deploy_with_pod(harness, people.owner, workflow_id)
     came: list[asyncio.Task[bool]] = []
 
     async def stop(connection: AsyncConnection) -> None:
         await activity.lock_deployment(connection, workflow_id)
         found = await activity.read_activity(connection, workflow_id)
         assert found is not None
-        came.append(asyncio.create_task(count(world, workflow_id)))
+        came.append(asyncio.create_task(count(harness, workflow_id)))
         # Whoever comes now has to wait: let them get that far.
-        async with world.gateway.database.read() as other:
+        async with harness.gateway.database.read() as other:
             await activity.read_activity(other, workflow_id)
         await decisions.apply_decision(connection, found, decide_by_policy(found))
 
-    await world.gateway.database.transaction(stop)
+    await harness.gateway.database.transaction(stop)
     assert await asyncio.gather(*came) == [True]
-    after = await read_activity(world, workflow_id)
+    after = await read_activity(harness, workflow_id)
     assert not after.situation.is_up
     assert lifecycle_policy.start_refusal(after.policy, after.situation, after.now) is None
 
 
 async def test_a_locked_deployment_holds_up_no_other(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, second = sorted([await people.owner.create(**GRAPH) for _ in range(2)])
     for workflow_id in (first, second):
-        await deploy_with_pod(world, people.owner, workflow_id)
+        await deploy_with_pod(harness, people.owner, workflow_id)
     lock = "SELECT FROM deployment WHERE workflow_id = $1 FOR UPDATE"
-    url = world.gateway.database.url
+    url = harness.gateway.database.url
     async with open_impatient_database(url, monkeypatch) as database, hold_transaction_open(url, lock, first):
         # What comes for it is not counted then, and finds it all the same.
         assert (await require_prompt(wakes.record_activities(database, [first, second]))).keys() == {
             first,
             second,
         }
-        await world.gateway.database.transaction(
+        await harness.gateway.database.transaction(
             lambda connection: connection.execute(
                 update(Deployment)
                 .where(col(Deployment.workflow_id) == second)
                 .values(last_activity_at=datetime.now(UTC) - HOUR)
             )
         )
-        await require_prompt(keep_policies(database, world.gateway.broker))
-        assert [(await read_activity(world, one)).situation.is_up for one in (first, second)] == [True, False]
-        await run(world, people.owner, second)
+        await require_prompt(keep_policies(database, harness.gateway.broker))
+        assert [(await read_activity(harness, one)).situation.is_up for one in (first, second)] == [
+            True,
+            False,
+        ]
+        await run(harness, people.owner, second)
         await require_prompt(wakes.wake_for_waiting_runs(database))
-        assert (await read_activity(world, second)).situation.is_up
-    await keep_policies(world.gateway.database, world.gateway.broker)
-    assert not (await read_activity(world, first)).situation.is_up
+        assert (await read_activity(harness, second)).situation.is_up
+    await keep_policies(harness.gateway.database, harness.gateway.broker)
+    assert not (await read_activity(harness, first)).situation.is_up
 
 
 async def test_a_decision_about_what_has_changed_meanwhile_is_not_carried_out(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    await deploy_with_pod(world, people.owner, workflow_id)
-    before = await read_activity(world, workflow_id)
-    await decide_now(world, workflow_id)
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    before = await read_activity(harness, workflow_id)
+    await decide_now(harness, workflow_id)
     with pytest.raises(DeploymentChanged):
-        await world.gateway.database.transaction(
+        await harness.gateway.database.transaction(
             lambda connection: decisions.apply_decision(connection, before, decide_by_policy(before))
         )
-    assert len(await read_decisions(world, workflow_id)) == 1
+    assert len(await read_decisions(harness, workflow_id)) == 1
 
 
 async def test_a_stop_by_hand_lets_runs_end_first_and_says_who_it_was(
-    world: GatewayHarness, people: OrganizationUsers, workflow_id: str
+    harness: GatewayHarness, people: OrganizationUsers, workflow_id: str
 ) -> None:
-    await deploy_with_pod(world, people.owner, workflow_id)
-    execution_id = await run(world, people.owner, workflow_id, status=ExecutionStatus.RUNNING)
-    database, user_id = world.gateway.database, people.owner.user.id
+    await deploy_with_pod(harness, people.owner, workflow_id)
+    execution_id = await run(harness, people.owner, workflow_id, status=ExecutionStatus.RUNNING)
+    database, user_id = harness.gateway.database, people.owner.user.id
     await decisions.decide_and_apply(
         database,
         workflow_id,
@@ -222,35 +225,35 @@ async def test_a_stop_by_hand_lets_runs_end_first_and_says_who_it_was(
         ),
         user_id=user_id,
     )
-    drains = (await read_activity(world, workflow_id)).deployment
+    drains = (await read_activity(harness, workflow_id)).deployment
     assert drains.drain_until is not None
     assert drains.replicas == 1
-    assert (await decide_now(world, workflow_id)).decision.action is NONE
+    assert (await decide_now(harness, workflow_id)).decision.action is NONE
     end = update(Execution).where(col(Execution.id) == execution_id)
     ended = end.values(status=ExecutionStatus.COMPLETED, ended_at=datetime.now(UTC))
     await database.transaction(lambda connection: connection.execute(ended))
-    stopped = (await decide_now(world, workflow_id)).deployment
+    stopped = (await decide_now(harness, workflow_id)).deployment
     assert (stopped.replicas, stopped.drain_until, stopped.stopped_at) == (0, None, drains.stopped_at)
     assert stopped.stopped_reason == StoppedReason.MANUAL
-    assert [(one.action, one.user_id) for one in await read_decisions(world, workflow_id)] == [
+    assert [(one.action, one.user_id) for one in await read_decisions(harness, workflow_id)] == [
         (LifecycleAction.DRAIN, user_id),
         (STOP, None),
     ]
 
 
 async def test_deployments_are_looked_at_in_batches(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activity, "BATCH_DEPLOYMENTS", 2)
     made = [await people.owner.create(**GRAPH) for _ in range(3)]
     for workflow_id in made:
-        await deploy_with_pod(world, people.owner, workflow_id)
+        await deploy_with_pod(harness, people.owner, workflow_id)
     gone = await people.owner.create(**GRAPH)
-    await deploy_with_pod(world, people.owner, gone, is_deployed=False)
+    await deploy_with_pod(harness, people.owner, gone, is_deployed=False)
     found: list[str] = []
     after = min(made)[:-1]
     while True:
-        async with world.gateway.database.read() as connection:
+        async with harness.gateway.database.read() as connection:
             batch = await activity.read_all_activities(connection, after)
         found += [one.deployment.workflow_id for one in batch]
         if len(batch) < activity.BATCH_DEPLOYMENTS:
@@ -259,8 +262,8 @@ async def test_deployments_are_looked_at_in_batches(
     assert found == sorted(made)
 
 
-async def test_the_check_reads_no_table_of_runs_from_end_to_end(world: GatewayHarness) -> None:
+async def test_the_check_reads_no_table_of_runs_from_end_to_end(harness: GatewayHarness) -> None:
     wanted = activity.activity_statement().where(col(Deployment.workflow_id) == "wf_1")
-    plan = await explain_statement(world.gateway.database, wanted)
+    plan = await explain_statement(harness.gateway.database, wanted)
     for index in ("pending", "waiting", "running", "deployed"):
         assert f"ix_execution_{index}" in plan

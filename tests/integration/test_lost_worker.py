@@ -40,8 +40,8 @@ KILLED = 137
 class LostWorkerHarness:
     """Workers on one database, and a server that their runs wait for."""
 
-    world: RunDatabase
-    place: OwnedWorkflow
+    run_database: RunDatabase
+    owned_workflow: OwnedWorkflow
     receiver: HttpReceiver
     stack: ExitStack
     given: dict[str, str]
@@ -66,7 +66,7 @@ class LostWorkerHarness:
             "settings": {},
         }
         before = len(self.receiver.received)
-        key = await self.world.accept(self.place, definition=json.dumps(definition))
+        key = await self.run_database.accept(self.owned_workflow, definition=json.dumps(definition))
         await self.happens(lambda: len(self.receiver.received) > before)
         return key.execution_id
 
@@ -76,16 +76,16 @@ class LostWorkerHarness:
                 await asyncio.sleep(0.02)
 
     async def row(self, execution_id: str) -> dict[str, Any]:
-        return await self.world.row(execution_id)
+        return await self.run_database.row(execution_id)
 
 
 @asynccontextmanager
 async def run_workers(
-    where: MigratedDatabase, redis: services.RedisServer, folder: Path
+    migrated_database: MigratedDatabase, redis: services.RedisServer, folder: Path
 ) -> AsyncIterator[LostWorkerHarness]:
     given = command_environment(
         folder,
-        DATABASE_URL=where.url,
+        DATABASE_URL=migrated_database.url,
         REDIS_URL=redis.url,
         SECRET_KEY="a secret for tests, and long enough to be one",
         OUTBOUND_ALLOWED_NETWORKS="127.0.0.1/32",
@@ -94,10 +94,12 @@ async def run_workers(
         CONCURRENCY="1",
         WORKER_NAME="of-this-test",
     )
-    async with open_run_database(where) as world, run_receiver() as receiver:
+    async with open_run_database(migrated_database) as run_database, run_receiver() as receiver:
         with ExitStack() as stack:
             receiver.may_answer.clear()
-            yield LostWorkerHarness(world, await world.workflow(), receiver, stack, given, folder)
+            yield LostWorkerHarness(
+                run_database, await run_database.workflow(), receiver, stack, given, folder
+            )
 
 
 def child_process(worker: RunningCommand) -> psutil.Process:
@@ -111,8 +113,8 @@ async def test_the_parent_of_a_killed_worker_releases_its_leases_and_no_others(
     async with run_workers(on_postgres, redis_server, tmp_path) as here:
         worker = here.worker(1)
         run = await here.held_run()
-        await here.world.accept(here.place)
-        (others,) = await here.world.claim(owner="worker:of-this-test/another-process")
+        await here.run_database.accept(here.owned_workflow)
+        (others,) = await here.run_database.claim(owner="worker:of-this-test/another-process")
         before = await here.row(run)
 
         child_process(worker).kill()
@@ -166,18 +168,20 @@ async def test_a_worker_takes_back_what_a_dead_one_of_its_name_held_and_leaves_t
 async def test_a_worker_that_ran_out_of_memory_is_named_in_the_logs_of_what_was_at_work(
     on_postgres: MigratedDatabase, redis_server: services.RedisServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with open_run_database(on_postgres) as world:
-        key = await world.begun()
-        await world.accept(await world.workflow())
-        writing, _ = await world.claim()
+    async with open_run_database(on_postgres) as run_database:
+        key = await run_database.begun()
+        await run_database.accept(await run_database.workflow())
+        writing, _ = await run_database.claim()
         span = NodeSpan("charge", "charge", "http-request", SpanStatus.RUNNING, 4, NOON)
-        await world.store.record([write(writing, spans=[span])])
+        await run_database.store.record([write(writing, spans=[span])])
         settings = WorkerSettings(database_url=on_postgres.url, redis_url=redis_server.url)
         await lost_worker_leases.release_leases(settings, "worker", -9, is_out_of_memory=True)
-        lines = await world.query("SELECT execution_id, sequence, level, message, node_id FROM log_line")
+        lines = await run_database.query(
+            "SELECT execution_id, sequence, level, message, node_id FROM log_line"
+        )
         by_id = {line.pop("execution_id"): tuple(line.values()) for line in lines}
         said = "The process ran out of memory while this execution was at work"
         assert by_id.pop(key.execution_id) == (5, "warning", f"{said} on charge", "charge")
         assert list(by_id.values()) == [(1, "warning", said, None)]
         assert f"{key.execution_id} charge" in capsys.readouterr().out
-        assert (await world.row(key.execution_id))["isolation_losses"] == 1
+        assert (await run_database.row(key.execution_id))["isolation_losses"] == 1

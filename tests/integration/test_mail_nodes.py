@@ -90,7 +90,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-async def post(
+async def mail_node_harness(
     tmp_path: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[MailNodeHarness]:
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
@@ -115,11 +115,11 @@ async def post(
     ],
 )
 async def test_every_example_comes_true(
-    post: MailNodeHarness, node_type: str, example: dict[str, Any]
+    mail_node_harness: MailNodeHarness, node_type: str, example: dict[str, Any]
 ) -> None:
-    await post.blobs.put(CALLER, b"city,celsius\nOslo,12.5\nRome,27\n", media_type="text/csv")
+    await mail_node_harness.blobs.put(CALLER, b"city,celsius\nOslo,12.5\nRome,27\n", media_type="text/csv")
     data = copy.deepcopy(example["input"])
-    output = (await post.call(node_type, example["config"], data)).output
+    output = (await mail_node_harness.call(node_type, example["config"], data)).output
     assert isinstance(output, dict)
     if node_type == "email-send":
         output["messageId"] = example["output"]["messageId"]  # which is the run's own
@@ -130,12 +130,12 @@ async def test_every_example_comes_true(
 # ── sending ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_mail_arrives_as_it_was_meant(post: MailNodeHarness) -> None:
-    picture = await post.blobs.put(CALLER, PNG, media_type="image/png", name="p.png")
-    report = await post.blobs.put(
+async def test_a_mail_arrives_as_it_was_meant(mail_node_harness: MailNodeHarness) -> None:
+    picture = await mail_node_harness.blobs.put(CALLER, PNG, media_type="image/png", name="p.png")
+    report = await mail_node_harness.blobs.put(
         CALLER, b"a;b\n", media_type="text/csv; charset=utf-8", name="bericht ü.csv"
     )
-    called = await post.send(
+    called = await mail_node_harness.send(
         to=["Ada Löv <ada@example.org>", '"Bob, Jr." <bob@bücher.example>'],
         cc="carl@example.org, ada@example.org",
         bcc="secret@example.org",
@@ -160,7 +160,7 @@ async def test_a_mail_arrives_as_it_was_meant(post: MailNodeHarness) -> None:
         "recipients": recipients,
         "count": 4,
     }
-    (received,) = post.server.received
+    (received,) = mail_node_harness.server.received
     assert (received.sender, received.recipients) == ("shop@example.com", recipients)
     assert (received.was_encrypted, received.was_logged_in) == (True, True)
     assert received.content.isascii()
@@ -198,31 +198,36 @@ async def test_a_mail_arrives_as_it_was_meant(post: MailNodeHarness) -> None:
     assert addresses.bare_addresses(str(told["Cc"])) == ["carl@example.org", "ada@example.org"]
 
 
-async def test_a_second_attempt_is_the_same_mail(post: MailNodeHarness) -> None:
+async def test_a_second_attempt_is_the_same_mail(mail_node_harness: MailNodeHarness) -> None:
     for _ in range(2):
-        await post.send(text="once")
-    first, second = (mail_parsing.parse_mail(each.content, lambda *_: None) for each in post.server.received)
+        await mail_node_harness.send(text="once")
+    first, second = (
+        mail_parsing.parse_mail(each.content, lambda *_: None) for each in mail_node_harness.server.received
+    )
     assert first.message_id == second.message_id
     assert composition.is_workflow_mail(first.message_id)
     assert not composition.is_workflow_mail("<x.pilotflame.1@example.com>")
 
 
-async def test_a_mail_is_sent_when_it_is_taken_however_long_the_goodbye_lasts(post: MailNodeHarness) -> None:
-    post.server.leaves_nobody = True
-    await asyncio.wait_for(post.send(text="once", timeoutSeconds=300), 60)
-    assert len(post.server.received) == 1
+async def test_a_mail_is_sent_when_it_is_taken_however_long_the_goodbye_lasts(
+    mail_node_harness: MailNodeHarness,
+) -> None:
+    mail_node_harness.server.leaves_nobody = True
+    await asyncio.wait_for(mail_node_harness.send(text="once", timeoutSeconds=300), 60)
+    assert len(mail_node_harness.server.received) == 1
 
 
 async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_begun(
-    post: MailNodeHarness,
+    mail_node_harness: MailNodeHarness,
 ) -> None:
     content = bytes(range(256)) * 40_000
-    blob = await post.blobs.put(CALLER, content, media_type="application/pdf", name="a.pdf")
-    assert (await post.refused(attachments=[blob, blob])).code == "mail-too-large"
-    await post.send(attachments=[blob])
+    blob = await mail_node_harness.blobs.put(CALLER, content, media_type="application/pdf", name="a.pdf")
+    assert (await mail_node_harness.refused(attachments=[blob, blob])).code == "mail-too-large"
+    await mail_node_harness.send(attachments=[blob])
     contents: list[bytes] = []
     mail_parsing.parse_mail(
-        post.server.received[0].content, lambda _, pieces: contents.append(mail_content.join_pieces(pieces))
+        mail_node_harness.server.received[0].content,
+        lambda _, pieces: contents.append(mail_content.join_pieces(pieces)),
     )
     assert contents == [content]
 
@@ -257,16 +262,16 @@ async def test_a_mail_of_ten_megabytes_arrives_whole_and_one_too_large_is_not_be
     ],
 )
 async def test_what_would_be_more_than_one_mail_is_refused(
-    post: MailNodeHarness, config: dict[str, Json], code: str
+    mail_node_harness: MailNodeHarness, config: dict[str, Json], code: str
 ) -> None:
-    error = await post.refused(**config)
+    error = await mail_node_harness.refused(**config)
     assert (error.code, error.retryable) == (code, False)
-    assert post.server.logins == []
+    assert mail_node_harness.server.logins == []
 
 
-async def test_a_text_is_attached_as_a_file_of_its_name(post: MailNodeHarness) -> None:
+async def test_a_text_is_attached_as_a_file_of_its_name(mail_node_harness: MailNodeHarness) -> None:
     report = "city;°C\nOslo;12,5\n.\n"
-    await post.send(
+    await mail_node_harness.send(
         attachments=[
             {"name": "Bericht ü.CSV", "text": report},
             {"name": "a.json", "text": '{"a": "ä"}'},
@@ -276,7 +281,8 @@ async def test_a_text_is_attached_as_a_file_of_its_name(post: MailNodeHarness) -
     )
     contents: list[bytes] = []
     mail = mail_parsing.parse_mail(
-        post.server.received[0].content, lambda _, pieces: contents.append(mail_content.join_pieces(pieces))
+        mail_node_harness.server.received[0].content,
+        lambda _, pieces: contents.append(mail_content.join_pieces(pieces)),
     )
     assert contents == [report.encode(), '{"a": "ä"}'.encode(), b"", b"plain"]
     labels = [each.label for each in mail.attachments]
@@ -288,9 +294,11 @@ async def test_a_text_is_attached_as_a_file_of_its_name(post: MailNodeHarness) -
     ]
 
 
-async def test_a_name_with_line_ends_of_a_file_adds_no_header(post: MailNodeHarness) -> None:
-    await post.send(attachments=[{"filename": "a\r\nBcc: eve@example.net\r\n\r\nx.txt", "base64": "aGk="}])
-    mail = mail_parsing.parse_mail(post.server.received[0].content, lambda *_: None)
+async def test_a_name_with_line_ends_of_a_file_adds_no_header(mail_node_harness: MailNodeHarness) -> None:
+    await mail_node_harness.send(
+        attachments=[{"filename": "a\r\nBcc: eve@example.net\r\n\r\nx.txt", "base64": "aGk="}]
+    )
+    mail = mail_parsing.parse_mail(mail_node_harness.server.received[0].content, lambda *_: None)
     assert "Bcc" not in mail.email_headers
     assert [each.label.filename for each in mail.attachments] == ["aBcc: eve@example.netx.txt"]
 
@@ -305,58 +313,58 @@ async def test_a_name_with_line_ends_of_a_file_adds_no_header(post: MailNodeHarn
     ],
 )
 async def test_a_refusal_says_whether_another_attempt_is_worth_it(
-    post: MailNodeHarness, refused: str, answer: str, code: str, *, retryable: bool
+    mail_node_harness: MailNodeHarness, refused: str, answer: str, code: str, *, retryable: bool
 ) -> None:
-    post.server.answers[refused] = answer
-    error = await post.refused(to="ada@example.org, bob@example.org")
+    mail_node_harness.server.answers[refused] = answer
+    error = await mail_node_harness.refused(to="ada@example.org, bob@example.org")
     assert (error.code, error.retryable) == (code, retryable)
     assert answer in error.message
 
 
 async def test_nobody_logs_in_before_the_server_has_shown_who_it_is(
-    post: MailNodeHarness, monkeypatch: pytest.MonkeyPatch
+    mail_node_harness: MailNodeHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    post.changed(host="other.example")
-    assert (await post.refused()).code == "tls-failed"
-    post.changed(host=HOST)
+    mail_node_harness.changed(host="other.example")
+    assert (await mail_node_harness.refused()).code == "tls-failed"
+    mail_node_harness.changed(host=HOST)
     monkeypatch.delenv("SSL_CERT_FILE")
-    assert (await post.refused()).code == "tls-failed"
+    assert (await mail_node_harness.refused()).code == "tls-failed"
     async with smtp_server.serve_smtp(tls="none") as plain:
-        post.changed(port=plain.port)
-        error = await post.refused()
+        mail_node_harness.changed(port=plain.port)
+        error = await mail_node_harness.refused()
         assert (error.code, error.retryable) == ("tls-failed", False)
-        post.changed(tls="tls")
-        assert (await post.refused()).code == "tls-failed"
+        mail_node_harness.changed(tls="tls")
+        assert (await mail_node_harness.refused()).code == "tls-failed"
         assert (plain.logins, plain.received) == ([], [])
-    assert post.server.logins == []
+    assert mail_node_harness.server.logins == []
 
 
 @pytest.mark.parametrize("tls", ["tls", "none"])
 async def test_a_way_is_taken_as_the_data_source_says(
-    post: MailNodeHarness, certificate: Path, tls: str
+    mail_node_harness: MailNodeHarness, certificate: Path, tls: str
 ) -> None:
     async with smtp_server.serve_smtp(certificate if tls == "tls" else None, tls=tls) as other:
-        post.changed(port=other.port, tls=tls)
-        await post.send()
+        mail_node_harness.changed(port=other.port, tls=tls)
+        await mail_node_harness.send()
         assert len(other.received) == 1
         assert {(username, password) for username, password, _ in other.logins} == {(USERNAME, PASSWORD)}
 
 
-async def test_a_login_that_is_refused_shows_no_password(post: MailNodeHarness) -> None:
-    post.source = ConnectionSource(
-        "ds_001", "org_1", "smtp", 1, post.source.settings, {"password": "wrong-canary"}
+async def test_a_login_that_is_refused_shows_no_password(mail_node_harness: MailNodeHarness) -> None:
+    mail_node_harness.source = ConnectionSource(
+        "ds_001", "org_1", "smtp", 1, mail_node_harness.source.settings, {"password": "wrong-canary"}
     )
-    error = await post.refused()
+    error = await mail_node_harness.refused()
     assert (error.code, error.retryable) == ("login-refused", False)
     assert "canary" not in error.message
 
 
 async def test_a_connection_that_breaks_at_the_end_leaves_it_open_whether_the_mail_was_taken(
-    post: MailNodeHarness,
+    mail_node_harness: MailNodeHarness,
 ) -> None:
-    post.server.breaks_after_data = True
+    mail_node_harness.server.breaks_after_data = True
     with pytest.raises(NodeError) as raised:
-        await post.send()
+        await mail_node_harness.send()
     assert (raised.value.code, raised.value.retryable) == ("delivery-unknown", True)
 
 
@@ -372,7 +380,7 @@ async def test_a_connection_that_breaks_at_the_end_leaves_it_open_whether_the_ma
     ],
 )
 async def test_whatever_answers_can_only_refuse_the_connection(
-    post: MailNodeHarness, greeting: bytes, code: str, *, retryable: bool
+    mail_node_harness: MailNodeHarness, greeting: bytes, code: str, *, retryable: bool
 ) -> None:
     opened: list[asyncio.StreamWriter] = []
 
@@ -381,20 +389,20 @@ async def test_whatever_answers_can_only_refuse_the_connection(
         writer.write(greeting)
 
     async with await asyncio.start_server(accept, "127.0.0.1", 0) as server:
-        post.changed(port=server.sockets[0].getsockname()[1])
-        error = await post.refused(timeoutSeconds=0.3)
+        mail_node_harness.changed(port=server.sockets[0].getsockname()[1])
+        error = await mail_node_harness.refused(timeoutSeconds=0.3)
         for each in opened:
             each.close()
     assert (error.code, error.retryable) == (code, retryable)
 
 
-async def test_a_server_is_only_where_mail_may_be_sent(post: MailNodeHarness) -> None:
+async def test_a_server_is_only_where_mail_may_be_sent(mail_node_harness: MailNodeHarness) -> None:
     policy = ConnectionPolicy()
     for host, port in (("127.0.0.1", 25), (HOST, 587), ("8.8.8.8", 22)):
-        post.changed(host=host, port=port)
-        post.connections = DataSourceConnections(post, policy, resolve_to_loopback)
-        assert (await post.refused()).code == "address-not-allowed"
-    assert (await post.refused()).retryable is False
+        mail_node_harness.changed(host=host, port=port)
+        mail_node_harness.connections = DataSourceConnections(mail_node_harness, policy, resolve_to_loopback)
+        assert (await mail_node_harness.refused()).code == "address-not-allowed"
+    assert (await mail_node_harness.refused()).retryable is False
 
 
 def test_no_line_of_a_mail_ends_it() -> None:
@@ -419,12 +427,12 @@ RAW = b"\r\n".join([
 
 
 async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_from_there(
-    post: MailNodeHarness,
+    mail_node_harness: MailNodeHarness,
 ) -> None:
-    blob = await post.blobs.put(CALLER, RAW, media_type="message/rfc822")
-    parsed = (await post.call("email-parse", {"mail": "{{ data.raw }}"}, {"raw": blob})).output
+    blob = await mail_node_harness.blobs.put(CALLER, RAW, media_type="message/rfc822")
+    parsed = (await mail_node_harness.call("email-parse", {"mail": "{{ data.raw }}"}, {"raw": blob})).output
     config: dict[str, Json] = {"mail": b64encode(RAW).decode(), "encoding": "base64"}
-    assert (await post.call("email-parse", config)).output == parsed
+    assert (await mail_node_harness.call("email-parse", config)).output == parsed
     assert isinstance(parsed, dict)
     assert (parsed["subject"], parsed["body_text"]) == ("s", "text")
     text = {"format": "text", "filename": "l.txt", "content_type": "text/plain", "size": 1}
@@ -438,7 +446,7 @@ async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_fr
         (0, "base64", {**text, "format": "base64", "base64": "6Q=="}),
     ):
         asked: dict[str, Json] = {"attachment": f"{{{{ data.attachments.{number} }}}}", "as": wanted}
-        assert (await post.call("attachment-read", asked, parsed)).output == output
+        assert (await mail_node_harness.call("attachment-read", asked, parsed)).output == output
 
 
 @pytest.mark.parametrize(
@@ -454,18 +462,20 @@ async def test_a_mail_is_read_from_a_file_and_from_base64_and_its_attachments_fr
     ],
 )
 async def test_what_cant_be_read_says_why(
-    post: MailNodeHarness, node_type: str, config: dict[str, Json], code: str
+    mail_node_harness: MailNodeHarness, node_type: str, config: dict[str, Json], code: str
 ) -> None:
-    blob = await post.blobs.put(CALLER, b"no json at all", media_type="text/plain")
+    blob = await mail_node_harness.blobs.put(CALLER, b"no json at all", media_type="text/plain")
     with pytest.raises(NodeError) as raised:
-        await post.call(node_type, config, blob)
+        await mail_node_harness.call(node_type, config, blob)
     assert (raised.value.code, raised.value.retryable) == (code, False)
 
 
 # ── a data source is tried ──────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_mail_server_is_tested_by_logging_in(post: MailNodeHarness, tmp_path: Path) -> None:
+async def test_a_mail_server_is_tested_by_logging_in(
+    mail_node_harness: MailNodeHarness, tmp_path: Path
+) -> None:
     networks = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
     vault = SecretVault(b"a-secret-of-the-server-that-is-long-enough", [])
     probes = DataSourceProber(vault, ServerSettings(data_dir=tmp_path, outbound_allowed_networks=networks))
@@ -481,7 +491,12 @@ async def test_a_mail_server_is_tested_by_logging_in(post: MailNodeHarness, tmp_
                 owner_id="user_1",
                 name="Mail",
                 type="smtp",
-                settings={"host": "localhost", "port": post.server.port, "username": USERNAME, **settings},
+                settings={
+                    "host": "localhost",
+                    "port": mail_node_harness.server.port,
+                    "username": USERNAME,
+                    **settings,
+                },
                 secret_names=[*secrets],
                 encrypted=kept.content,
                 secret_id=kept.secret_id,
@@ -495,4 +510,4 @@ async def test_a_mail_server_is_tested_by_logging_in(post: MailNodeHarness, tmp_
     assert await probed(PASSWORD) == (True, "The mail server takes the login")
     assert await probed("wrong") == (False, "The mail server refused the login (535)")
     assert (await probed(PASSWORD, port=1))[1].startswith("No connection to the mail server")
-    assert post.server.received == []
+    assert mail_node_harness.server.received == []

@@ -82,16 +82,16 @@ ENOUGH = 0.7
 
 
 @pytest.fixture(scope="module")
-async def world(
+async def harness(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
-    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("openapi")) as world:
-        yield world
+    async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("openapi")) as harness:
+        yield harness
 
 
 @pytest.fixture(scope="module")
-async def people(world: GatewayHarness) -> OrganizationUsers:
-    return await world.people()
+async def people(harness: GatewayHarness) -> OrganizationUsers:
+    return await harness.people()
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,11 @@ class ExampleStage:
 
 
 @pytest.fixture(scope="module")
-async def stage(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> ExampleStage:
+async def example_stage(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> ExampleStage:
     folder = tmp_path_factory.mktemp("stage")
-    async with create_gateway("sqlite", postgres, folder) as world:
-        people = await world.people()
-        return ExampleStage(folder, people.admin, await create_examples(world, people))
+    async with create_gateway("sqlite", postgres, folder) as harness:
+        people = await harness.people()
+        return ExampleStage(folder, people.admin, await create_examples(harness, people))
 
 
 WORKFLOWS_OF = {
@@ -133,9 +133,9 @@ WORKFLOWS_OF = {
     ],
 )
 async def test_the_document_needs_no_key_and_is_kept(
-    world: GatewayHarness, path: str, media_type: str
+    harness: GatewayHarness, path: str, media_type: str
 ) -> None:
-    anybody = await world.client()
+    anybody = await harness.client()
     first = await anybody.get(path)
     assert (first.status_code, first.headers["Content-Type"]) == (200, media_type)
     assert first.headers.get_list("Cache-Control") == ["no-cache"]
@@ -190,16 +190,16 @@ def test_a_public_url_is_absolute(monkeypatch: pytest.MonkeyPatch, url: str) -> 
     assert GatewaySettings().public_url == url
 
 
-async def test_the_document_names_the_public_url(world: GatewayHarness) -> None:
-    public = await world.with_settings(public_url="https://flows.example.com/")
+async def test_the_document_names_the_public_url(harness: GatewayHarness) -> None:
+    public = await harness.with_settings(public_url="https://flows.example.com/")
     anybody = await public.client()
     assert (await anybody.get("/openapi.json")).json()["servers"] == [{"url": "https://flows.example.com"}]
     assert "export SERVER=https://flows.example.com " in (await anybody.get("/docs")).text
-    assert (await (await world.client()).get("/openapi.json")).json() == DOCUMENT
+    assert (await (await harness.client()).get("/openapi.json")).json() == DOCUMENT
 
 
-async def test_the_page_may_load_and_run_nothing(world: GatewayHarness) -> None:
-    anybody = await world.client()
+async def test_the_page_may_load_and_run_nothing(harness: GatewayHarness) -> None:
+    anybody = await harness.client()
     shown = await anybody.get("/docs")
     for answer in (shown, await anybody.get("/favicon.svg")):
         policy = answer.headers["Content-Security-Policy"]
@@ -209,8 +209,8 @@ async def test_the_page_may_load_and_run_nothing(world: GatewayHarness) -> None:
 
 
 @pytest.mark.parametrize("method", ["GET", "HEAD"])
-async def test_the_address_of_the_server_leads_to_the_page(world: GatewayHarness, method: str) -> None:
-    answer = await (await world.client()).request(method, "/")
+async def test_the_address_of_the_server_leads_to_the_page(harness: GatewayHarness, method: str) -> None:
+    answer = await (await harness.client()).request(method, "/")
     assert (answer.status_code, answer.headers["Location"], answer.content) == (302, "docs", b"")
 
 
@@ -220,16 +220,16 @@ async def test_the_address_of_the_server_leads_to_the_page(world: GatewayHarness
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("line", LINES)
 async def test_documented_examples_are_accepted_and_answered_as_documented(
-    stage: ExampleStage, tmp_path: Path, line: Route
+    example_stage: ExampleStage, tmp_path: Path, line: Route
 ) -> None:
     for number, body in enumerate(_example_bodies(line) or [None]):
-        await _check_answered(stage, tmp_path / str(number), line, body)
+        await _check_answered(example_stage, tmp_path / str(number), line, body)
 
 
 @pytest.mark.usefixtures("unlimited")
 @pytest.mark.parametrize("line", WARNING)
 async def test_answers_warn_of_ignored_fields_as_documented(
-    stage: ExampleStage, tmp_path: Path, line: Route
+    example_stage: ExampleStage, tmp_path: Path, line: Route
 ) -> None:
     kind = line.body
     assert kind is not None
@@ -237,18 +237,18 @@ async def test_answers_warn_of_ignored_fields_as_documented(
     given_by_server = (name for name, route in kind.read_only.items() if not route)
     ignored = next(given_by_server) if is_strict_body(kind) else "colour"
     body = {**_example_bodies(line)[0], ignored: "red"}
-    shown = await _check_answered(stage, tmp_path / "0", line, body)
+    shown = await _check_answered(example_stage, tmp_path / "0", line, body)
     assert ignored in str(shown["warnings"])
 
 
-async def _check_answered(stage: ExampleStage, folder: Path, line: Route, body: Any) -> Any:  # noqa: ANN401 - any JSON value
+async def _check_answered(example_stage: ExampleStage, folder: Path, line: Route, body: Any) -> Any:  # noqa: ANN401 - any JSON value
     """Send a request about a copy of the stage, and check its answer; returns the JSON of it."""
     said = DOCUMENT["paths"][line.path][line.method.lower()]
-    ids = {**stage.ids, "wf_abc123": stage.ids[WORKFLOWS_OF.get(line.path, "wf_abc123")]}
-    shutil.copytree(stage.folder, folder)
-    async with run_gateway(f"sqlite:///{folder / FILE}", folder) as world:
-        answer_for_pods(world)
-        admin = await world.client(stage.admin.key)
+    ids = {**example_stage.ids, "wf_abc123": example_stage.ids[WORKFLOWS_OF.get(line.path, "wf_abc123")]}
+    shutil.copytree(example_stage.folder, folder)
+    async with run_gateway(f"sqlite:///{folder / FILE}", folder) as harness:
+        answer_for_pods(harness)
+        admin = await harness.client(example_stage.admin.key)
         if line.handler is trigger.start:
             # The workflow of the examples is a draft, since drafts may be broken.
             path = f"/api/v1/workflows/{ids['wf_abc123']}/status"
@@ -378,14 +378,14 @@ def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator
     served: list[ServedDocument] = []
 
     async def serve(listener: socket.socket) -> None:
-        async with create_gateway(kind, postgres, folder) as world:
-            people = await world.people()
+        async with create_gateway(kind, postgres, folder) as harness:
+            people = await harness.people()
             host, port = listener.getsockname()
-            ids = await create_examples(world, people)
-            document = await place_examples(world, people, ids)
+            ids = await create_examples(harness, people)
+            document = await place_examples(harness, people, ids)
             served.append(ServedDocument(f"http://{host}:{port}", people.admin.key, document))
-            app = main.create_app(lambda: nullcontext(world.gateway))
-            servers.append(main.build_server(app, world.gateway.settings))
+            app = main.create_app(lambda: nullcontext(harness.gateway))
+            servers.append(main.build_server(app, harness.gateway.settings))
             await servers[0].serve(sockets=[listener])
 
     with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
@@ -402,7 +402,7 @@ def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator
 
 
 async def place_examples(
-    world: GatewayHarness, people: OrganizationUsers, ids: Mapping[str, str]
+    harness: GatewayHarness, people: OrganizationUsers, ids: Mapping[str, str]
 ) -> dict[str, Any]:
     """Return the document with examples that are there; what an example destroys is there for it alone."""
     document = replace_example_ids(DOCUMENT, ids)
@@ -410,7 +410,7 @@ async def place_examples(
         for method, operation in methods.items():
             if method == "delete" or operation["operationId"] in UNDOING:
                 document["paths"][path][method] = replace_example_ids(
-                    operation, await create_examples(world, people)
+                    operation, await create_examples(harness, people)
                 )
             for response in document["paths"][path][method]["responses"].values():
                 for content in response.get("content", {}).values():

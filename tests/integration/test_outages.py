@@ -67,24 +67,26 @@ async def is_answered(call: Callable[[], Awaitable[object]]) -> bool:
 
 
 @pytest.fixture(params=["on_postgres", "behind_pgbouncer"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def way(where: MigratedDatabase) -> AsyncIterator[FaultyProxy]:
-    async with proxy.run_proxy(where.url) as way:
-        yield way
+async def faulty_proxy(migrated_database: MigratedDatabase) -> AsyncIterator[FaultyProxy]:
+    async with proxy.run_proxy(migrated_database.url) as faulty_proxy:
+        yield faulty_proxy
 
 
 @pytest.fixture
-async def behind(where: MigratedDatabase, way: FaultyProxy) -> AsyncIterator[tuple[JournalStore, Database]]:
+async def store_and_database(
+    migrated_database: MigratedDatabase, faulty_proxy: FaultyProxy
+) -> AsyncIterator[tuple[JournalStore, Database]]:
     """Yield a store and a database that reach the server through the proxy."""
-    url = parse_url(way.in_front_of(where.url))
+    url = parse_url(faulty_proxy.in_front_of(migrated_database.url))
     store, database = await open_store(url), Database(url)
     yield store, database
-    way.let_go()
+    faulty_proxy.let_go()
     await store.close()
     await database.close()
 
@@ -99,38 +101,41 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("connections", ["open", "none"])
 async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_ends(
-    way: FaultyProxy, behind: tuple[JournalStore, Database], connections: str, monkeypatch: pytest.MonkeyPatch
+    faulty_proxy: FaultyProxy,
+    store_and_database: tuple[JournalStore, Database],
+    connections: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls = [*make_calls(*behind), behind[1].ping]
+    calls = [*make_calls(*store_and_database), store_and_database[1].ping]
     if connections == "open":
         await asyncio.gather(*(call() for call in calls))
-    way.keep_requests(b"")
+    faulty_proxy.keep_requests(b"")
     assert await assert_all_refused(calls[:1]) < FIRST_SECONDS
     with monkeypatch.context() as patch:
         patch.setattr(circuit_breaker, "LATE_SECONDS", NEVER_SECONDS)  # nobody who waits is given up
         assert await assert_all_refused(calls * CALLS) < AT_ONCE_SECONDS
-    way.let_go()
+    faulty_proxy.let_go()
     for call in calls:
         await wait_until(lambda: is_answered(call))  # noqa: B023 - it is awaited here
 
 
 @pytest.mark.usefixtures("hasty")
 async def test_what_was_under_way_when_the_server_fell_silent_is_given_up(
-    way: FaultyProxy, behind: tuple[JournalStore, Database]
+    faulty_proxy: FaultyProxy, store_and_database: tuple[JournalStore, Database]
 ) -> None:
-    calls = [*make_calls(*behind), behind[1].ping]
+    calls = [*make_calls(*store_and_database), store_and_database[1].ping]
     await asyncio.gather(*(call() for call in calls))
-    way.keep_requests(b"")
+    faulty_proxy.keep_requests(b"")
     # More than there are connections: some wait for one of them.
     assert await assert_all_refused(calls * CALLS) < FIRST_SECONDS
 
 
 async def test_a_statement_that_takes_its_time_is_waited_for(
-    behind: tuple[JournalStore, Database], monkeypatch: pytest.MonkeyPatch
+    store_and_database: tuple[JournalStore, Database], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("LATE_SECONDS", "CHECK_SECONDS"):
         monkeypatch.setattr(circuit_breaker, name, 0.05)
-    async with behind[1].read() as connection:
+    async with store_and_database[1].read() as connection:
         assert await connection.scalar(text("SELECT 1 FROM pg_sleep(0.5)")) == 1
 
 
@@ -138,9 +143,9 @@ async def test_a_statement_that_takes_its_time_is_waited_for(
 
 
 @contextmanager
-def lock_file(world: RunDatabase) -> Iterator[None]:
+def lock_file(run_database: RunDatabase) -> Iterator[None]:
     """Keep a file locked, as a backup tool might."""
-    locking = sqlite3.connect(world.url.database or "", isolation_level=None)
+    locking = sqlite3.connect(run_database.url.database or "", isolation_level=None)
     with closing(locking):
         locking.execute("BEGIN IMMEDIATE")
         yield
@@ -152,15 +157,15 @@ async def test_a_file_that_another_program_locks_is_told_within_seconds_and_then
 ) -> None:
     for module in ("models.database", "journal.sqlite.sqlite_store"):
         monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.2)
-    async with open_run_database(on_sqlite) as world:
-        calls = make_calls(world.store, world.database)
-        with lock_file(world):
+    async with open_run_database(on_sqlite) as run_database:
+        calls = make_calls(run_database.store, run_database.database)
+        with lock_file(run_database):
             assert await assert_all_refused(calls) < FIRST_SECONDS
             for module in ("models.database", "journal.sqlite.sqlite_store"):
                 monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", NEVER_SECONDS)
             assert await assert_all_refused(calls * CALLS) < AT_ONCE_SECONDS
-            await world.database.ping()
-            await world.store.progress([ExecutionKey("exec_1", 1)])
+            await run_database.database.ping()
+            await run_database.store.progress([ExecutionKey("exec_1", 1)])
         for call in calls:
             await wait_until(lambda: is_answered(call))  # noqa: B023 - it is awaited here
 
@@ -170,13 +175,15 @@ async def test_writers_of_one_process_wait_for_one_another_longer(
 ) -> None:
     for module in ("models.database", "journal.sqlite.sqlite_store"):
         monkeypatch.setattr(f"{module}.SQLITE_BUSY_SECONDS", 0.05)
-    async with open_run_database(on_sqlite) as world:
+    async with open_run_database(on_sqlite) as run_database:
         is_written = asyncio.Event()
 
-        writing = asyncio.create_task(world.database.transaction(lambda _connection: is_written.wait()))
+        writing = asyncio.create_task(
+            run_database.database.transaction(lambda _connection: is_written.wait())
+        )
         begun_at = monotonic()
         await wait_until(lambda: monotonic() > begun_at + 0.1)
-        calls = make_calls(world.store, world.database)
+        calls = make_calls(run_database.store, run_database.database)
         waiting = asyncio.gather(*(call() for call in calls))
         await wait_until(lambda: monotonic() > begun_at + 0.5)
         assert not waiting.done()

@@ -26,7 +26,7 @@ SECONDS = 5.0
 
 
 @pytest.fixture
-async def two(redis_server: RedisServer) -> AsyncIterator[tuple[Broker, Broker]]:
+async def two_brokers(redis_server: RedisServer) -> AsyncIterator[tuple[Broker, Broker]]:
     """Yield the brokers of two gateways."""
     one, other = (
         await brokers.connect_broker(redis_server.url),
@@ -43,16 +43,16 @@ def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
 
 
-async def open_hub(world: GatewayHarness, broker: Broker) -> PodPollHub:
-    desk = PodPollHub(world.gateway.database, broker, WakeupForwarder(world.gateway.database, broker))
+async def open_hub(harness: GatewayHarness, broker: Broker) -> PodPollHub:
+    desk = PodPollHub(harness.gateway.database, broker, WakeupForwarder(harness.gateway.database, broker))
     await desk.start()
     return desk
 
 
 async def test_an_arrival_is_told_wherever_a_pod_waits(
-    world: GatewayHarness, two: tuple[Broker, Broker]
+    harness: GatewayHarness, two_brokers: tuple[Broker, Broker]
 ) -> None:
-    here, there = [await open_hub(world, broker) for broker in two]
+    here, there = [await open_hub(harness, broker) for broker in two_brokers]
     for desk in (here, there, there):
         waiting = asyncio.create_task(desk.wait(POD, WorkPollRequest(SECONDS, wants_work=False)))
         while not desk.has_waiting_pod(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
@@ -64,9 +64,9 @@ async def test_an_arrival_is_told_wherever_a_pod_waits(
 
 
 async def test_what_arrives_between_two_polls_is_told_with_the_next(
-    world: GatewayHarness, two: tuple[Broker, Broker]
+    harness: GatewayHarness, two_brokers: tuple[Broker, Broker]
 ) -> None:
-    desk = await open_hub(world, two[0])
+    desk = await open_hub(harness, two_brokers[0])
     first = await desk.wait(POD, WorkPollRequest(0, wants_work=True))
     assert not first.has_work
     known = {first.gateway: first.arrivals}

@@ -54,9 +54,14 @@ from runner.settings import RunnerSettings
 from runner.work_poll import REFUSED_SECONDS, GatewayWorkPoll
 from tests import command_runs
 from tests.http_receiver import HttpReceiver, run_receiver
-from tests.integration import run_database
 from tests.integration.gateway_harness import SECRET
-from tests.integration.run_database import MigratedDatabase, OwnedWorkflow, RunDatabase, open_run_database
+from tests.integration.run_database import (
+    MigratedDatabase,
+    OwnedWorkflow,
+    RunDatabase,
+    lease_of,
+    open_run_database,
+)
 from tests.preloads import ShiftedClock
 from tests.services import reserve_port
 
@@ -70,15 +75,15 @@ ON_POSTGRES = pytest.mark.parametrize("where", ["on_postgres"], indirect=True)
 
 
 @pytest.fixture(params=BOTH)
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 class PodTestGatewayServer(gateways.GatewayServer):
@@ -95,11 +100,11 @@ class InterruptibleGateway:
     state: GatewayState
     port = 0
 
-    def __init__(self, world: RunDatabase, folder: Path) -> None:
-        self._world = world
+    def __init__(self, run_database: RunDatabase, folder: Path) -> None:
+        self._world = run_database
         self._settings = GatewaySettings(
             data_dir=folder,
-            database_url=world.url.render_as_string(hide_password=False),
+            database_url=run_database.url.render_as_string(hide_password=False),
             secret_key=SecretStr(SECRET),
         )
         self._running = AsyncExitStack()
@@ -133,8 +138,8 @@ class InterruptibleGateway:
 
 
 @pytest.fixture
-async def gateway(world: RunDatabase, tmp_path: Path) -> AsyncIterator[InterruptibleGateway]:
-    gateway = InterruptibleGateway(world, tmp_path / "gateway")
+async def gateway(run_database: RunDatabase, tmp_path: Path) -> AsyncIterator[InterruptibleGateway]:
+    gateway = InterruptibleGateway(run_database, tmp_path / "gateway")
     await gateway.start()
     yield gateway
     await gateway.stop()
@@ -179,9 +184,9 @@ SIMPLE = chain_definition(GREET)
 class DeployedPods:
     """A deployed workflow and its pods."""
 
-    world: RunDatabase
+    run_database: RunDatabase
     gateway: InterruptibleGateway
-    place: OwnedWorkflow
+    owned_workflow: OwnedWorkflow
     token: str
     folder: Path
     processes: ExitStack = field(default_factory=ExitStack)
@@ -189,10 +194,10 @@ class DeployedPods:
 
     async def accept(self, definition: str, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field
         """Accept a run for the pods."""
-        key = await self.world.accept(self.place, definition=definition, **changes)
-        await self.world.query(
+        key = await self.run_database.accept(self.owned_workflow, definition=definition, **changes)
+        await self.run_database.query(
             "UPDATE execution SET target = :target WHERE id = :id",
-            target=self.place.workflow_id,
+            target=self.owned_workflow.workflow_id,
             id=key.execution_id,
         )
         return key
@@ -211,7 +216,7 @@ class DeployedPods:
         usual = {
             "RUNNER_GATEWAY_URL": self.gateway.url,
             "RUNNER_TOKEN": self.token,
-            "RUNNER_WORKFLOW_ID": self.place.workflow_id,
+            "RUNNER_WORKFLOW_ID": self.owned_workflow.workflow_id,
             "RUNNER_POD": f"pod-{self.count}",
             "RUNNER_PORT": str(port),
             "LEASE_SECONDS": str(lease_seconds),
@@ -230,27 +235,27 @@ class DeployedPods:
         return PodProcessHarness(started, f"http://127.0.0.1:{port}")
 
     async def status(self, key: ExecutionKey) -> str:
-        status: str = (await self.world.row(key.execution_id))["status"]
+        status: str = (await self.run_database.row(key.execution_id))["status"]
         return status
 
     async def reaches(self, key: ExecutionKey, status: str) -> None:
         await wait_until_async(lambda: self._has(key, status))
 
     async def _has(self, key: ExecutionKey, status: str) -> bool:
-        await self.world.store.sweep(100)
+        await self.run_database.store.sweep(100)
         return await self.status(key) == status
 
     async def has_swept(self, condition: Callable[[], bool]) -> None:
         """Wait for a condition, doing meanwhile what workers do for runs that nobody holds."""
 
         async def holds() -> bool:
-            await self.world.store.sweep(100)
+            await self.run_database.store.sweep(100)
             return condition()
 
         await wait_until_async(holds)
 
     async def outputs(self, key: ExecutionKey) -> dict[str, Any]:
-        rows = await self.world.query(
+        rows = await self.run_database.query(
             "SELECT node_id, output FROM span WHERE execution_id = :id", id=key.execution_id
         )
         return {row["node_id"]: json.loads(row["output"]) for row in rows if row["output"]}
@@ -280,17 +285,19 @@ class PodProcessHarness:
             return await client.post("/trigger", headers={"Authorization": f"Bearer {key}"})
 
 
-async def deploy(world: RunDatabase, place: OwnedWorkflow, definition: str = SIMPLE) -> str:
+async def deploy(run_database: RunDatabase, owned_workflow: OwnedWorkflow, definition: str = SIMPLE) -> str:
     """Make a deployment, and return its token."""
     # A run brings the definition along.
-    key = await world.accept(place, definition=definition)
-    await world.query("DELETE FROM execution WHERE id = :id", id=key.execution_id)
+    key = await run_database.accept(owned_workflow, definition=definition)
+    await run_database.query("DELETE FROM execution WHERE id = :id", id=key.execution_id)
     now, token_id = datetime.now(UTC), deployment_token.new_token_id()
-    bearer = TokenBearer(place.workflow_id, place.organization.id, place.organization.shard)
+    bearer = TokenBearer(
+        owned_workflow.workflow_id, owned_workflow.organization.id, owned_workflow.organization.shard
+    )
     deployment = Deployment(
-        workflow_id=place.workflow_id,
-        organization_id=place.organization.id,
-        shard=place.organization.shard,
+        workflow_id=owned_workflow.workflow_id,
+        organization_id=owned_workflow.organization.id,
+        shard=owned_workflow.organization.shard,
         replicas=1,
         definition_hash=sha256(definition.encode()).hexdigest(),
         version=1,
@@ -304,15 +311,17 @@ async def deploy(world: RunDatabase, place: OwnedWorkflow, definition: str = SIM
             connection, bearer, secret=SECRET.encode(), token_id=token_id, now=now
         )
 
-    return await world.database.transaction(work)
+    return await run_database.database.transaction(work)
 
 
 @pytest.fixture
 async def pods(
-    world: RunDatabase, gateway: InterruptibleGateway, tmp_path: Path
+    run_database: RunDatabase, gateway: InterruptibleGateway, tmp_path: Path
 ) -> AsyncIterator[DeployedPods]:
-    place = await world.workflow()
-    pods = DeployedPods(world, gateway, place, await deploy(world, place), tmp_path)
+    owned_workflow = await run_database.workflow()
+    pods = DeployedPods(
+        run_database, gateway, owned_workflow, await deploy(run_database, owned_workflow), tmp_path
+    )
     with pods.processes:
         yield pods
 
@@ -325,7 +334,7 @@ async def receiver() -> AsyncIterator[HttpReceiver]:
 
 async def create_bearer_source(pods: DeployedPods) -> str:
     """Make a data source of whom the runs work for, and return its id."""
-    source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.place.organization
+    source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.owned_workflow.organization
     encrypted = data_source.encrypt_secrets(
         pods.gateway.state.vault,
         {"token": "a secret"},
@@ -336,7 +345,7 @@ async def create_bearer_source(pods: DeployedPods) -> str:
         id=source_id,
         organization_id=organization.id,
         shard=organization.shard,
-        owner_id=pods.place.user_id,
+        owner_id=pods.owned_workflow.user_id,
         name="A source",
         type="http-bearer",
         settings={},
@@ -351,7 +360,7 @@ async def create_bearer_source(pods: DeployedPods) -> str:
     async def work(connection: AsyncConnection) -> None:
         await connection.execute(insert(DataSource).values(**source.model_dump()))
 
-    await pods.world.database.transaction(work)
+    await pods.run_database.database.transaction(work)
     return source_id
 
 
@@ -369,7 +378,7 @@ async def stop_during_call(pod: PodProcessHarness, receiver: HttpReceiver) -> in
 
 async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: DeployedPods) -> None:
     pod = await pods.start(anew=True).ready()
-    shared = await pods.world.accept(pods.place, definition=SIMPLE)
+    shared = await pods.run_database.accept(pods.owned_workflow, definition=SIMPLE)
     mine = await pods.accept(SIMPLE, trigger='{"body":{"name":"Ada"}}')
     await pods.reaches(mine, "completed")
 
@@ -377,8 +386,8 @@ async def test_a_pod_runs_what_is_accepted_for_it_and_nothing_else(pods: Deploye
     assert await pods.status(shared) == "pending"
     assert await pod.answers("/healthz", 200, "ok")
 
-    async with pods.world.database.read() as connection:
-        (wakeup_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
+    async with pods.run_database.database.read() as connection:
+        (wakeup_key,) = await deployment_token.wakeup_keys(connection, pods.owned_workflow.workflow_id)
     assert (await pod.trigger(wakeup_key)).status_code == 202
     assert (await pod.trigger(pods.token)).status_code == 401
     assert (await pod.trigger("x")).status_code == 401
@@ -402,7 +411,7 @@ async def test_a_pod_whose_clock_is_a_day_ahead_and_then_set_back_runs_like_any(
     clock.set(-86_400)
     receiver.may_answer.set()
     await pods.reaches(key, "completed")
-    (span,) = await pods.world.query("SELECT started_at, ended_at FROM span WHERE node_id = 'pause'")
+    (span,) = await pods.run_database.query("SELECT started_at, ended_at FROM span WHERE node_id = 'pause'")
     assert 1_200_000 <= span["ended_at"] - span["started_at"] < PATIENCE_SECONDS * 1_000_000
     assert abs(span["ended_at"] - to_microseconds(datetime.now(UTC))) < PATIENCE_SECONDS * 1_000_000
 
@@ -429,7 +438,7 @@ async def test_a_run_goes_on_in_another_pod_when_its_own_is_killed(
 @ON_POSTGRES
 async def test_a_pod_puts_a_suspect_isolated(pods: DeployedPods) -> None:
     suspect = await pods.accept(SIMPLE)
-    await pods.world.query("UPDATE execution SET attempt = 2, is_fresh = false")
+    await pods.run_database.query("UPDATE execution SET attempt = 2, is_fresh = false")
     other = await pods.accept(SIMPLE)
     pod = await pods.start().ready()
     await pods.reaches(suspect, "completed")
@@ -450,7 +459,7 @@ async def test_a_run_outlasts_a_restart_of_the_gateway(pods: DeployedPods, recei
     await pods.reaches(later, "completed")
 
     assert len(receiver.received) == 1
-    assert (await pods.world.row(key.execution_id))["token"] == 1
+    assert (await pods.run_database.row(key.execution_id))["token"] == 1
 
 
 @ON_SQLITE
@@ -463,8 +472,8 @@ async def test_a_pod_that_drains_says_so_and_lets_its_run_end(
     await wait_until(lambda: len(receiver.received) == 1)
     pod.started.process.terminate()
     await wait_until_async(lambda: pod.answers("/readyz", 503, "draining"))
-    async with pods.world.database.read() as connection:
-        (wakeup_key,) = await deployment_token.wakeup_keys(connection, pods.place.workflow_id)
+    async with pods.run_database.database.read() as connection:
+        (wakeup_key,) = await deployment_token.wakeup_keys(connection, pods.owned_workflow.workflow_id)
     refused = await pod.trigger(wakeup_key)
     untaken = await pods.accept(SIMPLE)
     receiver.may_answer.set()
@@ -484,7 +493,7 @@ async def test_a_pod_hands_over_what_takes_too_long_and_no_call_is_made_twice(
     pod = await pods.start(RUNNER_DRAIN_SECONDS="0").ready()
     key = await pods.accept(chain_definition(*(call(receiver, f"call-{index}") for index in range(count))))
     exit_code = await stop_during_call(pod, receiver)
-    handed_over = await pods.world.row(key.execution_id)
+    handed_over = await pods.run_database.row(key.execution_id)
     pods.start()
     await pods.reaches(key, "completed")
 
@@ -511,12 +520,12 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(
         send,
     )
     paid = EmittedEvent("event_1", "order.paid", "shop", '{"event_type":"order.paid"}')
-    await pods.world.store.ingest([pods.place.arrival(workflow_id=None, event=paid)])
+    await pods.run_database.store.ingest([pods.owned_workflow.arrival(workflow_id=None, event=paid)])
     first = await pods.start(MAX_ROW_OUTPUT_BYTES="1024").ready()
     key = await pods.accept(definition, trigger=json.dumps({"body": {"text": large}}))
     await pods.reaches(key, "waiting")
     first.started.kill()
-    given = await pods.world.database.transaction(
+    given = await pods.run_database.database.transaction(
         lambda connection: node_answers.store_answer(
             connection,
             key,
@@ -533,11 +542,11 @@ async def test_nodes_in_a_pod_are_lent_what_they_are_lent_on_a_worker(
     (sent,) = receiver.received
     assert sent.headers["authorization"] == "Bearer a secret"
     assert sent.message == {"text": large}
-    assert await pods.world.count("event_wait") == 0
-    spans = await pods.world.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
+    assert await pods.run_database.count("event_wait") == 0
+    spans = await pods.run_database.query("SELECT node_id FROM span WHERE output_blob IS NOT NULL")
     assert "large" in {span["node_id"] for span in spans}
-    assert await pods.world.count("throttle") == 1
-    assert (await pods.world.row(key.execution_id))["progress"] == 99
+    assert await pods.run_database.count("throttle") == 1
+    assert (await pods.run_database.row(key.execution_id))["progress"] == 99
 
 
 @ON_POSTGRES
@@ -545,7 +554,7 @@ async def test_no_run_enters_a_deployment_that_drains(pods: DeployedPods) -> Non
     key = await pods.accept(SIMPLE)
     far = int(datetime(2100, 1, 1, tzinfo=UTC).timestamp() * 1_000_000)
     for wanted in (f"drain_until = {far}", "drain_until = NULL, replicas = 0"):
-        await pods.world.query(f"UPDATE deployment SET {wanted}")
+        await pods.run_database.query(f"UPDATE deployment SET {wanted}")
         async with httpx2.AsyncClient(base_url=pods.gateway.url, verify=False, timeout=60) as client:
             claimed = await client.post(
                 f"{PREFIX}/claim",
@@ -554,7 +563,7 @@ async def test_no_run_enters_a_deployment_that_drains(pods: DeployedPods) -> Non
             )
         assert claimed.json() == {"runs": []}
     assert await pods.status(key) == "pending"
-    await pods.world.query("UPDATE deployment SET replicas = 1")
+    await pods.run_database.query("UPDATE deployment SET replicas = 1")
     pods.start()
     await pods.reaches(key, "completed")
 
@@ -566,9 +575,9 @@ async def test_a_pod_of_a_deployment_that_was_stopped_hands_over_without_waiting
     pod = await pods.start(RUNNER_DRAIN_SECONDS="60").ready()
     key = await pods.accept(chain_definition(*(call(receiver, f"call-{index}") for index in range(40))))
     await wait_until(lambda: len(receiver.received) == 1)
-    await pods.world.query("UPDATE deployment SET replicas = 0")
+    await pods.run_database.query("UPDATE deployment SET replicas = 0")
     exit_code = await stop_during_call(pod, receiver)
-    handed_over = await pods.world.row(key.execution_id)
+    handed_over = await pods.run_database.row(key.execution_id)
     assert exit_code == 0
     assert (handed_over["status"], handed_over["attempt"], handed_over["lease_owner"]) == ("pending", 0, None)
 
@@ -577,7 +586,7 @@ async def test_a_pod_reads_a_large_body_from_its_blob(pods: DeployedPods) -> Non
     body: Json = {"name": "Ada", "fill": "x" * 300_000}
     encoded = EncodedTrigger.of({"body": body, "headers": {}})
     execution_id = ids.new_id("exec")
-    owner = BlobOwner(pods.place.organization.id, execution_id)
+    owner = BlobOwner(pods.owned_workflow.organization.id, execution_id)
     row = await trigger_body.store_body(pods.gateway.state.blobs, owner, encoded)
     key = await pods.accept(SIMPLE, execution_id=execution_id, trigger=row)
     pods.start(MAX_ROW_OUTPUT_BYTES="1000000")
@@ -592,25 +601,25 @@ async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
     pod = await pods.start().ready()
     desk = pods.gateway.state.runners.desk
-    await wait_until(lambda: desk.has_waiting_pod(pods.place.workflow_id))
-    elsewhere = InterruptibleGateway(pods.world, pods.folder / "elsewhere")
+    await wait_until(lambda: desk.has_waiting_pod(pods.owned_workflow.workflow_id))
+    elsewhere = InterruptibleGateway(pods.run_database, pods.folder / "elsewhere")
     await elsewhere.start()
     gone = "http://127.0.0.1:1"
-    await pods.world.query(
+    await pods.run_database.query(
         "UPDATE deployment SET observed = 'running', ready_addresses = :urls",
         urls=json.dumps([gone, pod.url]),
     )
     key = await pods.accept(SIMPLE)
-    await elsewhere.state.runners.desk.arrived([pods.place.workflow_id])
+    await elsewhere.state.runners.desk.arrived([pods.owned_workflow.workflow_id])
     await pods.reaches(key, "completed")
 
     told: list[DeployerMessage] = []
     elsewhere.state.broker.start_deployer(told.append)
-    await pods.world.query("UPDATE deployment SET ready_addresses = :urls", urls=json.dumps([gone]))
+    await pods.run_database.query("UPDATE deployment SET ready_addresses = :urls", urls=json.dumps([gone]))
 
     async def deployer_is_told() -> bool:
-        await elsewhere.state.runners.desk.arrived([pods.place.workflow_id])
-        return ReconcileDeployment(pods.place.workflow_id) in told
+        await elsewhere.state.runners.desk.arrived([pods.owned_workflow.workflow_id])
+        return ReconcileDeployment(pods.owned_workflow.workflow_id) in told
 
     await wait_until_async(deployer_is_told)
     await elsewhere.stop()
@@ -635,7 +644,7 @@ async def test_a_pod_hears_that_a_run_is_cancelled(pods: DeployedPods, receiver:
     await pods.start(lease_seconds=60).ready()
     key = await pods.accept(chain_definition(call(receiver)))
     await wait_until(lambda: len(receiver.received) == 1)
-    await pods.world.store.request_end(key, "cancel")
+    await pods.run_database.store.request_end(key, "cancel")
     await pods.reaches(key, "cancelled")
 
 
@@ -729,10 +738,10 @@ ATTEMPT: dict[str, Any] = {
 
 async def hold(pods: DeployedPods) -> HeldRun:
     """Have the pod named `pod` claim a run, and put something of everything there."""
-    world, place = pods.world, pods.place
+    run_database, owned_workflow = pods.run_database, pods.owned_workflow
     key = await pods.accept(SIMPLE)
-    owner = lease_owner(place.workflow_id, POD)
-    (run,) = await world.store.claim(ClaimQuery(owner, 30, 1, target=place.workflow_id))
+    owner = lease_owner(owned_workflow.workflow_id, POD)
+    (run,) = await run_database.store.claim(ClaimQuery(owner, 30, 1, target=owned_workflow.workflow_id))
     assert run.execution_id == key.execution_id
     blob = sha256(b"content").hexdigest()
     await pods.gateway.state.blobs.put(
@@ -748,7 +757,7 @@ async def hold(pods: DeployedPods) -> HeldRun:
             "'greet', '', 'span_1', 8, 'greet', 'set', 'running', 1",
         ),
     ):
-        await world.query(
+        await run_database.query(
             f"INSERT INTO {table} (execution_id, shard, {columns}) VALUES (:id, :shard, {values})",
             id=run.execution_id,
             shard=run.shard,
@@ -756,19 +765,21 @@ async def hold(pods: DeployedPods) -> HeldRun:
     return HeldRun(pods.gateway, run, source_id, blob, run.definition_hash)
 
 
-async def read_all_tables(world: RunDatabase, held: HeldRun) -> list[Any]:
+async def read_all_tables(run_database: RunDatabase, held: HeldRun) -> list[Any]:
     tables = ("execution", "span", "attempt_span", "wait_answer", "log_line", "throttle")
     return [
-        [row for row in await world.query(f"SELECT * FROM {table}") if held.run.shard == row["shard"]]
+        [row for row in await run_database.query(f"SELECT * FROM {table}") if held.run.shard == row["shard"]]
         for table in tables
     ]
 
 
 async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_it(pods: DeployedPods) -> None:
     held = await hold(pods)
-    neighbour = await deploy(pods.world, await pods.world.workflow(pods.place.organization))
-    stranger = await deploy(pods.world, await pods.world.workflow())
-    before = await read_all_tables(pods.world, held)
+    neighbour = await deploy(
+        pods.run_database, await pods.run_database.workflow(pods.owned_workflow.organization)
+    )
+    stranger = await deploy(pods.run_database, await pods.run_database.workflow())
+    before = await read_all_tables(pods.run_database, held)
     another = PodProcess("another-pod", POD.started_at).name
     for token, pod in ((neighbour, POD.name), (stranger, POD.name), (pods.token, another)):
         for line in routes.TABLE:
@@ -779,12 +790,12 @@ async def test_nobody_but_the_pod_that_holds_a_run_gets_or_changes_anything_of_i
                 assert response.json().items() >= NOTHING[line.path].items(), line
             else:
                 assert (response.status_code, response.json()["error"]["code"]) == (409, "lease-lost"), line
-    assert await read_all_tables(pods.world, held) == before
+    assert await read_all_tables(pods.run_database, held) == before
 
     own = {line.path: await held.ask(line, pods.token) for line in routes.TABLE if line.path != "/give-back"}
     assert own.pop("/executions/{id}/runs").json()["error"]["code"] == "workflow-not-found"
     assert {path: response.status_code for path, response in own.items() if response.status_code >= 300} == {}
-    assert await pods.world.count("attempt_span") == 1
+    assert await pods.run_database.count("attempt_span") == 1
     for path in ("/record", "/renew", "/definitions", "/spans", "/log-ends", "/answers"):
         assert own[path].json() != NOTHING[path]
     assert own["/executions/{id}/data-sources"].json()["secrets"] == {"token": "a secret"}
@@ -810,7 +821,7 @@ async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers
     settings = RunnerSettings(
         runner_gateway_url=pods.gateway.url,
         runner_token=SecretStr(pods.token),
-        runner_workflow_id=pods.place.workflow_id,
+        runner_workflow_id=pods.owned_workflow.workflow_id,
     )
     gateway = gateway_client.GatewayClient(settings, POD)
     store = RemoteRunStore(gateway)
@@ -831,7 +842,7 @@ async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers
     (one,) = await store.claim(ClaimQuery("pod", LEASE_SECONDS, 1))
     assert is_right()
     mislead(1)
-    assert await store.renew([run_database.lease_of(one)], LEASE_SECONDS)
+    assert await store.renew([lease_of(one)], LEASE_SECONDS)
     assert is_right()
     await gateway.close()
 
@@ -839,21 +850,21 @@ async def test_a_pod_learns_the_time_of_the_database_by_what_its_gateway_answers
 @ON_SQLITE
 async def test_no_route_takes_anything_but_a_valid_token(pods: DeployedPods) -> None:
     held = await hold(pods)
-    before = await read_all_tables(pods.world, held)
+    before = await read_all_tables(pods.run_database, held)
     person = "sk-00" + "a" * 52
     for line in routes.TABLE:
         for token in ("rt-00" + "a" * 52, person):
             assert (await held.ask(line, token)).status_code == 401, line
         assert (await held.ask(line, pods.token, pod="not a name")).status_code == 401, line
     pods.gateway.state.runners.authenticator.forget()
-    await pods.world.database.transaction(
+    await pods.run_database.database.transaction(
         lambda connection: deployment_token.revoke_tokens(
-            connection, pods.place.workflow_id, now=datetime.now(UTC)
+            connection, pods.owned_workflow.workflow_id, now=datetime.now(UTC)
         )
     )
     for line in routes.TABLE:
         assert (await held.ask(line, pods.token)).status_code in {401, 429}, line
-    assert await read_all_tables(pods.world, held) == before
+    assert await read_all_tables(pods.run_database, held) == before
 
 
 @ON_POSTGRES
@@ -878,14 +889,14 @@ async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Dep
     (line,) = (line for line in routes.TABLE if line.path.endswith("/data-sources"))
     assert (await held.ask(line, pods.token)).status_code == 200
 
-    somebody = await pods.world.workflow(pods.place.organization)
-    await pods.world.query("UPDATE data_source SET owner_id = :id", id=somebody.user_id)
+    somebody = await pods.run_database.workflow(pods.owned_workflow.organization)
+    await pods.run_database.query("UPDATE data_source SET owner_id = :id", id=somebody.user_id)
     pods.gateway.state.runners.sources.clear()
     not_theirs = await held.ask(line, pods.token)
     assert (not_theirs.status_code, not_theirs.json()["error"]["code"]) == (422, "data-source-not-found")
     assert not_theirs.headers["X-Node-Error"] == "final"
 
-    await pods.world.expire(held.run)
+    await pods.run_database.expire(held.run)
     late = await held.ask(line, pods.token)
     assert (late.status_code, late.json()["error"]["code"]) == (409, "lease-lost")
 
@@ -893,7 +904,7 @@ async def test_a_secret_is_for_a_live_lease_and_for_whom_the_run_works(pods: Dep
 @ON_SQLITE
 async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: DeployedPods) -> None:
     held = await hold(pods)
-    before = await read_all_tables(pods.world, held)
+    before = await read_all_tables(pods.run_database, held)
     (line,) = (line for line in routes.TABLE if line.path == "/record")
     whole = {"node_id": "greet", "label": "", "type": "set", "status": "completed", "sequence": 9}
     lease = {"execution_id": held.run.execution_id, "shard": held.run.shard, "token": held.run.token}
@@ -909,7 +920,7 @@ async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: DeployedP
         body = {"writes": [{**lease, "spans": [{**whole, "started_at": None, **span}]}]}
         response = await held.ask(line, pods.token, body=json.loads(msgspec.json.encode(body)))
         assert response.status_code == 422, span
-    assert await read_all_tables(pods.world, held) == before
+    assert await read_all_tables(pods.run_database, held) == before
 
 
 async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> None:

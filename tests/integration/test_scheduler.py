@@ -39,21 +39,21 @@ SECRET = "a secret of more than thirty-two characters"
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres", "on_serializable_postgres"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        await world.query("DELETE FROM leadership")
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        await run_database.query("DELETE FROM leadership")
+        yield run_database
 
 
 @pytest.fixture
-async def database(world: RunDatabase) -> AsyncIterator[Database]:
-    database = Database(world.url)
+async def database(run_database: RunDatabase) -> AsyncIterator[Database]:
+    database = Database(run_database.url)
     yield database
     await database.close()
 
@@ -61,7 +61,9 @@ async def database(world: RunDatabase) -> AsyncIterator[Database]:
 # ── leadership ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_one_of_two_leads_until_it_no_longer_renews(world: RunDatabase, database: Database) -> None:
+async def test_one_of_two_leads_until_it_no_longer_renews(
+    run_database: RunDatabase, database: Database
+) -> None:
     first, second = LeaderElection(database, LEASE_SECONDS), LeaderElection(database, LEASE_SECONDS)
     await first.renew()
     await second.renew()
@@ -73,11 +75,11 @@ async def test_one_of_two_leads_until_it_no_longer_renews(world: RunDatabase, da
     assert not first.is_leading()
     await first.renew()
     assert not first.is_leading()
-    assert await read_epochs(world) == [2]
+    assert await read_epochs(run_database) == [2]
 
 
 async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
-    world: RunDatabase, database: Database
+    run_database: RunDatabase, database: Database
 ) -> None:
     first, second = LeaderElection(database, LEASE_SECONDS), LeaderElection(database, LEASE_SECONDS)
     began = time.monotonic()
@@ -86,10 +88,10 @@ async def test_a_leader_that_renews_goes_on_leading_in_the_same_epoch(
         assert first.is_leading()
         await second.renew()
         await asyncio.sleep(0.1)
-    assert await read_epochs(world) == [1]
+    assert await read_epochs(run_database) == [1]
 
 
-async def test_whoever_resigns_is_followed_at_once(world: RunDatabase, database: Database) -> None:
+async def test_whoever_resigns_is_followed_at_once(run_database: RunDatabase, database: Database) -> None:
     first, second = LeaderElection(database, 3600), LeaderElection(database, 3600)
     await first.renew()
     await first.resign()
@@ -97,34 +99,34 @@ async def test_whoever_resigns_is_followed_at_once(world: RunDatabase, database:
     await second.renew()
     assert second.is_leading()
     await first.resign()
-    assert await read_epochs(world) == [2]
+    assert await read_epochs(run_database) == [2]
     await first.renew()
     assert not first.is_leading()
 
 
-async def test_of_many_that_ask_at_once_one_leads(world: RunDatabase, database: Database) -> None:
+async def test_of_many_that_ask_at_once_one_leads(run_database: RunDatabase, database: Database) -> None:
     leaders = [LeaderElection(database, 3600) for _ in range(8)]
     await asyncio.gather(*(leader.renew() for leader in leaders))
     assert [leader.is_leading() for leader in leaders].count(True) == 1
-    assert await read_epochs(world) == [1]
+    assert await read_epochs(run_database) == [1]
 
 
-async def read_epochs(world: RunDatabase) -> list[int]:
-    return [row["epoch"] for row in await world.query("SELECT epoch FROM leadership")]
+async def read_epochs(run_database: RunDatabase) -> list[int]:
+    return [row["epoch"] for row in await run_database.query("SELECT epoch FROM leadership")]
 
 
 # ── duties ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
-    world: RunDatabase, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(recovery, "SWEEP_ROWS", 2)
-    place = await world.workflow()
-    lost = [await world.claimed(place) for _ in range(5)]
-    await world.expire(*lost)
+    place = await run_database.workflow()
+    lost = [await run_database.claimed(place) for _ in range(5)]
+    await run_database.expire(*lost)
     poison = lost[0].execution_id
-    await world.query(
+    await run_database.query(
         "UPDATE execution SET attempt = :most WHERE id = :id", most=MAX_LOST_ATTEMPTS, id=poison
     )
     notifications: asyncio.Queue[Notification] = asyncio.Queue()
@@ -134,16 +136,18 @@ async def test_recovery_takes_back_all_lost_leases_and_tells_of_those_that_end(
     broker.start_worker(wakeups.put_nowait)
     await broker.watch([run.execution_id for run in lost])
 
-    await recovery.recover_runs(world.store, broker)
-    statuses = [(await world.row(run.execution_id))["status"] for run in lost]
+    await recovery.recover_runs(run_database.store, broker)
+    statuses = [(await run_database.row(run.execution_id))["status"] for run in lost]
     assert statuses == ["failed", "pending", "pending", "pending", "pending"]
     assert await asyncio.wait_for(notifications.get(), PATIENCE_SECONDS) == ChangedExecutions((poison,))
     await asyncio.wait_for(wakeups.get(), PATIENCE_SECONDS)
     await broker.close()
 
 
-async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(world: RunDatabase) -> None:
-    place = await world.workflow()
+async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
+    run_database: RunDatabase,
+) -> None:
+    place = await run_database.workflow()
     now = datetime.now(UTC)
     due, later = (
         msgspec.structs.replace(
@@ -151,38 +155,41 @@ async def test_what_was_delayed_is_promoted_when_it_is_due_and_workers_are_told(
         )
         for delay in (0, 60)
     )
-    await world.store.ingest([place.arrival(runs=[due, later])])
+    await run_database.store.ingest([place.arrival(runs=[due, later])])
     wakeups: asyncio.Queue[int] = asyncio.Queue()
     broker = await brokers.connect_broker(None)
     broker.start_worker(wakeups.put_nowait)
-    await recovery.promote_due_runs(world.store, broker)
-    assert [(await world.row(run.execution_id))["status"] for run in (due, later)] == ["pending", "waiting"]
+    await recovery.promote_due_runs(run_database.store, broker)
+    assert [(await run_database.row(run.execution_id))["status"] for run in (due, later)] == [
+        "pending",
+        "waiting",
+    ]
     await asyncio.wait_for(wakeups.get(), PATIENCE_SECONDS)
     await broker.close()
 
 
-async def test_recovery_goes_on_though_the_broker_is_away(world: RunDatabase) -> None:
-    lost = await world.claimed()
-    await world.expire(lost)
+async def test_recovery_goes_on_though_the_broker_is_away(run_database: RunDatabase) -> None:
+    lost = await run_database.claimed()
+    await run_database.expire(lost)
     broker = await brokers.connect_broker("redis://127.0.0.1:1")
-    await recovery.recover_runs(world.store, broker)
-    assert (await world.row(lost.execution_id))["status"] == "pending"
+    await recovery.recover_runs(run_database.store, broker)
+    assert (await run_database.row(lost.execution_id))["status"] == "pending"
     await broker.close()
 
 
 async def test_only_idempotency_keys_whose_day_is_over_are_forgotten(
-    world: RunDatabase, database: Database, monkeypatch: pytest.MonkeyPatch
+    run_database: RunDatabase, database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(retention, "BATCH_ROWS", 3)
     for number in range(7):
-        await keep_key(world, f"old-{number}", seconds=-1)
-    await keep_key(world, "young", seconds=60)
+        await keep_key(run_database, f"old-{number}", seconds=-1)
+    await keep_key(run_database, "young", seconds=60)
     await retention.forget_expired_keys(database)
-    assert [row["key"] for row in await world.query("SELECT key FROM idempotency")] == ["young"]
+    assert [row["key"] for row in await run_database.query("SELECT key FROM idempotency")] == ["young"]
 
 
-async def keep_key(world: RunDatabase, key: str, *, seconds: float) -> None:
-    await world.query(
+async def keep_key(run_database: RunDatabase, key: str, *, seconds: float) -> None:
+    await run_database.query(
         "INSERT INTO idempotency (shard, scope, key, fingerprint, resource_id, expires_at)"
         " VALUES (1, 'scope', :key, 'body', 'exec_1', :expires_at)",
         key=key,
@@ -225,7 +232,7 @@ async def test_duties_go_on_when_the_clock_is_set_back(monkeypatch: pytest.Monke
     ahead_seconds = 3600.0
     times, again = 0, asyncio.Event()
 
-    class Wall(datetime):
+    class FaultyWallClock(datetime):
         """The time of day by a clock that goes wrong."""
 
         @classmethod
@@ -245,8 +252,8 @@ async def test_duties_go_on_when_the_clock_is_set_back(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(main, "WATCH_SECONDS", 0.02)
     monkeypatch.setattr(main, "time", SimpleNamespace(time=wall_time, monotonic=time.monotonic))
-    monkeypatch.setattr(main, "datetime", Wall)
-    monkeypatch.setattr(base, "datetime", Wall)
+    monkeypatch.setattr(main, "datetime", FaultyWallClock)
+    monkeypatch.setattr(base, "datetime", FaultyWallClock)
     async with run_duties([PeriodicDuty("work", 0.02, work)]):
         await asyncio.wait_for(again.wait(), PATIENCE_SECONDS)
 
@@ -265,8 +272,8 @@ async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one
         LEADERSHIP_SECONDS="3",
         SWEEP_SECONDS="0.2",
     )
-    async with open_run_database(on_postgres) as world, AsyncExitStack() as stack:
-        await world.query("DELETE FROM leadership")
+    async with open_run_database(on_postgres) as run_database, AsyncExitStack() as stack:
+        await run_database.query("DELETE FROM leadership")
 
         def scheduler(number: int) -> RunningCommand:
             log = tmp_path / f"{number}.log"
@@ -280,10 +287,10 @@ async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one
 
         first.kill()
         assert wait_for_leader(second) == 2
-        lost = await world.claimed()
-        await world.expire(lost)
+        lost = await run_database.claimed()
+        await run_database.expire(lost)
         second.says("leases taken back")
-        assert (await world.row(lost.execution_id))["status"] == "pending"
+        assert (await run_database.row(lost.execution_id))["status"] == "pending"
 
         third = scheduler(3)
         third.says("scheduler ready")

@@ -47,9 +47,9 @@ class SchedulerKilled(BaseException):
 
 
 @pytest.fixture(autouse=True)
-async def only_ours(world: GatewayHarness) -> None:
+async def only_ours(harness: GatewayHarness) -> None:
     """Leave what other tests have scheduled."""
-    await world.gateway.database.transaction(lambda connection: connection.execute(delete(Schedule)))
+    await harness.gateway.database.transaction(lambda connection: connection.execute(delete(Schedule)))
 
 
 def schedule_graph(config: dict[str, Any], **step: Any) -> dict[str, Any]:  # noqa: ANN401 - any field of a node
@@ -75,34 +75,34 @@ async def get_instants(person: UserClient, workflow_id: str) -> list[datetime]:
     ]
 
 
-async def tick(world: GatewayHarness, now: datetime, database: Database | None = None) -> int:
+async def tick(harness: GatewayHarness, now: datetime, database: Database | None = None) -> int:
     """Have a scheduler look for what is due at a moment."""
-    async with run_scheduler(world, now, database) as schedules:
+    async with run_scheduler(harness, now, database) as schedules:
         return await schedules.start_due()
 
 
 @asynccontextmanager
 async def run_scheduler(
-    world: GatewayHarness, now: datetime, database: Database | None = None
+    harness: GatewayHarness, now: datetime, database: Database | None = None
 ) -> AsyncIterator[ScheduleRunner]:
     broker = await brokers.connect_broker(None)
     moment = literal(to_microseconds(now), BigInteger())
-    yield ScheduleRunner(database or world.gateway.database, broker, catalog.load_catalog(), moment)
+    yield ScheduleRunner(database or harness.gateway.database, broker, catalog.load_catalog(), moment)
     await broker.close()
 
 
-async def read_runs(world: GatewayHarness, workflow_id: str) -> list[Execution]:
+async def read_runs(harness: GatewayHarness, workflow_id: str) -> list[Execution]:
     """Return the runs of a workflow, in the order of their instants."""
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         rows = await connection.execute(
             select(Execution).where(col(Execution.workflow_id) == workflow_id).order_by(col(Execution.id))
         )
         return [Execution(**row) for row in rows.mappings()]
 
 
-async def read_instants(world: GatewayHarness, workflow_id: str) -> list[datetime]:
+async def read_instants(harness: GatewayHarness, workflow_id: str) -> list[datetime]:
     """Return the instants that a workflow's runs were given, in order."""
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         triggers = await connection.scalars(
             select(col(ExecutionData.trigger)).where(col(ExecutionData.workflow_id) == workflow_id)
         )
@@ -115,21 +115,21 @@ def scheduled_at(trigger: str) -> datetime:
     return datetime.fromisoformat(rest[: rest.index('"')])
 
 
-async def end(world: GatewayHarness, workflow_id: str) -> None:
+async def end(harness: GatewayHarness, workflow_id: str) -> None:
     """Bring the runs of a workflow to their ends."""
     ended = {"status": ExecutionStatus.COMPLETED.value, "ended_at": DatabaseTime()}
-    await change(world, update(Execution).where(col(Execution.workflow_id) == workflow_id).values(ended))
+    await change(harness, update(Execution).where(col(Execution.workflow_id) == workflow_id).values(ended))
 
 
-async def change(world: GatewayHarness, statement: Any) -> None:  # noqa: ANN401 - any statement
-    await world.gateway.database.transaction(lambda connection: connection.execute(statement))
+async def change(harness: GatewayHarness, statement: Any) -> None:  # noqa: ANN401 - any statement
+    await harness.gateway.database.transaction(lambda connection: connection.execute(statement))
 
 
 # ── what follows from the graph ─────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_workflow_that_becomes_active_counts_from_then_on(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await owner.create(**schedule_graph({"cron": "30 7 * * *", "timezone": "Asia/Kolkata"}))
@@ -154,17 +154,17 @@ async def test_a_workflow_that_becomes_active_counts_from_then_on(
     assert first["at"] == first["startsAt"]
     assert datetime.fromisoformat(first["at"]) == datetime.fromisoformat(first["localTime"])
     assert timedelta() < datetime.fromisoformat(first["at"]) - datetime.now(UTC) <= timedelta(days=1)
-    assert await tick(world, datetime.now(UTC)) == 0
+    assert await tick(harness, datetime.now(UTC)) == 0
 
 
 async def test_only_an_edit_of_the_timing_moves_the_next_instant(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await create_active_workflow(owner, {"intervalSeconds": 3_600})
     long_ago = datetime(2026, 1, 1, tzinfo=UTC)
     moved = {"anchor_at": long_ago, "next_run_at": long_ago + HOUR, "due_at": long_ago + HOUR}
-    await change(world, update(Schedule).where(col(Schedule.workflow_id) == workflow_id).values(moved))
+    await change(harness, update(Schedule).where(col(Schedule.workflow_id) == workflow_id).values(moved))
     edits = [
         schedule_graph({"intervalSeconds": 3_600}, label="Another step"),
         schedule_graph({"intervalSeconds": 3_600, "misfire": "skip", "overlap": "queue"}),
@@ -182,7 +182,7 @@ async def test_only_an_edit_of_the_timing_moves_the_next_instant(
 
 
 async def test_what_is_paused_or_deleted_keeps_no_instant_and_misses_none(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     owner = people.owner
     workflow_id = await create_active_workflow(owner, {"intervalSeconds": 60})
@@ -190,14 +190,14 @@ async def test_what_is_paused_or_deleted_keeps_no_instant_and_misses_none(
     status = f"/api/v1/workflows/{workflow_id}/status"
     await owner.api.put(status, json={"status": "paused"})
     assert (await get_schedule(owner, workflow_id))["inactiveReason"] == "paused"
-    assert await tick(world, due_at + HOUR) == 0
-    await change(world, update(Schedule).values(anchor_at=datetime(2026, 1, 1, tzinfo=UTC)))  # a long pause
+    assert await tick(harness, due_at + HOUR) == 0
+    await change(harness, update(Schedule).values(anchor_at=datetime(2026, 1, 1, tzinfo=UTC)))  # a long pause
     await owner.api.put(status, json={"status": "active"})
     (first, *_) = await get_instants(owner, workflow_id)
     assert timedelta() < first - datetime.now(UTC) <= timedelta(minutes=1)
     await owner.api.delete(f"/api/v1/workflows/{workflow_id}")
-    assert await tick(world, first + HOUR) == 0
-    assert await read_runs(world, workflow_id) == []
+    assert await tick(harness, first + HOUR) == 0
+    assert await read_runs(harness, workflow_id) == []
 
 
 async def test_what_has_no_schedule_or_cannot_be_run_by_one_says_so(people: OrganizationUsers) -> None:
@@ -224,14 +224,14 @@ async def test_what_has_no_schedule_or_cannot_be_run_by_one_says_so(people: Orga
 
 
 async def test_a_run_has_its_instant_and_is_its_owners(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, {**HOURLY, "timezone": "Europe/Berlin"})
     (first, second, *_) = await get_instants(people.owner, workflow_id)
-    assert await tick(world, first - timedelta(milliseconds=1)) == 0
-    assert await tick(world, first + timedelta(milliseconds=700)) == 1
-    assert await tick(world, first + timedelta(seconds=1)) == 0
-    (run,) = await read_runs(world, workflow_id)
+    assert await tick(harness, first - timedelta(milliseconds=1)) == 0
+    assert await tick(harness, first + timedelta(milliseconds=700)) == 1
+    assert await tick(harness, first + timedelta(seconds=1)) == 0
+    (run,) = await read_runs(harness, workflow_id)
     assert (run.trigger_type, run.user_id, run.status) == ("schedule", people.owner.user.id, "pending")
     assert (run.target, run.assigned_deployment_id, run.total_nodes) == (SHARED_TARGET, None, 2)
     response = await people.owner.api.get(f"/api/v1/executions/{run.id}")
@@ -239,7 +239,7 @@ async def test_a_run_has_its_instant_and_is_its_owners(
         "scheduledAt": first.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "timezone": "Europe/Berlin",
     }
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         stored = select(col(Definition.body)).where(col(Definition.hash) == run.definition_hash)
         assert '"schedule-trigger"' in (await connection.scalar(stored) or "")
     schedule = await get_schedule(people.owner, workflow_id)
@@ -250,19 +250,19 @@ async def test_a_run_has_its_instant_and_is_its_owners(
 
 
 async def test_two_schedulers_start_each_instant_once(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_ids = [await create_active_workflow(people.owner, {"intervalSeconds": 30}) for _ in range(8)]
     starts = [(await get_instants(people.owner, workflow_id))[0] for workflow_id in workflow_ids]
-    other = Database(world.gateway.database.url)
+    other = Database(harness.gateway.database.url)
     now = max(starts)
     for step in range(4):
         moment = now + step * timedelta(seconds=20)
         await asyncio.gather(
-            *(tick(world, moment, database) for database in (world.gateway.database, other) * 2)
+            *(tick(harness, moment, database) for database in (harness.gateway.database, other) * 2)
         )
     # What one of them had locked, or was outrun in, is nobody's until the next tick.
-    await tick(world, now + timedelta(seconds=60))
+    await tick(harness, now + timedelta(seconds=60))
     await other.close()
     for workflow_id, first in zip(workflow_ids, starts, strict=True):
         expected = [
@@ -270,23 +270,23 @@ async def test_two_schedulers_start_each_instant_once(
             for turn in range(4)
             if first + turn * timedelta(seconds=30) <= now + timedelta(seconds=60)
         ]
-        assert Counter(await read_instants(world, workflow_id)) == Counter(expected)
+        assert Counter(await read_instants(harness, workflow_id)) == Counter(expected)
 
 
 async def test_an_edit_whose_transaction_began_before_an_instant_was_run_does_not_run_it_again(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
     (first, *_) = await get_instants(people.owner, workflow_id)
-    assert await tick(world, first) == 1
+    assert await tick(harness, first) == 1
     edit = schedule_graph({"cron": "0,30 * * * *"})
     assert (await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=edit)).status_code == 200
-    assert await tick(world, first + timedelta(seconds=1)) == 0
+    assert await tick(harness, first + timedelta(seconds=1)) == 0
     assert (await get_instants(people.owner, workflow_id))[0] == first + HOUR / 2
 
 
 async def test_one_that_dies_before_its_commit_leaves_the_instant_to_the_next(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
     (first, *_) = await get_instants(people.owner, workflow_id)
@@ -299,14 +299,14 @@ async def test_one_that_dies_before_its_commit_leaves_the_instant_to_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(scheduled_runs._ScheduleWriter, "write", die)  # noqa: SLF001
         with pytest.raises(SchedulerKilled):
-            await tick(world, first)
-    assert await read_runs(world, workflow_id) == []
-    assert await tick(world, first) == 1
-    assert await read_instants(world, workflow_id) == [first]
+            await tick(harness, first)
+    assert await read_runs(harness, workflow_id) == []
+    assert await tick(harness, first) == 1
+    assert await read_instants(harness, workflow_id) == [first]
 
 
 async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
     (first, *_) = await get_instants(people.owner, workflow_id)
@@ -317,9 +317,9 @@ async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
     with monkeypatch.context() as patch:
         patch.setattr(LocalBroker, "wake", die)
         with pytest.raises(SchedulerKilled):
-            await tick(world, first)
-    assert await tick(world, first + timedelta(seconds=1)) == 0
-    assert await read_instants(world, workflow_id) == [first]
+            await tick(harness, first)
+    assert await tick(harness, first + timedelta(seconds=1)) == 0
+    assert await read_instants(harness, workflow_id) == [first]
 
 
 @pytest.mark.parametrize(
@@ -327,22 +327,22 @@ async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
     [({"misfire": "skip"}, 0), ({}, 1), ({"misfire": "run-all", "misfireLimit": 3}, 3)],
 )
 async def test_after_a_week_without_a_scheduler_the_policy_says_what_is_made_up_for(
-    world: GatewayHarness, people: OrganizationUsers, policy: dict[str, Any], expected: int
+    harness: GatewayHarness, people: OrganizationUsers, policy: dict[str, Any], expected: int
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, {**HOURLY, **policy})
     (first, *_) = await get_instants(people.owner, workflow_id)
     last = first + timedelta(weeks=1)
-    assert await tick(world, last + HOUR / 2) == expected
-    assert await read_instants(world, workflow_id) == [
+    assert await tick(harness, last + HOUR / 2) == expected
+    assert await read_instants(harness, workflow_id) == [
         last - turn * HOUR for turn in reversed(range(expected))
     ]
     schedule = await get_schedule(people.owner, workflow_id)
     assert schedule["lastPassedOver"]["reason"] == "missed"
-    assert await tick(world, last + HOUR) == 1
+    assert await tick(harness, last + HOUR) == 1
 
 
 async def test_a_run_that_goes_on_has_the_next_passed_over_or_wait_for_its_turn(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     skipping = await create_active_workflow(people.owner, {**HOURLY, "overlap": "skip"})
     queueing = await create_active_workflow(people.owner, {**HOURLY, "overlap": "queue"})
@@ -350,43 +350,46 @@ async def test_a_run_that_goes_on_has_the_next_passed_over_or_wait_for_its_turn(
         people.owner, {**HOURLY, "overlap": "queue"}, settings={"concurrency": {"limit": 5}}
     )
     (first, second, third, *_) = await get_instants(people.owner, skipping)
-    assert await tick(world, first) == 3
-    assert await tick(world, second) == 2
+    assert await tick(harness, first) == 3
+    assert await tick(harness, second) == 2
     schedule = await get_schedule(people.owner, skipping)
     assert schedule["lastPassedOver"]["reason"] == "overlap"
     assert datetime.fromisoformat(schedule["lastPassedOver"]["at"]) == second
     for workflow_id in (queueing, limited):
-        assert [run.target for run in await read_runs(world, workflow_id)] == [SHARED_TARGET, LIMITED_TARGET]
-    await end(world, skipping)
-    assert await tick(world, third) == 3
-    assert await read_instants(world, skipping) == [first, third]
-    assert await read_instants(world, queueing) == [first, second, third]
+        assert [run.target for run in await read_runs(harness, workflow_id)] == [
+            SHARED_TARGET,
+            LIMITED_TARGET,
+        ]
+    await end(harness, skipping)
+    assert await tick(harness, third) == 3
+    assert await read_instants(harness, skipping) == [first, third]
+    assert await read_instants(harness, queueing) == [first, second, third]
 
 
 async def test_a_limit_of_the_workflow_that_refuses_further_runs_has_instants_passed_over(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     settings = {"concurrency": {"limit": 1, "onLimit": "reject"}}
     workflow_id = await create_active_workflow(people.owner, HOURLY, settings=settings)
     (first, second, *_) = await get_instants(people.owner, workflow_id)
-    assert (await tick(world, first), await tick(world, second)) == (1, 0)
+    assert (await tick(harness, first), await tick(harness, second)) == (1, 0)
     assert (await get_schedule(people.owner, workflow_id))["lastPassedOver"]["reason"] == "concurrency-limit"
-    (run,) = await read_runs(world, workflow_id)
+    (run,) = await read_runs(harness, workflow_id)
     assert run.target == SHARED_TARGET
 
 
 async def test_what_is_deployed_is_run_by_its_pods_as_it_was_deployed(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
     (first, second, *_) = await get_instants(people.owner, workflow_id)
-    assert await tick(world, first) == 1
-    (own,) = await read_runs(world, workflow_id)
-    await deploy_with_pod(world, people.owner, workflow_id, definition_hash=own.definition_hash)
+    assert await tick(harness, first) == 1
+    (own,) = await read_runs(harness, workflow_id)
+    await deploy_with_pod(harness, people.owner, workflow_id, definition_hash=own.definition_hash)
     edit = schedule_graph(HOURLY, label="Another step")
     assert (await people.owner.api.put(f"/api/v1/workflows/{workflow_id}", json=edit)).status_code == 200
-    assert await tick(world, second) == 1
-    (_, run) = await read_runs(world, workflow_id)
+    assert await tick(harness, second) == 1
+    (_, run) = await read_runs(harness, workflow_id)
     assert (run.target, run.assigned_deployment_id, run.definition_hash) == (
         workflow_id,
         workflow_id,
@@ -395,55 +398,55 @@ async def test_what_is_deployed_is_run_by_its_pods_as_it_was_deployed(
 
 
 async def test_a_schedule_that_cannot_be_followed_is_put_off_and_keeps_no_other_from_its_runs(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     broken, lost, sound = [await create_active_workflow(people.owner, HOURLY) for _ in range(3)]
     (first, *_) = await get_instants(people.owner, sound)
     elsewhere = {"cron": "0 * * * *", "timezone": "Mars/Olympus"}
     of_broken = col(WorkflowTrigger.workflow_id) == broken
-    await change(world, update(WorkflowTrigger).where(of_broken).values(config=elsewhere))
-    await deploy_with_pod(world, people.owner, lost, definition_hash="1" * 64)
-    assert await tick(world, first) == 1
-    assert await tick(world, first + timedelta(seconds=1)) == 0
+    await change(harness, update(WorkflowTrigger).where(of_broken).values(config=elsewhere))
+    await deploy_with_pod(harness, people.owner, lost, definition_hash="1" * 64)
+    assert await tick(harness, first) == 1
+    assert await tick(harness, first + timedelta(seconds=1)) == 0
     schedule = await get_schedule(people.owner, lost)
     assert (schedule["isActive"], schedule["inactiveReason"]) == (False, "invalid-schedule")
     assert "not stored" in schedule["problem"]
     # Mended, it is run when it is looked at again.
-    await change(world, update(WorkflowTrigger).where(of_broken).values(config=HOURLY))
-    assert await tick(world, first + timedelta(minutes=2)) == 1
-    assert await read_instants(world, broken) == [first]
+    await change(harness, update(WorkflowTrigger).where(of_broken).values(config=HOURLY))
+    assert await tick(harness, first + timedelta(minutes=2)) == 1
+    assert await read_instants(harness, broken) == [first]
     assert (await get_schedule(people.owner, broken))["isActive"]
 
 
 async def test_a_clock_that_was_far_ahead_keeps_nothing_from_being_run_once_it_is_right(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
     (first, second, *_) = await get_instants(people.owner, workflow_id)
     ahead = first + timedelta(days=400)
-    assert await tick(world, ahead) == 1
-    assert await tick(world, second) == 0
-    async with run_scheduler(world, first + HOUR / 2) as schedules:
+    assert await tick(harness, ahead) == 1
+    assert await tick(harness, second) == 0
+    async with run_scheduler(harness, first + HOUR / 2) as schedules:
         await schedules.set_back()
-    assert await tick(world, second) == 1
-    assert await read_instants(world, workflow_id) == [second, ahead]
+    assert await tick(harness, second) == 1
+    assert await read_instants(harness, workflow_id) == [second, ahead]
 
 
 async def test_a_schedule_of_what_is_not_active_rests_whoever_has_left_it_due(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await create_active_workflow(people.owner, HOURLY)
     (first, *_) = await get_instants(people.owner, workflow_id)
-    await change(world, update(Workflow).where(col(Workflow.id) == workflow_id).values(status="paused"))
-    assert await tick(world, first) == 0
-    async with world.gateway.database.read() as connection:
+    await change(harness, update(Workflow).where(col(Workflow.id) == workflow_id).values(status="paused"))
+    assert await tick(harness, first) == 0
+    async with harness.gateway.database.read() as connection:
         due_at = select(col(Schedule.due_at)).where(col(Schedule.workflow_id) == workflow_id)
         assert await connection.scalar(due_at) is None
 
 
-async def test_what_is_due_is_found_by_an_index(world: GatewayHarness) -> None:
+async def test_what_is_due_is_found_by_an_index(harness: GatewayHarness) -> None:
     plan = await query_plans.explain_statement(
-        world.gateway.database, scheduled_runs.due_statement(DatabaseTime())
+        harness.gateway.database, scheduled_runs.due_statement(DatabaseTime())
     )
     assert "ix_schedule_due" in plan
     assert "SCAN workflow" not in plan
@@ -454,17 +457,17 @@ async def test_what_is_due_is_found_by_an_index(world: GatewayHarness) -> None:
 
 
 async def test_a_workflow_whose_places_are_locked_holds_up_the_schedule_of_no_other(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = {"concurrency": {"limit": 1, "onLimit": "reject"}}
     locked, other = [await create_active_workflow(people.owner, HOURLY, settings=settings) for _ in range(2)]
-    url = world.gateway.database.url
+    url = harness.gateway.database.url
     lock = "SELECT pg_advisory_xact_lock($1)"
     async with (
         open_impatient_database(url, monkeypatch) as database,
         hold_transaction_open(url, lock, concurrency_limits.advisory_lock_id(locked)),
     ):
-        assert await require_prompt(tick(world, datetime.now(UTC) + HOUR, database)) == 1
-        assert len(await read_runs(world, other)) == 1
-    assert await tick(world, datetime.now(UTC) + HOUR) == 1
-    assert len(await read_runs(world, locked)) == 1
+        assert await require_prompt(tick(harness, datetime.now(UTC) + HOUR, database)) == 1
+        assert len(await read_runs(harness, other)) == 1
+    assert await tick(harness, datetime.now(UTC) + HOUR) == 1
+    assert len(await read_runs(harness, locked)) == 1

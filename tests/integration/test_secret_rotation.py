@@ -27,10 +27,10 @@ NEW = "the next secret, also of more than thirty-two characters"
 NEWEST = "and the one after that, of more than thirty-two too"
 
 
-def changed_settings(world: GatewayHarness, secret: str, *previous: str) -> GatewaySettings:
+def changed_settings(harness: GatewayHarness, secret: str, *previous: str) -> GatewaySettings:
     """Return the settings of a server whose secret has changed."""
     secrets = {"secret_key": SecretStr(secret), "previous_secret_keys": tuple(map(SecretStr, previous))}
-    return world.gateway.settings.model_copy(update=secrets)
+    return harness.gateway.settings.model_copy(update=secrets)
 
 
 async def create_source(person: UserClient, name: str) -> str:
@@ -40,10 +40,10 @@ async def create_source(person: UserClient, name: str) -> str:
     return source_id
 
 
-async def open_secrets(world: GatewayHarness, vault: SecretVault, *source_ids: str) -> list[dict[str, str]]:
+async def open_secrets(harness: GatewayHarness, vault: SecretVault, *source_ids: str) -> list[dict[str, str]]:
     """Return what a vault opens of data sources; raises `VaultError`."""
     statement = select(DataSource).where(col(DataSource.id).in_(source_ids)).order_by(col(DataSource.id))
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         rows = (await connection.execute(statement)).mappings().all()
     return [decrypt_secrets(vault, DataSource(**row)) for row in rows]
 
@@ -79,7 +79,7 @@ async def send_github_event(client: httpx2.AsyncClient, token: str, secret: str)
 
 # In one test: each change begins where the one before has ended.
 async def test_data_sources_and_keys_survive_a_change_of_the_secret(
-    world: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
+    harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [await create_source(people.owner, name) for name in ("a", "b", "c")]
     expected = [{"token": f"token-{name}"} for name in ("a", "b", "c")]
@@ -88,7 +88,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     hooks = {"name": "Hooks", "secrets": {"github": ["a secret of GitHub's"]}}
     token = (await people.admin.api.post("/api/v1/auth/event-tokens", json=hooks)).json()["token"]
     old, new = SecretVault(SECRET.encode()), SecretVault(NEW.encode())
-    settings = changed_settings(world, NEW, SECRET)
+    settings = changed_settings(harness, NEW, SECRET)
     before = (await people.admin.api.get("/api/v1/audit")).json()
 
     # Interrupted after the first batch: what is done is done, and both secrets are needed.
@@ -107,12 +107,12 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     monkeypatch.setattr(secret_rotation, "_replace", replace)
     for vault in (old, new):
         with pytest.raises(UnknownSecret):
-            await open_secrets(world, vault, *ids)
-    assert await open_secrets(world, SecretVault(NEW.encode(), [SECRET.encode()]), *ids) == expected
+            await open_secrets(harness, vault, *ids)
+    assert await open_secrets(harness, SecretVault(NEW.encode(), [SECRET.encode()]), *ids) == expected
 
     done = await secret_rotation.rotate_secret(settings)
     assert (done.encrypted, done.unreadable) == (4, [])
-    assert await open_secrets(world, new, *ids) == expected
+    assert await open_secrets(harness, new, *ids) == expected
     again = await secret_rotation.rotate_secret(settings)
     assert (again.encrypted, again.waiting_keys) == (0, done.waiting_keys)
     assert (await people.admin.api.get("/api/v1/audit")).json() == before
@@ -121,7 +121,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     async with run_gateway(settings) as both:
         assert await get_whoami(both, people.owner) == 200
         assert await get_whoami(both, people.owner) == 200
-    async with run_gateway(changed_settings(world, NEW)) as alone:
+    async with run_gateway(changed_settings(harness, NEW)) as alone:
         assert await get_whoami(alone, people.owner) == 200
         assert await get_whoami(alone, people.colleague) == 401
         assert await send_github_event(alone, token, "a secret of GitHub's") == 200
@@ -129,9 +129,9 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     assert (await secret_rotation.rotate_secret(settings)).waiting_keys == done.waiting_keys - 1
 
     # What nothing opens stays as it is, and is named.
-    lost = await secret_rotation.rotate_secret(changed_settings(world, NEWEST))
+    lost = await secret_rotation.rotate_secret(changed_settings(harness, NEWEST))
     assert (lost.encrypted, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 5)
-    assert await open_secrets(world, new, *ids) == expected
+    assert await open_secrets(harness, new, *ids) == expected
 
 
 def test_the_command_says_what_it_has_done(tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -69,10 +69,13 @@ class RepeatingServers:
 
 
 @pytest.fixture
-async def shop() -> AsyncIterator[RepeatingServers]:
-    shop = RepeatingServers()
+async def repeating_servers() -> AsyncIterator[RepeatingServers]:
+    repeating_servers = RepeatingServers()
     async with AsyncExitStack() as stack:
-        for handler, place in ((shop.answer, "url"), (shop.answer_elsewhere, "elsewhere")):
+        for handler, place in (
+            (repeating_servers.answer, "url"),
+            (repeating_servers.answer_elsewhere, "elsewhere"),
+        ):
             application = web.Application()
             application.router.add_route("*", "/{path:.*}", handler)
             runner = web.AppRunner(application)
@@ -80,8 +83,8 @@ async def shop() -> AsyncIterator[RepeatingServers]:
             stack.push_async_callback(runner.cleanup)
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             host, port = runner.addresses[0][:2]
-            setattr(shop, place, f"http://{host}:{port}")
-        yield shop
+            setattr(repeating_servers, place, f"http://{host}:{port}")
+        yield repeating_servers
 
 
 async def create_sources(person: UserClient) -> dict[str, str]:
@@ -133,9 +136,9 @@ class AnswerCollector:
 
 
 async def test_no_answer_no_log_and_no_row_holds_a_secret(
-    world: GatewayHarness, people: OrganizationUsers, shop: RepeatingServers, tmp_path: Path
+    harness: GatewayHarness, people: OrganizationUsers, repeating_servers: RepeatingServers, tmp_path: Path
 ) -> None:
-    reader, gateway = AnswerCollector(people.owner.api), world.gateway
+    reader, gateway = AnswerCollector(people.owner.api), harness.gateway
     settings = WorkerSettings(
         data_dir=tmp_path,
         database_url=gateway.settings.database_url,
@@ -146,15 +149,15 @@ async def test_no_answer_no_log_and_no_row_holds_a_secret(
         ids = await create_sources(people.owner)
         tokens = await exercise_event_token(people.admin, reader)
         graphs = {
-            "bearer": (calling_graph(f"{shop.url}/", ids["bearer"]), "completed"),
+            "bearer": (calling_graph(f"{repeating_servers.url}/", ids["bearer"]), "completed"),
             "basic": (
-                calling_graph(f"{shop.url}/", ids["basic"], headers={"authorization": "mine"}),
+                calling_graph(f"{repeating_servers.url}/", ids["basic"], headers={"authorization": "mine"}),
                 "completed",
             ),
-            "key": (calling_graph(f"{shop.url}/", ids["key"], method="POST"), "completed"),
-            "broken": (calling_graph(f"{shop.url}/broken", ids["basic"]), "failed"),
-            "moved": (calling_graph(f"{shop.url}/moved", ids["key"]), "completed"),
-            "wrong type": (calling_graph(f"{shop.url}/", ids["database"]), "failed"),
+            "key": (calling_graph(f"{repeating_servers.url}/", ids["key"], method="POST"), "completed"),
+            "broken": (calling_graph(f"{repeating_servers.url}/broken", ids["basic"]), "failed"),
+            "moved": (calling_graph(f"{repeating_servers.url}/moved", ids["key"]), "completed"),
+            "wrong type": (calling_graph(f"{repeating_servers.url}/", ids["database"]), "failed"),
             "refused": (calling_graph("http://10.0.0.1/", ids["bearer"]), "failed"),
         }
         async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
@@ -171,23 +174,23 @@ async def test_no_answer_no_log_and_no_row_holds_a_secret(
     await trail.ask("GET", "/api/v1/audit?limit=100")
 
     # They were used, where they belong and nowhere else.
-    sent = [told.get("Authorization") or told.get("X-Shop") for told in shop.told]
+    sent = [told.get("Authorization") or told.get("X-Shop") for told in repeating_servers.told]
     login = b64encode(f'ada:{CANARY}-"basic"'.encode()).decode()
     assert sent == [
         f"Bearer {CANARY}-bearer", f"Basic {login}", f"{CANARY} key", f"Basic {login}", f"{CANARY} key",
     ]  # fmt: skip
-    assert len(shop.told_elsewhere) == 1
+    assert len(repeating_servers.told_elsewhere) == 1
 
-    kept = await dump(world)
+    kept = await dump(harness)
     assert "[hidden]" in kept
     assert all(source_id in kept for source_id in ids.values())
     places = {
         "answers": "\n".join(reader.texts + trail.texts),
         "logs": repr(lines),
         "rows": kept,
-        "another server": repr(shop.told_elsewhere),
+        "another server": repr(repeating_servers.told_elsewhere),
     }
-    places |= {path.name: path.read_bytes().decode("latin-1") for path in database_files(world)}
+    places |= {path.name: path.read_bytes().decode("latin-1") for path in database_files(harness)}
     traces = [*TRACES, *tokens]
     found = [(place, trace) for place, text in places.items() for trace in traces if trace in text]
     assert found == []
@@ -230,18 +233,18 @@ async def exercise_sources(reader: AnswerCollector, ids: Mapping[str, str]) -> N
         await reader.ask("DELETE", path)
 
 
-async def dump(world: GatewayHarness) -> str:
+async def dump(harness: GatewayHarness) -> str:
     """Return every value of every row, sealed ones as bytes."""
     rows = []
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         for table in SQLModel.metadata.sorted_tables:
             rows += [repr(tuple(row)) for row in await connection.execute(select(table))]
     return "\n".join(rows)
 
 
-def database_files(world: GatewayHarness) -> list[Path]:
+def database_files(harness: GatewayHarness) -> list[Path]:
     """Return the files of the database, if it has its own."""
-    folder = world.gateway.settings.data_dir
+    folder = harness.gateway.settings.data_dir
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -256,7 +259,7 @@ async def server(postgres: PostgresServer) -> Mapping[str, Any]:
 
 
 async def probe_source(
-    world: GatewayHarness,
+    harness: GatewayHarness,
     person: UserClient,
     probes: DataSourceProber,
     **settings: Any,  # noqa: ANN401 - any JSON value
@@ -264,7 +267,7 @@ async def probe_source(
     body = {"name": uuid4().hex, "type": "postgresql", "settings": settings}
     body["secrets"] = {"password": f"{CANARY}-probed"}
     source_id = (await person.api.post("/api/v1/datasources", json=body)).json()["dataSourceId"]
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         statement = select(DataSource).where(col(DataSource.id) == source_id)
         row = (await connection.execute(statement)).mappings().one()
     found = await probes.probe(DataSource(**row))
@@ -273,15 +276,15 @@ async def probe_source(
 
 
 async def test_a_data_source_is_tested_by_connecting_to_it(
-    world: GatewayHarness, people: OrganizationUsers, server: Mapping[str, Any]
+    harness: GatewayHarness, people: OrganizationUsers, server: Mapping[str, Any]
 ) -> None:
-    allowed = world.gateway.settings.model_copy(update={"outbound_allowed_networks": LOOPBACK})
-    probes = DataSourceProber(world.gateway.vault, allowed)
-    assert await probe_source(world, people.owner, probes, **server) == (True, "The database answers")
+    allowed = harness.gateway.settings.model_copy(update={"outbound_allowed_networks": LOOPBACK})
+    probes = DataSourceProber(harness.gateway.vault, allowed)
+    assert await probe_source(harness, people.owner, probes, **server) == (True, "The database answers")
     for wrong in ({"database": "no_such_database"}, {"user": "nobody_there"}, {"port": 1}):
-        is_ok, message = await probe_source(world, people.owner, probes, **{**server, **wrong})
+        is_ok, message = await probe_source(harness, people.owner, probes, **{**server, **wrong})
         assert (is_ok, message.startswith("No connection")) == (False, True), message
-    is_ok, message = await probe_source(world, people.owner, world.gateway.probes, **server)
+    is_ok, message = await probe_source(harness, people.owner, harness.gateway.probes, **server)
     assert (is_ok, "not a public address" in message) == (False, True)
 
 

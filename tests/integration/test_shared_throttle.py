@@ -20,15 +20,15 @@ SECOND = timedelta(seconds=1)
 
 
 @pytest.fixture(params=["on_sqlite", "on_postgres"])
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture
-async def world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 async def reserve(
@@ -39,11 +39,11 @@ async def reserve(
     return await throttle.reserve(caller, key, limit=6, per_seconds=60.0, max_wait_seconds=max_wait_seconds)
 
 
-async def test_places_are_spread_evenly_whoever_takes_them(world: RunDatabase) -> None:
-    other = Database(world.url)
+async def test_places_are_spread_evenly_whoever_takes_them(run_database: RunDatabase) -> None:
+    other = Database(run_database.url)
     try:
         before = datetime.now(UTC)
-        taken = await asyncio.gather(*(reserve(database) for database in (world.database, other) * 4))
+        taken = await asyncio.gather(*(reserve(database) for database in (run_database.database, other) * 4))
         elsewhere = [await reserve(other, "erp"), await reserve(other, organization_id="org_2")]
     finally:
         await other.close()
@@ -53,24 +53,24 @@ async def test_places_are_spread_evenly_whoever_takes_them(world: RunDatabase) -
     assert all(abs(place - before) < 5 * SECOND for place in elsewhere)
 
 
-async def test_a_place_that_is_too_far_away_is_not_taken(world: RunDatabase) -> None:
-    first = await reserve(world.database)
-    assert await reserve(world.database) == first + 10 * SECOND
+async def test_a_place_that_is_too_far_away_is_not_taken(run_database: RunDatabase) -> None:
+    first = await reserve(run_database.database)
+    assert await reserve(run_database.database) == first + 10 * SECOND
     with pytest.raises(NodeError) as refused:
-        await reserve(world.database, max_wait_seconds=15)
+        await reserve(run_database.database, max_wait_seconds=15)
     assert (refused.value.code, refused.value.retryable) == ("throttled", True)
-    assert await reserve(world.database, max_wait_seconds=25) == first + 20 * SECOND
+    assert await reserve(run_database.database, max_wait_seconds=25) == first + 20 * SECOND
 
 
 async def test_a_rate_that_nothing_happened_at_lately_is_forgotten_and_begins_anew(
-    world: RunDatabase,
+    run_database: RunDatabase,
 ) -> None:
     for key in ("old", "new"):
-        await reserve(world.database, key)
-    await world.query("UPDATE throttle SET next_at = 1 WHERE key = 'old'")
-    await retention.forget_past_paces(world.database)
-    assert await world.query("SELECT key FROM throttle") == [{"key": "new"}]
+        await reserve(run_database.database, key)
+    await run_database.query("UPDATE throttle SET next_at = 1 WHERE key = 'old'")
+    await retention.forget_past_paces(run_database.database)
+    assert await run_database.query("SELECT key FROM throttle") == [{"key": "new"}]
 
-    await world.query("UPDATE throttle SET next_at = 1")
-    assert abs(await reserve(world.database, "new") - datetime.now(UTC)) < 5 * SECOND
-    assert await reserve(world.database, "new") > datetime.now(UTC) + 5 * SECOND
+    await run_database.query("UPDATE throttle SET next_at = 1")
+    assert abs(await reserve(run_database.database, "new") - datetime.now(UTC)) < 5 * SECOND
+    assert await reserve(run_database.database, "new") > datetime.now(UTC) + 5 * SECOND

@@ -28,14 +28,14 @@ MAIL = (
 
 
 @pytest.fixture(scope="module")
-async def mails(world: GatewayHarness) -> AsyncIterator[MailHarness]:
-    async with run_mail_harness(world) as mails:
+async def mails(harness: GatewayHarness) -> AsyncIterator[MailHarness]:
+    async with run_mail_harness(harness) as mails:
         yield mails
 
 
 @pytest.fixture(scope="module")
 async def url(mails: MailHarness) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(mails.world.app, port=0, log_config=None, lifespan="off"))
+    server = uvicorn.Server(uvicorn.Config(mails.harness.app, port=0, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
     while not server.started:  # noqa: ASYNC110 - it tells nobody
         await asyncio.sleep(0.01)

@@ -116,7 +116,7 @@ def make_source(kind: str, url: URL, **settings: Json) -> ConnectionSource:
 
 
 @pytest.fixture(scope="module", params=TYPES)
-async def place(
+async def sql_target(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[SqlTarget]:
     folder = tmp_path_factory.mktemp("files")
@@ -135,11 +135,11 @@ async def place(
 
 
 @pytest.fixture
-async def orders(place: SqlTarget) -> SqlTarget:
-    name = "text" if place.type != "mysql" else "varchar(200)"
-    await place.run("DROP TABLE IF EXISTS orders")
-    await place.run(f"CREATE TABLE orders (id integer PRIMARY KEY, name {name}, total double precision)")
-    return place
+async def orders(sql_target: SqlTarget) -> SqlTarget:
+    name = "text" if sql_target.type != "mysql" else "varchar(200)"
+    await sql_target.run("DROP TABLE IF EXISTS orders")
+    await sql_target.run(f"CREATE TABLE orders (id integer PRIMARY KEY, name {name}, total double precision)")
+    return sql_target
 
 
 async def assert_refused(code: str, work: Any) -> str:  # noqa: ANN401 - a coroutine
@@ -303,26 +303,26 @@ async def test_what_the_database_says_is_passed_on_without_who_and_where(orders:
 # ── limits ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_more_rows_than_allowed_are_an_error_and_not_kept(place: SqlTarget) -> None:
-    message = await assert_refused("too-many-rows", place.read(MANY[place.type], maxRows=1000))
+async def test_more_rows_than_allowed_are_an_error_and_not_kept(sql_target: SqlTarget) -> None:
+    message = await assert_refused("too-many-rows", sql_target.read(MANY[sql_target.type], maxRows=1000))
     assert "1,000" in message
-    assert (await place.read("SELECT 1 AS one"))["rows"] == [{"one": 1}]
+    assert (await sql_target.read("SELECT 1 AS one"))["rows"] == [{"one": 1}]
 
 
-async def test_a_result_too_large_for_an_output_is_an_error(place: SqlTarget) -> None:
-    assert "10,000,000" in await assert_refused("result-too-large", place.read(LARGE[place.type]))
+async def test_a_result_too_large_for_an_output_is_an_error(sql_target: SqlTarget) -> None:
+    assert "10,000,000" in await assert_refused("result-too-large", sql_target.read(LARGE[sql_target.type]))
 
 
-async def test_a_slow_query_ends_in_its_timeout_and_nobody_else_waits(place: SqlTarget) -> None:
+async def test_a_slow_query_ends_in_its_timeout_and_nobody_else_waits(sql_target: SqlTarget) -> None:
     turns = 0
-    running = asyncio.create_task(place.read(SLOW[place.type], timeoutSeconds=0.4))
+    running = asyncio.create_task(sql_target.read(SLOW[sql_target.type], timeoutSeconds=0.4))
     while not running.done():
         await asyncio.sleep(0.005)
         turns += 1
     message = await assert_refused("timeout", running)
     assert "timeoutSeconds" in message
     assert turns > 10
-    assert (await place.read("SELECT 1 AS one"))["count"] == 1
+    assert (await sql_target.read("SELECT 1 AS one"))["count"] == 1
 
 
 async def test_a_cancelled_node_leaves_connections_that_work(orders: SqlTarget) -> None:
@@ -336,11 +336,11 @@ async def test_a_cancelled_node_leaves_connections_that_work(orders: SqlTarget) 
 
 
 async def test_a_node_that_is_cancelled_while_it_connects_leaves_nothing_behind(
-    place: SqlTarget, caplog: pytest.LogCaptureFixture
+    sql_target: SqlTarget, caplog: pytest.LogCaptureFixture
 ) -> None:
-    policy = ConnectionPolicy(allowed_networks=LOOPBACK, files=place.folder)
+    policy = ConnectionPolicy(allowed_networks=LOOPBACK, files=sql_target.folder)
     for milliseconds in range(0, 24, 2):
-        cold = replace(place, connections=DataSourceConnections(place.sources, policy))
+        cold = replace(sql_target, connections=DataSourceConnections(sql_target.sources, policy))
         running = asyncio.create_task(cold.read("SELECT 1 AS one"))
         await asyncio.sleep(milliseconds / 1000)
         running.cancel()

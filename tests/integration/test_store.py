@@ -75,26 +75,26 @@ DATABASES = {
 
 
 @pytest.fixture(scope="module", params=DATABASES.values(), ids=list(DATABASES))
-def where(request: pytest.FixtureRequest) -> MigratedDatabase:
+def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
     found: MigratedDatabase = request.getfixturevalue(request.param)
     return found
 
 
 @pytest.fixture(scope="module")
-async def shared_world(where: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(where) as world:
-        yield world
+async def shared_run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(migrated_database) as run_database:
+        yield run_database
 
 
 @pytest.fixture
-async def world(shared_world: RunDatabase) -> RunDatabase:
-    await shared_world.clear()
-    return shared_world
+async def run_database(shared_run_database: RunDatabase) -> RunDatabase:
+    await shared_run_database.clear()
+    return shared_run_database
 
 
 @pytest.fixture
-async def place(world: RunDatabase) -> OwnedWorkflow:
-    return await world.workflow()
+async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
+    return await run_database.workflow()
 
 
 def idempotency_fields(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
@@ -106,39 +106,43 @@ def idempotency_fields(body: str = "a", key: str = "once", **fields: Any) -> dic
 
 
 async def test_an_accepted_run_is_pending_with_all_that_came_with_it(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    key = await world.accept(place, trigger='{"n":1}', config='{"c":2}', timeout_seconds=1.5)
-    row = await world.row(key.execution_id)
+    key = await run_database.accept(owned_workflow, trigger='{"n":1}', config='{"c":2}', timeout_seconds=1.5)
+    row = await run_database.row(key.execution_id)
     assert (row["status"], row["attempt"], row["token"], row["target"]) == ("pending", 0, 0, "shared")
     assert (row["shard"], row["key_id"], row["total_nodes"]) == (key.shard, key.execution_id, 3)
     assert (row["timeout_microseconds"], bool(row["is_fresh"])) == (1_500_000, True)
-    (data,) = await world.query("SELECT * FROM execution_data")
+    (data,) = await run_database.query("SELECT * FROM execution_data")
     assert (data["execution_id"], data["trigger"], data["config"]) == (*key[:1], '{"n":1}', '{"c":2}')
 
 
 async def test_a_definition_is_stored_once_and_found_by_its_hash(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    elsewhere = await world.workflow()
-    first = place.run()
-    await world.store.accept([first, place.run(), place.run(definition=None), elsewhere.run()])
-    await world.store.accept([place.run(definition='{"other":1}', definition_hash="f" * 64)])
-    assert await world.count("definition") == 3
+    elsewhere = await run_database.workflow()
+    first = owned_workflow.run()
+    await run_database.store.accept(
+        [first, owned_workflow.run(), owned_workflow.run(definition=None), elsewhere.run()]
+    )
+    await run_database.store.accept([owned_workflow.run(definition='{"other":1}', definition_hash="f" * 64)])
+    assert await run_database.count("definition") == 3
     key = DefinitionKey(first.organization_id, first.definition_hash, first.shard)
     unknown = key._replace(hash="0" * 64)
-    assert await world.store.definitions([key, unknown]) == {key: DEFINITION}
+    assert await run_database.store.definitions([key, unknown]) == {key: DEFINITION}
 
 
-async def test_a_repeated_request_gets_the_first_answer(world: RunDatabase, place: OwnedWorkflow) -> None:
-    first = await world.accept(place, **idempotency_fields())
-    other_key = await world.accept(place, **idempotency_fields(key="another"))
-    answers = await world.store.accept(
+async def test_a_repeated_request_gets_the_first_answer(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    first = await run_database.accept(owned_workflow, **idempotency_fields())
+    other_key = await run_database.accept(owned_workflow, **idempotency_fields(key="another"))
+    answers = await run_database.store.accept(
         [
-            place.run(),
-            place.run(**idempotency_fields()),
-            place.run(**idempotency_fields("b")),
-            place.run(**idempotency_fields("c", key="another")),
+            owned_workflow.run(),
+            owned_workflow.run(**idempotency_fields()),
+            owned_workflow.run(**idempotency_fields("b")),
+            owned_workflow.run(**idempotency_fields("c", key="another")),
         ]
     )
     assert [answer.verdict for answer in answers] == ["accepted", "repeated", "mismatch", "mismatch"]
@@ -147,30 +151,37 @@ async def test_a_repeated_request_gets_the_first_answer(world: RunDatabase, plac
         first.execution_id,
         other_key.execution_id,
     ]
-    assert await world.count("execution") == await world.count("execution_data") == 3
+    assert await run_database.count("execution") == await run_database.count("execution_data") == 3
 
 
-async def test_a_key_is_free_again_when_its_time_is_over(world: RunDatabase, place: OwnedWorkflow) -> None:
-    await world.accept(place, **idempotency_fields(lifetime_seconds=0))
-    second = await world.accept(place, **idempotency_fields("b"))
-    (answer,) = await world.store.accept([place.run(**idempotency_fields("b"))])
+async def test_a_key_is_free_again_when_its_time_is_over(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    await run_database.accept(owned_workflow, **idempotency_fields(lifetime_seconds=0))
+    second = await run_database.accept(owned_workflow, **idempotency_fields("b"))
+    (answer,) = await run_database.store.accept([owned_workflow.run(**idempotency_fields("b"))])
     assert answer == AcceptanceResult(AcceptanceVerdict.REPEATED, second.execution_id)
 
 
-async def test_equal_requests_in_one_batch_start_one_run(world: RunDatabase, place: OwnedWorkflow) -> None:
-    batch = [place.run(**idempotency_fields()) for _ in range(50)]
-    answers = await world.store.accept(batch)
+async def test_equal_requests_in_one_batch_start_one_run(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    batch = [owned_workflow.run(**idempotency_fields()) for _ in range(50)]
+    answers = await run_database.store.accept(batch)
     assert answers[0] == AcceptanceResult(AcceptanceVerdict.ACCEPTED, batch[0].execution_id)
     assert set(answers[1:]) == {AcceptanceResult(AcceptanceVerdict.REPEATED, batch[0].execution_id)}
-    assert await world.count("execution") == 1
+    assert await run_database.count("execution") == 1
 
 
 async def test_equal_requests_to_two_processes_start_one_run(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    stores = [world.store, await world.another_store()]
+    stores = [run_database.store, await run_database.another_store()]
     batches = [
-        [place.run(**idempotency_fields()), place.run(**idempotency_fields(key=f"{number % 5}"))]
+        [
+            owned_workflow.run(**idempotency_fields()),
+            owned_workflow.run(**idempotency_fields(key=f"{number % 5}")),
+        ]
         for number in range(50)
     ]
     answers = await asyncio.gather(
@@ -178,7 +189,7 @@ async def test_equal_requests_to_two_processes_start_one_run(
     )
     verdicts = Counter(answer.verdict for pair in answers for answer in pair)
     assert verdicts == {AcceptanceVerdict.ACCEPTED: 6, AcceptanceVerdict.REPEATED: 94}
-    assert await world.count("execution") == 6
+    assert await run_database.count("execution") == 6
     assert len({pair[0].execution_id for pair in answers}) == 1
 
 
@@ -188,184 +199,209 @@ async def test_equal_requests_to_two_processes_start_one_run(
     ids=["moved on", "another organisation's", "unknown"],
 )
 async def test_a_run_checked_against_an_old_workflow_is_refused(
-    world: RunDatabase, place: OwnedWorkflow, change: dict[str, Any]
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, change: dict[str, Any]
 ) -> None:
-    stale = place.run(**change, **idempotency_fields())
-    assert await world.store.accept([stale]) == [
+    stale = owned_workflow.run(**change, **idempotency_fields())
+    assert await run_database.store.accept([stale]) == [
         AcceptanceResult(AcceptanceVerdict.STALE, stale.execution_id)
     ]
-    assert await world.count("execution") == await world.count("execution_data") == 0
-    await world.accept(place, **idempotency_fields())  # the key wasn't kept
+    assert await run_database.count("execution") == await run_database.count("execution_data") == 0
+    await run_database.accept(owned_workflow, **idempotency_fields())  # the key wasn't kept
 
 
-async def test_a_run_of_a_deleted_workflow_is_refused(world: RunDatabase, place: OwnedWorkflow) -> None:
-    await world.query("UPDATE workflow SET deleted_at = 1")
-    run = place.run()
-    assert await world.store.accept([run]) == [AcceptanceResult(AcceptanceVerdict.STALE, run.execution_id)]
+async def test_a_run_of_a_deleted_workflow_is_refused(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    await run_database.query("UPDATE workflow SET deleted_at = 1")
+    run = owned_workflow.run()
+    assert await run_database.store.accept([run]) == [
+        AcceptanceResult(AcceptanceVerdict.STALE, run.execution_id)
+    ]
 
 
 async def test_a_repeated_request_gets_its_answer_though_the_workflow_has_moved_on(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    first = await world.accept(place, **idempotency_fields())
-    await world.query("UPDATE workflow SET revision = 2")
-    assert await world.store.accept([place.run(**idempotency_fields())]) == [
+    first = await run_database.accept(owned_workflow, **idempotency_fields())
+    await run_database.query("UPDATE workflow SET revision = 2")
+    assert await run_database.store.accept([owned_workflow.run(**idempotency_fields())]) == [
         AcceptanceResult(AcceptanceVerdict.REPEATED, first.execution_id)
     ]
 
 
 @pytest.mark.parametrize("fields", [{}, idempotency_fields()], ids=["without a key", "with a key"])
 async def test_a_run_accepted_again_after_its_answer_was_lost_is_accepted_once(
-    world: RunDatabase, place: OwnedWorkflow, fields: dict[str, Any]
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, fields: dict[str, Any]
 ) -> None:
-    run = place.run(**fields)
+    run = owned_workflow.run(**fields)
     expected = [AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)]
-    assert await world.store.accept([run]) == expected
-    await world.query("UPDATE workflow SET revision = 2")
-    assert await world.store.accept([run]) == expected
-    assert await world.count("execution") == await world.count("execution_data") == 1
+    assert await run_database.store.accept([run]) == expected
+    await run_database.query("UPDATE workflow SET revision = 2")
+    assert await run_database.store.accept([run]) == expected
+    assert await run_database.count("execution") == await run_database.count("execution_data") == 1
 
 
 async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(world.store.accept)
-    runs = [place.run(timeout_seconds=1e30 if number == 2 else 1.0) for number in range(5)]
+    group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(run_database.store.accept)
+    runs = [owned_workflow.run(timeout_seconds=1e30 if number == 2 else 1.0) for number in range(5)]
     answers = await asyncio.gather(*map(group.submit, runs), return_exceptions=True)
     assert [isinstance(answer, AcceptanceResult) for answer in answers] == [True, True, False, True, True]
-    assert await world.count("execution") == 4
+    assert await run_database.count("execution") == 4
 
 
 # ── take in ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_what_a_request_brings_is_there_with_its_delivery_and_its_event(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    other = await world.workflow(place.organization)
+    other = await run_database.workflow(owned_workflow.organization)
     event = EmittedEvent("evt_1", "user.created", "shop", '{"n":1}')
-    runs = place.run(), other.run(concurrency_key="k", concurrency_limit=1)
-    arrival = place.arrival(*runs, event=event, answer="[]", workflow_id=None)
-    (taken,) = await world.store.ingest([arrival])
+    runs = owned_workflow.run(), other.run(concurrency_key="k", concurrency_limit=1)
+    arrival = owned_workflow.arrival(*runs, event=event, answer="[]", workflow_id=None)
+    (taken,) = await run_database.store.ingest([arrival])
     assert (taken.verdict, taken.delivery_id) == ("accepted", arrival.delivery_id)
     assert [one.verdict for one in taken.runs] == ["accepted", "accepted"]
-    assert [(await world.row(run.execution_id))["target"] for run in runs] == ["shared", "limited"]
-    (delivery,) = await world.query("SELECT * FROM delivery")
+    assert [(await run_database.row(run.execution_id))["target"] for run in runs] == ["shared", "limited"]
+    (delivery,) = await run_database.query("SELECT * FROM delivery")
     assert (delivery["event_id"], delivery["answer"], delivery["execution_id"]) == ("evt_1", "[]", None)
-    (row,) = await world.query("SELECT * FROM event")
+    (row,) = await run_database.query("SELECT * FROM event")
     assert (row["event_type"], row["source"], row["data"]) == ("user.created", "shop", '{"n":1}')
 
 
 async def test_nothing_is_taken_in_where_one_of_the_workflows_has_changed(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    other = await world.workflow(place.organization)
+    other = await run_database.workflow(owned_workflow.organization)
     key = IdempotencyKey("events", "once", "")
-    stale = place.arrival(place.run(), other.run(workflow_revision=2), idempotency=key)
+    stale = owned_workflow.arrival(owned_workflow.run(), other.run(workflow_revision=2), idempotency=key)
     fine = other.arrival(other.run())
-    answers = await world.store.ingest([stale, fine])
+    answers = await run_database.store.ingest([stale, fine])
     assert [answer.verdict for answer in answers] == ["stale", "accepted"]
-    assert [await world.count(table) for table in ("execution", "delivery", "idempotency")] == [1, 1, 0]
-    again = place.arrival(place.run(), other.run(), idempotency=key)
-    (taken,) = await world.store.ingest([again])
+    assert [await run_database.count(table) for table in ("execution", "delivery", "idempotency")] == [
+        1,
+        1,
+        0,
+    ]
+    again = owned_workflow.arrival(owned_workflow.run(), other.run(), idempotency=key)
+    (taken,) = await run_database.store.ingest([again])
     assert taken.verdict == "accepted"
 
 
 async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     key = IdempotencyKey("events", "once", "a")
-    first, again = (place.arrival(place.run(), idempotency=key) for _ in range(2))
-    other_body = place.arrival(place.run(), idempotency=IdempotencyKey("events", "once", "b"))
-    answers = await world.store.ingest([first, again, other_body])
+    first, again = (owned_workflow.arrival(owned_workflow.run(), idempotency=key) for _ in range(2))
+    other_body = owned_workflow.arrival(
+        owned_workflow.run(), idempotency=IdempotencyKey("events", "once", "b")
+    )
+    answers = await run_database.store.ingest([first, again, other_body])
     assert [(one.verdict, one.delivery_id) for one in answers] == [
         ("accepted", first.delivery_id),
         ("repeated", first.delivery_id),
         ("mismatch", first.delivery_id),
     ]
-    batch = place.arrival(place.run(**idempotency_fields()), place.run())
-    more = place.arrival(place.run(**idempotency_fields()), place.run(**idempotency_fields(key="another")))
-    only_known = place.arrival(place.run(**idempotency_fields()))
-    known, new, nothing = await world.store.ingest([batch, more, only_known])
+    batch = owned_workflow.arrival(owned_workflow.run(**idempotency_fields()), owned_workflow.run())
+    more = owned_workflow.arrival(
+        owned_workflow.run(**idempotency_fields()), owned_workflow.run(**idempotency_fields(key="another"))
+    )
+    only_known = owned_workflow.arrival(owned_workflow.run(**idempotency_fields()))
+    known, new, nothing = await run_database.store.ingest([batch, more, only_known])
     assert [one.verdict for one in known.runs] == ["accepted", "accepted"]
     assert [one.verdict for one in new.runs] == ["repeated", "accepted"]
     assert [(one.verdict, one.execution_id) for one in nothing.runs] == [
         ("repeated", known.runs[0].execution_id)
     ]
-    assert await world.count("execution") == 4
+    assert await run_database.count("execution") == 4
     # Of what brought nothing new, others make a note.
-    assert await world.count("delivery") == 3
+    assert await run_database.count("delivery") == 3
 
 
 async def test_equal_requests_that_two_processes_take_in_start_one_run(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    other = await world.another_store()
-    sent = [place.arrival(place.run(**idempotency_fields())) for _ in range(20)]
+    other = await run_database.another_store()
+    sent = [owned_workflow.arrival(owned_workflow.run(**idempotency_fields())) for _ in range(20)]
     answers = await asyncio.gather(
-        *(store.ingest([one]) for store, one in zip([world.store, other] * 10, sent, strict=True))
+        *(store.ingest([one]) for store, one in zip([run_database.store, other] * 10, sent, strict=True))
     )
     runs = [answer.runs[0] for (answer,) in answers]
     assert Counter(run.verdict for run in runs) == {"accepted": 1, "repeated": 19}
     assert len({run.execution_id for run in runs}) == 1
-    assert await world.count("execution") == await world.count("delivery") == 1
+    assert await run_database.count("execution") == await run_database.count("delivery") == 1
 
 
 async def test_runs_that_may_not_wait_are_left_out_where_no_place_is_free(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 2, "may_wait": False}
-    arrival = place.arrival(place.run(**limited), place.run(), place.run(**limited), place.run(**limited))
-    (taken,) = await world.store.ingest([arrival])
+    arrival = owned_workflow.arrival(
+        owned_workflow.run(**limited),
+        owned_workflow.run(),
+        owned_workflow.run(**limited),
+        owned_workflow.run(**limited),
+    )
+    (taken,) = await run_database.store.ingest([arrival])
     assert [one.verdict for one in taken.runs] == ["accepted", "accepted", "accepted", "full"]
-    (alone,) = await world.store.ingest([place.arrival(place.run(**limited))])
+    (alone,) = await run_database.store.ingest([owned_workflow.arrival(owned_workflow.run(**limited))])
     assert [one.verdict for one in alone.runs] == ["full"]
-    assert await world.count("execution") == 3
-    assert await world.count("delivery") == 1
+    assert await run_database.count("execution") == 3
+    assert await run_database.count("delivery") == 1
 
 
 async def test_what_was_taken_in_by_an_attempt_whose_answer_was_lost_is_not_doubled(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    keyed = place.arrival(place.run(), idempotency=IdempotencyKey("events", "once", ""))
-    plain = place.arrival(place.run(), place.run(**idempotency_fields()))
-    first = await world.store.ingest([keyed, plain])
-    assert await world.store.ingest([keyed, plain]) == first
-    await world.query("UPDATE workflow SET revision = 2")
-    assert await world.store.ingest([keyed, plain]) == first
-    assert [await world.count(table) for table in ("execution", "delivery")] == [3, 2]
+    keyed = owned_workflow.arrival(owned_workflow.run(), idempotency=IdempotencyKey("events", "once", ""))
+    plain = owned_workflow.arrival(owned_workflow.run(), owned_workflow.run(**idempotency_fields()))
+    first = await run_database.store.ingest([keyed, plain])
+    assert await run_database.store.ingest([keyed, plain]) == first
+    await run_database.query("UPDATE workflow SET revision = 2")
+    assert await run_database.store.ingest([keyed, plain]) == first
+    assert [await run_database.count(table) for table in ("execution", "delivery")] == [3, 2]
 
 
 async def test_what_has_found_no_place_at_all_may_come_again_with_its_key(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     limited = {"concurrency_key": "k", "concurrency_limit": 1, "may_wait": False}
     key = IdempotencyKey("mail", "signature", "")
-    await world.store.ingest([place.arrival(place.run(**limited))])
+    await run_database.store.ingest([owned_workflow.arrival(owned_workflow.run(**limited))])
     for _ in range(2):
-        (full,) = await world.store.ingest([place.arrival(place.run(**limited), idempotency=key)])
+        (full,) = await run_database.store.ingest(
+            [owned_workflow.arrival(owned_workflow.run(**limited), idempotency=key)]
+        )
         assert (full.verdict, [one.verdict for one in full.runs]) == ("accepted", ["full"])
-    await world.query("DELETE FROM execution")
-    came = place.arrival(place.run(**limited), place.run(**limited), idempotency=key)
-    (taken,) = await world.store.ingest([came])
+    await run_database.query("DELETE FROM execution")
+    came = owned_workflow.arrival(
+        owned_workflow.run(**limited), owned_workflow.run(**limited), idempotency=key
+    )
+    (taken,) = await run_database.store.ingest([came])
     assert [one.verdict for one in taken.runs] == ["accepted", "full"]
-    (again,) = await world.store.ingest([place.arrival(place.run(), idempotency=key)])
+    (again,) = await run_database.store.ingest(
+        [owned_workflow.arrival(owned_workflow.run(), idempotency=key)]
+    )
     assert (again.verdict, again.delivery_id) == ("repeated", came.delivery_id)
 
 
 async def test_what_is_delayed_or_unread_is_nobody_s_until_its_time(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
     later = datetime.now(UTC) + timedelta(hours=1)
-    delayed = msgspec.structs.replace(place.arrival(place.run()).runs[0], delay_until=later)
-    unread = msgspec.structs.replace(place.arrival(place.run()).runs[0], is_read=False)
-    await world.store.ingest([place.arrival(runs=[delayed]), place.arrival(runs=[unread])])
-    rows = [await world.row(run.execution_id) for run in (delayed, unread)]
+    delayed = msgspec.structs.replace(owned_workflow.arrival(owned_workflow.run()).runs[0], delay_until=later)
+    unread = msgspec.structs.replace(owned_workflow.arrival(owned_workflow.run()).runs[0], is_read=False)
+    await run_database.store.ingest(
+        [owned_workflow.arrival(runs=[delayed]), owned_workflow.arrival(runs=[unread])]
+    )
+    rows = [await run_database.row(run.execution_id) for run in (delayed, unread)]
     assert [(row["status"], row["target"]) for row in rows] == [("waiting", "delayed"), ("pending", "intake")]
-    assert await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 10)) == []
-    await world.query("UPDATE execution SET due_at = 1 WHERE target = 'delayed'")
-    assert await world.store.promote_due() == 1
-    (claimed,) = await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 10))
+    assert await run_database.store.claim(ClaimQuery("worker", LEASE_SECONDS, 10)) == []
+    await run_database.query("UPDATE execution SET due_at = 1 WHERE target = 'delayed'")
+    assert await run_database.store.promote_due() == 1
+    (claimed,) = await run_database.store.claim(ClaimQuery("worker", LEASE_SECONDS, 10))
     assert claimed.execution_id == delayed.execution_id
 
 
@@ -373,28 +409,28 @@ async def test_what_is_delayed_or_unread_is_nobody_s_until_its_time(
 
 
 async def test_a_claim_counts_the_attempt_and_sets_the_lease_before_any_work(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    key = await world.accept(place, trigger='{"n":1}', timeout_seconds=60.0)
-    (one,) = await world.claim(owner="me", lease_seconds=9.0)
-    assert (one.execution_id, one.shard, one.workflow_id) == (*key, place.workflow_id)
+    key = await run_database.accept(owned_workflow, trigger='{"n":1}', timeout_seconds=60.0)
+    (one,) = await run_database.claim(owner="me", lease_seconds=9.0)
+    assert (one.execution_id, one.shard, one.workflow_id) == (*key, owned_workflow.workflow_id)
     assert (one.token, one.attempt, one.trigger, one.request) == (1, 1, '{"n":1}', None)
     assert (one.key_id, one.has_journal) == (key.execution_id, False)
     assert one.deadline_at - one.started_at == timedelta(seconds=60)
-    row = await world.row(key.execution_id)
+    row = await run_database.row(key.execution_id)
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("running", 1, "me")
     assert row["lease_until"] == pytest.approx(microseconds_from_now(9), abs=2_000_000)
-    assert await world.claim() == []
+    assert await run_database.claim() == []
 
 
-async def test_two_processes_that_race_for_runs_get_each_once(world: RunDatabase) -> None:
-    places = [await world.workflow() for _ in range(5)]
-    runs = [place.run() for place in places for _ in range(40)]
-    await world.store.accept(runs)
+async def test_two_processes_that_race_for_runs_get_each_once(run_database: RunDatabase) -> None:
+    places = [await run_database.workflow() for _ in range(5)]
+    runs = [owned_workflow.run() for owned_workflow in places for _ in range(40)]
+    await run_database.store.accept(runs)
     taken: list[str] = []
 
     async def take(owner: str) -> None:
-        store = await world.another_store()
+        store = await run_database.another_store()
         while True:
             try:
                 claimed = await store.claim(ClaimQuery(owner, 30.0, 7))
@@ -406,118 +442,137 @@ async def test_two_processes_that_race_for_runs_get_each_once(world: RunDatabase
 
     await asyncio.gather(take("one"), take("two"), take("three"))
     assert sorted(taken) == sorted(run.execution_id for run in runs)
-    rows = await world.query("SELECT status, attempt, token FROM execution GROUP BY status, attempt, token")
+    rows = await run_database.query(
+        "SELECT status, attempt, token FROM execution GROUP BY status, attempt, token"
+    )
     assert [tuple(row.values()) for row in rows] == [("running", 1, 1)]
 
 
-async def test_organisations_are_served_in_turn(world: RunDatabase) -> None:
+async def test_organisations_are_served_in_turn(run_database: RunDatabase) -> None:
     flood, *others = sorted(
-        [await world.workflow() for _ in range(4)], key=lambda place: place.organization.id
+        [await run_database.workflow() for _ in range(4)],
+        key=lambda owned_workflow: owned_workflow.organization.id,
     )
-    await world.store.accept([flood.run() for _ in range(30)])
-    await world.store.accept([place.run() for place in others])
-    claimed = await world.claim(limit=4)
-    assert {one.organization_id for one in claimed} == {place.organization.id for place in (flood, *others)}
+    await run_database.store.accept([flood.run() for _ in range(30)])
+    await run_database.store.accept([owned_workflow.run() for owned_workflow in others])
+    claimed = await run_database.claim(limit=4)
+    assert {one.organization_id for one in claimed} == {
+        owned_workflow.organization.id for owned_workflow in (flood, *others)
+    }
 
 
-async def test_a_claim_begins_behind_the_organisation_that_was_served_last(world: RunDatabase) -> None:
-    places = sorted([await world.workflow() for _ in range(3)], key=lambda place: place.organization.id)
-    await world.store.accept([place.run() for place in places for _ in range(2)])
+async def test_a_claim_begins_behind_the_organisation_that_was_served_last(run_database: RunDatabase) -> None:
+    places = sorted(
+        [await run_database.workflow() for _ in range(3)],
+        key=lambda owned_workflow: owned_workflow.organization.id,
+    )
+    await run_database.store.accept([owned_workflow.run() for owned_workflow in places for _ in range(2)])
     served: list[str] = []
     after = places[1].organization.id
     for _ in range(6):
-        (one,) = await world.store.claim(ClaimQuery("worker", 30.0, 1, after_organization=after))
+        (one,) = await run_database.store.claim(ClaimQuery("worker", 30.0, 1, after_organization=after))
         after = one.organization_id
         served.append(after)
     assert served == [places[number].organization.id for number in (2, 0, 1, 2, 0, 1)]
 
 
-async def test_workflows_of_an_organisation_are_served_in_turn(world: RunDatabase) -> None:
-    organization = await world.organization()
-    flood = await world.workflow(organization, turn=10)
-    other = await world.workflow(organization, turn=700)
-    await world.store.accept([flood.run() for _ in range(30)])
-    await world.store.accept([other.run() for _ in range(2)])
-    claimed = await world.claim(limit=2)
+async def test_workflows_of_an_organisation_are_served_in_turn(run_database: RunDatabase) -> None:
+    organization = await run_database.organization()
+    flood = await run_database.workflow(organization, turn=10)
+    other = await run_database.workflow(organization, turn=700)
+    await run_database.store.accept([flood.run() for _ in range(30)])
+    await run_database.store.accept([other.run() for _ in range(2)])
+    claimed = await run_database.claim(limit=2)
     assert {one.workflow_id for one in claimed} == {flood.workflow_id, other.workflow_id}
     for turn, expected in ((11, other), (701, flood), (10, flood)):
         turns = {organization.id: turn, "org_another": 500}
-        (one,) = await world.store.claim(ClaimQuery("worker", 30.0, 1, turns=turns))
+        (one,) = await run_database.store.claim(ClaimQuery("worker", 30.0, 1, turns=turns))
         assert one.workflow_id == expected.workflow_id
 
 
-async def test_a_claim_passes_over_organisations_that_it_names(world: RunDatabase) -> None:
-    places = sorted([await world.workflow() for _ in range(4)], key=lambda place: place.organization.id)
-    await world.store.accept([place.run() for place in places for _ in range(20)])
-    first, second, third, last = (place.organization.id for place in places)
+async def test_a_claim_passes_over_organisations_that_it_names(run_database: RunDatabase) -> None:
+    places = sorted(
+        [await run_database.workflow() for _ in range(4)],
+        key=lambda owned_workflow: owned_workflow.organization.id,
+    )
+    await run_database.store.accept([owned_workflow.run() for owned_workflow in places for _ in range(20)])
+    first, second, third, last = (owned_workflow.organization.id for owned_workflow in places)
     for others_than, expected in (((first, third), {second, last}), ((second, third, last), {first})):
         claim = ClaimQuery("worker", 30.0, 2, after_organization=second, others_than=others_than)
-        claimed = await world.store.claim(claim)
+        claimed = await run_database.store.claim(claim)
         assert len(claimed) == 2
         assert {one.organization_id for one in claimed} == expected
     everybody = (first, second, third, last)
-    assert not await world.store.claim(ClaimQuery("worker", 30.0, 2, others_than=everybody))
+    assert not await run_database.store.claim(ClaimQuery("worker", 30.0, 2, others_than=everybody))
 
 
-async def test_what_is_claimed_comes_in_the_order_of_the_turns(world: RunDatabase) -> None:
-    organizations = [await world.organization() for _ in range(3)]
+async def test_what_is_claimed_comes_in_the_order_of_the_turns(run_database: RunDatabase) -> None:
+    organizations = [await run_database.organization() for _ in range(3)]
     places = [
-        await world.workflow(organization, turn=turn)
+        await run_database.workflow(organization, turn=turn)
         for organization in organizations
         for turn in (3, 500, 900)
     ]
-    runs = [place.run() for place in places for _ in range(2)]
+    runs = [owned_workflow.run() for owned_workflow in places for _ in range(2)]
     random.shuffle(runs)
-    await world.store.accept(runs)
+    await run_database.store.accept(runs)
     first, middle, last = sorted(organization.id for organization in organizations)
     turns = dict.fromkeys((first, middle, last), 500)
-    claimed = await world.store.claim(ClaimQuery("worker", 30.0, 18, after_organization=first, turns=turns))
+    claimed = await run_database.store.claim(
+        ClaimQuery("worker", 30.0, 18, after_organization=first, turns=turns)
+    )
     order = list(dict.fromkeys((one.organization_id, turn_of_workflow(one.workflow_id)) for one in claimed))
     assert order == [(id_, turn) for id_ in (middle, last, first) for turn in (500, 900, 3)]
 
 
 async def test_what_was_started_goes_before_what_is_fresh_and_priority_makes_up_for_age(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    started = await world.claimed(place)
-    first = await world.accept(place)
-    urgent = await world.accept(place, priority=1)
-    last = await world.accept(place)
-    idle = await world.accept(place, priority=-1)
+    started = await run_database.claimed(owned_workflow)
+    first = await run_database.accept(owned_workflow)
+    urgent = await run_database.accept(owned_workflow, priority=1)
+    last = await run_database.accept(owned_workflow)
+    idle = await run_database.accept(owned_workflow, priority=-1)
     # Accepted more than the minute later that one step of priority is worth.
-    await world.query("UPDATE execution SET rank = rank + 61000000 WHERE id = :id", id=urgent.execution_id)
-    await world.query("UPDATE execution SET rank = rank + 900000000 WHERE id = :id", id=started.execution_id)
-    await world.store.record([write(started, end=RunStatus.RELEASED)])
-    order = [(await world.claim(limit=1))[0].execution_id for _ in range(5)]
+    await run_database.query(
+        "UPDATE execution SET rank = rank + 61000000 WHERE id = :id", id=urgent.execution_id
+    )
+    await run_database.query(
+        "UPDATE execution SET rank = rank + 900000000 WHERE id = :id", id=started.execution_id
+    )
+    await run_database.store.record([write(started, end=RunStatus.RELEASED)])
+    order = [(await run_database.claim(limit=1))[0].execution_id for _ in range(5)]
     assert order == [key.execution_id for key in (key_of(started), first, last, urgent, idle)]
 
 
 async def test_a_claim_takes_no_more_than_its_limit_and_says_whether_more_may_wait(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    await world.store.accept([place.run() for _ in range(5)])
-    first = await world.claim(limit=3)
+    await run_database.store.accept([owned_workflow.run() for _ in range(5)])
+    first = await run_database.claim(limit=3)
     assert (len(first), {one.may_have_more for one in first}) == (3, {True})
-    rest = await world.claim(limit=3)
+    rest = await run_database.claim(limit=3)
     assert (len(rest), {one.may_have_more for one in rest}) == (2, {False})
 
 
-async def test_a_claim_that_was_shared_out_says_that_more_may_wait(world: RunDatabase) -> None:
-    few, many = [await world.workflow() for _ in range(2)]
-    await world.store.accept([few.run(), *(many.run() for _ in range(50))])
+async def test_a_claim_that_was_shared_out_says_that_more_may_wait(run_database: RunDatabase) -> None:
+    few, many = [await run_database.workflow() for _ in range(2)]
+    await run_database.store.accept([few.run(), *(many.run() for _ in range(50))])
     seen = 0
-    while claimed := await world.claim(limit=10):
+    while claimed := await run_database.claim(limit=10):
         seen += len(claimed)
         if not any(one.may_have_more for one in claimed):
             break
     assert seen == 51
 
 
-async def test_a_worker_takes_only_what_is_meant_for_it(world: RunDatabase, place: OwnedWorkflow) -> None:
-    key = await world.accept(place)
-    await world.query("UPDATE execution SET target = 'deployment'")
-    assert await world.claim() == []
-    (one,) = await world.store.claim(ClaimQuery("pod", 30.0, 10, target="deployment"))
+async def test_a_worker_takes_only_what_is_meant_for_it(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    key = await run_database.accept(owned_workflow)
+    await run_database.query("UPDATE execution SET target = 'deployment'")
+    assert await run_database.claim() == []
+    (one,) = await run_database.store.claim(ClaimQuery("pod", 30.0, 10, target="deployment"))
     assert one.execution_id == key.execution_id
 
 
@@ -560,49 +615,55 @@ def make_log_line(sequence: int = 1, message: str = "hello") -> LogLine:
     return LogLine("info", message, "a", sequence, NOW)
 
 
-async def test_spans_are_read_back_as_they_were_written(world: RunDatabase) -> None:
-    one = await world.claimed()
+async def test_spans_are_read_back_as_they_were_written(run_database: RunDatabase) -> None:
+    one = await run_database.claimed()
     bare = NodeSpan("b", "b", "set", SpanStatus.SKIPPED, 3, started_at=None)
-    await world.store.record([write(one, spans=[FULL_SPAN, bare])])
+    await run_database.store.record([write(one, spans=[FULL_SPAN, bare])])
     unknown = ExecutionKey("exec_unknown", one.shard)
-    assert await world.store.spans([key_of(one), unknown, key_of(one)]) == {
+    assert await run_database.store.spans([key_of(one), unknown, key_of(one)]) == {
         one.execution_id: [bare, FULL_SPAN],
         "exec_unknown": [],
     }
 
 
-async def test_a_newer_span_of_a_node_replaces_the_one_before_it(world: RunDatabase) -> None:
-    one = await world.claimed()
+async def test_a_newer_span_of_a_node_replaces_the_one_before_it(run_database: RunDatabase) -> None:
+    one = await run_database.claimed()
     running = make_span("pay", SpanStatus.RUNNING, 1, resolved_config=b"{}")
-    await world.store.record([write(one, spans=[running])])
-    (before,) = await world.query("SELECT id FROM span")
+    await run_database.store.record([write(one, spans=[running])])
+    (before,) = await run_database.query("SELECT id FROM span")
     done = [
         make_span("pay", SpanStatus.RETRYING, 2),
         make_span("pay", SpanStatus.COMPLETED, 4),
         make_span("b", sequence=3),
     ]
-    await world.store.record([write(one, spans=done)])
-    assert (await world.store.spans([key_of(one)]))[one.execution_id] == [done[2], done[1]]
-    (after,) = await world.query("SELECT id FROM span WHERE node_id = 'pay'")
+    await run_database.store.record([write(one, spans=done)])
+    assert (await run_database.store.spans([key_of(one)]))[one.execution_id] == [done[2], done[1]]
+    (after,) = await run_database.query("SELECT id FROM span WHERE node_id = 'pay'")
     assert after == before
 
 
 async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_its_start(
-    world: RunDatabase,
+    run_database: RunDatabase,
 ) -> None:
     def attempt(number: int, status: SpanStatus, sequence: int, **more: Any) -> AttemptSpan:  # noqa: ANN401 - the other fields
         return AttemptSpan("pay", "Pay", "set", "0.1", number, status, sequence, **more)
 
-    one = await world.claimed()
+    one = await run_database.claimed()
     begun = attempt(2, SpanStatus.RUNNING, 1, started_at=NOW)
-    await world.store.record([write(one, spans=[make_span("pay", SpanStatus.RUNNING, 2)], attempts=[begun])])
-    (before,) = await world.query("SELECT id FROM attempt_span")
+    await run_database.store.record(
+        [write(one, spans=[make_span("pay", SpanStatus.RUNNING, 2)], attempts=[begun])]
+    )
+    (before,) = await run_database.query("SELECT id FROM attempt_span")
     error = RunError("lost-attempt", "Its end is unknown", "pay", 2)
     lost = attempt(2, SpanStatus.FAILED, 3, started_at=None, error=error)
     third = [attempt(3, status, 4, started_at=NOW) for status in (SpanStatus.RUNNING, SpanStatus.COMPLETED)]
     wrote = write(one, spans=[make_span("pay", sequence=5)], attempts=[lost, *third])
-    assert await world.store.record([wrote]) == await world.store.record([wrote]) == {one.execution_id}
-    rows = await world.query(
+    assert (
+        await run_database.store.record([wrote])
+        == await run_database.store.record([wrote])
+        == {one.execution_id}
+    )
+    rows = await run_database.query(
         "SELECT id, attempt, status, started_at, ended_at, error IS NULL AS is_well FROM attempt_span ORDER BY attempt"
     )
     assert [(row["attempt"], row["status"], row["ended_at"], bool(row["is_well"])) for row in rows] == [
@@ -612,60 +673,62 @@ async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_it
     assert rows[0]["id"] == before["id"]
     assert rows[0]["started_at"] == rows[1]["started_at"] is not None
     # Whoever has lost the run adds none.
-    await world.expire(one)
-    await world.store.sweep(10)
+    await run_database.expire(one)
+    await run_database.store.sweep(10)
     late = write(
         one, spans=[make_span("pay", sequence=6)], attempts=[attempt(4, SpanStatus.FAILED, 6, started_at=NOW)]
     )
-    assert await world.store.record([late]) == frozenset()
-    assert await world.count("attempt_span") == 2
+    assert await run_database.store.record([late]) == frozenset()
+    assert await run_database.count("attempt_span") == 2
 
 
-async def test_log_lines_are_kept_once(world: RunDatabase) -> None:
-    one = await world.claimed()
+async def test_log_lines_are_kept_once(run_database: RunDatabase) -> None:
+    one = await run_database.claimed()
     for _ in range(2):
-        await world.store.record([write(one, logs=[make_log_line(1, "first"), make_log_line(2, "ä")])])
-    rows = await world.query("SELECT sequence, message FROM log_line ORDER BY sequence")
+        await run_database.store.record([write(one, logs=[make_log_line(1, "first"), make_log_line(2, "ä")])])
+    rows = await run_database.query("SELECT sequence, message FROM log_line ORDER BY sequence")
     assert [tuple(row.values()) for row in rows] == [(1, "first"), (2, "ä")]
 
 
 async def test_a_late_write_changes_nothing_and_spoils_nothing(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    late, good = await world.claimed(place), await world.claimed(place)
-    await world.expire(late)
-    await world.store.sweep(10)
-    before = await world.row(late.execution_id)
+    late, good = await run_database.claimed(owned_workflow), await run_database.claimed(owned_workflow)
+    await run_database.expire(late)
+    await run_database.store.sweep(10)
+    before = await run_database.row(late.execution_id)
     writes = [
         write(late, spans=[make_span()], logs=[make_log_line()], end=RunStatus.COMPLETED, completed_nodes=1),
         write(good, spans=[make_span()], logs=[make_log_line()], completed_nodes=1),
     ]
-    assert await world.store.record(writes) == {good.execution_id}
-    assert await world.row(late.execution_id) == before
-    assert await world.store.spans([key_of(late)]) == {late.execution_id: []}
-    assert await world.count("span") == await world.count("log_line") == 1
+    assert await run_database.store.record(writes) == {good.execution_id}
+    assert await run_database.row(late.execution_id) == before
+    assert await run_database.store.spans([key_of(late)]) == {late.execution_id: []}
+    assert await run_database.count("span") == await run_database.count("log_line") == 1
 
 
 async def test_a_worker_that_lost_its_run_can_write_nothing_after_another_claimed_it(
-    world: RunDatabase,
+    run_database: RunDatabase,
 ) -> None:
-    first = await world.claimed()
-    await world.expire(first)
-    await world.store.sweep(10)
-    (second,) = await world.claim()
+    first = await run_database.claimed()
+    await run_database.expire(first)
+    await run_database.store.sweep(10)
+    (second,) = await run_database.claim()
     assert second.token > first.token
-    assert await world.store.record([write(first, end=RunStatus.FAILED)]) == frozenset()
-    assert await world.store.record([write(second, end=RunStatus.COMPLETED)]) == {first.execution_id}
+    assert await run_database.store.record([write(first, end=RunStatus.FAILED)]) == frozenset()
+    assert await run_database.store.record([write(second, end=RunStatus.COMPLETED)]) == {first.execution_id}
 
 
 @pytest.mark.parametrize(
     "end", [RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED, RunStatus.CANCELLED]
 )
-async def test_an_end_is_written_once_and_never_changes(world: RunDatabase, end: RunStatus) -> None:
-    one = await world.claimed()
+async def test_an_end_is_written_once_and_never_changes(run_database: RunDatabase, end: RunStatus) -> None:
+    one = await run_database.claimed()
     error = RunError("node-error", "broken", "a", 1) if end is RunStatus.FAILED else None
-    await world.store.record([write(one, spans=[make_span()], end=end, error=error, completed_nodes=2)])
-    row = await world.row(one.execution_id)
+    await run_database.store.record(
+        [write(one, spans=[make_span()], end=end, error=error, completed_nodes=2)]
+    )
+    row = await run_database.row(one.execution_id)
     assert (row["status"], row["completed_nodes"]) == (end.value, 2)
     assert (row["lease_owner"], row["lease_until"]) == (None, None)
     assert row["ended_at"] is not None
@@ -673,21 +736,25 @@ async def test_an_end_is_written_once_and_never_changes(world: RunDatabase, end:
 
     again = [write(one, end=RunStatus.RELEASED), write(one, end=RunStatus.COMPLETED), write(one)]
     for late in again:
-        assert await world.store.record([late]) == frozenset()
-    await world.store.reclaim("worker")
-    await world.store.release("worker", [])
-    await world.store.sweep(10)
-    await world.store.request_end(key_of(one), "cancel")
-    assert await world.row(one.execution_id) == row
+        assert await run_database.store.record([late]) == frozenset()
+    await run_database.store.reclaim("worker")
+    await run_database.store.release("worker", [])
+    await run_database.store.sweep(10)
+    await run_database.store.request_end(key_of(one), "cancel")
+    assert await run_database.row(one.execution_id) == row
 
 
-async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(world: RunDatabase) -> None:
-    one = await world.claimed()
-    await world.store.record([write(one, spans=[make_span()], end=RunStatus.RELEASED, completed_nodes=1)])
-    row = await world.row(one.execution_id)
+async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(
+    run_database: RunDatabase,
+) -> None:
+    one = await run_database.claimed()
+    await run_database.store.record(
+        [write(one, spans=[make_span()], end=RunStatus.RELEASED, completed_nodes=1)]
+    )
+    row = await run_database.row(one.execution_id)
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
     assert row["ended_at"] is None
-    (again,) = await world.claim()
+    (again,) = await run_database.claim()
     assert (again.attempt, again.has_journal) == (1, True)
     assert again.token > one.token
     assert (again.started_at, again.deadline_at) == (one.started_at, one.deadline_at)
@@ -696,43 +763,43 @@ async def test_a_run_handed_over_is_pending_again_with_its_attempts_forgiven(wor
 @pytest.mark.parametrize("request_", ["stop", "cancel"])
 @pytest.mark.parametrize("end", [RunStatus.RELEASED, RunStatus.WAITING])
 async def test_a_run_given_back_while_its_end_was_asked_for_has_ended(
-    world: RunDatabase, request_: str, end: RunStatus
+    run_database: RunDatabase, request_: str, end: RunStatus
 ) -> None:
-    one = await world.claimed()
-    await world.store.request_end(key_of(one), request_)
+    one = await run_database.claimed()
+    await run_database.store.request_end(key_of(one), request_)
     due_at = datetime.now(UTC) if end is RunStatus.WAITING else None
-    await world.store.record([write(one, spans=[make_span()], end=end, due_at=due_at)])
-    row = await world.row(one.execution_id)
+    await run_database.store.record([write(one, spans=[make_span()], end=end, due_at=due_at)])
+    row = await run_database.row(one.execution_id)
     assert row["status"] == ("stopped" if request_ == "stop" else "cancelled")
     assert row["ended_at"] is not None
-    assert await world.store.promote_due() == 0
+    assert await run_database.store.promote_due() == 0
 
 
-async def test_attempts_lost_before_a_new_result_are_forgiven(world: RunDatabase) -> None:
-    one = await world.claimed()
+async def test_attempts_lost_before_a_new_result_are_forgiven(run_database: RunDatabase) -> None:
+    one = await run_database.claimed()
     for _ in range(2):
-        await world.expire(one)
-        await world.store.sweep(10)
-        (one,) = await world.claim() or await world.trial()
+        await run_database.expire(one)
+        await run_database.store.sweep(10)
+        (one,) = await run_database.claim() or await run_database.trial()
     assert one.attempt == 3
-    await world.store.record([write(one, spans=[make_span("a", SpanStatus.RUNNING)])])
-    assert (await world.row(one.execution_id))["attempt"] == 3
-    await world.store.record([write(one, spans=[make_span("a")], has_new_result=True)])
-    await world.expire(one)
-    assert (await world.store.sweep(10)).requeued == 1
+    await run_database.store.record([write(one, spans=[make_span("a", SpanStatus.RUNNING)])])
+    assert (await run_database.row(one.execution_id))["attempt"] == 3
+    await run_database.store.record([write(one, spans=[make_span("a")], has_new_result=True)])
+    await run_database.expire(one)
+    assert (await run_database.store.sweep(10)).requeued == 1
 
 
-async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(world: RunDatabase) -> None:
-    one = await world.claimed(timeout_seconds=100.0)
+async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(run_database: RunDatabase) -> None:
+    one = await run_database.claimed(timeout_seconds=100.0)
     due_at = datetime.now(UTC) + timedelta(seconds=0.2)
-    await world.store.record([write(one, end=RunStatus.WAITING, due_at=due_at)])
-    row = await world.row(one.execution_id)
+    await run_database.store.record([write(one, end=RunStatus.WAITING, due_at=due_at)])
+    row = await run_database.row(one.execution_id)
     assert (row["status"], row["attempt"], row["lease_owner"]) == ("waiting", 0, None)
-    assert await world.claim() == []
-    while await world.store.promote_due() == 0:
+    assert await run_database.claim() == []
+    while await run_database.store.promote_due() == 0:
         assert datetime.now(UTC) < due_at + timedelta(seconds=5)
     assert datetime.now(UTC) >= due_at
-    (again,) = await world.claim()
+    (again,) = await run_database.claim()
     assert again.deadline_at - one.deadline_at >= timedelta(seconds=0.1)
     assert again.deadline_at < datetime.now(UTC) + timedelta(seconds=100)
     assert again.started_at == one.started_at
@@ -742,57 +809,60 @@ async def test_the_clock_of_a_run_s_timeout_stands_still_during_a_wait(world: Ru
 
 
 async def test_leases_are_extended_and_those_lost_or_asked_to_end_are_told(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    kept, lost, ended, stopped = [await world.claimed(place) for _ in range(4)]
-    await world.expire(lost)
-    await world.store.sweep(10)
-    await world.store.record([write(ended, end=RunStatus.COMPLETED)])
-    await world.store.request_end(key_of(stopped), "stop")
-    renewed = await world.store.renew([lease_of(one) for one in (kept, lost, ended, stopped)], 500.0)
+    kept, lost, ended, stopped = [await run_database.claimed(owned_workflow) for _ in range(4)]
+    await run_database.expire(lost)
+    await run_database.store.sweep(10)
+    await run_database.store.record([write(ended, end=RunStatus.COMPLETED)])
+    await run_database.store.request_end(key_of(stopped), "stop")
+    renewed = await run_database.store.renew([lease_of(one) for one in (kept, lost, ended, stopped)], 500.0)
     assert {one.execution_id: one.request for one in renewed} == {
         kept.execution_id: None,
         stopped.execution_id: "stop",
     }
-    row = await world.row(kept.execution_id)
+    row = await run_database.row(kept.execution_id)
     assert row["lease_until"] == pytest.approx(microseconds_from_now(500), abs=2_000_000)
-    assert (await world.row(lost.execution_id))["lease_until"] is None
-    assert await world.store.renew([LeaseRenewal(kept.execution_id, kept.shard, kept.token - 1)], 9.0) == []
+    assert (await run_database.row(lost.execution_id))["lease_until"] is None
+    assert (
+        await run_database.store.renew([LeaseRenewal(kept.execution_id, kept.shard, kept.token - 1)], 9.0)
+        == []
+    )
 
 
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_an_expired_lease_goes_back_to_the_queue_and_its_attempt_stays_counted(
-    world: RunDatabase,
+    run_database: RunDatabase,
 ) -> None:
-    one = await world.claimed()
-    assert await world.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
-    await world.expire(one)
-    assert await world.store.sweep(10) == SweepResult(requeued=1, ended={}, due=0, has_pending=True)
-    row = await world.row(one.execution_id)
+    one = await run_database.claimed()
+    assert await run_database.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
+    await run_database.expire(one)
+    assert await run_database.store.sweep(10) == SweepResult(requeued=1, ended={}, due=0, has_pending=True)
+    row = await run_database.row(one.execution_id)
     assert (row["status"], row["attempt"], bool(row["is_fresh"])) == ("pending", 1, False)
-    (again,) = await world.claim()
+    (again,) = await run_database.claim()
     assert (again.attempt, again.has_journal) == (2, True)
 
 
 async def test_a_suspect_is_claimed_for_a_trial_alone_and_two_losses_there_end_it_as_crashed(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    key = await world.suspect(place)
-    other = await world.accept(place)
-    assert [one.execution_id for one in await world.claim()] == [other.execution_id]
+    key = await run_database.suspect(owned_workflow)
+    other = await run_database.accept(owned_workflow)
+    assert [one.execution_id for one in await run_database.claim()] == [other.execution_id]
     for losses in (0, 1):
-        assert not await world.store.has_suspects(losses - 1)
-        assert await world.store.has_suspects(losses)
-        assert await world.trial(losses - 1) == []
-        (one,) = await world.trial(losses)
+        assert not await run_database.store.has_suspects(losses - 1)
+        assert await run_database.store.has_suspects(losses)
+        assert await run_database.trial(losses - 1) == []
+        (one,) = await run_database.trial(losses)
         assert (one.execution_id, one.attempt) == (key.execution_id, 3 + losses)
-        assert (await world.row(one.execution_id))["target"] == "shared"
-        await world.expire(one)
-        swept = await world.store.sweep(10)
+        assert (await run_database.row(one.execution_id))["target"] == "shared"
+        await run_database.expire(one)
+        swept = await run_database.store.sweep(10)
     assert swept == SweepResult(requeued=0, ended={key.execution_id: "gateway"}, due=0, has_pending=False)
-    row = await world.row(key.execution_id)
+    row = await run_database.row(key.execution_id)
     assert row["status"] == "failed"
     assert row["ended_at"] is not None
     error = json.loads(row["error"])
@@ -800,94 +870,98 @@ async def test_a_suspect_is_claimed_for_a_trial_alone_and_two_losses_there_end_i
     assert error["message"].startswith("4 workers")
 
 
-async def test_ten_lost_workers_end_a_run_though_it_was_isolated_only_once(world: RunDatabase) -> None:
-    key = await world.suspect()
+async def test_ten_lost_workers_end_a_run_though_it_was_isolated_only_once(run_database: RunDatabase) -> None:
+    key = await run_database.suspect()
     for attempt in range(3, 11):
-        (one,) = await world.trial()
+        (one,) = await run_database.trial()
         assert one.attempt == attempt
         if attempt > 3:
-            await world.store.record([write(one, has_passed=True)])
-        await world.expire(one)
-        swept = await world.store.sweep(10)
+            await run_database.store.record([write(one, has_passed=True)])
+        await run_database.expire(one)
+        swept = await run_database.store.sweep(10)
     assert list(swept.ended) == [key.execution_id]
-    error = json.loads((await world.row(key.execution_id))["error"])
+    error = json.loads((await run_database.row(key.execution_id))["error"])
     assert (error["code"], error["attempt"]) == ("crashed", 10)
 
 
-async def test_a_new_result_or_a_release_clears_a_suspect(world: RunDatabase, place: OwnedWorkflow) -> None:
+async def test_a_new_result_or_a_release_clears_a_suspect(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
     for way in (
         {"spans": [make_span("a")], "has_new_result": True},
         {"end": RunStatus.RELEASED},
     ):
-        await world.suspect(place)
-        (one,) = await world.trial()
-        await world.expire(one)
-        await world.store.sweep(10)
-        (one,) = await world.trial()
-        await world.store.record([write(one, **way)])
+        await run_database.suspect(owned_workflow)
+        (one,) = await run_database.trial()
+        await run_database.expire(one)
+        await run_database.store.sweep(10)
+        (one,) = await run_database.trial()
+        await run_database.store.record([write(one, **way)])
         if "end" in way:
-            (one,) = await world.claim()
-        await world.expire(one)
-        assert (await world.store.sweep(10)).requeued == 1
-        row = await world.row(one.execution_id)
+            (one,) = await run_database.claim()
+        await run_database.expire(one)
+        assert (await run_database.store.sweep(10)).requeued == 1
+        row = await run_database.row(one.execution_id)
         assert (row["attempt"], row["isolation_losses"], bool(row["isolated"])) == (1, 0, False)
-        (one,) = await world.claim()
-        await world.store.record([write(one, end=RunStatus.COMPLETED)])
+        (one,) = await run_database.claim()
+        await run_database.store.record([write(one, end=RunStatus.COMPLETED)])
 
 
-async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(world: RunDatabase) -> None:
-    key = await world.suspect()
-    (one,) = await world.trial()
-    assert await world.store.release("worker", []) == 1
-    row = await world.row(one.execution_id)
+async def test_a_suspect_that_was_never_begun_is_given_back_as_a_suspect(run_database: RunDatabase) -> None:
+    key = await run_database.suspect()
+    (one,) = await run_database.trial()
+    assert await run_database.store.release("worker", []) == 1
+    row = await run_database.row(one.execution_id)
     assert (row["attempt"], row["isolation_losses"], bool(row["isolated"])) == (2, 0, False)
-    assert await world.claim() == []
-    assert [one.execution_id for one in await world.trial()] == [key.execution_id]
+    assert await run_database.claim() == []
+    assert [one.execution_id for one in await run_database.trial()] == [key.execution_id]
 
 
 async def test_suspects_of_a_deployment_and_mails_to_be_read_are_put_isolated_too(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    for target in (place.workflow_id, UNPARSED_TARGET):
-        key = await world.accept(place)
+    for target in (owned_workflow.workflow_id, UNPARSED_TARGET):
+        key = await run_database.accept(owned_workflow)
         move = "UPDATE execution SET target = :target, assigned_deployment_id = :assigned_deployment_id WHERE id = :id"
-        await world.query(move, target=target, assigned_deployment_id=place.workflow_id, id=key.execution_id)
+        await run_database.query(
+            move, target=target, assigned_deployment_id=owned_workflow.workflow_id, id=key.execution_id
+        )
         for _ in range(2):
-            (one,) = await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 5, target=target))
-            await world.expire(one)
-            await world.store.sweep(10)
-        assert await world.store.claim(ClaimQuery("worker", LEASE_SECONDS, 5, target=target)) == []
-        assert await world.trial() == []
-        assert await world.store.has_suspects(0, target)
+            (one,) = await run_database.store.claim(ClaimQuery("worker", LEASE_SECONDS, 5, target=target))
+            await run_database.expire(one)
+            await run_database.store.sweep(10)
+        assert await run_database.store.claim(ClaimQuery("worker", LEASE_SECONDS, 5, target=target)) == []
+        assert await run_database.trial() == []
+        assert await run_database.store.has_suspects(0, target)
         for losses in (0, 1):
-            (one,) = await world.trial(losses, target=target)
+            (one,) = await run_database.trial(losses, target=target)
             assert (one.execution_id, one.attempt) == (key.execution_id, 3 + losses)
-            await world.expire(one)
-            await world.store.sweep(10)
-        row = await world.row(key.execution_id)
+            await run_database.expire(one)
+            await run_database.store.sweep(10)
+        row = await run_database.row(key.execution_id)
         assert (row["status"], row["target"]) == ("failed", target)
 
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 async def test_a_run_whose_worker_died_after_its_end_was_asked_for_has_ended(
-    world: RunDatabase, request_: str, status: str
+    run_database: RunDatabase, request_: str, status: str
 ) -> None:
-    one = await world.claimed()
-    await world.store.request_end(key_of(one), request_)
-    await world.expire(one)
-    assert (await world.store.sweep(10)).ended == {one.execution_id: "gateway"}
-    row = await world.row(one.execution_id)
+    one = await run_database.claimed()
+    await run_database.store.request_end(key_of(one), request_)
+    await run_database.expire(one)
+    assert (await run_database.store.sweep(10)).ended == {one.execution_id: "gateway"}
+    row = await run_database.row(one.execution_id)
     assert (row["status"], row["error"]) == (status, None)
     assert row["ended_at"] is not None
 
 
 async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    runs = [await world.claimed(place) for _ in range(5)]
-    await world.expire(*runs[1:])
-    assert [(await world.store.sweep(3)).requeued for _ in range(3)] == [3, 1, 0]
-    assert (await world.row(runs[0].execution_id))["status"] == "running"
+    runs = [await run_database.claimed(owned_workflow) for _ in range(5)]
+    await run_database.expire(*runs[1:])
+    assert [(await run_database.store.sweep(3)).requeued for _ in range(3)] == [3, 1, 0]
+    assert (await run_database.row(runs[0].execution_id))["status"] == "running"
 
 
 async def test_a_sweep_on_postgresql_chooses_once_whatever_the_plan(
@@ -896,71 +970,75 @@ async def test_a_sweep_on_postgresql_chooses_once_whatever_the_plan(
     # What is left then looks at what it is to take anew for each row.
     for way in ("hashjoin", "mergejoin", "hashagg", "sort", "material"):
         monkeypatch.setitem(SESSION_SETTINGS, f"enable_{way}", "off")
-    async with open_run_database(on_postgres) as world:
-        await world.expire(*[await world.claimed() for _ in range(5)])
-        assert [(await world.store.sweep(3)).requeued for _ in range(3)] == [3, 2, 0]
+    async with open_run_database(on_postgres) as run_database:
+        await run_database.expire(*[await run_database.claimed() for _ in range(5)])
+        assert [(await run_database.store.sweep(3)).requeued for _ in range(3)] == [3, 2, 0]
 
 
-async def test_two_sweeps_at_once_take_each_run_back_once(world: RunDatabase, place: OwnedWorkflow) -> None:
-    await world.store.accept([place.run() for _ in range(40)])
-    runs = await world.claim()
-    await world.expire(*runs)
-    stores = [await world.another_store() for _ in range(3)]
+async def test_two_sweeps_at_once_take_each_run_back_once(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    await run_database.store.accept([owned_workflow.run() for _ in range(40)])
+    runs = await run_database.claim()
+    await run_database.expire(*runs)
+    stores = [await run_database.another_store() for _ in range(3)]
     swept = await asyncio.gather(*(store.sweep(100) for store in stores))
     assert sum(one.requeued for one in swept) == 40
-    rows = await world.query("SELECT DISTINCT token FROM execution")
+    rows = await run_database.query("SELECT DISTINCT token FROM execution")
     assert [row["token"] for row in rows] == [2]
 
 
-async def test_a_wait_that_is_over_goes_back_to_the_queue(world: RunDatabase, place: OwnedWorkflow) -> None:
-    over, not_over = [await world.claimed(place) for _ in range(2)]
+async def test_a_wait_that_is_over_goes_back_to_the_queue(
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
+) -> None:
+    over, not_over = [await run_database.claimed(owned_workflow) for _ in range(2)]
     now = datetime.now(UTC)
-    await world.store.record(
+    await run_database.store.record(
         [
             write(over, end=RunStatus.WAITING, due_at=now - timedelta(seconds=1)),
             write(not_over, end=RunStatus.WAITING, due_at=now + timedelta(seconds=60)),
         ]
     )
-    assert await world.store.sweep(10) == SweepResult(requeued=0, ended={}, due=1, has_pending=True)
-    (again,) = await world.claim()
+    assert await run_database.store.sweep(10) == SweepResult(requeued=0, ended={}, due=1, has_pending=True)
+    (again,) = await run_database.claim()
     assert (again.execution_id, again.attempt) == (over.execution_id, 1)
-    assert (await world.row(not_over.execution_id))["status"] == "waiting"
+    assert (await run_database.row(not_over.execution_id))["status"] == "waiting"
 
 
 async def test_the_leases_of_a_dead_owner_are_taken_back_at_once_and_counted(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    one, other = await world.claimed(place), await world.claimed(place)
-    await world.query("UPDATE execution SET lease_owner = 'you' WHERE id = :id", id=other.execution_id)
+    one, other = await run_database.claimed(owned_workflow), await run_database.claimed(owned_workflow)
+    await run_database.query("UPDATE execution SET lease_owner = 'you' WHERE id = :id", id=other.execution_id)
     for attempt in (1, 2, 3, 4):
-        assert await world.store.reclaim("wor") == 1
-        row = await world.row(one.execution_id)
+        assert await run_database.store.reclaim("wor") == 1
+        row = await run_database.row(one.execution_id)
         assert (row["status"], row["attempt"]) == ("pending" if attempt < 4 else "failed", attempt)
-        await (world.claim() if attempt < 2 else world.trial())
-    assert (await world.row(other.execution_id))["status"] == "running"
-    assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
+        await (run_database.claim() if attempt < 2 else run_database.trial())
+    assert (await run_database.row(other.execution_id))["status"] == "running"
+    assert await run_database.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
 
 
 async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once_and_ends_at_the_second_time(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    hog, beside = [await world.accept(place) for _ in range(2)]
-    assert len(await world.claim()) == 2
-    assert await world.store.reclaim("worker", out_of_memory=True) == 2
-    assert await world.claim() == []
+    hog, beside = [await run_database.accept(owned_workflow) for _ in range(2)]
+    assert len(await run_database.claim()) == 2
+    assert await run_database.store.reclaim("worker", out_of_memory=True) == 2
+    assert await run_database.claim() == []
     for key in (hog, beside):
-        row = await world.row(key.execution_id)
+        row = await run_database.row(key.execution_id)
         assert (row["status"], row["target"], row["isolation_losses"]) == ("pending", "isolated", 1)
-    (one,) = await world.trial()
-    await world.accept(place)
-    (other,) = await world.claim()
-    assert await world.store.reclaim("worker", out_of_memory=True) == 2
-    row = await world.row(one.execution_id)
+    (one,) = await run_database.trial()
+    await run_database.accept(owned_workflow)
+    (other,) = await run_database.claim()
+    assert await run_database.store.reclaim("worker", out_of_memory=True) == 2
+    row = await run_database.row(one.execution_id)
     error = json.loads(row["error"])
     assert (row["status"], error["code"]) == ("failed", "crashed")
     assert "out of memory" in error["message"]
     # What ran beside the one on trial has lost a worker like any other.
-    row = await world.row(other.execution_id)
+    row = await run_database.row(other.execution_id)
     assert (row["status"], row["target"], row["attempt"], row["isolation_losses"]) == (
         "pending",
         "shared",
@@ -970,36 +1048,36 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
 
 
 async def test_what_was_claimed_and_never_begun_is_given_back_uncounted(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    await world.store.accept([place.run() for _ in range(3)])
-    begun, unheld = await world.claim(limit=2, owner="me")
-    (other,) = await world.claim(owner="me too")
+    await run_database.store.accept([owned_workflow.run() for _ in range(3)])
+    begun, unheld = await run_database.claim(limit=2, owner="me")
+    (other,) = await run_database.claim(owner="me too")
     for _ in range(4):
-        assert await world.store.release("me", [begun.execution_id]) == 1
-        row = await world.row(unheld.execution_id)
+        assert await run_database.store.release("me", [begun.execution_id]) == 1
+        row = await run_database.row(unheld.execution_id)
         assert (row["status"], row["attempt"], row["lease_owner"]) == ("pending", 0, None)
-        assert await world.store.record([write(unheld, end=RunStatus.COMPLETED)]) == frozenset()
-        (unheld,) = await world.claim(owner="me")
-    statuses = {(await world.row(one.execution_id))["status"] for one in (begun, other)}
+        assert await run_database.store.record([write(unheld, end=RunStatus.COMPLETED)]) == frozenset()
+        (unheld,) = await run_database.claim(owner="me")
+    statuses = {(await run_database.row(one.execution_id))["status"] for one in (begun, other)}
     assert statuses == {"running"}
 
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 async def test_what_is_given_back_after_its_end_was_asked_for_has_ended(
-    world: RunDatabase, request_: str, status: str
+    run_database: RunDatabase, request_: str, status: str
 ) -> None:
-    one = await world.claimed()
-    await world.store.request_end(key_of(one), request_)
-    assert await world.store.release("worker", []) == 1
-    row = await world.row(one.execution_id)
+    one = await run_database.claimed()
+    await run_database.store.request_end(key_of(one), request_)
+    assert await run_database.store.release("worker", []) == 1
+    row = await run_database.row(one.execution_id)
     assert row["status"] == status
     assert row["ended_at"] is not None
 
 
-async def test_an_owner_s_name_is_no_pattern(world: RunDatabase) -> None:
-    await world.claimed()
-    assert await world.store.reclaim("w%") == await world.store.reclaim("_orker") == 0
+async def test_an_owner_s_name_is_no_pattern(run_database: RunDatabase) -> None:
+    await run_database.claimed()
+    assert await run_database.store.reclaim("w%") == await run_database.store.reclaim("_orker") == 0
 
 
 # ── ends on request ───────────────────────────────────────────────────────────────────────────────────────
@@ -1008,70 +1086,76 @@ async def test_an_owner_s_name_is_no_pattern(world: RunDatabase) -> None:
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
 @pytest.mark.parametrize("state", ["pending", "waiting", "expired"])
 async def test_a_run_that_nobody_holds_ends_at_once(
-    world: RunDatabase, place: OwnedWorkflow, state: str, request_: str, status: str
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow, state: str, request_: str, status: str
 ) -> None:
-    one = await world.claimed(place)
+    one = await run_database.claimed(owned_workflow)
     if state == "expired":
-        await world.expire(one)
+        await run_database.expire(one)
     else:
         end = RunStatus.RELEASED if state == "pending" else RunStatus.WAITING
-        await world.store.record([write(one, end=end, due_at=datetime.now(UTC))])
+        await run_database.store.record([write(one, end=end, due_at=datetime.now(UTC))])
     expected = EndRequestOutcome(ExecutionStatus(status), None, "gateway")
-    assert await world.store.request_end(key_of(one), request_) == expected
-    assert await world.store.request_end(key_of(one), "cancel") == expected
-    row = await world.row(one.execution_id)
+    assert await run_database.store.request_end(key_of(one), request_) == expected
+    assert await run_database.store.request_end(key_of(one), "cancel") == expected
+    row = await run_database.row(one.execution_id)
     assert row["ended_at"] is not None
-    assert await world.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
-    assert await world.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
-    assert await world.claim() == []
+    assert await run_database.store.record([write(one, end=RunStatus.COMPLETED)]) == frozenset()
+    assert await run_database.store.sweep(10) == SweepResult(requeued=0, ended={}, due=0, has_pending=False)
+    assert await run_database.claim() == []
 
 
-async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(world: RunDatabase) -> None:
-    one = await world.claimed()
-    asked = [await world.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")]
+async def test_a_run_that_somebody_holds_is_asked_to_end_and_its_worker_is_named(
+    run_database: RunDatabase,
+) -> None:
+    one = await run_database.claimed()
+    asked = [
+        await run_database.store.request_end(key_of(one), request) for request in ("stop", "cancel", "stop")
+    ]
     assert set(asked) == {EndRequestOutcome(ExecutionStatus.RUNNING, "worker", "gateway")}
-    (renewed,) = await world.store.renew([lease_of(one)], 30.0)
+    (renewed,) = await run_database.store.renew([lease_of(one)], 30.0)
     assert renewed.request == "cancel"  # the stronger request stays
-    assert await world.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
+    assert await run_database.store.record([write(one, end=RunStatus.CANCELLED)]) == {one.execution_id}
 
 
-async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(world: RunDatabase) -> None:
-    one = await world.claimed()
-    await world.store.request_end(key_of(one), "cancel")
-    await world.expire(one)
-    requested = await world.store.request_end(key_of(one), "stop")
+async def test_a_cancelled_run_whose_worker_died_is_not_made_a_stopped_one(run_database: RunDatabase) -> None:
+    one = await run_database.claimed()
+    await run_database.store.request_end(key_of(one), "cancel")
+    await run_database.expire(one)
+    requested = await run_database.store.request_end(key_of(one), "stop")
     assert requested == EndRequestOutcome(ExecutionStatus.CANCELLED, None, "gateway")
 
 
-async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(world: RunDatabase) -> None:
-    one = await world.claimed()
-    await world.store.record([write(one, end=RunStatus.COMPLETED)])
+async def test_a_run_that_has_ended_stays_as_it_is_and_an_unknown_one_is_none(
+    run_database: RunDatabase,
+) -> None:
+    one = await run_database.claimed()
+    await run_database.store.record([write(one, end=RunStatus.COMPLETED)])
     expected = EndRequestOutcome(ExecutionStatus.COMPLETED, None, "gateway")
-    assert await world.store.request_end(key_of(one), "cancel") == expected
-    assert await world.store.request_end(ExecutionKey("exec_unknown", one.shard), "cancel") is None
+    assert await run_database.store.request_end(key_of(one), "cancel") == expected
+    assert await run_database.store.request_end(ExecutionKey("exec_unknown", one.shard), "cancel") is None
 
 
 # ── progress ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_ended(
-    world: RunDatabase, place: OwnedWorkflow
+    run_database: RunDatabase, owned_workflow: OwnedWorkflow
 ) -> None:
-    running, done = [await world.claimed(place) for _ in range(2)]
+    running, done = [await run_database.claimed(owned_workflow) for _ in range(2)]
     spans = [
         make_span("a", output=b'"x"'),
         make_span("b", SpanStatus.SKIPPED, 2),
         make_span("c", SpanStatus.RUNNING, 3, output=b'"not yet"'),
     ]
     failed = RunError("node-error", "broken")
-    await world.store.record(
+    await run_database.store.record(
         [
             write(running, spans=spans, completed_nodes=2),
             write(done, spans=spans, completed_nodes=2, end=RunStatus.FAILED, error=failed),
         ]
     )
     keys = [key_of(running), key_of(done), ExecutionKey("exec_unknown", done.shard), key_of(done)]
-    found = {one.execution_id: one for one in await world.store.progress(keys)}
+    found = {one.execution_id: one for one in await run_database.store.progress(keys)}
     assert found.keys() == {running.execution_id, done.execution_id}
     one, other = found[running.execution_id], found[done.execution_id]
     assert (one.status, one.completed_nodes, one.total_nodes, list(one.outputs)) == ("running", 2, 3, [])
@@ -1079,12 +1163,12 @@ async def test_progress_tells_where_runs_are_and_the_outputs_of_those_that_have_
     assert json.loads(other.error or "")["message"] == "broken"
 
 
-async def test_a_key_with_the_wrong_shard_finds_nothing(world: RunDatabase) -> None:
-    one = await world.claimed()
+async def test_a_key_with_the_wrong_shard_finds_nothing(run_database: RunDatabase) -> None:
+    one = await run_database.claimed()
     elsewhere = ExecutionKey(one.execution_id, one.shard + 1)
-    assert list(await world.store.progress([elsewhere])) == []
-    assert await world.store.request_end(elsewhere, "cancel") is None
-    assert await world.store.record([replace_shard(one)]) == frozenset()
+    assert list(await run_database.store.progress([elsewhere])) == []
+    assert await run_database.store.request_end(elsewhere, "cancel") is None
+    assert await run_database.store.record([replace_shard(one)]) == frozenset()
 
 
 def replace_shard(one: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
@@ -1134,7 +1218,7 @@ class AnswerLosingProxy:
 class LosingStore:
     """A world on PostgreSQL, and a store behind a proxy."""
 
-    world: RunDatabase
+    run_database: RunDatabase
     proxy: AnswerLosingProxy
     store: JournalStore
 
@@ -1148,59 +1232,69 @@ class LosingStore:
 
 
 @pytest.fixture
-async def losing(on_postgres: MigratedDatabase) -> AsyncIterator[LosingStore]:
+async def losing_store(on_postgres: MigratedDatabase) -> AsyncIterator[LosingStore]:
     url = parse_url(on_postgres.url)
     proxy = AnswerLosingProxy(url.host or "", url.port or 0)
     server = await asyncio.start_server(proxy.pass_on, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    async with server, open_run_database(on_postgres) as world:
+    async with server, open_run_database(on_postgres) as run_database:
         store = await open_store(url.set(host="127.0.0.1", port=port))
-        yield LosingStore(world, proxy, store)
+        yield LosingStore(run_database, proxy, store)
         await store.close()
 
 
 @pytest.mark.parametrize("fields", [{}, idempotency_fields()], ids=["without a key", "with a key"])
 async def test_an_acceptance_whose_answer_is_lost_is_read_back_and_not_doubled(
-    losing: LosingStore, fields: dict[str, Any]
+    losing_store: LosingStore, fields: dict[str, Any]
 ) -> None:
-    place = await losing.world.workflow()
-    run, other = place.run(**fields), place.run()
-    answers = await losing.answer_of(losing.store.accept([run, other]), run.execution_id)
+    owned_workflow = await losing_store.run_database.workflow()
+    run, other = owned_workflow.run(**fields), owned_workflow.run()
+    answers = await losing_store.answer_of(losing_store.store.accept([run, other]), run.execution_id)
     assert answers == [AcceptanceResult(AcceptanceVerdict.ACCEPTED, one.execution_id) for one in (run, other)]
-    assert await losing.world.count("execution") == await losing.world.count("execution_data") == 2
+    assert (
+        await losing_store.run_database.count("execution")
+        == await losing_store.run_database.count("execution_data")
+        == 2
+    )
 
 
 async def test_results_whose_commit_is_in_doubt_are_written_once_and_the_run_goes_on(
-    losing: LosingStore,
+    losing_store: LosingStore,
 ) -> None:
-    one = await losing.world.claimed()
+    one = await losing_store.run_database.claimed()
     wrote = write(one, spans=[make_span()], logs=[make_log_line()], completed_nodes=1)
-    assert await losing.answer_of(losing.store.record([wrote]), one.execution_id) == {one.execution_id}
-    assert await losing.world.count("span") == await losing.world.count("log_line") == 1
+    assert await losing_store.answer_of(losing_store.store.record([wrote]), one.execution_id) == {
+        one.execution_id
+    }
+    assert (
+        await losing_store.run_database.count("span")
+        == await losing_store.run_database.count("log_line")
+        == 1
+    )
 
 
-async def test_an_end_whose_commit_is_in_doubt_is_written_once(losing: LosingStore) -> None:
-    one = await losing.world.claimed()
+async def test_an_end_whose_commit_is_in_doubt_is_written_once(losing_store: LosingStore) -> None:
+    one = await losing_store.run_database.claimed()
     wrote = write(one, spans=[make_span()], end=RunStatus.COMPLETED, completed_nodes=1)
-    await losing.answer_of(losing.store.record([wrote]), one.execution_id)
-    assert (await losing.world.row(one.execution_id))["status"] == "completed"
-    assert await losing.world.count("span") == 1
+    await losing_store.answer_of(losing_store.store.record([wrote]), one.execution_id)
+    assert (await losing_store.run_database.row(one.execution_id))["status"] == "completed"
+    assert await losing_store.run_database.count("span") == 1
 
 
-async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing: LosingStore) -> None:
-    place = await losing.world.workflow()
-    first, second = [await losing.world.accept(place) for _ in range(2)]
+async def test_a_claim_in_doubt_takes_nothing_more_and_can_be_taken_back(losing_store: LosingStore) -> None:
+    owned_workflow = await losing_store.run_database.workflow()
+    first, second = [await losing_store.run_database.accept(owned_workflow) for _ in range(2)]
     with pytest.raises(DatabaseUnavailable):
-        await losing.answer_of(losing.store.claim(ClaimQuery("in doubt", 30.0, 1)), "in doubt")
-    statuses = [(await losing.world.row(key.execution_id))["status"] for key in (first, second)]
+        await losing_store.answer_of(losing_store.store.claim(ClaimQuery("in doubt", 30.0, 1)), "in doubt")
+    statuses = [(await losing_store.run_database.row(key.execution_id))["status"] for key in (first, second)]
     assert statuses == ["running", "pending"]
-    assert await losing.store.reclaim("in doubt") == 1
-    assert len(await losing.store.claim(ClaimQuery("worker", 30.0, 10))) == 2
+    assert await losing_store.store.reclaim("in doubt") == 1
+    assert len(await losing_store.store.claim(ClaimQuery("worker", 30.0, 10))) == 2
 
 
-async def test_an_end_that_was_asked_for_in_doubt_has_come(losing: LosingStore) -> None:
-    key = await losing.world.accept(await losing.world.workflow())
-    requested = await losing.answer_of(losing.store.request_end(key, "stop"), key.execution_id)
+async def test_an_end_that_was_asked_for_in_doubt_has_come(losing_store: LosingStore) -> None:
+    key = await losing_store.run_database.accept(await losing_store.run_database.workflow())
+    requested = await losing_store.answer_of(losing_store.store.request_end(key, "stop"), key.execution_id)
     assert requested == EndRequestOutcome(ExecutionStatus.STOPPED, None, "gateway")
 
 
@@ -1213,28 +1307,28 @@ async def repeat_until_available(work: Callable[[], Awaitable[Answer]]) -> Answe
 async def test_each_run_ends_once_while_connections_are_cut_again_and_again(
     on_postgres: MigratedDatabase,
 ) -> None:
-    async with open_run_database(on_postgres) as world:
-        store = world.store
-        place = await world.workflow()
+    async with open_run_database(on_postgres) as run_database:
+        store = run_database.store
+        owned_workflow = await run_database.workflow()
 
         async def cut() -> None:
             while True:
                 await asyncio.sleep(random.uniform(0, 0.1))
-                await world.query(
+                await run_database.query(
                     "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
                     " WHERE datname = current_database() AND application_name = 'pilotflame'"
                 )
 
         async def claim() -> Sequence[ClaimedRun]:
             try:
-                return await world.claim(limit=10)
+                return await run_database.claim(limit=10)
             except DatabaseUnavailable:
                 await repeat_until_available(lambda: store.release("worker", []))
                 return []
 
         cutting = asyncio.create_task(cut())
         for number in range(100):
-            run = place.run(**idempotency_fields(key=str(number)))
+            run = owned_workflow.run(**idempotency_fields(key=str(number)))
             (answer,) = await repeat_until_available(lambda: store.accept([run]))  # noqa: B023 - it is awaited here
             assert answer == AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)
         ended: list[str] = []
@@ -1244,36 +1338,36 @@ async def test_each_run_ends_once_while_connections_are_cut_again_and_again(
             await repeat_until_available(lambda: store.record(ends))  # noqa: B023 - it is awaited here
             ended += [one.execution_id for one in claimed]
         cutting.cancel()
-        rows = await world.query("SELECT id, status FROM execution")
+        rows = await run_database.query("SELECT id, status FROM execution")
         assert sorted(row["id"] for row in rows) == sorted(ended)
         assert {row["status"] for row in rows} == {"completed"}
-        assert await world.count("span") == 100
+        assert await run_database.count("span") == 100
 
 
 async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_when_it_is_back(
     on_postgres: MigratedDatabase, postgres: PostgresServer
 ) -> None:
-    async with open_run_database(on_postgres) as world:
-        place = await world.workflow()
-        runs = [place.run() for _ in range(3)]
-        await world.store.accept(runs[:1])
+    async with open_run_database(on_postgres) as run_database:
+        owned_workflow = await run_database.workflow()
+        runs = [owned_workflow.run() for _ in range(3)]
+        await run_database.store.accept(runs[:1])
 
         async def accept(run: RunAcceptance) -> AcceptanceResult:
-            (answer,) = await repeat_until_available(lambda: world.store.accept([run]))
+            (answer,) = await repeat_until_available(lambda: run_database.store.accept([run]))
             return answer
 
         under_way = asyncio.create_task(accept(runs[1]))
         try:
             await asyncio.to_thread(postgres.kill)
-            begun = await world.another_store()
+            begun = await run_database.another_store()
             calls: list[Awaitable[object]] = [
-                world.store.accept(runs[2:]),
-                world.claim(),
-                world.store.record([RunWrite("exec_1", 1, 1)]),
-                world.store.renew([LeaseRenewal("exec_1", 1, 1)], 30.0),
-                world.store.sweep(10),
-                world.store.request_end(ExecutionKey("exec_1", 1), "stop"),
-                world.store.progress([ExecutionKey("exec_1", 1)]),
+                run_database.store.accept(runs[2:]),
+                run_database.claim(),
+                run_database.store.record([RunWrite("exec_1", 1, 1)]),
+                run_database.store.renew([LeaseRenewal("exec_1", 1, 1)], 30.0),
+                run_database.store.sweep(10),
+                run_database.store.request_end(ExecutionKey("exec_1", 1), "stop"),
+                run_database.store.progress([ExecutionKey("exec_1", 1)]),
                 begun.sweep(10),
             ]
             answers = await asyncio.gather(*calls, return_exceptions=True)
@@ -1282,7 +1376,9 @@ async def test_a_server_that_is_away_is_reported_and_what_was_accepted_is_there_
             await asyncio.to_thread(postgres.start)
         assert (await under_way).verdict is AcceptanceVerdict.ACCEPTED
         assert (await begun.sweep(10)).has_pending
-        assert {one.execution_id for one in await world.claim()} == {run.execution_id for run in runs[:2]}
+        assert {one.execution_id for one in await run_database.claim()} == {
+            run.execution_id for run in runs[:2]
+        }
 
 
 async def test_a_store_that_was_opened_while_the_pooler_was_away_works_when_it_is_back(
@@ -1300,43 +1396,43 @@ async def test_a_store_that_was_opened_while_the_pooler_was_away_works_when_it_i
 
 
 async def test_a_server_that_only_reads_is_away_for_writers(on_postgres: MigratedDatabase) -> None:
-    async with open_run_database(on_postgres) as world:
-        place = await world.workflow()
+    async with open_run_database(on_postgres) as run_database:
+        owned_workflow = await run_database.workflow()
         database = make_url(on_postgres.url).database
-        await world.query(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
+        await run_database.query(f"ALTER DATABASE {database} SET default_transaction_read_only = on")
         try:
-            reading = await world.another_store()
+            reading = await run_database.another_store()
             with pytest.raises(DatabaseUnavailable):
-                await reading.accept([place.run()])
+                await reading.accept([owned_workflow.run()])
         finally:
-            await world.query("SET default_transaction_read_only = off")
-            await world.query(f"ALTER DATABASE {database} RESET default_transaction_read_only")
+            await run_database.query("SET default_transaction_read_only = off")
+            await run_database.query(f"ALTER DATABASE {database} RESET default_transaction_read_only")
 
 
 # ── what only SQLite can do ───────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
-async def sqlite_world(on_sqlite: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    async with open_run_database(on_sqlite) as world:
-        yield world
+async def sqlite_run_database(on_sqlite: MigratedDatabase) -> AsyncIterator[RunDatabase]:
+    async with open_run_database(on_sqlite) as run_database:
+        yield run_database
 
 
 async def test_a_locked_file_is_reported_to_all_who_wait_after_one_wait(
-    sqlite_world: RunDatabase, monkeypatch: pytest.MonkeyPatch
+    sqlite_run_database: RunDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sqlite_store, "SQLITE_BUSY_SECONDS", 0.5)
-    store = await sqlite_world.another_store()
-    place = await sqlite_world.workflow()
-    locking = sqlite3.connect(sqlite_world.url.database or "", isolation_level=None)
+    store = await sqlite_run_database.another_store()
+    owned_workflow = await sqlite_run_database.workflow()
+    locking = sqlite3.connect(sqlite_run_database.url.database or "", isolation_level=None)
     with closing(locking):
         locking.execute("BEGIN IMMEDIATE")
-        calls = [store.accept([place.run()]) for _ in range(60)]
+        calls = [store.accept([owned_workflow.run()]) for _ in range(60)]
         async with asyncio.timeout(15):
             answers = await asyncio.gather(*calls, return_exceptions=True)
         assert {type(answer) for answer in answers} == {DatabaseUnavailable}
         locking.execute("COMMIT")
-    run = place.run()
+    run = owned_workflow.run()
     assert await store.accept([run]) == [AcceptanceResult(AcceptanceVerdict.ACCEPTED, run.execution_id)]
 
 
@@ -1353,8 +1449,8 @@ async def test_a_file_that_cannot_be_opened_is_reported_until_it_can(
     await store.close()
 
 
-async def test_a_store_that_was_closed_answers_nobody(sqlite_world: RunDatabase) -> None:
-    store = await sqlite_world.another_store()
+async def test_a_store_that_was_closed_answers_nobody(sqlite_run_database: RunDatabase) -> None:
+    store = await sqlite_run_database.another_store()
     await store.sweep(10)
     await store.close()
     for call in (store.sweep(10), store.progress([])):
@@ -1362,14 +1458,14 @@ async def test_a_store_that_was_closed_answers_nobody(sqlite_world: RunDatabase)
             await asyncio.wait_for(call, 60)
 
 
-async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_world: RunDatabase) -> None:
-    place = await sqlite_world.workflow()
-    runs = [place.run(timeout_seconds=1e30 if number == 5 else 1.0) for number in range(10)]
+async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_run_database: RunDatabase) -> None:
+    owned_workflow = await sqlite_run_database.workflow()
+    runs = [owned_workflow.run(timeout_seconds=1e30 if number == 5 else 1.0) for number in range(10)]
     answers = await asyncio.gather(
-        *(sqlite_world.store.accept([run]) for run in runs), return_exceptions=True
+        *(sqlite_run_database.store.accept([run]) for run in runs), return_exceptions=True
     )
     assert [type(answer) for answer in answers] == [OverflowError if n == 5 else list for n in range(10)]
-    assert await sqlite_world.count("execution") == 9
+    assert await sqlite_run_database.count("execution") == 9
 
 
 # ── what statements cost ──────────────────────────────────────────────────────────────────────────────────
@@ -1386,9 +1482,9 @@ PENDING = (
 )
 
 
-async def fill(world: RunDatabase, first: int, last: int, organizations: int) -> None:
+async def fill(run_database: RunDatabase, first: int, last: int, organizations: int) -> None:
     """Insert pending runs by the thousand."""
-    if is_sqlite(world.url):
+    if is_sqlite(run_database.url):
         counted = "SELECT :first UNION ALL SELECT n + 1 FROM s WHERE n < :last"
         numbers = f"(WITH RECURSIVE s (n) AS ({counted}) SELECT n FROM s)"
         values = PENDING.format(true=1, false=0)
@@ -1396,12 +1492,12 @@ async def fill(world: RunDatabase, first: int, last: int, organizations: int) ->
         numbers = "generate_series(CAST(:first AS integer), CAST(:last AS integer)) AS s (n)"
         values = PENDING.format(true="true", false="false")
     which = {"first": first, "last": last}
-    await world.query(
+    await run_database.query(
         f"INSERT INTO execution ({COLUMNS}) SELECT {values} FROM {numbers}",
         organizations=organizations,
         **which,
     )
-    await world.query(
+    await run_database.query(
         "INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)"
         f" SELECT 'exec_' || n, 1, '{{}}', '{{}}', 'org_' || n % :organizations, 'wf_' || n, 1 FROM {numbers}",
         organizations=organizations,
@@ -1453,10 +1549,14 @@ def plan_nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
     return [plan, *(node for inner in plan.get("Plans", []) for node in plan_nodes(inner))]
 
 
-async def explain_scans(sent: tuple[str, tuple[Any, ...]], where: MigratedDatabase) -> list[dict[str, Any]]:
+async def explain_scans(
+    sent: tuple[str, tuple[Any, ...]], migrated_database: MigratedDatabase
+) -> list[dict[str, Any]]:
     """Run what was sent once more, and return how it reads the table of executions."""
     statement, arguments = sent
-    connection = await asyncpg.connect(where.url.replace("+asyncpg", ""), server_settings=SESSION_SETTINGS)
+    connection = await asyncpg.connect(
+        migrated_database.url.replace("+asyncpg", ""), server_settings=SESSION_SETTINGS
+    )
     try:
         text = await connection.fetchval(f"EXPLAIN (ANALYZE, FORMAT JSON) {statement}", *arguments)
     finally:
@@ -1473,17 +1573,17 @@ async def explain_scans(sent: tuple[str, tuple[Any, ...]], where: MigratedDataba
 async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
     on_postgres: MigratedDatabase, spy: StatementSpy, organizations: int, statistics: str
 ) -> None:
-    async with open_run_database(on_postgres) as world:
+    async with open_run_database(on_postgres) as run_database:
         # Else the statistics may be of any moment in between.
-        await world.query("ALTER TABLE execution SET (autovacuum_enabled = false)")
+        await run_database.query("ALTER TABLE execution SET (autovacuum_enabled = false)")
         if statistics == "stale":
-            await world.query("ANALYZE execution")  # of an empty table
-        await fill(world, 1, 20_000, organizations)
+            await run_database.query("ANALYZE execution")  # of an empty table
+        await fill(run_database, 1, 20_000, organizations)
         if statistics == "fresh":
-            await world.query("ANALYZE execution")
-        await world.store.sweep(1)
+            await run_database.query("ANALYZE execution")
+        await run_database.store.sweep(1)
         looking = await explain_scans(spy.statements[-1], on_postgres)
-        await world.claim(limit=50)
+        await run_database.claim(limit=50)
         scans = await explain_scans(spy.statements[-1], on_postgres)
     assert [node.get("Index Name") for node in looking] == ["ix_execution_pending"]
     assert {node.get("Index Name") for node in scans} <= {"ix_execution_pending", "execution_pkey"}
@@ -1494,12 +1594,12 @@ async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
 
 
 async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
-    sqlite_world: RunDatabase, spy: StatementSpy
+    sqlite_run_database: RunDatabase, spy: StatementSpy
 ) -> None:
     costs: list[int] = []
     for first, last in ((1, 1_000), (1_001, 20_000)):
-        await fill(sqlite_world, first, last, organizations=100)
-        store = await sqlite_world.another_store()
+        await fill(sqlite_run_database, first, last, organizations=100)
+        store = await sqlite_run_database.another_store()
         await store.sweep(1)
         spy.statements.clear()
         spy.steps = 0
@@ -1511,7 +1611,7 @@ async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
     plans = [
         row["detail"]
         for statement in selects
-        for row in await sqlite_world.query(f"EXPLAIN QUERY PLAN {statement}")
+        for row in await sqlite_run_database.query(f"EXPLAIN QUERY PLAN {statement}")
     ]
     assert plans
     assert all("USING" in plan and "ix_execution_pending" in plan for plan in plans if "SEARCH" in plan)
@@ -1521,11 +1621,11 @@ async def test_a_claim_on_sqlite_probes_the_index_however_many_runs_wait(
 async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadlock(
     on_postgres: MigratedDatabase, spy: StatementSpy
 ) -> None:
-    async with open_run_database(on_postgres) as world:
-        place = await world.workflow()
-        await world.store.accept([place.run() for _ in range(200)])
-        claimed = list(await world.claim(limit=200))
-        leases = await world.another_store()
+    async with open_run_database(on_postgres) as run_database:
+        owned_workflow = await run_database.workflow()
+        await run_database.store.accept([owned_workflow.run() for _ in range(200)])
+        claimed = list(await run_database.claim(limit=200))
+        leases = await run_database.another_store()
 
         async def renew() -> None:
             for _ in range(30):
@@ -1534,16 +1634,16 @@ async def test_leases_are_renewed_and_results_recorded_at_once_without_a_deadloc
 
         async def record() -> None:
             for _ in range(30):
-                assert len(await world.store.record([write(one) for one in claimed])) == 200
+                assert len(await run_database.store.record([write(one) for one in claimed])) == 200
 
         await asyncio.gather(renew(), record())
         assert spy.errors == []
 
 
-async def test_every_hot_statement_names_the_shard(world: RunDatabase, spy: StatementSpy) -> None:
-    store = await world.another_store()
-    place = await world.workflow()
-    run = place.run(**idempotency_fields())
+async def test_every_hot_statement_names_the_shard(run_database: RunDatabase, spy: StatementSpy) -> None:
+    store = await run_database.another_store()
+    owned_workflow = await run_database.workflow()
+    run = owned_workflow.run(**idempotency_fields())
     key = ExecutionKey(run.execution_id, run.shard)
     definition = DefinitionKey(run.organization_id, run.definition_hash, run.shard)
     by_call: dict[str, list[str]] = {}
@@ -1555,7 +1655,7 @@ async def test_every_hot_statement_names_the_shard(world: RunDatabase, spy: Stat
         return answer
 
     await tell("accept", store.accept([run]))
-    await tell("accept again", store.accept([place.run(**idempotency_fields())]))
+    await tell("accept again", store.accept([owned_workflow.run(**idempotency_fields())]))
     (one,) = await tell("claim", store.claim(ClaimQuery("worker", 30.0, 10)))
     await tell("renew", store.renew([lease_of(one)], 30.0))
     await tell("record", store.record([write(one, spans=[make_span()], logs=[make_log_line()])]))

@@ -28,25 +28,25 @@ SHIPPED = (
 
 
 @pytest.fixture(scope="module")
-async def world_with_worker(world: GatewayHarness) -> AsyncIterator[GatewayHarness]:
-    gateway = world.gateway
+async def harness_with_worker(harness: GatewayHarness) -> AsyncIterator[GatewayHarness]:
+    gateway = harness.gateway
     settings = WorkerSettings(
         **gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"}),
         outbound_allowed_networks=(ip_network("127.0.0.1/32"),),
     )
     async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
-        yield world
+        yield harness
 
 
 @pytest.fixture
-def person(world_with_worker: GatewayHarness, people: OrganizationUsers) -> UserClient:
-    assert world_with_worker
+def person(harness_with_worker: GatewayHarness, people: OrganizationUsers) -> UserClient:
+    assert harness_with_worker
     return people.owner
 
 
-def organization_folder(world: GatewayHarness, person: UserClient) -> Path:
+def organization_folder(harness: GatewayHarness, person: UserClient) -> Path:
     """Return where the files of a person's organisation are."""
-    path = world.gateway.settings.data_dir / "files" / person.user.organization_id
+    path = harness.gateway.settings.data_dir / "files" / person.user.organization_id
     path.mkdir(parents=True, exist_ok=True)
     return path
 
@@ -136,9 +136,9 @@ async def test_what_a_template_names_may_be_filled_in_later(people: Organization
 
 
 async def test_the_daily_etl_writes_the_revenue_of_each_country_and_year(
-    world: GatewayHarness, person: UserClient
+    harness: GatewayHarness, person: UserClient
 ) -> None:
-    shutil.copy(DATA / "invoices.db", organization_folder(world, person) / "invoices.db")
+    shutil.copy(DATA / "invoices.db", organization_folder(harness, person) / "invoices.db")
     workflow_id = await use_template(
         person, SHIPPED[3], {"source": await create_sqlite_source(person, "invoices.db")}
     )
@@ -150,7 +150,7 @@ async def test_the_daily_etl_writes_the_revenue_of_each_country_and_year(
     ):
         revenue[date[:4], country] += total
     connection.close()
-    with (organization_folder(world, person) / "objects" / "reports" / "revenue.csv").open(
+    with (organization_folder(harness, person) / "objects" / "reports" / "revenue.csv").open(
         newline=""
     ) as file:
         rows = list(csv.DictReader(file))
@@ -177,7 +177,7 @@ async def test_the_csv_report_counts_and_weighs_the_penguins_of_each_island(pers
 
 
 async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
-    world: GatewayHarness, person: UserClient
+    harness: GatewayHarness, person: UserClient
 ) -> None:
     workflow_id = await use_template(
         person, SHIPPED[4], {"target": await create_sqlite_source(person, "orders.db")}
@@ -187,7 +187,7 @@ async def test_a_webhook_stores_an_order_once_however_often_it_is_delivered(
     again = (await run_to_outputs(person, workflow_id, {"orders": orders[:1]}))["store"]["written"]
     alone = (await run_to_outputs(person, workflow_id, {**orders[0], "id": "ord_2000"}))["store"]["written"]
     assert (written, again, alone) == (3, 0, 1)
-    connection = sqlite3.connect(organization_folder(world, person) / "orders.db")
+    connection = sqlite3.connect(organization_folder(harness, person) / "orders.db")
     stored = connection.execute("SELECT id, customer, total FROM orders ORDER BY id").fetchall()
     connection.close()
     assert stored == [
@@ -233,7 +233,7 @@ async def test_a_polled_feed_tells_what_is_new_and_what_was_revised(person: User
 
 @pytest.mark.parametrize("choice", ["approve", "reject"])
 async def test_a_price_is_written_when_somebody_has_approved_it(
-    world: GatewayHarness, person: UserClient, choice: str
+    harness: GatewayHarness, person: UserClient, choice: str
 ) -> None:
     workflow_id = await use_template(
         person, SHIPPED[1], {"target": await create_sqlite_source(person, "prices.db")}
@@ -250,7 +250,7 @@ async def test_a_price_is_written_when_somebody_has_approved_it(
     assert response.status_code == 200, response.text
     found = await wait_for_outputs(person, execution_id)
     assert ("write" in found, "refused" in found) == (choice == "approve", choice == "reject")
-    connection = sqlite3.connect(organization_folder(world, person) / "prices.db")
+    connection = sqlite3.connect(organization_folder(harness, person) / "prices.db")
     stored = dict(connection.execute("SELECT product, approved_by FROM price"))
     connection.close()
     assert stored == {"Pencil": None} | ({"Piano": person.user.id} if choice == "approve" else {})

@@ -60,9 +60,9 @@ def sub_workflow_graph(workflow_id: str, **config: Any) -> dict[str, Any]:  # no
 
 
 @asynccontextmanager
-async def serve_worker(world: GatewayHarness, **settings: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a field of WorkerSettings
+async def serve_worker(harness: GatewayHarness, **settings: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a field of WorkerSettings
     """Let a worker run whatever its sweeps find."""
-    gateway = world.gateway
+    gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})
     broker = LocalBroker(channel=uuid4().hex)
@@ -117,9 +117,9 @@ async def wait_for_children(person: UserClient, execution_id: str) -> Sequence[d
     return children
 
 
-async def claim_for_dead_worker(world: GatewayHarness, execution_id: str) -> ClaimedRun:
+async def claim_for_dead_worker(harness: GatewayHarness, execution_id: str) -> ClaimedRun:
     """Claim a run for a worker that will never be heard of again."""
-    store = world.gateway.store
+    store = harness.gateway.store
     for _ in range(100):
         for one in await store.claim(ClaimQuery("dead", 0.01, 100)):
             if one.execution_id == execution_id:
@@ -132,10 +132,10 @@ async def claim_for_dead_worker(world: GatewayHarness, execution_id: str) -> Cla
 
 
 async def test_a_run_asks_and_goes_on_with_the_answer(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**ASKS)
-    async with serve_worker(world):
+    async with serve_worker(harness):
         agreed, refused = [await execute_workflow(people.owner, workflow_id) for _ in range(2)]
         shown = await wait_for_question(people.owner, agreed)
         assert (shown["nodeId"], shown["title"], shown["expiresAt"]) == ("ask", "Go on?", None)
@@ -151,27 +151,27 @@ async def test_a_run_asks_and_goes_on_with_the_answer(
 
 
 async def test_an_answer_survives_the_worker_that_had_it_in_hand(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**ASKS)
     execution_id = await execute_workflow(people.owner, workflow_id)
-    async with serve_worker(world):
+    async with serve_worker(harness):
         await wait_for_question(people.owner, execution_id)
     await say(people.owner, execution_id, "yes")
-    assert (await claim_for_dead_worker(world, execution_id)).wait_answer_count == 1
-    async with serve_worker(world):
+    assert (await claim_for_dead_worker(harness, execution_id)).wait_answer_count == 1
+    async with serve_worker(harness):
         shown = await wait_until_ended(people.owner, execution_id)
     assert (shown["status"], shown["outputs"]["go"]["went"]) == ("completed", "well")
 
 
 @ON_ONE
 async def test_whoever_is_not_answered_in_time_goes_on_without(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     config = {"title": "Quick?", "expiresInSeconds": 1, "onExpiry": "continue"}
     nodes = [{"id": "start", "nodeId": "manual"}, {"id": "ask", "nodeId": "human-input", "config": config}]
     workflow_id = await people.owner.create(nodes=nodes, connections=[{"source": "start", "target": "ask"}])
-    async with serve_worker(world):
+    async with serve_worker(harness):
         execution_id = await execute_workflow(people.owner, workflow_id)
         shown = await wait_until_ended(people.owner, execution_id)
     assert shown["outputs"]["ask"] == {"data": None, "choice": None, "by": None, "at": None}
@@ -181,9 +181,9 @@ async def test_whoever_is_not_answered_in_time_goes_on_without(
 
 
 async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    async with run_receiver() as receiver, serve_worker(world, outbound_allowed_networks="127.0.0.1/32"):
+    async with run_receiver() as receiver, serve_worker(harness, outbound_allowed_networks="127.0.0.1/32"):
         receiver.answers = ["204 No Content", "500 Internal Server Error"]
         post = {"url": receiver.url(), "method": "POST", "body": "{{ item }}"}
         workflow_id = await people.owner.create(
@@ -209,11 +209,11 @@ async def test_a_loop_that_failed_is_resumed_from_the_turn_that_did(
 
 
 async def test_a_run_goes_on_with_what_came_of_another(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     inner = await people.owner.create(**ASKS)
     outer = await people.owner.create(**sub_workflow_graph(inner, inputs={"n": "{{ data.body.n }}"}))
-    async with serve_worker(world):
+    async with serve_worker(harness):
         agreed, refused = [await execute_workflow(people.owner, outer, n=7) for _ in range(2)]
         (child,) = await wait_for_children(people.owner, agreed)
         assert (child["workflowId"], child["triggerType"], child["rootId"]) == (inner, "sub-workflow", agreed)
@@ -231,7 +231,7 @@ async def test_a_run_goes_on_with_what_came_of_another(
 
 
 async def test_the_error_inside_a_sub_workflow_is_the_cause_of_the_runs_around_it(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     url = "http://127.0.0.1:9/orders?token=s3cret"
     inner = await people.owner.create(
@@ -242,7 +242,7 @@ async def test_the_error_inside_a_sub_workflow_is_the_cause_of_the_runs_around_i
         connections=[{"source": "start", "target": "fetch"}],
     )
     middle = await people.owner.create(**sub_workflow_graph(inner))
-    async with serve_worker(world):
+    async with serve_worker(harness):
         outermost = await execute_workflow(
             people.owner, await people.owner.create(**sub_workflow_graph(middle))
         )
@@ -263,13 +263,13 @@ async def test_the_error_inside_a_sub_workflow_is_the_cause_of_the_runs_around_i
 
 
 async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_the_commit(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     inner = await people.owner.create(nodes=ASKS["nodes"][:1], connections=[])
     outer = await people.owner.create(**sub_workflow_graph(inner))
     execution_id = await execute_workflow(people.owner, outer)
-    gateway = world.gateway
-    run = await claim_for_dead_worker(world, execution_id)
+    gateway = harness.gateway
+    run = await claim_for_dead_worker(harness, execution_id)
     starting = NodeSpan(
         "sub",
         "Sub",
@@ -286,18 +286,18 @@ async def test_a_run_is_not_doubled_when_the_worker_dies_between_its_start_and_t
     )
     caller = RunCaller(run.organization_id, run.user_id, run.workflow_id, execution_id, run.key_id)
     await starter.start(caller, inner, {}, node_id="sub", iteration="", awaited=True)
-    async with serve_worker(world):
+    async with serve_worker(harness):
         shown = await wait_until_ended(people.owner, execution_id)
         assert (shown["status"], len(await wait_for_children(people.owner, execution_id))) == ("completed", 1)
 
 
 async def test_whoever_is_waited_for_is_cancelled_with_its_parent(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     inner = await people.owner.create(**ASKS)
     middle = await people.owner.create(**sub_workflow_graph(inner))
     outer = await people.owner.create(**sub_workflow_graph(middle))
-    async with serve_worker(world):
+    async with serve_worker(harness):
         execution_id = await execute_workflow(people.owner, outer)
         (child,) = await wait_for_children(people.owner, execution_id)
         (grandchild,) = await wait_for_children(people.owner, child["id"])
@@ -310,29 +310,29 @@ async def test_whoever_is_waited_for_is_cancelled_with_its_parent(
 
 @ON_ONE
 async def test_a_workflow_that_runs_itself_ends_at_a_limit_that_it_names(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     itself = await people.owner.create(**sub_workflow_graph("wf_absent"))
     graph = sub_workflow_graph(itself)
     response = await people.owner.api.put(f"/api/v1/workflows/{itself}", json=graph)
     assert response.status_code == 200, response.text
-    async with serve_worker(world, max_run_depth=3):
+    async with serve_worker(harness, max_run_depth=3):
         execution_id = await execute_workflow(people.owner, itself)
         shown = await wait_until_ended(people.owner, execution_id)
     assert shown["status"] == "failed"
     assert "PILOTFLAME_MAX_RUN_DEPTH" in shown["error"]["message"]
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         depths = select(col(Execution.depth)).where(col(Execution.root_id) == execution_id)
         assert sorted(await connection.scalars(depths)) == [1, 2, 3]
 
 
 @ON_ONE
 async def test_a_run_that_is_not_waited_for_is_left_to_itself(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     inner = await people.owner.create(**ASKS)
     outer = await people.owner.create(**sub_workflow_graph(inner, wait=False))
-    async with serve_worker(world):
+    async with serve_worker(harness):
         execution_id = await execute_workflow(people.owner, outer)
         outputs = (await wait_until_ended(people.owner, execution_id))["outputs"]
         (child,) = await wait_for_children(people.owner, execution_id)
@@ -347,7 +347,7 @@ async def test_a_run_that_is_not_waited_for_is_left_to_itself(
 
 @ON_ONE
 async def test_a_throttle_spreads_the_runs_of_all_workflows_with_its_key(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     config = {"limit": 5, "perSeconds": 1, "key": "crm"}
     graph = {
@@ -358,7 +358,7 @@ async def test_a_throttle_spreads_the_runs_of_all_workflows_with_its_key(
         "connections": [{"source": "start", "target": "slow"}],
     }
     workflows = [await people.owner.create(**graph) for _ in range(2)]
-    async with serve_worker(world):
+    async with serve_worker(harness):
         runs = [await execute_workflow(people.owner, workflow_id) for workflow_id in workflows * 2]
         for execution_id in runs:
             assert (await wait_until_ended(people.owner, execution_id))["status"] == "completed"

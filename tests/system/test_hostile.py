@@ -124,7 +124,7 @@ class SharedServer:
 
 
 @pytest.fixture(scope="module")
-async def world(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SharedServer]:
+async def shared_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SharedServer]:
     folder = tmp_path_factory.mktemp("hostile")
     async with harness.run_one_process(folder, **SMALL) as deployment, serve_answers() as upstream:
         client = RetryingClient(deployment.url)
@@ -152,9 +152,9 @@ async def _key_of_another(deployment: OneProcess, folder: Path) -> str:
 
 
 @pytest.fixture(autouse=True)
-async def _nobody_waits(world: SharedServer) -> AsyncIterator[None]:
+async def _nobody_waits(shared_server: SharedServer) -> AsyncIterator[None]:
     """The neighbour goes on as ever, during each test and right after it."""
-    delays = world.neighbour.delays
+    delays = shared_server.neighbour.delays
     delays.clear()
     yield
     so_far = len(delays)
@@ -206,90 +206,96 @@ def ladder_workflow(rungs: int, *, hands_on: bool) -> Workflow:
     return build_workflow(nodes, " ".join(edges))
 
 
-async def test_a_cycle_is_refused(world: SharedServer) -> None:
+async def test_a_cycle_is_refused(shared_server: SharedServer) -> None:
     graph = build_workflow([START, set_node("one"), set_node("two")], "start>one one>two two>one")
-    assert "The connections form a cycle" in await world.refusal(graph)
+    assert "The connections form a cycle" in await shared_server.refusal(graph)
 
 
-async def test_one_node_more_than_the_limit_is_refused(world: SharedServer) -> None:
+async def test_one_node_more_than_the_limit_is_refused(shared_server: SharedServer) -> None:
     graph = build_workflow([START, *(set_node(f"n{number}") for number in range(10_000))], "")
-    assert "10000" in await world.refusal(graph)
+    assert "10000" in await shared_server.refusal(graph)
 
 
-async def test_data_that_doubles_at_each_join_ends_in_the_limit_of_an_output(world: SharedServer) -> None:
-    assert "output-too-large: " in (failed := await world.failure(ladder_workflow(40, hands_on=True)))
+async def test_data_that_doubles_at_each_join_ends_in_the_limit_of_an_output(
+    shared_server: SharedServer,
+) -> None:
+    assert "output-too-large: " in (failed := await shared_server.failure(ladder_workflow(40, hands_on=True)))
     assert "PILOTFLAME_MAX_OUTPUT_BYTES" in failed
 
 
 async def test_ten_thousand_nodes_with_2_to_the_5000_ways_through_them_are_each_run_once(
-    world: SharedServer,
+    shared_server: SharedServer,
 ) -> None:
-    await world.completes(ladder_workflow(4_990, hands_on=False))
+    await shared_server.completes(ladder_workflow(4_990, hands_on=False))
 
 
-async def test_many_long_runs_of_one_organisation_leave_room_for_another(world: SharedServer) -> None:
+async def test_many_long_runs_of_one_organisation_leave_room_for_another(shared_server: SharedServer) -> None:
     graph = chain_workflow(*(make_node(f"n{number}", "template", text="step") for number in range(150)))
-    workflow_id = await world.client.create(graph)
-    executions = [await world.client.execute(workflow_id) for _ in range(50)]
+    workflow_id = await shared_server.client.create(graph)
+    executions = [await shared_server.client.execute(workflow_id) for _ in range(50)]
     for execution_id in executions:
-        assert (await world.client.end(execution_id, within=END_SECONDS)).status == "completed"
+        assert (await shared_server.client.end(execution_id, within=END_SECONDS)).status == "completed"
 
 
 # ── runs of runs, and loops ─────────────────────────────────────────────────────────────────────────────────
 
 
 async def _create_call_circle(
-    world: SharedServer, count: int, *nodes: workflow_shapes.Node, edges: str = ""
+    shared_server: SharedServer, count: int, *nodes: workflow_shapes.Node, edges: str = ""
 ) -> str:
     """Return the first of workflows that call one another in a circle."""
-    ids = [await world.client.create(chain_workflow(set_node("done"))) for _ in range(count)]
+    ids = [await shared_server.client.create(chain_workflow(set_node("done"))) for _ in range(count)]
     for caller, called in zip(ids, [*ids[1:], ids[0]], strict=True):
         call = make_node("call", "sub-workflow", workflowId=called)
         graph = build_workflow([START, *nodes, call], edges) if nodes else chain_workflow(call)
-        response = await world.asked("PUT", f"/workflows/{caller}", graph)
+        response = await shared_server.asked("PUT", f"/workflows/{caller}", graph)
         assert response.status_code == HTTPStatus.OK, response.text
     return ids[0]
 
 
 @pytest.mark.parametrize("count", [1, 2])
 async def test_workflows_that_call_themselves_or_one_another_end_in_the_limit_of_depth(
-    world: SharedServer, count: int
+    shared_server: SharedServer, count: int
 ) -> None:
-    execution_id = await world.client.execute(await _create_call_circle(world, count))
-    assert (await world.client.end(execution_id, within=END_SECONDS)).status == "failed"
-    runs = await _read_run_chain(world, execution_id)
+    execution_id = await shared_server.client.execute(await _create_call_circle(shared_server, count))
+    assert (await shared_server.client.end(execution_id, within=END_SECONDS)).status == "failed"
+    runs = await _read_run_chain(shared_server, execution_id)
     assert len(runs) == 1 + int(SMALL["MAX_RUN_DEPTH"])
     assert "PILOTFLAME_MAX_RUN_DEPTH" in runs[-1]["error"]["message"]
 
 
-async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(world: SharedServer) -> None:
+async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(
+    shared_server: SharedServer,
+) -> None:
     items: Json = [*range(5)]
     loop = make_node("loop", "loop", items=items, concurrency=5)
-    workflow_id = await _create_call_circle(world, 1, loop, edges="start>loop loop:continue>call")
-    execution_id = await world.client.execute(workflow_id)
-    assert (await world.client.end(execution_id, within=END_SECONDS)).status == "failed"
+    workflow_id = await _create_call_circle(shared_server, 1, loop, edges="start>loop loop:continue>call")
+    execution_id = await shared_server.client.execute(workflow_id)
+    assert (await shared_server.client.end(execution_id, within=END_SECONDS)).status == "failed"
 
     async def runs() -> list[dict[str, Any]] | None:
-        listed = await world.asked("GET", f"/executions?workflow_id={workflow_id}&limit=100")
+        listed = await shared_server.asked("GET", f"/executions?workflow_id={workflow_id}&limit=100")
         found: list[dict[str, Any]] = listed.json()["executions"]
         return found if {run["status"] for run in found} <= TERMINAL_STATUSES else None
 
     assert len(await wait_until(runs, what="nothing of it runs any more")) == 1 + int(SMALL["MAX_SUB_RUNS"])
 
 
-async def _read_run_chain(world: SharedServer, execution_id: str) -> list[dict[str, Any]]:
+async def _read_run_chain(shared_server: SharedServer, execution_id: str) -> list[dict[str, Any]]:
     """Return a run, the one that it started, and so on."""
     line = []
     while True:
-        line.append((await world.asked("GET", f"/executions/{execution_id}")).json())
-        children = (await world.asked("GET", f"/executions?parent_id={execution_id}")).json()["executions"]
+        line.append((await shared_server.asked("GET", f"/executions/{execution_id}")).json())
+        children = (await shared_server.asked("GET", f"/executions?parent_id={execution_id}")).json()[
+            "executions"
+        ]
         if not children:
             return line
         (child,) = children
         execution_id = child["id"]
 
 
-async def test_loops_end_in_their_limits_of_items_and_of_turns(world: SharedServer) -> None:
+async def test_loops_end_in_their_limits_of_items_and_of_turns(shared_server: SharedServer) -> None:
     def loops(*counts: int) -> Workflow:
         nodes = [make_node(f"loop{depth}", "loop", items=[0] * count) for depth, count in enumerate(counts)]
         edges = [
@@ -302,8 +308,8 @@ async def test_loops_end_in_their_limits_of_items_and_of_turns(world: SharedServ
             " ".join([*edges, f"{last}:continue>body"]),
         )
 
-    many = await world.failure(loops(1_001))
-    nested = await world.failure(loops(60, 60))
+    many = await shared_server.failure(loops(1_001))
+    nested = await shared_server.failure(loops(60, 60))
     assert many.startswith("too-many-items: ")
     assert "PILOTFLAME_MAX_LOOP_ITEMS" in many
     assert nested.startswith("too-many-iterations: ")
@@ -349,24 +355,24 @@ BOMBS = (
 )
 
 
-async def test_an_expression_bomb_ends_in_its_limit(world: SharedServer) -> None:
-    await world.all_fail((graph, {}, expected) for graph, expected in BOMBS)
+async def test_an_expression_bomb_ends_in_its_limit(shared_server: SharedServer) -> None:
+    await shared_server.all_fail((graph, {}, expected) for graph, expected in BOMBS)
 
 
-async def test_expressions_that_are_too_many_or_too_deep_are_refused(world: SharedServer) -> None:
-    assert "at most 1,000 operations" in await world.refusal(
+async def test_expressions_that_are_too_many_or_too_deep_are_refused(shared_server: SharedServer) -> None:
+    assert "at most 1,000 operations" in await shared_server.refusal(
         computing_workflow([make_operation("lower", "A")] * 1_001)
     )
-    assert "64 deep" in await world.refusal(computing_workflow(DEEP))
+    assert "64 deep" in await shared_server.refusal(computing_workflow(DEEP))
 
 
-async def test_a_body_of_millions_of_numbers_is_taken_in_without_a_pause(world: SharedServer) -> None:
-    await world.completes(
+async def test_a_body_of_millions_of_numbers_is_taken_in_without_a_pause(shared_server: SharedServer) -> None:
+    await shared_server.completes(
         chain_workflow(make_node("note", "log", message="here")), {"numbers": [7] * 2_000_000}
     )
 
 
-async def test_a_long_list_is_sorted_and_searched_without_a_pause(world: SharedServer) -> None:
+async def test_a_long_list_is_sorted_and_searched_without_a_pause(shared_server: SharedServer) -> None:
     items = make_operation("slice", ALL, 0, 100_000)
     found: Json = {"left": "{{ data.some }}", "operator": "contains", "right": "{{ item }}"}
     graph = chain_workflow(
@@ -381,7 +387,7 @@ async def test_a_long_list_is_sorted_and_searched_without_a_pause(world: SharedS
         ),
         make_node("filter", "filter", items="{{ data.some }}", condition=found),
     )
-    assert (await world.completes(graph))["filter"]["count"] == 3
+    assert (await shared_server.completes(graph))["filter"]["count"] == 3
 
 
 # ── code, patterns and documents ────────────────────────────────────────────────────────────────────────────
@@ -408,8 +414,8 @@ CODE = (
 )
 
 
-async def test_code_ends_in_its_limits(world: SharedServer) -> None:
-    await world.all_fail((code_workflow(source, expected), {}, expected) for source, expected in CODE)
+async def test_code_ends_in_its_limits(shared_server: SharedServer) -> None:
+    await shared_server.all_fail((code_workflow(source, expected), {}, expected) for source, expected in CODE)
 
 
 LAUGHS = (
@@ -446,15 +452,17 @@ DOCUMENTS: Sequence[tuple[workflow_shapes.Node, str, str]] = (
 )
 
 
-async def test_a_pattern_or_document_ends_in_its_limit(world: SharedServer) -> None:
-    await world.all_fail(
+async def test_a_pattern_or_document_ends_in_its_limit(shared_server: SharedServer) -> None:
+    await shared_server.all_fail(
         (chain_workflow(bomb), {"text": text}, expected) for bomb, text, expected in DOCUMENTS
     )
 
 
-async def test_a_pattern_that_others_never_come_to_the_end_of_takes_no_time(world: SharedServer) -> None:
+async def test_a_pattern_that_others_never_come_to_the_end_of_takes_no_time(
+    shared_server: SharedServer,
+) -> None:
     for pattern in ("(a+)+$", "(a|a)*b", "(.*)*b"):
-        await world.completes(
+        await shared_server.completes(
             chain_workflow(make_node("find", "regex", text=TEXT, pattern=pattern)),
             {"text": "a" * 100_000 + "!"},
         )
@@ -463,15 +471,17 @@ async def test_a_pattern_that_others_never_come_to_the_end_of_takes_no_time(worl
 # ── databases ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_sql_takes_values_as_values_names_as_names_and_one_statement(world: SharedServer) -> None:
-    whoami = (await world.asked("GET", "/auth/whoami")).json()
-    files = world.folder / "files" / whoami["organizationId"]
+async def test_sql_takes_values_as_values_names_as_names_and_one_statement(
+    shared_server: SharedServer,
+) -> None:
+    whoami = (await shared_server.asked("GET", "/auth/whoami")).json()
+    files = shared_server.folder / "files" / whoami["organizationId"]
     files.mkdir(parents=True)
     with sqlite3.connect(files / "shop.db") as database:
         database.execute("CREATE TABLE person (name TEXT)")
         database.execute("INSERT INTO person VALUES ('Ada')")
     database.close()
-    made = await world.asked(
+    made = await shared_server.asked(
         "POST", "/datasources", {"name": "Shop", "type": "sqlite", "settings": {"file": "shop.db"}}
     )
     assert made.status_code == HTTPStatus.CREATED, made.text
@@ -482,20 +492,20 @@ async def test_sql_takes_values_as_values_names_as_names_and_one_statement(world
         return chain_workflow(make_node("read", "sqlite-source", **config, timeoutSeconds=seconds))
 
     hostile = "' OR 1=1; DROP TABLE person; --"
-    found = await world.completes(reads("SELECT * FROM person WHERE name = ?", hostile))
+    found = await shared_server.completes(reads("SELECT * FROM person WHERE name = ?", hostile))
     assert found["read"]["count"] == 0
-    assert "statement-refused: " in await world.failure(reads("SELECT 1; DROP TABLE person"))
-    assert await world.failure(reads("DELETE FROM person"))
-    assert await world.failure(reads("ATTACH DATABASE '/etc/passwd' AS a"))
-    assert await world.failure(reads("SELECT load_extension('/tmp/x.so')"))
+    assert "statement-refused: " in await shared_server.failure(reads("SELECT 1; DROP TABLE person"))
+    assert await shared_server.failure(reads("DELETE FROM person"))
+    assert await shared_server.failure(reads("ATTACH DATABASE '/etc/passwd' AS a"))
+    assert await shared_server.failure(reads("SELECT load_extension('/tmp/x.so')"))
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
-    assert await world.failure(reads(endless, seconds=1))
-    assert await world.failure(reads("SELECT hex(zeroblob(900000000))"))
+    assert await shared_server.failure(reads(endless, seconds=1))
+    assert await shared_server.failure(reads("SELECT hex(zeroblob(900000000))"))
     table = 'person"; DROP TABLE person; --'
     rows: Json = [{"name": "x"}]
     named = make_node("write", "sqlite-destination", dataSource=source_id, table=table, rows=rows)
-    assert await world.failure(chain_workflow(named))
-    assert (await world.completes(reads("SELECT * FROM person")))["read"]["count"] == 1
+    assert await shared_server.failure(chain_workflow(named))
+    assert (await shared_server.completes(reads("SELECT * FROM person")))["read"]["count"] == 1
 
 
 # ── upstreams ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -579,41 +589,47 @@ UPSTREAMS = (
 )
 
 
-async def test_an_upstream_ends_in_its_limit(world: SharedServer) -> None:
-    await world.all_fail(
-        (fetching_workflow(world.upstream + path, limit_seconds(expected)), {}, expected)
+async def test_an_upstream_ends_in_its_limit(shared_server: SharedServer) -> None:
+    await shared_server.all_fail(
+        (fetching_workflow(shared_server.upstream + path, limit_seconds(expected)), {}, expected)
         for path, expected in UPSTREAMS
     )
 
 
-async def test_runs_that_hold_all_places_of_a_worker_leave_some_to_others(world: SharedServer) -> None:
+async def test_runs_that_hold_all_places_of_a_worker_leave_some_to_others(
+    shared_server: SharedServer,
+) -> None:
     places = int(SMALL["CONCURRENCY"])
-    workflow_id = await world.client.create(fetching_workflow(f"{world.upstream}/drip", END_SECONDS))
-    executions = [await world.client.execute(workflow_id) for _ in range(2 * places)]
+    workflow_id = await shared_server.client.create(
+        fetching_workflow(f"{shared_server.upstream}/drip", END_SECONDS)
+    )
+    executions = [await shared_server.client.execute(workflow_id) for _ in range(2 * places)]
 
     async def are_held() -> bool:
         path = f"/executions?workflow_id={workflow_id}&status=running&limit=100"
-        return len((await world.asked("GET", path)).json()["executions"]) >= places
+        return len((await shared_server.asked("GET", path)).json()["executions"]) >= places
 
     await wait_until(are_held, what="all places are held")
-    so_far = len(world.neighbour.delays)
+    so_far = len(shared_server.neighbour.delays)
     await wait_until(
-        lambda: len(world.neighbour.delays) >= so_far + 2, END_SECONDS / 2, what="the neighbour's runs end"
+        lambda: len(shared_server.neighbour.delays) >= so_far + 2,
+        END_SECONDS / 2,
+        what="the neighbour's runs end",
     )
     assert await are_held()
-    await asyncio.gather(*(world.client.ask(execution_id, "cancel") for execution_id in executions))
+    await asyncio.gather(*(shared_server.client.ask(execution_id, "cancel") for execution_id in executions))
     for execution_id in executions:
-        assert (await world.client.end(execution_id, within=END_SECONDS)).status == "cancelled"
+        assert (await shared_server.client.end(execution_id, within=END_SECONDS)).status == "cancelled"
 
 
-async def test_a_large_answer_is_read_without_a_pause(world: SharedServer) -> None:
-    await world.completes(fetching_workflow(f"{world.upstream}/json", END_SECONDS))
+async def test_a_large_answer_is_read_without_a_pause(shared_server: SharedServer) -> None:
+    await shared_server.completes(fetching_workflow(f"{shared_server.upstream}/json", END_SECONDS))
 
 
-async def test_nobody_is_told_of_an_end_at_a_private_address(world: SharedServer) -> None:
-    workflow_id = await world.client.create(chain_workflow(set_node("done")))
+async def test_nobody_is_told_of_an_end_at_a_private_address(shared_server: SharedServer) -> None:
+    workflow_id = await shared_server.client.create(chain_workflow(set_node("done")))
     for host in ("127.0.0.2", "[::1]", "10.0.0.1", "169.254.169.254", "[::ffff:192.168.0.1]"):
-        response = await world.asked(
+        response = await shared_server.asked(
             "POST", f"/workflows/{workflow_id}/execute", {"callbackUrl": f"http://{host}:8080/hook"}
         )
         assert response.status_code == HTTPStatus.UNPROCESSABLE_ENTITY, response.text
@@ -648,49 +664,53 @@ FORMS: Sequence[tuple[Json, Json, str]] = (
 )
 
 
-async def test_a_form_with_an_evil_schema_refuses_its_answer(world: SharedServer) -> None:
-    responses = await asyncio.gather(*(_answer_with(world, schema, data) for schema, data, _ in FORMS))
+async def test_a_form_with_an_evil_schema_refuses_its_answer(shared_server: SharedServer) -> None:
+    responses = await asyncio.gather(
+        *(_answer_with(shared_server, schema, data) for schema, data, _ in FORMS)
+    )
     for response, (_, _, expected) in zip(responses, FORMS, strict=True):
         assert response.status_code == HTTPStatus.UNPROCESSABLE_ENTITY, response.text
         assert expected in response.text
 
 
-async def test_a_form_whose_schema_is_none_is_refused(world: SharedServer) -> None:
-    refused = await world.refusal(
+async def test_a_form_whose_schema_is_none_is_refused(shared_server: SharedServer) -> None:
+    refused = await shared_server.refusal(
         chain_workflow(make_node("ask", "human-input", title="Yes?", schema={"type": "nonsense"}))
     )
     assert "schema.type" in refused
 
 
-async def test_a_form_that_refers_to_itself_takes_any_answer(world: SharedServer) -> None:
-    response = await _answer_with(world, {"$ref": "#"}, {"any": "thing"})
+async def test_a_form_that_refers_to_itself_takes_any_answer(shared_server: SharedServer) -> None:
+    response = await _answer_with(shared_server, {"$ref": "#"}, {"any": "thing"})
     assert response.status_code == HTTPStatus.OK, response.text
 
 
-async def _answer_with(world: SharedServer, schema: Json, data: Json) -> httpx2.Response:
+async def _answer_with(shared_server: SharedServer, schema: Json, data: Json) -> httpx2.Response:
     graph = chain_workflow(make_node("ask", "human-input", title="Yes?", schema=schema))
-    execution_id = await world.client.execute(await world.client.create(graph))
-    await wait_until(partial(world.client.has_status, execution_id, "waiting"))
+    execution_id = await shared_server.client.execute(await shared_server.client.create(graph))
+    await wait_until(partial(shared_server.client.has_status, execution_id, "waiting"))
     try:
-        return await world.asked("POST", f"/executions/{execution_id}/input", {"nodeId": "ask", "data": data})
+        return await shared_server.asked(
+            "POST", f"/executions/{execution_id}/input", {"nodeId": "ask", "data": data}
+        )
     finally:
-        await world.client.ask(execution_id, "cancel")
+        await shared_server.client.ask(execution_id, "cancel")
 
 
 # ── what is given in the place of what was run ──────────────────────────────────────────────────────────────
 
 
-async def test_a_forged_blob_leads_nowhere(world: SharedServer) -> None:
+async def test_a_forged_blob_leads_nowhere(shared_server: SharedServer) -> None:
     forged: Json = {"$blob": {"sha256": "0" * 64, "size": 1, "type": "text/csv", "name": "../../etc/passwd"}}
     path: Json = {"$blob": {"sha256": "../../../../etc/passwd", "size": 1, "type": "text/csv", "name": "a"}}
     graph = chain_workflow(make_node("parse", "file-parse", blob="{{ data.body.blob }}", format="csv"))
-    assert "blob-not-found" in await world.failure(graph, {"blob": forged})
-    assert "invalid-blob" in await world.failure(graph, {"blob": path})
+    assert "blob-not-found" in await shared_server.failure(graph, {"blob": forged})
+    assert "invalid-blob" in await shared_server.failure(graph, {"blob": path})
 
 
-async def test_what_is_pinned_has_its_limits(world: SharedServer) -> None:
-    workflow_id = await world.client.create(chain_workflow(set_node("one"), set_node("two")))
-    execute = partial(world.asked, "POST", f"/workflows/{workflow_id}/execute")
+async def test_what_is_pinned_has_its_limits(shared_server: SharedServer) -> None:
+    workflow_id = await shared_server.client.create(chain_workflow(set_node("one"), set_node("two")))
+    execute = partial(shared_server.asked, "POST", f"/workflows/{workflow_id}/execute")
     unknown: list[Json] = [
         {"pinned": {"one": "x" * 1_000_001}},
         {"pinned": {"nothing": 1}},
@@ -706,16 +726,16 @@ async def test_what_is_pinned_has_its_limits(world: SharedServer) -> None:
 # ── the others, and the end ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_nothing_of_one_organisation_is_there_for_another(world: SharedServer) -> None:
+async def test_nothing_of_one_organisation_is_there_for_another(shared_server: SharedServer) -> None:
     graph = chain_workflow(make_node("ask", "human-input", title="Yes?"))
-    workflow_id = await world.client.create(graph)
-    execution_id = await world.client.execute(workflow_id)
-    await wait_until(partial(world.client.has_status, execution_id, "waiting"))
-    made = await world.asked(
+    workflow_id = await shared_server.client.create(graph)
+    execution_id = await shared_server.client.execute(workflow_id)
+    await wait_until(partial(shared_server.client.has_status, execution_id, "waiting"))
+    made = await shared_server.asked(
         "POST", "/datasources", {"name": "Theirs", "type": "webhook-secret", "secrets": {"secret": "x" * 40}}
     )
     source_id = made.json()["dataSourceId"]
-    other = world.neighbour.client
+    other = shared_server.neighbour.client
     asked: list[tuple[str, str, Json]] = [
         ("GET", f"/datasources/{source_id}", None),
         ("PUT", f"/datasources/{source_id}", {"name": "Mine"}),
@@ -739,25 +759,29 @@ async def test_nothing_of_one_organisation_is_there_for_another(world: SharedSer
     assert (await other.send("GET", f"/executions?parent_id={execution_id}")).json()["executions"] == []
     assert source_id not in (await other.send("GET", "/datasources?limit=100")).text
     calls = chain_workflow(make_node("call", "sub-workflow", workflowId=workflow_id))
-    uses = chain_workflow(make_node("fetch", "http-request", url=world.upstream, dataSource=source_id))
-    reaches = SharedServer(world.deployment, other, world.neighbour, world.folder)
+    uses = chain_workflow(
+        make_node("fetch", "http-request", url=shared_server.upstream, dataSource=source_id)
+    )
+    reaches = SharedServer(shared_server.deployment, other, shared_server.neighbour, shared_server.folder)
     for graph, code in ((calls, "workflow-not-found"), (uses, "data-source-not-found")):
         made = await other.send("POST", "/workflows", graph)
         if made.is_success:
             assert code in await reaches.failure(graph)
         else:
             assert made.status_code == HTTPStatus.UNPROCESSABLE_ENTITY
-    await world.client.ask(execution_id, "cancel")
+    await shared_server.client.ask(execution_id, "cancel")
 
 
-async def test_afterwards_everything_is_as_it_was(world: SharedServer) -> None:
-    assert world.deployment.gateway.is_alive
-    ready = await world.asked("GET", "/../../readyz")
+async def test_afterwards_everything_is_as_it_was(shared_server: SharedServer) -> None:
+    assert shared_server.deployment.gateway.is_alive
+    ready = await shared_server.asked("GET", "/../../readyz")
     assert ready.status_code == HTTPStatus.OK, ready.text
-    await wait_until(lambda: world.process.memory_info().rss < SANE_BYTES, what="the memory is free again")
+    await wait_until(
+        lambda: shared_server.process.memory_info().rss < SANE_BYTES, what="the memory is free again"
+    )
 
     def is_idle() -> bool:
-        children = world.process.children(recursive=True)
+        children = shared_server.process.children(recursive=True)
         return all(child.status() == psutil.STATUS_SLEEPING for child in children) and len(children) <= 12
 
     await wait_until(is_idle, what="no child is left at work")

@@ -50,112 +50,116 @@ class IngestDeployment:
 
 
 @pytest.fixture(scope="module")
-async def everybody(shared_deployment: SystemUnderTest) -> AllSenders:
+async def all_senders(shared_deployment: SystemUnderTest) -> AllSenders:
     client = RetryingClient(shared_deployment.url)
-    everybody = await ingest_senders.set_up(partial(client.answer, "POST"), API_KEY)
+    all_senders = await ingest_senders.set_up(partial(client.answer, "POST"), API_KEY)
     await client.close()
-    return everybody
+    return all_senders
 
 
 @pytest.fixture
-async def world(
-    deployment: SystemUnderTest, client: RetryingClient, everybody: AllSenders
+async def ingest_deployment(
+    deployment: SystemUnderTest, client: RetryingClient, all_senders: AllSenders
 ) -> AsyncIterator[IngestDeployment]:
     async with ingest_senders.open_client(deployment.url) as http:
-        yield IngestDeployment(deployment, client, everybody, http, await _read_runs(deployment, everybody))
+        yield IngestDeployment(
+            deployment, client, all_senders, http, await _read_runs(deployment, all_senders)
+        )
 
 
 @on_many_processes
 async def test_while_the_database_is_down_senders_are_told_to_come_again_and_what_they_send_then_runs(
-    world: IngestDeployment,
+    ingest_deployment: IngestDeployment,
 ) -> None:
-    assert isinstance(world.deployment, ManyProcesses)
-    deliveries = world.senders.deliveries()
-    async with world.deployment.database_down():
-        answers = await asyncio.gather(*(one.send(world.http) for one in deliveries))
+    assert isinstance(ingest_deployment.deployment, ManyProcesses)
+    deliveries = ingest_deployment.senders.deliveries()
+    async with ingest_deployment.deployment.database_down():
+        answers = await asyncio.gather(*(one.send(ingest_deployment.http) for one in deliveries))
         for one, answer in zip(deliveries, answers, strict=True):
             assert answer.status_code == 503, (one.sender.name, answer.text)
             assert int(answer.headers["Retry-After"]) > 0
-    runs = await world.deliver(deliveries)
-    assert await world.deliver(deliveries) == runs
-    await world.assert_run_once(runs)
+    runs = await ingest_deployment.deliver(deliveries)
+    assert await ingest_deployment.deliver(deliveries) == runs
+    await ingest_deployment.assert_run_once(runs)
 
 
 @on_many_processes
-async def test_while_redis_is_down_everything_is_taken_in_and_runs(world: IngestDeployment) -> None:
-    assert isinstance(world.deployment, ManyProcesses)
-    deliveries = world.senders.deliveries()
-    async with world.deployment.redis_down():
-        answers = await asyncio.gather(*(one.send(world.http) for one in deliveries))
+async def test_while_redis_is_down_everything_is_taken_in_and_runs(
+    ingest_deployment: IngestDeployment,
+) -> None:
+    assert isinstance(ingest_deployment.deployment, ManyProcesses)
+    deliveries = ingest_deployment.senders.deliveries()
+    async with ingest_deployment.deployment.redis_down():
+        answers = await asyncio.gather(*(one.send(ingest_deployment.http) for one in deliveries))
         runs = [ingest_senders.read_execution_id(answer) for answer in answers]
-        await world.assert_run_once(runs)
+        await ingest_deployment.assert_run_once(runs)
 
 
 async def test_what_a_gateway_had_taken_in_when_it_was_killed_is_not_run_twice(
-    world: IngestDeployment,
+    ingest_deployment: IngestDeployment,
 ) -> None:
-    deliveries = world.senders.deliveries()
+    deliveries = ingest_deployment.senders.deliveries()
     async with (
-        proxy.run_proxy(world.deployment.url) as way,
-        ingest_senders.open_client(way.in_front_of(world.deployment.url)) as http,
+        proxy.run_proxy(ingest_deployment.deployment.url) as way,
+        ingest_senders.open_client(way.in_front_of(ingest_deployment.deployment.url)) as http,
     ):
         way.keep_answers(b"POST")
         requests = [asyncio.create_task(one.send(http)) for one in deliveries]
-        taken = await wait_until(lambda: _runs_when_complete(world, len(deliveries)))
-        world.deployment.gateway.kill()
+        taken = await wait_until(lambda: _runs_when_complete(ingest_deployment, len(deliveries)))
+        ingest_deployment.deployment.gateway.kill()
         way.cut()
         lost = await asyncio.gather(*requests, return_exceptions=True)
         assert all(isinstance(one, httpx2.TransportError) for one in lost)
-    await world.deployment.revive()
-    answers = await asyncio.gather(*(one.deliver(world.http) for one in deliveries))
+    await ingest_deployment.deployment.revive()
+    answers = await asyncio.gather(*(one.deliver(ingest_deployment.http) for one in deliveries))
     assert {answer.headers["Idempotent-Replayed"] for answer in answers} == {"true"}
     runs = [ingest_senders.read_execution_id(answer) for answer in answers]
     assert set(runs) == set(taken)
-    await world.assert_run_once(runs)
+    await ingest_deployment.assert_run_once(runs)
 
 
 @on_many_processes
 async def test_what_a_gateway_had_read_and_not_yet_taken_in_when_it_was_killed_is_lost_on_nobody(
-    world: IngestDeployment,
+    ingest_deployment: IngestDeployment,
 ) -> None:
-    assert isinstance(world.deployment, ManyProcesses)
-    way = world.deployment.ways.gateway_to_database
-    deliveries = world.senders.deliveries()
+    assert isinstance(ingest_deployment.deployment, ManyProcesses)
+    way = ingest_deployment.deployment.ways.gateway_to_database
+    deliveries = ingest_deployment.senders.deliveries()
     # Ids of deliveries begin so: they go to the database with what is taken in, and at no other time.
     way.keep_requests(b"dlv_")
-    requests = [asyncio.create_task(one.send(world.http)) for one in deliveries]
+    requests = [asyncio.create_task(one.send(ingest_deployment.http)) for one in deliveries]
     await way.kept_one()
-    world.deployment.gateway.kill()
+    ingest_deployment.deployment.gateway.kill()
     way.cut()
     lost = await asyncio.gather(*requests, return_exceptions=True)
     assert all(isinstance(one, httpx2.TransportError) for one in lost)
-    assert not await world.runs()
-    await world.deployment.revive()
-    await world.assert_run_once(await world.deliver(deliveries))
+    assert not await ingest_deployment.runs()
+    await ingest_deployment.deployment.revive()
+    await ingest_deployment.assert_run_once(await ingest_deployment.deliver(deliveries))
 
 
 @on_many_processes
-async def test_a_mail_whose_reader_is_killed_is_read_by_another(world: IngestDeployment) -> None:
-    deployment = world.deployment
+async def test_a_mail_whose_reader_is_killed_is_read_by_another(ingest_deployment: IngestDeployment) -> None:
+    deployment = ingest_deployment.deployment
     assert isinstance(deployment, ManyProcesses)
-    delivery = world.senders.one("SendGrid").delivery()
+    delivery = ingest_deployment.senders.one("SendGrid").delivery()
     way = deployment.ways.worker_to_database
     with deployment.workers[1].paused():
         # It has read the mail, and says so to nobody.
         way.keep_requests(f"Number {delivery.number}".encode())
-        (run,) = await world.deliver([delivery])
+        (run,) = await ingest_deployment.deliver([delivery])
         await way.kept_one()
         deployment.workers[0].kill()
         way.cut()
-    await world.assert_run_once([run])
+    await ingest_deployment.assert_run_once([run])
 
 
-async def _read_runs(deployment: SystemUnderTest, everybody: AllSenders) -> set[str]:
-    ids = ", ".join(f"'{one}'" for one in everybody.workflows)
+async def _read_runs(deployment: SystemUnderTest, all_senders: AllSenders) -> set[str]:
+    ids = ", ".join(f"'{one}'" for one in all_senders.workflows)
     rows = await deployment.records.fetch(f"SELECT id FROM execution WHERE workflow_id IN ({ids})")
     return {row[0] for row in rows}
 
 
-async def _runs_when_complete(world: IngestDeployment, count: int) -> Collection[str] | None:
-    runs = await world.runs()
+async def _runs_when_complete(ingest_deployment: IngestDeployment, count: int) -> Collection[str] | None:
+    runs = await ingest_deployment.runs()
     return runs if len(runs) == count else None

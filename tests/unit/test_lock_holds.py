@@ -74,13 +74,13 @@ def test_a_larger_text_is_decoded_in_pieces() -> None:
 
 
 def test_a_list_that_is_too_long_is_refused_at_a_glance() -> None:
-    class Body(WireStruct):
+    class TextBody(WireStruct):
         items: Annotated[list[dict[str, int]], msgspec.Meta(max_length=3)]
 
     body = values.decode_json(b'{"items":%s}' % hostile_json.list_of(b'{"a":1.0}', 5 * MEGABYTE))
     began_at = time.thread_time()
     with pytest.raises(ApiError) as caught:
-        convert(body, Body)
+        convert(body, TextBody)
     assert time.thread_time() - began_at < 0.3
     assert [problem["path"] for problem in caught.value.details] == ["items"]
 

@@ -133,12 +133,12 @@ def test_other_unknown_fields_of_an_open_body_are_warned_of_once_each() -> None:
 
 
 def test_every_part_of_a_strict_body_is_strict() -> None:
-    class Whole(StrictWire):
+    class StrictOuterBody(StrictWire):
         """A body of a route of our own, with a part that routes of the contract have too."""
 
         part: InnerBody | None = None
 
-    assert set(decode_problems({"part": {"color": "red"}}, Whole)) == {"part.color"}
+    assert set(decode_problems({"part": {"color": "red"}}, StrictOuterBody)) == {"part.color"}
 
 
 @pytest.mark.parametrize(
