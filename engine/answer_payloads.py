@@ -8,8 +8,7 @@ import msgspec
 
 from engine import values
 from engine.node_api import OUTPUT, NodeResult
-from engine.run_errors import NodeError
-from engine.run_records import FailureCause
+from engine.run_errors import FailureCause, NodeError
 
 if TYPE_CHECKING:
     from engine.node_api import AnswerWait

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from engine import outcomes, values
 from engine import run_limits as engine_limits
@@ -16,9 +16,10 @@ from engine.values import InvalidJson
 if TYPE_CHECKING:
     from engine.frames import NodeVisit
     from engine.node_api import LoopRequest
+    from engine.readiness import ReadinessChange
     from engine.run_limits import RunLimits
-    from engine.run_progress import RunProgress
     from engine.run_records import NodeSpan
+    from engine.sections import GraphSection
     from engine.span_recorder import SpanRecorder
     from engine.values import Json
     from engine.worklist import Worklist
@@ -27,12 +28,24 @@ MAX_TURNS_AT_ONCE: Final = 1_000
 """Of all loops of a run; a loop has one all the same, or those around it could never end."""
 
 
+class LoopOwner(Protocol):
+    """The progress of the run that a loop belongs to."""
+
+    def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None: ...
+    def complete(self, visit: NodeVisit, output: Json, port: str) -> None: ...
+    def record_cancelled(self, visit: NodeVisit) -> None: ...
+    def give_up(self, visit: NodeVisit, reason: RunError) -> None: ...
+    def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None: ...
+    def skip_body(self, body: GraphSection, frame: SectionFrame) -> None: ...
+    def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError: ...
+
+
 class LoopScheduler:
     """Those of one run."""
 
     def __init__(
         self,
-        settlement: RunProgress,
+        settlement: LoopOwner,
         agenda: Worklist,
         scribe: SpanRecorder,
         limits: RunLimits,

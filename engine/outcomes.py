@@ -10,8 +10,8 @@ from msgspec.structs import astuple
 
 from engine import run_limits, values
 from engine.expressions import ExpressionError
-from engine.run_errors import NodeError
-from engine.run_records import FailureCause, RunError
+from engine.run_errors import FailureCause, NodeError
+from engine.run_records import RunError
 from engine.values import InvalidJson
 
 if TYPE_CHECKING:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Self
 
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
@@ -29,6 +29,7 @@ from engine.node_api import (
     NodeType,
     RunNode,
 )
+from engine.node_lookup import NodeTypeLookup
 from engine.pruning import prune_graph
 from engine.run_errors import InvalidDefinition
 from engine.sections import GraphSection, divide_graph
@@ -37,33 +38,6 @@ from engine.values import encode_canonical
 if TYPE_CHECKING:
     from engine.graph import GraphNode, ParsedGraph
     from engine.values import Json
-
-
-class ConfigProblemView(Protocol):
-    """One thing wrong with a config: where, what, and the schema keyword that says so."""
-
-    @property
-    def path(self) -> str: ...
-    @property
-    def steps(self) -> tuple[str | int, ...]: ...
-    @property
-    def meant(self) -> Json:
-        """The name of a field, or the value, that is certain to be meant; None: none is."""
-
-    @property
-    def message(self) -> str: ...
-    @property
-    def keyword(self) -> str: ...
-
-
-class NodeTypeLookup(Protocol):
-    """Where node types are looked up; raises `UnknownNodeType` for one that isn't there."""
-
-    def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
-    def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...
-    def config_problems(
-        self, node_type: NodeType, config: Mapping[str, Json]
-    ) -> Sequence[ConfigProblemView]: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from engine.sections import find_bodies
 
 if TYPE_CHECKING:
     from engine.graph import GraphNode
-    from engine.program import NodeTypeLookup
+    from engine.node_lookup import NodeTypeLookup
     from engine.sections import LoopBodies
     from engine.values import Json
 

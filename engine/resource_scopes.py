@@ -16,7 +16,7 @@ from engine.node_api import UnknownNodeType
 if TYPE_CHECKING:
     from engine.graph import ParsedGraph
     from engine.node_api import NodeType
-    from engine.program import NodeTypeLookup
+    from engine.node_lookup import NodeTypeLookup
     from engine.values import Json
 
 RESOURCE_KEYWORD: Final = "x-resource"

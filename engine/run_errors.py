@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from engine.run_records import FailureCause
+import msgspec
+
+
+class FailureCause(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    """The error of the node that made a run fail; fields without a value are left out."""
+
+    code: str
+    message: str
+    node_id: str | None
+    method: str | None = None
+    """Of the HTTP request that failed."""
+    url: str | None = None
+    """Of the HTTP request that failed, with secrets hidden."""
+    execution_id: str | None = None
+    """The execution of a sub-workflow that the node belongs to; None: the execution that shows the error."""
 
 
 class HttpRequestName(NamedTuple):

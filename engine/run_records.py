@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 import msgspec
 
 from engine.node_api import CONTINUE
+from engine.run_errors import FailureCause
 
 if TYPE_CHECKING:
     from engine.values import Json
@@ -28,20 +29,6 @@ class SpanStatus(StrEnum):
 
 
 SETTLED_STATUSES = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatus.SKIPPED})
-
-
-class FailureCause(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """The error of the node that made a run fail; fields without a value are left out."""
-
-    code: str
-    message: str
-    node_id: str | None
-    method: str | None = None
-    """Of the HTTP request that failed."""
-    url: str | None = None
-    """Of the HTTP request that failed, with secrets hidden."""
-    execution_id: str | None = None
-    """The execution of a sub-workflow that the node belongs to; None: the execution that shows the error."""
 
 
 @dataclass(frozen=True, slots=True)

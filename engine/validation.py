@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from engine.expressions import ExpressionError
     from engine.graph import GraphEdge, GraphNode, ParsedGraph
     from engine.node_api import NodeType
-    from engine.program import ConfigProblemView, NodeTypeLookup
+    from engine.node_lookup import ConfigProblemView, NodeTypeLookup
     from engine.sections import LoopBodies
 
 NO_SAMPLES: Final[OutputSamples] = MappingProxyType({})

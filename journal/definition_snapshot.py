@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from engine import program
 from engine.graph import ParsedGraph, RunSettings
+from engine.node_lookup import NodeTypeLookup
 from engine.validation import find_errors
 from engine.values import encode_canonical, encode_json
 from models.workflow import DEFAULT_SETTINGS, WorkflowStatus
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 MANUAL_KIND: Final = "manual"
 
 
-class NodeTypeRegistry(program.NodeTypeLookup, Protocol):
+class NodeTypeRegistry(NodeTypeLookup, Protocol):
     """Every node type."""
 
     @property
@@ -131,7 +131,7 @@ def build_definition(
 def check_graph(
     nodes: Sequence[dict[str, Json]],
     connections: Sequence[dict[str, Json]],
-    catalog: program.NodeTypeLookup,
+    catalog: NodeTypeLookup,
     *,
     passed: Collection[str] = (),
 ) -> ValidationResult:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from engine.run_records import FailureCause, NodeSpan, RunError, RunStatus, SpanStatus
+from engine.run_errors import FailureCause
+from engine.run_records import NodeSpan, RunError, RunStatus, SpanStatus
 from journal.store import ClaimedRun
 from json_text import decoding
 from models import ids

@@ -19,8 +19,8 @@ from sqlalchemy import select
 from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
-from engine.run_errors import NodeError
-from engine.run_records import FailureCause, RunStatus
+from engine.run_errors import FailureCause, NodeError
+from engine.run_records import RunStatus
 from engine.services import RunCaller
 from journal import concurrency_limits, run_outputs
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from msgspec import UNSET, Meta, Raw, UnsetType, convert
 
 from engine.node_api import CONTINUE
-from engine.run_records import FailureCause, SpanStatus
+from engine.run_errors import FailureCause
+from engine.run_records import SpanStatus
 from gateway.executions.execution_rows import SpanKind
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
 from journal import unparsed_mail

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.program import NodeTypeLookup
+    from engine.node_lookup import NodeTypeLookup
     from engine.resource_scopes import ResourceReference
     from engine.values import Json
     from gateway.workflows.workflow_rows import StoredWorkflow

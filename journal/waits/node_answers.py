@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from engine.run_records import FailureCause
+    from engine.run_errors import FailureCause
     from engine.values import Json
     from journal.store import ExecutionKey
     from models.database import Database

@@ -19,7 +19,8 @@ from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncConnection
 from structlog.testing import capture_logs
 
-from engine.run_records import FailureCause, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
+from engine.run_errors import FailureCause
+from engine.run_records import NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from execution.child_runs import ChildRunStarter
 from journal.blobs.blob_storage import BlobOwner
 from journal.blobs.blob_store import BlobStore

@@ -17,7 +17,8 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 from starlette.applications import Starlette
 
-from engine.run_records import AttemptSpan, FailureCause, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
+from engine.run_errors import FailureCause
+from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus, SpanStatus
 from gateway import state
 from gateway.executions import live_events, long_poll
 from gateway.http import limits

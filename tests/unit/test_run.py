@@ -25,16 +25,8 @@ from engine import workflow_runner as engine_run
 from engine.node_api import FieldCompilation, NodeCall, NodeOutcome, NodeResult, RunNode, TimerWait
 from engine.program import WorkflowProgram
 from engine.run_control import ControlRequest, RunControl
-from engine.run_errors import HttpRequestName, LeaseLost, NodeError
-from engine.run_records import (
-    SETTLED_STATUSES,
-    FailureCause,
-    NodeSpan,
-    RunError,
-    RunOutcome,
-    RunStatus,
-    SpanStatus,
-)
+from engine.run_errors import FailureCause, HttpRequestName, LeaseLost, NodeError
+from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from engine.values import Json, decode_json
 from journal import run_rows
 from tests.unit.run_harness import (

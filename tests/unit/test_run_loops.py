@@ -27,17 +27,9 @@ from engine.node_api import (
 )
 from engine.program import WorkflowProgram
 from engine.run_control import ControlRequest
-from engine.run_errors import NodeError
+from engine.run_errors import FailureCause, NodeError
 from engine.run_limits import RunLimits
-from engine.run_records import (
-    SETTLED_STATUSES,
-    FailureCause,
-    NodeSpan,
-    RunError,
-    RunOutcome,
-    RunStatus,
-    SpanStatus,
-)
+from engine.run_records import SETTLED_STATUSES, NodeSpan, RunError, RunOutcome, RunStatus, SpanStatus
 from engine.values import Json, encode_json
 from tests.unit.run_harness import (
     FAST_RETRY,
