@@ -1,1 +1,1 @@
-"""The HTTP edge: asks for work, and shows what became of it; never does it."""
+"""HTTP API of Pilotflame: accepts runs and reports their results, but never executes them."""

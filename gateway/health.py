@@ -1,4 +1,4 @@
-"""Whether this process is alive, and whether it can do its work."""
+"""Liveness and readiness of the gateway process."""
 
 from __future__ import annotations
 
@@ -15,20 +15,23 @@ CHECK_SECONDS = 3.0
 
 
 class HealthStatus(WireStruct):
-    """`ok` or `ready`; whatever is wrong has another status."""
+    """Body of a healthy answer, `ok` or `ready`; an unhealthy server answers with an error status."""
 
     status: str
 
 
 async def alive(request: GatewayRequest) -> JsonResponse:  # noqa: ARG001 - a handler's signature
-    """Tell that the server is alive: its event loop turns, and nothing else is looked at."""
+    """Report that the server is alive.
+
+    The answer shows that its event loop runs. Nothing else is checked.
+    """
     return JsonResponse(HealthStatus(status="ok"))
 
 
 async def ready(request: GatewayRequest) -> JsonResponse:
-    """Tell whether the server can do its work.
+    """Report whether the server can serve requests.
 
-    Where it can't, the refusal has one detail for each part that doesn't answer.
+    A refusal has one detail for each dependency that doesn't answer.
     """
     gateway = request.gateway
     checks = {"database": gateway.database.ping(), "broker": gateway.broker.ping()}

@@ -1,4 +1,4 @@
-"""The gateway's process: everything it is made of, in one screen."""
+"""Assembly of the gateway process: the application, its server, and the limits of its connections."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ from models.descriptor_limits import raise_descriptor_limit
 log = structlog.get_logger()
 
 KEEP_ALIVE_SECONDS = 75
-"""Longer than the minute for which load balancers keep idle connections, so that they close them, not we."""
+"""Longer than the minute for which load balancers keep idle connections, so that they close first, not the
+gateway.
+"""
 
 
 class GatewayApplication(Starlette):
-    """Starlette with our table for its routes, and without the layers that catch errors: an `Endpoint` does that."""
+    """Starlette application with its own route table. `Endpoint` catches errors, so no middleware layers do."""
 
     def build_middleware_stack(self) -> ASGIApp:
         served: dict[str, ASGIApp] = {
@@ -53,7 +55,7 @@ class GatewayApplication(Starlette):
 
 
 def create_app(open_state: StateFactory) -> Starlette:
-    """Return the application; what `open_state` yields is held while it runs."""
+    """Return the application; it holds the state that `open_state` yields while it runs."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -64,7 +66,10 @@ def create_app(open_state: StateFactory) -> Starlette:
 
 
 def serve(settings: GatewaySettings) -> None:
-    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without."""
+    """Serve until a signal stops the process.
+
+    Raises `InvalidSettings` when a setting is missing that only `pilotflame dev` can do without.
+    """
     settings.check_for_production()
     if settings.metrics_port is not None:
         start_http_server(settings.metrics_port, addr="127.0.0.1")
@@ -72,7 +77,7 @@ def serve(settings: GatewaySettings) -> None:
 
 
 async def _serve(settings: GatewaySettings) -> None:
-    # Opened here, not by the application's lifespan: Uvicorn would wrap what refuses to open in a traceback.
+    # Opened here, not by the application's lifespan: Uvicorn would wrap a failure to open in a traceback.
     async with heartbeat.run_heartbeat(settings.heartbeat_file), state.open_state(settings) as opened:
         if not settings.public_url:
             effect = "URLs of triggers name the address of each request"
@@ -81,13 +86,13 @@ async def _serve(settings: GatewaySettings) -> None:
 
 
 class GatewayServer(uvicorn.Server):
-    """Uvicorn's, without the pauses that full collections of everything imported would make."""
+    """Uvicorn server that freezes loaded objects, so that full garbage collections don't pause it."""
 
     before_shutdown: Callable[[], Awaitable[None]] | None = None
-    """What needs the gateway for its own end."""
+    """Callback for work that still needs the gateway's state; awaited before the shutdown."""
 
     proxies: TrustedProxies | None = None
-    """Whose names are resolved while the server runs."""
+    """Trusted proxies; their host names are resolved again and again while the server runs."""
     _following: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -101,7 +106,7 @@ class GatewayServer(uvicorn.Server):
             self._following.cancel()
         if self.before_shutdown is not None:
             await self.before_shutdown()
-        # Polls that wait for a run to end would hold their connections, and with them the process.
+        # Otherwise long polls would hold their connections open, and with them the process.
         app = self.config.app
         if isinstance(app, GatewayApplication) and hasattr(app.state, "gateway"):
             app.state.gateway.waiting.release()
@@ -111,7 +116,7 @@ class GatewayServer(uvicorn.Server):
 
 
 def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
-    """Return what the connections of a server may hold; raises this process's limit of descriptors."""
+    """Return the connection limits of a server; also raises this process's limit of file descriptors."""
     most = connections_for(raise_descriptor_limit())
     connections = settings.max_connections or most
     if connections > most:
@@ -129,7 +134,7 @@ def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
 
 
 def build_server(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
-    """Return the server for an application, ready to run."""
+    """Return a server for an application, ready to run."""
     bounds = bounds_of(settings)
     made = GatewayServer(
         uvicorn.Config(
@@ -137,7 +142,8 @@ def build_server(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
             host=settings.host,
             port=settings.port,
             loop="uvloop",
-            # Called as the class would be; it reads `X-Forwarded-For` itself, before a body is counted.
+            # Called as the class would be. It reads `X-Forwarded-For` itself, before the bytes of a body are
+            # counted.
             http=cast("type[BoundedProtocol]", partial(BoundedProtocol, bounds)),
             proxy_headers=False,
             ws="none",

@@ -1,4 +1,4 @@
-"""The table of contents: method, path, who may, what it does. Fixed paths stand before `{id}`."""
+"""Table of routes: method, path, required access and handler. Fixed paths precede `{id}`."""
 
 from __future__ import annotations
 
@@ -43,21 +43,21 @@ from models.access import KeyScope
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One line of the table, from which the document of the API is made too; who may use it has no default."""
+    """One operation of the API, also the source of its OpenAPI document. `access` has no default, on purpose."""
 
     method: str
     path: str
     access: KeyScope | AccessRule
     handler: Handler
     body: type | None = None
-    """The wire type of the request's body; None: it takes none."""
+    """Wire type of the request body; None when the operation takes no body."""
     answer: object = None
-    """The type of the answer's body; None: it has none."""
+    """Type of the response body; None when the response has no body."""
     status: int = 200
     query: Collection[QueryParameter[Any]] = ()
-    """The parameters of the query: the handler can read these, and no others."""
+    """Query parameters that the handler can read; all others are refused."""
     also_by: Collection[str] = ()
-    """Other methods that do the same."""
+    """Other methods with the same effect."""
 
 
 READ = KeyScope.WORKFLOWS_READ
@@ -75,7 +75,7 @@ SERVER: Sequence[Route] = (
     Route("GET", "/openapi.json", AccessRule.PUBLIC, document.openapi, answer=dict[str, Any]),
     Route("GET", "/docs", AccessRule.PUBLIC, document.page, answer=str),
 )
-"""What is asked of the server itself."""
+"""Routes for health and documentation of the server."""
 
 ACCESS: Sequence[Route] = (
     Route("GET", "/api/v1/auth/whoami", AccessRule.ANY_KEY, access.whoami, answer=access.WhoAmI),
@@ -138,7 +138,7 @@ ACCESS: Sequence[Route] = (
         "GET", "/api/v1/audit", AccessRule.ADMIN, audit.index, query=audit.LISTED, answer=audit.AuditEntryList
     ),
 )
-"""Who may do what, and who did."""
+"""Routes for keys, users, signing secrets, event tokens and the audit trail."""
 
 WORKFLOWS: Sequence[Route] = (
     Route(
@@ -281,7 +281,7 @@ WORKFLOWS: Sequence[Route] = (
         answer=WorkflowShape,
     ),
 )
-"""Workflows as a whole."""
+"""Routes for whole workflows."""
 
 GRAPHS: Sequence[Route] = (
     Route(
@@ -384,7 +384,7 @@ GRAPHS: Sequence[Route] = (
         answer=nodes.ConnectionRemoval,
     ),
 )
-"""What stands in a workflow, and whether it would run."""
+"""Routes for the graph of a workflow and its validation."""
 
 DEPLOYMENTS: Sequence[Route] = (
     Route(
@@ -456,7 +456,7 @@ DEPLOYMENTS: Sequence[Route] = (
     ),
     Route("POST", TRIGGER, EXECUTE, trigger.start, body=trigger.TriggerRequest, answer=trigger.TriggerResult),
 )
-"""Workflows that have pods, and when those are there."""
+"""Routes for deployed workflows, their pods and lifecycle policies."""
 
 DATA_SOURCES: Sequence[Route] = (
     Route(
@@ -531,7 +531,7 @@ DATA_SOURCES: Sequence[Route] = (
         answer=DataSourceShape,
     ),
 )
-"""What workflows reach databases, buckets and services with."""
+"""Routes for data sources."""
 
 INTAKE: Sequence[Route] = (
     Route("GET", "/api/v1/workflows/{id}/schedule", READ, schedule.show, answer=schedule.WorkflowSchedule),
@@ -687,7 +687,7 @@ INTAKE: Sequence[Route] = (
         status=201,
     ),
 )
-"""What senders send, and what became of it."""
+"""Routes for inbound requests and their deliveries."""
 
 EXECUTIONS: Sequence[Route] = (
     Route(
@@ -799,7 +799,7 @@ EXECUTIONS: Sequence[Route] = (
         status=201,
     ),
 )
-"""Runs: begun, followed, answered and ended."""
+"""Routes that start, follow, answer and end runs."""
 
 TABLE: Sequence[Route] = (
     *SERVER,
@@ -818,11 +818,11 @@ FOR_BROWSERS: Sequence[Route] = (
     Route("GET", "/favicon.ico", AccessRule.PUBLIC, document.icon, answer=bytes),
     Route("OPTIONS", "/hooks/{id}", AccessRule.PUBLIC, hooks.options, status=204),
 )
-"""What browsers ask for by themselves: no part of the API, nor of its document."""
+"""Routes that browsers request by themselves; not part of the API or its OpenAPI document."""
 
 
 def endpoints(table: Sequence[Route]) -> dict[str, PathEndpoint]:
-    """Return what serves each path: one endpoint, with all of its methods."""
+    """Return the endpoint of each path, with all of its methods."""
     paths: dict[str, dict[str, PathOperation]] = {}
     for line in table:
         operations = paths.setdefault(line.path, {})

@@ -1,4 +1,4 @@
-"""The gateway's settings: read once, when the process starts."""
+"""Settings of the gateway, read once when the process starts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _ORIGIN: Final = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:]+\]|[a-z0-9._-]+)(
 
 
 class GatewaySettings(ServerSettings):
-    """What the gateway reads besides what all processes share."""
+    """Settings of the gateway in addition to those that all processes share."""
 
     host: str = Field(default="127.0.0.1", description="Address that the gateway listens on.")
     port: int = Field(default=8000, ge=0, le=65_535, description="Port that the gateway listens on.")
@@ -187,7 +187,7 @@ class GatewaySettings(ServerSettings):
     @field_validator("cors_origins")
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
-        # Browsers send origins in lower case and without the port that is the scheme's own.
+        # Browsers send origins in lower case and without the default port of the scheme.
         found = tuple(origin.lower().removesuffix("/") for origin in origins)
         for origin in found:
             own_port = {"http": ":80", "https": ":443"}.get(origin.partition("://")[0])
@@ -202,7 +202,10 @@ class GatewaySettings(ServerSettings):
 
     @property
     def bodies_bytes(self) -> int:
-        """Bytes of all request bodies at once; raises `InvalidSettings` where the largest one doesn't fit in."""
+        """Maximum bytes of all request bodies held at once.
+
+        Raises `InvalidSettings` when the largest allowed body doesn't fit.
+        """
         largest = max(self.max_body_bytes, self.max_mail_bytes, self.max_hook_bytes)
         if self.max_bodies_bytes is None:
             return max(LARGEST_BODIES * largest, LEAST_BODIES_BYTES)
@@ -214,5 +217,7 @@ class GatewaySettings(ServerSettings):
 
     @property
     def body_share_bytes(self) -> int:
-        """Bytes of request bodies that one address may hold: half of all, and the largest body in any case."""
+        """Bytes of request bodies that one client address may hold: half of all, but at least the largest
+        allowed body.
+        """
         return max(self.bodies_bytes // 2, self.max_body_bytes, self.max_mail_bytes, self.max_hook_bytes)

@@ -1,4 +1,4 @@
-"""What the gateway holds while it runs: opened when it starts, handed to every handler, closed when it ends."""
+"""Shared state of the gateway: opened at the start, passed to every handler, closed at the end."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ from nodes.sandbox.form_checks import FormChecker
 
 @dataclass(frozen=True, slots=True)
 class GatewayState:
-    """The parts that handlers use."""
+    """Stores, caches, limits and clients that handlers use."""
 
     settings: GatewaySettings
     database: Database
     clock: Callable[[], datetime]
-    """The database's time, by this process's `DatabaseClock`."""
+    """Database time, as estimated by this process's `DatabaseClock`."""
     store: JournalStore
     blobs: BlobStore
     broker: Broker
@@ -86,7 +86,7 @@ class GatewayState:
     pod_logs: PodLogReader
     certificates: SnsCertificateCache
     mail_attempts: PasswordAttempts
-    """Passwords that were tried with mails."""
+    """Limit of wrong passwords that accompany mails."""
 
 
 StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]]
@@ -94,7 +94,9 @@ StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]
 
 @asynccontextmanager
 async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
-    """Open everything for a process of its own."""
+    """Open the database, the store, the broker and the rest of the state for a gateway in a process of its
+    own.
+    """
     async with AsyncExitStack() as stack:
         url = databases.parse_url(settings.database_url)
         database = Database(url)
@@ -112,7 +114,10 @@ async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
 async def assemble_state(
     settings: GatewaySettings, database: Database, store: JournalStore, broker: Broker
 ) -> AsyncIterator[GatewayState]:
-    """Make the gateway's own parts around what the process may share with other roles, which stays open."""
+    """Build the gateway's own parts around a database, store and broker that other roles may share.
+
+    The shared ones stay open at the end; the gateway's own parts are closed.
+    """
     if settings.bootstrap_api_key is not None:
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)
     catalog = catalogs.load_catalog()
@@ -138,7 +143,7 @@ async def assemble_state(
     )
     forms = FormChecker()
     pod_logs = PodLogReader(broker)
-    # Behind an endpoint of a VPC, the address of SNS is a private one.
+    # Behind a VPC endpoint, the address of SNS is private.
     to_sns = OutboundPolicy(
         allowed_networks=settings.outbound_allowed_networks, max_response_bytes=MAX_ANSWER_BYTES
     )

@@ -1,4 +1,4 @@
-"""Who one is, the keys that stand for one, and the users of an organisation."""
+"""API keys and users of an organization, and the identity of a key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EMAIL = re.compile(r"[^@\s]+@[^@\s]+\Z")
 
 
 class CreateKey(StrictWire):
-    """A key that somebody wants."""
+    """Request body that creates an API key."""
 
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("id", "prefix", "createdAt", "revokedAt", "lastUsedAt", "key", "warnings"), ""
@@ -33,16 +33,16 @@ class CreateKey(StrictWire):
 
     name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
     scopes: list[KeyScope] | None = None
-    """At most those of the key that asks; where it is absent, just those."""
+    """Scopes of the new key, at most those of the requesting key; by default exactly those."""
     expires_at: datetime | None = None
     expires_in_seconds: Annotated[int, Meta(extra_json_schema=LIFETIME)] | None = None
-    """Instead of `expiresAt`; with neither, the key doesn't expire."""
+    """Alternative to `expiresAt`; with neither, the key never expires."""
     user_id: str | None = None
-    """The user that it is made for, by an admin."""
+    """Owner of the new key; only an admin may name another user."""
 
 
 class CreateUser(StrictWire):
-    """A user that an admin wants."""
+    """Request body with which an admin creates a user."""
 
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("id", "organizationId", "createdAt", "warnings"), ""
@@ -54,7 +54,7 @@ class CreateUser(StrictWire):
 
 
 class KeyShape(WireStruct):
-    """A key, without what it takes to use it."""
+    """API key as the API shows it: without its secret, except in the answer that creates it."""
 
     id: str
     name: str
@@ -66,11 +66,11 @@ class KeyShape(WireStruct):
     revoked_at: Instant | None
     last_used_at: Instant | None
     key: str | UnsetType = UNSET
-    """Only in the answer that made it."""
+    """Secret key text, only in the answer that creates the key."""
 
 
 class UserShape(WireStruct):
-    """A user."""
+    """User as the API shows it."""
 
     id: str
     email: str
@@ -81,7 +81,7 @@ class UserShape(WireStruct):
 
 
 class WhoAmI(WireStruct):
-    """Whoever a key stands for."""
+    """User, organization and scopes of the requesting key."""
 
     user_id: str
     email: str
@@ -94,7 +94,7 @@ class WhoAmI(WireStruct):
 
 
 class KeyList(WireStruct):
-    """A part of a list of keys; `count` tells how many there are in all."""
+    """Page of a list of keys; `count` is the number of all keys."""
 
     count: int
     limit: int
@@ -103,7 +103,7 @@ class KeyList(WireStruct):
 
 
 class UserList(WireStruct):
-    """A part of a list of users; `count` tells how many there are in all."""
+    """Page of a list of users; `count` is the number of all users."""
 
     count: int
     limit: int
@@ -112,7 +112,7 @@ class UserList(WireStruct):
 
 
 async def whoami(request: GatewayRequest) -> JsonResponse:
-    """Show whom the key stands for, and what it allows."""
+    """Return the user, organization and scopes of the requesting key."""
     caller = request.caller
     async with request.gateway.database.read() as connection:
         user = await access_store.find_user(connection, caller.organization_id, caller.user_id)
@@ -137,7 +137,7 @@ async def whoami(request: GatewayRequest) -> JsonResponse:
 
 
 async def list_keys(request: GatewayRequest) -> JsonResponse:
-    """List the caller's own keys; to an admin, those of the organisation."""
+    """List the caller's own keys; for an admin, the keys of the organization."""
     caller = request.caller
     page = request.query.page()
     async with request.gateway.database.read() as connection:
@@ -149,7 +149,10 @@ async def list_keys(request: GatewayRequest) -> JsonResponse:
 
 
 async def create_key(request: GatewayRequest) -> JsonResponse:
-    """Make a key, for oneself or, as an admin, for a user of the organisation; this answer alone holds it."""
+    """Create an API key for yourself or, as an admin, for a user of the organization.
+
+    Only this answer contains the secret key.
+    """
     value = await read_json(request)
     body = body_of(request, value, CreateKey)
     read_only.warn_of_new(request, value, CreateKey, dict)
@@ -190,7 +193,7 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
 
 
 async def revoke_key(request: GatewayRequest) -> NoContent:
-    """Revoke a key; it stops working at once."""
+    """Revoke an API key; it stops working at once."""
     caller, key_id = request.caller, request.path_params["id"]
 
     async def revoke(connection: AsyncConnection) -> None:
@@ -218,7 +221,7 @@ def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
 
 
 def _own(caller: ApiCaller) -> str | None:
-    """Return the user whose keys a caller may manage; None: everybody's in the organisation."""
+    """Return the user that a caller may manage keys of; None for all users of the organization."""
     return None if caller.is_admin else caller.user_id
 
 
@@ -261,7 +264,7 @@ def _key_shape(key: ApiKey, key_text: str | UnsetType = UNSET) -> KeyShape:
 
 
 async def list_users(request: GatewayRequest) -> JsonResponse:
-    """List the users of the organisation."""
+    """List the users of the organization."""
     page = request.query.page()
     async with request.gateway.database.read() as connection:
         count, users = await access_store.list_users(
@@ -272,7 +275,7 @@ async def list_users(request: GatewayRequest) -> JsonResponse:
 
 
 async def create_user(request: GatewayRequest) -> JsonResponse:
-    """Make a user of the organisation; what it may do is told by the keys that are made for it."""
+    """Create a user of the organization; the scopes of its keys define its permissions."""
     value = await read_json(request)
     body = body_of(request, value, CreateUser)
     read_only.warn_of_new(request, value, CreateUser, dict)

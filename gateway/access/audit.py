@@ -1,4 +1,4 @@
-"""The audit trail, for admins to read: nothing in it is ever changed or deleted."""
+"""Audit trail for admins. Entries are never changed or deleted."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ LISTED: Final = (OBJECT, ACTION, USER, SINCE, UNTIL, LIMIT, OFFSET, SORT)
 
 
 class AuditEntryShape(WireStruct):
-    """One change."""
+    """One change, as the API shows it."""
 
     id: str
     action: AuditAction
     object_id: str
-    """The workflow, data source, key or user that was changed."""
+    """Changed workflow, data source, key or user."""
     user_id: str
     key_id: str
-    """Whose key did it, and which; of whoever runs the server, `operator` both times."""
+    """Key of the author. Both ids are `operator` for a change by the operator of the server."""
     before_hash: str | None
-    """SHA-256 of what the object was; null where there was none."""
+    """SHA-256 of the object before the change; null when it was created."""
     after_hash: str | None
-    """SHA-256 of what it became; null where it is gone."""
+    """SHA-256 of the object after the change; null when it was deleted."""
     created_at: Instant
 
 
 class AuditEntryList(WireStruct):
-    """A part of the audit trail; `count` tells how many entries there are in all."""
+    """Page of the audit trail; `count` is the number of all matching entries."""
 
     count: int
     limit: int
@@ -52,7 +52,7 @@ class AuditEntryList(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List who changed which workflow, data source, key or user of the organisation, and when."""
+    """List changes of workflows, data sources, keys and users of the organization, with author and time."""
     query = request.query
     part, order = query.page(), query[SORT]
     wanted = AuditFilter(query[OBJECT], query[ACTION], query[USER], query[SINCE], query[UNTIL])

@@ -1,4 +1,4 @@
-"""The trace of changes: left in the transaction that makes one, so that both are there or neither, and read again."""
+"""Audit entries, written in the transaction of the change, so that both are stored or neither."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {"createdAt": col(Audi
 
 @dataclass(frozen=True, slots=True)
 class ServerOperator:
-    """Whoever runs the server, at its command line or by its settings: no user of the organisation, and no key."""
+    """Operator of the server as the author of a change, by the command line or settings; no user and no key."""
 
     organization_id: str
     shard: int
@@ -48,7 +48,7 @@ async def record_change(
     before: str | None,
     after: str | None,
 ) -> None:
-    """Write who did what to an object, with the hashes of what it was and what it became; equal ones are no change."""
+    """Record an author's change of an object with the hashes before and after; equal hashes are no change."""
     if before == after:
         return
     statement = insert(AuditEntry).values(
@@ -67,20 +67,20 @@ async def record_change(
 
 
 def hash_content(row: ApiKey | User) -> str:
-    """Return the SHA-256 of a row, in hexadecimal, without what is secret in it and without what moves by itself."""
+    """Return the SHA-256 of a row, in hexadecimal, without its secrets and its time of last use."""
     return fingerprint(msgspec.to_builtins(row.model_dump(exclude={"hash", "secret_id", "last_used_at"})))
 
 
 @dataclass(frozen=True, slots=True)
 class AuditFilter:
-    """Which entries a list shows."""
+    """Filter of a list of audit entries."""
 
     object_id: str | None
     action: AuditAction | None
     user_id: str | None
     since: datetime | None
     until: datetime | None
-    """Made from `since` on, and before `until`."""
+    """Times of the entries: `since` is inclusive, `until` is exclusive."""
 
 
 async def list_entries(
@@ -90,7 +90,7 @@ async def list_entries(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, list[AuditEntry]]:
-    """Return how many entries the caller's organisation has, and a page of them."""
+    """Return the number of matching entries of the caller's organization, and a page of them."""
     conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_conditions(wanted)]
     count = await connection.scalar(select(func.count()).select_from(AuditEntry).where(*conditions))
     rows = await connection.execute(

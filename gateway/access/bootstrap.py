@@ -1,4 +1,4 @@
-"""The first organisation, its admin and a key: made once, in a database that nobody lives in yet."""
+"""Creation of the first organization, its admin and an API key in an empty database."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ MIN_KEY_LENGTH = 16
 
 
 async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
-    """Make them, unless there is an organisation; returns whether they were made. Raises `InvalidSettings`."""
+    """Create the first organization, admin and key unless an organization exists; return whether they were
+    created.
+
+    Raises `InvalidSettings` when the key is too short or has other characters than visible ASCII.
+    """
     if len(key) < MIN_KEY_LENGTH:
         raise InvalidSettings(f"PILOTFLAME_BOOTSTRAP_API_KEY must have at least {MIN_KEY_LENGTH} characters")
     if not (key.isascii() and key.isprintable() and " " not in key):
@@ -29,7 +33,7 @@ async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
 
     async def make(connection: AsyncConnection) -> bool:
         if connection.dialect.name == "postgresql":
-            # Of several gateways that start at once, one makes them and the others wait, then see that it did.
+            # When several gateways start at once, one creates the rows; the others wait, then find them.
             await connection.execute(text("LOCK TABLE organization IN EXCLUSIVE MODE"))
         if await access_store.has_organization(connection):
             return False

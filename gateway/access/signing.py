@@ -1,4 +1,4 @@
-"""The secret that messages about the ends of runs are signed with: made and replaced by admins, shown once."""
+"""Signing secret of completion callbacks: created and replaced by admins, shown once."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 
 class SigningSecretShape(WireStruct):
-    """A signing secret, without what it takes to sign."""
+    """Signing secret as the API shows it, without the secret itself."""
 
     hint: str
-    """Its last characters."""
+    """Last characters of the secret."""
     created_at: Instant
 
 
 class NewSigningSecret(SigningSecretShape):
-    """A signing secret, in the only answer that has it."""
+    """New signing secret, in the only answer that contains it."""
 
     secret: str
-    """`whsec_` and Base64, as Standard Webhooks has it."""
+    """`whsec_` and Base64, as Standard Webhooks specifies."""
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Tell when the secret was made that messages are signed with, and how it ends."""
+    """Return the creation time and the last characters of the current signing secret."""
     _require_admin(request)
     statement = signing_secrets.valid_secrets_statement(request.caller.organization_id).limit(1)
     async with request.gateway.database.read() as connection:
@@ -51,9 +51,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def replace(request: GatewayRequest) -> JsonResponse:
-    """Make the secret that messages are signed with, or replace it; the answer shows it this once.
+    """Create or replace the signing secret of completion callbacks; only this answer contains it.
 
-    For a day, messages carry a signature of the one before too, so that receivers can be told in the meantime.
+    For a day, callbacks also carry a signature of the previous secret, so that receivers can be updated.
     """
     _require_admin(request)
     caller, now = request.caller, request.gateway.clock()
@@ -89,8 +89,8 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
 
 async def _retire(connection: AsyncConnection, organization_id: str, now: datetime) -> str | None:
-    """Let the secret of now sign for another day, and delete those that sign no more; returns its id."""
-    # Of two that replace it at once, one waits here: there is never more than one that doesn't expire.
+    """Expire the current secret after another day and delete secrets that are no longer valid; return its id."""
+    # The lock serializes replacements: there is never more than one secret without an expiry.
     lock = select(col(Organization.id)).where(col(Organization.id) == organization_id).with_for_update()
     await connection.execute(lock)
     rows = (
