@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check check-units check-types check-style check-imports bench docs lock
+.PHONY: run install test check check-units check-types check-style check-imports check-words bench docs lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start would take several times as long.
@@ -32,7 +32,7 @@ test: .venv/installed-for-tests
 # Types are checked beside the tests: each leaves a processor idle for some of its time. What was found is shown whole.
 check: .venv/installed-for-tests
 	$(MAKE) --jobs 2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
-		check-units check-types check-style check-imports
+		check-units check-types check-style check-imports check-words
 
 check-units: .venv/installed-for-tests
 	$(bin)/python -m pytest --quiet --numprocesses 2 --dist worksteal tests/unit
@@ -46,6 +46,10 @@ check-style: .venv/installed-for-tests
 
 check-imports: .venv/installed-for-tests
 	$(bin)/lint-imports --no-logo
+
+# Words of docstrings, and import cycles.
+check-words: .venv/installed-for-tests
+	$(bin)/python -m tests.source_checks
 
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
