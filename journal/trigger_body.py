@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from msgspec import Raw
+
 from concurrency import offload
 from engine import values
 from journal.blobs.blob_reference import BlobReference
@@ -57,6 +59,11 @@ class EncodedTrigger:
 def is_separate(trigger: str) -> bool:
     """Tell whether the text of a row has a reference in place of the body."""
     return trigger.startswith(_BEGINNING)
+
+
+def split_fields(trigger: str) -> dict[str, Raw]:
+    """Return the fields of a row with a reference, each as JSON text; `body` is the reference."""
+    return decoding.decode(trigger, dict[str, Raw])
 
 
 def find_reference(trigger: str) -> BlobReference:

@@ -13,7 +13,6 @@ from engine.run_errors import FailureCause
 from engine.run_records import SpanStatus
 from gateway.executions.execution_rows import SpanKind
 from gateway.http.wire import Instant, WireStruct, instant, optional_instant
-from journal import unparsed_mail
 from journal.waits.completion import CompletionAction, CompletionOutcome
 from models.execution_status import ExecutionStatus
 
@@ -55,10 +54,11 @@ ErrorText: TypeAlias = Annotated[
 
 
 class TriggerShape(WireStruct):
-    """What set a run off; lists leave its data out."""
+    """Trigger of a run; lists omit its data."""
 
     type: str
     data: Raw | UnsetType = UNSET
+    """Output of the trigger. A webhook body over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
 
 
 class FollowUpShape(WireStruct):
@@ -200,7 +200,7 @@ def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionSh
     """Return an execution with everything that belongs to it, its outputs as `outputs` shows them."""
     shape = show_summary(found.execution)
     shape.trigger = TriggerShape(
-        type=found.execution.trigger_type, data=Raw(unparsed_mail.visible_trigger(found.data.trigger))
+        type=found.execution.trigger_type, data=outputs.show_trigger(found.data.trigger)
     )
     shape.config = Raw(found.data.config)
     shape.outputs = _outputs(found, outputs)

@@ -10,7 +10,7 @@ import structlog
 from msgspec import UNSET, UnsetType
 
 from engine.run_records import SpanStatus
-from gateway.executions import execution_rows, execution_shapes, live_events, resume_runs
+from gateway.executions import execution_rows, execution_shapes, large_outputs, live_events, resume_runs
 from gateway.executions.cancellation import ask_to_end
 from gateway.executions.execution_rows import ExecutionFilter
 from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape
@@ -85,7 +85,8 @@ SPAN_STATUS = ChoicesParameter("status", "Only spans in one of these states.", S
 LEVEL = ChoicesParameter("level", "Only lines of one of these levels.", LogLevel)
 EXPAND = ChoicesParameter(
     "expand",
-    f"`blobs`: show outputs that are kept as blobs, up to {limits.EXPANDED_BYTES:,} bytes in one answer.",
+    "`blobs`: show outputs and webhook bodies that are stored as blobs, up to"
+    f" {limits.EXPANDED_BYTES:,} bytes in one answer.",
     Expansion,
 )
 SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
@@ -165,7 +166,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show an execution, with what set it off and what its nodes have given out."""
+    """Show an execution with its trigger, config and outputs."""
     async with request.gateway.database.read() as connection:
         found = await execution_rows.find_execution(connection, request.path_params["id"], request.caller)
     if found is None:
@@ -173,6 +174,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     owner = BlobOwner(found.execution.organization_id, found.execution.key_id)
     large = frozenset(found.references)
     texts = [text for node_id, text in found.outputs if node_id in large]
+    texts += large_outputs.trigger_references(found.data.trigger)
     outputs = await _outputs_shown(request, found.execution.id, owner, texts)
     return JsonResponse(execution_shapes.show_execution(found, outputs))
 
@@ -318,10 +320,10 @@ async def _outputs_shown(
     request: GatewayRequest, execution_id: str, owner: BlobOwner | None, references: Sequence[str]
 ) -> ShownOutputs:
     """Return the view of an execution's outputs that the query asks for."""
-    large_outputs = request.gateway.large_outputs
+    shown = request.gateway.large_outputs
     if owner is None or not references or Expansion.BLOBS not in request.query[EXPAND]:
-        return large_outputs.explain(execution_id)
-    return await large_outputs.expand(execution_id, owner, references)
+        return shown.explain(execution_id)
+    return await shown.expand(execution_id, owner, references)
 
 
 async def _visible(request: GatewayRequest) -> ExecutionKey:

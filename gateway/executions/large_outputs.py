@@ -13,6 +13,7 @@ from msgspec import Raw
 
 from gateway.http import errors, limits
 from gateway.http.wire import WireStruct
+from journal import trigger_body, unparsed_mail
 from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
 from journal.blobs.blob_storage import BlobLost, BlobsUnavailable
 from journal.blobs.blob_store import BlobTooLarge
@@ -139,6 +140,28 @@ class ShownOutputs:
         )
         explained: dict[str, Any] = {**reference.as_json(), "omitted": note}
         return Raw(_encode(explained))
+
+    def show_trigger(self, text: str) -> Raw:
+        """Return the output of a trigger; a webhook body that is a blob is shown as large outputs are.
+
+        An unparsed mail is shown as an empty object.
+        """
+        if not trigger_body.is_separate(text):
+            return Raw(unparsed_mail.visible_trigger(text))
+        fields = trigger_body.split_fields(text)
+        fields[trigger_body.BODY] = self.show(_text_of(fields[trigger_body.BODY]), is_reference=True)
+        return Raw(_encode(fields))
+
+
+def trigger_references(text: str) -> list[str]:
+    """Return the text of the reference in the output of a trigger; none unless its body is a blob."""
+    if not trigger_body.is_separate(text):
+        return []
+    return [_text_of(trigger_body.split_fields(text)[trigger_body.BODY])]
+
+
+def _text_of(json_text: Raw) -> str:
+    return bytes(json_text).decode()
 
 
 def _reference_of(text: str) -> BlobReference | None:

@@ -18,13 +18,13 @@ from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, inst
 from gateway.ingest import deduplication_keys, delivery_rows, redrive_runs
 from gateway.ingest.deliveries import counted
 from gateway.workflows import editing
-from journal import unparsed_mail
 from journal.store import AcceptanceResult, IdempotencyKey
 from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from gateway.executions.large_outputs import ShownOutputs
     from models.execution import Execution
     from models.workflow import Workflow
 
@@ -38,7 +38,10 @@ class DeadLetter(WireStruct):
     execution_id: str
     trigger_type: str
     given: msgspec.Raw | None
-    """What the trigger gave out; null where that is too large for a list: the execution has it."""
+    """Output of the trigger; null if it is too large for a list. The execution has it.
+
+    A webhook body over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`.
+    """
     error: ErrorText | None
     created_at: Instant
     failed_at: Instant | None
@@ -82,7 +85,8 @@ async def index(request: GatewayRequest) -> JsonResponse:
         stored = await editing.find_readable(connection, request)
         count, found = await delivery_rows.list_dead_letters(connection, stored.workflow, part)
         given = await delivery_rows.read_input(connection, [failed.id for failed in found])
-    shown = [_shape(failed, given.get(failed.id)) for failed in found]
+    outputs = request.gateway.large_outputs
+    shown = [_shape(failed, given.get(failed.id), outputs.explain(failed.id)) for failed in found]
     return JsonResponse(DeadLetterList(count=count, limit=part.limit, offset=part.offset, dead_letters=shown))
 
 
@@ -145,11 +149,11 @@ async def _settle(request: GatewayRequest, failed: Sequence[Execution]) -> None:
     await request.gateway.database.transaction(settle)
 
 
-def _shape(failed: Execution, given: str | None) -> DeadLetter:
+def _shape(failed: Execution, given: str | None, outputs: ShownOutputs) -> DeadLetter:
     return DeadLetter(
         execution_id=failed.id,
         trigger_type=failed.trigger_type,
-        given=None if given is None else msgspec.Raw(unparsed_mail.visible_trigger(given).encode()),
+        given=None if given is None else outputs.show_trigger(given),
         error=msgspec.Raw(msgspec.json.encode(failed.error)) if failed.error else None,
         created_at=instant(failed.created_at),
         failed_at=optional_instant(failed.ended_at),

@@ -579,8 +579,12 @@ async def test_a_large_body_is_a_blob_of_its_run(harness: GatewayHarness, people
         len(body),
         "application/json",
     )
-    kept = await api.get(f"/api/v1/executions/{run.id}/blobs/{reference['sha256']}")
+    note = trigger["body"]["omitted"]
+    assert (note["bytes"], note["reason"]) == (len(body), "too-large")
+    kept = await api.get(note["url"])
     assert kept.json() == json.loads(body)
+    expanded = (await api.get(f"/api/v1/executions/{run.id}?expand=blobs")).json()["trigger"]["data"]
+    assert expanded == {**trigger, "body": json.loads(body)}
 
     (delivery,) = await read_rows(harness, Delivery, execution_id=run.id, outcome="accepted")
     redriven = await api.post(f"/api/v1/deliveries/{delivery.id}/redrive")
@@ -619,6 +623,8 @@ async def test_a_run_of_a_large_body_is_resumed_with_it_and_says_when_it_is_gone
     headers = {"Content-Type": "application/json"}
     sent = (await nobody.post(hook.path, content=large(order=7), headers=headers)).json()["executionId"]
     assert await failure(people.owner, sent) == "node-error"
+    letters = (await api.get(f"/api/v1/workflows/{hook.workflow_id}/dead-letters")).json()["deadLetters"]
+    assert [one["given"]["body"]["omitted"]["reason"] for one in letters] == ["too-large"]
     resumed = (await api.post(f"/api/v1/executions/{sent}/resume")).json()["executionId"]
     assert await failure(people.owner, resumed) == "node-error"
     (run,) = await read_rows(harness, Execution, id=sent)
