@@ -1,4 +1,4 @@
-"""How a process that serves lives with Python's collector of garbage."""
+"""Settings of Python's garbage collector for server processes."""
 
 from __future__ import annotations
 
@@ -9,31 +9,35 @@ from collections import deque
 from typing import Final
 
 YOUNG_OBJECTS: Final = 10_000
-"""So many new ones are looked through at once. Python's own 700 are those of a few requests and runs under way, so that
-nearly all are still in use; what is not in use is mostly gone by then, since its references are counted.
+"""Number of new objects that trigger a young collection.
+
+Python's default of 700 matches a few requests and runs in progress, so nearly all of those objects are still
+in use. Most unused objects are gone by then anyway, by reference counting.
 """
 YOUNG_COLLECTIONS: Final = 4
-"""So many make one of what they have left: of some ten thousand objects, in some milliseconds."""
+"""Young collections per middle collection. A middle collection traverses some ten thousand objects, in
+milliseconds.
+"""
 MIDDLE_COLLECTIONS: Final = 20
-"""So many of those make one of everything due: after a million new objects, as with Python itself."""
+"""Middle collections after which a full collection is due: a million new objects, as in Python's defaults."""
 MOST_MIDDLE_COLLECTIONS: Final = 200
-"""So many make one that can't wait any longer: ten million new objects are there."""
+"""Middle collections after which a full collection is forced: ten million new objects."""
 LARGE_HEAP_BLOCKS: Final = 500_000
-"""Pieces of memory that it takes some hundredths of a second to look through."""
+"""Allocated memory blocks that take some hundredths of a second to traverse."""
 CHECK_SECONDS: Final = 1.0
 REMEMBERED_CHECKS: Final = 60
 
 
 def tune_at_start() -> None:
-    """Collect less often, from the start on: what modules are made of is no garbage."""
+    """Collect less often from the start on: the objects that imports create are no garbage."""
     gc.set_threshold(YOUNG_OBJECTS, YOUNG_COLLECTIONS, MIDDLE_COLLECTIONS)
 
 
 def freeze_loaded() -> None:
-    """Leave out of collections what was loaded so far, and put off those of everything while large values are there.
+    """Exclude loaded objects from collections, and postpone full collections while large values exist.
 
-    A body of 10 MB may be five million objects, none of them garbage: to look through them holds up everybody for half
-    a second, again and again while they are there. A loop has to be running.
+    A body of 10 MB may be five million objects, none of them garbage. Traversing them blocks the whole
+    process for half a second, again and again while they exist. Requires a running event loop.
     """
     gc.collect()
     gc.freeze()
@@ -42,7 +46,7 @@ def freeze_loaded() -> None:
 
 
 def _collect_when_due(loop: asyncio.AbstractEventLoop, sizes: deque[int]) -> None:
-    """Collect everything where that is due, and no more is there than at rest; look again in a second."""
+    """Run a full collection if it is due and no large values exist; check again in a second."""
     sizes.append(sys.getallocatedblocks())
     if gc.get_count()[2] >= MIDDLE_COLLECTIONS and sizes[-1] - min(sizes) < LARGE_HEAP_BLOCKS:
         gc.collect()

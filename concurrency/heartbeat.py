@@ -1,4 +1,6 @@
-"""A sign of life for whoever restarts processes that hang: a file that the event loop touches, and nobody else."""
+"""Heartbeat file that the event loop touches; a supervisor restarts a process that hangs when the file gets
+old.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ HEARTBEAT_SECONDS = 5.0
 
 @asynccontextmanager
 async def run_heartbeat(file: Path | None, every_seconds: float = HEARTBEAT_SECONDS) -> AsyncIterator[None]:
-    """Touch the file again and again, as long as the context lasts and the loop turns; raises OSError at the start."""
+    """Touch the file periodically while the context lasts and the loop runs; raises OSError at the start."""
     if file is None:
         yield
         return
@@ -27,7 +29,7 @@ async def run_heartbeat(file: Path | None, every_seconds: float = HEARTBEAT_SECO
 async def _beat_forever(file: Path, every_seconds: float) -> None:
     while True:
         await asyncio.sleep(every_seconds)
-        # A disk that is full, say, is no reason to die; if it lasts, the old sign tells.
+        # A full disk, for example, is no reason to exit; if it lasts, the age of the file shows it.
         with suppress(OSError):
             _touch(file)
 

@@ -1,4 +1,4 @@
-"""How a node that loops over much data leaves room for the other runs of its process."""
+"""Cooperative yielding for nodes that loop over much data, so that other runs of the process progress."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SHARE_SECONDS = 0.005
 
 
 class LoopShare:
-    """A stretch of work on the event loop, to be shared once in every step of a loop."""
+    """Time slice on the event loop; call `yield_if_due` in every step of a long loop."""
 
     def __init__(self) -> None:
         self._ends_at = time.monotonic() + SHARE_SECONDS
 
     async def yield_if_due(self) -> None:
-        """Let other work run, when this turn has lasted long enough; a cancellation arrives here too."""
+        """Yield to other work if this time slice is used up. A cancellation is raised here too."""
         if time.monotonic() >= self._ends_at:
             await offload.yield_to_loop()
             self._ends_at = time.monotonic() + SHARE_SECONDS

@@ -1,7 +1,7 @@
-"""Work that turns out to be long: begun on the event loop, and done over in a thread where others would wait for it.
+"""Offload long computations: run them inline on the event loop, or in a thread beyond a budget.
 
-Whoever measures its own effort asks `allowed` how much it may take. Beyond that it raises `TakesLong` if it was begun
-by `quick`, and nothing of it must have had an effect by then.
+A function that measures its own effort calls `budget` for the amount that it may use. Beyond that it
+raises `BudgetExceeded` if `try_inline` called it. It must have had no side effect by then.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from contextvars import ContextVar
 from typing import Any, Final, ParamSpec, TypeVar
 from weakref import WeakKeyDictionary
 
-Given = ParamSpec("Given")
-Made = TypeVar("Made")
+P = ParamSpec("P")
+T = TypeVar("T")
 
 SWITCH_SECONDS: Final = 0.001
-"""So long the loop waits for the thread whenever it has something to do, where Python would have it wait for five."""
+"""Time that the loop waits for the thread to release the interpreter's lock; Python's default is 0.005."""
 _is_inline: Final = ContextVar("is_brief", default=False)
-# One: work of Python's own is no faster in several, and each more would keep the loop waiting.
+# One thread: pure Python code is no faster in several, and each additional thread would delay the loop.
 _thread: Final = ThreadPoolExecutor(
     max_workers=1,
     thread_name_prefix="long-work",
@@ -30,22 +30,22 @@ _thread: Final = ThreadPoolExecutor(
 
 
 class BudgetExceeded(Exception):
-    """More is to be done than others should wait for."""
+    """Inline computation that would block the event loop for too long."""
 
 
 def budget(most: int, brief: int) -> int:
-    """Return how much may be done: `brief` where others wait, and otherwise `most`."""
+    """Return the permitted amount of work: `brief` in an inline call, `most` otherwise."""
     return min(most, brief) if _is_inline.get() else most
 
 
 def require_offloaded() -> None:
-    """Raise `TakesLong` where others wait: what goes on is long."""
+    """Raise `BudgetExceeded` in an inline call: the work that follows is long."""
     if _is_inline.get():
         raise BudgetExceeded
 
 
-def try_inline(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
-    """Call a function while others wait; raises `TakesLong`."""
+def try_inline(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function inline, with the brief budget; raises `BudgetExceeded`."""
     before = _is_inline.set(True)
     try:
         return function(*args, **kwargs)
@@ -53,21 +53,21 @@ def try_inline(function: Callable[Given, Made], *args: Given.args, **kwargs: Giv
         _is_inline.reset(before)
 
 
-async def run_in_thread(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
+async def run_in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Call a function in the thread for long work."""
     return await asyncio.wrap_future(_thread.submit(function, *args, **kwargs))
 
 
-async def run(function: Callable[Given, Made], *args: Given.args, **kwargs: Given.kwargs) -> Made:
-    """Call a function here, or in the thread where it turns out to take long."""
+async def run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function inline, and again in the thread if it exceeds its budget."""
     try:
         return try_inline(function, *args, **kwargs)
     except BudgetExceeded:
         return await run_in_thread(function, *args, **kwargs)
 
 
-async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, Made]]) -> Made:
-    """Run a coroutine that waits for nothing but its turns here, or all over in the thread, turn by turn."""
+async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine that awaits only `yield_to_loop`: on the loop, or anew in the thread, step by step."""
     before = _is_inline.set(True)
     try:
         return await begin()
@@ -79,16 +79,16 @@ async def run_coroutine(begin: Callable[[], Coroutine[Any, Any, Made]]) -> Made:
     while True:
         step = _thread.submit(_advance, coroutine)
         try:
-            if ended := await asyncio.wrap_future(step):
-                return ended[0]
+            if result := await asyncio.wrap_future(step):
+                return result[0]
         except BaseException:
-            # It may be at work still: then it is closed when it comes to the end of its turn.
+            # The thread may still execute a step: close the coroutine after that step.
             step.add_done_callback(lambda _: coroutine.close())
             raise
 
 
-def _advance(coroutine: Coroutine[Any, Any, Made]) -> tuple[Made] | None:
-    """Take a coroutine to its next turn, or to its end."""
+def _advance(coroutine: Coroutine[Any, Any, T]) -> tuple[T] | None:
+    """Advance a coroutine to its next yield; returns its result in a tuple when it has ended."""
     try:
         coroutine.send(None)
     except StopIteration as end:
@@ -96,11 +96,11 @@ def _advance(coroutine: Coroutine[Any, Any, Made]) -> tuple[Made] | None:
     return None
 
 
-# ── turns on the loop ───────────────────────────────────────────────────────────────────────────────────────
+# ── yielding to the loop ────────────────────────────────────────────────────────────────────────────────────
 
 
 class _LoopQueue:
-    """Those that wait on one loop for their next turn: in each pass of the loop, one has it."""
+    """Queue of the coroutines that wait for their next step on one loop: one per pass of the loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
@@ -125,13 +125,13 @@ _loop_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopQueue] = WeakKey
 
 
 async def yield_to_loop() -> None:
-    """End a stretch of work on the loop: however many have much to do, the others wait for one stretch at a time."""
+    """Yield to the event loop; other work waits for one step at a time, however many coroutines yield."""
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:
-        await asyncio.sleep(0)  # whoever drives this takes it up again
+        await asyncio.sleep(0)  # the thread that drives this coroutine resumes it
         return
-    line = _loop_queues.get(loop)
-    if line is None:
-        line = _loop_queues[loop] = _LoopQueue(loop)
-    await line.join()
+    queue = _loop_queues.get(loop)
+    if queue is None:
+        queue = _loop_queues[loop] = _LoopQueue(loop)
+    await queue.join()

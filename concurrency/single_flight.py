@@ -1,4 +1,4 @@
-"""A question that several ask at the same time is asked once, and all of them have the answer."""
+"""Deduplication of concurrent lookups: callers with the same key share one lookup."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Answer = TypeVar("Answer")
 
 
 class SingleFlight(Generic[Key, Answer]):
-    """The questions that are being asked; who leaves before the answer takes it from nobody else."""
+    """Lookups in progress by key; a caller that is cancelled doesn't cancel the lookup for the others."""
 
     def __init__(self, find: Callable[[Key], Awaitable[Answer]]) -> None:
         self._find = find
         self._asked: dict[Key, asyncio.Task[Answer]] = {}
 
     async def get(self, key: Key) -> Answer:
-        """Return the answer to a question, or raise what finding it raises."""
+        """Return the result for a key, or raise the exception of the lookup."""
         asked = self._asked.get(key)
         if asked is None:
             asked = self._asked[key] = asyncio.create_task(self._find_and_resolve(key))
@@ -26,7 +26,7 @@ class SingleFlight(Generic[Key, Answer]):
         return await asyncio.shield(asked)
 
     async def drain(self) -> None:
-        """Wait for what is being asked."""
+        """Wait for all lookups in progress."""
         await asyncio.gather(*self._asked.values(), return_exceptions=True)
 
     async def _find_and_resolve(self, key: Key) -> Answer:
@@ -35,4 +35,4 @@ class SingleFlight(Generic[Key, Answer]):
     def _on_done(self, key: Key, asked: asyncio.Task[Answer]) -> None:
         del self._asked[key]
         if not asked.cancelled():
-            asked.exception()  # those who waited have it; if all of them have gone, nobody need be told
+            asked.exception()  # retrieve it: the callers have it, and asyncio would log it if all of them have gone

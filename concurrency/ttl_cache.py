@@ -1,4 +1,4 @@
-"""A small memory: what was learnt a moment ago and may be used again without asking."""
+"""Small cache with an expiry."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 class TTLCache(Generic[Key, Value]):
-    """Remembers each value for so many seconds; of more than it may hold, the oldest go first."""
+    """Cache that keeps each value for a number of seconds, and evicts the oldest values beyond its capacity."""
 
     def __init__(self, seconds: float, max_items: int) -> None:
         self._seconds = seconds
@@ -20,19 +20,19 @@ class TTLCache(Generic[Key, Value]):
         self._items: OrderedDict[Key, tuple[float, Value]] = OrderedDict()
 
     def get(self, key: Key) -> Value | None:
-        """Return what is remembered, or None."""
+        """Return the cached value; None if it is absent or has expired."""
         item = self._items.get(key)
         return None if item is None or item[0] <= monotonic() else item[1]
 
     def put(self, key: Key, value: Value) -> None:
-        """Remember a value, anew where it was remembered before."""
+        """Store a value; it replaces an earlier one and its expiry."""
         now = monotonic()
         self._items[key] = (now + self._seconds, value)
-        # All last equally long, so those at the front are the next to run out.
+        # All values live equally long, so those at the front expire next.
         self._items.move_to_end(key)
         while len(self._items) > self._max_items or next(iter(self._items.values()))[0] <= now:
             self._items.popitem(last=False)
 
     def drop(self, key: Key) -> None:
-        """Forget a value, if there is one."""
+        """Remove a value if it is cached."""
         self._items.pop(key, None)

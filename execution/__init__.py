@@ -1,1 +1,1 @@
-"""What it takes to run executions, whoever runs them: a worker, or a pod by way of the gateway."""
+"""Execution of runs: shared by workers, and by pods that go through the gateway."""

@@ -1,4 +1,4 @@
-"""Runs whose parent, which waited for them, has ended without them."""
+"""Cancellation of sub-workflow runs whose parent has ended before them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ if TYPE_CHECKING:
 
 
 async def end_abandoned_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """Ask them to end, and tell those who hold or await them; raises `DatabaseUnavailable`."""
-    for one in await children.request_abandoned_ends(database, store):
-        told = one.requested
+    """Request the end of abandoned runs, and notify their executors and clients; raises
+    `DatabaseUnavailable`.
+    """
+    for child in await children.request_abandoned_ends(database, store):
+        requested = child.requested
         await end_requests.notify_end_request(
-            broker, one.execution_id, one.request, lease_owner=told.lease_owner, channel=told.channel
+            broker,
+            child.execution_id,
+            child.request,
+            lease_owner=requested.lease_owner,
+            channel=requested.channel,
         )

@@ -1,4 +1,4 @@
-"""Runs that nodes of other runs start: accepted like any other, linked to what starts them, and never doubled."""
+"""Sub-workflow runs: accepted like any other run, linked to their parent, and started at most once."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 TRIGGER_TYPE: Final = "sub-workflow"
 ATTEMPTS: Final = 3
-"""How often a workflow is loaded anew when it has changed before its run was accepted."""
+"""Maximum number of loads of a workflow that changes before its run is accepted."""
 MAX_CACHED_CHARACTERS: Final = 16_000_000
-"""Workflows are kept until their definitions are this long, all together."""
+"""Capacity of the workflow cache, in characters of definitions."""
 SHOWN_FINDINGS: Final = 3
 CAPACITY_CHECK_SECONDS: Final = 0.02
 _RUNNABLE_STATUSES: Final = frozenset({WorkflowStatus.DRAFT, WorkflowStatus.ACTIVE})
@@ -52,25 +52,25 @@ _encode = msgspec.json.Encoder().encode
 
 
 class ParentRun(NamedTuple):
-    """The run whose node starts another."""
+    """Run with the node that starts another run."""
 
     shard: int
     root_id: str
-    """The first of the runs that have started one another."""
+    """The topmost ancestor of the run."""
     depth: int
     is_private: bool
 
 
 @dataclass(slots=True, weakref_slot=True)
 class DescendantCount:
-    """Runs below one root that this process starts: how many it has begun to, and with how many it is through."""
+    """Starts of runs below one root in this process: the number begun and the number completed."""
 
     begun: int = 0
     done: int = 0
 
 
 class ChildRunStarter:
-    """The way in for runs that come from runs; keeps the promises of `engine.services.SubRunService`."""
+    """Start of sub-workflow and failure runs; implements `engine.services.SubRunService`."""
 
     def __init__(
         self,
@@ -100,10 +100,10 @@ class ChildRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run of another workflow, or find the one that was started before; returns its execution id.
+        """Start a run of another workflow, or find the run of an earlier call; returns its execution id.
 
-        One that is awaited answers this very run, so a run that resumes another starts it anew; any other belongs to
-        the whole line of resumed runs. Raises `NodeError`.
+        An awaited run answers this very execution, so a resumed execution starts it anew. A run that isn't
+        awaited belongs to the whole chain of resumed executions. Raises `NodeError`.
         """
         origin = caller.execution_id if awaited else caller.key_id
         child_id = ids.derive_id("exec", origin, node_id, iteration)
@@ -117,10 +117,11 @@ class ChildRunStarter:
         raise _workflow_changed(workflow_id)
 
     async def start_about_failure(self, caller: RunCaller, workflow_id: str, inputs: Json) -> None:
-        """Start the one run of a workflow that is to be run because the caller's has failed.
+        """Start the run of a failure workflow for a failed run, at most once.
 
-        Nothing is run about its own failure, and it counts among the runs that have started one another: two workflows
-        that each are run when the other fails don't go on for ever. Raises `NodeError` and `DatabaseUnavailable`.
+        A failure workflow has no failure workflow of its own. Its run counts toward the maximum depth, so
+        that two workflows that handle each other's failures end. Raises `NodeError` and
+        `DatabaseUnavailable`.
         """
         run_id = ids.derive_id("exec", caller.execution_id, ON_FAILURE_TRIGGER)
         for _ in range(ATTEMPTS):
@@ -137,7 +138,7 @@ class ChildRunStarter:
         answering: dict[str, dict[str, str]] | None,
         trigger_type: str = TRIGGER_TYPE,
     ) -> bool:
-        """Tell whether the run is accepted, by this call or an earlier one; it isn't where the workflow has changed."""
+        """Return whether this call or an earlier one accepted the run; False if the workflow has changed."""
         async with self._database.read() as connection:
             if await _child_exists(connection, caller, child_id):
                 return True
@@ -174,7 +175,7 @@ class ChildRunStarter:
         async with self._hold_capacity(parent.root_id):
             (accepted,) = await self._store.accept([child])
         if accepted.verdict is AcceptanceVerdict.FULL:
-            message = f"As many runs of the workflow {workflow_id} go on as its settings allow"
+            message = f"The workflow {workflow_id} has reached its concurrency limit"
             raise NodeError(message, code="concurrency-limit", retryable=True)
         if accepted.verdict is not AcceptanceVerdict.ACCEPTED:
             return False
@@ -185,9 +186,10 @@ class ChildRunStarter:
 
     @asynccontextmanager
     async def _hold_capacity(self, root_id: str) -> AsyncIterator[None]:
-        """Hold room for one more run below a root; raises `NodeError`.
+        """Hold capacity for one more run below a root; raises `NodeError`.
 
-        What is being started may be in the database or not yet: where that makes the difference, it is waited for.
+        Runs whose start is in progress may be committed or not. If they decide whether there is capacity,
+        wait for them.
         """
         family = self._families.setdefault(root_id, DescendantCount())
         while True:
@@ -213,7 +215,7 @@ class ChildRunStarter:
     async def _load_workflow(
         self, connection: AsyncConnection, caller: RunCaller, shard: int, workflow_id: str
     ) -> LoadedWorkflow:
-        """Return a workflow that may be run for whom the node works; raises `NodeError`."""
+        """Return a workflow that the user of the run may run; raises `NodeError`."""
         readable = (
             col(Workflow.id) == workflow_id,
             is_readable_by(await _read_caller(connection, caller, shard)),
@@ -230,7 +232,7 @@ class ChildRunStarter:
             ).first()
             if row is None:
                 raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
-            # In a thread: others run on while a large graph is gone through.
+            # In a thread: other runs progress while a large graph is validated.
             kept = await asyncio.to_thread(definition_snapshot.load_workflow, row, frozenset(), self._catalog)
         self._cache_workflow(kept)
         _require_runnable(kept)
@@ -249,14 +251,12 @@ class ChildRunStarter:
 
 def _require_depth(parent: ParentRun, most: int) -> None:
     if parent.depth >= most:
-        message = (
-            f"Runs may start one another up to {most} deep (PILOTFLAME_MAX_RUN_DEPTH): this one is that deep"
-        )
+        message = f"Sub-workflow runs nest at most {most} deep (PILOTFLAME_MAX_RUN_DEPTH); this run is at that depth"
         raise NodeError(message, code="run-too-deep")
 
 
 def _too_many_runs(most: int) -> NodeError:
-    message = f"A run may start up to {most:,} others, with those that they start (PILOTFLAME_MAX_SUB_RUNS)"
+    message = f"A run may have at most {most:,} sub-workflow runs at all levels (PILOTFLAME_MAX_SUB_RUNS)"
     return NodeError(message, code="too-many-sub-runs")
 
 
@@ -276,7 +276,7 @@ async def _read_parent(connection: AsyncConnection, caller: RunCaller) -> Parent
 
 
 async def _read_caller(connection: AsyncConnection, caller: RunCaller, shard: int) -> access.ApiCaller:
-    """Return for whom the node works as whoever asks for workflows: what is readable goes by the user's role."""
+    """Return the user of the run as an API caller: the user's role decides which workflows are readable."""
     statement = select(col(User.role)).where(
         col(User.id) == caller.user_id, col(User.organization_id) == caller.organization_id
     )

@@ -1,4 +1,4 @@
-"""Runs of deployments that nobody takes: what wakes those, told to whoever it concerns."""
+"""Wakeups for deployments with runs that no pod claims."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 async def wake_due_deployments(database: Database, broker: Broker) -> None:
-    """Wake deployments for runs that are due, and let deferred ones go that may; raises `DatabaseUnavailable`."""
+    """Wake deployments with due runs, and release deferred runs that may start; raises `DatabaseUnavailable`."""
     done = await wakes.wake_for_waiting_runs(database)
-    for workflow_id, what in done.items():
-        if what is WakeOutcome.WOKEN:
+    for workflow_id, outcome in done.items():
+        if outcome is WakeOutcome.WOKEN:
             await wakeups.wake_deployer(broker, workflow_id)
     if WakeOutcome.LEFT_TO_WORKERS in done.values():
         await wakeups.wake_workers(broker)

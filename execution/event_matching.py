@@ -1,4 +1,4 @@
-"""Events for the nodes that wait for them: looked for when a node begins to wait, and told when one has come."""
+"""Delivery of events to waiting nodes: earlier events when a node begins to wait, and later ones on arrival."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_SCANNED_EVENTS: Final = 10_000
-"""Events that came before are looked at for one node."""
+"""Maximum number of earlier events that are scanned for one node."""
 ANSWER_BATCH: Final = 50
-"""Nodes that are given an event in one transaction."""
+"""Number of waiting nodes that one transaction answers with an event."""
 
 
 class EventMatcher:
-    """Brings events and those together who wait for them; keeps the promises of `engine.services.EventWaitService`."""
+    """Matching of events with waiting nodes; implements `engine.services.EventWaitService`."""
 
     def __init__(self, database: Database, broker: Broker) -> None:
         self._database = database
@@ -48,7 +48,7 @@ class EventMatcher:
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Have a node wait for an event, then look back for one; returns when it has waited long enough."""
+        """Register the wait of a node and scan earlier events; returns the time at which the wait expires."""
         add = partial(
             event_waits.add_wait, caller=caller, wanted=wanted, node_id=node_id, iteration=iteration
         )
@@ -59,9 +59,9 @@ class EventMatcher:
         return wait.expires_at
 
     async def deliver(self, event_ids: Sequence[str]) -> None:
-        """Tell events that were committed to the nodes that wait for them; once told, it is harmless to do it again.
+        """Deliver committed events to the nodes that wait for them; idempotent.
 
-        An event stays untold for which a node waits whose run another transaction has locked. Raises
+        An event stays undelivered while another transaction locks the run of a node that waits for it. Raises
         `DatabaseUnavailable`.
         """
         async with self._database.read() as connection:
@@ -71,18 +71,18 @@ class EventMatcher:
         await self._database.transaction(partial(event_waits.mark_delivered, event_ids=over))
 
     async def deliver_undelivered(self) -> None:
-        """Tell of events whose gateway has not, since it died; raises `DatabaseUnavailable`."""
+        """Deliver events whose gateway died before it delivered them; raises `DatabaseUnavailable`."""
         while True:
             async with self._database.read() as connection:
                 event_ids = await event_waits.list_undelivered(connection)
             if event_ids:
-                log.info("events told late", events=len(event_ids))
+                log.info("events delivered late", events=len(event_ids))
                 await self.deliver(event_ids)
             if len(event_ids) < event_waits.BATCH_EVENTS:
                 return
 
     async def delete_expired(self) -> None:
-        """Forget waits of runs that have ended; raises `DatabaseUnavailable`."""
+        """Delete waits of ended runs; raises `DatabaseUnavailable`."""
         after: tuple[str, str] | None = None
         while True:
             after = await self._database.transaction(partial(event_waits.delete_finished_waits, after=after))
@@ -103,11 +103,11 @@ class EventMatcher:
                 return
             after, looked_at = (found[-1].created_at, found[-1].id), looked_at + len(found)
         log.warning(
-            "looked back at as many events as may be", execution_id=wait.execution_id, node_id=wait.node_id
+            "scan of earlier events reached its limit", execution_id=wait.execution_id, node_id=wait.node_id
         )
 
     async def _deliver_event(self, told: EventAnnouncement) -> bool:
-        """Give an event to all who wait for it; returns False where a run of theirs is locked."""
+        """Deliver an event to all nodes that wait for it; returns False if one of their runs is locked."""
         is_complete = True
         after: tuple[str, str, str] | None = None
         data: str | None = None
@@ -131,7 +131,7 @@ class EventMatcher:
             after = event_waits.wait_key(found[-1])
 
     async def _answer_unlocked(self, waits: Sequence[EventWait], data: str) -> bool:
-        """Answer nodes, one by one where some of their runs are locked; tells whether all were answered."""
+        """Answer nodes, one at a time if some of their runs are locked; returns whether all were answered."""
         try:
             await self._answer(waits, data)
         except LockWaitTimeout:
@@ -156,7 +156,7 @@ def _given_keys(given: Iterable[AnswerResult]) -> Iterable[str]:
 
 
 def _matches_filter(wait: EventWait, event: Json) -> bool:
-    """Tell whether a node waits for this event; of what its filter can't be told, it waits for another."""
+    """Return whether an event passes the filter of a wait; False if the filter can't be evaluated on it."""
     if wait.condition is None:
         return True
     scope: dict[str, Json] = {
@@ -167,6 +167,6 @@ def _matches_filter(wait: EventWait, event: Json) -> bool:
         return event_filters.matches_event(wait.condition, scope)
     except ExpressionError as error:
         log.debug(
-            "event passed over", execution_id=wait.execution_id, node_id=wait.node_id, reason=str(error)
+            "event not matched", execution_id=wait.execution_id, node_id=wait.node_id, reason=str(error)
         )
         return False

@@ -1,4 +1,4 @@
-"""Claims pending executions and runs them on this process's event loop, as many at once as it may."""
+"""Executor that claims pending runs and runs them concurrently on the event loop of the process."""
 
 from __future__ import annotations
 
@@ -47,28 +47,28 @@ log = structlog.get_logger()
 
 MAX_CLAIM = 50
 MAX_EXTRA_CLAIM = 5
-"""At once, for organisations that have no run here while all places are taken."""
+"""Maximum claim for organizations without a run in this process while all its slots are taken."""
 SWEEP_ROWS = 100
 MAX_TIMER_SECONDS = 3600.0
-"""Waits that end later than this are left to the sweep."""
+"""Longest timer in this process; the sweep finds runs that wait longer."""
 TIMER_MARGIN_SECONDS = 0.01
-"""A timer may fire a moment early."""
+"""Delay that allows for a timer that fires early."""
 MAX_CACHED_TURNS = 1_000
-"""One for each organisation, the last ones served."""
+"""Number of organizations, the last ones served, whose next workflow turn is remembered."""
 CLAIM_SECONDS = 2.0
 HAND_OFF_SECONDS = 10.0
 CANCEL_SECONDS = 5.0
 RECORD_SECONDS = 2.0
 PAUSE_SECONDS = 0.5
 ReadAnswers = Callable[[Sequence[ExecutionKey]], Awaitable[dict[str, dict[tuple[str, str], bytes]]]]
-"""Returns what nodes of runs were answered, by execution id, then by node id and iteration."""
+"""Returns the wait answers of runs, by execution id, then by node id and iteration."""
 
 REQUESTS = {"stop": ControlRequest.STOP, "cancel": ControlRequest.CANCEL}
-"""What clients may ask of a run, by the word for it in rows and letters."""
+"""Control requests by their name in rows and direct messages."""
 
 
 class RunningExecution(msgspec.Struct, frozen=True):
-    """A run that this process holds."""
+    """Run that this process holds."""
 
     organization_id: str
     lease: RunLease
@@ -76,38 +76,38 @@ class RunningExecution(msgspec.Struct, frozen=True):
     journal: RunJournal
     task: asyncio.Task[None]
     begun_at: float
-    """By the monotonic clock."""
+    """Time by the monotonic clock."""
 
     def is_proven(self) -> bool:
-        """Tell whether the run has shown that it doesn't kill its process at once."""
+        """Return whether the run has lasted long enough, or recorded a result, without killing its process."""
         return self.journal.has_new_result or time.monotonic() - self.begun_at >= TRIAL_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
 class RecoveredState:
-    """What earlier attempts at a run have recorded."""
+    """Journal of the earlier attempts at a run."""
 
     spans: Sequence[NodeSpan] = ()
     last_sequence: int = 0
-    """Of spans and log lines, which are counted together."""
+    """Number of the last span or log line; both share one sequence."""
     wait_answers: Mapping[tuple[str, str], bytes] = field(default_factory=dict)
-    """What nodes were answered, by node id and iteration."""
+    """Wait answers of nodes, by node id and iteration."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutorHooks:
-    """What a process does around its runs, as far as it does."""
+    """Optional callbacks of the process that hosts an executor."""
 
     answers: ReadAnswers | None = None
-    """Reads what nodes were answered; without it, nobody answers any."""
+    """Reads the wait answers of nodes; without it, nodes get none."""
     on_left: Callable[[ClaimedRun, RunOutcome], None] | None = None
-    """Told of runs that have left, if their end is to be followed up or their place is another's."""
+    """Called when a run with completion actions or a concurrency slot has left the executor."""
     on_swept: Callable[[], Awaitable[None]] | None = None
     """Called after each sweep."""
 
 
 class RunExecutor:
-    """One process's share of the work."""
+    """Executor of one process: claims runs, executes them, and releases them."""
 
     def __init__(
         self,
@@ -121,9 +121,9 @@ class RunExecutor:
         around: ExecutorHooks | None = None,
         isolation: TrialGate | None = None,
     ) -> None:
-        """Without `blobs`, rows take inputs and outputs of any size.
+        """Without `blobs`, rows hold inputs and outputs of any size.
 
-        Whoever else runs executions in this process shares its `isolation`.
+        All executors of one process share one `isolation`.
         """
         self._store = store
         self._around = around or ExecutorHooks()
@@ -152,11 +152,11 @@ class RunExecutor:
         self._loops: list[asyncio.Task[None]] = []
 
     async def prepare(self, key: DefinitionKey, definition: str) -> None:
-        """Make a definition ready to run before there is a run of it."""
+        """Compile and cache a definition before a run needs it."""
         await self._programs.prepare(key, definition)
 
     async def start(self) -> None:
-        """Begin to claim, to sweep and to take wakeups."""
+        """Start the claim, sweep and commit loops, and listen for wakeups."""
         self._leases.start()
         await self._broker.listen(self._on_notification)
         self._broker.start_worker(self.wake)
@@ -168,16 +168,16 @@ class RunExecutor:
         self.wake()
 
     def wake(self, _shard: int = 0) -> None:
-        """There is work."""
+        """Request a claim, since runs may be pending."""
         self._owes_claim = True
         self._wanted.set()
 
     async def drain(self, *, patience_seconds: float = 0) -> None:
-        """Take nothing more and hand over what still runs after a while, at a node's boundary if that comes in time."""
+        """Stop claiming, and hand off runs that outlast the patience, at the boundary of a node if possible."""
         self._is_draining = True
         self._wanted.set()
         await self._broker.stop_worker()
-        # A claim under way is waited for: cancelled, it might leave runs with a lease and nobody to run them.
+        # Wait for a claim in progress: if cancelled, it might leave leased runs that no process executes.
         await asyncio.wait(self._loops[:1], timeout=CLAIM_SECONDS)
         await self._wait_for_runs(patience_seconds)
         await self._hand_off(ControlRequest.HAND_OFF, HAND_OFF_SECONDS)
@@ -189,7 +189,7 @@ class RunExecutor:
                 await self._recorder.drain()
         self._leases.stop()
         if self._active:
-            # A node that can't be broken off keeps its run: that is no loss, and its lease need not run out.
+            # A node that can't be interrupted keeps its run. That is no loss, and no lease needs to expire.
             with contextlib.suppress(DatabaseUnavailable):
                 await self._store.release(self._broker.channel, [])
         await wakeups.wake_workers(self._broker)
@@ -214,13 +214,13 @@ class RunExecutor:
             self._has_claimed = True
             await self._suppress_outages(
                 self._try_suspects
-            )  # while nothing else is held, none of them has to wait
+            )  # nothing else is held yet, so no run has to wait for the trials
         elif self._suspects.is_due and self._isolation.is_open:
-            self._in_background(self._try_suspects)  # what has just arrived doesn't wait for the look
+            self._in_background(self._try_suspects)  # new runs don't wait for the search
         await self._isolation.pass_gate()
         limit, others_than = self._free_slots()
         if limit <= 0 or self._is_draining:
-            return  # the end of a run says again that a claim is owed
+            return  # the end of a run triggers the owed claim
         self._owes_claim = bool(others_than)
         since = time.monotonic()
         claim = ClaimQuery(
@@ -238,7 +238,7 @@ class RunExecutor:
             self._is_claiming = False
 
     async def _claim_and_begin(self, claim: ClaimQuery, since: float) -> Sequence[ClaimedRun]:
-        """Claim runs and begin them; `since` is when that was begun, by the monotonic clock."""
+        """Claim runs and begin them; `since` is the time before the claim, by the monotonic clock."""
         try:
             claimed = await self._store.claim(claim)
         except DatabaseUnavailable:
@@ -263,15 +263,15 @@ class RunExecutor:
             await self._release_unheld()
             raise
         except Exception:
-            log.exception("runs not begun together", runs=len(claimed))
+            log.exception("claimed runs not started together", runs=len(claimed))
             await self._begin_each_alone(claimed, leases)
         return claimed
 
     def _free_slots(self) -> tuple[int, Sequence[str]]:
-        """Return how many runs may be taken, and whose may not.
+        """Return the number of runs to claim, and the organizations to exclude.
 
-        Where all places are taken, organisations that have none still get some: they would wait for others alone, and
-        those may hold theirs for as long as they like.
+        If all slots are taken, organizations without a run here may still claim a few. Otherwise they would
+        wait for others, whose runs may last arbitrarily long.
         """
         left = self._settings.concurrency - len(self._active)
         if left > 0:
@@ -284,12 +284,12 @@ class RunExecutor:
             try:
                 await self._begin([one], [lease])
             except Exception:
-                # As with a run that breaks: its lease runs out by itself, and the attempt is counted.
-                log.exception("run not begun", execution_id=one.execution_id)
+                # As with a run that breaks: its lease expires, and the attempt is counted.
+                log.exception("run not started", execution_id=one.execution_id)
                 self._leases.release(lease)
 
     def _remember_turns(self, claimed: Sequence[ClaimedRun]) -> None:
-        """Let the next claim go on behind what this one took."""
+        """Store the round-robin position, so that the next claim continues behind this one."""
         self._after_organization = claimed[-1].organization_id
         for one in claimed:
             self._turns[one.organization_id] = turn_of_workflow(one.workflow_id) + 1
@@ -298,7 +298,7 @@ class RunExecutor:
             self._turns.popitem(last=False)
 
     async def _release_unheld(self) -> None:
-        """Give back what the database may say is ours, and isn't: a claim may be made though its answer was lost."""
+        """Release runs that only the database assigns to this process: a claim's answer may be lost."""
         self.wake()
         await self._store.release(self._broker.channel, self._leases.execution_ids())
 
@@ -356,7 +356,7 @@ class RunExecutor:
     async def _read_answers(
         self, one: ClaimedRun, journal: RunJournal
     ) -> Mapping[tuple[str, str], bytes] | None:
-        """Return what nodes of a run were answered by now; None where the database doesn't say."""
+        """Return the current wait answers of a run; None if the database is unavailable."""
         try:
             answers = await self._group_answers([ExecutionKey(one.execution_id, one.shard)])
         except DatabaseUnavailable:
@@ -376,11 +376,11 @@ class RunExecutor:
     # ── trials ────────────────────────────────────────────────────────────────────────────────────
 
     def _is_proven(self) -> bool:
-        """Tell whether nothing here is under way that has not shown that it is harmless."""
+        """Return whether all runs here are proven harmless and no claim is in progress."""
         return not self._is_claiming and all(active.is_proven() for active in self._active.values())
 
     async def _try_suspects(self) -> None:
-        """Run suspects one after another, apart from what is not proven."""
+        """Run suspects one after another, apart from unproven runs."""
         max_isolation_losses = await self._suspects.find()
         if max_isolation_losses is None:
             return
@@ -401,7 +401,7 @@ class RunExecutor:
         self._suspects.pause()
 
     async def _watch_trial(self, one: ClaimedRun) -> None:
-        """Return once a run is proven, or has left."""
+        """Wait until a run is proven or has left."""
         log.info("suspect on trial", execution_id=one.execution_id, attempt=one.attempt)
         active = self._active.get(one.execution_id)
         while active is not None and not active.is_proven() and not active.task.done():
@@ -409,7 +409,7 @@ class RunExecutor:
             if active.journal.owes_result and not active.journal.is_committing:
                 await self._suppress_outages(
                     active.journal.commit
-                )  # others wait, and each moment it may lose a worker
+                )  # other claims wait for it, and it may kill the worker at any moment
         if active is not None and not active.task.done() and not active.journal.has_new_result:
             await self._suppress_outages(active.journal.pass_trial)
 
@@ -430,8 +430,8 @@ class RunExecutor:
         except LeaseLost:
             log.warning("run abandoned", execution_id=one.execution_id, reason="lease lost")
         except Exception:
-            # The lease runs out by itself; the attempt is counted, so a run that always breaks ends as crashed.
-            log.exception("run broke", execution_id=one.execution_id)
+            # The lease expires, and the attempt is counted, so a run that always breaks ends as crashed.
+            log.exception("run failed unexpectedly", execution_id=one.execution_id)
         else:
             self._on_ended(one, ended)
         finally:
@@ -491,7 +491,7 @@ class RunExecutor:
             error=ended.error.code if ended.error else None,
         )
 
-    # ── what others say ───────────────────────────────────────────────────────────────────────────
+    # ── requests and notifications ────────────────────────────────────────────────────────────────────
 
     def _on_notification(self, notification: Notification) -> None:
         if not isinstance(notification, DirectMessage):
@@ -511,14 +511,14 @@ class RunExecutor:
             active.control.ask(ControlRequest.ABANDON)
 
     def _running_execution(self, lease: RunLease) -> RunningExecution | None:
-        """Return the run under this very lease: an execution that was lost may be back here under another."""
+        """Return the run under this very lease: a lost execution may be back here under another lease."""
         active = self._active.get(lease.key.execution_id)
         return active if active is not None and active.lease is lease else None
 
     def _publish(self, channels: Mapping[str, str]) -> None:
         self._in_background(lambda: self._broker.publish(channels))
 
-    # ── duties ────────────────────────────────────────────────────────────────────────────────────
+    # ── periodic duties ───────────────────────────────────────────────────────────────────────────────
 
     async def _promote_due(self) -> None:
         if self._is_draining:
@@ -527,7 +527,7 @@ class RunExecutor:
             self.wake()
 
     async def _sweep(self) -> None:
-        # Spread out, so that workers that were started together don't all look at once.
+        # Jitter, so that workers that started together don't all sweep at once.
         await asyncio.sleep(self._settings.seconds_between_sweeps * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
         while True:
             swept = await self._store.sweep(SWEEP_ROWS)
@@ -541,7 +541,7 @@ class RunExecutor:
             await self._around.on_swept()
 
     async def _commit_dirty(self) -> None:
-        """Commit what has waited for a commit of its own run, so that at most a moment's reads are repeated."""
+        """Commit results that their runs haven't committed yet, to bound the reads that a crash repeats."""
         await asyncio.sleep(self._settings.commit_seconds)
         for active in list(self._active.values()):
             if active.journal.is_dirty and not active.journal.is_committing:
@@ -556,11 +556,11 @@ class RunExecutor:
             await self._attempt(duty, name)
 
     async def _attempt(self, duty: Callable[[], Awaitable[None]], name: str) -> None:
-        """Do a duty and survive whatever happens: this is the outermost loop of the process's work."""
+        """Run a duty and survive any error: this is the outermost loop of the process."""
         try:
             await duty()
         except DatabaseUnavailable as error:
-            log.warning("database not reached", duty=name, error=str(error))
+            log.warning("database unavailable", duty=name, error=str(error))
             await asyncio.sleep(PAUSE_SECONDS)
         except Exception:
             log.exception("duty failed", duty=name)
@@ -572,10 +572,10 @@ class RunExecutor:
         task.add_done_callback(self._side_tasks.discard)
 
     async def _suppress_outages(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do what may fail without harm: the sweep, or the run itself, sees to it again."""
+        """Do work that may fail without harm: the sweep, or the run itself, repeats it."""
         try:
             await work()
         except (BrokerUnavailable, DatabaseUnavailable, LeaseLost) as error:
-            log.debug("not done", error=str(error))
+            log.debug("background work not completed", error=str(error))
         except Exception:
-            log.exception("not done")
+            log.exception("background work failed")

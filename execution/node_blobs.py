@@ -1,4 +1,4 @@
-"""The blobs of a process as its nodes use them: each sees those of its own line of runs, and no others."""
+"""Blob service for nodes: each run reads only blobs of its own chain of resumed runs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from journal.blobs.blob_store import RunBlobs
 
 MAX_BLOB_BYTES: Final = 50_000_000
-"""What a node has of a content, it has in memory."""
+"""Maximum size of a blob for nodes, which hold the content in memory."""
 
 
 class NodeBlobs:
-    """Keeps the promises of `engine.services.BlobService`."""
+    """Blobs for the nodes of a process; implements `engine.services.BlobService`."""
 
     def __init__(self, blobs: RunBlobs) -> None:
         self._blobs = blobs
@@ -27,7 +27,7 @@ class NodeBlobs:
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
-        """Keep a content; see `Blobs.put`."""
+        """Store the content of a blob; see `BlobService.put`."""
         if len(content) > MAX_BLOB_BYTES:
             raise _blob_too_large(len(content), MAX_BLOB_BYTES)
         try:
@@ -37,10 +37,10 @@ class NodeBlobs:
         return reference.as_json()
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return a content; see `Blobs.get`."""
+        """Return the content of a blob; see `BlobService.get`."""
         max_bytes = min(max_bytes, MAX_BLOB_BYTES)
         try:
-            # Only the hash of what was given counts: where it leads is decided by the run, never by the reference.
+            # Only the hash of the reference counts: the run, never the reference, decides where to read.
             return await self._blobs.get(
                 _blob_owner(caller), BlobReference.from_value(reference).sha256, max_bytes=max_bytes
             )
@@ -50,7 +50,7 @@ class NodeBlobs:
             raise _blob_too_large(error.size, max_bytes) from error
         except BlobLost as error:
             raise NodeError(
-                "This run was given no such blob, or it is spoilt", code="blob-not-found"
+                "This run has no such blob, or its content is corrupt", code="blob-not-found"
             ) from error
         except BlobsUnavailable as error:
             raise _blobs_unavailable() from error
@@ -61,7 +61,7 @@ def _blob_owner(caller: RunCaller) -> BlobOwner:
 
 
 def _blob_too_large(size: int, max_bytes: int) -> NodeError:
-    message = f"The content has {size:,} bytes; at most {max_bytes:,} are taken"
+    message = f"The content has {size:,} bytes; the maximum is {max_bytes:,}"
     return NodeError(message, code="blob-too-large")
 
 

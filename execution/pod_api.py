@@ -1,7 +1,8 @@
-"""What a pod asks of the gateway in the place of a database, and what it is answered: bodies of `/internal/v1/…`.
+"""Request and response bodies of `/internal/v1/…`, the API with which pods replace database access.
 
-Every call carries `Authorization: Bearer` with the token of its deployment, and in `X-Runner` the name of the pod and
-when its process began, `<pod>/<milliseconds since 1970>`: the two together hold the leases.
+Every call carries `Authorization: Bearer` with the token of its deployment. `X-Runner` carries the name of
+the pod and the start time of its process, `<pod>/<milliseconds since 1970>`: the two together hold the
+leases.
 """
 
 from __future__ import annotations
@@ -19,18 +20,18 @@ from models.loss_limits import MAX_ISOLATION_LOSSES
 PREFIX: Final = "/internal/v1"
 RUNNER_HEADER: Final = "X-Runner"
 NODE_ERROR_HEADER: Final = "X-Node-Error"
-"""Stands on refusals that are the node's own to see: `final`, or `retryable`."""
+"""Header of refusals that the node itself should see: `final` or `retryable`."""
 RETRYABLE: Final = "retryable"
 FINAL: Final = "final"
 
 MAX_CLAIM: Final = 50
 MAX_WRITES: Final = 200
 MAX_RUNS: Final = 10_000
-"""Runs that one pod holds at once."""
+"""Maximum number of runs that one pod holds."""
 MAX_LEASE_SECONDS: Final = 600.0
 MAX_WAIT_SECONDS: Final = 25.0
 MAX_RECORD_BYTES: Final = 80_000_000
-"""A run commits once it has 10 MB to tell, or a single output of up to 50 MB; Base64 adds a third."""
+"""A run commits once it has 10 MB to record, or a single output of up to 50 MB; Base64 adds a third."""
 SPANS_PER_PAGE: Final = 200
 MAX_FILTER_CHARACTERS: Final = 65_536
 
@@ -39,7 +40,7 @@ Ids = Annotated[list[str], msgspec.Meta(max_length=MAX_RUNS)]
 
 
 class ServerDatabaseAddress(msgspec.Struct, frozen=True):
-    """Where the server keeps its own data: no data source leads there."""
+    """Address of the server's own database, which no data source may reach."""
 
     host: str
     port: int
@@ -47,85 +48,87 @@ class ServerDatabaseAddress(msgspec.Struct, frozen=True):
 
 
 class PodContact(msgspec.Struct, frozen=True):
-    """What a pod is told first."""
+    """Response to the first call of a pod: its deployment and definition."""
 
     organization_id: str
     shard: int
     definition_hash: str
     definition: str
     own_database: ServerDatabaseAddress | None
-    """None where it is a file, which no address leads to."""
+    """None if the database is a file, which no address reaches."""
     is_stopped: bool = False
-    """Its pods are to end, and their runs have had their time to."""
+    """Whether pods of the deployment are to exit; the time for their runs to end is over."""
     now: datetime | None = None
-    """The database's time; None from a gateway of an earlier version."""
+    """Time of the database; None from a gateway of an earlier version."""
 
 
 class WorkPollRequest(msgspec.Struct, frozen=True):
-    """Wait until there is work, where the pod can take some, or somebody asks something of a run that it holds."""
+    """Wait for work, if the pod has capacity, or for a control request to a run that it holds."""
 
     seconds: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_SECONDS)]
     wants_work: bool
     heard: Mapping[str, str] = {}
-    """What was asked of its runs, as far as it knows: `stop` or `cancel`, by execution id."""
+    """Control requests that the pod knows of: `stop` or `cancel`, by execution id."""
     arrivals: Mapping[str, int] = {}
-    """How many arrivals it has been told of, by gateway: of one more it is told at once, even if it wants no work."""
+    """Last known number of arrivals by gateway. The poll returns at once on a higher number, even if it wants
+    no work.
+    """
 
 
 class WorkPollResponse(msgspec.Struct, frozen=True):
-    """What the wait was for; neither where it was in vain."""
+    """Result of a work poll; empty after its timeout."""
 
     has_work: bool = False
     requests: Mapping[str, str] = {}
     gateway: str = ""
     arrivals: int = 0
-    """How many runs, or batches of them, have arrived there for this deployment."""
+    """Number of runs, or batches of them, that this gateway has accepted for the deployment."""
 
 
 class ClaimRequest(msgspec.Struct, frozen=True):
-    """Take the best pending runs."""
+    """Claim the best pending runs."""
 
     limit: Annotated[int, msgspec.Meta(ge=1, le=MAX_CLAIM)]
     lease_seconds: LeaseSeconds
     is_trial: bool = False
-    """Suspects, and nothing else."""
+    """Whether to claim suspects only."""
     max_isolation_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_ISOLATION_LOSSES)] = MAX_ISOLATION_LOSSES
 
 
 class ClaimResponse(msgspec.Struct, frozen=True):
-    """Runs that are now the pod's."""
+    """Claimed runs."""
 
     runs: Sequence[ClaimedRun]
 
 
 class SuspectsRequest(msgspec.Struct, frozen=True):
-    """Look for runs of this deployment to be put on trial."""
+    """Search for suspects of this deployment."""
 
     max_isolation_losses: Annotated[int, msgspec.Meta(ge=0, le=MAX_ISOLATION_LOSSES)]
 
 
 class SuspectsResponse(msgspec.Struct, frozen=True):
-    """Whether runs of this deployment wait to be put on trial."""
+    """Presence of suspects of this deployment."""
 
     has_suspects: bool
 
 
 class RecordRequest(msgspec.Struct, frozen=True):
-    """Write what runs have done; a repetition changes nothing."""
+    """Record the progress of runs; idempotent."""
 
     writes: Annotated[list[RunWrite], msgspec.Meta(max_length=MAX_WRITES)]
 
 
 class RecordResponse(msgspec.Struct, frozen=True):
-    """The runs that still held their tokens."""
+    """Runs whose fencing tokens were still valid."""
 
     held: Sequence[str]
     unwritten: Sequence[str] = ()
-    """Those whose rows another transaction has locked."""
+    """Runs whose rows another transaction has locked."""
 
 
 class LeaseIdentity(msgspec.Struct, frozen=True):
-    """A lease to be renewed."""
+    """Lease to renew."""
 
     execution_id: str
     shard: int
@@ -133,74 +136,74 @@ class LeaseIdentity(msgspec.Struct, frozen=True):
 
 
 class RenewRequest(msgspec.Struct, frozen=True):
-    """Extend leases."""
+    """Renew leases."""
 
     leases: Annotated[list[LeaseIdentity], msgspec.Meta(max_length=MAX_RUNS)]
     lease_seconds: LeaseSeconds
 
 
 class RenewResponse(msgspec.Struct, frozen=True):
-    """Those that were extended, with what was asked of each run meanwhile."""
+    """Renewed leases, with the control request of each run."""
 
     requests: Mapping[str, str | None]
     locked: Sequence[str] = ()
-    """Those that were neither extended nor lost."""
+    """Runs whose leases were neither renewed nor lost."""
     now: datetime | None = None
-    """The database's time; None from a gateway of an earlier version."""
+    """Time of the database; None from a gateway of an earlier version."""
 
 
 class ReleaseRequest(msgspec.Struct, frozen=True):
-    """Give back what this pod holds by the rows, and never began."""
+    """Release runs that the database assigns to this pod, but that it never began."""
 
     held: Ids
 
 
 class CountResponse(msgspec.Struct, frozen=True):
-    """How many rows a call has changed."""
+    """Number of rows that a call has changed."""
 
     count: int
 
 
 class DefinitionsRequest(msgspec.Struct, frozen=True):
-    """Read definitions that runs of this pod were accepted with."""
+    """Read the definitions that runs of this pod were accepted with."""
 
     hashes: Annotated[list[str], msgspec.Meta(max_length=MAX_CLAIM)]
 
 
 class DefinitionsResponse(msgspec.Struct, frozen=True):
-    """Texts by their hashes."""
+    """Definitions by their hashes."""
 
     texts: Mapping[str, str]
 
 
 class RunsRequest(msgspec.Struct, frozen=True):
-    """Read something of runs that this pod holds."""
+    """Read data of runs that this pod holds."""
 
     execution_ids: Ids
 
 
 class SpansRequest(msgspec.Struct, frozen=True):
-    """Read a page of what was recorded of one run."""
+    """Read a page of the recorded spans of one run."""
 
     execution_id: str
     after: int = 0
-    """The sequence number of the last span of the page before."""
+    """Sequence number of the last span of the previous page."""
 
 
 class SpansResponse(msgspec.Struct, frozen=True):
-    """A page; a full one may have another behind it."""
+    """Page of spans; another page may follow a full one."""
 
     spans: Sequence[NodeSpan]
 
 
 class LogPositions(msgspec.Struct, frozen=True):
-    """The highest sequence number of each run's log."""
+    """Highest sequence number in each run's log."""
 
     last_lines: Mapping[str, int]
 
 
 class NodeAnswerRecord(msgspec.Struct, frozen=True):
-    """What a node was answered."""
+    """Wait answer of a node."""
 
     execution_id: str
     node_id: str
@@ -209,7 +212,7 @@ class NodeAnswerRecord(msgspec.Struct, frozen=True):
 
 
 class NodeAnswersResponse(msgspec.Struct, frozen=True):
-    """All of several runs."""
+    """Wait answers of the requested runs."""
 
     answers: Sequence[NodeAnswerRecord]
 
@@ -221,7 +224,7 @@ class DataSourceRequest(msgspec.Struct, frozen=True):
 
 
 class StartRunRequest(msgspec.Struct, frozen=True):
-    """Start a run for a node of one that this pod holds; once, however often that is asked."""
+    """Start a sub-workflow run for a node of a run that this pod holds; idempotent."""
 
     workflow_id: str
     inputs: msgspec.Raw
@@ -231,13 +234,13 @@ class StartRunRequest(msgspec.Struct, frozen=True):
 
 
 class StartRunResponse(msgspec.Struct, frozen=True):
-    """The run."""
+    """Identity of the started run."""
 
     execution_id: str
 
 
 class ExpectEventRequest(msgspec.Struct, frozen=True):
-    """Have a node of a run that this pod holds wait for an event; once, however often that is asked."""
+    """Register a node of a run that this pod holds as waiting for an event; idempotent."""
 
     node_id: Annotated[str, msgspec.Meta(max_length=64)]
     iteration: Annotated[str, msgspec.Meta(max_length=200)]
@@ -249,13 +252,13 @@ class ExpectEventRequest(msgspec.Struct, frozen=True):
 
 
 class ExpectEventResponse(msgspec.Struct, frozen=True):
-    """When it has waited long enough."""
+    """Time at which the wait expires."""
 
     expires_at: datetime | None
 
 
 class ThrottleRequest(msgspec.Struct, frozen=True):
-    """Take the next place of something that happens at a limited rate."""
+    """Reserve the next slot of a shared rate limit."""
 
     key: Annotated[str, msgspec.Meta(max_length=500)]
     limit: Annotated[int, msgspec.Meta(ge=1)]
@@ -264,6 +267,6 @@ class ThrottleRequest(msgspec.Struct, frozen=True):
 
 
 class ThrottleResponse(msgspec.Struct, frozen=True):
-    """When that place is."""
+    """Time of the reserved slot."""
 
     at: datetime

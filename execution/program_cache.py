@@ -1,4 +1,4 @@
-"""Definitions made ready to run, kept while they are used."""
+"""Cache of compiled definitions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_CACHED_NODES = 100_000
-"""Programs are kept until their nodes are this many, all together."""
+"""Capacity of the cache, in nodes of all programs."""
 LONG_DEFINITION_CHARACTERS = 50_000
-"""A definition of so many takes some ten milliseconds to compile."""
+"""Length above which a definition is compiled in a thread; it takes some ten milliseconds."""
 CHARACTERS_PER_NODE = 1_000
-"""Of a definition, so many count as a node: it may be long by what is pinned, or stands in configs."""
+"""Characters of a definition that count as one node: pinned data and configs may be long."""
 
 
 class CachedProgram(NamedTuple):
-    """A program, and as how many nodes it counts."""
+    """Program, and the number of nodes that it counts as."""
 
     program: WorkflowProgram | InvalidDefinition
     nodes: int
 
 
 class ProgramCache:
-    """Compiled definitions by organisation and content hash; the least recently used go first."""
+    """Compiled definitions by organization and content hash; evicts the least recently used."""
 
     def __init__(self, store: RunStore, catalog: NodeCatalog) -> None:
         self._store = store
@@ -48,7 +48,7 @@ class ProgramCache:
     async def load(
         self, runs: Sequence[ClaimedRun]
     ) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
-        """Return the program of each run's definition, or why it can't run."""
+        """Return the program of each run's definition, or the error that prevents its run."""
         wanted = {definition_key(run) for run in runs}
         missing = [key for key in wanted if key not in self._kept]
         texts = await self._store.definitions(missing) if missing else {}
@@ -64,8 +64,8 @@ class ProgramCache:
         return found
 
     async def prepare(self, key: DefinitionKey, text: str) -> None:
-        """Keep the program of a definition that somebody else has read."""
-        # In a thread where it takes long: the runs that are held already go on meanwhile.
+        """Compile and cache a definition whose text the caller has read."""
+        # In a thread if it takes long: runs in progress continue meanwhile.
         is_long = len(text) > LONG_DEFINITION_CHARACTERS
         program = await asyncio.to_thread(self._compile, text) if is_long else self._compile(text)
         self._keep(key, program, len(text))
@@ -78,7 +78,7 @@ class ProgramCache:
         except InvalidDefinition as error:
             return error
         except Exception as error:
-            # Whatever is wrong with one definition must not keep a worker from its other runs.
+            # A fault in one definition must not keep a worker from its other runs.
             log.exception("definition not compiled")
             return InvalidDefinition(f"The definition can't be read: {type(error).__name__}: {error}")
 
@@ -98,5 +98,5 @@ class ProgramCache:
 
 
 def definition_key(run: ClaimedRun) -> DefinitionKey:
-    """Return where a run's definition is."""
+    """Return the key under which a run's definition is stored."""
     return DefinitionKey(run.organization_id, run.definition_hash, run.shard)

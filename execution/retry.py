@@ -1,4 +1,4 @@
-"""What a node asks of our own database, asked again for as long as that doesn't answer."""
+"""Retries of database work on behalf of nodes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ PAUSE_SECONDS: Final = 0.5
 
 
 async def until_available(work: Callable[[], Awaitable[T]]) -> T:
-    """Return what `work` returns once the database has answered; the end of the run's lease breaks that off.
+    """Call `work` until the database is available, and return its result; losing the lease cancels it.
 
-    What failed may have been done all the same, so `work` is harmless twice.
+    A failed call may have been committed, so `work` must be idempotent.
     """
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Settings of whoever runs executions: read once, when the process starts."""
+"""Settings of processes that execute runs: read once, at the start."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_CPU_PROCESSES = 64
 
 
 class ExecutionSettings(BaseSettings):
-    """What workers and pods read alike."""
+    """Settings that workers and pods share."""
 
     concurrency: int = Field(
         default=100,
@@ -100,11 +100,11 @@ class ExecutionSettings(BaseSettings):
     @property
     @abstractmethod
     def seconds_between_sweeps(self) -> float:
-        """How often to look for runs that nobody holds."""
+        """Seconds between searches for runs without an owner."""
 
     @property
     def limits(self) -> RunLimits:
-        """What one run may take."""
+        """Limits of a single run."""
         return RunLimits(
             max_output_bytes=self.max_output_bytes,
             max_log_lines=self.max_log_lines,

@@ -1,4 +1,4 @@
-"""What happens at a limited rate over all runs of an organisation: each takes the next place in one row."""
+"""Rate limits that all runs of an organization share: each call reserves the next slot in one row."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class SharedThrottle:
-    """Spreads what happens evenly, by the database's clock; keeps the promises of `engine.services.ThrottleService`."""
+    """Rate limiter with evenly spaced slots by the database's clock; implements
+    `engine.services.ThrottleService`.
+    """
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -32,9 +34,9 @@ class SharedThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Return when one more may pass, and take that place; raises `NodeError` where it is too far away.
+        """Reserve the next free slot and return its time; raises `NodeError` if it is too far away.
 
-        A place that was taken and not used, since its worker died, stays empty.
+        A slot that is reserved but not used, since its worker died, stays empty.
         """
         apart = timedelta(seconds=per_seconds / limit)
         reach = timedelta(seconds=max_wait_seconds)
@@ -42,9 +44,7 @@ class SharedThrottle:
         row = f"throttle:{caller.organization_id}:{key}"
         place = await until_available(lambda: self._database.transaction(take, locks=row))
         if place is None:
-            message = (
-                f"More than {limit} in {per_seconds:g} s: the next place is over {max_wait_seconds:g} s away"
-            )
+            message = f"Rate limit of {limit} per {per_seconds:g} s: the next slot is over {max_wait_seconds:g} s away"
             raise NodeError(message, code="throttled", retryable=True)
         return place
 
@@ -52,7 +52,7 @@ class SharedThrottle:
 async def _reserve_slot(
     organization_id: str, key: str, apart: timedelta, reach: timedelta, connection: AsyncConnection
 ) -> datetime | None:
-    """Take the first place that is free; None where that is further away than `reach`."""
+    """Reserve the first free slot; None if it is further away than `reach`."""
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
     now, step = DatabaseTime(), apart // timedelta(microseconds=1)
     next_at = type_coerce(col(ThrottleRow.next_at), BigInteger)

@@ -1,4 +1,4 @@
-"""Data sources for runs: looked up in the name of whom a workflow runs for, each time that it matters."""
+"""Data sources for runs: looked up with the permissions of the user that a workflow runs for."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 CACHE_SECONDS: Final = 2.0
-"""How long a change of a data source, or of who may use it, may go unseen by nodes that start."""
+"""Maximum delay until starting nodes see a change of a data source or of its shares."""
 MAX_CACHED: Final = 1_000
 
 _SourceKey: TypeAlias = tuple[str, str, str]
-"""An organisation, a user of it, and a data source."""
+"""Organization, user and data source."""
 
 
 class StoredDataSources:
-    """Finds data sources in the database, and remembers them for a moment: a loop asks for the same one every time."""
+    """Data sources in the database, cached briefly: a loop asks for the same data source every time."""
 
     def __init__(self, database: Database, vault: SecretVault) -> None:
         self._database = database
@@ -50,7 +50,7 @@ class StoredDataSources:
         return await self._lookups.get(key)
 
     def clear(self) -> None:
-        """Look every one up anew."""
+        """Drop all cached data sources."""
         self._remembered.clear()
         self._lookups = SingleFlight(self._find)
 
@@ -74,7 +74,7 @@ class StoredDataSources:
             message = "The data source could not be looked up just now"
             raise NodeError(message, code="data-source-unavailable", retryable=True) from error
         if row is None:
-            # The same for what is absent and for what isn't theirs: an id tells nothing to whoever guesses it.
+            # The same text for absent and for forbidden data sources: guessing an id reveals nothing.
             message = f"There is no data source {source_id!r} that this run may use"
             raise NodeError(message, code="data-source-not-found")
         return DataSource(**row)
@@ -83,8 +83,8 @@ class StoredDataSources:
         try:
             secrets = decrypt_secrets(self._vault, row)
         except VaultError as error:
-            log.error("data source can't be opened", data_source_id=row.id, reason=str(error))  # noqa: TRY400 - a trace tells no more
-            message = f"The secrets of the data source {row.id!r} can't be read: they must be given again"
+            log.error("data source can't be opened", data_source_id=row.id, reason=str(error))  # noqa: TRY400 - a trace adds nothing
+            message = f"The secrets of the data source {row.id!r} can't be decrypted: enter them again"
             raise NodeError(message, code="data-source-unreadable") from error
         return ConnectionSource(
             id=row.id,

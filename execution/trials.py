@@ -1,6 +1,6 @@
-"""Trials: a run that has lost several workers is run apart from whatever else a process has just begun.
+"""Trials: a suspect, a run that has lost several workers, runs apart from other unproven runs.
 
-Should the process die then, it is known for whose sake: the others have proved harmless, or have not begun.
+If the process dies then, the suspect is the cause: the other runs have proved harmless or have not begun.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from journal.store import RunStore
 
 TRIAL_SECONDS: Final = 5.0
-"""A run is proven, to this process, once it has run for so long or has recorded a new result."""
+"""Time after which a run counts as proven in this process; a new recorded result proves it earlier."""
 POLL_SECONDS: Final = 0.01
 
 
 class SuspectSearch:
-    """Looks now and then whether suspects wait that this process may put on trial."""
+    """Periodic search for suspects that this process may put on trial."""
 
     def __init__(self, store: RunStore, settings: ExecutionSettings, target: str = "shared") -> None:
         self._store = store
@@ -34,14 +34,15 @@ class SuspectSearch:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is time to look again."""
+        """Whether the next search is due."""
         return time.monotonic() >= self._next_at
 
     async def find(self) -> int | None:
-        """Return how many workers a suspect may have lost on trial; None where there is none to be taken now.
+        """Return the number of workers that a suspect may have lost on trial; None without a suspect.
 
-        One whose trial has ended a process is left to processes that have outlived a lease: where they are ended from
-        outside, moments after each start, it is not tried at all. Raises `DatabaseUnavailable`.
+        A suspect whose trial has ended a process is left to processes that have outlived a lease. If
+        processes are ended from outside, moments after each start, no trial takes place. Raises
+        `DatabaseUnavailable`.
         """
         if not self.is_due:
             return None
@@ -54,12 +55,12 @@ class SuspectSearch:
         )
 
     def pause(self) -> None:
-        """Let others be claimed before the next trials."""
+        """Let other runs be claimed before the next trials."""
         self._next_at = time.monotonic() + self._every_seconds
 
 
 class TrialGate:
-    """One process's trials: one at a time, with a gate that those who claim runs pass."""
+    """Gate that stops claims in one process during a trial; one trial at a time."""
 
     def __init__(self) -> None:
         self._is_open = asyncio.Event()
@@ -68,26 +69,26 @@ class TrialGate:
         self._are_proven: list[Callable[[], bool]] = []
 
     def join(self, is_proven: Callable[[], bool]) -> None:
-        """Have trials wait until `is_proven` tells that all runs of a claimer are, claims under way included."""
+        """Register a claimer: trials wait until `is_proven` holds for all its runs and claims in progress."""
         self._are_proven.append(is_proven)
 
     @property
     def is_open(self) -> bool:
-        """Whether no trial goes on."""
+        """Whether no trial is in progress."""
         return self._is_open.is_set()
 
     async def pass_gate(self) -> None:
-        """Wait until no trial goes on; to be awaited before each claim."""
-        while not self._is_open.is_set():  # it may be closed again by the time that this wakes up
+        """Wait until no trial is in progress; await this before each claim."""
+        while not self._is_open.is_set():  # it may be closed again by the time this wakes up
             await self._is_open.wait()
 
     @asynccontextmanager
     async def run_trial(self) -> AsyncIterator[None]:
-        """Keep others from claiming, from when all that they hold is proven until the block is left."""
+        """Stop claims, wait until all held runs are proven, and keep the gate closed until the block ends."""
         async with self._turn:
             self._is_open.clear()
             try:
-                # It ends: whatever runs for long enough is proven.
+                # This ends: a run is proven once it has lasted long enough.
                 while not all(is_proven() for is_proven in self._are_proven):  # noqa: ASYNC110 - time proves it, too
                     await asyncio.sleep(POLL_SECONDS)
                 yield

@@ -1,4 +1,4 @@
-"""Whether and how a process runs users' code."""
+"""Selection of the runner for code nodes by the settings of a process."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ REFUSAL_REASONS = {
 
 
 def open_worker_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
-    """Return what runs code nodes on a shared worker; nothing is started before it is needed."""
+    """Return the runner for code nodes on a shared worker; it starts processes only when needed."""
     if settings.code_nodes == "on":
         return _open_code(settings)
     return RefusedCode(REFUSAL_REASONS[settings.code_nodes])
 
 
 def open_pod_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
-    """Return what runs code nodes in a pod, which is one workflow's own."""
+    """Return the runner for code nodes in a pod, which serves a single workflow."""
     if settings.code_nodes == "off":
         return RefusedCode(REFUSAL_REASONS["off"])
     return _open_code(settings)

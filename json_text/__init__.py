@@ -1,1 +1,1 @@
-"""JSON text, read at a cost that is known beforehand."""
+"""JSON decoding with a bounded cost."""

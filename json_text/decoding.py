@@ -1,7 +1,8 @@
-"""Decode JSON text at a cost that grows with its length alone, whatever it holds.
+"""Decode JSON text at a cost that depends only on its length.
 
-msgspec by itself takes 8 µs for a number such as `1e300`, with the interpreter's lock held: a megabyte of them stops
-every thread of a process for seconds. Every decoder of the project is made here, with a hook for such numbers.
+msgspec by itself takes 8 µs for a number such as `1e300`, with the interpreter's lock held: a megabyte of
+them stops every thread of a process for seconds. This module builds every decoder of the project, with a hook
+for such numbers.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def build_decoder(kind: object) -> Decoder[Any]: ...
 def build_decoder(kind: object = Any) -> Decoder[Any]:
     """Return a decoder of a type; raises `TypeError` for a type with a float inside a list or a mapping.
 
-    msgspec calls the hook for `Any` alone, and decodes a field that is said to be a float by itself: one is no matter,
-    a list of them is. Where a stranger might give one field many times, screen the text first, as `engine.values` does.
+    msgspec calls the hook for `Any` alone, and decodes a field of type float by itself: a single float is
+    harmless, a list of floats is not. Where a client could repeat a field many times, screen the text first,
+    as `engine.values` does.
     """
     for part in _iterate_types(inspect.type_info(kind), set()):
         if isinstance(part, _COLLECTIONS) and any(_is_float(inner) for inner in _iterate_types(part, set())):
@@ -50,7 +52,7 @@ def decode(text: bytes | str, kind: type[Kind]) -> Kind: ...
 def decode(text: bytes | str, kind: object = Any) -> Any:
     """Return the value of a text as a type; raises `ValueError` and `RecursionError`.
 
-    A long text of any value is decoded in pieces; of two members of one name, the second wins.
+    A long text is decoded in pieces if the type is `Any`. If two members have the same name, the second wins.
     """
     decode_whole = _cached_decoder(kind).decode
     if kind is not Any or len(text) <= pieces.LONG_BYTES:
@@ -67,7 +69,7 @@ def _cached_decoder(kind: object) -> Decoder[Any]:
 
 
 def _iterate_types(node: object, seen: set[int]) -> Iterator[object]:
-    """Yield a type and all types that it is made of, each once."""
+    """Yield a type and all types inside it, each once."""
     if isinstance(node, tuple):
         for item in node:
             yield from _iterate_types(item, seen)
@@ -83,9 +85,9 @@ def _is_float(part: object) -> bool:
 
 
 def _parse_finite_float(text: str) -> float:
-    """Return a number; raises `ValueError` where it would be infinite, as msgspec does by itself.
+    """Return a number; raises `ValueError` if it would be infinite, as msgspec does by itself.
 
-    A function of Python's own, unlike `float`, lets other threads go on between two numbers.
+    A Python function, unlike the built-in `float`, lets other threads run between two numbers.
     """
     number = float(text)
     if not isfinite(number):

@@ -1,7 +1,8 @@
-"""Decode a long JSON text in pieces: no other thread waits for the interpreter longer than one of them takes.
+"""Decode a long JSON text in pieces, so that no other thread waits for the interpreter longer than one piece
+takes.
 
-A text is cut behind commas. Each piece is put between the brackets that are open around it, so that it is a text of its
-own, and its value is added to the containers that the pieces before it have left open.
+The text is cut behind commas. Each piece is enclosed in the brackets that are open around it, so that it
+is a JSON text of its own. Its value is added to the containers that earlier pieces have left open.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from msgspec.json import Decoder  # noqa: TID251 - it makes no value: see `_requ
 JsonContainer: TypeAlias = "dict[str, Any] | list[Any]"
 
 LONG_BYTES: Final = 131_072
-"""A longer text is worth the effort: others are decoded in some milliseconds, whatever they hold."""
+"""Length in bytes above which a text is decoded in pieces; a shorter one takes some milliseconds at most."""
 PIECE_BYTES: Final = 32_768
-"""Holds at most twice as many containers as are made between two collections of garbage, so that each stays short."""
+"""Length of a piece. It creates at most twice as many containers as trigger a garbage collection, which keeps
+each of those short.
+"""
 
 _SECRET: Final = token_hex(16)
-"""Makes the names of members that are added to pieces: nobody can write a text in which they occur."""
+"""Random part of the member names that pieces are extended with; no sender can guess it."""
 _NAME: Final = f"continued-{_SECRET}"
 _OPEN_MARK: Final = f"open-{_SECRET}"
 _OPENING: Final = {"[": b"[", "{": b'{"%s":' % _NAME.encode()}
@@ -29,13 +32,13 @@ _CLOSING: Final = {"[": b"]", "{": b"}"}
 _MARKS: Final = {"[": b'"%s"' % _OPEN_MARK.encode(), "{": b'"%s":0' % _OPEN_MARK.encode()}
 _NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
 _MATCHES: Final = 3
-"""Times that pairs of brackets are taken out: what is closed at once is most of what there is."""
+"""Passes that remove adjacent pairs of brackets; most brackets are closed at once."""
 
 _require_syntax: Final = Decoder(Raw).decode
 
 
 class DuplicateName(ValueError):
-    """Two members of one object have the same name, which `name` is where it is known."""
+    """Two members of one object have the same name, `name` if it is known."""
 
     def __init__(self, name: str = "") -> None:
         super().__init__("Two members of one object have the same name")
@@ -45,12 +48,14 @@ class DuplicateName(ValueError):
 def decode_in_pieces(
     text: bytes, decode_piece: Callable[[bytes], Any], *, piece_bytes: int = PIECE_BYTES
 ) -> Any:  # noqa: ANN401 - any JSON value
-    """Return the value of a text, each piece of which `decode_piece` decodes.
+    """Return the value of a text by decoding each piece with `decode_piece`.
 
-    Raises what `decode_piece` raises, `DecodeError` and `RecursionError` for what is no JSON, and `DuplicateName`
-    where two members of one name come in different pieces, or get in each other's way where `decode_piece` takes them.
+    Raises the errors of `decode_piece`, and `DecodeError` and `RecursionError` for a text that isn't JSON.
+    Raises `DuplicateName` if members of the same name are in different pieces, or if `decode_piece` merges
+    them.
     """
-    # Takes 4 ns a byte at most, with the interpreter's lock held. What it lets through can be cut without a doubt.
+    # Takes 4 ns a byte at most, with the interpreter's lock held. A text that passes can be cut
+    # unambiguously.
     _require_syntax(text)
     root: Any = None
     path: list[JsonContainer] = []
@@ -70,16 +75,16 @@ def decode_in_pieces(
 
 
 def _iterate_segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, bytes]]:
-    """Yield a text in segments that end behind a comma, each with the brackets in it that are no part of a string."""
+    """Yield the segments of a text, cut behind commas, each with its brackets outside of strings."""
     begin = 0
     size = piece_bytes
     while begin < len(text):
         block = text[begin : begin + size]
-        # Behind its escapes are blanked, each second part is a string, and the last one may be the half of one.
+        # Once escapes are blanked, every second part is a string, and the last part may be half of one.
         parts = block.replace(rb"\\", b"__").replace(rb"\"", b"__").split(b'"')
         cut = len(block) if begin + size >= len(text) else _cut_at_last_comma(parts)
         if not cut:
-            size *= 2  # a long string, mostly
+            size *= 2  # mostly a long string
             continue
         yield block[:cut], b"".join(parts[::2]).translate(None, _NO_BRACKETS)
         begin += cut
@@ -87,7 +92,7 @@ def _iterate_segments(text: bytes, piece_bytes: int) -> Iterator[tuple[bytes, by
 
 
 def _cut_at_last_comma(parts: list[bytes]) -> int:
-    """Return how many bytes there are up to the last comma outside of strings, and drop what is behind it."""
+    """Return the number of bytes up to the last comma outside of strings; removes the parts behind it."""
     while parts:
         if len(parts) % 2 and (at := parts[-1].rfind(b",")) >= 0:
             parts[-1] = parts[-1][: at + 1]
@@ -97,7 +102,7 @@ def _cut_at_last_comma(parts: list[bytes]) -> int:
 
 
 def _track_brackets(kinds: list[str], brackets: bytes) -> int:
-    """Bring the kinds of the open containers to where they are behind `brackets`; returns how few were open between."""
+    """Update the kinds of the open containers by `brackets`; returns the lowest depth in between."""
     lowest = len(kinds)
     for _ in range(_MATCHES):
         brackets = brackets.replace(b"[]", b"").replace(b"{}", b"")
@@ -111,7 +116,7 @@ def _track_brackets(kinds: list[str], brackets: bytes) -> int:
 
 
 def _add_piece(path: list[JsonContainer], piece: Any) -> None:  # noqa: ANN401 - any JSON value
-    """Add what a piece holds to the containers that were open before it, from the outermost on."""
+    """Add the value of a piece to the containers that were open before it, beginning with the outermost."""
     for container in path:
         is_innermost = container is path[-1]
         inner = None
@@ -130,7 +135,7 @@ def _add_piece(path: list[JsonContainer], piece: Any) -> None:  # noqa: ANN401 -
 
 
 def _open_path(root: Any, path: list[JsonContainer], depth: int) -> list[JsonContainer]:  # noqa: ANN401 - any JSON value
-    """Return the open containers, of which `path` were open all the time, and take the mark out of the innermost."""
+    """Return the open containers, of which `path` were open all along; removes the mark from the innermost."""
     if not depth:
         return []
     path = path or [root]
@@ -147,7 +152,7 @@ def _open_path(root: Any, path: list[JsonContainer], depth: int) -> list[JsonCon
 
 
 def _last_item(container: JsonContainer) -> JsonContainer:
-    """Return what was opened last; raises `DuplicateName` where it has taken the place of an earlier member."""
+    """Return the container that was opened last; raises `DuplicateName` if it has replaced an earlier member."""
     item = container[-1] if isinstance(container, list) else next(reversed(container.values()))
     if not isinstance(item, dict | list):
         raise DuplicateName
