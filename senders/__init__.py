@@ -1,1 +1,1 @@
-"""Who sent a request, whether it is truly theirs, how they name it when they send it again, and what it means."""
+"""Verification and parsing of requests from senders: signatures, deduplication keys, events and mails."""

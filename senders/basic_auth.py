@@ -1,4 +1,4 @@
-"""HTTP Basic: the user and the password that stand in an address which a sender was given."""
+"""HTTP Basic authentication (RFC 7617) with the user and password of a URL that was configured at a sender."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from senders.signatures import SignatureResult
 
 @dataclass(frozen=True, slots=True)
 class BasicCredentials:
-    """A user and the password."""
+    """User and password of a URL."""
 
     username: str
     password: str = field(repr=False)
 
 
-def verify(arrival: SenderRequest, accepted: Sequence[BasicCredentials]) -> SignatureResult:
-    """Return that the request carries the credentials of one of those; raises `Refused`."""
+def verify(request: SenderRequest, accepted: Sequence[BasicCredentials]) -> SignatureResult:
+    """Verify that the request carries one of the accepted credentials; raises `RequestRefused`."""
     expected = [
         b64encode(f"{one.username}:{one.password}".encode()) for one in accepted if one.password.strip()
     ]
     if not expected:
         raise signatures.missing_secret()
-    header = arrival.headers.single("Authorization") or ""
+    header = request.headers.single("Authorization") or ""
     scheme, _, credentials = header.partition(" ")
     if scheme.lower() != "basic":
         raise signatures.missing_signature("Authorization: Basic")

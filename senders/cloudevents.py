@@ -1,6 +1,6 @@
-"""CloudEvents 1.0.2 over HTTP: an event in the body, its data in the body and the rest in headers, or several at once.
+"""CloudEvents 1.0.2 over HTTP in binary mode (attributes in headers), structured mode and batches.
 
-They carry no signature of their own.
+CloudEvents carry no signature.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ HEADER_PREFIX: Final = "ce-"
 SPEC_VERSION: Final = "1.0"
 
 MAX_EVENTS: Final = 1_000
-"""In one batch."""
+"""Maximum number of events in a batch."""
 MAX_ATTRIBUTES: Final = 100
-"""Of one event; each is in the end looked at by its own."""
+"""Maximum number of attributes of an event; each one is validated separately."""
 MAX_ATTRIBUTE_LENGTH: Final = 2_000
-"""Characters of an attribute, such as the source, which is an address."""
+"""Maximum length of an attribute in characters; `source` is a URI."""
 
 _ATTRIBUTE_NAME: Final = re.compile(r"[a-z0-9]+")
 _TIME: Final = re.compile(
@@ -46,28 +46,28 @@ _TEXT_ATTRIBUTES: Final = frozenset({*_MAPPED_ATTRIBUTES, "subject", "dataconten
 _INTEGER_RANGE: Final = range(-(2**31), 2**31)
 
 
-def is_cloudevent(arrival: SenderRequest) -> bool:
-    """Tell whether a request claims to be one: by its media type, or by a header."""
+def is_cloudevent(request: SenderRequest) -> bool:
+    """Tell whether the media type or a header of a request says that it is a CloudEvent."""
     return (
-        arrival.media_type.name.startswith("application/cloudevents")
-        or f"{HEADER_PREFIX}specversion" in arrival.headers
+        request.media_type.name.startswith("application/cloudevents")
+        or f"{HEADER_PREFIX}specversion" in request.headers
     )
 
 
-def parse_event(arrival: SenderRequest) -> SenderEvent | EventBatch:
-    """Return the event, or those of a batch; raises `Refused`."""
-    media_type = arrival.media_type
+def parse_event(request: SenderRequest) -> SenderEvent | EventBatch:
+    """Return the event or the batch of events; raises `RequestRefused`."""
+    media_type = request.media_type
     if not media_type.name.startswith("application/cloudevents"):
-        return _parse_binary(arrival)
+        return _parse_binary(request)
     if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8"}:
         raise RequestRefused("unsupported-media-type", "JSON is UTF-8")
     if media_type.name == STRUCTURED_TYPE:
-        return _parse_structured(arrival.json)
+        return _parse_structured(request.json)
     if media_type.name != BATCHED_TYPE:
         raise RequestRefused(
             "unsupported-media-type", f"Send CloudEvents as {STRUCTURED_TYPE} or {BATCHED_TYPE}"
         )
-    batch = arrival.json
+    batch = request.json
     if not isinstance(batch, list):
         raise _invalid_event("a batch is a list")
     if len(batch) > MAX_EVENTS:
@@ -80,7 +80,7 @@ def parse_event(arrival: SenderRequest) -> SenderEvent | EventBatch:
 
 def _parse_structured(value: Json) -> SenderEvent:
     members = sender_event.require_object(value, "The CloudEvent")
-    # By the JSON format null is what an attribute has that isn't there; as data it is null.
+    # In the JSON format a null attribute is an absent one; null data is data.
     attributes = {
         name: item for name, item in members.items() if name not in _DATA_MEMBERS and item is not None
     }
@@ -105,21 +105,21 @@ def _parse_data(members: Mapping[str, Json]) -> Json:
 # ── binary ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _parse_binary(arrival: SenderRequest) -> SenderEvent:
+def _parse_binary(request: SenderRequest) -> SenderEvent:
     attributes: dict[str, Json] = {}
-    for header in arrival.headers.names_with_prefix(HEADER_PREFIX):
+    for header in request.headers.names_with_prefix(HEADER_PREFIX):
         name = header.removeprefix(HEADER_PREFIX)
         if name == "datacontenttype":
             raise _invalid_event("the type of the data belongs into Content-Type")
-        attributes[name] = _decode_header(arrival.headers.single(header) or "")
-    content_type = arrival.headers.single("Content-Type")
+        attributes[name] = _decode_header(request.headers.single(header) or "")
+    content_type = request.headers.single("Content-Type")
     if content_type:
         attributes["datacontenttype"] = content_type
-    return _build_event(attributes, _parse_body(arrival))
+    return _build_event(attributes, _parse_body(request))
 
 
 def _decode_header(value: str) -> str:
-    """Return what a header says, whose text is percent-encoded, and may be in quotes besides."""
+    """Return the decoded value of a header: percent-encoded text, optionally quoted."""
     if len(value) >= 2 and value[0] == value[-1] == '"':  # noqa: PLR2004 - both quotes
         value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
     try:
@@ -130,17 +130,17 @@ def _decode_header(value: str) -> str:
         raise _invalid_event("a header is not UTF-8, percent-encoded") from error
 
 
-def _parse_body(arrival: SenderRequest) -> Json:
-    """Return the body as what it is said to be; what is neither JSON nor text is kept in base64."""
-    if not arrival.body:
+def _parse_body(request: SenderRequest) -> Json:
+    """Return the body by its media type: JSON, text, or else base64."""
+    if not request.body:
         return None
-    media_type = arrival.media_type
+    media_type = request.media_type
     if media_type.is_json:
-        return arrival.json
-    if (text := _decode_text(arrival.body, media_type)) is not None:
+        return request.json
+    if (text := _decode_text(request.body, media_type)) is not None:
         return text
-    arrival.require_offloaded()
-    return {"data_base64": b64encode(arrival.body).decode()}
+    request.require_offloaded()
+    return {"data_base64": b64encode(request.body).decode()}
 
 
 def _decode_text(body: bytes, media_type: MediaType) -> str | None:
@@ -179,7 +179,7 @@ def _build_event(attributes: Mapping[str, Json], data: Json) -> SenderEvent:
 
 
 def _require_attribute(name: str, value: Json) -> None:
-    """Raise `Refused` for what is no attribute: a text, a boolean, or a whole number of 32 bits."""
+    """Require a text, a boolean, or an integer of 32 bits; raises `RequestRefused`."""
     if not _ATTRIBUTE_NAME.fullmatch(name):
         raise _invalid_event("the names of attributes are of lower-case letters and digits")
     if isinstance(value, str):

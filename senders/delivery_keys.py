@@ -1,4 +1,4 @@
-"""The names by which a delivery is known again when its sender repeats it."""
+"""Deduplication keys of deliveries, derived from the ids that senders give them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import msgspec
 
 
 def delivery_key(scheme: str, *names: str) -> str:
-    """Return the key of what a sender names so: printable and under 100 characters, whatever the names hold."""
+    """Return the deduplication key for these ids: printable ASCII, under 100 characters, for any input."""
     return f"{scheme}:{sha256(msgspec.json.encode(names)).hexdigest()}"
 
 
 def member_delivery_key(scheme: str, value: object, member: str) -> str | None:
-    """Return the key of what names itself in a member of its JSON, or None where it doesn't."""
+    """Return the deduplication key for a text member of a JSON object; None without such a member."""
     name = value.get(member) if isinstance(value, dict) else None
     return delivery_key(scheme, name) if isinstance(name, str) and name else None

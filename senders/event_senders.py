@@ -1,4 +1,4 @@
-"""Webhooks of known senders: which one a request is of, whether it is truly theirs, and the events that it tells of."""
+"""Webhooks of known senders: recognition by headers, and dispatch to their parsers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ SenderMessage: TypeAlias = SenderEvent | EventBatch | UrlChallenge
 
 
 class EventSender(StrEnum):
-    """Who sends events in a form of their own."""
+    """Sender or format that has a parser of its own."""
 
     GITHUB = "github"
     STRIPE = "stripe"
     SLACK = "slack"
     STANDARD_WEBHOOKS = "standard-webhooks"
     CLOUDEVENTS = "cloudevents"
-    """Anybody: CloudEvents are a form, and signed by nobody."""
+    """A format for any sender; CloudEvents are not signed."""
 
 
 _SENDER_HEADERS: Final[Mapping[str, EventSender]] = {
@@ -50,14 +50,14 @@ _EVENT_PARSERS: Final[Mapping[EventSender, Callable[[SenderRequest], SenderMessa
 }
 
 
-def recognize_sender(arrival: SenderRequest) -> EventSender | None:
-    """Return of whom a request claims to be, by its headers alone; None: of nobody known here."""
-    claimed = next((sender for header, sender in _SENDER_HEADERS.items() if header in arrival.headers), None)
-    if claimed is None and cloudevents.is_cloudevent(arrival):
+def recognize_sender(request: SenderRequest) -> EventSender | None:
+    """Return the sender that a request claims to be from, by its headers alone; None for an unknown sender."""
+    claimed = next((sender for header, sender in _SENDER_HEADERS.items() if header in request.headers), None)
+    if claimed is None and cloudevents.is_cloudevent(request):
         return EventSender.CLOUDEVENTS
     return claimed
 
 
-def parse_event(arrival: SenderRequest, sender: EventSender) -> SenderMessage:
-    """Return what a request of a sender means, which is for its `verify` to have found true; raises `Refused`."""
-    return _EVENT_PARSERS[sender](arrival)
+def parse_event(request: SenderRequest, sender: EventSender) -> SenderMessage:
+    """Return the message of a request whose signature has been verified; raises `RequestRefused`."""
+    return _EVENT_PARSERS[sender](request)

@@ -1,4 +1,4 @@
-"""GitHub: signs the body with an HMAC, and names delivery and event in headers that it doesn't sign."""
+"""GitHub webhooks: an HMAC signs the body; the headers with the ids of delivery and event are not signed."""
 
 from __future__ import annotations
 
@@ -15,46 +15,46 @@ from senders.signatures import SignatureResult
 SOURCE: Final = "github"
 
 
-def verify(arrival: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
-    """Return what GitHub names the delivery by; raises `Refused`.
+def verify(request: SenderRequest, secrets: Sequence[str]) -> SignatureResult:
+    """Verify the signature and return the deduplication key of the delivery; raises `RequestRefused`.
 
-    Its signature holds no time, so one doesn't become stale. The other one, of SHA-1, is for receivers of long ago.
+    The signature covers no time, so it never becomes stale. The legacy SHA-1 signature is ignored.
     """
     keys = signatures.usable_secrets(secrets)
-    signature = arrival.headers.single("X-Hub-Signature-256")
+    signature = request.headers.single("X-Hub-Signature-256")
     if signature is None:
         raise signatures.missing_signature("X-Hub-Signature-256")
-    arrival.require_offloaded()
-    expected = [b"sha256=" + signatures.compute_hmac(key, arrival.body).hex().encode() for key in keys]
+    request.require_offloaded()
+    expected = [b"sha256=" + signatures.compute_hmac(key, request.body).hex().encode() for key in keys]
     signatures.require_match([signatures.header_bytes(signature)], expected)
-    delivery = _delivery_id(arrival)
+    delivery = _delivery_id(request)
     return SignatureResult(None if delivery is None else delivery_keys.delivery_key(SOURCE, delivery))
 
 
-def parse_event(arrival: SenderRequest) -> SenderEvent:
-    """Return the event: its JSON is the body, or the field `payload` of a form; raises `Refused`."""
-    name = arrival.headers.single("X-GitHub-Event")
+def parse_event(request: SenderRequest) -> SenderEvent:
+    """Return the event; its JSON is the body or the form field `payload`. Raises `RequestRefused`."""
+    name = request.headers.single("X-GitHub-Event")
     if not name:
         raise RequestRefused("invalid-event", "The header X-GitHub-Event is missing")
-    delivery = _delivery_id(arrival)
+    delivery = _delivery_id(request)
     key = None if delivery is None else delivery_keys.delivery_key(SOURCE, delivery)
     return SenderEvent(
         f"github.{name}",
         SOURCE,
-        sender_event.require_object(_parse_payload(arrival), "The payload"),
+        sender_event.require_object(_parse_payload(request), "The payload"),
         delivery,
         key,
     )
 
 
-def _parse_payload(arrival: SenderRequest) -> Json:
-    if arrival.media_type.name != posted_forms.URLENCODED_TYPE:
-        return arrival.json
-    payload = arrival.form.first("payload")
+def _parse_payload(request: SenderRequest) -> Json:
+    if request.media_type.name != posted_forms.URLENCODED_TYPE:
+        return request.json
+    payload = request.form.first("payload")
     if payload is None:
         raise RequestRefused("invalid-event", "The form has no field payload")
     return parse_json(payload)
 
 
-def _delivery_id(arrival: SenderRequest) -> str | None:
-    return arrival.headers.single("X-GitHub-Delivery") or None
+def _delivery_id(request: SenderRequest) -> str | None:
+    return request.headers.single("X-GitHub-Delivery") or None

@@ -1,4 +1,4 @@
-"""A signature by HMAC in a header, of the many kinds that senders make up for themselves."""
+"""Configurable HMAC signature in a header, for senders without a parser of their own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOLERANCE: Final = timedelta(minutes=5)
 
 
 class SignatureAlgorithm(StrEnum):
-    """What the signature is made with. SHA-1 is not among them."""
+    """Hash algorithm of a signature; SHA-1 is not accepted."""
 
     SHA256 = "sha256"
     SHA384 = "sha384"
@@ -25,7 +25,7 @@ class SignatureAlgorithm(StrEnum):
 
 
 class SignatureEncoding(StrEnum):
-    """How the signature is written."""
+    """Text encoding of a signature."""
 
     HEX = "hex"
     BASE64 = "base64"
@@ -33,24 +33,24 @@ class SignatureEncoding(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HmacScheme:
-    """How a sender signs: the body, or `time.body` where it gives the time in a header."""
+    """Signature scheme of a sender: signs the body, or `time.body` if the time is in a header."""
 
     header: str
     algorithm: SignatureAlgorithm = SignatureAlgorithm.SHA256
     encoding: SignatureEncoding = SignatureEncoding.HEX
     prefix: str = ""
-    """Before the signature, such as `sha256=`."""
+    """Text in front of the signature, such as `sha256=`."""
     timestamp_header: str | None = None
-    """In seconds of the epoch."""
+    """Header with the time in seconds since the epoch."""
     tolerance: timedelta = TOLERANCE
     delivery_header: str | None = None
-    """What the sender names a delivery in; it is not signed."""
+    """Header with the id of the delivery; it is not signed."""
 
 
-def verify(arrival: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -> SignatureResult:
-    """Return what the sender names the delivery by; raises `Refused`."""
+def verify(request: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -> SignatureResult:
+    """Verify the signature and return the deduplication key of the delivery; raises `RequestRefused`."""
     keys = signatures.usable_secrets(secrets)
-    header = arrival.headers.single(scheme.header)
+    header = request.headers.single(scheme.header)
     if header is None:
         raise signatures.missing_signature(scheme.header)
     signature = header.removeprefix(scheme.prefix)
@@ -58,27 +58,27 @@ def verify(arrival: SenderRequest, secrets: Sequence[str], scheme: HmacScheme) -
         raise signatures.invalid_signature()
     if scheme.encoding is SignatureEncoding.HEX:
         signature = signature.lower()
-    before = _signed_prefix(arrival, scheme)
-    arrival.require_offloaded()
+    before = _signed_prefix(request, scheme)
+    request.require_offloaded()
     expected = [
         _encode_digest(
-            signatures.compute_hmac(key, before, arrival.body, algorithm=scheme.algorithm), scheme.encoding
+            signatures.compute_hmac(key, before, request.body, algorithm=scheme.algorithm), scheme.encoding
         )
         for key in keys
     ]
     signatures.require_match([signatures.header_bytes(signature)], expected)
-    name = arrival.headers.single(scheme.delivery_header) if scheme.delivery_header else None
+    name = request.headers.single(scheme.delivery_header) if scheme.delivery_header else None
     return SignatureResult(delivery_keys.delivery_key("hmac", name) if name else None)
 
 
-def _signed_prefix(arrival: SenderRequest, scheme: HmacScheme) -> bytes:
-    """Return what is signed in front of the body."""
+def _signed_prefix(request: SenderRequest, scheme: HmacScheme) -> bytes:
+    """Return the signed bytes in front of the body."""
     if scheme.timestamp_header is None:
         return b""
-    time = arrival.headers.single(scheme.timestamp_header)
+    time = request.headers.single(scheme.timestamp_header)
     if time is None:
         raise signatures.missing_signature(scheme.timestamp_header)
-    signatures.require_fresh(time, arrival.received_at, past=scheme.tolerance)
+    signatures.require_fresh(time, request.received_at, past=scheme.tolerance)
     return time.encode() + b"."
 
 

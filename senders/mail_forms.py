@@ -1,4 +1,4 @@
-"""Mails in the forms that SendGrid and Mailgun post: from the fields of a form to a mail."""
+"""Conversion of the forms that SendGrid and Mailgun post into mails."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ if TYPE_CHECKING:
     from senders.posted_forms import PostedForm
 
 SENDGRID_KINDS: Final = frozenset({"sendgrid-parsed", "sendgrid-raw"})
-"""Values of `MailKind`; the other forms are Mailgun's."""
+"""Values of `MailKind`; all other forms are Mailgun's."""
 
 
 def parse_mail_form(
     form: PostedForm, kind: str, keep: KeepAttachment
 ) -> tuple[ParsedMailContent, MailReception]:
-    """Return the mail in a form and what the service reports about it; attachments are handed out on the way.
+    """Return the mail in a form and the facts that the service reports about it.
 
-    Raises `InvalidMail`, and `Refused` for a value that can't be unescaped.
+    Calls `keep` for each attachment. Raises `InvalidMail`, and `RequestRefused` for a value with an invalid
+    escape.
     """
     given = _to_mail_form(form)
     if kind in SENDGRID_KINDS:

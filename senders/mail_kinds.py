@@ -1,4 +1,4 @@
-"""The forms in which a mail is handed in: which one a request has, for whom it is, and by what it is known again."""
+"""Formats of inbound mails: recognition, envelope and deduplication key."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RAW_TYPE: Final = "message/rfc822"
 SENDER_HEADER: Final = "X-Envelope-From"
 RECIPIENT_HEADER: Final = "X-Envelope-To"
 MAX_HEADER_BYTES: Final = 262_144
-"""Of a mail, in which its Message-ID is looked for."""
+"""Bytes of a mail that are searched for its Message-ID."""
 
 _MAILGUN_SIGNATURE: Final = frozenset({"timestamp", "token", "signature"})
 _NATIVE_CONTENT: Final = frozenset(
@@ -36,75 +36,76 @@ _MESSAGE_ID: Final = re.compile(
 
 
 class MailKind(StrEnum):
-    """Who hands a mail in, and how."""
+    """Format in which a mail is posted."""
 
     NATIVE = "native"
-    """A caller of ours, as JSON with the fields that an e-mail trigger gives out."""
+    """JSON with the output fields of an e-mail trigger, from an API client."""
     SENDGRID_PARSED = "sendgrid-parsed"
     SENDGRID_RAW = "sendgrid-raw"
-    """The whole mail in the field `email`."""
+    """The raw mail is in the field `email`."""
     MAILGUN_PARSED = "mailgun-parsed"
     MAILGUN_RAW = "mailgun-raw"
-    """The whole mail in the field `body-mime`."""
+    """The raw mail is in the field `body-mime`."""
     MAILGUN_STORED = "mailgun-stored"
-    """Parsed, with links to attachments that Mailgun keeps."""
+    """Parsed, with links to attachments that Mailgun stores."""
     MAILGUN_EVENT = "mailgun-event"
-    """No mail: what has become of one that was sent, posted to the wrong address."""
+    """Delivery event of a sent mail, posted to the wrong URL; contains no mail."""
     RAW = "raw"
-    """A mail as it goes over the wire, from a mail server; its envelope stands in headers of the request."""
+    """Raw mail (RFC 5322) from a mail server, with its envelope in request headers."""
     SNS = "sns"
-    """A message of SNS, which may tell of a mail."""
+    """Message of Amazon SNS, which may contain a mail."""
 
 
 @dataclass(frozen=True, slots=True)
 class MailEnvelope:
-    """Between whom a mail was handed over, whatever its header says."""
+    """SMTP envelope of a mail; its addresses may differ from those of the mail's headers."""
 
     sender: str
     recipients: Sequence[str]
 
 
-def recognize_mail(arrival: SenderRequest) -> MailKind:
-    """Return what a request is by its media type and its fields, which says nothing yet of whether it is true.
+def recognize_mail(request: SenderRequest) -> MailKind:
+    """Return the kind of a request by its media type and fields, before its signature is verified.
 
-    Raises `Refused` for what is no mail of any kind.
+    Raises `RequestRefused` for a request that is no mail.
     """
-    headers = arrival.headers
+    headers = request.headers
     if sns.TYPE_HEADER in headers or sns.RAW_HEADER in headers:
         return MailKind.SNS
-    if arrival.media_type.name in {posted_forms.MULTIPART_TYPE, posted_forms.URLENCODED_TYPE}:
-        return _recognize_form(parse_mail_fields(arrival))
-    if arrival.media_type.is_json:
-        return _recognize_json(arrival.json)
-    if arrival.media_type.name == RAW_TYPE:
+    if request.media_type.name in {posted_forms.MULTIPART_TYPE, posted_forms.URLENCODED_TYPE}:
+        return _recognize_form(parse_mail_fields(request))
+    if request.media_type.is_json:
+        return _recognize_json(request.json)
+    if request.media_type.name == RAW_TYPE:
         return MailKind.RAW
-    if not arrival.media_type.name and not arrival.body:
+    if not request.media_type.name and not request.body:
         return MailKind.NATIVE
     message = f"Send a mail as JSON, as {RAW_TYPE}, or as a form of SendGrid or Mailgun"
     raise RequestRefused("unsupported-media-type", message)
 
 
-def parse_mail_fields(arrival: SenderRequest) -> PostedForm:
-    """Return the form that a mail service has posted; raises `Refused`."""
-    return arrival.form
+def parse_mail_fields(request: SenderRequest) -> PostedForm:
+    """Return the posted form; raises `RequestRefused`."""
+    return request.form
 
 
 def parse_envelope(form: PostedForm, kind: MailKind) -> MailEnvelope:
-    """Return the envelope of a mail of SendGrid or Mailgun; raises `Refused` for a value that can't be unescaped.
+    """Return the envelope of a mail of SendGrid or Mailgun; raises `RequestRefused` for an invalid escape.
 
-    An envelope that isn't the JSON object that SendGrid documents counts as empty: the mail is there without it.
+    An envelope that isn't the JSON object that SendGrid documents counts as empty: the mail is usable without
+    it.
     """
     if kind not in {MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW}:
-        # Header lines of these names are fields too, and come after them.
+        # Mailgun posts the mail's headers as fields too, after its own fields: the first one counts.
         recipient = posted_forms.decode_value(form.first("recipient") or b"")
         return MailEnvelope(
             posted_forms.decode_value(form.first("sender") or b""), [recipient] if recipient else []
         )
     try:
-        told = parse_json(form.first("envelope") or b"{}")
+        decoded = parse_json(form.first("envelope") or b"{}")
     except RequestRefused:
-        told = {}
-    members = told if isinstance(told, dict) else {}
+        decoded = {}
+    members = decoded if isinstance(decoded, dict) else {}
     sender, recipients = members.get("from"), members.get("to")
     return MailEnvelope(
         sender if isinstance(sender, str) else "",
@@ -112,32 +113,35 @@ def parse_envelope(form: PostedForm, kind: MailKind) -> MailEnvelope:
     )
 
 
-def parse_raw_envelope(arrival: SenderRequest) -> MailEnvelope:
-    """Return the envelope in the headers of a request whose body is a mail; raises `Refused` for one given twice."""
-    recipients = (arrival.headers.single(RECIPIENT_HEADER) or "").split(",")
-    sender = (arrival.headers.single(SENDER_HEADER) or "").strip().removeprefix("<").removesuffix(">")
+def parse_raw_envelope(request: SenderRequest) -> MailEnvelope:
+    """Return the envelope in the headers of a raw mail's request; raises `RequestRefused` for a repeated
+    header.
+    """
+    recipients = (request.headers.single(RECIPIENT_HEADER) or "").split(",")
+    sender = (request.headers.single(SENDER_HEADER) or "").strip().removeprefix("<").removesuffix(">")
     return MailEnvelope(sender, [one.strip() for one in recipients if one.strip()])
 
 
-def deduplication_key(arrival: SenderRequest, kind: MailKind) -> str | None:
-    """Return the key that deduplicates a mail, None where it has none; raises `Refused`.
+def deduplication_key(request: SenderRequest, kind: MailKind) -> str | None:
+    """Return the deduplication key of a mail, None where it has none; raises `RequestRefused`.
 
-    Digests the Message-ID, the recipients of the envelope and the decoded content. So a mail that is repeated is the
-    same one, newly signed or encoded or not, and another content under the same Message-ID is another mail.
+    Digests the Message-ID, the recipients of the envelope and the decoded content. So a repeated mail has the
+    same key even if it was signed or encoded anew, and another content under the same Message-ID has another
+    key.
     """
     match kind:
         case MailKind.MAILGUN_EVENT:
             return None
         case MailKind.SNS:
-            mail = ses.parse_ses_mail(sns.parse_sns_message(arrival))
+            mail = ses.parse_ses_mail(sns.parse_sns_message(request))
             return None if mail is None else _ses_key(mail)
         case MailKind.NATIVE:
-            return _native_deduplication_key(arrival.json if arrival.body else {})
+            return _native_deduplication_key(request.json if request.body else {})
         case MailKind.RAW:
-            arrival.require_offloaded()
-            return _raw_deduplication_key(arrival.body, parse_raw_envelope(arrival).recipients)
-    form = parse_mail_fields(arrival)
-    arrival.require_offloaded()
+            request.require_offloaded()
+            return _raw_deduplication_key(request.body, parse_raw_envelope(request).recipients)
+    form = parse_mail_fields(request)
+    request.require_offloaded()
     content = _content_digest(form, kind)
     return delivery_keys.delivery_key(
         "mail", _form_message_id(form, kind) or "", content, *parse_envelope(form, kind).recipients
@@ -175,9 +179,10 @@ def _raw_deduplication_key(raw: bytes, recipients: Sequence[str]) -> str:
 
 
 def _ses_key(mail: SesMail) -> str:
-    """Return the key of a mail of Amazon SES, which gives the same mail another id each time that it arrives.
+    """Return the key of a mail of Amazon SES, which assigns a new id each time that it receives the mail.
 
-    The content of a stored mail is not at hand: its headers take the place, where they prove what it is.
+    The content of a stored mail is not available here: its DKIM-verified headers take its place, where there
+    are any.
     """
     if mail.content is not None:
         return _raw_deduplication_key(mail.content, mail.recipients)
@@ -188,7 +193,7 @@ def _ses_key(mail: SesMail) -> str:
 
 
 def _native_deduplication_key(body: Json) -> str | None:
-    """Return the key of a mail whose caller gives its Message-ID; two without one are two."""
+    """Return the key of a mail in JSON; None without a Message-ID, so that such mails are never duplicates."""
     headers = body.get("email_headers") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(headers, dict):
         return None
@@ -232,11 +237,11 @@ def _content_digest(form: PostedForm, kind: MailKind) -> str:
 
 
 def _drop_attachment(_label: AttachmentLabel, pieces: Iterator[bytes]) -> None:
-    """Keep nothing: the mail counts and digests the content on its way."""
+    """Ignore the content: `AttachmentCollector` measures and digests it."""
 
 
 def _form_digest(form: PostedForm) -> str:
-    """Return a digest of all parts but those that are new each time that a mail is sent."""
+    """Return a digest of all parts except the fields that change with each delivery."""
     digest = sha256()
     for piece in _iterate_pieces(form):
         digest.update(b"%d:" % len(piece))

@@ -1,4 +1,4 @@
-"""Mailgun: signs a time and a token, and of the mail nothing."""
+"""Mailgun webhooks: the signature covers a time and a token, and nothing of the mail."""
 
 from __future__ import annotations
 
@@ -13,41 +13,43 @@ from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
 
 TOLERANCE: Final = timedelta(hours=12)
-"""Mailgun repeats a mail for eight hours, warns of delays, and doesn't say whether it signs it anew."""
+"""Mailgun repeats a mail for eight hours, warns of delays, and doesn't document whether it signs each attempt
+anew.
+"""
 
 _SIGNATURE_FIELDS: Final = ("timestamp", "token", "signature")
 _TIME: Final = re.compile(r"[0-9]{10}")
 _TOKEN: Final = re.compile(r"[0-9a-f]{50}")
 
 
-def verify(arrival: SenderRequest, signing_keys: Sequence[str]) -> SignatureResult:
-    """Return the token as the name of the delivery; raises `Refused`.
+def verify(request: SenderRequest, signing_keys: Sequence[str]) -> SignatureResult:
+    """Verify the signature and return the token as the deduplication key; raises `RequestRefused`.
 
-    Whoever has seen a signature can put it on another mail. So a token is good for one delivery: it has to be
+    An observed signature could be put on another mail. So a token is valid for one delivery: it has to be
     remembered for longer than the tolerance, from the moment at which its mail is accepted.
     """
     keys = signatures.usable_secrets(signing_keys)
-    time, token, signature = _signature_fields(arrival)
-    # Where one ends and the other begins is not signed: their lengths say it.
+    time, token, signature = _signature_fields(request)
+    # The boundary between time and token is not signed: their fixed lengths define it.
     if not _TIME.fullmatch(time) or not _TOKEN.fullmatch(token):
         raise signatures.invalid_signature()
-    signatures.require_fresh(time, arrival.received_at, past=TOLERANCE)
+    signatures.require_fresh(time, request.received_at, past=TOLERANCE)
     expected = [signatures.compute_hmac(key, time.encode(), token.encode()).hex().encode() for key in keys]
     signatures.require_match([signature.encode()], expected)
     return SignatureResult(delivery_keys.delivery_key("mailgun", token))
 
 
-def _signature_fields(arrival: SenderRequest) -> tuple[str, str, str]:
+def _signature_fields(request: SenderRequest) -> tuple[str, str, str]:
     """Return time, token and signature: fields of a form, or members of an object of a JSON body.
 
-    Header lines of the mail are fields too. They come before the signature, so of equal names the last one counts.
+    Headers of the mail are fields too, in front of the signature: of equal names the last one counts.
     """
     given: Sequence[Json]
-    if arrival.media_type.is_json:
-        members = arrival.json.get("signature") if isinstance(arrival.json, dict) else None
+    if request.media_type.is_json:
+        members = request.json.get("signature") if isinstance(request.json, dict) else None
         given = [members.get(name) if isinstance(members, dict) else None for name in _SIGNATURE_FIELDS]
     else:
-        found = [arrival.form.last(name) for name in _SIGNATURE_FIELDS]
+        found = [request.form.last(name) for name in _SIGNATURE_FIELDS]
         given = [None if value is None else posted_forms.decode_value(value) for value in found]
     texts = [value for value in given if isinstance(value, str)]
     if len(texts) != len(_SIGNATURE_FIELDS):

@@ -1,4 +1,4 @@
-"""What a body, or a part of one, is said to be: a name and its parameters."""
+"""Media types (RFC 9110, section 8.3.1): a name and parameters."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _ESCAPED: Final = re.compile(r'\\(["\\])')
 
 @dataclass(frozen=True, slots=True)
 class MediaType:
-    """A name in lower case, such as `text/plain`, and its parameters by names in lower case."""
+    """Media type name in lower case, such as `text/plain`, and parameters by lower-case names."""
 
     name: str
     parameters: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_json(self) -> bool:
-        """Tell whether the body is JSON, be it of a kind of its own."""
+        """Tell whether the media type is JSON or has the suffix `+json`."""
         return self.name == "application/json" or self.name.endswith("+json")
 
 
 def parse_media_type(text: str) -> MediaType:
-    """Return what a header says that has a value and parameters; of a parameter given twice the first counts.
+    """Return the value and the parameters of a header; of repeated parameters the first counts.
 
-    Nothing is wrong enough to be refused here: what can't be read of the parameters is left out.
+    Nothing is refused: parameters that can't be parsed are left out.
     """
     name, separator, rest = text.partition(";")
     parameters: dict[str, str] = {}

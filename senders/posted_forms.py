@@ -1,6 +1,7 @@
-"""Forms as senders post them, `multipart/form-data` and urlencoded: looked through once, values copied by nobody.
+"""Parser for `multipart/form-data` and urlencoded forms: one pass over the body, without copies of values.
 
-Each step is bounded or done by the C of `bytes`, so that a body made to cost time costs little more than another.
+Each step is bounded or runs in the C code of `bytes`, so a malicious body costs little more time than
+another.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ MULTIPART_TYPE: Final = "multipart/form-data"
 URLENCODED_TYPE: Final = "application/x-www-form-urlencoded"
 
 MAX_PARTS: Final = 2_000
-"""Fields and files together. Mailgun makes a field of every header line of a mail."""
+"""Maximum number of fields and files. Mailgun makes a field of every header of a mail."""
 MAX_HEADER_BYTES: Final = 8_192
-"""Of the header of one part, and of the name of a urlencoded field: more than any file name needs."""
+"""Maximum size of the header of a part, and of the name of a urlencoded field; longer than any file name."""
 MAX_HEADERS_BYTES: Final = 1_000_000
-"""Of the headers of all parts together."""
+"""Maximum size of the headers of all parts together."""
 MAX_BOUNDARY_LENGTH: Final = 256
-"""RFC 2046 allows 70, which not every sender has read."""
+"""RFC 2046 allows 70 characters; some senders use more."""
 MAX_PADDING_BYTES: Final = 100
-"""White space between a boundary and the end of its line."""
+"""Maximum white space between a boundary and the end of its line."""
 
 _UNESCAPED_BYTES: Final = 1_048_576
 _IS_NO_ESCAPE: Final = re.compile(rb"%(?![0-9A-Fa-f]{2})")
@@ -38,22 +39,22 @@ _AS_QUOTED_PRINTABLE: Final = bytes.maketrans(b"+%", b" =")
 
 @dataclass(frozen=True)
 class FormPart:
-    """A field or a file of a form. Of the body it is a view, so that to keep it is to keep the body."""
+    """Field or file of a form: a view on the body, which keeps the whole body in memory."""
 
     body: bytes = field(repr=False)
     start: int
     end: int
     name: str
-    """Empty where the part has none: it is kept all the same."""
+    """Empty for a part without a name."""
     content_type: str | None = None
     filename: str | None = None
-    """As the sender gives it: not to be made a path of."""
+    """As the sender gives it: never use it as a path."""
     is_file: bool = False
     is_escaped: bool = False
 
     @cached_property
     def value(self) -> memoryview:
-        """The bytes of it; raises `Refused` where they can't be told."""
+        """Unescaped bytes of the part; raises `RequestRefused` for an invalid escape."""
         if self.is_escaped:
             return _unescape(self.body, self.start, self.end)
         return memoryview(self.body)[self.start : self.end]
@@ -61,7 +62,7 @@ class FormPart:
 
 @dataclass(frozen=True)
 class PostedForm:
-    """The parts of a form in their order."""
+    """Parts of a form in their order."""
 
     parts: Sequence[FormPart]
 
@@ -70,25 +71,27 @@ class PostedForm:
 
     @property
     def files(self) -> Sequence[FormPart]:
-        """The parts that are files."""
+        """Parts with a file name."""
         return [part for part in self.parts if part.is_file]
 
     def values(self, name: str) -> Sequence[memoryview]:
-        """Return the bytes of every field of a name; raises `Refused`."""
+        """Return the bytes of every field with this name; raises `RequestRefused`."""
         return [part.value for part in self.fields.get(name, ())]
 
     def first(self, name: str) -> memoryview | None:
-        """Return the bytes of the first field of a name, or None; raises `Refused`."""
+        """Return the bytes of the first field with this name, or None; raises `RequestRefused`."""
         fields = self.fields.get(name)
         return fields[0].value if fields else None
 
     def last(self, name: str) -> memoryview | None:
-        """Return the bytes of the last field of a name, or None; raises `Refused`."""
+        """Return the bytes of the last field with this name, or None; raises `RequestRefused`."""
         fields = self.fields.get(name)
         return fields[-1].value if fields else None
 
     def text_of_header(self, name: str) -> str | None:
-        """Return the first field of a name in any case as a text, as header lines are posted; raises `Refused`."""
+        """Return the text of the first field with this name, ignoring case as in mail headers; raises
+        `RequestRefused`.
+        """
         wanted = name.lower()
         found = (part for part in self.parts if not part.is_file and part.name.lower() == wanted)
         first = next(found, None)
@@ -96,7 +99,7 @@ class PostedForm:
 
     @cached_property
     def fields(self) -> Mapping[str, Sequence[FormPart]]:
-        """The parts that are no files, by names in their own case."""
+        """Parts without a file name, by case-sensitive name."""
         fields: dict[str, list[FormPart]] = {}
         for part in self.parts:
             if not part.is_file:
@@ -105,7 +108,7 @@ class PostedForm:
 
 
 def parse_form(media_type: MediaType, body: bytes) -> PostedForm:
-    """Return the form that a body is; raises `Refused`."""
+    """Parse a body as a form; raises `RequestRefused`."""
     if media_type.name == MULTIPART_TYPE:
         return PostedForm(list(_parse_multipart(body, media_type.parameters.get("boundary", ""))))
     if media_type.name == URLENCODED_TYPE:
@@ -114,7 +117,7 @@ def parse_form(media_type: MediaType, body: bytes) -> PostedForm:
 
 
 def decode_value(value: memoryview | bytes) -> str:
-    """Return bytes as a text: in UTF-8 if they are that, or else each byte as Latin-1 has it."""
+    """Decode bytes as UTF-8, or as Latin-1 where they aren't valid UTF-8."""
     try:
         return str(value, "utf-8")
     except UnicodeDecodeError:
@@ -148,12 +151,12 @@ def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
 
 
 def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Return where each line that separates parts begins, where it ends, and whether it is the last of them."""
+    """Yield the start, the end and the finality of each delimiter line."""
     found = position = 0
     after = len(delimiter)
     while True:
         found += 1
-        # Lines that only begin like one are counted too: each costs as much.
+        # Lines that only begin with the delimiter count too, since each costs as much time.
         if found > MAX_PARTS + 1:
             raise _too_many_parts()
         if body.startswith(b"--", after):
@@ -169,7 +172,7 @@ def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, 
 
 
 def _parse_part(body: bytes, start: int, end: int) -> FormPart:
-    """Return the part that begins with the line end at `start`: header lines, an empty one, and the value."""
+    """Parse the part that begins with the line end at `start`: header lines, an empty line, and the value."""
     headers_end = body.find(b"\r\n\r\n", start, start + MAX_HEADER_BYTES)
     if headers_end == -1 or headers_end + 4 > end:
         raise _malformed_form("a part has no header, or one that is too long")
@@ -182,17 +185,18 @@ def _parse_part(body: bytes, start: int, end: int) -> FormPart:
                 disposition = media_types.parse_media_type(value)
             case "content-type":
                 content_type = value.strip()
-    told = disposition.parameters
-    filename = told.get("filename")
+    members = disposition.parameters
+    filename = members.get("filename")
     return FormPart(
         body,
         headers_end + 4,
         end,
-        _decode_header(told.get("name", "")),
+        _decode_header(members.get("name", "")),
         content_type,
         None if filename is None else _decode_header(filename),
-        # A name in the manner of RFC 2231 has no place in a form, but a file is no field for it.
-        is_file=filename is not None or "filename*" in told,
+        # A file name in the syntax of RFC 2231 is not allowed in forms (RFC 7578); the part is a file all the
+        # same.
+        is_file=filename is not None or "filename*" in members,
     )
 
 
@@ -221,9 +225,11 @@ def _parse_urlencoded(body: bytes) -> Iterator[FormPart]:
 
 
 def _unescape(body: bytes, start: int, end: int) -> memoryview:
-    """Return a stretch of a urlencoded body as it was before; piece by piece, since values are as large as mails.
+    """Return the unescaped bytes of a part of a urlencoded body, in pieces, since values are as large as
+    mails.
 
-    Quoted-printable escapes bytes in the same manner, and is read by C, which is twenty times as fast as `urllib`.
+    Quoted-printable has the same escapes with another sign; its decoder in C is twenty times as fast as
+    `urllib`.
     """
     value = bytearray()
     while start < end:

@@ -1,4 +1,4 @@
-"""What keeps a request from being taken in."""
+"""Refusal of a request of a sender."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RefusalCodeName: TypeAlias = Literal[
 
 
 class RequestRefused(Exception):
-    """The request is not taken in, and wouldn't be if it came again as it is; `message` names no secret."""
+    """Permanent refusal of a request: the same request would be refused again. `message` contains no secret."""
 
     def __init__(self, code: RefusalCodeName, message: str) -> None:
         super().__init__(message)

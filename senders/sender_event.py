@@ -1,4 +1,4 @@
-"""What webhooks come down to: events with a type, a source and data, or a question that wants an answer."""
+"""Events and URL challenges, parsed from webhooks."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from engine.values import Json
 from senders.request_refusal import RequestRefused
 
 MAX_TYPE_LENGTH: Final = 200
-"""As long as the longest type that a trigger can be told to wait for."""
+"""Maximum length of an event type, as in subscriptions of triggers."""
 
 _TYPE: Final = re.compile(r"[^\s*\x00-\x1f\x7f]+")
 
 
 @dataclass(frozen=True, slots=True)
 class SenderEvent:
-    """Something that has happened elsewhere."""
+    """Event with type, source and data."""
 
     event_type: str
     source: str
     data: Json
     id: str | None = None
-    """As the sender names the event; None: it gives it no name."""
+    """Id that the sender gives the event, if any."""
     key: str | None = None
-    """By which the event is known again; None: it isn't."""
+    """Deduplication key; None disables deduplication."""
     attributes: Mapping[str, Json] = field(default_factory=dict)
-    """What a CloudEvent says besides: `subject`, `time`, and whatever else it carries."""
+    """Other attributes of a CloudEvent, such as `subject` and `time`, and extensions."""
 
     def __post_init__(self) -> None:
         require_type(self.event_type)
@@ -36,21 +36,21 @@ class SenderEvent:
 
 @dataclass(frozen=True, slots=True)
 class EventBatch:
-    """Events that came in one request."""
+    """Events of one request."""
 
     events: Sequence[SenderEvent]
 
 
 @dataclass(frozen=True, slots=True)
 class UrlChallenge:
-    """No event: the sender wants this text back, to see that its address is ours."""
+    """Ownership check of a URL: the sender expects this text in the answer. It is no event."""
 
     text: str
-    """Empty where any answer of 200 will do."""
+    """Empty if any answer with status 200 suffices."""
 
 
 def require_type(event_type: str) -> None:
-    """Raise `Refused` for a type that no trigger could wait for."""
+    """Require an event type that a trigger can subscribe to; raises `RequestRefused`."""
     if len(event_type) > MAX_TYPE_LENGTH or not _TYPE.fullmatch(event_type):
         raise RequestRefused(
             "invalid-event",
@@ -59,14 +59,14 @@ def require_type(event_type: str) -> None:
 
 
 def require_object(value: Json, what: str) -> dict[str, Json]:
-    """Return JSON that has to be an object; raises `Refused`."""
+    """Require a JSON object; raises `RequestRefused`."""
     if not isinstance(value, dict):
         raise RequestRefused("invalid-event", f"{what} is no JSON object")
     return value
 
 
 def require_text_member(members: Mapping[str, Json], name: str, what: str) -> str:
-    """Return a member that has to be a text of some length; raises `Refused`."""
+    """Return a required, non-empty text member; raises `RequestRefused`."""
     value = members.get(name)
     if not isinstance(value, str) or not value:
         raise RequestRefused("invalid-event", f"{what} has no text {name!r}")
@@ -74,7 +74,9 @@ def require_text_member(members: Mapping[str, Json], name: str, what: str) -> st
 
 
 def storable_text(text: str) -> str:
-    """Return a text that isn't of JSON, where it could be kept as if it were; raises `Refused`."""
+    """Return a text that was not decoded from JSON, if JSON columns can store it; raises `RequestRefused` for
+    NUL.
+    """
     if "\0" in text:
         raise RequestRefused(
             "nul-character", "A text holds the character NUL (U+0000), which can't be stored"

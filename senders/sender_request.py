@@ -1,4 +1,4 @@
-"""A request as it arrived: nothing of its body is read before somebody asks for it, and then it is read once."""
+"""Inbound request of a sender; its body is parsed on first use, and only once."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from senders.request_refusal import RequestRefused
 __all__ = ["RequestHeaders", "RequestRefused", "SenderRequest"]
 
 LONG_BODY_BYTES: Final = 1_000_000
-"""From here on it takes milliseconds to hash a body or to split it: nobody on an event loop should wait for that."""
+"""From this size on, hashing or splitting a body takes milliseconds and must not run on the event loop."""
 
 
 class RequestHeaders:
-    """Header lines, found by names in any case; a name may occur several times."""
+    """Header lines by case-insensitive names; a name may occur several times."""
 
     def __init__(self, raw: Iterable[tuple[bytes, bytes]]) -> None:
         self._values: dict[str, list[str]] = {}
         for name, value in raw:
-            # Every byte is a character of Latin-1, so that the text still says which bytes came.
+            # Latin-1 maps every byte to a character, so the original bytes can be restored.
             self._values.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
 
     def __contains__(self, name: str) -> bool:
@@ -39,20 +39,20 @@ class RequestHeaders:
         return self._values.get(name.lower(), ())
 
     def single(self, name: str) -> str | None:
-        """Return the value of a header, or None; raises `Refused` where there are several to choose from."""
+        """Return the value of a header, or None; raises `RequestRefused` for several values."""
         found = self.values(name)
         if len(found) > 1:
             raise RequestRefused("duplicate-header", f"The header {name} is given more than once")
         return found[0] if found else None
 
     def names_with_prefix(self, prefix: str) -> Sequence[str]:
-        """Return the names, in lower case, of the headers that begin so."""
+        """Return the lower-case names of headers that begin with a prefix."""
         return [name for name in self._values if name.startswith(prefix.lower())]
 
 
-@dataclass(frozen=True, repr=False)  # its address and its headers may hold secrets
+@dataclass(frozen=True, repr=False)  # path and headers may contain secrets
 class SenderRequest:
-    """A request, and the moment at which it arrived; whatever reads its body raises `Refused` where it can't."""
+    """Request with the time of its arrival; accessors of the body raise `RequestRefused` if it is malformed."""
 
     method: str
     path: str
@@ -63,28 +63,30 @@ class SenderRequest:
 
     @cached_property
     def media_type(self) -> MediaType:
-        """What the body is said to be; an empty name where nothing is said."""
+        """Media type of the body; its name is empty without a Content-Type."""
         return media_types.parse_media_type(self.headers.single("Content-Type") or "")
 
     @cached_property
     def json(self) -> Json:
-        """The body as JSON, whatever it is said to be."""
+        """Body as JSON, independent of its media type."""
         return parse_json(self.body)
 
     @cached_property
     def form(self) -> PostedForm:
-        """The body as a form, of either kind."""
+        """Body as a form, multipart or urlencoded."""
         self.require_offloaded()
         return posted_forms.parse_form(self.media_type, self.body)
 
     def require_offloaded(self) -> None:
-        """Raise `TakesLong` where others wait and the body is long; before each look at the whole of it."""
+        """Raise `BudgetExceeded` on the event loop if the body is long; called before each pass over the
+        whole body.
+        """
         if len(self.body) >= LONG_BODY_BYTES:
             offload.require_offloaded()
 
 
 def parse_json(text: bytes | memoryview) -> Json:
-    """Return a part of a request as JSON; raises `Refused`."""
+    """Decode a part of a request as JSON; raises `RequestRefused`."""
     try:
         return values.decode_json(text)
     except InvalidJson as error:

@@ -1,4 +1,4 @@
-"""SendGrid Inbound Parse: signs time and body with a key whose public half its dashboard shows."""
+"""SendGrid Inbound Parse: an ECDSA signature over time and body; the dashboard shows the public key."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from senders.signatures import SignatureResult
 SIGNATURE_HEADER: Final = "X-Twilio-Email-Event-Webhook-Signature"
 TIME_HEADER: Final = "X-Twilio-Email-Event-Webhook-Timestamp"
 TOLERANCE: Final = timedelta(days=3, hours=6)
-"""SendGrid repeats a mail for three days, and doesn't say whether it signs it anew. What is replayed within that time
-is the same mail, and known as such by its Message-ID."""
+"""SendGrid repeats a mail for three days, and doesn't document whether it signs each attempt anew. A replay
+within that time is the same mail, deduplicated by its Message-ID.
+"""
 
 
-def verify(arrival: SenderRequest, public_keys: Sequence[str]) -> SignatureResult:
-    """Return that the request is signed with the other half of one of these keys, in base64; raises `Refused`."""
+def verify(request: SenderRequest, public_keys: Sequence[str]) -> SignatureResult:
+    """Verify the signature with one of these public keys (DER in base64); raises `RequestRefused`."""
     keys = _usable_keys(public_keys)
-    time = arrival.headers.single(TIME_HEADER)
-    header = arrival.headers.single(SIGNATURE_HEADER)
+    time = request.headers.single(TIME_HEADER)
+    header = request.headers.single(SIGNATURE_HEADER)
     if time is None or header is None:
         raise signatures.missing_signature(f"{SIGNATURE_HEADER} or {TIME_HEADER}")
-    signatures.require_fresh(time, arrival.received_at, past=TOLERANCE)
+    signatures.require_fresh(time, request.received_at, past=TOLERANCE)
     try:
         signature = b64decode(signatures.header_bytes(header), validate=True)
     except binascii.Error as error:
         raise signatures.invalid_signature() from error
-    arrival.require_offloaded()
+    request.require_offloaded()
     signed = sha256(time.encode())
-    signed.update(arrival.body)
+    signed.update(request.body)
     digest = signed.digest()
     if not any(_is_signed_with(key, signature, digest) for key in keys):
         raise signatures.invalid_signature()

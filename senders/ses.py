@@ -1,4 +1,4 @@
-"""Amazon SES: what its notifications on a topic say of a mail that it has received."""
+"""Amazon SES: notifications on an SNS topic about received mails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ _VERDICTS: Final = ("spam", "virus", "spf", "dkim", "dmarc")
 
 @dataclass(frozen=True, slots=True)
 class SesStoredMail:
-    """Where SES says that it has put a mail; whoever fetches it compares bucket and prefix with those configured."""
+    """S3 object of a mail as SES reports it; compare bucket and prefix with the configured ones before a
+    fetch.
+    """
 
     bucket: str
     key: str
@@ -27,31 +29,33 @@ class SesStoredMail:
 
 @dataclass(frozen=True, slots=True)
 class SesMail:
-    """A mail that SES has received."""
+    """Mail that SES has received."""
 
     mail_id: str
-    """Name of SES for this arrival of the mail; the same in each notification of it."""
+    """Id that SES assigns to one reception of the mail; the same in each notification of it."""
     sender: str
-    """Of the envelope; empty for what is sent automatically."""
+    """Sender of the envelope; empty for automatic mails such as bounces."""
     recipients: Sequence[str]
-    """Of the envelope."""
+    """Recipients of the envelope."""
     headers: Sequence[tuple[str, str]]
-    """In the order of the mail."""
+    """Headers in the order of the mail."""
     are_headers_truncated: bool
     common_headers: Mapping[str, Json]
     """`from`, `to`, `cc`, `subject`, `date`, `messageId` and others, decoded."""
     verdicts: Mapping[str, str]
     """`PASS`, `FAIL`, `GRAY` and others, of `spam`, `virus`, `spf`, `dkim` and `dmarc`."""
     content: bytes | None
-    """The whole mail; None: it is stored, or not to be had."""
+    """The raw mail; None if it is stored in S3, or not available."""
     stored: SesStoredMail | None
 
     @property
     def proven_headers(self) -> Sequence[str] | None:
-        """Headers that tell this mail from every other, in a fixed order; None where they prove too little.
+        """Headers that distinguish this mail from every other, in a fixed order; None if they prove too
+        little.
 
-        The body hashes of DKIM (RFC 6376, `bh`) stand for the content. They count only where SES has found a signature
-        valid, and where each covers the whole body (no `l`): otherwise a mail with another content could have the same.
+        The DKIM body hashes (RFC 6376, `bh`) represent the content. They count only if SES has found a
+        signature valid, and if each covers the whole body (no `l`): otherwise a mail with another content
+        could have the same headers.
         """
         if self.verdicts.get("dkim") != "PASS" or self.are_headers_truncated:
             return None
@@ -66,9 +70,10 @@ class SesMail:
 
 
 def parse_ses_mail(message: SnsMessage) -> SesMail | None:
-    """Return the mail that a verified message tells of, or None where it tells of none.
+    """Return the mail of a verified message, or None for a message without a mail.
 
-    SES puts notes in plain text on a topic too, and bounces and complaints. Raises `Refused` for a mail that is broken.
+    SES also publishes plain-text messages, bounces and complaints on a topic. Raises `RequestRefused` for a
+    malformed mail.
     """
     if message.type is not SnsMessageType.NOTIFICATION:
         return None
@@ -96,7 +101,7 @@ def parse_ses_mail(message: SnsMessage) -> SesMail | None:
 
 
 def _decode_content(text: str, action: Mapping[str, Json]) -> bytes:
-    """Return the mail as it came: SES sends text, or base64 where it is told to."""
+    """Return the raw mail: SES sends text or, if configured so, base64."""
     encoding = action.get("encoding")
     if not isinstance(encoding, str) or encoding.upper() != "BASE64":
         return text.encode()
@@ -134,7 +139,7 @@ def _parse_verdicts(receipt: Mapping[str, Json]) -> Mapping[str, str]:
 
 
 def _parse_tags(signature: str) -> Iterator[tuple[str, str]]:
-    """Return the tags of a DKIM signature, without white space."""
+    """Yield the tags of a DKIM signature, without white space."""
     for tag in "".join(signature.split()).split(";"):
         name, _, value = tag.partition("=")
         if value:

@@ -1,4 +1,4 @@
-"""What all signatures have in common: secrets that are there, digests over bytes, comparison in constant time, age."""
+"""Common parts of signature checks: usable secrets, HMAC, comparison in constant time, and age."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from typing import Final
 from senders.request_refusal import RequestRefused
 
 MAX_SIGNATURES: Final = 20
-"""In one request: a sender that changes its secret gives two."""
+"""Maximum number of signatures in a request; a sender that rotates its secret sends two."""
 CLOCK_SKEW: Final = timedelta(minutes=5)
-"""So far the clock of a sender may be ahead of ours."""
+"""Maximum time by which the clock of a sender may be ahead of the server's."""
 
 _SECONDS: Final = re.compile(r"[0-9]{1,12}")
 
 
 @dataclass(frozen=True, slots=True)
 class SignatureResult:
-    """The request is truly of its sender."""
+    """Result of a successful verification."""
 
     delivery_key: str | None = None
-    """What the sender names this delivery by, and again when it repeats it; None: it gives it no name."""
+    """Deduplication key from the sender's id of the delivery; None without an id."""
 
 
 def usable_secrets(secrets: Iterable[str]) -> Sequence[bytes]:
-    """Return the secrets that are any as bytes; raises `Refused` where there is none, since that would let all in."""
+    """Return the non-blank secrets as bytes; raises `RequestRefused` if there is none, since anybody could
+    sign then.
+    """
     keys = [secret.encode() for secret in secrets if secret.strip()]
     if not keys:
         raise missing_secret()
@@ -36,7 +38,7 @@ def usable_secrets(secrets: Iterable[str]) -> Sequence[bytes]:
 
 
 def compute_hmac(key: bytes, *parts: bytes, algorithm: str = "sha256") -> bytes:
-    """Return the HMAC of parts one after the other; a large one isn't copied to be put behind the others."""
+    """Return the HMAC over consecutive parts, without a copy of a large body."""
     running = hmac.new(key, digestmod=algorithm)
     for part in parts:
         running.update(part)
@@ -44,7 +46,7 @@ def compute_hmac(key: bytes, *parts: bytes, algorithm: str = "sha256") -> bytes:
 
 
 def require_match(given: Collection[bytes], expected: Collection[bytes]) -> None:
-    """Raise `Refused` unless one of the given signatures is one of those expected, after comparing all of them."""
+    """Require one given signature to equal an expected one, comparing all pairs; raises `RequestRefused`."""
     if len(given) > MAX_SIGNATURES:
         raise invalid_signature()
     matches = [hmac.compare_digest(one, other) for one in given for other in expected]
@@ -53,36 +55,36 @@ def require_match(given: Collection[bytes], expected: Collection[bytes]) -> None
 
 
 def require_fresh(timestamp: str, at: datetime, *, past: timedelta, ahead: timedelta = CLOCK_SKEW) -> None:
-    """Raise `Refused` unless a time, in seconds of the epoch as a sender writes it, is near to `at`."""
+    """Require a timestamp header, in seconds since the epoch, to be close to `at`; raises `RequestRefused`."""
     if not _SECONDS.fullmatch(timestamp):
         raise RequestRefused("invalid-signature", "The time of the signature is no number of seconds")
     require_recent(int(timestamp), at, past=past, ahead=ahead)
 
 
 def require_recent(seconds: float, at: datetime, *, past: timedelta, ahead: timedelta = CLOCK_SKEW) -> None:
-    """Raise `Refused` unless a time in seconds of the epoch is near to `at`."""
+    """Require a time, in seconds since the epoch, to be close to `at`; raises `RequestRefused`."""
     age = at.timestamp() - seconds
     if not -ahead.total_seconds() <= age <= past.total_seconds():
         raise RequestRefused("stale-signature", "The request was signed too long ago, or in the future")
 
 
 def header_bytes(header: str) -> bytes:
-    """Return the bytes of a header, whatever they are: to compare texts would fail on some of them."""
+    """Return the bytes of a header; `hmac.compare_digest` fails for texts that aren't ASCII."""
     return header.encode("latin-1")
 
 
 def missing_signature(what: str) -> RequestRefused:
-    """Return the refusal of a request that isn't signed."""
+    """Return the refusal of an unsigned request."""
     return RequestRefused("missing-signature", f"The request is not signed: {what} is missing")
 
 
 def invalid_signature() -> RequestRefused:
-    """Return the refusal of a request that is signed, but not so; it doesn't say what is wrong with it."""
+    """Return the refusal of a request with a wrong signature; it gives no details."""
     return RequestRefused("invalid-signature", "The signature is not that of the request")
 
 
 def missing_secret() -> RequestRefused:
-    """Return the refusal of a request that can't be verified."""
+    """Return the refusal of a request for which no usable secret is configured."""
     return RequestRefused(
         "no-secret", "No secret, or none that can be used, is configured to verify the request with"
     )

@@ -14,33 +14,33 @@ from senders.signatures import SignatureResult
 
 SOURCE: Final = "slack"
 TOLERANCE: Final = timedelta(minutes=5)
-"""Slack asks its receivers to refuse what is older."""
+"""Slack asks receivers to refuse older requests."""
 
 
 def verify(
-    arrival: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
+    request: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
 ) -> SignatureResult:
-    """Return what Slack names the event, or the command, by; raises `Refused`."""
+    """Verify the signature and return the deduplication key of the event or command; raises `RequestRefused`."""
     keys = signatures.usable_secrets(secrets)
-    time = arrival.headers.single("X-Slack-Request-Timestamp")
-    signature = arrival.headers.single("X-Slack-Signature")
+    time = request.headers.single("X-Slack-Request-Timestamp")
+    signature = request.headers.single("X-Slack-Signature")
     if time is None or signature is None:
         raise signatures.missing_signature("X-Slack-Signature or X-Slack-Request-Timestamp")
-    signatures.require_fresh(time, arrival.received_at, past=tolerance)
-    arrival.require_offloaded()
-    signed = (b"v0:", time.encode(), b":", arrival.body)
+    signatures.require_fresh(time, request.received_at, past=tolerance)
+    request.require_offloaded()
+    signed = (b"v0:", time.encode(), b":", request.body)
     expected = [b"v0=" + signatures.compute_hmac(key, *signed).hex().encode() for key in keys]
     signatures.require_match([signatures.header_bytes(signature)], expected)
-    return SignatureResult(_deduplication_key(_parse_payload(arrival)))
+    return SignatureResult(_deduplication_key(_parse_payload(request)))
 
 
-def parse_event(arrival: SenderRequest) -> SenderEvent | UrlChallenge:
-    """Return the event, or what Slack asks for when an address is entered; raises `Refused`."""
-    data = sender_event.require_object(_parse_payload(arrival), "The payload")
+def parse_event(request: SenderRequest) -> SenderEvent | UrlChallenge:
+    """Return the event, or the challenge that Slack sends when a URL is configured; raises `RequestRefused`."""
+    data = sender_event.require_object(_parse_payload(request), "The payload")
     if data.get("type") == "url_verification":
         return UrlChallenge(sender_event.require_text_member(data, "challenge", "The payload"))
     if data.get("ssl_check") == "1":
-        # Slack now and then looks at the certificate of the address of a command.
+        # Slack checks the certificate of a command's URL from time to time.
         return UrlChallenge("")
     return SenderEvent(
         f"slack.{_event_type(data)}", SOURCE, data, _delivery_name(data), _deduplication_key(data)
@@ -48,7 +48,7 @@ def parse_event(arrival: SenderRequest) -> SenderEvent | UrlChallenge:
 
 
 def _event_type(data: Mapping[str, Json]) -> str:
-    """Return what has happened: inside of a callback stands the event itself, and a command has no type."""
+    """Return the event type: of the inner event for a callback; a slash command has none of its own."""
     if "command" in data and "type" not in data:
         return "slash_command"
     if data.get("type") == "event_callback":
@@ -56,11 +56,11 @@ def _event_type(data: Mapping[str, Json]) -> str:
     return sender_event.require_text_member(data, "type", "The payload")
 
 
-def _parse_payload(arrival: SenderRequest) -> Json:
-    """Return what Slack says: a body of JSON, JSON in a form (a click), or the fields of a form (a command)."""
-    if arrival.media_type.name != posted_forms.URLENCODED_TYPE:
-        return arrival.json
-    form = arrival.form
+def _parse_payload(request: SenderRequest) -> Json:
+    """Return the payload: a body of JSON, JSON in a form (a click), or the fields of a form (a command)."""
+    if request.media_type.name != posted_forms.URLENCODED_TYPE:
+        return request.json
+    form = request.form
     payload = form.first("payload")
     if payload is not None:
         return parse_json(payload)
@@ -73,7 +73,7 @@ def _parse_payload(arrival: SenderRequest) -> Json:
 
 
 def _delivery_name(data: Json) -> str | None:
-    """Return what is named: an event, or what somebody did, by the id with which a dialog can be opened for it."""
+    """Return the id of an event, or the trigger id of an interaction, with which an app can open a dialog."""
     named = [data.get("event_id"), data.get("trigger_id")] if isinstance(data, dict) else []
     return next((name for name in named if isinstance(name, str) and name), None)
 

@@ -1,6 +1,6 @@
-"""Amazon SNS: a message in JSON that carries its own signature, and the address of the certificate to check it with.
+"""Amazon SNS: messages in JSON with a signature and the URL of the certificate that verifies it.
 
-The signature proves that SNS has sent a message, for whichever of its customers; the topic says for whom.
+The signature proves that SNS has sent a message, for any of its customers; the topic identifies the customer.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ TYPE_HEADER: Final = "x-amz-sns-message-type"
 RAW_HEADER: Final = "x-amz-sns-rawdelivery"
 
 TOLERANCE: Final = timedelta(minutes=75)
-"""SNS repeats a message for an hour at most, with the time and the signature that it had first."""
+"""SNS repeats a message for an hour at most, with its first time and signature."""
 MAX_BYTES: Final = 2_000_000
-"""A message has 256 KiB, of which JSON may make several times as many."""
+"""A message has up to 256 KiB; escapes of JSON can multiply that."""
 MIN_KEY_BITS: Final = 2_048
 
 _DOMAINS: Final = {"aws": "amazonaws.com", "aws-us-gov": "amazonaws.com", "aws-cn": "amazonaws.com.cn"}
-# A region has no digit before its end: else `s3-us-west-2` were one, and its host is somebody's bucket.
+# A region has digits only at its end: otherwise `s3-us-west-2` would match, and its host is anybody's bucket.
 _TOPIC_ARN: Final = re.compile(
     r"arn:(aws|aws-us-gov|aws-cn):sns:([a-z]{2}(?:-[a-z]+)+-[0-9]{1,2}):[0-9]{12}:[A-Za-z0-9_-]{1,256}"
 )
@@ -47,7 +47,7 @@ _LINE: Final = re.compile(r"[^\r\n]{1,4000}")
 
 
 class SnsMessageType(StrEnum):
-    """What a message is for."""
+    """Purpose of a message."""
 
     NOTIFICATION = "Notification"
     SUBSCRIPTION = "SubscriptionConfirmation"
@@ -56,13 +56,13 @@ class SnsMessageType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SnsMessage:
-    """A message of SNS, whole and in the form that it must have; not yet one that is truly of SNS."""
+    """Well-formed message of SNS; its signature is not verified yet."""
 
     type: SnsMessageType
     message_id: str
     topic_arn: str
     host: str
-    """Of SNS in the region of the topic."""
+    """Host of SNS in the region of the topic."""
     message: str
     timestamp: str
     sent_at: datetime
@@ -74,20 +74,20 @@ class SnsMessage:
     subscribe_url: str | None = None
 
 
-def parse_sns_message(arrival: SenderRequest) -> SnsMessage:
-    """Return the message that a request is, whatever media type it has (SNS says text/plain); raises `Refused`."""
-    if arrival.headers.values(RAW_HEADER):
+def parse_sns_message(request: SenderRequest) -> SnsMessage:
+    """Parse the message in a request of any media type (SNS sends text/plain); raises `RequestRefused`."""
+    if request.headers.values(RAW_HEADER):
         raise RequestRefused(
             "raw-delivery", "The subscription delivers messages raw, and so without a signature"
         )
-    if len(arrival.body) > MAX_BYTES:
+    if len(request.body) > MAX_BYTES:
         raise RequestRefused("too-large", f"A message of SNS has at most {MAX_BYTES:,} bytes")
-    members = arrival.json
+    members = request.json
     if not isinstance(members, dict):
         raise _malformed_message("it is no JSON object")
     topic_arn, host = _parse_topic(members)
     timestamp, sent_at = _parse_time(members)
-    kind = _parse_type(members, arrival.headers.single(TYPE_HEADER))
+    kind = _parse_type(members, request.headers.single(TYPE_HEADER))
     is_notification = kind is SnsMessageType.NOTIFICATION
     return SnsMessage(
         type=kind,
@@ -109,13 +109,15 @@ def parse_sns_message(arrival: SenderRequest) -> SnsMessage:
 
 
 def require_topic(message: SnsMessage, topics: Collection[str]) -> None:
-    """Raise `Refused` unless the message is of one of these topics (ARNs); before its certificate is fetched."""
+    """Require one of these topics (ARNs), before the certificate is fetched; raises `RequestRefused`."""
     if message.topic_arn not in topics:
         raise RequestRefused("unknown-topic", "The message is of a topic that is not configured")
 
 
 def signing_certificate_url(message: SnsMessage) -> str:
-    """Return where to fetch the certificate, following no redirect; raises `Refused` unless that is SNS itself."""
+    """Return the URL of the certificate, to be fetched without redirects; raises `RequestRefused` unless its
+    host is SNS.
+    """
     allowed = rf"https://{re.escape(message.host)}/SimpleNotificationService-[0-9a-f]{{32}}\.pem"
     if not re.fullmatch(allowed, message.signing_cert_url):
         raise RequestRefused(
@@ -127,9 +129,9 @@ def signing_certificate_url(message: SnsMessage) -> str:
 def verify(
     message: SnsMessage, certificate_pem: bytes, topics: Collection[str], now: datetime
 ) -> SignatureResult:
-    """Return what SNS names the message by; raises `Refused`.
+    """Verify the signature and return the deduplication key of the message; raises `RequestRefused`.
 
-    The certificate is what was fetched from `signing_certificate_url`.
+    `certificate_pem` is the content of `signing_certificate_url`.
     """
     require_topic(message, topics)
     signing_certificate_url(message)
@@ -146,9 +148,10 @@ def verify(
 
 
 def confirmation_url(message: SnsMessage) -> str:
-    """Return what to GET to confirm the subscription of a verified message; raises `Refused` for other messages.
+    """Return the URL whose GET confirms the subscription of a verified message; raises `RequestRefused` for
+    others.
 
-    It is made of topic and token, and never what the message itself asks to be visited.
+    The URL is built from topic and token; the `SubscribeURL` of the message is never visited.
     """
     if message.type is not SnsMessageType.SUBSCRIPTION or message.token is None:
         raise _malformed_message("it asks for no confirmation")
@@ -192,7 +195,7 @@ def _has_member(members: dict[str, Json], name: str) -> bool:
 
 
 def _text_member(members: dict[str, Json], name: str, pattern: re.Pattern[str] | None = None) -> str:
-    """Return a member; those with a pattern have no line ends, which in what is signed would end them."""
+    """Return a text member; patterns exclude line ends, which would forge lines of the signed text."""
     value = members.get(name)
     if not isinstance(value, str):
         raise _malformed_message(f"it has no text {name}")
@@ -208,8 +211,8 @@ def _malformed_message(reason: str) -> RequestRefused:
 # ── its signature ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-# Version 1 is what a topic uses unless told otherwise. Two messages with one SHA-1 digest can only be made by somebody
-# who may publish on the topic, and so could have sent either.
+# Version 1 is the default of a topic. Two messages with the same SHA-1 digest can only be made by a publisher
+# of the topic, who could have sent either.
 _ALGORITHMS: Final[dict[str, HashAlgorithm]] = {"1": SHA1(), "2": SHA256()}  # noqa: S303 - see above
 
 
@@ -229,7 +232,7 @@ def _signed_text(message: SnsMessage) -> bytes:
 
 
 def _certificate_key(certificate_pem: bytes, now: datetime) -> RSAPublicKey:
-    """Return the key of a certificate that is valid now; raises `Refused`."""
+    """Return the RSA key of a certificate that is valid now; raises `RequestRefused`."""
     try:
         certificate = x509.load_pem_x509_certificate(certificate_pem)
         key = certificate.public_key()

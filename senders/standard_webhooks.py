@@ -1,4 +1,4 @@
-"""Standard Webhooks 1.0.0: signs id, time and body, with a secret that both have or a key that only the sender has."""
+"""Standard Webhooks 1.0.0: signs id, time and body with a shared secret or a private key of the sender."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from senders.signatures import SignatureResult
 SOURCE: Final = "standard-webhooks"
 TOLERANCE: Final = timedelta(minutes=5)
 """As in the standard: each attempt is signed anew, under the same id."""
-SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - what secrets begin with
+SECRET_PREFIX: Final = "whsec_"  # noqa: S105 - prefix of secrets
 PUBLIC_KEY_PREFIX: Final = "whpk_"
 HEADER_PREFIXES: Final = ("webhook", "svix")
-"""The standard's own headers, and those of Svix, from which the standard was made: the same values by other names."""
+"""Prefixes of the standard and of Svix, its origin: the same headers under other names."""
 
 
 def verify(
-    arrival: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
+    request: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
 ) -> SignatureResult:
-    """Return what the sender names the message by; raises `Refused`.
+    """Verify the signature and return the deduplication key of the message; raises `RequestRefused`.
 
-    Secrets are in base64, after `whsec_` where they have it; what begins with `whpk_` is a public key.
+    Secrets are in base64, optionally after `whsec_`; keys after `whpk_` are public keys.
     """
     keys, public_keys = _split_secrets(secrets)
-    name, time, header = (_signed_header(arrival, suffix) for suffix in ("id", "timestamp", "signature"))
+    name, time, header = (_signed_header(request, suffix) for suffix in ("id", "timestamp", "signature"))
     if not name or time is None or header is None:
         raise signatures.missing_signature("webhook-id, webhook-timestamp or webhook-signature")
-    signatures.require_fresh(time, arrival.received_at, past=tolerance)
+    signatures.require_fresh(time, request.received_at, past=tolerance)
     given = [signatures.header_bytes(signature) for signature in header.split(" ")]
     if len(given) > signatures.MAX_SIGNATURES:
         raise signatures.invalid_signature()
-    arrival.require_offloaded()
+    request.require_offloaded()
     prefix = b"%s.%s." % (signatures.header_bytes(name), time.encode())
-    expected = [b"v1," + b64encode(signatures.compute_hmac(key, prefix, arrival.body)) for key in keys]
-    if not _is_signed_with(public_keys, given, prefix, arrival.body):
+    expected = [b"v1," + b64encode(signatures.compute_hmac(key, prefix, request.body)) for key in keys]
+    if not _is_signed_with(public_keys, given, prefix, request.body):
         signatures.require_match(given, expected)
     return SignatureResult(delivery_keys.delivery_key(SOURCE, name))
 
 
-def parse_event(arrival: SenderRequest) -> SenderEvent:
-    """Return the event that a payload as the standard recommends it holds; raises `Refused`."""
-    payload = sender_event.require_object(arrival.json, "The payload")
-    name = _signed_header(arrival, "id") or None
+def parse_event(request: SenderRequest) -> SenderEvent:
+    """Return the event of a payload in the format that the standard recommends; raises `RequestRefused`."""
+    payload = sender_event.require_object(request.json, "The payload")
+    name = _signed_header(request, "id") or None
     return SenderEvent(
         sender_event.require_text_member(payload, "type", "The payload"),
         SOURCE,
@@ -62,20 +62,22 @@ def parse_event(arrival: SenderRequest) -> SenderEvent:
 
 
 def signature_headers() -> Sequence[str]:
-    """Return the names of the headers that hold signatures."""
+    """Return the names of the signature headers."""
     return [f"{prefix}-signature" for prefix in HEADER_PREFIXES]
 
 
-def _signed_header(arrival: SenderRequest, suffix: str) -> str | None:
-    """Return a header by the first prefix that the request signs with; ids and times of the other are not signed."""
+def _signed_header(request: SenderRequest, suffix: str) -> str | None:
+    """Return a header with the prefix of the signature header; id and time under other prefixes are not
+    signed.
+    """
     prefix = next(
-        (each for each in HEADER_PREFIXES if f"{each}-signature" in arrival.headers), HEADER_PREFIXES[0]
+        (each for each in HEADER_PREFIXES if f"{each}-signature" in request.headers), HEADER_PREFIXES[0]
     )
-    return arrival.headers.single(f"{prefix}-{suffix}")
+    return request.headers.single(f"{prefix}-{suffix}")
 
 
 def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:
-    """Return the secrets and the public keys among what is configured; raises `Refused` where none can be used."""
+    """Return secrets and public keys separately; raises `RequestRefused` if none is usable."""
     keys = []
     public_keys = []
     for secret in secrets:
@@ -98,7 +100,7 @@ def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed
 def _is_signed_with(
     public_keys: Sequence[Ed25519PublicKey], given: Sequence[bytes], prefix: bytes, body: bytes
 ) -> bool:
-    """Tell whether a signature `v1a` is by the holder of one of these keys."""
+    """Tell whether a `v1a` signature was made with the private key of one of these public keys."""
     signed = [signature.removeprefix(b"v1a,") for signature in given if signature.startswith(b"v1a,")]
     if not signed or not public_keys:
         return False

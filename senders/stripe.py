@@ -1,4 +1,4 @@
-"""Stripe: signs time and body, in a header that holds a signature for each secret while one replaces the other."""
+"""Stripe: signs time and body; the header holds a signature for each secret during a rotation."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from senders.signatures import SignatureResult
 
 SOURCE: Final = "stripe"
 TOLERANCE: Final = timedelta(minutes=5)
-"""Stripe signs anew what it repeats, so that an older signature is a replay."""
+"""Stripe signs each attempt anew, so an older signature is a replay."""
 
 
 def verify(
-    arrival: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
+    request: SenderRequest, secrets: Sequence[str], *, tolerance: timedelta = TOLERANCE
 ) -> SignatureResult:
-    """Return what Stripe names the event by; raises `Refused`."""
+    """Verify the signature and return the deduplication key of the event; raises `RequestRefused`."""
     keys = signatures.usable_secrets(secrets)
-    header = arrival.headers.single("Stripe-Signature")
+    header = request.headers.single("Stripe-Signature")
     if header is None:
         raise signatures.missing_signature("Stripe-Signature")
     items = [item.strip().partition("=")[::2] for item in header.split(",")]
@@ -29,16 +29,16 @@ def verify(
     given = [signatures.header_bytes(value) for name, value in items if name == "v1"]
     if len(times) != 1 or not given:
         raise signatures.invalid_signature()
-    signatures.require_fresh(times[0], arrival.received_at, past=tolerance)
-    arrival.require_offloaded()
-    signed = (times[0].encode(), b".", arrival.body)
+    signatures.require_fresh(times[0], request.received_at, past=tolerance)
+    request.require_offloaded()
+    signed = (times[0].encode(), b".", request.body)
     signatures.require_match(given, [signatures.compute_hmac(key, *signed).hex().encode() for key in keys])
-    return SignatureResult(delivery_keys.member_delivery_key(SOURCE, arrival.json, "id"))
+    return SignatureResult(delivery_keys.member_delivery_key(SOURCE, request.json, "id"))
 
 
-def parse_event(arrival: SenderRequest) -> SenderEvent:
-    """Return the event, whose data is all of what Stripe says; raises `Refused`."""
-    data = sender_event.require_object(arrival.json, "The event")
+def parse_event(request: SenderRequest) -> SenderEvent:
+    """Return the event, with the whole payload as its data; raises `RequestRefused`."""
+    data = sender_event.require_object(request.json, "The event")
     name = sender_event.require_text_member(data, "id", "The event")
     return SenderEvent(
         sender_event.require_text_member(data, "type", "The event"),
