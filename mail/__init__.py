@@ -1,1 +1,1 @@
-"""Mail as such: what arrived is read, and what is to be sent is written, without knowing how either travels."""
+"""Mail parsing and composition, independent of transport."""

@@ -1,4 +1,4 @@
-"""Addresses in headers: shown as they were meant, and checked where mail is to be sent to them."""
+"""Mail addresses: display of address headers, and strict parsing of recipients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Final
 from mail import headers, mail_content
 
 ADDRESS_HEADERS: Final = frozenset({"from", "sender", "reply-to", "to", "cc", "bcc"})
-"""Those that hold addresses."""
+"""Headers that contain addresses."""
 _SPECIAL: Final = re.compile(r'[][\\()<>@,:;".]')
 _TO_ESCAPE: Final = re.compile(r'([\\"])')
 _LOCAL: Final = re.compile(r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+(?:\.[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]+)*")
@@ -23,9 +23,9 @@ _MAX_DOMAIN_CHARACTERS: Final = 253
 
 
 def format_addresses(value: str) -> str:
-    """Return the value of From, To and the like for reading.
+    """Return the decoded value of an address header such as From or To.
 
-    What was encoded is quoted where it would look like another address.
+    A decoded name is quoted where it would look like another address.
     """
     pairs = _parse_pairs(value)
     if not pairs or ("", "") in pairs:
@@ -34,7 +34,7 @@ def format_addresses(value: str) -> str:
 
 
 def bare_addresses(value: str) -> list[str]:
-    """Return the addresses alone, such as `ada@example.org`."""
+    """Return the addresses without names, such as `ada@example.org`."""
     return [address for _, address in _parse_pairs(value) if address]
 
 
@@ -57,12 +57,12 @@ def _format_address(name: str, address: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Mailbox:
-    """Somebody to write to."""
+    """Recipient or sender of an outgoing mail."""
 
     name: str
     local: str
     domain: str
-    """In ASCII."""
+    """Domain in ASCII (IDNA)."""
 
     @property
     def address(self) -> str:
@@ -70,11 +70,11 @@ class Mailbox:
 
 
 def parse_mailboxes(text: str) -> list[Mailbox]:
-    """Return the addresses in a text, separated by commas; raises `ValueError` for anything else."""
+    """Return the comma-separated addresses in a text; raises `ValueError` for anything else."""
     if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError("it holds a control character")
     pairs = _parse_pairs(text)
-    # An address that isn't there as it was read was mended, and may be somebody else's.
+    # An address that isn't literally in the text was repaired by the parser, and may be somebody else's.
     if not pairs or any(address not in text for _, address in pairs):
         raise ValueError("it is no address")
     return [_build_mailbox(name, address) for name, address in pairs]

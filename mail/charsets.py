@@ -1,4 +1,4 @@
-"""Which bytes are which characters: what a mail says of that is often wrong, and must never be the end of it."""
+"""Charset decoding that never fails, since the charset that a mail declares is often wrong."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ CODECS: Final = (
     "koi8_r", "koi8_u", "mac_roman", "mac_cyrillic", "big5", "big5hkscs", "gb2312", "gbk", "gb18030", "hz",
     "euc_jp", "euc_kr", "shift_jis", "iso2022_jp", "iso2022_jp_2", "iso2022_kr", "tis_620",
 )  # fmt: skip
-"""Those whose decoders take no more time than a text is long, and make nothing that is no character."""
+"""Codecs whose decoders run in linear time and produce only valid characters."""
 
-# Each is a part of the other, whose characters its name is used for all the same: browsers read them so too.
+# Supersets of charsets under whose names they are commonly used; browsers decode them this way too.
 _CODEC_ALIASES: Final[Mapping[str, str]] = {
     "latin_1": "cp1252",
     "gb2312": "gb18030",
@@ -26,7 +26,7 @@ _CODEC_ALIASES: Final[Mapping[str, str]] = {
     "euc_kr": "cp949",
 }
 _UNIT_BYTES: Final[Mapping[str, int]] = {"utf_16": 2, "utf_32": 4}
-"""Bytes of a code unit, for the codecs that need a byte order mark to tell in which order they come."""
+"""Bytes of a code unit, for codecs whose byte order depends on a byte order mark."""
 _BYTE_ORDER_MARKS: Final[Mapping[str, Sequence[bytes]]] = {
     "utf_16": (codecs.BOM_UTF16_BE, codecs.BOM_UTF16_LE),
     "utf_32": (codecs.BOM_UTF32_BE, codecs.BOM_UTF32_LE),
@@ -43,30 +43,30 @@ def _codec_names() -> Mapping[str, str]:
 
 
 _CODEC_NAMES: Final = _codec_names()
-"""Looked up here alone: Python would look for a module of any name that a mail gives."""
+"""The only lookup of charset names: Python's would import a module of any name that a mail gives."""
 
 
 def find_codec(name: str) -> str | None:
-    """Return the codec for the name of a charset; None for one that tells nothing: it is unknown, or just ASCII."""
+    """Return the codec for the name of a charset; None for an unknown charset and for ASCII."""
     return _CODEC_NAMES.get(_NO_LETTER.sub("_", name[:_MAX_NAME_CHARACTERS].lower()).strip("_"))
 
 
 def decode_text(raw: bytes, charset: str = "") -> str:
-    """Return a text, with U+FFFD for what is no character, and for NUL, which no JSON of ours holds."""
+    """Decode bytes; invalid sequences become U+FFFD, and so does NUL, which stored JSON can't contain."""
     return decode_text_pieces((raw,), charset)
 
 
 def decode_text_pieces(pieces: Iterable[bytes], charset: str = "") -> str:
-    """Return a text that comes in pieces; see `decoded`."""
+    """Decode a text in pieces; see `decode_text`."""
     codec = find_codec(charset)
     if codec is None:
         return _guess_codec(b"".join(pieces)).replace("\0", "\ufffd")
-    # A piece at a time: no call may take so long that another thread's work is kept waiting.
+    # Piece by piece: a long call would hold the GIL and delay other threads.
     return "".join(_decode_pieces(iter(pieces), codec)).replace("\0", "\ufffd")
 
 
 def _decode_pieces(pieces: Iterator[bytes], codec: str) -> Iterator[str]:
-    """Yield the text of each piece; a character may be cut in two between pieces."""
+    """Yield the text of each piece; a character may be split between pieces."""
     if codec in _UNIT_BYTES:
         first = next(pieces, b"")
         codec, pieces = _resolve_byte_order(first, codec), chain((first,), pieces)
@@ -93,7 +93,7 @@ def _decode_piece(
 def _resolve_byte_order(beginning: bytes, codec: str) -> str:
     """Return the codec with the byte order of a text, by its byte order mark, or else by its zero bytes.
 
-    Most texts have more zeros in the high byte of a unit. Where that tells nothing, the order is big-endian (RFC 2781,
+    Most texts have more zeros in the high byte of a unit. Without a majority, the order is big-endian (RFC 2781,
     section 4.3).
     """
     if beginning.startswith(tuple(_BYTE_ORDER_MARKS[codec])):

@@ -1,4 +1,4 @@
-"""A mail to be sent becomes the bytes that a mail server takes: ASCII, with CRLF at the end of each line."""
+"""Composition of outgoing mails as bytes for a mail server: ASCII with CRLF line ends."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mail.addresses import Mailbox
 
 MESSAGE_ID_PREFIX: Final = "pilotflame."
-"""How the part before the @ begins in the ids of mails that were sent from here."""
+"""Prefix of the Message-IDs of mails that workflows send."""
 _POLICY: Final = policy.SMTP.clone(cte_type="7bit")
 _NAME: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,76}")
 _LEAF_TYPES: Final = ("application/", "audio/", "font/", "image/", "model/", "text/", "video/")
@@ -33,10 +33,10 @@ _MANAGED_HEADER_PREFIXES: Final = ("arc-", "content-", "dkim-", "resent-")
 
 @dataclass(frozen=True, slots=True)
 class EnclosedFile:
-    """A file to be sent along."""
+    """Attachment or inline image of an outgoing mail."""
 
     label: AttachmentLabel
-    """One with a content id, in a mail with HTML, is shown where that names it, and not listed."""
+    """With a content id, the file is an inline part of the HTML; otherwise it is an attachment."""
     content: bytes
 
 
@@ -52,22 +52,22 @@ class OutgoingMail:
     text: str = ""
     html: str = ""
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Others, that nothing else here decides."""
+    """Additional headers; those that other fields set are refused."""
     enclosed: Sequence[EnclosedFile] = ()
 
 
 def make_message_id(key: str, domain: str) -> str:
-    """Return the id for a mail: the same whenever the same is sent again."""
+    """Return a Message-ID derived from a key, so that a repeated mail has the same id."""
     return f"<{MESSAGE_ID_PREFIX}{sha256(key.encode()).hexdigest()[:32]}@{domain}>"
 
 
 def is_workflow_mail(message_id: str) -> bool:
-    """Tell whether a mail was sent by a workflow, of this server or another, as far as its id says so."""
+    """Tell whether the Message-ID says that a workflow sent the mail, of this server or another."""
     return message_id.strip().removeprefix("<").startswith(MESSAGE_ID_PREFIX)
 
 
 def check_header(name: str, value: str) -> None:
-    """Raise `ValueError` for what can't be a header, would be another header besides, or is none of a user's."""
+    """Raise `ValueError` for an invalid or managed header, and for a value that would inject another header."""
     if not _NAME.fullmatch(name):
         raise ValueError(f"{name[:100]!r} is no name of a header")
     if name.lower() in _MANAGED_HEADERS or name.lower().startswith(_MANAGED_HEADER_PREFIXES):
@@ -76,13 +76,13 @@ def check_header(name: str, value: str) -> None:
 
 
 def check_line(text: str, what: str) -> None:
-    """Raise `ValueError` for a text that isn't of one line: the rest of it would be headers of their own."""
+    """Raise `ValueError` for a text with line ends: its next line would be a header of its own."""
     if mail_content.CONTROL_CHARACTERS.search(text):
         raise ValueError(f"{what} holds a line end or another control character")
 
 
 def compose_mail(mail: OutgoingMail) -> bytes:
-    """Return the mail as it is sent; raises `ValueError`."""
+    """Return the mail as bytes; raises `ValueError` for invalid headers."""
     composed = EmailMessage(policy=_POLICY)
     composed["From"] = _to_address(mail.sender)
     for name, mailboxes in (("To", mail.to), ("Cc", mail.cc), ("Reply-To", mail.reply_to)):
@@ -128,7 +128,7 @@ def _set_body(composed: EmailMessage, mail: OutgoingMail) -> None:
 
 
 def _split_media_type(label: AttachmentLabel) -> tuple[str, str]:
-    """Return the two halves of a type; what is made of parts can't be sent in Base64, and becomes a mere file."""
+    """Return main type and subtype; `multipart/*` and `message/*` can't be in base64, and become a generic file."""
     content_type = (
         label.content_type if label.content_type.startswith(_LEAF_TYPES) else mail_content.DEFAULT_TYPE
     )

@@ -1,4 +1,4 @@
-"""Headers: found at the beginning of a mail or part, unfolded, and decoded for whoever reads them."""
+"""Mail headers (RFC 5322): location, unfolding and decoding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HeaderValues: TypeAlias = "dict[str, str | list[str]]"
 _BLOCK: Final = re.compile(
     rb"(?:(?:[\x21-\x39\x3b-\x7e]++[ \t]*+:|[ \t]|>?From )[^\n]*+(?:\n|\Z))*+",
 )
-"""Lines that begin with a name, with more of the header before, or as the envelope's line in files of mails."""
+"""Header fields, continuation lines, and the `From ` line of mbox files."""
 _EMPTY_LINE: Final = re.compile(rb"\r?\n")
 _NEXT: Final = re.compile(rb"\r?\n(?![ \t])")
 _FOLD: Final = re.compile(r"[\r\n]+[ \t]*")
@@ -37,24 +37,24 @@ _MAX_DIGITS: Final = 3
 
 @dataclass(frozen=True, slots=True)
 class MailHeaders:
-    """In the order of the mail, each name as it is spelt there."""
+    """Headers in the order of the mail, each name in its original case."""
 
     fields: Sequence[tuple[str, str]] = ()
-    """Values are unfolded, and not decoded: to whom an encoded word belongs shows only before."""
+    """Values are unfolded, and not decoded: a decoded word could look like an address."""
     omitted: int = 0
-    """Headers beyond `Limits.max_headers`, which were left out."""
+    """Number of headers beyond `MailLimits.max_headers`, which are left out."""
 
     def values(self, name: str) -> list[str]:
-        """Return every value of a name, whatever its case."""
+        """Return every value of a header; `name` is in lower case."""
         return [value for each, value in self.fields if each.lower() == name]
 
     def first(self, name: str) -> str:
         return next(iter(self.values(name)), "")
 
     def display_values(self, show: Callable[[str, str], str]) -> HeaderValues:
-        """Return values by the first spelling of their names, of a name that occurs often all of them.
+        """Return decoded values by the first spelling of their names; a list for a repeated header.
 
-        `show` is given a name in lower case and a value, and decodes that.
+        `show` gets a name in lower case and a value, and returns the decoded value.
         """
         spelt: dict[str, str] = {}
         found: dict[str, list[str]] = {}
@@ -64,17 +64,17 @@ class MailHeaders:
 
 
 def headers_of_pairs(pairs: Iterable[tuple[str, str]], limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return headers that somebody else has taken apart."""
+    """Return headers from pairs of name and value."""
     return _limit_headers([(name, _unfold(value)) for name, value in pairs], limits)
 
 
 def parse_header_block(raw: bytes, limits: MailLimits = DEFAULT_LIMITS) -> MailHeaders:
-    """Return the headers that a text of nothing else holds; raises `InvalidMail`."""
+    """Return the headers of a text that contains nothing else; raises `InvalidMail`."""
     return take_headers(raw, 0, len(raw), limits)[0]
 
 
 def take_headers(raw: Raw, start: int, end: int, limits: MailLimits) -> tuple[MailHeaders, int]:
-    """Return the headers at a place, and where the body begins; raises `InvalidMail`.
+    """Return the headers at an offset, and the offset of the body; raises `InvalidMail`.
 
     A line that is no header ends them too: then the empty line before the body is missing.
     """
@@ -91,7 +91,7 @@ def _parse_block(block: bytes, limits: MailLimits) -> MailHeaders:
     fields: list[tuple[str, str]] = []
     for written in _NEXT.split(block):
         name, colon, value = charsets.decode_text(written).partition(":")
-        # Neither the envelope's line nor a continuation of nothing has a name.
+        # Neither the `From ` line of an mbox file nor a continuation without a header has a name.
         if colon and not name.startswith((" ", "\t")) and " " not in name.rstrip():
             fields.append((name.rstrip(), _unfold(value)))
     return _limit_headers(fields, limits)
@@ -109,7 +109,7 @@ def _unfold(value: str) -> str:
 
 
 def decode_value(value: str) -> str:
-    """Return a value for reading. White space between two encoded words is no part of it."""
+    """Return the decoded value; white space between two encoded words is dropped (RFC 2047, section 6.2)."""
     if "=?" not in value:
         return value
     pieces: list[str] = []
@@ -125,7 +125,7 @@ def decode_value(value: str) -> str:
 
 
 def _split_encoded_word(charset: str, encoding: str, written: str) -> tuple[str, bytes]:
-    """Return the charset and the bytes of an encoded word; the charset may have a language behind it."""
+    """Return the charset and the bytes of an encoded word; the charset may have a language suffix (RFC 2231)."""
     if encoding in "qQ":
         raw = binascii.a2b_qp(written.encode("ascii", "replace"), header=True)
     else:
@@ -136,7 +136,7 @@ def _split_encoded_word(charset: str, encoding: str, written: str) -> tuple[str,
 
 
 def _join_words(words: Iterable[tuple[str, bytes]]) -> str:
-    """Return adjacent words as one text: some writers cut a character in two."""
+    """Return adjacent words as one text: some mail clients split a character between words."""
     joined: list[tuple[str, list[bytes]]] = []
     for charset, raw in words:
         if joined and joined[-1][0] == charset:
@@ -172,7 +172,7 @@ def _iterate_parameters(text: str) -> Iterator[tuple[str, str]]:
 
 
 def _join_parameter(pieces: dict[int, tuple[str, bool]]) -> str:
-    """Return a parameter that comes in numbered pieces, of which some have escaped bytes."""
+    """Join the numbered pieces of a parameter, some of which may be percent-encoded."""
     charset = ""
     raw: list[bytes] = []
     for number in sorted(pieces):

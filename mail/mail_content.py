@@ -1,4 +1,4 @@
-"""What a mail is to a workflow."""
+"""Content of a mail in the shape that workflows get."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ MAX_NAME_CHARACTERS: Final = 255
 _LOOKED_AT_CHARACTERS: Final = 1_000
 DEFAULT_TYPE: Final = "application/octet-stream"
 CONTROL_CHARACTERS: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-"""What no line holds."""
+"""Control characters, line separators and surrogates, which a header line can't contain."""
 _TYPE: Final = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}(?![^;\s])")
 _CHARSET: Final = re.compile(r"[A-Za-z0-9_.:+-]{1,40}")
 _UNSHOWABLE: Final = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
-"""Control characters, those that turn the direction of writing, halves of characters, and ends of lines."""
+"""Categories of control characters, direction marks, surrogates and line ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class AttachmentLabel:
-    """What a mail says about one of its attachments: for people, and never a path."""
+    """Attributes of an attachment as the mail gives them; for display, never for paths."""
 
     filename: str = ""
     content_type: str = DEFAULT_TYPE
     content_id: str = ""
-    """By which the HTML shows it: `cid:` and this."""
+    """Id by which the HTML refers to the file, as `cid:<content_id>`."""
     disposition: str = ""
     charset: str = ""
-    """Of a text."""
+    """Charset of a text."""
 
     @property
     def media_type(self) -> str:
-        """The type with the charset, as HTTP writes it."""
+        """Content type with charset, in the syntax of HTTP."""
         return f"{self.content_type}; charset={self.charset}" if self.charset else self.content_type
 
 
 @dataclass(frozen=True, slots=True)
 class MailAttachment:
-    """An attachment that was kept, or that is still with the mail service."""
+    """Attachment that is stored here or by the mail service."""
 
     label: AttachmentLabel
     size: int
-    """In bytes, decoded."""
+    """Decoded size in bytes."""
     sha256: str = ""
-    """Empty: the content hasn't been here."""
+    """Empty if the content is not available here."""
     url: str = ""
-    """Where the mail service keeps the content, if it didn't hand it in."""
+    """URL of the content at the mail service, if it did not post the content."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return it as workflows see it, but for the reference to its content."""
+        """Return the JSON that workflows get, without the reference to the content."""
         label = self.label
         told = {
             "filename": label.filename,
@@ -73,7 +73,7 @@ class MailAttachment:
 
 
 KeepAttachment: TypeAlias = Callable[[AttachmentLabel, Iterator[bytes]], object]
-"""Is handed each attachment in the order of the mail, its content in pieces: what it doesn't take is passed over."""
+"""Callback for each attachment in the order of the mail, with its content in pieces; unread pieces are skipped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +86,16 @@ class ParsedMailContent:
     body_text: str = ""
     body_html: str = ""
     attachments: Sequence[MailAttachment] = ()
-    """In the order of the mail, inline images included."""
+    """Attachments in the order of the mail, inline images included."""
     email_headers: HeaderValues = field(default_factory=dict)
     message_id: str = ""
     """With its angle brackets."""
     truncated: Mapping[str, int] = field(default_factory=dict)
-    """Numbers of headers, parts and attachments beyond the limits, which were left out; none where there were none."""
+    """Numbers of headers, parts and attachments beyond the limits, which were left out; only those above zero."""
 
     @property
     def content_digest(self) -> str:
-        """SHA-256 of what the mail says, in hexadecimal: the same however it was encoded, signed and sent on.
+        """SHA-256 of the decoded mail in hexadecimal, independent of its encoding, signatures and relays.
 
         Covers From, Subject, Date, both texts, and names and contents of attachments; line ends and white space at the
         end of a text don't count.
@@ -106,7 +106,7 @@ class ParsedMailContent:
         return sha256(json.dumps([said, files]).encode()).hexdigest()
 
     def as_json(self, attachments: Sequence[dict[str, Any]] | None = None) -> dict[str, Any]:
-        """Return it as an e-mail trigger gives it, with `attachments` in the place of its own."""
+        """Return the output of an e-mail trigger; `attachments` replaces the mail's own."""
         if attachments is None:
             attachments = [each.as_json() for each in self.attachments]
         truncated = {"truncated": dict(self.truncated)} if self.truncated else {}
@@ -125,7 +125,7 @@ class ParsedMailContent:
 
 
 def join_pieces(pieces: Iterable[bytes]) -> bytes:
-    """Return a content as one: to join its pieces would take the memory twice."""
+    """Join pieces; `bytes.join` over a list of them would take twice the memory."""
     written = BytesIO()
     written.writelines(pieces)
     return written.getvalue()
@@ -140,7 +140,7 @@ def join_lines(text: str) -> str:
 
 
 def clean_file_name(text: str) -> str:
-    """Return what a file's name is to a person: without a path, of one line, and with nothing that can't be seen."""
+    """Return the displayable name of a file: one line, without a path and without invisible characters."""
     name = _strip_unshowable(text[-_LOOKED_AT_CHARACTERS:]).replace("\\", "/").rpartition("/")[2].strip()
     return "" if name in {".", ".."} else name[-MAX_NAME_CHARACTERS:]
 

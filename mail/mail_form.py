@@ -1,4 +1,4 @@
-"""A form that a mail service handed in, as far as it has been taken apart."""
+"""Posted form of a mail service, independent of its encoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FormFile:
-    """A part of a form that has the name of a file."""
+    """Part of a form with a file name."""
 
     field: str
     filename: str
@@ -23,10 +23,10 @@ class FormFile:
 @dataclass(frozen=True, slots=True)
 class MailForm:
     fields: Mapping[str, Sequence[Raw]] = field(default_factory=dict)
-    """Values in their order, by names in their own case: `from` and `From` are two."""
+    """Values in their order, by case-sensitive names: `from` and `From` are two fields."""
     files: Sequence[FormFile] = ()
 
     def first(self, name: str) -> Raw:
-        """Return the first value of a field; empty: there is none."""
+        """Return the first value of a field; empty without one."""
         values = self.fields.get(name)
         return values[0] if values else b""

@@ -1,4 +1,4 @@
-"""How much a mail may hold: what is beyond is no mail of anybody's, and takes time and memory from others."""
+"""Limits of a mail, which bound the time and memory of its parsing."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 class InvalidMail(ValueError):
-    """A mail can't be read, or holds more than it may; reading it again changes nothing."""
+    """A mail that can't be parsed, or exceeds a limit; a retry would fail too."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
@@ -15,23 +15,23 @@ class InvalidMail(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class MailLimits:
-    """Of one mail."""
+    """Limits of one mail."""
 
     max_depth: int = 20
-    """Containers in containers."""
+    """Maximum depth of nested multipart containers."""
     max_parts: int = 1_000
     max_headers: int = 1_000
-    """Of the mail, or of one part."""
+    """Maximum number of headers of the mail, or of one part."""
     max_header_bytes: int = 262_144
-    """Of all headers of the mail, or of one part."""
+    """Maximum size of all headers of the mail, or of one part."""
     max_headers_bytes: int = 2_097_152
-    """Of those of all parts."""
+    """Maximum size of the headers of all parts together."""
     max_text_bytes: int = 5_000_000
-    """Of all texts of the body, as they are encoded; a longer one is kept as an attachment."""
+    """Maximum encoded size of all body texts; a text beyond it becomes an attachment."""
     max_attachments: int = 250
     max_attachment_bytes: int = 40_000_000
     max_attachments_bytes: int = 40_000_000
-    """Of all of them, decoded."""
+    """Maximum decoded size of all attachments together."""
 
 
 DEFAULT_LIMITS = MailLimits()

@@ -1,4 +1,4 @@
-"""A raw mail is read, as it came over the wire: what can be made of it is made of it, whatever is wrong with it."""
+"""Lenient parser for raw mails (RFC 5322, MIME): everything readable is returned, whatever is malformed."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _MAX_BLANK_BYTES: Final = 100
 def parse_mail(
     raw: Raw | BinaryIO, keep_attachment: KeepAttachment, limits: MailLimits = DEFAULT_LIMITS
 ) -> ParsedMailContent:
-    """Return a mail, and hand out its attachments on the way; raises `InvalidMail`.
+    """Parse a mail, calling `keep_attachment` for each attachment; raises `InvalidMail`.
 
-    It computes for as long as the mail is large, in steps of milliseconds: call it in a thread.
+    Its time is proportional to the size of the mail, in steps of milliseconds: call it in a thread.
     """
     given = raw if isinstance(raw, bytes | bytearray | memoryview | mmap) else raw.read()
     root = MailPart.parse(given, _find_beginning(given), len(given), limits)
@@ -55,12 +55,12 @@ def parse_mail(
 
 
 def count_omissions(**omitted: int) -> dict[str, int]:
-    """Return the numbers that are not zero, by their names."""
+    """Return the counts that are not zero, by their names."""
     return {name: number for name, number in omitted.items() if number}
 
 
 def mail_of_headers(found: MailHeaders) -> ParsedMailContent:
-    """Return a mail of which nothing but the headers is known."""
+    """Return a mail with only its headers filled in."""
     message_id = _MESSAGE_ID.search(found.first("message-id"))
     return ParsedMailContent(
         from_=addresses.format_addresses(found.first("from")),
@@ -83,23 +83,23 @@ def _display_value(name: str, value: str) -> str:
 
 
 def decode_body(pieces: Iterable[bytes], charset: str) -> str:
-    """Return a text whose lines end as ours do."""
+    r"""Decode a text and convert its line ends to `\n`."""
     return charsets.decode_text_pieces(pieces, charset).replace("\r\n", "\n")
 
 
 class AttachmentCollector:
-    """Those of one mail, counted and measured on their way to whoever keeps them."""
+    """Attachments of one mail, counted, measured and digested while the callback reads them."""
 
     def __init__(self, keep: KeepAttachment, limits: MailLimits) -> None:
         self.found: list[MailAttachment] = []
         self.omitted = 0
-        """Attachments beyond the limit, which nobody keeps."""
+        """Number of attachments beyond the limit, which are not kept."""
         self._keep = keep
         self._limits = limits
         self._bytes = 0
 
     def add(self, label: AttachmentLabel, pieces: Iterable[bytes]) -> None:
-        """Hand out one attachment, or count it where there are too many; raises `InvalidMail`."""
+        """Pass one attachment to the callback, or count it beyond the limit; raises `InvalidMail`."""
         if len(self.found) == self._limits.max_attachments:
             self.omitted += 1
             return
@@ -129,11 +129,11 @@ class AttachmentCollector:
 
 
 def _find_beginning(raw: Raw) -> int:
-    """Return where the headers begin: some services hand mails in with blank lines before them."""
+    """Return the offset of the headers: some services post mails with blank lines in front of them."""
     found = _BLANK.match(bytes(raw[:_MAX_BLANK_BYTES]))
     return found.end() if found else 0
 
 
 def _join_texts(texts: Iterable[str]) -> str:
-    """Return the pieces of a body as one: writers cut it where a picture stands, and lists add their lines to it."""
+    """Join the texts of a body: clients split it at inline images, and mailing lists append texts."""
     return "\n".join(text for text in texts if text.strip())

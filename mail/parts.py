@@ -1,6 +1,6 @@
-"""The parts of a mail, found in place: containers are taken apart at their boundaries, and no content is copied.
+"""MIME parts of a mail, located in place: containers are split at their boundaries without copies of content.
 
-Python's own parser makes a text of every line of a mail first. For one of 25 MB that takes 150 MB.
+Python's own parser makes a string of every line of a mail first: 150 MB for a mail of 25 MB.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ ATTACHMENT_DISPOSITION: Final = "attachment"
 _WINDOW_BYTES: Final = 1_048_576
 _MAX_BOUNDARY_CHARACTERS: Final = 1_000
 _MAX_PADDING_BYTES: Final = 200
-"""White space behind a boundary; RFC 2046 allows some."""
+"""Maximum white space after a boundary; RFC 2046 allows some."""
 
 
 @dataclass(frozen=True, slots=True)
 class MailPart:
-    """One part, and where its body is."""
+    """MIME part with the offsets of its body."""
 
     headers: MailHeaders
     start: int
@@ -44,7 +44,7 @@ class MailPart:
     def parse(
         cls, raw: Raw, start: int, end: int, limits: MailLimits, default_type: str = TEXT_TYPE
     ) -> MailPart:
-        """Read the headers of a part; raises `InvalidMail`."""
+        """Parse the headers of a part; raises `InvalidMail`."""
         found, body = headers.take_headers(raw, start, end, limits)
         written, parameters = headers.parse_parameters(found.first("content-type"))
         disposition, more = headers.parse_parameters(found.first("content-disposition"))
@@ -63,12 +63,12 @@ class MailPart:
 
     @property
     def size(self) -> int:
-        """In bytes, as it is encoded."""
+        """Encoded size in bytes."""
         return self.end - self.start
 
     @property
     def body_type(self) -> str | None:
-        """The type of what belongs to the body; None: the part is an attachment."""
+        """Text type of a part of the body; None for an attachment."""
         if self.content_type.startswith(CONTAINER_PREFIX):
             return TEXT_TYPE
         is_file = self.label.disposition == ATTACHMENT_DISPOSITION or self.label.filename
@@ -82,15 +82,17 @@ class MailPart:
 
 @dataclass(slots=True)
 class PartSearch:
-    """The parts of a mail that aren't containers."""
+    """Leaf parts of a mail: those that aren't containers."""
 
     leaves: Iterator[MailPart]
     omitted: int = 0
-    """Parts beyond the limits of number and depth that `leaves` has left out so far; there may be more inside them."""
+    """Number of parts beyond the limits of number and depth that `leaves` has left out so far; those inside them don't
+    count.
+    """
 
 
 def find_leaves(raw: Raw, root: MailPart, limits: MailLimits) -> PartSearch:
-    """Return the parts that aren't containers, in their order; a mail within the mail is one part."""
+    """Return the leaf parts in their order; an embedded mail is one part."""
     found = PartSearch(iter(()))
     found.leaves = _iterate_leaves(raw, root, limits, found)
     return found
@@ -104,10 +106,10 @@ def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSea
         part, depth = waiting.pop()
         places = _inner_parts(raw, part, limits) if part.content_type.startswith(CONTAINER_PREFIX) else []
         if not places:
-            # A container without a boundary, or without a part: what is there is read as a text.
+            # A container without a boundary, or without a part: its content is read as text.
             yield part
             continue
-        # What is nested too deeply is left out; read as text, it would be boundaries and encoded bytes.
+        # Parts nested too deeply are left out; read as text, they would be boundaries and encoded bytes.
         room = limits.max_parts - opened if depth < limits.max_depth else 0
         found.omitted += max(0, len(places) - room)
         places = places[:room]
@@ -124,7 +126,7 @@ def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSea
 
 
 def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tuple[int, int]]:
-    """Return where the parts of a container are; the last one may lack its end."""
+    """Return the offsets of the parts of a container; the last part may be unterminated."""
     boundary = container.parameters.get("boundary", "").rstrip()[:_MAX_BOUNDARY_CHARACTERS]
     if not boundary:
         return []
@@ -142,12 +144,12 @@ def _inner_parts(raw: Raw, container: MailPart, limits: MailLimits) -> list[tupl
 
 
 def _find_delimiters(raw: Raw, container: MailPart, delimiter: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield where each line with the boundary begins, what follows it, and whether it is the last."""
+    """Yield the start, the end and the finality of each boundary line."""
     pattern = re.compile(rb"\n" + re.escape(delimiter) + rb"(--)?[ \t\r]{0,%d}(?:\n|\Z)" % _MAX_PADDING_BYTES)
     overlap = len(delimiter) + 2 * _MAX_PADDING_BYTES
-    at = max(0, container.start - 1)  # the end of the line before may be that of the headers
+    at = max(0, container.start - 1)  # The line end before the first boundary may be that of the headers.
     while at < container.end:
-        # A window at a time: no search may take so long that another thread's work is kept waiting.
+        # Window by window: a long search would hold the GIL and delay other threads.
         window_end = at + _WINDOW_BYTES
         found = pattern.search(raw, at, min(container.end, window_end + overlap))
         if found is None or found.start() >= window_end:
@@ -158,7 +160,7 @@ def _find_delimiters(raw: Raw, container: MailPart, delimiter: bytes) -> Iterato
 
 
 def _strip_line_end(raw: Raw, start: int, end: int) -> int:
-    """Return where a body ends: the end of line before a boundary belongs to the boundary."""
+    """Return the end of a body: the line end in front of a boundary belongs to the boundary."""
     if end > start and raw[end - 1 : end] == b"\n":
         end -= 1
         if end > start and raw[end - 1 : end] == b"\r":

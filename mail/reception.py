@@ -29,7 +29,7 @@ _MAX_FIELD_CHARACTERS: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class MailReception:
-    """How a mail was received, as its service reports it."""
+    """Reception report of a mail: the results of checks and the envelope, as its service reports them."""
 
     spf: str | None = None
     dkim: str | None = None
@@ -66,7 +66,7 @@ class MailReception:
 
 
 def parse_sendgrid_reception(form: MailForm) -> MailReception:
-    """Return what the form of SendGrid's Inbound Parse reports; its fields are the same for raw mails."""
+    """Return the report in a form of SendGrid's Inbound Parse; raw mails have the same fields."""
     score = _parse_number(_form_field(form, "spam_score"))
     required = _REQUIRED_SCORE.search(_form_field(form, "spam_report"))
     spam = None
@@ -82,7 +82,7 @@ def parse_sendgrid_reception(form: MailForm) -> MailReception:
 
 
 def parse_mailgun_reception(mail: ParsedMailContent) -> MailReception:
-    """Return what Mailgun's headers report: it adds them to the mail, raw or parsed.
+    """Return the report in the headers that Mailgun adds to a mail, raw or parsed.
 
     The sender may have written a header of the same name: then the worst result counts.
     """
@@ -103,7 +103,7 @@ def parse_mailgun_reception(mail: ParsedMailContent) -> MailReception:
 
 
 def parse_ses_reception(verdicts: Mapping[str, str]) -> MailReception:
-    """Return what a notification of Amazon SES reports: `PASS`, `FAIL`, `GRAY`, `PROCESSING_FAILED` or `DISABLED`."""
+    """Return the report in a notification of Amazon SES: `PASS`, `FAIL`, `GRAY`, `PROCESSING_FAILED` or `DISABLED`."""
     results = {name: _parse_result(verdict) for name, verdict in verdicts.items()}
     return MailReception(
         spf=results.get("spf"),
@@ -115,12 +115,12 @@ def parse_ses_reception(verdicts: Mapping[str, str]) -> MailReception:
 
 
 def add_envelope(reception: MailReception, sender: str, recipients: Sequence[str]) -> MailReception:
-    """Return the same with the addresses of the SMTP envelope."""
+    """Return a copy with the addresses of the SMTP envelope."""
     return replace(reception, envelope_from=sender, envelope_to=tuple(recipients))
 
 
 def _worst_result(results: Iterable[str | None]) -> str | None:
-    """Return `fail` if it is among the results, else the one that all agree on."""
+    """Return `fail` if it is among the results, else the result that all have in common, else None."""
     found = set(results)
     if FAIL_RESULT in found:
         return FAIL_RESULT
@@ -128,7 +128,7 @@ def _worst_result(results: Iterable[str | None]) -> str | None:
 
 
 def _parse_sendgrid_dkim(text: str) -> str | None:
-    """Return the result for `{@example.org : pass, @example.net : fail}`: one good signature is enough (RFC 6376)."""
+    """Return the result for `{@example.org : pass, @example.net : fail}`: one valid signature suffices (RFC 6376)."""
     results = [each.lower() for each in _DKIM_RESULT.findall(text)]
     return PASS_RESULT if PASS_RESULT in results else next(iter(results), _parse_result(text))
 

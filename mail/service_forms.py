@@ -1,4 +1,4 @@
-"""The forms of mail services become mails: those in which a mail is raw, and those in which it is taken apart."""
+"""Conversion of the forms of SendGrid and Mailgun into mails, raw or parsed by the service."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def parse_mailgun_form(
 def _keep_attachments(
     form: MailForm, label: Callable[[FormFile], AttachmentLabel], keep: KeepAttachment, limits: MailLimits
 ) -> AttachmentCollector:
-    """Hand out the files by their numbers: they come in any order, between the fields and before them."""
+    """Pass the files to `keep` by their numbers: they are posted in any order, before and between the fields."""
     kept = mail_parsing.AttachmentCollector(keep, limits)
     for file in sorted(form.files, key=_attachment_number):
         kept.add(label(file), transfer_encoding.iterate_pieces(file.content, 0, len(file.content)))
@@ -116,7 +116,7 @@ def _attachment_label(file: FormFile, described: dict[str, Any], content_id: str
 
 
 def _stored_attachments(form: MailForm) -> Iterator[MailAttachment]:
-    """Yield the attachments that Mailgun keeps and gives out at an address, to whoever has the account's key."""
+    """Yield the attachments that Mailgun stores; their URLs need the key of the account."""
     for each in _list_field(form, "attachments"):
         if not isinstance(each, dict):
             continue
@@ -158,19 +158,19 @@ def _list_field(form: MailForm, name: str) -> list[Any]:
 
 
 def _json_field(form: MailForm, name: str) -> object:
-    """Return what a field holds as JSON; None for what is none: the mail is there without it."""
+    """Return the JSON value of a field; None if it is invalid, since the mail is usable without it."""
     text = charsets.decode_text(bytes(form.first(name)), "utf-8")
     try:
         if len(text) > pieces.LONG_BYTES:
             return pieces.decode_in_pieces(text.encode(), decoding.decode)
-        # Unlike our decoder, it takes half a surrogate pair: no reason to do without the rest of a field.
+        # `json.loads` accepts half a surrogate pair, unlike the project's decoder; one is no reason to lose the field.
         return json.loads(text)  # noqa: TID251 - takes half a surrogate pair
     except (ValueError, RecursionError):
         return None
 
 
 def _invert_mapping(names: dict[str, Any]) -> dict[str, str]:
-    """Return names by what they stand for."""
+    """Return the mapping with keys and values exchanged."""
     return {value: name for name, value in names.items() if isinstance(value, str)}
 
 

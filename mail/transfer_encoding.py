@@ -1,4 +1,4 @@
-"""Contents as they are encoded for the way, decoded piece by piece: no step takes long, and none needs it all."""
+"""Content-Transfer-Encoding (RFC 2045), decoded in pieces to bound the time and memory of each step."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ESCAPE: Final = 3
 
 
 def iterate_pieces(raw: Raw, start: int, end: int) -> Iterator[bytes]:
-    """Return what stands from `start` to `end`."""
+    """Return the bytes from `start` to `end` in pieces."""
     return (bytes(raw[at : min(at + PIECE_BYTES, end)]) for at in range(start, end, PIECE_BYTES))
 
 
 def decode_pieces(raw: Raw, start: int, end: int, encoding: str) -> Iterator[bytes]:
-    """Return the same decoded; an unknown encoding is left as it is."""
+    """Return the decoded bytes from `start` to `end`; an unknown encoding is left as it is."""
     written = iterate_pieces(raw, start, end)
     match encoding:
         case "base64":
@@ -35,7 +35,7 @@ def decode_pieces(raw: Raw, start: int, end: int, encoding: str) -> Iterator[byt
 
 
 def _decode_base64(written: Iterable[bytes]) -> Iterator[bytes]:
-    """Pass over what is no symbol; after the padding there is nothing more."""
+    """Decode base64, skipping other characters; the content ends at the padding."""
     left = b""
     for piece in written:
         symbols, padding, _ = (left + piece.translate(None, _NOT_BASE64)).partition(b"=")
@@ -51,7 +51,7 @@ def _decode_base64(written: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _decode_quoted_printable(written: Iterable[bytes]) -> Iterator[bytes]:
-    """Cut at the ends of lines, or else where no escape is cut in two."""
+    """Decode pieces that are cut at line ends, or else where no escape is split."""
     left = b""
     for piece in written:
         text = left + piece
