@@ -1,1 +1,1 @@
-"""The process that takes messages of a queue elsewhere and hands them to a workflow, by way of the API alone."""
+"""Bridge that moves messages from an external queue to a workflow's queue trigger, through the public API."""

@@ -1,27 +1,27 @@
-"""What can keep a message from being handed over, by what is to be done about it."""
+"""Errors of the bridge, by their handling: retry, exit, split the batch, or stop."""
 
 from __future__ import annotations
 
 
 class BridgeError(Exception):
-    """Anything that a source or the gateway has against it."""
+    """Error of a message source or of the gateway."""
 
 
 class BridgeUnavailable(BridgeError):
-    """It did not answer, or not now; the same call may succeed later."""
+    """Temporary failure; the same call may succeed later."""
 
     def __init__(self, message: str, *, retry_after_seconds: float = 0.0) -> None:
         super().__init__(message)
         self.retry_after_seconds = retry_after_seconds
-        """What whoever would not said itself about when to come again."""
+        """Seconds to wait as the server asked for; 0 if it gave none."""
 
 
 class BridgeRefused(BridgeError):
-    """It would not, and will not the next time either: the text tells an operator what to mend."""
+    """Permanent failure; the text tells an operator how to fix it."""
 
 
 class ContentRefused(BridgeError):
-    """The gateway takes none of the messages, because of what stands in at least one of them."""
+    """Refusal of a whole request because of the content of at least one message."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -29,4 +29,4 @@ class ContentRefused(BridgeError):
 
 
 class BridgeStopped(BridgeError):
-    """The process was told to stop while it waited."""
+    """Stop of the process during a wait."""

@@ -1,4 +1,4 @@
-"""What comes back from a call over HTTP, read whole."""
+"""Bounded bodies of HTTP responses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 async def read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
-    """Return the body of an answer, in however many pieces that comes; raises `Refused` for one that never ends."""
+    """Return the body of a response; raises `BridgeRefused` for a body beyond `max_bytes`."""
     body = bytearray()
     async for piece in response.content.iter_any():
         body += piece

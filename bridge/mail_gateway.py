@@ -1,4 +1,4 @@
-"""The gateway as the SMTP listener sees it: does an address take mail, and is a mail taken."""
+"""Client of the gateway's mail endpoint that translates its responses to SMTP replies."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ SUCCESS_STATUSES: Final = range(200, 300)
 NOT_FOUND_STATUS: Final = 404
 TOO_LARGE_STATUS: Final = 413
 FINAL_STATUSES: Final = frozenset({400, 401, 403, 415, 422})
-"""Statuses that the same mail would get again; whatever else is no success may pass."""
+"""Statuses that the same mail would get again; other failures may be temporary."""
 
 
 @dataclass(frozen=True, slots=True)
 class SmtpReply:
-    """An answer to a mail server."""
+    """SMTP reply: a code and a text that begins with an enhanced status code (RFC 3463)."""
 
     code: int
     text: str
@@ -57,7 +57,7 @@ class _MailRefusal(msgspec.Struct):
 
 
 class MailGateway:
-    """Hands mails over HTTP to the addresses of e-mail triggers."""
+    """Posts mails over HTTP to the addresses of e-mail triggers."""
 
     def __init__(self, url: str) -> None:
         self._base = f"{url.rstrip('/')}/mail/"
@@ -65,11 +65,13 @@ class MailGateway:
         self._session = aiohttp.ClientSession(timeout=timeout, trust_env=False)
 
     async def find_address(self, token: str) -> SmtpReply:
-        """Return whether an address takes mail; never raises."""
+        """Return the reply for a recipient: 250 if its address accepts mail; never raises."""
         return await self._ask("GET", token, {}, None)
 
     async def hand_off(self, token: str, content: bytes, *, sender: str, recipient: str) -> SmtpReply:
-        """Return 250 once the mail's run is committed, else what its sender is to do; never raises."""
+        """Return 250 once the mail's run is committed, else the reply that tells the sender how to proceed; never
+        raises.
+        """
         headers = {
             "Content-Type": "message/rfc822",
             "X-Envelope-From": _encode_address(sender),
@@ -114,5 +116,5 @@ def _reply_for_status(status: int, text: bytes) -> SmtpReply:
 
 
 def _encode_address(address: str) -> str:
-    """Return an address as a header holds it; aiohttp refuses line ends, and SMTPUTF8 is not offered."""
+    """Return an address in visible ASCII: aiohttp refuses line ends in headers, and SMTPUTF8 is not offered."""
     return "".join(one for one in address if " " < one <= "~")

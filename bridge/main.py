@@ -1,4 +1,4 @@
-"""The bridge's process: everything it is made of, in one screen."""
+"""Composition root of the bridge process."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ log = structlog.get_logger()
 
 
 def serve(settings: BridgeSettings) -> None:
-    """Run until told to stop; raises `Refused` for what an operator must mend first."""
+    """Run the bridge until a signal stops it; raises `BridgeRefused` for failures that an operator has to fix."""
     uvloop.run(_serve(settings))
 
 
@@ -50,7 +50,7 @@ async def _serve(settings: BridgeSettings) -> None:
 
 
 def open_source(settings: BridgeSettings) -> MessageSource:
-    """Return the source that settings are for, which is first asked when messages are taken."""
+    """Return the source for these settings; it connects when messages are first taken."""
     match settings:
         case RedisBridgeSettings():
             from bridge.redis_stream import RedisStream  # noqa: PLC0415 - each source loads a client of its own

@@ -1,4 +1,4 @@
-"""What messages come from: one protocol for all of them, and how their contents become what a workflow gets."""
+"""Protocol of external queues, and conversion of their messages to JSON."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ _DEDUPLICATION_ID: Final = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 class UnreadableMessage(ValueError):
-    """A message can't be said as JSON; the text says why."""
+    """A message that can't be converted to JSON; the text gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class SourceMessage:
-    """A message in hand: taken, and not acknowledged yet."""
+    """Message that is taken from its source and not acknowledged yet."""
 
     id: str
-    """What the source knows this delivery by."""
+    """Id of this delivery at the source."""
     deduplication_id: str
-    """The same whenever the message is delivered again, as far as the source tells."""
+    """Id that is the same for each delivery of the message, as far as the source allows."""
     body: bytes = b"null"
-    """JSON."""
+    """JSON document."""
     priority: int | None = None
     problem: str | None = None
-    """Why it can't be handed over at all; None where nothing is known against it."""
+    """Reason for which the message can't be sent at all; None if there is none."""
 
 
 class MessageSource(Protocol):
-    """A queue elsewhere. Every call raises `Unavailable` and `Refused`, and is harmless when it is made twice."""
+    """External queue. Every call is idempotent and raises `BridgeUnavailable` and `BridgeRefused`."""
 
     @property
     def label(self) -> str:
-        """What runs are told of where their message comes from."""
+        """Name of the source, which runs get as the origin of their message."""
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Return messages, as soon as there are some; none after `wait_seconds`."""
+        """Return up to `limit` messages as soon as there are any; none after `wait_seconds`."""
 
     async def hold(self, ids: Sequence[str]) -> None:
-        """Keep messages in hand for as long again as they are kept at first: nobody else gets them meanwhile."""
+        """Renew the hold on messages, so that no other consumer gets them for another hold period."""
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Have messages delivered never again."""
+        """Acknowledge messages, so that they are never delivered again."""
 
     async def release(self, ids: Sequence[str]) -> None:
-        """Let others have messages at once."""
+        """Release messages to other consumers at once."""
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Put messages, by id and with the reason, where this kind of queue has those that nobody can process."""
+        """Move messages, by id and with a reason, to the source's place for dead letters."""
 
     async def close(self) -> None:
-        """Let go of connections; what is still in hand is delivered again."""
+        """Close connections; unacknowledged messages are delivered again."""
 
 
 def to_json(content: bytes) -> bytes:
-    """Return a content that is JSON as it is, and any other text as a string; raises `Unreadable`."""
+    """Return JSON content unchanged, and other text as a JSON string; raises `UnreadableMessage`."""
     try:
         decoding.decode(content)
         return content
@@ -72,7 +72,7 @@ def to_json(content: bytes) -> bytes:
 
 
 def decode_text(content: bytes) -> str:
-    """Return a text; raises `Unreadable`."""
+    """Decode UTF-8; raises `UnreadableMessage`."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
@@ -80,7 +80,7 @@ def decode_text(content: bytes) -> str:
 
 
 def parse_priority(text: str | None) -> int | None:
-    """Return a priority that is given as text; raises `Unreadable`."""
+    """Return a priority from its text; raises `UnreadableMessage`."""
     if text is None:
         return None
     try:
@@ -90,7 +90,7 @@ def parse_priority(text: str | None) -> int | None:
 
 
 def make_deduplication_id(label: str, message_id: str) -> str:
-    """Return what the gateway knows a message by, in the characters that it takes."""
+    """Return the deduplication id of a message, in the characters that the gateway accepts."""
     plain = f"{label}/{message_id}"
     if _DEDUPLICATION_ID.fullmatch(plain):
         return plain

@@ -1,4 +1,4 @@
-"""The one call that the bridge makes to Pilotflame, and what comes of it as errors that say what to do next."""
+"""Client of the gateway's queue trigger; errors are classified by their handling."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CALL_SECONDS: Final = 15.0
 CONNECT_SECONDS: Final = 5.0
 MAX_PART_BYTES: Final = 4_000_000
-"""Messages that are sent at once have no more bytes; one alone may have."""
+"""Maximum bytes of the messages of one request; a single message may be larger."""
 MAX_ANSWER_BYTES: Final = 4_000_000
 SUCCESS_STATUSES: Final = range(200, 300)
 CONFLICT_STATUS: Final = 409
@@ -34,7 +34,7 @@ TOO_LARGE_STATUS: Final = 413
 RETRYABLE_STATUSES: Final = frozenset({408, 425, 429})
 FIRST_SERVER_ERROR: Final = 500
 CONCURRENCY_LIMIT_CODE: Final = "concurrency-limit"
-"""The refusal of one message that may be taken in later."""
+"""Refusal of one message that may be accepted later."""
 VALIDATION_FAILED_CODE: Final = "validation-failed"
 CONTENT_CODES: Final = frozenset(
     {
@@ -48,18 +48,18 @@ CONTENT_CODES: Final = frozenset(
         "payload-too-large",
     }
 )
-"""Codes of a refusal for which a message is to blame: for any other, none of them may be given up."""
+"""Refusals that are caused by a message; other refusals never justify dropping messages."""
 
 
 class RefusalDetail(msgspec.Struct, frozen=True):
-    """Why something was refused."""
+    """Code and message of a refusal."""
 
     code: str = ""
     message: str = ""
 
 
 class MessageResult(msgspec.Struct, frozen=True, rename="camel"):
-    """What has become of one message."""
+    """Result of one message."""
 
     status: Literal["accepted", "duplicate", "refused"]
     execution_id: str | None = None
@@ -79,7 +79,7 @@ class _ValidationRefusal(RefusalDetail, frozen=True):
 
     @property
     def blames_content(self) -> bool:
-        """Tell whether a message is to blame; a graph that can't run is said to be invalid by the same code."""
+        """Tell whether a message caused the refusal; an invalid graph has the same code."""
         if self.code == VALIDATION_FAILED_CODE:
             return all(detail.path.startswith("messages") for detail in self.details)
         return self.code in CONTENT_CODES
@@ -97,7 +97,7 @@ class _MessageBody(msgspec.Struct, rename="camel", omit_defaults=True):
 
 
 class QueueGateway:
-    """A workflow's queue trigger."""
+    """Client of a workflow's queue trigger."""
 
     def __init__(self, settings: BridgeSettings) -> None:
         workflow = quote(settings.bridge_workflow, safe="")
@@ -109,9 +109,9 @@ class QueueGateway:
         )
 
     async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]:
-        """Hand messages over, and return what has become of each; all are answered, or nothing is known.
+        """Post messages and return a result for each; after an error, the outcome of all of them is unknown.
 
-        Raises `Unavailable`, `Refused` and `ContentRefused`.
+        Raises `BridgeUnavailable`, `BridgeRefused` and `ContentRefused`.
         """
         sent = [
             _MessageBody(msgspec.Raw(one.body), one.deduplication_id, source, one.priority)
@@ -127,12 +127,12 @@ class QueueGateway:
         if len(answers) != len(messages):
             raise BridgeRefused(f"The gateway has answered {len(answers)} of {len(messages)} messages")
         if any(one.error is not None and one.error.code == CONCURRENCY_LIMIT_CODE for one in answers):
-            # Those that were taken in meanwhile are known when they come again.
+            # Messages that were accepted meanwhile are deduplicated on the next attempt.
             raise BridgeUnavailable("As many runs of the workflow go on as its settings allow")
         return answers
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._session.close()
 
     async def _post(self, body: bytes) -> tuple[int, Mapping[str, str], bytes]:
@@ -141,7 +141,7 @@ class QueueGateway:
                 self._url,
                 data=BytesIO(body),
                 allow_redirects=False,
-                # Where the gateway takes no bodies as large as this one, it says so before it is sent.
+                # A gateway that refuses bodies of this size says so before the body is sent.
                 expect100=len(body) > MAX_PART_BYTES,
             ) as response:
                 return response.status, response.headers, await read_body(response, MAX_ANSWER_BYTES)
@@ -157,7 +157,7 @@ def _error_for_response(status: int, headers: Mapping[str, str], text: bytes) ->
     said = f"{reason.message} ({status} {reason.code})".replace(" )", ")")
     if status == TOO_LARGE_STATUS or reason.blames_content:
         return ContentRefused(reason.code or "payload-too-large", said)
-    # A workflow that is not active now may be so again: its messages are safest where they are.
+    # An inactive workflow may become active again: its messages are safest in their queue.
     if status in RETRYABLE_STATUSES or status == CONFLICT_STATUS or status >= FIRST_SERVER_ERROR:
         return BridgeUnavailable(
             f"The gateway would not: {said}",
@@ -167,7 +167,9 @@ def _error_for_response(status: int, headers: Mapping[str, str], text: bytes) ->
 
 
 def _parse_retry_after(retry_after: str | None) -> float:
-    """Return what `Retry-After` says, in either of its forms; 0 where it says nothing."""
+    """Return the seconds of a `Retry-After` header in either of its forms (RFC 9110, section 10.2.3); 0 without a valid
+    one.
+    """
     if retry_after is None:
         return 0.0
     if retry_after.isdecimal():

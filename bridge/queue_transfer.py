@@ -1,4 +1,4 @@
-"""The way of a message: taken, handed over, and acknowledged only when the gateway has committed it."""
+"""Transfer loop of the bridge: take messages, post them, and acknowledge those that the gateway has committed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ log = structlog.get_logger()
 
 
 class QueueTarget(Protocol):
-    """What messages are handed to; see `bridge.queue_gateway.QueueGateway`."""
+    """Receiver of messages; see `bridge.queue_gateway.QueueGateway`."""
 
     async def enqueue(self, messages: Sequence[SourceMessage], *, source: str) -> Sequence[MessageResult]: ...
 
 
 class QueueTransfer:
-    """Takes batches of a source to a workflow, one after the other."""
+    """Moves batches of messages from a source to a workflow, one batch after the other."""
 
     def __init__(
         self,
@@ -52,7 +52,9 @@ class QueueTransfer:
         self.duplicates = 0
 
     async def run(self) -> None:
-        """Go on until told to stop, with the batch in hand done; raises `Refused` for what an operator must mend."""
+        """Run until the stop event, finishing the current batch; raises `BridgeRefused` for failures to fix by an
+        operator.
+        """
         try:
             while not self._stop.is_set():
                 messages = await self._until_available(
@@ -83,7 +85,9 @@ class QueueTransfer:
             await self._handle_refused(refused)
 
     async def _enqueue_halving(self, messages: Sequence[SourceMessage]) -> Sequence[MessageResult]:
-        """Return what becomes of messages; one that makes the gateway refuse all of them is found by halving."""
+        """Post messages and return their results; halves a refused request to isolate the message that caused the
+        refusal.
+        """
         problem = messages[0].problem
         if problem is not None:
             return [_refused_result("unreadable", problem)]
@@ -122,13 +126,13 @@ class QueueTransfer:
 
     @asynccontextmanager
     async def _extend_holds(self) -> AsyncIterator[None]:
-        """Keep what is in hand from others, however long the block takes."""
+        """Renew the hold on unacknowledged messages for the duration of the block."""
         ended = asyncio.Event()
         task = asyncio.create_task(self._hold_until(ended))
         try:
             yield
         finally:
-            # Not cancelled: clients of sources may swallow that, or lose a connection by it.
+            # Not canceled: clients of sources may swallow a cancellation, or lose a connection by it.
             ended.set()
             await task
 
@@ -137,12 +141,14 @@ class QueueTransfer:
             with suppress(TimeoutError):
                 await asyncio.wait_for(ended.wait(), self._hold_every_seconds)
             if self._in_hand and not ended.is_set():
-                with suppress(BridgeError):  # whatever is wrong is met by the next call that matters
+                with suppress(BridgeError):  # The next call that matters meets the same failure.
                     await self._source.hold(sorted(self._in_hand))
 
     async def _release(self) -> None:
         if self._in_hand:
-            with suppress(BridgeError):  # then they come back by themselves, later
+            with suppress(
+                BridgeError
+            ):  # Without a release, the messages are delivered again after their hold period.
                 await self._source.release(sorted(self._in_hand))
 
     async def _until_available(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -150,7 +156,7 @@ class QueueTransfer:
 
 
 def split_requests(messages: Sequence[SourceMessage]) -> Iterator[Sequence[SourceMessage]]:
-    """Yield messages in order, as many at once as one request may hold; those with a problem alone."""
+    """Yield messages in order, grouped by the size limit of a request; messages with a problem are alone."""
     part: list[SourceMessage] = []
     size = 0
     for message in messages:

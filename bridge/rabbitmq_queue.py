@@ -1,4 +1,4 @@
-"""Messages of a queue of RabbitMQ, consumed with an acknowledgement for each."""
+"""RabbitMQ queue as a message source, consumed with an acknowledgement for each message."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ FINAL_ERRORS: Final = (
     exceptions.ConnectionNotAllowed,
     exceptions.ProbableAuthenticationError,
 )
-"""Errors that don't pass: a wrong password, no such queue or virtual host, no right to read it."""
+"""Permanent errors: a wrong password, no such queue or virtual host, no permission to read it."""
 RETRYABLE_ERRORS: Final = (*aio_pika.exceptions.CONNECTION_EXCEPTIONS, TimeoutError)
 
 log = structlog.get_logger()
 
 
 class RabbitmqQueue:
-    """Implements `bridge.message_source.MessageSource`; a lost connection is opened again when messages are taken."""
+    """Implements `bridge.message_source.MessageSource`; reopens a lost connection when messages are taken."""
 
     def __init__(self, settings: RabbitmqBridgeSettings) -> None:
         self.label = settings.label("rabbitmq", settings.bridge_rabbitmq_queue)
@@ -78,7 +78,7 @@ class RabbitmqQueue:
                 await delivery.reject(requeue=True)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Reject messages: they go to the queue's dead-letter exchange, and where it has none RabbitMQ drops them."""
+        """Reject messages to the queue's dead-letter exchange; without one, RabbitMQ drops them."""
         for delivery in self._open_deliveries(list(reasons)):
             with _ignore_closed_channel():
                 await delivery.reject(requeue=False)
@@ -89,14 +89,14 @@ class RabbitmqQueue:
             await consumer.close()
 
     def _open_deliveries(self, ids: Sequence[str]) -> Iterator[AbstractIncomingMessage]:
-        """Yield deliveries of this connection; those of an earlier one are in RabbitMQ's own hand again."""
+        """Yield deliveries of this connection; RabbitMQ has requeued those of an earlier one."""
         for delivery_id in ids:
             delivery = self._consumer.in_hand.pop(delivery_id, None) if self._consumer else None
             if delivery is not None:
                 yield delivery
 
     def _message(self, delivery_id: str, delivery: AbstractIncomingMessage) -> SourceMessage:
-        # Without an id of its publisher's, nothing tells a second delivery from another message with the same content.
+        # Without a message id from the publisher, a second delivery can't be distinguished from a new message.
         known_as = make_deduplication_id(self.label, delivery.message_id or delivery_id)
         try:
             body = to_json(delivery.body)
@@ -106,15 +106,15 @@ class RabbitmqQueue:
 
 
 class RabbitmqConsumer:
-    """One connection, and what has come by it."""
+    """Connection with the deliveries that it has received."""
 
     def __init__(self, connection: AbstractConnection) -> None:
         self.in_hand: dict[str, AbstractIncomingMessage] = {}
         self._connection = connection
         self._mark = uuid4().hex
-        """Delivery tags are numbers of a channel: this tells one's from another's."""
+        """Unique part of delivery ids: delivery tags are unique only within a channel."""
         self._arrivals: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
-        """None where nothing comes any more."""
+        """Received deliveries; None marks the end of the channel."""
 
     @classmethod
     async def open(cls, url: str, queue_name: str, *, prefetch: int) -> RabbitmqConsumer:
@@ -134,7 +134,7 @@ class RabbitmqConsumer:
         await channel.set_qos(prefetch_count=prefetch)
         channel.close_callbacks.add(self._end)
         (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(self._end)
-        # Only looked up: how a queue is declared is for those to say whose it is.
+        # A passive lookup: the owners of a queue declare its properties.
         queue = await channel.get_queue(queue_name, ensure=True)
         await queue.consume(self._arrivals.put)
 
@@ -142,7 +142,9 @@ class RabbitmqConsumer:
         self._arrivals.put_nowait(None)
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[tuple[str, AbstractIncomingMessage]]:
-        """Return what has come, with ids for it; raises `Unavailable` where nothing of it can be acknowledged."""
+        """Return received messages by id; raises `BridgeUnavailable` after the end of the channel, without
+        acknowledgements.
+        """
         try:
             arrived = [await asyncio.wait_for(self._arrivals.get(), wait_seconds)]
         except TimeoutError:
@@ -173,7 +175,7 @@ async def _translate_errors() -> AsyncIterator[None]:
 
 @contextmanager
 def _ignore_closed_channel() -> Iterator[None]:
-    """Go on where a channel has closed: its messages are delivered again, and are duplicates then."""
+    """Ignore errors of a closed channel: its messages are delivered again and deduplicated then."""
     try:
         yield
     except RETRYABLE_ERRORS as error:

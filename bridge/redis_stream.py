@@ -1,4 +1,4 @@
-"""Entries of a Redis stream, by way of a consumer group."""
+"""Redis stream as a message source, read through a consumer group."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from bridge.settings import RedisBridgeSettings
 
 StreamEntry = tuple[bytes, Mapping[bytes, bytes] | None]
-"""An id, and the fields; None for an entry that was deleted before it was acknowledged."""
+"""Id and fields; None for an entry that was deleted before it was acknowledged."""
 
 COMMAND_SECONDS: Final = 5.0
 CLAIM_EVERY_SECONDS: Final = 5.0
@@ -38,13 +38,13 @@ MESSAGE_FIELDS: Final = (b"message", b"data")
 PRIORITY_FIELD: Final = b"priority"
 REASON_FIELD: Final = b"refused"
 FINAL_ERRORS: Final = ("WRONGTYPE", "WRONGPASS", "NOAUTH")
-"""What Redis says of errors that don't pass."""
+"""Prefixes of permanent errors of Redis."""
 
 log = structlog.get_logger()
 
 
 class RedisStream:
-    """Implements `bridge.message_source.MessageSource`; processes share a stream by consumers of different names."""
+    """Implements `bridge.message_source.MessageSource`; processes share a stream as consumers of different names."""
 
     def __init__(self, settings: RedisBridgeSettings) -> None:
         self.label = settings.label("redis", settings.bridge_redis_stream)
@@ -54,24 +54,26 @@ class RedisStream:
         self._deletes = settings.bridge_redis_delete
         self._dead_letters = settings.bridge_redis_dead_letters or f"{self._stream}.dead-letters"
         self._hold_milliseconds = settings.bridge_hold_seconds * 1000
-        # redis-py repeats a command up to ten times by default, though it may have been carried out before.
+        # By default redis-py repeats a command up to ten times, though it may have been executed before.
         self._client = Redis.from_url(
             settings.bridge_redis_url.get_secret_value(),
             retry=Retry(NoBackoff(), 0),
             socket_connect_timeout=COMMAND_SECONDS,
         )
-        # A timeout in the URL would win over an argument, and cut every wait for entries short.
+        # A timeout in the URL would override an argument, and cut every wait for entries short.
         self._client.connection_pool.connection_kwargs["socket_timeout"] = (
             settings.bridge_wait_seconds + COMMAND_SECONDS
         )
         self._has_group = False
         self._may_have_own = True
-        """Whether entries may be this consumer's of which the process doesn't know."""
+        """Whether this consumer may have pending entries that the process doesn't know."""
         self._claims_from = BEGINNING
         self._claims_at = 0.0
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Return what was left of an earlier life first, then what others have left, then what is new."""
+        """Return own pending entries of an earlier process first, then abandoned entries of other consumers, then new
+        ones.
+        """
         async with self._translate_errors():
             await self._make_group()
             entries = await self._read_own(limit) or await self._claim_abandoned(limit)
@@ -80,7 +82,7 @@ class RedisStream:
             return await self._messages(entries)
 
     async def hold(self, ids: Sequence[str]) -> None:
-        """Make entries look as if they had been delivered just now."""
+        """Reset the idle time of entries, as if they had just been delivered."""
         await self._set_idle(ids, milliseconds=0)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
@@ -88,11 +90,11 @@ class RedisStream:
             await self._acknowledge(ids)
 
     async def release(self, ids: Sequence[str]) -> None:
-        """Make entries look abandoned: Redis has no other way to give them to somebody else."""
+        """Raise the idle time of entries, so that they count as abandoned: Redis has no other way to release them."""
         await self._set_idle(ids, milliseconds=self._hold_milliseconds)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Copy entries to the stream for them, before they are acknowledged."""
+        """Copy entries to the stream of dead letters, then acknowledge them."""
         async with self._translate_errors():
             for entry_id, reason in reasons.items():
                 found = cast("list[StreamEntry]", await self._client.xrange(self._stream, entry_id, entry_id))
@@ -108,7 +110,7 @@ class RedisStream:
         if self._has_group:
             return
         try:
-            # From the first entry on: what was sent before anybody listened is not to be missed.
+            # The group begins at the first entry, so that entries from before its creation are not missed.
             await self._client.xgroup_create(self._stream, self._group, id=OWN, mkstream=True)
             log.info("consumer group made", stream=self._stream, group=self._group)
         except redis.ResponseError as error:
@@ -124,7 +126,7 @@ class RedisStream:
         return entries
 
     async def _claim_abandoned(self, limit: int) -> Sequence[StreamEntry]:
-        """Claim what was delivered to others long ago, page by page and not all the time."""
+        """Claim entries that other consumers have abandoned, page by page and at intervals."""
         loop = asyncio.get_running_loop()
         if loop.time() < self._claims_at:
             return []
@@ -145,7 +147,7 @@ class RedisStream:
         answer: Any = await self._client.xreadgroup(
             self._group, self._consumer, streams, count=limit, block=block_milliseconds
         )
-        # A pair for each stream that has something: in a list, or with the newer protocol in a mapping.
+        # A pair for each stream with entries: in a list, or in a mapping with RESP3.
         pairs = answer.items() if isinstance(answer, dict) else answer or ()
         return [entry for _, entries in pairs for entry in entries]
 
@@ -180,7 +182,7 @@ class RedisStream:
         try:
             yield
         except (redis.RedisError, OSError) as error:
-            # What a lost answer has delivered is this consumer's; and the server may be another one from now on.
+            # Entries of a lost response are pending for this consumer, and the server may have been replaced.
             self._may_have_own, self._has_group = True, False
             text = str(error) or type(error).__name__
             if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
@@ -191,9 +193,9 @@ class RedisStream:
 
 
 def parse_entry(fields: Mapping[bytes, bytes]) -> tuple[bytes, int | None]:
-    """Return body and priority of an entry; raises `Unreadable`.
+    """Return body and priority of an entry; raises `UnreadableMessage`.
 
-    A field `message` or `data` holds the body, alone or beside a field `priority`. Otherwise all fields are the body.
+    A field `message` or `data` is the body, alone or beside a field `priority`. Otherwise all fields are the body.
     """
     rest = [name for name in fields if name != PRIORITY_FIELD]
     if len(rest) == 1 and rest[0] in MESSAGE_FIELDS:

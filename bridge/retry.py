@@ -1,4 +1,4 @@
-"""Trying again what can't be done for now, until it can or the process is told to stop."""
+"""Retries with backoff until a service is available or the process stops."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ FIRST_PAUSE_SECONDS: Final = 0.1
 MAX_PAUSE_SECONDS: Final = 30.0
 MAX_DOUBLINGS: Final = 10
 MAX_RETRY_AFTER_SECONDS: Final = 600.0
-"""Whoever asks for more is asked again all the same."""
+"""Maximum `Retry-After` that is respected."""
 
 log = structlog.get_logger()
 
 
 async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event) -> T:
-    """Return what `work` returns in the end; raises `Stopped`, and what `work` raises but for `Unavailable`."""
+    """Return the result of `work`, retried after each `BridgeUnavailable`; raises `BridgeStopped` and other errors of
+    it.
+    """
     failures = 0
     while True:
         try:
@@ -45,7 +47,7 @@ async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event)
 
 
 def pause_seconds(failures: int, retry_after_seconds: float) -> float:
-    """Return how long to wait after so many failures in a row: spread out, and never less than was asked for."""
+    """Return the backoff after consecutive failures, with jitter, and at least the requested time."""
     own = min(MAX_PAUSE_SECONDS, FIRST_PAUSE_SECONDS * 2.0 ** min(failures - 1, MAX_DOUBLINGS))
     spread = own * uniform(0.5, 1.0)  # noqa: S311 - spreads load only
     return min(retry_after_seconds, MAX_RETRY_AFTER_SECONDS) + spread

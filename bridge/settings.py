@@ -1,4 +1,4 @@
-"""The bridge's settings, with those of each kind of source: read once, when the process starts."""
+"""Settings of the bridge, common ones and those of each kind of source; read once, when the process starts."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _ORIGIN_PATTERN: Final = r"https?://[^\s/?#@]+"
 
 
 class RefusalAction(StrEnum):
-    """What becomes of a message that the gateway will never take."""
+    """Handling of a message that the gateway refuses for good."""
 
     STOP = "stop"
-    """The process ends, and the message stays where it is."""
+    """Exit, and leave the message in its queue."""
     DROP = "drop"
-    """It is logged and acknowledged."""
+    """Log and acknowledge the message."""
     DEAD_LETTER = "dead-letter"
-    """It goes where its source keeps such messages."""
+    """Move the message to the source's place for dead letters."""
 
 
 class BridgeSettings(BaseSettings):
-    """What the bridge reads whatever it takes messages from: an address and a key, and no database."""
+    """Settings for all sources: address and key of the gateway, and no database."""
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
 
@@ -107,7 +107,7 @@ class BridgeSettings(BaseSettings):
         return key
 
     def label(self, kind: str, name: str) -> str:
-        """Return what a source is called in runs and deduplication ids; raises `InvalidSettings`."""
+        """Return the name of a source in runs and deduplication ids; raises `InvalidSettings`."""
         chosen = self.bridge_name or name
         if not _NAME.fullmatch(chosen):
             raise InvalidSettings(
@@ -117,7 +117,7 @@ class BridgeSettings(BaseSettings):
 
 
 class RedisBridgeSettings(BridgeSettings):
-    """What a Redis stream needs."""
+    """Settings for a Redis stream."""
 
     bridge_redis_url: SecretStr = Field(
         description="Redis with the stream: `redis://user:password@host:6379/0`."
@@ -147,7 +147,7 @@ class RedisBridgeSettings(BridgeSettings):
 
 
 class SqsBridgeSettings(BridgeSettings):
-    """What an SQS-compatible queue needs, but for the credentials."""
+    """Settings for an SQS-compatible queue, except for credentials."""
 
     bridge_sqs_queue_url: str = Field(
         pattern=rf"^{_ORIGIN_PATTERN}/[^\s?#]+$",
@@ -170,7 +170,7 @@ class SqsBridgeSettings(BridgeSettings):
 
 
 class RabbitmqBridgeSettings(BridgeSettings):
-    """What a queue of RabbitMQ needs."""
+    """Settings for a RabbitMQ queue."""
 
     bridge_rabbitmq_url: SecretStr = Field(
         description="RabbitMQ with the queue: `amqps://user:password@host/virtual-host`."
@@ -187,7 +187,7 @@ class RabbitmqBridgeSettings(BridgeSettings):
 
 @dataclass(frozen=True, slots=True)
 class AwsCredentials:
-    """Who asks SQS, as every tool for AWS reads it."""
+    """AWS credentials and region, from the usual environment variables."""
 
     access_key_id: str
     secret_access_key: str = field(repr=False)
@@ -198,9 +198,9 @@ class AwsCredentials:
     def from_environment(
         cls, settings: SqsBridgeSettings, environment: Mapping[str, str] = os.environ
     ) -> AwsCredentials:
-        """Return the credentials of the environment; raises `InvalidSettings` for what is not there."""
+        """Return the credentials from the environment; raises `InvalidSettings` for missing variables."""
         host = _SQS_HOST.fullmatch(urlsplit(settings.bridge_sqs_queue_url).hostname or "")
-        # What Amazon's own address says is right, whatever else the environment is for.
+        # The region in an address of Amazon is certain, even if the environment has another one.
         chosen = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or ""
         needed = {
             "AWS_ACCESS_KEY_ID": environment.get("AWS_ACCESS_KEY_ID", ""),

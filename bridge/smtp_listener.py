@@ -1,8 +1,8 @@
-"""An SMTP and LMTP listener: mails to the addresses of e-mail triggers become runs.
+"""SMTP and LMTP listener that turns mails to the addresses of e-mail triggers into runs.
 
-A recipient is a trigger token in any domain, alone or behind a plus sign: `tt-…@mail.example.com`, `invoices+tt-…@…`.
-A mail is answered 250 once the runs of all of its recipients are committed. A mail that is repeated makes no second
-run, so that a mail server may repeat it for all recipients when only some were taken.
+A recipient is a trigger token in any domain, alone or after a plus sign: `tt-…@mail.example.com`, `invoices+tt-…@…`. A
+mail gets 250 once the runs of all of its recipients are committed. Repeated mails are deduplicated, so a mail server
+may repeat a mail for all recipients after a partial failure.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-TOKEN_PREFIX: Final = "tt-"  # noqa: S105 - how trigger tokens begin
+TOKEN_PREFIX: Final = "tt-"  # noqa: S105 - prefix of trigger tokens
 IDLE_SECONDS: Final = 300.0
-"""As RFC 5321, section 4.5.3.2, asks of servers."""
+"""Minimum timeout of servers (RFC 5321, section 4.5.3.2)."""
 SHUTDOWN_SECONDS: Final = 20.0
 MAX_RECIPIENTS: Final = 100
 SERVER_NAME: Final = "Pilotflame"
@@ -43,7 +43,7 @@ TOO_MANY_RECIPIENTS_REPLY: Final = SmtpReply(452, "4.5.3 Too many recipients")
 
 
 class SmtpMailHandler:
-    """Handler for aiosmtpd: checks recipients and hands mails over."""
+    """Handler for aiosmtpd: checks recipients and posts mails to the gateway."""
 
     def __init__(self, gateway: MailGateway, domains: Sequence[str], protocol: MailProtocol) -> None:
         self._gateway = gateway
@@ -51,7 +51,7 @@ class SmtpMailHandler:
         self._protocol = protocol
         self._handed_over = 0
         self.at_rest = asyncio.Event()
-        """No mail is being handed over."""
+        """Set while no mail is being posted."""
         self.at_rest.set()
 
     async def handle_RCPT(  # noqa: N802 - aiosmtpd's name
@@ -96,16 +96,16 @@ class SmtpMailHandler:
 
 
 def split_recipient(address: str) -> tuple[str | None, str]:
-    """Return the trigger token in an address, None where it holds none, and the domain in lower case."""
+    """Return the trigger token in an address, or None, and the domain in lower case."""
     local, _, domain = address.strip().removeprefix("<").removesuffix(">").rpartition("@")
     token = local.strip('"').lower().rpartition("+")[2]
     return (token if token.startswith(TOKEN_PREFIX) else None), domain.lower()
 
 
 def worst_reply(replies: Sequence[SmtpReply]) -> SmtpReply:
-    """Return the one answer of SMTP to a mail for several recipients.
+    """Return the single SMTP reply to a mail for several recipients.
 
-    A passing failure makes the mail server repeat the mail for all of them: those that have it make no second run.
+    A temporary failure makes the mail server repeat the mail for all of them; accepted ones are deduplicated.
     """
     passing = [reply for reply in replies if 400 <= reply.code < 500]  # noqa: PLR2004 - as RFC 5321 divides replies
     final = [reply for reply in replies if reply.code >= 500]  # noqa: PLR2004 - as above
@@ -113,7 +113,7 @@ def worst_reply(replies: Sequence[SmtpReply]) -> SmtpReply:
 
 
 class BoundedConnections:
-    """Makes a protocol for each connection, and turns away those beyond a number."""
+    """Protocol factory that rejects connections beyond a limit."""
 
     def __init__(self, settings: SmtpListenerSettings, handler: SmtpMailHandler) -> None:
         self._limit = settings.smtp_connections
@@ -146,7 +146,7 @@ class _RejectedConnection(asyncio.Protocol):
 
 
 class _BoundedSmtp(SMTP):
-    """aiosmtpd's, counted while its connection is open; TLS makes a second connection of the first."""
+    """SMTP protocol of aiosmtpd that counts as open; STARTTLS calls `connection_made` a second time."""
 
     def __init__(self, handler: SmtpMailHandler, *, connections: BoundedConnections, **settings: Any) -> None:  # noqa: ANN401 - those of aiosmtpd
         super().__init__(handler, **settings)
@@ -167,14 +167,14 @@ class _BoundedSmtp(SMTP):
 
 
 class _BoundedLmtp(_BoundedSmtp, LMTP):
-    """The same for LMTP."""
+    """LMTP protocol of aiosmtpd that counts as open."""
 
 
 @asynccontextmanager
 async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.Server]:
-    """Listen until the context ends, and let mails that are being handed over end first.
+    """Listen until the context ends, then wait for mails that are being posted.
 
-    Raises `InvalidSettings` for TLS files that can't be used, and `OSError` for an address that can't be listened on.
+    Raises `InvalidSettings` for unusable TLS files, and `OSError` for an address that can't be bound.
     """
     gateway = MailGateway(settings.url)
     handler = SmtpMailHandler(gateway, settings.smtp_domains, settings.smtp_protocol)
@@ -186,7 +186,7 @@ async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.
             yield server
         finally:
             server.close()
-            # A mail whose answer is cut off is repeated by its sender, and makes no second run.
+            # A sender repeats a mail whose reply is cut off, and the gateway deduplicates it.
             with suppress(TimeoutError):
                 async with asyncio.timeout(SHUTDOWN_SECONDS):
                     await handler.at_rest.wait()
@@ -195,7 +195,7 @@ async def run_listener(settings: SmtpListenerSettings) -> AsyncIterator[asyncio.
 
 
 def serve(settings: SmtpListenerSettings) -> None:
-    """Run until told to stop; raises what `listening` raises."""
+    """Run the listener until a signal stops it; raises the errors of `run_listener`."""
     asyncio.run(_serve(settings))
 
 

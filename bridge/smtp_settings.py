@@ -14,11 +14,11 @@ from models.settings import InvalidSettings
 
 
 class MailProtocol(StrEnum):
-    """The protocol by which mail servers hand mails over."""
+    """Protocol between mail servers and the listener."""
 
     SMTP = "smtp"
     LMTP = "lmtp"
-    """One answer for each recipient (RFC 2033): for a mail server on the same machine."""
+    """One reply for each recipient (RFC 2033), for a mail server on the same machine."""
 
 
 class SmtpListenerSettings(BaseSettings):
@@ -96,7 +96,7 @@ class SmtpListenerSettings(BaseSettings):
         return self
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Return the context for STARTTLS, None where there is none; raises `InvalidSettings` for unusable files."""
+        """Return the context for STARTTLS, None without a certificate; raises `InvalidSettings` for unusable files."""
         if self.smtp_tls_certificate is None:
             return None
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)

@@ -1,4 +1,4 @@
-"""Messages of an SQS-compatible queue: four calls in AWS's JSON protocol, signed here."""
+"""SQS-compatible queue as a message source: calls in AWS's JSON protocol, signed here."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ T = TypeVar("T")
 CALL_SECONDS: Final = 10.0
 CONNECT_SECONDS: Final = 5.0
 BATCH_MESSAGES: Final = 10
-"""Messages, or entries of a batch, of one call."""
+"""Maximum number of messages or entries in one call."""
 MAX_TAKEN: Final = 100
-"""More calls at once would mostly come back with nothing, and each is paid for."""
+"""More concurrent calls would mostly return nothing, and each is billed."""
 MAX_ANSWER_BYTES: Final = 50_000_000
 PRIORITY_ATTRIBUTE: Final = "priority"
 OK_STATUS: Final = 200
@@ -51,7 +51,7 @@ RETRYABLE_CODES: Final = (
     "unavailable",
     "internal",
 )
-"""What the codes of errors that pass have in them, in lower case."""
+"""Substrings of the codes of temporary errors, in lower case."""
 
 log = structlog.get_logger()
 
@@ -91,7 +91,7 @@ class _SqsError(msgspec.Struct):
 
 
 class SqsQueue:
-    """Implements `bridge.message_source.MessageSource`. A delivery's id is its receipt handle."""
+    """Implements `bridge.message_source.MessageSource`. The id of a delivery is its receipt handle."""
 
     def __init__(
         self,
@@ -114,13 +114,13 @@ class SqsQueue:
         )
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[SourceMessage]:
-        """Wait for a first handful; if more seem to be there, fetch them at once."""
+        """Wait for a first full page; after it, fetch more pages concurrently."""
         first = await self._receive(min(limit, BATCH_MESSAGES), wait_seconds)
         if len(first) < BATCH_MESSAGES:
             return first
         most = min(limit, MAX_TAKEN)
         sizes = [min(BATCH_MESSAGES, most - taken) for taken in range(BATCH_MESSAGES, most, BATCH_MESSAGES)]
-        # One that fails costs the others nothing: what it was to fetch comes with the next handful.
+        # A failed call doesn't affect the others: the next page returns its messages.
         rest = await asyncio.gather(*(self._receive(size, 0) for size in sizes), return_exceptions=True)
         return [*first, *(one for some in rest if not isinstance(some, BaseException) for one in some)]
 
@@ -128,14 +128,14 @@ class SqsQueue:
         await self._change_visibility(ids, self._hold_seconds)
 
     async def acknowledge(self, ids: Sequence[str]) -> None:
-        """Delete messages; of those whose time has run out, the next delivery is a duplicate."""
+        """Delete messages; a message whose visibility timeout has passed is delivered again, and deduplicated."""
         await self._in_batches("DeleteMessageBatch", ids, {})
 
     async def release(self, ids: Sequence[str]) -> None:
         await self._change_visibility(ids, 0)
 
     async def dead_letter(self, reasons: Mapping[str, str]) -> None:
-        """Let messages be received again at once, until SQS itself moves them to the queue's dead-letter queue."""
+        """Make messages visible at once, until SQS itself moves them to the queue's dead-letter queue."""
         found = await self._call(
             "GetQueueAttributes",
             {"AttributeNames": ["RedrivePolicy"]},
@@ -186,7 +186,7 @@ class SqsQueue:
         for failure in done.failed or ():
             if not failure.sender_fault:
                 raise BridgeUnavailable(f"SQS has not done all of {action}: {failure.code}")
-            # The handle is good no more: somebody else has the message, or it is deleted.
+            # The receipt handle has expired: another consumer has the message, or it is deleted.
             log.info("message out of hand", action=action, code=failure.code)
 
     async def _call(self, action: str, call: Mapping[str, Any], answer: type[T], *, seconds: float) -> T:
