@@ -1,1 +1,1 @@
-"""Requests and answers: from the bytes of a connection to a handler that is called with whatever it needs."""
+"""HTTP layer of the gateway: from the bytes of a connection to the call of a handler, and its answer."""

@@ -1,6 +1,6 @@
-"""Who asks: a key, looked up by its keyed hash and remembered for a second.
+"""Authentication by API key: keys are looked up by their keyed hash and cached for a second.
 
-Lookups go by hash, and the hash can't be made without the server's secret, so timing tells nothing about keys.
+Nobody can compute the hash without the server's secret, so the timing of lookups reveals nothing about keys.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 CACHE_SECONDS = 1.0
-"""A revocation works after at most this long, everywhere."""
+"""Maximum delay of a revocation, in every process."""
 MAX_REMEMBERED_KEYS = 10_000
 USE_RECORDED_EVERY = timedelta(minutes=1)
 LONGEST_KEY = 200
@@ -43,14 +43,14 @@ LONGEST_KEY = 200
 
 @dataclass(slots=True)
 class CachedCaller:
-    """A key that was valid when it was last looked up."""
+    """Caller of a key that was valid at its last lookup."""
 
     caller: ApiCaller
     fresh_until: float
 
 
 class KeyAuthenticator:
-    """Turns keys into callers, for one process."""
+    """Authenticator of API keys, for one process."""
 
     def __init__(self, database: Database, secret: bytes, previous: Sequence[bytes] = ()) -> None:
         self._database = database
@@ -59,12 +59,15 @@ class KeyAuthenticator:
         self._remembered: OrderedDict[str, CachedCaller] = OrderedDict()
         self._lookups: SingleFlight[str, ApiCaller | None] = SingleFlight(self._look_up)
         self._reads: GroupCommit[Sequence[str], FoundKey | None] = GroupCommit(self._read)
-        """One query at a time, for all keys that wait: however many wrong ones come, they keep one connection busy."""
+        """One query at a time for all waiting keys: even a flood of wrong keys occupies one connection only.
+        """
         self._failures = FailedAttempts("Too many requests from this address had no valid key")
         self._background: set[asyncio.Task[None]] = set()
 
     async def caller(self, scope: Scope) -> ApiCaller:
-        """Return whoever the request's key stands for; raises 401 without a valid one, 429 after too many failures."""
+        """Return the caller of the request's key; raises 401 without a valid key, 429 after too many
+        failures.
+        """
         key = _key(scope)
         if key is None:
             raise errors.unauthorized()
@@ -77,7 +80,7 @@ class KeyAuthenticator:
         return caller
 
     async def close(self) -> None:
-        """Finish what is written in the background."""
+        """Wait for the background writes."""
         await self._lookups.drain()
         await asyncio.gather(*self._background, return_exceptions=True)
 
@@ -115,7 +118,7 @@ class KeyAuthenticator:
             log.warning("use of key not recorded", key_id=key_id, reason=str(error))
 
     async def _rehash(self, key: str, found: FoundKey) -> None:
-        """Let a key go by the secret of now, so that it works when the earlier one is gone."""
+        """Hash a key with the current secret, so that it works after the previous secret is gone."""
         try:
             await access_store.rehash_key(self._database, key, earlier=found.hash, secret=self._secret)
         except DatabaseUnavailable as error:

@@ -1,4 +1,4 @@
-"""Limit of a body, and the setting behind it."""
+"""Size limit of a request body, and its setting."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BodyLimit:
-    """The most bytes of a body, counted after decompression."""
+    """Maximum bytes of a body after decompression."""
 
     bytes: int
     setting: str = "PILOTFLAME_MAX_BODY_BYTES"
-    """The setting that a reader of the refusal would change; empty where none sets it."""
+    """Setting to name in the refusal; empty when no setting changes the limit."""
 
     def exceeded(self) -> ApiError:
         """Return the refusal of a larger body."""

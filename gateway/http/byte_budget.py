@@ -1,7 +1,7 @@
-"""Memory that clients fill at their own pace, within one bound for all of them: request bodies and unsent answers.
+"""Memory budget for transfers at the speed of clients: request bodies and unsent answers.
 
-Over the bound, the client that holds most gives up its slowest transfer: whoever is slow or greedy loses what it holds
-before another client is refused anything.
+Over the budget, the client with the most bytes loses its slowest transfer. So a slow or greedy client loses
+its own transfers before others are refused.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from time import monotonic
 from typing import Final
 
 UNCOUNTED_BYTES: Final = 16_384
-"""Bytes of one transfer that no budget counts: connections bound them, and small requests always pass."""
+"""Bytes per transfer outside every budget: the limit of connections bounds them, and small requests always
+pass.
+"""
 _SHORTEST_SECONDS: Final = 0.01
 
 
@@ -21,18 +23,18 @@ class ByteHolding:
     __slots__ = ("_budget", "_evict", "bytes", "client", "is_evicted", "is_moving", "since")
 
     def __init__(self, budget: ByteBudget, client: str, evict: Callable[[], None]) -> None:
-        """`evict` is called when the budget takes the bytes back: it lets go of them."""
+        """Register the callback `evict`, which drops the bytes when the budget reclaims them."""
         self._budget = budget
         self._evict = evict
         self.client = client
         self.since = monotonic()
         self.bytes = 0
         self.is_moving = True
-        """The client has not sent, or taken, all of it: the transfer may be given up."""
+        """Whether the client still sends or receives the transfer, so that it may be evicted."""
         self.is_evicted = False
 
     def add(self, count: int) -> bool:
-        """Count bytes that have come, and tell whether there is room for them."""
+        """Count received bytes; return whether the transfer may continue."""
         if self.is_evicted:
             return False
         before, self.bytes = self.bytes, self.bytes + count
@@ -41,32 +43,32 @@ class ByteHolding:
         return not self.is_evicted
 
     def lower(self, count: int) -> None:
-        """Count what is left when a part has gone."""
+        """Lower the count to the bytes left after a part was sent."""
         if UNCOUNTED_BYTES < count < self.bytes:
             self._budget.count(self, count - self.bytes)
             self.bytes = count
 
     def release(self) -> None:
-        """Count nothing any longer."""
+        """Stop counting the transfer."""
         self._budget.forget(self)
         self.bytes = 0
 
     def evict(self) -> None:
-        """Give the transfer up for others."""
+        """Drop the transfer in favor of others."""
         self.is_evicted = True
         self.release()
         self._evict()
 
     def rate(self, now: float) -> float:
-        """Return the bytes a second since the transfer began."""
+        """Return the bytes per second since the transfer began."""
         return self.bytes / max(now - self.since, _SHORTEST_SECONDS)
 
 
 class ByteBudget:
-    """One bound for the bytes of many transfers, of which one client may hold half."""
+    """Limit of the bytes of many transfers; one client may hold half of it."""
 
     def __init__(self, limit_bytes: int, *, share_bytes: int | None = None) -> None:
-        """`share_bytes` is what one client may hold: half of the budget unless given."""
+        """Set the limit; `share_bytes` is the limit per client, by default half of the budget."""
         self._limit = limit_bytes
         self._share = limit_bytes // 2 if share_bytes is None else share_bytes
         self._holdings: set[ByteHolding] = set()
@@ -74,7 +76,9 @@ class ByteBudget:
         self.used = 0
 
     def count(self, holding: ByteHolding, change: int) -> None:
-        """Count a change of one transfer; gives up the slowest ones of those who hold most while there are too many."""
+        """Count a change of one transfer; while over a limit, evict the slowest transfers of the largest
+        clients.
+        """
         self._holdings.add(holding)
         self._add(holding.client, change)
         while change > 0 and not holding.is_evicted:
@@ -84,7 +88,7 @@ class ByteBudget:
             (self._slowest(holding.client if is_over_share else None) or holding).evict()
 
     def forget(self, holding: ByteHolding) -> None:
-        """Take a transfer out of the count."""
+        """Remove a transfer from the count."""
         if holding in self._holdings:
             self._holdings.discard(holding)
             self._add(holding.client, -holding.bytes)
@@ -98,7 +102,7 @@ class ByteBudget:
             self._by_client.pop(client, None)
 
     def _slowest(self, client: str | None) -> ByteHolding | None:
-        """Return the slowest transfer that may be given up: of `client`, or else of whoever holds most."""
+        """Return the slowest transfer that may be evicted: of `client`, or of the client with the most bytes."""
         now = monotonic()
         moving = [one for one in self._holdings if one.is_moving and client in {None, one.client}]
         return min(moving, key=lambda one: (-self._by_client[one.client], one.rate(now)), default=None)

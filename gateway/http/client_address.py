@@ -1,4 +1,4 @@
-"""Client addresses: who a request came from, and which addresses count as one client."""
+"""Client addresses: the origin of a request, and the addresses that count as one client."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from ipaddress import AddressValueError, IPv4Address, IPv6Address, IPv6Network
 from typing import Any, Final
 
 _HOST_BITS: Final = 64
-"""Every IPv6 host may use a whole /64 (RFC 7421): counting single addresses would count nobody twice."""
+"""Every IPv6 host may use a whole /64 (RFC 7421), so a count of single addresses would never see one twice.
+"""
 
 
 @lru_cache(maxsize=4_096)
 def client_of(address: str) -> str:
-    """Return the client that an address stands for: the /64 of an IPv6 address, any other address as it is."""
+    """Return the client of an address: the /64 network of an IPv6 address, otherwise the address itself."""
     if ":" not in address:
         return address
     try:
@@ -25,6 +26,6 @@ def client_of(address: str) -> str:
 
 
 def client_of_scope(scope: Mapping[str, Any]) -> str:
-    """Return the client of a request; empty where its connection has no address."""
+    """Return the client of a request; empty when its connection has no address."""
     client = scope.get("client")
     return client_of(client[0]) if client else ""

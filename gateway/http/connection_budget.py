@@ -1,8 +1,9 @@
-"""Connections within a bound below the process's descriptors: those that wait for their clients make room for others.
+"""Limit of connections below the process's file descriptors: connections that wait for their clients yield to
+others.
 
-A connection on which the server works is never cut for another one, except for reads (long polls, event streams) of a
-client that holds more than its share. Above the bound there is a reserve, in which probes and pods are still served and
-everybody else is told why not.
+A connection with a request in progress is never closed for another, except for reads (long polls, event
+streams) of a client over its share. A reserve above the limit still serves probes and pods, and tells all
+others the reason.
 """
 
 from __future__ import annotations
@@ -15,61 +16,63 @@ from typing import Final, Protocol
 from gateway.http import metrics
 
 SPENT_PART: Final = 0.75
-"""Part of the process's descriptors that connections may take: files, databases and children need the others."""
+"""Share of the process's descriptors for connections; files, databases and child processes need the rest."""
 MOST_CONNECTIONS: Final = 20_000
 RESERVE_PART: Final = 10
-"""One connection is reserved above the bound for so many below it."""
+"""The reserve above the limit has one connection per this number."""
 IDLE_SECONDS: Final = 0.2
-"""A new connection is given so long to bring its request, before it counts as idle."""
+"""Time for a new connection to send its request before it counts as idle."""
 READ_SECONDS: Final = 1.0
-"""A read may go on so long, whoever asks for it."""
+"""Time that a read may take in any case."""
 LOOK_AGAIN_SECONDS: Final = 0.05
-"""No connection could be closed: how long until the next look. A look goes through all of them."""
+"""Pause after a search without a closable connection; each search visits all connections."""
 _AT_ONCE: Final = 100
-"""Of so many connections, one more is closed than is needed, so that not every newcomer costs a look."""
+"""Divisor of the limit for the surplus of closed connections, so that not every new one needs a search."""
 
 
 class ConnectionPhase(IntEnum):
-    """What a connection waits for, in the order in which those of one client are closed for others."""
+    """Phase of a connection; a client's connections are closed for others in this order."""
 
     CLOSING = 0
-    """The last answer to be taken by its client."""
+    """The client has yet to receive the last answer."""
     IDLE = 1
-    """A request to begin."""
+    """No request has begun."""
     WAITING_FOR_CLIENT = 2
-    """The rest of a request, or its answer to be taken."""
+    """The client has yet to send the rest of a request, or to receive an answer."""
     READING = 3
-    """An answer that changes nothing, and can be asked for again."""
+    """The server works on an answer that changes nothing and can be requested again."""
     SERVED = 4
-    """An answer."""
+    """The server works on an answer."""
 
 
 class BoundedConnection(Protocol):
-    """A connection as the budget sees it."""
+    """Connection as the budget sees it."""
 
     @property
     def phase(self) -> ConnectionPhase: ...
 
     @property
     def client_key(self) -> str:
-        """The client that it counts for; empty for trusted proxies and pods, which are many clients each."""
+        """Client that the connection counts for; empty for trusted proxies and pods, each of which serves
+        many clients.
+        """
 
     @property
     def since(self) -> float:
-        """When the phase began, by the monotonic clock."""
+        """Start of the phase, by the monotonic clock."""
 
     def cut(self) -> None:
-        """Close it at once."""
+        """Close the connection at once."""
 
 
 def connections_for(descriptors: int) -> int:
-    """Return how many connections a process may hold that can open so many descriptors."""
+    """Return the number of connections for a process with this limit of descriptors."""
     most = int(descriptors * SPENT_PART)
     return max(min(most - most // (RESERVE_PART + 1), MOST_CONNECTIONS), 1)
 
 
 class ConnectionBudget:
-    """All connections of one server."""
+    """Budget of all connections of one server."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -79,11 +82,11 @@ class ConnectionBudget:
 
     @property
     def is_over(self) -> bool:
-        """Tell whether there are more than may be: those in the reserve."""
+        """Whether there are more connections than the limit, so that new ones use the reserve."""
         return len(self._open) > self._limit
 
     def admit(self, connection: BoundedConnection) -> bool:
-        """Count a new connection, closing others for it; False: there is no room even in the reserve."""
+        """Count a new connection and close others for it; False when even the reserve is full."""
         self._open[connection] = None
         if self.is_over:
             self._make_room(connection)
@@ -94,7 +97,7 @@ class ConnectionBudget:
         return False
 
     def leave(self, connection: BoundedConnection) -> None:
-        """Count a connection no longer."""
+        """Stop counting a connection."""
         self._open.pop(connection, None)
 
     def _make_room(self, newcomer: BoundedConnection) -> None:
@@ -111,7 +114,7 @@ class ConnectionBudget:
             victim.cut()
 
     def _victims(self, newcomer: BoundedConnection, now: float) -> list[BoundedConnection]:
-        """Return connections that may be closed, in their order: those of clients that have too many first."""
+        """Return connections that may be closed, in order; those of clients over their share come first."""
         counts = Counter(one.client_key for one in self._open)
         counts[""] = 0
         share = self._limit // (len(counts) or 1)

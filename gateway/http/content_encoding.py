@@ -1,4 +1,4 @@
-"""Bodies that a client has compressed, decompressed piece by piece and never beyond a limit."""
+"""Decompression of request bodies, in pieces and up to a limit."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from gateway.http.errors import ApiError
 
 PIECE_BYTES: Final = 262_144
-"""Decompressed bytes that are made at once."""
+"""Maximum decompressed bytes of one piece."""
 ACCEPTED: Final = "gzip, deflate"
 _GZIP_WINDOW: Final = 31
 _RAW_WINDOW: Final = -15
@@ -17,7 +17,7 @@ _ZLIB_METHOD: Final = 0x08
 
 
 class ContentDecoder:
-    """Decompresses one body by its `Content-Encoding` (RFC 9110, section 8.4.1)."""
+    """Decoder of one body by its `Content-Encoding` (RFC 9110, section 8.4.1)."""
 
     def __init__(self, encoding: str) -> None:
         """Raise 415 for an encoding other than gzip, deflate and identity."""
@@ -31,7 +31,7 @@ class ContentDecoder:
         self._is_over = False
 
     def decode(self, data: bytes) -> Iterator[bytes]:
-        """Yield the decompressed pieces of the next bytes of a body; raises 400 for other bytes."""
+        """Yield the decompressed pieces of the next bytes of a body; raises 400 for malformed bytes."""
         if self._is_over and data:
             raise _malformed()
         has_more = bool(data)
@@ -42,7 +42,7 @@ class ContentDecoder:
             except zlib.error as error:
                 raise _malformed() from error
             data = decompressor.unconsumed_tail
-            # All of the input may be consumed while output is left that did not fit into the piece.
+            # zlib may have consumed all input and still hold output that did not fit into the piece.
             has_more = bool(data) or len(piece) == PIECE_BYTES
             self._has_begun = True
             self._is_over = decompressor.eof
@@ -52,12 +52,12 @@ class ContentDecoder:
                 raise _malformed()
 
     def finish(self) -> None:
-        """Raise 400 where the compressed body ended too early; an empty body is one that holds nothing."""
+        """Raise 400 when the compressed body is cut short; an empty body is valid."""
         if self._has_begun and not self._is_over:
             raise _malformed()
 
     def _begin(self, data: bytes) -> zlib._Decompress:
-        """Return what reads deflate: some senders leave out the wrapper of zlib that RFC 9110 asks for."""
+        """Return the decompressor of deflate; some senders omit the zlib wrapper that RFC 9110 requires."""
         window = zlib.MAX_WBITS if data[0] & 0x0F == _ZLIB_METHOD else _RAW_WINDOW
         self._decompressor = zlib.decompressobj(window)
         return self._decompressor

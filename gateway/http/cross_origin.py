@@ -1,7 +1,6 @@
-"""Cross-origin requests (CORS, https://fetch.spec.whatwg.org/#http-cors-protocol): which pages in browsers may read
-answers of this API.
+"""Cross-origin requests (CORS, https://fetch.spec.whatwg.org/#http-cors-protocol) of pages in browsers.
 
-Nothing here needs cookies, so answers never allow credentials: a page has a key of its own to send.
+The API needs no cookies, so answers never allow credentials: a page sends a key of its own.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ EXPOSED: Final = (
     "X-Cold-Start",
     "X-Request-Id",
 )
-"""What scripts may read besides the few headers that browsers show them anyway: all that is documented."""
+"""Headers that scripts may read in addition to those that browsers always expose: all documented ones."""
 _EXPOSED: Final = (b"access-control-expose-headers", ", ".join(EXPOSED).encode())
 _PREFLIGHT: Final = [
-    # Each name of `*` is one that a page sends on purpose; the wildcard doesn't include `Authorization`.
+    # The wildcard allows every header that a page sets, except `Authorization`.
     (b"access-control-allow-headers", b"*, Authorization"),
     (b"access-control-max-age", b"%d" % MAX_AGE_SECONDS),
 ]
@@ -44,7 +43,7 @@ _VARY: Final = (b"vary", b"Origin")
 
 
 class CrossOriginLayer:
-    """The layer around all others: every answer, and so every refusal, can be read by the pages that may ask."""
+    """Outermost layer, so that allowed pages can read every answer, refusals included."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -64,11 +63,11 @@ class CrossOriginLayer:
 
 
 def _added(scope: Scope, origins: Collection[str], answered: Iterable[tuple[bytes, bytes]]) -> Headers:
-    """Return the headers for an answer that has others."""
+    """Return the additional headers of an answer."""
     sent: dict[bytes, bytes] = dict(scope["headers"])
     origin = sent.get(b"origin", b"")
     is_for_all = EVERY_ORIGIN in origins
-    # Caches must not hand an answer with the name of one origin to another.
+    # Caches must not send an answer that names one origin to another.
     varies = [] if is_for_all else [_VARY]
     if not origin or not (is_for_all or origin.decode("latin-1") in origins):
         return varies

@@ -1,4 +1,4 @@
-"""A content as an ASGI answer, sent piece by piece and never taken for a page of ours."""
+"""Blob download as an ASGI answer, sent in pieces and never rendered as a page of this server."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from journal.blobs.blob_store import BlobStore
 
 SANDBOXED: Final = (b"content-security-policy", b"sandbox; default-src 'none'")
-"""Anybody may have written it: whoever opens it in a browser after all lets it do nothing."""
+"""Users write the content: a browser that displays it anyway must not execute it."""
 
 
 class BlobDownload:
-    """One content, which is closed when it was sent."""
+    """Download of one blob, closed after it was sent."""
 
     def __init__(self, opened: OpenBlob, sha256: str, closing: AsyncExitStack) -> None:
         self._opened = opened
@@ -28,7 +28,7 @@ class BlobDownload:
 
     @classmethod
     async def of(cls, blobs: BlobStore, owner: BlobOwner, sha256: str) -> BlobDownload:
-        """Open a content to be sent; raises `BlobLost` and `BlobsUnavailable`."""
+        """Open a blob for a download; raises `BlobLost` and `BlobsUnavailable`."""
         async with AsyncExitStack() as stack:
             opened = await stack.enter_async_context(blobs.open(owner, sha256))
             return cls(opened, sha256, stack.pop_all())
@@ -37,7 +37,7 @@ class BlobDownload:
         async with self._closing:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers()})
             if scope["method"] != "HEAD":
-                # Should the last piece be wrong, the answer stays shorter than it was declared.
+                # If the last piece is corrupt, the answer stays shorter than declared.
                 async for chunk in self._opened.chunks:
                     await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b""})

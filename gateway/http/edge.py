@@ -1,4 +1,4 @@
-"""The outermost layer, for every request whatever becomes of it: its id, its headers, its place in the metrics."""
+"""Layer around every request, whatever its outcome: request id, common headers and metrics."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
 
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9_-]{1,64}\Z")
 _PROCESS = ids.new_id("req")[:-8]
-"""Request ids of this process begin with it, and count on: they need to be unique, not secret."""
+"""Common prefix of this process's request ids; a counter follows, since ids must be unique, not secret."""
 _numbers = count(1)
 _HEADERS = [(b"x-content-type-options", b"nosniff")]
 _NOT_KEPT = (b"cache-control", b"no-store")
-"""Stands on every answer that doesn't itself say how it may be kept."""
+"""Added to every answer without a `Cache-Control` of its own."""
 
 
 class EdgeLayer:
-    """Pure ASGI, since this is on the path of every run; what isn't HTTP goes to `others`."""
+    """Pure ASGI, since every run passes here; requests other than HTTP go to `others`."""
 
     def __init__(self, app: ASGIApp, *, others: ASGIApp) -> None:
         self.app = app
@@ -70,7 +70,7 @@ def _may_be_kept(headers: Iterable[tuple[bytes, bytes]]) -> bool:
 
 
 def _request_id(scope: Scope) -> str:
-    """Return the id that the client gave, where that is one, or a fresh one."""
+    """Return the client's request id if it is valid, otherwise a new one."""
     for name, value in scope["headers"]:
         if name == b"x-request-id" and _REQUEST_ID.match(value):
             given: bytes = value

@@ -1,4 +1,4 @@
-"""One path of the table of contents: who may use it, what it does, and how whatever goes wrong is told."""
+"""Endpoint of one path: access, dispatch by method, and translation of errors to answers."""
 
 from __future__ import annotations
 
@@ -28,39 +28,39 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 OPTIONS: Final = "OPTIONS"
-"""The method that every path answers with those that it takes."""
+"""Method that every path answers, with the list of its methods."""
 Handler: TypeAlias = Callable[[GatewayRequest], Awaitable[ASGIApp]]
 
 
 class AccessRule(Enum):
-    """Who may use an operation, where no single scope says it."""
+    """Access to an operation that isn't tied to a single scope."""
 
     PUBLIC = auto()
-    """Anybody, without a key."""
+    """Everybody, without a key."""
     ANY_KEY = auto()
-    """Whoever has a valid key, whatever its scopes."""
+    """Every valid key, regardless of its scopes."""
     ADMIN = auto()
-    """An organisation's admin, with a key of the scope `users:write`."""
+    """Admin of an organization, with a key of the scope `users:write`."""
     SENDER = auto()
-    """Whoever has a key of the scope `workflows:execute` or a token in the URL, or signs what it sends."""
+    """Key with the scope `workflows:execute`, token in the URL, or signed request."""
 
 
 OPEN_QUERIES = frozenset({AccessRule.PUBLIC, AccessRule.SENDER})
-"""Routes of senders, who add parameters of their own, and of browsers."""
+"""Routes for senders, who add parameters of their own, and for browsers."""
 
 
 @dataclass(frozen=True, slots=True)
 class PathOperation:
-    """What one method of a path does, and who may ask for it."""
+    """Handler of one method of a path, with its access."""
 
     access: KeyScope | AccessRule
     handler: Handler
     query: Collection[QueryParameter[Any]] = ()
-    """The parameters that the handler may read."""
+    """Parameters that the handler may read."""
 
 
 class PathEndpoint:
-    """An ASGI application for one path: decides by the route that was taken, never by the text of the URL."""
+    """ASGI application for one path; access depends on the matched route, never on the text of the URL."""
 
     def __init__(self, operations: Mapping[str, PathOperation]) -> None:
         self.operations = operations
@@ -89,7 +89,7 @@ class PathEndpoint:
             allowed = {*self.operations, OPTIONS}
             if scope["method"] != OPTIONS:
                 raise errors.method_not_allowed(allowed)
-            # Before any key is looked at: browsers send none with a preflight request.
+            # Before any authentication: browsers send no key with a preflight request.
             return NoContent({"Allow": ", ".join(sorted(allowed))})
         gateway: GatewayState = scope["app"].state.gateway
         caller = sender = None
@@ -122,5 +122,5 @@ def _check_scope(caller: ApiCaller, access: KeyScope | AccessRule) -> None:
 
 
 async def answer_unrouted(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answer for a path that isn't in the table."""
+    """Answer a request for an unknown path."""
     await errors.not_found().response(scope["request_id"])(scope, receive, send)

@@ -1,4 +1,4 @@
-"""What clients are told when something can't be done: one shape for all of it, from an unknown route to a crash."""
+"""Errors of the API: one shape for all of them, from an unknown route to a crash."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ CONCURRENCY_RETRY_SECONDS = 5
 BLOCKED_RETRY_SECONDS = 15
 TRIGGER_RETRY_SECONDS = 60
 START_RETRY_SECONDS = 60
-"""As long as until a start that has failed is tried again anyway."""
+"""Interval after which a failed start is retried anyway."""
 
 
 class ApiError(Exception):
-    """A refusal that a client is meant to read; raised anywhere below a handler."""
+    """Refusal of a request, for clients to read; raised anywhere below a handler."""
 
     def __init__(
         self,
@@ -36,13 +36,13 @@ class ApiError(Exception):
         self.details = list(details)
         self.headers = dict(headers or {})
         self.is_noted = False
-        """A delivery tells of it."""
+        """Whether a delivery records the refusal."""
         if retry_after_seconds is not None:
             self.headers["Retry-After"] = str(retry_after_seconds)
 
     @property
     def is_for_owner(self) -> bool:
-        """Whether the owner of a workflow has to mend something before the same request can be taken in."""
+        """Whether the workflow's owner must correct something before the same request can succeed."""
         return self.code == "trigger-not-ready"
 
     def response(self, request_id: str) -> JsonResponse:
@@ -52,7 +52,7 @@ class ApiError(Exception):
 
 
 def problem(path: str, code: str, message: str) -> dict[str, Json]:
-    """Return one entry of `details`: which field, what rule, and how to mend it."""
+    """Return one entry of `details`: the field, the code of the rule, and the correction."""
     return {"path": path, "code": code, "message": message}
 
 
@@ -61,14 +61,14 @@ def invalid_query(path: str, code: str, message: str) -> ApiError:
 
 
 def invalid(details: Iterable[Mapping[str, Json]]) -> ApiError:
-    """Return the refusal of a body that is JSON, but not what was asked for: one entry for each wrong field."""
+    """Return the refusal of a JSON body with invalid fields, one entry per field."""
     found = list(details)[: limits.FINDINGS]
     message = str(found[0]["message"]) if len(found) == 1 else "Several fields are wrong: see details"
     return ApiError(422, "validation-failed", message, details=found)
 
 
 def unauthorized() -> ApiError:
-    """Return the one answer for no key, an unknown one, an expired one and a revoked one."""
+    """Return the common answer for a missing, unknown, expired or revoked key."""
     message = "Send a valid API key in the X-API-Key header"
     return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": "ApiKey"})
 
@@ -83,7 +83,9 @@ def admin_required() -> ApiError:
 
 
 def not_found(what: str = "route") -> ApiError:
-    """Return the answer for what is absent, and for what is somebody else's: nobody can tell which."""
+    """Return the common answer for a missing object and for another owner's, so that nobody can tell the
+    difference.
+    """
     return ApiError(404, "not-found", f"There is no such {what}")
 
 
@@ -97,7 +99,7 @@ def conflict(code: str, message: str, *, details: Iterable[Mapping[str, Json]] =
 
 
 def too_large(limit_bytes: int, setting: str) -> ApiError:
-    """Return the refusal of a body beyond a limit, which `setting` names unless it is empty."""
+    """Return the refusal of a body over a limit; the message names `setting` unless it is empty."""
     limit = f"{limit_bytes:,} bytes, the limit of {setting}" if setting else f"{limit_bytes:,} bytes"
     return ApiError(413, "payload-too-large", f"The body is larger than {limit}")
 
@@ -107,15 +109,17 @@ def not_ready(message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> Ap
 
 
 def trigger_not_ready(message: str) -> ApiError:
-    """Return the refusal of a request that waits for the workflow's owner to mend the trigger.
+    """Return the refusal of a request until the workflow's owner corrects the trigger.
 
-    Its sender comes again, and a delivery tells the owner.
+    The sender retries, and a delivery informs the owner.
     """
     return ApiError(503, "trigger-not-ready", message, retry_after_seconds=TRIGGER_RETRY_SECONDS)
 
 
 def busy(message: str, *, closes: bool = False) -> ApiError:
-    """Return the refusal of a request for which this process has no room; `closes` ends its connection too."""
+    """Return the refusal of a request for lack of capacity in this process; `closes` also ends the
+    connection.
+    """
     headers = {"Connection": "close"} if closes else None
     return ApiError(
         503,
@@ -127,13 +131,13 @@ def busy(message: str, *, closes: bool = False) -> ApiError:
 
 
 def concurrency_limit() -> ApiError:
-    """Return the refusal of a run for which its workflow's settings leave no place."""
+    """Return the refusal of a run over its workflow's concurrency limit."""
     message = "As many runs go on already as settings.concurrency allows at once: try again"
     return ApiError(429, "concurrency-limit", message, retry_after_seconds=CONCURRENCY_RETRY_SECONDS)
 
 
 def queue_full(whose: str, limit: int, retry_after_seconds: int) -> ApiError:
-    """Return the refusal of runs, since too many of a workflow or an organisation wait to be begun."""
+    """Return the refusal of runs over the backlog limit of a workflow or an organization."""
     message = f"As many runs of {whose} wait to be begun as may, {limit:,}: try again later"
     return ApiError(429, "queue-full", message, retry_after_seconds=retry_after_seconds)
 
@@ -149,7 +153,7 @@ def workflow_paused() -> ApiError:
 
 
 def no_such_trigger(kind: str) -> ApiError:
-    """Return the refusal of what comes another way than its workflow's trigger takes it."""
+    """Return the refusal of a request whose kind the workflow's trigger doesn't match."""
     return ApiError(422, f"no-{kind}-trigger", f"The workflow has no {kind} trigger node: add one")
 
 
@@ -158,7 +162,7 @@ def not_deployed() -> ApiError:
 
 
 def outside_window(opens_at: str | None) -> ApiError:
-    """Return the refusal of a run while a schedule is closed."""
+    """Return the refusal of a run outside the windows of a schedule."""
     message = "The workflow's schedule is closed: try again when it opens, or start it"
     details = [{**problem("", "outside-window", f"It opens at {opens_at}"), "opensAt": opens_at}]
     return ApiError(409, "outside-window", message, details=details if opens_at else ())
@@ -171,7 +175,7 @@ def stopped_manually() -> ApiError:
 
 
 def start_failed(reason: str, execution_id: str) -> ApiError:
-    """Return the answer about a run that was accepted, and has no pod."""
+    """Return the answer for an accepted run whose pod can't start."""
     message = (
         f"The workflow's pods can't start: {reason}. When they can, {execution_id} runs: it was accepted"
     )
@@ -179,13 +183,15 @@ def start_failed(reason: str, execution_id: str) -> ApiError:
 
 
 def start_blocked(reason: str, execution_id: str) -> ApiError:
-    """Return the answer about a run that was accepted, and whose pods wait for room in the cluster."""
+    """Return the answer for an accepted run whose pods wait for capacity in the cluster."""
     message = f"The workflow's pods wait to be started: {reason}. When they are, {execution_id} runs: it was accepted"
     return ApiError(503, "not-ready", message, retry_after_seconds=BLOCKED_RETRY_SECONDS)
 
 
 def execution_failed(execution_id: str) -> ApiError:
-    """Return the answer to whoever waits for that of a run which has ended without one; why is the owner's business."""
+    """Return the answer to a sender that awaits the response of a failed run; only the owner learns the
+    reason.
+    """
     return ApiError(500, "execution-failed", f"The execution {execution_id} has not completed")
 
 

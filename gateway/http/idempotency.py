@@ -1,4 +1,4 @@
-"""Requests that may be repeated: the same key and body within a day get the first answer again."""
+"""Idempotent requests: the same key and body get the first answer again for a day."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
 
 REPLAYED: Final[Mapping[str, str]] = {"Idempotent-Replayed": "true"}
-"""The header of an answer that was given before."""
+"""Header of a repeated answer."""
 
 
 def requested_key(request: GatewayRequest, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
-    """Return the promise that a request carries, or None; raises 400 for a key that is none.
+    """Return the idempotency key of a request, or None; raises 400 for an invalid key.
 
-    Two requests are one when they come from one user, or by the tokens of one workflow, to one route and workflow with
-    one key; `body` is then compared.
+    Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with one
+    key. The `body` of equal requests is then compared.
     """
     key = read_key(request)
     if key is None:
@@ -45,12 +45,13 @@ def _whose(request: GatewayRequest) -> str:
     sender = request.known_sender
     if sender is None or sender.token is None:
         return request.caller.user_id
-    # Whoever has a token isn't the user whom it stands for, and sends the same again though it was replaced meanwhile.
+    # A token's sender isn't the user whom it acts for. Its retries stay equal even when the token was
+    # replaced.
     return f"{sender.token.kind}-token:{sender.token.workflow_id or sender.token.id}"
 
 
 def read_key(request: GatewayRequest) -> str | None:
-    """Return the key that a request carries, or None; raises 400 for one that is none."""
+    """Return the value of the header, or None; raises 400 for an invalid one."""
     keys = request.headers.getlist("idempotency-key")
     if not keys:
         return None
@@ -61,7 +62,7 @@ def read_key(request: GatewayRequest) -> str | None:
 
 
 def is_key(text: str) -> bool:
-    """Tell whether a text may be a key: visible ASCII, not too long."""
+    """Return whether a text is a valid key: visible ASCII up to the length limit."""
     return 1 <= len(text) <= limits.IDEMPOTENCY_KEY_LENGTH and all(
         "!" <= character <= "~" for character in text
     )
@@ -75,9 +76,11 @@ def mismatch_error() -> ApiError:
 async def reserve_key(
     connection: AsyncConnection, key: IdempotencyKey, *, shard: int, resource_id: str, now: datetime
 ) -> str:
-    """Bind a key to what a transaction makes, and return what it is bound to: that, or what the first request made.
+    """Reserve a key for an object that the transaction creates; return its id, or the id that the first
+    request stored.
 
-    Waits for a rival with the same key to commit. Raises 422 where the first request had another body.
+    Waits for a concurrent transaction with the same key. Raises 422 when the first request had another
+    body.
     """
     identity = (
         col(Idempotency.shard) == shard,

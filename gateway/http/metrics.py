@@ -1,4 +1,4 @@
-"""What this process counts of its requests; a labelled child is looked up once and then kept."""
+"""Metrics of the gateway's requests; each labeled child is looked up once and cached."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ def count_answer(method: str, route: str, status: int, seconds: float) -> None:
 
 
 def count_rejected(route: str, reason: str) -> None:
-    """Count a request that was refused on a route of senders; `reason` is the code of the answer."""
+    """Count a refused request of a sender; `reason` is the error code of the answer."""
     _not_let_in.labels(route, reason).inc()
 
 
 def count_closed_connection(reason: str) -> None:
-    """Count a connection that a bound has closed: by its phase, or why it was late."""
+    """Count a connection that the server closed, by its phase or the missed time limit."""
     _closed.labels(reason).inc()
 
 
 def count_abandoned_body() -> None:
-    """Count a request body that had no room beside others."""
+    """Count a request body that was dropped in favor of others."""
     _given_up.inc()
 
 

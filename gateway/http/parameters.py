@@ -1,6 +1,6 @@
-"""Parameters of a query: each says in one place what it means, what it allows, and how it is read.
+"""Query parameters: each defines its description, its JSON Schema and its parser in one place.
 
-Reading answers 400 `invalid-query` for what a parameter doesn't allow; an empty value counts as none.
+Invalid values raise 400 `invalid-query`; an empty value counts as absent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FLAGS: Final = {"true": True, "false": False}
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QueryParameter(ABC, Generic[Value]):
-    """One name that may stand in a query; of a repeated one the last counts, unless it is a `Choices`."""
+    """Query parameter by name; of repeated values the last counts, except in a `ChoicesParameter`."""
 
     name: str
     description: str
@@ -39,16 +39,16 @@ class QueryParameter(ABC, Generic[Value]):
     @property
     @abstractmethod
     def schema(self) -> dict[str, Json]:
-        """What it allows, as a JSON Schema."""
+        """JSON Schema of the allowed values."""
 
     @abstractmethod
     def read(self, given: Sequence[str]) -> Value:
-        """Return what was given for it, each value a text that isn't empty; raises 400."""
+        """Return the parsed value of the given texts, none of which is empty; raises 400."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextParameter(QueryParameter[str | None]):
-    """A text as it was given; None for an absent one."""
+    """Text as given; None when absent."""
 
     max_length: int = limits.SEARCH_LENGTH
 
@@ -70,7 +70,7 @@ class TextParameter(QueryParameter[str | None]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChoiceParameter(QueryParameter[Kind | None]):
-    """One of a few words; None for an absent one."""
+    """One of several words; None when absent."""
 
     kind: type[Kind]
 
@@ -90,7 +90,7 @@ class ChoiceParameter(QueryParameter[Kind | None]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChoicesParameter(QueryParameter[Sequence[Kind]]):
-    """Any of a few words, as `name=a,b` or `name=a&name=b`; empty where there is none."""
+    """Several of a set of words, as `name=a,b` or `name=a&name=b`; empty when absent."""
 
     kind: type[Kind]
 
@@ -109,7 +109,7 @@ class ChoicesParameter(QueryParameter[Sequence[Kind]]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class IntegerParameter(QueryParameter[int]):
-    """A whole number between two others."""
+    """Integer within bounds."""
 
     default: int
     minimum: int
@@ -132,7 +132,7 @@ class IntegerParameter(QueryParameter[int]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class FlagParameter(QueryParameter[bool]):
-    """True or false; false for an absent one."""
+    """Boolean; false when absent."""
 
     @property
     def schema(self) -> dict[str, Json]:
@@ -148,7 +148,7 @@ class FlagParameter(QueryParameter[bool]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TimeParameter(QueryParameter[datetime | None]):
-    """An ISO 8601 time, in UTC where it names no zone; None for an absent one."""
+    """ISO 8601 time, in UTC unless it names a zone; None when absent."""
 
     @property
     def schema(self) -> dict[str, Json]:
@@ -159,7 +159,7 @@ class TimeParameter(QueryParameter[datetime | None]):
             return None
         value = given[-1]
         try:
-            # A plus sign that wasn't escaped has become a space.
+            # An unescaped plus sign has become a space.
             moment = datetime.fromisoformat(value[:11] + value[11:].replace(" ", "+"))
             aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
             return aware.astimezone(UTC)
@@ -170,7 +170,7 @@ class TimeParameter(QueryParameter[datetime | None]):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OrderParameter(QueryParameter[ColumnElement[Any]]):
-    """By which column a list is sorted, and in which direction; upwards where it names none."""
+    """Column and direction of a list's order; ascending when no direction is given."""
 
     columns: Mapping[str, SQLColumnExpression[Any]]
 
@@ -195,7 +195,7 @@ class OrderParameter(QueryParameter[ColumnElement[Any]]):
 
 
 def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> OrderParameter:
-    """Return the parameter `sort` of a list that may be sorted by these."""
+    """Return the parameter `sort` of a list that can be sorted by these columns."""
     return OrderParameter("sort", "Field by which the list is sorted, then `:asc` or `:desc`.", columns)
 
 

@@ -1,4 +1,4 @@
-"""What must hold before somebody changes a thing: that it is theirs, and as they have last seen it."""
+"""Preconditions of a change: ownership, and an unchanged revision."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 def require_owner(request: GatewayRequest, owner_id: str, *, what: str) -> None:
-    """Raise 403 for what the caller may use, but not change, share or delete."""
+    """Raise 403 when the caller may use an object, but not change, share or delete it."""
     if owner_id != request.caller.user_id and not request.caller.is_admin:
         message = f"Only the {what}'s owner and admins of the organisation may do this"
         raise ApiError(403, "not-owner", message)
 
 
 def require_match(request: GatewayRequest, current: str, *, what: str) -> None:
-    """Raise 412 unless the state that the client saw is `current`, the one that there is (RFC 9110, 13.1.1)."""
+    """Raise 412 unless `If-Match` is absent, `*`, or contains the `current` tag (RFC 9110, 13.1.1)."""
     given = request.headers.get("if-match")
     if given is None or given.strip() == "*":
         return

@@ -1,5 +1,7 @@
-"""Uvicorn's HTTP/1.1 with what it lacks: bounds in time and memory on what a client sends and takes, answers in one
-packet, our shape for what isn't HTTP at all.
+"""Uvicorn's HTTP/1.1 protocol with limits on the time and memory that clients take.
+
+Also sends the head and body of an answer in one packet, and answers malformed HTTP in the shape of the API's
+errors.
 """
 
 from __future__ import annotations
@@ -24,13 +26,14 @@ if TYPE_CHECKING:
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_UNREAD_BYTES: Final = 32 * 1024 * 1024
-"""How much of a body may come after the answer: a client whose connection is cut at once never sees why."""
+"""Bytes of a body accepted after its answer: a client whose connection is cut at once never reads the answer.
+"""
 MAX_GATHERED_BYTES: Final = 64 * 1024
 TAKEN_BYTES: Final = 16 * 1024
-"""A client that takes its answer takes at least so much of it within `stall_seconds`."""
+"""Bytes that a client must receive of a pending answer within `stall_seconds`."""
 POD_BODIES_BYTES: Final = 67_108_864
 UNSENT_BYTES: Final = 134_217_728
-"""Bytes of answers that clients have not taken yet, of all together."""
+"""Maximum bytes of unsent answers of all clients together."""
 INTERNAL: Final = "/internal/"
 ALWAYS_SERVED: Final = ("/healthz", "/readyz")
 READS: Final = frozenset({"GET", "HEAD"})
@@ -38,29 +41,29 @@ READS: Final = frozenset({"GET", "HEAD"})
 
 @dataclass(slots=True)
 class ConnectionBounds:
-    """What all connections of a server may hold together, and how long one may take."""
+    """Limits of all connections of a server together, and time limits of each."""
 
     connections: ConnectionBudget
     max_requests_per_client: int
-    """Requests of one client that are worked on at once."""
+    """Maximum requests of one client in progress."""
     bodies: ByteBudget
     proxies: TrustedProxies
     head_seconds: float
-    """How long a client may take for a head, from connecting or the end of the request before."""
+    """Time for the head of a request, from the connection or the end of the previous request."""
     body_seconds: float
     stall_seconds: float
-    """How long a client may leave its answer in our memory without taking any of it."""
+    """Time for which a client may receive nothing of a pending answer."""
     pod_bodies: ByteBudget = field(
         default_factory=lambda: ByteBudget(POD_BODIES_BYTES, share_bytes=POD_BODIES_BYTES)
     )
-    """Apart from the others: nobody's uploads hold up the runs of pods."""
+    """Separate budget, so that uploads never hold up the runs of pods."""
     unsent: ByteBudget = field(default_factory=lambda: ByteBudget(UNSENT_BYTES, share_bytes=UNSENT_BYTES))
     requests: Counter[str] = field(default_factory=Counter)
-    """Requests that are worked on, by client."""
+    """Requests in progress, by client."""
 
 
 class RequestHolding:
-    """What one request holds of the bounds, until it is released."""
+    """Share of the limits that one request occupies until it is released."""
 
     __slots__ = ("_bounds", "_is_released", "body", "client", "refusal")
 
@@ -70,14 +73,14 @@ class RequestHolding:
         self.client = client
         self.body = body
         self.refusal: ApiError | None = None
-        """What the request is answered instead of being worked on."""
+        """Answer to send without calling a handler."""
         if client:
             bounds.requests[client] += 1
             if bounds.requests[client] > bounds.max_requests_per_client:
                 self.refusal = errors.busy("As many requests of this address are worked on as may be at once")
 
     def release(self) -> None:
-        """Hold nothing any longer."""
+        """Release the request's share of the limits."""
         self.body.release()
         if self.client and not self._is_released:
             self._bounds.requests[self.client] -= 1
@@ -87,15 +90,17 @@ class RequestHolding:
 
 
 class BufferedTransport:
-    """A transport that sends together what is written in one turn of the loop: an answer's head with its body.
+    """Transport that joins all writes of one event loop iteration, such as the head and body of an answer.
 
-    Each packet costs both sides a system call, and those are most of what an answer costs.
+    Each packet costs both sides a system call, which is most of the cost of an answer.
     """
 
     def __init__(
         self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, linger_seconds: float
     ) -> None:
-        """A closed connection whose client doesn't take the rest within `linger_seconds` is cut."""
+        """Wrap a transport; after `close`, a client that doesn't receive the rest within `linger_seconds` is
+        cut off.
+        """
         self._transport = transport
         self._loop = loop
         self._linger_seconds = linger_seconds
@@ -122,7 +127,7 @@ class BufferedTransport:
             self._lingering = self._loop.call_later(self._linger_seconds, self.abort)
 
     def closed(self) -> None:
-        """Hear that the connection is gone."""
+        """Handle the loss of the connection."""
         if self._lingering is not None:
             self._lingering.cancel()
 
@@ -133,7 +138,7 @@ class BufferedTransport:
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """One connection; it is closed when it takes too long, or too many words, to say what it wants."""
+    """One connection within the limits, closed when its client takes too long or sends too much."""
 
     def __init__(self, bounds: ConnectionBounds, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - as Uvicorn has it
         super().__init__(*args, **kwargs)
@@ -146,11 +151,11 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_head = False
         self._is_complete = True
         self._unread_bytes = 0
-        """Of a head that goes on, or of a body that was answered before it was read."""
+        """Bytes of an unfinished head, or of a body that was answered before it was read."""
         self._timer: asyncio.TimerHandle | None = None
         self._is_timed_for_head = True
         self._taking: asyncio.TimerHandle | None = None
-        """Looks whether the client takes its answer."""
+        """Timer that checks whether the client receives its answer."""
         self._unsent: ByteHolding | None = None
         self._holding: RequestHolding | None = None
         self._is_read = False
@@ -161,7 +166,8 @@ class BoundedProtocol(HttpToolsProtocol):
         if not self._bounds.connections.admit(self):
             gathering.abort()
 
-    # ── what the budget of connections sees ───────────────────────────────────────────────────────────────
+    # ── interface of the connection budget
+    # ────────────────────────────────────────────────────────────────────
 
     @property
     def _is_served(self) -> bool:
@@ -169,7 +175,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def phase(self) -> ConnectionPhase:
-        """What the connection waits for."""
+        """Phase of the connection: the event that it waits for."""
         if self.gathering.is_closing():
             return ConnectionPhase.CLOSING
         if not self._is_complete or self.flow.write_paused:
@@ -180,11 +186,11 @@ class BoundedProtocol(HttpToolsProtocol):
 
     @property
     def client_key(self) -> str:
-        """The client of the request that is worked on, or else whoever has connected."""
+        """Client of the request in progress, or else the peer of the connection."""
         return self._holding.client if self._holding is not None and self._is_served else self._peer
 
     def cut(self) -> None:
-        """Close the connection at once; nothing that it waits for would come soon."""
+        """Close the connection at once; nothing that it waits for would arrive soon."""
         self.gathering.abort()
 
     # ── requests ──────────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +218,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._unread_bytes = 0
 
     def on_headers_complete(self) -> None:
-        super().on_headers_complete()  # what it starts runs in the next turn of the loop at the earliest
+        super().on_headers_complete()  # its task starts in the next event loop iteration at the earliest
         self._is_head = False
         self._unread_bytes = 0
         path = self.scope["path"]
@@ -221,7 +227,7 @@ class BoundedProtocol(HttpToolsProtocol):
         source = self._bounds.proxies.client(self.client, self.headers)
         host = source[0] if source else ""
         budget = self._bounds.pod_bodies if is_internal else self._bounds.bodies
-        # Pods are few, and prove who they are: whatever others hold, their runs go on.
+        # Pods are few and authenticated: their runs continue, whatever others occupy.
         is_bounded = not is_always_served and not self._bounds.proxies.is_trusted(host)
         self._holding = RequestHolding(
             self._bounds,
@@ -250,7 +256,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_response_complete()
 
     def _give_up_body(self) -> None:
-        """Let go of a body for others; the request is answered so as soon as it reads on."""
+        """Drop a body in favor of others; the handler's next read raises the refusal."""
         metrics.count_abandoned_body()
         self.cycle.body = bytearray()
         self.cycle.message_event.set()
@@ -297,7 +303,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._stop_timer()
         self._stop_looking()
         self.gathering.closed()
-        for cycle, _ in self.pipeline:  # those are never begun
+        for cycle, _ in self.pipeline:  # these requests are never started
             cast("dict[str, Any]", cycle.scope)["holding"].release()
         self.pipeline.clear()
         super().connection_lost(exc)

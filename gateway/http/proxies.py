@@ -1,6 +1,7 @@
-"""Trusted proxies: whose `X-Forwarded-For` says where a request comes from.
+"""Trusted proxies, whose `X-Forwarded-For` header names the client of a request.
 
-A proxy may be named by its host name, as the pods of an ingress are by a headless Service: they change their addresses.
+Settings may name a proxy by host name, such as a headless Service for the pods of an ingress, whose addresses
+change.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ log = structlog.get_logger()
 
 FORWARDED_FOR: Final = b"x-forwarded-for"
 MOST_TRUSTED: Final = 256
-"""Addresses of one network that can all be proxies; more are a network of machines that could pretend anything."""
+"""Size of a network whose addresses may all be proxies; in a larger one any machine could pretend to be any
+client.
+"""
 RESOLVE_SECONDS: Final = 10.0
 ANYBODY: Final = "*"
 
 
 class TrustedProxies:
-    """Addresses, networks and host names of proxies, as settings name them."""
+    """Addresses, networks and host names of trusted proxies, from the settings."""
 
     def __init__(self, named: str) -> None:
-        """`named` are addresses, networks and host names, separated by commas; `*` trusts everybody."""
+        """Parse addresses, networks and host names, separated by commas; `*` trusts everybody."""
         parts = [one.strip() for one in named.split(",") if one.strip()]
         self._addresses = [_whole_network(one) for one in parts if _network_size(one)]
         self._names = [one for one in parts if not _network_size(one)]
@@ -45,17 +48,17 @@ class TrustedProxies:
 
     @property
     def has_names(self) -> bool:
-        """Tell whether there is anything to resolve."""
+        """Whether there are host names to resolve."""
         return bool(self._names)
 
     async def follow(self) -> None:
-        """Resolve the host names, again and again."""
+        """Resolve the host names periodically."""
         while True:
             await self.resolve()
             await asyncio.sleep(RESOLVE_SECONDS)
 
     async def resolve(self) -> None:
-        """Learn the addresses of all host names; one that isn't found keeps those that it had."""
+        """Resolve all host names; a name that isn't found keeps its previous addresses."""
         loop = asyncio.get_running_loop()
         for name in self._names:
             try:
@@ -67,13 +70,15 @@ class TrustedProxies:
         self._trust()
 
     def is_trusted(self, address: str) -> bool:
-        """Tell whether an address is that of a proxy."""
+        """Return whether an address belongs to a trusted proxy."""
         return address in self._trusted
 
     def client(
         self, peer: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]
     ) -> tuple[str, int] | None:
-        """Return where a request comes from: from its peer, unless that is a proxy which says more."""
+        """Return the client of a request: its peer, unless that is a trusted proxy that names another
+        address.
+        """
         is_trusted = peer is not None and peer[0] in self._trusted
         if not is_trusted and self._has_warned:
             return peer
@@ -101,12 +106,12 @@ class TrustedProxies:
 
 
 def _whole_network(named: str) -> str:
-    """Return a network as it is compared: `10.1.2.3/24` is one too."""
+    """Return the canonical form of a network, since settings may contain `10.1.2.3/24`."""
     return str(ip_network(named, strict=False)) if "/" in named else named
 
 
 def _network_size(named: str) -> int:
-    """Return how many addresses an address, network or `*` stands for; 0 for a host name."""
+    """Return the number of addresses of an address, network or `*`; 0 for a host name."""
     if named == ANYBODY:
         return MOST_TRUSTED + 1
     try:

@@ -1,4 +1,4 @@
-"""The address under which clients and senders reach the gateway, and what is missing where nobody has set it."""
+"""Public address of the gateway for clients and senders, and the warning when none is set."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ NOT_SET: Final = (
 
 
 def base_url(request: GatewayRequest) -> str:
-    """Return the beginning of whole URLs: the public URL, or the address that a request came to."""
+    """Return the base of absolute URLs: the public URL, or the address of the request."""
     public_url = request.gateway.settings.public_url.rstrip("/")
     return public_url or f"{request.url.scheme}://{request.url.netloc}"
 
 
 def address_warnings(request: GatewayRequest) -> list[str]:
-    """Return what to tell beside URLs that are given to senders."""
+    """Return the warnings to send with URLs for senders."""
     return [] if request.gateway.settings.public_url else [NOT_SET]

@@ -1,4 +1,4 @@
-"""The query string, read by the parameters that stand in the route's line, and by no others."""
+"""Query string, which a handler reads only by the parameters of its route."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from gateway.http.errors import ApiError, invalid_query
 from gateway.http.parameters import LIMIT, OFFSET, IntegerParameter, QueryParameter, Value
 
 REMEMBERED_BYTES = 100
-"""Short queries, such as that of every poll, are taken apart once."""
+"""Maximum length of a query whose parsed form is cached, such as that of a poll."""
 MAX_SHOWN_NAME = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PageBounds:
-    """Which part of a list is asked for."""
+    """Limit and offset of a page of a list."""
 
     limit: int
     offset: int
@@ -42,14 +42,14 @@ def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
 
 
 class QueryString:
-    """What stands behind the question mark."""
+    """Query string of one request, with the parameters that its route declares."""
 
     def __init__(self, raw: bytes, declared: Collection[QueryParameter[Any]]) -> None:
         self._given = _parsed(raw) if len(raw) <= REMEMBERED_BYTES else _parsed.__wrapped__(raw)
         self._declared = declared
 
     def require_known(self) -> None:
-        """Raise 400 for a name that no parameter of the route's line has."""
+        """Raise 400 for a name that the route doesn't declare."""
         known = {parameter.name for parameter in self._declared}
         for name in self._given:
             if name not in known:
@@ -60,11 +60,11 @@ class QueryString:
                 raise invalid_query(shown, "unknown-parameter", f"{shown} is no parameter here: {hint}")
 
     def __getitem__(self, parameter: QueryParameter[Value]) -> Value:
-        """Return what was given for a parameter of the route's line; raises 400 for what it doesn't allow."""
+        """Return the value of a declared parameter; raises 400 for an invalid one."""
         if parameter not in self._declared:
             raise LookupError(f"The route's line says nothing of the parameter {parameter.name}")
         return parameter.read(self._given.get(parameter.name, ()))
 
     def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:
-        """Return the part of a list that `limit` and `offset` ask for."""
+        """Return the page that `limit` and `offset` request."""
         return PageBounds(self[limit], self[OFFSET])

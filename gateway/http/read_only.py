@@ -1,4 +1,4 @@
-"""Read-only fields that requests repeat: passed over where they are as stored, and refused where they differ."""
+"""Read-only fields in request bodies: ignored when they equal the stored value, otherwise refused."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
 
 IGNORED: Final = frozenset({"updatedAt", "warnings"})
-"""What every change changes, and what only one answer says."""
+"""Fields that every change updates, or that only one answer has."""
 CODE: Final = "read-only"
 
 
 def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]) -> None:
-    """Raise 422 for read-only fields that differ from those that are shown of the object."""
+    """Raise 422 for read-only fields that differ from the object's current values."""
     found = [*_differing(given, kind, shown)]
     if found:
         raise errors.invalid(problem for _, problem in found)
@@ -27,7 +27,8 @@ def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mappin
 def warn_of_new(
     request: GatewayRequest, given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> None:
-    """Refuse read-only fields of a new object that another route sets; warn of others, which the server gives it.
+    """Refuse read-only fields of a new object that another route sets, and warn of those that the server
+    sets.
 
     Raises 422.
     """

@@ -1,4 +1,4 @@
-"""One request as handlers see it: Starlette's, with who asks, what this process holds, and a bounded body."""
+"""Request as handlers see it: Starlette's request with the caller, the gateway's state, and a bounded body."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from models.access import ApiCaller
 
 MAX_LENGTH_DIGITS = 15
-"""More digits in a Content-Length are more than any limit."""
+"""Longer values of `Content-Length` exceed any limit."""
 
 
 class GatewayRequest(StarletteRequest):
-    """What a handler is given."""
+    """Request that a handler receives."""
 
     def __init__(
         self,
@@ -48,23 +48,23 @@ class GatewayRequest(StarletteRequest):
         self._parameters = parameters
         self._sender = sender
         self.warnings: list[dict[str, Json]] = []
-        """What the answer is to warn of: fields of the body that mean nothing here."""
+        """Warnings for the answer about fields of the body that have no meaning here."""
 
     @property
     def caller(self) -> ApiCaller:
-        """Whoever the key stands for; routes that take no key have none, and must not ask."""
+        """Caller of the request's key; public routes have none and must not ask for it."""
         if self._caller is None:
             raise LookupError("A public route has no caller")
         return self._caller
 
     @property
     def known_sender(self) -> RequestSender | None:
-        """Whoever a key or a token stands for, on routes of senders; None where there is neither."""
+        """Sender by key or token, on routes for senders; None without either."""
         return self._sender
 
     @property
     def sender(self) -> RequestSender:
-        """Whoever a key or a token stands for; raises 401 where there is neither, or it is for another workflow."""
+        """Sender by key or token; raises 401 without either, and for a token of another workflow."""
         workflow_id = self.path_params.get("id")
         if self._sender is None or not (workflow_id is None or self._sender.may_send_to(workflow_id)):
             raise refuse_sender()
@@ -72,20 +72,20 @@ class GatewayRequest(StarletteRequest):
 
     @property
     def id(self) -> str:
-        """The request's id, as it is sent back and stands in the log."""
+        """Request id, as in the answer and the log."""
         return str(self.scope["request_id"])
 
     @property
     def query(self) -> QueryString:
-        """The query string, to be read parameter by parameter."""
+        """Query string, which is read parameter by parameter."""
         return QueryString(self.scope["query_string"], self._parameters)
 
     def send_with_answer(self, name: str, value: str) -> None:
-        """Put a header on the answer, whatever that will be."""
+        """Add a header to the answer, whatever its outcome."""
         self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
 
     def release_body(self) -> None:
-        """Count the body no longer: nothing refers to it any more, and the answer is still far."""
+        """Release the body's bytes from the budget, when no reference is left and the answer takes a while."""
         holding: RequestHolding | None = self.scope.get("holding")
         if holding is not None:
             holding.body.release()
@@ -97,15 +97,16 @@ class GatewayRequest(StarletteRequest):
     async def body_up_to(self, limit: BodyLimit) -> bytes:
         """Return the whole body, decompressed.
 
-        Raises 413 as soon as it has more bytes than the limit, 415 for an unknown `Content-Encoding`, 400 for a body
-        that isn't compressed so, and 503 where it has no room beside others.
+        Raises 413 as soon as the body exceeds the limit, 415 for an unknown `Content-Encoding`, 400 for
+        malformed compression, and 503 when the budget has evicted it.
         """
         holding: RequestHolding | None = self.scope.get("holding")
         declared = self.headers.get("content-length", "0")
         if len(declared) > MAX_LENGTH_DIGITS or (declared.isdecimal() and int(declared) > limit.bytes):
             raise limit.exceeded()
         decoder = ContentDecoder(self.headers.get("content-encoding", ""))
-        # A large body is there once: to keep its pieces until it is whole would take the memory twice.
+        # A buffer holds a large body once: a list of pieces would need twice the memory until they are
+        # joined.
         body = BytesIO()
         size = 0
         has_more = True
@@ -130,6 +131,6 @@ class GatewayRequest(StarletteRequest):
 
 
 def _require_room(holding: RequestHolding | None) -> None:
-    """Raise 503 where the bytes of this request were given up for those of others."""
+    """Raise 503 when the budget has evicted the bytes of this request."""
     if holding is not None and holding.body.is_evicted:
         raise errors.busy("As many bytes of requests are held here as may be")

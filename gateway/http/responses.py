@@ -1,4 +1,4 @@
-"""Answers as ASGI callables, made for small JSON bodies: the headers are bytes from the start."""
+"""Answers as ASGI callables, optimized for small JSON bodies: headers are bytes from the start."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _JSON = (b"content-type", b"application/json")
 
 
 class JsonResponse:
-    """A JSON body; `value` is anything that msgspec encodes, `msgspec.Raw` for text that is JSON already."""
+    """Answer with a JSON body; `value` is anything that msgspec encodes, `msgspec.Raw` for encoded JSON."""
 
     __slots__ = ("body", "headers", "status")
 
@@ -24,7 +24,7 @@ class JsonResponse:
         self.headers = [_JSON, (b"content-length", b"%d" % len(self.body)), *_encoded(headers)]
 
     def warn(self, warnings: Sequence[object]) -> None:
-        """Add `warnings` to a body that is an object with fields."""
+        """Add the field `warnings` to a body that is an object with fields."""
         self.body = b'%b,"warnings":%b}' % (self.body[:-1], _encode(warnings))
         self.headers[1] = (b"content-length", b"%d" % len(self.body))
 
@@ -34,7 +34,7 @@ class JsonResponse:
 
 
 class NoContent:
-    """204: it was done, and there is nothing to say about it."""
+    """Answer 204 without a body."""
 
     __slots__ = ("headers",)
 
@@ -47,7 +47,7 @@ class NoContent:
 
 
 def location(settings: GatewaySettings, execution_id: str) -> dict[str, str]:
-    """Return the header that says where an execution is to be found."""
+    """Return the `Location` header of an execution."""
     return {"Location": f"{settings.public_url.rstrip('/')}/api/v1/executions/{execution_id}"}
 
 

@@ -1,4 +1,4 @@
-"""Finds what serves a path by its segments, at the same cost for the last line of the table as for the first."""
+"""Router from path segments to endpoints, at a cost that doesn't depend on the number of routes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 @dataclass(frozen=True, slots=True)
 class PathRoute:
-    """What serves a path; in the place of its `{names}` stand the segments of the URL."""
+    """Endpoint of a path, in which `{names}` stand for segments of the URL."""
 
     path: str
     endpoint: ASGIApp
 
 
 class RouteMatch(NamedTuple):
-    """The route of a path, and what stands there for its names."""
+    """Route of a path, with the values of its named segments."""
 
     route: PathRoute
     path_params: dict[str, str]
@@ -26,7 +26,7 @@ class RouteMatch(NamedTuple):
 
 @dataclass(slots=True)
 class _PathBranch:
-    """What may follow on the segments so far: a word first, else anything."""
+    """Node of the tree of segments: a literal segment takes precedence over a named one."""
 
     words: dict[str, _PathBranch] = field(default_factory=dict)
     name: str = ""
@@ -35,13 +35,13 @@ class _PathBranch:
 
 
 class PathRouter:
-    """An ASGI application that hands each request on to the endpoint of its path."""
+    """ASGI application that dispatches each request to the endpoint of its path."""
 
     def __init__(self, endpoints: Mapping[str, ASGIApp], *, default: ASGIApp) -> None:
-        """`default` answers for every other path.
+        """Build the tree; `default` answers all other paths.
 
-        A word goes before a name: below `/workflows/stats` nothing is found that stands below `/workflows/{id}`.
-        Raises ValueError where two paths call one place by different names.
+        A literal segment takes precedence: below `/workflows/stats`, no route of `/workflows/{id}` matches.
+        Raises ValueError when two paths name the same segment differently.
         """
         self._default = default
         self._root = _PathBranch()
@@ -57,7 +57,7 @@ class PathRouter:
         await match.route.endpoint(scope, receive, send)
 
     def match(self, path: str) -> RouteMatch | None:
-        """Return what serves a path, or None."""
+        """Return the route of a path, or None."""
         branch = self._root
         path_params: dict[str, str] = {}
         for segment in path.split("/"):

@@ -1,4 +1,4 @@
-"""Who has sent something: whoever has a key, or a token in the URL, since providers can't set a header."""
+"""Senders: authenticated by key, or by a token in the URL, since providers can't set a header."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ TOKEN: Final = TextParameter(
     LONGEST_TOKEN,
 )
 KEPT_SECONDS: Final = 1.0
-"""A revocation works after at most this long, everywhere."""
+"""Maximum delay of a revocation, in every process."""
 MAX_KEPT: Final = 10_000
 MAX_QUERY_FIELDS: Final = 20
 USE_RECORDED_EVERY: Final = timedelta(minutes=1)
@@ -50,40 +50,40 @@ USE_RECORDED_EVERY: Final = timedelta(minutes=1)
 
 @dataclass(frozen=True, slots=True)
 class RequestSender:
-    """Whoever a key or a token stands for, or a provider whose signature was good."""
+    """Sender by key or token, or a provider with a verified signature."""
 
     caller: ApiCaller
     label: str
-    """`api-key:`, `trigger-token:` or `event-token:` and its id; the name of a provider that signed."""
+    """`api-key:`, `trigger-token:` or `event-token:` with an id, or the name of a provider that signed."""
     token: FoundSenderToken | None = None
 
     def may_send_to(self, workflow_id: str) -> bool:
-        """Tell whether it may send to a workflow, as far as a token says so."""
+        """Return whether the sender's token allows requests to a workflow."""
         if self.token is None:
             return True
         return self.token.kind is SenderTokenKind.TRIGGER and self.token.workflow_id == workflow_id
 
 
 class SenderAuthenticator:
-    """Turns keys and tokens of requests into senders, for one process."""
+    """Authenticator of senders by key or token, for one process."""
 
     def __init__(self, database: Database, authenticator: KeyAuthenticator) -> None:
         self._database = database
         self._authenticator = authenticator
         self._kept: TTLCache[str, tuple[float, FoundSenderToken]] = TTLCache(KEPT_SECONDS, MAX_KEPT)
-        """Tokens and when they were asked for, by their hashes."""
+        """Tokens with the times of their lookups, by hash."""
         self._lookups: SingleFlight[str, FoundSenderToken | None] = SingleFlight(self._look_up)
         self._reads: GroupCommit[str, FoundSenderToken | None] = GroupCommit(self._read)
-        """One query at a time, for all tokens that wait."""
+        """One query at a time for all waiting tokens."""
         self._recorded: TTLCache[str, bool] = TTLCache(USE_RECORDED_EVERY.total_seconds(), MAX_KEPT)
-        """Tokens whose use was noted from here."""
+        """Tokens whose use this process has recorded recently."""
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
         self._background: set[asyncio.Task[None]] = set()
 
     async def authenticate(self, scope: Scope) -> RequestSender | None:
-        """Return whoever a key or a token in the URL stands for; None: the request has neither.
+        """Return the sender of a key or of a token in the URL; None when the request has neither.
 
-        Raises 401 for one that isn't valid, 403 for a key without the scope, and 429 after too many failures.
+        Raises 401 for an invalid one, 403 for a key without the scope, and 429 after too many failures.
         """
         if any(name == b"x-api-key" for name, _ in scope["headers"]):
             caller = await self._authenticator.caller(scope)
@@ -94,7 +94,7 @@ class SenderAuthenticator:
         return None if token is None else await self.by_token(scope, token)
 
     async def by_token(self, scope: Scope, token: str) -> RequestSender:
-        """Return whoever a token stands for; raises 401 for one that isn't valid, 429 after too many failures."""
+        """Return the sender of a token; raises 401 for an invalid one, 429 after too many failures."""
         found = await self._find(scope, token)
         self._note_use(found)
         caller = ApiCaller(
@@ -109,7 +109,7 @@ class SenderAuthenticator:
         return sender
 
     async def close(self) -> None:
-        """Finish what is written in the background."""
+        """Wait for the background writes."""
         await self._lookups.drain()
         await asyncio.gather(*self._background, return_exceptions=True)
 
@@ -137,7 +137,7 @@ class SenderAuthenticator:
         return [found.get(hashed) for hashed in batch]
 
     def _note_use(self, found: FoundSenderToken) -> None:
-        """Have the use of a token noted in the background, now and then."""
+        """Record the use of a token in the background, at most once per interval."""
         is_recent = (
             found.last_used_at and self._database.clock.now() - found.last_used_at <= USE_RECORDED_EVERY
         )
@@ -158,16 +158,16 @@ class SenderAuthenticator:
 
 
 def refuse_sender() -> ApiError:
-    """Return the one answer for neither key nor token nor signature, and for none that is valid here."""
+    """Return the common answer for a missing or invalid key, token or signature."""
     message = (
         "Send a valid API key in the X-API-Key header, or the workflow's trigger token as ?key= in the URL"
     )
-    # Some senders give user and password only after they were asked for them.
+    # Some senders send user and password only after a challenge.
     return ApiError(401, "unauthorized", message, headers={"WWW-Authenticate": 'Basic realm="Pilotflame"'})
 
 
 def _read_token(scope: Scope) -> str | None:
-    """Return the token in a URL; one that is there twice is none that could be valid."""
+    """Return the token in a URL; a repeated parameter gives an invalid token."""
     try:
         fields = parse_qsl(
             scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=MAX_QUERY_FIELDS

@@ -1,4 +1,4 @@
-"""What clients call things, as it is kept: texts composed (NFC) and without control characters, ids as they are."""
+"""Rules for names and texts of clients: stored in NFC, without control characters; ids are stored unchanged."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ _LINES = frozenset("\n\r\t")
 
 
 def is_allowed_text(max_length: int, *, min_length: int = 0) -> Meta:
-    """Say in the document of the API what is checked below, where the check can say better what is wrong."""
+    """Declare length limits in the OpenAPI document only; the functions below check them with better
+    messages.
+    """
     return Meta(extra_json_schema={"minLength": min_length, "maxLength": max_length})
 
 
 class ProblemCollector:
-    """Collects what is wrong with a body, so that all of it can be told at once."""
+    """Collector of the problems of a body, so that one answer lists all of them."""
 
     def __init__(self) -> None:
         self.found: list[Mapping[str, Json]] = []
@@ -34,11 +36,11 @@ class ProblemCollector:
 
     @property
     def is_full(self) -> bool:
-        """Tell whether there is more than an answer lists: the rest needn't be looked for."""
+        """Whether there are as many problems as an answer lists, so that the check may end."""
         return len(self.found) >= limits.FINDINGS
 
     def raise_any(self) -> None:
-        """Raise 422 `validation-failed` where anything was found."""
+        """Raise 422 `validation-failed` when there are problems."""
         if self.found:
             raise errors.invalid(self.found)
 
@@ -46,27 +48,27 @@ class ProblemCollector:
 def check_line(
     value: str, path: str, problems: ProblemCollector, *, max_length: int, may_be_empty: bool = False
 ) -> str:
-    """Return a text of one line as it is kept."""
+    """Return a one-line text in its stored form."""
     kept = unicodedata.normalize("NFC", value).strip()
     if not kept and not may_be_empty:
         problems.add(path, "required", f"{path} must not be empty")
     if len(kept) > max_length:
         problems.add(path, "too-long", f"{path} may have at most {max_length:,} characters")
-    # Most texts are printable throughout, which is far quicker to see.
+    # Most texts are printable, which is a much faster check.
     if not kept.isprintable() and any(unicodedata.category(one) in {"Cc", "Zl", "Zp"} for one in kept):
         problems.add(path, "control-character", f"{path} must not hold control characters")
     return kept
 
 
 def check_identifier(value: str, path: str, problems: ProblemCollector) -> str:
-    """Return an id that a client has chosen."""
+    """Return a client's id unchanged; an invalid one is a problem."""
     if not ids.is_id(value):
         problems.add(path, "invalid-id", f"{path} must have 1 to 64 of the characters A-Z a-z 0-9 _ -")
     return value
 
 
 def check_paragraphs(value: str, path: str, problems: ProblemCollector, *, max_length: int) -> str:
-    """Return a text of several lines as it is kept."""
+    """Return a text of several lines in its stored form."""
     kept = unicodedata.normalize("NFC", value)
     if len(kept) > max_length:
         problems.add(path, "too-long", f"{path} may have at most {max_length:,} characters")

@@ -1,4 +1,6 @@
-"""The shape of bodies: camelCase outside, snake_case inside, and one entry in the answer for every wrong field."""
+"""Conversion of bodies: camelCase in JSON, snake_case in Python, and one entry in the answer per invalid
+field.
+"""
 
 from __future__ import annotations
 
@@ -39,22 +41,23 @@ if TYPE_CHECKING:
 
 
 class WireStruct(msgspec.Struct, rename="camel", kw_only=True):
-    """Base of every body. Answers derive from it directly; bodies of requests refuse fields that they don't have."""
+    """Base of all bodies. Answers derive from it directly; bodies of requests derive from its subclasses."""
 
     near_misses_are_refused: ClassVar[bool] = False
-    """Refuse unknown fields whose names are close to known ones; others are warned of."""
+    """Refuse unknown fields with names close to known ones; others cause warnings."""
     read_only: ClassVar[Mapping[str, str]] = {}
-    """Fields of answers that a request may repeat, each with the route that changes it, empty where none does."""
+    """Fields of answers that a request may repeat, each with the route that changes it, empty when none does.
+    """
     likely_others: ClassVar[frozenset[str]] = frozenset()
-    """Unknown fields that senders do have, and that only look like misspelt ones: they are warned of."""
+    """Unknown fields that senders do send, and that only resemble misspelled ones; they cause warnings."""
 
 
 class StrictWire(WireStruct, forbid_unknown_fields=True):
-    """Base of bodies in which every unknown field is refused, down to all bodies in it."""
+    """Base of bodies that refuse every unknown field, nested bodies included."""
 
 
 class GuardedWire(WireStruct):
-    """Base of bodies of the contract: fields that may be misspelt are refused, other unknown ones are warned of."""
+    """Base of bodies of the contract: probable misspellings are refused, other unknown fields cause warnings."""
 
     near_misses_are_refused: ClassVar[bool] = True
 
@@ -63,12 +66,12 @@ Body = TypeVar("Body", bound=WireStruct)
 Shape = TypeVar("Shape", bound=msgspec.Struct)
 
 Instant: TypeAlias = Annotated[str, msgspec.Meta(extra_json_schema={"format": "date-time"})]
-"""A time in an answer, as `instant` writes it."""
+"""Time in an answer, formatted by `instant`."""
 
 MAX_ITEMS: Final = max(limits.NODES, limits.CONNECTIONS)
-"""Items of the longest list that is taken: a longer one is refused for its length, and nobody looks at its items."""
+"""Length of the longest accepted list; a longer one is refused without a look at its items."""
 MAX_WHOLE = 2**53
-"""Up to here, a number with a fraction that is zero is what somebody wrote, and not what it was rounded to."""
+"""Largest magnitude at which a float with a zero fraction is exact, not a rounded number."""
 MAX_SHOWN_NAME: Final = 64
 """Characters of an unknown field's name that a refusal shows."""
 _UNKNOWN_FIELD: Final = "Object contains unknown field"
@@ -85,12 +88,12 @@ _JSON_WORDS = {
 
 
 async def decode_body(request: GatewayRequest, kind: type[Body]) -> Body:
-    """Return the body as `kind`; raises 400 for what is no JSON, 415 for other types, 422 for wrong fields."""
+    """Return the body as `kind`; raises 400 for invalid JSON, 415 for other types, 422 for invalid fields."""
     return body_of(request, await read_json(request), kind)
 
 
 def body_of(request: GatewayRequest, value: Json, kind: type[Body]) -> Body:
-    """Return JSON that was read from a request as `kind`; its answer warns of unknown fields. Raises 422."""
+    """Return the request's JSON as `kind`; the answer warns of unknown fields. Raises 422."""
     return convert(value, kind, warnings=request.warnings)
 
 
@@ -100,7 +103,7 @@ async def read_json(request: GatewayRequest) -> Json:
 
 
 async def json_of(request: GatewayRequest, raw: bytes) -> Json:
-    """Return a body that was read before as JSON; an absent one is an empty object."""
+    """Return raw bytes of a body as JSON; an absent one is an empty object."""
     if not raw:
         return {}
     media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
@@ -115,9 +118,9 @@ async def json_of(request: GatewayRequest, raw: bytes) -> Json:
 def convert(
     value: Json, kind: type[Shape], path: str = "", warnings: list[dict[str, Json]] | None = None
 ) -> Shape:
-    """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry for every wrong field.
+    """Return a JSON value, found at `path`, as `kind`; raises 422 with one entry per invalid field.
 
-    Unknown fields that are no near misses of known ones are added to `warnings`, unless the body is strict.
+    Unknown fields that resemble no known one are added to `warnings`, unless the body is strict.
     """
     if isinstance(value, dict) and (read_only := _read_only(kind)):
         value = {name: item for name, item in value.items() if name not in read_only}
@@ -140,7 +143,9 @@ def convert(
 
 
 def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any type annotation
-    """Return a JSON value with 2 for 2.0 wherever `kind` wants a whole number: to JSON they are one number."""
+    """Return a JSON value with 2 for 2.0 wherever `kind` expects an integer, since JSON doesn't distinguish
+    them.
+    """
     parts = tuple(_parts(kind))
     if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
         return value
@@ -162,20 +167,20 @@ def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any ty
 
 
 def instant(moment: datetime) -> str:
-    """Return a time as clients see it."""
+    """Return a time in the format of answers."""
     return timestamps.format_timestamp(moment)
 
 
 def optional_instant(moment: datetime | None) -> str | None:
-    """Return a time as clients see it, or null."""
+    """Return a time in the format of answers, or null."""
     return timestamps.format_optional(moment)
 
 
-# ── what is wrong with a body ───────────────────────────────────────────────────────────────────────────────
+# ── problems of a body ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  # noqa: ANN401 - any type annotation
-    """Return what keeps `value` from being a `kind`, down to the fields of nested bodies."""
+    """Yield the problems that prevent a conversion of `value` to `kind`, nested fields included."""
     try:
         msgspec.convert(value, kind)
     except msgspec.ValidationError as error:
@@ -183,7 +188,7 @@ def _problems(value: Json, kind: Any, path: str) -> Iterator[dict[str, Json]]:  
         first = next(inside, None)
         if first is not None:
             yield first
-        elif _UNKNOWN_FIELD not in str(error):  # of those, `_unknown_fields` tells
+        elif _UNKNOWN_FIELD not in str(error):  # `_unknown_fields` reports unknown fields
             yield _problem(path, kind, str(error))
         yield from inside
 
@@ -200,7 +205,7 @@ def _problems_inside(value: Json, kind: Any, path: str) -> Iterator[dict[str, Js
 def _field_problems(
     value: Mapping[str, Json], kind: type[msgspec.Struct], path: str
 ) -> Iterator[dict[str, Json]]:
-    """Return what is missing or wrong in a body, in the order of its type's fields."""
+    """Yield the missing and invalid fields of a body, in the order of its type's fields."""
     for name, field in _fields(kind).items():
         below = _below(path, name)
         if name in value:
@@ -211,7 +216,7 @@ def _field_problems(
 
 
 def _inside(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]]:  # noqa: ANN401 - any type annotation
-    """Return what a type has other types for, each with its type and its path."""
+    """Yield the nested values of a type that have types of their own, each with its type and path."""
     if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
         return
     if isinstance(value, dict) and _is_body(part):
@@ -228,18 +233,20 @@ def _inside(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]
 
 @dataclass(slots=True)
 class _UnknownFields:
-    """The fields that a body doesn't have. Comparing names takes time, so that few are: a body may hold a million."""
+    """Unknown fields of a body, in a limited number: a body may contain a million, and comparisons of names
+    take time.
+    """
 
     refused: list[dict[str, Json]] = dataclass_field(default_factory=list)
     warned_of: dict[tuple[type, str], dict[str, Json]] = dataclass_field(default_factory=dict)
-    """The first field of each name, by the body that it stands in."""
+    """First unknown field of each name, by the type of its body."""
 
     @property
     def is_full(self) -> bool:
         return len(self.refused) >= limits.FINDINGS
 
     def add(self, kind: type[msgspec.Struct], name: str, path: str, *, is_strict: bool) -> None:
-        """Note a field of the body at `path`; more names than an answer lists are refused."""
+        """Record an unknown field of the body at `path`; names beyond the length of an answer are refused."""
         if (kind, name) in self.warned_of or name in _read_only(kind):
             return
         known = _fields(kind)
@@ -259,20 +266,22 @@ class _UnknownFields:
 
 @dataclass(frozen=True, slots=True)
 class _UnknownFieldGuard:
-    """What a type refuses of a value, found out once: a body may hold ten thousand small objects."""
+    """Rules of a type about unknown fields, computed once, since a body may contain ten thousand small
+    objects.
+    """
 
     container: type
     """`dict` for bodies too."""
     inside: Mapping[str, tuple[_UnknownFieldGuard, ...]]
-    """What is refused of each field of a body; of every item of a container, by an empty name."""
+    """Guards of each field of a body; for a container, the guards of its items under an empty name."""
     body: type[msgspec.Struct] | None = None
     names: frozenset[str] = frozenset()
-    """The fields of a body."""
+    """Known fields of a body."""
 
 
 @cache
 def _guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any type annotation
-    """Return what a type refuses, empty where it takes any fields."""
+    """Return the guards of a type, empty when it accepts any fields."""
     found: list[_UnknownFieldGuard] = []
     for part in _parts(kind):
         if _is_body(part):
@@ -286,7 +295,7 @@ def _guards(kind: Any) -> tuple[_UnknownFieldGuard, ...]:  # noqa: ANN401 - any 
 
 
 def _unknown_fields(value: Json, kind: Any, path: str) -> _UnknownFields:  # noqa: ANN401 - any type annotation
-    """Return the fields that a body doesn't have, down to those of nested bodies."""
+    """Return the unknown fields of a body, nested bodies included."""
     found = _UnknownFields()
     _look_for_unknown_fields(value, _guards(kind), path, found, is_strict=False)
     return found
@@ -331,7 +340,7 @@ def _likely_others(kind: type) -> frozenset[str]:
 
 
 def is_strict_body(kind: type[msgspec.Struct]) -> bool:
-    """Tell whether every unknown field of a body is refused."""
+    """Return whether a body refuses every unknown field."""
     return bool(kind.__struct_config__.forbid_unknown_fields)
 
 
@@ -340,7 +349,7 @@ def _is_guarded(kind: type[msgspec.Struct]) -> bool:
 
 
 def _parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation
-    """Return the types that an annotation allows, without their constraints."""
+    """Yield the types that an annotation allows, without their constraints."""
     if get_origin(kind) is Annotated:
         yield from _parts(get_args(kind)[0])
     elif get_origin(kind) in {Union, UnionType}:
@@ -352,7 +361,7 @@ def _parts(kind: Any) -> Iterator[Any]:  # noqa: ANN401 - any type annotation
 
 @cache
 def _fields(kind: type[msgspec.Struct]) -> Mapping[str, msgspec.structs.FieldInfo]:
-    # Finding them out takes 75 µs, and a body may hold a hundred thousand small objects.
+    # The lookup takes 75 µs, and a body may contain a hundred thousand small objects.
     return {field.encode_name: field for field in msgspec.structs.fields(kind)}
 
 
@@ -372,7 +381,7 @@ def _problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # noqa: ANN
 
 
 def _wanted(kind: Any) -> Iterator[str]:  # noqa: ANN401 - any type annotation
-    """Return what an annotation says of its texts in words, where it has a pattern for them."""
+    """Yield the descriptions of an annotation's string patterns."""
     if get_origin(kind) is Annotated:
         yield from (one.description for one in get_args(kind)[1:] if one.description and one.pattern)
     elif get_origin(kind) in {Union, UnionType}:
@@ -381,7 +390,7 @@ def _wanted(kind: Any) -> Iterator[str]:  # noqa: ANN401 - any type annotation
 
 
 def _in_json_words(quoted: re.Match[str]) -> str:
-    """Say a type in the words that JSON has for it, where msgspec says it in Python's."""
+    """Return a JSON name for a Python type in a message of msgspec."""
     return " or ".join(_JSON_WORDS.get(word, word) for word in quoted[1].split(" | "))
 
 

@@ -1,7 +1,7 @@
-"""What applications in a cluster call by a workflow's name: it leads here, with the key and by the way of any trigger.
+"""Requests by host name: applications in a cluster call a workflow by its name and trigger it with a key.
 
-A Service without pods stands for each workflow, so the name of the host is all that says which one is meant. It says no
-more than an id in a path does.
+Each workflow has a Service without pods, which leads to the gateway, so the host name alone identifies the
+workflow. It reveals no more than an id in a path does.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ _PREFIX: Final = workflow_names.PREFIX.encode()
 
 
 class WorkflowHostRouter:
-    """Hands requests for the host of a workflow to what triggers it, and all others to `app`."""
+    """Router of requests to the host of a workflow; all others go to `app`."""
 
     def __init__(self, app: ASGIApp, *, trigger: PathRoute, default: ASGIApp) -> None:
-        """`default` answers for every other path of such a host."""
+        """Set the routes; `default` answers every other path of such a host."""
         self._app = app
         self._trigger = trigger
         self._default = default
@@ -39,7 +39,7 @@ class WorkflowHostRouter:
 
 
 def _workflow_of(scope: Scope) -> str | None:
-    """Return the workflow whose name the host is, in whatever domain."""
+    """Return the workflow that the host names, in any domain."""
     for name, value in scope["headers"]:
         if name == b"host":
             host: bytes = value.lower()

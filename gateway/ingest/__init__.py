@@ -1,1 +1,1 @@
-"""How what senders send is taken in: who they are, what it brings, and what is kept of it."""
+"""Ingest of inbound requests: authentication of senders, runs, and stored deliveries."""

@@ -1,4 +1,4 @@
-"""Whether there is room for more messages: by the rates of sender and workflow, and by what waits to be begun."""
+"""Admission checks for more inbound requests: rates of sender and workflow, and the backlog of pending runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 async def require_capacity(request: GatewayRequest, ground: RunTarget, count: int = 1) -> None:
-    """Raise 409 where a workflow is paused, and 429 where it, its organisation or the sender has had enough for now."""
+    """Raise 409 when a workflow is paused, and 429 when the workflow, its organization or the sender exceeds
+    a limit.
+    """
     workflow = ground.workflow
     await require_not_paused(request, ground)
     await request.gateway.rates.take(request, workflow.id, count=count)
@@ -21,10 +23,10 @@ async def require_capacity(request: GatewayRequest, ground: RunTarget, count: in
 
 
 async def require_not_paused(request: GatewayRequest, ground: RunTarget) -> None:
-    """Raise 409 where a workflow is paused, for whoever can come again, as senders of mails and webhooks can't."""
+    """Raise 409 when a workflow is paused; for senders that can retry, unlike those of mails and webhooks."""
     if not ground.is_held:
         return
-    # Nobody is refused from memory; what is planned on that is planned anew.
+    # Reload before a refusal, which must not rest on a cached status. A plan made with it is made again.
     workflows, workflow = request.gateway.workflows, ground.workflow
     workflows.forget(workflow.organization_id, workflow.id)
     if (await workflows.load(workflow.id, request.caller)).status is WorkflowStatus.PAUSED:

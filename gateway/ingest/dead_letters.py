@@ -1,4 +1,4 @@
-"""Dead letters: runs of what arrived that have failed, until somebody has them run once more or puts them aside."""
+"""Dead letters: failed runs of inbound requests, until they are redriven or purged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PURGED: Final = "purged"
 
 
 class DeadLetter(WireStruct):
-    """A run of something that had arrived, and that failed."""
+    """Failed run of an inbound request."""
 
     execution_id: str
     trigger_type: str
@@ -48,7 +48,7 @@ class DeadLetter(WireStruct):
 
 
 class DeadLetterList(WireStruct):
-    """A part of the dead letters, the oldest first; `count` tells how many there are in all."""
+    """Page of the dead letters, the oldest first; `count` is the number of all."""
 
     count: int
     limit: int
@@ -57,9 +57,9 @@ class DeadLetterList(WireStruct):
 
 
 class ChooseDeadLetters(StrictWire):
-    """Which dead letters: those that are named, or the oldest.
+    """Selection of dead letters: those with the given ids, or the oldest.
 
-    A field that isn't known is refused: it might have been meant to spare something.
+    An unknown field is refused, since it might be meant to narrow the selection.
     """
 
     execution_ids: Annotated[list[str], msgspec.Meta(max_length=limits.REDRIVEN_AT_ONCE)] = msgspec.field(
@@ -67,11 +67,11 @@ class ChooseDeadLetters(StrictWire):
     )
     limit: Annotated[int, msgspec.Meta(ge=1, le=limits.REDRIVEN_AT_ONCE)] = limits.REDRIVEN_AT_ONCE
     dry_run: bool = False
-    """Only tell how many there are."""
+    """Only count the dead letters, without a change."""
 
 
 class PurgeResult(WireStruct):
-    """What was put aside."""
+    """Numbers of matching, purged and remaining dead letters."""
 
     matched: int
     purged: int
@@ -79,7 +79,7 @@ class PurgeResult(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the runs of what arrived for a workflow that have failed, and wait for somebody to see to them."""
+    """List the failed runs of inbound requests of a workflow that are neither redriven nor purged."""
     part = request.query.page()
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
@@ -91,7 +91,10 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def redrive(request: GatewayRequest) -> JsonResponse:
-    """Run a workflow, as it is now, once more on what its dead letters were given, each once however often asked."""
+    """Run the current workflow again on the input of its dead letters.
+
+    Repeated requests run each dead letter once.
+    """
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
@@ -105,7 +108,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
 
 
 async def purge(request: GatewayRequest) -> JsonResponse:
-    """Put dead letters aside for good; their executions stay as long as others."""
+    """Purge dead letters for good; their executions are kept as long as others."""
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
@@ -120,7 +123,7 @@ async def purge(request: GatewayRequest) -> JsonResponse:
 async def _chosen(
     connection: AsyncConnection, workflow: Workflow, body: ChooseDeadLetters
 ) -> tuple[int, dict[str, Execution]]:
-    """Return how many dead letters there are to choose from, and those that are chosen, by their ids."""
+    """Return the number of dead letters to choose from, and the chosen ones by id."""
     count, found = await delivery_rows.list_dead_letters(
         connection, workflow, PageBounds(body.limit, 0), body.execution_ids
     )

@@ -1,4 +1,4 @@
-"""Keys by which what is sent twice is known, where the sender gives none in the header that is for that."""
+"""Deduplication keys, for requests without the header `Idempotency-Key`."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from gateway.http import idempotency, limits
 from journal.store import IdempotencyKey
 
 YEAR_SECONDS: Final = 366 * 86_400
-"""Longer than most keep what is settled."""
+"""Longer than the usual retention of redriven and purged runs."""
 WEEK_SECONDS: Final = 7 * 86_400
-"""For keys that are taken from what providers send: longer than they try again for."""
+"""For keys derived from the ids of providers; longer than the providers retry."""
 
 
 def sender_key(workflow_id: str, deduplication_id: str) -> IdempotencyKey:
-    """Return the key of a message that its producer has named; two of that name are one, whatever stands in them."""
+    """Return the key of a message with a `deduplicationId`; messages with the same id are equal whatever
+    their content.
+    """
     return _build_key("deduplication", workflow_id, deduplication_id, limits.IDEMPOTENCY_SECONDS)
 
 
 def derive_key(kind: str, place: str, key: str, *, content: str = "") -> IdempotencyKey:
-    """Return the key of what a provider has sent to a `place`, a workflow or an organisation, by the name it gave it.
+    """Return the key of a provider's request to a `place`, a workflow or organization, from the provider's
+    own id.
 
-    Bodies are not compared, since providers sign anew what they send again; what is given as `content` is.
+    Bodies are not compared, since providers sign again when they retry; `content` is compared.
     """
     return replace(_build_key(kind, place, key, WEEK_SECONDS), fingerprint=content)
 
 
 def redrive_key(workflow_id: str, resource_id: str) -> IdempotencyKey:
-    """Return the key that something of a workflow takes when it is run once more by a list, or put aside for good."""
+    """Return the key that a dead letter or delivery uses up when it is redriven by a list or purged."""
     return _build_key("settled", workflow_id, resource_id, YEAR_SECONDS)
 
 

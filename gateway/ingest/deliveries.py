@@ -1,4 +1,4 @@
-"""Deliveries: what senders have sent, what became of it, and what is run once more from here."""
+"""Deliveries: stored records of inbound requests with their outcomes, and their redrive."""
 
 from __future__ import annotations
 
@@ -32,34 +32,36 @@ LISTED: Final = (OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, OFFSET)
 
 
 class DeliveryShape(WireStruct):
-    """One request of a sender."""
+    """Delivery as the API shows it."""
 
     id: str
     workflow_id: str | None
-    """Null for an event, which is nobody's own."""
+    """Null for an event, which belongs to no single workflow."""
     route: IngestRoute
     sender: str
-    """`api-key:`, `trigger-token:` or `event-token:` and its id, or a provider whose signature was good."""
+    """`api-key:`, `trigger-token:` or `event-token:` with an id, or the provider whose signature was
+    verified.
+    """
     content_hash: str
     """SHA-256 of the body."""
     content_bytes: int
     outcome: DeliveryOutcome
     status: int
-    """Of the answer."""
+    """HTTP status of the answer."""
     reason: ErrorReason | None
-    """Why it was refused."""
+    """Reason of a refusal."""
     execution_id: str | None
-    """Of its run, where it brought one alone; a duplicate has the first one's."""
+    """Run of the delivery when it has exactly one; a duplicate has the run of the first delivery."""
     execution_ids: list[str]
-    """Of the runs that it brought, where these were several."""
+    """Runs of the delivery when it has several."""
     event_id: str | None
     redriven_from: str | None
-    """The delivery that it repeats."""
+    """Delivery that this one redrives."""
     created_at: Instant
 
 
 class DeliveryList(WireStruct):
-    """A part of the deliveries, the newest first; `count` tells how many there are in all."""
+    """Page of the deliveries, the newest first; `count` is the number of all."""
 
     count: int
     limit: int
@@ -68,43 +70,43 @@ class DeliveryList(WireStruct):
 
 
 class DeliveryRedriveResult(WireStruct):
-    """A run that was given once more what a delivery, or a run before, was given."""
+    """Run that redrives the input of a delivery or of an earlier run."""
 
     execution_id: str
     trigger_type: str = msgspec.field(name="trigger_type")
 
 
 class RedriveDeliveries(StrictWire):
-    """Which deliveries are to be run once more; those that were already, or can't be, are left out.
+    """Selection of deliveries to redrive; those already redriven, or not redrivable, are left out.
 
-    A field that isn't known is refused: it might have been meant to spare something.
+    An unknown field is refused, since it might be meant to narrow the selection.
     """
 
     outcome: DeliveryOutcome | None = None
-    """Unless it is given: any but `duplicate`."""
+    """Default: every outcome but `duplicate`."""
     route: IngestRoute | None = None
     since: datetime | None = None
     until: datetime | None = None
     limit: Annotated[int, msgspec.Meta(ge=1, le=limits.REDRIVEN_AT_ONCE)] = limits.REDRIVEN_AT_ONCE
     dry_run: bool = False
-    """Only tell how many there are."""
+    """Only count the deliveries, without a redrive."""
 
 
 class DeliveryRedriveResults(WireStruct):
-    """What became of them."""
+    """Numbers of matching, redriven, failed and remaining objects."""
 
     matched: int
     redriven: int
     failed: int
-    """Of those, the reasons are in `errors`, by the ids of what was to be run."""
+    """Number of failures; their reasons are in `errors`, by the ids of the selected objects."""
     remaining: int
-    """What is left for the next request."""
+    """Number left for the next request."""
     execution_ids: list[str]
     errors: dict[str, ErrorReason]
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List what was sent to a workflow, and what became of it."""
+    """List the deliveries of a workflow with their outcomes."""
     query = request.query
     part = query.page()
     wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL])
@@ -116,14 +118,15 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show one request of a sender, and what became of it."""
+    """Show a delivery with its outcome."""
     return JsonResponse(_shape(await _readable(request, request.path_params["id"])))
 
 
 async def redrive(request: GatewayRequest) -> JsonResponse:
-    """Run a workflow once more on what a delivery has brought, as the workflow is now.
+    """Run the current workflow again on the content of a delivery.
 
-    What was refused runs too, where it was understood. With an `Idempotency-Key` a repeated request runs it once.
+    A refused delivery can run too, if its content could be parsed. With an `Idempotency-Key`, repeated
+    requests run it once.
     """
     delivery = await _readable(request, request.path_params["id"])
     idempotency_key = idempotency.requested_key(
@@ -141,9 +144,9 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
 
 
 async def redrive_many(request: GatewayRequest) -> JsonResponse:
-    """Run a workflow once more on what deliveries have brought, each once however often this is asked for.
+    """Run the current workflow again on the content of deliveries, at most 1,000 at a time, the oldest first.
 
-    At most 1,000 at a time, the oldest first.
+    Repeated requests run each delivery once.
     """
     body = await decode_body(request, RedriveDeliveries)
     wanted = DeliveryFilter(body.outcome, body.route, body.since, body.until)
@@ -161,7 +164,7 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
 
 
 def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveResults:
-    """Return what became of what matched."""
+    """Return the answer to a redrive of a selection, from the number of matches and the result."""
     return DeliveryRedriveResults(
         matched=matched,
         redriven=len(done.execution_ids),
@@ -176,7 +179,7 @@ def counted(matched: int, done: redrive_runs.RedriveResult) -> DeliveryRedriveRe
 
 
 async def _readable(request: GatewayRequest, delivery_id: str) -> Delivery:
-    """Return a delivery; raises 404 for one of a workflow that the caller may not read."""
+    """Return a delivery; raises 404 for a delivery of a workflow that the caller may not read."""
     caller = request.caller
     async with request.gateway.database.read() as connection:
         found = await delivery_rows.find_delivery(connection, delivery_id, caller)
@@ -215,7 +218,7 @@ def _shape(delivery: Delivery) -> DeliveryShape:
 
 
 def _brought(delivery: Delivery) -> list[str]:
-    """Return the runs of a delivery that has brought several."""
+    """Return the runs of a delivery that has several."""
     if delivery.answer is None or delivery.route != IngestRoute.ENQUEUE_BATCH:
         return []
     return decoding.decode(delivery.answer, list[str])

@@ -1,6 +1,6 @@
-"""What became of requests that brought nothing new: noted many at a time, since a flood of them is no rarity.
+"""Log of inbound requests without new runs, written in groups, since floods of them are common.
 
-Those that bring something are committed together with that, by the store.
+Deliveries with runs are committed with these by the store.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_WAITING: Final = 1_000
-"""Of those that were shed, no more wait here to be noted: there is too much to do already."""
+"""Limit of shed deliveries that wait to be stored: at that point the load is too high already."""
 NOT_FOUND: Final = 404
 SERVER_ERROR: Final = 500
 KEPT: Final = BucketRate(per_second=100_000, burst=20_000_000)
-"""Characters of what is refused that are kept of one organisation: a flood of it fills no disk."""
+"""Characters of refused content stored per organization, so that a flood of it fills no disk."""
 UNVERIFIED: Final = BucketRate(per_second=60 / 3_600, burst=60)
-"""Requests noted for one workflow that nobody could verify."""
+"""Rate of unverified requests stored per workflow."""
 
 
 class DeliveryLog:
-    """The notes of one gateway."""
+    """Delivery log of one gateway."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -52,7 +52,7 @@ class DeliveryLog:
         self._kept = LocalTokenBuckets()
 
     async def note(self, delivery: Delivery) -> None:
-        """Commit a note; where the database can't be reached, the log has it."""
+        """Store a delivery; when the database is unavailable, write it to the process log instead."""
         waiting = self._group.submit(delivery)
         try:
             await waiting
@@ -61,10 +61,10 @@ class DeliveryLog:
 
     @asynccontextmanager
     async def refusals(self, sent: InboundRequest) -> AsyncIterator[None]:
-        """Note why a request is refused, if it is.
+        """Store a delivery for a request that the block refuses.
 
-        Faults of ours are no refusals: senders come again with the same. Those of a workflow's owner are: a delivery
-        tells the owner.
+        Faults of the server are no refusals, since senders retry the same request. Faults of the workflow's
+        owner are: the delivery informs the owner.
         """
         try:
             yield
@@ -72,7 +72,7 @@ class DeliveryLog:
             if error.is_noted:
                 raise
             if error.status == NOT_FOUND:
-                raise  # a delivery to what isn't there for its sender is nobody's to look at
+                raise  # the object doesn't exist for this sender: nobody could read the delivery
             error.is_noted = True
             if error.status < SERVER_ERROR or error.is_for_owner:
                 delivery = sent.refusal_delivery(self._database.clock.now(), error)
@@ -88,9 +88,11 @@ class DeliveryLog:
     async def unverified(
         self, sent: InboundRequest, describe: Callable[[], Awaitable[None]]
     ) -> AsyncIterator[None]:
-        """Note a request that can't be verified since its trigger isn't ready; a few of each workflow in an hour.
+        """Store a delivery for a request that can't be verified since its trigger isn't ready; at a low rate
+        per workflow.
 
-        Anybody can send such a request. `describe` adds to `sent` what a redrive needs.
+        Anybody can send such a request, hence the limit. `describe` adds to `sent` the content that a
+        redrive needs.
         """
         try:
             yield
@@ -104,7 +106,7 @@ class DeliveryLog:
             raise
 
     def _has_room(self, delivery: Delivery) -> bool:
-        """Tell whether what was refused may be kept as well, however much of it there is."""
+        """Return whether the refused content may be stored too, by its size and the organization's quota."""
         size = len(delivery.payload or "")
         if size > limits.KEPT_REFUSED_CHARACTERS:
             return False
@@ -112,7 +114,7 @@ class DeliveryLog:
         return size == 0 or self._kept.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:
-        """Commit what waits."""
+        """Commit the waiting deliveries."""
         await self._group.drain()
 
     async def _commit(self, batch: Sequence[Delivery]) -> Sequence[None]:

@@ -1,4 +1,4 @@
-"""Deliveries and dead letters as lists read them; tenancy stands in every WHERE."""
+"""Queries of deliveries and dead letters for lists. Every WHERE clause names the organization."""
 
 from __future__ import annotations
 
@@ -26,43 +26,43 @@ if TYPE_CHECKING:
     from models.workflow import Workflow
 
 INTAKE_KINDS: Final = ("queue", "email", "event", "webhook", "schedule")
-"""What sets off runs that nobody waits for: when one fails, it is a dead letter."""
+"""Triggers whose runs have no waiting caller: their failed runs are dead letters."""
 SHOWN_CHARACTERS: Final = 100_000
-"""A list shows what a run was given where that has no more characters."""
+"""Length limit of a run's input in lists; longer inputs are left out."""
 KINDS: Final = {
     IngestRoute.ENQUEUE: "queue",
     IngestRoute.EMAIL: "email",
     IngestRoute.HOOK: "webhook",
 }
-"""The trigger that takes what came a way, where that brings one run."""
+"""Kind of trigger for each route with one run per request."""
 _LISTED: Final = [
     column
     for column in Delivery.__table__.columns  # type: ignore[attr-defined]  # SQLModel adds it
     if column.name != "payload"
 ]
-"""Payloads may be large: they are read one at a time."""
+"""Payloads may be large, so lists leave them out."""
 _IS_KEPT: Final = or_(
     col(Delivery.payload).is_not(None),
     exists().where(col(ExecutionData.execution_id) == col(Delivery.execution_id)).correlate(Delivery),
 )
-"""What it has brought can be run once more."""
-# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+"""The content can still be redriven."""
+# A literal, not a bound parameter: databases use a partial index only for a condition that they can read.
 _FAILED: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.FAILED}'")
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveryFilter:
-    """Which deliveries a list shows."""
+    """Filter of a list of deliveries."""
 
     outcome: DeliveryOutcome | None
     route: IngestRoute | None
     since: datetime | None
     until: datetime | None
-    """Arrived from `since` on, and before `until`."""
+    """Arrival times: `since` is inclusive, `until` is exclusive."""
 
 
 async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: ApiCaller) -> Delivery | None:
-    """Return a delivery of the caller's organisation."""
+    """Return a delivery of the caller's organization."""
     statement = select(Delivery).where(
         col(Delivery.id) == delivery_id, col(Delivery.organization_id) == caller.organization_id
     )
@@ -73,7 +73,7 @@ async def find_delivery(connection: AsyncConnection, delivery_id: str, caller: A
 async def list_deliveries(
     connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, part: PageBounds
 ) -> tuple[int, list[Delivery]]:
-    """Return how many deliveries a workflow has, and a page of them, the newest first."""
+    """Return the number of matching deliveries of a workflow, and a page of them, the newest first."""
     conditions = [*_of(workflow), *_conditions(wanted)]
     count = await connection.scalar(select(func.count()).select_from(Delivery).where(*conditions))
     rows = await connection.execute(
@@ -89,9 +89,9 @@ async def list_deliveries(
 async def find_not_redriven(
     connection: AsyncConnection, workflow: Workflow, wanted: DeliveryFilter, limit: int
 ) -> tuple[int, list[str]]:
-    """Return how many deliveries can be run once more and were not by a list, and the ids of the oldest of them.
+    """Return the number of deliveries that no list has redriven and that can be redriven, and the oldest ids.
 
-    Those that repeat another are left out, unless they are asked for.
+    Redrives themselves are left out; duplicates too, unless the filter names them.
     """
     conditions = [
         *_of(workflow),
@@ -111,9 +111,9 @@ async def find_not_redriven(
 async def list_dead_letters(
     connection: AsyncConnection, workflow: Workflow, part: PageBounds, only: Sequence[str] = ()
 ) -> tuple[int, list[Execution]]:
-    """Return how many runs of what arrived have failed, and a page of them, the oldest first.
+    """Return the number of failed runs of inbound requests, and a page of them, the oldest first.
 
-    Those that were run once more or purged are left out.
+    Redriven and purged runs are left out.
     """
     conditions = [
         col(Execution.workflow_id) == workflow.id,
@@ -139,7 +139,7 @@ async def list_dead_letters(
 
 
 async def read_input(connection: AsyncConnection, execution_ids: Sequence[str]) -> dict[str, str]:
-    """Return what runs were given, as JSON; what is too large for a list is left out."""
+    """Return the inputs of runs as JSON, by run; inputs too large for a list are left out."""
     statement = select(col(ExecutionData.execution_id), col(ExecutionData.trigger)).where(
         col(ExecutionData.execution_id).in_(execution_ids),
         func.length(col(ExecutionData.trigger)) <= SHOWN_CHARACTERS,
@@ -164,7 +164,9 @@ def _conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any:  # noqa: ANN401 - a correlated condition
-    """Tell whether something was run once more, or purged: then the key that is for that is taken."""
+    """Return the condition that a delivery or run was redriven by a list or purged, so that its redrive key
+    is used up.
+    """
     return exists().where(
         and_(
             col(Idempotency.shard) == workflow.shard,

@@ -1,6 +1,6 @@
-"""E-mail: a mail for the e-mail trigger of an active workflow, as JSON or as mail services hand mails in.
+"""Mails for the e-mail trigger of a workflow, as JSON or in the formats of mail services and mail servers.
 
-Mails of services are kept as they came and read by a worker: here they are recognised, found true and committed.
+Mails of services are stored unparsed for a worker: the gateway recognizes, verifies and commits them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from senders.ses import SesMail, SesStoredMail
 
 UNVERIFIED: Final = "unverified"
-"""The sender of a delivery that could not be verified, since the trigger is not ready for that."""
+"""Sender label of a delivery that could not be verified, since the trigger isn't ready."""
 CREATED: Final = 201
 OK: Final = 200
 FORMS: Final = frozenset(
@@ -59,14 +59,14 @@ FORMS: Final = frozenset(
 )
 _encode = msgspec.json.Encoder().encode
 MAX_INLINE_BYTES: Final = 65_536
-"""What is shorter stands in the row itself: as base64 it takes a third more there, and saves a file and its fsync."""
+"""Shorter content is stored in the row: base64 takes a third more space, but saves a file and its fsync."""
 MAX_MAIL_SETTING: Final = "PILOTFLAME_MAX_MAIL_BYTES"
 MEDIA_TYPE: Final = "application/octet-stream"
 NAME: Final = "as-it-came"
 
 
 class ParsedMailRequest(GuardedWire):
-    """A mail that somebody has taken apart."""
+    """Mail that the caller has parsed already."""
 
     likely_others: ClassVar[frozenset[str]] = frozenset({"bcc", "headers"})
 
@@ -76,17 +76,17 @@ class ParsedMailRequest(GuardedWire):
     body_text: str | None = msgspec.field(default=None, name="body_text")
     body_html: str | None = msgspec.field(default=None, name="body_html")
     text: str | None = None
-    """The same as `body_text`, which counts where both are given."""
+    """Alias of `body_text`, which has precedence."""
     html: str | None = None
-    """The same as `body_html`, which counts where both are given."""
+    """Alias of `body_html`, which has precedence."""
     cc: str = ""
     reply_to: str = msgspec.field(default="", name="reply_to")
     attachments: list[dict[str, Any]] = msgspec.field(default_factory=list)
-    """Each with `filename` and `content_type`, and its `content` in base64, which becomes a blob of the run."""
+    """Objects with `filename`, `content_type` and `content` in base64, which becomes a blob of the run."""
     email_headers: dict[str, Any] = msgspec.field(default_factory=dict, name="email_headers")
 
     def given(self, attachments: Sequence[Json]) -> dict[str, Json]:
-        """Return what the trigger node gives out; header values are one line each, as in a mail that was read."""
+        """Return the output of the trigger node; header values are single lines, as in a parsed mail."""
         return {
             "from": join_lines(self.from_),
             "to": join_lines(self.to),
@@ -101,33 +101,35 @@ class ParsedMailRequest(GuardedWire):
 
 
 class MailReceipt(WireStruct):
-    """A mail that was taken in."""
+    """Accepted mail with its run."""
 
     execution_id: str
     trigger_type: str = msgspec.field(default=TriggerKind.EMAIL.value, name="trigger_type")
 
 
 class MailNotification(WireStruct):
-    """What a mail service sends that is no mail."""
+    """Answer to a request of a mail service that contains no mail."""
 
     noted: str
-    """What it was: `subscription-confirmed`, `subscription-ended` or `no-mail`."""
+    """Kind of the request: `subscription-confirmed`, `subscription-ended` or `no-mail`."""
 
 
 async def receive(request: GatewayRequest) -> JsonResponse:
     """Run a workflow on a mail, through its e-mail trigger.
 
-    Takes the body below, a whole mail as `message/rfc822`, and the forms and messages that SendGrid Inbound Parse,
-    Mailgun routes and Amazon SES (through SNS) post. These are let in by the trigger token as `key` in the URL, or by
-    what they sign, if the trigger's config says with what. Mailgun is answered 200, or 406 for what is refused for
-    good.
+    Accepts the body below, a whole mail as `message/rfc822`, and the forms and messages that SendGrid Inbound
+    Parse, Mailgun routes and Amazon SES (through SNS) post. The trigger token as `key` in the URL
+    authenticates them, or their signature, if the trigger's config has its key. Mailgun gets 200, or 406 for
+    a final refusal.
     """
     known = None if request.known_sender is None else request.sender
     return await receive_for(request, request.path_params["id"], known)
 
 
 async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestSender | None) -> JsonResponse:
-    """Run a workflow on a mail for a sender that a key or token names, or that the mail itself must verify."""
+    """Run a workflow on a mail, for an authenticated sender, or for an anonymous one if the mail can be
+    verified.
+    """
     gateway = request.gateway
     addressee = await mail_verification.find_target(gateway, workflow_id, known)
     content = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
@@ -161,9 +163,9 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
 async def _verify_sender(
     request: GatewayRequest, addressee: MailTarget, arrival: SenderRequest, known: RequestSender | None
 ) -> tuple[MailTarget, MailKind, MailVerification]:
-    """Return what was handed in, for whom, and why it is let in; raises `ApiError`.
+    """Return the target, format and verification of a mail; raises `ApiError`.
 
-    A trigger that isn't ready is looked up anew: its owner may have mended it a moment ago.
+    A trigger that isn't ready is loaded again, since its owner may have corrected it a moment ago.
     """
     kind = await mail_verification.recognize_service(arrival)
     gateway, address = request.gateway, request.client.host if request.client else ""
@@ -188,7 +190,7 @@ async def _verify_sender(
 
 
 async def _describe(note: InboundRequest, arrival: SenderRequest, addressee: MailTarget) -> None:
-    """Put into a delivery what a redrive of an unverified mail needs, and the key that a repetition has."""
+    """Add to a delivery the content that a redrive of an unverified mail needs, and its deduplication key."""
     kind = await mail_verification.recognize_service(arrival)
     if kind not in FORMS or len(arrival.body) > MAX_INLINE_BYTES:
         return
@@ -202,7 +204,7 @@ async def _describe(note: InboundRequest, arrival: SenderRequest, addressee: Mai
 def _unread_form(
     arrival: SenderRequest, kind: MailKind, addressee: MailTarget, content: bytes = b""
 ) -> UnparsedMail:
-    """Return a form of a mail service as a worker is to read it; raises `Refused`."""
+    """Return the unparsed form of a mail service, for a worker; raises `RequestRefused`."""
     envelope = mail_kinds.parse_envelope(arrival.form, kind)
     return UnparsedMail(
         kind,
@@ -217,7 +219,7 @@ def _unread_form(
 
 @dataclass(frozen=True, slots=True)
 class VerifiedMail:
-    """What was let in."""
+    """Accepted mail with its target, format and verification."""
 
     request: GatewayRequest
     addressee: MailTarget
@@ -231,7 +233,7 @@ class VerifiedMail:
         return self.addressee.workflow.id
 
     def unread(self, **fields: Any) -> UnparsedMail:  # noqa: ANN401 - fields of any type
-        """Return what a worker is to read."""
+        """Return the unparsed mail, for a worker."""
         return UnparsedMail(
             self.kind, self.arrival.received_at, screening=self.addressee.trigger.screening, **fields
         )
@@ -276,7 +278,7 @@ async def _of_mail_server(handed: VerifiedMail) -> JsonResponse:
 
 
 async def _of_topic(handed: VerifiedMail) -> JsonResponse:
-    """Do what a message of SNS asks for, or run what it tells of."""
+    """Process an SNS message: confirm or end a subscription, or run the workflow on the mail that it reports."""
     message = await offload.run(sns.parse_sns_message, handed.arrival)
     match message.type:
         case SnsMessageType.SUBSCRIPTION:
@@ -308,9 +310,9 @@ def _content(mail: SesMail) -> bytes:
 
 
 async def _store_content(handed: VerifiedMail, place: SesStoredMail) -> StoredMailObject:
-    """Return where a mail is to be read that SES has stored: nowhere but where the trigger's config allows it.
+    """Return the object of a mail that SES has stored; the trigger's config must allow its bucket and prefix.
 
-    Raises 503 otherwise: SNS takes a 4xx as final, and the owner may mend the config.
+    Raises 503 otherwise: SNS treats a 4xx as final, and the owner may correct the config.
     """
     config = handed.addressee.trigger.ses
     if config is None or not config.objects or handed.proof.label != "sns":
@@ -325,7 +327,7 @@ async def _store_content(handed: VerifiedMail, place: SesStoredMail) -> StoredMa
     return StoredMailObject(source.id, place.key.removeprefix(prefix))
 
 
-# ── taking in ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── ingest ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _record_other(handed: VerifiedMail, what: str, told: str) -> JsonResponse:
@@ -339,7 +341,7 @@ async def _record_other(handed: VerifiedMail, what: str, told: str) -> JsonRespo
 async def _ingest_unparsed(
     handed: VerifiedMail, unread: UnparsedMail, content: bytes | None = None, *, ses_id: str = ""
 ) -> JsonResponse:
-    """Take in what a worker is to read; a large content is durable before its run is."""
+    """Ingest a mail that a worker parses; large content is durable before its run."""
     blobs, organization_id = handed.request.gateway.blobs, handed.addressee.workflow.organization_id
     if content is not None and len(content) <= MAX_INLINE_BYTES:
         unread = msgspec.structs.replace(unread, content=content)
@@ -370,9 +372,10 @@ async def _ingest(
     is_large: bool = False,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Run the workflow on a mail, or answer as to the same mail before; `message` makes what the run is given.
+    """Run the workflow on a mail, or repeat the answer to the same mail; `message` makes the input of the
+    run.
 
-    `ses_id` is the name that Amazon SES has given the mail.
+    `ses_id` is the id that Amazon SES has given the mail.
     """
     gateway, workflow = handed.request.gateway, handed.addressee.workflow
     await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
@@ -383,7 +386,7 @@ async def _ingest(
         )
     own_key = _own_key(handed, key, ses_id)
     status = OK if handed.kind in MAILGUN else CREATED
-    # What is there already needn't be kept once more only to find that out; but a key must be used up.
+    # A repetition needs no second copy of its content. But a delivery's own key must be used up first.
     if is_large and idempotency_key is not None and own_key is None:
         earlier = await ingest.find_repetition(gateway, handed.note, idempotency_key, status=status)
         if earlier is not None:
@@ -413,9 +416,9 @@ async def _ingest(
 
 
 def _own_key(handed: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
-    """Return the key of the delivery itself: what was signed for one mail is good for no other.
+    """Return the key of the delivery itself, so that a signature of one mail is valid for no other.
 
-    Several actions of a rule of SES may each tell of one mail, which they name alike.
+    Several actions of an SES rule may report the same mail, with the same id.
     """
     if ses_id:
         return deduplication_keys.derive_key("ses", handed.workflow_id, ses_id)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _encode = msgspec.json.Encoder().encode
 QUEUE: Final = "queue"
 DELIVERY: Final = "message"
-"""For the keys of messages as providers name them."""
+"""Kind of the deduplication keys of signed messages."""
 SOURCE: Final = "rest_api"
 MAX_DELAY: Final = timedelta(seconds=limits.DELAY_SECONDS)
 
@@ -37,36 +37,36 @@ Priority = Annotated[int, msgspec.Meta(ge=limits.LOWEST_PRIORITY, le=limits.HIGH
 
 
 class QueueMessage(GuardedWire):
-    """A message of a queue."""
+    """Message for a queue trigger."""
 
     message: Any = None
     data: Any = None
-    """The same by another name."""
+    """Alias of `message`."""
     priority: Priority = 0
-    """The higher, the sooner: a step counts as much as a minute of waiting."""
+    """Higher priorities run sooner: one step counts as much as a minute of waiting."""
     source: Annotated[str, text_rules.is_allowed_text(limits.SOURCE_LENGTH, min_length=1)] = SOURCE
     delay_seconds: Annotated[float, msgspec.Meta(ge=0, le=limits.DELAY_SECONDS)] | None = None
     not_before: datetime | None = None
-    """Run it no sooner than then."""
+    """Earliest start of the run."""
     deduplication_id: (
         Annotated[str, text_rules.is_allowed_text(limits.DEDUPLICATION_ID_LENGTH, min_length=1)] | None
     ) = None
-    """Of messages with the same one, a day's first is run; the others are answered like it."""
+    """Messages with the same id run once in a day; repetitions get the answer of the first."""
 
     @property
     def payload(self) -> Any:  # noqa: ANN401 - any JSON value
-        """What the trigger node gives out as its message."""
+        """Message in the output of the trigger node."""
         return self.data if self.message is None else self.message
 
     def delayed_until(self, now: datetime) -> datetime | None:
-        """Return when it may be run at the soonest; None: at once."""
+        """Return the earliest start of the run; None when it may start at once."""
         until = max(now + timedelta(seconds=self.delay_seconds or 0.0), self.not_before or now)
         return until if until > now else None
 
     def planned(
         self, now: datetime, idempotency_key: IdempotencyKey | None, callback_url: str | None
     ) -> RunInput:
-        """Return the run of it."""
+        """Return the input of the message's run."""
         trigger = {"message": self.payload, "priority": self.priority, "source": self.source}
         return RunInput(
             trigger=trigger,
@@ -79,20 +79,24 @@ class QueueMessage(GuardedWire):
 
 
 class BatchMessage(QueueMessage, forbid_unknown_fields=True):
-    """A message among others."""
+    """Message in a batch."""
 
 
 class EnqueueRequest(QueueMessage):
-    """A message; a body without `message` and `data`, or with null for both, is one as a whole: nothing else counts."""
+    """Request body with a message.
+
+    A body without `message` and `data`, or with null for both, is itself the message; no other field counts
+    then.
+    """
 
     callback_url: (
         Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
-    """Is told how the run has ended, by a message that is signed with the organisation's secret."""
+    """URL for a callback after the run, signed with the organization's secret."""
 
 
 class EnqueueResult(WireStruct):
-    """A message that was taken in."""
+    """Accepted message with its run."""
 
     execution_id: str
     trigger_type: str = msgspec.field(default=QUEUE, name="trigger_type")
@@ -136,7 +140,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
 def _keys(
     request: GatewayRequest, value: Json, body: EnqueueRequest, vouched: VerifiedSignature | None
 ) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
-    """Return what the request is known by, where that isn't all, and what its message is known by."""
+    """Return the request's own key, if there are several, and the idempotency key of the message."""
     workflow_id = request.path_params["id"]
     keys = [
         vouched_key(vouched, workflow_id),
@@ -150,7 +154,7 @@ def _keys(
 
 
 def vouched_key(vouched: VerifiedSignature | None, workflow_id: str) -> IdempotencyKey | None:
-    """Return what a signed request is known by, whatever other keys it carries: those aren't signed."""
+    """Return the key of a signed request, regardless of its other keys, which aren't signed."""
     if vouched is None or vouched.delivery_key is None:
         return None
     return deduplication_keys.derive_key(DELIVERY, workflow_id, vouched.delivery_key)
@@ -163,7 +167,7 @@ def check_message(
     path: str = "",
     warnings: list[dict[str, Json]] | None = None,
 ) -> Queued:
-    """Return a message, found at `path`; raises 422."""
+    """Return the message found at `path`; raises 422."""
     body = convert(value, kind, path, warnings)
     problems = ProblemCollector()
     inside = f"{path}." if path else ""

@@ -1,4 +1,4 @@
-"""Enqueue many messages at once: those that can be run are taken in together, in one commit."""
+"""Enqueue of many messages at once: all valid ones are ingested in one transaction."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
 
 
 class EnqueueBatch(StrictWire):
-    """Messages, each as `enqueue` takes it."""
+    """Request body with messages, each as `enqueue` accepts it."""
 
     messages: Annotated[list[BatchMessage], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
     callback_url: (
         Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
-    """Is told how each of the runs has ended."""
+    """URL for a callback after each of the runs."""
 
 
 class _UncheckedBatch(StrictWire):
-    """The same, with messages that are still to be looked at, each for itself."""
+    """Batch whose messages are not validated yet, since each is validated separately."""
 
     messages: Annotated[list[Any], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
     callback_url: (
@@ -54,7 +54,7 @@ class _UncheckedBatch(StrictWire):
 
 
 class WrongMessage(WireStruct):
-    """Why a message was refused."""
+    """Reason of a message's refusal."""
 
     code: str
     message: str
@@ -62,16 +62,16 @@ class WrongMessage(WireStruct):
 
 
 class BatchResult(WireStruct, omit_defaults=True):
-    """What became of one message."""
+    """Outcome of one message."""
 
     status: Literal["accepted", "duplicate", "refused"]
     execution_id: str | None = None
-    """Of its run, or of that of the message that it repeats."""
+    """Run of the message, or of the message that it repeats."""
     error: WrongMessage | None = None
 
 
 class EnqueueBatchResult(WireStruct):
-    """What became of messages, in their order."""
+    """Outcomes of the messages, in their order."""
 
     results: list[BatchResult]
     accepted: int
@@ -81,7 +81,7 @@ class EnqueueBatchResult(WireStruct):
 
 @dataclass(frozen=True, slots=True)
 class PlannedMessage:
-    """A message that can be run."""
+    """Valid message with its place in the batch."""
 
     place: int
     body: QueueMessage
@@ -90,11 +90,11 @@ class PlannedMessage:
 
 @dataclass(frozen=True, slots=True)
 class BatchAnswers:
-    """What became of messages that can be run, in their order."""
+    """Results of the valid messages, in their order."""
 
     accepted: Sequence[AcceptanceResult]
     is_repeated: bool = False
-    """The batch was sent before: this became of it then."""
+    """Repetition: the results are those of the first request."""
 
 
 NO_PLACE: Final = AcceptanceResult(AcceptanceVerdict.FULL, "")
@@ -103,8 +103,9 @@ NO_PLACE: Final = AcceptanceResult(AcceptanceVerdict.FULL, "")
 async def enqueue(request: GatewayRequest) -> JsonResponse:
     """Run a workflow on each of up to 1,000 messages, through its queue trigger.
 
-    All that can be run are taken in by one commit, or none is. A message that is wrong is refused for itself; when all
-    are, the batch is. Sent again with the same `Idempotency-Key`, every message is answered as it was.
+    One commit ingests all valid messages, or none. An invalid message is refused by itself; if all are
+    invalid, the whole batch is refused. Repeated with the same `Idempotency-Key`, every message gets its
+    first answer.
     """
     gateway, workflow_id = request.gateway, request.path_params["id"]
     sender = request.sender
@@ -148,7 +149,10 @@ async def _ingest_messages(
     callback_url: str | None,
     key: IdempotencyKey | None,
 ) -> BatchAnswers:
-    """Take in all that can be run, or find what became of it the first time; raises 422 for another body then."""
+    """Ingest all valid messages, or find the results of the first request.
+
+    Raises 422 when the first request had another body.
+    """
     gateway, now = request.gateway, request.gateway.clock()
     runs: list[IngestedRun] = []
 
@@ -169,7 +173,8 @@ async def _ingest_messages(
         taken = await ingest.ingest_batch(gateway, arrival)
         verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
     except ApiError:
-        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        # A request that was answered before gets the same answer, whatever has happened to the workflow
+        # since.
         earlier = key and await acceptance.find_earlier(gateway.database, note.sender.caller.shard, key)
         if not earlier:
             raise
@@ -185,7 +190,9 @@ async def _ingest_messages(
 async def _first(
     request: GatewayRequest, planned: Sequence[PlannedMessage], delivery_id: str
 ) -> Sequence[AcceptanceResult]:
-    """Return what became of messages the first time: those whose keys nothing has found no place then."""
+    """Return the results of the first request; a key without a run was refused for lack of a concurrency
+    slot.
+    """
     database = request.gateway.database
     idempotency_keys = [one.idempotency_key for one in planned if one.idempotency_key is not None]
     found = await acceptance.find_all_earlier(database, request.caller.shard, idempotency_keys)
@@ -205,7 +212,7 @@ async def _first(
 def _planned(
     messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None, now: datetime
 ) -> tuple[list[PlannedMessage], dict[int, BatchResult]]:
-    """Return the messages that can be run, and the answers to those that can't, by their places."""
+    """Return the valid messages, and the answers to the invalid ones by their places."""
     planned: list[PlannedMessage] = []
     refused: dict[int, BatchResult] = {}
     for place, value in enumerate(messages):
@@ -230,7 +237,7 @@ def _planned(
 
 
 def _without_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessage], Mapping[int, int]]:
-    """Return the first messages of each key, and the places of the others with those of the first of the same key."""
+    """Return the first message of each key, and the places of repetitions mapped to the place of the first."""
     first: list[PlannedMessage] = []
     places: dict[IdempotencyKey, int] = {}
     repeats: dict[int, int] = {}

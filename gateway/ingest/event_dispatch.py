@@ -1,4 +1,4 @@
-"""Events become runs: of all workflows that are subscribed to them, in one commit with the event itself."""
+"""Dispatch of events: runs of all subscribed workflows, committed together with the event."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ _encode = msgspec.json.Encoder().encode
 
 
 class WorkflowEventOutcome(msgspec.Struct, frozen=True, array_like=True):
-    """What has come of an event for one workflow, as a delivery keeps it."""
+    """Outcome of an event for one workflow, as a delivery stores it."""
 
     workflow_id: str
     workflow_name: str
     execution_id: str | None
     error: tuple[str, str] | None = None
-    """Code and message; of a run that may have found no place free: what is true where there is no such run."""
+    """Code and message. For a run that may hit its concurrency limit: the error if the run doesn't exist."""
 
 
 _decode_outcomes = decoding.build_decoder(list[WorkflowEventOutcome]).decode
@@ -63,26 +63,26 @@ _decode_outcomes = decoding.build_decoder(list[WorkflowEventOutcome]).decode
 
 @dataclass(frozen=True, slots=True)
 class EventDispatchResult:
-    """What has come of an event."""
+    """Result of an event."""
 
     event_id: str
     event_type: str
     outcomes: Sequence[WorkflowEventOutcome]
     is_repeated: bool = False
-    """It had come before: this is what had come of it then."""
+    """Repetition: the outcomes are those of the first event."""
 
 
 @dataclass(slots=True)
 class EventDispatchPlan:
-    """What is to come of an event."""
+    """Planned runs and outcomes of an event."""
 
     outcomes: list[WorkflowEventOutcome] = field(default_factory=list)
     runs: list[IngestedRun] = field(default_factory=list)
     deferred: int = 0
     refusal: ApiError | None = None
-    """Of the last workflow for which there was no room."""
+    """Refusal for the last workflow without capacity."""
     has_other: bool = False
-    """Something else has come of it than such refusals."""
+    """Whether there are outcomes other than such refusals."""
 
     def add(self, workflow: LoadedWorkflow, run: IngestedRun, *, is_deferred: bool) -> None:
         full = errors.concurrency_limit()
@@ -97,7 +97,7 @@ class EventDispatchPlan:
         self.has_other = True
 
     def refuse(self, workflow: LoadedWorkflow, error: ApiError) -> None:
-        """Leave out a workflow for which there is no room now."""
+        """Leave out a workflow without capacity."""
         self.outcomes.append(
             WorkflowEventOutcome(workflow.id, workflow.name, None, (error.code, error.message))
         )
@@ -105,7 +105,7 @@ class EventDispatchPlan:
 
 
 def build_event_input(event: SenderEvent) -> dict[str, Json]:
-    """Return what the runs of an event are given."""
+    """Return the input of an event's runs."""
     told: dict[str, Json] = {
         "event_type": event.event_type,
         "event_data": event.data,
@@ -119,10 +119,10 @@ def build_event_input(event: SenderEvent) -> dict[str, Json]:
 async def dispatch_event(
     gateway: GatewayState, sent: InboundRequest, event: SenderEvent, idempotency_key: IdempotencyKey | None
 ) -> EventDispatchResult:
-    """Take in an event with a run of every workflow that is subscribed to it, or return what had come of it before.
+    """Ingest an event with a run of every subscribed workflow, or return the outcomes of its first delivery.
 
-    Raises 400 for what can't be stored, 409 where workflows change all the time, 413, 422 for a promise with another
-    body, 429 and 503.
+    Raises 400 when the event can't be stored, 409 when workflows change all the time, 413, 422 when its
+    idempotency key had another body, 429 and 503.
     """
     trigger = build_event_input(event)
     try:
@@ -153,7 +153,7 @@ async def dispatch_event(
     try:
         taken = await ingest.ingest_batch(gateway, plan)
     except ApiError:
-        # Whatever keeps it from being taken in now: what was answered before is answered the same.
+        # An event that was answered before gets the same answer, whatever prevents its ingest now.
         shard = sent.sender.caller.shard
         earlier = idempotency_key and await acceptance.find_earlier(gateway.database, shard, idempotency_key)
         if not earlier:
@@ -194,7 +194,7 @@ async def _plan_one(
     counted: CountedDeployment | None,
     message: RunInput,
 ) -> None:
-    """Add what is to come of an event for one workflow, if that is subscribed to it as it will be run."""
+    """Add the outcome of an event for one workflow, if the definition that will run is subscribed to it."""
     is_held = workflow.status is WorkflowStatus.PAUSED
     if counted is not None:
         try:
@@ -230,7 +230,9 @@ async def _plan_one(
 
 
 def _matches_subscription(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
-    """Tell whether a trigger takes an event: what is deployed may have another than the workflow as it is now."""
+    """Return whether a trigger subscribes to an event; a deployed trigger may differ from the workflow's
+    current one.
+    """
     patterns = matching_patterns(str(_read_field(trigger, "event_type")))
     return kind == TriggerKind.EVENT and not set(patterns).isdisjoint(parse_patterns(config))
 
@@ -246,7 +248,7 @@ def _read_field(trigger: Json, name: str) -> Json:
 
 
 def _require_size(message: RunInput, count: int) -> None:
-    """Raise 413 where an event is too large for all that want it: each of its runs has it for itself."""
+    """Raise 413 when an event is too large for all its subscribers, since each run has its own copy."""
     if len(message.text or "") * count > limits.EVENT_FAN_OUT_BYTES:
         text = (
             f"{count:,} workflows want this event: together they may get {limits.EVENT_FAN_OUT_BYTES:,} bytes"
@@ -254,11 +256,11 @@ def _require_size(message: RunInput, count: int) -> None:
         raise ApiError(413, "payload-too-large", text)
 
 
-# ── what has come of it ─────────────────────────────────────────────────────────────────────────────────────
+# ── outcomes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _merge_outcomes(planned: EventDispatchPlan, taken: IngestResult) -> Sequence[WorkflowEventOutcome]:
-    """Return the outcomes, now that it is known which runs were taken in."""
+    """Return the outcomes, corrected by the runs that were actually accepted."""
     full = {
         run.execution_id
         for run, answer in zip(planned.runs, taken.runs, strict=True)
@@ -278,7 +280,9 @@ def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> Workf
 async def _repeat_result(
     gateway: GatewayState, sent: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str
 ) -> EventDispatchResult:
-    """Return what had come of the first event with the same promise; raises 422 where that had another body."""
+    """Return the outcomes of the first event with the same idempotency key; raises 422 when it had another
+    body.
+    """
     if verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch_error()
     async with gateway.database.read() as connection:
@@ -302,7 +306,7 @@ async def _repeat_result(
 
 
 async def read_outcomes(connection: AsyncConnection, delivery: Delivery) -> Sequence[WorkflowEventOutcome]:
-    """Return what had come of the event that a delivery has brought."""
+    """Return the outcomes of the event of a delivery."""
     return await _kept(connection, delivery.answer or "[]")
 
 

@@ -1,4 +1,4 @@
-"""Whether those who send events sign what they send, with the secrets that an event token keeps of them."""
+"""Verification of event signatures, with the secrets that an event token stores for each provider."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 Secrets = dict[Provider, list[str]]
-"""What each provider signs with; several while one takes the place of another."""
+"""Signing secrets of each provider; several during a rotation."""
 
 VERIFIERS: Final[Mapping[Provider, Callable[[SenderRequest, Sequence[str]], SignatureResult]]] = {
     Provider.GITHUB: github.verify,
@@ -42,15 +42,17 @@ _decode = decoding.build_decoder(Secrets).decode
 def seal_secrets(
     vault: SecretVault, secrets: Secrets, *, organization_id: str, token_id: str
 ) -> EncryptedText:
-    """Return the secrets of an event token as they are stored."""
+    """Encrypt the secrets of an event token for storage."""
     return vault.seal(_encode(secrets), organization_id=organization_id, object_id=token_id)
 
 
 async def verify_event(arrival: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
-    """Return whose form a request has, None for that of the API, after having found it signed as it must be.
+    """Verify the signature of an event and return the provider whose format it has; None for the API's own
+    format.
 
-    An API key vouches for whatever comes with it. By a token, what a provider is known to sign must be signed, and a
-    token with secrets lets in nothing else. Raises 401, 400, and 503 where the secrets can't be read.
+    A request with an API key needs no signature. With a token, requests of a provider known to sign must
+    be signed, and a token with secrets accepts signed requests only. Raises 400, 401, and 503 when the
+    secrets can't be read.
     """
     try:
         claimed = event_senders.recognize_sender(arrival)
@@ -72,7 +74,7 @@ def _require_signature(arrival: SenderRequest, claimed: Provider | None, secrets
 
 
 def refusal_error(error: RequestRefused) -> ApiError:
-    """Return what a sender is answered whose request isn't taken in."""
+    """Return the API error for a refused request."""
     if error.code in _OF_SIGNATURES:
         return ApiError(401, "invalid-signature", error.message)
     if error.code == "too-large":

@@ -1,4 +1,4 @@
-"""Which workflows an event starts."""
+"""Query of the workflows that subscribe to an event."""
 
 from __future__ import annotations
 
@@ -23,28 +23,30 @@ SUBSCRIBING: Final = (WorkflowStatus.ACTIVE, WorkflowStatus.PAUSED)
 
 @dataclass(frozen=True, slots=True)
 class EventSubscription:
-    """A trigger that an event's type matches, and the workflow that it starts."""
+    """Trigger that matches the type of an event, with its workflow."""
 
     workflow_id: str
     node_id: str
     config: Mapping[str, Any]
-    """As it is stored: without the defaults of the node type."""
+    """Config as it is stored, without the defaults of the node type."""
     shard: int
     owner_id: str
     revision: int
-    """Of the workflow as it is now."""
+    """Current revision of the workflow."""
 
 
 async def match_subscriptions(
     connection: AsyncConnection, organization_id: str, event_type: str
 ) -> Sequence[EventSubscription]:
-    """Return the workflows that a type of events starts, those that are paused once they go on, by their ids."""
+    """Return the subscribed workflows of an event type, ordered by id; those that are paused run after they
+    resume.
+    """
     rows = await connection.execute(statement(organization_id, event_type))
     return [EventSubscription(*row) for row in rows]
 
 
 def statement(organization_id: str, event_type: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds them: each once, however many of its patterns match."""
+    """Return the query of the subscribed workflows: each once, even if several of its patterns match."""
     matched = (
         select(col(WorkflowTriggerMatch.workflow_id), col(WorkflowTriggerMatch.node_id))
         .where(

@@ -1,4 +1,6 @@
-"""Tokens of those who send events and can't set a header: made by admins, shown once, inside the URL to give away."""
+"""Event tokens for senders that can't set a header: created by admins, shown once, inside the URL for the
+sender.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ LISTED: Final = (LIMIT, OFFSET)
 
 
 class ProviderSecrets(StrictWire):
-    """What providers sign with; several of one while a new one takes the place of another."""
+    """Signing secrets of providers; several of one provider during a rotation."""
 
     github: Some = msgspec.field(default_factory=list)
     stripe: Some = msgspec.field(default_factory=list)
@@ -59,52 +61,54 @@ _NAMES: Final[Mapping[Provider, str]] = {
 
 
 class CreateEventToken(StrictWire):
-    """A token for one or several senders of events.
+    """Request body that creates a token for one or several senders of events.
 
-    A field that isn't known is refused: were a provider's name misspelt, the token would take what nobody signs.
+    An unknown field is refused: with a misspelled provider, the token would accept unsigned events.
     """
 
     read_only: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
             ("id", "hint", "userId", "createdAt", "lastUsedAt", "revokedAt", "token", "url", "warnings"), ""
         ),
-        # Never ignored: the new token would take unsigned events, where the other one took none.
+        # Never ignored: the new token would accept unsigned events, where the copied one accepted none.
         "providers": "`secrets`",
     }
 
     name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
     secrets: ProviderSecrets | None = None
-    """With any, only what is signed by one of them is let in by this token; they are never shown."""
+    """Secrets of providers; with any, the token accepts only events signed with one of them. Never shown
+    again.
+    """
 
 
 class EventTokenShape(WireStruct):
-    """A token, without what it takes to use it."""
+    """Event token as the API shows it, without its secret."""
 
     id: str
     name: str
     hint: str
-    """Its last characters."""
+    """Last characters of the token."""
     providers: list[str]
-    """Whose signatures it takes; none: it takes what isn't signed."""
+    """Providers whose signatures it accepts; if empty, it accepts unsigned events."""
     user_id: str
-    """Who has made it: to them belong the events that come by it."""
+    """Creator of the token, and owner of the events sent with it."""
     created_at: Instant
     last_used_at: Instant | None
     revoked_at: Instant | None
 
 
 class NewEventToken(EventTokenShape):
-    """A token, in the only answer that has it."""
+    """New event token, in the only answer that contains it."""
 
     token: str
     url: str
-    """Where events are sent to: to be given to the sender as it is."""
+    """URL for the sender, to be passed on unchanged."""
     warnings: list[str]
-    """Reasons for which the sender may not reach that URL, and fields of the request that were ignored."""
+    """Reasons why the sender may not reach the URL, and ignored fields of the request."""
 
 
 class EventTokenList(WireStruct):
-    """A part of the tokens, the newest first; `count` tells how many there are in all."""
+    """Page of the tokens, the newest first; `count` is the number of all."""
 
     count: int
     limit: int
@@ -113,9 +117,11 @@ class EventTokenList(WireStruct):
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Make a token by which senders tell events to the organisation; the answer shows it this once, with its URL.
+    """Create a token with which senders emit events to the organization; only this answer contains it, with
+    its URL.
 
-    It is good for nothing but events. What providers sign, it takes only where it has their secrets.
+    The token is valid for events only. It accepts events of a signing provider only if it has the
+    provider's secrets.
     """
     _require_admin(request.caller)
     value = await read_json(request)
@@ -157,14 +163,14 @@ async def create(request: GatewayRequest) -> JsonResponse:
     await request.gateway.database.transaction(make)
     shown = msgspec.structs.asdict(_shape(row))
     url = f"{base_url(request)}/api/v1/workflows/events?key={token}"
-    # This answer had texts for warnings before there were any about fields.
+    # `warnings` of this answer had texts before fields had warnings.
     warnings = [*address_warnings(request), *(str(one["message"]) for one in request.warnings)]
     request.warnings.clear()
     return JsonResponse(NewEventToken(**shown, token=token, url=url, warnings=warnings), status=201)
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the tokens of the organisation's senders of events."""
+    """List the event tokens of the organization."""
     _require_admin(request.caller)
     part = request.query.page()
     conditions = _of(request.caller)
@@ -182,7 +188,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def revoke(request: GatewayRequest) -> NoContent:
-    """End a token of senders of events: it opens nothing any more, everywhere within a second."""
+    """Revoke an event token; it stops working everywhere within a second."""
     _require_admin(request.caller)
     caller, token_id, now = request.caller, request.path_params["id"], request.gateway.clock()
 

@@ -1,4 +1,4 @@
-"""Events that this gateway has taken in, told to the nodes that wait for them: many at a time, behind the answers."""
+"""Delivery of ingested events to waiting nodes: in groups, after the answers to the senders."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 class EventWaitDelivery:
-    """What is still to be told; what is lost here, the scheduler finds by the rows."""
+    """Queue of events to deliver. The scheduler finds lost ones by their rows."""
 
     def __init__(self, awaited: EventMatcher) -> None:
         self._awaited = awaited
         self._group: GroupCommit[str, None] = GroupCommit(self._tell)
 
     def submit(self, event_id: str) -> None:
-        """Tell of an event that is committed."""
+        """Queue a committed event for delivery."""
         self._group.submit(event_id)
 
     async def drain(self) -> None:
-        """Tell of everything submitted so far."""
+        """Deliver all events submitted so far."""
         await self._group.drain()
 
     async def _tell(self, batch: Sequence[str]) -> Sequence[None]:

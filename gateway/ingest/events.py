@@ -1,4 +1,4 @@
-"""Events: what has happened somewhere, told to every workflow that waits for such a thing."""
+"""Events: emitted by senders and dispatched to every subscribed workflow."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ _ORIGIN: Final = re.compile(r"[A-Za-z0-9*.:_-]{1,255}")
 
 
 class EmitEventRequest(GuardedWire):
-    """Something that has happened."""
+    """Request body with one event."""
 
     event_type: Annotated[str, text_rules.is_allowed_text(limits.EVENT_TYPE_LENGTH, min_length=1)] = (
         msgspec.field(name="event_type")
@@ -85,58 +85,58 @@ class EmitEventRequest(GuardedWire):
 
 
 class EventFailure(WireStruct):
-    """Why a workflow was not run."""
+    """Reason why a workflow could not run."""
 
     code: str
     message: str
 
 
 class EventResult(WireStruct, omit_defaults=True):
-    """What has come of an event for one workflow."""
+    """Outcome of an event for one workflow."""
 
     workflow_id: str
     workflow_name: str
     execution_id: str | None = None
     error: EventFailure | None = None
-    """In the place of an execution."""
+    """Present instead of an execution."""
 
 
 class EmitEventResult(WireStruct):
-    """What has come of an event."""
+    """Outcomes of an event."""
 
     event_type: str = msgspec.field(name="event_type")
     workflows_triggered: int = msgspec.field(name="workflows_triggered")
     workflows_failed: int = msgspec.field(name="workflows_failed")
     results: Sequence[EventResult]
     event_id: str = msgspec.field(name="event_id")
-    """By which it can be looked at, and replayed."""
+    """Id with which the event can be read and replayed."""
 
 
 class EmitEventResults(WireStruct):
-    """What has come of events, in their order."""
+    """Outcomes of a batch of events, in their order."""
 
     results: Sequence[EmitEventResult]
 
 
 class EndpointChallenge(WireStruct):
-    """What a sender wants back, to see that an address is ours."""
+    """Challenge that a sender wants back, as proof that the address is ours."""
 
     challenge: str
 
 
 class EventSummary(WireStruct, kw_only=False):
-    """An event, without what it tells."""
+    """Event without its data."""
 
     id: str
     event_type: str
     source: str
     user_id: str
-    """Who has told it, or made the token by which it came."""
+    """Author of the event, or creator of the token it was sent with."""
     created_at: Instant
 
 
 class EventList(WireStruct):
-    """A part of the events; `count` tells how many there are in all."""
+    """Page of the events; `count` is the number of all."""
 
     count: int
     limit: int
@@ -145,22 +145,22 @@ class EventList(WireStruct):
 
 
 class EventShape(WireStruct):
-    """An event, and what has come of it."""
+    """Event with its data and outcomes."""
 
     id: str
     event_type: str
     source: str
     user_id: str
-    """Who has told it, or made the token by which it came."""
+    """Author of the event, or creator of the token it was sent with."""
     created_at: Instant
     event_data: Any
     attributes: dict[str, Any]
-    """What a CloudEvent says besides."""
+    """Additional attributes of a CloudEvent."""
     results: Sequence[EventResult]
 
 
 class ReplayEvent(StrictWire):
-    """What an event is to run once more."""
+    """Request body that names the workflow to run on an event."""
 
     workflow_id: Annotated[
         str, msgspec.Meta(pattern="^[A-Za-z0-9_-]{1,64}$", description="the id of a workflow")
@@ -168,18 +168,18 @@ class ReplayEvent(StrictWire):
 
 
 class EventReplayResult(WireStruct):
-    """The run of an event that has come before."""
+    """Run that replays an event."""
 
     execution_id: str
     trigger_type: str = msgspec.field(default=EVENT, name="trigger_type")
 
 
 async def emit(request: GatewayRequest) -> JsonResponse:
-    """Tell an event to the organisation's workflows: each active one that waits for such an event is run.
+    """Emit an event to the organization: each active workflow that subscribes to it runs.
 
-    Takes the body below; CloudEvents 1.0, structured, binary or as a batch, which is answered by a list `results` of
-    such answers; and what GitHub, Stripe, Slack and senders of Standard Webhooks send to the URL of an event token.
-    A workflow that can't be run stands in `results` with an `error`.
+    Accepts the body below; CloudEvents 1.0, structured, binary or as a batch, which gets a list `results` of
+    such answers; and requests of GitHub, Stripe, Slack and senders of Standard Webhooks to the URL of an
+    event token. A workflow that can't run has an `error` in `results`.
     """
     gateway, sender = request.gateway, request.sender
     if sender.token is not None and sender.token.kind is not SenderTokenKind.EVENT:
@@ -210,7 +210,7 @@ async def emit(request: GatewayRequest) -> JsonResponse:
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the events of the organisation, the newest first: admins see all, others those that they have told."""
+    """List the events of the organization, the newest first; admins see all, others their own."""
     query = request.query
     part = query.page()
     conditions = [*_visible_to(request.caller)]
@@ -240,7 +240,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show an event, and what has come of it."""
+    """Show an event with its outcomes."""
     async with request.gateway.database.read() as connection:
         event, delivery = await _readable(connection, request)
         outcomes = await event_dispatch.read_outcomes(connection, delivery) if delivery is not None else []
@@ -259,9 +259,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def replay(request: GatewayRequest) -> JsonResponse:
-    """Run one workflow on an event that has come before, whether it was subscribed to that or not.
+    """Run one workflow on an earlier event, whether it subscribes to the event or not.
 
-    It must be active, and begin with an event trigger, whose type and filter don't matter then.
+    The workflow must be active and have an event trigger, whose type and filter are ignored.
     """
     body = await decode_body(request, ReplayEvent)
     gateway, caller, workflow_id = request.gateway, request.caller, body.workflow_id
@@ -290,7 +290,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
 
 
 async def handshake(request: GatewayRequest) -> NoContent:
-    """Tell a sender of CloudEvents, who asks before it sends any, that it may."""
+    """Allow a sender of CloudEvents to send events, as its validation handshake requests."""
     headers = {"Allow": "OPTIONS, POST"}
     origin = request.headers.get("webhook-request-origin", "")
     if _ORIGIN.fullmatch(origin):
@@ -301,7 +301,9 @@ async def handshake(request: GatewayRequest) -> NoContent:
 
 
 async def _each(request: GatewayRequest, note: InboundRequest, batch: EventBatch) -> JsonResponse:
-    """Take in the events of a batch one after the other: one that is sent again in part is known by its events."""
+    """Ingest the events of a batch in order; each event has its own key, so that partial repetitions are
+    recognized.
+    """
     if not batch.events:
         await request.gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
     whole: Json = [event_dispatch.build_event_input(one) for one in batch.events]
@@ -337,7 +339,7 @@ def _visible_to(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
 
 
 async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tuple[EventRow, Delivery | None]:
-    """Return an event that the caller may see, and by what it came, as long as that is kept; raises 404."""
+    """Return an event that the caller may see, and its delivery while that is kept; raises 404."""
     statement = select(EventRow).where(
         col(EventRow.id) == request.path_params["id"], *_visible_to(request.caller)
     )
@@ -347,7 +349,7 @@ async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tup
     event = EventRow(**row)
     brought = select(Delivery).where(
         col(Delivery.organization_id) == event.organization_id,
-        # They were committed together, and an index has these two.
+        # Event and delivery were committed together, and these two columns have an index.
         col(Delivery.created_at) == event.created_at,
         col(Delivery.event_id) == event.id,
     )
@@ -356,7 +358,7 @@ async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tup
 
 
 def _plain(body: EmitEventRequest) -> SenderEvent:
-    """Return an event in the form of the API; raises 422."""
+    """Return an event in the API's own format; raises 422."""
     problems = ProblemCollector()
     try:
         sent_events.require_type(body.event_type)

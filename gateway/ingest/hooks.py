@@ -1,4 +1,4 @@
-"""Hooks: what other systems send to the address of a workflow's webhook trigger."""
+"""Webhooks: requests of other systems to the address of a workflow's webhook trigger."""
 
 from __future__ import annotations
 
@@ -70,28 +70,28 @@ _OPENS_NOTHING: Final = frozenset({404, 422})
 
 
 class WebhookStatus(StrEnum):
-    """What has become of a request."""
+    """Outcome of a webhook request."""
 
     ACCEPTED = "accepted"
-    """Its run goes on, or is about to begin."""
+    """The run is in progress or pending."""
     COMPLETED = "completed"
-    """Its run has ended, without an answer of its own."""
+    """The run has ended, without an answer of its own."""
     IGNORED = "ignored"
-    """It is of an event that runs nothing, or of none."""
+    """The request has no event type, or one that the trigger doesn't accept."""
 
 
 class WebhookReceipt(WireStruct, omit_defaults=True):
-    """What has become of a request, where the workflow doesn't answer it itself."""
+    """Outcome of a webhook request that the workflow doesn't answer itself."""
 
     status: WebhookStatus
     execution_id: str | None = None
     challenge: str | None = None
-    """What the sender wants back, to see that it is heard."""
+    """Challenge that the sender wants back, to check the address."""
 
 
 @dataclass(frozen=True, slots=True)
 class VerifiedWebhookRequest:
-    """A request that is truly of a sender of the hook."""
+    """Verified request of a sender of the webhook."""
 
     hook: WebhookTrigger
     vouched: VerifiedSignature
@@ -102,11 +102,11 @@ class VerifiedWebhookRequest:
 
 
 async def receive(request: GatewayRequest) -> ASGIApp:
-    """Take what another system sends to a workflow's webhook trigger, by whichever methods that allows.
+    """Run a workflow on a webhook request, with any method that its trigger accepts.
 
-    The address has the workflow's trigger token, and the trigger's config says how its senders are told from others;
-    one that doesn't takes nothing. The workflow itself answers where its trigger waits for that, with a status, headers
-    and a body of its own.
+    The address contains the trigger token, and the trigger's config says how to verify senders; without
+    `verification`, all requests are refused. The workflow answers with its own status, headers and body if
+    the trigger waits for that.
     """
     began = asyncio.get_running_loop().time()
     for name, value in webhook_responses.POLICY.items():
@@ -129,7 +129,7 @@ async def receive(request: GatewayRequest) -> ASGIApp:
 async def options(request: GatewayRequest) -> NoContent:
     """List the methods that a webhook accepts.
 
-    An address that opens no webhook gets the list of all methods, so that the answer tells strangers nothing. Requests
+    An address that opens no webhook gets the list of all methods, so that strangers learn nothing. Requests
     with unknown tokens count as failed attempts here too.
     """
     methods: Collection[str] = METHODS
@@ -147,7 +147,9 @@ async def options(request: GatewayRequest) -> NoContent:
 async def _answered(
     request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest, began: float
 ) -> ASGIApp:
-    """Return the answer to a request that is let in; raises `Refused` for one that says nothing that can be kept."""
+    """Return the answer to a verified request; raises `RequestRefused` when its content can't be parsed or
+    stored.
+    """
     hook, arrival = let_in.hook, let_in.arrival
     meaning = await offload.run(webhook_triggers.parse_request, hook, arrival)
     if isinstance(meaning, UrlChallenge):
@@ -166,13 +168,13 @@ async def _answered(
     return await _when_done(request, hook, accepted, note, began + hook.config.deadline_seconds)
 
 
-# ── who sends ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── senders ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> VerifiedWebhookRequest:
-    """Return a request that the trigger takes from its sender, with all of its body.
+    """Return the verified request with its whole body.
 
-    Raises 400, 401, 403, 405, 413, 415, 422 and 503; none of them but to those who know the address.
+    Raises 400, 401, 403, 405, 413, 415, 422 and 503, but only for senders that know the address.
     """
     gateway = request.gateway
     query = _query(request)
@@ -201,7 +203,7 @@ async def _accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
 
 
 def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
-    """Return the query, without what elsewhere would be a token."""
+    """Return the query without `key`, which is a token elsewhere."""
     try:
         query = parse_qs(
             request.scope["query_string"].decode("latin-1"),
@@ -215,14 +217,14 @@ def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
 
 
 def _also(let_in: VerifiedWebhookRequest, sender: RequestSender) -> Sequence[RateLimit]:
-    """Return the limit of a hook that takes what anybody sends."""
+    """Return the rate limit of a webhook without verification."""
     if let_in.hook.verification.provider is not SigningProvider.NONE:
         return ()
     rate = BucketRate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
     return (RateLimit("hook", f"hook:{sender.caller.key_id}", rate),)
 
 
-# ── what becomes of it ──────────────────────────────────────────────────────────────────────────────────────
+# ── outcomes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _encoded(trigger: Mapping[str, Json]) -> EncodedTrigger:
@@ -245,16 +247,16 @@ async def _ingest(
     trigger: Json,
     encoded: EncodedTrigger,
 ) -> tuple[AcceptanceResult, bool]:
-    """Return the run of a request, and whether it has to wait for its workflow's pods to be allowed to start.
+    """Return the run of a request, and whether its start is deferred.
 
-    A large body is durable as a blob before its run is.
+    A large body is durable as a blob before its run.
     """
     gateway = request.gateway
     idempotency_key = _idempotency_key(request, note, let_in)
     is_deferred = False
     execution_id, text = ids.new_id("exec"), None if encoded.is_large else note.payload
     if encoded.is_large and idempotency_key is not None:
-        # What is there already needn't be kept once more only to find that out.
+        # A repetition needs no second copy of its body.
         earlier = await ingest.find_repetition(gateway, note, idempotency_key, status=ACCEPTED)
         if earlier is not None:
             return earlier, False
@@ -281,7 +283,7 @@ async def _ingest(
 def _idempotency_key(
     request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest
 ) -> IdempotencyKey | None:
-    """Return the key by which a request is known again: as its sender names it, or as anybody may name one."""
+    """Return the key of a request: from the sender's own id, an `Idempotency-Key`, or `webhook-id`."""
     workflow_id = str(note.workflow_id)
     if let_in.vouched.delivery_key is not None:
         note.deduplication_key = deduplication_keys.derive_key(
@@ -307,7 +309,7 @@ async def _when_done(
     note: InboundRequest,
     until: float,
 ) -> ASGIApp:
-    """Answer as the run does, or tell how it has ended, or that it goes on when the time is over."""
+    """Return the run's own answer, or report its end, or that it continues after the deadline."""
     key = ExecutionKey(accepted.execution_id, note.sender.caller.shard)
     seconds = until - asyncio.get_running_loop().time()
     standing = await webhook_responses.await_answer(request.gateway, key, seconds)
@@ -323,7 +325,7 @@ async def _when_done(
 
 def _going_on(request: GatewayRequest, hook: WebhookTrigger, accepted: AcceptanceResult) -> JsonResponse:
     shape = WebhookReceipt(status=WebhookStatus.ACCEPTED, execution_id=accepted.execution_id)
-    # To whoever has typed a command, Slack shows anything but 200 as a failure.
+    # Slack shows anything but 200 as a failure to the person who typed a command.
     status = OK if hook.verification.provider is SigningProvider.SLACK else ACCEPTED
     return JsonResponse(shape, status=status, headers=_headers(request, accepted))
 

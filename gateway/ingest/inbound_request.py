@@ -1,4 +1,4 @@
-"""One request of a sender, in so far as a delivery tells of it later."""
+"""Inbound request, as its delivery records it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     from journal.store import EmittedEvent, IdempotencyKey, IngestedRun
 
 LARGE_BYTES: Final = 256_000
-"""A longer body is hashed in a thread."""
+"""Longer bodies are hashed in a thread."""
 REASON_LENGTH: Final = 500
 TOO_MANY: Final = 429
 
 
 @dataclass(slots=True)
 class InboundRequest:
-    """What was sent, by whom, and where to."""
+    """Sender, route, target and content of one request."""
 
     route: IngestRoute
     sender: RequestSender
@@ -36,11 +36,12 @@ class InboundRequest:
     """SHA-256 of the body, in hexadecimal."""
     content_bytes: int
     workflow_id: str | None = None
-    """None: it is for whatever waits for such an event."""
+    """None: an event, which goes to all its subscribers."""
     payload: str | None = None
-    """JSON: what a run would be given, once that is known; kept where it is refused, so that it can be tried again."""
+    """Input of a run as JSON, once it is known; stored with a refusal, so that the request can be redriven.
+    """
     deduplication_key: IdempotencyKey | None = None
-    """By which a repetition is recognized, as its sender names it: a redrive uses up the same key."""
+    """Key derived from the sender's own id; a redrive uses up the same key as a repetition."""
     redriven_from: str | None = None
     delivery_id: str = field(default_factory=lambda: ids.new_id("dlv"))
 
@@ -54,7 +55,7 @@ class InboundRequest:
         answer: str | None = None,
         idempotency: IdempotencyKey | None = None,
     ) -> IngestWrite:
-        """Return what is taken in of it."""
+        """Return the write that ingests the request with its runs."""
         caller = self.sender.caller
         return IngestWrite(
             delivery_id=self.delivery_id,
@@ -76,19 +77,19 @@ class InboundRequest:
         )
 
     def repetition_delivery(self, now: datetime, *, status: int, execution_id: str | None) -> Delivery:
-        """Return what is noted of it where the same had arrived before."""
+        """Return the delivery of a repetition."""
         return self._delivery(
             now, outcome=DeliveryOutcome.DUPLICATE, status=status, execution_id=execution_id
         )
 
     def noted_delivery(self, now: datetime, *, status: int, reason: str) -> Delivery:
-        """Return what is noted of it where it was understood, and is nothing that could be run."""
+        """Return the delivery of a valid request without a run."""
         return self._delivery(
             now, outcome=DeliveryOutcome.ACCEPTED, status=status, reason=reason[:REASON_LENGTH]
         )
 
     def refusal_delivery(self, now: datetime, error: ApiError) -> Delivery:
-        """Return what is noted of it where it was refused."""
+        """Return the delivery of a refused request."""
         is_shed = error.status == TOO_MANY
         return self._delivery(
             now,
@@ -122,6 +123,6 @@ class InboundRequest:
 async def describe_request(
     route: IngestRoute, sender: RequestSender, content: bytes, *, workflow_id: str | None = None
 ) -> InboundRequest:
-    """Return what was sent; a large body is hashed while others are served."""
+    """Return an inbound request with the hash of its body; a large body is hashed off the event loop."""
     hashed = await asyncio.to_thread(sha256, content) if len(content) > LARGE_BYTES else sha256(content)
     return InboundRequest(route, sender, hashed.hexdigest(), len(content), workflow_id)

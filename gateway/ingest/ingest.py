@@ -1,4 +1,7 @@
-"""What senders bring becomes runs: of workflows as they were loaded last, in one commit, once however often sent."""
+"""Ingest of inbound requests: turns one request into runs, idempotently, in one transaction.
+
+Workflows come from the cache; a plan is made again when a workflow has changed in the meantime.
+"""
 
 from __future__ import annotations
 
@@ -33,54 +36,55 @@ if TYPE_CHECKING:
 
 _encode = msgspec.json.Encoder().encode
 ATTEMPTS: Final = 5
-"""How often something is planned anew because a workflow is changed meanwhile."""
+"""Number of plans before the ingest gives up, when workflows change in the meantime."""
 
 PlanArrival: TypeAlias = Callable[[], Awaitable["IngestWrite"]]
-"""Returns what is taken in; raises `ApiError`. It may be called again, when a workflow has changed."""
+"""Return the planned write; raises `ApiError`. Called again when a workflow has changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunTarget:
-    """A workflow that takes something in, as it will be run."""
+    """Workflow that a request runs, as it will be executed."""
 
     workflow: LoadedWorkflow
-    """With what is deployed in the place of its own definition, where that is."""
+    """Workflow with its deployed definition, if it is deployed."""
     trigger: TriggerNode
     assigned_deployment_id: str | None
-    """The deployment whose pods are to run it; None: any worker."""
+    """Deployment whose pods execute the run; None for any worker."""
     is_deferred: bool
-    """It may not run now."""
+    """The run may not start now."""
     is_held: bool = False
-    """Nor later, but once the workflow is paused no longer."""
+    """The run starts only after the workflow is resumed from its pause."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunInput:
-    """What one run is given."""
+    """Input and options of one run."""
 
     trigger: Json
-    """What the trigger node gives out."""
+    """Output of the trigger node."""
     text: str | None = None
-    """The same as JSON, where that is written already."""
+    """The same output as JSON, if it is encoded already."""
     priority: int = 0
     delay_until: datetime | None = None
     callback_url: str = ""
     idempotency_key: IdempotencyKey | None = None
     is_read: bool = True
     execution_id: str | None = None
-    """Of the run, where something is kept for it already."""
+    """Id of the run, if blobs are already stored for it."""
 
 
 async def resolve_target(gateway: GatewayState, caller: ApiCaller, workflow_id: str, kind: str) -> RunTarget:
-    """Return what takes something in for a workflow that the caller may read, by its trigger of a kind.
+    """Return the target of a request, for a workflow that the caller may read and its trigger of a kind.
 
-    Raises 404, 409 for one that is neither active nor paused, and 422 for one with another trigger or an invalid graph.
+    Raises 404, 409 for a workflow that is neither active nor paused, and 422 for another trigger or an
+    invalid graph.
     """
     workflow = await gateway.workflows.load(workflow_id, caller)
     try:
         return await _resolve_target(gateway, workflow, kind)
     except ApiError:
-        # It may have been mended or opened since: nothing is refused from memory.
+        # Reload before a refusal: the workflow may have been corrected or activated since it was cached.
         gateway.workflows.forget(workflow.organization_id, workflow.id)
         current = await gateway.workflows.load(workflow_id, caller)
         if current is workflow:
@@ -105,7 +109,7 @@ async def _resolve_target(gateway: GatewayState, workflow: LoadedWorkflow, kind:
 
 
 def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> IngestedRun:
-    """Return the run of a message; it runs for the workflow's owner, whoever has sent it."""
+    """Return the run of a message; it runs for the workflow's owner, regardless of the sender."""
     workflow = ground.workflow
     definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
     limit = (
@@ -151,10 +155,11 @@ async def ingest_request(
     own_key: IdempotencyKey | None = None,
     reused: ApiError | None = None,
 ) -> AcceptanceResult:
-    """Take in the one run that a request brings, or return the one that was taken in for the same promise before.
+    """Ingest the one run of a request, or return the earlier run with the same idempotency key.
 
-    `own_key` is what the request itself is known by, whatever it brings: with something else it is refused as `reused`.
-    Raises 404, 409, 422, 429, 503, and whatever `plan` raises. A repetition, answered by `status`, is noted as one.
+    `own_key` identifies the request itself; if it was used for other content, the request is refused with
+    `reused`. Raises 404, 409, 422, 429, 503, and the errors of `plan`. A repetition, answered with `status`,
+    is stored as a duplicate.
     """
     caller, workflow_id = sent.sender.caller, str(sent.workflow_id)
     runs: list[IngestedRun] = []
@@ -173,7 +178,8 @@ async def ingest_request(
             raise reused or idempotency.mismatch_error()
         accepted = taken.runs[0] if taken.runs else await _ingest_first(gateway, taken)
     except ApiError:
-        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        # A request that was answered before gets the same answer, whatever has happened to the workflow
+        # since.
         earlier = idempotency_key and await acceptance.find_earlier(
             gateway.database, caller.shard, idempotency_key
         )
@@ -198,7 +204,9 @@ async def ingest_request(
 async def find_repetition(
     gateway: GatewayState, sent: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
 ) -> AcceptanceResult | None:
-    """Return the run that the same request began before, and note this one as a repetition; None for a first one."""
+    """Return the run of an earlier request with the same key and store this one as a duplicate; None for a
+    first request.
+    """
     earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.shard, idempotency_key)
     if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:
         return None
@@ -211,7 +219,7 @@ async def find_repetition(
 def wake_deployments(
     gateway: GatewayState, runs: Sequence[IngestedRun], answers: Sequence[AcceptanceResult]
 ) -> None:
-    """Wake the deployments that have something to do now, by what became of runs for them."""
+    """Wake the deployments of accepted runs that may start now."""
     for assigned_deployment_id in {
         run.assigned_deployment_id
         for run, answer in zip(runs, answers, strict=True)
@@ -223,7 +231,7 @@ def wake_deployments(
 
 
 async def _ingest_first(gateway: GatewayState, taken: IngestResult) -> AcceptanceResult:
-    """Return the answer to the first request with the same key; raises 503 where that isn't known yet."""
+    """Return the answer to the first request with the same key; raises 503 when it isn't stored yet."""
     async with gateway.database.read() as connection:
         execution_id = await connection.scalar(
             select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
@@ -234,9 +242,9 @@ async def _ingest_first(gateway: GatewayState, taken: IngestResult) -> Acceptanc
 
 
 async def ingest_batch(gateway: GatewayState, plan: PlanArrival) -> IngestResult:
-    """Take in what is planned, anew where a workflow was changed meanwhile.
+    """Ingest the planned runs; plan again when a workflow has changed in the meantime.
 
-    Raises what `plan` raises, 409 where workflows change all the time, and 503.
+    Raises the errors of `plan`, 409 when workflows change all the time, and 503.
     """
     for _ in range(ATTEMPTS):
         arrival = await plan()

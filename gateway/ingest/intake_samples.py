@@ -1,4 +1,4 @@
-"""Samples of what was sent and not let in, for admins to see why."""
+"""Samples of rejected requests, for admins to find the cause."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ LISTED: Final = (ROUTE, LIMIT, OFFSET)
 
 
 class SampleShape(WireStruct):
-    """A request that was not let in."""
+    """Sample of a rejected request."""
 
     route: IngestRoute
     workflow_id: str | None
     """Null for an event."""
     reason: str
-    """Why: `code: message`."""
+    """Cause as `code: message`."""
     method: str
     address: str
-    """Where it came from."""
+    """Address of the client."""
     content_type: str | None
     content_bytes: int
-    """As its header said; of the content nothing is kept."""
+    """Size by the `Content-Length` header; the content itself is never stored."""
     content_hash: str | None
-    """SHA-256 of the body, where it was read."""
+    """SHA-256 of the body, if it was read."""
     headers: list[str]
-    """Their names."""
+    """Names of the headers."""
     created_at: Instant
 
 
 class SampleList(WireStruct):
-    """A part of the samples, the newest first; `count` tells how many there are in all."""
+    """Page of the samples, the newest first; `count` is the number of all."""
 
     count: int
     limit: int
@@ -50,9 +50,9 @@ class SampleList(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List some of the last requests that named a workflow or a token of the organisation and were not let in.
+    """List recent rejected requests that named a workflow or a token of the organization.
 
-    Of each way in, the last hundred of all organisations are kept. What is let in stands among the deliveries.
+    The last hundred of each route are kept, for all organizations together. Accepted requests are deliveries.
     """
     query, part = request.query, request.query.page()
     async with request.gateway.database.read() as connection:

@@ -1,4 +1,4 @@
-"""Attachments of a mail that is handed in as JSON: contents in base64 become blobs of its run."""
+"""Attachments of a mail posted as JSON: contents in base64 become blobs of the run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FIELD: Final = "attachments"
 
 @dataclass(frozen=True, slots=True)
 class JsonAttachment:
-    """One attachment, with its decoded content; None: the caller describes it and gives no content."""
+    """Attachment with its decoded content; None when the caller describes it without content."""
 
     members: Mapping[str, Json]
     content: bytes | None
 
     async def as_json(self, blobs: BlobStore, owner: BlobOwner) -> dict[str, Json]:
-        """Return what the run is given, once the content is durable; raises `BlobsUnavailable`."""
+        """Return the attachment for the run's input, once its content is durable; raises `BlobsUnavailable`."""
         if self.content is None:
             return dict(self.members)
         label = self._label()
@@ -53,7 +53,7 @@ class JsonAttachment:
 
 
 def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[JsonAttachment]:
-    """Return attachments with their contents; raises 422 for a content that is no base64, and for too many."""
+    """Return attachments with decoded contents; raises 422 for invalid base64 and for too many attachments."""
     if len(attachments) > DEFAULT_LIMITS.max_attachments:
         most = f"A mail may have at most {DEFAULT_LIMITS.max_attachments:,} attachments"
         raise errors.invalid([errors.problem(_FIELD, "too-many", most)])
@@ -71,10 +71,10 @@ def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[Js
 
 
 def _content(members: Mapping[str, Json]) -> bytes | None:
-    """Return the decoded content, None where there is none; raises `ValueError`."""
+    """Return the decoded content, None when there is none; raises `ValueError`."""
     value = members.get(CONTENT)
     if value is None:
         return None
     if not isinstance(value, str):
-        raise ValueError("no text")  # noqa: TRY004 - as what is no base64
+        raise ValueError("no text")  # noqa: TRY004 - the same error as for invalid base64
     return b64decode("".join(value.split()), validate=True)

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class MailAddress(WireStruct):
-    """An address that takes mail."""
+    """Address that accepts mails."""
 
     max_bytes: int
-    """The largest mail that is taken."""
+    """Maximum size of a mail."""
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Tell whether a token is an address that takes mail, before a mail server sends any."""
+    """Check whether a token is an address that accepts mails, before a mail server sends any."""
     sender = await find_path_sender(request)
     workflow = await request.gateway.workflows.load(find_token_workflow(sender), sender.caller)
     if workflow.trigger is None or workflow.trigger.kind != TriggerKind.EMAIL:
@@ -32,9 +32,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def receive(request: GatewayRequest) -> JsonResponse:
-    """Run a workflow on a mail that a mail server hands over, as `message/rfc822`, to the address of its trigger.
+    """Run a workflow on a mail that a mail server posts as `message/rfc822` to the address of its trigger.
 
-    The envelope stands in the headers `X-Envelope-From` and `X-Envelope-To`. The other forms of mails are taken too.
+    The headers `X-Envelope-From` and `X-Envelope-To` contain the envelope. Other formats of mails are
+    accepted too.
     """
     sender = await find_path_sender(request)
     return await email_trigger.receive_for(request, find_token_workflow(sender), sender)

@@ -1,7 +1,7 @@
-"""Who may hand in mail for a workflow: whoever has its key or token, and mail services that its trigger names.
+"""Verification of mails: by key or token, or by the mail services and credentials in the trigger's config.
 
-What lets them in stands in the trigger's config as it is saved now, so that what is changed counts at once. Secrets are
-those of data sources that the workflow's owner may read. Where nothing is configured, nothing is let in.
+The saved config counts, not the deployed one, so that changes apply at once. Secrets come from data sources
+that the workflow's owner may read. Without configuration, no anonymous mail is accepted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ FIRST_SERVER_ERROR: Final = 500
 TOO_MANY: Final = 429
 _OF_SIGNATURES: Final = frozenset({"missing-signature", "invalid-signature", "stale-signature", "no-secret"})
 _FINAL: Final = 406
-"""The one code that keeps Mailgun from trying again for eight hours."""
+"""The only code that keeps Mailgun from retrying for eight hours."""
 
 
 class _SendGrid(msgspec.Struct, frozen=True, rename="camel"):
@@ -74,7 +74,7 @@ class _Ses(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class MailTrigger(msgspec.Struct, frozen=True, rename="camel"):
-    """The config of an e-mail trigger; secrets are named by the ids of data sources."""
+    """Config of an e-mail trigger; secrets are named by the ids of data sources."""
 
     sendgrid: _SendGrid | None = None
     mailgun: _Mailgun | None = None
@@ -88,24 +88,26 @@ class MailTrigger(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def screening(self) -> ScreeningRules:
-        """The rules that the worker applies once it has read a mail."""
+        """Rules that the worker applies after it has parsed a mail."""
         return ScreeningRules(self.reject_on, self.max_spam_score, self.accept_automatic)
 
     @property
     def accepts_anonymous(self) -> bool:
-        """Whether anybody may come without a key or token."""
+        """Whether mails without a key or token can be accepted."""
         return bool(self.sendgrid or self.mailgun or self.ses or self.basic_auth or self.bearer)
 
 
 @dataclass(frozen=True, slots=True)
 class MailTarget:
-    """A workflow that somebody hands in a mail for, and what its trigger says of that."""
+    """Workflow that receives a mail, with the config of its trigger."""
 
     workflow: LoadedWorkflow
     trigger: MailTrigger
 
     def sender(self, label: str) -> RequestSender:
-        """Return a mail service that has shown who it is: it acts for the owner, and may nothing else."""
+        """Return the sender of a verified mail service; it acts for the owner, with the scope to execute
+        only.
+        """
         workflow = self.workflow
         caller = ApiCaller(
             key_id="",
@@ -120,16 +122,20 @@ class MailTarget:
 
 @dataclass(frozen=True, slots=True)
 class MailVerification:
-    """Why a mail is let in that comes without a key or token, or is found true besides."""
+    """Verification result of a mail, for mails without a key or token and for signed mails."""
 
     label: str
-    """Who has shown what: `sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty: nothing was to be shown."""
+    """Verified sender: `sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty when no verification was
+    needed.
+    """
     delivery_key: str | None = None
-    """What the sender names the delivery by."""
+    """The sender's own id of the delivery."""
 
 
 async def find_target(gateway: GatewayState, workflow_id: str, known: RequestSender | None) -> MailTarget:
-    """Return whom a mail is for; raises 404 for whoever has a key, and 401 for those whom nothing could let in."""
+    """Return the target workflow; raises 404 for authenticated callers, and 401 when the trigger accepts no
+    anonymous mail.
+    """
     if known is not None:
         workflow = await gateway.workflows.load(workflow_id, known.caller)
         return MailTarget(workflow, _config(workflow))
@@ -140,7 +146,7 @@ async def find_target(gateway: GatewayState, workflow_id: str, known: RequestSen
 
 
 async def recognize_service(arrival: SenderRequest) -> MailKind:
-    """Return what is handed in; raises what a caller is answered for what is no mail of any kind."""
+    """Return the format of a mail; raises the API error for a request that contains no mail."""
     try:
         return await offload.run(mail_kinds.recognize_mail, arrival)
     except RequestRefused as error:
@@ -156,10 +162,10 @@ async def verify_mail(
     address: str,
     is_known: bool,
 ) -> MailVerification:
-    """Return why a mail is let in; raises `ApiError` where it isn't, and `Refused` for a signature that isn't good.
+    """Verify a mail; raises `ApiError` when it is refused, and `RequestRefused` for an invalid signature.
 
-    A signature is checked wherever there is one and the trigger says by what, whoever comes with it. Passwords can be
-    tried: `address` is who must not do that too often.
+    A signature is checked whenever the mail has one and the trigger has its key, even for authenticated
+    callers. Wrong passwords are limited by the client's `address`.
     """
     signed = await _signature(gateway, addressee, arrival, kind)
     if signed is not None:
@@ -172,7 +178,7 @@ async def verify_mail(
 
 
 async def _tried(gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, *, client: str) -> str:
-    """Return which credentials a mail came with; raises 429 to a client that has tried too many wrong ones."""
+    """Return the kind of a mail's credentials; raises 429 for a client with too many wrong ones."""
     attempt = f"{addressee.workflow.id} {client}"
     offered = f"{addressee.workflow.id} {arrival.headers.single('Authorization')}"
     gateway.mail_attempts.require_allowed(attempt, offered)
@@ -189,7 +195,7 @@ async def _tried(gateway: GatewayState, addressee: MailTarget, arrival: SenderRe
 
 @contextmanager
 def answer_once(kind: MailKind) -> Iterator[None]:
-    """Answer each mail service by the codes that it knows: of all refusals, Mailgun takes only 406 as final."""
+    """Translate refusals for each mail service: Mailgun treats only 406 as final."""
     try:
         yield
     except RequestRefused as error:
@@ -200,7 +206,7 @@ def answer_once(kind: MailKind) -> Iterator[None]:
 
 @contextmanager
 def refuse_until_later(kind: MailKind) -> Iterator[None]:
-    """Have mail services come again where others are told that there is too much just now: they would give up."""
+    """Answer 503 instead of 429 to mail services, which would give up otherwise."""
     try:
         yield
     except ApiError as error:
@@ -210,7 +216,7 @@ def refuse_until_later(kind: MailKind) -> Iterator[None]:
 
 
 def refusal_error(error: RequestRefused) -> ApiError:
-    """Return what a sender is answered whose mail isn't taken in."""
+    """Return the API error for a refused mail."""
     if error.code in _OF_SIGNATURES:
         return ApiError(401, "invalid-signature", error.message)
     if error.code == "too-large":
@@ -219,7 +225,7 @@ def refusal_error(error: RequestRefused) -> ApiError:
 
 
 def no_mail() -> ApiError:
-    """Return the refusal of what Mailgun tells of mails that were sent."""
+    """Return the refusal of Mailgun events about sent mails."""
     message = "This tells what has become of a mail that was sent: give Mailgun another URL for its webhooks"
     return ApiError(_FINAL, "mail-refused", message)
 
@@ -233,7 +239,7 @@ def _final(kind: MailKind, error: ApiError) -> ApiError:
 
 
 def _config(workflow: LoadedWorkflow) -> MailTrigger:
-    """Return what the workflow's trigger says; one that can't be read lets nobody in."""
+    """Return the config of the workflow's trigger; an invalid one accepts nobody."""
     trigger = workflow.trigger
     if trigger is None or trigger.kind != TriggerKind.EMAIL:
         return MailTrigger()
@@ -249,7 +255,7 @@ def _config(workflow: LoadedWorkflow) -> MailTrigger:
 async def _signature(
     gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, kind: MailKind
 ) -> MailVerification | None:
-    """Return that a mail is signed; None where it isn't, or nothing says what with."""
+    """Verify a mail's signature; None when the mail has none or the trigger has no key for it."""
     trigger = addressee.trigger
     if kind in SENDGRID and trigger.sendgrid is not None:
         if sendgrid.SIGNATURE_HEADER not in arrival.headers and sendgrid.TIME_HEADER not in arrival.headers:
@@ -273,17 +279,17 @@ def _proof(label: str, verified: SignatureResult) -> MailVerification:
 
 async def _of_sns(gateway: GatewayState, arrival: SenderRequest, topics: Sequence[str]) -> SignatureResult:
     message = await offload.run(sns.parse_sns_message, arrival)
-    # Anybody can have a topic: nothing is fetched for one that nobody here has named.
+    # Anybody can have a topic: fetch nothing for topics that the trigger doesn't name.
     sns.require_topic(message, topics)
     pem = await gateway.certificates.get(sns.signing_certificate_url(message), arrival.received_at)
     return sns.verify(message, pem, topics, arrival.received_at)
 
 
-# ── what stands in a URL or a header ────────────────────────────────────────────────────────────────────────
+# ── credentials in a header ─────────────────────────────────────────────────────────────────────────────────
 
 
 async def _credentials(gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest) -> str | None:
-    """Return which credentials a mail came with; None where it has none, or none are configured."""
+    """Verify a mail's credentials and return their kind; None when it has none, or none are configured."""
     trigger = addressee.trigger
     scheme, _, given = (arrival.headers.single("Authorization") or "").partition(" ")
     if scheme.lower() == "basic" and trigger.basic_auth:

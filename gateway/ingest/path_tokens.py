@@ -1,4 +1,4 @@
-"""Trigger tokens that stand in the path of a URL: who sends there, and to which workflow."""
+"""Trigger tokens in the path of a URL: they identify both the sender and the workflow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNAUTHORIZED: Final = 401
 
 
 async def find_path_sender(request: GatewayRequest) -> RequestSender:
-    """Return the sender that the token in the path stands for; raises 404 for any other token, and 429."""
+    """Return the sender of the token in the path; raises 404 for any other token, and 429."""
     try:
         sender = await request.gateway.doorkeeper.by_token(request.scope, request.path_params["id"])
     except ApiError as error:

@@ -1,4 +1,4 @@
-"""What was run, or refused, is run once more: the same input, for the workflow as it is now."""
+"""Redrive: run the current workflow again on the input of an earlier run or refused delivery."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ if TYPE_CHECKING:
     from models.ingest import Delivery
 
 TOGETHER: Final = 10
-"""Of a list, so many are run once more at the same time: each may be large."""
+"""Number of concurrent redrives of a list; each input may be large."""
 ROUTES: Final = {"queue": IngestRoute.ENQUEUE, "email": IngestRoute.EMAIL, "webhook": IngestRoute.HOOK}
 CREATED: Final = 201
 
 
 @dataclass(frozen=True, slots=True)
 class RedriveInput:
-    """What is to be run once more."""
+    """Input to run again."""
 
     text: str
     """JSON."""
     source: BlobOwner | None
-    """Whose the contents are that belong to it; None: it was given to nobody."""
+    """Owner of the input's blobs; None when the input never had a run."""
 
 
 @dataclass(slots=True)
 class RedriveResult:
-    """What has come of a list."""
+    """Result of the redrive of a list."""
 
     execution_ids: list[str] = field(default_factory=list)
     errors: dict[str, ApiError] = field(default_factory=dict)
-    """By the ids of what was to be run."""
+    """Errors by the ids of the selected objects."""
 
 
 async def redrive_each(
@@ -57,7 +57,7 @@ async def redrive_each(
     resource_ids: Sequence[str],
     redrive: Callable[[str, IdempotencyKey], Awaitable[tuple[AcceptanceResult, str]]],
 ) -> RedriveResult:
-    """Run each of a list once more unless that was done before, and return what has come of it."""
+    """Redrive each object of a list unless a list has redriven it before; return the result."""
     done = RedriveResult()
 
     async def once(resource_id: str) -> AcceptanceResult | ApiError:
@@ -82,9 +82,9 @@ async def redrive_each(
 async def redrive_delivery(
     request: GatewayRequest, one: Delivery, idempotency_key: IdempotencyKey | None
 ) -> tuple[AcceptanceResult, str]:
-    """Run the workflow of a delivery on what that has brought; returns the run, and the kind of its trigger.
+    """Run the workflow of a delivery on its content; return the run, and the kind of its trigger.
 
-    Raises 409 where it has brought nothing that could be run, or more than one run, and what taking it in raises.
+    Raises 409 when the delivery has no content to run, or several runs, and the errors of the ingest.
     """
     kind = delivery_rows.KINDS.get(IngestRoute(one.route))
     if kind is None:
@@ -96,7 +96,7 @@ async def redrive_delivery(
         given, source = await _read_input(request, one.execution_id)
     if given is None:
         raise errors.conflict("not-redrivable", "What it has brought is not kept, or was not understood")
-    # The sender may repeat it, too: whichever comes first makes the run, and the other is answered with it.
+    # The sender may retry it, too: the first of the two creates the run, and the other gets its answer.
     key = idempotency_key if one.deduplication_key is None else stored_keys.decode_key(one.deduplication_key)
     own_key = idempotency_key if one.deduplication_key is not None else None
     return await _redrive_run(
@@ -107,7 +107,7 @@ async def redrive_delivery(
 async def redrive_dead_letter(
     request: GatewayRequest, failed: Execution, idempotency_key: IdempotencyKey
 ) -> tuple[AcceptanceResult, str]:
-    """Run the workflow of a run that has failed on what that was given; raises 409, and what taking it in raises."""
+    """Run the workflow of a failed run on the same input; raises 409, and the errors of the ingest."""
     given, source = await _read_input(request, failed.id)
     if given is None:
         raise errors.conflict("not-redrivable", "What it was given is not kept any more")
@@ -141,14 +141,14 @@ async def _redrive_run(
         await request.gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
         return await share_blobs(request.gateway.blobs, given.text, given.source, idempotency_key)
 
-    # Nothing is noted of what is refused: it stays where it is, and would be there twice.
+    # A refusal is not stored: the delivery would exist twice.
     return await ingest.ingest_request(
         request.gateway, sent, kind, plan, idempotency_key, status=CREATED, own_key=own_key
     )
 
 
 async def _read_input(request: GatewayRequest, execution_id: str) -> tuple[str | None, BlobOwner | None]:
-    """Return what a run was given, as long as it is kept, and whose the contents are that belong to it."""
+    """Return a run's input while it is kept, and the owner of its blobs."""
     organization_id = request.caller.organization_id
     statement = (
         select(col(ExecutionData.trigger), col(Execution.key_id))

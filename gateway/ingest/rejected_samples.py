@@ -1,6 +1,7 @@
-"""Requests of senders that were not let in: all are counted, and the last of each route are kept, to be looked at.
+"""Samples of rejected requests: all are counted, and the last of each route are stored for admins.
 
-Anybody can send them, so that they cost little: a flood replaces its own, and is written once a second at most.
+Anybody can send such requests, so they must be cheap: floods overwrite their own samples, in one write per
+second.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ log = structlog.get_logger()
 
 SLOTS: Final = 100
 PER_WORKFLOW: Final = BucketRate(per_second=20 / 3_600, burst=20)
-"""Samples of one workflow or token: 20 at once, and as many in an hour."""
+"""Rate of samples per workflow or token: a burst of 20, and 20 per hour."""
 WRITE_SECONDS: Final = 1.0
 MAX_HEADERS: Final = 50
 MAX_TEXT: Final = 100
@@ -57,7 +58,7 @@ ROUTES: Final[Mapping[str, IngestRoute]] = {
 
 
 class RejectedSamples:
-    """Those of one gateway."""
+    """Samples of one gateway."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -68,25 +69,27 @@ class RejectedSamples:
         self._per_workflow = LocalTokenBuckets()
 
     def note(self, scope: Scope, error: ApiError) -> None:
-        """Count a request that is refused and of which no delivery tells, and keep what it looked like."""
+        """Count a refused request that has no delivery, and sample its shape."""
         route = ROUTES.get(scope["route"].path)
         if route is None or error.is_noted or error.status >= SERVER_ERROR:
             return
         metrics.count_rejected(route, error.code)
         if error.status == TOO_MANY or not self._has_turn(scope):
-            return  # those before it tell more, and are kept
+            return  # earlier samples are more useful, and are kept
         slot = next(self._turns[route]) % SLOTS
         self._waiting[route, slot] = _sample(route, slot, scope, error, self._database.clock.now())
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
 
     def _has_turn(self, scope: Scope) -> bool:
-        """Tell whether a sample may take the place of another: a flood to one workflow leaves those of others."""
+        """Return whether the sample may replace another, so that a flood to one workflow leaves the samples
+        of others.
+        """
         demand = TokenDemand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
         return self._per_workflow.take(demand, monotonic()).tokens > 0
 
     async def drain(self) -> None:
-        """Write what waits, at once."""
+        """Write the waiting samples at once."""
         self._is_urgent.set()
         if self._writing is not None:
             await self._writing
@@ -126,7 +129,7 @@ class RejectedSamples:
 async def list_samples(
     connection: AsyncConnection, caller: ApiCaller, route: IngestRoute | None, part: PageBounds
 ) -> tuple[int, list[RejectedRequestSample]]:
-    """Return how many samples name something of the caller's organisation, and a page of them, the newest first."""
+    """Return the number of samples of the caller's organization, and a page of them, the newest first."""
     conditions = [col(RejectedRequestSample.organization_id) == caller.organization_id]
     if route is not None:
         conditions.append(col(RejectedRequestSample.route) == route)
@@ -149,7 +152,7 @@ async def list_samples(
 
 async def _upsert(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]) -> None:
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
-    # In one order everywhere: gateways that write at once wait for one another, and never in a circle.
+    # Same order in every gateway: concurrent writers wait for one another without a deadlock.
     statement = dialect.insert(RejectedRequestSample).values(
         sorted(rows, key=lambda row: (row["route"], row["slot"]))
     )
@@ -162,7 +165,7 @@ async def _upsert(connection: AsyncConnection, rows: Sequence[Mapping[str, Any]]
 
 
 def _row(sample: RejectedRequestSample, owners: Mapping[str, str]) -> Mapping[str, Any]:
-    """Return the row of a sample; a workflow that there is not is nothing to be remembered."""
+    """Return the row of a sample, without the id of a workflow that doesn't exist."""
     row = sample.model_dump()
     if sample.organization_id is None:
         row["organization_id"] = owners.get(sample.workflow_id or "")
@@ -193,7 +196,7 @@ def _sample(
 
 
 def _shape(scope: Scope) -> dict[str, Any]:
-    """Return what a request looked like: of its headers the names, for their values may be secrets."""
+    """Return the shape of a request; only the names of its headers, since values may be secrets."""
     headers = scope["headers"]
     content_types = [value for name, value in headers if name.lower() == b"content-type"]
     return {

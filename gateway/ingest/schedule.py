@@ -1,4 +1,4 @@
-"""The schedule of a workflow: when it runs next, and what keeps it from that."""
+"""Schedule of a workflow: its next and last runs, and the reason if it is inactive."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ _MICROSECOND: Final = timedelta(microseconds=1)
 
 
 class InactiveReason(StrEnum):
-    """Why nothing is run by a schedule."""
+    """Reason why a schedule starts no runs."""
 
     NO_SCHEDULE = "no-schedule"
-    """The workflow begins with no schedule trigger."""
+    """The workflow has no schedule trigger."""
     DRAFT = "draft"
     PAUSED = "paused"
     ARCHIVED = "archived"
     TEMPLATE = "template"
     INVALID = "invalid-schedule"
-    """The problem says what is wrong with it."""
+    """`problem` describes the error."""
 
 
 class SchedulePolicy(WireStruct):
-    """What the config of the trigger says, with the defaults filled in."""
+    """Settings of the schedule trigger, with defaults."""
 
     cron: str | None
     interval_seconds: int | None
@@ -59,50 +59,50 @@ class SchedulePolicy(WireStruct):
 
 
 class UpcomingRun(WireStruct):
-    """An instant of a schedule."""
+    """Planned instant of a schedule."""
 
     at: Instant
     local_time: str
-    """The same in the schedule's zone, with its offset."""
+    """The same instant in the schedule's time zone, with its offset."""
     starts_at: Instant
-    """Later by the workflow's share of the jitter."""
+    """Start of the run: the instant plus the workflow's jitter."""
 
 
 class LastRun(WireStruct):
-    """The last run that a schedule has started."""
+    """Last run that a schedule has started."""
 
     scheduled_at: Instant
     execution_id: str
     status: ExecutionStatus | None
-    """Null: the execution was deleted."""
+    """Null when the execution was deleted."""
 
 
 class SkippedInstant(WireStruct):
-    """The last instant that nothing was run for, and why."""
+    """Last instant without a run, with the reason."""
 
     at: Instant
     reason: SkipReason
 
 
 class WorkflowSchedule(WireStruct):
-    """The schedule of a workflow."""
+    """Schedule of a workflow."""
 
     workflow_id: str
     is_active: bool
     inactive_reason: InactiveReason | None
-    """Null while it is active."""
+    """Null while the schedule is active."""
     problem: str | None
-    """What keeps it from being run, in words."""
+    """Error that prevents runs, as text."""
     node_id: str | None
     policy: SchedulePolicy | None
     next_runs: Sequence[UpcomingRun]
-    """The next five; where it isn't active, as they would be if it became that now."""
+    """Next five instants; for an inactive schedule, as if it were activated now."""
     last_run: LastRun | None
     last_passed_over: SkippedInstant | None
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show when a workflow is run by its schedule next, when it was last, and whether it is active."""
+    """Show the next and last runs of a workflow's schedule, and whether the schedule is active."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         row, status = await _row(connection, stored.workflow.id)
@@ -112,7 +112,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def _row(connection: AsyncConnection, workflow_id: str) -> tuple[Schedule | None, str | None]:
-    """Return where a schedule is, and the status of its last run."""
+    """Return the row of a schedule, and the status of its last run."""
     statement = (
         select(Schedule, col(Execution.status))
         .outerjoin(Execution, col(Execution.id) == col(Schedule.last_execution_id))

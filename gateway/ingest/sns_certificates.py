@@ -1,6 +1,7 @@
-"""What Amazon SNS has to be asked: for the certificates that it signs with, and to confirm a subscription.
+"""HTTP requests to Amazon SNS: for its signing certificates, and to confirm subscriptions.
 
-The addresses are made or checked by `senders.sns`; here they are visited, guarded, and without following anything.
+`senders.sns` builds and checks the addresses; this module requests them through the guarded client, without
+redirects.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ SERVER_ERROR: Final = 500
 
 
 class GuardedHttpClient(Protocol):
-    """The guarded way out."""
+    """HTTP client with the guards of outbound requests."""
 
     async def request(
         self,
@@ -51,7 +52,7 @@ class GuardedHttpClient(Protocol):
 
 
 class SnsCertificateCache:
-    """Those that were fetched, each until it expires; whoever wants the same one at once waits for one answer."""
+    """Cache of signing certificates, each until it expires; concurrent callers share one request."""
 
     def __init__(self, client: GuardedHttpClient) -> None:
         self._client = client
@@ -60,10 +61,10 @@ class SnsCertificateCache:
         self._places = asyncio.Semaphore(AT_ONCE)
 
     async def get(self, url: str, now: datetime) -> bytes:
-        """Return the certificate at an address as PEM; raises 503 where it can't be had.
+        """Return the certificate at an address as PEM; raises 503 when it can't be fetched.
 
-        A 4xx would be final to SNS, and whatever stands between it and us may be mended: a network that is not allowed,
-        a proxy that answers in its place.
+        SNS treats a 4xx as final, and the fault may be temporary: a network that is not allowed, or a proxy
+        that answers instead of SNS.
         """
         kept = self._kept.get(url)
         if kept is not None and now < kept[1]:
@@ -75,7 +76,7 @@ class SnsCertificateCache:
         return await asyncio.shield(fetch)
 
     async def confirm(self, url: str) -> None:
-        """Confirm a subscription; raises `Refused` where SNS won't, and 503 where it doesn't answer just now."""
+        """Confirm a subscription; raises `RequestRefused` when SNS refuses, and 503 when it is unavailable."""
         status, _ = await self._ask(url)
         if status != OK:
             raise RequestRefused(
@@ -83,7 +84,7 @@ class SnsCertificateCache:
             )
 
     async def close(self) -> None:
-        """Let go of connections, after what is being fetched."""
+        """Close connections after the pending requests."""
         await asyncio.gather(*self._fetches.values(), return_exceptions=True)
         await self._client.close()
 
@@ -103,7 +104,7 @@ class SnsCertificateCache:
     def _fetched(self, url: str, fetch: asyncio.Task[bytes]) -> None:
         del self._fetches[url]
         if not fetch.cancelled():
-            fetch.exception()  # those who waited have it; if all of them have gone, nobody need be told
+            fetch.exception()  # marks the exception as retrieved: waiting callers have it, and nobody else needs it
 
     async def _ask(self, url: str) -> tuple[int, bytes]:
         try:

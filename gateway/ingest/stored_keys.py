@@ -1,4 +1,6 @@
-"""Idempotency keys as deliveries keep them, so that a redrive and a repetition by the sender use up the same one."""
+"""Encoding of idempotency keys in deliveries, so that a redrive and a sender's repetition use up the same
+key.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,10 @@ from json_text import decoding
 
 
 def encode_key(key: IdempotencyKey) -> str:
-    """Return a key as a column holds it."""
+    """Return the encoded key for a column."""
     return msgspec.json.encode(astuple(key)).decode()
 
 
 def decode_key(text: str) -> IdempotencyKey:
-    """Return the key that a column holds."""
+    """Return the key that a column contains."""
     return IdempotencyKey(*decoding.decode(text, tuple[str, str, str, int]))

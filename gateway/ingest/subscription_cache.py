@@ -1,4 +1,4 @@
-"""Who is subscribed to an event, asked for by many events at once: those that come together share one answer."""
+"""Subscriptions of events, looked up in groups: concurrent events share one query."""
 
 from __future__ import annotations
 
@@ -25,31 +25,31 @@ if TYPE_CHECKING:
 BATCH_IDS: Final = 1_000
 
 OfType: TypeAlias = tuple[str, str]
-"""An organisation, and a type of its events."""
+"""Organization and event type."""
 
 
 @dataclass(frozen=True, slots=True)
 class SubscribedWorkflows:
-    """The workflows that wait for an event."""
+    """Workflows that subscribe to an event."""
 
     found: Sequence[EventSubscription]
     deployed: Sequence[str]
-    """The ids of those that are deployed."""
+    """Ids of the deployed ones."""
 
 
 class SubscriptionCache:
-    """The questions of one gateway; each is answered by what is committed when it was asked."""
+    """Lookups of one gateway; each sees all that was committed before it was requested."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._asked: GroupCommit[OfType, SubscribedWorkflows] = GroupCommit(self._look)
 
     async def find(self, organization_id: str, event_type: str) -> SubscribedWorkflows:
-        """Return who waits for events of a type; raises `DatabaseUnavailable`."""
+        """Return the workflows that subscribe to an event type; raises `DatabaseUnavailable`."""
         return await self._asked.submit((organization_id, event_type))
 
     async def drain(self) -> None:
-        """Answer what was asked."""
+        """Finish the pending lookups."""
         await self._asked.drain()
 
     async def _look(self, batch: Sequence[OfType]) -> Sequence[SubscribedWorkflows]:

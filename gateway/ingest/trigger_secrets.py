@@ -1,4 +1,6 @@
-"""What the config of a trigger names by its id: data sources with what senders sign with, opened for the owner."""
+"""Secrets of senders in data sources that a trigger's config names, decrypted with the rights of the
+workflow's owner.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,10 @@ log = structlog.get_logger()
 async def find_secrets(
     gateway: GatewayState, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource | None:
-    """Return a data source that the workflow's owner may use, as it was at most two seconds ago.
+    """Return a data source that the workflow's owner may use, at most two seconds old.
 
-    None where there is no such one of these types; raises 503 where that can't be told, so that senders come again.
+    None when there is none with this id and one of these types. Raises 503 when it can't be read, so that
+    senders retry.
     """
     owner = RunCaller(workflow.organization_id, workflow.owner_id, workflow.id, "", "")
     try:
@@ -40,7 +43,9 @@ async def find_secrets(
 async def find_secret_source(
     gateway: GatewayState, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource:
-    """Return what `find` does; raises 503 where there is no such one, without saying which: its sender reads it."""
+    """Return the data source as `find_secrets` does; raises 503 when there is none, without its id, since
+    senders read the error.
+    """
     found = await find_secrets(gateway, workflow, source_id, types)
     if found is None:
         log.warning("data source of a trigger missing", workflow_id=workflow.id, data_source_id=source_id)

@@ -1,4 +1,4 @@
-"""The token of a workflow's senders: made and replaced by those who own the workflow, shown once, inside URLs."""
+"""Trigger tokens of a workflow: created and replaced by its owners, shown once, inside URLs."""
 
 from __future__ import annotations
 
@@ -33,51 +33,51 @@ MASK = "…"
 
 
 class TokenReplacement(StrictWire):
-    """How a new token takes the place of the one before."""
+    """Replacement of a trigger token."""
 
     overlap_seconds: Annotated[int, msgspec.Meta(ge=0, le=limits.TOKEN_OVERLAP_SECONDS)] = 0
-    """For so long the one before stays good, so that its senders can be told."""
+    """Time for which the previous token stays valid, so that senders can be updated."""
 
 
 class TriggerTokenShape(WireStruct):
-    """A token, without what it takes to use it."""
+    """Trigger token as the API shows it, without its secret."""
 
     id: str
     hint: str
-    """Its last characters."""
+    """Last characters of the token."""
     created_at: Instant
     expires_at: Instant | None
-    """When one that was replaced ends."""
+    """Expiry of a replaced token."""
     last_used_at: Instant | None
 
 
 class InboundAddress(WireStruct):
-    """Where senders send to, with the token left out."""
+    """Addresses for senders, with masked token."""
 
     trigger_kind: str | None
-    """What kind of trigger the workflow begins with."""
+    """Kind of the workflow's trigger."""
     urls: dict[str, str]
-    """By who sends there."""
+    """URLs by kind of sender."""
     warnings: list[str]
-    """Reasons for which senders may not reach these URLs."""
+    """Reasons why senders may not reach these URLs."""
     tokens: list[TriggerTokenShape]
-    """Those that are good, the newest first."""
+    """Valid tokens, the newest first."""
 
 
 class NewTriggerToken(WireStruct):
-    """A token, in the only answer that has it."""
+    """New trigger token, in the only answer that contains it."""
 
     id: str
     token: str
     hint: str
     urls: dict[str, str]
-    """By who sends there: to be given to it as they are."""
+    """URLs by kind of sender, to be passed on unchanged."""
     warnings: list[str]
-    """Reasons for which senders may not reach these URLs."""
+    """Reasons why senders may not reach these URLs."""
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show where senders send to, without the token that it takes."""
+    """Show the addresses for senders, without the token."""
     workflow_id = request.path_params["id"]
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
@@ -101,10 +101,11 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def replace(request: GatewayRequest) -> JsonResponse:
-    """Make the token of the workflow's senders, or replace it; the answer shows it this once, in the URLs it is for.
+    """Create or replace the trigger token of a workflow; only this answer contains it, inside the URLs for
+    senders.
 
-    It is good for what arrives for this workflow and for nothing else. The one before ends at once, or after
-    `overlapSeconds`.
+    The token is valid for inbound requests of this workflow only. The previous one expires at once, or
+    after `overlapSeconds`.
     """
     body = await decode_body(request, TokenReplacement)
     caller, now = request.caller, request.gateway.clock()
@@ -113,7 +114,7 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
     async def make(connection: AsyncConnection) -> None:
         nonlocal stored
-        # Of two that replace it at once, one waits here, and ends the other's.
+        # The lock serializes replacements: the second one waits here, and ends the first one's token.
         await workflow_rows.lock_workflow(connection, request.path_params["id"], caller)
         stored = await editing.find_readable(connection, request)
         editing.require_writer(request, stored.workflow)
@@ -155,7 +156,7 @@ async def replace(request: GatewayRequest) -> JsonResponse:
 
 
 async def revoke(request: GatewayRequest) -> NoContent:
-    """End the tokens of the workflow's senders, at once."""
+    """Revoke all trigger tokens of a workflow at once."""
     now = request.gateway.clock()
 
     async def end(connection: AsyncConnection) -> None:
@@ -189,7 +190,7 @@ async def _valid(connection: AsyncConnection, workflow_id: str, now: datetime) -
 
 
 async def _end(connection: AsyncConnection, workflow_id: str, now: datetime, at: datetime) -> list[str]:
-    """End the tokens of a workflow, no later than they would anyway; returns the ids of those that were good."""
+    """End the tokens of a workflow, no later than they would expire; return the ids of those that were valid."""
     rows = await _valid(connection, workflow_id, now)
     for place, row in enumerate(rows, start=1):
         ends = at if row.expires_at is None else min(at, row.expires_at)
@@ -206,7 +207,7 @@ def _kind(request: GatewayRequest, stored: StoredWorkflow) -> str | None:
 
 
 def _urls(request: GatewayRequest, stored: StoredWorkflow, token: str) -> dict[str, str]:
-    """Return the URLs that a workflow's trigger is sent to, by who sends there."""
+    """Return the URLs of a workflow's trigger by kind of sender."""
     base = base_url(request)
     workflow = f"{base}/api/v1/workflows/{stored.workflow.id}"
     match _kind(request, stored):
@@ -217,7 +218,7 @@ def _urls(request: GatewayRequest, stored: StoredWorkflow, token: str) -> dict[s
             }
         case "email":
             url = f"{workflow}/email-trigger?key={token}"
-            # Mailgun sends the mail as it is to whatever ends in "mime".
+            # Mailgun posts the unparsed mail to URLs that end in "mime".
             return {
                 "api": url,
                 "sendgrid": url,

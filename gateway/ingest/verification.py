@@ -1,4 +1,4 @@
-"""Whether what is sent to a trigger is truly of whom the trigger's config says, and how it is known again."""
+"""Verification of senders by the config of a trigger, and deduplication of their requests."""
 
 from __future__ import annotations
 
@@ -39,25 +39,25 @@ Used = TypeVar("Used")
 FIELD: Final = "verification"
 CHALLENGE: Final = {"WWW-Authenticate": 'Basic realm="Pilotflame"'}
 _MAY_BE_OLD: Final = frozenset({401, 403, 405, 422})
-"""Refusals that the config of a trigger makes, which somebody may have changed a moment ago."""
+"""Refusals that depend on a trigger's config, which may have changed a moment ago."""
 
 
 class SigningProvider(StrEnum):
-    """Who signs, and how."""
+    """Provider of a signature, or scheme of authentication."""
 
     GITHUB = "github"
     STRIPE = "stripe"
     SLACK = "slack"
     STANDARD_WEBHOOKS = "standard-webhooks"
     HMAC = "hmac"
-    """Somebody else, by a signature that the config describes."""
+    """Any other sender with an HMAC signature that the config describes."""
     BASIC = "basic"
     NONE = "none"
-    """Anybody is let in."""
+    """No verification: every request is accepted."""
 
 
 class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
-    """What a trigger's config says of it."""
+    """`verification` in a trigger's config."""
 
     provider: SigningProvider
     data_source: str | list[str] = ""
@@ -79,7 +79,7 @@ class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
 
     @property
     def scheme(self) -> HmacScheme:
-        """How the sender signs, of `hmac`."""
+        """Signature scheme of the provider `hmac`."""
         return HmacScheme(
             self.header,
             self.algorithm,
@@ -93,16 +93,18 @@ class VerificationConfig(msgspec.Struct, frozen=True, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class VerifiedSignature:
-    """What was found true under the config of a trigger."""
+    """Result of a verification by a trigger's config."""
 
     arrival: SenderRequest
     said: Json
-    """What the config said of verification; None: nothing, and nothing had to be shown."""
+    """`verification` of the config; None when there was none, and none was needed."""
     delivery_key: str | None
-    """What the sender names the delivery by."""
+    """The sender's own id of the delivery."""
 
     async def require_on(self, gateway: GatewayState, ground: RunTarget) -> None:
-        """Verify it once more if the trigger says something else by now; raises what `verify` raises."""
+        """Verify the request again if the target's `verification` has changed; raises the errors of
+        `verify_signature`.
+        """
         says = ground.trigger.config.get(FIELD)
         if says is not None and says != self.said:
             await verify_signature(gateway, ground.workflow, self.arrival)
@@ -117,9 +119,10 @@ async def under_current(
     workflow_id: str,
     use: Callable[[LoadedWorkflow], Awaitable[Used]],
 ) -> Used:
-    """Return what `use` comes to with a workflow as it is run; nothing is refused by a config that is an old one.
+    """Return the result of `use` with the executed definition of a workflow; no refusal rests on an outdated
+    config.
 
-    Raises 404, and whatever `use` raises.
+    Raises 404, and the errors of `use`.
     """
     workflow = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
     try:
@@ -135,7 +138,7 @@ async def under_current(
 
 
 async def _as_it_runs(gateway: GatewayState, workflow: LoadedWorkflow) -> LoadedWorkflow:
-    """Return a workflow with what is deployed, if it is; nothing is taken down about its having been asked for."""
+    """Return a workflow with its deployed definition, if any; unlike a run's lookup, it records no activity."""
     if not workflow.is_deployed:
         return workflow
     statement = select(Deployment).where(
@@ -146,21 +149,21 @@ async def _as_it_runs(gateway: GatewayState, workflow: LoadedWorkflow) -> Loaded
     return workflow if row is None else await gateway.deployed.load(workflow, Deployment(**row))
 
 
-# ── what is sent to it ──────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def build_arrival(
     request: GatewayRequest, query: Mapping[str, Sequence[str]], content: bytes
 ) -> SenderRequest:
-    """Return a request as those see it who know senders; the path may hold a token, and is left out."""
+    """Return a request in the form that sender adapters use; without its path, which may contain a token."""
     headers = RequestHeaders(request.scope["headers"])
     return SenderRequest(request.method, "", query, headers, content, request.gateway.clock())
 
 
 async def message_signature(request: GatewayRequest, kind: str, content: bytes) -> VerifiedSignature | None:
-    """Verify what came for a workflow by its trigger token, where its trigger of a kind says how.
+    """Verify a message sent with a trigger token, if its trigger of a kind requires that.
 
-    None for what came by an API key, which vouches for itself. Raises 400, 401, 404, 422 and 503.
+    None for a request with an API key, which needs no signature. Raises 400, 401, 404, 422 and 503.
     """
     gateway, sender = request.gateway, request.sender
     if sender.token is None:
@@ -179,10 +182,10 @@ async def message_signature(request: GatewayRequest, kind: str, content: bytes) 
 async def verify_signature(
     gateway: GatewayState, workflow: LoadedWorkflow, arrival: SenderRequest
 ) -> VerifiedSignature:
-    """Return that a request is of whom the workflow's trigger says.
+    """Verify a request by the workflow's trigger and return the result.
 
-    Raises 401 where it isn't, 400 where it can't be read, 422 where the trigger doesn't say, or names no secret that
-    can be used, and 503 where that can't be read.
+    Raises 401 for an invalid signature, 400 for a request that can't be parsed, 422 when the trigger has no
+    valid `verification`, and 503 when its secret is missing or can't be read.
     """
     said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
     verification = parse_config(said)
@@ -205,7 +208,7 @@ async def verify_signature(
 
 
 def parse_config(said: Json) -> VerificationConfig:
-    """Return what a trigger says of verification; raises 422 where that is nothing, or nothing that could be meant."""
+    """Return the `verification` of a trigger; raises 422 when it is missing or invalid."""
     if said is None:
         message = (
             "The trigger doesn't say how its senders are told from others: set `verification` in its config, with the"

@@ -1,4 +1,4 @@
-"""The answer that a run gives to whoever has set it off: waited for, and given as what can do no harm from here."""
+"""Responses of workflows to webhook requests: awaited, and sent with headers that make them harmless here."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ POLICY: Final[Mapping[str, str]] = {
     "Content-Security-Policy": "default-src 'none'; sandbox",
     "Referrer-Policy": "no-referrer",
 }
-"""On every answer: what others have written must not run as if it were ours, and the address is a secret."""
+"""Headers of every answer: foreign content must not run with our origin, and the address is a secret."""
 
-# Made once: to put a statement together takes longer than to run it.
+# Built once: construction of the statement takes longer than its execution.
 _IS_ANSWER: Final = and_(
     col(SpanRow.execution_id) == col(Execution.id),
     col(SpanRow.shard) == col(Execution.shard),
@@ -52,17 +52,18 @@ _STANDING: Final = (
 
 @dataclass(frozen=True, slots=True)
 class AwaitedRunState:
-    """Where a run is whose answer is waited for."""
+    """State of an awaited run."""
 
     status: ExecutionStatus
     answer: WebhookResponse | None
-    """The first that it has given."""
+    """First response that the run has given."""
 
 
 async def await_answer(gateway: GatewayState, key: ExecutionKey, seconds: float) -> AwaitedRunState | None:
-    """Return where a run is: as soon as it has answered or ended, else when the time is over; None where there is none.
+    """Return the state of a run once it has answered or ended, or the time is over; None when it doesn't
+    exist.
 
-    Raises 503 where too many wait.
+    Raises 503 when too many requests wait.
     """
     waiting = gateway.waiting
     if waiting.polls >= limits.POLLS_WAITING:
@@ -82,7 +83,7 @@ async def _answer_when_ended(
 ) -> AwaitedRunState | None:
     while True:
         waiter.changed.clear()
-        # Watched before it is read, so that a change in between is heard of.
+        # Watch before the read, so that no change in between is missed.
         if not gateway.waiting.is_watched(key.execution_id):
             await gateway.waiting.watch([key.execution_id])
         standing = await _read_run_state(gateway, key)
@@ -115,10 +116,10 @@ def _read_answer(config: str) -> WebhookResponse:
 
 
 class WorkflowAnswer:
-    """A workflow's answer as an ASGI callable."""
+    """Response of a workflow as an ASGI callable."""
 
     def __init__(self, answer: WebhookResponse, headers: Mapping[str, str]) -> None:
-        """`headers` are ours, and not the workflow's to set."""
+        """Build the response; the server's `headers` override those of the workflow."""
         self._answer = answer
         ours = {name.lower(): value for name, value in headers.items()}
         self._headers = {

@@ -1,4 +1,4 @@
-"""What a webhook trigger takes: whose requests, which events of theirs, and what of them its runs are given."""
+"""Config of webhook triggers: accepted methods, networks and events, and the input of their runs."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 KIND: Final = "webhook"
 PING: Final = "ping"
 _HIDDEN: Final = ("authorization", "cookie", "signature", "secret", "token", "password", "api-key")
-"""What is in the names of headers that hold what opens something."""
+"""Parts of the names of headers that contain secrets."""
 _ENCODING: Final = "content-encoding"
-"""Not of the body that a run is given: that is decompressed."""
+"""Left out: the body of a run's input is decompressed."""
 _TEXTS: Final = frozenset(
     {"application/xml", "application/javascript", "application/yaml", "application/x-ndjson"}
 )
 
 
 class ResponseMode(StrEnum):
-    """When a sender is answered."""
+    """Time of the answer to the sender."""
 
     AT_ONCE = "at-once"
     WHEN_DONE = "when-done"
 
 
 class WebhookConfig(msgspec.Struct, frozen=True, rename="camel"):
-    """The config of a webhook trigger, but for its verification."""
+    """Config of a webhook trigger, without its verification."""
 
     allowed_events: list[str] | None = None
     allowed_networks: list[str] | None = None
@@ -56,30 +56,30 @@ class WebhookConfig(msgspec.Struct, frozen=True, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class WebhookTrigger:
-    """A webhook trigger."""
+    """Webhook trigger with its verification."""
 
     verification: VerificationConfig
     config: WebhookConfig
 
     @property
     def body_limit(self) -> BodyLimit:
-        """Limit of a body that the trigger takes."""
+        """Limit of a body that the trigger accepts."""
         return BodyLimit(self.config.max_body_bytes, "`maxBodyBytes` of the trigger")
 
     def require_method(self, method: str) -> None:
-        """Raise 405 for a method that the trigger doesn't take."""
+        """Raise 405 for a method that the trigger doesn't accept."""
         if method not in self.config.methods:
             raise errors.method_not_allowed(self.config.methods)
 
     def require_network(self, address: str) -> None:
-        """Raise 403 for a sender from elsewhere than the trigger allows."""
+        """Raise 403 for a sender outside the networks that the trigger allows."""
         networks = self.config.allowed_networks
         if networks is not None and not any(_is_in(address, network) for network in networks):
             message = "The trigger takes nothing from the address that this came from"
             raise ApiError(403, "network-not-allowed", message)
 
     def runs_for(self, event_type: str | None) -> bool:
-        """Tell whether an event runs the workflow."""
+        """Return whether an event type runs the workflow."""
         allowed = self.config.allowed_events
         if allowed is None:
             return not (self.verification.provider is SigningProvider.GITHUB and event_type == PING)
@@ -87,7 +87,7 @@ class WebhookTrigger:
 
 
 def read_webhook(workflow: LoadedWorkflow) -> WebhookTrigger:
-    """Return the webhook trigger of a workflow; raises 422 where it has none, or one that takes nothing."""
+    """Return the webhook trigger of a workflow; raises 422 when it has none, or an invalid one."""
     trigger = workflow.trigger
     if trigger is None or trigger.kind != KIND:
         raise errors.no_such_trigger(KIND)
@@ -109,20 +109,20 @@ def _is_in(address: str, network: str) -> bool:
         return False
 
 
-# ── what was sent ───────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class ParsedWebhookRequest:
-    """What a request says."""
+    """Event type and body of a request."""
 
     event_type: str | None
-    """In the sender's own words, as far as it has any."""
+    """Event type in the provider's own terms, if it has one."""
     body: Json
 
 
 def parse_request(hook: WebhookTrigger, arrival: SenderRequest) -> ParsedWebhookRequest | UrlChallenge:
-    """Return what a request says; raises `Refused`."""
+    """Return the event type and body of a request, or its challenge; raises `RequestRefused`."""
     match hook.verification.provider:
         case SigningProvider.GITHUB:
             name = arrival.headers.single("X-GitHub-Event")
@@ -138,7 +138,7 @@ def parse_request(hook: WebhookTrigger, arrival: SenderRequest) -> ParsedWebhook
 
 
 def build_input(hook: WebhookTrigger, arrival: SenderRequest, body: Json) -> dict[str, Json]:
-    """Return what the trigger node of a run gives out."""
+    """Return the output of the trigger node."""
     query: dict[str, Json] = {
         sender_event.storable_text(name): _one_or_all([sender_event.storable_text(value) for value in values])
         for name, values in arrival.query.items()
@@ -153,7 +153,7 @@ def build_input(hook: WebhookTrigger, arrival: SenderRequest, body: Json) -> dic
 
 
 def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
-    """Return the headers that a run may see; several of a name are one list to HTTP."""
+    """Return the headers that a run may see; several of one name become one list, as HTTP defines."""
     own = {hook.verification.header.lower()} if hook.verification.provider is SigningProvider.HMAC else set()
     return {
         name: ", ".join(headers.values(name))
@@ -163,7 +163,7 @@ def _headers(hook: WebhookTrigger, headers: RequestHeaders) -> dict[str, Json]:
 
 
 def _body(arrival: SenderRequest) -> Json:
-    """Return a body as what it is said to be."""
+    """Return a body, decoded by its media type."""
     name = arrival.media_type.name
     if not arrival.body:
         return {}
