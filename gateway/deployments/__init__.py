@@ -1,1 +1,1 @@
-"""Deployments as clients see them: asked for, woken, and told about."""
+"""Deployments in the API: deploy, start, stop, trigger, and lifecycle policies."""

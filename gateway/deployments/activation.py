@@ -1,8 +1,8 @@
-"""How a deployment is there for whoever needs it: one lookout for each, shared by all who wait for it here.
+"""Activation of deployments: requests of this gateway that wait for the same deployment share one watch.
 
-Callers wait until a pod has taken the run, not until the pod is ready. A forwarded run is a wakeup: if the pod refuses
-it, nothing is lost, because the rows hold all work, whoever starts or stops the deployment meanwhile. The watch of
-deployments wakes the deployment as often as that takes, and reports reasons that keep its pods away.
+Callers wait until a pod has taken the run, not until the pod is ready. A forwarded run is a wakeup: if the
+pod refuses it, nothing is lost, because the rows hold all work, no matter who starts or stops the deployment
+meanwhile. The watch wakes the deployment as often as needed, and reports reasons that keep its pods away.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 0.25
-"""How often a deployment is looked at that somebody waits for, on average."""
+"""Mean seconds between two checks of a watched deployment."""
 READ_SECONDS: Final = 1.0
-"""How long it can go unnoticed that a run was taken, where nobody says so."""
+"""Mean seconds between two reads of a run's state, in case the notification of its claim is lost."""
 PATIENCE_SECONDS: Final = 0.25
-"""How long pods that are there may take to take a run before anybody looks after them."""
+"""Seconds for which ready pods may take to claim a run before the watch of their deployment begins."""
 HEARD_SECONDS: Final = 60.0
 MAX_HEARD: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class StartFailure:
-    """The pods of a deployment can't start."""
+    """Permanent failure: the pods of a deployment can't start."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class StartBlockage:
-    """The pods of a deployment start when the cluster has room for them."""
+    """Temporary failure: the pods of a deployment start once the cluster has capacity for them."""
 
     reason: str
 
@@ -69,7 +69,7 @@ BadNews: TypeAlias = StartFailure | StartBlockage | StartRefusal
 
 
 class PodUnavailable(Exception):
-    """No pod will come for now; a run that was accepted for one waits for another time."""
+    """Error for a run without a pod; an accepted run stays pending for later."""
 
     def __init__(self, news: BadNews) -> None:
         super().__init__(str(news))
@@ -78,16 +78,16 @@ class PodUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class CountedDeployment:
-    """A deployment that something has come for."""
+    """Deployment whose activity was recorded for an inbound run."""
 
     deployment: Deployment
     refusal: StartRefusal | None
-    """Why it may not start for that now."""
+    """Reason why it may not start for that run now."""
 
 
 @dataclass(slots=True, eq=False)
 class DeploymentWatch:
-    """The look after one deployment, and how many need it."""
+    """Watch over one deployment, and the number of requests that need it."""
 
     bad_news: asyncio.Future[BadNews] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -97,7 +97,7 @@ class DeploymentWatch:
 
 
 class DeploymentActivator:
-    """Everybody who waits for deployments at this gateway."""
+    """Requests at this gateway that wait for deployments."""
 
     def __init__(self, database: Database, broker: Broker, waiting: ExecutionPollHub) -> None:
         self._database = database
@@ -106,26 +106,26 @@ class DeploymentActivator:
         self._counts: GroupCommit[str, Deployment | None] = GroupCommit(self._count)
         self._wakes: GroupCommit[str, None] = GroupCommit(self._wake)
         self._queues: Counter[str] = Counter()
-        self._lookouts: dict[str, DeploymentWatch] = {}
+        self._watches: dict[str, DeploymentWatch] = {}
         self._waiters: dict[str, set[asyncio.Future[bool]]] = {}
         self._heard: TTLCache[str, bool] = TTLCache(HEARD_SECONDS, MAX_HEARD)
-        """Runs that were taken, maybe before anybody waited for that."""
+        """Runs that pods have taken, possibly before any request waited for that."""
         self._is_released = False
 
     async def start(self) -> None:
-        """Hear of runs that are taken."""
-        await self._broker.listen(self._noticed)
+        """Subscribe to notifications of taken runs."""
+        await self._broker.listen(self._receive)
 
     def release(self) -> None:
-        """Let everybody go: the process is about to end."""
+        """End all waits, because the process is about to stop."""
         self._is_released = True
         for execution_id in list(self._waiters):
-            self._tell(execution_id, is_taken=False)
+            self._notify(execution_id, is_taken=False)
 
     async def close(self) -> None:
-        """Let everybody go, and finish what is being counted."""
+        """End all waits, and finish the pending writes."""
         self.release()
-        tasks = [lookout.task for lookout in self._lookouts.values() if lookout.task is not None]
+        tasks = [watch.task for watch in self._watches.values() if watch.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -134,19 +134,20 @@ class DeploymentActivator:
 
     @property
     def has_waiting_requests(self) -> bool:
-        """Whether anybody waits for any deployment."""
+        """Whether any request waits for a deployment."""
         return bool(self._queues)
 
-    # ── asking for a deployment ─────────────────────────────────────────────────────────────────────────────
+    # ── requests for a deployment ───────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def queue(self, workflow_id: str) -> Iterator[None]:
-        """Count whoever wants something run by a deployment, until that is taken."""
+        """Count a request for a deployment until its run is taken."""
         self._queues[workflow_id] += 1
         try:
             yield
         except (asyncio.CancelledError, ClientDisconnect):
-            # Whoever waited has gone, maybe before anybody was woken; the run may be accepted all the same.
+            # The client may have gone before the deployment was woken, and its run may be accepted all the
+            # same.
             self.wake_deployment(workflow_id)
             raise
         finally:
@@ -155,9 +156,9 @@ class DeploymentActivator:
                 del self._queues[workflow_id]
 
     async def ask(self, workflow_id: str) -> Deployment:
-        """Take down that something has come for a deployment, and return it.
+        """Record activity of a deployment, and return it.
 
-        Raises 409 where it may not be started, and 503 where too many wait for that already.
+        Raises 409 where it may not be started, and 503 where too many requests already wait for its start.
         """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
@@ -169,7 +170,9 @@ class DeploymentActivator:
         return deployment
 
     async def count(self, workflow_id: str) -> CountedDeployment | None:
-        """Take down that something has come for a deployment that nobody waits for; None where it isn't deployed."""
+        """Record activity of a deployment for a run without a waiting client; None for a workflow that isn't
+        deployed.
+        """
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             return None
@@ -184,13 +187,13 @@ class DeploymentActivator:
         )
 
     async def count_several(self, workflow_ids: Sequence[str]) -> Mapping[str, CountedDeployment]:
-        """Do the same for several at once; those that aren't deployed are left out."""
+        """Record activity of several deployments at once; omits workflows that aren't deployed."""
         found = await wakes.record_activities(self._database, workflow_ids)
-        asleep = [workflow_id for workflow_id, one in found.items() if not wakes.is_desired(one)]
+        stopped = [workflow_id for workflow_id, one in found.items() if not wakes.is_desired(one)]
         seen: Mapping[str, DeploymentActivity] = {}
-        if asleep:
+        if stopped:
             async with self._database.read() as connection:
-                seen = await activity.read_activities(connection, asleep)
+                seen = await activity.read_activities(connection, stopped)
         counted = {
             workflow_id: CountedDeployment(deployment, None) for workflow_id, deployment in found.items()
         }
@@ -200,7 +203,7 @@ class DeploymentActivator:
         return counted
 
     def wake_deployment(self, workflow_id: str) -> None:
-        """Wake a deployment for a run that nobody waits for; what fails here, the scheduler sees to."""
+        """Wake a deployment for a run without a waiting client. If this fails, the scheduler wakes it."""
         self._wakes.submit(workflow_id)
 
     async def _check_policy(self, workflow_id: str) -> None:
@@ -219,19 +222,20 @@ class DeploymentActivator:
     async def _wake(self, batch: Sequence[str]) -> Sequence[None]:
         for workflow_id in dict.fromkeys(batch):
             try:
-                await self._look(workflow_id, is_first=True)
+                await self._check_deployment(workflow_id, is_first=True)
             except DatabaseUnavailable as error:
                 log.debug("deployment not woken", workflow_id=workflow_id, error=str(error))
         return [None] * len(batch)
 
-    # ── waiting for it ──────────────────────────────────────────────────────────────────────────────────────
+    # ── waiting for a pod ───────────────────────────────────────────────────────────────────────────────────
 
     async def taken(
         self, key: ExecutionKey, workflow_id: str, *, is_new: bool, is_ready: bool, seconds: float
     ) -> bool:
-        """Wake the deployment for a run, and tell whether somebody has taken that in time; raises `NoPod`.
+        """Wake the deployment for a run, and return whether the run was taken in time. Raises
+        `PodUnavailable`.
 
-        `is_new` for one that was just accepted here, `is_ready` where pods were there.
+        `is_new` for a run that was just accepted here, `is_ready` if the deployment had ready pods.
         """
         if not is_new and await self._has_begun(key):
             return True
@@ -241,25 +245,27 @@ class DeploymentActivator:
                     if is_ready:
                         await asyncio.wait({waiter}, timeout=PATIENCE_SECONDS)
                     if not waiter.done():
-                        await self._looked_after(key, workflow_id, waiter)
+                        await self._wait_for_claim(key, workflow_id, waiter)
             except TimeoutError:
                 return False
             return waiter.result() if waiter.done() else True
 
-    async def _looked_after(self, key: ExecutionKey, workflow_id: str, waiter: asyncio.Future[bool]) -> None:
-        """Return once a run is taken."""
-        with self._lookout(workflow_id) as lookout:
-            news: set[asyncio.Future[Any]] = {waiter, lookout.bad_news}
+    async def _wait_for_claim(
+        self, key: ExecutionKey, workflow_id: str, waiter: asyncio.Future[bool]
+    ) -> None:
+        """Watch the deployment and return once a run is taken. Raises `PodUnavailable`."""
+        with self._shared_watch(workflow_id) as watch:
+            news: set[asyncio.Future[Any]] = {waiter, watch.bad_news}
             while True:
                 await asyncio.wait(
                     news,
-                    timeout=READ_SECONDS * random.uniform(0.5, 1.5),  # noqa: S311 - keeps them apart
+                    timeout=READ_SECONDS * random.uniform(0.5, 1.5),  # noqa: S311 - spreads load
                     return_when=asyncio.FIRST_COMPLETED,
                 )
                 if waiter.done() or await self._has_begun(key):
                     return
-                if lookout.bad_news.done():
-                    raise PodUnavailable(lookout.bad_news.result())
+                if watch.bad_news.done():
+                    raise PodUnavailable(watch.bad_news.result())
 
     async def _has_begun(self, key: ExecutionKey) -> bool:
         progress = await self._waiting.progress(key, 0)
@@ -269,7 +275,7 @@ class DeploymentActivator:
 
     @contextmanager
     def _waiter(self, execution_id: str) -> Iterator[asyncio.Future[bool]]:
-        """Lend what tells whether a run was taken, once it is or everybody has to go."""
+        """Yield a future with whether the run was taken, false if the process stops first."""
         waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         if self._is_released or self._heard.get(execution_id) is not None:
             waiter.set_result(not self._is_released)
@@ -282,68 +288,70 @@ class DeploymentActivator:
             if not waiters:
                 self._waiters.pop(execution_id, None)
 
-    def _noticed(self, notification: Notification) -> None:
+    def _receive(self, notification: Notification) -> None:
         for execution_id in taken_runs.parse_taken_runs(notification):
             self._heard.put(execution_id, value=True)
-            self._tell(execution_id, is_taken=True)
+            self._notify(execution_id, is_taken=True)
 
-    def _tell(self, execution_id: str, *, is_taken: bool) -> None:
+    def _notify(self, execution_id: str, *, is_taken: bool) -> None:
         for waiter in self._waiters.get(execution_id, ()):
             if not waiter.done():
                 waiter.set_result(is_taken)
 
-    # ── looking out ─────────────────────────────────────────────────────────────────────────────────────────
+    # ── watching deployments ────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
-    def _lookout(self, workflow_id: str) -> Iterator[DeploymentWatch]:
-        """Have a deployment looked after, by one for all, for as long as the context lasts."""
-        lookout = self._lookouts.get(workflow_id)
-        if lookout is None:
-            lookout = self._lookouts[workflow_id] = DeploymentWatch()
-            lookout.task = asyncio.create_task(self._look_after(workflow_id, lookout))
-        lookout.waiting += 1
+    def _shared_watch(self, workflow_id: str) -> Iterator[DeploymentWatch]:
+        """Watch a deployment while the context lasts; all contexts share one watch."""
+        watch = self._watches.get(workflow_id)
+        if watch is None:
+            watch = self._watches[workflow_id] = DeploymentWatch()
+            watch.task = asyncio.create_task(self._keep_awake(workflow_id, watch))
+        watch.waiting += 1
         try:
-            yield lookout
+            yield watch
         finally:
-            lookout.waiting -= 1
-            if not lookout.waiting:
-                self._end(workflow_id, lookout)
+            watch.waiting -= 1
+            if not watch.waiting:
+                self._end(workflow_id, watch)
 
-    def _end(self, workflow_id: str, lookout: DeploymentWatch) -> None:
-        """Let whoever comes next have a lookout of their own."""
-        if self._lookouts.get(workflow_id) is lookout:
-            del self._lookouts[workflow_id]
-        if lookout.task is not None:
-            lookout.task.cancel()
+    def _end(self, workflow_id: str, watch: DeploymentWatch) -> None:
+        """End a watch, so that the next request starts a new one."""
+        if self._watches.get(workflow_id) is watch:
+            del self._watches[workflow_id]
+        if watch.task is not None:
+            watch.task.cancel()
 
-    async def _look_after(self, workflow_id: str, lookout: DeploymentWatch) -> None:
+    async def _keep_awake(self, workflow_id: str, watch: DeploymentWatch) -> None:
         news: BadNews | None = None
         is_first = True
         while news is None:
             try:
-                news = await self._look(workflow_id, is_first=is_first)
+                news = await self._check_deployment(workflow_id, is_first=is_first)
                 is_first = False
             except DatabaseUnavailable as error:
-                log.debug("deployment not looked after", workflow_id=workflow_id, error=str(error))
+                log.debug("deployment not checked", workflow_id=workflow_id, error=str(error))
             except Exception:
-                log.exception("deployment not looked after", workflow_id=workflow_id)
+                log.exception("deployment not checked", workflow_id=workflow_id)
             if news is None:
-                await asyncio.sleep(LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - keeps them apart
-        lookout.bad_news.set_result(news)
-        lookout.task = None
-        self._end(workflow_id, lookout)
+                await asyncio.sleep(LOOK_SECONDS * random.uniform(0.5, 1.5))  # noqa: S311 - spreads load
+        watch.bad_news.set_result(news)
+        watch.task = None
+        self._end(workflow_id, watch)
 
-    async def _look(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
-        """Wake a deployment that has no pods, or is to lose them; after the first look, they should be coming."""
+    async def _check_deployment(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
+        """Wake a deployment that is stopped or about to stop. Checks after the first expect its pods to
+        start.
+        """
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)
         if seen is None or not seen.deployment.is_deployed:
-            return None  # its runs are any worker's now
+            return None  # its runs belong to the workers now
         deployment = seen.deployment
         has_failed = wakes.has_failed(deployment)
         if not is_first and (has_failed or deployment.stopped_reason == StoppedReason.FAILED):
             reason = deployment.failed_reason or deployment.observed_reason
-            return StartFailure(reason or "it is not known why")
+            return StartFailure(reason or "unknown reason")
         if wakes.is_desired(deployment) and not has_failed:
             blocked_reason = None if is_first else wakes.blocked_reason(deployment)
             return None if blocked_reason is None else StartBlockage(blocked_reason)
@@ -357,7 +365,7 @@ class DeploymentActivator:
 
 
 def refuse_start(refusal: StartRefusal) -> ApiError:
-    """Return the answer about a run that can't have its deployment."""
+    """Return the error response for a run whose deployment may not start."""
     match refusal.code:
         case StartRefusalCode.NOT_DEPLOYED:
             return errors.not_deployed()

@@ -1,4 +1,6 @@
-"""What is deployed, as runs need it: a workflow's own graph may have been edited since, and these are kept by hash."""
+"""Definitions of deployments, loaded by hash, because a workflow's own graph may have changed since its
+deploy.
+"""
 
 from __future__ import annotations
 
@@ -30,16 +32,16 @@ if TYPE_CHECKING:
 KEPT_SECONDS: Final = 3_600.0
 MAX_KEPT: Final = 200
 MAX_KEPT_CHARACTERS: Final = 500_000
-"""Longer ones are read again each time."""
+"""Longer definitions are read again each time."""
 
 
 class DefinitionMissing(Exception):
-    """What is deployed has no text any more."""
+    """Deployed definition without a stored text."""
 
 
 @dataclass(frozen=True, slots=True)
 class DeployedDefinition:
-    """One definition."""
+    """Definition of a deployment, as runs need it."""
 
     text: str
     settings: Mapping[str, Json]
@@ -48,7 +50,7 @@ class DeployedDefinition:
 
 
 class DeployedDefinitions:
-    """Those that this process has used of late."""
+    """Cache of the deployed definitions that this process has used recently."""
 
     def __init__(self, database: Database, catalog: NodeCatalog) -> None:
         self._database = database
@@ -56,7 +58,7 @@ class DeployedDefinitions:
         self._kept: TTLCache[DefinitionKey, DeployedDefinition] = TTLCache(KEPT_SECONDS, MAX_KEPT)
 
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
-        """Return a workflow with what is deployed in the place of its own definition; raises `DefinitionLost`."""
+        """Return a workflow with the deployed definition in place of its own. Raises `DefinitionMissing`."""
         if workflow.definition_hash == deployment.definition_hash:
             return replace(workflow, validation=ValidationResult())
         deployed = await self._load(
@@ -69,14 +71,14 @@ class DeployedDefinitions:
             timeout_seconds=RunSettings.from_stored(deployed.settings).timeout_seconds,
             definition=deployed.text,
             definition_hash=deployment.definition_hash,
-            # It was valid when it was deployed.
+            # It was validated when it was deployed.
             validation=ValidationResult(),
             trigger=deployed.trigger,
             total_nodes=deployed.total_nodes,
         )
 
     async def trigger_kind(self, key: DefinitionKey) -> str:
-        """Return what kind of event the trigger node of a deployed definition takes; raises `DefinitionLost`."""
+        """Return the kind of the trigger node of a deployed definition. Raises `DefinitionMissing`."""
         trigger = (await self._load(key)).trigger
         return trigger.kind if trigger else definition_snapshot.MANUAL_KIND
 
@@ -93,7 +95,7 @@ class DeployedDefinitions:
             found = await connection.scalar(text)
         if found is None:
             raise DefinitionMissing(f"The definition {key.hash} is deployed, and not stored")
-        # In a thread: others are served while a large graph is gone through.
+        # In a thread, so that other requests are served while a large graph is decoded.
         deployed = await asyncio.to_thread(_deployed, found, self._catalog)
         if len(found) <= MAX_KEPT_CHARACTERS:
             self._kept.put(key, deployed)

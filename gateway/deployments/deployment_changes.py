@@ -1,4 +1,4 @@
-"""What is asked of deployments: changed with a trace of who asked, told to the deployer, and waited for."""
+"""Changes of deployments that users request: applied, audited, sent to the deployer, and waited for."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ async def deploy_workflow(
     version: int,
     token_id: str,
 ) -> Deployment:
-    """Have what a snapshot holds deployed, in the transaction of `connection`, which may be run again."""
+    """Deploy the definition of a snapshot in the transaction of `connection`, which may be repeated."""
     workflow = stored.workflow
     text = await asyncio.to_thread(_pinned, snapshot)
     order = DeployRequest(
@@ -76,7 +76,7 @@ async def undeploy_workflow(
     *,
     reason: StoppedReason | None = None,
 ) -> None:
-    """Have a deployment taken away, in the transaction of `connection`; its runs are the workers' from then on."""
+    """Undeploy a workflow in the transaction of `connection`; its runs belong to the workers from then on."""
     before = await desired_state.find_deployment(connection, workflow_id)
     after = await desired_state.undeploy_workflow(
         connection, workflow_id, user_id=request.caller.user_id, reason=reason
@@ -88,7 +88,9 @@ async def undeploy_workflow(
 async def change_deployment(
     request: GatewayRequest, action: AuditAction, decide: Decide, *, replicas: int | None = None
 ) -> Deployment:
-    """Do to the deployment of the path what is decided about it; raises 404, 403, and 409 where there is none."""
+    """Apply a decision to the deployment of the path. Raises 404, 403, and 409 if the workflow isn't
+    deployed.
+    """
     workflow_id = request.path_params["id"]
 
     async def work(connection: AsyncConnection) -> Deployment:
@@ -111,7 +113,7 @@ async def change_deployment(
 
 
 async def notify_deployer(gateway: GatewayState, workflow_id: str) -> None:
-    """Tell the deployer, and the workers, whose runs may have become; to be done after the commit."""
+    """Notify the deployer, and the workers, which may have received its runs. Call it after the commit."""
     await wakeups.wake_deployer(gateway.broker, workflow_id)
     gateway.acceptances.wake_workers()
 
@@ -119,7 +121,7 @@ async def notify_deployer(gateway: GatewayState, workflow_id: str) -> None:
 async def await_state(
     gateway: GatewayState, workflow_id: str, is_reached: Callable[[Deployment], bool]
 ) -> Deployment | None:
-    """Return where a deployment is: once it has got to where it is wanted, or failed, or the time is over."""
+    """Return a deployment once it has reached a state, failed or is blocked, or the time is over."""
     waiting, key = gateway.waiting, reconcile_payload(workflow_id)
     with waiting.waiter(key) as waiter:
         timer = asyncio.get_running_loop().call_later(gateway.settings.settle_seconds, waiter.end)
@@ -140,12 +142,12 @@ async def await_state(
 
 
 def has_failed(deployment: Deployment) -> bool:
-    """Tell whether its pods can't start."""
+    """Return whether its pods can't start."""
     return status_of(deployment) is DeploymentStatus.FAILED
 
 
 def fresh_token_id() -> str:
-    """Return an id for the token of a deploy, made before its transaction."""
+    """Return an ID for the token of a deploy, created before its transaction."""
     return deployment_token.new_token_id()
 
 
@@ -173,7 +175,7 @@ async def _record(
 
 
 def _content_hash(deployment: Deployment | None) -> str | None:
-    """Return the SHA-256 of what is wanted; None where nothing is."""
+    """Return the SHA-256 of the desired state, or None for a workflow that isn't deployed."""
     if deployment is None or not deployment.is_deployed:
         return None
     wanted = {

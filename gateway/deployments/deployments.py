@@ -1,4 +1,4 @@
-"""Workflows with compute of their own: deployed and undeployed, stopped and started, and how their pods are."""
+"""Workflows with pods of their own: deploy, undeploy, start, stop, and read their state and logs."""
 
 from __future__ import annotations
 
@@ -32,37 +32,37 @@ if TYPE_CHECKING:
     from models.workflow import WorkflowVersion
 
 LINES: Final = IntegerParameter(
-    "limit", "How many lines are shown, the last ones.", 100, minimum=1, maximum=limits.POD_LOG_LINES
+    "limit", "Number of last lines to show.", 100, minimum=1, maximum=limits.POD_LOG_LINES
 )
 
 
 class DeployVersion(StrictWire):
-    """The version that is wanted."""
+    """Body of a request to deploy a version."""
 
     version: Annotated[int, Meta(ge=1, le=limits.VERSIONS)]
 
 
 class StartDeployment(GuardedWire):
-    """How many pods are wanted."""
+    """Body of a request to start a deployment."""
 
     replicas: Annotated[int, Meta(ge=1, le=MAX_REPLICAS)] = 1
 
 
 class DeployResult(WireStruct):
-    """What became of a deploy, so far."""
+    """State of a deployment after a request to deploy it."""
 
     message: str
     workflow_id: str
     status: WorkflowStatus
     deployment_status: DeploymentStatus
     version: int
-    """Of the workflow, whose definition is deployed."""
+    """Version of the workflow whose definition is deployed."""
     reason: str | UnsetType = UNSET
-    """What keeps its pods from starting."""
+    """Reason why its pods can't start."""
 
 
 class UndeployResult(WireStruct):
-    """What became of an undeploy, so far."""
+    """State of a deployment after a request to undeploy it."""
 
     message: str
     workflow_id: str
@@ -71,76 +71,78 @@ class UndeployResult(WireStruct):
 
 
 class StopResult(WireStruct):
-    """What became of a stop, so far."""
+    """State of a deployment after a request to stop it."""
 
     workflow_id: str
     deployment_status: DeploymentStatus
 
 
 class StartResult(WireStruct):
-    """What became of a start, so far."""
+    """State of a deployment after a request to start it."""
 
     workflow_id: str
     deployment_status: DeploymentStatus
     replicas: int
-    """Pods that are wanted."""
+    """Desired number of pods."""
     reason: str | UnsetType = UNSET
-    """What keeps them from starting."""
+    """Reason why its pods can't start."""
 
 
 class DeploymentShape(WireStruct):
-    """Where a workflow and its deployment are: what is wanted, next to what was last seen of it."""
+    """Desired and last observed state of a workflow's deployment."""
 
     workflow_id: str
     status: WorkflowStatus
     deployment_status: DeploymentStatus
     stopped_reason: StoppedReason | None
-    """Why it is down; null while it is up, and where it isn't deployed."""
+    """Reason why it is stopped; null while it runs or isn't deployed."""
     reason: str | None
-    """What keeps its pods from starting, or the cluster from answering."""
+    """Reason why its pods can't start, or why the cluster can't be reached."""
     reason_code: str | None
-    """The same as one word, such as `quota`, `unschedulable`, `image-pull` or `node-not-ready`."""
+    """Code of the reason, such as `quota`, `unschedulable`, `image-pull` or `node-not-ready`."""
     replicas: int
-    """Pods that are wanted."""
+    """Desired number of pods."""
     ready_replicas: int
-    """Pods that take runs."""
+    """Pods that accept runs."""
     version: int | None
-    """Of the workflow, whose definition is deployed; null where none is."""
+    """Version of the workflow whose definition is deployed; null if none is."""
     definition_hash: str | None
-    """Of what is deployed."""
+    """Hash of the deployed definition."""
     ready_definition_hash: str | None
-    """Of what the pods that take runs were started with: another one until they are replaced."""
+    """Hash of the definition in the ready pods, which differs until they are replaced."""
     drain_until: Instant | None
-    """It takes no further runs, and those that go on may until then."""
+    """Until then its running executions may finish; it accepts no new ones."""
     observed_at: Instant | None
-    """Since when its pods are so."""
+    """Time at which its pods entered their present state."""
     updated_at: Instant | None
-    """When something else was wanted of it last."""
+    """Time at which its desired state last changed."""
 
 
 class PodLine(WireStruct):
-    """What a pod has written."""
+    """Line of a pod's log."""
 
     pod: str
     at: str | None
-    """Null where the cluster keeps no times."""
+    """Null if the cluster records no times."""
     text: str
 
 
 class PodLog(WireStruct):
-    """The last lines of a workflow's pods, the oldest first."""
+    """Last log lines of a workflow's pods, oldest first."""
 
     workflow_id: str
     lines: Sequence[PodLine]
 
 
-# ── wanted ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── desired state ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def deploy(request: GatewayRequest) -> JsonResponse:
-    """Deploy a workflow as it stands: its runs then go to pods of its own, started by the one definition.
+    """Deploy the current version of a workflow: its runs then execute in pods of its own, all with this
+    definition.
 
-    It becomes active, which takes a graph that can run. Deployed again, pods are replaced one by one.
+    The workflow becomes active, so its graph must be valid. Deploying it again replaces its pods one by
+    one.
     """
     token_id = deployment_changes.fresh_token_id()
 
@@ -157,7 +159,7 @@ async def deploy(request: GatewayRequest) -> JsonResponse:
 
 
 async def deploy_version(request: GatewayRequest) -> JsonResponse:
-    """Deploy a version of a workflow, such as the one before; the workflow itself stays as it is."""
+    """Deploy a given version of a workflow, such as the previous one; the workflow itself doesn't change."""
     wanted = (await decode_body(request, DeployVersion)).version
     token_id = deployment_changes.fresh_token_id()
 
@@ -179,7 +181,7 @@ def _active(before: StoredWorkflow) -> StoredWorkflow:
 
 
 def _require_runnable(version: WorkflowVersion, request: GatewayRequest) -> None:
-    """Raise 422 for a version that can't run, or not with the nodes that there are now."""
+    """Raise 422 for a version that is invalid, or not valid with the present node types."""
     snapshot = version.snapshot
     graph_shapes.require_valid(
         definition_snapshot.check_graph(snapshot["nodes"], snapshot["connections"], request.gateway.catalog)
@@ -204,7 +206,7 @@ async def _deployed(request: GatewayRequest, stored: StoredWorkflow) -> JsonResp
 
 
 async def undeploy(request: GatewayRequest) -> JsonResponse:
-    """Take a workflow's pods away for good; it becomes a draft, and runs taken in go to the workers.
+    """Remove a workflow's pods for good; it becomes a draft, and workers execute its accepted runs.
 
     An archived workflow stays archived.
     """
@@ -234,9 +236,11 @@ def _draft(before: StoredWorkflow) -> StoredWorkflow:
 
 
 async def stop(request: GatewayRequest) -> JsonResponse:
-    """Stop a workflow's pods: no new run enters, those that go on get a minute to end, and then are put back.
+    """Stop a workflow's pods: new runs don't start, and running ones have a minute to finish before they
+    return to the queue.
 
-    The deployment stays, and starts again by `start`, or for the next run where its lifecycle policy says so.
+    The deployment remains. It starts again by `start`, or for the next run if its lifecycle policy allows
+    that.
     """
     deployment = await deployment_changes.change_deployment(request, AuditAction.WORKFLOW_STOPPED, _stopped)
     await deployment_changes.notify_deployer(request.gateway, deployment.workflow_id)
@@ -254,7 +258,7 @@ def _stopped(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 async def start(request: GatewayRequest) -> JsonResponse:
-    """Start a stopped workflow, which is much faster than to deploy it; or change how many pods it has."""
+    """Start a stopped workflow, which is much faster than deploying it, or change its number of pods."""
     replicas = (await decode_body(request, StartDeployment)).replicas
 
     def started(seen: DeploymentActivity) -> LifecycleVerdict:
@@ -280,11 +284,11 @@ async def start(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(shape, status=200 if deployment is not None and _is_running(deployment) else 202)
 
 
-# ── seen ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── observed state ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show where a workflow and its deployment are."""
+    """Show the desired and observed state of a workflow's deployment."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         deployment = await desired_state.find_deployment(connection, stored.workflow.id)
@@ -311,7 +315,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def logs(request: GatewayRequest) -> JsonResponse:
-    """Show the last lines that a workflow's pods have written themselves; what runs have logged stands with them."""
+    """Show the last log lines of a workflow's pods themselves; logs of runs are part of their executions."""
     limit = request.query[LINES]
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
@@ -327,7 +331,7 @@ async def logs(request: GatewayRequest) -> JsonResponse:
 
 
 def _is_running(deployment: Deployment) -> bool:
-    """Tell whether all pods are there, as was seen since something was wanted last."""
+    """Return whether all desired pods are ready, as observed since the last change of the desired state."""
     return (
         status_of(deployment) is DeploymentStatus.RUNNING
         and deployment.observed_generation == deployment.generation
@@ -335,7 +339,7 @@ def _is_running(deployment: Deployment) -> bool:
     )
 
 
-# Somebody else, or a run that came, may want the opposite meanwhile: then there is nothing to wait for.
+# Another user or a new run may meanwhile ask for the opposite state. Then waiting is pointless.
 
 
 def _is_up_or_overtaken(deployment: Deployment) -> bool:

@@ -1,4 +1,4 @@
-"""Discover: how an application triggers the workflows that are its own."""
+"""Discover: the deployed workflows of an application, with the URLs that trigger them."""
 
 from __future__ import annotations
 
@@ -29,43 +29,41 @@ if TYPE_CHECKING:
     from gateway.settings import GatewaySettings
     from models.access import ApiCaller
 
-APP_ID: Final = TextParameter(
-    "appId", "What stands as `config.appId` in the application's workflows; needed."
-)
+APP_ID: Final = TextParameter("appId", "Value of `config.appId` in the application's workflows; required.")
 LOCAL_NAMESPACE: Final = "local"
 
 
 class TriggerEndpoints(WireStruct):
-    """How a workflow is triggered."""
+    """Trigger URL of a workflow."""
 
     proxy_url: str = msgspec.field(name="proxy_url")
-    """Leads to this server, which takes the same body and key as the trigger of the workflow, and wakes it."""
+    """URL at this server that accepts the body and key of the workflow's trigger, and wakes the workflow."""
     method: str = "POST"
 
 
 class PodLocation(WireStruct):
-    """Where the pods of a workflow are."""
+    """Location of a workflow's pods."""
 
     pod_name: str = msgspec.field(name="pod_name")
-    """What the names of its pods begin with."""
+    """Prefix of the names of its pods."""
     namespace: str
 
 
 class DiscoveredWorkflow(WireStruct):
-    """A deployed workflow of an application."""
+    """Deployed workflow of an application."""
 
     id: str
     name: str
     description: str
     trigger_type: str = msgspec.field(name="trigger_type")
-    """What kind of event its trigger node takes."""
+    """Kind of its trigger node."""
     mode: str
     endpoints: TriggerEndpoints
     deployment: PodLocation
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the active, deployed workflows of an application, and how to trigger each."""
+    """List the active, deployed workflows of an application with their trigger URLs."""
     app_id = request.query[APP_ID]
     if app_id is None:
         raise invalid_query("appId", "required", "appId is required")
@@ -94,7 +92,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def _deployed(
     connection: AsyncConnection, caller: ApiCaller, app_id: str
 ) -> Sequence[Row[*tuple[Any, ...]]]:
-    """Return those that the caller may trigger, the newest first."""
+    """Return the deployed workflows of an application that the caller may trigger, newest first."""
     rows = await connection.execute(
         select(
             *(col(Workflow.id), col(Workflow.name), col(Workflow.description)),

@@ -1,4 +1,4 @@
-"""When a deployed workflow has compute of its own: its policy, what was decided by it, and what another would do."""
+"""Lifecycle policy of a deployed workflow: read and set it, list its decisions, and preview another policy."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ LISTED = (LIMIT, OFFSET)
 
 
 class UsageShape(WireStruct):
-    """What the pods of a workflow came to lately, next to what they would if they never slept."""
+    """Recent use of a workflow's pods, and the use without any stop."""
 
     since: Instant
     until: Instant
@@ -62,24 +62,26 @@ class UsageShape(WireStruct):
 
 
 class LifecycleShape(WireStruct):
-    """The lifecycle policy of a workflow, and where its deployment is."""
+    """Lifecycle policy of a workflow, and the state of its deployment."""
 
     workflow_id: str
     lifecycle_policy: PolicyShape
     deployment_status: DeploymentStatus
     stopped_reason: StoppedReason | None
-    """Why it is down; null while it is up, and where it isn't deployed."""
+    """Reason why it is stopped; null while it runs or isn't deployed."""
     last_activity_at: Instant | None
-    """The last delivery, end of a run, or start."""
+    """Time of the last delivery, end of a run, or start."""
     next_transition: TransitionKind | None
-    """What will happen next if nothing comes; null: nothing will."""
+    """Next start or stop if there is no further activity; null if there is none."""
     next_transition_at: Instant | None
     usage: UsageShape | None
-    """Null for what never was deployed."""
+    """Null for a workflow that was never deployed."""
 
 
 class LifecycleUpdate(GuardedWire):
-    """A policy beside what else is shown of a deployment, most of which has changed by the time it is sent."""
+    """Policy inside the answer of `GET`. Most of the other fields may have changed before the request and are
+    ignored.
+    """
 
     read_only: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
@@ -101,14 +103,14 @@ class LifecycleUpdate(GuardedWire):
 
 
 class PolicyUpdateResult(WireStruct):
-    """The lifecycle policy that a workflow has now."""
+    """Present lifecycle policy of a workflow."""
 
     workflow_id: str
     lifecycle_policy: PolicyShape
 
 
 class DecisionShape(WireStruct):
-    """Something that was done about a deployment, and why."""
+    """Decision about a deployment, with its reason."""
 
     id: str
     at: Instant
@@ -116,15 +118,15 @@ class DecisionShape(WireStruct):
     reason: LifecycleReason
     stopped_reason: StoppedReason | None
     replicas: int
-    """Pods that were wanted from then on."""
+    """Desired number of pods after the decision."""
     user_id: str | None
-    """Who did it; null where it followed from the policy."""
+    """User who requested it; null for a decision by the policy."""
     inputs: Mapping[str, Any]
-    """What it was decided by."""
+    """Facts on which the decision is based."""
 
 
 class DecisionList(WireStruct):
-    """A part of what was decided about a deployment, the newest first; `count` tells how much there is in all."""
+    """Page of the decisions about a deployment, newest first; `count` is the number of all decisions."""
 
     count: int
     limit: int
@@ -133,18 +135,18 @@ class DecisionList(WireStruct):
 
 
 class TransitionShape(WireStruct):
-    """A start or a stop that a schedule brings."""
+    """Start or stop by a schedule."""
 
     at: Instant
     action: TransitionKind
     local_time: str
-    """The same moment by the clocks of the schedule's zone, with their offset."""
+    """Local time in the zone of the schedule, with its UTC offset."""
     is_clock_change: bool
-    """The clocks change at this moment, and that brings it about."""
+    """Whether a change of the clocks at this moment causes it."""
 
 
 class ClockChangeShape(WireStruct):
-    """A moment at which the clocks of the schedule's zone change."""
+    """Change of the clocks in the zone of the schedule."""
 
     at: Instant
     local_time_before: str
@@ -152,7 +154,7 @@ class ClockChangeShape(WireStruct):
 
 
 class ReplayShape(WireStruct):
-    """What past runs would have taken under a policy."""
+    """Pod time and waits of past runs under a policy."""
 
     pod_hours: float
     cold_starts: int
@@ -164,26 +166,26 @@ class ReplayShape(WireStruct):
 
 
 class PolicyComparison(WireStruct):
-    """A policy and today's, each applied to the same past runs, as if every one had gone to a pod."""
+    """Present and candidate policy applied to the same past runs, as if all had executed in pods."""
 
     since: Instant
     until: Instant
     runs: int
     cold_start_seconds: float
-    """What a run is assumed to wait for pods that sleep."""
+    """Assumed wait of a run for stopped pods to start."""
     current: ReplayShape
     candidate: ReplayShape
 
 
 class PolicyPreview(WireStruct):
-    """What a policy would do."""
+    """Forecast for a lifecycle policy."""
 
     workflow_id: str
     lifecycle_policy: PolicyShape
     until: Instant
-    """How far transitions and clock changes are looked for."""
+    """End of the forecast of transitions and clock changes."""
     transitions: Sequence[TransitionShape]
-    """Those that the clock alone brings: of schedules, none of other policies."""
+    """Transitions by the clock alone: those of schedules. Other policies have none."""
     clock_changes: Sequence[ClockChangeShape]
     replay: PolicyComparison
 
@@ -192,7 +194,7 @@ class PolicyPreview(WireStruct):
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show a workflow's lifecycle policy, and where its deployment is."""
+    """Show a workflow's lifecycle policy, and the state of its deployment."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         seen = await activity.read_activity(connection, stored.workflow.id)
@@ -202,10 +204,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
-    """Set a workflow's lifecycle policy: when its pods are kept, and when they sleep.
+    """Set a workflow's lifecycle policy: when it keeps pods, and when they stop.
 
-    It counts from the next look at the deployment on, within half a minute. What doesn't belong to the policy's type is
-    checked, and not kept.
+    It takes effect within half a minute. Fields of other policy types are validated but not stored.
     """
     policy = lifecycle_shapes.store_policy(await _given_policy(request))
     edited = await editing.edit_workflow(
@@ -218,7 +219,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def _given_policy(request: GatewayRequest) -> LifecyclePolicy:
-    """Return the policy that a body is, or that it has where it is what `GET` answers."""
+    """Return the policy of a body, which is either a policy or the answer of `GET` with one."""
     value = await read_json(request)
     if not isinstance(value, dict) or "type" in value or "lifecyclePolicy" not in value:
         return body_of(request, value, LifecyclePolicy)
@@ -232,7 +233,7 @@ async def _given_policy(request: GatewayRequest) -> LifecyclePolicy:
 
 
 async def history(request: GatewayRequest) -> JsonResponse:
-    """List what was decided about a workflow's deployment, by whom or by what, the newest first."""
+    """List the decisions about a workflow's deployment, by users and by its policy, newest first."""
     part = request.query.page()
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
@@ -244,10 +245,10 @@ async def history(request: GatewayRequest) -> JsonResponse:
 
 
 async def preview(request: GatewayRequest) -> JsonResponse:
-    """Tell what a lifecycle policy would do, without setting it.
+    """Preview the effects of a lifecycle policy without setting it.
 
-    When it would start and stop pods in the next two weeks, and what the runs of the last two would have taken: how
-    long pods would have been up, and what runs would have waited for them.
+    Shows its starts and stops of pods in the next two weeks. It also replays the runs of the last two weeks:
+    for how long pods would have run, and how long runs would have waited for them.
     """
     body = lifecycle_shapes.store_policy(await decode_body(request, PolicyPreviewRequest))
     now = request.gateway.clock()
@@ -265,7 +266,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
         lifecycle_policy.parse_policy(body),
     )
     zone = ZoneInfo(candidate.schedule.timezone) if isinstance(candidate, ScheduledWindowPolicy) else UTC
-    # In a thread: others are served while thousands of runs are gone through.
+    # In a thread, so that other requests are served while thousands of runs are replayed.
     before, after = await asyncio.to_thread(_replayed, (current, candidate), runs, since, now)
     shape = PolicyPreview(
         workflow_id=workflow.id,
@@ -285,7 +286,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
     return editing.answer(stored, shape)
 
 
-# ── as clients see it ───────────────────────────────────────────────────────────────────────────────────────
+# ── shapes ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _shape(workflow: Workflow, seen: DeploymentActivity | None, used: PodUsage | None) -> LifecycleShape:

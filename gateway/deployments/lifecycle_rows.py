@@ -1,4 +1,4 @@
-"""What is stored about a workflow's lifecycle: its decisions, what its pods came to, and when it was used."""
+"""Queries about a workflow's lifecycle: its decisions, the use of its pods, and its past runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from gateway.http.query import PageBounds
 
 USAGE_TIME: Final = timedelta(days=7)
-"""How far back the use of pods is looked at."""
+"""Time over which the use of pods is measured."""
 DAY_SECONDS: Final = 86_400
 _SECOND_MICROSECONDS: Final = 1_000_000
 _INSTANT: Final = TimestampColumn()
@@ -32,7 +32,7 @@ _INSTANT: Final = TimestampColumn()
 
 @dataclass(frozen=True, slots=True)
 class PodUsage:
-    """What the pods of a workflow came to."""
+    """Use of a workflow's pods in a period."""
 
     since: datetime
     until: datetime
@@ -47,7 +47,7 @@ class PodUsage:
 async def list_decisions(
     connection: AsyncConnection, workflow_id: str, part: PageBounds
 ) -> tuple[int, Sequence[LifecycleDecision]]:
-    """Return how many decisions there are about a workflow, and a page of them, the newest first."""
+    """Return the number of decisions about a workflow, and a page of them, newest first."""
     of_workflow = col(LifecycleDecision.workflow_id) == workflow_id
     count = await connection.scalar(select(func.count()).select_from(LifecycleDecision).where(of_workflow))
     rows = await connection.execute(
@@ -61,7 +61,9 @@ async def list_decisions(
 
 
 async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> PodUsage | None:
-    """Return what a workflow's pods came to in the last days, or since there are any; None: there were none ever."""
+    """Return the use of a workflow's pods in the last days, or since its first pods; None if it never had
+    pods.
+    """
     row = (await connection.execute(usage_statement(workflow_id, now))).one()
     if row.first is None:
         return None
@@ -69,9 +71,9 @@ async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetim
 
 
 def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
-    """Return the statement that adds up how long each number of pods was wanted.
+    """Return the statement that sums the desired pods over time, in microseconds of pods.
 
-    The decision before the time that is looked at says how many there were when it began.
+    The last decision before the period gives the number of pods at its begin.
     """
     since = now - USAGE_TIME
     of_workflow = col(LifecycleDecision.workflow_id) == workflow_id
@@ -98,7 +100,7 @@ def usage_statement(workflow_id: str, now: datetime) -> Select[Any]:
 async def read_past_runs(
     connection: AsyncConnection, workflow_id: str, since: datetime, until: datetime
 ) -> Sequence[PastRun]:
-    """Return a workflow's last runs, in the order in which they were accepted, at most `limits.PREVIEW_RUNS`."""
+    """Return a workflow's last runs in the order of their acceptance, at most `limits.PREVIEW_RUNS`."""
     same_run = and_(
         col(Execution.id) == col(ExecutionData.execution_id), col(Execution.shard) == col(ExecutionData.shard)
     )

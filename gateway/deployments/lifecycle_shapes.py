@@ -1,4 +1,4 @@
-"""Lifecycle policies as clients write them, and as they are stored, which is alike."""
+"""Lifecycle policies in the API, which equals their stored form."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 _HOUR: Final = "([01][0-9]|2[0-3]):[0-5][0-9]"
-_LENGTH: Final = 5  # the pattern alone would let a line break follow
+_LENGTH: Final = 5  # the pattern alone would allow a trailing line break
 
 
 class WindowShape(GuardedWire):
-    """Some hours, on some days of every week."""
+    """Weekly window: hours on some days of the week."""
 
     days: Annotated[list[Annotated[int, Meta(ge=0, le=6)]], Meta(min_length=1, max_length=7)]
-    """Those on which it opens: 0 is Sunday, 6 is Saturday."""
+    """Days on which the window opens: 0 is Sunday, 6 is Saturday."""
     start_time: Annotated[
         str, Meta(pattern=f"^{_HOUR}$", max_length=_LENGTH, description="a time such as 09:00")
     ]
@@ -33,37 +33,38 @@ class WindowShape(GuardedWire):
         str,
         Meta(pattern=f"^({_HOUR}|24:00)$", max_length=_LENGTH, description="a time such as 17:00, or 24:00"),
     ]
-    """Where it is earlier than the start, that of the day after; 00:00 to 00:00 is the whole day."""
+    """An end before the start is on the following day; 00:00 to 00:00 is the whole day."""
 
 
 class ScheduleShape(GuardedWire):
-    """When a workflow is kept up."""
+    """Windows in which a workflow has pods."""
 
     timezone: Annotated[str, Meta(extra_json_schema={"maxLength": limits.TIMEZONE_LENGTH})]
-    """Name of a zone in the IANA time zone database: the times below are those of its clocks."""
+    """Name in the IANA time zone database; the windows use the local time of this zone."""
     windows: Annotated[list[WindowShape], Meta(min_length=1, max_length=limits.WINDOWS)]
-    """Where they overlap, they count as one."""
+    """Overlapping windows are merged."""
 
 
 class LifecyclePolicy(GuardedWire):
-    """When a deployed workflow has compute of its own."""
+    """Rule for the times at which a deployed workflow has pods."""
 
     type: PolicyType
     idle_timeout_minutes: (
         Annotated[int, Meta(ge=lifecycle_policy.IDLE_MINUTES_MIN, le=lifecycle_policy.IDLE_MINUTES_MAX)]
         | None
     ) = None
-    """For `idle-shutdown`: how long nothing must have happened; 30 where it is absent. Others don't keep it."""
+    """For `idle-shutdown`: minutes without activity before a stop, 30 if absent. Other types don't store it.
+    """
     schedule: ScheduleShape | None = None
-    """For `scheduled-window`, which needs it; others don't keep it."""
+    """For `scheduled-window`, which requires it. Other types don't store it."""
 
 
 class PolicyPreviewRequest(LifecyclePolicy, forbid_unknown_fields=True):
-    """A policy to look ahead with."""
+    """Policy to preview."""
 
 
 class PolicyShape(WireStruct, omit_defaults=True):
-    """A policy, with what belongs to its type."""
+    """Policy with the fields of its type."""
 
     type: PolicyType
     idle_timeout_minutes: int | float | UnsetType = UNSET
@@ -71,7 +72,7 @@ class PolicyShape(WireStruct, omit_defaults=True):
 
 
 def store_policy(body: LifecyclePolicy) -> dict[str, Any]:
-    """Return a policy as it is stored; raises 422."""
+    """Return the stored form of a policy. Raises 422."""
     match body.type:
         case PolicyType.IDLE_SHUTDOWN:
             minutes = body.idle_timeout_minutes
@@ -88,7 +89,7 @@ def store_policy(body: LifecyclePolicy) -> dict[str, Any]:
 
 
 def show_policy(policy: Mapping[str, Any]) -> PolicyShape:
-    """Return a stored policy as clients see it."""
+    """Return the API form of a stored policy."""
     return msgspec.convert(policy, PolicyShape)
 
 

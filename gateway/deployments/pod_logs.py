@@ -1,4 +1,4 @@
-"""What pods have written, asked of a deployer: nobody else has a way to the cluster."""
+"""Logs of pods, read through a deployer, since only deployers have access to the cluster."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_ASKED: Final = 100
 
 
 class PodLogEntry(msgspec.Struct):
-    """What a pod has written; `at` is RFC 3339, or None where the cluster keeps no times."""
+    """Line of a pod's log; `at` is in RFC 3339, or None if the cluster records no times."""
 
     pod: str
     at: str | None
@@ -31,20 +31,22 @@ class PodLogEntry(msgspec.Struct):
 
 
 class PodLogReader:
-    """All that was asked by this gateway and not answered yet."""
+    """Requests for logs at this gateway that deployers haven't answered yet."""
 
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
         self._asked: dict[str, asyncio.Future[Sequence[PodLogEntry]]] = {}
 
     async def start(self) -> None:
-        """Hear the answers."""
+        """Subscribe to the answers of deployers."""
         await self._broker.listen(self._noticed)
 
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
-        """Return the last lines of a workflow's pods; raises 503 where no deployer answers, or the cluster doesn't."""
+        """Return the last lines of a workflow's pods. Raises 503 if no deployer answers, or its cluster
+        doesn't.
+        """
         if len(self._asked) >= MAX_ASKED:
-            raise errors.not_ready("Too many wait here for what pods have written: try again")
+            raise errors.not_ready("Too many requests wait here for pod logs: try again")
         asked = ids.new_id("logs")
         answer: asyncio.Future[Sequence[PodLogEntry]] = asyncio.get_running_loop().create_future()
         self._asked[asked] = answer
@@ -68,7 +70,7 @@ class PodLogReader:
         lines = notification.message.get("lines")
         if lines is None:
             answer.set_exception(
-                errors.not_ready(f"The cluster did not tell: {notification.message.get('error')}")
+                errors.not_ready(f"The cluster did not return the logs: {notification.message.get('error')}")
             )
         else:
             answer.set_result(decoding.decode(lines, list[PodLogEntry]))

@@ -1,4 +1,4 @@
-"""Trigger: a run for the pods of a deployed workflow, which is woken for it where it sleeps."""
+"""Trigger: run a deployed workflow in its pods, and start them for it if they are stopped."""
 
 from __future__ import annotations
 
@@ -46,58 +46,58 @@ API: Final = "api"
 
 
 class TriggerRequest(GuardedWire):
-    """What a run is to work on, and whether its end is waited for."""
+    """Inputs of a run, and whether to wait for its end."""
 
     trigger_type: Annotated[str, text_rules.is_allowed_text(limits.TRIGGER_TYPE_LENGTH, min_length=1)] = (
         msgspec.field(default=API, name="trigger_type")
     )
-    """A label, by which executions can be found again."""
+    """Label by which executions can be filtered."""
     inputs: dict[str, Any] | None = None
     trigger_inputs: dict[str, Any] | None = None
-    """The same as `inputs`."""
+    """Alias of `inputs`."""
     sync: bool = False
     """Wait for the end of the run, not just until a pod has taken it."""
 
 
 class TriggerStatus(StrEnum):
-    """Where a run is that was triggered."""
+    """Status of a triggered run at the time of the answer."""
 
     STARTED = "started"
     """A pod has taken it."""
     COMPLETED = "completed"
     FAILED = "failed"
     RUNNING = "running"
-    """The wait ended first: the run goes on."""
+    """The run is still running at the end of the wait."""
     PENDING = "pending"
-    """The wait ended first: the run goes on as soon as a pod takes it."""
+    """No pod has taken the run by the end of the wait; it runs as soon as a pod takes it."""
 
 
 class TriggerResult(WireStruct):
-    """A run of a deployed workflow."""
+    """Run of a deployed workflow."""
 
     status: TriggerStatus
     execution_id: str = msgspec.field(name="execution_id")
     workflow_id: str = msgspec.field(name="workflow_id")
     output: Mapping[str, msgspec.Raw] = {}
-    """Outputs of the nodes that nothing follows on, by node id; empty before the end."""
+    """Outputs of the leaf nodes by node ID; empty before the end."""
     error: msgspec.Raw | None = None
-    """Why it has failed."""
+    """Error of a failed run."""
 
 
 @dataclass(slots=True)
 class TriggerTimings:
-    """What the answer's time went into, and how the deployment was found."""
+    """Durations of a request in seconds, and whether its deployment had to start."""
 
     began: float
     accepted: float = 0.0
     taken: float | None = None
-    """None: the run was not taken in time."""
+    """None if the run was not taken in time."""
     is_cold: bool = False
     definition_hash: str = ""
-    """Of what is deployed."""
+    """Hash of the deployed definition."""
 
     def headers(self) -> dict[str, str]:
-        """Return what tells a client of it."""
+        """Return the response headers with the durations and the cold start."""
         now = perf_counter()
         taken = now if self.taken is None else self.taken
         parts = {"accept": self.accepted - self.began, "wake": taken - self.accepted, "run": now - taken}
@@ -106,10 +106,11 @@ class TriggerTimings:
 
 
 async def start(request: GatewayRequest) -> JsonResponse:
-    """Run a deployed workflow in its pods; they are started first where it sleeps and its policy allows it.
+    """Run a deployed workflow in its pods; stopped pods are started first if the lifecycle policy allows it.
 
-    The answer comes when a pod has taken the run, for at most 30 seconds, or with `sync` when it has ended, for at most
-    5 minutes, the start of a pod included. The run goes on when that time is up, and when the client is gone.
+    The request is answered when a pod has taken the run, after 30 seconds at the latest. With `sync` it is
+    answered when the run has ended, after 5 minutes at the latest, including the start of a pod. The run
+    continues when that time is over, and when the client disconnects.
     """
     times = TriggerTimings(perf_counter())
     workflow_id = request.path_params["id"]
@@ -123,7 +124,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     with request.gateway.activation.queue(workflow_id):
         accepted = await run_requests.accept_run(request, plan, idempotency_key)
         times.accepted = perf_counter()
-        # Committed, and not to be held while the run is waited for.
+        # The inputs are committed; don't hold them in memory during the wait.
         value, body.inputs, body.trigger_inputs = None, None, None
         request.release_body()
         seconds = limits.TRIGGER_SYNC_SECONDS if body.sync else limits.TRIGGER_ASYNC_SECONDS
@@ -136,7 +137,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
             if refusal is not None:
                 refusal.headers |= {**headers, **times.headers()}
                 raise refusal from error
-            # Stopped since the run was accepted: it is kept until the workflow may start.
+            # Stopped since the run was accepted: the run is kept until the workflow may start.
             until = 0.0
     progress = await _unless_gone(request, _followed(request, accepted, body, times, until))
     shape = await _shape(request, accepted, body, times, progress)
@@ -144,7 +145,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
 
 
 def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
-    """Return the answer about a run whose pods do not come; None where the run is kept until they may."""
+    """Return the error for a run without pods; None if the run is kept until they may start."""
     match news:
         case StartFailure(reason):
             return errors.start_failed(reason, execution_id)
@@ -167,7 +168,7 @@ def _checked(body: TriggerRequest) -> TriggerRequest:
 async def _planned(
     request: GatewayRequest, workflow: LoadedWorkflow, body: TriggerRequest, times: TriggerTimings
 ) -> RunRequest:
-    """Return what is to be run, of what is deployed; raises 409 and 503."""
+    """Return the run request with the deployed definition. Raises 409 and 503."""
     acceptance.require_open(workflow.status)
     deployment = await request.gateway.activation.ask(workflow.id)
     if workflow.status is WorkflowStatus.DRAFT:
@@ -183,7 +184,7 @@ async def _planned(
 async def _wait_for_pod(
     request: GatewayRequest, accepted: AcceptanceResult, times: TriggerTimings, until: float
 ) -> None:
-    """Return when the run is taken, or the time is up; raises `NoPod`."""
+    """Return when the run is taken, or the time is up. Raises `PodUnavailable`."""
     is_taken = await request.gateway.activation.taken(
         _key(request, accepted),
         request.path_params["id"],
@@ -201,7 +202,9 @@ async def _followed(
     times: TriggerTimings,
     until: float,
 ) -> RunProgressReport | None:
-    """Return where the run is, at its end if that is waited for and comes in time; None: it was taken, just now."""
+    """Return the progress of the run, with `sync` at its end or at the end of the wait; None if it was just
+    taken.
+    """
     if times.taken is not None and not body.sync:
         return None
     return await request.gateway.waiting.progress(_key(request, accepted), _left(until) if body.sync else 0)
@@ -233,7 +236,7 @@ async def _shape(
     try:
         shape.output = await _output(request, accepted, times)
     except OutputsTooLarge as error:
-        message = f"{error}, more than an answer holds: they are to be read at the execution"
+        message = f"{error}, more than an answer can hold: read them at the execution"
         shape.error = msgspec.Raw(encode_json({"code": "output-too-large", "message": message}))
     return shape
 
@@ -261,7 +264,9 @@ async def _output(
 
 
 def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:
-    return msgspec.Raw(encode_json({"code": status.value, "message": f"Somebody has {status.value} the run"}))
+    return msgspec.Raw(
+        encode_json({"code": status.value, "message": f"The run was {status.value} by request"})
+    )
 
 
 def _key(request: GatewayRequest, accepted: AcceptanceResult) -> ExecutionKey:
@@ -273,7 +278,9 @@ def _left(until: float) -> float:
 
 
 async def _unless_gone(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
-    """Return what work comes to; whoever is gone waits no longer, which changes nothing about the run."""
+    """Return the result of `work`; raise `ClientDisconnect` if the client disconnects first. The run is not
+    affected.
+    """
     working = asyncio.ensure_future(work)
     gone = asyncio.create_task(_gone(request))
     try:

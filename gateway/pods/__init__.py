@@ -1,1 +1,3 @@
-"""What pods ask of the gateway in the place of a database: see `execution.pod_api`."""
+"""API through which pods reach the journal and node services without a database connection: see
+`execution.pod_api`.
+"""

@@ -1,7 +1,7 @@
-"""Arrivals forwarded to pods that wait at no desk here: a wakeup that there is work, which a pod then claims as ever.
+"""Forwarding of wakeups to pods that have no open poll at this gateway. A woken pod claims its runs as usual.
 
-Nothing of a run goes along, so that nothing can be lost on the way, be taken by a pod that stops, or be had by whoever
-has got its address since.
+A wakeup carries no data of a run. So no run can be lost on the way, taken by a stopping pod, or read by a
+process that has since received the address of the pod.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ UNAUTHORIZED: Final = 401
 
 @dataclass(frozen=True, slots=True)
 class ReadyPods:
-    """Where the ready pods of a deployment are, and what they take wakeups by."""
+    """Addresses of the ready pods of a deployment, and the keys with which they accept wakeups."""
 
     addresses: Sequence[str] = ()
     keys: Sequence[str] = ()
-    """Those of pods that are being replaced too; the newest first."""
+    """Newest first; includes the keys of pods that are being replaced."""
 
 
 class WakeupForwarder:
-    """The way of one gateway to pods."""
+    """Client with which one gateway sends wakeups to pods."""
 
     def __init__(self, database: Database, broker: Broker) -> None:
         self._database = database
@@ -59,14 +59,14 @@ class WakeupForwarder:
         self._session: aiohttp.ClientSession | None = None
 
     def forward(self, workflow_id: str) -> None:
-        """Tell one of the pods of a workflow soon, if it has any that are ready."""
+        """Wake one ready pod of a workflow in the background, if there is any."""
         if workflow_id in self._under_way:
             self._again.add(workflow_id)
         else:
             self._under_way[workflow_id] = asyncio.create_task(self._forward(workflow_id))
 
     async def close(self) -> None:
-        """Forward no more."""
+        """Cancel all forwarding and close the HTTP session."""
         tasks = list(self._under_way.values())
         for task in tasks:
             task.cancel()
@@ -82,9 +82,9 @@ class WakeupForwarder:
                 await self._tell_one(workflow_id)
                 is_wanted = workflow_id in self._again
         except DatabaseUnavailable as error:
-            log.debug("pods not told", workflow_id=workflow_id, error=str(error))
+            log.debug("pods not woken", workflow_id=workflow_id, error=str(error))
         except Exception:
-            log.exception("pods not told", workflow_id=workflow_id)
+            log.exception("pods not woken", workflow_id=workflow_id)
         finally:
             del self._under_way[workflow_id]
 
@@ -97,7 +97,7 @@ class WakeupForwarder:
             if await self._takes_wakeup(address, pods.keys):
                 return
         if pods.addresses:
-            # They are gone, or about to be: whoever waits for the run sees to it that there are others.
+            # The pods are gone or about to go. The deployer starts others for the pending run.
             log.info("pods not reached", workflow_id=workflow_id, pods=len(pods.addresses))
             self._remembered.drop(workflow_id)
             await wakeups.wake_deployer(self._broker, workflow_id)
@@ -116,8 +116,8 @@ class WakeupForwarder:
             return ReadyPods(tuple(addresses), await deployment_token.wakeup_keys(connection, workflow_id))
 
     async def _takes_wakeup(self, address: str, keys: Sequence[str]) -> bool:
-        """Tell whether a pod takes a wakeup; it doesn't where it drains, or another process listens there by now."""
-        import aiohttp  # noqa: PLC0415 - its client costs 15 MB, which gateways save at which all pods wait
+        """Return whether a pod accepted a wakeup. A draining pod, or another process at its address, doesn't."""
+        import aiohttp  # noqa: PLC0415 - its client costs 15 MB, which a gateway saves while all pods poll it
 
         if self._session is None:
             self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(WAKEUP_SECONDS))

@@ -1,4 +1,4 @@
-"""The handlers by which pods claim, journal and hear of runs."""
+"""Handlers through which pods claim runs, write the journal, and poll for work and requests."""
 
 from __future__ import annotations
 
@@ -49,11 +49,13 @@ if TYPE_CHECKING:
     from gateway.state import GatewayState
 
 MANY_WRITES = 20
-"""So many are looked through in a thread."""
+"""Number of writes or spans above which they are checked in a thread."""
 
 
 async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Say what is deployed, and where no data source may lead."""
+    """Return the deployed definition, and the address that data sources must not reach. Raises 409
+    `not-deployed`.
+    """
     gateway = request.gateway
     await _reclaim_earlier(gateway, holder)
     found = await lease_checks.deployed_definition(gateway.database, holder)
@@ -72,7 +74,10 @@ async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def _reclaim_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
-    """Take back what processes of the same pod held before this one: it would not have been started beside another."""
+    """Reclaim the runs of earlier processes of the same pod.
+
+    A pod never has two processes at the same time, so the earlier ones have ended.
+    """
     held_by = await pod_leases.pod_lease_owners(gateway.database, holder.workflow_id)
     earlier = [
         process
@@ -91,13 +96,13 @@ def _own_database(gateway: GatewayState) -> ServerDatabaseAddress | None:
 
 
 async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Wait for work, and for what is asked of runs."""
+    """Wait for work and for stop or cancel requests to the runs that the pod holds."""
     call = await decode_call(request, WorkPollRequest)
     return JsonResponse(await request.gateway.runners.desk.wait(holder, call))
 
 
 async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Take pending runs of this deployment."""
+    """Claim pending runs of this deployment."""
     call = await decode_call(request, ClaimRequest)
     if not await lease_checks.takes_runs(request.gateway.database, holder):
         return JsonResponse(ClaimResponse(()))
@@ -112,13 +117,13 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
         )
     )
     await taken_runs.notify_taken_runs(request.gateway.broker, claimed)
-    # What follows the end of a run is not the pod's business, and may name addresses that are nobody else's.
+    # Completion actions are not the pod's business and may contain addresses that it must not see.
     own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
     return JsonResponse(ClaimResponse(own))
 
 
 async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Say whether runs of this deployment wait to be put on trial."""
+    """Return whether suspects of this deployment wait for a run in isolation."""
     call = await decode_call(request, SuspectsRequest)
     store = request.gateway.store
     return JsonResponse(
@@ -127,7 +132,7 @@ async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse
 
 
 async def record(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Write what runs have done."""
+    """Write the progress of runs to the journal."""
     call = await decode_call(request, RecordRequest, max_bytes=MAX_RECORD_BYTES)
     if len({write.execution_id for write in call.writes}) < len(call.writes):
         message = "A run has more than one write"
@@ -153,12 +158,12 @@ def _require_storable(call: RecordRequest) -> None:
 
 async def _publish(gateway: GatewayState, call: RecordRequest, held: frozenset[str]) -> None:
     channels = {write.execution_id: write.channel for write in call.writes if write.execution_id in held}
-    with suppress(BrokerUnavailable):  # whoever waits looks once a second
+    with suppress(BrokerUnavailable):  # Clients that wait for a run also poll once a second
         await gateway.broker.publish(channels)
 
 
 async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Extend leases."""
+    """Renew the leases of runs."""
     call = await decode_call(request, RenewRequest)
     held = [LeaseRenewal(lease.execution_id, lease.shard, lease.token) for lease in call.leases]
     renewed = await request.gateway.store.renew(held, call.lease_seconds, owner=holder.owner)
@@ -172,39 +177,39 @@ async def renew(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 async def release(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Give back what was claimed and never begun."""
+    """Release runs that were claimed and never started."""
     call = await decode_call(request, ReleaseRequest)
     return JsonResponse(CountResponse(await request.gateway.store.release(holder.owner, call.held)))
 
 
 async def promote(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Put waits that are over back in the queue."""
+    """Return runs whose wait is over to the queue."""
     return JsonResponse(CountResponse(await lease_checks.promote_due(request.gateway.database, holder)))
 
 
 async def definitions(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return definitions of runs."""
+    """Return the definitions of runs that the pod holds."""
     call = await decode_call(request, DefinitionsRequest)
     found = await lease_checks.read_definitions(request.gateway.database, holder, call.hashes)
     return JsonResponse(DefinitionsResponse(found))
 
 
 async def spans(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return what was recorded of a run."""
+    """Return a page of the recorded spans of a run."""
     call = await decode_call(request, SpansRequest)
     found = await lease_checks.read_spans(request.gateway.database, holder, call.execution_id, call.after)
     return JsonResponse(SpansResponse(found))
 
 
 async def log_ends(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return where logs of runs end."""
+    """Return the last log position of each run."""
     call = await decode_call(request, RunsRequest)
     found = await lease_checks.read_log_ends(request.gateway.database, holder, call.execution_ids)
     return JsonResponse(LogPositions(found))
 
 
 async def answers(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return what nodes of runs were answered."""
+    """Return the wait answers of nodes."""
     call = await decode_call(request, RunsRequest)
     found = await lease_checks.read_answers(request.gateway.database, holder, call.execution_ids)
     return JsonResponse(NodeAnswersResponse(found))

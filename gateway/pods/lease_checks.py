@@ -1,6 +1,7 @@
-"""What a pod may touch: runs of its own workflow, and of those the ones that it holds a live lease on.
+"""Statements that restrict a pod to the runs of its own workflow on which it holds a live lease.
 
-Each statement says so itself, so that nothing is read or changed after somebody else has taken the run.
+Each statement checks the lease itself, so that nothing is read or changed after another process has taken the
+run.
 """
 
 from __future__ import annotations
@@ -32,19 +33,20 @@ if TYPE_CHECKING:
     from models.database import Database
 
 _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
-"""Written out, not bound: SQLite uses the index of running executions only for a condition that it can read."""
+"""Literal instead of bound: SQLite uses the partial index of running executions only for a literal condition.
+"""
 _TAKES_RUNS = select(col(Deployment.workflow_id)).where(
     col(Deployment.workflow_id) == bindparam("workflow_id"),
     col(Deployment.is_deployed),
     col(Deployment.replicas) > 0,
     col(Deployment.drain_until).is_(None),
 )
-"""Made once: each claim asks this, and to put it together takes longer than to run it."""
+"""Built once: each claim runs this statement, and building it takes longer than running it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseHolder:
-    """A pod that has proved which deployment it belongs to."""
+    """Authenticated pod and its deployment."""
 
     workflow_id: str
     organization_id: str
@@ -53,17 +55,17 @@ class LeaseHolder:
 
     @property
     def owner(self) -> str:
-        """By what its leases are its own."""
+        """Name under which this process owns leases."""
         return lease_owner(self.workflow_id, self.process)
 
 
 def lease_lost() -> ApiError:
-    """Return the answer about a run that isn't this pod's: whether it is another's, gone, or never was."""
+    """Return 409 `lease-lost`, the same for runs that are foreign, deleted or unknown."""
     return ApiError(409, "lease-lost", "This pod holds no lease on such an execution")
 
 
 def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
-    """Return the conditions on executions."""
+    """Return the conditions that select the executions with a live lease of this pod."""
     return (
         col(Execution.workflow_id) == holder.workflow_id,
         col(Execution.organization_id) == holder.organization_id,
@@ -75,7 +77,7 @@ def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
 
 
 async def read_caller(database: Database, holder: LeaseHolder, execution_id: str) -> RunCaller:
-    """Return for whom a run works; raises 409 `lease-lost`."""
+    """Return the organization, user and workflow in whose name a run acts. Raises 409 `lease-lost`."""
     statement = select(col(Execution.user_id), col(Execution.key_id)).where(
         col(Execution.id) == execution_id, *held_conditions(holder)
     )
@@ -97,7 +99,7 @@ async def require_resume_line(database: Database, holder: LeaseHolder, key_id: s
 
 
 async def deployed_definition(database: Database, holder: LeaseHolder) -> tuple[str, str] | None:
-    """Return the hash and the text of the definition that is deployed."""
+    """Return the hash and the text of the deployed definition, or `None`."""
     statement = (
         select(col(Definition.hash), col(Definition.body))
         .join(
@@ -113,13 +115,15 @@ async def deployed_definition(database: Database, holder: LeaseHolder) -> tuple[
 
 
 async def takes_runs(database: Database, holder: LeaseHolder) -> bool:
-    """Tell whether runs may enter its pods: no new ones do where it stops or has been undeployed."""
+    """Return whether pods of the deployment may claim runs: not while it drains, is stopped or undeployed."""
     async with database.read() as connection:
         return await connection.scalar(_TAKES_RUNS, {"workflow_id": holder.workflow_id}) is not None
 
 
 async def is_stopped(database: Database, holder: LeaseHolder) -> bool:
-    """Tell whether its pods are to end after a drain; those of what is undeployed have had none."""
+    """Return whether the pods of the deployment shall end after a drain. An undeployed workflow counts as not
+    stopped.
+    """
     statement = select(col(Deployment.workflow_id)).where(
         col(Deployment.workflow_id) == holder.workflow_id,
         col(Deployment.is_deployed),
@@ -148,8 +152,8 @@ async def read_definitions(database: Database, holder: LeaseHolder, hashes: Sequ
 async def read_spans(
     database: Database, holder: LeaseHolder, execution_id: str, after: int
 ) -> list[NodeSpan]:
-    """Return a page of what was recorded of a run."""
-    # As they are stored: that is what `span_of` reads.
+    """Return a page of the recorded spans of a run, in their order."""
+    # Raw columns as they are stored, since `decode_span` reads those.
     columns: list[ColumnElement[Any]] = [literal_column(f"span.{column}") for column in SPAN_COLUMNS]
     statement = (
         select(*columns)
@@ -189,7 +193,7 @@ async def read_log_ends(
 async def read_answers(
     database: Database, holder: LeaseHolder, execution_ids: Sequence[str]
 ) -> list[NodeAnswerRecord]:
-    """Return what nodes of runs were answered."""
+    """Return the wait answers of nodes of runs that the pod holds."""
     statement = (
         select(
             *(col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration)),
@@ -210,7 +214,7 @@ async def read_answers(
 
 
 async def promote_due(database: Database, holder: LeaseHolder) -> int:
-    """Put waits of this deployment that are over back in the queue; returns how many. Skips locked rows."""
+    """Return runs of this deployment whose wait is over to the queue; return their number. Skips locked rows."""
     due = (
         select(col(Execution.id))
         .where(
@@ -230,7 +234,7 @@ async def promote_due(database: Database, holder: LeaseHolder) -> int:
             status=ExecutionStatus.PENDING.value,
             due_at=None,
             updated_at=DatabaseTime(),
-            # What was left of the run's timeout when it went to sleep is counted from now on.
+            # While a run waits, `deadline_at` holds the rest of its timeout, which counts from now on.
             deadline_at=col(Execution.deadline_at) + DatabaseTime(),
         )
         .returning(col(Execution.id))

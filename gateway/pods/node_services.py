@@ -1,6 +1,7 @@
-"""The handlers by which nodes in pods reach what the server lends to nodes: contents, data sources, runs, rates.
+"""Handlers for the services of nodes in pods: blobs, data sources, sub-workflows, event waits and throttles.
 
-Each is for one run that the pod holds, in the name of whom that run works for; the pod has no say in that.
+Each call names a run that the pod holds and acts in the name of that run's user. The pod can't choose another
+user.
 """
 
 from __future__ import annotations
@@ -42,13 +43,13 @@ if TYPE_CHECKING:
     from gateway.pods.lease_checks import LeaseHolder
 
 MAX_START_BYTES: Final = 60_000_000
-"""What a run is started with may be as large as what a node may give out."""
+"""As large as the largest output of a node, since an output may become the input of a run."""
 ASK_SECONDS: Final = 20.0
-"""How long a call may wait for our own database; whoever asked asks again."""
+"""Seconds for which a call may wait for the server's database. The pod repeats the call afterwards."""
 
 
 async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
-    """Keep a content for a line of runs."""
+    """Store a blob for a line of resumed runs. Raises 422 for a wrong hash and 503 without blob storage."""
     owner = await _owner(request, holder)
     content = await request.body_up_to(BodyLimit(MAX_BLOB_BYTES, setting=""))
     wanted = request.path_params["sub"]
@@ -64,7 +65,7 @@ async def put_blob(request: GatewayRequest, holder: LeaseHolder) -> NoContent:
 
 
 async def get_blob(request: GatewayRequest, holder: LeaseHolder) -> BlobDownload:
-    """Return a content of a line of runs."""
+    """Return a blob of a line of resumed runs. Raises 404 for a lost blob and 503 without blob storage."""
     owner = await _owner(request, holder)
     try:
         return await BlobDownload.of(request.gateway.blobs, owner, request.path_params["sub"])
@@ -81,7 +82,7 @@ async def _owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
 
 
 async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return a data source with its secrets."""
+    """Return a data source with its decrypted secrets."""
     call = await decode_call(request, DataSourceRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
@@ -89,7 +90,7 @@ async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> Json
 
 
 async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Start a run of another workflow."""
+    """Start a run of another workflow and return its ID."""
     call = await decode_call(request, StartRunRequest, max_bytes=MAX_START_BYTES)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
@@ -105,7 +106,7 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
 
 
 async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Have a node wait for an event."""
+    """Register an event wait of a node and return when it expires."""
     call = await decode_call(request, ExpectEventRequest)
     record_checks.require_readable(call)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
@@ -122,7 +123,7 @@ async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResp
 
 
 async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Take the next place at a limited rate."""
+    """Reserve the next time at which a throttled node may run."""
     call = await decode_call(request, ThrottleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _told():
@@ -138,7 +139,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 @asynccontextmanager
 async def _told() -> AsyncIterator[None]:
-    """Tell a node's error as one, and of a database that is away in time."""
+    """Translate a node's error into 422 with its kind in a header, and a slow database into 503."""
     try:
         async with asyncio.timeout(ASK_SECONDS):
             yield

@@ -1,4 +1,4 @@
-"""One path of the internal API: a pod proves which deployment it belongs to, and asks for what that may."""
+"""Endpoint of the internal API: authenticates the pod by the token of its deployment and decodes its call."""
 
 from __future__ import annotations
 
@@ -38,35 +38,35 @@ Call = TypeVar("Call")
 InternalHandler: TypeAlias = "Callable[[GatewayRequest, LeaseHolder], Awaitable[ASGIApp]]"
 
 REMEMBERED_SECONDS: Final = 1.0
-"""A revocation works after at most this long, at every gateway."""
+"""Longest time until a revoked token is refused at every gateway."""
 MAX_REMEMBERED: Final = 10_000
 MAX_TOKEN_LENGTH: Final = 200
 MAX_CALL_BYTES: Final = 2_000_000
 LONG_BYTES: Final = 262_144
-"""A body of so many is taken apart in a thread: others are answered meanwhile."""
+"""Size above which a body is decoded in a thread, so that other requests are answered meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
 class CachedHolder:
-    """Whom a token spoke for when it was last looked up."""
+    """Bearer of a token at its last lookup."""
 
     bearer: TokenBearer
     until: float
 
 
 class PodAuthenticator:
-    """Turns tokens into deployments, for one process."""
+    """Authenticator of pods by the tokens of their deployments, with a short cache per process."""
 
     def __init__(self, database: Database) -> None:
         self._remembered: OrderedDict[str, CachedHolder] = OrderedDict()
         self._reads: GroupCommit[str, TokenBearer | None] = GroupCommit(
             partial(deployment_token.find_bearers, database)
         )
-        """One query at a time, for all tokens that wait."""
+        """One query at a time for all waiting tokens."""
         self._failures = FailedAttempts("Too many requests from this address had no valid token")
 
     async def holder(self, request: GatewayRequest) -> LeaseHolder:
-        """Return the pod that asks; raises 401 without a valid token, 429 after too many failures."""
+        """Return the calling pod. Raises 401 without a valid token, and 429 after too many failures."""
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
         process = PodProcess.from_name(request.headers.get(RUNNER_HEADER, ""))
         if scheme != "Bearer" or not 0 < len(token) <= MAX_TOKEN_LENGTH or process is None:
@@ -75,7 +75,7 @@ class PodAuthenticator:
         return LeaseHolder(bearer.workflow_id, bearer.organization_id, bearer.shard, process)
 
     def forget(self) -> None:
-        """Look every token up anew."""
+        """Drop all cached tokens."""
         self._remembered.clear()
 
     async def _bearer(self, token: str, client: str) -> TokenBearer:
@@ -95,7 +95,7 @@ class PodAuthenticator:
 
 
 class PodEndpoint(PathEndpoint):
-    """The ASGI application for one method of one path."""
+    """ASGI application for one method of one path."""
 
     def __init__(self, method: str, handler: InternalHandler) -> None:
         async def handle(request: GatewayRequest) -> ASGIApp:
@@ -105,7 +105,7 @@ class PodEndpoint(PathEndpoint):
 
 
 async def decode_call(request: GatewayRequest, kind: type[Call], *, max_bytes: int = MAX_CALL_BYTES) -> Call:
-    """Return the body as `kind`; raises 400 for what is no strict JSON, 413, and 422 for wrong fields."""
+    """Return the body as `kind`. Raises 400 for invalid strict JSON, 413 for size, and 422 for wrong fields."""
     raw = await request.body_up_to(BodyLimit(max_bytes, setting=""))
     if len(raw) > LONG_BYTES:
         return await asyncio.to_thread(_decoded, raw, kind)

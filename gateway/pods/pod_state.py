@@ -1,4 +1,4 @@
-"""What the gateway holds for the pods of deployments."""
+"""State of the gateway that serves the pods of deployments."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PodState:
-    """The parts that the internal API uses; what nodes are lent here, workers lend by the same code."""
+    """Services of the internal API. Workers offer the same node services by the same code."""
 
     authenticator: PodAuthenticator
     desk: PodPollHub
@@ -45,7 +45,7 @@ async def open_pod_state(
     vault: SecretVault,
     desk: PodPollHub,
 ) -> AsyncIterator[PodState]:
-    """Make them, and have pods wait at the desk as long as the context lasts."""
+    """Open the services and accept polls of pods while the context lasts."""
     await desk.start()
     try:
         yield PodState(

@@ -1,8 +1,9 @@
-"""The desk at which pods wait for work, and for what is asked of the runs that they hold.
+"""Hub of the long polls with which pods wait for work and for stop or cancel requests to their runs.
 
-A run that arrives at this gateway is told at once to the pods that wait here. Where none does, it is forwarded to one
-of its pods, and told by the broker to the gateways at which they wait. Once a second somebody looks for all of them, in
-two queries, at what nobody was told of; nothing is taken here, so a lost answer does no harm.
+A run that is accepted at this gateway wakes the pods that poll here. If none does, the wakeup is forwarded to
+a ready pod, and published by the broker to the gateways that pods poll. Two queries a second find the work
+and requests of all waiting pods whose wakeup was lost. The hub claims nothing, so a lost response does no
+harm.
 """
 
 from __future__ import annotations
@@ -38,17 +39,18 @@ log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 1.0
 POLL_SECONDS: Final = 1.0
-"""How long after its last poll a pod is taken to be about to poll again."""
+"""Time after its last poll during which a pod is expected to poll again."""
 MAX_WAITING: Final = 5_000
 MAX_COUNTED: Final = 20_000
-"""Deployments whose arrivals are counted; a pod of another is told of one too many, and finds nothing."""
+"""Deployments with a count of inbound runs. A pod of any other gets one needless wakeup and claims nothing.
+"""
 _IS_PENDING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'")
 _IS_RUNNING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
 
 @dataclass(slots=True, eq=False)
 class WaitingPod:
-    """A pod that waits."""
+    """Open poll of a pod."""
 
     holder: LeaseHolder
     call: WorkPollRequest
@@ -63,31 +65,34 @@ class WaitingPod:
 
 
 class PodPollHub:
-    """All pods that wait at this gateway."""
+    """All open polls at this gateway."""
 
     def __init__(self, database: Database, broker: Broker, forwarder: WakeupForwarder) -> None:
         self._database = database
         self._broker = broker
         self._forwarder = forwarder
         self._waiters: dict[str, set[WaitingPod]] = {}
-        """By workflow id."""
+        """By workflow ID."""
         self._arrivals: OrderedDict[str, int] = OrderedDict()
         self._watched: TTLCache[str, bool] = TTLCache(WATCH_SECONDS / 2, MAX_COUNTED)
-        """Deployments whose next arrival at another gateway will be heard of."""
+        """Deployments for which the broker will announce the next run at another gateway."""
         self._polled: TTLCache[str, bool] = TTLCache(POLL_SECONDS, MAX_COUNTED)
-        """Deployments of which a pod was here a moment ago: it will be told when it asks again."""
+        """Deployments with a recent poll: the next poll of their pod learns of the run."""
         self._looking: asyncio.Task[None] | None = None
         self._telling: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     async def start(self) -> None:
-        """Hear of what arrives at other gateways."""
+        """Subscribe to notifications of runs at other gateways."""
         await self._broker.listen(self._noticed)
 
     async def wait(self, holder: LeaseHolder, call: WorkPollRequest) -> WorkPollResponse:
-        """Return what there is to tell a pod, at the latest when its time is up; raises `DatabaseUnavailable`."""
+        """Return work or requests for a pod, or an empty response after its timeout.
+
+        Raises `DatabaseUnavailable`, and 503 if too many pods poll or the gateway stops.
+        """
         if self._is_closed or sum(map(len, self._waiters.values())) >= MAX_WAITING:
-            raise errors.not_ready("As many pods wait here as can, or this gateway stops: try again")
+            raise errors.not_ready("Too many pods wait here, or this gateway is stopping: try again")
         waiter = WaitingPod(holder, call, call.wants_work)
         self._waiters.setdefault(holder.workflow_id, set()).add(waiter)
         try:
@@ -105,7 +110,7 @@ class PodPollHub:
             self._leave(waiter)
 
     async def arrived(self, workflow_ids: Collection[str]) -> None:
-        """Tell pods that runs are there for them, those that wait at other gateways too, after the commit."""
+        """Notify pods of new runs after the commit, also those that poll other gateways."""
         elsewhere = [workflow_id for workflow_id in workflow_ids if not self._has_arrived(workflow_id)]
         for workflow_id in elsewhere:
             if self._polled.get(workflow_id) is None:
@@ -113,20 +118,22 @@ class PodPollHub:
         try:
             await self._broker.publish(dict.fromkeys(elsewhere, ""))
         except BrokerUnavailable as error:
-            log.debug("pods not told", reason=str(error))  # the rows are committed: whoever looks finds them
+            log.debug(
+                "pods not notified", reason=str(error)
+            )  # the rows are committed: the periodic query finds them
 
     def has_waiting_pod(self, workflow_id: str) -> bool:
-        """Tell whether a pod of a workflow waits here, and whatever arrives anywhere is told to it."""
+        """Return whether a pod of a workflow polls here and will hear of runs at every gateway."""
         return workflow_id in self._waiters and self._watched.get(workflow_id) is not None
 
     def release(self) -> None:
-        """Let everybody go: the gateway stops."""
+        """Answer all polls and refuse new ones, because the gateway stops."""
         self._is_closed = True
         for waiter in self._all():
             self._tell(waiter)
 
     async def close(self) -> None:
-        """End the looking."""
+        """Answer all polls and cancel the background tasks."""
         self.release()
         tasks = [*self._telling, *([self._looking] if self._looking else [])]
         for task in tasks:
@@ -137,14 +144,16 @@ class PodPollHub:
 
     async def _begin(self, waiter: WaitingPod) -> None:
         if await self._watch(waiter.workflow_id):
-            waiter.wants_work = True  # what has come while nobody watched is looked for, once
+            waiter.wants_work = True  # one query finds the runs that were accepted before the watch began
         if waiter.wants_work:
             await self._look([waiter])
 
     # ── arrivals ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _has_arrived(self, workflow_id: str) -> bool:
-        """Tell whether a pod that waits here has been told; those that don't wait just now will be."""
+        """Count a new run and return whether a pod that polls here was notified. Others learn it by their
+        next poll.
+        """
         self._arrivals[workflow_id] = self._arrivals.get(workflow_id, 0) + 1
         self._arrivals.move_to_end(workflow_id)
         if len(self._arrivals) > MAX_COUNTED:
@@ -155,7 +164,7 @@ class PodPollHub:
         return bool(waiters)
 
     def _has_missed_arrivals(self, waiter: WaitingPod) -> bool:
-        """Tell whether something has arrived here since a pod was told of arrivals here last."""
+        """Return whether runs were accepted here since the last response to this pod."""
         known = waiter.call.arrivals.get(self._broker.channel)
         return known is not None and known != self._arrivals.get(waiter.workflow_id, 0)
 
@@ -170,19 +179,19 @@ class PodPollHub:
                 task.add_done_callback(self._telling.discard)
 
     async def _pass_on(self, workflow_id: str) -> None:
-        # Watched anew first: what arrives in between is found by whoever is told now.
+        # The watch is renewed first: runs accepted in between are found by the pod that is notified now.
         if workflow_id in self._waiters:
             await self._watch(workflow_id)
         self._has_arrived(workflow_id)
 
     async def _watch(self, workflow_id: str) -> bool:
-        """Have the broker tell of the next arrival at another gateway; tells whether it hadn't been about to."""
+        """Have the broker announce the next run at another gateway; return whether the watch is new."""
         if self._watched.get(workflow_id) is not None:
             return False
         try:
             await self._broker.watch([workflow_id])
         except BrokerUnavailable as error:
-            log.debug("arrivals not watched", reason=str(error))
+            log.debug("runs at other gateways not watched", reason=str(error))
             return False
         self._watched.put(workflow_id, value=True)
         return True
@@ -196,9 +205,9 @@ class PodPollHub:
                 try:
                     await self._look(self._all())
                 except DatabaseUnavailable as error:
-                    log.debug("pods not looked after", error=str(error))
+                    log.debug("pod polls not checked", error=str(error))
                 except Exception:
-                    log.exception("pods not looked after")
+                    log.exception("pod polls not checked")
         finally:
             self._looking = None
 

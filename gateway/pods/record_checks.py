@@ -1,6 +1,7 @@
-"""What a pod may write into rows that others read: texts that are JSON, times with a zone, references that lead on.
+"""Checks of the rows that a pod writes and others read: valid JSON, times with a zone, and valid blob
+references.
 
-A pod runs its users' nodes: what it says is looked at like any other body from outside.
+A pod runs its users' nodes, so its data is as untrusted as any other request body.
 """
 
 from __future__ import annotations
@@ -36,27 +37,27 @@ class _AwaitedNode(msgspec.Struct):
 
 
 def require_storable(write: RunWrite) -> None:
-    """Raise 422 for what a row could not be read back from."""
+    """Raise 422 for values that could not be read back from their row."""
     try:
         for span in write.spans:
             _check_span(span)
     except (InvalidJson, InvalidBlobReference, msgspec.DecodeError) as error:
-        raise _refused(f"A value is none that can be kept: {error}") from error
+        raise _refused(f"A value can't be stored: {error}") from error
     if any(moment.tzinfo is None for moment in _moments(write)):
         raise _refused("A time has no zone")
     if write.channel and not ids.is_id(write.channel):
-        raise _refused("The channel is none")
+        raise _refused("The channel is not a valid ID")
 
 
 def require_readable(call: ExpectEventRequest) -> None:
-    """Raise 422 for the filter of a wait that nobody could look through events by."""
+    """Raise 422 for an event filter that can't be compiled."""
     try:
         if call.condition is not None:
             compile_condition(values.decode_json(call.condition.encode()))
         if not isinstance(values.decode_json(call.given.encode()), list):
-            raise _refused("What the filter is given is no list")
+            raise _refused("The values of the filter are not a list")
     except (InvalidJson, ExpressionError) as error:
-        raise _refused(f"The filter can't be read: {error}") from error
+        raise _refused(f"The filter is invalid: {error}") from error
 
 
 def _check_span(span: NodeSpan) -> None:

@@ -1,4 +1,6 @@
-"""The table of the internal API: what pods may ask, each with the token of its deployment. It stands in no document."""
+"""Route table of the internal API for pods, authenticated by deployment tokens. It is not part of the OpenAPI
+document.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PodRoute:
-    """One line of the table."""
+    """Row of the route table."""
 
     method: str
     path: str
@@ -48,7 +50,7 @@ TABLE: Sequence[PodRoute] = (
 
 
 def endpoints(table: Sequence[PodRoute]) -> Mapping[str, ASGIApp]:
-    """Return what serves each path."""
+    """Return the endpoint of each path."""
     found: dict[str, PathEndpoint] = {}
     for line in table:
         one = PodEndpoint(line.method, line.handler)
