@@ -1,1 +1,1 @@
-"""What one process may ask of another: lossy wake-ups and notices, since the rows are the truth."""
+"""Messages between processes: lossy wakeups and notifications, since the rows are the truth."""

@@ -1,7 +1,7 @@
-"""How processes wake and tell one another, with Redis between them or all inside one process.
+"""Broker through which processes wake and notify one another, over Redis or inside one process.
 
-Nothing that must happen is held here: a wakeup or notice that is lost, late or doubled changes only the time at
-which somebody looks at the rows.
+The broker holds nothing that must happen. A wakeup or notification that is lost, late or doubled only changes
+the time at which a process reads the rows.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -17,15 +17,15 @@ WATCH_SECONDS: Final = 15 * 60
 
 
 class BrokerError(Exception):
-    """Base of what a broker raises."""
+    """Base class of the broker's errors."""
 
 
 class BrokerUnavailable(BrokerError):
-    """Redis did not answer: carry on, for the rows are committed and the sweep finds what is due."""
+    """Redis did not answer. Continue: the rows are committed, and the sweep finds due work."""
 
 
 class RedisMayEvict(BrokerError):
-    """Redis would throw keys away when it is full: its settings must change before a new start."""
+    """A full Redis would evict keys: its settings must change before the process can start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class ChangedExecutions:
 
 @dataclass(frozen=True, slots=True)
 class DirectMessage:
-    """What another process sent to this one, such as "stop" or "cancel"."""
+    """Message of another process to this one, such as "stop" or "cancel"."""
 
     message: Mapping[str, str]
 
@@ -44,83 +44,88 @@ Notification: TypeAlias = ChangedExecutions | DirectMessage
 
 
 class RunBroker(Protocol):
-    """What whoever runs executions hears and tells others.
+    """Broker as executors of runs use it.
 
     Every method that waits may raise `BrokerUnavailable`, except those that start, stop and close.
     """
 
     @property
     def channel(self) -> str:
-        """The name under which others reach this process."""
+        """Address of this process for messages of others."""
 
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
-        """Say "there is work", after the commit; nothing is sent while an earlier wakeup lies there untaken."""
+        """Announce work after the commit. Sends nothing while an earlier wakeup is still in the queue."""
 
     async def publish(self, channels: Mapping[str, str]) -> None:
-        """Tell of changed executions, each process with one notice, and end the watch of those that watch them.
+        """Announce changed executions, one notification for each process, and end their watches.
 
-        Each comes with the channel that is told without having watched it, or an empty text for nobody.
+        Each execution is mapped to a channel that is notified without a watch, or to an empty text for none.
         """
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
-        """Call `on_notice` on the running event loop for whatever reaches the channel, until `close`.
+        """Call `on_notification` on the running event loop for each message of the channel, until `close`.
 
         Returns when the channel is open, or after two seconds if Redis is away: it opens once Redis is back.
-        Each of several listeners hears everything.
+        Each of several listeners receives all messages.
         """
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
-        """Take wakeups on threads of this process; `on_wakeup(shard)` is called on the running event loop."""
+        """Receive wakeups on threads of this process; call `on_wakeup(shard)` on the running event loop."""
 
     async def stop_worker(self) -> None:
-        """Take no more wakeups; what was taken and not handed over goes back for other workers."""
+        """Receive no more wakeups. Unprocessed wakeups return to the queue for other workers."""
 
     async def close(self) -> None: ...
 
 
 class Broker(RunBroker, Protocol):
-    """The broker whole."""
+    """Complete broker, for processes with a database."""
 
     async def wake_mail_parsers(self) -> None:
-        """Say "something is unread", after the commit; nothing is sent while an earlier wakeup lies there untaken."""
+        """Announce unparsed mail after the commit. Sends nothing while an earlier wakeup is still in the
+        queue.
+        """
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
-        """Have this process told once when each of these changes, within 15 minutes.
+        """Notify this process once when each of these executions changes, within 15 minutes.
 
-        Watch, then read the row, then wait: a change between reading and watching would go unheard. Who goes
-        on waiting after a notice watches again before reading again.
+        Watch, then read the row, then wait: a change between reading and watching would be missed. To
+        continue waiting after a notification, watch again before reading again.
         """
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
-        """Put a letter into another process's channel; lost without a word when nobody listens there."""
+        """Send a direct message to the channel of another process. It is lost silently if no process listens."""
 
     async def is_heard(self, channel: str) -> bool:
-        """Tell whether a process listens at an channel: one that has died does not."""
+        """Return whether a process listens on a channel; false for a dead process."""
 
     def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
-        """Take wakeups that something is unread; `on_wakeup` is called on the running event loop."""
+        """Receive wakeups about unparsed mail; call `on_wakeup` on the running event loop."""
 
     async def stop_mail_parser(self) -> None: ...
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
-        """Tell one of the deployers something, after the commit; nothing is sent while the same lies there untaken."""
+        """Send a message to one deployer after the commit. Sends nothing while an equal one is still in the
+        queue.
+        """
 
     def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
-        """Take what deployers are told; `on_message` is called on the running event loop."""
+        """Receive messages to deployers; call `on_message` on the running event loop."""
 
     async def stop_deployer(self) -> None:
-        """Take no more of that."""
+        """Receive no more messages to deployers."""
 
     async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
-        """Take tokens from several buckets, no bucket twice; answers in their order."""
+        """Take tokens from several different buckets; return grants in the order of the demands."""
 
     async def ping(self) -> None: ...
 
 
 async def connect_broker(url: str | None, *, channel: str | None = None) -> Broker:
-    """A broker on the Redis at `url`, or one inside this process for None; it starts though Redis be away.
+    """Connect to the Redis at `url`, or return a broker inside this process for None.
 
-    Raises `EvictingRedis`, and ValueError for what is no Redis URL.
+    An unreachable Redis doesn't prevent the start. Raises `RedisMayEvict`, and ValueError for an invalid
+    Redis URL.
     """
     name = channel or uuid4().hex
     if url is None:

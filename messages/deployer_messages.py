@@ -1,30 +1,30 @@
-"""The messages that a deployer takes: a deployment is to be looked at, or what its pods have written is asked for."""
+"""Messages to deployers: reconcile a deployment, or read the logs of its pods."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Final, TypeAlias
 
 QUEUE: Final = "deployments"
-# Never renamed: an older deployer would put a message for an unknown actor among the dead letters.
+# Never rename it: an older deployer would dead-letter a message for an unknown actor.
 ACTOR: Final = "deployments"
 VERSION: Final = 1
 
 
 @dataclass(frozen=True)
 class ReconcileDeployment:
-    """Something else may be wanted of a deployment than before."""
+    """Message that the desired state of a deployment may have changed."""
 
     workflow_id: str
 
     @property
     def key(self) -> str:
-        """Of messages with the same key, one that lies there untaken is enough."""
+        """Key of which the queue needs one message only."""
         return self.workflow_id
 
 
 @dataclass(frozen=True)
 class ReadPodLogs:
-    """Request for the last lines that pods have written: sent to `channel` as a direct message that names `asked`."""
+    """Request for the last log lines of pods. The answer is a direct message to `channel` that names `asked`."""
 
     workflow_id: str
     limit: int
@@ -40,17 +40,19 @@ DeployerMessage: TypeAlias = ReconcileDeployment | ReadPodLogs
 
 
 def reconcile_payload(workflow_id: str) -> str:
-    """Return what whoever waits for a deployment watches, in the place of an execution's id."""
+    """Return the key with which a deployment is watched, in place of an execution ID."""
     return f"deployment:{workflow_id}"
 
 
 def encode_message(message: DeployerMessage) -> dict[str, object]:
-    """Return what goes over the wire."""
+    """Return the payload of a message for the queue."""
     return {"v": VERSION, **asdict(message)}
 
 
 def parse_message(payload: Mapping[str, object]) -> DeployerMessage | None:
-    """A payload of a version this deployer does not know says nothing: its sweep finds what it was about."""
+    """Return the message of a payload, or None for an unknown version. The deployer's sweep then finds the
+    change.
+    """
     match payload:
         case {
             "v": 1,

@@ -1,4 +1,4 @@
-"""The notice about a run that was asked to end, for those who would otherwise hear of it later."""
+"""Notification of a stop or cancel request, which processes would otherwise notice later."""
 
 from contextlib import suppress
 
@@ -8,8 +8,10 @@ from messages.broker import Broker, BrokerUnavailable
 async def notify_end_request(
     broker: Broker, execution_id: str, request: str, *, lease_owner: str | None, channel: str
 ) -> None:
-    """Tell the worker that holds a run of the `request`; of one that has ended by it, whoever waits for that."""
-    # With the broker away, the worker hears of it when it renews its lease, and who waits looks every second.
+    """Send the `request` to the worker that holds the run, or notify the waiting clients if the run has ended
+    by it.
+    """
+    # Without the broker, the worker learns of it when it renews its lease, and clients poll once a second.
     with suppress(BrokerUnavailable):
         if lease_owner is None:
             await broker.publish({execution_id: channel})

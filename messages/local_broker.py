@@ -1,4 +1,4 @@
-"""The broker of a single process: Dramatiq's in-process queues for wakeups, and dictionaries for the rest."""
+"""Broker of a single process: Dramatiq's in-process queues for wakeups, and dictionaries for the rest."""
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,9 @@ class LocalQueues(StubBroker):
         self.declare_queue(worker_wakeup.QUEUE)
 
     def declare_queue(self, queue_name: str) -> None:
-        """Without the delay queue, which would only be polled: nothing is ever delayed in the broker."""
+        """Declare a queue without its delay queue, which would only be polled: the broker never delays
+        messages.
+        """
         if queue_name in self.queues:
             return
         self.emit_before("declare_queue", queue_name)
@@ -36,15 +38,15 @@ class LocalBroker:
         self._worker: dramatiq.Worker | None = None
         self._listeners: list[Callable[[Notification], None]] = []
         self._deployer: Callable[[DeployerMessage], None] | None = None
-        self._reader: Callable[[], None] | None = None
-        self._hinted: set[int] = set()
+        self._mail_parser: Callable[[], None] | None = None
+        self._queued_shards: set[int] = set()
         self._watched_until: dict[str, float] = {}
         self._buckets = LocalTokenBuckets()
 
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
-        if shard in self._hinted:
+        if shard in self._queued_shards:
             return
-        self._hinted.add(shard)
+        self._queued_shards.add(shard)
         wakeup = asdict(WorkerWakeup(shard=shard))
         self._queues.enqueue(dramatiq.Message(worker_wakeup.QUEUE, worker_wakeup.ACTOR, (), wakeup, {}))
 
@@ -57,13 +59,13 @@ class LocalBroker:
 
     async def publish(self, channels: Mapping[str, str]) -> None:
         self._forget_watches_before(asyncio.get_running_loop().time())
-        told = tuple(
+        notified = tuple(
             execution_id
             for execution_id, channel in channels.items()
             if self._watched_until.pop(execution_id, None) is not None or channel == self.channel
         )
-        if told:
-            self._deliver(ChangedExecutions(told))
+        if notified:
+            self._deliver(ChangedExecutions(notified))
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         if channel == self.channel:
@@ -77,7 +79,7 @@ class LocalBroker:
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         def taken(shard: int) -> None:
-            self._hinted.discard(shard)
+            self._queued_shards.discard(shard)
             on_wakeup(shard)
 
         self._worker = wakeup_worker.start(self._queues, taken)
@@ -88,18 +90,18 @@ class LocalBroker:
             await asyncio.to_thread(wakeup_worker.stop, worker)
 
     async def wake_mail_parsers(self) -> None:
-        """Without a queue: readers are right here, or there are none."""
-        if self._reader is not None:
-            asyncio.get_running_loop().call_soon(self._reader)
+        """Wake the mail parser of this process, if it has one. No queue is needed."""
+        if self._mail_parser is not None:
+            asyncio.get_running_loop().call_soon(self._mail_parser)
 
     def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
-        self._reader = on_wakeup
+        self._mail_parser = on_wakeup
 
     async def stop_mail_parser(self) -> None:
-        self._reader = None
+        self._mail_parser = None
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
-        """Without a queue: the one deployer that there can be is right here, or there is none."""
+        """Notify the only possible deployer, which is in this process if it exists. No queue is needed."""
         if self._deployer is not None:
             asyncio.get_running_loop().call_soon(self._deployer, message)
 
@@ -114,7 +116,7 @@ class LocalBroker:
         return [self._buckets.take(demand, now) for demand in demands]
 
     async def ping(self) -> None:
-        """Always there."""
+        """Do nothing: this broker is always available."""
 
     async def close(self) -> None:
         self._listeners.clear()
@@ -126,7 +128,7 @@ class LocalBroker:
             loop.call_soon(on_notification, notification)
 
     def _forget_watches_before(self, now: float) -> None:
-        # All watches last equally long and a renewed one moves to the end: the first is the next to run out.
+        # All watches last equally long, and a renewed one moves to the end: the first expires next.
         while self._watched_until:
             execution_id, until = next(iter(self._watched_until.items()))
             if until > now:

@@ -1,4 +1,4 @@
-"""The one message that a reader of what has arrived takes: "something is unread"."""
+"""Only message to a mail parser: "there is unparsed mail"."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 QUEUE: Final = "intake"
-# Never renamed: an older worker would put a message for an unknown actor among the dead letters.
+# Never rename it: an older worker would dead-letter a message for an unknown actor.
 ACTOR: Final = "intake"
 VERSION: Final = 1
 

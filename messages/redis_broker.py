@@ -1,4 +1,4 @@
-"""The broker that runs over Redis: wakeups in Dramatiq's own layout, notices by publish and subscribe."""
+"""Broker over Redis: wakeups in Dramatiq's own layout, notifications by publish and subscribe."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -43,8 +43,8 @@ CONNECTIONS: Final = 16
 LISTEN_SECONDS: Final = 2.0
 MARK_MILLISECONDS: Final = 60_000
 
-# A wakeup is outstanding while it lies in the queue. Whoever takes it out begins its claim later, and so sees
-# whatever was committed before.
+# A wakeup is outstanding while it is in the queue. A worker claims after taking it out, and so sees
+# everything that was committed before.
 WAKE: Final = """
 local mark, queue, bodies, wakeup_signal = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local mark_milliseconds, id, body, limit = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
@@ -69,8 +69,8 @@ for _, watchers in ipairs(KEYS) do
 end
 """
 
-# KEYS: the watchers of each execution. ARGV: the prefix of channels, then, in the same order, each execution and the
-# channel that is told in any case, or nothing.
+# KEYS: the watchers of each execution. ARGV: the prefix of channels, then, in the same order, each execution
+# with the channel that is notified in any case, or an empty text.
 ANNOUNCE: Final = """
 local changed = {}
 local function tell(channel, execution_id)
@@ -93,8 +93,9 @@ for channel, execution_ids in pairs(changed) do
 end
 """
 
-# KEYS: buckets. ARGV: of each, what it gets a second, what it holds, and what is needed, wanted and taken ahead; first
-# the part that may be. A bucket is the time, in microseconds of this server's clock, at which it is full.
+# KEYS: buckets. ARGV: first the divisor for tokens ahead, then, for each bucket, its tokens per second, its
+# capacity, and the tokens that are needed, wanted and ahead. A bucket is the time, in microseconds of this
+# server's clock, at which it is full.
 TAKE: Final = """
 local time = redis.call("TIME")
 local now = tonumber(time[1]) * 1000000 + tonumber(time[2])
@@ -131,12 +132,12 @@ class _PublishedMessage(msgspec.Struct):
 
 
 async def refuse_evicting(client: Redis) -> None:
-    """Raise `EvictingRedis` unless a full Redis refuses to write: else it takes what it acknowledged."""
+    """Raise `RedisMayEvict` unless a full Redis refuses to write. Otherwise it may evict acknowledged data."""
     try:
-        # Told by INFO too, which hosted servers allow where they forbid CONFIG.
+        # From INFO, which hosted servers allow where they forbid CONFIG.
         policy = (await client.info("memory")).get("maxmemory_policy")
     except redis.ResponseError as error:
-        log.warning("redis does not tell its eviction policy", error=str(error))
+        log.warning("redis eviction policy unknown", error=str(error))
         return
     if policy != "noeviction":
         raise RedisMayEvict(
@@ -174,10 +175,12 @@ def _connected_to(url: str) -> Redis:
         socket_connect_timeout=REDIS_TIMEOUT_SECONDS,
         # redis-py repeats a command up to ten times by default, though it may have been carried out before.
         retry=Retry(NoBackoff(), 0),
-        # Under version 3, expecting notices of maintenance, redis-py hands out closed connections.
+        # Under protocol version 3, redis-py expects maintenance notifications and hands out closed
+        # connections.
         protocol=2,
     )
-    # With a timeout, redis-py sends under `asyncio.wait_for`, which on Python 3.11 may swallow a cancellation.
+    # With a timeout, redis-py sends under `asyncio.wait_for`, which on Python 3.11 may swallow a
+    # cancellation.
     pool.connection_kwargs["socket_timeout"] = None
     return Redis.from_pool(pool)
 
@@ -189,10 +192,10 @@ class RedisBroker:
         self._url = url
         self._wake = self.client.register_script(WAKE)
         self._watch = self.client.register_script(WATCH)
-        self._announce = self.client.register_script(ANNOUNCE)
+        self._publish = self.client.register_script(ANNOUNCE)
         self._take_tokens = self.client.register_script(TAKE)
         self._worker: dramatiq.Worker | None = None
-        self._reader: dramatiq.Worker | None = None
+        self._mail_parser: dramatiq.Worker | None = None
         self._deployer: dramatiq.Worker | None = None
         self._listeners: list[Callable[[Notification], None]] = []
         self._listening: asyncio.Task[None] | None = None
@@ -207,12 +210,12 @@ class RedisBroker:
         await self._put(mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, "all", asdict(MailParserWakeup()))
 
     def start_mail_parser(self, on_wakeup: Callable[[], None]) -> None:
-        self._reader = wakeup_worker.start_reader(WakeupQueues(self._url), on_wakeup)
+        self._mail_parser = wakeup_worker.start_reader(WakeupQueues(self._url), on_wakeup)
 
     async def stop_mail_parser(self) -> None:
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            await asyncio.to_thread(wakeup_worker.stop, reader)
+        mail_parser, self._mail_parser = self._mail_parser, None
+        if mail_parser is not None:
+            await asyncio.to_thread(wakeup_worker.stop, mail_parser)
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
         await self._put(
@@ -223,7 +226,7 @@ class RedisBroker:
         )
 
     async def _put(self, name: str, actor: str, key: str, payload: dict[str, object]) -> None:
-        """Put a message into a queue unless the latest with the same key lies there still."""
+        """Put a message into a queue unless the latest one with the same key is still in it."""
         identity = str(uuid4())
         message: dramatiq.Message[None] = dramatiq.Message(
             name, actor, (), payload, {MESSAGE_ID: identity}, identity
@@ -246,7 +249,7 @@ class RedisBroker:
             return
         pairs = chain.from_iterable(channels.items())
         async with _check_answer():
-            await self._announce(keys=_watchers_key(channels), args=[CHANNELS, *pairs])
+            await self._publish(keys=_watchers_key(channels), args=[CHANNELS, *pairs])
 
     async def send(self, channel: str, message: Mapping[str, str]) -> None:
         async with _check_answer():
@@ -331,11 +334,11 @@ class RedisBroker:
         try:
             notification = _parse_message(body)
         except ValueError:
-            log.warning("notice unreadable", channel=self.channel)
+            log.warning("notification unreadable", channel=self.channel)
             return
         loop = asyncio.get_running_loop()
         for on_notification in self._listeners:
-            # Called by the loop, so that an exception of one ends neither the others nor this task.
+            # Called by the loop, so that an exception of one listener ends neither the others nor this task.
             loop.call_soon(on_notification, notification)
 
 

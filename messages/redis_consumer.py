@@ -1,4 +1,4 @@
-"""Dramatiq's Redis queues for wakeups: their consumer blocks instead of polling, and outlives a lost server."""
+"""Consumer of Dramatiq's Redis queues for wakeups that blocks instead of polling, and survives a lost server."""
 
 import random
 import threading
@@ -22,20 +22,22 @@ from redis.retry import Retry
 from json_text import decoding
 
 NAMESPACE: Final = "pilotflame"
-MESSAGE_ID: Final = "redis_message_id"  # Dramatiq's name for the option that holds a message's id in Redis
+MESSAGE_ID: Final = "redis_message_id"  # Dramatiq's name for the option with a message's ID in Redis
 REDIS_TIMEOUT_SECONDS: Final = 2.0
 
-# A lost wakeup_signal delays a wakeup by this at most. Each fetch is a heartbeat too: far below that timeout.
+# Longest delay of a wakeup by a lost wakeup signal. Each fetch is a heartbeat too, so this is far below its
+# timeout.
 WAKEUP_SIGNAL_SECONDS: Final = (10.0, 12.0)
 HEARTBEAT_TIMEOUT_MILLISECONDS: Final = 30_000
-# Twice the 4,096 shards, and as many tokens in the wakeup_signal. Without workers wakeups pile up: the oldest give way.
+# Twice the 4,096 shards; the same limit for tokens in the wakeup signal. Without workers, the oldest wakeups
+# are dropped.
 WAKEUPS_KEPT: Final = 8_192
 
 log = structlog.get_logger()
 
 
 def reconnect_seconds(failures: int) -> float:
-    """How long to leave Redis alone after so many failures in a row: from 50 ms to a second, spread out."""
+    """Return the pause after so many consecutive failures: from 50 ms to a second, randomized."""
     return min(1.0, 0.05 * 2.0 ** min(failures - 1, 8)) * random.uniform(0.5, 1.0)  # noqa: S311 - spreads load only
 
 
@@ -44,13 +46,15 @@ def _connected_to(url: str, *, socket_timeout_seconds: float) -> redis.Redis:
     client = redis.Redis.from_url(
         url, retry=Retry(NoBackoff(), 0), socket_connect_timeout=REDIS_TIMEOUT_SECONDS
     )
-    # A timeout in the URL would win over an argument, and cut every wait for the wakeup_signal short.
+    # A timeout in the URL would win over an argument, and cut every wait for the wakeup signal short.
     client.connection_pool.connection_kwargs["socket_timeout"] = socket_timeout_seconds
     return client
 
 
 class StopConsumersMiddleware(Middleware):
-    """Dramatiq lets consumers fetch on until the threads of a stopping worker have ended."""
+    """Middleware that stops consumers first. Dramatiq lets them fetch until the threads of a stopping worker
+    have ended.
+    """
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
         for consumer in worker.consumers.values():
@@ -60,7 +64,7 @@ class StopConsumersMiddleware(Middleware):
 
 
 class WakeupQueues(RedisBroker):
-    """The side of Dramatiq's broker that consumes; wakeups are sent by a script of `redis_broker`."""
+    """Consuming side of Dramatiq's broker; a script of `redis_broker` sends the wakeups."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -71,7 +75,7 @@ class WakeupQueues(RedisBroker):
             namespace=NAMESPACE,
             # No retries, delays, time limits, results or pipelines: the rows hold all of that.
             middleware=[StopConsumersMiddleware()],
-            maintenance_chance=MAINTENANCE_SCALE,  # looks for what dead workers left at every fetch
+            maintenance_chance=MAINTENANCE_SCALE,  # requeues messages of dead workers at every fetch
             heartbeat_timeout=HEARTBEAT_TIMEOUT_MILLISECONDS,
         )
 
@@ -80,7 +84,9 @@ class WakeupQueues(RedisBroker):
         return BlockingConsumer
 
     def declare_queue(self, queue_name: str) -> None:
-        """Without the delay queue, which would only be polled: nothing is ever delayed in the broker."""
+        """Declare a queue without its delay queue, which would only be polled: the broker never delays
+        messages.
+        """
         if queue_name in self.queues:
             return
         self.emit_before("declare_queue", queue_name)
@@ -96,7 +102,9 @@ class WakeupQueues(RedisBroker):
         )
 
     def wakeup_signals(self, queue_name: str) -> list[str]:
-        """Keys to wait at: the wakeup_signal that one of all idle consumers hears, and that of this process alone."""
+        """Return the keys to block on: one wakes any idle consumer of any process, one the consumer of this
+        process.
+        """
         return [
             f"{NAMESPACE}:{queue_name}.wakeup_signal",
             f"{NAMESPACE}:{queue_name}.{self._own_wakeup_signal}",
@@ -108,7 +116,7 @@ class WakeupQueues(RedisBroker):
         self.client.ltrim(wakeup_signal, -WAKEUPS_KEPT, -1)
 
     def interrupt(self) -> None:
-        """Make the consumers that wait return at once, be it for the wakeup_signal or for Redis to come back."""
+        """End the waits of all consumers at once, for a wakeup signal or for the return of Redis."""
         self.interrupted.set()
         with suppress(redis.RedisError):
             for queue_name in self.queues:
@@ -123,11 +131,11 @@ class BlockingConsumer(Consumer):
         self._queue_name = queue_name
         self._prefetch = prefetch
         self._timeout_seconds = timeout / 1000
-        # Blocks for longer than any other command may take, so it has a connection and a timeout of its own.
+        # It blocks for longer than any other command may take, so it has its own connection and timeout.
         self._wakeup_signal = broker.connect_to_wakeup_signal()
         self._fetched: deque[Message[Any]] = deque()
         self._unacknowledged: set[str] = set()
-        self._room = threading.Condition()
+        self._capacity_changed = threading.Condition()
         self._is_drained = False
         self._failures = 0
 
@@ -135,7 +143,8 @@ class BlockingConsumer(Consumer):
         try:
             self._fill()
         except redis.RedisError as error:
-            # Raised to Dramatiq, it would cost the three seconds after which a consumer is made anew.
+            # Raised to Dramatiq, the error would cost the three seconds after which it creates a new
+            # consumer.
             self._wait_for_redis(error)
             return None
         if self._failures:
@@ -169,8 +178,8 @@ class BlockingConsumer(Consumer):
     def _fill(self) -> None:
         if self._fetched:
             return
-        with self._room:
-            if not self._room.wait_for(self._has_room, self._timeout_seconds):
+        with self._capacity_changed:
+            if not self._capacity_changed.wait_for(self._has_capacity, self._timeout_seconds):
                 return
         if self._is_drained:
             seconds = random.uniform(*WAKEUP_SIGNAL_SECONDS)  # noqa: S311 - no secret
@@ -178,12 +187,13 @@ class BlockingConsumer(Consumer):
         if not self._broker.interrupted.is_set():
             self._fetch(self._prefetch - len(self._unacknowledged))
 
-    def _has_room(self) -> bool:
+    def _has_capacity(self) -> bool:
         return len(self._unacknowledged) < self._prefetch
 
     def _fetch(self, room: int) -> None:
         bodies: list[bytes | None] = self._broker.do_fetch(self._queue_name, room)
-        # Fewer than asked for means that no more are there, and each later one rings: no need to ask again.
+        # Fewer messages than requested mean an empty queue, and each later one sends a signal: no need to
+        # fetch again.
         self._is_drained = len(bodies) < room
         messages = [message for body in bodies if (message := self._read(body))]
         self._unacknowledged.update(message.options[MESSAGE_ID] for message in messages)
@@ -196,15 +206,17 @@ class BlockingConsumer(Consumer):
             message: Message[Any] = decoding.decode(body or b"", Message)
         except (ValueError, RecursionError):
             return None
-        # Another queue's name ends a thread of Dramatiq's worker; an `eta` would have it delayed in memory.
+        # Another queue's name ends a thread of Dramatiq's worker; an `eta` would delay the message in memory.
         is_ours = message.queue_name == self._queue_name and "eta" not in message.options
         return message if is_ours and isinstance(message.options.get(MESSAGE_ID), str) else None
 
     def _bury_unreadable(self) -> None:
-        """Move what no message accounts for to the dead letters: a fetch tells bodies without their ids."""
+        """Move unreadable messages to the dead letters. A fetch returns bodies without IDs, so these are the
+        held IDs of no message.
+        """
         key = f"{NAMESPACE}:__acks__.{self._broker.broker_id}.{self._queue_name}"
         held = cast("set[bytes]", self._broker.client.smembers(key))
-        with self._room:
+        with self._capacity_changed:
             readable = {identity.encode() for identity in self._unacknowledged}
         for identity in held - readable:
             self._broker.do_nack(self._queue_name, identity)
@@ -216,20 +228,21 @@ class BlockingConsumer(Consumer):
         try:
             getattr(self._broker, f"do_{command}")(self._queue_name, message.options[MESSAGE_ID])
         except redis.RedisError as error:
-            # Raised to Dramatiq, it would hold the thread for five seconds a try; the wakeup was taken anyway.
+            # Raised to Dramatiq, it would hold the thread for five seconds a try; the wakeup was taken
+            # anyway.
             log.warning("message not settled", queue=self._queue_name, command=command, error=str(error))
         finally:
-            with self._room:
+            with self._capacity_changed:
                 self._unacknowledged.discard(message.options[MESSAGE_ID])
-                self._room.notify()
+                self._capacity_changed.notify()
 
     def _wait_for_redis(self, error: redis.RedisError) -> None:
         if not self._failures:
             log.warning("redis lost", queue=self._queue_name, error=str(error))
         self._failures += 1
         self._is_drained = False
-        # What a lost answer had fetched is held by this id while it beats. Under a new id it comes back, after the
-        # heartbeat timeout.
+        # The messages of a lost response belong to this ID while it sends heartbeats. Under a new ID they
+        # return to the queue after the heartbeat timeout.
         self._broker.broker_id = str(uuid4())
         # After a failover the old connections may lead to a server that has become a read-only replica.
         self._wakeup_signal.connection_pool.disconnect()

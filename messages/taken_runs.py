@@ -1,4 +1,4 @@
-"""The letter about runs that somebody has taken, for those who wait for that."""
+"""Direct message about claimed runs, for gateways whose clients wait for that."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ _TAKEN: Final = "taken"
 
 
 class TakenRun(Protocol):
-    """A run that was taken."""
+    """Claimed run with the channel of its gateway."""
 
     @property
     def execution_id(self) -> str: ...
 
     @property
     def channel(self) -> str:
-        """Of the gateway that accepted it."""
+        """Channel of the gateway that accepted it."""
 
 
 async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
-    """Tell each gateway which of the runs that it accepted were taken; whoever isn't told looks once a second."""
+    """Notify each gateway of the claimed runs that it accepted. If a message is lost, the gateway polls once
+    a second.
+    """
     by_channel: dict[str, list[str]] = {}
     for run in runs:
         if run.channel:
@@ -38,5 +40,5 @@ async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
 
 
 def parse_taken_runs(notification: Notification) -> Sequence[str]:
-    """Return the executions that a notice says were taken."""
+    """Return the IDs of the claimed executions in a notification."""
     return notification.message.get(_TAKEN, "").split() if isinstance(notification, DirectMessage) else ()

@@ -1,7 +1,7 @@
-"""Token buckets: how often something may happen, as so many times a second in the long run and a burst at once.
+"""Token buckets: rate limits with a number per second in the long run, and a burst at once.
 
-A bucket is one number, the time at which it is full again: one that nobody takes from is gone by itself. What asks for
-more than a bucket holds gets it from a full one, and leaves a debt.
+A bucket is one number, the time at which it is full again, so an unused bucket expires by itself. A demand
+for more than a bucket can hold is granted by a full bucket, and leaves a debt.
 """
 
 from __future__ import annotations
@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from typing import Final
 
 SPARE: Final = 8
-"""Of what is left in a bucket, this part may be taken ahead: near its end nobody is refused for what others hold."""
+"""Divisor of the remaining tokens that limits tokens ahead, so that a nearly empty bucket refuses no demand
+for them.
+"""
 MAX_BUCKETS: Final = 1_000
-"""Above this, full ones are looked for and dropped."""
+"""Number of buckets above which full ones are dropped."""
 _ROUNDING: Final = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class BucketRate:
-    """How fast a bucket fills, and what it holds."""
+    """Refill rate and capacity of a bucket."""
 
     per_second: float
     burst: int
@@ -27,39 +29,39 @@ class BucketRate:
 
 @dataclass(frozen=True, slots=True)
 class TokenDemand:
-    """What is to be taken from one bucket."""
+    """Demand for tokens of one bucket."""
 
     bucket: str
     rate: BucketRate
     needed: int
-    """At least this, or nothing."""
+    """Minimum; with fewer tokens in the bucket, none are granted."""
     wanted: int
-    """As much of this as there is."""
+    """Maximum, as far as the bucket has tokens."""
     ahead: int = 0
-    """So much besides, of what may be taken ahead."""
+    """Additional tokens for later demands, as far as they may be taken ahead."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenGrant:
-    """The answer to a demand."""
+    """Answer to a demand."""
 
     tokens: int
-    """0: there are too few."""
+    """0 if the bucket has too few."""
     left: int
-    """In the bucket now; less than 0 where it is in debt."""
+    """Tokens left in the bucket; negative if it is in debt."""
     wait_seconds: float = 0.0
-    """Until there is what was needed, where that was too much."""
+    """Time until the bucket has the needed tokens, if it has too few."""
 
 
 class LocalTokenBuckets:
-    """The buckets of one process."""
+    """Token buckets of one process."""
 
     def __init__(self) -> None:
         self._full_at: dict[str, float] = {}
         self._swept_above = MAX_BUCKETS
 
     def take(self, demand: TokenDemand, now: float) -> TokenGrant:
-        """Take tokens, by a clock of seconds that never goes back."""
+        """Take tokens; `now` is in seconds of a monotonic clock."""
         rate = demand.rate
         full_at = max(self._full_at.get(demand.bucket, now), now)
         held = rate.burst - (full_at - now) * rate.per_second + _ROUNDING

@@ -1,4 +1,4 @@
-"""A Dramatiq worker inside this process, whose one actor hands each message to the process's own event loop."""
+"""Dramatiq worker inside this process. Its one actor passes each message to the process's own event loop."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -9,14 +9,14 @@ import dramatiq
 from messages import deployer_messages, mail_parser_wakeup, worker_wakeup
 from messages.deployer_messages import DeployerMessage
 
-# The actor returns at once: the second thread hands over a message while the first acknowledges another.
+# The actor returns at once: the second thread passes a message on while the first acknowledges another.
 THREADS: Final = 2
 THREAD_POLL_MILLISECONDS: Final = 250
 STOP_MILLISECONDS: Final = 1_000
 
 
 def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq.Worker:
-    """Take wakeups that there are executions."""
+    """Receive wakeups of workers."""
     return _start(
         broker,
         worker_wakeup.QUEUE,
@@ -26,12 +26,12 @@ def start(broker: dramatiq.Broker, on_wakeup: Callable[[int], None]) -> dramatiq
 
 
 def start_reader(broker: dramatiq.Broker, on_wakeup: Callable[[], None]) -> dramatiq.Worker:
-    """Take wakeups that something has come that is to be read first."""
+    """Receive wakeups of mail parsers."""
     return _start(broker, mail_parser_wakeup.QUEUE, mail_parser_wakeup.ACTOR, lambda _payload: on_wakeup())
 
 
 def start_deployer(broker: dramatiq.Broker, on_message: Callable[[DeployerMessage], None]) -> dramatiq.Worker:
-    """Take messages about deployments."""
+    """Receive messages to deployers."""
 
     def take(payload: Mapping[str, object]) -> None:
         message = deployer_messages.parse_message(payload)
@@ -51,13 +51,13 @@ def _start(
         loop.call_soon_threadsafe(take, payload)
 
     worker = dramatiq.Worker(broker, worker_timeout=THREAD_POLL_MILLISECONDS, worker_threads=THREADS)
-    # What is being handed over counts as fetched, so this is the fewest that keeps every thread busy.
+    # Messages in the hands of threads count as fetched, so this is the fewest that keeps every thread busy.
     worker.queue_prefetch = THREADS
     worker.start()
     return worker
 
 
 def stop(worker: dramatiq.Worker) -> None:
-    """End the worker and its broker; blocks for a quarter of a second, or a few seconds if Redis hangs."""
+    """Stop the worker and its broker. Blocks for a quarter of a second, or a few seconds if Redis hangs."""
     worker.stop(timeout=STOP_MILLISECONDS)
     worker.broker.close()

@@ -1,4 +1,7 @@
-"""Wakeups that there is something to do, for those who would otherwise find it by their next sweep."""
+"""Wakeups for processes that would otherwise find the work by their next sweep.
+
+Send them after the commit. An unavailable broker is ignored, since the rows are committed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ log = structlog.get_logger()
 
 
 async def wake_workers(broker: RunBroker) -> None:
-    """Say "there is work", after the commit; with the broker away, the rows say so themselves."""
+    """Wake a worker for pending runs."""
     try:
         await broker.wake_workers()
     except BrokerUnavailable as error:
@@ -24,16 +27,16 @@ async def wake_workers(broker: RunBroker) -> None:
 
 
 async def wake_mail_parsers(broker: Broker) -> None:
-    """Say that something has come that is to be read first, after the commit; with the broker away, its row says so."""
+    """Wake a mail parser for unparsed mail."""
     try:
         await broker.wake_mail_parsers()
     except BrokerUnavailable as error:
-        log.debug("readers not woken", reason=str(error))
+        log.debug("mail parsers not woken", reason=str(error))
 
 
 async def wake_deployer(broker: Broker, workflow_id: str) -> None:
-    """Say that something else is wanted of a deployment, after the commit; with the broker away, its row says so."""
+    """Wake a deployer for a deployment with a new desired state."""
     try:
         await broker.notify_deployer(ReconcileDeployment(workflow_id))
     except BrokerUnavailable as error:
-        log.debug("deployer not told", reason=str(error))
+        log.debug("deployer not woken", reason=str(error))

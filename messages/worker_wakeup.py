@@ -1,11 +1,11 @@
-"""The one message that a worker of executions takes: "there is work", in one shard or in all of them."""
+"""Only message to a worker of executions: "there is work", in one shard or in all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
 QUEUE: Final = "executions"
-# Never renamed: an older worker would put a message for an unknown actor among the dead letters.
+# Never rename it: an older worker would dead-letter a message for an unknown actor.
 ACTOR: Final = "executions"
 VERSION: Final = 1
 ALL_SHARDS: Final = -1
@@ -18,7 +18,9 @@ class WorkerWakeup:
 
 
 def parse_wakeup(payload: Mapping[str, object]) -> WorkerWakeup:
-    """A payload of a version this worker does not know still says "there is work": look in all shards."""
+    """Return the wakeup of a payload. A payload of an unknown version still means "there is work", in all
+    shards.
+    """
     match payload:
         case {"v": 1, "shard": int(shard)}:
             return WorkerWakeup(shard=shard)

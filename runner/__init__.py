@@ -1,1 +1,3 @@
-"""The process in a workflow's pod: runs its executions, and speaks to nobody but the gateway about them."""
+"""Runner: the process in a workflow's pod. It executes the workflow's runs, and knows no server but the
+gateway.
+"""

@@ -1,4 +1,4 @@
-"""The way to the gateway: calls of its internal API over kept connections, and what comes of them as errors of ours."""
+"""Client of the gateway's internal API, with persistent connections and translated errors."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ MAX_PAUSE_SECONDS: Final = 2.0
 MAX_DOUBLINGS: Final = 10
 MAX_ERROR_BYTES: Final = 100_000
 UNKNOWN_POD_STATUSES: Final = frozenset({401, 403, 404})
-"""By these answers a gateway says that it doesn't know the pod, or is none of ours."""
+"""Answers of a gateway that doesn't know the pod, or of a foreign server."""
 _JSON: Final = {"Content-Type": "application/json"}
 
 
 class CallRefused(Exception):
-    """The gateway would not do it, and will not the next time either."""
+    """Permanent refusal of a call by the gateway."""
 
     def __init__(self, status: int, code: str, message: str) -> None:
         super().__init__(f"{message} ({status} {code})")
@@ -53,7 +53,9 @@ class _RefusalBody(msgspec.Struct):
 
 
 class GatewayClient:
-    """One loop's connections to the gateway. While it is away, each failed call takes longer to say so."""
+    """Connections of one event loop to the gateway. Consecutive failures take longer and longer, as a
+    back-off.
+    """
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class GatewayClient:
         process: PodProcess | None = None,
         clock: DatabaseClock | None = None,
     ) -> None:
-        """Without `process` and `clock`, this is the first of a process that has just begun."""
+        """Without `process` and `clock`, create those of a new process."""
         self.clock = clock or DatabaseClock()
         self._settings = settings
         self._process = process or PodProcess.new(settings.runner_pod)
@@ -77,18 +79,18 @@ class GatewayClient:
         )
 
     def for_loop(self) -> GatewayClient:
-        """Return another one for the running loop of another thread."""
+        """Return a client for the running event loop of another thread."""
         return GatewayClient(self._settings, self._process, self.clock)
 
     @property
     def failing_seconds(self) -> float:
-        """For how long every call on this loop has met with nobody, or with somebody who doesn't know this pod."""
+        """Seconds for which every call on this loop found no gateway, or one that doesn't know this pod."""
         return 0.0 if self._failing_since is None else monotonic() - self._failing_since
 
     async def call(
         self, path: str, call: msgspec.Struct | None, answer: type[Answer], *, seconds: float = CALL_SECONDS
     ) -> Answer:
-        """Return what a call is answered; raises `DatabaseUnavailable`, `NodeError` and `CallRefused`."""
+        """Return the answer to a call. Raises `DatabaseUnavailable`, `NodeError` and `CallRefused`."""
         body = b"{}" if call is None else msgspec.json.encode(call)
         async with self.exchange("POST", path, body, headers=_JSON, seconds=seconds) as response:
             text = await response.read()
@@ -104,7 +106,7 @@ class GatewayClient:
         headers: Mapping[str, str] | None = None,
         seconds: float = CALL_SECONDS,
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Open an answer that says yes, to be read within the block; raises what `call` does."""
+        """Open a successful response, to be read within the block. Raises the errors of `call`."""
         try:
             async with (
                 asyncio.timeout(seconds),
@@ -112,7 +114,7 @@ class GatewayClient:
                     method, self._url + path, data=body, headers=headers, allow_redirects=False
                 ) as response,
             ):
-                if response.status >= 300:  # noqa: PLR2004 - whatever isn't a yes
+                if response.status >= 300:  # noqa: PLR2004 - any status except success
                     await self._raise_refusal(response)
                 self._failing_since = None
                 yield response
@@ -132,7 +134,7 @@ class GatewayClient:
         try:
             error = decoding.decode(text, _RefusalBody).error
         except msgspec.DecodeError:
-            error = _ErrorBody("", "The answer is none of a gateway")
+            error = _ErrorBody("", "The answer is not from a gateway")
         if error.code and response.status not in UNKNOWN_POD_STATUSES:
             self._failing_since = None
         else:
@@ -140,10 +142,10 @@ class GatewayClient:
         kind = response.headers.get(NODE_ERROR_HEADER)
         if kind is not None:
             raise NodeError(error.message, code=error.code, retryable=kind == RETRYABLE)
-        # A token that opens nothing may be one that was made a moment ago; if not, the leases end, and the runs go on
-        # elsewhere.
+        # An unknown token may be a new one that the gateway will know soon. If not, the leases expire, and
+        # the runs continue elsewhere.
         if response.status in {401, 403, 408, 429} or response.status >= 500:  # noqa: PLR2004 - RFC 9110
-            raise DatabaseUnavailable(f"The gateway would not: {response.status} {error.code}")
+            raise DatabaseUnavailable(f"The gateway refused: {response.status} {error.code}")
         raise CallRefused(response.status, error.code, error.message)
 
     def _count_failure(self) -> None:
@@ -156,5 +158,5 @@ class GatewayClient:
         await asyncio.sleep(min(pause, MAX_PAUSE_SECONDS))
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._session.close()

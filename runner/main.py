@@ -1,4 +1,4 @@
-"""The runner's process: everything it is made of, in one screen."""
+"""Process of the runner: creates and connects all its parts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ KEEP_ALIVE_SECONDS: Final = 75
 
 
 def serve(settings: RunnerSettings) -> None:
-    """Run until told to stop; then let runs end, hand over what still goes on, and return."""
+    """Run until a stop signal; then let runs finish, hand off those that still run, and return."""
     uvloop.run(_serve(settings))
 
 
@@ -64,7 +64,7 @@ async def _serve(settings: RunnerSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     life = PodLifecycle(settings.token, settings.runner_workflow_id, settings.runner_drain_seconds)
-    # It answers from the first moment, and says that it is not ready.
+    # It answers from the start, and reports that it is not ready.
     async with serve_app(create_app(life), settings):
         gateway = GatewayClient(settings)
         orphaned = asyncio.create_task(_stop_when_orphaned(gateway, settings, stop))
@@ -93,7 +93,7 @@ async def _stop_when_orphaned(gateway: GatewayClient, settings: RunnerSettings, 
 async def make_first_contact(
     gateway: GatewayClient, settings: RunnerSettings, stop: asyncio.Event
 ) -> PodContact | None:
-    """Return what the gateway says first, as soon as it does; None where this is to stop before."""
+    """Return the first response of the gateway, retrying until it answers; None if `stop` is set before."""
     while not stop.is_set():
         try:
             asked_at = time.monotonic()
@@ -108,7 +108,9 @@ async def make_first_contact(
 
 
 async def _drain_seconds(gateway: GatewayClient, settings: RunnerSettings) -> float:
-    """Return how long runs may take to end: of a deployment that was stopped, they have had that time already."""
+    """Return the seconds that runs may take to finish; none if the deployment was stopped, since they had
+    them already.
+    """
     try:
         contact = await gateway.call("/contact", None, PodContact, seconds=LAST_CONTACT_SECONDS)
     except (DatabaseUnavailable, CallRefused) as error:
@@ -121,7 +123,7 @@ async def _drain_seconds(gateway: GatewayClient, settings: RunnerSettings) -> fl
 async def run_executor(
     settings: RunnerSettings, gateway: GatewayClient, contact: PodContact, life: PodLifecycle
 ) -> AsyncIterator[RunExecutor]:
-    """Run executions as long as the context lasts; on leaving it, let them end, and hand over what still runs."""
+    """Execute runs while the context lasts; on exit, let them finish, and hand off those that still run."""
     outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = RunBlobs(RemoteBlobStorage(gateway))
     processes = ProcessPool(ProcessKind.LIBRARY, limit=settings.cpu_processes)
@@ -170,7 +172,7 @@ def _connection_policy(
 
 
 class PodServer(uvicorn.Server):
-    """Uvicorn's, which leaves signals to us: a pod that drains goes on answering."""
+    """Uvicorn server that leaves signals to the runner, because a draining pod still answers."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -179,7 +181,7 @@ class PodServer(uvicorn.Server):
 
 @asynccontextmanager
 async def serve_app(app: Starlette, settings: RunnerSettings) -> AsyncIterator[None]:
-    """Answer requests as long as the context lasts; raises OSError where nothing can listen there."""
+    """Serve requests while the context lasts. Raises OSError if the address can't be bound."""
     server = PodServer(
         uvicorn.Config(
             app,

@@ -1,4 +1,4 @@
-"""What nodes in a pod are lent by way of the gateway, each in the name of the run that it is for."""
+"""Node services in a pod, by calls to the gateway. Each call acts in the name of its run."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ _FILE_NAME_PARAMETER: Final = "filename*=UTF-8''"
 
 
 class RemoteDataSources:
-    """Finds data sources, and remembers each for a run and a moment: a loop asks for the same one every time."""
+    """Lookup of data sources, cached shortly for each run, because a loop asks for the same one every time."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
         self._remembered: OrderedDict[tuple[str, str], tuple[float, ConnectionSource]] = OrderedDict()
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source; raises `NodeError`."""
+        """Return a data source. Raises `NodeError`."""
         key = (caller.execution_id, source_id)
         known = self._remembered.get(key)
         if known is not None and known[0] > monotonic():
@@ -73,7 +73,7 @@ class RemoteDataSources:
 
 
 class RemoteRunStarter:
-    """Starts runs of other workflows; keeps the promises of `engine.services.SubRunService`."""
+    """Starts runs of other workflows; implements `engine.services.SubRunService`."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
@@ -88,7 +88,7 @@ class RemoteRunStarter:
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run, or find the one that was started before; returns its execution id."""
+        """Start a run, or find the one that was started before; return its execution ID."""
         inputs = msgspec.Raw(msgspec.json.encode(trigger_inputs))
         call = StartRunRequest(workflow_id, inputs, node_id, iteration, awaited)
         path = f"/executions/{caller.execution_id}/runs"
@@ -96,7 +96,7 @@ class RemoteRunStarter:
 
 
 class RemoteThrottle:
-    """Takes places at limited rates; keeps the promises of `engine.services.ThrottleService`."""
+    """Reserves times under rate limits; implements `engine.services.ThrottleService`."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
@@ -104,14 +104,14 @@ class RemoteThrottle:
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Return when one more may pass, and take that place."""
+        """Reserve the next free time and return it."""
         call = ThrottleRequest(key, limit, per_seconds, max_wait_seconds)
         path = f"/executions/{caller.execution_id}/reservations"
         return (await until_available(lambda: self._gateway.call(path, call, ThrottleResponse))).at
 
 
 class RemoteEventWaits:
-    """Has nodes wait for events; keeps the promises of `engine.services.EventWaitService`."""
+    """Registers event waits of nodes; implements `engine.services.EventWaitService`."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
@@ -119,7 +119,7 @@ class RemoteEventWaits:
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """Have a node wait for an event; returns when it has waited long enough."""
+        """Register an event wait of a node; return when it expires."""
         call = ExpectEventRequest(
             node_id,
             iteration,
@@ -134,13 +134,13 @@ class RemoteEventWaits:
 
 
 class RemoteBlobStorage:
-    """Contents of runs that this pod holds; keeps the promises of `journal.blobs.blob_storage.BlobStorage`."""
+    """Blobs of the runs that this pod holds; implements `journal.blobs.blob_storage.BlobStorage`."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Keep a content; see `Contents.put`."""
+        """Store a blob. Raises `BlobsUnavailable`; see `BlobStorage.put`."""
         headers = {"Content-Type": label.type, "X-Name": quote(label.name, safe="")}
         try:
             async with self._gateway.exchange(
@@ -148,11 +148,11 @@ class RemoteBlobStorage:
             ):
                 pass
         except (DatabaseUnavailable, CallRefused) as error:
-            raise BlobsUnavailable(f"The content could not be kept: {error}") from error
+            raise BlobsUnavailable(f"The blob could not be stored: {error}") from error
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a content; see `Contents.open`."""
+        """Open a blob. Raises `BlobLost` and `BlobsUnavailable`; see `BlobStorage.open`."""
         try:
             async with self._gateway.exchange(
                 "GET", _blob_path(owner, sha256), seconds=BLOB_SECONDS
@@ -162,12 +162,12 @@ class RemoteBlobStorage:
                 size = response.content_length or 0
                 yield OpenBlob(label, size, response.content.iter_chunked(CHUNK_BYTES))
         except CallRefused as error:
-            raise BlobLost("There is no such content") from error
+            raise BlobLost("The blob does not exist") from error
         except DatabaseUnavailable as error:
-            raise BlobsUnavailable(f"The content could not be read: {error}") from error
+            raise BlobsUnavailable(f"The blob could not be read: {error}") from error
 
     async def close(self) -> None:
-        """Do nothing: the connections are the gateway's."""
+        """Do nothing: the gateway client owns the connections."""
 
 
 def _blob_path(owner: BlobOwner, sha256: str) -> str:

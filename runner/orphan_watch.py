@@ -1,4 +1,4 @@
-"""When nobody is left whom a pod could work for, or who would end it."""
+"""Detection of an orphaned pod: its gateway is gone or refuses it, or its folder was deleted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ CHECK_SECONDS: Final = 1.0
 
 
 async def wait_orphaned(gateway: GatewayClient, patience_seconds: float | None) -> str:
-    """Return, in words, why this pod has to end itself; without patience to lose, only for want of its folder."""
+    """Return the reason why this pod must exit. Without `patience_seconds`, only the loss of its folder is
+    one.
+    """
     while _has_folder():
         failing_seconds = gateway.failing_seconds
         if patience_seconds is not None and failing_seconds > patience_seconds:

@@ -1,4 +1,4 @@
-"""What a pod answers: whether it lives, whether it is ready, and to a wakeup that there is work."""
+"""HTTP application of a pod: liveness, readiness, and wakeups."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ if TYPE_CHECKING:
 
 
 class PodPhase(StrEnum):
-    """Where the process is in its life."""
+    """Phase in the life of a pod."""
 
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"
-    """It takes no more runs, and ends when those that it holds have."""
+    """It accepts no more runs, and ends after the runs that it holds."""
 
 
 class PodLifecycle:
-    """What the process is about, as far as it tells others."""
+    """State of the pod that its HTTP application reports and wakes."""
 
     def __init__(self, token: str, workflow_id: str, patience_seconds: float = 0.0) -> None:
         self.workflow_id = workflow_id
         self.patience_seconds = patience_seconds
-        """How long runs may take to end once it drains."""
+        """Seconds that runs may take to finish once it drains."""
         self.stage = PodPhase.STARTING
         self.wakeup: Callable[[], None] = lambda: None
         self._wakeup_key = runner_tokens.wakeup_key(runner_tokens.hash_token(token)).encode()
 
     def is_gateway_token(self, authorization: str) -> bool:
-        """Tell, in constant time, whether a header is the gateway's."""
+        """Return, in constant time, whether an `Authorization` header is the gateway's."""
         return hmac.compare_digest(authorization.encode(), b"Bearer " + self._wakeup_key)
 
 
 def create_app(life: PodLifecycle) -> Starlette:
-    """Return the application."""
+    """Return the ASGI application of a pod."""
 
     async def alive(_request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
@@ -52,7 +52,7 @@ def create_app(life: PodLifecycle) -> Starlette:
         return _stage(200 if life.stage is PodPhase.READY else 503)
 
     async def trigger(request: Request) -> JSONResponse:
-        """Claim at once; whose runs those are, and what becomes of them, stands in the rows alone."""
+        """Claim runs at once. The request carries no runs; the rows alone hold them and their results."""
         if not life.is_gateway_token(request.headers.get("authorization", "")):
             return JSONResponse({"status": "unauthorized"}, 401, {"WWW-Authenticate": "Bearer"})
         if life.stage is not PodPhase.READY:

@@ -1,4 +1,4 @@
-"""The path of a run where no database is at hand: what `RunStore` promises, kept by the gateway."""
+"""Run store without a database: implements `RunStore` by calls to the gateway."""
 
 from __future__ import annotations
 
@@ -49,18 +49,18 @@ if TYPE_CHECKING:
 
 RECORD_SECONDS: Final = 60.0
 MAX_CALL_BYTES: Final = 8_000_000
-"""A call grows no further by another run's write; one write alone may be larger."""
+"""Size above which no further run is added to a call; a single write may be larger."""
 
 
 class RemoteRunStore:
-    """One loop's own."""
+    """Run store of one event loop, over the gateway."""
 
     def __init__(self, gateway: GatewayClient) -> None:
         self._gateway = gateway
         self.clock = gateway.clock
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take pending runs of this deployment; see `RunStore.claim`."""
+        """Claim pending runs of this deployment; see `RunStore.claim`."""
         call = ClaimRequest(
             min(claim.limit, MAX_CLAIM), claim.lease_seconds, claim.is_trial, claim.max_isolation_losses
         )
@@ -69,13 +69,13 @@ class RemoteRunStore:
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
 
-    async def has_suspects(self, max_isolation_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows whose they are
-        """Tell whether suspects of this deployment wait; see `RunStore.has_suspects`."""
+    async def has_suspects(self, max_isolation_losses: int, target: str = "") -> bool:  # noqa: ARG002 - the gateway knows the deployment
+        """Return whether suspects of this deployment wait; see `RunStore.has_suspects`."""
         call = SuspectsRequest(max_isolation_losses)
         return (await self._gateway.call("/suspects", call, SuspectsResponse)).has_suspects
 
-    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows whose it is
-        """Write what runs have done, as acknowledged by the gateway; see `RunStore.record`."""
+    async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:  # noqa: ARG002 - the gateway knows the owner
+        """Write the progress of runs; see `RunStore.record`. Raises `PartialCommit`."""
         held: set[str] = set()
         unwritten: set[str] = set()
         for part in _split_batch(batch):
@@ -92,9 +92,9 @@ class RemoteRunStore:
         held: Sequence[LeaseRenewal],
         lease_seconds: float,
         *,
-        owner: str = "",  # noqa: ARG002 - the gateway knows whose they are
+        owner: str = "",  # noqa: ARG002 - the gateway knows the owner
     ) -> Sequence[RenewalResult]:
-        """Extend leases; see `RunStore.renew`."""
+        """Renew leases; see `RunStore.renew`."""
         leases = [LeaseIdentity(one.execution_id, one.shard, one.token) for one in held]
         asked_at = time.monotonic()
         answer = await self._gateway.call("/renew", RenewRequest(leases, lease_seconds), RenewResponse)
@@ -106,13 +106,13 @@ class RemoteRunStore:
         ]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return definitions that runs of this pod were accepted with; see `RunStore.definitions`."""
+        """Return the definitions with which runs of this pod were accepted; see `RunStore.definitions`."""
         call = DefinitionsRequest([key.hash for key in keys])
         texts = (await self._gateway.call("/definitions", call, DefinitionsResponse)).texts
         return {key: texts[key.hash] for key in keys if key.hash in texts}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return what was recorded, page by page; see `RunStore.spans`."""
+        """Return the recorded spans of runs, read page by page; see `RunStore.spans`."""
         return {key.execution_id: await self._read_spans(key.execution_id) for key in keys}
 
     async def _read_spans(self, execution_id: str) -> list[NodeSpan]:
@@ -127,34 +127,34 @@ class RemoteRunStore:
                 return found
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return where logs end; see `RunStore.last_log_lines`."""
+        """Return the last log position of each run; see `RunStore.last_log_lines`."""
         return dict((await self._gateway.call("/log-ends", _runs_request(keys), LogPositions)).last_lines)
 
     async def answers(self, keys: Sequence[ExecutionKey]) -> dict[str, dict[tuple[str, str], bytes]]:
-        """Return what nodes were answered, by execution id, then by node id and iteration."""
+        """Return the wait answers of nodes by execution ID, then by node ID and iteration."""
         found: dict[str, dict[tuple[str, str], bytes]] = {}
         for one in (await self._gateway.call("/answers", _runs_request(keys), NodeAnswersResponse)).answers:
             found.setdefault(one.execution_id, {})[one.node_id, one.iteration] = one.payload
         return found
 
     async def promote_due(self) -> int:
-        """Put waits of this deployment that are over back in the queue."""
+        """Return runs of this deployment whose wait is over to the queue."""
         return (await self._gateway.call("/promote", None, CountResponse)).count
 
     async def sweep(self, limit: int) -> SweepResult:  # noqa: ARG002 - the protocol's signature
-        """Find nothing: workers look for what nobody holds, and pods are told of work."""
+        """Find nothing: workers sweep for runs without an owner, and the gateway announces work to pods."""
         return SweepResult(0, {}, 0, has_pending=False)
 
-    async def release(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows whose they are
-        """Give back what was never begun; see `RunStore.release`."""
+    async def release(self, owner: str, held: Sequence[str]) -> int:  # noqa: ARG002 - the gateway knows the owner
+        """Release runs that were never started; see `RunStore.release`."""
         return (await self._gateway.call("/give-back", ReleaseRequest(list(held)), CountResponse)).count
 
     async def for_thread(self) -> RemoteRunStore:
-        """Return a store with connections of its own, on the running loop."""
+        """Return a store with its own connections for the running event loop."""
         return RemoteRunStore(self._gateway.for_loop())
 
     async def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         await self._gateway.close()
 
 
@@ -163,7 +163,7 @@ def _runs_request(keys: Sequence[ExecutionKey]) -> RunsRequest:
 
 
 def _split_batch(batch: Sequence[RunWrite]) -> Iterator[Sequence[RunWrite]]:
-    """Cut a batch so that each part makes a call of bounded size."""
+    """Split a batch into calls of bounded size."""
     part: list[RunWrite] = []
     size = 0
     for write in batch:

@@ -1,4 +1,4 @@
-"""The runner's settings: read once, when the process starts."""
+"""Settings of the runner, read once at the start of the process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOK_SECONDS: Final = 5.0
 
 
 class RunnerSettings(ExecutionSettings):
-    """What a pod reads: no address or credential of a database, a broker or a cluster."""
+    """Settings of a pod: no address or credential of a database, a broker or a cluster."""
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
 
@@ -32,7 +32,7 @@ class RunnerSettings(ExecutionSettings):
         default=None, description="File with the token of the pod, used where `RUNNER_TOKEN` is not set."
     )
     runner_workflow_id: str = Field(
-        pattern=r"^[A-Za-z0-9_-]{1,64}$", description="Id of the workflow whose runs the pod takes."
+        pattern=r"^[A-Za-z0-9_-]{1,64}$", description="ID of the workflow that the pod runs."
     )
     runner_pod: str = Field(
         default_factory=lambda: uuid4().hex,
@@ -44,7 +44,7 @@ class RunnerSettings(ExecutionSettings):
     runner_drain_seconds: float = Field(
         default=60.0,
         ge=0,
-        description="Seconds that runs have to end when a pod is stopped, before they are handed over.",
+        description="Seconds that runs have to end when a pod is stopped, before they are handed off.",
     )
     runner_orphan_seconds: float | None = Field(
         default=None,
@@ -81,7 +81,7 @@ class RunnerSettings(ExecutionSettings):
 
     @property
     def token(self) -> str:
-        """The token, wherever it is; raises OSError."""
+        """Token from the setting or its file. Raises OSError."""
         if self.runner_token is not None:
             return self.runner_token.get_secret_value()
         return (self.runner_token_file or Path()).read_text(encoding="ascii").strip()

@@ -1,4 +1,4 @@
-"""What a pod hears: a poll that stays open at the gateway, in the place of a broker."""
+"""Long poll at the gateway through which a pod learns of work and requests, in place of a broker."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ GRACE_SECONDS: Final = 10.0
 MAX_REMEMBERED: Final = 1_000
 MAX_GATEWAYS: Final = 100
 REFUSED_SECONDS: Final = 1.0
-"""How long nothing is asked after a refusal; where the gateway is away, its calls pause by themselves."""
+"""Pause after a refusal. Calls to an unreachable gateway already pause by themselves."""
 POLL_PAUSE_SECONDS: Final = 1.0
-"""After a wakeup, how long work that still lies there is taken to be known."""
+"""Seconds after a wakeup during which polls don't ask for work, since the executor knows of it."""
 
 
 class GatewayWorkPoll:
-    """Keeps the promises of `messages.broker.RunBroker`."""
+    """Long poll at the gateway; implements `messages.broker.RunBroker`."""
 
     def __init__(self, gateway: GatewayClient, *, channel: str) -> None:
         self.channel = channel
@@ -38,25 +38,25 @@ class GatewayWorkPoll:
         self._on_notification: Callable[[Notification], None] | None = None
         self._heard: dict[str, str] = {}
         self._arrivals: dict[str, int] = {}
-        self._hinted_at = float("-inf")
+        self._woken_at = float("-inf")
         self._task: asyncio.Task[None] | None = None
 
     async def wake_workers(self, shard: int = ALL_SHARDS) -> None:
-        """Tell nobody: other pods look for themselves."""
+        """Do nothing: other pods poll for themselves."""
 
     async def publish(self, channels: Mapping[str, str]) -> None:
-        """Tell nobody: the gateway knows first what it has written."""
+        """Do nothing: the gateway itself writes the changes, and publishes them."""
 
     async def listen(self, on_notification: Callable[[Notification], None]) -> None:
-        """Hear what is asked of runs; see `RunBroker.listen`."""
+        """Receive stop and cancel requests; see `RunBroker.listen`."""
         self._on_notification = on_notification
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
-        """Hear of work; see `RunBroker.start_worker`."""
+        """Receive wakeups; see `RunBroker.start_worker`."""
         self._task = asyncio.create_task(self._poll(on_wakeup))
 
     async def stop_worker(self) -> None:
-        """Hear of work no longer: of requests, runs that are finished hear with their renewals."""
+        """Receive no more wakeups. Runs that finish meanwhile learn of requests by their lease renewals."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -64,20 +64,20 @@ class GatewayWorkPoll:
                 await task
 
     async def close(self) -> None:
-        """Let go."""
+        """Stop the poll."""
         await self.stop_worker()
 
     async def _poll(self, on_wakeup: Callable[[int], None]) -> None:
         loop = asyncio.get_running_loop()
         while True:
             try:
-                rest = self._hinted_at + POLL_PAUSE_SECONDS - loop.time()
+                rest = self._woken_at + POLL_PAUSE_SECONDS - loop.time()
                 news = await self._wait(rest)
             except DatabaseUnavailable as error:
-                log.debug("nothing heard", error=str(error))
+                log.debug("work poll failed", error=str(error))
                 continue
             except CallRefused as error:
-                log.warning("nothing heard", error=str(error))
+                log.warning("work poll failed", error=str(error))
                 await asyncio.sleep(REFUSED_SECONDS)
                 continue
             self._count_inbound(news)
@@ -86,11 +86,11 @@ class GatewayWorkPoll:
                 if self._on_notification is not None:
                     self._on_notification(DirectMessage({"execution_id": execution_id, "request": request}))
             if news.has_work:
-                self._hinted_at = loop.time()
+                self._woken_at = loop.time()
                 on_wakeup(ALL_SHARDS)
 
     def _remember(self, execution_id: str, request: str) -> None:
-        """Be told of it once; the gateway says everything that is not known here."""
+        """Remember a request, so that the gateway doesn't send it again: it sends all that aren't in `heard`."""
         self._heard.pop(execution_id, None)
         self._heard[execution_id] = request
         while len(self._heard) > MAX_REMEMBERED:

@@ -81,7 +81,7 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
         default=60.0,
         ge=0,
         le=3_600,
-        description="Seconds that runs have to end when a pod is stopped, before they are handed over.",
+        description="Seconds that runs have to end when a pod is stopped, before they are handed off.",
     )
     local_pod_orphan_seconds: float = Field(
         default=120.0,
