@@ -1,1 +1,1 @@
-"""What is done by the clock: one process leads, and whatever it does is harmless when it is done twice."""
+"""Scheduler: periodic duties of one leading process. Every duty is idempotent."""

@@ -1,4 +1,4 @@
-"""Which of several schedulers does the duties: a lease in the database, by the database's time."""
+"""Leader election among schedulers: a lease in the database, by the database's time."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ log = structlog.get_logger()
 DUTIES: Final = "scheduler"
 RENEWALS_PER_LEASE: Final = 3
 MARGIN: Final = 0.15
-"""The share of a lease that is given away: our clock and the database's need not run alike."""
+"""Share of a lease that is not used, since the process's and the database's clock may run at different
+speeds.
+"""
 
 
 class LeaderElection:
-    """One process that leads, or would take over from the one that does."""
+    """Candidate of one process for the leadership."""
 
     def __init__(self, database: Database, lease_seconds: float) -> None:
         self.owner = ids.new_id("scheduler")
@@ -38,11 +40,11 @@ class LeaderElection:
         self._until = 0.0
 
     def is_leading(self) -> bool:
-        """Tell whether the lease is certain to last a moment longer."""
+        """Return whether the lease is certain to last a moment longer."""
         return time.monotonic() < self._until
 
     async def renew(self) -> None:
-        """Keep the lease, or take it if it is to be had; raises `DatabaseUnavailable`."""
+        """Renew the lease, or take it if it has expired. Raises `DatabaseUnavailable`."""
         since = time.monotonic()
         epoch = await self._database.transaction(self._take)
         if epoch is None:
@@ -56,12 +58,12 @@ class LeaderElection:
         self._until = since + self._lease_seconds * (1 - MARGIN)
 
     async def resign(self) -> None:
-        """Leave the lease to whoever asks next; raises `DatabaseUnavailable`."""
+        """End the lease, so that any other process can take it. Raises `DatabaseUnavailable`."""
         self._epoch, self._until = 0, 0.0
         await self._database.transaction(self._leave)
 
     async def _take(self, connection: AsyncConnection) -> int | None:
-        """Return the epoch that is ours: it goes up whenever the lease changes hands; None where another leads."""
+        """Return our epoch, which increases with each change of the leader; None if another process leads."""
         insert: Any = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
         until = DatabaseTime() + int(self._lease_seconds * 1_000_000)
         is_ours = col(Leadership.owner) == self.owner

@@ -1,4 +1,4 @@
-"""Deployments started and stopped as their policies say, by what is: a tick that was missed does no harm."""
+"""Starts and stops of deployments by their policies and present state, so that a missed tick does no harm."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 KEPT_TIME: Final = timedelta(days=30)
-"""How long decisions are kept; of each workflow, the last one from before that too, for it still holds."""
+"""Retention of decisions. The last older one of each workflow is kept too, because it is still in force."""
 BATCH_ROWS: Final = 1_000
 
 
 def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Return what is to be done about a deployment: what can't start is stopped, and tried again later."""
+    """Return the decision about a deployment: one that can't start is stopped, and started again later."""
     situation = seen.situation
     if situation.is_up and wakes.has_failed(seen.deployment):
         return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
@@ -41,7 +41,7 @@ def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 async def keep_policies(database: Database, broker: Broker) -> None:
-    """Look at everything that is deployed, and start or stop what is to be; raises `DatabaseUnavailable`."""
+    """Apply the policies of all deployments. Raises `DatabaseUnavailable`."""
     after = ""
     while True:
         async with database.read() as connection:
@@ -54,7 +54,7 @@ async def keep_policies(database: Database, broker: Broker) -> None:
 
 
 async def forget_decisions(database: Database) -> None:
-    """Delete the decisions whose days are over; raises `DatabaseUnavailable`."""
+    """Delete expired decisions. Raises `DatabaseUnavailable`."""
     while await database.transaction(_forget_batch) == BATCH_ROWS:
         pass
 
@@ -68,7 +68,7 @@ async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActiv
             database, workflow_id, decide_lifecycle, lock=activity.try_lock_deployment
         )
     except ZoneInfoNotFoundError as error:
-        log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
+        log.warning("time zone unknown", workflow_id=workflow_id, error=str(error))
         return
     if settled is not None and settled.decision.action is not LifecycleAction.NONE:
         await wakeups.wake_deployer(broker, workflow_id)

@@ -1,4 +1,4 @@
-"""The scheduler's process: what is done by the clock and how often, in one screen."""
+"""Process of the scheduler: its periodic duties and their intervals."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ from scheduler.settings import SchedulerSettings
 log = structlog.get_logger()
 
 FINISH_SECONDS: Final = 2.0
-"""How long the end of the process waits for a duty that is being done."""
+"""Seconds for which a stopping process waits for running duties."""
 WATCH_SECONDS: Final = 1.0
 SET_BACK_SECONDS: Final = 0.5
-"""A clock that goes back by more than this was set, and not only trimmed."""
+"""Seconds above which a backward step of the clock is not mere correction: it was set."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeriodicDuty:
-    """Something to be done again and again, and harmless when it is done twice."""
+    """Idempotent work that is repeated at an interval."""
 
     name: str
     every_seconds: float
@@ -64,14 +64,14 @@ class PeriodicDuty:
 def list_duties(
     settings: SchedulerSettings, database: Database, store: JournalStore, broker: Broker
 ) -> Sequence[PeriodicDuty]:
-    """Return what is to be done, and how often."""
+    """Return all duties with their intervals."""
     schedules = ScheduleRunner(database, broker, catalogs.load_catalog())
     awaited = EventMatcher(database, broker)
     return (
         PeriodicDuty("start scheduled runs", settings.schedule_seconds, schedules.start_due),
-        PeriodicDuty("set schedules back", 60, schedules.set_back),
+        PeriodicDuty("reset schedules ahead", 60, schedules.set_back),
         PeriodicDuty(
-            "promote what is due",
+            "promote due executions",
             settings.schedule_seconds,
             partial(recovery.promote_due_runs, store, broker),
         ),
@@ -84,7 +84,7 @@ def list_duties(
             partial(abandoned_runs.end_abandoned_runs, database, store, broker),
         ),
         PeriodicDuty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
-        PeriodicDuty("forget past paces", 60, partial(retention.forget_past_paces, database)),
+        PeriodicDuty("forget expired throttles", 60, partial(retention.forget_past_paces, database)),
         PeriodicDuty(
             "delete old deliveries", 3_600, partial(retention.forget_deliveries, settings, database)
         ),
@@ -107,12 +107,12 @@ def list_duties(
             partial(lifecycle_policies.keep_policies, database, broker),
         ),
         PeriodicDuty(
-            "see to waiting executions",
+            "wake due deployments",
             settings.sweep_seconds,
             partial(due_runs.wake_due_deployments, database, broker),
         ),
-        PeriodicDuty("tell events", settings.sweep_seconds, awaited.deliver_undelivered),
-        PeriodicDuty("forget waits for events", 600, awaited.delete_expired),
+        PeriodicDuty("deliver events", settings.sweep_seconds, awaited.deliver_undelivered),
+        PeriodicDuty("forget event waits", 600, awaited.delete_expired),
         PeriodicDuty(
             "forget lifecycle decisions", 3_600, partial(lifecycle_policies.forget_decisions, database)
         ),
@@ -121,7 +121,9 @@ def list_duties(
 
 
 def serve(settings: SchedulerSettings) -> None:
-    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without."""
+    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev`
+    can omit.
+    """
     settings.check_for_production()
     uvloop.run(_serve(settings))
 
@@ -140,9 +142,9 @@ async def _serve(settings: SchedulerSettings) -> None:
         stack.push_async_callback(store.close)
         broker = await brokers.connect_broker(settings.redis_url)
         stack.push_async_callback(broker.close)
-        is_leading = await stack.enter_async_context(_standing_for_leader(settings, database))
+        is_leading = await stack.enter_async_context(_run_leadership(settings, database))
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=is_leading))
-        led = [_only_while(is_leading, duty) for duty in list_duties(settings, database, store, broker)]
+        led = [_while_leading(is_leading, duty) for duty in list_duties(settings, database, store, broker)]
         await stack.enter_async_context(run_duties(led))
         log.info("scheduler ready")
         await stop.wait()
@@ -151,16 +153,16 @@ async def _serve(settings: SchedulerSettings) -> None:
 
 @asynccontextmanager
 async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
-    """Do each duty now, and then as often as it says, as long as the context lasts."""
-    # It says at every tick that a slow duty is still at work.
+    """Do each duty now, and then at its interval, while the context lasts."""
+    # It logs at every tick that a slow duty is still running.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     ticker = AsyncIOScheduler(timezone=UTC)
-    in_hand: set[asyncio.Task[None]] = set()
+    running: set[asyncio.Task[None]] = set()
     for duty in duties:
         ticker.add_job(
             _do,
             IntervalTrigger(seconds=duty.every_seconds, timezone=UTC),
-            args=[duty, in_hand],
+            args=[duty, running],
             next_run_time=datetime.now(UTC),  # noqa: TID251 - the ticker counts by the clock of this host
             max_instances=1,
             coalesce=True,
@@ -173,13 +175,13 @@ async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
     finally:
         watch.cancel()
         ticker.pause()
-        if in_hand:
-            await asyncio.wait(in_hand, timeout=FINISH_SECONDS)
+        if running:
+            await asyncio.wait(running, timeout=FINISH_SECONDS)
         ticker.shutdown(wait=False)
 
 
 async def _watch_clock(ticker: AsyncIOScheduler) -> None:
-    """Have all duties done when the clock was set back: it would wait until it is as late again as it was."""
+    """Do all duties at once after the clock was set back. Otherwise they would wait until it has caught up."""
     ahead = time.time() - time.monotonic()  # noqa: TID251 - looks whether that was set
     while True:
         await asyncio.sleep(WATCH_SECONDS)
@@ -190,11 +192,11 @@ async def _watch_clock(ticker: AsyncIOScheduler) -> None:
                 job.modify(next_run_time=datetime.now(UTC))  # noqa: TID251 - the ticker counts by the clock of this host
 
 
-async def _do(duty: PeriodicDuty, in_hand: set[asyncio.Task[None]]) -> None:
-    """Do a duty once, whatever becomes of it: this is the outermost loop of the process."""
+async def _do(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> None:
+    """Do a duty once and log any exception: this is the outermost loop of the process."""
     if task := asyncio.current_task():
-        in_hand.add(task)
-        task.add_done_callback(in_hand.discard)
+        running.add(task)
+        task.add_done_callback(running.discard)
     try:
         await duty.do()
     except DatabaseUnavailable as error:
@@ -204,23 +206,23 @@ async def _do(duty: PeriodicDuty, in_hand: set[asyncio.Task[None]]) -> None:
 
 
 @asynccontextmanager
-async def _standing_for_leader(
+async def _run_leadership(
     settings: SchedulerSettings, database: Database
 ) -> AsyncIterator[Callable[[], bool]]:
-    """Lead whenever nobody else does; yields what tells whether that is so."""
+    """Lead whenever no other process does; yield a function that returns whether this process leads."""
     leader = LeaderElection(database, settings.leadership_seconds)
     await leader.renew()
-    renewal = PeriodicDuty("stand for leader", settings.leadership_seconds / RENEWALS_PER_LEASE, leader.renew)
+    renewal = PeriodicDuty("renew leadership", settings.leadership_seconds / RENEWALS_PER_LEASE, leader.renew)
     async with run_duties([renewal]):
         yield leader.is_leading
     try:
         async with asyncio.timeout(FINISH_SECONDS):
             await leader.resign()
     except (DatabaseUnavailable, TimeoutError) as error:
-        log.warning("not resigned: the lease runs out by itself", error=str(error))
+        log.warning("leadership not resigned: its lease expires", error=str(error))
 
 
-def _only_while(is_true: Callable[[], bool], duty: PeriodicDuty) -> PeriodicDuty:
+def _while_leading(is_true: Callable[[], bool], duty: PeriodicDuty) -> PeriodicDuty:
     async def do() -> None:
         if is_true():
             await duty.do()

@@ -1,4 +1,4 @@
-"""Executions whose days are over: found by the rows of their data, which go last."""
+"""Deletion of expired executions, found by the rows of their data, which are deleted last."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 KEPT_HOURS: Final = 24
-"""Whoever repeats a request within this time is told of the execution that the first one has started."""
+"""Minimum age: within this time, a repeated request gets the execution of the first one."""
 BATCH_WORKFLOWS: Final = 100
 BATCH_RUNS: Final = 100
 _HOUR_MICROSECONDS: Final = 3_600_000_000
@@ -37,16 +37,16 @@ _HOUR_MICROSECONDS: Final = 3_600_000_000
 
 @dataclass(frozen=True, slots=True)
 class RetentionPeriods:
-    """How long executions are kept."""
+    """Retention of executions."""
 
     days: int
-    """After their end."""
+    """Days after their end."""
     runs: int
-    """Of one workflow; of what is beyond, the oldest go."""
+    """Maximum number per workflow; the oldest beyond it are deleted."""
 
 
 async def delete_old_executions(settings: SchedulerSettings, database: Database) -> None:
-    """Delete the executions whose days are over; raises `DatabaseUnavailable`."""
+    """Delete expired executions with their blobs. Raises `DatabaseUnavailable`."""
     retention = RetentionPeriods(settings.retention_days, settings.retention_runs)
     blobs = open_blobs(settings)
     deleted = 0
@@ -55,7 +55,9 @@ async def delete_old_executions(settings: SchedulerSettings, database: Database)
             deleted += len(owners)
             await orphan_blobs.delete_unused(blobs, database, owners)
     except BlobsUnavailable as error:
-        log.warning("blobs of old executions not deleted", error=str(error))  # they are orphans from now on
+        log.warning(
+            "blobs of old executions not deleted", error=str(error)
+        )  # the sweep of orphaned blobs finds them
     finally:
         await blobs.close()
     if deleted:
@@ -63,7 +65,7 @@ async def delete_old_executions(settings: SchedulerSettings, database: Database)
 
 
 async def _deleted(database: Database, retention: RetentionPeriods) -> AsyncIterator[Sequence[BlobOwner]]:
-    """Delete batch by batch, and tell whose contents are to go with each."""
+    """Delete expired executions in batches, and yield the owners of each batch's blobs."""
     after: str | None = ""
     while after is not None:
         async with database.read() as connection:
@@ -80,7 +82,9 @@ async def _deleted(database: Database, retention: RetentionPeriods) -> AsyncIter
 
 
 def workflows(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds workflows, and when their oldest and the last superfluous run were accepted."""
+    """Return the statement that finds workflows, with the times of their oldest run and of the newest one
+    beyond the limit.
+    """
     of_workflow = col(ExecutionData.workflow_id) == col(Workflow.id)
     accepted_at = select(col(ExecutionData.created_at)).where(of_workflow).correlate(Workflow)
     oldest = accepted_at.order_by(col(ExecutionData.created_at)).limit(1)
@@ -115,14 +119,14 @@ async def _deleted_of(
         left_over = {row.execution_id for row in found if row.id is None}
         gone = await delete_runs(database, {row.id for row in found if row.id is not None}, left_over)
         if not gone and not left_over:
-            return  # what was old a moment ago is not any more
+            return  # the executions have changed meanwhile and are not deletable any more
         yield list(gone.values())
 
 
 def old(workflow_id: str, beyond: datetime | None, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds the oldest executions of a workflow that may go.
+    """Return the statement that finds the oldest deletable executions of a workflow.
 
-    Live ones are kept, those that somebody is still to be told of, and those whose parent goes on.
+    It keeps running ones, those with pending completion actions, and those whose parent still runs.
     """
     is_over = col(Execution.ended_at) < DatabaseTime() - retention.days * 24 * _HOUR_MICROSECONDS
     is_superfluous = col(ExecutionData.created_at) <= beyond if beyond is not None else false()

@@ -1,4 +1,4 @@
-"""Contents outside of the database that no run is left for."""
+"""Deletion of blobs outside of the database that belong to no run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = structlog.get_logger()
 
 
 async def delete_orphaned_blobs(settings: ServerSettings, database: Database) -> None:
-    """Delete those that have been there for a day; raises `DatabaseUnavailable`."""
+    """Delete orphaned blobs that are at least a day old. Raises `DatabaseUnavailable`."""
     blobs = open_blobs(settings)
     try:
         await orphan_blobs.delete_orphans(blobs, database)

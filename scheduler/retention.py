@@ -1,4 +1,4 @@
-"""What is kept for a time only, and deleted in batches that hold up nobody."""
+"""Deletion of expired rows, in batches that block no other transaction for long."""
 
 from __future__ import annotations
 
@@ -26,25 +26,22 @@ BATCH_ROWS: Final = 1_000
 
 
 async def forget_expired_keys(database: Database) -> None:
-    """Delete the idempotency keys whose day is over; raises `DatabaseUnavailable`."""
+    """Delete expired idempotency keys. Raises `DatabaseUnavailable`."""
     identity = (col(Idempotency.shard), col(Idempotency.scope), col(Idempotency.key))
     await _forget(database, Idempotency, identity, col(Idempotency.expires_at))
 
 
 async def forget_past_paces(database: Database) -> None:
-    """Delete the rates at which nothing has happened lately: their rows say no more than that anything may pass.
-
-    Raises `DatabaseUnavailable`.
-    """
+    """Delete the rows of unused throttles, which are equal to having no row. Raises `DatabaseUnavailable`."""
     identity = (col(ThrottleRow.organization_id), col(ThrottleRow.key))
     await _forget(database, ThrottleRow, identity, col(ThrottleRow.next_at))
 
 
 async def forget_deliveries(settings: SchedulerSettings, database: Database) -> None:
-    """Delete the events and deliveries whose days are over; raises `DatabaseUnavailable`."""
+    """Delete expired events and deliveries. Raises `DatabaseUnavailable`."""
     before = database.clock.now() - timedelta(days=settings.retention_event_days)
     for table, prefix in ((EventRecord, "event"), (Delivery, "dlv")):
-        # By their ids, which begin with the time: that needs no index of its own.
+        # By their IDs, which begin with the time and so need no further index.
         forget = partial(_forget_earlier, table, ids.earliest_id(prefix, before))
         while await database.transaction(forget) == BATCH_ROWS:
             pass
@@ -85,7 +82,8 @@ async def _forget_batch(
         .where(ends_at < DatabaseTime())
         .order_by(ends_at)
         .limit(BATCH_ROWS)
-        # What a request is just renewing is left alone: two that lock several rows in different orders would deadlock.
+        # Rows that a request is renewing are skipped: two transactions that lock several rows in different
+        # orders would deadlock.
         .with_for_update(skip_locked=True)
     )
     result = await connection.execute(delete(table).where(tuple_(*identity).in_(over)))

@@ -1,4 +1,4 @@
-"""Workflows started by their schedules: each tick asks for those that are due, whenever the last one was."""
+"""Starts of workflows by their schedules: each tick finds all due ones, no matter when the last tick was."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_KEPT_CHARACTERS: Final = 32_000_000
-"""Definitions are kept until they are this long, all together."""
+"""Total length of the cached definitions."""
 
 
 class ScheduleRunner:
-    """What starts the runs of schedules; several may, at once and in any processes."""
+    """Starter of scheduled runs. Several may run at once, in any processes."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class ScheduleRunner:
         catalog: NodeTypeRegistry,
         now: ColumnElement[int] | None = None,
     ) -> None:
-        """`now` is the time, as a part of statements: the database's own, unless it is given."""
+        """Create a runner; `now` is a SQL expression for the time, by default the database's own time."""
         self._database = database
         self._broker = broker
         self._catalog = catalog
@@ -59,7 +59,7 @@ class ScheduleRunner:
         self._kept_characters = 0
 
     async def start_due(self) -> int:
-        """Start the runs that are due, and return how many there were; raises `DatabaseUnavailable`."""
+        """Start all due runs and return their number. Raises `DatabaseUnavailable`."""
         runs = 0
         while True:
             async with self._database.read() as connection:
@@ -73,14 +73,16 @@ class ScheduleRunner:
                 return runs
 
     async def set_back(self) -> None:
-        """Mend what a clock that was ahead has put far off; raises `DatabaseUnavailable`."""
+        """Correct schedules that a clock which was ahead has moved too far into the future. Raises
+        `DatabaseUnavailable`.
+        """
         count = BATCH_SCHEDULES
         while count == BATCH_SCHEDULES:
             count = await self._database.transaction(
                 partial(scheduled_runs.reset_schedules_ahead, now=self._now)
             )
             if count:
-                log.warning("schedules set back: the clock was ahead", schedules=count)
+                log.warning("schedules reset: the clock was ahead", schedules=count)
 
     async def _start(self, due: Sequence[DueSchedule]) -> ScheduleRunResult:
         runnables, lost = await self._loaded(due)
@@ -89,10 +91,10 @@ class ScheduleRunner:
                 partial(scheduled_runs.postpone_schedules, problems=lost, now=self._now)
             )
         if deployed := [one.workflow_id for one in due if one.deployed_hash]:
-            # Before their runs, so that none of them stops in between as idle.
+            # Before their runs, so that no deployment stops in between as idle.
             await wakes.record_activities(self._database, deployed)
         started = await self._started(runnables)
-        _tell(started, lost)
+        _log_result(started, lost)
         for key in sorted(started.concurrency_keys):
             await concurrency_limits.admit_waiting_runs(self._database, key)
         if started.concurrency_keys or None in started.assigned_deployment_ids:
@@ -103,7 +105,7 @@ class ScheduleRunner:
         return started
 
     async def _started(self, runnables: Mapping[str, ScheduleDefinition]) -> ScheduleRunResult:
-        """Start runs, workflow by workflow where another transaction keeps something of one locked: it is due again."""
+        """Start runs. If a lock wait times out, start them workflow by workflow; a locked one remains due."""
         try:
             return await self._database.transaction(
                 partial(scheduled_runs.start_due_runs, runnables=runnables, now=self._now)
@@ -122,19 +124,21 @@ class ScheduleRunner:
     async def _loaded(
         self, due: Sequence[DueSchedule]
     ) -> tuple[dict[str, ScheduleDefinition], dict[str, str]]:
-        """Return what each of these workflows runs, and why others can't be run."""
+        """Return the definitions of these workflows, and the reasons why others can't be run."""
         runnables = {one.workflow_id: self._kept[one.workflow_id] for one in due if self._is_kept(one)}
         missing = [one for one in due if one.workflow_id not in runnables]
         if missing:
             async with self._database.read() as connection:
                 own = await _graphs(connection, [one for one in missing if not one.deployed_hash])
                 deployed = await _definitions(connection, [one for one in missing if one.deployed_hash])
-            # In a thread: `pilotflame dev` serves others while large graphs are gone through.
+            # In a thread: `pilotflame dev` serves requests while large graphs are decoded.
             found = await asyncio.to_thread(_runnables, missing, own, deployed, self._catalog)
             for runnable in found:
                 self._keep(runnable)
                 runnables[runnable.due.workflow_id] = runnable
-        lost = {one.workflow_id: "What is deployed is not stored" for one in missing if one.deployed_hash}
+        lost = {
+            one.workflow_id: "The deployed definition is not stored" for one in missing if one.deployed_hash
+        }
         return runnables, {key: reason for key, reason in lost.items() if key not in runnables}
 
     def _is_kept(self, due: DueSchedule) -> bool:
@@ -184,7 +188,7 @@ def _runnables(
     deployed: Mapping[str, str],
     catalog: NodeTypeRegistry,
 ) -> list[ScheduleDefinition]:
-    """Return what is run; of workflows that have changed since they were found, nothing."""
+    """Return the definitions to run, without those of workflows that have changed since they were found."""
     found: list[ScheduleDefinition] = []
     for one in due:
         if one.deployed_hash is not None:
@@ -217,10 +221,10 @@ def _runnable(
     )
 
 
-def _tell(started: ScheduleRunResult, lost: Mapping[str, str]) -> None:
+def _log_result(started: ScheduleRunResult, lost: Mapping[str, str]) -> None:
     if started.runs or started.passed:
-        log.info("schedules followed", runs=len(started.runs), passed_over=len(started.passed))
+        log.info("schedules started", runs=len(started.runs), passed_over=len(started.passed))
     for workflow_id, reason, at in started.passed:
-        log.debug("schedule passed over", workflow_id=workflow_id, reason=reason, last=at.isoformat())
+        log.debug("schedule skipped", workflow_id=workflow_id, reason=reason, last=at.isoformat())
     for workflow_id, problem in [*started.problems, *lost.items()]:
-        log.warning("schedule put off", workflow_id=workflow_id, reason=problem)
+        log.warning("schedule postponed", workflow_id=workflow_id, reason=problem)

@@ -1,4 +1,4 @@
-"""The scheduler's settings: read once, when the process starts."""
+"""Settings of the scheduler, read once at the start of the process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from models.settings import ServerSettings
 
 
 class SchedulerSettings(ServerSettings):
-    """What the scheduler reads besides what all processes share."""
+    """Settings of the scheduler, in addition to those of all server processes."""
 
     sweep_seconds: float = Field(
         default=2.0,
@@ -52,5 +52,7 @@ class SchedulerSettings(ServerSettings):
     )
 
     def check_for_production(self) -> None:
-        """Raise `InvalidSettings` for what only `pilotflame dev` does without; no duty here needs the secret."""
+        """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit. No duty needs
+        the secret.
+        """
         self.require_redis()

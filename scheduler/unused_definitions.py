@@ -1,8 +1,9 @@
-"""Definitions that no run is left for, and no deployment.
+"""Deletion of definitions that no run and no deployment uses.
 
-A definition's age is counted from when a run was last accepted that sent its text, and whoever leaves the text out has
-sent it within the last hours. So one that is a day old, and that no execution names, is named by none to come either,
-but for those that send it again: they find it gone, or make it young under the very lock that deletes it.
+The age of a definition counts from the last acceptance of a run that sent its text. A gateway that omits the
+text has sent it within the last hours. So a definition that is a day old and that no execution names will not
+be named by later ones either, except by those that send its text again. These find it deleted, or renew its
+age under the same lock that deletes it.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _IDENTITY: Final = (col(Definition.organization_id), col(Definition.hash))
 
 
 async def delete_unused_definitions(database: Database) -> None:
-    """Delete the definitions that no execution and no deployment names; raises `DatabaseUnavailable`."""
+    """Delete the definitions that no execution and no deployment names. Raises `DatabaseUnavailable`."""
     async with database.read() as connection:
         if await connection.scalar(select(col(Definition.hash)).where(_is_old()).limit(1)) is None:
             return
@@ -49,7 +50,9 @@ async def delete_unused_definitions(database: Database) -> None:
 
 
 async def _used(database: Database) -> set[tuple[str, str]]:
-    """Return what all executions and deployments name, read in the order of their ids, so that no read is long."""
+    """Return the definitions of all executions and deployments. Reads them in the order of their IDs, so that
+    no read is long.
+    """
     used: set[tuple[str, str]] = set()
     after: str | None = ""
     while after is not None:
@@ -61,7 +64,7 @@ async def _used(database: Database) -> set[tuple[str, str]]:
         deployed = await connection.execute(
             select(col(Deployment.organization_id), col(Deployment.definition_hash))
         )
-        # One that is deployed only now has been made young by that.
+        # A definition that is deployed after this read has been renewed by that deploy.
         return used | {(row.organization_id, row.definition_hash) for row in deployed}
 
 

@@ -1,1 +1,1 @@
-"""The workers: they claim what is pending, run it, and record what came of it."""
+"""Workers: processes that claim pending runs, execute them, and record their results."""

@@ -1,5 +1,7 @@
-"""What comes after a run: its place is another's, whoever waits for its end is told, and a workflow that wants to be is
-run about its failure. Whatever a worker doesn't come to is found in the rows by the next sweep.
+"""Completion actions: after a run has ended, free its concurrency slot, answer its parent run, send its
+callback, and run its failure workflow.
+
+Actions that a worker doesn't finish are found in the rows by the next sweep.
 """
 
 from __future__ import annotations
@@ -60,12 +62,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LEASE_SECONDS: Final = 30.0
-"""How long a follow-up is one worker's: longer than a message may take."""
+"""Lease of a worker on an action, longer than a callback may take."""
 MAX_CONCURRENT_ACTIONS: Final = 100
 MAX_ACTIONS_PER_ORGANIZATION: Final = 10
-"""So many messages of one organisation are on their way at once, so that slow receivers hold up nobody else's."""
+"""Limit of concurrent callbacks per organization, so that slow receivers delay no other organization."""
 RETRY_SECONDS: Final = 5.0
-"""When a message is looked at again that found no room."""
+"""Delay of a callback for which there was no capacity."""
 MAX_ANSWER_CHARACTERS: Final = 10_000_000
 MAX_ANSWER_BLOB_BYTES: Final = 50_000_000
 CLOSE_SECONDS: Final = 2.0
@@ -76,7 +78,9 @@ _encode = msgspec.json.Encoder().encode
 
 
 class CompletionActions:
-    """One process's share of what comes after runs, its own and those that nobody else has seen to."""
+    """Completion actions of one process: those of its own runs, and those that no other process has
+    performed.
+    """
 
     def __init__(
         self,
@@ -98,17 +102,17 @@ class CompletionActions:
         self._runs = runs
         self._sweep_seconds = sweep_seconds
         self._lease_seconds = lease_seconds
-        self._on_their_way: Counter[str] = Counter()
+        self._sending: Counter[str] = Counter()
         self._after_key = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._sweeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to sweep."""
+        """Start the sweep."""
         self._sweeping = asyncio.create_task(self._sweep_forever())
 
     async def close(self) -> None:
-        """Give what is under way a moment to end; others find what is left."""
+        """Wait a moment for running actions and cancel the rest; other processes find them."""
         if self._sweeping is not None:
             self._sweeping.cancel()
         with suppress(TimeoutError):
@@ -120,7 +124,7 @@ class CompletionActions:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def handle_end(self, one: ClaimedRun, ended: RunOutcome) -> None:
-        """See to what comes after a run that has left this process: at once, and beside what else it does."""
+        """Start the actions for a run that has ended or waits, in the background."""
         status = STATUS_AFTER[ended.status]
         key = one.concurrency_key
         if key is not None:
@@ -136,24 +140,24 @@ class CompletionActions:
                 self._start_task(lambda: self.perform([execution]))
 
     async def admit_waiting(self, key: str) -> None:
-        """Give the free places of a key to those that wait for one; raises `DatabaseUnavailable`."""
+        """Give the free slots of a concurrency key to its waiting runs. Raises `DatabaseUnavailable`."""
         if await concurrency_limits.admit_waiting_runs(self._database, key):
             await wakeups.wake_workers(self._broker)
 
     async def perform(self, keys: Sequence[ExecutionKey]) -> None:
-        """Do what is to be done about the ends of runs; raises `DatabaseUnavailable`."""
+        """Claim and start the due actions of runs. Raises `DatabaseUnavailable`."""
         for due in await completion.claim_completions(self._database, keys, self._lease_seconds):
             self._start_task(lambda due=due: self._perform_due(due))  # type: ignore[misc]
 
     async def sweep(self) -> None:
-        """See to what nobody else has: free places first; raises `DatabaseUnavailable`."""
+        """Give away free slots, then start due actions without an owner. Raises `DatabaseUnavailable`."""
         admitted, self._after_key = await concurrency_limits.admit_waiting_keys(
             self._database, self._after_key
         )
         if admitted:
             await wakeups.wake_workers(self._broker)
         room = MAX_CONCURRENT_ACTIONS - len(self._tasks)
-        busy = [one for one, count in self._on_their_way.items() if count >= MAX_ACTIONS_PER_ORGANIZATION]
+        busy = [one for one, count in self._sending.items() if count >= MAX_ACTIONS_PER_ORGANIZATION]
         if room > 0 and (found := await completion.find_due_completions(self._database, room, but_of=busy)):
             await self.perform(found)
 
@@ -170,19 +174,19 @@ class CompletionActions:
         if not self._has_capacity(due.organization_id):
             await self._store_outcome(due, left, delay_seconds=RETRY_SECONDS)
             return
-        self._on_their_way[due.organization_id] += 1
+        self._sending[due.organization_id] += 1
         try:
             callback, on_failure = await asyncio.gather(
                 self._send_callback(due, left), self._handle_failure(due, left)
             )
         finally:
-            self._on_their_way[due.organization_id] -= 1
+            self._sending[due.organization_id] -= 1
         await self._store_attempts(due, left, callback, on_failure)
 
     def _has_capacity(self, organization_id: str) -> bool:
         return (
-            self._on_their_way[organization_id] < MAX_ACTIONS_PER_ORGANIZATION
-            and self._on_their_way.total() < MAX_CONCURRENT_ACTIONS
+            self._sending[organization_id] < MAX_ACTIONS_PER_ORGANIZATION
+            and self._sending.total() < MAX_CONCURRENT_ACTIONS
         )
 
     async def _store_attempts(
@@ -192,7 +196,7 @@ class CompletionActions:
         callback: WebhookFailure | None,
         on_failure: WebhookFailure | None,
     ) -> None:
-        """Write what came of the tries, and when what has failed is tried again."""
+        """Store the results of the attempts, and schedule the next attempt of failed ones."""
         attempts = due.outcome.attempts + 1
         pause = webhook_delivery.retry_delay_seconds(attempts, random.random())  # noqa: S311 - no secret
         left = CompletionAction(
@@ -204,7 +208,7 @@ class CompletionActions:
         await self._store_outcome(due, left, outcome, pause)
         if failure is not None:
             log.warning(
-                "end of execution not told",
+                "completion action failed",
                 execution_id=due.key.execution_id,
                 attempts=attempts,
                 is_given_up=left == NO_ACTION,
@@ -222,10 +226,10 @@ class CompletionActions:
             lambda connection: completion.settle_completion(connection, due, left, outcome, delay_seconds)
         )
 
-    # ── the run that waits for it ─────────────────────────────────────────────────────────────────
+    # ── parent run ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def _answer_parent(self, due: DueCompletion, follow_up: CompletionAction) -> CompletionAction:
-        """Give the parent's node the end of this run for its answer; returns what is left to do."""
+        """Answer the parent's node with the result of this run; return the remaining actions."""
         parent = follow_up.parent
         if parent is None:
             return follow_up
@@ -255,7 +259,7 @@ class CompletionActions:
         return left
 
     async def _build_answer(self, due: DueCompletion, parent: BlobOwner) -> bytes:
-        """Return the end of a run as its parent's node is given it: what has come of it, or why nothing has."""
+        """Return the answer to the parent's node: the outputs of the run, or its error."""
         if due.status is not ExecutionStatus.COMPLETED:
             return node_answers.encode_error_answer(*_describe_failure(due), _find_cause(due))
         try:
@@ -278,7 +282,7 @@ class CompletionActions:
             )
 
     async def _read_output(self, due: DueCompletion, leaf: LeafOutput, parent: BlobOwner) -> bytes:
-        """Return an output as JSON, what is kept elsewhere included; files in it become the parent's too."""
+        """Return an output as JSON, read from its blob if it is one. Its files are shared with the parent."""
         own = BlobOwner(due.organization_id, due.key_id)
         text = leaf.text
         if leaf.is_blob:
@@ -292,17 +296,17 @@ class CompletionActions:
     async def _share_blobs(
         self, references: Sequence[BlobReference], own: BlobOwner, parent: BlobOwner
     ) -> None:
-        """Put files among those of the parent's line of runs, as far as they are this one's and not too many."""
+        """Copy files to the parent's line of runs, if they belong to this run and up to a total size."""
         left_bytes = MAX_ANSWER_BLOB_BYTES
         for reference in references:
             try:
                 content = await self._blobs.get(own, reference.sha256, max_bytes=left_bytes)
             except (BlobLost, BlobTooLarge):
-                continue  # what looks like one stays a value that leads nowhere
+                continue  # a mere lookalike of a reference stays a value
             left_bytes -= len(content)
             await self._blobs.put(parent, content, media_type=reference.type, name=reference.name)
 
-    # ── messages, and the workflow that is run about a failure ────────────────────────────────────
+    # ── callbacks and failure workflows ─────────────────────────────────────────────────────────────────────
 
     async def _send_callback(self, due: DueCompletion, follow_up: CompletionAction) -> WebhookFailure | None:
         if follow_up.callback is None:
@@ -322,7 +326,7 @@ class CompletionActions:
         return await self._messages.send(due.organization_id, url, f"{due.key.execution_id}-{kind}", body)
 
     async def _sendable_outputs(self, due: DueCompletion) -> Mapping[str, LeafOutput] | None:
-        """Return the outputs of a run that has completed; None where they are too large for a message."""
+        """Return the outputs of a completed run; None if they are too large for a callback."""
         if due.status is not ExecutionStatus.COMPLETED:
             return {}
         try:
@@ -356,7 +360,7 @@ class CompletionActions:
     # ── in the background ─────────────────────────────────────────────────────────────────────────
 
     def _admit_when_due(self, key: str, due_at: datetime) -> None:
-        """Ask for a new place as soon as a run that sleeps is due, unless that takes so long that a sweep will do."""
+        """Admit a waiting run again as soon as it is due. If that is far off, the sweep does it."""
         seconds = self._store.clock.seconds_until(due_at)
         if seconds < MAX_TIMER_SECONDS:
             asyncio.get_running_loop().call_later(
@@ -374,19 +378,21 @@ class CompletionActions:
 
     async def _sweep_forever(self) -> None:
         while True:
-            # Spread out, so that workers that were started together don't all look at once.
+            # Randomized, so that workers that were started together don't sweep at the same time.
             await asyncio.sleep(self._sweep_seconds * random.uniform(0.8, 1.2))  # noqa: S311 - no secret
             await _suppress_outages(self.sweep)
 
 
 async def _suppress_outages(work: Callable[[], Awaitable[None]]) -> None:
-    """Do what the next sweep finds again if it fails: this is the outermost loop of this work."""
+    """Do work and log its exceptions, since the next sweep repeats it: this is the outermost loop of this
+    work.
+    """
     try:
         await work()
     except (DatabaseUnavailable, BlobsUnavailable) as error:
-        log.warning("not followed up", error=str(error))
+        log.warning("completion actions interrupted", error=str(error))
     except Exception:
-        log.exception("not followed up")
+        log.exception("completion actions interrupted")
 
 
 def _is_retryable(failure: WebhookFailure | None) -> bool:
@@ -394,14 +400,14 @@ def _is_retryable(failure: WebhookFailure | None) -> bool:
 
 
 def _describe_failure(due: DueCompletion) -> tuple[str, str]:
-    """Return why a run has no result: a code, and a sentence."""
+    """Return the error code and message for a run without a result."""
     if due.error is not None:
         return str(due.error["code"]), str(due.error["message"])
     return due.status.value, f"The run {due.key.execution_id} was {due.status}"
 
 
 def _find_cause(due: DueCompletion) -> FailureCause | None:
-    """Return the error of the node that made a run fail, with the execution that the node belongs to."""
+    """Return the error of the node that made a run fail, with the execution of that node."""
     stored = due.error and due.error.get("cause")
     if not stored:
         return None

@@ -1,4 +1,4 @@
-"""Leases of a worker that has died, released by its parent or by its successor instead of running out."""
+"""Leases of a dead worker, released by its parent or successor before they expire."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 RELEASE_SECONDS: Final = 5.0
-"""A database that is away for longer finds the leases expired when it is back."""
+"""After a longer outage of the database, the leases have expired anyway."""
 
 
 async def release_leases(
     settings: WorkerSettings, owner: str, exit_code: int, *, is_out_of_memory: bool = False
 ) -> None:
-    """Release the leases of a dead process of this machine, and wake other workers; bounded in time, raises nothing."""
+    """Release the leases of a dead process of this machine, and wake other workers. Bounded in time; raises
+    nothing.
+    """
     log.warning("worker died", owner=owner, exit_code=exit_code, is_out_of_memory=is_out_of_memory)
     try:
         async with asyncio.timeout(RELEASE_SECONDS), AsyncExitStack() as stack:
@@ -44,7 +46,7 @@ async def release_leases(
                 count = await out_of_memory_reclaim.reclaim_out_of_memory(database, store, owner)
             else:
                 count = await store.reclaim(owner)
-            log.warning("executions taken back", owner=owner, count=count)
+            log.warning("executions reclaimed", owner=owner, count=count)
             if count:
                 broker = await brokers.connect_broker(settings.redis_url)
                 stack.push_async_callback(broker.close)
@@ -56,15 +58,15 @@ async def release_leases(
 async def reclaim_predecessor_leases(
     database: Database, store: JournalStore, broker: Broker, name: str
 ) -> None:
-    """Take back what dead processes of this worker's name held; raises `DatabaseUnavailable`.
+    """Reclaim the runs of dead processes of this worker's name. Raises `DatabaseUnavailable`.
 
-    A process that still listens at its channel is alive: several workers of one machine may share a name. While the
-    broker is away, none can be told from the dead, and the leases expire.
+    A process that still listens on its channel is alive: several workers of one machine may share a name.
+    Without the broker, living and dead processes can't be told apart, so the leases expire.
     """
     try:
         for owner in sorted(await worker_leases.worker_lease_owners(database, name)):
             if owner == broker.channel or await broker.is_heard(owner):
                 continue
-            log.info("executions taken back", owner=owner, count=await store.reclaim(owner))
+            log.info("executions reclaimed", owner=owner, count=await store.reclaim(owner))
     except BrokerUnavailable as error:
         log.warning("leases left to a sweep", reason=str(error))

@@ -1,4 +1,6 @@
-"""A mail as it was handed in becomes what an e-mail trigger gives; all of it computes, and belongs into a thread."""
+"""Conversion of an inbound mail into the output of an email trigger. It is CPU work and belongs into a
+thread.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,9 @@ _REPLY_HEADERS: Final = ("in-reply-to", "references")
 def parse_mail(
     unread: UnparsedMail, contents: list[bytes], keep: KeepAttachment
 ) -> tuple[ParsedMailContent, MailReception]:
-    """Return the mail that a content is, and how it was received; raises `InvalidMail`.
+    """Return the parsed mail and its reception; pass attachments to `keep`. Raises `InvalidMail`.
 
-    Attachments are handed out on the way.
-
-    The content is taken out of `contents`: what a urlencoded form holds is as large again, and takes its place.
+    The content is removed from `contents`, since the decoded fields of a urlencoded form are as large again.
     """
     if not unread.content_type:
         mail, received = (
@@ -46,18 +46,18 @@ def parse_mail(
 def build_trigger(
     mail: ParsedMailContent, received: MailReception, references: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """Return what the trigger node gives, with the references to the attachments that were handed out, in order."""
+    """Return the output of the trigger node, with the references to the stored attachments in their order."""
     left = iter(references)
     attachments = []
     for attachment in mail.attachments:
-        # One that is still with the mail service was not handed out, and has its address in the place of a content.
+        # An attachment that is still at the mail service was not stored, and has a URL instead of a content.
         blob = {"blob": next(left)} if attachment.sha256 else {}
         attachments.append({**attachment.as_json(), **blob})
     return {**mail.as_json(attachments), **received.as_json()}
 
 
 def rejection_reason(received: MailReception, screening: ScreeningRules | None) -> str | None:
-    """Return why the trigger's rules reject a mail; None: they let it run."""
+    """Return why the trigger's rules reject a mail; None if they accept it."""
     if screening is None:
         return None
     if (check := received.failed_check(screening.reject_on)) is not None:
@@ -69,7 +69,7 @@ def rejection_reason(received: MailReception, screening: ScreeningRules | None) 
 
 
 def is_automatic(mail: ParsedMailContent) -> bool:
-    """Tell whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522)."""
+    """Return whether a mail is an automatic reply (RFC 3834), a bounce or a receipt (RFC 6522)."""
     submitted = headers.parse_parameters(_first_header(mail, "auto-submitted"))[0]
     content_type, parameters = headers.parse_parameters(_first_header(mail, "content-type"))
     reports = parameters.get("report-type", "").lower()
@@ -79,7 +79,7 @@ def is_automatic(mail: ParsedMailContent) -> bool:
 
 
 def is_reply_to_workflow(mail: ParsedMailContent) -> bool:
-    """Tell whether a mail answers one that a workflow has sent."""
+    """Return whether a mail answers a mail of a workflow."""
     named = " ".join(_first_header(mail, name) for name in _REPLY_HEADERS)
     return any(composition.is_workflow_mail(one) for one in named.split())
 

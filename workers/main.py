@@ -1,4 +1,4 @@
-"""The worker's process: everything it is made of, in one screen."""
+"""Process of the worker: creates and connects all its parts."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ log = structlog.get_logger()
 
 
 def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> None:
-    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without.
+    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev`
+    can omit.
 
-    `announce` is called with the name in the leases of this process before it takes the first.
+    `announce` is called with the name in the leases of this process before it takes the first lease.
     """
     settings.check_for_production()
     if settings.worker_metrics_port is not None:
@@ -91,9 +92,9 @@ async def _serve(settings: WorkerSettings, announce: Callable[[str], None]) -> N
 async def run_worker(
     settings: WorkerSettings, store: JournalStore, broker: Broker, database: Database
 ) -> AsyncIterator[RunExecutor]:
-    """Work as long as the context lasts; on leaving it, hand over what still runs.
+    """Execute runs while the context lasts; on exit, hand off those that still run.
 
-    The store is the way of the runs; what comes up now and then goes by the database.
+    Runs go through the store, everything less frequent through the database.
     """
     outbound = OutboundClient(OutboundPolicy(allowed_networks=settings.outbound_allowed_networks))
     blobs = open_blobs(settings)
@@ -170,6 +171,6 @@ async def run_worker(
 
 
 async def _sweep_unattended_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """See to runs that nobody else does, should there be no scheduler just now; raises `DatabaseUnavailable`."""
+    """Sweep runs that need no executor, in case no scheduler is running. Raises `DatabaseUnavailable`."""
     await abandoned_runs.end_abandoned_runs(database, store, broker)
     await due_runs.wake_due_deployments(database, broker)

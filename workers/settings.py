@@ -1,4 +1,4 @@
-"""The worker's settings: read once, when the process starts."""
+"""Settings of the worker, read once at the start of the process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.settings import ServerSettings
 
 
 class WorkerSettings(ExecutionSettings, ServerSettings):
-    """What a worker reads besides what all processes share."""
+    """Settings of a worker, in addition to those of all server processes."""
 
     worker_name: str = Field(
         default_factory=socket.gethostname,

@@ -1,4 +1,4 @@
-"""Messages to the outside about the ends of runs, signed as Standard Webhooks 1.0.0 has it."""
+"""Webhooks about the ends of runs, signed by Standard Webhooks 1.0.0."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ log = structlog.get_logger()
 
 TIMEOUT_SECONDS: Final = 15.0
 RETRY_SECONDS: Final = (5, 300, 1_800, 7_200, 18_000, 36_000, 50_400, 72_000, 86_400)
-"""The pause after each attempt that has failed, three days in all; after the last of them one more is made."""
+"""Pause after each failed attempt, three days in total; one more attempt follows the last pause."""
 JITTER: Final = 0.2
-"""The share of a pause that is added to it at random."""
+"""Maximum share of a pause that is added at random."""
 MAX_OUTPUT_CHARACTERS: Final = 262_144
 GONE_STATUS: Final = 410
 _FINAL_REFUSALS: Final = frozenset(
@@ -40,13 +40,13 @@ _FINAL_REFUSALS: Final = frozenset(
         OutboundRefusalCode.PORT_NOT_ALLOWED,
     }
 )
-"""Refusals before anything was sent: the same request will be refused again."""
+"""Refusals before any data was sent: the same request will be refused again."""
 _encode = msgspec.json.Encoder().encode
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookFailure:
-    """Why something was not done."""
+    """Reason for a failed completion action."""
 
     message: str
     is_final: bool = False
@@ -54,14 +54,16 @@ class WebhookFailure:
 
 
 def retry_delay_seconds(attempts: int, chance: float) -> float | None:
-    """Return how long to wait after so many attempts, by a chance from 0 to 1; None: it has been tried enough."""
+    """Return the pause after so many attempts, with jitter by a `chance` from 0 to 1; None after the last
+    attempt.
+    """
     if attempts > len(RETRY_SECONDS):
         return None
     return RETRY_SECONDS[attempts - 1] * (1 + JITTER * chance)
 
 
 def build_completion_body(due: DueCompletion, outputs: Mapping[str, LeafOutput] | None) -> bytes:
-    """Return what is said about the end of a run; without `outputs`, that they are too large to be sent along."""
+    """Return the message about the end of a run; without `outputs`, it says that they are too large."""
     data: dict[str, object] = {
         "executionId": due.key.execution_id,
         "workflowId": due.workflow_id,
@@ -85,7 +87,9 @@ def build_completion_body(due: DueCompletion, outputs: Mapping[str, LeafOutput] 
 
 
 class WebhookSender:
-    """Signs messages by the secrets of an organisation, and sends them by the guarded way out."""
+    """Sender that signs messages by the secrets of an organization, and sends them through the guarded HTTP
+    client.
+    """
 
     def __init__(self, database: Database, vault: SecretVault, http: HttpClientService) -> None:
         self._database = database
@@ -95,11 +99,11 @@ class WebhookSender:
     async def send(
         self, organization_id: str, url: str, message_id: str, body: bytes
     ) -> WebhookFailure | None:
-        """Send one message once; returns why it did not arrive. Raises `DatabaseUnavailable`."""
+        """Send one message once; return the failure, or None. Raises `DatabaseUnavailable`."""
         secrets = await self._secrets(organization_id)
         if not secrets:
             return WebhookFailure(
-                "The organisation has no signing secret: POST /api/v1/auth/signing-secret makes one"
+                "The organization has no signing secret: POST /api/v1/auth/signing-secret creates one"
             )
         now = int(self._database.clock.now().timestamp())
         headers = {
@@ -129,7 +133,7 @@ class WebhookSender:
         async with self._database.read() as connection:
             rows = await connection.execute(signing_secrets.valid_secrets_statement(organization_id))
             found = [SigningSecret(**row) for row in rows.mappings()]
-        # In a thread: what opens them is loaded and derived by the first use.
+        # In a thread: the first use loads the cryptographic library and derives the key.
         return await asyncio.to_thread(self._decrypt_secrets, found)
 
     def _decrypt_secrets(self, found: Sequence[SigningSecret]) -> Sequence[str]:
@@ -138,5 +142,5 @@ class WebhookSender:
             try:
                 opened.append(signing_secrets.decrypt_secret(self._vault, row))
             except VaultError as error:
-                log.warning("signing secret not opened", secret=row.id, error=str(error))
+                log.warning("signing secret not decrypted", secret=row.id, error=str(error))
         return opened

@@ -289,7 +289,7 @@ async def test_another_scheduler_takes_over_from_one_that_is_killed_and_from_one
         assert wait_for_leader(second) == 2
         lost = await run_database.claimed()
         await run_database.expire(lost)
-        second.says("leases taken back")
+        second.says("leases reclaimed")
         assert (await run_database.row(lost.execution_id))["status"] == "pending"
 
         third = scheduler(3)
