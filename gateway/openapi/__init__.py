@@ -1,1 +1,1 @@
-"""The document of the API, OpenAPI 3.1, made from the table of routes and the wire types; and a page of it to read."""
+"""OpenAPI 3.1 document of the API, built from the route table and the wire types, and its HTML page."""

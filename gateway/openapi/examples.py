@@ -1,4 +1,4 @@
-"""Examples of what is sent and answered: the contract's own, with the fields that we add."""
+"""Examples of requests and responses: those of the contract, with the fields that Pilotflame adds."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from json_text import decoding
 
 
 class OperationExample(msgspec.Struct, frozen=True):
-    """A request of one operation, and the answer that it gets."""
+    """Example request of one operation, and its response."""
 
     path: dict[str, str] = {}
-    """Ids in the path that are others than usual."""
+    """Path ids that differ from the usual ones."""
     query: dict[str, str] = {}
     bodies: dict[str, Any] = {}
-    """By their names."""
+    """Request bodies by name."""
     answer: Any = None
 
 
 def find_example(method: str, path: str) -> OperationExample:
-    """Return the example of an operation."""
+    """Return the example of an operation; an empty example if it has none."""
     return _examples().get(f"{method} {path}", OperationExample())
 
 

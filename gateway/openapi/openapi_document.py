@@ -1,4 +1,4 @@
-"""The document itself: each line of the table becomes an operation."""
+"""Builder of the OpenAPI document: each route becomes an operation."""
 
 from __future__ import annotations
 
@@ -37,31 +37,33 @@ if TYPE_CHECKING:
     from gateway.routes import Route
 
 Part: TypeAlias = dict[str, Any]
-"""A part of the document: JSON of many shapes."""
+"""Fragment of the document: JSON of any shape."""
 
 ANY_SERVER: Final = "/"
-"""The server that the document came from, whatever its address."""
+"""Relative URL of the server that served the document."""
 KEY: Final = "X-API-Key"
 SENDERS_KEY: Final = "key"
 ITEM_SCHEMA: Final = "x-itemSchema"
-"""The schema of each event of a stream."""
-REQUEST_ID: Final = HeaderDoc("X-Request-Id", "The request's id: the one that was sent, or a new one.")
+"""Extension key for the schema of each event of a stream."""
+REQUEST_ID: Final = HeaderDoc("X-Request-Id", "Id of the request: the client's own, or a new id.")
 RETRY_AFTER: Final = HeaderDoc(
-    "Retry-After", "Seconds to wait before trying again.", {"type": "integer", "minimum": 1}
+    "Retry-After", "Seconds to wait before the request is repeated.", {"type": "integer", "minimum": 1}
 )
-AUTHENTICATE: Final = HeaderDoc("WWW-Authenticate", "What is missing.", {"type": "string", "const": "ApiKey"})
+AUTHENTICATE: Final = HeaderDoc(
+    "WWW-Authenticate", "Scheme of the missing credentials.", {"type": "string", "const": "ApiKey"}
+)
 _SENT_WITH: Final[Mapping[int, HeaderDoc]] = {
     401: AUTHENTICATE,
     412: ETAG,
     429: RETRY_AFTER,
     503: RETRY_AFTER,
 }
-"""What refusals carry besides, by their status."""
+"""Response headers of error responses by status."""
 _NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
 
 
 def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
-    """Return the document of the API that a table makes; `server` is the URL that paths follow."""
+    """Return the OpenAPI document of a route table; `server` is the base URL of its paths."""
     found, named = schemas.build_schemas(
         [kind for line in table for kind in _types(line) if kind is not None]
         + [ErrorResponse, KnownSettings, ExecutionErrorShape],
@@ -88,13 +90,13 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
                     "type": "apiKey",
                     "in": "header",
                     "name": KEY,
-                    "description": "A key of a user: `sk-...`.",
+                    "description": "API key of a user: `sk-...`.",
                 },
                 SENDERS_KEY: {
                     "type": "apiKey",
                     "in": "query",
                     "name": SENDERS_KEY,
-                    "description": "A token of a sender that can't set a header: `tt-...` or `et-...`.",
+                    "description": "Trigger or event token of a sender that cannot set headers: `tt-...` or `et-...`.",
                 },
             },
             "schemas": named,
@@ -114,12 +116,12 @@ def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
 
 
 def _types(line: Route) -> list[object]:
-    """Return the types of an operation's body, of its answer, and of its other answers."""
+    """Return the types of an operation's request body, main response, and other success responses."""
     return [line.body, line.answer, *(also.answer for also in _note(line).also.values())]
 
 
 def may_warn(line: Route) -> bool:
-    """Tell whether an answer may list fields of the request that were ignored.
+    """Return whether a response may list ignored fields of the request.
 
     These are unknown fields of a body that isn't strict, and read-only fields of a new object.
     """
@@ -133,7 +135,7 @@ def _note(line: Route) -> OperationDoc:
 
 
 def _tags(table: Iterable[Route]) -> list[Part]:
-    """Return a tag for each module of handlers, in the order of the table; what isn't the API proper comes last."""
+    """Return a tag for each handler module in table order, with paths outside `/api/` last."""
     in_order = sorted(table, key=lambda line: not line.path.startswith("/api/"))
     modules = dict.fromkeys(line.handler.__module__ for line in in_order)
     return [{"name": _tag(name), "description": inspect.getdoc(sys.modules[name])} for name in modules]
@@ -177,13 +179,13 @@ def _operation(line: Route, body: Part | None, answer: Part | None, *others: Par
 
 
 def operation_id(line: Route) -> str:
-    """Return the name of an operation: that of its handler, after that of the handler's module."""
+    """Return the operation id: the name of the handler's module, then of the handler."""
     module, function = line.handler.__module__.rpartition(".")[2], line.handler.__name__
     return module + "".join(word.capitalize() for word in function.split("_"))
 
 
 def codes(line: Route) -> list[str]:
-    """Return what an operation may refuse with, in the order of the status."""
+    """Return the error codes of an operation in the order of their status."""
     found = set(_note(line).refusals)
     if line.access is not AccessRule.PUBLIC:
         found |= {"unauthorized", "rate-limited", "internal-error", "not-ready"}
@@ -203,15 +205,15 @@ def codes(line: Route) -> list[str]:
 def _allowed_to(access: KeyScope | AccessRule) -> str:
     match access:
         case AccessRule.PUBLIC:
-            return "Needs no key."
+            return "Requires no key."
         case AccessRule.ANY_KEY:
-            return "Needs a key, whatever its scopes."
+            return "Requires a key of any scope."
         case AccessRule.ADMIN:
-            return f"Needs a key of an admin with the scope `{KeyScope.USERS_WRITE}`."
+            return f"Requires the key of an admin with the scope `{KeyScope.USERS_WRITE}`."
         case AccessRule.SENDER:
-            return f"Needs a key with the scope `{KeyScope.WORKFLOWS_EXECUTE}`, or a token of the sender as `key`."
+            return f"Requires a key with the scope `{KeyScope.WORKFLOWS_EXECUTE}`, or the sender's token as `key`."
         case _:
-            return f"Needs a key with the scope `{access}`."
+            return f"Requires a key with the scope `{access}`."
 
 
 def _security(access: KeyScope | AccessRule) -> Part:
@@ -228,7 +230,7 @@ def _security(access: KeyScope | AccessRule) -> Part:
     return security
 
 
-# ── what goes in ────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _in_path(line: Route, shown: OperationExample) -> Iterator[Part]:
@@ -251,7 +253,7 @@ def _in_query(parameters: Iterable[QueryParameter[Any]], shown: OperationExample
 
 
 def _value_of(text: str, schema: Mapping[str, Json]) -> Json:
-    """Return the value that the text of a query stands for, which its schema describes."""
+    """Return the JSON value of a query text, converted by its schema."""
     match schema.get("type"):
         case "integer":
             return int(text)
@@ -267,7 +269,7 @@ def _in_header(header: HeaderDoc) -> Part:
     return {"name": header.name, "in": "header", "description": header.description, "schema": header.schema}
 
 
-# ── what comes out ──────────────────────────────────────────────────────────────────────────────────────────
+# ── responses ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _success(meaning: str, note: OperationDoc, answer: Part | None, shown: object) -> Part:
@@ -276,14 +278,15 @@ def _success(meaning: str, note: OperationDoc, answer: Part | None, shown: objec
         return response
     content = {"schema": answer} | ({} if shown is None else {"example": shown})
     if note.media_type == EVENT_STREAM:
-        # The stream is a text, which clients must not read as one event. OpenAPI 3.2 has `itemSchema` for the events.
+        # The stream is text that clients must not parse as one event. OpenAPI 3.2 has `itemSchema` for the
+        # events.
         content = {"schema": {"type": "string"}, ITEM_SCHEMA: answer, "example": _written(shown)}
     response["content"] = {note.media_type: content}
     return response
 
 
 def _written(event: object) -> str:
-    """Return an event as it stands in a stream."""
+    """Return an event in the wire format of an event stream."""
     fields: dict[str, str] = msgspec.convert(event, dict[str, str])
     return "".join(f"{name}: {value}\n" for name, value in fields.items()) + "\n"
 
@@ -296,7 +299,9 @@ def _by_status(found: Iterable[str]) -> dict[int, list[str]]:
 
 
 def _name_of(of_status: Iterable[str]) -> str:
-    """Return the name under which operations share a refusal: its codes, of those about JSON the first."""
+    """Return the component name of a refusal that operations share: its codes, with the first of the JSON
+    codes for all.
+    """
     return "-".join(dict.fromkeys(JSON_CODES[0] if code in JSON_CODES else code for code in of_status))
 
 

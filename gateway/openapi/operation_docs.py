@@ -1,6 +1,6 @@
-"""What the document says of an operation besides its line in the table: headers, and the refusals of its own.
+"""Headers, statuses and refusals of operations that their routes don't declare.
 
-A test holds these to what the handlers do.
+A test holds these to the behavior of the handlers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ EVENT_STREAM: Final = "text/event-stream"
 
 @dataclass(frozen=True, slots=True)
 class HeaderDoc:
-    """A header that is read, or sent."""
+    """Request or response header."""
 
     name: str
     description: str
@@ -52,7 +52,7 @@ class HeaderDoc:
 
 @dataclass(frozen=True, slots=True)
 class OtherSuccess:
-    """Another success than the usual one: when it is, and the type of its body, if it has one."""
+    """Second success status of an operation: its condition, and the type of its body, if any."""
 
     meaning: str
     answer: object = None
@@ -60,25 +60,25 @@ class OtherSuccess:
 
 @dataclass(frozen=True, slots=True)
 class OperationDoc:
-    """What is true of an operation."""
+    """Headers, refusals and further statuses of one operation."""
 
     takes: Sequence[HeaderDoc] = ()
     sends: Sequence[HeaderDoc] = ()
-    """With the answer of success."""
+    """Headers of the success response."""
     refusals: Sequence[str] = ()
-    """Codes besides those that follow from the operation's line."""
+    """Error codes besides those that follow from the route."""
     media_type: str = JSON
     also: Mapping[int, OtherSuccess] = field(default_factory=dict)
-    """Other statuses of success."""
+    """Other success statuses."""
 
     def refusing(self, *codes: str) -> OperationDoc:
-        """Return this with further codes."""
+        """Return a copy with further error codes."""
         return replace(self, refusals=(*self.refusals, *codes))
 
 
 @dataclass(frozen=True, slots=True)
 class PathParameterDoc:
-    """What a name in a path stands for, told by the word before it."""
+    """Path parameter, chosen by the path segment before it."""
 
     description: str
     example: str
@@ -94,10 +94,8 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "workflows": PathParameterDoc("Id of the workflow.", "wf_abc123"),
     "nodes": PathParameterDoc("Id of the node in the workflow.", "node-xyz123"),
     "connections": PathParameterDoc("Id of the connection in the workflow.", "conn-abc123"),
-    "versions": PathParameterDoc(
-        "Number of the version, from 1 on; where two are compared, or `current`.", "1"
-    ),
-    "diff": PathParameterDoc("Number of the version to compare it with, or `current`.", "current"),
+    "versions": PathParameterDoc("Number of the version, from 1; in comparisons also `current`.", "1"),
+    "diff": PathParameterDoc("Number of the version to compare with, or `current`.", "current"),
     "share": PathParameterDoc("Id of the user.", "user_789"),
     "datasources": PathParameterDoc("Id of the data source.", "ds_001"),
     "workflow-nodes": PathParameterDoc("Name of the node type.", "http-request"),
@@ -106,7 +104,7 @@ PLACES: Final[Mapping[str, PathParameterDoc]] = {
     "hooks": PathParameterDoc("The trigger token of the workflow.", "tt-abc123"),
     "mail": PathParameterDoc("The trigger token of the workflow.", "tt-mail123"),
     "blobs": PathParameterDoc(
-        "What stands as `sha256` in the reference to the content.",
+        "SHA-256 of the content, as in the field `sha256` of its reference.",
         "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
         {"type": "string", "pattern": "^[0-9a-f]{64}$"},
     ),
@@ -118,57 +116,58 @@ IDEMPOTENCY_KEY: Final = HeaderDoc(
     {"type": "string", "pattern": "^[!-~]+$", "minLength": 1, "maxLength": limits.IDEMPOTENCY_KEY_LENGTH},
 )
 IF_MATCH: Final = HeaderDoc(
-    "If-Match", "The `ETag` of the state that the change is meant for; in any other it is refused with 412."
+    "If-Match",
+    "`ETag` of the state to change. If the object has changed since, the request is refused with 412.",
 )
-IF_NONE_MATCH: Final = HeaderDoc("If-None-Match", "The `ETag` of what the client has already.")
+IF_NONE_MATCH: Final = HeaderDoc("If-None-Match", "`ETag` of the copy that the client already has.")
 LAST_EVENT_ID: Final = HeaderDoc(
-    "Last-Event-ID", "The id of the last event that was seen, or `end`: the stream goes on behind it."
+    "Last-Event-ID", "Id of the last event that the client received, or `end`: the stream resumes after it."
 )
-ETAG: Final = HeaderDoc("ETag", "Names the object's state, for a later `If-Match`.")
+ETAG: Final = HeaderDoc("ETag", "Identifies the object's state, for a later `If-Match`.")
 REPLAYED: Final = HeaderDoc(
     "Idempotent-Replayed",
-    "`true` where the answer is that of an earlier request with the same `Idempotency-Key`.",
+    "`true` if this is the answer to an earlier request with the same `Idempotency-Key`.",
     {"type": "string", "const": "true"},
     is_always_sent=False,
 )
 SERVER_TIMING: Final = HeaderDoc(
     "Server-Timing",
-    "What the answer's time went into: `accept`, the run; `wake`, until a pod took it; `run`, until this answer.",
+    "Durations: `accept`, to store the execution; `wake`, until a pod claimed it; `run`, until this answer.",
 )
 COLD_START: Final = HeaderDoc(
     "X-Cold-Start",
     "Whether the workflow's pods had to be started.",
     {"type": "string", "enum": ["true", "false"]},
 )
-LOCATION: Final = HeaderDoc("Location", "Where the execution is to be found.")
+LOCATION: Final = HeaderDoc("Location", "URL of the execution.")
 RATES: Final = (
     HeaderDoc(
         "RateLimit-Policy",
-        "The limits that the request is under: `q` requests at once, which come back within `w` seconds.",
+        "Limits of the request: a quota of `q` requests, restored within `w` seconds.",
         is_always_sent=False,
     ),
     HeaderDoc(
         "RateLimit",
-        "Where the client stands: `r` requests are left, and all of them again after `t` seconds.",
+        "Remaining quota: `r` requests are left; the whole quota is restored after `t` seconds.",
         is_always_sent=False,
     ),
 )
-"""Sent where rates are limited."""
-ALLOW: Final = HeaderDoc("Allow", "What the path takes.")
+"""Response headers of operations with rate limits."""
+ALLOW: Final = HeaderDoc("Allow", "Methods of the path.")
 ALLOWED_ORIGIN: Final = HeaderDoc(
     "WebHook-Allowed-Origin",
-    "The `WebHook-Request-Origin` of the request: it may send.",
+    "The `WebHook-Request-Origin` of the request, which may send events.",
     is_always_sent=False,
 )
 ALLOWED_RATE: Final = HeaderDoc(
-    "WebHook-Allowed-Rate", "Requests a minute; `*`: as many as it likes.", is_always_sent=False
+    "WebHook-Allowed-Rate", "Permitted requests per minute; `*` means no limit.", is_always_sent=False
 )
-DISPOSITION: Final = HeaderDoc("Content-Disposition", "A name for the file.")
+DISPOSITION: Final = HeaderDoc("Content-Disposition", "Suggested file name.")
 
 KEPT: Final = OperationDoc(
     takes=(IF_NONE_MATCH,),
-    sends=(replace(ETAG, description="Names this text, for a later `If-None-Match`."),),
-    also={304: OtherSuccess("The client has it already.")},
+    sends=(replace(ETAG, description="Identifies this text, for a later `If-None-Match`."),),
+    also={304: OtherSuccess("The client already has the current text.")},
 )
 TAGGED: Final = OperationDoc(sends=(ETAG,))
 EDITS: Final = OperationDoc(
@@ -204,7 +203,7 @@ TAKES_MAIL: Final = replace(
     sends=(replace(LOCATION, is_always_sent=False), REPLAYED, *RATES),
     also={
         200: OtherSuccess(
-            "It is no mail, and was noted; Mailgun is answered so on a mail, with the body of 201.",
+            "A notification of the mail service, not a mail. Mailgun also gets 200 for a mail, with the body of 201.",
             email_trigger.MailNotification,
         )
     },
@@ -216,7 +215,7 @@ TAKES_MAIL: Final = replace(
         *("invalid-signature", "trigger-not-ready", "mail-refused", "replayed-delivery"),
     ),
 )
-"""Mails are taken in wherever they are handed in."""
+"""Mail intake, the same on each of its paths."""
 
 OPERATION_DOCS: Final[Mapping[Handler, OperationDoc]] = {
     deliveries.redrive: replace(ARRIVES, takes=(IDEMPOTENCY_KEY,)).refusing(
@@ -239,8 +238,8 @@ OPERATION_DOCS: Final[Mapping[Handler, OperationDoc]] = {
         sends=(*ARRIVES.sends, *RATES),
         also={
             200: OtherSuccess(
-                "The run that was waited for has ended without an answer of its own, or nothing is run for this. To"
-                " Slack also in the place of 202.",
+                "The execution ended without an answer of its own, or the request starts no execution. Slack gets"
+                " 200 in place of 202.",
                 hooks.WebhookReceipt,
             )
         },
@@ -304,7 +303,12 @@ OPERATION_DOCS: Final[Mapping[Handler, OperationDoc]] = {
     execute.start: TAKES_IN.refusing("concurrency-limit", "no-signing-secret"),
     node_tests.run_node: replace(
         TAKES_IN,
-        also={202: OtherSuccess("The wait ended first: the execution goes on.", node_tests.PendingNodeTest)},
+        also={
+            202: OtherSuccess(
+                "The test did not end within the wait time; the execution continues.",
+                node_tests.PendingNodeTest,
+            )
+        },
     ).refusing("duplicate-node-id"),
     copies.duplicate: CREATES.refusing("validation-failed"),
     copies.use_template: CREATES.refusing("not-found"),
@@ -312,10 +316,16 @@ OPERATION_DOCS: Final[Mapping[Handler, OperationDoc]] = {
     copies.export_workflow: OperationDoc(sends=(ETAG, DISPOSITION)),
     copies.import_workflow: replace(
         CREATES,
-        also={200: OtherSuccess("Without `references`: what there is to resolve.", copies.ImportAnswer)},
+        also={
+            200: OtherSuccess(
+                "The request has no `references`: the answer lists those to resolve. Nothing is created.",
+                copies.ImportAnswer,
+            )
+        },
     ),
     graph.build: replace(
-        CREATES, also={200: OtherSuccess("With `dryRun`: what is wrong.", graph.BuildFindings)}
+        CREATES,
+        also={200: OtherSuccess("With `dryRun`: the findings. Nothing is created.", graph.BuildFindings)},
     ),
     graph.layout: EDITS,
     validation.check: TAGGED,
@@ -339,22 +349,22 @@ OPERATION_DOCS: Final[Mapping[Handler, OperationDoc]] = {
     sharing.set_visibility: EDITS.refusing("admin-required"),
     deployments.deploy: replace(
         EDITS,
-        also={202: OtherSuccess("Its pods are not there yet, or can't start.", deployments.DeployResult)},
+        also={202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.DeployResult)},
     ),
     deployments.deploy_version: replace(
         EDITS,
-        also={202: OtherSuccess("Its pods are not there yet, or can't start.", deployments.DeployResult)},
+        also={202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.DeployResult)},
     ),
     deployments.undeploy: replace(
-        EDITS, also={202: OtherSuccess("Its pods are not gone yet.", deployments.UndeployResult)}
+        EDITS, also={202: OtherSuccess("The pods have not stopped yet.", deployments.UndeployResult)}
     ),
     deployments.stop: OperationDoc(
         refusals=("not-owner", "not-deployed"),
-        also={202: OtherSuccess("Its pods are not gone yet.", deployments.StopResult)},
+        also={202: OtherSuccess("The pods have not stopped yet.", deployments.StopResult)},
     ),
     deployments.start: OperationDoc(
         refusals=("not-owner", "not-deployed"),
-        also={202: OtherSuccess("Its pods are not there yet, or can't start.", deployments.StartResult)},
+        also={202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.StartResult)},
     ),
     deployments.show: TAGGED,
     trigger.start: replace(TAKES_IN, sends=(*TAKES_IN.sends, SERVER_TIMING, COLD_START)).refusing(
@@ -377,13 +387,13 @@ OPERATION_DOCS: Final[Mapping[Handler, OperationDoc]] = {
     data_sources.unshare: replace(EDITS, refusals=("not-owner", "precondition-failed", "edit-conflict")),
     data_sources.set_visibility: EDITS,
     executions.blob: OperationDoc(
-        sends=(replace(ETAG, description="The content's SHA-256."), DISPOSITION),
+        sends=(replace(ETAG, description="SHA-256 of the content."), DISPOSITION),
         media_type="application/octet-stream",
     ),
     executions.events: OperationDoc(
         takes=(LAST_EVENT_ID,),
         media_type=EVENT_STREAM,
-        also={204: OtherSuccess("The client has seen the end of this stream.")},
+        also={204: OtherSuccess("The client already received the end of this stream.")},
         refusals=("invalid-last-event-id",),
     ),
     bulk.retry: OperationDoc(

@@ -1,4 +1,4 @@
-"""The document as a page to read: one file, without scripts, and without anything that is loaded from elsewhere."""
+"""HTML page of the OpenAPI document: one file without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ POLICY: Final = (
     f"default-src 'none'; style-src 'sha256-{base64.b64encode(sha256(STYLE.encode()).digest()).decode()}'; "
     "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page's Content-Security-Policy: its own style sheet and the server's icon, and nothing else."""
+"""Content-Security-Policy of the page: it may load its own style sheet and the server's icon only."""
 
 _CODE: Final = re.compile(r"`([^`]+)`")
 _CONSTRAINTS: Final[Mapping[str, str]] = {
@@ -46,7 +46,7 @@ _CONSTRAINTS: Final[Mapping[str, str]] = {
 
 
 def render_page(document: Part) -> str:
-    """Return the page of a document."""
+    """Render the document as HTML."""
     info = document["info"]
     operations = [
         (path, method, operation)
@@ -80,7 +80,7 @@ def render_page(document: Part) -> str:
 
 
 def _server(document: Part) -> str:
-    """Return the server that examples call, as a word of the shell."""
+    """Return the server URL of the examples, quoted for a shell."""
     url: str = document["servers"][0]["url"]
     return "http://127.0.0.1:8000" if url == ANY_SERVER else shlex.quote(url)
 
@@ -107,7 +107,7 @@ def _operation(path: str, method: str, operation: Part, document: Part) -> str:
     body = operation.get("requestBody")
     return "".join(
         [
-            # The anchor is inside: a link to it then opens what it is in.
+            # The anchor is inside, so that a link to it opens the enclosing `details`.
             f'<details class=operation><summary>{head}</summary><div id="{operation["operationId"]}">',
             _text(operation["description"]),
             _parameters(operation["parameters"]),
@@ -125,7 +125,7 @@ def _operation(path: str, method: str, operation: Part, document: Part) -> str:
 
 
 def _requests(path: str, method: str, operation: Part) -> str:
-    """Show the first example as a command, and the bodies of the others."""
+    """Render the first example as a command, and the bodies of the other examples."""
     bodies = operation["requestBody"]["content"][JSON]["examples"] if "requestBody" in operation else {}
     first, *others = bodies or [""]
     named = f": {escape(first)}" if first else ""
@@ -135,7 +135,7 @@ def _requests(path: str, method: str, operation: Part) -> str:
 
 
 def curl(path: str, method: str, operation: Part) -> str:
-    """Return the command that sends an operation's first example."""
+    """Return the curl command for an operation's first example."""
     names, query = (
         {
             one["name"]: _in_url(one["example"])
@@ -157,7 +157,7 @@ def curl(path: str, method: str, operation: Part) -> str:
 
 
 def _in_url(value: Json) -> str:
-    """Return a value as the text that it has in a URL."""
+    """Return a value as URL text."""
     match value:
         case str():
             return value
@@ -208,10 +208,10 @@ def _refusals(responses: Mapping[str, Part], document: Part) -> str:
         return ""
     rows = [_code(code, document["x-refusals"][code]) for code in found if code not in GENERAL]
     general = ", ".join(f"<code>{code}</code>" for code in found if code in GENERAL)
-    besides = "Besides, as" if rows else "As"
+    intro = "Also, as for" if rows else "As for"
     return (
         f"<h4>Refusals</h4>{_table(('status', 'code', 'meaning'), rows)}"
-        f"<p class=soft>{besides} <a href=#refusals>anywhere</a>: {general}.</p>"
+        f"<p class=soft>{intro} <a href=#refusals>every operation</a>: {general}.</p>"
     )
 
 
@@ -248,7 +248,7 @@ def _code(code: str, refusal: Part) -> str:
 
 
 def _type(schema: Part) -> str:
-    """Say in a few words what a schema allows."""
+    """Describe the type of a schema in a few words."""
     match schema:
         case {"$ref": str(ref)}:
             name = escape(ref.rpartition("/")[2])

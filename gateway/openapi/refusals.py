@@ -1,4 +1,4 @@
-"""Every code that a refusal can carry: its status, and what it means to a client."""
+"""Error codes of the API: status, meaning, and `Retry-After`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from gateway.http.wire import WireStruct
 
 
 class ErrorDetail(WireStruct):
-    """One thing that is wrong; findings of a validation have more fields."""
+    """One fault of a request. Findings of a validation have more fields."""
 
     path: str
-    """The field, or what else it is about: `tags.0`, `nodes.start`, or a name of the query."""
+    """The field, node or query parameter at fault, such as `tags.0` or `nodes.start`."""
     code: str
     message: str
 
 
 class ErrorReason(WireStruct):
-    """Why a request was refused: `code` is for programs and stays, `message` is for people and may change."""
+    """Reason of a refusal: `code` is stable and for programs, `message` is for people and may change."""
 
     code: str
     message: str
@@ -35,22 +35,22 @@ class ErrorReason(WireStruct):
 
 
 class ErrorResponse(WireStruct):
-    """What every refusal looks like, whatever refused it."""
+    """Body of every error response."""
 
     success: Literal[False]
     error: ErrorReason
     request_id: str
-    """The id under which the server's log has it; also in the header `X-Request-Id`."""
+    """Id of the request in the server's log; also in the header `X-Request-Id`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ErrorCode:
-    """One code."""
+    """Status and meaning of an error code."""
 
     status: int
     meaning: str
     retry_after_seconds: int | None = None
-    """What `Retry-After` says at most, where it is sent and that is known."""
+    """Greatest value of `Retry-After`, where it is sent and known."""
 
 
 JSON_CODES: Final = (
@@ -69,172 +69,170 @@ BODY_CODES: Final = (
     "unsupported-media-type",
     "validation-failed",
 )
-"""What any operation with a body can answer."""
+"""Codes that any operation with a body can return."""
 
 GENERAL: Final = frozenset(
     {*BODY_CODES, "unauthorized", "scope-required", "rate-limited", "internal-error", "not-ready"}
 ) - {"validation-failed"}
-"""What most operations can answer, none of them in a way of its own."""
+"""Codes that most operations can return, without a meaning of their own."""
 
 ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
-    "malformed-request": ErrorCode(400, "What was sent is not HTTP/1.1."),
-    "disconnected": ErrorCode(400, "The client was gone before its request was whole; only the log has it."),
-    "malformed-body": ErrorCode(400, "The body is not compressed as its `Content-Encoding` says."),
+    "malformed-request": ErrorCode(400, "The request is not valid HTTP/1.1."),
+    "disconnected": ErrorCode(
+        400, "The client disconnected before its request was complete. Appears in the log only."
+    ),
+    "malformed-body": ErrorCode(400, "The body is not compressed as `Content-Encoding` declares."),
     "malformed-json": ErrorCode(400, "The body is not JSON in UTF-8."),
-    "duplicate-key": ErrorCode(400, "The body gives a key twice in one object."),
-    "not-finite": ErrorCode(400, "The body holds NaN, Infinity or a number too large for a double."),
-    "number-too-long": ErrorCode(400, "The body holds a whole number of more than 308 digits."),
-    "lone-surrogate": ErrorCode(400, "The body holds half of a surrogate pair."),
-    "nul-character": ErrorCode(400, "The body holds the character NUL."),
-    "too-deep": ErrorCode(400, "The body's objects and lists stand more than 64 deep inside one another."),
-    "invalid-query": ErrorCode(400, "A parameter of the query has a value that it doesn't allow."),
+    "duplicate-key": ErrorCode(400, "An object of the body has the same key twice."),
+    "not-finite": ErrorCode(400, "The body contains NaN, Infinity or a number too large for a double."),
+    "number-too-long": ErrorCode(400, "The body contains an integer of more than 308 digits."),
+    "lone-surrogate": ErrorCode(400, "The body contains a lone surrogate."),
+    "nul-character": ErrorCode(400, "The body contains the character NUL."),
+    "too-deep": ErrorCode(400, "Objects and lists of the body are nested more than 64 deep."),
+    "invalid-query": ErrorCode(400, "A query parameter is unknown or has an invalid value."),
     "invalid-idempotency-key": ErrorCode(
         400,
-        "`Idempotency-Key` is given twice, or isn't 1 to "
+        "`Idempotency-Key` is sent twice, or isn't 1 to "
         f"{limits.IDEMPOTENCY_KEY_LENGTH} visible ASCII characters.",
     ),
-    "invalid-event": ErrorCode(400, "What was sent is no event, or none that its sender sends."),
-    "malformed-form": ErrorCode(400, "The body is not the form that it is said to be."),
-    "malformed-mail": ErrorCode(400, "What a mail service says of a mail can't be read."),
-    "malformed-message": ErrorCode(400, "The body is no message of Amazon SNS, or one that it takes back."),
-    "unknown-mail": ErrorCode(400, "The form has the fields of no mail service that is known here."),
-    "raw-delivery": ErrorCode(400, "The subscription of the topic delivers messages raw: switch that off."),
-    "unknown-topic": ErrorCode(400, "The trigger names another topic than that of the message."),
-    "untrusted-certificate": ErrorCode(400, "The message names a certificate that is not one of Amazon SNS."),
-    "invalid-certificate": ErrorCode(400, "The certificate of the message can't be used, or not any more."),
-    "duplicate-header": ErrorCode(400, "A header that may stand there once is given several times."),
+    "invalid-event": ErrorCode(400, "The request is not an event, or not one of its sender."),
+    "malformed-form": ErrorCode(400, "The body is not a form of the declared `Content-Type`."),
+    "malformed-mail": ErrorCode(400, "The mail service's data about the mail is malformed."),
+    "malformed-message": ErrorCode(
+        400, "The body is not a message of Amazon SNS, or cancels a subscription."
+    ),
+    "unknown-mail": ErrorCode(400, "The form matches no supported mail service."),
+    "raw-delivery": ErrorCode(400, "The subscription uses raw message delivery: disable it."),
+    "unknown-topic": ErrorCode(400, "The message belongs to another topic than the trigger's."),
+    "untrusted-certificate": ErrorCode(
+        400, "The message refers to a certificate that is not from Amazon SNS."
+    ),
+    "invalid-certificate": ErrorCode(400, "The certificate of the message is invalid or has expired."),
+    "duplicate-header": ErrorCode(400, "A header that may appear once is sent several times."),
     "invalid-last-event-id": ErrorCode(400, "`Last-Event-ID` is not the id of an event of this stream."),
-    "unauthorized": ErrorCode(401, "There is no valid key in the header `X-API-Key`."),
+    "unauthorized": ErrorCode(401, "The header `X-API-Key` has no valid key."),
     "invalid-signature": ErrorCode(
-        401, "The request is not signed, or not with a secret that is known here, or it was signed long ago."
+        401, "The request is unsigned, its signature matches no secret, or the signature is too old."
     ),
     "scope-required": ErrorCode(403, "The key lacks the scope that `details` names."),
-    "admin-required": ErrorCode(403, "Only an admin of the organisation may do this."),
-    "network-not-allowed": ErrorCode(
-        403, "The trigger takes nothing from the address that the request came from."
-    ),
-    "not-owner": ErrorCode(403, "Only the object's owner and admins of the organisation may do this."),
-    "not-found": ErrorCode(404, "There is no such object, or it is none that the caller may see."),
-    "method-not-allowed": ErrorCode(405, "The path takes other methods: see the header `Allow`."),
+    "admin-required": ErrorCode(403, "Only an admin of the organization may do this."),
+    "network-not-allowed": ErrorCode(403, "The trigger does not accept requests from this address."),
+    "not-owner": ErrorCode(403, "Only the object's owner and admins of the organization may do this."),
+    "not-found": ErrorCode(404, "The object does not exist, or the caller may not see it."),
+    "method-not-allowed": ErrorCode(405, "The path has other methods: see the header `Allow`."),
     "mail-refused": ErrorCode(
-        406, "To Mailgun, which takes this alone as final: the message has the code and says why."
+        406,
+        "Final refusal for Mailgun, which retries after every other status. The message has the code and the reason.",
     ),
-    "edit-conflict": ErrorCode(409, "Somebody else changed the object at the same moment: try again."),
+    "edit-conflict": ErrorCode(409, "Another request changed the object at the same time: try again."),
     "data-source-in-use": ErrorCode(
         409,
-        "Workflows name the data source: `details` has those that the caller may see. Or use `force=true`.",
+        "Workflows use the data source; `details` lists those that the caller may see. `force=true` deletes it anyway.",
     ),
     "data-source-name-taken": ErrorCode(409, "The owner has another data source of this name."),
     "duplicate-connection": ErrorCode(
-        409, "The workflow has such a connection, or one with this id, already."
+        409, "The workflow already has this connection, or another with this id."
     ),
     "duplicate-node-id": ErrorCode(409, "Another node of the workflow has this id."),
-    "email-taken": ErrorCode(409, "The organisation has a user with this address."),
+    "email-taken": ErrorCode(409, "The organization has a user with this address."),
     "already-resumed": ErrorCode(
         409,
-        "The execution was resumed before: `details` has, as `executionId`, the newest that goes on from it.",
+        "The execution was already resumed; `executionId` in `details` is the newest execution that continues it.",
     ),
-    "already-answered": ErrorCode(409, "Somebody has given the node its answer already."),
-    "input-expired": ErrorCode(
-        409, "The node has waited for input as long as it was to, and goes on without."
-    ),
-    "no-input-pending": ErrorCode(409, "No node of this id waits for input."),
+    "already-answered": ErrorCode(409, "The node already has its answer."),
+    "input-expired": ErrorCode(409, "The node's wait has expired, and it continues without an answer."),
+    "no-input-pending": ErrorCode(409, "No node with this id waits for input."),
     "not-deployed": ErrorCode(409, "The workflow is not deployed: deploy it first."),
     "not-redrivable": ErrorCode(
-        409, "What the delivery has brought is not kept, was not understood, or is run once more another way."
+        409,
+        "The body of the delivery is not stored or was not understood, or its execution can be repeated another way.",
     ),
     "outside-window": ErrorCode(
-        409, "The schedule of the workflow is closed: `details` says by `opensAt` when it opens."
+        409, "The schedule of the workflow is closed; `opensAt` in `details` is the time when it opens."
     ),
-    "stopped-manually": ErrorCode(
-        409, "Somebody has stopped the workflow, which is always on: start it first."
-    ),
-    "execution-not-failed": ErrorCode(409, "Only an execution that has failed can be resumed."),
+    "stopped-manually": ErrorCode(409, "The workflow is always on and was stopped manually: start it first."),
+    "execution-not-failed": ErrorCode(409, "Only a failed execution can be resumed."),
     "too-many-data-sources": ErrorCode(
-        409, f"An organisation may have at most {limits.DATA_SOURCES:,} data sources."
+        409, f"An organization may have at most {limits.DATA_SOURCES:,} data sources."
     ),
     "too-many-shares": ErrorCode(409, f"An object may be shared with at most {limits.SHARES:,} users."),
     "too-many-versions": ErrorCode(409, f"A workflow may have at most {limits.VERSIONS:,} versions."),
     "version-tag-taken": ErrorCode(409, "Another version of the workflow has this tag."),
-    "replayed-delivery": ErrorCode(409, "What was signed for one delivery was put to another."),
+    "replayed-delivery": ErrorCode(409, "The signature belongs to another delivery."),
     "workflow-archived": ErrorCode(409, "The workflow is archived: set it to draft or active to run it."),
     "workflow-changed": ErrorCode(409, "The workflow is being changed: try again."),
     "workflow-deleted": ErrorCode(409, "The execution's workflow is deleted."),
     "workflow-deployed": ErrorCode(409, "The workflow is deployed: undeploy it first, or use `force=true`."),
     "workflow-not-active": ErrorCode(
-        409, "The workflow takes nothing in: set its status to active, or deploy it."
+        409, "The workflow accepts no requests: set its status to active, or deploy it."
     ),
     "workflow-paused": ErrorCode(409, "The workflow is paused: set it to active to run it."),
     "workflow-running": ErrorCode(
-        409, "Executions have not ended: wait for them, or cancel them by `force=true`."
+        409, "Executions of the workflow have not ended: wait for them, or cancel them with `force=true`."
     ),
-    "precondition-failed": ErrorCode(
-        412, "The object is in another state than the one that `If-Match` names."
-    ),
+    "precondition-failed": ErrorCode(412, "The object's state does not match `If-Match`."),
     "payload-too-large": ErrorCode(413, "The body is larger than the server accepts."),
     "unsupported-media-type": ErrorCode(
         415,
         "The body is not declared as `application/json`, or its `Content-Encoding` is neither gzip nor deflate.",
     ),
     "validation-failed": ErrorCode(
-        422, "A field is wrong, or the graph is: `details` has an entry for each."
+        422, "Fields or the graph are invalid; `details` has an entry for each fault."
     ),
-    "idempotency-mismatch": ErrorCode(422, "The `Idempotency-Key` was used before, with another body."),
+    "idempotency-mismatch": ErrorCode(422, "The `Idempotency-Key` was already used with another body."),
     **{
-        f"no-{kind}-trigger": ErrorCode(
-            422, f"The workflow does not begin with a trigger for this: add a {kind} trigger."
-        )
+        f"no-{kind}-trigger": ErrorCode(422, f"The workflow has no {kind} trigger: add one.")
         for kind in ("queue", "email", "event", "webhook")
     },
     "no-verification": ErrorCode(
-        422, "The trigger doesn't say how its senders are told from others: set `verification` in its config."
+        422, "The trigger has no method to authenticate senders: set `verification` in its config."
     ),
     "trigger-not-ready": ErrorCode(
         503,
-        "The trigger names a data source that the workflow's owner can't use, or that holds no such mail. The owner"
-        " finds the request among the deliveries; send it again.",
+        "The trigger's data source is not usable by the workflow's owner, or does not contain the mail. The request"
+        " is listed among the deliveries; send it again.",
         retry_after_seconds=TRIGGER_RETRY_SECONDS,
     ),
     "no-signing-secret": ErrorCode(
         422,
-        "The organisation has no secret to sign messages with: `POST /api/v1/auth/signing-secret` makes it.",
+        "The organization has no signing secret: create it with `POST /api/v1/auth/signing-secret`.",
     ),
     "concurrency-limit": ErrorCode(
         429,
-        "As many runs of the workflow go on as its settings allow, and further ones are to be refused.",
+        "The workflow has reached its limit of concurrent executions, and its settings refuse more.",
         CONCURRENCY_RETRY_SECONDS,
     ),
     "queue-full": ErrorCode(
         429,
-        "As many runs of the workflow, or of the organisation, wait to be begun as may.",
+        "The queue of pending executions of the workflow or of the organization is full.",
         MAX_RETRY_SECONDS,
     ),
     "rate-limited": ErrorCode(
         429,
-        "Too many requests with this key or for this workflow, or from this address without a valid key, or too many"
-        " tests of data sources.",
+        "Too many requests with this key, for this workflow, or from this address without a valid key; or too many"
+        " data source tests.",
     ),
-    "execution-failed": ErrorCode(500, "The execution whose answer was waited for has not completed."),
+    "execution-failed": ErrorCode(500, "The execution failed or was canceled, so it has no answer."),
     "internal-error": ErrorCode(
-        500, "Something went wrong in the server; its log has it under the request's id."
+        500, "Internal fault of the server; its log has the details under the request's id."
     ),
     "start-failed": ErrorCode(
         503,
-        "The pods of the workflow can't start, for the reason that the message tells. The execution was accepted, and"
-        " runs when they can: the same `Idempotency-Key` waits on it.",
+        "The pods of the workflow cannot start; the message has the reason. The execution was accepted and"
+        " runs once they start: repeat the request with the same `Idempotency-Key` to wait for it.",
         START_RETRY_SECONDS,
     ),
     "not-ready": ErrorCode(
         503,
-        "A part that the server needs doesn't answer, or it is full: try again. Of a trigger also: the pods wait for"
-        " room in the cluster, as over a quota; the execution was accepted, and runs when they start.",
+        "A dependency of the server is unavailable or at capacity: try again. For a trigger also: the pods wait for"
+        " capacity in the cluster, such as a quota; the execution was accepted, and runs once they start.",
         NOT_READY_RETRY_SECONDS,
     ),
 }
-"""In the order of their status."""
+"""Ordered by status."""
 
 
 def example(code: str) -> ErrorResponse:
-    """Return a refusal with this code."""
+    """Return an example response with this code."""
     reason = ErrorReason(code=code, message=ERROR_CODES[code].meaning, details=[])
     return ErrorResponse(success=False, error=reason, request_id="req_01jx7v2m9e5t8w3q6r4y0z1abc")

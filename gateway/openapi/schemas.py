@@ -1,4 +1,4 @@
-"""JSON Schemas of the wire types, with what the code says about their fields."""
+"""JSON Schemas of the wire types, described by the docstrings of their fields."""
 
 from __future__ import annotations
 
@@ -21,26 +21,28 @@ if TYPE_CHECKING:
 
 REF: Final = "#/components/schemas/"
 _SUFFIX: Final = "Shape"
-"""What the code adds to a name that means something else in it; clients see that only where both are shown to them."""
+"""Suffix of wire types that share their name with another type of the code; clients see it only to tell two
+apart.
+"""
 _KINDS: Final = {str: "string", bool: "boolean", int: "integer"}
-"""The types of words that a field must be one of."""
+"""JSON types of enum members."""
 _WARNINGS: Final = {
     "type": "array",
     "items": {"$ref": REF + ErrorDetail.__name__},
-    "description": "Fields of the request that were ignored; absent where there are none.",
+    "description": "Ignored fields of the request; absent if there are none.",
 }
 _NO_DEFAULT: Final = ("default", None)
-"""A field that may be left out says so by not being required."""
+"""Not shown: an optional field is one that isn't `required`."""
 
 
 def build_schemas(
     types: Iterable[object], *, warning: Iterable[object] = ()
 ) -> tuple[list[dict[str, Json]], dict[str, dict[str, Json]]]:
-    """Return the schema of each type, and those that they refer to by name.
+    """Return the schema of each type, and the named schemas that they refer to.
 
     Args:
-        types: Every type that gets a schema; `Detail` is among those that they refer to.
-        warning: Those of the types whose answers may carry warnings about the body of the request.
+        types: Every type that gets a schema; `ErrorDetail` is among the types that they refer to.
+        warning: Types of responses that may carry warnings about the request body.
 
     """
     types = list(types)
@@ -57,7 +59,7 @@ def build_schemas(
 
 
 def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - any JSON value
-    """Return a schema with the names that clients see, and without what only repeats what it says already."""
+    """Return a schema with public type names and without redundant keywords."""
     if isinstance(value, list):
         return [_tidied(item, known_as) for item in value]
     if not isinstance(value, dict):
@@ -65,7 +67,7 @@ def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - a
     tidied = {
         key: _tidied(item, known_as)
         for key, item in value.items()
-        # What is called a title is a text; a field of that name has a schema.
+        # The keyword `title` is a text; a field named `title` has a schema.
         if not (key == "title" and isinstance(item, str)) and (key, item) != _NO_DEFAULT
     }
     match tidied:
@@ -79,11 +81,11 @@ def _tidied(value: Any, known_as: Mapping[str, str]) -> Any:  # noqa: ANN401 - a
             }
         case {"required": []}:
             del tidied["required"]
-    return tidied | _spelled_out(tidied)
+    return tidied | _implied_keywords(tidied)
 
 
-def _spelled_out(schema: Mapping[str, Any]) -> dict[str, Json]:
-    """Return what JSON Schema takes for granted of a schema, and generators of clients take for something else."""
+def _implied_keywords(schema: Mapping[str, Any]) -> dict[str, Json]:
+    """Return the implied keywords of a schema that client generators misread when they are absent."""
     kind = schema.get("type", [])
     kinds = kind if isinstance(kind, list) else [kind]
     if "object" in kinds and "properties" not in schema and "additionalProperties" not in schema:
@@ -97,7 +99,7 @@ def _spelled_out(schema: Mapping[str, Any]) -> dict[str, Json]:
 
 
 def _parts_of(types: Iterable[object]) -> Iterator[object]:
-    """Yield types, and the members of those that are unions."""
+    """Yield types, and the members of unions."""
     for kind in types:
         yield kind
         if isinstance(kind, UnionType):
@@ -105,7 +107,7 @@ def _parts_of(types: Iterable[object]) -> Iterator[object]:
 
 
 def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
-    """Return every struct that the types are made of, once."""
+    """Yield each struct that the types contain, once."""
     seen: set[object] = set()
     waiting = list(types)
     while waiting:
@@ -120,30 +122,30 @@ def _structs(types: Iterable[object]) -> Iterator[type[msgspec.Struct]]:
 
 
 def _describe(struct: type[msgspec.Struct], schema: dict[str, Any]) -> None:
-    """Add what stands below a field in the code to the field's schema."""
-    said: dict[str, str] = {}
+    """Copy the docstring below each field into the field's schema."""
+    descriptions: dict[str, str] = {}
     for kind in reversed(struct.__mro__):
         if issubclass(kind, WireStruct):
-            said |= _said_in(kind.__module__).get(kind.__name__, {})
+            descriptions |= _module_descriptions(kind.__module__).get(kind.__name__, {})
     for field in msgspec.structs.fields(struct):
-        if field.name in said:
-            schema["properties"][field.encode_name].setdefault("description", said[field.name])
+        if field.name in descriptions:
+            schema["properties"][field.encode_name].setdefault("description", descriptions[field.name])
     if issubclass(struct, WireStruct):
         for name, route in struct.read_only.items():
             changed_by = f" `{route}` changes it." if route else ""
-            description = f"As it was shown, or absent.{changed_by}"
+            description = f"Read-only: unchanged or absent in requests.{changed_by}"
             schema.setdefault("properties", {})[name] = {"readOnly": True, "description": description}
 
 
 @cache
-def _said_in(module_name: str) -> Mapping[str, Mapping[str, str]]:
-    """Return the sentences that stand below the fields of a module's classes."""
+def _module_descriptions(module_name: str) -> Mapping[str, Mapping[str, str]]:
+    """Return the docstrings below the fields of a module's classes."""
     source = inspect.getsource(sys.modules[module_name])
     classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
-    return {one.name: dict(_said_below(one.body)) for one in classes}
+    return {one.name: dict(_field_descriptions(one.body)) for one in classes}
 
 
-def _said_below(body: Iterable[ast.stmt]) -> Iterator[tuple[str, str]]:
+def _field_descriptions(body: Iterable[ast.stmt]) -> Iterator[tuple[str, str]]:
     for field, below in pairwise(body):
         if (
             isinstance(field, ast.AnnAssign)
