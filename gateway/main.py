@@ -35,9 +35,7 @@ from models.descriptor_limits import raise_descriptor_limit
 log = structlog.get_logger()
 
 KEEP_ALIVE_SECONDS = 75
-"""Longer than the minute for which load balancers keep idle connections, so that they close first, not the
-gateway.
-"""
+"""Longer than the minute for which load balancers keep idle connections, so that they close first."""
 
 
 class GatewayApplication(Starlette):

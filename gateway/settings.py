@@ -217,7 +217,7 @@ class GatewaySettings(ServerSettings):
 
     @property
     def body_share_bytes(self) -> int:
-        """Bytes of request bodies that one client address may hold: half of all, but at least the largest
-        allowed body.
+        """Bytes of request bodies that one client may hold: half of all, but at least the largest allowed
+        body.
         """
         return max(self.bodies_bytes // 2, self.max_body_bytes, self.max_mail_bytes, self.max_hook_bytes)

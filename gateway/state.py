@@ -94,9 +94,7 @@ StateFactory: TypeAlias = Callable[[], AbstractAsyncContextManager[GatewayState]
 
 @asynccontextmanager
 async def open_state(settings: GatewaySettings) -> AsyncIterator[GatewayState]:
-    """Open the database, the store, the broker and the rest of the state for a gateway in a process of its
-    own.
-    """
+    """Open the whole state for a gateway in a process of its own."""
     async with AsyncExitStack() as stack:
         url = databases.parse_url(settings.database_url)
         database = Database(url)

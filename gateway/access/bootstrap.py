@@ -20,8 +20,7 @@ MIN_KEY_LENGTH = 16
 
 
 async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
-    """Create the first organization, admin and key unless an organization exists; return whether they were
-    created.
+    """Create the first organization, admin and key unless an organization exists; return whether it did.
 
     Raises `InvalidSettings` when the key is too short or has other characters than visible ASCII.
     """

@@ -65,8 +65,9 @@ class KeyAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def caller(self, scope: Scope) -> ApiCaller:
-        """Return the caller of the request's key; raises 401 without a valid key, 429 after too many
-        failures.
+        """Return the caller of the request's key.
+
+        Raises 401 without a valid key, 429 after too many failures.
         """
         key = _key(scope)
         if key is None:

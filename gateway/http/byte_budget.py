@@ -11,9 +11,7 @@ from time import monotonic
 from typing import Final
 
 UNCOUNTED_BYTES: Final = 16_384
-"""Bytes per transfer outside every budget: the limit of connections bounds them, and small requests always
-pass.
-"""
+"""Uncounted bytes per transfer, bounded by the limit of connections: small requests always pass."""
 _SHORTEST_SECONDS: Final = 0.01
 
 
@@ -76,9 +74,7 @@ class ByteBudget:
         self.used = 0
 
     def count(self, holding: ByteHolding, change: int) -> None:
-        """Count a change of one transfer; while over a limit, evict the slowest transfers of the largest
-        clients.
-        """
+        """Count a change of one transfer; over a limit, evict the slowest transfers of the largest clients."""
         self._holdings.add(holding)
         self._add(holding.client, change)
         while change > 0 and not holding.is_evicted:

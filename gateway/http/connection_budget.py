@@ -1,9 +1,8 @@
-"""Limit of connections below the process's file descriptors: connections that wait for their clients yield to
-others.
+"""Limit of open connections, below the process's limit of file descriptors.
 
-A connection with a request in progress is never closed for another, except for reads (long polls, event
-streams) of a client over its share. A reserve above the limit still serves probes and pods, and tells all
-others the reason.
+Connections that wait for their clients are closed for new ones. A connection with a request in progress is
+not, except for reads (long polls, event streams) of a client over its share. A reserve above the limit still
+serves probes and pods, and tells all others the reason.
 """
 
 from __future__ import annotations
@@ -53,8 +52,8 @@ class BoundedConnection(Protocol):
 
     @property
     def client_key(self) -> str:
-        """Client that the connection counts for; empty for trusted proxies and pods, each of which serves
-        many clients.
+        """Client that the connection counts for; empty for trusted proxies and pods, which serve many
+        clients.
         """
 
     @property

@@ -1,4 +1,4 @@
-"""Layer around every request, whatever its outcome: request id, common headers and metrics."""
+"""Layer around every request and every outcome: request id, common headers and metrics."""
 
 from __future__ import annotations
 

@@ -83,9 +83,7 @@ def admin_required() -> ApiError:
 
 
 def not_found(what: str = "route") -> ApiError:
-    """Return the common answer for a missing object and for another owner's, so that nobody can tell the
-    difference.
-    """
+    """Return the common answer for a missing object and for another owner's, which must look the same."""
     return ApiError(404, "not-found", f"There is no such {what}")
 
 
@@ -117,9 +115,7 @@ def trigger_not_ready(message: str) -> ApiError:
 
 
 def busy(message: str, *, closes: bool = False) -> ApiError:
-    """Return the refusal of a request for lack of capacity in this process; `closes` also ends the
-    connection.
-    """
+    """Return the refusal of a request for lack of capacity here; `closes` also ends the connection."""
     headers = {"Connection": "close"} if closes else None
     return ApiError(
         503,
@@ -153,7 +149,7 @@ def workflow_paused() -> ApiError:
 
 
 def no_such_trigger(kind: str) -> ApiError:
-    """Return the refusal of a request whose kind the workflow's trigger doesn't match."""
+    """Return the refusal of a request that doesn't match the kind of the workflow's trigger."""
     return ApiError(422, f"no-{kind}-trigger", f"The workflow has no {kind} trigger node: add one")
 
 
@@ -175,7 +171,7 @@ def stopped_manually() -> ApiError:
 
 
 def start_failed(reason: str, execution_id: str) -> ApiError:
-    """Return the answer for an accepted run whose pod can't start."""
+    """Return the answer for an accepted run when its pod can't start."""
     message = (
         f"The workflow's pods can't start: {reason}. When they can, {execution_id} runs: it was accepted"
     )
@@ -183,15 +179,13 @@ def start_failed(reason: str, execution_id: str) -> ApiError:
 
 
 def start_blocked(reason: str, execution_id: str) -> ApiError:
-    """Return the answer for an accepted run whose pods wait for capacity in the cluster."""
+    """Return the answer for an accepted run while its pods wait for capacity in the cluster."""
     message = f"The workflow's pods wait to be started: {reason}. When they are, {execution_id} runs: it was accepted"
     return ApiError(503, "not-ready", message, retry_after_seconds=BLOCKED_RETRY_SECONDS)
 
 
 def execution_failed(execution_id: str) -> ApiError:
-    """Return the answer to a sender that awaits the response of a failed run; only the owner learns the
-    reason.
-    """
+    """Return the answer to a sender that awaits a response when the run failed; the owner learns the reason."""
     return ApiError(500, "execution-failed", f"The execution {execution_id} has not completed")
 
 

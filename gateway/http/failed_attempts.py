@@ -70,8 +70,9 @@ class FailedAttempts:
 
 
 class PasswordAttempts:
-    """Failed attempts at passwords, and recent valid passwords, whose users may share an address with a
-    failing client.
+    """Failed attempts at passwords, and recent valid passwords.
+
+    A user with a valid password may share an address with a failing client.
     """
 
     def __init__(self, message: str) -> None:

@@ -76,11 +76,9 @@ def mismatch_error() -> ApiError:
 async def reserve_key(
     connection: AsyncConnection, key: IdempotencyKey, *, shard: int, resource_id: str, now: datetime
 ) -> str:
-    """Reserve a key for an object that the transaction creates; return its id, or the id that the first
-    request stored.
+    """Reserve a key for an object that the transaction creates; return its id, or the first request's id.
 
-    Waits for a concurrent transaction with the same key. Raises 422 when the first request had another
-    body.
+    Waits for a concurrent transaction with the same key. Raises 422 when the first request had another body.
     """
     identity = (
         col(Idempotency.shard) == shard,

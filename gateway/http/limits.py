@@ -1,4 +1,6 @@
-"""Every limit on what a client may send, in one place; the documentation's table is made from this."""
+"""Limits of client requests, all in one place; the table of limits in the documentation is generated from
+this module.
+"""
 
 from __future__ import annotations
 

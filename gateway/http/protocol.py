@@ -98,9 +98,7 @@ class BufferedTransport:
     def __init__(
         self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop, linger_seconds: float
     ) -> None:
-        """Wrap a transport; after `close`, a client that doesn't receive the rest within `linger_seconds` is
-        cut off.
-        """
+        """Wrap a transport; `close` cuts off a client that leaves the rest for `linger_seconds`."""
         self._transport = transport
         self._loop = loop
         self._linger_seconds = linger_seconds
@@ -227,7 +225,7 @@ class BoundedProtocol(HttpToolsProtocol):
         source = self._bounds.proxies.client(self.client, self.headers)
         host = source[0] if source else ""
         budget = self._bounds.pod_bodies if is_internal else self._bounds.bodies
-        # Pods are few and authenticated: their runs continue, whatever others occupy.
+        # Pods are few and authenticated: their runs continue under any load of others.
         is_bounded = not is_always_served and not self._bounds.proxies.is_trusted(host)
         self._holding = RequestHolding(
             self._bounds,

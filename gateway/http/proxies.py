@@ -1,6 +1,6 @@
-"""Trusted proxies, whose `X-Forwarded-For` header names the client of a request.
+"""Trusted proxies: their `X-Forwarded-For` header names the client of a request.
 
-Settings may name a proxy by host name, such as a headless Service for the pods of an ingress, whose addresses
+Settings may name a proxy by host name, such as a headless Service for the pods of an ingress, since addresses
 change.
 """
 
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 FORWARDED_FOR: Final = b"x-forwarded-for"
 MOST_TRUSTED: Final = 256
-"""Size of a network whose addresses may all be proxies; in a larger one any machine could pretend to be any
+"""Largest network in which all addresses may be proxies; in a larger one, any machine could pose as any
 client.
 """
 RESOLVE_SECONDS: Final = 10.0
@@ -76,9 +76,7 @@ class TrustedProxies:
     def client(
         self, peer: tuple[str, int] | None, headers: Iterable[tuple[bytes, bytes]]
     ) -> tuple[str, int] | None:
-        """Return the client of a request: its peer, unless that is a trusted proxy that names another
-        address.
-        """
+        """Return the client of a request: its peer, unless a trusted proxy names another address."""
         is_trusted = peer is not None and peer[0] in self._trusted
         if not is_trusted and self._has_warned:
             return peer

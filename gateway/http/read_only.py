@@ -27,8 +27,7 @@ def require_same(given: Json, kind: type[WireStruct], shown: Callable[[], Mappin
 def warn_of_new(
     request: GatewayRequest, given: Json, kind: type[WireStruct], shown: Callable[[], Mapping[str, Json]]
 ) -> None:
-    """Refuse read-only fields of a new object that another route sets, and warn of those that the server
-    sets.
+    """Refuse read-only fields of a new object that another route sets; warn of those that the server sets.
 
     Raises 422.
     """

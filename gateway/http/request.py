@@ -81,7 +81,7 @@ class GatewayRequest(StarletteRequest):
         return QueryString(self.scope["query_string"], self._parameters)
 
     def send_with_answer(self, name: str, value: str) -> None:
-        """Add a header to the answer, whatever its outcome."""
+        """Add a header to the answer, be it a success or a refusal."""
         self.scope["sent_with_answer"].append((name.lower().encode(), value.encode()))
 
     def release_body(self) -> None:

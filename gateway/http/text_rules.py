@@ -19,8 +19,9 @@ _LINES = frozenset("\n\r\t")
 
 
 def is_allowed_text(max_length: int, *, min_length: int = 0) -> Meta:
-    """Declare length limits in the OpenAPI document only; the functions below check them with better
-    messages.
+    """Declare length limits in the OpenAPI document only; the functions below check them.
+
+    Their messages are better than those of msgspec.
     """
     return Meta(extra_json_schema={"minLength": min_length, "maxLength": max_length})
 

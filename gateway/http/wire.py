@@ -1,6 +1,4 @@
-"""Conversion of bodies: camelCase in JSON, snake_case in Python, and one entry in the answer per invalid
-field.
-"""
+"""Conversion of bodies: camelCase in JSON, snake_case in Python, one entry per invalid field in the answer."""
 
 from __future__ import annotations
 
@@ -143,9 +141,7 @@ def convert(
 
 
 def with_whole_numbers(value: Json, kind: Any) -> Json:  # noqa: ANN401 - any type annotation
-    """Return a JSON value with 2 for 2.0 wherever `kind` expects an integer, since JSON doesn't distinguish
-    them.
-    """
+    """Return a JSON value with 2 for 2.0 wherever `kind` expects an integer: JSON has one type of number."""
     parts = tuple(_parts(kind))
     if isinstance(value, dict | list) and len(value) > MAX_ITEMS:
         return value
@@ -233,8 +229,9 @@ def _inside(value: Json, part: Any, path: str) -> Iterator[tuple[Json, Any, str]
 
 @dataclass(slots=True)
 class _UnknownFields:
-    """Unknown fields of a body, in a limited number: a body may contain a million, and comparisons of names
-    take time.
+    """Unknown fields of a body, in a limited number.
+
+    A body may contain a million fields, and comparisons of names take time.
     """
 
     refused: list[dict[str, Json]] = dataclass_field(default_factory=list)
@@ -266,9 +263,7 @@ class _UnknownFields:
 
 @dataclass(frozen=True, slots=True)
 class _UnknownFieldGuard:
-    """Rules of a type about unknown fields, computed once, since a body may contain ten thousand small
-    objects.
-    """
+    """Rules of a type about unknown fields, cached, since a body may contain ten thousand small objects."""
 
     container: type
     """`dict` for bodies too."""

@@ -13,9 +13,7 @@ if TYPE_CHECKING:
 
 
 async def require_capacity(request: GatewayRequest, ground: RunTarget, count: int = 1) -> None:
-    """Raise 409 when a workflow is paused, and 429 when the workflow, its organization or the sender exceeds
-    a limit.
-    """
+    """Raise 409 for a paused workflow, and 429 when a limit of workflow, organization or sender is reached."""
     workflow = ground.workflow
     await require_not_paused(request, ground)
     await request.gateway.rates.take(request, workflow.id, count=count)

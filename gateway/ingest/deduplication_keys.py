@@ -16,17 +16,15 @@ WEEK_SECONDS: Final = 7 * 86_400
 
 
 def sender_key(workflow_id: str, deduplication_id: str) -> IdempotencyKey:
-    """Return the key of a message with a `deduplicationId`; messages with the same id are equal whatever
-    their content.
-    """
+    """Return the key of a message with a `deduplicationId`; its content doesn't count."""
     return _build_key("deduplication", workflow_id, deduplication_id, limits.IDEMPOTENCY_SECONDS)
 
 
 def derive_key(kind: str, place: str, key: str, *, content: str = "") -> IdempotencyKey:
-    """Return the key of a provider's request to a `place`, a workflow or organization, from the provider's
-    own id.
+    """Return the key of a provider's request to a `place`, from the provider's own id.
 
-    Bodies are not compared, since providers sign again when they retry; `content` is compared.
+    A place is a workflow or an organization. Bodies are not compared, since providers sign again when they
+    retry; `content` is compared.
     """
     return replace(_build_key(kind, place, key, WEEK_SECONDS), fingerprint=content)
 

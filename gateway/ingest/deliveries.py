@@ -39,8 +39,7 @@ class DeliveryShape(WireStruct):
     """Null for an event, which belongs to no single workflow."""
     route: IngestRoute
     sender: str
-    """`api-key:`, `trigger-token:` or `event-token:` with an id, or the provider whose signature was
-    verified.
+    """`api-key:`, `trigger-token:` or `event-token:` with an id, or the provider with a verified signature.
     """
     content_hash: str
     """SHA-256 of the body."""

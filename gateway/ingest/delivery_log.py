@@ -88,11 +88,10 @@ class DeliveryLog:
     async def unverified(
         self, sent: InboundRequest, describe: Callable[[], Awaitable[None]]
     ) -> AsyncIterator[None]:
-        """Store a delivery for a request that can't be verified since its trigger isn't ready; at a low rate
-        per workflow.
+        """Store a delivery for a request that can't be verified since its trigger isn't ready.
 
-        Anybody can send such a request, hence the limit. `describe` adds to `sent` the content that a
-        redrive needs.
+        Anybody can send such a request, hence a low rate per workflow. `describe` adds to `sent` the content
+        that a redrive needs.
         """
         try:
             yield

@@ -164,9 +164,7 @@ def _conditions(wanted: DeliveryFilter) -> Iterable[ColumnElement[bool]]:
 
 
 def _is_settled(workflow: Workflow, resource: SQLColumnExpression[Any]) -> Any:  # noqa: ANN401 - a correlated condition
-    """Return the condition that a delivery or run was redriven by a list or purged, so that its redrive key
-    is used up.
-    """
+    """Return the condition that a delivery or run was purged, or redriven by a list: its redrive key is used."""
     return exists().where(
         and_(
             col(Idempotency.shard) == workflow.shard,

@@ -127,9 +127,7 @@ async def receive(request: GatewayRequest) -> JsonResponse:
 
 
 async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestSender | None) -> JsonResponse:
-    """Run a workflow on a mail, for an authenticated sender, or for an anonymous one if the mail can be
-    verified.
-    """
+    """Run a workflow on a mail of an authenticated sender, or of an anonymous one if it can be verified."""
     gateway = request.gateway
     addressee = await mail_verification.find_target(gateway, workflow_id, known)
     content = await request.body_up_to(BodyLimit(gateway.settings.max_mail_bytes, MAX_MAIL_SETTING))
@@ -372,8 +370,7 @@ async def _ingest(
     is_large: bool = False,
     ses_id: str = "",
 ) -> JsonResponse:
-    """Run the workflow on a mail, or repeat the answer to the same mail; `message` makes the input of the
-    run.
+    """Run the workflow on a mail, or repeat the answer to the same mail; `message` makes the run's input.
 
     `ses_id` is the id that Amazon SES has given the mail.
     """

@@ -45,7 +45,7 @@ class EnqueueBatch(StrictWire):
 
 
 class _UncheckedBatch(StrictWire):
-    """Batch whose messages are not validated yet, since each is validated separately."""
+    """Batch before validation, since each message is validated separately."""
 
     messages: Annotated[list[Any], msgspec.Meta(min_length=1, max_length=limits.BATCH_MESSAGES)]
     callback_url: (
@@ -173,8 +173,7 @@ async def _ingest_messages(
         taken = await ingest.ingest_batch(gateway, arrival)
         verdict, accepted, delivery_id = taken.verdict, taken.runs, taken.delivery_id
     except ApiError:
-        # A request that was answered before gets the same answer, whatever has happened to the workflow
-        # since.
+        # A request that was answered before gets the same answer, even if the workflow has changed since.
         earlier = key and await acceptance.find_earlier(gateway.database, note.sender.caller.shard, key)
         if not earlier:
             raise
@@ -190,9 +189,7 @@ async def _ingest_messages(
 async def _first(
     request: GatewayRequest, planned: Sequence[PlannedMessage], delivery_id: str
 ) -> Sequence[AcceptanceResult]:
-    """Return the results of the first request; a key without a run was refused for lack of a concurrency
-    slot.
-    """
+    """Return the results of the first request; a key without a run hit the concurrency limit then."""
     database = request.gateway.database
     idempotency_keys = [one.idempotency_key for one in planned if one.idempotency_key is not None]
     found = await acceptance.find_all_earlier(database, request.caller.shard, idempotency_keys)

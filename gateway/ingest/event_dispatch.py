@@ -153,7 +153,7 @@ async def dispatch_event(
     try:
         taken = await ingest.ingest_batch(gateway, plan)
     except ApiError:
-        # An event that was answered before gets the same answer, whatever prevents its ingest now.
+        # An event that was answered before gets the same answer, even if it could not be ingested now.
         shard = sent.sender.caller.shard
         earlier = idempotency_key and await acceptance.find_earlier(gateway.database, shard, idempotency_key)
         if not earlier:
@@ -230,9 +230,7 @@ async def _plan_one(
 
 
 def _matches_subscription(kind: str, config: Mapping[str, Json], trigger: Json) -> bool:
-    """Return whether a trigger subscribes to an event; a deployed trigger may differ from the workflow's
-    current one.
-    """
+    """Return whether a trigger subscribes to an event; a deployed trigger may differ from the current one."""
     patterns = matching_patterns(str(_read_field(trigger, "event_type")))
     return kind == TriggerKind.EVENT and not set(patterns).isdisjoint(parse_patterns(config))
 
@@ -280,9 +278,7 @@ def _certain_outcomes(outcome: WorkflowEventOutcome, *, is_there: bool) -> Workf
 async def _repeat_result(
     gateway: GatewayState, sent: InboundRequest, verdict: AcceptanceVerdict, delivery_id: str
 ) -> EventDispatchResult:
-    """Return the outcomes of the first event with the same idempotency key; raises 422 when it had another
-    body.
-    """
+    """Return the outcomes of the first event with the same key; raises 422 when it had another body."""
     if verdict is AcceptanceVerdict.MISMATCH:
         raise idempotency.mismatch_error()
     async with gateway.database.read() as connection:

@@ -47,12 +47,11 @@ def seal_secrets(
 
 
 async def verify_event(arrival: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
-    """Verify the signature of an event and return the provider whose format it has; None for the API's own
-    format.
+    """Verify the signature of an event and return its provider; None for the API's own format.
 
-    A request with an API key needs no signature. With a token, requests of a provider known to sign must
-    be signed, and a token with secrets accepts signed requests only. Raises 400, 401, and 503 when the
-    secrets can't be read.
+    A request with an API key needs no signature. With a token, requests of a provider known to sign must be
+    signed, and a token with secrets accepts signed requests only. Raises 400, 401, and 503 when the secrets
+    can't be read.
     """
     try:
         claimed = event_senders.recognize_sender(arrival)

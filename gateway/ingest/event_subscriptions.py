@@ -38,8 +38,9 @@ class EventSubscription:
 async def match_subscriptions(
     connection: AsyncConnection, organization_id: str, event_type: str
 ) -> Sequence[EventSubscription]:
-    """Return the subscribed workflows of an event type, ordered by id; those that are paused run after they
-    resume.
+    """Return the workflows that subscribe to an event type, ordered by id.
+
+    Paused ones are included; their runs start after they resume.
     """
     rows = await connection.execute(statement(organization_id, event_type))
     return [EventSubscription(*row) for row in rows]

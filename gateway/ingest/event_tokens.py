@@ -1,6 +1,4 @@
-"""Event tokens for senders that can't set a header: created by admins, shown once, inside the URL for the
-sender.
-"""
+"""Event tokens for senders that can't set a header: created by admins, shown once, inside a URL."""
 
 from __future__ import annotations
 
@@ -76,8 +74,8 @@ class CreateEventToken(StrictWire):
 
     name: Annotated[str, text_rules.is_allowed_text(limits.KEY_NAME_LENGTH, min_length=1)]
     secrets: ProviderSecrets | None = None
-    """Secrets of providers; with any, the token accepts only events signed with one of them. Never shown
-    again.
+    """Secrets of providers, never shown again; with any, the token accepts only events signed with one of
+    them.
     """
 
 
@@ -117,11 +115,10 @@ class EventTokenList(WireStruct):
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Create a token with which senders emit events to the organization; only this answer contains it, with
-    its URL.
+    """Create a token with which senders emit events to the organization.
 
-    The token is valid for events only. It accepts events of a signing provider only if it has the
-    provider's secrets.
+    Only this answer contains the token, with its URL. The token is valid for events only. It accepts events
+    of a signing provider only if it has the provider's secrets.
     """
     _require_admin(request.caller)
     value = await read_json(request)

@@ -259,9 +259,9 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def replay(request: GatewayRequest) -> JsonResponse:
-    """Run one workflow on an earlier event, whether it subscribes to the event or not.
+    """Run one workflow on an earlier event, even if it doesn't subscribe to it.
 
-    The workflow must be active and have an event trigger, whose type and filter are ignored.
+    The workflow must be active and have an event trigger; the trigger's event types and filter are ignored.
     """
     body = await decode_body(request, ReplayEvent)
     gateway, caller, workflow_id = request.gateway, request.caller, body.workflow_id
@@ -301,9 +301,7 @@ async def handshake(request: GatewayRequest) -> NoContent:
 
 
 async def _each(request: GatewayRequest, note: InboundRequest, batch: EventBatch) -> JsonResponse:
-    """Ingest the events of a batch in order; each event has its own key, so that partial repetitions are
-    recognized.
-    """
+    """Ingest the events of a batch in order, each with its own key, so that partial repetitions are detected."""
     if not batch.events:
         await request.gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
     whole: Json = [event_dispatch.build_event_input(one) for one in batch.events]

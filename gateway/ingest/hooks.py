@@ -147,9 +147,7 @@ async def options(request: GatewayRequest) -> NoContent:
 async def _answered(
     request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest, began: float
 ) -> ASGIApp:
-    """Return the answer to a verified request; raises `RequestRefused` when its content can't be parsed or
-    stored.
-    """
+    """Return the answer to a verified request; raises `RequestRefused` for invalid content."""
     hook, arrival = let_in.hook, let_in.arrival
     meaning = await offload.run(webhook_triggers.parse_request, hook, arrival)
     if isinstance(meaning, UrlChallenge):

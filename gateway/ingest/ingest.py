@@ -178,8 +178,7 @@ async def ingest_request(
             raise reused or idempotency.mismatch_error()
         accepted = taken.runs[0] if taken.runs else await _ingest_first(gateway, taken)
     except ApiError:
-        # A request that was answered before gets the same answer, whatever has happened to the workflow
-        # since.
+        # A request that was answered before gets the same answer, even if the workflow has changed since.
         earlier = idempotency_key and await acceptance.find_earlier(
             gateway.database, caller.shard, idempotency_key
         )
@@ -204,8 +203,9 @@ async def ingest_request(
 async def find_repetition(
     gateway: GatewayState, sent: InboundRequest, idempotency_key: IdempotencyKey, *, status: int
 ) -> AcceptanceResult | None:
-    """Return the run of an earlier request with the same key and store this one as a duplicate; None for a
-    first request.
+    """Return the run of an earlier request with the same key, and store this one as a duplicate.
+
+    None for a first request.
     """
     earlier = await acceptance.find_earlier(gateway.database, sent.sender.caller.shard, idempotency_key)
     if earlier is None or earlier.verdict is not AcceptanceVerdict.REPEATED:

@@ -105,9 +105,7 @@ class MailTarget:
     trigger: MailTrigger
 
     def sender(self, label: str) -> RequestSender:
-        """Return the sender of a verified mail service; it acts for the owner, with the scope to execute
-        only.
-        """
+        """Return the sender of a verified mail service; it acts for the owner, and may only execute."""
         workflow = self.workflow
         caller = ApiCaller(
             key_id="",
@@ -125,16 +123,15 @@ class MailVerification:
     """Verification result of a mail, for mails without a key or token and for signed mails."""
 
     label: str
-    """Verified sender: `sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty when no verification was
-    needed.
-    """
+    """Verified sender: `sendgrid`, `mailgun`, `sns`, `basic-auth` or `bearer`; empty when none was needed."""
     delivery_key: str | None = None
     """The sender's own id of the delivery."""
 
 
 async def find_target(gateway: GatewayState, workflow_id: str, known: RequestSender | None) -> MailTarget:
-    """Return the target workflow; raises 404 for authenticated callers, and 401 when the trigger accepts no
-    anonymous mail.
+    """Return the target workflow.
+
+    Raises 404 for authenticated callers, and 401 when the trigger accepts no anonymous mail.
     """
     if known is not None:
         workflow = await gateway.workflows.load(workflow_id, known.caller)

@@ -82,8 +82,8 @@ class RejectedSamples:
             self._writing = asyncio.create_task(self._write())
 
     def _has_turn(self, scope: Scope) -> bool:
-        """Return whether the sample may replace another, so that a flood to one workflow leaves the samples
-        of others.
+        """Return whether the sample may replace another, so that a flood to one workflow spares other
+        samples.
         """
         demand = TokenDemand(str(scope["path_params"].get("id")), PER_WORKFLOW, needed=1, wanted=1)
         return self._per_workflow.take(demand, monotonic()).tokens > 0

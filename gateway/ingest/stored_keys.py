@@ -1,6 +1,4 @@
-"""Encoding of idempotency keys in deliveries, so that a redrive and a sender's repetition use up the same
-key.
-"""
+"""Encoding of idempotency keys in deliveries, so that a redrive and a sender's repetition share a key."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Secrets of senders in data sources that a trigger's config names, decrypted with the rights of the
-workflow's owner.
-"""
+"""Secrets of senders, from data sources that a trigger's config names and the workflow's owner may read."""
 
 from __future__ import annotations
 
@@ -43,8 +41,9 @@ async def find_secrets(
 async def find_secret_source(
     gateway: GatewayState, workflow: LoadedWorkflow, source_id: str, types: Collection[str]
 ) -> ConnectionSource:
-    """Return the data source as `find_secrets` does; raises 503 when there is none, without its id, since
-    senders read the error.
+    """Return the data source as `find_secrets` does; raises 503 when there is none.
+
+    The error doesn't name the data source, since senders read it.
     """
     found = await find_secrets(gateway, workflow, source_id, types)
     if found is None:

@@ -101,11 +101,10 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def replace(request: GatewayRequest) -> JsonResponse:
-    """Create or replace the trigger token of a workflow; only this answer contains it, inside the URLs for
-    senders.
+    """Create or replace the trigger token of a workflow.
 
-    The token is valid for inbound requests of this workflow only. The previous one expires at once, or
-    after `overlapSeconds`.
+    Only this answer contains the token, inside the URLs for senders. The token is valid for inbound requests
+    of this workflow only. The previous one expires at once, or after `overlapSeconds`.
     """
     body = await decode_body(request, TokenReplacement)
     caller, now = request.caller, request.gateway.clock()

@@ -102,8 +102,9 @@ class VerifiedSignature:
     """The sender's own id of the delivery."""
 
     async def require_on(self, gateway: GatewayState, ground: RunTarget) -> None:
-        """Verify the request again if the target's `verification` has changed; raises the errors of
-        `verify_signature`.
+        """Verify the request again if the target's `verification` has changed.
+
+        Raises the errors of `verify_signature`.
         """
         says = ground.trigger.config.get(FIELD)
         if says is not None and says != self.said:
@@ -119,10 +120,9 @@ async def under_current(
     workflow_id: str,
     use: Callable[[LoadedWorkflow], Awaitable[Used]],
 ) -> Used:
-    """Return the result of `use` with the executed definition of a workflow; no refusal rests on an outdated
-    config.
+    """Return the result of `use` with the executed definition of a workflow.
 
-    Raises 404, and the errors of `use`.
+    No refusal rests on an outdated config. Raises 404, and the errors of `use`.
     """
     workflow = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
     try:

@@ -60,8 +60,7 @@ class AwaitedRunState:
 
 
 async def await_answer(gateway: GatewayState, key: ExecutionKey, seconds: float) -> AwaitedRunState | None:
-    """Return the state of a run once it has answered or ended, or the time is over; None when it doesn't
-    exist.
+    """Return the state of a run once it has answered or ended, or the time is over; None if there is none.
 
     Raises 503 when too many requests wait.
     """
