@@ -1,1 +1,1 @@
-"""What a workflow is and how it runs: plain Python that knows no database, queue or web server."""
+"""Workflow model and engine: plain Python without a database, queue or web server."""

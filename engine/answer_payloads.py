@@ -1,4 +1,4 @@
-"""Answers to waiting nodes, and what stands for one that nobody gave, as they are kept."""
+"""Stored form of wait answers, and of the default that applies when a wait expires."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class _AnswerError(msgspec.Struct):
 
 
 class _AnswerRecord(msgspec.Struct):
-    """One of the two."""
+    """Either an output or an error."""
 
     output: Any = None
     port: str = OUTPUT
@@ -34,7 +34,7 @@ class _WaitRecord(msgspec.Struct):
 
 
 def decode_answer(payload: bytes) -> NodeResult:
-    """Return what an answer gives its node; raises `InvalidJson`, and `NodeError` for a failure."""
+    """Return the result that an answer gives its node; raises `InvalidJson`, and `NodeError` for a failure."""
     answer = msgspec.convert(values.decode_json(payload), _AnswerRecord)
     if answer.error is not None:
         error = answer.error
@@ -43,7 +43,7 @@ def decode_answer(payload: bytes) -> NodeResult:
 
 
 def encode_wait(outcome: AnswerWait) -> Json:
-    """Return what is kept of a node that waits for an answer."""
+    """Return the stored form of a wait for an answer."""
     expired = outcome.expired
     return {
         "kind": outcome.kind.value,
@@ -53,6 +53,6 @@ def encode_wait(outcome: AnswerWait) -> Json:
 
 
 def decode_expired(kept: bytes) -> NodeResult | None:
-    """Return what a node gives when nobody has answered in time; None: it fails."""
+    """Return the result of a node at the end of an expired wait; None if the node fails then."""
     found = msgspec.convert(values.decode_json(kept), _WaitRecord).expired
     return None if found is None else NodeResult(found.output, found.port)

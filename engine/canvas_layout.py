@@ -1,8 +1,8 @@
-"""Where nodes are put on a canvas: columns from left to right, few crossings, straight lines, and little moved.
+"""Automatic layout of nodes on a canvas: columns from left to right, few crossings, straight edges.
 
-The steps are those of Sugiyama, Tagawa and Toda (1981): break the cycles, give each node a column, order the nodes in
-the columns, give each a height. What was arranged stays as it is when arranged again, since the orders and heights that
-are there are kept unless others are clearly better.
+The steps are those of Sugiyama, Tagawa and Toda (1981): break the cycles, assign each node a column, order
+the nodes in the columns, assign each node a height. The layout is stable: it keeps the current orders and
+heights unless others are clearly better.
 """
 
 from __future__ import annotations
@@ -17,51 +17,56 @@ from operator import itemgetter
 from typing import Final, TypeAlias
 
 CardPosition: TypeAlias = "tuple[float, float]"
-"""The upper left corner of a node's card: `x` to the right, `y` down, in pixels."""
+"""Upper left corner of a node's card: `x` to the right, `y` down, in pixels."""
 CardEdge: TypeAlias = "tuple[str, str]"
-"""The ids of two nodes: from the first to the second."""
+"""Ids of two nodes, the source and the target."""
 NeighborLists: TypeAlias = "list[list[int]]"
-"""For each node those at the other ends of its edges, on one side."""
+"""For each node, its neighbors on one side."""
 ColumnOrder: TypeAlias = "list[list[int]]"
-"""For each column what is in it, from top to bottom."""
+"""For each column, its nodes from top to bottom."""
 
 CARD_WIDTH: Final = 200
 CARD_HEIGHT: Final = 80
 COLUMN_WIDTH: Final = 250
-"""From one column of cards to the next."""
+"""Distance between two columns of cards."""
 ROW_HEIGHT: Final = 120
-"""From one card to the next below it."""
+"""Distance between two cards in a column."""
 LANE_HEIGHT: Final = 40
-"""What is kept free between cards for an edge that passes their column."""
+"""Free height between cards for an edge that passes their column."""
 ORIGIN: Final = (100, 200)
-"""Where the first card is put."""
+"""Position of the first card."""
 CANVAS: Final = 10_000_000
-"""How far from the middle places are given; cards further out were put there by somebody, and nothing goes to them."""
+"""Maximum distance from the origin for automatic positions. Users may place cards further out; no card is put
+next to those.
+"""
 SINGLES_IN_A_ROW: Final = 4
-"""Nodes without an edge stand in rows of so many, or of more."""
+"""Minimum number of nodes without edges in one row."""
 BESIDE_NEIGHBOURS: Final = 50
-"""More nodes than this that come at once to those that are there are put below them, as a whole."""
+"""Maximum number of new nodes that are placed beside their neighbors; more are placed below all others, as a
+block.
+"""
 WORTH_REFINING: Final = 0.95
-"""What share of the crossings an order made from the present one may have to be taken instead of it."""
+"""Maximum share of the crossings at which an order derived from the current one replaces it."""
 WORTH_STARTING_ANEW: Final = 0.5
-"""The same for an order that has nothing to do with the present one, in a graph that was arranged before."""
+"""The same for an order unrelated to the current one, in a graph that was arranged before."""
 WORTH_KEEPING: Final = 1.15
-"""How much more disorder than new heights the present ones may have to be kept."""
+"""Maximum disorder of the current heights, relative to new ones, at which they are kept."""
 HIDDEN_EDGE: Final = 4 * ROW_HEIGHT
-"""The disorder of an edge that runs behind a card."""
+"""Disorder of an edge that runs behind a card."""
 
 
 @dataclass(frozen=True, slots=True)
 class _LayoutEffort:
-    """How much is tried for a graph of up to so many nodes."""
+    """Search effort for graphs with at most this number of nodes."""
 
     nodes: float
     starts: int
-    """Orders to begin with, besides the present one."""
+    """Number of initial orders, besides the current one."""
     sweeps: int
-    """Over all columns, at each attempt to find a better order."""
+    """Number of sweeps over all columns in each search for a better order."""
     longest_routed: int
-    """Edges over more columns have no lane, and don't count as crossing others."""
+    """Maximum number of columns of a routed edge; longer edges have no lane, and their crossings don't count.
+    """
 
 
 _EFFORTS: Final = (
@@ -72,14 +77,14 @@ _EFFORTS: Final = (
     _LayoutEffort(inf, starts=1, sweeps=1, longest_routed=3),
 )
 _QUICK_EFFORTS: Final = (*_EFFORTS[:2], _LayoutEffort(inf, starts=0, sweeps=0, longest_routed=3))
-"""For whoever has to wait: in 10,000 nodes no crossings are looked for."""
+"""Efforts for requests that wait for the layout: crossings of 10,000 nodes are not reduced."""
 
 
-# ── places for what has none ────────────────────────────────────────────────────────────────────────────────
+# ── positions for new nodes ─────────────────────────────────────────────────────────────────────────────────
 
 
 def find_free_position(placed: Iterable[CardPosition]) -> CardPosition:
-    """Return a place for one more card: right of what there is, in the row of the rightmost, and free."""
+    """Return a free position for one more card: right of the others, in the row of the rightmost."""
     cards = list(placed)
     near = [card for card in cards if _is_on_canvas(card)]
     if not near:
@@ -91,10 +96,10 @@ def find_free_position(placed: Iterable[CardPosition]) -> CardPosition:
 def complete_layout(
     node_ids: Sequence[str], edges: Sequence[CardEdge], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return a place for each node, in the order of `node_ids`: those that have one keep it, the others get a free one.
+    """Return a position for each node, in the order of `node_ids`; nodes without a position get a free one.
 
-    That is beside their neighbours; what has no neighbours that are placed, or comes in large numbers, is arranged by
-    itself, below all others.
+    A free position is beside the node's neighbors. Nodes without placed neighbors, and large numbers of
+    nodes, are arranged by themselves, below all others.
     """
     missing = [number for number, place in enumerate(current) if place is None]
     if len(missing) == len(node_ids):
@@ -115,7 +120,7 @@ def complete_layout(
 def _place_beside_neighbors(
     graph: _LayoutGraph, missing: Sequence[int], places: dict[int, CardPosition]
 ) -> None:
-    """Add places right of parents, or left of children, for nodes that are joined to others through any of these."""
+    """Add positions right of parents, or left of children, for nodes that paths connect to placed ones."""
     to_the_right = sorted(missing, key=graph.columns.__getitem__)
     sides = (
         (to_the_right, graph.parents, max, COLUMN_WIDTH),
@@ -134,7 +139,7 @@ def _place_beside_neighbors(
 
 
 def _stack_below(cards: Iterable[CardPosition], block: Sequence[CardPosition]) -> list[CardPosition]:
-    """Return the places of a block, which begins at the origin, below the cards."""
+    """Return the positions of a block that begins at the origin, moved below the cards."""
     cards = list(cards)
     near = [card for card in cards if _is_on_canvas(card)]
     wanted = (min(x for x, _ in near), max(y for _, y in near) + ROW_HEIGHT) if near else ORIGIN
@@ -154,7 +159,7 @@ def _find_free_from(
     width: float = CARD_WIDTH,
     height: float = CARD_HEIGHT,
 ) -> CardPosition:
-    """Return the first place at or below `wanted` where something of that size lies on no card."""
+    """Return the first position at or below `wanted` at which an area of that size overlaps no card."""
     x, y = wanted
     for other in sorted(card[1] for card in cards if x - CARD_WIDTH < card[0] < x + width):
         if y - CARD_HEIGHT < other < y + height:
@@ -162,17 +167,17 @@ def _find_free_from(
     return x, y
 
 
-# ── all of them ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── whole layout ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def arrange_cards(
     node_ids: Sequence[str], edges: Iterable[CardEdge], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return a place for each node, in the order of `node_ids`; `current` says where they are now.
+    """Return a position for each node, in the order of `node_ids`; `current` holds their present positions.
 
-    Their order from top to bottom is kept where another hasn't clearly fewer crossings, and as many as possible stay
-    exactly where they are. Edges that lead nowhere or to their own start are passed over; of several nodes with one id
-    the first has its edges.
+    The order from top to bottom is kept unless another has clearly fewer crossings, and as many nodes as
+    possible keep their exact position. Edges to unknown nodes and self-loops are ignored. Of several nodes
+    with the same id, the first has its edges.
     """
     return _arrange_parts(_build_layout_graph(node_ids, edges), current, _EFFORTS)
 
@@ -180,7 +185,7 @@ def arrange_cards(
 def _arrange_parts(
     graph: _LayoutGraph, current: Sequence[CardPosition | None], efforts: Iterable[_LayoutEffort]
 ) -> list[CardPosition]:
-    """Return the places of connected parts below one another, then of what has no edges, in rows."""
+    """Return positions: connected parts below one another, then nodes without edges in rows."""
     effort = next(effort for effort in efforts if len(current) <= effort.nodes)
     parts = sorted(_connected_parts(graph), key=lambda part: _part_corner(part, current))
     places: list[tuple[int, int]] = [(0, 0)] * len(current)
@@ -201,7 +206,7 @@ def _arrange_parts(
 
 
 def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) -> tuple[float, float, int]:
-    """Return by what unconnected parts are put below one another: where they are, or else how they came."""
+    """Return the sort key of unconnected parts: their present position, or else their order in the graph."""
     placed = [place for node in part if (place := current[node])]
     return min((y for _, y in placed), default=0), min((x for x, _ in placed), default=0), min(part)
 
@@ -209,7 +214,7 @@ def _part_corner(part: Sequence[int], current: Sequence[CardPosition | None]) ->
 def _anchor_layout(
     places: Sequence[tuple[int, int]], current: Sequence[CardPosition | None]
 ) -> list[CardPosition]:
-    """Return the places shifted so that most nodes stay where they are, or else to the origin."""
+    """Return the positions shifted so that most nodes keep their place, or else moved to the origin."""
     shifts = Counter(
         (round(now[0] - x), round(now[1] - y))
         for (x, y), now in zip(places, current, strict=True)
@@ -226,10 +231,10 @@ def _anchor_layout(
 
 @dataclass(frozen=True, slots=True)
 class _LayoutGraph:
-    """Nodes as numbers, and edges that all lead to the right."""
+    """Graph with nodes as numbers, and edges that all lead to the right."""
 
     met: list[int]
-    """The nodes in depth-first order."""
+    """Nodes in depth-first order."""
     parents: NeighborLists
     children: NeighborLists
     columns: list[int]
@@ -265,7 +270,7 @@ def _build_neighbors(count: int, edges: Iterable[tuple[int, int]]) -> tuple[Neig
 def _search_depth_first(
     parents: NeighborLists, children: NeighborLists
 ) -> tuple[list[int], list[int], set[tuple[int, int]]]:
-    """Return the nodes as they are met, as they are left, and the edges that close a cycle."""
+    """Return the nodes in preorder and in postorder, and the edges that close a cycle."""
     met: list[int] = []
     left: list[int] = []
     back: set[tuple[int, int]] = set()
@@ -291,7 +296,7 @@ def _search_depth_first(
 
 
 def _assign_columns(left: Sequence[int], parents: NeighborLists, children: NeighborLists) -> list[int]:
-    """Return the column of each node: right of all its parents; what only leads to a join stands just before it."""
+    """Return the column of each node, right of all its parents; a tributary of a join ends just before it."""
     columns = [0] * len(left)
     is_tributary = [True] * len(left)
     for node in reversed(left):
@@ -305,7 +310,7 @@ def _assign_columns(left: Sequence[int], parents: NeighborLists, children: Neigh
 
 
 def _connected_parts(graph: _LayoutGraph) -> list[list[int]]:
-    """Return the connected parts, each node in depth-first order."""
+    """Return the connected parts, each with its nodes in depth-first order."""
     part_of = [-1] * len(graph.met)
     count = 0
     for root in graph.met:
@@ -329,7 +334,7 @@ def _connected_parts(graph: _LayoutGraph) -> list[list[int]]:
 
 
 class _ConnectedPart:
-    """A connected part: its nodes by numbers of their own, then the bends of edges in the columns that these pass."""
+    """Connected part: its nodes, numbered from 0, then the bends of edges in the columns that they pass."""
 
     def __init__(self, graph: _LayoutGraph, members: Sequence[int], longest_routed: int) -> None:
         number_of = {node: number for number, node in enumerate(members)}
@@ -338,10 +343,10 @@ class _ConnectedPart:
         self.parents = [[number_of[parent] for parent in graph.parents[node]] for node in members]
         self.children = [[number_of[child] for child in graph.children[node]] for node in members]
         self.before: NeighborLists = [[] for _ in members]
-        """For each node and bend what it is joined with in the column before."""
+        """For each node and bend, its neighbors in the previous column."""
         self.after: NeighborLists = [[] for _ in members]
         self.bends: list[tuple[int, int, float]] = []
-        """The ends of the edge, and how much of its way lies before the bend."""
+        """Source and target of the edge, and the share of its length before the bend."""
         for source, children in enumerate(self.children):
             for target in children:
                 if self.columns[target] - self.columns[source] <= longest_routed:
@@ -368,7 +373,7 @@ class _ConnectedPart:
         return order
 
     def routed(self, order: ColumnOrder) -> ColumnOrder:
-        """Return the order that the nodes have in `order`, with bends where edges that run straight have them."""
+        """Return an order of nodes extended by bends, at the positions of straight edges."""
         nodes = [[number for number in column if number < self.nodes] for column in order]
         heights: list[float] = [*_straighten_edges(nodes, self.parents, self.children, self.nodes)]
         heights += [
@@ -382,7 +387,7 @@ class _ConnectedPart:
         return order
 
     def disorder(self, heights: Sequence[int]) -> int:
-        """Return a measure of how much height nodes and edges take, and of how many edges run behind cards."""
+        """Return a measure of the height of nodes and edges, and of the number of edges behind cards."""
         rows: list[list[int]] = [[] for _ in range(1 + max(self.columns))]
         for number in sorted(range(self.nodes), key=heights.__getitem__):
             rows[self.columns[number]].append(heights[number])
@@ -400,7 +405,7 @@ class _ConnectedPart:
         return max(heights) - min(heights) + slopes + hidden * HIDDEN_EDGE
 
     def crossings(self, order: ColumnOrder) -> int:
-        """Return how often edges cross between neighbouring columns."""
+        """Return the number of crossings between neighboring columns."""
         crossings = 0
         position = _index_positions(order, len(self.columns))
         for column in order:
@@ -416,7 +421,7 @@ class _ConnectedPart:
 def _assign_heights(
     part: _ConnectedPart, present: Sequence[CardPosition | None], effort: _LayoutEffort
 ) -> list[int]:
-    """Return how far down each node of a part is put."""
+    """Return the height of each node of a part."""
     standing = _current_heights(part, present)
     order = part.routed(part.order([place[1] if place else 0 for place in present]))
     if effort.sweeps:
@@ -429,7 +434,7 @@ def _assign_heights(
 
 
 def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None]) -> dict[int, int]:
-    """Return the heights of the nodes that stand in one grid of columns; none where most nodes don't."""
+    """Return the present heights of the nodes in one grid of columns; empty unless most nodes are in it."""
     grids: dict[tuple[int, int], dict[int, int]] = defaultdict(dict)
     for number, place in enumerate(present):
         if place and _is_on_canvas(place):
@@ -442,7 +447,7 @@ def _current_heights(part: _ConnectedPart, present: Sequence[CardPosition | None
 
 
 def _keep_heights(part: _ConnectedPart, order: ColumnOrder, standing: Mapping[int, int]) -> list[int]:
-    """Return heights for which nodes that stand move as little as the order allows; others go to their neighbours."""
+    """Return heights that move placed nodes as little as the order allows, with others near neighbors."""
     heights = [standing.get(number, 0) for number in range(part.nodes)]
     for column in order:
         nodes = [number for number in column if number < part.nodes]
@@ -459,7 +464,7 @@ def _keep_heights(part: _ConnectedPart, order: ColumnOrder, standing: Mapping[in
 def _find_best_order(
     part: _ConnectedPart, order: ColumnOrder, effort: _LayoutEffort, worth_starting_anew: float
 ) -> ColumnOrder:
-    """Return the order with the fewest crossings that is found, if that is worth the upheaval."""
+    """Return the order with the fewest crossings that the search finds, if it is worth moving nodes for."""
     order = _tidy_order(part, order, effort.sweeps)
     fewest = part.crossings(order)
     for start in range(effort.starts):
@@ -475,7 +480,7 @@ def _find_best_order(
 
 
 def _tidy_order(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
-    """Return an order that can't be bettered any more in the ways that are tried."""
+    """Return an order that further passes don't improve."""
     fewest = part.crossings(order)
     while fewest:
         found = part.routed(_reduce_crossings(part, order, sweeps))
@@ -487,7 +492,7 @@ def _tidy_order(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> Column
 
 
 def _reduce_crossings(part: _ConnectedPart, order: ColumnOrder, sweeps: int) -> ColumnOrder:
-    """Return the order with the fewest crossings that some sweeps over the columns meet."""
+    """Return the order with the fewest crossings during a number of sweeps over the columns."""
     best, fewest = order, part.crossings(order)
     order = [[*column] for column in order]
     position = _index_positions(order, len(part.columns))
@@ -514,7 +519,7 @@ def _index_positions(order: ColumnOrder, count: int) -> list[int]:
 
 
 def _sort_column(column: list[int], neighbours: NeighborLists, position: list[int], *, turn: bool) -> None:
-    """Sort a column by the mean position of the neighbours; what has none stays where it is."""
+    """Sort a column by the mean position of the neighbors; nodes without neighbors keep their place."""
     mean = {
         number: sum([position[other] for other in neighbours[number]]) / len(neighbours[number])
         for number in column
@@ -530,7 +535,7 @@ def _sort_column(column: list[int], neighbours: NeighborLists, position: list[in
 def _exchange_neighbors(
     column: list[int], part: _ConnectedPart, position: list[int], *, fixed: int = 0
 ) -> None:
-    """Let neighbours in a column change places where that saves crossings; numbers below `fixed` keep their order."""
+    """Swap neighbors in a column if that saves crossings; numbers below `fixed` keep their order."""
     before = {number: sorted([position[other] for other in part.before[number]]) for number in column}
     after = {number: sorted([position[other] for other in part.after[number]]) for number in column}
     for index in range(len(column) - 1):
@@ -544,7 +549,7 @@ def _exchange_neighbors(
 
 
 def _crossings_saved(upper: Sequence[int], lower: Sequence[int]) -> int:
-    """Return how many crossings fewer there are when two neighbours, whose edges end there, change places."""
+    """Return the number of crossings that a swap of two neighbors in a column saves."""
     if not upper or not lower:
         return 0
     if upper[-1] < lower[0]:
@@ -562,10 +567,10 @@ def _crossings_saved(upper: Sequence[int], lower: Sequence[int]) -> int:
 def _straighten_edges(
     order: ColumnOrder, before: NeighborLists, after: NeighborLists, nodes: int
 ) -> list[int]:
-    """Return heights that keep an order and its distances, with edges as straight as can be.
+    """Return heights that keep an order and its minimum distances, with edges as straight as possible.
 
-    Numbers from `nodes` on are bends, which take less room. They count twice, so that a long edge is straight rather
-    than hidden behind cards.
+    Numbers from `nodes` on are bends, which take less height. They count twice, so that a long edge is
+    straight rather than hidden behind cards.
     """
     before, after = (
         [[*others, *(other for other in others if other >= nodes)] for others in neighbours]
@@ -588,20 +593,20 @@ def _straighten_edges(
 
 
 def _column_offsets(column: Sequence[int], nodes: int) -> list[int]:
-    """Return how far below the first of a column each of it is, at the least."""
+    """Return the minimum distance of each node of a column below the first."""
     sizes = [ROW_HEIGHT if number < nodes else LANE_HEIGHT for number in column]
     return [0, *accumulate((one + other) // 2 for one, other in pairwise(sizes))]
 
 
 def _upper_median(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
-    """Return the height of the middle one of a node's neighbours, of two in the middle the upper."""
+    """Return the median height of a node's neighbors; the upper of two medians."""
     if not others:
         return heights[number]
     return sorted([heights[other] for other in others])[(len(others) - 1) // 2]
 
 
 def _nearest_median(heights: Sequence[int], number: int, others: Sequence[int]) -> int:
-    """Return the height nearest to a node's own that has as many neighbours above as below."""
+    """Return the height nearest to a node's own that has as many neighbors above as below."""
     if not others:
         return heights[number]
     ends = sorted([heights[other] for other in others])
@@ -611,7 +616,7 @@ def _nearest_median(heights: Sequence[int], number: int, others: Sequence[int]) 
 def _fit_column(
     column: Sequence[int], offsets: Sequence[int], wanted: Sequence[int], heights: list[int]
 ) -> None:
-    """Put a column as near to the wanted heights as its distances allow: an isotonic regression, by medians."""
+    """Fit a column to the wanted heights under its minimum distances: isotonic regression by medians."""
     blocks: list[list[int]] = []
     for height, offset in zip(wanted, offsets, strict=True):
         block = [height - offset]
@@ -624,7 +629,7 @@ def _fit_column(
 
 
 def _merge_sorted(one: list[int], other: list[int]) -> list[int]:
-    """Return two sorted lists as one."""
+    """Return the merge of two sorted lists."""
     shorter, longer = sorted((one, other), key=len)
     for value in shorter:
         insort(longer, value)

@@ -22,37 +22,38 @@ from engine.values import Json, equal_json, type_name
 MAX_NESTING: Final = 16
 MAX_COMPARISONS: Final = 1_000
 SEARCHING_DISCOUNT: Final = 100
-"""So many characters are searched in the time that one element takes to be produced."""
+"""Number of characters that can be searched in the time that producing one element takes."""
 
 _ConditionTest: TypeAlias = Callable[[ExpressionScope, list[str], OutputAllowance], bool]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompiledCondition:
-    """A question that a scope answers."""
+    """Compiled condition, evaluated against a scope."""
 
     source: Json
     paths: tuple[ExpressionPath, ...]
-    """Every path in it, in the order of the text."""
+    """All paths in the condition, in the order of the text."""
     _test: _ConditionTest
 
     def test(self, scope: ExpressionScope, unresolved: list[str]) -> bool:
-        """Return the answer; a path that finds nothing is null, and its text is added to `unresolved`.
+        """Return whether the condition holds. Unresolved paths are null and are added to `unresolved`.
 
-        `exists` and `not-exists` add nothing: that was their question. What follows a false part of `all`, or
-        a true one of `any`, is not looked at. Raises `ExpressionError` for types that can't be compared.
+        `exists` and `not-exists` add nothing, since they ask for exactly that. Evaluation stops at the
+        first false part of `all`, and the first true part of `any`. Raises `ExpressionError` for types
+        that can't be compared.
         """
         return self._test(scope, unresolved, OutputAllowance())
 
 
 def compile_condition(value: Json) -> CompiledCondition:
-    """Compile a condition; `{{ path }}` and `$op` may stand on either side. Raises `ExpressionError`."""
+    """Compile a condition; both sides may contain `{{ path }}` and `$op`. Raises `ExpressionError`."""
     compiler = _ConditionCompiler()
     test = compiler.compile(value, nesting=0)
     return CompiledCondition(value, tuple(compiler.paths), test)
 
 
-# ── what can be asked ───────────────────────────────────────────────────────────────────────────────────────
+# ── operators ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _is_blank(value: Json) -> bool:
@@ -70,7 +71,7 @@ _UNARY_OPERATORS: Final[Mapping[str, Callable[[Json], bool]]] = {
 _EXISTENCE_OPERATORS = ("exists", "not-exists")
 
 _Comparison: TypeAlias = Callable[[Any, Any], bool | None]
-"""None: it can't be asked of values of these types."""
+"""Returns None if the operator doesn't apply to values of these types."""
 
 
 def _is_number(value: object) -> bool:
@@ -195,7 +196,7 @@ class _ConditionCompiler:
 
 
 def _resolve_operator(value: dict[str, Json]) -> str:
-    """Return the full name of a comparison's operator, having checked what it stands beside."""
+    """Return the full name of a comparison's operator; raises `ExpressionError` for wrong fields."""
     unknown = sorted(value.keys() - {"left", "operator", "right"})
     if unknown:
         raise ExpressionError(unknown[0], "a condition has left, operator, right, or one of all, any, not")
@@ -249,20 +250,20 @@ def _binary_test(name: str, left: ValueTemplate, right: ValueTemplate) -> _Condi
 
 
 def _comparison_cost(value: Json, allowance: OutputAllowance) -> int:
-    """Return what it costs to compare a value, or to search it."""
+    """Return the cost of comparing or searching a value."""
     if type(value) is list or type(value) is dict:
         return reading_cost(value, allowance)
     return len(value) // SEARCHING_DISCOUNT if type(value) is str else 0
 
 
-# ── as a schema ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── JSON Schema ─────────────────────────────────────────────────────────────────────────────────────────────
 
 _OPERATOR_NAMES: Final = (*_BINARY_OPERATORS, *_UNARY_OPERATORS)
 OPERATORS: Final[Mapping[str, str | None]] = {
     **{name: needed for name, (_, needed) in _BINARY_OPERATORS.items()},
     **dict.fromkeys(_UNARY_OPERATORS),
 }
-"""The types that each operator compares; None for the operators of one value."""
+"""Types that each operator compares; None for unary operators."""
 _ID = "urn:pilotflame:condition"
 
 CONDITION_SCHEMA: Final[dict[str, Json]] = {
@@ -297,5 +298,6 @@ CONDITION_SCHEMA: Final[dict[str, Json]] = {
         },
     ],
 }
-"""The JSON Schema of a condition. It refers to itself by its `$id`, so it may stand anywhere in another: as
-the schema of a property, or under `$defs`, for `"$ref": "#/$defs/condition"`."""
+"""JSON Schema of a condition. It refers to itself by its `$id`, so it may be embedded anywhere in another
+schema: as the schema of a property, or under `$defs`, for `"$ref": "#/$defs/condition"`.
+"""

@@ -1,4 +1,4 @@
-"""What each node of a graph is given and gives out, as far as that is known before it runs."""
+"""Shapes of the inputs and outputs of nodes, as far as they are known before a run."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 OutputSamples: TypeAlias = "Mapping[str, Sequence[Json]]"
-"""What nodes gave out in past runs, by their ids."""
+"""Outputs of nodes in past runs, by node id."""
 
 _ERROR: Final = ValueShape({"code": SCALAR, "message": SCALAR, "nodeId": SCALAR, "attempt": SCALAR})
 
 
 class DataFlow:
-    """Follows the data from node to node: each must have been left before those behind it are entered."""
+    """Data flow analysis of a graph: call `leave` for a node before `enter` for its successors."""
 
     def __init__(self, graph: ParsedGraph, types: Mapping[str, NodeType], samples: OutputSamples) -> None:
         self._graph = graph
@@ -33,10 +33,10 @@ class DataFlow:
         self._given: dict[str, ValueShape] = {}
         self._outputs: dict[str, ValueShape] = {}
         self.trigger = self._trigger()
-        """What is known of the root `trigger`."""
+        """Shape of the root `trigger`."""
 
     def enter(self, node: GraphNode) -> ValueShape:
-        """Return what the nodes before it give to a node: one of them alone, or several together."""
+        """Return the shape of a node's input: the output of one predecessor, or a union of several."""
         edges = self._graph.inbound[node.id]
         node_type = self._types.get(node.id)
         if node_type and node_type.is_trigger and not edges:
@@ -66,14 +66,14 @@ class DataFlow:
         )
 
     def _single_inputs(self, edges: Sequence[GraphEdge]) -> dict[str, ValueShape]:
-        """Return what comes from each of several nodes."""
+        """Return the shape that each predecessor provides."""
         by_source: dict[str, list[ValueShape]] = {}
         for edge in edges:
             by_source.setdefault(edge.source, []).append(self._edge_shape(edge))
         return {source: shapes.union_shapes(leaving) for source, leaving in by_source.items()}
 
     def leave(self, node: GraphNode, given: ValueShape) -> None:
-        """Note what a node works on, after its mappings, and what it makes of that."""
+        """Store the input of a node, after its mappings, and derive its output."""
         self._given[node.id] = given
         output = self._output_shape(node, given)
         if node.pass_through_values:
@@ -86,7 +86,7 @@ class DataFlow:
         self._outputs[node.id] = output
 
     def node_shape(self, node_id: str) -> ValueShape:
-        """Return what is kept of a node that was left, by whichever port the data did."""
+        """Return the shape of a node under the root `nodes`, through any of its ports."""
         if any(edge.source_port == ERROR for edge in self._graph.outbound[node_id]):
             return shapes.union_shapes([self._outputs[node_id], self._error_shape(node_id)])
         return self._outputs[node_id]
@@ -102,7 +102,7 @@ class DataFlow:
         return self._error_shape(edge.source) if edge.source_port == ERROR else self._outputs[edge.source]
 
     def _error_shape(self, node_id: str) -> ValueShape:
-        """Return what leaves a node by its port `error`."""
+        """Return the shape of the data at a node's port `error`."""
         return ValueShape({"error": _ERROR, "data": self._given[node_id]})
 
     def _output_shape(self, node: GraphNode, given: ValueShape) -> ValueShape:
@@ -125,7 +125,7 @@ class DataFlow:
         return self._own_output(node.id)
 
     def _own_output(self, node_id: str) -> ValueShape:
-        """Return what a node gives out whatever it is given: what its type declares, and what it gave before."""
+        """Return the shape of a node's own output: declared by its type and seen in past runs."""
         node_type = self._types[node_id]
         if node_type.type not in self._of_schemas:
             self._of_schemas[node_type.type] = shapes.shape_of_schema(dict(node_type.output.schema))

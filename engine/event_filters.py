@@ -1,4 +1,4 @@
-"""Conditions that events must meet, each tested while others wait: many of them are asked about the same event."""
+"""Event filters: conditions on events, each evaluated within a small budget, since one event may match many."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 EVENT_ROOT: Final = "item"
-"""By which the condition of a node that waits for an event sees that; all other paths lead into the run."""
+"""Root under which the condition of a waiting node sees the event; all other roots belong to the run."""
 MAX_CACHED: Final = 4_096
 
 
 def matches_event(condition: str, scope: ExpressionScope) -> bool:
-    """Tell whether a condition, which is JSON, holds; what isn't there is null.
+    """Return whether a condition, given as JSON, holds; missing values are null.
 
-    Raises `ExpressionError` where it can't be read or answered, or not within some milliseconds.
+    Raises `ExpressionError` if it can't be compiled or evaluated, or not within some milliseconds.
     """
     try:
         return offload.try_inline(_compile_cached(condition).test, scope, [])
@@ -35,9 +35,9 @@ def matches_event(condition: str, scope: ExpressionScope) -> bool:
 def bind_condition(
     condition: CompiledCondition, scope: ExpressionScope, unresolved: list[str]
 ) -> tuple[Json, list[Json]]:
-    """Return a condition on an event that needs nothing of its run any more, and the values that it sees as `data`.
+    """Return a condition on an event that no longer needs its run, and the values that it sees as `data`.
 
-    What it asks of the run is looked up now: a path that finds nothing is null, and is added to `unresolved`.
+    Paths into the run are resolved now: an unresolved path is null, and is added to `unresolved`.
     """
     binding = _ConditionBinder(scope, unresolved)
     return rewrite_expressions(condition.source, binding.bind), binding.given
@@ -45,15 +45,15 @@ def bind_condition(
 
 @dataclass(frozen=True, slots=True)
 class _ConditionBinder:
-    """Puts values in the places of expressions that read the run."""
+    """Replacement of expressions that read the run by references to resolved values."""
 
     scope: ExpressionScope
     unresolved: list[str]
     given: list[Json] = field(default_factory=list)
-    """The values, which the condition sees as `data`."""
+    """Resolved values, which the condition sees as `data`."""
 
     def bind(self, expression: Expression) -> str:
-        """Return the text that stands in its place."""
+        """Return the text that replaces an expression."""
         return (
             self._bind_path(expression)
             if isinstance(expression, ExpressionPath)

@@ -1,4 +1,4 @@
-"""Where in a node paths are written: its config, its mappings, and what it passes through."""
+"""Places of expressions in a node: its config, its input mappings, and its pass-through values."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ PlaceSteps: TypeAlias = "tuple[str | int, ...]"
 _Leaf: TypeAlias = "tuple[PlaceSteps, str]"
 
 _EXISTENCE_OPERATORS: Final = ("exists", "not-exists")
-"""Operators that may well find nothing on their left: that is what they ask."""
+"""Operators whose left side may be missing: they test for that."""
 
 
 class NodeSection(StrEnum):
-    """The parts of a node that hold paths."""
+    """Parts of a node that contain paths."""
 
     CONFIG = "config"
     INPUT_MAPPINGS = "inputMappings"
@@ -44,16 +44,16 @@ class NodeSection(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ExpressionPlace:
-    """One text with expressions in it."""
+    """Text with expressions."""
 
     part: NodeSection
     steps: PlaceSteps
-    """The way from the part to the text."""
+    """Path from the section to the text."""
     text: str
     paths: Sequence[ExpressionPath]
-    """Those that must lead somewhere: what may be missing has its answer in what follows `??`."""
+    """Paths that must be found: those without a fallback behind `??`."""
     is_evaluated_late: bool = False
-    """The node renders it itself, once an item if it likes."""
+    """Whether the node renders the text itself, possibly once per item."""
 
     @property
     def name(self) -> str:
@@ -62,16 +62,16 @@ class ExpressionPlace:
 
 @dataclass(slots=True)
 class NodeExpressions:
-    """The places of one node, and the expressions of it that can't be read."""
+    """Expressions of one node, and its errors of syntax."""
 
     mappings: list[ExpressionPlace] = field(default_factory=list)
     config: list[ExpressionPlace] = field(default_factory=list)
     errors: list[tuple[str, ExpressionError]] = field(default_factory=list)
-    """Each with the name of its place."""
+    """Errors with the names of their places."""
 
 
 class ExpressionReader:
-    """Reads nodes, a text that many of them share only once."""
+    """Reader of the expressions of nodes; it caches texts that many nodes share."""
 
     def __init__(self) -> None:
         self._read: dict[str, Sequence[ExpressionPath]] = {}
@@ -95,7 +95,7 @@ class ExpressionReader:
     def _read_templates(
         self, part: NodeSection, place: PlaceSteps, value: Json, reading: NodeExpressions
     ) -> None:
-        """Take a value in whose texts paths stand between braces."""
+        """Read a value whose texts contain paths in braces."""
         if _is_static(value):
             return
         try:
@@ -126,7 +126,7 @@ class ExpressionReader:
     def _read_compiled(
         self, place: PlaceSteps, value: Json, kind: FieldCompilation, reading: NodeExpressions
     ) -> None:
-        """Take a condition or a value that may be computed: it can be wrong as a whole, not only in its texts."""
+        """Read a condition or a computed value, which may be wrong as a whole, not only in its texts."""
         try:
             if kind is FieldCompilation.CONDITION:
                 compile_condition(value)
@@ -139,7 +139,7 @@ class ExpressionReader:
             self._read_text(NodeSection.CONFIG, steps, text, reading, is_late=True)
 
     def _read_path(self, name: str, source: str, reading: NodeExpressions) -> None:
-        """Take a mapping that is an expression and nothing else."""
+        """Read a mapping that is a bare expression."""
         paths = self._read.get(source)
         try:
             if paths is None:
@@ -152,14 +152,14 @@ class ExpressionReader:
 
 
 def format_place(part: NodeSection, steps: PlaceSteps) -> str:
-    """Return how a place is called: `config.values.total`."""
+    """Return the name of a place, such as `config.values.total`."""
     return ".".join([part, *map(str, steps)])
 
 
 def _config_fields(
     config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> Iterator[tuple[PlaceSteps, Json, FieldCompilation | None]]:
-    """Return the fields of a config, one by one also in the items of a list where some of these are compiled."""
+    """Yield the fields of a config; those of list items one by one, if some of them are compiled."""
     of_items: dict[str, dict[str, FieldCompilation]] = {}
     for place, kind in compiled.items():
         field, of_each, name = place.partition(OF_EACH)
@@ -178,7 +178,7 @@ def _config_fields(
 
 
 def _is_static(value: Json) -> bool:
-    """Tell whether a value holds no expression: most do, and needn't be looked at any closer."""
+    """Return whether a value contains no expression; most values contain none and need no further work."""
     if isinstance(value, str):
         return "{{" not in value
     if isinstance(value, dict):
@@ -187,9 +187,10 @@ def _is_static(value: Json) -> bool:
 
 
 def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = False) -> Iterator[_Leaf]:
-    """Return the texts of a value that hold expressions, in order.
+    """Yield the texts of a value that contain expressions, in order.
 
-    Raises `ExpressionError` where it is too deep, and for an operation where nothing is computed.
+    Raises `ExpressionError` if the value is nested too deeply, or contains an operation in a field that
+    doesn't compute them.
     """
     left: list[tuple[PlaceSteps, Json]] = [(steps, value)]
     while left:
@@ -216,7 +217,7 @@ def _all_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Js
 
 
 def _needed_texts(value: dict[str, Json] | list[Json]) -> list[tuple[PlaceSteps, Json]]:
-    """Return the parts of a condition or a computed value in which it matters that a path finds something."""
+    """Return the parts of a condition or computed value whose paths must be found."""
     if isinstance(value, list):
         return _all_texts(value)
     operation, arguments = OPERATIONS.get(str(value.get("$op"))), value.get("args")

@@ -1,4 +1,4 @@
-"""Paths into a run's data and templates of them, compiled once, rendered many times; data is never code."""
+"""Paths into the data of a run, and templates: compiled once, rendered often, never executed as code."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from engine.operations import OPERATIONS, ExpressionOperation, OperationError
 from engine.values import MAX_DEPTH, InvalidJson, Json, count_values, decode_json, value_as_text
 
 ExpressionScope: TypeAlias = Mapping[str, Json]
-"""What a path may begin with, each if there is one; see `ROOTS`."""
+"""Values by root; see `ROOTS`."""
 
 ROOTS: Final = ("data", "trigger", "nodes", "item", "index", "execution")
 MAX_PATH_LENGTH: Final = 1_000
 MAX_PATH_STEPS: Final = 50
 MAX_ALTERNATIVES: Final = 20
-"""Paths that one expression joins by `??`."""
+"""Maximum number of paths that one expression joins by `??`."""
 MAX_OPERATIONS: Final = 1_000
 MAX_WRITTEN: Final = 10_000_000
-"""Characters of text, and elements of lists, that one rendering may produce."""
+"""Maximum number of characters of text and elements of lists that one rendering may produce."""
 INLINE_WRITTEN: Final = 200_000
-"""Of those, what is produced while others wait: some milliseconds' work."""
+"""Budget of an inline rendering: some milliseconds' work."""
 READING_DISCOUNT: Final = 4
-"""An operation is charged for what it produces and, at a fraction of that, for what it reads."""
+"""Divisor for the cost of input: an operation pays for its output and a fraction for its input."""
 READING_ALL: Final = 4
-"""A value inside others takes as long to be looked at as so many elements to be produced."""
+"""Cost of visiting a nested value, in elements produced."""
 KEY_SIZE: Final = 8
-"""A key of an object takes about as much memory as this many elements of a list."""
+"""Memory of an object key, in elements of a list."""
 MAX_EXCERPT_LENGTH: Final = 80
 MAX_CACHED_LENGTH: Final = 200
 
 
 class MissingType(Enum):
-    """The type of `MISSING`: what a path gives that found nothing, since null may be found."""
+    """Type of `MISSING`, the result of an unresolved path; null is a possible value."""
 
     MISSING = "missing"
 
@@ -47,7 +47,7 @@ MISSING: Final = MissingType.MISSING
 
 
 class ExpressionError(ValueError):
-    """An expression can't be read, or not be computed from this data; `expression` is the part at fault."""
+    """Expression that can't be compiled, or not be evaluated on this data; `expression` is the part at fault."""
 
     def __init__(self, expression: str, reason: str) -> None:
         super().__init__(f"{_shorten(expression)}: {reason}")
@@ -67,17 +67,17 @@ _STEP = re.compile(
 _POSITION = re.compile(r"[0-9]{1,9}")
 
 PathStep: TypeAlias = tuple[str | None, int | None]
-"""A key of an object, a position in a list, or, for a number after a dot, whichever it meets."""
+"""Key of an object or position in a list. A number after a dot is both, and applies to either."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpressionPath:
-    """A way into a scope, such as `data.rows[0].name`."""
+    """Path into a scope, such as `data.rows[0].name`."""
 
     text: str
     root: str
     steps: tuple[PathStep, ...]
-    """Where it goes from its root."""
+    """Steps from the root."""
 
     def resolve(self, scope: ExpressionScope) -> Json | MissingType:
         found: Json | MissingType = scope.get(self.root, MISSING)
@@ -92,7 +92,7 @@ class ExpressionPath:
 
 
 def compile_path(text: str) -> ExpressionPath:
-    """Read `data.user.id`, `data["odd key"][0]`, `$.item.tags[-1]`; raises `ExpressionError`."""
+    """Compile `data.user.id`, `data["odd key"][0]`, `$.item.tags[-1]`; raises `ExpressionError`."""
     source = text.strip()
     if len(source) > MAX_PATH_LENGTH:
         raise ExpressionError(source, f"a path has at most {MAX_PATH_LENGTH:,} characters")
@@ -132,15 +132,15 @@ def _parse_step(match: re.Match[str]) -> PathStep:
 
 @dataclass(frozen=True, slots=True)
 class FallbackExpression:
-    """Paths joined by `??`, as in `data.nick ?? data.name ?? "you"`: the first value counts that is not null."""
+    """Paths joined by `??`, such as `data.nick ?? data.name ?? "you"`; the first value that is not null wins."""
 
     paths: tuple[ExpressionPath, ...]
     otherwise: Json | MissingType
-    """The value where no path has one; missing: the last path must find something."""
+    """Value if no path has one; `MISSING` if the last path must be found."""
 
     @property
     def text(self) -> str:
-        """The path that must find something."""
+        """Text of the path that must be found."""
         return self.paths[-1].text
 
     def resolve(self, scope: ExpressionScope) -> Json | MissingType:
@@ -153,7 +153,7 @@ class FallbackExpression:
 
 
 Expression: TypeAlias = ExpressionPath | FallbackExpression
-"""What stands between braces, or is a mapping of its own."""
+"""Content of a pair of braces, or a mapping as a whole."""
 
 _ALTERNATIVE = re.compile(
     r"""( (?: [^"'?] | "(?: [^"\\] | \\. )*+" | '(?: [^'\\] | \\. )*+' | \?(?!\?) )*+ ) \?\?""",
@@ -163,7 +163,7 @@ _LITERAL = re.compile(r"""["\[{0-9-] | (?: true | false | null ) \Z""", re.VERBO
 
 
 def compile_expression(text: str) -> Expression:
-    """Read a path, or paths and a JSON value at the end that are joined by `??`; raises `ExpressionError`."""
+    """Compile a path, or paths and a final JSON value joined by `??`; raises `ExpressionError`."""
     if "??" not in text:
         return compile_path(text)
     paths: list[ExpressionPath] = []
@@ -187,7 +187,7 @@ def list_paths(expression: Expression) -> Sequence[ExpressionPath]:
 
 
 def needed_path(expression: Expression) -> ExpressionPath | None:
-    """Return the path of an expression that must find something, if there is one."""
+    """Return the path of an expression that must be found; None if it has a fallback value."""
     if isinstance(expression, ExpressionPath):
         return expression
     return expression.paths[-1] if expression.otherwise is MISSING else None
@@ -206,7 +206,7 @@ def _parse_literal(text: str) -> Json:
 
 
 class OutputAllowance:
-    """What one rendering, or one answer to a condition, may still produce."""
+    """Remaining output budget of one rendering or one evaluation of a condition."""
 
     __slots__ = ("left",)
 
@@ -214,7 +214,7 @@ class OutputAllowance:
         self.left = offload.budget(MAX_WRITTEN, INLINE_WRITTEN)
 
     def spend(self, amount: int, expression: str) -> None:
-        """Take some of it; raises `ExpressionError` where that is too much."""
+        """Spend a part of the budget; raises `ExpressionError` if it is exceeded."""
         self.left -= amount
         if self.left < 0:
             offload.require_offloaded()
@@ -226,14 +226,14 @@ _Render: TypeAlias = Callable[[ExpressionScope, list[str], OutputAllowance], Jso
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValueTemplate:
-    """A JSON value with expressions in it."""
+    """Compiled JSON value with expressions."""
 
     source: Json
     paths: tuple[ExpressionPath, ...]
-    """Every path in it, in the order of the text."""
+    """All paths in the value, in the order of the text."""
     _render: _Render | None
     needed: tuple[ExpressionPath, ...] = ()
-    """Those of its paths for which nothing stands in where they find nothing."""
+    """Paths without a fallback."""
 
     @property
     def is_static(self) -> bool:
@@ -242,9 +242,9 @@ class ValueTemplate:
     def render(
         self, scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance | None = None
     ) -> Json:
-        """Return the value; a path that finds nothing is null, and its text is added to `unresolved`.
+        """Return the value; an unresolved path is null, and its text is added to `unresolved`.
 
-        Parts without expressions are shared by all results: change none. Raises `ExpressionError`.
+        Parts without expressions are shared by all results and must not be changed. Raises `ExpressionError`.
         """
         if self._render is None:
             return self.source
@@ -254,18 +254,18 @@ class ValueTemplate:
 def compile_template(value: Json) -> ValueTemplate:
     """Compile the `{{ path }}` in the texts of `value` (not in its keys); raises `ExpressionError`.
 
-    A text that is nothing but one expression becomes the value that is found, of whatever type.
+    A text that is a single expression becomes the value found, of any type.
     """
     return _TemplateCompiler(operations={}).compile(value)
 
 
 def compile_value(value: Json) -> ValueTemplate:
-    """Compile like `compile_template`, and `{"$op": name, "args": [...]}` too, wherever it stands."""
+    """Compile like `compile_template`, and also `{"$op": name, "args": [...]}` at any depth."""
     return _TemplateCompiler(operations=OPERATIONS).compile(value)
 
 
 def rewrite_expressions(value: Json, text_of: Callable[[Expression], str]) -> Json:
-    """Return a value that was compiled before with other expressions in the places of those in it."""
+    """Return a value that has been compiled before with its expressions replaced by `text_of`."""
     if isinstance(value, list):
         return [rewrite_expressions(item, text_of) for item in value]
     if isinstance(value, dict):
@@ -278,12 +278,12 @@ def rewrite_expressions(value: Json, text_of: Callable[[Expression], str]) -> Js
 
 
 def literal_template(value: Json) -> ValueTemplate:
-    """Return a value as it is, with whatever braces it has."""
+    """Return a template that renders the value unchanged, braces included."""
     return ValueTemplate(value, (), None)
 
 
 class _TemplateCompiler:
-    """Turns a value into a closure, or None where it has nothing to render."""
+    """Compiler of a value to a closure; None for a value without expressions."""
 
     def __init__(self, operations: Mapping[str, ExpressionOperation]) -> None:
         self._operations = operations
@@ -391,7 +391,7 @@ _BRACES = re.compile(
 
 
 def _split_text(text: str) -> Sequence[str | Expression]:
-    """Return the expressions and the texts between them, none of them empty; short texts recur in many nodes."""
+    """Return the expressions and the nonempty texts between them; caches short texts, which often recur."""
     return _parse_text_cached(text) if len(text) <= MAX_CACHED_LENGTH else _parse_text(text)
 
 
@@ -411,7 +411,7 @@ def _parse_text(text: str) -> Sequence[str | Expression]:
 
 
 def _find_end_of_braces(text: str, opening: int) -> int:
-    """Return where an expression ends that holds an object: `{{ data.a ?? {"b": {}} }}`."""
+    """Return the end of an expression that contains an object: `{{ data.a ?? {"b": {}} }}`."""
     depth, at = 0, opening + 2
     while depth or not text.startswith("}}", at):
         match = _BRACES.match(text, at)
@@ -468,7 +468,7 @@ def _coalesce_renderer(renders: list[_Render]) -> _Render:
 
     def find(scope: ExpressionScope, unresolved: list[str], allowance: OutputAllowance) -> Json:
         for render in attempts:
-            value = render(scope, [], allowance)  # what is missing here has its answer in what follows
+            value = render(scope, [], allowance)  # a later argument covers a missing value here
             if value is not None:
                 return value
         return last(scope, unresolved, allowance)
@@ -496,7 +496,7 @@ def _operation_renderer(operation: ExpressionOperation, renders: list[_Render]) 
 
 
 def reading_cost(value: Json, allowance: OutputAllowance) -> int:
-    """Return what it costs to look at all of a value, whatever it holds."""
+    """Return the cost of visiting all of a value."""
     return (
         len(value)
         if type(value) is str

@@ -1,4 +1,4 @@
-"""What validation finds in a graph: what is wrong, where, what to do about it, and the edit that is certain to help."""
+"""Findings of graph validation: the problem, its place, a suggestion, and an edit that is certain to help."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 MAX_FINDINGS: Final = 1_000
-"""Errors that are listed, and warnings; a graph with more errors than this isn't looked at any further."""
+"""Maximum number of errors, and of warnings, in a list. Validation stops at more errors."""
 
 
 class FindingType(StrEnum):
-    """Everything that can be found."""
+    """Types of findings."""
 
     EMPTY_WORKFLOW = "empty-workflow"
     MISSING_TRIGGER = "missing-trigger"
@@ -30,7 +30,7 @@ class FindingType(StrEnum):
     LOOP_BODY_ENTERED = "loop-body-entered"
     LOOPS_TOO_DEEP = "loops-too-deep"
     NOT_RUNNABLE = "not-runnable"
-    """A warning in drafts, which aren't finished."""
+    """A warning in drafts, which are unfinished."""
     DISCONNECTED_NODE = "disconnected-node"
     MISSING_CONFIG = "missing-config"
     UNRESOLVED_MAPPING = "unresolved-mapping"
@@ -43,21 +43,21 @@ WARNING_TYPES: Final = frozenset({
     FindingType.UNRESOLVED_MAPPING,
     FindingType.INLINE_SECRET,
 })  # fmt: skip
-"""What doesn't keep a graph from being valid."""
+"""Types that leave a graph valid."""
 
 
 class FixAction(StrEnum):
-    """One edit of a graph."""
+    """Kind of edit of a graph."""
 
     REMOVE_CONNECTION = "remove-connection"
     SET_PORT = "set-port"
-    """Of the connection; `path` names the field: `sourcePort` or `targetPort`."""
+    """Of a connection; `path` is the field: `sourcePort` or `targetPort`."""
     SET_NODE_TYPE = "set-node-type"
     SET_VERSION = "set-version"
     SET_CONFIG = "set-config"
-    """`path` leads from the config to the value, which may stand in objects and lists."""
+    """`path` leads from the config to the value, possibly through objects and lists."""
     RENAME_CONFIG = "rename-config"
-    """`path` leads from the config to the field, and `value` is its new name; what it holds stays."""
+    """`path` leads from the config to the field, and `value` is its new name; its content stays."""
     SET_INPUT_MAPPING = "set-input-mapping"
     """`path` leads from the mappings to the value, mostly in one step: the name of the mapped field."""
     SET_PASS_THROUGH_VALUE = "set-pass-through-value"  # noqa: S105 - the name of an edit
@@ -66,14 +66,14 @@ class FixAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SuggestedFix:
-    """An edit that mends a finding: of a node or a connection, where in it, and what is to stand there."""
+    """Edit that fixes a finding: the node or connection, the path in it, and the new value."""
 
     action: FixAction
     node_id: str | None = None
     connection_id: str | None = None
     path: Sequence[str | int] = ()
     value: Json = None
-    """Null for what is removed."""
+    """Null for a removal."""
 
     def as_json(self) -> dict[str, Json]:
         said: dict[str, Json] = {"action": self.action, **_id_fields(self.node_id, self.connection_id)}
@@ -86,7 +86,7 @@ class SuggestedFix:
 
 @dataclass(frozen=True, slots=True)
 class GraphFinding:
-    """One thing to mend."""
+    """Problem in a graph."""
 
     type: FindingType
     message: str
@@ -105,12 +105,12 @@ class GraphFinding:
 
 @dataclass(frozen=True, slots=True)
 class ValidationResult:
-    """The findings: a graph with warnings alone is valid."""
+    """Findings of one validation; a graph with warnings alone is valid."""
 
     errors: tuple[GraphFinding, ...] = ()
     warnings: tuple[GraphFinding, ...] = ()
     is_truncated: bool = False
-    """There is, or may be, more than is listed."""
+    """Whether there are, or may be, more findings than listed."""
 
     @property
     def is_valid(self) -> bool:
@@ -118,7 +118,7 @@ class ValidationResult:
 
 
 class FindingCollector:
-    """Collects findings on their way to a `Validation`."""
+    """Collector of the findings for a `ValidationResult`."""
 
     def __init__(self, *, is_draft: bool) -> None:
         self._warning_types = WARNING_TYPES | {FindingType.NOT_RUNNABLE} if is_draft else WARNING_TYPES
@@ -135,11 +135,11 @@ class FindingCollector:
 
     @property
     def has_capacity(self) -> bool:
-        """Tell whether one more error would be listed."""
+        """Whether one more error would be listed."""
         return len(self._errors) < MAX_FINDINGS
 
     def truncate(self) -> None:
-        """Note that the rest of the graph was left alone."""
+        """Record that the rest of the graph was not validated."""
         self._is_truncated = True
 
     def result(self) -> ValidationResult:

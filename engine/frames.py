@@ -1,4 +1,4 @@
-"""Where a run is: walks through sections of its graph, nodes on their way, loops in progress."""
+"""Position of a run in its graph: section frames, node visits and loops in progress."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ if TYPE_CHECKING:
 
 
 class SectionFrame:
-    """One walk through a section: the run's own, or one turn of a loop."""
+    """Execution of one section: the whole run, or one iteration of a loop."""
 
     iteration = ""
     loop: LoopProgress | None = None
     index = 0
-    """The place of the item, in a turn."""
+    """Position of the item, in an iteration."""
     open = 0
-    """Nodes that are ready, at work or asleep."""
+    """Number of nodes that are ready, running or asleep."""
     failure: RunError | None = None
-    """Of the first of its nodes that has failed for good."""
+    """Error of the first node that has failed permanently."""
     is_broken_off = False
-    """Nothing in it is begun any more, and its end is awaited."""
+    """Whether the frame begins no more nodes and only waits for its end."""
     share = 0.0
-    """The part of the run that each of its nodes counts for, once it has settled."""
+    """Share of the run's progress for each of its nodes, once it has settled."""
     counted = 0.0
-    """The part of the run that was counted in it so far, in a turn."""
+    """Share of the run's progress counted so far, in an iteration."""
 
     def __init__(
         self,
@@ -49,29 +49,29 @@ class SectionFrame:
         self.section = section
         self.plan = ReadinessTracker(section.graph, section.first, section.eager)
         self.given = given
-        """What its first nodes are given: the trigger's data, or an item."""
+        """Input of its first nodes: the trigger's data, or an item."""
         self.recorded = recorded
-        """The newest span of each node in it, of earlier attempts."""
+        """Latest span of each of its nodes in earlier attempts."""
         self.started_at = started_at
         self.outputs: dict[str, Json] = {}
-        """Of its own nodes."""
+        """Outputs of its own nodes."""
         self.nodes = self.outputs
-        """What expressions see as `nodes`: in a turn, what had settled outside of it too when it began."""
+        """Value of the root `nodes`; in an iteration also the outer nodes that had settled at its start."""
         self.roots = {**roots, "nodes": self.nodes}
-        """The roots of expressions, but for `data`."""
+        """Roots of expressions, except `data`."""
         self.skipped: set[str] = set()
         """Its nodes that are not run."""
         self.digests: dict[str, bytes] = {}
         self.texts: dict[str, bytes] = {}
-        """Small outputs as JSON, for the nodes that hand on what they were given."""
+        """Small outputs as JSON, for nodes that pass on their input."""
         self.loops: set[LoopProgress] = set()
-        """Those of its loops that are in progress."""
+        """Its loops in progress."""
 
     @classmethod
     def for_turn(
         cls, loop: LoopProgress, index: int, recorded: Mapping[str, NodeSpan], started_at: datetime
     ) -> SectionFrame:
-        """Return a turn of a loop, from its beginning."""
+        """Return the frame of an iteration of a loop, at its start."""
         outer, loop_id, item = loop.visit.frame, loop.visit.node_id, loop.items[index]
         frame = cls(loop.body, item, outer.roots, recorded, started_at)
         frame.iteration, frame.loop, frame.index = loop.iteration(index), loop, index
@@ -81,25 +81,25 @@ class SectionFrame:
         return frame
 
     def current_roots(self) -> Mapping[str, Json]:
-        """Return the roots as they are, whatever comes."""
+        """Return a snapshot of the roots."""
         return {**self.roots, "nodes": self.nodes.copy()}
 
     def start(self) -> ReadinessChange:
-        """Return what is ready at first."""
+        """Return the nodes that are ready at the start."""
         return self.plan.start() if self.loop is None else self.plan.settle(self.loop.visit.node_id, CONTINUE)
 
     def result(self) -> Json:
-        """Return what has come of a turn: the output of the last node reached, of several each under its node's id."""
+        """Return the result of an iteration: the output of the last node reached, or several by node id."""
         found = {node_id: self.outputs[node_id] for node_id in self.section.last if node_id in self.outputs}
         return next(iter(found.values()), None) if len(found) <= 1 else found
 
     def share_of(self, node_id: str) -> float:
-        """Return the part of the run that one of its nodes counts for; a loop, with all the nodes of its body."""
+        """Return the share of the run's progress for one of its nodes; a loop includes the nodes of its body."""
         body = self.section.bodies.get(node_id)
         return self.share if body is None else self.share * (1 + body.size)
 
     def is_skipped(self, node_id: str) -> bool:
-        """Tell whether a node, of this or what is around it, is not run."""
+        """Return whether a node of this frame or of an enclosing one is not run."""
         frame = self
         while node_id not in frame.skipped:
             if frame.loop is None:
@@ -108,14 +108,14 @@ class SectionFrame:
         return True
 
     def with_inner_turns(self) -> Iterator[SectionFrame]:
-        """Return this and every turn in progress inside it."""
+        """Yield this frame and all iterations in progress inside it."""
         yield self
         for loop in self.loops:
             for turn in loop.turns.values():
                 yield from turn.with_inner_turns()
 
     def is_fatal(self) -> bool:
-        """Tell whether no loop around it takes up a failure that is left to it."""
+        """Return whether no enclosing loop handles a failure of this frame."""
         frame = self
         while frame.loop is not None:
             if frame.loop.continues_on_error or frame.loop.visit.has_error_edge:
@@ -125,7 +125,7 @@ class SectionFrame:
 
 
 class NodeVisit(msgspec.Struct, eq=False):
-    """One node on its way through a frame."""
+    """Progress of one node through a frame."""
 
     frame: SectionFrame
     program: NodeProgram
@@ -140,15 +140,17 @@ class NodeVisit(msgspec.Struct, eq=False):
     hashes: bytes | None = None
     unresolved: list[str] = []
     written: tuple[Json, bytes, bytes] | None = None
-    """Its output, as others see it and as it is kept, and the digest of that."""
+    """Output as seen by other nodes, its stored form, and the digest of that."""
     begun_at: datetime | None = None
-    """When the attempt under way has begun; None between two attempts."""
+    """Start of the current attempt; None between two attempts."""
     lost: NodeSpan | None = None
-    """What an earlier stretch of work recorded of an attempt whose end nobody knows, until that is told."""
+    """Span of an attempt with an unknown outcome, recorded by an earlier worker; None once it has been
+    reported.
+    """
     told_attempt: int = 0
-    """The attempt that was recorded last as a span of its own."""
+    """Last attempt with a span of its own."""
     counted: float = 0.0
-    """The part of the run that was counted for the turns of a loop so far."""
+    """Share of the run's progress counted for the iterations of a loop so far."""
 
     @property
     def node_id(self) -> str:
@@ -164,13 +166,13 @@ class NodeVisit(msgspec.Struct, eq=False):
 
     @property
     def has_error_edge(self) -> bool:
-        """Whether something is connected that takes up its failure."""
+        """Whether the port `error` is connected."""
         edges = self.frame.section.graph.outbound[self.program.node.id]
         return any(edge.source_port == ERROR for edge in edges)
 
 
 class WakeAction(Enum):
-    """What becomes of a node when it wakes by the clock."""
+    """Action on a node that wakes by the clock."""
 
     DONE = "done"
     TRIED_AGAIN = "tried again"
@@ -179,30 +181,30 @@ class WakeAction(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SleepingNode:
-    """A node that goes on at a set time, or when it is answered."""
+    """Node that continues at a set time, or with an answer."""
 
     visit: NodeVisit
     wakes_at: float | None
-    """By `time.monotonic`, in seconds; None: only an answer wakes it."""
+    """Time by `time.monotonic`, in seconds; None if only an answer wakes it."""
     then: WakeAction
     output: bytes | None = None
-    """What a wait ends with."""
+    """Output at the end of a timer wait."""
     expired: NodeResult | None = None
-    """What the node gives when nobody has answered; None: it fails."""
+    """Result of the node without an answer; None if it fails then."""
 
 
 @dataclass(slots=True, eq=False)
 class LoopProgress:
-    """A loop in progress."""
+    """Loop in progress."""
 
     visit: NodeVisit
     body: GraphSection
     items: Sequence[Json]
     concurrency: int
     continues_on_error: bool
-    """Whether an item whose turn fails is listed with its error, and the loop goes on."""
+    """Whether the loop lists an item whose iteration fails with its error, and continues."""
     turns: dict[int, SectionFrame] = field(default_factory=dict)
-    """Those in progress."""
+    """Iterations in progress, by index."""
     next_index: int = 0
     results: list[Json] = field(default_factory=list)
     errors: dict[int, RunError] = field(default_factory=dict)
@@ -211,7 +213,7 @@ class LoopProgress:
     is_broken_off: bool = False
 
     turn_share: float = 0.0
-    """The part of the run that one turn counts for."""
+    """Share of the run's progress for one iteration."""
 
     def __post_init__(self) -> None:
         self.results = [None] * len(self.items)
@@ -227,12 +229,12 @@ class LoopProgress:
         )
 
     def iteration(self, index: int) -> str:
-        """Return what a turn is called: its number, behind those of the loops around it."""
+        """Return the name of an iteration: its index, behind those of the enclosing loops."""
         outer = self.visit.frame.iteration
         return f"{outer}.{index}" if outer else str(index)
 
     def output(self) -> Json:
-        """Return what leaves by `done`."""
+        """Return the output at the port `done`."""
         errors: list[Json] = [
             {"index": index, "error": error.as_json()} for index, error in sorted(self.errors.items())
         ]

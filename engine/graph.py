@@ -1,4 +1,4 @@
-"""A workflow's graph: nodes, edges and the settings that a run obeys, as they are stored."""
+"""Graph of a workflow in its stored form: nodes, edges and run settings."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 Definition: TypeAlias = "Mapping[str, Json]"
-"""`{"nodes": [...], "connections": [...], "settings": {...}}` in the stored form; see `Node.of` and `Edge.of`.
+"""`{"nodes": [...], "connections": [...], "settings": {...}}` in the stored form; see `GraphNode.from_stored`
+and `GraphEdge.from_stored`.
 
-That of a trial may hold `upTo`, the node that it ends with, and `pinned`, outputs by the ids of nodes that give them
-without being run.
+The definition of a test run may hold `upTo`, the last node to run, and `pinned`, outputs by the ids of
+nodes that return them without being run.
 """
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How often a failed node is tried, and how long between: `backoff * 2 ** (attempt - 1)`, at most `max_delay`."""
+    """Attempts of a node and the delay between them: `backoff * 2 ** (attempt - 1)`, up to `max_delay`."""
 
     max_attempts: int = 1
     backoff_seconds: float = 1.0
     max_delay_seconds: float = 300.0
     jitter: float = 0.1
-    """The share of the delay that is drawn at random, 0 to 1."""
+    """Share of the delay that is random, 0 to 1."""
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Json]) -> Self:
@@ -41,14 +42,14 @@ class RetryPolicy:
         )
 
     def delay_seconds(self, attempt: int, chance: float) -> float:
-        """Return the pause after the failed `attempt` (1, 2, …); `chance` is a random number from 0 to 1."""
+        """Return the delay after the failed `attempt` (1, 2, …); `chance` is a random number from 0 to 1."""
         delay = min(self.backoff_seconds * 2.0 ** min(attempt - 1, 30), self.max_delay_seconds)
         return delay * (1 - self.jitter * chance)
 
 
 @dataclass(frozen=True, slots=True)
 class GraphNode:
-    """One box of the graph."""
+    """Node of a graph."""
 
     id: str
     type: str
@@ -60,7 +61,7 @@ class GraphNode:
     retry: RetryPolicy = field(default_factory=RetryPolicy)
     timeout_seconds: float | None = None
     at_most_once: bool = False
-    """Where it writes, an attempt of which nobody knows what came fails it instead of being made again."""
+    """Whether a write whose attempt has an unknown outcome fails the node instead of being repeated."""
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Json]) -> Self:
@@ -84,7 +85,7 @@ class GraphNode:
 
 @dataclass(frozen=True, slots=True)
 class GraphEdge:
-    """One arrow, from a port of a node to a port of another."""
+    """Connection from a port of a node to a port of another."""
 
     id: str
     source: str
@@ -105,15 +106,17 @@ class GraphEdge:
 
 @dataclass(frozen=True, slots=True)
 class RunSettings:
-    """What a run obeys."""
+    """Settings of a run."""
 
     timeout_seconds: float = 3600.0
     strict_mappings: bool = False
     parallelism: int = 16
-    """Nodes that wait for something outside at once."""
+    """Maximum number of nodes that wait for external work at the same time."""
     retry_on_failure: bool = False
     max_retries: int = 3
-    """With `retry_on_failure`, how often a node that has failed for good, and the run with it, is taken up again."""
+    """With `retry_on_failure`, the number of times that a permanently failed node, and the run with it, is
+    resumed.
+    """
 
     @classmethod
     def from_stored(cls, stored: Mapping[str, Json]) -> Self:
@@ -128,13 +131,13 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class ParsedGraph:
-    """Nodes and edges as drawn, broken ones included; the indexes leave out edges that lead nowhere."""
+    """Nodes and edges as stored, broken edges included; the indexes omit edges to unknown nodes."""
 
     nodes: Sequence[GraphNode]
     edges: Sequence[GraphEdge]
     settings: RunSettings = field(default_factory=RunSettings)
     up_to: str | None = None
-    """The node that a trial ends with."""
+    """Last node to run in a test run."""
     pinned: Mapping[str, Json] = field(default_factory=dict)
     """Outputs of nodes that aren't run, by their ids."""
 
@@ -174,7 +177,7 @@ class ParsedGraph:
 
     @cached_property
     def order(self) -> Sequence[str]:
-        """The nodes, each after those that lead to it; those on a cycle, or behind one, are left out."""
+        """Node ids in topological order; nodes on a cycle, or behind one, are omitted."""
         waiting = dict(self.inbound_counts)
         ready = deque(node_id for node_id, count in waiting.items() if count == 0)
         order: list[str] = []

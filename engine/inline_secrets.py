@@ -1,7 +1,7 @@
-"""What looks like a credential in a config: by the name that it stands under, or by its own shape.
+"""Detection of credentials in configs, by field name or by shape.
 
-A guess, made to be right about nearly everything that it names: templates, paths and references to the environment are
-none. It takes time in proportion to the size of the value, whatever is in it.
+A heuristic with few false positives: templates, paths and references to the environment are no credentials.
+Its time is linear in the size of the value, for any content.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from engine.expressions import ROOTS
 from engine.values import Json
 
 MAX_PATHS: Final = 1_000
-"""Credentials of one value whose places are told; those after them are left out all the same."""
+"""Maximum number of credentials whose places are returned; further ones are removed as well."""
 MAX_NAME_LENGTH: Final = 100
-"""A longer name is none that anybody gives a credential, and is cut where it is a step of a path."""
+"""Maximum length of a name that may denote a credential, and of a step of a path."""
 SHORTEST_SHAPE: Final = 6
-"""Characters of the shortest text that any shape fits: `://:p@`."""
+"""Length of the shortest text that matches a shape: `://:p@`."""
 
 
 class _RemovedType(Enum):
-    """The type of `_GONE`: what becomes of a credential."""
+    """Type of `_REMOVED`, which replaces a credential."""
 
     GONE = "gone"
 
@@ -33,15 +33,16 @@ _Steps: TypeAlias = "list[str]"
 
 
 def find_secrets(value: Json) -> list[str]:
-    """Return where the credentials of a value stand, such as `headers.authorization` or `args.0`."""
+    """Return the places of the credentials in a value, such as `headers.authorization` or `args.0`."""
     return remove_secrets(value)[1]
 
 
 def remove_secrets(value: Json) -> tuple[Json, list[str]]:
-    """Return a value with its credentials left out, and where they stood.
+    """Return a value without its credentials, and their places.
 
-    A field goes with its name. In a list an empty text takes its place, so that the other items keep theirs. Of a text
-    of several lines (a program, a letter) only the credential goes, unless the name says that all of it is one.
+    A field is removed with its name. In a list an empty text replaces a credential, so that the other items
+    keep their positions. In a text of several lines (a program, a message) only the credential is removed,
+    unless the field name marks all of it.
     """
     found: list[str] = []
     kept = _filter_value(value, "", [], found)
@@ -49,7 +50,7 @@ def remove_secrets(value: Json) -> tuple[Json, list[str]]:
 
 
 def _filter_value(value: Json, name: str, steps: _Steps, found: list[str]) -> Json | _RemovedType:
-    """Return what stays of a value that is called `name` and stands at the end of `steps`."""
+    """Return the rest of a value with the field name `name` at the path `steps`."""
     if isinstance(value, str):
         rest = _filter_text(value, name)
         if rest == value:
@@ -77,10 +78,10 @@ def _filter_child(value: Json, name: str, step: str, steps: _Steps, found: list[
 
 
 def _field_name(key: str, siblings: dict[str, Json], above: str) -> str:
-    """Return what a field is called, which isn't always its key.
+    """Return the effective name of a field, which isn't always its key.
 
-    Known are `{"name": "Authorization", "value": "…"}`, `{"password": {"value": "…"}}` and what is computed from
-    literals: `{"token": {"$op": "concat", "args": ["…", "…"]}}`.
+    Cases are `{"name": "Authorization", "value": "…"}`, `{"password": {"value": "…"}}` and values computed
+    from literals: `{"token": {"$op": "concat", "args": ["…", "…"]}}`.
     """
     if key not in {"value", "values", "args"}:
         return key
@@ -89,13 +90,13 @@ def _field_name(key: str, siblings: dict[str, Json], above: str) -> str:
 
 
 def _filter_text(text: str, name: str) -> str:
-    """Return what stays of a text: all of it where it holds no credential, nothing where it is one."""
+    """Return the rest of a text: all of it without a credential, nothing if it is a credential."""
     if _is_secret_name(name[: MAX_NAME_LENGTH + 1]) and _is_literal(text):
         return ""
     rest = _cut_secrets(text)
     if rest == text:
         return text
-    # What is left of one line is seldom of use, and two halves may make a whole.
+    # The rest of a single line is seldom useful, and two halves may form a credential again.
     return rest if "\n" in text and rest.strip() and _cut_secrets(rest) == rest else ""
 
 
@@ -113,13 +114,13 @@ _OTHER_TOKENS: Final = (
     "bostoken", "continuationtoken", "cursortoken", "endtoken", "eostoken", "masktoken", "maxtoken", "nexttoken",
     "padtoken", "pagetoken", "septoken", "starttoken", "stoptoken", "synctoken", "unktoken",
 )  # fmt: skip
-"""Places in a list that is read page by page, and words of a language model."""
+"""Pagination tokens, and special tokens of language models."""
 _SPELLING: Final = re.compile(r"[^a-z0-9]++")
 
 
 @lru_cache(maxsize=4_096)
 def _is_secret_name(name: str) -> bool:
-    """Tell whether a name is that of a credential, in any spelling: `apiKey`, `X-API-KEY`, `db_password2`."""
+    """Return whether a name denotes a credential, in any spelling: `apiKey`, `X-API-KEY`, `db_password2`."""
     if len(name) > MAX_NAME_LENGTH:
         return False
     plain = _SPELLING.sub("", name.lower()).rstrip("0123456789")
@@ -135,17 +136,18 @@ _NO_LITERAL: Final = re.compile(
     """,
     re.VERBOSE,
 )
-"""A path, a reference to the environment, the id of a data source, what stands for a hidden value, and a kind of
-authorization."""
+"""Path, reference to the environment, id of a data source, placeholder of a hidden value, or authorization
+scheme.
+"""
 
 
 _WRITTEN_FALLBACK: Final = re.compile(r"""\?\?\s*+"[^"\s]{8}""")
-"""A text that counts where a path finds nothing: long enough for a credential."""
+"""Fallback text of a path, long enough for a credential."""
 _BRIEF_FALLBACK: Final = re.compile(r'-?[0-9.]{1,7}|"[^"]{0,7}"')
 
 
 def _is_literal(text: str) -> bool:
-    """Tell whether a text may be a credential itself, and not where one comes from."""
+    """Return whether a text may be a credential itself, and not a reference to one."""
     stripped = text.strip()
     has_template = "{{" in stripped and "}}" in stripped and not _WRITTEN_FALLBACK.search(stripped)
     if stripped == "" or has_template:
@@ -158,8 +160,9 @@ def _is_literal(text: str) -> bool:
 
 # ── by shape ────────────────────────────────────────────────────────────────────────────────────────────────
 
-# A text is searched for the patterns whose marker it holds. None of them runs over the same characters again and again:
-# they begin at a boundary, repeat without going back, or repeat a limited number of times. Their first group stays.
+# A text is searched for the patterns whose marker it contains. The patterns avoid repeated scans of the same
+# characters: they begin at a boundary, repeat possessively, or repeat a limited number of times. Their first
+# group is kept.
 _BOUNDARY: Final = r"((?<![A-Za-z0-9_-]))"
 _UP_TO_ITS_END: Final = r"(?:[^-]++|-(?!----END ))*+(?:-----END [A-Z0-9 ]{0,50}-----)?"
 _SECRET_SHAPES: Final = [
@@ -210,15 +213,15 @@ _NAMED_SECRETS: Final = [
         # password = "…", in a program or in JSON
         ('"', r'((?<![\w-])([\w-]{2,100}+)["\']?+[ \t]*+(?::|=>?)[ \t]*+")([^"\n]{4,400}+)(?=")'),
         ("'", r"((?<![\w-])([\w-]{2,100}+)[\"']?+[ \t]*+(?::|=>?)[ \t]*+')([^'\n]{4,400}+)(?=')"),
-        # ?token=… in an address, ;Password=… in a connection string
+        # ?token=… in a URL, ;Password=… in a connection string
         ("=", r"([?&;][ ]?([\w-]{2,100}+)=)([^\s&;#\"'<>{}$()]{4,}+)(?![<>{}$(])"),
     )
 ]
-"""What is named inside a text: what stays, the name, the value."""
+"""Named credentials inside a text. Groups: text to keep, name, value."""
 
 
 def _cut_secrets(text: str) -> str:
-    """Return a text without what has the shape of a credential."""
+    """Return a text without credentials that have a known shape."""
     if len(text) < SHORTEST_SHAPE:
         return text
     rest, lowered = text, text.lower()

@@ -1,4 +1,4 @@
-"""How branches meet in a node: which of them it waits for, and what it is given of them."""
+"""Joins of branches in a node: the branches to wait for, and the combination of their outputs."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 
 class JoinMode(StrEnum):
-    """Which branches a node waits for."""
+    """Branches that a join waits for."""
 
     ALL = "all"
-    """All that aren't skipped."""
+    """All branches that aren't skipped."""
     ANY = "any"
-    """The one that arrives first; those that arrive later change nothing."""
+    """The first branch to arrive; later ones are ignored."""
 
 
 class JoinCombination(StrEnum):
-    """How the outputs of several branches are laid together."""
+    """Combination of the outputs of several branches."""
 
     BY_NODE = "by-node"
     MERGED = "merged"
@@ -34,14 +34,14 @@ class JoinCombination(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class JoinConfig:
-    """What the config of a node that joins branches says."""
+    """Config of a node that joins branches."""
 
     mode: JoinMode = JoinMode.ALL
     combine: JoinCombination = JoinCombination.BY_NODE
 
     @classmethod
     def from_config(cls, config: Mapping[str, Json]) -> Self:
-        """Read the fields `mode` and `combine`; raises `ExpressionError` for a value that means nothing."""
+        """Read the fields `mode` and `combine`; raises `ExpressionError` for an unknown value."""
         mode, combine = config.get("mode", JoinMode.ALL), config.get("combine", JoinCombination.BY_NODE)
         try:
             return cls(JoinMode(str(mode)), JoinCombination(str(combine)))
@@ -49,7 +49,7 @@ class JoinConfig:
             raise ExpressionError("merge", str(error)) from error
 
     def data(self, outputs: Mapping[str, Json]) -> Json:
-        """Return what a node that waited for all is given of their outputs, by node id, in the order of their edges."""
+        """Return the combined input after all branches, from outputs by node id in the order of edges."""
         match self.combine:
             case JoinCombination.BY_NODE:
                 return dict(outputs)

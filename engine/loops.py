@@ -1,4 +1,4 @@
-"""Loops in progress: a turn for each item, so many at once, results in the order of the items."""
+"""Scheduling of loops: one iteration per item, limited concurrency, results in the order of the items."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from engine.worklist import Worklist
 
 MAX_TURNS_AT_ONCE: Final = 1_000
-"""Of all loops of a run; a loop has one all the same, or those around it could never end."""
+"""Maximum number of iterations in progress in all loops of a run. Each loop always has one, or enclosing
+loops could never end.
+"""
 
 
 class LoopOwner(Protocol):
-    """The progress of the run that a loop belongs to."""
+    """Progress of the run that a loop belongs to."""
 
     def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None: ...
     def complete(self, visit: NodeVisit, output: Json, port: str) -> None: ...
@@ -41,7 +43,7 @@ class LoopOwner(Protocol):
 
 
 class LoopScheduler:
-    """Those of one run."""
+    """Scheduler of the loops of one run."""
 
     def __init__(
         self,
@@ -60,10 +62,10 @@ class LoopScheduler:
         self._turns_at_once = 0
         self._iterations = sum(span.is_turn for spans in recorded.values() for span in spans.values())
 
-    # ── from beginning to end ─────────────────────────────────────────────────────────────────────
+    # ── loops ─────────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self, visit: NodeVisit, each: LoopRequest) -> None:
-        """Begin a loop, or go on with it behind the turns that were recorded."""
+        """Begin a loop, or continue it after the recorded iterations."""
         frame, node_id = visit.frame, visit.node_id
         if len(each.items) > self._limits.max_loop_items:
             self._settlement.fail(visit, _too_many_items(len(each.items), self._limits), is_final=True)
@@ -84,7 +86,7 @@ class LoopScheduler:
         self._advance(loop)
 
     def _advance(self, loop: LoopProgress) -> None:
-        """Begin as many turns as may be, or end the loop where there is nothing more to wait for."""
+        """Begin as many iterations as the limits allow, or end the loop if nothing is left to wait for."""
         while loop.can_start_turn and (not loop.turns or self._turns_at_once < MAX_TURNS_AT_ONCE):
             self._begin_turn(loop)
         if not loop.turns and loop in loop.visit.frame.loops:
@@ -101,7 +103,7 @@ class LoopScheduler:
         else:
             self._settlement.complete(visit, loop.output(), DONE)
 
-    # ── turns ─────────────────────────────────────────────────────────────────────────────────────
+    # ── iterations ────────────────────────────────────────────────────────────────────────────────────
 
     def _begin_turn(self, loop: LoopProgress) -> None:
         index = loop.next_index
@@ -121,7 +123,7 @@ class LoopScheduler:
         self._settlement.schedule_successors(turn, turn.start())
 
     def _restore_turn(self, loop: LoopProgress, index: int, span: NodeSpan) -> None:
-        """Take the end of a turn from the journal: nothing of it is looked at again."""
+        """Restore the end of an iteration from the journal, without its nodes."""
         loop.visit.counted += loop.turn_share
         self._scribe.count(loop.visit.frame, loop.turn_share)
         if span.error is not None:
@@ -131,7 +133,7 @@ class LoopScheduler:
         loop.results[index] = values.restore_json(span.output) if span.output is not None else None
 
     def end_turn(self, turn: SectionFrame, loop: LoopProgress) -> None:
-        """Note what has come of a turn in which nothing is left to do."""
+        """Record the result of an iteration in which nothing is left to do."""
         del loop.turns[turn.index]
         self._turns_at_once -= 1
         self._scribe.count(turn, loop.turn_share - turn.counted)
@@ -164,14 +166,14 @@ class LoopScheduler:
             self._fail(loop, error)
 
     def _fail(self, loop: LoopProgress, error: RunError) -> None:
-        """Let a loop fail: its other turns are broken off, and their end is awaited."""
+        """Fail a loop: cancel its other iterations, and wait for their end."""
         if loop.failure is None:
             loop.failure = error
             for turn in list(loop.turns.values()):
                 self.cancel_turn(turn)
 
     def cancel_turn(self, turn: SectionFrame) -> None:
-        """Begin nothing more in a turn and the loops inside it; writes that are under way end by themselves."""
+        """Begin nothing more in an iteration and the loops inside it; writes in progress complete."""
         frames = list(turn.with_inner_turns())
         for frame in frames:
             frame.is_broken_off = True

@@ -1,4 +1,4 @@
-"""Paths that will find nothing, as far as the catalogue and past runs tell what each node is given and gives out."""
+"""Detection of paths that will find nothing, by the catalog and by past runs."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
     from engine.shapes import ShapeSteps
 
 MAX_EXPLAINED: Final = 50
-"""Paths for which another that may have been meant is looked for; of those after them only that they find nothing."""
+"""Maximum number of paths with a search for alternatives; later findings give none."""
 MAX_COMPARED: Final = 100
-"""Nodes that run before, the nearest first, whose ids and labels are compared with a name."""
+"""Maximum number of preceding nodes, the nearest first, whose ids and labels are compared with a name."""
 SHOWN_NAMES: Final = 8
 SHOWN_CHARACTERS: Final = 100
 
 _EXECUTION_SHAPE: Final = ValueShape({"id": SCALAR, "workflowId": SCALAR, "startedAt": SCALAR})
 _LOOP_TURN: Final = ValueShape({"item": UNKNOWN, "index": SCALAR})
-"""What is seen of a loop from inside its body."""
+"""Shape of a loop as seen from inside its body."""
 _PLAIN_NAME: Final = re.compile(r"[A-Za-z0-9_-]+")
 _ACTIONS: Final = {
     NodeSection.CONFIG: FixAction.SET_CONFIG,
@@ -43,22 +43,22 @@ _ACTIONS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class InspectedGraph:
-    """A graph, and what has been read of it."""
+    """Graph with its loop bodies, node types and expressions."""
 
     graph: ParsedGraph
     bodies: LoopBodies
-    """Of its loops."""
+    """Bodies of its loops."""
     types: Mapping[str, NodeType]
-    """By node; those that the catalogue lacks are left out."""
+    """Node types by node; nodes of unknown types are omitted."""
     readings: Mapping[str, NodeExpressions]
-    """By node, of those that have a type."""
+    """Expressions by node, for nodes with a type."""
 
 
 def check_paths(drawn: InspectedGraph, samples: OutputSamples) -> Iterator[GraphFinding]:
-    """Return a finding for each path that is certain to find nothing.
+    """Yield a finding for each path that is certain to find nothing.
 
-    Of what `item` holds nothing is said, which is known to the run alone. And nothing of a graph with a cycle, or with
-    two nodes of one id: what comes before what isn't decided there.
+    The content of `item` is not checked: it is known only at run time. Graphs with cycles or duplicate node
+    ids are not checked either, since their order is undefined.
     """
     if len(drawn.graph.order) < len(drawn.graph.nodes):
         return
@@ -72,7 +72,7 @@ def check_paths(drawn: InspectedGraph, samples: OutputSamples) -> Iterator[Graph
 
 @dataclass(frozen=True, slots=True)
 class _UnresolvedPath:
-    """A path that finds nothing: why, what there is instead, and the paths that may have been meant."""
+    """Path that finds nothing: the reason, the available fields, and likely alternatives."""
 
     path: str
     reason: str
@@ -81,7 +81,7 @@ class _UnresolvedPath:
 
 
 class _PathChecker:
-    """Goes through a graph along with its data."""
+    """Checker of the paths of a graph, node by node along its data flow."""
 
     def __init__(self, drawn: InspectedGraph, flow: DataFlow) -> None:
         self._graph = drawn.graph
@@ -90,11 +90,11 @@ class _PathChecker:
         self._flow = flow
         self._bits = {node_id: 1 << place for place, node_id in enumerate(_referenced_nodes(drawn))}
         self._before: dict[str, int] = {}
-        """Of the nodes that paths name, those that run before each node, as a set of bits: one for each of them."""
+        """Predecessors of each node among the nodes that paths refer to, as a bit set."""
         self._explained = 0
 
     def findings(self, node: GraphNode) -> Iterator[GraphFinding]:
-        """Return what the paths of one node don't find; those before it come first."""
+        """Yield a finding for each unresolved path of one node; call this in topological order."""
         self._before[node.id] = self._runs_before(node)
         reading = self._readings.get(node.id, NodeExpressions())
         given = arriving = self._flow.enter(node)
@@ -197,7 +197,7 @@ class _PathChecker:
         return _UnresolvedPath(path.text, reason, f"Before this node run {_join_names(ids.values())}.", meant)
 
     def _ancestors(self, node: GraphNode) -> Iterator[GraphNode]:
-        """Return the nodes that lead to a node, the nearest first."""
+        """Yield the ancestors of a node, the nearest first."""
         seen = {node.id}
         queue = deque([node.id])
         while queue:
@@ -225,7 +225,7 @@ class _PathChecker:
 
 
 def _mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, ValueShape]:
-    """Return the field that a mapping makes, where it is a whole path into what arrives."""
+    """Return the field that a mapping creates, if the mapping is a bare path into the input."""
     if "{{" in place.text or "??" in place.text:
         return {}
     (path, *_), (field, *_) = place.paths, place.steps
@@ -236,7 +236,7 @@ def _mapped_field(place: ExpressionPlace, arriving: ValueShape) -> dict[str, Val
 
 
 def _referenced_nodes(drawn: InspectedGraph) -> list[str]:
-    """Return the nodes that paths begin with, as `nodes.<id>`."""
+    """Return the ids of nodes that paths of the form `nodes.<id>` refer to."""
     named = {
         path.steps[0][0]
         for reading in drawn.readings.values()
@@ -247,7 +247,7 @@ def _referenced_nodes(drawn: InspectedGraph) -> list[str]:
     return [node_id for node_id in named if node_id is not None and node_id in drawn.graph.by_id]
 
 
-# ── in words ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── texts ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _unresolved_finding(node: GraphNode, place: ExpressionPlace, unfound: _UnresolvedPath) -> GraphFinding:
@@ -296,7 +296,7 @@ def _shorten(text: str) -> str:
 
 
 def _format_path(root: str, steps: ShapeSteps) -> str:
-    """Return a path as it is written."""
+    """Return a path in its written form."""
     return root + "".join(map(_format_step, steps))
 
 

@@ -1,4 +1,4 @@
-"""Names that somebody got nearly right."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from itertools import takewhile
 from typing import Final
 
 MAX_COMPARED: Final = 100
-"""Characters of a name that are compared: what is longer was not mistyped."""
+"""Number of characters that are compared; a longer name is no typing error."""
 CUTOFF: Final = 0.7
-"""How alike two names are at least, from 0 to 1; less is a guess."""
+"""Minimum similarity of two names, from 0 to 1; less would be a guess."""
 
 
 MIN_PREFIX: Final = 3
-"""Characters of a name that begin one known name, or a few: fewer begin too many by chance."""
+"""Minimum length of a prefix that is completed; shorter ones match too many names by chance."""
 MIN_STEM: Final = 4
 MAX_ENDING: Final = 3
-"""`retries` and `retry` share a stem of four characters or more, and have endings of three at most."""
+"""Maximum length of differing endings: `retries` and `retry` share a stem of at least `MIN_STEM` characters.
+"""
 
 
 def suggest_names(given: str, known: Collection[str]) -> list[str]:
-    """Return the known names that may be meant by one that isn't known, two at most; one alone is certain enough.
+    """Return at most two known names that an unknown name may mean; a single one is certain enough for a fix.
 
-    The same letters come first, then names that begin with it, then names with its stem, then those that are alike.
+    The order of preference: the same letters, names with that prefix, names with the same stem, similar
+    names.
     """
     start = given[:MAX_COMPARED]
     letters = _normalize_name(start)
@@ -37,7 +39,7 @@ def suggest_names(given: str, known: Collection[str]) -> list[str]:
 
 
 def _normalize_name(name: str) -> str:
-    """Return a name without what conventions of writing change: `max_attempts` is `maxAttempts`."""
+    """Return a name without differences of convention: `max_attempts` equals `maxAttempts`."""
     return name.casefold().replace("_", "").replace("-", "")
 
 

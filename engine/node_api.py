@@ -1,8 +1,8 @@
-"""What a node type is, and what one call of a node is given and releases.
+"""Node types, and the interface between the engine and the implementation of a node.
 
 A node's implementation is a module with one function, `run(call)`, plain or `async`. It returns its output
-(any JSON value), a `Result` where it chooses ports, a `Wait`, an `Await` or an `Each`; it raises `NodeError`. It never
-changes what it was given: inputs and static parts of the config are shared.
+(any JSON value), a `NodeResult` to choose a port, a `TimerWait`, an `AnswerWait` or a `LoopRequest`; it
+raises `NodeError`. It never changes its arguments: inputs and static parts of the config are shared.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ OUTPUT = "output"
 INPUT = "input"
 ERROR = "error"
 CONTINUE = "continue"
-"""Of a loop: the body is behind it, and each item leaves by it."""
+"""Port of a loop: each item leaves by it, to the body."""
 DONE = "done"
-"""Of a loop: what has come of all items leaves by it."""
+"""Port of a loop: the results of all items leave by it."""
 OF_EACH = "[]."
-"""Stands in `cases[].port` between a list in a config and a field of each of its items."""
+"""Separator in `cases[].port` between a list in a config and a field of each of its items."""
 
 
 class NodeEffect(StrEnum):
-    """What running a node does to the world; the journal protects writes, and reads ride along."""
+    """Effect of a node on the outside. The journal commits before writes; reads are committed along."""
 
     PURE = "pure"
     READ = "read"
@@ -42,7 +42,7 @@ class NodeEffect(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class EffectRule:
-    """A node's effect: a constant, or decided by one field of its config (an HTTP method, say)."""
+    """Effect of a node: a constant, or chosen by one field of its config (an HTTP method, for example)."""
 
     default: NodeEffect
     deciding_field: str | None = None
@@ -57,48 +57,48 @@ class EffectRule:
 
 
 class FieldCompilation(StrEnum):
-    """How a config field reaches the node when it isn't rendered before the call."""
+    """Form in which a config field reaches the node if it isn't rendered before the call."""
 
     CONDITION = "condition"
-    """A `Condition`, to be tested by the node itself, once an item if it likes."""
+    """A `CompiledCondition`, which the node tests itself, possibly once per item."""
     VALUE = "value"
-    """A `Template` in which `{"$op": …}` is computed, to be rendered by the node itself."""
+    """A `ValueTemplate` that computes `{"$op": …}`, which the node renders itself."""
     LITERAL = "literal"
-    """A `Template` of what is written, whatever that looks like: braces are no expression in it."""
+    """A `ValueTemplate` of the literal text: braces in it are no expression."""
 
 
 class CpuDemand(StrEnum):
-    """Which calls of a node take so long to compute that a process with other runs must not do them itself.
+    """Calls of a node that compute for too long for a process with other runs.
 
-    Such a node has no `compiled` fields, and of its call it uses `config`, `unresolved` and `log` alone. What its
-    coroutine awaits is its turn, and nothing else.
+    Such a node has no `compiled` fields, and uses only `config`, `unresolved` and `log` of its call. Its
+    coroutine awaits nothing but `offload.yield_to_loop`.
     """
 
     ALWAYS = "always"
     LARGE = "large"
-    """Those with a large config."""
+    """Only calls with a large config."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputDescription:
-    """What is known of a node's output before it runs."""
+    """Knowledge of a node's output before it runs."""
 
     description: str = ""
     schema: Mapping[str, Json] = field(default_factory=dict)
-    """A JSON Schema: `additionalProperties = false` says that there are no other fields, `true` that there may be any;
-    where it says nothing, past runs may tell. Empty: it has no shape of its own.
+    """JSON Schema. `additionalProperties = false` excludes other fields, `true` permits any; without it, past
+    runs may show them. Empty if the output has no fixed shape.
     """
     keeps_input: bool = False
-    """The fields that arrive are in it too."""
+    """Whether the output contains the fields of the input."""
     dropped_by: tuple[str, Json] | None = None
-    """The field and value of the config under which they are not."""
+    """Field and value of the config that remove the fields of the input."""
     fields_of: str | None = None
-    """The field of the config whose keys are fields of the output."""
+    """Field of the config whose keys are fields of the output."""
 
 
 @dataclass(frozen=True, slots=True)
 class NodeType:
-    """One entry of the catalogue, as its `.toml` says."""
+    """Entry of the catalog, as described in its `.toml`."""
 
     type: str
     name: str
@@ -110,39 +110,41 @@ class NodeType:
     inputs: tuple[str, ...] = (INPUT,)
     outputs: tuple[str, ...] = (OUTPUT,)
     trigger_kind: str | None = None
-    """`webhook`, `rest-api`, `manual`, …: the node starts a graph. None: it doesn't."""
+    """`webhook`, `rest-api`, `manual`, …: the node starts a graph. None for other nodes."""
     outputs_from: str | None = None
-    """Where in the config the names of further outputs stand: `cases[].port`."""
+    """Place in the config of the names of further outputs: `cases[].port`."""
     compiled: Mapping[str, FieldCompilation] = field(default_factory=dict)
-    """Config fields that the node evaluates itself: `condition`, or `cases[].condition` for each item of a list."""
+    """Config fields that the node evaluates itself: `condition`, or `cases[].condition` for each item of a
+    list.
+    """
     joins: bool = False
-    """Branches meet in it as its config says; see `Join`."""
+    """Whether the node joins branches by its config; see `JoinConfig`."""
     loops: bool = False
-    """The nodes behind its port `continue` are run once for each item; see `Each`."""
+    """Whether the nodes behind its port `continue` are run once per item; see `LoopRequest`."""
     input_description: str = ""
     output: OutputDescription = field(default_factory=OutputDescription)
     cpu: CpuDemand | None = None
     runnable: bool = True
-    """False: it may be drawn and connected, but has no implementation to run."""
+    """False if the node can be drawn and connected, but has no implementation."""
     resources: Mapping[str, Json] = field(default_factory=dict)
-    """What a pod that runs it asks for: `cpu` and `memory`, as Kubernetes writes quantities."""
+    """Resource requests of a pod that runs it: `cpu` and `memory`, as Kubernetes quantities."""
     s3_location: str = ""
-    """The address of the package that holds this version: `s3://bucket/type/version`. What is shipped with the server
-    is loaded from the server's own files.
+    """Address of the package of this version: `s3://bucket/type/version`. Types shipped with the server are
+    loaded from its own files.
     """
     examples: tuple[Mapping[str, Json], ...] = ()
-    """Each: `config`, `input`, `port`, and `output`, or the message of its `error`."""
+    """Examples with `config`, `input`, `port`, and `output`, or the message of its `error`."""
     earlier: Mapping[str, NodeType] = field(default_factory=dict)
-    """Versions before this one that nodes may be pinned to, the newest first."""
+    """Earlier versions that nodes may be pinned to, the newest first."""
     changes: str = ""
-    """Of an earlier version: in what it differs from the one that replaced it."""
+    """Differences of an earlier version from its successor."""
 
     @property
     def is_trigger(self) -> bool:
         return self.trigger_kind is not None
 
     def outputs_of(self, config: Mapping[str, Json]) -> tuple[str, ...]:
-        """Return the outputs that a node with this config has, besides `error`."""
+        """Return the outputs of a node with this config, besides `error`."""
         if self.outputs_from is None:
             return self.outputs
         field_name, _, name = self.outputs_from.partition(OF_EACH)
@@ -153,26 +155,26 @@ class NodeType:
 
 
 class UnknownNodeType(LookupError):
-    """The catalogue has no such type, or not in that version."""
+    """Type, or version of a type, that the catalog doesn't contain."""
 
     def __init__(self, message: str, *, nearest: Sequence[str] = (), version: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.nearest = tuple(nearest)
-        """Types that it has, with names like the one that was asked for."""
+        """Existing types with similar names."""
         self.version = version
-        """The version that it has of the type, where that is what doesn't fit."""
+        """Existing version of the type, if only the version is unknown."""
 
 
 class NodeDirective:
-    """What a node returns that is more than its output."""
+    """Base of node results other than a bare output."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class NodeResult(NodeDirective):
-    """An output and the port it leaves by."""
+    """Output, and the port that it leaves by."""
 
     output: Json
     port: str = OUTPUT
@@ -180,76 +182,76 @@ class NodeResult(NodeDirective):
 
 @dataclass(frozen=True, slots=True)
 class TimerWait(NodeDirective):
-    """The node is done when `until` (aware, UTC) has passed; the worker is free meanwhile."""
+    """Wait until `until` (aware, UTC), after which the node completes; it occupies no worker."""
 
     until: datetime
     output: Json
 
 
 class AnswerSource(StrEnum):
-    """Whose answer a node waits for."""
+    """Source of the answer that a node waits for."""
 
     INPUT = "input"
-    """A person's."""
+    """A person."""
     RUN = "run"
-    """That of a run that the node has started."""
+    """A run that the node has started."""
     EVENT = "event"
-    """An event's."""
+    """An event."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerWait(NodeDirective):
-    """The node is done when somebody has answered; the worker is free meanwhile."""
+    """Wait for an answer, with which the node completes; it occupies no worker."""
 
     kind: AnswerSource
     request: Json
-    """What is asked: shown to those who may answer."""
+    """Request, shown to the people who may answer."""
     expires_at: datetime | None = None
     expired: NodeResult | None = None
-    """What the node gives when nobody has answered by then; None: it fails, with the code `expired`."""
+    """Result of the node without an answer by then; None if it fails with the code `expired`."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoopRequest(NodeDirective):
-    """The node, a loop, is done when what is behind its port `continue` has been run for each item."""
+    """Request to run the nodes behind the port `continue` once per item."""
 
     items: Sequence[Json]
     concurrency: int = 1
-    """Turns at once."""
+    """Maximum number of iterations at the same time."""
     continues_on_error: bool = False
-    """An item whose turn fails is listed with its error; False: the loop fails with it."""
+    """True if an item whose iteration fails is listed with its error; False if the loop fails with it."""
 
 
 NodeOutcome: TypeAlias = "Json | NodeResult | TimerWait | AnswerWait | LoopRequest"
 
 
 class NodeCall(msgspec.Struct, frozen=True):
-    """One call of a node."""
+    """Call of a node."""
 
     config: Mapping[str, Json]
-    """After defaults and with every template rendered, but for the fields in `compiled`."""
+    """Config with defaults and rendered templates, except for the fields in `compiled`."""
     data: Json
-    """What arrived from the parents, with the mapped fields laid over it."""
+    """Input from the parents, with the mapped fields merged in."""
     scope: Mapping[str, Json]
-    """The roots of expressions: `data`, `trigger`, `nodes`, `execution`; in a loop `item` and `index` too."""
+    """Roots of expressions: `data`, `trigger`, `nodes`, `execution`; in a loop `item` and `index` too."""
     conditions: Mapping[str, CompiledCondition]
-    """By the field that holds one, or by the place: `cases.0.condition`."""
+    """Conditions by config field, or by place: `cases.0.condition`."""
     values: Mapping[str, ValueTemplate]
     unresolved: list[str]
-    """Paths that found nothing; handed to whatever is evaluated late."""
+    """Unresolved paths; pass it to templates and conditions that are evaluated late."""
     log: Callable[[str, str], None]
-    """`log(level, message)`: a line in the execution's log."""
+    """`log(level, message)` adds a line to the log of the execution."""
     caller: RunCaller
     node_id: str
     iteration: str
-    """Which turn of the loops around it this is: empty outside of any, `3`, or `3.0` in a loop in a loop."""
+    """Iteration of the enclosing loops: empty outside of loops, `3`, or `3.0` in a nested loop."""
     idempotency_key: str
-    """The same on every attempt of this node in this execution: `execution:node:iteration`."""
+    """Identical in every attempt of this node in this execution: `execution:node:iteration`."""
     attempt: int
     now: datetime
     services: NodeServices
     is_strict: bool = False
-    """Whether a node fails where what must be there is missing."""
+    """Whether a node fails if required data is missing."""
 
     def scope_of(self, item: Json, index: int) -> dict[str, Json]:
         """Return the scope in which a condition or value sees one item of a list."""

@@ -1,4 +1,4 @@
-"""How a node is reached: what arrives at it, what its mappings make of that, and the call that it is given."""
+"""Inputs of nodes: gathering from parents, input mappings, and the call of the implementation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class NodeInputs:
-    """Prepares the nodes of one run."""
+    """Preparation of the nodes of one run."""
 
     def __init__(
         self, program: WorkflowProgram, caller: RunCaller, services: NodeServices, scribe: SpanRecorder
@@ -40,9 +40,12 @@ class NodeInputs:
     def reach_node(
         self, frame: SectionFrame, node_id: str, roots: Mapping[str, Json] | None = None
     ) -> NodeVisit:
-        """Return a node as it is reached; raises `ExpressionError`, `InvalidJson`, `NodeError` and `TakesLong`.
+        """Return the visit of a node with its input.
 
-        In a thread `roots` are those of the frame as they are when it begins: others go on meanwhile.
+        Raises `ExpressionError`, `InvalidJson`, `NodeError` and `BudgetExceeded`.
+
+        In a thread, `roots` is a snapshot of the frame's roots at the start, since other nodes complete
+        meanwhile.
         """
         program = self._nodes[node_id]
         data, input_node = self._gather_input(frame, program)
@@ -60,11 +63,11 @@ class NodeInputs:
         return visit
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
-        """Return a node that could not even be reached."""
+        """Return the visit of a node whose input could not be prepared."""
         return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._scribe.clock.now())
 
     def _gather_input(self, frame: SectionFrame, program: NodeProgram) -> tuple[Json, str | None]:
-        """Return what arrives at a node, and the parent whose output it is, unchanged, if there is just one."""
+        """Return the input of a node, and the single parent whose unchanged output it is, if any."""
         edges = frame.plan.parents(program.node.id)
         if not edges:
             return (None if program.is_pinned else frame.given), None
@@ -84,9 +87,11 @@ class NodeInputs:
         return merged, None
 
     def build_call(self, visit: NodeVisit, roots: Mapping[str, Json] | None = None) -> NodeCall:
-        """Render the config; raises `ExpressionError`, `InvalidJson`, `TakesLong`, and `NodeError` for what is missing.
+        """Render the config and return the call.
 
-        For `roots` see `begin`.
+        Raises `ExpressionError`, `InvalidJson`, `BudgetExceeded`, and `NodeError` for missing data.
+
+        See `reach_node` for `roots`.
         """
         program, frame = visit.program, visit.frame
         visit.begun_at = self._scribe.clock.now()
@@ -104,7 +109,8 @@ class NodeInputs:
             rendered = visit.resolved_config or values.encode_json(visit.config)
             visit.resolved_config = rendered if program.is_given_again else None
             if program.is_given_again and not program.config.is_static:
-                # What is sent is what is recorded: `nodes` may grow while that is being committed.
+                # The node receives exactly the recorded config: `nodes` may grow while that is being
+                # committed.
                 visit.config = cast("Mapping[str, Json]", values.restore_json(rendered))
             dynamic = sha256(dynamic + rendered).digest()
         visit.hashes = program.static_hashes + dynamic
@@ -128,10 +134,11 @@ class NodeInputs:
         )
 
     def check_resolved(self, visit: NodeVisit, scope: Mapping[str, Json] | None = None) -> None:
-        """Raise `NodeError` where a path has found nothing, and the graph's settings make that an error.
+        """Raise `NodeError` for unresolved paths if the settings of the graph are strict.
 
-        A field of an item, and what a condition asks for, may be missing. With a `scope` the node has not been called
-        yet: no condition was asked, and there is an item only in a loop. What was skipped is left out of the list.
+        Fields of an item, and paths of conditions, may be missing. With a `scope` the node has not been
+        called yet: no condition was tested, and there is an item only in a loop. Paths into skipped nodes are
+        removed from the list.
         """
         if not visit.unresolved:
             return
@@ -160,19 +167,19 @@ def _is_field_of_item(path: str) -> bool:
 
 
 def _leads_to_skipped(frame: SectionFrame, text: str) -> bool:
-    """Tell whether a path leads into a node that is not run: there is nothing to find, and nothing wrong."""
+    """Return whether a path leads into a skipped node: finding nothing there is no error."""
     if not text.removeprefix("$.").startswith("nodes"):
         return False
     try:
         path = compile_path(text)
     except ExpressionError:
-        return False  # the name of a field that should have been passed through
+        return False  # the name of a missing pass-through field
     node_id = path.steps[0][0] if path.root == "nodes" and path.steps else None
     return node_id is not None and frame.is_skipped(node_id)
 
 
 def _parent_output(frame: SectionFrame, parent: str) -> tuple[Json, str | None]:
-    """Return what comes from a parent, and its id: from the loop around it comes the item, which no node gave out."""
+    """Return a parent's output and id; an enclosing loop provides the item, without an id."""
     if frame.loop is not None and parent == frame.section.loop_id:
         return frame.given, None
     return frame.outputs[parent], parent
@@ -196,13 +203,13 @@ def _apply_mappings(
 
 
 def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
-    """Go on with a node where an earlier attempt left it: what must not change is given as it was given before."""
+    """Continue a node after an earlier attempt; a recorded input and config must not change."""
     visit.started_at = recorded.started_at or visit.started_at
     if recorded.status is SpanStatus.WAITING:
         visit.attempt, visit.hashes = recorded.attempt, recorded.hashes
         visit.unresolved = list(recorded.unresolved)
         return
-    # A loop that is taken up goes on with its items: that is no other attempt.
+    # A resumed loop continues with its items, so it is no new attempt.
     is_loop = visit.program.node_type.loops
     visit.attempt = recorded.attempt if is_loop else recorded.attempt + 1
     if recorded.status is SpanStatus.RUNNING and not is_loop:

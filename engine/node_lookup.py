@@ -1,4 +1,4 @@
-"""How the engine asks for node types: the protocols that a catalog implements."""
+"""Protocols by which the engine looks up node types; a catalog implements them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class ConfigProblemView(Protocol):
-    """One thing wrong with a config: where, what, and the schema keyword that says so."""
+    """Problem in a config: its place, a message, and the schema keyword that it violates."""
 
     @property
     def path(self) -> str: ...
@@ -19,7 +19,7 @@ class ConfigProblemView(Protocol):
     def steps(self) -> tuple[str | int, ...]: ...
     @property
     def meant(self) -> Json:
-        """The name of a field, or the value, that is certain to be meant; None: none is."""
+        """Name of a field, or value, that is certain to be intended; None if there is none."""
 
     @property
     def message(self) -> str: ...
@@ -28,7 +28,7 @@ class ConfigProblemView(Protocol):
 
 
 class NodeTypeLookup(Protocol):
-    """Where node types are looked up; raises `UnknownNodeType` for one that isn't there."""
+    """Lookup of node types; raises `UnknownNodeType` for an unknown type or version."""
 
     def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...

@@ -1,4 +1,4 @@
-"""What comes of nodes in the form in which it is kept: outputs as JSON, failures as errors of a node and of a run."""
+"""Outcomes of nodes in their stored form: outputs as JSON, failures as errors of a node and of a run."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ TIMEOUT_CODE: Final = "timeout"
 EXPIRED_CODE: Final = "expired"
 LOST_ATTEMPT_CODE: Final = "lost-attempt"
 UNKNOWN_OUTCOMES: Final = frozenset({TIMEOUT_CODE, "timed-out", "interrupted"})
-"""Codes of errors after which nobody knows whether a write was made."""
+"""Codes of errors that leave the outcome of a write unknown."""
 
 _UNSTORABLE = re.compile("[\0\ud800-\udfff]")
 
 
 def encode_output(output: Json, max_bytes: int) -> bytes:
-    """Return an output as JSON; raises `InvalidJson`, and `NodeError` where it is too large to be kept."""
+    """Return an output as JSON; raises `InvalidJson`, and `NodeError` if it is too large."""
     try:
         return values.encode_json(output, max_bytes=max_bytes)
     except InvalidJson as error:
@@ -39,7 +39,7 @@ def encode_output(output: Json, max_bytes: int) -> bytes:
 
 
 def output_too_large(max_bytes: int) -> NodeError:
-    """Return the error of an output that takes more than the limit."""
+    """Return the error of an output above the size limit."""
     name = run_limits.setting_name("max_output_bytes")
     return NodeError(
         f"The output takes more than the {max_bytes:,} bytes that can be kept ({name})",
@@ -48,7 +48,7 @@ def output_too_large(max_bytes: int) -> NodeError:
 
 
 def error_output(reason: RunError, data: Json, max_bytes: int) -> tuple[Json, bytes]:
-    """Return what leaves by the error port; data that would not fit beside the error is left out."""
+    """Return the output at the error port; data that doesn't fit beside the error is omitted."""
     output: Json = {"error": reason.as_json(), "data": data}
     try:
         return output, encode_output(output, max_bytes)
@@ -58,14 +58,14 @@ def error_output(reason: RunError, data: Json, max_bytes: int) -> tuple[Json, by
 
 
 def node_timed_out(node: GraphNode) -> NodeError:
-    """Return the error of a node that has used up its time."""
+    """Return the error of a node that has exceeded its timeout."""
     return NodeError(
         f"The node took longer than its {node.timeout_seconds:g} s", code=TIMEOUT_CODE, retryable=True
     )
 
 
 def to_run_error(reason: RunError) -> RunError:
-    """Return what a node's failure is to its run, which has fewer codes: a cause keeps the code of the node."""
+    """Convert a node's error to the error of its run, which has fewer codes; the cause keeps the node's code."""
     if reason.code == TIMEOUT_CODE:
         return replace(reason, cause=None)
     cause = reason.cause or FailureCause(reason.code, reason.message, reason.node_id)
@@ -73,24 +73,24 @@ def to_run_error(reason: RunError) -> RunError:
 
 
 def to_node_run_error(error: NodeError, node_id: str, attempt: int) -> RunError:
-    """Return an error as that of a node, with texts that every database takes."""
+    """Convert an error to the stored error of a node, with texts that every database accepts."""
     cause = error.cause
     if error.request is not None:
         method, url = error.request
         cause = FailureCause(error.code, error.message, node_id, method=method, url=url or None)
     if cause is not None:
-        # The runs of other workflows may have written it.
+        # Runs of other workflows may have written it.
         cause = FailureCause(*(text and make_storable(text) for text in astuple(cause)))
     return RunError(error.code, make_storable(error.message), node_id, attempt, cause)
 
 
 def make_storable(text: str) -> str:
-    """Return a text of anybody's making as every database takes it."""
+    """Return an arbitrary text in a form that every database accepts."""
     return _UNSTORABLE.sub("\ufffd", text[:MAX_MESSAGE_LENGTH])
 
 
 def to_node_error(error: Exception) -> NodeError:
-    """Translate what a node raised: its own words where it chose them, else the kind of surprise."""
+    """Convert an exception of a node to a `NodeError`; an unexpected one keeps its type in the message."""
     if isinstance(error, NodeError):
         return error
     if isinstance(error, ExpressionError):

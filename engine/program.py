@@ -1,4 +1,4 @@
-"""A graph made ready to run: every config compiled once, every hash that doesn't depend on data taken once."""
+"""Compiled workflow: each config and each data-independent hash is computed once."""
 
 from __future__ import annotations
 
@@ -42,48 +42,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class NodeProgram:
-    """One node, compiled."""
+    """Compiled node."""
 
     node: GraphNode
     node_type: NodeType
     is_write: bool
-    """It changes something outside."""
+    """Whether the node changes something outside."""
     config: ValueTemplate
     conditions: Mapping[str, CompiledCondition]
     values: Mapping[str, ValueTemplate]
     mappings: Mapping[str, ValueTemplate | Expression]
     pass_through: Mapping[str, str]
     missing: str | None
-    """What the config still lacks: the node fails with this when it is reached."""
+    """Message about missing config; the node fails with it when it is reached."""
     static_hashes: bytes
-    """Digests of type and version, of the config after defaults, and of the mappings."""
+    """Digests of type and version, of the config with defaults, and of the mappings."""
     join: JoinConfig | None = None
     is_given_again: bool = False
-    """What it is given the first time is recorded, and given to it whenever it is taken up again."""
+    """Whether its first input is recorded and reused whenever the node is resumed."""
     is_pinned: bool = False
 
 
 @dataclass(frozen=True)
 class WorkflowProgram:
-    """A whole graph, compiled; shared by all runs of the same definition."""
+    """Compiled graph, shared by all runs of the same definition."""
 
     graph: ParsedGraph
-    """What is run of the definition."""
+    """Part of the definition that is run."""
     root: GraphSection
-    """What lies outside of all loops, and in it their bodies."""
+    """Section outside of all loops; it contains the sections of their bodies."""
     nodes: Mapping[str, NodeProgram]
     runs: Mapping[str, RunNode]
-    """The implementation of each node."""
+    """Implementation of each node."""
     inline: frozenset[str]
-    """Nodes whose implementation returns at once: it is called without a task of its own."""
+    """Nodes whose implementation returns at once, so that they need no task."""
     repeatable: frozenset[str]
-    """Of the others, those that have no effect, and may be done over elsewhere where they take long."""
+    """Other nodes without effects; a call that takes too long may be repeated in a thread."""
 
     @classmethod
     def compile(
         cls, graph: ParsedGraph, catalog: NodeTypeLookup, implementation: Callable[[str], RunNode]
     ) -> Self:
-        """Compile `graph`; raises `InvalidDefinition` for what validation would have refused."""
+        """Compile `graph`; raises `InvalidDefinition` for definitions that validation would refuse."""
         try:
             graph = prune_graph(graph, catalog)
             nodes = {node.id: _compile_pinned_or_node(node, graph, catalog) for node in graph.nodes}
@@ -115,7 +115,7 @@ class WorkflowProgram:
 
 
 def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTypeLookup) -> NodeProgram:
-    """Compile a node; what is pinned has nothing left to render, to wait for or to fail by, whatever its config is."""
+    """Compile a node; a pinned node has nothing to render, to wait for or to fail by, for any config."""
     if node.id not in graph.pinned:
         return compile_node(node, catalog)
     bare = replace(node, config={}, input_mappings={}, pass_through_values={})
@@ -133,7 +133,7 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
 
 
 def _pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
-    """Return what stands for a pinned node: its output leaves as usual, or by the first port that leads on."""
+    """Return the implementation of a pinned node; its output leaves by `output` or a connected port."""
     node_id = program.node.id
     ports = program.node_type.outputs_of(graph.by_id[node_id].config)
     connected = {edge.source_port for edge in graph.outbound[node_id]} - {CONTINUE}
@@ -182,7 +182,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
 def _divide_config(
     config: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> tuple[dict[str, Json], dict[str, tuple[FieldCompilation, Json]]]:
-    """Return what is rendered before the call, and what the node evaluates itself, by its place in the config."""
+    """Split a config into the fields to render before a call, and those that the node evaluates, by place."""
     early = dict(config)
     late: dict[str, tuple[FieldCompilation, Json]] = {}
     for place, kind in compiled.items():
@@ -205,7 +205,7 @@ def _without_fields(item: Json, name: str) -> Json:
 
 
 def compile_mapping(source: Json) -> ValueTemplate | Expression:
-    """Compile what feeds one mapped field: an expression, a text with `{{ }}` in it, or a constant."""
+    """Compile the source of one mapped field: an expression, a text with `{{ }}`, or a constant."""
     if isinstance(source, str) and "{{" not in source:
         return compile_expression(source)
     return compile_template(source)

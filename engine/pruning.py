@@ -1,7 +1,7 @@
-"""What is left of a graph for a trial: what leads to the node that it ends with, and nothing before a pinned one.
+"""Pruning of a graph for a test run: only predecessors of its last node, and nothing before a pinned one.
 
-A pinned node gives the output that was set for it and isn't run. What only leads to pinned nodes isn't run either,
-unless an expression of a node that is run names it.
+A pinned node returns the output that was set for it and isn't run. Nodes that only lead to pinned nodes
+aren't run either, unless an expression of a node that is run refers to them.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
-    """Return the part of a graph that is run: all of it, where it neither ends with a node nor has pinned ones.
+    """Return the part of a graph that is run: all of it without a last node and pinned nodes.
 
-    Raises `InvalidDefinition` for a node that isn't there.
+    Raises `InvalidDefinition` for an unknown node.
     """
     if graph.up_to is None and not graph.pinned:
         return graph
@@ -51,7 +51,7 @@ def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
 
 
 def _pin_loop_bodies(pinned: Collection[str], bodies: LoopBodies) -> Iterator[GraphEdge]:
-    """Return what keeps pinned nodes in the bodies in which they are: they give their output at once in each turn."""
+    """Yield edges that keep pinned nodes in their loop bodies, where they return at once."""
     for node_id in pinned:
         loop_id = bodies.holders.get(node_id)
         if loop_id is not None:
@@ -59,7 +59,7 @@ def _pin_loop_bodies(pinned: Collection[str], bodies: LoopBodies) -> Iterator[Gr
 
 
 class _NeededNodes:
-    """Goes back from what is wanted to all that it takes."""
+    """Backward search from the last nodes to all nodes that they need."""
 
     def __init__(self, graph: ParsedGraph, bodies: LoopBodies) -> None:
         self._graph = graph
@@ -68,7 +68,7 @@ class _NeededNodes:
         self._last_of_bodies = self._last_nodes()
         self._found: set[str] = set()
         self._whole: set[str] = set()
-        """Loops whose whole body is needed, and not only the way to a node in it."""
+        """Loops whose whole body is needed, and not only the path to a node in it."""
         self._left: list[str] = []
 
     def collect(self) -> set[str]:
@@ -82,7 +82,7 @@ class _NeededNodes:
         return self._found
 
     def _last_nodes(self) -> Mapping[str | None, list[str]]:
-        """Return the nodes that lead nowhere, or into a body alone, by the loop whose body they are in."""
+        """Return the nodes that lead nowhere, or only into a body, by innermost loop."""
         last: dict[str | None, list[str]] = {None: []}
         for node in self._graph.nodes:
             leading = [
@@ -120,7 +120,7 @@ class _NeededNodes:
 
 
 def _referenced_nodes(node: GraphNode) -> Iterator[str]:
-    """Return the nodes that the expressions of a node name: `nodes.<id>`."""
+    """Yield the nodes that the expressions of a node refer to: `nodes.<id>`."""
     texts = [*_collect_texts(dict(node.config)), *_collect_texts(dict(node.input_mappings))]
     for text in texts:
         if "nodes" not in text:

@@ -1,4 +1,4 @@
-"""What is ready: the bookkeeping of one run. No clock, no I/O; every step costs what its edges cost."""
+"""Readiness of nodes in one run, without a clock or I/O; each step costs time linear in its edges."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class ReadinessChange:
-    """What became known by one step: nodes that may start now, and nodes that never will."""
+    """Result of one step: nodes that may start now, and nodes that never will."""
 
     ready: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
 
 class ReadinessTracker:
-    """Follows one run through its graph.
+    """Tracker of one run's readiness in its graph.
 
-    A node is ready when every edge into it is decided and at least one was taken; when none was, it is skipped, and so
-    are the edges out of it. The decision is derived from what has settled, in whatever order that happened. Only an
-    eager node is ready as soon as one edge into it was taken, and what is decided later changes nothing for it.
+    A node is ready when every edge into it is decided and at least one was taken. If none was taken, the node
+    is skipped, and so are its outgoing edges. The decision depends only on the settled nodes, not on their
+    order. An eager node, however, is ready as soon as one edge into it was taken; later decisions change
+    nothing for it.
     """
 
     def __init__(self, graph: ParsedGraph, triggers: Iterable[str], eager: Collection[str] = ()) -> None:
@@ -36,10 +37,10 @@ class ReadinessTracker:
         self._triggers = frozenset(triggers)
         self._eager = eager
         self._first: dict[str, GraphEdge] = {}
-        """By which edge each eager node was reached."""
+        """Edge by which each eager node was reached."""
 
     def start(self) -> ReadinessChange:
-        """Return the triggers as ready; whatever else nothing leads to is skipped."""
+        """Return the triggers as ready; other nodes without incoming edges are skipped."""
         step = ReadinessChange()
         roots = [node_id for node_id, count in self._undecided.items() if count == 0]
         step.ready = [node_id for node_id in roots if node_id in self._triggers]
@@ -47,7 +48,7 @@ class ReadinessTracker:
         return step
 
     def settle(self, node_id: str, port: str) -> ReadinessChange:
-        """Record that a node has left by `port`: the edges from there are taken, its others are not."""
+        """Record that a node has left by `port`: its edges at that port are taken, the others are not."""
         step = ReadinessChange()
         unreachable: list[str] = []
         self._ports[node_id] = port
@@ -59,7 +60,7 @@ class ReadinessTracker:
         return step
 
     def parents(self, node_id: str) -> Sequence[GraphEdge]:
-        """Return the taken edges into a node, in the order in which they were drawn; into an eager one, the first."""
+        """Return the taken edges into a node, in graph order; only the first taken for an eager node."""
         if node_id in self._first:
             return [self._first[node_id]]
         return [edge for edge in self._inbound[node_id] if self._ports.get(edge.source) == edge.source_port]

@@ -1,7 +1,7 @@
-"""What a graph uses that isn't in it: data sources, models and whatever else a config names by its id.
+"""Resources that a graph refers to by id in its configs, such as data sources and models.
 
-The schema of a type marks such a field: `x-resource = "datasources:read"`. Where a template stands in it, the id is
-known to a run alone.
+The schema of a type marks such a field with `x-resource = "datasources:read"`. If the field contains a
+template, the id is known only at run time.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ _Schema: TypeAlias = "Mapping[str, Json]"
 
 @dataclass(frozen=True, slots=True)
 class ResourceReference:
-    """One place in a config that names something."""
+    """Reference to a resource in a config."""
 
     kind: str
-    """`datasources`, `models`, …"""
+    """Kind of resource: `datasources`, `models`, …"""
     id: str
     node_id: str
     path: str
-    """The place in the node's config, with dots: `dataSource`."""
+    """Path in the node's config, with dots: `dataSource`."""
     action: str
-    """What the node does with it: `read`, `write`, `invoke`."""
+    """Action of the node on the resource: `read`, `write`, `invoke`."""
     source_types: Sequence[str] = ()
-    """Types of data sources that the node can use there; empty for other things than data sources."""
+    """Types of data sources that the node accepts there; empty for other kinds of resources."""
 
     @property
     def scope(self) -> str:
@@ -47,12 +47,12 @@ class ResourceReference:
 
 
 def required_scopes(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[str]:
-    """Return what a graph needs to be allowed: sorted, each once, such as `datasources:read:ds_001`."""
+    """Return the scopes that a graph needs, sorted and unique, such as `datasources:read:ds_001`."""
     return sorted({reference.scope for reference in list_references(graph, catalog)})
 
 
 def list_references(graph: ParsedGraph, catalog: NodeTypeLookup) -> list[ResourceReference]:
-    """Return every place of a graph that names something, in order; types that the catalogue lacks name nothing."""
+    """Return every resource reference of a graph, in order; nodes of unknown types have none."""
     found: list[ResourceReference] = []
     types: dict[tuple[str, str | None], NodeType | None] = {}
     for node in graph.nodes:
@@ -76,7 +76,7 @@ def _find_node_type(catalog: NodeTypeLookup, node_type: str, version: str | None
 
 
 def _named_ids(path: str, schema: Json, value: Json) -> Iterator[tuple[str, _Schema, str]]:
-    """Return the ids in a value, each with its path, and with the schema that says what it is the id of."""
+    """Yield the resource ids in a value, each with its path and the schema of its field."""
     if not isinstance(schema, dict):
         return
     if isinstance(value, str):

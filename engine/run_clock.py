@@ -1,4 +1,4 @@
-"""The clock of a run: moments as they are stored, and durations as this process counts them."""
+"""Clock of a run: stored times, and durations by the monotonic clock of the process."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Protocol
 
 
 class RunClock(Protocol):
-    """Turns stored moments into points of the monotonic clock, and back.
+    """Conversion between stored times and points of the monotonic clock.
 
-    Whatever counts a duration inside a process counts it by the monotonic clock: no clock that is set moves its end.
+    Durations inside a process are measured by the monotonic clock, so that changes of the system clock don't
+    move their end.
     """
 
     def now(self) -> datetime:
-        """Return the present moment (aware, UTC)."""
+        """Return the current time (aware, UTC)."""
 
     def moment_of(self, monotonic: float) -> datetime:
-        """Return the moment (aware, UTC) at a point of `time.monotonic`, in seconds."""
+        """Return the time (aware, UTC) at a point of `time.monotonic`, in seconds."""
 
     def monotonic_of(self, moment: datetime) -> float:
-        """Return the point of `time.monotonic`, in seconds, at an aware moment."""
+        """Return the point of `time.monotonic`, in seconds, at an aware time."""

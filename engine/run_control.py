@@ -1,4 +1,4 @@
-"""What others ask of a run while it runs."""
+"""Control requests to a run in progress."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from enum import IntEnum
 
 
 class ControlRequest(IntEnum):
-    """Ordered by force: a stronger request replaces a weaker one, never the other way round."""
+    """Requests in order of precedence: a stronger request replaces a weaker one, never the reverse."""
 
     HAND_OFF = 1
-    """Finish what has begun, start nothing, let another worker go on."""
+    """Complete the nodes in progress, start none, and let another worker continue."""
     STOP = 2
-    """Finish what has begun, start nothing, end as stopped."""
+    """Complete the nodes in progress, start none, and end as stopped."""
     HAND_OFF_NOW = 3
-    """Break off what has begun and let another worker go on."""
+    """Cancel the nodes in progress, and let another worker continue."""
     CANCEL = 4
-    """Break off what has begun and end as cancelled."""
+    """Cancel the nodes in progress, and end as cancelled."""
     ABANDON = 5
-    """The lease is lost: break off and write nothing."""
+    """Cancel the nodes in progress, and write nothing: the lease is lost."""
 
 
 class RunControl:
-    """One run's switch; safe to use from its event loop only."""
+    """Control of one run; use it only from the run's event loop."""
 
     def __init__(self) -> None:
         self.request: ControlRequest | None = None

@@ -1,4 +1,4 @@
-"""What can go wrong while a workflow runs, by what follows from it."""
+"""Errors of runs and nodes, distinguished by their consequence."""
 
 from __future__ import annotations
 
@@ -8,31 +8,32 @@ import msgspec
 
 
 class FailureCause(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """The error of the node that made a run fail; fields without a value are left out."""
+    """Error of the node that made a run fail; fields without a value are omitted."""
 
     code: str
     message: str
     node_id: str | None
     method: str | None = None
-    """Of the HTTP request that failed."""
+    """Method of the failed HTTP request."""
     url: str | None = None
-    """Of the HTTP request that failed, with secrets hidden."""
+    """URL of the failed HTTP request, with secrets hidden."""
     execution_id: str | None = None
-    """The execution of a sub-workflow that the node belongs to; None: the execution that shows the error."""
+    """Execution of the sub-workflow that contains the node; None for the execution that shows the error."""
 
 
 class HttpRequestName(NamedTuple):
-    """An HTTP request as errors name it."""
+    """HTTP request as named in errors."""
 
     method: str
     url: str
-    """With secrets hidden; empty where the URL is unusable."""
+    """URL with secrets hidden; empty if it is unusable."""
 
 
 class NodeError(Exception):
-    """A node could not do its work; `retryable` says whether another attempt may succeed.
+    """Failure of a node; `retryable` says whether another attempt may succeed.
 
-    `request` is the HTTP request that failed, `cause` the error inside a sub-workflow that made the node fail.
+    `request` is the HTTP request that failed, `cause` the error inside a sub-workflow that made the node
+    fail.
     """
 
     def __init__(
@@ -53,8 +54,8 @@ class NodeError(Exception):
 
 
 class LeaseLost(Exception):
-    """Somebody else may hold this execution now: stop at once and write nothing more."""
+    """Lease of this execution lost: another process may hold it, so stop at once and write nothing more."""
 
 
 class InvalidDefinition(ValueError):
-    """The stored graph can't be run; `message` says what to mend."""
+    """Stored graph that can't be run; `message` names the problem."""

@@ -1,4 +1,4 @@
-"""How much one run may take. Whatever goes beyond ends in an error that names the setting."""
+"""Limits of one run. Exceeding one fails with an error that names its setting."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RunLimits:
-    """Each is a setting of the process that runs nodes: `max_loop_items` is `PILOTFLAME_MAX_LOOP_ITEMS`."""
+    """Limits, each a setting of the process that runs nodes: `max_loop_items` is `PILOTFLAME_MAX_LOOP_ITEMS`."""
 
     max_output_bytes: int = 10_000_000
-    """Bytes of one node's output as JSON."""
+    """Bytes of the output of one node, as JSON."""
     max_log_lines: int = 10_000
-    """Lines of one run's log."""
+    """Lines in the log of one run."""
     max_loop_items: int = 10_000
     """Items of one loop."""
     max_iterations: int = 100_000
-    """Turns of all loops of one run."""
+    """Iterations of all loops of one run."""
 
 
 def setting_name(name: str) -> str:
-    """Return the environment variable that a limit is set by."""
+    """Return the environment variable of a limit."""
     return f"PILOTFLAME_{name.upper()}"

@@ -1,4 +1,4 @@
-"""What follows from what nodes gave: outputs and failures, pauses and answers, and who is ready by that."""
+"""Progress of one run: node outcomes, retries, waits and answers, and the scheduling of successors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from engine.worklist import Worklist
 
 NodeAnswers: TypeAlias = Mapping[tuple[str, str], bytes]
-"""Answers that waiting nodes were given, by node and iteration: `{output, port}` or `{error: {code, message}}`."""
+"""Wait answers by node and iteration: `{output, port}` or `{error: {code, message}}`."""
 
 MAX_KEPT_TEXT_BYTES: Final = 16_384
 WEBHOOK: Final = "webhook"
-"""Kind of the trigger whose output may be as large as a body that the gateway takes in."""
+"""Kind of the trigger whose output may be as large as a body that the gateway accepts."""
 MAX_ROUND_SECONDS: Final = 60.0
-"""Before a run is taken up again from a node that has failed, it rests for a second, then for twice as long, …"""
+"""Maximum delay before a run is resumed at a failed node. The delay begins at a second and doubles."""
 
 
 class RunProgress:
-    """Carries one run from node to node; calls none."""
+    """Apply node outcomes (complete, retry, wait, fail) and schedule successors. Never calls a node."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class RunProgress:
         limits: RunLimits,
     ) -> None:
         self.failure: RunError | None = None
-        """That of the run."""
+        """Error of the run."""
         self._nodes = program.nodes
         self._settings = program.graph.settings
         self._signals = wait_answers
@@ -65,15 +65,15 @@ class RunProgress:
 
     @property
     def _loops(self) -> LoopScheduler:
-        # Made when it is needed: the two know one another, and so only the garbage collector frees them.
+        # Created on demand: the two refer to each other, so only the garbage collector frees them.
         if self._begun_loops is None:
             self._begun_loops = LoopScheduler(self, self._agenda, self._scribe, self._limits, self._recorded)
         return self._begun_loops
 
-    # ── what nodes gave ───────────────────────────────────────────────────────────────────────────
+    # ── node outcomes ─────────────────────────────────────────────────────────────────────────────
 
     def apply_outcome(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
-        """Take what a node returned."""
+        """Apply the outcome that a node returned."""
         try:
             if not isinstance(outcome, NodeDirective):
                 self._on_completed(visit, OUTPUT, outcome)
@@ -90,7 +90,7 @@ class RunProgress:
             self.fail(visit, to_node_error(error))
 
     def write_output(self, visit: NodeVisit, outcome: NodeOutcome) -> None:
-        """Write down the output that a node returned, if it has; raises `InvalidJson`, `NodeError` and `TakesLong`."""
+        """Encode a returned output, if any; raises `InvalidJson`, `NodeError` and `BudgetExceeded`."""
         if isinstance(outcome, NodeResult | TimerWait):
             visit.written = self._encode_output(visit, outcome.output)
         elif not isinstance(outcome, NodeDirective):
@@ -102,13 +102,13 @@ class RunProgress:
         self._settle(visit, SpanStatus.COMPLETED, port, output, text, digest)
 
     def _encode_output(self, visit: NodeVisit, output: Json) -> tuple[Json, bytes, bytes]:
-        """Return an output as others see it and as it is kept, and its digest; raises `InvalidJson` and `NodeError`."""
+        """Return the visible output, its stored form, and its digest; raises `InvalidJson` and `NodeError`."""
         if visit.program.pass_through:
             output = self._pass_through(visit, output)
         if visit.unresolved:
             self._visits.check_resolved(visit)
         if output is visit.data:
-            # As it was written before.
+            # Reuse the encoded input.
             text = visit.input if visit.input_node is None else visit.frame.texts.get(visit.input_node)
             if text is not None and len(text) <= MAX_KEPT_TEXT_BYTES:
                 return output, text, sha256(text).digest()
@@ -116,10 +116,10 @@ class RunProgress:
         return output, text, sha256(text).digest()
 
     def _max_bytes(self, visit: NodeVisit, output: Json) -> int:
-        """Return the limit of an output.
+        """Return the size limit of an output in bytes.
 
-        A webhook is limited by `maxBodyBytes` of its trigger alone, when the gateway takes it in; nodes that pass the
-        output of another on unchanged add nothing to it.
+        Only `maxBodyBytes` of its trigger limits a webhook, when the gateway accepts it. Nodes that pass the
+        output of another node on unchanged don't enlarge it.
         """
         is_passed_on = output is visit.data and visit.input_node is not None
         if is_passed_on or visit.program.node_type.trigger_kind == WEBHOOK:
@@ -127,7 +127,7 @@ class RunProgress:
         return self._max_output_bytes
 
     def complete(self, visit: NodeVisit, output: Json, port: str) -> None:
-        """Settle a node with an output that it has not returned itself."""
+        """Complete a node with an output that it has not returned itself."""
         self.apply_outcome(visit, NodeResult(output, port))
 
     def _pass_through(self, visit: NodeVisit, output: Json) -> Json:
@@ -143,7 +143,7 @@ class RunProgress:
     # ── failures ──────────────────────────────────────────────────────────────────────────────────
 
     def fail(self, visit: NodeVisit, error: NodeError, *, is_final: bool = False) -> None:
-        """Take the failure of a node: it is tried again, unless that is ruled out or was done often enough."""
+        """Handle the failure of a node: retry it, unless no retry is allowed or left."""
         reason = self.to_run_error(visit, error)
         pause = None if is_final or visit.frame.is_broken_off else self._pause_seconds(visit, error)
         if pause is None:
@@ -156,14 +156,14 @@ class RunProgress:
         self._sleep(visit, wake_at, WakeAction.TRIED_AGAIN)
 
     def to_run_error(self, visit: NodeVisit, error: NodeError) -> RunError:
-        """Return an error as that of a node."""
+        """Convert an error to the stored error of a node."""
         return outcomes.to_node_run_error(error, visit.node_id, visit.attempt)
 
     def _pause_seconds(self, visit: NodeVisit, error: NodeError) -> float | None:
-        """Return how long to wait before the next attempt; None: there is none.
+        """Return the delay before the next attempt in seconds; None if there is none.
 
-        Attempts come in rounds. Where the settings say so, the run is taken up again from a node that has used up one
-        round; the attempt that it goes on with tells in which.
+        Attempts are grouped in rounds. With `retryOnFailure`, the run is resumed at a node that has used up
+        one round; the round follows from the number of the next attempt.
         """
         node = visit.program.node
         is_known = error.retryable and error.code not in outcomes.UNKNOWN_OUTCOMES
@@ -180,7 +180,7 @@ class RunProgress:
         return min(2.0**rounds, MAX_ROUND_SECONDS)
 
     def give_up(self, visit: NodeVisit, reason: RunError) -> None:
-        """Let a node fail for good: by its error port, or with all that it is a part of."""
+        """Fail a node permanently: route its error to the error port, or fail its frame."""
         frame = visit.frame
         if visit.has_error_edge and not frame.is_broken_off:
             output, text = outcomes.error_output(reason, visit.data, self._max_output_bytes)
@@ -204,11 +204,11 @@ class RunProgress:
             self._loops.cancel_turn(frame)
 
     def record_cancelled(self, visit: NodeVisit) -> None:
-        """Note that a node of a part that was broken off has been cut short."""
+        """Record that a node in a cancelled frame was cancelled."""
         self._scribe.record_node(visit, SpanStatus.CANCELLED, ended_at=self._scribe.clock.now())
         self._on_node_settled(visit.frame)
 
-    # ── on to the next ────────────────────────────────────────────────────────────────────────────
+    # ── successors ────────────────────────────────────────────────────────────────────────────────
 
     def _settle(
         self,
@@ -238,9 +238,10 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def restore(self, frame: SectionFrame, span: NodeSpan) -> None:
-        """Take a settled node from the journal instead of running it.
+        """Restore a settled node from the journal instead of running it.
 
-        They come in the order in which they settled, so that an eager node is reached by the branch that was first.
+        Call this in the order in which nodes settled, so that an eager node is reached by the branch that was
+        first.
         """
         output = values.restore_json(span.output) if span.output is not None else None
         frame.outputs[span.node_id] = frame.nodes[span.node_id] = output
@@ -253,7 +254,7 @@ class RunProgress:
         self._on_node_settled(frame)
 
     def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None:
-        """Note what has become known of the nodes of a frame."""
+        """Schedule ready nodes of a frame, and record skipped ones."""
         if step.ready:
             self._agenda.add(frame, step.ready)
         frame.skipped.update(step.skipped)
@@ -265,18 +266,18 @@ class RunProgress:
                     self.skip_body(frame.section.bodies[node_id], frame)
 
     def skip_body(self, body: GraphSection, frame: SectionFrame) -> None:
-        """Record of each node in a body without turns that it is not run."""
+        """Record the nodes of a loop body without iterations as skipped."""
         for node in body.inner_nodes():
             if node.id not in frame.recorded:
                 self._scribe.record_skipped(node, frame.iteration)
 
     def _on_node_settled(self, frame: SectionFrame) -> None:
-        """Note that one node of a frame is through."""
+        """Record that one node of a frame has ended."""
         frame.open -= 1
         if frame.open == 0 and frame.loop is not None:
             self._loops.end_turn(frame, frame.loop)
 
-    # ── pauses and answers ────────────────────────────────────────────────────────────────────────
+    # ── waits and answers ─────────────────────────────────────────────────────────────────────────
 
     def _begin_wait(self, visit: NodeVisit, outcome: TimerWait) -> None:
         _, text, _ = visit.written or self._encode_output(visit, outcome.output)
@@ -297,7 +298,7 @@ class RunProgress:
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
     def resume_sleep(self, visit: NodeVisit, recorded: NodeSpan) -> None:
-        """Go on with a pause of an earlier attempt, which an answer may have ended meanwhile."""
+        """Continue a wait of an earlier attempt, which an answer may have ended meanwhile."""
         if recorded.status is SpanStatus.RETRYING:
             self._sleep(visit, recorded.wake_at, WakeAction.TRIED_AGAIN)
         elif recorded.awaits is None:
@@ -309,11 +310,11 @@ class RunProgress:
             self._sleep(visit, recorded.wake_at, WakeAction.EXPIRED, expired=expired)
 
     def apply_answers(self, wait_answers: NodeAnswers) -> None:
-        """Take the answers of now."""
+        """Apply the current wait answers to sleeping nodes."""
         self._signals, sleeping = wait_answers, self._agenda.sleeping
         for visit in [one.visit for one in sleeping.values() if one.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
-            # What came of one of them may have broken off another.
+            # An earlier answer of this loop may have cancelled this node.
             if payload is not None and sleeping.pop(visit, None) is not None:
                 self._apply_answer(visit, payload)
 
@@ -324,13 +325,13 @@ class RunProgress:
         try:
             result = answer_payloads.decode_answer(payload)
         except (InvalidJson, NodeError) as error:
-            # The first answer counts, and there is no second: another attempt has no other end.
+            # Only the first answer counts, so another attempt would fail the same way.
             self.fail(visit, to_node_error(error), is_final=True)
         else:
             self.apply_outcome(visit, result)
 
     def wake(self, sleeping: SleepingNode) -> None:
-        """End a wait whose time has come."""
+        """End a wait that is due."""
         visit = sleeping.visit
         if sleeping.then is WakeAction.DONE:
             text = sleeping.output or b"null"

@@ -1,4 +1,4 @@
-"""What a run leaves behind: spans, log lines and its end, as the journal keeps them."""
+"""Records of a run in the journal: spans, log lines and its outcome."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SpanStatus(StrEnum):
-    """A node's state within one run."""
+    """State of a node within one run."""
 
     RUNNING = "running"
     WAITING = "waiting"
@@ -33,66 +33,68 @@ SETTLED_STATUSES = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatu
 
 @dataclass(frozen=True, slots=True)
 class RunError:
-    """Why a run, or a node in it, failed."""
+    """Error of a run, or of a node in it."""
 
     code: str
     message: str
     node_id: str | None = None
     attempt: int | None = None
     cause: FailureCause | None = None
-    """Of a node's failure, only where it says more than `code` and `message`; of a run, the node's failure."""
+    """For a node, a cause with more information than `code` and `message`; for a run, the error of the node.
+    """
 
     def as_json(self) -> dict[str, Json]:
-        """Return the error as nodes are given it."""
+        """Return the error as nodes see it."""
         return {"code": self.code, "message": self.message, "nodeId": self.node_id, "attempt": self.attempt}
 
 
 class NodeSpan(msgspec.Struct, frozen=True):
-    """One node in one run: the newest row replaces the one before it."""
+    """Record of one node in one run; a later row replaces an earlier one."""
 
     node_id: str
     label: str
     type: str
     status: SpanStatus
     sequence: int
-    """Counts a run's spans and log lines up, over all its attempts."""
+    """Sequence number of spans and log lines of a run, over all its attempts."""
     started_at: datetime | None
     ended_at: datetime | None = None
     iteration: str = ""
-    """Which turn of the loops around it: empty outside of any, `3`, or `3.0` in a loop in a loop.
+    """Iteration of the enclosing loops: empty outside of loops, `3`, or `3.0` in a nested loop.
 
-    Each turn has a span of its own, under the id of its loop.
+    Each iteration has a span of its own, under the id of its loop.
     """
     port: str | None = None
     attempt: int = 1
     input_node: str | None = None
-    """The node whose output is this one's input, unchanged; else `input` holds it."""
+    """Node whose unchanged output is the input of this node; otherwise `input` contains it."""
     input: bytes | None = None
     output: bytes | None = None
     error: RunError | None = None
     unresolved: tuple[str, ...] = ()
     wake_at: datetime | None = None
     awaits: bytes | None = None
-    """JSON: whose answer it waits for, and what it gives when none comes: `{kind, request, expired: {output, port}}`.
+    """JSON of a wait: the source of the answer, and the result without one: `{kind, request, expired:
+    {output, port}}`.
 
-    Where `expired` is null, it fails then.
+    If `expired` is null, the node fails without an answer.
     """
     resolved_config: bytes | None = None
-    """A write node's config as it was rendered for its first attempt: the second attempt uses it again."""
+    """Config of a write node as rendered for its first attempt; later attempts reuse it."""
     hashes: bytes | None = None
-    """Four SHA-256 digests: type and version; config after defaults; mappings; resolved input."""
+    """Four SHA-256 digests: type and version; config with defaults; mappings; resolved input."""
     input_blob: bytes | None = None
-    """JSON: where the journal keeps an input that is too large for a row; `input` is None in the row then."""
+    """JSON reference to the blob of an input that is too large for a row; `input` is None in the row then."""
     output_blob: bytes | None = None
 
     @property
     def is_turn(self) -> bool:
-        """Whether it tells of one turn of a loop, and not of a node, which has hashes before it leaves by any port."""
+        """Whether this is the span of an iteration. A node has hashes before it leaves by any port."""
         return self.port == CONTINUE and self.hashes is None
 
 
 class AttemptSpan(msgspec.Struct, frozen=True):
-    """One attempt of a node that was tried more than once: the newest row replaces the one before it."""
+    """Record of one attempt of a node with several attempts; a later row replaces an earlier one."""
 
     node_id: str
     label: str
@@ -101,17 +103,17 @@ class AttemptSpan(msgspec.Struct, frozen=True):
     attempt: int
     status: SpanStatus
     sequence: int
-    """Counts with the spans and log lines of the run."""
+    """Sequence number, shared with the spans and log lines of the run."""
     started_at: datetime | None
-    """None: as it was recorded before, or unknown."""
+    """None if unchanged since an earlier row, or unknown."""
     ended_at: datetime | None = None
-    """None: it goes on, or its worker was lost and nobody knows."""
+    """None while the attempt is in progress, or if its worker was lost and its end is unknown."""
     next_attempt_at: datetime | None = None
     error: RunError | None = None
 
 
 class LogLine(msgspec.Struct, frozen=True):
-    """One line of an execution's log."""
+    """Line in the log of an execution."""
 
     level: str
     message: str
@@ -121,7 +123,7 @@ class LogLine(msgspec.Struct, frozen=True):
 
 
 class RunStatus(StrEnum):
-    """How one stretch of work on a run ended."""
+    """Status at the end of one attempt at a run."""
 
     COMPLETED = "completed"
     FAILED = "failed"
@@ -129,40 +131,40 @@ class RunStatus(StrEnum):
     CANCELLED = "cancelled"
     WAITING = "waiting"
     RELEASED = "released"
-    """Handed over to whoever claims it next."""
+    """Released for the next process that claims it."""
 
 
 UNFINISHED_STATUSES = frozenset({RunStatus.WAITING, RunStatus.RELEASED})
-"""After these the run goes on, sooner or later."""
+"""Statuses after which the run continues later."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunOutcome:
-    """The end of one stretch of work."""
+    """Outcome of one attempt at a run."""
 
     status: RunStatus
     error: RunError | None = None
     due_at: datetime | None = None
-    """When a waiting run wants to go on."""
+    """Time at which a waiting run is due."""
 
 
 class RunJournalWriter(Protocol):
-    """Where a run writes what happened. Nothing counts before `commit` has returned."""
+    """Journal of one run. Records are durable only after `commit` has returned."""
 
     def record(self, span: NodeSpan) -> None:
-        """Keep a span for the next commit."""
+        """Add a span to the next commit."""
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
-        """Keep an attempt for the next commit; a span of its node follows."""
+        """Add an attempt to the next commit; a span of its node follows."""
 
     def log(self, line: LogLine) -> None:
-        """Keep a log line for the next commit."""
+        """Add a log line to the next commit."""
 
     def advance(self, share: float) -> None:
-        """Count a part of the run as done; all parts of a run make 1."""
+        """Add a share to the progress of the run; all shares of a run sum up to 1."""
 
     async def commit(self) -> None:
-        """Make everything recorded so far durable; raises `LeaseLost` when the run is no longer ours."""
+        """Make all records so far durable; raises `LeaseLost` if this process no longer holds the run."""
 
     def holds_lease(self) -> bool:
-        """Tell, by the monotonic clock, whether the lease is certain to last a moment longer."""
+        """Return whether, by the monotonic clock, the lease is certain to last a moment longer."""

@@ -1,4 +1,4 @@
-"""Scripts in the configs of nodes: before a run they are parsed, and nothing more is done with them."""
+"""Syntax checks of scripts in the configs of nodes; scripts are parsed and never executed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ if TYPE_CHECKING:
 
 MAX_SCRIPT_CHARACTERS: Final = 65_536
 MAX_CHARACTERS: Final = 262_144
-"""Of all scripts of one graph that are parsed, which takes a microsecond each: the rest is left to the run."""
+"""Maximum size of all parsed scripts of one graph, at a microsecond per character; others are checked at run
+time.
+"""
 
 
 class ScriptChecker:
-    """Parses the scripts of one graph, as far as its share of time goes."""
+    """Checker of the scripts of one graph, within a limited time."""
 
     def __init__(self) -> None:
         self._characters = 0
         self._read: dict[str, str | None] = {}
 
     def findings(self, node: GraphNode, node_type: NodeType) -> Iterator[GraphFinding]:
-        """Return a finding for each field that should hold Python and doesn't."""
+        """Yield a finding for each field with invalid Python."""
         properties = node_type.config_schema.get("properties")
         for name, schema in properties.items() if isinstance(properties, dict) else ():
             source = node.config.get(name)

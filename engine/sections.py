@@ -1,7 +1,7 @@
-"""The parts of a graph that are run as one: what lies outside of every loop, and the body of each loop.
+"""Sections of a graph: the nodes outside of all loops, and the body of each loop.
 
-A loop's body is what is reached from its port `continue`. It is a part of its own: no edge leads into it from outside,
-and none out of it; what comes of it leaves the loop by `done`.
+The body of a loop consists of the nodes reachable from its port `continue`. It is closed: no edge leads into
+it from outside, and none out of it. Its results leave the loop by `done`.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ if TYPE_CHECKING:
     from engine.graph import GraphEdge, GraphNode
 
 MAX_LOOP_DEPTH: Final = 4
-"""Loops inside one another."""
+"""Maximum nesting depth of loops."""
 
 
 @dataclass(frozen=True)
 class GraphSection:
-    """One part of a graph, ready to be walked through."""
+    """Executable section of a graph."""
 
     graph: ParsedGraph
-    """Its nodes and edges; that of a body begins with the loop itself, and the edges from its port `continue`."""
+    """Nodes and edges; the graph of a body begins with the loop itself, and the edges from its port
+    `continue`.
+    """
     first: tuple[str, ...] = ()
-    """Nodes that nothing leads to and that are ready all the same."""
+    """Nodes without incoming edges that are ready at the start."""
     eager: frozenset[str] = frozenset()
-    """Nodes that go on with the first branch that arrives."""
+    """Nodes that continue with the first branch that arrives."""
     bodies: Mapping[str, GraphSection] = field(default_factory=dict)
-    """Of the loops in it that have one."""
+    """Bodies of the loops in this section."""
     loop_id: str | None = None
-    """The loop whose body it is."""
+    """Loop that this section is the body of."""
 
     @cached_property
     def last(self) -> tuple[str, ...]:
-        """The nodes that lead nowhere: their outputs are what comes of the section."""
+        """Nodes without outgoing edges; their outputs are the result of the section."""
         outbound = self.graph.outbound
         return tuple(
             node.id for node in self.graph.nodes if not outbound[node.id] and node.id != self.loop_id
@@ -47,11 +49,11 @@ class GraphSection:
 
     @cached_property
     def size(self) -> int:
-        """How many nodes it has, with those of all the bodies in it."""
+        """Number of nodes, including those of all nested bodies."""
         return sum(1 for _ in self.inner_nodes())
 
     def inner_nodes(self) -> Iterator[GraphNode]:
-        """Return the nodes of it and of all the bodies in it, without the loop whose body it is."""
+        """Yield the nodes of the section and of all nested bodies, without the section's own loop."""
         for node in self.graph.nodes:
             if node.id != self.loop_id:
                 yield node
@@ -61,18 +63,18 @@ class GraphSection:
 
 @dataclass(frozen=True, slots=True)
 class LoopBodies:
-    """Which loop's body each node is in."""
+    """Assignment of nodes to loop bodies."""
 
     loops: frozenset[str]
     holders: Mapping[str, str | None]
-    """By node: the innermost loop around it; None: it is in no body."""
+    """Innermost enclosing loop by node; None outside of all bodies."""
     depths: Mapping[str, int]
-    """By node: how many loops are around it."""
+    """Number of enclosing loops by node."""
     crossing: Sequence[GraphEdge]
-    """Edges that lead into a body from outside of it."""
+    """Edges that lead into a body from outside."""
 
     def around(self, node_id: str) -> Iterator[str]:
-        """Return the loops around a node, the innermost first."""
+        """Yield the enclosing loops of a node, the innermost first."""
         holder = self.holders.get(node_id)
         while holder is not None:
             yield holder
@@ -80,7 +82,7 @@ class LoopBodies:
 
 
 def find_bodies(graph: ParsedGraph, loops: Collection[str]) -> LoopBodies:
-    """Look for the bodies of `loops`, in one pass; where bodies overlap, a node is in the deepest that reaches it."""
+    """Find the bodies of `loops` in one pass; a node in several bodies belongs to the deepest."""
     if not loops:
         return LoopBodies(frozenset(), {}, {}, ())
     holders: dict[str, str | None] = {}
@@ -88,7 +90,7 @@ def find_bodies(graph: ParsedGraph, loops: Collection[str]) -> LoopBodies:
     crossing: list[GraphEdge] = []
     for node_id in graph.order:
         arriving = [(edge, _holder_behind(edge, holders, loops)) for edge in graph.inbound[node_id]]
-        # Loops come before what is in their bodies: the depth of each is known.
+        # Loops precede the nodes in their bodies, so the depth of each is known.
         holder = max(
             (found for _, found in arriving), key=lambda found: _holder_depth(found, depths), default=None
         )
@@ -109,7 +111,7 @@ def _holder_depth(holder: str | None, depths: Mapping[str, int]) -> int:
 def divide_graph(
     graph: ParsedGraph, loops: Collection[str], first: Collection[str], eager: Collection[str]
 ) -> GraphSection:
-    """Return the outermost section, with all others in it; raises `InvalidDefinition` for what can't be divided."""
+    """Return the outermost section with all others in it; raises `InvalidDefinition` for invalid loop bodies."""
     if not loops:
         return GraphSection(graph, tuple(first), frozenset(eager))
     bodies = find_bodies(graph, loops)
@@ -121,7 +123,7 @@ def divide_graph(
 
 
 class _SectionDivider:
-    """Sorts nodes and edges by the section that they are in, once for all sections."""
+    """Grouping of nodes and edges by section, once for all sections."""
 
     def __init__(
         self, graph: ParsedGraph, bodies: LoopBodies, first: frozenset[str], eager: frozenset[str]

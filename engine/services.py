@@ -1,7 +1,8 @@
-"""What the process that runs nodes lends to them: every way out of a node goes through one of these.
+"""Protocols of the services that a process provides to nodes: all external effects of a node go through them.
 
-The engine and the nodes know the promises alone; who keeps them differs between a shared worker and a pod. Each method
-raises `NodeError` for what the node's author or user can mend, with `retryable` where another try may help.
+The engine and the nodes know only these protocols; shared workers and pods implement them differently. Each
+method raises `NodeError` for errors that the author or user of the node can fix, with `retryable` if another
+attempt may succeed.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ if TYPE_CHECKING:
 
 
 class RunCaller(msgspec.Struct, frozen=True):
-    """For whom a node works: what it may use is decided by this, never by what stands in its config."""
+    """Identity that a node works for. It alone decides access, never the node's config."""
 
     organization_id: str
     user_id: str
     workflow_id: str
     execution_id: str
     key_id: str
-    """The first of a line of resumed executions: what is kept for a run is kept under this."""
+    """Id of the first of a chain of resumed executions; data of a run is stored under it."""
 
 
 class HttpResponse(Protocol):
-    """An answer from outside."""
+    """Response of an external server."""
 
     @property
     def status(self) -> int: ...
@@ -44,7 +45,7 @@ class HttpResponse(Protocol):
 
 
 class HttpClientService(Protocol):
-    """The guarded way out: refuses private networks unless the operator allowed them."""
+    """Guarded HTTP client: refuses private networks unless the operator allows them."""
 
     async def request(
         self,
@@ -59,24 +60,24 @@ class HttpClientService(Protocol):
 
 
 class QueryRows(msgspec.Struct, frozen=True):
-    """What a query gave."""
+    """Result of a query."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[Json]]
-    """Values as JSON has them: what it lacks is text (dates as ISO 8601, exact decimals, UUIDs), bytes are Base64."""
+    """Values as JSON; other types become text (dates as ISO 8601, exact decimals, UUIDs), bytes Base64."""
 
 
 class UpsertRule(msgspec.Struct, frozen=True):
-    """What is done where a row with the same key is there already."""
+    """Handling of rows with an existing key."""
 
     key: Sequence[str]
-    """Columns; none: the row is always new, and the database decides whether that is an error."""
+    """Key columns. Without any, each row is inserted, and the database decides whether that is an error."""
     update: bool = True
-    """Replace the other columns; False: leave the row as it is."""
+    """True to replace the other columns; False to leave the row unchanged."""
 
 
 class SqlDatabase(Protocol):
-    """One database of a user, over a pool that its data source shares within an organisation."""
+    """Database of a user, over a pool that its data source shares within an organization."""
 
     async def query(
         self,
@@ -87,7 +88,7 @@ class SqlDatabase(Protocol):
         max_bytes: int,
         timeout_seconds: float,
     ) -> QueryRows:
-        """Run one statement that reads, with its values bound; a `?` stands for each. More than it may give fails."""
+        """Run a reading statement with bound values, a `?` for each; exceeding a limit is an error."""
 
     async def write(
         self,
@@ -99,14 +100,14 @@ class SqlDatabase(Protocol):
         batch_rows: int,
         timeout_seconds: float,
     ) -> int:
-        """Insert rows in batches, all of them or none; returns how many were inserted or changed."""
+        """Insert rows in batches, all or none; returns the number of inserted or changed rows."""
 
     async def execute(self, statement: str, parameters: Sequence[Json], *, timeout_seconds: float) -> int:
-        """Run one statement that writes, with its values bound; returns how many rows it changed."""
+        """Run a writing statement with bound values; returns the number of changed rows."""
 
 
 class StoredObject(msgspec.Struct, frozen=True):
-    """An entry of a listing."""
+    """Entry of a listing."""
 
     key: str
     size: int
@@ -115,11 +116,11 @@ class StoredObject(msgspec.Struct, frozen=True):
 
 
 class ObjectBucket(Protocol):
-    """One bucket of a user, or the part of one below a prefix."""
+    """Bucket of a user, or the part of a bucket below a prefix."""
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes: ...
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
-        """Write an object whole; returns its entity tag."""
+        """Write an object as a whole; returns its entity tag."""
 
     async def list(
         self, prefix: str, *, max_objects: int, timeout_seconds: float
@@ -127,45 +128,45 @@ class ObjectBucket(Protocol):
 
 
 class MailServerService(Protocol):
-    """A mail server of a user, which sends what it takes."""
+    """Mail server of a user, for outgoing mail."""
 
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
-        """Hand in one mail for all recipients, or for none of them; addresses are bare and in ASCII, as is the mail."""
+        """Send one mail to all recipients or to none; addresses are bare and in ASCII, as is the mail."""
 
 
 class DataSourceService(Protocol):
-    """Data sources by id, as far as the caller may use them."""
+    """Data sources by id, restricted to those that the caller may use."""
 
     async def database(self, caller: RunCaller, source_id: str, type: str) -> SqlDatabase: ...  # noqa: A002 - the field's own word
     async def bucket(self, caller: RunCaller, source_id: str) -> ObjectBucket: ...
     async def mail_server(self, caller: RunCaller, source_id: str) -> MailServerService: ...
     async def headers(self, caller: RunCaller, source_id: str, url: str) -> Mapping[str, str]:
-        """Return what a request to `url` carries: of http-bearer, http-basic or api-key, if it is for that host."""
+        """Return authorization headers (http-bearer, http-basic, api-key) for `url` if its host matches."""
 
 
 class FileFolderService(Protocol):
-    """The folders that the operator keeps for organisations, each like a bucket."""
+    """Folders that the operator provides to organizations, with the interface of a bucket."""
 
     async def folder(self, caller: RunCaller) -> ObjectBucket:
-        """Return the folder of the caller's organisation."""
+        """Return the folder of the caller's organization."""
 
 
 class BlobService(Protocol):
-    """Contents too large, or too raw, for JSON; each belongs to one line of runs and goes with it."""
+    """Blobs: contents too large for JSON, or binary. Each belongs to one chain of resumed runs."""
 
     async def put(
         self, caller: RunCaller, content: bytes, *, media_type: str, name: str = ""
     ) -> dict[str, Json]:
-        """Keep a content, durably; returns its reference: `{"$blob": {sha256, size, type, name}}`."""
+        """Store a content durably; returns its reference: `{"$blob": {sha256, size, type, name}}`."""
 
     async def get(self, caller: RunCaller, reference: Json, *, max_bytes: int) -> bytes:
-        """Return the content behind a reference that this line of runs was given."""
+        """Return the content of a reference that this chain of runs has received."""
 
 
 class CodeService(Protocol):
-    """User code, run where it can do nothing but compute."""
+    """Sandboxed user code, which can only compute."""
 
     async def run(
         self,
@@ -178,17 +179,17 @@ class CodeService(Protocol):
         max_memory_bytes: int,
         print_line: PrintLine,
     ) -> Json:
-        """Run a script with `inputs` as its globals; returns the value of its last expression, or of `return`."""
+        """Run a script with `inputs` as globals; returns the value of its last expression or `return`."""
 
 
 class PrintLine(Protocol):
-    """What becomes of a line that user code prints."""
+    """Callback for a line that user code prints."""
 
     def __call__(self, level: str, message: str, /) -> None: ...
 
 
 class SubRunService(Protocol):
-    """Other workflows, run for this one."""
+    """Sub-workflow runs."""
 
     async def start(
         self,
@@ -200,49 +201,49 @@ class SubRunService(Protocol):
         iteration: str,
         awaited: bool,
     ) -> str:
-        """Start a run, once for a node and iteration however often that is asked; returns its execution id.
+        """Start a run, at most once per node and iteration; returns its execution id.
 
-        An awaited one answers the node when it has ended.
+        An awaited run answers the node when it ends.
         """
 
 
 class ThrottleService(Protocol):
-    """How often something may happen, over all runs of an organisation."""
+    """Rate limits shared by all runs of an organization."""
 
     async def reserve(
         self, caller: RunCaller, key: str, *, limit: int, per_seconds: float, max_wait_seconds: float
     ) -> datetime:
-        """Return when (aware, UTC) one more may pass, and take that place, unless it is too far away."""
+        """Reserve the next slot and return its time (aware, UTC), unless it is too far away."""
 
 
 class EventWaitRequest(msgspec.Struct, frozen=True):
-    """What a node waits for."""
+    """Event that a node waits for."""
 
     event_type: str
-    """A type, or with `.*` at its end all that begin so."""
+    """Event type, or with a trailing `.*` all types with that prefix."""
     condition: str | None = None
-    """JSON: what must hold of the event, which it sees as `item`, with `given` as `data`."""
+    """JSON of a condition on the event, which it sees as `item`, with `given` as `data`."""
     given: str = "[]"
-    """JSON."""
+    """JSON list of values."""
     look_back_seconds: float = 0.0
-    """An event counts that came up to so long before the node was reached."""
+    """Maximum age of a matching event at the time when the node was reached."""
     timeout_seconds: float | None = None
 
 
 class EventWaitService(Protocol):
-    """What happens in the organisation."""
+    """Events of the organization."""
 
     async def expect(
         self, caller: RunCaller, wanted: EventWaitRequest, *, node_id: str, iteration: str
     ) -> datetime | None:
-        """See to it that the first such event answers the node; returns when (aware, UTC) it has waited long enough.
+        """Let the first matching event answer the node; returns the expiry of the wait (aware, UTC).
 
-        Both are counted from when the node was reached first, however often that is asked.
+        Both times count from when the node was first reached, also in repeated calls.
         """
 
 
 class _MissingService:
-    """Stands for what a process doesn't lend."""
+    """Placeholder for a service that a process doesn't provide."""
 
     def __init__(self, what: str) -> None:
         self._what = what
@@ -257,7 +258,7 @@ def _missing_service(what: str) -> Callable[[], Any]:
 
 @dataclass(frozen=True, slots=True)
 class NodeServices:
-    """All of them; what a process doesn't have raises `NodeError` when it is used."""
+    """Services for nodes; using one that the process doesn't provide raises `NodeError`."""
 
     http: HttpClientService
     data_sources: DataSourceService = field(default_factory=_missing_service("Data sources"))

@@ -1,6 +1,7 @@
-"""What is known of a value before there is one: from a JSON Schema, from past values, or from how it is put together.
+"""Shapes of values that don't exist yet: from a JSON Schema, from past values, or from construction.
 
-A shape never claims too much: a path that it says is lost finds nothing, as far as the schema, or the past, is right.
+A shape is conservative: a path that it reports as a dead end finds nothing, provided the schema or the past
+values are right.
 """
 
 from __future__ import annotations
@@ -20,26 +21,28 @@ if TYPE_CHECKING:
 ShapeSteps: TypeAlias = "Sequence[PathStep]"
 
 MAX_FIELDS: Final = 250
-"""An object with more fields than these is taken for anything, so that shapes stay cheap to put together."""
+"""Maximum number of fields of a shape. A larger object has an unknown shape, so that merging shapes stays
+cheap.
+"""
 MAX_LEVELS: Final = 8
 MAX_ITEMS: Final = 50
-"""Items of a past list that are looked at."""
+"""Maximum number of items of a past list that are inspected."""
 
 
 class OtherFields(IntEnum):
-    """What there may be beside the fields that a shape names; of two, the larger allows more."""
+    """Fields beyond those that a shape names; of two values, the larger permits more."""
 
     NOTHING = 0
     NOTHING_SEEN = 1
-    """Past values had nothing else."""
+    """Past values had no other fields."""
     UNKNOWN = 2
     ANYTHING = 3
-    """Whatever there is, is meant to be."""
+    """Any other field is allowed by intent."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ValueShape:
-    """An object with these fields, a list of these items, or, with neither, whatever `rest` says."""
+    """Shape of an object with these fields, a list of these items, or, with neither, as `rest` says."""
 
     fields: Mapping[str, ValueShape] = field(default_factory=dict)
     items: ValueShape | None = None
@@ -48,7 +51,7 @@ class ValueShape:
 
 @dataclass(frozen=True, slots=True)
 class PathDeadEnd:
-    """A path leads nowhere from its step number `at`, which isn't in `shape`."""
+    """Path that finds nothing from its step number `at` on, which isn't in `shape`."""
 
     at: int
     shape: ValueShape
@@ -59,7 +62,7 @@ SCALAR: Final = ValueShape()
 
 
 def follow_path(shape: ValueShape, steps: ShapeSteps) -> ValueShape | PathDeadEnd:
-    """Return the shape at the end of a path, or where the path is lost."""
+    """Return the shape at the end of a path, or its dead end."""
     for at, step in enumerate(steps):
         below = _child_shape(shape, step)
         if below is None and shape.rest >= OtherFields.UNKNOWN:
@@ -77,11 +80,11 @@ def _child_shape(shape: ValueShape, step: PathStep) -> ValueShape | None:
     return shape.items if position is not None else None
 
 
-# ── made of schemas ─────────────────────────────────────────────────────────────────────────────────────────
+# ── from schemas ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shape_of_schema(schema: Json) -> ValueShape:
-    """Return what a JSON Schema says of a value, by its types, properties and items; other keywords say nothing."""
+    """Return the shape of a JSON Schema, by types, properties and items; other keywords are ignored."""
     if not isinstance(schema, dict):
         return UNKNOWN
     match schema.get("type"):
@@ -103,11 +106,11 @@ def _other_fields(additional: Json) -> OtherFields:
     return OtherFields.NOTHING if additional is False else OtherFields.ANYTHING
 
 
-# ── made of values ──────────────────────────────────────────────────────────────────────────────────────────
+# ── from values ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shape_of_config(value: Json, levels: int = MAX_LEVELS) -> ValueShape:
-    """Return what is known of a value in a config, before the templates in it are rendered."""
+    """Return the shape of a value in a config before its templates are rendered."""
     match value:
         case dict() if levels == 0 or "$op" in value or len(value) > MAX_FIELDS:
             return UNKNOWN
@@ -122,7 +125,7 @@ def shape_of_config(value: Json, levels: int = MAX_LEVELS) -> ValueShape:
 
 
 def shape_of_samples(past: Sequence[Json], levels: int = MAX_LEVELS) -> ValueShape:
-    """Return what any of the past values had; those that are empty or null tell nothing."""
+    """Return the union of the shapes of past values; empty and null values are ignored."""
     telling = [value for value in past if value not in (None, [], {})]
     if levels == 0 or not telling:
         return UNKNOWN
@@ -142,11 +145,11 @@ def shape_of_samples(past: Sequence[Json], levels: int = MAX_LEVELS) -> ValueSha
     )
 
 
-# ── put together ────────────────────────────────────────────────────────────────────────────────────────────
+# ── combinations ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def merge_samples(shape: ValueShape, past: ValueShape) -> ValueShape:
-    """Return a shape in which past values tell of what nobody knew, and add what nobody expected."""
+    """Return a shape completed by past values: unknown parts are filled in, and unexpected fields added."""
     if past.rest is OtherFields.UNKNOWN:
         return shape
     known = {
@@ -161,14 +164,14 @@ def merge_samples(shape: ValueShape, past: ValueShape) -> ValueShape:
 
 
 def add_fields(shape: ValueShape, fields: Mapping[str, ValueShape]) -> ValueShape:
-    """Return an object with other fields laid over it."""
+    """Return an object shape with other fields merged in."""
     if len(shape.fields) + len(fields) > MAX_FIELDS:
         return UNKNOWN
     return ValueShape({**shape.fields, **fields}, rest=shape.rest)
 
 
 def union_shapes(shapes: Sequence[ValueShape]) -> ValueShape:
-    """Return a shape that is any of these: it has whatever one of them has."""
+    """Return the union of shapes: it has each field that one of them has."""
     first, *others = shapes
     if not others:
         return first
@@ -183,7 +186,7 @@ def union_shapes(shapes: Sequence[ValueShape]) -> ValueShape:
             items = UNKNOWN if items and shape.items else items or shape.items
         rest = max(rest, shape.rest)
     if rest >= OtherFields.UNKNOWN:
-        # What one of them may have, nobody knows how, can't be told by how another has it.
+        # A shape with unknown fields may have them in another form than the other shapes.
         fields = {
             name: each
             for name, each in fields.items()
@@ -197,11 +200,11 @@ def _accepts_field(shape: ValueShape, name: str, expected: ValueShape) -> bool:
     return shape.rest < OtherFields.UNKNOWN or shape.fields.get(name) is expected
 
 
-# ── paths that were meant ───────────────────────────────────────────────────────────────────────────────────
+# ── suggestions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
-    """Return paths that lead somewhere and may have been meant, by a name like it, or a step more or less."""
+    """Return existing paths that are likely meant, with a similar name, or a step more or less."""
     head, (key, _), tail = steps[: lost.at], steps[lost.at], steps[lost.at + 1 :]
     fields = lost.shape.fields
     meant = name_suggestions.suggest_names(key, fields) if key is not None else []
@@ -217,7 +220,7 @@ def suggest_paths(steps: ShapeSteps, lost: PathDeadEnd) -> list[ShapeSteps]:
 
 
 def find_open_field(shape: ValueShape) -> str | None:
-    """Return the one field that may hold anything, if there is just one: what isn't beside it may be in it."""
+    """Return the only field with unknown content, if there is just one: a missing field may be inside it."""
     found = [
         name for name, each in shape.fields.items() if each.rest is OtherFields.UNKNOWN and not each.fields
     ]
@@ -229,7 +232,7 @@ def _resolves(shape: ValueShape, steps: ShapeSteps) -> bool:
 
 
 def _is_known(shape: ValueShape, steps: ShapeSteps) -> bool:
-    """Tell whether every step of a path is one that the shape names."""
+    """Return whether the shape names every step of a path."""
     for step in steps:
         below = _child_shape(shape, step)
         if below is None:
@@ -239,7 +242,7 @@ def _is_known(shape: ValueShape, steps: ShapeSteps) -> bool:
 
 
 def _list_paths(shape: ValueShape) -> Iterator[tuple[ShapeSteps, ValueShape]]:
-    """Return the fields of a shape, and theirs, with the way to each; the nearest first."""
+    """Yield the fields of a shape and their fields, with their paths, the nearest first."""
     inner = [(((name, None),), each) for name, each in islice(shape.fields.items(), MAX_FIELDS)]
     yield from inner
     for way, each in inner:

@@ -1,4 +1,4 @@
-"""Tells the journal what a run does, and numbers all of it."""
+"""Recorder that writes the spans, attempts and log lines of a run to its journal, in one numbering."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ if TYPE_CHECKING:
     from engine.run_records import RunJournalWriter
 
 MAX_PENDING = 1_000
-"""Spans and log lines, in round numbers, that wait for a commit."""
+"""Approximate maximum number of spans and log lines that wait for a commit."""
 MAX_PENDING_BYTES = 10_000_000
 
 
 MAX_ATTEMPT_SPANS = 10_000
-"""Attempts of one run that are recorded as spans of their own: nodes in loops may have many more."""
+"""Maximum number of attempts of one run with spans of their own; nodes in loops may have many more."""
 
 
 class SpanRecorder:
-    """One run's own."""
+    """Span recorder of one run."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class SpanRecorder:
         *,
         attempts: int = 0,
     ) -> None:
-        """`sequence` is the highest number that is recorded, and `attempts` how many attempts are, at most."""
+        """`sequence` is the highest recorded number, and `attempts` an upper bound of the recorded attempts."""
         self.clock = clock
         self.holds_lease = journal.holds_lease
         self._advance = journal.advance
         self.has_uncommitted_write = False
-        """Nothing may follow before the next commit."""
+        """Whether a write requires a commit before any further step."""
         self._journal = journal
         self._sequence = self._committed = sequence
         self._pending_bytes = 0
@@ -53,11 +53,11 @@ class SpanRecorder:
 
     @property
     def needs_commit(self) -> bool:
-        """Whether what waits for a commit had better not grow any further."""
+        """Whether the uncommitted records have reached their limit."""
         return self._sequence - self._committed > MAX_PENDING or self._pending_bytes > MAX_PENDING_BYTES
 
     async def commit(self) -> None:
-        """Make everything that was told durable; raises `LeaseLost`."""
+        """Make all records so far durable; raises `LeaseLost`."""
         self.has_uncommitted_write = False
         self._committed, self._pending_bytes = self._sequence, 0
         await self._journal.commit()
@@ -74,7 +74,7 @@ class SpanRecorder:
         error: RunError | None = None,
         awaits: bytes | None = None,
     ) -> None:
-        """Record where a node is."""
+        """Record the state of a node."""
         if visit.attempt > 1 or status is SpanStatus.RETRYING:
             self._tell_attempt(visit, status, ended_at, wake_at, error)
         self._sequence += 1
@@ -115,7 +115,7 @@ class SpanRecorder:
         wake_at: datetime | None,
         error: RunError | None,
     ) -> None:
-        """Record an attempt of a node that is tried more than once."""
+        """Record the state of the current attempt of a node with several attempts."""
         if visit.lost is not None:
             self._tell_lost_attempt(visit, visit.lost)
             visit.lost = None
@@ -123,7 +123,7 @@ class SpanRecorder:
         if status is SpanStatus.RETRYING:
             if error is None:
                 return  # announced, and not begun
-            # The number of the visit may be that of the last attempt of a round already.
+            # The visit may already have the number of the last attempt of a round.
             number, status = error.attempt or visit.attempt, SpanStatus.FAILED
             ended_at, next_attempt_at, visit.begun_at = self.clock.now(), wake_at, None
         elif status is SpanStatus.CANCELLED and begun_at is None:
@@ -133,7 +133,7 @@ class SpanRecorder:
         self._record_attempt(visit, number, status, begun_at, ended_at, next_attempt_at, error)
 
     def _tell_lost_attempt(self, visit: NodeVisit, recorded: NodeSpan) -> None:
-        """Record that nobody knows the end of an attempt that an earlier stretch of work has begun."""
+        """Record the unknown end of an attempt that an earlier worker began."""
         number = recorded.attempt
         message = f"The worker stopped or was lost during attempt {number}: its end is unknown"
         error = RunError(LOST_ATTEMPT_CODE, message, visit.program.node.id, number)
@@ -177,7 +177,7 @@ class SpanRecorder:
         )
 
     def count(self, frame: SectionFrame, share: float) -> None:
-        """Count a part of the run as done, in a turn for all loops around it."""
+        """Add a share to the run's progress, and in an iteration to all enclosing loops."""
         while (loop := frame.loop) is not None:
             frame.counted += share
             loop.visit.counted += share
@@ -185,7 +185,7 @@ class SpanRecorder:
         self._advance(share)
 
     def count_node(self, visit: NodeVisit) -> None:
-        """Count a node as done; a loop, with what is left of its turns."""
+        """Add a node to the run's progress; a loop adds the rest of its iterations."""
         frame = visit.frame
         if not frame.section.bodies:
             self.count(frame, frame.share)
@@ -203,7 +203,7 @@ class SpanRecorder:
         output: bytes | None,
         error: RunError | None,
     ) -> None:
-        """Record the end of a turn, under the id of its loop."""
+        """Record the end of an iteration, under the id of its loop."""
         self._sequence += 1
         self._pending_bytes += len(output or b"")
         self._journal.record(
@@ -223,7 +223,7 @@ class SpanRecorder:
         )
 
     def record_skipped(self, node: GraphNode, iteration: str) -> None:
-        """Record that a node is not run."""
+        """Record a node as skipped."""
         self._sequence += 1
         self._journal.record(
             NodeSpan(
@@ -238,7 +238,7 @@ class SpanRecorder:
         )
 
     def log(self, level: str, message: str, node_id: str) -> None:
-        """Write a line into the run's log."""
+        """Write a line to the log of the run."""
         if self._log_lines > self._max_log_lines:
             return
         self._log_lines += 1

@@ -1,4 +1,4 @@
-"""What a trigger node gives out: what a run was given, laid out by the kind of event that the node takes."""
+"""Outputs of trigger nodes: the inputs of a run in the layout of the trigger's kind."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ SCHEDULE_KIND: Final = "schedule"
 
 @dataclass(frozen=True, slots=True)
 class TriggerLayout:
-    """Output fields of a kind of trigger, and the one that takes inputs."""
+    """Output fields of a kind of trigger, and its payload field."""
 
     fields: Mapping[str, Json]
-    """Fields that every output has, with the value of each where nothing was given."""
+    """Fields of every output, with their defaults."""
     payload: str | None = None
-    """The field that takes inputs whole; None: inputs are fields as they are."""
+    """Field that contains the inputs as a whole; None if inputs are output fields themselves."""
     optional: frozenset[str] = frozenset()
     """Fields that only some outputs have."""
 
     def has(self, inputs: Mapping[str, Json]) -> bool:
-        """Tell whether inputs are an output already: the payload and, beside it, nothing but other output fields."""
+        """Return whether inputs are an output already: the payload field and only other output fields."""
         return self.payload in inputs and all(name in self.fields or name in self.optional for name in inputs)
 
 
@@ -58,9 +58,9 @@ _LAYOUTS: Final[Mapping[str, TriggerLayout]] = {
 
 
 def trigger_output(kind: str, inputs: Json | Mapping[str, Json], now: datetime) -> dict[str, Json]:
-    """Return the output of a trigger of a kind; a run that was not given its time is due at `now`.
+    """Return the output of a trigger of a kind; a scheduled run without a time gets `now`.
 
-    Inputs become the payload, except where they are an output already. `{"title": …, "body": …}` is payload:
+    Inputs become the payload, unless they are an output already. `{"title": …, "body": …}` is payload:
     `title` is no output field.
     """
     layout = _LAYOUTS.get(kind, _MANUAL)

@@ -1,4 +1,4 @@
-"""What is wrong with a graph, before it runs. Linear in nodes and edges; nothing of the graph is evaluated."""
+"""Validation of graphs before a run, in time linear in nodes and edges; no expression is evaluated."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def validate_graph(
     is_draft: bool = False,
     samples: OutputSamples = NO_SAMPLES,
 ) -> ValidationResult:
-    """Check a graph against the catalogue, and its paths against `samples` too: what nodes gave out in past runs."""
+    """Validate a graph against the catalog, and its paths also against `samples`, the outputs of past runs."""
     findings = FindingCollector(is_draft=is_draft)
     drawn = _inspect_graph(graph, catalog, findings)
     if drawn is not None:
@@ -56,9 +56,9 @@ def validate_graph(
 def find_errors(
     graph: ParsedGraph, catalog: NodeTypeLookup, *, passed: Collection[str] = ()
 ) -> ValidationResult:
-    """Check only whether a graph can run: in a fraction of the time, and without most of the warnings.
+    """Validate only whether a graph can run: in a fraction of the time, and without most warnings.
 
-    The configs of the nodes with the ids in `passed`, which were found good before, aren't read again.
+    `passed` holds the ids of nodes whose configs were valid before and aren't validated again.
     """
     findings = FindingCollector(is_draft=False)
     _inspect_graph(graph, catalog, findings, passed)
@@ -68,7 +68,7 @@ def find_errors(
 def _inspect_graph(
     graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector, passed: Collection[str] = ()
 ) -> InspectedGraph | None:
-    """Look for everything but doubtful paths and secrets; returns None where it was broken off."""
+    """Find all problems except unresolved paths and secrets; returns None if the validation was truncated."""
     if not graph.nodes:
         findings.add(_empty_graph_finding())
         return None
@@ -116,7 +116,7 @@ def _empty_graph_finding() -> GraphFinding:
 def _look_up(
     graph: ParsedGraph, catalog: NodeTypeLookup, findings: FindingCollector
 ) -> list[tuple[GraphNode, NodeType]]:
-    """Return the nodes whose types there are, each with its own: two of them may have one id."""
+    """Return the nodes of known types, each with its type; duplicate node ids are possible."""
     asked: dict[tuple[str, str | None], NodeType | UnknownNodeType] = {}
     known: list[tuple[GraphNode, NodeType]] = []
     for node in graph.nodes:
@@ -234,7 +234,7 @@ def _unknown_input_finding(edge: GraphEdge, node: GraphNode, node_type: NodeType
 
 
 def _suggest_port(edge: GraphEdge, field: str, port: str, ports: Sequence[str]) -> SuggestedFix | None:
-    """Return the one port that can be meant, if there is just one."""
+    """Return a fix with the intended port, if there is only one candidate."""
     meant = ports if len(ports) == 1 else name_suggestions.suggest_names(port, ports)
     if len(meant) != 1:
         return None
@@ -279,13 +279,13 @@ def _cycle_finding(graph: ParsedGraph, loops: Collection[str]) -> Iterator[Graph
 
 
 def _find_loop_back_edge(around: Sequence[GraphEdge], loops: Collection[str]) -> GraphEdge | None:
-    """Return the edge of a cycle that leads back from a loop's body to the loop."""
+    """Return the edge of a cycle that leads from a loop's body back to the loop."""
     entered = {edge.source for edge in around if edge.source_port == CONTINUE and edge.source in loops}
     return next((edge for edge in around if edge.target in entered), None)
 
 
 def _overlap_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphFinding]:
-    """Return what keeps the bodies of loops from being parts of their own."""
+    """Yield findings for loop bodies that overlap, or are nested too deeply."""
     by_id = graph.by_id
     for edge in bodies.crossing:
         target = by_id[edge.target]

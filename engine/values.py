@@ -1,4 +1,4 @@
-"""Strict JSON: what may enter, be kept by either database, and leave again as the same value."""
+"""Strict JSON: values that either database can store and return unchanged."""
 
 from __future__ import annotations
 
@@ -31,13 +31,16 @@ JsonErrorCode: TypeAlias = Literal[
 ]
 
 MAX_DEPTH: Final = 64
-"""Objects and lists inside one another: `[]` has a depth of 1."""
+"""Maximum nesting depth of objects and lists; `[]` has a depth of 1."""
 MAX_ENCODED_BYTES: Final = 50_000_000
-"""More than any body that is accepted: a larger value was multiplied on its way through a workflow."""
+"""Maximum size of an encoded value, above that of any accepted body; a workflow must have multiplied a larger
+value.
+"""
 INLINE_BYTES: Final = 131_072
-"""What is written while others wait: some milliseconds' work."""
+"""Budget of inline encoding: some milliseconds' work."""
 MAX_NUMBER: Final = sys.float_info.max
-"""Integers stay exact up to here; larger ones, from 309 digits on, are infinite to whoever reads floats."""
+"""Bound up to which integers stay exact. Larger ones, from 309 digits on, are infinite for readers of floats.
+"""
 
 _KINDS: Final = {
     NoneType: "null",
@@ -61,7 +64,7 @@ _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 
 class InvalidJson(ValueError):
-    """Refused, and would be refused again: `code` names the rule, `message` says what to mend."""
+    """JSON that is refused permanently: `code` names the rule, `message` suggests a fix."""
 
     def __init__(self, code: JsonErrorCode, message: str) -> None:
         super().__init__(message)
@@ -69,14 +72,14 @@ class InvalidJson(ValueError):
         self.message = message
 
 
-# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── decoding ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEPTH) -> Json:
-    """Return the value of one JSON text; raises `InvalidJson` for what couldn't be kept exactly as it came.
+    """Return the value of one JSON text; raises `InvalidJson` if it couldn't be stored exactly.
 
-    The decoder itself lets duplicate keys, NUL and depth pass. They are found afterwards, which costs less
-    than a slower decoder: where no key is given twice, the result has as many keys as the text has colons
+    The decoder itself accepts duplicate keys, NUL and any depth. They are detected afterwards, which costs
+    less than a slower decoder: without duplicate keys, the result has as many keys as the text has colons
     outside strings.
     """
     raw = bytes(raw)
@@ -97,7 +100,7 @@ def decode_json(raw: bytes | bytearray | memoryview, *, max_depth: int = MAX_DEP
 
 
 def _decode_at_once(raw: bytes, max_depth: int) -> Json:
-    """Return the value of a text that is decoded at once."""
+    """Return the value of a text that is decoded as a whole."""
     try:
         value: Json = _decode(raw)
     except RecursionError as error:
@@ -111,13 +114,13 @@ def _decode_at_once(raw: bytes, max_depth: int) -> Json:
 
 
 def restore_json(raw: bytes) -> Json:
-    """Return the value of a text that `encode` has written."""
+    """Return the value of a text that `encode_json` has written."""
     value: Json = decoding.decode(raw)
     return value
 
 
 def _count_keys(value: Json, max_depth: int) -> int:
-    """Return how many keys all objects have together; raises for depth and for long integers on the way."""
+    """Return the number of keys of all objects; raises `InvalidJson` for depth and for long integers."""
     keys = depth = 0
     level: list[Any] = [[value]]
     while level:
@@ -141,18 +144,18 @@ def _count_keys(value: Json, max_depth: int) -> int:
 
 
 def _refuse_ambiguous(raw: bytes, keys: int) -> None:
-    """Refuse NUL and duplicate keys in a text that is JSON and whose value has `keys` keys."""
+    """Raise `InvalidJson` for NUL and duplicate keys in valid JSON with `keys` keys after decoding."""
     text = raw
     if b"\\" in text:
-        # Backslashes occur in strings alone and pair up from the left: once the pairs are cut out, a quote
-        # with one before it is inside its string.
+        # Backslashes occur only in strings and pair up from the left. Once the pairs are cut out, a quote
+        # behind a backslash is inside its string.
         text = text.replace(rb"\\", b"")
         if _ESCAPED_NUL in text:
             raise _nul_character_error()
         text = text.replace(rb"\"", b"")
     outside_strings = text.split(b'"')[::2]
     if b"".join(outside_strings).count(b":") != keys:
-        json.loads(raw, object_pairs_hook=_refuse_duplicate)  # noqa: TID251 - only it tells of duplicates
+        json.loads(raw, object_pairs_hook=_refuse_duplicate)  # noqa: TID251 - only this decoder reports duplicates
 
 
 def _refuse_duplicate(pairs: list[tuple[str, object]]) -> None:
@@ -164,7 +167,7 @@ def _refuse_duplicate(pairs: list[tuple[str, object]]) -> None:
 
 
 def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
-    """Return what is wrong with a text that the decoder did not take."""
+    """Return the error of a text that the decoder has refused."""
     reason = str(error)
     position = _ERROR_POSITION.search(reason)
     at = int(position.group(1)) if position else len(raw)
@@ -179,7 +182,7 @@ def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
     if raw.startswith(_NO_NUMBERS, at) or raw.startswith(_NO_NUMBERS, max(at - 1, 0)):
         return InvalidJson("not-finite", f"JSON has no NaN and no Infinity (byte {at}): send null")
     is_unicode_error = isinstance(error, UnicodeDecodeError)
-    # At the end of a text the decoder misses the second half before it misses the surrogate.
+    # At the end of a text the decoder reports the missing second half instead of the surrogate.
     if (
         "surrogate" in reason
         or (is_unicode_error and _RAW_SURROGATE.search(raw))
@@ -193,16 +196,16 @@ def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
     return InvalidJson("malformed-json", f"The {reason}")
 
 
-# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── encoding ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def encode_json(value: object, *, max_bytes: int = MAX_ENCODED_BYTES) -> bytes:
-    """Return `value` as compact JSON; raises `InvalidJson` for what `decode` wouldn't give back as it was."""
+    """Return `value` as compact JSON; raises `InvalidJson` if `decode_json` wouldn't return it unchanged."""
     return _encode_checked(value, _encode, max_bytes)
 
 
 def encode_canonical(value: object) -> bytes:
-    """Return the one JSON text of a value: compact, keys sorted. `1` and `1.0` stay different texts."""
+    """Return the canonical JSON text of a value: compact, keys sorted. `1` and `1.0` stay different texts."""
     return _encode_checked(value, _encode_sorted, MAX_ENCODED_BYTES)
 
 
@@ -212,7 +215,7 @@ def fingerprint(value: object) -> str:
 
 
 def value_as_text(value: Json, *, max_bytes: int = MAX_ENCODED_BYTES) -> str:
-    """Return how a value reads in a text: texts as they are, null as nothing, the rest as compact JSON."""
+    """Return a value as part of a text: texts unchanged, null as the empty text, others as compact JSON."""
     if type(value) is str:
         return value
     if type(value) is int:
@@ -234,10 +237,10 @@ def _encode_checked(value: object, encoder: Callable[[object], bytes], max_bytes
 
 
 def _check_value(value: object, max_bytes: int) -> None:
-    """Refuse what the encoder would silently turn into something else, and what would fill the memory.
+    """Raise `InvalidJson` for values that the encoder would silently change, and for excessive ones.
 
-    A list may occur many times in a value, which then is far larger as JSON than it is here: the least that
-    it can take is added up on the way.
+    A list may occur many times in a value, so that its JSON is far larger than the value in memory. The
+    minimum size of the JSON is summed up on the way.
     """
     least_bytes = depth = 0
     most_bytes = offload.budget(max_bytes, INLINE_BYTES)
@@ -286,7 +289,7 @@ def _count_key_characters(keys: Iterable[str]) -> int:
 
 
 def count_values(value: Json, most: int) -> int:
-    """Return how many values there are in a value, itself included; from `most` on nobody counts."""
+    """Return the number of values in a value, itself included; counting stops at `most`."""
     count = 1
     level = [value]
     while level and count < most:
@@ -301,18 +304,19 @@ def count_values(value: Json, most: int) -> int:
     return count
 
 
-# ── compared ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── comparison ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def type_name(value: object) -> str:
-    """Return the name of a value's type, as users know it."""
+    """Return the user-facing name of a value's type."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
 def equal_json(left: Json, right: Json) -> bool:
     """Compare as JSON: `1` and `1.0` are equal, `1` and `true` are not, also inside lists and objects.
 
-    Goes container by container, since Python's own comparison of large values holds its lock from end to end.
+    Compares container by container, since Python's own comparison of large values holds the interpreter's
+    lock throughout.
     """
     waiting: list[tuple[Any, Any]] = [([left], [right])]
     while waiting:

@@ -1,8 +1,9 @@
-"""Drives one run from wherever its journal left off to its end, a wait, or a hand-over.
+"""Runner of one attempt at a run, from its journaled state to its end, a wait, or a hand-off.
 
-Nodes that return at once are called in place, one after another; those that wait for something outside get a task, so
-that independent branches run at once. The journal is told of everything and asked to commit only where the order of
-effects demands it, before a write node starts and before anything follows one, or where much has piled up.
+Nodes that return at once are called in place, one after another. Nodes that wait for external work get a
+task, so that independent branches run concurrently. The journal records everything. A commit is requested
+only where the order of effects requires it, before a write node starts and before anything follows one, or
+where many records have accumulated.
 """
 
 from __future__ import annotations
@@ -44,34 +45,36 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 SHORT_WAIT_SECONDS = 1.0
-"""Waits up to this long keep the worker: giving the run back and claiming it again would cost more."""
+"""Longest wait that keeps the worker: releasing and reclaiming the run would cost more."""
 ANSWER_POLL_SECONDS = 2.0
-"""How long an answer may go unheard by a run that is at work elsewhere."""
+"""Maximum delay until a run in progress sees a wait answer."""
 CANCEL_SECONDS = 10.0
-"""How long a node may take to notice that it was cancelled, before it is left behind."""
+"""Maximum time for a node to react to its cancellation, before it is abandoned."""
 SLICE_SECONDS = 0.005
-"""After this long without a pause, the other runs on the loop get a turn."""
+"""Time without a pause after which the runner yields to the other runs on the loop."""
 DEFAULT_LIMITS = RunLimits()
 
 
 class RunStart(msgspec.Struct, frozen=True):
-    """Where a stretch of work begins."""
+    """State at the beginning of an attempt at a run."""
 
     caller: RunCaller
-    """For whom it runs, and under which ids."""
+    """Identity of the run, and of the user that it works for."""
     trigger: Json
     clock: RunClock
     deadline: datetime
-    """By the clock, as it is now: how much time is left is counted by the monotonic clock from here on."""
+    """Deadline by the stored clock. From here on, the remaining time is measured by the monotonic clock."""
     started_at: datetime
     attempt: int = 1
     recorded: Sequence[NodeSpan] = ()
-    """Spans of earlier attempts; settled ones are not run again."""
+    """Spans of earlier attempts; settled nodes are not run again."""
     sequence: int = 0
-    """The highest sequence number that the journal holds."""
+    """Highest sequence number in the journal."""
     wait_answers: NodeAnswers = {}
     listen: Callable[[], Awaitable[NodeAnswers | None]] | None = None
-    """Returns the answers of now, or None where it can't: some come while the run is at work elsewhere."""
+    """Returns the current wait answers, or None if they are unavailable; answers may arrive while other nodes
+    run.
+    """
 
 
 async def run_workflow(
@@ -82,12 +85,12 @@ async def run_workflow(
     services: NodeServices,
     limits: RunLimits = DEFAULT_LIMITS,
 ) -> RunOutcome:
-    """Run until something ends this stretch of work; raises `LeaseLost` when it is no longer ours to end."""
+    """Run a workflow until this attempt ends; raises `LeaseLost` if another process may hold the run."""
     return await WorkflowRunner(program, start, journal, control, services, limits).run()
 
 
 class WorkflowRunner:
-    """One stretch of work on one run."""
+    """Runner of one attempt at a run."""
 
     def __init__(
         self,
@@ -119,7 +122,7 @@ class WorkflowRunner:
         self._settlement = RunProgress(program, recorded, start.wait_answers, visits, scribe, agenda, limits)
 
     async def run(self) -> RunOutcome:
-        """Run to the end of this stretch of work."""
+        """Run to the end of this attempt."""
         agenda, scribe = self._agenda, self._scribe
         self._settlement.schedule_successors(self._root, self._root.start())
         turn_ends = time.monotonic() + SLICE_SECONDS
@@ -143,7 +146,7 @@ class WorkflowRunner:
         self._record_cancelled(ended)
         return ended
 
-    # ── the end ───────────────────────────────────────────────────────────────────────────────────
+    # ── outcome ───────────────────────────────────────────────────────────────────────────────────
 
     def _determine_end(self) -> RunOutcome | None:  # noqa: C901 - one guard for each way to end, in order of precedence
         request, agenda = self._control.request, self._agenda
@@ -180,25 +183,25 @@ class WorkflowRunner:
         return RunOutcome(RunStatus.FAILED, error=RunError(TIMEOUT_CODE, message))
 
     async def _cancel_tasks(self) -> None:
-        """Cancel whatever still runs; what doesn't notice within ten seconds is left behind."""
+        """Cancel all running tasks; a task that doesn't react within ten seconds is abandoned."""
         if not self._agenda.tasks:
             return
         tasks = dict(self._agenda.tasks)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
-        # A node that ended all the same has said itself how.
+        # A node that ended nonetheless has recorded its own end.
         self._broken_off += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
 
     def _record_cancelled(self, ended: RunOutcome) -> None:
-        """Say of what was cut short that it was; a run that goes on elsewhere leaves it as it stands."""
+        """Record interrupted nodes as cancelled; a run that continues elsewhere leaves them unchanged."""
         if ended.status in {RunStatus.RELEASED, RunStatus.WAITING, RunStatus.COMPLETED}:
             return
         loops = [loop.visit for frame in self._root.with_inner_turns() for loop in frame.loops]
         for visit in (*self._broken_off, *loops):
             self._scribe.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
 
-    # ── one node ──────────────────────────────────────────────────────────────────────────────────
+    # ── nodes ─────────────────────────────────────────────────────────────────────────────────────
 
     def _may_start(self) -> bool:
         return (
@@ -208,7 +211,7 @@ class WorkflowRunner:
         )
 
     async def _reach_node(self, frame: SectionFrame, node_id: str) -> None:
-        """Reach a node, and begin it unless it sleeps on or has failed."""
+        """Reach a node, and begin it unless it continues to sleep or has failed."""
         visit: NodeVisit | None
         try:
             visit = offload.try_inline(self._visits.reach_node, frame, node_id)
@@ -222,7 +225,7 @@ class WorkflowRunner:
             await self._begin(visit)
 
     def _resume_node(self, visit: NodeVisit) -> bool:
-        """Go on with a node where an earlier attempt has left it, unless it is to be begun."""
+        """Continue a node of an earlier attempt; returns False if the node has to be begun."""
         frame = visit.frame
         if not frame.recorded or (recorded := frame.recorded.get(visit.node_id)) is None:
             return False
@@ -264,7 +267,7 @@ class WorkflowRunner:
     async def _prepare_in_thread(
         self, frame: SectionFrame, node_id: str, prepare: Callable[[], T], visit: NodeVisit | None = None
     ) -> T | None:
-        """Prepare a node in a thread; None: nothing comes of it now."""
+        """Prepare a node in a thread; returns None if the node must not start now."""
         try:
             prepared = await offload.run_in_thread(prepare)
         except (ExpressionError, InvalidJson, NodeError) as error:
@@ -287,7 +290,7 @@ class WorkflowRunner:
         except BudgetExceeded:
             self._start(visit, self._call_in_thread(visit, run, call))
             return
-        except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the worker
+        except Exception as error:  # noqa: BLE001 - an exception of a node ends that node, not the worker
             self._settlement.fail(visit, to_node_error(error))
             return
         try:
@@ -300,7 +303,7 @@ class WorkflowRunner:
             self._settlement.apply_outcome(visit, outcome)
 
     def _may_continue(self, visit: NodeVisit) -> bool:
-        """Look again after a commit: the lease may have run out, something may have failed or been asked."""
+        """Check again after a commit: the lease may be lost, the run may have failed or received a request."""
         if not self._scribe.holds_lease():
             raise LeaseLost
         if visit.frame.is_broken_off:
@@ -310,7 +313,7 @@ class WorkflowRunner:
             return True
         self._agenda.ready.appendleft((visit.frame, visit.node_id))
         if visit.is_at_most_once:
-            # It was announced and not begun: whoever goes on may still begin it.
+            # It was announced and not begun, so the next worker may still begin it.
             visit.attempt -= 1
             self._scribe.record_node(visit, SpanStatus.RETRYING, wake_at=self._clock.now())
         if visit.is_write:
@@ -325,7 +328,7 @@ class WorkflowRunner:
     def _finish_cancelled(
         self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> None:
-        """Take leave of a node for a task that was cancelled before it had begun, and so can't do it itself."""
+        """Finish a node after its task was cancelled before it began, since the task itself can't."""
         coming.close()
         if task in self._agenda.tasks:
             self._finish_task(task)
@@ -333,7 +336,7 @@ class WorkflowRunner:
                 self._settlement.record_cancelled(visit)
 
     async def _perform_node(self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome]) -> None:
-        """See a node through in a task of its own."""
+        """Run a node to its end in a task of its own."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
             outcome = await self._limit_time(visit.program.node, coming, task)
@@ -374,7 +377,7 @@ class WorkflowRunner:
     async def _call_in_thread(
         self, visit: NodeVisit, run: Callable[[NodeCall], NodeOutcome], call: NodeCall
     ) -> NodeOutcome:
-        """Call a node in a thread; what it logs is told afterwards, where everything is numbered."""
+        """Call a node in a thread; the loop records and numbers its log lines afterwards."""
         lines: list[tuple[str, str]] = []
         call = msgspec.structs.replace(call, log=lambda level, message: lines.append((level, message)))
         outcome = await offload.run_in_thread(run, call)
@@ -383,21 +386,21 @@ class WorkflowRunner:
         return outcome
 
     def _finish_task(self, task: asyncio.Task[None]) -> None:
-        # First: what follows may break off whatever is still at work.
+        # First, since the next steps may cancel tasks in progress.
         del self._agenda.tasks[task]
         self._control.changed.set()
 
     # ── time ──────────────────────────────────────────────────────────────────────────────────────
 
     async def _wait_for_change(self) -> None:
-        # Cleared before anything is awaited: what changes from here on must end the wait below.
+        # Cleared before the first await: any later change must end the wait below.
         self._control.changed.clear()
         if self._scribe.has_uncommitted_write:
             await self._scribe.commit()
         until = self._deadline
         if self._may_start():
             until = min(until, self._agenda.next_wake or until)
-        # At most a second: the lease is looked at by the clock, and no event tells that it is about to end.
+        # At most a second: the lease is checked by the clock, and no event announces its end.
         seconds = min(max(until - time.monotonic(), 0.0), 1.0)
         alarm = asyncio.get_running_loop().call_later(seconds, self._control.changed.set)
         try:
@@ -415,7 +418,7 @@ class WorkflowRunner:
         for one in due:
             if not self._may_start():
                 return
-            # What came of one of them may have broken off another.
+            # An earlier node of this loop may have cancelled this node.
             if sleeping.pop(one.visit, None) is None:
                 continue
             if one.then is WakeAction.TRIED_AGAIN:
@@ -424,9 +427,9 @@ class WorkflowRunner:
                 self._settlement.wake(one)
 
     async def _read_new_answers(self, *, is_due: bool) -> bool:
-        """Take answers that came since the run was taken up, now and then, and before any wait for one has expired.
+        """Apply new wait answers: periodically, and always before a wait for an answer expires.
 
-        Returns False where nobody can tell whether there are any.
+        Returns False if the answers are unavailable.
         """
         awaits = any(one.then is WakeAction.EXPIRED for one in self._agenda.sleeping.values())
         is_time = is_due or time.monotonic() > self._heard_at + ANSWER_POLL_SECONDS
@@ -452,12 +455,12 @@ def _group_by_iteration(recorded: Sequence[NodeSpan]) -> Mapping[str, Mapping[st
 
 
 def _count_attempts(recorded: Sequence[NodeSpan]) -> int:
-    """Return how many attempts were recorded as spans of their own, at most."""
+    """Return an upper bound of the attempts that were recorded as spans of their own."""
     return sum(span.attempt for span in recorded if span.attempt > 1)
 
 
 def _build_roots(start: RunStart) -> dict[str, Json]:
-    """Return the roots of expressions that are the same for all nodes."""
+    """Return the roots of expressions that all nodes share."""
     return {
         "trigger": start.trigger,
         "execution": {

@@ -1,4 +1,4 @@
-"""What a run has still to do: nodes to be restored, to be begun, at work and asleep."""
+"""Remaining work of a run: nodes to restore, to begin, in progress and asleep."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class Worklist:
-    """All of it, whatever loop it is in."""
+    """Remaining work in all frames of a run."""
 
     settled_before: list[tuple[int, str, SectionFrame]] = field(default_factory=list)
-    """Nodes that are ready and have settled in an earlier attempt, by when: a heap."""
+    """Heap of ready nodes that settled in an earlier attempt, in the order in which they settled."""
     ready: deque[tuple[SectionFrame, str]] = field(default_factory=deque)
     tasks: dict[asyncio.Task[None], NodeVisit] = field(default_factory=dict)
     sleeping: dict[NodeVisit, SleepingNode] = field(default_factory=dict)
 
     def add(self, frame: SectionFrame, node_ids: Sequence[str]) -> None:
-        """Note nodes that are ready."""
+        """Add ready nodes."""
         frame.open += len(node_ids)
         if not frame.recorded:
             for node_id in node_ids:
@@ -40,7 +40,7 @@ class Worklist:
                 self.ready.append((frame, node_id))
 
     def drop_frames(self, frames: Collection[SectionFrame]) -> list[NodeVisit]:
-        """Forget what hasn't begun in some frames and cancel what only looks there; returns what was asleep."""
+        """Remove unbegun nodes of frames and cancel their reads in progress; returns their sleeping visits."""
         dropped = [frame for frame, _ in self.ready if frame in frames]
         dropped += [frame for _, _, frame in self.settled_before if frame in frames]
         if dropped:
@@ -63,5 +63,5 @@ class Worklist:
 
     @property
     def next_wake(self) -> float | None:
-        """When the first of those that sleep goes on by itself, by `time.monotonic`."""
+        """Earliest wake time of the sleeping nodes, by `time.monotonic`."""
         return min((one.wakes_at for one in self.sleeping.values() if one.wakes_at is not None), default=None)

@@ -1,4 +1,4 @@
-"""Cancellation of sub-workflow runs whose parent has ended before them."""
+"""Cancellation of sub-workflow runs after the end of their parent."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ if TYPE_CHECKING:
 
 
 async def end_abandoned_runs(database: Database, store: JournalStore, broker: Broker) -> None:
-    """Request the end of abandoned runs, and notify their executors and clients; raises
-    `DatabaseUnavailable`.
-    """
+    """Request the end of abandoned runs and notify their executors; raises `DatabaseUnavailable`."""
     for child in await children.request_abandoned_ends(database, store):
         requested = child.requested
         await end_requests.notify_end_request(

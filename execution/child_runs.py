@@ -188,8 +188,7 @@ class ChildRunStarter:
     async def _hold_capacity(self, root_id: str) -> AsyncIterator[None]:
         """Hold capacity for one more run below a root; raises `NodeError`.
 
-        Runs whose start is in progress may be committed or not. If they decide whether there is capacity,
-        wait for them.
+        Starts in progress may be committed or not. If they decide whether there is capacity, wait for them.
         """
         family = self._families.setdefault(root_id, DescendantCount())
         while True:

@@ -71,7 +71,7 @@ class EventMatcher:
         await self._database.transaction(partial(event_waits.mark_delivered, event_ids=over))
 
     async def deliver_undelivered(self) -> None:
-        """Deliver events whose gateway died before it delivered them; raises `DatabaseUnavailable`."""
+        """Deliver events that a dead gateway left undelivered; raises `DatabaseUnavailable`."""
         while True:
             async with self._database.read() as connection:
                 event_ids = await event_waits.list_undelivered(connection)

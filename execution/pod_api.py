@@ -120,7 +120,7 @@ class RecordRequest(msgspec.Struct, frozen=True):
 
 
 class RecordResponse(msgspec.Struct, frozen=True):
-    """Runs whose fencing tokens were still valid."""
+    """Runs with valid fencing tokens."""
 
     held: Sequence[str]
     unwritten: Sequence[str] = ()

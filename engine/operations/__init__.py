@@ -1,4 +1,4 @@
-"""The table of what `{"$op": name, "args": [...]}` may compute."""
+"""Table of the operations for `{"$op": name, "args": [...]}`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations on numbers. Whole numbers stay exact; a text is never taken for a number."""
+"""Operations on numbers. Whole numbers stay exact; texts are never converted to numbers implicitly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations on lists and objects. What they are given stays as it is; elements are shared, never copied."""
+"""Operations on lists and objects. Arguments are never changed; elements are shared, never copied."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def concat_lists(lists: list[list[Json]]) -> list[Json]:
 
 
 def _sort_field(name: str | None) -> Callable[[Json], Any]:
-    """Return what elements are sorted by."""
+    """Return the sort key of elements."""
     if name is None:
         return lambda value: value
     return lambda value: require_object(value).get(name)

@@ -1,4 +1,4 @@
-"""Operations that turn values into others, and those that stand in for what is missing."""
+"""Operations that convert values, or provide defaults for missing ones."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def base64_decode(value: str) -> str:
     digits = "".join(value.split()).translate(_URL_SAFE).rstrip("=")
     try:
         decoded = b64decode(digits + "=" * (-len(digits) % 4), validate=True).decode()
-    except ValueError as error:  # of which `UnicodeDecodeError` and `binascii.Error` are two
+    except ValueError as error:  # also `UnicodeDecodeError` and `binascii.Error`
         raise OperationError("needs the base64 of a text in UTF-8") from error
     if "\0" in decoded:
         raise OperationError("needs the base64 of a text without the character NUL")

@@ -1,4 +1,4 @@
-"""Operations on dates: ISO 8601 texts, of any offset when they come and in UTC when they go."""
+"""Operations on dates: ISO 8601 texts, with any offset as arguments and in UTC as results."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _format_moment(moment: datetime) -> str:
 
 
 def _add_months(local: datetime, months: int) -> datetime:
-    """Return the same day of another month, or its last day where it is shorter."""
+    """Return the same day of another month, or the last day of a shorter one."""
     year, month = divmod(local.year * 12 + local.month - 1 + months, 12)
     if not MINYEAR <= year <= MAXYEAR:
         raise OverflowError

@@ -1,4 +1,4 @@
-"""What an operation is: a pure function of JSON values, its arguments and result checked at every call."""
+"""Operations: pure functions of JSON values with checked arguments and results."""
 
 from __future__ import annotations
 
@@ -15,27 +15,29 @@ ArgumentConverter: TypeAlias = Callable[[Json], Json]
 
 MAX_ARGUMENTS: Final = 100
 INLINE_LENGTH: Final = 200_000
-"""Of a text or list that is made while others wait."""
+"""Maximum length of a text or list that is produced inline."""
 MAX_LIST_LENGTH: Final = 1_000_000
 MAX_TEXT_LENGTH: Final = 10_000_000
 
 
 class OperationError(ValueError):
-    """These arguments can't be computed with; the message says what is needed and what came."""
+    """Invalid arguments of an operation; the message names the needed and the given types."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExpressionOperation:
-    """One entry of the table."""
+    """Entry of the table of operations."""
 
     name: str
     summary: str
     min_arguments: int
     max_arguments: int
     takes_first_found: bool
-    """Arguments are rendered one by one until one isn't null; what is missing before that is no finding."""
+    """Whether arguments are rendered one by one until one isn't null; missing values before that are no
+    error.
+    """
     reads_all: bool
-    """It looks at whatever its arguments hold, however deep."""
+    """Whether it visits its arguments at any depth."""
     _function: Callable[..., Json]
     _converters: tuple[ArgumentConverter, ...]
 
@@ -44,13 +46,13 @@ class ExpressionOperation:
 
     @property
     def arity(self) -> str:
-        """Return how many arguments it takes, in words."""
+        """Number of arguments, in words."""
         if self.min_arguments == self.max_arguments:
             return "1 argument" if self.min_arguments == 1 else f"{self.min_arguments} arguments"
         return f"{self.min_arguments} to {self.max_arguments} arguments"
 
     def apply(self, arguments: Sequence[Json]) -> Json:
-        """Compute the result of as many arguments as it takes; raises `OperationError`."""
+        """Compute the result for a permitted number of arguments; raises `OperationError`."""
         try:
             converted = [convert(given) for convert, given in zip(self._converters, arguments, strict=False)]
             result: Json = self._function(*converted)
@@ -67,7 +69,7 @@ class ExpressionOperation:
 def define_operation(
     name: str, *, takes_first_found: bool = False, reads_all: bool = False
 ) -> Callable[[Callable[..., Json]], ExpressionOperation]:
-    """Make an operation of a function: its parameters say what it takes, its docstring what it is for."""
+    """Turn a function into an operation: parameters define its arguments, the docstring its summary."""
 
     def make(function: Callable[..., Json]) -> ExpressionOperation:
         parameters = signature(function).parameters.values()
@@ -94,7 +96,7 @@ def _max_arguments(parameter: Parameter) -> int:
 
 
 def _argument_converters(parameters: Iterable[Parameter]) -> Iterator[ArgumentConverter]:
-    """Yield what each argument goes through, by the annotation of its parameter."""
+    """Yield the converter of each argument, by the annotation of its parameter."""
     for parameter in parameters:
         converter = _CONVERTERS[str(parameter.annotation)]
         yield from [converter] * _max_arguments(parameter)

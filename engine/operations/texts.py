@@ -1,4 +1,4 @@
-"""Operations on texts. Positions count characters from 0, from the end where negative."""
+"""Operations on texts. Positions count characters from 0, or from the end if negative."""
 
 from __future__ import annotations
 
