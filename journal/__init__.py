@@ -1,1 +1,1 @@
-"""The record of what runs: who holds which execution, what it has done, and how it ended."""
+"""Journal of executions: leases, node spans, results, and the stores that keep them."""

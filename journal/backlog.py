@@ -1,4 +1,4 @@
-"""How many runs nobody has begun yet: counted in the indexes of those that wait, and no further than is asked for."""
+"""Counts of runs that have not started, read from partial indexes and stopped at a given number."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 _SHARED_TARGETS: Final = (SHARED_TARGET, LIMITED_TARGET, DELAYED_TARGET, UNPARSED_TARGET)
-# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+# Literals instead of bound parameters: the databases use a partial index only for a condition that they can
+# read.
 _PENDING: Final = and_(
     col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"), col(Execution.is_fresh)
 )
@@ -32,7 +33,7 @@ _DEFERRED: Final = and_(
 async def count_organization_backlog(
     connection: AsyncConnection, organization_id: str, *, at_most: int
 ) -> int:
-    """Return how many runs of an organisation wait, up to a number."""
+    """Return the number of unstarted runs of an organization, at most `at_most`."""
     deployed = select(col(Deployment.workflow_id)).where(
         col(Deployment.organization_id) == organization_id, col(Deployment.is_deployed)
     )
@@ -43,18 +44,21 @@ async def count_organization_backlog(
 async def count_workflow_backlog(
     connection: AsyncConnection, organization_id: str, workflow_id: str, *, at_most: int
 ) -> int:
-    """Return how many runs of a workflow wait, up to a number."""
+    """Return the number of unstarted runs of a workflow, at most `at_most`."""
     return await _count_up_to(connection, workflow_statements(organization_id, workflow_id), at_most)
 
 
 def organization_statements(organization_id: str, targets: Sequence[str]) -> Sequence[Select[str]]:
-    """Return the statements that find what waits at some targets: what is pending, and what is deferred."""
+    """Return statements that find the pending and the deferred runs of an organization at some targets."""
     theirs = and_(col(Execution.target).in_(targets), col(Execution.organization_id) == organization_id)
     return _waiting_conditions(and_(_PENDING, theirs), and_(_DEFERRED, theirs))
 
 
 def workflow_statements(organization_id: str, workflow_id: str) -> Sequence[Select[str]]:
-    """Return the same of a workflow; what is pending stands in the index by its turn."""
+    """Return statements that find the pending and the deferred runs of a workflow.
+
+    The index holds pending runs by their queue turn, so the condition names it.
+    """
     own = and_(
         col(Execution.target).in_([*_SHARED_TARGETS, workflow_id]),
         col(Execution.organization_id) == organization_id,

@@ -1,8 +1,9 @@
-"""Keeps the clock of a process at the database's time, and durations right when the clock of an SQLite host is set.
+"""Synchronization of a process's clock with the database, and of stored deadlines when an SQLite host's clock
+is set.
 
-On PostgreSQL the server's clock is asked for now and then. On SQLite the database's clock is that of the host: when
-somebody sets it, rows that hold the end of a duration are moved by as much, in one transaction, before the process
-follows. Schedules and dates go by the new time; leases, timeouts and waits last as long as they would have.
+On PostgreSQL the process polls the server's clock. On SQLite the clock of the database is that of the
+host: when somebody sets it, all stored deadlines move by the same step, in one transaction, before the
+process follows. Schedules and dates follow the new time; leases, timeouts and waits keep their durations.
 """
 
 from __future__ import annotations
@@ -38,16 +39,16 @@ log = structlog.get_logger()
 POLL_SECONDS: Final = 10.0
 CHECK_SECONDS: Final = 1.0
 CLOCK_SET_MICROSECONDS: Final = 500_000
-"""A clock that is off by more was set, and not only trimmed."""
+"""Smallest step that counts as a clock that was set, not as one that was slewed."""
 STOP_SECONDS: Final = 3.0
-"""Processes that don't move rows themselves leave so much time to the one that does."""
+"""Time that processes which move no rows leave to the process that does."""
 
 _IS_RUNNING: Final = col(Execution.status) == ExecutionStatus.RUNNING
 _IS_WAITING: Final = col(Execution.status) == ExecutionStatus.WAITING
 _IS_SLEEPING: Final = col(SpanRow.status).in_([SpanStatus.WAITING.value, SpanStatus.RETRYING.value])
 DEADLINE_COLUMNS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | None], ...]] = (
     (Execution, "lease_until", _IS_RUNNING),
-    # A run that waits keeps what is left of its time instead.
+    # A waiting run stores its remaining time instead.
     (Execution, "deadline_at", ~_IS_WAITING & col(Execution.ended_at).is_(None)),
     (Execution, "due_at", and_(_IS_WAITING, col(Execution.due_at) != UNTIL_RESUMED)),
     (Execution, "follow_up_at", None),
@@ -59,17 +60,17 @@ DEADLINE_COLUMNS: Final[tuple[tuple[type[SQLModel], str, ColumnElement[bool] | N
     (Deployment, "held_until", None),
     (Deployment, "drain_until", None),
 )
-"""Columns that say when a duration ends, and in which rows it is still going on."""
+"""Columns that hold the end of a duration, each with the condition for rows whose duration has not ended."""
 
 
 @asynccontextmanager
 async def run_clock_sync(
     database: Database, moves: Callable[[], bool] = lambda: False
 ) -> AsyncIterator[None]:
-    """Keep the database's clock, and that of ids, as long as the context lasts.
+    """Keep the clocks of the database and of ids synchronized for as long as the context lasts.
 
-    `moves` tells whether this process is the one that moves rows when the clock of an SQLite host was set. A database
-    that doesn't answer yet is no error: the clock of the host counts until it does.
+    `moves` returns whether this process moves rows when the clock of an SQLite host was set. An unreachable
+    database is no error: the clock of the host applies until it answers.
     """
     ids.use_clock(database.clock)
     await _learn_time(database)
@@ -82,7 +83,7 @@ async def run_clock_sync(
 
 
 async def follow_host_clock(database: Database) -> None:
-    """Take the time of a host whose clock was set, and move the ends of all durations; raises `DatabaseUnavailable`."""
+    """Adopt the time of a host after its clock was set, and move all deadlines; raises `DatabaseUnavailable`."""
     step = HOST_TIME.step()
     has_moved = False
 
@@ -93,7 +94,7 @@ async def follow_host_clock(database: Database) -> None:
             statement = update(table).values({name: type_coerce(column, BigInteger) + step})
             statement = statement.where(column.is_not(None))
             await connection.execute(statement if is_going_on is None else statement.where(is_going_on))
-        # While this transaction keeps all others from writing: nobody writes the old time behind it.
+        # Inside the transaction, which blocks all other writers: nobody writes the old time after it.
         if not has_moved:
             HOST_TIME.move(step)
             database.clock.follow_host()
@@ -114,7 +115,7 @@ async def _watch_host_clock(database: Database, moves: Callable[[], bool]) -> No
         await asyncio.sleep(CHECK_SECONDS)
         if abs(HOST_TIME.step()) > CLOCK_SET_MICROSECONDS:
             await _follow_host_once(database, moves)
-        # In any case: the monotonic clock stands still while a machine sleeps, and that of the host goes on.
+        # Always: while a machine sleeps, its monotonic clock stops and the clock of the host does not.
         database.clock.follow_host()
 
 

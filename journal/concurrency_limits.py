@@ -1,7 +1,7 @@
-"""How many runs of one kind go on at once: a row takes a place unless its target is `limited`, and rows are counted.
+"""Concurrency limits: a run occupies a slot unless its target is `limited`, and slots are counted from rows.
 
-Whoever waits for a place has the target `limited`, which nobody claims. Places are given under a lock for each key, the
-database's one writer or an advisory lock, so that two that count at once can't both give the last one.
+A run that waits for a slot has the target `limited`, which nobody claims. Admission takes a lock for each
+key, SQLite's write lock or an advisory lock, so that two concurrent counts can't both fill the last slot.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LockKey: TypeAlias = "Callable[[AsyncConnection, str], Awaitable[bool]]"
-"""Takes the lock of a key until its transaction ends; returns False where another transaction has it."""
+"""Function that locks a key until its transaction ends; returns False if another transaction holds the lock.
+"""
 
 MAX_LIMIT: Final = 1_000
 BATCH_RUNS: Final = 100
 BATCH_KEYS: Final = 200
 KEY_CHARACTERS: Final = 32
 
-# Written out, not bound: SQLite uses the index of those that wait only for a condition that it can read.
+# Literals instead of bound parameters: SQLite uses the partial index of waiting runs only for a condition it
+# can read.
 _IS_WAITING: Final = and_(
     col(Execution.target) == literal_column(f"'{LIMITED_TARGET}'"),
     col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'"),
@@ -58,14 +60,14 @@ _HOLDS_SLOT: Final = and_(
     col(Execution.ended_at).is_(None),
 )
 _ORDER: Final = (col(Execution.is_fresh), col(Execution.rank), col(Execution.id))
-"""What was begun goes first, then whoever has waited the longest: the order in which runs are claimed."""
+"""Order of admission and of claims: runs that have started, then the runs that have waited longest."""
 
 _admission_groups: WeakKeyDictionary[Database, dict[str, GroupCommit[None, int]]] = WeakKeyDictionary()
-"""Calls of `admit` under way, by key."""
+"""Calls of `admit_waiting_runs` in progress, by key."""
 
 
 class LimitAction(StrEnum):
-    """What becomes of a run for which no place is free."""
+    """Action for a run without a free slot."""
 
     QUEUE = "queue"
     REJECT = "reject"
@@ -73,7 +75,7 @@ class LimitAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyLimit:
-    """How many runs that share a key go on at once."""
+    """Maximum number of concurrent runs that share a key."""
 
     key: str
     runs: int
@@ -83,10 +85,10 @@ class ConcurrencyLimit:
 def concurrency_limit(
     settings: Mapping[str, Json], workflow_id: str, trigger: Json
 ) -> ConcurrencyLimit | None:
-    """Return what the settings of a workflow say about a run that is set off by `trigger`; None: nothing.
+    """Return the concurrency limit for a run of a workflow with this trigger output; None without a limit.
 
-    Runs of a workflow share their key unless the settings have an expression for it: then those for which it gives the
-    same value do.
+    Runs of a workflow share one key unless the settings have a key expression. Then runs share a key if the
+    expression gives the same value.
     """
     concurrency = settings.get("concurrency")
     if not isinstance(concurrency, dict):
@@ -102,12 +104,14 @@ def _hash_key(expression: Json, trigger: Json) -> str:
     try:
         value = compile_template(expression).render({"trigger": trigger}, [])
     except ExpressionError:
-        value = None  # as with a path that finds nothing
+        value = None  # like a path that finds nothing
     return fingerprint(value)[:KEY_CHARACTERS]
 
 
 async def count_unended(connection: AsyncConnection, key: str) -> int:
-    """Return how many runs have a place of a key, or wait for one; until the transaction ends, nobody gives any."""
+    """Return how many runs of a key hold or await a slot. Blocks admission for the key until the transaction
+    ends.
+    """
     await _lock_key(connection, key)
     is_of_key = col(Execution.concurrency_key) == key
     counted = [
@@ -118,10 +122,10 @@ async def count_unended(connection: AsyncConnection, key: str) -> int:
 
 
 async def admit_waiting_runs(database: Database, key: str) -> int:
-    """Give the free places of a key to those that wait for one; returns how many were given.
+    """Admit waiting runs of a key to its free slots; returns the number of admitted runs.
 
-    Calls for one key at the same time share a transaction, so that a locked key takes one connection of a process. A
-    key that stays locked is left to whoever holds the lock, and to the next sweep.
+    Concurrent calls for one key share a transaction, so a locked key occupies one connection of a process. A
+    key that stays locked is left to the holder of the lock and to the next sweep.
     """
     groups = _admission_groups.setdefault(database, {})
     group = groups.get(key)
@@ -153,33 +157,33 @@ async def _admit_all(database: Database, key: str, lock: LockKey) -> int:
 
 
 async def admit_waiting_keys(database: Database, after: str = "") -> tuple[int, str]:
-    """Give the free places of many keys, those behind `after`, that nobody else has given or is about to give.
+    """Admit waiting runs for a batch of keys after `after`, except keys that another transaction has locked.
 
-    Returns how many were given, and the key to go on behind: empty at the end of all keys.
+    Returns the number of admitted runs and the last key, to continue after; empty at the end of all keys.
     """
     async with database.read() as connection:
         found = (await connection.execute(waiting_keys_statement(after))).all()
-    # Between the two probes of a key, whoever was next may have been admitted by somebody else.
+    # Between the two probes of a key, another process may have admitted the run that was next.
     free = [row.key for row in found if row.runs is not None and row.live < row.runs]
     admitted = sum([await _admit_all(database, key, _try_lock_key) for key in free])
     return admitted, found[-1].key if len(found) == BATCH_KEYS else ""
 
 
 def advisory_lock_id(key: str) -> int:
-    """Return the number of the advisory lock of a key: two keys may share one, and then wait for each other."""
+    """Return the id of a key's advisory lock. Two keys may share an id, and then wait for each other."""
     return int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 async def _lock_key(connection: AsyncConnection, key: str) -> bool:
     """Wait for the lock of a key; raises `LockWaitTimeout`."""
     if connection.dialect.name == "postgresql":
-        # In a statement of its own, so that the next one sees what whoever had the lock has committed.
+        # A statement of its own, so that the next one sees the commit of the previous holder.
         await connection.execute(select(func.pg_advisory_xact_lock(advisory_lock_id(key))))
     return True
 
 
 async def _try_lock_key(connection: AsyncConnection, key: str) -> bool:
-    """Tell whether the lock of a key was free, and is ours now."""
+    """Take the lock of a key if it is free; returns whether it was."""
     if connection.dialect.name != "postgresql":
         return True
     return bool(await connection.scalar(select(func.pg_try_advisory_xact_lock(advisory_lock_id(key)))))
@@ -207,11 +211,11 @@ async def _admit_locked(connection: AsyncConnection, *, key: str, lock: LockKey)
         admitted += len(given)
         if len(given) == len(chosen):
             return admitted
-        locked += [one for one in chosen if one not in given]  # their places are for those behind them
+        locked += [one for one in chosen if one not in given]  # their slots go to the runs behind them
 
 
 def _admit_statement(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
-    """Return the statement that lets those of some runs go on that nobody has locked, and returns their ids."""
+    """Return the statement that admits those of some runs that nobody has locked; it returns their ids."""
     free = (
         select(col(Execution.id))
         .where(col(Execution.id).in_(execution_ids), _IS_WAITING)
@@ -230,14 +234,14 @@ def _admit_statement(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
 
 
 def _count_admissible(live: int, limits: Sequence[int]) -> int:
-    """Return how many of those that wait get a place, by the limit of each: nobody overtakes."""
+    """Return how many waiting runs get a slot under the limit of each, in order: no run overtakes another."""
     return sum(1 for _ in takewhile(lambda one: live + one[0] < one[1], enumerate(limits)))
 
 
 def waiting_keys_statement(after: str) -> Select[Any]:
-    """Return the statement that finds the keys behind another for which somebody waits, by one index probe each.
+    """Return the statement that finds keys after `after` with waiting runs, with one index probe per key.
 
-    Of each: how many places are taken, and how many there are in all for whoever is next.
+    Each row has the number of occupied slots, and the limit of the run that is next.
     """
     key = col(Execution.concurrency_key)
     first = select(func.min(key)).where(_IS_WAITING, key > after).scalar_subquery()

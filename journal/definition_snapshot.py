@@ -1,4 +1,4 @@
-"""What a run pins of a workflow: graph and settings as one text, found again by its hash."""
+"""Definition snapshot of a run: graph and settings as one JSON text, addressed by its hash."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MANUAL_KIND: Final = "manual"
 
 
 class NodeTypeRegistry(NodeTypeLookup, Protocol):
-    """Every node type."""
+    """Lookup of node types that can list them all."""
 
     @property
     def node_types(self) -> Mapping[str, NodeType]: ...
@@ -33,17 +33,17 @@ class NodeTypeRegistry(NodeTypeLookup, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TriggerNode:
-    """The node that a workflow begins with."""
+    """Node that starts runs of a workflow."""
 
     id: str
     kind: str
-    """What kind of event it takes."""
+    """Kind of event that starts a run."""
     config: Mapping[str, Json]
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedWorkflow:
-    """One revision of a workflow, with all that it takes to accept a run of it."""
+    """One revision of a workflow with everything that is needed to accept a run."""
 
     id: str
     organization_id: str
@@ -56,28 +56,30 @@ class LoadedWorkflow:
     status: WorkflowStatus
     revision: int
     settings: Mapping[str, Json]
-    """With the defaults filled in."""
+    """Effective settings, with defaults."""
     config: str
-    """The settings as JSON text: what an execution shows as its config."""
+    """The settings as JSON text: the `config` of an execution."""
     timeout_seconds: float
     definition: str
-    """The one JSON text of nodes, connections and settings."""
+    """Nodes, connections and settings as one JSON text."""
     definition_hash: str
-    """The SHA-256 of that text, in hexadecimal."""
+    """SHA-256 of that text, in hexadecimal."""
     validation: ValidationResult
     trigger: TriggerNode | None
-    """None where there is no trigger."""
+    """None for a graph without a trigger."""
     total_nodes: int
     is_deployed: bool = False
-    """As it was when it was last looked at."""
+    """Whether it was deployed at the last look-up."""
 
     @property
     def trigger_kind(self) -> str | None:
-        """What kind of event the trigger node takes."""
+        """Kind of event that starts a run; None without a trigger."""
         return None if self.trigger is None else self.trigger.kind
 
     def is_readable_by(self, caller: ApiCaller) -> bool:
-        """Tell what `models.workflow.is_readable_by` says of the row."""
+        """Return whether a caller may read the workflow, as `models.workflow.is_readable_by` does for the
+        row.
+        """
         return self.organization_id == caller.organization_id and (
             caller.is_admin
             or self.is_public
@@ -90,7 +92,9 @@ class LoadedWorkflow:
 def load_workflow(
     row: Row[Any], readers: frozenset[str], catalog: NodeTypeRegistry, *, is_deployed: bool = False
 ) -> LoadedWorkflow:
-    """Return what it takes to run a workflow, from its row joined with that of its graph; a large one takes a while."""
+    """Build a loaded workflow from its row joined with its graph's row; takes noticeable time for a large
+    graph.
+    """
     text = encode_canonical(build_definition(row.nodes, row.connections, row.settings))
     settings = effective_settings(row.settings)
     return LoadedWorkflow(
@@ -117,14 +121,14 @@ def load_workflow(
 
 
 def effective_settings(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings that a run obeys: what was set, over the defaults."""
+    """Return the settings that apply to a run: stored values over defaults."""
     return {**DEFAULT_SETTINGS, **settings}
 
 
 def build_definition(
     nodes: Sequence[dict[str, Json]], connections: Sequence[dict[str, Json]], settings: Mapping[str, Json]
 ) -> dict[str, Json]:
-    """Return what a run pins."""
+    """Return the definition that a run stores as its snapshot."""
     return {"nodes": list(nodes), "connections": list(connections), "settings": effective_settings(settings)}
 
 
@@ -135,7 +139,9 @@ def check_graph(
     *,
     passed: Collection[str] = (),
 ) -> ValidationResult:
-    """Return the errors of a stored graph: what keeps it from running; configs of nodes in `passed` were found good."""
+    """Return the errors that keep a stored graph from running. Configs of the nodes in `passed` count as
+    valid.
+    """
     return find_errors(
         ParsedGraph.from_stored(build_definition(nodes, connections, {})), catalog, passed=passed
     )

@@ -1,6 +1,7 @@
-"""Group commit: whatever waits while one transaction is under way goes into the next one together.
+"""Group commit: items that are submitted during one transaction share the next transaction.
 
-No linger: a lone item goes at once, and under load the batch grows by itself to what arrives during a commit.
+There is no linger time: a lone item is committed at once, and under load batches grow to the arrivals during
+a commit.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ Answer = TypeVar("Answer")
 
 
 SubmittedItem: TypeAlias = tuple[Item, asyncio.Future[Answer], int]
-"""An item that waits, who waits for it, and how heavy it is."""
+"""Item that waits, the future of its answer, and its weight."""
 
 
 class GroupCommit(Generic[Item, Answer]):
-    """Gathers items into batches and hands each waiter the answer to its own.
+    """Committer of items in batches; each caller gets the answer to its own item.
 
-    The committing task outlives its waiters: one that is cancelled loses its answer, not its item. A batch that
-    fails for any reason but an unreachable database is tried again one by one, so that one bad item, or one that needs
-    what another transaction has locked, spoils nobody else's.
+    The committing task outlives its callers: a canceled caller loses its answer, not its item. A batch that
+    fails for any reason but an unreachable database is retried item by item. So an item that is invalid, or
+    needs rows that another transaction has locked, fails alone.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class GroupCommit(Generic[Item, Answer]):
         weigh: Callable[[Item], int] = lambda _: 0,
         max_weight: int = 0,
     ) -> None:
-        """What waits longest goes first, however heavy; with it go those that `max_weight` leaves room for.
+        """Create a committer. The oldest item is always taken, however heavy; others join it up to
+        `max_weight`.
 
-        An exception among the answers of `commit` is raised to whoever waits for it.
+        An exception among the answers of `commit` is raised to the caller of its item.
         """
         self._commit = commit
         self._max_batch = max_batch
@@ -47,7 +49,7 @@ class GroupCommit(Generic[Item, Answer]):
         self._task: asyncio.Task[None] | None = None
 
     def submit(self, item: Item) -> asyncio.Future[Answer]:
-        """Queue an item; the future has its answer once that is committed."""
+        """Queue an item; the future gets its answer after the commit."""
         future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future, self._weigh(item)))
         if self._task is None:
@@ -56,16 +58,16 @@ class GroupCommit(Generic[Item, Answer]):
 
     @property
     def depth(self) -> int:
-        """How many items wait."""
+        """Number of waiting items."""
         return len(self._waiting)
 
     @property
     def is_idle(self) -> bool:
-        """Whether nothing waits, and nothing is being committed."""
+        """Whether no item waits and no commit is in progress."""
         return self._task is None
 
     async def drain(self) -> None:
-        """Wait until everything submitted so far has its answer."""
+        """Wait until every submitted item has its answer."""
         while self._task is not None:
             await asyncio.shield(self._task)
 
@@ -97,11 +99,11 @@ class GroupCommit(Generic[Item, Answer]):
             if len(batch) == 1:
                 _fail_batch(batch, error)
                 return
-            # At once: each that is locked waits as long again.
+            # Concurrently: each item with a locked row waits for the whole lock timeout again.
             await asyncio.gather(*(self._settle([one]) for one in batch))
         except DatabaseUnavailable as error:
             _fail_batch(batch, error)
-        except Exception as error:  # noqa: BLE001 - it belongs to one waiter, found by trying each alone
+        except Exception as error:  # noqa: BLE001 - it belongs to one item, found by committing each alone
             if len(batch) == 1:
                 _fail_batch(batch, error)
                 return
@@ -123,4 +125,4 @@ def _fail_batch(batch: Sequence[tuple[Item, asyncio.Future[Answer]]], error: Exc
     for _, future in batch:
         if not future.done():
             future.set_exception(error)
-            future.exception()  # a waiter that has gone must not make the loop complain
+            future.exception()  # without a caller, the event loop must not log it as never retrieved

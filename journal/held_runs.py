@@ -1,4 +1,4 @@
-"""What has arrived for a workflow while it was paused: runs that wait until it is paused no longer."""
+"""Runs that were accepted while their workflow was paused: they wait until it is resumed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
 
 UNTIL_RESUMED: Final = datetime(9999, 1, 1, tzinfo=UTC)
-"""When such a run is due, as long as nobody knows."""
+"""Due time of such a run while the workflow is paused."""
 
 
 async def release_held_runs(connection: AsyncConnection, workflow_id: str) -> None:
-    """Let them run, in the order in which they came; they are found as all are that have become due."""
+    """Make the held runs of a workflow due, in the order of their acceptance; the sweep for due runs finds
+    them.
+    """
     await connection.execute(
         update(Execution)
         .where(

@@ -21,14 +21,15 @@ log = structlog.get_logger()
 
 RENEWALS_PER_LEASE = 3
 TRIES_PER_RENEWAL = 5
-"""How often a lease is tried again, until the next renewal, whose row is locked."""
+"""Attempts at a lease whose row is locked, until the next renewal."""
 LEASE_MARGIN = 0.15
-"""The share of a lease that is given away: our clock and the database's need not run alike."""
+"""Share of a lease that is left unused, since the clocks of process and database may run at different speeds.
+"""
 
 
 @dataclass(slots=True, eq=False)
 class RunLease:
-    """One run's lease, by this process's monotonic clock."""
+    """Lease of one run, by this process's monotonic clock."""
 
     key: ExecutionKey
     token: int
@@ -39,12 +40,14 @@ class RunLease:
         return LeaseRenewal(*self.key, self.token)
 
     def is_held(self) -> bool:
-        """Tell whether the lease is certain to last a moment longer."""
+        """Return whether the lease is certain to last for a moment longer."""
         return time.monotonic() < self.until
 
 
 class LeaseKeeper:
-    """Renews the leases of one process, and tells which were lost and what clients asked of runs meanwhile."""
+    """Renewer of the leases of one process. Reports lost leases, and stop and cancel requests that renewals
+    find.
+    """
 
     def __init__(
         self,
@@ -66,26 +69,26 @@ class LeaseKeeper:
         )
 
     def start(self) -> None:
-        """Begin to renew."""
+        """Start the renewal thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the thread end; leases that are still held run out by themselves."""
+        """Stop the renewal thread; leases that are still held expire by themselves."""
         self._stopping.set()
 
     def hold(self, key: ExecutionKey, token: int, since: float) -> RunLease:
-        """Keep a lease that was asked for at `since` (monotonic), until it is let go."""
+        """Renew a lease, claimed at `since` (monotonic seconds), until it is released."""
         lease = RunLease(key, token, self._lease_end(since))
         self._leases[key.execution_id] = lease
         return lease
 
     def release(self, lease: RunLease) -> None:
-        """Renew a lease no longer."""
+        """Stop renewing a lease."""
         if self._leases.get(lease.key.execution_id) is lease:
             del self._leases[lease.key.execution_id]
 
     def execution_ids(self) -> list[str]:
-        """Return the ids of the executions whose leases are kept."""
+        """Return the ids of the executions with held leases."""
         return list(self._leases)
 
     def _lease_end(self, since: float) -> float:
@@ -103,7 +106,7 @@ class LeaseKeeper:
             try:
                 await self._renew_unlocked(store, leases, interval_seconds)
             except DatabaseUnavailable as error:
-                # The leases run out by themselves: each run looks at its own before it starts a node.
+                # The leases expire by themselves: each run checks its own before it starts a node.
                 log.warning("leases not renewed", error=str(error), leases=len(leases))
             except Exception:
                 log.exception("leases not renewed", leases=len(leases))
@@ -111,11 +114,13 @@ class LeaseKeeper:
             await store.close()
 
     def _seconds_until_renewal(self, begun_at: float) -> float:
-        """Return how long the next round is away: no lease waits for another that took long in the last one."""
+        """Return the time until the next round, counted from the begin of the last one, so that a slow round
+        delays nothing.
+        """
         return max(0.0, begun_at + self._lease_seconds / RENEWALS_PER_LEASE - time.monotonic())
 
     async def _renew_unlocked(self, store: RunStore, leases: list[RunLease], seconds: float) -> None:
-        """Renew leases, and try those again until the next round whose rows another transaction has locked."""
+        """Renew leases, and retry those with locked rows until the next round."""
         since = time.monotonic()
         while locked := await self._renew(store, leases):
             left_seconds = seconds * (1 - 1 / TRIES_PER_RENEWAL) - (time.monotonic() - since)
@@ -125,7 +130,7 @@ class LeaseKeeper:
             leases = [lease for lease in locked if self._leases.get(lease.key.execution_id) is lease]
 
     async def _renew(self, store: RunStore, leases: list[RunLease]) -> list[RunLease]:
-        """Renew leases; returns those that are neither renewed nor lost."""
+        """Renew leases; returns those with locked rows, which are neither renewed nor lost."""
         if not leases:
             return []
         since = time.monotonic()

@@ -1,4 +1,6 @@
-"""Runs of a process that the kernel killed for want of memory: named in its log and theirs, and suspects at once."""
+"""Reclaim of runs of a process that the kernel killed for lack of memory. Each run gets a log line and becomes a
+suspect at once.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,16 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 OUT_OF_MEMORY_MESSAGE = "The process ran out of memory while this execution was at work"
-# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+# Literals instead of bound parameters: the databases use a partial index only for a condition that they can
+# read.
 _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
 
 async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: str) -> int:
-    """Take back what a dead process held, and name it; returns how many runs. Raises `DatabaseUnavailable`.
+    """Reclaim the runs of a killed process and log their nodes; returns the number of runs. Raises
+    `DatabaseUnavailable`.
 
-    Nodes are named that write: of others, nothing is recorded before they have ended.
+    Logs only nodes with effect `write`: other nodes record nothing before they end.
     """
     nodes = await database.transaction(partial(_log_out_of_memory, owner=owner))
     log.warning(
@@ -44,8 +48,8 @@ async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: 
 
 
 async def _log_out_of_memory(connection: AsyncConnection, *, owner: str) -> dict[str, list[str]]:
-    """Add a line to the log of each run of a dead process, and return their nodes at work, by execution id."""
-    # Its leases last: nobody else writes these logs before the runs are reclaimed.
+    """Add a log line to each run of a dead process; returns the nodes in progress by execution id."""
+    # The leases are still valid: no other process writes these logs before the reclaim.
     is_held = func.substr(col(Execution.lease_owner), 1, len(owner)) == owner
     held = select(col(Execution.id), col(Execution.shard)).where(_IS_RUNNING, is_held)
     shards = {row.id: row.shard for row in await connection.execute(held)}

@@ -1,4 +1,4 @@
-"""Writes what runs have done: many runs in one commit, one run in the order in which things happened."""
+"""Recorder of runs: one commit for writes of many runs, in order within each run."""
 
 from __future__ import annotations
 
@@ -41,36 +41,40 @@ log = structlog.get_logger()
 
 RETRY_SECONDS = 0.25
 MAX_ROWS = 2_000
-"""Of one commit, but for a single run's: the others wait for no more than that."""
+"""Maximum rows of one commit, except for a single larger run, so that other runs wait no longer than that."""
 
 ROUNDING_PERCENT = 1e-6
-"""Sums of parts may be too small by less than this."""
+"""Tolerance for rounding errors in sums of shares."""
 
 
 class RunRecorder:
-    """Groups the writes of all runs of a process."""
+    """Recorder that groups the writes of all runs of a process."""
 
     def __init__(self, store: RunStore, on_committed: Callable[[Mapping[str, str]], None]) -> None:
-        """`on_committed` is called with the ids of runs that have changed, and the channel of each that has ended."""
+        """Create a recorder. `on_committed` gets changed runs by id, each with its channel if the run has
+        ended.
+        """
         self._store = store
         self._on_committed = on_committed
         self._group: GroupCommit[RunWrite, bool] = GroupCommit(
             self._commit, weigh=_count_rows, max_weight=MAX_ROWS
         )
-        # Apart: whoever shares a commit with a locked run waits for its lock.
+        # Separate: runs that share a commit with a locked run wait for its lock.
         self._locked_group: GroupCommit[RunWrite, bool] = GroupCommit(
             self._commit, weigh=_count_rows, max_weight=MAX_ROWS
         )
         self._locked: set[str] = set()
-        """Runs whose rows another transaction had locked when they were last to be written."""
+        """Runs whose rows another transaction had locked at their last write."""
 
     def submit(self, write: RunWrite) -> asyncio.Future[bool]:
-        """Queue a write; the future tells whether the run still held its token, or raises `LockWaitTimeout`."""
+        """Queue a write; the future returns whether the run still held its token, or raises
+        `LockWaitTimeout`.
+        """
         group = self._locked_group if write.execution_id in self._locked else self._group
         return group.submit(write)
 
     async def drain(self) -> None:
-        """Wait until everything submitted is committed or refused."""
+        """Wait until every submitted write is committed or refused."""
         await self._group.drain()
         await self._locked_group.drain()
 
@@ -94,7 +98,9 @@ class RunRecorder:
 
 
 def percent_of(share: float) -> int:
-    """Return the part of a run that is done in percent, rounded down; 99 at most, for only its end makes it 100."""
+    """Return the completed share of a run in percent, rounded down, at most 99: only the end of a run makes
+    it 100.
+    """
     return min(int(share * 100 + ROUNDING_PERCENT), MAX_PERCENT_UNDER_WAY)
 
 
@@ -103,7 +109,7 @@ def _count_rows(write: RunWrite) -> int:
 
 
 class RunJournal:
-    """One run's side of the recorder: what it has told and not yet committed."""
+    """Journal of one run: buffer of spans, attempts and log lines until their commit."""
 
     def __init__(
         self,
@@ -116,15 +122,16 @@ class RunJournal:
         large: LargeValues | None = None,
         control: RunControl | None = None,
     ) -> None:
-        """`channel` is told when the run has ended; `signals` are the answers that the run was given so far.
+        """Create the journal of a claimed run. `channel` is notified of its end; `settled` are node ids.
 
-        Without `large`, rows take everything. What `control` is asked breaks off the wait for a blob storage that is
-        away: the lease goes on meanwhile, since the database is there to renew it.
+        `wait_answer_count` is the number of wait answers that the run has seen. Without `large`, rows hold
+        values of any size. A cancel or hand-off requested through `control` ends the wait for an unreachable
+        blob storage. The lease is renewed meanwhile, since the database is reachable.
         """
         self._recorder = recorder
         self._lease = lease
         self._channel = channel
-        self._signals = wait_answer_count
+        self._wait_answer_count = wait_answer_count
         self._large = large
         self._max_row_bytes = sys.maxsize if large is None else large.max_row_bytes
         self._has_large = False
@@ -134,12 +141,12 @@ class RunJournal:
         self._in_turn = asyncio.Lock()
         self._is_broken = False
         self._done = 0.0
-        """The part of the run that is done, as far as this stretch of work knows."""
+        """Completed share of the run, as far as this claim of it knows."""
         self.has_new_result = False
-        """A result was committed since the run was claimed."""
+        """Whether a result was committed since the run was claimed."""
 
     def record(self, span: NodeSpan) -> None:
-        """Keep a span for the next commit."""
+        """Buffer a span for the next commit."""
         self._write.spans.append(span)
         if (span.output is not None and len(span.output) > self._max_row_bytes) or (
             span.input is not None and len(span.input) > self._max_row_bytes
@@ -147,39 +154,40 @@ class RunJournal:
             self._has_large = True
         if span.status in SETTLED_STATUSES:
             self._write.has_new_result = True
-            # A node in a loop counts once, with the first turn in which it settles; the loop, when all are through.
+            # A node in a loop counts once, at the first iteration in which it settles; the loop counts after
+            # all iterations.
             if not span.is_turn:
                 self._settled.add(span.node_id)
 
     def record_attempt(self, attempt: AttemptSpan) -> None:
-        """Keep an attempt for the next commit."""
+        """Buffer an attempt for the next commit."""
         self._write.attempts.append(attempt)
 
     def log(self, line: LogLine) -> None:
-        """Keep a log line for the next commit."""
+        """Buffer a log line for the next commit."""
         self._write.logs.append(line)
 
     def advance(self, share: float) -> None:
-        """Count a part of the run as done."""
+        """Add a completed share to the progress of the run."""
         self._done += share
 
     def count_answers(self, wait_answer_count: int) -> None:
-        """Count answers that the run has seen since it was claimed."""
-        self._signals = wait_answer_count
+        """Set the number of wait answers that the run has seen."""
+        self._wait_answer_count = wait_answer_count
 
     def holds_lease(self) -> bool:
-        """Tell whether the lease is certain to last a moment longer."""
+        """Return whether the lease is certain to last for a moment longer."""
         return not self._is_broken and self._lease.is_held()
 
     async def restore(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
-        """Return spans with what their rows leave out; raises `ValueLost` and `LeaseLost`."""
+        """Return spans with values that their rows keep in blobs; raises `RecordedValueLost` and `LeaseLost`."""
         if self._large is None or not any(span.output_blob or span.input_blob for span in spans):
             return spans
         large = self._large
         return await self._repeat_until_done(lambda: asyncio.create_task(large.restore(spans)))
 
     async def trigger(self, text: str) -> Json:
-        """Return what the trigger node gives out; raises `InvalidJson`, `ValueLost` and `LeaseLost`."""
+        """Return the output of the trigger node; raises `InvalidJson`, `RecordedValueLost` and `LeaseLost`."""
         if self._large is None or not trigger_body.is_separate(text):
             return await offload.run(values.decode_json, text.encode())
         large = self._large
@@ -191,7 +199,7 @@ class RunJournal:
         return self._write.has_new_result
 
     async def pass_trial(self) -> None:
-        """Make durable that the run has been on trial for long enough; raises `LeaseLost`."""
+        """Record durably that the run has passed its trial; raises `LeaseLost`."""
         async with self._in_turn:
             write = self._take_pending()
             write.has_passed = True
@@ -199,12 +207,12 @@ class RunJournal:
 
     @property
     def is_dirty(self) -> bool:
-        """Whether something waits for the next commit."""
+        """Whether spans or log lines wait for the next commit."""
         return bool(self._write.spans or self._write.logs)
 
     @property
     def is_committing(self) -> bool:
-        """Whether a commit is under way: another would only wait for it."""
+        """Whether a commit is in progress: another would only wait for it."""
         return self._in_turn.locked()
 
     async def commit(self) -> None:
@@ -214,11 +222,11 @@ class RunJournal:
                 await self._submit(self._take_pending())
 
     async def end(self, ended: RunOutcome) -> None:
-        """Commit the end of this stretch of work, with all that came before it; raises `LeaseLost`."""
+        """Commit the end of this claim of the run, with everything recorded before it; raises `LeaseLost`."""
         async with self._in_turn:
             write = self._take_pending()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
-            write.wait_answer_count = self._signals
+            write.wait_answer_count = self._wait_answer_count
             if ended.status not in UNFINISHED_STATUSES:
                 write.channel = self._channel
             await self._submit(write)
@@ -239,7 +247,8 @@ class RunJournal:
         try:
             await self._make_durable(write)
         except BaseException:
-            # What this write held is gone, so nothing may follow it, even if the lease should hold again.
+            # The content of this write is lost, so nothing may follow it, even if the lease should be held
+            # again.
             self._is_broken = True
             raise
 
@@ -248,13 +257,13 @@ class RunJournal:
             self._has_large = False
             large, spans = self._large, write.spans
             write.spans = await self._repeat_until_done(lambda: asyncio.create_task(large.store(spans)))
-        # The same write may be repeated: it names the token, and its rows replace themselves.
+        # Repeating the write is safe: it names the token, and its rows replace themselves.
         if not await self._repeat_until_done(lambda: self._recorder.submit(write)):
             raise LeaseLost
         self.has_new_result = self.has_new_result or write.has_new_result
 
     async def _repeat_until_done(self, begin: Callable[[], asyncio.Future[T]]) -> T:
-        """Do what may be repeated until it is done; a run that has waited for that to the end of its lease is lost."""
+        """Repeat work until it succeeds; raises `LeaseLost` when the lease ends first."""
         is_logged = False
         while True:
             try:
@@ -289,7 +298,7 @@ class RunJournal:
             self._overdue.cancel()
 
     def _cancel_without_lease(self, future: asyncio.Future[T]) -> None:
-        """Cancel the wait for an answer when the lease has ended, which a renewal puts off."""
+        """Cancel the wait for an answer when the lease ends; a renewal postpones that."""
         seconds = self._lease.until - time.monotonic()
         loop = asyncio.get_running_loop()
         if seconds > 0:

@@ -1,7 +1,7 @@
-"""Executions deleted with everything that belongs to them, a little at a time.
+"""Deletion of executions with all their records, in small transactions.
 
-The row of an execution goes first, so that nobody sees, resumes or waits for what is only half there; the row of its
-data goes last, so that a deletion that breaks off is found again.
+The row of an execution is deleted first, so that nobody reads, resumes or awaits a partly deleted run. The
+row of its data is deleted last, so that an interrupted deletion is found again.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ _PARENT_IS_UNFINISHED: Final = (
 )
 _IS_FINISHED: Final = and_(col(Execution.ended_at).is_not(None), col(Execution.follow_up).is_(None))
 IS_DELETABLE: Final = and_(_IS_FINISHED, ~_PARENT_IS_UNFINISHED)
-"""It has ended, whoever was to be told of that was told, and no execution that goes on has started it."""
+"""Condition: the run has ended, its completion actions are done, and no unfinished execution has started it.
+"""
 _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[Any]]]]] = (
     (SpanRow, (col(SpanRow.execution_id), col(SpanRow.node_id), col(SpanRow.iteration))),
     (
@@ -47,17 +48,16 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
     (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
 )
-"""What belongs to an execution, and by what each row is known."""
+"""Tables with records of an execution, and their keys."""
 
 
 async def delete_runs(
     database: Database, execution_ids: Collection[str], left_over: Collection[str] = ()
 ) -> dict[str, BlobOwner]:
-    """Delete those executions that have ended, and what is left of others; returns whose contents belonged to each.
+    """Delete ended executions, and the remains of others; returns the blob owner of each deleted run.
 
-    Those whose rows another transaction has locked stay. Raises `LockWaitTimeout` for other rows of theirs.
-
-    The contents are to be deleted after that, with `journal.blobs.orphan_blobs`.
+    Skips executions with rows that another transaction has locked. Raises `LockWaitTimeout` for other locked
+    rows. The caller deletes the blobs afterwards with `journal.blobs.orphan_blobs`.
     """
 
     async def delete_rows(connection: AsyncConnection) -> dict[str, BlobOwner]:

@@ -1,4 +1,4 @@
-"""What a run has given out in the end: the outputs of nodes behind which nothing comes."""
+"""Outputs of a run: the outputs of leaf nodes, which reached no other node."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 BATCH_NODES: Final = 500
 
-# Made once: to put statements together takes longer than to run them.
+# Built once: building a statement takes longer than running it.
 _IS_SETTLED: Final = and_(
     col(SpanRow.execution_id) == bindparam("execution_id"),
     col(SpanRow.shard) == bindparam("shard"),
@@ -48,7 +48,7 @@ _DEFINITION: Final = select(col(Definition.body)).where(
 
 
 class OutputsTooLarge(Exception):
-    """The outputs have more characters than were asked for."""
+    """The outputs have more characters than the caller's limit."""
 
     def __init__(self, size: int) -> None:
         super().__init__(f"The outputs have {size:,} characters")
@@ -57,7 +57,7 @@ class OutputsTooLarge(Exception):
 
 @dataclass(frozen=True, slots=True)
 class LeafOutput:
-    """A node's output as JSON text, or the reference to where it is kept."""
+    """Output of a node as JSON text, or the reference to its blob."""
 
     text: bytes
     is_blob: bool
@@ -76,10 +76,10 @@ class _DefinitionConnections(msgspec.Struct):
 async def read_leaf_outputs(
     connection: AsyncConnection, key: ExecutionKey, definition: DefinitionKey, *, max_characters: int
 ) -> Mapping[str, LeafOutput]:
-    """Return the outputs of a run's leaves by node id, in the order in which they came; raises `ResultTooLarge`.
+    """Return the outputs of a run's leaves by node id, in the order of their spans; raises `OutputsTooLarge`.
 
-    A leaf is a node whose output went nowhere: no connection leads from the port by which it was left to a node that
-    the run has come to.
+    A leaf is a node with output that reached no node: no connection leads from its chosen port to a node with a
+    span.
     """
     run = {"execution_id": key.execution_id, "shard": key.shard}
     rows = (await connection.execute(_SETTLED, run)).all()

@@ -1,4 +1,4 @@
-"""Spans and log lines as rows, the same for every database."""
+"""Conversion between records of runs and database rows, the same for every database."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ SPAN_COLUMNS = (
 )
 SPAN_KEY = ("execution_id", "node_id", "iteration")
 SPAN_FIXED_COLUMNS = (*SPAN_KEY, "shard", "id")
-"""What a newer row of the same node leaves as it was."""
+"""Columns that a newer row of the same node does not change."""
 ATTEMPT_COLUMNS = (
     *(
         "execution_id",
@@ -71,11 +71,11 @@ ATTEMPT_CHANGES = "started_at = coalesce(excluded.started_at, attempt_span.start
     for column in ATTEMPT_COLUMNS
     if column not in {*ATTEMPT_KEY, "shard", "id", "started_at"}
 )
-"""The SQL by which a newer row of the same attempt replaces the one before it."""
+"""SQL assignments with which a newer row of the same attempt replaces the older one."""
 LOG_COLUMNS = ("execution_id", "sequence", "shard", "id", "level", "message", "node_id", "created_at")
 
 TOUCH_INTERVAL_MICROSECONDS = 3_600_000_000
-"""A definition's age is counted anew when it is sent and older than this."""
+"""Minimum age of a definition for a new use to renew its age."""
 
 STATUS_AFTER = {
     RunStatus.COMPLETED: ExecutionStatus.COMPLETED,
@@ -90,7 +90,7 @@ DatabaseRow = tuple[Any, ...]
 
 
 def encode_error(error: RunError | None) -> str | None:
-    """Return an error as the JSON text that is stored and shown."""
+    """Return an error as JSON text, as rows and the API hold it."""
     if error is None:
         return None
     shown = error.as_json() if error.cause is None else {**error.as_json(), "cause": error.cause}
@@ -98,7 +98,7 @@ def encode_error(error: RunError | None) -> str | None:
 
 
 LOSS_PLACEHOLDER = 987_654_321
-"""Stands in `CRASHED` for the number of lost workers, which the statement knows."""
+"""Placeholder in `CRASHED_ERROR` for the number of lost workers, which only the statement knows."""
 CRASHED_ERROR = encode_error(
     RunError("crashed", f"{LOSS_PLACEHOLDER} workers in a row died on this run", attempt=LOSS_PLACEHOLDER)
 )
@@ -112,13 +112,13 @@ OUT_OF_MEMORY_ERROR = encode_error(
 
 
 def release_target_sql(is_suspect: str) -> str:
-    """Return the SQL of the target at which a released run waits: another where it is a suspect."""
+    """Return SQL for the target of a released run: the isolation target for a suspect."""
     apart = " ".join(f"WHEN '{target}' THEN '{isolated}'" for target, isolated in ISOLATION_TARGETS.items())
     return f"CASE WHEN {is_suspect} THEN CASE target {apart} ELSE target END ELSE target END"
 
 
 def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row a node of each run: the last that was recorded."""
+    """Return one row per node of each run: its last recorded span."""
     newest = [
         (write, span)
         for write in batch
@@ -156,7 +156,7 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row an attempt of each run: the last that was recorded."""
+    """Return one row per attempt of each run: its last recorded state."""
     newest = [
         (write, one)
         for write in batch
@@ -184,7 +184,7 @@ def attempt_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
-    """Return one row a line."""
+    """Return one row per log line."""
     lines = [(write, line) for write in batch for line in write.logs]
     return [
         (
@@ -202,7 +202,7 @@ def log_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
 
 
 def decode_span(row: Sequence[Any]) -> NodeSpan:
-    """Return the span that a row of `SPAN_COLUMNS` holds."""
+    """Decode a span from a row of `SPAN_COLUMNS`."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
     started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
     awaits, resolved_config, hashes, input_blob, output_blob = rest
@@ -232,7 +232,7 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
 
 
 def decode_claim(row: Sequence[Any]) -> ClaimedRun:
-    """Return the claim that a row holds: the fields of `Claimed` in their order."""
+    """Decode a claimed run from a row with the fields of `ClaimedRun` in their order."""
     execution_id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
     has_journal, trigger, started_at, deadline_at, request, channel, user_id, wait_answer_count, *rest = rest
     concurrency_key, follow_up, may_have_more, claimed_at = rest
@@ -261,7 +261,7 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
 
 
 def decode_error(stored: str | None) -> RunError | None:
-    """Return the error that a JSON text holds."""
+    """Decode an error from its JSON text."""
     if stored is None:
         return None
     fields = decoding.decode(stored)
@@ -286,7 +286,7 @@ def _to_bytes(text: str | None) -> bytes | None:
 
 
 def split_rivals(batch: Sequence[IngestWrite]) -> tuple[list[IngestWrite], list[IngestWrite]]:
-    """Return the arrivals of which no two share a key, and the others: a key can win once in a statement."""
+    """Split requests into those without a common key and the rest: a statement can insert a key once."""
     chosen: list[IngestWrite] = []
     others: list[IngestWrite] = []
     taken: set[tuple[int, str, str]] = set()

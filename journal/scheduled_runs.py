@@ -1,7 +1,8 @@
-"""Runs of schedules: accepted in the transaction that moves their schedules on, so that each instant has one run.
+"""Runs of schedules, accepted in the transaction that advances their schedules, so that each instant has one
+run.
 
-Whoever does it locks the rows of the schedules, and passes over what another has locked: several may do it at once, and
-one that dies in between leaves everything as it was.
+The transaction locks the rows of the schedules and skips those that another has locked. So several
+processes may do this at once, and a process that dies in between changes nothing.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ if TYPE_CHECKING:
 
 BATCH_SCHEDULES: Final = 200
 POSTPONE_TIME: Final = timedelta(minutes=1)
-"""A schedule that something keeps from being run is looked at again after this time."""
+"""Delay before the next look at a schedule that can't run because of a problem."""
 TRIMMED_TIME: Final = timedelta(seconds=1)
-"""Clocks, and transactions that began at different times, differ by less than this without being wrong."""
+"""Tolerated difference between clocks, and between begins of transactions."""
 _MICROSECOND: Final = timedelta(microseconds=1)
 _encode: Final = msgspec.json.Encoder().encode
 
@@ -60,7 +61,7 @@ _IS_DEPLOYED: Final = and_(
 _EXECUTION_DEFAULTS: Final[dict[str, Any]] = {
     name: column.get_default() for name, column in Execution.model_fields.items() if not column.is_required()
 }
-"""What the columns of an execution hold that nobody has begun, but for those that each has its own values of."""
+"""Column values of a new execution, except for those that each execution sets itself."""
 _MOVED_COLUMNS: Final = (
     *("planned_at", "next_run_at", "due_at", "problem"),
     *("last_run_at", "last_execution_id", "skipped_at", "skipped_reason"),
@@ -74,49 +75,49 @@ _MOVE_SCHEDULE: Final = (
 
 @dataclass(frozen=True, slots=True)
 class DueSchedule:
-    """A schedule that is due, and which definition its workflow is run by."""
+    """Due schedule, and the definition that its workflow runs."""
 
     workflow_id: str
     organization_id: str
     shard: int
     revision: int
-    """Of the workflow."""
+    """Revision of the workflow."""
     deployed_hash: str | None
-    """Of what is deployed; None: the workflow's own definition is run, by any worker."""
+    """Hash of the deployed definition. None: any worker runs the workflow's own definition."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleDefinition:
-    """The definition that a schedule runs."""
+    """Definition that a schedule runs."""
 
     due: DueSchedule
     text: str
     hash: str
     settings: Mapping[str, Json]
-    """With the defaults filled in."""
+    """Effective settings, with defaults."""
     trigger_kind: str
     total_nodes: int
 
 
 @dataclass(slots=True)
 class ScheduleRunResult:
-    """What became of schedules that were due."""
+    """Result for a batch of due schedules."""
 
     runs: list[tuple[str, str, datetime]] = field(default_factory=list)
-    """Workflow, execution and instant of each run that was accepted."""
+    """Workflow, execution and instant of each accepted run."""
     passed: list[tuple[str, SkipReason, datetime]] = field(default_factory=list)
-    """Workflow and reason where instants were passed over, and the last of those."""
+    """Workflow, reason and last instant of each series of skipped instants."""
     problems: list[tuple[str, str]] = field(default_factory=list)
-    """Workflows whose schedules are put off from now on, and why."""
+    """Workflows with schedules that are postponed from now on, and the problem of each."""
     concurrency_keys: set[str] = field(default_factory=set)
-    """Of runs that wait for a place."""
+    """Keys of runs that wait for a concurrency slot."""
     assigned_deployment_ids: set[str | None] = field(default_factory=set)
-    """Deployments that have something to take; None: workers have."""
+    """Deployments with new runs to claim; None: workers have new runs."""
     decided: int = 0
-    """Schedules that aren't due any more."""
+    """Number of schedules that are no longer due."""
 
     def add(self, other: ScheduleRunResult) -> None:
-        """Add what became of others."""
+        """Add the results of other schedules."""
         self.runs += other.runs
         self.passed += other.passed
         self.problems += other.problems
@@ -126,8 +127,8 @@ class ScheduleRunResult:
 
 
 def due_statement(now: ColumnElement[int]) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds schedules that are due, the longest first: one look into an index."""
-    # Chosen before anything is joined: nothing else can look like the way to them.
+    """Return the statement that finds due schedules, the longest due first, with one index range."""
+    # Selected before any join, so that the planner can't start from another table.
     chosen = (
         select(*(col(Schedule.workflow_id), col(Schedule.due_at)))
         .where(col(Schedule.due_at) <= now)
@@ -153,35 +154,36 @@ async def start_due_runs(
 ) -> ScheduleRunResult:
     """Decide about the schedules of these workflows that are still due, and accept their runs.
 
-    What another decides about, and what has changed since its definition was read, is left alone.
+    Leaves schedules alone that another transaction has locked, or that have a changed workflow or deployed
+    definition.
     """
     locked = [*await connection.scalars(_locked_statement(runnables, now))]
-    # In a statement of its own: what PostgreSQL reads together with a lock may be older than the lock.
+    # A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock.
     found = (await connection.execute(_found_statement(locked, now))).mappings().all()
-    # Apart from them too: with stale statistics, all executions would be gone through for each schedule.
+    # Separate as well: with outdated statistics, a join would scan all executions for each schedule.
     unended = [*await connection.scalars(_unended_statement([row["last_execution_id"] for row in found]))]
-    entrance = _ScheduleWriter(connection, frozenset(unended))
+    writer = _ScheduleWriter(connection, frozenset(unended))
     for row in found:
         runnable = runnables[row["workflow_id"]]
         if (row["revision"], row["deployed_hash"]) == (runnable.due.revision, runnable.due.deployed_hash):
-            await entrance.decide(row, runnable)
-    await entrance.write()
+            await writer.decide(row, runnable)
+    await writer.write()
     resting = sorted({*locked} - {row["workflow_id"] for row in found})
     if resting:
-        # Of workflows that aren't active, or have no such trigger: there should be none.
+        # Schedules of workflows that aren't active, or have no such trigger: there should be none.
         await connection.execute(
             update(Schedule)
             .where(col(Schedule.workflow_id).in_(resting))
             .values(next_run_at=None, due_at=None)
         )
-    entrance.started.decided += len(resting)
-    return entrance.started
+    writer.started.decided += len(resting)
+    return writer.started
 
 
 async def postpone_schedules(
     connection: AsyncConnection, problems: Mapping[str, str], now: ColumnElement[int]
 ) -> None:
-    """Look at schedules again later that something keeps from being run: of each workflow's, what it is."""
+    """Postpone due schedules that can't run, and store the problem of each, by workflow id."""
     for workflow_id, problem in sorted(problems.items()):
         await connection.execute(
             update(Schedule)
@@ -191,7 +193,7 @@ async def postpone_schedules(
 
 
 async def reset_schedules_ahead(connection: AsyncConnection, now: ColumnElement[int]) -> int:
-    """Work out the next instants anew that were worked out by a clock that was ahead; returns how many they are."""
+    """Recompute next instants that were computed by a clock that was ahead; returns their number."""
     ahead = (
         select(Schedule, col(WorkflowTrigger.config), now.label("now"))
         .join(WorkflowTrigger, _is_trigger_of_schedule())
@@ -271,10 +273,10 @@ def _is_planned(
 
 
 class _ScheduleWriter:
-    """Collects what schedules that are locked come to, and writes it at once."""
+    """Collector of rows for locked schedules, written in a few statements."""
 
     def __init__(self, connection: AsyncConnection, unended: Collection[str]) -> None:
-        """`unended` are the last runs of schedules that go on."""
+        """Create a collector. `unended` are those last runs of schedules that have not ended."""
         self.started = ScheduleRunResult()
         self._unended = unended
         self._connection = connection
@@ -284,7 +286,7 @@ class _ScheduleWriter:
         self._moves: list[dict[str, Any]] = []
 
     async def decide(self, row: RowMapping, runnable: ScheduleDefinition) -> None:
-        """Decide about a schedule, and collect its runs."""
+        """Decide about a schedule and collect its runs."""
         workflow_id, now = row["workflow_id"], from_microseconds(row["now"])
         self.started.decided += 1
         try:
@@ -314,7 +316,7 @@ class _ScheduleWriter:
         self._move(row, **changes)
 
     async def write(self) -> None:
-        """Write everything that was collected."""
+        """Write all collected rows."""
         if self._executions:
             await self._write_definitions()
             await self._connection.execute(insert(Execution), self._executions)
@@ -323,7 +325,7 @@ class _ScheduleWriter:
             await self._connection.execute(_MOVE_SCHEDULE, self._moves)
 
     async def _state(self, row: RowMapping) -> ScheduleState:
-        """Return where a schedule is. Where its last run has ended, none from before it waits either."""
+        """Return the state of a schedule. If its last run has ended, no earlier run waits either."""
         waiting_runs = 0
         is_busy = row["last_execution_id"] in self._unended
         if is_busy:
@@ -360,7 +362,7 @@ class _ScheduleWriter:
         limit: ConcurrencyLimit | None,
         now: datetime,
     ) -> str:
-        """Collect the rows of a run, and return its id."""
+        """Collect the rows of a run; returns its id."""
         due = runnable.due
         assigned_deployment_id = due.workflow_id if due.deployed_hash else None
         follow_up = completion.requested_actions(runnable.settings)
@@ -417,7 +419,9 @@ class _ScheduleWriter:
         return execution_id
 
     async def _write_definitions(self) -> None:
-        """Store what isn't stored, and make young again what is: one that is about to be used is not deleted."""
+        """Store new definitions and renew the age of existing ones, so that retention won't delete them
+        before their use.
+        """
         dialect: Any = postgresql if self._connection.dialect.name == "postgresql" else sqlite
         statement = dialect.insert(Definition)
         created_at = type_coerce(statement.excluded.created_at, BigInteger)
@@ -433,7 +437,7 @@ class _ScheduleWriter:
 
 
 def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, instant: datetime) -> Json:
-    """Return what the trigger gives out: the instant that the run is due at, whenever that is."""
+    """Return the output of the trigger: the instant for which the run is scheduled, even if it starts late."""
     given: dict[str, Json] = {
         "scheduledAt": timestamps.format_timestamp(instant),
         "timezone": wanted.timezone,
@@ -444,7 +448,9 @@ def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, inst
 def _schedule_limit(
     runnable: ScheduleDefinition, wanted: ScheduleTimetable, trigger: Json
 ) -> ConcurrencyLimit | None:
-    """Return what limits a run: its workflow's settings, and where it waits for its turn, that no other may go on."""
+    """Return the concurrency limit of a run: that of its workflow's settings, or one run at a time for
+    overlap `queue`.
+    """
     workflow_id = runnable.due.workflow_id
     limit = concurrency_limits.concurrency_limit(runnable.settings, workflow_id, trigger)
     if wanted.overlap is not OverlapPolicy.QUEUE:

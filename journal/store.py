@@ -23,14 +23,14 @@ from models.loss_limits import MAX_ISOLATION_LOSSES
 
 
 class ExecutionKey(NamedTuple):
-    """Where a run's rows are."""
+    """Key of a run's rows."""
 
     execution_id: str
     shard: int
 
 
 class DefinitionKey(NamedTuple):
-    """Where a definition is."""
+    """Key of a definition's row."""
 
     organization_id: str
     hash: str
@@ -39,7 +39,7 @@ class DefinitionKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class IdempotencyKey:
-    """A client's promise that two requests are one."""
+    """Key under which a repeated request is recognized, with the fingerprint of the request."""
 
     scope: str
     key: str
@@ -48,14 +48,14 @@ class IdempotencyKey:
 
 
 class RunAcceptance(msgspec.Struct, frozen=True):
-    """A run to be accepted: one row, and what comes with it."""
+    """Run to accept, with its row and its data."""
 
     execution_id: str
     shard: int
     organization_id: str
     workflow_id: str
     workflow_revision: int
-    """The revision that was checked; the row is refused when the workflow has moved on."""
+    """The revision that was checked; the run is refused if the workflow has changed since."""
     user_id: str
     trigger_type: str
     trigger: str
@@ -64,41 +64,42 @@ class RunAcceptance(msgspec.Struct, frozen=True):
     """JSON text."""
     definition_hash: str
     definition: str | None
-    """The definition's text where it may not be stored yet; None where it is known to be."""
+    """Text of the definition if it may not be stored yet; None if it is known to be stored."""
     timeout_seconds: float
     total_nodes: int
     channel: str = ""
-    """Whom to tell of its end."""
+    """Channel to notify of the end of the run."""
     priority: int = 0
     idempotency: IdempotencyKey | None = None
     parent_id: str | None = None
-    """The execution that starts it, the first of those that started one another, and how many they are."""
+    """Execution that starts this run. `root_id` is the first of its ancestors, and `depth` is their number.
+    """
     root_id: str | None = None
     depth: int = 0
     concurrency_key: str | None = None
-    """Where it has one, it waits for a place among the `concurrency_limit` of its key."""
+    """Key under which at most `concurrency_limit` runs have a slot; None without a limit."""
     concurrency_limit: int | None = None
     may_wait: bool = True
-    """Where it may not, it is refused unless a place is free."""
+    """Whether the run may wait for a slot; otherwise it is refused unless a slot is free."""
     follow_up: str | None = None
-    """JSON text: what is to be done about its end."""
+    """Completion actions as JSON text."""
     assigned_deployment_id: str | None = None
-    """The deployment whose pods are to run it; None: any worker."""
+    """Deployment whose pods run it; None: any worker."""
     is_private: bool = False
-    """Only its user and those who may change the workflow see it."""
+    """Visible only to its user and to users who may change the workflow."""
 
 
 class IngestedRun(RunAcceptance, frozen=True):
-    """A run that a sender's request has brought."""
+    """Run to accept for an inbound request."""
 
     delay_until: datetime | None = None
-    """Not before then."""
+    """Earliest time of its start."""
     is_read: bool = True
-    """What it was brought in is read already; if not, its row is kept from those who run it until that is done."""
+    """Whether its mail is parsed. An unparsed run can't be claimed by executors until its mail is parsed."""
 
 
 class EmittedEvent(msgspec.Struct, frozen=True):
-    """Something that has happened, as a sender told it."""
+    """Event as its sender reported it."""
 
     event_id: str
     event_type: str
@@ -108,7 +109,7 @@ class EmittedEvent(msgspec.Struct, frozen=True):
 
 
 class IngestWrite(msgspec.Struct, frozen=True):
-    """A sender's request, and everything that it has brought: all of it is taken in, or nothing."""
+    """Inbound request with all its runs; stored completely or not at all."""
 
     delivery_id: str
     shard: int
@@ -124,41 +125,44 @@ class IngestWrite(msgspec.Struct, frozen=True):
     runs: Sequence[IngestedRun]
     event: EmittedEvent | None = None
     answer: str | None = None
-    """JSON text: what has come of an event. Without one, the ids of several runs that were taken in are kept."""
+    """Result of an event, as JSON text. Without it, the ids of accepted runs are stored if there are several.
+    """
     idempotency: IdempotencyKey | None = None
-    """Of all of it; runs may have keys of their own, and those that were taken in before are not taken in again."""
+    """Key of the whole request. Runs may have their own keys; a run that was accepted before is not accepted
+    again.
+    """
     redriven_from: str | None = None
 
 
 class IngestResult(msgspec.Struct, frozen=True):
-    """The answer to an arrival."""
+    """Result of an inbound request."""
 
     verdict: AcceptanceVerdict
-    """ACCEPTED, though some of its runs may not be; REPEATED and MISMATCH by its own key; STALE where one of its
-    workflows has changed: nothing was taken in then.
+    """ACCEPTED even if some of its runs are not; REPEATED and MISMATCH by its own key; STALE if one of its
+    workflows has changed, and then nothing is stored.
     """
     delivery_id: str
-    """Of the first one with its key, where that was used before."""
+    """Id of the first delivery with its key, if the key was used before."""
     runs: Sequence[AcceptanceResult] = ()
-    """In their order; empty unless it was accepted."""
+    """Results of its runs, in their order; empty unless the request was accepted."""
 
 
 class AcceptanceVerdict(StrEnum):
-    """What became of an acceptance."""
+    """Verdict on an acceptance."""
 
     ACCEPTED = "accepted"
     REPEATED = "repeated"
-    """The key was used before: `execution_id` is the first one's."""
+    """The key was used before; `execution_id` is that of the first run."""
     MISMATCH = "mismatch"
-    """The key was used before, with another body."""
+    """The key was used before with another body."""
     STALE = "stale"
-    """The workflow has changed, or is gone."""
+    """The workflow has changed or was deleted."""
     FULL = "full"
-    """As many runs of its key as may go on at once do, and it may not wait."""
+    """No slot of its concurrency key is free, and the run may not wait."""
 
 
 class AcceptanceResult(msgspec.Struct, frozen=True):
-    """The answer to an acceptance."""
+    """Result of an acceptance."""
 
     verdict: AcceptanceVerdict
     execution_id: str
@@ -166,26 +170,28 @@ class AcceptanceResult(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class ClaimQuery:
-    """What a worker asks for."""
+    """Query of a worker for runs to claim."""
 
     owner: str
     lease_seconds: float
     limit: int
     after_organization: str = ""
-    """Organisations are served in turn: the one that was served last."""
+    """Organization that was served last; organizations are served in turn."""
     turns: Mapping[str, int] = field(default_factory=dict)
-    """Within an organisation, workflows are served in turn: where to begin in each, which is 0 where it isn't said."""
+    """First queue turn to serve in each organization, by its id, since workflows are served in turn; default
+    0.
+    """
     target: str = "shared"
     others_than: Sequence[str] = ()
-    """Organisations that are to be passed over."""
+    """Organizations to skip."""
     is_trial: bool = False
-    """Take suspects, and put them on trial; without it, only runs that are none are taken."""
+    """Claim suspects for a trial in isolation; otherwise only runs that aren't suspects are claimed."""
     max_isolation_losses: int = MAX_ISOLATION_LOSSES
-    """Suspects that have lost more workers on trial are passed over."""
+    """Limit of workers lost in trials; suspects above it are skipped."""
 
 
 class ClaimedRun(msgspec.Struct, frozen=True):
-    """A run that is now this worker's, until its lease ends."""
+    """Run that this worker holds until its lease ends."""
 
     execution_id: str
     shard: int
@@ -201,24 +207,24 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     deadline_at: datetime
     request: str | None
     channel: str
-    """Whom to tell of its end."""
+    """Channel to notify of the end of the run."""
     user_id: str
-    """For whom it runs."""
+    """User on whose behalf it runs."""
     wait_answer_count: int
-    """Answers that its waiting nodes have been given so far."""
+    """Number of answers that its waiting nodes have got so far."""
     concurrency_key: str | None
-    """Where it has one, its place is another's when it leaves."""
+    """Concurrency key; its slot is free for another run when this run ends or waits. None without a limit."""
     follow_up: str | None
-    """JSON text: what is to be done about its end."""
+    """Completion actions as JSON text."""
     may_have_more: bool
-    """Its workflow's share of the claim was used up: more may wait behind it."""
+    """Whether its workflow's share of the claim was used up, so that more of its runs may wait."""
     claimed_at: datetime | None = None
-    """By the database's clock; None from a gateway of an earlier version."""
+    """Time by the database's clock; None from a gateway of an earlier version."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeaseRenewal:
-    """A lease to be renewed."""
+    """Lease to renew."""
 
     execution_id: str
     shard: int
@@ -226,46 +232,46 @@ class LeaseRenewal:
 
 
 class RunWrite(msgspec.Struct):
-    """What one run wants written; nothing is, unless it still holds its token."""
+    """Records of one run to write; nothing is written unless the run still holds its token."""
 
     execution_id: str
     shard: int
     token: int
     spans: list[NodeSpan] = []
-    """In the order in which they were recorded; the last one of a node counts."""
+    """Spans in the order of their recording; the last span of a node counts."""
     logs: list[LogLine] = []
     completed_nodes: int = 0
-    """Settled so far, in all."""
+    """Total number of settled nodes."""
     progress: Annotated[int, msgspec.Meta(ge=0, le=MAX_PERCENT_UNDER_WAY)] = 0
-    """Percent of the run that is done; what is stored never goes down."""
+    """Completed share of the run in percent; the stored value never decreases."""
     has_new_result: bool = False
-    """A node was settled: attempts lost before this don't count against the run any more."""
+    """Whether a node was settled: then earlier lost attempts no longer count against the run."""
     has_passed: bool = False
-    """It has been on trial for long enough: should its worker die, the loss doesn't count as one on trial."""
+    """Whether it has passed its trial: then the death of its worker doesn't count as a loss on trial."""
     end: RunStatus | None = None
-    """None: it goes on."""
+    """Outcome of this claim; None: the run continues."""
     channel: str = ""
-    """Whom to tell besides those that watch the run."""
+    """Channel to notify besides the watchers of the run."""
     error: RunError | None = None
     due_at: datetime | None = None
     wait_answer_count: int = 0
-    """Answers that it has seen: a run that waits, and was given more, goes on at once."""
+    """Number of answers that it has seen; a waiting run with more answers continues at once."""
     attempts: list[AttemptSpan] = []
-    """Each beside a span of its node; the last one of an attempt counts."""
+    """Attempts, each with a span of its node; the last record of an attempt counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class RenewalResult:
-    """A lease that was renewed, and what a client asked of the run meanwhile."""
+    """Result of the renewal of a lease, with the request of a client for the run."""
 
     execution_id: str
     request: str | None
     is_locked: bool = False
-    """The lease was neither renewed nor lost: another transaction has the row."""
+    """Whether the lease was neither renewed nor lost, since another transaction has locked the row."""
 
 
 class RunProgressReport(msgspec.Struct, frozen=True):
-    """What a poll shows."""
+    """Progress of a run as a poll shows it."""
 
     execution_id: str
     status: ExecutionStatus
@@ -274,111 +280,120 @@ class RunProgressReport(msgspec.Struct, frozen=True):
     error: str | None
     """JSON text."""
     outputs: Sequence[tuple[str, str]]
-    """Node id and JSON text, of nodes that have one."""
+    """Node id and JSON text of each node with an output."""
     percent: int = 0
-    """Of the run that is done, while it goes on."""
+    """Completed share of the run in percent, while it is in progress."""
     references: Sequence[str] = ()
     """Ids of the nodes whose text is the reference to a blob."""
 
 
 @dataclass(frozen=True, slots=True)
 class SweepResult:
-    """What a sweep found."""
+    """Result of a sweep."""
 
     requeued: int
-    """Leases that had ended: back in the queue."""
+    """Number of runs with an expired lease that are pending again."""
     ended: Mapping[str, str]
-    """Executions that the sweep itself brought to an end, crashed, stopped or cancelled, and the channel of each."""
+    """Channels of the executions that the sweep itself ended as crashed, stopped or cancelled, by execution
+    id.
+    """
     due: int
-    """Waits that are over: back in the queue."""
+    """Number of runs with an ended wait that are pending again."""
     has_pending: bool
-    """There is work that nobody has claimed."""
+    """Whether there are runs that nobody has claimed."""
 
 
 @dataclass(frozen=True, slots=True)
 class EndRequestOutcome:
-    """What became of a request to stop or cancel."""
+    """Result of a stop or cancel request."""
 
     status: ExecutionStatus
     lease_owner: str | None
-    """Whom to tell, where a worker holds the run."""
+    """Worker to notify, if it holds the run."""
     channel: str = ""
-    """Whom to tell, where it has ended by this."""
+    """Channel to notify, if the request ended the run."""
 
 
 class RunStore(Protocol):
-    """What whoever runs executions asks for: of a database, or of a gateway where none is at hand.
+    """Operations of executors on a database, or on a gateway where executors have no database.
 
     Every method raises `DatabaseUnavailable` when it can't be reached.
     """
 
     clock: DatabaseClock
-    """Learned from the answers to claims and renewals, if from nothing else."""
+    """Clock that learns the database's time at least from answers to claims and renewals."""
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take the best pending runs, counting the attempt; answers in the order of the turns."""
+        """Claim the best pending runs and count their attempts; answers are in the order of the turns."""
 
     async def has_suspects(self, max_isolation_losses: int, target: str = "shared") -> bool:
-        """Tell whether suspects wait to be put on trial, which have lost no more workers so."""
+        """Return whether suspects wait for a trial that have lost at most this many workers in trials."""
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write what runs have done, at most one write a run; returns the ids of those that still held their token.
+        """Write the records of runs, at most one write per run; returns the ids of runs that still held their
+        token.
 
-        With an `owner`, nothing is written of runs that are leased by another. Raises `PartialCommit` where other
-        transactions kept some of the rows locked; the rest was written then.
+        With an `owner`, writes nothing for runs that another owner has leased. Raises `PartialCommit` if
+        other transactions had locked some of the rows; the rest was written then.
         """
 
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases, of one `owner` alone where one is named; a lease that is not among the answers is lost."""
+        """Extend leases, only those of `owner` if it is given; a lease that is not among the answers is lost."""
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
         """Return the texts of definitions."""
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return what was recorded of runs, by execution id, in the order of their sequence numbers."""
+        """Return the recorded spans of runs by execution id, ordered by their sequence numbers."""
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the highest sequence number of each run's log, by execution id; those without a log are left out."""
+        """Return the highest sequence number of each run's log, by execution id; runs without a log are left
+        out.
+        """
 
     async def promote_due(self) -> int:
-        """Put waits that are over back in the queue; returns how many. Rows that others have locked wait for later."""
+        """Make runs with an ended wait pending; returns their number. Locked rows are left to a later call."""
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Take back what dead workers held, then promote what is due, and look whether work lies about.
+        """Reclaim the runs of dead workers, promote due runs, and check for unclaimed runs.
 
-        Rows that others have locked are left to the next sweep, as `release` and `reclaim` leave them.
+        Leaves locked rows to the next sweep, as `release` and `reclaim` do.
         """
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Give back, uncounted, what its living owner never began: all but the `held` runs; returns how many."""
+        """Release all runs but `held` that their living owner never started, without counting an attempt;
+        returns their number.
+        """
 
     async def for_thread(self) -> RunStore:
         """Return a store on the same database for the event loop of another thread."""
 
     async def close(self) -> None:
-        """Let go of connections and threads, after what is under way."""
+        """Close connections and threads after their present work."""
 
 
 class JournalStore(RunStore, Protocol):
-    """The run path's view of one database."""
+    """Operations on runs in one database: those of executors, and those of gateways and schedulers."""
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs, in one transaction; answers in the order of the batch."""
+        """Insert runs in one transaction; answers are in the order of the batch."""
 
     async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
-        """Keep what senders have brought, each in one transaction; answers in the order of the batch."""
+        """Store inbound requests, each in one transaction; answers are in the order of the batch."""
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return where runs are; outputs of those only that have ended."""
+        """Return the progress of runs, with outputs of ended runs only."""
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Take back, at once, the leases of owners that are known to be dead; returns how many.
+        """Reclaim at once all leases of owners that are known to be dead; returns their number.
 
-        Of a process that ran out of memory, all that it held are suspects from then on, with a loss that counts; or the
-        one alone that was on trial.
+        If the process ran out of memory, all its runs become suspects with a loss that counts. If one of its
+        runs was on trial, the loss counts for that run alone.
         """
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Ask a run to `stop` or `cancel`: ends it at once where nobody holds it; None where there is no such run."""
+        """Request a run to `stop` or `cancel`; an unclaimed run ends at once. Returns None for an unknown
+        run.
+        """

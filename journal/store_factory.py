@@ -1,4 +1,4 @@
-"""Chooses the store that fits a database."""
+"""Creation of the journal store for a database."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 async def open_store(url: URL, *, clock: DatabaseClock | None = None, connections: int = 6) -> JournalStore:
-    """Return the store on a database; the module of the other kind is not even loaded.
+    """Return the store for a database, without loading the module of the other kind.
 
-    It teaches `clock`, which others of the process may share.
+    The store updates `clock`, which other parts of the process may share.
     """
     clock = clock or DatabaseClock()
     if is_sqlite(url):

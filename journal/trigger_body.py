@@ -1,4 +1,4 @@
-"""Webhook bodies that are too large for a row: blobs of the run, named by a reference in the row's trigger."""
+"""Large webhook bodies: stored as blobs of the run, with a reference in the trigger of the run's row."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ if TYPE_CHECKING:
 BODY: Final = "body"
 MEDIA_TYPE: Final = "application/json"
 MAX_ROW_BYTES: Final = 262_144
-"""A larger body, as JSON, is kept as a blob."""
+"""Size in bytes of JSON above which a body is stored as a blob."""
 _FIELD: Final = b'{"body":'
 _BEGINNING: Final = '{ "body":'
-"""No encoder writes this space, so that nothing a sender sends can pass for a reference."""
+"""Start of a row with a reference. No encoder writes this space, so no request body can pass for a reference.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class EncodedTrigger:
-    """Output of a webhook trigger as JSON: an object whose first field is the body."""
+    """Output of a webhook trigger as JSON: an object with the body as its first field."""
 
     content: bytes
     rest: bytes
@@ -37,27 +38,27 @@ class EncodedTrigger:
 
     @classmethod
     def of(cls, trigger: Mapping[str, Json]) -> Self:
-        """Encode an output; raises `InvalidJson`, and `TakesLong` where others wait."""
+        """Encode an output; raises `InvalidJson`, and `BudgetExceeded` where large work may not run inline."""
         rest = {name: value for name, value in trigger.items() if name != BODY}
         return cls(values.encode_json({BODY: trigger[BODY], **rest}), values.encode_json(rest))
 
     @property
     def is_large(self) -> bool:
-        """Whether the body is kept as a blob."""
+        """Whether the body is stored as a blob."""
         return len(self.content) - len(self.rest) - len(_FIELD) > MAX_ROW_BYTES
 
     @property
     def body(self) -> bytes:
-        """The body alone."""
+        """JSON of the body alone."""
         return self.content[len(_FIELD) : len(self.content) - len(self.rest)]
 
     def as_row(self, reference: BlobReference) -> str:
-        """Return the text of a row whose body is kept under a reference."""
+        """Return the row's text with a reference in place of the body."""
         return f"{_BEGINNING}{reference.as_text().decode()},{self.rest[1:].decode()}"
 
 
 def is_separate(trigger: str) -> bool:
-    """Tell whether the text of a row has a reference in place of the body."""
+    """Return whether the row's text has a reference in place of the body."""
     return trigger.startswith(_BEGINNING)
 
 
@@ -67,15 +68,15 @@ def split_fields(trigger: str) -> dict[str, Raw]:
 
 
 def find_reference(trigger: str) -> BlobReference:
-    """Return the reference in the text of a row; raises `InvalidReference`."""
+    """Return the reference in the row's text; raises `InvalidBlobReference`."""
     row: dict[str, Any] = decoding.decode(trigger)
     return BlobReference.from_value(row[BODY])
 
 
 async def read_body(trigger: str, blobs: RunBlobs, owner: BlobOwner) -> dict[str, Json]:
-    """Return the whole output that the text of a row stands for.
+    """Return the whole trigger output for the row's text.
 
-    Raises `BlobLost`, `BlobsUnavailable` and `InvalidReference`.
+    Raises `BlobLost`, `BlobsUnavailable` and `InvalidBlobReference`.
     """
     row: dict[str, Any] = decoding.decode(trigger)
     content = await blobs.get(owner, BlobReference.from_value(row[BODY]).sha256)
@@ -83,5 +84,5 @@ async def read_body(trigger: str, blobs: RunBlobs, owner: BlobOwner) -> dict[str
 
 
 async def store_body(blobs: RunBlobs, owner: BlobOwner, encoded: EncodedTrigger) -> str:
-    """Keep the body as a blob, durably; returns the text of the row. Raises `BlobsUnavailable`."""
+    """Store the body as a durable blob; returns the row's text. Raises `BlobsUnavailable`."""
     return encoded.as_row(await blobs.put(owner, encoded.body, media_type=MEDIA_TYPE))

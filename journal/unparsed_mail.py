@@ -1,6 +1,7 @@
-"""What has arrived and is still to be read: it stands in the place of a run's trigger, until a reader puts that there.
+"""Unparsed mail: stored in place of a run's trigger until a mail parser replaces it.
 
-Its row has the target `intake`, which nobody runs; readers claim it under a lease as workers claim runs.
+The row of its run has the target `intake`, which executors never claim. Mail parsers claim it under a lease,
+as workers claim runs.
 """
 
 from __future__ import annotations
@@ -35,54 +36,55 @@ if TYPE_CHECKING:
     from journal.store import ExecutionKey
 
 MAIL_PREFIX: Final = '{"$intake":'
-"""With it begins the text of what is still to be read; no mail that was read does."""
+"""Start of the text of an unparsed mail; no parsed mail begins with it."""
 _ROWS_AT_ONCE: Final = 500
 
 
 class StoredMailObject(msgspec.Struct, frozen=True, rename="camel"):
-    """An object of somebody's bucket that is a whole mail."""
+    """Object of a bucket that contains a whole mail."""
 
     source_id: str
-    """Of the data source that reads it."""
+    """Id of the data source with which it is read."""
     key: str
-    """Below the data source's prefix."""
+    """Key below the prefix of the data source."""
 
 
 class ScreeningRules(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """Rules of an e-mail trigger about mails that are accepted and not run."""
+    """Rules of an email trigger for mails that are accepted but not run."""
 
     reject_on: Sequence[str] = ()
-    """Checks of the mail service that a mail must not have failed: `spf`, `dkim`, `dmarc`, `spam`, `virus`."""
+    """Checks of the mail service that a mail must not have failed: `spf`, `dkim`, `dmarc`, `spam`, `virus`.
+    """
     max_spam_score: float | None = None
     accept_automatic: bool = False
-    """Automatic replies, bounces and receipts are run too."""
+    """Whether automatic replies, bounces and receipts are run too."""
 
 
 class UnparsedMail(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """A mail as it was handed in; its content is here, in a blob of the run, or in a bucket."""
+    """Mail as it was received; its content is inline, in a blob of the run, or in a bucket."""
 
     kind: MailKind
     received_at: datetime
     content_type: str = ""
-    """Of the body that was posted; empty where the content is the mail itself."""
+    """Media type of the request body; empty if the content is the mail itself."""
     content: bytes = b""
     blob: BlobReference | None = None
     stored: StoredMailObject | None = None
     sender: str = ""
-    """Of the envelope, as are the recipients."""
+    """Sender in the envelope; `recipients` are those of the envelope too."""
     recipients: Sequence[str] = ()
     verdicts: Mapping[str, str] = {}
-    """Results of the checks that Amazon SES has made, by their names."""
+    """Results of the checks of Amazon SES, by their names."""
     screening: ScreeningRules | None = None
-    """Rules of the trigger; None: the mail is run whatever it is, since somebody has redriven it."""
+    """Rules of the trigger; None: the mail is run in any case, since a user has redriven it."""
 
     @classmethod
     def from_text(cls, text: str | bytes) -> UnparsedMail:
-        """Return what a text holds; raises `ValueError`."""
+        """Parse the JSON text; raises `ValueError`."""
         return _decode(text).intake
 
     def as_json(self) -> dict[str, Json]:
-        """Return it as it stands in the place of a trigger."""
+        """Return the JSON value that is stored in place of a trigger."""
         wrapped: dict[str, Any] = msgspec.to_builtins(_UnparsedMailEnvelope(self))
         return wrapped
 
@@ -95,26 +97,26 @@ _decode = decoding.build_decoder(_UnparsedMailEnvelope).decode
 
 
 def is_unparsed(trigger: str) -> bool:
-    """Tell whether a text in the place of a trigger is something unread."""
+    """Return whether the text of a trigger is an unparsed mail."""
     return trigger.startswith(MAIL_PREFIX)
 
 
 def visible_trigger(trigger: str) -> str:
-    """Return a trigger as people see it: what is unread is nothing yet."""
+    """Return a trigger as the API shows it: an empty object for an unparsed mail."""
     return "{}" if is_unparsed(trigger) else trigger
 
 
 def is_unparsed_column(column: SQLColumnExpression[str]) -> ColumnElement[bool]:
-    """Return the condition that a column holds something unread."""
+    """Return the condition that a column holds an unparsed mail."""
     return func.substr(column, 1, len(MAIL_PREFIX)) == MAIL_PREFIX
 
 
-# ── what a reader leaves ────────────────────────────────────────────────────────────────────────────────────
+# ── release of parsed mail ──────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class MailParseResult:
-    """What was read, and the lease under which it was."""
+    """Parsed mail, and the lease under which it was parsed."""
 
     key: ExecutionKey
     token: int
@@ -122,12 +124,12 @@ class MailParseResult:
     workflow_id: str
     trigger: Mapping[str, Json]
     text: str
-    """The same as JSON."""
+    """The trigger as JSON text."""
 
 
 @dataclass(frozen=True, slots=True)
 class MailRunState:
-    """How the row of a mail was left that was read."""
+    """State of a run after its mail was parsed."""
 
     status: ExecutionStatus
     channel: str
@@ -139,20 +141,22 @@ class MailRunState:
 async def release_parsed(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
 ) -> list[MailRunState | None]:
-    """Hand runs over to those who run them, uncounted; None for each whose lease was lost.
+    """Release the runs of parsed mail to executors, without counting an attempt; None for each run with
+    a lost lease.
 
-    A run that was asked to end meanwhile ends, as does one that may not wait and finds no place free.
+    A run with a stop or cancel request ends. So does a run that may not wait and finds no free concurrency
+    slot.
     """
     limits = await _concurrency_limits(connection, batch)
     found: dict[str, MailRunState | None] = {}
-    # In the order of the keys that are locked, so that rivals can't wait for one another.
+    # In the order of the locked keys, so that concurrent transactions can't deadlock.
     for one in sorted(batch, key=lambda one: _limit_key(limits.get(one.key.execution_id))):
         found[one.key.execution_id] = await _release_one(connection, one, limits.get(one.key.execution_id))
     return [found[one.key.execution_id] for one in batch]
 
 
 async def note_rejection(connection: AsyncConnection, key: ExecutionKey, reason: str) -> None:
-    """Put beside the delivery of a run why that was not run."""
+    """Store in the delivery of a run why its mail was not run."""
     await connection.execute(
         update(Delivery)
         .where(col(Delivery.execution_id) == key.execution_id, col(Delivery.shard) == key.shard)
@@ -163,7 +167,7 @@ async def note_rejection(connection: AsyncConnection, key: ExecutionKey, reason:
 async def _concurrency_limits(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
 ) -> dict[str, ConcurrencyLimit | None]:
-    """Return how many runs like these may go on at once, by the settings that they were accepted under."""
+    """Return the concurrency limits of runs by the settings under which they were accepted."""
     ids = [one.key.execution_id for one in batch]
     configs: dict[str, str] = {}
     for start in range(0, len(ids), _ROWS_AT_ONCE):
@@ -193,7 +197,7 @@ async def _release_one(
         and await concurrency_limits.count_unended(connection, limit.key) >= limit.runs
     )
     error = (
-        RunError("concurrency-limit", "As many runs go on already as settings.concurrency allows at once")
+        RunError("concurrency-limit", "The limit of concurrent runs in settings.concurrency is reached")
         if is_full
         else None
     )
@@ -219,7 +223,7 @@ async def _release_one(
             concurrency_limit=limit.runs if limit else None,
             error=error.as_json() if error else None,
             ended_at=ended_at,
-            # Whoever reads has not begun it: its time runs from when it is.
+            # Parsing does not start a run: its timeout counts from its start by an executor.
             started_at=None,
             deadline_at=None,
             is_fresh=True,

@@ -1,4 +1,4 @@
-"""Leases that earlier processes of a worker have left behind."""
+"""Leases that earlier processes of a worker have left."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from models.worker_processes import lease_owner_prefix
 if TYPE_CHECKING:
     from models.database import Database
 
-# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+# Literals instead of bound parameters: the databases use a partial index only for a condition that they can
+# read.
 _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
 
 async def worker_lease_owners(database: Database, name: str) -> frozenset[str]:
-    """Return the owners of leases among the processes of a worker; raises `DatabaseUnavailable`.
+    """Return the processes of a worker that own leases; raises `DatabaseUnavailable`.
 
-    A process may hold leases under its name and under `<its name>.reader`: it is returned once.
+    A process may hold leases under its name and under `<its name>.reader`; it is returned once.
     """
     prefix = lease_owner_prefix(name)
     owner = col(Execution.lease_owner)

@@ -1,4 +1,4 @@
-"""What stands in a row, or in a value, for a content that is kept outside of the database."""
+"""References to blobs, as rows and JSON values hold them in place of a blob."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ MAX_TYPE_CHARACTERS = 255
 
 
 class InvalidBlobReference(ValueError):
-    """A value is no reference to a content."""
+    """The value is not a reference to a blob."""
 
 
 class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Names a content among those of one line of runs; elsewhere it names nothing."""
+    """Reference to a blob; valid only inside the chain of resumed runs that owns the blob."""
 
     sha256: Annotated[str, msgspec.Meta(pattern=r"\A[0-9a-f]{64}\Z")]
     size: Annotated[int, msgspec.Meta(ge=0)]
@@ -29,27 +29,27 @@ class BlobReference(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     @classmethod
     def from_value(cls, value: Json) -> BlobReference:
-        """Return the reference that a JSON value is; raises `InvalidReference`."""
+        """Parse a reference from a JSON value; raises `InvalidBlobReference`."""
         try:
             return msgspec.convert(value, _BlobReferenceEnvelope).blob
         except msgspec.ValidationError as error:
-            raise InvalidBlobReference(f"It is no reference to a blob: {error}") from error
+            raise InvalidBlobReference(f"The value is not a reference to a blob: {error}") from error
 
     @classmethod
     def from_text(cls, text: bytes) -> BlobReference:
-        """Return the reference that a JSON text holds; raises `InvalidReference`."""
+        """Parse a reference from JSON text; raises `InvalidBlobReference`."""
         try:
             return decoding.decode(text, _BlobReferenceEnvelope).blob
         except msgspec.DecodeError as error:
-            raise InvalidBlobReference(f"It is no reference to a blob: {error}") from error
+            raise InvalidBlobReference(f"The value is not a reference to a blob: {error}") from error
 
     def as_json(self) -> dict[str, Json]:
-        """Return it as values hold it: `{"$blob": {sha256, size, type, name}}`."""
+        """Return the JSON value: `{"$blob": {sha256, size, type, name}}`."""
         wrapped: dict[str, Any] = msgspec.to_builtins(_BlobReferenceEnvelope(self))
         return wrapped
 
     def as_text(self) -> bytes:
-        """Return it as rows hold it."""
+        """Return the JSON text, as rows hold it."""
         return msgspec.json.encode(_BlobReferenceEnvelope(self))
 
 

@@ -1,4 +1,4 @@
-"""What a folder and a bucket promise alike: contents of a line of runs by their SHA-256, durable when they are put."""
+"""Interface of blob storages: durable blobs of a chain of resumed runs, addressed by SHA-256."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 
 
 class BlobsUnavailable(Exception):
-    """The storage did not answer, or had no room; the same call may succeed later."""
+    """The storage did not answer or is full; the same call may succeed later."""
 
 
 class BlobLost(Exception):
-    """There is no such content, or it is not what was put: another try won't bring it back."""
+    """The blob does not exist or is corrupt; a retry can't bring it back."""
 
 
 class BlobOwner(NamedTuple):
-    """Whose a content is: that of all runs that were resumed from one another, in one organisation."""
+    """Owner of blobs: all runs of an organization that were resumed from one another."""
 
     organization_id: str
     key_id: str
-    """The id of the first of those runs."""
+    """The id of the first run of that chain."""
 
 
 class BlobLabel(msgspec.Struct, frozen=True):
-    """What is known of a content besides the content."""
+    """Metadata of a blob: its media type and file name."""
 
     type: str
     name: str
@@ -38,7 +38,7 @@ class BlobLabel(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class OpenBlob:
-    """A content, to be read once; only who has read it to its end knows that it is whole."""
+    """Blob that is open for reading, once. Only a reader that reaches its end knows that it is complete."""
 
     label: BlobLabel
     size: int
@@ -46,23 +46,23 @@ class OpenBlob:
 
 
 class BlobStorage(Protocol):
-    """A place for contents, as whoever runs executions uses it. Every method raises `BlobsUnavailable`."""
+    """Storage of blobs as executors use it. Every method raises `BlobsUnavailable`."""
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Keep a content, durably; one that is there already stays, or is replaced by the same."""
+        """Store a blob durably; an existing one is kept or replaced by the same bytes."""
 
     def open(self, owner: BlobOwner, sha256: str) -> AbstractAsyncContextManager[OpenBlob]:
-        """Open a content; raises `BlobLost`."""
+        """Open a blob; raises `BlobLost`."""
 
     async def close(self) -> None:
-        """Let go of what is open."""
+        """Close connections and threads."""
 
 
 class ManagedBlobStorage(BlobStorage, Protocol):
-    """The place itself, with what it takes to keep it tidy."""
+    """Storage of blobs with the operations that retention needs."""
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Delete all contents of a line of runs, if there are any."""
+        """Delete all blobs of an owner, if there are any."""
 
     def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Return, in batches, those to whom nothing has been added for so long, by the clock of the storage itself."""
+        """Yield, in batches, owners without a new blob for `age`, by the clock of the storage itself."""

@@ -1,4 +1,4 @@
-"""Contents that are too large, or too raw, for a row, kept under their SHA-256 for one line of runs."""
+"""Blobs: values that are too large or too raw for a row, stored by SHA-256 for a chain of resumed runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from journal.blobs.blob_storage import BlobStorage, ManagedBlobStorage
 
 MAX_TRANSFERS = 4
-"""So many contents are in memory on their way in or out at once, in one process."""
+"""Maximum number of blobs that one process holds in memory for transfers at once."""
 TRANSFER_SECONDS = 60.0
 RAW_MEDIA_TYPE = "application/octet-stream"
 
@@ -29,7 +29,7 @@ _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
 class RunBlobs:
-    """What whoever runs executions reads and writes contents by."""
+    """Reader and writer of blobs for executors, with limits of time and memory."""
 
     def __init__(self, contents: BlobStorage) -> None:
         self._contents = contents
@@ -38,7 +38,7 @@ class RunBlobs:
     async def put(
         self, owner: BlobOwner, content: bytes, *, media_type: str, name: str = ""
     ) -> BlobReference:
-        """Keep a content, durably; raises `BlobsUnavailable`."""
+        """Store a blob durably; raises `BlobsUnavailable`."""
         _require_ids(owner)
         async with self._transfers, _limit_time():
             digest = await asyncio.to_thread(lambda: hash_of(content).hexdigest())
@@ -47,7 +47,7 @@ class RunBlobs:
         return BlobReference(digest, len(content), label.type, label.name)
 
     async def get(self, owner: BlobOwner, sha256: str, *, max_bytes: int | None = None) -> bytes:
-        """Return a whole content; raises `BlobTooLarge`, `BlobLost` and `BlobsUnavailable`."""
+        """Return a whole blob; raises `BlobTooLarge`, `BlobLost` and `BlobsUnavailable`."""
         async with self._transfers, _limit_time(), self.open(owner, sha256) as opened:
             if max_bytes is not None and opened.size > max_bytes:
                 raise BlobTooLarge(opened.size)
@@ -55,10 +55,10 @@ class RunBlobs:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a content for reading piece by piece; raises `BlobLost`, also in the place of a last piece."""
+        """Open a blob for reading in chunks; raises `BlobLost`, possibly instead of the last chunk."""
         _require_ids(owner)
         if not _SHA256.fullmatch(sha256):
-            raise BlobLost("There is no such content")
+            raise BlobLost("There is no such blob")
         async with self._contents.open(owner, sha256) as opened:
             yield replace(opened, chunks=_verify_chunks(opened, sha256))
 
@@ -67,29 +67,29 @@ class RunBlobs:
 
 
 class BlobStore(RunBlobs):
-    """The same where the place itself is at hand."""
+    """Blobs with direct access to their storage, for processes that delete them."""
 
     def __init__(self, backend: ManagedBlobStorage) -> None:
         super().__init__(backend)
         self._backend = backend
 
     async def delete_runs(self, owners: Iterable[BlobOwner]) -> None:
-        """Delete everything of runs that are gone; raises `BlobsUnavailable`."""
+        """Delete all blobs of deleted runs; raises `BlobsUnavailable`."""
         for owner in owners:
             _require_ids(owner)
             await self._backend.delete(owner)
 
     @property
     def backend(self) -> ManagedBlobStorage:
-        """Where the contents are, for those who look after the place as a whole."""
+        """The underlying storage, for maintenance of the storage as a whole."""
         return self._backend
 
 
 class BlobTooLarge(Exception):
-    """The content has more bytes than were asked for."""
+    """The blob has more bytes than the caller's limit."""
 
     def __init__(self, size: int) -> None:
-        super().__init__(f"The content has {size:,} bytes")
+        super().__init__(f"The blob has {size:,} bytes")
         self.size = size
 
 
@@ -104,7 +104,7 @@ async def _limit_time() -> AsyncIterator[None]:
 
 
 async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
-    """Hand out the pieces, each when the next is there, so that the last one comes only if all were right."""
+    """Yield chunks, each after the next was read, so that the last one follows only if the hash is right."""
     digest = hash_of()
     held = b""
     async for chunk in opened.chunks:
@@ -113,14 +113,16 @@ async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
             yield held
         held = chunk
     if digest.hexdigest() != sha256:
-        raise BlobLost("The content is not what was put there")
+        raise BlobLost("The blob is corrupt: its content does not match its SHA-256")
     yield held
 
 
 def _require_ids(owner: BlobOwner) -> None:
-    """Refuse what could lead out of its place as a part of a path: ids come from rows, so it never is."""
+    """Refuse ids that could lead out of the storage's folder as a part of a path. Ids come from rows, so this
+    never fails.
+    """
     if not all(map(ids.is_id, owner)):
-        raise ValueError("A content's owner is named by two ids")
+        raise ValueError("The owner of a blob must be two ids")
 
 
 def _clean_media_type(text: str) -> str:
@@ -129,5 +131,5 @@ def _clean_media_type(text: str) -> str:
 
 
 def _clean_file_name(text: str) -> str:
-    """Return what a name from outside is to a person: never a path, and nothing that can't be shown."""
+    """Return a displayable file name from an untrusted one: no path, no control characters."""
     return _UNPRINTABLE.sub("", text).replace("\\", "/").rpartition("/")[2][-MAX_NAME_CHARACTERS:]

@@ -1,4 +1,4 @@
-"""Chooses the place for contents that the settings name."""
+"""Creation of the blob store that the settings name."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUCKET_URL: Final = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])(?:/([\
 
 
 def open_blobs(settings: ServerSettings) -> BlobStore:
-    """Return the store of blobs; raises `InvalidSettings`."""
+    """Return the blob store; raises `InvalidSettings`."""
     return BlobStore(_open_storage(settings))
 
 
@@ -31,7 +31,7 @@ def _open_storage(settings: ServerSettings) -> ManagedBlobStorage:
     if match is None:
         raise InvalidSettings("PILOTFLAME_BLOB_URL must be empty or like s3://bucket/prefix")
     try:
-        from journal.blobs.bucket_storage import BucketBlobStorage  # noqa: PLC0415 - what it loads comes with the extra alone
+        from journal.blobs.bucket_storage import BucketBlobStorage  # noqa: PLC0415 - its library is installed only with the extra
     except ImportError as error:
         raise InvalidSettings(
             "PILOTFLAME_BLOB_URL names a bucket, which needs: pip install 'pilotflame[s3]'"

@@ -1,4 +1,4 @@
-"""Contents as objects of an S3 bucket: `prefix/organisation/first run/sha256`."""
+"""Blob storage in an S3 bucket, as objects `prefix/organization/first run/sha256`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ RETRY_SECONDS = 20
 CHUNK_BYTES = 1_048_576
 BATCH_OWNERS = 500
 CLOCK_FOLDER = "clock"
-"""Below this, objects are written to read the clock of the bucket."""
+"""Prefix of the objects that are written to read the clock of the bucket."""
 NAME_ATTRIBUTE = "name"
-"""The piece of an object's own metadata that holds the name, in ASCII."""
+"""Key of the object metadata that holds the file name, percent-encoded in ASCII."""
 
 
 class BucketBlobStorage:
-    """A `Backend` on a bucket, which S3 makes durable before it answers."""
+    """`ManagedBlobStorage` in a bucket. S3 makes an object durable before it answers."""
 
     def __init__(self, bucket: str, prefix: str, config: S3Config, *, allow_http: bool) -> None:
         self._store = S3Store(
@@ -50,7 +50,7 @@ class BucketBlobStorage:
         )
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Write an object; see `Backend.put`."""
+        """Write an object; see `BlobStorage.put`."""
         attributes = {
             "Content-Type": label.type,
             **({NAME_ATTRIBUTE: quote(label.name)} if label.name else {}),
@@ -62,7 +62,7 @@ class BucketBlobStorage:
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open an object; see `Backend.open`."""
+        """Open an object; see `BlobStorage.open`."""
         with _translate_errors():
             result = await obstore.get_async(self._store, _blob_path(owner, sha256))
         attributes = result.attributes
@@ -70,13 +70,13 @@ class BucketBlobStorage:
         yield OpenBlob(label, result.meta["size"], _read_chunks(result))
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Delete a line's objects; see `Backend.delete`."""
+        """Delete the objects of an owner; see `ManagedBlobStorage.delete`."""
         with _translate_errors():
             async for listed in obstore.list(self._store, prefix=_blob_path(owner, "")):
                 await obstore.delete_async(self._store, [entry["path"] for entry in listed])
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Find the lines whose objects are all older; see `Backend.idle_owners`."""
+        """Find owners with only older objects; see `ManagedBlobStorage.idle_owners`."""
         since = await self._now() - age
         newest: dict[BlobOwner, datetime] = {}
         with _translate_errors():
@@ -86,13 +86,13 @@ class BucketBlobStorage:
                         continue
                     added = max(entry["last_modified"] for entry in entries)
                     newest[owner] = max(added, newest.get(owner, added))
-                # Listings are in the order of the keys: only the last one may have more.
+                # Listings are sorted by key: only the last owner may have more objects.
                 complete = list(newest)[:-1]
                 yield [owner for owner in complete if newest.pop(owner) < since]
         yield [owner for owner, added in newest.items() if added < since]
 
     async def _now(self) -> datetime:
-        """Return the time by which the bucket dates its objects: that of one which is written just now."""
+        """Return the bucket's time, by which it dates objects, from a probe object."""
         probe = f"{CLOCK_FOLDER}/{secrets.token_hex(8)}"
         with _translate_errors():
             await obstore.put_async(self._store, probe, b"", use_multipart=False)
@@ -103,10 +103,10 @@ class BucketBlobStorage:
                             return entry["last_modified"]
             finally:
                 await obstore.delete_async(self._store, [probe])
-        raise BlobsUnavailable("The bucket of blobs does not list what was just written")
+        raise BlobsUnavailable("The bucket of blobs does not list an object that was just written")
 
     async def close(self) -> None:
-        """Do nothing: connections that are idle close by themselves."""
+        """Do nothing: idle connections close by themselves."""
 
 
 async def _read_chunks(result: obstore.GetResult) -> AsyncIterator[bytes]:
@@ -120,9 +120,9 @@ def _translate_errors() -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise BlobLost("There is no such content") from error
+        raise BlobLost("There is no such blob") from error
     except (BaseError, OSError, ValueError) as error:
-        raise BlobsUnavailable("The bucket of blobs did not answer, or would not") from error
+        raise BlobsUnavailable("The bucket of blobs did not answer or refused the request") from error
 
 
 def _blob_path(owner: BlobOwner, sha256: str) -> str:
@@ -130,7 +130,7 @@ def _blob_path(owner: BlobOwner, sha256: str) -> str:
 
 
 def _owner_of_path(path: str) -> BlobOwner | None:
-    """Return whose an object is; None for one that isn't ours."""
+    """Return the owner of an object; None for an object that is not a blob of this server."""
     match path.split("/"):
         case [organization_id, key_id, _] if ids.is_id(organization_id) and ids.is_id(key_id):
             return BlobOwner(organization_id, key_id)

@@ -1,6 +1,6 @@
-"""Contents as files of a folder that all processes share: `organisation/first run/sha256`.
+"""Blob storage in a folder that all processes share, as files `organization/first run/sha256`.
 
-Each begins with a line that holds its label, so that label and content come to be in one rename.
+Each file begins with a line that holds its label, so that one rename publishes label and content together.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ BATCH_OWNERS = 500
 
 
 class FolderBlobStorage:
-    """A `Backend` on a file system; files belong to the process's user alone."""
+    """`ManagedBlobStorage` in a file system; files are accessible to the process's user alone."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._is_made = False
-        """Whether the root is there, and its name is certain to last."""
-        # A disk that hangs holds its threads, so these are nobody else's.
+        """Whether the root exists and its name is durable."""
+        # A pool of its own: a disk that hangs blocks its threads, and nothing else may wait for them.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blobs")
 
     async def put(self, owner: BlobOwner, sha256: str, content: bytes, label: BlobLabel) -> None:
-        """Write a file, and make it last; see `Backend.put`."""
+        """Write a file durably; see `BlobStorage.put`."""
         await self._in_thread(lambda: self._put(owner, sha256, content, label))
 
     @asynccontextmanager
     async def open(self, owner: BlobOwner, sha256: str) -> AsyncIterator[OpenBlob]:
-        """Open a file; see `Backend.open`."""
+        """Open a file; see `BlobStorage.open`."""
         file, label, size = await self._in_thread(lambda: _open_labeled(self._of(owner) / sha256))
         try:
             yield OpenBlob(label, size, self._chunks(file))
@@ -59,17 +59,17 @@ class FolderBlobStorage:
             file.close()
 
     async def delete(self, owner: BlobOwner) -> None:
-        """Remove a line's folder; see `Backend.delete`."""
+        """Remove the folder of an owner; see `ManagedBlobStorage.delete`."""
         await self._in_thread(lambda: _remove_folder(self._of(owner)))
 
     async def idle_owners(self, age: timedelta) -> AsyncIterator[Sequence[BlobOwner]]:
-        """Find the folders that have not changed; see `Backend.idle_owners`."""
+        """Find unchanged folders; see `ManagedBlobStorage.idle_owners`."""
         found = self._idle(age.total_seconds())
         while batch := await self._in_thread(lambda: list(islice(found, BATCH_OWNERS))):
             yield batch
 
     async def close(self) -> None:
-        """Let the threads end, after what they do."""
+        """Shut the threads down after their present work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
@@ -96,7 +96,7 @@ class FolderBlobStorage:
             folder.parent.mkdir(mode=0o700, exist_ok=True)
             folder.mkdir(mode=0o700, exist_ok=True)
             _write_atomically(folder / sha256, msgspec.json.encode(label) + b"\n", content)
-        # Whoever made any of them may not have come to this yet.
+        # Another process that created one of the folders may not have synced it yet.
         for changed in (folder, folder.parent, self._root):
             durable_folders.sync_folder(changed)
 
@@ -114,7 +114,7 @@ class FolderBlobStorage:
                     yield BlobOwner(organization.name, line.name)
 
     def _now(self) -> float:
-        """Return the time by which the file system dates its files: that of one which is written just now."""
+        """Return the file system's time, by which it dates files, from a probe file."""
         with tempfile.TemporaryFile(dir=self._root) as probe:
             probe.write(b"0")
             probe.flush()
@@ -132,7 +132,7 @@ def _list_entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def _write_atomically(path: Path, *parts: bytes) -> None:
-    """Write a file that is there whole, or not at all, whatever breaks off."""
+    """Write a file atomically: complete or not at all, even after a crash."""
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
         with _create_file(unfinished) as file:
@@ -163,17 +163,17 @@ def _is_whole(path: Path, sha256: str) -> bool:
 
 
 def _open_labeled(path: Path) -> tuple[BinaryIO, BlobLabel, int]:
-    """Return a file that stands behind its label, the label, and how much follows."""
+    """Return a file positioned behind its label, the label, and the number of bytes that follow."""
     try:
         file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
     except FileNotFoundError as error:
-        raise BlobLost("There is no such content") from error
+        raise BlobLost("There is no such blob") from error
     try:
         label = decoding.decode(file.readline(MAX_LABEL_BYTES), BlobLabel)
         return file, label, os.fstat(file.fileno()).st_size - file.tell()
     except msgspec.DecodeError as error:
         file.close()
-        raise BlobLost("The content has lost its label") from error
+        raise BlobLost("The blob is corrupt: its label can't be read") from error
 
 
 def _remove_folder(folder: Path) -> None:

@@ -1,4 +1,6 @@
-"""Inputs and outputs that are too large for a row: blobs when a span is committed, whole again when its run goes on."""
+"""Large inputs and outputs of nodes: moved to blobs when a span is committed, restored when its run
+continues.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ JSON_MEDIA_TYPE: Final = "application/json"
 
 
 class RecordedValueLost(Exception):
-    """What a node had recorded can't be read back, so the run can't go on from there."""
+    """A recorded value of a node can't be read back, so the run can't continue from it."""
 
     def __init__(self, message: str, node_id: str | None = None) -> None:
         super().__init__(message)
@@ -29,7 +31,7 @@ class RecordedValueLost(Exception):
 
 
 class LargeValues:
-    """Those of one line of runs. Its methods raise `BlobsUnavailable`."""
+    """Large values of one chain of resumed runs. Its methods raise `BlobsUnavailable`."""
 
     def __init__(self, blobs: RunBlobs, owner: BlobOwner, max_row_bytes: int) -> None:
         self.max_row_bytes = max_row_bytes
@@ -37,17 +39,19 @@ class LargeValues:
         self._owner = owner
 
     async def store(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return the newest span of each node as its row is to be, once what it leaves out is durable elsewhere."""
+        """Return the newest span of each node for its row, after values larger than a row are durable as
+        blobs.
+        """
         newest = {(span.node_id, span.iteration): span for span in spans}
         put: dict[bytes, bytes] = {}
         return [await self._without_large(span, put) for span in newest.values()]
 
     async def restore(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return spans as they were recorded, one content after another; raises `ValueLost`."""
+        """Return spans with their recorded values, read one after another; raises `RecordedValueLost`."""
         return [await self._restore_span(span) for span in spans]
 
     async def trigger(self, text: str) -> Json:
-        """Return the whole output of a trigger whose body is kept apart; raises `ValueLost`."""
+        """Return the whole output of a trigger with a separate body; raises `RecordedValueLost`."""
         try:
             return await trigger_body.read_body(text, self._blobs, self._owner)
         except (BlobLost, InvalidBlobReference) as error:
@@ -75,7 +79,7 @@ class LargeValues:
         return put[content]
 
     async def _restore_span(self, span: NodeSpan) -> NodeSpan:
-        # Of a node that has settled, nobody asks for the input again.
+        # Nothing reads the input of a settled node again.
         if span.input_blob is not None and span.status not in SETTLED_STATUSES:
             span = msgspec.structs.replace(
                 span, input=await self._read_content(span, "input", span.input_blob), input_blob=None
@@ -86,9 +90,9 @@ class LargeValues:
             )
         return span
 
-    async def _read_content(self, span: NodeSpan, what: str, reference: bytes) -> bytes:
+    async def _read_content(self, span: NodeSpan, field: str, reference: bytes) -> bytes:
         try:
             return await self._blobs.get(self._owner, BlobReference.from_text(reference).sha256)
         except (BlobLost, InvalidBlobReference) as error:
-            message = f"The {what} of the node {span.node_id!r} is gone from the blob storage: {error}"
+            message = f"The {field} of the node {span.node_id!r} is gone from the blob storage: {error}"
             raise RecordedValueLost(message, span.node_id) from error

@@ -1,4 +1,4 @@
-"""Contents that belong to no run any more: what retention leaves, and what a process put there before it died."""
+"""Deletion of blobs that belong to no run: left by retention, or by a process that died after writing them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MIN_AGE_HOURS: Final = 24
-"""How long a content may be there without a row: whoever puts one has a row, or is only just losing it."""
+"""Minimum age before deletion: a process that writes a blob has a row, or has lost it only just now."""
 BATCH_OWNERS: Final = 500
 
 
 async def delete_orphans(blobs: BlobStore, database: Database) -> None:
-    """Delete what has been lying about for a day; raises `BlobsUnavailable` and `DatabaseUnavailable`."""
+    """Delete blobs that have had no run for a day; raises `BlobsUnavailable` and `DatabaseUnavailable`."""
     deleted = 0
     async for owners in blobs.backend.idle_owners(timedelta(hours=MIN_AGE_HOURS)):
         deleted += await delete_unused(blobs, database, owners)
@@ -34,9 +34,10 @@ async def delete_orphans(blobs: BlobStore, database: Database) -> None:
 
 
 async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[BlobOwner]) -> int:
-    """Delete the contents of those that no execution's row names any more; returns how many those are.
+    """Delete the blobs of owners that no execution refers to; returns the number of these owners.
 
-    To be called when the rows are gone for good: a run that was resumed from a deleted one keeps what they share.
+    Call it after the commit that deletes the rows: a run that was resumed from a deleted run keeps their
+    shared blobs.
     """
     deleted = 0
     for begin in range(0, len(owners), BATCH_OWNERS):
@@ -49,7 +50,7 @@ async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[B
 
 
 async def _referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
-    """Return those of the ids that rows name."""
+    """Return the ids that rows refer to."""
     resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)
     statement = select(col(Execution.key_id)).where(or_(col(Execution.id).in_(key_ids), resumed)).distinct()
     async with database.read() as connection:

@@ -1,4 +1,4 @@
-"""What goes on at deployments: everything that rules are given, read by one statement, by the database's time."""
+"""Activity of deployments: all inputs of lifecycle rules, read in one statement, by the database's time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ BATCH_DEPLOYMENTS: Final = 500
 
 
 def _inline_literal(value: str) -> ColumnElement[str]:
-    """Write a constant out, not bound: the databases use an index of some rows only for a condition they can read."""
+    """Return a literal instead of a bound parameter: a partial index needs a condition that the databases can
+    read.
+    """
     return literal_column(f"'{value}'")
 
 
@@ -76,7 +78,7 @@ _LAST_ENDED_AT: Final = (
 
 @dataclass(frozen=True, slots=True)
 class DeploymentActivity:
-    """A deployment, its workflow's policy, and what goes on, all at one moment."""
+    """Deployment, its workflow's policy, and its activity at one moment."""
 
     deployment: Deployment
     stored_policy: Mapping[str, Any]
@@ -85,12 +87,14 @@ class DeploymentActivity:
 
     @property
     def policy(self) -> DeploymentPolicy:
-        """The policy; raises `ZoneInfoNotFoundError` later on where this machine doesn't know its zone."""
+        """The lifecycle policy. Its use raises `ZoneInfoNotFoundError` where this machine doesn't know its
+        time zone.
+        """
         return lifecycle_policy.parse_policy(self.stored_policy)
 
 
 def activity_statement() -> Select[*tuple[Any, ...]]:
-    """Return the statement that reads deployments, to be narrowed down."""
+    """Return the statement that reads the activity of deployments, for callers to add conditions."""
     return select(
         Deployment,
         col(Workflow.lifecycle),
@@ -102,7 +106,7 @@ def activity_statement() -> Select[*tuple[Any, ...]]:
 
 
 async def read_activity(connection: AsyncConnection, workflow_id: str) -> DeploymentActivity | None:
-    """Return what goes on at one deployment; None for a workflow that never was deployed."""
+    """Return the activity of one deployment; None for a workflow that was never deployed."""
     found = await connection.execute(activity_statement().where(col(Deployment.workflow_id) == workflow_id))
     row = found.mappings().first()
     return None if row is None else _activity_of(row)
@@ -111,7 +115,7 @@ async def read_activity(connection: AsyncConnection, workflow_id: str) -> Deploy
 async def read_activities(
     connection: AsyncConnection, workflow_ids: Sequence[str]
 ) -> Mapping[str, DeploymentActivity]:
-    """Return what goes on at some deployments, by their workflows' ids."""
+    """Return the activity of some deployments, by workflow id."""
     found: dict[str, DeploymentActivity] = {}
     for start in range(0, len(workflow_ids), BATCH_DEPLOYMENTS):
         batch = workflow_ids[start : start + BATCH_DEPLOYMENTS]
@@ -121,7 +125,7 @@ async def read_activities(
 
 
 async def read_all_activities(connection: AsyncConnection, after: str = "") -> Sequence[DeploymentActivity]:
-    """Return what goes on at what is deployed, in batches: those whose workflow ids come after another."""
+    """Return a batch of activities of deployed workflows, ordered by workflow id, after `after`."""
     wanted = (
         activity_statement()
         .where(col(Deployment.workflow_id) > after, col(Deployment.is_deployed))
@@ -132,14 +136,16 @@ async def read_all_activities(connection: AsyncConnection, after: str = "") -> S
 
 
 LockDeployment: TypeAlias = "Callable[[AsyncConnection, str], Awaitable[bool]]"
-"""Locks a deployment until the transaction ends; returns False where another transaction keeps it locked."""
+"""Function that locks a deployment until the transaction ends; returns False if another transaction holds the
+lock.
+"""
 
 
 async def lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Keep everybody else from changing a deployment, or counting activity of it, until the transaction ends.
+    """Lock a deployment against changes and new activity until the transaction ends.
 
-    A statement of its own: what PostgreSQL reads together with a lock may be older than the lock. Waits for others;
-    raises `LockWaitTimeout`.
+    A statement of its own: rows that PostgreSQL reads together with a lock may be older than the lock. Waits
+    for other transactions; raises `LockWaitTimeout`.
     """
     await connection.execute(
         select(col(Deployment.workflow_id))
@@ -150,7 +156,9 @@ async def lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool
 
 
 async def try_lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Do the same without waiting: for sweeps, which look again and have others to see to."""
+    """Lock a deployment without waiting, for sweeps: they will look again, and have other deployments to
+    process.
+    """
     statement = (
         select(col(Deployment.workflow_id))
         .where(col(Deployment.workflow_id) == workflow_id)
@@ -160,10 +168,10 @@ async def try_lock_deployment(connection: AsyncConnection, workflow_id: str) -> 
 
 
 async def record_activity(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Take down that something has come for a deployment; tells whether there is one.
+    """Record activity of a deployment; returns whether the workflow is deployed.
 
-    Committed before the run is, it keeps an idle deployment from stopping in between; where a stop was faster, whoever
-    looks after this sees it.
+    Committed before the run is, it keeps an idle deployment from stopping in between. If the stop was faster,
+    the sweep for waiting runs finds the run.
     """
     result = await connection.execute(
         update(Deployment)

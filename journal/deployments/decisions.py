@@ -1,4 +1,6 @@
-"""Decisions about deployments, carried out: what is wanted changes and the decision is kept, or neither happens."""
+"""Lifecycle decisions about deployments: desired state and the record of a decision change in one
+transaction.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,12 @@ _STARTING_ACTIONS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAK
 
 
 class DeploymentChanged(Exception):
-    """Somebody else has changed what is wanted of a deployment: look at it again, and decide again."""
+    """The desired state of a deployment has changed since it was read: read and decide again."""
 
 
 @dataclass(frozen=True, slots=True)
 class DecidedDeployment:
-    """A deployment, and what was decided about it: what is wanted has changed unless the action is `none`."""
+    """Deployment after a decision; its desired state has changed unless the action is `none`."""
 
     deployment: Deployment
     decision: LifecycleVerdict
@@ -55,10 +57,12 @@ async def decide_and_apply(
     user_id: str | None = None,
     lock: LockDeployment = activity.lock_deployment,
 ) -> DecidedDeployment | None:
-    """Look at a deployment, decide, and carry that out, in one transaction; None for what never was deployed.
+    """Read a deployment, decide and apply the decision in one transaction; None for a workflow that was never
+    deployed.
 
-    Whatever comes for it meanwhile is either seen, or finds what was decided here. `decide` may be called again, and
-    whatever it raises comes through. None too where `lock` doesn't get the deployment. Raises `DatabaseUnavailable`.
+    Concurrent activity is either seen here, or sees the decision. `decide` may be called again, and its
+    exceptions propagate. Returns None too if `lock` doesn't get the deployment. Raises
+    `DatabaseUnavailable`.
     """
     work = partial(
         _decide_and_apply,
@@ -81,7 +85,7 @@ async def decide_and_apply(
 
 
 def decide_by_policy(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Return what the policy of a deployment says, for `settle`."""
+    """Return the decision of a deployment's policy, as `decide` of `decide_and_apply`."""
     return lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
 
 
@@ -93,9 +97,9 @@ async def apply_decision(
     replicas: int | None = None,
     user_id: str | None = None,
 ) -> Deployment:
-    """Change what is wanted of a deployment, and keep the decision; raises `DeploymentChanged`.
+    """Change the desired state of a deployment and store the decision; raises `DeploymentChanged`.
 
-    `replicas` is for a start: without it, there will be as many pods as the last time.
+    `replicas` is for a start; the default is the last number of pods.
     """
     before = seen.deployment
     changes = {
@@ -109,7 +113,7 @@ async def apply_decision(
     )
     result = await connection.execute(update(Deployment).where(*is_as_seen).values(changes))
     if result.rowcount != 1:
-        raise DeploymentChanged(f"What is wanted of {before.workflow_id} has changed since it was seen")
+        raise DeploymentChanged(f"The desired state of {before.workflow_id} has changed since it was read")
     after = Deployment(**{**before.model_dump(), **changes})
     await store_decision(connection, seen, decision, after, user_id=user_id)
     return after
@@ -123,7 +127,7 @@ async def store_decision(
     *,
     user_id: str | None = None,
 ) -> None:
-    """Write down what was decided, by what, and how many pods are wanted from then on."""
+    """Store a decision with its inputs, its author, and the number of pods that it wants."""
     kept = LifecycleDecision(
         id=ids.new_id("decision"),
         organization_id=after.organization_id,
@@ -167,7 +171,7 @@ async def _decide_and_apply(
 def _desired_changes(
     seen: DeploymentActivity, decision: LifecycleVerdict, replicas: int | None
 ) -> dict[str, Any]:
-    """Return what is wanted of a deployment from a decision on."""
+    """Return the columns of the desired state that a decision changes."""
     before, now = seen.deployment, seen.now
     if decision.action in _STARTING_ACTIONS:
         pods = replicas or before.last_replicas

@@ -1,4 +1,4 @@
-"""Workflows deployed and undeployed: what is wanted changes with its reason, and with the runs that it concerns."""
+"""Deploy and undeploy: changes of the desired state with their reason and with the runs that they concern."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ UNFINISHED: Final = (ExecutionStatus.PENDING, ExecutionStatus.WAITING, Execution
 
 @dataclass(frozen=True, slots=True)
 class DeployRequest:
-    """A definition that is to be deployed."""
+    """Definition to deploy."""
 
     workflow_id: str
     organization_id: str
@@ -46,20 +46,22 @@ class DeployRequest:
     definition: str
     definition_hash: str
     token_id: str
-    """A fresh one, for the token of its pods."""
+    """A new id, for the token of its pods."""
 
 
 async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Deployment | None:
-    """Return what is wanted of a deployment, and what was last seen of it."""
+    """Return the desired and last observed state of a deployment; None for a workflow that was never
+    deployed.
+    """
     statement = select(Deployment).where(col(Deployment.workflow_id) == workflow_id)
     row = (await connection.execute(statement)).mappings().first()
     return None if row is None else Deployment(**row)
 
 
 async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, secret: bytes) -> Deployment:
-    """Want pods for a definition; what is wanted and on its way already is left alone.
+    """Deploy a definition. Does nothing if its pods are already desired and have not failed.
 
-    Pods get a token of their own. That of those that they replace is good until none of them is left.
+    New pods get a new token. The token of replaced pods stays valid until none of them is left.
     """
     await _store_definition(connection, order)
     await activity.lock_deployment(connection, order.workflow_id)
@@ -91,7 +93,7 @@ async def deploy_workflow(connection: AsyncConnection, order: DeployRequest, *, 
 async def undeploy_workflow(
     connection: AsyncConnection, workflow_id: str, *, user_id: str, reason: StoppedReason | None = None
 ) -> Deployment | None:
-    """Want nothing of a deployment any more, and leave its runs to the workers; None for what isn't deployed."""
+    """Undeploy a workflow and leave its runs to the workers; None for a workflow that isn't deployed."""
     await activity.lock_deployment(connection, workflow_id)
     seen = await activity.read_activity(connection, workflow_id)
     if seen is None or not seen.deployment.is_deployed:
@@ -114,7 +116,9 @@ def _is_desired(deployment: Deployment, order: DeployRequest) -> bool:
 
 
 async def _store_definition(connection: AsyncConnection, order: DeployRequest) -> None:
-    """Store a definition, or make it young again: one that is about to be named is not deleted."""
+    """Store a definition, or renew its age, so that retention won't delete it before a deployment refers to
+    it.
+    """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(Definition).values(
         organization_id=order.organization_id,
@@ -132,7 +136,7 @@ async def _store_definition(connection: AsyncConnection, order: DeployRequest) -
 
 
 async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> DeploymentActivity:
-    """Return a deployment of which nothing is wanted yet."""
+    """Insert a deployment with an empty desired state; returns its activity."""
     now = await database_time.read_database_time(connection)
     first = Deployment(
         workflow_id=order.workflow_id,
@@ -156,7 +160,7 @@ async def _new_deployment(connection: AsyncConnection, order: DeployRequest) -> 
 async def _update_deployment(
     connection: AsyncConnection, seen: DeploymentActivity, changes: dict[str, Any]
 ) -> DeploymentActivity:
-    """Change columns of a deployment that is locked."""
+    """Update columns of a locked deployment."""
     deployment = seen.deployment
     await connection.execute(
         update(Deployment).where(col(Deployment.workflow_id) == deployment.workflow_id).values(changes)
@@ -165,20 +169,21 @@ async def _update_deployment(
 
 
 async def _release_to_workers(connection: AsyncConnection, deployment: Deployment) -> None:
-    """Let any worker take the runs that pods were to take, now or when whoever holds or awaits them lets go."""
+    """Release the runs of pods to any worker: at once, or when their lease or wait ends."""
     workflow_id = deployment.workflow_id
     await wakes.release_deferred_runs(connection, workflow_id)
     for status in UNFINISHED:
-        # Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+        # Literals instead of bound parameters: the databases use a partial index only for a condition that
+        # they can read.
         of_status = col(Execution.status) == literal_column(f"'{status}'")
-        whose = (
+        of_target = (
             (col(Execution.workflow_id) == workflow_id, col(Execution.target) == workflow_id)
             if status is ExecutionStatus.RUNNING
             else (col(Execution.target) == workflow_id,)
         )
         await connection.execute(
             update(Execution)
-            .where(of_status, *whose)
+            .where(of_status, *of_target)
             .values(target=wakes.WORKER_TARGET, assigned_deployment_id=None, updated_at=DatabaseTime())
         )
     kept_from_pods = (

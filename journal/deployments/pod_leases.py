@@ -1,4 +1,4 @@
-"""The leases of pods, as far as it matters who holds them: those of a process that is gone are reclaimed at once."""
+"""Leases of pods: which processes hold runs, and immediate reclaim from processes that have ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+# Literals instead of bound parameters: the databases use a partial index only for a condition that they can
+# read.
 _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
 
@@ -46,10 +47,10 @@ async def reclaim_pod_leases(
     gone: Iterable[PodProcess],
     out_of_memory: Collection[PodProcess] = (),
 ) -> int:
-    """Take back what processes held that run no more; returns how many runs. Raises `DatabaseUnavailable`.
+    """Reclaim the runs of ended processes; returns the number of runs. Raises `DatabaseUnavailable`.
 
-    Those `out_of_memory` are known to have ended for that. Should one of them run all the same, as where a machine is
-    cut off, its writes are refused from then on.
+    The processes in `out_of_memory` were killed for lack of memory. If a process still runs after all, as on
+    a machine that is cut off, its writes are refused from then on.
     """
     count = 0
     for process in gone:
@@ -59,5 +60,5 @@ async def reclaim_pod_leases(
         else:
             count += await store.reclaim(owner)
     if count:
-        log.info("executions of pods taken back", workflow_id=workflow_id, count=count)
+        log.info("executions of pods reclaimed", workflow_id=workflow_id, count=count)
     return count

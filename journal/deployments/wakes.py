@@ -1,7 +1,7 @@
-"""Runs that come for deployments: one that sleeps is woken for them, and where it may not start they are deferred.
+"""Wakes of deployments for their runs: start a stopped deployment, or defer its runs where it may not start.
 
-A deferred run is one that waits though nobody has begun it. Whether it may run is asked again and again, so it goes on
-whoever has started the deployment, changed its policy or opened its window.
+A deferred run waits although it has not started. Sweeps check again and again whether it may run, so it
+continues after any start of the deployment, change of its policy or opening of its window.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ log = structlog.get_logger()
 BATCH_TARGETS: Final = 200
 BATCH_COUNTED: Final = 1_000
 UNTIL_STARTED: Final = datetime(9999, 1, 1, tzinfo=UTC)
-"""When a run is due that is to wait until somebody starts the deployment."""
+"""Due time of a run that waits until somebody starts the deployment."""
 
-# Written out, not bound: the databases use an index of some rows only for a condition that they can read.
+# Literals instead of bound parameters: the databases use a partial index only for a condition that they can
+# read.
 IS_PENDING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'")
 IS_DEFERRED: Final = and_(
     col(Execution.status) == literal_column(f"'{ExecutionStatus.WAITING}'"),
@@ -57,7 +58,7 @@ IS_DEFERRED: Final = and_(
 WORKER_TARGET: Final = case(
     (and_(IS_PENDING, col(Execution.attempt) >= SUSPECT_LOSSES), ISOLATED_TARGET), else_=SHARED_TARGET
 )
-"""The target of a run that pods are to run no more."""
+"""Target of a run that pods may no longer run."""
 _UNLOCKED_DEPLOYMENTS: Final = (
     select(col(Deployment.workflow_id))
     .where(
@@ -79,7 +80,7 @@ _STARTING_ACTIONS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAK
 
 
 class StartRefused(Exception):
-    """A deployment may not be started for a run now."""
+    """The deployment may not be started for a run now."""
 
     def __init__(self, refusal: StartRefusal) -> None:
         super().__init__(refusal.code)
@@ -87,45 +88,45 @@ class StartRefused(Exception):
 
 
 class WakeOutcome(Enum):
-    """What was done for the runs of a deployment."""
+    """Outcome for the runs of a deployment."""
 
     NOTHING = auto()
     WOKEN = auto()
-    """It is to have pods."""
+    """The deployment is to have pods."""
     RELEASED = auto()
-    """Its deferred runs may be taken now."""
+    """Its deferred runs may be claimed now."""
     DEFERRED = auto()
-    """They wait until it may start."""
+    """Its runs wait until it may start."""
     LEFT_TO_WORKERS = auto()
-    """It is deployed no more: they are any worker's."""
+    """It is no longer deployed: any worker may claim its runs."""
 
 
 def is_desired(deployment: Deployment) -> bool:
-    """Tell whether a deployment is to have pods and to keep them."""
+    """Return whether a deployment is to have pods and is not draining."""
     return deployment.replicas > 0 and deployment.drain_until is None
 
 
 def is_ready(deployment: Deployment) -> bool:
-    """Tell whether it is, as far as was seen, and has pods that take runs."""
+    """Return whether a deployment is desired and was last observed with pods that claim runs."""
     return is_desired(deployment) and is_serving(deployment)
 
 
 def has_failed(deployment: Deployment) -> bool:
-    """Tell whether it has no pods and can't start any, as far as was seen since something was wanted of it last."""
+    """Return whether a deployment has no pods and failed to start any since its desired state last changed."""
     return status_of(deployment) is DeploymentStatus.FAILED and deployment.observed not in SERVING_STATES
 
 
 async def record_activities(database: Database, workflow_ids: Collection[str]) -> dict[str, Deployment]:
-    """Take down that something has come for each of these, and return those that are deployed, by workflow id.
+    """Record activity of several deployments; returns those that are deployed, by workflow id.
 
-    Nobody waits for a deployment that another transaction has locked: it is counted by that one, or about to stop, and
-    whoever looks after the runs that have come sees it.
+    Skips a deployment that another transaction has locked. That transaction records activity itself, or is
+    about to stop the deployment, and then the sweep for waiting runs finds the runs.
     """
     return await database.transaction(partial(_record_activities, workflow_ids=sorted(set(workflow_ids))))
 
 
 def blocked_reason(deployment: Deployment) -> str | None:
-    """Return what its pods wait for, where they start as soon as the cluster has room; None: they may be coming."""
+    """Return the reason why pods wait for room in the cluster; None if they aren't blocked."""
     is_blocked = (
         is_desired(deployment)
         and deployment.observed not in SERVING_STATES
@@ -136,9 +137,9 @@ def blocked_reason(deployment: Deployment) -> str | None:
 
 
 def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Decide, for `decisions.settle`, what takes a run that has come; raises `StartRefused`.
+    """Decide about a deployment for a new run, as `decide` of `decide_and_apply`; raises `StartRefused`.
 
-    Of a deployment whose pods can't start it wants that they try once more.
+    A deployment with pods that failed to start is started once more.
     """
     refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, seen.now)
     if refusal is not None:
@@ -149,9 +150,9 @@ def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:
 
 
 async def wake_for_waiting_runs(database: Database) -> dict[str, WakeOutcome]:
-    """See to the runs of deployments that nobody takes or that are deferred; returns what was done, by workflow id.
+    """Wake or release deployments for their unclaimed and deferred runs; returns the outcomes by workflow id.
 
-    Whoever was woken is to be told to the deployer. Raises `DatabaseUnavailable`.
+    The caller notifies the deployer of each woken deployment. Raises `DatabaseUnavailable`.
     """
     done: dict[str, WakeOutcome] = {}
     for condition in (IS_PENDING, IS_DEFERRED):
@@ -160,24 +161,24 @@ async def wake_for_waiting_runs(database: Database) -> dict[str, WakeOutcome]:
             async with database.read() as connection:
                 found = [str(one) for one in await connection.scalars(targets_statement(condition, after))]
             for workflow_id in found:
-                what = await _wake_for_runs(database, workflow_id, condition)
-                if what is not WakeOutcome.NOTHING:
-                    done[workflow_id] = what
+                outcome = await _wake_for_runs(database, workflow_id, condition)
+                if outcome is not WakeOutcome.NOTHING:
+                    done[workflow_id] = outcome
             after = found[-1] if len(found) == BATCH_TARGETS else None
     return done
 
 
 async def release_deferred_runs(connection: AsyncConnection, workflow_id: str) -> int:
-    """Let the deferred runs of a deployment be taken; returns how many there were."""
+    """Make the deferred runs of a deployment pending; returns their number."""
     return await _retarget_runs(
         connection, workflow_id, IS_DEFERRED, status=ExecutionStatus.PENDING.value, due_at=None
     )
 
 
 def targets_statement(condition: ColumnElement[bool], after: str) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds the deployments behind another that such runs are for, by one index probe each.
+    """Return the statement that finds deployments after `after` with such runs, with one index probe each.
 
-    Ids of workflows stand behind the words that other targets are.
+    Ids of workflows sort after the words that name the other targets.
     """
     target = col(Execution.target)
     first = select(func.min(target)).where(condition, target > after).scalar_subquery()
@@ -218,12 +219,14 @@ async def _wake_for_runs(database: Database, workflow_id: str, condition: Column
         log.warning("zone not known here", workflow_id=workflow_id, error=str(error))
         return WakeOutcome.NOTHING
     if done is not WakeOutcome.NOTHING:
-        log.info("deployment seen to for its runs", workflow_id=workflow_id, done=done.name.lower())
+        log.info("waiting runs of deployment handled", workflow_id=workflow_id, done=done.name.lower())
     return done
 
 
 def _needs_nothing(seen: DeploymentActivity, condition: ColumnElement[bool]) -> bool:
-    """Tell, without a lock, what holds for most: pods take what is pending, and what is deferred may not run yet."""
+    """Lock-free fast path: pods are already desired for the pending runs, or the deferred runs may not start
+    yet.
+    """
     if not seen.deployment.is_deployed:
         return False
     if condition is IS_PENDING:
@@ -258,7 +261,7 @@ async def _wake_locked(connection: AsyncConnection, *, workflow_id: str) -> Wake
 
 
 async def _defer_runs(connection: AsyncConnection, workflow_id: str, due_at: datetime) -> WakeOutcome:
-    """Keep what nobody has begun until then; what was begun stays where it is, and is the first to go on."""
+    """Defer runs that have not started until `due_at`. Started runs keep their state and continue first."""
     is_new = and_(IS_PENDING, col(Execution.started_at).is_(None))
     deferred = await _retarget_runs(
         connection, workflow_id, is_new, status=ExecutionStatus.WAITING.value, due_at=due_at

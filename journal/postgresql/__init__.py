@@ -1,1 +1,1 @@
-"""The run path on PostgreSQL."""
+"""Journal store for PostgreSQL."""

@@ -1,4 +1,4 @@
-"""How runs are taken in on PostgreSQL, alone or with what a sender's request has brought: one statement a batch."""
+"""Row insertion of accepted runs and inbound requests on PostgreSQL, with one statement per batch."""
 
 from __future__ import annotations
 
@@ -37,35 +37,36 @@ FetchRows = Callable[..., Awaitable[list[Any]]]
 
 
 class RepeatWork(Protocol):
-    """Does something again where that may help."""
+    """Function that runs work and retries it after a failure that a retry may cure."""
 
     async def __call__(self, work: Callable[[], Awaitable[T]], /) -> T: ...
 
 
 class PostgresqlInserts:
-    """What is taken in by one store."""
+    """Inserter of runs and deliveries for one store."""
 
     def __init__(
         self,
         pool: asyncpg.Pool[Any],
         fetch: FetchRows,
-        repeated: RepeatWork,
+        repeat: RepeatWork,
     ) -> None:
         self._pool = pool
         self._fetch = fetch
-        self._repeated = repeated
+        self._repeat = repeat
 
     # ── runs ────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; see `Store.accept`."""
+        """Insert runs; see `JournalStore.accept`."""
         answers: dict[str, AcceptanceResult] = {}
         for item in batch:
             if not item.may_wait:
                 answers |= await self._accept_within_limit(item)
         waiting = [item for item in batch if item.may_wait]
         while waiting:
-            # A key can win once in a statement: its other bearers go into the next one, and find it taken.
+            # A statement can insert a key once: other runs with the key go into the next statement and find
+            # it taken.
             first = {_conflict_order(item): item for item in reversed(waiting)}
             chosen = sorted(first.values(), key=_conflict_order)
             waiting = [item for item in waiting if first[_conflict_order(item)] is not item]
@@ -73,7 +74,7 @@ class PostgresqlInserts:
         return [answers[item.execution_id] for item in batch]
 
     async def _accept_within_limit(self, item: RunAcceptance) -> dict[str, AcceptanceResult]:
-        """Insert a run if fewer of its key than its limit go on, or wait for that."""
+        """Insert a run if its key has a free slot and no waiting runs before it."""
 
         async def insert() -> list[Any] | None:
             async with self._pool.acquire() as connection, connection.transaction():
@@ -82,7 +83,7 @@ class PostgresqlInserts:
                 rows: list[Any] = await connection.fetch(_ACCEPT, *_bind_acceptances([item]))
                 return rows
 
-        rows = await self._repeated(insert)
+        rows = await self._repeat(insert)
         if rows:
             return {item.execution_id: AcceptanceResult(AcceptanceVerdict.ACCEPTED, item.execution_id)}
         answers = await self._explain_refusals([item])
@@ -103,7 +104,9 @@ class PostgresqlInserts:
         return answers
 
     async def _explain_refusals(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
-        """Tell why rows didn't come back: accepted by a lost attempt, repeated, or checked against an old workflow."""
+        """Explain missing rows: accepted by an attempt with a lost answer, repeated, or built from an old
+        revision.
+        """
         earlier = await self._read_earlier_keys([(item.shard, item.idempotency) for item in batch])
         own = {
             row[0]
@@ -116,15 +119,15 @@ class PostgresqlInserts:
     async def _read_earlier_keys(
         self, asked: Sequence[tuple[int, IdempotencyKey | None]]
     ) -> dict[tuple[Any, ...], tuple[str, str]]:
-        """Return the fingerprints and ids that keys are bound to, by shard, scope and key."""
+        """Return the fingerprints and resource ids of existing idempotency keys, by shard, scope and key."""
         keys = [(shard, key.scope, key.key) for shard, key in asked if key]
         found = await self._fetch(_EARLIER_KEYS, *transpose_rows(keys, 3)) if keys else []
         return {tuple(row)[:3]: (row[3], row[4]) for row in found}
 
-    # ── arrivals ────────────────────────────────────────────────────────────────────────────────────────────
+    # ── inbound requests ────────────────────────────────────────────────────────────────────────────────────
 
     async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
-        """Keep what senders have brought; see `Store.take_in`."""
+        """Store inbound requests; see `JournalStore.ingest`."""
         answers: dict[str, IngestResult] = {}
         waiting: Sequence[IngestWrite] = batch
         while waiting:
@@ -139,7 +142,7 @@ class PostgresqlInserts:
         return [answers[one.delivery_id] for one in batch]
 
     async def _ingest_within_limit(self, arrival: IngestWrite) -> dict[str, IngestResult]:
-        """Keep what a sender has brought, without the runs that may not wait and for which no place is free."""
+        """Store an inbound request without those runs that may not wait and have no free slot."""
         full: set[str] = set()
 
         async def insert() -> list[Any]:
@@ -160,13 +163,15 @@ class PostgresqlInserts:
                 )
                 return rows
 
-        rows = await self._repeated(insert)
+        rows = await self._repeat(insert)
         return await self._ingest_results([arrival], rows, full)
 
     async def _ingest_results(
         self, batch: Sequence[IngestWrite], rows: Sequence[Any], full: Collection[str] = ()
     ) -> dict[str, IngestResult]:
-        """Tell what became of arrivals, by the ids that came back, of deliveries and of runs."""
+        """Return the results of inbound requests, from the ids of deliveries and runs that the statement
+        returned.
+        """
         returned = {row[0] for row in rows}
         missing = [one for one in batch if one.delivery_id not in returned]
         answers = await self._explain_missing(missing) if missing else {}
@@ -187,7 +192,9 @@ class PostgresqlInserts:
         return answers
 
     async def _explain_missing(self, batch: Sequence[IngestWrite]) -> dict[str, IngestResult]:
-        """Tell why arrivals didn't come back: kept by a lost attempt, repeated, or planned by an old workflow."""
+        """Explain missing deliveries: stored by an attempt with a lost answer, repeated, or built from an old
+        revision.
+        """
         bound = await self._read_earlier_keys([(one.shard, one.idempotency) for one in batch])
         found = await self._fetch(
             _STORED_DELIVERIES, *transpose_rows([(one.delivery_id, one.shard) for one in batch], 2)
@@ -197,8 +204,8 @@ class PostgresqlInserts:
 
 
 async def _lock_free_slots(connection: Any, item: RunAcceptance) -> int:  # noqa: ANN401 - the pool's proxy has no type
-    """Return how many more runs of a key may go on, and keep others from these places until the transaction ends."""
-    # In a statement of its own, so that the next one sees what whoever had the lock has committed.
+    """Return the number of free slots of a key, and lock the key until the transaction ends."""
+    # A statement of its own, so that the next one sees the commit of the previous holder.
     await connection.execute(
         f"{timeout_statement()}, pg_advisory_xact_lock($1)", advisory_lock_id(item.concurrency_key or "")
     )
@@ -230,13 +237,13 @@ def _definitions_sql(first: int) -> str:
     return f"""
     INSERT INTO definition (organization_id, hash, shard, body, created_at)
     SELECT d.*, {NOW} FROM unnest({unnest_sql(first, _DEFINITION_TYPES)}) AS d
-    -- Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+    -- A new use renews the age, to the hour, so that retention won't delete the definition before its use.
     ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at
     WHERE definition.created_at < excluded.created_at - {TOUCH_INTERVAL_MICROSECONDS}"""
 
 
 def _idempotency_sql(table: str) -> str:
-    """Bind the keys of rows to them, where no earlier ones are bound to these."""
+    """Return SQL that binds the keys of a table's rows to their ids, unless unexpired rows hold these keys."""
     return f"""
     INSERT INTO idempotency AS earlier (shard, scope, key, fingerprint, resource_id, expires_at)
     SELECT shard, scope, key, fingerprint, id, {NOW} + lifetime FROM {table}
@@ -248,7 +255,7 @@ def _idempotency_sql(table: str) -> str:
 
 
 def _run_inserts_sql(status: str, target: str, due_at: str, since: str) -> str:
-    """Insert the runs of the table `winner`, data first."""
+    """Return SQL that inserts the runs of the table `winner`, data first."""
     return f"""data AS (
     INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)
     SELECT id, shard, trigger, config, organization_id, workflow_id, {NOW} FROM winner ON CONFLICT DO NOTHING
@@ -328,7 +335,7 @@ WITH item AS (
         CASE WHEN execution_id IS NULL AND event_id IS NULL AND brings_runs THEN
             (SELECT json_agg(winner.id ORDER BY winner.id) FROM winner WHERE winner.delivery_id = fresh.id)::text
         ELSE answer END, redriven_from, {NOW} FROM fresh
-    -- What brought nothing new is a duplicate, of which more is known once the first one is.
+    -- A request without new runs is a duplicate; the first delivery has the details.
     WHERE id IN (SELECT delivery_id FROM winner) OR NOT brings_runs OR event_id IS NOT NULL
     ON CONFLICT DO NOTHING
 )
@@ -411,7 +418,7 @@ def _bind_ingest_writes(batch: Sequence[IngestWrite], *, without: Collection[str
 def _ingest_row(one: IngestWrite, without: Collection[str]) -> tuple[Any, ...]:
     event, key = one.event, one.idempotency
     if event is None and one.runs and all(run.execution_id in without for run in one.runs):
-        key = None  # it has found no place at all, and may come again
+        key = None  # no run was accepted, so the sender may repeat the request
     return (
         one.delivery_id,
         one.shard,
@@ -449,7 +456,7 @@ def _distinct_definitions(batch: Sequence[RunAcceptance]) -> list[list[Any]]:
 
 
 def _conflict_order(item: RunAcceptance) -> tuple[str, str]:
-    """Return what two acceptances can collide on, which is also the order in which rivals must come."""
+    """Return the values on which acceptances can conflict; concurrent batches must insert in this order."""
     key = item.idempotency
     return (key.scope, key.key) if key else ("", item.execution_id)
 
@@ -478,7 +485,7 @@ def _ingest_refusal(
     one: IngestWrite, bound: dict[tuple[Any, ...], tuple[str, str]], own: set[str]
 ) -> IngestResult:
     if one.delivery_id in own:
-        # By an attempt whose answer was lost.
+        # Stored by an attempt whose answer was lost.
         return IngestResult(AcceptanceVerdict.ACCEPTED, one.delivery_id)
     key = one.idempotency
     found = bound.get((one.shard, key.scope, key.key)) if key else None

@@ -1,7 +1,8 @@
-"""The store on PostgreSQL: each batch is one statement, sent straight to asyncpg.
+"""Journal store on PostgreSQL: each batch is one statement, sent directly through asyncpg.
 
-A statement is its own transaction and keeps no session state, so a transaction pooler may stand in between. It can be
-sent again, but for a claim: what it inserts has ids made here, and what it changes names the token that it leaves.
+A statement is its own transaction and keeps no session state, so a transaction pooler may be in between.
+Every statement but a claim can be repeated: inserted ids are made here, and updates name the token that they
+replace.
 """
 
 from __future__ import annotations
@@ -73,29 +74,30 @@ T = TypeVar("T")
 
 SESSION_SETTINGS = {
     "application_name": "pilotflame",
-    # A generic plan made while a table was empty scans all of it for as long as the connection lives.
+    # A generic plan that was made while a table was empty scans the whole table for the life of the
+    # connection.
     "plan_cache_mode": "force_custom_plan",
     "jit": "off",
-    # Each statement here finds what it wants by the index it was made for. By statistics of another hour, or an index
-    # that was once larger, a claim might read all that wait, for each workflow again.
+    # Each statement is written for one index. With outdated statistics, or an index that was once larger, a
+    # claim might read all pending runs again for each workflow.
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
 }
 
 BATCH_LOCK_MILLISECONDS = 500
-"""So long a commit of many runs waits for a locked row, before each of them is written alone."""
+"""Lock wait of a commit of many runs; after it, each run is written alone."""
 LONE_LOCK_MILLISECONDS = 100
 RENEW_PAUSES_SECONDS = (0.02, 0.1)
-"""How long rows that are being written, most likely by this very worker, get before their leases count as locked."""
+"""Pauses before a lease counts as locked. Its row is most likely being written by this same worker."""
 
 
 async def connect_postgresql(url: URL, *, connections: int, clock: DatabaseClock) -> PostgreSQLStore:
-    """Return a store with a pool of its own; the first statement opens the first connection."""
+    """Return a store with its own pool; the first statement opens the first connection."""
     pool = await asyncpg.create_pool(
         sessions.driver_address(url),
         min_size=0,
         max_size=connections,
-        # Behind a pooler that passes no settings on, they belong to the whole database.
+        # Behind a pooler that drops session settings, set them for the whole database.
         connect=partial(sessions.open_session, settings=SESSION_SETTINGS),
         timeout=CONNECT_SECONDS,
         command_timeout=STATEMENT_SECONDS,
@@ -105,44 +107,44 @@ async def connect_postgresql(url: URL, *, connections: int, clock: DatabaseClock
 
 
 async def _skip_reset(_connection: object) -> None:
-    """Do nothing when a connection goes back: no statement here leaves anything behind in its session."""
+    """Do nothing when a connection returns to the pool: no statement here changes its session."""
 
 
 class PostgreSQLStore:
-    """The run path on one PostgreSQL database."""
+    """`JournalStore` on one PostgreSQL database."""
 
     def __init__(self, url: URL, pool: asyncpg.Pool[Any], clock: DatabaseClock) -> None:
         self.clock = clock
         self._url = url
         self._address = sessions.driver_address(url)
         self._pool = pool
-        self._entrance = PostgresqlInserts(pool, self._fetch, self._repeat)
+        self._inserts = PostgresqlInserts(pool, self._fetch, self._repeat)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; see `Store.accept`."""
-        return await self._entrance.accept(batch)
+        """Insert runs; see `JournalStore.accept`."""
+        return await self._inserts.accept(batch)
 
     async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
-        """Keep what senders have brought; see `Store.take_in`."""
-        return await self._entrance.ingest(batch)
+        """Store inbound requests; see `JournalStore.ingest`."""
+        return await self._inserts.ingest(batch)
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take pending runs; see `Store.claim`."""
+        """Claim pending runs; see `RunStore.claim`."""
         asked_at = monotonic()
-        # Claimed once more, it would take other runs, and nobody would know of the first ones.
+        # A repeated claim would take other runs, and the first ones would have no executor.
         rows = await self._fetch(*_claim_statement(claim), may_repeat=_was_rolled_back)
         claimed = [decode_claim(row) for row in rows]
         self.clock.learn(claimed[0].claimed_at if claimed else None, asked_at)
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Tell whether suspects wait; see `RunStore.has_suspects`."""
+        """Return whether suspects wait; see `RunStore.has_suspects`."""
         return bool(
             await self._fetch(_HAS_SUSPECTS, ISOLATION_TARGETS.get(target, target), max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write what runs have done; see `Store.record`."""
+        """Write the progress of runs; see `RunStore.record`."""
         batch = sorted(batch, key=lambda write: write.execution_id)
         try:
             return await self._record(_RECORD, batch, owner)
@@ -152,7 +154,7 @@ class PostgreSQLStore:
         return await self._record_each(batch, owner)
 
     async def _record_each(self, batch: Sequence[RunWrite], owner: str) -> frozenset[str]:
-        """Write run by run, so that a locked row holds up its own run alone; raises `PartialCommit`."""
+        """Write run by run, so that a locked row delays only its own run; raises `PartialCommit`."""
         held: set[str] = set()
         unwritten: set[str] = set()
         for number, write in enumerate(batch):
@@ -184,7 +186,7 @@ class PostgreSQLStore:
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases; see `Store.renew`."""
+        """Extend leases; see `RunStore.renew`."""
         left = sorted((lease.execution_id, lease.shard, lease.token) for lease in held)
         renewed: list[RenewalResult] = []
         for pause_seconds in (*RENEW_PAUSES_SECONDS, None):
@@ -203,12 +205,12 @@ class PostgreSQLStore:
         return [*renewed, *(RenewalResult(execution_id, None, is_locked=True) for execution_id, _, _ in left)]
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return definitions; see `Store.definitions`."""
+        """Return definitions; see `RunStore.definitions`."""
         rows = await self._fetch(_DEFINITIONS, *transpose_rows(keys, 3))
         return {DefinitionKey(row[0], row[1], row[2]): row[3] for row in rows}
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return what was recorded; see `Store.spans`."""
+        """Return recorded spans; see `RunStore.spans`."""
         asked = dict.fromkeys(keys)
         found: dict[str, list[NodeSpan]] = {key.execution_id: [] for key in asked}
         for row in await self._fetch(_SPANS, *transpose_rows(asked, 2)):
@@ -216,11 +218,11 @@ class PostgreSQLStore:
         return found
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return where logs end; see `Store.last_log_lines`."""
+        """Return the ends of logs; see `RunStore.last_log_lines`."""
         return {row[0]: row[1] for row in await self._fetch(_LAST_LOG_LINES, *transpose_rows(keys, 2))}
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return where runs are; see `Store.progress`."""
+        """Return the progress of runs; see `JournalStore.progress`."""
         outputs: dict[str, list[tuple[str, str]]] = {}
         references: dict[str, list[str]] = {}
         rows = await self._fetch(_PROGRESS, *transpose_rows(dict.fromkeys(keys), 2))
@@ -244,12 +246,13 @@ class PostgreSQLStore:
         ]
 
     async def promote_due(self) -> int:
-        """Put waits that are over back in the queue."""
+        """Make runs with an ended wait pending; see `RunStore.promote_due`."""
         return len(await self._fetch(_PROMOTE_DUE))
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Take back what dead workers held; see `Store.sweep`."""
-        # First, since whoever waits for a dead worker has waited longest: the lease, and now this sweep.
+        """Reclaim the runs of dead workers; see `RunStore.sweep`."""
+        # Before due runs: a run of a dead worker has waited longest, for the end of its lease and then for
+        # this sweep.
         rows = await self._fetch(_SWEEP, limit, CRASHED_ERROR)
         due = await self.promote_due()
         pending = await self._fetch(_HAS_PENDING)
@@ -257,18 +260,18 @@ class PostgreSQLStore:
         return SweepResult(len(rows) - len(ended), ended, due, bool(pending))
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Take back leases; see `Store.reclaim`."""
+        """Reclaim the leases of a dead owner; see `JournalStore.reclaim`."""
         if not out_of_memory:
             return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, CRASHED_ERROR, False))  # noqa: FBT003 - of a statement
         counts = not await self._fetch(_HAD_TRIAL, owner_prefix)
         return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, OUT_OF_MEMORY_ERROR, counts))
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Give back what was never begun; see `Store.release`."""
+        """Release runs that never started; see `RunStore.release`."""
         return len(await self._fetch(_RELEASE, owner, list(held)))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Ask a run to stop or cancel; see `Store.request_end`."""
+        """Request a stop or cancel; see `JournalStore.request_end`."""
         status = ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED
         rows = await self._fetch(_REQUEST_END, *key, request, status.value)
         if not rows:
@@ -282,7 +285,7 @@ class PostgreSQLStore:
         return await connect_postgresql(self._url, connections=1, clock=self.clock)
 
     async def close(self) -> None:
-        """Let go of the pool, after what is under way."""
+        """Close the pool after its present statements."""
         try:
             await asyncio.wait_for(self._pool.close(), CONNECT_SECONDS)
         except TimeoutError:
@@ -294,7 +297,9 @@ class PostgreSQLStore:
         *arguments: object,
         may_repeat: Callable[[Exception], bool] = lambda _error: True,
     ) -> list[Any]:
-        """Run one statement, again where that may help; raises `DatabaseUnavailable` and `LockWaitTimeout`."""
+        """Run one statement, and retry it where that may help; raises `DatabaseUnavailable` and
+        `LockWaitTimeout`.
+        """
 
         async def fetch() -> list[Any]:
             rows: list[Any] = await self._pool.fetch(statement, *arguments)
@@ -321,31 +326,32 @@ class PostgreSQLStore:
                 if failure is None:
                     raise
                 if failure is DatabaseFailure.LOCK_NOT_AVAILABLE:
-                    raise LockWaitTimeout("Another transaction keeps what this one needs locked") from error
+                    raise LockWaitTimeout("Another transaction holds a lock that this one needs") from error
                 is_late = monotonic() - begun_at > RETRY_SECONDS
                 if attempt == RETRIES or is_late or not may_repeat(error):
-                    raise DatabaseUnavailable("PostgreSQL would not take the statement") from error
+                    raise DatabaseUnavailable("PostgreSQL did not confirm the statement") from error
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
         raise AssertionError
 
 
 def _translate_failure(error: Exception) -> DatabaseFailure | None:
     if isinstance(error, asyncpg.InterfaceError | asyncpg.InternalClientError):
-        # The driver's own words for a connection that ended while a statement was on its way; or a value is none.
+        # The driver's own error for a connection that ended during a statement. A `ValueError` is about an
+        # argument.
         return None if isinstance(error, ValueError) else DatabaseFailure.UNAVAILABLE
     return failure_of(error)
 
 
 def _was_rolled_back(error: Exception) -> bool:
-    """Tell whether the server has certainly undone the statement."""
+    """Return whether the server has certainly rolled the statement back."""
     return failure_of(error) is DatabaseFailure.ROLLED_BACK
 
 
 # ── claim ─────────────────────────────────────────────────────────────────────────────────────────
 
-# Organisations that have pending runs, and the turns of their workflows, are found by one index probe each, however
-# many rows wait: the first above the one before, or, behind the last, the first of all; until the circle is closed.
-# OFFSET 0 keeps the planner from writing each probe out several times, which more than doubles its time.
+# Organizations with pending runs, and the turns of their workflows, take one index probe each, however many
+# rows wait: the first above the previous one, or the first of all after the last, until the circle is closed.
+# OFFSET 0 keeps the planner from inlining each probe several times, which more than doubles its time.
 _PENDING = "SELECT {column} FROM execution WHERE status = 'pending' AND target = $1"
 
 
@@ -362,14 +368,14 @@ def _next_turn_sql(least: str) -> str:
 
 
 def _claim_update_sql(also: str = "") -> str:
-    """Return the end of a claim: `chosen` runs are taken, and come back in the order of their places."""
+    """Return the end of a claim: it updates the runs of `chosen` and returns them by `place`."""
     return f"""
 ), taken AS (
     UPDATE execution SET status = 'running', token = token + 1, attempt = attempt + 1, is_fresh = false,
         lease_owner = $5, lease_until = {NOW} + $6::bigint, started_at = coalesce(started_at, {NOW}),
         updated_at = {NOW}, deadline_at = coalesce(deadline_at, {NOW} + timeout_microseconds){also}
-    -- An array of ids, no bare column, and a value for each row below: with stale statistics, whole tables would look
-    -- like the way to the chosen few.
+    -- An array of ids, an expression instead of the bare column, and a value for each row below: with outdated
+    -- statistics, the planner would scan whole tables to find the few chosen rows.
     WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
     RETURNING *
 )
@@ -413,7 +419,7 @@ WITH RECURSIVE circle (id, first, place) AS (
     ) AS best
     ORDER BY organization.place, workflow.place LIMIT $4::integer
 {_claim_update_sql()}"""
-# What was begun stands together in the index, apart from what nobody has begun.
+# In the index, started runs are apart from runs that have never started.
 _IS_SUSPECT = f"NOT is_fresh AND attempt >= {SUSPECT_LOSSES} AND isolation_losses <= $2::smallint"
 _HAS_SUSPECTS = f"{_PENDING.format(column='1')} AND {_IS_SUSPECT} LIMIT 1"
 _CLAIM_FOR_TRIAL = f"""
@@ -426,7 +432,7 @@ WITH chosen AS MATERIALIZED (
 
 
 def _claim_statement(claim: ClaimQuery) -> tuple[Any, ...]:
-    """Return a claim's statement and its arguments."""
+    """Return the statement of a claim and its arguments."""
     lease = claim.owner, int(claim.lease_seconds * 1_000_000)
     if claim.is_trial:
         queue = ISOLATION_TARGETS.get(claim.target, claim.target)
@@ -493,8 +499,9 @@ _NEW_ATTEMPTS = f"""
     ON CONFLICT ({", ".join(ATTEMPT_KEY)}) DO UPDATE SET {ATTEMPT_CHANGES}
 )
 """
-"""Only in the statements for batches that hold attempts of nodes: most hold none, and are not to pay for it."""
-# A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer.
+"""Only in statements for batches with attempts of nodes: most batches have none and should not pay for it."""
+# A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
+# answer.
 _ENDS_WAITING = "(write.status = 'waiting' AND execution.wait_answer_count <= write.wait_answer_count)"
 _RECORD_TEMPLATE = f"""
 WITH held AS (
@@ -509,12 +516,12 @@ WITH held AS (
         completed_nodes = write.completed_nodes,
         progress = greatest(execution.progress, write.progress),
         has_journal = true,
-        -- Attempts lost before a new result are forgiven; the one in hand goes on counting.
+        -- A new result clears the attempts lost before it; the present attempt still counts.
         attempt = CASE WHEN write.move = 'gives-back' THEN 0 WHEN write.has_new_result THEN 1 ELSE attempt END,
         isolation_losses = CASE WHEN write.move = 'gives-back' OR write.has_new_result THEN 0 ELSE isolation_losses END,
         isolated = isolated AND write.move = 'goes-on' AND NOT (write.has_new_result OR write.has_passed),
         due_at = CASE WHEN {_ENDS_WAITING} THEN write.due_at END,
-        -- A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
+        -- A wait stops the clock of the run's timeout: the remaining time is stored as a time since 1970.
         deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - {NOW} ELSE deadline_at END,
         target = CASE
             WHEN write.move = 'gives-back' AND concurrency_key IS NOT NULL THEN '{LIMITED_TARGET}' ELSE target
@@ -548,7 +555,7 @@ SELECT id FROM held
 
 
 def _record_statement(lock_milliseconds: int) -> Mapping[bool, str]:
-    """Return the statements that record a batch, by whether it holds attempts of nodes."""
+    """Return the statements that record a batch, by whether it has attempts of nodes."""
     return {
         has_attempts: _RECORD_TEMPLATE.format(
             lock_wait=lock_wait_sql(lock_milliseconds), attempts=_NEW_ATTEMPTS if has_attempts else ""
@@ -625,8 +632,8 @@ LEFT JOIN span ON span.execution_id = execution.id AND span.shard = execution.sh
 
 
 def _skip_locked_sql(condition: str, limit: str = "") -> str:
-    """Return the condition that picks rows nobody has locked, so that a locked row holds up itself alone."""
-    # An array, chosen once: a subquery may be run again for each row, and takes others each time.
+    """Return the condition that selects unlocked rows, so that a locked row delays only itself."""
+    # An array is evaluated once; a subquery may run again for each row, and select other rows each time.
     return (
         f"id = ANY (ARRAY(SELECT id FROM execution WHERE {condition} {limit} FOR NO KEY UPDATE SKIP LOCKED))"
     )
@@ -678,7 +685,8 @@ UPDATE execution SET token = token + 1, attempt = attempt - 1, isolated = false,
 WHERE {_skip_locked_sql("status = 'running' AND lease_owner = $1 AND id <> ALL($2::text[])")}
 RETURNING id
 """
-# In the order of the index of pending runs: without one, a table full of ended runs might be read from its beginning.
+# In the order of the index of pending runs: otherwise a table full of ended runs might be scanned from its
+# start.
 _HAS_PENDING = (
     "SELECT 1 FROM execution WHERE status = 'pending' ORDER BY target, organization_id, queue_turn LIMIT 1"
 )

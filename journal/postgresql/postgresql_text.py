@@ -1,4 +1,4 @@
-"""What the statements on PostgreSQL have in common: batches go as one array a column."""
+"""SQL fragments of the statements on PostgreSQL; batches are passed as one array per column."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ NOW: Final = "(date_part('epoch', now()) * 1000000)::bigint"
 
 
 def lock_wait_sql(milliseconds: int) -> str:
-    """Return a condition, always true, that bounds the lock waits of its statement, behind a pooler too.
+    """Return an always true condition that bounds the lock waits of its statement, behind a pooler too.
 
-    An uncorrelated subquery is evaluated once, before the rows that it is a condition on.
+    An uncorrelated subquery is evaluated once, before the rows that it filters.
     """
     return f"(SELECT set_config('lock_timeout', '{milliseconds}', true)) IS NOT NULL"
 
 
 def transpose_rows(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - rows of any kind of tuple
-    """Turn rows into columns, since `unnest` takes one array a column.
+    """Turn rows into columns, since `unnest` takes one array per column.
 
-    It fills short arrays up with NULL, so a column of nothing else is sent empty: the driver looks at each element.
+    `unnest` pads short arrays with NULL, so a column of NULLs is sent as an empty array: the driver looks at
+    each element.
     """
     given = [list(column) for column in zip(*rows, strict=True)]
     return [[] if column.count(None) == len(column) else column for column in given] or [

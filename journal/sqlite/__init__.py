@@ -1,1 +1,1 @@
-"""The run path on SQLite."""
+"""Journal store for SQLite."""

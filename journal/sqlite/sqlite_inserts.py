@@ -1,4 +1,4 @@
-"""How runs are taken in on SQLite, alone or with what a sender's request has brought, by the writer."""
+"""Row insertion of accepted runs and inbound requests on SQLite, in transactions of the writer thread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 def insert_runs(
     connection: sqlite3.Connection, batch: Sequence[RunAcceptance], now: int
 ) -> list[AcceptanceResult]:
-    """Insert runs; see `Store.accept`."""
+    """Insert runs; see `JournalStore.accept`."""
     is_current = _current_workflows(connection, batch)
     answers: list[AcceptanceResult] = []
     inserted: list[RunAcceptance] = []
@@ -60,7 +60,7 @@ def insert_runs(
 
 
 def ingest(connection: sqlite3.Connection, batch: Sequence[IngestWrite], now: int) -> list[IngestResult]:
-    """Keep what senders have brought; see `Store.take_in`."""
+    """Store inbound requests; see `JournalStore.ingest`."""
     return [_ingest_one(connection, arrival, now) for arrival in batch]
 
 
@@ -76,10 +76,10 @@ def _ingest_one(connection: sqlite3.Connection, arrival: IngestWrite, now: int) 
     runs = insert_runs(connection, arrival.runs, now)
     brings_itself = not runs or arrival.event is not None
     if key is not None and (brings_itself or any(run.verdict is not AcceptanceVerdict.FULL for run in runs)):
-        # One that has found no place at all may come again.
+        # A request without any accepted run may be repeated.
         _bind_key(connection, arrival.shard, key, arrival.delivery_id, now, is_new=is_current)
     if brings_itself or any(run.verdict is AcceptanceVerdict.ACCEPTED for run in runs):
-        # What brought nothing new is a duplicate, of which more is known once the first one is.
+        # A request without new runs is a duplicate; the first delivery has the details.
         _insert_delivery(connection, arrival, runs, now)
     if arrival.event is not None:
         _insert_event(connection, arrival, now)
@@ -87,7 +87,7 @@ def _ingest_one(connection: sqlite3.Connection, arrival: IngestWrite, now: int) 
 
 
 def _is_delivery_stored(connection: sqlite3.Connection, arrival: IngestWrite) -> bool:
-    """Tell whether this very request was taken in before, by a call whose answer was lost."""
+    """Return whether this same request was stored before, by a call with a lost answer."""
     statement = "SELECT 1 FROM delivery WHERE id = ?"
     return connection.execute(statement, (arrival.delivery_id,)).fetchone() is not None
 
@@ -143,14 +143,14 @@ def _insert_event(connection: sqlite3.Connection, one: IngestWrite, now: int) ->
 
 
 def _delay_microseconds(item: RunAcceptance) -> int | None:
-    """Return the microsecond that a run waits for from the beginning, if it does."""
+    """Return the time in microseconds before which a run must not start; None without a delay."""
     if not isinstance(item, IngestedRun) or item.delay_until is None:
         return None
     return to_microseconds(item.delay_until)
 
 
 def _initial_target(item: RunAcceptance) -> str:
-    """Return who may take a run when it is new."""
+    """Return the target of a new run, which names its possible executors."""
     if isinstance(item, IngestedRun) and not item.is_read:
         return UNPARSED_TARGET
     if item.concurrency_key is not None:
@@ -179,7 +179,9 @@ def _current_workflows(
 def _claim_key(
     connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
 ) -> AcceptanceResult | None:
-    """Return the answer to an earlier request with this key; else keep the key, if the run will be accepted."""
+    """Return the answer to an earlier request with this key; otherwise store the key if the run will be
+    accepted.
+    """
     bound = _bind_key(connection, item.shard, key, item.execution_id, now, is_new=is_new)
     return None if bound is None else AcceptanceResult(*bound)
 
@@ -193,7 +195,7 @@ def _bind_key(
     *,
     is_new: bool,
 ) -> tuple[AcceptanceVerdict, str] | None:
-    """Tell what a key says of a resource that is bound to it before; else bind it to this one, if that is new."""
+    """Return the verdict and the id of the resource that holds a key; otherwise bind the key if `is_new`."""
     identity = (shard, key.scope, key.key)
     found = connection.execute(
         "SELECT fingerprint, resource_id, expires_at FROM idempotency WHERE shard = ? AND scope = ? AND key = ?",
@@ -219,7 +221,7 @@ def _bind_key(
 def _has_free_slot(
     connection: sqlite3.Connection, item: RunAcceptance, inserted: Sequence[RunAcceptance]
 ) -> bool:
-    """Tell whether fewer runs of its key than its limit go on, or wait for that, with those of the same batch."""
+    """Return whether fewer runs than the limit hold or await a slot of the key, including this batch."""
     live: int = connection.execute(
         "SELECT (SELECT count(*) FROM execution WHERE concurrency_key = ?1 AND concurrency_key IS NOT NULL"
         f" AND target <> '{LIMITED_TARGET}' AND ended_at IS NULL) + (SELECT count(*) FROM execution"
@@ -231,7 +233,7 @@ def _has_free_slot(
 
 
 def _is_run_stored(connection: sqlite3.Connection, item: RunAcceptance) -> bool:
-    """Tell whether this very run was accepted before, by a call whose answer was lost."""
+    """Return whether this same run was accepted before, by a call with a lost answer."""
     statement = "SELECT 1 FROM execution WHERE id = ? AND shard = ?"
     return connection.execute(statement, (item.execution_id, item.shard)).fetchone() is not None
 
@@ -244,7 +246,7 @@ def _insert_executions(connection: sqlite3.Connection, batch: Sequence[RunAccept
     }
     connection.executemany(
         "INSERT INTO definition (organization_id, hash, shard, body, created_at) VALUES (?, ?, ?, ?, ?)"
-        # Its age is counted from when it was last sent, to the hour: one that is about to be used again is not deleted.
+        # A new use renews the age, to the hour, so that retention won't delete the definition before its use.
         " ON CONFLICT (organization_id, hash) DO UPDATE SET created_at = excluded.created_at"
         f" WHERE created_at < excluded.created_at - {TOUCH_INTERVAL_MICROSECONDS}",
         definitions,

@@ -1,7 +1,7 @@
-"""The store on SQLite: one writer thread, into which whole batches hop.
+"""Journal store on SQLite: a writer thread and a reader thread, each with one connection.
 
-What waits for the writer shares its next transaction and its one fsync, whichever kind of statement it is. Times
-are those of this host, which is the database's: SQLite has no other.
+Work that waits for the writer shares its next transaction and its one fsync, for any kind of statement.
+Times are those of this host: SQLite has no clock of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from journal.run_rows import (
     release_target_sql,
     span_rows,
 )
-from journal.sqlite import sqlite_inserts as entrance
+from journal.sqlite import sqlite_inserts
 from journal.store import (
     AcceptanceResult,
     ClaimedRun,
@@ -69,7 +69,7 @@ MAX_TRANSACTION_WORKS = 64
 
 
 class SQLiteStore:
-    """The run path on one SQLite file."""
+    """`JournalStore` on one SQLite file."""
 
     def __init__(self, path: str, clock: DatabaseClock) -> None:
         self.clock = clock
@@ -78,91 +78,91 @@ class SQLiteStore:
         self._reader = _ConnectionThread(path, "sqlite-reader", writes=False)
 
     async def accept(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        """Insert runs; see `Store.accept`."""
+        """Insert runs; see `JournalStore.accept`."""
         return await self._writer.run(
-            lambda connection: entrance.insert_runs(connection, batch, _now_microseconds())
+            lambda connection: sqlite_inserts.insert_runs(connection, batch, _now_microseconds())
         )
 
     async def ingest(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
-        """Keep what senders have brought; see `Store.take_in`."""
+        """Store inbound requests; see `JournalStore.ingest`."""
         return await self._writer.run(
-            lambda connection: entrance.ingest(connection, batch, _now_microseconds())
+            lambda connection: sqlite_inserts.ingest(connection, batch, _now_microseconds())
         )
 
     async def claim(self, claim: ClaimQuery) -> Sequence[ClaimedRun]:
-        """Take pending runs; see `Store.claim`."""
+        """Claim pending runs; see `RunStore.claim`."""
         claimed = await self._writer.run(lambda connection: _claim(connection, claim))
         self.clock.follow_host()
         return claimed
 
     async def has_suspects(self, max_isolation_losses: int, target: str = SHARED_TARGET) -> bool:
-        """Tell whether suspects wait; see `RunStore.has_suspects`."""
+        """Return whether suspects wait; see `RunStore.has_suspects`."""
         return await self._reader.run(
             lambda connection: _has_suspects(connection, target, max_isolation_losses)
         )
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write what runs have done; see `Store.record`."""
+        """Write the progress of runs; see `RunStore.record`."""
         return await self._writer.run(lambda connection: _record(connection, batch, owner))
 
     async def renew(
         self, held: Sequence[LeaseRenewal], lease_seconds: float, *, owner: str = ""
     ) -> Sequence[RenewalResult]:
-        """Extend leases; see `Store.renew`."""
+        """Extend leases; see `RunStore.renew`."""
         renewed = await self._writer.run(lambda connection: _renew(connection, held, lease_seconds, owner))
         self.clock.follow_host()
         return renewed
 
     async def definitions(self, keys: Sequence[DefinitionKey]) -> dict[DefinitionKey, str]:
-        """Return definitions; see `Store.definitions`."""
+        """Return definitions; see `RunStore.definitions`."""
         return await self._reader.run(lambda connection: _definitions(connection, keys))
 
     async def spans(self, keys: Sequence[ExecutionKey]) -> dict[str, list[NodeSpan]]:
-        """Return what was recorded; see `Store.spans`."""
+        """Return recorded spans; see `RunStore.spans`."""
         return await self._reader.run(lambda connection: _spans(connection, keys))
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return where logs end; see `Store.last_log_lines`."""
+        """Return the ends of logs; see `RunStore.last_log_lines`."""
         return await self._reader.run(lambda connection: _last_log_lines(connection, keys))
 
     async def progress(self, keys: Sequence[ExecutionKey]) -> Sequence[RunProgressReport]:
-        """Return where runs are; see `Store.progress`."""
+        """Return the progress of runs; see `JournalStore.progress`."""
         return await self._reader.run(lambda connection: _progress(connection, keys))
 
     async def promote_due(self) -> int:
-        """Put waits that are over back in the queue."""
+        """Make runs with an ended wait pending; see `RunStore.promote_due`."""
         return await self._writer.run(_promote_due)
 
     async def sweep(self, limit: int) -> SweepResult:
-        """Take back what dead workers held; see `Store.sweep`."""
+        """Reclaim the runs of dead workers; see `RunStore.sweep`."""
         return await self._writer.run(lambda connection: _sweep(connection, limit))
 
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
-        """Take back leases; see `Store.reclaim`."""
+        """Reclaim the leases of a dead owner; see `JournalStore.reclaim`."""
         return await self._writer.run(
             lambda connection: _reclaim(connection, owner_prefix, out_of_memory=out_of_memory)
         )
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Give back what was never begun; see `Store.release`."""
+        """Release runs that never started; see `RunStore.release`."""
         return await self._writer.run(lambda connection: _release(connection, owner, held))
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Ask a run to stop or cancel; see `Store.request_end`."""
+        """Request a stop or cancel; see `JournalStore.request_end`."""
         return await self._writer.run(lambda connection: _request_end(connection, key, request))
 
     async def for_thread(self) -> SQLiteStore:
-        """Return this store: its threads answer any event loop."""
+        """Return this store: its threads serve any event loop."""
         return self
 
     async def close(self) -> None:
-        """End both threads, after what they have been given."""
+        """Stop both threads after their queued work."""
         await asyncio.to_thread(self._writer.close)
         await asyncio.to_thread(self._reader.close)
 
 
 class _ConnectionThread:
-    """A connection in a thread of its own; works that wait share one transaction."""
+    """Thread with a connection of its own; queued work shares one transaction."""
 
     def __init__(self, path: str, name: str, *, writes: bool) -> None:
         self._path = path
@@ -212,18 +212,22 @@ class _ConnectionThread:
     def _transact(
         self, connection: sqlite3.Connection, works: list[tuple[DatabaseWork[Any], Future[Any]]]
     ) -> None:
-        """Run works in one transaction; when one of them fails, each in one of its own."""
+        """Run queued work in one transaction; if a piece of it fails, run each piece in a transaction of its
+        own.
+        """
         try:
             self._begin(connection)
         except (sqlite3.Error, DatabaseUnavailable) as error:
-            _fail_works(works, error)  # the fault of none of them, and each would only wait as long again
+            _fail_works(
+                works, error
+            )  # not the fault of any of them, and each alone would only wait as long again
             return
         failure: Exception | None = None
         results: list[Any] = []
         try:
             results = [work(connection) for work, _ in works]
             connection.execute("COMMIT")
-        except Exception as error:  # noqa: BLE001 - it belongs to one waiter, and the thread goes on
+        except Exception as error:  # noqa: BLE001 - it belongs to one caller, and the thread continues
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             failure = error
@@ -260,7 +264,7 @@ def _resolve_future(future: Future[Any], result: object) -> None:
 def _translate_error(error: Exception) -> Exception:
     if not isinstance(error, sqlite3.OperationalError):
         return error
-    unavailable = DatabaseUnavailable(f"SQLite would not take the transaction: {error}")
+    unavailable = DatabaseUnavailable(f"SQLite did not commit the transaction: {error}")
     unavailable.__cause__ = error
     return unavailable
 
@@ -310,7 +314,7 @@ def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[
 
 
 def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) -> list[str]:
-    """Return organisations that have pending runs, beginning behind the one served last: one index probe each."""
+    """Return organizations with pending runs, starting after the last one served, with one index probe each."""
     statement = (
         "SELECT min(organization_id) FROM execution"
         " WHERE status = 'pending' AND target = ? AND organization_id > ?"
@@ -334,7 +338,9 @@ def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) ->
 def _organization_runs(
     connection: sqlite3.Connection, claim: ClaimQuery, organization_id: str, share: int
 ) -> list[tuple[str, bool]]:
-    """Return an organisation's best runs, its workflows served in turn, and whether a workflow may have more."""
+    """Return an organization's next runs, its workflows in turn, each with whether its workflow may have
+    more.
+    """
     statement = (
         "SELECT min(queue_turn) FROM execution"
         " WHERE status = 'pending' AND target = ? AND organization_id = ? AND queue_turn >= ?"
@@ -353,7 +359,7 @@ def _organization_runs(
         current = _merge_first(following(current + 1), following(0))
         if current == turns[0]:
             break
-    # Elsewhere suspects wait at a target of their own.
+    # At other targets, suspects wait at a separate isolation target.
     is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND attempt < {SUSPECT_LOSSES}"
     chosen: list[tuple[str, bool]] = []
     for served, queue_turn in enumerate(turns):
@@ -371,7 +377,7 @@ def _merge_first(one: int | None, other: int | None) -> int | None:
     return one if one is not None else other
 
 
-# Written only where it changes: `target` stands in several indexes.
+# Written only when it changes: `target` is a column of several indexes.
 _PUTS_ISOLATED = " isolated = 1, target = ?5,"
 
 
@@ -395,7 +401,7 @@ def _take_run(
     return decode_claim((*row, may_have_more, now))
 
 
-# What was begun stands together in the index, apart from what nobody has begun.
+# In the index, started runs are apart from runs that have never started.
 _IS_SUSPECT = (
     f"WHERE status = 'pending' AND target = ? AND NOT is_fresh AND attempt >= {SUSPECT_LOSSES}"
     " AND isolation_losses <= ?"
@@ -431,7 +437,7 @@ _LEASE_GUARD = (
 _DONE = "completed_nodes = :completed, progress = max(progress, :progress)"
 _UPDATE_PROGRESS = (
     f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
-    # Attempts lost before a new result are forgiven; the one in hand goes on counting.
+    # A new result clears the attempts lost before it; the present attempt still counts.
     " attempt = CASE WHEN :has_new_result THEN 1 ELSE attempt END,"
     " isolation_losses = CASE WHEN :has_new_result THEN 0 ELSE isolation_losses END,"
     " isolated = isolated AND NOT (:has_new_result OR :has_passed)" + _LEASE_GUARD
@@ -441,14 +447,16 @@ _UPDATE_END = (
     " updated_at = :now, lease_owner = NULL, lease_until = NULL" + _LEASE_GUARD
 )
 _ENDS_WAITING = "(:status = 'waiting' AND wait_answer_count <= :wait_answer_count)"
-"""A run that was answered while it worked doesn't go to sleep: whoever claims it next looks at the answer."""
+"""A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
+answer.
+"""
 _UPDATE_RELEASE = (
     f"UPDATE execution SET {_DONE}, has_journal = 1, updated_at = :now,"
     f" due_at = CASE WHEN {_ENDS_WAITING} THEN :due_at END,"
     " status = CASE WHEN request = 'stop' THEN 'stopped' WHEN request = 'cancel' THEN 'cancelled'"
     f" WHEN {_ENDS_WAITING} THEN 'waiting' ELSE 'pending' END,"
     " ended_at = CASE WHEN request IS NULL THEN NULL ELSE :now END,"
-    # A wait stops the clock of the run's timeout: what is left of it is kept as a time since 1970.
+    # A wait stops the clock of the run's timeout: the remaining time is stored as a time since 1970.
     f" deadline_at = CASE WHEN {_ENDS_WAITING} THEN deadline_at - :now ELSE deadline_at END,"
     f" target = CASE WHEN concurrency_key IS NULL THEN target ELSE '{LIMITED_TARGET}' END,"
     " token = token + 1, attempt = 0, isolation_losses = 0, isolated = 0, lease_owner = NULL, lease_until = NULL"

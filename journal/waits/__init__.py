@@ -1,1 +1,1 @@
-"""Waiting nodes and completion actions: answers, events, sub-runs."""
+"""Waiting nodes and completion actions: answers, events, sub-workflow runs."""

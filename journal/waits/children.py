@@ -1,4 +1,4 @@
-"""Runs that another run has started and waits for: they don't outlive it."""
+"""Sub-workflow runs of a parent that has ended without them: they are stopped or cancelled."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 BATCH_RUNS: Final = 100
 PARENT: Final = "parent"
-"""The field of a run's follow-up that says which node waits for its end."""
+"""Field of a run's completion actions that names the waiting node of its parent."""
 _REQUESTS: Final[Mapping[str, str]] = {
     ExecutionStatus.FAILED: "stop",
     ExecutionStatus.STOPPED: "stop",
     ExecutionStatus.CANCELLED: "cancel",
 }
-"""What is asked of a child whose parent has ended so: nobody waits for it any more."""
+"""Request to a child, by the status with which its parent has ended: nothing waits for the child any more."""
 
 _parent_alias = aliased(Execution)
 _ABANDONED: Final[Select[str, int, str]] = (
@@ -44,7 +44,7 @@ _ABANDONED: Final[Select[str, int, str]] = (
         col(Execution.parent_id).is_not(None),
         col(Execution.ended_at).is_(None),
         col(_parent_alias.status).in_(list(_REQUESTS)),
-        # It stands first wherever it stands.
+        # This field is always the first of the object.
         type_coerce(col(Execution.follow_up), Text).startswith(f'{{"{PARENT}":'),
         or_(
             col(Execution.request).is_(None),
@@ -55,31 +55,31 @@ _ABANDONED: Final[Select[str, int, str]] = (
     )
     .order_by(col(Execution.id))
     .limit(BATCH_RUNS)
-    # Not those that can't be asked now: they are found again by the next sweep.
+    # Skips locked runs: the next sweep finds them again.
     .with_for_update(of=Execution, key_share=True, skip_locked=True)
 )
 
 
 @dataclass(frozen=True, slots=True)
 class AbandonedRun:
-    """A run that was asked to end."""
+    """Run that was requested to end."""
 
     execution_id: str
     request: str
     """`stop` or `cancel`."""
     requested: EndRequestOutcome
-    """Whom to tell of that."""
+    """Result of the request, with the addresses to notify."""
 
 
 def completion_for_parent(parent_id: str, node_id: str, iteration: str) -> dict[str, dict[str, str]]:
-    """Return what is to be done about the end of a run that a node waits for; nothing may stand before it."""
+    """Return the completion action of a run for which a node waits; it must be the first field of the object."""
     return {PARENT: {"executionId": parent_id, "nodeId": node_id, "iteration": iteration}}
 
 
 async def request_abandoned_ends(database: Database, store: JournalStore) -> Sequence[AbandonedRun]:
-    """Ask runs to end whose parent has ended without them, and in turn those that they have started.
+    """Request the end of runs of an ended parent, and then of their own children.
 
-    What is found was not asked before, so each is asked once; raises `DatabaseUnavailable`.
+    Finds only runs without such a request, so each gets one request. Raises `DatabaseUnavailable`.
     """
     ended: list[AbandonedRun] = []
     while True:

@@ -1,7 +1,8 @@
-"""What is to be done about the ends of runs: the row of an ended run that has a follow-up is the queue of it.
+"""Completion actions of runs, with the rows of ended runs as a durable queue.
 
-Whoever takes one puts its `follow_up_at` ahead, as a lease; what was done is taken out, and what failed is put off. A
-worker that dies in between is followed by another when that time has come, so everything here may happen twice.
+A worker that takes a run sets its `follow_up_at` to a later time, as a lease. It removes completed actions
+and postpones failed ones. If it dies in between, another worker takes the run at that time, so each action
+may run twice.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class ParentNode(msgspec.Struct, frozen=True, rename="camel"):
-    """The node of another run that waits for the end of this one."""
+    """Node of another run that waits for the end of this run."""
 
     execution_id: str
     node_id: str
@@ -39,20 +40,20 @@ class ParentNode(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class CompletionCallback(msgspec.Struct, frozen=True, rename="camel"):
-    """Where the end is told, whatever it is."""
+    """Callback to a URL after the end of a run with any status."""
 
     url: str
 
 
 class FailureAction(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """What is done where the run has failed: a workflow is run, or an address told."""
+    """Action after the failure of a run: a run of a workflow, or a request to a URL."""
 
     workflow_id: str | None = None
     url: str | None = None
 
 
 class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
-    """What is still to be done; its text begins with the parent wherever there is one."""
+    """Remaining completion actions of a run. Their JSON text begins with the parent, if there is one."""
 
     parent: ParentNode | None = None
     callback: CompletionCallback | None = None
@@ -64,24 +65,24 @@ class CompletionAction(msgspec.Struct, frozen=True, rename="camel", omit_default
 
     @property
     def to_text(self) -> str | None:
-        """JSON as it is stored; None where nothing is left to do."""
+        """JSON as it is stored; None if no action remains."""
         return msgspec.json.encode(self).decode() if self != NO_ACTION else None
 
     @property
     def is_external(self) -> bool:
-        """Whether it is anything but the parent's, which is nobody's business outside."""
+        """Whether there are actions besides the answer to the parent, which is internal."""
         return self.callback is not None or self.on_failure is not None
 
     def for_status(self, status: ExecutionStatus) -> CompletionAction:
-        """Return what of it concerns a run that has ended so."""
+        """Return the actions that apply to a run with this final status."""
         return self if status is ExecutionStatus.FAILED else msgspec.structs.replace(self, on_failure=None)
 
 
 NO_ACTION: Final = CompletionAction()
 ON_FAILURE_TRIGGER: Final = "on-failure"
-"""The trigger type of runs that are run because another has failed: about their own failure, nothing is run."""
+"""Trigger type of runs that another run's failure has started; their own failure starts no further run."""
 _IS_QUEUED: Final = (col(Execution.follow_up).is_not(None), col(Execution.ended_at).is_not(None))
-"""The condition of the index: follow-ups of runs that have ended."""
+"""Condition of the partial index: ended runs with completion actions."""
 _COLUMNS: Final = (
     *(col(Execution.id), col(Execution.shard), col(Execution.organization_id), col(Execution.workflow_id)),
     *(col(Execution.user_id), col(Execution.definition_hash), col(Execution.key_id), col(Execution.status)),
@@ -91,16 +92,16 @@ _COLUMNS: Final = (
 
 
 class CompletionOutcome(msgspec.Struct, frozen=True, rename="camel"):
-    """How it went so far."""
+    """Progress of the completion actions of a run."""
 
     attempts: int = 0
     error: str | None = None
-    """Why the last attempt failed, if it did; there is no further one once nothing is left to do."""
+    """Error of the last attempt, if it failed. It is final if no action remains."""
 
 
 @dataclass(frozen=True, slots=True)
 class DueCompletion:
-    """An ended run that somebody follows up, until their lease is over."""
+    """Ended run with completion actions that this worker has claimed until its lease ends."""
 
     key: ExecutionKey
     organization_id: str
@@ -123,9 +124,9 @@ def requested_actions(
     callback_url: str = "",
     answering: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str | None:
-    """Return what is to be done about the end of a run under these settings, as it is stored; None for nothing.
+    """Return the completion actions of a run under these settings, as JSON text; None for none.
 
-    `answering` says whose node waits for it, as `children.answering` does.
+    `answering` names the waiting node of the parent, as `children.completion_for_parent` returns it.
     """
     on_failure = settings.get("onFailure")
     return CompletionAction(
@@ -136,7 +137,7 @@ def requested_actions(
 
 
 def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect[*tuple[Any, ...]]:
-    """Return the statement that finds runs that are to be followed up by now; none of some organisations."""
+    """Return the statement that finds runs with due completion actions, except those of some organizations."""
     is_fresh = col(Execution.follow_up_at).is_(None)
     is_due_again = col(Execution.follow_up_at) <= DatabaseTime()
     return union_all(
@@ -148,7 +149,7 @@ def due_statement(limit: int, *, but_of: Collection[str] = ()) -> CompoundSelect
 async def find_due_completions(
     database: Database, limit: int, *, but_of: Collection[str] = ()
 ) -> Sequence[ExecutionKey]:
-    """Return runs that are to be followed up by now: fresh ones, then those that wait the longest."""
+    """Return runs with due completion actions: new ones first, then those due longest."""
     async with database.read() as connection:
         rows = await connection.execute(due_statement(limit, but_of=but_of).limit(limit))
         return [ExecutionKey(row.id, row.shard) for row in rows]
@@ -157,7 +158,7 @@ async def find_due_completions(
 async def claim_completions(
     database: Database, keys: Collection[ExecutionKey], lease_seconds: float
 ) -> list[DueCompletion]:
-    """Take those of the runs that are due, that nobody else has taken and no other transaction has locked."""
+    """Claim due completion actions of these runs, except those that are claimed or locked."""
 
     async def take(connection: AsyncConnection) -> list[DueCompletion]:
         unlocked = (
@@ -189,9 +190,9 @@ async def settle_completion(
     outcome: CompletionOutcome | None,
     delay_seconds: float | None,
 ) -> None:
-    """Write what is left to do, and not before when; None: the lease goes on.
+    """Store the remaining actions and the delay before them. None as delay: the lease continues.
 
-    Nothing is written where somebody else has taken the run meanwhile.
+    Writes nothing if another worker has claimed the run meanwhile.
     """
     changes: dict[str, Any] = {"follow_up": msgspec.to_builtins(left) if left != NO_ACTION else null()}
     if outcome is not None:
@@ -208,7 +209,7 @@ async def settle_completion(
 
 
 async def clear_action(database: Database, key: ExecutionKey) -> None:
-    """Clear the follow-up of an ended run that asks for nothing about such an end."""
+    """Clear the completion actions of an ended run if none of them applies to its status."""
 
     async def clear(connection: AsyncConnection) -> None:
         await connection.execute(
@@ -224,7 +225,7 @@ def _candidates_statement(
     statement = select(col(Execution.id), col(Execution.shard)).where(*_IS_QUEUED, condition)
     if but_of:
         statement = statement.where(col(Execution.organization_id).not_in(but_of))
-    # As a subquery, since SQLite takes no order in a part of a union.
+    # A subquery, since SQLite allows no ORDER BY in a part of a union.
     return select(statement.order_by(order).limit(limit).subquery())
 
 

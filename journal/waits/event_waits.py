@@ -1,7 +1,8 @@
-"""Nodes that wait for events: each gets the first that it waits for, whatever dies in between.
+"""Nodes that wait for events: each gets the first matching event, even if processes die in between.
 
-A wait is committed before it looks back, and events are committed before anybody looks who waits for them. So each pair
-of the two is seen by whoever comes second. What nobody has told of an event, since its process died, stands in the row.
+A wait is committed before it looks for earlier events, and an event is committed before its waits are looked
+up. So the second of the two always finds the first. Events that a dead process has not delivered are found by
+their rows.
 """
 
 from __future__ import annotations
@@ -40,18 +41,18 @@ BATCH_DELETED: Final = 1_000
 BATCH_SCANNED: Final = 50
 """Events may be large."""
 MAX_CLOCK_SKEW: Final = timedelta(seconds=0.5)
-"""So much earlier than it should an event counts: the clock of whoever reached the node may be that slow."""
+"""Time before a wait in which events still match, since the clock of the node's process may be this slow."""
 UNDELIVERED_SECONDS: Final = 5
-"""For so long, whoever has taken an event in is left to tell of it."""
+"""Time that the process which stored an event has to deliver it, before others do."""
 _encode = msgspec.json.Encoder().encode
 _SECOND_MICROSECONDS: Final = 1_000_000
 _AFTER_A_DOT: Final = "/"
-"""The character behind the dot: types that begin with `order.` stand before `order/`."""
+"""Character after the dot: types that begin with `order.` sort before `order/`."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventAnnouncement:
-    """An event as far as it takes to find who waits for it."""
+    """Attributes of an event by which waits are matched."""
 
     event_id: str
     organization_id: str
@@ -62,9 +63,9 @@ class EventAnnouncement:
 async def add_wait(
     connection: AsyncConnection, caller: RunCaller, wanted: EventWaitRequest, node_id: str, iteration: str
 ) -> EventWait | None:
-    """Have a node wait, as part of a transaction, and return how it does: as it began to, if it did before.
+    """Store the wait of a node in a transaction and return it; an existing wait stays as it was.
 
-    None: it has its answer already, or was never begun.
+    Returns None if the node has its answer already, or never started.
     """
     of_run = (
         col(Execution.id) == caller.execution_id,
@@ -105,7 +106,7 @@ async def add_wait(
 async def list_events_since(
     connection: AsyncConnection, wait: EventWait, after: tuple[datetime, str] | None
 ) -> Sequence[EventRecord]:
-    """Return the next events that have come while a node waits, those behind another; earliest first."""
+    """Return the next batch of matching events since a node waits, after `after`, earliest first."""
     conditions: list[ColumnElement[bool]] = [
         col(EventRecord.organization_id) == wait.organization_id,
         matches_pattern(wait.pattern),
@@ -131,7 +132,9 @@ async def list_events_since(
 
 
 def matches_pattern(pattern: str) -> ColumnElement[bool]:
-    """Return the condition that an event is of a type, or begins like a pattern with `.*` at its end."""
+    """Return the condition that an event has a type, or a type with the prefix of a pattern that ends in
+    `.*`.
+    """
     if not pattern.endswith(".*"):
         return col(EventRecord.event_type) == pattern
     beginning = pattern.removesuffix(".*")
@@ -143,7 +146,7 @@ def matches_pattern(pattern: str) -> ColumnElement[bool]:
 async def filter_awaited(
     connection: AsyncConnection, event_ids: Collection[str]
 ) -> Sequence[EventAnnouncement]:
-    """Return those of some events for which anybody in their organisations might wait, in their order."""
+    """Return those of some events for which a node of their organization might wait, earliest first."""
     anybody = select(col(EventWait.organization_id)).where(
         col(EventWait.organization_id) == col(EventRecord.organization_id)
     )
@@ -163,7 +166,7 @@ async def filter_awaited(
 async def list_waits(
     connection: AsyncConnection, told: EventAnnouncement, after: tuple[str, str, str] | None
 ) -> Sequence[EventWait]:
-    """Return the next nodes that wait for such an event, those behind another."""
+    """Return the next batch of nodes that wait for such an event, after `after`."""
     conditions: list[ColumnElement[bool]] = [
         col(EventWait.organization_id) == told.organization_id,
         col(EventWait.pattern).in_(matching_patterns(told.event_type)),
@@ -191,17 +194,19 @@ async def list_waits(
 
 
 async def read_event_data(connection: AsyncConnection, event_id: str) -> str | None:
-    """Return what an event tells, as JSON."""
+    """Return the data of an event as JSON text."""
     return await connection.scalar(select(col(EventRecord.data)).where(col(EventRecord.id) == event_id))
 
 
 async def answer_waits(
     connection: AsyncConnection, waits: Sequence[EventWait], data: str
 ) -> list[AnswerResult]:
-    """Give nodes an event for their answer, as part of a transaction; they wait no more, whatever becomes of it."""
+    """Answer waiting nodes with an event, in a transaction; their waits are deleted with any
+    result.
+    """
     payload = _encode({"output": msgspec.Raw(data.encode()), "port": OUTPUT})
     given: list[AnswerResult] = []
-    for wait in sorted(waits, key=wait_key):  # in order, so that rivals can't wait for one another
+    for wait in sorted(waits, key=wait_key):  # sorted, so that concurrent transactions can't deadlock
         key = ExecutionKey(wait.execution_id, wait.shard)
         given.append(
             await node_answers.store_answer(
@@ -215,7 +220,7 @@ async def answer_waits(
 
 
 async def mark_delivered(connection: AsyncConnection, event_ids: Collection[str]) -> None:
-    """Note that everybody has events who waited for them."""
+    """Mark events as delivered to all nodes that waited for them."""
     await connection.execute(
         update(EventRecord)
         .where(col(EventRecord.id).in_(event_ids), col(EventRecord.delivered_at).is_(None))
@@ -224,7 +229,7 @@ async def mark_delivered(connection: AsyncConnection, event_ids: Collection[str]
 
 
 async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
-    """Return events that were taken in a while ago, and that nobody has told of; the earliest first."""
+    """Return undelivered events that were stored a while ago, earliest first."""
     statement = (
         select(col(EventRecord.id))
         .where(
@@ -240,7 +245,9 @@ async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
 async def delete_finished_waits(
     connection: AsyncConnection, after: tuple[str, str] | None
 ) -> tuple[str, str] | None:
-    """Delete waits of runs that have ended or are gone, of the next ones behind another; returns the last, or None."""
+    """Delete waits of ended or deleted runs in the next batch after `after`; returns its last key, None at
+    the end.
+    """
     condition = () if after is None else (col(EventWait.execution_id) > after[0],)
     statement = (
         select(col(EventWait.execution_id), col(Execution.id), col(Execution.ended_at))
@@ -263,7 +270,7 @@ async def delete_finished_waits(
 
 
 def wait_key(wait: EventWait) -> tuple[str, str, str]:
-    """Return what a wait is known by."""
+    """Return the primary key of a wait."""
     return wait.execution_id, wait.node_id, wait.iteration
 
 

@@ -1,7 +1,7 @@
-"""Answers to nodes that wait for one: given once, and read by whoever takes the run up again.
+"""Answers to waiting nodes: each is stored once, and read by the executor that continues the run.
 
-An answer and the write by which its run goes to sleep both change the run's row, so that one of them is second: an
-answer wakes the run that sleeps, and a run that was answered while it worked doesn't go to sleep.
+An answer and the write that makes its run wait both update the run's row, so one of them is second. An answer
+wakes a waiting run, and a run that got its answer while running doesn't wait.
 """
 
 from __future__ import annotations
@@ -34,53 +34,55 @@ if TYPE_CHECKING:
 
 BATCH_RUNS: Final = 100
 MAX_CLOCK_SKEW_MICROSECONDS: Final = 500_000
-"""A person is heard until so shortly before a wait ends: the worker's clock, by which it does, may be that fast."""
+"""Time before the end of a wait from which input is refused, since the worker that ends it may have a fast
+clock.
+"""
 _encode = msgspec.json.Encoder().encode
 
 
 class AnswerReception(StrEnum):
-    """What became of an answer."""
+    """Verdict on an answer."""
 
     TAKEN = "taken"
     LATE = "late"
-    """Another was first."""
+    """Another answer was first."""
     EXPIRED = "expired"
-    """The node has waited long enough: it goes on without."""
+    """The wait of the node has timed out: it continues without an answer."""
     UNAWAITED = "unawaited"
     """No node waits for it, or its run has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerResult:
-    """An answer, and whether it woke the run: after the commit, workers are told that there is work."""
+    """Result of an answer. If it woke the run, the caller notifies workers after the commit."""
 
     reception: AnswerReception
     is_woken: bool = False
     concurrency_key: str | None = None
-    """A run that was woken and has one goes on when it is admitted to a place of this key."""
+    """Concurrency key of a woken run; such a run continues when it is admitted to a slot of the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class WaitingNode:
-    """A node that waits for an answer."""
+    """Node that waits for an answer."""
 
     node_id: str
     iteration: str
     label: str
     request: Mapping[str, Json]
-    """What the node asks."""
+    """Request of the node."""
     started_at: datetime | None
     expires_at: datetime | None
-    """From then on the node goes on without; None: it waits for ever."""
+    """End of the wait, after which the node continues without an answer; None: no end."""
 
 
 def encode_output_answer(value: Json, port: str = OUTPUT) -> bytes:
-    """Return the answer by which a node ends well."""
+    """Encode the answer with which a node completes."""
     return _encode({"output": value, "port": port})
 
 
 def encode_error_answer(code: str, message: str, cause: FailureCause | None = None) -> bytes:
-    """Return the answer by which a node fails; `cause` is the error inside the run that it has waited for."""
+    """Encode the answer with which a node fails; `cause` is the error inside the run for which it has waited."""
     said: dict[str, object] = {"code": code, "message": message}
     return _encode({"error": said if cause is None else {**said, "cause": cause}})
 
@@ -95,10 +97,10 @@ async def store_answer(
     kind: AnswerSource,
     user_id: str | None = None,
 ) -> AnswerResult:
-    """Give a node its answer, as a part of a transaction: the first counts.
+    """Store the answer of a node in a transaction; the first answer counts.
 
-    A run may answer the node that has started it before that has gone to sleep, and so may an event; a person is asked
-    only by one that has.
+    A sub-workflow run or an event may answer a node before its run waits. Input of a person needs a waiting
+    run.
     """
     columns = (col(Execution.status), col(Execution.concurrency_key))
     run = (await connection.execute(select(*columns).where(*_is_run(key)).with_for_update())).first()
@@ -112,7 +114,7 @@ async def store_answer(
         )
     )
     if earlier is not None:
-        # The very same was given by a transaction whose commit nobody heard of.
+        # The same answer was stored by a transaction whose commit was not confirmed.
         return AnswerResult(AnswerReception.TAKEN if earlier == payload.decode() else AnswerReception.LATE)
     if run.status in TERMINAL_STATUSES:
         return AnswerResult(AnswerReception.UNAWAITED)
@@ -136,7 +138,7 @@ async def store_answer(
     }
     is_woken = run.status == ExecutionStatus.WAITING
     if is_woken:
-        # What was left of the run's timeout when it went to sleep is counted from now on.
+        # The remaining time of the run's timeout counts from now on.
         changes |= {
             "status": ExecutionStatus.PENDING.value,
             "due_at": None,
@@ -149,7 +151,7 @@ async def store_answer(
 async def read_answers(
     database: Database, keys: Sequence[ExecutionKey]
 ) -> dict[str, dict[tuple[str, str], bytes]]:
-    """Return the answers that were given to runs, by execution id, then by node id and iteration."""
+    """Return the answers of runs, by execution id, then by node id and iteration."""
     found: dict[str, dict[tuple[str, str], bytes]] = {}
     columns = (
         col(WaitAnswer.execution_id),
@@ -171,7 +173,7 @@ async def read_answers(
 
 
 async def list_input_waits(connection: AsyncConnection, key: ExecutionKey) -> list[WaitingNode]:
-    """Return the nodes of a run that wait for a person and have no answer yet, in the order of their asking."""
+    """Return the nodes of a run that wait for input and have no answer yet, in the order of their spans."""
     answered = select(col(WaitAnswer.node_id)).where(
         col(WaitAnswer.execution_id) == col(SpanRow.execution_id),
         col(WaitAnswer.node_id) == col(SpanRow.node_id),
@@ -204,7 +206,7 @@ async def list_input_waits(connection: AsyncConnection, key: ExecutionKey) -> li
 async def _receive_answer(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str, kind: AnswerSource
 ) -> AnswerReception:
-    """Tell what becomes of an answer that is the first one, by the span of the node."""
+    """Return the verdict on the first answer to a node, by the node's span."""
     has_expired = (
         type_coerce(col(SpanRow.wake_at), BigInteger) <= DatabaseTime() + MAX_CLOCK_SKEW_MICROSECONDS
     )
@@ -228,7 +230,7 @@ async def _receive_answer(
 async def is_answered(
     connection: AsyncConnection, key: ExecutionKey, node_id: str, iteration: str | None
 ) -> bool:
-    """Tell whether a node was given an answer: in one iteration, or in any where none is named."""
+    """Return whether a node has an answer: in one iteration, or in any if `iteration` is None."""
     statement = select(col(WaitAnswer.node_id)).where(
         *_belongs_to_run(WaitAnswer, key), col(WaitAnswer.node_id) == node_id
     )
