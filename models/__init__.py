@@ -1,1 +1,1 @@
-"""What is stored, and the rules that need nothing but what is stored."""
+"""Tables, and rules that need nothing but stored values."""

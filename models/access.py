@@ -1,4 +1,4 @@
-"""Who may do what: organisations, users, keys, and what a caller may see."""
+"""Access: organizations, users, API keys, and the callers that keys authenticate."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from models.ids import ALPHABET
 
 
 class UserRole(StrEnum):
-    """A user's place in its organisation."""
+    """Role of a user in its organization."""
 
     MEMBER = "member"
     ADMIN = "admin"
 
 
 class KeyScope(StrEnum):
-    """What a key allows."""
+    """Permission of an API key."""
 
     WORKFLOWS_READ = "workflows:read"
     WORKFLOWS_WRITE = "workflows:write"
@@ -39,7 +39,7 @@ ALL_KEY_SCOPES = frozenset(KeyScope)
 
 
 class Organization(SQLModel, table=True):
-    """A tenant."""
+    """Tenant."""
 
     id: str = Field(primary_key=True)
     shard: int = Field(sa_type=SmallInteger)
@@ -48,7 +48,7 @@ class Organization(SQLModel, table=True):
 
 
 class User(SQLModel, table=True):
-    """A person or a service in one organisation."""
+    """Person or service in one organization."""
 
     __tablename__ = "user_account"
     __table_args__ = (UniqueConstraint("organization_id", "email", name="uq_user_account_email"),)
@@ -63,7 +63,7 @@ class User(SQLModel, table=True):
 
 
 class ApiKey(SQLModel, table=True):
-    """A key, of which only a keyed hash is stored."""
+    """API key, stored as a keyed hash only."""
 
     __tablename__ = "api_key"
     __table_args__ = (
@@ -80,7 +80,7 @@ class ApiKey(SQLModel, table=True):
     prefix: str
     hash: str
     secret_id: str
-    """Of the server's secret that it is hashed with."""
+    """Id of the server secret with which the key is hashed."""
     scopes: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
@@ -90,7 +90,7 @@ class ApiKey(SQLModel, table=True):
 
 @dataclass(frozen=True, slots=True)
 class ApiCaller:
-    """Whoever a valid key stands for."""
+    """Caller that a valid API key authenticates."""
 
     key_id: str
     user_id: str
@@ -109,26 +109,28 @@ class ApiCaller:
 
 KEY_PREFIX = "sk-"
 _ROUTING_CODE = "00"
-"""Printed in users' systems for ever, so it is there before there is more than one place to route to."""
+"""Reserved for routing between regions: keys stay in users' systems forever, so the code is part of them from
+the start.
+"""
 
 
 def new_key() -> str:
-    """Return a fresh key: `sk-`, a routing code of two characters, 260 random bits."""
+    """Return a new API key: `sk-`, a routing code of two characters, 260 random bits."""
     number = secrets.randbits(260)
     return KEY_PREFIX + _ROUTING_CODE + "".join(ALPHABET[number >> shift & 31] for shift in range(0, 260, 5))
 
 
 def hash_key(key: str, secret: bytes) -> str:
-    """Return what is stored of a key: useless without the server's secret (BLAKE2b, keyed: RFC 7693, 2.9)."""
+    """Return the stored hash of a key, useless without the server's secret (keyed BLAKE2b: RFC 7693, 2.9)."""
     return blake2b(key.encode(), key=_derive_hashing_key(secret), digest_size=32).hexdigest()
 
 
 @cache
 def _derive_hashing_key(secret: bytes) -> bytes:
-    """Return a key of the length that BLAKE2b takes, for this purpose alone."""
+    """Return a key of a length that BLAKE2b accepts, for this purpose alone."""
     return blake2b(secret, digest_size=64, person=b"api keys").digest()
 
 
 def visible_prefix(key: str) -> str:
-    """Return the part of a key by which its owner may recognise it."""
+    """Return the prefix of a key by which its owner may recognize it."""
     return key[:9]

@@ -1,6 +1,6 @@
-"""Organisations, users and keys as they are read and written: by the gateway for clients, by the command for operators.
+"""Reads and writes of organizations, users and keys, for the gateway and for the operator's command.
 
-What writes takes a connection, so that several steps can share one transaction.
+Functions that write take a connection, so that several steps can share one transaction.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 
 class EmailTaken(ValueError):
-    """The organisation has a user with this e-mail address already."""
+    """The organization already has a user with this email address."""
 
 
 @dataclass(frozen=True, slots=True)
 class FoundKey:
-    """A key that exists, valid or not."""
+    """Stored API key, valid or not."""
 
     caller: ApiCaller
     hash: str
@@ -44,7 +44,7 @@ class FoundKey:
 
 @dataclass(frozen=True, slots=True)
 class CreatedKey:
-    """A key at the only moment when it can be read."""
+    """New API key, with the only readable copy of its text."""
 
     key: str
     row: ApiKey
@@ -52,14 +52,14 @@ class CreatedKey:
 
 @dataclass(frozen=True, slots=True)
 class RevokedKey:
-    """A key before and after its revocation; the same twice where it had been revoked already."""
+    """API key before and after its revocation; both are equal if it had been revoked already."""
 
     before: ApiKey
     after: ApiKey
 
 
 async def find_keys(database: Database, hashes: Collection[str]) -> dict[str, FoundKey]:
-    """Return the keys with these hashes, by hash, and whom each stands for; raises `DatabaseUnavailable`."""
+    """Return the keys with these hashes and their callers, by hash; raises `DatabaseUnavailable`."""
     statement = (
         select(ApiKey, col(User.role))
         .join(User, col(User.id) == col(ApiKey.user_id))
@@ -82,7 +82,7 @@ def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
 
 
 async def record_use(database: Database, key_id: str, *, now: datetime, every: timedelta) -> None:
-    """Note that a key was used, unless that was noted within `every`."""
+    """Store the time of a key's use, unless a use within `every` is stored."""
     is_due = or_(col(ApiKey.last_used_at).is_(None), col(ApiKey.last_used_at) < now - every)
     statement = update(ApiKey).where(col(ApiKey.id) == key_id, is_due).values(last_used_at=now)
 
@@ -93,7 +93,7 @@ async def record_use(database: Database, key_id: str, *, now: datetime, every: t
 
 
 async def rehash_key(database: Database, key: str, *, earlier: str, secret: bytes) -> None:
-    """Keep the hash of a key under the server's secret of now, in the place of an earlier one."""
+    """Replace the hash of a key under an earlier server secret by one under the current secret."""
     statement = (
         update(ApiKey)
         .where(col(ApiKey.hash) == earlier)
@@ -106,11 +106,11 @@ async def rehash_key(database: Database, key: str, *, earlier: str, secret: byte
     await database.transaction(rehash)
 
 
-# ── organisations and users ───────────────────────────────────────────────────────────────────────
+# ── organizations and users ───────────────────────────────────────────────────────────────────────
 
 
 async def has_organization(connection: AsyncConnection) -> bool:
-    """Tell whether anybody lives here yet."""
+    """Return whether any organization exists."""
     return (await connection.execute(select(col(Organization.id)).limit(1))).first() is not None
 
 
@@ -129,7 +129,7 @@ async def find_organization(connection: AsyncConnection, organization_id: str) -
 
 
 async def list_organizations(connection: AsyncConnection) -> list[Organization]:
-    """Return all of them, the oldest first."""
+    """Return all organizations, oldest first."""
     rows = await connection.execute(select(Organization).order_by(col(Organization.created_at)))
     return [Organization(**row) for row in rows.mappings()]
 
@@ -143,7 +143,7 @@ async def create_user(
     role: UserRole,
     now: datetime,
 ) -> User:
-    """Add a user to an organisation; raises `EmailTaken`."""
+    """Insert a user of an organization; raises `EmailTaken`."""
     user = User(
         id=ids.new_id("user"),
         organization_id=organization.id,
@@ -156,7 +156,7 @@ async def create_user(
     try:
         await connection.execute(insert(User).values(user.model_dump()))
     except IntegrityError as error:
-        raise EmailTaken(f"The organisation has a user {user.email} already") from error
+        raise EmailTaken(f"The organization already has a user {user.email}") from error
     return user
 
 
@@ -169,7 +169,7 @@ async def find_user(connection: AsyncConnection, organization_id: str, user_id: 
 async def list_users(
     connection: AsyncConnection, organization_id: str, *, limit: int, offset: int
 ) -> tuple[int, list[User]]:
-    """Return how many users an organisation has, and a page of them, the oldest first."""
+    """Return the number of an organization's users and a page of them, oldest first."""
     condition = col(User.organization_id) == organization_id
     count = await connection.scalar(select(func.count()).select_from(User).where(condition))
     page = select(User).where(condition).order_by(col(User.id)).limit(limit).offset(offset)
@@ -191,7 +191,7 @@ async def create_key(
     expires_at: datetime | None = None,
     key: str | None = None,
 ) -> CreatedKey:
-    """Make a key for a user, a fresh one unless `key` is given; only its hash is kept."""
+    """Create an API key of a user, with a new text unless `key` is given; only its hash is stored."""
     text = key or new_key()
     row = ApiKey(
         id=ids.new_id("key"),
@@ -213,7 +213,7 @@ async def create_key(
 async def list_keys(
     connection: AsyncConnection, organization_id: str, *, user_id: str | None, limit: int, offset: int
 ) -> tuple[int, list[ApiKey]]:
-    """Return how many keys an organisation or one of its users has, and a page of them, the newest first."""
+    """Return the number of keys of an organization or user and a page of them, newest first."""
     conditions = [col(ApiKey.organization_id) == organization_id]
     if user_id is not None:
         conditions.append(col(ApiKey.user_id) == user_id)
@@ -226,7 +226,7 @@ async def list_keys(
 async def revoke_key(
     connection: AsyncConnection, organization_id: str, key_id: str, *, user_id: str | None, now: datetime
 ) -> RevokedKey | None:
-    """Revoke a key of an organisation, or of one user if that is given; None where there is none."""
+    """Revoke a key of an organization, or of `user_id` if given; None for an unknown key."""
     conditions = [col(ApiKey.organization_id) == organization_id, col(ApiKey.id) == key_id]
     if user_id is not None:
         conditions.append(col(ApiKey.user_id) == user_id)

@@ -1,4 +1,4 @@
-"""The audit trail: who changed what, and when; rows that are only ever added."""
+"""Audit trail: append-only rows for every change and its author."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.column_types import TimestampColumn
 
 
 class AuditAction(StrEnum):
-    """What was done."""
+    """Kind of change."""
 
     WORKFLOW_CREATED = "workflow.created"
     WORKFLOW_UPDATED = "workflow.updated"
@@ -59,7 +59,7 @@ class AuditAction(StrEnum):
 
 
 class AuditEntry(SQLModel, table=True):
-    """One change."""
+    """One change of one object."""
 
     __tablename__ = "audit_entry"
     __table_args__ = (
@@ -72,12 +72,14 @@ class AuditEntry(SQLModel, table=True):
     shard: int = Field(sa_type=SmallInteger)
     user_id: str
     key_id: str
-    """Whose key did it, and which; of whoever runs the server, `operator` both times."""
+    """Id of the API key; it is `operator`, as is `user_id`, for changes by the operator of the server."""
     action: str
     object_id: str
-    """The workflow, data source, key or user that was changed; of executions, their workflow or organisation."""
+    """Id of the changed workflow, data source, key or user; for executions, of their workflow or
+    organization.
+    """
     before_hash: str | None = None
-    """SHA-256 of what the object was, in hexadecimal; null where there was none."""
+    """SHA-256 of the object before the change, in hexadecimal; null for a new object."""
     after_hash: str | None = None
-    """SHA-256 of what it became; null where it is gone."""
+    """SHA-256 of the object after the change; null for a deleted object."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

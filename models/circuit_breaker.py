@@ -1,7 +1,8 @@
-"""Fails calls to a server that answers nobody: the first after seconds, and then at once until it answers again.
+"""Circuit breaker for a database server: when it is down, calls fail within seconds, then at once until it
+answers again.
 
-A slow call is no proof: a statement may take its time. So a call that is late has the server probed, and calls are
-given up only where the probe isn't answered either.
+A slow call is no proof of an outage, since a statement may take its time. So a late call triggers a probe
+of the server, and calls fail only if the probe gets no answer either.
 """
 
 from __future__ import annotations
@@ -21,31 +22,35 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LATE_SECONDS: Final = 0.75
-"""A call that has no answer after so long makes the server be probed."""
+"""Age of a call without an answer that triggers a probe."""
 CHECK_SECONDS: Final = 0.25
 PROBE_STEPS: Final = 6
 PROBE_STEP_SECONDS: Final = 0.25
-"""A probe is given up after so many steps; those that a busy or frozen loop has lengthened don't count."""
+"""A probe fails after `PROBE_STEPS` of this length; steps that a busy or frozen event loop has lengthened
+don't count.
+"""
 BUSY_SECONDS: Final = 20.0
-"""A probe is given up after so long in any case."""
+"""Maximum duration of a probe, even on a busy event loop."""
 PAUSE_SECONDS: Final = 0.5
-"""Between two probes."""
+"""Pause between two probes."""
 GRACE_SECONDS: Final = 0.05
-"""So long calls have to fail by themselves, once their connections are gone."""
+"""Time for calls to fail by themselves after their connections were terminated."""
 INTEREST_SECONDS: Final = 60.0
-"""Nobody probes for longer than this after the last call: the next one is let through, and watched."""
+"""Time after the last call at which probing stops: the next call is let through and watched."""
 OUTAGE_MESSAGE: Final = "The database does not answer"
 
 
 class CircuitBreaker:
-    """Watches the calls of one event loop to one server."""
+    """Circuit breaker for the calls of one event loop to one server."""
 
     def __init__(self, probe: Callable[[], Awaitable[object]], terminate: Callable[[], None]) -> None:
-        """`probe` returns once the server has answered, whatever it says; `terminate` breaks all connections."""
+        """Create a breaker. `probe` returns after any answer of the server; `terminate` breaks all
+        connections.
+        """
         self._probe = probe
         self._terminate = terminate
         self._calls: dict[GuardedCall, None] = {}
-        """In the order in which they began."""
+        """Calls in progress, oldest first."""
         self._is_open = False
         """Whether calls fail at once."""
         self._last_call_at = 0.0
@@ -58,7 +63,7 @@ class CircuitBreaker:
         return GuardedCall(self)
 
     def begin(self, call: GuardedCall) -> None:
-        """Count a call; raises `DatabaseUnavailable` where the server doesn't answer."""
+        """Register a call; raises `DatabaseUnavailable` while the server doesn't answer."""
         self._last_call_at = monotonic()
         if self._is_open:
             raise DatabaseUnavailable(OUTAGE_MESSAGE)
@@ -67,11 +72,11 @@ class CircuitBreaker:
             self._check = asyncio.get_running_loop().call_later(CHECK_SECONDS, self._look)
 
     def end(self, call: GuardedCall) -> None:
-        """Count a call no longer."""
+        """Unregister a call."""
         self._calls.pop(call, None)
 
     def _look(self) -> None:
-        """Have the server probed where the oldest call is late."""
+        """Start a probe if the oldest call is late."""
         self._check = None
         if not self._calls:
             return
@@ -91,7 +96,7 @@ class CircuitBreaker:
             self._probing = None
 
     async def _open(self) -> None:
-        """Give up all calls, and probe until the server answers or nobody asks any more."""
+        """Fail all calls, and probe until the server answers or no new calls are made."""
         log.warning("database does not answer", calls=len(self._calls))
         self._is_open = True
         self._terminate()
@@ -114,7 +119,7 @@ class CircuitBreaker:
                 if done:
                     return probe.exception() is None
                 before, now = now, monotonic()
-                # The answer may be there, and the loop too busy to see it.
+                # The answer may have arrived while the loop was too busy to see it.
                 steps += now - before < 2 * PROBE_STEP_SECONDS
             return False
         finally:
@@ -122,7 +127,7 @@ class CircuitBreaker:
 
 
 class GuardedCall:
-    """One call, as long as the context lasts."""
+    """Context of one guarded call."""
 
     __slots__ = ("_breaker", "_is_given_up", "_task", "begun_at")
 
@@ -147,7 +152,7 @@ class GuardedCall:
                 raise DatabaseUnavailable(OUTAGE_MESSAGE) from error
 
     def give_up(self) -> None:
-        """Break off whatever is awaited in the context."""
+        """Cancel the await in the context."""
         if self._task is not None and not self._is_given_up:
             self._is_given_up = True
             self._task.cancel()

@@ -1,4 +1,4 @@
-"""Column types that mean the same on SQLite and PostgreSQL."""
+"""Column types with the same meaning on SQLite and PostgreSQL."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from models.timestamps import from_microseconds, to_microseconds
 
 
 def column_values(row: SQLModel, *, exclude: Collection[str] = ()) -> dict[str, Any]:
-    """Return what stands in a row's columns, by their names.
+    """Return the column values of a row by name.
 
-    It copies nothing, unlike `model_dump`, which holds the interpreter's lock for 100 ms to copy a graph of 1 MB.
+    Copies nothing, unlike `model_dump`, which holds the interpreter's lock for 100 ms to copy a graph of 1
+    MB.
     """
     return {name: getattr(row, name) for name in type(row).model_fields if name not in exclude}
 
 
 class TimestampColumn(TypeDecorator[datetime]):
-    """A moment, stored as whole microseconds since 1970: exact, comparable and alike on every database."""
+    """Time as whole microseconds since 1970: exact, comparable, and the same on every database."""
 
     impl = BigInteger
     cache_ok = True
@@ -36,7 +37,7 @@ class TimestampColumn(TypeDecorator[datetime]):
 
 
 class JsonTextColumn(TypeDecorator[Any]):
-    """A JSON value stored as text: passed on as it was written, without being taken apart by the driver."""
+    """JSON value as text, which the driver passes on without parsing it."""
 
     impl = Text
     cache_ok = True

@@ -1,4 +1,4 @@
-"""Data sources as they are stored: what is shown of them, what is sealed, and who may use them."""
+"""Data sources: tables, encryption of their secrets, and access conditions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from models.encryption import EncryptedText, SecretVault
 
 
 class DataSource(SQLModel, table=True):
-    """A way to something outside, with what opens it."""
+    """Address of an external service with encrypted secrets."""
 
     __tablename__ = "data_source"
     __table_args__ = (
@@ -44,21 +44,21 @@ class DataSource(SQLModel, table=True):
     type: str
     settings: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     secret_names: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
-    """Which secrets it has."""
+    """Names of its secrets."""
     encrypted: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
-    """The secrets by their names, as JSON."""
+    """Encrypted JSON object of secrets by name."""
     secret_id: str
-    """Of the server's own secret that opens them."""
+    """Id of the server secret that decrypts them."""
     secrets_set_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     revision: int = 1
-    """Goes up with every change of it or of who may see it."""
+    """Number that increases with every change of the data source or of its visibility."""
     is_public: bool = False
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     updated_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class DataSourceShare(SQLModel, table=True):
-    """A user who may see and use a data source of somebody else."""
+    """Permission of another user to see and use a data source."""
 
     __tablename__ = "data_source_share"
     __table_args__ = (Index("ix_data_source_share_user", "user_id"),)
@@ -74,13 +74,13 @@ class DataSourceShare(SQLModel, table=True):
 def encrypt_secrets(
     vault: SecretVault, secrets: dict[str, object], *, organization_id: str, source_id: str
 ) -> EncryptedText:
-    """Return the secrets of a data source as they are stored."""
+    """Encrypt the secrets of a data source for its row."""
     text = msgspec.json.encode(secrets)
     return vault.seal(text, organization_id=organization_id, object_id=source_id)
 
 
 def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
-    """Return the secrets of a data source by their names; raises `VaultError`."""
+    """Decrypt the secrets of a data source, by name; raises `VaultError`."""
     text = vault.open(
         EncryptedText(source.secret_id, source.encrypted),
         organization_id=source.organization_id,
@@ -89,7 +89,7 @@ def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
     return decoding.decode(text, dict[str, str])
 
 
-# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── access conditions ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
@@ -99,7 +99,7 @@ def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def is_usable_by(organization_id: str, user_id: str) -> ColumnElement[bool]:
-    """Return the same condition for a user in whose name a workflow runs, with the role that they have by now."""
+    """Return the same condition for the user of a run, with the user's present role."""
     is_admin = (
         select(col(User.id))
         .where(

@@ -1,7 +1,7 @@
-"""The types of data sources: what each of them is told, and which of it is secret.
+"""Types of data sources: their fields, and which of these are secret.
 
-Settings are shown to whoever may read a data source. Fields that a type doesn't have are refused: a password under a
-wrong name would be stored in the clear.
+Settings are visible to every reader of a data source. Unknown fields are refused: a password under a wrong
+name would be stored in plain text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_HOSTS: Final = 50
 _NAME: Final = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?"
 _IPV6: Final = r"[0-9A-Fa-f:.]{2,45}"
 _HEADERS_FOR_ANYBODY: Final = frozenset({"accept", "accept-language", "content-type", "user-agent"})
-"""Sent along when another server is asked after a redirect, so none of them may hold a key."""
+"""Headers that are also sent to another server after a redirect, so none of them may hold a key."""
 
 TextField: TypeAlias = Annotated[
     str,
@@ -61,7 +61,7 @@ HeaderSecretField: TypeAlias = Annotated[
 
 
 class DataSourceType(StrEnum):
-    """What a data source is a way to."""
+    """Kind of service that a data source connects to."""
 
     POSTGRESQL = "postgresql"
     MYSQL = "mysql"
@@ -75,23 +75,23 @@ class DataSourceType(StrEnum):
 
 
 class DataSourceFields(msgspec.Struct, rename="camel", forbid_unknown_fields=True, kw_only=True):
-    """Base of what a type is told."""
+    """Base of the settings and secrets of a data source type."""
 
 
 class DatabaseTls(StrEnum):
-    """How the way to a database is protected."""
+    """TLS mode of a database connection."""
 
     DISABLE = "disable"
     PREFER = "prefer"
-    """Encrypted if the server can: whoever sits between could say that it can't."""
+    """Encrypted if the server supports it; a man in the middle could claim that it doesn't."""
     REQUIRE = "require"
-    """Encrypted, with whoever answers."""
+    """Encrypted, without verification of the server."""
     VERIFY_FULL = "verify-full"
-    """Encrypted, and the certificate names the host and is trusted."""
+    """Encrypted, with a trusted certificate for the host."""
 
 
 class MailTls(StrEnum):
-    """How the way to a mail server is protected."""
+    """TLS mode of a connection to a mail server."""
 
     STARTTLS = "starttls"
     TLS = "tls"
@@ -102,7 +102,7 @@ class MailTls(StrEnum):
 
 
 class NoFields(DataSourceFields):
-    """For a type that has none."""
+    """Empty fields, for a type without settings or secrets."""
 
 
 class PostgresqlSettings(DataSourceFields, kw_only=True):
@@ -127,7 +127,7 @@ class SqliteSettings(DataSourceFields):
         Meta(
             max_length=200,
             pattern=r"^[A-Za-z0-9_][\w.-]*(?:/[A-Za-z0-9_][\w.-]*)*\Z",
-            description="a path below the folder of the organisation's files, such as sales/2025.db",
+            description="a path below the folder of the organization's files, such as sales/2025.db",
         ),
     ]
 
@@ -194,7 +194,7 @@ class S3Settings(DataSourceFields, kw_only=True):
         ]
         | None
     ) = None
-    """Of a server that isn't Amazon's."""
+    """URL of an S3-compatible server; None for Amazon S3."""
     prefix: Annotated[
         str, Meta(max_length=500, pattern=r"^[^\x00-\x1f\x7f]*\Z", description="a text of one line")
     ] = ""
@@ -235,13 +235,13 @@ class SharedSigningSecret(DataSourceFields):
 
 @dataclass(frozen=True, slots=True)
 class DataSourceTypeFields:
-    """What a type is told."""
+    """Settings and secrets of a data source type."""
 
     settings: type[DataSourceFields]
     secrets: type[DataSourceFields]
     destination: frozenset[str] = frozenset()
-    """The settings that say where the secrets go, and how safe they are on their way: whoever changes one of them must
-    know the secrets, or could have them sent to a server of their own.
+    """Settings that say where secrets are sent, and how securely. A change of one of them requires the
+    secrets again; otherwise its author could have them sent to another server.
     """
 
 
@@ -262,7 +262,7 @@ DATA_SOURCE_TYPES: Final[Mapping[DataSourceType, DataSourceTypeFields]] = {
 
 
 def describe_fields(part: str) -> str:
-    """Return which fields the `settings` or `secrets` of each type have, for people; a `?` marks what may be absent."""
+    """Describe the fields in the `settings` or `secrets` of each type; a `?` marks an optional field."""
     told = []
     for kind, definition in DATA_SOURCE_TYPES.items():
         fields = msgspec.structs.fields(getattr(definition, part))
@@ -272,6 +272,6 @@ def describe_fields(part: str) -> str:
 
 
 def to_stored(fields: DataSourceFields) -> dict[str, object]:
-    """Return what is kept of checked fields: defaults filled in, what is absent left out."""
+    """Return checked fields as they are stored: with defaults, without absent values."""
     told: dict[str, object] = msgspec.to_builtins(fields)
     return {name: value for name, value in told.items() if value is not None}

@@ -1,7 +1,7 @@
-"""One database, SQLite or PostgreSQL, for everything that isn't the path of a run.
+"""Database access through SQLAlchemy, SQLite or PostgreSQL, for everything but the hot path of runs.
 
-A transaction is a function that may be called again: serialization failures, deadlocks and lost connections are retried
-here and nowhere else.
+A transaction is a function that may be called again: serialization failures, deadlocks and lost connections
+are retried here and nowhere else.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ T = TypeVar("T")
 
 RETRIES = 5
 RETRY_SECONDS = 2.0
-"""What has taken longer than this to fail isn't repeated in place: whoever waits for it has waited long enough."""
+"""A transaction that took longer than this to fail isn't retried here: its caller has waited long enough."""
 SQLITE_BUSY_SECONDS = 2.0
-"""So long a writer waits for other programs that keep the file locked."""
+"""Time that a writer waits while other programs lock the file."""
 POOL_SIZE = 5
 CONNECT_SECONDS = 10.0
 STATEMENT_SECONDS = 30.0
 
 
 class InvalidDatabaseUrl(ValueError):
-    """The address names no database that can be used; the text says what to write."""
+    """The URL names no usable database; the text says how to write it."""
 
 
 def parse_url(url: str) -> URL:
-    """Return the address with the driver that is used here; raises `InvalidDatabaseUrl`."""
+    """Parse a database URL and set the driver; raises `InvalidDatabaseUrl`."""
     try:
         parsed = make_url(url)
     except ArgumentError as error:
@@ -65,12 +65,12 @@ def parse_url(url: str) -> URL:
 
 
 def is_sqlite(url: URL) -> bool:
-    """Tell which of the two it is."""
+    """Return whether the URL is that of an SQLite database."""
     return url.get_backend_name() == "sqlite"
 
 
 class Database:
-    """A pool of connections, with reads and retried transactions."""
+    """Pool of connections, with reads and retried transactions."""
 
     def __init__(self, url: URL) -> None:
         self.url = url
@@ -86,7 +86,7 @@ class Database:
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
-        """Lend a connection for reading; raises `DatabaseUnavailable`."""
+        """Yield a connection for reads; raises `DatabaseUnavailable`."""
         try:
             with self._guard():
                 async with self.engine.connect() as connection:
@@ -99,12 +99,13 @@ class Database:
     async def transaction(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, locks: str | None = None
     ) -> T:
-        """Run `work` in one transaction and commit; it may be called again, so it changes nothing but the database.
+        """Run `work` in one transaction and commit it. `work` may be called again, so it must change nothing
+        else.
 
-        Whoever is cancelled while it goes on leaves it to end by itself: SQLite's driver, cut off in the middle, would
-        keep the file locked. Transactions of this process that name the same row in `locks` take turns. Raises
-        `DatabaseUnavailable`, and where another transaction keeps a row or key locked
-        `LockWaitTimeout`; whatever `work` raises of its own rolls back and comes through.
+        A canceled caller leaves the transaction to end by itself: SQLite's driver, interrupted inside it,
+        would keep the file locked. Transactions of this process with the same row in `locks` run one after
+        another. Raises `DatabaseUnavailable`, and `LockWaitTimeout` if another transaction keeps a row or
+        key locked. An exception of `work` rolls the transaction back and propagates.
         """
         task = asyncio.create_task(
             self._transact(work) if locks is None else self._transact_in_turn(work, locks)
@@ -128,9 +129,9 @@ class Database:
                 if failure is None:
                     raise
                 if failure is DatabaseFailure.LOCK_NOT_AVAILABLE:
-                    raise LockWaitTimeout("Another transaction keeps what this one needs locked") from error
+                    raise LockWaitTimeout("Another transaction holds a lock that this one needs") from error
                 if attempt == RETRIES or monotonic() - begun_at > RETRY_SECONDS:
-                    raise DatabaseUnavailable("The database would not take the transaction") from error
+                    raise DatabaseUnavailable("The database did not confirm the transaction") from error
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
         raise AssertionError
 
@@ -144,7 +145,7 @@ class Database:
                     self._writes.end(connection)
 
     async def learn_time(self) -> None:
-        """Ask the database for its time, and set the clock by the answer; raises `DatabaseUnavailable`."""
+        """Read the time of the database and set the clock by it; raises `DatabaseUnavailable`."""
         if is_sqlite(self.url):
             self.clock.follow_host()
             return
@@ -153,19 +154,19 @@ class Database:
             self.clock.learn(await database_time.read_database_time(connection), asked_at)
 
     async def ping(self) -> None:
-        """Ask the database for a sign of life; raises `DatabaseUnavailable`."""
+        """Check that the database answers; raises `DatabaseUnavailable`."""
         async with self.read() as connection:
             await connection.execute(text("SELECT 1"))
 
     async def close(self) -> None:
-        """Let go of all connections, after what is under way."""
+        """Close all connections after the transactions in progress."""
         await asyncio.gather(*self._under_way, return_exceptions=True)
         await self.engine.dispose()
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._under_way.discard(task)
         if not task.cancelled():
-            task.exception()  # whoever waited has it; if they have gone, nobody need be told
+            task.exception()  # a caller has it; without one, the event loop must not log it as never retrieved
 
 
 def _translate_failure(error: Exception) -> DatabaseFailure | None:
@@ -177,31 +178,35 @@ def _translate_failure(error: Exception) -> DatabaseFailure | None:
         return failure or DatabaseFailure.UNAVAILABLE
     cause = error.orig.__cause__ if error.orig is not None else None
     if getattr(error.orig, "sqlstate", None) is not None or isinstance(cause, ValueError):
-        return None  # the fault of a statement, or of one of its values
-    # SQLite's, and the driver's own words for a connection that ended while a statement was on its way.
+        return None  # the fault of a statement or of one of its values
+    # SQLite's errors, and the driver's own error for a connection that ended during a statement.
     is_passing = isinstance(error, OperationalError | InterfaceError | InternalError)
     return DatabaseFailure.UNAVAILABLE if is_passing else None
 
 
 GuardConnection: TypeAlias = "Callable[[], AbstractContextManager[None]]"
-"""Returns the context of a call; entering it raises `DatabaseUnavailable` where the database doesn't answer anybody."""
+"""Function that returns the context of a call; entering it raises `DatabaseUnavailable` during an outage of
+the server.
+"""
 
 
 class _SqliteWriteTransactions:
-    """The transactions of one pool, among all that write to a file."""
+    """Write transactions of one pool, coordinated with all other writers of the file."""
 
     def __init__(self, path: str) -> None:
         self._breaker = sqlite_writes.write_breaker(path)
         self._under_way: set[object] = set()
 
     def begin(self, connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
-        """Begin one, so that no transaction finds out at its first write that another was faster."""
+        """Begin a write transaction at once, so that it can't fail at its first write because another one was
+        faster.
+        """
         if not connection.get_execution_options().get("reads_only"):
             self._breaker.begin(connection.exec_driver_sql, busy_seconds=SQLITE_BUSY_SECONDS)
             self._under_way.add(connection)
 
     def end(self, connection: AsyncConnection) -> None:
-        """Note that the transaction of a connection has ended, if one was begun."""
+        """Report the end of a connection's write transaction, if it had one."""
         if connection.sync_connection in self._under_way:
             self._under_way.remove(connection.sync_connection)
             self._breaker.end()
@@ -239,10 +244,11 @@ def _create_postgresql_engine(url: URL) -> tuple[AsyncEngine, GuardConnection]:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own connection
-    # The driver's own BEGIN comes late and deferred; `_SQLiteWrites` says it instead.
+    # The driver's own BEGIN is late and deferred; `_SqliteWriteTransactions` begins transactions instead.
     connection.isolation_level = None
     cursor = connection.cursor()
-    # A search through ten thousand workflows takes three times as long where its pages don't stay in memory (8 MB).
+    # A search through ten thousand workflows takes three times as long if its pages don't stay in memory (8
+    # MB).
     for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON", "cache_size = -8000"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()

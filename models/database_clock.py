@@ -1,4 +1,6 @@
-"""The database's time inside a process: learned from the database's answers, counted on by the monotonic clock."""
+"""Clock of a process that follows the database's time: learned from answers, extrapolated by the monotonic
+clock.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +14,40 @@ from models.host_time import HOST_TIME
 from models.timestamps import from_microseconds, to_microseconds
 
 DRIFT: Final = 0.0005
-"""Seconds by which the clocks of two healthy hosts may drift apart in one second."""
+"""Maximum drift between the clocks of two healthy hosts, in seconds per second."""
 _SECOND: Final = 1_000_000
 
 
 class DatabaseClock:
-    """Tells the database's time without asking for it; the host's own clock counts only until the first answer.
+    """Clock that returns the database's time without a query. Before the first answer it returns the host's
+    time.
 
-    Threads may share it. Moments are aware datetimes in UTC, exact to the microsecond.
+    Thread-safe. Times are aware datetimes in UTC, exact to the microsecond.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._offset = HOST_TIME.microseconds() - round(time.monotonic() * _SECOND)
-        """Microseconds between the monotonic clock and 1970 by the database's clock."""
+        """Microseconds since 1970 by the database's clock, minus the monotonic clock."""
         self._error = inf
-        """Seconds by which the offset may be wrong, when it was learned."""
+        """Maximum error of the offset in seconds, at the time when it was learned."""
         self._learned_at = time.monotonic()
 
     def now(self) -> datetime:
         """Return the database's time."""
-        # Asked several times for each node: a float of this size is exact to a quarter of a microsecond.
+        # Called several times per node: a float of this size is exact to a quarter of a microsecond.
         return datetime.fromtimestamp((self._offset + time.monotonic_ns() // 1_000) / _SECOND, UTC)
 
     def moment_of(self, monotonic: float) -> datetime:
-        """Return the database's time at a point of `time.monotonic`, in seconds."""
+        """Return the database's time at a value of `time.monotonic`, in seconds."""
         return from_microseconds(self._offset + round(monotonic * _SECOND))
 
     def monotonic_of(self, moment: datetime) -> float:
-        """Return the point of `time.monotonic`, in seconds, at a moment of the database."""
+        """Return the value of `time.monotonic`, in seconds, at a time of the database."""
         return (to_microseconds(moment) - self._offset) / _SECOND
 
     def seconds_until(self, moment: datetime) -> float:
-        """Return after how many seconds a moment has certainly come for the database too; 0 where it has by now."""
+        """Return the seconds until a time has certainly passed for the database too; 0 if it has."""
         now = time.monotonic()
         with self._lock:
             error = self._error + DRIFT * (now - self._learned_at)
@@ -52,17 +55,17 @@ class DatabaseClock:
         return max(seconds + (error if isfinite(error) else 0.0), 0.0)
 
     def follow_host(self) -> None:
-        """Take the time of this host, exactly: it is that of a database on SQLite."""
+        """Adopt the time of this host, without error: it is the time of a database on SQLite."""
         with self._lock:
             self._learned_at, self._error = time.monotonic(), 0.0
             self._offset = HOST_TIME.microseconds() - round(self._learned_at * _SECOND)
 
     def learn(self, moment: datetime | None, asked_at: float, answered_at: float | None = None) -> None:
-        """Take the database's time from an answer, asked for and received at points of `time.monotonic`.
+        """Learn the database's time from an answer, requested and received at values of `time.monotonic`.
 
-        Without `answered_at` it was received just now; without `moment` the answer says nothing. The database read its
-        clock in between: at the middle, give or take half the round trip. A less exact answer replaces a more exact one
-        only where they contradict each other, since the database's clock was set then.
+        `answered_at` defaults to now; an answer without `moment` is ignored. The database read its clock in
+        between, at the middle give or take half the round trip. A less exact answer replaces a more exact one
+        only if they contradict each other: then the database's clock was set.
         """
         if moment is None:
             return

@@ -1,4 +1,4 @@
-"""The database's own time, by which all processes agree on what has run out, whatever their clocks say."""
+"""Time of the database in SQL, by which all processes agree on deadlines despite differing clocks."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ if TYPE_CHECKING:
 
 
 class DatabaseTime(FunctionElement[int]):
-    """Microseconds since 1970, as a part of a statement."""
+    """SQL expression for microseconds since 1970; in a transaction, the time of its begin."""
 
     type = BigInteger()
     inherit_cache = True
 
 
 class PresentTime(FunctionElement[int]):
-    """The same, not of when a transaction began, but of when it comes to this statement: for what has an order."""
+    """SQL expression for the time of the statement, not of the begin of its transaction, for values that have
+    an order.
+    """
 
     type = BigInteger()
     inherit_cache = True
 
 
 async def read_database_time(connection: AsyncConnection) -> datetime:
-    """Return the database's time, as an aware moment; that of a transaction is when it began."""
+    """Return the database's time as an aware datetime; in a transaction, the time of its begin."""
     microseconds = await connection.scalar(select(DatabaseTime()))
     return from_microseconds(microseconds or 0)
 
@@ -50,7 +52,8 @@ def _compile_present_postgresql(_element: PresentTime, _compiler: object, **_opt
 @compiles(PresentTime, "sqlite")
 @compiles(DatabaseTime, "sqlite")
 def _compile_sqlite(_element: DatabaseTime | PresentTime, compiler: Any, **options: Any) -> str:  # noqa: ANN401 - SQLAlchemy's own
-    # Bound when the statement runs. SQLite's own functions read the wall clock, which somebody may just have set.
+    # Bound when the statement runs. SQLite's own functions read the wall clock, which somebody may have just
+    # set.
     time: str = compiler.process(
         bindparam(None, callable_=HOST_TIME.microseconds, type_=BigInteger(), unique=True), **options
     )

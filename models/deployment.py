@@ -1,4 +1,6 @@
-"""Deployments as they are stored: what is wanted of each, apart from what was last seen of it, and what was decided."""
+"""Deployments: table of desired and observed state, table of decisions, and the status that follows from
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,11 @@ from models.column_types import JsonTextColumn, TimestampColumn
 from models.lifecycle_policy import DeploymentSituation, StoppedReason
 
 MAX_REPLICAS = 10
-"""Pods of one workflow."""
+"""Maximum number of pods of one workflow."""
 
 
 class DeploymentStatus(StrEnum):
-    """Where a deployment is, as clients are told."""
+    """Status of a deployment, as the API shows it."""
 
     NOT_DEPLOYED = "not-deployed"
     DEPLOYING = "deploying"
@@ -31,37 +33,38 @@ class DeploymentStatus(StrEnum):
 
 
 class ObservedState(StrEnum):
-    """What was last seen of a deployment in the cluster."""
+    """State of a deployment in the cluster, as last observed."""
 
     ABSENT = "absent"
-    """There is nothing of it."""
+    """The cluster has no objects of it."""
     STOPPED = "stopped"
-    """It is there, without pods."""
+    """Its objects exist, without pods."""
     STARTING = "starting"
     """It has pods, and none is ready."""
     RUNNING = "running"
-    """A pod is ready: it is available, and has said so itself."""
+    """A pod is ready: it is available by the cluster's and its own report."""
     STOPPING = "stopping"
-    """It has pods, and they are going."""
+    """Its pods are terminating."""
     FAILED = "failed"
     """Its pods can't start; the observed reason says why."""
     OUTDATED = "outdated"
-    """Pods of what was deployed before are ready, and those that are to replace them can't start."""
+    """Pods of the previous definition are ready, and their replacements can't start."""
     UNKNOWN = "unknown"
-    """The cluster did not answer, or let nobody ask; pods that were ready before may serve on."""
+    """The cluster did not answer or refused access; pods that were ready before may still serve."""
 
 
 BLOCKING_REASONS: Final = frozenset({"quota", "unschedulable", "node-not-ready"})
-"""Codes of reasons that go away when the cluster has room again: pods start then without anybody asking."""
+"""Codes of reasons that end when the cluster has room again: then the pods start without a further request.
+"""
 SERVING_STATES: Final = frozenset({ObservedState.RUNNING, ObservedState.OUTDATED})
-"""What is seen where a pod takes runs."""
+"""Observed states in which a pod claims runs."""
 POSSIBLY_SERVING_STATES: Final = SERVING_STATES | {ObservedState.UNKNOWN}
-"""States in which the pods that were ready last are worth a wakeup."""
+"""States in which the pods that were last ready should get a wakeup."""
 _FAILED_STATES: Final = frozenset({ObservedState.FAILED, ObservedState.OUTDATED})
 
 
 class Deployment(SQLModel, table=True):
-    """A workflow that is deployed, or was. Runs that are to go to its pods have the workflow's id for their target."""
+    """Deployment of a workflow, present or past. Runs for its pods have the workflow's id as their target."""
 
     workflow_id: str = Field(primary_key=True, foreign_key="workflow.id")
     organization_id: str
@@ -69,50 +72,54 @@ class Deployment(SQLModel, table=True):
 
     is_deployed: bool = True
     replicas: int = 0
-    """Pods that are wanted; 0 while it sleeps."""
+    """Desired number of pods; 0 while it is stopped."""
     last_replicas: int = 1
-    """How many pods a wake gives it again."""
+    """Number of pods that a wake starts."""
     definition_hash: str
     version: int
-    """Of the workflow, whose definition that is."""
+    """Version of the workflow with that definition."""
     generation: int = Field(default=1, sa_column=Column(BigInteger, nullable=False))
-    """Goes up with every change of what is wanted: whoever changes it names the one that was seen, so that of several
-    who would wake or stop it at once one does.
+    """Number that increases with every change of the desired state. A change names the generation that it
+    read, so that only one of several concurrent wakes or stops succeeds.
     """
     deployed_generation: int = Field(default=1, sa_column=Column(BigInteger, nullable=False))
-    """The generation in which it was deployed last: pods from before are replaced."""
+    """Generation of the last deploy: older pods are replaced."""
     drain_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """It takes no further runs, and stops then, or as soon as none goes on."""
+    """End of draining: it claims no further runs, and stops then, or as soon as no run is in progress."""
     stopped_reason: str | None = None
     stopped_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """When it was stopped, or began to drain."""
+    """Time of the stop, or of the begin of draining."""
     started_by_hand_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """When somebody started it, not a rule or a run: outside its window it then stays up until the next closing."""
+    """Time of a start by a user, not by a rule or a run: outside its window it then stays up until the next
+    closing.
+    """
     last_activity_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """The last delivery or start; when runs have ended is read from their rows."""
+    """Time of the last delivery or start; ends of runs are read from their rows."""
 
     observed: str = ObservedState.ABSENT
     observed_replicas: int = 0
     ready_replicas: int = 0
     ready_addresses: list[str] = Field(default_factory=list, sa_column=Column(JsonTextColumn, nullable=False))
-    """Base URLs of its ready pods, as the cluster tells them."""
+    """Base URLs of its ready pods, as reported by the cluster."""
     observed_definition_hash: str | None = None
-    """Of the definition that its ready pods were started for."""
+    """Hash of the definition for which its ready pods were started."""
     observed_generation: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
-    """The generation of what was wanted when whoever looked had last carried it out."""
+    """Generation of the desired state that the deployer had last applied before the observation."""
     observed_reason: str | None = None
-    """What keeps its pods from starting, in words for its owner."""
+    """Reason why its pods can't start, as text for its owner."""
     observed_reason_code: str | None = None
-    """The same as one word of a closed list."""
+    """The same reason as one code of a closed list."""
     failed_reason: str | None = None
-    """Why its pods could not start, as long as it is down for that, whatever is seen of it meanwhile."""
+    """Reason why its pods could not start, kept while it is down for that reason, independent of
+    observations.
+    """
     failed_reason_code: str | None = None
     start_failures: int = 0
-    """Starts given up one after the other, without a pod that was ready in between."""
+    """Consecutive failed starts without a ready pod in between."""
     observed_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """Since when that is seen."""
+    """Time since which this state is observed."""
     held_by: str | None = None
-    """The deployer that looks after it just now, so that no other does."""
+    """Deployer that reconciles it at present, so that no other does."""
     held_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
@@ -120,7 +127,7 @@ class Deployment(SQLModel, table=True):
 
 
 class LifecycleDecision(SQLModel, table=True):
-    """Something that was done about a deployment, why, and what it was decided by."""
+    """Decision about a deployment, with its reason and inputs."""
 
     __tablename__ = "lifecycle_decision"
     __table_args__ = (Index("ix_lifecycle_decision_workflow", "workflow_id", "at", "id"),)
@@ -134,14 +141,14 @@ class LifecycleDecision(SQLModel, table=True):
     reason: str
     stopped_reason: str | None = None
     replicas: int
-    """Pods that are wanted from then on."""
+    """Desired number of pods from then on."""
     user_id: str | None = None
-    """Who did it, if that was a person."""
+    """Author of the decision, if it was a user."""
     inputs: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
 
 
 def status_of(deployment: Deployment | None) -> DeploymentStatus:
-    """Return where a deployment is, by what is wanted of it and what was last seen."""
+    """Return the status of a deployment from its desired and observed state."""
     if deployment is None:
         return DeploymentStatus.NOT_DEPLOYED
     observed = ObservedState(deployment.observed)
@@ -166,14 +173,16 @@ def status_of(deployment: Deployment | None) -> DeploymentStatus:
 
 
 def is_serving(deployment: Deployment) -> bool:
-    """Tell whether a pod takes runs, as far as was seen: what is out of sight serves on."""
+    """Return whether a pod claims runs, as last observed; an unobservable deployment counts as serving if it
+    was.
+    """
     if deployment.observed == ObservedState.UNKNOWN:
         return deployment.ready_replicas > 0
     return deployment.observed in SERVING_STATES
 
 
 def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
-    """Return why a deployment is down; None while it runs, and for one that there never was."""
+    """Return the reason why a deployment is down; None while it is up, or if it never existed."""
     if deployment is None or deployment.stopped_reason is None:
         return None
     return StoppedReason(deployment.stopped_reason)
@@ -182,7 +191,7 @@ def stopped_reason_of(deployment: Deployment | None) -> StoppedReason | None:
 def build_situation(
     deployment: Deployment, *, has_due: bool, has_running: bool, last_ended_at: datetime | None
 ) -> DeploymentSituation:
-    """Return what rules are given of a deployment and its runs."""
+    """Return the inputs of lifecycle rules for a deployment and its runs."""
     happened = [moment for moment in (deployment.last_activity_at, last_ended_at) if moment is not None]
     return DeploymentSituation(
         is_deployed=deployment.is_deployed,

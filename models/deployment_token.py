@@ -1,4 +1,4 @@
-"""The tokens by which pods of a deployment speak for it: good for the executions of its workflow alone."""
+"""Deployment tokens, with which pods authenticate: valid only for executions of their workflow."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class DeploymentToken(SQLModel, table=True):
-    """A token, of which only a hash is stored."""
+    """Token of a deployment's pods, stored as a hash only."""
 
     __tablename__ = "deployment_token"
     __table_args__ = (
@@ -40,7 +40,7 @@ class DeploymentToken(SQLModel, table=True):
 
 @dataclass(frozen=True, slots=True)
 class TokenBearer:
-    """The deployment that a valid token speaks for."""
+    """Deployment that a valid token authenticates."""
 
     workflow_id: str
     organization_id: str
@@ -50,11 +50,13 @@ class TokenBearer:
 async def ensure_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Return the token for a deployment's pods; makes one, under the fresh `token_id`, where none is valid."""
+    """Return the current token of a deployment's pods; issues one with the new id `token_id` if none is
+    valid.
+    """
     found = (await connection.execute(_is_valid(bearer.workflow_id).limit(1))).first()
     if found is not None:
         token = runner_tokens.derive_token(found.id, secret)
-        # Under another secret of the server it would come out differently: then there is a new one.
+        # Under another secret of the server the derived token differs: then issue a new one.
         if runner_tokens.hash_token(token) == found.hash:
             return token
     return await issue_token(connection, bearer, secret=secret, token_id=token_id, now=now)
@@ -63,7 +65,7 @@ async def ensure_token(
 async def issue_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Make a token that is the current one from now on; those before it stay valid until they are revoked."""
+    """Issue a new current token; earlier tokens stay valid until they are revoked."""
     token = runner_tokens.derive_token(token_id, secret)
     await connection.execute(
         insert(DeploymentToken).values(
@@ -79,7 +81,7 @@ async def issue_token(
 
 
 async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: datetime) -> int:
-    """Revoke the tokens of a deployment: within two seconds they open nothing any more; returns how many."""
+    """Revoke all tokens of a deployment; returns their number. Gateways refuse them within two seconds."""
     statement = (
         update(DeploymentToken)
         .where(col(DeploymentToken.workflow_id) == workflow_id, col(DeploymentToken.revoked_at).is_(None))
@@ -91,7 +93,9 @@ async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: d
 async def revoke_superseded_tokens(
     connection: AsyncConnection, workflow_id: str, *, before: datetime, now: datetime
 ) -> int:
-    """Revoke all tokens of a deployment but the current one, once that is older than `before`; returns how many."""
+    """Revoke all tokens but the current one, if that is older than `before`; returns the number of revoked
+    tokens.
+    """
     newest = (await connection.execute(_is_valid(workflow_id).limit(1))).first()
     if newest is None:
         return 0
@@ -112,7 +116,7 @@ async def revoke_superseded_tokens(
 
 
 async def list_superseded(connection: AsyncConnection) -> Sequence[str]:
-    """Return the workflows whose deployments have more than one valid token."""
+    """Return the workflows with more than one valid token."""
     workflow_id = col(DeploymentToken.workflow_id)
     statement = (
         select(workflow_id)
@@ -124,7 +128,7 @@ async def list_superseded(connection: AsyncConnection) -> Sequence[str]:
 
 
 async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenBearer | None]:
-    """Return whom each token speaks for; raises `DatabaseUnavailable`."""
+    """Return the bearer of each token, None for an invalid one; raises `DatabaseUnavailable`."""
     hashes = [runner_tokens.hash_token(token) for token in tokens]
     statement = select(
         col(DeploymentToken.hash),
@@ -139,13 +143,13 @@ async def find_bearers(database: Database, tokens: Sequence[str]) -> list[TokenB
 
 
 async def wakeup_keys(connection: AsyncConnection, workflow_id: str) -> Sequence[str]:
-    """Return what the pods of a deployment take wakeups by, that of the newest token first."""
+    """Return the keys under which pods of a deployment get wakeups, that of the newest token first."""
     rows = await connection.execute(_is_valid(workflow_id))
     return [runner_tokens.wakeup_key(row.hash) for row in rows]
 
 
 def new_token_id() -> str:
-    """Return an id for a token, to be made before the transaction that may be run again."""
+    """Return a new token id; call it before a transaction that may be repeated."""
     return ids.new_id("token")
 
 

@@ -1,4 +1,4 @@
-"""File descriptors that this process may open."""
+"""Limit of open file descriptors of this process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import resource
 from typing import Final
 
 MAX_DESCRIPTORS: Final = 65_536
-"""Enough for every budget of ours; some programs that a process starts take time and memory by this number."""
+"""Enough for all resources of one process; some child programs need time and memory in proportion to the
+limit.
+"""
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open descriptors to the hard one, at most to `MOST`, and return what it is then."""
+    """Raise the soft limit of open descriptors to the hard one, at most `MAX_DESCRIPTORS`; returns the new
+    limit.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     if soft == resource.RLIM_INFINITY or soft >= wanted:

@@ -1,4 +1,4 @@
-"""Folders whose names survive a power cut: a new name lasts only once the folder that it stands in is synced."""
+"""Folders with names that survive a power cut: a new name is durable only after its parent folder is synced."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ PRIVATE_MODE = 0o700
 
 
 def make_folder(folder: Path, mode: int = PRIVATE_MODE) -> None:
-    """Make a folder, and those above it that are missing, so that they last; one that is there is kept.
+    """Create a folder and its missing parents durably; an existing folder is kept.
 
-    The folder above is synced in any case: another process may have died between making this one and that. Raises
+    Always syncs the parent folder: another process may have died between creating and syncing. Raises
     OSError.
     """
     if not folder.parent.is_dir():
         make_folder(folder.parent, mode)
     folder.mkdir(mode=mode, exist_ok=True)
-    # A folder can be synced only by users that may read it.
+    # Only a user who may read a folder can sync it.
     with suppress(PermissionError):
         sync_folder(folder.parent)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder last; raises OSError."""
+    """Make the names in a folder durable; raises OSError."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,7 +1,7 @@
-"""Secrets of users as they are kept: sealed with keys that are derived from the server's own secret.
+"""Encryption of users' secrets with keys that are derived from the server's own secret.
 
-AES-256-GCM (NIST SP 800-38D) under keys from HKDF-SHA256 (RFC 5869). What is sealed for one object of one organisation
-can't be opened as another's, and says by which of the server's secrets it was sealed, so that they can be changed.
+AES-256-GCM (NIST SP 800-38D) under keys from HKDF-SHA256 (RFC 5869). A ciphertext is bound to one object of
+one organization. It names the server secret of its key, so that server secrets can be rotated.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ _PURPOSE: Final = b"pilotflame vault 1"
 
 
 class VaultError(Exception):
-    """What is sealed can't be opened here."""
+    """The ciphertext can't be decrypted here."""
 
 
 class UnknownSecret(VaultError):
-    """It was sealed by a secret that the server isn't told of."""
+    """The ciphertext needs a server secret that this server doesn't have."""
 
 
 class SecretCorrupted(VaultError):
-    """It is not what was sealed for this object."""
+    """The ciphertext is corrupt, or belongs to another object."""
 
 
 @dataclass(frozen=True, slots=True)
 class EncryptedText:
-    """A sealed text, and the id of the secret that opens it."""
+    """Ciphertext with the id of the server secret that decrypts it."""
 
     secret_id: str
     content: bytes
-    """A nonce, then the ciphertext with its tag."""
+    """Nonce, then ciphertext with its tag."""
 
 
 def identify_secret(secret: bytes) -> str:
-    """Return what tells one of the server's secrets from another without telling anything of it."""
+    """Return an id of a server secret that reveals nothing of it."""
     return blake2b(secret, digest_size=8, person=b"secret id").hexdigest()
 
 
 class SecretVault:
-    """Seals by the server's secret of now, and opens what that one or an earlier one has sealed."""
+    """Encryption with the current server secret, and decryption with this one and earlier ones."""
 
     def __init__(self, secret: bytes, previous: Sequence[bytes] = ()) -> None:
         self.secret_id = identify_secret(secret)
         self._keys = {identify_secret(one): _DerivedKey(one) for one in (secret, *previous)}
 
     def seal(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
-        """Return a text sealed for one object."""
+        """Encrypt a text for one object."""
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
         return EncryptedText(
@@ -63,23 +63,23 @@ class SecretVault:
         )
 
     def open(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
-        """Return what was sealed for one object; raises `UnknownSecret` and `Damaged`."""
+        """Decrypt a text of one object; raises `UnknownSecret` and `SecretCorrupted`."""
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _Key
 
         key = self._keys.get(encrypted.secret_id)
         if key is None:
             raise UnknownSecret(
-                "It was encrypted with another PILOTFLAME_SECRET_KEY than those of this server"
+                "The secret was encrypted with a PILOTFLAME_SECRET_KEY that this server does not have"
             )
         nonce, ciphertext = encrypted.content[:NONCE_BYTES], encrypted.content[NONCE_BYTES:]
         try:
             return key.cipher.decrypt(nonce, ciphertext, _associated_data(organization_id, object_id))
         except (InvalidTag, ValueError) as error:
-            raise SecretCorrupted("What is stored is not what was encrypted for it") from error
+            raise SecretCorrupted("The stored secret is corrupt, or belongs to another object") from error
 
 
 class _DerivedKey:
-    """A key that is derived when it is first needed, with a library that many processes never load: 7 MB."""
+    """Key that is derived at its first use, with a library of 7 MB that many processes never load."""
 
     def __init__(self, secret: bytes) -> None:
         self._secret = secret
@@ -95,5 +95,5 @@ class _DerivedKey:
 
 
 def _associated_data(organization_id: str, object_id: str) -> bytes:
-    """Return what is bound to a sealed text: ids hold no line feed, so no two objects have the same."""
+    """Return the associated data of a ciphertext, unique for an object, since ids contain no line feed."""
     return f"{organization_id}\n{object_id}".encode()

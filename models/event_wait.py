@@ -1,4 +1,4 @@
-"""Nodes of runs that wait for an event: written before they look back, so that no event falls between."""
+"""Waits of nodes for events: stored before the look-up of earlier events, so that no event is missed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.column_types import TimestampColumn
 
 
 class EventWait(SQLModel, table=True):
-    """A node that no event has answered yet."""
+    """Node that waits for an event."""
 
     __tablename__ = "event_wait"
     __table_args__ = (Index("ix_event_wait_pattern", "organization_id", "pattern"),)
@@ -22,12 +22,12 @@ class EventWait(SQLModel, table=True):
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     organization_id: str
     pattern: str
-    """A type of events, or with `.*` at its end all that begin so."""
+    """Event type, or a prefix that ends in `.*`."""
     condition: str | None = Field(default=None, sa_column=Column(Text))
-    """JSON: what must hold of the event, which it sees as `item`, with `given` as `data`."""
+    """Condition on the event as JSON, which reads the event as `item` and `given` as `data`."""
     given: str = Field(default="[]", sa_column=Column(Text, nullable=False))
-    """JSON."""
+    """JSON text."""
     since: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
-    """Events count that have come from then on."""
+    """Earliest time of a matching event."""
     expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """Events count that have come before then; None: for ever."""
+    """Time before which a matching event must arrive; None: no end."""

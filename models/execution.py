@@ -1,4 +1,7 @@
-"""Executions as they are stored. The row is the queue: what is pending here will run, whatever becomes of messages."""
+"""Executions: tables of runs, spans, answers and logs. The row of a pending run is its place in the queue.
+
+A pending run is executed even if all messages about it are lost.
+"""
 
 from __future__ import annotations
 
@@ -25,25 +28,29 @@ from models.execution_status import (
 )
 
 SHARED_TARGET = "shared"
-"""The target of what any worker may run."""
+"""Target of runs that any worker may claim."""
 LIMITED_TARGET = "limited"
-"""The target of what waits for a place among the runs that its workflow allows at once."""
+"""Target of runs that wait for a concurrency slot."""
 DELAYED_TARGET = "delayed"
-"""The target of what may not run before its time; then it gets another. Ids of workflows come after all these words."""
+"""Target of runs that may not start before a time, when they get another target. Ids of workflows sort after
+all these words.
+"""
 UNPARSED_TARGET = "intake"
-"""The target of what was brought by something that is still to be read."""
+"""Target of runs with unparsed mail."""
 ISOLATED_TARGET = "isolated"
-"""The target of suspects that any worker may run, one at a time and apart from others."""
+"""Target of suspects that any worker may claim, one at a time and in isolation."""
 ISOLATED_UNPARSED_TARGET = "isolated-intake"
-"""The target of suspects that are still to be read."""
+"""Target of suspects with unparsed mail."""
 ISOLATION_TARGETS = {SHARED_TARGET: ISOLATED_TARGET, UNPARSED_TARGET: ISOLATED_UNPARSED_TARGET}
-"""Targets whose suspects wait apart; those of a deployment stay with its other runs, and are told by their losses."""
+"""Targets with a separate target for their suspects; suspects of a deployment keep its target and differ by
+their losses.
+"""
 PRIORITY_MICROSECONDS = 60_000_000
-"""How much earlier one step of priority makes a run count as accepted."""
+"""Time by which one step of priority makes a run count as accepted earlier."""
 
 
 class Execution(SQLModel, table=True):
-    """The part of a run that is read and written while it is live."""
+    """Columns of a run that change while it is live."""
 
     __table_args__ = (
         Index(
@@ -138,72 +145,81 @@ class Execution(SQLModel, table=True):
     user_id: str
     status: str = ExecutionStatus.PENDING
     target: str = SHARED_TARGET
-    """Who may take it: any worker, the pods of the workflow whose id it is, or nobody while it waits for a place."""
+    """Who may claim it: any worker, the pods of the workflow with this id, or nobody while it waits for a
+    slot.
+    """
     assigned_deployment_id: str | None = None
-    """The target that it has otherwise, if that isn't `shared`."""
+    """Deployment for its pods: its target unless that is a special one such as `limited`. None: any worker
+    may run it.
+    """
     trigger_type: str
     definition_hash: str
     rank: int = Field(sa_column=Column(BigInteger, nullable=False))
-    """Microseconds: accepted, less a minute for each step of priority; the smaller, the sooner."""
+    """Time of acceptance in microseconds, less a minute for each step of priority; smaller ranks are claimed
+    first.
+    """
     queue_turn: int = Field(sa_column=Column(SmallInteger, nullable=False))
-    """A hash of the workflow's id: within an organisation, workflows are served in the order of their turns."""
+    """Hash of the workflow's id: within an organization, workflows are served in the order of their turns."""
     is_fresh: bool = True
-    """Nobody has begun it; what was begun goes first."""
+    """Whether it was never claimed; claimed runs continue before fresh ones."""
     due_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     token: int = Field(default=0, sa_column=Column(BigInteger, nullable=False))
-    """Fencing: goes up with every claim and every release; a write that names an old one changes nothing."""
+    """Fencing token: increases with every claim and release; writes with an older token change nothing."""
     attempt: int = 0
-    """Claims since the last recorded node result or release; counted before any work.
+    """Number of claims since the last recorded node result or release, counted before any work.
 
-    Of a pending run, this is the number of workers that it has lost since.
+    For a pending run, this is the number of workers that it has lost since.
     """
     isolated: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, server_default=text("false"))
     )
-    """It was claimed as a suspect, and has not proved itself since: should its worker die, the loss counts."""
+    """Whether it was claimed as a suspect and has not passed its trial since: a death of its worker counts
+    against it.
+    """
     isolation_losses: int = Field(
         default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0"))
     )
-    """Workers that it has lost while on trial, since the last recorded node result or release."""
+    """Number of workers lost in trials since the last recorded node result or release."""
     lease_owner: str | None = None
     lease_until: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     timeout_microseconds: int = Field(sa_column=Column(BigInteger, nullable=False))
     deadline_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     request: str | None = None
-    """`stop` or `cancel`: what a client asked of a run that somebody holds."""
+    """Request of a client to a claimed run: `stop` or `cancel`."""
     completed_nodes: int = 0
     total_nodes: int = 0
     progress: int = Field(default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0")))
-    """Percent of it that is done, turns of loops included; never goes down, and is 99 at most."""
+    """Completed share in percent, including iterations of loops; never decreases, and is at most 99."""
     error: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     key_id: str
-    """The execution whose id stands in idempotency keys: its own, or that of the first it was resumed from."""
+    """Execution id in idempotency keys: its own, or that of the first run of its chain of resumed runs."""
     resumed_from: str | None = None
     channel: str
-    """Of the gateway that accepted it, which is told of its end without asking."""
+    """Channel of the gateway that accepted it, which is notified of its end."""
     parent_id: str | None = None
-    """The execution that started it, by one of its nodes."""
+    """Execution that started it by one of its nodes."""
     root_id: str | None = None
-    """The first of the executions that started one another; None for one that nobody started so."""
+    """First of its ancestors; None for a run that no other run started."""
     depth: int = 0
-    """How many executions are above it."""
+    """Number of its ancestors."""
     wait_answer_count: int = Field(default=0, sa_column=Column(Integer, nullable=False))
-    """Answers that its waiting nodes were given, ever: one that has seen fewer may not go to sleep."""
+    """Number of answers that its nodes have got: a run that has seen fewer may not start to wait."""
     concurrency_key: str | None = None
-    """Runs with the same key share `concurrency_limit` places."""
+    """Key under which runs share `concurrency_limit` slots."""
     concurrency_limit: int | None = None
     follow_up: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
-    """What is still to be done about its end; None: nothing, as for most."""
+    """Remaining completion actions; None for none, as in most runs."""
     follow_up_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """Not before then, since somebody is at it, or it was tried and failed."""
+    """Earliest time of the next attempt: the end of a worker's lease, or of a delay after a failure."""
     follow_up_outcome: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
-    """How its messages to the outside went so far, for whoever looks; None while there was none."""
+    """Progress of external completion actions, for display; None before the first attempt."""
     is_private: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
     )
-    """It runs what its user has given, not the workflow alone: others than the workflow's writers don't see it."""
+    """Whether it runs content of its user, so that only users who may change the workflow see it."""
     has_journal: bool = False
-    """Spans of an earlier attempt, or of the run it resumes, are to be read before it goes on."""
+    """Whether spans of an earlier attempt, or of the run that it resumes, must be read before it continues.
+    """
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
@@ -211,9 +227,9 @@ class Execution(SQLModel, table=True):
 
 
 class ExecutionData(SQLModel, table=True):
-    """The part of a run that is written once: what it works on, and what lists go by.
+    """Columns of a run that are written once: its input, and the columns by which lists are sorted.
 
-    The indexes of lists stand here, since every change of a row touches all of its table's indexes.
+    The indexes of lists are here, since every change of a row touches all indexes of its table.
     """
 
     __tablename__ = "execution_data"
@@ -225,16 +241,16 @@ class ExecutionData(SQLModel, table=True):
     execution_id: str = Field(primary_key=True)
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     trigger: str = Field(sa_column=Column(Text, nullable=False))
-    """JSON: what the trigger node gives out."""
+    """Output of the trigger node as JSON text."""
     config: str = Field(sa_column=Column(Text, nullable=False))
-    """JSON: the settings that the run was accepted under."""
+    """Settings under which the run was accepted, as JSON text."""
     organization_id: str
     workflow_id: str
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class SpanRow(SQLModel, table=True):
-    """One node in one run."""
+    """Span of one node in one run."""
 
     __tablename__ = "span"
 
@@ -261,12 +277,12 @@ class SpanRow(SQLModel, table=True):
     resolved_config: str | None = Field(default=None, sa_column=Column(Text))
     hashes: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
     input_blob: str | None = Field(default=None, sa_column=Column(Text))
-    """JSON: `{"$blob": {sha256, size, type, name}}`, in the place of an input that is too large for a row."""
+    """JSON `{"$blob": {sha256, size, type, name}}`, in place of an input that is too large for a row."""
     output_blob: str | None = Field(default=None, sa_column=Column(Text))
 
 
 class AttemptRow(SQLModel, table=True):
-    """One attempt of a node that was tried more than once."""
+    """Attempt of a node that was retried."""
 
     __tablename__ = "attempt_span"
 
@@ -283,12 +299,12 @@ class AttemptRow(SQLModel, table=True):
     started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     next_attempt_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """When the next one was to begin, as it was said then."""
+    """Planned time of the next attempt."""
     error: str | None = Field(default=None, sa_column=Column(Text))
 
 
 class WaitAnswer(SQLModel, table=True):
-    """An answer to a node that waits for one; the first counts, and there is no second."""
+    """Answer of a waiting node; each node gets at most one."""
 
     __tablename__ = "wait_answer"
 
@@ -299,12 +315,12 @@ class WaitAnswer(SQLModel, table=True):
     payload: str = Field(sa_column=Column(Text, nullable=False))
     """JSON: `{"output": …, "port": "output"}` or `{"error": {code, message, cause?}}`."""
     user_id: str | None = None
-    """Who has answered, if that was a person."""
+    """User who gave the answer, if it was a person."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class ThrottleRow(SQLModel, table=True):
-    """From when on the next of something that happens at a limited rate may pass."""
+    """Earliest time of the next action under a rate limit."""
 
     __tablename__ = "throttle"
 
@@ -315,7 +331,7 @@ class ThrottleRow(SQLModel, table=True):
 
 
 class LogRow(SQLModel, table=True):
-    """One line of an execution's log."""
+    """Line of an execution's log."""
 
     __tablename__ = "log_line"
 
@@ -330,11 +346,11 @@ class LogRow(SQLModel, table=True):
 
 
 class Idempotency(SQLModel, table=True):
-    """The answer that a repeated request gets again; committed with the row that the first one made."""
+    """Idempotency key with the resource of the first request, committed in the same transaction."""
 
     shard: int = Field(sa_column=Column(SmallInteger, primary_key=True))
     scope: str = Field(primary_key=True)
-    """A hash of the caller, the route and the workflow."""
+    """Hash of the caller, the route and the workflow."""
     key: str = Field(primary_key=True)
     fingerprint: str
     resource_id: str
@@ -342,7 +358,7 @@ class Idempotency(SQLModel, table=True):
 
 
 class Leadership(SQLModel, table=True):
-    """Which of several processes does a duty that one must do."""
+    """Leader election: the process that performs a duty of which there must be only one."""
 
     name: str = Field(primary_key=True)
     owner: str

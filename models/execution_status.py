@@ -1,4 +1,4 @@
-"""Where an execution is: known to whoever runs one, also where there is no database."""
+"""Status of executions, for code with and without a database."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 
 
 class ExecutionStatus(StrEnum):
-    """Where a run is."""
+    """Status of a run."""
 
     PENDING = "pending"
     RUNNING = "running"
@@ -19,7 +19,7 @@ class ExecutionStatus(StrEnum):
 
 
 MAX_PERCENT_UNDER_WAY: Final = 99
-"""Progress of a run that has done everything and has not ended yet; 100 is that of a completed one alone."""
+"""Maximum progress of a run that has not ended; only a completed run has 100."""
 TERMINAL_STATUSES = frozenset(
     {ExecutionStatus.COMPLETED, ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED}
 )

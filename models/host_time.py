@@ -1,11 +1,11 @@
-"""The time of this host, and so of a database on SQLite; it follows a clock that was set only when told to."""
+"""Time of this host, and so of a database on SQLite; it follows changes of the wall clock only on request."""
 
 from __future__ import annotations
 
 import time
 from typing import Final
 
-# Counts on while the machine sleeps, which the monotonic clock doesn't do on Linux; other systems have no such clock.
+# Runs while the machine sleeps, unlike the monotonic clock on Linux; other systems have no such clock.
 _COUNTER: Final = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
 
 
@@ -16,24 +16,24 @@ class HostTime:
         self._offset = _wall_microseconds() - _counter_microseconds()
 
     def microseconds(self) -> int:
-        """Return the time."""
+        """Return the time in microseconds since 1970."""
         return self._offset + _counter_microseconds()
 
     def seconds(self) -> float:
-        """Return the time in seconds."""
+        """Return the time in seconds since 1970."""
         return self.microseconds() / 1_000_000
 
     def step(self) -> int:
-        """Return by how many microseconds the wall clock is ahead: it was set, where that is more than a moment."""
+        """Return by how many microseconds the wall clock is ahead; a large step means that it was set."""
         return _wall_microseconds() - self.microseconds()
 
     def move(self, step: int) -> None:
-        """Go on from a time that is so many microseconds later."""
+        """Move the time by a step in microseconds."""
         self._offset += step
 
 
 def _wall_microseconds() -> int:
-    return time.time_ns() // 1_000  # noqa: TID251 - what all other time of this host is made of
+    return time.time_ns() // 1_000  # noqa: TID251 - the source of all other time of this host
 
 
 def _counter_microseconds() -> int:
@@ -41,4 +41,4 @@ def _counter_microseconds() -> int:
 
 
 HOST_TIME: Final = HostTime()
-"""Of this process: there is one host."""
+"""Time of the host for this process."""

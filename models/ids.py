@@ -1,7 +1,8 @@
 """Identifiers: a prefix, an underscore, and a UUIDv7 as 26 characters of lower-case base 32.
 
-Time-ordered (RFC 9562, 5.7), so that new rows land side by side in an index, and made here, so that a commit of unknown
-outcome can be read back by id. The alphabet is Crockford's, whose order is that of the values.
+Time-ordered (RFC 9562, 5.7), so that new rows are adjacent in an index. Made by the client of the database,
+so that a commit with an unknown outcome can be checked by id. The alphabet is Crockford's, which sorts like
+the values.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from models.timestamps import to_microseconds
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 SHARDS = 4096
-"""Virtual shards; a row's shard is stored and never computed again, so this number can't change."""
+"""Number of virtual shards. A row's shard is stored and never computed again, so this number can't change."""
 TURNS = 1024
-"""Workflows of one organisation are served in so many turns; two that share one are served as one."""
+"""Number of turns in which workflows of an organization are served; workflows with the same turn share it."""
 _PAIRS = [a + b for a in ALPHABET for b in ALPHABET]
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 _lock = threading.Lock()
@@ -30,31 +31,31 @@ _counter = 0
 
 
 class IdClock(Protocol):
-    """Tells the time."""
+    """Source of the time in ids."""
 
     def now(self) -> datetime:
-        """Return the present moment (aware)."""
+        """Return the present time, an aware datetime."""
 
 
 def use_clock(clock: IdClock) -> None:
-    """Make ids of another clock's time from now on: they sort like those of other hosts that go by the same one."""
+    """Set the clock for new ids, so that they sort together with ids from other hosts with the same clock."""
     global _clock, _last_millisecond
     with _lock:
         _clock, _last_millisecond = clock, 0
 
 
 def new_id(prefix: str) -> str:
-    """Return a fresh id, greater than every one made before it in this process."""
+    """Return a new id, greater than every id that this process made before."""
     return f"{prefix}_{encode_base32(_uuid7())}"
 
 
 def earliest_id(prefix: str, moment: datetime) -> str:
-    """Return what comes before every id that is made from a moment on, by the same clock."""
+    """Return a lower bound of all ids that are made at or after a time, by the same clock."""
     return f"{prefix}_{encode_base32(int(moment.timestamp() * 1_000) << 80)}"
 
 
 def new_ids(prefix: str, count: int) -> list[str]:
-    """Return fresh ids that differ in their last characters: cheaper than one by one, up to 1,024 at a time."""
+    """Return new ids that differ in their last characters; cheaper than one by one, up to 1,024 at a time."""
     made: list[str] = []
     while len(made) < count:
         head = f"{prefix}_{encode_base32(_uuid7())[:-2]}"
@@ -86,7 +87,7 @@ def _next_millisecond() -> int:
 
 
 def encode_base32(number: int) -> str:
-    """Write 128 bits as 26 characters whose order is the numbers' order."""
+    """Encode 128 bits as 26 characters that sort like the numbers."""
     parts = []
     for _ in range(13):
         parts.append(_PAIRS[number & 1023])
@@ -95,7 +96,9 @@ def encode_base32(number: int) -> str:
 
 
 def derive_id(prefix: str, origin: str, *parts: str) -> str:
-    """Return the one id that belongs to `parts` below another id: of the same time, so that it lands near that."""
+    """Derive the id of `parts` below another id; it has the time of `origin`, so that their rows are
+    adjacent.
+    """
     head = sum(
         ALPHABET.find(character) << 5 * place for place, character in enumerate(reversed(origin[-26:]))
     )
@@ -107,23 +110,23 @@ def derive_id(prefix: str, origin: str, *parts: str) -> str:
 
 
 def _set_version(number: int) -> int:
-    """Return a number with the version and variant of UUIDs of this kind in it (RFC 9562, 5.7)."""
+    """Set the version and variant bits of a UUIDv7 (RFC 9562, 5.7)."""
     version, variant = 0xF << 76, 0x3 << 62
     return number & ~version & ~variant | 0x7 << 76 | 0x2 << 62
 
 
 def is_id(text: str) -> bool:
-    """Tell whether a text may be an id at all: `[A-Za-z0-9_-]{1,64}`."""
+    """Return whether a text has the form of an id: `[A-Za-z0-9_-]{1,64}`."""
     return _ID.match(text) is not None
 
 
 def shard_of(organization_id: str) -> int:
-    """Return the shard that rows of an organisation get when they are made."""
+    """Return the shard for new rows of an organization."""
     return _hash(organization_id) % SHARDS
 
 
 def turn_of_workflow(workflow_id: str) -> int:
-    """Return the turn that runs of a workflow get when they are accepted."""
+    """Return the queue turn for new runs of a workflow."""
     return _hash(workflow_id) % TURNS
 
 

@@ -1,4 +1,4 @@
-"""What arrives: deliveries, the events among them, and the tokens of senders that can't carry an API key."""
+"""Ingest: tables of deliveries, events, and tokens for senders that can't send an API key."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from models.column_types import JsonTextColumn, TimestampColumn
 
 
 class IngestRoute(StrEnum):
-    """Where something has arrived."""
+    """Route of an inbound request."""
 
     ENQUEUE = "enqueue"
     ENQUEUE_BATCH = "enqueue-batch"
@@ -24,25 +24,25 @@ class IngestRoute(StrEnum):
 
 
 class DeliveryOutcome(StrEnum):
-    """What became of what has arrived."""
+    """Outcome of an inbound request."""
 
     ACCEPTED = "accepted"
     DUPLICATE = "duplicate"
-    """It had arrived before, and was answered as it was then."""
+    """Repetition of an earlier request, with the same answer."""
     DEFERRED = "deferred"
-    """It was accepted, and runs when its workflow may."""
+    """Accepted; its run starts when the workflow may run."""
     REJECTED = "rejected"
     SHED = "shed"
-    """There was too much of it: the sender was asked to come again."""
+    """Refused for lack of capacity; the sender should retry later."""
 
 
 class SenderTokenKind(StrEnum):
-    """What a token of a sender is good for."""
+    """Purpose of a sender token."""
 
     TRIGGER = "trigger"
-    """What arrives for one workflow."""
+    """Requests for one workflow."""
     EVENT = "event"
-    """Events of one organisation."""
+    """Events of one organization."""
 
 
 TOKEN_PREFIXES: Final[Mapping[SenderTokenKind, str]] = {
@@ -52,7 +52,7 @@ TOKEN_PREFIXES: Final[Mapping[SenderTokenKind, str]] = {
 
 
 class Delivery(SQLModel, table=True):
-    """One authenticated request of a sender, committed with what it has brought."""
+    """Authenticated request of a sender, committed together with its runs."""
 
     __tablename__ = "delivery"
     __table_args__ = (
@@ -70,38 +70,43 @@ class Delivery(SQLModel, table=True):
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     organization_id: str
     workflow_id: str | None = None
-    """None: an event, which is nobody's own."""
+    """Target workflow; None for an event, which has no single target."""
     user_id: str
-    """For whom it runs."""
+    """User on whose behalf it runs."""
     route: str
     sender: str
-    """Who has sent it: `api-key:`, `trigger-token:` or `event-token:` and the id of that, or a provider that signed."""
+    """Sender: `api-key:`, `trigger-token:` or `event-token:` with its id, or the provider that signed the
+    request.
+    """
     content_hash: str
     """SHA-256 of the body, in hexadecimal."""
     content_bytes: int = Field(sa_column=Column(Integer, nullable=False))
     outcome: str
     status: int = Field(sa_column=Column(SmallInteger, nullable=False))
-    """Of the answer."""
+    """HTTP status of the answer."""
     reason: str | None = None
-    """Why it was refused: `code: message`; never has a secret."""
+    """Reason of a refusal: `code: message`, without secrets."""
     execution_id: str | None = None
-    """Of the only run that it has brought, or brought the first time."""
+    """Id of its run, if it has started exactly one; that of the first delivery for a duplicate."""
     event_id: str | None = None
     answer: str | None = Field(default=None, sa_column=Column(Text))
-    """JSON: the ids of the runs of a batch that brought several; or what has come of an event,
-    `[[workflow id, name, execution id, error]]`, where an error beside an execution is true if there is no such one.
+    """Result as JSON text: the run ids of a batch with several runs, or the results of an event, `[[workflow
+    id, name, execution id, error]]`. An error beside an execution id is true if that execution doesn't
+    exist.
     """
     payload: str | None = Field(default=None, sa_column=Column(Text))
-    """JSON: what the run would have been given, of what was refused and may be tried again."""
+    """Trigger input as JSON text, for a refused request that may be redriven."""
     deduplication_key: str | None = Field(default=None, sa_column=Column(Text))
-    """JSON of what was refused: the idempotency key that a repetition by its sender has, and that a redrive uses up."""
+    """Idempotency key of a refused request, as JSON text: a repetition by the sender has it, and a redrive
+    consumes it.
+    """
     redriven_from: str | None = None
-    """The delivery that this one repeats."""
+    """Delivery that this one redrives."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
 
 
 class EventRecord(SQLModel, table=True):
-    """Something that has happened, as it was told; kept for a while, so that it can be replayed."""
+    """Event as reported by its sender, stored for a while so that it can be replayed."""
 
     __tablename__ = "event"
     __table_args__ = (
@@ -122,14 +127,14 @@ class EventRecord(SQLModel, table=True):
     event_type: str
     source: str
     data: str = Field(sa_column=Column(Text, nullable=False))
-    """JSON: what runs are given, with the type and the source in it."""
+    """Trigger input as JSON text, including the type and the source."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     delivered_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """Since then, all nodes have it that waited for it."""
+    """Time since which all nodes that waited for it have it."""
 
 
 class SenderToken(SQLModel, table=True):
-    """A token for the URL of a sender that can't set a header; only a hash of it is stored."""
+    """Token in the URL of a sender that can't set a header, stored as a hash only."""
 
     __tablename__ = "intake_token"
     __table_args__ = (
@@ -144,39 +149,39 @@ class SenderToken(SQLModel, table=True):
     organization_id: str = Field(foreign_key="organization.id")
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     workflow_id: str | None = Field(default=None, foreign_key="workflow.id")
-    """None: a token for events."""
+    """Workflow of a trigger token; None for an event token."""
     user_id: str = Field(foreign_key="user_account.id")
-    """Who has made it, and for whom events run that come by it."""
+    """Author of the token; runs of its events act on behalf of this user."""
     name: str = ""
     hash: str
     hint: str
-    """Its last characters."""
+    """Last characters of the token."""
     providers: str = ""
-    """Whose signatures it takes, between commas."""
+    """Providers with accepted signatures, separated by commas."""
     encrypted: bytes | None = Field(default=None, sa_column=Column(LargeBinary))
-    """JSON: what providers sign with, by provider."""
+    """Encrypted JSON object of signing keys by provider."""
     secret_id: str | None = None
-    """Of the server's secret that seals it."""
+    """Id of the server secret that decrypts them."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """After a rotation the old one is good for a while; None: until it is revoked."""
+    """End of validity after a rotation; None: valid until it is revoked."""
     revoked_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     last_used_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
 
 
 class RejectedRequestSample(SQLModel, table=True):
-    """One of the last requests that were not let in, so that somebody can see why; a flood replaces its own."""
+    """Sample of recently rejected requests, for diagnosis; a flood of requests replaces only its own samples."""
 
     __tablename__ = "intake_sample"
 
     route: str = Field(primary_key=True)
     slot: int = Field(sa_column=Column(SmallInteger, primary_key=True))
-    """Requests of a route take turns at so many places."""
+    """Number of the slot; requests of a route fill a fixed number of slots in turn."""
     organization_id: str | None = None
-    """Of the workflow or token that was named, where there is one: who may look at it."""
+    """Organization of the named workflow or token, if there is one; only its users may see the sample."""
     workflow_id: str | None = None
     reason: str
     content_bytes: int = Field(sa_column=Column(Integer, nullable=False))
     shape: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
-    """What it looked like: the names of its headers, its content type, its sender's address."""
+    """Outline of the request: names of its headers, its content type, the address of its sender."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))

@@ -1,4 +1,4 @@
-"""What a policy will do, and would have done: when its windows open, and what its pods and waits would have come to."""
+"""Forecast and replay of a lifecycle policy: coming window changes, and past pod time, cold starts and waits."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from models.lifecycle_policy import (
 from models.weekly_windows import WindowChange, WindowSchedule, ZoneClockChange
 
 PREVIEW_TIME: Final = timedelta(days=14)
-"""How far a preview looks ahead, and how far back."""
+"""Length of a preview in each direction, forecast and replay."""
 COLD_START: Final = timedelta(seconds=10)
-"""What a run is assumed to wait for pods that sleep."""
+"""Assumed wait of a run for stopped pods."""
 
 
 @dataclass(frozen=True, slots=True)
 class PastRun:
-    """A run as far as it matters for compute: a pod was busy with it between two moments."""
+    """Past run: a pod was busy with it between two times."""
 
     accepted_at: datetime
     ended_at: datetime
@@ -34,18 +34,18 @@ class PastRun:
 
 @dataclass(frozen=True, slots=True)
 class PolicyReplay:
-    """What past runs would have taken under a policy."""
+    """Cost and delay of past runs under a policy."""
 
     pod_time: timedelta
-    """For which one pod would have been up."""
+    """Total time for which one pod would have been up."""
     cold_starts: int
-    """Runs for which it would have been started."""
+    """Number of runs that would have started the pod."""
     waits: Sequence[timedelta]
-    """How long runs would have waited until a pod was up, each that would have waited at all."""
+    """Waits of runs for a pod, without runs that would not have waited."""
 
 
 def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowChange]:
-    """Return when a policy starts and stops pods by the clock alone, within the time that a preview looks ahead."""
+    """Return the starts and stops of a policy by the clock alone, within the length of a preview."""
     match policy:
         case ScheduledWindowPolicy(schedule):
             return [*weekly_windows.window_changes(schedule, now, now + PREVIEW_TIME)]
@@ -54,7 +54,7 @@ def policy_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[WindowCh
 
 
 def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[ZoneClockChange]:
-    """Return when the clocks of a policy's zone change, within the time that a preview looks ahead."""
+    """Return the clock changes of a policy's time zone within the length of a preview."""
     match policy:
         case ScheduledWindowPolicy(schedule):
             return [*weekly_windows.zone_clock_changes(schedule.timezone, now, now + PREVIEW_TIME)]
@@ -65,7 +65,7 @@ def policy_clock_changes(policy: DeploymentPolicy, now: datetime) -> Sequence[Zo
 def replay_runs(
     policy: DeploymentPolicy, runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> PolicyReplay:
-    """Return what runs, in the order in which they were accepted, would have taken between two moments."""
+    """Replay runs between two times under a policy; `runs` are sorted by acceptance."""
     match policy:
         case AlwaysOnPolicy():
             return PolicyReplay(until - since, 0, [])
@@ -78,7 +78,7 @@ def replay_runs(
 
 
 def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime) -> PolicyReplay:
-    """Return the outcome of pods that start for a run, and are kept for a while after the last one."""
+    """Replay runs with pods that start for a run and stay up for `keep` after the last one."""
     pod_time, cold_starts = timedelta(), 0
     up_since = up_until = None
     for run in runs:
@@ -96,7 +96,7 @@ def _replay_on_demand(runs: Sequence[PastRun], keep: timedelta, until: datetime)
 def _replay_schedule(
     schedule: WindowSchedule, runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> PolicyReplay:
-    """Return the outcome of pods that are up while a schedule is open: what comes before waits until it opens."""
+    """Replay runs with pods that are up while a schedule is open; earlier runs wait for its opening."""
     spans = [*_open_spans(schedule, since, until)]
     pod_time = sum(
         (min(closes_at, until) - opens_at for opens_at, closes_at in spans if opens_at < until), timedelta()
@@ -114,7 +114,7 @@ def _replay_schedule(
 def _open_spans(
     schedule: WindowSchedule, since: datetime, until: datetime
 ) -> Iterator[tuple[datetime, datetime]]:
-    """Return from when to when a schedule is open after a moment, up to the first opening after another."""
+    """Yield the open spans of a schedule after `since`, up to the first opening after `until`."""
     end = until + weekly_windows.HORIZON
     opens_at = since if weekly_windows.is_open(schedule, since) else None
     for change in weekly_windows.window_changes(schedule, since, end):

@@ -1,7 +1,7 @@
-"""When a deployed workflow has compute of its own: rules that are given the time, and only decide.
+"""Lifecycle policies of deployments: pure rules for the times at which a deployment has pods.
 
-Each rule looks at what is, never at what has just happened: whoever asks late, twice, or after a restart is told what
-is right at that moment.
+Each rule depends on the present state, never on past events. So a late, repeated or restarted evaluation
+gives the decision that is right at its time.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ IDLE_MINUTES_MIN: Final = 5
 IDLE_MINUTES_MAX: Final = 1_440
 IDLE_MINUTES_DEFAULT: Final = 30
 ON_DEMAND_TIME: Final = timedelta(seconds=60)
-"""How long an on-demand deployment stays up after its last run."""
+"""Time for which an on-demand deployment stays up after its last run."""
 DRAIN_TIME: Final = timedelta(seconds=60)
-"""How long runs that go on may take to end before a stop gives them back."""
+"""Time for which runs in progress may continue before a stop releases them."""
 RETRY_TIME: Final = timedelta(seconds=60)
-"""How long a deployment that could not be started is left alone, unless somebody calls it; doubled by each failure."""
+"""Pause after a failed start, unless a user starts the deployment; doubled by each failure."""
 MAX_RETRY_TIME: Final = timedelta(minutes=30)
 
 
 class PolicyType(StrEnum):
-    """What clients call the policies."""
+    """Type of a policy in the API."""
 
     ALWAYS_ON = "always-on"
     IDLE_SHUTDOWN = "idle-shutdown"
@@ -38,24 +38,24 @@ class PolicyType(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AlwaysOnPolicy:
-    """It is up, unless somebody stops it."""
+    """Policy that keeps a deployment up unless a user stops it."""
 
 
 @dataclass(frozen=True, slots=True)
 class IdleShutdownPolicy:
-    """It stops when nothing happened for a while, and starts for whatever comes."""
+    """Policy that stops a deployment after a time without activity, and starts it for runs."""
 
     idle_timeout_minutes: float = IDLE_MINUTES_DEFAULT
 
 
 @dataclass(frozen=True, slots=True)
 class OnDemandPolicy:
-    """It stops soon after its last run, and starts for whatever comes."""
+    """Policy that stops a deployment soon after its last run, and starts it for runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledWindowPolicy:
-    """It is up while a schedule is open."""
+    """Policy that keeps a deployment up while a schedule is open."""
 
     schedule: WindowSchedule
 
@@ -66,11 +66,11 @@ DEFAULT_POLICY: Final[Mapping[str, Any]] = {
     "type": PolicyType.IDLE_SHUTDOWN.value,
     "idleTimeoutMinutes": IDLE_MINUTES_DEFAULT,
 }
-"""The policy of a workflow for which nobody has chosen another, as it is stored."""
+"""Stored form of the policy of a workflow without one."""
 
 
 class StoppedReason(StrEnum):
-    """Why a deployment is down."""
+    """Reason why a deployment is down."""
 
     MANUAL = "manual"
     IDLE = "idle"
@@ -81,20 +81,20 @@ class StoppedReason(StrEnum):
 
 
 class LifecycleAction(StrEnum):
-    """What is to be done about a deployment."""
+    """Action on a deployment."""
 
     NONE = "none"
     START = "start"
-    """The policy, or somebody, wants it up; where it drains, that ends."""
+    """Start for the policy or a user; ends draining."""
     WAKE = "wake"
-    """The same, for a run that has come."""
+    """Start for a run."""
     DRAIN = "drain"
-    """It takes no further runs, and those that go on get a while to end."""
+    """Claim no further runs, and give runs in progress time to end."""
     STOP = "stop"
 
 
 class LifecycleReason(StrEnum):
-    """Why that is to be done, or nothing is."""
+    """Reason for an action or for none."""
 
     ALWAYS_ON = "always-on"
     WINDOW_OPEN = "window-open"
@@ -119,43 +119,43 @@ class LifecycleReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class DeploymentSituation:
-    """What there is to know of a deployment when something is decided about it."""
+    """State of a deployment on which decisions depend."""
 
     is_deployed: bool
     is_up: bool
-    """It is wanted to have pods, whether or not they are there yet."""
+    """Whether it is desired to have pods, ready or not."""
     drain_until: datetime | None = None
-    """It is about to stop: until then its runs may go on. It counts as up."""
+    """End of draining, until which its runs may continue. A draining deployment counts as up."""
     stopped_reason: StoppedReason | None = None
     stopped_at: datetime | None = None
-    """When it was stopped, or began to drain."""
+    """Time of the stop, or of the begin of draining."""
     started_by_hand_at: datetime | None = None
-    """When somebody started it; None where it was started by a rule."""
+    """Time of a start by a user; None after a start by a rule."""
     last_activity_at: datetime | None = None
-    """The last delivery, end of a run, or start."""
+    """Time of the last delivery, end of a run, or start."""
     is_waking: bool = False
-    """It is wanted up, and isn't ready."""
+    """Whether it is desired to be up and isn't ready."""
     start_failures: int = 0
-    """Starts that have failed one after the other, without a pod that was ready in between."""
+    """Consecutive failed starts without a ready pod in between."""
     has_due: bool = False
-    """Runs of it could be taken up now; those that wait or are deferred don't count."""
+    """Whether runs of it could be claimed now; waiting and deferred runs don't count."""
     has_running: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class LifecycleVerdict:
-    """What to do, and why."""
+    """Action with its reason."""
 
     action: LifecycleAction
     reason: LifecycleReason
     stopped_reason: StoppedReason | None = None
-    """What a stop or a drain will be said to be for."""
+    """Reason that a stop or drain stores."""
     check_at: datetime | None = None
-    """When time alone will make a difference; None: it takes something to happen."""
+    """Time at which the decision changes without an event; None: only an event changes it."""
 
 
 class StartRefusalCode(StrEnum):
-    """Why a deployment may not be started for a run."""
+    """Reason why a deployment may not be started for a run."""
 
     NOT_DEPLOYED = "not-deployed"
     OUTSIDE_WINDOW = "outside-window"
@@ -164,15 +164,15 @@ class StartRefusalCode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class StartRefusal:
-    """A run that comes now is refused, or deferred if nobody waits for it."""
+    """Refusal of a start: the run is refused, or deferred if no caller waits for it."""
 
     code: StartRefusalCode
     opens_at: datetime | None = None
-    """When it may run; None: when somebody starts or deploys the workflow."""
+    """Earliest time of the run; None: after somebody starts or deploys the workflow."""
 
 
 class TransitionKind(StrEnum):
-    """Which way it will go."""
+    """Direction of a transition."""
 
     START = "start"
     STOP = "stop"
@@ -180,23 +180,25 @@ class TransitionKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LifecycleTransition:
-    """What will happen next if nothing else does."""
+    """Next start or stop of a deployment without further events."""
 
     kind: TransitionKind
     at: datetime
 
 
-# ── what a policy is ────────────────────────────────────────────────────────────────────────────────────────
+# ── stored form ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def effective_policy(stored: Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the policy of a workflow as it is stored, or would be if somebody had chosen the default."""
+    """Return the stored policy of a workflow, or the default."""
     return DEFAULT_POLICY if stored is None else stored
 
 
 def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
-    """Return a policy from what is stored of it: `type`, and `idleTimeoutMinutes` or `schedule` with
-    `timezone` and `windows` of `days`, `startTime` and `endTime`.
+    """Parse a stored policy.
+
+    Its shape is `type`, and `idleTimeoutMinutes` or `schedule` with `timezone` and `windows` of `days`,
+    `startTime` and `endTime`.
     """
     match PolicyType(stored["type"]):
         case PolicyType.ALWAYS_ON:
@@ -214,11 +216,11 @@ def parse_policy(stored: Mapping[str, Any]) -> DeploymentPolicy:
             return ScheduledWindowPolicy(WindowSchedule(schedule["timezone"], tuple(found)))
 
 
-# ── what is to be done ──────────────────────────────────────────────────────────────────────────────────────
+# ── decisions ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime) -> LifecycleVerdict:
-    """Return what is to be done about a deployment now."""
+    """Decide on the action on a deployment at this time."""
     if not situation.is_deployed:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.NOT_DEPLOYED)
     if situation.drain_until is not None:
@@ -229,7 +231,7 @@ def decide(policy: DeploymentPolicy, situation: DeploymentSituation, now: dateti
 
 
 def retry_time(start_failures: int) -> timedelta:
-    """Return how long a deployment is left alone after so many failed starts."""
+    """Return the pause after this many consecutive failed starts."""
     doublings = min(max(start_failures - 1, 0), 16)
     return min(RETRY_TIME * (1 << doublings), MAX_RETRY_TIME)
 
@@ -237,7 +239,7 @@ def retry_time(start_failures: int) -> timedelta:
 def start_refusal(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> StartRefusal | None:
-    """Return why a run that comes now can't have the deployment; None: it is up, or is to be started for it."""
+    """Return why a deployment can't serve a run now; None: it is up, or may be started for the run."""
     if not situation.is_deployed or situation.stopped_reason is StoppedReason.ARCHIVED:
         return StartRefusal(StartRefusalCode.NOT_DEPLOYED)
     if situation.is_up and situation.drain_until is None:
@@ -254,7 +256,7 @@ def start_refusal(
 def stop_decision(
     situation: DeploymentSituation, reason: LifecycleReason, stopped_reason: StoppedReason
 ) -> LifecycleVerdict:
-    """Return how a deployment is stopped that may have runs going on."""
+    """Return the decision that stops a deployment: with a drain if runs are in progress."""
     action = LifecycleAction.DRAIN if situation.is_up and situation.has_running else LifecycleAction.STOP
     return LifecycleVerdict(action, reason, stopped_reason)
 
@@ -262,7 +264,7 @@ def stop_decision(
 def next_transition(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleTransition | None:
-    """Return when a deployment will start or stop next if nothing comes, by the clock alone."""
+    """Return the next start or stop of a deployment by the clock alone, without further events."""
     decision = decide(policy, situation, now)
     match decision.action:
         case LifecycleAction.START | LifecycleAction.WAKE:
@@ -277,7 +279,7 @@ def next_transition(
 
 
 def decision_inputs(situation: DeploymentSituation, now: datetime) -> dict[str, Any]:
-    """Return what was decided by, as JSON, to be kept with the decision."""
+    """Return the inputs of a decision as JSON, to be stored with it."""
     facts = {"now": now, **asdict(situation)}
     return {
         _to_camel_case(name): timestamps.format_timestamp(value) if isinstance(value, datetime) else value
@@ -306,7 +308,7 @@ def _decide_while_up(
 def _stop_unless_in_use(
     stop: LifecycleVerdict, situation: DeploymentSituation, timeout: timedelta, now: datetime
 ) -> LifecycleVerdict:
-    """Return a stop once nothing has happened for a while."""
+    """Return `stop` after a time without activity."""
     if situation.has_due or situation.has_running or situation.is_waking:
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.IN_USE)
     idle_at = (situation.last_activity_at or now) + timeout
@@ -320,7 +322,7 @@ def _stop_unless_in_use(
 def _stop_unless_open(
     schedule: WindowSchedule, situation: DeploymentSituation, now: datetime
 ) -> LifecycleVerdict:
-    """Return a stop where the schedule is closed, but not before it closes for the first time after a start by hand."""
+    """Return a stop while the schedule is closed, but not before its first closing after a start by a user."""
     if weekly_windows.is_open(schedule, now):
         closes_at = weekly_windows.next_closing(schedule, now)
         return LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.WINDOW_OPEN, check_at=closes_at)
@@ -374,13 +376,13 @@ def _decide_while_down(
 def _start_reason(
     policy: DeploymentPolicy, situation: DeploymentSituation, now: datetime
 ) -> LifecycleReason | None:
-    """Return why a policy wants a deployment up though nothing is to be run; None: it doesn't."""
+    """Return why a policy wants a deployment up without a due run; None if it doesn't."""
     is_by_hand = situation.stopped_reason is StoppedReason.MANUAL
     match policy:
         case AlwaysOnPolicy() if not is_by_hand:
             return LifecycleReason.ALWAYS_ON
         case ScheduledWindowPolicy(schedule) if weekly_windows.is_open(schedule, now):
-            # A stop by hand holds until the next opening after it.
+            # A stop by a user holds until the next opening after it.
             if is_by_hand and not _has_opened(schedule, situation.stopped_at or now, now):
                 return None
             return LifecycleReason.WINDOW_OPEN

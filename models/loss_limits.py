@@ -1,12 +1,14 @@
-"""Lost workers of a run: how many make it a suspect, and how many end it."""
+"""Limits of lost workers of a run: for becoming a suspect, and for failing as crashed."""
 
 from __future__ import annotations
 
 from typing import Final
 
 SUSPECT_LOSSES: Final = 2
-"""A run that has lost so many workers, with nothing new recorded in between, is a suspect: it is put on trial."""
+"""Workers that a run may lose, with nothing new recorded in between, before it is a suspect and gets a trial
+in isolation.
+"""
 MAX_ISOLATION_LOSSES: Final = 2
-"""A run that has lost so many workers while on trial is given up as crashed."""
+"""Workers that a run may lose in trials before it fails as crashed."""
 MAX_LOST_ATTEMPTS: Final = 10
-"""A run that has lost so many workers of any kind is given up as crashed."""
+"""Workers of any kind that a run may lose before it fails as crashed."""

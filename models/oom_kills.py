@@ -1,7 +1,7 @@
-"""The kernel's count of processes that it killed for want of memory.
+"""Count of processes that the kernel killed for lack of memory.
 
-Compared before and after the death of a process by SIGKILL, it tells whether memory was the reason. The count is that
-of the control group of this process, or of the whole machine where there is none.
+A higher count after the death of a process by SIGKILL shows that memory was the reason. The count is that of
+the control group of this process, or of the whole machine without one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ROOT = Path("/")
 
 
 def count_kills(root: Path = _ROOT) -> int | None:
-    """Return the count; None where the system tells none."""
+    """Return the number of kills; None where the system doesn't report it."""
     for file in _counter_files(root):
         try:
             lines = file.read_text(encoding="ascii").splitlines()
@@ -30,30 +30,32 @@ def count_kills(root: Path = _ROOT) -> int | None:
 
 
 class OomKillWatch:
-    """Tells whether the kernel has killed a process within the moments before another died."""
+    """Watch that recognizes deaths of child processes by lack of memory."""
 
     def __init__(self) -> None:
-        # Two looks back: the kernel counts a kill at once, and the process ends once its memory is released.
+        # Keeps two counts: the kernel counts a kill at once, and the process ends only after its memory is
+        # released.
         self._earlier = self._latest = count_kills()
         self._look_at = time.monotonic() + LOOK_SECONDS
 
     def look(self) -> None:
-        """Forget kills of long before, which were of others; to be called again and again."""
+        """Update the counts, to forget earlier kills of other processes; call it again and again."""
         if time.monotonic() >= self._look_at:
             self._earlier, self._latest = self._latest, count_kills()
             self._look_at = time.monotonic() + LOOK_SECONDS
 
     def explains(self, exit_code: int | None) -> bool:
-        """Tell whether a process that has just died with this code was killed for want of memory."""
+        """Return whether a process that has just died with this exit code was killed for lack of memory."""
         if exit_code != -signal.SIGKILL or self._earlier is None:
             return False
         return (count_kills() or 0) > self._earlier
 
 
 def _counter_files(root: Path) -> list[Path]:
-    """Return where the count may stand, the nearest first.
+    """Return the files that may hold the count, the most specific first.
 
-    A container that sees the whole hierarchy finds its group by its path; one with a view of its own, at the top.
+    A container that sees the whole hierarchy finds its group by path; a container with its own view, at the
+    top.
     """
     groups = root / "sys/fs/cgroup"
     first: list[Path] = []

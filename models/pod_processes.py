@@ -1,6 +1,7 @@
-"""By what names pods hold runs: `pod:<workflow>:<pod>/<start>`.
+"""Names of pod processes in leases: `pod:<workflow>:<pod>/<start>`.
 
-A pod may be started again under its name, and what it held before is nobody's then: so a name is that of one process.
+A pod may restart under its name, and nobody renews the leases of its earlier process. So a name identifies
+one process.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 POD_OWNER_PREFIX: Final = "pod:"
-"""How the names of all pods begin."""
+"""Prefix of the lease owner names of all pods."""
 _NAME: Final = re.compile(r"(?P<pod>[A-Za-z0-9_-]{1,64})/(?P<milliseconds>[0-9]{13})")
 
 
@@ -21,16 +22,16 @@ class PodProcess:
 
     pod: str
     started_at: datetime
-    """By the clock of the machine that it runs on, in whole milliseconds."""
+    """Start time by the clock of its machine, in whole milliseconds."""
 
     @classmethod
     def new(cls, pod: str) -> PodProcess:
-        """Return the process that has just begun."""
+        """Return the identity of a process that starts now."""
         return cls(pod, datetime.fromtimestamp(int(datetime.now(UTC).timestamp() * 1_000) / 1_000, UTC))  # noqa: TID251 - compared on one machine
 
     @classmethod
     def from_name(cls, name: str) -> PodProcess | None:
-        """Return the process of a name; None for what is none."""
+        """Parse a process from its name; None for any other text."""
         found = _NAME.fullmatch(name)
         if found is None:
             return None
@@ -42,10 +43,12 @@ class PodProcess:
 
 
 def lease_owner(workflow_id: str, process: PodProcess) -> str:
-    """Return by what name a process leases runs: nobody but pods of its workflow has one that begins like it."""
+    """Return the name under which a process leases runs. Only pods of its workflow have names with this
+    prefix.
+    """
     return f"{lease_owner_prefix(workflow_id)}{process.name}"
 
 
 def lease_owner_prefix(workflow_id: str) -> str:
-    """Return how the names of all pods of a workflow begin."""
+    """Return the common prefix of the lease owner names of a workflow's pods."""
     return f"{POD_OWNER_PREFIX}{workflow_id}:"

@@ -1,7 +1,7 @@
-"""Failures of PostgreSQL sorted by what the caller can do next: one table of SQLSTATEs for every path to it.
+"""Classification of PostgreSQL errors by the caller's next step, in one table of SQLSTATEs.
 
-The codes are those of https://www.postgresql.org/docs/current/errcodes-appendix.html. What isn't in the table is the
-fault of a statement, and fails again.
+The codes are those of https://www.postgresql.org/docs/current/errcodes-appendix.html. An error that isn't in
+the table is the fault of a statement, and occurs again.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ from typing import Final
 
 
 class DatabaseFailure(Enum):
-    """A failure that may pass by itself."""
+    """Kind of transient failure."""
 
     ROLLED_BACK = auto()
-    """The transaction was certainly undone, and may succeed when it is run again at once."""
+    """The transaction was certainly rolled back, and may succeed when it is run again at once."""
     LOCK_NOT_AVAILABLE = auto()
-    """The transaction was certainly undone, and fails again for as long as another one holds the lock."""
+    """The transaction was certainly rolled back, and fails again for as long as another one holds the lock.
+    """
     UNAVAILABLE = auto()
-    """The server can't serve now, or its answer was lost: whether it has committed is unknown."""
+    """The server can't serve now, or its answer was lost: a commit may have happened or not."""
 
 
 _CODES: Final = {
@@ -28,13 +29,13 @@ _CODES: Final = {
     "25006": DatabaseFailure.UNAVAILABLE,  # read-only: a standby, or an operator's setting
     "25P03": DatabaseFailure.UNAVAILABLE,  # `idle_in_transaction_session_timeout`: this process was frozen
     "25P04": DatabaseFailure.UNAVAILABLE,  # `transaction_timeout`
-    "28000": DatabaseFailure.UNAVAILABLE,  # `pg_hba.conf` lets nobody in
+    "28000": DatabaseFailure.UNAVAILABLE,  # `pg_hba.conf` refuses every connection
     "28P01": DatabaseFailure.UNAVAILABLE,  # the password has been changed
     "3D000": DatabaseFailure.UNAVAILABLE,  # the database is being restored
     "40003": DatabaseFailure.UNAVAILABLE,  # statement completion unknown
 }
 _CLASSES: Final = {
-    "08": DatabaseFailure.UNAVAILABLE,  # connections; poolers report their own trouble as 08P01
+    "08": DatabaseFailure.UNAVAILABLE,  # connections; poolers report their own failures as 08P01
     "53": DatabaseFailure.UNAVAILABLE,  # disk full, out of memory, too many connections
     "57": DatabaseFailure.UNAVAILABLE,  # canceled, shutting down, starting up
     "58": DatabaseFailure.UNAVAILABLE,  # I/O errors
@@ -42,7 +43,9 @@ _CLASSES: Final = {
 
 
 def failure_of(error: BaseException) -> DatabaseFailure | None:
-    """Return the failure that an error of asyncpg, of SQLAlchemy or of the system stands for; None: no passing one."""
+    """Return the kind of failure for an error of asyncpg, SQLAlchemy or the system; None for one that isn't
+    transient.
+    """
     original = getattr(error, "orig", None) or error
     sqlstate = getattr(original, "sqlstate", None)
     if sqlstate is not None:

@@ -1,4 +1,6 @@
-"""Sessions on the server's own PostgreSQL: each ends by itself, and frees its locks, when its process stands still."""
+"""PostgreSQL sessions that end by themselves, and release their locks, when their process freezes or its
+machine is lost.
+"""
 
 from __future__ import annotations
 
@@ -21,31 +23,33 @@ if TYPE_CHECKING:
     from models.circuit_breaker import GuardedCall
 
 LOCK_WAIT_MILLISECONDS: Final = 2_000
-"""So long a statement waits for a row or a key that another transaction has locked."""
+"""Lock wait of a statement for a row or key that another transaction has locked."""
 IDLE_TRANSACTION_MILLISECONDS: Final = 5_000
-"""So long a process may be frozen in the middle of a transaction before it loses it, and with it all locks."""
+"""Time for which a process may freeze inside a transaction before the transaction and its locks are lost."""
 SESSION_TIMEOUTS: Final = {
     "lock_timeout": str(LOCK_WAIT_MILLISECONDS),
     "idle_in_transaction_session_timeout": str(IDLE_TRANSACTION_MILLISECONDS),
 }
-# By these the server notices that a client's machine is gone, or takes nothing more.
+# With these settings, the server detects a client machine that is gone or accepts no data.
 _SERVER_SOCKET: Final = {
     "tcp_keepalives_idle": "5",
     "tcp_keepalives_interval": "2",
     "tcp_keepalives_count": "3",
     "tcp_user_timeout": "10000",
 }
-# The same on our side, by the names of Linux; other systems have some of them.
+# The same for the client's socket, with the option names of Linux; other systems have some of them.
 _CLIENT_SOCKET: Final = {"TCP_KEEPIDLE": 5, "TCP_KEEPINTVL": 2, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 10_000}
 _without_timeouts: WeakSet[Any] = WeakSet()
 _connections: WeakKeyDictionary[AbstractEventLoop, dict[str, WeakSet[Any]]] = WeakKeyDictionary()
-"""All that were opened, by loop and address."""
+"""Open connections by event loop and address."""
 _breakers: WeakKeyDictionary[AbstractEventLoop, dict[str, CircuitBreaker]] = WeakKeyDictionary()
-"""All pools of a loop that lead to one address share one: whoever meets an outage first tells the others."""
+"""Circuit breakers by event loop and address. All pools of a loop share one, so that the first to detect an
+outage tells the others.
+"""
 
 
 class MonitoredConnection(asyncpg.Connection):
-    """A connection whose end is noticed though the machine at the other end says nothing any more."""
+    """Connection with keep-alive probes, which detect a server machine that has silently gone."""
 
     __slots__ = ()
 
@@ -55,14 +59,15 @@ class MonitoredConnection(asyncpg.Connection):
 
 
 def driver_address(url: URL) -> str:
-    """Return a URL of SQLAlchemy as the driver reads it."""
+    """Convert a URL of SQLAlchemy to the form that the driver reads."""
     return url.set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 async def open_session(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session with these settings and our timeouts; behind a pooler that passes none on, without them.
+    """Open a session with these settings and our timeouts; without them behind a pooler that refuses
+    settings.
 
-    Takes what `asyncpg.connect` takes, and raises what that raises.
+    Takes the options of `asyncpg.connect`, and raises its exceptions.
     """
     connection = await _open_session(address, settings, options)
     of_loop = _connections.setdefault(asyncio.get_running_loop(), {})
@@ -71,12 +76,12 @@ async def open_session(address: str, *, settings: Mapping[str, str], **options: 
 
 
 async def open_checked_session(address: str, **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session as `connect` does, and see whether a pooler in between has dropped the timeouts in silence."""
+    """Open a session as `open_session` does, and check whether a pooler has silently dropped the timeouts."""
     connection = await open_session(address, settings={}, **options)
     try:
         found = await connection.fetchval("SELECT setting FROM pg_settings WHERE name = 'lock_timeout'")
     except BaseException:
-        connection.terminate()  # nobody else knows of it yet
+        connection.terminate()  # no other code knows of the connection yet
         raise
     if found != SESSION_TIMEOUTS["lock_timeout"]:
         _without_timeouts.add(connection)
@@ -84,18 +89,20 @@ async def open_checked_session(address: str, **options: Any) -> Any:  # noqa: AN
 
 
 def timeout_statement() -> str:
-    """Return the statement that sets the timeouts for one transaction, where a pooler has passed none on."""
+    """Return the statement that sets the timeouts for one transaction, for sessions without them."""
     settings = (f"set_config('{name}', '{value}', true)" for name, value in SESSION_TIMEOUTS.items())
     return f"SELECT {', '.join(settings)}"
 
 
 def has_timeouts(connection: object) -> bool:
-    """Tell whether the session itself has the timeouts, or each transaction has to set them."""
+    """Return whether the session has the timeouts; otherwise each transaction must set them."""
     return connection not in _without_timeouts
 
 
 def guard_server(address: str) -> GuardedCall:
-    """Return the context of a call to a server; it raises `DatabaseUnavailable` where that doesn't answer anybody."""
+    """Return the context of a call to a server; it raises `DatabaseUnavailable` during an outage of the
+    server.
+    """
     of_loop = _breakers.setdefault(asyncio.get_running_loop(), {})
     breaker = of_loop.get(address)
     if breaker is None:
@@ -120,13 +127,13 @@ async def _open_session(address: str, settings: Mapping[str, str], options: dict
 
 
 async def _probe_server(address: str) -> None:
-    """Return once the server has answered on a connection of its own, be it by a refusal."""
+    """Return after the server has answered on a new connection, even by a refusal."""
     try:
         connection = await _open_session(address, {}, {})
     except asyncpg.PostgresError:
         return
     try:
-        # A pooler answers by itself up to here.
+        # Without a query, only the pooler may have answered.
         await connection.fetchval("SELECT 1")
     except asyncpg.PostgresError:
         return
@@ -135,7 +142,7 @@ async def _probe_server(address: str) -> None:
 
 
 def _terminate_connections(address: str) -> None:
-    """Break all connections to a server: each statement on its way there fails at once."""
+    """Terminate all connections to a server, so that each statement in progress fails at once."""
     for connection in list(_connections.get(asyncio.get_running_loop(), {}).get(address, ())):
         connection.terminate()
 

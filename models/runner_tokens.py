@@ -1,7 +1,8 @@
-"""What a deployment's pods and the gateway know one another by.
+"""Tokens with which pods and the gateway authenticate each other.
 
-A token is made of the server's secret and a row's id, so that the deployer can hand it out again and nobody stores it;
-what is stored is its hash, and what the gateway shows a pod is made of that: the token itself goes one way only.
+A token is derived from the server's secret and a row's id, so that the deployer can derive it again and
+nobody stores it. Rows store its hash. The gateway authenticates to pods with a key that is derived from this
+hash, so that it never sends the token itself.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from models.ids import ALPHABET
 
 PREFIX: Final = "rt-"
 _ROUTING_CODE: Final = "00"
-"""There before there is more than one place to route to."""
+"""Reserved for routing between regions, part of tokens from the start."""
 _CHARACTERS: Final = 52
 
 
 def derive_token(token_id: str, secret: bytes) -> str:
-    """Return the token of a row: `rt-`, a routing code of two characters, 260 bits."""
+    """Derive the token of a row: `rt-`, a routing code of two characters, 260 bits."""
     key = blake2b(secret, digest_size=64, person=b"runner tokens").digest()
     number = int.from_bytes(blake2b(token_id.encode(), key=key, digest_size=33).digest(), "big")
     return (
@@ -27,10 +28,10 @@ def derive_token(token_id: str, secret: bytes) -> str:
 
 
 def hash_token(token: str) -> str:
-    """Return what is stored of a token: it has too many random bits for anybody to find it by trying."""
+    """Return the stored hash of a token, unkeyed, since a token has too many random bits to be guessed."""
     return blake2b(token.encode(), digest_size=32, person=b"runner token").hexdigest()
 
 
 def wakeup_key(hashed: str) -> str:
-    """Return what a pod takes wakeups by, made of the hash of its token."""
+    """Derive the key that authenticates wakeups of a pod, from the hash of its token."""
     return blake2b(hashed.encode(), digest_size=32, person=b"runner wakeups").hexdigest()

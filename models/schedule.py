@@ -1,4 +1,4 @@
-"""Where the schedules of active workflows are: a row each, whose next instant moves on with the runs that it starts."""
+"""State of the schedules of active workflows: one row each, advanced with the runs that it starts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.column_types import TimestampColumn
 
 
 class Schedule(SQLModel, table=True):
-    """The schedule of a workflow that has, or had, a schedule trigger and was active."""
+    """Schedule of a workflow with a schedule trigger that is or was active."""
 
     __table_args__ = (
         Index(
@@ -27,20 +27,20 @@ class Schedule(SQLModel, table=True):
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     node_id: str
     timing_hash: str
-    """Of what its config says about when: it counts anew where that changes, and for no other edit."""
+    """Hash of the timing in its config: a change of it starts the schedule anew, and no other edit does."""
     anchor_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
-    """When it began to count."""
+    """Time from which its intervals count."""
     planned_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
-    """When its next instant was worked out."""
+    """Time at which its next instant was computed."""
     next_run_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """The first instant that nobody has decided about; None while it doesn't count."""
+    """First instant without a decision; None while the schedule is inactive."""
     due_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """When that is run, or looked at again: later by the jitter, or where something keeps it from being run."""
+    """Time of the next run or look: later than the instant by the jitter, or by a delay after a problem."""
     last_run_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """The instant of its last run."""
+    """Instant of its last run."""
     last_execution_id: str | None = None
     skipped_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """The last instant that was passed over, and why."""
+    """Last skipped instant; `skipped_reason` is the reason."""
     skipped_reason: str | None = None
     problem: str | None = Field(default=None, sa_column=Column(Text))
-    """What keeps it from being run, in words for its owner."""
+    """Problem that keeps it from running, as text for its owner."""

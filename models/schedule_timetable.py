@@ -1,7 +1,4 @@
-"""When a schedule is due, and which of its instants are run when somebody looks.
-
-All of it is rules, with the clock among their arguments.
-"""
+"""Timetables of schedules: pure rules for due instants, and for the instants that are run after a delay."""
 
 from __future__ import annotations
 
@@ -21,13 +18,13 @@ from cronsim import CronSim, CronSimError
 from models import weekly_windows
 
 GRACE_TIME: Final = timedelta(minutes=1)
-"""An instant that is looked at later than this was missed; until then it counts as on time."""
+"""Lateness above which an instant counts as missed."""
 MISFIRE_LIMIT: Final = 10
-"""Missed instants that are run where a schedule doesn't say how many."""
+"""Default number of missed instants that are run."""
 MAX_WAITING: Final = 1_000
-"""While so many runs of its workflow wait to be begun, a schedule passes its instants over."""
+"""Number of unstarted runs of its workflow at which a schedule skips instants."""
 MAX_AHEAD: Final = timedelta(hours=1)
-"""A clock that was ahead by more than this may have things run twice once it is right again."""
+"""Largest step of a clock that was ahead for which no instant is run twice."""
 CRON_FIELDS: Final = 5
 CRON_CHARACTERS: Final = 200
 _FIRST_STRETCH: Final = timedelta(hours=1)
@@ -37,21 +34,21 @@ _SOME_MOMENT: Final = datetime(2024, 1, 1, tzinfo=UTC)
 
 
 class InvalidTimetable(ValueError):
-    """The config of a schedule says nothing that can be followed here; the text says why."""
+    """The config of a schedule is unusable; the text says why."""
 
 
 class MisfirePolicy(StrEnum):
-    """What becomes of instants that were missed."""
+    """Policy for missed instants."""
 
     SKIP = "skip"
     RUN_ONCE = "run-once"
-    """All that are due become one run, that of the last."""
+    """One run for all due instants, at the last of them."""
     RUN_ALL = "run-all"
-    """The last of them are run, as many as the limit says."""
+    """Runs for the last due instants, up to the limit."""
 
 
 class OverlapPolicy(StrEnum):
-    """What becomes of an instant at which an earlier run goes on."""
+    """Policy for an instant during an earlier run."""
 
     ALLOW = "allow"
     SKIP = "skip"
@@ -59,25 +56,25 @@ class OverlapPolicy(StrEnum):
 
 
 class SkipReason(StrEnum):
-    """Why an instant was passed over."""
+    """Reason for a skipped instant."""
 
     MISSED = "missed"
-    """Nobody looked in time, and the misfire policy leaves it out."""
+    """It was missed, and the misfire policy leaves it out."""
     OVERLAP = "overlap"
-    """An earlier run went on."""
+    """An earlier run was in progress."""
     QUEUE_FULL = "queue-full"
-    """Too many runs of the workflow waited to be begun."""
+    """Too many runs of the workflow had not started."""
     CONCURRENCY_LIMIT = "concurrency-limit"
-    """As many runs went on as the workflow's settings allow, and those say that further ones are refused."""
+    """The concurrency limit of the workflow was reached, and its settings refuse further runs."""
 
 
 @dataclass(frozen=True)
 class ScheduleTimetable:
-    """A schedule as its config says it."""
+    """Parsed config of a schedule."""
 
     cron: str | None
     interval_seconds: int | None
-    """The one that isn't None says when."""
+    """Interval; exactly one of `cron` and this is not None."""
     timezone: str
     misfire: MisfirePolicy
     misfire_limit: int
@@ -90,29 +87,29 @@ class ScheduleTimetable:
 
     @property
     def timing_hash(self) -> str:
-        """Return what changes with the instants, and with nothing else."""
+        """Hash that changes with the instants and with nothing else."""
         timing = (self.cron, self.interval_seconds, self.timezone, self.jitter_seconds)
         return sha256(msgspec.json.encode(timing)).hexdigest()
 
     def start_delay(self, workflow_id: str) -> timedelta:
-        """Return how much later than its instants a workflow's runs start: less than the jitter, always the same."""
+        """Return the constant delay of a workflow's runs after their instants, less than the jitter."""
         digest = blake2b(workflow_id.encode(), digest_size=4).digest()
         return timedelta(
             milliseconds=self.jitter_seconds * 1_000 * int.from_bytes(digest, "big") // 256 ** len(digest)
         )
 
     def first_after(self, moment: datetime, anchor: datetime) -> datetime | None:
-        """Return the next instant; None where there is none any more. Intervals are counted from `anchor`."""
+        """Return the first instant after a time; None if there is none. Intervals count from `anchor`."""
         return next(self.instants_after(moment, anchor), None)
 
     def instants_after(self, moment: datetime, anchor: datetime) -> Iterator[datetime]:
-        """Return all instants after a moment, in UTC."""
+        """Yield all instants after a time, in UTC."""
         if self.interval_seconds is not None:
             yield from _interval_instants(timedelta(seconds=self.interval_seconds), moment, anchor)
             return
         for local in CronSim(self.cron or "", moment.astimezone(self.zone)):
             instant = local.astimezone(UTC)
-            # In an hour that the clocks repeat, it begins with the first of the two.
+            # In an hour that the clocks repeat, the iterator begins with the first of the two.
             if instant > moment:
                 yield instant
 
@@ -123,7 +120,7 @@ class ScheduleTimetable:
         ]
 
     def last_instants(self, count: int, first: datetime, last: datetime, anchor: datetime) -> list[datetime]:
-        """Return the last instants from `first` to `last`, without going through all of a long time."""
+        """Return the last instants from `first` to `last`, without computing all of a long time."""
         stretch = _FIRST_STRETCH
         while True:
             start = max(first, last - stretch)
@@ -134,7 +131,7 @@ class ScheduleTimetable:
 
 
 class _TimetableConfig(msgspec.Struct, rename="camel"):
-    """What the node type allows, with its defaults."""
+    """Config that the node type allows, with its defaults."""
 
     cron: str | None = None
     interval_seconds: Annotated[int, msgspec.Meta(ge=1, le=31_536_000)] | None = None
@@ -147,48 +144,49 @@ class _TimetableConfig(msgspec.Struct, rename="camel"):
 
 @dataclass(frozen=True, slots=True)
 class ScheduleState:
-    """Where a schedule is."""
+    """State of a schedule on which decisions depend."""
 
     workflow_id: str
     anchor_at: datetime
     next_run_at: datetime
-    """The first instant that nobody has decided about."""
+    """First instant without a decision."""
     is_busy: bool = False
-    """Its last run goes on."""
+    """Whether its last run is in progress."""
     waiting_runs: int = 0
-    """Those of its workflow that nobody has begun."""
+    """Number of unstarted runs of its workflow."""
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduleDecision:
-    """What is to be done about all instants that are due."""
+    """Decision about all due instants."""
 
     run: Sequence[datetime]
-    """In order."""
+    """Instants to run, in order."""
     next_run_at: datetime | None
     passed: SkipReason | None = None
-    """Why some were passed over; None: none was."""
+    """Reason for skipped instants; None if none was skipped."""
     skipped_at: datetime | None = None
-    """The last of those."""
+    """Last skipped instant."""
 
 
 def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
-    """Return what a trigger's stored config says; raises `InvalidTimetable` where no process here could follow it.
+    """Parse the stored config of a trigger; raises `InvalidTimetable` for a config that no process here could
+    follow.
 
-    A draft's config may be anything.
+    The config of a draft may be anything.
     """
     try:
         said = msgspec.convert(
             {name: _to_whole_number(value) for name, value in config.items()}, _TimetableConfig
         )
     except msgspec.ValidationError as error:
-        raise InvalidTimetable(f"Its config is wrong: {error}") from error
+        raise InvalidTimetable(f"The config is invalid: {error}") from error
     if said.cron is not None and not is_cron_expression(said.cron):
-        raise InvalidTimetable("The cron expression never comes true")
+        raise InvalidTimetable("The cron expression matches no time")
     if said.cron is None and said.interval_seconds is None:
-        raise InvalidTimetable("It says neither `cron` nor `intervalSeconds`")
+        raise InvalidTimetable("The config has neither `cron` nor `intervalSeconds`")
     if said.timezone not in weekly_windows.zone_names():
-        raise InvalidTimetable("Its time zone is not known here")
+        raise InvalidTimetable("The time zone is unknown")
     return ScheduleTimetable(
         cron=said.cron,
         interval_seconds=said.interval_seconds if said.cron is None else None,
@@ -201,13 +199,13 @@ def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
 
 
 def _to_whole_number(value: object) -> object:
-    """Return a number that is whole, such as 60.0, as one."""
+    """Convert a whole float, such as 60.0, to an integer."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @lru_cache(maxsize=4_096)
 def is_cron_expression(cron: str) -> bool:
-    """Tell whether a text is a cron expression of five fields that comes true at some time."""
+    """Return whether a text is a cron expression of five fields with at least one instant."""
     if len(cron) > CRON_CHARACTERS or len(cron.split(" ")) != CRON_FIELDS or cron != " ".join(cron.split()):
         return False
     try:
@@ -218,7 +216,7 @@ def is_cron_expression(cron: str) -> bool:
 
 
 def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: datetime) -> ScheduleDecision:
-    """Return which of the instants from `state.next_run_at` on that are due are run; none of them is due again."""
+    """Decide about all due instants from `state.next_run_at` on; none of them is due again."""
     due_until = now - timetable.start_delay(state.workflow_id)
     if state.next_run_at > due_until:
         return ScheduleDecision((), state.next_run_at)
@@ -235,7 +233,9 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
 def _instants_to_run(
     timetable: ScheduleTimetable, state: ScheduleState, due_until: datetime
 ) -> tuple[list[datetime], SkipReason | None, datetime | None]:
-    """Return the due instants that the misfire policy has run; why others are left out, and the last of these."""
+    """Return the due instants that the misfire policy runs, the reason for leaving others out, and the last
+    of these.
+    """
     first, anchor_at = state.next_run_at, state.anchor_at
     in_time_since = due_until - GRACE_TIME
     if first >= in_time_since:
@@ -261,9 +261,10 @@ def recompute_next_instant(
     last_run_at: datetime | None,
     now: datetime,
 ) -> datetime | None:
-    """Return the next instant of a schedule whose clock was ahead when its own was worked out.
+    """Return the next instant of a schedule after the clock that computed it was found to be ahead.
 
-    What was run early is not run again, unless the clock was so far ahead that nothing would be run for long.
+    Instants that ran early are not run again, unless the clock was so far ahead that nothing would run for
+    long.
     """
     since = now - timetable.start_delay(workflow_id)
     if last_run_at is not None and since < last_run_at <= since + MAX_AHEAD:
@@ -274,12 +275,12 @@ def recompute_next_instant(
 def upcoming_instants(
     timetable: ScheduleTimetable, moment: datetime, anchor: datetime, count: int
 ) -> list[datetime]:
-    """Return the next instants after a moment."""
+    """Return the next `count` instants after a time."""
     return [*islice(timetable.instants_after(moment, anchor), count)]
 
 
 def _interval_instants(step: timedelta, moment: datetime, anchor: datetime) -> Iterator[datetime]:
-    """Return the multiples of a step after `anchor` that are after a moment too."""
+    """Yield the times after `moment` at multiples of a step after `anchor`."""
     number = max(0, (moment - anchor) // step)
     while True:
         number += 1

@@ -1,4 +1,6 @@
-"""Brings a database's tables to the newest form, and tells whether that is needed without loading Alembic."""
+"""Migration of a database's tables to the newest revision, and checks of the revision that don't load
+Alembic.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +21,21 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import URL
 
 HEAD_REVISION = "0002"
-"""The newest revision that this code knows."""
+"""Newest revision that this code knows."""
 GUARD_MILLISECONDS = 600_000
-"""So long one migration may keep others from theirs, though its process be frozen."""
+"""Time for which one migration may block others, even if its process freezes."""
 LOCKED_SECONDS = 60.0
-"""A migration gives up that other transactions have kept from a table for so long."""
+"""Time after which a migration gives up on tables that other transactions have locked."""
 PAUSE_SECONDS = 0.2
 _IDLE_TIMEOUT = "idle_in_transaction_session_timeout"
 
 
 class OutdatedDatabase(Exception):
-    """The database's tables are older than this code: `pilotflame migrate` mends that."""
+    """The tables are older than this code: run `pilotflame migrate`."""
 
 
 class NewerDatabase(Exception):
-    """The database's tables were changed by a newer release in a way that this code cannot use."""
+    """A newer release has changed the tables in a way that this code cannot use."""
 
 
 async def migrate(url: URL) -> None:
@@ -50,7 +52,7 @@ async def migrate(url: URL) -> None:
 
 
 async def read_revision(database: Database) -> str | None:
-    """Return the database's revision, or None where it has no tables yet."""
+    """Return the revision of the database, or None if it has no tables."""
     async with database.read() as connection:
         return await connection.run_sync(_revision)
 
@@ -85,10 +87,11 @@ def _require_support(connection: Connection, found: str) -> None:
 
 @asynccontextmanager
 async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
-    """Let those who migrate at once take turns: whoever comes second finds nothing to do.
+    """Serialize concurrent migrations: later ones find nothing to do.
 
-    The lock is held by a transaction of its own, since the one that migrates must see what was there after the wait.
-    It stays idle meanwhile, for longer than other transactions may. SQLite's transactions take turns by themselves.
+    A transaction of its own holds the lock, since the migrating transaction must see the tables as they are
+    after the wait. It stays idle meanwhile, for longer than other transactions may. SQLite serializes
+    transactions by itself.
     """
     if is_sqlite(database.url):
         yield
@@ -102,14 +105,15 @@ async def _migrate_exclusively(database: Database) -> AsyncIterator[None]:
 
 
 async def _upgrade_when_unlocked(database: Database) -> None:
-    """Migrate as soon as no other transaction keeps a table from it.
+    """Migrate as soon as no other transaction has locked a table.
 
-    Each try is a short one: whoever asks for such a table waits behind a statement that is to change it.
+    Each attempt is short: other users of a table wait behind a statement that is to change it.
     """
     last_try_at = monotonic() + LOCKED_SECONDS
     while True:
         try:
-            # Repeated where it must be: SQLite refuses at once whoever makes a new file's journal when another does.
+            # Repeated if necessary: SQLite refuses at once to create a new file's journal while another
+            # process does so.
             await database.transaction(lambda connection: connection.run_sync(_upgrade))
         except LockWaitTimeout:
             if monotonic() > last_try_at:

@@ -1,4 +1,4 @@
-"""Oldest code that can use the tables, as the last migration left it."""
+"""Oldest revision of code that can use the tables, stored by the last migration."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sqlmodel import Field, SQLModel
 
 
 class SchemaSupport(SQLModel, table=True):
-    """One row; a migration that renames or removes something replaces it, one that only adds does not."""
+    """Single row; a migration that renames or removes something replaces it, one that only adds does not."""
 
     __tablename__ = "schema_support"
 

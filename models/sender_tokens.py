@@ -1,4 +1,4 @@
-"""Tokens of senders as they are made and looked up: random, so that an unkeyed hash of one is worth nothing."""
+"""Creation and look-up of sender tokens: random, so that an unkeyed hash of a token is worthless."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from models.database import Database
 
 _ROUTING_CODE = "00"
-"""There before there is more than one place to route to."""
+"""Reserved for routing between regions, part of tokens from the start."""
 _BITS = 260
 HINT_CHARACTERS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class FoundSenderToken:
-    """A valid token, and for whom it speaks."""
+    """Valid sender token with the identity that it authenticates."""
 
     id: str
     kind: SenderTokenKind
@@ -41,15 +41,15 @@ class FoundSenderToken:
     shard: int
     workflow_id: str | None
     user_id: str
-    """The workflow's owner; of a token for events: who has made it."""
+    """Owner of the workflow; for an event token, its author."""
     role: UserRole
     encrypted: EncryptedText | None
-    """What providers sign with."""
+    """Encrypted signing keys of providers."""
     last_used_at: datetime | None
 
 
 def new_token(kind: SenderTokenKind) -> str:
-    """Return a fresh token: a prefix, a routing code of two characters, 260 random bits."""
+    """Return a new token: a prefix, a routing code of two characters, 260 random bits."""
     number = secrets.randbits(_BITS)
     return (
         TOKEN_PREFIXES[kind]
@@ -59,19 +59,19 @@ def new_token(kind: SenderTokenKind) -> str:
 
 
 def hash_token(token: str) -> str:
-    """Return what is stored of a token."""
+    """Return the stored hash of a token."""
     return blake2b(token.encode(), digest_size=32, person=b"intake token").hexdigest()
 
 
 def visible_suffix(token: str) -> str:
-    """Return the part of a token by which its owner may recognise it."""
+    """Return the suffix of a token by which its owner may recognize it."""
     return token[-HINT_CHARACTERS:]
 
 
 async def find_tokens(
     database: Database, hashes: Collection[str], now: datetime
 ) -> dict[str, FoundSenderToken]:
-    """Return the tokens with these hashes that are valid, and so is what they are for; by hash."""
+    """Return the valid tokens with these hashes, by hash, without tokens of deleted workflows."""
     statement = (
         select(SenderToken, col(User.role), col(Workflow.owner_id))
         .join(User, col(User.id) == col(SenderToken.user_id))
@@ -104,7 +104,7 @@ def _token_of_row(row: Row[*tuple[Any, ...]]) -> FoundSenderToken:
 
 
 async def record_use(database: Database, token_id: str, *, now: datetime, every: timedelta) -> None:
-    """Note that a token was used, unless that was noted within `every`."""
+    """Store the time of a token's use, unless a use within `every` is stored."""
     is_due = or_(col(SenderToken.last_used_at).is_(None), col(SenderToken.last_used_at) < now - every)
     statement = update(SenderToken).where(col(SenderToken.id) == token_id, is_due).values(last_used_at=now)
 

@@ -1,4 +1,4 @@
-"""Settings that every process reads from the environment, once: `PILOTFLAME_` and the name of the field."""
+"""Settings that every process reads once from the environment: `PILOTFLAME_` and the name of the field."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ MIN_SECRET_LENGTH = 32
 
 
 class InvalidSettings(ValueError):
-    """A process can't start like this; the text says which variable to mend, and how."""
+    """A process can't start with these settings; the text says which variable to change, and to which values."""
 
 
 def split_list(value: object) -> object:
-    """Return the parts of a text with commas, or of a JSON list; what is no text stays as it is."""
+    """Split a text with commas, or parse a JSON list; returns other values unchanged."""
     if not isinstance(value, str):
         return value
     if value.lstrip().startswith("["):
@@ -31,7 +31,7 @@ def _sqlite_url(data: dict[str, Any]) -> str:
 
 
 class ServerSettings(BaseSettings):
-    """What all processes share; each has a subclass with what is its own."""
+    """Settings of all processes; each process has a subclass with its own."""
 
     model_config = SettingsConfigDict(env_prefix="PILOTFLAME_", frozen=True, extra="ignore")
 
@@ -128,12 +128,12 @@ class ServerSettings(BaseSettings):
 
     @property
     def files_dir(self) -> Path:
-        """The folder that holds one for each organisation, of the files that its workflows may use."""
+        """Folder with a subfolder for each organization, for files that its workflows may use."""
         return self.data_dir / "files"
 
     @property
     def secret(self) -> bytes:
-        """The secret of now; raises `InvalidSettings` where there is none, or hardly one."""
+        """Current server secret; raises `InvalidSettings` if it is missing or too short."""
         text = self.secret_key.get_secret_value() if self.secret_key else ""
         if len(text) < MIN_SECRET_LENGTH:
             raise InvalidSettings(
@@ -144,7 +144,7 @@ class ServerSettings(BaseSettings):
 
     @property
     def previous_secrets(self) -> tuple[bytes, ...]:
-        """The secrets before; raises `InvalidSettings` for one that can't have been one."""
+        """Previous server secrets; raises `InvalidSettings` for one that is too short."""
         texts = [one.get_secret_value() for one in self.previous_secret_keys]
         if any(len(text) < MIN_SECRET_LENGTH for text in texts):
             raise InvalidSettings(
@@ -154,11 +154,13 @@ class ServerSettings(BaseSettings):
         return tuple(text.encode() for text in texts)
 
     def check_for_production(self) -> None:
-        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
+        """Check settings that only `pilotflame dev` can do without; raises `InvalidSettings`."""
         _ = self.secret, self.previous_secrets
         self.require_redis()
 
     def require_redis(self) -> None:
-        """Raise `InvalidSettings` without Redis, which only `pilotflame dev` does without."""
+        """Check that Redis is configured, which only `pilotflame dev` can do without; raises
+        `InvalidSettings`.
+        """
         if not self.redis_url:
             raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

@@ -1,4 +1,4 @@
-"""What messages to the outside are signed with: a secret of the organisation, as Standard Webhooks 1.0.0 has it."""
+"""Signing secrets of outbound messages, one per organization, as Standard Webhooks 1.0.0 defines them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ SECRET_BYTES: Final = 32
 """The standard allows 24 to 64."""
 HINT_CHARACTERS: Final = 4
 OVERLAP_TIME: Final = timedelta(hours=24)
-"""How long a secret goes on signing beside the one that has replaced it."""
+"""Time for which a replaced secret still signs beside its successor."""
 MAX_SECRETS: Final = 4
-"""So many secrets sign at most, however often they are replaced within that time."""
+"""Maximum number of secrets that sign, however often they are replaced within that time."""
 
 
 class SigningSecret(SQLModel, table=True):
-    """A secret of an organisation; the one that doesn't expire is the one of now."""
+    """Signing secret of an organization; the current one doesn't expire."""
 
     __tablename__ = "signing_secret"
     __table_args__ = (
@@ -43,16 +43,16 @@ class SigningSecret(SQLModel, table=True):
     shard: int = Field(sa_type=SmallInteger)
     encrypted: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     secret_id: str
-    """Of the server's own secret that opens it."""
+    """Id of the server secret that decrypts it."""
     hint: str
-    """Its last characters, by which whoever has it may recognise it."""
+    """Last characters of the secret, by which its holder may recognize it."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     expires_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
-    """From then on it signs no more; set when another replaces it."""
+    """Time from which it no longer signs; set when another secret replaces it."""
 
 
 def valid_secrets_statement(organization_id: str) -> Select[Any]:
-    """Return the statement that finds the secrets that sign for an organisation, the one of now first."""
+    """Return the statement that finds the valid signing secrets of an organization, the current one first."""
     is_valid = or_(col(SigningSecret.expires_at).is_(None), col(SigningSecret.expires_at) > DatabaseTime())
     return (
         select(SigningSecret)
@@ -63,28 +63,28 @@ def valid_secrets_statement(organization_id: str) -> Select[Any]:
 
 
 def new_secret() -> str:
-    """Return a fresh secret, as it is shown once."""
+    """Return a new secret, as it is shown once."""
     return PREFIX + b64encode(secrets.token_bytes(SECRET_BYTES)).decode()
 
 
 def visible_suffix(secret: str) -> str:
-    """Return what is shown of a secret afterwards."""
+    """Return the suffix that is shown of a secret afterwards."""
     return secret.rstrip("=")[-HINT_CHARACTERS:]
 
 
 def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, object_id: str) -> EncryptedText:
-    """Return a secret as it is stored."""
+    """Encrypt a secret for its row."""
     return vault.seal(secret.encode(), organization_id=organization_id, object_id=object_id)
 
 
 def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
-    """Return the secret of a row; raises `VaultError`."""
+    """Decrypt the secret of a row; raises `VaultError`."""
     stored = EncryptedText(row.secret_id, row.encrypted)
     return vault.open(stored, organization_id=row.organization_id, object_id=row.id).decode()
 
 
 def sign_message(keys: Iterable[str], message_id: str, timestamp: int, body: bytes) -> str:
-    """Return the header `webhook-signature`: one signature for each secret, the newest first."""
+    """Return the header `webhook-signature`: one signature per secret, the newest first."""
     signed = b"%s.%d.%s" % (message_id.encode(), timestamp, body)
     return " ".join(f"v1,{_sign(key, signed)}" for key in keys)
 

@@ -1,7 +1,7 @@
-"""Write transactions on a SQLite file, as long as no other program keeps it locked.
+"""Write transactions on an SQLite file, with a circuit breaker for locks of other programs.
 
-Writers of one process wait for one another; for other programs they wait two seconds, and then fail at once until
-the file is free: each of them looks.
+Writers of one process wait for one another. For other programs they wait two seconds, and then fail at once
+until the file is free; each attempt checks that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Final
 from models.errors import DatabaseUnavailable
 
 OWN_WRITES_SECONDS: Final = 30.0
-"""So long a writer waits for others of its own process."""
+"""Maximum wait of a writer for other writers of its process."""
 PRIMARY_CODE_BITS: Final = 0xFF
 
 _breakers: dict[str, WriteLockBreaker] = {}
@@ -23,17 +23,21 @@ _guard: Final = threading.Lock()
 
 
 class WriteLockBreaker:
-    """Begins the write transactions of one process on one file, in whatever threads."""
+    """Breaker for the write transactions of one process on one file; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._under_way = 0
         self._changes = 0
-        """Transactions begun and ended here: a sign that those who wait do so for one another."""
+        """Number of transactions begun and ended here; its growth shows that waiting writers wait for one
+        another.
+        """
         self._is_open = False
 
     def begin(self, execute: Callable[[str], object], *, busy_seconds: float) -> None:
-        """Begin a transaction on a connection that waits so long for locks; raises `DatabaseUnavailable`."""
+        """Begin a transaction on a connection with a lock wait of `busy_seconds`; raises
+        `DatabaseUnavailable`.
+        """
         if not self._is_open or not self._is_free(execute, busy_seconds):
             self._wait(execute)
         with self._lock:
@@ -42,7 +46,7 @@ class WriteLockBreaker:
             self._changes += 1
 
     def end(self) -> None:
-        """Note that a transaction that was begun here has ended."""
+        """Report the end of a transaction that was begun here."""
         with self._lock:
             self._under_way -= 1
             self._changes += 1
@@ -61,7 +65,7 @@ class WriteLockBreaker:
                     raise _lock_error() from error
 
     def _is_free(self, execute: Callable[[str], object], busy_seconds: float) -> bool:
-        """Begin without waiting; returns False where another writer of this process was faster to do so."""
+        """Begin without a wait; returns False if another writer of this process was faster."""
         execute("PRAGMA busy_timeout = 0")
         try:
             error = _try_begin(execute)
@@ -73,13 +77,13 @@ class WriteLockBreaker:
 
 
 def write_breaker(path: str) -> WriteLockBreaker:
-    """Return the one of a file in this process."""
+    """Return the breaker for a file in this process."""
     with _guard:
         return _breakers.setdefault(path, WriteLockBreaker())
 
 
 def _try_begin(execute: Callable[[str], object]) -> Exception | None:
-    """Begin a transaction; returns the error where the file is locked."""
+    """Try to begin a transaction; returns the error if the file is locked."""
     try:
         execute("BEGIN IMMEDIATE")
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Moments as microseconds since 1970, as they are stored, and as texts for whoever reads them outside."""
+"""Conversion of times to microseconds since 1970, as they are stored, and to ISO 8601, as the API shows them."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ _MICROSECOND = timedelta(microseconds=1)
 
 
 def to_microseconds(moment: datetime) -> int:
-    """Return an aware time as microseconds since 1970."""
+    """Convert an aware datetime to microseconds since 1970."""
     return (moment - _EPOCH) // _MICROSECOND
 
 
 def from_microseconds(count: int) -> datetime:
-    """Return a stored time as an aware one, in UTC."""
+    """Convert microseconds since 1970 to an aware datetime in UTC."""
     return _EPOCH + timedelta(microseconds=count)
 
 
 def format_timestamp(moment: datetime) -> str:
-    """Return a moment in UTC by ISO 8601, to the millisecond, ending in `Z`."""
+    """Format a time in UTC by ISO 8601, to the millisecond, with a final `Z`."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def format_optional(moment: datetime | None) -> str | None:
-    """Return a moment as `written` does, or None."""
+    """Format a time as `format_timestamp` does, or return None."""
     return None if moment is None else format_timestamp(moment)

@@ -1,4 +1,6 @@
-"""Transactions of one process that lock the same row take turns, so that they hold no connections while they wait."""
+"""Turns of transactions that lock the same row in one process, so that waiting transactions hold no
+connections.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +12,23 @@ from models.errors import LockWaitTimeout
 
 
 class TransactionTurns:
-    """Turns by key. Where one of them meets a lock that stays, those behind it fail at once: they need the same one."""
+    """Queues of turns by key. If one turn ends with a lock timeout, those behind it fail at once: they need
+    the same lock.
+    """
 
     def __init__(self) -> None:
         self._queues: dict[str, _TurnQueue] = {}
 
     @asynccontextmanager
     async def take(self, key: str) -> AsyncIterator[None]:
-        """Wait for the turn, and keep it for the block; raises `LockWaitTimeout`."""
+        """Wait for the turn, and hold it for the block; raises `LockWaitTimeout`."""
         queue = self._queues.setdefault(key, _TurnQueue())
         queue.users += 1
         timeouts = queue.timeouts
         try:
             async with queue.lock:
                 if queue.timeouts > timeouts:
-                    raise LockWaitTimeout("Another transaction keeps what this one needs locked")
+                    raise LockWaitTimeout("Another transaction holds a lock that this one needs")
                 try:
                     yield
                 except LockWaitTimeout:

@@ -1,5 +1,5 @@
-"""Hours of the week in which something is open, in the local time of a zone: as a level, so that clock changes, missed
-ticks and restarts need no care.
+"""Weekly windows in the local time of a zone, as a function of time, so that clock changes, missed ticks and
+restarts need no special handling.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from zoneinfo import ZoneInfo, available_timezones
 DAY_MINUTES: Final = 1_440
 WEEK_MINUTES: Final = 7 * DAY_MINUTES
 HORIZON: Final = timedelta(days=22)
-"""Whatever opens or closes at all does so within this time: once a week, and not on a day whose hour is skipped."""
+"""Time within which a schedule opens or closes, if ever: once a week, except on a day with a skipped hour."""
 _NO_PLACES: Final = {"Factory", "localtime", "posixrules"}
-"""What some systems keep among the zones, though it says nothing of where it is."""
+"""Entries that some systems list among time zones and that name no place."""
 _STEP: Final = timedelta(days=2)
 _SAMPLE: Final = timedelta(hours=6)
 _SECOND: Final = timedelta(seconds=1)
 
 
 class EmptyWindow(ValueError):
-    """A window ends when it starts, other than at midnight."""
+    """The window ends when it starts, other than at midnight."""
 
 
 @dataclass(frozen=True, slots=True)
 class WeeklyWindow:
-    """Some hours, on some days of every week."""
+    """Span of hours on some days of every week."""
 
     days: tuple[int, ...]
-    """0 is Sunday, 6 is Saturday: those on which it starts."""
+    """Days on which it starts; 0 is Sunday, 6 is Saturday."""
     start_minute: int
     end_minute: int
-    """Counted from the midnight before its start, so more than 1,440 where it ends on the day after."""
+    """End in minutes since the midnight before its start, so above 1,440 if it ends on the next day."""
 
 
 @dataclass(frozen=True, slots=True)
 class WindowSchedule:
-    """Windows, which may overlap, and the zone whose local time they mean."""
+    """Windows, which may overlap, and the time zone of their local times."""
 
     timezone: str
     windows: tuple[WeeklyWindow, ...]
@@ -48,18 +48,18 @@ class WindowSchedule:
 
 @dataclass(frozen=True, slots=True)
 class WindowChange:
-    """The moment at which a schedule opens or closes."""
+    """Opening or closing of a schedule."""
 
     at: datetime
     is_open: bool
-    """What it is from then on."""
+    """State from then on."""
     is_by_clock: bool
-    """The clocks change at this moment, and that opens or closes it."""
+    """Whether a clock change at this time causes it."""
 
 
 @dataclass(frozen=True, slots=True)
 class ZoneClockChange:
-    """The moment at which a zone's local time jumps."""
+    """Jump of a zone's local time."""
 
     at: datetime
     offset_before: timedelta
@@ -68,14 +68,14 @@ class ZoneClockChange:
 
 @cache
 def zone_names() -> frozenset[str]:
-    """Return the names that a schedule may have for its zone."""
+    """Return the valid names of time zones for a schedule."""
     return frozenset(available_timezones() - _NO_PLACES)
 
 
 def parse_window(days: Iterable[int], start: str, end: str) -> WeeklyWindow:
-    """Return a window from its texts, `HH:MM`, the end also `24:00`; raises `EmptyWindow`.
+    """Parse a window from texts `HH:MM`, the end also `24:00`; raises `EmptyWindow`.
 
-    One that ends before it starts ends on the day after; `00:00` to `00:00` is the whole day.
+    A window that ends before it starts ends on the next day; `00:00` to `00:00` is the whole day.
     """
     start_minute, end_minute = _parse_minute(start), _parse_minute(end)
     if start_minute == end_minute != 0:
@@ -86,7 +86,7 @@ def parse_window(days: Iterable[int], start: str, end: str) -> WeeklyWindow:
 
 
 def is_open(schedule: WindowSchedule, now: datetime) -> bool:
-    """Tell whether a schedule is open at a moment."""
+    """Return whether a schedule is open at a time."""
     local = now.astimezone(ZoneInfo(schedule.timezone))
     minute = _day_of_week(local.date()) * DAY_MINUTES + local.hour * 60 + local.minute
     week = _week_minutes(schedule.windows)
@@ -94,17 +94,17 @@ def is_open(schedule: WindowSchedule, now: datetime) -> bool:
 
 
 def next_opening(schedule: WindowSchedule, since: datetime) -> datetime | None:
-    """Return when a schedule opens the next time after a moment; None where it never closes."""
+    """Return the next opening of a schedule after a time; None if it never closes."""
     return next((one.at for one in window_changes(schedule, since, since + HORIZON) if one.is_open), None)
 
 
 def next_closing(schedule: WindowSchedule, since: datetime) -> datetime | None:
-    """Return when a schedule closes the next time after a moment; None where it never closes."""
+    """Return the next closing of a schedule after a time; None if it never closes."""
     return next((one.at for one in window_changes(schedule, since, since + HORIZON) if not one.is_open), None)
 
 
 def window_changes(schedule: WindowSchedule, since: datetime, until: datetime) -> Iterator[WindowChange]:
-    """Return the changes after one moment and up to another, in order."""
+    """Yield the openings and closings after `since` and up to `until`, in order."""
     week = _week_minutes(schedule.windows)
     if week == (0, WEEK_MINUTES):
         return
@@ -115,7 +115,7 @@ def window_changes(schedule: WindowSchedule, since: datetime, until: datetime) -
         clocks = {one.at for one in zone_clock_changes(schedule.timezone, start, end)}
         edges = set(_edge_moments(week, ZoneInfo(schedule.timezone), start, end))
         for at in sorted(clocks | edges):
-            # The local time runs on evenly between these moments, and only there can anything change.
+            # Local time is continuous between these times, so only at them can the state change.
             if is_open(schedule, at) != was_open:
                 was_open = not was_open
                 yield WindowChange(at, was_open, at in clocks)
@@ -123,7 +123,7 @@ def window_changes(schedule: WindowSchedule, since: datetime, until: datetime) -
 
 
 def zone_clock_changes(timezone: str, since: datetime, until: datetime) -> Iterator[ZoneClockChange]:
-    """Return the moments after one and up to another at which the local time of a zone jumps, in order."""
+    """Yield the jumps of a zone's local time after `since` and up to `until`, in order."""
     zone = ZoneInfo(timezone)
     start = since.astimezone(UTC)
     before = _utc_offset(zone, start)
@@ -150,7 +150,7 @@ def _day_of_week(day: date) -> int:
 
 @lru_cache(maxsize=1_024)
 def _week_minutes(windows: Sequence[WeeklyWindow]) -> tuple[int, ...]:
-    """Return the minutes of the week, from midnight on Sunday, at which it opens, closes, opens and so on."""
+    """Return the minutes of the week, since midnight on Sunday, at which it alternately opens and closes."""
     spans: list[tuple[int, int]] = []
     for one in windows:
         for day in one.days:
@@ -170,12 +170,12 @@ def _week_minutes(windows: Sequence[WeeklyWindow]) -> tuple[int, ...]:
 def _edge_moments(
     week: Sequence[int], zone: ZoneInfo, since: datetime, until: datetime
 ) -> Iterator[datetime]:
-    """Return when the local time passes minutes of the week, after one moment and up to another.
+    """Yield the times at which local time passes minutes of the week, after `since` and up to `until`.
 
-    A local time that comes twice is passed twice. One that is skipped is passed when the clocks change, which is not
-    among these.
+    A repeated local time is passed twice. A skipped one is passed at the clock change, which is not among
+    these times.
     """
-    # The dates that a zone has between two moments are less than a day from those of UTC.
+    # Local dates between two times differ by less than a day from those in UTC.
     day = since.date() - timedelta(days=1)
     while day <= until.date() + timedelta(days=1):
         first = _day_of_week(day) * DAY_MINUTES
@@ -195,7 +195,7 @@ def _utc_offset(zone: ZoneInfo, at: datetime) -> timedelta:
 
 
 def _find_jump(zone: ZoneInfo, start: datetime, end: datetime) -> datetime:
-    """Return the moment between two at which the offset becomes that of the second, to the second."""
+    """Return the time of a jump between two times, to the second."""
     before = _utc_offset(zone, start)
     while end - start > _SECOND:
         middle = start + (end - start) // 2
@@ -203,5 +203,5 @@ def _find_jump(zone: ZoneInfo, start: datetime, end: datetime) -> datetime:
             start = middle
         else:
             end = middle
-    # Clocks change at whole seconds: the one that the last two moments have between them.
+    # Clocks change at whole seconds: at the one between the last two times.
     return end.replace(microsecond=0)

@@ -1,7 +1,7 @@
-"""Names of workers in leases: `worker:<name>/<process>`.
+"""Names of worker processes in leases: `worker:<name>/<process>`.
 
-A worker keeps its name when it is started again; the second part differs for each process, so that what a process held
-can be told from what its successor holds.
+A worker keeps its name after a restart; the second part differs for each process, so that the leases of a
+process differ from those of its successor.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from typing import Final
 from uuid import uuid4
 
 WORKER_OWNER_PREFIX: Final = "worker:"
-"""How the names of all workers begin."""
+"""Prefix of the lease owner names of all workers."""
 
 
 def new_lease_owner(name: str) -> str:
-    """Return the name in the leases of a process that has just begun."""
+    """Return the lease owner name for a process that starts now."""
     return f"{lease_owner_prefix(name)}{uuid4().hex}"
 
 
 def lease_owner_prefix(name: str) -> str:
-    """Return how the names of all processes of a worker begin."""
+    """Return the common prefix of the lease owner names of a worker's processes."""
     return f"{WORKER_OWNER_PREFIX}{name}/"

@@ -1,4 +1,4 @@
-"""Workflows as they are stored, the states they may be in, and who may see them."""
+"""Workflows: tables, statuses, and access conditions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from models.column_types import JsonTextColumn, TimestampColumn
 
 
 class WorkflowStatus(StrEnum):
-    """What its owner wants of a workflow."""
+    """Status of a workflow, set by its owner."""
 
     DRAFT = "draft"
     ACTIVE = "active"
@@ -44,10 +44,12 @@ DEFAULT_SETTINGS: dict[str, Any] = {
 
 
 def _list_index(field: str) -> Index:
-    """Return the index of lists that are sorted by a field: it leaves out what they do, templates and deleted ones.
+    """Return the index of lists that are sorted by a field; like lists, it leaves out templates and deleted
+    workflows.
 
-    It holds what decides who may read a workflow, so that workflows are sorted, passed over and counted without a look
-    at their rows. SQLite uses it only where a query states that condition in the same words.
+    It contains the columns that decide on read access, so that lists are sorted, paged and
+    counted without reading rows. SQLite uses it only for queries that state the condition in the same
+    words.
     """
     condition = and_(column("deleted_at").is_(None), column("is_template").is_(False))
     return Index(
@@ -59,7 +61,7 @@ def _list_index(field: str) -> Index:
 
 
 class Workflow(SQLModel, table=True):
-    """What lists and checks need of a workflow; its graph stands apart."""
+    """Workflow without its graph, for lists and checks."""
 
     __table_args__ = (
         *map(_list_index, ("created_at", "updated_at", "name", "status", "version")),
@@ -87,17 +89,17 @@ class Workflow(SQLModel, table=True):
     status: str = WorkflowStatus.DRAFT
     version: int = 1
     revision: int = 1
-    """Goes up with every change of the workflow, its graph or who may see it."""
+    """Number that increases with every change of the workflow, its graph or its visibility."""
     tags: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     settings: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     config: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     app_id: str | None = None
-    """`config.appId` once more, so that it can be searched by; written along with the row, whoever changes it."""
+    """Copy of `config.appId` for searches, written with every change of the row."""
     search_text: str = Field(default="", sa_type=Text)
-    """Name and description once more, alike in capitals and small letters; written along with the row too."""
+    """Case-folded copy of name and description for searches, written with the row too."""
     scopes: list[str] = Field(sa_column=Column(JsonTextColumn, nullable=False))
     lifecycle: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
-    """When it has compute of its own, once it is deployed; None: as most."""
+    """Lifecycle policy of its deployment; None for the default."""
     is_public: bool = False
     is_template: bool = False
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
@@ -106,7 +108,7 @@ class Workflow(SQLModel, table=True):
 
 
 class WorkflowGraph(SQLModel, table=True):
-    """A workflow's nodes and connections, in the stored form."""
+    """Nodes and connections of a workflow, in the stored form."""
 
     __tablename__ = "workflow_graph"
 
@@ -117,7 +119,7 @@ class WorkflowGraph(SQLModel, table=True):
 
 
 class WorkflowTag(SQLModel, table=True):
-    """A workflow's tags once more, one a row, so that they can be searched by."""
+    """Copy of a workflow's tags for searches, one row per tag."""
 
     __tablename__ = "workflow_tag"
 
@@ -127,7 +129,7 @@ class WorkflowTag(SQLModel, table=True):
 
 
 class WorkflowShare(SQLModel, table=True):
-    """A user who may read and execute a workflow of somebody else."""
+    """Permission of another user to read and execute a workflow."""
 
     __tablename__ = "workflow_share"
     __table_args__ = (Index("ix_workflow_share_user", "user_id"),)
@@ -138,7 +140,7 @@ class WorkflowShare(SQLModel, table=True):
 
 
 class WorkflowVersion(SQLModel, table=True):
-    """A snapshot that never changes."""
+    """Immutable snapshot of a workflow."""
 
     __tablename__ = "workflow_version"
     __table_args__ = (UniqueConstraint("workflow_id", "version_tag", name="uq_workflow_version_tag"),)
@@ -154,7 +156,7 @@ class WorkflowVersion(SQLModel, table=True):
 
 
 class Definition(SQLModel, table=True):
-    """What a run pins: nodes, connections and settings, addressed by their content."""
+    """Definition snapshot of runs: nodes, connections and settings, addressed by their hash."""
 
     organization_id: str = Field(primary_key=True)
     hash: str = Field(primary_key=True)
@@ -169,9 +171,9 @@ def is_readable_by(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def is_listed_for(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a list shows a workflow to a caller: of what is readable, all but templates.
+    """Return the condition under which a list shows a workflow to a caller: readable, and not a template.
 
-    Without the `or` of the two, indexes that leave templates out will do.
+    Without the `or` for templates, indexes that leave them out can be used.
     """
     return and_(*_is_present(caller), col(Workflow.is_template).is_(False), _is_open_to(caller))
 

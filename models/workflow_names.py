@@ -1,6 +1,7 @@
-"""Names of what belongs to a workflow, made from its id: valid as Deployment, Service and label value at once.
+"""Kubernetes names of a workflow's objects, made from its id: valid as Deployment, Service and label value.
 
-A Service's name is the narrowest of these up to Kubernetes 1.35: RFC 1035, a letter first, 63 characters.
+Names of Services are the most limited of these up to Kubernetes 1.35: RFC 1035, a letter first, 63
+characters.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _MAX_NAME_LENGTH = MAX_LENGTH - len(PODS_SUFFIX)
 
 
 def workflow_name(workflow_id: str) -> str:
-    """Return the one name of a workflow: two ids never share one.
+    """Return the unique name of a workflow: two ids never share one.
 
-    Ids of our own making keep their characters. Every other one, and `wf_A` and `wf-a` would meet otherwise, ends in a
-    digest, which is shorter than the last part of an own id and so is never taken for one.
+    Generated ids keep their characters. Names of other ids end in a digest, since `wf_A` and `wf-a` would
+    collide otherwise. The digest is shorter than the last part of a generated id, so no name is ambiguous.
     """
     if _OWN_ID.match(workflow_id):
         return PREFIX + workflow_id.replace("_", "-")
@@ -37,7 +38,7 @@ def workflow_name(workflow_id: str) -> str:
 
 
 def parse_workflow_id(name: str) -> str | None:
-    """Return the id of our own making that a name was made from, or None."""
+    """Return the generated id from which a name was made, or None."""
     if not name.startswith(_OWN_PREFIX):
         return None
     found = "wf_" + name.removeprefix(_OWN_PREFIX)
@@ -45,7 +46,7 @@ def parse_workflow_id(name: str) -> str | None:
 
 
 def pods_service_name(workflow_id: str) -> str:
-    """Return the name of the Service that leads to the pods themselves."""
+    """Return the name of the headless Service of a workflow's pods."""
     return workflow_name(workflow_id) + PODS_SUFFIX
 
 

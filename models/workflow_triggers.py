@@ -1,4 +1,4 @@
-"""The triggers of workflows' graphs once more, one a row, so that what arrives finds the workflows that it starts."""
+"""Copies of the triggers in workflow graphs, one row each, for the look-up of workflows by inbound requests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from sqlmodel import Field, SQLModel
 from models.column_types import JsonTextColumn
 
 MAX_PATTERNS: Final = 100
-"""Of one trigger: a draft may name more, which never becomes active."""
+"""Maximum number of patterns of one trigger; a draft may have more, and can't become active then."""
 _EXACT_MATCH_ONLY: Final = frozenset({"github.ping"})
 _PATTERN: Final = re.compile(r"[^\s*]{1,200}(?:\.\*)?\Z")
 
 
 class TriggerKind(StrEnum):
-    """What starts a run without naming its workflow's graph; manual triggers and the API's have no rows."""
+    """Kind of trigger that has a row; manual triggers and those of the API have none."""
 
     QUEUE = "queue"
     EMAIL = "email"
@@ -29,9 +29,9 @@ class TriggerKind(StrEnum):
 
 
 class WorkflowTrigger(SQLModel, table=True):
-    """A trigger node, as it stands in its workflow's graph.
+    """Trigger node of a workflow's graph.
 
-    There is a row whatever the workflow's status, and for templates too: whoever asks joins it with the workflow's own.
+    There is a row for any status of the workflow, and for templates; readers join it with the workflow's row.
     """
 
     __tablename__ = "workflow_trigger"
@@ -42,13 +42,13 @@ class WorkflowTrigger(SQLModel, table=True):
     shard: int = Field(sa_column=Column(SmallInteger, nullable=False))
     kind: str
     config: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))
-    """As it is stored: without the defaults of the node type."""
+    """Config as stored, without the defaults of the node type."""
     revision: int
-    """Of the workflow, when its triggers were last written."""
+    """Revision of the workflow at the last write of its triggers."""
 
 
 class WorkflowTriggerMatch(SQLModel, table=True):
-    """A type of events that starts a workflow, or with `.*` at its end all that begin so."""
+    """Event type that starts a workflow, or a prefix that ends in `.*`."""
 
     __tablename__ = "workflow_trigger_match"
     __table_args__ = (Index("ix_workflow_trigger_match_pattern", "organization_id", "pattern"),)
@@ -60,7 +60,7 @@ class WorkflowTriggerMatch(SQLModel, table=True):
 
 
 def parse_patterns(config: Mapping[str, Any]) -> Sequence[str]:
-    """Return what an event trigger matches, each once; what is no pattern in a draft's config is left out."""
+    """Return the patterns of an event trigger without duplicates; invalid patterns of a draft are left out."""
     given = config.get("event_type")
     listed = given if isinstance(given, list) else [given]
     patterns = (each for each in listed if isinstance(each, str) and _PATTERN.match(each))
@@ -68,9 +68,10 @@ def parse_patterns(config: Mapping[str, Any]) -> Sequence[str]:
 
 
 def matching_patterns(event_type: str) -> Sequence[str]:
-    """Return all patterns that match a type of events: `a.b` is matched by `a.b` and `a.*`, never by `*`.
+    """Return all patterns that match an event type: `a.b` is matched by `a.b` and `a.*`, never by `*`.
 
-    `github.ping` is matched by itself alone: GitHub sends it when a webhook is made, and nothing has happened.
+    `github.ping` is matched only by itself: GitHub sends it when a webhook is created, and nothing has
+    happened.
     """
     if event_type in _EXACT_MATCH_ONLY:
         return [event_type]

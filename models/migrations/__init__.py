@@ -1,1 +1,3 @@
-"""The history of the tables; expand first, contract a release later, so that old and new processes run side by side."""
+"""Migrations of the tables: expand first, contract a release later, so that old and new processes can run
+side by side.
+"""

@@ -1,4 +1,6 @@
-"""Alembic's entry: one migration path for SQLite and PostgreSQL, on the database of `models.schema_migration`."""
+"""Alembic environment: one migration path for SQLite and PostgreSQL, on the connection of
+`models.schema_migration`.
+"""
 
 from alembic import context
 from sqlmodel import SQLModel

@@ -1,4 +1,4 @@
-"""The first tables: access, workflows, executions and their journal.
+"""First tables: access, workflows, executions and their journal.
 
 Revision ID: 0001
 Revises:
@@ -13,7 +13,7 @@ branch_labels = None
 depends_on = None
 
 IDENTIFIER = sa.String().with_variant(sa.String(collation="C"), "postgresql")
-"""Compared byte by byte: that is what ids need, and several times faster than a language's order."""
+"""Comparison byte by byte, as ids need it; several times faster than that of a language."""
 
 
 def upgrade() -> None:
@@ -50,7 +50,7 @@ def _create_schema_support() -> None:
 
 
 def _create_access() -> None:
-    """Create organisations, users and their keys."""
+    """Create organizations, users and their keys."""
     op.create_table(
         "organization",
         sa.Column("id", IDENTIFIER, nullable=False),
@@ -106,7 +106,7 @@ def _create_access() -> None:
 
 
 def _create_workflows() -> None:
-    """Create workflows, whom they are shared with, and their versions."""
+    """Create workflows, their shares and their versions."""
     op.create_table(
         "workflow",
         sa.Column("id", IDENTIFIER, nullable=False),
@@ -278,7 +278,7 @@ def _create_workflows() -> None:
 
 
 def _create_runs() -> None:
-    """Create executions, what they leave behind, and what those who run them agree on."""
+    """Create executions, their records, and the tables by which processes coordinate."""
     op.create_table(
         "definition",
         sa.Column("organization_id", IDENTIFIER, nullable=False),
@@ -550,7 +550,7 @@ def _create_runs() -> None:
 
 
 def _create_data_sources() -> None:
-    """Create data sources, and the secret that messages are signed with."""
+    """Create data sources and signing secrets."""
     op.create_table(
         "signing_secret",
         sa.Column("id", IDENTIFIER, nullable=False),
@@ -724,7 +724,7 @@ def _create_deployments() -> None:
 
 
 def _create_intake() -> None:
-    """Create what arrives, and the tokens of those who send it."""
+    """Create deliveries, events and sender tokens."""
     op.create_table(
         "delivery",
         sa.Column("id", IDENTIFIER, nullable=False),
@@ -838,7 +838,7 @@ def _create_intake() -> None:
 
 
 def _tune_postgresql() -> None:
-    # Live rows change a few times within milliseconds: room for that on their page, and vacuum before it piles up.
+    # Live rows change a few times within milliseconds: leave room for that on their page, and vacuum early.
     op.execute(
         "ALTER TABLE execution SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02,"
         " autovacuum_vacuum_cost_delay = 0, autovacuum_analyze_scale_factor = 0.02)"

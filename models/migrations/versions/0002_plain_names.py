@@ -1,12 +1,12 @@
 """Plain names: tables, columns and indexes are called as the code calls them.
 
-Everything is renamed in place and in constant time: nothing is copied, and no row changes. Code of revision 0001 cannot
-use the tables afterwards.
+Renames everything in place and in constant time, without copying or changing rows. Code of revision 0001
+cannot use the tables afterwards.
 
 Revision 0001 grew after release 0.1.0, by additions alone: a database of that release gets them first.
 
 Revision ID: 0002
-Revises: 0001
+  Revises: 0001
 """
 
 from collections.abc import Mapping, Sequence
@@ -71,7 +71,7 @@ POSTGRESQL_KEYS = {"pace_pkey": "throttle_pkey", "signal_pkey": "wait_answer_pke
 
 
 def upgrade() -> None:
-    """Give everything its new name."""
+    """Rename everything to its new name."""
     _complete_first_tables()
     for old, new in TABLES.items():
         op.rename_table(old, new)
@@ -84,7 +84,7 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
-    """Give everything its old name again."""
+    """Rename everything to its old name."""
     tables = {new: old for old, new in TABLES.items()}
     _rename_keys({new: old for old, new in POSTGRESQL_KEYS.items()})
     for table, names in COLUMNS.items():
@@ -98,7 +98,7 @@ def downgrade() -> None:
 
 
 def _complete_first_tables() -> None:
-    """Add what a database of release 0.1.0 lacks of revision 0001."""
+    """Add the columns and tables of revision 0001 that a database of release 0.1.0 lacks."""
     inspector = sa.inspect(op.get_bind())
     tables = inspector.get_table_names()
     for table, columns in _added_columns().items():
@@ -159,7 +159,7 @@ def _added_tables() -> Mapping[str, Sequence[SchemaItem]]:
 
 
 def _rename_columns(table: str, names: Mapping[str, str]) -> None:
-    # In place: a table that is made anew could not be dropped while rows of others refer to it.
+    # In place: a new copy of a table could not replace it while rows of other tables refer to it.
     with op.batch_alter_table(table, recreate="never") as batch:
         for old, new in names.items():
             batch.alter_column(old, new_column_name=new)
@@ -181,7 +181,7 @@ def _rename_keys(names: Mapping[str, str]) -> None:
 
 
 def _support_from(oldest_revision: str) -> None:
-    """Have code that does not know this revision refuse the tables."""
+    """Store the oldest revision of code that may use the tables; older code refuses them."""
     op.execute(sa.text("UPDATE schema_support SET oldest_revision = :it").bindparams(it=oldest_revision))
 
 
