@@ -1,4 +1,4 @@
-"""Measure what is asked for, or everything: `python -m benchmarks [part ...]`."""
+"""Run all benchmarks, or the named parts: `python -m benchmarks [part ...]`."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ SHORTEST_PROFILE_SECONDS = 6
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkRequest:
-    """What the command line asks for."""
+    """Parsed command line."""
 
     parts: Sequence[str]
     repeat: int
@@ -77,7 +77,7 @@ def main() -> None:
 
 async def _measure(request: BenchmarkRequest) -> dict[str, list[dict[str, float]]]:
     """Return the figures of each repetition, by part; each starts afresh."""
-    gc.freeze()  # the generator's own collections would stand among the server's latencies
+    gc.freeze()  # The generator's own garbage collections would show up in the server's latencies.
     figures: dict[str, list[dict[str, float]]] = {part: [] for part in PARTS if part in request.parts}
     with tempfile.TemporaryDirectory(prefix="pilotflame-benchmarks-") as root:
         for number in range(request.repeat):
@@ -175,7 +175,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "durability": _durability,
     "mass_starts": _mass_starts,
 }
-"""What is measured once, however often the rest is repeated."""
+"""Parts that are measured once, however often the others are repeated."""
 
 
 def _compare(figures: dict[str, list[dict[str, float]]], part: str) -> None:

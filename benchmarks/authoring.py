@@ -1,6 +1,6 @@
-"""What an author waits for: lists of an organisation with 10,000 workflows, and edits of a graph of 1,000 nodes.
+"""Latencies for authors: lists of an organization with 10,000 workflows, and edits of a graph of 1,000 nodes.
 
-One client asks over HTTP, one request after the other.
+One client sends one HTTP request after the other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tests.many_workflows import ABSENT_WORD, COMMON_TAG, COMMON_WORD, RARE_TAG,
 from tests.services import PostgresServer, RedisServer
 
 WORKFLOWS = 10_000
-"""Of each of two organisations: of the one that is asked about, and of another."""
+"""Workflows in each of two organizations; only one of them sends requests."""
 NODES = many_workflows.build_nodes(1_000)
 CONNECTIONS = many_workflows.build_connections(NODES)
 WARM_UP = 3
@@ -108,7 +108,7 @@ async def _measure_database(name: str, pilotflame: ServerUnderTest, database_url
 
 
 async def _measure_lists(callers: Sequence[BenchmarkApi]) -> dict[str, LatencySample]:
-    """Return, of each list, the sample of that caller who waited longest."""
+    """Return for each list the sample of the caller with the longest latency."""
     samples: dict[str, LatencySample] = {}
     for name, query in LISTS.items():
         asked = [TimedRequest("GET", PATH + query)] * (WARM_UP + REQUESTS)
@@ -118,7 +118,7 @@ async def _measure_lists(callers: Sequence[BenchmarkApi]) -> dict[str, LatencySa
 
 
 async def _prepare(pilotflame: ServerUnderTest, database_url: str) -> Sequence[BenchmarkApi]:
-    """Fill the database, and return those who ask: an admin, an owner of many, a member who owns few."""
+    """Fill the database, and return the callers: an admin, an owner of many workflows, and a member with few."""
     async with _open_client(pilotflame.api) as client:
         whoami = await client.expect(TimedRequest("GET", "/api/v1/auth/whoami"))
     database = Database(parse_url(database_url))
@@ -158,7 +158,7 @@ async def _create_members(connection: AsyncConnection, organization: Organizatio
 
 
 async def _vacuum(database: Database) -> None:
-    """Do what autovacuum would have done while so many came in."""
+    """Vacuum as autovacuum would have during so many inserts."""
     async with database.engine.connect() as connection:
         alone = await connection.execution_options(isolation_level="AUTOCOMMIT")
         await alone.execute(text("VACUUM (ANALYZE)"))
@@ -176,7 +176,7 @@ async def _create_key(api: BenchmarkApi, user: User) -> str:
 
 
 async def _create_large_workflow(api: BenchmarkApi) -> str:
-    """Make an active workflow, whose graph has to be valid after each edit, and return its path."""
+    """Create an active workflow, whose graph has to be valid after each edit, and return its path."""
     async with _open_client(api) as client:
         body = {"name": "Large", "status": "active", "nodes": NODES, "connections": CONNECTIONS}
         made = await client.expect(TimedRequest("POST", PATH, body))
@@ -228,7 +228,7 @@ async def _measure_whole_graph(api: BenchmarkApi, workflow: str) -> dict[str, La
 
 
 async def _sample(api: BenchmarkApi, several: Sequence[TimedRequest]) -> LatencySample:
-    """Send one request after the other; the first ones don't count."""
+    """Send one request after the other. The first requests are not counted."""
     async with _open_client(api) as client:
         for asked in several[:WARM_UP]:
             await client.expect(asked)

@@ -1,6 +1,6 @@
-"""What stock Dramatiq is given to do: three actors that do nothing but enqueue the next.
+"""Workload for stock Dramatiq: three actors that only enqueue the next.
 
-Run by Dramatiq's own command, with all of its defaults, on the Redis that CHAIN_REDIS_URL names.
+Dramatiq's own command runs it with all its defaults, on the Redis of CHAIN_REDIS_URL.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How long a claim takes with few and with many rows that wait: of one organisation, and of a thousand.
+"""Duration of a claim with few and with many pending rows, of one organization and of a thousand.
 
-The rows are made by SQL and claimed through the store of each database, without servers in between.
+SQL inserts the rows, and the store of each database claims them, without servers in between.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ FEW, MANY = 1_000, 1_000_000
 ORGANIZATIONS = (1, 1_000)
 CLAIMS = 18
 CLAIM_LIMIT = 50
-"""What a worker asks for."""
+"""Executions that a worker requests at once."""
 LEASE_SECONDS = 600.0
 
-# Rows of a kind that gateways insert: as if one had come every microsecond, from each organisation in turn, for
-# four workflows of each.
+# Rows as gateways insert them: one per microsecond, from each organization in turn, for four workflows of
+# each.
 _EXECUTIONS = """
 INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, trigger_type, definition_hash,
     rank, queue_turn, is_fresh, token, attempt, timeout_microseconds, completed_nodes, total_nodes, key_id, has_journal,
@@ -71,7 +71,7 @@ async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
 
 
 async def _compare(name: str, few: JournalStore, many: JournalStore) -> dict[str, float]:
-    """Claim from both in turn, so that whatever else the machine does slows both down."""
+    """Claim from both stores in turn, so that other load on the machine slows both down."""
     claimers = {FEW: _BenchmarkClaimer(few), MANY: _BenchmarkClaimer(many)}
     for claimer in claimers.values():
         await claimer.claim_ms(1)  # opens the connection
@@ -141,7 +141,7 @@ async def _prepare_postgres(
     try:
         for statement in _fill_statements(_NUMBERS_OF_POSTGRES, rows, organizations):
             await connection.execute(statement)
-        # What autovacuum would have done while they came in, and must not do while they are claimed.
+        # As autovacuum would have done during the inserts; it must not run during the claims.
         await connection.execute("VACUUM (ANALYZE)")
         await connection.execute("CHECKPOINT")
     finally:

@@ -1,7 +1,7 @@
-"""Workflows deployed and started on Kubernetes, by the processes of the Procfile and an API server of the tests.
+"""Deployments and starts on Kubernetes, with the processes of the Procfile and the tests' API server.
 
-That server schedules at once, has every image, and runs a container's command as a process of this machine: what is
-measured is ours, and a real cluster adds its own time.
+That server schedules at once, has every image, and runs a container's command as a process of this machine.
+The figures measure Pilotflame only; a real cluster adds its own time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
         async with processes.run_production(folder, database_url, redis.url, **settings) as pilotflame:
             installed = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
             figures = {"calibration_ms": machine.measure_calibration_ms()}
-            # Whole seconds between probes would hide what a start is faster by.
+            # Whole seconds between probes would hide differences between start times.
             deploys, starts = await _measure_rounds(installed)
             figures |= _summarize("deploy_probed_often", deploys) | _summarize("start_probed_often", starts)
             figures["start_by_deploy"] = median(starts) / median(deploys)

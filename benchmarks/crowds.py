@@ -23,7 +23,7 @@ from benchmarks.processes import ServerUnderTest
 from gateway.http.connection_budget import connections_for
 
 CROWD: Final = "127.0.0.2"
-"""Address that the crowd comes from; it is no trusted proxy."""
+"""Source address of the crowd. It is not a trusted proxy."""
 MAIL_BYTES: Final = 39_000_000
 IDLE: Final = 400
 RUNS: Final = 50

@@ -44,7 +44,7 @@ _numbers = count(1)
 
 
 class TriggerAnswer(msgspec.Struct):
-    """What a trigger that waits for the end of its run is answered with."""
+    """Answer of a trigger that waits for the end of its run."""
 
     status: str
     output: dict[str, Any] = {}
@@ -55,13 +55,13 @@ _triggered = msgspec.json.Decoder(TriggerAnswer)
 
 @dataclass(frozen=True, slots=True)
 class TriggerCall:
-    """A trigger, and what came of it."""
+    """Trigger request and its outcome."""
 
     seconds: float
     is_cold: bool
     """The workflow was found asleep, or about to be."""
     trouble: str
-    """What it was answered with instead of what its run owes; empty where it was not."""
+    """Wrong answer of the trigger; empty if the answer was right."""
 
 
 class TriggerCallers:
@@ -109,7 +109,7 @@ class TriggerCallers:
 
 
 async def measure(folder: Path, seconds: float) -> dict[str, float]:
-    """Return milliseconds of cold and warm triggers, and what was lost of those that came while pods were stopped."""
+    """Return milliseconds of cold and warm triggers, and the number of triggers lost while pods were stopped."""
     async with processes.run_dev(folder, LIFECYCLE_SECONDS=LIFECYCLE_SECONDS) as pilotflame:
         installed = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
         since = perf_counter()
@@ -203,7 +203,7 @@ async def _measure_stops(installed: InstalledWorkflow, seconds: float) -> dict[s
         calling = tasks.create_task(callers.call_steadily(seconds))
         stops: list[asyncio.Task[Any]] = []
         while not (await asyncio.wait({calling}, timeout=STOP_EVERY_SECONDS))[0]:
-            # Its answer waits for pods that are gone, which calls may not let happen for long.
+            # Its answer waits until the pods are gone, which frequent calls can delay for long.
             stops.append(tasks.create_task(send(installed, "POST", "stop")))
         for stop in stops:
             await stop
@@ -282,7 +282,7 @@ async def _count_completed(installed: InstalledWorkflow) -> int:
 
 
 async def send(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
-    """Return what is answered about the workflow."""
+    """Send a request about the workflow and return the answer."""
     path = f"/api/v1/workflows/{installed.workflow_id}/{what}"
     return await _request(installed, installed.api.request(method, path))
 

@@ -1,8 +1,10 @@
-"""Power-loss experiment: record `pilotflame dev`, cut it off at many points, and start it again on what is left.
+"""Power-loss experiment: record `pilotflame dev`, cut it off at many points, and restart it on the remaining
+files.
 
-Every change of a file is recorded while clients create workflows and run them. For points in that record, and above all
-for those at which an answer had just come, the disk is made as a power cut may leave it: with nothing that was not
-synced, or with any part of it. Then everything that was answered until then must be there.
+The experiment records every file change while clients create workflows and run them. It picks points in
+that record, above all those right after an answer. For each, it rebuilds the disk as a power cut may leave
+it: without any unsynced data, or with any part of it. Everything acknowledged before that point must then
+exist.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ ROW_BYTES = 1_024
 CHECKED_POINTS = 120
 STARTED_POINTS = 6
 PARTS_PER_POINT = 2
-"""States with a part of what was not synced, beside the one with nothing of it."""
+"""Disk states with a part of the unsynced data, in addition to the state with none of it."""
 PATIENCE_SECONDS = 60.0
 WORKFLOW = {
     "name": "Power",
@@ -58,14 +60,14 @@ WORKFLOW = {
 
 @dataclass(frozen=True, slots=True)
 class AcknowledgedAnswer:
-    """Something that a client was told, and how long the record was by then."""
+    """Acknowledgment that a client received, and the length of the record at that time."""
 
     at: int
     kind: str
     """`workflow`, `accepted` or `completed`."""
     id: str
     text: str = ""
-    """What a completed run has written into its file."""
+    """Text that a completed run wrote into its file."""
 
 
 @dataclass(slots=True)
@@ -78,7 +80,7 @@ class PowerLossLog:
 
     @property
     def data(self) -> Path:
-        """The data folder, which the server makes, with the one above it."""
+        """Data folder. The server creates it and its parent."""
         return self.root / "server" / "data"
 
     def note(self, kind: str, identity: str, text: str = "") -> None:
@@ -175,7 +177,7 @@ async def _create_and_run(client: httpx2.AsyncClient, recording: PowerLossLog, n
 def _iterate_cut_points(
     recording: PowerLossLog, operations: Sequence[FileOperation], answered: Sequence[int]
 ) -> Iterator[tuple[int, SimulatedDisk]]:
-    """Yield points of the record, and the disk at each: where answers had just come, and some in between."""
+    """Yield points of the record with the disk at each: right after answers, and some in between."""
     between = [operation.ends_at for operation in operations if operation.ends_at > min(answered)]
     points = sorted({*answered, *_spread_points(between, CHECKED_POINTS // 2)})
     disk, done = SimulatedDisk(recording.root), 0
@@ -198,7 +200,7 @@ def _materialize(disk: SimulatedDisk, target: Path, survives: Survives) -> Path:
 
 
 def _find_lost(data: Path, told: Sequence[AcknowledgedAnswer], secret: bytes) -> Iterator[str]:
-    """Tell what of the answers is not in a data folder."""
+    """Yield a description of each acknowledged change that a data folder lacks."""
     database = data / "pilotflame.db"
     if not database.exists():
         yield "the database itself"
@@ -255,7 +257,7 @@ def _is_intact(path: Path) -> bool:
 
 
 async def _find_lost_after_start(data: Path, told: Sequence[AcknowledgedAnswer], log: Path) -> list[str]:
-    """Start a server on what was left, and tell what it doesn't know, or doesn't bring to its end."""
+    """Start a server on the remaining files; return the acknowledged runs that it lost or doesn't complete."""
     lost: list[str] = []
 
     async def ask(url: str) -> None:
@@ -286,7 +288,7 @@ async def _runs_to_completion(client: httpx2.AsyncClient, answer: AcknowledgedAn
 
 
 async def _gives_content(client: httpx2.AsyncClient, answer: AcknowledgedAnswer, outputs: object) -> bool:
-    """Tell whether the large output of a run is still read through the API."""
+    """Return whether the API still serves the large output of a run."""
     hashes = set(re.findall(r'"sha256": ?"([0-9a-f]{64})"', json.dumps(outputs)))
     contents = [await client.get(f"/executions/{answer.id}/blobs/{one}") for one in sorted(hashes)]
     return any(content.is_success and answer.text in content.text for content in contents)

@@ -1,4 +1,4 @@
-"""What the engine itself takes, without database, broker or HTTP: expressions, nodes, loops and large graphs."""
+"""Cost of the engine alone, without database, broker or HTTP: expressions, nodes, loops and large graphs."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ async def measure_run_ms(workflow: BenchmarkWorkflow) -> float:
 
 
 class DiscardingJournal:
-    """A journal that forgets, for what is measured is the engine."""
+    """Journal that discards its records, so that only the engine is measured."""
 
     def __init__(self) -> None:
         self.spans = 0
@@ -128,7 +128,7 @@ def _measure_expressions() -> dict[str, float]:
 
 
 def _measure_nanoseconds(work: Callable[[], object]) -> float:
-    """Return the least of several rounds: what disturbs a round only ever adds to it."""
+    """Return the minimum of several rounds, because disturbances only ever add time."""
     rounds: list[float] = []
     for _ in range(ROUNDS):
         since = perf_counter_ns()
@@ -170,7 +170,7 @@ def _build_chain(nodes: int) -> Nodes:
 
 
 def _build_graph(nodes: Nodes, connections: Connections | None = None) -> ParsedGraph:
-    """Return a graph of nodes, in a row unless it is said how they are connected."""
+    """Return a graph of nodes, connected in a row by default."""
     if connections is None:
         connections = [{"source": one["id"], "target": other["id"]} for one, other in pairwise(nodes)]
     edges: Any = [{"id": f"edge-{number}", **edge} for number, edge in enumerate(connections)]
@@ -223,11 +223,11 @@ async def _measure_milliseconds(
     return min(times) / 1_000_000
 
 
-# ── what is large ───────────────────────────────────────────────────────────────────────────────────────────
+# ── large inputs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _measure_loop() -> dict[str, float]:
-    """Go over many items with a body of one node, and let the same node go over as many in as many runs."""
+    """Loop over many items with a body of one node, and run the same node as often in separate runs."""
     config = {"values": {"sum": {"$op": "add", "args": ["{{ item }}", 1]}}, "mode": "replace"}
     body = {"id": "body", "type": "set", "config": config}
     loop = {"id": "loop", "type": "loop", "config": {"items": "{{ data.body.items }}"}}
@@ -247,7 +247,9 @@ async def _measure_loop() -> dict[str, float]:
 
 
 async def _measure_large_graph() -> dict[str, float]:
-    """Validate, compile and run a chain and a ladder of diamonds, whose paths are two to the power of their number."""
+    """Validate, compile and run a chain and a ladder of diamonds, which has two to the power of its length
+    paths.
+    """
     figures: dict[str, float] = {}
     for name, graph in {
         "chain": _build_graph(_build_chain(LARGE_GRAPH_NODES - 1)),

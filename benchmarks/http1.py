@@ -1,6 +1,7 @@
-"""As much HTTP/1.1 as a load generator needs: kept connections, one request at a time, bodies with a length.
+"""Minimal HTTP/1.1 client for a load generator: persistent connections, one request at a time, bodies with a
+length.
 
-It costs some 25 µs a request. What the generator takes is lost to the servers, which share its cores.
+It costs about 25 µs a request. The generator shares the servers' cores, so its time is lost to them.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class HttpMessage(NamedTuple):
 
 
 class HttpAnswer(NamedTuple):
-    """What a server said."""
+    """Response of a server."""
 
     status: int
     body: bytes
@@ -36,7 +37,7 @@ class HttpAnswer(NamedTuple):
 
 
 def split_message(received: bytes) -> tuple[HttpMessage, bytes] | None:
-    """Return the first whole message and what follows it; None while more of it is on its way."""
+    """Return the first complete message and the bytes after it; None if the message is incomplete."""
     end = received.find(END_OF_HEAD)
     if end < 0:
         return None
@@ -85,7 +86,7 @@ class KeptConnection(asyncio.Protocol):
 
     @classmethod
     async def open(cls, port: int) -> KeptConnection:
-        """Connect; raises OSError while nobody listens."""
+        """Connect. Raises OSError while no server listens."""
         _, connection = await asyncio.get_running_loop().create_connection(cls, "127.0.0.1", port)
         return connection
 

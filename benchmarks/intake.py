@@ -1,7 +1,7 @@
-"""What senders send, taken in as fast as it goes by one gateway: messages, mails, events and webhooks.
+"""Throughput of ingest by one gateway: messages, mails, events and webhooks.
 
-Every request is a delivery of its own, signed a moment before where its sender signs, and every one that is accepted
-has to have run in the end, once.
+Every request is a separate delivery, signed just before where its sender signs. Every accepted request must
+have run exactly once in the end.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PUSH_BYTES = 4_000
 DRAIN_SECONDS = 180
 POLL_SECONDS = 0.1
 BACKLOG = 2_000_000
-"""More than a load can bring: what waits to be begun is not what is measured."""
+"""More than a load can queue, because backpressure is not measured here."""
 UNFINISHED = ("pending", "running", "waiting")
 _numbers = count(1)
 
@@ -50,12 +50,14 @@ class IngestLoad:
     path: str
     make: Callable[[int], SignedRequest]
     runs: int = 1
-    """That one request brings."""
+    """Runs that one request starts."""
     with_key: bool = True
     sent: int = field(default=0, init=False)
 
     async def run(self, connection: KeptConnection) -> float:
-        """Send one; returns the seconds to its answer. Raises `WrongAnswer` for any but that it was taken in."""
+        """Send one request and return the seconds until its answer. Raises `WrongAnswer` unless it was
+        accepted.
+        """
         made = self.make(next(_numbers))
         request = _encode_request(self.api, self.path, made, with_key=self.with_key)
         started_at = perf_counter()
@@ -137,11 +139,11 @@ async def _count_executions(connection: KeptConnection, sending: IngestLoad, *st
     return int(_require_status(answer, 200)["count"])
 
 
-# ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────
+# ── loads ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _create_loads(api: BenchmarkApi) -> Mapping[str, IngestLoad]:
-    """Make the workflows, and return what is sent to each."""
+    """Create the workflows, and return the load for each."""
     send_grid = SendGrid()
     filling: dict[str, Any] = {
         "commits": [{"id": "0" * 40, "message": "x" * 80} for _ in range(PUSH_BYTES // 150)]

@@ -1,8 +1,9 @@
-"""Kills of workers, hundreds of them: `python -m benchmarks.kills [dev|poison|recovery ...] [--kills 500]`.
+"""Hundreds of kills of workers: `python -m benchmarks.kills [dev|poison|recovery ...] [--kills 500]`.
 
-`dev`: `pilotflame dev` is killed again and again under load; every run must complete.
-`poison`: a run kills `pilotflame dev` whenever it runs, beside a hundred others; it must end as crashed, they complete.
-`recovery`: one of two workers is killed with a run in hand; the time until the run goes on, by what was killed.
+`dev`: `pilotflame dev` is killed again and again under load; every run must complete. `poison`: a run kills
+`pilotflame dev` whenever it runs, beside a hundred others. It must end as crashed, and the others must
+complete. `recovery`: one of two workers is killed during a run. Measures the time until the run continues, by
+the kind of kill.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from tests.system.ledger import EffectLedger, LedgerCall
 from tests.system.processes import SystemProcess
 
 DEFAULTS = {"LEASE_SECONDS": "10", "SWEEP_SECONDS": "2"}
-"""Those of the product, in the place of the short ones of the tests."""
+"""Defaults of the product, in place of the short intervals of the tests."""
 PATIENCE_SECONDS = 1_800.0
 AT_ONCE = 20
 """Runs that clients have under way."""
@@ -41,7 +42,7 @@ NODE_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class KillRequest:
-    """What the command line asks for."""
+    """Parsed command line."""
 
     parts: Sequence[str]
     kills: int
@@ -143,7 +144,7 @@ async def _run_one_process() -> AsyncIterator[tuple[SystemUnderTest, RetryingCli
 
 
 async def _measure_recovery(request: KillRequest) -> None:
-    """Kill what works on a run, and wait until the run is at work again."""
+    """Kill the process that executes a run, and wait until the run continues."""
     ways: Sequence[tuple[str, Callable[[SystemProcess], Awaitable[None]], float]] = (
         ("child killed, parent lives", _kill_child, 5.0),
         ("both killed, started again", _kill_and_start, 5.0),

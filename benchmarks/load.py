@@ -1,4 +1,6 @@
-"""Runs workflows over HTTP to their checked results: by so many clients at once, or as they happen to come."""
+"""Load generator that runs workflows over HTTP and checks their results: closed (fixed clients) or open
+(Poisson).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ SPARE_CONNECTIONS = 20
 
 
 class WrongAnswer(Exception):
-    """The server refused, or a run came to another result than it owed: no figure of it counts."""
+    """Refusal or wrong result of a run. It invalidates every figure of the load."""
 
 
 class CreatedWorkflow(msgspec.Struct, rename="camel"):
@@ -50,7 +52,7 @@ _wait = random.Random(1).expovariate
 
 @dataclass(frozen=True, slots=True)
 class LatencySample:
-    """How long each run of a load took, from sending the request to reading the outputs."""
+    """Durations of the runs of a load, from sending the request to reading the outputs."""
 
     window_seconds: float
     ended_in_window: int
@@ -71,7 +73,7 @@ class LatencySample:
 
 
 class LoadTarget(Protocol):
-    """What a load does again and again."""
+    """Repeatable action of a load."""
 
     @property
     def api(self) -> BenchmarkApi: ...
@@ -89,7 +91,7 @@ class InstalledWorkflow:
     workflow_id: str
 
     async def run(self, connection: KeptConnection) -> float:
-        """Run it once and check what comes out; returns the seconds that it took. Raises `WrongAnswer`."""
+        """Run once, check the result, and return the duration in seconds. Raises `WrongAnswer`."""
         x = next(_numbers)
         started_at = perf_counter()
         path = f"/api/v1/workflows/{self.workflow_id}/execute"
@@ -120,7 +122,7 @@ async def install_workflow(api: BenchmarkApi, workflow: BenchmarkWorkflow) -> In
 
 
 async def run_sequentially(installed: InstalledWorkflow, times: int) -> LatencySample:
-    """Run it so many times, each after the one before."""
+    """Run `times` times, each after the one before."""
     async with _open_connections(installed.api, 1) as (connection,):
         begun_at = perf_counter()
         latencies = [await installed.run(connection) for _ in range(times)]

@@ -1,7 +1,8 @@
-"""Measure how long hostile JSON holds the interpreter's lock: `python -m benchmarks.lock_holds [megabytes ...]`.
+"""Measure for how long hostile JSON holds the GIL: `python -m benchmarks.lock_holds [megabytes ...]`.
 
-Prints the longest hold of each step in milliseconds; nobody else in a process does anything meanwhile. Bounds: 50 ms
-for texts of up to 1 MB, 500 ms for those within the limits, on a core as fast as `tests.lock_holds` says.
+Prints the longest hold of each step in milliseconds, during which no other thread of a process runs. Bounds:
+50 ms for texts of up to 1 MB, 500 ms for those within the limits, on a core as fast as `tests.lock_holds`
+defines.
 """
 
 from __future__ import annotations

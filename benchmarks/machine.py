@@ -1,4 +1,4 @@
-"""How fast this machine is just now, and how fast its disk, whatever runs on it."""
+"""Current speed of this machine and of its disk, other load included."""
 
 from __future__ import annotations
 

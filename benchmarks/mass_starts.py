@@ -1,8 +1,8 @@
-"""Workflows that are deployed at once on a slow node, and the requests that a deployer sends to the API server.
+"""Simultaneous deployment of many workflows on a slow node, and the deployer's requests to the API server.
 
-The API server is that of the tests. Its node runs no programs: the figures show how starts are spread and what they and
-rest cost, not how fast a machine is. At first it prepares two pods at a time, five seconds each. For the many workflows
-at rest it prepares all at once.
+The tests' API server is used, whose node runs no programs. The figures show how starts are spread, and the
+cost of starts and of rest; they don't show the speed of a machine. At first the node prepares two pods at a
+time, in five seconds each. For the many workflows at rest it prepares all at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WORKFLOWS_AT_REST = 500
 DEPLOYS_AT_ONCE = 10
 """As many edits as a gateway has connections for; more at once get 503."""
 CONTROLLER_SECONDS = 1.0
-"""How long controllers take to notice a change: looking at so many objects more often would take all of the time."""
+"""Delay until controllers notice a change. Listing so many objects more often would take all of the time."""
 FAST = {"HEAD_SECONDS": "60", "KUBERNETES_REQUESTS_PER_SECOND": "300", "STARTS_AT_ONCE": "300"}
 REST_SECONDS = 240.0
 """Two renewals of the watches of Deployments and pods, and one of that of quotas."""
@@ -122,7 +122,7 @@ async def _wait_until_all(installed: list[InstalledWorkflow], status: str) -> No
 
 
 async def _sent(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
-    """Return an answer about a workflow, although the gateway closes connections on which nothing comes in time."""
+    """Return an answer about a workflow, although the gateway closes idle connections."""
     while True:
         with suppress(ConnectionLost):
             return await deployed.send(installed, method, what)

@@ -1,4 +1,4 @@
-"""What PostgreSQL counts of its own work: commits, bytes of its log, transaction ids."""
+"""PostgreSQL's counters of its own work: commits, WAL bytes, transaction ids."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FROM pg_stat_database WHERE datname = current_database()
 
 
 class NotDurable(Exception):
-    """The server may lose what it has committed: its figures would be of something else."""
+    """The server may lose committed transactions, so its figures would be meaningless."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class PostgresCounters:
     """Only transactions that write have one."""
 
     def per_run(self, before: PostgresCounters, runs: int) -> dict[str, float]:
-        """Return what one of so many runs has added."""
+        """Return the increase since `before` per run."""
         return {
             "commits_per_run": (self.commits - before.commits) / runs,
             "wal_bytes_per_run": (self.wal_bytes - before.wal_bytes) / runs,

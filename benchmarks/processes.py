@@ -27,12 +27,12 @@ RunningProcesses = Mapping[str, "subprocess.Popen[bytes]"]
 
 
 class ProcessEnded(Exception):
-    """A process ended by itself, or was not ready in time; the text is what it said last."""
+    """A process ended by itself or was not ready in time. The text is the end of its output."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerUnderTest:
-    """A server that answers, and what it is made of."""
+    """Server that answers requests, and its processes."""
 
     api: BenchmarkApi
     process_ids: Mapping[str, int]

@@ -20,7 +20,7 @@ LINE_NUMBER = re.compile(r":\d+\)$")
 
 @dataclass(frozen=True, slots=True)
 class ProcessProfiler:
-    """Which process to sample, and where to put what comes of it."""
+    """Sampling profiler of one process, and the folder of its results."""
 
     process: str
     folder: Path
@@ -41,7 +41,7 @@ async def _record(process_id: int, file: Path, kind: str, seconds: int) -> None:
     program = str(Path(sys.executable).with_name("py-spy"))
     process = await asyncio.create_subprocess_exec(
         *(program, "record", "--pid", str(process_id), "--duration", str(seconds)),
-        "--nonblocking",  # where it stops the process, whatever waited wakes up, and is taken for busy
+        "--nonblocking",  # Pausing the process would wake its waiting threads, which would then count as busy.
         *("--rate", str(SAMPLES_PER_SECOND), "--format", kind, "--output", str(file)),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.PIPE,
@@ -64,7 +64,7 @@ def summarize_stacks(stacks: Iterable[str]) -> str:
             with_callees[function] += int(count)
         for caller, callee in pairwise(functions):
             callees[caller].add(callee)
-    # What does nothing but call one other function, as the command line does, tells nothing.
+    # Functions that only call one other function, such as the command line, explain nothing.
     telling = {name: count for name, count in with_callees.items() if name in alone or len(callees[name]) > 1}
     samples = alone.total()
     return "\n".join(

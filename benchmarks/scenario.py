@@ -1,4 +1,4 @@
-"""What is done to a server that was just started, step by step, and the figures that come of it."""
+"""Steps that are performed on a freshly started server, and their figures."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ RUNS_PER_SECOND = 10
 SINGLE_RUNS = 10
 WARM_UP_SECONDS = 2.0
 COMMITS_OF_A_RUN = 3
-"""Accept, claim, record: what a pure run costs in transactions that write, if it shares none."""
+"""Accept, claim, record: write transactions of a pure run that shares none with other runs."""
 
 
 @dataclass(frozen=True, slots=True)
 class MeasureOptions:
-    """How long to measure, and whether to look inside meanwhile."""
+    """Duration of the measurement, and whether to profile meanwhile."""
 
     seconds: float
     idle_seconds: float
@@ -33,7 +33,7 @@ class MeasureOptions:
 
 @dataclass(frozen=True, slots=True)
 class BackingServers:
-    """What Pilotflame stands on: nothing where it is `dev`."""
+    """Servers that Pilotflame depends on; none for `dev`."""
 
     database_url: str | None = None
     process_ids: Mapping[str, int] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class BackingServers:
 async def measure(
     pilotflame: ServerUnderTest, servers: BackingServers, options: MeasureOptions
 ) -> dict[str, float]:
-    """Take every figure once. Raises `WrongAnswer` as soon as one run comes to a wrong result."""
+    """Take every figure once. Raises `WrongAnswer` as soon as one run has a wrong result."""
     pure = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
     await load.run_sequentially(pure, 1)
     figures = {

@@ -1,4 +1,4 @@
-"""The other system that write nodes call: it answers a number with the next one, and counts what it was asked."""
+"""External system that write nodes call: it answers a number with the next one, and counts its requests."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from benchmarks import http1
 
 
 class NumberMessage(msgspec.Struct):
-    """Both what is asked and what is answered."""
+    """Body of both the request and the response."""
 
     number: int
 
 
 class HttpSink:
-    """Where it listens, and how often it was called."""
+    """Address and call counter of the sink."""
 
     def __init__(self) -> None:
         self.calls = 0

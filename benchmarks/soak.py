@@ -22,7 +22,7 @@ STRIKES_EVERY_SECONDS = 30
 
 @dataclass(frozen=True, slots=True)
 class SoakRequest:
-    """What the command line asks for."""
+    """Parsed command line."""
 
     minutes: int
     runs_per_second: int
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 async def _soak(request: SoakRequest) -> None:
-    """Let one storm follow another on the same deployment; ends at the first broken promise."""
+    """Run one storm after another on the same deployment; stop at the first broken guarantee."""
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pilotflame-soak-")))
         deployment = await _run_deployment(request, folder, stack)

@@ -1,4 +1,4 @@
-"""What the project has promised itself for two cores, generator included, and whether this run kept it."""
+"""Performance targets of the project for two cores, generator included, and the outcome of a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from enum import StrEnum
 from statistics import median
 
 Repetitions = Mapping[str, Sequence[Mapping[str, float]]]
-"""By what was measured (`production`, `dev`, ...), the figures of each repetition."""
+"""Figures of each repetition, by part (`production`, `dev`, ...)."""
 
 
 class TargetSide(StrEnum):
-    """On which side of the target a figure must lie."""
+    """Side of the target on which a figure must be."""
 
     AT_LEAST = ">="
     BELOW = "<"
@@ -38,7 +38,7 @@ class FigureTarget:
 
 @dataclass(frozen=True, slots=True)
 class TargetOutcome:
-    """A target and what came of it."""
+    """Target with its measured figure."""
 
     target: FigureTarget
     value: float
@@ -61,7 +61,7 @@ _LOADS_ON_SLEEPERS = (
     for figure, limit in (("lost", 1), ("failed", 1), ("wake_p99_ms", 3_000))
 )
 INTAKE_PER_CORE: Mapping[str, int] = {"enqueue": 1_000, "mail": 300, "events": 800, "webhooks": 800}
-"""Requests a second by what is sent; half as many are sent to see how long an answer takes."""
+"""Requests per second by kind. Latencies are measured at half that rate."""
 _INTAKE = (
     FigureTarget("intake", f"{mode}_{kind}_{figure}", bound, limit)
     for mode, core in (("production", "gateway"), ("dev", "dev"))
@@ -87,7 +87,8 @@ TARGETS = (
     *(FigureTarget("dev", *line) for line in _BOTH_MODES),
     FigureTarget("dev", "memory_mb_dev", TargetSide.BELOW, 120),
     FigureTarget("dev", "ready_seconds", TargetSide.BELOW, 2),
-    # A single claim's time varies by a third on a quiet machine; what grows with the table grows a thousandfold.
+    # A single claim's time varies by a third on a quiet machine; a cost that grows with the table grows a
+    # thousandfold.
     FigureTarget("claims", "sqlite_of_1_ratio", TargetSide.BELOW, 1.5),
     FigureTarget("claims", "sqlite_of_1000_ratio", TargetSide.BELOW, 1.5),
     FigureTarget("claims", "postgresql_of_1_ratio", TargetSide.BELOW, 1.5),
@@ -121,7 +122,7 @@ TARGETS = (
 
 
 def judge_targets(repetitions: Repetitions) -> Iterator[TargetOutcome]:
-    """Yield an outcome for each target whose figure was taken."""
+    """Yield an outcome for each target with a figure."""
     for target in TARGETS:
         values = [
             figures[target.figure]

@@ -99,7 +99,7 @@ async def _time_by_workflow(api: BenchmarkApi, client: KeptConnection, workflow_
 
 
 async def _check_and_empty(connection: Any) -> None:  # noqa: ANN401 - the driver's own type needs a record type
-    """Check that all rows have come, and take them away."""
+    """Check that all rows have arrived, and delete them."""
     count, gross = await connection.fetchrow("SELECT count(*), sum(gross) FROM target")
     assert (count, gross) == (ROWS, sum(number / 4 * 1.25 for number in range(1, ROWS + 1)))
     await connection.execute("TRUNCATE target")

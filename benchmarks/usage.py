@@ -1,4 +1,4 @@
-"""What processes use, their children included."""
+"""CPU time and memory of processes, children included."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def cpu_seconds(process_ids: Mapping[str, int]) -> dict[str, float]:
 
 
 def memory_megabytes(process_ids: Mapping[str, int]) -> dict[str, float]:
-    """Return each process's PSS: its own memory, and its share of what it has in common with others."""
+    """Return each process's PSS: its private memory and its share of shared memory."""
     return {name: sum(map(_megabytes, _process_tree(process_id))) for name, process_id in process_ids.items()}
 
 

@@ -1,4 +1,4 @@
-"""The workflows that are run, and what must come out of them for a number `x` that goes in."""
+"""Workflows of the benchmarks, with the expected results for an input number `x`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The command as its users run it: in processes of its own, untouched by the settings of this one.
+"""Runs of the `pilotflame` command in separate processes, isolated from the settings of this one.
 
-They are forked from a process that has loaded the command, unless a test is about what a start takes.
+They are forked from a process that has loaded the command, except in tests about the start itself.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ POLL_SECONDS = 0.01
 
 
 def command_environment(folder: Path, **variables: str) -> dict[str, str]:
-    """Return what a command is to find: a data folder, and the given variables without their `PILOTFLAME_`."""
+    """Return the environment of a command: a data folder, and the given variables, named without
+    `PILOTFLAME_`.
+    """
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
     given = {f"PILOTFLAME_{name}": value for name, value in variables.items()}
     return {**kept, "PILOTFLAME_DATA_DIR": str(folder), **given}
@@ -46,14 +48,14 @@ def run(*arguments: str, given: Mapping[str, str]) -> subprocess.CompletedProces
 
 
 def run_output(*arguments: str, given: Mapping[str, str]) -> str:
-    """Return what a command prints, which must succeed."""
+    """Return the output of a command, which must succeed."""
     done = run(*arguments, given=given)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
 
 class RunningCommand:
-    """A command that goes on, and what it has said so far on both of its outputs."""
+    """Running command with the output that it has written so far to stdout and stderr."""
 
     def __init__(self, process: ForkedCommand | subprocess.Popen[bytes], log: Path) -> None:
         self.process = process
@@ -64,7 +66,7 @@ class RunningCommand:
         return self._log.read_text(errors="replace")
 
     def says(self, pattern: str) -> re.Match[str]:
-        """Wait until it says something."""
+        """Wait until the output matches `pattern`."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while (found := re.search(pattern, self.log(), re.DOTALL)) is None:
             assert self.process.poll() is None, self.log()
@@ -88,7 +90,7 @@ class RunningCommand:
         self.process.wait()
 
     def end_family(self) -> None:
-        """End it and all that it has started: what outlives it would keep the tests from their own end."""
+        """Kill the command and its descendants. Survivors would keep the tests from ending."""
         self.kill()
         for one in self._family:
             with suppress(psutil.NoSuchProcess):

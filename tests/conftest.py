@@ -13,29 +13,29 @@ from tests import preloads, services
 MEMORY = Path("/dev/shm")
 ROOM_BYTES = 2 << 30
 
-# How long an example takes says how busy the machine is. The same examples each time, so that what fails for somebody
-# fails for everybody; `--hypothesis-profile=search` thinks of others.
+# An example's duration depends on the load of the machine. Examples are the same each time, so that a failure
+# is reproducible everywhere; `--hypothesis-profile=search` generates others.
 settings.register_profile("search", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("suite", settings.get_profile("search"), derandomize=True, database=None)
 settings.load_profile("suite")
 
 
 def pytest_configure() -> None:
-    """Have temporary folders in memory, where there is room: no database in them waits for a slow disk then."""
+    """Put temporary folders into memory if it has space, so that databases never wait for a slow disk."""
     if MEMORY.is_dir() and os.access(MEMORY, os.W_OK) and shutil.disk_usage(MEMORY).free > ROOM_BYTES:
         os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Keep what thousands of tests are made of from being looked at in every collection of garbage from here on."""
+    """Exclude the objects of the collected tests from every later garbage collection."""
     gc.freeze()
     gc_tuning.tune_at_start()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _garbage() -> Iterator[None]:
-    """Have servers that run in this process leave its garbage to the tests, whose heap is a hundred times theirs."""
+    """Keep in-process servers from tuning the garbage collector: the tests' heap is a hundred times theirs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(gc_tuning, "freeze_loaded", lambda: None)
         yield

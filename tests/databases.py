@@ -29,6 +29,6 @@ async def create_sqlite_database(file: Path) -> str:
         await asyncio.to_thread(file.write_bytes, _files[0])
     else:
         await schema_migration.migrate(parse_url(url))
-        # The whole of it is in this one file: whoever leaves it last puts the journal there.
+        # The whole database is in this one file: the last connection to close writes the journal into it.
         _files.append(await asyncio.to_thread(file.read_bytes))
     return url

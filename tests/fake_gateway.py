@@ -26,7 +26,7 @@ POISON: Final = "poison"
 
 @dataclass(frozen=True)
 class StartedFakeRun:
-    """What one message has started."""
+    """Run that one message has started."""
 
     message: Any
     priority: int

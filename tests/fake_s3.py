@@ -38,7 +38,7 @@ class FakeObject:
 
 
 class S3Error(Exception):
-    """An error as S3 tells it."""
+    """Error in the form of S3."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(code)
@@ -55,7 +55,7 @@ class FakeS3:
     secret_access_key: str = "s3-secret-canary"
     session_token: str | None = None
     domain: str = "s3.test"
-    """What virtual hosts of buckets end in."""
+    """Suffix of virtual-hosted bucket names."""
     buckets: dict[str, dict[str, FakeObject]] = field(default_factory=lambda: {"bucket": {}})
     behind: timedelta = timedelta()
     """By so much its objects are dated too early."""
@@ -78,7 +78,7 @@ class FakeS3:
         return self.buckets["bucket"]
 
     async def answer(self, request: web.Request) -> web.StreamResponse:
-        """Answer one request, whatever it is."""
+        """Answer one request of any kind."""
         self.requests.append(f"{request.method} {request.headers['Host']} {request.raw_path}")
         body = await request.read()
         if self.is_silent:
@@ -93,7 +93,8 @@ class FakeS3:
             text = f"<Error><Code>{refused.code}</Code><Message>It was refused</Message></Error>"
             return web.Response(status=refused.status, text=text, content_type="application/xml")
 
-    # ── who asks, and for what ────────────────────────────────────────────────────────────────────────────
+    # ── authentication and addressing
+    # ───────────────────────────────────────────────────────────────────────────
 
     def _check_signature(self, request: web.Request, body: bytes) -> None:
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
@@ -135,7 +136,8 @@ class FakeS3:
             raise S3Error(404, "NoSuchBucket")
         return self.buckets[name]
 
-    # ── what it does ──────────────────────────────────────────────────────────────────────────────────────
+    # ── operations
+    # ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _done(
         self, request: web.Request, objects: dict[str, FakeObject], key: str, body: bytes
@@ -189,7 +191,7 @@ class FakeS3:
 
 
 def _canonical_request(request: web.Request, names: str, body: bytes) -> str:
-    """Return what a client must have signed; refuses what leaves something out, or is encoded in another way."""
+    """Return the text that a client must have signed. Refuses incomplete or differently encoded requests."""
     signed = names.split(";")
     needed = {"host", *(name.lower() for name in request.headers if name.lower().startswith("x-amz-"))}
     if signed != sorted(signed) or not needed <= set(signed):
@@ -215,7 +217,7 @@ def _canonical_request(request: web.Request, names: str, body: bytes) -> str:
 
 
 def _parse_pairs(query: str) -> list[tuple[str, str]]:
-    # A plus is a plus here: whoever means a space must write %20, or the signature is another one.
+    # A plus is a plus here: clients must encode a space as %20, or the signature differs.
     return parse_qsl(query.replace("+", "%2B"), keep_blank_values=True)
 
 

@@ -42,7 +42,7 @@ class FakeSqsMessage:
 
 
 class SqsError(Exception):
-    """An error as SQS tells it."""
+    """Error in the form of SQS."""
 
     def __init__(self, status: int, code: str) -> None:
         super().__init__(code)
@@ -64,7 +64,7 @@ class FakeSqs:
     messages: list[FakeSqsMessage] = field(default_factory=list)
     dead: list[FakeSqsMessage] = field(default_factory=list)
     max_receives: int | None = None
-    """More are not made: then a message is a dead letter. None where the queue has no policy for it."""
+    """Receives before a message becomes a dead letter; None if the queue has no redrive policy."""
     failures: list[SqsError] = field(default_factory=list)
     """Answers to the next calls."""
     half_failures: int = 0
@@ -124,7 +124,8 @@ class FakeSqs:
                 return {"Attributes": {"RedrivePolicy": policy}} if has_policy else {}
         raise SqsError(400, "com.amazon.coral.service#UnknownOperationException")
 
-    # ── what it does ──────────────────────────────────────────────────────────────────────────────────────
+    # ── operations
+    # ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _receive(
         self,
@@ -196,7 +197,8 @@ class FakeSqs:
                 return None
         return "ReceiptHandleIsInvalid"
 
-    # ── who asks ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── authentication
+    # ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _check_signature(self, request: web.Request, body: bytes) -> None:
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))

@@ -1,4 +1,6 @@
-"""Processes of the command, forked from one that has loaded it: most of what a start takes is to load itself."""
+"""Command processes, forked from one that has loaded the command, since most of a start's time is loading
+code.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,7 @@ class ForkedCommand:
         outputs: tuple[Path, Path],
         folder: Path | None = None,
     ) -> None:
-        """Start it; what it says is appended to two files, or to one that is named twice."""
+        """Start the process. Its output is appended to two files, or to one that is named twice."""
         typed = [str(command), *arguments]
         # A daemon: else the tests would wait for it in the end.
         self._process = _context.Process(

@@ -40,17 +40,19 @@ HOSTILE_TEXTS: Final[Mapping[str, Callable[[int], str]]] = {
     "many keys": lambda size: "{" + ",".join(f'"{number}":{{}}' for number in range(size // 10)) + "}",
     "odd keys": lambda _: r'{"": 1, "\u0000": 2, "$op": "no-such", "__proto__": {}, "args": [null]}',
 }
-"""Texts of JSON, or of what only looks like it, by what they are; each is made of about so many characters."""
+"""Generators of hostile JSON and near-JSON by kind; each makes a text of about the given number of
+characters.
+"""
 
 
 @dataclass
 class CheckedFields:
-    """The fields that were given one value, and what went wrong."""
+    """Fields that were given one value, and their faults."""
 
     fields: int = 0
     slowest_seconds: float = 0.0
     unworded: list[str] = field(default_factory=list)
-    """Fields of which a finding says nothing, or that made validation fail."""
+    """Fields without a finding, or that made validation fail."""
 
 
 def check_every_field(text: str) -> CheckedFields:

@@ -1,4 +1,4 @@
-"""Somebody outside who is sent webhooks: an HTTP server, and a check of signatures that shares nothing with ours."""
+"""External receiver of webhooks: an HTTP server, and an independent implementation of the signature check."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ReceivedRequest:
-    """A request as it came."""
+    """Received HTTP request."""
 
     path: str
     headers: Mapping[str, str]
@@ -28,7 +28,9 @@ class ReceivedRequest:
         return decoded
 
     def is_signed_by(self, *secrets: str) -> bool:
-        """Tell whether it has just the signatures that Standard Webhooks 1.0.0 asks of these secrets."""
+        """Return whether it has exactly the signatures that Standard Webhooks 1.0.0 requires of these
+        secrets.
+        """
         head = f"{self.headers['webhook-id']}.{self.headers['webhook-timestamp']}.".encode()
         expected = set()
         for secret in secrets:
@@ -42,12 +44,12 @@ class ReceivedRequest:
 
 @dataclass
 class HttpReceiver:
-    """What has come, and what is answered."""
+    """Received requests, and the answers to them."""
 
     port: int = 0
     received: list[ReceivedRequest] = field(default_factory=list)
     answers: list[str] = field(default_factory=list)
-    """Heads, one for each request that comes next; then 204."""
+    """Response heads for the next requests in order; 204 after the last."""
     may_answer: asyncio.Event = field(default_factory=asyncio.Event)
 
     def url(self, path: str = "/hook") -> str:

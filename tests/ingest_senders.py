@@ -29,20 +29,20 @@ _numbers = count(1)
 
 @dataclass(frozen=True, slots=True)
 class SenderUnderTest:
-    """Somebody who sends what starts runs."""
+    """Sender of requests that start runs."""
 
     name: str
     path: str
     make: Callable[[int], SignedRequest]
     key: str | None = None
-    """An API key, where it isn't by its signature or by a token in the path that it is let in."""
+    """API key, for senders that authenticate neither by a signature nor by a token in the path."""
 
     def delivery(self) -> SenderDelivery:
         """Return something that it hasn't sent before."""
         return SenderDelivery(self, next(_numbers))
 
     async def post(self, http: httpx2.AsyncClient, made: SignedRequest) -> httpx2.Response:
-        """Send a request; raises `httpx2.TransportError` where no answer comes."""
+        """Send a request. Raises `httpx2.TransportError` if there is no answer."""
         headers = dict(made.headers)
         if self.key is not None:
             headers["X-API-Key"] = self.key
@@ -57,7 +57,7 @@ class SenderDelivery:
     number: int
 
     async def send(self, http: httpx2.AsyncClient) -> httpx2.Response:
-        """Send it once; raises `httpx2.TransportError` where no answer comes."""
+        """Send it once. Raises `httpx2.TransportError` if there is no answer."""
         return await self.sender.post(http, self.sender.make(self.number))
 
     async def deliver(self, http: httpx2.AsyncClient) -> httpx2.Response:
@@ -76,7 +76,7 @@ class SenderDelivery:
 
 @dataclass(frozen=True, slots=True)
 class AllSenders:
-    """Everybody who sends, and what is run for them."""
+    """All senders, and the workflows that they start."""
 
     all: Sequence[SenderUnderTest]
     workflows: Sequence[str]
@@ -90,7 +90,7 @@ class AllSenders:
 
 
 def read_execution_id(response: httpx2.Response) -> str:
-    """Return the only run that a delivery has brought, from the answer to it."""
+    """Return the id of the only execution in the answer to a delivery."""
     assert response.is_success, response.text
     body: dict[str, Any] = response.json()
     if "results" in body:
@@ -107,7 +107,7 @@ async def open_client(url: str) -> AsyncIterator[httpx2.AsyncClient]:
 
 
 async def set_up(post: Post, key: str) -> AllSenders:
-    """Make the workflows, and whatever lets senders in; `key` is for those who have one."""
+    """Create the workflows and the senders' credentials; `key` is for senders with an API key."""
     send_grid = SendGrid()
     source: dict[str, Json] = {
         "name": "signs",

@@ -1,9 +1,9 @@
-"""How long the interpreter's lock is held at a time: nobody else in the process does anything meanwhile.
+"""Measurement of GIL holds, during which no other thread of the process runs.
 
-A second thread wakes up every half a millisecond and measures by how much it is late. What other processes of the
-machine take counts for nothing: neither the time in which this one did not compute, nor that in which the second
-thread could have gone on and had no processor. Python hands the lock on between two of its own instructions after 5 ms
-at most, so that what is longer is one call of something that isn't written in Python.
+A second thread wakes up every half a millisecond and measures its delay. Load of other processes is excluded:
+neither the time in which this process did not compute counts, nor the time in which the second thread was
+runnable without a processor. Python switches threads between two of its own instructions after 5 ms at most,
+so a longer hold is one call into native code.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ class LockHolds:
 
 @contextmanager
 def measure_holds() -> Iterator[LockHolds]:
-    """Measure the longest hold of the lock by all threads but the one that measures.
+    """Measure the longest GIL hold by all threads except the measuring one.
 
-    Garbage is collected as in processes that serve, and not among what the tests have left.
+    The garbage collector is tuned as in serving processes, and skips the objects of other tests.
     """
     before = gc.get_threshold()
     gc.freeze()
@@ -71,9 +71,9 @@ def measure_holds() -> Iterator[LockHolds]:
 
 
 def holds_longer(work: Callable[[], object], seconds: float) -> bool:
-    """Tell whether some work holds the lock for longer than `seconds` on the machine that the bounds are meant for.
+    """Return whether `work` holds the GIL for longer than `seconds`, scaled to the reference machine.
 
-    A hold that the work makes is there each time; one that a busy machine makes is not.
+    A hold by the work occurs every time; a hold by a busy machine does not.
     """
     return all(_longest_hold(work) >= seconds * machine_slowness() for _ in range(ATTEMPTS))
 
@@ -85,7 +85,7 @@ def _longest_hold(work: Callable[[], object]) -> float:
 
 
 def _queued_seconds() -> float:
-    """Return how long this thread has waited for a processor, as far as the system tells."""
+    """Return the time for which this thread was runnable without a processor, if the system reports it."""
     try:
         return int(_SCHEDULING.read_text().split()[1]) / 1e9
     except OSError:
@@ -93,7 +93,7 @@ def _queued_seconds() -> float:
 
 
 def machine_slowness() -> float:
-    """Return by how much this machine is slower, right now, than the one that the bounds are meant for; 1 at least."""
+    """Return the current slowness of this machine relative to the reference machine; at least 1."""
     return max(1.0, min(_reference_seconds() for _ in range(3)) / REFERENCE_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""How long the other work of an event loop has to wait while something runs on it."""
+"""Measurement of delays that other tasks of an event loop suffer."""
 
 import asyncio
 import time
@@ -14,14 +14,14 @@ class LoopHeartbeat:
 
 @asynccontextmanager
 async def measure_heartbeat() -> AsyncIterator[LoopHeartbeat]:
-    """Let a neighbour wake up every few milliseconds, and measure by how much it is late."""
+    """Run a task that wakes up every few milliseconds, and measure its delay."""
     heartbeat = LoopHeartbeat()
 
     async def beat() -> None:
         while True:
             began_at, used_before = time.monotonic(), time.process_time()
             await asyncio.sleep(BEAT_SECONDS)
-            # What other processes of the machine take is no delay of the loop's making.
+            # CPU time of other processes is no delay of this loop.
             used = time.process_time() - used_before
             delay = min(time.monotonic() - began_at - BEAT_SECONDS, used)
             heartbeat.longest_delay_seconds = max(heartbeat.longest_delay_seconds, delay)

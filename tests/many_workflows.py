@@ -1,4 +1,4 @@
-"""Organisations with as many workflows as one likes, of every kind that lists tell apart, written in bulk."""
+"""Bulk inserts of organizations with many workflows, of every kind that lists distinguish."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ SHARED = 50
 ACTIONS = ("Sync", "Import", "Clean", "Enrich", "Report", "Archive", "Notify")
 SUBJECTS = ("orders", "customers", "invoices", "stock", "tickets", "leads", "payments", "sensors", "pages")
 COMMON_WORD, RARE_WORD, ABSENT_WORD = "DATABASE", "réconciliation", "xylophone"
-"""In the description of every workflow, in that of one of five hundred, in none; stored in other letters."""
+"""Words in the description of every workflow, of one in five hundred, and of none; stored in other case."""
 COMMON_TAG, RARE_TAG, ABSENT_TAG = "production", "audited", "nowhere"
 """On a half, on one of five hundred, on none."""
 
 
 @dataclass(frozen=True, slots=True)
 class WorkflowOwners:
-    """Those among whom the workflows of an organisation are divided."""
+    """Users that own the workflows of an organization."""
 
     organization: Organization
     owner: User
@@ -139,7 +139,7 @@ def _tag_rows(workflows: Rows) -> Iterable[dict[str, str]]:
 
 
 def build_nodes(number: int) -> Rows:
-    """Return a trigger and what it leads to, in the stored form, which clients may send too."""
+    """Return a trigger and its successors in the stored form, which clients may send too."""
     kinds = cycle((_set, _build_conditional, _request))
     return [
         _build_node("start", "manual", 0, {}),

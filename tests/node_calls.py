@@ -31,7 +31,7 @@ CALLER = RunCaller("org_1", "user_1", "wf_1", "exec", "exec")
 
 
 class NoEventWaits:
-    """Where nothing happens."""
+    """Event waits of nodes that never wait."""
 
     async def expect(
         self,
@@ -45,7 +45,7 @@ class NoEventWaits:
 
 
 class NoNetwork:
-    """Stands where a client would, for nodes that have no business outside."""
+    """HTTP client for nodes that must not use the network."""
 
     async def request(
         self,
@@ -63,7 +63,7 @@ class NoNetwork:
 
 
 class OpenThrottle:
-    """Lets everything pass at once, and remembers who asked for what."""
+    """Throttle that never delays, and records its calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int, float, float]] = []
@@ -78,7 +78,7 @@ class OpenThrottle:
 
 @dataclass
 class CallRecord:
-    """What came of a call, and what it left behind."""
+    """Outcome of a call, and its side effects."""
 
     outcome: NodeOutcome = None
     unresolved: list[str] = field(default_factory=list)
@@ -110,7 +110,7 @@ async def call(  # noqa: PLR0913 - whichever services a node asks for
     version: str | None = None,
     is_strict: bool = False,
 ) -> CallRecord:
-    """Run one node on `data`; raises what it raises."""
+    """Run one node on `data`; raises the node's error."""
     called = CallRecord()
     library = library or catalog.load_catalog()
     services = NodeServices(http=http or NoNetwork(), throttle=throttle or OpenThrottle())

@@ -1,7 +1,7 @@
-"""Replay of a process's file operations, as a power cut may leave them; `file_recorder.c` records them.
+"""Replay of a process's file operations as a power cut may leave them; `file_recorder.c` records them.
 
-The rules are those of POSIX at their worst. What was written lasts once its file was synced, names last once their
-folder was; until then any part of it may be there, in any order, and writes may be torn at a sector.
+The rules are the worst case of POSIX. Written data is durable once its file was synced; names are durable
+once their folder was. Until then any part of it may exist, in any order, and writes may be torn at a sector.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SECTOR_BYTES = 512
 _HEADER = struct.Struct("=cIIQ")
 
 Survives: TypeAlias = Callable[[], bool]
-"""Tells of one change that was not synced, and of one sector of it, whether it is there after the power cut."""
+"""Decides for each unsynced change, and each sector of it, whether it survives the power cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,16 +30,16 @@ class FileOperation:
     data: bytes
     offset: int
     ends_at: int
-    """Where its record ends in the log."""
+    """End offset of its record in the log."""
 
 
 def recorder_environment(library: Path, root: Path, log: Path) -> dict[str, str]:
-    """Return what a process must find in its environment to be recorded."""
+    """Return the environment variables that make the recorder record a process."""
     return {"LD_PRELOAD": str(library), "FILE_RECORDER_ROOT": str(root), "FILE_RECORDER_LOG": str(log)}
 
 
 def read_operations(log: Path) -> Iterator[FileOperation]:
-    """Yield what was recorded, in its order."""
+    """Yield the recorded operations in order."""
     content, at = log.read_bytes(), 0
     while at < len(content):
         kind, path_length, size, offset = _HEADER.unpack_from(content, at)
@@ -53,7 +53,7 @@ def read_operations(log: Path) -> Iterator[FileOperation]:
 
 @dataclass(eq=False)
 class FileNode:
-    """A file: what is certain of its content, and the changes since its last sync."""
+    """File: its durable content, and the changes since its last sync."""
 
     durable: bytearray = field(default_factory=bytearray)
     pending: list[tuple[int, bytes | None]] = field(default_factory=list)
@@ -86,7 +86,7 @@ class FolderNode:
     durable: dict[str, FileNode | FolderNode] = field(default_factory=dict)
     names: dict[str, FileNode | FolderNode] = field(default_factory=dict)
     pending: list[dict[str, FileNode | FolderNode | None]] = field(default_factory=list)
-    """Each a change that happens whole or not at all; None: the name is gone."""
+    """Atomic changes that are not yet durable; None marks a removed name."""
 
     def change(self, names: dict[str, FileNode | FolderNode | None]) -> None:
         self.pending.append(names)
@@ -106,14 +106,14 @@ class FolderNode:
 
 
 class SimulatedDisk:
-    """A folder that is there for good, and all that happens below it."""
+    """Folder that always exists, with all changes below it."""
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         self.top = FolderNode()
 
     def apply(self, operation: FileOperation) -> None:
-        """Do what a process did."""
+        """Apply one operation of a process."""
         if operation.path.endswith(" (deleted)"):
             return
         folder, name = self._place(operation.path)
@@ -136,7 +136,7 @@ class SimulatedDisk:
                 self._rename(folder, name, node, operation)
 
     def write_out(self, target: Path, survives: Survives) -> None:
-        """Write what a power cut leaves into an empty folder."""
+        """Write the state after a power cut into an empty folder."""
         _write_out(self.top, target, survives)
 
     def _rename(
@@ -151,7 +151,7 @@ class SimulatedDisk:
             folder.change(gone)
 
     def _place(self, path: str) -> tuple[FolderNode, str]:
-        """Return the folder that a path lies in, and its name there; no name for the top itself."""
+        """Return the parent folder of a path, and its name in it; an empty name for the root itself."""
         parts = [part for part in path.removeprefix(self._root).split("/") if part and part != "."]
         folder = self.top
         for part in parts[:-1]:
@@ -162,12 +162,12 @@ class SimulatedDisk:
 
 
 def keep_nothing() -> bool:
-    """Let nothing survive but what was synced."""
+    """Keep only synced data."""
     return False
 
 
 def keep_some(seed: int) -> Survives:
-    """Let any part survive of what was not synced: now most of it, now little."""
+    """Keep a random part of the unsynced data: a large or a small one, by `seed`."""
     chance = random.Random(seed)
     share = chance.random()
     return lambda: chance.random() < share

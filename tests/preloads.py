@@ -1,4 +1,6 @@
-"""Libraries that change what the system tells a process, made of a C file when a test first needs them."""
+"""Preloaded libraries that change what the system reports to a process, compiled from C when a test first
+needs them.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,11 @@ class ShiftedClock:
     file: Path
 
     def set(self, seconds: float) -> None:
-        """Let it be ahead by so much; behind, where it is less than nothing."""
+        """Set the clock ahead by `seconds`; behind, if negative."""
         with self.file.open("r+b" if self.file.exists() else "wb") as file:
             file.write(struct.pack("=q", round(seconds * 1_000_000_000)))
 
     @property
     def environment(self) -> dict[str, str]:
-        """What the process must find in its environment."""
+        """Environment variables of the process."""
         return {"LD_PRELOAD": str(self.library), "CLOCK_SHIFT_FILE": str(self.file)}

@@ -1,4 +1,4 @@
-"""The requests in `tests/payloads`, and what is expected of each."""
+"""Requests in `tests/payloads` with their expected results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CONFIG: Final[dict[str, Any]] = json.loads((FOLDER / "keys/config.json").read_by
 
 @dataclass(frozen=True)
 class ProviderStep:
-    """One request of a case, and what is expected of it."""
+    """One request of a case, and its expected result."""
 
     name: str
     method: str
@@ -69,7 +69,7 @@ def build_request(
 
 
 def read_certificate(url: str) -> bytes:
-    """Return what the tests' own SNS has at an address."""
+    """Return the certificate that the fake SNS serves at an address."""
     name: str = CONFIG["sns"]["certificates"][url]
     return (FOLDER / "keys" / name).read_bytes()
 

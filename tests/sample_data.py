@@ -1,4 +1,6 @@
-"""Data sources for the examples of nodes: whatever kind of database they name, they get a SQLite with a few rows."""
+"""Data sources for the examples of nodes: each is a SQLite database with a few rows, whatever kind the node
+names.
+"""
 
 import sqlite3
 from collections.abc import Mapping
@@ -18,7 +20,7 @@ INSERT INTO orders VALUES (1, 'NO', 42.5), (2, 'NO', 7), (3, 'SE', 1);
 
 
 class SampleDataSources:
-    """Implements `DataSources` and `Sources` with one data source, over which anybody may dispose."""
+    """Implementation of `DataSources` and `Sources` with one data source, without access checks."""
 
     def __init__(self, folder: Path) -> None:
         self.connections = DataSourceConnections(self, ConnectionPolicy(files=folder))

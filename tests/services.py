@@ -28,8 +28,8 @@ START_TIMEOUT_SECONDS = 60
 STOP_TIMEOUT_SECONDS = 60
 POLL_SECONDS = 0.01
 
-# Below the ports that the kernel gives to outgoing connections: while a server is down nothing else gets
-# its port, and a client that keeps trying can't end up connected to itself.
+# Below the kernel's ephemeral ports: while a server is down, no other process gets its port, and a client
+# that keeps trying can't end up connected to itself.
 PORTS = range(20_000, 32_000)
 
 # Processes that test at the same time draw from ports of their own.
@@ -37,9 +37,9 @@ _SHARES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 _SHARE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % _SHARES
 _given_ports: set[int] = set()
 
-# What was written outlives the server without this, and tests don't wait for a slow disk.
+# Committed data outlives the server without syncs, and tests don't wait for a slow disk.
 NEVER_SYNCED = {"fsync": "off", "full_page_writes": "off"}
-# For whoever measures what durability costs.
+# For measurements of the cost of durability.
 DURABLE: Mapping[str, str] = {}
 
 # PostgreSQL and PgBouncer refuse to run as root.
@@ -127,7 +127,7 @@ class TestedServer(ABC):
 
 
 class PostgresServer(TestedServer):
-    """What it promised is still there after `kill`: that ends the server, and not the machine under it."""
+    """PostgreSQL server whose commits survive `kill`, which ends the server and not the machine under it."""
 
     STOP = signal.SIGINT  # "fast": SIGTERM would wait for every client to leave
     KILL = signal.SIGQUIT  # "immediate": after SIGKILL children keep the shared memory, and a restart fails
@@ -140,7 +140,7 @@ class PostgresServer(TestedServer):
         return status[:1] == [str(self.process_id)] and "ready" in "".join(status[7:8])
 
     async def create_database(self, name: str, *, template: str = "template1") -> str:
-        """Make a database like another one, in the place of one that has the name, and return its URL."""
+        """Create a database from a template, replacing any of the same name, and return its URL."""
         connection = await asyncpg.connect(self.url.replace("+asyncpg", "", 1))
         try:
             await connection.execute(f'DROP DATABASE IF EXISTS "{name}" WITH (FORCE)')
@@ -189,7 +189,7 @@ class PortMapper(TestedServer):
 
 
 class RabbitmqServer(TestedServer):
-    """One node that nobody else knows."""
+    """RabbitMQ node without peers."""
 
     STOP = signal.SIGKILL  # nothing in it outlives the tests, and its good order takes seconds
 
@@ -205,7 +205,9 @@ class RabbitmqServer(TestedServer):
 class PgBouncer(TestedServer):
     """Pools by transaction: two statements of one connection may meet two sessions of the server."""
 
-    STOP = signal.SIGKILL  # it holds nothing, and what its other signals wait for differs between versions
+    STOP = (
+        signal.SIGKILL
+    )  # The node holds no data, and its handling of other signals differs between versions.
 
     def is_ready(self) -> bool:
         try:
@@ -312,7 +314,7 @@ def run_rabbitmq() -> Iterator[RabbitmqServer | None]:
             "RABBITMQ_NODE_PORT": str(url.port),
             "RABBITMQ_DIST_PORT": str(reserve_port()),
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": "-noinput -kernel inet_dist_use_interface {127,0,0,1}",
-            # What it says: without a shell script above the node, which signals would not get past.
+            # Run the node directly, without a shell script above it that would swallow signals.
             "RABBITMQ_ALLOW_INPUT": "true",
         }
         environment = {**os.environ, **where, **network}
@@ -400,7 +402,7 @@ def _find_on_path(program: str) -> str | None:
 
 
 def _find_rabbitmq() -> str | None:
-    # What Debian has on PATH before it starts it as a user of its own, and only for root.
+    # Debian's program on PATH switches to a user of its own, and runs for root only.
     of_debian = Path("/usr/lib/rabbitmq/bin/rabbitmq-server")
     return str(of_debian) if of_debian.exists() else _find_on_path("rabbitmq-server")
 
@@ -421,7 +423,7 @@ def _find_redis(folder: Path) -> str:
 
 
 def _find_in_package(package: str, program: str, folder: Path) -> Path:
-    """Find a program that came by pip, in a copy of its package if root's environment may be out of reach."""
+    """Find a program of a pip package, in a copy of the package if root's environment may be unreadable."""
     files = [file for file in distribution(package).files or [] if ".." not in file.parts]
     found = next(file for file in files if file.name == program)
     if not WE_ARE_ROOT:

@@ -1,6 +1,7 @@
-"""Requests as senders make them, signed here and now with keys of their own: for servers that have a real clock.
+"""Requests as senders make them, signed now with keys of their own, for servers with a real clock.
 
-Each maker takes a number; requests of one number are the same delivery, of others another one.
+Each maker takes a number. Requests of the same number are the same delivery; other numbers are other
+deliveries.
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ class SignedRequest:
 
 @dataclass(frozen=True, slots=True)
 class SendGrid:
-    """Inbound Parse, with a key that nobody else has."""
+    """SendGrid Inbound Parse with a private key of its own."""
 
     key: ec.EllipticCurvePrivateKey = field(default_factory=lambda: ec.generate_private_key(ec.SECP256R1()))
 
     @property
     def public_key(self) -> str:
-        """What its dashboard shows."""
+        """Public key as shown by SendGrid's dashboard."""
         public = self.key.public_key()
         return b64encode(public.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)).decode()
 
     def mail(self, number: int, content_bytes: int = 0) -> SignedRequest:
-        """Return a mail as it came, in a form that is about as long as asked for."""
+        """Return a mail in a form of about the requested length."""
         envelope = json.dumps({"from": "ada@example.org", "to": ["desk@in.example.test"]})
         form = {"envelope": envelope, "email": build_raw_mail(number, content_bytes), "spam_score": "0.1"}
         body = encode_multipart(form)
@@ -115,7 +116,7 @@ def sign_ses(number: int) -> SignedRequest:
 
 
 def sign_github(number: int, payload: Mapping[str, Json] | None = None) -> SignedRequest:
-    """Return a push that GitHub tells of, signed with `SECRET`."""
+    """Return a push notification of GitHub, signed with `SECRET`."""
     body = json.dumps({"ref": "refs/heads/main", "number": number, **(payload or {})}).encode()
     headers = {
         "Content-Type": "application/json",

@@ -1,4 +1,4 @@
-"""A real mail server for tests, which takes what it is told to take and remembers all that it was sent."""
+"""Mail server for tests with configurable replies; it stores every mail that it accepts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ReceivedMail:
 
 @dataclass
 class FakeMailServer:
-    """What happened at the server, and what it is to say."""
+    """State of the mail server: received mails, and configured replies."""
 
     port: int = 0
     received: list[ReceivedMail] = field(default_factory=list)
