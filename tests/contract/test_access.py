@@ -1,6 +1,6 @@
-"""Who may do what: every operation of the table of routes, asked for by everybody.
+"""Access rules: every operation of the route table, requested by every kind of caller.
 
-A refusal changes nothing in the database, and what belongs to others is answered like what doesn't exist.
+A refusal changes nothing in the database. Objects of others get the same answer as objects that don't exist.
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -34,7 +34,7 @@ from tests.services import PostgresServer
 
 
 class CallerKind(StrEnum):
-    """Everybody there is; whoever has a valid key has one of the needed scope and no other."""
+    """Kinds of callers. Each with a valid key has a key with exactly the required scope."""
 
     NO_KEY = "nobody"
     UNKNOWN_KEY = "a key that was never made"
@@ -49,10 +49,11 @@ class CallerKind(StrEnum):
     COLLEAGUE_OF_PUBLIC = "a member of the organisation, where it is public"
 
 
-# ── what everybody is answered ──────────────────────────────────────────────────────────────────────────────
+# ── expected answers
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 Expected: TypeAlias = Mapping[CallerKind, str]
-"""What each caller is answered: `ok`, or the status and code of a refusal."""
+"""Expected answer for each caller: `ok`, or the status and code of a refusal."""
 
 OK = "ok"
 NO_VALID_KEY = "401 unauthorized"
@@ -65,7 +66,7 @@ NOT_FOUND = "404 not-found"
 def expect_access(
     *, stranger: str, colleague: str, guest: str, owner: str, colleague_of_public: str | None = None
 ) -> Expected:
-    """Return an expectation about what takes a scope; in their organisation, admins may do everything."""
+    """Return the expectation for an operation with a scope; admins may do everything in their organization."""
     answers = {
         CallerKind.NO_KEY: NO_VALID_KEY,
         CallerKind.UNKNOWN_KEY: NO_VALID_KEY,
@@ -84,18 +85,18 @@ def expect_access(
 
 
 OWN = expect_access(stranger=OK, colleague=OK, guest=OK, owner=OK)
-"""For what is about no object of others: all list and make what is their own."""
+"""Operations on the caller's own objects: all may list and create these."""
 READERS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=OK, owner=OK, colleague_of_public=OK
 )  # fmt: skip
 WRITERS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=OK, colleague_of_public=NOT_OWNER
 )
-"""Whoever may read a workflow is told that only its owner and admins may do this."""
+"""Callers that may read a workflow are told that only its owner and admins may do this."""
 TEMPLATE_MAKERS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_OWNER, owner=NOT_ADMIN, colleague_of_public=NOT_OWNER
 )
-"""For what shows a workflow to the whole organisation, to begin with: that takes an admin."""
+"""Creation of objects that show a workflow to the whole organization, which requires an admin."""
 COPYING_ADMINS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_ADMIN, owner=NOT_ADMIN, colleague_of_public=NOT_ADMIN
 )
@@ -104,16 +105,17 @@ TEMPLATE_READERS = expect_access(stranger=NOT_FOUND, colleague=OK, guest=OK, own
 TEMPLATE_WRITERS = expect_access(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_OWNER, owner=OK)
 KEY_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
 ADMINS = expect_access(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
-"""For what admins do in their own organisation."""
+"""Operations of admins in their own organization."""
 TOKEN_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
-"""For what admins alone have to do with."""
+"""Operations reserved to admins."""
 TWO_SCOPES: Expected = {caller: WRONG_SCOPE if answer == OK else answer for caller, answer in READERS.items()}
-"""For what takes a scope more than those have who may read it."""
+"""Operations that require a second scope besides that of a reader."""
 ANY_KEY: Expected = {**OWN, CallerKind.WRONG_SCOPE: OK}
 EVERYBODY: Expected = dict.fromkeys(OWN, OK)
 
 
-# ── what there is to ask for ────────────────────────────────────────────────────────────────────────────────
+# ── requests
+# ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 READ, WRITE, EXECUTE = KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_WRITE, KeyScope.WORKFLOWS_EXECUTE
 KEYS, USERS = KeyScope.KEYS_WRITE, KeyScope.USERS_WRITE
@@ -124,7 +126,7 @@ SCOPES = {
     AccessRule.PUBLIC: None,
     AccessRule.SENDER: EXECUTE,
 }
-"""The scope that a key must have for what no scope alone opens."""
+"""Scope of the key for operations that no scope alone permits."""
 
 Make: TypeAlias = Callable[["AccessCast", bool], Awaitable[str]]
 """Makes something of the owner's, public or not, and returns its id."""
@@ -132,14 +134,14 @@ Make: TypeAlias = Callable[["AccessCast", bool], Awaitable[str]]
 
 @dataclass(frozen=True)
 class AccessRow:
-    """An operation, or one use of it, and what everybody is answered."""
+    """Operation, or one use of it, with its expected answers."""
 
     method: str
     path: str
     scope: KeyScope | None
     expected: Expected
     make: Make | None = None
-    """What it is about; None: about nothing that others have."""
+    """Maker of the target object; None if the operation has no target."""
     body: Mapping[str, Any] | None = None
     status: int = 200
     query: str = ""
@@ -152,17 +154,17 @@ class AccessRow:
 
 @dataclass
 class AccessCast:
-    """Everybody, with a key for every occasion."""
+    """All callers, each with keys of every kind."""
 
     harness: GatewayHarness
     owner: UserClient
     users: Mapping[CallerKind, User]
     keys: Mapping[tuple[CallerKind, KeyScope | None], str]
     kept: dict[tuple[Make, bool], str] = field(default_factory=dict)
-    """What calls are about that change nothing, or are refused."""
+    """Targets of calls that change nothing or are refused."""
 
     async def target(self, row: AccessRow, caller: CallerKind) -> str:
-        """Return the id of what a call is about: of something new, where the call may change it."""
+        """Return the id of the target of a call: a new object if the call may change it."""
         if row.make is None:
             return "wf_absent"
         is_public = caller is CallerKind.COLLEAGUE_OF_PUBLIC
@@ -191,7 +193,9 @@ class AccessCast:
         )
 
     def hidden(self, caller: CallerKind) -> list[str]:
-        """Return the ids of what a caller may not see: a colleague what isn't public, a stranger nothing."""
+        """Return the ids of objects that a caller may not see: private ones for a colleague, all for a
+        stranger.
+        """
         return [
             kept
             for (make, is_public), kept in self.kept.items()
@@ -249,7 +253,7 @@ async def create_deployed_workflow(cast: AccessCast, is_public: bool) -> str:  #
 
 
 async def create_queue_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    """Make an active one that begins with a queue; nobody has sent it anything."""
+    """Create an active workflow with a queue trigger and without messages."""
     workflow_id = await create_workflow(cast, is_public)
     start = {"id": "start", "nodeId": "queue-trigger", "label": "Start"}
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
@@ -259,7 +263,7 @@ async def create_queue_workflow(cast: AccessCast, is_public: bool) -> str:  # no
 
 
 async def create_email_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    """Make an active one that begins with a mail; none has come."""
+    """Create an active workflow with an email trigger and without mails."""
     workflow_id = await create_workflow(cast, is_public)
     start = {"id": "start", "nodeId": "email-trigger", "label": "Start"}
     nodes = {"nodes": [start, *GRAPH["nodes"][1:]], "connections": [{**EDGE, "id": "step"}]}
@@ -269,7 +273,7 @@ async def create_email_workflow(cast: AccessCast, is_public: bool) -> str:  # no
 
 
 async def create_subscribed_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    """Make an active one that begins with an event; none has come."""
+    """Create an active workflow with an event trigger and without events."""
     workflow_id = await create_workflow(cast, is_public)
     config = {"event_type": "never.happens"}
     start = {"id": "start", "nodeId": "event-trigger", "label": "Start", "config": config}
@@ -280,7 +284,7 @@ async def create_subscribed_workflow(cast: AccessCast, is_public: bool) -> str: 
 
 
 async def create_webhook(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    """Make an active one that begins with a webhook of anybody's; returns the token of its address."""
+    """Create an active workflow with a webhook trigger for anonymous senders; return the token of its URL."""
     workflow_id = await create_workflow(cast, is_public)
     config = {"verification": {"provider": "none"}}
     start = {"id": "start", "nodeId": "webhook", "label": "Start", "config": config}
@@ -392,35 +396,35 @@ TOKEN = {"name": "A token", "type": "http-bearer", "secrets": {"token": "a-token
 
 
 def read_row(method: str, path: str, *, scope: KeyScope = READ, status: int = 200) -> AccessRow:
-    """Return a row for what whoever may read a workflow may do with it."""
+    """Return a row for an operation on a workflow that requires read access."""
     return AccessRow(method, WORKFLOW + path, scope, READERS, create_workflow, status=status)
 
 
 def write_row(
     method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200
 ) -> AccessRow:
-    """Return a row for what changes a workflow."""
+    """Return a row for an operation that changes a workflow."""
     return AccessRow(method, WORKFLOW + path, WRITE, WRITERS, create_workflow, body, status)
 
 
 def run_row(
     method: str, path: str, *, scope: KeyScope = READ, status: int = 200, query: str = ""
 ) -> AccessRow:
-    """Return a row for what whoever may read a workflow may do with its executions."""
+    """Return a row for an operation on executions that requires read access to the workflow."""
     return AccessRow(
         method, EXECUTION + path, scope, READERS, create_failed_execution, status=status, query=query
     )
 
 
 def use_row(method: str, path: str) -> AccessRow:
-    """Return a row for what whoever may read a data source may do with it."""
+    """Return a row for an operation on a data source that requires read access."""
     return AccessRow(method, SOURCE + path, READ_SOURCES, READERS, create_data_source)
 
 
 def change_row(
     method: str, path: str, body: Mapping[str, Any] | None = None, *, status: int = 200
 ) -> AccessRow:
-    """Return a row for what changes a data source."""
+    """Return a row for an operation that changes a data source."""
     return AccessRow(method, SOURCE + path, WRITE_SOURCES, WRITERS, create_data_source, body, status)
 
 
@@ -693,7 +697,9 @@ async def create_keys(
 
 
 async def read_all_rows(harness: GatewayHarness) -> dict[str, list[str]]:
-    """Return all rows of all tables, but for what is noted later: when a key was used, and of refusals and events."""
+    """Return all rows of all tables, except those written later: last use of keys, and audit of refusals and
+    events.
+    """
     rows = {}
     async with harness.gateway.database.read() as connection:
         for table in SQLModel.metadata.sorted_tables:
@@ -734,9 +740,9 @@ async def test_it_is_the_same_on_postgresql(on_postgres: AccessCast, number: int
 
 
 async def ask_everybody(cast: AccessCast, number: int) -> None:
-    """Have everybody ask, those who are refused first."""
+    """Send the request of every caller, refused callers first."""
     row = ROWS[number]
-    # An address of its own, since one that keeps trying with keys that aren't valid is slowed down.
+    # A separate address, because repeated requests with invalid keys are throttled by address.
     client = await cast.harness.client(address=f"10.1.1.{number}")
     targets = {caller: await cast.target(row, caller) for caller in row.expected}
     refused = [caller for caller, answer in row.expected.items() if answer != OK]

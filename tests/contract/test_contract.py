@@ -1,4 +1,4 @@
-"""The contract's own examples, sent as they stand: each gives its status, and every field of its body."""
+"""Examples of the contract, sent unchanged: each gets its status, and every field of its body."""
 
 import json
 import re
@@ -57,7 +57,7 @@ class ContractEndpoint:
 
     @property
     def answer(self) -> Any:  # noqa: ANN401 - any JSON value
-        """The example of the answer; what a change of the whole workflow shows is the workflow, so changed."""
+        """Example of the answer. A change of a workflow answers with the changed workflow."""
         if not any("Workflow object" in note for note in self.notes):
             return self.response
         settings = {**WORKFLOW["settings"], **(self.request or {}).get("settings", {})}
@@ -66,7 +66,7 @@ class ContractEndpoint:
 
 ENDPOINTS = [ContractEndpoint(**endpoint) for endpoint in CONTRACT["endpoints"]]
 REQUIRED_BY_THE_EXAMPLE = {(f"PUT {WORKFLOWS}/:id/lifecycle", "schedule")}
-"""Fields that can't be left out, since what else stands in the example needs them."""
+"""Fields that can't be left out because other fields of the example require them."""
 OF_ANY_TYPE = {(f"POST {WORKFLOWS}/:id/enqueue", "message")}
 """Fields that take more than the example has."""
 FIELDS = [
@@ -78,19 +78,20 @@ FIELDS = [
 ]
 
 
-# ── what the examples are about ─────────────────────────────────────────────────────────────────────────────
+# ── objects of the examples
+# ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
 class ExampleScene:
-    """What an example request finds."""
+    """State in which an example request is sent."""
 
     ids: dict[str, str]
-    """What stands here for each id of the examples; an answer's ids that are new are added."""
+    """Actual id for each id of the examples. New ids of answers are added."""
     free: frozenset[str] = frozenset()
-    """Fields whose values can't be the example's; their types must be."""
+    """Fields whose values can't equal the example's; their types must."""
     sub: str = ""
-    """What the second id of the path is."""
+    """Second id of the path."""
     query: dict[str, str] = field(default_factory=dict)
 
 
@@ -120,7 +121,7 @@ async def build_scene(people: OrganizationUsers, *free: str, sub: str = "", **fi
 
 
 def example_ids(people: OrganizationUsers) -> dict[str, str]:
-    """Return who stands here for whom, and the ids that the examples' clients choose themselves."""
+    """Return the actual users for those of the examples, and the ids that clients choose themselves."""
     return {
         "user_456": people.owner.user.id,
         "user_789": people.colleague.user.id,
@@ -362,7 +363,8 @@ async def people(harness: GatewayHarness) -> OrganizationUsers:
     return await harness.people()
 
 
-# ── asked and compared ──────────────────────────────────────────────────────────────────────────────────────
+# ── requests and comparison
+# ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def send_example(
@@ -404,7 +406,7 @@ def is_placeholder_for(actual: Any, example: Any, scene: ExampleScene, at: str) 
 
 
 def is_id(actual: str, example: str, ids: dict[str, str]) -> bool:
-    """Tell whether an id is the one that stands for the example's; a new one must look like it, and be no other's."""
+    """Return whether an id corresponds to the example's; a new id must have its form and be unused."""
     if example not in ids:
         prefix = re.match("[a-z]+[_-]", example)
         assert prefix is not None
@@ -424,7 +426,7 @@ def test_every_endpoint_of_the_contract_is_served_as_it_says() -> None:
     for endpoint in ENDPOINTS:
         line = served[endpoint.name]
         assert line is not None
-        # Whoever can't send a key may have a token instead.
+        # Senders that can't send a key may have a token instead.
         assert line.access in {endpoint.scope, AccessRule.SENDER}
         assert {one["name"] for one in endpoint.query} <= {parameter.name for parameter in line.query}
 

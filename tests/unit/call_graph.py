@@ -1,7 +1,7 @@
-"""Reads what the gateway's functions call from their source, and with it which refusals each can lead to.
+"""Static call graph of the gateway's source, from which the refusals of each function follow.
 
-It follows names, annotations and what a variable was made of; what it can't follow, such as a function that is handed
-over by a value, it doesn't see.
+It follows names, annotations and the types of variables. It doesn't see calls of functions that are passed as
+values.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class CodeDefinition:
 
 @dataclass
 class SourceModule:
-    """One file: what it defines, and what its names mean."""
+    """One source file: its definitions, and the meanings of its names."""
 
     name: str
     functions: dict[str, Function] = field(default_factory=dict)
@@ -86,7 +86,8 @@ class CallGraph:
         for module in self.modules.values():
             yield from (CodeDefinition(module.name, path) for path in module.functions)
 
-    # ── what an expression means ────────────────────────────────────────────────────────────────────────────
+    # ── types of expressions
+    # ────────────────────────────────────────────────────────────────────────────────────────
 
     def _mentioned(self, thing: CodeDefinition) -> Iterator[CodeDefinition]:
         function = self.modules[thing.module].functions[thing.path]
@@ -104,7 +105,7 @@ class CallGraph:
                 yield meant
 
     def _types(self, function: Function, thing: CodeDefinition) -> dict[str, CodeDefinition]:
-        """Return the classes of a function's variables, where its source tells them."""
+        """Return the classes of a function's variables, where the source declares them."""
         types: dict[str, CodeDefinition] = {}
         for node in ast.walk(function):
             if isinstance(node, ast.arg) and node.annotation is not None:
@@ -123,7 +124,7 @@ class CallGraph:
     def _type(
         self, node: ast.expr, thing: CodeDefinition, types: Mapping[str, CodeDefinition]
     ) -> CodeDefinition | None:
-        """Return the class of what an expression gives."""
+        """Return the class of an expression's value."""
         match node:
             case ast.Await(value=value):
                 return self._type(value, thing, types)
@@ -155,7 +156,7 @@ class CallGraph:
         return None
 
     def _attribute(self, kind: CodeDefinition | None, name: str) -> CodeDefinition | None:
-        """Return the class of an attribute, from the class's body or from what its `__init__` is given."""
+        """Return the class of an attribute, from the class body or from the parameters of its `__init__`."""
         if kind is None or not self._is_class(kind):
             return None
         for statement in self.modules[kind.module].classes[kind.path].body:
@@ -207,7 +208,7 @@ class CallGraph:
 _CODE_AT = {"gateway.http.errors.ApiError": 1, "gateway.http.errors.conflict": 0}
 """Which argument is the code of a refusal."""
 _MAKERS = {"gateway.http.errors.conflict"}
-"""What is handed the code, so that whoever calls it names it."""
+"""Functions that take the code as an argument, so that their callers name it."""
 
 
 def _read(name: str) -> SourceModule:
@@ -233,7 +234,7 @@ def _read(name: str) -> SourceModule:
 
 
 def _resolve_import(module: str, name: str) -> CodeDefinition:
-    """Return what `from module import name` brings: another module, or something that the module defines."""
+    """Return the definition behind `from module import name`: another module, or a definition in the module."""
     try:
         is_module = find_spec(f"{module}.{name}") is not None
     except ModuleNotFoundError:

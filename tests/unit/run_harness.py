@@ -1,4 +1,4 @@
-"""Runs against a journal in memory that keeps the protocol: what wasn't committed is gone with its worker."""
+"""Runs against an in-memory journal that keeps the protocol: uncommitted records are lost with their worker."""
 
 from __future__ import annotations
 
@@ -286,7 +286,7 @@ def require_error(ended: RunOutcome) -> RunError:
 
 
 def expire_waits(notebook: InMemoryJournal) -> list[NodeSpan]:
-    """Return what was recorded, as it reads when every wait is over."""
+    """Return the recorded spans as they read after every wait has expired."""
     past = datetime.now(UTC) - timedelta(seconds=1)
     return [msgspec.structs.replace(span, wake_at=span.wake_at and past) for span in notebook.rows.values()]
 
@@ -310,7 +310,7 @@ class OutsideCall:
 
 
 class OutsideWorld:
-    """The outside world: it keeps every effect, and, at each moment of a run, what was durable then."""
+    """External systems: stores every effect, and the durable state of the run at that moment."""
 
     def __init__(self) -> None:
         self.effects: list[OutsideCall] = []
@@ -331,7 +331,7 @@ class OutsideWorld:
 
 
 class CrashPointJournal(InMemoryJournal):
-    """A notebook whose every step is a moment at which the worker might die."""
+    """Journal that treats each of its steps as a moment at which the worker may die."""
 
     def __init__(self, ledger: OutsideWorld, recorded: Sequence[NodeSpan]) -> None:
         super().__init__(recorded)

@@ -1,4 +1,4 @@
-"""What the bridge decides without anybody to ask: contents, ids, batches, pauses, settings."""
+"""Decisions of the bridge without a server: contents, ids, batches, pauses, settings."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ async def test_what_the_gateway_answers_says_what_to_do_next() -> None:
             with pytest.raises(kind) as raised:
                 await _enqueue(fake, "c")
             assert getattr(raised.value, "retry_after_seconds", 9.0) == 9.0
-        # A workflow whose graph can't run is no fault of its messages.
+        # A workflow with an invalid graph is no fault of its messages.
         for path, kind in [("messages.1.priority", ContentRefused), ("nodes.step", BridgeRefused)]:
             fake.refusals = [BatchRefusal(422, "validation-failed", path=path)]
             with pytest.raises(kind):
@@ -143,7 +143,8 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_sent() -> None:
         assert await _enqueue(fake, "x" * 5_000_000) == ["accepted"]
 
 
-# ── what may be absent ────────────────────────────────────────────────────────────────────────────────────
+# ── optional parts
+# ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_without_its_library_the_bridge_to_rabbitmq_says_what_to_install(

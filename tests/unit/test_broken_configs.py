@@ -1,4 +1,6 @@
-"""Whatever stands in a config: validation finds it, or the node fails with a reason; nothing else is ever raised."""
+"""Arbitrary configs: validation finds the fault, or the node fails with a reason. No other error is ever
+raised.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ from tests.node_calls import call
 CATALOG = catalog.load_catalog()
 EXAMPLES_OF_A_TYPE = 25
 FAILURES = (NodeError, ExpressionError, InvalidJson)
-"""What the engine ends a node with in words that its author chose."""
+"""Errors with which the engine ends a node in an authored message."""
 
 
 class FailingNetwork:

@@ -25,7 +25,7 @@ from engine.canvas_layout import (
 Graph = tuple[list[str], list[CardEdge]]
 
 MOMENT_SECONDS = 4.0
-"""What was quadratic would take minutes."""
+"""A quadratic algorithm would take minutes."""
 IDS = [f"n{number}" for number in range(12)]
 EDGES = st.lists(st.tuples(st.sampled_from([*IDS, "nobody"]), st.sampled_from(IDS)), max_size=25)
 FORWARD = st.lists(st.sampled_from([*combinations(IDS, 2)]), max_size=25)
@@ -87,7 +87,7 @@ def random_flow(count: int, seed: int) -> Graph:
 
 
 def random_tangle(count: int, edges: int) -> Graph:
-    """Return a graph without cycles whose edges join any two nodes."""
+    """Return a graph without cycles whose edges connect random nodes."""
     chance = random.Random(1)
     pairs = (sorted(chance.sample(range(count), 2)) for _ in range(edges))
     return [f"n{number}" for number in range(count)], [(f"n{low}", f"n{high}") for low, high in pairs]
@@ -236,7 +236,7 @@ def test_no_arrangement_has_more_crossings_than_the_one_before_it(seed: int) -> 
 
 
 def count_moved(graph: Graph, before: dict[str, CardPosition]) -> int:
-    """Return how many nodes stand elsewhere when a graph is arranged that has changed since `before`."""
+    """Return the number of nodes that move when a graph that changed since `before` is arranged."""
     now = [before.get(node) or find_free_position(before.values()) for node in graph[0]]
     after = arrange_graph(graph, now)
     return sum(after[node] != place for node, place in before.items() if node in after)

@@ -1,4 +1,4 @@
-"""The breaker of calls to a database, with a server that answers as the test says."""
+"""Circuit breaker of database calls, with a server whose answers the test controls."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.circuit_breaker import CircuitBreaker
 from models.errors import DatabaseUnavailable
 
 TURNS = 30
-"""Of the loop, until an answer is seen: more than a probe has steps."""
+"""Event loop turns until an answer is seen: more than the steps of a probe."""
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""CloudEvents 1.0: what the specification asks of one, in each of the forms that it has over HTTP."""
+"""CloudEvents 1.0: requirements of the specification, in each of its HTTP forms."""
 
 import json
 from datetime import UTC, datetime

@@ -30,7 +30,7 @@ EXAMPLES = [
 
 @dataclass
 class RecordedSubRuns:
-    """Starts nothing, and remembers what it was asked for."""
+    """Sub-workflow service that records requests and starts nothing."""
 
     asked: list[tuple[str, Json, str, str, bool]] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ class RecordedSubRuns:
 
 
 def compile_node(kind: str, config: Mapping[str, Json], *, body: bool = True) -> WorkflowProgram:
-    """Compile a graph with one node; in the body of a loop each item goes on as it is."""
+    """Compile a graph with one node. A loop's body passes each item on unchanged."""
     nodes: list[Json] = [
         {"id": "start", "type": "manual"},
         {"id": "node", "type": kind, "config": dict(config)},
@@ -67,7 +67,7 @@ def compile_node(kind: str, config: Mapping[str, Json], *, body: bool = True) ->
 async def run(
     program: WorkflowProgram, data: Json, answer: Json = None
 ) -> tuple[RunOutcome, InMemoryJournal, RecordedSubRuns]:
-    """Run to the end; what is waited for comes when it is asked for."""
+    """Run to the end. Answers to waits arrive as soon as the run waits."""
     runs = RecordedSubRuns()
     services = replace(NodeServices(http=NoNetwork()), runs=runs, events=NoEventWaits())
     worker = SimulatedWorker(program, data, services=services)

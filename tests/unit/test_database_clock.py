@@ -1,4 +1,4 @@
-"""The database's time in a process: what it learns from answers, and what no answer can make worse."""
+"""Database time within a process: learned from answers, and never made worse by one."""
 
 from __future__ import annotations
 

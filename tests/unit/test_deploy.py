@@ -56,7 +56,7 @@ def example() -> list[Json]:
 
 
 def read_settings(monkeypatch: pytest.MonkeyPatch, process: str, environment: Json) -> Any:  # noqa: ANN401 - its own class
-    """Return a process's settings as it reads them from this environment; raises what it refuses to start for."""
+    """Return a process's settings, read from this environment; raises their validation errors."""
     for name in [name for name in os.environ if name.startswith("PILOTFLAME_")]:
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -76,7 +76,7 @@ def unknown_variables(settings: type[BaseSettings], environment: Json) -> set[st
 
 
 def check(found: Json) -> None:
-    """Raise for what the API server would refuse: the client's models are made from its own schemas."""
+    """Raise for objects that the API server would refuse: the client's models come from its schemas."""
     getattr(client, f"V1{found['kind']}").model_validate(found)
     kind = ObjectKind(found["kind"], "", found["apiVersion"], f"V1{found['kind']}")
     assert object_rules.find_problems(kind, found) == []
@@ -131,7 +131,7 @@ def index_by_name(objects: list[Json]) -> Json:
     return {
         f"{found['kind']} {found['metadata'].get('namespace')}/{found['metadata']['name']}": {
             **found,
-            # Of a Secret the one has plain text and the other base64.
+            # One form of a Secret has plain text, the other base64.
             "data": sorted(found.get("data") or {}) if found["kind"] == "Secret" else found.get("data"),
             "type": None if found["kind"] == "Secret" else found.get("type"),
         }
@@ -139,7 +139,8 @@ def index_by_name(objects: list[Json]) -> Json:
     }
 
 
-# ── what pods may do ──────────────────────────────────────────────────────────────────────────────────────────
+# ── permissions of pods
+# ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_pod_is_restricted_and_its_namespace_refuses_others(base: list[Json]) -> None:
@@ -225,7 +226,7 @@ def required_rights(request: str) -> Iterator[Right]:
             yield group, resource, "get" if rest else "list"
         case "PATCH":
             yield group, resource, "patch"
-            # What is applied and absent is made.
+            # Applying an absent object creates it.
             yield group, resource, "create"
         case _:
             yield group, resource, method.lower()
@@ -249,7 +250,7 @@ def test_the_namespace_of_the_workflows_is_bounded_and_closed(base: list[Json]) 
     assert policy["spec"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     (quota,) = (found for found in there if found["kind"] == "ResourceQuota")
     (limits,) = (found for found in there if found["kind"] == "LimitRange")
-    # A quota of what a pod doesn't name refuses the pod: the range gives it a usual amount.
+    # A quota refuses pods that don't set a counted resource: the LimitRange sets a default amount.
     counted = {name.partition(".")[2] for name in quota["spec"]["hard"] if name.startswith("limits.")}
     assert counted == limits["spec"]["limits"][0]["default"].keys()
 
@@ -258,7 +259,7 @@ def test_the_namespace_of_the_workflows_is_bounded_and_closed(base: list[Json]) 
 
 
 def container_environment(objects: list[Json], component: str) -> Json:
-    """Return what a container is given, but for what is told by the cluster alone."""
+    """Return the environment of a container, except variables that only the cluster sets."""
     (container,) = pod_templates(objects)[component]["spec"]["containers"]
     found: Json = {}
     for source in container.get("envFrom", ()):
@@ -498,7 +499,7 @@ class DockerInstruction(NamedTuple):
 
 
 def parse_stages(path: Path) -> list[list[DockerInstruction]]:
-    """Return the instructions of each stage; before the first stand those that all share."""
+    """Return the instructions of each stage; first those before the first stage, which all share."""
     text = re.sub(r"^#.*\n", "", path.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     found: list[list[DockerInstruction]] = [[]]
     for line in text.splitlines():
@@ -511,7 +512,7 @@ def parse_stages(path: Path) -> list[list[DockerInstruction]]:
 
 
 def find_instruction(path: Path, name: str) -> list[str]:
-    """Return the command of the one such instruction of the image."""
+    """Return the command of the only such instruction of the image."""
     (found,) = (rest for each, rest in parse_stages(path)[-1] if each == name)
     command: list[str] = json.loads(found[found.index("[") :])
     return command
@@ -596,7 +597,7 @@ FILLED = dict.fromkeys(NEEDED, "0123456789abcdef" * 3)
 
 
 class VariableNotFilledIn(Exception):
-    """Compose stops with what the variable says."""
+    """Missing variable; Compose stops with the variable's message."""
 
 
 def read_env_example() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What a deployer refuses to start with, and what it hands on to pods."""
+"""Settings that a deployer refuses, and settings that it passes on to pods."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_local_pods_need_the_word_of_whoever_runs_the_server() -> None:
 
 
 def egress_rules(text: str) -> list[Any]:
-    """Return what the policy of a workflow lets its pods reach, besides the gateway and the networks."""
+    """Return the egress rules of a workflow's network policy, except those for the gateway and the networks."""
     layout = ClusterLayout(
         "user-workflows",
         "gateway",

@@ -1,4 +1,4 @@
-"""The documentation says what the code says, and its links lead somewhere."""
+"""Documentation that agrees with the code, and links with existing targets."""
 
 import re
 import tomllib

@@ -66,12 +66,12 @@ def test_what_a_condition_asks_of_its_run_is_looked_up_once() -> None:
     assert isinstance(bound["all"], list)
     first, second, _ = bound["all"]
     assert event_filters.matches_event(json.dumps(first), {"item": EVENT, "data": given})
-    # What the run has is no expression, whatever it looks like.
+    # The run's data is never an expression, even if it looks like one.
     assert not event_filters.matches_event(json.dumps(second), {"item": EVENT, "data": given})
 
 
 class RecordedEventWaits:
-    """Remembers what is waited for."""
+    """Event waits that are recorded only."""
 
     def __init__(self, expires_at: datetime | None = None) -> None:
         self.wanted: list[tuple[str, str, str, EventWaitRequest]] = []

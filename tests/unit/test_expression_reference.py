@@ -1,4 +1,4 @@
-"""Every example of the page on expressions gives the value that stands beside it."""
+"""Every example of the expressions page returns the value shown beside it."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ pytestmark = pytest.mark.anyio
 
 
 class SlotQueue:
-    """Jobs that take a place until they are told to end; `begun` says in which order they got it."""
+    """Jobs that occupy a slot until released; `begun` lists them in the order of their start."""
 
     def __init__(self, places: int) -> None:
         self.places = FairSlots(places)

@@ -1,4 +1,4 @@
-"""What past runs would have taken under each policy."""
+"""Forecast of past runs under each lifecycle policy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between two graphs: by ids, field by field, as JSON compares values."""
+"""Differences between two graphs: by ids, field by field, with JSON equality."""
 
 from typing import Any
 

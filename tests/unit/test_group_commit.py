@@ -1,4 +1,4 @@
-"""What goes into one commit together, and what waits for the next."""
+"""Batches of group commits, and items that wait for the next one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from journal.group_commit import GroupCommit
 
 
 async def committed_batches(*weights: int, max_weight: int) -> list[list[int]]:
-    """Return what is committed together of items with these weights that all wait."""
+    """Return the batches in which waiting items of these weights are committed."""
     committed: list[list[int]] = []
 
     async def commit(batch: Sequence[int]) -> Sequence[None]:

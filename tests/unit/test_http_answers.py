@@ -1,4 +1,4 @@
-"""What a workflow may answer over HTTP."""
+"""HTTP answers of workflows: permitted statuses, headers and bodies."""
 
 from __future__ import annotations
 

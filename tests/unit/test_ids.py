@@ -99,7 +99,7 @@ def test_shards_and_turns_are_spread_and_never_change(organizations: Iterator[st
     assert len({ids.shard_of(name) for name in names}) > 1_500
     assert len({ids.turn_of_workflow(name) for name in names}) > 800
     assert all(0 <= ids.shard_of(name) < 4_096 and 0 <= ids.turn_of_workflow(name) < 1_024 for name in names)
-    # Stored in rows: another answer from a newer version would part what belongs together.
+    # Stored in rows: another result in a newer version would split related rows.
     assert (ids.shard_of("org_1"), ids.turn_of_workflow("wf_1")) == (853, 641)
 
 

@@ -1,4 +1,4 @@
-"""What is decided about deployments, row by row."""
+"""Decisions about deployments, case by case."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_a_start_by_hand_outside_the_window_holds_until_the_next_closing() -> No
     assert (held.action, held.check_at) == (NONE, CLOSING)
     assert decided_action(OFFICE_HOURS, started, CLOSING - MINUTE) is NONE
     assert decided_action(OFFICE_HOURS, started, CLOSING) is STOP
-    assert decided_action(OFFICE_HOURS, started, CLOSING + 30 * HOUR) is STOP  # nobody looked in between
+    assert decided_action(OFFICE_HOURS, started, CLOSING + 30 * HOUR) is STOP  # no evaluation in between
 
 
 def test_a_start_by_hand_inside_the_window_ends_with_it() -> None:
@@ -168,7 +168,7 @@ def test_a_stop_by_hand_inside_the_window_holds_until_the_next_opening_or_a_run(
     assert decided_action(OFFICE_HOURS, replace(stopped, has_due=True), INSIDE + HOUR) is WAKE
     assert decided_action(OFFICE_HOURS, replace(stopped, has_due=True), OUTSIDE) is NONE
     assert decided_action(OFFICE_HOURS, stopped, OPENING) is START
-    assert decided_action(OFFICE_HOURS, stopped, OPENING + HOUR) is START  # nobody looked in between
+    assert decided_action(OFFICE_HOURS, stopped, OPENING + HOUR) is START  # no evaluation in between
 
 
 # ── draining ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -194,7 +194,8 @@ def test_what_would_start_a_stopped_deployment_ends_a_drain() -> None:
     assert decided_action(AlwaysOnPolicy(), replace(drains, has_due=True), MONDAY) is NONE
 
 
-# ── what nothing starts ─────────────────────────────────────────────────────────────────────────────────────
+# ── deployments that never start
+# ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -227,7 +228,8 @@ def test_a_due_run_does_not_have_a_failed_start_tried_again_and_again() -> None:
     assert decide(OnDemandPolicy(), replace(failed, has_due=False), MONDAY).check_at is None
 
 
-# ── who may start it ────────────────────────────────────────────────────────────────────────────────────────
+# ── permitted starts
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 ANY = tuple(reason for reason in StoppedReason if reason is not StoppedReason.ARCHIVED)
 
@@ -267,7 +269,8 @@ def test_what_drains_since_its_window_closed_takes_no_runs() -> None:
     assert refusal.opens_at == OPENING
 
 
-# ── what comes next ─────────────────────────────────────────────────────────────────────────────────────────
+# ── next action
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

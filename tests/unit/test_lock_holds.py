@@ -1,4 +1,4 @@
-"""No text within the limits keeps the rest of its process from computing for long, whatever it holds."""
+"""No text within the limits holds the GIL for long."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ items = st.recursive(
 
 
 def go_through(text: bytes) -> None:
-    """Do with a text what is done with bodies, outputs and rows."""
+    """Process a text like bodies, outputs and rows."""
     try:
         value: Json = values.decode_json(text)
     except InvalidJson:
@@ -64,7 +64,7 @@ def test_a_larger_text_is_decoded_in_pieces() -> None:
     """Apart from collections of garbage, the longest step doesn't depend on the length."""
     text = TEXTS["nested lists"](2 * MEGABYTE)
     gc.disable()
-    decoded: list[Json] = []  # to let go of it isn't what is measured
+    decoded: list[Json] = []  # Deallocation is not measured.
     try:
         assert not lock_holds.holds_longer(
             lambda: decoded.append(values.decode_json(text)), lock_holds.MEGABYTE_SECONDS

@@ -29,7 +29,8 @@ def log_as_text(**fields: object) -> str:
     return as_text(None, "info", {"event": "something happened", **fields}).decode()
 
 
-# ── what a line says ────────────────────────────────────────────────────────────────────────────────────────
+# ── content of a line
+# ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_line_begins_with_time_level_and_event() -> None:
@@ -99,7 +100,8 @@ def test_a_traceback_is_in_the_line_of_json_and_below_the_one_of_text() -> None:
     assert all(row.startswith("    ") and row.isprintable() for row in below)
 
 
-# ── where lines go ──────────────────────────────────────────────────────────────────────────────────────────
+# ── outputs
+# ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager

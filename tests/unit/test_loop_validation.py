@@ -1,4 +1,4 @@
-"""What validation finds in graphs with loops."""
+"""Validation of graphs with loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paths that find nothing, told before they are followed: by what the catalogue says, and by what past runs gave."""
+"""Mapping paths without a value, found before a run from the catalog's schemas and from past outputs."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -55,7 +55,7 @@ def chain_of_nodes(*nodes: dict[str, Json]) -> tuple[Nodes, list[str]]:
 def find_in_graph(
     nodes: Nodes, edges: Sequence[str], samples: Mapping[str, Sequence[Json]] | None = None
 ) -> list[GraphFinding]:
-    """Return what is found of paths in a graph; an edge is `source:port > target`."""
+    """Return the findings about paths in a graph; an edge is `source:port > target`."""
     connections = []
     for edge in edges:
         source, target = edge.split(" > ")
@@ -73,7 +73,8 @@ def only_finding(findings: list[GraphFinding]) -> GraphFinding:
     return findings[0]
 
 
-# ── what each node is given ─────────────────────────────────────────────────────────────────────────────────
+# ── inputs of each node
+# ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -300,7 +301,8 @@ def test_a_node_like_no_other_is_answered_with_those_that_run_before() -> None:
     assert finding.fix is None
 
 
-# ── what was meant ──────────────────────────────────────────────────────────────────────────────────────────
+# ── suggestions
+# ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -375,7 +377,8 @@ def test_of_many_paths_only_the_first_are_explained() -> None:
     assert all(finding.suggestion for finding in findings)
 
 
-# ── what past runs gave ─────────────────────────────────────────────────────────────────────────────────────
+# ── outputs of past runs
+# ────────────────────────────────────────────────────────────────────────────────────────
 
 ANSWER: Json = {
     "status": 200,

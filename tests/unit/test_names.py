@@ -1,4 +1,4 @@
-"""Names that somebody got nearly right."""
+"""Suggestions for misspelled names."""
 
 import pytest
 

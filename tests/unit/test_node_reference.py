@@ -1,4 +1,4 @@
-"""Every example of the reference of the nodes runs as it stands, and gives what stands below it."""
+"""Every example of the node reference runs unchanged, and returns the output shown below it."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class ExampleJournal:
 
 @dataclass
 class ExampleAnswer:
-    """What the server of an example answers."""
+    """Answer of an example's server."""
 
     status: int
     headers: Mapping[str, str]
@@ -90,7 +90,7 @@ class ExampleAnswer:
 
 
 class ExampleHttpServer:
-    """Answers each request as an example says, whose output it gets."""
+    """HTTP server that gives the answer of an example, from which the example's output follows."""
 
     def __init__(self, output: Mapping[str, Any]) -> None:
         self._output = output
@@ -125,7 +125,7 @@ class ExampleBucket:
 
 
 class ExampleBlobs:
-    """Keeps what is put into it, for the one run that there is."""
+    """Blob storage of a single run."""
 
     def __init__(self) -> None:
         self._contents: dict[str, bytes] = {}
@@ -154,7 +154,7 @@ class ExampleMailServer:
 
 
 class ExampleSubRuns:
-    """Takes other workflows in; whoever waits for one is answered by the test."""
+    """Sub-workflow service whose runs the test answers."""
 
     async def start(
         self,
@@ -186,7 +186,7 @@ class ExampleDataSources(SampleDataSources):
 
 @asynccontextmanager
 async def lend_services(node_type: NodeType, folder: Path) -> AsyncIterator[NodeServices]:
-    """Lend what the example of a type asks for."""
+    """Provide the services that the example of a node type needs."""
     sources, code = ExampleDataSources(folder), CodeRunner(CodeBackend.MONTY, limit=1)
     output = node_type.examples[0].get("output")
     http = cast("HttpClientService", ExampleHttpServer(output if isinstance(output, dict) else {}))

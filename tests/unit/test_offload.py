@@ -1,4 +1,4 @@
-"""Long work: begun on the loop, done over in a thread, and in turns."""
+"""Long computations: started on the event loop, repeated in a thread, and scheduled fairly."""
 
 from __future__ import annotations
 

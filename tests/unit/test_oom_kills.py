@@ -1,4 +1,4 @@
-"""How a death for want of memory is told from another, and how the parent of a worker tells it."""
+"""Out-of-memory kills: distinguished from other deaths, and reported by the parent of a worker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The document of the API says of each operation all that the operation does, and nothing else."""
+"""OpenAPI document: it describes everything that each operation does, and nothing else."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ COMPUTED = {
         *("raw-delivery", "unknown-topic", "untrusted-certificate", "invalid-certificate"),
     },
 }
-"""What functions refuse with that don't name the code themselves."""
+"""Refusals of functions that don't name the code themselves."""
 OF_THE_ENDPOINT = {
     "unauthorized",
     "rate-limited",
@@ -60,9 +60,9 @@ OF_THE_ENDPOINT = {
     "not-ready",
     "invalid-query",
 }
-"""What an `Endpoint` answers with, before or after it calls a handler."""
+"""Refusals of an `Endpoint` before or after it calls a handler."""
 MATCHING = "gateway.http.preconditions.require_match"
-"""What compares `If-Match` with the state that there is."""
+"""Function that compares `If-Match` with the current state."""
 NEVER = {
     (nodes.index, "validation-failed"),
     (node_tests.run_node, "concurrency-limit"),
@@ -71,16 +71,16 @@ NEVER = {
     (events.emit, "not-found"),
     (dead_letters.purge, "idempotency-mismatch"),
 }
-"""Handlers that turn what is stored into an answer by the function that reads bodies, or leave out what is limited;
-that tell in their answer what others refuse with; to which nothing comes that is signed.
+"""Refusals that the call graph finds and that never occur. These handlers read stored data with the functions
+for bodies, leave out limited data, report refusals inside their answer, or never get signed requests.
 """
 TOLD_OF_EACH = {
     deliveries.redrive_many: CodeDefinition("gateway.ingest.redrive_runs", "redrive_delivery"),
     dead_letters.redrive: CodeDefinition("gateway.ingest.redrive_runs", "redrive_dead_letter"),
 }
-"""What those do, again and again, that tell in their answer what has kept each from being done."""
+"""Repeated operations of handlers that report in their answer why each item was refused."""
 NO_TRIGGER = COMPUTED["gateway.http.errors.no_such_trigger"]
-"""Of these, an operation that takes something in has the one for what it takes."""
+"""Of these codes, an operation that ingests requests has the one for its kind."""
 
 
 def document_operation(line: Route) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def test_every_parameter_of_a_query_is_read(line: Route) -> None:
         for node in ast.walk(GRAPH.modules[thing.module].functions[thing.path])
         if isinstance(node, ast.Name) and isinstance(known.get(node.id), parameters.QueryParameter)
     }
-    # Who sends something is found out before its handler is called.
+    # The sender's token is read before the handler is called.
     assert set(line.query) - {TOKEN} <= read
 
 
@@ -208,7 +208,7 @@ def test_names_are_given_once() -> None:
 
 
 def test_every_code_that_the_gateway_refuses_with_has_a_meaning() -> None:
-    # What pods are answered stands in no document.
+    # Answers to pods are in no document.
     public = (thing for thing in GRAPH.everything() if not thing.module.startswith("gateway.pods."))
     named = {code for thing in public for code in GRAPH.codes_of(thing)}
     assert {code for name in named for code in COMPUTED.get(name, {name})} == set(ERROR_CODES)
@@ -311,7 +311,7 @@ def test_the_contract_is_among_the_examples() -> None:
 
 
 def contains_fields(value: Any, less: Any) -> bool:  # noqa: ANN401 - any JSON value
-    """Tell whether a value has every field of another, with the same values."""
+    """Return whether a value has every field of another, with the same values."""
     if isinstance(less, dict):
         return isinstance(value, dict) and all(
             key in value and contains_fields(value[key], less[key]) for key in less
@@ -321,7 +321,8 @@ def contains_fields(value: Any, less: Any) -> bool:  # noqa: ANN401 - any JSON v
     return type(value) is type(less) and bool(value == less)
 
 
-# ── what generators of clients need ─────────────────────────────────────────────────────────────────────────
+# ── requirements of client generators
+# ───────────────────────────────────────────────────────────────────────────
 
 
 def iterate_schemas(part: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: ANN401 - any part of the document

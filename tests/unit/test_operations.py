@@ -242,7 +242,7 @@ def test_any_arguments_give_json_or_an_operation_error(name: str, arguments: lis
 def test_rounding_stays_within_half_a_step(value: float, decimals: int) -> None:
     result = compute("round", value, decimals)
     assert isinstance(result, int | float)
-    # The result is itself the nearest float, so a float's own distance comes on top.
+    # The result is itself the nearest float, so the precision of a float is added to the bound.
     assert abs(Fraction(result) - Fraction(value)) <= Fraction(1, 2 * 10**decimals) + Fraction(
         math.ulp(value)
     )

@@ -1,4 +1,4 @@
-"""Parameters of a query: what each says that it allows is what it takes."""
+"""Query parameters: each accepts exactly the values that its schema allows."""
 
 from typing import Any
 from urllib.parse import quote
@@ -23,7 +23,7 @@ def read(parameter: QueryParameter[Any], *values: str) -> object:
 
 
 def allowed_values(parameter: QueryParameter[Any]) -> list[str]:
-    """Return what the schema of a parameter just allows."""
+    """Return boundary values that the schema of a parameter allows."""
     match parameter.schema:
         case {"enum": [*words]} | {"items": {"enum": [*words]}}:
             return [str(word) for word in words]
@@ -39,7 +39,7 @@ def allowed_values(parameter: QueryParameter[Any]) -> list[str]:
 
 
 def refused_values(parameter: QueryParameter[Any]) -> list[str]:
-    """Return what the schema of a parameter just doesn't allow."""
+    """Return values just outside the schema of a parameter."""
     match parameter.schema:
         case {"minimum": int(least), "maximum": int(most)}:
             return [str(least - 1), str(most + 1), "1.5", "one"]

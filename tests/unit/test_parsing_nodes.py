@@ -19,17 +19,17 @@ from tests.node_calls import call
 pytestmark = pytest.mark.anyio
 
 LONGEST_PAUSE_SECONDS = 0.8
-"""For the other work of a process while a node is busy; the promise is a second."""
+"""Longest pause of other tasks of the process while a node is busy; the documented limit is a second."""
 
 
 async def run_node(node_type: str, config: Mapping[str, Json], data: Json = None) -> Json:
-    """Run a node, which must give JSON and must let other work run meanwhile."""
+    """Run a node, which must return JSON and let other tasks run meanwhile."""
     longest = 0.0
 
     async def other_work() -> None:
         nonlocal longest
         while True:
-            # The processor's time: what else runs on the machine holds nobody up here.
+            # Processor time: other processes of the machine must not count.
             before = time.process_time()
             await asyncio.sleep(0)
             longest = max(longest, time.process_time() - before)

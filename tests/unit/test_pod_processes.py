@@ -1,4 +1,4 @@
-"""By what pods hold runs, and which of them hold any no more."""
+"""Processes of pods that hold runs, and those that hold none any more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a connection sends: head and body of an answer in one packet, not later than in the next turn of the loop."""
+"""Writes of a connection: head and body of a response go into one packet, no later than in the next loop
+turn.
+"""
 
 import asyncio
 from typing import cast

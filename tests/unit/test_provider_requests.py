@@ -1,4 +1,4 @@
-"""Every request that providers send: recognised, found true or not, known again, and understood."""
+"""Every provider request of the samples: recognized, verified, deduplicated, and parsed."""
 
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime

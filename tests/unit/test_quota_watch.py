@@ -1,4 +1,4 @@
-"""Room that quotas have left, from what the API server writes of them."""
+"""Remaining capacity of quotas, from the API server's status."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What limits of rates cost in messages, and how exact they are."""
+"""Rate limits: their cost in messages, and their precision."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ SETTINGS = GatewaySettings(secret_key=SecretStr("a secret of more than thirty-tw
 
 
 class CountingBroker(LocalBroker):
-    """A broker that counts how often it is asked for tokens."""
+    """Broker that counts its token requests."""
 
     def __init__(self) -> None:
         super().__init__(channel="counting")

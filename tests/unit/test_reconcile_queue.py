@@ -1,4 +1,4 @@
-"""The queue of workflows to reconcile: how often each is looked at, and who is first."""
+"""Queue of workflows to reconcile: intervals and order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a graph uses that isn't in it, read from the configs of its nodes."""
+"""External resources of a graph, read from the configs of its nodes."""
 
 from dataclasses import replace
 from typing import cast

@@ -1,4 +1,4 @@
-"""The table of contents: nobody gets anywhere without a key, and every path leads where it says."""
+"""Route table: every path requires a key unless declared public, and leads to its handler."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def test_every_route_says_who_may_use_it(line: routes.Route) -> None:
 
 
 def test_what_is_public_stands_here() -> None:
-    # Whoever looks after the server has no key, and the document is the same for all and tells nothing of anybody.
+    # Probes and metrics scrapers have no key, and the API documents contain no data of users.
     public = {(line.method, line.path) for line in routes.TABLE if line.access is AccessRule.PUBLIC}
     looked_at = {("GET", path) for path in ("/healthz", "/readyz", "/openapi.json", "/docs")}
     assert public == looked_at | {
@@ -25,13 +25,13 @@ def test_what_is_public_stands_here() -> None:
         ("POST", "/hooks/{id}"),
         ("GET", "/mail/{id}"),
         ("POST", "/mail/{id}"),
-        # Asked before anything is sent, by senders who can't add a key to that.
+        # Preflight requests of senders, which can't carry a key.
         ("OPTIONS", "/api/v1/workflows/events"),
     }
 
 
 def test_what_changes_something_needs_more_than_any_key() -> None:
-    # Some questions are asked by POST, which then changes nothing.
+    # Read-only questions that are sent by POST.
     asks = {"/api/v1/workflows/{id}/validate", "/api/v1/workflows/{id}/lifecycle/preview"}
     public = {"/hooks/{id}", "/mail/{id}", "/api/v1/workflows/events"}
     assert {

@@ -1,4 +1,4 @@
-"""A run against a journal in memory that keeps the protocol: what wasn't committed is gone with its worker."""
+"""Run against an in-memory journal that keeps the protocol: uncommitted records are lost with their worker."""
 
 from __future__ import annotations
 
@@ -567,7 +567,8 @@ async def test_a_message_that_could_not_be_stored_is_made_storable(connected: st
         assert len(text) <= 8_192
 
 
-# ── what nodes give out ───────────────────────────────────────────────────────────────────────────────────
+# ── outputs of nodes
+# ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -801,7 +802,7 @@ async def test_after_death_at_any_moment_only_writes_in_flight_are_repeated_with
         return outcome
 
     def random(_call: NodeCall) -> Json:
-        # Another value on every attempt: what a write was given must be what it is given again.
+        # A different value on every attempt: a repeated write must get the input of its first attempt.
         return {"value": len(ledger.moments)}
 
     graph = compile_drawing(
@@ -1049,7 +1050,9 @@ async def test_a_merge_of_any_is_reached_by_the_branch_that_was_first_in_an_earl
 
 @st.composite
 def draw_race(draw: st.DrawFn) -> tuple[WorkflowProgram, Counter[str]]:
-    """Draw a graph in which branches of different lengths meet in merges of both modes, and what counts its calls."""
+    """Draw a graph with branches of different lengths that meet in merges of both modes, and a counter of its
+    calls.
+    """
     calls: Counter[str] = Counter()
 
     async def step(call: NodeCall) -> NodeOutcome:
@@ -1116,7 +1119,7 @@ def test_a_run_with_merges_ends_in_the_same_way_from_whatever_was_recorded(
         assert after.statuses == whole.statuses
         assert not calls.keys() & settled.keys()
         assert set(calls.values()) <= {1}
-        # Where no branch had arrived yet, another one may be first the next time.
+        # If no branch had arrived yet, another may be first the next time.
         open_races = {
             node_id
             for node_id in graph.root.eager
@@ -1132,12 +1135,13 @@ def _is_behind(node_id: str, others: set[str], graph: WorkflowProgram) -> bool:
     return node_id in others or any(_is_behind(source, others, graph) for source in sources)
 
 
-# ── what others ask of a run ──────────────────────────────────────────────────────────────────────────────
+# ── requests to a run
+# ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
 class HeldGraph:
-    """A graph with one node in flight, a branch not begun behind it, and a wait."""
+    """Graph with one node in flight, an unstarted branch behind it, and a wait."""
 
     kind: Callable[[RunNode], MadeUpNodeType] = write_world
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -1469,7 +1473,7 @@ async def test_a_change_shows_in_the_hash_of_its_part(
     kind: Callable[..., MadeUpNodeType], change: dict[str, Any], changed: set[str]
 ) -> None:
     before, after = await split_hashes(kind=kind), await split_hashes(kind=kind, **change)
-    # What a write is given includes its config, rendered: the two can't change apart.
+    # The input of a write includes its rendered config: the two can't change apart.
     expected = changed | ({"input"} if kind is write_world and "config" in changed else set())
     assert {part for part in PARTS if before[part] != after[part]} == expected
 

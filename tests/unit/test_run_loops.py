@@ -82,7 +82,7 @@ def compile_loop(
     nodes: Mapping[str, Mapping[str, Json]] | None = None,
     **loop: Json,
 ) -> WorkflowProgram:
-    """Compile a graph with a node `loop`, whose config is `loop`."""
+    """Compile a graph with a node `loop`, configured by `loop`."""
     known = {
         "loop": pure_node(loop_over_items, loops=True),
         "double": pure_node(double_data),
@@ -129,7 +129,7 @@ async def test_turns_follow_one_another_unless_more_are_allowed_at_once() -> Non
         begun.append(call.data)
         now += 1
         most = max(most, now)
-        # The later ones are through first.
+        # Later items finish first.
         for _ in range(20 - 2 * cast("int", call.data)):
             await asyncio.sleep(0)
         now -= 1
@@ -438,7 +438,8 @@ async def test_what_is_no_list_fails_the_loop() -> None:
     assert require_error(await SimulatedWorker(graph, 7).work()).message == "no list"
 
 
-# ── what others ask, and time ─────────────────────────────────────────────────────────────────────────────
+# ── external answers, and time
+# ──────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -492,7 +493,7 @@ def ask_for_item(call: NodeCall) -> AnswerWait:
 
 
 class AnsweringOutsider:
-    """Answers what waits, each once, and wakes what sleeps, until the run has ended."""
+    """Outside party that answers each wait once, and wakes sleeping nodes, until the run has ended."""
 
     def __init__(self, graph: WorkflowProgram, trigger: Json, ledger: OutsideWorld) -> None:
         self.graph = graph
@@ -642,7 +643,8 @@ async def test_a_loop_that_is_taken_up_again_has_the_items_that_it_had() -> None
     first = SimulatedWorker(graph)
     await run_to_completion(first)
     rows = first.notebook.rows
-    # What was committed when the first turn was: not what `make` gave, to which nothing leads from the loop.
+    # State committed at the first iteration; without the output of `make`, to which no path leads from the
+    # loop.
     begun = [
         rows["start", ""],
         _restarted_span(rows["loop", ""], encode_json({"items": [1, 2]})),
@@ -714,7 +716,7 @@ def test_a_loop_gives_what_its_body_gives_for_each_item_alone_from_wherever_it_g
 
 
 class CountingJournal(InMemoryJournal):
-    """A notebook that keeps nothing, and counts what waits for a commit."""
+    """Journal that stores nothing, and counts records that wait for a commit."""
 
     pending = most_pending = most_frames = 0
 
@@ -829,7 +831,7 @@ async def test_turns_that_have_ended_are_taken_from_the_journal_without_being_en
     assert calls == 2_000
     recorded = expire_waits(first.notebook)
     ended = {span.iteration for span in recorded if span.is_turn and span.status in SETTLED_STATUSES}
-    # What its nodes have left isn't needed of a turn that has ended.
+    # The outputs of an ended iteration's nodes are no longer needed.
     needed = [span for span in recorded if span.node_id == "loop" or span.iteration not in ended]
     assert len(needed) < len(recorded) - 2_000
     notebook = await run_to_completion(SimulatedWorker(graph, cast("Json", items), recorded=needed))

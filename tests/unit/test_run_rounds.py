@@ -48,7 +48,9 @@ class FailingNode:
 
 
 async def run_through_pauses(worker: SimulatedWorker) -> tuple[SimulatedWorker, list[float]]:
-    """Let every pause pass at once, each in another worker; returns the last and how long the pauses were."""
+    """Let every pause expire at once, each in another worker; return the last worker and the pauses in
+    seconds.
+    """
     pauses: list[float] = []
     while (await worker.work()).status is RunStatus.WAITING:
         asleep = [
@@ -172,7 +174,7 @@ async def test_what_was_stopped_or_took_too_long_is_not_taken_up_again(request_:
 
 
 def restart_spans(notebook: InMemoryJournal) -> list[NodeSpan]:
-    """Return what was recorded, as it was while the write was under way."""
+    """Return the recorded spans as they were during the write."""
     return [
         msgspec.structs.replace(span, status=SpanStatus.RUNNING, output=None, port=None, ended_at=None)
         if span.node_id == "pay"

@@ -1,4 +1,4 @@
-"""When schedules are due, and what of it is run, under a given clock."""
+"""Due times of schedules, and the runs that they start, under a given clock."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_differs_from_that_or_never_comes_true_is_none(cron: str) -> None:
 @pytest.mark.parametrize(
     ("cron", "timezone", "since", "expected"),
     [
-        # The clocks skip an hour: what falls into it is made up for right after, once.
+        # The clocks skip an hour: times within it are run once, right after it.
         (
             "30 2 * * *",
             "Europe/Berlin",
@@ -114,7 +114,7 @@ def test_what_differs_from_that_or_never_comes_true_is_none(cron: str) -> None:
             "2026-10-24T12:00",
             ["2026-10-25T02:30+02:00", "2026-10-26T02:30+01:00"],
         ),
-        # What comes every half hour comes in each of the two.
+        # A half-hourly schedule fires in each of the two.
         (
             "*/30 * * * *",
             "Europe/Berlin",
@@ -198,7 +198,8 @@ def test_jitter_delays_workflows_by_different_times_and_each_always_by_the_same(
     assert (decided.run, decided.next_run_at) == ([NOON], NOON + MINUTE)
 
 
-# ── what is run ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── started runs
+# ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_nothing_is_run_before_its_instant_and_everything_once_at_it() -> None:

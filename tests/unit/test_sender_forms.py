@@ -349,7 +349,9 @@ def test_a_mail_as_json_is_known_by_the_message_id_that_its_caller_gives() -> No
 
 
 def stored_key(ses_id: str, *, dkim: str = "PASS", **headers: str | None) -> str | None:
-    """Return the key of a mail that SES has stored; `headers` replace the usual ones, or with None remove them."""
+    """Return the storage key of a mail that SES has stored; `headers` replace the usual ones, or remove them
+    if None.
+    """
     usual = {
         "From": "a@example.org",
         "Subject": "One",
@@ -415,7 +417,8 @@ def test_a_stored_mail_whose_headers_prove_nothing_is_known_by_its_id(
     assert stored_key("1", dkim=dkim, **headers) != stored_key("2", dkim=dkim, **headers)
 
 
-# ── whatever comes ──────────────────────────────────────────────────────────────────────────────────────────
+# ── arbitrary input
+# ─────────────────────────────────────────────────────────────────────────────────────────────
 
 PIECES = st.sampled_from(
     b"""--b \r\n -- Content-Disposition:form-data;name= filename= " a ; = % %4 & { } [ ] : , "Type" "data" "type" "id"

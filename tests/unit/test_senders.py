@@ -1,4 +1,4 @@
-"""Signatures: what is let in, and each way in that is none."""
+"""Signatures of senders: accepted requests, and every kind of forgery."""
 
 import hmac
 from base64 import b64encode
@@ -394,7 +394,8 @@ def test_a_long_body_is_not_hashed_while_others_wait() -> None:
     github.verify(given, [SECRET])
 
 
-# ── what they mean ──────────────────────────────────────────────────────────────────────────────────────────
+# ── meaning of requests
+# ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_click_in_slack_is_an_event_of_the_type_that_slack_gives_it() -> None:

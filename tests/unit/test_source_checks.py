@@ -1,4 +1,4 @@
-"""The check of docstrings and import cycles finds each fault that it is there for."""
+"""Check of docstrings and import cycles."""
 
 import ast
 

@@ -1,4 +1,4 @@
-"""Starts of pods: how many at once, whose turn it is, and when one is given up."""
+"""Starts of pods: concurrency, fairness, and expiry."""
 
 from __future__ import annotations
 

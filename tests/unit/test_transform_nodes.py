@@ -637,7 +637,7 @@ def test_whatever_is_sorted_has_one_order(values: list[Json]) -> None:
 
 
 def _sort_identity(value: Json) -> object:
-    """Return what a sort can tell two values apart by: numbers count by their value, the rest as it is written."""
+    """Return a key that distinguishes two values like a sort: numbers by value, all else by its JSON text."""
     return identity_key(value) if not isinstance(value, list | dict) else encode_json(value)
 
 

@@ -1,4 +1,4 @@
-"""Webhook bodies apart from their rows: what is large, and what can be mistaken for a reference."""
+"""Webhook bodies stored apart from their rows: large ones, and those that look like a reference."""
 
 from __future__ import annotations
 

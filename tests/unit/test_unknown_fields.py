@@ -1,4 +1,4 @@
-"""Fields that a body doesn't have: refused with the name that was meant, whatever the body."""
+"""Unknown fields of any body: refused with the name that was probably meant."""
 
 import json
 import re
@@ -27,7 +27,7 @@ BODIES = [pytest.param(line.body, id=f"{line.method} {line.path}") for line in L
 
 
 def iterate_structs(kind: Any) -> Iterator[type[msgspec.Struct]]:  # noqa: ANN401 - any type annotation
-    """Return every body that a type is made of."""
+    """Return every body type inside a type."""
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         yield kind
         for field in msgspec.structs.fields(kind):
@@ -43,7 +43,7 @@ class InnerBody(GuardedWire):
 
 
 class LenientOuterBody(WireStruct):
-    """A body that passes over what it doesn't know, with parts that don't."""
+    """Lenient body with strict parts."""
 
     parts: list[InnerBody] = msgspec.field(default_factory=list)
     by_name: dict[str, InnerBody] = msgspec.field(default_factory=dict)

@@ -268,5 +268,5 @@ def test_types_have_the_names_that_users_know() -> None:
 
 
 def is_identical(left: Json, right: Json) -> bool:
-    """Compare types too: 1.0 must not come back as 1."""
+    """Compare types too: 1.0 must not be returned as 1."""
     return repr(left) == repr(right)

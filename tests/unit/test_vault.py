@@ -1,4 +1,6 @@
-"""What is sealed is opened for the object that it was sealed for, by the secrets that may open it, and no other."""
+"""Encryption bound to an object: only the permitted secrets decrypt a value, and only for the object of its
+encryption.
+"""
 
 import re
 

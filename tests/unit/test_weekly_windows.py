@@ -20,7 +20,7 @@ ZONES = (
     "Africa/Cairo",  # clocks change at midnight: that of a day in April does not exist
     "Africa/Casablanca",  # clocks go back for Ramadan
     "America/Los_Angeles",
-    "America/Havana",  # clocks go back to midnight: that hour comes twice
+    "America/Havana",  # clocks go back to midnight, so that hour occurs twice
     "Asia/Kathmandu",  # three quarters of an hour off, and never changes
     "Australia/Lord_Howe",  # clocks change by half an hour
     "Europe/Dublin",
@@ -65,7 +65,7 @@ AROUND = [(zone, at) for zone in ZONES for at in clock_change_hours(zone)]
 
 
 def is_inside(window: WeeklyWindow, local: datetime) -> bool:
-    """Tell whether a local time is inside a window that started today, or yesterday."""
+    """Return whether a local time is inside a window that started today or yesterday."""
     minute = local.hour * 60 + local.minute
     today, yesterday = local.isoweekday() % 7, (local.isoweekday() - 1) % 7
     return (today in window.days and window.start_minute <= minute < window.end_minute) or (
@@ -112,7 +112,8 @@ def test_a_schedule_is_what_a_look_at_every_minute_says(
     ]
 
 
-# ── what a day looks like ───────────────────────────────────────────────────────────────────────────────────
+# ── course of a day
+# ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

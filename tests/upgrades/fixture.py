@@ -27,7 +27,7 @@ SECRET_KEY: Final = "the secret of the upgrade fixtures, which protects nothing"
 API_KEY: Final = "sk-upgrade-fixtures-0123456789"
 LEDGER: Final = "http://ledger.invalid"
 CALLBACKS: Final = "http://callbacks.invalid"
-"""These stand for the addresses that runs call, which are others in every test."""
+"""Placeholder for the address that runs call, which differs in every test."""
 FILE: Final = "pilotflame.db"
 Addresses: TypeAlias = Mapping[str, str]
 NOWHERE: Final[Addresses] = {}
@@ -54,7 +54,7 @@ def environment(folder: Path, port: int, database_url: str | None, *, lease_seco
 
 @dataclass(frozen=True)
 class Manifest:
-    """Facts about a database that its rows do not tell."""
+    """Facts about a database that its rows don't contain."""
 
     made_at: int
     """Microseconds since 1970."""
@@ -101,7 +101,7 @@ class Fixture:
             archive.extractall(data_folder, filter="data")
 
     def statements(self, addresses: Addresses) -> str:
-        """Return the statements that make the database, whose runs call these addresses."""
+        """Return the SQL statements of the database, whose runs call these addresses."""
         text = gzip.decompress((self.folder / "database.sql.gz").read_bytes()).decode()
         for placeholder, address in addresses.items():
             text = text.replace(placeholder, address)

@@ -1,7 +1,7 @@
-"""Make the databases of the present revision: `python -m tests.upgrades.make`, before a migration is added.
+"""Create the databases of the current revision: `python -m tests.upgrades.make`, before a migration is added.
 
-Everything in them comes from the server's own API and workers. The server is killed while it is at a run; a gateway
-without workers then accepts what nobody claims.
+Their contents come from the server's own API and workers. The server is killed during a run; a gateway
+without workers then accepts runs that stay unclaimed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from tests.system.ledger import EffectLedger
 
 TIMER_SECONDS: Final = 15.0
-"""The timer of a run ends so long after the run has begun to wait: after the kill, and before the dump."""
+"""Duration of a run's timer: it expires after the kill, and before the dump."""
 LEASE_SECONDS: Final = 5.0
 ASKS: Final[dict[str, Json]] = {
     "id": "approval",
@@ -152,7 +152,7 @@ class Maker:
         await self.becomes("large", "completed")
 
     async def _fail(self) -> None:
-        """Have the run of a message fail after two attempts: it becomes a dead letter."""
+        """Let the run of a message fail after two attempts, so that it becomes a dead letter."""
         ship = self.ledger.writes("ship", retry={"maxAttempts": 2, "backoff": 0})
         await self.create("orders", _triggered("queue-trigger", ship))
         with self.ledger.refusing("ship", 503):
@@ -162,7 +162,7 @@ class Maker:
             await self.becomes("failed", "failed")
 
     async def _receive(self) -> None:
-        """Receive a webhook with a large body, another one too early, a mail, and have a schedule."""
+        """Receive a webhook with a large body, a webhook that is too early, and a mail; add a schedule."""
         verification: dict[str, Json] = {"provider": "github", "dataSource": self.others["webhook_secret"]}
         hook = _triggered("webhook", workflow_shapes.set_node("done"), verification=verification)
         await self.create("hook", hook)

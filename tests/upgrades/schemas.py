@@ -43,7 +43,7 @@ class Schema:
 
 
 async def read(url: str) -> Schema:
-    """Return the schema of a database, whose rows must fit it."""
+    """Return the schema of a database, and check that its rows conform."""
     database = Database(parse_url(url))
     try:
         async with database.read() as connection:

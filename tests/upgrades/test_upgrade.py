@@ -1,4 +1,4 @@
-"""Databases of earlier releases, brought up to date and run on, with everything that was under way in them."""
+"""Databases of earlier releases, upgraded and run on, with all their unfinished work."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ NEW_SECRET_KEY = "another secret, by which everything is encrypted anew"
 UNDO_ADDITIONS = (FOLDER / "0001/undo_additions.sql").read_text().split(";\n")[:-1]
 """These statements make a database of release 0.1.0 out of one of revision 0001 as it was last."""
 LEASE_SECONDS = 120.0
-"""Longer than any pause of a busy machine: whatever runs a second time was begun anew without need."""
+"""Longer than any pause of a busy machine: a repeated node would be a fault."""
 SECRETS = 5
 """Those of three data sources, a signing secret and an event token."""
 
 
 @dataclass(frozen=True)
 class Upgraded:
-    """A server on a database of an earlier release, and what it was made of."""
+    """Server on an upgraded database, with the facts about its origin."""
 
     manifest: Manifest
     api: Api
@@ -47,7 +47,7 @@ class Upgraded:
         return f"/workflows/{self.manifest.workflows[workflow]}{rest}"
 
     async def complete(self, execution_id: str, node_id: str) -> None:
-        """Check that a run completes, whose node has called the ledger once."""
+        """Check that a run completes after exactly one call of the ledger by its node."""
         await self.api.become(execution_id, "completed")
         calls = self.ledger.effects()[execution_id, node_id]
         assert [call.key for call in calls] == [f"{execution_id}:{node_id}:0"]
@@ -106,7 +106,7 @@ async def test_a_database_of_an_earlier_release_is_upgraded_and_everything_in_it
 
 
 async def runs_go_on(upgraded: Upgraded) -> None:
-    """Due, queued, orphaned and limited runs end without anybody's doing."""
+    """Due, queued, orphaned and limited runs end on their own."""
     for name, node_id in (
         ("timer", "ring"),
         ("queued", "pack"),
@@ -140,7 +140,7 @@ async def waiting_runs_are_answered(upgraded: Upgraded) -> None:
 
 
 async def what_failed_is_redriven(upgraded: Upgraded) -> None:
-    """A dead letter and a rejected delivery run with the content of then."""
+    """A dead letter and a rejected delivery run with their original content."""
     api = upgraded.api
     (letter,) = (await api.get(upgraded.path("orders", "/dead-letters")))["deadLetters"]
     assert letter["executionId"] == upgraded.run("failed")
@@ -178,7 +178,7 @@ async def deployments_serve(upgraded: Upgraded) -> None:
 
 
 async def results_are_shown(upgraded: Upgraded) -> None:
-    """Results of then are shown to those who may see them: blobs, attempts, logs, versions, schedules."""
+    """Earlier results are still readable by permitted users: blobs, attempts, logs, versions, schedules."""
     api = upgraded.api
     large = await api.get(f"/executions/{upgraded.run('large')}?expand=blobs")
     assert large["outputs"]["large"]["text"] == "0123456789" * 40_000

@@ -1,7 +1,8 @@
-"""Send requests that schemathesis derives from an OpenAPI document, and report each status and each failed check.
+"""Send requests that schemathesis derives from an OpenAPI document, and report each status and each failed
+check.
 
-Reads `{"document": ..., "config": ...}` from standard input and writes `{"statuses": ..., "failures": ...}` to standard
-output. Raises what schemathesis raises where the document is no OpenAPI.
+Reads `{"document": ..., "config": ...}` from standard input and writes `{"statuses": ..., "failures":
+...}` to standard output. Raises the error of schemathesis if the document is not OpenAPI.
 """
 
 import json
