@@ -406,7 +406,7 @@ async def test_a_program_that_takes_too_much_memory_is_named_and_started_again(
             killed = await wait_for_deployment(
                 harness, workflow_id, lambda one: one.observed_reason_code == "out-of-memory"
             )
-            assert killed.observed_reason == "The pod used more memory than it is granted"
+            assert killed.observed_reason == "The pod exceeded its memory limit"
             again = await wait_for_deployment(harness, workflow_id, is_running)
             assert (again.observed_reason, again.generation) == (None, killed.generation)
 

@@ -1,1 +1,1 @@
-"""Where deployed workflows have compute of their own: one protocol, and a driver for each kind of place."""
+"""Clusters: platforms for the pods of deployed workflows, with one protocol and one driver per kind."""

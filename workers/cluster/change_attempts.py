@@ -1,4 +1,6 @@
-"""Changes that take several requests: after a failure, the failed request is repeated alone before all are sent."""
+"""Changes that take several requests: after a failure, the failed request is repeated alone before all are
+sent.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ class _FailedRequest:
 
 
 class ChangeAttempt:
-    """One attempt at a change; it counts its requests and remembers the last one."""
+    """Attempt at a change; it counts its requests and remembers the last one."""
 
     def __init__(self) -> None:
         self.requests = 0
@@ -34,7 +36,7 @@ class ChangeAttempt:
 
 
 class ChangeAttempts:
-    """The failed request of each workflow whose last change has failed."""
+    """Failed request of each workflow with a failed last change."""
 
     def __init__(self) -> None:
         self._failed: dict[str, _FailedRequest] = {}
@@ -43,14 +45,15 @@ class ChangeAttempts:
     async def begin(self, workflow_id: str, goal: object) -> AsyncIterator[ChangeAttempt]:
         """Begin an attempt at a change; the caller sends all of its requests, each by `send`.
 
-        If the last attempt at an equal goal has failed, its failed request is repeated first, so that another failure
-        costs one request. Each `ClusterError` that leaves the context says how many requests were sent.
+        If the last attempt at an equal goal has failed, its failed request is repeated first, so that another
+        failure costs one request. Each `ClusterError` that leaves the context says how many requests were
+        sent.
         """
         attempt = ChangeAttempt()
         failed = self._failed.get(workflow_id)
         try:
             if failed is not None and failed.goal == goal:
-                with suppress(NotDeployed):  # all requests together make it anew
+                with suppress(NotDeployed):  # all requests together create the deployment again
                     await attempt.send(failed.send)
             yield attempt
         except ClusterError as error:

@@ -1,4 +1,4 @@
-"""What has changed and was not looked at yet."""
+"""Set of changed workflows that wait for observation."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 
 class ChangedWorkflows:
-    """Ids of workflows to observe: one that changes many times before it is looked at is told once."""
+    """IDs of workflows to observe; several changes before an observation count as one."""
 
     def __init__(self) -> None:
         self._ids: dict[str, None] = {}
         self._is_there = asyncio.Event()
 
     def add(self, ids: Iterable[str]) -> None:
-        """Have these looked at."""
+        """Add workflows to observe."""
         self._ids.update(dict.fromkeys(ids))
         if self._ids:
             self._is_there.set()
 
     async def take_oldest(self) -> str:
-        """Return the one that has waited longest."""
+        """Wait for a change; remove and return the workflow that has waited longest."""
         await self._is_there.wait()
         workflow_id = next(iter(self._ids))
         del self._ids[workflow_id]

@@ -1,4 +1,4 @@
-"""Endpoints where pods of workflows look up names, as an operator writes them in a setting."""
+"""DNS endpoints for the pods of workflows, as an operator writes them in a setting."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NAMESPACE: Final = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
 
 @dataclass(frozen=True, slots=True)
 class DnsEndpoint:
-    """One place that answers DNS: the pods of a namespace, or a network, and the port that they listen on.
+    """Address of DNS servers: the pods of a namespace, or a network, and the port that they listen on.
 
     A network policy sees the port of the pod, not of the Service in front of it: OpenShift's is 5353.
     """
@@ -33,7 +33,7 @@ def parse_endpoint(text: str) -> DnsEndpoint:
     match = _ENTRY.match(text)
     port = int(match["port"] or DNS_PORT) if match is not None else 0
     if match is None or not 1 <= port <= MAX_PORT:
-        raise ValueError(f"{text!r} is no DNS endpoint: write namespace, address or network, and :port")
+        raise ValueError(f"{text!r} is not a DNS endpoint: write a namespace, address or network, and :port")
     name = match["bracketed"] or match["plain"]
     if match["bracketed"] is None and _NAMESPACE.match(name) and not name.isdecimal():
         return DnsEndpoint(name, port)
@@ -44,5 +44,5 @@ def parse_endpoint(text: str) -> DnsEndpoint:
 
 
 def parse_endpoints(text: str) -> tuple[DnsEndpoint, ...]:
-    """Return the endpoints of a list that commas separate; raises `ValueError`."""
+    """Return the endpoints of a list that is separated by commas. Raises `ValueError`."""
     return tuple(parse_endpoint(part.strip()) for part in text.split(",") if part.strip())

@@ -1,7 +1,7 @@
-"""What every cluster can do for a deployed workflow, and the values that go in and come out.
+"""Protocol of cluster drivers: operations on the deployment of a workflow, with their arguments and results.
 
-A driver holds no wishes of its own: what is wanted is handed in, what there is is read from the cluster each time.
-Every operation may be repeated, by another process too, and is bounded in time.
+A driver stores no desired state: callers pass it in, and the observed state is read from the cluster each
+time. Every operation may be repeated, also by another process, and is bounded in time.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from enum import IntEnum, StrEnum
 from typing import Protocol
 
 HOST_VARIABLE = "PILOTFLAME_RUNNER_HOST"
-"""The address that the program in a pod listens on; each driver sets these four itself."""
+"""Address that the program in a pod listens on. Drivers set this and the next three variables themselves."""
 PORT_VARIABLE = "PILOTFLAME_RUNNER_PORT"
 POD_VARIABLE = "PILOTFLAME_RUNNER_POD"
-TOKEN_VARIABLE = "PILOTFLAME_RUNNER_TOKEN"  # noqa: S105 - the name of one
+TOKEN_VARIABLE = "PILOTFLAME_RUNNER_TOKEN"  # noqa: S105 - the name of a variable
 RUNNER_VARIABLES = frozenset({HOST_VARIABLE, PORT_VARIABLE, POD_VARIABLE, TOKEN_VARIABLE})
 READINESS_PATH = "/readyz"
 LIVENESS_PATH = "/healthz"
 
 
 class ClusterError(Exception):
-    """The cluster did not do what it was asked."""
+    """Failure of an operation on the cluster."""
 
     requests = 1
-    """Requests that were sent for it, the one that failed included."""
+    """Requests that were sent for the operation, including the failed one."""
 
 
 class ClusterUnavailable(ClusterError):
@@ -34,28 +34,28 @@ class ClusterUnavailable(ClusterError):
 
 
 class ClusterBusy(ClusterError):
-    """The cluster puts requests off: the same call succeeds later, and nothing is wrong with what runs there."""
+    """The cluster defers requests: the same call succeeds later, and running pods are unaffected."""
 
     def __init__(self, message: str, *, retry_seconds: float) -> None:
         super().__init__(message)
         self.retry_seconds = retry_seconds
-        """How long the cluster asks to be left alone."""
+        """Seconds for which the cluster asks for no requests."""
 
 
 class ClusterForbidden(ClusterError):
-    """Rights or an admission webhook are in the way, which says nothing about the pods that run."""
+    """Permissions or an admission webhook prevent the call, which says nothing about running pods."""
 
 
 class ClusterRefused(ClusterError):
-    """The cluster will not do it: the same call fails again until somebody changes something."""
+    """The cluster refuses the call: it fails again until somebody changes the configuration."""
 
 
 class NotDeployed(ClusterError):
-    """The cluster holds nothing for this workflow: apply it first."""
+    """The cluster has no objects of this workflow: apply it first."""
 
 
 class PodFailureReason(StrEnum):
-    """Why pods that are wanted do not come up."""
+    """Reason why desired pods don't become ready."""
 
     IMAGE_PULL = "image-pull"
     INVALID_CONFIG = "invalid-config"
@@ -71,17 +71,17 @@ class PodFailureReason(StrEnum):
 
 @dataclass(frozen=True)
 class PodFailure:
-    """A reason, and the cluster's own words."""
+    """Failure of pods, with the cluster's own message."""
 
     reason: PodFailureReason
     message: str
     is_final: bool = False
-    """It does not go away by itself: new pods meet it too, until somebody changes something."""
+    """It is permanent: new pods fail too, until somebody changes the configuration."""
 
 
 @dataclass(frozen=True)
 class PodResourceLimits:
-    """What one pod is granted, and may not exceed."""
+    """Resource requests and limits of one pod."""
 
     cpu_millicores: int = 500
     memory_mebibytes: int = 256
@@ -89,21 +89,23 @@ class PodResourceLimits:
 
 @dataclass(frozen=True)
 class DesiredDeployment:
-    """What a deployment is wanted to be."""
+    """Desired state of a deployment."""
 
     workflow_id: str
     organization_id: str
     definition_hash: str
-    """A pod is of one definition: another hash replaces the pods one by one."""
+    """Pods run one definition: another hash replaces the pods one by one."""
     generation: int
-    """Rises whenever something else is wanted, and is told back as observed."""
+    """Increases with each change of the desired state; observations return the applied one."""
     image: str
     command: tuple[str, ...]
     token: str = field(repr=False)
-    """What the pod proves itself with; it reaches the pod by a secret, never by the specification."""
+    """Token with which the pod authenticates to the gateway. It reaches the pod by a Secret, never by the
+    specification.
+    """
     replicas: int = 1
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Nothing secret: whoever may read the cluster reads it."""
+    """Environment variables without secrets: everyone with read access to the cluster can read them."""
     resources: PodResourceLimits = PodResourceLimits()
 
 
@@ -112,54 +114,54 @@ class PodStage(IntEnum):
 
     CREATED = 0
     SCHEDULED = 1
-    """A machine was chosen for it, which prepares it and pulls its image."""
+    """Its node is chosen, prepares the pod and pulls its image."""
     STARTED = 2
-    """Its program was started, once at least."""
+    """Its program was started at least once."""
     READY = 3
 
 
 @dataclass(frozen=True)
 class ObservedPod:
-    """One copy of the program, as it is now."""
+    """Observed state of a pod."""
 
     name: str
     definition_hash: str
     address: str | None
-    """Base URL, such as `http://10.0.0.7:8080`, once it has one."""
+    """Base URL, such as `http://10.0.0.7:8080`; None before the pod has an address."""
     is_ready: bool
-    """It has answered its readiness probe, and is not being stopped."""
+    """It has answered its readiness probe, and is not terminating."""
     is_terminating: bool
     stage: PodStage = PodStage.READY
-    """How far it has come."""
+    """Progress of its start."""
     ended_at: datetime | None = None
-    """By its machine's clock, a moment between the last end of its program and the next start: no process from before
-    runs any more.
+    """Time by its node's clock between the last end of its program and the next start: no earlier process
+    still runs.
     """
     is_out_of_memory: bool = False
-    """Its program was ended last because it had used more memory than it is granted."""
+    """Its program was last killed because it exceeded its memory limit."""
     trouble: PodFailure | None = None
-    """Why it is not ready, where the cluster says so."""
+    """Reason why it is not ready, if the cluster gives one."""
 
 
 @dataclass(frozen=True)
 class ObservedDeployment:
-    """What the cluster holds for a workflow."""
+    """Observed state of a workflow's deployment."""
 
     workflow_id: str
     exists: bool
     replicas: int = 0
-    """How many pods the cluster was asked for last."""
+    """Number of pods that was last requested from the cluster."""
     available: int = 0
-    """How many of them it counts as available; stale as long as `is_current` is false."""
+    """Number of available pods by the cluster's count; stale while `is_current` is false."""
     generation: int | None = None
-    """`Wanted.generation` of what was applied last."""
+    """`DesiredDeployment.generation` of the last apply."""
     definition_hash: str | None = None
     is_current: bool = False
-    """The cluster has taken notice of what it was asked last."""
+    """The cluster has observed the last change of the specification."""
     updated: int = 0
-    """How many of its pods are of what was applied last, as far as it has counted."""
+    """Number of pods of the last apply, by the cluster's count."""
     pods: tuple[ObservedPod, ...] = ()
-    """Those that are being stopped too: they live until they are gone from here."""
+    """All pods, including terminating ones: they live until they disappear from this list."""
     trouble: PodFailure | None = None
 
     @property
@@ -168,7 +170,7 @@ class ObservedDeployment:
 
     @property
     def is_starting(self) -> bool:
-        """Pods that are wanted are still to be made, or to become ready."""
+        """Whether desired pods are not created or not ready yet."""
         live = [pod for pod in self.pods if not pod.is_terminating]
         is_complete = (
             self.is_current
@@ -179,12 +181,12 @@ class ObservedDeployment:
 
     @property
     def is_ready(self) -> bool:
-        """A pod may be sent a request now."""
+        """Whether a pod can receive requests now."""
         return self.is_current and self.available > 0 and bool(self.ready_pods)
 
     @property
     def is_rolled_out(self) -> bool:
-        """As many pods as are wanted are ready, all of the definition applied last, and no other is left."""
+        """Whether all desired pods are ready, all of the last applied definition, and no other pod is left."""
         return (
             self.exists
             and self.is_current
@@ -195,7 +197,7 @@ class ObservedDeployment:
 
 @dataclass(frozen=True)
 class PodLogLine:
-    """What a pod has written; `at` is RFC 3339, or None where the cluster keeps no times."""
+    """Line of a pod's log; `at` is in RFC 3339, or None if the cluster records no times."""
 
     pod: str
     at: str | None
@@ -203,50 +205,52 @@ class PodLogLine:
 
 
 class ClusterDriver(Protocol):
-    """One cluster.
+    """Driver of one cluster.
 
-    Every operation raises `ClusterUnavailable` when the cluster can't be reached in time, `ClusterBusy` when it puts
-    requests off, `ClusterForbidden` when it lets nobody ask, and `ClusterRefused` when it says no.
+    Every operation raises `ClusterUnavailable` if the cluster can't be reached in time, `ClusterBusy` if it
+    defers requests, `ClusterForbidden` if permissions are missing, and `ClusterRefused` if it rejects the
+    request.
     """
 
     async def apply(self, wanted: DesiredDeployment) -> None:
-        """Make all that belongs to a deployment exist as wanted, and ask for its replicas; wait for no pod."""
+        """Create or update all objects of a deployment, and set its replicas; don't wait for pods."""
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
-        """Ask for so many pods, and wait for none; raises `NotDeployed`."""
+        """Set the desired number of pods; don't wait for them. Raises `NotDeployed`."""
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
-        """Tell what there is; what does not exist is an answer too.
+        """Return the observed state, also of a deployment that doesn't exist.
 
-        While a watch is open it may answer from what that has brought, moments late.
+        While a watch is open it may answer from the watch's cache, which is moments old.
         """
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Tell what there is now, by asking the cluster itself."""
+        """Return the present state by a request to the cluster itself."""
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Tell of every deployment that was ever applied here and not deleted."""
+        """Return every deployment that was applied to this cluster and not deleted."""
 
     async def delete(self, workflow_id: str) -> bool:
-        """Remove all that belongs to a deployment; True once nothing is left, False when pods still end: ask again.
+        """Delete all objects of a deployment; return True once none is left, or False while pods still end:
+        call it again.
 
-        What pods need stays until they have ended.
+        Objects that pods need remain until the pods have ended.
         """
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Stop these pods, by their names, so that others take their places; wait for none."""
+        """Stop these pods by their names, so that others replace them; don't wait for any."""
 
     def watch(self) -> AsyncGenerator[str, None]:
-        """Yield ids of workflows to observe again: all of them at first, then each that changes, over all gaps.
+        """Yield IDs of workflows to observe again: first all of them, then each that changes, without gaps.
 
-        A cluster that is away only makes it silent. To give up waiting for the next one ends it.
+        It is silent while the cluster is unreachable. Cancelling the wait for the next ID ends the watch.
         """
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
         """Return the last lines of its pods, oldest first."""
 
     async def endpoint(self, workflow_id: str) -> tuple[str, ...]:
-        """Return the base URL of each pod that may be sent a request now."""
+        """Return the base URL of each pod that can receive requests now."""
 
     async def close(self) -> None:
-        """Let go of the cluster; what runs there goes on."""
+        """Close the connections; the pods keep running."""

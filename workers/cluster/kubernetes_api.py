@@ -1,6 +1,7 @@
-"""Requests to a Kubernetes API server: pages, watches, answers as exceptions, and a budget that all requests share.
+"""Client of a Kubernetes API server: paging, watches, errors as exceptions, and a budget that all requests
+share.
 
-No other module speaks to it.
+No other module sends requests to the API server.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ from workers.cluster.manifests import Manifest
 REQUEST_SECONDS = 10.0
 CONCURRENT_REQUESTS = 16
 REQUESTS_PER_SECOND = 20.0
-"""As client-go gives to controllers, which may send 30 at once."""
+"""Default of client-go for controllers, which may send 30 at once."""
 BURST_SECONDS = 2.0
-"""Requests of so long may be sent at once after a quiet time."""
+"""Burst after a quiet time, in seconds of the rate."""
 BUSY_SECONDS = 30.0
-"""How long a request is repeated that the API server puts off with 429."""
+"""Seconds for which a request is repeated that the API server defers with 429."""
 DEFAULT_RETRY_SECONDS = 1.0
 MAX_RETRY_SECONDS = 60.0
 PAGE_SIZE = 500
 ATTEMPTS = 3
 WATCH_GRACE_SECONDS = 15.0
-"""A stream without its end by then is one whose other side is gone."""
+"""Grace after which a stream without an end counts as broken."""
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
 JSON = "application/json"
@@ -42,21 +43,21 @@ _UNREACHED_WEBHOOK = "failed calling webhook"
 
 
 class ObjectNotFound(Exception):
-    """404."""
+    """404: the object does not exist."""
 
 
 class ObjectConflict(Exception):
-    """409: somebody was faster."""
+    """409: the object was changed concurrently."""
 
 
 class VersionExpired(Exception):
-    """410: the API server has forgotten what is asked for; list again."""
+    """410: the API server has dropped the requested version; list again."""
 
 
 async def connect_api(kubeconfig: Path | None, *, budget: RequestBudget | None = None) -> KubernetesApi:
-    """Return an API server with the rights of a kubeconfig, or of the pod's own service account.
+    """Return an API client with the permissions of a kubeconfig, or of the pod's own service account.
 
-    Raises `ClusterRefused` for a configuration that names no cluster.
+    Raises `ClusterRefused` for a configuration without a cluster.
     """
     configuration = kubernetes_client.Configuration()
     try:
@@ -67,7 +68,7 @@ async def connect_api(kubeconfig: Path | None, *, budget: RequestBudget | None =
                 config_file=str(kubeconfig), client_configuration=configuration, persist_config=False
             )
     except (kubernetes_config.ConfigException, OSError) as error:
-        raise ClusterRefused(f"There is no way to a Kubernetes API server: {error}") from error
+        raise ClusterRefused(f"No Kubernetes API server is configured: {error}") from error
     return KubernetesApi(kubernetes_client.ApiClient(configuration), budget=budget)
 
 
@@ -83,7 +84,7 @@ class RequestBudget:
         self._paused_until = 0.0
 
     async def acquire(self) -> None:
-        """Wait until one more request may be sent; those who wait are served in their order."""
+        """Wait until one more request may be sent, first come first served."""
         loop = asyncio.get_running_loop()
         at = max(self._next_at, loop.time() - self._burst_seconds)
         self._next_at = at + self._interval
@@ -91,19 +92,19 @@ class RequestBudget:
             await asyncio.sleep(seconds)
 
     def pause(self, seconds: float) -> None:
-        """Send nothing for so long, and a random bit longer: not all clients come back at once."""
-        seconds *= random.uniform(1.0, 1.25)  # noqa: S311 - spreads retries, guards nothing
+        """Send nothing for so long and a random bit longer, so that not all clients return at once."""
+        seconds *= random.uniform(1.0, 1.25)  # noqa: S311 - spreads retries, no secret
         self._paused_until = max(self._paused_until, asyncio.get_running_loop().time() + seconds)
 
 
 class KubernetesApi:
-    """One API server, with the client's own credentials and TLS.
+    """API server, accessed with the Kubernetes client's credentials and TLS.
 
-    The client's typed methods would read manifests and answers by models of one Kubernetes version, and refuse what
-    another one sends.
+    The client's typed methods would read manifests and answers by models of one Kubernetes version, and
+    reject those of another one.
 
-    Every method raises `ClusterUnavailable`, `ClusterBusy`, `ClusterForbidden` or `ClusterRefused`; those for single
-    objects also `ObjectAbsent`, `ObjectConflict` and `VersionExpired`.
+    Every method raises `ClusterUnavailable`, `ClusterBusy`, `ClusterForbidden` or `ClusterRefused`; those for
+    single objects also `ObjectNotFound`, `ObjectConflict` and `VersionExpired`.
     """
 
     def __init__(
@@ -123,7 +124,7 @@ class KubernetesApi:
         await self._client.close()
 
     async def list(self, path: str, label: str) -> tuple[Sequence[Manifest], str]:
-        """Return all items, page by page, and the version that they are of."""
+        """Return all items, read page by page, and their resource version."""
         for _ in range(ATTEMPTS):
             items: list[Manifest] = []
             query = {"labelSelector": label, "limit": str(PAGE_SIZE)}
@@ -136,7 +137,7 @@ class KubernetesApi:
                         return items, metadata["resourceVersion"]
                     query["continue"] = metadata["continue"]
             except VersionExpired:
-                continue  # the pages before are of a state that the API server has forgotten
+                continue  # the earlier pages are of a version that the API server has dropped
             except ObjectNotFound as error:  # an API server that has just started doesn't serve all paths yet
                 raise ClusterUnavailable(f"The API server does not serve {path}: {error}") from error
         raise ClusterUnavailable(f"{path} changed faster than it could be listed")
@@ -144,16 +145,18 @@ class KubernetesApi:
     async def patch(
         self, path: str, body: Manifest, *, content_type: str, query: Mapping[str, str]
     ) -> Manifest:
-        """Change an object, over conflicts with others, and return it."""
+        """Patch an object, repeat it on conflicts, and return the object."""
         for _ in range(ATTEMPTS):
             with suppress(ObjectConflict):
                 return await self.request("PATCH", path, query=query, body=body, content_type=content_type)
-        raise ClusterUnavailable(f"{path} was changed by others again and again")
+        raise ClusterUnavailable(f"{path} was changed concurrently again and again")
 
     async def watch(
         self, path: str, query: Mapping[str, str], *, seconds: float, on_event: Callable[[Manifest], None]
     ) -> None:
-        """Hand on each event until the stream ends; raises `VersionExpired` for a version too old."""
+        """Pass each event to `on_event` until the stream ends. Raises `VersionExpired` for a version that is
+        too old.
+        """
         query = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": f"{seconds:.0f}"}
         await self._budget.acquire()
         try:
@@ -181,14 +184,12 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> Manifest:
-        """Return the object of an answer."""
+        """Send a request and return the object of its answer."""
         answer = await self.read(method, path, query=query, body=body, content_type=content_type)
         try:
             decoded: Manifest = decoding.decode(answer)
         except ValueError as error:
-            raise ClusterUnavailable(
-                f"{method} {path} was answered with something that is not JSON"
-            ) from error
+            raise ClusterUnavailable(f"{method} {path} got an answer that is not JSON") from error
         return decoded
 
     async def read(
@@ -200,7 +201,7 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> bytes:
-        """Return the content of an answer; a request that is put off with 429 is repeated for a while."""
+        """Send a request and return the body of its answer; repeat it for a while if it is deferred with 429."""
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + BUSY_SECONDS
         while True:
@@ -246,7 +247,7 @@ class KubernetesApi:
         body: Manifest | None = None,
         content_type: str = JSON,
     ) -> aiohttp.ClientResponse:
-        """Send one request, whatever the budget says, and return the answer as it begins."""
+        """Send one request without regard to the budget, and return the response before its body is read."""
         request = await self._client.param_serialize(
             method=method,
             resource_path=path,
@@ -261,7 +262,7 @@ class KubernetesApi:
         return response
 
     def _error_for_response(self, response: aiohttp.ClientResponse, answer: bytes) -> Exception:
-        """Return the meaning of an answer other than success; 429 pauses all requests."""
+        """Return the exception for an unsuccessful answer; 429 pauses all requests."""
         if response.status != HTTPStatus.TOO_MANY_REQUESTS:
             return _error_for_status(response.status, _error_message(answer))
         seconds = _parse_retry_after(response.headers.get("Retry-After", ""))
@@ -270,7 +271,7 @@ class KubernetesApi:
 
 
 def _enable_keep_alive(response: aiohttp.ClientResponse) -> None:
-    """Have a stream noticed within 25 s whose other side vanished without a word."""
+    """Enable TCP keepalive, so that a silently vanished server is noticed within 25 s."""
     connection = response.connection
     found = None if connection is None else connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
     if found is None:
@@ -282,12 +283,12 @@ def _enable_keep_alive(response: aiohttp.ClientResponse) -> None:
 
 
 def _parse_retry_after(header: str) -> float:
-    """Return the seconds of a `Retry-After`; a date, which no API server sends, is taken for the usual delay."""
+    """Return the seconds of a `Retry-After`. A date, which no API server sends, gives the default delay."""
     return min(float(header), MAX_RETRY_SECONDS) if header.isdecimal() else DEFAULT_RETRY_SECONDS
 
 
 def _error_for_status(status: int, message: str) -> Exception:
-    """Return the meaning of an answer other than success to the caller."""
+    """Return the exception for an unsuccessful status."""
     match status:
         case HTTPStatus.NOT_FOUND:
             return ObjectNotFound(message)
@@ -305,10 +306,11 @@ def _error_for_status(status: int, message: str) -> Exception:
 
 
 def _is_forbidden(status: int, message: str) -> bool:
-    """Tell whether rights or a webhook are in the way: nothing is wrong with the request, nor known of the pods.
+    """Return whether permissions or a webhook prevent the request, which says nothing about the request or
+    the pods.
 
-    A webhook chooses its own status, and one that can't be reached makes a 500; a quota answers 403, and says that the
-    object itself is too much.
+    A webhook chooses its own status, and an unreachable one causes a 500. A quota answers 403 as well, but
+    it refuses the object itself.
     """
     if ("admission webhook" in message and "denied the request" in message) or _UNREACHED_WEBHOOK in message:
         return True

@@ -1,8 +1,8 @@
-"""Deployments on Kubernetes: objects are applied, scaled, observed and removed.
+"""Driver for Kubernetes: applies, scales, observes and deletes the objects of deployments.
 
-Objects go by server-side apply in the deployer's name; the number of pods is a patch of the Deployment's own
-`spec.replicas` in the scaler's. A patch of `/scale` to 0 would leave that field to nobody, since zero is absent there,
-and the next apply would start what was stopped.
+Objects are applied by server-side apply with the deployer as field manager. The number of pods is a patch of
+the Deployment's own `spec.replicas` with the scaler as field manager. A patch of `/scale` to 0 would leave
+that field without a manager, since zero is absent there, and the next apply would start the stopped pods.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DEPLOYER = "pilotflame-deployer"
 SCALER = "pilotflame-scaler"
 MAX_LOG_BYTES = 1_000_000
 RETRY_PAUSE_SECONDS = 0.1
-"""Between two Deployments whose refused pods are made: half of the budget of requests is left to others."""
+"""Pause between two Deployments with refused pods, which leaves half of the request budget to others."""
 
 _CORE = "/api/v1"
 _APPS = "/apis/apps/v1"
@@ -54,24 +54,24 @@ _COLLECTIONS = {
     "ServiceAccount": (_CORE, "serviceaccounts"),
     "Deployment": (_APPS, "deployments"),
 }
-"""Kinds of objects that a deployment is made of, in the order of removal."""
+"""Kinds of the objects of a deployment, in the order of deletion."""
 _DELETED = "deleted"
-"""Goal of a removal."""
+"""Goal of a deletion."""
 _MANAGED_SELECTOR = f"{manifests.MANAGED_BY_LABEL}={manifests.MANAGED_BY}"
 
 
 async def connect_driver(
     layout: ClusterLayout, *, kubeconfig: Path | None = None, budget: RequestBudget | None = None
 ) -> KubernetesDriver:
-    """Return a driver with the rights of a kubeconfig, or of the pod's own service account.
+    """Return a driver with the permissions of a kubeconfig, or of the pod's own service account.
 
-    Raises `ClusterRefused` for a configuration that says nothing of a cluster.
+    Raises `ClusterRefused` for a configuration without a cluster.
     """
     return KubernetesDriver(await kubernetes_api.connect_api(kubeconfig, budget=budget), layout)
 
 
 class KubernetesDriver:
-    """The deployments of one namespace."""
+    """Driver for the deployments of one namespace."""
 
     def __init__(self, api: KubernetesApi, layout: ClusterLayout) -> None:
         self.cache = WatchCache(
@@ -93,17 +93,17 @@ class KubernetesDriver:
         await self.close()
 
     async def close(self) -> None:
-        """End watches and close the connections."""
+        """Stop watches and close the connections."""
         await self.cache.close()
         await self._api.close()
 
-    # ── what is wanted ────────────────────────────────────────────────────────────────────────────────────
+    # ── desired state ───────────────────────────────────────────────────────────────────────────────────────
 
     async def apply(self, wanted: DesiredDeployment) -> None:
-        """Make all objects as they are wanted, and ask for the replicas.
+        """Apply all objects, and set the replicas.
 
-        Fields that somebody else has set are reclaimed: the deployer decides about all that it applies, and the number
-        of pods is not among it.
+        Fields that another manager has set are taken back: the deployer owns all fields that it applies, and
+        the number of pods is not among them.
         """
         async with self._attempts.begin(wanted.workflow_id, wanted) as attempt:
             for manifest in manifests.build_objects(wanted, self._layout):
@@ -115,11 +115,11 @@ class KubernetesDriver:
         query = {"fieldManager": DEPLOYER, "force": "true"}
         try:
             await self._api.patch(path, manifest, content_type=APPLY, query=query)
-        except ObjectNotFound as error:  # there is no namespace: an apply makes what is absent itself
-            raise ClusterForbidden(f"The API server has no place for {path}: {error}") from error
+        except ObjectNotFound as error:  # the namespace is missing: an apply would create a missing object
+            raise ClusterForbidden(f"The API server has no namespace for {path}: {error}") from error
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
-        """Ask for so many pods; raises `NotDeployed`."""
+        """Set the desired number of pods. Raises `NotDeployed`."""
         path = _object_path(self._layout, "Deployment", names.workflow_name(workflow_id))
         change = {"spec": {"replicas": replicas}}
         try:
@@ -130,9 +130,9 @@ class KubernetesDriver:
             self.cache.deployments.put(scaled)
 
     async def delete(self, workflow_id: str) -> bool:
-        """Stop the pods, and once they have ended remove all that bears the workflow's label.
+        """Stop the pods, and once they have ended delete all objects with the workflow's label.
 
-        The Deployment is the last to go: as long as anything is left, it shows that there is.
+        The Deployment is deleted last: it exists as long as any other object is left.
         """
         deployments, listed = await self._list_objects(workflow_id)
         if any(not pod_status.has_ended(pod) for pod in listed):
@@ -150,7 +150,7 @@ class KubernetesDriver:
             items, _ = await attempt.send(partial(self._api.list, path, label))
             return items
 
-        for _ in range(2):  # the second pass finds out whether the first one has left nothing
+        for _ in range(2):  # the second pass checks that the first one has left nothing
             left = [
                 (kind, one["metadata"])
                 for kind in _COLLECTIONS
@@ -164,7 +164,9 @@ class KubernetesDriver:
         return False
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Delete these pods: their ReplicaSet makes others at once, beside those that take long to end."""
+        """Delete these pods. Their ReplicaSet creates others at once, even while the old ones take long to
+        end.
+        """
         for name in pods:
             with suppress(ObjectNotFound, ObjectConflict):
                 deleted = await self._api.request("DELETE", _pods_path(self._layout, name))
@@ -172,30 +174,30 @@ class KubernetesDriver:
                     pod["metadata"]["name"]
                     for pod in self.cache.pods.objects_of(names.workflow_name(workflow_id))
                 }
-                # One that the watch has taken away already must not come back.
+                # A pod that the watch has already removed must not return.
                 if name in known and deleted.get("kind") == "Pod":
                     self.cache.pods.put(deleted)
 
     async def _remove(self, kind: str, metadata: Mapping[str, Any]) -> None:
-        # What was made anew under the same name meanwhile is not what was found: its uid differs.
+        # An object that was created again under the same name has another uid and is not deleted.
         options = {"propagationPolicy": "Background", "preconditions": {"uid": metadata["uid"]}}
         with suppress(ObjectNotFound, ObjectConflict):
             await self._api.request(
                 "DELETE", _object_path(self._layout, kind, metadata["name"]), body=options
             )
 
-    # ── what there is ─────────────────────────────────────────────────────────────────────────────────────
+    # ── observed state ──────────────────────────────────────────────────────────────────────────────────────
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
         """Read the Deployment and its pods, from the cache while a watch is open."""
         return self._summarize(workflow_id, *await self._list_objects(workflow_id))
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Read the Deployment and its pods: it alone never says why none comes up."""
+        """Read the Deployment and its pods: the Deployment alone never says why no pod becomes ready."""
         return self._summarize(workflow_id, *await self._read_objects(workflow_id))
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Tell of all Deployments of ours."""
+        """Return all Deployments that Pilotflame manages."""
         if self.cache.is_open:
             await self.cache.wait_synced(self._api.request_seconds)
             deployments: Sequence[Manifest] = tuple(self.cache.deployments)
@@ -241,7 +243,9 @@ class KubernetesDriver:
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return the last lines of all pods by their times, of a crashed container its last run's."""
+        """Return the last lines of all pods in order of time. A crashed container gives those of its last
+        run.
+        """
         label = _format_selector(manifests.workflow_labels(workflow_id))
         listed, _ = await self._api.list(_pods_path(self._layout), label)
         read = await asyncio.gather(*(self._read_pod_log(pod, limit) for pod in listed))
@@ -261,16 +265,16 @@ class KubernetesDriver:
         try:
             text = await self._api.read("GET", f"{_pods_path(self._layout, name)}/log", query=query)
         except (ObjectNotFound, ClusterRefused):
-            return ()  # it is gone, or has written nothing yet: its container waits to be started
+            return ()  # it is gone, or has no log yet because its container waits for its start
         return [
             PodLogLine(name, at, line)
             for at, _, line in (row.partition(" ") for row in text.decode(errors="replace").splitlines())
         ]
 
-    # ── what changes ──────────────────────────────────────────────────────────────────────────────────────
+    # ── changes ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield what to observe, for as long as it is asked for, and keep the cache meanwhile."""
+        """Yield workflows to observe, and keep the cache meanwhile."""
         quotas = asyncio.create_task(self._quotas.follow())
         try:
             async with aclosing(self.cache.watch()) as changes:
@@ -281,9 +285,9 @@ class KubernetesDriver:
             await asyncio.gather(quotas, return_exceptions=True)
 
     async def _retry_refused_pods(self) -> None:
-        """Have ReplicaSets that a quota has refused try again now: a change of theirs wakes them up.
+        """Annotate Deployments with pods over quota, since a change makes their ReplicaSets try again now.
 
-        Requests of others go between, and nothing is asked for in vain once the quota is full again.
+        A pause after each one lets other requests pass. It ends once the quota is full again.
         """
         refused = [one for one in self.cache.deployments if pod_status.is_over_quota(one)]
         for one in refused:

@@ -1,7 +1,7 @@
-"""Deployments on this machine: a pod is a subprocess on a loopback port, for `pilotflame dev`.
+"""Driver for this machine: a pod is a subprocess on a loopback port, for `pilotflame dev`.
 
-It is no security boundary: a pod runs as the same user, and may read what that user may. What runs is kept in a
-folder, so that it survives a restart of the deployer, which finds it again.
+It is no security boundary: a pod runs as the same user with all of its permissions. Deployments are recorded
+in a folder, so that a restarted deployer finds their pods again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ log = structlog.get_logger()
 
 
 class LocalDeploymentRecord(msgspec.Struct, frozen=True):
-    """What is kept of a deployment: all that was wanted of it, its token among that."""
+    """Record of a deployment: its desired state, including its token."""
 
     wanted: DesiredDeployment
     is_deleted: bool = False
@@ -50,7 +50,7 @@ class LocalDeploymentRecord(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class PodCopy:
-    """What a decision about a pod depends on."""
+    """Facts about a pod on which scaling depends."""
 
     name: str
     template: str
@@ -59,16 +59,16 @@ class PodCopy:
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """How many pods to start, and which to stop."""
+    """Number of pods to start, and the pods to stop."""
 
     starts: int
     stops: tuple[str, ...]
 
 
 def plan_scaling(copies: Sequence[PodCopy], *, template: str, replicas: int) -> ScalePlan:
-    """Decide what brings the pods that live to as many of one template.
+    """Plan the starts and stops that lead to `replicas` pods of one template.
 
-    A pod of another template stays until one of this is ready in its place.
+    A pod of another template remains until a pod of this one is ready in its place.
     """
     ready_first = sorted(copies, key=lambda copy: not copy.is_ready)
     current = [copy for copy in ready_first if copy.template == template]
@@ -81,10 +81,10 @@ def plan_scaling(copies: Sequence[PodCopy], *, template: str, replicas: int) -> 
 async def open_local(
     folder: Path, *, runs_without_isolation: bool, limits: LocalPodLimits | None = None
 ) -> LocalDriver:
-    """Return a driver whose pods live in a folder, with those that live there already.
+    """Return a driver for the pods of a folder, including those that already run.
 
-    Raises `ClusterRefused` unless the caller knows that its pods are not isolated from each other, and when another
-    deployer holds the folder.
+    Raises `ClusterRefused` unless the caller knows that its pods are not isolated from each other, and when
+    another deployer holds the folder.
     """
     if not runs_without_isolation:
         raise ClusterRefused(
@@ -96,7 +96,7 @@ async def open_local(
 
 
 class LocalDriver:
-    """The pods of one folder."""
+    """Driver for the pods of one folder."""
 
     def __init__(self, folder: Path, lock: int, limits: LocalPodLimits) -> None:
         self._folder = folder.resolve()
@@ -113,7 +113,7 @@ class LocalDriver:
         await self.close()
 
     def adopt(self) -> None:
-        """Take over what an earlier deployer has left running."""
+        """Adopt the pods of an earlier deployer."""
         for kept in sorted(self._folder.glob(f"*/{DEPLOYMENT_FILE}")):
             try:
                 found = decoding.decode(kept.read_bytes(), LocalDeploymentRecord)
@@ -130,40 +130,40 @@ class LocalDriver:
         os.close(self._lock)
 
     async def end_pods(self, patience_seconds: float) -> None:
-        """End all pods and close; whoever opens the folder next starts them again."""
+        """End all pods and close. The next driver of the folder starts them again."""
         pods = [pod for deployment in self._deployments.values() for pod in deployment.pods.values()]
         await self.close()
         await asyncio.gather(*(pod.end(patience_seconds) for pod in pods))
 
     async def apply(self, wanted: DesiredDeployment) -> None:
-        """Keep what is wanted, and begin to bring it about."""
+        """Store the desired state, and begin to reconcile it."""
         kept = LocalDeploymentRecord(wanted)
         deployment = self._deployments.get(wanted.workflow_id) or self._add_deployment(kept)
         deployment.apply(kept)
 
     async def scale(self, workflow_id: str, replicas: int) -> None:
-        """Ask for so many pods; raises `NotDeployed`."""
+        """Set the desired number of pods. Raises `NotDeployed`."""
         deployment = self._deployments.get(workflow_id)
         if deployment is None or deployment.kept.is_deleted:
             raise NotDeployed(f"{workflow_id} is not deployed on this machine")
         deployment.apply(LocalDeploymentRecord(replace(deployment.kept.wanted, replicas=replicas)))
 
     async def observe(self, workflow_id: str) -> ObservedDeployment:
-        """Tell what there is."""
+        """Return the observed state of a deployment."""
         deployment = self._deployments.get(workflow_id)
         return deployment.observe if deployment is not None else ObservedDeployment(workflow_id, exists=False)
 
     async def observe_uncached(self, workflow_id: str) -> ObservedDeployment:
-        """Tell what there is."""
+        """Return the observed state of a deployment."""
         return await self.observe(workflow_id)
 
     async def list(self) -> tuple[ObservedDeployment, ...]:
-        """Tell of every deployment."""
+        """Return all deployments."""
         every = (deployment.observe for deployment in self._deployments.values())
         return tuple(observed for observed in every if observed.exists)
 
     async def delete(self, workflow_id: str) -> bool:
-        """Stop the pods, and forget the deployment once they have ended."""
+        """Stop the pods, and remove the deployment once they have ended."""
         deployment = self._deployments.get(workflow_id)
         if deployment is None:
             return True
@@ -180,13 +180,13 @@ class LocalDriver:
         return True
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Stop these pods; others are started in their places."""
+        """Stop these pods; others are started in their place."""
         deployment = self._deployments.get(workflow_id)
         if deployment is not None:
             deployment.replace(pods)
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield what to observe, for as long as it is asked for."""
+        """Yield workflows to observe."""
         changes = ChangedWorkflows()
         changes.add(self._deployments)
         self._watchers.add(changes)
@@ -231,7 +231,7 @@ class LocalDriver:
 
 
 class LocalDeployment:
-    """The pods of one workflow: as many as are wanted, all of one template in the end."""
+    """Pods of one workflow, reconciled to the desired number and template."""
 
     def __init__(
         self,
@@ -275,14 +275,14 @@ class LocalDeployment:
         )
 
     def adopt(self) -> None:
-        """Hold the pods that are recorded in the folder."""
+        """Adopt the pods that are recorded in the folder."""
         for path in sorted(self.folder.glob(f"*/{POD_FILE}")):
             with suppress(msgspec.DecodeError):
                 self._add(path.parent, decoding.decode(path.read_bytes(), LocalPodRecord))
         self._reconcile()
 
     def apply(self, kept: LocalDeploymentRecord) -> None:
-        """Keep what is wanted now, and act on it."""
+        """Store the desired state, and reconcile it."""
         if kept != self.kept or not (self.folder / DEPLOYMENT_FILE).exists():
             self.kept = kept
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -291,14 +291,14 @@ class LocalDeployment:
         self._changed()
 
     def replace(self, names: Collection[str]) -> None:
-        """Stop pods that are still there, and start others."""
+        """Stop those of the pods that still exist, and start others."""
         for name in self.pods.keys() & set(names):
             self.pods[name].stop()
         self._reconcile()
         self._changed()
 
     async def close(self) -> None:
-        """Stop looking after the pods; they run on."""
+        """Stop supervising the pods, which keep running."""
         lives = tuple(self._lives.values())
         for life in lives:
             life.cancel()
@@ -337,13 +337,13 @@ class LocalDeployment:
 
 
 def _pod_template_hash(wanted: DesiredDeployment) -> str:
-    """Return what differs when a pod has to be another one."""
+    """Return a hash of all that a pod is started with; a different one requires another pod."""
     parts = (wanted.definition_hash, wanted.command, wanted.token, sorted(wanted.environment.items()))
     return blake2b(msgspec.json.encode(parts), digest_size=8).hexdigest()
 
 
 def _lock_folder(folder: Path) -> int:
-    """Return a descriptor that holds the folder as long as it is open; raises `ClusterRefused`."""
+    """Return a file descriptor that locks the folder until it is closed. Raises `ClusterRefused`."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -1,4 +1,4 @@
-"""One local pod: a subprocess on a loopback port with a folder of its own, kept up until it is stopped."""
+"""Local pod: a subprocess on a loopback port with its own folder, restarted until it is stopped."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ FIRST_PAUSE_SECONDS = 0.2
 MAX_PAUSE_SECONDS = 30.0
 MAX_DOUBLINGS = 10
 STABLE_SECONDS = 10.0
-"""A program that was ready for so long and then crashes is not taken to crash over and over."""
+"""Ready time after which a crash doesn't count as one of a crash loop."""
 PROBE_TIMEOUT_SECONDS = 2.0
 STARTING_PROBE_SECONDS = 0.05
 PROBE_SECONDS = 1.0
@@ -56,16 +56,16 @@ CERTIFICATE_READS = 20
 
 @dataclass(frozen=True)
 class LocalPodLimits:
-    """What bounds a local pod."""
+    """Limits of a local pod."""
 
     grace_seconds: float = 75.0
-    """From the signal that asks it to end to the one that ends it; runs get 60 s, and then hand themselves over."""
+    """Time from SIGTERM to SIGKILL. Runs have 60 s of it to finish, and are then handed off."""
     log_bytes: int = 1_000_000
-    """Of each of its two log files."""
+    """Size of each of its two log files."""
 
 
 class LocalPodRecord(msgspec.Struct, frozen=True):
-    """What is kept of a pod, so that it is known again."""
+    """Record of a pod, by which a later deployer finds it."""
 
     template: str
     definition_hash: str
@@ -76,7 +76,7 @@ class LocalPodRecord(msgspec.Struct, frozen=True):
 
 
 class LocalPod:
-    """A pod that keeps itself up; who holds it asks only how it is."""
+    """Pod that supervises its own process."""
 
     def __init__(
         self,
@@ -126,13 +126,13 @@ class LocalPod:
         )
 
     def stop(self) -> None:
-        """Ask it to end: by a signal now, and by force after its grace."""
+        """Send SIGTERM now, and SIGKILL after the grace period."""
         if not self.is_terminating:
             self._save_record(terminating_since=HOST_TIME.seconds())
             self._stop.set()
 
     async def end(self, patience_seconds: float) -> None:
-        """End its process, by force after a while, and leave everything else as it is; for when nobody lives it."""
+        """End an unsupervised process, by force after a while, and keep everything else."""
         running = local_process.find_process(self.folder / WORK_FOLDER)
         if running is None or not running.is_alive:
             return
@@ -143,7 +143,7 @@ class LocalPod:
         running.kill_session()
 
     async def supervise(self, wanted: DesiredDeployment) -> None:
-        """Keep the program up until it is stopped; then nothing is left of the pod."""
+        """Restart the program until the pod is stopped, and then remove the pod."""
         running = await self._find_process()
         if running is not None:
             await self._watch_until_exit(running)
@@ -163,10 +163,12 @@ class LocalPod:
         self._changed()
 
     async def _find_process(self) -> local_process.LocalProcess | None:
-        """Return the process of an earlier deployer's making, if it lives."""
+        """Return the process that an earlier deployer has started, if it is alive."""
         if not self.record.port or self.record.boot_id != local_process.read_boot_id():
             return None
-        for _ in range(CERTIFICATE_READS):  # one that was being started then may not have written it yet
+        for _ in range(
+            CERTIFICATE_READS
+        ):  # a process that was just being started may not have written its birth file yet
             found = local_process.find_process(self.folder / WORK_FOLDER)
             if found is not None:
                 return found if found.is_alive else None
@@ -178,7 +180,7 @@ class LocalPod:
         work.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._save_record(boot_id=local_process.read_boot_id(), port=_find_free_port())
         if self.ended_at is not None:
-            # Anew: should the clock have been set back since, the process that begins now knows that too.
+            # Set again: if the clock was set back since, the new process starts by that clock too.
             self.ended_at = datetime.now(UTC)  # noqa: TID251 - compared with its process's own start
         environment = {
             "PATH": SEARCH_PATH,
@@ -196,7 +198,7 @@ class LocalPod:
         )
 
     async def _watch_until_exit(self, running: local_process.LocalProcess) -> None:
-        """Look after the program as long as it runs; when it has crashed, wait before it may be started again."""
+        """Watch the program while it runs; after a crash, wait before it may be started again."""
         helpers = [asyncio.create_task(self._probe_readiness()), asyncio.create_task(self._drain(running))]
         try:
             code = await running.wait_ended()
@@ -211,7 +213,7 @@ class LocalPod:
             await self._back_off_after(PodFailure(reason, self._exit_message(code)))
 
     async def _back_off_after(self, trouble: PodFailure) -> None:
-        """Say what went wrong, and wait, longer each time."""
+        """Publish the failure, and wait with exponential back-off."""
         steady = self._ready_since is not None and time.monotonic() - self._ready_since > STABLE_SECONDS
         self._failures = 0 if steady else min(self._failures + 1, MAX_DOUBLINGS)
         self._set_ready(is_ready=False)
@@ -224,14 +226,14 @@ class LocalPod:
     async def _drain(self, running: local_process.LocalProcess) -> None:
         await self._stop.wait()
         running.send(signal.SIGTERM)
-        # Never longer than its grace, even where the clock was set back since an earlier deployer stopped it.
+        # Never longer than its grace, even if the clock was set back since an earlier deployer stopped it.
         grace_seconds = self._limits.grace_seconds
         since = self.record.terminating_since or HOST_TIME.seconds()
         await asyncio.sleep(min(since + grace_seconds - HOST_TIME.seconds(), grace_seconds))
         running.kill_session()
 
     async def _probe_readiness(self) -> None:
-        """Ask whether it is ready, often while it starts, and keep its log within bounds."""
+        """Probe readiness, more often during the start, and rotate the log."""
         misses = 0
         while True:
             if await self._is_answering():
@@ -263,15 +265,15 @@ class LocalPod:
         self._changed()
 
     def _rotate_log(self) -> None:
-        """Move what is written aside and go on from an empty file: the program keeps its descriptor of it."""
+        """Copy the log aside and truncate it, because the program keeps its descriptor of the file."""
         log = self.folder / LOG_FILE
-        with suppress(OSError):  # it is tried again in a second
+        with suppress(OSError):  # repeated in a second
             if log.stat().st_size > self._limits.log_bytes:
                 (self.folder / ROTATED_LOG_FILE).write_bytes(_read_tail(log, self._limits.log_bytes))
                 os.truncate(log, 0)
 
     def log_lines(self, limit: int) -> Sequence[str]:
-        """Return the last lines that it has written."""
+        """Return the last lines of its log."""
         lines: list[str] = []
         for name in (ROTATED_LOG_FILE, LOG_FILE):
             with suppress(FileNotFoundError):
@@ -296,7 +298,7 @@ class LocalPod:
 
 
 def new_pod_name(deployment: str) -> str:
-    """Return a name for one more pod."""
+    """Return a name for a new pod."""
     return f"{deployment}-{secrets.token_hex(4)}"
 
 
@@ -307,7 +309,7 @@ def _describe_exit(code: int | None) -> str:
 
 
 def _find_free_port() -> int:
-    """Return a port that nobody listens on; a program that finds it taken all the same crashes, and gets another."""
+    """Return a free port. If another process takes it first, the program crashes and gets another port."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         port: int = probe.getsockname()[1]

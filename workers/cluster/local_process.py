@@ -1,4 +1,4 @@
-"""A process that outlives the one that started it, and is known again by its birth, not by its number alone."""
+"""Process that outlives its parent and is identified by its start time, not by its PID alone."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ _PROC = Path("/proc")
 _BOOT_ID_FILE = _PROC / "sys/kernel/random/boot_id"
 _SHELL = "/bin/sh"
 _LAUNCH_SCRIPT = 'cd "$0" && read -r birth </proc/$$/stat && echo "$birth" >../process && exec "$@"'
-"""A process writes its own certificate of birth before it becomes the program: nothing that runs goes unrecorded,
-wherever the one that started it is killed."""
+"""A process writes its own birth file before it executes the program. So no running program goes unrecorded,
+even if its parent is killed at any moment.
+"""
 BIRTH_FILE = "process"
 _STATE_FIELD = 0
 _BIRTH_FIELD = 19
-"""Of what follows the name in /proc/PID/stat (proc(5) counts it as the 22nd): clock ticks from boot to start."""
+"""Index after the name in /proc/PID/stat (field 22 in proc(5)): clock ticks from boot to start."""
 
 
 def read_boot_id() -> str:
-    """Return what no two boots of a machine share; times of birth start over with each."""
+    """Return the ID of the machine's boot. Start times are comparable only within one boot."""
     return _BOOT_ID_FILE.read_text().strip()
 
 
 @dataclass(frozen=True)
 class LocalProcess:
-    """A number, and when the process that it stands for was born."""
+    """Process by its PID and start time."""
 
     pid: int
     birth: int
@@ -40,7 +41,7 @@ class LocalProcess:
         return found is not None and found[0] not in {"Z", "X"} and found[1] == self.birth
 
     def send(self, number: signal.Signals) -> None:
-        """Send it a signal; nothing happens when it has ended, to whatever bears its number now."""
+        """Send a signal to the process. If it has ended, another process with its PID gets nothing."""
         with suppress(ProcessLookupError):
             handle = os.pidfd_open(self.pid)
             try:
@@ -50,12 +51,12 @@ class LocalProcess:
                 os.close(handle)
 
     def kill_session(self) -> None:
-        """Kill it and all that it has started, which bear its number as their group's."""
+        """Kill the process and its descendants, which are in its process group."""
         if self.is_alive:
             _kill_group(self.pid)
 
     async def wait_ended(self) -> int | None:
-        """Wait until it has ended; return its exit code (minus the signal that ended it) if it is a child of ours."""
+        """Wait until it has ended; return the exit code of a child (minus the signal that ended it), or None."""
         if self.is_alive:
             try:
                 handle = os.pidfd_open(self.pid)
@@ -64,7 +65,7 @@ class LocalProcess:
             try:
                 if self.is_alive:
                     await _wait_readable(handle)
-                    # What it has started bears its number still, which nobody else can be given meanwhile.
+                    # Its descendants still have its PID as their group, so the PID can't be reused meanwhile.
                     _kill_group(self.pid)
             finally:
                 os.close(handle)
@@ -89,8 +90,9 @@ def _kill_group(number: int) -> None:
 def start_process(
     command: Sequence[str], *, folder: Path, log: Path, environment: Mapping[str, str]
 ) -> LocalProcess:
-    """Start a program in a session of its own with nothing but this environment, which works in `folder`."""
-    # Of an earlier process, were it not: one that dies before it writes its own would be taken for that.
+    """Start a program in its own session with only this environment and `folder` as its working directory."""
+    # Remove the birth file of an earlier process: a program that dies before it writes its own would be
+    # mistaken for it.
     (folder.parent / BIRTH_FILE).unlink(missing_ok=True)
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     pid = os.posix_spawn(
@@ -111,7 +113,7 @@ def start_process(
 
 
 def find_process(folder: Path) -> LocalProcess | None:
-    """Return the process that wrote its certificate beside `folder`; it may have ended since."""
+    """Return the process of the birth file beside `folder`, or None; it may have ended since."""
     try:
         line = (folder.parent / BIRTH_FILE).read_text()
     except FileNotFoundError:
@@ -131,7 +133,7 @@ def _read_state_and_birth(pid: int) -> tuple[str, int] | None:
 
 
 def _fields_after_name(line: str) -> Sequence[str]:
-    # A program's name may hold blanks and brackets; the last bracket ends it.
+    # A program's name may contain spaces and brackets; the last bracket ends it.
     return line.rpartition(") ")[2].split()
 
 

@@ -1,6 +1,6 @@
-"""The objects of one deployment, as the API server takes them by server-side apply: values in, dicts out.
+"""Manifests of one deployment for server-side apply: functions from values to dicts.
 
-Text of users stands in annotations and values alone, never in a name, a label or a reference.
+User-provided text appears in annotations and values only, never in a name, a label or a reference.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Manifest = dict[str, Any]
 
 DOMAIN = "pilotflame.dev"
 WORKFLOW_LABEL = f"{DOMAIN}/workflow"
-"""Its value is the name of the workflow; the id as it is stands in an annotation."""
+"""Its value is the name of the workflow; an annotation holds the raw ID."""
 MANAGED_BY_LABEL = "app.kubernetes.io/managed-by"
 MANAGED_BY = "pilotflame"
 WORKFLOW_ANNOTATION = f"{DOMAIN}/workflow-id"
@@ -35,36 +35,37 @@ ORGANIZATION_ANNOTATION = f"{DOMAIN}/organization-id"
 DEFINITION_ANNOTATION = f"{DOMAIN}/definition"
 GENERATION_ANNOTATION = f"{DOMAIN}/generation"
 RETRIED_ANNOTATION = f"{DOMAIN}/tried"
-"""Changed to have pods made now that could not be made before."""
+"""Changed to have refused pods created again now."""
 TOKEN_ANNOTATION = f"{DOMAIN}/token-digest"
 CONTAINER = "runner"
-TOKEN_KEY = "token"  # noqa: S105 - where it stands in its Secret
-TEMPORARY_FOLDER = "/tmp"  # noqa: S108 - the only folder that a pod may write to, and its own
+TOKEN_KEY = "token"  # noqa: S105 - its key in the Secret
+TEMPORARY_FOLDER = "/tmp"  # noqa: S108 - the only writable folder of a pod, and its own
 TEMPORARY_MEBIBYTES = 256
 LOST_NODE_SECONDS = 30
-"""How long a pod stays bound to a node that is not ready or can't be reached."""
+"""Time for which a pod stays bound to a node that is not ready or unreachable."""
 STARTUP_SECONDS = 300
-"""Time in which the program in a pod has to answer its startup probe, which asks once a second."""
+"""Time in which the program in a pod has to answer its startup probe, which runs once a second."""
 PRIVATE_NETWORKS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "169.254.0.0/16")
 PRIVATE_NETWORKS_6 = ("fc00::/7", "fe80::/10")
 
 
 @dataclass(frozen=True)
 class ClusterLayout:
-    """What all deployments of one cluster share."""
+    """Settings that all deployments of one cluster share."""
 
     namespace: str
     gateway_host: str
-    """Name of the gateway's Service in the cluster, which listens on 80 too: an ExternalName maps no ports."""
+    """Name of the gateway's Service in the cluster, which listens on 80 too: an ExternalName maps no ports.
+    """
     gateway_namespace: str
     gateway_labels: tuple[tuple[str, str], ...] = (("app.kubernetes.io/component", "gateway"),)
-    """What the gateway's pods are told by: they alone may speak to the pods of workflows."""
+    """Labels of the gateway's pods, which alone may connect to the pods of workflows."""
     gateway_port: int = 8000
-    """The port of the gateway's pods, not of its Service."""
+    """Port of the gateway's pods, not of its Service."""
     port: int = 8080
     user_id: int = 10_001
     grace_seconds: int = 75
-    """For a drain: runs get 60 s, and then hand themselves over."""
+    """Grace period of a pod. Runs have 60 s of it to finish, and are then handed off."""
     outbound_networks: tuple[str, ...] = ()
     """Private networks that workflows may reach besides all public ones."""
     image_pull_secrets: tuple[str, ...] = ()
@@ -72,12 +73,12 @@ class ClusterLayout:
 
 
 def workflow_labels(workflow_id: str) -> dict[str, str]:
-    """Return the labels that all objects and pods of a workflow have, and nothing else has."""
+    """Return the labels of all objects and pods of a workflow, which identify them."""
     return {MANAGED_BY_LABEL: MANAGED_BY, WORKFLOW_LABEL: names.workflow_name(workflow_id)}
 
 
 def build_objects(wanted: DesiredDeployment, layout: ClusterLayout) -> tuple[Manifest, ...]:
-    """Return all of a deployment in the order of making: what a pod needs comes before the pod."""
+    """Return all objects of a deployment in the order of creation: those that a pod needs precede it."""
     return (
         build_service_account(wanted, layout),
         build_token_secret(wanted, layout),
@@ -89,7 +90,9 @@ def build_objects(wanted: DesiredDeployment, layout: ClusterLayout) -> tuple[Man
 
 
 def build_service_account(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return an identity without rights, so that a right granted to the namespace's default one is not a pod's."""
+    """Return a service account without permissions, so that pods don't get those of the namespace's default
+    account.
+    """
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
@@ -99,7 +102,7 @@ def build_service_account(wanted: DesiredDeployment, layout: ClusterLayout) -> M
 
 
 def build_token_secret(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return what holds the token."""
+    """Return the Secret with the token."""
     return {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -110,7 +113,7 @@ def build_token_secret(wanted: DesiredDeployment, layout: ClusterLayout) -> Mani
 
 
 def build_pods_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the headless Service whose addresses are those of the ready pods."""
+    """Return the headless Service with the addresses of the ready pods."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -125,7 +128,9 @@ def build_pods_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Mani
 
 
 def build_gateway_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the name that applications in the cluster call: it leads to the gateway, never past it to a pod."""
+    """Return the Service that applications in the cluster call. It leads to the gateway, never directly to a
+    pod.
+    """
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -135,7 +140,9 @@ def build_gateway_service(wanted: DesiredDeployment, layout: ClusterLayout) -> M
 
 
 def build_network_policy(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return who may speak to the pods (the gateway), and whom they may reach: it, names, and what is public."""
+    """Return the network policy of the pods: ingress from the gateway; egress to the gateway, DNS and public
+    networks.
+    """
     gateway = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": layout.gateway_namespace}},
         "podSelector": {"matchLabels": dict(layout.gateway_labels)},
@@ -174,10 +181,10 @@ def _build_dns_rule(endpoint: DnsEndpoint) -> Manifest:
 
 
 def build_deployment(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the pods without their number.
+    """Return the Deployment without `replicas`.
 
-    Who applies `replicas` and later leaves it out resets it to 1, and who applies it always undoes each stop. So it
-    never stands here: it is written alone, in another field manager's name.
+    A manager that applies `replicas` and later omits it resets it to 1, and one that always applies it undoes
+    each stop. So it is never part of this manifest: it is patched alone, by another field manager.
     """
     return {
         "apiVersion": "apps/v1",
@@ -193,7 +200,7 @@ def build_deployment(wanted: DesiredDeployment, layout: ClusterLayout) -> Manife
                     "annotations": {
                         WORKFLOW_ANNOTATION: wanted.workflow_id,
                         DEFINITION_ANNOTATION: wanted.definition_hash,
-                        # A pod reads its token once: another one needs other pods.
+                        # A pod reads its token once, so another token requires other pods.
                         TOKEN_ANNOTATION: sha256(wanted.token.encode()).hexdigest()[:16],
                     },
                 },
@@ -208,7 +215,7 @@ def _build_pod(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
         "serviceAccountName": names.workflow_name(wanted.workflow_id),
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        # So that it isn't the first process: that one is deaf to SIGTERM until it says otherwise, and a pod that is
+        # So that the program isn't PID 1, which ignores SIGTERM until it installs a handler: a pod that is
         # stopped while it loads would stay for its whole grace period.
         "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": layout.grace_seconds,
@@ -218,7 +225,7 @@ def _build_pod(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
             "runAsGroup": layout.user_id,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        # Instead of five minutes: runs and requests wait for the pod that takes its place.
+        # Instead of five minutes: runs and requests wait for the pod that replaces it.
         "tolerations": [
             {
                 "key": f"node.kubernetes.io/{taint}",
@@ -253,7 +260,7 @@ def _build_container(wanted: DesiredDeployment, layout: ClusterLayout) -> Manife
             "readOnlyRootFilesystem": True,
             "capabilities": {"drop": ["ALL"]},
         },
-        # What the program wrote last is why it has crashed.
+        # The last log lines explain a crash.
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": [{"name": "temporary", "mountPath": TEMPORARY_FOLDER}],
         "readinessProbe": {
@@ -262,7 +269,8 @@ def _build_container(wanted: DesiredDeployment, layout: ClusterLayout) -> Manife
             "timeoutSeconds": 2,
             "failureThreshold": 3,
         },
-        # On a machine that starts many pods at once, loading takes minutes: killing it there only starts it over.
+        # On a machine that starts many pods at once, loading takes minutes; killing a pod there only restarts
+        # its load.
         "startupProbe": {
             "httpGet": {"path": LIVENESS_PATH, "port": "http"},
             "periodSeconds": 1,
@@ -291,7 +299,7 @@ def _build_environment(wanted: DesiredDeployment, layout: ClusterLayout) -> list
 
 
 def escape_variables(text: str) -> str:
-    """Return a value or argument so that it arrives as it is: `$(NAME)` would be another variable's value."""
+    """Escape a value or argument, so that `$(NAME)` is not replaced by another variable's value."""
     return text.replace("$", "$$")
 
 

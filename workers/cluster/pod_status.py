@@ -1,7 +1,7 @@
-"""What the objects of a cluster say of a deployment: a Deployment and its pods in, what is observed out.
+"""Status of a deployment: turns a Deployment and its pods into the observed state.
 
-Zero is absent in these objects, the status is of an older generation right after each change, and a Deployment never
-says why no pod of it comes up.
+Zero is absent in these objects, the status is of an older generation right after each change, and a
+Deployment never says why none of its pods becomes ready.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _PERMANENT_PULL_ERROR = re.compile(
     r"not found|manifest unknown|unauthorized|denied|forbidden|no such host|insufficient_scope|invalid reference",
     re.IGNORECASE,
 )
-"""Words of a registry, or about it, that another pull meets again."""
+"""Errors of a registry, or about it, that another pull meets again."""
 _TRANSIENT_PULL_ERROR = re.compile(
     r"time.?out|deadline exceeded|too ?many ?requests|connection (?:refused|reset)|unexpected EOF|\b(?:429|50[0234])\b",
     re.IGNORECASE,
@@ -42,10 +42,10 @@ _WAITING_REASONS = {
 def summarize_deployment(
     workflow_id: str, deployment: Manifest | None, pods: Iterable[Manifest], *, port: int
 ) -> ObservedDeployment:
-    """Return what a workflow's Deployment, None where it has none, and its pods amount to.
+    """Return the observed state of a workflow's Deployment, or of none, and of its pods.
 
-    Pods that have ended for good, such as evicted ones, are listed long after others have taken their place: they count
-    as the reason why none has.
+    Pods that have ended for good, such as evicted ones, remain listed long after others have replaced them.
+    They count only as the reason why no pod is ready.
     """
     listed = list(pods)
     live = [pod for pod in listed if not has_ended(pod)]
@@ -73,13 +73,13 @@ def summarize_deployment(
 
 
 def is_over_quota(deployment: Manifest) -> bool:
-    """Tell whether a quota has refused pods of a Deployment."""
+    """Return whether a quota has refused pods of a Deployment."""
     trouble = _deployment_failure(deployment.get("status") or {})
     return trouble is not None and trouble.reason is PodFailureReason.QUOTA
 
 
 def is_between_crashes(pod: Manifest) -> bool:
-    """Tell whether a pod's container waits to be started again: its words are those of its last run."""
+    """Return whether a pod's container waits for a restart, so that only the log of its last run exists."""
     return any(
         "waiting" in (one.get("state") or {}) and one.get("restartCount") for one in _container_statuses(pod)
     )
@@ -96,7 +96,7 @@ def _observe_pod(pod: Manifest, port: int) -> ObservedPod:
         name=metadata["name"],
         definition_hash=(metadata.get("annotations") or {}).get(DEFINITION_ANNOTATION, ""),
         address=_pod_url(address, port) if address else None,
-        # For its whole grace period a pod that ends goes on saying that it is ready.
+        # A terminating pod still reports that it is ready for its whole grace period.
         is_ready=is_ready and bool(address) and not is_terminating,
         is_terminating=is_terminating,
         stage=_pod_stage(pod, is_ready=is_ready),
@@ -116,14 +116,17 @@ def _pod_stage(pod: Manifest, *, is_ready: bool) -> PodStage:
 
 
 def has_ended(pod: Manifest) -> bool:
-    """Tell whether a pod has ended for good, such as an evicted one: it stays listed as long as its Deployment."""
+    """Return whether a pod has ended for good, such as an evicted one. It remains listed as long as its
+    Deployment.
+    """
     return (pod.get("status") or {}).get("phase") in {"Failed", "Succeeded"}
 
 
 def _container_ended_at(pod: Manifest) -> datetime | None:
-    """Return when a container was started again, or has ended: by then, nothing of before was left.
+    """Return when a container was restarted, or has ended: no earlier process is left by then.
 
-    Of the two the start counts: should the machine's clock have been set back in between, its process knows that too.
+    A restart takes precedence: if the node's clock was set back in between, the new process started by that
+    clock too.
     """
     moments: list[str] = []
     for one in _container_statuses(pod):
@@ -158,8 +161,8 @@ def _deployment_failure(status: Manifest) -> PodFailure | None:
     for condition in status.get("conditions") or ():
         if condition["type"] != "ReplicaFailure" or condition["status"] != "True":
             continue
-        words = condition.get("message") or condition.get("reason") or "no pod could be made"
-        # Each try has another name for its pod: with it, a reason that stays the same would look like a new one.
+        words = condition.get("message") or condition.get("reason") or "no pod could be created"
+        # Each attempt has another pod name: with it, an unchanged reason would look like a new one.
         message, was_forbidden = _QUOTA_REFUSAL.subn("", words)
         if "exceeded quota" in message:
             return PodFailure(PodFailureReason.QUOTA, message)
@@ -189,7 +192,7 @@ def _pod_status_failure(pod: Manifest) -> PodFailure | None:
     for condition in status.get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition.get("reason") == "Unschedulable":
             return PodFailure(
-                PodFailureReason.UNSCHEDULABLE, condition.get("message") or "No node has room for the pod"
+                PodFailureReason.UNSCHEDULABLE, condition.get("message") or "No node has capacity for the pod"
             )
     if _is_on_lost_node(status):
         return PodFailure(
@@ -199,10 +202,10 @@ def _pod_status_failure(pod: Manifest) -> PodFailure | None:
 
 
 def _is_on_lost_node(status: Manifest) -> bool:
-    """Tell whether the node of a pod was taken for lost.
+    """Return whether the node of a pod counts as lost.
 
-    A kubelet writes both conditions alike. The control plane, when it hears nothing of the node, sets the one and knows
-    nothing better about the containers; so nodes themselves need not be read, to which no role of a namespace reaches.
+    A kubelet always writes both conditions alike. The control plane, when a node is silent, changes `Ready`
+    and leaves `ContainersReady`. So nodes need not be read, which a role of a namespace can't permit.
     """
     conditions = {one["type"]: one["status"] for one in status.get("conditions") or ()}
     return conditions.get("ContainersReady") == "True" and conditions.get("Ready") in {"False", "Unknown"}
@@ -219,22 +222,22 @@ def _container_failure(statuses: Sequence[Manifest]) -> PodFailure | None:
         ended = _termination_time(state) or _termination_time(last)
         is_up = "running" in state and one.get("ready", False)
         if ended.get("reason") == "OOMKilled" and not is_up:
-            return PodFailure(PodFailureReason.OUT_OF_MEMORY, "The pod used more memory than it is granted")
+            return PodFailure(PodFailureReason.OUT_OF_MEMORY, "The pod exceeded its memory limit")
         waiting = state.get("waiting") or {}
         reason = _WAITING_REASONS.get(waiting.get("reason", ""))
         if reason not in {None, PodFailureReason.CRASH_LOOP}:
             message = f"{waiting['reason']}: {waiting.get('message') or 'no details given'}"
             return PodFailure(reason, message, is_final=_is_permanent(waiting["reason"], message))
-        # Between two crashes it runs for a moment: until it is ready, its last end is what is known of it.
+        # Between two crashes it runs for a moment: until it is ready, its last end is its known state.
         if reason is PodFailureReason.CRASH_LOOP or (ended.get("exitCode") and not is_up):
             return PodFailure(PodFailureReason.CRASH_LOOP, _termination_message(ended))
     return None
 
 
 def _is_permanent(waiting_reason: str, message: str) -> bool:
-    """Tell whether a container waits for something that does not come by itself.
+    """Return whether the cause of a waiting container is permanent.
 
-    A registry that is slow, busy or away is no such thing.
+    A slow, busy or unreachable registry is not.
     """
     match waiting_reason:
         case "ErrImagePull":

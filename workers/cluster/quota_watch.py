@@ -1,7 +1,7 @@
-"""Watch of the quotas of one namespace: it notices when they have more room than before.
+"""Watch of the quotas of one namespace, which notices when they have more capacity than before.
 
-A ReplicaSet that a quota has refused tries again later and later, up to a quarter of an hour, and nothing of a quota's
-wakes it up.
+A ReplicaSet with pods over quota retries with longer and longer delays, up to a quarter of an hour, and no
+change of a quota wakes it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workers.cluster.manifests import Manifest
 
 WATCH_SECONDS: Final = 240
 PAUSE_SECONDS: Final = 2.0
-"""Before quotas are listed again after the end of a stream; doubled by each failure in turn."""
+"""Pause before quotas are listed again after the end of a stream; doubled by each consecutive failure."""
 MAX_DOUBLINGS: Final = 5
 _QUANTITY: Final = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{0,2})\Z")
 _QUANTITY_UNITS: Final[Mapping[str, float]] = {
@@ -46,15 +46,15 @@ _POD_RESOURCES: Final = frozenset(
         *(f"{kind}.{name}" for kind in ("requests", "limits") for name in ("cpu", "memory")),
     }
 )
-"""Resources that a pod takes some of; others, as of Services, say nothing about its room."""
+"""Resources that a pod consumes; others, such as those of Services, don't limit pods."""
 QuotaHeadroom = dict[str, float]
-"""What is left of each resource, by its name."""
+"""Unused quantity of each resource, by its name."""
 
 log = structlog.get_logger()
 
 
 def quota_headroom(quota: Manifest) -> QuotaHeadroom:
-    """Return what a quota has left of each resource that it bounds."""
+    """Return the unused quantity of each resource that a quota limits."""
     status = quota.get("status") or {}
     used = status.get("used") or {}
     return {
@@ -64,12 +64,12 @@ def quota_headroom(quota: Manifest) -> QuotaHeadroom:
 
 
 def has_grown(before: QuotaHeadroom, after: QuotaHeadroom) -> bool:
-    """Tell whether anything that was bounded has more room, or no bound any more."""
+    """Return whether any limited resource has more headroom, or no limit any more."""
     return any(after.get(name, float("inf")) > left for name, left in before.items())
 
 
 class QuotaWatch:
-    """The quotas of a namespace, by list and watch."""
+    """Quotas of a namespace, kept by list and watch."""
 
     def __init__(self, api: KubernetesApi, path: str, on_room: Callable[[], Awaitable[None]]) -> None:
         self.pause_seconds = PAUSE_SECONDS
@@ -77,7 +77,7 @@ class QuotaWatch:
         self._path = path
         self._on_room = on_room
         self._known: dict[str, QuotaHeadroom] = {}
-        self._has_room = asyncio.Event()
+        self._has_grown = asyncio.Event()
 
     @property
     def is_full(self) -> bool:
@@ -90,24 +90,24 @@ class QuotaWatch:
         )
 
     async def follow(self) -> None:
-        """Call back whenever there is more room, until cancelled."""
-        telling = asyncio.create_task(self._notify())
+        """Call `on_room` whenever there is more headroom, until cancelled."""
+        notifying = asyncio.create_task(self._notify())
         failures = 0
         try:
-            while True:  # a stream has no event
+            while True:  # each stream ends without an event
                 try:
                     failures = 0 if await self._listen() else min(failures + 1, MAX_DOUBLINGS)
                 except ClusterForbidden as error:
                     log.info("quotas not watched", path=self._path, error=str(error))
                     failures = MAX_DOUBLINGS
-                # Longer and longer while nobody answers, and long at once where nobody may ask.
+                # Back-off while nobody answers, and the longest pause at once without permission.
                 await asyncio.sleep(self.pause_seconds * 2**failures)
         finally:
-            telling.cancel()
-            await asyncio.gather(telling, return_exceptions=True)
+            notifying.cancel()
+            await asyncio.gather(notifying, return_exceptions=True)
 
     async def _listen(self) -> bool:
-        """List, then take events until the stream ends; tell whether it ended as usual.
+        """List, then apply events until the stream ends; return whether it ended normally.
 
         Raises `ClusterForbidden`.
         """
@@ -140,19 +140,19 @@ class QuotaWatch:
 
     def _compare(self, before: QuotaHeadroom, after: QuotaHeadroom) -> None:
         if has_grown(before, after):
-            self._has_room.set()
+            self._has_grown.set()
 
     async def _notify(self) -> None:
         while True:
-            await self._has_room.wait()
-            self._has_room.clear()
+            await self._has_grown.wait()
+            self._has_grown.clear()
             try:
                 await self._on_room()
             except (ClusterError, ObjectNotFound, ObjectConflict) as error:
-                log.warning("pods over quota not tried again", error=str(error))
+                log.warning("pods over quota not retried", error=str(error))
 
 
 def _parse_quantity(text: str) -> float:
-    """Return a quantity as the API server writes it, in units; 0 for what is none."""
+    """Return a quantity of the API server in units, or 0 if it is invalid."""
     match = _QUANTITY.match(str(text))
     return float(match[1]) * _QUANTITY_UNITS.get(match[2], 1.0) if match is not None else 0.0

@@ -17,12 +17,12 @@ from workers.cluster.kubernetes_api import KubernetesApi, ObjectConflict, Object
 from workers.cluster.manifests import WORKFLOW_ANNOTATION, WORKFLOW_LABEL, Manifest
 
 WATCH_SECONDS: Final = 120
-"""The API server ends a watch after so long, and everything is listed again: events that were missed show then."""
+"""Time after which the API server ends a watch. The following list shows missed events."""
 FIRST_PAUSE_SECONDS: Final = 0.5
 MAX_PAUSE_SECONDS: Final = 10.0
 MAX_DOUBLINGS: Final = 16
 PROBE_SECONDS: Final = 15.0
-"""Between two lists while the API server forbids them, those of all collections together."""
+"""Pause between two lists while the API server forbids them, for all collections together."""
 STEADY_SECONDS: Final = 30.0
 """A stream that lasted so long is opened again at once; shorter ones after longer and longer pauses."""
 _UNUSED_FIELDS: Final[Mapping[str, Sequence[str]]] = {
@@ -35,7 +35,7 @@ log = structlog.get_logger()
 
 
 def workflow_id_of(item: Manifest) -> str | None:
-    """Return the id that an object was made for; None for one that is only labelled like ours."""
+    """Return the workflow ID of an object; None for a foreign object with the same labels."""
     annotations = item.get("metadata", {}).get("annotations") or {}
     workflow_id: str | None = annotations.get(WORKFLOW_ANNOTATION)
     return workflow_id
@@ -43,12 +43,12 @@ def workflow_id_of(item: Manifest) -> str | None:
 
 @dataclass
 class WatchedCollection:
-    """Objects of one kind: by the name of their workflow, then by their own."""
+    """Objects of one kind by the name of their workflow, then by their own."""
 
     path: str
     is_synced: bool = False
     error: ClusterError | None = None
-    """The failure that keeps it from being listed; None while none is known."""
+    """Failure that prevents its list, or None."""
     listed_version: int = 0
     """Version of the last list."""
     _objects: dict[str, dict[str, Manifest]] = field(default_factory=dict)
@@ -62,9 +62,10 @@ class WatchedCollection:
             yield from objects.values()
 
     def replace(self, items: Sequence[Manifest], version: str) -> set[str]:
-        """Take a whole list; return the ids of workflows of which something has changed."""
+        """Replace all objects by a list; return the IDs of the changed workflows."""
         if _parse_version(version) < self.listed_version:
-            # The API server's own data were restored: its versions count from an earlier one, and ours mean nothing.
+            # The API server was restored from a backup: its versions count from an earlier one, and cached
+            # versions are void.
             for one in self:
                 one["metadata"]["resourceVersion"] = ""
         self.listed_version = _parse_version(version)
@@ -72,7 +73,7 @@ class WatchedCollection:
         gone = [
             one
             for one in self
-            # Written by this process, and answered, after the list was made.
+            # Keep objects that this process has written after the list was made.
             if one["metadata"]["uid"] not in listed
             and _resource_version(one["metadata"]) <= _parse_version(version)
         ]
@@ -80,7 +81,7 @@ class WatchedCollection:
         return {workflow_id for one in changed if (workflow_id := workflow_id_of(one)) is not None}
 
     def put(self, item: Manifest) -> bool:
-        """Take an object as it is now; False where this or a later state of it is known."""
+        """Store the present state of an object; return False if this or a later state is known."""
         metadata = item["metadata"]
         objects = self._objects.setdefault(_owner_name(item), {})
         known = objects.get(metadata["name"])
@@ -95,7 +96,7 @@ class WatchedCollection:
         return True
 
     def remove(self, item: Manifest) -> bool:
-        """Forget an object; False where another one bears its name by now."""
+        """Remove an object; return False if another one has its name by now."""
         objects = self._objects.get(_owner_name(item), {})
         known = objects.get(item["metadata"]["name"])
         if known is None or known["metadata"]["uid"] != item["metadata"]["uid"]:
@@ -111,7 +112,7 @@ class WatchedCollection:
 
 
 class WatchCache:
-    """Deployments and pods of ours, as long as anybody watches them."""
+    """Deployments and pods that Pilotflame manages, cached while they are watched."""
 
     def __init__(
         self,
@@ -130,18 +131,18 @@ class WatchCache:
         self._watchers: set[ChangedWorkflows] = set()
         self._followers: set[asyncio.Task[Any]] = set()
         self._outcome = asyncio.Event()
-        """Set when a list has come or failed."""
+        """Set when a list has succeeded or failed."""
         self.probe_seconds = PROBE_SECONDS
         self._probe_at = 0.0
         self._listed = asyncio.Event()
 
     @property
     def is_open(self) -> bool:
-        """Whether anybody watches, so that the cache is kept."""
+        """Whether a watch is open, so that the cache is kept."""
         return bool(self._followers)
 
     async def watch(self) -> AsyncGenerator[str, None]:
-        """Yield the ids of workflows of which something has changed, at first of all."""
+        """Yield the IDs of changed workflows, at first of all workflows."""
         changes = ChangedWorkflows()
         self._watchers.add(changes)
         changes.add(
@@ -161,7 +162,7 @@ class WatchCache:
                     {upcoming, *self._followers}, return_when=asyncio.FIRST_COMPLETED
                 )
                 for task in done - {upcoming}:
-                    task.result()  # a follower has no end but an error that nobody has foreseen
+                    task.result()  # a follower ends only by an unforeseen error
                 yield upcoming.result()
         finally:
             if upcoming is not None:
@@ -171,7 +172,7 @@ class WatchCache:
                 await self.close()
 
     async def close(self) -> None:
-        """Stop to follow the API server, and forget everything."""
+        """Stop following the API server, and clear the cache."""
         followers, self._followers = self._followers, set()
         for follower in followers:
             follower.cancel()
@@ -180,8 +181,8 @@ class WatchCache:
             collection.clear()
 
     async def wait_synced(self, seconds: float) -> None:
-        """Wait until both collections are known; raises the `ClusterError` that keeps them from it."""
-        await asyncio.sleep(0)  # whoever reads over and over lets the events come in
+        """Wait until both collections are listed. Raises the `ClusterError` that prevents it."""
+        await asyncio.sleep(0)  # a caller that reads in a loop lets events be processed
         try:
             async with asyncio.timeout(seconds):
                 for collection in (self.deployments, self.pods):
@@ -191,11 +192,11 @@ class WatchCache:
                         self._outcome.clear()
                         await self._outcome.wait()
         except TimeoutError as error:
-            message = f"The API server has not listed what there is within {seconds:g} s"
+            message = f"The API server has not listed all objects within {seconds:g} s"
             raise ClusterUnavailable(message) from error
 
     async def _follow(self, collection: WatchedCollection) -> None:
-        """List, then take events, over and over: the next list makes up for events that a gap has swallowed."""
+        """List and then apply events, in a loop: each list makes up for events that a gap has lost."""
         loop = asyncio.get_running_loop()
         pauses = 0
         while True:
@@ -215,7 +216,7 @@ class WatchCache:
                 log.warning("cluster not watched", path=collection.path, error=str(error))
                 is_forbidden = isinstance(error, ClusterForbidden)
                 if collection.is_synced and not is_forbidden:
-                    collection.is_synced = False  # the next list tells whether it is out of reach
+                    collection.is_synced = False  # the next list shows whether the API server is unreachable
                 elif isinstance(error, ClusterError):
                     self._set_outcome(collection, error)
             if loop.time() - began_at > STEADY_SECONDS:
@@ -226,14 +227,15 @@ class WatchCache:
                 continue
             pause_seconds = min(self.first_pause_seconds * 2**pauses, MAX_PAUSE_SECONDS)
             pauses = min(pauses + 1, MAX_DOUBLINGS)
-            # Not all that were cut off at once come back at once.
+            # Randomized, so that not all interrupted clients return at once.
             await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311
 
     async def _pause_probe(self, *, requests: int) -> None:
-        """Wait until a collection may be asked for again that was forbidden by the last of so many requests.
+        """Wait until a collection may be requested again after the last of so many requests was forbidden.
 
-        The collections take turns. Rights are usually granted for all of them at once: a list that is answered ends the
-        pauses of lists that were forbidden. A list that was answered before its watch was forbidden proves nothing.
+        The collections take turns. Permissions are usually granted for all of them at once: a successful list
+        ends the pauses of forbidden lists. A list that succeeded before its watch was forbidden proves
+        nothing.
         """
         loop = asyncio.get_running_loop()
         probe_at = self._probe_at = max(self._probe_at, loop.time()) + requests * self.probe_seconds
@@ -279,7 +281,7 @@ def _resource_version(metadata: Manifest) -> int:
 
 
 def _parse_version(version: str) -> int:
-    """Return what orders two states of an object: versions are whole numbers, documented so since 1.35."""
+    """Return a number that orders two states of an object: versions are integers, documented so since 1.35."""
     return int(version) if version.isdecimal() else 0
 
 
