@@ -1,1 +1,1 @@
-"""The process that brings a cluster to what is wanted of deployments; nobody else has rights there."""
+"""Deployer: the process that reconciles deployments with a cluster. No other process has permissions there."""

@@ -23,18 +23,18 @@ class ClusterConnection:
         self, open_driver: OpenDriver, *, cluster: str, on_open: Callable[[ClusterDriver], None]
     ) -> None:
         self.current: ClusterDriver | None = None
-        """The driver, once it is open."""
+        """Open driver, or None before the first call that opens it."""
         self._open_driver = open_driver
         self._cluster = cluster
         self._on_open = on_open
         self._opening = asyncio.Lock()
 
     async def driver(self) -> ClusterDriver:
-        """Return the driver, opened by the first call that succeeds; raises `ClusterError`."""
+        """Return the driver, opened by the first call that succeeds. Raises `ClusterError`."""
         async with self._opening:
             if self.current is None:
                 self.current = await self._open_driver()
                 log.info("cluster opened", cluster=self._cluster)
                 self._on_open(self.current)
-                await asyncio.sleep(0)  # the watch that begins now answers all reads, from the first one on
+                await asyncio.sleep(0)  # the watch that starts now answers all reads from the first one on
             return self.current

@@ -1,6 +1,7 @@
-"""Looks after deployments, one workflow at a time: whatever has happened, what is wanted and what there is decide.
+"""Deployer: reconciles deployments, one workflow at a time, by their desired and observed state alone.
 
-It hears of changes by messages and by the cluster, and looks for itself besides: a lost word costs time only.
+It learns of changes by messages and by the cluster's watch, and sweeps besides: a lost message costs time
+only.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 CONCURRENT_RECONCILES: Final = 8
-"""Workflows that are looked after at the same time."""
+"""Workflows that are reconciled at the same time."""
 WATCH_AGAIN_SECONDS: Final = 1.0
 SWEEPS_PER_COUNT: Final = 12
-"""Every so many sweeps everything is looked at, also what seems settled, and what no row accounts for."""
+"""Every so many sweeps all deployments are reconciled, including settled ones and those without a row."""
 MAX_LOG_BYTES: Final = 1_000_000
 
 CloseDriver = Callable[["ClusterDriver"], Awaitable[None]]
 
 
 async def release_driver(driver: ClusterDriver) -> None:
-    """Let go of a cluster whose pods live on for the next deployer."""
+    """Close a driver; the pods keep running for the next deployer."""
     await driver.close()
 
 
@@ -58,7 +59,7 @@ async def run_deployer(
     command: Sequence[str],
     close_driver: CloseDriver = release_driver,
 ) -> AsyncIterator[Deployer]:
-    """Look after deployments as long as the context lasts; the cluster is opened once there is one."""
+    """Reconcile deployments while the context lasts; the cluster is opened once a deployment exists."""
     deployer = Deployer(settings, database, store, broker, open_driver, command=command)
     await deployer.start()
     try:
@@ -70,7 +71,7 @@ async def run_deployer(
 
 
 class Deployer:
-    """One of any number."""
+    """Deployer of one process. Any number may run at once."""
 
     def __init__(
         self,
@@ -82,7 +83,8 @@ class Deployer:
         *,
         command: Sequence[str],
     ) -> None:
-        # Of local pods there is one deployer at a time: after a crash the next one need not wait.
+        # Only one deployer of local pods exists at a time, so after a crash the next one need not wait for
+        # its locks.
         self.name = "local" if settings.cluster == "local" else ids.new_id("deployer")
         self._settings = settings
         self._database = database
@@ -104,7 +106,7 @@ class Deployer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Begin to look after deployments."""
+        """Start to reconcile deployments."""
         self._broker.start_deployer(self._on_message)
         for loop in (
             self._sweep_forever(),
@@ -113,7 +115,7 @@ class Deployer:
             self._spawn(loop)
 
     async def stop(self) -> ClusterDriver | None:
-        """Leave everything as it is for the next deployer; returns the way to the cluster, where it was opened."""
+        """Stop without changing any deployment; return the driver if it was opened."""
         await self._broker.stop_deployer()
         for task in self._tasks:
             task.cancel()
@@ -122,7 +124,7 @@ class Deployer:
         return self._connection.current
 
     def request_reconcile(self, workflow_id: str) -> None:
-        """Have a deployment looked at soon."""
+        """Have a deployment reconciled soon."""
         self._queue.add_urgent(workflow_id)
 
     def _spawn(self, work: Awaitable[None]) -> None:
@@ -136,7 +138,7 @@ class Deployer:
         else:
             self.request_reconcile(message.workflow_id)
 
-    # ── when to look ──────────────────────────────────────────────────────────────────────────────────────
+    # ── scheduling ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def _reconcile_forever(self) -> None:
         while True:
@@ -147,7 +149,7 @@ class Deployer:
             except DatabaseUnavailable as error:
                 log.warning("database not reached", workflow_id=workflow_id, error=str(error))
             except Exception:  # this is the outermost loop
-                log.exception("deployment not looked after", workflow_id=workflow_id)
+                log.exception("deployment not reconciled", workflow_id=workflow_id)
             finally:
                 self._queue.finish(workflow_id, result.retry, generation=result.generation)
 
@@ -165,11 +167,13 @@ class Deployer:
                 log.warning("cluster not reached", error=str(error))
                 sweeps += 1
             except Exception:  # this is the outermost loop
-                log.exception("deployments not looked for")
+                log.exception("deployments not swept")
             await asyncio.sleep(self._settings.deployer_sweep_seconds)
 
     async def _add_all(self, batch: Callable[..., Awaitable[Sequence[tuple[str, int]]]]) -> set[str]:
-        """Look at rows of which no message has told; those that wait for a retry keep to it."""
+        """Enqueue the workflows of rows, in case their messages were lost; those with a scheduled retry wait
+        for it.
+        """
         found: set[str] = set()
         after = ""
         while some := await batch(self._database, after=after):
@@ -180,10 +184,10 @@ class Deployer:
         return found
 
     async def _request_all(self) -> None:
-        """Look at everything that there is, by the rows and by the cluster."""
+        """Enqueue all workflows with a row or with objects in the cluster."""
         known = await self._add_all(deployment_rows.list_present)
         if not known and self._connection.current is None:
-            return  # nothing is deployed: the cluster need not be opened for that
+            return  # nothing is deployed: the cluster need not be opened
         driver = await self._connection.driver()
         for observed in await driver.list():
             if observed.workflow_id not in known:
@@ -202,7 +206,7 @@ class Deployer:
                 log.exception("cluster not watched")
             await asyncio.sleep(WATCH_AGAIN_SECONDS)
 
-    # ── logs of pods ──────────────────────────────────────────────────────────────────────────────────────
+    # ── logs of pods ────────────────────────────────────────────────────────────────────────────────────────
 
     async def _send_logs(self, asked: ReadPodLogs) -> None:
         try:
@@ -212,12 +216,12 @@ class Deployer:
             direct_message = {"pod_logs": asked.asked, "error": str(error)}
         else:
             direct_message = {"pod_logs": asked.asked, "lines": _encode_log_lines(lines)}
-        with suppress(BrokerUnavailable):  # whoever asked is told to ask again
+        with suppress(BrokerUnavailable):  # the gateway asks its client to try again
             await self._broker.send(asked.channel, direct_message)
 
 
 def _encode_log_lines(lines: Sequence[PodLogLine]) -> str:
-    """Return the last lines that fit into a letter, as JSON."""
+    """Return the last lines that fit into a direct message, as JSON."""
     kept: list[PodLogLine] = []
     size = 0
     for line in reversed(lines):

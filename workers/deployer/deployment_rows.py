@@ -1,4 +1,4 @@
-"""What a deployer reads and writes of deployments: what is wanted, and what it saw; each write guarded."""
+"""Queries of deployers: the desired state of deployments, and guarded writes of the observed state."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from models.database import Database
 
 LOCK_SECONDS: Final = 15
-"""How long a deployer that has died keeps others from what it was at. Whoever takes longer may find another at it too:
-both do the same.
+"""Seconds for which a dead deployer keeps others from its deployment. A slower one may overlap with another,
+which is harmless: both do the same.
 """
 BATCH_DEPLOYMENTS: Final = 1_000
 _UNSETTLED_CONDITIONS: Final = (
@@ -37,7 +37,7 @@ _UNSETTLED_CONDITIONS: Final = (
 
 
 class PodResources(msgspec.Struct, rename="camel"):
-    """What a workflow's settings say of its pods; None: as usual."""
+    """Resources of pods in a workflow's settings; None for the defaults."""
 
     cpu_millicores: int | None = None
     memory_mebibytes: int | None = None
@@ -53,7 +53,9 @@ class _DeployedDefinition(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class ObservedStatus:
-    """What is stored of what was seen; `observed_generation` is that of what had been carried out by then."""
+    """Observed state of a deployment as it is stored; `observed_generation` is the generation that had been
+    applied by then.
+    """
 
     observed: ObservedState
     observed_generation: int
@@ -69,14 +71,14 @@ class ObservedStatus:
 
 @dataclass(frozen=True, slots=True)
 class DeploymentSnapshot:
-    """A deployment's row, and the database's time when it was read."""
+    """Row of a deployment with the database's time when it was read."""
 
     deployment: Deployment
     now: datetime
 
 
 def stored_status(deployment: Deployment) -> ObservedStatus:
-    """Return what was stored last."""
+    """Return the stored observed state of a row."""
     return ObservedStatus(
         ObservedState(deployment.observed),
         deployment.observed_generation,
@@ -92,7 +94,7 @@ def stored_status(deployment: Deployment) -> ObservedStatus:
 
 
 async def find_deployment(database: Database, workflow_id: str) -> DeploymentSnapshot | None:
-    """Return what is wanted of a deployment; raises `DatabaseUnavailable`."""
+    """Return the row of a deployment, or None. Raises `DatabaseUnavailable`."""
     statement = select(Deployment, DatabaseTime().label("now")).where(
         col(Deployment.workflow_id) == workflow_id
     )
@@ -105,7 +107,7 @@ async def find_deployment(database: Database, workflow_id: str) -> DeploymentSna
 
 
 async def list_unsettled(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
-    """Return workflows that need a look, with the generations of their rows, in batches.
+    """Return a batch of workflows that need reconciliation, with the generations of their rows.
 
     Raises `DatabaseUnavailable`.
     """
@@ -126,7 +128,7 @@ async def list_unsettled(database: Database, *, after: str = "") -> Sequence[tup
 
 
 async def list_present(database: Database, *, after: str = "") -> Sequence[tuple[str, int]]:
-    """Return workflows of which a cluster has, or may have something, with the generations of their rows, in batches.
+    """Return a batch of workflows that may have objects in a cluster, with the generations of their rows.
 
     Raises `DatabaseUnavailable`.
     """
@@ -143,11 +145,11 @@ async def list_present(database: Database, *, after: str = "") -> Sequence[tuple
         return [(row[0], row[1]) for row in await connection.execute(statement)]
 
 
-# ── one deployer at a time ──────────────────────────────────────────────────────────────────────────────────
+# ── locks ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def lock_deployment(database: Database, workflow_id: str, deployer: str) -> bool:
-    """Keep other deployers from a deployment for a while; False where another is at it."""
+    """Lock a deployment against other deployers for a while; return False if another one holds it."""
     until = DatabaseTime() + LOCK_SECONDS * 1_000_000
     is_free = or_(
         col(Deployment.held_by).is_(None),
@@ -167,7 +169,7 @@ async def lock_deployment(database: Database, workflow_id: str, deployer: str) -
 
 
 async def unlock_deployment(database: Database, workflow_id: str, deployer: str) -> None:
-    """Let other deployers at it again."""
+    """Release the lock of a deployment."""
     statement = (
         update(Deployment)
         .where(col(Deployment.workflow_id) == workflow_id, col(Deployment.held_by) == deployer)
@@ -176,16 +178,16 @@ async def unlock_deployment(database: Database, workflow_id: str, deployer: str)
     await database.transaction(lambda connection: connection.execute(statement))
 
 
-# ── what was seen ───────────────────────────────────────────────────────────────────────────────────────────
+# ── observed state ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def store_status(database: Database, before: Deployment, sighting: ObservedStatus) -> bool:
-    """Store what was seen; False where somebody has changed what is wanted, or has noted something else, meanwhile."""
+async def store_status(database: Database, before: Deployment, status: ObservedStatus) -> bool:
+    """Store the observed state; return False if the desired or the observed state has changed meanwhile."""
     last = stored_status(before)
-    if sighting == last:
+    if status == last:
         return True
-    since = before.observed_at if sighting.observed is last.observed else None
-    failures = 0 if sighting.observed is ObservedState.RUNNING else col(Deployment.start_failures)
+    since = before.observed_at if status.observed is last.observed else None
+    failures = 0 if status.observed is ObservedState.RUNNING else col(Deployment.start_failures)
     statement = (
         update(Deployment)
         .where(
@@ -194,14 +196,14 @@ async def store_status(database: Database, before: Deployment, sighting: Observe
             col(Deployment.observed) == last.observed,
             col(Deployment.observed_generation) == last.observed_generation,
         )
-        .values({**asdict(sighting), "observed_at": since or DatabaseTime(), "start_failures": failures})
+        .values({**asdict(status), "observed_at": since or DatabaseTime(), "start_failures": failures})
     )
 
     async def work(connection: AsyncConnection) -> bool:
         if (await connection.execute(statement)).rowcount != 1:
             return False
-        if sighting.observed is ObservedState.ABSENT and not before.is_deployed:
-            # No pod is left that could speak by them.
+        if status.observed is ObservedState.ABSENT and not before.is_deployed:
+            # No pod with these tokens is left.
             now = await database_time.read_database_time(connection)
             await deployment_token.revoke_tokens(connection, before.workflow_id, now=now)
         return True
@@ -209,11 +211,11 @@ async def store_status(database: Database, before: Deployment, sighting: Observe
     return await database.transaction(work)
 
 
-# ── what pods are given ─────────────────────────────────────────────────────────────────────────────────────
+# ── inputs of pods ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def ensure_token(database: Database, deployment: Deployment, *, secret: bytes, now: datetime) -> str:
-    """Return the token that pods are started with from now on."""
+    """Return the token for new pods of a deployment; create it if needed."""
     bearer = TokenBearer(deployment.workflow_id, deployment.organization_id, deployment.shard)
     token_id = deployment_token.new_token_id()
     return await database.transaction(
@@ -224,7 +226,7 @@ async def ensure_token(database: Database, deployment: Deployment, *, secret: by
 
 
 async def pod_resources(database: Database, deployment: Deployment) -> PodResources:
-    """Return what the deployed definition says of its pods."""
+    """Return the resources of pods in the deployed definition."""
     statement = select(col(Definition.body)).where(
         col(Definition.organization_id) == deployment.organization_id,
         col(Definition.hash) == deployment.definition_hash,

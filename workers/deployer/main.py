@@ -1,4 +1,4 @@
-"""The deployer's process: everything it is made of, in one screen."""
+"""Process of the deployer: creates and connects all its parts."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ LOCAL_COMMAND: Final = (sys.executable, "-m", "pilotflame", "runner")
 
 
 def serve(settings: DeployerSettings) -> None:
-    """Run until told to stop; raises `InvalidSettings` for what only `pilotflame dev` does without."""
+    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev`
+    can omit.
+    """
     settings.check_for_production()
     uvloop.run(_serve(settings))
 
@@ -63,12 +65,14 @@ async def _serve(settings: DeployerSettings) -> None:
 
 
 def runner_command(settings: DeployerSettings) -> tuple[str, ...]:
-    """Return what is run in a pod."""
+    """Return the command of the program in a pod."""
     return LOCAL_COMMAND if settings.cluster == "local" else COMMAND_OF_IMAGE
 
 
 async def end_pods(driver: ClusterDriver) -> None:
-    """Let go of a cluster, and of local pods too: they start again with the next deployer."""
+    """Close a driver and end its local pods, which start again with the next deployer. Other pods keep
+    running.
+    """
     from workers.cluster.local_driver import LocalDriver  # noqa: PLC0415 - it is loaded by now, or not needed
 
     if isinstance(driver, LocalDriver):
@@ -78,9 +82,9 @@ async def end_pods(driver: ClusterDriver) -> None:
 
 
 async def open_driver(settings: DeployerSettings) -> ClusterDriver:
-    """Return the way to the cluster of the settings; raises `ClusterError`."""
+    """Return the driver for the cluster of the settings. Raises `ClusterError`."""
     if settings.cluster == "local":
-        from workers.cluster import local_driver  # noqa: PLC0415 - its HTTP client costs what nobody needs without pods
+        from workers.cluster import local_driver  # noqa: PLC0415 - without pods, nothing needs its HTTP client
         from workers.cluster.local_pod import LocalPodLimits  # noqa: PLC0415 - the same
 
         return await local_driver.open_local(

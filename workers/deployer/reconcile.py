@@ -1,4 +1,4 @@
-"""What is wanted of a deployment next to what there is: what to do about it, and what to say of it."""
+"""Decisions of the reconciliation: the step from observed to desired state, and the status to store."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ if TYPE_CHECKING:
 
 
 SLOW_START: Final = "slow-start"
-"""Code of the reason of pods that were not ready in time, and say nothing of why."""
+"""Reason code for pods that were not ready in time without any given reason."""
 LOST_NODE_TIME: Final = timedelta(seconds=5)
-"""How long a node that is not ready may come back before its pods are replaced: its runtime may just be restarted."""
+"""Time for a lost node to return before its pods are replaced: its container runtime may just be restarting.
+"""
 REFUSED: Final = "refused"
-"""Code of the reason where the cluster will not do what is wanted."""
+"""Reason code for a desired state that the cluster refuses."""
 
 
 class ReconcileStep(StrEnum):
-    """What brings a cluster nearer to what is wanted."""
+    """Step that brings a cluster nearer to the desired state."""
 
     NONE = "none"
     APPLY = "apply"
@@ -39,12 +40,12 @@ class ReconcileStep(StrEnum):
 
 
 def plan(deployment: Deployment, observed: ObservedDeployment, *, is_applied: bool) -> ReconcileStep:
-    """Return what is to be done about a deployment.
+    """Return the next step for a deployment.
 
-    `is_applied` tells whether it was applied with the settings that the deployer has now.
+    `is_applied` says whether it was applied with the present settings of the deployer.
     """
     if not deployment.is_deployed:
-        # Before anything is made it is noted that there may be something: nothing is overlooked that has no pods yet.
+        # A row leaves ABSENT before any object is created. So objects without pods are deleted too.
         is_gone = not observed.exists and not observed.pods and deployment.observed == Stored.ABSENT
         return ReconcileStep.NONE if is_gone else ReconcileStep.DELETE
     is_as_deployed = (
@@ -58,7 +59,7 @@ def plan(deployment: Deployment, observed: ObservedDeployment, *, is_applied: bo
 
 
 def starts_pods(deployment: Deployment, observed: ObservedDeployment, taken: ReconcileStep) -> bool:
-    """Tell whether a step makes pods come up: those of a sleeping workflow, or others in the place of its own."""
+    """Return whether a step starts pods: those of a stopped workflow, or replacements of its present ones."""
     if deployment.replicas == 0:
         return False
     return taken is ReconcileStep.APPLY or (taken is ReconcileStep.SCALE and not observed.ready_pods)
@@ -73,10 +74,11 @@ def observed_status(
     stalled_since: datetime | None,
     waiting_since: datetime | None,
 ) -> ObservedStatus:
-    """Return what is to be stored of what is deployed, once everything was done that was to be done.
+    """Return the status to store for a deployed workflow without a pending step.
 
-    A start has failed whose pods are `stalled_since` before its start time. One that is `waiting_since` then for the
-    cluster to schedule a pod says so, and goes on.
+    A start has failed if its pods have made no progress since `stalled_since` for longer than `start_time`. A
+    start that has waited since `waiting_since` for longer than that for the cluster to schedule a pod reports
+    it, and continues.
     """
     state = _observed_state(deployment, observed)
     definition_hash = _serving_definition(observed) or deployment.observed_definition_hash
@@ -103,7 +105,7 @@ def observed_status(
         reason = reason or f"No pod was ready within {start_time.total_seconds():g} seconds"
         failed_reason, failed_code = reason, code or SLOW_START
     elif deployment.stopped_reason == StoppedReason.FAILED:
-        # Pods that end say nothing any more, and once they are gone nobody knows better.
+        # Terminating pods give no reason any more, so the stored one is kept.
         failed_reason, failed_code = deployment.failed_reason, deployment.failed_reason_code
     return ObservedStatus(
         observed=state,
@@ -120,7 +122,7 @@ def observed_status(
 
 
 def lost_processes(processes: Collection[PodProcess], observed: ObservedDeployment) -> Collection[PodProcess]:
-    """Return those, known before the pods were observed, that run no more: what they held is nobody's."""
+    """Return the dead ones among processes that were known before the observation: their runs have no owner."""
     ended_at = {pod.name: pod.ended_at for pod in observed.pods}
     return [
         process
@@ -132,7 +134,7 @@ def lost_processes(processes: Collection[PodProcess], observed: ObservedDeployme
 def out_of_memory_processes(
     processes: Collection[PodProcess], observed: ObservedDeployment
 ) -> frozenset[PodProcess]:
-    """Return those whose pod has ended last for want of memory."""
+    """Return the processes in pods that were last killed for exceeding their memory limit."""
     pods = {pod.name for pod in observed.pods if pod.is_out_of_memory}
     return frozenset(process for process in processes if process.pod in pods)
 
@@ -140,11 +142,10 @@ def out_of_memory_processes(
 def pods_to_replace(
     deployment: Deployment, observed: ObservedDeployment, *, now: datetime
 ) -> Collection[ObservedPod]:
-    """Return the pods that will not be ready soon, and whose places others should take now; none while a pod serves.
+    """Return the pods that won't be ready soon and should be replaced now; none while another pod is ready.
 
-    A node that is lost comes back late or never, unless it does within moments. A cluster tries again after minutes
-    what has failed several times, but at once for a new pod: those that have failed are replaced when they are wanted
-    again.
+    A lost node returns within moments, or late or never. After several failures a cluster retries only after
+    minutes, but at once for a new pod. So failed pods are replaced when they are desired again.
     """
     if not deployment.is_deployed or deployment.replicas == 0 or observed.ready_pods:
         return ()
@@ -169,7 +170,9 @@ def pods_to_replace(
 
 
 def seconds_until_replaced(deployment: Deployment, seen: ObservedStatus, *, now: datetime) -> float | None:
-    """Return when pods of a lost node are to be replaced, unless it is back by then; None where there are none."""
+    """Return the seconds until pods of a lost node are replaced, unless it returns before; None without such
+    pods.
+    """
     if seen.observed is not Stored.STARTING or seen.observed_reason_code != PodFailureReason.NODE_NOT_READY:
         return None
     lost_since = _node_lost_since(deployment) or now
@@ -177,7 +180,7 @@ def seconds_until_replaced(deployment: Deployment, seen: ObservedStatus, *, now:
 
 
 def _node_lost_since(deployment: Deployment) -> datetime | None:
-    """Return since when it was seen that no pod is ready for the loss of a node."""
+    """Return the time of the observation that no pod is ready because of a lost node."""
     is_lost = (
         deployment.observed == Stored.STARTING
         and deployment.observed_reason_code == PodFailureReason.NODE_NOT_READY
@@ -186,13 +189,15 @@ def _node_lost_since(deployment: Deployment) -> datetime | None:
 
 
 def unknown_status(deployment: Deployment, reason: str) -> ObservedStatus:
-    """Return the sighting where the cluster did not answer: desired state stays, and pods seen last may serve on."""
+    """Return the status while the cluster is unavailable: the desired state remains, and the last known pods
+    may still serve.
+    """
     last = stored_status(deployment)
     return replace(last, observed=Stored.UNKNOWN, observed_reason=reason, observed_reason_code=None)
 
 
 def refused_status(deployment: Deployment, reason: str) -> ObservedStatus:
-    """Return the sighting where the cluster will not do it: ready pods of before serve on."""
+    """Return the status after a refusal by the cluster: earlier ready pods still serve."""
     last = stored_status(deployment)
     is_serving = deployment.replicas > 0 and last.ready_replicas > 0
     return replace(
@@ -207,17 +212,17 @@ def refused_status(deployment: Deployment, reason: str) -> ObservedStatus:
 
 
 def initial_status(deployment: Deployment) -> ObservedStatus:
-    """Return what is stored before the first object is made."""
+    """Return the status that is stored before the first object is created."""
     return ObservedStatus(Stored.STARTING, deployment.observed_generation)
 
 
 def undeployed_status(deployment: Deployment, *, is_gone: bool) -> ObservedStatus:
-    """Return what is stored of what is being taken away."""
+    """Return the status of an undeployed workflow."""
     return ObservedStatus(Stored.ABSENT if is_gone else Stored.STOPPING, deployment.generation)
 
 
 def is_settled(deployment: Deployment, seen: ObservedStatus) -> bool:
-    """Tell whether nothing is to be waited for."""
+    """Return whether no further change is expected."""
     if not deployment.is_deployed:
         return seen.observed is Stored.ABSENT
     if deployment.drain_until is not None:
@@ -234,7 +239,7 @@ def _has_ended(process: PodProcess, last_end_at: datetime | None) -> bool:
 def _observed_state(deployment: Deployment, observed: ObservedDeployment) -> Stored:
     if deployment.replicas == 0:
         return Stored.STOPPING if observed.pods or not observed.is_current else Stored.STOPPED
-    # Right after a change the counts are of before it: the pods that served then are there all the same.
+    # Right after a change the counts are older than it: the pods that served before still exist.
     serves_on = (
         not observed.is_current and bool(observed.ready_pods) and deployment.observed in SERVING_STATES
     )
@@ -242,12 +247,14 @@ def _observed_state(deployment: Deployment, observed: ObservedDeployment) -> Sto
 
 
 def _is_unchanged_since(deployment: Deployment, state: Stored) -> bool:
-    """Tell whether it was so when it was looked at last, and nothing else was wanted since."""
+    """Return whether this was the last stored state, and the desired state hasn't changed since."""
     return deployment.observed == state and deployment.observed_generation == deployment.generation
 
 
 def _serving_definition(observed: ObservedDeployment) -> str | None:
-    """Return what ready pods run: that which is replaced, as long as one of its pods is there."""
+    """Return the definition of the ready pods: during a replacement, the old one while any of its pods is
+    ready.
+    """
     live = [pod for pod in observed.pods if not pod.is_terminating]
     hashes = {pod.definition_hash for pod in live if pod.is_ready}
     if not hashes:

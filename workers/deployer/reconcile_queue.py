@@ -24,26 +24,26 @@ class RetryBackoff:
     def delay(self, retries: int) -> float:
         """Return the delay before another retry, jitter included."""
         seconds: float = min(self.first_seconds * 2 ** min(retries, MAX_DOUBLINGS), self.longest_seconds)
-        return seconds * random.uniform(1, 1 + JITTER)  # noqa: S311 - spreads retries, guards nothing
+        return seconds * random.uniform(1, 1 + JITTER)  # noqa: S311 - spreads retries, no secret
 
 
 @dataclass(frozen=True, slots=True)
 class ScheduledRetry:
-    """Another look that a workflow needs, if nothing is heard of it before."""
+    """Reconciliation that is due after a delay, unless an event triggers it before."""
 
     backoff: RetryBackoff
     within_seconds: float | None = None
-    """Upper bound of this delay, such as the time until a start is overdue; None: none but the back-off's."""
+    """Upper bound of this delay, such as the time until a start is overdue; None for the back-off alone."""
 
 
 @dataclass(slots=True)
 class _QueueEntry:
     generation: int | None = None
-    """Generation of the row at the last look; None before it."""
+    """Generation of the row at the last reconciliation; None before it."""
     is_queued: bool = False
     is_taken: bool = False
     is_asked_again: bool = False
-    """A look was asked for while the workflow was taken."""
+    """Another reconciliation was requested while a task held the workflow."""
     is_urgent: bool = False
     retries: int = 0
     timer: asyncio.TimerHandle | None = None
@@ -55,7 +55,7 @@ class _QueueEntry:
 
 
 class ReconcileQueue:
-    """Workflows in the order in which they are reconciled: those that somebody waits for come first.
+    """Workflows in the order of their reconciliation: urgent ones, for which requests wait, come first.
 
     It belongs to one event loop.
     """
@@ -67,11 +67,13 @@ class ReconcileQueue:
         self._is_filled = asyncio.Event()
 
     def add(self, workflow_id: str) -> None:
-        """Ask for a look, as after an event of the cluster."""
+        """Enqueue a workflow, as after an event of the cluster."""
         self._enqueue(workflow_id, is_urgent=False)
 
     def add_urgent(self, workflow_id: str) -> None:
-        """Ask for a look before all routine ones, with a fresh back-off: something else may be desired."""
+        """Enqueue a workflow before all routine ones, with a fresh back-off: its desired state may have
+        changed.
+        """
         entry = self._entries.get(workflow_id)
         if entry is not None:
             entry.retries = 0
@@ -79,7 +81,9 @@ class ReconcileQueue:
         self._enqueue(workflow_id, is_urgent=True)
 
     def add_unless_scheduled(self, workflow_id: str, generation: int) -> None:
-        """Ask for a look, unless one is under way, or a retry is scheduled for the same generation of its row."""
+        """Enqueue a workflow, unless a task holds it, or a retry is scheduled for the same generation of its
+        row.
+        """
         entry = self._entries.get(workflow_id)
         if entry is None:
             self.add(workflow_id)
@@ -101,12 +105,12 @@ class ReconcileQueue:
             if entry is not None and entry.is_queued:
                 entry.is_queued, entry.is_urgent, entry.is_taken = False, False, True
                 return workflow_id
-            # It stood in both queues, and has been taken from the urgent one.
+            # It was in both queues, and has been taken from the urgent one.
 
     def finish(
         self, workflow_id: str, retry: ScheduledRetry | None, *, generation: int | None = None
     ) -> None:
-        """End a look: schedule the retry, or forget the workflow where nothing more is expected."""
+        """End a reconciliation: schedule the retry, or forget the workflow if no further change is expected."""
         entry = self._entries[workflow_id]
         entry.is_taken = False
         entry.generation = generation
@@ -137,7 +141,7 @@ class ReconcileQueue:
             self._is_filled.set()
 
     def _schedule(self, workflow_id: str, entry: _QueueEntry, retry: ScheduledRetry) -> None:
-        """Arm the timer; one that is armed already stays, unless this retry is due before it."""
+        """Start the timer; a running one remains, unless this retry is due before it."""
         loop = asyncio.get_running_loop()
         delay = retry.backoff.delay(entry.retries)
         if retry.within_seconds is not None:

@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 CHANGING_BACKOFF: Final = RetryBackoff(1.0, 30.0)
-"""For pods that come and go: the cluster notifies of them, and a retry makes up for what was missed."""
+"""For pods that start or stop: the cluster notifies of their changes, and a retry makes up for lost
+notifications.
+"""
 DRAINING_BACKOFF: Final = RetryBackoff(1.0, 1.0)
 """For runs of a drain: nothing notifies of their ends."""
 WHILE_UNAVAILABLE: Final = RetryBackoff(5.0, 60.0)
@@ -58,16 +60,16 @@ WHILE_UNAVAILABLE: Final = RetryBackoff(5.0, 60.0)
 REFUSED_BACKOFF: Final = RetryBackoff(10.0, 60.0)
 """For changes that the cluster refuses: nothing notifies of a cure."""
 QUEUED_START_BACKOFF: Final = RetryBackoff(15.0, 60.0)
-"""For starts that wait for others: the end of one asks for the next look."""
+"""For starts that wait for others: the end of another start triggers the next attempt."""
 TIMER_MARGIN_SECONDS: Final = 0.05
-"""How much later than its due time a start is looked at."""
+"""Delay of a check after the due time of a start."""
 LOCK_TIME_FRACTION: Final = 0.9
-"""After so much of the time for which a workflow is held, its changes are cut off."""
+"""Share of the lock time after which the changes to a workflow are interrupted."""
 RETRY_LATER: Final = ScheduledRetry(CHANGING_BACKOFF)
 RETRY_IN_TURN: Final = ScheduledRetry(QUEUED_START_BACKOFF)
 RETRY_AFTER_REFUSAL: Final = ScheduledRetry(WHILE_UNAVAILABLE)
 RETRY_AT_ONCE: Final = ScheduledRetry(CHANGING_BACKOFF, within_seconds=0)
-"""For a row that somebody else has changed since it was read."""
+"""For a row that another process has changed since it was read."""
 
 
 _TIMED_STATES: Final = frozenset({Stored.STARTING, Stored.RUNNING})
@@ -76,14 +78,14 @@ _TIMED_STATES: Final = frozenset({Stored.STARTING, Stored.RUNNING})
 
 @dataclass(frozen=True, slots=True)
 class ReconcileResult:
-    """Outcome of one look: the retry that it needs, and the generation of the row that it has read."""
+    """Result of one reconciliation: the needed retry, and the generation of the row that was read."""
 
     retry: ScheduledRetry | None
     generation: int | None = None
 
 
 class Reconciler:
-    """Brings workflows to what is desired of them, one at a time each. Any number may run at once."""
+    """Reconciler of workflows, one task at a time for each. Any number of reconcilers may run at once."""
 
     def __init__(
         self,
@@ -97,7 +99,9 @@ class Reconciler:
         command: Sequence[str],
         on_admit: Callable[[str], None],
     ) -> None:
-        """`on_admit` is called with each workflow whose start has waited for others and may go on."""
+        """Create a reconciler; it calls `on_admit` with each workflow that has waited for other starts and
+        may start now.
+        """
         self._name = name
         self._settings = settings
         self._database = database
@@ -106,13 +110,14 @@ class Reconciler:
         self._connection = connection
         self._command = tuple(command)
         self._applied: set[str] = set()
-        """Workflows that this process has applied: others may have done so with other settings."""
+        """Workflows that this process has applied. Other deployers may have applied them with other settings.
+        """
         self._clock = StartClock()
         self._gate = StartGate(settings.starts_at_once, on_admit)
         self._refusals = RefusalBudget()
 
     async def reconcile(self, workflow_id: str) -> ReconcileResult:
-        """Bring a workflow nearer to what is desired; raises `DatabaseUnavailable`."""
+        """Bring a workflow nearer to its desired state. Raises `DatabaseUnavailable`."""
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         if found is not None and found.deployment.drain_until is not None:
             settled = await decisions.decide_and_apply(
@@ -135,18 +140,18 @@ class Reconciler:
     async def _reconcile_found(
         self, workflow_id: str, found: DeploymentSnapshot | None
     ) -> ScheduledRetry | None:
-        """Act and store the result; None where nothing more is expected."""
+        """Act and store the result; return None if no further change is expected."""
         try:
             driver = await self._connection.driver()
-            # Read before the pods are: a holder that is known by then, and is not among the pods, is gone.
+            # Read before the pods: a lease owner that is known by then and is not among the pods is dead.
             holders = await pod_leases.pod_lease_owners(self._database, workflow_id)
             observed = await driver.observe(workflow_id)
             if reconcile.lost_processes(holders, observed):
-                # A cache may not know a pod yet that has taken a run already.
+                # A cache may not know a pod yet that has already claimed a run.
                 observed = await driver.observe_uncached(workflow_id)
         except ClusterBusy as error:
             return _postpone(workflow_id, error)
-        except ClusterError as error:  # a read that is refused says nothing about pods
+        except ClusterError as error:  # a refused read says nothing about pods
             return await self._store_failure(workflow_id, error, reconcile.unknown_status, RETRY_LATER)
         gone = reconcile.lost_processes(holders, observed)
         await self._reclaim_leases(workflow_id, gone, reconcile.out_of_memory_processes(gone, observed))
@@ -198,12 +203,12 @@ class Reconciler:
     async def _replace(
         self, driver: ClusterDriver, workflow_id: str, stale: Collection[ObservedPod]
     ) -> ObservedDeployment:
-        """Have other pods take the places of these; return what there is then. Two deployers may do so at once."""
+        """Replace these pods; return the observed state after it. Two deployers may do so at once."""
         reasons = {pod.trouble.reason for pod in stale if pod.trouble is not None}
         await driver.replace(workflow_id, [pod.name for pod in stale])
         log.info("pods replaced", workflow_id=workflow_id, count=len(stale), reasons=sorted(reasons))
         if PodFailureReason.INVALID_CONFIG in reasons:
-            self._applied.discard(workflow_id)  # something that they need is missing: make it anew
+            self._applied.discard(workflow_id)  # an object that they need is missing: apply all again
         return await driver.observe(workflow_id)
 
     def _plan_step(self, deployment: Deployment, observed: ObservedDeployment) -> ReconcileStep:
@@ -216,14 +221,14 @@ class Reconciler:
     # ── acting ────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _act_under_lock(self, driver: ClusterDriver, workflow_id: str) -> ScheduledRetry | None:
-        """Do what is to be done, unless another deployer is at it."""
+        """Take the next step, unless another deployer holds the workflow."""
         if not await deployment_rows.lock_deployment(self._database, workflow_id, self._name):
             self._gate.release(workflow_id)
             return RETRY_LATER
         try:
-            # A process that was frozen must not go on with what another one has taken over meanwhile.
+            # A process that was frozen must not continue after another one has taken over.
             async with asyncio.timeout(deployment_rows.LOCK_SECONDS * LOCK_TIME_FRACTION):
-                # Another deployer may have been at it since it was read.
+                # Another deployer may have changed the workflow since it was read.
                 found = await deployment_rows.find_deployment(self._database, workflow_id)
                 if found is None:
                     return RETRY_AT_ONCE
@@ -233,10 +238,10 @@ class Reconciler:
                     return await self._delete(driver, found.deployment)
                 await self._carry_out(driver, found, step)
         except TimeoutError:
-            log.warning("deployment not carried out in time", workflow_id=workflow_id)
+            log.warning("deployment not reconciled in time", workflow_id=workflow_id)
             return RETRY_LATER
         finally:
-            with suppress(DatabaseUnavailable):  # it is free again when its time is up
+            with suppress(DatabaseUnavailable):  # the lock expires by itself
                 await deployment_rows.unlock_deployment(self._database, workflow_id, self._name)
         return await self._observe_again(driver, workflow_id)
 
@@ -254,7 +259,7 @@ class Reconciler:
             try:
                 await driver.scale(workflow_id, deployment.replicas)
             except NotDeployed:
-                return  # it has just gone: the next look sees that
+                return  # it was deleted meanwhile: the next reconciliation handles that
         log.info(
             "deployment carried out",
             workflow_id=workflow_id,
@@ -283,7 +288,7 @@ class Reconciler:
     async def _remove_unknown(
         self, driver: ClusterDriver, observed: ObservedDeployment
     ) -> ScheduledRetry | None:
-        """Remove what no row accounts for."""
+        """Delete the objects of a workflow without a row."""
         if not observed.exists and not observed.pods:
             self._refusals.forget(observed.workflow_id)
             return None
@@ -294,13 +299,15 @@ class Reconciler:
     async def _reclaim_leases(
         self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
     ) -> None:
-        """Have what processes that are gone have held go on elsewhere, without waiting for the ends of their leases."""
+        """Reclaim the runs of dead processes before their leases expire, so that other processes continue
+        them.
+        """
         if gone and await pod_leases.reclaim_pod_leases(
             self._database, self._store, workflow_id, gone, out_of_memory
         ):
-            with suppress(BrokerUnavailable):  # pods and workers look for themselves
+            with suppress(BrokerUnavailable):  # pods and workers sweep for themselves
                 await self._broker.publish({workflow_id: ""})
-            # Of what is deployed no more, runs are any worker's.
+            # Runs of an undeployed workflow belong to the workers.
             await wakeups.wake_workers(self._broker)
 
     async def _desired_deployment(self, found: DeploymentSnapshot) -> DesiredDeployment:
@@ -329,12 +336,12 @@ class Reconciler:
     async def _store_observed(
         self, found: DeploymentSnapshot, observed: ObservedDeployment
     ) -> ScheduledRetry | None:
-        """Store what is seen of a workflow that is deployed as desired, and keep count of its start."""
+        """Store the observed state of a deployed workflow, and update the count of starts."""
         deployment, now = found.deployment, found.now
         start_time = timedelta(seconds=self._settings.start_seconds)
         stalled_since = self._clock.stalled_since(deployment, observed, now)
         waiting_since = self._clock.waiting_since(deployment.workflow_id)
-        sighting = reconcile.observed_status(
+        status = reconcile.observed_status(
             deployment,
             observed,
             now=now,
@@ -342,71 +349,69 @@ class Reconciler:
             stalled_since=stalled_since,
             waiting_since=waiting_since,
         )
-        is_under_way = observed.is_starting and sighting.observed_reason is None
+        is_under_way = observed.is_starting and status.observed_reason is None
         if is_under_way:
             self._gate.mark_starting(deployment.workflow_id, deployment.organization_id)
-        retry = await self._store_status(deployment, sighting)
+        retry = await self._store_status(deployment, status)
         if not is_under_way:
-            # Only now: until its end is stored, a start counts for whoever reads the rows.
+            # Only after the write: a start counts for readers of the rows until its end is stored.
             self._gate.release(deployment.workflow_id)
-        lost_seconds = reconcile.seconds_until_replaced(deployment, sighting, now=now)
+        lost_seconds = reconcile.seconds_until_replaced(deployment, status, now=now)
         if retry is RETRY_LATER and lost_seconds is not None:
             return ScheduledRetry(CHANGING_BACKOFF, lost_seconds + TIMER_MARGIN_SECONDS)
-        if retry is RETRY_LATER and waiting_since is not None and sighting.observed in _TIMED_STATES:
+        if retry is RETRY_LATER and waiting_since is not None and status.observed in _TIMED_STATES:
             due_seconds = (waiting_since + start_time - now).total_seconds() + TIMER_MARGIN_SECONDS
             return ScheduledRetry(CHANGING_BACKOFF, due_seconds) if due_seconds > 0 else retry
         return retry
 
-    async def _store_status(self, deployment: Deployment, sighting: ObservedStatus) -> ScheduledRetry | None:
-        """Store what was seen, and notify whoever waits; None where nothing more is expected."""
-        retry = None if reconcile.is_settled(deployment, sighting) else RETRY_LATER
-        if sighting == deployment_rows.stored_status(deployment):
+    async def _store_status(self, deployment: Deployment, status: ObservedStatus) -> ScheduledRetry | None:
+        """Store a status, and notify waiting clients; return None if no further change is expected."""
+        retry = None if reconcile.is_settled(deployment, status) else RETRY_LATER
+        if status == deployment_rows.stored_status(deployment):
             return retry
-        if not await deployment_rows.store_status(self._database, deployment, sighting):
+        if not await deployment_rows.store_status(self._database, deployment, status):
             return RETRY_AT_ONCE
         log.info(
             "deployment observed",
             workflow_id=deployment.workflow_id,
-            observed=sighting.observed,
-            ready=sighting.ready_replicas,
-            reason=sighting.observed_reason,
-            generation=sighting.observed_generation,
+            observed=status.observed,
+            ready=status.ready_replicas,
+            reason=status.observed_reason,
+            generation=status.observed_generation,
         )
-        with suppress(BrokerUnavailable):  # whoever waits looks once a second
+        with suppress(BrokerUnavailable):  # waiting clients poll once a second
             await self._broker.publish({deployer_messages.reconcile_payload(deployment.workflow_id): ""})
         return retry
 
     async def _note_refusal(
         self, workflow_id: str, refusal: Refusal, retry: ScheduledRetry
     ) -> ScheduledRetry:
-        sighting = (
-            reconcile.refused_status if isinstance(refusal, ClusterRefused) else reconcile.unknown_status
-        )
-        return await self._store_failure(workflow_id, refusal, sighting, retry)
+        status = reconcile.refused_status if isinstance(refusal, ClusterRefused) else reconcile.unknown_status
+        return await self._store_failure(workflow_id, refusal, status, retry)
 
     async def _store_failure(
         self,
         workflow_id: str,
         error: ClusterError,
-        told: Callable[[Deployment, str], ObservedStatus],
+        make_status: Callable[[Deployment, str], ObservedStatus],
         retry: ScheduledRetry,
     ) -> ScheduledRetry:
-        """Store why nothing is known, or nothing can be done; return when to try again."""
-        log.warning("cluster in the way", workflow_id=workflow_id, error=str(error))
+        """Store an error of the cluster as the status; return the retry."""
+        log.warning("cluster operation failed", workflow_id=workflow_id, error=str(error))
         self._gate.release(workflow_id)
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         if found is None:
             return retry
-        noted = await self._store_status(found.deployment, told(found.deployment, str(error)))
+        noted = await self._store_status(found.deployment, make_status(found.deployment, str(error)))
         return RETRY_AT_ONCE if noted is RETRY_AT_ONCE else retry
 
     async def revoke_superseded(self, driver: ClusterDriver, workflow_id: str) -> None:
-        """Revoke tokens that no pod has any more: those of pods that were replaced, once they are gone."""
+        """Revoke tokens that no pod uses any more: those of replaced pods, once they are gone."""
         found = await deployment_rows.find_deployment(self._database, workflow_id)
         observed = await driver.observe(workflow_id)
         if found is None or not (observed.is_rolled_out or not observed.pods):
             return
-        # Right after an apply the old pods may still be all that there is.
+        # Right after an apply the old pods may still be the only ones.
         before = found.now - timedelta(seconds=self._settings.start_seconds)
         await self._database.transaction(
             partial(
@@ -423,7 +428,7 @@ def _generation(found: DeploymentSnapshot | None) -> int | None:
 
 
 def _postpone(workflow_id: str, error: ClusterBusy) -> ScheduledRetry:
-    """Return when to try again what the cluster has put off; what was seen last still holds."""
+    """Return the retry of a deferred request; the last observed state remains valid."""
     log.info("cluster busy", workflow_id=workflow_id, seconds=error.retry_seconds)
     return ScheduledRetry(
         RetryBackoff(error.retry_seconds, max(error.retry_seconds, CHANGING_BACKOFF.longest_seconds))

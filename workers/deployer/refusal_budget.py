@@ -15,13 +15,13 @@ Refusal = ClusterForbidden | ClusterRefused
 
 
 class AttemptDeferred(Exception):
-    """The requests of the last attempt are not paid for yet."""
+    """The budget does not allow another attempt yet."""
 
     def __init__(self, refusal: Refusal, seconds: float) -> None:
         super().__init__(str(refusal))
         self.refusal = refusal
         self.seconds = seconds
-        """Time until another attempt may be made."""
+        """Time until another attempt is allowed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,17 +29,19 @@ class _ChargedRefusal:
     generation: int | None
     refusal: Refusal
     paid_at: float
-    """Time of the event loop from which on another attempt may be made."""
+    """Time of the event loop from which another attempt is allowed."""
 
 
 class RefusalBudget:
-    """The last refusal of each workflow whose changes are refused."""
+    """Last refusal of each workflow with refused changes."""
 
     def __init__(self) -> None:
         self._charged: dict[str, _ChargedRefusal] = {}
 
     def require(self, workflow_id: str, generation: int | None) -> None:
-        """Raise `AttemptDeferred`, unless the last refusal is paid for, or was of another generation of the row."""
+        """Raise `AttemptDeferred`, unless the last refusal is paid for, or was of another generation of the
+        row.
+        """
         charged = self._charged.get(workflow_id)
         if charged is None or charged.generation != generation:
             return
@@ -48,10 +50,10 @@ class RefusalBudget:
             raise AttemptDeferred(charged.refusal, seconds)
 
     def charge(self, workflow_id: str, generation: int | None, refusal: Refusal) -> None:
-        """Charge the requests of an attempt that was refused."""
+        """Charge the requests of a refused attempt."""
         paid_at = asyncio.get_running_loop().time() + refusal.requests * SECONDS_PER_REQUEST
         self._charged[workflow_id] = _ChargedRefusal(generation, refusal, paid_at)
 
     def forget(self, workflow_id: str) -> None:
-        """Forget the refusal of a workflow of which nothing is to be changed."""
+        """Forget the refusal of a workflow that needs no change."""
         self._charged.pop(workflow_id, None)

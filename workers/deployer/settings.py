@@ -1,4 +1,4 @@
-"""The deployer's settings: read once, when the process starts."""
+"""Settings of the deployer, read once at the start of the process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from workers.cluster import dns_endpoints
 from workers.cluster.dns_endpoints import DnsEndpoint
 
 GRACE_SECONDS = 15.0
-"""What a pod gets besides the time for its runs, to hand over those that have not ended."""
+"""Seconds that a pod has in addition to the time for its runs, to hand off unfinished ones."""
 
 
 class DeployerSettings(ExecutionSettings, ServerSettings):
-    """What a deployer reads besides what all processes share; what is set for runs it hands on to pods."""
+    """Settings of a deployer, in addition to those of all server processes. Settings for runs are passed on
+    to pods.
+    """
 
     cluster: Literal["kubernetes", "local"] = Field(
         default="kubernetes",
@@ -64,7 +66,7 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
     )
     kubernetes_requests_per_second: float = Field(
         default=20.0,
-        ge=5,  # with fewer, eight deploys at once would take longer than a workflow is held for one
+        ge=5,  # with fewer, eight concurrent deploys would take longer than the lock of a workflow
         description=(
             "Maximum number of requests per second to the Kubernetes API server; the burst is twice as many."
         ),
@@ -107,7 +109,7 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
     deployer_sweep_seconds: float = Field(
         default=5.0,
         gt=0,
-        description="Interval at which the deployer looks for deployments whose wake-up was lost.",
+        description="Interval at which the deployer searches for deployments with a lost wakeup.",
     )
 
     @field_validator("kubernetes_image_pull_secrets", mode="before")
@@ -125,7 +127,7 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
 
     @property
     def dns_endpoints(self) -> tuple[DnsEndpoint, ...]:
-        """Where the pods of workflows look up names."""
+        """DNS servers of the pods of workflows."""
         return dns_endpoints.parse_endpoints(self.kubernetes_dns)
 
     @property
@@ -134,16 +136,16 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
 
     @property
     def gateway_url(self) -> str:
-        """The gateway's address as pods reach it."""
+        """Address of the gateway for pods."""
         return self.runner_gateway_url or f"http://{self.kubernetes_gateway_host}"
 
     @property
     def grace_seconds(self) -> float:
-        """From the signal that asks a pod to end to the one that ends it."""
+        """Seconds from SIGTERM to SIGKILL of a pod."""
         return self.runner_drain_seconds + GRACE_SECONDS
 
     def pod_environment(self, workflow_id: str) -> dict[str, str]:
-        """Return what the runner in a pod reads, but for what its cluster gives it."""
+        """Return the environment of the runner in a pod, without the variables that its cluster driver sets."""
         set_for_runs = ExecutionSettings.model_fields.keys() & self.model_fields_set
         given: dict[str, Any] = {
             **{name: getattr(self, name) for name in sorted(set_for_runs)},
@@ -154,12 +156,12 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
             "log_level": self.log_level,
         }
         if self.cluster == "local":
-            # Where nothing else would ever end it; on Kubernetes a pod ends with its Deployment, and waits till then.
+            # On this machine nothing else would end an orphan; on Kubernetes a pod ends with its Deployment.
             given["runner_orphan_seconds"] = self.local_pod_orphan_seconds
         return {f"PILOTFLAME_{name.upper()}": str(value) for name, value in given.items()}
 
     def check_for_production(self) -> None:
-        """Raise `InvalidSettings` for what only `pilotflame dev` does without."""
+        """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit."""
         super().check_for_production()
         if self.cluster != "local":
             return
@@ -170,5 +172,5 @@ class DeployerSettings(ExecutionSettings, ServerSettings):
             )
         if not self.runner_gateway_url:
             raise InvalidSettings(
-                "PILOTFLAME_RUNNER_GATEWAY_URL is not set: local pods must know where the gateway is"
+                "PILOTFLAME_RUNNER_GATEWAY_URL is not set: local pods need the address of the gateway"
             )

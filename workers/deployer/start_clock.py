@@ -1,4 +1,4 @@
-"""Clock of starts: since when the pods of a workflow have made no progress."""
+"""Clock of starts: the time since which the pods of a workflow have made no progress."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 class _StartProgress:
     generation: int
     stage: PodStage
-    """The furthest that a pod of it has come."""
+    """Furthest stage of any of its pods."""
     since: datetime
 
 
 class StartClock:
-    """Progress of all starts that this deployer has seen, by the database's time at which it saw them.
+    """Progress of all starts that this deployer has seen, by the database's time of the observation.
 
-    A deployer that has just begun gives each start its time anew: nothing is given up for a restart.
+    A restarted deployer gives each start its full time again, so a restart fails no start.
     """
 
     def __init__(self) -> None:
@@ -34,9 +34,9 @@ class StartClock:
     def stalled_since(
         self, deployment: Deployment, observed: ObservedDeployment, now: datetime
     ) -> datetime | None:
-        """Return when the pods of a start made their last progress; None where that says nothing against them.
+        """Return the time of the last progress of a start; None if its pods are not to blame.
 
-        Nothing is said against pods that the cluster has not scheduled yet, and gives no reason for.
+        Pods are not to blame while the cluster has not scheduled them and gives no reason.
         """
         coming = [pod for pod in observed.pods if not pod.is_terminating and not pod.is_ready]
         if not observed.is_starting:
@@ -48,16 +48,16 @@ class StartClock:
         if start is None or start.generation != deployment.generation or is_blocked:
             start = self._starts[deployment.workflow_id] = _StartProgress(deployment.generation, stage, now)
         elif stage > start.stage:
-            # Lower ones count for nothing: a program that crashes and is started again makes no progress.
+            # Lower stages don't count: a program that crashes and is restarted makes no progress.
             start.stage, start.since = stage, now
         is_timed = start.stage >= PodStage.SCHEDULED or observed.trouble is not None
         return start.since if is_timed else None
 
     def waiting_since(self, workflow_id: str) -> datetime | None:
-        """Return when the last progress of a start was seen, whatever it waits for; None where none is under way."""
+        """Return the time of the last progress of a start, for any reason; None if no start is in progress."""
         start = self._starts.get(workflow_id)
         return None if start is None else start.since
 
     def forget(self, workflow_id: str) -> None:
-        """Forget a workflow of which no pod is to start."""
+        """Forget a workflow without starting pods."""
         self._starts.pop(workflow_id, None)

@@ -1,4 +1,4 @@
-"""Limit of starts at once, shared by organizations in turn."""
+"""Limit of concurrent starts, shared by organizations in turn."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 
 
 def choose_next_start(waiting: Mapping[str, str], starting: Mapping[str, str], limit: int) -> str | None:
-    """Return the workflow that may start next; None where all have to wait.
+    """Return the workflow that may start next; None if all have to wait.
 
-    Both map workflows to their organizations, `waiting` in the order of asking. The organization with the fewest starts
-    goes first. Up to twice the limit may start while an organization has less than its share of it: slow starts of one
-    hold up no other.
+    Both map workflows to their organizations, `waiting` in the order of requests. The organization with the
+    fewest starts goes first. Up to twice the limit may start while an organization has less than its share of
+    it, so that slow starts of one organization delay no other.
     """
     if not waiting:
         return None
@@ -24,7 +24,7 @@ def choose_next_start(waiting: Mapping[str, str], starting: Mapping[str, str], l
 
 
 class StartGate:
-    """Starts of this deployer that wait, and all starts that it sees, those of other deployers too."""
+    """Waiting starts of this deployer, and all starts that it sees, including those of other deployers."""
 
     def __init__(self, limit: int, on_admit: Callable[[str], None]) -> None:
         self._limit = limit
@@ -41,12 +41,12 @@ class StartGate:
         return workflow_id in self._starting
 
     def mark_starting(self, workflow_id: str, organization_id: str) -> None:
-        """Count a start that was seen under way."""
+        """Count an observed start."""
         self._waiting.pop(workflow_id, None)
         self._starting[workflow_id] = organization_id
 
     def release(self, workflow_id: str) -> None:
-        """Let others start in the place of one that has ended its start, or has stuck in it."""
+        """Free the place of a start that has ended or is stuck, for other starts."""
         self._waiting.pop(workflow_id, None)
         if self._starting.pop(workflow_id, None) is not None:
             self._admit_more()
