@@ -57,7 +57,7 @@ LOOPBACK = OutboundPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS = 60.0
 NODES: list[dict[str, Any]] = [{"id": "start", "type": "rest-api"}]
-ON_ONE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+ON_ONE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
 """For what has nothing to do with the kind of database."""
 
 

@@ -241,7 +241,7 @@ async def test_of_many_at_once_that_may_not_wait_as_many_are_accepted_as_there_a
 # ── what is read ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("where", ["on_sqlite", "on_postgres"], indirect=True)
+@pytest.mark.parametrize("migrated_database", ["on_sqlite", "on_postgres"], indirect=True)
 async def test_places_and_those_that_wait_are_found_by_their_indexes(
     run_database: RunDatabase, database: Database, owned_workflow: OwnedWorkflow
 ) -> None:

@@ -233,7 +233,7 @@ async def test_a_workflow_that_waits_for_room_is_looked_at_for_nothing_and_start
         await wait_for_deployment(harness, workflow_id, is_running)
 
 
-@pytest.mark.usefixtures("brief_minute")
+@pytest.mark.usefixtures("shorten_minute")
 async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_after_the_cure(
     harness: GatewayHarness,
     people: OrganizationUsers,
@@ -255,7 +255,7 @@ async def test_a_change_that_is_denied_is_unknown_with_the_reason_and_starts_aft
         await wait_for_deployment(harness, workflow_id, is_running)
 
 
-@pytest.mark.usefixtures("brief_minute")
+@pytest.mark.usefixtures("shorten_minute")
 @pytest.mark.parametrize(
     ("refusal", "is_refused"),
     [
@@ -287,7 +287,7 @@ async def test_a_deploy_that_is_refused_costs_six_requests_a_minute_however_ofte
         await wait_for_deployment(harness, workflow_id, is_running)
 
 
-@pytest.mark.usefixtures("brief_minute")
+@pytest.mark.usefixtures("shorten_minute")
 async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
     harness: GatewayHarness, people: OrganizationUsers, fake_cluster: tuple[DriverUnderTest, FakeApiServer]
 ) -> None:
@@ -307,7 +307,7 @@ async def test_a_removal_that_is_refused_costs_six_requests_a_minute_too(
         await wait_for_deployment(harness, workflow_id, lambda one: one.observed == ObservedState.ABSENT)
 
 
-@pytest.mark.usefixtures("brief_minute")
+@pytest.mark.usefixtures("shorten_minute")
 @pytest.mark.parametrize("status", [401, 403])
 async def test_a_deployer_without_rights_stops_nothing_and_what_serves_goes_on(
     harness: GatewayHarness,

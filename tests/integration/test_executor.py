@@ -45,7 +45,7 @@ from workers.settings import WorkerSettings
 PATIENCE_SECONDS = 60.0
 LONG_SECONDS = 3600.0
 BOTH = ["on_sqlite", "on_postgres"]
-ON_ONE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+ON_ONE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
 """For what has nothing to do with the kind of database."""
 EVERY = [*BOTH, "behind_pgbouncer", "on_serializable_postgres"]
 
@@ -262,7 +262,7 @@ class PatchedStore:
 # ── a run ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("where", EVERY, indirect=True)
+@pytest.mark.parametrize("migrated_database", EVERY, indirect=True)
 async def test_a_run_goes_from_its_row_to_its_outputs(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:
@@ -308,7 +308,7 @@ async def test_a_run_goes_from_its_row_to_its_outputs(
     assert notifications == [ChangedExecutions((run.execution_id,))]
 
 
-@pytest.mark.parametrize("where", EVERY, indirect=True)
+@pytest.mark.parametrize("migrated_database", EVERY, indirect=True)
 async def test_a_loop_leaves_a_span_for_each_turn_and_its_nodes_count_once(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, workers: WorkerStarter
 ) -> None:

@@ -233,7 +233,7 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
     assert await BlobStore(counting_folder).get(owner, reference.sha256) == content
 
 
-@pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+@pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
 @pytest.mark.parametrize("harm", [Path.unlink, lambda path: path.write_bytes(b'{"type":"","name":""}\n{}')])
 async def test_a_run_whose_output_is_lost_ends_and_says_so(
     run_database: RunDatabase,
@@ -258,7 +258,7 @@ async def test_a_run_whose_output_is_lost_ends_and_says_so(
     assert error["message"].startswith("The output of the node 'start' is gone from the blob storage")
 
 
-@pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+@pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
 async def test_a_worker_killed_between_a_blob_and_its_commit_leaves_an_orphan_and_a_run_that_ends_right(
     run_database: RunDatabase,
     migrated_database: MigratedDatabase,
@@ -336,7 +336,7 @@ async def read_spans(
     return {one.node_id: one for one in found[large_value_journal.run.execution_id]}
 
 
-ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
+ON_SQLITE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
 
 
 @ON_SQLITE

@@ -265,7 +265,7 @@ async def test_no_run_that_is_accepted_while_definitions_are_deleted_loses_its_o
         assert run.definition_hash in await read_definition_hashes(run_database)
 
 
-@pytest.mark.parametrize("where", ["on_postgres"], indirect=True)
+@pytest.mark.parametrize("migrated_database", ["on_postgres"], indirect=True)
 async def test_a_definition_that_was_sent_and_is_not_committed_yet_is_kept(run_database: RunDatabase) -> None:
     owned_workflow = await run_database.workflow()
     run = run_with_definition(owned_workflow, 1)

@@ -69,8 +69,8 @@ PATIENCE_SECONDS = 60.0
 LEASE_SECONDS = 1.5
 POD = PodProcess("pod", datetime(2025, 1, 1, tzinfo=UTC))
 BOTH = ["on_sqlite", "on_postgres"]
-ON_SQLITE = pytest.mark.parametrize("where", ["on_sqlite"], indirect=True)
-ON_POSTGRES = pytest.mark.parametrize("where", ["on_postgres"], indirect=True)
+ON_SQLITE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
+ON_POSTGRES = pytest.mark.parametrize("migrated_database", ["on_postgres"], indirect=True)
 """For what has nothing to do with the kind of database."""
 
 

@@ -29,7 +29,7 @@ from workers.settings import WorkerSettings
 
 pytestmark = pytest.mark.timeout(30)
 
-ON_ONE = pytest.mark.parametrize("world", ["sqlite"], indirect=True)
+ON_ONE = pytest.mark.parametrize("harness", ["sqlite"], indirect=True)
 """For what has nothing to do with the kind of database, or is tested closer to it on both."""
 EXECUTIONS = "/api/v1/executions"
 APPROVAL = {"title": "Go on?", "choices": [{"port": "yes"}, {"port": "no"}], "schema": {"type": "object"}}
