@@ -15,24 +15,24 @@ class SingleFlight(Generic[Key, Answer]):
 
     def __init__(self, find: Callable[[Key], Awaitable[Answer]]) -> None:
         self._find = find
-        self._asked: dict[Key, asyncio.Task[Answer]] = {}
+        self._tasks: dict[Key, asyncio.Task[Answer]] = {}
 
     async def get(self, key: Key) -> Answer:
         """Return the result for a key, or raise the exception of the lookup."""
-        asked = self._asked.get(key)
-        if asked is None:
-            asked = self._asked[key] = asyncio.create_task(self._find_and_resolve(key))
-            asked.add_done_callback(lambda done: self._on_done(key, done))
-        return await asyncio.shield(asked)
+        task = self._tasks.get(key)
+        if task is None:
+            task = self._tasks[key] = asyncio.create_task(self._find_and_resolve(key))
+            task.add_done_callback(lambda done: self._on_done(key, done))
+        return await asyncio.shield(task)
 
     async def drain(self) -> None:
         """Wait for all lookups in progress."""
-        await asyncio.gather(*self._asked.values(), return_exceptions=True)
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     async def _find_and_resolve(self, key: Key) -> Answer:
         return await self._find(key)
 
-    def _on_done(self, key: Key, asked: asyncio.Task[Answer]) -> None:
-        del self._asked[key]
-        if not asked.cancelled():
-            asked.exception()  # retrieve it: the callers have it, and asyncio would log it if all of them have gone
+    def _on_done(self, key: Key, task: asyncio.Task[Answer]) -> None:
+        del self._tasks[key]
+        if not task.cancelled():
+            task.exception()  # retrieve it: the callers have it, and asyncio would log it if all of them have gone

@@ -158,15 +158,15 @@ class _ConditionCompiler:
     def compile(self, value: Json, nesting: int) -> _ConditionTest:
         if not isinstance(value, dict):
             raise ExpressionError(
-                "condition", f"it is an object with left and operator, not {type_name(value)}"
+                "condition", f"it must be an object with left and operator, not {type_name(value)}"
             )
         joint = next((word for word in ("all", "any", "not") if word in value), None)
         if joint is None:
             return self._compile_comparison(value)
         if len(value) > 1:
-            raise ExpressionError(joint, f"nothing else stands beside it, not {', '.join(sorted(value))}")
+            raise ExpressionError(joint, f"no other field is allowed beside it: {', '.join(sorted(value))}")
         if nesting == MAX_NESTING:
-            raise ExpressionError(joint, f"all, any and not stand at most {MAX_NESTING} deep in one another")
+            raise ExpressionError(joint, f"all, any and not nest at most {MAX_NESTING} deep")
         if joint == "not":
             return _negate_test(self.compile(value["not"], nesting + 1))
         return self._compile_joined(joint, value[joint], nesting + 1)
@@ -180,13 +180,13 @@ class _ConditionCompiler:
     def _compile_comparison(self, value: dict[str, Json]) -> _ConditionTest:
         self._comparison_count += 1
         if self._comparison_count > MAX_COMPARISONS:
-            raise ExpressionError("condition", f"it compares at most {MAX_COMPARISONS:,} times")
+            raise ExpressionError("condition", f"it has at most {MAX_COMPARISONS:,} comparisons")
         name = _resolve_operator(value)
         left = self._compile_side(value["left"])
         if name in _UNARY_OPERATORS:
             return _unary_test(name, left)
         if "right" not in value:
-            raise ExpressionError(name, "it compares left with right, and right is not there")
+            raise ExpressionError(name, "it compares left with right, but right is missing")
         return _binary_test(name, left, self._compile_side(value["right"]))
 
     def _compile_side(self, value: Json) -> ValueTemplate:
@@ -201,7 +201,7 @@ def _resolve_operator(value: dict[str, Json]) -> str:
     if unknown:
         raise ExpressionError(unknown[0], "a condition has left, operator, right, or one of all, any, not")
     if "left" not in value or "operator" not in value:
-        raise ExpressionError("condition", "it has left and operator, and mostly right")
+        raise ExpressionError("condition", "left and operator are required")
     name = str(value["operator"])
     name = SYMBOLS.get(name, name)
     if name in _UNARY_OPERATORS or name in _BINARY_OPERATORS:
@@ -268,7 +268,7 @@ _ID = "urn:pilotflame:condition"
 
 CONDITION_SCHEMA: Final[dict[str, Json]] = {
     "$id": _ID,
-    "description": "left, operator and mostly right; or all or any of a list of conditions; or not, of one",
+    "description": "left, operator and, for most operators, right; or all or any with a list of conditions; or not",
     "type": "object",
     "anyOf": [
         {

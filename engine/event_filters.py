@@ -29,7 +29,7 @@ def matches_event(condition: str, scope: ExpressionScope) -> bool:
     try:
         return offload.try_inline(_compile_cached(condition).test, scope, [])
     except BudgetExceeded as error:
-        raise ExpressionError("filter", "it takes too long for an event") from error
+        raise ExpressionError("filter", "it takes too long to evaluate") from error
 
 
 def bind_condition(

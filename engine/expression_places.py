@@ -200,9 +200,7 @@ def _expression_leaves(steps: PlaceSteps, value: Json, *, needed_only: bool = Fa
                 yield at, inner
         elif isinstance(inner, dict | list) and inner:
             if len(at) >= MAX_DEPTH:
-                raise ExpressionError(
-                    "[…]", f"objects and lists stand more than {MAX_DEPTH} deep in one another"
-                )
+                raise ExpressionError("[…]", f"objects and lists nest more than {MAX_DEPTH} deep")
             if not needed_only and "$op" in inner and isinstance(inner, dict):
                 message = "operations are computed only in the fields that docs/expressions.md lists"
                 raise ExpressionError(f"$op {inner['$op']}", f"{message}: compute it in a set node before")

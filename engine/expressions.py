@@ -114,8 +114,8 @@ def _parse_steps(source: str) -> list[PathStep]:
     while at < len(dotted):
         match = _STEP.match(dotted, at)
         if match is None:
-            hint = 'names are joined by dots, other keys stand as ["odd key"], positions as [0]'
-            raise ExpressionError(source, f"can't be read from {_shorten(dotted[at:])!r} on: {hint}")
+            hint = 'names are joined by dots, other keys are written ["odd key"], positions [0]'
+            raise ExpressionError(source, f"can't be parsed from {_shorten(dotted[at:])!r} on: {hint}")
         steps.append(_parse_step(match))
         at = match.end()
     return steps
@@ -218,7 +218,7 @@ class OutputAllowance:
         self.left -= amount
         if self.left < 0:
             offload.require_offloaded()
-            raise ExpressionError(expression, f"more than {MAX_WRITTEN:,} characters or elements come of it")
+            raise ExpressionError(expression, f"it produces more than {MAX_WRITTEN:,} characters or elements")
 
 
 _Render: TypeAlias = Callable[[ExpressionScope, list[str], OutputAllowance], Json]
@@ -301,7 +301,7 @@ class _TemplateCompiler:
         if not isinstance(value, list | dict):
             return None
         if depth >= MAX_DEPTH:
-            raise ExpressionError("[…]", f"objects and lists stand more than {MAX_DEPTH} deep in one another")
+            raise ExpressionError("[…]", f"objects and lists nest more than {MAX_DEPTH} deep")
         if isinstance(value, list):
             return self._compile_list(value, depth + 1)
         if "$op" in value and self._operations:
@@ -416,7 +416,7 @@ def _find_end_of_braces(text: str, opening: int) -> int:
     while depth or not text.startswith("}}", at):
         match = _BRACES.match(text, at)
         if match is None or (match[0] == "}" and not depth):
-            raise ExpressionError(text[opening:], "after {{ comes a path such as data.user.id, and }}")
+            raise ExpressionError(text[opening:], "write a path such as data.user.id between {{ and }}")
         depth += {"{": 1, "}": -1}.get(match[0], 0)
         at = match.end()
     return at + 2

@@ -76,12 +76,12 @@ class SuggestedFix:
     """Null for a removal."""
 
     def as_json(self) -> dict[str, Json]:
-        said: dict[str, Json] = {"action": self.action, **_id_fields(self.node_id, self.connection_id)}
+        fields: dict[str, Json] = {"action": self.action, **_id_fields(self.node_id, self.connection_id)}
         if self.path:
-            said["path"] = list(self.path)
+            fields["path"] = list(self.path)
         if self.value is not None:
-            said["value"] = self.value
-        return said
+            fields["value"] = self.value
+        return fields
 
 
 @dataclass(frozen=True, slots=True)

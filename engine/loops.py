@@ -47,16 +47,16 @@ class LoopScheduler:
 
     def __init__(
         self,
-        settlement: LoopOwner,
-        agenda: Worklist,
-        scribe: SpanRecorder,
+        owner: LoopOwner,
+        worklist: Worklist,
+        recorder: SpanRecorder,
         limits: RunLimits,
         recorded: Mapping[str, Mapping[str, NodeSpan]],
     ) -> None:
         """`recorded` holds the spans of earlier attempts, by iteration and node."""
-        self._settlement = settlement
-        self._agenda = agenda
-        self._scribe = scribe
+        self._owner = owner
+        self._worklist = worklist
+        self._recorder = recorder
         self._limits = limits
         self._recorded = recorded
         self._turns_at_once = 0
@@ -68,17 +68,17 @@ class LoopScheduler:
         """Begin a loop, or continue it after the recorded iterations."""
         frame, node_id = visit.frame, visit.node_id
         if len(each.items) > self._limits.max_loop_items:
-            self._settlement.fail(visit, _too_many_items(len(each.items), self._limits), is_final=True)
+            self._owner.fail(visit, _too_many_items(len(each.items), self._limits), is_final=True)
             return
         body = frame.section.bodies.get(node_id)
         if body is None or not each.items:
             if body is not None:
-                self._settlement.skip_body(body, frame)
-            self._settlement.complete(visit, _empty_output(len(each.items)), DONE)
+                self._owner.skip_body(body, frame)
+            self._owner.complete(visit, _empty_output(len(each.items)), DONE)
             return
         if node_id not in frame.recorded:
             count = values.encode_json({"count": len(each.items)})
-            self._scribe.record_node(visit, SpanStatus.RUNNING, output=count)
+            self._recorder.record_node(visit, SpanStatus.RUNNING, output=count)
         loop = LoopProgress(visit, body, each.items, max(each.concurrency, 1), each.continues_on_error)
         frame.loops.add(loop)
         if not loop.continues_on_error:
@@ -97,11 +97,11 @@ class LoopScheduler:
         visit.frame.loops.discard(loop)
         visit.resolved_config = None
         if loop.is_broken_off:
-            self._settlement.record_cancelled(visit)
+            self._owner.record_cancelled(visit)
         elif loop.failure is not None:
-            self._settlement.give_up(visit, loop.failure)
+            self._owner.give_up(visit, loop.failure)
         else:
-            self._settlement.complete(visit, loop.output(), DONE)
+            self._owner.complete(visit, loop.output(), DONE)
 
     # ── iterations ────────────────────────────────────────────────────────────────────────────────────
 
@@ -117,15 +117,15 @@ class LoopScheduler:
         if self._iterations > self._limits.max_iterations:
             self._fail(loop, _too_many_iterations(loop, self._limits))
             return
-        turn = SectionFrame.for_turn(loop, index, recorded, self._scribe.clock.now())
+        turn = SectionFrame.for_turn(loop, index, recorded, self._recorder.clock.now())
         loop.turns[index] = turn
         self._turns_at_once += 1
-        self._settlement.schedule_successors(turn, turn.start())
+        self._owner.schedule_successors(turn, turn.start())
 
     def _restore_turn(self, loop: LoopProgress, index: int, span: NodeSpan) -> None:
         """Restore the end of an iteration from the journal, without its nodes."""
         loop.visit.counted += loop.turn_share
-        self._scribe.count(loop.visit.frame, loop.turn_share)
+        self._recorder.count(loop.visit.frame, loop.turn_share)
         if span.error is not None:
             self._on_turn_failed(loop, index, span.error)
             return
@@ -136,7 +136,7 @@ class LoopScheduler:
         """Record the result of an iteration in which nothing is left to do."""
         del loop.turns[turn.index]
         self._turns_at_once -= 1
-        self._scribe.count(turn, loop.turn_share - turn.counted)
+        self._recorder.count(turn, loop.turn_share - turn.counted)
         if turn.failure is not None:
             self._record_turn(turn, loop, SpanStatus.FAILED, error=turn.failure)
             self._on_turn_failed(loop, turn.index, turn.failure)
@@ -154,7 +154,7 @@ class LoopScheduler:
             if loop.result_bytes > self._limits.max_output_bytes:
                 raise outcomes.output_too_large(self._limits.max_output_bytes)
         except (InvalidJson, NodeError) as error:
-            self._fail(loop, self._settlement.to_run_error(loop.visit, outcomes.to_node_error(error)))
+            self._fail(loop, self._owner.to_run_error(loop.visit, outcomes.to_node_error(error)))
             return
         loop.results[turn.index] = result
         self._record_turn(turn, loop, SpanStatus.COMPLETED, output=encoded)
@@ -179,8 +179,8 @@ class LoopScheduler:
             frame.is_broken_off = True
             for loop in frame.loops:
                 loop.is_broken_off = True
-        for visit in self._agenda.drop_frames(set(frames)):
-            self._scribe.record_node(visit, SpanStatus.CANCELLED, ended_at=self._scribe.clock.now())
+        for visit in self._worklist.drop_frames(set(frames)):
+            self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._recorder.clock.now())
         for frame in reversed(frames):
             loop_around = frame.loop
             if frame.open == 0 and loop_around is not None and loop_around.turns.get(frame.index) is frame:
@@ -204,7 +204,7 @@ class LoopScheduler:
         output: bytes | None = None,
         error: RunError | None = None,
     ) -> None:
-        self._scribe.record_turn(turn, loop.visit.program.node, status, CONTINUE, output, error)
+        self._recorder.record_turn(turn, loop.visit.program.node, status, CONTINUE, output, error)
 
 
 def _empty_output(count: int) -> dict[str, Json]:
@@ -213,11 +213,11 @@ def _empty_output(count: int) -> dict[str, Json]:
 
 def _too_many_items(count: int, limits: RunLimits) -> NodeError:
     name = engine_limits.setting_name("max_loop_items")
-    message = f"The loop was given {count:,} items, and may have {limits.max_loop_items:,} ({name})"
+    message = f"The loop has {count:,} items; the maximum is {limits.max_loop_items:,} ({name})"
     return NodeError(message, code="too-many-items")
 
 
 def _too_many_iterations(loop: LoopProgress, limits: RunLimits) -> RunError:
     name = engine_limits.setting_name("max_iterations")
-    message = f"The loops of one run may take {limits.max_iterations:,} turns in all ({name})"
+    message = f"The loops of one run may have at most {limits.max_iterations:,} iterations in total ({name})"
     return RunError("too-many-iterations", message, loop.visit.node_id, loop.visit.attempt)

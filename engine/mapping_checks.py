@@ -180,7 +180,7 @@ class _PathChecker:
 
     def _explain_loop_root(self, path: ExpressionPath, root: str) -> _UnresolvedPath:
         hint = f"Put the node behind the port {CONTINUE} of a loop, or read from data."
-        return _UnresolvedPath(path.text, f"finds nothing: {root} is there in the body of a loop alone", hint)
+        return _UnresolvedPath(path.text, f"finds nothing: {root} exists only in the body of a loop", hint)
 
     def _explain_unknown_node(self, node: GraphNode, path: ExpressionPath) -> _UnresolvedPath:
         reason = "names no node of the workflow"
@@ -194,7 +194,9 @@ class _PathChecker:
             ids[name] for name in name_suggestions.suggest_names(path.steps[0][0] or "", ids)
         )
         meant = [_format_path("nodes", ((node_id, None), *path.steps[1:])) for node_id in near]
-        return _UnresolvedPath(path.text, reason, f"Before this node run {_join_names(ids.values())}.", meant)
+        return _UnresolvedPath(
+            path.text, reason, f"The nodes before this one are {_join_names(ids.values())}.", meant
+        )
 
     def _ancestors(self, node: GraphNode) -> Iterator[GraphNode]:
         """Yield the ancestors of a node, the nearest first."""

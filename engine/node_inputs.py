@@ -28,14 +28,14 @@ class NodeInputs:
     """Preparation of the nodes of one run."""
 
     def __init__(
-        self, program: WorkflowProgram, caller: RunCaller, services: NodeServices, scribe: SpanRecorder
+        self, program: WorkflowProgram, caller: RunCaller, services: NodeServices, recorder: SpanRecorder
     ) -> None:
         self._program = program
         self._nodes = program.nodes
         self._is_strict = program.graph.settings.strict_mappings
         self._caller = caller
         self._services = services
-        self._scribe = scribe
+        self._recorder = recorder
 
     def reach_node(
         self, frame: SectionFrame, node_id: str, roots: Mapping[str, Json] | None = None
@@ -55,7 +55,14 @@ class NodeInputs:
         encoded = None if input_node is not None else values.encode_json(data)
         digest = frame.digests[input_node] if input_node is not None else sha256(encoded or b"").digest()
         visit = NodeVisit(
-            frame, program, data, input_node, encoded, digest, self._scribe.clock.now(), unresolved=unresolved
+            frame,
+            program,
+            data,
+            input_node,
+            encoded,
+            digest,
+            self._recorder.clock.now(),
+            unresolved=unresolved,
         )
         recorded = frame.recorded.get(node_id)
         if recorded is not None:
@@ -64,7 +71,7 @@ class NodeInputs:
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
         """Return the visit of a node whose input could not be prepared."""
-        return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._scribe.clock.now())
+        return NodeVisit(frame, self._nodes[node_id], None, None, None, b"", self._recorder.clock.now())
 
     def _gather_input(self, frame: SectionFrame, program: NodeProgram) -> tuple[Json, str | None]:
         """Return the input of a node, and the single parent whose unchanged output it is, if any."""
@@ -94,7 +101,7 @@ class NodeInputs:
         See `reach_node` for `roots`.
         """
         program, frame = visit.program, visit.frame
-        visit.begun_at = self._scribe.clock.now()
+        visit.begun_at = self._recorder.clock.now()
         if program.missing is not None:
             raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
         scope = {"data": visit.data, **(roots or frame.roots)}
@@ -114,7 +121,7 @@ class NodeInputs:
                 visit.config = cast("Mapping[str, Json]", values.restore_json(rendered))
             dynamic = sha256(dynamic + rendered).digest()
         visit.hashes = program.static_hashes + dynamic
-        node_id, log = program.node.id, self._scribe.log
+        node_id, log = program.node.id, self._recorder.log
         return NodeCall(
             config=visit.config,
             data=visit.data,
@@ -156,8 +163,8 @@ class NodeInputs:
         ]
         if lost:
             message = (
-                f"Nothing was found at {', '.join(lost)}: where it may be missing, "
-                "write what counts instead, as in {{ data.name ?? null }}"
+                f"Nothing was found at {', '.join(lost)}: if it may be missing, "
+                "add a fallback, as in {{ data.name ?? null }}"
             )
             raise NodeError(message, code="unresolved-mapping")
 

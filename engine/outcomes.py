@@ -42,7 +42,7 @@ def output_too_large(max_bytes: int) -> NodeError:
     """Return the error of an output above the size limit."""
     name = run_limits.setting_name("max_output_bytes")
     return NodeError(
-        f"The output takes more than the {max_bytes:,} bytes that can be kept ({name})",
+        f"The output is larger than the maximum of {max_bytes:,} bytes ({name})",
         code="output-too-large",
     )
 
@@ -60,7 +60,7 @@ def error_output(reason: RunError, data: Json, max_bytes: int) -> tuple[Json, by
 def node_timed_out(node: GraphNode) -> NodeError:
     """Return the error of a node that has exceeded its timeout."""
     return NodeError(
-        f"The node took longer than its {node.timeout_seconds:g} s", code=TIMEOUT_CODE, retryable=True
+        f"The node exceeded its timeout of {node.timeout_seconds:g} s", code=TIMEOUT_CODE, retryable=True
     )
 
 

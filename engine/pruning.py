@@ -31,7 +31,7 @@ def prune_graph(graph: ParsedGraph, catalog: NodeTypeLookup) -> ParsedGraph:
         return graph
     for node_id in (*graph.pinned, *([] if graph.up_to is None else [graph.up_to])):
         if node_id not in graph.by_id:
-            raise InvalidDefinition(f"There is no node {node_id!r} to be pinned, or to end with")
+            raise InvalidDefinition(f"There is no node {node_id!r} to pin or to end with")
     bodies = find_bodies(graph, [node.id for node in graph.nodes if _is_loop(node, catalog)])
     needed = _NeededNodes(graph, bodies).collect()
     return ParsedGraph(

@@ -45,30 +45,32 @@ class RunProgress:
         program: WorkflowProgram,
         recorded: Mapping[str, Mapping[str, NodeSpan]],
         wait_answers: NodeAnswers,
-        visits: NodeInputs,
-        scribe: SpanRecorder,
-        agenda: Worklist,
+        node_inputs: NodeInputs,
+        recorder: SpanRecorder,
+        worklist: Worklist,
         limits: RunLimits,
     ) -> None:
         self.failure: RunError | None = None
         """Error of the run."""
         self._nodes = program.nodes
         self._settings = program.graph.settings
-        self._signals = wait_answers
-        self._visits = visits
-        self._scribe = scribe
-        self._agenda = agenda
+        self._wait_answers = wait_answers
+        self._node_inputs = node_inputs
+        self._recorder = recorder
+        self._worklist = worklist
         self._limits = limits
         self._max_output_bytes = limits.max_output_bytes
         self._recorded = recorded
-        self._begun_loops: LoopScheduler | None = None
+        self._loop_scheduler: LoopScheduler | None = None
 
     @property
     def _loops(self) -> LoopScheduler:
         # Created on demand: the two refer to each other, so only the garbage collector frees them.
-        if self._begun_loops is None:
-            self._begun_loops = LoopScheduler(self, self._agenda, self._scribe, self._limits, self._recorded)
-        return self._begun_loops
+        if self._loop_scheduler is None:
+            self._loop_scheduler = LoopScheduler(
+                self, self._worklist, self._recorder, self._limits, self._recorded
+            )
+        return self._loop_scheduler
 
     # ── node outcomes ─────────────────────────────────────────────────────────────────────────────
 
@@ -84,7 +86,7 @@ class RunProgress:
             elif isinstance(outcome, AnswerWait):
                 self._begin_answer_wait(visit, outcome)
             else:
-                self._visits.check_resolved(visit)
+                self._node_inputs.check_resolved(visit)
                 self._loops.begin(visit, outcome)
         except (InvalidJson, NodeError) as error:
             self.fail(visit, to_node_error(error))
@@ -106,7 +108,7 @@ class RunProgress:
         if visit.program.pass_through:
             output = self._pass_through(visit, output)
         if visit.unresolved:
-            self._visits.check_resolved(visit)
+            self._node_inputs.check_resolved(visit)
         if output is visit.data:
             # Reuse the encoded input.
             text = visit.input if visit.input_node is None else visit.frame.texts.get(visit.input_node)
@@ -149,9 +151,9 @@ class RunProgress:
         if pause is None:
             self.give_up(visit, reason)
             return
-        self._scribe.log("warning", f"Attempt {reason.attempt} failed: {error.message}", visit.node_id)
-        wake_at = self._scribe.clock.now() + timedelta(seconds=pause)
-        self._scribe.record_node(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
+        self._recorder.log("warning", f"Attempt {reason.attempt} failed: {error.message}", visit.node_id)
+        wake_at = self._recorder.clock.now() + timedelta(seconds=pause)
+        self._recorder.record_node(visit, SpanStatus.RETRYING, wake_at=wake_at, error=reason)
         visit.attempt += 1
         self._sleep(visit, wake_at, WakeAction.TRIED_AGAIN)
 
@@ -187,10 +189,12 @@ class RunProgress:
             digest = sha256(text).digest()
             self._settle(visit, SpanStatus.FAILED, ERROR, output, text, digest, reason)
             return
-        self._scribe.record_node(visit, SpanStatus.FAILED, ended_at=self._scribe.clock.now(), error=reason)
-        self._scribe.count_node(visit)
+        self._recorder.record_node(
+            visit, SpanStatus.FAILED, ended_at=self._recorder.clock.now(), error=reason
+        )
+        self._recorder.count_node(visit)
         if visit.is_write:
-            self._scribe.has_uncommitted_write = True
+            self._recorder.has_uncommitted_write = True
         self._fail_frame(frame, reason)
         self._on_node_settled(frame)
 
@@ -205,7 +209,7 @@ class RunProgress:
 
     def record_cancelled(self, visit: NodeVisit) -> None:
         """Record that a node in a cancelled frame was cancelled."""
-        self._scribe.record_node(visit, SpanStatus.CANCELLED, ended_at=self._scribe.clock.now())
+        self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._recorder.clock.now())
         self._on_node_settled(visit.frame)
 
     # ── successors ────────────────────────────────────────────────────────────────────────────────
@@ -227,12 +231,12 @@ class RunProgress:
             frame.texts[node_id] = text
         if frame.loop is not None:
             frame.nodes[node_id] = output
-        self._scribe.record_node(
-            visit, status, port=port, output=text, ended_at=self._scribe.clock.now(), error=error
+        self._recorder.record_node(
+            visit, status, port=port, output=text, ended_at=self._recorder.clock.now(), error=error
         )
-        self._scribe.count_node(visit)
+        self._recorder.count_node(visit)
         if visit.program.is_write:
-            self._scribe.has_uncommitted_write = True
+            self._recorder.has_uncommitted_write = True
         if not frame.is_broken_off:
             self.schedule_successors(frame, frame.plan.settle(node_id, port))
         self._on_node_settled(frame)
@@ -246,7 +250,7 @@ class RunProgress:
         output = values.restore_json(span.output) if span.output is not None else None
         frame.outputs[span.node_id] = frame.nodes[span.node_id] = output
         frame.digests[span.node_id] = sha256(span.output or b"").digest()
-        self._scribe.count(frame, frame.share_of(span.node_id))
+        self._recorder.count(frame, frame.share_of(span.node_id))
         if span.port is not None:
             self.schedule_successors(frame, frame.plan.settle(span.node_id, span.port))
         elif span.error is not None:
@@ -256,12 +260,12 @@ class RunProgress:
     def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None:
         """Schedule ready nodes of a frame, and record skipped ones."""
         if step.ready:
-            self._agenda.add(frame, step.ready)
+            self._worklist.add(frame, step.ready)
         frame.skipped.update(step.skipped)
         for node_id in step.skipped:
-            self._scribe.count(frame, frame.share_of(node_id))
+            self._recorder.count(frame, frame.share_of(node_id))
             if node_id not in frame.recorded:
-                self._scribe.record_skipped(self._nodes[node_id].node, frame.iteration)
+                self._recorder.record_skipped(self._nodes[node_id].node, frame.iteration)
                 if node_id in frame.section.bodies:
                     self.skip_body(frame.section.bodies[node_id], frame)
 
@@ -269,7 +273,7 @@ class RunProgress:
         """Record the nodes of a loop body without iterations as skipped."""
         for node in body.inner_nodes():
             if node.id not in frame.recorded:
-                self._scribe.record_skipped(node, frame.iteration)
+                self._recorder.record_skipped(node, frame.iteration)
 
     def _on_node_settled(self, frame: SectionFrame) -> None:
         """Record that one node of a frame has ended."""
@@ -282,19 +286,19 @@ class RunProgress:
     def _begin_wait(self, visit: NodeVisit, outcome: TimerWait) -> None:
         _, text, _ = visit.written or self._encode_output(visit, outcome.output)
         visit.written = None
-        self._scribe.record_node(visit, SpanStatus.WAITING, output=text, wake_at=outcome.until)
+        self._recorder.record_node(visit, SpanStatus.WAITING, output=text, wake_at=outcome.until)
         self._sleep(visit, outcome.until, WakeAction.DONE, output=text)
 
     def _begin_answer_wait(self, visit: NodeVisit, outcome: AnswerWait) -> None:
-        self._visits.check_resolved(visit)
+        self._node_inputs.check_resolved(visit)
         payload = self._find_answer(visit)
         if payload is not None:
             self._apply_answer(visit, payload)
             return
         text = outcomes.encode_output(answer_payloads.encode_wait(outcome), self._max_output_bytes)
-        self._scribe.record_node(visit, SpanStatus.WAITING, wake_at=outcome.expires_at, awaits=text)
+        self._recorder.record_node(visit, SpanStatus.WAITING, wake_at=outcome.expires_at, awaits=text)
         if visit.is_write:
-            self._scribe.has_uncommitted_write = True
+            self._recorder.has_uncommitted_write = True
         self._sleep(visit, outcome.expires_at, WakeAction.EXPIRED, expired=outcome.expired)
 
     def resume_sleep(self, visit: NodeVisit, recorded: NodeSpan) -> None:
@@ -311,7 +315,7 @@ class RunProgress:
 
     def apply_answers(self, wait_answers: NodeAnswers) -> None:
         """Apply the current wait answers to sleeping nodes."""
-        self._signals, sleeping = wait_answers, self._agenda.sleeping
+        self._wait_answers, sleeping = wait_answers, self._worklist.sleeping
         for visit in [one.visit for one in sleeping.values() if one.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
             # An earlier answer of this loop may have cancelled this node.
@@ -319,7 +323,7 @@ class RunProgress:
                 self._apply_answer(visit, payload)
 
     def _find_answer(self, visit: NodeVisit) -> bytes | None:
-        return self._signals.get((visit.node_id, visit.frame.iteration))
+        return self._wait_answers.get((visit.node_id, visit.frame.iteration))
 
     def _apply_answer(self, visit: NodeVisit, payload: bytes) -> None:
         try:
@@ -340,7 +344,7 @@ class RunProgress:
         elif sleeping.expired is not None:
             self.apply_outcome(visit, sleeping.expired)
         else:
-            self.fail(visit, NodeError("Nobody has answered in time", code=EXPIRED_CODE), is_final=True)
+            self.fail(visit, NodeError("No answer arrived in time", code=EXPIRED_CODE), is_final=True)
 
     def _sleep(
         self,
@@ -351,5 +355,5 @@ class RunProgress:
         output: bytes | None = None,
         expired: NodeResult | None = None,
     ) -> None:
-        wakes_at = None if wake_at is None else self._scribe.clock.monotonic_of(wake_at)
-        self._agenda.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired)
+        wakes_at = None if wake_at is None else self._recorder.clock.monotonic_of(wake_at)
+        self._worklist.sleeping[visit] = SleepingNode(visit, wakes_at, then, output, expired)

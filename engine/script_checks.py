@@ -36,7 +36,7 @@ class ScriptChecker:
                 continue
             if isinstance(source, str) and (wrong := self._syntax_problem(source)) is not None:
                 message = f'Node "{node.label}" ({node.type}): config.{name}: {wrong}'
-                yield GraphFinding(FindingType.INVALID_CONFIG, message, "Mend the script.", node.id)
+                yield GraphFinding(FindingType.INVALID_CONFIG, message, "Fix the script.", node.id)
 
     def _syntax_problem(self, source: str) -> str | None:
         if source not in self._read:
@@ -55,7 +55,7 @@ def _syntax_error_of(source: str) -> str | None:
     except SyntaxError as error:
         return f"line {error.lineno}: {error.msg}"
     except (RecursionError, MemoryError):
-        return "it has too much inside one another"
+        return "it is nested too deeply"
     except ValueError as error:
         return str(error)
     return None

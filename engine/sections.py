@@ -118,7 +118,7 @@ def divide_graph(
     if bodies.crossing:
         raise InvalidDefinition(f"Connection {bodies.crossing[0].id!r} leads into the body of a loop")
     if max(bodies.depths.values(), default=0) > MAX_LOOP_DEPTH:
-        raise InvalidDefinition(f"More than {MAX_LOOP_DEPTH} loops stand in one another")
+        raise InvalidDefinition(f"Loops nest more than {MAX_LOOP_DEPTH} deep")
     return _SectionDivider(graph, bodies, frozenset(first), frozenset(eager)).section(None)
 
 

@@ -245,15 +245,15 @@ class EventWaitService(Protocol):
 class _MissingService:
     """Placeholder for a service that a process doesn't provide."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, name: str) -> None:
+        self._name = name
 
-    def __getattr__(self, _name: str) -> NoReturn:
-        raise NodeError(f"{self._what} are not to be had where this runs", code="not-available")
+    def __getattr__(self, _attribute: str) -> NoReturn:
+        raise NodeError(f"{self._name} are not available in this process", code="not-available")
 
 
-def _missing_service(what: str) -> Callable[[], Any]:
-    return lambda: _MissingService(what)
+def _missing_service(name: str) -> Callable[[], Any]:
+    return lambda: _MissingService(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +265,6 @@ class NodeServices:
     files: FileFolderService = field(default_factory=_missing_service("Files"))
     blobs: BlobService = field(default_factory=_missing_service("Blobs"))
     code: CodeService = field(default_factory=_missing_service("Code nodes"))
-    runs: SubRunService = field(default_factory=_missing_service("Other workflows"))
-    throttle: ThrottleService = field(default_factory=_missing_service("Shared rates"))
+    runs: SubRunService = field(default_factory=_missing_service("Sub-workflows"))
+    throttle: ThrottleService = field(default_factory=_missing_service("Shared rate limits"))
     events: EventWaitService = field(default_factory=_missing_service("Events"))

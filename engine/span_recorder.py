@@ -76,7 +76,7 @@ class SpanRecorder:
     ) -> None:
         """Record the state of a node."""
         if visit.attempt > 1 or status is SpanStatus.RETRYING:
-            self._tell_attempt(visit, status, ended_at, wake_at, error)
+            self._record_attempt_state(visit, status, ended_at, wake_at, error)
         self._sequence += 1
         node = visit.program.node
         if output is not None:
@@ -107,7 +107,7 @@ class SpanRecorder:
             )
         )
 
-    def _tell_attempt(
+    def _record_attempt_state(
         self,
         visit: NodeVisit,
         status: SpanStatus,
@@ -117,7 +117,7 @@ class SpanRecorder:
     ) -> None:
         """Record the state of the current attempt of a node with several attempts."""
         if visit.lost is not None:
-            self._tell_lost_attempt(visit, visit.lost)
+            self._record_lost_attempt(visit, visit.lost)
             visit.lost = None
         number, next_attempt_at, begun_at = visit.attempt, None, visit.begun_at
         if status is SpanStatus.RETRYING:
@@ -132,10 +132,10 @@ class SpanRecorder:
             begun_at = visit.started_at
         self._record_attempt(visit, number, status, begun_at, ended_at, next_attempt_at, error)
 
-    def _tell_lost_attempt(self, visit: NodeVisit, recorded: NodeSpan) -> None:
+    def _record_lost_attempt(self, visit: NodeVisit, recorded: NodeSpan) -> None:
         """Record the unknown end of an attempt that an earlier worker began."""
         number = recorded.attempt
-        message = f"The worker stopped or was lost during attempt {number}: its end is unknown"
+        message = f"The worker stopped or was lost during attempt {number}: its outcome is unknown"
         error = RunError(LOST_ATTEMPT_CODE, message, visit.program.node.id, number)
         begun_at = recorded.started_at if number == 1 else None
         self._record_attempt(visit, number, SpanStatus.FAILED, begun_at, None, None, error)
@@ -156,7 +156,9 @@ class SpanRecorder:
                 return
             self._attempts += 1
             if self._attempts > MAX_ATTEMPT_SPANS:
-                self.log("warning", f"More than {MAX_ATTEMPT_SPANS:,} attempts: no more get spans", node.id)
+                self.log(
+                    "warning", f"More than {MAX_ATTEMPT_SPANS:,} attempts: further ones get no spans", node.id
+                )
                 return
             visit.told_attempt = number
         self._sequence += 1
@@ -245,6 +247,6 @@ class SpanRecorder:
         if self._log_lines > self._max_log_lines:
             name = engine_limits.setting_name("max_log_lines")
             level = "warning"
-            message = f"More than {self._max_log_lines:,} log lines ({name}): the rest is left out"
+            message = f"More than {self._max_log_lines:,} log lines ({name}): further lines are dropped"
         self._sequence += 1
         self._journal.log(LogLine(level, make_storable(message), node_id, self._sequence, self.clock.now()))

@@ -143,7 +143,7 @@ def _find_node_type(
 
 
 def _unknown_type_finding(node: GraphNode, error: UnknownNodeType) -> GraphFinding:
-    suggestion = "Choose a type and version from the catalogue."
+    suggestion = "Choose a type and version from the catalog."
     fix = None
     if error.version is not None:
         suggestion = f"Use version {error.version}."
@@ -156,7 +156,7 @@ def _unknown_type_finding(node: GraphNode, error: UnknownNodeType) -> GraphFindi
 
 def _not_runnable_finding(node: GraphNode) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}) can be drawn and connected, but this server can\'t run it'
-    suggestion = "Replace it by a type that the catalogue shows as runnable before you run the workflow."
+    suggestion = "Replace it with a runnable type of the catalog before you run the workflow."
     return GraphFinding(FindingType.NOT_RUNNABLE, message, suggestion, node.id)
 
 
@@ -204,7 +204,7 @@ def _connection_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) -> I
 
 
 def _broken_edge_finding(edge: GraphEdge, missing: Sequence[str]) -> GraphFinding:
-    message = f"Connection {edge.id!r} names {' and '.join(map(repr, missing))}, which the workflow lacks"
+    message = f"Connection {edge.id!r} refers to {' and '.join(map(repr, missing))}, which the workflow doesn't have"
     return GraphFinding(
         FindingType.BROKEN_CONNECTION,
         message,
@@ -224,7 +224,7 @@ def _unknown_output_finding(edge: GraphEdge, node: GraphNode, ports: Sequence[st
 def _unknown_input_finding(edge: GraphEdge, node: GraphNode, node_type: NodeType) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}) has no input port {edge.target_port!r}'
     if not node_type.inputs:
-        suggestion = "Nothing can lead into this node: remove the connection."
+        suggestion = "This node has no input port: remove the connection."
         return GraphFinding(
             FindingType.INVALID_PORT, message, suggestion, node.id, edge.id, _removal_fix(edge)
         )
@@ -266,8 +266,8 @@ def _cycle_finding(graph: ParsedGraph, loops: Collection[str]) -> Iterator[Graph
         back = _find_loop_back_edge(edges, loops)
         if back is not None:
             suggestion = (
-                f"Remove connection {back.id}: the body of a loop ends by itself, and what has come of all items"
-                f" leaves by the loop's port {DONE}."
+                f"Remove connection {back.id}: the body of a loop ends by itself, and the results of all items"
+                f" leave by the loop's port {DONE}."
             )
             yield GraphFinding(FindingType.CYCLE, message, suggestion, back.target, fix=_removal_fix(back))
             return
@@ -295,17 +295,17 @@ def _overlap_findings(graph: ParsedGraph, bodies: LoopBodies) -> Iterator[GraphF
             f" is reached from its port {CONTINUE}"
         )
         suggestion = (
-            f"Remove it, or the connections by which the body leads to this node: what has come of a loop leaves it"
+            f"Remove it, or the connections by which the body leads to this node: the results of a loop leave it"
             f" by its port {DONE}."
         )
         yield GraphFinding(FindingType.LOOP_BODY_ENTERED, message, suggestion, target.id, edge.id)
     for node_id in {holder for holder in bodies.holders.values() if holder is not None}:
         if bodies.depths[node_id] == MAX_LOOP_DEPTH:
             message = (
-                f'Loop "{by_id[node_id].label}" stands in {MAX_LOOP_DEPTH} others:'
-                f" at most {MAX_LOOP_DEPTH} loops stand in one another"
+                f'Loop "{by_id[node_id].label}" is nested in {MAX_LOOP_DEPTH} others:'
+                f" loops nest at most {MAX_LOOP_DEPTH} deep"
             )
-            suggestion = "Run its body in a workflow of its own, by a sub-workflow node."
+            suggestion = "Move its body to another workflow, and run that by a sub-workflow node."
             yield GraphFinding(FindingType.LOOPS_TOO_DEEP, message, suggestion, node_id)
 
 
@@ -316,7 +316,7 @@ def _disconnected_findings(graph: ParsedGraph, types: Mapping[str, NodeType]) ->
             continue
         if node_type and not node_type.inputs:
             if not graph.outbound[node.id]:
-                message = f'Node "{node.label}" ({node.type}) leads to no node: nobody uses it'
+                message = f'Node "{node.label}" ({node.type}) is not connected to any node'
                 yield GraphFinding(
                     FindingType.DISCONNECTED_NODE, message, "Connect it, or remove it.", node.id
                 )
@@ -355,14 +355,14 @@ def _invalid_config_finding(node: GraphNode, problem: ConfigProblemView) -> Grap
     if problem.meant is not None:
         is_unknown_field = problem.keyword == "additionalProperties"
         action = FixAction.RENAME_CONFIG if is_unknown_field else FixAction.SET_CONFIG
-        suggestion = f"Call it {problem.meant}." if is_unknown_field else f"Write {problem.meant}."
+        suggestion = f"Rename it to {problem.meant}." if is_unknown_field else f"Set it to {problem.meant}."
         fix = SuggestedFix(action, node.id, path=problem.steps, value=problem.meant)
     return GraphFinding(FindingType.INVALID_CONFIG, message, suggestion, node.id, fix=fix)
 
 
 def _invalid_expression_finding(node: GraphNode, name: str, error: ExpressionError) -> GraphFinding:
     message = f'Node "{node.label}" ({node.type}): {name}: {error}'
-    return GraphFinding(FindingType.INVALID_CONFIG, message, "Mend the expression.", node.id)
+    return GraphFinding(FindingType.INVALID_CONFIG, message, "Fix the expression.", node.id)
 
 
 def _inline_secret_findings(graph: ParsedGraph) -> Iterator[GraphFinding]:
@@ -370,9 +370,11 @@ def _inline_secret_findings(graph: ParsedGraph) -> Iterator[GraphFinding]:
         found = inline_secrets.find_secrets(dict(node.config))
         if found:
             shown = ", ".join(_join_some(found, SHOWN_PLACES))
-            message = f'Node "{node.label}" ({node.type}) seems to hold a credential in its config: {shown}'
+            message = (
+                f'Node "{node.label}" ({node.type}) seems to contain a credential in its config: {shown}'
+            )
             suggestion = (
-                "Hand it in with the run's data instead: whoever may read the workflow can read it here."
+                "Pass it with the data of the run instead: everyone who reads the workflow can read it."
             )
             yield GraphFinding(FindingType.INLINE_SECRET, message, suggestion, node.id)
 

@@ -172,7 +172,7 @@ def _decode_error(raw: bytes, error: ValueError) -> InvalidJson:
     position = _ERROR_POSITION.search(reason)
     at = int(position.group(1)) if position else len(raw)
     if not raw.strip():
-        return InvalidJson("malformed-json", "There is no JSON: the text is empty")
+        return InvalidJson("malformed-json", "The JSON text is empty")
     if raw.startswith(_BYTE_ORDER_MARK):
         return InvalidJson("malformed-json", "The JSON begins with a byte order mark: send it without one")
     if reason.startswith("Integer value out of range"):
@@ -353,7 +353,7 @@ def identity_key(value: Json) -> Hashable:
 
 
 def _too_deep_error(max_depth: int) -> InvalidJson:
-    return InvalidJson("too-deep", f"Objects and lists stand inside one another more than {max_depth} deep")
+    return InvalidJson("too-deep", f"Objects and lists nest more than {max_depth} deep")
 
 
 def _too_large_error(max_bytes: int) -> InvalidJson:
@@ -361,7 +361,7 @@ def _too_large_error(max_bytes: int) -> InvalidJson:
 
 
 def _duplicate_key_error(key: str) -> InvalidJson:
-    return InvalidJson("duplicate-key", f"The key {key[:100]!r} is given more than once in one object")
+    return InvalidJson("duplicate-key", f"The key {key[:100]!r} occurs more than once in one object")
 
 
 def _number_too_long_error() -> InvalidJson:
@@ -373,8 +373,8 @@ def _not_finite_error(number: object) -> InvalidJson:
 
 
 def _nul_character_error() -> InvalidJson:
-    return InvalidJson("nul-character", "A text holds the character NUL (U+0000), which can't be stored")
+    return InvalidJson("nul-character", "A text contains the character NUL (U+0000), which can't be stored")
 
 
 def _lone_surrogate_error() -> InvalidJson:
-    return InvalidJson("lone-surrogate", "A text holds half of a surrogate pair, which is no character")
+    return InvalidJson("lone-surrogate", "A text contains half of a surrogate pair, which is no character")

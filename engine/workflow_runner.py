@@ -106,41 +106,43 @@ class WorkflowRunner:
         self._clock = start.clock
         self._deadline = start.clock.monotonic_of(start.deadline)
         self._listen = start.listen
-        self._heard_at = time.monotonic()
+        self._answers_read_at = time.monotonic()
         self._control = control
-        self._broken_off: list[NodeVisit] = []
-        self._scribe = scribe = SpanRecorder(
+        self._interrupted: list[NodeVisit] = []
+        self._recorder = recorder = SpanRecorder(
             journal, start.sequence, limits, start.clock, attempts=_count_attempts(start.recorded)
         )
-        self._agenda = agenda = Worklist()
-        self._visits = visits = NodeInputs(program, start.caller, services, scribe)
+        self._worklist = worklist = Worklist()
+        self._node_inputs = node_inputs = NodeInputs(program, start.caller, services, recorder)
         recorded = _group_by_iteration(start.recorded)
         self._root = SectionFrame(
             program.root, start.trigger, _build_roots(start), recorded.get("", {}), start.started_at
         )
         self._root.share = 1 / program.root.size
-        self._settlement = RunProgress(program, recorded, start.wait_answers, visits, scribe, agenda, limits)
+        self._progress = RunProgress(
+            program, recorded, start.wait_answers, node_inputs, recorder, worklist, limits
+        )
 
     async def run(self) -> RunOutcome:
         """Run to the end of this attempt."""
-        agenda, scribe = self._agenda, self._scribe
-        self._settlement.schedule_successors(self._root, self._root.start())
-        turn_ends = time.monotonic() + SLICE_SECONDS
+        worklist, recorder = self._worklist, self._recorder
+        self._progress.schedule_successors(self._root, self._root.start())
+        slice_ends = time.monotonic() + SLICE_SECONDS
         try:
             while (ended := self._determine_end()) is None:
-                if agenda.settled_before:
-                    _, node_id, frame = heappop(agenda.settled_before)
-                    self._settlement.restore(frame, frame.recorded[node_id])
-                elif agenda.ready and self._may_start():
-                    await self._reach_node(*agenda.ready.popleft())
+                if worklist.settled_before:
+                    _, node_id, frame = heappop(worklist.settled_before)
+                    self._progress.restore(frame, frame.recorded[node_id])
+                elif worklist.ready and self._may_start():
+                    await self._reach_node(*worklist.ready.popleft())
                 else:
                     await self._wait_for_change()
                     continue
-                if time.monotonic() > turn_ends:
-                    if scribe.needs_commit:
-                        await scribe.commit()
+                if time.monotonic() > slice_ends:
+                    if recorder.needs_commit:
+                        await recorder.commit()
                     await offload.yield_to_loop()
-                    turn_ends = time.monotonic() + SLICE_SECONDS
+                    slice_ends = time.monotonic() + SLICE_SECONDS
         finally:
             await self._cancel_tasks()
         self._record_cancelled(ended)
@@ -149,26 +151,26 @@ class WorkflowRunner:
     # ── outcome ───────────────────────────────────────────────────────────────────────────────────
 
     def _determine_end(self) -> RunOutcome | None:  # noqa: C901 - one guard for each way to end, in order of precedence
-        request, agenda = self._control.request, self._agenda
-        if request is ControlRequest.ABANDON or not self._scribe.holds_lease():
+        request, worklist = self._control.request, self._worklist
+        if request is ControlRequest.ABANDON or not self._recorder.holds_lease():
             raise LeaseLost
         if request is ControlRequest.CANCEL:
             return RunOutcome(RunStatus.CANCELLED)
         if request is ControlRequest.HAND_OFF_NOW:
             return RunOutcome(RunStatus.RELEASED)
-        if self._settlement.failure is not None and not agenda.has_write_at_work:
-            return RunOutcome(RunStatus.FAILED, error=self._settlement.failure)
-        if agenda.tasks:
+        if self._progress.failure is not None and not worklist.has_write_at_work:
+            return RunOutcome(RunStatus.FAILED, error=self._progress.failure)
+        if worklist.tasks:
             return self._timeout_error()
         if request is ControlRequest.STOP:
             return RunOutcome(RunStatus.STOPPED)
-        is_idle = not agenda.ready and not agenda.settled_before
-        if is_idle and not agenda.sleeping:
+        is_idle = not worklist.ready and not worklist.settled_before
+        if is_idle and not worklist.sleeping:
             return RunOutcome(RunStatus.COMPLETED)
         if request is ControlRequest.HAND_OFF:
             return RunOutcome(RunStatus.RELEASED)
         if is_idle:
-            wakes_at = agenda.next_wake
+            wakes_at = worklist.next_wake
             if wakes_at is None:
                 return RunOutcome(RunStatus.WAITING)
             if wakes_at - time.monotonic() > SHORT_WAIT_SECONDS:
@@ -179,47 +181,47 @@ class WorkflowRunner:
         if time.monotonic() < self._deadline:
             return None
         seconds = self._program.graph.settings.timeout_seconds
-        message = f"The run took longer than its {seconds:g} s"
+        message = f"The run exceeded its timeout of {seconds:g} s"
         return RunOutcome(RunStatus.FAILED, error=RunError(TIMEOUT_CODE, message))
 
     async def _cancel_tasks(self) -> None:
         """Cancel all running tasks; a task that doesn't react within ten seconds is abandoned."""
-        if not self._agenda.tasks:
+        if not self._worklist.tasks:
             return
-        tasks = dict(self._agenda.tasks)
+        tasks = dict(self._worklist.tasks)
         for task in tasks:
             task.cancel()
         await asyncio.wait(tasks, timeout=CANCEL_SECONDS)
         # A node that ended nonetheless has recorded its own end.
-        self._broken_off += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
+        self._interrupted += [visit for task, visit in tasks.items() if task.cancelled() or not task.done()]
 
     def _record_cancelled(self, ended: RunOutcome) -> None:
         """Record interrupted nodes as cancelled; a run that continues elsewhere leaves them unchanged."""
         if ended.status in {RunStatus.RELEASED, RunStatus.WAITING, RunStatus.COMPLETED}:
             return
         loops = [loop.visit for frame in self._root.with_inner_turns() for loop in frame.loops]
-        for visit in (*self._broken_off, *loops):
-            self._scribe.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
+        for visit in (*self._interrupted, *loops):
+            self._recorder.record_node(visit, SpanStatus.CANCELLED, ended_at=self._clock.now())
 
     # ── nodes ─────────────────────────────────────────────────────────────────────────────────────
 
     def _may_start(self) -> bool:
         return (
-            self._settlement.failure is None
+            self._progress.failure is None
             and self._control.request is None
-            and len(self._agenda.tasks) < self._parallelism
+            and len(self._worklist.tasks) < self._parallelism
         )
 
     async def _reach_node(self, frame: SectionFrame, node_id: str) -> None:
         """Reach a node, and begin it unless it continues to sleep or has failed."""
         visit: NodeVisit | None
         try:
-            visit = offload.try_inline(self._visits.reach_node, frame, node_id)
+            visit = offload.try_inline(self._node_inputs.reach_node, frame, node_id)
         except BudgetExceeded:
-            begin = partial(self._visits.reach_node, frame, node_id, frame.current_roots())
+            begin = partial(self._node_inputs.reach_node, frame, node_id, frame.current_roots())
             visit = await self._prepare_in_thread(frame, node_id, begin)
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._settlement.fail(self._visits.unreached(frame, node_id), to_node_error(error))
+            self._progress.fail(self._node_inputs.unreached(frame, node_id), to_node_error(error))
             return
         if visit is not None and not self._resume_node(visit):
             await self._begin(visit)
@@ -230,33 +232,33 @@ class WorkflowRunner:
         if not frame.recorded or (recorded := frame.recorded.get(visit.node_id)) is None:
             return False
         if recorded.status in {SpanStatus.WAITING, SpanStatus.RETRYING}:
-            self._settlement.resume_sleep(visit, recorded)
+            self._progress.resume_sleep(visit, recorded)
             return True
         if recorded.status is SpanStatus.RUNNING and visit.is_at_most_once:
             visit.attempt = recorded.attempt
-            message = f"Nobody knows what came of attempt {visit.attempt}, and the node runs at most once"
-            self._settlement.fail(visit, NodeError(message, code=LOST_ATTEMPT_CODE), is_final=True)
+            message = f"The outcome of attempt {visit.attempt} is unknown, and the node runs at most once"
+            self._progress.fail(visit, NodeError(message, code=LOST_ATTEMPT_CODE), is_final=True)
             return True
         return False
 
     async def _begin(self, visit: NodeVisit) -> None:
         try:
-            call = offload.try_inline(self._visits.build_call, visit)
+            call = offload.try_inline(self._node_inputs.build_call, visit)
         except BudgetExceeded:
-            prepare = partial(self._visits.build_call, visit, visit.frame.current_roots())
+            prepare = partial(self._node_inputs.build_call, visit, visit.frame.current_roots())
             prepared = await self._prepare_in_thread(visit.frame, visit.node_id, prepare, visit)
             if prepared is None:
                 return
             call = prepared
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._settlement.fail(visit, to_node_error(error))
+            self._progress.fail(visit, to_node_error(error))
             return
         is_write = visit.program.is_write
         if is_write:
-            self._scribe.record_node(visit, SpanStatus.RUNNING)
-            self._scribe.has_uncommitted_write = True
-        if self._scribe.has_uncommitted_write:
-            await self._scribe.commit()
+            self._recorder.record_node(visit, SpanStatus.RUNNING)
+            self._recorder.has_uncommitted_write = True
+        if self._recorder.has_uncommitted_write:
+            await self._recorder.commit()
             if not self._may_continue(visit):
                 return
         if is_write or visit.node_id not in self._program.inline:
@@ -271,15 +273,15 @@ class WorkflowRunner:
         try:
             prepared = await offload.run_in_thread(prepare)
         except (ExpressionError, InvalidJson, NodeError) as error:
-            self._settlement.fail(visit or self._visits.unreached(frame, node_id), to_node_error(error))
+            self._progress.fail(visit or self._node_inputs.unreached(frame, node_id), to_node_error(error))
             return None
-        if not self._scribe.holds_lease():
+        if not self._recorder.holds_lease():
             raise LeaseLost
         if frame.is_broken_off:
-            self._settlement.record_cancelled(visit or self._visits.unreached(frame, node_id))
+            self._progress.record_cancelled(visit or self._node_inputs.unreached(frame, node_id))
             return None
         if not self._may_start():
-            self._agenda.ready.appendleft((frame, node_id))
+            self._worklist.ready.appendleft((frame, node_id))
             return None
         return prepared
 
@@ -291,75 +293,75 @@ class WorkflowRunner:
             self._start(visit, self._call_in_thread(visit, run, call))
             return
         except Exception as error:  # noqa: BLE001 - an exception of a node ends that node, not the worker
-            self._settlement.fail(visit, to_node_error(error))
+            self._progress.fail(visit, to_node_error(error))
             return
         try:
-            offload.try_inline(self._settlement.write_output, visit, outcome)
+            offload.try_inline(self._progress.write_output, visit, outcome)
         except BudgetExceeded:
             self._start(visit, _output_of(outcome))
         except (InvalidJson, NodeError) as error:
-            self._settlement.fail(visit, to_node_error(error))
+            self._progress.fail(visit, to_node_error(error))
         else:
-            self._settlement.apply_outcome(visit, outcome)
+            self._progress.apply_outcome(visit, outcome)
 
     def _may_continue(self, visit: NodeVisit) -> bool:
         """Check again after a commit: the lease may be lost, the run may have failed or received a request."""
-        if not self._scribe.holds_lease():
+        if not self._recorder.holds_lease():
             raise LeaseLost
         if visit.frame.is_broken_off:
-            self._settlement.record_cancelled(visit)
+            self._progress.record_cancelled(visit)
             return False
         if self._may_start():
             return True
-        self._agenda.ready.appendleft((visit.frame, visit.node_id))
+        self._worklist.ready.appendleft((visit.frame, visit.node_id))
         if visit.is_at_most_once:
             # It was announced and not begun, so the next worker may still begin it.
             visit.attempt -= 1
-            self._scribe.record_node(visit, SpanStatus.RETRYING, wake_at=self._clock.now())
+            self._recorder.record_node(visit, SpanStatus.RETRYING, wake_at=self._clock.now())
         if visit.is_write:
-            self._broken_off.append(visit)
+            self._interrupted.append(visit)
         return False
 
-    def _start(self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome]) -> None:
-        task = asyncio.create_task(self._perform_node(visit, coming))
-        self._agenda.tasks[task] = visit
-        task.add_done_callback(partial(self._finish_cancelled, visit, coming))
+    def _start(self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome]) -> None:
+        task = asyncio.create_task(self._perform_node(visit, pending))
+        self._worklist.tasks[task] = visit
+        task.add_done_callback(partial(self._finish_cancelled, visit, pending))
 
     def _finish_cancelled(
-        self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
+        self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> None:
         """Finish a node after its task was cancelled before it began, since the task itself can't."""
-        coming.close()
-        if task in self._agenda.tasks:
+        pending.close()
+        if task in self._worklist.tasks:
             self._finish_task(task)
             if visit.frame.is_broken_off:
-                self._settlement.record_cancelled(visit)
+                self._progress.record_cancelled(visit)
 
-    async def _perform_node(self, visit: NodeVisit, coming: Coroutine[Any, Any, NodeOutcome]) -> None:
+    async def _perform_node(self, visit: NodeVisit, pending: Coroutine[Any, Any, NodeOutcome]) -> None:
         """Run a node to its end in a task of its own."""
         task = cast("asyncio.Task[None]", asyncio.current_task())
         try:
-            outcome = await self._limit_time(visit.program.node, coming, task)
-            await offload.run(self._settlement.write_output, visit, outcome)
+            outcome = await self._limit_time(visit.program.node, pending, task)
+            await offload.run(self._progress.write_output, visit, outcome)
         except asyncio.CancelledError:
             self._finish_task(task)
             if visit.frame.is_broken_off:
-                self._settlement.record_cancelled(visit)
+                self._progress.record_cancelled(visit)
             raise
         except (InvalidJson, NodeError) as error:
             self._finish_task(task)
-            self._settlement.fail(visit, to_node_error(error))
+            self._progress.fail(visit, to_node_error(error))
         else:
             self._finish_task(task)
-            self._settlement.apply_outcome(visit, outcome)
+            self._progress.apply_outcome(visit, outcome)
 
     async def _limit_time(
-        self, node: GraphNode, coming: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
+        self, node: GraphNode, pending: Coroutine[Any, Any, NodeOutcome], task: asyncio.Task[None]
     ) -> NodeOutcome:
         limit = asyncio.timeout(node.timeout_seconds)
         try:
             async with limit:
-                return await coming
+                return await pending
         except asyncio.CancelledError:
             if task.cancelling():
                 raise
@@ -382,12 +384,12 @@ class WorkflowRunner:
         call = msgspec.structs.replace(call, log=lambda level, message: lines.append((level, message)))
         outcome = await offload.run_in_thread(run, call)
         for level, message in lines:
-            self._scribe.log(level, message, visit.node_id)
+            self._recorder.log(level, message, visit.node_id)
         return outcome
 
     def _finish_task(self, task: asyncio.Task[None]) -> None:
         # First, since the next steps may cancel tasks in progress.
-        del self._agenda.tasks[task]
+        del self._worklist.tasks[task]
         self._control.changed.set()
 
     # ── time ──────────────────────────────────────────────────────────────────────────────────────
@@ -395,11 +397,11 @@ class WorkflowRunner:
     async def _wait_for_change(self) -> None:
         # Cleared before the first await: any later change must end the wait below.
         self._control.changed.clear()
-        if self._scribe.has_uncommitted_write:
-            await self._scribe.commit()
+        if self._recorder.has_uncommitted_write:
+            await self._recorder.commit()
         until = self._deadline
         if self._may_start():
-            until = min(until, self._agenda.next_wake or until)
+            until = min(until, self._worklist.next_wake or until)
         # At most a second: the lease is checked by the clock, and no event announces its end.
         seconds = min(max(until - time.monotonic(), 0.0), 1.0)
         alarm = asyncio.get_running_loop().call_later(seconds, self._control.changed.set)
@@ -411,7 +413,7 @@ class WorkflowRunner:
             await self._wake()
 
     async def _wake(self) -> None:
-        now, sleeping = time.monotonic(), self._agenda.sleeping
+        now, sleeping = time.monotonic(), self._worklist.sleeping
         due = [one for one in sleeping.values() if one.wakes_at is not None and one.wakes_at <= now]
         if not await self._read_new_answers(is_due=any(one.then is WakeAction.EXPIRED for one in due)):
             due = [one for one in due if one.then is not WakeAction.EXPIRED]
@@ -424,22 +426,22 @@ class WorkflowRunner:
             if one.then is WakeAction.TRIED_AGAIN:
                 await self._begin(one.visit)
             else:
-                self._settlement.wake(one)
+                self._progress.wake(one)
 
     async def _read_new_answers(self, *, is_due: bool) -> bool:
         """Apply new wait answers: periodically, and always before a wait for an answer expires.
 
         Returns False if the answers are unavailable.
         """
-        awaits = any(one.then is WakeAction.EXPIRED for one in self._agenda.sleeping.values())
-        is_time = is_due or time.monotonic() > self._heard_at + ANSWER_POLL_SECONDS
+        awaits = any(one.then is WakeAction.EXPIRED for one in self._worklist.sleeping.values())
+        is_time = is_due or time.monotonic() > self._answers_read_at + ANSWER_POLL_SECONDS
         if self._listen is None or not awaits or not is_time:
             return True
-        self._heard_at = time.monotonic()
+        self._answers_read_at = time.monotonic()
         wait_answers = await self._listen()
         if wait_answers is None:
             return False
-        self._settlement.apply_answers(wait_answers)
+        self._progress.apply_answers(wait_answers)
         return True
 
 

@@ -86,9 +86,9 @@ class ChildRunStarter:
         self._catalog = catalog
         self._max_depth = settings.max_run_depth
         self._max_sub_runs = settings.max_sub_runs
-        self._kept: OrderedDict[tuple[str, str], LoadedWorkflow] = OrderedDict()
-        self._kept_characters = 0
-        self._families: WeakValueDictionary[str, DescendantCount] = WeakValueDictionary()
+        self._cached: OrderedDict[tuple[str, str], LoadedWorkflow] = OrderedDict()
+        self._cached_characters = 0
+        self._descendants: WeakValueDictionary[str, DescendantCount] = WeakValueDictionary()
 
     async def start(
         self,
@@ -190,20 +190,20 @@ class ChildRunStarter:
 
         Starts in progress may be committed or not. If they decide whether there is capacity, wait for them.
         """
-        family = self._families.setdefault(root_id, DescendantCount())
+        descendants = self._descendants.setdefault(root_id, DescendantCount())
         while True:
-            done = family.done
+            done = descendants.done
             started = await self._count_descendants(root_id)
             if started >= self._max_sub_runs:
                 raise _too_many_runs(self._max_sub_runs)
-            if started + family.begun - done < self._max_sub_runs:
+            if started + descendants.begun - done < self._max_sub_runs:
                 break
             await asyncio.sleep(CAPACITY_CHECK_SECONDS)
-        family.begun += 1
+        descendants.begun += 1
         try:
             yield
         finally:
-            family.done += 1
+            descendants.done += 1
 
     async def _count_descendants(self, root_id: str) -> int:
         of_root = select(col(Execution.id)).where(col(Execution.root_id) == root_id)
@@ -220,8 +220,8 @@ class ChildRunStarter:
             is_readable_by(await _read_caller(connection, caller, shard)),
         )
         revision = await connection.scalar(select(col(Workflow.revision)).where(*readable))
-        kept = self._kept.get((caller.organization_id, workflow_id))
-        if kept is None or kept.revision != revision:
+        cached = self._cached.get((caller.organization_id, workflow_id))
+        if cached is None or cached.revision != revision:
             row = (
                 await connection.execute(
                     select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.connections))
@@ -232,20 +232,22 @@ class ChildRunStarter:
             if row is None:
                 raise NodeError(f"There is no workflow {workflow_id}", code="workflow-not-found")
             # In a thread: other runs progress while a large graph is validated.
-            kept = await asyncio.to_thread(definition_snapshot.load_workflow, row, frozenset(), self._catalog)
-        self._cache_workflow(kept)
-        _require_runnable(kept)
-        return kept
+            cached = await asyncio.to_thread(
+                definition_snapshot.load_workflow, row, frozenset(), self._catalog
+            )
+        self._cache_workflow(cached)
+        _require_runnable(cached)
+        return cached
 
     def _cache_workflow(self, workflow: LoadedWorkflow) -> None:
         key = (workflow.organization_id, workflow.id)
-        earlier = self._kept.pop(key, None)
-        self._kept_characters -= len(earlier.definition) if earlier else 0
-        self._kept[key] = workflow
-        self._kept_characters += len(workflow.definition)
-        while self._kept_characters > MAX_CACHED_CHARACTERS and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_characters -= len(oldest.definition)
+        earlier = self._cached.pop(key, None)
+        self._cached_characters -= len(earlier.definition) if earlier else 0
+        self._cached[key] = workflow
+        self._cached_characters += len(workflow.definition)
+        while self._cached_characters > MAX_CACHED_CHARACTERS and len(self._cached) > 1:
+            _, oldest = self._cached.popitem(last=False)
+            self._cached_characters -= len(oldest.definition)
 
 
 def _require_depth(parent: ParentRun, most: int) -> None:

@@ -66,9 +66,11 @@ class EventMatcher:
         """
         async with self._database.read() as connection:
             wanted = await event_waits.filter_awaited(connection, event_ids)
-        locked = {told.event_id for told in wanted if not await self._deliver_event(told)}
-        over = [event_id for event_id in event_ids if event_id not in locked]
-        await self._database.transaction(partial(event_waits.mark_delivered, event_ids=over))
+        locked = {
+            announcement.event_id for announcement in wanted if not await self._deliver_event(announcement)
+        }
+        delivered = [event_id for event_id in event_ids if event_id not in locked]
+        await self._database.transaction(partial(event_waits.mark_delivered, event_ids=delivered))
 
     async def deliver_undelivered(self) -> None:
         """Deliver events that a dead gateway left undelivered; raises `DatabaseUnavailable`."""
@@ -90,12 +92,12 @@ class EventMatcher:
                 return
 
     async def _look_back(self, wait: EventWait) -> None:
-        after, looked_at, turn = None, 0, LoopShare()
+        after, looked_at, share = None, 0, LoopShare()
         while looked_at < MAX_SCANNED_EVENTS:
             async with self._database.read() as connection:
                 found = await event_waits.list_events_since(connection, wait, after)
             for event in found:
-                await turn.yield_if_due()
+                await share.yield_if_due()
                 if _matches_filter(wait, values.restore_json(event.data.encode())):
                     await self._answer([wait], event.data)
                     return
@@ -106,24 +108,24 @@ class EventMatcher:
             "scan of earlier events reached its limit", execution_id=wait.execution_id, node_id=wait.node_id
         )
 
-    async def _deliver_event(self, told: EventAnnouncement) -> bool:
+    async def _deliver_event(self, announcement: EventAnnouncement) -> bool:
         """Deliver an event to all nodes that wait for it; returns False if one of their runs is locked."""
         is_complete = True
         after: tuple[str, str, str] | None = None
         data: str | None = None
         trigger: Json = None
-        turn = LoopShare()
+        share = LoopShare()
         while True:
             async with self._database.read() as connection:
-                found = await event_waits.list_waits(connection, told, after)
+                found = await event_waits.list_waits(connection, announcement, after)
                 if found and data is None:
-                    data = await event_waits.read_event_data(connection, told.event_id)
+                    data = await event_waits.read_event_data(connection, announcement.event_id)
                     trigger = values.restore_json(data.encode()) if data is not None else None
             if not found or data is None:
                 return is_complete
             chosen = []
             for wait in found:
-                await turn.yield_if_due()
+                await share.yield_if_due()
                 if _matches_filter(wait, trigger):
                     chosen.append(wait)
             for start in range(0, len(chosen), ANSWER_BATCH):
@@ -145,13 +147,13 @@ class EventMatcher:
             return await event_waits.answer_waits(connection, waits, data)
 
         given = await self._database.transaction(answer)
-        for key in _given_keys(given):
+        for key in _concurrency_keys(given):
             await concurrency_limits.admit_waiting_runs(self._database, key)
         if any(one.is_woken for one in given):
             await wakeups.wake_workers(self._broker)
 
 
-def _given_keys(given: Iterable[AnswerResult]) -> Iterable[str]:
+def _concurrency_keys(given: Iterable[AnswerResult]) -> Iterable[str]:
     return dict.fromkeys(one.concurrency_key for one in given if one.concurrency_key is not None)
 
 

@@ -126,7 +126,7 @@ class RunExecutor:
         All executors of one process share one `isolation`.
         """
         self._store = store
-        self._around = around or ExecutorHooks()
+        self._hooks = around or ExecutorHooks()
         self._blobs = blobs
         self._broker = broker
         self._services = services
@@ -304,11 +304,13 @@ class RunExecutor:
 
     async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         programs = await self._programs.load(claimed)
-        pasts = await self._recover_states([run for run in claimed if run.has_journal])
+        recovered_states = await self._recover_states([run for run in claimed if run.has_journal])
         for one, lease in zip(claimed, leases, strict=True):
-            past = pasts.get(one.execution_id, RecoveredState())
+            recovered = recovered_states.get(one.execution_id, RecoveredState())
             settled = [
-                span.node_id for span in past.spans if span.status in SETTLED_STATUSES and not span.is_turn
+                span.node_id
+                for span in recovered.spans
+                if span.status in SETTLED_STATUSES and not span.is_turn
             ]
             control = RunControl()
             journal = RunJournal(
@@ -321,7 +323,7 @@ class RunExecutor:
                 control=control,
             )
             program = programs[definition_key(one)]
-            task = asyncio.create_task(self._run(one, program, past, journal, control, lease))
+            task = asyncio.create_task(self._run(one, program, recovered, journal, control, lease))
             self._active[one.execution_id] = RunningExecution(
                 one.organization_id, lease, control, journal, task, time.monotonic()
             )
@@ -369,9 +371,9 @@ class RunExecutor:
     async def _group_answers(
         self, answered: Sequence[ExecutionKey]
     ) -> dict[str, dict[tuple[str, str], bytes]]:
-        if not answered or self._around.answers is None:
+        if not answered or self._hooks.answers is None:
             return {}
-        return await self._around.answers(answered)
+        return await self._hooks.answers(answered)
 
     # ── trials ────────────────────────────────────────────────────────────────────────────────────
 
@@ -419,13 +421,13 @@ class RunExecutor:
         self,
         one: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
-        past: RecoveredState,
+        recovered: RecoveredState,
         journal: RunJournal,
         control: RunControl,
         lease: RunLease,
     ) -> None:
         try:
-            ended = await self._finish(one, program, past, journal, control)
+            ended = await self._finish(one, program, recovered, journal, control)
             await journal.end(ended)
         except LeaseLost:
             log.warning("run abandoned", execution_id=one.execution_id, reason="lease lost")
@@ -446,7 +448,7 @@ class RunExecutor:
         self,
         one: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
-        past: RecoveredState,
+        recovered: RecoveredState,
         journal: RunJournal,
         control: RunControl,
     ) -> RunOutcome:
@@ -454,7 +456,7 @@ class RunExecutor:
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:
             trigger = await journal.trigger(one.trigger)
-            recorded = await journal.restore(past.spans)
+            recorded = await journal.restore(recovered.spans)
         except InvalidJson as error:
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
         except RecordedValueLost as error:
@@ -467,15 +469,15 @@ class RunExecutor:
             started_at=one.started_at,
             attempt=one.attempt,
             recorded=recorded,
-            sequence=past.last_sequence,
-            wait_answers=past.wait_answers,
+            sequence=recovered.last_sequence,
+            wait_answers=recovered.wait_answers,
             listen=partial(self._read_answers, one, journal),
         )
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
     def _on_ended(self, one: ClaimedRun, ended: RunOutcome) -> None:
         run_metrics.ENDED_RUNS[ended.status].inc()
-        on_left = self._around.on_left
+        on_left = self._hooks.on_left
         if on_left is not None and (one.follow_up is not None or one.concurrency_key is not None):
             on_left(one, ended)
         if ended.status is RunStatus.WAITING and ended.due_at is not None:
@@ -537,8 +539,8 @@ class RunExecutor:
                 self.wake()
             if swept.requeued + len(swept.ended) < SWEEP_ROWS:
                 break
-        if self._around.on_swept is not None:
-            await self._around.on_swept()
+        if self._hooks.on_swept is not None:
+            await self._hooks.on_swept()
 
     async def _commit_dirty(self) -> None:
         """Commit results that their runs haven't committed yet, to bound the reads that a crash repeats."""

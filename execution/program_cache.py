@@ -42,25 +42,25 @@ class ProgramCache:
     def __init__(self, store: RunStore, catalog: NodeCatalog) -> None:
         self._store = store
         self._catalog = catalog
-        self._kept: OrderedDict[DefinitionKey, CachedProgram] = OrderedDict()
-        self._kept_nodes = 0
+        self._cached: OrderedDict[DefinitionKey, CachedProgram] = OrderedDict()
+        self._cached_nodes = 0
 
     async def load(
         self, runs: Sequence[ClaimedRun]
     ) -> dict[DefinitionKey, WorkflowProgram | InvalidDefinition]:
         """Return the program of each run's definition, or the error that prevents its run."""
         wanted = {definition_key(run) for run in runs}
-        missing = [key for key in wanted if key not in self._kept]
+        missing = [key for key in wanted if key not in self._cached]
         texts = await self._store.definitions(missing) if missing else {}
         for key, text in texts.items():
             await self.prepare(key, text)
         found: dict[DefinitionKey, WorkflowProgram | InvalidDefinition] = {}
         for key in wanted:
-            kept = self._kept.get(key)
-            if kept is not None:
-                self._kept.move_to_end(key)
-            found[key] = kept.program if kept else InvalidDefinition("The definition is gone")
-        self._forget_oldest()
+            cached = self._cached.get(key)
+            if cached is not None:
+                self._cached.move_to_end(key)
+            found[key] = cached.program if cached else InvalidDefinition("The definition is gone")
+        self._evict_oldest()
         return found
 
     async def prepare(self, key: DefinitionKey, text: str) -> None:
@@ -68,7 +68,7 @@ class ProgramCache:
         # In a thread if it takes long: runs in progress continue meanwhile.
         is_long = len(text) > LONG_DEFINITION_CHARACTERS
         program = await asyncio.to_thread(self._compile, text) if is_long else self._compile(text)
-        self._keep(key, program, len(text))
+        self._put(key, program, len(text))
 
     def _compile(self, text: str) -> WorkflowProgram | InvalidDefinition:
         try:
@@ -82,19 +82,17 @@ class ProgramCache:
             log.exception("definition not compiled")
             return InvalidDefinition(f"The definition can't be read: {type(error).__name__}: {error}")
 
-    def _keep(
-        self, key: DefinitionKey, program: WorkflowProgram | InvalidDefinition, characters: int
-    ) -> None:
-        if key in self._kept:
-            self._kept_nodes -= self._kept[key].nodes
+    def _put(self, key: DefinitionKey, program: WorkflowProgram | InvalidDefinition, characters: int) -> None:
+        if key in self._cached:
+            self._cached_nodes -= self._cached[key].nodes
         nodes = 1 if isinstance(program, InvalidDefinition) else len(program.nodes)
-        self._kept[key] = CachedProgram(program, max(nodes, characters // CHARACTERS_PER_NODE))
-        self._kept_nodes += self._kept[key].nodes
+        self._cached[key] = CachedProgram(program, max(nodes, characters // CHARACTERS_PER_NODE))
+        self._cached_nodes += self._cached[key].nodes
 
-    def _forget_oldest(self) -> None:
-        while self._kept_nodes > MAX_CACHED_NODES and len(self._kept) > 1:
-            _, kept = self._kept.popitem(last=False)
-            self._kept_nodes -= kept.nodes
+    def _evict_oldest(self) -> None:
+        while self._cached_nodes > MAX_CACHED_NODES and len(self._cached) > 1:
+            _, cached = self._cached.popitem(last=False)
+            self._cached_nodes -= cached.nodes
 
 
 def definition_key(run: ClaimedRun) -> DefinitionKey:

@@ -38,23 +38,23 @@ class SharedThrottle:
 
         A slot that is reserved but not used, since its worker died, stays empty.
         """
-        apart = timedelta(seconds=per_seconds / limit)
-        reach = timedelta(seconds=max_wait_seconds)
-        take = partial(_reserve_slot, caller.organization_id, key, apart, reach)
+        interval = timedelta(seconds=per_seconds / limit)
+        max_wait = timedelta(seconds=max_wait_seconds)
+        reserve_slot = partial(_reserve_slot, caller.organization_id, key, interval, max_wait)
         row = f"throttle:{caller.organization_id}:{key}"
-        place = await until_available(lambda: self._database.transaction(take, locks=row))
-        if place is None:
+        slot = await until_available(lambda: self._database.transaction(reserve_slot, locks=row))
+        if slot is None:
             message = f"Rate limit of {limit} per {per_seconds:g} s: the next slot is over {max_wait_seconds:g} s away"
             raise NodeError(message, code="throttled", retryable=True)
-        return place
+        return slot
 
 
 async def _reserve_slot(
-    organization_id: str, key: str, apart: timedelta, reach: timedelta, connection: AsyncConnection
+    organization_id: str, key: str, interval: timedelta, max_wait: timedelta, connection: AsyncConnection
 ) -> datetime | None:
-    """Reserve the first free slot; None if it is further away than `reach`."""
+    """Reserve the first free slot; None if it is further away than `max_wait`."""
     insert = postgresql.insert if connection.dialect.name == "postgresql" else sqlite.insert
-    now, step = DatabaseTime(), apart // timedelta(microseconds=1)
+    now, step = DatabaseTime(), interval // timedelta(microseconds=1)
     next_at = type_coerce(col(ThrottleRow.next_at), BigInteger)
     first = {"organization_id": organization_id, "key": key, "shard": ids.shard_of(organization_id)}
     statement = (
@@ -63,9 +63,9 @@ async def _reserve_slot(
         .on_conflict_do_update(
             index_elements=["organization_id", "key"],
             set_={"next_at": case((next_at > now, next_at), else_=now) + step},
-            where=next_at <= now + reach // timedelta(microseconds=1),
+            where=next_at <= now + max_wait // timedelta(microseconds=1),
         )
         .returning(col(ThrottleRow.next_at))
     )
     free_from: datetime | None = await connection.scalar(statement)
-    return None if free_from is None else free_from - apart
+    return None if free_from is None else free_from - interval

@@ -38,29 +38,29 @@ class StoredDataSources:
     def __init__(self, database: Database, vault: SecretVault) -> None:
         self._database = database
         self._vault = vault
-        self._remembered: OrderedDict[_SourceKey, tuple[float, ConnectionSource]] = OrderedDict()
+        self._cached: OrderedDict[_SourceKey, tuple[float, ConnectionSource]] = OrderedDict()
         self._lookups: SingleFlight[_SourceKey, ConnectionSource] = SingleFlight(self._find)
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
         """Return a data source; raises `NodeError`."""
         key = (caller.organization_id, caller.user_id, source_id)
-        known = self._remembered.get(key)
-        if known is not None and known[0] > monotonic():
-            return known[1]
+        cached = self._cached.get(key)
+        if cached is not None and cached[0] > monotonic():
+            return cached[1]
         return await self._lookups.get(key)
 
     def clear(self) -> None:
         """Drop all cached data sources."""
-        self._remembered.clear()
+        self._cached.clear()
         self._lookups = SingleFlight(self._find)
 
     async def _find(self, key: _SourceKey) -> ConnectionSource:
         until = monotonic() + CACHE_SECONDS
         source = self._decrypt(await self._look_up(key))
-        self._remembered[key] = (until, source)
-        self._remembered.move_to_end(key)
-        while len(self._remembered) > MAX_CACHED:
-            self._remembered.popitem(last=False)
+        self._cached[key] = (until, source)
+        self._cached.move_to_end(key)
+        while len(self._cached) > MAX_CACHED:
+            self._cached.popitem(last=False)
         return source
 
     async def _look_up(self, key: _SourceKey) -> DataSource:

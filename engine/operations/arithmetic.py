@@ -101,7 +101,7 @@ def format_number(value: Number, decimals: int = 0, group: str = ",", point: str
     if decimals < 0:
         raise OperationError(f"writes 0 to {MAX_DECIMALS} decimals, not {decimals}")
     if max(len(group), len(point)) > MAX_MARK_LENGTH:
-        raise OperationError(f"sets thousands and decimals apart with at most {MAX_MARK_LENGTH} characters")
+        raise OperationError(f"accepts separators of at most {MAX_MARK_LENGTH} characters")
     whole, _, fraction = f"{_round_decimals(value, decimals):,f}".partition(".")
     return whole.replace(",", group) + (point + fraction if fraction else "")
 

@@ -41,7 +41,7 @@ def format_date(date: str, form: str, zone: str = "UTC") -> str:
     unknown = set(re.findall(r"%(.?)", form, re.DOTALL)) - _FORMAT_CODES
     if unknown or len(form) > MAX_FORMAT_LENGTH:
         known = " ".join(f"%{code}" for code in sorted(_FORMAT_CODES))
-        raise OperationError(f"takes a form of at most {MAX_FORMAT_LENGTH:,} characters with {known}")
+        raise OperationError(f"needs a format of at most {MAX_FORMAT_LENGTH:,} characters with {known}")
     return _parse_moment(date).astimezone(_load_zone(zone)).strftime(form)
 
 

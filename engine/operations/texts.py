@@ -77,7 +77,7 @@ def pad(value: str, length: int, fill: str = " ", side: str = "start") -> str:
     """Pad a text to a length, at its `start` or `end`, with a character."""
     check_text_length(length)
     if len(fill) != 1 or side not in ("start", "end"):
-        raise OperationError('fills up with one character, at the "start" or the "end"')
+        raise OperationError('pads with one character, at the "start" or the "end"')
     return value.rjust(length, fill) if side == "start" else value.ljust(length, fill)
 
 
@@ -93,4 +93,4 @@ def _join_texts(separator: str, values: list[Json]) -> str:
 
 def _check_not_empty(searched: str) -> None:
     if not searched:
-        raise OperationError("can't look for an empty text")
+        raise OperationError("can't search for an empty text")

@@ -124,7 +124,7 @@ def test_loops_stand_four_deep_at_most() -> None:
     )
     (error,) = find_graph_errors(drawn)
     assert (error.type, error.node_id) == ("loops-too-deep", "loop5")
-    with pytest.raises(InvalidDefinition, match="More than 4 loops"):
+    with pytest.raises(InvalidDefinition, match="Loops nest more than 4 deep"):
         WorkflowProgram.compile(drawn, CATALOG, CATALOG.implementation)
 
 

@@ -297,7 +297,7 @@ def test_a_node_that_is_not_there_is_answered_with_the_nearest(name: str) -> Non
 
 def test_a_node_like_no_other_is_answered_with_those_that_run_before() -> None:
     finding = only_finding(find_in_graph(*chain_of_nodes(START, PARSE, reading_node("nodes.quux.rows"))))
-    assert finding.suggestion == "Before this node run parse, start."
+    assert finding.suggestion == "The nodes before this one are parse, start."
     assert finding.fix is None
 
 

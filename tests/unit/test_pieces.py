@@ -106,6 +106,6 @@ def test_a_long_text_without_a_place_to_cut_is_decoded() -> None:
 
 def test_two_names_far_apart_are_told_by_name() -> None:
     text = b'{"first":1,%s"first":2}' % b"".join(b'"k%d":0,' % number for number in range(50_000))
-    with pytest.raises(InvalidJson, match="'first' is given more than once"):
+    with pytest.raises(InvalidJson, match="'first' occurs more than once"):
         values.decode_json(text)
     assert decoding.decode(text)["first"] == 2

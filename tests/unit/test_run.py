@@ -452,7 +452,7 @@ async def test_attempts_of_a_run_have_spans_up_to_a_limit_over_all_its_workers(
     )
     notebook = await run_to_completion(SimulatedWorker(graph))
     assert len(notebook.attempts) == 5
-    assert sum("no more get spans" in line.message for line in notebook.lines) == 1
+    assert sum("further ones get no spans" in line.message for line in notebook.lines) == 1
     recorded = [notebook.spans[name] for name in ("start", "one", "two")]
     assert len((await run_to_completion(SimulatedWorker(graph, recorded=recorded))).attempts) == 5 - 4
 
@@ -486,7 +486,7 @@ async def test_a_node_that_takes_too_long_is_broken_off_and_tried_again() -> Non
         )
     )
     assert notebook.output("slow") == "in time"
-    assert "longer than its 0.02 s" in notebook.lines[0].message
+    assert "timeout of 0.02 s" in notebook.lines[0].message
 
 
 async def test_a_timeout_of_a_node_names_itself_as_the_reason() -> None:
@@ -514,7 +514,7 @@ async def test_a_run_that_takes_too_long_fails_and_its_nodes_are_broken_off() ->
         settings={"timeout": 9},
     )
     worker = SimulatedWorker(graph, seconds=0.05)
-    assert require_error(await worker.work()) == RunError("timeout", "The run took longer than its 9 s")
+    assert require_error(await worker.work()) == RunError("timeout", "The run exceeded its timeout of 9 s")
     assert worker.notebook.statuses == {"start": "completed", "ever": "cancelled", "pay": "cancelled"}
 
 

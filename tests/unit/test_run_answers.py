@@ -167,7 +167,7 @@ async def test_when_nobody_answers_in_time_the_node_gives_what_was_agreed_on_or_
     assert notebook.output("late") == {"said": None}
     assert notebook.status("echo") is SpanStatus.SKIPPED
     ended, notebook = await late(GRAPH, None)
-    assert require_error(ended).message == "Nobody has answered in time"
+    assert require_error(ended).message == "No answer arrived in time"
     error = notebook.spans["ask"].error
     assert error is not None
     assert error.code == "expired"

@@ -62,7 +62,7 @@ def test_a_key_given_twice_is_refused_wherever_it_is(value: Json, key: str, data
 
 
 def test_the_key_given_twice_is_named() -> None:
-    with pytest.raises(InvalidJson, match="'user:id' is given more than once"):
+    with pytest.raises(InvalidJson, match="'user:id' occurs more than once"):
         decode_json(rb'{"a": "\\\":", "b": {"user:id": 1, "user\u003aid": 2}}')
 
 
