@@ -82,9 +82,7 @@ class Broker(RunBroker, Protocol):
     """Complete broker, for processes with a database."""
 
     async def wake_mail_parsers(self) -> None:
-        """Announce unparsed mail after the commit. Sends nothing while an earlier wakeup is still in the
-        queue.
-        """
+        """Announce unparsed mail after the commit. Sends nothing while an earlier wakeup is still in the queue."""
 
     async def watch(self, execution_ids: Sequence[str]) -> None:
         """Notify this process once when each of these executions changes, within 15 minutes.
@@ -105,9 +103,7 @@ class Broker(RunBroker, Protocol):
     async def stop_mail_parser(self) -> None: ...
 
     async def notify_deployer(self, message: DeployerMessage) -> None:
-        """Send a message to one deployer after the commit. Sends nothing while an equal one is still in the
-        queue.
-        """
+        """Send a message to one deployer after the commit. Sends nothing while an equal one is still in the queue."""
 
     def start_deployer(self, on_message: Callable[[DeployerMessage], None]) -> None:
         """Receive messages to deployers; call `on_message` on the running event loop."""

@@ -50,9 +50,7 @@ def encode_message(message: DeployerMessage) -> dict[str, object]:
 
 
 def parse_message(payload: Mapping[str, object]) -> DeployerMessage | None:
-    """Return the message of a payload, or None for an unknown version. The deployer's sweep then finds the
-    change.
-    """
+    """Return the message of a payload, or None for an unknown version. The deployer's sweep then finds the change."""
     match payload:
         case {
             "v": 1,

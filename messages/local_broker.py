@@ -21,9 +21,7 @@ class LocalQueues(StubBroker):
         self.declare_queue(worker_wakeup.QUEUE)
 
     def declare_queue(self, queue_name: str) -> None:
-        """Declare a queue without its delay queue, which would only be polled: the broker never delays
-        messages.
-        """
+        """Declare a queue without its delay queue, which would only be polled: the broker never delays messages."""
         if queue_name in self.queues:
             return
         self.emit_before("declare_queue", queue_name)

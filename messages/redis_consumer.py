@@ -52,8 +52,9 @@ def _connected_to(url: str, *, socket_timeout_seconds: float) -> redis.Redis:
 
 
 class StopConsumersMiddleware(Middleware):
-    """Middleware that stops consumers first. Dramatiq lets them fetch until the threads of a stopping worker
-    have ended.
+    """Middleware that stops consumers first.
+
+    Dramatiq lets them fetch until the threads of a stopping worker have ended.
     """
 
     def before_worker_shutdown(self, broker: Broker, worker: Worker) -> None:
@@ -84,9 +85,7 @@ class WakeupQueues(RedisBroker):
         return BlockingConsumer
 
     def declare_queue(self, queue_name: str) -> None:
-        """Declare a queue without its delay queue, which would only be polled: the broker never delays
-        messages.
-        """
+        """Declare a queue without its delay queue, which would only be polled: the broker never delays messages."""
         if queue_name in self.queues:
             return
         self.emit_before("declare_queue", queue_name)
@@ -102,9 +101,7 @@ class WakeupQueues(RedisBroker):
         )
 
     def wakeup_signals(self, queue_name: str) -> list[str]:
-        """Return the keys to block on: one wakes any idle consumer of any process, one the consumer of this
-        process.
-        """
+        """Return the keys to block on: one wakes any idle consumer of any process, one the consumer of this process."""
         return [
             f"{NAMESPACE}:{queue_name}.wakeup_signal",
             f"{NAMESPACE}:{queue_name}.{self._own_wakeup_signal}",
@@ -211,8 +208,9 @@ class BlockingConsumer(Consumer):
         return message if is_ours and isinstance(message.options.get(MESSAGE_ID), str) else None
 
     def _bury_unreadable(self) -> None:
-        """Move unreadable messages to the dead letters. A fetch returns bodies without IDs, so these are the
-        held IDs of no message.
+        """Move unreadable messages to the dead letters.
+
+        A fetch returns bodies without IDs, so these are the held IDs of no message.
         """
         key = f"{NAMESPACE}:__acks__.{self._broker.broker_id}.{self._queue_name}"
         held = cast("set[bytes]", self._broker.client.smembers(key))

@@ -27,8 +27,9 @@ class TakenRun(Protocol):
 
 
 async def notify_taken_runs(broker: Broker, runs: Iterable[TakenRun]) -> None:
-    """Notify each gateway of the claimed runs that it accepted. If a message is lost, the gateway polls once
-    a second.
+    """Notify each gateway of the claimed runs that it accepted.
+
+    If a message is lost, the gateway polls once a second.
     """
     by_channel: dict[str, list[str]] = {}
     for run in runs:

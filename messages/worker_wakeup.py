@@ -18,9 +18,7 @@ class WorkerWakeup:
 
 
 def parse_wakeup(payload: Mapping[str, object]) -> WorkerWakeup:
-    """Return the wakeup of a payload. A payload of an unknown version still means "there is work", in all
-    shards.
-    """
+    """Return the wakeup of a payload. A payload of an unknown version still means "there is work", in all shards."""
     match payload:
         case {"v": 1, "shard": int(shard)}:
             return WorkerWakeup(shard=shard)

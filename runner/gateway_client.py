@@ -53,9 +53,7 @@ class _RefusalBody(msgspec.Struct):
 
 
 class GatewayClient:
-    """Connections of one event loop to the gateway. Consecutive failures take longer and longer, as a
-    back-off.
-    """
+    """Connections of one event loop to the gateway. Consecutive failures take longer and longer, as a back-off."""
 
     def __init__(
         self,

@@ -108,9 +108,7 @@ async def make_first_contact(
 
 
 async def _drain_seconds(gateway: GatewayClient, settings: RunnerSettings) -> float:
-    """Return the seconds that runs may take to finish; none if the deployment was stopped, since they had
-    them already.
-    """
+    """Return the seconds that runs may take to finish; none after a stop, which has already given them that time."""
     try:
         contact = await gateway.call("/contact", None, PodContact, seconds=LAST_CONTACT_SECONDS)
     except (DatabaseUnavailable, CallRefused) as error:

@@ -24,9 +24,7 @@ log = structlog.get_logger()
 DUTIES: Final = "scheduler"
 RENEWALS_PER_LEASE: Final = 3
 MARGIN: Final = 0.15
-"""Share of a lease that is not used, since the process's and the database's clock may run at different
-speeds.
-"""
+"""Share of a lease that is not used, since the process's and the database's clock may run at different speeds."""
 
 
 class LeaderElection:

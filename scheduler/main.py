@@ -121,9 +121,7 @@ def list_duties(
 
 
 def serve(settings: SchedulerSettings) -> None:
-    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev`
-    can omit.
-    """
+    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit."""
     settings.check_for_production()
     uvloop.run(_serve(settings))
 

@@ -82,8 +82,9 @@ async def _deleted(database: Database, retention: RetentionPeriods) -> AsyncIter
 
 
 def workflows(after: str, retention: RetentionPeriods) -> Select[*tuple[Any, ...]]:
-    """Return the statement that finds workflows, with the times of their oldest run and of the newest one
-    beyond the limit.
+    """Return the statement that finds workflows which may have expired executions.
+
+    Its columns are the times of a workflow's oldest run, and of the newest one beyond the limit.
     """
     of_workflow = col(ExecutionData.workflow_id) == col(Workflow.id)
     accepted_at = select(col(ExecutionData.created_at)).where(of_workflow).correlate(Workflow)

@@ -73,8 +73,9 @@ class ScheduleRunner:
                 return runs
 
     async def set_back(self) -> None:
-        """Correct schedules that a clock which was ahead has moved too far into the future. Raises
-        `DatabaseUnavailable`.
+        """Correct schedules that a clock which was ahead has moved too far into the future.
+
+        Raises `DatabaseUnavailable`.
         """
         count = BATCH_SCHEDULES
         while count == BATCH_SCHEDULES:

@@ -52,7 +52,8 @@ class SchedulerSettings(ServerSettings):
     )
 
     def check_for_production(self) -> None:
-        """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit. No duty needs
-        the secret.
+        """Raise `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
+
+        No duty needs the secret.
         """
         self.require_redis()

@@ -50,8 +50,9 @@ async def delete_unused_definitions(database: Database) -> None:
 
 
 async def _used(database: Database) -> set[tuple[str, str]]:
-    """Return the definitions of all executions and deployments. Reads them in the order of their IDs, so that
-    no read is long.
+    """Return the definitions of all executions and deployments.
+
+    Reads them in the order of their IDs, so that no read is long.
     """
     used: set[tuple[str, str]] = set()
     after: str | None = ""

@@ -1,5 +1,4 @@
-"""Completion actions: after a run has ended, free its concurrency slot, answer its parent run, send its
-callback, and run its failure workflow.
+"""Completion actions: concurrency slot, parent run, callback and failure workflow after the end of a run.
 
 Actions that a worker doesn't finish are found in the rows by the next sweep.
 """
@@ -78,9 +77,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class CompletionActions:
-    """Completion actions of one process: those of its own runs, and those that no other process has
-    performed.
-    """
+    """Completion actions of one process: those of its own runs, and those that no other process has performed."""
 
     def __init__(
         self,
@@ -384,9 +381,7 @@ class CompletionActions:
 
 
 async def _suppress_outages(work: Callable[[], Awaitable[None]]) -> None:
-    """Do work and log its exceptions, since the next sweep repeats it: this is the outermost loop of this
-    work.
-    """
+    """Do work and log its exceptions, since the next sweep repeats it: this is the outermost loop of this work."""
     try:
         await work()
     except (DatabaseUnavailable, BlobsUnavailable) as error:

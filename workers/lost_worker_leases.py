@@ -31,9 +31,7 @@ RELEASE_SECONDS: Final = 5.0
 async def release_leases(
     settings: WorkerSettings, owner: str, exit_code: int, *, is_out_of_memory: bool = False
 ) -> None:
-    """Release the leases of a dead process of this machine, and wake other workers. Bounded in time; raises
-    nothing.
-    """
+    """Release the leases of a dead process of this machine, and wake other workers. Bounded in time; raises nothing."""
     log.warning("worker died", owner=owner, exit_code=exit_code, is_out_of_memory=is_out_of_memory)
     try:
         async with asyncio.timeout(RELEASE_SECONDS), AsyncExitStack() as stack:

@@ -69,8 +69,7 @@ MAX_RETRY_TIME: Final = timedelta(days=1)
 """Age after which an unavailable mail fails."""
 MAX_REPLIES: Final = 10
 REPLY_WINDOW_SECONDS: Final = 3_600.0
-"""Up to `MAX_REPLIES` mails of one sender in this time may answer mails of workflows; more are a mail loop.
-"""
+"""Up to `MAX_REPLIES` mails of one sender in this time may answer mails of workflows; more are a mail loop."""
 CLOSE_SECONDS: Final = 2.0
 PAUSE_SECONDS: Final = 0.5
 INVALID_INPUT_CODE: Final = "invalid-input"
@@ -309,9 +308,7 @@ class MailParser:
     # ── parsing ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _parse_and_finish(self, parse_task: MailParseTask) -> None:
-        """Parse one mail and finish its row. After an exception the lease expires, which counts as an
-        attempt.
-        """
+        """Parse one mail and finish its row. After an exception the lease expires, which counts as an attempt."""
         try:
             await self._parse_claimed(parse_task)
         except asyncio.CancelledError:
@@ -451,9 +448,7 @@ class MailParser:
         return keep
 
     async def _rejection_reason(self, parse_task: MailParseTask, parsed: ParsedMail) -> RunError | None:
-        """Return why a mail must not run: its trigger rejects it, it is automatic, or it may be part of a
-        mail loop.
-        """
+        """Return why a mail must not run: its trigger rejects it, it is automatic, or it may be part of a mail loop."""
         if (reason := mail_triggers.rejection_reason(parsed.received, parsed.screening)) is not None:
             return RunError(MAIL_REJECTED_CODE, reason)
         accepts_automatic = parsed.screening is None or parsed.screening.accept_automatic

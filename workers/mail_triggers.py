@@ -1,6 +1,4 @@
-"""Conversion of an inbound mail into the output of an email trigger. It is CPU work and belongs into a
-thread.
-"""
+"""Conversion of an inbound mail into the output of an email trigger. It is CPU work and belongs into a thread."""
 
 from __future__ import annotations
 

@@ -52,8 +52,7 @@ log = structlog.get_logger()
 
 
 def serve(settings: WorkerSettings, announce: Callable[[str], None]) -> None:
-    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev`
-    can omit.
+    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit.
 
     `announce` is called with the name in the leases of this process before it takes the first lease.
     """

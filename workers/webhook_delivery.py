@@ -54,9 +54,7 @@ class WebhookFailure:
 
 
 def retry_delay_seconds(attempts: int, chance: float) -> float | None:
-    """Return the pause after so many attempts, with jitter by a `chance` from 0 to 1; None after the last
-    attempt.
-    """
+    """Return the pause after so many attempts, with jitter by a `chance` from 0 to 1; None after the last attempt."""
     if attempts > len(RETRY_SECONDS):
         return None
     return RETRY_SECONDS[attempts - 1] * (1 + JITTER * chance)
@@ -87,9 +85,7 @@ def build_completion_body(due: DueCompletion, outputs: Mapping[str, LeafOutput] 
 
 
 class WebhookSender:
-    """Sender that signs messages by the secrets of an organization, and sends them through the guarded HTTP
-    client.
-    """
+    """Sender that signs messages by the secrets of an organization, and sends them through the guarded HTTP client."""
 
     def __init__(self, database: Database, vault: SecretVault, http: HttpClientService) -> None:
         self._database = database

@@ -170,9 +170,7 @@ class DeploymentActivator:
         return deployment
 
     async def count(self, workflow_id: str) -> CountedDeployment | None:
-        """Record activity of a deployment for a run without a waiting client; None for a workflow that isn't
-        deployed.
-        """
+        """Record activity of a deployment for a run without a waiting client; None if it isn't deployed."""
         deployment = await self._counts.submit(workflow_id)
         if deployment is None:
             return None
@@ -232,8 +230,7 @@ class DeploymentActivator:
     async def taken(
         self, key: ExecutionKey, workflow_id: str, *, is_new: bool, is_ready: bool, seconds: float
     ) -> bool:
-        """Wake the deployment for a run, and return whether the run was taken in time. Raises
-        `PodUnavailable`.
+        """Wake the deployment for a run, and return whether the run was taken in time. Raises `PodUnavailable`.
 
         `is_new` for a run that was just accepted here, `is_ready` if the deployment had ready pods.
         """
@@ -340,9 +337,7 @@ class DeploymentActivator:
         self._end(workflow_id, watch)
 
     async def _check_deployment(self, workflow_id: str, *, is_first: bool) -> BadNews | None:
-        """Wake a deployment that is stopped or about to stop. Checks after the first expect its pods to
-        start.
-        """
+        """Wake a deployment that is stopped or about to stop. Checks after the first expect its pods to start."""
         async with self._database.read() as connection:
             seen = await activity.read_activity(connection, workflow_id)
         if seen is None or not seen.deployment.is_deployed:

@@ -1,6 +1,4 @@
-"""Definitions of deployments, loaded by hash, because a workflow's own graph may have changed since its
-deploy.
-"""
+"""Definitions of deployments, loaded by hash, because a workflow's own graph may have changed since its deploy."""
 
 from __future__ import annotations
 

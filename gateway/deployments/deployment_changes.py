@@ -88,9 +88,7 @@ async def undeploy_workflow(
 async def change_deployment(
     request: GatewayRequest, action: AuditAction, decide: Decide, *, replicas: int | None = None
 ) -> Deployment:
-    """Apply a decision to the deployment of the path. Raises 404, 403, and 409 if the workflow isn't
-    deployed.
-    """
+    """Apply a decision to the deployment of the path. Raises 404, 403, and 409 if the workflow isn't deployed."""
     workflow_id = request.path_params["id"]
 
     async def work(connection: AsyncConnection) -> Deployment:

@@ -138,8 +138,7 @@ class PodLog(WireStruct):
 
 
 async def deploy(request: GatewayRequest) -> JsonResponse:
-    """Deploy the current version of a workflow: its runs then execute in pods of its own, all with this
-    definition.
+    """Deploy the current version of a workflow: its runs then execute in pods of its own, all with this definition.
 
     The workflow becomes active, so its graph must be valid. Deploying it again replaces its pods one by
     one.
@@ -236,11 +235,10 @@ def _draft(before: StoredWorkflow) -> StoredWorkflow:
 
 
 async def stop(request: GatewayRequest) -> JsonResponse:
-    """Stop a workflow's pods: new runs don't start, and running ones have a minute to finish before they
-    return to the queue.
+    """Stop a workflow's pods: new runs don't start, and running ones have a minute to finish.
 
-    The deployment remains. It starts again by `start`, or for the next run if its lifecycle policy allows
-    that.
+    Runs that don't finish return to the queue. The deployment remains. It starts again by `start`, or for the
+    next run if its lifecycle policy allows that.
     """
     deployment = await deployment_changes.change_deployment(request, AuditAction.WORKFLOW_STOPPED, _stopped)
     await deployment_changes.notify_deployer(request.gateway, deployment.workflow_id)

@@ -79,8 +79,9 @@ class LifecycleShape(WireStruct):
 
 
 class LifecycleUpdate(GuardedWire):
-    """Policy inside the answer of `GET`. Most of the other fields may have changed before the request and are
-    ignored.
+    """Policy inside the answer of `GET`.
+
+    Most of the other fields may have changed before the request and are ignored.
     """
 
     read_only: ClassVar[Mapping[str, str]] = {

@@ -61,9 +61,7 @@ async def list_decisions(
 
 
 async def read_usage(connection: AsyncConnection, workflow_id: str, now: datetime) -> PodUsage | None:
-    """Return the use of a workflow's pods in the last days, or since its first pods; None if it never had
-    pods.
-    """
+    """Return the use of a workflow's pods in the last days, or since its first pods; None if it never had pods."""
     row = (await connection.execute(usage_statement(workflow_id, now))).one()
     if row.first is None:
         return None

@@ -53,8 +53,7 @@ class LifecyclePolicy(GuardedWire):
         Annotated[int, Meta(ge=lifecycle_policy.IDLE_MINUTES_MIN, le=lifecycle_policy.IDLE_MINUTES_MAX)]
         | None
     ) = None
-    """For `idle-shutdown`: minutes without activity before a stop, 30 if absent. Other types don't store it.
-    """
+    """For `idle-shutdown`: minutes without activity before a stop, 30 if absent. Other types don't store it."""
     schedule: ScheduleShape | None = None
     """For `scheduled-window`, which requires it. Other types don't store it."""
 

@@ -42,9 +42,7 @@ class PodLogReader:
         await self._broker.listen(self._noticed)
 
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
-        """Return the last lines of a workflow's pods. Raises 503 if no deployer answers, or its cluster
-        doesn't.
-        """
+        """Return the last lines of a workflow's pods. Raises 503 if no deployer answers, or its cluster doesn't."""
         if len(self._asked) >= MAX_ASKED:
             raise errors.not_ready("Too many requests wait here for pod logs: try again")
         asked = ids.new_id("logs")

@@ -202,9 +202,7 @@ async def _followed(
     times: TriggerTimings,
     until: float,
 ) -> RunProgressReport | None:
-    """Return the progress of the run, with `sync` at its end or at the end of the wait; None if it was just
-    taken.
-    """
+    """Return the progress of the run, with `sync` at its end or at the end of the wait; None if it was just taken."""
     if times.taken is not None and not body.sync:
         return None
     return await request.gateway.waiting.progress(_key(request, accepted), _left(until) if body.sync else 0)
@@ -278,8 +276,9 @@ def _left(until: float) -> float:
 
 
 async def _unless_gone(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
-    """Return the result of `work`; raise `ClientDisconnect` if the client disconnects first. The run is not
-    affected.
+    """Return the result of `work`; raise `ClientDisconnect` if the client disconnects first.
+
+    The run is not affected.
     """
     working = asyncio.ensure_future(work)
     gone = asyncio.create_task(_gone(request))

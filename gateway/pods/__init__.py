@@ -1,3 +1,1 @@
-"""API through which pods reach the journal and node services without a database connection: see
-`execution.pod_api`.
-"""
+"""API through which pods reach the journal and node services without a database connection: see `execution.pod_api`."""

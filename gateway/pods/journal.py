@@ -53,9 +53,7 @@ MANY_WRITES = 20
 
 
 async def contact(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return the deployed definition, and the address that data sources must not reach. Raises 409
-    `not-deployed`.
-    """
+    """Return the deployed definition, and the address that data sources must not reach. Raises 409 `not-deployed`."""
     gateway = request.gateway
     await _reclaim_earlier(gateway, holder)
     found = await lease_checks.deployed_definition(gateway.database, holder)

@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from models.database import Database
 
 _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
-"""Literal instead of bound: SQLite uses the partial index of running executions only for a literal condition.
-"""
+"""Literal instead of bound: SQLite uses the partial index of running executions only for a literal condition."""
 _TAKES_RUNS = select(col(Deployment.workflow_id)).where(
     col(Deployment.workflow_id) == bindparam("workflow_id"),
     col(Deployment.is_deployed),
@@ -121,8 +120,9 @@ async def takes_runs(database: Database, holder: LeaseHolder) -> bool:
 
 
 async def is_stopped(database: Database, holder: LeaseHolder) -> bool:
-    """Return whether the pods of the deployment shall end after a drain. An undeployed workflow counts as not
-    stopped.
+    """Return whether the pods of the deployment shall end after a drain.
+
+    An undeployed workflow counts as not stopped.
     """
     statement = select(col(Deployment.workflow_id)).where(
         col(Deployment.workflow_id) == holder.workflow_id,

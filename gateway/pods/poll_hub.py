@@ -42,8 +42,7 @@ POLL_SECONDS: Final = 1.0
 """Time after its last poll during which a pod is expected to poll again."""
 MAX_WAITING: Final = 5_000
 MAX_COUNTED: Final = 20_000
-"""Deployments with a count of inbound runs. A pod of any other gets one needless wakeup and claims nothing.
-"""
+"""Deployments with a count of inbound runs. A pod of any other gets one needless wakeup and claims nothing."""
 _IS_PENDING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.PENDING}'")
 _IS_RUNNING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
 
@@ -151,9 +150,7 @@ class PodPollHub:
     # ── arrivals ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _has_arrived(self, workflow_id: str) -> bool:
-        """Count a new run and return whether a pod that polls here was notified. Others learn it by their
-        next poll.
-        """
+        """Count a new run and return whether a pod that polls here was notified. Others learn it by their next poll."""
         self._arrivals[workflow_id] = self._arrivals.get(workflow_id, 0) + 1
         self._arrivals.move_to_end(workflow_id)
         if len(self._arrivals) > MAX_COUNTED:

@@ -1,5 +1,4 @@
-"""Checks of the rows that a pod writes and others read: valid JSON, times with a zone, and valid blob
-references.
+"""Checks of the rows that a pod writes and others read: valid JSON, times with a zone, and valid blob references.
 
 A pod runs its users' nodes, so its data is as untrusted as any other request body.
 """

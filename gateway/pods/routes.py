@@ -1,5 +1,6 @@
-"""Route table of the internal API for pods, authenticated by deployment tokens. It is not part of the OpenAPI
-document.
+"""Route table of the internal API for pods, authenticated by deployment tokens.
+
+It is not part of the OpenAPI document.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Changes that take several requests: after a failure, the failed request is repeated alone before all are
-sent.
-"""
+"""Changes that take several requests: after a failure, the failed request is repeated alone before all are sent."""
 
 from __future__ import annotations
 

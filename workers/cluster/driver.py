@@ -231,10 +231,10 @@ class ClusterDriver(Protocol):
         """Return every deployment that was applied to this cluster and not deleted."""
 
     async def delete(self, workflow_id: str) -> bool:
-        """Delete all objects of a deployment; return True once none is left, or False while pods still end:
-        call it again.
+        """Delete all objects of a deployment; return True once none is left.
 
-        Objects that pods need remain until the pods have ended.
+        Return False while pods still end: call it again. Objects that pods need remain until the pods have
+        ended.
         """
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:

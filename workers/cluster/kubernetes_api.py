@@ -1,5 +1,4 @@
-"""Client of a Kubernetes API server: paging, watches, errors as exceptions, and a budget that all requests
-share.
+"""Client of a Kubernetes API server: paging, watches, errors as exceptions, and a budget that all requests share.
 
 No other module sends requests to the API server.
 """
@@ -154,8 +153,9 @@ class KubernetesApi:
     async def watch(
         self, path: str, query: Mapping[str, str], *, seconds: float, on_event: Callable[[Manifest], None]
     ) -> None:
-        """Pass each event to `on_event` until the stream ends. Raises `VersionExpired` for a version that is
-        too old.
+        """Pass each event to `on_event` until the stream ends.
+
+        Raises `VersionExpired` for a version that is too old.
         """
         query = {**query, "watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": f"{seconds:.0f}"}
         await self._budget.acquire()
@@ -306,8 +306,7 @@ def _error_for_status(status: int, message: str) -> Exception:
 
 
 def _is_forbidden(status: int, message: str) -> bool:
-    """Return whether permissions or a webhook prevent the request, which says nothing about the request or
-    the pods.
+    """Return whether permissions or a webhook prevent the request, which says nothing about the request or the pods.
 
     A webhook chooses its own status, and an unreachable one causes a 500. A quota answers 403 as well, but
     it refuses the object itself.

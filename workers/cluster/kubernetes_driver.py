@@ -164,9 +164,7 @@ class KubernetesDriver:
         return False
 
     async def replace(self, workflow_id: str, pods: Collection[str]) -> None:
-        """Delete these pods. Their ReplicaSet creates others at once, even while the old ones take long to
-        end.
-        """
+        """Delete these pods. Their ReplicaSet creates others at once, even while the old ones take long to end."""
         for name in pods:
             with suppress(ObjectNotFound, ObjectConflict):
                 deleted = await self._api.request("DELETE", _pods_path(self._layout, name))
@@ -243,9 +241,7 @@ class KubernetesDriver:
         return tuple(pod.address for pod in observed.ready_pods if pod.address is not None)
 
     async def logs(self, workflow_id: str, *, limit: int) -> tuple[PodLogLine, ...]:
-        """Return the last lines of all pods in order of time. A crashed container gives those of its last
-        run.
-        """
+        """Return the last lines of all pods in order of time. A crashed container gives those of its last run."""
         label = _format_selector(manifests.workflow_labels(workflow_id))
         listed, _ = await self._api.list(_pods_path(self._layout), label)
         read = await asyncio.gather(*(self._read_pod_log(pod, limit) for pod in listed))

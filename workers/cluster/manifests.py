@@ -55,8 +55,7 @@ class ClusterLayout:
 
     namespace: str
     gateway_host: str
-    """Name of the gateway's Service in the cluster, which listens on 80 too: an ExternalName maps no ports.
-    """
+    """Name of the gateway's Service in the cluster, which listens on 80 too: an ExternalName maps no ports."""
     gateway_namespace: str
     gateway_labels: tuple[tuple[str, str], ...] = (("app.kubernetes.io/component", "gateway"),)
     """Labels of the gateway's pods, which alone may connect to the pods of workflows."""
@@ -90,9 +89,7 @@ def build_objects(wanted: DesiredDeployment, layout: ClusterLayout) -> tuple[Man
 
 
 def build_service_account(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return a service account without permissions, so that pods don't get those of the namespace's default
-    account.
-    """
+    """Return a service account without permissions, so that pods don't get those of the namespace's default account."""
     return {
         "apiVersion": "v1",
         "kind": "ServiceAccount",
@@ -128,9 +125,7 @@ def build_pods_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Mani
 
 
 def build_gateway_service(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the Service that applications in the cluster call. It leads to the gateway, never directly to a
-    pod.
-    """
+    """Return the Service that applications in the cluster call. It leads to the gateway, never directly to a pod."""
     return {
         "apiVersion": "v1",
         "kind": "Service",
@@ -140,8 +135,9 @@ def build_gateway_service(wanted: DesiredDeployment, layout: ClusterLayout) -> M
 
 
 def build_network_policy(wanted: DesiredDeployment, layout: ClusterLayout) -> Manifest:
-    """Return the network policy of the pods: ingress from the gateway; egress to the gateway, DNS and public
-    networks.
+    """Return the network policy of the pods.
+
+    Ingress is allowed from the gateway; egress to the gateway, DNS and public networks.
     """
     gateway = {
         "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": layout.gateway_namespace}},

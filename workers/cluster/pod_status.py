@@ -116,9 +116,7 @@ def _pod_stage(pod: Manifest, *, is_ready: bool) -> PodStage:
 
 
 def has_ended(pod: Manifest) -> bool:
-    """Return whether a pod has ended for good, such as an evicted one. It remains listed as long as its
-    Deployment.
-    """
+    """Return whether a pod has ended for good, such as an evicted one. It remains listed as long as its Deployment."""
     return (pod.get("status") or {}).get("phase") in {"Failed", "Succeeded"}
 
 

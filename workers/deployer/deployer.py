@@ -171,9 +171,7 @@ class Deployer:
             await asyncio.sleep(self._settings.deployer_sweep_seconds)
 
     async def _add_all(self, batch: Callable[..., Awaitable[Sequence[tuple[str, int]]]]) -> set[str]:
-        """Enqueue the workflows of rows, in case their messages were lost; those with a scheduled retry wait
-        for it.
-        """
+        """Enqueue the workflows of rows, in case their messages were lost; those with a scheduled retry wait for it."""
         found: set[str] = set()
         after = ""
         while some := await batch(self._database, after=after):

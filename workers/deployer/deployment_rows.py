@@ -53,8 +53,9 @@ class _DeployedDefinition(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class ObservedStatus:
-    """Observed state of a deployment as it is stored; `observed_generation` is the generation that had been
-    applied by then.
+    """Observed state of a deployment as it is stored.
+
+    `observed_generation` is the generation that had been applied by the time of the observation.
     """
 
     observed: ObservedState

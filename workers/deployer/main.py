@@ -33,9 +33,7 @@ LOCAL_COMMAND: Final = (sys.executable, "-m", "pilotflame", "runner")
 
 
 def serve(settings: DeployerSettings) -> None:
-    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev`
-    can omit.
-    """
+    """Run until a stop signal. Raises `InvalidSettings` if a setting is missing that only `pilotflame dev` can omit."""
     settings.check_for_production()
     uvloop.run(_serve(settings))
 
@@ -70,9 +68,7 @@ def runner_command(settings: DeployerSettings) -> tuple[str, ...]:
 
 
 async def end_pods(driver: ClusterDriver) -> None:
-    """Close a driver and end its local pods, which start again with the next deployer. Other pods keep
-    running.
-    """
+    """Close a driver and end its local pods, which start again with the next deployer. Other pods keep running."""
     from workers.cluster.local_driver import LocalDriver  # noqa: PLC0415 - it is loaded by now, or not needed
 
     if isinstance(driver, LocalDriver):

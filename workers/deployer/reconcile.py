@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 SLOW_START: Final = "slow-start"
 """Reason code for pods that were not ready in time without any given reason."""
 LOST_NODE_TIME: Final = timedelta(seconds=5)
-"""Time for a lost node to return before its pods are replaced: its container runtime may just be restarting.
-"""
+"""Time for a lost node to return before its pods are replaced: its container runtime may just be restarting."""
 REFUSED: Final = "refused"
 """Reason code for a desired state that the cluster refuses."""
 
@@ -170,9 +169,7 @@ def pods_to_replace(
 
 
 def seconds_until_replaced(deployment: Deployment, seen: ObservedStatus, *, now: datetime) -> float | None:
-    """Return the seconds until pods of a lost node are replaced, unless it returns before; None without such
-    pods.
-    """
+    """Return the seconds until pods of a lost node are replaced, unless it returns before; None without such pods."""
     if seen.observed is not Stored.STARTING or seen.observed_reason_code != PodFailureReason.NODE_NOT_READY:
         return None
     lost_since = _node_lost_since(deployment) or now
@@ -189,8 +186,9 @@ def _node_lost_since(deployment: Deployment) -> datetime | None:
 
 
 def unknown_status(deployment: Deployment, reason: str) -> ObservedStatus:
-    """Return the status while the cluster is unavailable: the desired state remains, and the last known pods
-    may still serve.
+    """Return the status while the cluster is unavailable.
+
+    The desired state remains, and the last known pods may still serve.
     """
     last = stored_status(deployment)
     return replace(last, observed=Stored.UNKNOWN, observed_reason=reason, observed_reason_code=None)
@@ -252,9 +250,7 @@ def _is_unchanged_since(deployment: Deployment, state: Stored) -> bool:
 
 
 def _serving_definition(observed: ObservedDeployment) -> str | None:
-    """Return the definition of the ready pods: during a replacement, the old one while any of its pods is
-    ready.
-    """
+    """Return the definition of the ready pods: during a replacement, the old one while any of its pods is ready."""
     live = [pod for pod in observed.pods if not pod.is_terminating]
     hashes = {pod.definition_hash for pod in live if pod.is_ready}
     if not hashes:

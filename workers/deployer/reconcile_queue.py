@@ -71,9 +71,7 @@ class ReconcileQueue:
         self._enqueue(workflow_id, is_urgent=False)
 
     def add_urgent(self, workflow_id: str) -> None:
-        """Enqueue a workflow before all routine ones, with a fresh back-off: its desired state may have
-        changed.
-        """
+        """Enqueue a workflow before all routine ones, with a fresh back-off: its desired state may have changed."""
         entry = self._entries.get(workflow_id)
         if entry is not None:
             entry.retries = 0
@@ -81,9 +79,7 @@ class ReconcileQueue:
         self._enqueue(workflow_id, is_urgent=True)
 
     def add_unless_scheduled(self, workflow_id: str, generation: int) -> None:
-        """Enqueue a workflow, unless a task holds it, or a retry is scheduled for the same generation of its
-        row.
-        """
+        """Enqueue a workflow, unless a task holds it, or a retry is scheduled for the same generation of its row."""
         entry = self._entries.get(workflow_id)
         if entry is None:
             self.add(workflow_id)

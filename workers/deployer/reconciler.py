@@ -50,9 +50,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 CHANGING_BACKOFF: Final = RetryBackoff(1.0, 30.0)
-"""For pods that start or stop: the cluster notifies of their changes, and a retry makes up for lost
-notifications.
-"""
+"""For pods that start or stop: the cluster notifies of their changes, and a retry makes up for lost notifications."""
 DRAINING_BACKOFF: Final = RetryBackoff(1.0, 1.0)
 """For runs of a drain: nothing notifies of their ends."""
 WHILE_UNAVAILABLE: Final = RetryBackoff(5.0, 60.0)
@@ -99,9 +97,7 @@ class Reconciler:
         command: Sequence[str],
         on_admit: Callable[[str], None],
     ) -> None:
-        """Create a reconciler; it calls `on_admit` with each workflow that has waited for other starts and
-        may start now.
-        """
+        """Create a reconciler; it calls `on_admit` with each workflow that may start after a wait."""
         self._name = name
         self._settings = settings
         self._database = database
@@ -110,8 +106,7 @@ class Reconciler:
         self._connection = connection
         self._command = tuple(command)
         self._applied: set[str] = set()
-        """Workflows that this process has applied. Other deployers may have applied them with other settings.
-        """
+        """Workflows that this process has applied. Other deployers may have applied them with other settings."""
         self._clock = StartClock()
         self._gate = StartGate(settings.starts_at_once, on_admit)
         self._refusals = RefusalBudget()
@@ -299,9 +294,7 @@ class Reconciler:
     async def _reclaim_leases(
         self, workflow_id: str, gone: Collection[PodProcess], out_of_memory: Collection[PodProcess] = ()
     ) -> None:
-        """Reclaim the runs of dead processes before their leases expire, so that other processes continue
-        them.
-        """
+        """Reclaim the runs of dead processes before their leases expire, so that other processes continue them."""
         if gone and await pod_leases.reclaim_pod_leases(
             self._database, self._store, workflow_id, gone, out_of_memory
         ):

@@ -39,9 +39,7 @@ class RefusalBudget:
         self._charged: dict[str, _ChargedRefusal] = {}
 
     def require(self, workflow_id: str, generation: int | None) -> None:
-        """Raise `AttemptDeferred`, unless the last refusal is paid for, or was of another generation of the
-        row.
-        """
+        """Raise `AttemptDeferred`, unless the last refusal is paid for, or was of another generation of the row."""
         charged = self._charged.get(workflow_id)
         if charged is None or charged.generation != generation:
             return

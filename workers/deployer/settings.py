@@ -18,9 +18,7 @@ GRACE_SECONDS = 15.0
 
 
 class DeployerSettings(ExecutionSettings, ServerSettings):
-    """Settings of a deployer, in addition to those of all server processes. Settings for runs are passed on
-    to pods.
-    """
+    """Settings of a deployer, in addition to those of all server processes. Settings for runs are passed on to pods."""
 
     cluster: Literal["kubernetes", "local"] = Field(
         default="kubernetes",
