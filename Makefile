@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check check-units check-types check-style check-imports check-words bench docs lock
+.PHONY: run install test check check-units check-types check-style check-imports check-words bench docs dist lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start would take several times as long.
@@ -54,9 +54,14 @@ check-words: .venv/installed-for-tests
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
 
-# The pages and tables that are generated from the code: settings, limits, nodes, expressions and others.
+# The pages and tables that are generated from the code, then the site that the gateway serves below /docs/.
 docs: .venv/installed
 	$(bin)/python -m docs.tables
+	$(bin)/python -m docs.site.build
+
+# The wheel with the documentation site.
+dist: docs
+	$(bin)/python -m hatchling build --target wheel
 
 # Each stamp is newer than what it was installed from, so a second `make run` installs nothing.
 .venv/installed: $(bin)/python requirements.lock pyproject.toml
@@ -86,7 +91,7 @@ endif
 
 # One resolution for every Python from 3.11 on, with the hashes of all wheels. The test lock is the same set and more.
 # Each tool that tests run as a program has a lock of its own, so that none holds back a dependency. The packages of
-# Node have one too: `npm update --package-lock-only` in tests/tools/typescript_clients.
+# Node have one too: `npm update --package-lock-only` in docs/site and tests/tools/typescript_clients.
 lock:
 	tools=$$(mktemp -d) && trap 'rm -r "$$tools"' EXIT && python3 -m venv "$$tools" && \
 	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \
@@ -95,6 +100,6 @@ lock:
 	product="$$compile --group build --extra s3 --extra rabbitmq --extra smtp" && \
 	$$product --output-file requirements.lock pyproject.toml && \
 	$$product --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml && \
-	for tool in tests/tools/*/requirements.in; do \
+	for tool in docs/site/requirements.in tests/tools/*/requirements.in; do \
 		$$compile --output-file "$${tool%.in}.lock" "$$tool" || exit 1; \
 	done

@@ -12,6 +12,7 @@ from gateway.data_sources import data_sources
 from gateway.data_sources.data_source_shapes import CreateDataSource, DataSourceShape, UpdateDataSource
 from gateway.deployments import deployments, discover, lifecycle, trigger
 from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewRequest
+from gateway.documentation import site
 from gateway.executions import bulk, execute, executions, inputs, node_tests
 from gateway.executions.execution_shapes import ExecutionShape, ProgressShape
 from gateway.http.endpoint import AccessRule, Handler, PathEndpoint, PathOperation
@@ -73,7 +74,6 @@ SERVER: Sequence[Route] = (
     Route("GET", "/healthz", AccessRule.PUBLIC, health.alive, answer=health.HealthStatus),
     Route("GET", "/readyz", AccessRule.PUBLIC, health.ready, answer=health.HealthStatus),
     Route("GET", "/openapi.json", AccessRule.PUBLIC, document.openapi, answer=dict[str, Any]),
-    Route("GET", "/docs", AccessRule.PUBLIC, document.page, answer=str),
 )
 """Routes for health and documentation of the server."""
 
@@ -813,7 +813,9 @@ TABLE: Sequence[Route] = (
 )
 
 FOR_BROWSERS: Sequence[Route] = (
-    Route("GET", "/", AccessRule.PUBLIC, document.home, status=302),
+    Route("GET", "/", AccessRule.PUBLIC, site.redirect, status=302),
+    Route("GET", "/docs", AccessRule.PUBLIC, site.redirect, status=302),
+    Route("GET", "/docs/*", AccessRule.PUBLIC, site.show, answer=bytes),
     Route("GET", "/favicon.svg", AccessRule.PUBLIC, document.icon, answer=bytes),
     Route("GET", "/favicon.ico", AccessRule.PUBLIC, document.icon, answer=bytes),
     Route("OPTIONS", "/hooks/{id}", AccessRule.PUBLIC, hooks.options, status=204),

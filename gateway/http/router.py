@@ -11,7 +11,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 @dataclass(frozen=True, slots=True)
 class PathRoute:
-    """Endpoint of a path, in which `{names}` stand for segments of the URL."""
+    """Endpoint of a path, in which `{names}` stand for segments of the URL.
+
+    `/docs/*` serves every path that begins with `/docs/`, unless another path matches it.
+    """
 
     path: str
     endpoint: ASGIApp
@@ -32,6 +35,7 @@ class _PathBranch:
     name: str = ""
     anything: _PathBranch | None = None
     route: PathRoute | None = None
+    rest: PathRoute | None = None
 
 
 class PathRouter:
@@ -64,6 +68,8 @@ class PathRouter:
             following = branch.words.get(segment)
             if following is None:
                 following = branch.anything
+                if branch.rest is not None:
+                    return RouteMatch(branch.rest, {})
                 if following is None or not segment:
                     return None
                 path_params[branch.name] = segment
@@ -73,6 +79,9 @@ class PathRouter:
     def _add(self, route: PathRoute) -> None:
         branch = self._root
         for segment in route.path.split("/"):
+            if segment == "*":
+                branch.rest = route
+                return
             if not segment.startswith("{"):
                 branch = branch.words.setdefault(segment, _PathBranch())
                 continue

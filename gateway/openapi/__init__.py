@@ -1,1 +1,1 @@
-"""OpenAPI 3.1 document of the API, built from the route table and the wire types, and its HTML page."""
+"""OpenAPI 3.1 document of the API, built from the route table and the wire types."""

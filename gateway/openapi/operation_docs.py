@@ -290,7 +290,6 @@ OPERATION_DOCS: Final[Mapping[Handler, OperationDoc]] = {
     ),
     health.ready: OperationDoc(refusals=("not-ready",)),
     document.openapi: KEPT,
-    document.page: replace(KEPT, media_type="text/html"),
     access.create_key: OperationDoc(refusals=("not-found",)),
     access.create_user: OperationDoc(refusals=("email-taken",)),
     signing.show: OperationDoc(refusals=("admin-required", "not-found")),

@@ -438,7 +438,6 @@ ROWS = [
     AccessRow("GET", "/healthz", None, EVERYBODY),
     AccessRow("GET", "/readyz", None, EVERYBODY),
     AccessRow("GET", "/openapi.json", None, EVERYBODY),
-    AccessRow("GET", "/docs", None, EVERYBODY),
     AccessRow("GET", "/api/v1/auth/whoami", None, ANY_KEY),
     AccessRow("GET", "/api/v1/auth/keys", KEYS, OWN),
     AccessRow("POST", "/api/v1/auth/keys", KEYS, OWN, body={"name": "Mine"}, status=201),

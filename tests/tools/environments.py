@@ -30,13 +30,14 @@ STAMP = "complete"
 
 @dataclass(frozen=True)
 class ToolEnvironment:
-    """The environment of one folder of `tests/tools`: its Python packages, and its Node packages if it locks any."""
+    """The environment of one folder with locks: its Python packages, and its Node packages if it locks any."""
 
     name: str
+    parent: Path = TOOLS
 
     @property
     def sources(self) -> Path:
-        return TOOLS / self.name
+        return self.parent / self.name
 
     @cached_property
     def folder(self) -> Path:

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Iterator
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from gateway.http.endpoint import AccessRule
 from gateway.http.sender import TOKEN
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.ingest import dead_letters, deliveries, events
-from gateway.openapi import examples, openapi_document, page
+from gateway.openapi import examples, openapi_document
 from gateway.openapi.operation_docs import IDEMPOTENCY_KEY, IF_MATCH, OPERATION_DOCS, OperationDoc
 from gateway.openapi.refusals import ERROR_CODES, JSON_CODES
 from gateway.routes import Route
@@ -30,7 +29,6 @@ from tests.unit.call_graph import CallGraph, CodeDefinition
 
 LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.TABLE]
 DOCUMENT: dict[str, Any] = json.loads(json.dumps(openapi_document.build_document(routes.TABLE)))
-PAGE = page.render_page(DOCUMENT)
 GRAPH = CallGraph()
 CONTRACT = json.loads((Path(__file__).parents[1] / "contract/endpoints.json").read_text())
 
@@ -108,20 +106,16 @@ def reaches(line: Route, function: str) -> bool:
 # ── the whole ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_tags_are_words_and_each_has_a_section_of_the_page() -> None:
+def test_tags_are_words_and_unique() -> None:
     names = [tag["name"] for tag in DOCUMENT["tags"]]
     assert [name for name in names if not re.fullmatch(r"[A-Z][a-z]*( [a-z]+)*", name)] == []
-    anchors = re.findall(r"<h2 id=(tag-[a-z-]+)>", PAGE)
-    assert len(set(anchors)) == len(names)
-    assert set(re.findall(r"<a href=#(tag-[^>]*)>", PAGE)) == set(anchors)
+    assert len(set(names)) == len(names)
 
 
 def test_server_is_that_of_the_document_unless_an_address_is_set() -> None:
     assert DOCUMENT["servers"] == [{"url": "/"}]
-    assert "export SERVER=http://127.0.0.1:8000 " in PAGE
     public = openapi_document.build_document(routes.TABLE, server="https://flows.example.com/below")
     assert public["servers"] == [{"url": "https://flows.example.com/below"}]
-    assert "export SERVER=https://flows.example.com/below " in page.render_page(public)
 
 
 # ── every operation ─────────────────────────────────────────────────────────────────────────────────────────
@@ -361,39 +355,3 @@ def test_an_input_may_hold_anything() -> None:
     assert named["ExecuteRequest"]["properties"]["triggerInputs"]["additionalProperties"] is True
     assert named["PendingInput"]["properties"]["choices"]["items"] == {}
     assert named["ErrorResponse"]["properties"]["success"] == {"type": "boolean", "enum": [False]}
-
-
-# ── the page ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_the_page_loads_nothing_and_runs_nothing() -> None:
-    apart_from_its_icon = PAGE.replace('<link rel=icon href=favicon.svg type="image/svg+xml">', "", 1)
-    found = re.findall(r"<(script|link|img|iframe|object|embed|base|form)\b", apart_from_its_icon)
-    assert found == []
-    assert re.findall(r"<[^>]*\s(?:on\w+|style|src)\s*=", PAGE) == []
-    assert re.findall(r"url\(|@import", page.STYLE) == []
-
-
-def test_every_link_of_the_page_leads_somewhere() -> None:
-    targets = set(re.findall(r'\bid="?([\w.-]+)', PAGE))
-    links = set(re.findall(r'<a href="?#([\w.-]+)', PAGE))
-    assert links
-    assert links <= targets
-
-
-def test_the_page_shows_texts_as_they_are() -> None:
-    document = json.loads(json.dumps(DOCUMENT))
-    document["paths"]["/healthz"]["get"]["summary"] = "<b>`a` & 'b'"
-    document["components"]["schemas"]["ErrorResponse"]["description"] = "</style><script>"
-    text = page.render_page(document)
-    assert "&lt;b&gt;<code>a</code> &amp; 'b'" in text
-    assert "<script>" not in text
-
-
-@pytest.mark.parametrize("line", LINES)
-def test_every_operation_stands_on_the_page_with_a_request_to_copy(line: Route) -> None:
-    command = page.curl(line.path, line.method.lower(), document_operation(line))
-    assert command.startswith("curl -sS ")
-    assert "{" not in command.partition("-d '")[0]
-    assert ("X-API-Key: $KEY" in command) is (line.access is not AccessRule.PUBLIC)
-    assert escape(command, quote=False) in PAGE
