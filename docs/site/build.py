@@ -196,7 +196,7 @@ def build_policy(page: str) -> str:
 
 
 def replace_drawing_styles(page: str) -> str:
-    """Return a page whose icons carry attributes of SVG instead of inline styles, which a strict policy forbids."""
+    """Replace inline styles of icons by SVG attributes: a strict policy forbids the styles."""
     return _DRAWING_STYLE.sub(
         lambda match: (
             match[1]
