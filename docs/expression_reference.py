@@ -1,4 +1,4 @@
-"""The page on expressions: its examples are data of this module, and tests execute each of them."""
+"""Generator of the page on expressions; its examples are data of this module, and tests execute each of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCOPE: Final[Mapping[str, Json]] = {
     "nodes": {"fetch": {"status": 200}},
     "execution": {"id": "exec_1", "workflowId": "wf_1", "startedAt": "2026-01-02T03:04:05Z"},
 }
-"""The data of the examples of paths and templates."""
+"""Data for the examples of paths and templates."""
 
 PATHS: Final[tuple[tuple[str, Json], ...]] = (
     ("data.name", "Ada"),
@@ -124,7 +124,7 @@ OPERATOR_EXAMPLES: Final[Mapping[str, tuple[Json, Json]]] = {
     "is-true": (True, None),
     "is-false": (False, None),
 }
-"""A left and a right value for which each operator is true; operators of one value have no right one."""
+"""A left and a right value for which each operator is true; unary operators have no right value."""
 JOINED_CONDITION: Final[Json] = {
     "all": [
         {"left": "{{ data.name }}", "operator": "equals", "right": "Ada"},
@@ -185,7 +185,7 @@ def _example_row(example: tuple[Json, Json]) -> tuple[str, str]:
 
 
 def _field_rows(kind: FieldCompilation) -> Iterator[tuple[str, str]]:
-    """Return a row for each node type that has fields of a kind."""
+    """Yield a row for each node type that has fields of this kind."""
     for node_type in catalog.load_catalog().node_types.values():
         fields = [name for name, compiled in node_type.compiled.items() if compiled is kind]
         if fields:

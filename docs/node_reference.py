@@ -1,4 +1,4 @@
-"""The reference of the node types, as the catalogue describes them."""
+"""Generator of the reference of node types from the catalog."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ CATEGORIES: Mapping[str, str] = {
 
 
 def build_reference() -> str:
-    """Return the page: the types by category, each with its config and an example."""
+    """Return the page: node types by category, each with its config and an example."""
     node_types = catalog.load_catalog().node_types.values()
     parts = [HEADING]
     for category, title in CATEGORIES.items():
@@ -106,7 +106,7 @@ def _config_rows(node_type: NodeType) -> Iterator[str]:
 def _nested_rows(
     name: str, schema: Mapping[str, Any], compiled: Mapping[str, FieldCompilation]
 ) -> Iterator[str]:
-    """Return the rows of the fields of an object, and of the objects in a list."""
+    """Yield the rows of the fields of an object, and of the objects in a list."""
     items = schema.get("items")
     for prefix, inner in ((name, schema), (f"{name}[]", items if isinstance(items, dict) else {})):
         for field, of_field in _schema_properties(inner).items():
@@ -145,7 +145,7 @@ def _format_value(value: Json) -> str:
 
 
 def example_execute_body(node_type: NodeType) -> dict[str, Any]:
-    """Return the body of an execute that runs a node of a type as its first example says."""
+    """Return the body of an execute request that runs a node type with its first example."""
     example: dict[str, Any] = dict(node_type.examples[0])
     step = {"id": STEP, "nodeId": node_type.type, "config": example["config"]}
     if node_type.is_trigger:
@@ -163,7 +163,9 @@ def example_execute_body(node_type: NodeType) -> dict[str, Any]:
 
 
 def _file_execute_body(step: Mapping[str, Json], name: str) -> dict[str, Any]:
-    """Return the body of an execute in which another node fetches the file: a reference is good in one run alone."""
+    """Return the body of an execute request in which another node fetches the file: blob references are valid in one
+    run.
+    """
     fetch = {"id": "fetch", "nodeId": "file-source", "config": {"key": name, "as": "blob"}}
     nodes = [{"id": "start", "nodeId": "manual"}, fetch, step]
     connections = [{"source": "start", "target": "fetch"}, {"source": "fetch", "target": STEP}]
@@ -190,7 +192,7 @@ def _format_example(node_type: NodeType) -> Iterator[str]:
 
 
 def _format_json(value: Json, level: int = 0) -> str:
-    """Return JSON with a line for each part, down to a node, and what is short in one."""
+    """Return JSON with a line for each part down to the level of a node, and short values in one line."""
     in_one = _format_value(value)
     if not isinstance(value, dict | list) or (level > 0 and (level == LINES_DOWN_TO or len(in_one) <= SHORT)):
         return in_one

@@ -1,4 +1,4 @@
-"""The reference of the settings: one row per `PILOTFLAME_` variable, grouped by subject."""
+"""Generator of the reference of settings: one row per `PILOTFLAME_` variable, grouped by subject."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BRIDGES: Final[tuple[type[BaseSettings], ...]] = (
     SqsBridgeSettings,
     RabbitmqBridgeSettings,
 )
-"""The settings of the bridge, one type for each kind of source."""
+"""Settings of the bridge, one type for each kind of source."""
 READERS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
     *PROCESSES.items(),
     *(("bridge", settings) for settings in BRIDGES),
@@ -39,7 +39,7 @@ READERS: Final[tuple[tuple[str, type[BaseSettings]], ...]] = (
 )
 ALL: Final = tuple(dict.fromkeys(process for process, _ in READERS))
 MOST_IMPORTANT: Final = ("database_url", "redis_url", "secret_key", "blob_url", "public_url")
-"""The settings that the README shows."""
+"""Settings in the short table of the README."""
 
 SUBJECTS: Final[Mapping[str, str]] = {
     "Storage": r"data_dir|database_url|redis_url|blob_.*|run_path_connections",
@@ -61,7 +61,7 @@ SUBJECTS: Final[Mapping[str, str]] = {
     "Bridge": r"bridge_.*",
     "SMTP listener": r"smtp_.*",
 }
-"""The pattern of the field names of each subject; the first that matches counts."""
+"""Pattern of the field names of each subject; the first match counts."""
 
 HEADING: Final = """\
 # Settings
@@ -114,7 +114,7 @@ def build_page() -> str:
 
 
 def build_short_table() -> str:
-    """Return the table of the settings that the README shows."""
+    """Return the short table of settings for the README."""
     found = list_variables()
     return "\n".join(_format_table([found[name] for name in MOST_IMPORTANT], found))
 
@@ -129,7 +129,7 @@ def _format_table(shown: Iterable[SettingVariable], known: Mapping[str, SettingV
 
 
 def _describe_variable(variable: SettingVariable, known: Mapping[str, SettingVariable]) -> str:
-    """Return the description, with the whole names of the variables in it."""
+    """Return the description, with names of variables in full."""
 
     def whole(match: re.Match[str]) -> str:
         return f"`{_variable_name(match[1])}`" if match[1].lower() in known else match[0]

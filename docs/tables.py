@@ -1,4 +1,4 @@
-"""Generate the pages and tables that come from the code: run by `make docs`."""
+"""Generator of all pages and tables that come from the code; run by `make docs`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def build_limits_table() -> str:
-    """Return a row for each limit, from the constant and its docstring."""
+    """Return a table with a row for each limit, from the constant and its docstring."""
     body = ast.parse(inspect.getsource(limits)).body
     rows = []
     for statement, below in pairwise(body):
@@ -29,7 +29,7 @@ def build_limits_table() -> str:
 
 
 def replace_table(text: str, name: str, table: str) -> str:
-    """Return a document with the table inserted between its two marks."""
+    """Return a document with a table inserted between its two marks."""
     before, _, rest = text.partition(f"<!-- {name} -->\n")
     _, _, after = rest.partition(f"<!-- /{name} -->")
     return f"{before}<!-- {name} -->\n{table}\n<!-- /{name} -->{after}"

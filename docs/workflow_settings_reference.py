@@ -1,4 +1,4 @@
-"""Tables of the settings of a workflow and of the retries of a node, from their wire types."""
+"""Generator of the tables of workflow settings and node retries, from their wire types."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ RETRY_DEFAULTS: Final[Mapping[str, float]] = {
     "jitter": RetryPolicy().jitter,
 }
 RETRY_FAILURES: Final = 5
-"""Failed attempts for which the example of delays shows the delay."""
+"""Number of failed attempts whose delays the example shows."""
 
 
 def build_settings_table() -> str:
-    """Return a row for each setting of a workflow, with the fields of those that are objects below them."""
+    """Return a table with a row for each workflow setting, followed by the fields of settings that are objects."""
     _, named = schemas.build_schemas([KnownSettings])
     return "\n".join([*_HEAD, *_setting_rows(named["KnownSettings"], named)])
 
 
 def build_retry_table() -> str:
-    """Return a row for each field of a node's `retry`."""
+    """Return a table with a row for each field of a node's `retry`."""
     _, named = schemas.build_schemas([RetryShape])
     (schema,) = named.values()
     for name, field in _schema_properties(schema):
@@ -38,7 +38,7 @@ def build_retry_table() -> str:
 
 
 def build_delays_table() -> str:
-    """Return the delays after each failed attempt of the default policy, and of one with a low maximum."""
+    """Return a table of the delays after each failed attempt, for the default policy and for a low maximum delay."""
     shown = (
         RetryPolicy(max_attempts=6),
         RetryPolicy(max_attempts=6, backoff_seconds=2.0, max_delay_seconds=10.0),
@@ -75,7 +75,7 @@ def _setting_rows(schema: Mapping[str, Any], named: Mapping[str, Any], prefix: s
 
 
 def _referenced_schema(field: Mapping[str, Any], named: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Return the named schema of a field, if it has one."""
+    """Return the schema that a field refers to, if any."""
     for option in (field, *field.get("anyOf", ())):
         if "$ref" in option:
             found: Mapping[str, Any] = named[option["$ref"].removeprefix(schemas.REF)]

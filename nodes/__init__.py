@@ -1,1 +1,1 @@
-"""The nodes: a catalogue of pairs, `.toml` (what it is) and `.py` (what it does)."""
+"""Node types, in pairs of `.toml` (description) and `.py` (implementation), and the services that they use."""

@@ -1,49 +1,49 @@
-"""The catalogue: every node type, as its `.toml` in `nodes/library` describes it, and what runs it.
+"""Catalog: every node type, as its `.toml` in `nodes/library` describes it, and its implementation.
 
-A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse`. The first reads:
+A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse`. The first contains:
 
     type = "csv-parse"              # letters, digits and hyphens; the file has its name, with underscores
-    name = "Parse CSV"              # what the canvas shows
+    name = "Parse CSV"              # name on the canvas
     version = "1.0.0"
     category = "transform"          # triggers, transform, control, io, …
     description = "…"
     effect = "pure"                 # pure, read or write, or decided by a field of the config:
                                     # { default = "write", field = "method", cases = { GET = "read" } }
-    trigger = "webhook"             # only on a node that starts a graph: what kind of event it takes
-    joins = true                    # branches meet in it as its config's `mode` and `combine` say; see engine/joins.py
-    loops = true                    # what is behind its port `continue` runs once for each item; see engine/sections.py
-    cpu = "large"                   # long computations: for `large` configs or `always`; see engine.node_api.CpuDemand
-    runnable = true                 # false: it may be drawn, but there is no `.py`
-    resources = { cpu = "500m", memory = "256Mi" }  # what a pod that runs it asks for; default: 100m and 128Mi
-    s3_location = "s3://…"          # the address of its package; default: by type and version
+    trigger = "webhook"             # only for triggers: the kind of event that starts a run
+    joins = true                    # branches meet in it by its config's `mode` and `combine`; see engine/joins.py
+    loops = true                    # nodes behind its port `continue` run once for each item; see engine/sections.py
+    cpu = "large"                   # long computation: for `large` configs or `always`; see engine.node_api.CpuDemand
+    runnable = true                 # false: the node can be drawn, but has no `.py`
+    resources = { cpu = "500m", memory = "256Mi" }  # requests of a pod that runs it; default: 100m and 128Mi
+    s3_location = "s3://…"          # address of its package; default: by type and version
 
-    [ports]                         # default: one `input`, one `output`; every node has `error` besides
+    [ports]                         # default: one `input`, one `output`; every node also has `error`
     inputs = ["input"]
     outputs = ["true", "false"]
-    outputs_from = "cases[].port"   # where in the config the names of further outputs stand
+    outputs_from = "cases[].port"   # path in the config of the names of further outputs
 
     [compiled]                      # config fields that the node evaluates itself
     condition = "condition"         # a condition, tested by the node
-    "cases[].condition" = "condition"  # one in each item of a list
+    "cases[].condition" = "condition"  # a condition in each item of a list
     each = "value"                  # a template or `{"$op": …}`, rendered by the node
-    source = "literal"              # what is written, never rendered
+    source = "literal"              # a text that is never rendered
 
-    [input]                         # what it takes and gives, in a sentence
+    [input]                         # description of the input in a sentence
     description = "…"
     [output]
     description = "…"
     schema = {…}                    # JSON Schema, if it has a shape of its own
-    keeps_input = true              # the fields that arrive are in it too …
-    dropped_by = { mode = "replace" }  # … unless the config says so
-    fields_of = "values"            # the config field whose keys are fields of the output
+    keeps_input = true              # the output contains the fields of the input …
+    dropped_by = { mode = "replace" }  # … unless the config has this value
+    fields_of = "values"            # config field whose keys are fields of the output
 
-    [config]                        # JSON Schema, draft 2020-12, with defaults; a condition's is filled in
+    [config]                        # JSON Schema, draft 2020-12, with defaults; that of a condition is added
     type = "object"
     [config.properties.dataSource]
     type = "string"
-    x-resource = "datasources:read" # what its value is the id of, and what the node does with that
-    x-source-types = ["postgresql"] # the types of data sources that the node can use there
-    x-constant = true               # no expression: it must be known before the run
+    x-resource = "datasources:read" # the value is the id of such a resource, with the use that the node makes of it
+    x-source-types = ["postgresql"] # types of data sources that the node accepts
+    x-constant = true               # no expression: the value must be known before the run
     x-language = "python"           # a script, `literal` in [compiled]: validation parses it
 
     [[examples]]                    # run by the tests
@@ -51,15 +51,15 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     input = {…}
     output = {…}
     port = "true"                   # default: output
-    error = "…"                     # in the place of an output: the message with which the node fails
+    error = "…"                     # instead of an output: the message with which the node fails
 
-    [[earlier]]                     # a version before this one, the newest first: nodes pinned to it go on as they did
+    [[earlier]]                     # an earlier version, the newest first: nodes pinned to it keep its behavior
     version = "1.0.0"
-    changes = "…"                   # in what it differs, in a sentence
-    config = {…}                    # the parts of the schema that were others, such as a default
+    changes = "…"                   # differences from this version, in a sentence
+    config = {…}                    # the parts of the schema that differ, such as a default
 
-A text with `{{` in it is accepted wherever the schema wants something else and doesn't say `x-constant`: only the run
-will know its value.
+A text with `{{` is accepted wherever the schema requires something else without `x-constant`: only the run knows its
+value.
 """
 
 from __future__ import annotations
@@ -108,13 +108,13 @@ DEFAULT_RESOURCES: Mapping[str, Json] = {"cpu": "100m", "memory": "128Mi"}
 TYPE_ALIASES: Mapping[str, str] = {
     kind: f"{kind}-trigger" for kind in ("queue", "email", "event", "schedule")
 }
-"""Types by the names of what starts them."""
+"""Aliases of trigger types."""
 SHOWN_CHARACTERS = 100
-"""As much of a name that isn't ours as is compared and repeated."""
+"""Characters of an unknown name that are compared and shown."""
 
 
 class InvalidCatalogEntry(ValueError):
-    """A `.toml` isn't what the catalogue can read; the message names the file and the place."""
+    """Invalid `.toml` of the catalog; the message names the file and the place."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class NodeCatalog:
     )
 
     def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
-        """Return a type, in `version` if that is given; raises `UnknownNodeType`."""
+        """Return a node type, in `version` if it is given; raises `UnknownNodeType`."""
         node_type = self.node_types.get(type)
         if node_type is None:
             name = type[:SHOWN_CHARACTERS]
@@ -149,32 +149,32 @@ class NodeCatalog:
         return node_type.earlier[version]
 
     def canonical_name(self, name: str) -> str:
-        """Return the name of the type that an alias stands for; any other name as it is."""
+        """Return the node type of an alias; any other name unchanged."""
         alias = TYPE_ALIASES.get(name)
         return name if alias is None or name in self.node_types else alias
 
     def types(self) -> Sequence[str]:
-        """Return the names of all types, sorted."""
+        """Return the names of all node types, sorted."""
         return sorted(self.node_types)
 
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:
-        """Return `config` with the defaults of its schema filled in, also in the objects inside it."""
+        """Return `config` with the defaults of its schema filled in, also in nested objects."""
         return _fill_defaults(node_type.config_schema, config)
 
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[ConfigProblem]:
-        """Return what is wrong with a config as it is stored, before anything in it is rendered.
+        """Validate a stored config by its schema, before anything in it is rendered.
 
-        Of conditions and expressions it says nothing: whoever compiles them learns more than a schema can tell.
+        Conditions and expressions are not validated: their compilers report more than a schema can.
         """
         return config_problems.find_problems(self._validator(node_type), config, node_type.config_schema)
 
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
-        """Import and return the function that runs a type; for processes that run nodes."""
+        """Import and return the function that runs a node type; for processes that execute nodes."""
         module = import_module(f"nodes.library.{_file_stem(self.get(type).type)}")
         return cast("RunNode", module.run)
 
     def _validator(self, node_type: NodeType) -> Draft202012Validator:
-        """Return the type's validator, made when it is first needed."""
+        """Return the validator of a node type, built at first use."""
         key = (node_type.type, node_type.version)
         if key not in self._validators:
             self._validators[key] = config_problems.build_validator(node_type)
@@ -183,12 +183,12 @@ class NodeCatalog:
 
 @cache
 def load_catalog() -> NodeCatalog:
-    """Read the library, once for the process."""
+    """Read the library, once per process."""
     return read_catalog(LIBRARY_FOLDER)
 
 
 def read_catalog(folder: Path) -> NodeCatalog:
-    """Read every `.toml` of `folder`; raises `InvalidEntry` for one with an unknown key or a wrong value."""
+    """Read every `.toml` of `folder`; raises `InvalidCatalogEntry` for an unknown key or a wrong value."""
     node_types = [_read_entry(path) for path in sorted(folder.glob("*.toml"))]
     return NodeCatalog({node_type.type: node_type for node_type in node_types})
 
@@ -236,7 +236,7 @@ class _EarlierVersionTable(msgspec.Struct, frozen=True, forbid_unknown_fields=Tr
 
 
 class _CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A `.toml`, as it is written."""
+    """Content of a `.toml`."""
 
     type: str
     name: str
@@ -288,7 +288,7 @@ def _read_entry(path: Path) -> NodeType:
 
 
 def _merge_schemas(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a schema with the parts of another in place of its own."""
+    """Return a schema with another one merged into it, which takes precedence."""
     laid = dict(below)
     for key, value in above.items():
         own = laid.get(key)
@@ -341,7 +341,7 @@ def _build_output(written: _OutputTable) -> OutputDescription:
 def _add_condition_schemas(
     schema: Mapping[str, Json], compiled: Mapping[str, FieldCompilation]
 ) -> Mapping[str, Json]:
-    """Put the schema of a condition beside what the file says about each field that holds one."""
+    """Add the schema of conditions to each field that holds one; keywords of the file take precedence."""
     schema = {"properties": {}, **schema}
     for place, kind in compiled.items():
         if kind is FieldCompilation.CONDITION:

@@ -1,6 +1,6 @@
-"""Reading a rendered config: each function returns a field as the type that its schema names.
+"""Typed access to rendered configs: each function returns a field as the type that its schema names.
 
-The stored config was checked against the schema, but a template may render to anything: hence `NodeError`.
+The stored config was validated by the schema, but a template may render to anything: hence `NodeError`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_number(config: Mapping[str, Json], name: str, *, minimum: float, maximu
 
 
 def read_timeout_seconds(config: Mapping[str, Json]) -> float:
-    """Return how long a node waits for another system."""
+    """Return the seconds that a node waits for another system."""
     return read_number(
         config, "timeoutSeconds", minimum=SHORTEST_TIMEOUT_SECONDS, maximum=LONGEST_TIMEOUT_SECONDS
     )
@@ -77,12 +77,12 @@ def read_sequence(config: Mapping[str, Json], name: str) -> list[Json]:
 
 
 def invalid_field(name: str, wanted: str, value: Json) -> NodeError:
-    """Return the error for a field that isn't what it should be."""
+    """Return the error for a field of the wrong type."""
     return NodeError(f"`{name}` must be {wanted}, but {describe_type(value)} arrived", code="invalid-config")
 
 
 def describe_type(value: Json) -> str:
-    """Return what a value is, in words, without showing what it holds."""
+    """Describe the type of a value in words, without its content."""
     match value:
         case None:
             return "nothing (null)"

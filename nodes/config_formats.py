@@ -1,4 +1,4 @@
-"""Forms of text that a config may ask for by `format`, and what to say of a text that hasn't the form."""
+"""Text formats for the keyword `format` of config schemas, with the messages for invalid texts."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from models import schedule_timetable, weekly_windows
 
 
 class TextFormat(NamedTuple):
-    """One form of text."""
+    """Check of a text format, and its description."""
 
     fits: Callable[[str], bool]
     wanted: str
 
 
 def is_time_zone(text: str) -> bool:
-    """Tell whether the IANA database has a zone of this name."""
+    """Tell whether a name is a zone of the IANA database."""
     return text in weekly_windows.zone_names()
 
 
 def is_network(text: str) -> bool:
-    """Tell whether a text is a range of IP addresses, as CIDR writes it, or one address."""
+    """Tell whether a text is an IP address or a network in CIDR notation."""
     try:
         ip_network(text)
     except ValueError:

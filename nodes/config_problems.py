@@ -1,4 +1,4 @@
-"""What is wrong in a config, by the JSON Schema of its node type, in words that a person can mend it with."""
+"""Validation of configs by the JSON Schema of their node type, with messages that help a person fix them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ SchemaPath: TypeAlias = "Sequence[str | int]"
 
 MAXIMUM_PROBLEMS = 50
 MAXIMUM_EXPLAINED_VALUES = 10_000
-"""A validator reports every wrong value with a copy of it: from more than these, its report could fill the memory."""
+"""Largest number of values to explain: a validator reports every wrong value with a copy of it, which could exhaust the
+memory.
+"""
 SHOWN_CHARACTERS = 100
 
 TEMPLATE_SCHEMA: JsonSchema = {"type": "string", "pattern": r"\{\{"}
@@ -54,22 +56,22 @@ LIMIT_MESSAGES = {
 
 @dataclass(frozen=True, slots=True)
 class ConfigProblem:
-    """One thing wrong with a config: where (`aggregations.0.function`), what, and by which keyword."""
+    """Problem in a config: its path (`aggregations.0.function`), a message and the keyword of the schema."""
 
     path: str
     message: str
     keyword: str
     steps: tuple[str | int, ...] = ()
-    """The way from the config to the value, or to where a field is missing."""
+    """Keys and indexes from the config to the value, or to a missing field."""
     meant: Json = None
-    """The name of a field, or the value, that is certain to be meant; None: none is."""
+    """Name of the field, or value, that was certainly intended; None without a single candidate."""
 
 
 # ── schemas ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def build_validator(node_type: NodeType) -> Draft202012Validator:
-    """Return what checks the configs of a type; of a condition it asks only that it be an object."""
+    """Return the validator for configs of a node type; conditions are only required to be objects."""
     from jsonschema_rs import Draft202012Validator  # noqa: PLC0415 - 4 MB that some processes never need
 
     schema = node_type.config_schema
@@ -81,7 +83,7 @@ def build_validator(node_type: NodeType) -> Draft202012Validator:
 
 
 def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema], JsonSchema]) -> JsonSchema:
-    """Return `schema` with what it says of one field changed: of `condition`, or of `cases[].condition`."""
+    """Return `schema` with the schema of one field changed: of `condition`, or of `cases[].condition`."""
     field, of_each, name = place.partition(OF_EACH)
     properties = dict(cast("Mapping[str, Json]", schema.get("properties", {})))
     said = cast("JsonSchema", properties.get(field, {}))
@@ -94,9 +96,9 @@ def change_schema(schema: JsonSchema, place: str, change: Callable[[JsonSchema],
 
 
 def accept_templates(schema: JsonSchema) -> dict[str, Json]:
-    """Return `schema` with a text that holds `{{` accepted in place of any property and item that isn't `x-constant`.
+    """Return a schema that accepts a text with `{{` for any property and item without `x-constant`.
 
-    What is asked of them moves into an `else`, whose errors are reported as if it stood alone.
+    The original schema moves into an `else`, whose errors are reported as if it stood alone.
     """
     changed = dict(schema)
     for keyword, inner in schema.items():
@@ -110,7 +112,7 @@ def accept_templates(schema: JsonSchema) -> dict[str, Json]:
 def _allow_template(schema: Json) -> Json:
     if not isinstance(schema, dict):
         return schema
-    if "x-language" in schema:  # a script is never rendered, whatever braces it has
+    if "x-language" in schema:  # A script is never rendered, even if it contains braces.
         return accept_templates(schema)
     if schema.get("x-constant") is True:
         return accept_templates(schema)
@@ -123,7 +125,7 @@ def _allow_template(schema: Json) -> Json:
 def find_problems(
     checker: Draft202012Validator, config: Mapping[str, Json], schema: JsonSchema
 ) -> list[ConfigProblem]:
-    """Return what is wrong with a config, without its values, which may be secrets."""
+    """Return the problems of a config, without its values, which may be secrets."""
     if checker.is_valid(config):
         return []
     if _has_many_values(config):
@@ -193,7 +195,7 @@ def _unknown_field_problem(
 
 
 def _suggest_option(given: Json, options: Sequence[Json]) -> Json:
-    """Return the one option that a text comes near to; None where none does, or two."""
+    """Return the single option that is similar to a text; None for none or several."""
     if not isinstance(given, str):
         return None
     meant = name_suggestions.suggest_names(given, [option for option in options if isinstance(option, str)])
@@ -222,7 +224,7 @@ def _describe_violation(error: ValidationError, facts: Mapping[str, Any]) -> str
 
 
 def _field_names(schema: JsonSchema, path: SchemaPath) -> Sequence[str]:
-    """Return the names of the fields that `schema` knows at `path`."""
+    """Return the names of the fields of `schema` at `path`."""
     at: Any = schema
     for step in path:
         at = at.get("items", {}) if isinstance(step, int) else at.get("properties", {}).get(step, {})

@@ -1,4 +1,4 @@
-"""Errors of nodes that speak HTTP: each names the method and the URL of its request."""
+"""Errors of nodes that use HTTP, with the method and the URL of the request."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nodes.outbound_http import OutboundRefused, OutboundUnavailable
 
 @contextmanager
 def name_request_in_errors(method: str, url: str) -> Iterator[None]:
-    """Raise failures of one request as `NodeError`s that name it; secrets in the URL are hidden."""
+    """Convert failures of a request to `NodeError`s with its method and URL; secrets in the URL are redacted."""
     try:
         yield
     except NodeError as error:

@@ -1,4 +1,4 @@
-"""Keys of items: the values by which a list is sorted, joined with another, or rid of what occurs twice."""
+"""Keys of items, by which nodes sort, join and deduplicate lists."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ ITEM_ROOTS = ("item", "index")
 
 @dataclass(frozen=True, slots=True)
 class ItemKey:
-    """One value of each item: its field of a name, or what an expression makes of the item."""
+    """Key of items: a field name, or an expression that is evaluated for each item."""
 
     call: NodeCall
     source: str | ValueTemplate
-    """The name of a field, or what is rendered of each item."""
+    """Name of a field, or template to render for each item."""
     lacking: Counter[str] = field(default_factory=Counter)
-    """By the field that was not there: how many items lack it."""
+    """Number of items without a field, by its path."""
     size: OutputSize = field(default_factory=lambda: OutputSize("The keys of the items"))
 
     @classmethod
     def from_config(cls, name: str, call: NodeCall, source: Json) -> Self:
-        """Return the key that stands in the config; what names no item is the same for all: the name of a field."""
+        """Return the key in a config; an expression without `item` or `index` renders once, to the name of a field."""
         template = compile_value(source)
         if any(path.root in ITEM_ROOTS for path in template.paths):
             return cls(call, template)
@@ -45,7 +45,7 @@ class ItemKey:
         return cls(call, value)
 
     def value_of(self, item: Json, index: int) -> Json:
-        """Return the key of an item; null where the item lacks the field, which is reported."""
+        """Return the key of an item; null for a missing field, which is reported."""
         if isinstance(self.source, str):
             return self._field(self.source, item, index)
         unresolved: list[str] = []
@@ -56,7 +56,7 @@ class ItemKey:
         return value
 
     def missing_paths(self, item_count: int) -> list[str]:
-        """Return the fields that none of so many items had, as paths."""
+        """Return the paths that were missing in all of `item_count` items."""
         if isinstance(self.source, str):
             needed = [f"item.{self.source}"]
         else:
@@ -77,7 +77,7 @@ class ItemKey:
 
 @dataclass(frozen=True, slots=True)
 class ItemKeys:
-    """The keys of one config field, together."""
+    """Composite key: the keys in one config field."""
 
     parts: list[ItemKey]
 
@@ -103,7 +103,7 @@ def require_key_count(name: str, count: int) -> None:
 
 
 def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
-    """Return the field of just this name, else what the dotted path leads to, else null; and whether it is there."""
+    """Return the value of a field by its name or dotted path, or null, and whether it exists."""
     own = require_item_fields(item, index, f"it has no field `{name}`")
     if name in own:
         return own[name], True
@@ -116,7 +116,7 @@ def look_up_field(name: str, item: Json, index: int) -> tuple[Json, bool]:
 
 
 def require_item_fields(item: Json, index: int, consequence: str) -> dict[str, Json]:
-    """Return an item that must be an object; raises `NodeError` with what follows from its not being one."""
+    """Return an item that must be an object; raises `NodeError` with the consequence for other types."""
     if isinstance(item, dict):
         return item
     raise NodeError(

@@ -1,4 +1,4 @@
-"""Lists that a node works through item by item."""
+"""Lists whose items a node processes one by one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAXIMUM_ITEMS = 100_000
 
 
 def read_items(config: Mapping[str, Json], name: str = "items") -> list[Json]:
-    """Return the list in a field; raises `NodeError` for anything else, or for too long a one."""
+    """Return the list in a field; raises `NodeError` for other types, and for a list that is too long."""
     value = config.get(name)
     if isinstance(value, dict):
         lists = [key for key, inner in value.items() if isinstance(inner, list)]

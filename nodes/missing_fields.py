@@ -1,4 +1,4 @@
-"""Fields that no item of a list has: nearly always a misspelt name, by which a sum is 0 and an order is none."""
+"""Check for fields that no item of a list has: nearly always a misspelled name, which would make a sum 0 silently."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ if TYPE_CHECKING:
     from engine.node_api import NodeCall
 
 MIN_ITEMS: Final = 2
-"""So many items without a field are no accident."""
+"""Number of items from which a field that all of them lack is an error."""
 
 
 class MissingFieldAction(StrEnum):
-    """What becomes of a field that no item has, by the field `missing` of a config."""
+    """Handling of a field that no item has, by the config field `missing`."""
 
     FAIL = "fail"
     NULL = "null"
 
 
 def require_fields(call: NodeCall, paths: Sequence[str], item_count: int) -> None:
-    """Raise `NodeError` for `paths` into items that none of several has; of one item or none, log a warning.
+    """Raise `NodeError` for `paths` that several items all lack; for one item or none, log a warning.
 
-    Nothing is said where the config says that they may be missing, or where the settings of the workflow do.
+    Does nothing if the config or the settings of the workflow allow missing fields.
     """
     if not paths or not call.is_strict:
         return

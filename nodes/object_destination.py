@@ -1,4 +1,4 @@
-"""A value is written to a bucket as one object, which replaces the one before it: a second time changes nothing."""
+"""Writing of a value to a bucket as one object; a repeated write replaces it with the same content."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def write_to_bucket(call: NodeCall) -> Json:
 
 
 async def write_object(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
-    """Write an object to a bucket, or to what is like one, as the config says."""
+    """Write the configured object to a bucket or folder."""
     config = call.config
     key = config_fields.read_text(config, "key")
     timeout_seconds = config_fields.read_timeout_seconds(config)
@@ -55,7 +55,7 @@ async def write_object(call: NodeCall, bucket: ObjectBucket) -> dict[str, Json]:
 
 
 async def _encode_content(call: NodeCall) -> tuple[bytes, str]:
-    """Return the `content` of the config as bytes, by its `format`, and its type."""
+    """Encode the `content` of the config by its `format`; return bytes and media type."""
     value = call.config.get("content")
     wanted = config_fields.read_choice(call.config, "format", ObjectFormat)
     if wanted is ObjectFormat.AUTO:

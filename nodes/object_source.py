@@ -1,4 +1,4 @@
-"""An object of a bucket is read, or what there is below a prefix is listed."""
+"""Reading of an object of a bucket, and listing of the objects below a prefix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def read_from_bucket(call: NodeCall) -> Json:
 
 
 async def read_objects(call: NodeCall, bucket: ObjectBucket) -> Json:
-    """Return an object, or a listing, of a bucket or of what is like one, as the config says."""
+    """Return the configured object or listing of a bucket or folder."""
     config = call.config
     timeout_seconds = config_fields.read_timeout_seconds(config)
     if config.get("key") is None:

@@ -1,7 +1,7 @@
-"""The one HTTP client for addresses that users can name: it connects only to an address that it has checked.
+"""HTTP client for URLs from users; it connects only to addresses that it has checked.
 
-A name is resolved once for each request and each redirect, every address of the answer is checked, and one of
-them is connected. The name itself lives on in the Host header and in the TLS handshake alone.
+A name is resolved once for each request and each redirect, every returned address is checked, and one of them is
+connected. The name itself is used only in the Host header and in the TLS handshake.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ if TYPE_CHECKING:
 
 IpNetwork = IPv4Network | IPv6Network
 ResolveName = Callable[[str], Awaitable[Sequence[str]]]
-"""From a host name to the texts of its addresses, the preferred one first; raises OSError."""
+"""Resolver of a host name to the texts of its addresses, the preferred one first; raises OSError."""
 
 MAX_ADDRESSES = 16
 RESOLVE_SECONDS = 5
 CONNECT_SECONDS = 5
-KEEP_ALIVE_SECONDS = 4  # many servers close an idle connection after 5, and a request must not meet that
+KEEP_ALIVE_SECONDS = (
+    4  # Many servers close an idle connection after 5 s, and a request must not coincide with that.
+)
 MAX_CONNECTIONS = 256
 FIRST_UNPRIVILEGED_PORT = 1024
 SMALL_PIECE_BYTES = 16
 
 ALLOWED_METHODS = frozenset({"GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE"})
 REPEATED_WRITES = frozenset({"PUT", "DELETE"})
-"""What aiohttp takes for safe to send again, as it does where a connection breaks that was used before."""
+"""Methods that aiohttp repeats by itself if a reused connection breaks."""
 FINAL_STATUSES = range(200, 600)
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 DECODED_ENCODINGS = frozenset({"", "identity", "gzip", "deflate"})
 
-# They frame the message, name the peer or speak to one connection alone (RFC 9110, 7.6.1).
+# They frame the message, name the peer or concern one connection only (RFC 9110, section 7.6.1).
 MANAGED_HEADERS = frozenset({
     "accept-encoding", "connection", "content-length", "expect", "host", "http2-settings", "keep-alive",
     "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer", "transfer-encoding",
     "upgrade",
 })  # fmt: skip
-# Keys travel in headers of any name, so another origin gets the harmless ones alone.
+# Keys travel in headers of any name, so other origins get only harmless headers.
 HEADERS_FOR_ANY_ORIGIN = frozenset({"accept", "accept-language", "content-type", "user-agent"})
 
 HEADER_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
@@ -58,17 +60,17 @@ CONNECTION_LOGIN = re.compile(r"\s*(?:ntlm|negotiate)\b", re.IGNORECASE)
 @dataclass(frozen=True)
 class OutboundPolicy:
     allowed_networks: tuple[IpNetwork, ...] = ()
-    """What may be reached on any port, although it is not public."""
+    """Networks that are allowed on any port, although they are not public."""
     privileged_ports: frozenset[int] = frozenset({80, 443})
-    """The ports below 1024 that may be reached at public addresses."""
+    """Ports below 1024 that are allowed for public addresses."""
     max_redirects: int = 5
     max_header_bytes: int = 32_768
     max_response_bytes: int = 10_000_000
-    """Counted after decompression."""
+    """Maximum size after decompression."""
     max_pieces: int = 10_000
-    """Of a body, while they are small: each takes more time than its bytes."""
+    """Maximum number of small pieces of a body: each costs more time than its bytes."""
     timeout_seconds: float = 30
-    """For a request that brings no timeout of its own."""
+    """Timeout of a request without its own."""
 
 
 class OutboundRefusalCode(StrEnum):
@@ -83,7 +85,7 @@ class OutboundRefusalCode(StrEnum):
 
 
 class OutboundOutageCode(StrEnum):
-    """Only of the first two it is certain that nothing was sent."""
+    """Reasons of an outage; only with the first two it is certain that nothing was sent."""
 
     NAME_NOT_RESOLVED = "name-not-resolved"
     NOT_CONNECTED = "not-connected"
@@ -92,11 +94,13 @@ class OutboundOutageCode(StrEnum):
 
 
 class OutboundError(Exception):
-    """Its message names the host at most: paths, queries and headers carry secrets."""
+    """Error of an outbound request; its message names at most the host, since paths, queries and headers contain
+    secrets.
+    """
 
 
 class OutboundRefused(OutboundError):
-    """The same request will be refused again."""
+    """Permanent refusal: the same request would be refused again."""
 
     def __init__(self, code: OutboundRefusalCode, message: str) -> None:
         super().__init__(message)
@@ -105,7 +109,7 @@ class OutboundRefused(OutboundError):
 
 
 class OutboundUnavailable(OutboundError):
-    """No complete answer came; the same request may succeed later."""
+    """Missing or incomplete response; the same request may succeed later."""
 
     def __init__(self, code: OutboundOutageCode, message: str) -> None:
         super().__init__(message)
@@ -119,9 +123,9 @@ class OutboundResponse:
     headers: dict[str, str]
     """Names in lower case; the values of one name are joined by a comma."""
     body: bytes
-    """Decompressed, whatever `content-encoding` says."""
+    """Decompressed content, even if `content-encoding` is set."""
     url: str
-    """Where the answer came from, after redirects."""
+    """URL of the response, after redirects."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def require_allowed_address(policy: OutboundPolicy, target: UrlTarget, address: IpAddress) -> None:
-    """Keeps the address out of its message: what a name means inside the network is nobody's to learn."""
+    """Raise `OutboundRefused` without the address: names of the internal network must not be resolvable by users."""
     if any(address in network for network in policy.allowed_networks):
         return
     if not url_targets.is_public(address):
@@ -161,13 +165,13 @@ def require_valid_request(method: str, headers: Mapping[str, str]) -> None:
             raise OutboundRefused(
                 OutboundRefusalCode.INVALID_REQUEST, f"the header {name!r} has a control character"
             )
-        # Such a login is valid for the connection, and other users' requests will share the connection.
+        # Such a login authenticates the connection, which requests of other users share.
         if name.lower() == "authorization" and CONNECTION_LOGIN.match(value):
             raise OutboundRefused(OutboundRefusalCode.INVALID_REQUEST, "NTLM and Negotiate are not supported")
 
 
 def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundCall | None:
-    """The next call, where the response asks for one."""
+    """Return the next call of a redirect, or None."""
     location = response.headers.get("location")
     if response.status not in REDIRECTS or not location:
         return None
@@ -187,15 +191,15 @@ def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundC
 
 
 def _require_final_status(target: UrlTarget, status: int) -> None:
-    """Refuse what is no final answer: 101 means another protocol, which wasn't asked for (RFC 9110, 15)."""
+    """Refuse an interim status: 101 switches to a protocol that wasn't requested (RFC 9110, section 15)."""
     if status not in FINAL_STATUSES:
         message = f"{target.host} answered {status}, which is no status of a final answer"
         raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message)
 
 
 async def send_once(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
-    """Keeps aiohttp from repeating a request whose connection broke: that is the caller's decision."""
-    import aiohttp  # noqa: PLC0415 - see Outbound
+    """Prevent aiohttp from repeating a request after a broken connection: the caller decides that."""
+    import aiohttp  # noqa: PLC0415 - see `OutboundClient`
 
     try:
         return await handler(request)
@@ -206,12 +210,13 @@ async def send_once(request: ClientRequest, handler: ClientHandlerType) -> Clien
 
 
 class OutboundClient:
-    """Imports aiohttp with the first request: it costs 31 MB, which a process without one never pays."""
+    """HTTP client that imports aiohttp with its first request: it takes 31 MB of memory."""
 
     def __init__(self, policy: OutboundPolicy, resolve: ResolveName | None = None) -> None:
         self._policy = policy
         self._resolve = resolve or self._ask_system
-        # A lookup holds its thread for as long as the name's owner likes, so it gets none of the loop's own.
+        # A lookup blocks its thread for as long as the owner of the name likes, so it must not use the loop's own
+        # threads.
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="outbound-names")
         self._session: ClientSession | None = None
 
@@ -225,7 +230,7 @@ class OutboundClient:
         timeout_seconds: float | None = None,
         follow_redirects: bool = True,
     ) -> OutboundResponse:
-        """The timeout spans names, connections, redirects and the whole body; raises OutboundError."""
+        """Send a request; the timeout spans resolution, connections, redirects and the body. Raises `OutboundError`."""
         require_valid_request(method.upper(), headers)
         call = OutboundCall(method.upper(), parse_target(url), headers, body)
         seconds = self._policy.timeout_seconds if timeout_seconds is None else timeout_seconds
@@ -293,8 +298,8 @@ class OutboundClient:
         return await asyncio.get_running_loop().run_in_executor(self._threads, ask)
 
     async def _exchange(self, call: OutboundCall, address: IpAddress) -> OutboundResponse:
-        import aiohttp  # noqa: PLC0415 - see Outbound
-        import yarl  # noqa: PLC0415 - comes with aiohttp
+        import aiohttp  # noqa: PLC0415 - see `OutboundClient`
+        import yarl  # noqa: PLC0415 - a dependency of aiohttp
 
         target = call.target
         # With the address in place of the name, the pool keeps connections by checked address too.
@@ -333,7 +338,7 @@ class OutboundClient:
             raise OutboundUnavailable(OutboundOutageCode.INTERRUPTED, message) from error
 
     def _open_session(self) -> ClientSession:
-        import aiohttp  # noqa: PLC0415 - see Outbound
+        import aiohttp  # noqa: PLC0415 - see `OutboundClient`
 
         if self._session is None:
             self._session = aiohttp.ClientSession(
@@ -369,7 +374,7 @@ class OutboundClient:
         pieces = 0
         async for chunk, _ in response.content.iter_chunks():
             if not chunk and response.content.at_eof():
-                break  # the stream of all answers without a body is one, and says for ever that it has ended
+                break  # Responses without a body share one stream, which reports its end forever.
             body += chunk
             pieces += 1
             if pieces > self._policy.max_pieces and len(body) < pieces * SMALL_PIECE_BYTES:

@@ -1,4 +1,4 @@
-"""How much comes of a list while a node works through it: what never fits into an output ends the node early."""
+"""Running size of the output of a list node: an output that exceeds the limit fails the node early."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 MAXIMUM_BYTES = 10_000_000
-"""As JSON; more than this is kept of no output."""
+"""Maximum size as JSON; larger outputs are never stored."""
 SCALAR_BYTES = 4
 
 
 class OutputSize:
-    """The bytes that values take together, each counted as often as it occurs."""
+    """Total size of values in bytes, with repeated values counted each time."""
 
     def __init__(self, name: str) -> None:
         self._name = name
-        """What the values are, for the error: `The items`."""
+        """Name of the values in the error, such as `The items`."""
         self._count = 0
         self._bytes = 0
 
     def add(self, value: Json) -> None:
-        """Count a value; raises `NodeError` when they all become too much."""
+        """Add the size of a value; raises `NodeError` if the total exceeds the limit."""
         self._count += 1
         self._bytes += self._of(value)
         if self._bytes > MAXIMUM_BYTES:

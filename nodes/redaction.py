@@ -1,7 +1,7 @@
-"""Secrets in texts from outside: each is replaced by its value, wherever somebody repeats it.
+"""Redaction of secrets in texts from outside, such as responses that repeat them.
 
-A secret of one to three characters would be found within half of all words, and what is left would show where it stood.
-It is hidden where it stands by itself only: between blanks, quotes, brackets or separators, or as the whole text.
+A secret of one to three characters occurs in half of all words, and redacting it there would reveal it. It is redacted
+only between blanks, quotes, brackets or separators, or as the whole text.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ from engine.run_errors import NodeError
 
 REDACTED: Final = "[hidden]"
 SHORTEST_ANYWHERE: Final = 4
-"""Characters of a secret that is replaced within words too."""
+"""Minimum length of a secret that is redacted within words too."""
 _BEFORE: Final = r"(?<![^\s\"'`=:,;&?/|(){}\[\]<>])"
 _AFTER: Final = r"(?![^\s\"'`=:,;&?/|(){}\[\]<>.!])"
 _QUOTED_OR_WHOLE: Final = r"(?<=\")%s(?=\")|(?<=')%s(?=')|(?<==)%s(?=[&;\s]|\Z)|\A%s\Z"
-"""Of the body of an answer, where `1` between blanks or after a colon is a number, and JSON without it is none."""
+"""Positions in the body of a response, where `1` between blanks or after a colon is a number, and JSON without it is
+invalid.
+"""
 
 
 def redact_text(text: str, secrets: Iterable[str]) -> str:
-    """Return a text, such as an error's, without the secrets."""
+    """Return a text, such as an error message, without the secrets."""
     for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
             text = text.replace(secret, REDACTED)
@@ -34,7 +36,7 @@ def redact_text(text: str, secrets: Iterable[str]) -> str:
 
 @contextmanager
 def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
-    """Raise a `NodeError` without the secrets: a server that was told them may say them again."""
+    """Redact secrets in the message of a `NodeError`: a server may repeat secrets that it got."""
     try:
         yield
     except NodeError as error:
@@ -45,7 +47,7 @@ def redact_errors(secrets: Iterable[str]) -> Iterator[None]:
 
 
 def redact_body(body: bytes, secrets: Iterable[str]) -> bytes:
-    """Return the body of an answer without the secrets; short ones only where they are quoted, or end a field."""
+    """Return the body of a response without the secrets; short ones only in quotes or at the end of a field."""
     for secret in _sort_longest_first(secrets):
         if len(secret) >= SHORTEST_ANYWHERE:
             body = body.replace(secret.encode(), REDACTED.encode())
@@ -57,5 +59,5 @@ def redact_body(body: bytes, secrets: Iterable[str]) -> bytes:
 
 
 def _sort_longest_first(secrets: Iterable[str]) -> list[str]:
-    """Return each secret once, so that one which holds another goes whole."""
+    """Return each secret once, the longest first, so that a secret that contains another is redacted as a whole."""
     return sorted({secret for secret in secrets if secret}, key=len, reverse=True)

@@ -1,4 +1,4 @@
-"""What the nodes of all SQL databases do: rows of a query become objects, and objects become rows of a table."""
+"""Common parts of the nodes for SQL databases: rows of a query become objects, and objects become rows of a table."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ MAX_ROWS = 100_000
 MAX_BATCH_ROWS = 10_000
 MAX_PARAMETERS = 1_000
 ROWS_AT_ONCE = 500
-"""A turn on the event loop is shared between so many: to ask after each would take longer than the work."""
+"""Rows per check of the event loop's share: a check per row would take longer than the work."""
 SCALAR_TYPES = (str, int, float, bool, type(None))
 LIST_FIELDS = ("rows", "items", "groups")
-"""Where nodes that give a list keep it in their output."""
+"""Output fields in which nodes put their list."""
 
 
 async def run_query(call: NodeCall, dialect: SqlDialect) -> Json:
@@ -69,7 +69,7 @@ async def run_write(call: NodeCall, dialect: SqlDialect) -> Json:
 
 
 def require_constant_sql(call: NodeCall, name: str) -> str:
-    """Return SQL as its author wrote it; raises `NodeError` if anything in it comes from the run."""
+    """Return the SQL that the author wrote; raises `NodeError` if a part of it comes from the run."""
     unresolved: list[str] = []
     text = call.values[name].render({}, unresolved)
     if unresolved:
@@ -106,7 +106,7 @@ def _check_names(columns: Sequence[str]) -> None:
 
 
 async def _build_table(call: NodeCall) -> tuple[list[str], list[list[Json]]]:
-    """Return the columns that the rows have together, as they first occur, and each row's values of them."""
+    """Return the union of the rows' columns in order of appearance, and each row's values of them."""
     template = call.values.get("columns")
     turn = LoopShare()
     records: list[dict[str, Json]] = []

@@ -1,7 +1,7 @@
-"""SQL as its author wrote it, taken apart far enough to know where values belong and where a statement ends.
+"""SQL tokenizer that finds the placeholders and the end of a statement, for better errors before it is sent.
 
-The databases themselves refuse a second statement and whatever a session may not do. What is read here says so in words
-that help, before anything is sent, and never takes a `?` inside a text, a name or a comment for the place of a value.
+The databases themselves refuse a second statement and everything that a session may not do. The tokenizer never takes a
+`?` inside a text, a name or a comment for a placeholder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 MAX_CHARACTERS: Final = 100_000
 MAX_NAME_BYTES: Final = 64
-"""MySQL's limit; PostgreSQL would cut off a name after 63 and go on with what is left."""
+"""Limit of MySQL; PostgreSQL would silently truncate a name to 63 bytes."""
 MAX_NAME_PARTS: Final = 3
 
 READING_VERBS: Final = frozenset({"SELECT", "WITH", "VALUES", "TABLE", "SHOW", "EXPLAIN", "DESCRIBE", "DESC"})
@@ -26,7 +26,7 @@ WRITING_VERBS: Final = frozenset(
 
 
 class SqlDialect(StrEnum):
-    """Whose SQL it is; the value is the type of the data source."""
+    """SQL dialect; the value is the type of the data source."""
 
     POSTGRESQL = "postgresql"
     MYSQL = "mysql"
@@ -34,15 +34,15 @@ class SqlDialect(StrEnum):
 
 
 class StatementRefused(ValueError):
-    """The statement may not run as it is; the message says what to mend, and shows nothing of it but single words."""
+    """Refusal of a statement; the message says how to fix it, and quotes single words of it at most."""
 
 
 @dataclass(frozen=True, slots=True)
 class SqlStatement:
-    """One statement, divided where values belong."""
+    """Statement, split at its placeholders."""
 
     parts: Sequence[str]
-    """What stands before the first value, between each two, and after the last."""
+    """SQL before the first placeholder, between each two, and after the last."""
     verb: str
 
     @property
@@ -50,18 +50,18 @@ class SqlStatement:
         return len(self.parts) - 1
 
     def with_places(self, places: Sequence[str]) -> str:
-        """Return the statement with each of `places` where a value belongs."""
+        """Return the statement with the placeholders of a driver."""
         pieces = [piece for pair in zip(self.parts, places, strict=False) for piece in pair]
         return "".join([*pieces, self.parts[-1]])
 
 
 def parse_reading(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Take a statement that only reads and has places for that many values; raises `StatementRefused`."""
+    """Parse a read-only statement with this number of placeholders; raises `StatementRefused`."""
     return _require_statement(parse_statement(text, dialect), READING_VERBS, "a statement that reads", values)
 
 
 def parse_writing(text: str, dialect: SqlDialect, values: int) -> SqlStatement:
-    """Take a statement that writes and has places for that many values; raises `StatementRefused`."""
+    """Parse a writing statement with this number of placeholders; raises `StatementRefused`."""
     return _require_statement(
         parse_statement(text, dialect), WRITING_VERBS, "a statement that writes", values
     )
@@ -81,7 +81,7 @@ def _require_statement(
 
 
 def quote_name(name: str, dialect: SqlDialect) -> str:
-    """Return a name of a column, or a part of the name of a table, as SQL; raises `StatementRefused`."""
+    """Quote a column name, or a part of a table name; raises `StatementRefused`."""
     if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
         raise StatementRefused(
             f"{name[:40]!r} can't be a name: it takes 1 to {MAX_NAME_BYTES} bytes, without NUL"
@@ -91,7 +91,7 @@ def quote_name(name: str, dialect: SqlDialect) -> str:
 
 
 def quote_table(name: str, dialect: SqlDialect) -> str:
-    """Return the name of a table, with its schema before a dot or without, as SQL; raises `StatementRefused`."""
+    """Quote a table name, with its schema before a dot or without; raises `StatementRefused`."""
     parts = name.split(".")
     if len(parts) > MAX_NAME_PARTS:
         raise StatementRefused(f"{name[:40]!r} has too many parts to be the name of a table")
@@ -105,7 +105,7 @@ _COMMON_TOKENS = r"""
   | (?P<end> ; )
   | (?P<plain> (?: (?! [eE]' ) [^\W\d] [\w$]*+ | \d [\w.]*+ | [\s(),=+<>.*:!&%^~{}|@] )++ | . )
 """
-# Each alternative of a text or name comes in a closed and an open form; what is open ends the reading.
+# Each alternative of a text or name has a closed and an open form; an unclosed one ends the parsing.
 _LEXERS: Final = {
     SqlDialect.POSTGRESQL: re.compile(
         r"""
@@ -141,14 +141,14 @@ _LEXERS: Final = {
     ),
 }
 _TOKEN_SUBSTITUTES: Final = {"comment": " ", "nested": " ", "quoted": "''", "dollar": "''"}
-"""What stands for a token where only the words of a statement matter."""
+"""Substitutes of tokens in the search for the words of a statement."""
 _FIRST_WORD: Final = re.compile(r"[^\s(;]\w*")
 _INTO_FILE: Final = re.compile(r"\bINTO\s+(OUTFILE|DUMPFILE)\b", re.IGNORECASE)
 _COMMENT_EDGE: Final = re.compile(r"/\*|\*/")
 
 
 def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
-    """Take one statement apart; raises `StatementRefused` for none, for several, and for what can't be read."""
+    """Parse one statement; raises `StatementRefused` for none, for several, and for invalid tokens."""
     if len(text) > MAX_CHARACTERS:
         raise StatementRefused(f"The statement has more than {MAX_CHARACTERS:,} characters")
     if "\0" in text:
@@ -165,7 +165,7 @@ def parse_statement(text: str, dialect: SqlDialect) -> SqlStatement:
 
 
 def _first_verb(words: str) -> str:
-    """Return what the statement begins with, when it is the only one; `words` has no comments and no texts in it."""
+    """Return the first word of the only statement; `words` contains no comments and no texts."""
     first = _FIRST_WORD.search(words)
     if first is None:
         raise StatementRefused("There is no statement: the text is empty")
@@ -188,7 +188,7 @@ def _tokenize(text: str, lexer: re.Pattern[str]) -> Iterator[tuple[str, str]]:
 
 
 def _find_token_end(text: str, token: re.Match[str], kind: str) -> int:
-    """Return where a token ends; raises `StatementRefused` for one that never does, or that can't be allowed."""
+    """Return the end of a token; raises `StatementRefused` for an unterminated or forbidden token."""
     match kind:
         case "nested":
             return _find_nested_end(text, token.end())

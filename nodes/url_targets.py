@@ -1,4 +1,4 @@
-"""Where a URL of a user leads, and which addresses are the internet's and not somebody's inside."""
+"""Parsing of URLs from users, and the distinction of public from internal addresses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABEL_PATTERN = re.compile(r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?")
 TOKEN_PATTERN = re.compile(
     r"(?=[A-Za-z]*[0-9])(?=[0-9]*[A-Za-z])[A-Za-z0-9]{8,}|[A-Za-z]{25,}|[0-9]{13,}|.{65,}", re.DOTALL
 )
-"""A run of characters that may be part of a secret: letters and digits mixed, or more of them than a word has."""
+"""Characters that may be part of a secret: letters and digits mixed, or a run longer than words."""
 REDACTED = "…"
 MAX_SHOWN_CHARACTERS = 300
 # As the last label it makes resolvers read the host as an IPv4 address: 127.1, 0x7f000001, 2130706433.
@@ -36,16 +36,16 @@ PRIVATE_NETWORKS = tuple(ip_network(text) for text in (
     "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12",
     "192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24",
     "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4",
-    "168.63.129.16/32",  # public by its number, and Azure's own platform to every machine there
-    "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",  # protocols (Teredo), documentation, 6to4
+    "168.63.129.16/32",  # Public by its number, but Azure's platform service for every machine there.
+    "2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20",  # Protocols (Teredo), documentation, 6to4.
 ))  # fmt: skip
-# What is outside is local, multicast, reserved, or IPv4 in disguise (compatible, mapped, NAT64).
+# Addresses outside of it are local, multicast, reserved, or embed IPv4 (compatible, mapped, NAT64).
 GLOBAL_UNICAST = IPv6Network("2000::/3")
 
 
 @dataclass(frozen=True)
 class UrlTarget:
-    """A URL in checked parts; what is sent is built from them, never from the user's text."""
+    """Validated parts of a URL; requests are built from them, never from the user's text."""
 
     scheme: str
     host: str
@@ -54,7 +54,7 @@ class UrlTarget:
     path: str
     query: str
     address: IpAddress | None
-    """What the host is, if it is no name."""
+    """IP address in the URL; None for a name."""
 
     @property
     def authority(self) -> str:
@@ -71,25 +71,25 @@ class UrlTarget:
 
 
 def not_public_refusal(host: str) -> str:
-    """Return the refusal of a host that is not public; it names the setting with which an operator allows one.
+    """Return the refusal of a host that is not public, with the setting by which an operator allows it.
 
-    Never the address that a name leads to: names inside the network are nobody's to learn.
+    It never contains the address of a name: names of the internal network must not be resolvable by users.
     """
     setting = run_limits.setting_name("outbound_allowed_networks")
     return f"{host[:100]} is not a public address; an operator allows its network with {setting}"
 
 
 def port_refusal(port: int) -> str:
-    """Return the refusal of a port below 1024; it names the setting with which an operator allows one."""
+    """Return the refusal of a port below 1024, with the setting by which an operator allows it."""
     setting = run_limits.setting_name("outbound_allowed_networks")
     return f"Port {port} is not allowed; an operator allows the network of its host with {setting}"
 
 
 def redact_url(url: str) -> str:
-    """Return a URL as an error may name it, of at most 300 characters; empty for an unusable one.
+    """Return a URL for an error message, with at most 300 characters; empty for an invalid one.
 
-    Errors have more readers than configs. So values of the query are hidden, and each segment of the path that may be a
-    secret: one with 8 or more letters and digits mixed, or over 24 letters, 12 digits or 64 characters on end.
+    Errors have more readers than configs. So values of the query are redacted, and each path segment that may be a
+    secret: one with 8 or more letters and digits mixed, or over 24 letters, 12 digits or 64 characters in a row.
     """
     try:
         target = parse_target(url)
@@ -104,14 +104,14 @@ def redact_url(url: str) -> str:
 
 
 def _redact_field(text: str) -> str:
-    """Return `name=value` without its value, and without a name that may be a secret; another text as it is."""
+    """Redact the value of `name=value`, and a name that may be a secret; return other texts unchanged."""
     name, equals, _ = text.partition("=")
     return f"{REDACTED if TOKEN_PATTERN.search(name) else name}={REDACTED}" if equals else name
 
 
 @lru_cache(maxsize=128)
 def parse_target(url: str, base: str = "") -> UrlTarget:
-    """Takes a reference relative to `base` as well; raises ValueError, whose message may be shown."""
+    """Parse a URL, or a reference relative to `base`; raises ValueError with a message that may be shown."""
     if len(url) > MAX_URL_CHARACTERS:
         raise ValueError("the URL is too long")
     if UNUSABLE_CHARACTERS.search(url):
@@ -132,7 +132,7 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
 
 
 def canonicalize_host(text: str) -> str:
-    """Raises ValueError."""
+    """Return a host name in canonical form (IDNA, lower case), or an IP address; raises ValueError."""
     if text.startswith("["):
         return str(IPv6Address(text[1:-1]))
     if len(text) > MAX_HOST_CHARACTERS:
@@ -159,7 +159,7 @@ def _parse_address(host: str) -> IpAddress | None:
 
 @lru_cache(maxsize=1_024)
 def unmap_ipv4(text: str) -> IpAddress:
-    """An IPv4-mapped IPv6 address is connected as IPv4, so it must be checked as IPv4."""
+    """Return an IP address; an IPv4-mapped IPv6 address is connected as IPv4, so it must be checked as IPv4."""
     address = ip_address(text)
     return (address.ipv4_mapped or address) if isinstance(address, IPv6Address) else address
 

@@ -1,4 +1,4 @@
-"""An answer over HTTP that a workflow gives: what it may consist of, whoever reads it."""
+"""HTTP responses that a workflow gives to webhooks: permitted statuses, headers and bodies."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _RESERVED_HEADER: Final = re.compile(
     r"x-(?:accel-.*|content-.*|csrf-.*|dns-.*|download-.*|forwarded-.*|frame-.*|http-method.*|permitted-.*|real-.*"
     r"|request-id|robots-.*|sendfile.*|ua-.*|webkit-.*|xss-.*)"
 )
-"""What tells browsers and proxies how to treat an answer."""
+"""Headers that tell browsers and proxies how to treat a response."""
 _HEADER_VALUE: Final = re.compile(r"[\x20-\x7e\xa0-\xff]*")
 
 
 class ResponseBodyType(StrEnum):
-    """How the body of an answer is given."""
+    """Encoding of the body of a response in a config."""
 
     JSON = "json"
     TEXT = "text"
@@ -52,16 +52,16 @@ _MEDIA_TYPES: Final[Mapping[ResponseBodyType, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class WebhookResponse:
-    """An answer that may be given."""
+    """Validated response."""
 
     status: int
     headers: Mapping[str, str]
-    """By names in lower case; always with the content type of a body."""
+    """Names in lower case; always with the content type of a body."""
     body: bytes
 
 
 def build_response(config: Mapping[str, Json]) -> WebhookResponse:
-    """Return the answer that the rendered config of a node describes; raises `NodeError`."""
+    """Build the response from the rendered config of a node; raises `NodeError`."""
     status = config_fields.read_number(config, "status", minimum=LOWEST_STATUS, maximum=HIGHEST_STATUS)
     if status != int(status):
         raise NodeError(f"`status` must be a whole number, not {status}", code="invalid-config")

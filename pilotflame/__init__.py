@@ -1,1 +1,1 @@
-"""The command, and every role in one process."""
+"""Command line, and the process that runs every role."""

@@ -1,4 +1,4 @@
-"""`python -m pilotflame`: the command, where it isn't on PATH."""
+"""Entry point of `python -m pilotflame`, for environments without the command on PATH."""
 
 from pilotflame.cli import app
 

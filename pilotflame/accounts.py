@@ -1,4 +1,4 @@
-"""Organisations, users and keys, managed on the database itself by whoever runs the server."""
+"""Organizations, users and keys, managed directly in the database by the operator of the server."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MAX_LISTED: Final = 10_000
 
 
 async def create_organization(settings: ServerSettings, name: str) -> str:
-    """Make an organisation, and return its id."""
+    """Create an organization and return its id."""
 
     async def create(connection: AsyncConnection) -> str:
         made = await access_store.create_organization(
@@ -43,7 +43,7 @@ async def create_organization(settings: ServerSettings, name: str) -> str:
 async def create_user(
     settings: ServerSettings, organization: str, email: str, name: str, role: UserRole
 ) -> str:
-    """Make a user, and return its id; raises `Refusal`."""
+    """Create a user and return its id; raises `CommandError`."""
 
     async def create(connection: AsyncConnection) -> str:
         found = await _organization(connection, organization)
@@ -77,7 +77,7 @@ async def create_key(
     scopes: Collection[KeyScope],
     lifetime: timedelta | None,
 ) -> str:
-    """Make a key for a user, by id or e-mail address, and return it; raises `Refusal`."""
+    """Create a key for a user, by id or e-mail address, and return it; raises `CommandError`."""
     secret = settings.secret
 
     async def create(connection: AsyncConnection) -> str:
@@ -104,7 +104,7 @@ async def create_key(
 
 
 async def list_keys(settings: ServerSettings, organization: str | None) -> Sequence[ApiKey]:
-    """Return an organisation's keys, the newest first; raises `Refusal`."""
+    """Return the keys of an organization, the newest first; raises `CommandError`."""
     async with opened(settings) as database, database.read() as connection:
         found = await _organization(connection, organization)
         _, keys = await access_store.list_keys(connection, found.id, user_id=None, limit=MAX_LISTED, offset=0)
@@ -112,7 +112,7 @@ async def list_keys(settings: ServerSettings, organization: str | None) -> Seque
 
 
 async def revoke_key(settings: ServerSettings, organization: str | None, key_id: str) -> None:
-    """Revoke a key, by its id; raises `Refusal`."""
+    """Revoke a key by its id; raises `CommandError`."""
 
     async def revoke(connection: AsyncConnection) -> None:
         found = await _organization(connection, organization)
@@ -135,7 +135,7 @@ async def revoke_key(settings: ServerSettings, organization: str | None, key_id:
 
 @asynccontextmanager
 async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
-    """Lend the database to a command; raises `OutdatedDatabase`."""
+    """Open the database for a command; raises `OutdatedDatabase`."""
     database = Database(parse_url(settings.database_url))
     try:
         await schema_migration.require_current(database)
@@ -145,7 +145,9 @@ async def opened(settings: ServerSettings) -> AsyncIterator[Database]:
 
 
 async def _organization(connection: AsyncConnection, id_or_name: str | None) -> Organization:
-    """Return the one of this id or name; without either, the only one there is."""
+    """Return the organization with this id or name, or the only one; raises `CommandError` if it is ambiguous or
+    missing.
+    """
     found = await access_store.list_organizations(connection)
     if id_or_name is not None:
         found = [one for one in found if id_or_name in (one.id, one.name)]
@@ -153,8 +155,8 @@ async def _organization(connection: AsyncConnection, id_or_name: str | None) -> 
         return found[0]
     if found:
         choice = ", ".join(f"{one.id} ({one.name})" for one in found)
-        raise CommandError(f"There are several organisations: choose by --org, with the id, one of {choice}")
-    raise CommandError("There is no such organisation: `pilotflame orgs create` makes one")
+        raise CommandError(f"There are several organizations: choose one with --org and its id: {choice}")
+    raise CommandError("There is no such organization: `pilotflame orgs create` creates one")
 
 
 async def _user(connection: AsyncConnection, organization: Organization, id_or_email: str) -> User:
@@ -163,6 +165,6 @@ async def _user(connection: AsyncConnection, organization: Organization, id_or_e
     row = (await connection.execute(statement)).mappings().first()
     if row is None:
         raise CommandError(
-            f"{organization.name} has no user {id_or_email!r}: `pilotflame users create` makes one"
+            f"{organization.name} has no user {id_or_email!r}: `pilotflame users create` creates one"
         )
     return User(**row)

@@ -1,6 +1,6 @@
-"""Every role in one process, with no service to install: SQLite in one folder, and messages inside the process.
+"""Every role in one process without other services: SQLite in one folder, and messages inside the process.
 
-That is as durable as the rest, for what matters is in the rows.
+It is as durable as the other deployments, since all state is in the database.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from workers.settings import WorkerSettings
 log = structlog.get_logger()
 
 OWNER: Final = "dev"
-"""What the names begin with by which such a process holds runs."""
+"""Prefix of the owner names in the leases of such a process."""
 EXAMPLE: Final = (
     '{"name": "Hello", "nodes": [{"id": "start", "type": "manual"},'
     ' {"id": "greet", "type": "template", "config": {"text": "Hello, {{ data.body.name }}!"}}],'
@@ -59,10 +59,10 @@ INPUT: Final = '{"triggerInputs": {"name": "world"}}'
 WELCOME: Final = """
 Pilotflame runs on {address}
 
-Your API key, shown this once:
+Your API key (shown only once):
   {key}
 
-Make a workflow, execute it, wait for its result:
+Create a workflow, execute it, and wait for its result:
   api={address}/api/v1; send() {{ curl -sS -H 'X-API-Key: {key}' -H 'Content-Type: application/json' "$@"; }}
   id=$(send $api/workflows -d '{example}' | cut -d'"' -f4)
   send $api/executions/$(send $api/workflows/$id/execute -d '{input}' | cut -d'"' -f4)/progress
@@ -86,7 +86,7 @@ class ExampleWorkflow:
 
 @dataclass(frozen=True, slots=True)
 class RoleSettings:
-    """What each role is told; they share a database, a secret and no Redis."""
+    """Settings of each role; they share a database and a secret, and have no Redis."""
 
     gateway: GatewaySettings
     worker: WorkerSettings
@@ -94,9 +94,9 @@ class RoleSettings:
     deployer: DeployerSettings
 
     @classmethod
-    def told(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> RoleSettings:
-        """Read the environment for what isn't given."""
-        # Nothing isolates local pods from one another: in one process for one user, they are all that user's own.
+    def build(cls, shared: Mapping[str, Any], gateway: Mapping[str, Any]) -> RoleSettings:
+        """Build the settings from given values and the environment."""
+        # Local pods are not isolated from one another: in one process for one user, they all belong to that user.
         local: dict[str, Any] = {**shared, "cluster": "local"}
         return cls(
             GatewaySettings(**local, **gateway),
@@ -113,7 +113,7 @@ def run_all_roles(
     lines: LogLineWriter,
     example: ExampleWorkflow | None,
 ) -> None:
-    """Run until told to stop, on a database that `migration` may be making; raises `Refusal`."""
+    """Run until a signal, on a database that `migration` may still be creating; raises `CommandError`."""
     uvloop.run(_run(roles, listener, migration, lines, example))
 
 
@@ -134,10 +134,10 @@ async def _run(
         stack.push_async_callback(store.close)
         broker = await brokers.connect_broker(None, channel=ids.new_id(OWNER))
         stack.push_async_callback(broker.close)
-        # Nobody else has the folder: what such a process holds in its database was held by one that is gone. Its pods
-        # may have outlived it, and go on with what they hold.
+        # The folder lock excludes other processes: leases of such a process in its database belong to a dead one. Its
+        # pods may have outlived it, and keep their leases.
         if data_dir.holds_database(roles.gateway) and (count := await store.reclaim(f"{OWNER}_")):
-            log.info("executions taken back", count=count)
+            log.info("executions reclaimed", count=count)
         key = await _first_key(database, roles.gateway)
         gateway = await stack.enter_async_context(
             state.assemble_state(roles.gateway, database, store, broker)
@@ -158,14 +158,14 @@ async def _run(
             )
         )
         app = gateways.create_app(lambda: nullcontext(gateway))
-        # By way of the log, so that it stands behind what was logged before.
+        # Written through the log, so that it follows earlier log lines.
         lines.put(_greeting(_address(listener), key).encode())
         if key is not None and example is not None:
-            # Once the server answers.
+            # The task waits until the server answers.
             reached_at = _local_url(_address(listener))
             loading = asyncio.create_task(_offer_example(lines, reached_at, key, example))
             stack.callback(loading.cancel)
-        # It repeats the signal that stops it, whose handler exits: that closes all of this from the inside out.
+        # Uvicorn repeats the signal that stopped it; its handler exits, which closes the stack from the inside out.
         server = gateways.build_server(app, roles.gateway)
         server.before_shutdown = partial(
             _end_pods, pods, store, owns_store=data_dir.holds_database(roles.gateway)
@@ -174,10 +174,10 @@ async def _run(
 
 
 async def _end_pods(pods: AsyncExitStack, store: JournalStore, *, owns_store: bool) -> None:
-    """End the pods while the gateway still answers them: by it, they hand over what they hold."""
+    """End the pods while the gateway still serves them, so that they can hand off their runs."""
     await pods.aclose()
     if owns_store:
-        # What one could not hand over in time is free at once, and not when its lease ends.
+        # Runs that a pod could not hand off in time are reclaimed at once, and not after their leases.
         await store.reclaim(POD_OWNER_PREFIX)
 
 
@@ -189,11 +189,11 @@ async def _bring_up_to_date(database: Database, migration: subprocess.Popen[byte
     except OutdatedDatabase as error:
         url = database.url.render_as_string(hide_password=False)
         if await asyncio.to_thread(begin_migration(url).wait) != 0:
-            raise CommandError("The database could not be brought up to date") from error
+            raise CommandError("The database could not be migrated") from error
 
 
 async def _first_key(database: Database, settings: GatewaySettings) -> str | None:
-    """Give an empty database its first organisation and key, unless the gateway will, with the key of its settings."""
+    """Create the first organization and key of an empty database, unless settings give the gateway a bootstrap key."""
     if settings.bootstrap_api_key is not None:
         return None
     key = access.new_key()
@@ -201,14 +201,14 @@ async def _first_key(database: Database, settings: GatewaySettings) -> str | Non
 
 
 def _reached_at(address: str, settings: DeployerSettings) -> DeployerSettings:
-    """Return the deployer's settings with the gateway of this process, as its pods reach it."""
+    """Return the deployer's settings with the address at which pods reach this process."""
     return settings.model_copy(
         update={"runner_gateway_url": settings.runner_gateway_url or _local_url(address)}
     )
 
 
 def _local_url(address: str) -> str:
-    """Return the URL by which processes of this machine reach the gateway."""
+    """Return the URL at which processes on this machine reach the gateway."""
     return address.replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]")
 
 
@@ -230,7 +230,7 @@ async def _offer_example(lines: LogLineWriter, url: str, key: str, example: Exam
 
 
 def _load(example: ExampleWorkflow, url: str, key: str) -> bool:
-    """Store the example through the API, as its user would; return whether it is stored."""
+    """Create the example through the API, as a user would; return whether it succeeded."""
     try:
         ApiClient(url, key).apply(example.definition)
     except CommandError as error:

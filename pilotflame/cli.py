@@ -1,6 +1,6 @@
-"""The command `pilotflame`: the processes of the server, and what its users and operators do from a shell.
+"""Command `pilotflame`: processes of the server, and commands for users and operators.
 
-Each command imports what it needs itself, so that none pays for another.
+Each command imports its own modules, so that its start doesn't load those of others.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PROCESSES: Final = frozenset({"dev", "gateway", "worker", "scheduler", "deployer
 SHOWN_IDS: Final = 20
 REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
 _INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""What a terminal may act on, and what turns a line around."""
+"""Control characters for terminals, and characters that change the direction of text."""
 
 
 class CommandGroup(Typer):
-    """Tells users in one line what they can mend; what is our own fault has a traceback."""
+    """Command group that prints errors of users in one line; internal errors keep their traceback."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as Typer has it
         try:
@@ -54,19 +54,19 @@ class CommandGroup(Typer):
             sys.exit(REFUSED)
 
 
-# Without rich, which Typer would load to draw its help and errors.
+# Disabled, since Typer would load rich to render help and errors.
 app = CommandGroup(
     rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True
 )
 orgs = Typer(
-    rich_markup_mode=None, no_args_is_help=True, help="Manage organisations, on the database itself."
+    rich_markup_mode=None, no_args_is_help=True, help="Manage organizations directly in the database."
 )
-users = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage users, on the database itself.")
-keys = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage API keys, on the database itself.")
+users = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage users directly in the database.")
+keys = Typer(rich_markup_mode=None, no_args_is_help=True, help="Manage API keys directly in the database.")
 bridge = Typer(
     rich_markup_mode=None,
     no_args_is_help=True,
-    help="Take messages of a queue elsewhere, and hand them to a workflow's queue trigger.",
+    help="Move messages of an external queue to a workflow.",
 )
 app.add_typer(orgs, name="orgs")
 app.add_typer(users, name="users")
@@ -87,14 +87,14 @@ def pilotflame(
         bool, Option("--version", help="Print the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
 ) -> None:
-    """A self-hosted server for durable workflows.
+    """Self-hosted server for durable workflows.
 
-    The server reads its settings from variables that begin with PILOTFLAME_. The commands that talk to a running one
-    find it by PILOTFLAME_URL (http://127.0.0.1:8000 unless set) and PILOTFLAME_API_KEY.
+    The server reads its settings from variables that begin with PILOTFLAME_. Commands that talk to a running server
+    find it by PILOTFLAME_URL (default: http://127.0.0.1:8000) and PILOTFLAME_API_KEY.
     """
-    os.umask(0o077)  # whatever is written from here on is its owner's alone
+    os.umask(0o077)  # New files are readable by their owner only.
     gc_tuning.tune_at_start()
-    if context.invoked_subcommand not in PROCESSES:  # those have a log for it
+    if context.invoked_subcommand not in PROCESSES:  # Processes log this warning.
         for name, meant in unknown_variables.find_unknown(os.environ).items():
             typer.echo(_visible(f"pilotflame: {unknown_variables.warning_text(name, meant)}"), err=True)
 
@@ -105,13 +105,15 @@ def pilotflame(
 @app.command("dev")
 def run_every_role(
     host: Annotated[str | None, Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
-    port: Annotated[int | None, Option(help="Port to listen on; 0 takes any.", show_default="8000")] = None,
+    port: Annotated[
+        int | None, Option(help="Port to listen on; 0 chooses a free one.", show_default="8000")
+    ] = None,
     example: Annotated[
         Path | None,
-        Option(help="Workflow to load into a new database whose first key is printed, as YAML or JSON."),
+        Option(help="YAML or JSON file of a workflow to load into a new database."),
     ] = None,
 ) -> None:
-    """Run everything in one process, with no service to install."""
+    """Run every role in one process, without other services."""
     from models.settings import ServerSettings
     from pilotflame import log_lines
 
@@ -142,7 +144,10 @@ def gateway() -> None:
 
 @app.command()
 def worker() -> None:
-    """Run executions, in a child whose leases are released at once should it die."""
+    """Execute runs.
+
+    If the worker dies, its parent process releases its leases at once.
+    """
     from pilotflame import worker_parent
 
     announce = worker_parent.fork_worker(_release_leases)
@@ -170,7 +175,10 @@ def _release_leases(death: ChildDeath) -> None:
 
 @app.command()
 def scheduler() -> None:
-    """Do what is done by the clock; of several, one works and the others stand by."""
+    """Run schedules, policies, retention and recovery.
+
+    One scheduler leads, others stand by.
+    """
     from scheduler.settings import SchedulerSettings
 
     settings = SchedulerSettings()
@@ -182,7 +190,10 @@ def scheduler() -> None:
 
 @app.command()
 def deployer() -> None:
-    """Bring the cluster to what is wanted of deployed workflows; of several, one works at each."""
+    """Reconcile deployed workflows with the cluster.
+
+    Several deployers share the deployments; each has one at a time.
+    """
     from workers.deployer.settings import DeployerSettings
 
     settings = DeployerSettings()
@@ -194,28 +205,28 @@ def deployer() -> None:
 
 @app.command()
 def runner() -> None:
-    """Run the executions of one deployed workflow, in a pod of its own."""
+    """Run the executions of one deployed workflow in its pod."""
     from runner.settings import RunnerSettings
 
-    settings = RunnerSettings()  # type: ignore[call-arg]  # they stand in the environment
+    settings = RunnerSettings()  # type: ignore[call-arg]  # pydantic reads them from the environment
     _begin_log(settings.log_level)
     from runner import main
 
     main.serve(settings)
 
 
-Workflow = Annotated[str | None, Option(help="The id of the workflow.", show_default=False)]
+Workflow = Annotated[str | None, Option(help="Id of the workflow.", show_default=False)]
 Name = Annotated[
     str | None,
-    Option(help="Tells this source from another of the same name.", show_default="the source's own"),
+    Option(help="Name that distinguishes this source from others.", show_default="the source's own"),
 ]
 Refusals = Annotated[
     Literal["stop", "drop", "dead-letter"] | None,
     Option(
-        "--on-refused", help="What becomes of messages that can never be handed over.", show_default="stop"
+        "--on-refused", help="Handling of messages that the gateway refuses for good.", show_default="stop"
     ),
 ]
-Batch = Annotated[int | None, Option(help="Messages that are handed over at once.", show_default="100")]
+Batch = Annotated[int | None, Option(help="Maximum number of messages in one request.", show_default="100")]
 
 
 @bridge.command("redis")
@@ -226,16 +237,16 @@ def bridge_redis(
     consumer: Annotated[
         str | None, Option(help="Name in the group.", show_default="name of the machine")
     ] = None,
-    delete: Annotated[
-        bool | None, Option("--delete", help="Delete entries once they are handed over.")
-    ] = None,
+    delete: Annotated[bool | None, Option("--delete", help="Delete entries after they are accepted.")] = None,
     name: Name = None,
     on_refused: Refusals = None,
     batch: Batch = None,
 ) -> None:
-    """Take entries of the Redis stream at PILOTFLAME_BRIDGE_REDIS_URL.
+    """Move entries of a Redis stream to a workflow.
 
-    Each option may stand in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_REDIS_STREAM.
+    PILOTFLAME_BRIDGE_REDIS_URL is the address of Redis.
+
+    Each option can be set in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_REDIS_STREAM.
     """
     from bridge.settings import RedisBridgeSettings
 
@@ -249,15 +260,17 @@ def bridge_sqs(
     workflow: Workflow = None,
     queue_url: Annotated[str | None, Option(help="URL of the queue.")] = None,
     endpoint: Annotated[
-        str | None, Option(help="Address that is asked.", show_default="that of the queue")
+        str | None, Option(help="Address of the server.", show_default="address of the queue")
     ] = None,
     name: Name = None,
     on_refused: Refusals = None,
     batch: Batch = None,
 ) -> None:
-    """Take messages of an SQS-compatible queue, with the credentials of AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.
+    """Move messages of an SQS-compatible queue to a workflow.
 
-    Each option may stand in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_SQS_QUEUE_URL.
+    AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY are its credentials.
+
+    Each option can be set in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_SQS_QUEUE_URL.
     """
     from bridge.settings import SqsBridgeSettings
 
@@ -273,9 +286,12 @@ def bridge_rabbitmq(
     on_refused: Refusals = None,
     batch: Batch = None,
 ) -> None:
-    """Take messages of a queue of the RabbitMQ at PILOTFLAME_BRIDGE_RABBITMQ_URL.
+    """Move messages of a RabbitMQ queue to a workflow.
 
-    Each option may stand in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or PILOTFLAME_BRIDGE_RABBITMQ_QUEUE.
+    PILOTFLAME_BRIDGE_RABBITMQ_URL is the address of RabbitMQ.
+
+    Each option can be set in the environment instead, as PILOTFLAME_BRIDGE_WORKFLOW or
+    PILOTFLAME_BRIDGE_RABBITMQ_QUEUE.
     """
     from bridge.settings import RabbitmqBridgeSettings
 
@@ -285,7 +301,7 @@ def bridge_rabbitmq(
 
 @app.command()
 def smtp() -> None:
-    """Take mails by SMTP or LMTP for the addresses of e-mail triggers, and hand them to the gateway."""
+    """Receive mails for e-mail triggers by SMTP or LMTP."""
     from bridge.smtp_settings import SmtpListenerSettings
 
     settings = SmtpListenerSettings()
@@ -298,7 +314,7 @@ def smtp() -> None:
         smtp_listener.serve(settings)
     except OSError as error:
         raise CommandError(
-            f"PILOTFLAME_SMTP_HOST and PILOTFLAME_SMTP_PORT can't be listened on: {error}"
+            f"The SMTP listener can't listen at PILOTFLAME_SMTP_HOST and PILOTFLAME_SMTP_PORT: {error}"
         ) from error
 
 
@@ -315,7 +331,7 @@ def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
 
 @app.command()
 def migrate() -> None:
-    """Bring the database's tables up to date; safe to repeat."""
+    """Migrate the database to the current schema; safe to repeat."""
     from models import schema_migration
     from models.database import parse_url
     from models.settings import ServerSettings
@@ -325,42 +341,42 @@ def migrate() -> None:
 
 
 def _begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
-    """Set up what a process needs before its own modules are loaded."""
+    """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log."""
     from nodes.sandbox.children import confinement
 
-    confinement.hide_process()  # its environment holds the server's secret
+    confinement.hide_process()  # The environment contains the server's secret.
     if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
         raise CommandError("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
     return _begin_log(settings.log_level, render)
 
 
 def _begin_log(level: str, render: LineRenderer | None = None) -> LogLineWriter:
-    """Set up a process's log, and a good end."""
+    """Configure the log, and exit with 0 on SIGTERM and SIGINT."""
     from pilotflame import log_lines
 
     lines = log_lines.configure_logging(level, render or log_lines.as_json)
-    import structlog  # behind `log_lines`, which keeps it from loading what nobody needs
+    import structlog  # Imported after `log_lines`, which keeps structlog from loading rich.
 
     log = structlog.get_logger()
     for name, meant in unknown_variables.find_unknown(os.environ).items():
         log.warning("unknown setting", variable=name, meant=meant)
     for number in (signal.SIGTERM, signal.SIGINT):
-        # At once while it starts; and when Uvicorn, having stopped, repeats the signal that stopped it.
+        # Applies during startup, and when Uvicorn repeats the signal that has stopped it.
         signal.signal(number, lambda *_: sys.exit(0))
     return lines
 
 
 # ── access ────────────────────────────────────────────────────────────────────────────────────────
 
-Organization = Annotated[str, Option("--org", help="The organisation's id or name.")]
+Organization = Annotated[str, Option("--org", help="Id or name of the organization.")]
 AnyOrganization = Annotated[
-    str | None, Option("--org", help="The organisation's id or name; needed where there are several.")
+    str | None, Option("--org", help="Id or name of the organization; required if there are several.")
 ]
 
 
 @orgs.command("create")
 def create_organization(name: str) -> None:
-    """Make an organisation and print its id."""
+    """Create an organization and print its id."""
     from pilotflame import accounts
 
     typer.echo(asyncio.run(accounts.create_organization(_settings(), name)))
@@ -371,11 +387,11 @@ def create_user(
     email: str,
     org: Organization,
     role: Annotated[
-        Literal["member", "admin"], Option(help="An admin sees and manages all of it.")
+        Literal["member", "admin"], Option(help="Role; an admin manages the whole organization.")
     ] = "member",
-    name: Annotated[str, Option(help="The user's name.")] = "",
+    name: Annotated[str, Option(help="Name of the user.")] = "",
 ) -> None:
-    """Make a user and print its id."""
+    """Create a user and print its id."""
     from models.access import UserRole
     from pilotflame import accounts
 
@@ -384,23 +400,21 @@ def create_user(
 
 @keys.command("create")
 def create_key(
-    user: Annotated[str, Option(help="The id or e-mail address of the user that the key stands for.")],
+    user: Annotated[str, Option(help="Id or e-mail address of the owner of the key.")],
     org: AnyOrganization = None,
-    name: Annotated[str, Option(help="What the key is for.")] = "command line",
+    name: Annotated[str, Option(help="Name of the key.")] = "command line",
     scope: Annotated[
-        list[str] | None, Option(help="What the key allows: give it once for each scope; all unless given.")
+        list[str] | None, Option(help="Scope of the key; repeat the option for several. Default: all.")
     ] = None,
-    days: Annotated[
-        int | None, Option(min=1, help="How long the key is valid; for ever unless given.")
-    ] = None,
+    days: Annotated[int | None, Option(min=1, help="Days until the key expires. Default: never.")] = None,
 ) -> None:
-    """Make an API key and print it: it can't be shown again."""
+    """Create an API key and print it; it can't be shown again."""
     from models.access import ALL_KEY_SCOPES, KeyScope
     from pilotflame import accounts
 
     if unknown := sorted(set(scope or ()) - ALL_KEY_SCOPES):
         raise CommandError(
-            f"There is no scope {', '.join(unknown)}: choose of {', '.join(sorted(ALL_KEY_SCOPES))}"
+            f"There is no scope {', '.join(unknown)}: choose from {', '.join(sorted(ALL_KEY_SCOPES))}"
         )
     scopes = [KeyScope(one) for one in scope] if scope else ALL_KEY_SCOPES
     lifetime = timedelta(days=days) if days else None
@@ -409,7 +423,7 @@ def create_key(
 
 @keys.command("list")
 def list_keys(org: AnyOrganization = None) -> None:
-    """Print the keys of an organisation, without what makes them work."""
+    """List the keys of an organization, without their secrets."""
     from pilotflame import accounts
 
     for key in asyncio.run(accounts.list_keys(_settings(), org)):
@@ -422,7 +436,7 @@ def list_keys(org: AnyOrganization = None) -> None:
 
 @keys.command("revoke")
 def revoke_key(key_id: str, org: AnyOrganization = None) -> None:
-    """Revoke a key: within two seconds it opens nothing any more."""
+    """Revoke a key; it stops working within two seconds."""
     from pilotflame import accounts
 
     asyncio.run(accounts.revoke_key(_settings(), org, key_id))
@@ -430,28 +444,28 @@ def revoke_key(key_id: str, org: AnyOrganization = None) -> None:
 
 @keys.command("rotate-secret")
 def rotate_secret() -> None:
-    """Encrypt everything anew by PILOTFLAME_SECRET_KEY that one of PILOTFLAME_PREVIOUS_SECRET_KEYS has encrypted.
+    """Encrypt secrets anew with PILOTFLAME_SECRET_KEY that a key of PILOTFLAME_PREVIOUS_SECRET_KEYS has encrypted.
 
-    Safe to repeat, and while the server runs: what is interrupted goes on where it was.
+    Safe to repeat and to run beside the server; an interrupted run continues where it stopped.
     """
     from pilotflame import secret_rotation
 
     done = asyncio.run(secret_rotation.rotate_secret(_settings()))
-    typer.echo(f"{done.encrypted} encrypted anew")
+    typer.echo(f"{done.encrypted} secrets encrypted anew")
     if done.waiting_keys:
         typer.echo(
-            f"API keys that go by an earlier secret until they are used: {done.waiting_keys}. "
-            "Those that are not used before it is taken away stop working"
+            f"{done.waiting_keys} API keys still depend on an earlier secret until their next use. "
+            "Keys that are not used before its removal stop working"
         )
     if done.unreadable:
         raise CommandError(
-            f"{len(done.unreadable)} can't be read by any of the secrets that are set, and stay as they are: "
+            f"{len(done.unreadable)} can't be decrypted with any configured secret, and are left unchanged: "
             f"{', '.join(done.unreadable[:SHOWN_IDS])}"
         )
 
 
 def _settings() -> ServerSettings:
-    """Return the settings, with the secret of the data folder where its database is used and no other is set."""
+    """Return the settings; without a configured secret, the default database uses the secret of the data folder."""
     from models.settings import ServerSettings
     from pilotflame import data_dir
 
@@ -465,10 +479,12 @@ def _settings() -> ServerSettings:
 
 
 @app.command()
-def apply(file: Annotated[Path, Argument(help="A workflow, as YAML or JSON.")]) -> None:
-    """Make a workflow what a file says, or make it anew if none has its name; prints its id.
+def apply(file: Annotated[Path, Argument(help="YAML or JSON file of a workflow.")]) -> None:
+    """Create or update a workflow from a file, and print its id.
 
-    Exits with 1 where validation finds errors in it; they are printed on standard error.
+    The name in the file identifies the workflow.
+
+    Exits with 1 if validation finds errors, which are printed on standard error.
     """
     from pilotflame.client import ApiClient
 
@@ -478,34 +494,36 @@ def apply(file: Annotated[Path, Argument(help="A workflow, as YAML or JSON.")]) 
     found = client.errors_of(workflow_id)
     for error in found:
         place = next((f"{error[name]}: " for name in ("nodeId", "connectionId") if name in error), "")
-        told = f"pilotflame: {place}{error['message']} ({error['type']}): {error['suggestion']}"
-        typer.echo(_visible(told), err=True)
+        text = f"pilotflame: {place}{error['message']} ({error['type']}): {error['suggestion']}"
+        typer.echo(_visible(text), err=True)
     if found:
         raise typer.Exit(1)
 
 
 @app.command()
 def run(
-    workflow: Annotated[str, Argument(help="The workflow's id, or its exact name.")],
+    workflow: Annotated[str, Argument(help="Id or exact name of the workflow.")],
     given: Annotated[
         str,
         Option(
             "--input",
-            help="What the trigger gets: JSON, or @file; or what `execute` takes, with `triggerInputs`.",
+            help="Trigger inputs as JSON or @file, or a whole request body with `triggerInputs`.",
         ),
     ] = "{}",
-    watch: Annotated[bool, Option("--watch", help="Show each node as it goes.")] = False,
+    watch: Annotated[bool, Option("--watch", help="Show the progress of each node.")] = False,
     output: Annotated[
         OutputChoice,
         Option(
-            help="Outputs of the nodes that nothing followed, of all nodes, or of none;"
-            " or as JSON: executionId, status, outputs and error.",
+            help="Outputs to print: of the last nodes, of all nodes or of none,"
+            " or a JSON object with executionId, status, outputs and error.",
         ),
     ] = OutputChoice.LAST,
 ) -> None:
-    """Execute a workflow, wait for its end and print outputs of nodes; exits with 1 unless it completed.
+    """Execute a workflow and print its outputs.
 
-    A terminal is shown the beginning of long outputs; files and pipes get all of them.
+    Waits for its end, and exits with 1 unless it completed.
+
+    On a terminal, long outputs are truncated; files and pipes get all of them.
     """
     from pilotflame.client import ApiClient
 
@@ -532,10 +550,10 @@ def run(
 
 @app.command()
 def logs(
-    execution: Annotated[str, Argument(help="The execution's id.")],
-    follow: Annotated[bool, Option("--follow", help="Go on until the execution ends.")] = False,
+    execution: Annotated[str, Argument(help="Id of the execution.")],
+    follow: Annotated[bool, Option("--follow", help="Print new lines until the execution ends.")] = False,
 ) -> None:
-    """Print what the nodes of an execution have logged."""
+    """Print the log lines of the nodes of an execution."""
     from pilotflame.client import ApiClient
 
     client = ApiClient.from_environment()
@@ -548,7 +566,7 @@ def logs(
 
 
 def _connections(client: ApiClient, workflow_id: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the connections of what is about to run; none where the key may execute the workflow and not read it."""
+    """Return the connections of the graph to run; none if the key may execute the workflow and not read it."""
     try:
         given = body.get("definition") or {}
         return given.get("connections") or client.connections_of(workflow_id)
@@ -563,8 +581,8 @@ def _print_outputs(
     if choice is OutputChoice.NONE:
         return
     for node_id, note in run_outputs.find_omitted(outputs).items():
-        told = f"pilotflame: the output of {node_id} has {note['bytes']:,} bytes and is not shown: GET {note['url']}"
-        typer.echo(_visible(told), err=True)
+        text = f"pilotflame: the output of {node_id} has {note['bytes']:,} bytes and is not shown: GET {note['url']}"
+        typer.echo(_visible(text), err=True)
     if choice is OutputChoice.JSON:
         shown = {"executionId": execution_id} | {
             name: result[name] for name in ("status", "outputs", "error")
@@ -578,13 +596,14 @@ def _print_outputs(
         text, is_cut = run_outputs.truncate(text)
         if is_cut:
             typer.echo(
-                "pilotflame: long outputs are cut on a terminal: --output all prints everything", err=True
+                "pilotflame: long outputs are truncated on a terminal; --output all prints everything",
+                err=True,
             )
     typer.echo(text)
 
 
 def _inputs_of(example: Path | None) -> Path | None:
-    """Return the file beside `NAME.json` that holds inputs for it, `NAME-input.json`, if there is one."""
+    """Return the inputs file `NAME-input.json` beside the example `NAME.json`, if there is one."""
     inputs = None if example is None else example.with_name(f"{example.stem}-input.json")
     return inputs if inputs is not None and inputs.exists() else None
 
@@ -598,25 +617,25 @@ def _definition(file: Path) -> dict[str, Any]:
         json.dumps(definition, allow_nan=False)
     except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise CommandError(
-            f"{file} is no {file.suffix.lstrip('.') or 'YAML'}: {' '.join(str(error).split())}"
+            f"{file} is not valid {file.suffix.lstrip('.') or 'YAML'}: {' '.join(str(error).split())}"
         ) from error
     if not isinstance(definition, dict) or not isinstance(definition.get("name"), str):
-        raise CommandError(f"{file} is no workflow: it must be an object with a name")
+        raise CommandError(f"{file} is not a workflow: it must be an object with a name")
     return definition
 
 
 def _body(given: str) -> dict[str, Any]:
-    """Return what `execute` takes, which may have been given itself."""
+    """Return the body of an execute request; JSON without `triggerInputs` becomes the trigger inputs."""
     text = Path(given[1:]).read_text(encoding="utf-8") if given.startswith("@") else given
     try:
         inputs = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"--input is no JSON: {error}") from error
+        raise CommandError(f"--input is not valid JSON: {error}") from error
     if not isinstance(inputs, dict):
         raise CommandError("--input must be a JSON object")
     return inputs if "triggerInputs" in inputs else {"triggerInputs": inputs}
 
 
 def _visible(text: str) -> str:
-    """Return a text as it may be shown on a terminal, whoever wrote it."""
+    """Escape characters that a terminal could act on."""
     return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

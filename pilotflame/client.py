@@ -1,4 +1,4 @@
-"""The HTTP API as the commands use it: answers as they come, refusals as one line, and patience with a restart."""
+"""HTTP client for commands: JSON answers, refusals as one-line errors, and retries during a restart of the server."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DEFAULT_URL: Final = "http://127.0.0.1:8000"
 LOOPBACK: Final = frozenset({"127.0.0.1", "::1", "localhost"})
 POLL_SECONDS: Final = 30
 ANSWER_SECONDS: Final = POLL_SECONDS + 15
-"""More than a long poll lasts, and than an event stream is ever silent."""
+"""Longer than a long poll, and than the pause between keep-alives of an event stream."""
 PATIENCE_SECONDS: Final = 30.0
 PAUSE_SECONDS: Final = 0.5
 PAGE: Final = 100
@@ -33,12 +33,12 @@ UNAVAILABLE: Final = 503
 
 
 class ServerUnreachable(CommandError):
-    """The server did not answer; it may be about to."""
+    """The server did not answer; it may be starting."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerSentEvent:
-    """One server-sent event; only what is committed has an id."""
+    """Server-sent event; only committed events have an id."""
 
     name: str
     id: str
@@ -46,26 +46,26 @@ class ServerSentEvent:
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to wherever it leads."""
+    """Redirects are refused, since they would send the API key to another server."""
 
     def redirect_request(self, *_request: object) -> None:
         return None
 
 
 class ApiClient:
-    """One server, and the key that is shown to it."""
+    """Client of one server with an API key."""
 
     def __init__(self, url: str, key: str) -> None:
         self._url = url.rstrip("/")
         self._key = key
-        # A proxy of the environment does not reach a server on this machine.
+        # A proxy from the environment can't reach a server on this machine.
         no_proxies = [urllib.request.ProxyHandler({})] if urlsplit(url).hostname in LOOPBACK else []
         self._opener = urllib.request.build_opener(_NoRedirects, *no_proxies)
         self._has_answered = False
 
     @classmethod
     def from_environment(cls) -> ApiClient:
-        """Return the client that PILOTFLAME_URL and PILOTFLAME_API_KEY describe; raises `Refusal`."""
+        """Return a client for PILOTFLAME_URL and PILOTFLAME_API_KEY; raises `CommandError`."""
         url = os.environ.get("PILOTFLAME_URL") or DEFAULT_URL
         if urlsplit(url).scheme not in {"http", "https"}:
             raise CommandError(f"PILOTFLAME_URL must begin with http:// or https://, not be {url!r}")
@@ -73,13 +73,13 @@ class ApiClient:
         if not key:
             raise CommandError("Set PILOTFLAME_API_KEY to an API key of the server")
         if not (key.isascii() and key.isprintable()):
-            raise CommandError("PILOTFLAME_API_KEY may hold visible ASCII characters only")
+            raise CommandError("PILOTFLAME_API_KEY may contain only visible ASCII characters")
         return cls(url, key)
 
     # ── workflows ─────────────────────────────────────────────────────────────────────────────────
 
     def apply(self, definition: Mapping[str, Any]) -> str:
-        """Make the workflow of this name what the definition says, or make one; returns its id."""
+        """Create or update the workflow with the name in the definition, and return its id."""
         workflow_id = self._workflow_named(definition["name"])
         if workflow_id is None:
             created = self._answer("POST", "/workflows", definition)
@@ -91,17 +91,17 @@ class ApiClient:
         return workflow_id
 
     def errors_of(self, workflow_id: str) -> list[dict[str, Any]]:
-        """Return the errors that validation finds in a workflow: each with a message and a suggestion."""
+        """Return the validation errors of a workflow, each with a message and a suggestion."""
         found: list[dict[str, Any]] = self._answer("POST", f"{_workflow(workflow_id)}/validate")["errors"]
         return found
 
     def connections_of(self, workflow_id: str) -> list[dict[str, Any]]:
-        """Return the connections of a workflow, as it is now."""
+        """Return the connections of a workflow in its current version."""
         found: list[dict[str, Any]] = self._answer("GET", _workflow(workflow_id))["connections"]
         return found
 
     def find_workflow(self, id_or_name: str) -> str:
-        """Return a workflow's id; raises `Refusal` where there is none, or more than one of the name."""
+        """Return the id of a workflow; raises `CommandError` for a missing or ambiguous name."""
         if id_or_name.startswith("wf_"):
             return id_or_name
         workflow_id = self._workflow_named(id_or_name)
@@ -113,55 +113,55 @@ class ApiClient:
         listed = self._listed("/workflows", "workflows", search=name)
         found = [str(workflow["id"]) for workflow in listed if workflow["name"] == name]
         if len(found) > 1:
-            raise CommandError(f"{len(found)} workflows are called {name!r}: {', '.join(found)}")
+            raise CommandError(f"{len(found)} workflows have the name {name!r}: {', '.join(found)}")
         return found[0] if found else None
 
     # ── executions ────────────────────────────────────────────────────────────────────────────────
 
     def execute(self, workflow_id: str, body: Mapping[str, Any]) -> str:
-        """Start a run, and only one even if the answer is lost; returns its id."""
+        """Start a run and return its id; an idempotency key makes retries safe after a lost answer."""
         headers = {"Idempotency-Key": str(uuid4())}
         path = f"{_workflow(workflow_id)}/execute"
-        started = self._patiently(lambda: self._answer("POST", path, body, headers))
+        started = self._retry(lambda: self._answer("POST", path, body, headers))
         return str(started["executionId"])
 
     def result(self, execution_id: str) -> dict[str, Any]:
         """Wait for a run to end, and return its last progress."""
         path = f"{_execution(execution_id)}/progress?wait={POLL_SECONDS}"
         while True:
-            progress = self._patiently(lambda: self._answer("GET", path))
+            progress = self._retry(lambda: self._answer("GET", path))
             if progress["status"] in TERMINAL:
                 return progress
 
     def expanded_outputs(self, execution_id: str) -> dict[str, Any]:
-        """Return the outputs of a run by node id, large ones as far as one answer shows them."""
+        """Return the outputs of a run by node id, with large ones expanded up to the limit of one answer."""
         path = f"{_execution(execution_id)}?expand=blobs"
-        found: dict[str, Any] = self._patiently(lambda: self._answer("GET", path))["outputs"]
+        found: dict[str, Any] = self._retry(lambda: self._answer("GET", path))["outputs"]
         return found
 
     def logs(self, execution_id: str) -> Iterator[dict[str, Any]]:
-        """Yield the log of a run, as far as it is written."""
+        """Yield the log lines of a run that are written so far."""
         return self._listed(f"{_execution(execution_id)}/logs", "logs")
 
     def follow(self, execution_id: str) -> Iterator[ServerSentEvent]:
-        """Yield what a run has done and does, from its beginning to its end."""
+        """Yield the events of a run from its beginning to its end."""
         path, last = f"{_execution(execution_id)}/events", ""
         while last != LAST_EVENT:
             headers = {"Last-Event-ID": last} if last else {}
             try:
-                with self._patiently(partial(self._open, "GET", path, None, headers)) as response:
+                with self._retry(partial(self._open, "GET", path, None, headers)) as response:
                     for event in _events(response):
                         yield event
                         last = event.id or last
             except (OSError, http.client.HTTPException):
-                pass  # cut off: what follows the last event is asked for again
+                pass  # The connection was lost: the next request continues after the last event.
             if last != LAST_EVENT:
                 time.sleep(PAUSE_SECONDS)
 
     # ── the wire ──────────────────────────────────────────────────────────────────────────────────
 
-    def _patiently(self, ask: Callable[[], T]) -> T:
-        """Ask a server that has answered before again, for half a minute: when it is restarted it forgets nothing."""
+    def _retry(self, ask: Callable[[], T]) -> T:
+        """Retry for half a minute if the server has answered before: a restart loses nothing."""
         give_up_at = time.monotonic() + PATIENCE_SECONDS
         while True:
             try:
@@ -172,7 +172,7 @@ class ApiClient:
                 time.sleep(PAUSE_SECONDS)
 
     def _listed(self, path: str, name: str, **query: str) -> Iterator[dict[str, Any]]:
-        """Yield all of a list, page by page."""
+        """Yield all entries of a list, page by page."""
         offset, count = 0, 1
         while offset < count:
             page = self._answer("GET", f"{path}?{urlencode({**query, 'limit': PAGE, 'offset': offset})}")
@@ -189,7 +189,7 @@ class ApiClient:
         except (OSError, http.client.HTTPException) as error:
             raise ServerUnreachable(f"The connection to {self._url} was lost: {error}") from error
         except ValueError as error:
-            raise CommandError(f"What answers at {self._url} is not Pilotflame") from error
+            raise CommandError(f"The server at {self._url} is not Pilotflame") from error
 
     def _open(
         self, method: str, path: str, body: object, headers: Mapping[str, str]
@@ -212,7 +212,7 @@ class ApiClient:
         except urllib.error.URLError as error:
             reason = getattr(error.reason, "strerror", None) or error.reason
             raise ServerUnreachable(
-                f"No Pilotflame answers at {self._url} ({reason}): start one, or set PILOTFLAME_URL"
+                f"No Pilotflame server answers at {self._url} ({reason}): start one, or set PILOTFLAME_URL"
             ) from error
 
 
@@ -225,11 +225,11 @@ def _execution(execution_id: str) -> str:
 
 
 def _refusal(error: urllib.error.HTTPError) -> CommandError:
-    """Return the API's own words for why it refused."""
+    """Return the error code, message and details of the API as a `CommandError`."""
     try:
-        told = json.load(error)["error"]
-        details = [f"{one['path']}: {one['message']}" for one in told["details"]]
-        text = "; ".join([f"{told['message']} ({told['code']})", *details])
+        refusal = json.load(error)["error"]
+        details = [f"{one['path']}: {one['message']}" for one in refusal["details"]]
+        text = "; ".join([f"{refusal['message']} ({refusal['code']})", *details])
     except (ValueError, LookupError, TypeError):
         text = f"The server answered {error.code} {error.reason}"
     return ServerUnreachable(text) if error.code == UNAVAILABLE else CommandError(text)
@@ -246,4 +246,4 @@ def _events(lines: http.client.HTTPResponse) -> Iterator[ServerSentEvent]:
             yield ServerSentEvent(fields.get("event", ""), fields.get("id", ""), data)
             fields = {}
         else:
-            fields = {}  # a keep-alive
+            fields = {}  # A keep-alive comment.

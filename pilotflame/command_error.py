@@ -1,19 +1,19 @@
-"""What keeps a command from being done, in the one line that its user is told."""
+"""Errors of commands that a user can fix, as one line of text."""
 
 from __future__ import annotations
 
 
 class CommandError(Exception):
-    """The user can mend it: the text says what is wrong, and what to do."""
+    """Error that the user can fix; its text gives the cause and the fix."""
 
 
 def explain_error(error: Exception) -> str | None:
-    """Return the line for an error that its user can mend, or None for one that is ours."""
+    """Return the line for an error that a user can fix, or None for an internal error."""
     if isinstance(error, CommandError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    # Loaded by whatever has raised one of these, so that telling costs nothing.
+    # The raiser of such an error has already loaded these modules, so the imports cost nothing.
     from pydantic import ValidationError
 
     if isinstance(error, ValidationError):
@@ -25,9 +25,9 @@ def explain_error(error: Exception) -> str | None:
         from models.schema_migration import NewerDatabase, OutdatedDatabase
         from models.settings import InvalidSettings
     except ImportError:
-        return None  # a pod has no client of a database, and none of their errors
+        return None  # A pod's image has no database client, and none of these errors.
 
-    told = (
+    fixable = (
         BrokerError,
         DatabaseUnavailable,
         InvalidDatabaseUrl,
@@ -35,7 +35,7 @@ def explain_error(error: Exception) -> str | None:
         NewerDatabase,
         OutdatedDatabase,
     )
-    return str(error) if isinstance(error, told) else None
+    return str(error) if isinstance(error, fixable) else None
 
 
 def _wrong_setting(location: tuple[int | str, ...], message: str) -> str:

@@ -1,4 +1,4 @@
-"""The folder of everything that `pilotflame dev` keeps on disk: one process at a time, its owner alone."""
+"""Data folder of `pilotflame dev`: used by one process at a time, and readable by its owner only."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _FILE: Final = "secret.key"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make the folder if it isn't there, and keep all other processes out of it; raises `Refusal` if one is in."""
+    """Create the folder if needed, and lock it; raises `CommandError` if another process has locked it."""
     durable_folders.make_folder(folder)
     with (folder / "lock").open("a+") as lock:
         try:
-            # Let go by the kernel when the process ends, however it ends.
+            # The kernel releases the lock whenever the process ends.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.seek(0)
             raise CommandError(
                 f"{folder} is in use by process {lock.read().strip()}: "
-                "stop that one first, or set PILOTFLAME_DATA_DIR to another folder"
+                "stop that process first, or set PILOTFLAME_DATA_DIR to another folder"
             ) from error
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
@@ -42,18 +42,18 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def holds_database(settings: ServerSettings) -> bool:
-    """Tell whether the database is the one in the data folder, so that whoever holds the folder has it alone."""
+    """Tell whether the database is in the data folder, so that the lock of the folder covers it."""
     return "database_url" not in settings.model_fields_set
 
 
 def secret_key(folder: Path) -> SecretStr | None:
-    """Return the folder's own secret, or None where it has none yet."""
+    """Return the secret of the folder, or None without one."""
     path = folder / _FILE
     return SecretStr(path.read_text().strip()) if path.exists() else None
 
 
 def make_secret_key(folder: Path) -> SecretStr:
-    """Give the folder a secret of its own; to be called by the process that holds it."""
+    """Create and store the secret of the folder; requires the lock."""
     secret = secrets.token_urlsafe(48)
     unfinished = folder / f"{_FILE}.unfinished"
     unfinished.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""`pilotflame dev`: takes hold of its folder, then runs every role in this process."""
+"""Command `pilotflame dev`: locks its data folder, then runs every role in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pilotflame.command_error import CommandError
 from pilotflame.log_lines import LogLineWriter
 
 SHUTDOWN_SECONDS: Final = 3
-"""How long requests under way are waited for: runs are handed over after that, and all of it takes 20 s at most."""
+"""Seconds to wait for open requests; handing off runs comes after it, and the whole stop takes 20 s at most."""
 
 
 def serve(
@@ -25,7 +25,7 @@ def serve(
     example: Mapping[str, Any] | None = None,
     example_inputs: Path | None = None,
 ) -> None:
-    """Run until told to stop; `given` on the command line overrides the environment. Raises `Refusal`.
+    """Run until a signal; `given` from the command line overrides the environment. Raises `CommandError`.
 
     `example` is the definition of a workflow that is stored in a new database.
     """
@@ -33,19 +33,19 @@ def serve(
     folder = settings.data_dir
     with data_dir.locked(folder):
         migration = begin_migration(settings.database_url) if _is_new(settings) else None
-        # Loaded only now: it takes about as long as the migration.
+        # Imported here, since the import takes about as long as the migration that runs meanwhile.
         from pilotflame import all_in_one
 
         secret_key = settings.secret_key or data_dir.secret_key(folder) or data_dir.make_secret_key(folder)
         shared: dict[str, Any] = {"secret_key": secret_key, "redis_url": None}
-        roles = all_in_one.RoleSettings.told(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
+        roles = all_in_one.RoleSettings.build(shared, {**given, "shutdown_seconds": SHUTDOWN_SECONDS})
         with _listening(roles.gateway.host, roles.gateway.port) as listener:
             loaded = None if example is None else all_in_one.ExampleWorkflow(example, example_inputs)
             all_in_one.run_all_roles(roles, listener, migration, lines, loaded)
 
 
 def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
-    """Start bringing a database up to date, in another process: Alembic would stay in this one's memory for ever."""
+    """Start the migration of a database in another process; Alembic would stay in the memory of this one."""
     environment = os.environ | {"PILOTFLAME_DATABASE_URL": database_url}
     command = [sys.executable, "-m", "pilotflame", "migrate"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - our own program
@@ -64,5 +64,5 @@ def _listening(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise CommandError(
-            f"Nothing can listen on port {port} of {host} ({error.strerror}): choose another with --port"
+            f"Port {port} of {host} is not available ({error.strerror}): choose another with --port"
         ) from error

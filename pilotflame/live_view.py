@@ -1,4 +1,4 @@
-"""A run as it goes on, node by node, on a terminal."""
+"""Live view of a run on a terminal, node by node."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.text import Text
 from pilotflame.client import ServerSentEvent
 
 MAX_ROWS: Final = 25
-"""The nodes that were heard of last: more would not fit a screen."""
+"""The most recently updated nodes; more would not fit on a screen."""
 COLOURS: Final = {
     "completed": "green",
     "failed": "red",
@@ -28,7 +28,7 @@ COLOURS: Final = {
 
 
 class RunView:
-    """What is known of a run: a heading, and a row for each node, in a loop for each of its turns."""
+    """Table of a run: a heading, and a row for each node, in loops for each iteration."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -64,7 +64,7 @@ class RunView:
 
 
 def show_run(name: str, events: Iterable[ServerSentEvent]) -> None:
-    """Show a run until its events end; on standard error, so that the result alone is on standard output."""
+    """Show a run until its events end, on standard error; standard output has the result alone."""
     view = RunView(name)
     with Live(view, console=Console(file=sys.stderr), refresh_per_second=8) as live:
         for event in events:

@@ -1,7 +1,7 @@
-"""Log lines: JSON for machines, plain text for a person at a terminal; set up once, when a process starts.
+"""Log lines as JSON for machines or as text for a terminal; configured once, when a process starts.
 
-Whoever logs never waits for what takes the lines: they go through a bounded queue to a thread that writes them. What
-finds the queue full is dropped and counted, and the count is logged once there is room again.
+Logging never blocks: lines go through a bounded queue to a thread that writes them. Lines for a full queue are dropped
+and counted, and the count is logged once the queue has capacity again.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ import msgspec
 
 @contextmanager
 def _absent(module: str) -> Iterator[None]:
-    """Make a module impossible to import, unless somebody has done so already."""
+    """Make a module impossible to import for the duration of the block, unless it is already loaded or blocked."""
     if module in sys.modules:
         yield
         return
-    sys.modules[module] = None  # type: ignore[assignment]  # the import system's own sign for it
+    sys.modules[module] = None  # type: ignore[assignment]  # None marks a blocked module in the import system
     try:
         yield
     finally:
         del sys.modules[module]
 
 
-# structlog loads rich wherever it is installed, for tracebacks that are never drawn here: 5 MB and a tenth of a second.
+# structlog loads rich if it is installed, for tracebacks that are never rendered here: 5 MB and a tenth of a second.
 with _absent("rich"):
     import structlog
 
 MAX_WAITING_LINES: Final = 10_000
 MAX_LINES_PER_WRITE: Final = 500
 WRITE_EVERY_SECONDS: Final = 0.01
-"""Lines that come within this time are written together: the thread is woken a hundred times a second at most."""
+"""Lines within this time are written together, so the thread wakes a hundred times a second at most."""
 FLUSH_SECONDS: Final = 2.0
-"""How long the end of the process waits for a sink that takes nothing."""
+"""Seconds that the exit of a process waits for a blocked sink."""
 MAX_TEXT: Final = 2_000
 MAX_ITEMS: Final = 20
 MAX_DEPTH: Final = 2
@@ -58,7 +58,7 @@ Fields = MutableMapping[str, Any]
 
 
 class LineRenderer(Protocol):
-    """Turns an event into a line; a processor of structlog's, and the only one."""
+    """Renderer of an event as a line; the only processor of structlog."""
 
     def __call__(self, logger: object, level: str, fields: Fields, /) -> bytes: ...
 
@@ -67,18 +67,18 @@ class LineRenderer(Protocol):
 
 
 def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
-    """Return an event as one JSON object: `time`, `level`, `event`, and then its fields."""
+    """Render an event as one JSON object: `time`, `level`, `event`, and then its fields."""
     now = datetime.now(UTC).isoformat(timespec="milliseconds")
     line = {"time": now[:-6] + "Z", "level": level, "event": _bounded(fields.pop("event", None))}
     _add_fields(line, fields)
     try:
         return msgspec.json.encode(line) + b"\n"
     except ValueError:
-        return json.dumps(line).encode() + b"\n"  # slower, and able to write half a surrogate pair
+        return json.dumps(line).encode() + b"\n"  # `json` is slower, and can encode half a surrogate pair.
 
 
 def as_text(_logger: object, level: str, fields: Fields, /) -> bytes:
-    """Return an event as people read it, on one line unless there is a traceback."""
+    """Render an event as one line of text, with a traceback below it if there is one."""
     line: dict[str, Any] = {}
     event = _visible(_bounded(fields.pop("event", None)))
     _add_fields(line, fields)
@@ -99,15 +99,15 @@ def _add_fields(line: dict[str, Any], fields: Fields) -> None:
 
 @lru_cache(maxsize=1_000)
 def _is_secret(name: str) -> bool:
-    """Tell whether a field of this name may hold a secret; an id tells only which one it is."""
+    """Tell whether a field of this name may contain a secret; ids are no secrets."""
     lowered = name.lower()
     return any(word in lowered for word in _SECRET_WORDS) and not lowered.endswith("_id")
 
 
 def _bounded(value: object, depth: int = 0) -> object:
-    """Return what a line may hold of a value."""
+    """Return a value truncated to the limits of a line."""
     if isinstance(value, str):
-        # `str()` makes a plain text of an enum's member.
+        # `str()` converts a member of an enum to plain text.
         return str(value) if len(value) <= MAX_TEXT else value[:MAX_TEXT] + "…"
     if value is None or isinstance(value, int | float):
         return value
@@ -128,13 +128,13 @@ def _bounded_mapping(value: Mapping[Any, Any], depth: int) -> dict[str, object]:
 
 
 def _visible(value: object) -> str:
-    """Return a value without what a terminal would act on."""
+    """Return a value as text, with control characters escaped."""
     text = str(value)
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _traceback(exc_info: object) -> str:
-    """Return the traceback of what was raised; of a long one the end, where the reason stands."""
+    """Return the traceback of an exception; of a long one the end, which has the message."""
     if isinstance(exc_info, tuple):
         exc_info = exc_info[1]
     error = exc_info if isinstance(exc_info, BaseException) else sys.exc_info()[1]
@@ -145,7 +145,7 @@ def _traceback(exc_info: object) -> str:
 
 
 class LogLineWriter:
-    """Takes lines from any thread without ever blocking it, and writes them from a thread of its own."""
+    """Non-blocking writer of lines from any thread; writes them in its own thread."""
 
     def __init__(self, descriptor: int, render: LineRenderer) -> None:
         self._descriptor = descriptor
@@ -158,7 +158,7 @@ class LogLineWriter:
         self._thread.start()
 
     def put(self, line: bytes) -> None:
-        """Have a line written, unless too many are waiting."""
+        """Enqueue a line, or drop and count it if the queue is full."""
         if self._waiting.qsize() < MAX_WAITING_LINES:
             self._waiting.put(line)
             return
@@ -169,7 +169,7 @@ class LogLineWriter:
     debug = info = warning = error = critical = put
 
     def close(self) -> None:
-        """Write what is waiting, as far as the sink takes it within a moment."""
+        """Write the queued lines, as far as the sink accepts them within `FLUSH_SECONDS`."""
         self._is_closing = True
         self._waiting.put(None)
         self._thread.join(FLUSH_SECONDS)
@@ -203,18 +203,18 @@ class LogLineWriter:
         return self._render(self, "warning", {"event": "log lines dropped", "count": dropped})
 
     def _write(self, text: bytes) -> None:
-        # Straight to the descriptor: Python's buffered streams have locks, in which the end of a process can get stuck.
+        # Written to the descriptor itself: Python's buffered streams have locks that can block the exit of a process.
         while text:
             try:
                 text = text[os.write(self._descriptor, text) :]
             except BlockingIOError:
                 time.sleep(WRITE_EVERY_SECONDS)
             except OSError:
-                return  # nobody reads any more, which is no reason to stop working
+                return  # The reader has closed its end, which is no reason to stop the process.
 
 
 class _LoggingHandler(logging.Handler):
-    """Writes what libraries say through Python's own logging."""
+    """Handler for records that libraries log through Python's own logging."""
 
     def __init__(self, lines: LogLineWriter, render: LineRenderer) -> None:
         super().__init__()
@@ -226,14 +226,14 @@ class _LoggingHandler(logging.Handler):
             text, trace = record.getMessage(), record.exc_info
             fields: Fields = {"event": text, "logger": record.name, "exc_info": trace}
             self._lines.put(self._render(self, record.levelname.lower(), fields))
-        except Exception:  # noqa: BLE001 - a library's bad log call must not end what it was doing
+        except Exception:  # noqa: BLE001 - an invalid log call of a library must not fail its caller
             self.handleError(record)
 
 
 def configure_logging(level: str, render: LineRenderer, *, descriptor: int = 1) -> LogLineWriter:
-    """Send all logging to `descriptor` from now on: our own from `level` up, and warnings of libraries.
+    """Send all logging to `descriptor`: the project's own from `level` up, and warnings of libraries.
 
-    Loggers are made when they are first used, and filtered then: what is below the level costs next to nothing.
+    Loggers are created at first use and filtered then: calls below the level cost next to nothing.
     """
     lines = LogLineWriter(descriptor, render)
     structlog.configure(

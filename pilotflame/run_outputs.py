@@ -1,4 +1,4 @@
-"""Outputs that `pilotflame run` prints when a run has ended."""
+"""Outputs that `pilotflame run` prints after a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_LINE_CHARACTERS: Final = 500
 
 
 class OutputChoice(StrEnum):
-    """Which outputs are printed."""
+    """Choice of the outputs to print."""
 
     LAST = "last"
     ALL = "all"
@@ -21,9 +21,9 @@ class OutputChoice(StrEnum):
 
 
 def select_last(outputs: Mapping[str, Any], connections: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the outputs of the nodes that ran and were followed by none that ran, by node id.
+    """Return the outputs of nodes without a successor that ran, by node id.
 
-    Connections are as the API shows or takes them: with `sourceNodeId` or `source`, `targetNodeId` or `target`.
+    Connections are in either format of the API: with `sourceNodeId` or `source`, `targetNodeId` or `target`.
     """
     ends = [
         (edge.get("sourceNodeId", edge.get("source")), edge.get("targetNodeId", edge.get("target")))
@@ -34,7 +34,7 @@ def select_last(outputs: Mapping[str, Any], connections: Iterable[Mapping[str, A
 
 
 def find_omitted(outputs: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the notes about outputs that an answer explains instead of showing them, by node id."""
+    """Return the explanations of outputs that are too large for an answer, by node id."""
     return {
         node_id: output["omitted"]
         for node_id, output in outputs.items()
@@ -48,7 +48,7 @@ def render(value: object) -> str:
 
 
 def truncate(text: str) -> tuple[str, bool]:
-    """Return as much of a text as a terminal shows at once, and whether that is less than all of it."""
+    """Return a text truncated for a terminal, and whether it was truncated."""
     lines = text.splitlines()
     shown = [
         line if len(line) <= MAX_LINE_CHARACTERS else f"{line[:MAX_LINE_CHARACTERS]}…"

@@ -1,4 +1,4 @@
-"""A change of the server's secret: what an earlier one has encrypted is encrypted anew."""
+"""Rotation of the server's secret: encrypted values move from earlier secrets to the current one."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
     from models.settings import ServerSettings
 
 BATCH: Final = 100
-"""Rows of one transaction: whoever is interrupted loses no more, and goes on where it was when it is run again."""
+"""Rows per transaction; an interruption loses one batch at most, and the next run continues."""
 
 _Table: TypeAlias = "type[DataSource | SigningSecret | SenderToken]"
 _Found: TypeAlias = "Row[str, str, str | None, bytes | None]"
 TABLES: Final[Sequence[_Table]] = (DataSource, SigningSecret, SenderToken)
-"""All that hold something encrypted."""
+"""All tables with encrypted values."""
 
 
 @dataclass
 class RotationResult:
-    """What has come of it."""
+    """Counts of a rotation."""
 
     encrypted: int = 0
-    """How many secrets were encrypted anew."""
+    """Number of values that were encrypted anew."""
     unreadable: list[str] = field(default_factory=list)
-    """Ids of objects that none of the server's secrets opens."""
+    """Ids of objects that none of the server's secrets can decrypt."""
     waiting_keys: int = 0
-    """API keys that still go by an earlier secret: each moves to that of now when it is used."""
+    """Number of API keys that are hashed with an earlier secret; the next use of a key moves it to the current one."""
 
 
 async def rotate_secret(settings: ServerSettings) -> RotationResult:
-    """Encrypt everything anew by the secret of now; safe to repeat, and while the server runs."""
+    """Encrypt all values with the current secret; safe to repeat and to run beside the server."""
     vault = SecretVault(settings.secret, settings.previous_secrets)
     rotation = RotationResult()
     async with opened(settings) as database:
@@ -85,7 +85,7 @@ async def _rotate_table(
 def _resealed(vault: SecretVault, row: _Found) -> EncryptedText | None:
     owner = {"organization_id": row.organization_id, "object_id": row.id}
     try:
-        # None is for rows without a secret, which aren't among these.
+        # Rows without a secret have None, and are not selected.
         encrypted = EncryptedText(row.secret_id or "", row.encrypted or b"")
         return vault.seal(vault.open(encrypted, **owner), **owner)
     except VaultError:
@@ -93,7 +93,7 @@ def _resealed(vault: SecretVault, row: _Found) -> EncryptedText | None:
 
 
 async def _replace(database: Database, table: _Table, anew: dict[_Found, EncryptedText]) -> int:
-    """Write what was encrypted anew, but for what somebody has changed meanwhile; returns how many there were."""
+    """Write newly encrypted values, except those changed meanwhile; return the number of written ones."""
 
     async def replace(connection: AsyncConnection) -> int:
         count = 0

@@ -1,4 +1,4 @@
-"""Environment variables that look like settings and are none: misspelt, or of another version."""
+"""Unknown environment variables with the prefix of settings: misspelled, or of another version."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 PREFIX: Final = "PILOTFLAME_"
 OF_COMMANDS: Final = frozenset({"PILOTFLAME_URL", "PILOTFLAME_API_KEY"})
-"""What commands that talk to a server need: known without loading the settings of every process."""
+"""Variables of client commands, known without loading the settings of every process."""
 _SERVICE_HOST: Final = "_SERVICE_HOST"
-"""Kubernetes describes each Service of a namespace in variables; ours begin like settings."""
+"""Kubernetes describes each Service of a namespace in variables; those of Pilotflame's Services have the same prefix.
+"""
 
 
 def find_unknown(environment: Iterable[str]) -> Mapping[str, list[str]]:
-    """Return the variables that begin like a setting and are none, each with the settings that it may mean."""
+    """Return unknown variables with the prefix of settings, each with the settings that are similar."""
     given = [
         name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in OF_COMMANDS
     ]
@@ -38,25 +39,25 @@ def find_unknown(environment: Iterable[str]) -> Mapping[str, list[str]]:
 
 
 def _meant(name: str) -> list[str]:
-    """Return the settings that a variable may mean: the beginning that all share makes none of them alike."""
+    """Return the settings similar to a variable, compared without the common prefix."""
     bare = [one.removeprefix(PREFIX) for one in sorted(known_variables())]
     return [PREFIX + one for one in name_suggestions.suggest_names(name.upper().removeprefix(PREFIX), bare)]
 
 
 def warning_text(name: str, meant: Iterable[str]) -> str:
-    """Return the sentence about a variable; its value is nobody's business."""
-    hint = " or ".join(meant)
-    return f"{name} is no setting" + (f": did you mean {hint}?" if hint else "")
+    """Return the warning about a variable; its value stays secret."""
+    suggestion = " or ".join(meant)
+    return f"{name} is not a setting" + (f": did you mean {suggestion}?" if suggestion else "")
 
 
 @cache
 def known_variables() -> frozenset[str]:
-    """Return the variables of all processes: they often share one environment."""
+    """Return the variables of all processes, which often share one environment."""
     return frozenset(f"{PREFIX}{field}".upper() for kind in _kinds() for field in kind.model_fields)
 
 
 def _kinds() -> Iterable[type[BaseSettings]]:
-    # Loaded only where somebody looks: each command pays for its own settings alone.
+    # Imported on demand, so that commands don't load the settings of every process.
     from bridge.settings import RabbitmqBridgeSettings, RedisBridgeSettings, SqsBridgeSettings
     from gateway.settings import GatewaySettings
     from runner.settings import RunnerSettings

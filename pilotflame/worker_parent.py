@@ -1,7 +1,7 @@
-"""The parent of a worker: a small process that outlives its child and has the child's leases released.
+"""Parent process of a worker: outlives its child and releases the child's leases.
 
-It forks before the worker's own modules are loaded, sleeps in one system call, and loads a database driver only when
-its child has died with leases in hand.
+It forks before the worker's own modules are loaded, sleeps in one system call, and loads a database driver only after
+the child has died with leases.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ SET_PARENT_DEATH_SIGNAL: Final = 1
 FORWARDED: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 AWAITED: Final = frozenset({*FORWARDED, signal.SIGCHLD})
 KILLED: Final = 128
-"""Added to the number of the signal that has ended the child, as shells do."""
+"""Offset of exit codes for signals, as in shells."""
 MAX_NAME_BYTES: Final = 4_096
-"""What a pipe takes at once (PIPE_BUF), whoever reads it or not."""
+"""Size of an atomic write to a pipe (PIPE_BUF), which doesn't block without a reader."""
 
 Announce = Callable[[str], None]
-"""Called by the child with the name that its leases will bear, before it takes the first."""
+"""Callback of the child with the owner name of its leases, called before it takes the first."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChildDeath:
-    """The end of a child that may have left leases behind."""
+    """Death of a child that may have left leases behind."""
 
     owner: str
-    """The name in its leases."""
+    """Owner name in the child's leases."""
     exit_code: int
-    """Minus the number of the signal, where one has ended it."""
+    """Exit code, or the negative number of the signal that ended the child."""
     is_out_of_memory: bool = False
-    """The kernel killed it for want of memory."""
+    """Whether the kernel's OOM killer ended the child."""
 
 
 def fork_worker(release: Callable[[ChildDeath], None]) -> Announce:
-    """Return in a child that dies with its parent; the parent stays here, and exits with the code of the child.
+    """Fork, and return in the child, which dies with its parent; the parent exits with the code of the child.
 
-    The parent forwards signals. It calls `release` once the child is dead, unless the child ended with 0 or never named
-    its leases. Elsewhere than on Linux there is no parent: a child could outlive it unnoticed.
+    The parent forwards signals. It calls `release` after the death of the child, unless the child exited with 0 or
+    never announced an owner. Outside Linux there is no parent: a child could outlive it unnoticed.
     """
     if sys.platform != "linux":
         return lambda _owner: None
-    gc.freeze()  # else a collection in the child would copy the pages that both share
+    gc.freeze()  # Otherwise a garbage collection in the child would copy the shared pages.
     parent = os.getpid()
     reads, writes = os.pipe()
     # Blocked before the fork: a signal in between is forwarded too, and PID 1 of a container receives it at all.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, AWAITED)
-    watch = OomKillWatch()  # from before there is a child that may be killed
+    watch = OomKillWatch()  # Created before the child, which may be killed early.
     child = os.fork()
     if child:
         os.close(writes)
@@ -70,25 +70,26 @@ def _stay(child: int, reads: int, watch: OomKillWatch, release: Callable[[ChildD
     code = os.waitstatus_to_exitcode(_wait_for(child, watch))
     is_out_of_memory = watch.explains(code)
     owner = _announced(reads)
-    # From now on a signal ends the parent as it would any process.
+    # From here on a signal ends the parent as it ends any process.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, AWAITED)
     if code != 0 and owner:
         try:
             release(ChildDeath(owner, code, is_out_of_memory=is_out_of_memory))
-        except Exception:  # noqa: BLE001 - the code of the child counts, and a sweep takes its leases back
+        except Exception:  # noqa: BLE001 - the exit code of the child matters, and a sweep reclaims its leases
             sys.excepthook(*sys.exc_info())
     sys.exit(code if code >= 0 else KILLED - code)
 
 
 def _wait_for(child: int, watch: OomKillWatch) -> int:
-    """Forward signals until the child has ended, and return its status; reaps whatever else is inherited as PID 1."""
+    """Forward signals until the child ends, and return its wait status; as PID 1, also reap inherited processes."""
     while True:
         arrived = signal.sigtimedwait(AWAITED, LOOK_SECONDS)
-        # A process that was stopped for longer than it waits is given a signal that is none, by a bug of CPython.
+        # A bug of CPython: after the process was stopped for longer than the timeout, `sigtimedwait` returns an invalid
+        # signal.
         if arrived is None or arrived.si_signo not in AWAITED:
             watch.look()
         elif arrived.si_signo != signal.SIGCHLD:
-            os.kill(child, arrived.si_signo)  # not reaped yet, so the number is still its own
+            os.kill(child, arrived.si_signo)  # The child is not reaped yet, so its id can't have been reused.
         elif (status := _reaped(child)) is not None:
             return status
 
@@ -106,15 +107,15 @@ def _reaped(child: int) -> int | None:
 
 
 def _die_with(parent: int) -> None:
-    """Be killed when the parent is: whoever kills it means both."""
+    """Ask the kernel to kill this process when its parent dies; a kill of the parent is meant for both."""
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(KILLED + signal.SIGKILL)
 
 
 def _announced(descriptor: int) -> str:
-    """Return what the child has announced; an empty text where that is nothing."""
-    os.set_blocking(descriptor, False)  # a process that the child has left behind may hold the other end
+    """Return the owner name that the child has announced, or an empty text."""
+    os.set_blocking(descriptor, False)  # A process that the child has left behind may keep the pipe open.
     try:
         return os.read(descriptor, MAX_NAME_BYTES).decode()
     except BlockingIOError:

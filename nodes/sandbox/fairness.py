@@ -1,4 +1,4 @@
-"""Places for work that organisations share: who waits gets one in turn, organisation by organisation."""
+"""Fair slots for concurrent work: waiting organizations get a slot in rotation."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from contextlib import asynccontextmanager
 from engine.run_errors import NodeError
 
 MAX_WAITING = 1_000
-"""Of one organisation."""
+"""Maximum number of waiting jobs of one organization."""
 
 
 class FairSlots:
-    """So many may work at once.
+    """Limited number of slots, shared fairly by organizations.
 
-    An organisation of which nothing works may exceed that, up to twice as many in all: it would wait for others only,
-    and a single one of their jobs may take a minute.
+    An organization without a running job may exceed the limit, up to twice as many in all: otherwise it would wait for
+    jobs of others, a single one of which may take a minute.
     """
 
     def __init__(self, count: int) -> None:
         self._count = count
         self._working: Counter[str] = Counter()
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
-        """By organisation, whose turn is next first."""
+        """Waiting jobs by organization, in the order of the next turns."""
 
     @asynccontextmanager
     async def hold(self, organization_id: str) -> AsyncIterator[None]:
-        """Hold a place; raises `NodeError` where too many of the organisation wait for one."""
+        """Hold a slot; raises `NodeError` if too many jobs of the organization wait for one."""
         await self._acquire(organization_id)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Whether data is what a JSON Schema of a user's asks for; found out in a child process, since either may be a trap."""
+"""Validation of data by a user's JSON Schema, in a child process, since both can be malicious."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 CHECK_SECONDS: Final = 3.0
-"""For one answer; an honest one takes milliseconds."""
+"""Time limit of one answer; an honest one takes milliseconds."""
 MAX_PROCESSES: Final = 2
 
 
 class FormViolation(msgspec.Struct, frozen=True):
-    """One thing that the data is not."""
+    """Violation of a schema by data."""
 
     path: str
     keyword: str
@@ -30,11 +30,11 @@ class FormViolation(msgspec.Struct, frozen=True):
 
 
 class InvalidSchema(ValueError):
-    """The schema can't be read, or takes more time or memory than a form needs."""
+    """A schema that can't be read, or takes more time or memory than a form may."""
 
 
 class FormChecker:
-    """The processes that check answers; none before the first is given."""
+    """Validator of answers in child processes, which start with the first answer."""
 
     def __init__(self) -> None:
         self._processes = ProcessPool(ProcessKind.FORMS, limit=MAX_PROCESSES)
@@ -42,7 +42,7 @@ class FormChecker:
     async def check(
         self, organization_id: str, schema: Mapping[str, Json], data: Json
     ) -> Sequence[FormViolation]:
-        """Return what is wrong with data; raises `InvalidSchema`, and `NodeError` where no process is free."""
+        """Return the violations of a schema; raises `InvalidSchema`, and `NodeError` if no process is free."""
         job = await offload.run(_encode_job, schema, data)
         try:
             result = await self._processes.run(

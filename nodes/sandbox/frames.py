@@ -1,7 +1,7 @@
-"""What a worker and its child processes say to each other: frames of a length, a tag and JSON.
+"""Protocol between a worker and its child processes: frames of a length, a tag and JSON.
 
-A large value goes in pieces, so that whoever reads it can do something else in between. Neither side trusts the other:
-what is no frame, or comes out of turn, raises `Garbled`.
+A large value is sent in pieces, so that its reader can yield in between. Neither side trusts the other: invalid and
+unexpected frames raise `InvalidFrame`.
 """
 
 from __future__ import annotations
@@ -23,89 +23,89 @@ HEADER: Final = Struct(">IB")
 PIECE_BYTES: Final = 131_072
 """A millisecond's work for a reader."""
 MAX_OPEN: Final = 64
-"""As deep as values go."""
+"""Maximum depth of values."""
 
 Kind = TypeVar("Kind")
 
 
 class InvalidFrame(Exception):
-    """The other side doesn't keep to the rules."""
+    """Violation of the protocol by the other side."""
 
 
 class FrameTag(IntEnum):
-    """What a frame holds."""
+    """Type of a frame."""
 
     READY = 1
-    """Nothing: the child waits for its first job."""
+    """Empty: the child is ready for its first job."""
     JOB = 2
     LOG = 3
-    """A line for the execution's log: level and message."""
+    """A line of the execution's log: level and message."""
     UNRESOLVED = 4
-    """The paths that found nothing."""
+    """Paths without a value."""
     PART = 5
-    """Items or fields to be added to the container that is open."""
+    """Items or fields to add to the open container."""
     OPEN_LIST = 6
     OPEN_OBJECT = 7
-    """The key under which the new container stands in the one around it; null in a list."""
+    """Key of the new container in its parent; null in a list."""
     CLOSE = 8
     DONE = 9
-    """The port that is taken; the value has been said."""
+    """Port of the result; the value has been sent before."""
     FAILED = 10
-    """A `Failure`."""
+    """A `FailureFrame`."""
 
 
 class LibraryJob(msgspec.Struct, frozen=True):
-    """A node of the library, to be run on a config."""
+    """Execution of a library node on a config."""
 
     type: str
     config: msgspec.Raw
 
 
 class FormJob(msgspec.Struct, frozen=True):
-    """Data to be checked by a JSON Schema."""
+    """Validation of data by a JSON Schema."""
 
     schema: msgspec.Raw
     data: msgspec.Raw
 
 
 class CodeJob(msgspec.Struct, frozen=True):
-    """A user's script."""
+    """Execution of a user's script."""
 
     organization_id: str
     source: str
     inputs: msgspec.Raw
-    """Its globals."""
+    """Globals of the script."""
     timeout_seconds: float
     max_memory_bytes: int
 
 
 class SqliteJob(msgspec.Struct, frozen=True, kw_only=True):
-    """A statement on a file of SQLite."""
+    """Execution of a statement on a SQLite file."""
 
     file: str
     own_files: list[tuple[int, int]]
-    """Device and inode of files that are the server's own."""
+    """Device and inode of the server's own files."""
     max_file_bytes: int
     statement: str
     values: msgspec.Raw
-    """A list of the statement's values; to write, a list of rows, each a list of values."""
+    """List of parameters; for a write, a list of rows, each a list of parameters."""
     timeout_seconds: float
     action: Literal["query", "write", "execute"]
     max_rows: int = 0
     max_bytes: int = 0
-    """Of the result of a query."""
+    """Maximum size of the result of a query."""
     batch_rows: int = 1
 
 
 class SqliteResult(msgspec.Struct, frozen=True):
-    """The output of a `SqliteJob` that queries."""
+    """Result of a `SqliteJob` with a query."""
 
     columns: list[str]
     rows: list[list[Any]]
 
 
 class FailureFrame(msgspec.Struct, frozen=True):
-    """A `NodeError` on its way."""
+    """Serialized `NodeError`."""
 
     code: Annotated[str, msgspec.Meta(pattern="^[a-z-]{1,60}$")]
     message: str
@@ -121,7 +121,7 @@ decode_failure: Final = decoding.build_decoder(FailureFrame).decode
 
 
 def decode_frame(decode: Callable[[bytes], Kind], body: bytes) -> Kind:
-    """Return what stands in a frame; raises `Garbled`."""
+    """Decode the body of a frame; raises `InvalidFrame`."""
     try:
         return decode(body)
     except (ValueError, RecursionError) as error:
@@ -133,7 +133,7 @@ def encode_frame(tag: FrameTag, body: bytes = b"") -> bytes:
 
 
 def parse_header(raw: bytes) -> tuple[int, FrameTag]:
-    """Return how many bytes follow, and what they are."""
+    """Return the length of the body and the tag; raises `InvalidFrame`."""
     length, tag = HEADER.unpack(raw)
     try:
         return length, FrameTag(tag)
@@ -142,19 +142,19 @@ def parse_header(raw: bytes) -> tuple[int, FrameTag]:
 
 
 def encode_value(value: Json) -> Iterator[bytes]:
-    """Yield the frames of one value, none with much more than a piece, unless it is a single long text."""
+    """Yield the frames of one value, each not much larger than a piece, except for a single long text."""
     yield from _encode_parts([value])
 
 
 def _encode_parts(container: dict[str, Json] | list[Json]) -> Iterator[bytes]:
-    """Yield what adds the content of a container to the one that is open."""
+    """Yield frames that add the content of a container to the open one."""
     text = _encode(container)
     if len(text) <= PIECE_BYTES:
         yield encode_frame(FrameTag.PART, text)
     elif len(container) == 1:
         yield from _encode_only_item(container, text)
     else:
-        # Twice as many slices as would do if all items were of a size.
+        # Twice as many slices as items of equal size would need.
         slices = min(len(container), 2 * len(text) // PIECE_BYTES + 1)
         for part in _slice_container(container, -(-len(container) // slices)):
             yield from _encode_parts(part)
@@ -183,7 +183,7 @@ def _slice_container(
 
 
 class ValueAssembler:
-    """Puts a value together from its frames."""
+    """Assembles a value from its frames."""
 
     def __init__(self) -> None:
         self._root: list[Json] = []

@@ -1,4 +1,4 @@
-"""The catalogue of a shared worker: nodes that may compute for long run in child processes, all others in place."""
+"""Catalog of a shared worker: nodes that may compute for long run in child processes, all others in place."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from nodes.sandbox.processes import ProcessPool
 
 IN_PLACE_BYTES: Final = 4_096
-"""A config that isn't larger, as JSON, is no work: sending it elsewhere would take as long."""
+"""Maximum JSON size of a config that is processed in place: sending it would take as long."""
 DEADLINE_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True)
 class PooledCatalog(NodeCatalog):
-    """Every node type, with a place to run for those that need one."""
+    """Catalog with a process pool for node types that need one."""
 
     processes: ProcessPool
 

@@ -1,7 +1,7 @@
-"""Child processes of a worker: what may take long, or may be anything, runs there and not on the worker's loop.
+"""Pool of child processes for untrusted or long work, which must not run on the worker's event loop.
 
-None is started before it is needed, and none stays for long when it isn't. What goes wrong in one ends its job alone:
-a child that is late, or whose job is given up, is killed with everything that it has started.
+A child starts on demand, and ends after an idle time. A failure of one ends its job alone: a child that exceeds its
+time limit, or whose job is abandoned, is killed with everything that it has started.
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ if TYPE_CHECKING:
 IDLE_SECONDS = 60.0
 START_SECONDS = 30.0
 GRACE_SECONDS = 0.5
-"""For a child that keeps time itself: it can say that it is up, and needs not be replaced."""
+"""Extra time for a child that enforces its own time limit: it can report the timeout, and needs no replacement."""
 BUSY_SECONDS = 240.0
-"""A child that has worked for so long is replaced, before it reaches its limit of CPU time."""
+"""Working time after which a child is replaced, before it reaches its limit of CPU time."""
 MAX_ANSWER_BYTES = 2 * MAXIMUM_BYTES
-"""Of all frames; each counts as a few bytes more than it has."""
+"""Maximum size of all frames of a job; each counts as a few bytes more than it has."""
 FRAME_BYTES = 64
 MAX_LOG_LINES = 1_001
 SENT_BYTES = 262_144
 CHILD_ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
-"""One that is empty would be taken for none at all by some event loops, and theirs be handed on."""
+"""Some event loops take an empty environment for a missing one, and would pass on their own."""
 LAUNCH_SCRIPT = (
     "import sys; sys.path = sys.argv[3:]; "
     "from nodes.sandbox.children import child; child.main(sys.argv[1], int(sys.argv[2]))"
@@ -61,29 +61,29 @@ LAUNCH_SCRIPT = (
 
 
 class ProcessKind(StrEnum):
-    """What children are for; the names of what they load are in `nodes.sandbox.children.child`."""
+    """Kind of a child process; `nodes.sandbox.children.child` maps it to a module."""
 
     LIBRARY = "library"
-    """Nodes of the library that compute for long."""
+    """Library nodes that compute for long."""
     FORMS = "forms"
-    """What people answer, checked by users' schemas."""
+    """Validation of people's answers by users' schemas."""
     MONTY = "monty"
-    """User code in an interpreter of its own."""
+    """User code in the Monty interpreter."""
     PYTHON = "python"
-    """User code in the whole of Python: each has its own child."""
+    """User code in CPython; each script gets its own child."""
     SQLITE = "sqlite"
     """Users' statements on SQLite files."""
 
 
 class JobListener(msgspec.Struct, frozen=True):
-    """What becomes of what a job says besides its result."""
+    """Receiver of the reports of a job besides its result."""
 
     log: Callable[[str, str], None]
     unresolved: list[str]
 
 
 class ProcessPool:
-    """The children of one kind, lent to one job after another."""
+    """Pool of child processes of one kind."""
 
     def __init__(
         self,
@@ -93,9 +93,9 @@ class ProcessPool:
         idle_seconds: float = IDLE_SECONDS,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Run up to `limit` at once, or more for the sake of fairness: see `Places`.
+        """Run up to `limit` jobs at once, or more for fairness: see `FairSlots`.
 
-        `environment` is what the children are given besides the language.
+        `environment` adds variables to those of the children.
         """
         self._kind = kind
         self._environment = {**CHILD_ENVIRONMENT, **(environment or {})}
@@ -108,7 +108,7 @@ class ProcessPool:
     async def run(
         self, job: bytes, listener: JobListener, *, organization_id: str, seconds: float
     ) -> NodeResult:
-        """Have a job done; raises `NodeError`: what the job raised, or `timeout`, `crashed` or `busy`."""
+        """Run a job; raises `NodeError` of the job, or with the code `timeout`, `crashed` or `busy`."""
         async with self._places.hold(organization_id):
             child = await self._acquire()
             began_at = time.monotonic()
@@ -132,7 +132,7 @@ class ProcessPool:
         return outcome
 
     async def close(self) -> None:
-        """End every child that isn't at work, and wait for all that have been ended."""
+        """End every idle child, and wait for all that are ending."""
         while self._idle:
             self._end(self._idle[-1])
         if self._ends:
@@ -181,19 +181,19 @@ class ProcessPool:
 
 
 class ChildProcess:
-    """One child process, seen from its parent."""
+    """Child process, from the view of its parent."""
 
     def __init__(self, process: Process) -> None:
         self.busy_seconds = 0.0
         self.rest: asyncio.TimerHandle | None = None
-        """Ends it when nobody has needed it for long."""
+        """Timer that ends an idle child."""
         self._process = process
         self._in = cast("asyncio.StreamWriter", process.stdin)
         self._out = cast("asyncio.StreamReader", process.stdout)
 
     @classmethod
     async def start(cls, kind: ProcessKind, environment: Mapping[str, str]) -> ChildProcess:
-        """Start a child; it knows no other environment, and shares nothing with anybody but the ends of pipes."""
+        """Start a child with its own environment; it shares nothing with others but the ends of pipes."""
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             *("-I", "-S", "-c", LAUNCH_SCRIPT, kind, str(os.getpid()), *_import_paths()),
@@ -208,7 +208,7 @@ class ChildProcess:
 
     @property
     def is_alive(self) -> bool:
-        """Whether it lives now: the event loop hears of a death a moment later."""
+        """Whether the process is alive now; the event loop notices a death a moment later."""
         if self._process.returncode is not None or self._out.at_eof():
             return False
         try:
@@ -217,19 +217,19 @@ class ChildProcess:
             return False
 
     def keep_alive(self) -> None:
-        """Let it not be ended for being idle."""
+        """Cancel the idle timer."""
         if self.rest is not None:
             self.rest.cancel()
             self.rest = None
 
     async def wait_ready(self) -> None:
-        """Wait until it can take a job."""
+        """Wait until the child can accept a job."""
         tag, _ = await self._frame()
         if tag is not FrameTag.READY:
             raise InvalidFrame("it isn't ready")
 
     async def perform(self, job: bytes, listener: JobListener) -> NodeResult | NodeError:
-        """Have a job done; raises `Garbled`, `EOFError` or `OSError` where the child doesn't answer as it should."""
+        """Run a job; raises `InvalidFrame`, `EOFError` or `OSError` if the child fails or violates the protocol."""
         await self._send(encode_frame(FrameTag.JOB, job))
         assembly = ValueAssembler()
         turn = LoopShare()
@@ -258,16 +258,16 @@ class ChildProcess:
             await turn.yield_if_due()
 
     def kill(self) -> None:
-        """Kill it, and whatever it has started."""
+        """Kill the child and its process group."""
         if self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     async def wait_ended(self) -> None:
-        """Wait for the end of a child that was killed, and let go of its pipes."""
+        """Wait for the end of a killed child, and close its pipes."""
         self._in.close()
         with suppress(OSError):
-            # What it had still to say must be taken from its pipe, or the end of that would never be seen.
+            # Unread output must be drained from the pipe, or its end would never be seen.
             while await self._out.read(SENT_BYTES):
                 pass
         await self._process.wait()
@@ -286,5 +286,5 @@ class ChildProcess:
 
 
 def _import_paths() -> Sequence[str]:
-    """Return where modules are found: a child skips `site`, which takes long, and knows the standard ones alone."""
+    """Return the import path: children skip `site`, which is slow, and would know only the standard library."""
     return [str(Path(entry).absolute()) for entry in sys.path]

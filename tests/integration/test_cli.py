@@ -74,7 +74,7 @@ def test_a_misspelt_variable_is_named_when_a_process_or_a_command_starts(shell: 
     )
     assert (listed.returncode, listed.stderr.splitlines()) == (
         0,
-        ["pilotflame: PILOTFLAME_SECRET is no setting: did you mean PILOTFLAME_SECRET_KEY?"],
+        ["pilotflame: PILOTFLAME_SECRET is not a setting: did you mean PILOTFLAME_SECRET_KEY?"],
     )
     assert "a value" not in logged
     assert "not shown" not in listed.stderr
@@ -269,11 +269,11 @@ def test_keys_are_made_shown_once_and_revoked_on_the_database_of_a_server_that_r
         (["dev", "--host", "192.0.2.1"], {}, "--port"),
         (["run", "Anything"], {}, "PILOTFLAME_API_KEY"),
         (["run", "Anything"], {"API_KEY": KEY, "URL": NOWHERE}, NOWHERE),
-        (["run", "wf_1", "--input", "{"], {"API_KEY": KEY, "URL": NOWHERE}, "--input is no JSON"),
+        (["run", "wf_1", "--input", "{"], {"API_KEY": KEY, "URL": NOWHERE}, "--input is not valid JSON"),
         (["run", "wf_1", "--input", "@nowhere.json"], {"API_KEY": KEY}, "nowhere.json"),
         (["run", "wf_1"], {"API_KEY": KEY, "URL": "file:///etc/passwd"}, "PILOTFLAME_URL"),
         (["apply", "nowhere.yaml"], {"API_KEY": KEY, "URL": NOWHERE}, "nowhere.yaml"),
-        (["apply", __file__], {"API_KEY": KEY, "URL": NOWHERE}, "is no"),
+        (["apply", __file__], {"API_KEY": KEY, "URL": NOWHERE}, "is not"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -297,7 +297,7 @@ def test_what_a_user_can_mend_is_told_in_one_line(
         (["keys", "revoke", "key_unknown", "--org", "Default"], "There is no key"),
         (["keys", "create", "--user", "nobody@example.com", "--org", "Default"], "has no user"),
         (["keys", "create", "--user", "x", "--scope", "everything"], "There is no scope everything"),
-        (["users", "create", "x@example.com", "--org", "Nobody's"], "no such organisation"),
+        (["users", "create", "x@example.com", "--org", "Nobody's"], "no such organization"),
         (["users", "create", "admin@localhost", "--org", "Default"], "already"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -140,7 +140,7 @@ def test_the_command_says_what_it_has_done(tmp_path_factory: pytest.TempPathFact
     given = command_runs.command_environment(
         folder, SECRET_KEY=NEW, PREVIOUS_SECRET_KEYS=json.dumps([SECRET, NEWEST])
     )
-    assert command_runs.run_output("keys", "rotate-secret", given=given) == "0 encrypted anew"
+    assert command_runs.run_output("keys", "rotate-secret", given=given) == "0 secrets encrypted anew"
 
 
 def test_an_earlier_secret_that_is_hardly_one_is_refused_and_none_is_shown() -> None:

@@ -1,4 +1,4 @@
-"""A child process of a worker: it shuts itself in, and does one job after another until nobody wants it any more."""
+"""Main loop of a child process: confines itself, then performs one job after another until its pipe closes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MAX_MESSAGE_LENGTH: Final = 8_192
 
 
 class JobReporter:
-    """What a job says on its way."""
+    """Reports of a job besides its result."""
 
     def log(self, level: str, message: str) -> None:
         _write(encode_frame(FrameTag.LOG, msgspec.json.encode((level, _to_encodable(message)))))
@@ -43,21 +43,21 @@ class JobReporter:
 
 
 PerformJob: TypeAlias = "Callable[[bytes, JobReporter], Json | NodeResult]"
-"""Does one job; raises `NodeError`."""
+"""Function that performs one job; raises `NodeError`."""
 
 
 class JobModule(Protocol):
-    """A module that does one kind of job."""
+    """Module for one kind of job."""
 
     def load(self) -> PerformJob:
-        """Load all that jobs need: afterwards no file may be in reach any more."""
+        """Load everything that jobs need; afterwards files are out of reach."""
 
     def confine(self, parent: int) -> None:
-        """Give up every right that jobs don't need; `parent` is the worker's process id."""
+        """Drop every privilege that jobs don't need; `parent` is the worker's process id."""
 
 
 def main(kind: str, parent: int) -> None:
-    """Work until the parent closes its end of the pipe."""
+    """Perform jobs until the parent closes its end of the pipe."""
     work = cast("JobModule", import_module(JOB_MODULES[kind]))
     perform = work.load()
     _close_log()
@@ -69,7 +69,7 @@ def main(kind: str, parent: int) -> None:
 
 
 def _close_log() -> None:
-    """Write nothing into the worker's log any more: what failed by now is the operator's business, the rest is not."""
+    """Discard standard error: only failures up to here concern the operator and belong in the worker's log."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, STDERR)
     os.close(nowhere)
@@ -89,14 +89,14 @@ def _perform_and_reply(perform: PerformJob, job: bytes, speaker: JobReporter) ->
         _report_failure(error.code, error.message)
     except MemoryError:
         _report_failure("out-of-memory", "There was not enough memory for it")
-    except Exception as error:  # noqa: BLE001 - whatever a node raises ends that node, not the process
+    except Exception as error:  # noqa: BLE001 - an exception of a node ends that node, not the process
         _report_failure("node-error", f"{type(error).__name__}: {error}")
     else:
         _write(encode_frame(FrameTag.DONE, msgspec.json.encode(port)))
 
 
 def _check_result(value: Json) -> None:
-    """Refuse what is no JSON, or more of it than is kept."""
+    """Refuse a result that isn't JSON, or exceeds the size limit."""
     try:
         encode_json(value, max_bytes=MAXIMUM_BYTES)
     except InvalidJson as error:
@@ -116,7 +116,7 @@ def _report_failure(code: str, message: str, *, retryable: bool = False) -> None
 
 
 def _to_encodable(text: str) -> str:
-    """Return a text without what can't be written: halves of surrogate pairs."""
+    """Return a truncated text, with halves of surrogate pairs replaced, which can't be encoded."""
     return text[:MAX_MESSAGE_LENGTH].encode(errors="replace").decode()
 
 
@@ -132,7 +132,7 @@ def _read_job() -> bytes | None:
 
 
 def _read(length: int) -> bytes | None:
-    """Return so many bytes; None where the pipe ends before."""
+    """Return this number of bytes; None if the pipe ends before."""
     pieces: list[bytes] = []
     while length:
         piece = os.read(STDIN, length)

@@ -1,7 +1,7 @@
-"""Giving up rights: what a process that works on others' data can do without, as far as the system lets it.
+"""Privilege dropping for processes that work on users' data, as far as the system allows it.
 
-Each step is a wall of its own and none is taken for granted: a container may already have taken away the right to give
-up rights, and only Linux knows most of them.
+Each step is an independent barrier, and none is taken for granted: a container may have removed the permission to drop
+privileges, and most steps exist only on Linux.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from nodes.sandbox.children import landlock, system_calls
 STDIN = 0
 FIRST_USER = 61_184
 USERS = 4_336
-"""The user ids that are set aside for processes with a passing one, at least where systemd is."""
+"""Range of user ids for transient users, at least as systemd reserves it."""
 SET_PARENT_DEATH_SIGNAL = 1
 SET_DUMPABLE = 4
 SET_NO_NEW_PRIVILEGES = 38
 NEW_NETWORK = 0x4000_0000
 CPU_SECONDS = 400
-"""Of a child's life; it is replaced before it gets there."""
+"""CPU time of a child's life; it is replaced before it reaches the limit."""
 
 
 def missing_protections() -> list[str]:
-    """Return what the kernel doesn't offer, or this container may not use, of what keeps code from everything else."""
+    """Return the names of sandbox mechanisms that the kernel lacks, or that this container may not use."""
     walls = {"Landlock": landlock.landlock_version() > 0, "seccomp": system_calls.are_filtered()}
     return [name for name, is_there in walls.items() if not is_there]
 
@@ -39,7 +39,7 @@ def missing_protections() -> list[str]:
 def limit_process(
     *, memory_bytes: int, open_files: int, cpu_seconds: int = CPU_SECONDS, file_bytes: int | None = 0
 ) -> None:
-    """Set what the process may take, for good; unless told otherwise no file can be written."""
+    """Set permanent resource limits; by default no file can be written."""
     for name, most in {
         "RLIMIT_AS": memory_bytes,
         "RLIMIT_CPU": cpu_seconds,
@@ -55,39 +55,39 @@ def limit_process(
 
 
 def limit_file_size(most_bytes: int) -> None:
-    """Let no file that the process writes grow beyond so much."""
+    """Limit the size of files that the process writes."""
     _set_limit(resource.RLIMIT_FSIZE, most_bytes)
 
 
 def limit_processes(most: int) -> None:
-    """Let the user of the process have so many, threads included."""
+    """Limit the number of processes and threads of the process's user."""
     _set_limit(resource.RLIMIT_NPROC, most)
 
 
 def limit_memory(more_bytes: int) -> None:
-    """Let the process take so much more than it has."""
+    """Limit the memory of the process to its current use plus `more_bytes`."""
     _set_limit(resource.RLIMIT_AS, _used_bytes() + more_bytes)
 
 
 def limit_cpu(more_seconds: float) -> None:
-    """Let the process compute for so long from now on."""
+    """Limit the CPU time of the process to its current use plus `more_seconds`."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     _set_limit(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + more_seconds) + 1)
 
 
 def give_up_rights() -> None:
-    """Never again get more rights than the process has, nor be looked into by others of its user."""
+    """Forbid new privileges for good, and hide the process from others of its user."""
     _prctl(SET_NO_NEW_PRIVILEGES, 1)
     hide_process()
 
 
 def hide_process() -> None:
-    """Keep the process's memory, environment and open files from other processes of its user; root sees them all."""
+    """Hide the process's memory, environment and open files from other processes of its user; root still sees them."""
     _prctl(SET_DUMPABLE, 0)
 
 
 def switch_user() -> bool:
-    """Take a user of its own, where the process may; returns whether it has one."""
+    """Switch to a user id of the process's own if permitted; return whether it has one."""
     user = FIRST_USER + os.getpid() % USERS
     if os.geteuid() == 0:
         with suppress(OSError):
@@ -98,27 +98,27 @@ def switch_user() -> bool:
 
 
 def leave_network() -> None:
-    """Go where there is no network but the process's own, where it may."""
+    """Enter an empty network namespace, if permitted."""
     unshare = getattr(_load_libc(), "unshare", None)
     if unshare is not None:
         unshare(NEW_NETWORK)
 
 
 def die_with_parent(parent: int) -> None:
-    """Be killed when the parent ends, however it does; to be called last, since a new user forgets it."""
+    """Ask the kernel to kill this process when its parent ends; call it last, since a change of user resets it."""
     _prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(0)
 
 
 def die_with_pipe() -> None:
-    """Kill the whole group when the pipe from the parent ends: for a process that has children of its own."""
+    """Kill the whole process group when the pipe from the parent closes; for a process with children of its own."""
     threading.Thread(target=_watch_pipe, daemon=True).start()
 
 
 def _watch_pipe() -> None:
     watched = poll()
-    watched.register(STDIN, 0)  # that the other end is closed is told unasked
+    watched.register(STDIN, 0)  # The hangup of the other end is reported without any event mask.
     watched.poll()
     os.killpg(0, signal.SIGKILL)
 
@@ -132,7 +132,7 @@ def _set_limit(number: int, most: int) -> None:
 
 def _used_bytes() -> int:
     try:
-        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - no module more than it takes
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123 - avoids another module
             return int(file.read().split()[0]) * resource.getpagesize()
     except OSError:
         return 256 << 20

@@ -1,4 +1,4 @@
-"""Checks what people answer against the schemas of forms: a user's schema on a user's data, with no end in sight."""
+"""Validation of people's answers by the schemas of forms: a user's schema on a user's data can take unbounded time."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 MEMORY_BYTES: Final = 512 << 20
 OPEN_FILES: Final = 16
 BACKTRACKS: Final = 100_000
-"""Steps back that a pattern may take in one text."""
+"""Maximum number of backtracking steps of a pattern in one text."""
 DATA_ID: Final = "urn:pilotflame:data"
 
 _decode = decoding.build_decoder(FormJob).decode
@@ -41,13 +41,13 @@ def confine(parent: int) -> None:
 
 
 def _check_form(raw: bytes, _speaker: JobReporter) -> Json:
-    """Return what is wrong with an answer, each thing with its path, keyword and message."""
+    """Return the violations of an answer, each with its path, keyword and message."""
     job = _decode(raw)
     return _find_violations(decoding.decode(job.schema), decoding.decode(job.data))
 
 
 def _find_violations(schema: Mapping[str, Json], data: Json) -> Json:
-    # Below a field of that name, so that paths begin with it; with an id of its own, its references stay within it.
+    # The schema is nested in a field, so that paths begin with its name; its id keeps references inside it.
     whole: dict[str, Json] = {"properties": {"data": {"$id": DATA_ID, **schema}}}
     try:
         checker = Draft202012Validator(
@@ -55,6 +55,6 @@ def _find_violations(schema: Mapping[str, Json], data: Json) -> Json:
         )
         found = config_problems.find_problems(checker, {"data": data}, whole)
     except ValueError as error:
-        # A schema that can't be read lets nothing through.
+        # An unreadable schema accepts nothing.
         raise NodeError(str(error), code="invalid-schema") from error
     return [{"path": each.path, "keyword": each.keyword, "message": each.message} for each in found]

@@ -1,4 +1,4 @@
-"""Landlock: a process gives up files, TCP, and signals to processes outside, for good. Linux has it since 5.13.
+"""Landlock (Linux 5.13 and later): permanently drops access to files, TCP, and signals to other processes.
 
 Numbers and structures are those of `linux/landlock.h`; a kernel with a lower ABI gets the rights that it knows.
 """
@@ -17,7 +17,7 @@ from typing import Final
 CREATE_RULESET: Final = 444
 ADD_RULE: Final = 445
 RESTRICT_SELF: Final = 446
-"""Numbers of the system calls, on x86-64 and ARM alike."""
+"""Numbers of the system calls, the same on x86-64 and ARM."""
 ASK_VERSION: Final = 1
 RULE_PATH_BENEATH: Final = 1
 SET_NO_NEW_PRIVILEGES: Final = 38
@@ -35,7 +35,7 @@ READ_RIGHTS: Final = READ_FILE | READ_DIR
 RUN_RIGHTS: Final = EXECUTE | READ_FILE
 CHANGE_RIGHTS: Final = READ_RIGHTS | WRITE_FILE | REMOVE_FILE | MAKE_DIR | MAKE_REG | TRUNCATE
 FILE_ONLY_RIGHTS: Final = EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE
-"""Rights that a rule for a single file may have."""
+"""Rights that are valid in a rule for a single file."""
 
 FILE_RIGHTS: Final[Mapping[int, int]] = {
     1: (1 << 13) - 1,
@@ -43,7 +43,7 @@ FILE_RIGHTS: Final[Mapping[int, int]] = {
     3: (1 << 15) - 1,
     5: (1 << 16) - 1,
 }
-"""By ABI, from which on: all rights over files that it knows."""
+"""All file rights, by the ABI that introduced them."""
 TCP_RIGHTS: Final = 0b11
 TCP_ABI: Final = 4
 SIGNALS_AND_ABSTRACT_SOCKETS: Final = 0b11
@@ -52,17 +52,17 @@ SCOPE_ABI: Final = 6
 
 @cache
 def landlock_version() -> int:
-    """Return the ABI of the kernel; 0: it has no Landlock, or it is switched off."""
+    """Return the ABI of the kernel; 0 if Landlock is missing or disabled."""
     if sys.platform != "linux":
         return 0
     return max(0, _system_call(CREATE_RULESET, None, 0, ASK_VERSION))
 
 
 def restrict_files(allowed: Mapping[str, int]) -> bool:
-    """Give up all access to files but these rights below these paths, and all TCP.
+    """Drop all access to files except these rights below these paths, and all TCP.
 
-    Returns False where the kernel has no Landlock, and raises `OSError` where it has it and refuses: nobody works
-    behind a wall that only seems to stand. Paths that don't exist are left out. What is open already stays open.
+    Returns False if the kernel has no Landlock, and raises `OSError` if it has it and refuses: no job may run behind a
+    barrier that only seems to exist. Missing paths are left out. Open files stay open.
     """
     abi = landlock_version()
     if abi == 0:

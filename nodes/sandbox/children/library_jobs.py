@@ -1,4 +1,4 @@
-"""Runs nodes of the library, one after another: each is our own code on a user's data."""
+"""Execution of library nodes, one after another: the project's own code on a user's data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ENCODINGS: Final = (
     *(f"cp{number}" for number in (437, *range(1250, 1259))),
     *("ascii", "idna", "koi8_r", "koi8_u", "latin_1", "mac_roman", "utf_16", "utf_32", "utf_8_sig"),
 )
-"""What archives and XML may name: they would be loaded when they are met, and then no file can be read any more."""
+"""Encodings that archives and XML may name; Python loads them on use, when files are already out of reach."""
 EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 EMPTY_CALLER: Final = RunCaller("", "", "", "", "")
 
@@ -62,7 +62,7 @@ def confine(parent: int) -> None:
 
 
 def _build_call(config: Mapping[str, Json], speaker: JobReporter) -> NodeCall:
-    """Return a call that has nothing but a config and a log: no other part of it is for nodes that run here."""
+    """Return a call with a config and a log only: nodes that run here use no other part of it."""
     return NodeCall(
         config=config,
         data=None,
@@ -82,7 +82,7 @@ def _build_call(config: Mapping[str, Json], speaker: JobReporter) -> NodeCall:
 
 
 def _run_coroutine(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - what a node returns, or a coroutine of it
-    """Run a coroutine that waits for nothing but its next turn, of which there is always one here."""
+    """Run a coroutine that never waits for anything but its next turn on the loop."""
     if not iscoroutine(outcome):
         return cast("NodeOutcome", outcome)
     while True:

@@ -1,7 +1,7 @@
-"""A filter of system calls, which the kernel holds a process to from then on.
+"""Filters of system calls (seccomp), which the kernel enforces on a process for good.
 
-What is refused fails with `EPERM`. Only Linux has such filters, and each kind of machine has numbers of its own for
-the calls: elsewhere there is none.
+Refused calls fail with `EPERM`. Only Linux has such filters, and call numbers differ between architectures: without
+them there is no filter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Final, TypeAlias
 CallNumbers: TypeAlias = Mapping[str, tuple[int | None, int | None]]
 
 MACHINES: Final[Mapping[str, tuple[int, int]]] = {"x86_64": (0, 0xC000_003E), "aarch64": (1, 0xC000_00B7)}
-"""Which of a call's numbers is the machine's, and how a filter knows the machine."""
+"""Column of the call numbers and audit constant of each supported architecture."""
 
 COMPUTING_CALLS: Final[CallNumbers] = {
     "brk": (12, 214),
@@ -50,7 +50,7 @@ COMPUTING_CALLS: Final[CallNumbers] = {
     "time": (201, None),
     "write": (1, 64),
 }
-"""What computing needs, with pipes that are open already: no files, no network, no processes, no threads."""
+"""Calls that computing needs, with pipes that are already open: no files, network, processes or threads."""
 
 REACHING_OUT_CALLS: Final[CallNumbers] = {
     "acct": (163, 89),
@@ -106,7 +106,7 @@ REACHING_OUT_CALLS: Final[CallNumbers] = {
     "unshare": (272, 97),
     "userfaultfd": (323, 282),
 }
-"""What reaches out to a network, to other processes, or into seldom used parts of the kernel."""
+"""Calls that reach a network, other processes, or rarely used parts of the kernel."""
 
 CHANGING_ACCESS_CALLS: Final[CallNumbers] = {
     "chmod": (90, None),
@@ -124,7 +124,7 @@ CHANGING_ACCESS_CALLS: Final[CallNumbers] = {
     "symlink": (88, None),
     "symlinkat": (266, 36),
 }
-"""What gives files to others, or other names to files, by their paths: of this Landlock holds a part alone."""
+"""Calls that change owners, permissions or names of files by path; Landlock covers only a part of them."""
 
 CHANGING_FILES_CALLS: Final[CallNumbers] = {
     **CHANGING_ACCESS_CALLS,
@@ -152,7 +152,7 @@ CHANGING_FILES_CALLS: Final[CallNumbers] = {
     "utimensat": (280, 88),
     "utimes": (235, None),
 }
-"""What changes files and folders, besides opening a file for that."""
+"""Calls that change files and folders, except opening a file for writing."""
 
 STARTING_PROCESSES_CALLS: Final[CallNumbers] = {
     "clone": (56, 220),
@@ -162,11 +162,11 @@ STARTING_PROCESSES_CALLS: Final[CallNumbers] = {
     "fork": (57, None),
     "vfork": (58, None),
 }
-"""What makes processes and threads, and runs programs."""
+"""Calls that start processes and threads, and run programs."""
 
 OPENING_CALLS: Final[CallNumbers] = {"open": (2, None), "openat": (257, 56)}
 FLAGS_PLACE: Final[Mapping[str, int]] = {"open": 1, "openat": 2}
-"""Which of a call's arguments says what the file is opened for."""
+"""Index of the argument with the flags of opening."""
 FOR_CHANGE: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 SET_FILTER: Final = (22, 2)
@@ -179,34 +179,34 @@ NUMBER_OFFSET: Final = 0
 MACHINE_OFFSET: Final = 4
 ARGUMENTS_OFFSET: Final = 16
 ARGUMENT_BYTES: Final = 8
-"""Of which the lower half comes first, on both machines."""
+"""The lower half comes first, on both architectures."""
 KILL: Final = 0x8000_0000
 REFUSE: Final = 0x0005_0000 | EPERM
 ALLOW: Final = 0x7FFF_0000
 OTHER_TABLE: Final = 0x4000_0000
-"""From here on, x86-64 has the same calls again under other numbers."""
+"""Start of the x32 numbers, by which x86-64 offers the same calls again."""
 
 
 def allow_calls(calls: CallNumbers) -> bool:
-    """Refuse every other call from now on; returns whether that is so."""
+    """Refuse every other call from now on; return whether the filter is active."""
     return _install_filter(calls, named=ALLOW, others=REFUSE)
 
 
 def refuse_calls(calls: CallNumbers) -> bool:
-    """Refuse these calls from now on; returns whether that is so."""
+    """Refuse these calls from now on; return whether the filter is active."""
     return _install_filter(calls, named=REFUSE, others=ALLOW)
 
 
 def refuse_changes(calls: CallNumbers) -> bool:
-    """Refuse these calls, and everything that changes a file, from now on; returns whether that is so."""
+    """Refuse these calls and every change of a file from now on; return whether the filter is active."""
     return _install_filter({**calls, **CHANGING_FILES_CALLS}, named=REFUSE, others=ALLOW, read_only=True)
 
 
 def are_filtered() -> bool:
-    """Return whether the kernel has such filters, and this module knows the numbers of its calls."""
+    """Tell whether the kernel has such filters, and this module knows the call numbers of the architecture."""
     if sys.platform != "linux" or os.uname().machine not in MACHINES:
         return False
-    # Without a filter it fails: with EFAULT where there could be one, with EINVAL where there is none.
+    # A null filter fails with EFAULT if filters are supported, and with EINVAL if not.
     libc = ctypes.CDLL(None, use_errno=True)
     return bool(libc.prctl(*SET_FILTER, None, 0, 0) != 0 and ctypes.get_errno() == EFAULT)
 
@@ -228,14 +228,13 @@ def _install_filter(calls: CallNumbers, *, named: int, others: int, read_only: b
     if libc.prctl(*SET_FILTER, ctypes.byref(program), 0, 0) == 0:
         return True
     if are_filtered():
-        raise OSError(
-            ctypes.get_errno(), "seccomp refused"
-        )  # nobody works behind a wall that only seems to stand
+        # No job may run behind a barrier that only seems to exist.
+        raise OSError(ctypes.get_errno(), "seccomp refused")
     return False
 
 
 def _open_checks(column: int) -> list[bytes]:
-    """Return the part of a filter that refuses to open a file for change; it goes on with the call's number."""
+    """Return the checks that refuse to open a file for change; other calls continue with the call number loaded."""
     checks: list[bytes] = []
     for name, numbers in OPENING_CALLS.items():
         number = numbers[column]
@@ -254,7 +253,7 @@ def _open_checks(column: int) -> list[bytes]:
 def _build_filter(
     mark: int, numbers: Sequence[int], named: int, others: int, checks: Sequence[bytes]
 ) -> list[bytes]:
-    """Return the filter: a call of another machine kills, and each of `numbers` jumps to the end."""
+    """Return the filter program: a call of another architecture kills, and each of `numbers` jumps to the end."""
     jumps = [
         _build_instruction(JUMP_IF_EQUAL, number, if_so=len(numbers) - place)
         for place, number in enumerate(numbers)

@@ -1,4 +1,4 @@
-"""The two ways of running user code."""
+"""Backends that run user code."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from enum import StrEnum
 
 
 class CodeBackend(StrEnum):
-    """What understands the code."""
+    """Interpreter of user code."""
 
     MONTY = "monty"
-    """An interpreter of a part of Python that knows no files, no network and no processes."""
+    """Interpreter of a subset of Python without files, network and processes."""
     SUBPROCESS = "subprocess"
-    """All of Python, in a process that the kernel keeps from all of these."""
+    """CPython in a process that the kernel isolates from files, network and other processes."""

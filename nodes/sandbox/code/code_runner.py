@@ -1,4 +1,4 @@
-"""User code, run in child processes by one of two backends."""
+"""Code service that runs user code in child processes of one backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROCESS_KINDS: Mapping[CodeBackend, ProcessKind] = {
 
 
 class RefusedCode:
-    """Stands in where no code is run."""
+    """Code service that refuses every script, for processes that run none."""
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
@@ -50,10 +50,10 @@ class RefusedCode:
 
 
 class CodeRunner:
-    """Keeps the promise of `engine.services.CodeService`."""
+    """Implements `engine.services.CodeService`."""
 
     def __init__(self, backend: CodeBackend, *, limit: int) -> None:
-        """Run up to `limit` scripts at once, or more for the sake of fairness: see `nodes.sandbox.fairness`."""
+        """Run up to `limit` scripts at once, or more for fairness: see `nodes.sandbox.fairness`."""
         self._processes = ProcessPool(PROCESS_KINDS[backend], limit=limit)
 
     async def run(
@@ -78,5 +78,5 @@ class CodeRunner:
         return result.output
 
     async def close(self) -> None:
-        """End the processes; to be called when nothing runs any more."""
+        """End the processes; requires that no script is running."""
         await self._processes.close()

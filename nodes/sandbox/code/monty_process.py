@@ -1,6 +1,6 @@
-"""Runs user code in Monty, an interpreter of a part of Python, whose process is a child of this one and no freer.
+"""Execution of user code in Monty, an interpreter of a subset of Python, in an equally confined child of this process.
 
-Nothing is handed to the code that would lead out of it: no files, no functions, no modules of ours.
+The code gets nothing that would lead out of it: no files, no functions, no modules of the project.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from nodes.sandbox.children.child import JobReporter, PerformJob
 
 MEMORY_BYTES: Final = 2 << 30
-"""Of each of the two processes; more than any limit of the code."""
+"""Memory limit of each of the two processes; more than any limit of the code."""
 OPEN_FILES: Final = 64
 PROCESSES: Final = 64
 """Its threads count too."""
@@ -56,9 +56,8 @@ def load() -> PerformJob:
 
 
 def confine(parent: int) -> None:
-    del (
-        parent
-    )  # the pipe tells of its end: the interpreter must end too, and would not by a signal to this process
+    del parent
+    # The pipe signals the parent's end instead: the interpreter must end too, and would not on a signal to this process.
     confinement.limit_process(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
     if _is_world_executable(_find_interpreter()) and confinement.switch_user():
         confinement.limit_processes(PROCESSES)
@@ -69,31 +68,31 @@ def confine(parent: int) -> None:
 
 
 def _find_interpreter() -> Path:
-    """Return the interpreter, which is installed where Python is; raises `FileNotFoundError`."""
+    """Return the interpreter, which is installed beside Python; raises `FileNotFoundError`."""
     return Path(sys.executable).with_name("monty").resolve(strict=True)
 
 
 def _list_needed_files(binary: Path) -> Mapping[str, int]:
-    """Return what the interpreter is started from: itself, the loader of programs, and the libraries of C."""
+    """Return the files that the start of the interpreter needs: itself, the dynamic loader, and the C libraries."""
     allowed = {str(binary): landlock.RUN_RIGHTS, "/etc/ld.so.cache": landlock.READ_FILE}
-    with suppress(OSError):  # where there is no /proc, it starts nothing, and nothing runs unconfined
+    with suppress(OSError):  # Without /proc, the interpreter doesn't start, so nothing runs unconfined.
         for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
             library = Path(line.split(maxsplit=5)[-1])
             if library.name.startswith(LOADERS):
                 allowed[str(library)] = landlock.RUN_RIGHTS
             elif library.name.startswith(LIBRARIES_OF_C):
                 allowed[str(library.parent)] = landlock.READ_FILE
-    allowed[FDINFO] = landlock.READ_RIGHTS  # for `_forbid_processes`
+    allowed[FDINFO] = landlock.READ_RIGHTS  # For `_forbid_processes`.
     return allowed
 
 
 def _is_world_executable(program: Path) -> bool:
-    """Tell whether any user may run a program, or its folders are closed to others."""
+    """Tell whether every user may execute a program and enter its folders."""
     return all(path.stat().st_mode & stat.S_IXOTH for path in (program, *program.parents))
 
 
 class MontyInterpreter:
-    """A process of Monty that never serves two organisations: the next one has a new one."""
+    """Monty process that never serves two organizations: another organization gets a new process."""
 
     def __init__(self, binary: Path) -> None:
         self._binary = binary
@@ -146,20 +145,20 @@ class MontyInterpreter:
 
 
 def _forbid_processes() -> None:
-    """Let the interpreter make no more processes and threads than it has by now.
+    """Forbid the interpreter to start more processes and threads than it has.
 
-    It is known by the descriptor that its parent waits for it with. The limit is one of its user, of whom other
-    processes may have any number: so it is nothing, and not a few more than there are.
+    Its id comes from the descriptor with which its parent waits for it. The limit counts all processes of its user,
+    which may be any number: so it is zero, and not a few more than exist.
     """
     with suppress(OSError):
-        for entry in os.listdir(FDINFO):  # noqa: PTH208 - names are all that is wanted
-            about = Path(FDINFO, entry).read_bytes()  # no codec can be loaded any more
+        for entry in os.listdir(FDINFO):  # noqa: PTH208 - only names are needed
+            about = Path(FDINFO, entry).read_bytes()  # Bytes, since no codec can be loaded any more.
             if (found := PROCESS_ID.search(about)) is not None:
                 resource.prlimit(int(found[1]), resource.RLIMIT_NPROC, (0, 0))
 
 
 def _translate_error(error: MontyError, job: CodeJob) -> NodeError:
-    """Return what an exception of the code, or of its reading, is to the node."""
+    """Convert an exception of the code or its parser to an error of the node."""
     raised = error.exception()
     message = str(raised)
     if isinstance(raised, TimeoutError) and message.startswith(TIMEOUT_MESSAGES):

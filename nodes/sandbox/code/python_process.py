@@ -1,7 +1,7 @@
-"""Runs user code in the whole of Python: in a process of its own, which the kernel keeps from everything but computing.
+"""Execution of user code in CPython: in its own process, which the kernel restricts to computing.
 
-There is no wall within Python that such code couldn't climb: all of them stand around the process. It has no file, no
-network and no other process within reach, so that standard modules that aren't loaded beforehand can't be imported.
+No barrier within Python would hold such code, so all barriers surround the process. It can reach no file, no network
+and no other process, so standard modules that aren't loaded beforehand can't be imported.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from nodes.sandbox.children.child import JobReporter, PerformJob
 
 MEMORY_BYTES: Final = 2 << 30
-"""Until the job says how much it may take."""
+"""Memory limit until the job sets its own."""
 OPEN_FILES: Final = 16
 CODE_FILE: Final = "<code>"
 RETURN_FUNCTION: Final = "__return__"
@@ -140,7 +140,7 @@ def perform(raw: bytes, speaker: JobReporter) -> Json:
 
 
 class ScriptStream(io.TextIOBase):
-    """Where a script prints to."""
+    """Output stream of a script."""
 
     def __init__(self, printed: PrintedLines, name: str) -> None:
         self._printed = printed
@@ -152,19 +152,19 @@ class ScriptStream(io.TextIOBase):
 
 
 class ScriptReturn(BaseException):
-    """A script has returned."""
+    """Control flow of a `return` outside of functions."""
 
     def __init__(self, value: object) -> None:
         self.value = value
 
 
 def _run_script(source: str, names: Mapping[str, Json]) -> object:
-    """Run a script; returns the value of its last expression, or of a `return` outside of functions."""
+    """Run a script; return the value of its last expression, or of a `return` outside of functions."""
     body, last = _compile_script(source)
     scope: dict[str, Any] = {"__name__": "__main__", RETURN_FUNCTION: ScriptReturn, **names}
     try:
-        exec(body, scope)  # noqa: S102 - that is what the process is for
-        return None if last is None else eval(last, scope)  # noqa: S307 - that is what the process is for
+        exec(body, scope)  # noqa: S102 - the purpose of the process
+        return None if last is None else eval(last, scope)  # noqa: S307 - the purpose of the process
     except ScriptReturn as returned:
         return returned.value
 
@@ -179,7 +179,7 @@ def _compile_script(source: str) -> tuple[CodeType, CodeType | None]:
 
 
 class _ReturnTransformer(ast.NodeTransformer):
-    """Makes an exception of each `return` outside of functions."""
+    """Converts each `return` outside of functions to a `raise`."""
 
     def visit_Return(self, node: ast.Return) -> ast.stmt:
         value = node.value or ast.Constant(None)
@@ -193,13 +193,13 @@ class _ReturnTransformer(ast.NodeTransformer):
 
 
 def _free_frames(error: BaseException) -> None:
-    """Free what the code held when it ran out of memory, so that this can be told."""
+    """Free the objects of code that ran out of memory, so that the error can be reported."""
     error.__traceback__ = None
     gc.collect()
 
 
 def _translate_error(error: BaseException) -> NodeError:
-    """Return what an exception of the code, or of its reading, is to the node; its own text may fail in turn."""
+    """Convert an exception of the code or its parser to an error of the node; its `__str__` may fail in turn."""
     kind = type(error).__name__
     if isinstance(error, SyntaxError):
         return script_output.code_error(kind, error.msg, error.lineno)
@@ -211,7 +211,7 @@ def _translate_error(error: BaseException) -> NodeError:
 
 
 def _last_script_line(traceback: TracebackType | None) -> int | None:
-    """Return the last line of the code that an exception came through."""
+    """Return the last line of the script in a traceback."""
     line = None
     while traceback is not None:
         if traceback.tb_frame.f_code.co_filename == CODE_FILE:

@@ -1,4 +1,4 @@
-"""What the backends have in common: how a script's result, its lines and its errors leave the child process."""
+"""Result, printed lines and errors of a script, in the form in which they leave the child process."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ LOG_LEVELS: Final = {"stdout": "info", "stderr": "warning"}
 
 
 class PrintedLines:
-    """Turns what is printed, in whatever pieces, into lines of the log, as many as it takes."""
+    """Splits printed text into lines of the log, up to the limits."""
 
     def __init__(self, speaker: JobReporter) -> None:
         self._speaker = speaker
         self._begun = dict.fromkeys(LOG_LEVELS, "")
-        """By stream, the line that hasn't ended."""
+        """Unterminated line of each stream."""
         self._lines = 0
         self._gave_up = False
         self._characters = 0
@@ -41,7 +41,7 @@ class PrintedLines:
             self._give_up()
 
     def end(self) -> None:
-        """Take what was printed without an end of line."""
+        """Log the unterminated lines."""
         for stream, begun in self._begun.items():
             if begun:
                 self._line(stream, begun)
@@ -61,9 +61,10 @@ class PrintedLines:
 
 
 def encode_result(value: object) -> Json:
-    """Return what a script gave as JSON has it; raises `NodeError`.
+    """Convert the result of a script to JSON; raises `NodeError`.
 
-    Tuples and sets are lists, moments are texts in ISO 8601, exact decimals and UUIDs are texts, bytes are Base64.
+    Tuples and sets become lists, dates and times become texts in ISO 8601, decimals and UUIDs become texts, and bytes
+    become base64.
     """
     try:
         return _tuples_to_lists(msgspec.to_builtins(value, str_keys=True))
@@ -86,7 +87,7 @@ def _tuples_to_lists(value: Json | tuple[Json, ...]) -> Json:
 
 
 def code_error(kind: str, message: str, line: int | None) -> NodeError:
-    """Return the error for an exception that a script raised, or for a script that is none."""
+    """Return the error for an exception of a script, or for invalid syntax."""
     place = "" if line is None else f" (line {line})"
     shown = f"{kind}: {message}" if message else kind
     return NodeError(f"{shown[:MAX_MESSAGE_CHARACTERS]}{place}", code="code-error")
