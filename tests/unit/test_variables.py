@@ -17,9 +17,9 @@ def test_what_may_be_meant_is_named() -> None:
     assert found["pilotflame_log_levels"] == ["PILOTFLAME_LOG_LEVEL"]
     assert found["PILOTFLAME_COLOR"] == []
     assert unknown_variables.warning_text("PILOTFLAME_A", ["PILOTFLAME_B", "PILOTFLAME_C"]) == (
-        "PILOTFLAME_A is no setting: did you mean PILOTFLAME_B or PILOTFLAME_C?"
+        "PILOTFLAME_A is not a setting: did you mean PILOTFLAME_B or PILOTFLAME_C?"
     )
-    assert unknown_variables.warning_text("PILOTFLAME_A", []) == "PILOTFLAME_A is no setting"
+    assert unknown_variables.warning_text("PILOTFLAME_A", []) == "PILOTFLAME_A is not a setting"
 
 
 def test_what_kubernetes_says_of_our_services_is_no_misspelt_setting() -> None:

@@ -57,7 +57,7 @@ def load() -> PerformJob:
 
 def confine(parent: int) -> None:
     del parent
-    # The pipe signals the parent's end instead: the interpreter must end too, and would not on a signal to this process.
+    # The pipe signals the parent's end instead: a signal to this process alone would not end the interpreter.
     confinement.limit_process(memory_bytes=MEMORY_BYTES, open_files=OPEN_FILES)
     if _is_world_executable(_find_interpreter()) and confinement.switch_user():
         confinement.limit_processes(PROCESSES)
