@@ -400,21 +400,21 @@ async def test_a_token_is_never_made_without_the_secrets_of_the_one_that_is_show
 
 
 async def store(
-    world: GatewayHarness, workflow_id: str, settings: dict[str, Any], config: dict[str, Any]
+    harness: GatewayHarness, workflow_id: str, settings: dict[str, Any], config: dict[str, Any]
 ) -> None:
     """Write columns of a workflow as an older server did."""
     statement = update(Workflow).where(col(Workflow.id) == workflow_id)
-    await world.gateway.database.transaction(
+    await harness.gateway.database.transaction(
         lambda connection: connection.execute(statement.values(settings=settings, config=config))
     )
 
 
 async def test_foreign_settings_are_shown_in_config_and_moved_there_by_the_first_edit(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
-    await store(world, workflow_id, {"timeout": 60, "color": {"r": 1}}, {"mine": 1})
+    await store(harness, workflow_id, {"timeout": 60, "color": {"r": 1}}, {"mine": 1})
     shown = await people.owner.workflow(workflow_id)
     assert shown["config"] == {"mine": 1, "settings": {"color": {"r": 1}}}
     assert "color" not in shown["settings"]
@@ -425,7 +425,7 @@ async def test_foreign_settings_are_shown_in_config_and_moved_there_by_the_first
     for value in ({"r": 2}, {"r": True}, None):
         wrong = await people.owner.api.put(path, json={"settings": {"color": value}})
         assert unknown_field_errors(wrong)[0]["path"] == "settings.color"
-    async with world.gateway.database.read() as connection:
+    async with harness.gateway.database.read() as connection:
         columns = select(col(Workflow.settings), col(Workflow.config)).where(col(Workflow.id) == workflow_id)
         row = (await connection.execute(columns)).one()
     assert "color" not in row.settings
@@ -439,11 +439,11 @@ async def test_foreign_settings_are_shown_in_config_and_moved_there_by_the_first
     "config", [{"settings": "text"}, {"settings": {"color": "blue"}}, {"long": "x" * (SETTINGS_BYTES - 20)}]
 )
 async def test_foreign_settings_stay_where_config_has_no_room_for_them(
-    world: GatewayHarness, people: OrganizationUsers, config: dict[str, Any]
+    harness: GatewayHarness, people: OrganizationUsers, config: dict[str, Any]
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
-    await store(world, workflow_id, {"timeout": 60, "color": "red"}, config)
+    await store(harness, workflow_id, {"timeout": 60, "color": "red"}, config)
     shown = await people.owner.workflow(workflow_id)
     assert (shown["settings"]["color"], shown["config"]) == ("red", config)
     response = await people.owner.api.put(path, json=shown)
@@ -453,7 +453,7 @@ async def test_foreign_settings_stay_where_config_has_no_room_for_them(
 
 
 async def test_a_version_with_foreign_settings_is_restored_with_them_in_config(
-    world: GatewayHarness, people: OrganizationUsers
+    harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     workflow_id = await people.owner.create(**GRAPH)
     path = f"{WORKFLOWS}/{workflow_id}"
@@ -467,7 +467,7 @@ async def test_a_version_with_foreign_settings_is_restored_with_them_in_config(
             update(WorkflowVersion).where(condition).values(snapshot={**snapshot, **older})
         )
 
-    await world.gateway.database.transaction(work)
+    await harness.gateway.database.transaction(work)
     version = (await people.owner.api.get(f"{path}/versions/1")).json()
     assert version["snapshot"]["config"] == {"settings": {"color": "red"}}
     restored = (await people.owner.api.post(f"{path}/versions/1/restore", json={})).json()
