@@ -327,7 +327,7 @@ async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again
         for name in ("sg_parsed_basic", "mg_raw_mime", "ses_sns_base64_v2", "native_full")
     ]
     with monkeypatch.context() as patch:
-        patch.setattr(store, "take_in", away)
+        patch.setattr(store, "ingest", away)
         for step in steps:
             assert_refused(await mails.post(workflow_id, step, owner.key), 503, "not-ready")
         # Its content is durable by then, for a run that never comes to be.

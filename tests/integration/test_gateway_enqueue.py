@@ -163,7 +163,7 @@ async def test_large_messages_share_no_commit(
         sizes.append([len(run.trigger) for arrival in batch for run in arrival.runs])
         return await ingest(batch)
 
-    monkeypatch.setattr(harness.gateway.store, "take_in", counted)
+    monkeypatch.setattr(harness.gateway.store, "ingest", counted)
     url = f"{WORKFLOWS}/{workflow_id}/enqueue"
     body = {"message": "x" * 900_000}
     await asyncio.gather(*(people.owner.api.post(url, json=body) for _ in range(16)))

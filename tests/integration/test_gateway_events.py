@@ -300,7 +300,7 @@ async def test_an_event_is_taken_in_whole_or_not_at_all(
             raise DatabaseUnavailable("gone after the commit")
         return answer
 
-    monkeypatch.setattr(harness.gateway.store, "take_in", fails)
+    monkeypatch.setattr(harness.gateway.store, "ingest", fails)
     headers = {"Idempotency-Key": "again"}
     organization_id = people.owner.user.organization_id
     assert_refused(
