@@ -45,5 +45,5 @@ async def ready(request: GatewayRequest) -> JsonResponse:
         elif isinstance(outcome, BaseException):
             raise outcome
     if missing:
-        raise errors.not_ready("A part that every request needs does not answer", details=missing)
+        raise errors.not_ready("A dependency of every request does not answer", details=missing)
     return JsonResponse(HealthStatus(status="ready"))

@@ -195,7 +195,7 @@ class GatewaySettings(ServerSettings):
                 _ORIGIN.fullmatch(origin) and not (own_port and origin.endswith(own_port))
             ):
                 raise ValueError(
-                    f"{origin} is no origin: write its scheme and host, and its port unless that is the scheme's own,"
+                    f"{origin} is not an origin: write its scheme and host, and its port unless it is the default,"
                     " as in https://app.example.com"
                 )
         return found
@@ -211,7 +211,7 @@ class GatewaySettings(ServerSettings):
             return max(LARGEST_BODIES * largest, LEAST_BODIES_BYTES)
         if self.max_bodies_bytes < largest:
             raise InvalidSettings(
-                f"PILOTFLAME_MAX_BODIES_BYTES must hold the largest body that is accepted, {largest:,} bytes"
+                f"PILOTFLAME_MAX_BODIES_BYTES must be at least the size of the largest accepted body, {largest:,} bytes"
             )
         return self.max_bodies_bytes
 

@@ -240,7 +240,7 @@ def _expiry(body: CreateKey, now: datetime, problems: ProblemCollector) -> datet
         return None
     moment = body.expires_at if body.expires_at.tzinfo else body.expires_at.replace(tzinfo=UTC)
     if not now < moment <= latest:
-        problems.add("expiresAt", "out-of-range", f"expiresAt must lie between now and {instant(latest)}")
+        problems.add("expiresAt", "out-of-range", f"expiresAt must be between now and {instant(latest)}")
         return None
     return moment.astimezone(UTC)
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 OBJECT: Final = TextParameter("objectId", "Only changes of this workflow, data source, key or user.")
 ACTION: Final = ChoiceParameter("action", "Only changes of this kind.", AuditAction)
 USER: Final = TextParameter("userId", "Only changes by this user.")
-SINCE: Final = TimeParameter("since", "Only changes from this moment on.")
-UNTIL: Final = TimeParameter("until", "Only changes before this moment.")
+SINCE: Final = TimeParameter("since", "Only changes from this time on.")
+UNTIL: Final = TimeParameter("until", "Only changes before this time.")
 SORT: Final = sorted_by(audit_log.SORTABLE)
 LISTED: Final = (OBJECT, ACTION, USER, SINCE, UNTIL, LIMIT, OFFSET, SORT)
 

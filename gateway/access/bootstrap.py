@@ -20,7 +20,8 @@ MIN_KEY_LENGTH = 16
 
 
 async def bootstrap(database: Database, key: str, secret: bytes) -> bool:
-    """Create the first organization, admin and key unless an organization exists; return whether it did.
+    """Create the first organization, its admin and a key unless an organization exists; return whether
+    created.
 
     Raises `InvalidSettings` when the key is too short or has other characters than visible ASCII.
     """

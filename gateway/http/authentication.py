@@ -123,7 +123,7 @@ class KeyAuthenticator:
         try:
             await access_store.rehash_key(self._database, key, earlier=found.hash, secret=self._secret)
         except DatabaseUnavailable as error:
-            log.warning("key not hashed anew", key_id=found.caller.key_id, reason=str(error))
+            log.warning("key not rehashed", key_id=found.caller.key_id, reason=str(error))
 
 
 def _key(scope: Scope) -> str | None:

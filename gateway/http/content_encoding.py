@@ -23,7 +23,7 @@ class ContentDecoder:
         """Raise 415 for an encoding other than gzip, deflate and identity."""
         name = encoding.strip().lower().removeprefix("x-")
         if name not in {"", "identity", "gzip", "deflate"}:
-            message = "Send the body as it is, or compressed with gzip or deflate"
+            message = "Send the body uncompressed, or compressed with gzip or deflate"
             raise ApiError(415, "unsupported-media-type", message, headers={"Accept-Encoding": ACCEPTED})
         self.is_needed = name in {"gzip", "deflate"}
         self._decompressor = zlib.decompressobj(_GZIP_WINDOW) if name == "gzip" else None
@@ -64,5 +64,5 @@ class ContentDecoder:
 
 
 def _malformed() -> ApiError:
-    message = "The body is not compressed as its Content-Encoding says, or is cut short"
+    message = "The body is not compressed as its Content-Encoding declares, or is cut short"
     return ApiError(400, "malformed-body", message)

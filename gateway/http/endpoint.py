@@ -78,7 +78,9 @@ class PathEndpoint:
         except (DatabaseUnavailable, BrokerUnavailable) as error:
             return errors.not_ready(f"{error}: try again").response(scope["request_id"])
         except ClientDisconnect:
-            return errors.ApiError(400, "disconnected", "The client is gone").response(scope["request_id"])
+            return errors.ApiError(400, "disconnected", "The client has closed the connection").response(
+                scope["request_id"]
+            )
         except Exception:
             log.exception("request failed", request_id=scope["request_id"], path=scope["route"].path)
             return errors.internal().response(scope["request_id"])

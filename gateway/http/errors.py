@@ -63,7 +63,7 @@ def invalid_query(path: str, code: str, message: str) -> ApiError:
 def invalid(details: Iterable[Mapping[str, Json]]) -> ApiError:
     """Return the refusal of a JSON body with invalid fields, one entry per field."""
     found = list(details)[: limits.FINDINGS]
-    message = str(found[0]["message"]) if len(found) == 1 else "Several fields are wrong: see details"
+    message = str(found[0]["message"]) if len(found) == 1 else "Several fields are invalid: see details"
     return ApiError(422, "validation-failed", message, details=found)
 
 
@@ -79,7 +79,7 @@ def scope_required(scope: str) -> ApiError:
 
 
 def admin_required() -> ApiError:
-    return ApiError(403, "admin-required", "Only an admin of the organisation may do this")
+    return ApiError(403, "admin-required", "Only an admin of the organization may do this")
 
 
 def not_found(what: str = "route") -> ApiError:
@@ -89,7 +89,7 @@ def not_found(what: str = "route") -> ApiError:
 
 def method_not_allowed(allowed: Iterable[str]) -> ApiError:
     methods = ", ".join(sorted(allowed))
-    return ApiError(405, "method-not-allowed", f"This path takes {methods}", headers={"Allow": methods})
+    return ApiError(405, "method-not-allowed", f"This path accepts {methods}", headers={"Allow": methods})
 
 
 def conflict(code: str, message: str, *, details: Iterable[Mapping[str, Json]] = ()) -> ApiError:
@@ -128,13 +128,13 @@ def busy(message: str, *, closes: bool = False) -> ApiError:
 
 def concurrency_limit() -> ApiError:
     """Return the refusal of a run over its workflow's concurrency limit."""
-    message = "As many runs go on already as settings.concurrency allows at once: try again"
+    message = "The workflow has as many runs in progress as settings.concurrency allows: try again"
     return ApiError(429, "concurrency-limit", message, retry_after_seconds=CONCURRENCY_RETRY_SECONDS)
 
 
 def queue_full(whose: str, limit: int, retry_after_seconds: int) -> ApiError:
     """Return the refusal of runs over the backlog limit of a workflow or an organization."""
-    message = f"As many runs of {whose} wait to be begun as may, {limit:,}: try again later"
+    message = f"The backlog of {whose} has its maximum of {limit:,} pending runs: try again later"
     return ApiError(429, "queue-full", message, retry_after_seconds=retry_after_seconds)
 
 
@@ -165,22 +165,20 @@ def outside_window(opens_at: str | None) -> ApiError:
 
 
 def stopped_manually() -> ApiError:
-    return conflict(
-        "stopped-manually", "Somebody has stopped the workflow, which is always on: start it first"
-    )
+    return conflict("stopped-manually", "A user has stopped the workflow: start it first")
 
 
 def start_failed(reason: str, execution_id: str) -> ApiError:
     """Return the answer for an accepted run when its pod can't start."""
-    message = (
-        f"The workflow's pods can't start: {reason}. When they can, {execution_id} runs: it was accepted"
-    )
+    message = f"The workflow's pods can't start: {reason}. {execution_id} was accepted and runs once they can"
     return ApiError(503, "start-failed", message, retry_after_seconds=START_RETRY_SECONDS)
 
 
 def start_blocked(reason: str, execution_id: str) -> ApiError:
     """Return the answer for an accepted run while its pods wait for capacity in the cluster."""
-    message = f"The workflow's pods wait to be started: {reason}. When they are, {execution_id} runs: it was accepted"
+    message = (
+        f"The workflow's pods wait for their start: {reason}. {execution_id} was accepted and runs after it"
+    )
     return ApiError(503, "not-ready", message, retry_after_seconds=BLOCKED_RETRY_SECONDS)
 
 
@@ -190,5 +188,5 @@ def execution_failed(execution_id: str) -> ApiError:
 
 
 def internal() -> ApiError:
-    message = "Something went wrong here; the log has it under this request id"
+    message = "Internal error: the log of the server has the details under this request id"
     return ApiError(500, "internal-error", message)

@@ -18,14 +18,12 @@ _seconds = Histogram(
 
 _not_let_in = Counter(
     "pilotflame_intake_refusals",
-    "Requests of senders that were refused before they were taken for those of a sender",
+    "Refused requests of senders without a delivery",
     ["route", "reason"],
 )
 
-_closed = Counter(
-    "pilotflame_connections_closed", "Connections that were closed on their clients", ["reason"]
-)
-_given_up = Counter("pilotflame_bodies_given_up", "Request bodies that were given up for those of others")
+_closed = Counter("pilotflame_connections_closed", "Connections closed by the server", ["reason"])
+_given_up = Counter("pilotflame_bodies_given_up", "Request bodies dropped in favor of others")
 
 
 def count_answer(method: str, route: str, status: int, seconds: float) -> None:

@@ -64,7 +64,7 @@ class TextParameter(QueryParameter[str | None]):
             text = f"{self.name} may have at most {self.max_length} characters"
             raise invalid_query(self.name, "too-long", text)
         if "\0" in value:
-            raise invalid_query(self.name, "nul-character", f"{self.name} holds the character NUL")
+            raise invalid_query(self.name, "nul-character", f"{self.name} contains the character NUL")
         return value
 
 
@@ -200,8 +200,8 @@ def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> OrderParameter
 
 
 LIMIT: Final = IntegerParameter(
-    "limit", "How many items of the list are shown.", limits.PAGE_DEFAULT, minimum=1, maximum=limits.PAGE_MAX
+    "limit", "Maximum number of items in the answer.", limits.PAGE_DEFAULT, minimum=1, maximum=limits.PAGE_MAX
 )
 OFFSET: Final = IntegerParameter(
-    "offset", "How many items of the list are passed over.", 0, minimum=0, maximum=limits.OFFSET_MAX
+    "offset", "Number of items to skip.", 0, minimum=0, maximum=limits.OFFSET_MAX
 )

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 def require_owner(request: GatewayRequest, owner_id: str, *, what: str) -> None:
     """Raise 403 when the caller may use an object, but not change, share or delete it."""
     if owner_id != request.caller.user_id and not request.caller.is_admin:
-        message = f"Only the {what}'s owner and admins of the organisation may do this"
+        message = f"Only the {what}'s owner and admins of the organization may do this"
         raise ApiError(403, "not-owner", message)
 
 
@@ -23,5 +23,5 @@ def require_match(request: GatewayRequest, current: str, *, what: str) -> None:
     if given is None or given.strip() == "*":
         return
     if current not in (tag.strip() for tag in given.split(",")):
-        message = f"The {what} has changed since you read it: read it again, and apply your change to that"
+        message = f"The {what} has changed since you read it: read it again, then repeat your change"
         raise ApiError(412, "precondition-failed", message, headers={"ETag": current})

@@ -77,7 +77,7 @@ class RequestHolding:
         if client:
             bounds.requests[client] += 1
             if bounds.requests[client] > bounds.max_requests_per_client:
-                self.refusal = errors.busy("As many requests of this address are worked on as may be at once")
+                self.refusal = errors.busy("Too many concurrent requests of this address")
 
     def release(self) -> None:
         """Release the request's share of the limits."""
@@ -233,7 +233,7 @@ class BoundedProtocol(HttpToolsProtocol):
             ByteHolding(budget, client_of(host), self._give_up_body),
         )
         if self._bounds.connections.is_over and not is_always_served:
-            self._holding.refusal = errors.busy("As many connections are open here as may be", closes=True)
+            self._holding.refusal = errors.busy("Too many open connections", closes=True)
         scope = cast("dict[str, Any]", self.scope)
         scope["client"], scope["holding"] = source, self._holding
         self._is_read = not is_internal and self.scope["method"] in READS

@@ -41,7 +41,7 @@ class TrustedProxies:
         self._trust()
         if broad := [one for one in self._addresses if _network_size(one) > MOST_TRUSTED]:
             log.warning(
-                "trusted proxies are a whole network, of which any machine can pretend any address: name the ingress",
+                "trusted proxies are a large network, whose machines can all pose as any client: name the ingress only",
                 variable="PILOTFLAME_TRUSTED_PROXIES",
                 networks=", ".join(broad),
             )
@@ -64,7 +64,7 @@ class TrustedProxies:
             try:
                 found = await loop.getaddrinfo(name, None)
             except OSError as error:
-                log.warning("trusted proxy not found by its name", name=name, reason=str(error))
+                log.warning("host name of a trusted proxy not resolved", name=name, reason=str(error))
             else:
                 self._resolved[name] = sorted({str(address[0]) for *_, address in found})
         self._trust()
@@ -97,7 +97,7 @@ class TrustedProxies:
     def _warn(self, peer: tuple[str, int] | None) -> None:
         self._has_warned = True
         log.warning(
-            "X-Forwarded-For of an untrusted peer is passed over: name it in PILOTFLAME_TRUSTED_PROXIES if it is"
+            "X-Forwarded-For of an untrusted peer is ignored: name it in PILOTFLAME_TRUSTED_PROXIES if it is"
             " your proxy; all of its clients count as one address until then",
             peer=peer[0] if peer else "",
         )

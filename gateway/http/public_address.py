@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     from gateway.http.request import GatewayRequest
 
 NOT_SET: Final = (
-    "PILOTFLAME_PUBLIC_URL is not set: the URLs begin with the address that this request came to, which senders may not"
-    " reach"
+    "PILOTFLAME_PUBLIC_URL is not set: the URLs begin with the address of this request,"
+    " which senders may not reach"
 )
 
 

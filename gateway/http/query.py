@@ -31,7 +31,7 @@ def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
     try:
         pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=limits.QUERY_FIELDS)
     except ValueError as error:
-        text = f"There are more than {limits.QUERY_FIELDS} parameters in the query"
+        text = f"The query has more than {limits.QUERY_FIELDS} parameters"
         raise ApiError(400, "invalid-query", text) from error
     given: dict[str, list[str]] = {}
     for name, value in pairs:
@@ -57,12 +57,12 @@ class QueryString:
                 hint = (
                     f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
                 )
-                raise invalid_query(shown, "unknown-parameter", f"{shown} is no parameter here: {hint}")
+                raise invalid_query(shown, "unknown-parameter", f"{shown} is not a parameter here: {hint}")
 
     def __getitem__(self, parameter: QueryParameter[Value]) -> Value:
         """Return the value of a declared parameter; raises 400 for an invalid one."""
         if parameter not in self._declared:
-            raise LookupError(f"The route's line says nothing of the parameter {parameter.name}")
+            raise LookupError(f"The route doesn't declare the parameter {parameter.name}")
         return parameter.read(self._given.get(parameter.name, ()))
 
     def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:

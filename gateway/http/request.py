@@ -133,4 +133,4 @@ class GatewayRequest(StarletteRequest):
 def _require_room(holding: RequestHolding | None) -> None:
     """Raise 503 when the budget has evicted the bytes of this request."""
     if holding is not None and holding.body.is_evicted:
-        raise errors.busy("As many bytes of requests are held here as may be")
+        raise errors.busy("Too many bytes of request bodies at once")

@@ -38,7 +38,7 @@ log = structlog.get_logger()
 LONGEST_TOKEN: Final = 100
 TOKEN: Final = TextParameter(
     "key",
-    "A token of the sender, where it can't set the header `X-API-Key`: it is good for nothing else.",
+    "Trigger token or event token, for senders that can't set the header `X-API-Key`.",
     LONGEST_TOKEN,
 )
 KEPT_SECONDS: Final = 1.0

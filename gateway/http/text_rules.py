@@ -57,7 +57,7 @@ def check_line(
         problems.add(path, "too-long", f"{path} may have at most {max_length:,} characters")
     # Most texts are printable, which is a much faster check.
     if not kept.isprintable() and any(unicodedata.category(one) in {"Cc", "Zl", "Zp"} for one in kept):
-        problems.add(path, "control-character", f"{path} must not hold control characters")
+        problems.add(path, "control-character", f"{path} must not contain control characters")
     return kept
 
 
@@ -74,5 +74,5 @@ def check_paragraphs(value: str, path: str, problems: ProblemCollector, *, max_l
     if len(kept) > max_length:
         problems.add(path, "too-long", f"{path} may have at most {max_length:,} characters")
     if any(unicodedata.category(character) == "Cc" for character in kept if character not in _LINES):
-        problems.add(path, "control-character", f"{path} must not hold control characters")
+        problems.add(path, "control-character", f"{path} must not contain control characters")
     return kept

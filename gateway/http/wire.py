@@ -254,7 +254,7 @@ class _UnknownFields:
         )
         below = _below(path, name[:MAX_SHOWN_NAME])
         hint = f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
-        problem = errors.problem(below, "unknown-field", f"{below} is no field here: {hint}")
+        problem = errors.problem(below, "unknown-field", f"{below} is not a field here: {hint}")
         if near or is_strict or len(self.warned_of) >= limits.FINDINGS:
             self.refused.append(problem)
         else:

@@ -24,10 +24,10 @@ from models.ingest import DeliveryOutcome, IngestRoute
 if TYPE_CHECKING:
     from models.ingest import Delivery
 
-OUTCOME: Final = ChoiceParameter("outcome", "Only what came to this.", DeliveryOutcome)
-ROUTE: Final = ChoiceParameter("route", "Only what came this way.", IngestRoute)
-SINCE: Final = TimeParameter("since", "Only what came from this moment on.")
-UNTIL: Final = TimeParameter("until", "Only what came before this moment.")
+OUTCOME: Final = ChoiceParameter("outcome", "Only deliveries with this outcome.", DeliveryOutcome)
+ROUTE: Final = ChoiceParameter("route", "Only deliveries of this route.", IngestRoute)
+SINCE: Final = TimeParameter("since", "Only deliveries from this time on.")
+UNTIL: Final = TimeParameter("until", "Only deliveries before this time.")
 LISTED: Final = (OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, OFFSET)
 
 

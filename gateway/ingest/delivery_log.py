@@ -57,7 +57,7 @@ class DeliveryLog:
         try:
             await waiting
         except DatabaseUnavailable as error:
-            log.warning("delivery not noted", delivery_id=delivery.id, error=str(error))
+            log.warning("delivery not stored", delivery_id=delivery.id, error=str(error))
 
     @asynccontextmanager
     async def refusals(self, sent: InboundRequest) -> AsyncIterator[None]:

@@ -282,7 +282,8 @@ async def _of_topic(handed: VerifiedMail) -> JsonResponse:
         case SnsMessageType.SUBSCRIPTION:
             if handed.proof.label != "sns":
                 raise RequestRefused(
-                    "unknown-topic", "Subscriptions are confirmed to topics that the trigger names"
+                    "unknown-topic",
+                    "The trigger doesn't name this topic, so its subscription is not confirmed",
                 )
             await handed.request.gateway.certificates.confirm(sns.confirmation_url(message))
             return await _record_other(handed, "subscription-confirmed", message.topic_arn)
@@ -290,9 +291,7 @@ async def _of_topic(handed: VerifiedMail) -> JsonResponse:
             return await _record_other(handed, "subscription-ended", message.topic_arn)
     mail = await offload.run(ses.parse_ses_mail, message)
     if mail is None:
-        return await _record_other(
-            handed, "no-mail", "The message of the topic tells of no mail that was received"
-        )
+        return await _record_other(handed, "no-mail", "The message of the topic reports no received mail")
     unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
     if mail.stored is not None:
         stored = await _store_content(handed, mail.stored)
@@ -303,7 +302,9 @@ async def _of_topic(handed: VerifiedMail) -> JsonResponse:
 
 def _content(mail: SesMail) -> bytes:
     if mail.content is None:
-        raise RequestRefused("malformed-mail", "SES tells of a mail that it neither sends along nor stores")
+        raise RequestRefused(
+            "malformed-mail", "The message of SES neither contains the mail nor names where it is stored"
+        )
     return mail.content
 
 
@@ -321,7 +322,9 @@ async def _store_content(handed: VerifiedMail, place: SesStoredMail) -> StoredMa
     prefix = str(source.settings.get("prefix") or "").strip("/")
     prefix = f"{prefix}/" if prefix else ""
     if place.bucket != source.settings.get("bucket") or not place.key.startswith(prefix):
-        raise errors.trigger_not_ready("The mail is not stored where the trigger's data source reads")
+        raise errors.trigger_not_ready(
+            "The mail is stored outside the bucket or prefix of the trigger's data source"
+        )
     return StoredMailObject(source.id, place.key.removeprefix(prefix))
 
 
@@ -406,7 +409,7 @@ async def _ingest(
         status=status,
         own_key=own_key,
         reused=errors.conflict(
-            "replayed-delivery", "What was signed for another delivery was put to this one"
+            "replayed-delivery", "The signature of this delivery was used for another one before"
         ),
     )
     return _answer(handed, accepted, status)

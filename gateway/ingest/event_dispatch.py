@@ -210,7 +210,7 @@ async def _plan_one(
             return
         graph_shapes.require_valid(workflow.validation)
     except ExpressionError as error:
-        planned.fail(workflow, "filter-failed", f"The filter of the trigger could not be answered: {error}")
+        planned.fail(workflow, "filter-failed", f"The filter of the trigger could not be evaluated: {error}")
         return
     except ApiError as error:
         planned.fail(workflow, error.code, error.message)
@@ -249,7 +249,8 @@ def _require_size(message: RunInput, count: int) -> None:
     """Raise 413 when an event is too large for all its subscribers, since each run has its own copy."""
     if len(message.text or "") * count > limits.EVENT_FAN_OUT_BYTES:
         text = (
-            f"{count:,} workflows want this event: together they may get {limits.EVENT_FAN_OUT_BYTES:,} bytes"
+            f"{count:,} workflows subscribe to this event: together, their inputs may have"
+            f" {limits.EVENT_FAN_OUT_BYTES:,} bytes"
         )
         raise ApiError(413, "payload-too-large", text)
 
@@ -293,7 +294,7 @@ async def _repeat_result(
             )
         ).first()
         if row is None:
-            raise errors.not_ready("What had come of this event is not kept any more")
+            raise errors.not_ready("The outcome of this event is no longer kept")
         found = await _kept(connection, row.answer)
     await gateway.deliveries.note(
         sent.repetition_delivery(gateway.clock(), status=ANSWERED, execution_id=_only(found))

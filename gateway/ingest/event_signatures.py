@@ -68,7 +68,7 @@ def _require_signature(arrival: SenderRequest, claimed: Provider | None, secrets
         verifier(arrival, secrets.get(claimed, []))
     elif secrets:
         raise RequestRefused(
-            "missing-signature", "The request is not signed: this token is for those who sign"
+            "missing-signature", "The request is not signed, but this token requires a signature"
         )
 
 

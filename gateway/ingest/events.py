@@ -65,11 +65,11 @@ if TYPE_CHECKING:
 SOURCE: Final = "platform"
 EVENT: Final = "event"
 EVENT_TYPE: Final = TextParameter(
-    "eventType", "Only events of this type, or, as `user.*`, of all that begin so."
+    "eventType", "Only events of this type; `user.*` matches all types with this prefix."
 )
-FROM: Final = TextParameter("source", "Only events from there.")
-SINCE: Final = TimeParameter("since", "Only what came from this moment on.")
-UNTIL: Final = TimeParameter("until", "Only what came before this moment.")
+FROM: Final = TextParameter("source", "Only events of this source.")
+SINCE: Final = TimeParameter("since", "Only events from this time on.")
+UNTIL: Final = TimeParameter("until", "Only events before this time.")
 LISTED: Final = (EVENT_TYPE, FROM, SINCE, UNTIL, LIMIT, OFFSET)
 _ORIGIN: Final = re.compile(r"[A-Za-z0-9*.:_-]{1,255}")
 

@@ -151,10 +151,10 @@ async def _answered(
     hook, arrival = let_in.hook, let_in.arrival
     meaning = await offload.run(webhook_triggers.parse_request, hook, arrival)
     if isinstance(meaning, UrlChallenge):
-        await _note_only(request, note, "challenge: the sender looks whether it is heard")
+        await _note_only(request, note, "challenge: the sender checks the address")
         return JsonResponse(WebhookReceipt(status=WebhookStatus.IGNORED, challenge=meaning.text or None))
     if not hook.runs_for(meaning.event_type):
-        await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'none is named'}")
+        await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'no event type'}")
         return JsonResponse(WebhookReceipt(status=WebhookStatus.IGNORED))
     trigger = await offload.run(webhook_triggers.build_input, hook, arrival, meaning.body)
     encoded = await offload.run(_encoded, trigger)

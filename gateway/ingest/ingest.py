@@ -237,7 +237,7 @@ async def _ingest_first(gateway: GatewayState, taken: IngestResult) -> Acceptanc
             select(col(Delivery.execution_id)).where(col(Delivery.id) == taken.delivery_id)
         )
     if execution_id is None:
-        raise errors.not_ready("What has become of this delivery is being noted: try again")
+        raise errors.not_ready("The outcome of this delivery is not stored yet: try again")
     return AcceptanceResult(taken.verdict, execution_id)
 
 

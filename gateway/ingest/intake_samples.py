@@ -15,7 +15,7 @@ from models.ingest import IngestRoute
 if TYPE_CHECKING:
     from models.ingest import RejectedRequestSample
 
-ROUTE: Final = ChoiceParameter("route", "Only what came this way.", IngestRoute)
+ROUTE: Final = ChoiceParameter("route", "Only requests of this route.", IngestRoute)
 LISTED: Final = (ROUTE, LIMIT, OFFSET)
 
 

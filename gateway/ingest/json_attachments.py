@@ -64,7 +64,7 @@ def decode_attachments(attachments: Sequence[Mapping[str, Json]]) -> Sequence[Js
             decoded.append(JsonAttachment(members, _content(members)))
         except ValueError:
             path = f"{_FIELD}.{number}.{CONTENT}"
-            problems.append(errors.problem(path, "invalid-base64", "The content must be a text in base64"))
+            problems.append(errors.problem(path, "invalid-base64", "The content must be a base64 string"))
     if problems:
         raise errors.invalid(problems)
     return decoded

@@ -223,7 +223,7 @@ def refusal_error(error: RequestRefused) -> ApiError:
 
 def no_mail() -> ApiError:
     """Return the refusal of Mailgun events about sent mails."""
-    message = "This tells what has become of a mail that was sent: give Mailgun another URL for its webhooks"
+    message = "This is an event about a sent mail, not a mail: set another URL for the webhooks of Mailgun"
     return ApiError(_FINAL, "mail-refused", message)
 
 

@@ -89,13 +89,15 @@ async def redrive_delivery(
     kind = delivery_rows.KINDS.get(IngestRoute(one.route))
     if kind is None:
         raise errors.conflict(
-            "not-redrivable", "Batches are run once more by their dead letters, and events by replaying them"
+            "not-redrivable", "Batches are redriven by their dead letters, and events by a replay"
         )
     given, source = one.payload, None
     if one.execution_id is not None:
         given, source = await _read_input(request, one.execution_id)
     if given is None:
-        raise errors.conflict("not-redrivable", "What it has brought is not kept, or was not understood")
+        raise errors.conflict(
+            "not-redrivable", "The content of the delivery is not kept, or could not be parsed"
+        )
     # The sender may retry it, too: the first of the two creates the run, and the other gets its answer.
     key = idempotency_key if one.deduplication_key is None else stored_keys.decode_key(one.deduplication_key)
     own_key = idempotency_key if one.deduplication_key is not None else None
@@ -110,7 +112,7 @@ async def redrive_dead_letter(
     """Run the workflow of a failed run on the same input; raises 409, and the errors of the ingest."""
     given, source = await _read_input(request, failed.id)
     if given is None:
-        raise errors.conflict("not-redrivable", "What it was given is not kept any more")
+        raise errors.conflict("not-redrivable", "The input of the run is no longer kept")
     kind = failed.trigger_type
     return await _redrive_run(
         request, failed.workflow_id, kind, RedriveInput(given, source), idempotency_key, None

@@ -121,9 +121,9 @@ class RejectedSamples:
         try:
             await self._database.transaction(write)
         except DatabaseUnavailable as error:
-            log.warning("samples of what was not let in are lost", count=len(batch), error=str(error))
+            log.warning("samples of rejected requests lost", count=len(batch), error=str(error))
         except Exception:
-            log.exception("samples of what was not let in are lost", count=len(batch))
+            log.exception("samples of rejected requests lost", count=len(batch))
 
 
 async def list_samples(

@@ -91,7 +91,7 @@ class SnsCertificateCache:
     async def _fetch(self, url: str) -> bytes:
         status, pem = await self._ask(url)
         if status != OK:
-            raise _retry_later(f"it answered {status} instead of giving its certificate")
+            raise _retry_later(f"it answered {status} instead of its certificate")
         try:
             ends = x509.load_pem_x509_certificate(pem).not_valid_after_utc
         except ValueError as error:
@@ -123,4 +123,4 @@ class SnsCertificateCache:
 
 def _retry_later(reason: str) -> ApiError:
     log.warning("SNS not reached", reason=reason)
-    return errors.not_ready(f"Amazon SNS could not be asked: {reason}")
+    return errors.not_ready(f"Amazon SNS could not be reached: {reason}")

@@ -33,7 +33,9 @@ async def find_secrets(
         found = await gateway.runners.sources.find(owner, source_id)
     except NodeError as error:
         if error.retryable or error.code == "data-source-unreadable":
-            raise errors.not_ready("The secret that this is verified with can't be read just now") from error
+            raise errors.not_ready(
+                "The secret for the verification of this request can't be read at the moment"
+            ) from error
         return None
     return found if found.type in types else None
 
@@ -50,7 +52,7 @@ async def find_secret_source(
         log.warning("data source of a trigger missing", workflow_id=workflow.id, data_source_id=source_id)
         wanted = " or ".join(sorted(types))
         raise errors.trigger_not_ready(
-            f"The trigger names no data source of the type {wanted} that the workflow's owner may use: its owner must"
-            " mend that"
+            f"The trigger names no data source of the type {wanted} that the workflow's owner may use: the owner"
+            " must correct its config"
         )
     return found

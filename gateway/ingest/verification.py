@@ -211,8 +211,8 @@ def parse_config(said: Json) -> VerificationConfig:
     """Return the `verification` of a trigger; raises 422 when it is missing or invalid."""
     if said is None:
         message = (
-            "The trigger doesn't say how its senders are told from others: set `verification` in its config, with the"
-            " provider `none` to take what anybody sends who knows the address"
+            "The trigger has no `verification` of its senders: set it in the config, with the provider `none` to accept"
+            " all requests to its address"
         )
         raise ApiError(422, "no-verification", message)
     try:

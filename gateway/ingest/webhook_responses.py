@@ -66,7 +66,7 @@ async def await_answer(gateway: GatewayState, key: ExecutionKey, seconds: float)
     """
     waiting = gateway.waiting
     if waiting.polls >= limits.POLLS_WAITING:
-        raise errors.not_ready("Too many requests wait here for executions to end")
+        raise errors.not_ready("Too many requests wait for executions to end")
     waiting.polls += 1
     with waiting.waiter(key.execution_id) as waiter:
         timer = asyncio.get_running_loop().call_later(max(seconds, 0.0), waiter.end)

@@ -75,7 +75,7 @@ class WebhookTrigger:
         """Raise 403 for a sender outside the networks that the trigger allows."""
         networks = self.config.allowed_networks
         if networks is not None and not any(_is_in(address, network) for network in networks):
-            message = "The trigger takes nothing from the address that this came from"
+            message = "The trigger accepts no requests from this address"
             raise ApiError(403, "network-not-allowed", message)
 
     def runs_for(self, event_type: str | None) -> bool:

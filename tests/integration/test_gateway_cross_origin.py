@@ -128,5 +128,5 @@ def test_origins_are_read_as_browsers_send_them(monkeypatch: pytest.MonkeyPatch)
         "https://*",
     ):
         monkeypatch.setenv("PILOTFLAME_CORS_ORIGINS", wrong)
-        with pytest.raises(ValidationError, match="is no origin: write its scheme and host"):
+        with pytest.raises(ValidationError, match="is not an origin: write its scheme and host"):
             GatewaySettings()

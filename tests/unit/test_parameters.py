@@ -73,5 +73,5 @@ def test_of_a_repeated_parameter_the_last_counts() -> None:
 
 
 def test_a_parameter_that_the_route_says_nothing_of_is_not_read() -> None:
-    with pytest.raises(LookupError, match="says nothing of the parameter tag"):
+    with pytest.raises(LookupError, match="doesn't declare the parameter tag"):
         QueryString(b"tag=a", [LIMIT, OFFSET])[TextParameter("tag", "A tag.")]

@@ -93,7 +93,7 @@ def test_bodies_outside_of_the_contract_refuse_every_unknown_field() -> None:
 @pytest.mark.parametrize("name", ["is_public", "public", "isPublik", "IsPublic", "ispublic"])
 def test_the_name_that_was_meant_is_told(name: str) -> None:
     assert decode_problems({name: True}, StrictBody) == {
-        name: ("unknown-field", f"{name} is no field here: did you mean isPublic?")
+        name: ("unknown-field", f"{name} is not a field here: did you mean isPublic?")
     }
 
 
