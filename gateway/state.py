@@ -16,6 +16,7 @@ from gateway.deployments.deployed_definitions import DeployedDefinitions
 from gateway.deployments.pod_logs import PodLogReader
 from gateway.executions.acceptance import RunAcceptor
 from gateway.executions.backlog import BacklogLimits
+from gateway.executions.event_wait_delivery import EventWaitDelivery
 from gateway.executions.execution_access import ExecutionAccess
 from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
@@ -25,7 +26,6 @@ from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
 from gateway.http.sender import SenderAuthenticator
 from gateway.ingest.delivery_log import DeliveryLog
-from gateway.ingest.event_wait_delivery import EventWaitDelivery
 from gateway.ingest.rejected_samples import RejectedSamples
 from gateway.ingest.sns_certificates import MAX_ANSWER_BYTES, SnsCertificateCache
 from gateway.ingest.subscription_cache import SubscriptionCache

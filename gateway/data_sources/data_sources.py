@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import msgspec
 
+from gateway.access import shares
 from gateway.data_sources import data_source_editing as editing
 from gateway.data_sources import data_source_rows, data_source_shapes
 from gateway.data_sources.data_source_rows import DataSourceNameTaken, StoredDataSource
@@ -18,7 +19,6 @@ from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, FlagParamete
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, decode_body, instant, read_json
-from gateway.workflows import shares
 from models.audit import AuditAction
 from models.data_source_types import DataSourceType
 

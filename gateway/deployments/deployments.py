@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from gateway.http.request import GatewayRequest
     from gateway.workflows.editing import WorkflowEdit
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from journal.deployments.activity import DeploymentActivity
     from models.deployment import Deployment
     from models.workflow import WorkflowVersion

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import structlog
 from sqlalchemy import select, tuple_
@@ -23,9 +23,8 @@ from models.workflow import WorkflowStatus
 if TYPE_CHECKING:
     from sqlalchemy import Row
 
+    from gateway.executions.event_wait_delivery import EventWaitDelivery
     from gateway.executions.long_poll import ExecutionPollHub
-    from gateway.ingest.event_wait_delivery import EventWaitDelivery
-    from gateway.pods.poll_hub import PodPollHub
     from journal.store import (
         IdempotencyKey,
         IngestedRun,
@@ -55,6 +54,13 @@ _CLOSED: Final[Mapping[WorkflowStatus, str]] = {
 """Statuses in which no run is taken in, and what to do about it."""
 
 
+class PodNotifier(Protocol):
+    """Notifies pods of new runs."""
+
+    async def arrived(self, workflow_ids: Collection[str]) -> None:
+        """Notify the pods of these workflows."""
+
+
 class RunAcceptor:
     """The way in of one gateway."""
 
@@ -64,14 +70,14 @@ class RunAcceptor:
         store: JournalStore,
         broker: Broker,
         waiting: ExecutionPollHub,
-        desk: PodPollHub,
+        pods: PodNotifier,
         events: EventWaitDelivery,
     ) -> None:
         self._database = database
         self._store = store
         self._broker = broker
         self._waiting = waiting
-        self._desk = desk
+        self._pods = pods
         self._events = events
         self._group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(
             self._commit, weigh=_weight, max_weight=MAX_CHARACTERS
@@ -184,12 +190,12 @@ class RunAcceptor:
             if await concurrency_limits.admit_waiting_runs(self._database, key):
                 self.wake_workers()
                 # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
-                await self._desk.arrived({key.partition(":")[0]})
+                await self._pods.arrived({key.partition(":")[0]})
         except DatabaseUnavailable as error:
             log.debug("places not given", key=key, error=str(error))
 
     async def _tell_pods(self, batch: Sequence[str]) -> Sequence[None]:
-        await self._desk.arrived(set(batch))
+        await self._pods.arrived(set(batch))
         return [None] * len(batch)
 
     async def _tell_readers(self, batch: Sequence[None]) -> Sequence[None]:

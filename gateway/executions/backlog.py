@@ -34,7 +34,6 @@ FRESH_SECONDS: Final = 1.0
 COUNTING_SHARE: Final = 20
 """One part of so many of the time, at most, goes into counting one backlog."""
 UNKNOWN_RETRY_SECONDS: Final = 5
-MAX_RETRY_SECONDS: Final = 60
 MAX_TALLIES: Final = 20_000
 
 
@@ -73,7 +72,7 @@ class BacklogCount:
         if not self.begun_per_second:
             return UNKNOWN_RETRY_SECONDS
         seconds = math.ceil((self.size + count - limit) / self.begun_per_second)
-        return min(max(seconds, 1), MAX_RETRY_SECONDS)
+        return min(max(seconds, 1), errors.MAX_RETRY_SECONDS)
 
 
 class BacklogLimits:

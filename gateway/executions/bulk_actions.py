@@ -17,7 +17,6 @@ from engine.values import fingerprint
 from gateway.access import audit_log
 from gateway.executions import acceptance, execution_rows, resume_runs
 from gateway.executions.cancellation import ask_to_end
-from gateway.executions.execution_access import visibility_condition
 from gateway.executions.resume_runs import IS_RESUMED
 from gateway.executions.test_runs import TEST
 from gateway.http import idempotency
@@ -31,6 +30,7 @@ from models.audit import AuditAction
 from models.errors import LockWaitTimeout
 from models.execution import Execution
 from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.execution_visibility import visibility_condition
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:

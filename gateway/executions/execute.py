@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from concurrency import offload
 from engine.triggers import trigger_output
-from gateway.executions import acceptance, callback_checks, run_requests, test_runs
+from gateway.executions import acceptance, run_requests, test_runs
 from gateway.executions.run_requests import RunRequest
 from gateway.executions.test_runs import WHOLE, GraphSelection
 from gateway.http import errors, idempotency, limits, text_rules
@@ -18,7 +18,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, WireStruct, body_of, read_json
-from gateway.workflows import graph_shapes
+from gateway.workflows import callback_checks, graph_shapes
 from gateway.workflows.graph_shapes import Connections, GraphId, Nodes
 from models.access import KeyScope
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import ColumnElement, and_, exists, or_, select
+from sqlalchemy import select
 from sqlmodel import col
 
 from concurrency.ttl_cache import TTLCache
 from gateway.http import errors
 from journal.store import ExecutionKey
 from models.execution import Execution
-from models.workflow import Workflow, is_readable_by
+from models.execution_visibility import visibility_condition
 
 if TYPE_CHECKING:
     from models.access import ApiCaller, UserRole
@@ -20,28 +20,6 @@ if TYPE_CHECKING:
 VISIBLE_SECONDS: Final = 5.0
 """How long whoever may no longer read a workflow can still see the runs that were looked at before."""
 MAX_VISIBLE: Final = 20_000
-
-
-def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return the condition under which a caller may see an execution: its workflow is readable.
-
-    Of a deleted workflow, the history stays with admins, the owner, and whoever ran it. So does a private execution.
-    """
-    own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
-    if caller.is_admin:
-        return own
-    concerns = or_(col(Workflow.owner_id) == caller.user_id, col(Execution.user_id) == caller.user_id)
-    kept = and_(
-        col(Workflow.organization_id) == caller.organization_id,
-        col(Workflow.deleted_at).is_not(None),
-        concerns,
-    )
-    workflow = exists().where(
-        col(Workflow.id) == col(Execution.workflow_id),
-        or_(is_readable_by(caller), kept),
-        or_(col(Execution.is_private).is_(False), concerns),
-    )
-    return and_(own, workflow.correlate(Execution))
 
 
 class ExecutionAccess:

@@ -26,9 +26,9 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
-from gateway.executions.execution_access import visibility_condition
 from journal.blobs.blob_storage import BlobOwner
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
+from models.execution_visibility import visibility_condition
 
 if TYPE_CHECKING:
     from sqlalchemy import ColumnElement, CompoundSelect, Select

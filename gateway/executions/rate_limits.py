@@ -12,7 +12,7 @@ import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from time import monotonic
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
 
@@ -24,9 +24,9 @@ from messages.token_buckets import BucketRate, LocalTokenBuckets, TokenDemand, T
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from gateway.http.request import GatewayRequest
     from gateway.settings import GatewaySettings
     from messages.broker import Broker
+    from models.access import ApiCaller
 
 log = structlog.get_logger()
 
@@ -72,6 +72,15 @@ class TokenLease:
         return self.tokens if now < self.until else 0
 
 
+class RateLimitedRequest(Protocol):
+    """Part of a request that rate limits need: its caller, and headers of its answer."""
+
+    @property
+    def caller(self) -> ApiCaller: ...
+
+    def send_with_answer(self, name: str, value: str) -> None: ...
+
+
 class RunRateLimiter:
     """The limits of all who ask one gateway for runs."""
 
@@ -86,7 +95,7 @@ class RunRateLimiter:
 
     async def take(
         self,
-        request: GatewayRequest,
+        request: RateLimitedRequest,
         workflow_id: str | None = None,
         *,
         key: str | None = None,

@@ -25,7 +25,6 @@ from sqlmodel import SQLModel, col
 from engine.node_api import ERROR
 from engine.run_records import SpanStatus
 from gateway.executions import acceptance
-from gateway.executions.execution_access import visibility_condition
 from gateway.http import errors
 from journal import unparsed_mail
 from journal.waits import completion
@@ -42,6 +41,7 @@ from models.execution import (
     SpanRow,
 )
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
+from models.execution_visibility import visibility_condition
 from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from json_text import decoding
 if TYPE_CHECKING:
     from engine.findings import GraphFinding
     from engine.values import Json
-    from gateway.workflows.graph_shapes import StoredConnection, StoredNode
+    from gateway.workflows.stored_workflow import StoredConnection, StoredNode
     from journal.definition_snapshot import LoadedWorkflow
     from nodes.catalog import NodeCatalog
 

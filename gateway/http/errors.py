@@ -8,6 +8,8 @@ from engine.values import Json
 from gateway.http import limits
 from gateway.http.responses import JsonResponse
 
+MAX_RETRY_SECONDS = 60
+"""Longest `Retry-After` that is computed from a backlog."""
 NOT_READY_RETRY_SECONDS = 1
 CONCURRENCY_RETRY_SECONDS = 5
 BLOCKED_RETRY_SECONDS = 15

@@ -17,6 +17,7 @@ from typing import (
     Any,
     ClassVar,
     Final,
+    Protocol,
     TypeAlias,
     TypeGuard,
     TypeVar,
@@ -35,7 +36,7 @@ from gateway.http.errors import ApiError
 from models import timestamps
 
 if TYPE_CHECKING:
-    from gateway.http.request import GatewayRequest
+    from starlette.datastructures import Headers
 
 
 class WireStruct(msgspec.Struct, rename="camel", kw_only=True):
@@ -85,22 +86,34 @@ _JSON_WORDS = {
 }
 
 
-async def decode_body(request: GatewayRequest, kind: type[Body]) -> Body:
+class JsonRequest(Protocol):
+    """Part of a request that decoding needs: headers, a bounded body, and warnings for the answer."""
+
+    @property
+    def headers(self) -> Headers: ...
+
+    @property
+    def warnings(self) -> list[dict[str, Json]]: ...
+
+    async def body(self) -> bytes: ...
+
+
+async def decode_body(request: JsonRequest, kind: type[Body]) -> Body:
     """Return the body as `kind`; raises 400 for invalid JSON, 415 for other types, 422 for invalid fields."""
     return body_of(request, await read_json(request), kind)
 
 
-def body_of(request: GatewayRequest, value: Json, kind: type[Body]) -> Body:
+def body_of(request: JsonRequest, value: Json, kind: type[Body]) -> Body:
     """Return the request's JSON as `kind`; the answer warns of unknown fields. Raises 422."""
     return convert(value, kind, warnings=request.warnings)
 
 
-async def read_json(request: GatewayRequest) -> Json:
+async def read_json(request: JsonRequest) -> Json:
     """Return the body as JSON; an absent one is an empty object."""
     return await json_of(request, await request.body())
 
 
-async def json_of(request: GatewayRequest, raw: bytes) -> Json:
+async def json_of(request: JsonRequest, raw: bytes) -> Json:
     """Return raw bytes of a body as JSON; an absent one is an empty object."""
     if not raw:
         return {}

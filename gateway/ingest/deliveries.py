@@ -10,12 +10,12 @@ import msgspec
 
 from gateway.http import errors, idempotency, limits
 from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TimeParameter
+from gateway.http.refusals import ErrorReason
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import Instant, StrictWire, WireStruct, decode_body, instant
 from gateway.ingest import delivery_rows, redrive_runs
 from gateway.ingest.delivery_rows import DeliveryFilter
-from gateway.openapi.refusals import ErrorReason
 from gateway.workflows import editing, workflow_rows
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey
 from json_text import decoding

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, TypeVar
 import msgspec
 
 from concurrency import offload
-from gateway.executions import callback_checks
 from gateway.http import idempotency, limits, text_rules
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
@@ -16,6 +15,7 @@ from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, WireStruct, convert, json_of
 from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
 from gateway.ingest.ingest import RunInput
+from gateway.workflows import callback_checks
 from journal.store import AcceptanceVerdict
 from models.ingest import IngestRoute
 

@@ -12,15 +12,16 @@ from sqlmodel import col
 
 from concurrency import offload
 from engine.values import fingerprint
-from gateway.executions import acceptance, callback_checks
+from gateway.executions import acceptance
 from gateway.http import errors, idempotency, limits, text_rules
 from gateway.http.errors import ApiError
+from gateway.http.refusals import ErrorDetail
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
 from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
 from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, vouched_key
-from gateway.openapi.refusals import ErrorDetail
+from gateway.workflows import callback_checks
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
 from json_text import decoding
 from models.ingest import Delivery, DeliveryOutcome, IngestRoute

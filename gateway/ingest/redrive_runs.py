@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import select
 from sqlmodel import col
 
-from gateway.executions.blob_sharing import share_blobs
 from gateway.http import errors
 from gateway.http.errors import ApiError
 from gateway.http.sender import RequestSender
 from gateway.ingest import capacity, deduplication_keys, delivery_rows, ingest, stored_keys
+from gateway.ingest.blob_sharing import share_blobs
 from gateway.ingest.inbound_request import InboundRequest
 from journal.blobs.blob_storage import BlobOwner
 from journal.store import AcceptanceResult, AcceptanceVerdict

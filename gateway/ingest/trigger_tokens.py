@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredWorkflow
 
 MASK = "…"
 

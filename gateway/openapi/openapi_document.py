@@ -14,6 +14,7 @@ import msgspec
 
 from gateway.executions.execution_shapes import ExecutionErrorShape
 from gateway.http.endpoint import OPEN_QUERIES, AccessRule
+from gateway.http.refusals import BODY_CODES, ERROR_CODES, JSON_CODES, ErrorResponse, example
 from gateway.http.sender import TOKEN
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.openapi import examples, schemas
@@ -26,7 +27,6 @@ from gateway.openapi.operation_docs import (
     HeaderDoc,
     OperationDoc,
 )
-from gateway.openapi.refusals import BODY_CODES, ERROR_CODES, JSON_CODES, ErrorResponse, example
 from gateway.workflows.run_settings import KnownSettings
 from models.access import KeyScope
 

@@ -15,6 +15,7 @@ from gateway.data_sources import data_sources
 from gateway.deployments import deployments, lifecycle, trigger
 from gateway.executions import bulk, execute, executions, inputs, node_tests
 from gateway.http import limits
+from gateway.http.refusals import JSON_CODES
 from gateway.ingest import (
     dead_letters,
     deliveries,
@@ -29,7 +30,6 @@ from gateway.ingest import (
     trigger_tokens,
 )
 from gateway.openapi import document
-from gateway.openapi.refusals import JSON_CODES
 from gateway.workflows import copies, graph, nodes, sharing, validation, versions, workflows
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, get_args
 
 import msgspec
 
+from gateway.http.refusals import ErrorDetail
 from gateway.http.wire import WireStruct
-from gateway.openapi.refusals import ErrorDetail
 
 if TYPE_CHECKING:
     from engine.values import Json

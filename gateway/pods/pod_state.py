@@ -11,7 +11,7 @@ from execution.child_runs import ChildRunStarter
 from execution.event_matching import EventMatcher
 from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
-from gateway.pods.pod_endpoint import PodAuthenticator
+from gateway.pods.pod_authentication import PodAuthenticator
 from gateway.pods.poll_hub import PodPollHub
 
 if TYPE_CHECKING:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from engine.values import Json
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from gateway.workflows.workflow_documents import ImportWorkflow
-    from gateway.workflows.workflow_rows import StoredWorkflow
     from models.access import ApiCaller
     from nodes.catalog import NodeCatalog
 

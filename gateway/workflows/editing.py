@@ -17,7 +17,7 @@ from gateway.access import audit_log
 from gateway.http import errors, idempotency, preconditions
 from gateway.http.responses import JsonResponse
 from gateway.workflows import graph_shapes, source_checks, workflow_documents, workflow_rows
-from gateway.workflows.workflow_rows import StoredWorkflow
+from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import definition_snapshot
 from models.audit import AuditAction
 from models.column_types import column_values

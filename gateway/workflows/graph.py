@@ -24,7 +24,7 @@ from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredWorkflow
 
 DRY_RUN = FlagParameter("dryRun", "Only tell what is wrong with the workflow; nothing is created.")
 

@@ -22,15 +22,8 @@ if TYPE_CHECKING:
     from engine.canvas_layout import CardEdge, CardPosition
     from engine.findings import GraphFinding, ValidationResult
     from engine.values import Json
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredConnection, StoredNode, StoredWorkflow
     from nodes.catalog import NodeCatalog
-
-StoredNode: TypeAlias = "dict[str, Json]"
-"""`id, type, label, config, inputMappings, passThroughValues`; where given `version, retry, timeout, atMostOnce`; and
-`position`, which a graph that is kept has for every node.
-"""
-StoredConnection: TypeAlias = "dict[str, Json]"
-"""`id, source, sourcePort, target, targetPort`."""
 
 
 class CanvasPosition(GuardedWire):

@@ -27,8 +27,7 @@ from gateway.workflows.graph_shapes import CanvasPosition, ConnectionInput, Labe
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.workflows.graph_shapes import StoredConnection, StoredNode
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredConnection, StoredNode, StoredWorkflow
     from nodes.catalog import NodeCatalog
 
 COMPARED_IDS = 1_000

@@ -21,8 +21,7 @@ from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.workflows.graph_shapes import StoredNode
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredNode, StoredWorkflow
     from nodes.catalog import NodeCatalog
 
 UNKNOWN_CATEGORY = "unknown"

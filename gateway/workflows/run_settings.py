@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 from msgspec import Meta
 
 from engine.expressions import ExpressionError, compile_template
-from gateway.executions import callback_checks
 from gateway.http import limits, text_rules
 from gateway.http.wire import StrictWire
+from gateway.workflows import callback_checks
 from journal.concurrency_limits import LimitAction
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from typing import TYPE_CHECKING, ClassVar
 
+from gateway.access import shares
 from gateway.http import read_only
 from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
@@ -21,12 +22,12 @@ from gateway.http.wire import (
     instant,
     read_json,
 )
-from gateway.workflows import editing, shares, workflow_shapes
+from gateway.workflows import editing, workflow_shapes
 from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from gateway.workflows.editing import WorkflowEdit
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from models.access import ApiCaller
 
 

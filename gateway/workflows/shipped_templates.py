@@ -19,7 +19,7 @@ from gateway.workflows import workflow_documents
 from gateway.workflows.workflow_documents import FORMAT, FORMAT_VERSION, ImportedDocument, ImportWorkflow
 
 if TYPE_CHECKING:
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from models.access import ApiCaller
     from nodes.catalog import NodeCatalog
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from engine.node_lookup import NodeTypeLookup
     from engine.resource_scopes import ResourceReference
     from engine.values import Json
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from models.encryption import SecretVault
 
 

@@ -16,8 +16,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.workflows.graph_shapes import StoredNode
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredNode, StoredWorkflow
     from models.workflow import Workflow
     from nodes.catalog import NodeCatalog
 

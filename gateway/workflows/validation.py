@@ -9,18 +9,17 @@ from typing import TYPE_CHECKING
 from engine import resource_scopes
 from engine.findings import ValidationResult
 from engine.validation import validate_graph
-from gateway.executions import output_samples
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import WireStruct
-from gateway.workflows import editing, finding_shapes, graph_shapes
+from gateway.workflows import editing, finding_shapes, graph_shapes, output_samples
 from gateway.workflows.finding_shapes import FindingShape
 from models.audit import AuditAction
 from models.workflow import WorkflowStatus
 
 if TYPE_CHECKING:
-    from gateway.executions.output_samples import PastOutput
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.output_samples import PastOutput
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from nodes.catalog import NodeCatalog
 
 

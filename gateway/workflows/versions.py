@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.http.request import GatewayRequest
     from gateway.workflows.editing import WorkflowEdit
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from gateway.workflows.version_rows import VersionRow
-    from gateway.workflows.workflow_rows import StoredWorkflow
 
 CURRENT: Final = "current"
 """What stands in the place of a number for the workflow as it is now."""

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from engine.findings import GraphFinding
     from engine.values import Json
-    from gateway.workflows.workflow_rows import StoredWorkflow
+    from gateway.workflows.stored_workflow import StoredWorkflow
     from models.access import ApiCaller
     from nodes.catalog import NodeCatalog
 

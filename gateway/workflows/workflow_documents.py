@@ -20,7 +20,7 @@ from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import StrictWire, WireStruct, convert
 from gateway.workflows import graph_shapes, workflow_shapes
 from gateway.workflows.graph_shapes import ConnectionInput, Connections, NodeInput, Nodes
-from gateway.workflows.workflow_rows import StoredWorkflow
+from gateway.workflows.stored_workflow import StoredWorkflow
 from gateway.workflows.workflow_shapes import (
     CreateWorkflow,
     Description,

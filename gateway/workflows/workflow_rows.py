@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import Row, UnaryExpression, delete, func, insert, null, select, update
 from sqlalchemy.sql import operators
 from sqlmodel import col
 
 from gateway.workflows import foreign_settings, trigger_rows
+from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import held_runs
 from journal.store import ExecutionKey
 from models import ids
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from gateway.http.query import PageBounds
-    from gateway.workflows.graph_shapes import StoredConnection, StoredNode
     from models.access import ApiCaller
     from nodes.catalog import NodeCatalog
 
@@ -68,21 +68,6 @@ LISTED: Sequence[SQLColumnExpression[Any]] = (
 """What a list shows of a workflow."""
 Listed: TypeAlias = Row[*tuple[Any, ...]]
 """A workflow with those columns alone, by their names."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredWorkflow:
-    """A workflow with its graph and whom it is shared with."""
-
-    workflow: Workflow
-    nodes: Sequence[StoredNode]
-    connections: Sequence[StoredConnection]
-    shared_with: Mapping[str, datetime]
-    """Whom it is shared with, by user id, and since when; in that order."""
-
-    def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
-        """Return the workflow with other values in its own row."""
-        return replace(self, workflow=Workflow(**{**column_values(self.workflow), **changes}))
 
 
 async def lock_workflow(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> None:

@@ -19,7 +19,7 @@ from gateway.workflows import foreign_settings, graph_shapes, run_settings
 from gateway.workflows.foreign_settings import KNOWN
 from gateway.workflows.graph_shapes import CanvasPosition, Connections, Nodes, RetryShape
 from gateway.workflows.run_settings import KnownSettings
-from gateway.workflows.workflow_rows import StoredWorkflow
+from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import definition_snapshot
 from models import ids
 from models.workflow import Workflow, WorkflowStatus

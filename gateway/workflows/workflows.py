@@ -17,7 +17,8 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.wire import GuardedWire, WireStruct, body_of, decode_body, read_json
 from gateway.workflows import editing, workflow_rows, workflow_shapes
 from gateway.workflows.editing import WorkflowEdit
-from gateway.workflows.workflow_rows import StoredWorkflow, WorkflowFilter
+from gateway.workflows.stored_workflow import StoredWorkflow
+from gateway.workflows.workflow_rows import WorkflowFilter
 from gateway.workflows.workflow_shapes import CreateWorkflow, UpdateWorkflow, WorkflowSummary
 from journal.deployments import desired_state
 from journal.store import ExecutionKey

@@ -8,6 +8,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.executions import backlog as backlogs
 from gateway.executions.backlog import BacklogCount
+from gateway.http import errors
 from gateway.http.errors import ApiError
 from journal import backlog
 from models.database import Database
@@ -186,7 +187,7 @@ def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
     tally.recount(100, added_before=50, began=10.0, ended=10.1)  # 5 a second were begun
     tally.added = 9
     assert (tally.size, tally.retry_seconds(1, 100)) == (109, 2)
-    assert tally.retry_seconds(1_000, 100) == backlogs.MAX_RETRY_SECONDS
+    assert tally.retry_seconds(1_000, 100) == errors.MAX_RETRY_SECONDS
 
 
 def test_a_count_that_takes_long_is_made_seldom() -> None:

@@ -16,9 +16,8 @@ from engine.findings import ValidationResult
 from engine.graph import GraphNode
 from engine.program import compile_node
 from engine.validation import validate_graph
-from gateway.executions import output_samples
-from gateway.executions.output_samples import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
-from gateway.workflows import validation
+from gateway.workflows import output_samples, validation
+from gateway.workflows.output_samples import MAX_CHARACTERS, MAX_OUTPUT_CHARACTERS
 from models import ids
 from models.access import ApiCaller, KeyScope, UserRole
 from models.execution import Execution, ExecutionData, SpanRow

@@ -17,7 +17,7 @@ from gateway.http.errors import ApiError
 from gateway.workflows import graph_shapes, node_edits
 from gateway.workflows.graph_shapes import ConnectionInput, NodeInput
 from gateway.workflows.node_edits import NodeChanges
-from gateway.workflows.workflow_rows import StoredWorkflow
+from gateway.workflows.stored_workflow import StoredWorkflow
 from journal import definition_snapshot
 from models.workflow import Workflow
 from nodes import catalog

@@ -17,12 +17,12 @@ from gateway import routes
 from gateway.executions import node_tests
 from gateway.http import parameters
 from gateway.http.endpoint import AccessRule
+from gateway.http.refusals import ERROR_CODES, JSON_CODES
 from gateway.http.sender import TOKEN
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.ingest import dead_letters, deliveries, events
 from gateway.openapi import examples, openapi_document
 from gateway.openapi.operation_docs import IDEMPOTENCY_KEY, IF_MATCH, OPERATION_DOCS, OperationDoc
-from gateway.openapi.refusals import ERROR_CODES, JSON_CODES
 from gateway.routes import Route
 from gateway.workflows import nodes
 from tests.unit.call_graph import CallGraph, CodeDefinition

@@ -13,9 +13,9 @@ from engine.node_api import UnknownNodeType
 from engine.program import compile_node
 from engine.run_records import SpanStatus
 from engine.values import InvalidJson
-from gateway.executions.execution_access import visibility_condition
 from json_text import decoding
 from models.execution import Execution, ExecutionData, SpanRow
+from models.execution_visibility import visibility_condition
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection

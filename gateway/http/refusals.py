@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from gateway.executions.backlog import MAX_RETRY_SECONDS
 from gateway.http import limits
 from gateway.http.errors import (
     CONCURRENCY_RETRY_SECONDS,
+    MAX_RETRY_SECONDS,
     NOT_READY_RETRY_SECONDS,
     START_RETRY_SECONDS,
     TRIGGER_RETRY_SECONDS,

@@ -1,0 +1,38 @@
+"""Condition under which a caller may see an execution."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import and_, exists, or_
+from sqlmodel import col
+
+from models.execution import Execution
+from models.workflow import Workflow, is_readable_by
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+
+    from models.access import ApiCaller
+
+
+def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
+    """Return the condition under which a caller may see an execution: its workflow is readable.
+
+    Of a deleted workflow, the history stays with admins, the owner, and whoever ran it. So does a private execution.
+    """
+    own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
+    if caller.is_admin:
+        return own
+    concerns = or_(col(Workflow.owner_id) == caller.user_id, col(Execution.user_id) == caller.user_id)
+    kept = and_(
+        col(Workflow.organization_id) == caller.organization_id,
+        col(Workflow.deleted_at).is_not(None),
+        concerns,
+    )
+    workflow = exists().where(
+        col(Workflow.id) == col(Execution.workflow_id),
+        or_(is_readable_by(caller), kept),
+        or_(col(Execution.is_private).is_(False), concerns),
+    )
+    return and_(own, workflow.correlate(Execution))
