@@ -97,7 +97,7 @@ attacks = {
     "shared memory": lambda: called(libc.shmget(0, 4096, 0o600)),
 }
 module.confine(os.getppid())
-if work.endswith("subprocess"):
+if work.endswith("python_process"):
     system_calls.allow_calls(system_calls.COMPUTING_CALLS)
 succeeded = []
 for name, attack in attacks.items():
@@ -167,7 +167,7 @@ def test_a_server_hides_its_environment_from_other_processes_of_its_user() -> No
 import ctypes
 from models.settings import ServerSettings
 from pilotflame import cli
-cli._begin(Settings())
+cli._begin(ServerSettings())
 print(ctypes.CDLL(None).prctl({get_dumpable}, 0, 0, 0, 0))
 """
     done = subprocess.run(

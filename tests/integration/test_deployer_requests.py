@@ -45,7 +45,7 @@ DENIED = KubernetesError(
 )
 NO_RIGHT = forbidden_error("patch", "deployments")
 MINUTE_SECONDS = 0.3
-"""A minute of `brief_minute`."""
+"""A minute of `shorten_minute`."""
 REQUESTS_PER_MINUTE = 6
 WAITING_PROGRAM = """
 import pathlib, time

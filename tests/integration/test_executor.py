@@ -575,7 +575,7 @@ async def are_off_trial(run_database: RunDatabase) -> bool:
 
 
 @pytest.mark.parametrize(("request_", "status"), [("stop", "stopped"), ("cancel", "cancelled")])
-@pytest.mark.parametrize("way", ["by letter", "by renewal"])
+@pytest.mark.parametrize("way", ["by message", "by renewal"])
 async def test_a_run_ends_when_it_is_asked_to(
     run_database: RunDatabase,
     owned_workflow: OwnedWorkflow,
@@ -585,16 +585,16 @@ async def test_a_run_ends_when_it_is_asked_to(
     status: str,
 ) -> None:
     (execution_id,) = await workers.accept(owned_workflow, "look", "note")
-    worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by letter" else 3.0)
+    worker = await workers.start(lease_seconds=LONG_SECONDS if way == "by message" else 3.0)
     await wait_soon(workers.stage.begun)
     requested = await run_database.store.request_end(
         ExecutionKey(execution_id, owned_workflow.organization.shard), request_
     )
     assert requested is not None
     assert requested.lease_owner == worker.broker.channel
-    if way == "by letter":
-        letter = {"execution_id": execution_id, "request": request_}
-        await worker.broker.send(worker.broker.channel, letter)
+    if way == "by message":
+        direct_message = {"execution_id": execution_id, "request": request_}
+        await worker.broker.send(worker.broker.channel, direct_message)
     if request_ == "stop":
         (active,) = worker.executor._active.values()  # noqa: SLF001 - nobody else knows what it was asked
         await wait_soon(active.control.changed)
@@ -683,7 +683,7 @@ async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_b
     assert isinstance(library, ExecutorTestCatalog)
     library.runs["hold"] = stubborn
     workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
-    for name in ("HAND_OVER_SECONDS", "BREAK_OFF_SECONDS"):
+    for name in ("HAND_OFF_SECONDS", "CANCEL_SECONDS"):
         monkeypatch.setattr(executors, name, 0.1)
     (execution_id,) = await workers.accept(owned_workflow, "hold")
     first = await workers.start()

@@ -1419,7 +1419,7 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
         "organization_id",
         "workflow_id",
         "definition_hash",
-        "turn",
+        "queue_turn",
         "timeout_microseconds",
         "total_nodes",
         "trigger_type",

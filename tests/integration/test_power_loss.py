@@ -19,7 +19,7 @@ import asyncio, os, sys
 from pathlib import Path
 import msgspec
 from engine.services import RunCaller
-from journal.sqlite.sqlite_store import sqlite_store
+from journal.sqlite import sqlite_store
 from journal.blobs.blob_storage import BlobLabel, BlobOwner
 from journal.blobs.folder_storage import FolderBlobStorage
 from models.database import Database, parse_url
@@ -34,9 +34,9 @@ def say(what):
     print(what, os.stat(os.environ["FILE_RECORDER_LOG"]).st_size, flush=True)
 
 async def put():
-    await Folder(folder / "blobs").put(Owner("org_1", "exec_1"), "{SHA256}", b"hello", Label("text/plain", ""))
+    await FolderBlobStorage(folder / "blobs").put(BlobOwner("org_1", "exec_1"), "{SHA256}", b"hello", BlobLabel("text/plain", ""))
     say("blob")
-    files = await Folders(folder / "files").folder(Caller("org_1", "user_1", "wf_1", "exec_1", "exec_1"))
+    files = await OrganizationFolders(folder / "files").folder(RunCaller("org_1", "user_1", "wf_1", "exec_1", "exec_1"))
     await files.put("a/b/c.txt", b"hello", media_type="text/plain", timeout_seconds=60)
     say("file")
 
@@ -44,7 +44,7 @@ with data_dir.locked(folder):
     data_dir.make_secret_key(folder)
     say("key")
     Database(parse_url(f"sqlite:///{{folder}}/database/pilotflame.db"))
-    connection = sqlite._connect(str(folder / "database/pilotflame.db"))
+    connection = sqlite_store._open_connection(str(folder / "database/pilotflame.db"))
     connection.execute("CREATE TABLE told (value TEXT)")
     for value in "abc":
         connection.execute("INSERT INTO told VALUES (?)", (value,))

@@ -315,7 +315,7 @@ async def test_one_that_dies_after_its_commit_leaves_nothing_to_the_next(
         raise SchedulerKilled
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalBroker, "wake", die)
+        patch.setattr(LocalBroker, "wake_workers", die)
         with pytest.raises(SchedulerKilled):
             await tick(harness, first)
     assert await tick(harness, first + timedelta(seconds=1)) == 0

@@ -145,7 +145,8 @@ class CallGraph:
         """Return the function, class or module that an expression names."""
         match node:
             case ast.Name(id=name):
-                return self.modules[thing.module].names.get(name)
+                found = self.modules[thing.module].names.get(name)
+                return found and _IMPLEMENTATIONS.get(found, found)
             case ast.Attribute(value=value, attr=name):
                 kind = self._type(value, thing, types)
                 if kind:
@@ -193,7 +194,8 @@ class CallGraph:
         """Return the class that an annotation names; of a union, the first."""
         match annotation:
             case ast.Name(id=name):
-                return self.modules[thing.module].names.get(name)
+                found = self.modules[thing.module].names.get(name)
+                return found and _IMPLEMENTATIONS.get(found, found)
             case ast.BinOp(left=left):
                 return self._annotated(left, thing)
         return None
@@ -205,6 +207,12 @@ class CallGraph:
         return thing.module in self.modules and thing.path in self.modules[thing.module].classes
 
 
+_REQUEST = CodeDefinition("gateway.http.request", "GatewayRequest")
+_IMPLEMENTATIONS = {
+    CodeDefinition("gateway.http.wire", "JsonRequest"): _REQUEST,
+    CodeDefinition("gateway.executions.rate_limits", "RateLimitedRequest"): _REQUEST,
+}
+"""Classes that are passed where a protocol is named."""
 _CODE_AT = {"gateway.http.errors.ApiError": 1, "gateway.http.errors.conflict": 0}
 """Which argument is the code of a refusal."""
 _MAKERS = {"gateway.http.errors.conflict"}

@@ -13,14 +13,14 @@ from pilotflame_client.api.workflows import workflows_create, workflows_show
 from pilotflame_client.models import (
     ConnectionInput,
     CreateWorkflow,
-    Execute,
-    ExecuteTriggerInputsType0,
+    ErrorResponse,
+    ExecuteRequest,
+    ExecuteRequestTriggerInputsType0,
+    ExecuteResult,
     NewWorkflow,
     NodeInput,
     NodeInputConfigType0,
     Progress,
-    Refused,
-    Started,
     Workflow,
     WorkflowStatus,
 )
@@ -51,9 +51,9 @@ def main(url: str, key: str) -> None:
     assert isinstance(shown, Workflow), shown
     assert [node.id for node in shown.nodes] == ["start", "greet"]
 
-    inputs = ExecuteTriggerInputsType0.from_dict({"name": "Ada"})
-    started = execute_start.sync(made.workflow_id, client=client, body=Execute(trigger_inputs=inputs))
-    assert isinstance(started, Started), started
+    inputs = ExecuteRequestTriggerInputsType0.from_dict({"name": "Ada"})
+    started = execute_start.sync(made.workflow_id, client=client, body=ExecuteRequest(trigger_inputs=inputs))
+    assert isinstance(started, ExecuteResult), started
     while True:
         progress = executions_progress.sync(started.execution_id, client=client, wait=20)
         assert isinstance(progress, Progress), progress
@@ -67,7 +67,7 @@ def main(url: str, key: str) -> None:
 
     refused = executions_show.sync_detailed("exec_0", client=client)
     assert refused.status_code is HTTPStatus.NOT_FOUND, refused
-    assert isinstance(refused.parsed, Refused), refused
+    assert isinstance(refused.parsed, ErrorResponse), refused
     assert refused.parsed.error.code == "not-found", refused
 
 
