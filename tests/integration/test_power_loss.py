@@ -34,7 +34,8 @@ def say(what):
     print(what, os.stat(os.environ["FILE_RECORDER_LOG"]).st_size, flush=True)
 
 async def put():
-    await FolderBlobStorage(folder / "blobs").put(BlobOwner("org_1", "exec_1"), "{SHA256}", b"hello", BlobLabel("text/plain", ""))
+    owner, label = BlobOwner("org_1", "exec_1"), BlobLabel("text/plain", "")
+    await FolderBlobStorage(folder / "blobs").put(owner, "{SHA256}", b"hello", label)
     say("blob")
     files = await OrganizationFolders(folder / "files").folder(RunCaller("org_1", "user_1", "wf_1", "exec_1", "exec_1"))
     await files.put("a/b/c.txt", b"hello", media_type="text/plain", timeout_seconds=60)
