@@ -431,7 +431,7 @@ async def test_what_another_secret_has_encrypted_is_no_crash(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
     source_id = await create_source(people.owner)
-    with pytest.raises(NodeError, match="given again") as raised:
+    with pytest.raises(NodeError, match="enter them again") as raised:
         await stored_sources(harness, "another secret of more than thirty-two characters").find(
             caller_of(people.owner), source_id
         )
