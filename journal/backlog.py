@@ -50,8 +50,10 @@ async def count_workflow_backlog(
 
 def organization_statements(organization_id: str, targets: Sequence[str]) -> Sequence[Select[str]]:
     """Return statements that find the pending and the deferred runs of an organization at some targets."""
-    theirs = and_(col(Execution.target).in_(targets), col(Execution.organization_id) == organization_id)
-    return _waiting_conditions(and_(_PENDING, theirs), and_(_DEFERRED, theirs))
+    of_organization = and_(
+        col(Execution.target).in_(targets), col(Execution.organization_id) == organization_id
+    )
+    return _waiting_conditions(and_(_PENDING, of_organization), and_(_DEFERRED, of_organization))
 
 
 def workflow_statements(organization_id: str, workflow_id: str) -> Sequence[Select[str]]:

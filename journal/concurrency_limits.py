@@ -215,7 +215,7 @@ async def _admit_locked(connection: AsyncConnection, *, key: str, lock: LockKey)
 
 
 def _admit_statement(execution_ids: Sequence[str]) -> ReturningUpdate[str]:
-    """Return the statement that admits those of some runs that nobody has locked; it returns their ids."""
+    """Return the statement that admits the unlocked runs among `execution_ids`; it returns their ids."""
     free = (
         select(col(Execution.id))
         .where(col(Execution.id).in_(execution_ids), _IS_WAITING)

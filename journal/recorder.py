@@ -138,7 +138,7 @@ class RunJournal:
         self._control = control or RunControl()
         self._settled = set(settled)
         self._write = self._clear_pending()
-        self._in_turn = asyncio.Lock()
+        self._commit_lock = asyncio.Lock()
         self._is_broken = False
         self._done = 0.0
         """Completed share of the run, as far as this claim of it knows."""
@@ -200,7 +200,7 @@ class RunJournal:
 
     async def pass_trial(self) -> None:
         """Record durably that the run has passed its trial; raises `LeaseLost`."""
-        async with self._in_turn:
+        async with self._commit_lock:
             write = self._take_pending()
             write.has_passed = True
             await self._submit(write)
@@ -213,17 +213,17 @@ class RunJournal:
     @property
     def is_committing(self) -> bool:
         """Whether a commit is in progress: another would only wait for it."""
-        return self._in_turn.locked()
+        return self._commit_lock.locked()
 
     async def commit(self) -> None:
         """Make everything recorded so far durable; raises `LeaseLost`."""
-        async with self._in_turn:
+        async with self._commit_lock:
             if self.is_dirty or self._is_broken:
                 await self._submit(self._take_pending())
 
     async def end(self, ended: RunOutcome) -> None:
         """Commit the end of this claim of the run, with everything recorded before it; raises `LeaseLost`."""
-        async with self._in_turn:
+        async with self._commit_lock:
             write = self._take_pending()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
             write.wait_answer_count = self._wait_answer_count

@@ -75,8 +75,8 @@ async def delete_runs(
         rows = await connection.execute(statement)
         return {row.id: BlobOwner(row.organization_id, row.key_id) for row in rows}
 
-    gone = await database.transaction(delete_rows) if execution_ids else {}
-    run_ids = sorted({*left_over, *gone})
+    deleted = await database.transaction(delete_rows) if execution_ids else {}
+    run_ids = sorted({*left_over, *deleted})
     for table, identity in _RUN_TABLES:
         while await database.transaction(partial(_delete_records, table, identity, run_ids)) == BATCH_ROWS:
             pass
@@ -85,7 +85,7 @@ async def delete_runs(
         await connection.execute(delete(ExecutionData).where(col(ExecutionData.execution_id).in_(run_ids)))
 
     await database.transaction(delete_data)
-    return gone
+    return deleted
 
 
 async def _delete_records(

@@ -85,8 +85,10 @@ async def read_leaf_outputs(
     rows = (await connection.execute(_SETTLED, run)).all()
     reached = {row.node_id for row in rows}
     edges = _parse_edges(await connection.scalar(_DEFINITION, definition._asdict()))
-    gone_on = {(edge.source, edge.source_port) for edge in edges if edge.target in reached}
-    found = [row for row in rows if row.size is not None and (row.node_id, row.port or OUTPUT) not in gone_on]
+    used_ports = {(edge.source, edge.source_port) for edge in edges if edge.target in reached}
+    found = [
+        row for row in rows if row.size is not None and (row.node_id, row.port or OUTPUT) not in used_ports
+    ]
     if (total := sum(row.size for row in found)) > max_characters:
         raise OutputsTooLarge(total)
     node_ids = [row.node_id for row in found]

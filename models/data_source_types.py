@@ -263,15 +263,15 @@ DATA_SOURCE_TYPES: Final[Mapping[DataSourceType, DataSourceTypeFields]] = {
 
 def describe_fields(part: str) -> str:
     """Describe the fields in the `settings` or `secrets` of each type; a `?` marks an optional field."""
-    told = []
+    descriptions = []
     for kind, definition in DATA_SOURCE_TYPES.items():
         fields = msgspec.structs.fields(getattr(definition, part))
         names = ", ".join(f"`{one.encode_name}`{'' if one.required else '?'}" for one in fields)
-        told.append(f"{kind}: {names or 'none'}")
-    return "; ".join(told)
+        descriptions.append(f"{kind}: {names or 'none'}")
+    return "; ".join(descriptions)
 
 
 def to_stored(fields: DataSourceFields) -> dict[str, object]:
     """Return checked fields as they are stored: with defaults, without absent values."""
-    told: dict[str, object] = msgspec.to_builtins(fields)
-    return {name: value for name, value in told.items() if value is not None}
+    values: dict[str, object] = msgspec.to_builtins(fields)
+    return {name: value for name, value in values.items() if value is not None}

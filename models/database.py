@@ -132,7 +132,7 @@ class Database:
                     raise LockWaitTimeout("Another transaction holds a lock that this one needs") from error
                 if attempt == RETRIES or monotonic() - begun_at > RETRY_SECONDS:
                     raise DatabaseUnavailable("The database did not confirm the transaction") from error
-                await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
+                await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - spreads the retries of concurrent transactions
         raise AssertionError
 
     async def _transact_once(self, work: Callable[[AsyncConnection], Awaitable[T]]) -> T:

@@ -54,7 +54,7 @@ class ObservedState(StrEnum):
 
 
 BLOCKING_REASONS: Final = frozenset({"quota", "unschedulable", "node-not-ready"})
-"""Codes of reasons that end when the cluster has room again: then the pods start without a further request.
+"""Codes of reasons that end when the cluster has capacity again: then the pods start without a further request.
 """
 SERVING_STATES: Final = frozenset({ObservedState.RUNNING, ObservedState.OUTDATED})
 """Observed states in which a pod claims runs."""
@@ -141,7 +141,7 @@ class LifecycleDecision(SQLModel, table=True):
     reason: str
     stopped_reason: str | None = None
     replicas: int
-    """Desired number of pods from then on."""
+    """Desired number of pods after the decision."""
     user_id: str | None = None
     """Author of the decision, if it was a user."""
     inputs: dict[str, Any] = Field(sa_column=Column(JsonTextColumn, nullable=False))

@@ -64,7 +64,7 @@ class SecretVault:
 
     def open(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
         """Decrypt a text of one object; raises `UnknownSecret` and `SecretCorrupted`."""
-        from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _Key
+        from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _DerivedKey
 
         key = self._keys.get(encrypted.secret_id)
         if key is None:

@@ -176,25 +176,25 @@ def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
     The config of a draft may be anything.
     """
     try:
-        said = msgspec.convert(
+        parsed = msgspec.convert(
             {name: _to_whole_number(value) for name, value in config.items()}, _TimetableConfig
         )
     except msgspec.ValidationError as error:
         raise InvalidTimetable(f"The config is invalid: {error}") from error
-    if said.cron is not None and not is_cron_expression(said.cron):
+    if parsed.cron is not None and not is_cron_expression(parsed.cron):
         raise InvalidTimetable("The cron expression matches no time")
-    if said.cron is None and said.interval_seconds is None:
+    if parsed.cron is None and parsed.interval_seconds is None:
         raise InvalidTimetable("The config has neither `cron` nor `intervalSeconds`")
-    if said.timezone not in weekly_windows.zone_names():
+    if parsed.timezone not in weekly_windows.zone_names():
         raise InvalidTimetable("The time zone is unknown")
     return ScheduleTimetable(
-        cron=said.cron,
-        interval_seconds=said.interval_seconds if said.cron is None else None,
-        timezone=said.timezone,
-        misfire=said.misfire,
-        misfire_limit=said.misfire_limit,
-        overlap=said.overlap,
-        jitter_seconds=said.jitter_seconds,
+        cron=parsed.cron,
+        interval_seconds=parsed.interval_seconds if parsed.cron is None else None,
+        timezone=parsed.timezone,
+        misfire=parsed.misfire,
+        misfire_limit=parsed.misfire_limit,
+        overlap=parsed.overlap,
+        jitter_seconds=parsed.jitter_seconds,
     )
 
 

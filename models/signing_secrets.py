@@ -1,4 +1,4 @@
-"""Signing secrets of outbound messages, one per organization, as Standard Webhooks 1.0.0 defines them."""
+"""Signing secrets of organizations for outbound messages, as Standard Webhooks 1.0.0 defines them."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class WindowChange:
 
     at: datetime
     is_open: bool
-    """State from then on."""
+    """State after the change."""
     is_by_clock: bool
     """Whether a clock change at this time causes it."""
 

@@ -126,7 +126,7 @@ async def record_activities(database: Database, workflow_ids: Collection[str]) -
 
 
 def blocked_reason(deployment: Deployment) -> str | None:
-    """Return the reason why pods wait for room in the cluster; None if they aren't blocked."""
+    """Return the reason why pods wait for capacity of the cluster; None if they aren't blocked."""
     is_blocked = (
         is_desired(deployment)
         and deployment.observed not in SERVING_STATES

@@ -132,39 +132,37 @@ class PostgresqlInserts:
         waiting: Sequence[IngestWrite] = batch
         while waiting:
             chosen, waiting = split_rivals(waiting)
-            patient = [one for one in chosen if all(run.may_wait for run in one.runs)]
-            if patient:
-                rows = await self._fetch(_INGEST, *_bind_ingest_writes(patient))
-                answers |= await self._ingest_results(patient, rows)
+            deferrable = [one for one in chosen if all(run.may_wait for run in one.runs)]
+            if deferrable:
+                rows = await self._fetch(_INGEST, *_bind_ingest_writes(deferrable))
+                answers |= await self._ingest_results(deferrable, rows)
             for one in chosen:
                 if any(not run.may_wait for run in one.runs):
                     answers |= await self._ingest_within_limit(one)
         return [answers[one.delivery_id] for one in batch]
 
-    async def _ingest_within_limit(self, arrival: IngestWrite) -> dict[str, IngestResult]:
+    async def _ingest_within_limit(self, write: IngestWrite) -> dict[str, IngestResult]:
         """Store an inbound request without those runs that may not wait and have no free slot."""
         full: set[str] = set()
 
         async def insert() -> list[Any]:
             full.clear()
-            impatient = sorted(
-                (run for run in arrival.runs if not run.may_wait), key=lambda run: run.concurrency_key or ""
+            immediate = sorted(
+                (run for run in write.runs if not run.may_wait), key=lambda run: run.concurrency_key or ""
             )
             async with self._pool.acquire() as connection, connection.transaction():
                 free: dict[str | None, int] = {}
-                for run in impatient:
+                for run in immediate:
                     if run.concurrency_key not in free:
                         free[run.concurrency_key] = await _lock_free_slots(connection, run)
                     free[run.concurrency_key] -= 1
                     if free[run.concurrency_key] < 0:
                         full.add(run.execution_id)
-                rows: list[Any] = await connection.fetch(
-                    _INGEST, *_bind_ingest_writes([arrival], without=full)
-                )
+                rows: list[Any] = await connection.fetch(_INGEST, *_bind_ingest_writes([write], without=full))
                 return rows
 
         rows = await self._repeat(insert)
-        return await self._ingest_results([arrival], rows, full)
+        return await self._ingest_results([write], rows, full)
 
     async def _ingest_results(
         self, batch: Sequence[IngestWrite], rows: Sequence[Any], full: Collection[str] = ()
@@ -407,11 +405,11 @@ def _bind_ingest_writes(batch: Sequence[IngestWrite], *, without: Collection[str
         )
         for run, delivery_id in runs
     ]
-    arrivals = sorted(_ingest_row(one, without) for one in batch)
+    ingest_rows = sorted(_ingest_row(one, without) for one in batch)
     return [
         *transpose_rows(rows, len(_INGESTED_RUN_TYPES)),
         *_distinct_definitions([run for run, _ in runs]),
-        *transpose_rows(arrivals, len(_INGEST_TYPES)),
+        *transpose_rows(ingest_rows, len(_INGEST_TYPES)),
     ]
 
 

@@ -262,7 +262,7 @@ class PostgreSQLStore:
     async def reclaim(self, owner_prefix: str, *, out_of_memory: bool = False) -> int:
         """Reclaim the leases of a dead owner; see `JournalStore.reclaim`."""
         if not out_of_memory:
-            return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, CRASHED_ERROR, False))  # noqa: FBT003 - of a statement
+            return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, CRASHED_ERROR, False))  # noqa: FBT003 - an argument of the statement
         counts = not await self._fetch(_HAD_TRIAL, owner_prefix)
         return len(await self._fetch(_RECLAIM_OWNER, owner_prefix, OUT_OF_MEMORY_ERROR, counts))
 
@@ -330,7 +330,7 @@ class PostgreSQLStore:
                 is_late = monotonic() - begun_at > RETRY_SECONDS
                 if attempt == RETRIES or is_late or not may_repeat(error):
                     raise DatabaseUnavailable("PostgreSQL did not confirm the statement") from error
-            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - keeps rivals apart
+            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - spreads concurrent retries
         raise AssertionError
 
 

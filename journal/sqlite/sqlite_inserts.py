@@ -61,35 +61,37 @@ def insert_runs(
 
 def ingest(connection: sqlite3.Connection, batch: Sequence[IngestWrite], now: int) -> list[IngestResult]:
     """Store inbound requests; see `JournalStore.ingest`."""
-    return [_ingest_one(connection, arrival, now) for arrival in batch]
+    return [_ingest_one(connection, write, now) for write in batch]
 
 
-def _ingest_one(connection: sqlite3.Connection, arrival: IngestWrite, now: int) -> IngestResult:
-    is_current = all(_current_workflows(connection, arrival.runs).values())
-    key = arrival.idempotency
+def _ingest_one(connection: sqlite3.Connection, write: IngestWrite, now: int) -> IngestResult:
+    is_current = all(_current_workflows(connection, write.runs).values())
+    key = write.idempotency
     if key is not None:
-        bound = _bind_key(connection, arrival.shard, key, arrival.delivery_id, now, is_new=False)
+        bound = _bind_key(connection, write.shard, key, write.delivery_id, now, is_new=False)
         if bound is not None and bound[0] is not AcceptanceVerdict.ACCEPTED:
             return IngestResult(*bound)
-    if not is_current and not _is_delivery_stored(connection, arrival):
-        return IngestResult(AcceptanceVerdict.STALE, arrival.delivery_id)
-    runs = insert_runs(connection, arrival.runs, now)
-    brings_itself = not runs or arrival.event is not None
-    if key is not None and (brings_itself or any(run.verdict is not AcceptanceVerdict.FULL for run in runs)):
+    if not is_current and not _is_delivery_stored(connection, write):
+        return IngestResult(AcceptanceVerdict.STALE, write.delivery_id)
+    runs = insert_runs(connection, write.runs, now)
+    is_stored_without_runs = not runs or write.event is not None
+    if key is not None and (
+        is_stored_without_runs or any(run.verdict is not AcceptanceVerdict.FULL for run in runs)
+    ):
         # A request without any accepted run may be repeated.
-        _bind_key(connection, arrival.shard, key, arrival.delivery_id, now, is_new=is_current)
-    if brings_itself or any(run.verdict is AcceptanceVerdict.ACCEPTED for run in runs):
+        _bind_key(connection, write.shard, key, write.delivery_id, now, is_new=is_current)
+    if is_stored_without_runs or any(run.verdict is AcceptanceVerdict.ACCEPTED for run in runs):
         # A request without new runs is a duplicate; the first delivery has the details.
-        _insert_delivery(connection, arrival, runs, now)
-    if arrival.event is not None:
-        _insert_event(connection, arrival, now)
-    return IngestResult(AcceptanceVerdict.ACCEPTED, arrival.delivery_id, runs)
+        _insert_delivery(connection, write, runs, now)
+    if write.event is not None:
+        _insert_event(connection, write, now)
+    return IngestResult(AcceptanceVerdict.ACCEPTED, write.delivery_id, runs)
 
 
-def _is_delivery_stored(connection: sqlite3.Connection, arrival: IngestWrite) -> bool:
+def _is_delivery_stored(connection: sqlite3.Connection, write: IngestWrite) -> bool:
     """Return whether this same request was stored before, by a call with a lost answer."""
     statement = "SELECT 1 FROM delivery WHERE id = ?"
-    return connection.execute(statement, (arrival.delivery_id,)).fetchone() is not None
+    return connection.execute(statement, (write.delivery_id,)).fetchone() is not None
 
 
 def _insert_delivery(
@@ -97,8 +99,8 @@ def _insert_delivery(
 ) -> None:
     answer = one.answer
     if one.event is None and len(runs) > 1:
-        brought = [run.execution_id for run in runs if run.verdict is AcceptanceVerdict.ACCEPTED]
-        answer = msgspec.json.encode(brought).decode()
+        accepted_ids = [run.execution_id for run in runs if run.verdict is AcceptanceVerdict.ACCEPTED]
+        answer = msgspec.json.encode(accepted_ids).decode()
     connection.execute(
         "INSERT INTO delivery (id, shard, organization_id, workflow_id, user_id, route, sender, content_hash,"
         " content_bytes, outcome, status, execution_id, event_id, answer, redriven_from, created_at)"

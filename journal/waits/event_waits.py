@@ -164,14 +164,14 @@ async def filter_awaited(
 
 
 async def list_waits(
-    connection: AsyncConnection, told: EventAnnouncement, after: tuple[str, str, str] | None
+    connection: AsyncConnection, event: EventAnnouncement, after: tuple[str, str, str] | None
 ) -> Sequence[EventWait]:
     """Return the next batch of nodes that wait for such an event, after `after`."""
     conditions: list[ColumnElement[bool]] = [
-        col(EventWait.organization_id) == told.organization_id,
-        col(EventWait.pattern).in_(matching_patterns(told.event_type)),
-        col(EventWait.since) <= told.created_at,
-        or_(col(EventWait.expires_at).is_(None), col(EventWait.expires_at) > told.created_at),
+        col(EventWait.organization_id) == event.organization_id,
+        col(EventWait.pattern).in_(matching_patterns(event.event_type)),
+        col(EventWait.since) <= event.created_at,
+        or_(col(EventWait.expires_at).is_(None), col(EventWait.expires_at) > event.created_at),
     ]
     if after is not None:
         execution_id, node_id, iteration = after

@@ -83,8 +83,8 @@ def encode_output_answer(value: Json, port: str = OUTPUT) -> bytes:
 
 def encode_error_answer(code: str, message: str, cause: FailureCause | None = None) -> bytes:
     """Encode the answer with which a node fails; `cause` is the error inside the run for which it has waited."""
-    said: dict[str, object] = {"code": code, "message": message}
-    return _encode({"error": said if cause is None else {**said, "cause": cause}})
+    error: dict[str, object] = {"code": code, "message": message}
+    return _encode({"error": error if cause is None else {**error, "cause": cause}})
 
 
 async def store_answer(
