@@ -161,7 +161,7 @@ async def _run(
         # Written through the log, so that it follows earlier log lines.
         lines.put(_greeting(_address(listener), key).encode())
         if key is not None and example is not None:
-            # The task waits until the server answers.
+            # The socket listens already, so the request waits until the server answers.
             reached_at = _local_url(_address(listener))
             loading = asyncio.create_task(_offer_example(lines, reached_at, key, example))
             stack.callback(loading.cancel)

@@ -1,1 +1,1 @@
-"""Connections to what users name as data sources: databases, buckets, and what goes into the headers of a request."""
+"""Connections to users' data sources: databases, buckets, mail servers, and credentials for HTTP requests."""

@@ -1,4 +1,4 @@
-"""AWS Signature Version 4, as S3 and SQS take it in headers: a pure function of the request and the clock."""
+"""AWS Signature Version 4 in headers, for S3 and SQS: a pure function of the request and the time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hashlib import sha256
 from urllib.parse import quote
 
 UNRESERVED = "-_.~"
-"""Everything else is percent-encoded in what is signed, and has to be sent the same."""
+"""Characters that are not percent-encoded; the request must be encoded in the same way as the signed text."""
 
 
 def encode_path(path: str) -> str:
@@ -28,7 +28,7 @@ def encode_query(query: Mapping[str, str]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class AwsSigner:
-    """Who signs, and for which region and service."""
+    """Signer with credentials, for one region and service."""
 
     access_key_id: str
     secret_access_key: str = field(repr=False)
@@ -46,7 +46,7 @@ class AwsSigner:
         body: bytes,
         now: datetime,
     ) -> dict[str, str]:
-        """Return the headers to send: those given, and what signs the request; the client itself sends `host`."""
+        """Return the given headers with the signature and its dates; the client itself adds `host`."""
         moment = now.strftime("%Y%m%dT%H%M%SZ")
         payload = sha256(body).hexdigest()
         sent = {**given, "x-amz-date": moment, "x-amz-content-sha256": payload}

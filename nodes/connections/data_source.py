@@ -1,4 +1,4 @@
-"""A data source as whoever connects to it sees it, and who finds it."""
+"""Data source with its secrets, and the lookup that finds it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
 
 
 class ConnectionSource(msgspec.Struct, frozen=True):
-    """One data source, with what opens it."""
+    """Data source with decrypted secrets."""
 
     id: str
     organization_id: str
     type: str
     revision: int
-    """Goes up with every change: what was opened for an earlier one is not used again."""
+    """Increases with every change; connections of an earlier revision are not reused."""
     settings: dict[str, Json]
     secrets: dict[str, str]
 
@@ -30,7 +30,7 @@ class ConnectionSource(msgspec.Struct, frozen=True):
 
 
 class ConnectionSources(Protocol):
-    """Finds data sources, as far as a caller may use them."""
+    """Lookup of data sources that a caller may use."""
 
     async def find(self, caller: RunCaller, source_id: str) -> ConnectionSource:
-        """Return a data source; `NodeError` `data-source-not-found` for one that the caller may not read."""
+        """Return a data source; raises `NodeError` `data-source-not-found` if it is missing or not permitted."""

@@ -1,4 +1,4 @@
-"""What users' data sources open: pools of databases, buckets, and what goes into the headers of a request."""
+"""Service that opens users' data sources: pools of databases, buckets, mail servers, and credentials for requests."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class DataSourceConnections:
                 }
 
     async def close(self) -> None:
-        """Close every connection; those at work when they are released."""
+        """Close every connection; connections in use are closed after their release."""
         for _, pool in self._pools.values():
             await pool.close()
         self._pools.clear()
@@ -96,7 +96,7 @@ class DataSourceConnections:
         return source
 
     def _pool_of(self, source: ConnectionSource) -> SessionPool:
-        """Return the pool of a data source as it is now; what was opened for an earlier revision is closed."""
+        """Return the pool for the current revision of a data source; a pool of an earlier revision is closed."""
         key = (source.organization_id, source.id)
         revision, pool = self._pools.get(key, (None, None))
         if pool is not None and revision == source.revision:
@@ -219,7 +219,9 @@ class PooledSqlDatabase:
     async def _within(
         self, timeout_seconds: float, work: Callable[[DatabaseSession], Awaitable[Outcome]]
     ) -> Outcome:
-        """Do the work with a session of the pool; after any failure its state is unknown, and it is closed."""
+        """Do the work with a session of the pool; after a failure the state of the session is unknown, and it is
+        closed.
+        """
         try:
             async with asyncio.timeout(timeout_seconds):
                 with redaction.redact_errors(self._secrets):
@@ -240,7 +242,7 @@ def _refused_error(error: StatementRefused) -> NodeError:
 
 
 def _check_host(source: ConnectionSource, url: str) -> None:
-    """Keep a credential from every host that its data source doesn't name, if it names any."""
+    """Raise `NodeError` for a host that the data source doesn't list, if it lists any: its credential stays secret."""
     hosts = source.settings.get("hosts")
     if not hosts:
         return

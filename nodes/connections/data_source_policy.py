@@ -1,6 +1,6 @@
-"""Where a data source may lead: never to the server's own database, and inside only where the operator allows it.
+"""Policy for the addresses of data sources: public ones, allowed networks, and never the server's own database.
 
-A name is resolved once for each connection, every address of the answer is checked, and one of those is connected.
+A name is resolved once for each connection, every returned address is checked, and one of them is connected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from nodes.url_targets import IpAddress
 
 ResolveHost = Callable[[str], Awaitable[Sequence[str]]]
-"""From a host name to the texts of its addresses, the preferred one first; raises OSError."""
+"""Resolver of a host name to the texts of its addresses, the preferred one first; raises OSError."""
 
 MAX_ADDRESSES: Final = 16
 RESOLVE_SECONDS: Final = 5
@@ -34,17 +34,17 @@ POSTGRESQL_PORT: Final = 5432
 
 @dataclass(frozen=True)
 class ServerDatabase:
-    """Where the server keeps its own data: a database of PostgreSQL, or the file of SQLite."""
+    """Address of the server's own database: a database of PostgreSQL, or a SQLite file."""
 
     host: str = ""
-    """A name or an address; a folder, or nothing, for a socket of this machine."""
+    """A name or an address; a folder, or an empty text, for a socket of this machine."""
     port: int = POSTGRESQL_PORT
     database: str = ""
     file: Path | None = None
 
     @classmethod
     def from_url(cls, url: str) -> Self:
-        """Take the address that the server itself is configured with."""
+        """Parse the database URL in the server's own settings."""
         parts = urlsplit(url)
         if parts.scheme.startswith("sqlite"):
             return cls(file=Path(unquote(parts.path.removeprefix("/"))))
@@ -57,18 +57,18 @@ class ServerDatabase:
 @dataclass(frozen=True)
 class ConnectionPolicy:
     allowed_networks: tuple[IpNetwork, ...] = ()
-    """What may be connected, although it is not public."""
+    """Networks that may be connected, although they are not public."""
     own_databases: tuple[ServerDatabase, ...] = ()
     files: Path | None = None
-    """The folder with one for each organisation, for SQLite; None: there are no files where this runs."""
+    """Parent of the folders of organizations, for SQLite; None disables files in this process."""
     idle_seconds: float = 60
     max_connections_per_source: int = 5
     clock: DatabaseClock = field(default_factory=DatabaseClock)
-    """The time that requests are signed with: servers refuse what is some minutes old or ahead."""
+    """Clock for signatures: servers refuse requests that are some minutes old or ahead."""
     max_file_bytes: int = 1_000_000_000
-    """As large as a SQLite file may grow."""
+    """Maximum size of a SQLite file."""
     max_sqlite_processes: int = 2
-    """Statements on SQLite files that run at once; up to twice as many while several organizations share them."""
+    """Concurrent statements on SQLite files; up to twice as many if several organizations use them."""
 
 
 async def resolve_allowed(
@@ -80,7 +80,7 @@ async def resolve_allowed(
     database: str,
     privileged_ports: Container[int] = PRIVILEGED_PORTS,
 ) -> Sequence[IpAddress]:
-    """Return the addresses of a server, each of which may be connected; raises `NodeError`."""
+    """Return the permitted addresses of a server; raises `NodeError`."""
     found = await _resolve(host, resolve)
     for address in found:
         _require_allowed(policy, host, address, port, privileged_ports)
@@ -93,7 +93,7 @@ async def resolve_allowed(
 def _require_allowed(
     policy: ConnectionPolicy, host: str, address: IpAddress, port: int, privileged_ports: Container[int]
 ) -> None:
-    """Keeps the address out of its message: what a name means inside the network is nobody's to learn."""
+    """Raise `NodeError` without the address: names of the internal network must not be resolvable by users."""
     if any(address in network for network in policy.allowed_networks):
         return
     if not url_targets.is_public(address):
@@ -124,7 +124,7 @@ async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
 async def _is_server_database(own: ServerDatabase, found: Sequence[IpAddress], resolve: ResolveHost) -> bool:
     """Tell whether one of the addresses leads to the machine of the server's own database.
 
-    Raises `NodeError` where nobody knows: its name may lead there again a moment later.
+    Raises `NodeError` if that can't be determined: its name may lead there again a moment later.
     """
     if own.file is not None:
         return False
@@ -133,7 +133,7 @@ async def _is_server_database(own: ServerDatabase, found: Sequence[IpAddress], r
     own_addresses = await _server_addresses(own.host, resolve)
     if any(address in own_addresses for address in found):
         return True
-    # localhost, a loopback and the machine's address in its network are one server under three names.
+    # localhost, a loopback address and the machine's address in its network are one server under three names.
     return any(map(is_local_address, own_addresses)) and any(map(is_local_address, found))
 
 
@@ -141,13 +141,13 @@ async def _server_addresses(host: str, resolve: ResolveHost) -> Sequence[IpAddre
     try:
         return await _resolve(host, resolve)
     except NodeError as error:
-        # Not the name: where the server keeps its rows is nobody's to learn.
+        # Without the host name: the location of the server's database is secret.
         message = "It can't be told whether this is the server's own database"
         raise NodeError(message, code="connection-failed", retryable=True) from error
 
 
 def is_local_address(address: IpAddress) -> bool:
-    """Tell whether something that listens here may be reached under an address."""
+    """Tell whether an address belongs to this machine."""
     if address.is_loopback or address.is_unspecified:
         return True
     family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6

@@ -1,4 +1,4 @@
-"""The server that a data source names: where it is, who logs in, and how far the connection is protected."""
+"""Database server of a data source: address, login and TLS mode."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class DatabaseEndpoint:
 
     @classmethod
     def from_source(cls, source: ConnectionSource) -> Self:
-        """Read a data source; raises `NodeError` for one that lacks something."""
+        """Read the settings of a data source; raises `NodeError` for an incomplete one."""
         settings = {"tls": DatabaseTls.PREFER.value, **source.settings}
         return cls(
             host=config_fields.read_text(settings, "host"),
@@ -48,7 +48,7 @@ class DatabaseEndpoint:
         )
 
     def tls_context(self) -> ssl.SSLContext | None:
-        """Return what a handshake goes by; None: there is none."""
+        """Return the TLS context; None disables TLS."""
         if self.tls is DatabaseTls.DISABLE:
             return None
         context = _NamedTlsContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -66,7 +66,7 @@ class DatabaseEndpoint:
         resolve: ResolveHost,
         open_at: Callable[[str, ssl.SSLContext | None], Awaitable[Opened]],
     ) -> Opened:
-        """Open a connection at the first checked address that takes one; raises `NodeError`."""
+        """Open a connection at the first permitted address that accepts one; raises `NodeError`."""
         found = await data_source_policy.resolve_allowed(
             connection_policy, resolve, host=self.host, port=self.port, database=self.database or self.user
         )
@@ -99,7 +99,7 @@ class DatabaseEndpoint:
 
 
 class _NamedTlsContext(ssl.SSLContext):
-    """Names the host in the handshake and looks for it in the certificate, although an address was connected."""
+    """TLS context that sends and verifies the host name, although an address is connected."""
 
     server_name: str
 
@@ -108,7 +108,7 @@ class _NamedTlsContext(ssl.SSLContext):
 
 
 class NameResolver:
-    """Looks up host names in threads of its own: a lookup holds one for as long as the name's owner likes."""
+    """Resolver in its own threads: a lookup blocks one for as long as the owner of the name likes."""
 
     def __init__(self) -> None:
         self._threads = ThreadPoolExecutor(max_workers=16, thread_name_prefix="connection-names")
@@ -125,7 +125,7 @@ class NameResolver:
 
 
 def connection_error(reason: str, *, retryable: bool = True) -> NodeError:
-    """Return the error for a database that can't be used at all; it names no address and no user."""
+    """Return the error for an unusable database; it contains no address and no user."""
     return NodeError(
         f"No connection to the database: {reason}", code="connection-failed", retryable=retryable
     )

@@ -1,4 +1,4 @@
-"""What the three kinds of databases have in common: one connection to each, and what it may give at most."""
+"""Common parts of the database drivers: the session protocol, and limits of results and batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nodes.sql_text import SqlStatement
 
 MAX_BATCH_BYTES = 1_000_000
-"""As JSON; the smallest packet that a MySQL server takes unless it is told otherwise holds this."""
+"""Maximum JSON size of a batch; the smallest default packet size of a MySQL server is larger."""
 MAX_MESSAGE_CHARACTERS = 500
 QUOTES_AND_COLON = 4
 ESCAPED_NUL = rb"\u0000"
@@ -25,7 +25,7 @@ _encode = msgspec.json.Encoder().encode
 
 
 class DatabaseSession(Protocol):
-    """One connection, used by one caller at a time; each method raises `NodeError`."""
+    """Database connection, used by one caller at a time; each method raises `NodeError`."""
 
     async def query(
         self,
@@ -53,14 +53,14 @@ class DatabaseSession(Protocol):
     ) -> int: ...
 
     async def reset(self) -> bool:
-        """Forget everything that was set in the session; False: it can't be used again."""
+        """Discard the state of the session; False if it can't be reused."""
 
     async def is_alive(self) -> bool:
-        """Tell whether the other side is still there after a while without use."""
+        """Tell whether an idle connection is still open."""
 
     async def close(self) -> None: ...
     def abort(self) -> None:
-        """Let go at once."""
+        """Close the connection at once."""
 
 
 FETCHED_ROWS = 500
@@ -68,12 +68,14 @@ FETCHED_VALUES = 20_000
 
 
 def rows_per_fetch(columns: int) -> int:
-    """Return how many rows of so many columns are fetched at once: their values are held before they are counted."""
+    """Return the number of rows per fetch for this number of columns; their values are in memory before they are
+    counted.
+    """
     return min(FETCHED_ROWS, max(1, FETCHED_VALUES // max(1, columns)))
 
 
 class RowCollector:
-    """The rows of a query as they arrive, up to its limits."""
+    """Collects the rows of a query up to its limits."""
 
     def __init__(self, columns: Sequence[str], *, max_rows: int, max_bytes: int) -> None:
         self._columns = columns
@@ -84,7 +86,7 @@ class RowCollector:
         self._bytes = 0
 
     def add(self, rows: list[list[Json]]) -> None:
-        """Take the next rows; raises `NodeError` when they are too many or too large, each counted with its names."""
+        """Add rows; raises `NodeError` beyond a limit. The size of a row includes its column names."""
         if len(self._rows) + len(rows) > self._max_rows:
             message = f"The query gives more than {self._max_rows:,} rows, which is its limit (`maxRows`)"
             raise NodeError(message, code="too-many-rows")
@@ -99,18 +101,18 @@ class RowCollector:
 
 
 def result_too_large(max_bytes: int) -> NodeError:
-    """Return the error for a result that no output can hold."""
+    """Return the error for a result that exceeds the size limit of outputs."""
     message = f"The result takes more than {max_bytes:,} bytes, which is the limit: select less"
     return NodeError(message, code="result-too-large")
 
 
 def _replace_nul(row: list[Json]) -> list[Json]:
-    """Return a row in whose texts U+FFFD stands for NUL, which some databases keep; values of JSON never hold one."""
+    """Replace NUL by U+FFFD in the texts of a row: some databases store NUL, but stored JSON can't contain it."""
     return [value.replace("\0", "\ufffd") if isinstance(value, str) else value for value in row]
 
 
 def split_batches(rows: Sequence[Sequence[Json]], batch_rows: int) -> Iterator[Sequence[Sequence[Json]]]:
-    """Divide rows so that each part has at most so many of them, and takes about a megabyte where one row doesn't."""
+    """Split rows into batches of at most `batch_rows` rows and about a megabyte, or a single row."""
     for start in range(0, len(rows), batch_rows):
         yield from _split_evenly(rows[start : start + batch_rows])
 
@@ -128,22 +130,22 @@ MISREAD_ERRORS = (
     ArithmeticError, AssertionError, AttributeError, BufferError, EOFError, LookupError, MemoryError, RecursionError,
     SystemError, TypeError, ValueError, struct.error,
 )  # fmt: skip
-"""What drivers raise where a server doesn't keep to its protocol."""
+"""Exceptions of drivers if a server violates its protocol."""
 
 
 def unreadable_server() -> NodeError:
-    """Return the error for a server whose messages the driver can't read."""
+    """Return the error for a server with unreadable messages."""
     message = "What the server sent can't be read: it doesn't keep to the protocol of such databases"
     return NodeError(message, code="invalid-response")
 
 
 def quote_server_message(message: object) -> str:
-    """Return what a server says, as one line that an error can hold."""
+    """Return the message of a server as one line of limited length."""
     return " ".join(str(message).replace("\0", "").split())[:MAX_MESSAGE_CHARACTERS] or "no reason given"
 
 
 def query_timed_out(timeout_seconds: float) -> NodeError:
-    """Return the error for what took longer than it may."""
+    """Return the error for an exceeded time limit."""
     message = (
         f"The database did not finish within {timeout_seconds:g} s, which is the limit (`timeoutSeconds`)"
     )

@@ -1,4 +1,4 @@
-"""Between a socket and a driver that trusts its server: what arrives is counted, and cut off where it is too much.
+"""Protocol wrappers that limit received data, for drivers that trust their server.
 
 A row arrives whole, however large it is, and no driver here has a limit for one.
 """
@@ -19,17 +19,17 @@ from nodes.connections.postgresql_binary import (
 )
 
 BYTES_BESIDE: Final = 1_000_000
-"""For what a server sends besides rows. Each may take a hundred times as much memory."""
+"""Allowance for messages other than rows. They may take a hundred times as much memory."""
 ROWS_BESIDE: Final = 2_000
-"""For rows that a server sends about its types, or beyond what was asked for."""
+"""Allowance for rows about types, and beyond the requested ones."""
 DATA_ROW_TAG: Final = ord("D")
 MESSAGE_HEADER: Final = Struct(">Bi")
-"""Of a message of PostgreSQL: its type, and its length, which counts itself and what follows."""
+"""Header of a PostgreSQL message: its type, and its length, which includes the length field."""
 SHORTEST_LENGTH: Final = 4
 
 
 class _MeteredProtocol(asyncio.BaseProtocol):
-    """Hands everything on to the protocol of the driver, in whose place it stands."""
+    """Wrapper around a driver's protocol that counts received bytes."""
 
     inner: Any
 
@@ -39,10 +39,10 @@ class _MeteredProtocol(asyncio.BaseProtocol):
         self._left_bytes = BYTES_BESIDE
         self.is_exceeded = False
         self.is_garbled = False
-        """What arrived can't be true."""
+        """Set if received data is implausible."""
 
     def limit(self, max_bytes: int) -> None:
-        """Allow so many bytes from now on, and something besides."""
+        """Allow this number of bytes from now on, plus the allowance for other messages."""
         self._left_bytes = max_bytes + BYTES_BESIDE
 
     def _is_allowed(self, size_bytes: int) -> bool:
@@ -74,31 +74,31 @@ Wire = TypeVar("Wire", bound=_MeteredProtocol)
 
 
 class MessageWire(_MeteredProtocol, asyncio.Protocol):
-    """For PostgreSQL: also looks at the length of each message, since asyncpg would read one below four forever.
+    """Wrapper for PostgreSQL that also checks the length of each message: asyncpg would read one below four forever.
 
     Rows are counted besides their bytes: the shortest has 7, and takes 50 in memory. So are the bytes of other
-    messages, of which asyncpg keeps more still. Messages are handed on whole, and rows only if what they say of
-    themselves can be true: see `binary_values`.
+    messages, which take even more memory in asyncpg. Messages are passed on whole, and rows only if their counts are
+    plausible: see `postgresql_binary`.
     """
 
-    def __init__(self, inner: Any) -> None:  # noqa: ANN401 - see `_Meter`
+    def __init__(self, inner: Any) -> None:  # noqa: ANN401 - see `_MeteredProtocol`
         super().__init__(inner)
         self._left_rows = ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE
         self._has_messages = not hasattr(inner, "on_data")
-        """Not so of what asks a server whether it speaks TLS: that answers with a single byte."""
+        """False for the protocol that asks a server for TLS: the answer is a single byte."""
         self._held = bytearray()
-        """A message of which the rest is still to come."""
+        """Beginning of an incomplete message."""
         self._needed = 0
         self._types = LearnedTypes()
         self._columns: Sequence[int] | None = None
-        """Types of the rows that are awaited; None: the driver asks on its own account."""
+        """Types of the expected rows; None for queries of the driver itself."""
         self._are_checked = True
 
     def limit_rows(
         self, max_rows: int, types: LearnedTypes | None = None, columns: Sequence[int] | None = None
     ) -> None:
-        """Allow so many rows from now on, and some besides; `columns` are their types, where that is known."""
+        """Allow this number of rows from now on, plus an allowance; `columns` are their types, if known."""
         self._left_rows = max_rows + ROWS_BESIDE
         self._left_bytes_beside = BYTES_BESIDE
         self._types = types or LearnedTypes()
@@ -124,7 +124,7 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
             self.inner.data_received(whole)
 
     def _end_of_messages(self) -> int | None:
-        """Return where the last whole message ends; None where one is not to be handed on."""
+        """Return the end of the last complete message; None for a refused one."""
         position = 0
         while position + MESSAGE_HEADER.size <= len(self._held):
             kind, length = MESSAGE_HEADER.unpack_from(self._held, position)
@@ -164,7 +164,7 @@ class MessageWire(_MeteredProtocol, asyncio.Protocol):
 
 
 class BufferedWire(_MeteredProtocol, asyncio.BufferedProtocol):
-    """For a driver that lends its own memory to what arrives."""
+    """Wrapper for drivers that provide the receive buffer."""
 
     def get_buffer(self, sizehint: int) -> memoryview:
         buffer: memoryview = self.inner.get_buffer(sizehint)
@@ -176,17 +176,17 @@ class BufferedWire(_MeteredProtocol, asyncio.BufferedProtocol):
 
 
 class MeteredLoop(Generic[Wire]):
-    """The running loop, with a wire before every protocol that is connected through it."""
+    """Running loop that wraps the protocol of every connection."""
 
     def __init__(self, make_wire: Callable[[Any], Wire]) -> None:
         self._loop = asyncio.get_running_loop()
         self._make_wire = make_wire
         self.wire: Wire | None = None
-        """That of the last connection."""
+        """Wrapper of the last connection."""
 
-    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the loop has
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - any attribute of the loop
         if name == "start_tls":
-            raise AttributeError(name)  # asyncpg then begins TLS with `create_connection` as well
+            raise AttributeError(name)  # Without it, asyncpg begins TLS with `create_connection` as well.
         return getattr(self._loop, name)
 
     async def create_connection(

@@ -1,4 +1,4 @@
-"""MySQL and MariaDB, through asyncmy."""
+"""Session of MySQL or MariaDB, through asyncmy."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ MAX_PLACEHOLDERS = 65_535
 WIRE_BYTES_PER_BYTE = 3
 """A small number takes two bytes as JSON, with its comma, and six on the wire, but there it has no name."""
 PLACEHOLDER_BYTES = 100
-"""On the wire, for what a server says of each place for a value."""
+"""Wire size of a server's description of a placeholder."""
 RETURNED_BYTES = 4_000_000
-"""On the wire, for what a statement that writes returns: nobody gets it, but the driver holds it."""
+"""Maximum wire size of the result of a writing statement: it is discarded, but the driver holds it."""
 RESET_CONNECTION = 0x1F
 BINARY = 63
-"""The character set of columns that hold bytes."""
+"""Character set of columns with bytes."""
 
-# Quotes mean the same on every server, what doesn't fit is an error instead of being cut off, and times are UTC.
+# Quotes mean the same on every server, values that don't fit are errors instead of being truncated, and times are UTC.
 SESSION_STATEMENT = (
     "SET SESSION sql_mode = 'STRICT_ALL_TABLES,ERROR_FOR_DIVISION_BY_ZERO,NO_ENGINE_SUBSTITUTION', "
     "time_zone = '+00:00', autocommit = 1"
@@ -56,15 +56,15 @@ UNIQUE_KEYS_QUERY = (
 
 DATE_TYPES = frozenset({FIELD_TYPE.DATETIME, FIELD_TYPE.TIMESTAMP})
 TEXT_TYPES = frozenset({FIELD_TYPE.DATE, FIELD_TYPE.NEWDATE, FIELD_TYPE.TIME, *DATE_TYPES})
-"""What the server writes of these is nearly ISO 8601 already, and may be what no `datetime` holds."""
+"""Types whose texts are nearly ISO 8601 already, and may exceed the range of `datetime`."""
 CONVERSIONS = {key: value for key, value in converters.conversions.items() if key not in TEXT_TYPES}
 
 RETRYABLE = frozenset({ER.LOCK_DEADLOCK, ER.LOCK_WAIT_TIMEOUT})
 TIMED_OUT = frozenset({ER.QUERY_INTERRUPTED, 1969, 3024})
-"""The query was cut off by a limit: MariaDB's `max_statement_time`, MySQL's `max_execution_time`, or somebody."""
+"""Interrupted queries: by MariaDB's `max_statement_time`, MySQL's `max_execution_time`, or KILL QUERY."""
 UNAVAILABLE = frozenset(
     {
-        ER.SERVER_SHUTDOWN, ER.CON_COUNT_ERROR, 1927, 4031,  # the connection was killed, or idle for too long
+        ER.SERVER_SHUTDOWN, ER.CON_COUNT_ERROR, 1927, 4031,  # The connection was killed, or idle for too long.
         CR.CR_SERVER_GONE_ERROR, CR.CR_SERVER_LOST, CR.CR_CONN_HOST_ERROR, CR.CR_CONNECTION_ERROR,
     }
 )  # fmt: skip
@@ -78,8 +78,8 @@ DUPLICATES = re.compile(rb"Duplicates: (\d+)")
 async def open_session(
     endpoint: DatabaseEndpoint, address: str, context: ssl.SSLContext | None
 ) -> MysqlSession:
-    """Connect and log in; raises `OSError` when nobody takes the connection, else `NodeError`."""
-    make: Any = Connection  # it has no types
+    """Connect and log in; raises `OSError` if the connection is refused, else `NodeError`."""
+    make: Any = Connection  # The class has no types.
     connection = make(
         host=address,
         port=endpoint.port,
@@ -94,7 +94,7 @@ async def open_session(
         local_infile=False,
         program_name="pilotflame",
     )
-    # It looks for the running loop itself, and takes no other one.
+    # The driver looks up the running loop itself, and accepts no other.
     loop = connection._loop = MeteredLoop(BufferedWire)  # noqa: SLF001 - see above
     try:
         await connection.connect()
@@ -106,7 +106,7 @@ async def open_session(
             raise connection_error("it refused the login", retryable=False) from error
         raise (error.__cause__ if isinstance(error.__cause__, OSError) else OSError(str(error))) from error
     except OSError:
-        raise  # of which an untrusted certificate is one, besides being a ValueError
+        raise  # Includes an untrusted certificate, which is a ValueError too.
     except (RuntimeError, *database_session.MISREAD_ERRORS) as error:
         raise connection_error("what answered there is no such database", retryable=False) from error
     opened = MysqlSession(connection, cast("BufferedWire", loop.wire))
@@ -128,7 +128,7 @@ class MysqlSession:
         self._is_mariadb = "MariaDB" in connection.get_server_info()
 
     async def prepare(self) -> None:
-        """Set what the session goes by, after connecting and after each reset."""
+        """Set the session variables, after connecting and after each reset."""
         with _translate_errors():
             await self._connection.query(SESSION_STATEMENT)
 
@@ -152,7 +152,7 @@ class MysqlSession:
         self, statement: SqlStatement, parameters: Sequence[Json], max_rows: int, max_bytes: int
     ) -> QueryRows:
         # The driver binds values on the server or streams rows, never both. So the text and the values are bound to
-        # variables, and the server prepares the statement, of which it takes one only, and runs it from there.
+        # variables, and the server prepares the statement from them; it accepts only one.
         names = ["@query", *(f"@value{number}" for number in range(len(parameters)))]
         await self._execute(
             f"SET {', '.join(f'{name} = ?' for name in names)}", [_build_text(statement), *parameters]
@@ -162,7 +162,7 @@ class MysqlSession:
         cursor: Any = self._connection.cursor(SSCursor)
         self._wire.limit(BYTES_BESIDE)
         await cursor.execute(f"EXECUTE pilotflame{using}")
-        # What is said of the columns has been read by now, and only rows may take more.
+        # The column descriptions have been read by now, so only rows may take more.
         self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
         description = cursor.description or ()
         gathering = RowCollector(
@@ -239,7 +239,8 @@ class MysqlSession:
         if self._is_idle and self._connection.connected:
             await self._connection.ensure_closed()
             return
-        # A server that is still at work takes no part in ending TLS, and the driver would keep all that it still sends.
+        # A server that is still busy doesn't answer the end of TLS, and the driver would buffer all that it still
+        # sends.
         self._transport.abort()
         await self._protocol.wait_closed()
 
@@ -248,7 +249,9 @@ class MysqlSession:
 
     @contextmanager
     def _at_work(self, timeout_seconds: float, max_bytes: int = MAXIMUM_BYTES) -> Iterator[None]:
-        """Translate failures, of which being sent too much is one, and remember when nothing more is to come."""
+        """Translate failures, including an exceeded receive limit, and record whether the connection is idle
+        afterwards.
+        """
         self._is_idle = False
         self._wire.limit(0)
         try:
@@ -271,7 +274,7 @@ class MysqlSession:
         )
 
     async def _execute(self, text: str, values: Sequence[Json]) -> Any:  # noqa: ANN401 - a result of the driver
-        """Run one statement, prepared by the server, with its values bound there."""
+        """Run a statement that the server prepares, with its values bound there."""
         self._wire.limit(RETURNED_BYTES + PLACEHOLDER_BYTES * len(values))
         prepared = await self._connection.prepare(text)
         result = await prepared.execute([_bind_value(value) for value in values])
@@ -279,7 +282,7 @@ class MysqlSession:
         return result
 
     async def _check_key(self, table: str, upsert: UpsertRule) -> None:
-        """Refuse a key that the table doesn't hold unique: the server would add rows instead of changing them."""
+        """Raise `NodeError` for a key without a unique index: the server would insert rows instead of updating them."""
         if not upsert.key:
             return
         schema, _, name = table.rpartition(".")
@@ -294,7 +297,7 @@ class MysqlSession:
             )
 
     async def _binders(self, table: str, names: Sequence[str]) -> Sequence[Convert]:
-        """Return what makes a value of each column of it, by the columns' types."""
+        """Return a converter for the values of each column, by its type."""
         cursor: Any = self._connection.cursor()
         await cursor.execute(f"SELECT {', '.join(names)} FROM {table} LIMIT 0")  # noqa: S608 - names are quoted
         fields = cursor._result.fields  # noqa: SLF001 - where the driver says which columns hold bytes
@@ -326,7 +329,7 @@ def _column_binder(type_code: int, charset: int) -> Convert:
 
 
 def _to_utc_text(value: Json) -> Json:
-    """Return a time in UTC where it names an offset, which not every server understands."""
+    """Convert a time with an offset to UTC, since not every server understands offsets."""
     if not isinstance(value, str):
         return value
     try:
@@ -382,7 +385,7 @@ def _on_duplicate_sql(columns: Sequence[str], upsert: UpsertRule) -> str:
 
 
 def _count_written(result: Any) -> int:  # noqa: ANN401 - a result of the driver
-    """Return how many rows were inserted or changed: the server counts those twice that were there and changed."""
+    """Return the number of inserted or changed rows; the server counts changed ones twice."""
     duplicates = DUPLICATES.search(result.message or b"")
     if duplicates is not None:
         return int(result.affected_rows) - int(duplicates[1])
@@ -404,7 +407,7 @@ def _translate_errors(timeout_seconds: float = 0) -> Iterator[None]:
     except database_session.MISREAD_ERRORS as error:
         raise database_session.unreadable_server() from error
     except RuntimeError as error:
-        # So the driver answers a server that asks for a file of this machine.
+        # The driver raises it if a server requests a file of this machine.
         raise NodeError(
             "The server asked for a local file, which it doesn't get", code="statement-refused"
         ) from error

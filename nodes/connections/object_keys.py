@@ -1,4 +1,4 @@
-"""Names of objects: the same to every server, proxy and file system, or refused."""
+"""Object keys that every server, proxy and file system interprets in the same way; others are refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ UNUSABLE = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 def require_object_key(key: str) -> str:
-    """Return the key; raises `NodeError` for one that could lead somewhere else."""
+    """Return a valid key; raises `NodeError` for one that could lead somewhere else."""
     if not key or len(require_key_prefix(key).encode()) > MAX_KEY_BYTES:
         raise NodeError(f"A key must have 1 to {MAX_KEY_BYTES:,} bytes", code="invalid-key")
     if key.startswith("/") or any(part in {".", ".."} for part in key.split("/")):
@@ -21,7 +21,7 @@ def require_object_key(key: str) -> str:
 
 
 def require_key_prefix(text: str) -> str:
-    """Return a key or the beginning of one; raises `NodeError` for what no key has."""
+    """Return a key or the beginning of one; raises `NodeError` for characters that keys can't have."""
     if UNUSABLE.search(text):
         raise NodeError("A key can't have control characters", code="invalid-key")
     return text

@@ -1,6 +1,6 @@
-"""A folder for each organisation, used like a bucket: below `objects`, so that no file is taken for one of SQLite's.
+"""Folder for each organization with the interface of a bucket: below `objects`, apart from SQLite files.
 
-Every step of a path is opened from the one before it and is never a link, so that nothing leads out of the folder.
+Every step of a path is opened relative to the one before it and is never a link, so no path leads out of the folder.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ class OrganizationFolders:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        # A disk that hangs holds its threads, so these are nobody else's.
+        # Own threads, since a hanging disk blocks them.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="files")
 
     async def folder(self, caller: RunCaller) -> OrganizationFolder:
         return OrganizationFolder(self._root, caller.organization_id, self._threads)
 
     def close(self) -> None:
-        """Let the threads end, after what they do."""
+        """Let the threads end after their current work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class OrganizationFolder:
-    """Keeps the promises of `engine.services.ObjectBucket`."""
+    """Implements `engine.services.ObjectBucket`."""
 
     def __init__(self, root: Path, organization_id: str, threads: ThreadPoolExecutor) -> None:
         self._root = root
@@ -65,18 +65,18 @@ class OrganizationFolder:
         self._threads = threads
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
-        """Return a file; see `Bucket.get`."""
+        """Return a file; see `ObjectBucket.get`."""
         return await self._in_time(timeout_seconds, partial(self._get, *_split_key(key), max_bytes))
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:  # noqa: ARG002 - a file has no type
-        """Write a file whole, or leave the one that was there; see `Bucket.put`."""
+        """Write a file atomically; see `ObjectBucket.put`."""
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
             raise NodeError(message, code="object-too-large")
         return await self._in_time(timeout_seconds, partial(self._put, *_split_key(key), content))
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all files below a prefix, by key; fails where there are more than `max_objects`."""
+        """Return all files below a prefix, by key; raises `NodeError` for more than `max_objects`."""
         found = await self._in_time(
             timeout_seconds, partial(self._list, object_keys.require_key_prefix(prefix))
         )
@@ -154,7 +154,7 @@ class OrganizationFolder:
             raise NodeError(message, code="folder-full")
 
     def _files(self) -> Iterator[tuple[str, os.stat_result]]:
-        """Return the keys of all files that are finished, and what is known of them."""
+        """Yield the keys and stat results of all complete files."""
         try:
             with self._opened(()) as folder:
                 for path, _, names, descriptor in os.fwalk(".", dir_fd=folder):
@@ -168,7 +168,7 @@ class OrganizationFolder:
 
     @contextmanager
     def _opened(self, folders: Sequence[str], *, makes: bool = False) -> Iterator[int]:
-        """Open the organisation's folder and go down from there, step by step."""
+        """Open the organization's folder and descend from there, step by step."""
         if makes:
             durable_folders.make_folder(self._root)
         descriptor = os.open(self._root, OPEN_FOLDER_FLAGS & ~os.O_NOFOLLOW)
@@ -177,7 +177,7 @@ class OrganizationFolder:
                 if makes:
                     with suppress(FileExistsError):
                         os.mkdir(name, 0o700, dir_fd=descriptor)
-                    # In any case: whoever else has made it may not have come to this yet.
+                    # In any case: another process that has created it may not have synced it yet.
                     os.fsync(descriptor)
                 below = os.open(name, OPEN_FOLDER_FLAGS, dir_fd=descriptor)
                 os.close(descriptor)
@@ -188,7 +188,7 @@ class OrganizationFolder:
 
 
 def _split_key(key: str) -> tuple[Sequence[str], str]:
-    """Return the folders on the way, and the name; raises `NodeError`."""
+    """Return the folders and the file name of a key; raises `NodeError`."""
     *folders, name = parts = object_keys.require_object_key(key).split("/")
     if not all(parts) or any(part.startswith(".") or len(part.encode()) > MAX_NAME_BYTES for part in parts):
         message = f"A part of the key {key[:100]!r} is empty, begins with a dot, or is too long for a file"

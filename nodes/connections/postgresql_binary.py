@@ -1,7 +1,7 @@
-"""Binary values of PostgreSQL, looked through before asyncpg reads them: it believes the counts that a server names.
+"""Plausibility checks of PostgreSQL's binary values before asyncpg reads them: it trusts the counts of a server.
 
-An array of two billion items that holds none would be a list of 16 GB, whose end holds the interpreter for ten seconds,
-and values nested a hundred thousand deep would overflow the stack of the process.
+An array of two billion items that contains none would be a list of 16 GB, whose release blocks the interpreter for ten
+seconds, and values nested a hundred thousand deep would overflow the stack of the process.
 """
 
 from __future__ import annotations
@@ -13,47 +13,47 @@ from typing import Any, Final
 import msgspec
 
 MAX_DEPTH: Final = 64
-"""As deep as values go."""
+"""Maximum depth of values."""
 MAX_VISITS: Final = 250_000
-"""Values within one that are looked at: to look at more takes too long."""
+"""Maximum number of checked values within one: more would take too long."""
 MAX_DIMENSIONS: Final = 6
 SMALLEST_ITEM: Final = 4
-"""Bytes of the length that every item begins with."""
+"""Bytes of the length in front of every item."""
 ARRAY_HEADER: Final = Struct(">iiI")
 """Number of dimensions, flags, type of the items."""
 DIMENSION: Final = Struct(">ii")
 COUNT: Final = Struct(">H")
 NUMBER: Final = Struct(">i")
 FIELD: Final = Struct(">Ii")
-"""Of a composite: the type and the length of a field."""
+"""Type and length of a field of a composite."""
 
 
 class ContainerType(msgspec.Struct, frozen=True):
-    """A type whose values hold other values."""
+    """Type whose values contain other values."""
 
     kind: str
     """`array`, `composite`, `range` or `multirange`."""
     parts: tuple[int, ...]
-    """The types of what it holds: one, but of a composite those of its fields."""
+    """Types of the contained values: of a composite those of its fields, else one."""
 
 
 KNOWN_CONTAINERS: Final[Mapping[int, ContainerType]] = {
     1009: ContainerType("array", (25,)),
     1028: ContainerType("array", (26,)),
 }
-"""Arrays of text and of oid, which asyncpg knows without asking."""
+"""Arrays of text and of oid, which asyncpg knows without a query."""
 
 
 class LearnedTypes:
-    """Types that hold others, as asyncpg was told of them by the server."""
+    """Container types that the server has described to asyncpg."""
 
     def __init__(self) -> None:
         self._containers: dict[int, ContainerType] = dict(KNOWN_CONTAINERS)
         self._bases: dict[int, int] = {}
-        """Of domains."""
+        """Base types of domains."""
 
     def learn(self, types: Iterable[Mapping[str, Any]]) -> None:
-        """Take rows of asyncpg's query for types; the first word on a type counts, as there."""
+        """Add rows of asyncpg's query for types; the first description of a type counts, as in asyncpg."""
         for each in types:
             oid = int(each["oid"])
             if oid in self._containers or oid in self._bases:
@@ -70,7 +70,7 @@ class LearnedTypes:
                 self._containers[oid] = ContainerType(name, (int(each["range_subtype"] or 0),))
 
     def container(self, oid: int) -> ContainerType | None:
-        """Return what a type is that holds others; None for one that doesn't."""
+        """Return the description of a container type; None for other types."""
         for _ in range(MAX_DEPTH):
             if oid not in self._bases:
                 return self._containers.get(oid)
@@ -79,7 +79,7 @@ class LearnedTypes:
 
 
 def iterate_fields(row: bytes) -> Iterator[bytes]:
-    """Yield the fields of the body of a `DataRow`, null as nothing, up to one that isn't whole."""
+    """Yield the fields of the body of a `DataRow`, null as empty bytes, up to an incomplete one."""
     (count,) = COUNT.unpack_from(row)
     position = COUNT.size
     for _ in range(count):
@@ -94,9 +94,9 @@ def iterate_fields(row: bytes) -> Iterator[bytes]:
 
 
 def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
-    """Tell whether all counts within a value can be true, and it isn't nested too deep.
+    """Tell whether all counts within a value are plausible, and its nesting is not too deep.
 
-    Wrong lengths end the look: the driver finds them itself, before it allocates anything.
+    Wrong lengths end the check: the driver detects them itself, before it allocates memory.
     """
     visits = 0
     levels: list[Iterator[tuple[int, bytes]]] = [iter([(oid, value)])]
@@ -121,9 +121,9 @@ def is_credible(types: LearnedTypes, oid: int, value: bytes) -> bool:
 
 
 def has_plausible_dimensions(value: bytes) -> bool:
-    """Tell whether each dimension of an array may be as long as it says, by the bytes that there are.
+    """Tell whether each dimension of an array may have its stated length, by the available bytes.
 
-    Texts have room: none begins with the number of dimensions, of which three bytes are NUL.
+    Texts pass: none begins with the number of dimensions, of which three bytes are NUL.
     """
     if len(value) < ARRAY_HEADER.size:
         return True
@@ -145,7 +145,7 @@ def _has_plausible_ranges(value: bytes) -> bool:
 def _contained_values(
     types: LearnedTypes, container: ContainerType, value: bytes
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield the types and bytes of what a value holds, as far as that holds others in turn."""
+    """Yield the types and bytes of contained values that are containers in turn."""
     match container.kind:
         case "array":
             if types.container(container.parts[0]) is not None and len(value) >= ARRAY_HEADER.size:
@@ -158,7 +158,9 @@ def _contained_values(
         case "composite":
             yield from _composite_fields(container.parts, value)
         case _:
-            yield from ((container.parts[0], bound) for bound in _iterate_items(value, 1))  # behind its flags
+            yield from (
+                (container.parts[0], bound) for bound in _iterate_items(value, 1)
+            )  # The flags come first.
 
 
 def _iterate_items(value: bytes, position: int) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""PostgreSQL, through asyncpg."""
+"""Session of PostgreSQL, through asyncpg."""
 
 from __future__ import annotations
 
@@ -37,32 +37,32 @@ if TYPE_CHECKING:
 
 CLOSE_SECONDS = 2
 MAX_RETURNED_ROWS = 1_000_000
-"""Of a statement that writes: nobody gets them, but the driver holds them."""
+"""Maximum number of rows that a writing statement returns: they are discarded, but the driver holds them."""
 WIRE_BYTES_PER_BYTE = 6
 """A small number in an array takes two bytes as JSON, with its comma, and twelve on the wire."""
 TABLE_COLUMNS_QUERY = "SELECT attname, format_type(atttypid, atttypmod) FROM pg_attribute WHERE attrelid = $1::text::regclass AND attnum > 0 AND NOT attisdropped"  # noqa: E501 - one statement
 
-# Their own form in asyncpg is another than their text, and less of one: an interval of a month becomes one of 30 days.
-# Of a record it would believe how many fields a server says that it has, and take 8 bytes for each.
+# Types that asyncpg would decode with a loss: an interval of a month becomes one of 30 days. For a record it would
+# trust the server's number of fields, and take 8 bytes for each.
 TEXT_CODEC_TYPES = (
     "record", "interval", "point", "line", "lseg", "box", "path", "polygon", "circle", "bit", "varbit", "tid", "inet",
     "cidr",
 )  # fmt: skip
-# What such columns give is JSON already.
+# Types whose values are JSON already.
 PLAIN_TYPES = frozenset(
     {"int2", "int4", "int8", "oid", "bool", "text", "varchar", "bpchar", "name", "char", *TEXT_CODEC_TYPES}
 )
 WHOLE_NUMBERS = frozenset({"smallint", "integer", "bigint"})
 
 RETRYABLE_STATES = frozenset({"40001", "40P01", "55P03"})
-"""Serialization failure, deadlock, lock not available: everything was undone, and may succeed next time."""
+"""Serialization failure, deadlock, lock not available: everything was rolled back, and a retry may succeed."""
 CANCELLED_STATE = "57014"
 UNAVAILABLE_STATES = ("08", "53", "57P")
-"""Broken connections, a server without room, one that goes down or comes up: by how their states begin."""
+"""Prefixes of states: broken connections, exhausted resources, shutdown or startup of the server."""
 
 
 class TypeLearningConnection(asyncpg.Connection):
-    """Also keeps what the driver is told of types."""
+    """Connection that records the type descriptions of the server."""
 
     def __init__(self, *args: Any, **named: Any) -> None:  # noqa: ANN401 - passed on
         super().__init__(*args, **named)
@@ -77,7 +77,7 @@ class TypeLearningConnection(asyncpg.Connection):
 async def open_session(
     endpoint: DatabaseEndpoint, address: str, context: ssl.SSLContext | None
 ) -> PostgresqlSession:
-    """Connect and log in; raises `OSError` when nobody takes the connection, else `NodeError`."""
+    """Connect and log in; raises `OSError` if the connection is refused, else `NodeError`."""
     loop: Any = MeteredLoop(MessageWire)
     try:
         connection = await asyncpg.connect(
@@ -89,7 +89,7 @@ async def open_session(
             password=endpoint.password,
             database=endpoint.database or endpoint.user,
             ssl=context or False,
-            statement_cache_size=0,  # a pooler between may give each transaction another session
+            statement_cache_size=0,  # A connection pooler may give each transaction another session.
             server_settings={"application_name": "pilotflame"},
         )
     except asyncpg.PostgresConnectionError as error:
@@ -97,7 +97,7 @@ async def open_session(
     except asyncpg.PostgresError as error:
         raise _login_error(error) from error
     except OSError:
-        raise  # of which an untrusted certificate is one, besides being a ValueError
+        raise  # Includes an untrusted certificate, which is a ValueError too.
     except (asyncpg.InterfaceError, asyncpg.InternalClientError, *database_session.MISREAD_ERRORS) as error:
         raise connection_error("what answered there is no such database", retryable=False) from error
     opened = PostgresqlSession(connection, loop.wire)
@@ -124,7 +124,7 @@ class PostgresqlSession:
         self._wire = wire
 
     async def prepare(self) -> None:
-        """Say how values are written, once after connecting."""
+        """Set codecs and the formats of values, once after connecting."""
         with _translate_errors():
             for name in TEXT_CODEC_TYPES:
                 await self._connection.set_type_codec(
@@ -238,13 +238,13 @@ class PostgresqlSession:
         self._connection.terminate()
 
     def _expect(self, max_bytes: int, max_rows: int, columns: Sequence[int] | None = None) -> None:
-        """Let the server send so much from now on, as JSON, and something besides; `columns`: the types of the rows."""
+        """Allow this much data from now on, as JSON, plus an allowance; `columns` are the types of the rows."""
         self._wire.limit(WIRE_BYTES_PER_BYTE * max_bytes)
         self._wire.limit_rows(max_rows, self._connection.types, columns)
 
     @contextmanager
     def _limited(self, max_bytes: int, timeout_seconds: float) -> Iterator[None]:
-        """Translate failures, of which being sent too much is one: until rows are due, little is expected."""
+        """Translate failures, including an exceeded receive limit; until rows are due, the limit is low."""
         self._expect(0, 0)
         try:
             with _translate_errors(timeout_seconds):
@@ -263,7 +263,7 @@ class PostgresqlSession:
     async def _prepared(
         self, statement: SqlStatement, parameters: Sequence[Json]
     ) -> tuple[Prepared, list[str | None]]:
-        """Prepare a statement whose values are bound as texts, each read by the server as the type that it asks for."""
+        """Prepare a statement with values bound as texts, which the server casts to the types of the parameters."""
         places = [f"${number}" for number in range(1, statement.values + 1)]
         prepared = await self._connection.prepare(statement.with_places(places))
         if not places:
@@ -309,7 +309,7 @@ def _column_converter(type_name: str) -> Convert:
     return CONVERTERS.get(type_name, _to_json)
 
 
-def _to_json(value: Any) -> Json:  # noqa: ANN401 - whatever asyncpg makes of a type
+def _to_json(value: Any) -> Json:  # noqa: ANN401 - any type that asyncpg returns
     match value:
         case None | bool() | int() | str():
             return value
@@ -354,7 +354,7 @@ CONVERTERS: dict[str, Convert] = {
 
 
 def _insert_statement(table: str, columns: Sequence[str], types: dict[str, str], upsert: UpsertRule) -> str:
-    """Return the statement for a batch: one value, JSON, whose parts the server reads as the types of the columns."""
+    """Return the statement for a batch: its one parameter is JSON, which the server casts to the column types."""
     places, definitions = [], []
     for column in [*columns, *upsert.key]:
         if column not in types:
@@ -394,14 +394,14 @@ def _encode_recordset(columns: Sequence[str], rows: Sequence[Sequence[Json]], nu
             if isinstance(value, float) and value.is_integer():
                 record[name] = int(
                     value
-                )  # JSON knows one kind of numbers, and the server would not take 1.0 for one
+                )  # JSON has one kind of numbers, and the server would not accept 1.0 as an integer.
     return sql_values.to_json_text([*records])
 
 
 def _deduplicate_rows(
     columns: Sequence[str], rows: Sequence[Sequence[Json]], upsert: UpsertRule
 ) -> Sequence[Sequence[Json]]:
-    """Return the rows that stay where several have one key: a single statement can't update a row twice."""
+    """Return the last row of each key: a single statement can't update a row twice."""
     if not upsert.key or not upsert.update:
         return rows
     places = [columns.index(name) for name in upsert.key]
@@ -409,7 +409,7 @@ def _deduplicate_rows(
 
 
 def _parse_count(status: str | None) -> int:
-    """Return the number at the end of `INSERT 0 3`; of what changes no rows there is none."""
+    """Return the number at the end of `INSERT 0 3`; 0 for statements that change no rows."""
     last = (status or "").rpartition(" ")[2]
     return int(last) if last.isdigit() else 0
 

@@ -1,7 +1,7 @@
-"""A bucket of a user, reached by the client that connects only to addresses which it has checked.
+"""S3 bucket of a user, through the HTTP client that connects only to checked addresses.
 
-An S3 library would look up the endpoint by itself, behind that check, and find credentials of the machine where a user
-gave none: requests are few and simple, so they are signed here instead.
+An S3 library would resolve the endpoint itself, behind that check, and use credentials of the machine if a user gave
+none. The requests are few and simple, so they are signed here instead.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 MAX_OBJECT_BYTES = 50_000_000
 LONGEST_SECONDS = 600
-"""For one exchange; how long all of an operation may take is said by whoever asks for it."""
+"""Maximum time of one exchange; the caller limits the time of an operation."""
 MAX_PAGE = 1_000
 REGION_PATTERN = re.compile(r"[a-z0-9-]{1,40}")
 BUCKET_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -50,7 +50,7 @@ FIRST_SERVER_ERROR = 500
 
 
 class S3Policy(Protocol):
-    """What the operator allows."""
+    """Permissions of the operator."""
 
     @property
     def allowed_networks(self) -> tuple[IpNetwork, ...]: ...
@@ -59,7 +59,7 @@ class S3Policy(Protocol):
 
 
 async def open_bucket(source: ConnectionSource, policy: S3Policy) -> S3Bucket:
-    """Return the bucket of a data source, which is first asked when it is used; raises `NodeError`."""
+    """Return the bucket of a data source without a request; raises `NodeError`."""
     way_out = OutboundPolicy(allowed_networks=policy.allowed_networks, max_response_bytes=MAX_OBJECT_BYTES)
     place = S3Location.from_settings(source.settings)
     return S3Bucket(place, _build_signer(source, place.region), policy.clock, lambda: OutboundClient(way_out))
@@ -67,20 +67,20 @@ async def open_bucket(source: ConnectionSource, policy: S3Policy) -> S3Bucket:
 
 @dataclass(frozen=True, slots=True)
 class S3Location:
-    """Where the objects are, in checked parts."""
+    """Validated location of objects."""
 
     origin: str
     """`https://bucket.s3.eu-west-1.amazonaws.com`."""
     host: str
     root: str
-    """Stands before every key in a path: empty, or the name of the bucket."""
+    """Prefix of every key in a path: empty, or the name of the bucket."""
     prefix: str
-    """Stands before every key: empty, or ends in a slash."""
+    """Prefix of every key: empty, or ends in a slash."""
     region: str
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Json]) -> S3Location:
-        """Return the place that the settings of a data source name; raises `NodeError`."""
+        """Return the location in the settings of a data source; raises `NodeError`."""
         bucket, region = _text_setting(settings, "bucket"), _text_setting(settings, "region") or "us-east-1"
         if not BUCKET_PATTERN.fullmatch(bucket) or ".." in bucket:
             raise _invalid_source("`bucket` must be the name of a bucket")
@@ -98,14 +98,14 @@ class S3Location:
             raise _invalid_source(f"`endpoint` can't be used: {error}") from error
         if target.path != "/" or target.query:
             raise _invalid_source("`endpoint` must be an address without a path")
-        # No certificate is for two more labels, and no number has a subdomain.
+        # Wildcard certificates cover one label, and an IP address has no subdomains.
         in_path = settings.get("pathStyle") is True or "." in bucket or _is_numeric_host(target.host)
         host = target.authority if in_path else f"{bucket}.{target.authority}"
         return cls(f"{target.scheme}://{host}", host, f"{bucket}/" if in_path else "", prefix, region)
 
 
 class S3Bucket:
-    """Keeps the promises of `engine.services.ObjectBucket`; between two operations nothing of it is open."""
+    """Implements `engine.services.ObjectBucket`; keeps nothing open between operations."""
 
     def __init__(
         self,
@@ -114,15 +114,15 @@ class S3Bucket:
         clock: DatabaseClock,
         open_client: Callable[[], OutboundClient],
     ) -> None:
-        """Each operation has a client of its own, and closes it."""
+        """Create a bucket; each operation opens and closes a client of its own."""
         self._place = place
         self._signer = signer
         self._clock = clock
         self._open_client = open_client
 
     async def get(self, key: str, *, max_bytes: int, timeout_seconds: float) -> bytes:
-        """Return an object; more than `max_bytes` are neither sent nor kept."""
-        # One byte more is asked for, so that an object which is too large shows it.
+        """Return an object; bytes beyond `max_bytes` are neither sent nor stored."""
+        # One more byte is requested, to detect an object that is too large.
         headers = {"range": f"bytes=0-{max_bytes}"}
         async with self._client(timeout_seconds) as client:
             response = await self._send(
@@ -134,7 +134,7 @@ class S3Bucket:
                 accepted=frozenset({NOT_SATISFIABLE}),
             )
         if response.status == NOT_SATISFIABLE:
-            return b""  # no range fits into an object without a byte
+            return b""  # No range is satisfiable for an empty object.
         if len(response.body) > max_bytes:
             total = TOTAL.fullmatch(response.headers.get("content-range", ""))
             size = f"{int(total[1]):,}" if total else f"more than {max_bytes:,}"
@@ -143,7 +143,7 @@ class S3Bucket:
         return response.body
 
     async def put(self, key: str, content: bytes, *, media_type: str, timeout_seconds: float) -> str:
-        """Write an object whole; see `Bucket.put`."""
+        """Write an object atomically; see `ObjectBucket.put`."""
         if len(content) > MAX_OBJECT_BYTES:
             message = f"The content has {len(content):,} bytes; at most {MAX_OBJECT_BYTES:,} are written"
             raise NodeError(message, code="object-too-large")
@@ -153,7 +153,7 @@ class S3Bucket:
         return response.headers.get("etag", "").strip('"')
 
     async def list(self, prefix: str, *, max_objects: int, timeout_seconds: float) -> Sequence[StoredObject]:
-        """Return all objects below a prefix, by key; fails where there are more than `max_objects`."""
+        """Return all objects below a prefix, by key; raises `NodeError` for more than `max_objects`."""
         found: list[StoredObject] = []
         token: str | None = ""
         async with self._client(timeout_seconds) as client:
@@ -207,7 +207,7 @@ class S3Bucket:
         about: str = "the bucket",
         accepted: frozenset[int] = frozenset(),
     ) -> OutboundResponse:
-        """Return the answer to a signed request; raises `NodeError` where it is a refusal of what this is about."""
+        """Send a signed request and return the response; raises `NodeError` for an error that names `about`."""
         place, query = self._place, query or {}
         path = f"/{place.root}{key}"
         now = self._clock.now()
@@ -228,7 +228,7 @@ class S3Bucket:
 
 
 class ListingReader:
-    """One page of a listing, as its XML is read: no further than to one object too many."""
+    """Parser of one page of a listing; stops at the first object beyond the limit."""
 
     def __init__(self, root: str, *, found: int, max_objects: int) -> None:
         self._found = found
@@ -276,7 +276,7 @@ class ListingReader:
 
 
 def _require_success(response: OutboundResponse, what: str) -> None:
-    """Raise for an answer that isn't one of success: S3's own code for it is told, never the text beside."""
+    """Raise `NodeError` for an error response, with S3's error code and never its message."""
     status = response.status
     if status in REDIRECT_STATUSES:
         region = response.headers.get("x-amz-bucket-region", "")

@@ -1,4 +1,4 @@
-"""Connections of one data source, a few at once, kept for a while after use and never after a failure."""
+"""Pool of sessions of one data source: limited in number, kept for a while after use and never after a failure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ if TYPE_CHECKING:
     from nodes.connections.database_session import DatabaseSession
 
 OPEN_SECONDS = 10
-"""How long a session that nobody wants any more may take to open, before that is broken off."""
+"""Time that the opening of an abandoned session may take before it is canceled."""
 CLOSE_SECONDS = 5
 RESET_SECONDS = 5
 
 
 class SessionPool:
-    """Lends sessions; whoever takes one gives it back, or discards it."""
+    """Pool of sessions; a borrower releases or discards its session."""
 
     def __init__(
         self,
@@ -35,11 +35,11 @@ class SessionPool:
 
     @property
     def is_unused(self) -> bool:
-        """Nothing is open, and nobody waits."""
+        """Tell whether nothing is open, and no caller waits."""
         return not self._lent and not self._idle and not self._endings and not self._slots.locked()
 
     async def acquire(self) -> DatabaseSession:
-        """Return a session for one caller alone, when there is one; raises what opening one raises."""
+        """Return a session for exclusive use, waiting for a free one; raises errors of opening one."""
         await self._slots.acquire()
         self._lent += 1
         try:
@@ -58,7 +58,7 @@ class SessionPool:
         try:
             return await asyncio.shield(opening)
         except asyncio.CancelledError:
-            # A driver that is broken off while it logs in leaves errors behind that nobody asked for.
+            # A driver that is canceled during login leaves unhandled errors behind.
             self._in_background(self._close_once_open(opening))
             raise
 
@@ -66,20 +66,20 @@ class SessionPool:
         try:
             async with asyncio.timeout(OPEN_SECONDS):
                 session = await opening
-        except Exception:  # noqa: BLE001 - whoever wanted it has gone
+        except Exception:  # noqa: BLE001 - the caller has gone
             return
         await _close_session(session)
 
     def release(self, session: DatabaseSession) -> None:
-        """Take back a session whose work is done; what it remembers of that is forgotten before the next."""
+        """Return a session after successful work; its state is reset before the next use."""
         self._in_background(self._reset(session))
 
     def discard(self, session: DatabaseSession) -> None:
-        """Close a session whose state nobody knows."""
+        """Close a session in an unknown state."""
         self._in_background(self._end(session))
 
     async def close(self) -> None:
-        """Close what is idle at once, and the rest when it comes back."""
+        """Close idle sessions at once, and others after their release."""
         self._is_retired = True
         while self._idle:
             session, expiry = self._idle.popitem()

@@ -1,4 +1,4 @@
-"""A mail server of a user, reached at an address that was checked: each mail has a connection of its own."""
+"""Mail server of a user, reached at a checked address: each mail uses a connection of its own."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
     from nodes.url_targets import IpAddress
 
 ALLOWED_PORTS: Final = frozenset({25, 465, 587})
-"""Those below 1024 that mail servers have."""
+"""Privileged ports of mail servers."""
 CONNECT_SECONDS: Final = 10
 PIECE_BYTES: Final = 65_536
 CLIENT_NAME: Final = "localhost.localdomain"
-"""What we call ourselves: the machine's own name is nobody's to learn."""
+"""Name in EHLO: the machine's own name stays secret."""
 _TEMPORARY_CODES: Final = range(400, 500)
 _BARE_LINE_END: Final = re.compile(rb"\r(?!\n)|(?<!\r)\n")
 
@@ -42,19 +42,19 @@ _BARE_LINE_END: Final = re.compile(rb"\r(?!\n)|(?<!\r)\n")
 def open_server(
     source: ConnectionSource, connection_policy: ConnectionPolicy, resolve: ResolveHost
 ) -> SmtpMailServer:
-    """Return the server of a data source, which is first asked when it is used; raises `NodeError`."""
+    """Return the server of a data source without connecting; raises `NodeError`."""
     return SmtpMailServer(SmtpEndpoint.from_source(source), connection_policy, resolve)
 
 
 @dataclass(frozen=True, slots=True)
 class SmtpEndpoint:
-    """Where the server is, and who logs in."""
+    """Address and login of a mail server."""
 
     host: str
     port: int
     tls: MailTls
     username: str
-    """Empty: nobody logs in."""
+    """Empty disables the login."""
     password: str = field(repr=False)
 
     @classmethod
@@ -69,7 +69,7 @@ class SmtpEndpoint:
         )
 
     def login_secrets(self) -> Sequence[str]:
-        """Return the password as a server may repeat it: as it is, and in the forms of the login."""
+        """Return the password in each form that a server may repeat: plain, and encoded as in the login."""
         if not self.password:
             return []
         sent = (self.password, f"\0{self.username}\0{self.password}")
@@ -77,7 +77,7 @@ class SmtpEndpoint:
 
 
 class SmtpMailServer:
-    """Keeps the promises of `engine.services.MailServerService`."""
+    """Implements `engine.services.MailServerService`."""
 
     def __init__(
         self, place: SmtpEndpoint, connection_policy: ConnectionPolicy, resolve: ResolveHost
@@ -89,14 +89,15 @@ class SmtpMailServer:
     async def send(
         self, sender: str, recipients: Sequence[str], message: bytes, *, timeout_seconds: float
     ) -> None:
-        """Hand in one mail; see `MailServer.send`."""
+        """Send one mail; see `MailServerService.send`."""
         written = await offload.run_in_thread(_stuff_dots, message)
         async with self._session(timeout_seconds) as client:
             _check_size(client, len(message))
             with _refused_error("sender-refused", f"the sender {sender}"):
                 await client.mail(sender)
             for each in recipients:
-                # Whoever is refused ends it before anything is sent: a second attempt never reaches anybody twice.
+                # A refused recipient ends the mail before its content is sent: a second attempt never reaches anybody
+                # twice.
                 with _refused_error("recipient-refused", f"the recipient {each}"):
                     await client.rcpt(each)
             await _send_content(client, written)
@@ -108,7 +109,7 @@ class SmtpMailServer:
 
     @asynccontextmanager
     async def _session(self, timeout_seconds: float) -> AsyncIterator[aiosmtplib.SMTP]:
-        """Lend a connection on which everything up to the login is done."""
+        """Open a connection, with TLS and login done."""
         client: aiosmtplib.SMTP | None = None
         try:
             with redaction.redact_errors(self._place.login_secrets()), _translate_errors(timeout_seconds):
@@ -123,7 +124,7 @@ class SmtpMailServer:
                 client.close()
 
     async def _connected(self) -> aiosmtplib.SMTP:
-        """Connect the first checked address that takes a connection, and hear its greeting."""
+        """Connect to the first permitted address that accepts a connection, and read the greeting."""
         place = self._place
         found = await data_source_policy.resolve_allowed(
             self._policy,
@@ -137,7 +138,7 @@ class SmtpMailServer:
             None if place.tls is MailTls.NONE else await offload.run_in_thread(ssl.create_default_context)
         )
         client = aiosmtplib.SMTP(
-            hostname=place.host,  # which the certificate must name
+            hostname=place.host,  # The certificate must have this name.
             sock=await _open_socket(found, place.port),
             use_tls=place.tls is MailTls.TLS,
             start_tls=False,
@@ -170,7 +171,7 @@ class SmtpMailServer:
         try:
             await client.login(self._place.username, self._place.password)
         except aiosmtplib.SMTPResponseException as error:
-            # Without its words: some servers repeat what they were given.
+            # Without the server's text: some servers repeat the credentials.
             message = f"The mail server refused the login ({error.code})"
             raise NodeError(
                 message, code="login-refused", retryable=error.code in _TEMPORARY_CODES
@@ -209,7 +210,9 @@ def _check_size(client: aiosmtplib.SMTP, size: int) -> None:
 
 
 def _stuff_dots(message: bytes) -> bytes:
-    """Return a mail as it goes over the wire: no line of it is taken for its end, and none ends in another way."""
+    """Return a mail with dots stuffed and line ends normalized (RFC 5321, section 4.5.2), so that no line ends it
+    early.
+    """
     if not message.count(b"\r\n") == message.count(b"\r") == message.count(b"\n"):
         message = _BARE_LINE_END.sub(b"\r\n", message)
     first = b"." if message.startswith(b".") else b""
@@ -218,7 +221,7 @@ def _stuff_dots(message: bytes) -> bytes:
 
 
 async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
-    """Send a mail piece by piece, as fast as it is taken, and hear what becomes of it."""
+    """Send a mail in pieces with flow control, and check the reply."""
     with _refused_error("mail-refused", "the mail"):
         _require_code(await client.execute_command(b"DATA"), 354)
         protocol = client.protocol
@@ -227,8 +230,8 @@ async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
         last = (len(written) - 1) // PIECE_BYTES * PIECE_BYTES
         for begin in range(0, last, PIECE_BYTES):
             protocol.write(written[begin : begin + PIECE_BYTES])
-            await protocol._drain_helper()  # noqa: SLF001 - what asyncio's own writer waits for
-        # The answer is awaited from here on: nothing must come between, or it could be missed.
+            await protocol._drain_helper()  # noqa: SLF001 - asyncio's own writer waits for it too
+        # The reply is awaited from here on: nothing may come between, or it could be missed.
         protocol.write(written[last:])
         try:
             answer = await protocol.read_response()
@@ -239,7 +242,7 @@ async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
 
 
 def _quit(client: aiosmtplib.SMTP) -> None:
-    """Take leave without waiting for the answer: a server that is slow to give it has taken the mail all the same."""
+    """Send QUIT without waiting for the reply: a slow server has accepted the mail all the same."""
     if client.protocol is not None:
         with suppress(aiosmtplib.SMTPServerDisconnected):
             client.protocol.write(b"QUIT\r\n")
@@ -255,7 +258,7 @@ def _require_code(answer: SMTPResponse, code: int) -> None:
 
 @contextmanager
 def _refused_error(code: str, what: str) -> Iterator[None]:
-    """Translate an answer of the server that isn't the one that was hoped for."""
+    """Translate a negative reply of the server."""
     try:
         yield
     except aiosmtplib.SMTPResponseException as error:

@@ -1,7 +1,7 @@
-"""Values of databases as JSON has them.
+"""Conversion of database values to JSON and back.
 
-A decimal is a number where a double or a whole number holds it exactly, else a text. Dates and times are ISO 8601,
-bytes are Base64, NaN and the infinities, which JSON lacks, are null. What has no form of its own in JSON is its text.
+A decimal becomes a number if a double or an integer represents it exactly, else a text. Dates and times become ISO
+8601, bytes become Base64, NaN and the infinities become null. Types without a form in JSON become their text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 ROWS_DEPTH = 4
-"""What a value stands in: an output, its rows, a row."""
+"""Levels around a value: an output, its rows, a row."""
 MAX_DIGITS = 308
 
 _encode = msgspec.json.Encoder().encode
@@ -47,7 +47,7 @@ def bytes_to_json(value: bytes) -> Json:
 
 
 def json_column_to_json(text: str | bytes) -> Json:
-    """Return the value of a column that holds JSON; where it isn't JSON as it is kept here, its text."""
+    """Return the value of a JSON column; its text where it exceeds the limits of JSON here."""
     raw = text.encode() if isinstance(text, str) else text
     try:
         return decode_json(raw, max_depth=MAX_DEPTH - ROWS_DEPTH)
@@ -56,7 +56,7 @@ def json_column_to_json(text: str | bytes) -> Json:
 
 
 def to_bytes(value: Json) -> bytes | None:
-    """Return the bytes that a Base64 text stands for; raises `NodeError` for anything else."""
+    """Decode a Base64 text; raises `NodeError` for anything else."""
     if value is None:
         return None
     try:
@@ -70,7 +70,7 @@ def to_json_text(value: Json) -> str:
 
 
 def to_plain(value: Json) -> str | int | float | None:
-    """Return a value as databases without JSON take it: objects and lists as JSON texts, booleans as 0 and 1."""
+    """Return a value for databases without JSON: objects and lists as JSON texts, booleans as 0 and 1."""
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, dict | list):

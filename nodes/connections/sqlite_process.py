@@ -1,7 +1,7 @@
-"""Runs statements on SQLite files in a process of their own: their memory is limited, and it is killed when it is late.
+"""Execution of statements on SQLite files in a child process with limited memory, which is killed at its time limit.
 
-A statement of a user may take any time between two looks at the clock, and any memory within its values: neither can be
-limited by a thread of the worker. Nothing but the organizations' files can be touched.
+A user's statement may take any time between two checks of the clock, and any memory within its values: a thread of the
+worker can limit neither. Only the organizations' files are accessible.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ BUSY_SECONDS: Final = 5
 OPERATIONS_BETWEEN_CHECKS: Final = 10_000
 MAX_VALUE_BYTES: Final = 20_000_000
 HEAP_BYTES: Final = 128 << 20
-"""Of SQLite itself. It sorts, and keeps what it undoes, in files once they are larger than its cache."""
+"""Heap limit of SQLite itself. Sorts and rollback data beyond its cache go to files."""
 MEMORY_BYTES: Final = 1 << 30
-"""Of the process: rows to be written, and a row of the result, are held as Python's values too."""
+"""Memory limit of the process: rows to write and a row of the result are Python values too."""
 OPEN_FILES: Final = 64
 CPU_SECONDS: Final = 1_200
 TEMPORARY_FOLDER_VARIABLE: Final = "SQLITE_TMPDIR"
-"""Variable of the environment: the folder of all organizations' files, in which SQLite keeps passing files too."""
+"""Environment variable with the folder of all organizations' files, in which SQLite keeps temporary files too."""
 
 READ_ACTIONS: Final = frozenset(
     {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
@@ -83,7 +83,9 @@ def confine(parent: int) -> None:
 
 def perform(raw: bytes, _speaker: JobReporter) -> Json:
     job = _decode(raw)
-    confinement.limit_file_size(2 * job.max_file_bytes)  # for what a large sort keeps in files
+    confinement.limit_file_size(
+        2 * job.max_file_bytes
+    )  # Temporary files of a large sort need more than the database.
     work = {"query": _run_query, "write": _run_write, "execute": _run_statement}[job.action]
     file = SqliteJobFile(job)
     try:
@@ -108,7 +110,7 @@ def _run_query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
 
 
 def _fetch_pieces(cursor: sqlite3.Cursor, max_bytes: int) -> Iterator[list[list[Json]]]:
-    """Yield rows, at most 500 or about a megabyte at once; one row may take what the heap of SQLite holds."""
+    """Yield rows, at most 500 or about a megabyte at once; a single row may fill the heap of SQLite."""
     rows: list[list[Json]] = []
     size = 0
     for row in cursor:
@@ -136,7 +138,7 @@ def _run_statement(connection: sqlite3.Connection, job: SqliteJob) -> Json:
     with _open_transaction(connection, CHANGE_ACTIONS):
         cursor = connection.execute(job.statement, _decode_values(job))
         for _ in cursor:
-            pass  # what it returns is nobody's, but it isn't done before that is read
+            pass  # The rows are discarded, but the statement is complete only when they have been read.
         return max(cursor.rowcount, 0)
 
 
@@ -149,7 +151,7 @@ def _decode_values(job: SqliteJob) -> list[str | int | float | None]:
 
 
 class SqliteJobFile:
-    """The file of one job, opened anew for each, which takes less time than a commit: there is no state to forget."""
+    """File of one job, opened anew for each, which takes less time than a commit: no state survives a job."""
 
     def __init__(self, job: SqliteJob) -> None:
         self._file = Path(job.file)
@@ -162,13 +164,13 @@ class SqliteJobFile:
         return time.monotonic() >= self._ends_at
 
     def open(self) -> sqlite3.Connection:
-        """Return a connection whose statements end when the time is up; raises `NodeError` and `sqlite3.Error`."""
+        """Return a connection whose statements end at the time limit; raises `NodeError` and `sqlite3.Error`."""
         mode = self._mode
         if mode == "rw":
             durable_folders.make_folder(self._file.parent)
         self._check_file(mode)
         if mode == "ro" and self._file.with_name(self._file.name + "-journal").exists():
-            # A writer may have died: what it left half done is undone by whoever reads next and may write.
+            # A writer may have died: the next connection that may write rolls its transaction back.
             with closing(self._connect("rw")) as connection:
                 connection.execute("SELECT 1 FROM sqlite_schema").fetchone()
         connection = self._connect(mode)
@@ -185,7 +187,7 @@ class SqliteJobFile:
         connection.text_factory = lambda raw: raw.decode(errors="replace")
         connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
         connection.setlimit(sqlite3.SQLITE_LIMIT_ATTACHED, 0)
-        # More than usual: a journal whose removal is not synced would undo a commit after a power cut.
+        # More than the default: a journal whose removal is not synced would undo a commit after a power failure.
         connection.execute("PRAGMA synchronous = EXTRA")
         connection.execute("PRAGMA trusted_schema = OFF")
         connection.execute(f"PRAGMA hard_heap_limit = {HEAP_BYTES}")
@@ -197,7 +199,7 @@ class SqliteJobFile:
         return connection
 
     def _check_file(self, mode: str) -> None:
-        """Make the file if it may be made, and refuse what stands in its place but isn't the organisation's own."""
+        """Create the file if permitted, and refuse a path that is not a regular file of the organization."""
         flags = os.O_RDWR | os.O_CREAT if mode == "rw" else os.O_RDONLY
         try:
             descriptor = os.open(self._file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
@@ -233,7 +235,7 @@ def _to_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQL
 
 @contextmanager
 def _allow_actions(connection: sqlite3.Connection, actions: Collection[int]) -> Iterator[None]:
-    """Let statements do these things and nothing else: no other file, no setting, no extension."""
+    """Allow statements these actions and nothing else: no other file, no setting, no extension."""
 
     def authorize(action: int, first: str | None, second: str | None, *_: str | None) -> int:
         if action not in actions:
@@ -256,11 +258,11 @@ def _open_transaction(connection: sqlite3.Connection, actions: Collection[int]) 
         with _allow_actions(connection, actions):
             yield
     except BaseException:
-        connection.set_progress_handler(None, 0)  # whose time is up still has to be undone
+        connection.set_progress_handler(None, 0)  # A rollback must not be interrupted after the time limit.
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
-    connection.set_progress_handler(None, 0)  # a commit that has begun is not given up
+    connection.set_progress_handler(None, 0)  # A commit that has begun is not interrupted.
     connection.execute("COMMIT")
 
 

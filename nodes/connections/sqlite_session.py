@@ -1,4 +1,4 @@
-"""SQLite: files of an organization, used by child processes; see `nodes.connections.sqlite_process`."""
+"""Session of SQLite: files of an organization, used by child processes; see `nodes.connections.sqlite_process`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ COMPANION_SUFFIXES = ("-journal", "-wal", "-shm")
 
 
 def find_file(source: ConnectionSource, policy: ConnectionPolicy) -> Path:
-    """Return where a data source keeps its database; raises `NodeError` for one that leads out of its organisation."""
+    """Return the path of a data source's database; raises `NodeError` for one outside its organization."""
     if policy.files is None:
         raise NodeError("There are no files where this runs", code="not-available")
     name = config_fields.read_text(source.settings, "file")
@@ -56,7 +56,7 @@ def _is_file_name(text: str) -> bool:
 
 
 def open_processes(policy: ConnectionPolicy) -> ProcessPool:
-    """Return the processes that statements run in; none is started before it is needed."""
+    """Return the process pool for statements, which starts processes on demand."""
     files = "" if policy.files is None else str(policy.files.absolute())
     return ProcessPool(
         ProcessKind.SQLITE,
@@ -68,12 +68,12 @@ def open_processes(policy: ConnectionPolicy) -> ProcessPool:
 async def open_session(
     source: ConnectionSource, policy: ConnectionPolicy, processes: ProcessPool
 ) -> SqliteSession:
-    """Return a session; the file itself is opened, and made, by what first needs it."""
+    """Return a session; the first statement opens or creates the file."""
     return SqliteSession(source.organization_id, find_file(source, policy), policy, processes)
 
 
 class SqliteSession:
-    """Has each statement run in a child process, which is killed when nobody waits for it any more."""
+    """Session that runs each statement in a child process, which is killed when its caller gives up."""
 
     def __init__(
         self, organization_id: str, file: Path, policy: ConnectionPolicy, processes: ProcessPool
@@ -137,7 +137,7 @@ class SqliteSession:
         self.abort()
 
     def abort(self) -> None:
-        """Do nothing: between two statements nothing is open."""
+        """Do nothing: nothing is open between two statements."""
 
     async def _run(
         self,
@@ -151,7 +151,9 @@ class SqliteSession:
         batch_rows: int = 1,
     ) -> Json:
         if self._policy.files is not None and not self._policy.files.is_dir():
-            durable_folders.make_folder(self._policy.files)  # a child is confined to it
+            durable_folders.make_folder(
+                self._policy.files
+            )  # A child is confined to this folder, which must exist.
         job = SqliteJob(
             file=str(self._file.absolute()),
             own_files=list(self._own_files()),
