@@ -1,1 +1,1 @@
-"""Readers of file formats that several nodes share."""
+"""Readers and writers of file formats that several nodes share."""

@@ -1,4 +1,4 @@
-"""CSS selectors, matched in one pass over a document: no selector and no page makes that more than linear."""
+"""CSS selectors, matched in one pass over a document in linear time for any selector and page."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ ElementTest: TypeAlias = Callable[[HtmlElement], bool]
 
 MAXIMUM_CHARACTERS = 500
 SELECTOR_MARKS = ".#[:,>+~ "
-"""One of these stands before every test but the first."""
+"""One of these characters precedes every test except the first."""
 MAXIMUM_STEPS = 5_000_000
-"""Tests of elements in one call of a node, more for those with long attributes: some three seconds, shared."""
+"""Element tests per call of a node, weighted by the length of attributes: some three seconds, shared with others."""
 
 
 class StepBudget:
-    """How much of the work of one call is done."""
+    """Remaining work of one call."""
 
     def __init__(self) -> None:
         self._left = MAXIMUM_STEPS
 
     def take(self, count: int) -> None:
-        """Count some work; raises `NodeError` when it has become too much."""
+        """Count some work; raises `NodeError` beyond the limit."""
         self._left -= count
         if self._left < 0:
             message = f"The selectors would test elements more than {MAXIMUM_STEPS:,} times: take fewer fields or items"
@@ -40,7 +40,7 @@ class StepBudget:
 
 @dataclass(frozen=True, slots=True)
 class SelectorPart:
-    """What one element must be, and how it stands to the one before it: inside, child of, next to, after."""
+    """Test of one element, and its relation to the element before: descendant, child, next or later sibling."""
 
     relation: str
     test: ElementTest
@@ -48,22 +48,22 @@ class SelectorPart:
 
 @dataclass(frozen=True, slots=True)
 class CssSelector:
-    """Some chains of parts, of which an element must end any."""
+    """Alternative chains of parts; an element matches at the end of any chain."""
 
     chains: Sequence[Sequence[SelectorPart]]
     cost: int
-    """How many tests one element goes through at most."""
+    """Maximum number of tests per element."""
 
     async def first(
         self, count: int, elements: Sequence[HtmlElement], steps: StepBudget, turn: LoopShare
     ) -> list[HtmlElement]:
-        """Return the first so many that match of a stretch of a document; all that is outside doesn't count."""
+        """Return the first `count` matching elements of a range of a document; elements outside of it don't count."""
         passes = [ChainMatcher(chain) for chain in self.chains]
         found: list[HtmlElement] = []
         for element in elements:
             steps.take(self.cost * element.weight)
             await turn.yield_if_due()
-            # Each pass must see every element, so all are asked before any answer counts.
+            # Each pass must see every element, so all are evaluated before any answer counts.
             if True in [each.matches(element) for each in passes]:
                 found.append(element)
                 if len(found) == count:
@@ -72,13 +72,13 @@ class CssSelector:
 
 
 class ChainMatcher:
-    """One chain on its way through a document; which of its parts an element matched is a bit each."""
+    """Progress of one chain through a document; the matched parts of an element are bits."""
 
     def __init__(self, chain: Sequence[SelectorPart]) -> None:
         self._chain = chain
         self._last = 1 << (len(chain) - 1)
         levels = MAXIMUM_DEPTH + 2
-        # By depth: what is known of the parents, ancestors, elder siblings and the last one of those.
+        # By depth: matches of the parent, the ancestors, the earlier siblings and the previous sibling.
         self._reached = {kind: [0] * levels for kind in (">", " ", "~", "+")}
 
     def matches(self, element: HtmlElement) -> bool:
@@ -100,7 +100,7 @@ class ChainMatcher:
 
 
 def compile_selector(name: str, written: str) -> CssSelector:
-    """Return the selector that the field `name` holds; raises `NodeError`."""
+    """Compile the selector of the field `name`; raises `NodeError`."""
     if len(written) > MAXIMUM_CHARACTERS:
         message = f"`{name}` has {len(written):,} characters; a selector has at most {MAXIMUM_CHARACTERS}"
         raise NodeError(message, code="invalid-selector")
@@ -122,7 +122,7 @@ def compile_selector(name: str, written: str) -> CssSelector:
 
 
 class _UnsupportedSelector(ValueError):
-    """CSS that isn't matched; the message is that piece of it."""
+    """Unsupported CSS; the message is the unsupported part."""
 
 
 def _build_chain(tree: css.Tree) -> list[SelectorPart]:
@@ -135,7 +135,7 @@ def _build_chain(tree: css.Tree) -> list[SelectorPart]:
 
 
 def _build_test(tree: css.Tree) -> ElementTest:
-    """Return what one element is tested by: everything that stands together without a combinator."""
+    """Return the test of a compound selector: one without a combinator."""
     match tree:
         case css.Element():
             return _tag_test(tree)
@@ -226,7 +226,7 @@ def _parse_nth(tree: css.Function) -> ElementTest:
 
 
 def _is_in_series(place: int, step: int, first: int) -> bool:
-    """Whether a place is `step * n + first` for some n from 0."""
+    """Tell whether a place is `step * n + first` for some n from 0."""
     if step == 0:
         return place == first
     return (place - first) % step == 0 and (place - first) // step >= 0

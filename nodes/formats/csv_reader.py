@@ -1,4 +1,4 @@
-"""A CSV text becomes rows. The type of a field depends on that field alone: one odd line changes no other."""
+"""CSV parser. The type of a field depends on that field alone: an odd line changes no other."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 CsvRecord: TypeAlias = tuple[int, list[str]]
-"""The number of a line, from 1, and its fields."""
+"""Line number, from 1, and fields."""
 
 BYTE_ORDER_MARK = "\ufeff"
 LIKELY_DELIMITERS = (",", ";", "\t", "|")
 HEAD_CHARACTERS = 65_536
-"""As much of a text as is looked at to tell its delimiter."""
+"""Characters that are examined to detect the delimiter."""
 MAXIMUM_ROWS = 100_000
 MAXIMUM_COLUMNS = 10_000
 MAXIMUM_VALUES = 2_000_000
-"""More values than this, each beside its column's name, are beyond the largest output that is kept."""
+"""More values, each with its column's name, would exceed the largest output."""
 EXACT_DIGITS = 15
-"""Whole numbers of so many digits are exact in every reader of JSON."""
+"""Integers of this many digits are exact in every JSON parser."""
 
 NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
 
@@ -79,7 +79,7 @@ def _detect_delimiter(config: Mapping[str, Json], text: str) -> str:
 
 
 def _count_fields(text: str, delimiter: str) -> int:
-    """Return how many fields the first line that isn't blank has."""
+    """Return the number of fields in the first line that isn't blank."""
     records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     return len(next(filter(None, records), []))
 
@@ -97,7 +97,7 @@ def _read_records(text: str, delimiter: str) -> Iterator[CsvRecord]:
 def _read_columns(
     config: Mapping[str, Json], records: Iterator[CsvRecord]
 ) -> tuple[Sequence[str], Iterator[CsvRecord]]:
-    """Return the names of the columns, and the records that hold rows."""
+    """Return the names of the columns, and the remaining records."""
     given = [
         config_fields.read_text({"columns": name}, "columns")
         for name in config_fields.read_sequence(config, "columns")
@@ -114,7 +114,7 @@ def _read_columns(
 
 
 def _number_blank_names(header: Sequence[str]) -> list[str]:
-    """Return the names of a header, with `column3` for the third if that is blank."""
+    """Return the names of a header; a blank third one becomes `column3`."""
     return [name.strip() or f"column{number}" for number, name in enumerate(header, start=1)]
 
 
@@ -147,7 +147,7 @@ def _fit_width(line: int, record: Sequence[str], columns: Sequence[str], *, pads
 
 
 def _infer_value(written: str) -> Json:
-    """Return null for an empty field, a number for what JSON would take as one, else the text as it is."""
+    """Return null for an empty field, a number for a JSON number, and other texts unchanged."""
     trimmed = written.strip()
     if not trimmed:
         return None

@@ -1,4 +1,4 @@
-"""Rows become a CSV text, as csv-parse reads one."""
+"""CSV writer; `csv-parse` reads its output."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 MAXIMUM_CHARACTERS = 10_000_000
 MAXIMUM_COLUMNS = 10_000
 MAXIMUM_VALUES = 2_000_000
-"""In all rows and columns, the empty ones too."""
+"""Maximum number of values in all rows and columns, including empty ones."""
 
 FORMULA = re.compile(r"[=+\-@\t\r\n\uff1d\uff0b\uff0d\uff20]")
-"""How a field begins that a spreadsheet may take for a formula, also in full-width characters."""
+"""First character of fields that a spreadsheet may take for a formula, also in full width."""
 SIGNED_NUMBER = re.compile(r"[+-]([0-9][0-9.,]*|[.,][0-9]+)([eE][+-]?[0-9]+)?%?")
 
 
@@ -40,12 +40,12 @@ class FormulaPolicy(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class CsvDialect:
-    """How fields and lines are written."""
+    """Format of fields and lines."""
 
     delimiter: str
     line_end: str
     guards: bool
-    """Whether what may be a formula gets an apostrophe in front."""
+    """Whether possible formulas get an apostrophe in front."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Json]) -> Self:
@@ -64,7 +64,7 @@ class CsvDialect:
 
     def line(self, values: Iterable[Json]) -> str:
         written = self.delimiter.join(map(self._field, values))
-        # A blank line would be passed over by whoever reads the CSV.
+        # CSV parsers skip blank lines.
         return (written or '""') + self.line_end
 
     def _field(self, value: Json) -> str:
@@ -147,5 +147,5 @@ def _check_size(rows: int, columns: int) -> None:
 
 
 def _may_be_formula(text: str) -> bool:
-    """Tell whether a spreadsheet may compute a text; a mere number with a sign is harmless."""
+    """Tell whether a spreadsheet may evaluate a text; a number with a sign is harmless."""
     return FORMULA.match(text) is not None and SIGNED_NUMBER.fullmatch(text) is None

@@ -1,4 +1,4 @@
-"""A file becomes values: each format is read by the node that reads it as a text, within that one's limits."""
+"""Conversion of files to values by the parser of their format, within its limits."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FileFormat(StrEnum):
 
 
 class TextEncoding(StrEnum):
-    """Those whose decoders take no more time than a text is long."""
+    """Text encodings whose decoders run in linear time."""
 
     UTF_8 = "utf-8"
     UTF_16 = "utf-16"
@@ -88,7 +88,7 @@ async def parse_file(call: NodeCall) -> Json:
 
 
 def guess_format(content: bytes, *, name: str, media_type: str = "") -> FileFormat:
-    """Return the format of a file by its name, else by its type, else by how it begins."""
+    """Return the format of a file by its name, else by its media type, else by its first bytes."""
     by_name = FORMAT_BY_SUFFIX.get(PurePosixPath(name.lower()).suffix)
     by_type = FORMAT_BY_TYPE.get(media_type.partition(";")[0].strip().lower())
     if by_name or by_type:
@@ -100,7 +100,7 @@ def guess_format(content: bytes, *, name: str, media_type: str = "") -> FileForm
 
 
 async def parse_content(call: NodeCall, content: bytes, wanted: FileFormat) -> dict[str, Json]:
-    """Return what the node for a format makes of a file, by the `encoding`, `csv`, `excel` and `xml` of the config."""
+    """Parse a file in a known format, with the options `encoding`, `csv`, `excel` and `xml` of the config."""
     config = call.config
     match wanted:
         case FileFormat.CSV:
@@ -127,7 +127,7 @@ async def parse_content(call: NodeCall, content: bytes, wanted: FileFormat) -> d
 
 
 def _with_config(call: NodeCall, options: Mapping[str, Json], **given: Json) -> NodeCall:
-    """Return the call of another node, with a config of its own."""
+    """Return a call with another config, for the parser of another node."""
     return structs.replace(call, config={**options, **given})
 
 

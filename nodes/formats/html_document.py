@@ -1,4 +1,4 @@
-"""An HTML page as a flat list of its elements, read piece by piece in time that grows with its length alone."""
+"""HTML page as a flat list of elements, parsed in pieces and in linear time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ MAXIMUM_ELEMENTS = 100_000
 MAXIMUM_ATTRIBUTES = 300_000
 MAXIMUM_DEPTH = 200
 USUAL_CHARACTERS = 1_000
-"""Of the attributes of one element."""
+"""Usual length of the attributes of an element."""
 SILENT_TAGS = frozenset({"script", "style", "template", "noscript"})
-"""Elements whose text nobody reads on the page."""
+"""Elements whose text is not displayed."""
 INLINE_TAGS = frozenset(
     {
         *(
@@ -44,27 +44,27 @@ INLINE_TAGS = frozenset(
         *("sup", "time", "tt", "u", "var", "wbr"),
     }
 )
-"""Elements before and after which a word goes on; all others part it."""
+"""Inline elements, which don't separate words; all others do."""
 
 
 @dataclass(slots=True)
 class HtmlElement:
-    """One element; those inside it are the next in the document's list, up to `end`."""
+    """Element; its descendants follow it in the document's list, up to `end`."""
 
     tag: str
     attributes: Mapping[str, str]
     parent: HtmlElement | None
     depth: int
     place: int
-    """Among the elements of its parent, from 1."""
+    """Position among the elements of its parent, from 1."""
     position: int
-    """In the list of all elements."""
+    """Position in the list of all elements."""
     end: int
     text_begin: int
     text_end: int
     classes: frozenset[str] = frozenset()
     weight: int = 1
-    """How many times longer than usual it takes to look at all of it."""
+    """Cost of a test of the element, as a multiple of the usual one."""
     children: int = 0
 
     @property
@@ -74,7 +74,7 @@ class HtmlElement:
 
 @dataclass(slots=True)
 class HtmlDocument:
-    """A page: its elements in order, and all of its text, cut up as it came."""
+    """Page: its elements in order, and all of its text in pieces."""
 
     elements: list[HtmlElement] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
@@ -83,12 +83,12 @@ class HtmlDocument:
         return self.elements[element.position + 1 : element.end]
 
     def text(self, element: HtmlElement) -> str:
-        """Return the text of an element as it stands in the page, spaces and all."""
+        """Return the text of an element with its original white space."""
         return "".join(self.texts[element.text_begin : element.text_end])
 
 
 async def read_document(html: str, turn: LoopShare) -> HtmlDocument:
-    """Return a page as the parser mends it; raises `NodeError` for one that is too large or too deep."""
+    """Parse a page, repairing malformed HTML; raises `NodeError` for one that is too large or too deep."""
     if len(html) > MAXIMUM_CHARACTERS:
         message = f"`html` has {len(html):,} characters; at most {MAXIMUM_CHARACTERS:,} are read"
         raise NodeError(message, code="input-too-large")
@@ -103,7 +103,7 @@ async def read_document(html: str, turn: LoopShare) -> HtmlDocument:
 
 
 class DocumentBuilder:
-    """What the parser tells of a page as it reads."""
+    """Target of the parser that builds the document."""
 
     def __init__(self) -> None:
         self.document = HtmlDocument()

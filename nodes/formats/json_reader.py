@@ -1,4 +1,4 @@
-"""A JSON text becomes the value that it writes, refused wherever that couldn't be kept exactly as it came."""
+"""JSON parser that refuses values that can't be stored exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 BYTE_ORDER_MARK = "\ufeff"
 MAXIMUM_BYTES = 10_000_000
 MAXIMUM_CONTAINERS = 1_000_000
-"""Objects and lists: empty ones take three bytes of a text, but many more of the memory, and their time."""
+"""Maximum number of objects and lists: empty ones take three bytes of a text, but much more memory and time."""
 
 
 class JsonFormat(StrEnum):
@@ -27,7 +27,7 @@ class JsonFormat(StrEnum):
 
 async def parse_json(call: NodeCall) -> Json:
     text = config_fields.read_text(call.config, "text").removeprefix(BYTE_ORDER_MARK)
-    # What is no character at all is left for the decoder, which says what is wrong with it.
+    # Invalid characters are passed on to the decoder, which explains them.
     raw = text.encode(errors="surrogatepass")
     if len(raw) > MAXIMUM_BYTES:
         message = f"The JSON has {len(raw):,} bytes; at most {MAXIMUM_BYTES:,} are read"

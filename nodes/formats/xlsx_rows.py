@@ -1,4 +1,4 @@
-"""A sheet of an Excel workbook becomes rows."""
+"""Conversion of a sheet of an Excel workbook to rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAXIMUM_ROWS = 100_000
 MAXIMUM_VALUES = 1_000_000
-"""Rows times columns: a column that one row has is null in all others."""
+"""Maximum of rows times columns: a column with a single value is null in all other rows."""
 MAXIMUM_SHEET_ROWS = 1_048_576
 SHOWN_SHEETS = 10
 
@@ -75,7 +75,7 @@ def _choose_sheet(config: Mapping[str, Json], sheets: Sequence[str]) -> str:
 
 
 def _name_columns(rows: Sequence[SheetRow], *, has_header: bool) -> dict[int, str]:
-    """Return the names of the columns that have any cell, by their number in the sheet."""
+    """Return the names of the columns with any cell, by their number in the sheet."""
     used = sorted({column for row in rows for column in row.cells})
     header = rows[0].cells if has_header and rows else {}
     names = {column: _column_name(header.get(column), column) for column in used}

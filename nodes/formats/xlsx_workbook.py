@@ -1,6 +1,6 @@
-"""Reading an Excel workbook (.xlsx): a zip archive of XML, unpacked and read piece by piece within limits.
+"""Parser for Excel workbooks (.xlsx), zip archives of XML that are unpacked and parsed in pieces within limits.
 
-Only cells that are there are kept: a sheet with one in its first and one in its last corner is as small as any.
+Only existing cells are kept: a sheet with one in its first and one in its last corner is as small as any.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ MAXIMUM_FILE_BYTES = 10_000_000
 MAXIMUM_UNPACKED_BYTES = 50_000_000
 MAXIMUM_ENTRIES = 2_000
 MAXIMUM_ELEMENTS = 4_000_000
-"""Of all XML that is read: some six seconds, shared with others."""
+"""Maximum number of XML elements: some six seconds, shared with others."""
 MAXIMUM_CELLS = 500_000
 MAXIMUM_STRINGS = 500_000
 MAXIMUM_COLUMN = 16_384
 MAXIMUM_EXACT = 2**53
 CHUNK_BYTES = 65_536
 MAX_DAYS = 2_950_000
-"""More are beyond the year 9976."""
+"""More days are beyond the year 9976."""
 DAYS_TO_LEAP_DAY = 60
 DAY_MILLISECONDS = 86_400_000
 
 DIRECTORY_ENTRY = b"PK\x01\x02"
 OLD_FORMAT = b"\xd0\xcf\x11\xe0"
-"""How `.xls` begins, and a workbook that is locked by a password."""
+"""First bytes of `.xls` files and of password-protected workbooks."""
 CELL_REFERENCE = re.compile(r"([A-Z]{1,3})([1-9][0-9]{0,6})")
 NUMBER_PATTERN = re.compile(r"[+-]?[0-9]{0,400}\.?[0-9]{1,400}(?:[eE][+-]?[0-9]{1,4})?")
 WHOLE_PATTERN = re.compile(r"[0-9]{1,9}")
 ESCAPE_PATTERN = re.compile(r"_x([0-9A-Fa-f]{4})_")
 LITERAL_PARTS = re.compile(r'"[^"]*"|\\.|[_*].|\[(?![hms]+\])[^\]]*\]|am/pm|a/p', re.DOTALL)
-"""What stands in the format of a number and says nothing of dates: quoted texts, fillers, colours, conditions."""
+"""Parts of a number format without dates: quoted texts, fillers, colors, conditions."""
 ELAPSED_PATTERN = re.compile(r"\[[hms]+\]")
 
 
 class NumberDisplay(Enum):
-    """What a format makes of a number."""
+    """Kind of value that a format displays a number as."""
 
     NUMBER = "number"
     DATE = "date"
@@ -66,19 +66,19 @@ BUILT_IN_FORMATS: Mapping[int, NumberDisplay] = {
     **dict.fromkeys([*range(18, 22), *range(32, 36), 45, 47], NumberDisplay.TIME),
     22: NumberDisplay.MOMENT,
 }
-"""Formats that every workbook has, by their number."""
+"""Built-in formats of every workbook, by number."""
 
 
 @dataclass(slots=True)
 class SheetRow:
-    """The cells of a row that are there, by column, both counted from 1."""
+    """Existing cells of a row by column, both counted from 1."""
 
     number: int
     cells: dict[int, Json] = field(default_factory=dict)
 
 
 class XlsxWorkbook:
-    """A workbook that has been opened: its sheets by name, and what their cells refer to."""
+    """Opened workbook: its sheets by name, with shared strings and styles."""
 
     def __init__(self, archive: ZipArchive) -> None:
         self._archive = archive
@@ -89,11 +89,11 @@ class XlsxWorkbook:
 
     @property
     def sheets(self) -> Sequence[str]:
-        """The names of all sheets with cells, in order."""
+        """Names of all worksheets, in order."""
         return list(self._sheets)
 
     async def open(self) -> None:
-        """Read everything but the cells; raises `NodeError` for what is no workbook."""
+        """Parse everything except the cells; raises `NodeError` for a file that is no workbook."""
         main = next((part for kind, part in (await self._parts("")).values() if kind == "officeDocument"), "")
         if not self._archive.has(main):
             raise _invalid_workbook("it has no `officeDocument`")
@@ -122,7 +122,7 @@ class XlsxWorkbook:
         return reader.rows
 
     async def _parts(self, of: str) -> dict[str, tuple[str, str]]:
-        """Return what a part refers to: by identifier, what it is and its name."""
+        """Return the relationships of a part: kind and name of the target, by identifier."""
         folder, name = posixpath.split(of)
         related = posixpath.join(folder, "_rels", f"{name}.rels")
         if not self._archive.has(related):
@@ -133,7 +133,7 @@ class XlsxWorkbook:
 
 
 class ZipArchive:
-    """A zip archive in memory, of which no more is unpacked than the limits allow."""
+    """Zip archive in memory, unpacked only up to the limits."""
 
     def __init__(self, raw: bytes, turn: LoopShare) -> None:
         if raw.startswith(OLD_FORMAT):
@@ -156,7 +156,7 @@ class ZipArchive:
         return name in self._names
 
     async def read_part(self, name: str, part: WorkbookPart) -> None:
-        """Unpack a part and tell it to its reader."""
+        """Unpack a part and parse it with its reader."""
         part.elements_left = self._elements_left
         await xml_reader.read_xml(await self._unpacked(name), part, self._turn)
         self._elements_left = part.elements_left
@@ -165,7 +165,7 @@ class ZipArchive:
         entry = self._zip.getinfo(name)
         if entry.flag_bits & 1 or entry.compress_type not in {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}:
             raise _invalid_workbook(f"{name[:100]} is encrypted or packed in an unusual way")
-        # More than an entry claims is never unpacked of it.
+        # At most the stated size of an entry is unpacked.
         self._bytes_left -= entry.file_size
         if self._bytes_left < 0:
             message = f"The workbook has more than {MAXIMUM_UNPACKED_BYTES:,} bytes when it is unpacked"
@@ -189,7 +189,7 @@ def _invalid_workbook(reason: str) -> NodeError:
 
 
 class WorkbookPart:
-    """The reader of one part of a workbook; names are without their prefixes."""
+    """Reader of one part of a workbook; names are without their prefixes."""
 
     elements_left = 0
 
@@ -213,7 +213,7 @@ def _local_name(name: str) -> str:
 
 
 class WorkbookRelationships(WorkbookPart):
-    """What a part refers to."""
+    """Relationships of a part to others."""
 
     def __init__(self, folder: str) -> None:
         self.parts: dict[str, tuple[str, str]] = {}
@@ -227,7 +227,7 @@ class WorkbookRelationships(WorkbookPart):
 
 
 class WorkbookContents(WorkbookPart):
-    """The sheets of a workbook: name and identifier of the part."""
+    """Sheets of a workbook: name and identifier of the part."""
 
     def __init__(self) -> None:
         self.sheets: list[tuple[str, str]] = []
@@ -241,7 +241,7 @@ class WorkbookContents(WorkbookPart):
 
 
 class SharedStrings(WorkbookPart):
-    """The texts that cells share."""
+    """Texts that cells share."""
 
     def __init__(self) -> None:
         self.strings: list[str] = []
@@ -249,7 +249,7 @@ class SharedStrings(WorkbookPart):
         self._is_text = False
         self._is_phonetic = False
 
-    def begin(self, name: str, attributes: Mapping[str, str]) -> None:  # noqa: ARG002 - they say nothing
+    def begin(self, name: str, attributes: Mapping[str, str]) -> None:  # noqa: ARG002 - not needed here
         if name == "si":
             self._pieces = []
         elif name == "rPh":
@@ -274,7 +274,7 @@ class SharedStrings(WorkbookPart):
 
 
 class CellStyles(WorkbookPart):
-    """What the styles of cells make of a number, by their place."""
+    """Number formats of the cell styles, by index."""
 
     def __init__(self) -> None:
         self.shows: list[NumberDisplay] = []
@@ -299,7 +299,7 @@ class CellStyles(WorkbookPart):
 
 
 class SheetCells(WorkbookPart):
-    """The cells of one sheet."""
+    """Cells of one sheet."""
 
     def __init__(
         self, strings: Sequence[str], styles: Sequence[NumberDisplay], *, counts_from_1904: bool
@@ -410,18 +410,18 @@ def _simplify_number(number: float) -> int | float:
 
 
 def _unescape(text: str) -> str:
-    """Return a text with `_x000D_` as the character that XML couldn't hold, where JSON can."""
+    """Replace `_x000D_` by the character that XML can't contain, where JSON can."""
     return ESCAPE_PATTERN.sub(_escaped_character, text) if "_x" in text else text
 
 
 def _escaped_character(escape: re.Match[str]) -> str:
     code = int(escape.group(1), 16)
-    is_half_a_pair = 0xD800 <= code <= 0xDFFF  # noqa: PLR2004 - where Unicode has no characters
+    is_half_a_pair = 0xD800 <= code <= 0xDFFF  # noqa: PLR2004 - range of surrogates, which are no characters
     return escape.group() if code == 0 or is_half_a_pair else chr(code)
 
 
 def _display_of_format(code: str) -> NumberDisplay:
-    """Return what a format makes of a number, by the letters in its first section: `yyyy`, `hh`, `ss`."""
+    """Return the kind of value that a format displays, by the letters in its first section: `yyyy`, `hh`, `ss`."""
     letters = LITERAL_PARTS.sub("", code[:1_000].lower()).partition(";")[0]
     if ELAPSED_PATTERN.search(letters):
         return NumberDisplay.NUMBER
@@ -433,7 +433,7 @@ def _display_of_format(code: str) -> NumberDisplay:
 
 
 def _format_serial(serial: float, shows: NumberDisplay, *, counts_from_1904: bool) -> Json:
-    """Return the ISO date or time that a number of days stands for; the number, if that is none."""
+    """Return the ISO date or time of a serial number of days; the number itself, if it is out of range."""
     if not 0 <= serial < MAX_DAYS:
         return _simplify_number(serial)
     milliseconds = round(serial * DAY_MILLISECONDS)
@@ -448,5 +448,5 @@ def _format_serial(serial: float, shows: NumberDisplay, *, counts_from_1904: boo
 def _epoch_day(serial: float, *, counts_from_1904: bool) -> datetime:
     if counts_from_1904:
         return datetime(1904, 1, 1)  # noqa: DTZ001 - dates in a sheet have no zone
-    # Excel counts a 29th of February 1900: the days before it are one less away.
+    # Excel counts a 29th of February 1900: earlier days have a smaller number.
     return datetime(1899, 12, 31 if serial < DAYS_TO_LEAP_DAY else 30)  # noqa: DTZ001 - dates in a sheet have no zone

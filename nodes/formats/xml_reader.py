@@ -1,4 +1,4 @@
-"""Reading XML without what makes it dangerous: a document type, and so its entities and files, is refused."""
+"""Safe XML parser: a document type declaration, and so entities and external files, is refused."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 16_384
 MAXIMUM_TOKEN_BYTES = 1_000_000
-"""A tag or comment is read again with every chunk until it ends."""
+"""Maximum size of a tag or comment, which is parsed again with every chunk until it ends."""
 
 
 class XmlHandler(Protocol):
-    """What a document is told to, as it is read; it raises `NodeError` for what it won't take."""
+    """Handler of the events of a document; it may raise `NodeError`."""
 
     def start(self, name: str, attributes: Mapping[str, str]) -> None: ...
     def text(self, text: str) -> None: ...
@@ -25,9 +25,9 @@ class XmlHandler(Protocol):
 
 
 async def read_xml(raw: bytes, reader: XmlHandler, turn: LoopShare, *, encoding: str | None = None) -> None:
-    """Tell a whole document to `reader`; raises `NodeError` for what is no XML, and what the reader raises.
+    """Parse a whole document with a handler; raises `NodeError` for invalid XML, and errors of the handler.
 
-    Without an `encoding`, the document says its own.
+    Without an `encoding`, the document declares its own.
     """
     parser = expat.ParserCreate(encoding)
     parser.buffer_text = True

@@ -1,4 +1,4 @@
-"""An XML text becomes JSON."""
+"""Conversion of XML to JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAXIMUM_BYTES = 5_000_000
 MAXIMUM_DEPTH = 30
 """Each element may be an object in a list, and JSON is 64 deep at most."""
 MAXIMUM_VALUES = 300_000
-"""Elements and attributes together: each takes some 300 bytes."""
+"""Maximum number of elements and attributes: each takes some 300 bytes."""
 ATTRIBUTE_PREFIX = "@"
 TEXT_KEY = "#text"
 
@@ -53,7 +53,7 @@ def _check_size(size: int) -> None:
 
 @dataclass(slots=True)
 class XmlElement:
-    """An element that hasn't ended."""
+    """Element that is still open."""
 
     name: str
     fields: dict[str, Json]
@@ -67,7 +67,7 @@ class XmlElement:
 
 
 class XmlTree:
-    """The JSON of a document, on its way."""
+    """Handler that builds the JSON of a document."""
 
     root = ""
     value: Json = None
@@ -96,7 +96,7 @@ class XmlTree:
     def text(self, text: str) -> None:
         self._open[-1].texts.append(text)
 
-    def end(self, name: str) -> None:  # noqa: ARG002 - the parser has seen to it that it is the last one's
+    def end(self, name: str) -> None:  # noqa: ARG002 - the parser guarantees that it is the last open element
         element = self._open.pop()
         if self._open:
             self._put(element.name, element.value(), self._open[-1].fields)
