@@ -1,1 +1,1 @@
-"""One pair of files for each node type; `nodes.catalog` says what they hold."""
+"""Library of node types, each a pair of files; `nodes.catalog` describes their format."""

@@ -1,4 +1,4 @@
-"""Items are grouped by fields, and numbers are taken of each group."""
+"""Group items by fields, and aggregate numbers of each group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Number: TypeAlias = int | float
 MAXIMUM_AGGREGATIONS = 50
 MAXIMUM_GROUP_FIELDS = 20
 MAXIMUM_RESULTS = 500_000
-"""In all groups together: each takes some 300 bytes while it is worked out."""
+"""Maximum number of results in all groups: each takes some 300 bytes during the computation."""
 
 
 class AggregateFunction(StrEnum):
@@ -35,7 +35,7 @@ class AggregateFunction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class AggregateField:
-    """One number to take of each group."""
+    """Aggregation of one field."""
 
     function: AggregateFunction
     field: str | None
@@ -56,17 +56,17 @@ class AggregateField:
 
 @dataclass(frozen=True, slots=True)
 class AggregateItem:
-    """One item of the list, and where it stands."""
+    """Item of the list with its index."""
 
     value: Json
     index: int
     missing: set[str]
-    """Names that some item had no field for."""
+    """Fields that some item lacks."""
     found: set[str]
-    """Names that some item had a field for."""
+    """Fields that some item has."""
 
     def at(self, name: str) -> Json:
-        """Return the field of just this name, else what the dotted path leads to, else null."""
+        """Return the value of a field by its name or dotted path, else null."""
         if not isinstance(self.value, dict):
             message = (
                 f"Item {self.index} is {config_fields.describe_type(self.value)}: it has no field `{name}`"
@@ -85,7 +85,7 @@ class AggregateItem:
         return found
 
     def number(self, name: str) -> Number | None:
-        """Return the number at `name`, or null."""
+        """Return the number in a field, or null."""
         value = self.at(name)
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
             return value
@@ -97,7 +97,7 @@ class AggregateItem:
 
 @dataclass(slots=True)
 class AggregateTally:
-    """One aggregation of one group, on its way."""
+    """Intermediate state of one aggregation of one group."""
 
     aggregation: AggregateField
     count: int = 0
@@ -125,7 +125,7 @@ class AggregateTally:
 
 @dataclass(frozen=True, slots=True)
 class ItemGroup:
-    """The items that have the same values in the fields of `groupBy`."""
+    """Group of items with the same values in the fields of `groupBy`."""
 
     keys: Sequence[Json]
     tallies: Sequence[AggregateTally]
@@ -140,7 +140,7 @@ async def run(call: NodeCall) -> Json:
     aggregations = _read_aggregations(call.config, group_by)
     groups: dict[Hashable, ItemGroup] = {}
     if not group_by:
-        # All items are one group, which is there even when they are none.
+        # All items are one group, which exists even without items.
         groups[identity_key([])] = ItemGroup([], [*map(AggregateTally, aggregations)])
     missing: set[str] = set()
     found: set[str] = set()
@@ -191,7 +191,7 @@ def _check_size(results: int) -> None:
 
 
 def _sum_exactly(numbers: Sequence[Number]) -> Number:
-    """Whole numbers stay whole; others are added without the error that grows from addition to addition."""
+    """Return an exact sum of integers, and a correctly rounded one of floats."""
     return sum(numbers) if all(isinstance(number, int) for number in numbers) else math.fsum(numbers)
 
 

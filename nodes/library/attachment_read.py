@@ -1,4 +1,4 @@
-"""An attachment becomes a value: its text, its rows, its JSON, or its bytes in base64."""
+"""Convert an attachment to a value: its text, rows, JSON, or bytes in base64."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 MAXIMUM_BYTES = 7_000_000
-"""In base64 it takes a third more, and must fit into an output."""
+"""Base64 takes a third more, and must fit into an output."""
 REFERENCE_KEY: Final = "$blob"
 _CHARSET: Final = re.compile(r"charset=\"?([A-Za-z0-9_.:+-]+)", re.IGNORECASE)
 
@@ -54,7 +54,7 @@ async def run(call: NodeCall) -> Json:
 
 
 def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the reference that the config gives, alone or as a part of what is told of an attachment."""
+    """Return the blob reference in the config, alone or in the description of an attachment."""
     given = config_fields.read_mapping(config, "attachment")
     inner = given if REFERENCE_KEY in given else given.get("blob")
     if isinstance(inner, dict) and isinstance(inner.get(REFERENCE_KEY), dict):
@@ -66,7 +66,7 @@ def _find_reference(config: Mapping[str, Json]) -> dict[str, Json]:
 
 
 def _convert_by_type(content: bytes, name: str, media_type: str) -> AttachmentForm:
-    """Return what becomes of a file without being told."""
+    """Return the default form of a file, by its format."""
     match file_reader.guess_format(content, name=name, media_type=media_type):
         case FileFormat.CSV:
             return AttachmentForm.CSV

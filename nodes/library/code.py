@@ -1,4 +1,4 @@
-"""A user's script is run where it can do nothing but compute."""
+"""Run a user's script in a sandbox."""
 
 from __future__ import annotations
 

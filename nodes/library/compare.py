@@ -1,4 +1,4 @@
-"""Two lists are compared by key: what is new, what is gone, what has changed and what has not."""
+"""Compare two lists by key: added, removed, changed and unchanged items."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ async def run(call: NodeCall) -> Json:
 async def _index_by_key(
     config: Mapping[str, Json], name: str, keys: ItemKeys, turn: LoopShare
 ) -> dict[Hashable, Json]:
-    """Return the items of a list by their keys, in order; null is a list without items."""
+    """Return the items of a list by their keys, in order; null is an empty list."""
     items = [] if config.get(name) is None else item_lists.read_items(config, name)
     found: dict[Hashable, Json] = {}
     places: dict[Hashable, int] = {}
@@ -72,7 +72,7 @@ async def _index_by_key(
 
 
 def _changed_fields(before: Json, after: Json, ignored: Collection[str]) -> list[Json] | None:
-    """Return the names of the fields that differ, none where the items have no fields; None: nothing differs."""
+    """Return the names of the fields that differ, an empty list for items without fields; None for equal items."""
     if equal_json(before, after):
         return None
     if not isinstance(before, dict) or not isinstance(after, dict):

@@ -1,4 +1,4 @@
-"""The data goes on by port `true` or `false`."""
+"""Pass the data on through port `true` or `false`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dates are read, written, moved and compared. What a day is, the calendar of a time zone decides."""
+"""Parse, format, shift and compare dates, by the calendar of a time zone."""
 
 from __future__ import annotations
 
@@ -107,14 +107,14 @@ def _parse_date(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
     codes = set(re.findall(r"%(.?)", form, re.DOTALL))
     unknown = codes - INPUT_CODES
     if "d" in codes and not codes & YEAR_CODES:
-        # In some years that day isn't there.
+        # A 29th of February doesn't exist in every year.
         raise NodeError("`inputForm` has a day of the month, so it needs a year: %Y", code="invalid-config")
     if unknown or len(form) > MAXIMUM_FORM_CHARACTERS:
         known = " ".join(f"%{code}" for code in sorted(INPUT_CODES))
         wanted = f"at most {MAXIMUM_FORM_CHARACTERS} characters with {known}"
         raise NodeError(f"`inputForm` takes {wanted}", code="invalid-config")
     try:
-        moment = datetime.strptime(written[: 2 * MAXIMUM_FORM_CHARACTERS], form)  # noqa: DTZ007 - the zone comes now
+        moment = datetime.strptime(written[: 2 * MAXIMUM_FORM_CHARACTERS], form)  # noqa: DTZ007 - the zone is set on the next line
         return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
     except (ValueError, OverflowError, re.error) as error:
         message = f"`{name}` is {written[:SHOWN_CHARACTERS]!r}, which isn't written as {form}"
@@ -123,7 +123,7 @@ def _parse_date(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
 
 def _read_zone(config: Mapping[str, Json], name: str) -> ZoneInfo:
     key = config_fields.read_text(config, name)
-    # A name is looked up in a list first: it would lead to a file.
+    # The name is checked against a list first, since `ZoneInfo` opens a file of that name.
     if key not in _zone_names():
         shown = key[:SHOWN_CHARACTERS]
         message = f"`{name}` must be an IANA time zone such as Europe/Berlin, not {shown!r}"
@@ -152,7 +152,7 @@ def _add_units(date: datetime, amount: int, unit: DateUnit, zone: ZoneInfo) -> d
 
 
 def _count_units(date: datetime, until: datetime, unit: DateUnit, zone: ZoneInfo) -> Json:
-    """Return the units from one moment to another: days and longer ones by the clock on the wall of the zone."""
+    """Return the units between two moments: days and longer units by the local time of the zone."""
     start, end = date.astimezone(zone), until.astimezone(zone)
     if unit in UNIT_MONTHS:
         return _count_whole_months(start.replace(tzinfo=None), end.replace(tzinfo=None), UNIT_MONTHS[unit])
@@ -163,7 +163,7 @@ def _count_units(date: datetime, until: datetime, unit: DateUnit, zone: ZoneInfo
 
 
 def _count_whole_months(start: datetime, end: datetime, each: int) -> int:
-    """Return how many whole steps of so many months fit between two times on the wall."""
+    """Return the number of whole steps of `each` months between two local times."""
     if end < start:
         return -_count_whole_months(end, start, each)
     months = (end.year - start.year) * 12 + end.month - start.month
@@ -180,7 +180,7 @@ def _start_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
             return local.replace(second=0)
         case DateUnit.HOURS:
             return local.replace(minute=0, second=0)
-    # Of a midnight that comes twice, the day begins with the first.
+    # Of a midnight that occurs twice, the day begins with the first.
     midnight = local.replace(hour=0, minute=0, second=0, fold=0)
     match unit:
         case DateUnit.DAYS:

@@ -1,4 +1,4 @@
-"""Of items with equal keys one stays, the first or the last, where it stood."""
+"""Keep the first or last item of each key, in the original order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A raw mail becomes what an e-mail trigger gives; its attachments are kept beside the execution."""
+"""Parse a raw mail into the output of an e-mail trigger; attachments are stored as blobs of the execution."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An e-mail is handed to a mail server: to all of its recipients, or to none; a second attempt is the same mail."""
+"""Send an e-mail to all recipients or to none; a second attempt sends the same mail, with the same Message-ID."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 MAXIMUM_RECIPIENTS: Final = 100
 MAXIMUM_ATTACHMENTS: Final = 50
 MAXIMUM_ATTACHED_BYTES: Final = 15_000_000
-"""Of all attachments; on the way they take a third more, and many servers take no mail beyond 20 MB."""
+"""Maximum size of all attachments; encoding adds a third, and many servers refuse mails beyond 20 MB."""
 MAXIMUM_TEXT_CHARACTERS: Final = 2_000_000
 REFERENCE_KEY: Final = "$blob"
 TEXT_KEY: Final = "text"
@@ -39,7 +39,7 @@ TEXT_TYPES: Final[Mapping[str, str]] = {
     "vcf": "text/vcard",
     "xml": "application/xml",
 }
-"""By how the name of a file that is given as a text ends."""
+"""Media types of files that are given as text, by the extension of their name."""
 
 
 async def run(call: NodeCall) -> Json:
@@ -89,7 +89,7 @@ def _compose(outgoing: OutgoingMail) -> bytes:
 
 
 def _read_mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
-    """Return the addresses in a text, or in a list of texts, without those that are empty."""
+    """Return the addresses in a text or a list of texts, skipping empty texts."""
     given = config.get(name)
     texts = given if isinstance(given, list) else [given]
     found: list[Mailbox] = []
@@ -178,13 +178,13 @@ async def _read_content(call: NodeCall, given: dict[str, Json]) -> bytes:
 
 
 def _find_reference(given: dict[str, Json]) -> dict[str, Json] | None:
-    """Return the reference that an attachment is, or has in its `blob`."""
+    """Return the blob reference that an attachment is, or has in `blob`."""
     inner = given if REFERENCE_KEY in given else given.get("blob")
     return inner if isinstance(inner, dict) else None
 
 
 def _attachment_label(given: dict[str, Json]) -> AttachmentLabel:
-    """Return what is told of an attachment, or else what its reference knows."""
+    """Return the attributes of an attachment, with those of its blob reference as defaults."""
     reference = _find_reference(given) or {}
     known = reference.get(REFERENCE_KEY)
     known = known if isinstance(known, dict) else {}

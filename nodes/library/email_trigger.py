@@ -1,4 +1,4 @@
-"""An e-mail starts the workflow; its parts are the data."""
+"""Start the workflow with an e-mail; its parts are the data."""
 
 from __future__ import annotations
 

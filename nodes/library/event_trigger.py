@@ -1,4 +1,4 @@
-"""An event starts the workflow; the event is the data."""
+"""Start the workflow with an event; the event is the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A value is written to the organisation's folder as one file, which replaces the one before it."""
+"""Write a value to a file in the organization's folder, replacing an existing one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file of the organisation's folder is read, or what there is below a prefix is listed."""
+"""Read a file in the organization's folder, or list the files below a prefix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Items that meet a condition stay, in their order."""
+"""Keep the items that meet a condition, in their order."""
 
 from __future__ import annotations
 

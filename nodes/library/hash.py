@@ -1,4 +1,4 @@
-"""A value gets its hash, or the signature that a key gives it."""
+"""Compute the hash of a value, or its HMAC with a key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 MAXIMUM_BYTES = 10_000_000
-"""The slowest hash takes a twentieth of a second for as many."""
+"""The slowest hash takes a twentieth of a second for this size."""
 HMAC_PREFIX = "hmac-"
 
 
@@ -85,7 +85,7 @@ def _encode_value(config: Mapping[str, Json]) -> bytes:
 
 def _encode_canonical(value: Json) -> bytes:
     try:
-        # This one stops where it becomes too long.
+        # Stops at the limit, unlike `encode_canonical`.
         encode_json(value, max_bytes=MAXIMUM_BYTES)
         return encode_canonical(value)
     except InvalidJson as error:
@@ -103,7 +103,7 @@ def _decode_bytes(name: str, text: str, encoding: KeyEncoding) -> bytes:
             case KeyEncoding.BASE64:
                 return b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:
-        # What is wrong with a key must not show the key.
+        # The error about a key must not contain the key.
         raise NodeError(f"`{name}` is not {encoding}", code="invalid-encoding") from error
 
 

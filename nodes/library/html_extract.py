@@ -1,4 +1,4 @@
-"""Texts and attributes are taken out of a page by CSS selectors."""
+"""Extract texts and attributes from an HTML page by CSS selectors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 MAXIMUM_FIELDS = 50
 MAXIMUM_VALUES = 500_000
 MAXIMUM_CHARACTERS = 10_000_000
-"""Of all that is taken, spaces included: elements inside one another have the same text again."""
+"""Maximum number of extracted characters, including spaces: nested elements repeat the same text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractedField:
-    """What to take of an item, and where to look for it."""
+    """Field to extract from each item."""
 
     name: str
     selector: CssSelector | None
@@ -64,11 +64,11 @@ async def run(call: NodeCall) -> Json:
 
 
 class PageExtractor:
-    """One page, and what has been taken of it."""
+    """Extraction from one page, with its counters."""
 
     def __init__(self, page: HtmlDocument, taken: Sequence[ExtractedField]) -> None:
         self.missing: set[str] = set()
-        """Names of fields that some item lacked."""
+        """Names of fields that some item lacks."""
         self._page = page
         self._fields = taken
         self._turn = LoopShare()

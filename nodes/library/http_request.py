@@ -1,4 +1,4 @@
-"""Another system is called over HTTP; what kind of failure it is says whether another attempt is worth it."""
+"""Send an HTTP request; the kind of failure decides whether a retry makes sense."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHOWN_BYTES = 200
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 JSON_TYPE = re.compile(r"[\w.+-]+/(?:[\w.+-]+\+)?json\b", re.IGNORECASE)
 CHARSET = re.compile(r"""charset\s*=\s*["']?([\w.:-]+)""", re.IGNORECASE)
-# Python has codecs that take time without bound (punycode) or make what no database keeps (unicode_escape).
+# Some codecs of Python take unbounded time (punycode) or produce characters that can't be stored (unicode_escape).
 CHARSETS = frozenset(
     {
         "ascii", "us-ascii", "utf-8", "utf8", "utf-16", "iso-8859-1", "latin-1", "iso-8859-2", "iso-8859-15",
@@ -119,7 +119,7 @@ def _read_headers(config: Mapping[str, Json]) -> dict[str, str]:
 
 
 async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
-    """Return what the data source adds to a request to `url`: never part of what is recorded."""
+    """Return the headers that the data source adds to a request to `url`; they are never recorded."""
     if call.config.get("dataSource") is None:
         return {}
     return await call.services.data_sources.headers(
@@ -128,13 +128,13 @@ async def _read_secret_headers(call: NodeCall, url: str) -> Mapping[str, str]:
 
 
 def _replace_headers(headers: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
-    """Return headers with others added, which take the place of those of the same names."""
+    """Return headers with others added, which replace those of the same names."""
     names = {name.lower() for name in others}
     return {**{name: value for name, value in headers.items() if name.lower() not in names}, **others}
 
 
 def _encode_body(config: Mapping[str, Json]) -> tuple[bytes | None, str | None]:
-    """Return what to send and its content type."""
+    """Return the request body and its content type."""
     body = config.get("body")
     if body is None:
         return None, None
@@ -152,7 +152,7 @@ def _set_default_header(headers: dict[str, str], name: str, value: str) -> None:
 
 
 def _redact_response(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
-    """Return an answer without the secrets that it repeats: it is read by more people than may know them."""
+    """Redact secrets that the response repeats: it has more readers than the data source."""
     if not secrets:
         return response
     forms = {form for value in secrets.values() for form in _secret_forms(value)}
@@ -165,7 +165,7 @@ def _redact_response(response: HttpResponse, secrets: Mapping[str, str]) -> Http
 
 
 def _secret_forms(value: str) -> Iterator[str]:
-    """Return the texts by which a header's value would be known: as it is, its credentials alone, and both escaped."""
+    """Yield the forms in which a header's value may be repeated: whole, its credentials alone, and both escaped."""
     scheme, _, credentials = value.partition(" ")
     said = {value, credentials}
     if scheme == "Basic":
@@ -210,7 +210,7 @@ def _decode_json(response: HttpResponse) -> Json:
 
 
 def _decode_text(body: bytes, charset: str) -> str:
-    """Return a text in which U+FFFD stands for what is none."""
+    """Decode a text, with U+FFFD for invalid bytes and NUL."""
     return body.decode(charset, errors="replace").replace("\0", "\ufffd")
 
 

@@ -1,4 +1,4 @@
-"""A person is asked, and the engine waits for the answer."""
+"""Ask a person for input, and wait for the answer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMPTY_ANSWER: Final[Mapping[str, Json]] = {"data": None, "choice": None, "by": N
 
 
 class ExpiryAction(StrEnum):
-    """What follows when nobody has answered in time."""
+    """Handling of an input request that expires without an answer."""
 
     FAIL = "fail"
     CONTINUE = "continue"
@@ -41,7 +41,7 @@ def run(call: NodeCall) -> AnswerWait:
 
 
 def _build_request(config: Mapping[str, Json]) -> Json:
-    """Return what is shown to whoever may answer."""
+    """Return the request as people with permission to answer see it."""
     request: dict[str, Json] = {"title": config_fields.read_text(config, "title")}
     if "description" in config:
         request["description"] = config_fields.read_text(config, "description")

@@ -1,4 +1,4 @@
-"""A line goes into the execution's log, and the data goes on."""
+"""Write a line to the execution's log, and pass the data on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each item is given what a table holds under its key: a join of two lists."""
+"""Join each item with the rows of a table that have the same key."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 LookupTable: TypeAlias = "Mapping[Hashable, list[Json]]"
-"""The rows of each key, in order."""
+"""Rows of each key, in order."""
 
 
 class LookupMatches(StrEnum):
@@ -36,12 +36,12 @@ class LookupMissAction(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class LookupJoin:
-    """How an item and the rows under its key become items."""
+    """Rules for joining an item with its matching rows."""
 
     matches: LookupMatches
     on_missing: LookupMissAction
     name: str | None
-    """The field for what is found; None: the rows' fields stand beside the item's own."""
+    """Field for the matches; None merges the rows' fields into the item."""
 
     @classmethod
     def from_config(cls, config: Mapping[str, Json]) -> Self:
@@ -54,7 +54,7 @@ class LookupJoin:
         )
 
     def joined(self, item: Json, index: int, rows: list[Json]) -> Iterator[Json]:
-        """Return what becomes of an item, one by one: of a single item may come more than there is room for."""
+        """Yield the joined items of an item lazily, since a single item can exceed the limit."""
         if not rows:
             yield from self._missed(item, index)
         elif self.matches is LookupMatches.LIST:
@@ -123,5 +123,5 @@ async def _build_table(call: NodeCall, by: ItemKeys, turn: LoopShare) -> LookupT
 
 
 def _join_key(key: list[Json]) -> Hashable:
-    """Return what equal keys share; None for one with a null in it, which equals nothing, as in SQL."""
+    """Return a hashable key; None for a key with a null, which matches nothing, as in SQL."""
     return None if None in key else identity_key(key)

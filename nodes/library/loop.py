@@ -1,4 +1,4 @@
-"""Each item has its turn: the engine sees to that."""
+"""Run the nodes behind port `continue` once for each item; the engine executes the iterations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_CONCURRENCY: Final = 100
 
 
 class ItemErrorAction(StrEnum):
-    """What a turn that fails does to its loop."""
+    """Handling of a failed iteration."""
 
     FAIL = "fail"
     CONTINUE = "continue"

@@ -1,4 +1,4 @@
-"""A person starts the workflow; what they entered is the data."""
+"""Start the workflow manually; the entered inputs are the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each item becomes what a value makes of it, or has new fields laid over it."""
+"""Replace each item by a computed value, or merge new fields into it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What arrived goes on: the engine has waited for it, and laid it together."""
+"""Pass on the inputs of several branches, which the engine has awaited and combined."""
 
 from __future__ import annotations
 

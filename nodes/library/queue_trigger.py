@@ -1,4 +1,4 @@
-"""A message of a queue starts the workflow; the message and what is known of it are the data."""
+"""Start the workflow with a queue message; the message and its metadata are the data."""
 
 from __future__ import annotations
 

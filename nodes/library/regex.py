@@ -1,4 +1,4 @@
-"""A text is searched by a user's expression, in an engine whose time grows with the text and not beyond it.
+"""Search a text by a user's regular expression, with an engine that runs in linear time.
 
 One search is bounded by the size of the expression times that of the text. Many searches of one text are not, since
 each may read on to its end: they have a deadline.
@@ -27,10 +27,10 @@ MAXIMUM_PATTERN_CHARACTERS = 2_000
 MAXIMUM_MATCHES = 100_000
 MAXIMUM_GROUPS = 100
 MAXIMUM_STEPS = 300_000_000
-"""Steps of the compiled expression times characters of the text: at worst, some two seconds of one core."""
+"""Size of the compiled expression times characters of the text: at worst, some two seconds of one core."""
 MAXIMUM_SECONDS = 5.0
 PROGRAM_MEMORY_BYTES = 2 << 20
-"""What an expression may take when it is compiled and while it searches."""
+"""Maximum memory of an expression, compiled and while it searches."""
 
 GROUP_REFERENCE = re.compile(r"\$(?:(\$)|(\d{1,2})|\{([A-Za-z0-9_]{1,100})\})")
 
@@ -43,7 +43,7 @@ class RegexOperation(StrEnum):
 
 
 class RegexMatch(Protocol):
-    """One match, as RE2 gives it."""
+    """Match of RE2."""
 
     def start(self, group: int = 0) -> int: ...
     def end(self, group: int = 0) -> int: ...
@@ -54,7 +54,7 @@ class RegexMatch(Protocol):
 
 
 class RegexPattern(Protocol):
-    """A compiled expression, as RE2 gives it."""
+    """Compiled expression of RE2."""
 
     groups: int
     groupindex: Mapping[str, int]
@@ -98,7 +98,7 @@ def _compile_pattern(config: Mapping[str, Json]) -> RegexPattern:
         reason = bytes(error.args[0]).decode(errors="replace")
         raise NodeError(f"`pattern` is no expression: {reason}", code="invalid-pattern") from error
     finally:
-        # It would keep the last 128, with what each took while it searched.
+        # The cache would keep the last 128 expressions, with the memory of their searches.
         re2.purge()
     if pattern.groups > MAXIMUM_GROUPS:
         message = f"`pattern` has {pattern.groups:,} groups; at most {MAXIMUM_GROUPS} are told"
@@ -119,7 +119,7 @@ def _check_size(text: str, pattern: RegexPattern) -> None:
 
 
 def _find_matches(pattern: RegexPattern, text: str, maximum: int) -> Iterator[RegexMatch]:
-    """Yield every match; raises `NodeError` when there are more than `maximum`, or when it takes too long."""
+    """Yield every match; raises `NodeError` for more than `maximum` matches, or after the deadline."""
     deadline = time.monotonic() + MAXIMUM_SECONDS
     for count, match in enumerate(pattern.finditer(text), start=1):
         if count > maximum:
@@ -139,7 +139,7 @@ def _describe_matches(pattern: RegexPattern, matches: Iterator[RegexMatch]) -> J
     size = output_sizes.OutputSize("The matches")
     found: list[Json] = []
     for match in matches:
-        # Each group is a copy of its part of the text, and a hundred may stand inside one another.
+        # Each group is a copy of its part of the text, and a hundred may be nested.
         _require_small_groups(match, pattern)
         shown = _describe_match(match)
         size.add(shown)
@@ -179,7 +179,7 @@ def _replace_matches(pattern: RegexPattern, text: str, maximum: int, replacement
 
 
 def _replacement_writer(pattern: RegexPattern, replacement: str) -> Callable[[RegexMatch], str]:
-    """Return what writes the replacement of a match."""
+    """Return a function that returns the replacement of a match."""
     parts: list[str] = []
     groups: list[int | str] = []
     end = 0

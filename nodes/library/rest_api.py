@@ -1,4 +1,4 @@
-"""A call of the API starts the workflow; its inputs are the data."""
+"""Start the workflow by an API request; its inputs are the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The clock starts the workflow; the moment is the data."""
+"""Start the workflow on a schedule; the scheduled time is the data."""
 
 from __future__ import annotations
 

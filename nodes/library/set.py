@@ -1,4 +1,4 @@
-"""New fields are laid over the data, or take its place."""
+"""Merge new fields into the data, or replace it."""
 
 from __future__ import annotations
 

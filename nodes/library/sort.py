@@ -1,4 +1,4 @@
-"""Items are put in order by one or more keys; those with equal keys stay in the order they came in."""
+"""Sort items by one or more keys; the sort is stable."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 SortRank: TypeAlias = tuple[int, Any]
-"""Where values of a type stand among the others, and what compares them with one another."""
+"""Rank of a value's type, and its key among values of the type."""
 
 MAXIMUM_NATURAL_CHARACTERS = 10_000
 SORT_BATCH = 5_000
-"""Items: some milliseconds' work."""
+"""Items per step: some milliseconds' work."""
 DIGITS = re.compile(r"0*([0-9]+)")
 
 
@@ -47,7 +47,7 @@ class TextOrder(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SortCriterion:
-    """One thing to sort by, and which way."""
+    """Sort key with its direction."""
 
     key: ItemKey
     descends: bool
@@ -56,7 +56,7 @@ class SortCriterion:
 
     @classmethod
     def from_config(cls, call: NodeCall, source: Json) -> Self:
-        """Return what one entry of `by` says; its key is read as it is written, the rest as it is rendered."""
+        """Return the criterion of an entry of `by`; its key is compiled as written, other settings are rendered."""
         if not isinstance(source, dict):
             return cls._of({}, ItemKey.from_config("by", call, source))
         settings = {name: value for name, value in source.items() if name != "key"}
@@ -68,7 +68,7 @@ class SortCriterion:
 
     @classmethod
     def from_data(cls, call: NodeCall, value: Json) -> Self:
-        """Return what an entry of data says, in which nothing is an expression."""
+        """Return the criterion of an entry in data, in which nothing is an expression."""
         if isinstance(value, dict):
             return cls._of(value, ItemKey.from_name("by", call, value.get("key")))
         return cls._of({}, ItemKey.from_name("by", call, value))
@@ -84,11 +84,11 @@ class SortCriterion:
         )
 
     def rank(self, item: Json, index: int) -> SortRank:
-        """Return what stands for an item in a comparison: null, false, true, numbers, texts, lists, objects."""
+        """Return the sort key of an item, in the order null, false, true, numbers, texts, lists, objects."""
         value = self.key.value_of(item, index)
         match value:
             case None:
-                # The order of all is turned round when it descends, but nulls stay where they are wanted.
+                # A descending sort is reversed, but nulls must stay at the configured end.
                 is_lowest = (self.nulls is NullOrder.FIRST) != self.descends
                 return (-1, 0) if is_lowest else (5, 0)
             case bool():
@@ -107,7 +107,7 @@ async def run(call: NodeCall) -> Json:
     items = item_lists.read_items(call.config)
     places = list(range(len(items)))
     turn = LoopShare()
-    # Sorting is stable: what the last key decides stays decided wherever the keys before it are equal.
+    # The sort is stable: a later key decides between items with equal earlier keys.
     criteria = _read_criteria(call)
     for criterion in reversed(criteria):
         ranks: list[SortRank] = []
@@ -123,7 +123,7 @@ async def run(call: NodeCall) -> Json:
 async def _sort_places(
     places: list[int], ranks: list[SortRank], turn: LoopShare, *, descends: bool
 ) -> list[int]:
-    """Return places by their ranks, equal ones as they stood; no step of it keeps others waiting for long."""
+    """Return indexes sorted by rank, stably, in steps that yield to the event loop."""
     parts: list[list[int]] = []
     for begin in range(0, len(places), SORT_BATCH):
         await turn.yield_if_due()
@@ -150,10 +150,10 @@ def _read_criteria(call: NodeCall) -> list[SortCriterion]:
 
 
 def natural_key(text: str) -> str:
-    """Return a text that sorts as people count: `file9` before `file10`, whatever the case.
+    """Return a key for natural order, ignoring case: `file9` before `file10`.
 
-    Each number becomes a 0, one character for how many digits it has, and the digits, so that of two numbers the
-    shorter comes first.
+    Each number becomes a 0, one character for the number of its digits, and the digits, so that the shorter of two
+    numbers comes first.
     """
     if len(text) > MAXIMUM_NATURAL_CHARACTERS:
         message = (

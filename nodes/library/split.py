@@ -1,4 +1,4 @@
-"""One value becomes many: a text its parts, a list its batches, a list in each item an item for each element."""
+"""Split one value into many: a text into parts, a list into batches, or a list in each item into items."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _split_batches(config: Mapping[str, Json]) -> list[Json]:
 
 
 async def _split_elements(call: NodeCall) -> list[Json]:
-    """Return an item for each element of the list that each item has in the field."""
+    """Return an item for each element of the list in a field of each item."""
     name = config_fields.read_text(call.config, "field")
     keeps_fields = config_fields.read_flag(call.config, "keepFields")
     found: list[Json] = []
@@ -78,7 +78,7 @@ async def _split_elements(call: NodeCall) -> list[Json]:
 
 
 def _read_list(own: Mapping[str, Json], index: int, name: str, unresolved: list[str]) -> list[Json]:
-    """Return the list in an item's field; an empty one for null, and for a field that isn't there."""
+    """Return the list in a field of an item; an empty one for null and for a missing field."""
     if name not in own:
         unresolved.append(f"item.{name}")
     value = own.get(name)

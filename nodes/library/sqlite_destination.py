@@ -1,4 +1,4 @@
-"""Rows are written to a table of a SQLite database, all of them or none."""
+"""Write rows to a table of a SQLite database, all of them or none."""
 
 from __future__ import annotations
 

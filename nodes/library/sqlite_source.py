@@ -1,4 +1,4 @@
-"""Rows are read from a SQLite database, in a transaction that can't write."""
+"""Query rows of a SQLite database in a read-only transaction."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The node fails with a message of its author's, and the run with it."""
+"""Fail the node, and so the run, with a message of the author."""
 
 from __future__ import annotations
 

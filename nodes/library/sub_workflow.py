@@ -1,4 +1,4 @@
-"""Another workflow is run, once for this node however often the node is, and its end is the answer."""
+"""Start a run of another workflow, once per node and iteration, and optionally wait for its result."""
 
 from __future__ import annotations
 

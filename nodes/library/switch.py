@@ -1,4 +1,4 @@
-"""The data goes on by the port of the first case that fits, or by `default`."""
+"""Pass the data on through the port of the first matching case, or `default`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text is written from the data, with one part for each item of a list."""
+"""Render a text from the data, with one part for each item of a list."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAXIMUM_CHARACTERS = 10_000_000
 
 
 class TextParts:
-    """The parts of a text, as long as they fit into an output."""
+    """Parts of a text, up to the size limit of outputs."""
 
     def __init__(self, separator: str) -> None:
         self._separator = separator
@@ -25,7 +25,7 @@ class TextParts:
         self._characters = 0
 
     def add(self, value: Json) -> None:
-        """Append a rendered value; raises `NodeError` when it all becomes too long."""
+        """Append a rendered value; raises `NodeError` if the text becomes too long."""
         text = value_as_text(value)
         self._texts.append(text)
         self._characters += len(text) + len(self._separator)

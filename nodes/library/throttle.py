@@ -1,4 +1,4 @@
-"""Each run takes the next place at the rate that its key allows, and waits for it."""
+"""Delay each run to the rate limit of its key."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def run(call: NodeCall) -> Json | TimerWait:
 
 
 def _throttle_key(call: NodeCall) -> str:
-    """Return what the rate is shared by; keys that were chosen and those that weren't can't be the same."""
+    """Return the key that shares the rate limit; prefixes keep configured and default keys apart."""
     if "key" not in call.config:
         return f"node:{call.caller.workflow_id}:{call.node_id}"
     key = config_fields.read_text(call.config, "key")

@@ -1,4 +1,4 @@
-"""The data goes on later, and the worker is free until then."""
+"""Pass the data on at a later time, without occupying a worker until then."""
 
 from __future__ import annotations
 

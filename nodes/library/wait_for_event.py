@@ -1,4 +1,4 @@
-"""An event is asked for, and the engine waits for it."""
+"""Wait for an event that matches a type and a filter."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def _build_request(call: NodeCall) -> EventWaitRequest:
 
 
 def _bind_filter(call: NodeCall) -> tuple[str | None, str]:
-    """Return the condition on events, and what it needs of the run."""
+    """Return the filter condition on events, and the run's values that it refers to."""
     condition = call.conditions.get("filter")
     if condition is None:
         return None, "[]"

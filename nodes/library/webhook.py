@@ -1,4 +1,4 @@
-"""A request from another system starts the workflow; the request is the data."""
+"""Start the workflow with a request of another system; the request is the data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sender of the webhook gets an answer, and the run goes on with its data."""
+"""Define the response to the webhook's sender, and pass the data on."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def run(call: NodeCall) -> Json:
 
 
 def _is_awaited(trigger: Json) -> bool:
-    """Tell whether the run was set off by a webhook whose sender waits."""
+    """Tell whether a webhook started the run, and its sender waits for the response."""
     return isinstance(trigger, dict) and trigger.get("respond") == WHEN_DONE_MODE
