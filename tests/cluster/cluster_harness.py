@@ -63,7 +63,7 @@ def desired_deployment(python: str = sys.executable, **changes: Any) -> DesiredD
 
 @dataclass
 class DriverUnderTest:
-    """A driver, and what a test has to know of the place that it drives."""
+    """Cluster driver, and the parts of its cluster that tests need."""
 
     driver: ClusterDriver
     reopen: Callable[[], Awaitable[ClusterDriver]]
@@ -77,7 +77,7 @@ class DriverUnderTest:
     namespace: str = NAMESPACE
 
     async def set_quota(self, hard: dict[str, str] | None) -> None:
-        """Have the namespace bounded so; None: not at all."""
+        """Set the namespace's quota; None removes it."""
         assert self.core is not None
         with suppress(ApiException):  # there was none before
             await self.core.delete_namespaced_resource_quota("quota", self.namespace)
@@ -170,7 +170,7 @@ class DriverUnderTest:
 
 
 async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.0) -> None:
-    """Let everything else go on until something holds."""
+    """Let other tasks run until the condition holds."""
     async with asyncio.timeout(patience_seconds):
         while not holds():  # noqa: ASYNC110 - of what sets no event
             await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""A deployer that deploys what it is handed, says so, and stays until it is killed."""
+"""Deployer that deploys its argument, reports that, and stays until it is killed."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""A small program for pods: it says how it was started, and ends in every way that a pod can end."""
+"""Program for pods that reports its start, and ends in every way that a pod can end."""
 
 import http.server
 import json

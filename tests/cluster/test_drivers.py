@@ -1,4 +1,4 @@
-"""What every driver does, on whatever cluster."""
+"""Behavior of every cluster driver."""
 
 from __future__ import annotations
 

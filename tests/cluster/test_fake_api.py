@@ -34,7 +34,7 @@ async def api() -> AsyncIterator[FakeApiServer]:
 
 async def test_every_recorded_request_gets_its_recorded_status_and_reason(api: FakeApiServer) -> None:
     wrong = {}
-    api.node.delay_seconds = 0.1  # what terminates does so for longer than the next request takes
+    api.node.delay_seconds = 0.1  # termination takes longer than the next request
     async with aiohttp.ClientSession(base_url=api.url) as session:
         for answer in ANSWERS:
             given = await _replay(session, api, answer)
@@ -44,7 +44,7 @@ async def test_every_recorded_request_gets_its_recorded_status_and_reason(api: F
 
 
 async def _replay(session: aiohttp.ClientSession, api: FakeApiServer, answer: Json) -> tuple[int, str]:
-    """Send the requests of a row; what a watch is answered with counts before what is sent to give it events."""
+    """Send the requests of a row. Watch events count before the request that causes them."""
     watched: tuple[int, str] | None = None
     given = (0, "")
     for request in answer["requests"]:
@@ -65,12 +65,12 @@ async def _replay(session: aiohttp.ClientSession, api: FakeApiServer, answer: Js
                 given = response.status, _status_reason(await response.json())
         is_namespace = request["path"].startswith("/api/v1/namespaces/") and request["path"].count("/") == 4
         if is_namespace and request["method"] == "GET":
-            await asyncio.sleep(POLL_SECONDS)  # it was asked for again and again until it was gone
+            await asyncio.sleep(POLL_SECONDS)  # the recording polled until the object was gone
     return watched or given
 
 
 def _expand_strings(body: Any) -> Any:  # noqa: ANN401 - JSON
-    """Write out the long strings that are told as a character and how often it stands there."""
+    """Expand the long strings that are abbreviated as a character and a count."""
     if isinstance(body, dict):
         if body.keys() == {"repeat", "times"}:
             return body["repeat"] * body["times"]

@@ -1,4 +1,4 @@
-"""What only an API server does to its clients."""
+"""Behavior that only a Kubernetes API server shows its clients."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def managed_fields_of(found: dict[str, Any], manager: str) -> list[dict[str, Any
     return [entry["fieldsV1"] for entry in found["metadata"]["managedFields"] if entry["manager"] == manager]
 
 
-# ── who owns the number of pods ───────────────────────────────────────────────────────────────────────────────
+# ── ownership of the number of pods
+# ─────────────────────────────────────────────────────────────────────────────
 
 
 async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake_cluster: Fake) -> None:
@@ -85,7 +86,8 @@ async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake_clust
     assert (stale.available, stale.is_current, stale.is_ready) == (1, False, False)
 
 
-# ── why no pod comes up ───────────────────────────────────────────────────────────────────────────────────────
+# ── reasons of pods that don't start
+# ────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -177,7 +179,8 @@ async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake_clust
     assert (beside.trouble, beside.is_rolled_out) == (None, True)
 
 
-# ── half-done work, and what is not ours ──────────────────────────────────────────────────────────────────────
+# ── half-done work, and foreign objects
+# ─────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_without_a_trace(
@@ -394,7 +397,7 @@ async def test_a_refused_apply_is_tried_again_by_the_refused_request_alone(fake_
     assert [await requests_of_refused(wanted) for _ in range(2)] == [6, 1]
     api.refuses = lambda _, path: forbidden_error("patch", "deployments") if SCALER in path else None
     assert [await requests_of_refused(wanted) for _ in range(2)] == [8, 1]
-    # Nobody knows what others have removed since the first attempt.
+    # Objects may have been removed since the first attempt.
     for kind in ("deployments", "secrets"):
         api.store.remove((kind, NAMESPACE, names.workflow_name(wanted.workflow_id)))
     api.refuses = lambda *_: None
@@ -430,10 +433,10 @@ async def test_lists_are_whole_over_pages_that_expire(fake_cluster: Fake) -> Non
 
 @asynccontextmanager
 async def open_watch(cluster: DriverUnderTest, api: FakeApiServer) -> AsyncIterator[AsyncIterator[str]]:
-    """Watch what is deployed, with nothing left to be told."""
+    """Watch deployments, with all earlier events consumed."""
     assert isinstance(cluster.driver, KubernetesDriver)
     cache = cluster.driver.cache
-    cache.first_pause_seconds, cache.probe_seconds = 0.02, 0.05  # the usual ones are too long for a test
+    cache.first_pause_seconds, cache.probe_seconds = 0.02, 0.05  # the defaults are too long for a test
     changes = cluster.driver.watch()
     try:
         async with asyncio.timeout(cluster.patience_seconds):

@@ -1,4 +1,4 @@
-"""What only subprocesses do."""
+"""Behavior of the local driver alone, which runs subprocesses."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ API_KEY = "sk-system-tests-0123456789"
 
 @dataclass(frozen=True, slots=True)
 class ExecutionEnd:
-    """How an execution ended, as its client was told."""
+    """End of an execution, as reported to its client."""
 
     status: str
     error_code: str | None
@@ -30,12 +30,14 @@ class ExecutionEnd:
 
 
 class RetryingClient:
-    """One as the documentation asks for: what got no answer, or 503, is sent again under the same Idempotency-Key."""
+    """Client that follows the documentation: it repeats unanswered requests and those with 503 under the same
+    Idempotency-Key.
+    """
 
     def __init__(self, url: str, patience_seconds: float = PATIENCE_SECONDS, key: str = API_KEY) -> None:
         self.patience_seconds = patience_seconds
         self.ended: dict[str, ExecutionEnd] = {}
-        """What was seen to have ended, as it was seen first."""
+        """First observed end of each execution."""
         self._http = httpx2.AsyncClient(
             base_url=f"{url}/api/v1",
             headers={"X-API-Key": key},
@@ -50,7 +52,7 @@ class RetryingClient:
     async def send(
         self, method: str, path: str, body: Json = None, *, key: str | None = None
     ) -> httpx2.Response:
-        """Send a request once; raises `httpx2.TransportError` where no answer comes."""
+        """Send a request once. Raises `httpx2.TransportError` if there is no answer."""
         headers = {"Idempotency-Key": key} if key else {}
         return await self._http.request(method, path, json=body, headers=headers)
 
@@ -79,7 +81,7 @@ class RetryingClient:
     async def execute_once(
         self, workflow_id: str, inputs: Mapping[str, Json] | None = None, *, key: str | None = None
     ) -> httpx2.Response:
-        """Ask for a run, and return whatever the answer is; raises `httpx2.TransportError` where there is none."""
+        """Request a run and return any answer. Raises `httpx2.TransportError` if there is none."""
         return await self.send(
             "POST", f"/workflows/{workflow_id}/execute", {"triggerInputs": dict(inputs or {})}, key=key
         )
@@ -112,7 +114,7 @@ class RetryingClient:
         return self.ended.setdefault(execution_id, ended)
 
     async def has_status(self, execution_id: str, status: str) -> bool:
-        """Tell whether an execution is in a state right now."""
+        """Return whether an execution currently has a status."""
         return bool((await self.progress(execution_id))["status"] == status)
 
     async def ask(self, execution_id: str, request: str) -> httpx2.Response:

@@ -1,4 +1,4 @@
-"""What must hold of every execution that was accepted, whatever happened meanwhile."""
+"""Invariants of every accepted execution, under every fault."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 CLOCK_SECONDS = 0.002
 """SQLite's clock shows milliseconds."""
 LATE_SECONDS = 5.0
-"""Within this time of its pause a worker has sent what it was just about to send, and learnt that it is too late."""
+"""Within this time after a pause, a worker has sent its pending request and learned that its lease is lost.
+"""
 
 
 async def assert_consistent(
@@ -53,17 +54,17 @@ async def assert_consistent(
 
 @dataclass(frozen=True)
 class ExecutionAccount:
-    """What the database and the ledger each know of the same executions."""
+    """Records of the same executions in the database and in the ledger."""
 
     notes: Sequence[WitnessNote]
     results: Sequence[NodeRecord]
     effects: Mapping[tuple[str, str], Sequence[LedgerCall]]
     faults: Sequence[InjectedFault]
     abandoned: Collection[str]
-    """Executions whose lease a worker lost: on a machine that is too busy it may fail to renew it in time."""
+    """Executions with a lost lease: on an overloaded machine a worker may fail to renew it in time."""
 
     def violations(self, execution_id: str) -> Iterator[str]:
-        """Tell each promise that was broken."""
+        """Yield each broken guarantee."""
         notes = [note for note in self.notes if note.execution_id == execution_id]
         ends = [note.status for note in notes if note.kind is NoteKind.ENDED]
         if len(ends) != 1:
@@ -106,7 +107,7 @@ class ExecutionAccount:
             yield f"{name} knew what the journal does not know in the end, of {others}"
 
     def _is_late(self, call: LedgerCall, committed_at: float) -> bool:
-        """Tell whether the sender stood still, a moment before it sent this, while another took its place."""
+        """Return whether the sender was paused just before the call, while another worker took over."""
         return any(
             "paused" in fault.what
             and fault.began_at < committed_at
@@ -115,7 +116,7 @@ class ExecutionAccount:
         )
 
     def _unseen(self, results: Mapping[str, NodeRecord]) -> Iterator[str]:
-        """Tell of results of writes that the ledger does not know."""
+        """Yield results of writes that the ledger lacks."""
         for result in results.values():
             if result.resolved_config is None or result.status != SpanStatus.COMPLETED:
                 continue

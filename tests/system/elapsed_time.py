@@ -1,4 +1,4 @@
-"""Time that has gone by, for tests that have none: what happened is said to have happened earlier."""
+"""Simulated passage of time: past events are moved further back in the database."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.02
 MINUTE_MICROSECONDS = 60_000_000
 UNTIL_IT_SLEEPS = re.compile(r"^until .*stopped", re.MULTILINE)
-"""How documents wait for a workflow to sleep, whose policy takes a minute for that."""
+"""Wait of documents for a workflow to sleep, which takes a minute by its policy."""
 
 
 def age_by_a_minute(database: Path) -> None:
-    """Move back what deployments are idle since, once all runs have ended."""
+    """Move the start of deployments' idle time back, once all runs have ended."""
     connection = sqlite3.connect(database, timeout=PATIENCE_SECONDS)
     deadline = time.monotonic() + PATIENCE_SECONDS
     while connection.execute("SELECT 1 FROM execution WHERE ended_at IS NULL").fetchone():

@@ -31,14 +31,14 @@ if TYPE_CHECKING:
 LEASE_SECONDS = 2.0
 SWEEP_SECONDS = 1.0
 RECOVERY_SECONDS = LEASE_SECONDS + SWEEP_SECONDS + 30.0
-"""Within this time of a crash whatever it interrupted goes on, however busy the machine is with other tests."""
+"""Within this time after a crash, interrupted work continues, even if other tests keep the machine busy."""
 START_SECONDS = 60.0
 
 COMMAND = command_runs.COMMAND
 
 on_one_process = pytest.mark.parametrize("shared_deployment", ["sqlite"], indirect=True)
 on_many_processes = pytest.mark.parametrize("shared_deployment", ["postgresql"], indirect=True)
-"""For what can't be done to the other kind of deployment, or not by it."""
+"""For faults that the other kind of deployment can't have."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class SystemUnderTest:
         return list(dict.fromkeys([self.gateway, *self.workers, *self.others]))
 
     async def revive(self) -> None:
-        """Start whatever has ended, as a supervisor would, and end all pauses; returns when all of it is at work."""
+        """Restart ended processes like a supervisor, and end all pauses; return when all are ready."""
         for process in self.processes:
             if process.is_alive:
                 process.resume()
@@ -68,7 +68,7 @@ class SystemUnderTest:
 
     @asynccontextmanager
     async def supervised(self) -> AsyncIterator[None]:
-        """Start again whatever ends during a block."""
+        """Restart every process that ends during a block."""
         supervisor = asyncio.create_task(self._supervise())
         try:
             yield
@@ -87,7 +87,7 @@ class SystemUnderTest:
                     process.start()
 
     def worker_behind(self, port: int) -> SystemProcess | None:
-        """Return the worker whose connection this is, if it lives."""
+        """Return the worker with this connection, if it lives."""
         return next((worker for worker in self.workers if worker.has_port(port)), None)
 
     def sender(self, call: LedgerCall) -> SystemProcess:
@@ -120,7 +120,7 @@ class OneProcess(SystemUnderTest):
 
 @dataclass(frozen=True, slots=True)
 class FaultyLinks:
-    """Between processes and the servers that they ask: where answers can be lost, and requests can come late."""
+    """Links between processes and their servers, which can lose answers and delay requests."""
 
     gateway_to_database: FaultyProxy
     gateway_to_redis: FaultyProxy
@@ -130,7 +130,7 @@ class FaultyLinks:
 
 @dataclass(kw_only=True)
 class ManyProcesses(SystemUnderTest):
-    """What the Procfile names, with two workers, on PostgreSQL and Redis."""
+    """Processes of the Procfile, with two workers, on PostgreSQL and Redis."""
 
     records: PostgresJournalRecords
     ways: FaultyLinks
@@ -155,7 +155,9 @@ class ManyProcesses(SystemUnderTest):
 
     @asynccontextmanager
     async def late_requests(self, marker: bytes) -> AsyncIterator[None]:
-        """Keep back, during a block, what the first worker asks of PostgreSQL from the request with `marker` on."""
+        """Hold back, during a block, the first worker's requests to PostgreSQL, from the request with
+        `marker` on.
+        """
         fault = InjectedFault("worker-1 cut off", time.time(), float("inf"))
         self.faults.append(fault)
         self.ways.worker_to_database.keep_requests(marker)
@@ -172,7 +174,7 @@ class ManyProcesses(SystemUnderTest):
 
     @contextmanager
     def redis_paused(self) -> Iterator[None]:
-        """Have Redis take what is sent, and answer nothing."""
+        """Let Redis accept requests without answering."""
         if self.redis.process_id is None:
             pytest.skip("the environment named this server: tests don't pause it")
         os.kill(self.redis.process_id, signal.SIGSTOP)
@@ -192,7 +194,7 @@ async def _take_down(server: services.TestedServer) -> AsyncIterator[None]:
 
 
 def _is_starting(process: SystemProcess) -> bool:
-    """Tell whether a process is at work; one that was told to end, and only now does so, is started once more."""
+    """Return whether a process is starting. A process that was told to end, and only now ends, is restarted."""
     if not process.is_alive:
         process.start()
     return process.is_at_work
@@ -207,7 +209,7 @@ def _is_at_work(process: SystemProcess) -> bool:
 async def run_one_process(
     folder: Path, preload: Mapping[str, str] | None = None, /, **settings: str
 ) -> AsyncIterator[OneProcess]:
-    """Run it; `preload` is what else stands in its environment."""
+    """Run the deployment; `preload` is added to its environment."""
     url, environment = _build_environment(folder, settings)
     environment |= preload or {}
     await databases.create_sqlite_database(folder / "pilotflame.db")
@@ -228,7 +230,7 @@ async def run_many_processes(
     clocks: Mapping[str, ShiftedClock] | None = None,
     **settings: str,
 ) -> AsyncIterator[ManyProcesses]:
-    """Run them; `clocks` are those of processes whose wall clock is wrong, by the names of the processes."""
+    """Run the deployment; `clocks` shift the wall clocks of processes, by name."""
     database_url = await databases.create_database(postgres, f"system_{uuid4().hex}")
     servers = {"DATABASE_URL": database_url, "REDIS_URL": redis.url}
     url, environment = _build_environment(folder, {**servers, **settings})

@@ -1,7 +1,7 @@
-"""Witnesses inside the database: triggers that note when an execution ends and when a node's result is committed.
+"""Database triggers that record when an execution ends and when a node's result is committed.
 
-What they noted can't be talked away later: a second end leaves a second note, and a result that was changed after it
-had been committed leaves one too.
+Later changes can't remove the records: a second end adds a second record, and so does a change of a committed
+result.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _TABLE = "CREATE TABLE witness (kind TEXT, execution_id TEXT, node_id TEXT, stat
 
 
 class NoteKind(StrEnum):
-    """What was noted."""
+    """Kind of a recorded change."""
 
     ENDED = "ended"
     """An execution was written in a state that is an end."""
     SETTLED = "settled"
     """A node's result was written."""
     REWRITTEN = "rewritten"
-    """A node's result was replaced by another one."""
+    """A node's committed result was replaced by another."""
 
 
 @dataclass(frozen=True, slots=True)
 class WitnessNote:
-    """What a witness saw."""
+    """Recorded change."""
 
     kind: NoteKind
     execution_id: str
@@ -55,7 +55,7 @@ class WitnessNote:
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """A node of an execution as it stands in the journal."""
+    """Node of an execution in the journal."""
 
     execution_id: str
     node_id: str
@@ -63,7 +63,7 @@ class NodeRecord:
     output: str | None
     """JSON text."""
     resolved_config: str | None
-    """JSON text: what a node that changes something was told before it began."""
+    """JSON text: the resolved input of a write node, stored before the node began."""
 
 
 class JournalRecords(ABC):
@@ -78,7 +78,7 @@ class JournalRecords(ABC):
         """Set the witnesses up in a database that has its tables."""
 
     async def notes(self, execution_ids: Iterable[str]) -> list[WitnessNote]:
-        """Return what was seen of executions, in the order in which it was seen."""
+        """Return the records of executions in their order."""
         rows = await self.fetch(
             "SELECT kind, execution_id, node_id, status, noted_at FROM witness"
             f" WHERE execution_id IN ({_quote_ids(execution_ids)}) ORDER BY noted_at"
@@ -118,7 +118,7 @@ class SqliteJournalRecords(JournalRecords):
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the lock of whoever writes."""
+        """Hold SQLite's write lock."""
         connection = sqlite3.connect(self._path, timeout=PATIENCE_SECONDS, isolation_level=None)
         try:
             connection.execute("BEGIN IMMEDIATE")
@@ -131,7 +131,7 @@ class SqliteJournalRecords(JournalRecords):
         note_end = f"INSERT INTO witness VALUES ('ended', NEW.id, NULL, NEW.status, {now})"
         note_node = f"INSERT INTO witness VALUES ('{{}}', NEW.execution_id, NEW.node_id, NEW.status, {now})"
         has_changed = "(OLD.sequence <> NEW.sequence OR OLD.output IS NOT NEW.output)"
-        # What is done about an end is written into the same row.
+        # Completion actions write to the same row.
         is_new_end = "(OLD.status <> NEW.status OR OLD.ended_at IS NOT NEW.ended_at)"
         connection = sqlite3.connect(self._path)
         connection.executescript(
@@ -197,7 +197,7 @@ class PostgresJournalRecords(JournalRecords):
 
     @asynccontextmanager
     async def row_locked(self, execution_id: str) -> AsyncIterator[int]:
-        """Keep everybody else from writing the row of an execution; yields the process id of the lock's owner."""
+        """Lock the row of an execution against writes; yield the process id of the lock's owner."""
         connection = await asyncpg.connect(self._url)
         try:
             async with connection.transaction():

@@ -1,7 +1,7 @@
-"""An outside ledger: an HTTP server in the test's process that writes down every effect that runs have on it.
+"""External ledger: an HTTP server in the test's process that records every effect of runs.
 
-What it answers is new each time, a number that it never gave before, so that whoever does something twice is found out
-by what follows: the second answer is another one.
+Each of its answers is a new number. A repeated effect is detected by its successors, since the second answer
+differs.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class LedgerCall:
     receipt: int
     """The number that its answer holds."""
     port: int
-    """Where it came from: the sender's end of the connection."""
+    """Port of the sender's end of the connection."""
     arrived_at: float
     """Unix time."""
 
@@ -49,7 +49,7 @@ class LedgerCall:
 
     @property
     def carried(self) -> Mapping[str, Json]:
-        """What the node knew when it wrote: the outputs of the nodes before it."""
+        """Outputs of the preceding nodes, which the node sent with its write."""
         carried: Mapping[str, Json] = json.loads(self.body)["nodes"]
         return carried
 
@@ -68,12 +68,12 @@ class HeldRequests:
             return await self.calls.get()
 
     def release(self) -> None:
-        """Answer what waits, and whatever comes from now on at once."""
+        """Answer all waiting calls, and later calls at once."""
         self.released.set()
 
 
 class EffectLedger:
-    """What happened, in the order in which it happened; and the ways to be slow, to hold back and to refuse."""
+    """Effects in the order of their arrival, and controls to delay, hold back and refuse calls."""
 
     def __init__(self, url: str) -> None:
         self.calls: list[LedgerCall] = []
@@ -88,11 +88,11 @@ class EffectLedger:
     # ── nodes that call it ────────────────────────────────────────────────────────────────────────
 
     def reads(self, node_id: str) -> dict[str, Json]:
-        """Return a node that asks for a number, and may ask again: the next answer is another one."""
+        """Return a read node that requests a number. It may be repeated, and then gets another number."""
         return {"id": node_id, "nodeId": "http-request", "config": {"url": self._url_of(node_id)}}
 
     def writes(self, node_id: str, **more: Json) -> dict[str, Json]:
-        """Return a node that has an effect here, and tells all that came before it."""
+        """Return a write node with an effect here, which sends the outputs of all nodes before it."""
         config: dict[str, Json] = {
             "url": self._url_of(node_id),
             "method": "POST",
@@ -103,7 +103,7 @@ class EffectLedger:
     def _url_of(self, node_id: str) -> str:
         return f"{self.url}/{{{{ execution.id }}}}/{node_id}"
 
-    # ── what happened ─────────────────────────────────────────────────────────────────────────────
+    # ── recorded effects ───────────────────────────────────────────────────────────────────────────────
 
     def effects(self) -> dict[tuple[str, str], list[LedgerCall]]:
         """Return the effects by execution and node, each node's in the order of their arrival."""
@@ -114,7 +114,7 @@ class EffectLedger:
         return effects
 
     def of(self, node_id: str) -> list[LedgerCall]:
-        """Return what one node did."""
+        """Return the effects of one node."""
         return [call for call in self.calls if call.node_id == node_id]
 
     async def call(self, number: int) -> LedgerCall:
@@ -125,7 +125,7 @@ class EffectLedger:
         async with asyncio.timeout(PATIENCE_SECONDS):
             return await asyncio.shield(awaited)
 
-    # ── how it behaves ────────────────────────────────────────────────────────────────────────────
+    # ── behavior ───────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def holding(self, node_id: str) -> Iterator[HeldRequests]:

@@ -1,4 +1,4 @@
-"""Processes of ours, and what can happen to a process."""
+"""Server processes, and the faults that tests inject into them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ from tests.system.wait_conditions import wait_until
 SHUTDOWN_SECONDS = 60.0
 """Within this time of SIGTERM a process has ended."""
 UNREAD_SECONDS = 0.5
-"""For so long what a process sent may lie about before the test reads it, though the process is gone."""
+"""Delay until the test reads a request that a process sent before it died."""
 
 ABANDONED = re.compile(r'"event":"run abandoned".*?"execution_id":"(\w+)"')
 
 
 @dataclass(slots=True)
 class InjectedFault:
-    """What a test did to whoever had nodes in hand, or to the database, and for how long; a kill is over at once."""
+    """Fault that a test injected into a process with runs, or into the database, with its duration; a kill
+    has none.
+    """
 
     what: str
     began_at: float
@@ -36,7 +38,7 @@ class InjectedFault:
     ended_at: float
 
     def lies_between(self, earlier: float, later: float) -> bool:
-        """Tell whether it may have to do with what happened first `earlier` and again `later`."""
+        """Return whether it may explain two calls at the times `earlier` and `later`."""
         return self.began_at <= later and earlier <= self.ended_at + UNREAD_SECONDS
 
 
@@ -77,7 +79,7 @@ class SystemProcess:
 
     @property
     def is_at_work(self) -> bool:
-        """Whether it does what it is there for: it has got through its start, and it isn't paused."""
+        """Whether the process has started and isn't paused."""
         if not self.is_alive or self._pause is not None:
             return False
         if self._has_http:
@@ -113,7 +115,7 @@ class SystemProcess:
             pass  # a worker goes with its parent: it takes milliseconds, and nothing may happen in between
 
     def pause(self) -> None:
-        """Let it stand still, though it doesn't know: SIGSTOP. Returns when it does."""
+        """Pause the process unnoticed with SIGSTOP; return once it is stopped."""
         self._pause = InjectedFault(f"{self.name} paused", time.time(), float("inf"))
         self._note(self._pause)
         family = self._family()
@@ -125,7 +127,7 @@ class SystemProcess:
             pass  # it takes microseconds, and nothing may happen in between
 
     def resume(self) -> None:
-        """Let it go on after a pause: SIGCONT."""
+        """Resume the process after a pause with SIGCONT."""
         for process in self._family():
             process.send_signal(signal.SIGCONT)
         self._end_pause()
@@ -140,7 +142,7 @@ class SystemProcess:
             self.resume()
 
     def terminate(self) -> None:
-        """Ask it to end, as whoever deploys a new version does: SIGTERM."""
+        """Ask the process to end with SIGTERM, as a deployment of a new version does."""
         self._signal(signal.SIGTERM)
 
     async def exit_code(self, within: float = SHUTDOWN_SECONDS) -> int:
@@ -151,19 +153,19 @@ class SystemProcess:
         return process.wait()
 
     def twin(self) -> SystemProcess:
-        """Return another one of the same kind, in the same environment, that is still to be started."""
+        """Return another process of the same kind and environment, not yet started."""
         return SystemProcess(
             f"{self.name}-twin", self._arguments, self.environment, self._folder, self._faults
         )
 
     def log(self) -> str:
-        """Return what it has logged since its start."""
+        """Return the log since its start."""
         with self._log.open("rb") as log:
             log.seek(self._log_start)
             return log.read().decode(errors="replace")
 
     def has_logged(self, event: str, execution_id: str) -> bool:
-        """Tell whether it has said something of an execution since its start."""
+        """Return whether it has logged an event of an execution since its start."""
         return any(event in line and execution_id in line for line in self.log().splitlines())
 
     def abandoned(self) -> list[str]:
@@ -171,7 +173,7 @@ class SystemProcess:
         return ABANDONED.findall(self._log.read_text(errors="replace"))
 
     def complaints(self) -> list[str]:
-        """Return the errors that it has logged since it was asked for them last."""
+        """Return the errors logged since the last call."""
         with self._log.open("rb") as log:
             log.seek(self._heard_to)
             lines = log.readlines()
@@ -179,7 +181,7 @@ class SystemProcess:
         return [line.decode() for line in lines if b'"level":"error"' in line or b"Traceback" in line]
 
     def has_port(self, port: int) -> bool:
-        """Tell whether a connection with this local port is its."""
+        """Return whether a connection of the process has this local port."""
         if not self.is_alive:
             return False
         with suppress(psutil.NoSuchProcess):

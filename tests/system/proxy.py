@@ -1,4 +1,4 @@
-"""Faults between a process and a server: the answer to what was done is lost, or a request arrives far too late."""
+"""Faults between a process and a server: lost answers, and requests that arrive far too late."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ PATIENCE_SECONDS = 60.0
 POLL_SECONDS = 0.05
 CHUNK_BYTES = 65_536
 
-# What PostgreSQL says in its own protocol: first to whoever asks for TLS, then to whoever comes too early.
+# Messages of PostgreSQL's protocol: the reply to a TLS request, and the error during a start.
 TLS_REQUEST = struct.pack("!ii", 8, 80_877_103)
 NO_TLS = b"N"
 STARTING_UP = b"SFATAL\0VFATAL\0C57P03\0Mthe database system is starting up\0\0"
 
 
 class FaultyProxy:
-    """Stands before a server; passes everything on, except what it was told to keep."""
+    """Proxy in front of a server that passes on everything except held-back traffic."""
 
     def __init__(self, server: tuple[str, int]) -> None:
         self._server = server
@@ -35,12 +35,12 @@ class FaultyProxy:
         self.port = 0
 
     def keep_answers(self, marker: bytes) -> None:
-        """From the request on that holds `marker`, let no answer through: not to it, and not to any other."""
+        """Hold back all answers of a connection, from the request that contains `marker` on."""
         self._answers_marker = marker
         self._has_kept_one.clear()
 
     def keep_requests(self, marker: bytes) -> None:
-        """Let no request through from the one on that holds `marker`."""
+        """Hold back all requests of a connection, from the request that contains `marker` on."""
         self._requests_marker = marker
         self._has_kept_one.clear()
 
@@ -50,20 +50,20 @@ class FaultyProxy:
             await self._has_kept_one.wait()
 
     def let_go(self) -> None:
-        """Pass on what is kept, and all that comes later."""
+        """Pass on held-back traffic, and all later traffic."""
         self._answers_marker = self._requests_marker = None
         self._answers_pass.set()
         self._requests_pass.set()
 
     def cut(self) -> None:
-        """Break every connection, and lose what is kept; later ones are passed on again."""
+        """Break every connection and discard held-back traffic; later connections work again."""
         for writer in self._writers:
             writer.transport.abort()
         self.let_go()
 
     @contextmanager
     def starting_up(self) -> Iterator[None]:
-        """Speak, in its place, as a PostgreSQL that has to recover from a crash before it lets anybody in."""
+        """Answer like a PostgreSQL that recovers from a crash and refuses connections."""
         self._is_starting_up = True
         self.cut()
         try:

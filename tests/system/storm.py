@@ -1,4 +1,4 @@
-"""A great many runs and every fault there is, at once; what happens when is drawn from one seed."""
+"""Storm of many runs and every kind of fault at once, at times drawn from one seed."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Strike = Callable[[], Awaitable[None]]
 
 PATIENCE_SECONDS = 180.0
 SLEEP_SECONDS = 1.5 * LEASE_SECONDS
-"""How long a worker stands still: longer than its lease."""
+"""Duration of a worker's pause: longer than its lease."""
 OUTAGE_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class StormPlan:
-    """How much happens, and in what time."""
+    """Number of runs and faults of a storm, and its duration."""
 
     runs: int
     seconds: float
-    """Runs are asked for and faults strike within this time, each at a moment drawn at random."""
+    """Duration within which runs are requested and faults strike, each at a random time."""
     seed: int
     rounds: int = 1
-    """How often each kind of fault strikes."""
+    """Number of faults of each kind."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class StormWorkflow:
 
 @dataclass(frozen=True, slots=True)
 class StormReport:
-    """What came of it."""
+    """Figures of a storm."""
 
     ended: Counter[str]
     crashed: int
@@ -71,7 +71,7 @@ class StormReport:
 async def run_storm(
     storm: StormPlan, deployment: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> StormReport:
-    """Let it blow over a deployment; fails unless every promise was kept to every client."""
+    """Run a storm on a deployment; fails unless every guarantee was kept to every client."""
     chance = Random(storm.seed)
     ledger.delay_seconds = 0.1
     client.patience_seconds = PATIENCE_SECONDS
@@ -146,7 +146,7 @@ async def _run_to_end(
         await client.ask(execution_id, "cancel")
     ended = await client.end(execution_id, PATIENCE_SECONDS)
     if kind.is_cancelled and ended.status == "completed":
-        expected = "completed"  # the cancel came too late
+        expected = "completed"  # the cancellation was too late
     if ended.error_code == "crashed":
         expected = "failed"  # as it should, where fault upon fault took its workers: `blow` counts these
     return StormRun(
@@ -183,12 +183,12 @@ def _strikes_on_one_process(deployment: OneProcess, chance: Random) -> list[Stri
         with deployment.database_locked():
             await asyncio.sleep(chance.uniform(0, LEASE_SECONDS / 2))
 
-    # Two of what costs a run its lease: with one process they may come right upon each other.
+    # Two of the faults that cost a run its lease: with one process they may follow each other closely.
     return [*[lambda: _kill(dev)] * 2, lambda: _terminate(dev), lock_database]
 
 
 def _strikes_on_many_processes(deployment: ManyProcesses, chance: Random) -> list[Strike]:
-    # A server that is down can't be brought down.
+    # A stopped server can't be stopped again.
     database_is_up, redis_is_up = asyncio.Lock(), asyncio.Lock()
 
     def a_worker() -> SystemProcess:

@@ -1,4 +1,4 @@
-"""Branches that part and meet again, in runs whose worker is killed in the middle of them."""
+"""Branches that split and merge, in runs with a worker that is killed midway."""
 
 import random
 

@@ -89,7 +89,7 @@ async def test_a_wake_up_that_arrived_though_its_answer_was_lost_changes_nothing
 
 
 async def _is_prompt(client: RetryingClient) -> bool:
-    """Tell whether a fresh run was done before any sweep would have found it."""
+    """Return whether a new run completes before any sweep would have found it."""
     run = await client.execute(
         await client.create(workflow_shapes.chain_workflow(workflow_shapes.set_node("done")))
     )

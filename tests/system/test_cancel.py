@@ -64,7 +64,7 @@ async def test_the_run_of_a_dead_worker_is_ended_by_whoever_cancels_it(
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
         owner = deployment.sender(await held.arrived())
-        # Nobody is left to sweep.
+        # No process is left to sweep.
         with deployment.other_worker(owner).paused(), deployment.scheduler.paused():
             owner.kill()
             await wait_until(lambda: _is_orphaned(deployment, run))

@@ -27,7 +27,7 @@ DAY = 86_400.0
 LEASE = "30"
 """Seconds: no busy machine loses it, and a clock that is set by a day would."""
 WAIT_SECONDS = 1.5
-"""Longer than what keeps the worker, so that somebody promotes the run when it is due."""
+"""Longer than a worker keeps a waiting run, so that another process promotes the run when it is due."""
 LATE_SECONDS = 30.0
 """No wait ends later than this, however busy the machine is; a wrong clock made it minutes, or a day."""
 QUEUE: workflow_shapes.Node = {"id": "start", "nodeId": "queue-trigger"}
@@ -101,7 +101,7 @@ def age(moment: str) -> float:
 
 
 async def has_fallen_asleep(client: RetryingClient, execution_id: str) -> bool:
-    """Tell whether a run waits, or has on a machine that was busy for longer."""
+    """Return whether a run waits, or has waited on a slow machine."""
     return (await client.progress(execution_id))["status"] in {"waiting", "completed"}
 
 

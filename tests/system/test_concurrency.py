@@ -58,7 +58,7 @@ async def test_a_worker_frozen_while_it_gives_places_holds_up_neither_its_workfl
 
 
 async def look(deployment: SystemUnderTest, workflow_id: str, seen: list[int]) -> None:
-    """Note again and again how many runs of a workflow somebody holds."""
+    """Record repeatedly the number of running executions of a workflow."""
     statement = f"SELECT count(*) FROM execution WHERE workflow_id = '{workflow_id}' AND status = 'running'"
     while True:
         (row,) = await deployment.records.fetch(statement)

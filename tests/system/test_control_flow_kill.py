@@ -1,4 +1,4 @@
-"""Loops, questions and sub-workflows, in runs whose worker is killed in the middle of them."""
+"""Loops, human inputs and sub-workflows, in runs with a worker that is killed midway."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ async def kill_in_the_middle(deployment: SystemUnderTest, ledger: EffectLedger, 
 
 
 async def read_outputs(deployment: SystemUnderTest, execution_id: str) -> dict[tuple[str, str], Any]:
-    """Return what stands in the journal, by node and iteration."""
+    """Return the outputs in the journal by node and iteration."""
     rows = await deployment.records.fetch(
         f"SELECT node_id, iteration, output FROM span WHERE execution_id = '{execution_id}' AND output IS NOT NULL"
     )
@@ -84,7 +84,7 @@ async def assert_once(
                 fault.lies_between(earlier.arrived_at, call.arrived_at) for fault in deployment.faults
             ), key
         outputs = await read_outputs(deployment, run)
-        # Outside of loops the key says 0, and the journal nothing.
+        # Outside of loops, the idempotency key has iteration 0, and the journal an empty one.
         kept = outputs[node_id, iteration] if len(writes[node_id]) > 1 else outputs[node_id, ""]
         assert kept["body"]["receipt"] in {call.receipt for call in calls}, key
 

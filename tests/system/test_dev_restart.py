@@ -14,7 +14,7 @@ LONG_LEASE_SECONDS = 600
 
 @pytest.fixture(scope="module")
 async def dev(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SystemUnderTest]:
-    """One whose leases outlast the test."""
+    """Deployment with leases that outlast the test."""
     folder = tmp_path_factory.mktemp("dev")
     async with harness.run_one_process(folder, LEASE_SECONDS=str(LONG_LEASE_SECONDS)) as deployment:
         yield deployment

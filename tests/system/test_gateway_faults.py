@@ -69,7 +69,7 @@ async def test_a_gateway_killed_between_commit_and_answer_has_accepted_the_run(
     way.cut()
     with pytest.raises(httpx2.TransportError):
         await request
-    # Whoever claims it needs no gateway.
+    # A worker claims it without the gateway.
     await wait_until(lambda: ledger.of("charge"), RECOVERY_SECONDS)
     await deployment.revive()
     assert await client.execute(workflow, key=key) == run
@@ -84,7 +84,7 @@ async def test_a_gateway_killed_between_commit_and_wake_up_has_accepted_the_run(
     with deployment.redis_paused():
         run = await client.execute(workflow)
         deployment.gateway.kill()
-        # Redis still stands still: what finds the run is the sweep.
+        # Redis is still paused, so the sweep finds the run.
         await wait_until(lambda: ledger.of("charge"), RECOVERY_SECONDS)
     await deployment.revive()
     await consistency_checks.assert_consistent(deployment, client, ledger, {run: "completed"})

@@ -1,4 +1,4 @@
-"""What the guides tell their reader to send works as it stands, and is answered as they show."""
+"""Commands of the guides work unchanged, and get the answers shown."""
 
 import asyncio
 import json
@@ -25,11 +25,11 @@ SENDERS = {
     for name in ("github", "mail-server", "mailgun", "sendgrid", "ses", "slack", "stripe")
 }
 REQUESTS = re.compile(r"```sh\n(.*?)```\n```json\n(.*?)```", re.DOTALL)
-"""Commands, and what is shown of the answer to the last of them."""
+"""Commands, and the shown part of the last answer."""
 COPIED = re.compile(r"\b[a-z]+[_-]\.\.\.")
-"""How a guide shows an id or a key, which its reader copies from an answer into the commands after it."""
+"""Placeholder of an id or a key, which readers copy from an answer into later commands."""
 VARIABLES = "variables"
-"""The one file that the test itself leaves."""
+"""Only file that the test itself leaves behind."""
 EACH = pytest.mark.parametrize("guide", GUIDES.values(), ids=GUIDES)
 
 
@@ -47,7 +47,7 @@ async def test_every_request_of_the_pages_about_senders_is_answered_as_they_show
 
 async def walk(guide: str, folder: Path, url: str) -> None:
     """Send each request of a guide, and compare the answers with those that it shows."""
-    # What a reader has below the project's folder.
+    # Files that a reader has below the project's folder.
     project = folder / "project"
     project.mkdir(exist_ok=True)
     for name, target in (("docs", PROJECT / "docs"), (".pilotflame", folder)):
@@ -73,7 +73,7 @@ def find_value(copied: dict[str, str], placeholder: re.Match[str]) -> str:
 
 
 def run_commands(script: str, environment: dict[str, str], folder: Path) -> tuple[str, dict[str, str]]:
-    """Run a block of commands in a shell; return what it prints, and the variables that there are then."""
+    """Run a block of commands in a shell; return its output and the shell variables after it."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", f"{script}\nenv -0 >{VARIABLES}"],
         cwd=folder,
@@ -88,7 +88,7 @@ def run_commands(script: str, environment: dict[str, str], folder: Path) -> tupl
 
 
 def parse_documents(printed: str) -> list[Any]:
-    """Return the JSON documents that stand one behind the other."""
+    """Return the concatenated JSON documents."""
     found, start = [], 0
     while start < len(printed):
         answer, start = json.JSONDecoder().raw_decode(printed, start)
@@ -97,7 +97,9 @@ def parse_documents(printed: str) -> list[Any]:
 
 
 def find_differences(actual: Any, shown: Any, copied: dict[str, str], at: str = "") -> Iterator[str]:  # noqa: ANN401 - any JSON value
-    """Say where an answer isn't what is shown of it, which may lack fields; what is to be copied goes to `copied`."""
+    """Yield differences between an answer and its shown part, which may omit fields; add copied values to
+    `copied`.
+    """
     if isinstance(shown, dict) and isinstance(actual, dict):
         for key, value in shown.items():
             yield from find_differences(actual.get(key), value, copied, f"{at}.{key}")

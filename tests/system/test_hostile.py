@@ -1,4 +1,6 @@
-"""Hostile graphs and data: each ends in the limit that names it, and a neighbour on the same worker hardly notices."""
+"""Hostile graphs and data: each ends at the limit that its error names, without slowing neighbors on the same
+worker.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,7 @@ class NeighborOrganization:
 
 @dataclass
 class SharedServer:
-    """One process of everything, whoever attacks it, and whoever lives there too."""
+    """Server in one process, shared by attackers and their neighbors."""
 
     deployment: OneProcess
     client: RetryingClient
@@ -153,7 +155,7 @@ async def _key_of_another(deployment: OneProcess, folder: Path) -> str:
 
 @pytest.fixture(autouse=True)
 async def _nobody_waits(shared_server: SharedServer) -> AsyncIterator[None]:
-    """The neighbour goes on as ever, during each test and right after it."""
+    """Check that the neighbor's runs complete as usual, during each test and right after it."""
     delays = shared_server.neighbour.delays
     delays.clear()
     yield
@@ -183,7 +185,7 @@ def condition_workflow(condition: Json) -> Workflow:
 
 
 def limit_seconds(expected: str) -> float:
-    """Return a time limit that only what never ends exceeds, on a busy machine too."""
+    """Return a time limit that only an endless run exceeds, on a busy machine too."""
     return 1 if expected in {"timeout: ", "timed-out"} else END_SECONDS
 
 
@@ -196,7 +198,7 @@ def code_workflow(source: str, expected: str) -> Workflow:
 
 
 def ladder_workflow(rungs: int, *, hands_on: bool) -> Workflow:
-    """Return 2^n ways from top to bottom: each rung is two nodes that get what both of the rung above gave."""
+    """Return a graph with 2^n paths: each rung is two nodes with the outputs of both nodes of the rung above."""
     nodes, edges, above = [START], [], ["start"]
     for rung in range(rungs):
         pair = [f"left{rung}", f"right{rung}"]
@@ -282,7 +284,7 @@ async def test_a_loop_that_calls_its_own_workflow_ends_in_the_limit_of_runs(
 
 
 async def _read_run_chain(shared_server: SharedServer, execution_id: str) -> list[dict[str, Any]]:
-    """Return a run, the one that it started, and so on."""
+    """Return a run, the sub-workflow run that it started, and so on."""
     line = []
     while True:
         line.append((await shared_server.asked("GET", f"/executions/{execution_id}")).json())
@@ -524,7 +526,7 @@ ENDLESS: Mapping[str, tuple[bytes, bytes, float]] = {
 
 @asynccontextmanager
 async def serve_answers() -> AsyncIterator[str]:
-    """Serve answers that nobody should have to read."""
+    """Serve responses that exceed every limit."""
     tasks: set[asyncio.Task[Any]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -697,7 +699,8 @@ async def _answer_with(shared_server: SharedServer, schema: Json, data: Json) ->
         await shared_server.client.ask(execution_id, "cancel")
 
 
-# ── what is given in the place of what was run ──────────────────────────────────────────────────────────────
+# ── replaced contents
+# ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_forged_blob_leads_nowhere(shared_server: SharedServer) -> None:

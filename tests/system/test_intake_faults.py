@@ -1,4 +1,4 @@
-"""What senders send, while everything breaks: each gets the answer that makes it come again, and runs once."""
+"""Ingest under every fault: each sender gets an answer that makes it retry, and each delivery runs once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.system.wait_conditions import wait_until
 
 @dataclass(frozen=True)
 class IngestDeployment:
-    """A deployment, everybody who sends to it, and a client that has no key."""
+    """Deployment, all its senders, and a client without a key."""
 
     deployment: SystemUnderTest
     client: RetryingClient
@@ -36,11 +36,11 @@ class IngestDeployment:
         return [ingest_senders.read_execution_id(answer) for answer in answers]
 
     async def runs(self) -> Collection[str]:
-        """Return all runs that there are of what was sent."""
+        """Return all runs of the senders' deliveries."""
         return await _read_runs(self.deployment, self.senders) - {*self.earlier}
 
     async def assert_run_once(self, runs: Collection[str], within: float = RECOVERY_SECONDS) -> None:
-        """Check that these are all the runs that there are, and that each comes to its end once."""
+        """Check that exactly these runs exist, and that each ends once."""
         ended = [await self.client.end(run, within=within) for run in runs]
         assert {one.status for one in ended} == {"completed"}
         assert await self.runs() == set(runs)
@@ -125,7 +125,7 @@ async def test_what_a_gateway_had_read_and_not_yet_taken_in_when_it_was_killed_i
     assert isinstance(ingest_deployment.deployment, ManyProcesses)
     way = ingest_deployment.deployment.ways.gateway_to_database
     deliveries = ingest_deployment.senders.deliveries()
-    # Ids of deliveries begin so: they go to the database with what is taken in, and at no other time.
+    # Prefix of delivery ids, which go to the database with ingested requests only.
     way.keep_requests(b"dlv_")
     requests = [asyncio.create_task(one.send(ingest_deployment.http)) for one in deliveries]
     await way.kept_one()
@@ -145,7 +145,7 @@ async def test_a_mail_whose_reader_is_killed_is_read_by_another(ingest_deploymen
     delivery = ingest_deployment.senders.one("SendGrid").delivery()
     way = deployment.ways.worker_to_database
     with deployment.workers[1].paused():
-        # It has read the mail, and says so to nobody.
+        # It has read the mail, and its commit is held back.
         way.keep_requests(f"Number {delivery.number}".encode())
         (run,) = await ingest_deployment.deliver([delivery])
         await way.kept_one()

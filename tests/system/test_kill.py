@@ -26,7 +26,7 @@ async def test_runs_finish_though_their_worker_is_killed_at_random_points(
         starting = asyncio.gather(*(client.execute(workflow) for _ in range(RUNS)))
         for kill in range(KILLS):
             await ledger.call((CALLS * kill + chance.randint(1, CALLS)) // KILLS)
-            # Within the promised time of the kill before, somebody is at work again.
+            # Within the recovery time of the previous kill, a worker holds the run again.
             victim = await wait_until(
                 lambda: deployment.worker_behind(ledger.calls[-1].port), RECOVERY_SECONDS
             )

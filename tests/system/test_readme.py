@@ -1,4 +1,4 @@
-"""What the README tells a newcomer to type does what it says there."""
+"""Commands of the README do what it says."""
 
 import json
 import os
@@ -108,7 +108,7 @@ def test_the_lines_that_the_first_start_prints_work_as_they_stand(dev: dict[str,
 
 
 def test_the_commands_of_the_readme_leave_nothing_in_the_checkout(dev: dict[str, str]) -> None:
-    """Stands behind the tests that have run them."""
+    """Runs after the tests that execute the commands."""
     assert _project_files() == set(dev["FILES"].split("/"))
 
 

@@ -7,7 +7,7 @@ from tests.system.ledger import EffectLedger
 from tests.system.storm import StormPlan
 
 LONGEST_RUN_SECONDS = 30.0
-"""What a run of the storm takes in fair weather, its wait included, on a machine that does other things."""
+"""Duration of a run of the storm without faults, its wait included, on a busy machine."""
 FEW = 3
 """Runs that so many faults in a row may hit, with nothing done in between, that they are given up."""
 

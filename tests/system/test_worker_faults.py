@@ -71,7 +71,7 @@ async def test_a_worker_that_fell_asleep_in_a_commit_begins_no_node_after_it(
     with ledger.holding("look") as held:
         run = await client.execute(workflow)
         sleeper = deployment.sender(await held.arrived())
-        # Nobody can write the run: the worker is still in the commit before `charge` when it falls asleep.
+        # The run's row is locked: the worker is still in the commit before `charge` when it is paused.
         async with deployment.records.row_locked(run) as lock:
             held.release()
             await wait_until(lambda: _is_waited_for(deployment, lock))
@@ -138,7 +138,7 @@ async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile
 
 
 async def _is_taken_back(deployment: SystemUnderTest, run: str) -> bool:
-    """Sweep as workers do, and tell whether nobody holds a run any more, or another worker does."""
+    """Sweep like a worker; return whether the run has no owner or another worker."""
     ((before,),) = await deployment.records.fetch(f"SELECT token FROM execution WHERE id = '{run}'")
     environment = deployment.gateway.environment
     file = f"sqlite:///{environment['PILOTFLAME_DATA_DIR']}/pilotflame.db"

@@ -1,4 +1,4 @@
-"""Moments that tests wait for, and those that no condition tells."""
+"""Waits of tests for conditions, and for times without a condition."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ async def wait_until(condition: Callable[[], T | None], within: float = ..., *, 
 async def wait_until(
     condition: Callable[[], object], within: float = PATIENCE_SECONDS, *, what: str = ""
 ) -> object:
-    """Return what `condition` gives as soon as that is true; raises TimeoutError with what was waited for."""
+    """Return the result of `condition` as soon as it is true. Raises TimeoutError that names the awaited
+    condition.
+    """
     deadline = time.monotonic() + within
     while True:
         outcome = condition()
@@ -41,6 +43,6 @@ async def wait_until(
 
 
 async def act_after(seconds: float, action: Callable[[], object]) -> None:
-    """Do something at a moment that no condition tells: the random point of a fault."""
+    """Run an action at a random time that no condition marks."""
     await asyncio.sleep(seconds)
     action()

@@ -1,4 +1,6 @@
-"""A Kubernetes API server in memory that refuses what the real one refuses, with controllers and a kubelet."""
+"""In-memory Kubernetes API server that refuses the same requests as the real one, with controllers and a
+kubelet.
+"""
 
 from tests.cluster.fake_api.server import FakeApiServer, serve_fake_api
 

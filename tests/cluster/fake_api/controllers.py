@@ -1,7 +1,6 @@
-"""What makes objects come true: the controllers of Deployments, quotas, nodes and namespaces, the scheduler, and the
-collector of what nobody owns.
+"""Controllers of Deployments, quotas, nodes and namespaces, the scheduler, and the garbage collector.
 
-They act a moment after each change, as the real ones do: until then a status tells of what was.
+They act with a delay after each change, like the real ones; until then a status shows the earlier state.
 """
 
 from __future__ import annotations
@@ -28,7 +27,9 @@ __all__ = ["FakeControllers", "NodeBehavior"]
 MANAGER = FieldManager("kube-controller-manager", "Update")
 HASH_LABEL = "pod-template-hash"
 MAX_RETRY_SECONDS = 1_000.0
-"""A ReplicaSet that could not make a pod tries again later and later, unless it or one of its pods changes."""
+"""Longest retry delay of a ReplicaSet that could not create a pod. A change of it or of one of its pods
+resets the delay.
+"""
 
 
 @dataclass
@@ -38,7 +39,7 @@ class ReplicaRetry:
     failures: int
     at: float
     seen: str
-    """What the ReplicaSet was like: a change of it has pods made at once."""
+    """State of the ReplicaSet; a change makes it create pods at once."""
     message: str
 
 
@@ -78,10 +79,10 @@ class FakeControllers:
         has_times = query.get("timestamps") == "true"
         return "".join(f"{at} {text}\n" if has_times else f"{text}\n" for at, text in tail)
 
-    # ── what happens to machines ──────────────────────────────────────────────────────────────────────────
+    # ── faults of machines ──────────────────────────────────────────────────────────────────────────────────
 
     async def silence(self, name: str, *, is_powered: bool) -> None:
-        """Hear nothing from a machine from now on; without power, what ran there has ended."""
+        """Cut a machine off from the control plane; without power, its containers have ended."""
         machine = self._machine(name)
         machine.silent_since = asyncio.get_running_loop().time()
         machine.is_powered = is_powered
@@ -93,7 +94,7 @@ class FakeControllers:
         self._store.touch()
 
     def mend(self, name: str) -> None:
-        """Hear from a machine again: what ran there is told, and what had ended starts anew."""
+        """Reconnect a machine: its kubelet reports again, and containers that had ended restart."""
         machine = self._machine(name)
         machine.silent_since = machine.lost_since = None
         machine.is_powered, machine.is_cordoned = True, False
@@ -106,7 +107,7 @@ class FakeControllers:
         self._store.touch()
 
     def drain(self, name: str) -> None:
-        """Let no more pods come to a machine, and evict those that are there."""
+        """Cordon a machine, and evict its pods."""
         self._machine(name).is_cordoned = True
         for pod in list(self._store.every("pods")):
             if pod["spec"].get("nodeName") == name:
@@ -121,7 +122,7 @@ class FakeControllers:
     async def _control(self) -> None:
         while True:
             changed = asyncio.create_task(self._store.changed())
-            await asyncio.sleep(0)  # it waits by now: what is done below is a change too
+            await asyncio.sleep(0)  # it waits by now: the changes below must wake it
             self._control_machines()
             for found in list(self._store.every("namespaces")):
                 self._empty_namespace(found)
@@ -240,7 +241,7 @@ class FakeControllers:
             return
         digest = _template_hash(deployment)
         current = [pod for pod in live if pod["metadata"]["labels"][HASH_LABEL] == digest]
-        # Of those that are to be replaced, the ones that don't work go first.
+        # Of the pods to replace, those that aren't ready go first.
         others = sorted((pod for pod in live if pod not in current), key=lambda pod: not _is_ready(pod))
         failure = self._made(deployment, digest, spec["replicas"] - len(current), pods)
         replaced = sum(_is_ready(pod) for pod in current)
@@ -301,7 +302,7 @@ class FakeControllers:
         self._store.delete(KINDS["pods"], pod["metadata"]["namespace"], pod["metadata"]["name"], {})
 
     def _status(self, deployment: Json, failure: str | None) -> Json:
-        """Return a status as the real one is: what is zero is left out."""
+        """Return a status like the real one, which omits zeros."""
         metadata, wanted = deployment["metadata"], deployment["spec"]["replicas"]
         pods = [
             pod
@@ -322,7 +323,7 @@ class FakeControllers:
         is_available = ready >= wanted - max(1, wanted // 4)
         conditions = [
             {"type": "Available", "status": "True" if is_available or not wanted else "False"},
-            # Its deadline runs on rollouts alone: a wake that fails is never told here.
+            # The progress deadline applies to rollouts only, so a wake that fails never appears here.
             {"type": "Progressing", "status": "True", "reason": "NewReplicaSetAvailable"},
         ]
         if failure is not None:

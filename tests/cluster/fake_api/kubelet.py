@@ -25,39 +25,39 @@ from tests.cluster.fake_api.schema import KINDS
 from tests.cluster.fake_api.store import ObjectStore, format_now
 
 OUT_OF_MEMORY = 137
-"""A program that ends itself with this code stands for one that was killed for its memory."""
+"""Exit code with which a program poses as killed for lack of memory."""
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 
 
 @dataclass
 class NodeBehavior:
-    """How machines and controllers behave."""
+    """Behavior of machines and controllers."""
 
     runs_commands: bool = False
     """Without, a container is ready as soon as it is started, and nothing runs."""
     delay_seconds: float = 0.02
-    """How long a controller takes to notice a change."""
+    """Delay until a controller notices a change."""
     first_retry_seconds: float = 0.005
-    """Until a ReplicaSet tries again to make a pod that was refused; doubled each time."""
+    """First delay until a ReplicaSet retries a refused pod; doubled each time."""
     restart_seconds: float = 0.3
     pull_seconds: float = 0.3
     """Until an image that could not be pulled is tried again; the real one takes up to five minutes."""
     start_seconds: float = 0.0
-    """How long a kubelet prepares a container before it starts it."""
+    """Time that a kubelet prepares a container before it starts it."""
     starts_at_once: int = 1_000
-    """How many containers all kubelets prepare at once: as many as their processors allow."""
+    """Containers that all kubelets together prepare at once, as limited by their processors."""
     preparing: list[str] = field(default_factory=list)
-    """Pods whose containers are to be prepared, those that wait for others last."""
+    """Pods with containers to prepare, those that wait for others last."""
     most_preparing: int = 0
-    """How many these were at most."""
+    """Maximum length of this list."""
     terminate_seconds: float = 0.0
-    """How long a kubelet takes to notice that nothing of a pod runs any more that was told to end."""
+    """Delay until a kubelet notices that all containers of a terminating pod have ended."""
     probe_seconds: float = 0.03
     missing_images: set[str] = field(default_factory=set)
     """Images that no registry has; neither are those of `*.invalid`."""
     machines: list[FakeMachine] = field(default_factory=lambda: [FakeMachine()])
     path: str = "/usr/local/bin:/usr/bin:/bin"
-    """Where commands are looked for."""
+    """PATH of commands."""
     numbers: itertools.count[int] = field(default_factory=lambda: itertools.count(os.getpid() * 64))
     """Of addresses: those of two test processes should not meet."""
 
@@ -75,7 +75,7 @@ class _NotStarted(Exception):
 
 
 class FakeKubelet:
-    """Looks after one pod until it is gone."""
+    """Kubelet of one pod, from its start until it is deleted."""
 
     def __init__(
         self, store: ObjectStore, pod: Json, node: NodeBehavior, machine: FakeMachine, second: float
@@ -109,7 +109,7 @@ class FakeKubelet:
         self._stop.set()
 
     async def kill(self) -> None:
-        """End it at once, and tell nobody."""
+        """Kill the container at once, without reporting it."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         if self._process is not None and self._process.returncode is None:
@@ -117,14 +117,14 @@ class FakeKubelet:
             await self._process.wait()
 
     def report(self) -> None:
-        """Tell the state of now once more, after the control plane has heard nothing for a while."""
+        """Report the current state again, after the control plane was cut off for a while."""
         if self._told is not None:
             self._tell(self._told)
 
     async def _live(self) -> None:
         await self._keep_up()
         await asyncio.sleep(self._node.terminate_seconds)
-        # What has ended is listed for a moment more, as one that has come to its end.
+        # An ended pod is listed for a moment more, as one in a final phase.
         has_failed = not self.has_started
         ended = {"exitCode": 137 if has_failed else 0, "reason": "Completed", "finishedAt": format_now()}
         self._show({"terminated": ended}, phase="Failed" if has_failed else "Succeeded")
@@ -242,7 +242,7 @@ class FakeKubelet:
             if probe is None:
                 self._show(self._running, is_ready=True)
                 return
-            # A pod that is being stopped is probed no more, and goes on saying that it is ready.
+            # A terminating pod is no longer probed, and stays ready.
             while not self._stop.is_set():
                 is_ready = await self._answers(session, probe)
                 if not self._stop.is_set():
@@ -337,7 +337,7 @@ class FakeKubelet:
 
 
 def _expand_variables(text: str, variables: dict[str, str]) -> str:
-    """Put variables in for `$(NAME)`, and `$` for `$$`; what names none stays as it is."""
+    """Substitute variables for `$(NAME)`, and `$` for `$$`; unknown names stay unchanged."""
 
     def value(match: re.Match[str]) -> str:
         return "$" if match[0] == "$$" else variables.get(match[1], match[0])

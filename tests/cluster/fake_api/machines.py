@@ -1,4 +1,4 @@
-"""Machines that pods run on, and what the control plane does about one that it hears nothing from."""
+"""Machines that run pods, and the control plane's reaction to a silent machine."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from tests.cluster.fake_api.api_errors import Json
 from tests.cluster.fake_api.object_rules import parse_quantity
 
 SILENCE_SECONDS = 50.0
-"""A node whose lease is older is not ready: `node-monitor-grace-period` since 1.32."""
+"""A node with an older lease is not ready: `node-monitor-grace-period` since 1.32."""
 DEFAULT_TOLERATION_SECONDS = 300
-"""What admission gives a pod that says nothing of nodes that are not ready or unreachable."""
+"""Toleration that admission adds to pods without one for nodes that are not ready or unreachable."""
 NOT_READY = "node.kubernetes.io/not-ready"
 UNREACHABLE = "node.kubernetes.io/unreachable"
 
 
 @dataclass
 class FakeMachine:
-    """A node, and what is known of it."""
+    """Node, and its state in the control plane."""
 
     name: str = "node-1"
     cpu_millicores: float = 32_000
@@ -35,7 +35,7 @@ class FakeMachine:
 
 
 def schedule_pod(pod: Json, machines: list[FakeMachine], others: list[Json]) -> FakeMachine | str:
-    """Return the machine that has room for a pod, or the scheduler's words about why there is none."""
+    """Return the machine with capacity for a pod, or the scheduler's message about the lack of one."""
     wanted = _requested_cpu(pod)
     reasons: dict[str, int] = {}
     for machine in machines:
@@ -63,7 +63,7 @@ def toleration_seconds(pod: Json) -> float | None:
 
 
 def default_tolerations(spec: Json) -> None:
-    """Add what admission adds to a pod that doesn't say how long it stays on a machine that is lost."""
+    """Add the tolerations that admission adds to a pod without any for a lost machine."""
     tolerations = spec.setdefault("tolerations", [])
     keys = {toleration.get("key") for toleration in tolerations}
     for key in (NOT_READY, UNREACHABLE):
@@ -79,9 +79,9 @@ def default_tolerations(spec: Json) -> None:
 
 
 def status_when_lost(status: Json) -> Json:
-    """Return what the control plane makes of the status of a pod whose machine is lost: it is ready no more.
+    """Return the status that the control plane gives a pod on a lost machine: it is not ready.
 
-    What the kubelet said of the containers stays, since nobody else knows better.
+    The kubelet's last report about the containers stays, because there is no newer one.
     """
     changed = copy.deepcopy(status)
     for condition in changed.get("conditions") or ():

@@ -1,4 +1,4 @@
-"""What the API server asks of objects beyond their types: each problem as it says it, with the field's path."""
+"""Validation rules of the API server beyond types: each problem in the server's words, with the field's path."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def find_problems(kind: ObjectKind, found: Json) -> list[str]:
 
 
 def find_forbidden_changes(kind: ObjectKind, old: Json, new: Json) -> list[str]:
-    """Return what may not be changed, and was."""
+    """Return the immutable fields that were changed."""
     before, after = old.get("spec", {}), new.get("spec", {})
     if kind.name == "Deployment" and before.get("selector") != after.get("selector"):
         return [f"spec.selector: Invalid value: {json.dumps(after.get('selector'))}: field is immutable"]
@@ -196,7 +196,7 @@ def _port_problems(path: str, port: int | None) -> Iterator[str]:
 
 
 def restricted_violations(spec: Json) -> list[str]:
-    """Return what the Pod Security Standard "restricted" forbids of a pod."""
+    """Return a pod's violations of the Pod Security Standard "restricted"."""
     found = []
     pod_context = spec.get("securityContext") or {}
     if any(spec.get(field) for field in ("hostNetwork", "hostPID", "hostIPC")):

@@ -1,4 +1,4 @@
-"""Which manager owns which field, and what applying a configuration does to an object."""
+"""Field ownership, and the effect of applying a configuration on an object."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SYSTEM = {
 
 @dataclass(frozen=True)
 class FieldManager:
-    """Who writes, by what kind of write, to which subresource."""
+    """Field manager, kind of write, and subresource."""
 
     name: str
     operation: str
@@ -37,7 +37,7 @@ Owners = dict[FieldManager, set[Path]]
 
 
 def item_key(field: str, item: Any) -> str | None:  # noqa: ANN401 - any JSON value
-    """Return what an item of a list is told by among the others; None in lists that are one value."""
+    """Return the key that identifies an item of a list; None in atomic lists."""
     if not isinstance(item, dict):
         return None
     keys: tuple[str, ...] | None = _KEYS.get(field)
@@ -71,7 +71,7 @@ def _iterate_leaves(value: Json, path: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def refuse_duplicates(name: str, group_version: str, kind: str, config: Json) -> None:
-    """Raise for a list in which two items are told by the same key."""
+    """Raise for a list in which two items have the same key."""
 
     def look(value: Any, path: str) -> None:  # noqa: ANN401 - any JSON value
         if isinstance(value, dict):
@@ -95,7 +95,7 @@ def refuse_duplicates(name: str, group_version: str, kind: str, config: Json) ->
 
 
 def update(owners: Owners, manager: FieldManager, old: Json, new: Json) -> None:
-    """Give a manager what it has changed, and take that from all others."""
+    """Transfer the ownership of changed fields to a manager."""
     before, after = managed_fields(old), managed_fields(new)
     changed = {path for path, value in after.items() if path not in before or before[path] != value}
     gone = before.keys() - after.keys()
@@ -150,7 +150,7 @@ def _format_path(path: Path) -> str:
 
 
 def merge_keyed(field: str, live: list[Any], change: list[Any]) -> list[Any]:
-    """Merge two lists whose items are told by a key, in the order of the first."""
+    """Merge two keyed lists in the order of the first."""
     merged = list(live)
     for item in change:
         key = item_key(field, item)
@@ -186,7 +186,7 @@ def _merge(live: Json, change: Json) -> None:
 
 
 def _item_path(path: Path, kept: AbstractSet[Path]) -> Path:
-    """Return the item of a list that a field stands in, when nobody wants any other field of it either."""
+    """Return the path of the list item around a field, if no manager owns another field of the item."""
     for depth, part in enumerate(path):
         item = path[: depth + 1]
         if part.startswith("k:") and not any(other[: depth + 1] == item for other in kept):

@@ -1,4 +1,4 @@
-"""Quotas of a namespace: what its pods use of them, and which pod would be too much."""
+"""Quotas of a namespace: their usage by pods, and the refusal of pods beyond them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _COUNTED = {"requests.cpu", "requests.memory", "limits.cpu", "limits.memory"}
 
 
 def quota_usage(hard: Json, pods: Iterable[Json]) -> dict[str, float]:
-    """Return how much pods take of each bound; those that have come to their end take nothing."""
+    """Return the pods' usage of each resource; ended pods use nothing."""
     live = [pod for pod in pods if (pod.get("status") or {}).get("phase") not in {"Failed", "Succeeded"}]
     return {
         name: sum(_requested_amount(name, pod) for pod in live)
@@ -21,7 +21,7 @@ def quota_usage(hard: Json, pods: Iterable[Json]) -> dict[str, float]:
 
 
 def quota_refusal(quota: Json, pods: Iterable[Json], pod: Json) -> str | None:
-    """Return why a pod may not be made beside the others, as admission says it."""
+    """Return admission's message if a pod exceeds the quota together with the others."""
     hard = quota["spec"].get("hard") or {}
     taken = quota_usage(hard, pods)
     over = [name for name in taken if taken[name] + _requested_amount(name, pod) > parse_quantity(hard[name])]

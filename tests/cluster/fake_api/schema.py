@@ -87,7 +87,7 @@ def _model_fields(model: str) -> dict[str, str]:
 
 
 Found = Iterator[tuple[str, str | None]]
-"""The path of each unknown field with None, and of each of a wrong type with what is wrong."""
+"""Path of each unknown field with None, and of each field of a wrong type with a description."""
 
 
 def _walk(type_name: str, value: object, path: str) -> Found:

@@ -44,7 +44,7 @@ _APPLY = "application/apply-patch+yaml"
 
 @dataclass(frozen=True)
 class ApiTarget:
-    """What a path names."""
+    """Target of a request path."""
 
     kind: ObjectKind
     namespace: str
@@ -58,7 +58,7 @@ class FakeApiServer:
 
     token: str = "fake-token"
     second: float = 1.0
-    """How long its second takes: timeouts of watches and grace periods are whole seconds."""
+    """Length of the server's second: timeouts of watches and grace periods are whole seconds."""
     node: NodeBehavior = field(default_factory=NodeBehavior)
     failures: list[KubernetesError] = field(default_factory=list)
     """Answers to the next requests."""
@@ -69,7 +69,7 @@ class FakeApiServer:
     is_silent: bool = False
     """It takes requests, and answers none."""
     page_size: int | None = None
-    """The most items of one page, whatever is asked for."""
+    """Most items of one page, whatever limit a client requests."""
     requests: list[str] = field(default_factory=list)
     """Method and path with query of each."""
     port: int = 0
@@ -86,7 +86,7 @@ class FakeApiServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    # ── what tests do to it ───────────────────────────────────────────────────────────────────────────────
+    # ── controls for tests ─────────────────────────────────────────────────────────────────────────────────
 
     async def listen(self) -> None:
         """Take requests, on the same port as before."""
@@ -258,7 +258,7 @@ class FakeApiServer:
             raise KubernetesError(415, "UnsupportedMediaType", "415: Unsupported Media Type")
         found = self.store.get(target.kind, target.namespace, target.name)
         present = _scale(found) if target.subresource == "scale" else found
-        # A patch that says nothing of versions is of whatever version there is.
+        # A patch without a resource version applies to any version.
         version = present["metadata"].pop("resourceVersion")
         patched = _PATCHES[content_type](present, json.loads(raw))
         if patched["metadata"].get("resourceVersion", version) != version:
@@ -455,7 +455,7 @@ def _request_verb(request: web.Request, target: ApiTarget) -> str:
 
 
 def _scale(found: Json) -> Json:
-    """Return the Scale of a Deployment, in whose specification zero is absent."""
+    """Return the Scale of a Deployment; its specification omits zero."""
     labels = found["spec"]["selector"].get("matchLabels", {})
     replicas = found["spec"]["replicas"]
     metadata = {

@@ -1,4 +1,4 @@
-"""The objects, their versions, and what has happened to them."""
+"""Stored objects, their versions, and the history of their changes."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class ObjectStore:
         is_dry: bool = False,
         only_status: bool = False,
     ) -> Json:
-        """Put an object in the place of another; the version that it carries, if any, must be that one's."""
+        """Replace an object. The resource version of the body, if any, must match."""
         key = (kind.plural, namespace, name)
         if key not in self._stored:
             raise not_found_error(kind.resource, name)
@@ -148,7 +148,7 @@ class ObjectStore:
         is_forced: bool,
         is_dry: bool = False,
     ) -> tuple[Json, bool]:
-        """Apply a configuration; tell whether it created the object."""
+        """Apply a configuration; return whether it created the object."""
         ownership.refuse_duplicates(name, kind.group_version, kind.name, config)
         key = (kind.plural, namespace, name)
         present = self._stored.get(key)
@@ -159,7 +159,7 @@ class ObjectStore:
         if present is None:
             created = self.create(kind, namespace, config, manager, is_dry=is_dry)
             if not is_dry:
-                # What is filled in by default belongs to nobody.
+                # Defaulted fields have no owner.
                 self._stored[key].owners = {manager: set(ownership.managed_fields(config))}
             return created, True
         if version and version != present.object["metadata"]["resourceVersion"]:
@@ -174,7 +174,7 @@ class ObjectStore:
         return self._exchange(kind, key, finished, owners, is_dry=is_dry), False
 
     def set_replicas(self, namespace: str, name: str, replicas: int, manager: FieldManager) -> None:
-        """Write what `/scale` writes: zero is absent there, so that at 0 the field is nobody's."""
+        """Write like `/scale`, which omits zero, so that nobody owns the field at 0."""
         kind = KINDS["deployments"]
         key = (kind.plural, namespace, name)
         present = self._stored[key]
@@ -190,7 +190,7 @@ class ObjectStore:
         self._exchange(kind, key, replaced, owners)
 
     def set_status(self, found: Json, status: Json) -> None:
-        """Have a controller tell the state of an object, if it still is there."""
+        """Set the status of an object as a controller, if the object still exists."""
         metadata = found["metadata"]
         kind = next(kind for kind in KINDS.values() if kind.name == found["kind"])
         key = (kind.plural, metadata.get("namespace", ""), metadata["name"])
@@ -272,7 +272,9 @@ class ObjectStore:
             )
 
     def _kept(self, kind: ObjectKind, present: Json, body: Json, *, only_status: bool) -> Json:
-        """Return what is written with what a write can't change: the status by the object, all else by the status."""
+        """Return the body with the parts that the write can't change: the status, or everything but the
+        status.
+        """
         if only_status:
             return {**copy.deepcopy(present), "status": body.get("status", {})}
         kept = copy.deepcopy(body)
