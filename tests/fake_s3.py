@@ -93,8 +93,7 @@ class FakeS3:
             text = f"<Error><Code>{refused.code}</Code><Message>It was refused</Message></Error>"
             return web.Response(status=refused.status, text=text, content_type="application/xml")
 
-    # ── authentication and addressing
-    # ───────────────────────────────────────────────────────────────────────────
+    # ── authentication and addressing ───────────────────────────────────────────────────────────────────────
 
     def _check_signature(self, request: web.Request, body: bytes) -> None:
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))
@@ -136,8 +135,7 @@ class FakeS3:
             raise S3Error(404, "NoSuchBucket")
         return self.buckets[name]
 
-    # ── operations
-    # ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── operations ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _done(
         self, request: web.Request, objects: dict[str, FakeObject], key: str, body: bytes

@@ -124,8 +124,7 @@ class FakeSqs:
                 return {"Attributes": {"RedrivePolicy": policy}} if has_policy else {}
         raise SqsError(400, "com.amazon.coral.service#UnknownOperationException")
 
-    # ── operations
-    # ──────────────────────────────────────────────────────────────────────────────────────────────
+    # ── operations ──────────────────────────────────────────────────────────────────────────────────────────
 
     async def _receive(
         self,
@@ -197,8 +196,7 @@ class FakeSqs:
                 return None
         return "ReceiptHandleIsInvalid"
 
-    # ── authentication
-    # ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── authentication ──────────────────────────────────────────────────────────────────────────────────────
 
     def _check_signature(self, request: web.Request, body: bytes) -> None:
         match = AUTHORIZATION.fullmatch(request.headers.get("Authorization", ""))

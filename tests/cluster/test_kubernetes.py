@@ -53,8 +53,7 @@ def managed_fields_of(found: dict[str, Any], manager: str) -> list[dict[str, Any
     return [entry["fieldsV1"] for entry in found["metadata"]["managedFields"] if entry["manager"] == manager]
 
 
-# ── ownership of the number of pods
-# ─────────────────────────────────────────────────────────────────────────────
+# ── ownership of the number of pods ─────────────────────────────────────────────────────────────────────────
 
 
 async def test_the_scaler_owns_the_replicas_and_the_deployer_never_does(fake_cluster: Fake) -> None:
@@ -86,8 +85,7 @@ async def test_a_status_of_before_the_last_change_makes_nothing_ready(fake_clust
     assert (stale.available, stale.is_current, stale.is_ready) == (1, False, False)
 
 
-# ── reasons of pods that don't start
-# ────────────────────────────────────────────────────────────────────────────
+# ── reasons of pods that don't start ────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -179,8 +177,7 @@ async def test_a_pod_that_was_evicted_says_why_until_another_is_there(fake_clust
     assert (beside.trouble, beside.is_rolled_out) == (None, True)
 
 
-# ── half-done work, and foreign objects
-# ─────────────────────────────────────────────────────────────────────────
+# ── half-done work, and foreign objects ─────────────────────────────────────────────────────────────────────
 
 
 async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_without_a_trace(

@@ -49,8 +49,7 @@ class CallerKind(StrEnum):
     COLLEAGUE_OF_PUBLIC = "a member of the organisation, where it is public"
 
 
-# ── expected answers
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── expected answers ────────────────────────────────────────────────────────────────────────────────────────
 
 Expected: TypeAlias = Mapping[CallerKind, str]
 """Expected answer for each caller: `ok`, or the status and code of a refusal."""
@@ -114,8 +113,7 @@ ANY_KEY: Expected = {**OWN, CallerKind.WRONG_SCOPE: OK}
 EVERYBODY: Expected = dict.fromkeys(OWN, OK)
 
 
-# ── requests
-# ────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 READ, WRITE, EXECUTE = KeyScope.WORKFLOWS_READ, KeyScope.WORKFLOWS_WRITE, KeyScope.WORKFLOWS_EXECUTE
 KEYS, USERS = KeyScope.KEYS_WRITE, KeyScope.USERS_WRITE

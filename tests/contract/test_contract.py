@@ -78,8 +78,7 @@ FIELDS = [
 ]
 
 
-# ── objects of the examples
-# ─────────────────────────────────────────────────────────────────────────────────────
+# ── objects of the examples ─────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -363,8 +362,7 @@ async def people(harness: GatewayHarness) -> OrganizationUsers:
     return await harness.people()
 
 
-# ── requests and comparison
-# ─────────────────────────────────────────────────────────────────────────────────────
+# ── requests and comparison ─────────────────────────────────────────────────────────────────────────────────
 
 
 async def send_example(

@@ -1,4 +1,4 @@
-"""Sources of each kind that the bridge takes messages from, as those who fill them and look after them see them."""
+"""Message sources of each kind that the bridge supports, as seen by producers and operators."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ HOLD_SECONDS: Final = 60
 
 
 def bridge_settings(gateway: FakeGateway) -> dict[str, Any]:
-    """Return what every bridge to a gateway is told."""
+    """Return the settings that every bridge to a gateway shares."""
     return {
         "url": gateway.url,
         "api_key": gateway.key,
@@ -65,11 +65,11 @@ class BridgeQueue(ABC):
 
     @abstractmethod
     def open(self, **changes: Any) -> MessageSource:  # noqa: ANN401 - settings
-        """Return what a new process would take messages by."""
+        """Return the message source of a new bridge process."""
 
     @abstractmethod
     async def left(self) -> int:
-        """Count what isn't acknowledged."""
+        """Count the unacknowledged messages."""
 
     @abstractmethod
     async def dead(self) -> list[Any]:
@@ -80,7 +80,7 @@ class BridgeQueue(ABC):
         """Have the bridge lose its connection, or the answer to its next call."""
 
     def time_passes(self) -> None:  # noqa: B027 - most give the messages of the dead to others at once
-        """Let the time pass after which messages of the dead are others'."""
+        """Let the time pass after which messages of dead consumers are delivered to others."""
 
 
 class RedisBridgeQueue(BridgeQueue):
@@ -114,7 +114,7 @@ class RedisBridgeQueue(BridgeQueue):
         self._between.cut()
 
     async def make_idle(self, consumer: str) -> None:
-        """Make all entries a consumer's, as if it had got them so long ago that they are anybody's."""
+        """Assign all entries to a consumer, idle for so long that others may claim them."""
         found: Any = await self.client.xrange(self.name)
         ids = [entry_id for entry_id, _ in found]
         idle = HOLD_SECONDS * 1_000
@@ -188,7 +188,7 @@ class RabbitmqBridgeQueue(BridgeQueue):
         )
 
     async def left(self) -> int:
-        # What a consumer holds isn't counted as long as its channel is open.
+        # Messages held by a consumer aren't counted while its channel is open.
         return (await self._declared(self.name)).message_count or 0
 
     async def dead(self) -> list[Any]:
@@ -265,7 +265,7 @@ class BridgeRunner:
         )
 
     async def run(self) -> None:
-        """Run to the end, whatever that is."""
+        """Run to the end, however it ends."""
         try:
             async with asyncio.timeout(PATIENCE_SECONDS):
                 await self.transfer.run()
@@ -274,7 +274,7 @@ class BridgeRunner:
             await self._gateway.close()
 
     async def run_until_gone(self, place: BridgeQueue, condition: Callable[[], bool]) -> None:
-        """Run until something holds and nothing is left, and then as a process that is told to stop."""
+        """Run until the condition holds and no message is left, and then stop as a process does on SIGTERM."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.run())
             await wait_until(condition)
@@ -284,7 +284,7 @@ class BridgeRunner:
             self.stop.set()
 
     async def run_until(self, condition: Callable[[], bool]) -> None:
-        """Run until something holds, and then as a process that is told to stop."""
+        """Run until the condition holds, and then stop as a process does on SIGTERM."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self.run())
             await wait_until(condition)

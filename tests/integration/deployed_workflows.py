@@ -1,4 +1,4 @@
-"""Workflows that are deployed, as their rows tell, and runs that are theirs."""
+"""Deployed workflows, made by rows alone, with their runs."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def deploy_with_pod(
 
 
 async def mark_running(harness: GatewayHarness, workflow_id: str) -> None:
-    """Have what is wanted of a deployment seen, where no deployer sees to it."""
+    """Record the desired state of a deployment as observed, in place of a deployer."""
     seen = {
         "observed": ObservedState.RUNNING,
         "observed_generation": col(Deployment.generation),
@@ -74,7 +74,7 @@ async def mark_running(harness: GatewayHarness, workflow_id: str) -> None:
 
 
 def answer_for_pods(harness: GatewayHarness) -> None:
-    """Tell, in the place of a deployer, that pods have written nothing."""
+    """Report empty pod logs, in place of a deployer."""
     broker = harness.gateway.broker
 
     def answer(message: DeployerMessage) -> None:
@@ -88,7 +88,7 @@ def answer_for_pods(harness: GatewayHarness) -> None:
 
 @asynccontextmanager
 async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
-    """Take, in the place of pods, whatever is there for them."""
+    """Claim all pending work, in place of pods."""
 
     async def take() -> None:
         while True:

@@ -1,4 +1,4 @@
-"""Deployers beside a gateway, with pods that are small programs: what they do to a cluster is real."""
+"""Deployers beside a gateway, with small programs as pods: their effects on the cluster are real."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def build_deployer(
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> Deployer:
-    """Return a deployer that looks only when it is asked to."""
+    """Return a deployer that reconciles on request only."""
     gateway = harness.gateway
     return Deployer(
         deployer_settings(**settings),
@@ -83,14 +83,14 @@ async def run_local_deployer(
     command: Sequence[str] = POD,
     **settings: Any,  # noqa: ANN401 - any setting
 ) -> AsyncIterator[Deployer]:
-    """Run a deployer whose pods end with it."""
+    """Run a deployer together with its pods."""
     open_driver = partial(local_driver.open_local, folder, runs_without_isolation=True)
     async with run_test_deployer(harness, open_driver, command=command, **settings) as found:
         yield found
 
 
 async def forget_deployments(harness: GatewayHarness) -> None:
-    """Have nothing deployed any more, whatever a test has left."""
+    """Remove all deployments that a test has left."""
     gone = update(Deployment).values(is_deployed=False, observed=ObservedState.ABSENT)
     await harness.gateway.database.transaction(lambda connection: connection.execute(gone))
 

@@ -1,4 +1,4 @@
-"""What the examples of the API's document are about: for each of their ids, something that stands for it."""
+"""Data for the examples of the OpenAPI document: an actual object for each of their ids."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONNECTIONS = [
 
 
 async def create_examples(harness: GatewayHarness, people: OrganizationUsers) -> dict[str, str]:
-    """Make what the examples name, for the admin to use; return what stands for each id."""
+    """Create the objects of the examples for the admin; return the actual id for each example id."""
     admin = people.admin
     workflow_id = await admin.create(nodes=NODES, connections=CONNECTIONS)
     template_id = await admin.create(name="A template")
@@ -104,7 +104,7 @@ async def _send(people: OrganizationUsers, method: str, path: str, body: Any) ->
 
 
 def replace_example_ids(value: Json, ids: Mapping[str, str]) -> Json:
-    """Return JSON with the ids that stand for those of the examples."""
+    """Return JSON with actual ids in place of those of the examples."""
     placed: Any = value
     match value:
         case dict():

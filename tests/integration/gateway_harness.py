@@ -71,7 +71,7 @@ class OrganizationUsers:
 
 
 class GatewayHarness:
-    """One gateway, its database, and those who use it."""
+    """Gateway with its database and users."""
 
     def __init__(self, app: Starlette, gateway: GatewayState, clients: AsyncExitStack) -> None:
         self.app = app
@@ -79,7 +79,7 @@ class GatewayHarness:
         self._clients = clients
 
     async def people(self) -> OrganizationUsers:
-        """Return people whom no other test knows."""
+        """Create users that no other test uses."""
         now = datetime.now(UTC)
 
         async def make(connection: AsyncConnection) -> list[Made]:
@@ -152,7 +152,7 @@ async def _make_person(
 
 
 def assert_refused(response: httpx2.Response, status: int, code: str) -> None:
-    """Check that an answer is a refusal, in the one shape that there is for them."""
+    """Check that an answer is a refusal of the standard shape."""
     assert response.status_code == status, response.text
     assert response.headers["X-Content-Type-Options"] == "nosniff"
     assert response.headers["Cache-Control"] == "no-store"

@@ -1,4 +1,4 @@
-"""A gateway with its real server, in this process, for what depends on connections and bytes."""
+"""Gateway with its real server in this process, for tests of connections and bytes."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ class RawConnection:
         return cls(*await asyncio.open_connection(*address, local_addr=(source, 0)))
 
     async def send(self, head: str, body: bytes = b"") -> None:
-        """Send a request's head, and what there is of its body."""
+        """Send a request's head, and a part of its body."""
         self.writer.write(head.replace("\n", "\r\n").encode() + b"\r\n\r\n" + body)
         await self.writer.drain()
 
     async def answer(self) -> tuple[int, dict[str, str]]:
-        """Return the status and the headers of the next answer, whose body is left to be read."""
+        """Return the status and the headers of the next answer; its body stays unread."""
         head = await asyncio.wait_for(self.reader.readuntil(b"\r\n\r\n"), 60)
         first, *lines = head.decode().split("\r\n")
         headers = [line.partition(": ")[::2] for line in lines if line]

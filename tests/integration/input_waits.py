@@ -37,7 +37,7 @@ async def wait_for_input(
     expires_in: timedelta | None = HOUR,
     status: ExecutionStatus = ExecutionStatus.WAITING,
 ) -> None:
-    """Let a node of an execution wait for an answer, as a worker would have recorded it."""
+    """Record that a node of an execution waits for an answer, as a worker would."""
     now = datetime.now(UTC)
     awaits = msgspec.json.encode({"kind": kind, "request": request, "expired": None}).decode()
 

@@ -1,4 +1,4 @@
-"""Nodes whose outputs are too large for a row."""
+"""Nodes with outputs that are too large for a row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LargeOutputCatalog(NodeCatalog):
 
 
 def emit_different_text(_call: NodeCall) -> Json:
-    """Give out a large text that is another one in every attempt."""
+    """Return a large text that differs in every attempt."""
     return {"text": os.urandom(500_000).hex()}
 
 

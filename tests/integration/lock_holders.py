@@ -1,4 +1,4 @@
-"""Transactions on PostgreSQL that stay open and keep what they have locked, and databases that soon tire of that."""
+"""PostgreSQL transactions that stay open and hold locks, and databases with short lock timeouts."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ from models.database import Database, is_sqlite
 Answer = TypeVar("Answer")
 
 PROMPT_SECONDS = 10.0
-"""Far above the time of any statement on a busy machine, far below waiting for a lock that is never let go."""
+"""Far above the time of any statement on a busy machine, far below the wait for a lock that is never
+released.
+"""
 
 
 @asynccontextmanager
 async def hold_transaction_open(url: URL, statement: str, *arguments: object) -> AsyncIterator[None]:
-    """Begin a transaction, as an operator might, or a process that then stands still, and end it after the block."""
+    """Open a transaction, like an operator or a process that then hangs, and end it after the block."""
     connection = await asyncpg.connect(sessions.driver_address(url))
     try:
         async with connection.transaction():

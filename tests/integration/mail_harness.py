@@ -45,7 +45,7 @@ PER_CONNECTION: Final = frozenset({b"host", b"connection", b"content-length", b"
 
 @dataclass
 class FakeSns:
-    """What SNS has at its addresses; each that was asked for is noted."""
+    """Fake SNS: contents of its addresses, and a record of requests for them."""
 
     asked: list[str] = field(default_factory=list)
     statuses: list[int] = field(default_factory=list)
@@ -74,7 +74,7 @@ class FakeSns:
 
 @dataclass
 class MailHarness:
-    """A gateway, and what it asks."""
+    """Gateway, and the services that it calls."""
 
     harness: GatewayHarness
     sns: FakeSns
@@ -102,7 +102,7 @@ class MailHarness:
         assert answer.status_code == 200, answer.text
 
     async def whole_config(self, person: UserClient) -> dict[str, Any]:
-        """Return a config that lets every service of the recorded requests in."""
+        """Return a config that accepts every service of the recorded requests."""
         return {
             "sendgrid": {"publicKey": CONFIG["sendgrid"]["public_key"]},
             "mailgun": {
@@ -206,7 +206,7 @@ class MailHarness:
 
     @asynccontextmanager
     async def reading(self, **settings: Any) -> AsyncIterator[MailParser]:  # noqa: ANN401 - a field of WorkerSettings
-        """Let a worker read what is there, as long as the context lasts."""
+        """Run a worker that parses pending mails during the context."""
         gateway = self.gateway
         shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
         told = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.02, **settings})
@@ -234,7 +234,7 @@ class MailHarness:
             await connections.close()
 
     async def read(self, *execution_ids: str) -> None:
-        """Have these read, whatever comes of that."""
+        """Parse these mails, whatever the outcome."""
 
         async def are_left() -> bool:
             runs = [await self.run(one) for one in execution_ids]

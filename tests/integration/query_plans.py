@@ -1,4 +1,4 @@
-"""How a database goes about a statement."""
+"""Query plans of databases."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ LEASE_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class OwnedWorkflow:
-    """A workflow, and whose it is."""
+    """Workflow and its organization."""
 
     organization: Organization
     workflow_id: str
@@ -87,7 +87,7 @@ class OwnedWorkflow:
         return RunAcceptance(**fields | changes)
 
     def arrival(self, *runs: RunAcceptance, **changes: Any) -> IngestWrite:  # noqa: ANN401 - any field of an Arrival
-        """Return a request that brings runs."""
+        """Return an inbound request that starts runs."""
         fields: dict[str, Any] = {
             "delivery_id": ids.new_id("dlv"),
             "shard": self.organization.shard,
@@ -130,7 +130,7 @@ class RunDatabase:
 
         await self.database.transaction(work)
 
-    # ── what is there ─────────────────────────────────────────────────────────────────────────────────────
+    # ── stored state ────────────────────────────────────────────────────────────────────────────────────────
 
     async def query(self, statement: str, **parameters: Any) -> list[dict[str, Any]]:  # noqa: ANN401 - any JSON value
         """Run a statement of the test's own."""
@@ -152,7 +152,7 @@ class RunDatabase:
         count: int = row["count"]
         return count
 
-    # ── what comes to be ──────────────────────────────────────────────────────────────────────────────────
+    # ── new state ───────────────────────────────────────────────────────────────────────────────────────────
 
     async def organization(self) -> Organization:
         now = datetime.now(UTC)
@@ -229,7 +229,7 @@ class RunDatabase:
         return await self.store.claim(replace(claim, **changes))
 
     async def begun(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
-        """Accept a run whose trigger is recorded, and which nobody holds."""
+        """Accept a run with a recorded trigger and without an owner."""
         one = await self.claimed(place, **changes)
         now = datetime.now(UTC)
         trigger = NodeSpan(
@@ -251,7 +251,7 @@ class RunDatabase:
         return key_of(one)
 
     async def expire(self, *runs: ClaimedRun) -> None:
-        """Let leases run out."""
+        """Let leases expire."""
         for run in runs:
             await self.query("UPDATE execution SET lease_until = 1 WHERE id = :id", id=run.execution_id)
 

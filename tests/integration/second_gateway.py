@@ -16,7 +16,9 @@ from tests.integration.gateway_harness import GatewayHarness, UserClient
 async def run_second_gateway(
     harness: GatewayHarness,
 ) -> AsyncIterator[Callable[[UserClient], httpx2.AsyncClient]]:
-    """Run it on the same database; yields what returns a client of it with a person's key."""
+    """Run a second gateway on the same database; yield a function that returns a client of it with a user's
+    key.
+    """
     app = create_app(lambda: state.open_state(harness.gateway.settings))
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(app.router.lifespan_context(app))

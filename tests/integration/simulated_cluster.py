@@ -1,4 +1,4 @@
-"""A cluster inside the process of the tests: it brings pods, each the real runner without a process of its own."""
+"""Cluster inside the tests' process: its pods are real runners without a process of their own."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ async def listen_for_pods(harness: GatewayHarness) -> AsyncIterator[str]:
 
 @dataclass
 class SimulatedCluster:
-    """Does what a deployer and its cluster do, by the rows."""
+    """Stand-in for a deployer and its cluster, which follows the database rows."""
 
     database: Database
     gateway_url: str
     starts: Counter[str] = field(default_factory=Counter)
-    """How often pods were started, by workflow id."""
+    """Number of pod starts by workflow id."""
     broken: dict[str, str] = field(default_factory=dict)
     """Why pods of a workflow can't start."""
     is_held: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,4 +1,4 @@
-"""The store of blobs, on a folder and on a bucket: both keep the same promises."""
+"""Blob store on a folder and on a bucket: both give the same guarantees."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ async def put(blobs: BlobStore, owner: BlobOwner = OURS, content: bytes = LARGE)
     return await blobs.put(owner, content, media_type="text/csv", name="räume.csv")
 
 
-# ── what both promise ─────────────────────────────────────────────────────────────────────────────────────
+# ── guarantees of both ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("content", [LARGE, b"", b"\n{}\n\x00"])
@@ -157,7 +157,7 @@ async def test_names_and_types_from_outside_are_mere_labels(
     )
 
 
-# ── what a folder promises ────────────────────────────────────────────────────────────────────────────────
+# ── guarantees of a folder ──────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -241,7 +241,7 @@ async def test_a_folder_that_can_t_be_written_is_unavailable_and_no_surprise(tmp
     await blobs.close()
 
 
-# ── what a bucket promises ────────────────────────────────────────────────────────────────────────────────
+# ── guarantees of a bucket ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_bucket_that_refuses_or_stays_silent_is_unavailable(
@@ -269,7 +269,7 @@ def test_an_address_that_names_no_bucket_is_refused_at_the_start(url: str) -> No
         open_blobs(ServerSettings(blob_url=url))
 
 
-# ── what nodes see ────────────────────────────────────────────────────────────────────────────────────────
+# ── blobs in nodes ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def make_caller(organization_id: str = "org_ours", key_id: str = "exec_1") -> RunCaller:
@@ -319,7 +319,7 @@ async def test_what_is_no_reference_is_refused_as_such(tmp_path: Path, forged: A
 
 
 def backdate_blobs(tmp_path: Path, s3: fake_s3.FakeS3, days: float) -> None:
-    """Let everything have been there for so long."""
+    """Move the creation times of all blobs back by `days`."""
     moment = time.time() - days * 86_400
     for path in (tmp_path / "blobs").glob("*/*"):
         os.utime(path, (moment, moment))

@@ -1,4 +1,4 @@
-"""What the bridge promises of every source: each message starts one run, whatever is lost or killed meanwhile."""
+"""Guarantee of the bridge for every source: each message starts one run, under every loss and kill."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def bridge_queue(request: pytest.FixtureRequest, gateway: FakeGateway) -> 
 
 
 class ProcessKilled(Exception):
-    """What ends the process at a point."""
+    """Death of the process at a given point."""
 
 
 class SourceKilledBeforeAck:
@@ -183,7 +183,7 @@ async def test_a_message_that_is_refused_stops_the_bridge_and_stays_where_it_is(
     bridge = BridgeRunner(gateway, bridge_queue.open())
     with pytest.raises(BridgeRefused, match="invalid-message: It is poison"):
         await bridge.run()
-    # What was not taken yet is there as well.
+    # Messages that were not yet accepted are still in the queue.
     assert POISON not in gateway.messages
     assert await bridge_queue.left() == 3 - len(gateway.messages)
     assert not await bridge_queue.dead()

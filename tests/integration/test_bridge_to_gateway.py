@@ -1,4 +1,4 @@
-"""The bridge's one call, made to a real gateway: what the fake in the bridge's own tests answers is what comes here."""
+"""Bridge against a real gateway: the answers match those of the fake in the bridge's other tests."""
 
 from __future__ import annotations
 

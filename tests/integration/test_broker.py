@@ -1,4 +1,4 @@
-"""One suite for both brokers, and then what only Redis can do to one."""
+"""Shared suite of both brokers, followed by faults of Redis alone."""
 
 import asyncio
 from asyncio import Queue

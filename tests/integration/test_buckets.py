@@ -1,4 +1,4 @@
-"""One suite for the buckets of both brokers: what they give, refuse and tell."""
+"""Shared suite for the token buckets of both brokers: grants, refusals and reported state."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -12,7 +12,7 @@ from messages.token_buckets import SPARE, BucketRate, LocalTokenBuckets, TokenDe
 from tests import services
 
 SLOW = BucketRate(per_second=0.01, burst=10)
-"""Nothing comes back while a test goes on."""
+"""No token is restored during a test."""
 
 
 @pytest.fixture(params=["redis", "in one process"])

@@ -199,7 +199,7 @@ async def test_runs_start_one_another_up_to_a_depth_and_a_number_in_all(run_data
             await start(starter, caller, owned_workflow, iteration="2")
         assert refused.value.code == "too-many-sub-runs"
         assert "PILOTFLAME_MAX_SUB_RUNS" in refused.value.message
-    # What was started stays found, and others have a number of their own.
+    # Started runs are still found, and others have their own number.
     assert await start(starter, root, owned_workflow) == child.execution_id
     await start(starter, other, owned_workflow)
 

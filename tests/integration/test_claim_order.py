@@ -1,4 +1,4 @@
-"""Who is next of ten thousand: organisations in turn, workflows in turn, then the priorities of rows."""
+"""Claim order among ten thousand runs: organizations in turn, workflows in turn, then the priorities of rows."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ def migrated_database(request: pytest.FixtureRequest) -> MigratedDatabase:
 
 @pytest.fixture
 async def run_database(migrated_database: MigratedDatabase) -> AsyncIterator[RunDatabase]:
-    # What is logged takes longer to print than what is tested.
+    # Printing the log takes longer than the tested code.
     with capture_logs():
         async with open_run_database(migrated_database) as run_database:
             yield run_database
@@ -82,7 +82,7 @@ def build_catalog(until: asyncio.Event) -> NodeCatalog:
 async def flood(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, *, rank: str, definition: str = QUICK
 ) -> None:
-    """Let ten thousand runs of a workflow wait."""
+    """Insert ten thousand pending runs of a workflow."""
     await run_database.accept(owned_workflow, definition=definition, total_nodes=2)
     organization = owned_workflow.organization
     rows = BacklogRows(
@@ -99,7 +99,7 @@ async def flood(
 
 @asynccontextmanager
 async def serve_worker(run_database: RunDatabase) -> AsyncIterator[Broker]:
-    """Run what waits, until the context ends; yields what it is woken by."""
+    """Run a worker until the context ends; yield the broker that wakes it."""
     broker, end = await connect_broker(None), asyncio.Event()
     settings = WorkerSettings(lease_seconds=30, concurrency=20)
     store, services = await run_database.another_store(), NodeServices(http=NoNetwork())

@@ -1,4 +1,4 @@
-"""The command's other half: what people do with a server that runs, and with its database."""
+"""CLI commands against a running server, and against its database."""
 
 import json
 import time
@@ -32,7 +32,7 @@ connections:
 
 @dataclass(frozen=True)
 class CommandShell:
-    """Where commands are typed, with a server at hand."""
+    """Shell for commands, with a running server."""
 
     given: dict[str, str]
     folder: Path

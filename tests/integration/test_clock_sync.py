@@ -1,4 +1,4 @@
-"""The clock of an SQLite host is set: what counts a duration lasts as long as it would have."""
+"""Clock changes of an SQLite host: durations keep their remaining length."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ async def test_leases_deadlines_waits_and_keys_last_as_long_as_they_would_have(
     assert abs(HOST_TIME.step()) < MOMENT
     after = await read_deadlines(run_database)
     assert {name: moment - before[name] for name, moment in after.items()} == {
-        # A run that waits keeps what is left of its time, which no clock moves.
+        # A waiting run keeps its remaining time, which is independent of the clock.
         name: 0 if name == "waiting deadline_at" else pytest.approx(step, abs=MOMENT)
         for name in before
     }
@@ -108,7 +108,7 @@ async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
     monkeypatch.setattr(clock_sync, "CHECK_SECONDS", 0.01)
     clock = run_database.database.clock
     async with clock_sync.run_clock_sync(run_database.database):
-        # As after a night in which the machine slept, and the monotonic clock stood still.
+        # As after a night of sleep, during which the monotonic clock did not run.
         clock.learn(clock.now() - timedelta(hours=8), time.monotonic())
         async with asyncio.timeout(60):
             while datetime.now(UTC) - clock.now() > timedelta(hours=1):  # noqa: ASYNC110 - nothing tells
@@ -116,7 +116,7 @@ async def test_a_process_on_sqlite_takes_the_time_of_its_host_again_and_again(
 
 
 async def create_runs(run_database: RunDatabase) -> None:
-    """Have one run at work, one asleep for an hour, and a key by which one of them is known again."""
+    """Create a running run, a run that sleeps for an hour, and an idempotency key of one of them."""
     place = await run_database.workflow()
     await run_database.claimed(place, idempotency=IdempotencyKey("scope", "key", "fingerprint"))
     asleep = await run_database.claimed(place)

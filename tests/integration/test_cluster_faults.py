@@ -1,6 +1,6 @@
-"""Deployers while their cluster is in trouble: no room, no image, lost nodes, lost namespaces, an etcd that is away.
+"""Deployers of a cluster in trouble: no capacity, no image, lost nodes, lost namespaces, an unavailable etcd.
 
-What an operator can do to any cluster is done to a real one too, where `TEST_KUBECONFIG` names one.
+Faults that an operator can cause in any cluster are also caused in a real one, if `TEST_KUBECONFIG` names it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from workers.deployer.main import LOCAL_COMMAND
 
 PATIENCE_SECONDS = 60.0
 CURED_SECONDS = 5.0
-"""How long a start may take to go on after the cure; the real cluster's own part comes on top."""
+"""Limit for a start to continue after the cure, without a real cluster's own share."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ async def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterat
 
 @dataclass
 class TwoMachineCluster:
-    """A fake cluster with two machines, whose seconds are short."""
+    """Fake cluster with two machines and short seconds."""
 
     cluster: DriverUnderTest
     api: FakeApiServer
@@ -110,7 +110,7 @@ class TwoMachineCluster:
 
     @property
     def used(self) -> str:
-        """The machine of the one pod that is not being stopped."""
+        """Machine of the only pod that is not terminating."""
         (pod,) = self.pods()
         return str(pod["spec"]["nodeName"])
 
@@ -142,7 +142,7 @@ async def undeploy_and_wait(harness: GatewayHarness, people: OrganizationUsers, 
 
 
 async def trigger(people: OrganizationUsers, workflow_id: str) -> tuple[int, str, str]:
-    """Return status, code and message of the answer to whoever waits for a run."""
+    """Return status, code and message of the answer to a trigger that waits for its run."""
     answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/trigger", json={"sync": True})
     error = answer.json()["error"]
     assert int(answer.headers["Retry-After"]) > 0
@@ -350,7 +350,7 @@ async def test_a_pod_of_a_lost_node_is_left_to_the_cluster_while_another_serves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for machine in two_machine_cluster.api.node.machines:
-        machine.cpu_millicores = 500  # room for one pod each
+        machine.cpu_millicores = 500  # capacity for one pod each
     tolerated = machines.toleration_seconds
     monkeypatch.setattr(machines, "toleration_seconds", lambda _: None)
     await request_lifecycle(people.owner, "deploy", workflow_id, 202)
@@ -576,7 +576,7 @@ async def test_callers_notification_neither_a_drain_nor_a_deploy_nor_a_rollback(
                 f"/api/v1/workflows/{workflow_id}/trigger", json={"sync": True}
             )
             shown = answer.json()
-            # Whoever triggers in the moment of an edit is asked to try again, deployed or not.
+            # A trigger during an edit is asked to try again, deployed or not.
             if answer.status_code != 409 or shown["error"]["code"] != "workflow-changed":
                 answers.append((answer.status_code, shown))
 

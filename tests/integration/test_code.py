@@ -23,7 +23,7 @@ from workers.settings import WorkerSettings
 pytestmark = pytest.mark.anyio
 
 LONGEST_DELAY_SECONDS = 0.5
-"""For the other work of the worker; the promise is a second."""
+"""Longest delay of the worker's other tasks; the documented limit is a second."""
 SHORT_SECONDS = 0.15
 SOON_SECONDS = 30.0
 OTHERS = RunCaller("org_2", "user_2", "wf_2", "exec_2", "exec_2")
@@ -31,7 +31,7 @@ EXAMPLES = catalog.load_catalog().get("code").examples
 
 
 class CodeBench:
-    """Runs scripts in one backend; each must leave the worker's loop alone, and must not tell where the server is."""
+    """Runner of scripts in one backend. No script may delay the worker's loop or reveal paths of the server."""
 
     def __init__(self, backend: CodeBackend) -> None:
         self.backend = backend
@@ -67,7 +67,7 @@ async def code_bench(request: pytest.FixtureRequest) -> AsyncIterator[CodeBench]
     await code_bench.runner.close()
 
 
-# ── what a script gives ─────────────────────────────────────────────────────────────────────────────────────
+# ── results of scripts ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
@@ -137,7 +137,7 @@ async def test_only_so_much_is_printed(code_bench: CodeBench, source: str) -> No
     assert lines.count(("warning", "The code printed too much: the rest is left out")) == 1
 
 
-# ── what a script may do wrong ──────────────────────────────────────────────────────────────────────────────
+# ── faults of scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What comes after a run: messages to the outside, a workflow about its failure, the answer to its parent."""
+"""Completion actions: callbacks, error workflows, and answers to parent runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS = 60.0
 NODES: list[dict[str, Any]] = [{"id": "start", "type": "rest-api"}]
 ON_ONE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
-"""For what has nothing to do with the kind of database."""
+"""For tests that don't depend on the kind of database."""
 
 
 @pytest.fixture(autouse=True)
@@ -87,14 +87,14 @@ async def receiver() -> AsyncIterator[HttpReceiver]:
 
 @dataclass
 class CompletionHarness:
-    """One place after another: what runs leave behind, and those that see to it."""
+    """Runs with completion actions, and the workers that perform these."""
 
     run_database: RunDatabase
     blobs: BlobStore
     stack: AsyncExitStack
 
     def after_runs(self) -> CompletionActions:
-        """Return what comes after runs in one worker."""
+        """Return the completion actions of one worker."""
         outbound = OutboundClient(LOOPBACK)
         broker = LocalBroker(channel="worker")
         database, store = self.run_database.database, self.run_database.store
@@ -161,7 +161,7 @@ class CompletionHarness:
         definition: str | None = None,
         **fields: Any,  # noqa: ANN401 - any field of an Acceptance
     ) -> ClaimedRun:
-        """Have a run come to its end, with nobody seeing to what comes after it."""
+        """End a run, without performing its completion actions."""
         if definition is not None:
             fields["definition"] = definition
         run = await self.run_database.claimed(owned_workflow, follow_up=follow_up, **fields)
@@ -170,7 +170,7 @@ class CompletionHarness:
         return run
 
     async def outcome(self, run: ClaimedRun) -> dict[str, Any]:
-        """Wait until an attempt is settled, and return what is known of it."""
+        """Wait until an attempt is recorded, and return its record."""
 
         async def settled() -> bool:
             return (await self.run_database.row(run.execution_id))["follow_up_outcome"] is not None
@@ -378,7 +378,7 @@ async def test_outputs_that_are_too_large_are_left_out_with_a_word(
     assert "too large" in data["note"]
 
 
-# ── who sees to it ──────────────────────────────────────────────────────────────────────────────────────────
+# ── claims of actions ───────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_workers_that_look_at_once_send_each_message_once(

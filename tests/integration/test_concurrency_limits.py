@@ -1,4 +1,4 @@
-"""How many runs of one key go on at once: places given, taken, refused and freed, on both databases."""
+"""Concurrency limits by key: slots acquired, refused, awaited and released, on both databases."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ async def test_a_place_is_the_next_one_s_when_a_run_has_left_whatever_came_of_it
     assert await run_database.store.request_end(key_of(last), "cancel")
     assert (
         await concurrency_limits.admit_waiting_runs(database, KEY) == 0
-    )  # it is asked to end, and has not yet
+    )  # stop requested, but still running
 
 
 async def test_whoever_was_begun_goes_first_then_the_better_rank(
@@ -144,7 +144,7 @@ async def test_keys_do_not_share_their_places_and_limits_hold_for_those_that_hav
     assert [
         await concurrency_limits.admit_waiting_runs(database, key) for key in ("one", "two", "three")
     ] == [2, 1, 0]
-    # The limit was lowered: whoever has it waits until fewer go on, and whoever comes later waits behind.
+    # The limit was lowered: waiting runs wait until fewer are running, and later ones queue behind them.
     await accept(
         run_database, limited_run(owned_workflow, "one", limit=1), limited_run(owned_workflow, "one", limit=3)
     )
@@ -210,7 +210,7 @@ async def test_a_run_that_may_not_wait_is_refused_and_leaves_nothing(
     assert [await run_database.count(table) for table in ("execution", "execution_data", "idempotency")] == [
         1
     ] * 3
-    # Whoever repeats a request that was answered is answered the same, though there is no place any more.
+    # A repeated request gets its first answer, although no slot is free any more.
     again = limited_run(owned_workflow, limit=1, may_wait=False, idempotency=key)
     assert await run_database.store.accept([again]) == [
         AcceptanceResult(AcceptanceVerdict.REPEATED, first.execution_id)
@@ -238,7 +238,7 @@ async def test_of_many_at_once_that_may_not_wait_as_many_are_accepted_as_there_a
     assert Counter(other.verdict for _, other in answers) == {AcceptanceVerdict.ACCEPTED: 12}
 
 
-# ── what is read ────────────────────────────────────────────────────────────────────────────────────────────
+# ── reads ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("migrated_database", ["on_sqlite", "on_postgres"], indirect=True)

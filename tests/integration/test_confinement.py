@@ -42,7 +42,7 @@ environment = {"SQLITE_TMPDIR": folder + "/allowed"}
 child = subprocess.Popen(arguments, env=environment, stdin=subprocess.PIPE, start_new_session=True)
 sys.exit(child.wait())
 """
-"""As a worker does, but that a child tries what it may do."""
+"""Starts like a worker, but the child tries forbidden operations."""
 ATTACKS = """
 import ctypes, importlib, json, os, socket, sys
 sys.path = [entry or os.getcwd() for entry in sys.path]
@@ -114,13 +114,13 @@ HELD_BY_LANDLOCK = {
     "monty": {"read", "list", "run", "fork", "signal"},
     "sqlite": {"read", "list", "write", "truncate", "create", "delete", "rename", "folder", "signal"},
 }
-"""What such a process needs calls for, which a filter without paths must let through."""
+"""Kinds of system calls that such a process needs, and that a filter without paths must permit."""
 NEEDED = {"monty": {"fork"}}
 """It starts its interpreter, which may start nothing: see below."""
 
 
 def _plain_user() -> int | None:
-    """Return a user without rights that tests may run as; None: that of the tests, who is none or sees too little."""
+    """Return an unprivileged user to run as; None if the tests run as one, or it could not read the code."""
     here = (Path(sys.executable).resolve(), Path(sys.executable), ROOT / "nodes")
     folders = {folder for path in here for folder in path.parents}
     is_for_all = all(folder.stat().st_mode & stat.S_IXOTH for folder in folders)
@@ -193,6 +193,6 @@ async def test_the_interpreter_of_code_can_start_no_process() -> None:
 
 
 def max_processes(process: psutil.Process) -> list[str]:
-    """Return the soft and the hard limit, which anybody may read."""
+    """Return the soft and the hard limit, which are readable by all."""
     limits = Path(f"/proc/{process.pid}/limits").read_text(encoding="ascii")
     return next(line.split()[2:4] for line in limits.splitlines() if line.startswith("Max processes"))

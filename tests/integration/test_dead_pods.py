@@ -1,4 +1,4 @@
-"""Pods that are killed with runs in hand: what they held goes on elsewhere long before its lease is over."""
+"""Pods that are killed during runs: their runs continue elsewhere long before their leases expire."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from workers.deployer.main import LOCAL_COMMAND
 
 PATIENCE_SECONDS = 60.0
 LEASE_SECONDS = 60.0
-"""A renewal leaves more than the patience of it: what goes on sooner was taken back."""
+"""A renewed lease outlasts the patience of the tests: a run that continues sooner was reclaimed."""
 DATABASES = {"local": "sqlite", "kubernetes": "postgresql"}
 
 

@@ -1,4 +1,4 @@
-"""The deployer on both databases: what it brings about, what it says of what it can't, and what follows a crash."""
+"""Deployer on both databases: its effects, its reports of failures, and its recovery after a crash."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def is_gone(deployment: Deployment) -> bool:
     return status_of(deployment) is DeploymentStatus.NOT_DEPLOYED
 
 
-# ── what can't start ────────────────────────────────────────────────────────────────────────────────────────
+# ── failed starts ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_pods_that_cannot_start_are_given_up_with_the_reason_and_tried_again(
@@ -239,7 +239,7 @@ def list_objects(api: FakeApiServer) -> set[tuple[str, str]]:
 
 
 async def expire(harness: GatewayHarness, workflow_id: str) -> None:
-    """Let the time go by for which a dead deployer keeps others away."""
+    """Let the lease of a dead deployer expire."""
     held = update(Deployment).where(col(Deployment.workflow_id) == workflow_id)
     await harness.gateway.database.transaction(
         lambda connection: connection.execute(held.values(held_until=LONG_AGO))

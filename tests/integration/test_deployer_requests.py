@@ -1,4 +1,4 @@
-"""The requests that a deployer sends to its cluster, and what it does where they are refused."""
+"""Requests of a deployer to its cluster, and its reaction to refusals."""
 
 from __future__ import annotations
 
@@ -52,9 +52,11 @@ import pathlib, time
 while not pathlib.Path({path!r}).exists():
     time.sleep(0.01)
 """
-"""Beginning of a pod's program that comes up once a file is there."""
+"""Beginning of a pod's program that becomes ready once a file exists."""
 WATCH_REQUESTS = 4
-"""Two lists and two watches, of Deployments and of pods, of whatever number; those of quotas come a moment later."""
+"""Two lists and two watches, of Deployments and of pods, for any number of these. Those of quotas follow a
+moment later.
+"""
 
 
 class CallCounter:
@@ -110,7 +112,7 @@ class RequestTimes:
 
 @pytest.fixture
 def shorten_minute(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the pauses after refusals be so brief that a minute of them takes a moment."""
+    """Shorten the pauses after refusals, so that a minute of them takes a moment."""
     share = MINUTE_SECONDS / 60
     for module, name in (
         (refusal_budget, "SECONDS_PER_REQUEST"),

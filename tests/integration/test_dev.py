@@ -27,7 +27,7 @@ KEY = r"sk-\w+"
 OUR_KEY = "sk-of-the-settings-0123"
 START: Mapping[str, object] = {"id": "start", "type": "manual"}
 LEASE_SECONDS = 60
-"""What goes on much sooner was taken back, and not waited for."""
+"""A run that continues much sooner was reclaimed before its lease expired."""
 
 
 def create_data_folder(folder: Path) -> Path:
@@ -180,7 +180,7 @@ async def test_a_new_version_is_deployed_under_traffic_and_no_trigger_fails(tmp_
 
 
 def call_api(method: str, url: str) -> dict[str, Any]:
-    """Return what the API answers."""
+    """Return the answer of the API."""
     response = httpx2.request(method, url, headers={"X-API-Key": OUR_KEY}, trust_env=False, timeout=40)
     assert response.is_success, response.text
     answer: dict[str, Any] = response.json()
@@ -188,7 +188,7 @@ def call_api(method: str, url: str) -> dict[str, Any]:
 
 
 def is_of(process: psutil.Process, workflow_id: str) -> bool:
-    """Tell whether a process is a pod of a workflow."""
+    """Return whether a process is a pod of a workflow."""
     return (process.info["environ"] or {}).get("PILOTFLAME_RUNNER_WORKFLOW_ID") == workflow_id
 
 

@@ -1,4 +1,4 @@
-"""Runs that wait for events: each gets the first that it waits for, whoever dies between the two."""
+"""Runs that wait for events: each gets the first matching event, even if a process dies in between."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SAME_ORDER = {"left": "{{ item.event_data.order }}", "operator": "equals", "righ
 
 
 def waiting_graph(**config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return a graph that waits for an event and says what has come."""
+    """Return a graph that waits for an event and outputs it."""
     given = {"event_type": "order.paid", "filter": SAME_ORDER, **config}
     wait = {name: value for name, value in given.items() if value is not None}
     return {
@@ -119,7 +119,7 @@ def make_matcher(harness: GatewayHarness) -> EventMatcher:
     return EventMatcher(harness.gateway.database, harness.gateway.broker)
 
 
-# ── what is waited for ──────────────────────────────────────────────────────────────────────────────────────
+# ── event filters ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_run_sleeps_until_its_event_comes_and_one_event_may_be_that_of_many(
@@ -175,7 +175,7 @@ async def test_a_run_goes_on_without_where_no_event_comes_in_time(
     assert await count(harness, WaitAnswer, execution_id=execution_id) == 0
 
 
-# ── whatever dies ───────────────────────────────────────────────────────────────────────────────────────────
+# ── deaths of processes ─────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_what_a_gateway_did_not_tell_is_told_by_the_scheduler(
@@ -292,7 +292,7 @@ async def raise_died(*_given: object) -> None:
 
 
 async def age_events(harness: GatewayHarness) -> None:
-    """Let it be a moment later, by the database's clock."""
+    """Move events into the past, by the database's clock."""
     first = await read_database_time(harness)
     while await read_database_time(harness) <= first:  # noqa: ASYNC110 - clocks tell nobody
         await asyncio.sleep(0.001)
@@ -314,7 +314,7 @@ async def claim_for_dead_worker(harness: GatewayHarness, execution_id: str) -> C
 
 
 async def begin_until_wait(harness: GatewayHarness, claimed: ClaimedRun) -> None:
-    """Have a run come as far as the node that waits."""
+    """Run as far as the node that waits."""
     now = datetime.now(UTC)
     given = b'{"body":{"order":7}}'
     start = NodeSpan(

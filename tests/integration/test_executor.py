@@ -1,4 +1,4 @@
-"""Executors with a real store and the broker of a single process, and what changes underneath them as they work."""
+"""Executors with a real store and the in-process broker, and changes of their runs by others."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ PATIENCE_SECONDS = 60.0
 LONG_SECONDS = 3600.0
 BOTH = ["on_sqlite", "on_postgres"]
 ON_ONE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
-"""For what has nothing to do with the kind of database."""
+"""For tests that don't depend on the kind of database."""
 EVERY = [*BOTH, "behind_pgbouncer", "on_serializable_postgres"]
 
 
@@ -58,7 +58,7 @@ def anyio_backend() -> tuple[str, dict[str, bool]]:
 
 @pytest.fixture(autouse=True)
 def _no_tracebacks() -> Iterator[None]:
-    """Keep what is logged from being printed in full, which takes longer than what is tested."""
+    """Suppress tracebacks in the log, because printing them takes longer than the tested code."""
     with capture_logs():
         yield
 
@@ -96,7 +96,7 @@ async def wait_soon(event: asyncio.Event) -> None:
 
 @dataclass
 class NodeStage:
-    """What the nodes of a test have done, and whether they may go on."""
+    """Record of the nodes of a test, and gates that hold them."""
 
     calls: list[str] = field(default_factory=list)
     """Idempotency keys."""
@@ -185,14 +185,14 @@ class WorkerUnderTest:
 
 
 class DeafBroker(LocalBroker):
-    """A broker whose wakeups reach nobody, and that takes no time to stop."""
+    """Broker that loses every wakeup, and stops at once."""
 
     def start_worker(self, on_wakeup: Callable[[int], None]) -> None:
         pass
 
 
 class WorkerStarter:
-    """Starts workers on a database; leases and sweeps are long unless a test says otherwise."""
+    """Factory of workers on a database; leases and sweep intervals are long by default."""
 
     def __init__(self, run_database: RunDatabase, stack: AsyncExitStack) -> None:
         self._world = run_database
@@ -436,7 +436,7 @@ async def test_results_without_effects_are_committed_before_long(
     await wait_until(is_committed)
 
 
-# ── what can't run ────────────────────────────────────────────────────────────────────────────────────────
+# ── runs that can't execute ─────────────────────────────────────────────────────────────────────────────────
 
 
 BROKEN = {
@@ -552,7 +552,7 @@ async def test_a_suspect_waits_for_what_is_not_proven_and_a_trial_ends_by_time_t
     await run_database.query("UPDATE execution SET status = 'pending' WHERE status = 'waiting'")
     await asyncio.sleep(0.3)
     assert await workers.statuses() == Counter(running=1, pending=2)
-    # Whatever has run for so long is proven: others go on, and a later loss is none on trial.
+    # A run of this length ends its trial: others continue, and a later loss is no longer counted against it.
     monkeypatch.setattr(executors, "TRIAL_SECONDS", 0.1)
     await wait_until(lambda: workers.are_all("running"))
     await wait_until(lambda: are_off_trial(run_database))
@@ -717,11 +717,11 @@ async def test_a_claim_under_way_when_a_worker_stops_leaves_nothing_behind(
     assert workers.stage.calls == []
 
 
-# ── what changes underneath ───────────────────────────────────────────────────────────────────────────────
+# ── changes by others ───────────────────────────────────────────────────────────────────────────────────────
 
 
 async def take_away(run_database: RunDatabase) -> None:
-    """Do what a sweep does after a lease has ended, before it can be renewed."""
+    """Reclaim all runs, as a sweep does after their leases have expired, before a renewal."""
     await run_database.query(
         "UPDATE execution SET status = 'pending', token = token + 1, lease_owner = NULL, lease_until = NULL"
     )

@@ -1,4 +1,4 @@
-"""Nodes that read and write files: objects of a bucket, blobs of the run, and the organisation's own folder."""
+"""Nodes that read and write files: objects of a bucket, blobs of the run, and the organization's folder."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class FileStores:
     blobs: NodeBlobs
     files: OrganizationFolders
     folder: Path
-    """Where those files are."""
+    """Location of those files."""
 
     async def call(self, node_type: str, config: Mapping[str, Json], data: Json = None) -> CallRecord:
         if node_type.startswith("s3-"):

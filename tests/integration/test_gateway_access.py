@@ -1,4 +1,4 @@
-"""Keys, users and organisations: who gets in, how far, and for how long."""
+"""Keys, users and organizations: authentication, scopes and expiry."""
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
@@ -316,7 +316,7 @@ async def test_many_wrong_keys_share_queries_with_right_ones(
 
 
 def _count_hashes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return the list of how many hashes each query for keys has asked for, from now on."""
+    """Return a list that collects the number of key hashes in each later query."""
     asked: list[int] = []
     find_keys = access_store.find_keys
 

@@ -1,4 +1,4 @@
-"""The audit trail: every change leaves one entry, what isn't one leaves none, and nobody rewrites it."""
+"""Audit trail: every change leaves one entry, all else leaves none, and entries are immutable."""
 
 import asyncio
 from datetime import UTC, datetime, timedelta, timezone
@@ -37,7 +37,7 @@ FIELDS = {"id", "action", "objectId", "userId", "keyId", "beforeHash", "afterHas
 
 
 async def read_trail(person: UserClient, **query: str) -> list[dict[str, Any]]:
-    """Return the entries that a query finds, the first ones first."""
+    """Return the entries that match a query, oldest first."""
     response = await person.api.get(AUDIT, params={"sort": "createdAt:asc", "limit": "100", **query})
     assert response.status_code == 200, response.text
     entries: list[dict[str, Any]] = response.json()["entries"]
@@ -49,7 +49,7 @@ def list_actions(entries: list[dict[str, Any]]) -> list[str]:
 
 
 def is_chain(entries: list[dict[str, Any]]) -> bool:
-    """Tell whether each change begins with what the one before it left, and changes that."""
+    """Return whether each change starts from the state that the previous one left, and changes it."""
     links = [(before["afterHash"], after["beforeHash"]) for before, after in pairwise(entries)]
     steps = [(entry["beforeHash"], entry["afterHash"]) for entry in entries]
     return all(left == right for left, right in links) and all(left != right for left, right in steps)
@@ -61,7 +61,7 @@ async def read_key_id(person: UserClient) -> str:
 
 
 async def change_everything(person: UserClient, workflow_id: str, user_id: str) -> None:
-    """Do to a workflow whatever changes it, and delete it."""
+    """Change a workflow in every possible way, and delete it."""
     path = f"{WORKFLOWS}/{workflow_id}"
     for method, below, body in (
         ("PUT", "", {"name": "New", "nodes": [TRIGGER, STEP], "config": {"appId": "app_1"}}),
@@ -78,7 +78,7 @@ async def change_everything(person: UserClient, workflow_id: str, user_id: str) 
         assert response.status_code in {200, 201, 204}, response.text
 
 
-# ── what leaves a trace ─────────────────────────────────────────────────────────────────────────────────────
+# ── audited operations ──────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_every_change_of_a_workflow_is_an_entry_that_begins_where_the_last_one_ended(

@@ -1,4 +1,4 @@
-"""How much may wait to be begun at the gateway, and how rows are counted that wait."""
+"""Limits of pending runs at the gateway, and counts of pending rows."""
 
 import time
 
@@ -21,7 +21,7 @@ from tests.integration.query_plans import explain_statement
 
 
 async def begin(harness: GatewayHarness, workflow_id: str) -> None:
-    """Let somebody begin all runs of a workflow."""
+    """Start all runs of a workflow, in place of a worker."""
 
     async def work(connection: AsyncConnection) -> None:
         await connection.execute(
@@ -176,7 +176,7 @@ async def test_rows_are_counted_in_the_indexes_of_those_that_wait(crowded_databa
     assert await count_backlog(crowded_database, "org_crowd", at_most=5_000) == 500
 
 
-# ── when there will be room ─────────────────────────────────────────────────────────────────────────────────
+# ── Retry-After ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
@@ -184,7 +184,7 @@ def test_room_is_promised_by_how_fast_it_was_made_of_late() -> None:
     tally.recount(100, added_before=0, began=0.0, ended=0.1)
     assert tally.retry_seconds(1, 100) == backlogs.UNKNOWN_RETRY_SECONDS
     tally.added = 50
-    tally.recount(100, added_before=50, began=10.0, ended=10.1)  # 5 a second were begun
+    tally.recount(100, added_before=50, began=10.0, ended=10.1)  # 5 a second were started
     tally.added = 9
     assert (tally.size, tally.retry_seconds(1, 100)) == (109, 2)
     assert tally.retry_seconds(1_000, 100) == errors.MAX_RETRY_SECONDS

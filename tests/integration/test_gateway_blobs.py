@@ -1,4 +1,4 @@
-"""What is kept outside of the database, over HTTP: shown as a reference, and given out to whoever may see the run."""
+"""Blobs over HTTP: outputs refer to them, and callers that may see the run may download them."""
 
 import json
 from hashlib import sha256
@@ -104,7 +104,7 @@ async def get_json(run_with_blob: RunWithBlob, path: str) -> Any:  # noqa: ANN40
 def explanation(
     run_with_blob: RunWithBlob, reason: str = "too-large", path: str | None = None
 ) -> dict[str, Any]:
-    """Return what stands in the place of the output; the message is for people."""
+    """Return the explanation in place of the output; its message is for people."""
     note = {"bytes": len(LARGE), "reason": reason, "message": ANY, "url": path or run_with_blob.blob()}
     return {**run_with_blob.reference.as_json(), "omitted": note}
 
@@ -143,7 +143,9 @@ async def test_an_answer_shows_large_outputs_up_to_its_limit(
 async def test_a_content_that_is_none_is_explained_instead(
     run_with_blob: RunWithBlob, spoilt: bytes | None
 ) -> None:
-    """A pod may have put there what it likes, and a disk may have lost it: the rest of the answer stays whole."""
+    """A pod may have stored arbitrary bytes, or a disk may have lost them: the rest of the answer stays
+    complete.
+    """
     reference = run_with_blob.reference
     if spoilt is not None:
         put = await run_with_blob.harness.gateway.blobs.put(

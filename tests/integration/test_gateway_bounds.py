@@ -132,13 +132,13 @@ async def test_idle_and_slow_connections_make_room_for_those_that_ask(
                 assert await newcomer.ask("/api/v1/auth/whoami") == 200
                 newcomer.close()
             await idle[0].until_closed()
-            # Those of a client that holds many go first: who has one keeps it.
+            # Connections of the client with the most go first, so a client with a single connection keeps it.
             assert await kept.ask("/healthz") == 200
 
 
 @dataclass(eq=False)
 class FakeConnection:
-    """A connection whose phase a test chooses."""
+    """Connection in a phase that the test chooses."""
 
     client_key: str
     phase: ConnectionPhase
@@ -173,7 +173,7 @@ def test_connections_are_closed_in_the_order_of_what_they_are_worth() -> None:
         assert budget.admit(FakeConnection("", served))
     assert not budget.is_over
     assert all(one.is_cut for one in in_order)
-    for _ in range(2):  # in the reserve, to be told why not
+    for _ in range(2):  # in the reserve, to get a refusal with the reason
         assert budget.admit(FakeConnection("", served))
     assert budget.is_over
     assert not budget.admit(FakeConnection("", served))
@@ -289,7 +289,7 @@ def make_settings(folder: Path, **values: Any) -> GatewaySettings:  # noqa: ANN4
     return GatewaySettings(data_dir=folder, secret_key=SecretStr(SECRET), **values)
 
 
-# ── who counts as one ───────────────────────────────────────────────────────────────────────────────────────
+# ── identity of clients ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Many executions at once: cancelled, retried and deleted by a filter, by those who may, once."""
+"""Bulk operations: executions are canceled, retried and deleted by a filter, with permission, once."""
 
 import asyncio
 from datetime import UTC, datetime
@@ -37,7 +37,7 @@ async def start_runs(
     count: int,
     **columns: Any,  # noqa: ANN401 - columns
 ) -> list[str]:
-    """Let a person start runs, and return their ids; then something has become of them."""
+    """Start runs as a user, set columns of their rows, and return their ids."""
     ids = [(await execute_workflow(harness, person, workflow_id)).json()["executionId"] for _ in range(count)]
     if columns:
         await change(harness, ids, **columns)

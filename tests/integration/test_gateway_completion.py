@@ -1,4 +1,4 @@
-"""What clients ask for about the ends of runs and about how many go on at once, on both databases."""
+"""Completion actions and concurrency limits over HTTP, on both databases."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def get_execution(person: UserClient, execution_id: str) -> dict[str, Any]
 
 
 async def wait_until_ended(person: UserClient, *execution_ids: str) -> list[dict[str, Any]]:
-    """Wait until executions have ended, and nobody is still to be told."""
+    """Wait until executions have ended and their completion actions are done."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             shown = [await get_execution(person, execution_id) for execution_id in execution_ids]
@@ -74,7 +74,7 @@ async def wait_until_ended(person: UserClient, *execution_ids: str) -> list[dict
 
 @asynccontextmanager
 async def serve_worker(harness: GatewayHarness, folder: Path) -> AsyncIterator[None]:
-    """Run a worker that finds what the gateway has accepted by its sweeps."""
+    """Run a worker that finds the gateway's runs by its sweeps."""
     gateway = harness.gateway
     settings = WorkerSettings(
         data_dir=folder,
@@ -181,7 +181,7 @@ async def test_whoever_asked_is_called_back_and_a_failure_is_told_and_acted_on(
         assert [one["triggerType"] for one in started] == ["on-failure"]
         await wait_until_ended(owner, started[0]["id"])
 
-        # Resumed, it fails again, and is acted on again; whoever had it called back is not told again.
+        # The resumed run fails and is acted on again. The callback of the first execution is not repeated.
         resumed = (await owner.api.post(f"/api/v1/executions/{runs[1]}/resume")).json()["executionId"]
         await wait_until_ended(owner, resumed)
         assert len(receiver.received) == 3
@@ -227,7 +227,7 @@ async def test_settings_that_cannot_be_meant_are_refused(people: OrganizationUse
     assert not {"onFailure", "concurrency"} & set(settings)
 
 
-# ── how many at once ────────────────────────────────────────────────────────────────────────────────────────
+# ── concurrency limits ──────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_where_no_place_is_free_a_run_is_refused_and_those_accepted_are_answered_again(
@@ -292,7 +292,7 @@ async def test_never_more_runs_go_on_than_the_limit_and_all_of_them_end(
 
 
 async def count_active(harness: GatewayHarness, workflow_id: str) -> tuple[int, int]:
-    """Return how many runs of a workflow somebody holds, and how many have not ended."""
+    """Return how many runs of a workflow have an owner, and how many have not ended."""
     async with harness.gateway.database.read() as connection:
         row = (
             await connection.execute(
@@ -307,10 +307,10 @@ async def count_active(harness: GatewayHarness, workflow_id: str) -> tuple[int, 
 
 
 async def max_concurrent(harness: GatewayHarness, workflow_id: str) -> int:
-    """Return how many ended runs of a workflow went on at the same time, by what their rows say."""
+    """Return the maximum number of a workflow's runs that were active at the same time, by their rows."""
     async with harness.gateway.database.read() as connection:
         rows = await connection.execute(
             text("SELECT started_at, ended_at FROM execution WHERE workflow_id = :id"), {"id": workflow_id}
         )
     changes = [change for started, ended in rows for change in ((started, 1), (ended, -1))]
-    return max(accumulate(change for _, change in sorted(changes)))  # what ends in a moment ends first
+    return max(accumulate(change for _, change in sorted(changes)))  # ends before starts at the same time

@@ -1,4 +1,4 @@
-"""Duplicates, templates, exports and imports: what comes along, what never does, and who may."""
+"""Duplicates, templates, exports and imports: included parts, excluded parts, and permissions."""
 
 import json
 from collections.abc import Awaitable, Callable
@@ -26,7 +26,7 @@ from tests.integration.gateway_harness import (
 
 WORKFLOWS = "/api/v1/workflows"
 SHIPPED = len(shipped_templates.load_templates())
-"""Templates that everybody has."""
+"""Templates available to all organizations."""
 CANARY = "canary-5f2b9c"
 """No answer and no row of a copy may hold it."""
 SOURCE = {
@@ -96,7 +96,7 @@ EMPTY: dict[str, Any] = {"format": "pilotflame/workflow", "formatVersion": 1, "n
 
 @pytest.fixture(scope="module")
 async def residents(harness: GatewayHarness) -> OrganizationUsers:
-    """Return people whom all tests know that only look at one answer."""
+    """Return users shared by all tests that only look at one answer."""
     return await harness.people()
 
 
@@ -135,7 +135,7 @@ async def set_columns(harness: GatewayHarness, workflow_id: str, **values: Any) 
 
 
 async def read_version_and_action(harness: GatewayHarness, workflow_id: str) -> tuple[WorkflowVersion, str]:
-    """Return the only version of a workflow, and how the audit trail says that it began."""
+    """Return the only version of a workflow, and its first action in the audit trail."""
     versions = select(WorkflowVersion).where(col(WorkflowVersion.workflow_id) == workflow_id)
     entries = select(AuditEntry).where(col(AuditEntry.object_id) == workflow_id)
     async with harness.gateway.database.read() as connection:
@@ -196,7 +196,7 @@ async def test_an_idempotency_key_makes_one_duplicate_of_each_workflow(people: O
     assert other.json()["workflowId"] != first.json()["workflowId"]
 
 
-# ── what never comes along ──────────────────────────────────────────────────────────────────────────────────
+# ── excluded parts ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_credentials_never_come_along(harness: GatewayHarness, people: OrganizationUsers) -> None:

@@ -1,4 +1,4 @@
-"""Pages in browsers: which may use the API, and what `OPTIONS` tells them and everybody else of a path."""
+"""Cross-origin requests of browsers, and answers to `OPTIONS`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sources over HTTP: who gets to see and use them, what is accepted, and that their secrets never come out."""
+"""Data sources over HTTP: permissions, validation, and secrets that are never shown."""
 
 from __future__ import annotations
 
@@ -67,17 +67,17 @@ async def share(person: UserClient, source_id: str, user_id: object) -> httpx2.R
 
 
 def caller_of(person: UserClient) -> RunCaller:
-    """Return for whom a run of this person's works."""
+    """Return the identity under which a user's runs use data sources."""
     return RunCaller(person.user.organization_id, person.user.id, "wf_1", "exec_1", "exec_1")
 
 
 def stored_sources(harness: GatewayHarness, *secrets: str) -> StoredDataSources:
-    """Return what a worker finds data sources by."""
+    """Return the data sources as a worker finds them."""
     secret, *previous = [one.encode() for one in secrets or (SECRET,)]
     return StoredDataSources(harness.gateway.database, SecretVault(secret, previous))
 
 
-# ── what they are ───────────────────────────────────────────────────────────────────────────────────────────
+# ── validation ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_data_source_is_shown_with_defaults_and_without_its_secrets(
@@ -334,11 +334,11 @@ async def test_changes_at_the_same_time_are_all_kept(people: OrganizationUsers) 
     assert found["sharedWith"] == [people.colleague.user.id]
 
 
-# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── permissions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def is_usable(harness: GatewayHarness, person: UserClient, source_id: str) -> bool:
-    """Tell whether a run of this person's may use a data source, and check that the API says the same."""
+    """Return whether a user's run may use a data source, and check that the API agrees."""
     status = (await person.api.get(f"{SOURCES}/{source_id}")).status_code
     listed = (await person.api.get(SOURCES)).json()["dataSources"]
     assert (source_id in [one["id"] for one in listed]) is (status == 200)
@@ -498,7 +498,7 @@ async def test_a_workflow_becomes_active_only_with_data_sources_that_its_owner_c
     edited = await owner.api.put(path, json={"nodes": asking(secret)})
     assert_refused(edited, 422, "validation-failed")
     assert (await owner.api.delete(f"{SOURCES}/{good}?force=true")).status_code == 204
-    # A source that has gone since keeps nobody from mending the rest of an active workflow.
+    # A data source that was deleted since doesn't block other edits of an active workflow.
     more = [*asking(good), {"id": "note", "nodeId": "log", "config": {"message": "x"}}]
     assert (await owner.api.put(path, json={"nodes": more})).status_code == 200
 

@@ -1,4 +1,4 @@
-"""What senders have sent, as it is listed, and what is run once more of it: deliveries, dead letters, and the token."""
+"""Deliveries, dead letters and trigger tokens: lists, and redrives."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ async def read_trigger(harness: GatewayHarness, execution_id: str) -> Any:  # no
 
 
 def remember_nothing(harness: GatewayHarness, person: UserClient, workflow_id: str) -> None:
-    """Have the gateway know of a workflow what its rows say now."""
+    """Let the gateway reload a workflow from its rows."""
     harness.gateway.workflows.forget(person.user.organization_id, workflow_id)
 
 
@@ -77,7 +77,7 @@ async def test_deliveries_are_listed_for_those_who_may_read_the_workflow(
 ) -> None:
     execution_id = await enqueue(people.owner, workflow_id)
     await people.owner.api.post(f"{WORKFLOWS}/{workflow_id}/enqueue", json={"message": 1, "priority": 999})
-    # Whoever may not see the workflow leaves nothing among its deliveries.
+    # Senders that may not see the workflow leave no delivery.
     for person, named in (
         (people.stranger, workflow_id),
         (people.colleague, workflow_id),
@@ -213,7 +213,7 @@ async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
     assert purged == {"matched": 1, "purged": 1, "remaining": 0}
     left = await get_json(people.owner, path)
     assert [one["executionId"] for one in left["deadLetters"]] == [third]
-    # What can't be run once more now stays, and is noted nowhere else.
+    # A dead letter that can't be redriven now stays, and leaves no other record.
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "paused"})
     none = (await people.owner.api.post(f"{path}/redrive", json={})).json()
     assert (none["matched"], none["failed"]) == (1, 1)
@@ -221,7 +221,7 @@ async def test_what_has_failed_waits_until_it_is_run_once_more_or_put_aside(
         "count"
     ] == 0
     await people.owner.api.put(f"{WORKFLOWS}/{workflow_id}/status", json={"status": "active"})
-    # What fails once more is a dead letter once more, and one that was resumed is none.
+    # A run that fails again is a dead letter again; a resumed one is not.
     await fail(harness, *again["executionIds"])
     assert (await get_json(people.owner, path))["count"] == 2
     assert (await people.owner.api.post(f"/api/v1/executions/{third}/resume")).status_code == 201

@@ -1,4 +1,4 @@
-"""Mail that services hand in: taken in once if it is truly theirs, read by workers, and run as what was meant."""
+"""Mail of providers: ingested once after verification, parsed by workers, and run with its meaning."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def of_address(headers: Any, name: str) -> Any:  # noqa: ANN401 - any JSON value
 
 
 def assert_is(given: dict[str, Any], case: ProviderCase) -> None:
-    """Check that a run was given what a recorded mail means."""
+    """Check that the trigger data of a run is that of a recorded mail."""
     expected = case.expected["normalized"]
     for name in ("body_text", "body_html"):
         assert given[name].replace("\r\n", "\n").rstrip() == (expected[name] or "").rstrip(), case.name
@@ -95,7 +95,7 @@ def attachments(given: dict[str, Any], expected: dict[str, Any]) -> Sequence[tup
     return list(zip(given["attachments"], expected["attachments"], strict=True))
 
 
-# ── what services send ──────────────────────────────────────────────────────────────────────────────────────
+# ── requests of providers ───────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
@@ -130,7 +130,7 @@ async def test_every_recorded_request_is_answered_kept_and_read_as_it_was_meant(
     assert {run.user_id for run in unread_runs} == {owner.user.id}
 
     outcomes = [(one.outcome, one.sender.partition(":")[0]) for one in await mails.deliveries(workflow_id)]
-    # What was sent without a key and isn't true leaves no trace here: anybody could send it.
+    # Unauthenticated requests that fail verification leave no delivery here: anybody could send them.
     assert {one for one in outcomes if one[0] == "rejected"} == {("rejected", "mailgun")}
     assert outcomes.count(("duplicate", "mailgun")) == 1
     assert {sender for outcome, sender in outcomes if outcome == "accepted"} == {
@@ -171,7 +171,7 @@ async def test_without_anything_configured_only_keys_and_tokens_let_mail_in(
     assert_refused(
         await mails.post("wf_00000000000000000000000000", BY_NAME[names[0]].steps[0]), 401, "unauthorized"
     )
-    # By a token alone, nobody subscribes us to a topic, or has us read from a bucket.
+    # A token alone permits neither SNS subscriptions nor reads from a bucket.
     for name, status, code in (
         ("ses_subscription_confirmation", 400, "unknown-topic"),
         ("ses_s3_action", 503, "trigger-not-ready"),
@@ -225,7 +225,7 @@ async def test_passwords_and_tokens_let_in_and_can_not_be_tried_for_long(
         assert_refused(await post("Basic d3Jvbmc6d3Jvbmc="), 401, "invalid-signature")
     assert_refused(await post("Basic d3Jvbmc6d3Jvbmc="), 429, "rate-limited")
     assert_refused(await post("Digest x"), 429, "rate-limited")
-    # What was right before is no guess: mail services send from addresses that they share.
+    # Credentials that were valid before don't count as guesses: mail services send from shared addresses.
     assert (await post(f"Basic {right}")).status_code == 201
     assert_refused(await post(f"basic {right}"), 429, "rate-limited")
 
@@ -290,7 +290,7 @@ async def test_a_notification_of_sns_that_is_repeated_is_one_run(
 async def test_a_mail_that_ses_received_twice_is_one_run(
     mails: MailHarness, people: OrganizationUsers
 ) -> None:
-    """A mail server sends a mail again whose receipt it has not heard of; SES gives it another id."""
+    """A mail server repeats a mail without a received acknowledgment; SES gives it another id."""
     owner = people.owner
     workflow_id = await mails.workflow(owner)
 
@@ -308,7 +308,7 @@ async def test_a_mail_that_ses_received_twice_is_one_run(
     assert await run_of(notified(step, f"Received: from elsewhere\r\n{content}", "a-third-id")) == first
     other = content.replace("Subject: ", "Subject: Re: ")
     assert await run_of(notified(step, other, "a-fourth-id")) != first
-    # Whoever of several actions of a rule tells of it, it is one mail of SES.
+    # Several actions of an SES rule that report the same mail start one run.
     assert await run_of(notified(step, other, told["mail"]["messageId"])) == first
 
 
@@ -330,7 +330,7 @@ async def test_what_fails_for_the_moment_is_503_and_taken_in_when_it_comes_again
         patch.setattr(store, "ingest", away)
         for step in steps:
             assert_refused(await mails.post(workflow_id, step, owner.key), 503, "not-ready")
-        # Its content is durable by then, for a run that never comes to be.
+        # Its content is durable by then, for a run that is never created.
         envelope = '{"from": "a@example.org", "to": ["b@example.org"]}'
         large = {"envelope": envelope, "email": PLAIN.format("") + "x" * 100_000}
         assert_refused(await mails.post_form(workflow_id, owner, large), 503, "not-ready")
@@ -610,7 +610,7 @@ async def test_what_can_not_be_read_fails_at_once_and_what_can_not_be_had_after_
     failed = await mails.run(large)
     assert (failed.status, failed.error["code"]) == ("failed", "invalid-input")
 
-    # What has failed may be resumed, and then is read.
+    # A failed mail may be resumed, and is then parsed.
     resumed = await owner.api.post(f"/api/v1/executions/{large}/resume")
     assert resumed.status_code == 201, resumed.text
     again = resumed.json()["executionId"]

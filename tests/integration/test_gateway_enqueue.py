@@ -1,4 +1,4 @@
-"""Messages for queue triggers: what is taken in, once, as a run and a delivery in one commit; and what is refused."""
+"""Messages for queue triggers: each is ingested once, as a run and a delivery in one commit; and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of those who send events: who makes them, what they open, and how they end."""
+"""Event tokens: creation, permissions, and revocation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ async def test_only_admins_have_to_do_with_tokens_and_wrong_ones_are_refused(
         {"name": ""},
         {"name": "x", "secrets": {"github": ["a"] * 6}},
         {"name": "x", "secrets": {"slack": [""]}},
-        # Otherwise these would let in what nobody has signed.
+        # Otherwise these would accept unsigned requests.
         {"name": "x", "secrets": {"gitHub": ["a"]}},
         {"name": "x", "secret": {"github": ["a"]}},
     ):

@@ -1,4 +1,4 @@
-"""Events: every workflow that waits for one is run, once, in one commit with the event; and who may tell them."""
+"""Events: each runs every subscribed workflow once, in one commit with the event; and permissions of senders."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ async def set_time(harness: GatewayHarness, moment: datetime) -> AsyncIterator[N
         harness.app.state.gateway = before
 
 
-# ── what an event starts ────────────────────────────────────────────────────────────────────────────────────
+# ── started runs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_an_event_runs_every_active_workflow_that_waits_for_it(
@@ -376,7 +376,7 @@ async def test_events_that_are_none_are_refused_with_a_note(
     assert [one.outcome for one in noted] == ["rejected"] * 4
 
 
-# ── who tells them ──────────────────────────────────────────────────────────────────────────────────────────
+# ── senders ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def send(
@@ -470,7 +470,7 @@ async def test_a_sender_of_cloud_events_is_told_that_it_may(harness: GatewayHarn
     assert "WebHook-Allowed-Origin" not in (await nobody.options(EVENTS)).headers
 
 
-# ── what is kept ────────────────────────────────────────────────────────────────────────────────────────────
+# ── stored events ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_events_are_listed_for_those_who_may_see_them(people: OrganizationUsers) -> None:

@@ -1,4 +1,4 @@
-"""Executions over HTTP: taken in once, seen by whom they concern, followed to their end, ended and resumed."""
+"""Executions over HTTP: idempotent start, visibility, progress, cancellation and resume."""
 
 import asyncio
 import json
@@ -60,7 +60,7 @@ SPAN = {
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 PATIENCE_SECONDS = 60.0
 PROMPT_SECONDS = 15.0
-"""Sooner than a poll ends by itself; whoever isn't told meanwhile looks no sooner."""
+"""Sooner than a poll times out; without a notification, a poll returns no earlier."""
 LOOK_SECONDS = long_poll.LOOK_SECONDS
 
 
@@ -80,7 +80,7 @@ def looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @dataclass
 class ClaimedTestRun:
-    """A claimed run, and what a worker would write of it."""
+    """Claimed run, and the records that a worker would write for it."""
 
     gateway: GatewayState
     claimed: ClaimedRun
@@ -96,7 +96,7 @@ class ClaimedTestRun:
         error: RunError | None = None,
         is_told: bool = True,
     ) -> None:
-        """Commit records and perhaps the end, and announce that unless the notice is to be lost."""
+        """Commit records and optionally the end, and publish that unless the notification is to be lost."""
         spans = [record for record in records if isinstance(record, NodeSpan)]
         attempts = [record for record in records if isinstance(record, AttemptSpan)]
         self.settled |= {span.node_id for span in spans if span.ended_at is not None}
@@ -730,7 +730,7 @@ async def test_logs_are_listed_in_order_and_by_level(
     )
 
 
-# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── permissions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 PATHS = [
     ("GET", ""), ("GET", "/progress?wait=0"), ("GET", "/spans"), ("GET", "/logs"), ("GET", "/events"),
@@ -859,7 +859,7 @@ async def test_the_history_of_a_deleted_workflow_stays_with_its_owner_and_those_
 
 
 async def measure_poll(poll: Awaitable[dict[str, Any]]) -> tuple[dict[str, Any], float]:
-    """Return what a poll brings, and how many seconds it took."""
+    """Return the result of a poll, and its duration in seconds."""
     began = time.monotonic()
     body = await poll
     return body, time.monotonic() - began
@@ -1429,7 +1429,7 @@ async def test_a_resumed_run_starts_from_what_the_failed_one_has_committed(
     assert after.created_at > before.created_at
     old, new = await read_spans(harness, failed_id), await read_spans(harness, resumed_id)
     assert set(new) == {"start", "away", "handled", "sent"}
-    # What is tried again is tried from its first attempt on.
+    # A retried node starts again from its first attempt.
     told = (await get_json(people.owner, f"/{resumed_id}/spans?status=failed"))["spans"]
     assert [(span["nodeId"], span["kind"], span["attempt"]) for span in told] == [
         ("handled", "attempt", 1), ("handled", "attempt", 2), ("handled", "node", 2),

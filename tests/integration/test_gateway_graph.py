@@ -1,4 +1,4 @@
-"""Graphs as wholes: where nodes are put when nobody says it, arranging them, and building one in a single call."""
+"""Whole graphs: positions of nodes without one, automatic layout, and a graph built in a single call."""
 
 import asyncio
 from collections.abc import Callable
@@ -36,7 +36,7 @@ BRANCHES: dict[str, Any] = {"nodes": [TRIGGER, *STEPS], "connections": EDGES}
 
 
 def node_positions(workflow: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Return where the nodes of a workflow stand."""
+    """Return the positions of a workflow's nodes."""
     return {node["id"]: (node["position"]["x"], node["position"]["y"]) for node in workflow["nodes"]}
 
 
@@ -56,7 +56,7 @@ def all_lead_right(workflow: dict[str, Any]) -> bool:
 
 
 def stacked_graph(graph: dict[str, Any]) -> dict[str, Any]:
-    """Return a graph whose nodes all stand on one place."""
+    """Return a graph with all nodes at the same position."""
     nodes = [{**node, "position": {"x": 7, "y": 7.5}} for node in graph["nodes"]]
     return {**graph, "nodes": nodes}
 
@@ -66,13 +66,13 @@ async def lay_out(person: UserClient, workflow_id: str, **headers: str) -> httpx
 
 
 async def list_actions(harness: GatewayHarness, workflow_id: str) -> list[str]:
-    """Return what the audit trail has of a workflow."""
+    """Return the actions in a workflow's audit trail."""
     statement = select(col(AuditEntry.action)).where(col(AuditEntry.object_id) == workflow_id)
     async with harness.gateway.database.read() as connection:
         return [*await connection.scalars(statement.order_by(col(AuditEntry.id)))]
 
 
-# ── positions that nobody gave ──────────────────────────────────────────────────────────────────────────────
+# ── positions that were not given ───────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_graph_without_positions_is_created_arranged(people: OrganizationUsers) -> None:

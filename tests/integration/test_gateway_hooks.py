@@ -1,4 +1,4 @@
-"""Webhooks: what providers send to a workflow's own address, who is let in, and what they are answered."""
+"""Webhooks of providers at a workflow's own URL: authentication and answers."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ async def create_data_source(person: UserClient, fields: dict[str, Any]) -> str:
 
 
 async def signature_config(person: UserClient, provider: str, **more: Any) -> dict[str, Any]:  # noqa: ANN401 - any config
-    """Return the config of a hook for what a provider signs."""
+    """Return the config of a webhook trigger for a provider's signatures."""
     sources = [await create_secret(person, text) for text in SECRETS[provider]]
     named: str | list[str] = sources[0] if len(sources) == 1 else sources
     return {"verification": {"provider": provider, "dataSource": named}, **more}
@@ -145,21 +145,21 @@ async def read_rows(harness: GatewayHarness, table: type[SQLModel], **equal: Any
 
 
 async def read_triggers(harness: GatewayHarness, workflow_id: str) -> list[dict[str, Any]]:
-    """Return what the runs of a workflow were given."""
+    """Return the trigger data of a workflow's runs."""
     runs = await read_rows(harness, Execution, workflow_id=workflow_id)
     data = [await read_rows(harness, ExecutionData, execution_id=run.id) for run in runs]
     return [json.loads(one.trigger) for (one,) in data]
 
 
 async def read_outcomes(harness: GatewayHarness, workflow_id: str) -> list[tuple[str, int, str]]:
-    """Return what is noted of what came for a workflow: outcome, status and the code of the reason."""
+    """Return the deliveries of a workflow: outcome, status and error code."""
     found = await read_rows(harness, Delivery, workflow_id=workflow_id)
     return sorted((one.outcome, one.status, (one.reason or "").partition(":")[0]) for one in found)
 
 
 @pytest.fixture(scope="module")
 async def people(harness: GatewayHarness) -> OrganizationUsers:
-    """Return the same people to all tests: what is theirs is told apart by its workflow."""
+    """Return the same users for all tests, which tell their data apart by workflow."""
     return await harness.people()
 
 
@@ -276,7 +276,7 @@ async def test_events_that_are_not_asked_for_are_answered_and_not_run(
     assert await read_outcomes(harness, of_issues.workflow_id) == [("accepted", 200, "event-not-allowed")] * 2
 
 
-# ── who is let in ───────────────────────────────────────────────────────────────────────────────────────────
+# ── authentication ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_hook_that_says_nothing_of_verification_takes_nothing(
@@ -484,7 +484,7 @@ async def test_a_new_secret_counts_from_the_next_request_on(
         "verification": {"provider": "github", "dataSource": await create_secret(people.owner, "another")}
     }
     await people.owner.api.put(f"{WORKFLOWS}/{hook.workflow_id}", json=webhook_graph(other))
-    # What is remembered of the workflow would let it in, or keep it out: neither counts.
+    # The cached workflow would accept or refuse it wrongly: the cache must not decide.
     monkeypatch.setattr(workflow_cache, "CACHE_SECONDS", 60.0)
     unknown = dataclasses.replace(
         push, headers=[(name, value) for name, value in push.headers if name != b"X-GitHub-Delivery"]
@@ -511,7 +511,7 @@ async def test_what_comes_for_a_draft_is_kept_for_later(
     assert len(await read_triggers(harness, hook.workflow_id)) == 1
 
 
-# ── what is sent ────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_bodies_are_read_as_what_they_are_said_to_be(
@@ -723,7 +723,7 @@ async def test_who_waits_is_told_how_it_ended_or_that_it_goes_on(
 async def test_who_waits_is_answered_by_whoever_takes_the_run_over(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    """Kill, as the rows tell of it, who has the run while its sender waits."""
+    """Simulate, in the rows, the death of the run's owner while the sender waits."""
     pause = {"id": "step", "nodeId": "wait", "config": {"seconds": 3600}}
     hook = await create_webhook(people.owner, WHEN_DONE, pause, {**ANSWERS, "id": "later"})
     nobody = await harness.client()

@@ -1,4 +1,4 @@
-"""What executions ask of people, and the answers that they take."""
+"""Human inputs: requests of executions, and the accepted answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lifecycle policies by the API: set, shown, refused, previewed, and what was decided by them."""
+"""Lifecycle policies over HTTP: update, read, refusal, preview, and history of decisions."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ async def test_a_copy_has_the_usual_policy(people: OrganizationUsers) -> None:
     assert (await get_lifecycle(people.owner, copied.json()["workflowId"]))["lifecyclePolicy"] == DEFAULT
 
 
-# ── where a deployment is ───────────────────────────────────────────────────────────────────────────────────
+# ── state of a deployment ───────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_deployment_is_shown_with_what_will_become_of_it(

@@ -1,4 +1,4 @@
-"""Bodies as large and as hostile as they may be keep nobody else from being answered."""
+"""Largest and most hostile bodies: they don't delay answers to others."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ async def people(harness: GatewayHarness) -> OrganizationUsers:
 async def other_gateway_client(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """The owner's client at another gateway: what one process alone could keep in order, two can't."""
+    """Client of the owner at a second gateway: order within one process alone is not enough."""
     async with run_second_gateway(harness) as client_of, client_of(people.owner) as client:
         yield client
 
@@ -438,7 +438,7 @@ async def test_the_same_connection_is_made_once(people: OrganizationUsers) -> No
         assert_refused(await people.owner.api.post(path, json=body), 409, "duplicate-connection")
 
 
-# ── who, and in what state ──────────────────────────────────────────────────────────────────────────────────
+# ── permissions and states ──────────────────────────────────────────────────────────────────────────────────
 
 
 def edit_all(person: UserClient, workflow_id: str, **headers: str) -> Iterable[Any]:
@@ -631,7 +631,7 @@ async def test_of_two_clients_with_one_tag_exactly_one_wins(
     assert (await get_node(people.owner, workflow_id, "step"))["label"] == winner.json()["node"]["label"]
 
 
-# ── what is no edit ─────────────────────────────────────────────────────────────────────────────────────────
+# ── invalid edits ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 def nested_value(depth: int) -> Any:  # noqa: ANN401 - any JSON value

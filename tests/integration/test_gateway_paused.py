@@ -1,4 +1,4 @@
-"""Workflows that are paused: what arrives for them and can't wait is kept, and run once they go on."""
+"""Paused workflows: inbound requests that can't wait are stored, and run once the workflow is active."""
 
 from __future__ import annotations
 

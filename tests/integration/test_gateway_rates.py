@@ -1,4 +1,4 @@
-"""Limits of rates at the gateway: who is counted together, and what they are told."""
+"""Rate limits of the gateway: shared quotas, and response headers."""
 
 import asyncio
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from tests.integration.gateway_variants import execute_workflow, run_with_settin
 from tests.services import RedisServer
 
 SLOW: dict[str, Any] = {"rate_per_key": 0.01, "rate_per_key_burst": 3}
-"""Nothing comes back while a test goes on."""
+"""No token is restored during a test."""
 
 
 async def send_many(harness: GatewayHarness, person: UserClient, workflow_id: str, count: int) -> list[int]:
-    """Return what so many requests at once are answered."""
+    """Return the statuses of `count` simultaneous requests."""
     answers = await asyncio.gather(*(execute_workflow(harness, person, workflow_id) for _ in range(count)))
     return [answer.status_code for answer in answers]
 

@@ -43,7 +43,7 @@ Condition: TypeAlias = Callable[[dict[str, Any]], bool]
 
 @dataclass(frozen=True)
 class LargeOrganization:
-    """An organisation of many workflows, and those who ask for them."""
+    """Organization of many workflows, and its users."""
 
     harness: GatewayHarness
     rows: Rows
@@ -60,7 +60,7 @@ class LargeOrganization:
         return self.admin, self.owner, self.member
 
     def listed_to(self, person: UserClient, condition: Condition) -> Rows:
-        """Return what a list shows to somebody, the oldest first."""
+        """Return the workflows that a list shows to a user, oldest first."""
         shared = {row["id"] for row in self.rows[:: many_workflows.SHARED] if person is self.member}
         return [
             row
@@ -102,7 +102,7 @@ async def _open_organization(harness: GatewayHarness) -> LargeOrganization:
     return LargeOrganization(harness, rows, admin, owner, member)
 
 
-# ── what they answer ────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _is_any(_: dict[str, Any]) -> bool:
@@ -159,12 +159,12 @@ async def test_statistics_count_the_organisation_s_workflows_by_status(
             assert count == sum(row["status"] == status for row in everything), status
 
 
-# ── how they are read ───────────────────────────────────────────────────────────────────────────────────────
+# ── query plans ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
 def _collect_statements(large_organization: LargeOrganization) -> Iterator[list[tuple[str, Any]]]:
-    """Collect what is asked of workflows meanwhile, with its parameters."""
+    """Collect the statements on workflows during a block, with their parameters."""
     sent: list[tuple[str, Any]] = []
 
     def collect(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:  # noqa: ANN401 - the driver's own

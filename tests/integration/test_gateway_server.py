@@ -1,4 +1,4 @@
-"""The gateway as a process: its server's bounds, its health, and what it does while a part is missing."""
+"""Gateway process: limits of its server, health, and behavior without a dependency."""
 
 import asyncio
 import json
@@ -40,7 +40,7 @@ async def address(tmp_path: Path) -> AsyncIterator[Address]:
 
 
 async def exchange_bytes(address: Address, *pieces: bytes) -> bytes:
-    """Send bytes as they are and return what comes back until the server closes."""
+    """Send raw bytes and return the response until the server closes the connection."""
     reader, writer = await asyncio.open_connection(*address)
     for piece in pieces:
         writer.write(piece)
@@ -134,7 +134,7 @@ async def test_a_connection_serves_one_request_after_another(address: Address) -
 async def run_gateway_on(
     database_url: str, redis_url: str | None, folder: Path
 ) -> AsyncIterator[httpx2.AsyncClient]:
-    """Run a gateway whose servers may be stopped under it."""
+    """Run a gateway on servers that tests may stop."""
     settings = GatewaySettings(
         data_dir=folder,
         database_url=database_url,

@@ -1,4 +1,4 @@
-"""Sharing and visibility over HTTP: who gets to see a workflow, what they may do with it, and how that ends."""
+"""Sharing and visibility over HTTP: visible workflows, permitted operations, and revocation."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -122,7 +122,7 @@ async def test_shares_and_edits_at_the_same_time_are_all_kept(
     assert sorted((await people.owner.workflow(workflow_id))["sharedWith"]) == sorted(guests[1:])
 
 
-# ── what it gives ───────────────────────────────────────────────────────────────────────────────────────────
+# ── permissions of a share ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def attempt_forbidden(person: UserClient, workflow_id: str, user_id: str) -> list[httpx2.Response]:

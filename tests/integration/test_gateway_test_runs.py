@@ -43,7 +43,7 @@ async def worker(harness: GatewayHarness) -> AsyncIterator[None]:
 
 
 def set_node(node_id: str, **values: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return a node that adds values to what arrives."""
+    """Return a node that adds values to its input."""
     return {"id": node_id, "nodeId": "set", "config": {"values": values}}
 
 
@@ -59,7 +59,7 @@ async def execute_workflow(person: UserClient, workflow_id: str, **body: Any) ->
 
 
 async def wait_until_ended(person: UserClient, response: httpx2.Response) -> dict[str, Any]:
-    """Return where a run is that was taken in, when it has ended."""
+    """Wait until an accepted execution has ended, and return it."""
     assert response.status_code in {201, 202}, response.text
     path = f"{EXECUTIONS}/{response.json()['executionId']}/progress"
     progress: dict[str, Any] = (await person.api.get(path)).json()
@@ -115,7 +115,7 @@ async def test_a_draft_that_is_broken_elsewhere_runs_up_to_a_node_that_is_fine(
 
 
 async def read_definition(harness: GatewayHarness, execution_id: str) -> dict[str, Any]:
-    """Return what an execution was pinned to."""
+    """Return the definition snapshot of an execution."""
     statement = (
         select(col(Definition.body))
         .join(Execution, col(Execution.definition_hash) == col(Definition.hash))

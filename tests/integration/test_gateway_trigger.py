@@ -1,4 +1,4 @@
-"""Triggers of deployed workflows: what they wake, what they wait for, and what they are told when nothing comes."""
+"""Triggers of deployed workflows: wakes, waits for results, and refusals if no pod starts."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ async def cluster(harness: GatewayHarness) -> AsyncIterator[SimulatedCluster]:
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[HttpReceiver]:
-    """Yield whoever doesn't answer for now."""
+    """Yield a receiver that does not answer for now."""
     async with run_receiver() as receiver:
         receiver.may_answer.clear()
         yield receiver
 
 
 def asking_graph(receiver: HttpReceiver) -> dict[str, Any]:
-    """Return a graph whose runs go on until they are answered."""
+    """Return a graph whose runs last until they are answered."""
     asking = {"id": "step", "nodeId": "http-request", "config": {"url": receiver.url(), "method": "POST"}}
     return {"nodes": [{"id": "start", "nodeId": "manual"}, asking], "connections": [EDGE]}
 
@@ -81,7 +81,7 @@ async def deploy(
     graph: dict[str, Any] = GREETS,
     **columns: Any,  # noqa: ANN401 - any column
 ) -> str:
-    """Have a workflow deployed as it stands, active, and return its id."""
+    """Create a workflow that is active and marked as deployed, and return its id."""
     workflow_id = await person.create(**graph)
     response = await person.api.put(f"/api/v1/workflows/{workflow_id}/status", json={"status": "active"})
     assert response.is_success
@@ -143,7 +143,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def wake_for_runs(harness: GatewayHarness, workflow_id: str) -> wakes.WakeOutcome:
-    """Return what is done about the runs that wait for a deployment, once nobody has its row locked."""
+    """Return the outcome of a wake for the pending runs of a deployment, once its row is unlocked."""
     async with asyncio.timeout(PATIENCE_SECONDS):
         while True:
             done = await wakes.wake_for_waiting_runs(harness.gateway.database)
@@ -336,7 +336,7 @@ async def test_the_same_key_waits_on_the_same_run(harness: GatewayHarness, peopl
     assert_refused(other, 422, "idempotency-mismatch")
 
 
-# ── what may not start, or can't ────────────────────────────────────────────────────────────────────────────
+# ── refused and failed starts ───────────────────────────────────────────────────────────────────────────────
 
 
 async def test_what_is_not_deployed_can_t_be_triggered(
@@ -401,7 +401,7 @@ async def test_pods_that_can_t_start_are_told_of_with_their_reason_and_the_run_i
         assert "the image can't be pulled" in answer.json()["error"]["message"]
         assert answer.headers["X-Cold-Start"] == "true"
     del cluster.broken[workflow_id]
-    # Whoever comes next has it tried once more, for all.
+    # The next trigger retries the start for all.
     assert (await trigger(people.owner, workflow_id, SYNC)).json()["output"] == GREETED
     await wait_until(lambda: all_have_ended(harness, workflow_id, 4))
 
@@ -439,7 +439,7 @@ async def has_no_waiters(harness: GatewayHarness) -> bool:
     return not harness.gateway.activation.has_waiting_requests
 
 
-# ── who comes in between ────────────────────────────────────────────────────────────────────────────────────
+# ── races ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def stop(harness: GatewayHarness, workflow_id: str) -> None:
@@ -528,17 +528,17 @@ async def test_a_stop_that_may_not_be_undone_ends_the_wait_and_keeps_the_run(
     assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.DEFERRED
     assert await read_status(harness, told["execution_id"]) == "waiting"
     cluster.is_held.clear()
-    # Whatever has let it start again, the run goes on.
+    # Once it may start again, the run continues.
     await set_policy(people.owner, workflow_id, {"type": "idle-shutdown"})
     assert await wake_for_runs(harness, workflow_id) is wakes.WakeOutcome.WOKEN
     await wait_until(lambda: has_status(harness, told["execution_id"], "completed"))
 
 
-# ── runs that nobody waits for ──────────────────────────────────────────────────────────────────────────────
+# ── runs without waiting clients ────────────────────────────────────────────────────────────────────────────
 
 
 async def accept_run(harness: GatewayHarness, person: UserClient, workflow_id: str) -> str:
-    """Have a run accepted for pods, with nobody to wake them."""
+    """Accept a run for pods, without waking them."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     execution_id: str = response.json()["executionId"]
     row = update(Execution).where(col(Execution.id) == execution_id)

@@ -1,4 +1,6 @@
-"""Fields and parameters that mean nothing, and those that answers show: refused, told of, or as they are stored."""
+"""Unknown fields, unknown parameters and read-only fields: refused, listed in warnings, or ignored if
+unchanged.
+"""
 
 from typing import Any
 
@@ -142,7 +144,7 @@ async def test_an_unknown_parameter_is_refused(people: OrganizationUsers, query:
     assert response.json()["error"]["details"][0]["code"] == "unknown-parameter"
 
 
-# ── what GET shows, sent back ───────────────────────────────────────────────────────────────────────────────
+# ── results of GET, sent back ───────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_workflow_is_taken_as_it_is_shown(people: OrganizationUsers) -> None:
@@ -283,7 +285,7 @@ async def test_every_resource_is_taken_as_it_is_shown(people: OrganizationUsers)
     lifecycle = await api.put(f"{workflow}/lifecycle", json={"type": "always-on"})
 
     async def shown() -> dict[str, list[Any]]:
-        """Return all that answers show of what each path puts, as lists of bodies."""
+        """Return the objects that answers show for the PUT of each path, as lists of bodies."""
         whole = (await api.get(workflow)).json()
         data_source = (await api.get(source)).json()
         return {

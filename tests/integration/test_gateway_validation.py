@@ -152,7 +152,7 @@ async def has_run(
     organization_id: str | None = None,
     is_private: bool = False,
 ) -> None:
-    """Write a run of a workflow as it stands, in which nodes gave these outputs."""
+    """Insert a run of the current workflow, with these outputs of its nodes."""
     shown = await person.workflow(workflow_id)
     nodes = {node["id"]: GraphNode.from_stored(node) for node in shown["nodes"]}
     created_at = datetime.now(UTC) - timedelta(minutes=minutes_ago)

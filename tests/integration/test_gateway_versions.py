@@ -281,7 +281,7 @@ async def test_a_draft_gets_back_what_the_catalogue_has_no_more(
     assert refusal.json()["error"]["details"][0]["code"] == "unknown-node-type"
 
 
-# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── permissions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_readers_see_versions_and_only_owner_and_admins_take_and_restore_them(

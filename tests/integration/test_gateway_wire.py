@@ -1,4 +1,4 @@
-"""Whatever is sent gets a clear answer in one shape, and never a 500."""
+"""Arbitrary requests: each gets a clear answer of one shape, and never a 500."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Workflows over HTTP: the contract's endpoints, who may use them on what, and what repeated requests do."""
+"""Workflows over HTTP: endpoints of the contract, permissions, and repeated requests."""
 
 import asyncio
 import re
@@ -418,7 +418,7 @@ async def test_templates_are_in_no_list_and_no_count(
     assert (await people.owner.api.get(f"{WORKFLOWS}/stats")).json()["total"] == 0
 
 
-# ── who may ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── permissions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def change(harness: GatewayHarness, workflow_id: str, **columns: Any) -> None:  # noqa: ANN401 - columns of any type
@@ -513,7 +513,7 @@ async def test_a_public_workflow_is_read_by_the_organisation_and_changed_by_its_
 
 
 async def accept_run(harness: GatewayHarness, person: UserClient, workflow_id: str) -> str:
-    """Accept a run that nobody will claim."""
+    """Accept a run that stays unclaimed."""
     workflow = await harness.gateway.workflows.load(workflow_id, await authenticate(harness, person))
     execution_id = ids.new_id("exec")
     (accepted,) = await harness.gateway.store.accept(

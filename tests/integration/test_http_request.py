@@ -23,7 +23,7 @@ EXAMPLES = catalog.load_catalog().get("http-request").examples
 
 
 class RecordingServer:
-    """A server on this machine that keeps what it was asked, and answers as its paths say."""
+    """HTTP server on this machine that records its requests, and answers by their path."""
 
     def __init__(self) -> None:
         self.requests: list[web.Request] = []
@@ -314,7 +314,7 @@ async def test_what_is_refused_is_never_tried_again(
 
 @dataclass
 class HeaderDataSources:
-    """Stands for the data sources of somebody: each id gives the headers that it is named for."""
+    """Data sources of a user: each id gives the headers of its name."""
 
     added: dict[str, str]
     asked: list[tuple[str, str]] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""What is sent by those who mean harm, or don't know what they do: refused or taken, and never a fault of ours."""
+"""Hostile and broken inbound requests: refused or accepted, and never a fault of the server."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ DEEP = 100_000
 
 @dataclass(frozen=True)
 class IngestEntryPoints:
-    """All ways in, and whoever is let in by each."""
+    """All ingest endpoints, with the credentials of each."""
 
     admin: UserClient
     senders: AllSenders
     open_hook: str
-    """A hook that takes what anybody sends."""
+    """Webhook for anonymous senders."""
     token: str
     """Of the workflow with the queue."""
 
@@ -71,7 +71,7 @@ class IngestEntryPoints:
         return self.senders.one("Stripe").path
 
     def requests(self, content_type: str, body: bytes) -> Iterator[tuple[str, dict[str, str], bytes]]:
-        """Return a body as it may come through each of the doors, signed where that opens it."""
+        """Yield the requests that carry a body to each endpoint, signed where that is required."""
         of_admin = {"Content-Type": content_type, "X-API-Key": self.admin.key}
         for path in (self.queue, f"{self.queue}-batch", self.mail, EVENTS):
             yield path, of_admin, body
@@ -329,7 +329,7 @@ async def test_no_query_and_no_path_is_a_fault_of_ours_or_opens_anything(
     await assert_alive(harness, entry_points)
 
 
-# ── who is let in ───────────────────────────────────────────────────────────────────────────────────────────
+# ── authentication ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_token_is_good_for_its_own_workflow_and_for_one_kind_of_door(
@@ -396,7 +396,7 @@ async def test_a_sender_is_let_in_though_another_guesses_tokens_from_the_same_ad
     assert (await shared.post(f"{entry_points.queue}?key={entry_points.token}", json=1)).status_code == 201
 
 
-# ── what is checked after each attack ───────────────────────────────────────────────────────────────────────
+# ── checks after each attack ────────────────────────────────────────────────────────────────────────────────
 
 
 Headers: TypeAlias = "Mapping[str, str] | Sequence[tuple[bytes, bytes]]"
@@ -416,7 +416,7 @@ async def assert_no_faults(
 
 
 async def assert_alive(harness: GatewayHarness, entry_points: IngestEntryPoints) -> None:
-    """Check that an honest request is taken, and that whatever was taken before is JSON."""
+    """Check that a valid request is accepted, and that all earlier accepted data is JSON."""
     nobody = await harness.client()
     for one in entry_points.senders.all:
         answer = await one.post(nobody, one.make(one.delivery().number))

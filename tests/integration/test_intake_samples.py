@@ -1,4 +1,4 @@
-"""Requests of senders that are not let in: counted, and some of them kept, for nobody but whom they concern."""
+"""Unauthenticated requests: counted, sampled, and shown to the owners of the trigger only."""
 
 from __future__ import annotations
 

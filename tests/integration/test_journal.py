@@ -1,4 +1,4 @@
-"""What stands between runs and their store: group commit, a run's own journal, and the keeper of leases."""
+"""Layers between runs and their store: group commit, a run's journal, and the lease keeper."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ async def wait_soon(event: asyncio.Event) -> None:
 
 @dataclass
 class CommitControl:
-    """A commit that tests hold back, and that refuses what they say."""
+    """Commit function that tests hold back or let fail."""
 
     batches: list[Sequence[int]] = field(default_factory=list)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
@@ -126,7 +126,7 @@ async def test_a_group_is_drained_when_all_have_their_answers() -> None:
 
 
 class FaultyStore:
-    """A store that is away, or silent, for as long as a test says."""
+    """Store that is unavailable, or hangs, while a test says so."""
 
     def __init__(self, store: JournalStore) -> None:
         self._store = store
@@ -219,7 +219,7 @@ async def test_progress_grows_with_commits_and_is_never_taken_back(
         return percent
 
     assert [await progress(share, number) for number, share in enumerate([0.1, 0.2, 0.005])] == [10, 30, 30]
-    # Whoever takes the run up begins to count anew.
+    # The next owner of the run counts from zero.
     journal_harness.journal.advance(-0.3)
     assert await progress(0.1, 4) == 30
     journal_harness.journal.advance(1.0)
@@ -339,7 +339,7 @@ async def test_nothing_follows_a_write_that_was_lost_even_if_the_lease_holds_aga
 
 @dataclass
 class LeaseKeeperHarness:
-    """A keeper of leases, and what it has told."""
+    """Lease keeper, and its notifications."""
 
     keeper: LeaseKeeper
     lost: list[RunLease] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""Inputs and outputs too large for a row: out of the way while a run is stored, and back when it goes on."""
+"""Inputs and outputs too large for a row: moved to blobs when a run is stored, and loaded when it continues."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
 
 
 class CountingFolder(FolderBlobStorage):
-    """A folder that counts what is put, and that is away for as long as a test says."""
+    """Blob folder that counts its writes, and is unavailable while a test says so."""
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
@@ -112,7 +112,7 @@ async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
 
 @dataclass
 class RunStage:
-    """What holds a run back between two of its nodes, and what its nodes were given."""
+    """Gate between two nodes of a run, and a record of node inputs."""
 
     begun: asyncio.Event = field(default_factory=asyncio.Event)
     go_on: asyncio.Event = field(default_factory=asyncio.Event)
@@ -163,7 +163,7 @@ async def workers(
 async def accept(
     run_database: RunDatabase, owned_workflow: OwnedWorkflow, *types: str, text: str = ""
 ) -> ExecutionKey:
-    """Accept a run of a chain whose trigger gives out `text`."""
+    """Accept a run of a chain whose trigger outputs `text`."""
     nodes = [
         {"id": "start", "type": "manual"},
         *({"id": kind, "type": kind} for kind in types),
@@ -198,7 +198,7 @@ async def test_a_large_output_is_a_reference_in_its_row_and_whole_again_after_a_
     first = await workers.start()
     await asyncio.wait_for(workers.stage.begun.wait(), PATIENCE_SECONDS)
     await run_database.query("UPDATE execution SET lease_until = 1")
-    await run_database.store.sweep(10)  # as if the first worker had died: its write is nobody's any more
+    await run_database.store.sweep(10)  # as if the first worker had died: its write has no owner any more
     workers.stage.begun.clear()
     await workers.start()
     first.wake()

@@ -1,4 +1,4 @@
-"""Decisions about deployments in the database: what they see, what they change, and who comes in between."""
+"""Lifecycle decisions in the database: their inputs, their effects, and races."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def read_decisions(harness: GatewayHarness, workflow_id: str) -> Sequence[
 
 
 async def count(harness: GatewayHarness, workflow_id: str) -> bool:
-    """Take down that something has come, by another connection."""
+    """Record an activity by another connection."""
     return await harness.gateway.database.transaction(
         lambda connection: activity.record_activity(connection, workflow_id)
     )
@@ -153,7 +153,7 @@ async def test_what_comes_between_check_and_stop_finds_the_deployment_stopped(
         found = await activity.read_activity(connection, workflow_id)
         assert found is not None
         came.append(asyncio.create_task(count(harness, workflow_id)))
-        # Whoever comes now has to wait: let them get that far.
+        # A new activity has to wait: let it get that far.
         async with harness.gateway.database.read() as other:
             await activity.read_activity(other, workflow_id)
         await decisions.apply_decision(connection, found, decide_by_policy(found))
@@ -174,7 +174,7 @@ async def test_a_locked_deployment_holds_up_no_other(
     lock = "SELECT FROM deployment WHERE workflow_id = $1 FOR UPDATE"
     url = harness.gateway.database.url
     async with open_impatient_database(url, monkeypatch) as database, hold_transaction_open(url, lock, first):
-        # What comes for it is not counted then, and finds it all the same.
+        # The activity is not counted then, and still finds the deployment.
         assert (await require_prompt(wakes.record_activities(database, [first, second]))).keys() == {
             first,
             second,

@@ -1,4 +1,4 @@
-"""Locks that somebody else holds in PostgreSQL: a locked row or key holds up itself, and nothing beside it."""
+"""PostgreSQL locks held by others: a locked row or key delays only its own operations."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ async def read_status(run_database: RunDatabase, execution_id: str) -> str:
 
 
 async def create_due_runs(run_database: RunDatabase, owned_workflow: OwnedWorkflow, count: int) -> list[str]:
-    """Return runs whose waits are over."""
+    """Create runs with expired waits, and return their ids."""
     due_at = datetime.now(UTC) - timedelta(seconds=1)
     runs = [await run_database.claimed(owned_workflow) for _ in range(count)]
     await run_database.store.record([write(one, end=RunStatus.WAITING, due_at=due_at) for one in runs])
@@ -377,7 +377,7 @@ async def test_a_value_that_the_driver_refuses_is_no_fault_of_the_server(
         )
 
 
-# ── what is done to many ──────────────────────────────────────────────────────────────────────────────────
+# ── bulk operations ───────────────────────────────────────────────────────────────────────────────────────
 
 
 async def create_ended_runs(

@@ -1,4 +1,4 @@
-"""Workers that die with runs in hand: nobody waits for the ends of their leases."""
+"""Workers that die during runs: their runs continue before their leases expire."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ async def test_a_worker_ends_with_its_parent_and_hands_over_when_that_is_asked_t
         killed.kill()
         _, alive = await asyncio.to_thread(psutil.wait_procs, children[:1], timeout=DEATH_SECONDS)
         for orphan in alive:
-            orphan.kill()  # nobody else would end it
+            orphan.kill()  # no other process would end it
         assert not alive, "it outlives its parent"
         run = await here.held_run()
         here.receiver.may_answer.set()

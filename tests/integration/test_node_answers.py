@@ -58,7 +58,7 @@ async def give(
 
 
 def waiting_span(*, kind: str = "input", expires_at: datetime | None = None) -> NodeSpan:
-    """Return what a run records of a node that waits for an answer."""
+    """Return the recorded span of a node that waits for an answer."""
     awaits = json.dumps({"kind": kind, "request": {}, "expired": None}).encode()
     return NodeSpan(
         "approval",
@@ -106,7 +106,7 @@ async def test_a_run_that_was_answered_while_it_worked_does_not_go_to_sleep(
     assert (await run_database.row(run.execution_id))["status"] == "pending"
     (again,) = await run_database.claim()
     assert again.wait_answer_count == 1
-    # It has seen the answer: what it waits for now is another one.
+    # The run has seen the answer, and its new wait is a different one.
     await go_to_sleep(run_database, again)
     assert (await run_database.row(run.execution_id))["status"] == "waiting"
 
@@ -140,7 +140,7 @@ async def test_of_two_answers_at_once_one_counts(run_database: RunDatabase) -> N
     assert (await node_answers.read_answers(run_database.database, [key_of(run)]))[run.execution_id] == {
         ("approval", ""): first
     }
-    # Whoever didn't hear that it was committed may say the same again.
+    # A client that missed the acknowledgment may repeat the answer.
     assert (await give(run_database, key_of(run), first)).reception is AnswerReception.TAKEN
 
 

@@ -1,4 +1,4 @@
-"""The document of the API against a running gateway: its examples are accepted, and every answer is as it says."""
+"""OpenAPI document against a running gateway: its examples are accepted, and every answer matches it."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ FOR_SOFTWARE = {
     "x-content-type-options",
     "x-request-id",
 }
-"""Headers for browsers, proxies and libraries, which nobody has to be told of."""
+"""Undocumented headers for browsers, proxies and libraries."""
 UNDOING = {"workflowsUpdate", "versionsRestore"}
 """Operations that replace the graph that others are about."""
 TELLS_WHAT_IS_WRONG = {
     "include-path": "/api/v1/workflows/build",
     "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
 }
-"""A dry run is answered, whatever is wrong with its body: that is what it is for."""
+"""Dry runs, which succeed for invalid bodies too and list their faults."""
 TAKES_OTHERS_HEADERS = {
     "include-path": "/api/v1/workflows/events",
     "checks": {"negative_data_rejection": {"expected-statuses": [200, 400, 401, 415, 422]}},
@@ -96,7 +96,7 @@ async def people(harness: GatewayHarness) -> OrganizationUsers:
 
 @dataclass(frozen=True)
 class ExampleStage:
-    """What the examples are about, in a folder that each of them gets a copy of."""
+    """Objects of the examples, in a folder that each example gets a copy of."""
 
     folder: Path
     admin: UserClient
@@ -117,7 +117,7 @@ WORKFLOWS_OF = {
     "/api/v1/workflows/{id}/email-trigger": "wf_mails",
     "/api/v1/events/{id}/replay": "wf_events",
 }
-"""Paths of what is about a workflow with a trigger of its own."""
+"""Paths of operations on a workflow with a particular trigger."""
 
 
 # ── the document is served ──────────────────────────────────────────────────────────────────────────────────
@@ -197,7 +197,7 @@ async def test_the_document_names_the_public_url(harness: GatewayHarness) -> Non
     assert (await (await harness.client()).get("/openapi.json")).json() == DOCUMENT
 
 
-# ── what it shows is accepted ───────────────────────────────────────────────────────────────────────────────
+# ── accepted examples ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.usefixtures("unlimited")
@@ -265,7 +265,7 @@ def _examples(operation: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def _check_answer(said: dict[str, Any], response: httpx2.Response) -> None:
-    """Check an answer to have what is documented, and nothing more."""
+    """Check that an answer has exactly the documented parts."""
     always = {name.lower() for name, header in said["headers"].items() if header.get("required")}
     sent = set(response.headers)
     assert always <= sent <= {name.lower() for name in said["headers"]} | FOR_SOFTWARE
@@ -289,7 +289,7 @@ def _close_schema(value: Any) -> Any:  # noqa: ANN401 - any JSON value
     return closed | ({"additionalProperties": False} if isinstance(value.get("properties"), dict) else {})
 
 
-# ── whatever is sent ────────────────────────────────────────────────────────────────────────────────────────
+# ── arbitrary requests ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -318,7 +318,7 @@ class FuzzReport:
 
 @pytest.fixture
 def unlimited(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let one address try any number of wrong keys, and nobody wait for runs that nobody takes up."""
+    """Lift the limit of wrong keys per address, and end waits for runs at once."""
     monkeypatch.setattr(failed_attempts, "MAX_FAILURES", 1_000_000)
     monkeypatch.setattr(ExecutionPollHub, "progress", poll_at_once)
     monkeypatch.setattr(limits, "TRIGGER_SYNC_SECONDS", 0)
@@ -387,7 +387,9 @@ def serve_gateway(kind: str, postgres: PostgresServer, folder: Path) -> Iterator
 async def place_examples(
     harness: GatewayHarness, people: OrganizationUsers, ids: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the document with examples that are there; what an example destroys is there for it alone."""
+    """Return the document with examples of existing objects; each destructive example has an object of its
+    own.
+    """
     document = replace_example_ids(DOCUMENT, ids)
     for path, methods in DOCUMENT["paths"].items():
         for method, operation in methods.items():
@@ -398,11 +400,11 @@ async def place_examples(
             for response in document["paths"][path][method]["responses"].values():
                 for content in response.get("content", {}).values():
                     if openapi_document.ITEM_SCHEMA in content:
-                        # Where OpenAPI 3.1 has one schema, schemathesis checks each event by it.
+                        # OpenAPI 3.1 has one schema for the stream; schemathesis checks each event by it.
                         content["schema"] = content.pop(openapi_document.ITEM_SCHEMA)
             for parameter in document["paths"][path][method]["parameters"]:
                 if parameter["in"] == "path":
-                    # Whatever else is wrong with a request to nowhere, its answer would be 404.
+                    # A request for an unknown object would get 404, whatever else is wrong with it.
                     parameter["schema"] = {"enum": [parameter["example"]]}
     return document
 
@@ -410,7 +412,7 @@ async def place_examples(
 def fuzz_operation(
     served: ServedDocument, *, examples_of_an_operation: int, phases: Collection[str]
 ) -> FuzzReport:
-    """Let schemathesis send what it thinks of, the same each time; it has a process, and so a processor, of its own."""
+    """Let schemathesis generate requests, the same each time, in a process of its own."""
     config = {
         "base-url": served.url,
         "headers": {"X-API-Key": served.key},
@@ -431,7 +433,7 @@ def fuzz_operation(
             "fuzzing": {"enabled": "fuzzing" in phases, "extra-data-sources": {"responses": False}},
             "stateful": {"enabled": False},
         },
-        # Bodies must obey rules that no schema can tell: the examples show that valid ones are accepted.
+        # Bodies must obey rules that no schema can express; the examples show that valid bodies are accepted.
         "checks": {"positive_data_acceptance": {"enabled": False}},
         "operations": [TELLS_WHAT_IS_WRONG, TAKES_OTHERS_HEADERS],
     }

@@ -1,4 +1,4 @@
-"""Databases that answer nobody: whoever comes first is told within seconds, and everybody after that at once."""
+"""Databases that don't answer: the first caller gets an error within seconds, and later callers at once."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ from tests.system.proxy import FaultyProxy
 from tests.system.wait_conditions import wait_until
 
 FIRST_SECONDS = 20.0
-"""Three seconds are promised; far below the half minute that a statement may take, whatever else the machine does."""
+"""The documented limit is three seconds. The bound is far below the half minute of a statement, on a busy
+machine too.
+"""
 AT_ONCE_SECONDS = 20.0
-"""Far below `NEVER_SECONDS`, which whoever waits takes at least."""
+"""Far below `NEVER_SECONDS`, the least duration of a wait."""
 NEVER_SECONDS = 100.0
 CALLS = 20
 
@@ -93,7 +95,7 @@ async def store_and_database(
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no test wait longer than it must for what isn't answered."""
+    """Shorten the waits for answers that never arrive."""
     for name in ("LATE_SECONDS", "CHECK_SECONDS", "PROBE_STEP_SECONDS", "PAUSE_SECONDS"):
         monkeypatch.setattr(circuit_breaker, name, 0.05)
 
@@ -112,7 +114,7 @@ async def test_a_black_hole_is_told_within_seconds_and_then_at_once_until_it_end
     faulty_proxy.keep_requests(b"")
     assert await assert_all_refused(calls[:1]) < FIRST_SECONDS
     with monkeypatch.context() as patch:
-        patch.setattr(circuit_breaker, "LATE_SECONDS", NEVER_SECONDS)  # nobody who waits is given up
+        patch.setattr(circuit_breaker, "LATE_SECONDS", NEVER_SECONDS)  # no waiting caller is abandoned
         assert await assert_all_refused(calls * CALLS) < AT_ONCE_SECONDS
     faulty_proxy.let_go()
     for call in calls:

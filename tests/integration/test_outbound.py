@@ -64,7 +64,7 @@ async def receive(reader: asyncio.StreamReader) -> UpstreamRequest:
 async def serve_upstream(
     answer: Answer, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
 ) -> AsyncGenerator[UpstreamServer]:
-    """A server that answers each request as told, and hangs up after an empty answer."""
+    """Run a server that gives the answer to each request, and hangs up after an empty answer."""
     upstream = UpstreamServer()
     tasks: set[asyncio.Task[None]] = set()
 

@@ -1,4 +1,4 @@
-"""The desk at which pods wait: what arrives at one gateway is told at once to those that wait at another."""
+"""Poll hub of pods: work accepted by one gateway reaches pods that wait at another at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def two_brokers(redis_server: RedisServer) -> AsyncIterator[tuple[Broker, 
 
 @pytest.fixture(autouse=True)
 def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave it all to what is told."""
+    """Disable polling, so that only notifications deliver work."""
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
 
 

@@ -1,4 +1,4 @@
-"""What a power cut leaves of files whose writers have said that they last: everything, at the worst rules of POSIX."""
+"""Files after a power cut: everything reported as durable remains, by the worst rules of POSIX."""
 
 import os
 import sqlite3
@@ -73,7 +73,7 @@ with data_dir.locked(folder):
 
 
 class PowerLossRecord:
-    """What a process did to its files, and how far it had come when it said of something that it lasts."""
+    """File operations of a process, with the positions at which it reported something as durable."""
 
     def __init__(self, root: Path, operations: list[FileOperation], said: dict[str, int]) -> None:
         self._root = root
@@ -81,7 +81,7 @@ class PowerLossRecord:
         self.said = said
 
     def disk(self, what: str) -> SimulatedDisk:
-        """Return the disk as it was when something had just been said."""
+        """Return the disk at the time of a report."""
         disk = SimulatedDisk(self._root)
         for operation in self._operations:
             if operation.ends_at <= self.said[what]:
@@ -109,7 +109,7 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> PowerLossRecord:
 
 
 def surviving_claims(data: Path) -> Iterator[str]:
-    """Tell what of all that was said is in a data folder."""
+    """Yield the reports whose data is in a data folder."""
     if (data / "secret.key").exists() and len((data / "secret.key").read_text().strip()) > 32:
         yield "key"
     if (data / "database/pilotflame.db").exists():

@@ -45,7 +45,7 @@ async def processes() -> AsyncIterator[ProcessPool]:
 
 
 def living_children() -> list[psutil.Process]:
-    """Return what lives of the children that this process has for jobs."""
+    """Return the living child processes of jobs."""
     found = psutil.Process().children()
     return [
         each
@@ -80,7 +80,7 @@ async def test_nothing_is_started_before_it_is_needed_and_nothing_stays_that_is_
     await processes.close()
 
 
-# ── what goes wrong ─────────────────────────────────────────────────────────────────────────────────────────
+# ── faults ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_job_that_is_late_is_killed(processes: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ QUEUE = "pilotflame:executions"
 DEAD_LETTERS = f"{QUEUE}.XQ.msgs"
 IDLE_CONSUMERS = 16
 SOON_SECONDS = 8.0
-"""Sooner than a consumer asks again without having been told."""
+"""Sooner than a consumer polls without a wakeup."""
 
 COMMAND = """
 import asyncio, signal, sys
@@ -84,7 +84,7 @@ async def test_an_idle_worker_takes_a_wakeup_within_milliseconds(broker: Broker,
         seconds.append(time.perf_counter() - sent_at)
     median_ms = statistics.median(seconds) * 1000
     print(f"\nidle pick-up: median {median_ms:.1f} ms, slowest {max(seconds) * 1000:.1f} ms")  # noqa: T201 - a figure to read
-    assert median_ms < 50  # whoever polls takes longer
+    assert median_ms < 50  # polling takes longer
 
 
 async def test_one_wakeup_among_many_idle_consumers_costs_few_commands(
@@ -281,7 +281,7 @@ async def _run_workers(url: str, wakeups: "Queue[int]", count: int) -> AsyncIter
 
 @asynccontextmanager
 async def _drop_answer_to(command: bytes, url: str) -> AsyncIterator[str]:
-    """A way to Redis that lets all pass, but closes a connection once instead of handing over the answer."""
+    """Run a proxy to Redis that closes a connection once instead of passing on the answer to `command`."""
     port = int(url.rpartition(":")[2].partition("/")[0])
     cut = asyncio.Event()
 

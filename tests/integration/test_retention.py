@@ -1,4 +1,4 @@
-"""What goes when its days are over, and what stays, on both databases."""
+"""Retention on both databases: expired data is deleted, and all else is kept."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ async def test_a_definition_that_is_sent_again_is_young_again(run_database: RunD
     await run_database.store.accept([run_with_definition(owned_workflow, 0)])
     await run_database.query("DELETE FROM execution")
     await unused_definitions.delete_unused_definitions(run_database.database)
-    # Whoever has sent it may leave it out for an hour from now.
+    # Clients that have sent it may omit it for an hour from now.
     assert await read_definition_hashes(run_database) == {runs[0].definition_hash}
 
 

@@ -1,4 +1,6 @@
-"""Servers of users that never end, lie about lengths or say nothing: each costs a clear error and little memory."""
+"""Hostile servers of users, which never end, lie about lengths or stay silent: each causes a clear error and
+little memory.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 POLICY = ConnectionPolicy(allowed_networks=(ip_network("127.0.0.1/32"),))
 SECONDS = 20.0
-"""Of a node; whoever is only slow gets there."""
+"""Time limit of a node; a slow server answers in time."""
 SILENT_SECONDS = 0.3
 PATIENCE_SECONDS = 60.0
 MAX_MORE_BYTES = 250 << 20
@@ -36,7 +38,7 @@ Reply = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
 
 class SingleSource:
-    """Gives whoever asks the one source."""
+    """Data sources with a single source for all callers."""
 
     def __init__(self, source: ConnectionSource) -> None:
         self._source = source
@@ -99,7 +101,7 @@ def assert_little_memory() -> Iterator[None]:
 
 
 async def measure_longest_pause(work: Awaitable[Any]) -> float:
-    """Return for how long nobody else had a turn until the work ended."""
+    """Return the longest time for which other tasks got no turn until the work ended."""
     running = asyncio.ensure_future(work)
     async with asyncio.timeout(PATIENCE_SECONDS), measure_heartbeat() as heartbeat:
         await asyncio.wait([running])
@@ -149,7 +151,7 @@ DONE = encode_message(b"C", b"SELECT 1\0")
 
 
 def postgresql_reply(oid: int, rows: bytes, *, again: bytes = b"") -> Reply:
-    """Return a server whose queries give one column, and these rows; then, where given, something without end."""
+    """Return a server whose queries give one column and these rows; then `again` without end, if given."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         (length,) = struct.unpack(">i", await reader.readexactly(4))
@@ -230,7 +232,7 @@ OK, END_OF_PART = b"\0\0\0\2\0\0\0", b"\xfe\0\0\2\0"
 
 
 class PacketWriter:
-    """Writes packets whose numbers follow upon each other, as the client looks at them."""
+    """Writer of packets with consecutive numbers, as the client requires."""
 
     def __init__(self, writer: asyncio.StreamWriter, number: int = 1) -> None:
         self._writer = writer
@@ -261,7 +263,7 @@ def encode_greeting() -> bytes:
 
 
 def mysql_reply(reply: Callable[[PacketWriter], Awaitable[None]], *, greets: bool = True) -> Reply:
-    """Return a server that answers to a query so, or to whoever connects."""
+    """Return a server with this reply to queries, or to connections."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if not greets:
@@ -309,7 +311,7 @@ def endless_reply(*first: bytes, then: bytes) -> Callable[[PacketWriter], Awaita
 
 
 LARGEST = b"\0" * 0xFFFFFF
-"""A packet that another one continues."""
+"""Packet of the maximum length, which another packet continues."""
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ POD = PodProcess("pod", datetime(2025, 1, 1, tzinfo=UTC))
 BOTH = ["on_sqlite", "on_postgres"]
 ON_SQLITE = pytest.mark.parametrize("migrated_database", ["on_sqlite"], indirect=True)
 ON_POSTGRES = pytest.mark.parametrize("migrated_database", ["on_postgres"], indirect=True)
-"""For what has nothing to do with the kind of database."""
+"""For tests that don't depend on the kind of database."""
 
 
 @pytest.fixture(params=BOTH)
@@ -133,7 +133,7 @@ class InterruptibleGateway:
         await wait_until(lambda: server.started)
 
     async def stop(self) -> None:
-        """Answer what was asked, and close."""
+        """Answer pending requests, and close."""
         await self._running.aclose()
 
 
@@ -157,7 +157,7 @@ async def wait_until_async(condition: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.02)
 
 
-# ── what is deployed ──────────────────────────────────────────────────────────────────────────────────────────
+# ── deployed workflows ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def chain_definition(*nodes: Mapping[str, Any]) -> str:
@@ -246,7 +246,7 @@ class DeployedPods:
         return await self.status(key) == status
 
     async def has_swept(self, condition: Callable[[], bool]) -> None:
-        """Wait for a condition, doing meanwhile what workers do for runs that nobody holds."""
+        """Wait for a condition, while sweeping like workers."""
 
         async def holds() -> bool:
             await self.run_database.store.sweep(100)
@@ -287,7 +287,7 @@ class PodProcessHarness:
 
 async def deploy(run_database: RunDatabase, owned_workflow: OwnedWorkflow, definition: str = SIMPLE) -> str:
     """Make a deployment, and return its token."""
-    # A run brings the definition along.
+    # A run carries its definition.
     key = await run_database.accept(owned_workflow, definition=definition)
     await run_database.query("DELETE FROM execution WHERE id = :id", id=key.execution_id)
     now, token_id = datetime.now(UTC), deployment_token.new_token_id()
@@ -333,7 +333,7 @@ async def receiver() -> AsyncIterator[HttpReceiver]:
 
 
 async def create_bearer_source(pods: DeployedPods) -> str:
-    """Make a data source of whom the runs work for, and return its id."""
+    """Create a data source of the runs' owner, and return its id."""
     source_id, now, organization = ids.new_id("ds"), datetime.now(UTC), pods.owned_workflow.organization
     encrypted = data_source.encrypt_secrets(
         pods.gateway.state.vault,
@@ -365,7 +365,7 @@ async def create_bearer_source(pods: DeployedPods) -> str:
 
 
 async def stop_during_call(pod: PodProcessHarness, receiver: HttpReceiver) -> int:
-    """Tell a pod to stop, have it go on when it has heard that, and return its exit code."""
+    """Tell a pod to stop, let it continue once it knows, and return its exit code."""
     await wait_until(lambda: len(receiver.received) == 1)
     pod.started.process.terminate()
     await wait_until_async(lambda: pod.answers("/readyz", 503, "draining"))
@@ -653,7 +653,7 @@ async def test_a_pod_hears_that_a_run_is_cancelled(pods: DeployedPods, receiver:
 
 @dataclass
 class HeldRun:
-    """A run that a pod holds, with something of everything that can be asked about one."""
+    """Run that a pod holds, with every kind of record that requests refer to."""
 
     gateway: InterruptibleGateway
     run: ClaimedRun
@@ -662,7 +662,7 @@ class HeldRun:
     definition_hash: str
 
     def body(self, path: str) -> dict[str, Any]:
-        """Return what a pod sends that means this run."""
+        """Return the body of a pod's request about this run."""
         execution_id = self.run.execution_id
         lease = {"execution_id": execution_id, "shard": self.run.shard, "token": self.run.token}
         bodies: dict[str, dict[str, Any]] = {
@@ -721,7 +721,7 @@ NOTHING: Mapping[str, Mapping[str, Any]] = {
     "/log-ends": {"last_lines": {}},
     "/answers": {"answers": []},
 }
-"""What whoever holds nothing is answered; of all other routes, that the lease is lost."""
+"""Answers to pods without a lease; all other routes answer that the lease is lost."""
 
 
 ATTEMPT: dict[str, Any] = {
@@ -924,7 +924,7 @@ async def test_what_a_row_could_not_be_read_back_from_is_refused(pods: DeployedP
 
 
 async def test_a_pod_whose_polls_are_refused_asks_again_but_not_at_once() -> None:
-    """As by a gateway of another version, or by whatever listens at its address now."""
+    """As by a gateway of another version, or by another server at its address."""
     asked_at: list[float] = []
     loop = asyncio.get_running_loop()
 

@@ -1,4 +1,4 @@
-"""Buckets of users: signed as S3 wants it, and reached only where the operator allows it."""
+"""Buckets of users: requests signed as S3 requires, and addresses restricted by the operator."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from tests.integration.run_database import (
 )
 
 LEASE_SECONDS = 3.0
-"""Longer than a busy machine lets a process stand still."""
+"""Longer than the pauses of a process on a busy machine."""
 PATIENCE_SECONDS = 60.0
 SECRET = "a secret of more than thirty-two characters"
 
@@ -306,5 +306,5 @@ def wait_for_leader(scheduler: RunningCommand) -> int:
 
 
 def is_clean(line: str) -> bool:
-    """Tell whether a line of the log is JSON, and tells of nothing bad."""
+    """Return whether a line of the log is JSON without an error."""
     return bool(json.loads(line)["level"] == "info")

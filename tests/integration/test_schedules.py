@@ -43,12 +43,12 @@ HOUR = timedelta(hours=1)
 
 
 class SchedulerKilled(BaseException):
-    """The end of a process, as far as what goes on in it can tell."""
+    """End of a process, as seen by its tasks."""
 
 
 @pytest.fixture(autouse=True)
 async def only_ours(harness: GatewayHarness) -> None:
-    """Leave what other tests have scheduled."""
+    """Ignore the schedules of other tests."""
     await harness.gateway.database.transaction(lambda connection: connection.execute(delete(Schedule)))
 
 
@@ -76,7 +76,7 @@ async def get_instants(person: UserClient, workflow_id: str) -> list[datetime]:
 
 
 async def tick(harness: GatewayHarness, now: datetime, database: Database | None = None) -> int:
-    """Have a scheduler look for what is due at a moment."""
+    """Let a scheduler start due schedules at a given time."""
     async with run_scheduler(harness, now, database) as schedules:
         return await schedules.start_due()
 
@@ -125,7 +125,7 @@ async def change(harness: GatewayHarness, statement: Any) -> None:  # noqa: ANN4
     await harness.gateway.database.transaction(lambda connection: connection.execute(statement))
 
 
-# ── what follows from the graph ─────────────────────────────────────────────────────────────────────────────
+# ── schedules of the graph ──────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_workflow_that_becomes_active_counts_from_then_on(
@@ -220,7 +220,7 @@ async def test_what_has_no_schedule_or_cannot_be_run_by_one_says_so(people: Orga
     assert (await get_schedule(admin, template))["inactiveReason"] == "template"
 
 
-# ── what is run ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── started runs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_run_has_its_instant_and_is_its_owners(
@@ -261,7 +261,7 @@ async def test_two_schedulers_start_each_instant_once(
         await asyncio.gather(
             *(tick(harness, moment, database) for database in (harness.gateway.database, other) * 2)
         )
-    # What one of them had locked, or was outrun in, is nobody's until the next tick.
+    # Schedules locked by one of them, or lost in a race, stay unclaimed until the next tick.
     await tick(harness, now + timedelta(seconds=60))
     await other.close()
     for workflow_id, first in zip(workflow_ids, starts, strict=True):
@@ -453,7 +453,7 @@ async def test_what_is_due_is_found_by_an_index(harness: GatewayHarness) -> None
     assert "Seq Scan" not in plan
 
 
-# ── what others have locked ─────────────────────────────────────────────────────────────────────────────────
+# ── locks of others ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_workflow_whose_places_are_locked_holds_up_the_schedule_of_no_other(

@@ -28,7 +28,7 @@ NEWEST = "and the one after that, of more than thirty-two too"
 
 
 def changed_settings(harness: GatewayHarness, secret: str, *previous: str) -> GatewaySettings:
-    """Return the settings of a server whose secret has changed."""
+    """Return the settings of a server with a changed secret."""
     secrets = {"secret_key": SecretStr(secret), "previous_secret_keys": tuple(map(SecretStr, previous))}
     return harness.gateway.settings.model_copy(update=secrets)
 
@@ -41,7 +41,7 @@ async def create_source(person: UserClient, name: str) -> str:
 
 
 async def open_secrets(harness: GatewayHarness, vault: SecretVault, *source_ids: str) -> list[dict[str, str]]:
-    """Return what a vault opens of data sources; raises `VaultError`."""
+    """Return the decrypted secrets of data sources; raises `VaultError`."""
     statement = select(DataSource).where(col(DataSource.id).in_(source_ids)).order_by(col(DataSource.id))
     async with harness.gateway.database.read() as connection:
         rows = (await connection.execute(statement)).mappings().all()
@@ -77,7 +77,7 @@ async def send_github_event(client: httpx2.AsyncClient, token: str, secret: str)
     return (await client.post(url, content=body, headers=headers)).status_code
 
 
-# In one test: each change begins where the one before has ended.
+# In one test: each change starts from the end of the previous one.
 async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     harness: GatewayHarness, people: OrganizationUsers, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +91,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
     settings = changed_settings(harness, NEW, SECRET)
     before = (await people.admin.api.get("/api/v1/audit")).json()
 
-    # Interrupted after the first batch: what is done is done, and both secrets are needed.
+    # Interrupted after the first batch: its rows are re-encrypted, and both secrets are needed.
     monkeypatch.setattr(secret_rotation, "BATCH", 1)
     replace, calls = secret_rotation._replace, []
 
@@ -128,7 +128,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
         assert await send_github_event(alone, token, "another") == 401
     assert (await secret_rotation.rotate_secret(settings)).waiting_keys == done.waiting_keys - 1
 
-    # What nothing opens stays as it is, and is named.
+    # Rows that no secret decrypts stay unchanged, and are reported.
     lost = await secret_rotation.rotate_secret(changed_settings(harness, NEWEST))
     assert (lost.encrypted, sorted(lost.unreadable)[:3], len(lost.unreadable)) == (0, ids, 5)
     assert await open_secrets(harness, new, *ids) == expected

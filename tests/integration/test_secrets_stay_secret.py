@@ -1,4 +1,4 @@
-"""Secrets of data sources, looked for in everything that comes out and in everything that is kept."""
+"""Search for the secrets of data sources in all output and in all stored data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TRACES = (CANARY, b64encode(f'ada:{CANARY}-"basic"'.encode()).decode(), CANARY.e
 
 @dataclass
 class RepeatingServers:
-    """A server that repeats what it is told, as careless ones do, and another that it sends clients to."""
+    """Server that echoes its requests, as careless ones do, and another to which it redirects clients."""
 
     url: str = ""
     elsewhere: str = ""
@@ -98,7 +98,7 @@ async def create_sources(person: UserClient) -> dict[str, str]:
 
 
 def calling_graph(url: str, source_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return a graph that calls an address with what a data source holds, and logs what comes back."""
+    """Return a graph that calls an address with a data source's credentials, and logs the answer."""
     call = {"url": url, "dataSource": source_id, **config}
     return {
         "nodes": [
@@ -111,7 +111,7 @@ def calling_graph(url: str, source_id: str, **config: Any) -> dict[str, Any]:  #
 
 
 class AnswerCollector:
-    """Somebody who asks for everything, and keeps every answer."""
+    """Client that requests everything, and stores every answer."""
 
     def __init__(self, api: httpx2.AsyncClient) -> None:
         self._api = api
@@ -123,7 +123,7 @@ class AnswerCollector:
         return response.json() if response.content else None
 
     async def run(self, workflow_id: str) -> str:
-        """Execute a workflow, look at all there is of it, and return its status."""
+        """Execute a workflow, read everything about the execution, and return its status."""
         started = await self.ask("POST", f"/api/v1/workflows/{workflow_id}/execute", {})
         run = f"/api/v1/executions/{started['executionId']}"
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -218,7 +218,7 @@ async def exercise_event_token(admin: UserClient, reader: AnswerCollector) -> li
 
 
 async def exercise_sources(reader: AnswerCollector, ids: Mapping[str, str]) -> None:
-    """Look at the data sources in every way there is, and do what goes wrong."""
+    """Read the data sources in every way, and cause every error."""
     for path in ("/api/v1/datasources", "/openapi.json"):
         await reader.ask("GET", path)
     for source_id in ids.values():
@@ -234,7 +234,7 @@ async def exercise_sources(reader: AnswerCollector, ids: Mapping[str, str]) -> N
 
 
 async def dump(harness: GatewayHarness) -> str:
-    """Return every value of every row, sealed ones as bytes."""
+    """Return every value of every row, encrypted values as bytes."""
     rows = []
     async with harness.gateway.database.read() as connection:
         for table in SQLModel.metadata.sorted_tables:

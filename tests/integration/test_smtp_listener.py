@@ -1,4 +1,4 @@
-"""The SMTP listener in front of a real gateway, spoken to by a real client: what is answered 250 has a run."""
+"""SMTP listener with a real client and a real gateway: every mail answered with 250 has a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One suite for the nodes of every SQL database, run against each of them, and what only one of them has."""
+"""Shared suite for the nodes of every SQL database, and tests of the features of one."""
 
 import asyncio
 import contextlib
@@ -229,7 +229,7 @@ async def test_two_columns_of_one_name_are_refused(orders: SqlTarget) -> None:
     await assert_refused("duplicate-column", orders.read("SELECT id, id FROM orders"))
 
 
-# ── what is data, and what is SQL ───────────────────────────────────────────────────────────────────────────
+# ── data versus SQL ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_values_are_never_read_as_sql(orders: SqlTarget) -> None:

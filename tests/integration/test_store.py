@@ -1,4 +1,4 @@
-"""One suite for every database that a store may be on, and then what only one of them can do to it."""
+"""Shared suite for the store on every database, and tests of faults that only one database has."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
 
 
 def idempotency_fields(body: str = "a", key: str = "once", **fields: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return what makes runs equal."""
+    """Return the fields that make runs equal for idempotency."""
     return {"idempotency": IdempotencyKey("caller and route", key, body, **fields)}
 
 
@@ -251,7 +251,7 @@ async def test_a_run_that_cannot_be_stored_spoils_nobody_else_s(
     assert await run_database.count("execution") == 4
 
 
-# ── take in ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── ingest ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_what_a_request_brings_is_there_with_its_delivery_and_its_event(
@@ -316,7 +316,7 @@ async def test_what_is_sent_again_is_known_by_the_key_of_all_of_it_or_of_one_run
         ("repeated", known.runs[0].execution_id)
     ]
     assert await run_database.count("execution") == 4
-    # Of what brought nothing new, others make a note.
+    # Duplicates are recorded elsewhere.
     assert await run_database.count("delivery") == 3
 
 
@@ -533,7 +533,7 @@ async def test_what_was_started_goes_before_what_is_fresh_and_priority_makes_up_
     urgent = await run_database.accept(owned_workflow, priority=1)
     last = await run_database.accept(owned_workflow)
     idle = await run_database.accept(owned_workflow, priority=-1)
-    # Accepted more than the minute later that one step of priority is worth.
+    # Accepted later by more than the minute that one step of priority is worth.
     await run_database.query(
         "UPDATE execution SET rank = rank + 61000000 WHERE id = :id", id=urgent.execution_id
     )
@@ -672,7 +672,7 @@ async def test_a_newer_row_of_an_attempt_replaces_the_one_before_it_and_keeps_it
     ]
     assert rows[0]["id"] == before["id"]
     assert rows[0]["started_at"] == rows[1]["started_at"] is not None
-    # Whoever has lost the run adds none.
+    # A worker that has lost the run adds none.
     await run_database.expire(one)
     await run_database.store.sweep(10)
     late = write(
@@ -967,7 +967,7 @@ async def test_a_sweep_takes_no_more_than_its_limit_and_leaves_what_is_held(
 async def test_a_sweep_on_postgresql_chooses_once_whatever_the_plan(
     on_postgres: MigratedDatabase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # What is left then looks at what it is to take anew for each row.
+    # The remaining plan then scans its other table again for each row.
     for way in ("hashjoin", "mergejoin", "hashagg", "sort", "material"):
         monkeypatch.setitem(SESSION_SETTINGS, f"enable_{way}", "off")
     async with open_run_database(on_postgres) as run_database:
@@ -1037,7 +1037,7 @@ async def test_what_a_process_held_that_ran_out_of_memory_is_tried_apart_at_once
     error = json.loads(row["error"])
     assert (row["status"], error["code"]) == ("failed", "crashed")
     assert "out of memory" in error["message"]
-    # What ran beside the one on trial has lost a worker like any other.
+    # A run beside the one on trial counts as lost like any other.
     row = await run_database.row(other.execution_id)
     assert (row["status"], row["target"], row["attempt"], row["isolation_losses"]) == (
         "pending",
@@ -1177,17 +1177,17 @@ def replace_shard(one: ClaimedRun) -> Any:  # noqa: ANN401 - any JSON value
     return changed
 
 
-# ── what a fault in the middle leaves behind ──────────────────────────────────────────────────────────────
+# ── faults in the middle of a transaction ───────────────────────────────────────────────────────────────────
 
 
 class AnswerLosingProxy:
-    """Stands before a server, and loses the answer to one request that the server has done."""
+    """Proxy of a server that loses the answer to one completed request."""
 
     def __init__(self, host: str, port: int) -> None:
         self._server = (host, port)
         self._is_losing = False
         self.marker: bytes | None = None
-        """What the request holds; None once its answer is lost."""
+        """Content of the request; None once its answer is lost."""
 
     async def pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         answers, requests = await asyncio.open_connection(*self._server)
@@ -1223,7 +1223,7 @@ class LosingStore:
     store: JournalStore
 
     async def answer_of(self, work: Awaitable[Answer], marker: str) -> Answer:
-        """Return what the store makes of it when the first answer to what holds `marker` is lost."""
+        """Return the store's result when the first answer to the request with `marker` is lost."""
         self.proxy.marker = marker.encode()
         try:
             return await work
@@ -1409,7 +1409,7 @@ async def test_a_server_that_only_reads_is_away_for_writers(on_postgres: Migrate
             await run_database.query(f"ALTER DATABASE {database} RESET default_transaction_read_only")
 
 
-# ── what only SQLite can do ───────────────────────────────────────────────────────────────────────────────
+# ── features of SQLite ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
@@ -1468,7 +1468,7 @@ async def test_one_work_that_fails_spoils_nobody_else_s_transaction(sqlite_run_d
     assert await sqlite_run_database.count("execution") == 9
 
 
-# ── what statements cost ──────────────────────────────────────────────────────────────────────────────────
+# ── cost of statements ──────────────────────────────────────────────────────────────────────────────────────
 
 
 COLUMNS = (
@@ -1507,7 +1507,7 @@ async def fill(run_database: RunDatabase, first: int, last: int, organizations: 
 
 @dataclass
 class StatementSpy:
-    """What a store has sent to its database."""
+    """Statements that a store has sent to its database."""
 
     statements: list[tuple[str, tuple[Any, ...]]] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
@@ -1552,7 +1552,7 @@ def plan_nodes(plan: dict[str, Any]) -> list[dict[str, Any]]:
 async def explain_scans(
     sent: tuple[str, tuple[Any, ...]], migrated_database: MigratedDatabase
 ) -> list[dict[str, Any]]:
-    """Run what was sent once more, and return how it reads the table of executions."""
+    """Repeat a statement with EXPLAIN, and return its scans of the table of executions."""
     statement, arguments = sent
     connection = await asyncpg.connect(
         migrated_database.url.replace("+asyncpg", ""), server_settings=SESSION_SETTINGS

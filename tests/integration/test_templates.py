@@ -257,7 +257,7 @@ async def test_a_price_is_written_when_somebody_has_approved_it(
 
 
 async def wait_for_input(person: UserClient, execution_id: str) -> dict[str, Any]:
-    """Wait until a run asks somebody; returns what it asks."""
+    """Wait until a run requests human input, and return the request."""
     for _ in range(100):
         body = (await person.api.get(f"/api/v1/executions/{execution_id}/pending-inputs")).json()
         if body["inputs"]:

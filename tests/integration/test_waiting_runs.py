@@ -30,7 +30,7 @@ from workers.settings import WorkerSettings
 pytestmark = pytest.mark.timeout(30)
 
 ON_ONE = pytest.mark.parametrize("harness", ["sqlite"], indirect=True)
-"""For what has nothing to do with the kind of database, or is tested closer to it on both."""
+"""For tests that don't depend on the kind of database, or have an equivalent closer to it on both."""
 EXECUTIONS = "/api/v1/executions"
 APPROVAL = {"title": "Go on?", "choices": [{"port": "yes"}, {"port": "no"}], "schema": {"type": "object"}}
 ASKS: dict[str, Any] = {
@@ -49,7 +49,7 @@ ASKS: dict[str, Any] = {
 
 
 def sub_workflow_graph(workflow_id: str, **config: Any) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Return a graph that runs a workflow and hands on what comes of it."""
+    """Return a graph that runs a workflow and passes on its result."""
     return {
         "nodes": [
             {"id": "start", "nodeId": "manual"},
@@ -61,7 +61,7 @@ def sub_workflow_graph(workflow_id: str, **config: Any) -> dict[str, Any]:  # no
 
 @asynccontextmanager
 async def serve_worker(harness: GatewayHarness, **settings: Any) -> AsyncIterator[None]:  # noqa: ANN401 - a field of WorkerSettings
-    """Let a worker run whatever its sweeps find."""
+    """Run a worker that executes the runs found by its sweeps."""
     gateway = harness.gateway
     shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
     of_worker = WorkerSettings(**shared, **{"lease_seconds": 5, "sweep_seconds": 0.05, **settings})

@@ -85,7 +85,7 @@ class EffectLedger:
         self._on_arrival: dict[str, Callable[[LedgerCall], None]] = {}
         self._awaited: dict[int, asyncio.Future[LedgerCall]] = {}
 
-    # ── nodes that call it ────────────────────────────────────────────────────────────────────────
+    # ── nodes that call it ──────────────────────────────────────────────────────────────────────────────────
 
     def reads(self, node_id: str) -> dict[str, Json]:
         """Return a read node that requests a number. It may be repeated, and then gets another number."""
@@ -103,7 +103,7 @@ class EffectLedger:
     def _url_of(self, node_id: str) -> str:
         return f"{self.url}/{{{{ execution.id }}}}/{node_id}"
 
-    # ── recorded effects ───────────────────────────────────────────────────────────────────────────────
+    # ── recorded effects ────────────────────────────────────────────────────────────────────────────────────
 
     def effects(self) -> dict[tuple[str, str], list[LedgerCall]]:
         """Return the effects by execution and node, each node's in the order of their arrival."""
@@ -125,7 +125,7 @@ class EffectLedger:
         async with asyncio.timeout(PATIENCE_SECONDS):
             return await asyncio.shield(awaited)
 
-    # ── behavior ───────────────────────────────────────────────────────────────────────────────────────
+    # ── behavior ────────────────────────────────────────────────────────────────────────────────────────────
 
     @contextmanager
     def holding(self, node_id: str) -> Iterator[HeldRequests]:

@@ -699,8 +699,7 @@ async def _answer_with(shared_server: SharedServer, schema: Json, data: Json) ->
         await shared_server.client.ask(execution_id, "cancel")
 
 
-# ── replaced contents
-# ───────────────────────────────────────────────────────────────────────────────────────────
+# ── replaced contents ───────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_a_forged_blob_leads_nowhere(shared_server: SharedServer) -> None:

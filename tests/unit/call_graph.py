@@ -86,8 +86,7 @@ class CallGraph:
         for module in self.modules.values():
             yield from (CodeDefinition(module.name, path) for path in module.functions)
 
-    # ── types of expressions
-    # ────────────────────────────────────────────────────────────────────────────────────────
+    # ── types of expressions ────────────────────────────────────────────────────────────────────────────────
 
     def _mentioned(self, thing: CodeDefinition) -> Iterator[CodeDefinition]:
         function = self.modules[thing.module].functions[thing.path]

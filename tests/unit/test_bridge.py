@@ -143,8 +143,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_is_sent() -> None:
         assert await _enqueue(fake, "x" * 5_000_000) == ["accepted"]
 
 
-# ── optional parts
-# ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── optional parts ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_without_its_library_the_bridge_to_rabbitmq_says_what_to_install(

@@ -139,8 +139,7 @@ def index_by_name(objects: list[Json]) -> Json:
     }
 
 
-# ── permissions of pods
-# ─────────────────────────────────────────────────────────────────────────────────────────
+# ── permissions of pods ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_pod_is_restricted_and_its_namespace_refuses_others(base: list[Json]) -> None:

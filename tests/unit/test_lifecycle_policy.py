@@ -194,8 +194,7 @@ def test_what_would_start_a_stopped_deployment_ends_a_drain() -> None:
     assert decided_action(AlwaysOnPolicy(), replace(drains, has_due=True), MONDAY) is NONE
 
 
-# ── deployments that never start
-# ────────────────────────────────────────────────────────────────────────────────
+# ── deployments that never start ────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -228,8 +227,7 @@ def test_a_due_run_does_not_have_a_failed_start_tried_again_and_again() -> None:
     assert decide(OnDemandPolicy(), replace(failed, has_due=False), MONDAY).check_at is None
 
 
-# ── permitted starts
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── permitted starts ────────────────────────────────────────────────────────────────────────────────────────
 
 ANY = tuple(reason for reason in StoppedReason if reason is not StoppedReason.ARCHIVED)
 
@@ -269,8 +267,7 @@ def test_what_drains_since_its_window_closed_takes_no_runs() -> None:
     assert refusal.opens_at == OPENING
 
 
-# ── next action
-# ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── next action ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,7 @@ def log_as_text(**fields: object) -> str:
     return as_text(None, "info", {"event": "something happened", **fields}).decode()
 
 
-# ── content of a line
-# ───────────────────────────────────────────────────────────────────────────────────────────
+# ── content of a line ───────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_line_begins_with_time_level_and_event() -> None:
@@ -100,8 +99,7 @@ def test_a_traceback_is_in_the_line_of_json_and_below_the_one_of_text() -> None:
     assert all(row.startswith("    ") and row.isprintable() for row in below)
 
 
-# ── outputs
-# ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── outputs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager

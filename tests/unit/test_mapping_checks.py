@@ -73,8 +73,7 @@ def only_finding(findings: list[GraphFinding]) -> GraphFinding:
     return findings[0]
 
 
-# ── inputs of each node
-# ─────────────────────────────────────────────────────────────────────────────────────────
+# ── inputs of each node ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -301,8 +300,7 @@ def test_a_node_like_no_other_is_answered_with_those_that_run_before() -> None:
     assert finding.fix is None
 
 
-# ── suggestions
-# ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── suggestions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -377,8 +375,7 @@ def test_of_many_paths_only_the_first_are_explained() -> None:
     assert all(finding.suggestion for finding in findings)
 
 
-# ── outputs of past runs
-# ────────────────────────────────────────────────────────────────────────────────────────
+# ── outputs of past runs ────────────────────────────────────────────────────────────────────────────────────
 
 ANSWER: Json = {
     "status": 200,

@@ -315,8 +315,7 @@ def contains_fields(value: Any, less: Any) -> bool:  # noqa: ANN401 - any JSON v
     return type(value) is type(less) and bool(value == less)
 
 
-# ── requirements of client generators
-# ───────────────────────────────────────────────────────────────────────────
+# ── requirements of client generators ───────────────────────────────────────────────────────────────────────
 
 
 def iterate_schemas(part: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: ANN401 - any part of the document

@@ -567,8 +567,7 @@ async def test_a_message_that_could_not_be_stored_is_made_storable(connected: st
         assert len(text) <= 8_192
 
 
-# ── outputs of nodes
-# ────────────────────────────────────────────────────────────────────────────────────────────
+# ── outputs of nodes ────────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -1135,8 +1134,7 @@ def _is_behind(node_id: str, others: set[str], graph: WorkflowProgram) -> bool:
     return node_id in others or any(_is_behind(source, others, graph) for source in sources)
 
 
-# ── requests to a run
-# ───────────────────────────────────────────────────────────────────────────────────────────
+# ── requests to a run ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass

@@ -438,8 +438,7 @@ async def test_what_is_no_list_fails_the_loop() -> None:
     assert require_error(await SimulatedWorker(graph, 7).work()).message == "no list"
 
 
-# ── external answers, and time
-# ──────────────────────────────────────────────────────────────────────────────────
+# ── external answers, and time ──────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(

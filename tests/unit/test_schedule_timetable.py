@@ -198,8 +198,7 @@ def test_jitter_delays_workflows_by_different_times_and_each_always_by_the_same(
     assert (decided.run, decided.next_run_at) == ([NOON], NOON + MINUTE)
 
 
-# ── started runs
-# ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── started runs ────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_nothing_is_run_before_its_instant_and_everything_once_at_it() -> None:

@@ -417,8 +417,7 @@ def test_a_stored_mail_whose_headers_prove_nothing_is_known_by_its_id(
     assert stored_key("1", dkim=dkim, **headers) != stored_key("2", dkim=dkim, **headers)
 
 
-# ── arbitrary input
-# ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── arbitrary input ─────────────────────────────────────────────────────────────────────────────────────────
 
 PIECES = st.sampled_from(
     b"""--b \r\n -- Content-Disposition:form-data;name= filename= " a ; = % %4 & { } [ ] : , "Type" "data" "type" "id"

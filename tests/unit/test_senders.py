@@ -394,8 +394,7 @@ def test_a_long_body_is_not_hashed_while_others_wait() -> None:
     github.verify(given, [SECRET])
 
 
-# ── meaning of requests
-# ─────────────────────────────────────────────────────────────────────────────────────────
+# ── meaning of requests ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_click_in_slack_is_an_event_of_the_type_that_slack_gives_it() -> None:

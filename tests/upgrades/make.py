@@ -81,7 +81,7 @@ class Maker:
         made_at = time.time_ns() // 1_000
         return Manifest(made_at, self.keys, self.tokens, self.workflows, self.runs, self.others)
 
-    # ── steps ─────────────────────────────────────────────────────────────────────────────────────
+    # ── steps ───────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _make_accounts(self) -> None:
         organization = self._command("orgs", "create", "Neighbors")
@@ -290,7 +290,7 @@ class Maker:
         received = await self.api.deliver(path, signed_requests.SignedRequest(headers, body))
         self.runs["unparsed"] = received["executionId"]
 
-    # ── parts ─────────────────────────────────────────────────────────────────────────────────────
+    # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
     async def _serving(self, role: str, **settings: str) -> AsyncIterator[None]:

@@ -86,7 +86,7 @@ class FakeApiServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    # ── controls for tests ─────────────────────────────────────────────────────────────────────────────────
+    # ── controls for tests ──────────────────────────────────────────────────────────────────────────────────
 
     async def listen(self) -> None:
         """Take requests, on the same port as before."""
