@@ -1,1 +1,1 @@
-"""Runs as clients see them: taken in, followed, ended, taken up again."""
+"""Executions in the API: accept, list, follow, cancel and resume runs."""

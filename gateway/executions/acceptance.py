@@ -1,4 +1,4 @@
-"""How runs are taken in: many in one commit, then one wakeup to the workers for all of them."""
+"""Acceptance of runs: one commit for many requests, then one wakeup of the workers for all of them."""
 
 from __future__ import annotations
 
@@ -39,19 +39,21 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 STORED_SECONDS: Final = 3600.0
-"""How long a definition counts as stored after it was."""
+"""Seconds for which a definition counts as stored after its insertion."""
 MAX_STORED: Final = 10_000
 RUN_CHARACTERS: Final = 5_000
-"""What a run costs besides its texts."""
+"""Characters that a run counts besides its texts."""
 MAX_CHARACTERS: Final = 10_000_000
-"""Of what goes into one commit, as long as it is more than one thing: 2,000 small runs, say."""
+"""Limit of characters in one commit; a single larger item still gets a commit. Enough for about 2,000 small
+runs.
+"""
 KEYS_AT_ONCE: Final = 500
 
 _CLOSED: Final[Mapping[WorkflowStatus, str]] = {
     WorkflowStatus.PAUSED: "The workflow is paused: set it to active to run it",
     WorkflowStatus.ARCHIVED: "The workflow is archived: set it to draft or active to run it",
 }
-"""Statuses in which no run is taken in, and what to do about it."""
+"""Message for each workflow status that refuses runs."""
 
 
 class PodNotifier(Protocol):
@@ -62,7 +64,7 @@ class PodNotifier(Protocol):
 
 
 class RunAcceptor:
-    """The way in of one gateway."""
+    """Accepts runs and inbound requests for one gateway, in group commits."""
 
     def __init__(
         self,
@@ -82,9 +84,10 @@ class RunAcceptor:
         self._group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(
             self._commit, weigh=_weight, max_weight=MAX_CHARACTERS
         )
-        # Apart, for each of these takes a transaction of its own, and others needn't wait for them.
+        # A separate group: each of these runs takes a transaction of its own, and others need not wait for
+        # it.
         self._impatient: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(self._commit)
-        # Apart too: they may bring a thousand runs at once.
+        # Inbound requests have a group commit of their own too: each may start a thousand runs.
         self._arriving: GroupCommit[IngestWrite, IngestResult] = GroupCommit(
             self._take_in, weigh=lambda arrival: sum(map(_weight, arrival.runs)), max_weight=MAX_CHARACTERS
         )
@@ -95,35 +98,37 @@ class RunAcceptor:
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: RunAcceptance) -> AcceptanceResult:
-        """Return what became of a run once that is committed; raises 503 where too many wait."""
+        """Return the outcome of a run after its commit; raises 503 while too many runs wait."""
         group = self._group if acceptance.may_wait else self._impatient
         if group.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await group.submit(acceptance)
 
     async def ingest(self, arrival: IngestWrite) -> IngestResult:
-        """Return what became of what a sender has brought, once that is committed; raises 503 where too many wait."""
+        """Return the outcome of an inbound request after its commit; raises 503 while too many wait."""
         if self._arriving.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await self._arriving.submit(arrival)
 
     def is_stored(self, definition: DefinitionKey) -> bool:
-        """Tell whether a definition is known to be in the database, so that its text need not be sent again."""
+        """Tell whether the database is known to have a definition, so that its text need not be sent again."""
         return self._stored.get(definition) is not None
 
     def follow(self, concurrency_key: str | None) -> None:
-        """See to it that a run that is pending by now is taken up: by way of a place, where it waits for one."""
+        """Start a committed pending run: wake the workers, or admit its concurrency key where it waits for a
+        slot.
+        """
         if concurrency_key is None:
             self.wake_workers()
         else:
             self._begin_admission(concurrency_key)
 
     def wake_workers(self) -> None:
-        """Tell the workers that there is work, after the commit; wakeups that wait for one another become one."""
+        """Wake the workers after a commit; concurrent wakeups are merged into one."""
         self._wakeups.submit(None)
 
     async def drain(self) -> None:
-        """Finish what was begun."""
+        """Finish pending commits and wakeups."""
         await self._group.drain()
         await self._impatient.drain()
         await self._arriving.drain()
@@ -134,7 +139,7 @@ class RunAcceptor:
         await self._arrivals.drain()
 
     async def _commit(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
-        # Before the commit, so that whatever comes after it counts.
+        # Expect the executions before the commit, so that no later change is missed.
         self._waiting.expect([one.execution_id for one in batch])
         answers = await self._store.accept(batch)
         accepted = [
@@ -150,7 +155,7 @@ class RunAcceptor:
         answers = await self._store.ingest(batch)
         accepted: list[IngestedRun] = []
         for arrival, answer in zip(batch, answers, strict=True):
-            of_runs = zip(arrival.runs, answer.runs, strict=False)  # none, where it wasn't taken in
+            of_runs = zip(arrival.runs, answer.runs, strict=False)  # empty if the request was not accepted
             accepted += [run for run, one in of_runs if one.verdict is AcceptanceVerdict.ACCEPTED]
             if arrival.event is not None and answer.verdict is AcceptanceVerdict.ACCEPTED:
                 self._events.submit(arrival.event.event_id)
@@ -161,7 +166,7 @@ class RunAcceptor:
         return answers
 
     def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Take down which definitions are stored by now."""
+        """Remember the definitions that the database has now."""
         for one in accepted:
             if one.definition is not None:
                 self._stored.put(
@@ -169,7 +174,7 @@ class RunAcceptor:
                 )
 
     def _tell(self, accepted: Sequence[RunAcceptance]) -> None:
-        """Tell of runs that may begin now."""
+        """Notify pods and workers of runs that may start."""
         if any(one.concurrency_key is None and one.assigned_deployment_id is None for one in accepted):
             self.wake_workers()
         for one in accepted:
@@ -179,20 +184,22 @@ class RunAcceptor:
                 self._begin_admission(one.concurrency_key)
 
     def _begin_admission(self, key: str) -> None:
-        """Give places beside what else is done: a locked key keeps nobody but those that wait for it."""
+        """Admit runs of a concurrency key in the background: a locked key delays only the runs that wait for
+        it.
+        """
         task = asyncio.create_task(self._admit(key))
         self._admissions.add(task)
         task.add_done_callback(self._admissions.discard)
 
     async def _admit(self, key: str) -> None:
-        """Give places to runs that were accepted for one; what fails here, a sweep sees to."""
+        """Grant concurrency slots to accepted runs; a sweep repeats an admission that fails here."""
         try:
             if await concurrency_limits.admit_waiting_runs(self._database, key):
                 self.wake_workers()
-                # Keys begin with their workflow's id; where that isn't deployed, no pod waits to be told.
+                # Keys begin with the workflow id; if that workflow has no deployment, no pod polls for it.
                 await self._pods.arrived({key.partition(":")[0]})
         except DatabaseUnavailable as error:
-            log.debug("places not given", key=key, error=str(error))
+            log.debug("concurrency slots not granted", key=key, error=str(error))
 
     async def _tell_pods(self, batch: Sequence[str]) -> Sequence[None]:
         await self._pods.arrived(set(batch))
@@ -212,13 +219,13 @@ def _weight(run: RunAcceptance) -> int:
 
 
 def require_open(status: WorkflowStatus) -> None:
-    """Raise 409 where a workflow takes no run in."""
+    """Raise 409 if the status of a workflow refuses runs."""
     if status in _CLOSED:
         raise errors.conflict(f"workflow-{status}", _CLOSED[status])
 
 
 async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> AcceptanceResult | None:
-    """Return the answer that an earlier request with this key got, if there was one."""
+    """Return the answer to an earlier request with this idempotency key, or None."""
     statement = select(col(Idempotency.fingerprint), col(Idempotency.resource_id)).where(
         col(Idempotency.shard) == shard,
         col(Idempotency.scope) == key.scope,
@@ -235,7 +242,7 @@ async def find_earlier(database: Database, shard: int, key: IdempotencyKey) -> A
 async def find_all_earlier(
     database: Database, shard: int, keys: Sequence[IdempotencyKey]
 ) -> dict[IdempotencyKey, AcceptanceResult]:
-    """Return the same of many keys; those that no earlier request had are left out."""
+    """Return the answers to earlier requests by their idempotency keys; unused keys are omitted."""
     pair = tuple_(col(Idempotency.scope), col(Idempotency.key))
     asked = {(key.scope, key.key): key for key in keys}
     pairs = list(asked)

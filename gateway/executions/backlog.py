@@ -1,8 +1,9 @@
-"""How much may wait to be begun: so many runs of a workflow, and of an organisation.
+"""Limits of backlogs: runs of a workflow and of an organization that have not started.
 
-Nothing is counted for a request. Each gateway adds what it takes in to a count that is a second old, or twenty times as
-old as counting takes. So a limit can be passed by what the other gateways take in of the same within that time, and by
-what is being committed while rows are counted; and nobody is refused by an old count.
+No request counts rows. Each gateway adds the runs that it accepts to a count that is at most a second old, or
+twenty times as old as counting takes. A limit can therefore be exceeded by the runs that other gateways
+accept within that time, and by runs that are committed during a count. No request is refused because of an
+outdated count.
 """
 
 from __future__ import annotations
@@ -32,19 +33,19 @@ log = structlog.get_logger()
 
 FRESH_SECONDS: Final = 1.0
 COUNTING_SHARE: Final = 20
-"""One part of so many of the time, at most, goes into counting one backlog."""
+"""Counting one backlog takes at most one part in this many of the time."""
 UNKNOWN_RETRY_SECONDS: Final = 5
 MAX_TALLIES: Final = 20_000
 
 
 @dataclass(slots=True)
 class BacklogCount:
-    """What is known of one backlog."""
+    """Known size and trend of one backlog."""
 
     counted: int | None = None
-    """In the database."""
+    """Number of rows at the last count."""
     added: int = 0
-    """Taken in here since."""
+    """Runs that this gateway has accepted since the last count."""
     counted_at: float = 0.0
     fresh_until: float = 0.0
     begun_per_second: float = 0.0
@@ -58,7 +59,7 @@ class BacklogCount:
         return self.size + count > limit
 
     def recount(self, found: int, *, added_before: int, began: float, ended: float) -> None:
-        """Take in what was found by counting, and how fast the backlog shrinks."""
+        """Store the result of a count, and update the speed at which the backlog shrinks."""
         if self.counted is not None:
             begun = max(self.counted + added_before - found, 0)
             self.begun_per_second = begun / max(began - self.counted_at, FRESH_SECONDS)
@@ -68,7 +69,7 @@ class BacklogCount:
         self.fresh_until = ended + max(FRESH_SECONDS, COUNTING_SHARE * (ended - began))
 
     def retry_seconds(self, count: int, limit: int) -> int:
-        """Return when there should be room, going by how fast it was made of late."""
+        """Estimate the seconds until there is capacity, from the recent speed of the backlog."""
         if not self.begun_per_second:
             return UNKNOWN_RETRY_SECONDS
         seconds = math.ceil((self.size + count - limit) / self.begun_per_second)
@@ -76,7 +77,7 @@ class BacklogCount:
 
 
 class BacklogLimits:
-    """The backlogs that one gateway adds to."""
+    """Backlog limits for the runs that one gateway accepts."""
 
     def __init__(self, database: Database, settings: GatewaySettings) -> None:
         self._database = database
@@ -86,7 +87,9 @@ class BacklogLimits:
         self._counting: set[asyncio.Task[None]] = set()
 
     async def require_room(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
-        """Raise 429 where so many more runs of a workflow would be too many; else they count as taken in."""
+        """Add runs to the backlogs of a workflow and its organization; raises 429 without capacity for all of
+        them.
+        """
         organization = self._tally(organization_id)
         whole = self._per_organization
 
@@ -95,16 +98,18 @@ class BacklogLimits:
 
         await self._look(organization, count, whole, count_organization)
         if organization.lacks_room(count, whole):
-            raise errors.queue_full("the organisation", whole, organization.retry_seconds(count, whole))
+            raise errors.queue_full("the organization", whole, organization.retry_seconds(count, whole))
         workflow = self._tallies.get(workflow_id)
-        if organization.lacks_room(count, self._per_workflow):  # else no workflow of it can have too many
+        if organization.lacks_room(
+            count, self._per_workflow
+        ):  # otherwise no workflow of the organization can exceed its limit
             workflow = await self._require_room_of_workflow(organization_id, workflow_id, count)
         organization.added += count
         if workflow is not None:
             workflow.added += count
 
     async def close(self) -> None:
-        """Finish what is being counted."""
+        """Finish running counts."""
         await asyncio.gather(*self._counting, return_exceptions=True)
 
     async def _require_room_of_workflow(
@@ -139,7 +144,9 @@ class BacklogLimits:
         limit: int,
         find: Callable[[AsyncConnection], Awaitable[int]],
     ) -> None:
-        """Count anew what was counted too long ago; that is waited for only before the first answer and a refusal."""
+        """Start a new count if the last one is outdated. Wait for it only before the first answer and before
+        a refusal.
+        """
         if tally.counting is None and monotonic() >= tally.fresh_until:
             tally.counting = asyncio.create_task(self._count(tally, find))
             self._counting.add(tally.counting)
@@ -154,7 +161,7 @@ class BacklogLimits:
                 found = await find(connection)
             tally.recount(found, added_before=added, began=began, ended=monotonic())
         except DatabaseUnavailable as error:
-            # Whoever takes runs in finds that out anyway.
+            # The insertion of the run reports the outage anyway.
             log.debug("backlog not counted", error=str(error))
             tally.fresh_until = monotonic() + FRESH_SECONDS
         finally:

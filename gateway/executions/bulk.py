@@ -1,4 +1,4 @@
-"""Many executions at once: cancelled, retried or deleted by a filter."""
+"""Bulk actions: cancel, retry or delete the executions that a filter selects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ log = structlog.get_logger()
 
 
 class BulkFilter(StrictWire):
-    """Which executions; one that names no field finds all that there are."""
+    """Filter of a bulk action; without fields it selects all executions."""
 
     workflow_id: str | None = None
     status: ExecutionStatus | list[ExecutionStatus] | None = None
@@ -46,38 +46,40 @@ class BulkFilter(StrictWire):
 
 
 class BulkRequest(StrictWire):
-    """What a request is to act on. A field that isn't known is refused: it might have been meant to spare something."""
+    """Body of a bulk action. Unknown fields are refused, since a misspelled filter would select more
+    executions.
+    """
 
     filter: BulkFilter
     dry_run: bool = False
-    """Find what it would act on, and leave it as it is."""
+    """Report the selected executions without changing them."""
     limit: Annotated[int, Meta(ge=1, le=limits.BULK_EXECUTIONS)] = limits.BULK_EXECUTIONS
-    """How many to act on, the oldest first; the answer says how many remain."""
+    """Number of executions to act on, the oldest first; the answer has the number of remaining ones."""
 
 
 class BulkResult(WireStruct):
-    """What became of a request about many executions."""
+    """Result of a bulk action."""
 
     dry_run: bool
     matched: int
-    """Executions that could be acted on, and that the filter has found."""
+    """Executions that match the filter and allow the action."""
     affected: int
-    """Those of them that were acted on; others may have changed meanwhile."""
+    """Executions that the action has changed; others may have changed in the meantime."""
     remaining: int
-    """Those beyond the limit, for the next request."""
+    """Executions beyond the limit, for the next request."""
     execution_ids: Sequence[str]
-    """The first 100 of those that were acted on, or would have been."""
+    """The first 100 executions that were changed, or would be with `dryRun: false`."""
 
 
 class BulkRetryResult(BulkResult):
-    """What became of a request to retry."""
+    """Result of a bulk retry."""
 
     new_execution_ids: Sequence[str]
-    """What goes on from each of `executionIds`, in their order."""
+    """The new execution for each of `executionIds`, in the same order."""
 
 
 async def cancel(request: GatewayRequest) -> JsonResponse:
-    """Cancel the executions that a filter finds and that have not ended, the oldest first."""
+    """Cancel the executions that match a filter and have not ended, the oldest first."""
     body = await decode_body(request, BulkRequest)
     chosen = await _chosen(
         request, body, bulk_actions.cancellable(request.caller), AuditAction.EXECUTIONS_CANCELLED
@@ -90,10 +92,10 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> JsonResponse:
-    """Delete the executions that a filter finds, with their spans, logs and contents, the oldest first.
+    """Delete the executions that match a filter, with their spans, logs and blobs, the oldest first.
 
-    It takes the owner of their workflow or an admin, and leaves what has not ended, what somebody is still to be told
-    of, and what was started by an execution that goes on.
+    Only the owner of their workflow or an admin may do this. Executions that have not ended, have a pending
+    callback or other completion action, or were started by an execution that has not ended are kept.
     """
     body = await decode_body(request, BulkRequest)
     chosen = await _chosen(
@@ -107,9 +109,9 @@ async def delete(request: GatewayRequest) -> JsonResponse:
 
 
 async def retry(request: GatewayRequest) -> JsonResponse:
-    """Resume the failed executions that a filter finds, the oldest first: each as a new one that goes on from there.
+    """Resume the failed executions that match a filter, the oldest first, each as a new execution.
 
-    One that was resumed already is passed over, and so are those of workflows that are closed or gone.
+    Executions that were resumed already, and those of closed or deleted workflows, are skipped.
     """
     value = await read_json(request)
     body = body_of(request, value, BulkRequest)
@@ -142,7 +144,7 @@ async def _retried(
 async def _chosen(
     request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
 ) -> ChosenExecutions:
-    """Return what is to be acted on, once it is traced that it will be."""
+    """Select the executions to act on, and record the action in the audit trail before it begins."""
     found, _ = await bulk_actions.find(request, body.filter.wanted(), condition, body.limit)
     if not body.dry_run:
         await bulk_actions.trace(request, found, action, _about(request, body))
@@ -150,12 +152,12 @@ async def _chosen(
 
 
 def _about(request: GatewayRequest, body: BulkRequest) -> str:
-    """Return what the audit trail says was changed: a workflow's executions, or an organisation's."""
+    """Return the subject of the audit record: the workflow of the filter, or the organization."""
     return body.filter.workflow_id or request.caller.organization_id
 
 
 def _counts(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:
-    """Return what is told of every request; of one that does nothing, `done` is None."""
+    """Return the counts of a result; `done` is None for a dry run."""
     listed = chosen.execution_ids if done is None else done
     return {
         "dry_run": done is None,

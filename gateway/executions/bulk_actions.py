@@ -1,4 +1,4 @@
-"""Many executions at once: which of them a filter finds for whom, and what is done to them, a few at a time."""
+"""Selection of executions for bulk actions, and the actions in small batches."""
 
 from __future__ import annotations
 
@@ -47,25 +47,25 @@ log = structlog.get_logger()
 
 CANCELS_AT_ONCE: Final = 20
 RETRIES_AT_ONCE: Final = 20
-"""In one transaction."""
+"""Executions that one transaction resumes."""
 DELETIONS_AT_ONCE: Final = 100
 
 
 class ChosenExecutions(msgspec.Struct, frozen=True):
-    """What a request is about: found once, and the same whenever it is repeated."""
+    """Executions that a bulk action has selected; stored, so that a repeated request acts on the same ones."""
 
     operation_id: str
     matched: int
-    """Executions that were found in all."""
+    """Number of matching executions."""
     execution_ids: Sequence[str]
-    """The oldest of them, as many as are to be acted on."""
+    """The oldest of them, up to the limit of the request."""
 
 
 _encode = msgspec.json.Encoder().encode
 _decode = decoding.build_decoder(ChosenExecutions).decode
 
 
-# ── which ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── selection ───────────────────────────────────────────────────────────────────────────────────────────────
 
 _OPEN: Final = exists().where(
     col(Workflow.id) == col(Execution.workflow_id),
@@ -75,19 +75,19 @@ _OPEN: Final = exists().where(
 
 
 def cancellable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return what holds for executions that the caller may cancel, and that nobody has cancelled."""
+    """Return the condition for executions that the caller may cancel and that have no cancel request yet."""
     is_asked_for = col(Execution.request) == "cancel"
     goes_on = col(Execution.status).not_in(TERMINAL_STATUSES)
     return and_(visibility_condition(caller), goes_on, or_(col(Execution.request).is_(None), ~is_asked_for))
 
 
 def retryable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return what holds for failed executions that the caller may resume, and that nobody has resumed.
+    """Return the condition for failed executions that the caller may resume and that nobody has resumed.
 
-    Tests of nodes are left alone: they were run to be looked at.
+    Node tests are excluded: their purpose ends with the test.
     """
     has_failed = col(Execution.status) == ExecutionStatus.FAILED
-    # Clients may call any run `test`, but only that of a node is private too.
+    # Clients may choose the trigger type `test` for any run, but only a node test is also private.
     is_node_test = and_(col(Execution.trigger_type) == TEST, col(Execution.is_private))
     return and_(
         visibility_condition(caller), has_failed, ~is_node_test, ~IS_RESUMED, _OPEN.correlate(Execution)
@@ -95,7 +95,7 @@ def retryable(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 def deletable(caller: ApiCaller) -> ColumnElement[bool]:
-    """Return what holds for executions that may go, and whose workflow is the caller's to delete."""
+    """Return the condition for executions that may be deleted, of workflows that the caller may delete."""
     if caller.is_admin:
         return and_(visibility_condition(caller), IS_DELETABLE)
     own = exists().where(
@@ -107,7 +107,9 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 async def find(
     request: GatewayRequest, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
-    """Return the oldest executions that a filter finds among those of a kind, and how many are of each workflow."""
+    """Return the oldest executions that match a filter and a condition, and the number of matches by
+    workflow.
+    """
     async with request.gateway.database.read() as connection:
         matched, rows = await execution_rows.find_oldest(connection, wanted, condition, limit=limit)
     found = ChosenExecutions(ids.new_id("bulk"), matched, [row.id for row in rows])
@@ -115,7 +117,9 @@ async def find(
 
 
 async def trace(request: GatewayRequest, found: ChosenExecutions, action: AuditAction, about: str) -> None:
-    """Leave the trace of what is about to be done, to executions of the workflow or organisation `about`."""
+    """Record a bulk action in the audit trail of `about`, a workflow or an organization, before the action
+    begins.
+    """
     leave = partial(_trace, request=request, found=found, action=action, about=about)
     await request.gateway.database.transaction(leave)
 
@@ -123,9 +127,10 @@ async def trace(request: GatewayRequest, found: ChosenExecutions, action: AuditA
 async def begin_retry(
     request: GatewayRequest, found: ChosenExecutions, about: str, idempotency_key: IdempotencyKey | None
 ) -> ChosenExecutions:
-    """Leave such a trace, and return what is to be retried: what the first request with the promise has found.
+    """Record a retry in the audit trail, and return the selection of the first request with the idempotency
+    key.
 
-    Raises 422 where that had another body.
+    Raises 422 if that request had another body.
     """
     text, now = _encode(found).decode(), request.gateway.clock()
 
@@ -146,7 +151,9 @@ async def begin_retry(
 
 
 async def begun(request: GatewayRequest, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
-    """Return what an earlier request with this promise was about; raises 422 where that had another body."""
+    """Return the selection of an earlier request with this idempotency key, or None; raises 422 if its body
+    differs.
+    """
     earlier = await acceptance.find_earlier(request.gateway.database, request.caller.shard, idempotency_key)
     if earlier is None:
         return None
@@ -169,11 +176,11 @@ async def _trace(
         await audit_log.record_change(connection, request.caller, action, about, before=before, after=after)
 
 
-# ── what is done to them ────────────────────────────────────────────────────────────────────────────────────
+# ── actions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def cancel(gateway: GatewayState, caller: ApiCaller, execution_ids: Sequence[str]) -> list[str]:
-    """Cancel executions; returns those that had not ended by themselves."""
+    """Cancel executions; returns those that had not ended before."""
     cancelled: list[str] = []
     for some in _batches(execution_ids, CANCELS_AT_ONCE):
         keys = [ExecutionKey(execution_id, caller.shard) for execution_id in some]
@@ -187,7 +194,7 @@ async def cancel(gateway: GatewayState, caller: ApiCaller, execution_ids: Sequen
 
 
 async def _ask_to_end_unlocked(gateway: GatewayState, key: ExecutionKey) -> EndRequestOutcome | None:
-    """Cancel an execution; None where there is none, or another transaction keeps it locked."""
+    """Cancel an execution; None if it does not exist or another transaction holds its lock."""
     try:
         return await ask_to_end(gateway, key, "cancel")
     except LockWaitTimeout:
@@ -195,7 +202,7 @@ async def _ask_to_end_unlocked(gateway: GatewayState, key: ExecutionKey) -> EndR
 
 
 async def retry(gateway: GatewayState, caller: ApiCaller, chosen: ChosenExecutions) -> dict[str, str]:
-    """Resume failed executions, each once however often this is called; returns the new ones by those."""
+    """Resume failed executions, idempotently; returns the new ids by the ids of the failed executions."""
     new_ids = {
         execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
         for execution_id in chosen.execution_ids
@@ -213,7 +220,7 @@ async def retry(gateway: GatewayState, caller: ApiCaller, chosen: ChosenExecutio
 async def _resumed_unlocked(
     gateway: GatewayState, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Resume what still may be, one by one where another transaction keeps some of it locked; that is left."""
+    """Resume a batch; if another transaction locks part of it, resume one by one and skip the locked ones."""
     try:
         return await gateway.database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
     except LockWaitTimeout:
@@ -228,9 +235,11 @@ async def _resumed_unlocked(
 async def _resume(
     connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Resume what still may be; returns the concurrency keys of what was resumed, by now or by an earlier call."""
+    """Resume executions; returns the concurrency keys of those resumed by this or an earlier call, by failed
+    id.
+    """
     of_batch = col(Execution.id).in_(list(new_ids))
-    # In a statement of its own, so that the next ones see what whoever had the rows has committed.
+    # A separate statement, so that the next ones see the commit of the previous lock holder.
     locked = select(col(Execution.id)).where(of_batch).order_by(col(Execution.id)).with_for_update()
     await connection.execute(locked)
     made = select(col(Execution.resumed_from)).where(col(Execution.id).in_(list(new_ids.values())))
@@ -248,7 +257,7 @@ async def _resume(
 
 
 async def delete(gateway: GatewayState, execution_ids: Sequence[str]) -> list[str]:
-    """Delete executions that have ended, with all that belongs to them; returns which."""
+    """Delete ended executions with their data; returns the deleted ids."""
     deleted: list[str] = []
     for some in _batches(execution_ids, DELETIONS_AT_ONCE):
         gone = await delete_runs(gateway.database, some)
@@ -256,7 +265,9 @@ async def delete(gateway: GatewayState, execution_ids: Sequence[str]) -> list[st
         try:
             await orphan_blobs.delete_unused(gateway.blobs, gateway.database, list(gone.values()))
         except BlobsUnavailable as error:
-            log.warning("blobs of deleted executions not deleted", error=str(error))  # orphans from now on
+            log.warning(
+                "blobs of deleted executions not deleted", error=str(error)
+            )  # a sweep of orphans deletes them
     return deleted
 
 

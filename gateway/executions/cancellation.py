@@ -1,4 +1,4 @@
-"""Asking an execution to end: in its row first, then by a notice to whoever would otherwise hear of it later."""
+"""Stop and cancel requests: stored in the row of the execution, then published to the process that runs it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 async def ask_to_end(gateway: GatewayState, key: ExecutionKey, wish: str) -> EndRequestOutcome | None:
-    """Ask an execution to `stop` or `cancel`; None where there is no such execution."""
+    """Request the `stop` or `cancel` of an execution; None if it does not exist."""
     requested = await gateway.store.request_end(key, wish)
     if requested is not None:
         await end_requests.notify_end_request(

@@ -1,4 +1,4 @@
-"""Execute: a run is taken in, and the answer is sent once it is committed."""
+"""The endpoint `execute`: accept a run and answer after its commit."""
 
 from __future__ import annotations
 
@@ -29,41 +29,43 @@ if TYPE_CHECKING:
 
 
 class DefinitionOverride(GuardedWire):
-    """A graph to run in the place of the workflow's own, this once; an empty one replaces nothing."""
+    """Graph that replaces the workflow's own for one run; an empty one replaces nothing."""
 
     nodes: Nodes | None = None
     connections: Connections | None = None
 
 
 class ExecuteRequest(GuardedWire):
-    """What a run is to work on."""
+    """Inputs and options of a run."""
 
     definition: DefinitionOverride | None = None
     trigger_inputs: dict[str, Any] | None = None
     inputs: dict[str, Any] | None = None
-    """The same as `triggerInputs`."""
+    """Alias of `triggerInputs`."""
     up_to: GraphId | None = None
-    """The id of a node: it and what leads to it are run, and nothing else."""
+    """Node id: only this node and its predecessors run."""
     pinned: dict[str, Any] | None = None
-    """Outputs by node id: these nodes give them out without being run, nor is run what leads to them alone."""
+    """Outputs by node id. These nodes return them without running; their predecessors run only if others need
+    them.
+    """
     callback_url: (
         Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None
     ) = None
-    """Is told how the run has ended, by a message that is signed with the organisation's secret."""
+    """URL that gets a message at the end of the run, signed with the organization's secret."""
 
 
 class ExecuteResult(WireStruct):
-    """A run that was taken in."""
+    """Accepted run."""
 
     execution_id: str
 
 
 async def start(request: GatewayRequest) -> JsonResponse:
-    """Run a workflow; the answer comes as soon as the run is taken in, for good.
+    """Run a workflow; the answer is sent when the run is committed.
 
-    A `definition` is run in the place of the workflow's own graph, and needs the scope `workflows:write` too. With
-    `upTo` and `pinned` only a part of the graph is run, and only that part has to be valid. Only the caller, the
-    workflow's owner and admins see a run with `definition` or `pinned`.
+    A `definition` replaces the workflow's graph for this run and also needs the scope `workflows:write`. With
+    `upTo` and `pinned` only a part of the graph runs, and only that part must be valid. A run with
+    `definition` or `pinned` is visible to the caller, the workflow's owner and admins only.
     """
     value = await read_json(request)
     body = body_of(request, value, ExecuteRequest)
@@ -81,7 +83,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
 
 
 async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:
-    """Return what is to be run; raises 403, 409 and 422."""
+    """Return the run to accept; raises 403, 409 and 422."""
     override = body.definition
     if override is not None and not override.nodes and not override.connections:
         override = None
@@ -94,7 +96,7 @@ async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: Exec
         kind = workflow.trigger_kind or "manual"
         run = RunRequest(workflow, kind, trigger_output(kind, inputs, request.gateway.clock()))
     else:
-        # In a thread: others are served while a large graph is gone through.
+        # A thread, so that a large graph does not block other requests.
         catalog = request.gateway.catalog
         run = await asyncio.to_thread(
             _changed, workflow, override, piece, inputs, catalog, request.gateway.clock()
@@ -115,7 +117,7 @@ def _changed(
     catalog: NodeCatalog,
     now: datetime,
 ) -> RunRequest:
-    """Return the run of another graph, or of a piece of one; nothing of it is saved."""
+    """Return the run of another graph or of a part of one; neither is saved."""
     if override is None:
         nodes, connections = test_runs.select_graph(workflow)
         return test_runs.plan_partial_run(workflow, nodes, connections, piece, inputs, catalog, now)

@@ -1,4 +1,4 @@
-"""Which executions a caller may see."""
+"""Visibility of executions to callers."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from models.database import Database
 
 VISIBLE_SECONDS: Final = 5.0
-"""How long whoever may no longer read a workflow can still see the runs that were looked at before."""
+"""Seconds for which a caller who has lost access to a workflow still sees runs that were checked before."""
 MAX_VISIBLE: Final = 20_000
 
 
 class ExecutionAccess:
-    """Remembers for some seconds who may see what, so that a poll asks once."""
+    """Cache of visible executions by caller, so that polls query the database once."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
         self._visible: TTLCache[tuple[str, str, UserRole], bool] = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)
 
     async def key(self, execution_id: str, caller: ApiCaller) -> ExecutionKey:
-        """Return where the rows of an execution are that the caller may see; raises 404."""
+        """Return the key of the rows of an execution; raises 404 unless the caller may see it."""
         if self._visible.get((execution_id, caller.user_id, caller.role)) is None:
             statement = select(col(Execution.id)).where(
                 col(Execution.id) == execution_id, visibility_condition(caller)
@@ -42,9 +42,9 @@ class ExecutionAccess:
         return ExecutionKey(execution_id, caller.shard)
 
     def allow(self, execution_id: str, caller: ApiCaller) -> None:
-        """Remember that the caller may see an execution: it has just started it."""
+        """Record that the caller may see an execution that it has just started."""
         self._visible.put((execution_id, caller.user_id, caller.role), value=True)
 
     def forget(self) -> None:
-        """Ask about everything again: somebody may see less than before."""
+        """Clear the cache after a change that may reduce visibility."""
         self._visible = TTLCache(VISIBLE_SECONDS, MAX_VISIBLE)

@@ -1,4 +1,4 @@
-"""Executions, spans and log lines as lists and streams read them; tenancy stands in every WHERE."""
+"""Queries of executions, spans and log lines for lists and streams; every WHERE restricts the organization."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ if TYPE_CHECKING:
     from models.execution_status import ExecutionStatus
 
 Recorded: TypeAlias = Row[*tuple[Any, ...]]
-"""A span or a log line, its columns by their names."""
+"""Row of a span or a log line, with its columns as attributes."""
 
 
 def _or_never(moment: SQLColumnExpression[Any]) -> ColumnElement[Any]:
-    """Order what hasn't happened before everything that has; left to themselves the databases disagree."""
+    """Sort null times before all others; SQLite and PostgreSQL have different defaults."""
     return func.coalesce(moment, literal(0, BigInteger))
 
 
 class SpanKind(StrEnum):
-    """What a span tells of."""
+    """Subject of a span."""
 
     NODE = "node"
     TURN = "turn"
@@ -66,7 +66,7 @@ SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
 
 _source = aliased(SpanRow)
 _SHOWN: Final = func.coalesce(col(SpanRow.output), col(SpanRow.output_blob))
-"""An output, or the reference to one that is too large for a row."""
+"""Output, or the reference to an output that is too large for a row."""
 _IS_REFERENCE: Final = and_(col(SpanRow.output).is_(None), col(SpanRow.output_blob).is_not(None)).label(
     "output_is_reference"
 )
@@ -74,28 +74,28 @@ _IS_REFERENCE: Final = and_(col(SpanRow.output).is_(None), col(SpanRow.output_bl
 
 @dataclass(frozen=True, slots=True)
 class ExecutionFilter:
-    """Which executions a list shows."""
+    """Filter of a list of executions."""
 
     workflow_id: str | None
     statuses: Sequence[ExecutionStatus]
-    """Any, where there are none."""
+    """Empty: all statuses."""
     trigger_type: str | None
     parent_id: str | None
     since: datetime | None
     until: datetime | None
-    """Accepted from `since` on, and before `until`."""
+    """Accepted at `since` or later, and before `until`."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExecutionRecord:
-    """An execution with everything that belongs to it."""
+    """Execution with its data and outputs."""
 
     execution: Execution
     data: ExecutionData
     outputs: Sequence[tuple[str, str]]
-    """Node id and JSON text, of the nodes that have given something out so far."""
+    """Node id and JSON text of each output so far."""
     references: Sequence[str]
-    """Ids of the nodes whose text is the reference to a blob."""
+    """Ids of the nodes whose text is a reference to a blob."""
 
 
 async def list_executions(
@@ -105,7 +105,7 @@ async def list_executions(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, list[Execution]]:
-    """Return how many executions the caller may see, and a page of them."""
+    """Return the number of executions that the caller may see and that match, and a page of them."""
     conditions = [
         visibility_condition(caller),
         col(ExecutionData.organization_id) == caller.organization_id,
@@ -132,7 +132,7 @@ async def list_executions(
 async def find_oldest(
     connection: AsyncConnection, wanted: ExecutionFilter, *conditions: ColumnElement[bool], limit: int
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return how many executions fulfil all conditions, and the ids and workflows of the oldest."""
+    """Return the number of matching executions, and the ids and workflows of the oldest."""
     same_run = and_(
         col(ExecutionData.execution_id) == col(Execution.id),
         col(ExecutionData.shard) == col(Execution.shard),
@@ -160,7 +160,7 @@ def _conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
         yield col(Execution.trigger_type) == wanted.trigger_type
     if wanted.parent_id is not None:
         yield col(Execution.parent_id) == wanted.parent_id
-        # The same said once more: it is by the first of a tree of runs that all of them are found.
+        # A redundant condition on the root: the index of trees of runs begins with it.
         parent = aliased(Execution)
         root = select(col(parent.root_id)).where(col(parent.id) == wanted.parent_id).scalar_subquery()
         yield col(Execution.root_id) == func.coalesce(root, wanted.parent_id)
@@ -183,7 +183,7 @@ async def find_execution(
     )
     data = (await connection.execute(heavy)).mappings().first()
     if data is None:
-        return None  # it is being deleted, after all its days
+        return None  # its deletion by retention is in progress
     outputs = (
         select(col(SpanRow.node_id), _SHOWN.label("output"), _IS_REFERENCE)
         .where(
@@ -205,7 +205,7 @@ async def find_execution(
 
 
 async def blob_owner(connection: AsyncConnection, key: ExecutionKey) -> BlobOwner | None:
-    """Return under whose name the contents of a run are kept."""
+    """Return the owner of the blobs of a run."""
     statement = select(col(Execution.organization_id), col(Execution.key_id)).where(
         col(Execution.id) == key.execution_id, col(Execution.shard) == key.shard
     )
@@ -230,7 +230,7 @@ _SPANS: Final = select(
     col(SpanRow.started_at),
     col(SpanRow.ended_at),
     col(SpanRow.wake_at),
-    # An input that is another node's output, unchanged, is kept as that node's name.
+    # An input that equals another node's output is stored as that node's id.
     func.coalesce(
         col(SpanRow.input), col(SpanRow.input_blob), col(_source.output), col(_source.output_blob)
     ).label("input"),
@@ -272,7 +272,7 @@ _ATTEMPTS: Final = select(
     _NO_TEXT.label("unresolved"),
     cast(null(), LargeBinary).label("hashes"),
 )
-"""The same columns, of attempts."""
+"""The columns of `_SPANS`, for attempts."""
 
 
 async def list_spans(
@@ -283,7 +283,7 @@ async def list_spans(
     node_id: str | None,
     statuses: Sequence[SpanStatus],
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return how many spans a run has, and a page of them, in the order in which they were last recorded."""
+    """Return the number of spans of a run, and a page of them, ordered by their last change."""
 
     def conditions(table: type[SpanRow | AttemptRow]) -> Iterable[ColumnElement[bool]]:
         yield from _of(table, key)
@@ -303,14 +303,14 @@ async def list_spans(
 def _spans_and_attempts(
     of_spans: Iterable[ColumnElement[bool]], of_attempts: Iterable[ColumnElement[bool]]
 ) -> CompoundSelect[*tuple[Any, ...]]:
-    """Return the statement that reads spans of nodes and of their attempts, in the order of their numbers."""
+    """Return the statement that reads spans of nodes and attempts, ordered by sequence number."""
     return union_all(_SPANS.where(*of_spans), _ATTEMPTS.where(*of_attempts)).order_by("sequence")
 
 
 async def list_logs(
     connection: AsyncConnection, key: ExecutionKey, part: PageBounds, *, levels: Sequence[str]
 ) -> tuple[int, Sequence[Recorded]]:
-    """Return how many lines a run's log has, and a page of them, the oldest first."""
+    """Return the number of lines of a run's log, and a page of them, the oldest first."""
     conditions = list(_of(LogRow, key))
     if levels:
         conditions.append(col(LogRow.level).in_(levels))
@@ -336,21 +336,21 @@ def _of(table: type[SpanRow | AttemptRow | LogRow], key: ExecutionKey) -> Iterab
     yield col(table.shard) == key.shard
 
 
-# ── what streams follow ─────────────────────────────────────────────────────────────────────────────────────
+# ── event streams ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class RunChanges:
-    """What has been recorded of a run since a stream last looked, in order."""
+    """Spans and log lines that were recorded since the last read of a stream, in order."""
 
     spans: Sequence[Recorded]
     logs: Sequence[Recorded]
     is_all: bool
-    """There is nothing more yet."""
+    """False if `at_most` has cut the result."""
 
 
 async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) -> dict[str, Execution]:
-    """Return the light rows of several executions at once, by id."""
+    """Return the rows of several executions, without their data, by id."""
     ids, shards = {key.execution_id for key in keys}, {key.shard for key in keys}
     statement = select(Execution).where(col(Execution.id).in_(ids), col(Execution.shard).in_(shards))
     rows = await connection.execute(statement)
@@ -360,8 +360,10 @@ async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) 
 async def read_changes(
     connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int
 ) -> RunChanges:
-    """Return spans and log lines with a sequence number above `after`, the lowest of either kind."""
-    # Between two statements more may be committed, of either kind: both go as far as was there at one moment.
+    """Return the spans and log lines with the lowest sequence numbers above `after`, up to `at_most` of each
+    kind.
+    """
+    # Commits may happen between the two statements: both end at the highest number of one moment.
     newest = (await connection.execute(_newest(key))).one()
     last = max(newest)
     found_spans = (
@@ -380,7 +382,7 @@ async def read_changes(
             .limit(at_most)
         )
     ).all()
-    # Behind the end of a list that was cut there may be more of its kind: the other goes no further than that.
+    # A list that was cut may have more of its kind behind the cut: the other list ends at the same number.
     cuts = [rows[-1].sequence for rows in (found_spans, found_logs) if len(rows) == at_most]
     if not cuts:
         return RunChanges(found_spans, found_logs, is_all=True)
@@ -400,7 +402,7 @@ def _between(
 
 
 def _newest(key: ExecutionKey) -> Select[int, int]:
-    """Return the statement that reads the highest sequence number of either kind."""
+    """Return the statement that reads the highest sequence number of each kind."""
     of_span, of_line = (
         select(func.coalesce(func.max(col(table.sequence)), 0)).where(*_of(table, key)).scalar_subquery()
         for table in (SpanRow, LogRow)

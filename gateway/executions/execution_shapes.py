@@ -1,4 +1,4 @@
-"""Executions, spans and log lines as clients see them; JSON that is stored as text is passed through as it is."""
+"""API shapes of executions, spans and log lines; JSON that is stored as text is passed through unchanged."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ _HASHED_PARTS = ("type", "config", "mappings", "input")
 
 
 class ExecutionErrorShape(WireStruct):
-    """The reason for which an execution has failed."""
+    """Reason for the failure of an execution."""
 
     code: str
-    """`node-error` where a node has failed: `cause` has the code of the node."""
+    """`node-error` if a node has failed: `cause` has the code of the node."""
     message: str
     node_id: str | None
     attempt: int | None
     cause: FailureCause | UnsetType = UNSET
-    """The error of the failed node, only beside `node-error`; executions that ended before it was kept have none.
+    """The error of the failed node, only beside `node-error`. Executions that ended before this field existed
+    have none.
 
-    `method` and `url` name the HTTP request that failed, without values of the query and secrets. `executionId` is the
+    `method` and `url` name the failed HTTP request, without query values and secrets. `executionId` is the
     execution of a sub-workflow that `nodeId` belongs to; without it, `nodeId` is a node of this execution.
     """
 
@@ -50,7 +51,7 @@ ErrorObject: TypeAlias = Annotated[
 ErrorText: TypeAlias = Annotated[
     Raw, Meta(extra_json_schema={"$ref": "#/components/schemas/ExecutionErrorShape"})
 ]
-"""An error as JSON, passed through as it is stored."""
+"""Error as stored JSON text, passed through unchanged."""
 
 
 class TriggerShape(WireStruct):
@@ -62,17 +63,17 @@ class TriggerShape(WireStruct):
 
 
 class FollowUpShape(WireStruct):
-    """How it goes with telling somebody of the end of a run, or with running a workflow about its failure."""
+    """Progress of the completion actions of a run: its callback and its failure workflow."""
 
     pending: bool
-    """There is something left to do, when the run has ended or after a pause."""
+    """True while an action remains to be done, at the end of the run or after a pause."""
     attempts: int
     last_error: str | None
-    """Why the last attempt failed; with nothing pending, it was given up."""
+    """Error of the last attempt; if `pending` is false, it was given up."""
 
 
 class ExecutionShape(WireStruct):
-    """An execution; `config` and `outputs` are only in the answer about this one."""
+    """Execution; lists omit `config` and `outputs`."""
 
     id: str
     workflow_id: str
@@ -83,16 +84,17 @@ class ExecutionShape(WireStruct):
     organization_id: str
     error: ErrorObject | None
     progress: int
-    """Percent of the nodes that are settled. In a loop of n items, each turn counts for an n-th of the loop and of the
-    nodes in it. It never goes down; only a completed execution has 100.
+    """Percentage of nodes that are settled; it never decreases, and only a completed execution has 100.
+
+    In a loop of n items, each turn counts for an n-th of the loop and of the nodes in it.
     """
     completed_nodes: int
     total_nodes: int
     resumed_from: str | None
     parent_id: str | None
-    """The execution that has started it, by one of its nodes."""
+    """Execution with the node that started this one."""
     root_id: str | None
-    """The first of the executions that have started one another."""
+    """First execution of the tree of sub-workflows."""
     created_at: Instant
     started_at: Instant | None
     ended_at: Instant | None
@@ -102,11 +104,11 @@ class ExecutionShape(WireStruct):
     outputs: Mapping[str, Raw] | UnsetType = UNSET
     """By node id. An output over 256 kB is `{"$blob": …, "omitted": {bytes, reason, message, url}}`."""
     follow_up: FollowUpShape | UnsetType | None = UNSET
-    """Null where nobody is to be told of its end."""
+    """Null without a callback or failure workflow."""
 
 
 class ProgressShape(WireStruct):
-    """Where a run is; `outputs` are there when it has ended."""
+    """Progress of a run; `outputs` is empty until it has ended."""
 
     execution_id: str
     status: Status
@@ -119,7 +121,7 @@ class ProgressShape(WireStruct):
 
 
 class HeadShape(WireStruct):
-    """What a stream tells of the run itself."""
+    """Status and progress of a run in an event stream."""
 
     execution_id: str
     status: Status
@@ -130,11 +132,13 @@ class HeadShape(WireStruct):
 
 
 class SpanShape(WireStruct):
-    """One node in one run, one turn of a loop, or one attempt of a node that was tried more than once."""
+    """Span: one node in one run, one turn of a loop, or one attempt of a node that was tried more than once."""
 
     id: str
     kind: SpanKind
-    """`turn`: of the loop `nodeId`; `attempt`: of the node, whose own span has its last state, input and output."""
+    """`turn`: of the loop `nodeId`; `attempt`: of the node, whose own span has its last state, input and
+    output.
+    """
     execution_id: str
     node_id: str
     node_label: str
@@ -148,7 +152,7 @@ class SpanShape(WireStruct):
     ended_at: Instant | None
     wake_at: Instant | None
     next_attempt_at: Instant | None
-    """When the next attempt begins, or was to begin; null unless this one has failed and is followed by another."""
+    """Planned start of the next attempt; null unless this one has failed and another follows."""
     duration_ms: int | None
     input_data: Raw | None
     output_data: Raw | None
@@ -156,11 +160,11 @@ class SpanShape(WireStruct):
     error: Raw | None
     unresolved: Raw | Sequence[str]
     hashes: Mapping[str, str] | None
-    """SHA-256, in hexadecimal, of type and version, of config after defaults, of mappings, and of the input."""
+    """SHA-256 in hexadecimal of: type and version, config after defaults, mappings, input."""
 
 
 class LogShape(WireStruct):
-    """One line of a run's log."""
+    """Line of a run's log."""
 
     id: str
     execution_id: str
@@ -172,7 +176,7 @@ class LogShape(WireStruct):
 
 
 def show_summary(execution: Execution) -> ExecutionShape:
-    """Return an execution as lists show it, without what may be large."""
+    """Return an execution for a list, without its large fields."""
     return ExecutionShape(
         id=execution.id,
         workflow_id=execution.workflow_id,
@@ -197,7 +201,7 @@ def show_summary(execution: Execution) -> ExecutionShape:
 
 
 def show_execution(found: ExecutionRecord, outputs: ShownOutputs) -> ExecutionShape:
-    """Return an execution with everything that belongs to it, its outputs as `outputs` shows them."""
+    """Return an execution with its data; `outputs` shows large values."""
     shape = show_summary(found.execution)
     shape.trigger = TriggerShape(
         type=found.execution.trigger_type, data=outputs.show_trigger(found.data.trigger)
@@ -276,7 +280,7 @@ def show_log(row: Recorded) -> LogShape:
 
 
 def percent_done(status: str, stored: int) -> int:
-    """Return how much of a run is done: as it is stored, and 100 where it has completed."""
+    """Return the percentage of a run that is done: 100 if it has completed, else the stored value."""
     return 100 if status == ExecutionStatus.COMPLETED else stored
 
 

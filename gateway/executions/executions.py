@@ -1,4 +1,4 @@
-"""Executions: looked at, followed while they run, ended and resumed."""
+"""Endpoints of executions: list, show, follow, stop, cancel and resume them."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 MAX_SEQUENCE: Final = 2**31 - 1
-"""Sequence numbers are integers of four bytes."""
+"""Sequence numbers are 4-byte integers."""
 MAX_SEQUENCE_DIGITS: Final = 10
 
 
 class LogLevel(StrEnum):
-    """How much a line of a log matters."""
+    """Level of a log line."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -57,22 +57,22 @@ class LogLevel(StrEnum):
 
 
 class Expansion(StrEnum):
-    """What an answer shows besides what it shows anyway."""
+    """Optional part of an answer."""
 
     BLOBS = "blobs"
 
 
 WORKFLOW_ID = TextParameter("workflow_id", "Only executions of this workflow.")
 STATUS = ChoicesParameter("status", "Only executions in one of these states.", ExecutionStatus)
-TRIGGER_TYPE = TextParameter("trigger_type", "Only executions that this kind of event set off.")
-PARENT_ID = TextParameter("parent_id", "Only executions that were started by nodes of this one.")
-SINCE = TimeParameter("since", "Only executions that were accepted at this time or later.")
-UNTIL = TimeParameter("until", "Only executions that were accepted before this time.")
+TRIGGER_TYPE = TextParameter("trigger_type", "Only executions with this type of trigger.")
+PARENT_ID = TextParameter("parent_id", "Only executions that a node of this execution has started.")
+SINCE = TimeParameter("since", "Only executions accepted at this time or later.")
+UNTIL = TimeParameter("until", "Only executions accepted before this time.")
 SORT = sorted_by(execution_rows.SORTABLE)
 LISTED = (WORKFLOW_ID, STATUS, TRIGGER_TYPE, PARENT_ID, SINCE, UNTIL, LIMIT, OFFSET, SORT)
 WAIT = IntegerParameter(
     "wait",
-    "Seconds that the answer waits for the execution to end.",
+    "Seconds for which the answer waits for the end of the execution.",
     limits.WAIT_DEFAULT_SECONDS,
     minimum=0,
     maximum=limits.WAIT_SECONDS,
@@ -94,7 +94,7 @@ LOGS = (LEVEL, RECORDS, OFFSET)
 
 
 class ExecutionList(WireStruct):
-    """A part of a list of executions; `count` tells how many there are in all."""
+    """Page of a list of executions; `count` is the total."""
 
     count: int
     limit: int
@@ -103,7 +103,7 @@ class ExecutionList(WireStruct):
 
 
 class SpanList(WireStruct):
-    """A part of a list of spans; `count` tells how many there are in all."""
+    """Page of a list of spans; `count` is the total."""
 
     count: int
     limit: int
@@ -112,7 +112,7 @@ class SpanList(WireStruct):
 
 
 class LogList(WireStruct):
-    """A part of a run's log; `count` tells how many lines it has in all."""
+    """Page of a run's log; `count` is the total."""
 
     count: int
     limit: int
@@ -121,30 +121,31 @@ class LogList(WireStruct):
 
 
 class StreamedEvent(WireStruct):
-    """One server-sent event."""
+    """Server-sent event."""
 
     event: Literal["execution", "span", "log"]
     data: str
-    """JSON: a `Span`, a `Log`, or where the execution is, as its progress has it but without outputs."""
+    """JSON: a `Span`, a `Log`, or the progress of the execution without its outputs."""
     id: str | UnsetType = UNSET
-    """For `Last-Event-ID`; only what is committed has one, and the end of the execution is called `end`."""
+    """Value for `Last-Event-ID`; only committed records have one. The end of the execution has the id `end`.
+    """
 
 
 class EndRequestResult(WireStruct):
-    """An execution that was asked to end, and the state that it is in now."""
+    """Execution with a stop or cancel request, and its current status."""
 
     execution_id: str
     status: ExecutionStatus
 
 
 class ResumeResult(WireStruct):
-    """A new execution, and the failed one that it goes on from."""
+    """New execution, and the failed one that it resumes."""
 
     execution_id: str
     resumed_from: str
 
 
-# ── looked at ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -180,7 +181,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def progress(request: GatewayRequest) -> JsonResponse:
-    """Tell where an execution is: as soon as it has ended, or after `wait` seconds."""
+    """Show the progress of an execution: when it has ended, or after `wait` seconds."""
     wait_seconds = request.query[WAIT]
     key = await _visible(request)
     found = await request.gateway.waiting.progress(key, wait_seconds)
@@ -191,7 +192,7 @@ async def progress(request: GatewayRequest) -> JsonResponse:
 
 
 async def spans(request: GatewayRequest) -> JsonResponse:
-    """List what each node of an execution was given, did and gave out."""
+    """List the spans of an execution, with the input, output and error of each node."""
     query = request.query
     part = query.page(RECORDS)
     node_id, statuses = query[NODE_ID], query[SPAN_STATUS]
@@ -209,7 +210,7 @@ async def spans(request: GatewayRequest) -> JsonResponse:
 
 
 async def logs(request: GatewayRequest) -> JsonResponse:
-    """List the lines that an execution's nodes have written to its log, the oldest first."""
+    """List the log lines of an execution, the oldest first."""
     query = request.query
     part, levels = query.page(RECORDS), query[LEVEL]
     key = await _visible(request)
@@ -220,10 +221,10 @@ async def logs(request: GatewayRequest) -> JsonResponse:
 
 
 async def events(request: GatewayRequest) -> ASGIApp:
-    """Stream what is committed of an execution, as server-sent events.
+    """Stream the committed spans, log lines and progress of an execution as server-sent events.
 
-    Each span and log line has an id: send the last one that you saw as `Last-Event-ID`, and the stream goes on from
-    there. A client that has seen the end is told by 204 to stop asking.
+    Each span and log line has an id: send the last one as `Last-Event-ID`, and the stream continues behind
+    it. A client that sends the id `end` gets 204, which ends its reconnections.
     """
     last_seen = request.headers.get("last-event-id", "0")
     key = await _visible(request)
@@ -236,9 +237,9 @@ async def events(request: GatewayRequest) -> ASGIApp:
 
 
 async def blob(request: GatewayRequest) -> BlobDownload:
-    """Give out a content that is kept for an execution: what the value `{"$blob": …}` stands for.
+    """Download a blob of an execution, named by the hash in `{"$blob": …}`.
 
-    The kind of content is that of the value; browsers are told to save it and not to show it.
+    The content type is that of the reference; browsers save the file and never show it.
     """
     key = await _visible(request)
     owner = await _owner(request, key)
@@ -250,16 +251,16 @@ async def blob(request: GatewayRequest) -> BlobDownload:
         raise errors.not_ready("The blob storage does not answer: try again") from error
 
 
-# ── ended and resumed ───────────────────────────────────────────────────────────────────────────────────────
+# ── cancellation and resume ─────────────────────────────────────────────────────────────────────────────────
 
 
 async def stop(request: GatewayRequest) -> JsonResponse:
-    """Let what has begun finish, and start nothing more; of an execution that has ended, nothing changes."""
+    """Stop an execution: running nodes finish, and no other node starts. An ended execution does not change."""
     return await _ask_to_end(request, "stop")
 
 
 async def cancel(request: GatewayRequest) -> JsonResponse:
-    """Break off what has begun; of an execution that has ended, nothing changes."""
+    """Cancel an execution: running nodes are interrupted. An ended execution does not change."""
     return await _ask_to_end(request, "cancel")
 
 
@@ -268,16 +269,16 @@ async def _ask_to_end(request: GatewayRequest, wish: str) -> JsonResponse:
     requested = await ask_to_end(request.gateway, key, wish)
     if requested is None:
         raise errors.not_found("execution")
-    log.info("execution asked to end", execution_id=key.execution_id, request=wish, status=requested.status)
+    log.info("execution end requested", execution_id=key.execution_id, request=wish, status=requested.status)
     return JsonResponse(
         EndRequestResult(execution_id=key.execution_id, status=ExecutionStatus(requested.status))
     )
 
 
 async def resume(request: GatewayRequest) -> JsonResponse:
-    """Begin a new execution from what a failed one has committed.
+    """Resume a failed execution: start a new one from its committed results.
 
-    It is resumed once: after that, resume the newest execution that goes on from it, which `details` names.
+    An execution is resumed once. After that, resume the newest execution of its line, which `details` names.
     """
     caller, gateway = request.caller, request.gateway
     failed = await _visible(request)
@@ -304,11 +305,11 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(resumed, status=201, headers=headers)
 
 
-# ── what they share ─────────────────────────────────────────────────────────────────────────────────────────
+# ── shared helpers ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
-    """Return under whose name the contents of an execution are kept; raises 404."""
+    """Return the owner of the blobs of an execution; raises 404."""
     async with request.gateway.database.read() as connection:
         owner = await execution_rows.blob_owner(connection, key)
     if owner is None:
@@ -319,7 +320,7 @@ async def _owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
 async def _outputs_shown(
     request: GatewayRequest, execution_id: str, owner: BlobOwner | None, references: Sequence[str]
 ) -> ShownOutputs:
-    """Return the view of an execution's outputs that the query asks for."""
+    """Return the view of an execution's outputs that the query selects."""
     shown = request.gateway.large_outputs
     if owner is None or not references or Expansion.BLOBS not in request.query[EXPAND]:
         return shown.explain(execution_id)
@@ -327,5 +328,5 @@ async def _outputs_shown(
 
 
 async def _visible(request: GatewayRequest) -> ExecutionKey:
-    """Return where the rows of the execution of the path are; raises 404 unless the caller may see it."""
+    """Return the key of the execution of the path; raises 404 unless the caller may see it."""
     return await request.gateway.access.key(request.path_params["id"], request.caller)

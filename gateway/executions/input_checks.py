@@ -1,4 +1,4 @@
-"""Whether what a person answers is what the node has asked for."""
+"""Checks of human input against the choices and the schema of its node."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
-    """Return the choices that a node has asked by."""
+    """Return the choices that a node offers."""
     return cast("Sequence[Mapping[str, Json]]", request.get("choices") or [])
 
 
 async def require_valid_inputs(
     request: GatewayRequest, asked: Mapping[str, Json], choice: str | None, data: Json
 ) -> None:
-    """Raise 422 unless an answer is one of the choices, and its data what the schema says."""
+    """Raise 422 unless `choice` is one of the choices and `data` matches the schema."""
     found = ProblemCollector()
     ports = [str(one["port"]) for one in read_choices(asked)]
     if choice is None and ports:
         found.add("choice", "required", f"choice is required: {' or '.join(ports)}")
     elif choice is not None and choice not in ports:
-        known = f"must be {' or '.join(ports)}" if ports else "was not asked for"
+        known = f"must be {' or '.join(ports)}" if ports else "is not accepted: the node offers no choices"
         found.add("choice", "invalid-value", f"choice {known}")
     schema = asked.get("schema")
     if isinstance(schema, dict):

@@ -1,4 +1,4 @@
-"""What executions ask of people: listed while they wait, and answered once."""
+"""Human input: list the nodes of an execution that wait for a person, and answer them once."""
 
 from __future__ import annotations
 
@@ -36,41 +36,41 @@ SHOWN_TURNS: Final = 20
 
 
 class PendingInput(WireStruct):
-    """What one node waits to be told."""
+    """Node that waits for a person."""
 
     node_id: str
     iteration: str
-    """Which turn of the loops around it asks: empty outside of any."""
+    """Turn of the enclosing loops; empty outside of loops."""
     node_label: str
     title: str
     description: str
     schema: Mapping[str, Any] | None
-    """What `data` of the answer must be, as a JSON Schema; null: anything."""
+    """JSON Schema of `data` in the answer; null allows any value."""
     choices: Sequence[Any]
-    """What `choice` of the answer must be one of; none: it has none."""
+    """Allowed values of `choice` in the answer; empty if the answer has no choice."""
     requested_at: Instant | None
     expires_at: Instant | None
 
 
 class PendingInputs(WireStruct):
-    """All that an execution waits to be told."""
+    """Nodes of an execution that wait for a person."""
 
     count: int
     inputs: Sequence[PendingInput]
 
 
 class InputAnswer(StrictWire):
-    """What a person has decided."""
+    """Answer of a person to a waiting node."""
 
     node_id: Annotated[str, Meta(min_length=1, max_length=64)]
     iteration: Annotated[str, Meta(max_length=limits.LABEL_LENGTH)] | None = None
-    """Needed where several turns of a loop wait."""
+    """Required if several turns of a loop wait."""
     choice: str | None = None
     data: Any = None
 
 
 class InputAnswerResult(WireStruct):
-    """An answer that the execution goes on with."""
+    """Accepted answer, with which the execution continues."""
 
     execution_id: str
     node_id: str
@@ -78,7 +78,7 @@ class InputAnswerResult(WireStruct):
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List what an execution waits to be told by a person."""
+    """List the nodes of an execution that wait for a person."""
     key = await request.gateway.access.key(request.path_params["id"], request.caller)
     async with request.gateway.database.read() as connection:
         found = await node_answers.list_input_waits(connection, key)
@@ -86,7 +86,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def answer(request: GatewayRequest) -> JsonResponse:
-    """Give a node that waits for a person what it has asked for; the first answer counts."""
+    """Answer a node that waits for a person; the first answer counts."""
     gateway, caller = request.gateway, request.caller
     key = await gateway.access.key(request.path_params["id"], caller)
     value = await read_json(request)
@@ -100,7 +100,7 @@ async def answer(request: GatewayRequest) -> JsonResponse:
         async with gateway.database.read() as connection:
             asked = await _asked(connection, key, body)
     except ApiError:
-        # What is waited for no longer may have been answered by this very request, a moment ago.
+        # A node that no longer waits may have been answered by an earlier copy of this request.
         if await _is_repeated(request, key, idempotency_key):
             return _taken(key, body, idempotency.REPLAYED)
         raise
@@ -112,14 +112,14 @@ async def answer(request: GatewayRequest) -> JsonResponse:
         await concurrency_limits.admit_waiting_runs(gateway.database, given.concurrency_key)
     if given.is_woken:
         gateway.acceptances.wake_workers()
-    log.info("input given", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
+    log.info("input answered", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
     return _taken(key, body, {})
 
 
 async def _is_repeated(
     request: GatewayRequest, key: ExecutionKey, idempotency_key: IdempotencyKey | None
 ) -> bool:
-    """Tell whether an earlier request with the same key was answered; raises 422 where it had another body."""
+    """Tell whether an earlier request with this idempotency key was answered; raises 422 if its body differs."""
     if idempotency_key is None:
         return False
     earlier = await acceptance.find_earlier(request.gateway.database, key.shard, idempotency_key)
@@ -129,7 +129,7 @@ async def _is_repeated(
 
 
 async def _asked(connection: AsyncConnection, key: ExecutionKey, body: InputAnswer) -> WaitingNode:
-    """Return what waits for this answer; raises 409 where nothing does, and 422 where several turns of a loop do."""
+    """Return the waiting node of an answer; raises 409 if none waits, and 422 if several turns of a loop do."""
     waiting = [
         one
         for one in await node_answers.list_input_waits(connection, key)
@@ -152,7 +152,9 @@ async def _given(
     body: InputAnswer,
     idempotency_key: IdempotencyKey | None,
 ) -> AnswerResult | None:
-    """Give the answer; None where a request with the same key has. Raises 409, and 422 for a key of another body."""
+    """Store the answer; None if an earlier request with the same key did. Raises 409, and 422 if the body of
+    that differs.
+    """
     user_id = request.caller.user_id
     answered_at = request.gateway.clock()
     told: Json = {"data": body.data, "choice": body.choice, "by": user_id, "at": instant(answered_at)}
@@ -184,12 +186,12 @@ async def _given(
 
 def _refusal(reception: AnswerReception) -> ApiError:
     if reception is AnswerReception.LATE:
-        return errors.conflict("already-answered", "Somebody has given this node its answer already")
+        return errors.conflict("already-answered", "This node was answered already")
     if reception is AnswerReception.EXPIRED:
         return errors.conflict(
-            "input-expired", "The node has waited as long as it was to: it goes on without"
+            "input-expired", "The node has stopped waiting at its deadline and continued without input"
         )
-    message = "No node of this id waits for input: `pending-inputs` of the execution lists those that do"
+    message = "No node with this id waits for input: `pending-inputs` of the execution lists those that do"
     return errors.conflict("no-input-pending", message)
 
 

@@ -1,4 +1,6 @@
-"""Inputs and outputs that are too large for a row: explained in their place, or shown where a client asks for that."""
+"""Inputs, outputs and webhook bodies that are too large for a row: explained in place, or expanded on
+request.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,13 @@ if TYPE_CHECKING:
     from journal.blobs.blob_store import RunBlobs
 
 EXPANSIONS_AT_ONCE: Final = 4
-"""Answers with expanded outputs that one gateway puts together at a time; others wait, so that memory is bounded."""
+"""Concurrent answers with expanded outputs of one gateway; others wait, so that memory is bounded."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 class OmissionReason(StrEnum):
-    """Why an output is not shown where it would stand."""
+    """Reason for the omission of an output."""
 
     TOO_LARGE = "too-large"
     OVER_LIMIT = "over-limit"
@@ -38,7 +40,7 @@ class OmissionReason(StrEnum):
 
 
 class OmissionNote(WireStruct):
-    """The size of an output that is not shown, the reason, and the URL that returns it as JSON."""
+    """Size of an omitted output, the reason, and the URL that returns it as JSON."""
 
     bytes: int
     reason: OmissionReason
@@ -54,12 +56,12 @@ _MESSAGES: Final = {
     OmissionReason.OVER_LIMIT: (
         f"?expand=blobs shows at most {limits.EXPANDED_BYTES:,} bytes of large outputs in one answer: GET the url"
     ),
-    OmissionReason.LOST: "The blob storage does not have it any more, or not as it was stored",
+    OmissionReason.LOST: "The blob storage no longer has it, or not as it was stored",
 }
 
 
 class LargeOutputs:
-    """Those of all executions that one gateway shows."""
+    """Views of the large outputs of executions, for one gateway."""
 
     def __init__(self, blobs: RunBlobs, public_url: str) -> None:
         self._blobs = blobs
@@ -67,14 +69,14 @@ class LargeOutputs:
         self._room = asyncio.Semaphore(EXPANSIONS_AT_ONCE)
 
     def explain(self, execution_id: str) -> ShownOutputs:
-        """Return the view of one execution's outputs in which large ones are explained."""
+        """Return the view of an execution's outputs in which large ones are explained."""
         return ShownOutputs(f"{self._address}/{execution_id}", {}, {})
 
     async def expand(self, execution_id: str, owner: BlobOwner, texts: Sequence[str]) -> ShownOutputs:
-        """Return the view in which large outputs are shown, as far as all of them stay within the limit.
+        """Return the view in which large outputs are shown, up to the limit of bytes for all of them.
 
-        `texts` are the references, one for each place where an output would stand. Raises 503 where the storage of
-        blobs does not answer.
+        `texts` are the references, one for each place of an output. Raises 503 if the blob storage does not
+        answer.
         """
         contents: dict[str, Raw] = {}
         reasons: dict[str, OmissionReason] = {}
@@ -98,7 +100,7 @@ class LargeOutputs:
     async def _content(self, owner: BlobOwner, reference: BlobReference) -> Raw | None:
         try:
             content = await self._blobs.get(owner, reference.sha256, max_bytes=reference.size)
-            # A pod may have put anything there, and an answer is JSON as a whole.
+            # A pod may have stored any bytes, and the answer as a whole must be JSON.
             return await asyncio.to_thread(_checked, content)
         except (BlobLost, BlobTooLarge, ValueError, RecursionError):
             return None
@@ -109,18 +111,18 @@ class LargeOutputs:
 
 
 class ShownOutputs:
-    """One execution's inputs and outputs as an answer shows them."""
+    """View of the inputs and outputs of one execution."""
 
     def __init__(
         self, address: str, contents: Mapping[str, Raw], reasons: Mapping[str, OmissionReason]
     ) -> None:
-        """`contents` and `reasons` are by the text of the reference; the reason of all others is their size."""
+        """`contents` and `reasons` are keyed by the text of the reference; other references are `too-large`."""
         self._address = address
         self._contents = contents
         self._reasons = reasons
 
     def show(self, text: str, *, is_reference: bool) -> Raw:
-        """Return an output as it is shown: itself, or for a reference its content or an explanation.
+        """Return an output; for a reference, its content or an explanation.
 
         The explanation is `{"$blob": {sha256, size, type, name}, "omitted": {bytes, reason, message, url}}`.
         """
@@ -172,6 +174,6 @@ def _reference_of(text: str) -> BlobReference | None:
 
 
 def _checked(content: bytes) -> Raw:
-    """Return JSON as it is; raises `ValueError` for what is none."""
+    """Return JSON text unchanged; raises `ValueError` for other bytes."""
     content.decode()
     return decoding.decode(content, Raw)

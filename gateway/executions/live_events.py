@@ -1,7 +1,7 @@
-"""Server-sent events of a run: what is committed, in order, as it is committed.
+"""Server-sent events of a run: its committed records, in order, after each commit.
 
-A span or log line has its sequence number for an id, so a client that comes back with the last one goes on behind it.
-The end of the run has the id `end`; a client that has seen that is told with 204 to stop asking.
+The id of a span or log line is its sequence number, so a client continues behind the last one that it has
+seen. The end of the run has the id `end`; a client that sends it gets 204, which ends its reconnections.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ END: Final = "end"
 KEEP_ALIVE_SECONDS: Final = 15.0
 EVENTS_AT_ONCE: Final = 50
 HEADERS: Final = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
-"""A buffering proxy would hold events back; `cache-control` stands on every answer."""
+"""A buffering proxy would delay events. Every answer has `cache-control` anyway."""
 
 _encode = msgspec.json.Encoder().encode
 
 
 class LiveEvents:
-    """The event streams of one gateway."""
+    """Event streams of one gateway."""
 
     def __init__(
         self,
@@ -58,26 +58,28 @@ class LiveEvents:
         self._authenticator = authenticator
         self._access = access
         self.open = 0
-        """How many streams are open."""
+        """Number of open streams."""
         self._heads: GroupCommit[ExecutionKey, Execution | None] = GroupCommit(self._read_heads)
 
     def stream(self, key: ExecutionKey, after: int) -> RunEventStream:
-        """Return the answer that tells of a run from behind `after` on; raises 503 where too many are open."""
+        """Return the stream of a run's records behind `after`; raises 503 if too many streams are open."""
         if self.open >= limits.EVENT_STREAMS:
             raise errors.not_ready("Too many event streams are open here: poll the progress instead")
         return RunEventStream(self, key, after)
 
     async def close(self) -> None:
-        """Finish what is being read."""
+        """Finish running queries."""
         await self._heads.drain()
 
     async def check_access(self, key: ExecutionKey, scope: Scope) -> None:
-        """Raise what a new request of the same client would be answered: keys are revoked while streams are open."""
+        """Raise the error that a new request of the same client would get: keys may be revoked while a stream
+        is open.
+        """
         caller = await self._authenticator.caller(scope)
         await self._access.key(key.execution_id, caller)
 
     async def head(self, key: ExecutionKey) -> Execution | None:
-        """Return the light row of a run; all streams that ask at the same time share one query."""
+        """Return the row of a run without its data; concurrent calls share one query."""
         return await self._heads.submit(key)
 
     async def _read_heads(self, batch: Sequence[ExecutionKey]) -> Sequence[Execution | None]:
@@ -87,7 +89,7 @@ class LiveEvents:
 
 
 class RunEventStream:
-    """One client's stream, as an ASGI answer."""
+    """Event stream of one client, as an ASGI response."""
 
     def __init__(self, live: LiveEvents, key: ExecutionKey, after: int) -> None:
         self._live = live
@@ -117,7 +119,7 @@ class RunEventStream:
                 client.cancel()
 
     async def _tell(self, waiter: ExecutionWaiter, scope: Scope, send: Send) -> bool:
-        """Send what is new; False when there will be nothing more."""
+        """Send new events; False if none will follow."""
         waiter.changed.clear()
         try:
             await self._live.check_access(self._key, scope)
@@ -130,7 +132,7 @@ class RunEventStream:
         except ApiError:
             return False
         except DatabaseUnavailable:
-            pass  # what is new stays new, and is asked for again in a second
+            pass  # the next attempt, a second later, sends the same events
         else:
             if head.status in TERMINAL_STATUSES:
                 self._live.waiting.heard_of(self._key.execution_id)

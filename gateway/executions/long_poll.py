@@ -1,7 +1,8 @@
-"""The desk at which long polls and event streams wait for executions to change.
+"""Long polls and event streams that wait for changes of executions.
 
-Watch, then read, then wait: a change between reading and watching would go unheard. A notice may still be lost, so once
-a second everybody looks again, all in one query; with the broker away that alone keeps the answers coming.
+The order is: watch, read, wait. A change between a read and a later watch would be missed. A notification can
+be lost, so all waiting executions are read once a second, in one query. That suffices while the broker is
+away.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 1.0
-"""How long a lost notice can go unnoticed."""
+"""Seconds after which a lost notification is made up for."""
 MAX_WATCHED: Final = 20_000
-"""Executions whose watch is remembered; of others the row is read before anybody waits."""
+"""Executions whose watch is remembered; others are read before a poll waits."""
 
 
 @dataclass(slots=True, eq=False)
 class ExecutionWaiter:
-    """One that waits for an execution: look again whenever `changed` is set, for the last time when `is_over`."""
+    """Waiting request: read again when `changed` is set, and for the last time when `is_over`."""
 
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     is_over: bool = False
@@ -46,20 +47,20 @@ class ExecutionWaiter:
 
 @dataclass(slots=True, eq=False)
 class BrokerWatch:
-    """What the broker was asked to tell of, and whether it has taken that on."""
+    """Watch requested from the broker, and whether it is in effect."""
 
     execution_ids: Sequence[str]
     is_set: bool = False
 
 
 class ExecutionPollHub:
-    """Everybody who waits at this gateway."""
+    """Requests of one gateway that wait for executions to change."""
 
     def __init__(self, store: JournalStore, broker: Broker) -> None:
         self._store = store
         self._broker = broker
         self.polls = 0
-        """How many polls wait."""
+        """Number of waiting polls."""
         self._reads: GroupCommit[ExecutionKey, RunProgressReport | None] = GroupCommit(self._read)
         self._watches: GroupCommit[BrokerWatch, bool] = GroupCommit(self._watch)
         self._watched: TTLCache[str, BrokerWatch] = TTLCache(WATCH_SECONDS / 2, MAX_WATCHED)
@@ -69,19 +70,19 @@ class ExecutionPollHub:
         self._is_released = False
 
     async def start(self) -> None:
-        """Open the channel, or go on without it while the broker is away."""
+        """Open the channel, or continue without it while the broker is away."""
         await self._broker.listen(self._noticed)
         self._looking = asyncio.create_task(self._look_again())
 
     def release(self) -> None:
-        """Let everybody go with what there is now: the process is about to end."""
+        """End all waits with the current state, before the process stops."""
         self._is_released = True
         for waiters in self._waiters.values():
             for waiter in waiters:
                 waiter.end()
 
     async def close(self) -> None:
-        """Let everybody go, and finish what is being read."""
+        """End all waits and finish running queries."""
         self.release()
         if self._looking is not None:
             self._looking.cancel()
@@ -91,7 +92,10 @@ class ExecutionPollHub:
         await self._reads.drain()
 
     async def progress(self, key: ExecutionKey, wait_seconds: float) -> RunProgressReport | None:
-        """Return where a run is: as soon as it has ended, else when the time is over; None where there is none."""
+        """Return the progress of a run at its end or after `wait_seconds`; None if it does not exist.
+
+        Raises 503 if too many requests wait.
+        """
         if wait_seconds <= 0:
             return await self._reads.submit(key)
         if self.polls >= limits.POLLS_WAITING:
@@ -107,7 +111,8 @@ class ExecutionPollHub:
 
     async def _ended(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
         if self._will_hear_of(key.execution_id):
-            # Accepted here, or read before, and not heard of since: there is nothing new to read.
+            # Accepted or read here with a watch in effect, and no notification since: there is nothing new to
+            # read.
             await waiter.changed.wait()
         while True:
             waiter.changed.clear()
@@ -120,7 +125,7 @@ class ExecutionPollHub:
 
     @contextmanager
     def waiter(self, execution_id: str) -> Iterator[ExecutionWaiter]:
-        """Lend a waiter that hears of every change of an execution that is watched, and once a second besides."""
+        """Register a waiter that is notified of every change of a watched execution, and once a second."""
         waiter = ExecutionWaiter()
         if self._is_released:
             waiter.end()
@@ -134,21 +139,21 @@ class ExecutionPollHub:
                 self._waiters.pop(execution_id, None)
 
     def _will_hear_of(self, execution_id: str) -> bool:
-        """Tell whether the end will be heard of, and nothing has been since that was so."""
+        """Tell whether a watch for the end is in effect and no notification has arrived since."""
         return self._expected.get(execution_id) is not None or self.is_watched(execution_id)
 
     def expect(self, execution_ids: Sequence[str]) -> None:
-        """Count on being told of the end of each: they are being accepted here, and their rows say so."""
+        """Expect notifications of the ends of executions: their rows are inserted here with a watch."""
         for execution_id in execution_ids:
             self._expected.put(execution_id, value=True)
 
     def is_watched(self, execution_id: str) -> bool:
-        """Tell whether the next change will be heard of, and none has been since that was so."""
+        """Tell whether a watch for the next change is in effect and no notification has arrived since."""
         watch = self._watched.get(execution_id)
         return watch is not None and watch.is_set
 
     def watch(self, execution_ids: Sequence[str]) -> asyncio.Future[bool]:
-        """Ask to be told of the next change of each; False where the broker is away."""
+        """Request a notification of the next change of each execution; False while the broker is away."""
         watch = BrokerWatch(execution_ids)
         for execution_id in execution_ids:
             self._watched.put(execution_id, watch)
@@ -165,7 +170,7 @@ class ExecutionPollHub:
         return [True] * len(batch)
 
     def heard_of(self, execution_id: str) -> None:
-        """Have everybody look at an execution that has changed; whoever goes on waiting watches it anew."""
+        """Wake all waiters of a changed execution; those that continue to wait watch it again."""
         self._watched.drop(execution_id)
         self._expected.drop(execution_id)
         for waiter in self._waiters.get(execution_id, ()):
@@ -175,7 +180,7 @@ class ExecutionPollHub:
         found = {one.execution_id: one for one in await self._store.progress(list(dict.fromkeys(batch)))}
         for progress in found.values():
             if progress.status in TERMINAL_STATUSES:
-                # No notice will come any more: it was lost, or it came before the watch.
+                # The notification of the end was lost, or was sent before the watch.
                 self.heard_of(progress.execution_id)
         return [found.get(key.execution_id) for key in batch]
 

@@ -1,4 +1,4 @@
-"""Single nodes tried out: run for real, on what a client gives them."""
+"""Tests of single nodes: real runs on inputs that a client provides."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ if TYPE_CHECKING:
 
 
 class NodeTestRequest(StrictWire):
-    """What a node is tried on."""
+    """Input of a node test."""
 
     input: Any = None
-    """What arrives at the node, as if one node led to it; of a trigger, the inputs that it is started with."""
+    """Input of the node, as if from a single predecessor; for a trigger, the inputs of the run."""
     trigger: dict[str, Any] | None = None
-    """The inputs of the workflow's trigger, for paths that begin with `trigger`."""
+    """Inputs of the workflow's trigger, for paths that begin with `trigger`."""
     nodes: dict[str, Any] | None = None
     """Outputs of other nodes by their ids, for paths that begin with `nodes`."""
     config: dict[str, Any] | None = None
-    """A config in the place of the node's own, this once; needs the scope `workflows:write` too."""
+    """Config that replaces the node's own for this run; also needs the scope `workflows:write`."""
     wait: Annotated[float, Meta(ge=0, le=limits.WAIT_SECONDS)] = limits.TEST_WAIT_DEFAULT_SECONDS
-    """Seconds that the answer waits for the end."""
+    """Seconds for which the answer waits for the end."""
 
 
 class NodeTestResult(WireStruct):
-    """What came of a node that was tried; `status` is that of the execution."""
+    """Result of a node test; `status` is that of the execution."""
 
     execution_id: str
     status: Status
@@ -53,25 +53,25 @@ class NodeTestResult(WireStruct):
     logs: Sequence[LogShape]
     output: Raw | None = None
     port: str | None = None
-    """The port that the output left by."""
+    """Port of the output."""
     unresolved: Raw | Sequence[str] = ()
-    """Paths that found nothing."""
+    """Paths without a value."""
     duration_ms: int | None = None
 
 
 class PendingNodeTest(WireStruct):
-    """A try whose end the answer didn't wait for: the execution tells it."""
+    """Node test that has not ended within `wait` seconds; the execution shows its result."""
 
     execution_id: str
     status: Status
 
 
 async def run_node(request: GatewayRequest) -> JsonResponse:
-    """Run one node of a workflow on an input of your own, for real: what it writes is written.
+    """Run one node of a workflow on your own input. Writes of the node are real.
 
-    It is an execution of its own, with the trigger type `test`, by the node's config, mappings and retries as they
-    are stored. A loop runs with its body. Nothing before the node is run: give it by `input`, and what else its paths
-    ask for by `trigger` and `nodes`.
+    The test is an execution with the trigger type `test`. It uses the stored config, mappings and retries of
+    the node. A loop runs with its body. No predecessor runs: provide their data in `input`, and other paths
+    in `trigger` and `nodes`.
     """
     value = await read_json(request)
     body = body_of(request, value, NodeTestRequest)
@@ -96,13 +96,13 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
 
 
 async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
-    """Return what is to be run; raises 403, 404, 409 and 422."""
+    """Return the run to accept; raises 403, 404, 409 and 422."""
     caller, catalog = request.caller, request.gateway.catalog
     if body.config is not None and not caller.has_scope(KeyScope.WORKFLOWS_WRITE):
         raise errors.scope_required(KeyScope.WORKFLOWS_WRITE)
     acceptance.require_open(workflow.status)
     given = NodeTestInput(body.input, body.trigger or {}, body.nodes or {}, body.config)
-    # In a thread: others are served while a large graph is gone through.
+    # A thread, so that a large graph does not block other requests.
     run = await asyncio.to_thread(
         test_runs.plan_node_test,
         workflow,

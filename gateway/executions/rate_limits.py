@@ -1,8 +1,8 @@
-"""How often runs may be asked for: buckets that all gateways share, of which each takes tokens ahead for a moment.
+"""Rate limits of run requests: token buckets that all gateways share, with tokens leased in advance.
 
-What was taken ahead is used within half a second or not at all, and while a client is slow nothing is. So, of one
-bucket, at most `burst + (seconds + 0.5) * per_second` requests pass in any number of seconds, however many gateways
-there are; those that are refused cost no message. While Redis is away, each gateway counts by itself.
+Leased tokens are used within half a second or expire, and none are leased for a slow client. One bucket
+therefore passes at most `burst + (seconds + 0.5) * per_second` requests in any number of seconds, with any
+number of gateways. Refused requests cost no message. While Redis is away, each gateway counts by itself.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LEASE_SECONDS: Final = 0.5
-"""How long tokens that were taken ahead may be used."""
+"""Lifetime of leased tokens."""
 ASK_SECONDS: Final = 0.25
-"""How long a request waits for Redis."""
+"""Seconds for which a request waits for Redis."""
 AWAY_SECONDS: Final = 5.0
-"""How long it isn't asked again when it did not answer."""
+"""Seconds without requests to Redis after it has not answered."""
 MAX_LEASES: Final = 20_000
 
 
 @dataclass(frozen=True, slots=True)
 class RateLimit:
-    """One of the limits that a request is under."""
+    """Rate limit that applies to a request."""
 
     policy: str
-    """What clients call it."""
+    """Name of the limit in the headers of answers."""
     bucket: str
-    """Those whose requests are counted together."""
+    """Key of the requests that are counted together."""
     rate: BucketRate
 
 
 @dataclass(slots=True)
 class TokenLease:
-    """What this process has of a bucket."""
+    """Tokens of a bucket that this process has leased."""
 
     tokens: int = 0
     until: float = 0.0
     spent: int = 0
-    """Since the bucket was last asked."""
+    """Tokens used since the last request to the bucket."""
     awaited: int = 0
-    """By requests that wait for more."""
+    """Tokens that waiting requests need."""
     left: int = 0
-    """In the bucket, when it was last asked."""
+    """Tokens left in the bucket at the last request to it."""
     refused: int = 0
-    """So many were refused, and more would be, until then."""
+    """Number of tokens that the bucket has refused; requests for as many are refused until then."""
     refused_until: float = 0.0
     asking: asyncio.Task[None] | None = None
 
     def held(self, now: float) -> int:
-        """Return how many tokens may be used."""
+        """Return the number of usable tokens."""
         return self.tokens if now < self.until else 0
 
 
@@ -82,7 +82,7 @@ class RateLimitedRequest(Protocol):
 
 
 class RunRateLimiter:
-    """The limits of all who ask one gateway for runs."""
+    """Rate limits of run requests at one gateway."""
 
     def __init__(self, broker: Broker, settings: GatewaySettings) -> None:
         self._broker = broker
@@ -102,10 +102,10 @@ class RunRateLimiter:
         count: int = 1,
         also: Sequence[RateLimit] = (),
     ) -> None:
-        """Count a request for `count` runs, and say in its answer where its sender stands; raises 429.
+        """Count a request for `count` runs, and add the rate limit headers to its answer; raises 429.
 
-        It counts for whoever `key` is the id of: the API key unless given, and nobody where it is empty. A workflow
-        is named only to count for it, which nobody may who can't use it. `also` holds limits of a route of its own.
+        It counts for the id `key`: by default the API key, and nobody if it is empty. `workflow_id` adds the
+        limit of a workflow, and only for callers who may run it. `also` adds limits of the route.
         """
         limits = list(also)
         if self._per_key is not None and (whose := request.caller.key_id if key is None else key):
@@ -121,13 +121,13 @@ class RunRateLimiter:
                 request.send_with_answer(name, value)
 
     def of_workflow(self, workflow_id: str) -> Sequence[RateLimit]:
-        """Return the limits of what runs a workflow, whoever asks for it."""
+        """Return the limits of the requests for a workflow, for all callers together."""
         if self._per_workflow is None:
             return ()
         return (RateLimit("workflow", f"workflow:{workflow_id}", self._per_workflow),)
 
     async def spend(self, limits: Sequence[RateLimit], count: int = 1) -> None:
-        """Count for limits without a word in the answer; raises 429, and counts for none of them then."""
+        """Count for limits without headers in the answer; raises 429 and then counts for none of them."""
         pairs = [(limit, self._lease(limit)) for limit in limits]
         while short := [pair for pair in pairs if pair[1].held(monotonic()) < count]:
             for limit, lease in short:
@@ -139,7 +139,7 @@ class RunRateLimiter:
             lease.spent += count
 
     async def drain(self) -> None:
-        """Finish what was begun."""
+        """Finish pending requests to Redis."""
         await self._asked.drain()
 
     def _lease(self, limit: RateLimit) -> TokenLease:
@@ -152,7 +152,7 @@ class RunRateLimiter:
         return lease
 
     def _headers(self, limits: Sequence[RateLimit]) -> Mapping[str, str]:
-        """Return what tells a client where it stands, as draft-ietf-httpapi-ratelimit-headers-10 has it."""
+        """Return the rate limit headers of draft-ietf-httpapi-ratelimit-headers-10."""
         policies, standings = [], []
         for limit in limits:
             rate, lease = limit.rate, self._lease(limit)
@@ -163,10 +163,10 @@ class RunRateLimiter:
             standings.append(f'"{limit.policy}";r={left};t={full}')
         return {"RateLimit-Policy": ", ".join(policies), "RateLimit": ", ".join(standings)}
 
-    # ── asking for tokens ───────────────────────────────────────────────────────────────────────────────────
+    # ── token leases ────────────────────────────────────────────────────────────────────────────────────────
 
     async def _more(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
-        """Ask for tokens, once for all who wait for them."""
+        """Lease tokens, with one request for all that wait for them."""
         lease.awaited += count
         try:
             if lease.asking is None:
@@ -198,19 +198,21 @@ class RunRateLimiter:
                     return await self._broker.take_tokens(batch)
             except (BrokerUnavailable, TimeoutError) as error:
                 self._away_until = monotonic() + AWAY_SECONDS
-                log.warning("rates counted by this process alone", reason=str(error))
+                log.warning("rate limits counted by this process alone", reason=str(error))
         return [self._own.take(demand, monotonic()) for demand in batch]
 
 
 def read_rate(per_second: float, burst: int | None) -> BucketRate | None:
-    """Return what settings say; None: no limit. A burst that isn't given is that of two seconds."""
+    """Return the rate of the settings; None means no limit. The default burst is two seconds of requests."""
     if not per_second:
         return None
     return BucketRate(per_second, burst or math.ceil(2 * per_second))
 
 
 def _ahead(rate: BucketRate, lease: TokenLease, now: float) -> int:
-    """Return how many tokens to take ahead: as many as were used of late, and more where they were used up early."""
+    """Return the number of tokens to lease in advance: as many as were used recently, more if they ran out
+    early.
+    """
     if now >= lease.until + LEASE_SECONDS:
         return 0
     expected = lease.spent if now >= lease.until else 2 * lease.spent

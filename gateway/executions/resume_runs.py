@@ -1,4 +1,4 @@
-"""A failed run taken up again: a new execution that starts from what the failed one has committed."""
+"""Resume of failed runs: a new execution that starts from the committed results of the failed one."""
 
 from __future__ import annotations
 
@@ -55,37 +55,39 @@ if TYPE_CHECKING:
 _later = aliased(Execution)
 IS_RESUMED: Final = (
     select(col(_later.id))
-    # By the index of resumed runs, which goes by the first of a line of them.
+    # By the index of resumed runs, which begins with the first run of a line.
     .where(col(_later.key_id) == col(Execution.key_id), col(_later.resumed_from) == col(Execution.id))
     .correlate(Execution)
     .exists()
 )
-"""Whether somebody has taken an execution up again."""
+"""Condition: an execution was resumed."""
 _SETTLED: Final = or_(
     col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
     and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
 )
-"""Nodes that won't run again, among them one that failed and left by its error port, but no failed turn of a loop."""
+"""Nodes that do not run again; includes failed nodes that left by their error port, excludes failed turns of
+loops.
+"""
 _IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
-"""Writes that nobody knows the end of: they are asked for again, with the key and the body that were recorded."""
+"""Writes with unknown outcome: they are repeated with the recorded key and body."""
 _NOT_YET: Final = (
     *("due_at", "lease_owner", "lease_until", "deadline_at"),
     *("request", "error", "started_at", "ended_at", "follow_up_at", "follow_up_outcome"),
 )
-"""Columns of an execution that are empty until somebody takes it up."""
+"""Columns of an execution that are empty until its first claim."""
 
 
 async def resume_execution(
     connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller
 ) -> str | None:
-    """Insert the execution `new_id`; raises 404, and 409 where there is nothing to resume, or no longer.
+    """Insert the execution `new_id`; raises 404, and 409 if the failed one can't be resumed.
 
-    Returns its concurrency key, if it waits for a place.
+    Returns its concurrency key if it waits for a slot.
     """
     earlier = await _required_failed(connection, failed, caller)
     concurrency_key: str | None = earlier.concurrency_key
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
-        return concurrency_key  # an earlier try was committed, though its answer was lost
+        return concurrency_key  # an earlier attempt was committed, but its answer was lost
     await _require_untaken(connection, failed)
     await insert_copy(connection, failed, new_id, caller, trigger_type=earlier.trigger_type)
     return concurrency_key
@@ -94,7 +96,7 @@ async def resume_execution(
 async def insert_copy(
     connection: AsyncConnection, failed: ExecutionKey, new_id: str, caller: ApiCaller, *, trigger_type: str
 ) -> None:
-    """Insert the execution `new_id` with what a failed one has committed."""
+    """Insert the execution `new_id` with the committed results of a failed one."""
     kept = select(col(SpanRow.node_id), col(SpanRow.iteration), _SETTLED.label("is_settled")).where(
         _spans_of(failed), or_(_SETTLED, _IN_FLIGHT)
     )
@@ -125,7 +127,7 @@ async def insert_copy(
 
 
 async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_id: str) -> None:
-    """Copy the attempts of the nodes whose spans are kept; others are tried from the first attempt on."""
+    """Copy the attempts of the nodes whose spans are kept; other nodes begin with attempt 1."""
     identity = (col(AttemptRow.node_id), col(AttemptRow.iteration), col(AttemptRow.attempt))
     of_kept = and_(
         *(
@@ -155,7 +157,7 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
 
 
 async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: ApiCaller) -> Row[Any]:
-    """Return what is known of the failed execution, which nobody resumes or deletes before the transaction ends."""
+    """Return the row of the failed execution, locked against resume and deletion until the transaction ends."""
     statement: Select[*tuple[Any, ...]] = (
         select(
             *(col(Execution.status), col(Execution.trigger_type), col(Execution.concurrency_key)),
@@ -178,8 +180,8 @@ async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, ca
 
 
 async def _require_untaken(connection: AsyncConnection, failed: ExecutionKey) -> None:
-    """Raise 409 where a failed execution was resumed before; its details name the newest execution of the line."""
-    # In a statement of its own, after the lock: so it sees what a rival has committed.
+    """Raise 409 if a failed execution was resumed before; the details name the newest execution of the line."""
+    # A separate statement after the lock, so that it sees the commit of a competing resume.
     taken_up = select(col(Execution.key_id)).where(col(Execution.id) == failed.execution_id, IS_RESUMED)
     key_id = await connection.scalar(taken_up)
     if key_id is None:
@@ -189,15 +191,15 @@ async def _require_untaken(connection: AsyncConnection, failed: ExecutionKey) ->
     )
     newest_first = (col(Execution.created_at).desc(), col(Execution.id).desc())
     newest = await connection.scalar(line.order_by(*newest_first).limit(1))
-    message = f"The execution was resumed already: the newest one that goes on from it is {newest}"
+    message = f"The execution was resumed already: resume the newest one of its line, {newest}"
     detail = errors.problem("id", "already-resumed", message)
     raise errors.conflict("already-resumed", message, details=[{**detail, "executionId": newest}])
 
 
 async def _follow_up(connection: AsyncConnection, failed: ExecutionKey, trigger_type: str) -> str | None:
-    """Return what is to be done about the end of the new one: what the settings say that the failed one obeyed.
+    """Return the completion actions of the new execution, from the settings of the failed one.
 
-    Whoever else waited for the failed one has been told.
+    The callbacks of the failed one were sent at its end.
     """
     if trigger_type == completion.ON_FAILURE_TRIGGER:
         return None
@@ -242,7 +244,7 @@ def _new_execution(
 
 
 def _is_unread(failed: ExecutionKey) -> Select[bool]:
-    """Return the statement that tells whether what a run was brought by could not be read."""
+    """Return the statement that tells whether the mail that started a run could not be parsed."""
     return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard
     )
@@ -256,7 +258,7 @@ def _new_data(failed: ExecutionKey, new_id: str) -> Insert:
 
 
 def _new_span(failed: ExecutionKey, new_id: str) -> Insert:
-    """Return the statement that copies one span, that of `of_node` and `of_iteration`, with the id `new_id`."""
+    """Return the statement that copies the span of `of_node` and `of_iteration` with the id `new_id`."""
     condition = and_(
         _spans_of(failed),
         col(SpanRow.node_id) == bindparam("of_node"),
@@ -273,7 +275,7 @@ def _spans_of(failed: ExecutionKey) -> ColumnElement[bool]:
 def _copy(
     table: str, changes: Mapping[str, SQLColumnExpression[Any]], condition: ColumnElement[bool]
 ) -> Insert:
-    """Return the statement that inserts rows of a table once more, with some columns changed."""
+    """Return the statement that copies rows of a table with some columns changed."""
     columns = SQLModel.metadata.tables[table].columns
     selected = select(*(changes.get(column.name, column) for column in columns)).where(condition)
     return insert(SQLModel.metadata.tables[table]).from_select([column.name for column in columns], selected)

@@ -1,4 +1,4 @@
-"""One run on its way in: planned by the workflow as it was loaded last, and taken in once however often it is sent."""
+"""Requests for one run: planned with the cached workflow, and accepted idempotently."""
 
 from __future__ import annotations
 
@@ -29,44 +29,45 @@ _encode = msgspec.json.Encoder().encode
 
 @dataclass(frozen=True, slots=True)
 class RunRequest:
-    """A run to be taken in."""
+    """Run to accept."""
 
     workflow: LoadedWorkflow
-    """With the definition that is to be run, which need not be its own."""
+    """Workflow with the definition to run, which may differ from its own."""
     trigger_type: str
     trigger: Json
-    """What the trigger node gives out."""
+    """Output of the trigger node."""
     callback_url: str = ""
-    """Who is told of its end."""
+    """URL that gets a message at the end of the run."""
     assigned_deployment_id: str | None = None
-    """The deployment whose pods are to run it; None: any worker."""
+    """Deployment whose pods run it; None: any worker."""
     is_private: bool = False
-    """Only its user and those who may change the workflow see it: it runs more than the workflow and its inputs."""
+    """Visible only to its user, the owner and admins: it runs more than the workflow and its inputs."""
 
 
 RunPlanner: TypeAlias = Callable[[LoadedWorkflow], Awaitable[RunRequest]]
-"""Returns the run of a workflow; raises `ApiError`. It may be called again, with another revision."""
+"""Returns the run of a workflow; raises `ApiError`. It may be called again with another revision."""
 
 
 def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
-    """Raise 422 where a body gives the inputs of a run by both names."""
+    """Raise 422 if a body has the inputs of a run under both names."""
     if trigger_inputs is not None and inputs is not None:
-        message = "inputs and triggerInputs mean the same: give one of them"
+        message = "inputs and triggerInputs have the same meaning: send only one of them"
         raise errors.invalid([errors.problem("inputs", "ambiguous", message)])
 
 
 async def accept_run(
     request: GatewayRequest, plan: RunPlanner, idempotency_key: IdempotencyKey | None
 ) -> AcceptanceResult:
-    """Accept a run of the workflow of the path, or return the one that was accepted for the same promise before.
+    """Accept a run of the workflow of the path, or return the run of an earlier request with the idempotency
+    key.
 
-    Raises 404, 409, 422, 429, and whatever `plan` raises.
+    Raises 404, 409, 422, 429, and the errors of `plan`.
     """
     workflow = await request.gateway.workflows.load(request.path_params["id"], request.caller)
     await request.gateway.rates.take(request, workflow.id)
     accepted = await _accept(request, workflow, plan, idempotency_key)
     if accepted.verdict is AcceptanceVerdict.STALE:
-        # The workflow has moved on since it was loaded: it may be gone, closed, or another graph.
+        # The workflow has changed since it was loaded: it may be deleted, closed, or have another graph.
         request.gateway.workflows.forget(workflow.organization_id, workflow.id)
         workflow = await request.gateway.workflows.load(workflow.id, request.caller)
         accepted = await _accept(request, workflow, plan, idempotency_key)
@@ -79,7 +80,9 @@ async def accept_run(
 
 
 def response_headers(request: GatewayRequest, accepted: AcceptanceResult) -> dict[str, str]:
-    """Return what the answer about an accepted run carries: where it is, and whether it was there before."""
+    """Return the headers of an answer about an accepted run: its location, and whether the answer is a
+    replay.
+    """
     told = location(request.gateway.settings, accepted.execution_id)
     return {**told, **idempotency.REPLAYED} if accepted.verdict is AcceptanceVerdict.REPEATED else told
 
@@ -95,7 +98,7 @@ async def _accept(
         run = await _plan_run(request, plan, workflow)
         await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
     except ApiError:
-        # Whatever has become of the workflow since: a request that was answered before is answered the same.
+        # A repeated request gets its first answer, even if the workflow has changed since.
         if idempotency_key is None:
             raise
         earlier = await acceptance.find_earlier(request.gateway.database, caller.shard, idempotency_key)
@@ -137,11 +140,11 @@ async def _accept(
 
 
 async def _plan_run(request: GatewayRequest, plan: RunPlanner, workflow: LoadedWorkflow) -> RunRequest:
-    """Return the run, planned by the workflow as it was loaded last."""
+    """Return the run, planned with the workflow as it was loaded last."""
     try:
         return await plan(workflow)
     except ApiError:
-        # It may have been mended or opened since: nothing is refused from memory.
+        # The workflow may have been corrected or opened since: no request is refused because of the cache.
         workflows = request.gateway.workflows
         workflows.forget(workflow.organization_id, workflow.id)
         current = await workflows.load(workflow.id, request.caller)

@@ -1,4 +1,4 @@
-"""Pieces of a workflow made ready to run on their own, some nodes with outputs that are given; nothing is saved."""
+"""Plans of partial runs and node tests, with pinned outputs for some nodes; neither is saved."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
     from nodes.catalog import NodeCatalog
 
 TEST: Final = "test"
-"""The trigger type of a run of a single node."""
+"""Trigger type of the run of a single node."""
 ABOUT_WHOLE_RUNS: Final = frozenset({"retryOnFailure", "maxRetries", "onFailure", "concurrency"})
-"""Settings of a workflow that a test of one of its nodes doesn't obey."""
+"""Settings of a workflow that do not apply to a node test."""
 COMPARED_IDS: Final = 1_000
-"""Nodes whose ids are compared with one that isn't there, to name those that are near."""
+"""Number of node ids that are compared with an unknown one, for a suggestion."""
 SHOWN_CHARACTERS: Final = 64
-"""As much of an id that isn't there as is repeated."""
+"""Characters of an unknown id in an error message."""
 
 
 @dataclass(frozen=True, slots=True)
 class GraphSelection:
-    """What of a graph is run."""
+    """Part of a graph that runs."""
 
     up_to: str | None = None
-    """The node that is wanted: it and what leads to it. None: all nodes."""
+    """Node that runs with its predecessors. None: all nodes."""
     pinned: Mapping[str, Json] = field(default_factory=dict)
-    """Outputs by node id: these nodes give them out without being run."""
+    """Outputs by node id: these nodes return them without running."""
 
 
 WHOLE: Final = GraphSelection()
@@ -55,15 +55,15 @@ WHOLE: Final = GraphSelection()
 
 @dataclass(frozen=True, slots=True)
 class NodeTestInput:
-    """What a single node is tried on."""
+    """Input of a node test."""
 
     input: Json
     trigger: Mapping[str, Json]
-    """The inputs of the workflow's trigger."""
+    """Inputs of the workflow's trigger."""
     nodes: Mapping[str, Json]
     """Outputs of other nodes, by their ids."""
     config: Mapping[str, Json] | None
-    """In the place of the node's own."""
+    """Config that replaces the node's own."""
 
 
 def select_graph(workflow: LoadedWorkflow) -> tuple[list[StoredNode], list[StoredConnection]]:
@@ -81,7 +81,7 @@ def plan_partial_run(
     catalog: NodeCatalog,
     now: datetime,
 ) -> RunRequest:
-    """Return the run of a piece of a graph; raises 422 where the piece isn't one of this graph."""
+    """Return the run of a part of a graph; raises 422 if the part names unknown nodes."""
     known = {str(node["id"]) for node in nodes}
     asked = {} if piece.up_to is None else {"upTo": piece.up_to}
     _require(known, asked | {f"pinned.{node_id}": node_id for node_id in piece.pinned})
@@ -95,9 +95,9 @@ def plan_partial_run(
 def plan_node_test(
     workflow: LoadedWorkflow, node_id: str, given: NodeTestInput, catalog: NodeCatalog, now: datetime
 ) -> RunRequest:
-    """Return the run of one node, of a loop with its body, behind a node that gives out its input.
+    """Return the run of one node, behind a node that returns its input; a loop runs with its body.
 
-    A trigger has none before it. Raises 404, 409 where two nodes share the id, and 422.
+    A trigger has no node before it. Raises 404, 409 if two nodes share the id, and 422.
     """
     nodes, connections = select_graph(workflow)
     tried = node_edits.named(nodes, node_id)
@@ -153,7 +153,8 @@ def _with_definition(
     text = encode_canonical(definition)
     if piece.pinned:
         definition["pinned"] = dict(piece.pinned)
-        # Not in canonical order: nodes give out the fields of an object as they stand, and so must what is pinned.
+        # Not canonical: nodes return the fields of an object in their original order, and so must pinned
+        # outputs.
         text = b'%b,"pinned":%b}' % (text[:-1], encode_json(definition["pinned"]))
     graph = pruning.prune_graph(ParsedGraph.from_stored(definition), catalog)
     return replace(
@@ -166,7 +167,7 @@ def _with_definition(
 
 
 def _of_what_runs(found: ValidationResult, piece: GraphSelection) -> ValidationResult:
-    """Leave out findings about nodes that aren't run; where some are pinned, no other trigger is missing."""
+    """Omit findings about nodes that do not run; with pinned outputs, a missing trigger is no error."""
 
     def matters(finding: GraphFinding) -> bool:
         if finding.type is FindingType.MISSING_TRIGGER:
@@ -186,7 +187,7 @@ def _trigger(
     catalog: NodeCatalog,
     now: datetime,
 ) -> Json:
-    """Return what the trigger gives out: what it is pinned to, or what it makes of the inputs."""
+    """Return the output of the trigger: its pinned output, or the output for the inputs."""
     for node in nodes if pinned else ():
         if node["id"] in pinned and _is_trigger(node, catalog):
             return pinned[str(node["id"])]
@@ -196,7 +197,7 @@ def _trigger(
 def _body(
     node_id: str, nodes: Sequence[StoredNode], connections: Sequence[StoredConnection], catalog: NodeCatalog
 ) -> frozenset[str]:
-    """Return the nodes in the body of a loop; of any other node, none."""
+    """Return the nodes in the body of a loop; empty for any other node."""
     types = {str(node["id"]): catalog.node_types.get(str(node["type"])) for node in nodes}
     loops = {each for each, node_type in types.items() if node_type and node_type.loops}
     if node_id not in loops:
@@ -215,7 +216,7 @@ def _is_trigger(node: StoredNode, catalog: NodeCatalog) -> bool:
 def _parent_of(
     node: StoredNode, taken: Collection[str], catalog: NodeCatalog
 ) -> tuple[StoredNode, StoredConnection]:
-    """Return a node that stands in for whatever leads to another, and the connection between them."""
+    """Return a node that stands for the predecessors of another, and the connection between them."""
     node_type = catalog.node_types.get(str(node["type"]))
     port = node_type.inputs[0] if node_type and node_type.inputs else INPUT
     is_free = "input" not in {*taken, node["id"]}
@@ -242,7 +243,7 @@ def _parent_of(
 
 
 def _require(known: Collection[str], asked: Mapping[str, str]) -> None:
-    """Raise 422 with a problem for each field, by its path, that names no such node."""
+    """Raise 422 with a problem for each field that names an unknown node, by its path."""
     absent = [_absent(path, node_id, known) for path, node_id in asked.items() if node_id not in known]
     if absent:
         raise errors.invalid(absent)
@@ -251,7 +252,7 @@ def _require(known: Collection[str], asked: Mapping[str, str]) -> None:
 def _absent(path: str, node_id: str, known: Iterable[str]) -> dict[str, Json]:
     meant = name_suggestions.suggest_names(node_id, [*islice(known, COMPARED_IDS)])
     hint = f": did you mean {' or '.join(meant)}?" if meant else ""
-    message = f"There is no such node as {node_id[:SHOWN_CHARACTERS]}{hint}"
+    message = f"There is no node {node_id[:SHOWN_CHARACTERS]}{hint}"
     return errors.problem(path, "unknown-node", message)
 
 
@@ -259,5 +260,5 @@ def _require_room(given: Mapping[str, Json], path: str) -> None:
     try:
         encode_json(dict(given), max_bytes=limits.PINNED_BYTES)
     except InvalidJson as error:
-        message = f"{path} may have at most {limits.PINNED_BYTES:,} bytes as JSON, all together"
+        message = f"{path} may have at most {limits.PINNED_BYTES:,} bytes as JSON in total"
         raise errors.invalid([errors.problem(path, "too-large", message)]) from error

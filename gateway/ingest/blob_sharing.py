@@ -1,4 +1,4 @@
-"""What a run was given besides its JSON, for another run: contents belong to a run, and go with it."""
+"""Copies of blobs for a redrive: blobs belong to one run and are deleted with it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 async def share_blobs(
     blobs: BlobStore, given: str, source: BlobOwner | None, idempotency_key: IdempotencyKey | None
 ) -> RunInput:
-    """Return what another run is given of what the run of `source` was given, once its contents are there too.
+    """Return the input of a new run from the input of the run of `source`, after copying its blobs.
 
-    A mail that wasn't read is read once more, and run even where the trigger's rules rejected it before. Raises 409
-    where its content is gone, and 503.
+    An unparsed mail is parsed again, and run even if the trigger's rules rejected it before. Raises 409 if
+    the content is gone, and 503 if the blob storage does not answer.
     """
     execution_id = ids.new_id("exec")
     if trigger_body.is_separate(given):
@@ -45,7 +45,7 @@ async def share_blobs(
             raise _blob_missing()
     elif source is not None:
         for reference in _attached_blobs(trigger):
-            # Where one is gone, the node that wants it says so.
+            # If a blob is gone, the node that reads it fails with that error.
             await _copy_blob(blobs, source, execution_id, reference)
     return RunInput(
         trigger=trigger, idempotency_key=idempotency_key, is_read=is_read, execution_id=execution_id
@@ -53,7 +53,9 @@ async def share_blobs(
 
 
 async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
-    """Copy the body of a webhook; returns the whole output of its trigger. Raises 409 where it is gone, and 503."""
+    """Copy the body of a webhook and return the whole output of its trigger. Raises 409 if it is gone, and
+    503.
+    """
     if source is None or not await _copy_blob(
         blobs, source, execution_id, trigger_body.find_reference(given)
     ):
@@ -67,7 +69,7 @@ async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, exe
 
 
 def _blob_missing() -> ApiError:
-    return errors.conflict("not-redrivable", "What it has brought is not kept any more")
+    return errors.conflict("not-redrivable", "The content of the request is no longer stored")
 
 
 def _attached_blobs(trigger: Json) -> Iterator[BlobReference]:
@@ -83,7 +85,7 @@ def _attached_blobs(trigger: Json) -> Iterator[BlobReference]:
 async def _copy_blob(
     blobs: BlobStore, source: BlobOwner, execution_id: str, reference: BlobReference
 ) -> bool:
-    """Copy a content; returns False where it is gone."""
+    """Copy a blob; returns False if it is gone."""
     target = BlobOwner(source.organization_id, execution_id)
     try:
         content = await blobs.get(source, reference.sha256)

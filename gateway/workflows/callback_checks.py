@@ -1,4 +1,4 @@
-"""Addresses outside that are told how a run has ended: what may be named, and what it takes to sign for it."""
+"""Checks of callback URLs: public address, API key and signing secret."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 
 
 async def require_reachable(request: GatewayRequest, url: str) -> None:
-    """Raise 422 where an address can't be told of a run: none of the internet's, or the messages can't be signed.
+    """Raise 422 unless a run may report its end to this URL.
 
-    Nor may whoever has only a token name one: it lets in what is sent, and shows nothing of what comes of it. Where a
-    name leads is looked at when it is told, each time.
+    The address must be public, the organization needs a signing secret, and the caller an API key: a trigger
+    token allows requests but reveals nothing about their runs. Host names are resolved and checked at each
+    callback.
     """
     problems = ProblemCollector()
     target = check_callback(url, "callbackUrl", problems)
@@ -41,13 +42,13 @@ async def require_reachable(request: GatewayRequest, url: str) -> None:
             raise ApiError(
                 422,
                 "no-signing-secret",
-                "Messages to a callbackUrl are signed: an admin makes the organisation's secret first, by"
+                "Messages to a callbackUrl are signed: an admin creates the organization's secret first, with"
                 " POST /api/v1/auth/signing-secret",
             )
 
 
 def check_callback(url: str, path: str, problems: ProblemCollector) -> UrlTarget | None:
-    """Return an address in its parts; what is wrong with its text goes to `problems`."""
+    """Parse a callback URL; problems of its text are added to `problems`, and the result is then None."""
     if len(url) > limits.CALLBACK_URL_LENGTH:
         message = f"{path} may have at most {limits.CALLBACK_URL_LENGTH:,} characters"
         problems.add(path, "too-long", message)

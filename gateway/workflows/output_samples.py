@@ -1,4 +1,4 @@
-"""What the nodes of a workflow gave out in its last runs: a look at the shapes of real data, kept small."""
+"""Samples of node outputs in the last runs of a workflow, limited in number and size."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from nodes.catalog import NodeCatalog
 
 PastOutput: TypeAlias = Row[*tuple[Any, ...]]
-"""`node_id`, `output` as JSON text, and the `hashes` of what the node was when it gave that out."""
+"""`node_id`, `output` as JSON text, and the `hashes` of the node at the time of that output."""
 
 RUNS: Final = 5
 MAX_OUTPUT_CHARACTERS: Final = 100_000
 MAX_CHARACTERS: Final = 2_000_000
-"""Of all outputs together, the newest first."""
+"""Characters of all outputs together, the newest first."""
 MAX_OUTPUTS: Final = 2_000
 
 
@@ -86,7 +86,7 @@ async def recent_outputs(
 def output_samples(
     past: Sequence[PastOutput], graph: ParsedGraph, catalog: NodeCatalog
 ) -> dict[str, list[Json]]:
-    """Return the outputs by node; a node that has been configured anew since then has none."""
+    """Return the outputs by node; outputs from before the last change of a node are omitted."""
     present: dict[str, bytes | None] = {}
     found: dict[str, list[Json]] = {}
     for row in past:
@@ -102,7 +102,7 @@ def output_samples(
 
 
 def _hashes(node: GraphNode, catalog: NodeCatalog) -> bytes | None:
-    """Return the digests of a node's type, config and mappings; None for one that can't run."""
+    """Return the digests of a node's type, config and mappings; None for an invalid node."""
     try:
         return compile_node(node, catalog).static_hashes
     except (UnknownNodeType, ExpressionError, InvalidJson):
