@@ -1,4 +1,4 @@
-"""Whom something is shared with, by user id and since when: one user more, or one fewer."""
+"""Shares of an object: the time of each share by user id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 async def require_user(connection: AsyncConnection, user_id: str, caller: ApiCaller) -> None:
-    """Raise 404 for a user that is none of the organisation's."""
+    """Raise 404 unless the user belongs to the organization."""
     if await access_store.find_user(connection, caller.organization_id, user_id) is None:
         raise errors.not_found("user")
 
@@ -30,9 +30,9 @@ def added(
     owner_id: str,
     caller: ApiCaller,
 ) -> Mapping[str, datetime]:
-    """Return whom `what` (`workflow`) is shared with once a user more is; raises 409 and 422."""
+    """Return the shares of a `what` (`workflow`) with one more user; raises 409 and 422."""
     if user_id in {owner_id, caller.user_id}:
-        message = f"userId names somebody who may use the {what} anyway: its owner, or yourself"
+        message = f"userId must be neither the owner of the {what} nor yourself"
         raise errors.invalid([errors.problem("userId", "own-user", message)])
     if user_id in shared_with:
         return shared_with
@@ -43,7 +43,7 @@ def added(
 
 
 def removed(shared_with: Mapping[str, datetime], user_id: str) -> Mapping[str, datetime]:
-    """Return whom something is shared with once a user isn't any more; raises 404."""
+    """Return the shares without a user; raises 404."""
     if user_id not in shared_with:
         raise errors.not_found("share")
     return {user: since for user, since in shared_with.items() if user != user_id}

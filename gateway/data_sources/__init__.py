@@ -1,1 +1,1 @@
-"""Data sources: credentials that workflows name, and nobody sees again."""
+"""Data sources: connections of workflows to external servers, with write-only secrets."""

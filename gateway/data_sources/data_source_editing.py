@@ -1,4 +1,4 @@
-"""One data source, read and changed: who may, in what order when several do at once, and what trace a change leaves."""
+"""Reads and edits of one data source: permissions, locks, preconditions, and audit records."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 Change: TypeAlias = Callable[[StoredDataSource], StoredDataSource]
-"""Returns what a data source becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
+"""Returns the changed data source; raises `ApiError`. It may be called again and must have no side effects.
+"""
 
 
 async def find_readable(connection: AsyncConnection, request: GatewayRequest) -> StoredDataSource:
-    """Return the data source of the path; raises 404 for one that the caller may not read."""
+    """Return the data source of the path; raises 404 unless the caller may read it."""
     stored = await data_source_rows.find(connection, request.path_params["id"], request.caller)
     if stored is None:
         raise errors.not_found("data source")
@@ -39,18 +40,18 @@ async def find_readable(connection: AsyncConnection, request: GatewayRequest) ->
 
 
 async def read_data_source(request: GatewayRequest) -> StoredDataSource:
-    """Return the data source of the path, for whoever needs nothing else from the database; raises 404."""
+    """Return the data source of the path in a transaction of its own; raises 404."""
     async with request.gateway.database.read() as connection:
         return await find_readable(connection, request)
 
 
 def require_writer(request: GatewayRequest, source: DataSource) -> None:
-    """Raise 403 for a data source that the caller may use, but not change, share or delete."""
+    """Raise 403 unless the caller may change, share and delete a readable data source."""
     preconditions.require_owner(request, source.owner_id, what="data source")
 
 
 async def create_data_source(request: GatewayRequest, body: Json, source: DataSource) -> JsonResponse:
-    """Write a new data source once for each Idempotency-Key, and answer 201 with its id."""
+    """Insert a data source, once per idempotency key, and answer 201 with its id."""
     idempotency_key = idempotency.requested_key(request, _without_secrets(request, body))
 
     async def insert(connection: AsyncConnection) -> str:
@@ -60,11 +61,11 @@ async def create_data_source(request: GatewayRequest, body: Json, source: DataSo
             )
             if bound != source.id:
                 return bound
-        # An earlier try may have been committed though its answer was lost.
+        # An earlier attempt may have been committed, though its answer was lost.
         if await data_source_rows.exists(connection, source.id):
             return source.id
         if await data_source_rows.count(connection, source.organization_id) >= limits.DATA_SOURCES:
-            message = f"An organisation may have at most {limits.DATA_SOURCES:,} data sources"
+            message = f"An organization may have at most {limits.DATA_SOURCES:,} data sources"
             raise errors.conflict("too-many-data-sources", message)
         await data_source_rows.add(connection, source)
         await _record(
@@ -86,10 +87,10 @@ async def create_data_source(request: GatewayRequest, body: Json, source: DataSo
 
 
 async def edit_data_source(request: GatewayRequest, action: AuditAction, change: Change) -> StoredDataSource:
-    """Apply `change` to the data source of the path, as it stands when everybody before has finished.
+    """Apply `change` to the data source of the path, after all concurrent edits.
 
-    Raises 404, 403, 412 where `If-Match` names another state, `NameTaken`, and whatever `change` raises; then nothing
-    is written.
+    Raises 404, 403, 412 if `If-Match` names another revision, `DataSourceNameTaken`, and the errors of
+    `change`; then nothing is written.
     """
     done: StoredDataSource | None = None
 
@@ -99,7 +100,7 @@ async def edit_data_source(request: GatewayRequest, action: AuditAction, change:
         if done is not None and await data_source_rows.exists(
             connection, done.source.id, revision=done.source.revision
         ):
-            # Called once more because the answer to the commit was lost: the change is there.
+            # Repeated because the answer to the commit was lost: the change is committed.
             return done
         before = await find_readable(connection, request)
         require_writer(request, before.source)
@@ -123,7 +124,7 @@ async def edit_data_source(request: GatewayRequest, action: AuditAction, change:
 
 
 async def delete_data_source(request: GatewayRequest, *, is_forced: bool) -> None:
-    """Take the data source of the path away; raises 409 where workflows name it, unless that is forced."""
+    """Delete the data source of the path; raises 409 if workflows use it, unless `is_forced`."""
     is_done = False
 
     async def work(connection: AsyncConnection) -> None:
@@ -145,17 +146,20 @@ async def delete_data_source(request: GatewayRequest, *, is_forced: bool) -> Non
 
 
 def entity_tag(stored: StoredDataSource) -> dict[str, str]:
-    """Return the header that names the state of a data source, for a later `If-Match`."""
+    """Return the `ETag` header of a data source, for a later `If-Match`."""
     return {"ETag": f'"{stored.source.revision}"'}
 
 
 def answer(stored: StoredDataSource, value: object) -> JsonResponse:
-    """Return an answer that shows something of a data source, with the tag of its state."""
+    """Return an answer about a data source, with its `ETag`."""
     return JsonResponse(value, headers=entity_tag(stored))
 
 
 def content_hash(stored: StoredDataSource) -> str:
-    """Return the SHA-256 of everything that a change can change, in hexadecimal; of its secrets, when they were set."""
+    """Return the SHA-256 of all editable content, in hexadecimal.
+
+    Secrets are represented by the time of their last change.
+    """
     row = stored.source.model_dump(
         exclude={"id", "revision", "encrypted", "secret_id", "created_at", "updated_at"}
     )
@@ -163,8 +167,8 @@ def content_hash(stored: StoredDataSource) -> str:
 
 
 def name_taken(error: DataSourceNameTaken) -> ApiError:
-    """Return the refusal of a name that another data source of the owner has."""
-    message = f"The owner has another data source of the name {error.args[0]!r}"
+    """Return the error for a name that another data source of the owner has."""
+    message = f"The owner has another data source with the name {error.args[0]!r}"
     return errors.conflict("data-source-name-taken", message)
 
 
@@ -189,13 +193,13 @@ async def _require_unused(request: GatewayRequest, connection: AsyncConnection, 
     raise ApiError(
         409,
         "data-source-in-use",
-        "Workflows name this data source, in details those that you may see: take it out of them, or use ?force=true",
+        "Workflows use this data source (details lists those that you may read): remove it there, or use ?force=true",
         details=[errors.problem(f"workflows.{one}", "data-source-in-use", name) for one, name in named_by],
     )
 
 
 def _without_secrets(request: GatewayRequest, body: Json) -> Json:
-    """Return a body to compare others with, that says nothing of the secrets to whoever sees what is kept of it."""
+    """Return a body for the comparison of repeated requests, with a keyed hash in place of its secrets."""
     if not isinstance(body, dict) or "secrets" not in body:
         return body
     hashed = hmac.digest(request.gateway.settings.secret, encode_canonical(body["secrets"]), "sha256")

@@ -1,4 +1,4 @@
-"""Whether data sources work: each is connected to for real, as a run would do it, within a few seconds."""
+"""Connection tests of data sources: real connections, as in a run, with a limit of some seconds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DATABASES: Final = frozenset({DataSourceType.POSTGRESQL, DataSourceType.MYSQL, 
 
 @dataclass(frozen=True, slots=True)
 class ProbeResult:
-    """What came of one attempt."""
+    """Result of a connection test."""
 
     is_ok: bool
     message: str
@@ -52,7 +52,7 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True)
 class _SingleSource:
-    """Finds one data source, whoever asks: that they may was decided before."""
+    """Lookup that returns one data source for every caller; access was checked before."""
 
     source: ConnectionSource
 
@@ -61,7 +61,7 @@ class _SingleSource:
 
 
 class DataSourceProber:
-    """Connects to data sources for whoever wants to know whether that works."""
+    """Connects to data sources for tests."""
 
     def __init__(
         self, vault: SecretVault, settings: ServerSettings, clock: DatabaseClock | None = None
@@ -72,7 +72,7 @@ class DataSourceProber:
         self._begun: OrderedDict[str, deque[float]] = OrderedDict()
 
     async def probe(self, source: DataSource) -> ProbeResult:
-        """Connect to a data source that the caller may use; raises 429 where an organisation does it too often."""
+        """Connect to a data source that the caller may use; raises 429 after too many tests."""
         self._count(source.organization_id)
         began = monotonic()
         is_ok, message = await self._attempt(source)
@@ -86,17 +86,17 @@ class DataSourceProber:
         try:
             secrets = decrypt_secrets(self._vault, source)
         except VaultError as error:
-            return False, f"{error}: give its secrets again"
+            return False, f"{error}: set its secrets again"
         try:
             async with asyncio.timeout(limits.DATA_SOURCE_TEST_SECONDS):
                 return True, await self._connect(source, secrets)
         except TimeoutError:
-            return False, f"There was no answer within {limits.DATA_SOURCE_TEST_SECONDS} s"
+            return False, f"No answer within {limits.DATA_SOURCE_TEST_SECONDS} seconds"
         except NodeError as error:
             return False, _told(error.message, source.settings, secrets)
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
-        """Return what was found; raises `NodeError`."""
+        """Return a message about the connection; raises `NodeError`."""
         from nodes.connections.data_source_connections import DataSourceConnections  # noqa: PLC0415 - most gateways never need the drivers
 
         caller = RunCaller(source.organization_id, source.owner_id, "", "", "")
@@ -122,13 +122,13 @@ class DataSourceProber:
             if source.type == DataSourceType.SMTP:
                 server = await connections.mail_server(caller, source.id)
                 await server.check(timeout_seconds=float(limits.DATA_SOURCE_TEST_SECONDS))
-                return "The mail server takes the login" if secrets else "The mail server answers"
+                return "The mail server accepts the login" if secrets else "The mail server answers"
         finally:
             await connections.close()
-        return "Its secrets can be read; they are tried when a workflow uses them"
+        return "Its secrets can be decrypted; only a workflow tests them"
 
     def _count(self, organization_id: str) -> None:
-        """Raise 429 for one test too many: they could be used to try out passwords, or to look for servers."""
+        """Raise 429 for too many tests, which could serve to guess passwords or to scan for servers."""
         now = monotonic()
         begun = self._begun.setdefault(organization_id, deque())
         self._begun.move_to_end(organization_id)
@@ -136,7 +136,7 @@ class DataSourceProber:
             begun.popleft()
         if len(begun) >= limits.DATA_SOURCE_TESTS:
             seconds = ceil(begun[0] + WINDOW_SECONDS - now)
-            message = f"An organisation may test data sources {limits.DATA_SOURCE_TESTS} times a minute"
+            message = f"An organization may test data sources {limits.DATA_SOURCE_TESTS} times a minute"
             raise errors.ApiError(429, "rate-limited", message, retry_after_seconds=seconds)
         begun.append(now)
         if len(self._begun) > MAX_REMEMBERED_ORGANIZATIONS:
@@ -152,7 +152,7 @@ async def _list_one(bucket: ObjectBucket) -> None:
 
 
 def _told(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
-    """Return a driver's message without secrets, and without addresses that only our network knows."""
+    """Return a driver's message without secrets and without addresses of the internal network."""
     return _ADDRESS.sub(
         lambda found: found[0] if found[0] == settings.get("host") else "its address",
         redaction.redact_text(message, secrets.values()),

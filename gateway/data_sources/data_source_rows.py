@@ -1,4 +1,4 @@
-"""Data sources read and written, each query within the caller's organisation; changes are guarded by the revision."""
+"""Queries of data sources, each restricted to the caller's organization; the revision guards changes."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ SORTABLE: Mapping[str, SQLColumnExpression[Any]] = {
 
 
 class DataSourceNameTaken(ValueError):
-    """The owner has another data source of this name."""
+    """Another data source of the owner has this name."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredDataSource:
-    """A data source and whom it is shared with."""
+    """Data source with its shares."""
 
     source: DataSource
     shared_with: Mapping[str, datetime]
-    """Whom it is shared with, by user id, and since when; in that order."""
+    """Time of each share by user id, in the order of the shares."""
 
     def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
-        """Return the data source with other values in its own row."""
+        """Return the data source with changed columns of its own row."""
         return replace(self, source=DataSource(**{**self.source.model_dump(), **changes}))
 
 
 async def lock(connection: AsyncConnection, source_id: str, caller: ApiCaller) -> None:
-    """Wait until nobody else is changing a data source, and keep them waiting until the transaction ends."""
+    """Lock a data source against other changes until the transaction ends."""
     row = select(col(DataSource.id)).where(
         col(DataSource.id) == source_id, col(DataSource.organization_id) == caller.organization_id
     )
@@ -74,7 +74,7 @@ async def page(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, list[StoredDataSource]]:
-    """Return how many data sources the caller may read, and a page of them."""
+    """Return the number of data sources that the caller may read, and a page of them."""
     conditions = [is_readable_by(caller)]
     if kind is not None:
         conditions.append(col(DataSource.type) == kind)
@@ -92,7 +92,7 @@ async def page(
 
 
 async def _shares(connection: AsyncConnection, source_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
-    """Return whom each of these is shared with, the first ones first."""
+    """Return the shares of data sources, each in the order of the shares."""
     found: dict[str, dict[str, datetime]] = {}
     for row in await connection.execute(
         select(
@@ -106,13 +106,13 @@ async def _shares(connection: AsyncConnection, source_ids: Sequence[str]) -> dic
 
 
 async def count(connection: AsyncConnection, organization_id: str) -> int:
-    """Return how many data sources an organisation has."""
+    """Return the number of data sources of an organization."""
     statement = select(func.count()).where(col(DataSource.organization_id) == organization_id)
     return await connection.scalar(statement) or 0
 
 
 async def exists(connection: AsyncConnection, source_id: str, *, revision: int | None = None) -> bool:
-    """Tell whether a data source is there, in a certain revision if one is given, whoever may see it."""
+    """Tell whether a data source exists, in a revision if given, without a check of visibility."""
     statement = select(col(DataSource.id)).where(col(DataSource.id) == source_id)
     if revision is not None:
         statement = statement.where(col(DataSource.revision) == revision)
@@ -120,7 +120,7 @@ async def exists(connection: AsyncConnection, source_id: str, *, revision: int |
 
 
 async def add(connection: AsyncConnection, source: DataSource) -> None:
-    """Write a new data source; raises `NameTaken`."""
+    """Insert a data source; raises `DataSourceNameTaken`."""
     try:
         await connection.execute(insert(DataSource).values(source.model_dump()))
     except IntegrityError as error:
@@ -130,9 +130,9 @@ async def add(connection: AsyncConnection, source: DataSource) -> None:
 async def save(
     connection: AsyncConnection, before: StoredDataSource, after: StoredDataSource, caller: ApiCaller
 ) -> bool:
-    """Write what differs, unless the data source has changed since `before` was read; tells whether it was written.
+    """Save the differences unless the data source has changed since `before`; tells whether it was saved.
 
-    Raises `NameTaken`.
+    Raises `DataSourceNameTaken`.
     """
     source = after.source
     written = (
@@ -166,28 +166,28 @@ async def save(
 
 
 async def remove(connection: AsyncConnection, source: DataSource) -> None:
-    """Take a data source away, with its secrets: no trace of them stays."""
+    """Delete a data source with its secrets; no copy of them remains."""
     await connection.execute(delete(DataSourceShare).where(col(DataSourceShare.data_source_id) == source.id))
     await connection.execute(delete(DataSource).where(col(DataSource.id) == source.id))
 
 
 async def is_named(connection: AsyncConnection, source: DataSource) -> bool:
-    """Tell whether a workflow of the organisation names a data source."""
+    """Tell whether a workflow of the organization names a data source."""
     return await connection.scalar(_naming(source).limit(1)) is not None
 
 
 async def naming(
     connection: AsyncConnection, source: DataSource, caller: ApiCaller, limit: int
 ) -> list[tuple[str, str]]:
-    """Return ids and names of workflows that name a data source, as far as the caller may see them."""
+    """Return ids and names of workflows that name a data source and that the caller may read."""
     statement = _naming(source).where(workflow_readable_by(caller)).order_by(col(Workflow.id)).limit(limit)
     return [(row.id, row.name) for row in await connection.execute(statement)]
 
 
 def _naming(source: DataSource) -> Any:  # noqa: ANN401 - a statement with these columns
-    """Return the workflows whose graph holds the id of a data source, as a text of its own.
+    """Return the workflows with the id of a data source as a text in their graph.
 
-    Scopes are worked out when somebody asks for them; what is in the graph counts.
+    The graph counts, since stored scopes are computed on request only.
     """
     nodes = type_coerce(col(WorkflowGraph.nodes), Text)
     return (

@@ -1,4 +1,4 @@
-"""Data sources on their way in and out: checked fields become a row, and a row is shown without its secrets."""
+"""Data sources in requests and answers: fields become a row, and answers omit the secrets."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ Settings: TypeAlias = Annotated[
 ]
 Secrets: TypeAlias = Annotated[
     dict[str, Any],
-    Meta(description=f"Kept encrypted and never shown. {data_source_types.describe_fields('secrets')}."),
+    Meta(description=f"Stored encrypted and never shown. {data_source_types.describe_fields('secrets')}."),
 ]
 
 
 class CreateDataSource(StrictWire):
-    """A data source that somebody wants."""
+    """Data source to create."""
 
     read_only: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
@@ -51,33 +51,33 @@ class CreateDataSource(StrictWire):
     }
 
     name: Name
-    """None of the caller's other data sources has it."""
+    """Unique among the caller's data sources."""
     type: DataSourceType
     settings: Settings = field(default_factory=dict)
     secrets: Secrets = field(default_factory=dict)
 
 
 class UpdateDataSource(StrictWire):
-    """What is to change; the rest stays."""
+    """Changes of a data source; absent fields do not change."""
 
     read_only: ClassVar[Mapping[str, str]] = {**CreateDataSource.read_only, "type": ""}
 
     name: Name | None = None
     settings: Settings | None = None
-    """Merged: null takes a setting away. To change where secrets are sent, give them too."""
+    """Merged: null removes a setting. A change of the destination of the secrets requires `secrets` too."""
     secrets: Secrets | None = None
-    """In the place of all that there are."""
+    """Replaces all secrets."""
 
 
 class DataSourceShape(WireStruct):
-    """A data source, without its secrets."""
+    """Data source without its secrets."""
 
     id: str
     name: str
     type: DataSourceType
     settings: Mapping[str, Any]
     secret_names: Sequence[str]
-    """Which secrets it has."""
+    """Names of its secrets."""
     secrets_set_at: Instant
     organization_id: str
     owner_id: str
@@ -88,13 +88,13 @@ class DataSourceShape(WireStruct):
     updated_at: Instant
 
 
-# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def build_data_source(
     caller: ApiCaller, body: CreateDataSource, vault: SecretVault, now: datetime
 ) -> DataSource:
-    """Return a new data source of the caller's; raises 422."""
+    """Return a new data source of the caller; raises 422."""
     problems = ProblemCollector()
     name = text_rules.check_line(body.name, "name", problems, max_length=limits.DATA_SOURCE_NAME_LENGTH)
     definition = DATA_SOURCE_TYPES[body.type]
@@ -124,7 +124,7 @@ def build_data_source(
 def apply_changes(
     before: StoredDataSource, body: UpdateDataSource, vault: SecretVault, now: datetime
 ) -> StoredDataSource:
-    """Return what a data source becomes; raises 422."""
+    """Return a data source with the changes of a body; raises 422."""
     source, problems = before.source, ProblemCollector()
     definition = DATA_SOURCE_TYPES[DataSourceType(source.type)]
     changes: dict[str, object] = {}
@@ -159,7 +159,7 @@ def apply_changes(
 def _checked(
     given: Mapping[str, Json], kind: type[DataSourceFields], path: str, problems: ProblemCollector
 ) -> dict[str, object]:
-    """Return fields as they are kept."""
+    """Return validated fields in their stored form."""
     try:
         return to_stored(convert(dict(given), kind, path))
     except ApiError as error:
@@ -168,7 +168,10 @@ def _checked(
 
 
 def _require_whole(settings: object, secrets: Mapping[str, object], problems: ProblemCollector) -> None:
-    """Add a problem for a user without a password, and for a password without a user, as mail servers allow neither."""
+    """Add a problem for a user without a password, and for a password without a user.
+
+    Mail servers accept neither.
+    """
     if problems.found or not isinstance(settings, Mapping):
         return
     if "password" in secrets and not {"user", "username"} & settings.keys():
@@ -183,18 +186,18 @@ def _require_same_destination(
     destination: frozenset[str],
     problems: ProblemCollector,
 ) -> None:
-    """Add a problem where secrets would go to another place than the one that they were given for."""
+    """Add a problem if kept secrets would be sent to another destination than before."""
     for name in sorted(destination):
         if not problems.found and settings.get(name) != source.settings.get(name):
-            message = f"secrets are required when settings.{name} changes: it says where they are sent"
+            message = f"secrets are required when settings.{name} changes: it is part of their destination"
             problems.add("secrets", "required", message)
 
 
-# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def show_data_source(stored_source: StoredDataSource) -> DataSourceShape:
-    """Return a data source as clients see it."""
+    """Return the API shape of a data source."""
     source = stored_source.source
     return DataSourceShape(
         id=source.id,

@@ -1,4 +1,4 @@
-"""Data sources: ways to databases, buckets and other servers, whose secrets go in and never come out again."""
+"""Endpoints of data sources: connections to databases, buckets and other servers, with write-only secrets."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 TYPE = ChoiceParameter("type", "Only data sources of this type.", DataSourceType)
 SORT = sorted_by(data_source_rows.SORTABLE)
 LISTED = (TYPE, LIMIT, OFFSET, SORT)
-FORCE = FlagParameter("force", "Delete it though workflows name it: their runs will fail there.")
+FORCE = FlagParameter("force", "Delete it even if workflows name it; their runs then fail.")
 
 
 class DataSourceList(WireStruct):
-    """A part of a list of data sources; `count` tells how many there are in all."""
+    """Page of a list of data sources; `count` is the total."""
 
     count: int
     limit: int
@@ -42,13 +42,13 @@ class DataSourceList(WireStruct):
 
 
 class NewDataSource(WireStruct):
-    """The id of a data source that was created."""
+    """Id of a created data source."""
 
     data_source_id: str
 
 
 class DataSourceTest(WireStruct):
-    """Whether a data source can be reached, and is opened by what it holds."""
+    """Result of a connection test with the stored settings and secrets."""
 
     ok: bool
     message: str
@@ -56,13 +56,13 @@ class DataSourceTest(WireStruct):
 
 
 class ShareDataSource(StrictWire):
-    """The user who is to use a data source."""
+    """User to share a data source with."""
 
     user_id: str
 
 
 class DataSourceShareResult(WireStruct):
-    """A share that is there."""
+    """Share of a data source."""
 
     message: str
     data_source_id: str
@@ -70,21 +70,21 @@ class DataSourceShareResult(WireStruct):
 
 
 class DataSourceGuest(WireStruct):
-    """A user that a data source is shared with, and since when."""
+    """User that a data source is shared with, and the time of the share."""
 
     user_id: str
     shared_at: Instant
 
 
 class DataSourceGuests(WireStruct):
-    """The users that a data source is shared with, the first ones first."""
+    """Users that a data source is shared with, in the order of their shares."""
 
     data_source_id: str
     shared_with: Sequence[DataSourceGuest]
 
 
 class SetDataSourceVisibility(StrictWire):
-    """Who else may use a data source."""
+    """Visibility of a data source."""
 
     read_only: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(("name", "settings"), "PUT /api/v1/datasources/:id"),
@@ -92,7 +92,7 @@ class SetDataSourceVisibility(StrictWire):
     }
 
     is_public: bool
-    """Whether everybody in the organisation may see it, test it and run workflows with it."""
+    """True if the whole organization may see it, test it and run workflows with it."""
 
 
 # ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -109,13 +109,13 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show a data source, without its secrets."""
+    """Show a data source without its secrets."""
     stored = await editing.read_data_source(request)
     return editing.answer(stored, data_source_shapes.show_data_source(stored))
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
-    """Connect to what a data source is a way to, as a workflow would, and tell whether that works."""
+    """Test a data source: connect to its server as a workflow would."""
     stored = await editing.read_data_source(request)
     found = await request.gateway.probes.probe(stored.source)
     return JsonResponse(
@@ -138,7 +138,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
-    """Change a data source: what the body doesn't name stays, its secrets too."""
+    """Change a data source; absent fields do not change, and neither do its secrets without `secrets`."""
     value = await read_json(request)
     body = body_of(request, value, UpdateDataSource)
     vault, now = request.gateway.vault, request.gateway.clock()
@@ -159,12 +159,12 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a data source with its secrets, unless a workflow names it."""
+    """Delete a data source with its secrets; with `force`, even if workflows name it."""
     await editing.delete_data_source(request, is_forced=request.query[FORCE])
     return NoContent()
 
 
-# ── who else may use it ─────────────────────────────────────────────────────────────────────────────────────
+# ── sharing ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def list_shares(request: GatewayRequest) -> JsonResponse:
@@ -177,7 +177,7 @@ async def list_shares(request: GatewayRequest) -> JsonResponse:
 
 
 async def share(request: GatewayRequest) -> JsonResponse:
-    """Share a data source with a user of the organisation, who may then see, test and use it."""
+    """Share a data source with a user of the organization. The user may then see, test and use it."""
     body = await decode_body(request, ShareDataSource)
     await _require_user(request, body.user_id)
     now = request.gateway.clock()
@@ -191,7 +191,7 @@ async def share(request: GatewayRequest) -> JsonResponse:
 
 
 async def unshare(request: GatewayRequest) -> NoContent:
-    """End a share: the user loses sight of the data source, and workflows that run for them lose its use."""
+    """End a share: the user loses access to the data source, and so do workflows that run for them."""
     user_id = request.path_params["subId"]
     after = await editing.edit_data_source(
         request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
@@ -200,7 +200,7 @@ async def unshare(request: GatewayRequest) -> NoContent:
 
 
 async def set_visibility(request: GatewayRequest) -> JsonResponse:
-    """Let everybody in the organisation use a data source, or no longer."""
+    """Set the visibility of a data source to the whole organization."""
     value = await read_json(request)
     is_public = body_of(request, value, SetDataSourceVisibility).is_public
 
@@ -213,7 +213,7 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
-    """Raise 404 for a user that is none of the organisation's, to those who may share the data source."""
+    """Raise 404 unless the user belongs to the organization; first require a caller that may share."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         editing.require_writer(request, stored.source)
@@ -221,7 +221,7 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
 
 
 def _shared(before: StoredDataSource, user_id: str, caller: ApiCaller, now: datetime) -> StoredDataSource:
-    """Return a data source that is shared with one user more; raises 409 and 422."""
+    """Return a data source with a share for one more user; raises 409 and 422."""
     shared_with = shares.added(
         before.shared_with, user_id, now, what="data source", owner_id=before.source.owner_id, caller=caller
     )
@@ -229,11 +229,11 @@ def _shared(before: StoredDataSource, user_id: str, caller: ApiCaller, now: date
 
 
 def _unshared(before: StoredDataSource, user_id: str) -> StoredDataSource:
-    """Return a data source that a user may use no longer; raises 404."""
+    """Return a data source without the share of a user; raises 404."""
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 
 def _as_json(stored: StoredDataSource) -> Mapping[str, Json]:
-    """Return a data source as clients see it, as JSON."""
+    """Return the API shape of a data source as JSON."""
     shown: dict[str, Any] = msgspec.to_builtins(data_source_shapes.show_data_source(stored))
     return shown

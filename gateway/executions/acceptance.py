@@ -44,8 +44,9 @@ MAX_STORED: Final = 10_000
 RUN_CHARACTERS: Final = 5_000
 """Characters that a run counts besides its texts."""
 MAX_CHARACTERS: Final = 10_000_000
-"""Limit of characters in one commit; a single larger item still gets a commit. Enough for about 2,000 small
-runs.
+"""Limit of characters in one commit, enough for about 2,000 small runs.
+
+A single larger item still gets a commit.
 """
 KEYS_AT_ONCE: Final = 500
 
@@ -115,8 +116,9 @@ class RunAcceptor:
         return self._stored.get(definition) is not None
 
     def follow(self, concurrency_key: str | None) -> None:
-        """Start a committed pending run: wake the workers, or admit its concurrency key where it waits for a
-        slot.
+        """Wake the workers for a pending run, or admit its concurrency key where it waits for a slot.
+
+        The run is committed.
         """
         if concurrency_key is None:
             self.wake_workers()
@@ -184,9 +186,7 @@ class RunAcceptor:
                 self._begin_admission(one.concurrency_key)
 
     def _begin_admission(self, key: str) -> None:
-        """Admit runs of a concurrency key in the background: a locked key delays only the runs that wait for
-        it.
-        """
+        """Admit runs of a concurrency key in the background: a locked key delays only its own runs."""
         task = asyncio.create_task(self._admit(key))
         self._admissions.add(task)
         task.add_done_callback(self._admissions.discard)

@@ -87,9 +87,7 @@ class BacklogLimits:
         self._counting: set[asyncio.Task[None]] = set()
 
     async def require_room(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
-        """Add runs to the backlogs of a workflow and its organization; raises 429 without capacity for all of
-        them.
-        """
+        """Add runs to the backlogs of a workflow and its organization; raises 429 without capacity for all."""
         organization = self._tally(organization_id)
         whole = self._per_organization
 
@@ -144,8 +142,9 @@ class BacklogLimits:
         limit: int,
         find: Callable[[AsyncConnection], Awaitable[int]],
     ) -> None:
-        """Start a new count if the last one is outdated. Wait for it only before the first answer and before
-        a refusal.
+        """Start a new count if the last one is outdated.
+
+        Wait for it only before the first answer and before a refusal.
         """
         if tally.counting is None and monotonic() >= tally.fresh_until:
             tally.counting = asyncio.create_task(self._count(tally, find))

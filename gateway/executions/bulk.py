@@ -46,8 +46,9 @@ class BulkFilter(StrictWire):
 
 
 class BulkRequest(StrictWire):
-    """Body of a bulk action. Unknown fields are refused, since a misspelled filter would select more
-    executions.
+    """Body of a bulk action.
+
+    Unknown fields are refused, since a misspelled filter would select more executions.
     """
 
     filter: BulkFilter

@@ -107,9 +107,7 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 async def find(
     request: GatewayRequest, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
-    """Return the oldest executions that match a filter and a condition, and the number of matches by
-    workflow.
-    """
+    """Return the oldest executions that match a filter and a condition, and the matches by workflow."""
     async with request.gateway.database.read() as connection:
         matched, rows = await execution_rows.find_oldest(connection, wanted, condition, limit=limit)
     found = ChosenExecutions(ids.new_id("bulk"), matched, [row.id for row in rows])
@@ -117,9 +115,7 @@ async def find(
 
 
 async def trace(request: GatewayRequest, found: ChosenExecutions, action: AuditAction, about: str) -> None:
-    """Record a bulk action in the audit trail of `about`, a workflow or an organization, before the action
-    begins.
-    """
+    """Record a bulk action in the audit trail of a workflow or organization, before it begins."""
     leave = partial(_trace, request=request, found=found, action=action, about=about)
     await request.gateway.database.transaction(leave)
 
@@ -127,10 +123,10 @@ async def trace(request: GatewayRequest, found: ChosenExecutions, action: AuditA
 async def begin_retry(
     request: GatewayRequest, found: ChosenExecutions, about: str, idempotency_key: IdempotencyKey | None
 ) -> ChosenExecutions:
-    """Record a retry in the audit trail, and return the selection of the first request with the idempotency
-    key.
+    """Record a retry in the audit trail and return its selection of executions.
 
-    Raises 422 if that request had another body.
+    The selection is that of the first request with the idempotency key. Raises 422 if that request had
+    another body.
     """
     text, now = _encode(found).decode(), request.gateway.clock()
 
@@ -151,8 +147,9 @@ async def begin_retry(
 
 
 async def begun(request: GatewayRequest, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
-    """Return the selection of an earlier request with this idempotency key, or None; raises 422 if its body
-    differs.
+    """Return the selection of an earlier request with this idempotency key, or None.
+
+    Raises 422 if the body of that request differs.
     """
     earlier = await acceptance.find_earlier(request.gateway.database, request.caller.shard, idempotency_key)
     if earlier is None:
@@ -235,8 +232,9 @@ async def _resumed_unlocked(
 async def _resume(
     connection: AsyncConnection, *, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
-    """Resume executions; returns the concurrency keys of those resumed by this or an earlier call, by failed
-    id.
+    """Resume executions; returns the concurrency keys of the resumed ones, by failed id.
+
+    Executions that an earlier call has resumed are included.
     """
     of_batch = col(Execution.id).in_(list(new_ids))
     # A separate statement, so that the next ones see the commit of the previous lock holder.

@@ -45,8 +45,9 @@ class ExecuteRequest(GuardedWire):
     up_to: GraphId | None = None
     """Node id: only this node and its predecessors run."""
     pinned: dict[str, Any] | None = None
-    """Outputs by node id. These nodes return them without running; their predecessors run only if others need
-    them.
+    """Outputs by node id, which these nodes return without running.
+
+    Predecessors of such a node run only if other nodes need them.
     """
     callback_url: (
         Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None

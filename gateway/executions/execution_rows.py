@@ -360,9 +360,7 @@ async def read_heads(connection: AsyncConnection, keys: Sequence[ExecutionKey]) 
 async def read_changes(
     connection: AsyncConnection, key: ExecutionKey, after: int, *, at_most: int
 ) -> RunChanges:
-    """Return the spans and log lines with the lowest sequence numbers above `after`, up to `at_most` of each
-    kind.
-    """
+    """Return up to `at_most` spans and log lines each, with the lowest numbers above `after`."""
     # Commits may happen between the two statements: both end at the highest number of one moment.
     newest = (await connection.execute(_newest(key))).one()
     last = max(newest)

@@ -37,11 +37,11 @@ class ExecutionErrorShape(WireStruct):
     node_id: str | None
     attempt: int | None
     cause: FailureCause | UnsetType = UNSET
-    """The error of the failed node, only beside `node-error`. Executions that ended before this field existed
-    have none.
+    """Error of the failed node, only beside `node-error`.
 
-    `method` and `url` name the failed HTTP request, without query values and secrets. `executionId` is the
-    execution of a sub-workflow that `nodeId` belongs to; without it, `nodeId` is a node of this execution.
+    Executions that ended before this field existed have none. `method` and `url` name the failed HTTP
+    request, without query values and secrets. `executionId` is the execution of a sub-workflow that `nodeId`
+    belongs to; without it, `nodeId` is a node of this execution.
     """
 
 
@@ -136,8 +136,9 @@ class SpanShape(WireStruct):
 
     id: str
     kind: SpanKind
-    """`turn`: of the loop `nodeId`; `attempt`: of the node, whose own span has its last state, input and
-    output.
+    """Subject of the span: the node `nodeId`, a turn of the loop `nodeId`, or an attempt of the node.
+
+    The span of the node itself has its last state, input and output.
     """
     execution_id: str
     node_id: str

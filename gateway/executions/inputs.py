@@ -152,8 +152,9 @@ async def _given(
     body: InputAnswer,
     idempotency_key: IdempotencyKey | None,
 ) -> AnswerResult | None:
-    """Store the answer; None if an earlier request with the same key did. Raises 409, and 422 if the body of
-    that differs.
+    """Store the answer; None if an earlier request with the same key did.
+
+    Raises 409, and 422 if the body of that request differs.
     """
     user_id = request.caller.user_id
     answered_at = request.gateway.clock()

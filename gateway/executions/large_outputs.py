@@ -1,6 +1,4 @@
-"""Inputs, outputs and webhook bodies that are too large for a row: explained in place, or expanded on
-request.
-"""
+"""Values that are too large for a row: explained in place, or expanded on request."""
 
 from __future__ import annotations
 

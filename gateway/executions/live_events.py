@@ -72,8 +72,9 @@ class LiveEvents:
         await self._heads.drain()
 
     async def check_access(self, key: ExecutionKey, scope: Scope) -> None:
-        """Raise the error that a new request of the same client would get: keys may be revoked while a stream
-        is open.
+        """Raise the error that a new request of the same client would get.
+
+        Keys may be revoked while a stream is open.
         """
         caller = await self._authenticator.caller(scope)
         await self._access.key(key.execution_id, caller)

@@ -210,8 +210,9 @@ def read_rate(per_second: float, burst: int | None) -> BucketRate | None:
 
 
 def _ahead(rate: BucketRate, lease: TokenLease, now: float) -> int:
-    """Return the number of tokens to lease in advance: as many as were used recently, more if they ran out
-    early.
+    """Return the number of tokens to lease in advance.
+
+    As many as were used recently, and more if they ran out early.
     """
     if now >= lease.until + LEASE_SECONDS:
         return 0

@@ -65,8 +65,9 @@ _SETTLED: Final = or_(
     col(SpanRow.status).in_([SpanStatus.COMPLETED, SpanStatus.SKIPPED]),
     and_(col(SpanRow.status) == SpanStatus.FAILED, col(SpanRow.port) == ERROR),
 )
-"""Nodes that do not run again; includes failed nodes that left by their error port, excludes failed turns of
-loops.
+"""Nodes that do not run again.
+
+These include failed nodes that left by their error port, and exclude failed turns of loops.
 """
 _IN_FLIGHT: Final = and_(col(SpanRow.status) == SpanStatus.RUNNING, col(SpanRow.resolved_config).is_not(None))
 """Writes with unknown outcome: they are repeated with the recorded key and body."""

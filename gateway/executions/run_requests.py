@@ -58,10 +58,9 @@ def require_one_spelling(trigger_inputs: object, inputs: object) -> None:
 async def accept_run(
     request: GatewayRequest, plan: RunPlanner, idempotency_key: IdempotencyKey | None
 ) -> AcceptanceResult:
-    """Accept a run of the workflow of the path, or return the run of an earlier request with the idempotency
-    key.
+    """Accept a run of the workflow of the path, once per idempotency key.
 
-    Raises 404, 409, 422, 429, and the errors of `plan`.
+    Returns the run of an earlier request with the key. Raises 404, 409, 422, 429, and the errors of `plan`.
     """
     workflow = await request.gateway.workflows.load(request.path_params["id"], request.caller)
     await request.gateway.rates.take(request, workflow.id)
@@ -80,9 +79,7 @@ async def accept_run(
 
 
 def response_headers(request: GatewayRequest, accepted: AcceptanceResult) -> dict[str, str]:
-    """Return the headers of an answer about an accepted run: its location, and whether the answer is a
-    replay.
-    """
+    """Return the headers of an answer about an accepted run: its location, and whether it is a replay."""
     told = location(request.gateway.settings, accepted.execution_id)
     return {**told, **idempotency.REPLAYED} if accepted.verdict is AcceptanceVerdict.REPEATED else told
 

@@ -53,8 +53,9 @@ async def share_blobs(
 
 
 async def _copy_body(blobs: BlobStore, given: str, source: BlobOwner | None, execution_id: str) -> Json:
-    """Copy the body of a webhook and return the whole output of its trigger. Raises 409 if it is gone, and
-    503.
+    """Copy the body of a webhook and return the whole output of its trigger.
+
+    Raises 409 if the body is gone, and 503 if the blob storage does not answer.
     """
     if source is None or not await _copy_blob(
         blobs, source, execution_id, trigger_body.find_reference(given)

@@ -1,1 +1,1 @@
-"""Workflows as they are written: read, changed, copied, versioned and shared."""
+"""Workflows in the API: read, edit, copy, version and share them."""

@@ -1,4 +1,4 @@
-"""The catalogue of node types: what there is to draw a workflow with, and how each type is configured."""
+"""Endpoints of the catalog: node types, and the schemas of their configs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ SEARCH = TextParameter("search", "Only types with this text in their type, name 
 CATEGORY = TextParameter(
     "category", "Only types of this category: `triggers`, `sources`, `transform`, `control`, `io`, `ai`."
 )
-TYPE = TextParameter("type", "Only the type of exactly this name.")
+TYPE = TextParameter("type", "Only the type with exactly this name.")
 LISTED = (SEARCH, CATEGORY, TYPE, LIMIT, OFFSET)
 
 
 class EffectShape(WireStruct):
-    """What running a node does to the world: `default`, unless the config's `field` has a value that is in `cases`."""
+    """Effect of a node on the outside: `default`, unless the value of the config's `field` is in `cases`."""
 
     default: NodeEffect
     field: str | UnsetType = UNSET
@@ -34,16 +34,16 @@ class EffectShape(WireStruct):
 
 
 class PortsShape(WireStruct):
-    """Where connections can end and begin; every node has the output port `error` besides."""
+    """Ports of a node type; every node also has the output port `error`."""
 
     inputs: Sequence[str]
     outputs: Sequence[str]
     outputs_from: str | UnsetType = UNSET
-    """Where in the config the names of further outputs stand: `cases[].port`."""
+    """Path in the config that lists the names of further outputs, such as `cases[].port`."""
 
 
 class NodeTypeShape(WireStruct):
-    """A node type."""
+    """Node type."""
 
     type: str
     name: str
@@ -53,16 +53,17 @@ class NodeTypeShape(WireStruct):
     effect: EffectShape
     ports: PortsShape
     resources: Mapping[str, Any]
-    """What a pod that runs it asks for, as Kubernetes writes quantities."""
+    """Requested resources of a pod, as Kubernetes quantities."""
     s3_location: str
-    """The address of the package that holds this version; what is shipped is loaded from the server's own files."""
+    """Address of the package of this version; types that ship with the server are loaded from its own files.
+    """
     runnable: bool
-    """False: it can be drawn, connected and configured, but this server can't run it."""
+    """False if this server can't run the type; it can still be drawn, connected and configured."""
     is_trigger: bool
 
 
 class NodeTypeList(WireStruct):
-    """A part of the catalogue; `count` tells how many types there are in all."""
+    """Page of the catalog; `count` is the total."""
 
     count: int
     limit: int
@@ -71,34 +72,43 @@ class NodeTypeList(WireStruct):
 
 
 class OutputShape(WireStruct):
-    """What a node gives out."""
+    """Output of a node."""
 
     description: str
     schema: Mapping[str, Any]
-    """A JSON Schema; empty, where the output has no shape of its own."""
+    """JSON Schema; empty if the output has no fixed shape."""
     keeps_input: bool
-    """The fields that arrive are in it too, unless the config's field in `droppedBy` has the value there."""
+    """True if the output includes the fields of the input.
+
+    They are excluded if the config's field in `droppedBy` has the value there.
+    """
     dropped_by: Mapping[str, Any]
     fields_of: str | None
-    """The field of the config whose keys are fields of the output."""
+    """Field of the config with keys that are fields of the output."""
 
 
 class NodeTypeSchema(NodeTypeShape):
-    """A node type, and how it is configured."""
+    """Node type with the schema of its config."""
 
     config: Mapping[str, Any]
-    """A JSON Schema, draft 2020-12. `x-resource` marks fields that hold the id of something outside the workflow."""
+    """JSON Schema, draft 2020-12.
+
+    `x-resource` marks fields with the id of a resource outside of the workflow.
+    """
     defaults: Mapping[str, Any]
-    """The config that a node has where it is given none."""
+    """Default config of a node."""
     evaluated: Mapping[str, str]
-    """Fields of the config in which conditions, or computed values, may stand; `[]` is for each item of a list."""
+    """Fields of the config that may contain conditions or computed values.
+
+    `[]` stands for each item of a list.
+    """
     input_description: str
     output: OutputShape
     examples: Sequence[Mapping[str, Any]]
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List the node types of the catalogue."""
+    """List the node types of the catalog."""
     query = request.query
     part = query.page()
     search, category, wanted = query[SEARCH], query[CATEGORY], query[TYPE]
@@ -114,7 +124,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def schema(request: GatewayRequest) -> JsonResponse:
-    """Show a node type with the JSON Schema of its config, its ports, its output, its defaults and examples."""
+    """Show a node type with its ports, output, defaults, examples and the JSON Schema of its config."""
     catalog = request.gateway.catalog
     try:
         node_type = catalog.get(request.path_params["type"])

@@ -1,4 +1,4 @@
-"""Workflows made out of others: duplicates, templates, exports and imports."""
+"""Endpoints that create workflows from others: duplicates, templates, exports and imports."""
 
 from __future__ import annotations
 
@@ -45,24 +45,25 @@ if TYPE_CHECKING:
 
 
 READABLE_BYTES: Final = 500_000
-"""A document that is longer isn't put into lines."""
+"""Longest document that is indented for readers."""
 
 
 class UseTemplate(StrictWire):
-    """A template to begin with."""
+    """Template to create a workflow from."""
 
     template_id: str
     name: Name | None = None
-    """Instead of the template's own."""
+    """Name of the workflow, by default that of the template."""
     references: Annotated[dict[str, str | None], Meta(max_length=limits.NODES)] | None = None
-    """For each data source or model that the template names, the id to put in its place; null leaves the field empty.
+    """Replacement id for each data source or model of the template; null leaves the field empty.
 
-    Without it, what an own template names stays, and what a shipped one names is left empty.
+    By default, references of the organization's own templates are kept, and those of shipped ones are left
+    empty.
     """
 
 
 class SaveAsTemplate(StrictWire):
-    """How a template is to be described; what is absent stays as it is in the workflow."""
+    """Name and description of a template; absent fields are those of the workflow."""
 
     name: Name | None = None
     description: Description | None = None
@@ -70,15 +71,15 @@ class SaveAsTemplate(StrictWire):
 
 
 class CopyResult(WireStruct):
-    """The id of a workflow that was made out of another, and what it lacks."""
+    """Id of a copied workflow, with the credentials that were removed."""
 
     workflow_id: str
     removed_secrets: Sequence[RemovedSecret]
-    """What looked like a credential, and was left out."""
+    """Values that look like credentials and were removed."""
 
 
 class WorkflowTemplate(WireStruct):
-    """A workflow to begin with."""
+    """Template of a workflow."""
 
     id: str
     name: str
@@ -93,7 +94,7 @@ _TEMPLATE_FIELDS = [field.encode_name for field in msgspec.structs.fields(Workfl
 
 
 class TemplateList(WireStruct):
-    """A part of a list of templates; `count` tells how many there are in all."""
+    """Page of a list of templates; `count` is the total."""
 
     count: int
     limit: int
@@ -102,34 +103,34 @@ class TemplateList(WireStruct):
 
 
 class ImportFindings(WireStruct):
-    """What is to mend in a draft that is imported."""
+    """Errors and warnings of an imported draft."""
 
     errors: Sequence[FindingShape]
     warnings: Sequence[FindingShape]
 
 
 class ImportAnswer(WireStruct):
-    """What an import has created, or would create."""
+    """Result or preview of an import."""
 
     created: bool
     name: str
     node_count: int
     connection_count: int
     references: Sequence[ExternalReference]
-    """What the nodes name in the place that the document comes from: each needs an id here, or null."""
+    """External references in the document: each needs an id of this server, or null."""
     findings: ImportFindings
     workflow_id: str | UnsetType = UNSET
-    """The id of the workflow that was created."""
+    """Id of the created workflow."""
 
 
 # ── copies and templates ────────────────────────────────────────────────────────────────────────────────────
 
 
 async def duplicate(request: GatewayRequest) -> JsonResponse:
-    """Copy a workflow into a new draft of the caller's, without credentials and without shares."""
+    """Copy a workflow into a new draft of the caller, without credentials and shares."""
     source = await editing.read_workflow(request)
     named = source.with_columns(name=workflow_documents.name_of_copy(source.workflow.name))
-    # In a thread, here and below: others are served while a large graph is gone through.
+    # A thread, here and below, so that a large graph does not block other requests.
     copy = await asyncio.to_thread(
         workflow_documents.copy_workflow, named, request.caller, request.gateway.clock()
     )
@@ -137,9 +138,9 @@ async def duplicate(request: GatewayRequest) -> JsonResponse:
 
 
 async def save_as_template(request: GatewayRequest) -> JsonResponse:
-    """Copy a workflow into a template that everybody in the organisation can read and use; for admins.
+    """Copy a workflow into a template that the whole organization can read and use; for admins.
 
-    Other than that, a template is a draft like any: whoever reads it may execute it, its owner and admins change it.
+    A template is otherwise a draft: readers may execute it, and its owner and admins may change it.
     """
     value = await read_json(request)
     body = body_of(request, value, SaveAsTemplate)
@@ -155,9 +156,9 @@ async def save_as_template(request: GatewayRequest) -> JsonResponse:
 
 
 async def templates(request: GatewayRequest) -> JsonResponse:
-    """List the templates of the caller's organisation, the newest first, then those that ship with the server.
+    """List the templates of the caller's organization, then those that ship with the server.
 
-    None has credentials in it.
+    The organization's own are sorted by creation, the newest first. Templates contain no credentials.
     """
     part = request.query.page()
     async with request.gateway.database.read() as connection:
@@ -177,7 +178,7 @@ async def templates(request: GatewayRequest) -> JsonResponse:
 
 
 async def use_template(request: GatewayRequest) -> JsonResponse:
-    """Create a draft out of a template."""
+    """Create a draft from a template."""
     value = await read_json(request)
     body = body_of(request, value, UseTemplate)
     catalog = request.gateway.catalog
@@ -197,7 +198,7 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
 async def _to_use(
     request: GatewayRequest, body: UseTemplate
 ) -> tuple[StoredWorkflow, Mapping[str, str | None] | None]:
-    """Return the template, and what is to take the place of what it names; raises 404."""
+    """Return the template and the replacements of its references; raises 404."""
     common = shipped_templates.load_templates().get(body.template_id)
     if common is not None:
         stored = common.stored(request.caller, request.gateway.catalog, request.gateway.clock())
@@ -228,7 +229,7 @@ def _template(stored: StoredWorkflow) -> dict[str, Json]:
 
 
 async def export_workflow(request: GatewayRequest) -> JsonResponse:
-    """Give a workflow as a document to keep or to import elsewhere, without credentials."""
+    """Export a workflow as a document without credentials, for a backup or an import elsewhere."""
     stored = await editing.read_workflow(request)
     written = await asyncio.to_thread(_written, stored, request.gateway.catalog)
     disposition = f'attachment; filename="{workflow_documents.file_name(stored.workflow)}"'
@@ -237,18 +238,18 @@ async def export_workflow(request: GatewayRequest) -> JsonResponse:
 
 
 def _written(stored: StoredWorkflow, catalog: NodeCatalog) -> bytes:
-    """Return a document as JSON, in lines to be read where it isn't so long that nobody reads it."""
+    """Return a document as JSON, indented unless it is very long."""
     written = msgspec.json.encode(workflow_documents.export_document(stored, catalog))
-    # What is nested deeply is sixty times as long with its indents.
+    # Indentation makes a deeply nested document sixty times as long.
     return written if len(written) > READABLE_BYTES else msgspec.json.format(written, indent=2)
 
 
 async def import_workflow(request: GatewayRequest) -> JsonResponse:
-    """Create a workflow out of a document; without `references`, only tell which there are to resolve.
+    """Create a workflow from a document; without `references`, only list the references to resolve.
 
-    Nothing is created then, and the status is 200. Each id in `references` stands for a data source or model of the
-    place that the document comes from; its value is the id to put there instead, or null to leave the field empty.
-    Credentials that the document holds are kept, and warned of.
+    In that case no workflow is created, and the status is 200. The keys of `references` are ids of data
+    sources and models in the document; each value is the replacement id, or null to leave the field empty.
+    Credentials in the document are kept, with a warning.
     """
     value = await read_json(request)
     body = workflow_documents.read_document(value)
@@ -256,7 +257,7 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
         _imported, body, request.caller, request.gateway.catalog, request.gateway.clock()
     )
     if not answer.created:
-        idempotency.read_key(request)  # what is no key is refused, though nothing is created
+        idempotency.read_key(request)  # an invalid key is refused, though no workflow is created
         return JsonResponse(answer)
     return await editing.create_workflow(
         request,
@@ -270,7 +271,7 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
 def _imported(
     body: ImportWorkflow, caller: ApiCaller, catalog: NodeCatalog, now: datetime
 ) -> tuple[StoredWorkflow, ImportAnswer]:
-    """Return the workflow that would be created, and what there is to say about it; raises 422."""
+    """Return the workflow to create, and the answer with its findings; raises 422."""
     stored = workflow_documents.import_document(caller, body, catalog, now)
     named = workflow_documents.references(stored, catalog)
     if body.references is not None:

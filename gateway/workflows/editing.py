@@ -1,4 +1,4 @@
-"""One workflow, read and changed: who may, in what order when several do at once, and what trace a change leaves."""
+"""Reads and edits of one workflow: permissions, locks, preconditions, and audit records."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _encode_sorted = msgspec.json.Encoder(order="sorted").encode
 
 @dataclass(frozen=True, slots=True)
 class WorkflowEdit:
-    """A workflow before and after one change; the same object twice where nothing was to change."""
+    """Workflow before and after an edit; the same object twice if the edit changed nothing."""
 
     before: StoredWorkflow
     after: StoredWorkflow
@@ -46,23 +46,23 @@ class WorkflowEdit:
 
 @dataclass(frozen=True, slots=True)
 class _AppliedEdit:
-    """What a change makes of a workflow, and the hashes of both."""
+    """Workflow after a change, with the content hashes before and after."""
 
     after: StoredWorkflow
     hash_before: str
     hash_after: str
     named_sources: Sequence[ResourceReference] = ()
-    """Data sources that its owner must be able to use."""
+    """Data sources that the owner of the workflow must be able to use."""
 
 
 Change: TypeAlias = Callable[[StoredWorkflow], StoredWorkflow]
-"""Returns what a workflow becomes; raises `ApiError`. It may be called again, so it changes nothing by itself."""
+"""Returns the changed workflow; raises `ApiError`. It may be called again and must have no side effects."""
 Addition: TypeAlias = Callable[[AsyncConnection, WorkflowEdit], Awaitable[None]]
-"""Writes what belongs to a change besides the workflow's own rows, in the same transaction."""
+"""Writes rows beyond the workflow's own in the transaction of the edit."""
 
 
 async def find_readable(connection: AsyncConnection, request: GatewayRequest) -> StoredWorkflow:
-    """Return the workflow of the path; raises 404 for one that the caller may not read."""
+    """Return the workflow of the path; raises 404 unless the caller may read it."""
     stored = await workflow_rows.find_workflow(connection, request.path_params["id"], request.caller)
     if stored is None:
         raise errors.not_found("workflow")
@@ -70,13 +70,13 @@ async def find_readable(connection: AsyncConnection, request: GatewayRequest) ->
 
 
 async def read_workflow(request: GatewayRequest) -> StoredWorkflow:
-    """Return the workflow of the path, for whoever needs nothing else from the database; raises 404."""
+    """Return the workflow of the path in a transaction of its own; raises 404."""
     async with request.gateway.database.read() as connection:
         return await find_readable(connection, request)
 
 
 def require_writer(request: GatewayRequest, workflow: Workflow) -> None:
-    """Raise 403 for a workflow that the caller may read, but not change, share or delete."""
+    """Raise 403 unless the caller may change, share and delete a readable workflow."""
     preconditions.require_owner(request, workflow.owner_id, what="workflow")
 
 
@@ -88,11 +88,11 @@ async def edit_workflow(
     also: Addition | None = None,
     anyway: Addition | None = None,
 ) -> WorkflowEdit:
-    """Apply `change` to the workflow of the path, as it stands when everybody before has finished.
+    """Apply `change` to the workflow of the path, after all concurrent edits.
 
-    `anyway` is done even where nothing is to change. Raises 404, 403, 412 where `If-Match` names another state, 422
-    where an active workflow would become invalid, and whatever `change`, `also` and `anyway` raise; then nothing is
-    written.
+    `also` runs with a change, `anyway` even without one. Raises 404, 403, 412 if `If-Match` names another
+    revision, 422 if an active workflow would become invalid, and the errors of `change`, `also` and `anyway`;
+    then nothing is written.
     """
     done: WorkflowEdit | None = None
 
@@ -100,12 +100,12 @@ async def edit_workflow(
         nonlocal done
         await workflow_rows.lock_workflow(connection, request.path_params["id"], request.caller)
         if done is not None and await workflow_rows.is_stored(connection, done.after.workflow):
-            # Called once more because the answer to the commit was lost: the change is there.
+            # Repeated because the answer to the commit was lost: the change is committed.
             return done
         before = await find_readable(connection, request)
         require_writer(request, before.workflow)
         preconditions.require_match(request, entity_tag(before)["ETag"], what="workflow")
-        # In a thread: others are served while a large graph is gone through.
+        # A thread, so that a large graph does not block other requests.
         wanted = await asyncio.to_thread(_applied, change, before, request.gateway.catalog)
         if wanted is None:
             same = WorkflowEdit(before, before)
@@ -149,7 +149,7 @@ async def create_workflow(
     *,
     shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
 ) -> JsonResponse:
-    """Write a new workflow once for each Idempotency-Key, and answer 201 with what `shown` makes of its id."""
+    """Insert a workflow, once per idempotency key, and answer 201 with `shown(workflow_id)`."""
     idempotency_key = await offload.run(
         idempotency.requested_key, request, body, workflow_id=request.path_params.get("id", "")
     )
@@ -170,7 +170,7 @@ async def create_workflow(
             )
             if bound != workflow.id:
                 return bound
-        # An earlier try may have been committed though its answer was lost.
+        # An earlier attempt may have been committed, though its answer was lost.
         if not await workflow_rows.exists(connection, workflow.id):
             await source_checks.require_usable(connection, made, named, request.gateway.vault)
             await workflow_rows.add_workflow(connection, made, catalog)
@@ -188,30 +188,33 @@ async def create_workflow(
 
 
 def answer(stored: StoredWorkflow, value: object, *, status: int = 200) -> JsonResponse:
-    """Return an answer that shows something of a workflow, with the tag of its state."""
+    """Return an answer about a workflow, with its `ETag`."""
     return JsonResponse(value, status=status, headers=entity_tag(stored))
 
 
 def entity_tag(stored: StoredWorkflow) -> dict[str, str]:
-    """Return the header that names the state of a workflow, for a later `If-Match`."""
+    """Return the `ETag` header of a workflow, for a later `If-Match`."""
     return {"ETag": f'"{stored.workflow.revision}"'}
 
 
 def content_hash(stored: StoredWorkflow) -> str:
-    """Return the SHA-256 of everything that a change can change, in hexadecimal; alike for alike content."""
+    """Return the SHA-256 of all editable content, in hexadecimal."""
     row = column_values(
         stored.workflow,
         exclude={"id", "revision", "app_id", "search_text", "created_at", "updated_at", "deleted_at"},
     )
     content = [row, stored.nodes, stored.connections, sorted(stored.shared_with)]
-    # All of it was screened when it came in: to walk through it again would take longer than the rest of an edit.
+    # The content was screened on input; screening it again would take longer than the rest of an edit.
     return sha256(_encode_sorted(content)).hexdigest()
 
 
 def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _AppliedEdit | None:
-    """Return what a workflow becomes, or None where nothing is to change; raises 422, and whatever `change` raises."""
+    """Return the changed workflow, or None if the change has no effect.
+
+    Raises 422, and the errors of `change`.
+    """
     after = change(before)
-    # Python takes 1 and true for the same: the hashes are of texts that tell them apart.
+    # In Python, 1 equals true: the hashes are of JSON texts, which differ.
     applied = _AppliedEdit(after, content_hash(before), content_hash(after))
     if applied.hash_after == applied.hash_before and after.workflow.deleted_at is None:
         return None
@@ -227,14 +230,14 @@ def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _A
 
 
 def _require_bare(stored: StoredWorkflow) -> None:
-    """Raise 422 for credentials in a template, which everybody in the organisation sees."""
+    """Raise 422 for credentials in a template, since the whole organization can read it."""
     if not stored.workflow.is_template:
         return
     found = [
         errors.problem(
             removed.path if removed.node_id is None else f"nodes.{removed.node_id}.{removed.path}",
             "inline-secret",
-            "A template is seen by everybody in the organisation: take this credential out, or use save-as-template",
+            "The whole organization can read a template: remove this credential, or use save-as-template",
         )
         for removed in workflow_documents.strip_credentials(stored).removed
     ]
@@ -243,9 +246,9 @@ def _require_bare(stored: StoredWorkflow) -> None:
 
 
 def _unproved_nodes(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str] | None:
-    """Return the ids of nodes to check before a workflow becomes active, or stays so with another graph.
+    """Return the ids of nodes to check before a workflow becomes active, or stays active with another graph.
 
-    None where nothing is to be checked.
+    None if no check is needed.
     """
     if after.workflow.status != WorkflowStatus.ACTIVE:
         return None
@@ -258,9 +261,9 @@ def _unproved_nodes(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[
 
 
 def _unchanged(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str]:
-    """Return the ids of the nodes that are as they were: in a large graph all but a few."""
+    """Return the ids of the nodes that an edit has not changed: in a large graph all but a few."""
     known = {node["id"]: node for node in before.nodes}
     alike = [(known[node["id"]], node) for node in after.nodes if known.get(node["id"]) == node]
     if _encode_sorted([old for old, _ in alike]) != _encode_sorted([new for _, new in alike]):
-        return frozenset()  # somewhere 1 has become true, which are equal to Python
+        return frozenset()  # 1 has become true in some node, which are equal in Python
     return frozenset(str(node["id"]) for _, node in alike)

@@ -1,4 +1,4 @@
-"""What validation finds in a graph, as clients see it."""
+"""API shapes of validation findings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class FixShape(WireStruct):
-    """An edit that is certain to mend a finding: where in the node or connection, and what is to stand there."""
+    """Edit that resolves a finding: the field of the node or connection, and its new value."""
 
     action: FixAction
     node_id: str | UnsetType = UNSET
@@ -26,7 +26,7 @@ class FixShape(WireStruct):
 
 
 class FindingShape(WireStruct):
-    """One thing to mend, and how."""
+    """Validation finding with a suggestion."""
 
     type: FindingType
     message: str

@@ -1,4 +1,4 @@
-"""Settings that are no settings: keys of users' own, which older servers stored in `settings`, belong to `config`."""
+"""Foreign keys in `settings`, which older servers accepted from users: they belong to `config`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 PLACE: Final = "settings"
-"""Key of `config` that they are moved to."""
+"""Key of `config` under which they are stored."""
 KNOWN: Final = frozenset(field.encode_name for field in msgspec.structs.fields(KnownSettings))
 
 
 def move(columns: Mapping[str, Any]) -> dict[str, Any]:
     """Return columns of a workflow with foreign keys of `settings` in `config.settings`.
 
-    A key stays where it is if `config.settings` has another value under it or is no object, and all stay if `config`
-    would become too large to be sent back: nothing is lost, and what stays is accepted as it was.
+    A key stays in `settings` if `config.settings` has another value for it or is no object. All keys stay if
+    `config` would become too large for a request body. No value is lost, and remaining keys are accepted as
+    before.
     """
     settings, config = columns["settings"], columns["config"]
     place = config.get(PLACE, {})
@@ -42,7 +43,10 @@ def move(columns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_stored(key: str, value: Json, settings: Mapping[str, Json], config: Mapping[str, Json]) -> bool:
-    """Tell whether a foreign key of sent `settings` repeats what is stored, before or after it was moved."""
+    """Tell whether a foreign key in the `settings` of a request repeats its stored value.
+
+    The value may be stored in `settings`, or in `config.settings` after the move.
+    """
     place = config.get(PLACE)
     return any(
         key in stored and values.equal_json(stored[key], value)

@@ -1,4 +1,4 @@
-"""Whole graphs: arranged on the canvas, and built in one call."""
+"""Endpoints of whole graphs: layout, and creation in one request."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
     from engine.values import Json
     from gateway.workflows.stored_workflow import StoredWorkflow
 
-DRY_RUN = FlagParameter("dryRun", "Only tell what is wrong with the workflow; nothing is created.")
+DRY_RUN = FlagParameter("dryRun", "Only report the problems of the workflow; it is not created.")
 
 
 class LayoutResult(WireStruct):
-    """What arranging a workflow has changed."""
+    """Result of a layout."""
 
     workflow_id: str
     changed: bool
     nodes_repositioned: int
-    """How many nodes stand elsewhere than before."""
+    """Number of nodes that were moved."""
 
 
 class BuildFinding(WireStruct):
-    """One thing to mend in a body, and where; `type` and what follows come from the validation of the graph."""
+    """Problem of a request body, with its path; `type` and later fields are those of a validation finding."""
 
     path: str
     code: str
@@ -52,7 +52,7 @@ class BuildFinding(WireStruct):
 
 
 class BuiltWorkflow(WireStruct):
-    """A workflow that was created, with its graph as it is kept."""
+    """Created workflow with its stored graph."""
 
     workflow_id: str
     status: WorkflowStatus
@@ -65,7 +65,7 @@ class BuiltWorkflow(WireStruct):
 
 
 class BuildFindings(WireStruct):
-    """What is wrong with a workflow that wasn't created; with warnings alone it could be."""
+    """Problems of a workflow that was not created; it can be created with warnings alone."""
 
     valid: bool
     errors: Sequence[BuildFinding]
@@ -73,11 +73,11 @@ class BuildFindings(WireStruct):
 
 
 async def layout(request: GatewayRequest) -> JsonResponse:
-    """Arrange the nodes of a workflow from left to right; what is arranged already stays as it is."""
+    """Arrange the nodes of a workflow from left to right; an arranged graph does not change."""
     stored = await editing.read_workflow(request)
     editing.require_writer(request, stored.workflow)
     seen = graph_shapes.drawing(stored.nodes, stored.connections)
-    # In a thread, here and below: others are served while a large graph is gone through.
+    # A thread, here and below, so that a large graph does not block other requests.
     places = await asyncio.to_thread(layouts.arrange_cards, *seen)
 
     def arranged(before: StoredWorkflow) -> StoredWorkflow:
@@ -93,10 +93,10 @@ async def layout(request: GatewayRequest) -> JsonResponse:
 
 
 async def build(request: GatewayRequest) -> JsonResponse:
-    """Create a workflow with its whole graph at once, or tell everything that is wrong with it.
+    """Create a workflow with its whole graph, or report all its problems.
 
-    Errors that a draft may have otherwise keep a workflow from being built, except for `not-runnable`. In `details`
-    there is an entry for every wrong field and for every error of the graph; its `path` leads into the body.
+    Errors that are allowed in other drafts prevent the creation, except for `not-runnable`. `details` has an
+    entry for every invalid field and every error of the graph, with its `path` in the body.
     """
     is_dry_run = request.query[DRY_RUN]
     value = await read_json(request)
@@ -109,7 +109,7 @@ async def build(request: GatewayRequest) -> JsonResponse:
     )
     warnings = plan.warnings[: limits.FINDINGS]
     if is_dry_run:
-        idempotency.read_key(request)  # what is no key is refused, though nothing is created
+        idempotency.read_key(request)  # an invalid key is refused, though no workflow is created
         errors = plan.errors[: limits.FINDINGS]
         return JsonResponse({"valid": not errors, "errors": errors, "warnings": warnings})
     if plan.errors:

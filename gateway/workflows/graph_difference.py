@@ -1,4 +1,4 @@
-"""What differs between two states of a workflow: nodes and edges by their ids, everything else by its keys."""
+"""Differences between two states of a workflow: nodes and connections by id, other fields by key."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ POSITION = "position"
 
 
 class ValueChange(WireStruct):
-    """A value before and after; the side on which there was none is left out."""
+    """Value before and after; an absent side had none."""
 
     before: Any | UnsetType = UNSET
     after: Any | UnsetType = UNSET
 
 
 class ChangedItem(WireStruct):
-    """A node or an edge that is there before and after."""
+    """Node or connection that both states have."""
 
     id: str
     changes: dict[str, ValueChange]
-    """By the names of the fields; empty where a node was only moved."""
+    """Changes by field name; empty for a node that was only moved."""
     position: ValueChange | UnsetType = UNSET
-    """Where a node was moved from and to."""
+    """Position of a moved node, before and after."""
 
 
 class ItemsDifference(WireStruct):
-    """Nodes or edges that came, went, or are no longer what they were; their order counts for nothing."""
+    """Added, removed and changed nodes or connections; their order is ignored."""
 
     added: list[dict[str, Any]]
     removed: list[dict[str, Any]]
@@ -43,7 +43,7 @@ class ItemsDifference(WireStruct):
 
 
 def compare_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, Json]]) -> ItemsDifference:
-    """Return what differs between two lists of nodes or edges, each with an `id`."""
+    """Return the differences between two lists of nodes or connections, each with an `id`."""
     old, new = _by_id(before), _by_id(after)
     pairs = ((old[key], item) for key, item in new.items() if key in old)
     changed = (_changed(left, right) for left, right in pairs)
@@ -55,7 +55,7 @@ def compare_items(before: Sequence[dict[str, Json]], after: Sequence[dict[str, J
 
 
 def compare_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dict[str, ValueChange]:
-    """Return the keys whose values differ, or that only one side has."""
+    """Return the keys with different values, or with a value on one side only."""
     return {
         key: ValueChange(before=before.get(key, UNSET), after=after.get(key, UNSET))
         for key in {**before, **after}
@@ -64,7 +64,7 @@ def compare_fields(before: Mapping[str, Json], after: Mapping[str, Json]) -> dic
 
 
 def _by_id(items: Sequence[dict[str, Json]]) -> dict[tuple[str, int], dict[str, Json]]:
-    """Return items by their ids, and by how many bearers an id had before: drafts may hold one more than once."""
+    """Return items by their id and the number of earlier items with that id: drafts may have duplicate ids."""
     bearers: Counter[str] = Counter()
     found = {}
     for item in items:

@@ -1,4 +1,7 @@
-"""Graphs on their way in and out: every spelling that clients use becomes one stored form, and that the contract's."""
+"""Graphs in requests and answers: all accepted spellings become one stored form.
+
+Answers have the form of the API.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class CanvasPosition(GuardedWire):
-    """A place on the canvas."""
+    """Position on the canvas."""
 
     x: int | float
     y: int | float
@@ -60,73 +63,73 @@ OF_THE_TYPE: Final = (
     "inboundConnections",
     "outboundConnections",
 )
-"""Fields of a node that its type and its connections give it."""
+"""Fields of a node that follow from its type and its connections."""
 
 
 class NodeInput(GuardedWire):
-    """A node as clients write it; its type is `nodeId`, `type` or `nodeType`."""
+    """Node in a request; its type is `nodeId`, `type` or `nodeType`."""
 
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(OF_THE_TYPE, "")
 
     id: GraphId | None = None
-    """What connections call the node; made up where it is absent."""
+    """Id in connections; generated if absent."""
     node_id: NodeTypeName | None = None
-    """The node's type, as the catalogue has it; `queue`, `email`, `event` and `schedule` mean their triggers."""
+    """Node type of the catalog; `queue`, `email`, `event` and `schedule` name their triggers."""
     type: NodeTypeName | None = None
-    """The same as `nodeId`."""
+    """Alias of `nodeId`."""
     node_type: NodeTypeName | None = None
-    """The same as `nodeId`."""
+    """Alias of `nodeId`."""
     version: NodeTypeName | None = None
-    """The version of the type to stay with."""
+    """Fixed version of the type."""
     node_version: NodeTypeName | None = None
-    """The same as `version`."""
+    """Alias of `version`."""
     label: Label | None = None
-    """The name of the type, where it is absent."""
+    """By default the name of the type."""
     position: CanvasPosition | None = None
-    """Worked out where it is absent."""
+    """Computed if absent."""
     config: dict[str, Any] | None = None
-    """What the type's schema says; texts may hold `{{ expressions }}`."""
+    """Config by the schema of the type; texts may contain `{{ expressions }}`."""
     input_mappings: dict[str, Any] | None = None
-    """Where each field of the input comes from: a path such as `data.user.id`, a text with expressions, a constant."""
+    """Source of each field of the input: a path (`data.user.id`), a text with expressions, or a constant."""
     pass_through_values: dict[str, str] | None = None
-    """What is copied to the output: each key of it, with the key of the input."""
+    """Fields to copy from the input to the output: each key of the output, with the key of the input."""
     retry: RetryShape | None = None
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | None = None
-    """Seconds that the node may take."""
+    """Maximum duration of an attempt in seconds."""
     at_most_once: bool | None = None
-    """Where it writes: an attempt of which nobody knows what came fails it, and isn't made again."""
+    """For a writing node: an attempt with unknown outcome fails the node and is not repeated."""
 
 
 class ConnectionInput(GuardedWire):
-    """An edge as clients write it; its ends are `source` or `sourceNodeId`, `target` or `targetNodeId`."""
+    """Connection in a request; its ends are `source` or `sourceNodeId`, and `target` or `targetNodeId`."""
 
     id: GraphId | None = None
-    """Made up where it is absent."""
+    """Generated if absent."""
     source: GraphId | None = None
-    """The same as `sourceNodeId`."""
+    """Alias of `sourceNodeId`."""
     source_node_id: GraphId | None = None
-    """The node that it comes from."""
+    """Node at the start of the connection."""
     source_port: Label | None = None
-    """`output`, where it is absent."""
+    """By default `output`."""
     target: GraphId | None = None
-    """The same as `targetNodeId`."""
+    """Alias of `targetNodeId`."""
     target_node_id: GraphId | None = None
-    """The node that it leads to."""
+    """Node at the end of the connection."""
     target_port: Label | None = None
-    """`input`, where it is absent."""
+    """By default `input`."""
 
 
 Nodes: TypeAlias = Annotated[list[NodeInput], Meta(max_length=limits.NODES)]
 Connections: TypeAlias = Annotated[list[ConnectionInput], Meta(max_length=limits.CONNECTIONS)]
 
 
-# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def stored_nodes(
     nodes: Sequence[NodeInput], catalog: NodeCatalog, problems: ProblemCollector
 ) -> list[StoredNode]:
-    """Return nodes in the stored form, those without a position as they are; what is wrong goes to `problems`."""
+    """Return nodes in the stored form, without generating positions; problems are added to `problems`."""
     return [
         stored_node(node, f"nodes.{index}.", None, catalog, problems)
         for index, node in enumerate(nodes)
@@ -137,7 +140,7 @@ def stored_nodes(
 def stored_connections(
     connections: Sequence[ConnectionInput], problems: ProblemCollector
 ) -> list[StoredConnection]:
-    """Return edges in the stored form; what is wrong with them goes to `problems`."""
+    """Return connections in the stored form; problems are added to `problems`."""
     return [
         stored_connection(edge, f"connections.{index}.", problems)
         for index, edge in enumerate(connections)
@@ -148,8 +151,9 @@ def stored_connections(
 def stored_node(
     node: NodeInput, path: str, place: CanvasPosition | None, catalog: NodeCatalog, problems: ProblemCollector
 ) -> StoredNode:
-    """Return one node in the stored form, at `place` unless it has its own; `path`: what the paths of its fields begin
-    with.
+    """Return a node in the stored form, at `place` unless it has a position.
+
+    `path` is the prefix of the paths of its problems.
     """
     type_name = catalog.canonical_name(node.node_id or node.type or node.node_type or "")
     version = node.version or node.node_version
@@ -185,7 +189,7 @@ def stored_node(
 
 
 def stored_connection(edge: ConnectionInput, path: str, problems: ProblemCollector) -> StoredConnection:
-    """Return one edge in the stored form; `path`: what the paths of its fields begin with."""
+    """Return a connection in the stored form; `path` is the prefix of the paths of its problems."""
     return {
         "id": _id(edge.id, "conn", path, problems),
         "source": _end(edge.source_node_id or edge.source, f"{path}sourceNodeId", problems),
@@ -202,7 +206,7 @@ def _id(given: str | None, prefix: str, path: str, problems: ProblemCollector) -
 
 
 def new_id(prefix: str) -> str:
-    """Return a fresh id with twelve random characters: unlikely to meet again in one graph, short enough to read."""
+    """Return a new id with twelve random characters: unlikely to collide within a graph, and short."""
     return f"{prefix}-{''.join(ids.ALPHABET[byte & 31] for byte in os.urandom(12))}"
 
 
@@ -222,7 +226,7 @@ def _port(given: str | None, default: str, path: str, problems: ProblemCollector
 
 
 def stored_retry(retry: RetryShape) -> dict[str, Json]:
-    """Return what was given of a retry."""
+    """Return the given fields of a retry."""
     shown: dict[str, Json] = {
         "maxAttempts": retry.max_attempts,
         "backoff": retry.backoff,
@@ -232,26 +236,26 @@ def stored_retry(retry: RetryShape) -> dict[str, Json]:
     return {key: value for key, value in shown.items() if value is not None}
 
 
-# ── placed ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── positions ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class LayoutInput(NamedTuple):
-    """What a layout depends on: `layout.arrange(*drawing)`."""
+    """Input of a layout: the arguments of `layouts.arrange_cards`."""
 
     node_ids: list[str]
     edges: list[CardEdge]
     places: list[CardPosition | None]
-    """Where each node is, if anywhere."""
+    """Position of each node, or None."""
 
 
 def drawing(nodes: Sequence[StoredNode], connections: Sequence[StoredConnection]) -> LayoutInput:
-    """Return a graph as it is drawn."""
+    """Return the layout input of a graph."""
     edges = [(str(edge["source"]), str(edge["target"])) for edge in connections]
     return LayoutInput([str(node["id"]) for node in nodes], edges, [_place(node) for node in nodes])
 
 
 def moved(nodes: Sequence[StoredNode], places: Sequence[CardPosition]) -> list[StoredNode]:
-    """Return nodes with each at its place."""
+    """Return nodes with new positions."""
     return [
         {**node, "position": {"x": x, "y": y}} if _place(node) != (x, y) else node
         for node, (x, y) in zip(nodes, places, strict=True)
@@ -263,7 +267,7 @@ def placed(
     connections: Sequence[StoredConnection],
     before: Sequence[StoredNode] = (),
 ) -> list[StoredNode]:
-    """Return nodes that all have a position: their own, or that which the node had `before`, or else a free one."""
+    """Return nodes with positions: their own, else that of the node in `before`, else a free one."""
     known = {str(node["id"]): node["position"] for node in before}
     kept: list[StoredNode] = []
     for node in nodes:
@@ -280,16 +284,16 @@ def _place(node: StoredNode) -> CardPosition | None:
     return where["x"], where["y"]
 
 
-# ── checked ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── validation ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def graph_of(stored: StoredWorkflow) -> ParsedGraph:
-    """Return the graph of a workflow as the engine sees it."""
+    """Return the parsed graph of a workflow."""
     return ParsedGraph.from_stored(definition_snapshot.build_definition(stored.nodes, stored.connections, {}))
 
 
 def require_valid(validation: ValidationResult) -> None:
-    """Raise 422 with the findings where a graph can't run."""
+    """Raise 422 with the findings if a graph is invalid."""
     if validation.is_valid:
         return
     shown = validation.errors[: limits.FINDINGS]
@@ -305,16 +309,16 @@ def _detail(finding: GraphFinding) -> dict[str, Json]:
     return {"path": where, "code": finding.type, **finding.as_json()}
 
 
-# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def shown_node(node: StoredNode) -> dict[str, Json]:
-    """Return a node as the Workflow object shows it."""
+    """Return a node as in the Workflow object."""
     return {"id": node["id"], "nodeId": node["type"], **node}
 
 
 def shown_connection(connection: StoredConnection) -> dict[str, Json]:
-    """Return an edge as the Workflow object shows it."""
+    """Return a connection as in the Workflow object."""
     return {
         "id": connection["id"],
         "sourceNodeId": connection["source"],

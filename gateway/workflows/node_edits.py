@@ -1,4 +1,4 @@
-"""Edits of a graph, piece by piece: each takes a workflow as it stands and returns what it becomes, or refuses."""
+"""Edits of single nodes and connections: functions from a stored workflow to the changed one, or an error."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
     from nodes.catalog import NodeCatalog
 
 COMPARED_IDS = 1_000
-"""Nodes whose ids are compared with one that isn't there, to name those that are near."""
+"""Number of node ids that are compared with an unknown one, for a suggestion."""
 SHOWN_OF_A_CYCLE = 6
 
 _joined = itemgetter("source", "sourcePort", "target", "targetPort")
 
 
 class NodeChanges(GuardedWire):
-    """What is to change of a node; the rest stays. `config` merges, and null takes a key of it away."""
+    """Changes of a node; absent fields stay. `config` is merged, and null removes a key of it."""
 
     read_only: ClassVar[Mapping[str, str]] = {
         **NodeInput.read_only,
@@ -51,25 +51,25 @@ class NodeChanges(GuardedWire):
     label: Label | None = None
     position: CanvasPosition | None = None
     version: str | UnsetType | None = UNSET
-    """Null: no longer pinned."""
+    """Null removes the fixed version."""
     retry: RetryShape | UnsetType | None = UNSET
-    """Null: tried once."""
+    """Null: one attempt."""
     timeout: Annotated[float, Meta(gt=0, le=limits.TIMEOUT_SECONDS)] | UnsetType | None = UNSET
-    """Seconds; null: as long as the run may take."""
+    """Seconds; null: limited by the run alone."""
     at_most_once: bool | UnsetType | None = UNSET
-    """Where it writes: an attempt of which nobody knows what came fails it, and isn't made again."""
+    """For a writing node: an attempt with unknown outcome fails the node and is not repeated."""
 
 
 # ── nodes ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def node_of(stored: StoredWorkflow, node_id: str) -> StoredNode:
-    """Return a node by its id; raises 404, and 409 where two share the id."""
+    """Return a node of a workflow by its id; raises 404, and 409 if two nodes share the id."""
     return named(stored.nodes, node_id)
 
 
 def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
-    """Return the node with an id; raises 404, and 409 where two share the id."""
+    """Return the node with an id; raises 404, and 409 if two nodes share the id."""
     found = [node for node in nodes if node["id"] == node_id]
     if not found:
         raise errors.not_found("node")
@@ -80,7 +80,7 @@ def named(nodes: Iterable[StoredNode], node_id: str) -> StoredNode:
 
 
 def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Add a node that has its id; where it says no position, it gets a free one beside the others."""
+    """Add a node with an id; without a position it gets a free one beside the others."""
     problems = ProblemCollector()
     place = node.position or _free_position(before.nodes)
     made = graph_shapes.stored_node(node, "", place, catalog, problems)
@@ -98,7 +98,7 @@ def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> 
 def with_changes(
     before: StoredWorkflow, node_id: str, changes: NodeChanges, catalog: NodeCatalog
 ) -> StoredWorkflow:
-    """Configure a node."""
+    """Change a node."""
     node = node_of(before, node_id)
     problems = ProblemCollector()
     after = dict(node)
@@ -124,19 +124,19 @@ def with_changes(
 
 
 def with_mappings(before: StoredWorkflow, node_id: str, mappings: dict[str, Json]) -> StoredWorkflow:
-    """Replace the mappings of a node."""
+    """Replace the input mappings of a node."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "inputMappings": mappings})
 
 
 def with_pass_through(before: StoredWorkflow, node_id: str, values: Mapping[str, str]) -> StoredWorkflow:
-    """Replace what a node passes through."""
+    """Replace the pass-through values of a node."""
     node = node_of(before, node_id)
     return _with_replaced(before, node, {**node, "passThroughValues": dict(values)})
 
 
 def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
-    """Remove a node, with every connection that leads to it or from it."""
+    """Remove a node and all its connections."""
     nodes = [node for node in before.nodes if node["id"] != node_id]
     if len(nodes) == len(before.nodes):
         raise errors.not_found("node")
@@ -145,7 +145,7 @@ def without_node(before: StoredWorkflow, node_id: str) -> StoredWorkflow:
 
 
 def require_valid_mappings(mappings: Mapping[str, Json]) -> None:
-    """Raise 422 with one entry for every mapping that could not be computed in a run."""
+    """Raise 422 with an entry for each mapping that is no valid expression."""
     problems = ProblemCollector()
     _check_mappings(mappings, "mappings", problems)
     problems.raise_any()
@@ -192,7 +192,7 @@ def _with_replaced(before: StoredWorkflow, node: StoredNode, after: StoredNode) 
 
 
 def _require_room(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
-    """Raise 422 unless the graph with a changed node could be sent again in one body."""
+    """Raise 422 if the graph with a changed node would be too large for one request body."""
     try:
         encode_json({"nodes": [changed]})
     except InvalidJson as error:
@@ -212,7 +212,7 @@ def _free_position(nodes: Iterable[StoredNode]) -> CanvasPosition:
 
 
 def with_connection(before: StoredWorkflow, edge: ConnectionInput, catalog: NodeCatalog) -> StoredWorkflow:
-    """Connect two nodes, with an edge that has its id."""
+    """Add a connection with an id between two nodes."""
     problems = ProblemCollector()
     made = graph_shapes.stored_connection(edge, "", problems)
     problems.raise_any()
@@ -265,7 +265,7 @@ def _require_ports(edge: StoredConnection, nodes: Mapping[str, StoredNode], cata
 
 
 def _outputs(node: StoredNode, catalog: NodeCatalog) -> Sequence[str]:
-    """Return the outputs of a node; empty where its type isn't known."""
+    """Return the outputs of a node; empty for an unknown type."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
         return ()
@@ -274,8 +274,8 @@ def _outputs(node: StoredNode, catalog: NodeCatalog) -> Sequence[str]:
 
 def _no_port(path: str, node_id: str, port: Json, known: Sequence[str]) -> dict[str, Json]:
     kind = "output" if path == "sourcePort" else "input"
-    has = f"it has {', '.join(known)}" if known else "nothing can lead into it"
-    suggestion = f"Use one of: {', '.join(known)}." if known else "Connect to a node that takes an input."
+    has = f"it has {', '.join(known)}" if known else "it has no inputs"
+    suggestion = f"Use one of: {', '.join(known)}." if known else "Connect to a node with an input."
     return _flaw(path, "invalid-port", f"Node {node_id} has no {kind} port {port}: {has}", suggestion)
 
 
@@ -293,7 +293,7 @@ def _require_new(edge: StoredConnection, others: Iterable[StoredConnection]) -> 
 def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]) -> None:
     source, target = str(edge["source"]), str(edge["target"])
     if source == target:
-        message = f"Node {source} can't lead to itself"
+        message = f"Node {source} can't be connected to itself"
         raise _refusal("targetNodeId", "cycle", message, "Connect it to another node.")
     way = _way(target, source, others)
     if way:
@@ -305,7 +305,7 @@ def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]
 
 
 def _way(start: str, end: str, edges: Iterable[StoredConnection]) -> list[str]:
-    """Return the nodes on a shortest way along the edges, both ends among them; empty: there is none."""
+    """Return the nodes on a shortest path along the edges, both ends included; empty if there is none."""
     children = defaultdict(list)
     for edge in edges:
         children[edge["source"]].append(str(edge["target"]))

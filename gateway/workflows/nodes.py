@@ -1,4 +1,4 @@
-"""A workflow's graph edited piece by piece: nodes, their config and mappings, and the connections between them."""
+"""Endpoints of single nodes, their config and mappings, and the connections between them."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ Values = TypeVar("Values", bound=Mapping[str, object])
 
 
 class SetMappings(GuardedWire):
-    """Where each field of a node's input comes from: a path, a text with expressions in it, or a constant."""
+    """Input mappings of a node: for each field of its input, a path, a text with expressions, or a constant."""
 
     read_only: ClassVar[Mapping[str, str]] = _OF_THE_NODE
 
     mappings: dict[str, Any] | None = None
     input_mappings: dict[str, Any] | None = None
-    """The same as `mappings`, as answers name it; one of both is needed."""
+    """Alias of `mappings`, with the name that answers use; one of the two is required."""
 
 
 class SetPassThrough(GuardedWire):
-    """What a node passes on unchanged: keys of its output, each with the key of its input."""
+    """Pass-through values of a node: keys of its output, each with the key of its input."""
 
     read_only: ClassVar[Mapping[str, str]] = _OF_THE_NODE
 
     values: dict[str, str] | None = None
     pass_through_values: dict[str, str] | None = None
-    """The same as `values`, as answers name it; one of both is needed."""
+    """Alias of `values`, with the name that answers use; one of the two is required."""
 
 
 class NodeSummary(WireStruct):
-    """A node of a list, and how many connections lead to it and from it."""
+    """Node in a list, with the numbers of its connections."""
 
     id: str
     type: str
@@ -73,7 +73,7 @@ class NodeList(WireStruct):
 
 
 class ResolvedNode(WireStruct):
-    """A node, and what the catalogue says of its type."""
+    """Node with the catalog's fields of its type."""
 
     id: str
     type: str
@@ -86,7 +86,7 @@ class ResolvedNode(WireStruct):
     s3_location: str
     resources: dict[str, Any]
     data: dict[str, Any]
-    """Empty: all that a node is told stands in its config."""
+    """Always empty: the configuration of a node is in its config."""
     node_version: str | UnsetType = UNSET
     retry: RetryShape | UnsetType = UNSET
     timeout: int | float | UnsetType = UNSET
@@ -94,7 +94,7 @@ class ResolvedNode(WireStruct):
 
 
 class NodeAnswer(WireStruct):
-    """A node that was added or configured."""
+    """Added or configured node."""
 
     node_id: str
     workflow_id: str
@@ -102,7 +102,7 @@ class NodeAnswer(WireStruct):
 
 
 class NodeRemoval(WireStruct):
-    """A node that is gone, and how many connections went with it."""
+    """Removed node, and the number of its removed connections."""
 
     removed: bool
     node_id: str
@@ -111,7 +111,7 @@ class NodeRemoval(WireStruct):
 
 
 class MappingsAnswer(WireStruct):
-    """The mappings of a node."""
+    """Input mappings of a node."""
 
     node_id: str
     workflow_id: str
@@ -119,7 +119,7 @@ class MappingsAnswer(WireStruct):
 
 
 class PassThroughAnswer(WireStruct):
-    """What a node passes on unchanged."""
+    """Pass-through values of a node."""
 
     node_id: str
     workflow_id: str
@@ -127,7 +127,7 @@ class PassThroughAnswer(WireStruct):
 
 
 class NodeConnection(WireStruct):
-    """A connection, from a port of a node to a port of another."""
+    """Connection from a port of one node to a port of another."""
 
     id: str
     source: str
@@ -137,7 +137,7 @@ class NodeConnection(WireStruct):
 
 
 class ConnectionAnswer(WireStruct):
-    """A connection that was made."""
+    """Added connection."""
 
     connection_id: str
     workflow_id: str
@@ -145,7 +145,7 @@ class ConnectionAnswer(WireStruct):
 
 
 class ConnectionRemoval(WireStruct):
-    """A connection that is gone."""
+    """Removed connection."""
 
     removed: bool
     connection_id: str
@@ -167,7 +167,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def add(request: GatewayRequest) -> JsonResponse:
-    """Add a node to a workflow; without a position it is put beside the others."""
+    """Add a node to a workflow; without a position it is placed beside the others."""
     body = await decode_body(request, NodeInput)
     node_id = body.id or graph_shapes.new_id("node")
     named = msgspec.structs.replace(body, id=node_id)
@@ -181,10 +181,10 @@ async def add(request: GatewayRequest) -> JsonResponse:
 
 
 async def configure(request: GatewayRequest) -> JsonResponse:
-    """Merge values into a node's config; null takes a key away.
+    """Merge values into a node's config; null removes a key.
 
-    A body with `config`, or with `label` alone, may change the label too; with `config`, also the position, version,
-    retry, timeout and whether it runs at most once. Any other body is taken as the config itself.
+    A body with `config`, or with `label` alone, may change the label too. With `config` it may also change
+    the position, version, retry, timeout and `atMostOnce`. Any other body is the config itself.
     """
     body = _wrapped(await read_json(request))
     changes = body_of(request, body, NodeChanges)
@@ -204,7 +204,7 @@ async def configure(request: GatewayRequest) -> JsonResponse:
 
 
 async def remove(request: GatewayRequest) -> JsonResponse:
-    """Remove a node, and the connections that lead to it and from it."""
+    """Remove a node and its connections."""
     node_id = request.path_params["sub"]
     edited = await editing.edit_workflow(
         request, AuditAction.NODE_REMOVED, lambda before: node_edits.without_node(before, node_id)
@@ -219,7 +219,7 @@ async def remove(request: GatewayRequest) -> JsonResponse:
 
 
 async def set_mappings(request: GatewayRequest) -> JsonResponse:
-    """Set where the fields of a node's input come from, in place of what was set before."""
+    """Replace the input mappings of a node."""
     value = await read_json(request)
     body = body_of(request, value, SetMappings)
     mappings = _one_of("mappings", body.mappings, "inputMappings", body.input_mappings)
@@ -238,7 +238,7 @@ async def set_mappings(request: GatewayRequest) -> JsonResponse:
 
 
 async def set_pass_through(request: GatewayRequest) -> JsonResponse:
-    """Set what a node passes from its input to its output, in place of what was set before."""
+    """Replace the pass-through values of a node."""
     value = await read_json(request)
     body = body_of(request, value, SetPassThrough)
     values = _one_of("values", body.values, "passThroughValues", body.pass_through_values)
@@ -256,9 +256,9 @@ async def set_pass_through(request: GatewayRequest) -> JsonResponse:
 
 
 def _one_of(name: str, value: Values | None, other_name: str, other: Values | None) -> Values:
-    """Return the one of two values that was given; raises 422 for none, and for two that differ."""
+    """Return the given one of two aliases; raises 422 if both are absent or if they differ."""
     if value is not None and other is not None and value != other:
-        message = f"Give {name} or {other_name}, not both"
+        message = f"Send {name} or {other_name}, not both"
         raise errors.invalid([errors.problem(other_name, "ambiguous", message)])
     if value is not None:
         return value
@@ -307,7 +307,7 @@ async def disconnect(request: GatewayRequest) -> JsonResponse:
     )
 
 
-# ── shown ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _node_answer(
@@ -332,7 +332,7 @@ def _shown(node: StoredNode, catalog: NodeCatalog) -> ResolvedNode:
 
 
 def _resolved(node: StoredNode, catalog: NodeCatalog) -> dict[str, Json]:
-    """Return a node with what the catalogue says of its type, which it may have lost since the node was stored."""
+    """Return a node with the catalog's fields of its type; the type may have left the catalog since."""
     node_type = catalog.node_types.get(str(node["type"]))
     if node_type is None:
         resolved: dict[str, Json] = {"category": UNKNOWN_CATEGORY, "s3Location": "", "resources": {}}
@@ -360,12 +360,12 @@ def _all_fields(stored: StoredWorkflow, node_id: str, catalog: NodeCatalog) -> d
 
 
 def _is_summary(body: Mapping[str, Json]) -> bool:
-    """Tell whether a body is a node as the list of nodes shows it."""
+    """Tell whether a body is a node of the list of nodes."""
     return all(field.encode_name in body for field in msgspec.structs.fields(NodeSummary) if field.required)
 
 
 def _wrapped(body: Json) -> Json:
-    """Return the body of a change with the config in its place, where the body itself is the config."""
+    """Return the body of a change; a body that is the config itself becomes its `config`."""
     if not isinstance(body, dict) or "config" in body or body.keys() == {"label"} or _is_summary(body):
         return body
     return {"config": body}

@@ -1,4 +1,4 @@
-"""What the settings of a workflow say about its runs: how many go on at once, what follows a failure, what pods get."""
+"""Settings of a workflow for its runs and pods: concurrency, failure notification, resources."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 
 class ConcurrencySettings(StrictWire):
-    """Limit of the runs of a workflow that are in progress at once."""
+    """Concurrency limit of the runs of a workflow."""
 
     limit: Annotated[int, Meta(ge=1, le=limits.CONCURRENT_RUNS)]
-    """Maximum number of runs at once."""
+    """Maximum number of runs in progress at once."""
     key: Annotated[str, text_rules.is_allowed_text(limits.CONCURRENCY_KEY_LENGTH, min_length=1)] | None = None
-    """Expression such as `{{ trigger.body.customer }}`: the limit applies to each of its values apart."""
+    """Expression such as `{{ trigger.body.customer }}`: the limit applies to each of its values separately.
+    """
     on_limit: LimitAction = LimitAction.QUEUE
     """Handling of further runs: `queue` makes them wait, `reject` refuses them with 429."""
 
@@ -31,15 +32,16 @@ class FailureSettings(StrictWire):
     """Notification about a failed run: either a workflow or a URL."""
 
     workflow_id: str | None = None
-    """Workflow that runs once, for the user of the failed run. Its inputs are `executionId`, `workflowId`,
-    `workflowName`, `status`, `error`, `startedAt` and `endedAt`.
+    """Workflow that runs once, for the user of the failed run.
+
+    Its inputs are `executionId`, `workflowId`, `workflowName`, `status`, `error`, `startedAt` and `endedAt`.
     """
     url: Annotated[str, text_rules.is_allowed_text(limits.CALLBACK_URL_LENGTH, min_length=1)] | None = None
     """URL that gets a message, signed with the signing secret of the organization."""
 
 
 class ResourceSettings(StrictWire):
-    """Resources of a pod: what it gets and may not exceed."""
+    """Resources of a pod: requests and limits."""
 
     cpu_millicores: Annotated[int, Meta(ge=50, le=limits.POD_MILLICORES)] = 500
     """Thousandths of a processor."""
@@ -55,9 +57,9 @@ class KnownSettings(StrictWire):
     retry_on_failure: bool = False
     """Repeat a failed run from the node that failed, up to `maxRetries` times."""
     max_retries: Annotated[int, Meta(ge=0, le=limits.RETRIES)] = 3
-    """Repetitions of a failed run, where `retryOnFailure` is true."""
+    """Repetitions of a failed run if `retryOnFailure` is true."""
     strict_mappings: bool = False
-    """Fail a node where one of its paths finds nothing. New workflows have true unless they say otherwise."""
+    """Fail a node if one of its paths has no value. New workflows have true by default."""
     parallelism: Annotated[int, Meta(ge=1, le=limits.PARALLELISM)] = 16
     """Maximum number of nodes of one run that wait for something outside, such as an HTTP answer, at once."""
     concurrency: ConcurrencySettings | None = None
@@ -74,7 +76,7 @@ def check_settings(
     workflow_id: str,
     problems: ProblemCollector,
 ) -> None:
-    """Note what no type says: expressions that can't be read, addresses that are none, a workflow that names itself."""
+    """Add problems that types can't express: invalid expressions, invalid URLs, a workflow that names itself."""
     if concurrency is not None and concurrency.key is not None:
         _check_key(concurrency.key, problems)
     if on_failure is not None:
@@ -104,7 +106,7 @@ def _check_failure(on_failure: FailureSettings, workflow_id: str, problems: Prob
     elif on_failure.url is not None:
         callback_checks.check_callback(on_failure.url, f"{path}.url", problems)
     elif on_failure.workflow_id == workflow_id:
-        message = "A workflow can't be run about its own failures"
+        message = "A workflow can't be its own failure workflow"
         problems.add(f"{path}.workflowId", "self-reference", message)
     else:
         text_rules.check_identifier(on_failure.workflow_id or "", f"{path}.workflowId", problems)

@@ -1,4 +1,4 @@
-"""The row of a workflow's schedule, written along with its graph and status: the scheduler follows no other."""
+"""Schedule row of a workflow, saved together with its graph and status; the scheduler reads only this row."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _OF_THE_PAST = {"last_run_at": None, "last_execution_id": None, "skipped_at": No
 async def save_schedule(
     connection: AsyncConnection, workflow: Workflow, trigger: WorkflowTrigger | None
 ) -> None:
-    """Let a workflow's schedule count from now on, go on or rest, by its status and its schedule trigger.
+    """Start, continue or suspend the schedule of a workflow, by its status and its schedule trigger.
 
-    One that goes on with the same instants keeps the next of them, whatever else has changed.
+    A schedule that continues with the same instants keeps its next one, even if other settings have changed.
     """
     is_of_workflow = col(Schedule.workflow_id) == workflow.id
     if workflow.deleted_at is not None:
@@ -42,7 +42,8 @@ async def save_schedule(
         rests = {"next_run_at": None, "due_at": None, "problem": None}
         await connection.execute(update(Schedule).where(is_of_workflow).values(rests))
         return
-    # Locked before the time is read: whoever starts runs of it is done then, and what they were for is known.
+    # Locked before the time is read: a scheduler that starts runs has then committed, with the instants of
+    # those runs.
     found = (
         (await connection.execute(select(Schedule).where(is_of_workflow).with_for_update()))
         .mappings()
@@ -64,7 +65,7 @@ async def save_schedule(
 
 
 def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
-    """Return the moment up to which instants were run: now, unless the transaction began a little before a run."""
+    """Return the time up to which instants were run: now, or a later run that began after this transaction."""
     last_run_at = found["last_run_at"] if found is not None else None
     return (
         now
@@ -74,7 +75,7 @@ def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
 
 
 def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
-    """Return the row of a schedule that counts from now on; instants up to `since` were run."""
+    """Return the row of a schedule that starts now; instants up to `since` were run."""
     row = Schedule(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,
@@ -87,7 +88,7 @@ def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: d
     try:
         followed: ScheduleTimetable = schedule_timetable.parse_timetable(trigger.config)
     except InvalidTimetable as error:
-        # It was found good when the workflow became active, by a machine that knows other time zones, say.
+        # The schedule was valid at activation, for example on a machine with other time zones.
         row.problem = str(error)
         return row
     row.timing_hash = followed.timing_hash

@@ -1,4 +1,4 @@
-"""Who besides its owner may see a workflow: the users that it is shared with, or everybody in the organisation."""
+"""Visibility of a workflow to users besides its owner: shares, and access for the whole organization."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 
 class ShareWith(GuardedWire):
-    """The user who is to see a workflow."""
+    """User to share a workflow with."""
 
     user_id: str
 
 
 class ShareResult(WireStruct):
-    """A share that is there."""
+    """Share of a workflow."""
 
     message: str
     workflow_id: str
@@ -46,21 +46,21 @@ class ShareResult(WireStruct):
 
 
 class WorkflowGuest(WireStruct):
-    """A user that a workflow is shared with, and since when."""
+    """User that a workflow is shared with, and the time of the share."""
 
     user_id: str
     shared_at: Instant
 
 
 class WorkflowGuests(WireStruct):
-    """The users that a workflow is shared with, the first ones first."""
+    """Users that a workflow is shared with, in the order of their shares."""
 
     workflow_id: str
     shared_with: Sequence[WorkflowGuest]
 
 
 class SetVisibility(StrictWire):
-    """Who else may see a workflow; what isn't given stays."""
+    """Visibility of a workflow; absent fields do not change."""
 
     read_only: ClassVar[Mapping[str, str]] = {
         name: route
@@ -69,9 +69,9 @@ class SetVisibility(StrictWire):
     }
 
     is_public: bool | None = None
-    """Whether everybody in the organisation may read and execute it."""
+    """True if the whole organization may read and execute it."""
     is_template: bool | None = None
-    """Whether it is a template, for admins to decide."""
+    """True for a template; only admins may change it."""
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -84,7 +84,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def add(request: GatewayRequest) -> JsonResponse:
-    """Share a workflow with a user of the organisation, who may then read and execute it."""
+    """Share a workflow with a user of the organization. The user may then read and execute it."""
     body = await decode_body(request, ShareWith)
     await _require_user(request, body.user_id)
     now = request.gateway.clock()
@@ -98,7 +98,7 @@ async def add(request: GatewayRequest) -> JsonResponse:
 
 
 async def remove(request: GatewayRequest) -> NoContent:
-    """End a share: the user loses sight of the workflow and of its executions."""
+    """End a share: the user loses access to the workflow and its executions."""
     user_id = request.path_params["subId"]
     edited = await editing.edit_workflow(
         request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
@@ -108,7 +108,7 @@ async def remove(request: GatewayRequest) -> NoContent:
 
 
 async def set_visibility(request: GatewayRequest) -> JsonResponse:
-    """Let everybody in the organisation see a workflow, or no longer; admins make templates too."""
+    """Set the visibility of a workflow to the whole organization; admins also make it a template."""
     value = await read_json(request)
     body = body_of(request, value, SetVisibility)
 
@@ -122,7 +122,7 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
-    """Raise 404 for a user that is none of the organisation's, to those who may share the workflow."""
+    """Raise 404 unless the user belongs to the organization; first require a caller that may share."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         editing.require_writer(request, stored.workflow)
@@ -130,7 +130,7 @@ async def _require_user(request: GatewayRequest, user_id: str) -> None:
 
 
 def _shared(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: datetime) -> StoredWorkflow:
-    """Return a workflow that is shared with one user more; raises 409 and 422."""
+    """Return a workflow with a share for one more user; raises 409 and 422."""
     shared_with = shares.added(
         before.shared_with, user_id, now, what="workflow", owner_id=before.workflow.owner_id, caller=caller
     )
@@ -138,23 +138,23 @@ def _shared(before: StoredWorkflow, user_id: str, caller: ApiCaller, now: dateti
 
 
 def _unshared(before: StoredWorkflow, user_id: str) -> StoredWorkflow:
-    """Return a workflow that a user sees no longer; raises 404."""
+    """Return a workflow without the share of a user; raises 404."""
     return replace(before, shared_with=shares.removed(before.shared_with, user_id))
 
 
 def _visible(before: StoredWorkflow, body: SetVisibility, caller: ApiCaller) -> StoredWorkflow:
-    """Return a workflow as visible as it is to be; raises 403."""
+    """Return a workflow with the requested visibility; raises 403."""
     workflow = before.workflow
     is_public = workflow.is_public if body.is_public is None else body.is_public
     is_template = workflow.is_template if body.is_template is None else body.is_template
     if is_template != workflow.is_template and not caller.is_admin:
-        message = "Only an admin of the organisation makes templates, or takes them back"
+        message = "Only an admin of the organization may change isTemplate"
         raise ApiError(403, "admin-required", message)
     return before.with_columns(is_public=is_public, is_template=is_template)
 
 
 def _forget_who_may_read(request: GatewayRequest, edited: WorkflowEdit) -> None:
-    """Let nobody in by what this process remembers; others forget it within seconds, by themselves."""
+    """Clear this process's caches of readers; those of other processes expire within seconds."""
     workflow = edited.after.workflow
     request.gateway.workflows.forget(workflow.organization_id, workflow.id)
     request.gateway.access.forget()

@@ -1,7 +1,7 @@
-"""Templates that ship with the server and belong to everybody: each a document as an export gives it, in YAML.
+"""Templates that ship with the server for all organizations: exported documents in YAML.
 
-A file `name.yaml` in the folder `templates` is the template `wf_tmpl_name`. Where its nodes name a data source there
-stands a word for it: whoever uses the template says which of theirs takes its place.
+A file `name.yaml` in the folder `templates` is the template `wf_tmpl_name`. Its nodes name data sources by
+placeholders: the user of the template replaces each by a data source of their own.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ if TYPE_CHECKING:
 FOLDER: Final = Path(__file__).parent / "templates"
 PREFIX: Final = "wf_tmpl_"
 SINCE: Final = datetime(2026, 11, 25, tzinfo=UTC)
-"""When the first release had them."""
+"""Creation time of the templates: the date of the first release."""
 
 
 @dataclass(frozen=True, slots=True)
 class ShippedTemplate:
-    """One of them."""
+    """Template that ships with the server."""
 
     id: str
     document: ImportedDocument
 
     def stored(self, caller: ApiCaller, catalog: NodeCatalog, now: datetime) -> StoredWorkflow:
-        """Return it as a draft of the caller's, with the words for data sources still in it."""
+        """Return the template as a draft of the caller, with its placeholders for data sources."""
         return workflow_documents.import_document(
             caller, ImportWorkflow(document=self.document), catalog, now
         )
 
     def shown(self, caller: ApiCaller, catalog: NodeCatalog) -> StoredWorkflow:
-        """Return it as it stands in a list of templates."""
+        """Return the template for a list of templates."""
         return self.stored(caller, catalog, SINCE).with_columns(id=self.id)
 
 
 @cache
 def load_templates() -> Mapping[str, ShippedTemplate]:
-    """Read them all, once for the process: by id, in the order of their names."""
+    """Read all templates, once per process: by id, in the order of their names."""
     return {one.id: one for one in map(_read, sorted(FOLDER.glob("*.yaml")))}
 
 

@@ -1,6 +1,7 @@
-"""Data sources that a workflow names, checked before it becomes active.
+"""Checks of the data sources of a workflow before it becomes active.
 
-Otherwise senders would be refused for the owner's mistake. Nothing is contacted: the test of a data source does that.
+Without them, senders would be refused because of the owner's mistake. No server is contacted: the test of a
+data source does that.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 def named_sources(
     stored: StoredWorkflow, catalog: NodeTypeLookup, *, only: Collection[str]
 ) -> Sequence[ResourceReference]:
-    """Return every place in these nodes of a workflow that names a data source."""
+    """Return every field of these nodes that names a data source."""
     nodes = [node for node in stored.nodes if str(node["id"]) in only]
     graph = ParsedGraph.from_stored(build_definition(nodes, [], {}))
     return [one for one in list_references(graph, catalog) if one.kind == "datasources"]
@@ -44,7 +45,7 @@ async def require_usable(
     named: Sequence[ResourceReference],
     vault: SecretVault,
 ) -> None:
-    """Raise 422 unless each data source exists, may be used by the owner, can be decrypted, and has a fitting type."""
+    """Raise 422 unless each data source exists, is usable by the owner, decrypts, and has a suitable type."""
     if not named:
         return
     owner = stored.workflow
@@ -65,7 +66,7 @@ def _problem(
     wanted = " or ".join(reference.source_types)
     if source is None:
         message = (
-            f"{path} names no data source that the workflow's owner may use: give one of the type {wanted}"
+            f"{path} names no data source that the workflow's owner may use: choose one of the type {wanted}"
         )
         return errors.problem(path, "data-source-not-found", message)
     if source.type not in reference.source_types:
@@ -76,6 +77,6 @@ def _problem(
     try:
         decrypt_secrets(vault, source)
     except VaultError:
-        message = f"{path} names a data source whose secrets can't be decrypted: give them again"
+        message = f"{path} names a data source with secrets that can't be decrypted: set them again"
         return errors.problem(path, "data-source-unreadable", message)
     return None

@@ -1,4 +1,4 @@
-"""The rows of a graph's triggers and of its schedule, written along with the workflow."""
+"""Rows of a workflow's triggers and schedule, saved together with the workflow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:
-    """Write the rows of a new workflow."""
+    """Insert the rows of a new workflow."""
     workflow = stored.workflow
     triggers = _triggers(workflow, stored.nodes, catalog)
     await _insert(connection, triggers)
@@ -33,7 +33,7 @@ async def add_triggers(connection: AsyncConnection, stored: StoredWorkflow, cata
 async def save_triggers(
     connection: AsyncConnection, before: StoredWorkflow, after: StoredWorkflow, catalog: NodeCatalog
 ) -> None:
-    """Write what a change of a workflow makes of its rows; one that is deleted has none."""
+    """Update the rows after a change of a workflow; a deleted workflow has none."""
     workflow = after.workflow
     were = _triggers(before.workflow, before.nodes, catalog)
     are = _triggers(workflow, after.nodes, catalog) if workflow.deleted_at is None else []
@@ -68,7 +68,7 @@ async def _insert(connection: AsyncConnection, triggers: Sequence[WorkflowTrigge
 def _triggers(
     workflow: Workflow, nodes: Sequence[StoredNode], catalog: NodeCatalog
 ) -> Sequence[WorkflowTrigger]:
-    """Return the rows; of nodes with the same id, which only a draft has, the last counts."""
+    """Return the trigger rows; of nodes with the same id, which only a draft may have, the last one counts."""
     found: dict[str, WorkflowTrigger] = {}
     for node in nodes:
         node_type = catalog.node_types.get(str(node["type"]))
@@ -87,7 +87,7 @@ def _triggers(
 
 
 def _content(trigger: WorkflowTrigger) -> tuple[str, str, dict[str, Any], str]:
-    # With the config's text: Python takes 1 and true for the same.
+    # With the config's text, because 1 equals true in Python.
     return trigger.node_id, trigger.kind, trigger.config, repr(trigger.config)
 
 
@@ -96,5 +96,5 @@ def _standing(workflow: Workflow) -> tuple[str, bool]:
 
 
 def _schedule(triggers: Sequence[WorkflowTrigger]) -> WorkflowTrigger | None:
-    """Return the schedule trigger; only a draft has several."""
+    """Return the schedule trigger; only a draft may have several."""
     return next((trigger for trigger in triggers if trigger.kind == TriggerKind.SCHEDULE), None)

@@ -1,4 +1,4 @@
-"""What a workflow's graph is checked for: what is wrong with it, and what it needs to be allowed."""
+"""Endpoints that validate a workflow's graph and compute its required scopes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class ValidationShape(WireStruct):
-    """The findings about a graph; with warnings alone it is valid."""
+    """Findings about a graph; with warnings alone it is valid."""
 
     workflow_id: str
     valid: bool
@@ -33,28 +33,28 @@ class ValidationShape(WireStruct):
     node_count: int
     connection_count: int
     truncated: bool
-    """There is more than is listed."""
+    """True if there are more findings than listed."""
 
 
 class WorkflowScopes(WireStruct):
-    """What a workflow needs to be allowed, each as `resource:action:id`."""
+    """Permissions that a workflow needs, each as `resource:action:id`."""
 
     workflow_id: str
     scopes: Sequence[str]
 
 
 async def check(request: GatewayRequest) -> JsonResponse:
-    """Check a workflow's graph: everything that is wrong with it, and what to do about it."""
+    """Validate a workflow's graph and list all errors and warnings, with suggestions."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)
-    # In a thread: others are served while a large graph is gone through.
+    # A thread, so that a large graph does not block other requests.
     validation = await asyncio.to_thread(_checked, stored, past, request.gateway.catalog)
     return editing.answer(stored, _shown(stored, validation))
 
 
 async def compute_scopes(request: GatewayRequest) -> JsonResponse:
-    """Work out what a workflow needs to be allowed, from the configs of its nodes, and keep it with the workflow."""
+    """Compute the permissions that a workflow needs, from its nodes, and store them."""
     catalog = request.gateway.catalog
 
     def with_scopes(before: StoredWorkflow) -> StoredWorkflow:

@@ -1,6 +1,6 @@
-"""Versions read and written: numbered one after another, and never changed once they are there.
+"""Rows of versions: numbered consecutively and immutable.
 
-Whoever calls has found the workflow readable to the caller, so its id is enough here.
+Callers have checked that the workflow is readable, so its id is sufficient here.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _HEAD = (
 
 @dataclass(frozen=True, slots=True)
 class VersionRow:
-    """A version without its snapshot."""
+    """Version without its snapshot."""
 
     version: int
     version_tag: str
@@ -44,7 +44,7 @@ class VersionRow:
 async def list_versions(
     connection: AsyncConnection, workflow_id: str, part: PageBounds
 ) -> Sequence[VersionRow]:
-    """Return some of a workflow's versions, the first ones first."""
+    """Return a page of a workflow's versions, the oldest first."""
     rows = await connection.execute(
         select(*_HEAD)
         .where(col(WorkflowVersion.workflow_id) == workflow_id)
@@ -64,7 +64,7 @@ async def find_version(connection: AsyncConnection, workflow_id: str, version: i
 
 
 async def tagged(connection: AsyncConnection, workflow_id: str, version_tag: str) -> VersionRow | None:
-    """Return the one version of a workflow that bears a tag."""
+    """Return the version of a workflow with a tag, or None."""
     statement = select(*_HEAD).where(
         col(WorkflowVersion.workflow_id) == workflow_id, col(WorkflowVersion.version_tag) == version_tag
     )

@@ -1,4 +1,4 @@
-"""Versions: a workflow's snapshots, taken, looked at, compared and put back."""
+"""Endpoints of versions: create, list, show, compare and restore snapshots of a workflow."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ if TYPE_CHECKING:
     from gateway.workflows.version_rows import VersionRow
 
 CURRENT: Final = "current"
-"""What stands in the place of a number for the workflow as it is now."""
+"""Name of the current workflow in place of a version number."""
 LIMIT: Final = IntegerParameter(
-    "limit", "How many versions are shown.", limits.VERSIONS_LISTED, minimum=1, maximum=limits.VERSIONS_LISTED
+    "limit", "Maximum number of versions.", limits.VERSIONS_LISTED, minimum=1, maximum=limits.VERSIONS_LISTED
 )
 LISTED: Final = (LIMIT, OFFSET)
 
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}\Z")
 
 State: TypeAlias = int | Literal["current"]
-"""A version's number, or the workflow as it is now."""
+"""Version number, or `current` for the workflow itself."""
 
 
 class CreateVersion(GuardedWire):
-    """A version that somebody wants."""
+    """Version to create."""
 
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("version", "workflowId", "createdBy", "createdAt", "snapshot", "warnings"), ""
@@ -65,7 +65,7 @@ class CreateVersion(GuardedWire):
 
 
 class CreatedVersion(WireStruct):
-    """A version that was created."""
+    """Created version."""
 
     workflow_id: str
     version: int
@@ -73,7 +73,7 @@ class CreatedVersion(WireStruct):
 
 
 class VersionHead(WireStruct):
-    """A version without what it holds."""
+    """Version without its snapshot."""
 
     version: int
     version_tag: str
@@ -83,7 +83,7 @@ class VersionHead(WireStruct):
 
 
 class VersionList(WireStruct):
-    """A workflow's versions, the first ones first."""
+    """Versions of a workflow, the oldest first."""
 
     workflow_id: str
     current_version: int
@@ -91,7 +91,7 @@ class VersionList(WireStruct):
 
 
 class WorkflowSnapshot(WireStruct):
-    """A workflow as it was."""
+    """Workflow at the time of a version."""
 
     name: str
     description: str
@@ -102,14 +102,14 @@ class WorkflowSnapshot(WireStruct):
 
 
 class WorkflowVersionShape(VersionHead):
-    """A version with what it holds."""
+    """Version with its snapshot."""
 
     workflow_id: str
     snapshot: WorkflowSnapshot
 
 
 class VersionDifference(WireStruct):
-    """What differs between two versions, or between one and the workflow as it is now."""
+    """Differences between two versions, or between a version and the current workflow."""
 
     workflow_id: str
     from_: State = msgspec.field(name="from")
@@ -119,14 +119,14 @@ class VersionDifference(WireStruct):
     settings: dict[str, ValueChange]
     config: dict[str, ValueChange]
     fields: dict[str, ValueChange]
-    """The workflow's name and description."""
+    """Name and description of the workflow."""
 
 
-# ── looked at ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
-    """List a workflow's versions, the first ones first."""
+    """List a workflow's versions, the oldest first."""
     part = request.query.page(LIMIT)
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
@@ -140,7 +140,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 
 async def show(request: GatewayRequest) -> JsonResponse:
-    """Show a version with the workflow that it holds."""
+    """Show a version with its snapshot of the workflow."""
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         version = await _find(connection, stored, request.path_params["version"])
@@ -150,16 +150,16 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def compare(request: GatewayRequest) -> JsonResponse:
-    """Show what differs between two versions; `current` stands for the workflow as it is now.
+    """Compare two versions; `current` names the workflow as it is now.
 
-    Nodes and connections are compared by their ids. Where a node was only moved, `changes` is empty.
+    Nodes and connections are matched by their ids. `changes` of a node that was only moved is empty.
     """
     names = request.path_params
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         from_, before = await _state(connection, stored, names["version"])
         to, after = await _state(connection, stored, names["other"])
-    # In a thread: others are served while large graphs are gone through.
+    # A thread, so that large graphs do not block other requests.
     difference = await asyncio.to_thread(_difference, stored, (from_, before), (to, after))
     return editing.answer(stored, difference)
 
@@ -211,7 +211,10 @@ def _head(version: VersionRow | WorkflowVersion) -> VersionHead:
 
 
 def _open_to_all(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a snapshot as readers may see it: of a template, which anybody reads, without credentials."""
+    """Return a snapshot for readers; without credentials if the workflow is a template.
+
+    The whole organization reads templates.
+    """
     if not stored.workflow.is_template:
         return snapshot
     return workflow_rows.snapshot(workflow_documents.strip_credentials(_restored(stored, snapshot)).stored)
@@ -228,11 +231,11 @@ def _shown(snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
     }
 
 
-# ── taken and put back ──────────────────────────────────────────────────────────────────────────────────────
+# ── creation and restore ────────────────────────────────────────────────────────────────────────────────────
 
 
 async def create(request: GatewayRequest) -> JsonResponse:
-    """Create a version: a snapshot of the workflow as it stands, which never changes."""
+    """Create a version: an immutable snapshot of the current workflow."""
     value = await read_json(request)
     body = body_of(request, value, CreateVersion)
     problems = ProblemCollector()
@@ -276,7 +279,10 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
 
 async def restore(request: GatewayRequest) -> JsonResponse:
-    """Put a version's graph, settings, config, name and description back; the workflow's version stays what it is."""
+    """Restore a version's graph, settings, config, name and description.
+
+    The workflow keeps its version number.
+    """
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         version = await _find(connection, stored, request.path_params["version"])
@@ -287,7 +293,7 @@ async def restore(request: GatewayRequest) -> JsonResponse:
 
 
 def _counted(before: StoredWorkflow) -> StoredWorkflow:
-    """Return a workflow with one version more; raises 409."""
+    """Return a workflow with the next version number; raises 409."""
     if before.workflow.version >= limits.VERSIONS:
         raise errors.conflict(
             "too-many-versions", f"A workflow may have at most {limits.VERSIONS:,} versions"
@@ -296,7 +302,7 @@ def _counted(before: StoredWorkflow) -> StoredWorkflow:
 
 
 def _restored(before: StoredWorkflow, snapshot: Mapping[str, Any]) -> StoredWorkflow:
-    """Return a workflow as a snapshot has it."""
+    """Return a workflow with the content of a snapshot."""
     snapshot = foreign_settings.move(snapshot)
     columns = {name: snapshot[name] for name in ("name", "description", "settings", "config")}
     return replace(

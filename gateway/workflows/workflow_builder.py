@@ -1,4 +1,4 @@
-"""A workflow with its whole graph in one body: wrong fields and what validation finds are told together."""
+"""Creation of a workflow with its whole graph: invalid fields and validation findings are reported together."""
 
 from __future__ import annotations
 
@@ -36,25 +36,25 @@ if TYPE_CHECKING:
     from nodes.catalog import NodeCatalog
 
 Problem: TypeAlias = "Mapping[str, Json]"
-"""`path, code, message`; where it comes from validation `type, suggestion` too, and what else a finding has."""
+"""`path, code, message`; a validation finding also has `type`, `suggestion` and its other fields."""
 
 OF_FIELDS: Final = frozenset(
     {FindingType.INVALID_CONFIG, FindingType.MISSING_CONFIG, FindingType.UNRESOLVED_MAPPING}
 )
-"""Findings that may be gone once a node's fields are right."""
+"""Findings that may disappear once a node's fields are valid."""
 OF_WHAT_IS_MISSING: Final = frozenset({FindingType.UNKNOWN_NODE_TYPE, FindingType.BROKEN_CONNECTION})
-"""Findings about a node without a type, and a connection that lacks an end."""
+"""Findings about a node without a type, and a connection without an end."""
 
 
 class FirstStatus(StrEnum):
-    """A status that a workflow can begin in."""
+    """Initial status of a workflow."""
 
     DRAFT = "draft"
     ACTIVE = "active"
 
 
 class BuildWorkflow(StrictWire):
-    """A workflow that somebody wants as a whole; connections name the nodes by the ids that these have here."""
+    """Workflow to create with its graph; connections name the nodes by their ids in this body."""
 
     name: Name
     nodes: Nodes
@@ -68,18 +68,19 @@ class BuildWorkflow(StrictWire):
 
 @dataclass(frozen=True, slots=True)
 class WorkflowPlan:
-    """The workflow that would be created, and everything that is to be said about it."""
+    """Workflow to create, with its errors and warnings."""
 
     stored: StoredWorkflow
-    """Its nodes have positions where there are no errors."""
+    """Its nodes have positions if there are no errors."""
     errors: Sequence[Problem]
     warnings: Sequence[Problem]
 
 
 def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: datetime) -> WorkflowPlan:
-    """Return what a body would create, and what is wrong with it; raises 422 only for one that is no object.
+    """Return the workflow that a body describes, and its problems.
 
-    The same body makes the same graph: nodes and connections without ids are numbered.
+    The result is deterministic: nodes and connections without ids are numbered. Raises 422 only for a body
+    that is no object.
     """
     body, wrong = _read(value)
     _number(body.nodes, "node")
@@ -92,7 +93,7 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
         return WorkflowPlan(stored, errors, [])
     is_draft = stored.workflow.status == WorkflowStatus.DRAFT
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=is_draft)
-    # Validation says the same of these, and what to do about it.
+    # Validation reports unknown node types too, with a suggestion.
     errors = [problem for problem in errors if problem["code"] != FindingType.UNKNOWN_NODE_TYPE]
     errors = [*errors, *_told(validation.errors, stored, wrong, errors)]
     if not errors:
@@ -101,7 +102,7 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
 
 
 def refusal_error(errors: Sequence[Problem]) -> ApiError:
-    """Return the answer to whoever wants a workflow with errors."""
+    """Return the answer to the creation of a workflow with errors."""
     message = str(errors[0]["message"])
     if len(errors) > 1:
         message = f"There are {len(errors):,} errors: see details"
@@ -109,7 +110,7 @@ def refusal_error(errors: Sequence[Problem]) -> ApiError:
 
 
 def _number(items: Sequence[NodeInput] | Sequence[ConnectionInput], prefix: str) -> None:
-    """Give ids to those that have none."""
+    """Number the items without ids."""
     taken = {item.id for item in items}
     free = (name for number in count(1) if (name := f"{prefix}-{number}") not in taken)
     for item in items:
@@ -132,7 +133,7 @@ def _plain(body: BuildWorkflow) -> CreateWorkflow:
 def _told(
     findings: Iterable[GraphFinding], stored: StoredWorkflow, wrong: InvalidFields, told: Iterable[Problem]
 ) -> Iterator[Problem]:
-    """Return the findings, each with its place in the body, but for those that follow from what is told already."""
+    """Return the findings with their paths in the body, without those that follow from reported problems."""
     nodes = {str(node["id"]): f"nodes.{number}" for number, node in enumerate(stored.nodes)}
     edges = {str(edge["id"]): f"connections.{number}" for number, edge in enumerate(stored.connections)}
     bare = {_item(str(problem["path"])) for problem in told if problem["code"] == "required"}
@@ -147,21 +148,21 @@ def _told(
         yield {"path": edge or node or "nodes", "code": finding.type, **finding.as_json()}
 
 
-# ── bodies with wrong fields ────────────────────────────────────────────────────────────────────────────────
+# ── invalid fields ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 class InvalidFields:
-    """Fields that can't be read; the rest of a body is checked without them."""
+    """Invalid fields; the rest of a body is checked without them."""
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = problems
         self.paths = {str(problem["path"]) for problem in problems}
         self.items = {_item(path) for path in self.paths}
-        """The nodes and connections that have such fields, as `nodes.0`."""
+        """Nodes and connections with such fields, as `nodes.0`."""
 
     @property
     def unsure(self) -> frozenset[FindingType]:
-        """Findings that may be gone once these fields are right, whatever they are about."""
+        """Findings of these types may disappear once the fields are valid, for any node."""
         unsure = set()
         if any(item.startswith("connections.") for item in self.items):
             unsure.add(FindingType.DISCONNECTED_NODE)
@@ -172,7 +173,7 @@ class InvalidFields:
         return frozenset(unsure)
 
     def is_news(self, problem: Problem) -> bool:
-        """Tell whether a problem isn't merely that such a field was left out."""
+        """Tell whether a problem has another cause than the omission of an invalid field."""
         path = str(problem["path"])
         item = _item(path)
         if {path, item, path.partition(".")[0]} & self.paths:
@@ -181,24 +182,24 @@ class InvalidFields:
 
 
 def _item(path: str) -> str:
-    """Return the path of the node or connection that a path leads into."""
+    """Return the path of the node or connection that contains a path."""
     return ".".join(path.split(".")[:2])
 
 
 def _read(value: Json) -> tuple[BuildWorkflow, InvalidFields]:
-    """Return a body, or what of it can be read, and the fields that can't."""
+    """Return a body without its invalid fields, and these fields."""
     try:
         return convert(value, BuildWorkflow), InvalidFields([])
     except ApiError as error:
         if not isinstance(value, dict):
             raise
-        # Where there are more of them than an answer lists, nothing else needs to be looked for.
+        # If there are more of them than an answer lists, no further problems are searched for.
         is_full = len(error.details) >= limits.FINDINGS
         return _readable({} if is_full else value), InvalidFields(error.details)
 
 
 def _readable(value: Mapping[str, Json]) -> BuildWorkflow:
-    """Return a body without the fields that can't be read; its nodes and connections keep their numbers."""
+    """Return a body without its invalid fields; its nodes and connections keep their numbers."""
     status = value.get("status")
     others = {name: field for name, field in value.items() if name not in {"nodes", "connections"}}
     body = _fitting(others, UpdateWorkflow)
@@ -219,7 +220,7 @@ def _items(value: Json) -> Sequence[Json]:
 
 
 def _fitting(value: Json, kind: type[Body]) -> Body:
-    """Return a body, all of whose fields are optional, without those that can't be read."""
+    """Return a body with optional fields alone, without the invalid ones."""
     fields = value if isinstance(value, dict) else {}
     return convert({name: field for name, field in fields.items() if _fits({name: field}, kind)}, kind)
 

@@ -1,6 +1,7 @@
-"""Workflows as runs need them, kept for some seconds: definition, hash and findings are worked out once a revision.
+"""Cache of workflows for runs: definition, hash and findings are computed once per revision.
 
-A stale one does no harm: whoever accepts a run checks the revision again, in the statement that inserts it.
+Entries are used for some seconds. An outdated entry is harmless: the statement that inserts a run checks the
+revision again.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ MAX_WORKFLOWS = 2_000
 MAX_DEFINITION_CHARACTERS = 64_000_000
 LOADED_TOGETHER = 500
 ORGANIZATION_SECONDS = 3600.0
-"""How long it is remembered whose a workflow is, which never changes."""
+"""Seconds for which the organization of a workflow is cached; it never changes."""
 MAX_ORGANIZATIONS = 20_000
 _IS_DEPLOYED = (
     select(col(Deployment.is_deployed))
@@ -52,14 +53,14 @@ _WITH_GRAPH = select(Workflow, col(WorkflowGraph.nodes), col(WorkflowGraph.conne
 
 @dataclass(slots=True)
 class CachedWorkflow:
-    """A workflow and how long it may be used without asking."""
+    """Workflow and the time until which it is used without a query."""
 
     workflow: LoadedWorkflow
     fresh_until: float
 
 
 class WorkflowCache:
-    """The workflows that this process has used of late, by organisation and id."""
+    """Workflows that this process has used recently, by organization and id."""
 
     def __init__(self, database: Database, catalog: NodeCatalog) -> None:
         self._database = database
@@ -81,7 +82,7 @@ class WorkflowCache:
         return workflow
 
     async def load_for_sender(self, workflow_id: str) -> LoadedWorkflow | None:
-        """Return a workflow for whoever shows by what it sends that it may; None where there is none."""
+        """Return a workflow for a sender that is verified by its request; None if it does not exist."""
         organization_id = self._organizations.get(workflow_id)
         if organization_id is None:
             statement = select(col(Workflow.organization_id)).where(col(Workflow.id) == workflow_id)
@@ -99,9 +100,10 @@ class WorkflowCache:
     async def load_several(
         self, organization_id: str, revisions: Mapping[str, int]
     ) -> Mapping[str, LoadedWorkflow]:
-        """Return workflows of an organisation by their ids, for whoever may run any of them.
+        """Return workflows of an organization by their ids, for a caller that may run all of them.
 
-        One that is kept is taken where it is of the revision given for it; the others are read together, as they are.
+        A cached workflow is used if it has the given revision; the others are read together, in their current
+        revisions.
         """
         found: dict[str, LoadedWorkflow] = {}
         for workflow_id, revision in revisions.items():
@@ -115,18 +117,20 @@ class WorkflowCache:
         return found
 
     def forget(self, organization_id: str, workflow_id: str) -> None:
-        """Ask the database again next time: somebody has changed the workflow."""
-        self._loads.pop((organization_id, workflow_id), None)  # what is being loaded may be from before that
+        """Query the database for the next use of a workflow, after a change."""
+        self._loads.pop(
+            (organization_id, workflow_id), None
+        )  # a query that is running may have begun before the change
         kept = self._kept.get((organization_id, workflow_id))
         if kept is not None:
             kept.fresh_until = 0.0
 
     async def close(self) -> None:
-        """Wait for what is being loaded."""
+        """Wait for running queries."""
         await asyncio.gather(*self._loads.values(), return_exceptions=True)
 
     async def _load_once(self, key: tuple[str, str]) -> LoadedWorkflow | None:
-        """Ask the database, once for all who wait for the same workflow."""
+        """Query the database, once for all concurrent calls for the same workflow."""
         load = self._loads.get(key)
         if load is None:
             load = asyncio.create_task(self._load(key))
@@ -138,13 +142,13 @@ class WorkflowCache:
         if self._loads.get(key) is load:
             del self._loads[key]
         if not load.cancelled():
-            load.exception()  # those who waited have it; if all of them have gone, nobody need be told
+            load.exception()  # callers have the error; without callers, asyncio would log it
 
     async def _load(self, key: tuple[str, str]) -> LoadedWorkflow | None:
         asked_at = monotonic()
         async with self._database.read() as connection:
             workflow = await self._current(connection, key)
-        if self._loads.get(key) is asyncio.current_task():  # else somebody has asked for a newer one
+        if self._loads.get(key) is asyncio.current_task():  # otherwise a newer query has been started
             self._drop(key)
             if workflow is not None:
                 self._keep(key, CachedWorkflow(workflow, asked_at + CACHE_SECONDS))
@@ -169,7 +173,7 @@ class WorkflowCache:
             shares = select(col(WorkflowShare.workflow_id), col(WorkflowShare.user_id)).where(of_workflows)
             for workflow_id, user_id in await connection.execute(shares):
                 readers.setdefault(workflow_id, set()).add(user_id)
-        # In a thread: others are served while many graphs are gone through.
+        # A thread, so that many graphs do not block other requests.
         loaded = await asyncio.to_thread(
             lambda: [self._loaded_row(row, frozenset(readers.get(row.id, ()))) for row in rows]
         )
@@ -202,7 +206,7 @@ class WorkflowCache:
             return None
         shares = select(col(WorkflowShare.user_id)).where(col(WorkflowShare.workflow_id) == workflow_id)
         readers = frozenset(await connection.scalars(shares))
-        # In a thread: others are served while a large graph is gone through.
+        # A thread, so that a large graph does not block other requests.
         return await asyncio.to_thread(self._loaded_row, row, readers)
 
     def _keep(self, key: tuple[str, str], kept: CachedWorkflow) -> None:

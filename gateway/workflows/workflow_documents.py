@@ -1,4 +1,4 @@
-"""A workflow made out of another, by a copy or by way of a document; credentials never come along."""
+"""Copies, exports and imports of workflows; credentials are always removed from copies and exports."""
 
 from __future__ import annotations
 
@@ -44,27 +44,27 @@ FORMAT_VERSION: Final = 1
 COPY: Final = " (copy)"
 FILE_NAME_LENGTH: Final = 60
 _NODE_PARTS: Final = ("label", "config", "inputMappings")
-"""What a node holds that is anybody's to fill in."""
+"""Fields of a node with free content."""
 _NODE_FIELDS: Final = [field.encode_name for field in msgspec.structs.fields(ShownNode)]
 
 
 class RemovedSecret(WireStruct):
-    """Something that looked like a credential, and was left out."""
+    """Removed value that looked like a credential."""
 
     node_id: str | None
-    """Null: it stood in the description, settings or config of the workflow."""
+    """Null: it was in the description, settings or config of the workflow."""
     path: str
 
 
 class ReferenceUse(WireStruct):
-    """Where something is named."""
+    """Field that names an external resource."""
 
     node_id: str
     path: str
 
 
 class ExternalReference(WireStruct):
-    """Something outside of the workflow that its nodes name."""
+    """External resource that the nodes of a workflow name."""
 
     kind: str
     """`datasources` or `models`."""
@@ -73,7 +73,7 @@ class ExternalReference(WireStruct):
 
 
 class WorkflowDocument(WireStruct):
-    """A workflow as it is exported."""
+    """Exported workflow."""
 
     format: str
     format_version: int
@@ -89,7 +89,7 @@ class WorkflowDocument(WireStruct):
 
 
 class ImportedDocument(StrictWire):
-    """An exported workflow, as it is to be imported; its references are those that its nodes name."""
+    """Exported workflow to import; the references are read from its nodes."""
 
     format: str
     format_version: int
@@ -105,29 +105,29 @@ class ImportedDocument(StrictWire):
 
 
 class ImportWorkflow(StrictWire):
-    """A document to import. Without `references` nothing is created: the answer tells which there are to resolve."""
+    """Document to import. Without `references` no workflow is created: the answer lists those to resolve."""
 
     document: ImportedDocument
     references: Annotated[dict[str, str | None], Meta(max_length=limits.NODES)] | None = None
-    """For each id in the document, the id to put in its place; null leaves the field empty."""
+    """Replacement id for each id in the document; null leaves the field empty."""
     name: str | None = None
-    """Instead of the document's own."""
+    """Name of the workflow, by default that of the document."""
 
 
-# ── without credentials ─────────────────────────────────────────────────────────────────────────────────────
+# ── removal of credentials ──────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
 class CredentialFreeWorkflow:
-    """A workflow without its credentials."""
+    """Workflow without its credentials."""
 
     stored: StoredWorkflow
     removed: Sequence[RemovedSecret]
-    """Where they stood: the first `limits.REMOVED_SECRETS`."""
+    """Paths of the removed values: the first `limits.REMOVED_SECRETS`."""
 
 
 def strip_credentials(stored: StoredWorkflow) -> CredentialFreeWorkflow:
-    """Leave out what looks like a credential."""
+    """Remove values that look like credentials."""
     removed: list[RemovedSecret] = []
 
     def kept(value: Json, part: str, node_id: str | None) -> Json:
@@ -146,14 +146,14 @@ def strip_credentials(stored: StoredWorkflow) -> CredentialFreeWorkflow:
 
 
 def _parts(workflow: Workflow) -> Iterator[tuple[str, Json]]:
-    """Return what a workflow holds besides its graph that is anybody's to fill in."""
+    """Return the fields of a workflow with free content, besides its graph."""
     yield "description", workflow.description
     yield "settings", workflow.settings
     yield "config", workflow.config
 
 
 def _at(part: str, path: str) -> str:
-    """Return a place within a part; without a path it is the part itself, a text."""
+    """Return the path within a part; an empty path names the part itself, a text."""
     return f"{part}.{path}" if path else part
 
 
@@ -163,7 +163,7 @@ def _at(part: str, path: str) -> str:
 def copy_workflow(
     source: StoredWorkflow, caller: ApiCaller, now: datetime, *, is_template: bool = False
 ) -> CredentialFreeWorkflow:
-    """Return a new draft of the caller's with the content of another workflow, and nothing else of it."""
+    """Return a new draft of the caller with the content of another workflow, without its shares and history."""
     found = strip_credentials(source)
     content = found.stored.workflow
     workflow = Workflow(
@@ -185,15 +185,15 @@ def copy_workflow(
 
 
 def name_of_copy(name: str) -> str:
-    """Return the name that a duplicate gets."""
+    """Return the name of a duplicate."""
     return name[: limits.WORKFLOW_NAME_LENGTH - len(COPY)].rstrip() + COPY
 
 
-# ── out as a document ───────────────────────────────────────────────────────────────────────────────────────
+# ── export ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def export_document(stored: StoredWorkflow, catalog: NodeCatalog) -> dict[str, object]:
-    """Return a workflow as a `Document`: the same for the same content, whoever asks."""
+    """Return a workflow as a `Document`; equal content gives equal documents, for every caller."""
     found = strip_credentials(stored)
     workflow = found.stored.workflow
     return {
@@ -212,18 +212,18 @@ def export_document(stored: StoredWorkflow, catalog: NodeCatalog) -> dict[str, o
 
 
 def _in_order(node: Mapping[str, Json]) -> dict[str, Json]:
-    """Return a node with its fields in one order, whichever way it became what it is."""
+    """Return a node with its fields in a fixed order."""
     return {name: node[name] for name in _NODE_FIELDS if name in node}
 
 
 def file_name(workflow: Workflow) -> str:
-    """Return a name that every file system takes, and that means nothing in a header."""
+    """Return a file name that is valid on every file system and needs no quoting in a header."""
     readable = re.sub(r"[^a-z0-9]+", "-", workflow.name.lower())[:FILE_NAME_LENGTH].strip("-")
     return f"workflow-{readable}.json" if readable else "workflow.json"
 
 
 def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalReference]:
-    """Return what the nodes name, sorted, each once."""
+    """Return the external references of the nodes, sorted, without duplicates."""
     uses: dict[tuple[str, str], list[ReferenceUse]] = {}
     for found in resource_scopes.list_references(graph_shapes.graph_of(stored), catalog):
         uses.setdefault((found.kind, found.id), []).append(
@@ -235,7 +235,7 @@ def references(stored: StoredWorkflow, catalog: NodeCatalog) -> list[ExternalRef
     ]
 
 
-# ── in from a document ──────────────────────────────────────────────────────────────────────────────────────
+# ── import ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def read_document(value: Json) -> ImportWorkflow:
@@ -256,9 +256,9 @@ def read_document(value: Json) -> ImportWorkflow:
 
 
 def _require_format(given: Mapping[str, Json]) -> None:
-    """Refuse a document of another kind before its fields are looked at: they may mean something else."""
+    """Refuse a document of another format before its fields are read: they may have another meaning."""
     if given.get("format") != FORMAT:
-        message = f"document.format must be {FORMAT!r}: what `GET /workflows/:id/export` gives"
+        message = f"document.format must be {FORMAT!r}: send a document from `GET /workflows/:id/export`"
         raise errors.invalid([errors.problem("document.format", "unknown-format", message)])
     version = given.get("formatVersion")
     if type(version) is not int or version != FORMAT_VERSION:
@@ -274,7 +274,7 @@ def _unknown_field(name: str) -> dict[str, Json]:
 def import_document(
     caller: ApiCaller, body: ImportWorkflow, catalog: NodeCatalog, now: datetime
 ) -> StoredWorkflow:
-    """Return the workflow that a document describes, as a draft of the caller's; raises 422 with all that is wrong."""
+    """Return the workflow of a document, as a draft of the caller; raises 422 with all problems."""
     given = body.document
     wanted = CreateWorkflow(
         name=given.name,
@@ -297,7 +297,7 @@ def import_document(
 def _check_graph(
     nodes: Sequence[NodeInput], connections: Sequence[ConnectionInput], problems: ProblemCollector
 ) -> None:
-    """Note what a draft may have, but no document: ids that stand twice, and edges that lead nowhere."""
+    """Add problems that a draft may have, but no document: duplicate ids and connections to unknown nodes."""
     _check_ids("nodes", "duplicate-node-id", [node.id for node in nodes], problems)
     _check_ids("connections", "broken-connection", [edge.id for edge in connections], problems)
     known = {node.id for node in nodes}
@@ -317,7 +317,7 @@ def _check_ids(kind: str, code: str, given: Sequence[str | None], problems: Prob
     for index, item_id in enumerate(given):
         if item_id and item_id in seen:
             path = f"{kind}.{index}.id"
-            problems.add(path, code, f"{path} stands there more than once: {item_id[:64]}")
+            problems.add(path, code, f"{path} is a duplicate: {item_id[:64]}")
         elif item_id:
             seen.add(item_id)
 
@@ -325,18 +325,18 @@ def _check_ids(kind: str, code: str, given: Sequence[str | None], problems: Prob
 def resolve_references(
     stored: StoredWorkflow, named: Sequence[ExternalReference], given: Mapping[str, str | None]
 ) -> StoredWorkflow:
-    """Return a workflow with the given ids in the place of those that it names; raises 422 unless each has one."""
+    """Return a workflow with its references replaced by the given ids; raises 422 unless each has one."""
     problems = ProblemCollector()
     for reference in named:
         if reference.id not in given:
             path = f"references.{reference.id}"
-            message = f"{path} must say what takes the place of this one of {reference.kind}: an id, or null"
+            message = f"{path} is required: the id that replaces this one of {reference.kind}, or null"
             problems.add(path, "unresolved-reference", message)
     known = {reference.id for reference in named}
     for resource_id, replacement in given.items():
         path = f"references.{resource_id[:64]}"
         if resource_id not in known:
-            problems.add(path, "unknown-reference", f"{path} stands for nothing that the document names")
+            problems.add(path, "unknown-reference", f"{path} is no reference of the document")
         elif replacement is not None:
             text_rules.check_identifier(replacement, path, problems)
     problems.raise_any()
@@ -352,7 +352,7 @@ def resolve_references(
 
 
 def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -> Json:
-    """Return a value with others at some paths; where null stands for one, its field or item is left out."""
+    """Return a value with replacements at some paths; a field or item with the replacement null is removed."""
     if isinstance(value, dict):
         fields = [(key, item, f"{path}.{key}" if path else key) for key, item in value.items()]
         return {
@@ -371,13 +371,13 @@ def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -
 
 
 def findings(stored: StoredWorkflow, catalog: NodeCatalog) -> ValidationResult:
-    """Return what validation finds in a draft, and the credentials that stand outside of its nodes."""
+    """Return the findings of a draft, including credentials outside of its nodes."""
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=True)
     inline = [
         GraphFinding(
             FindingType.INLINE_SECRET,
             f"{_at(part, path)} looks like a credential: everybody who may read the workflow can see it",
-            "Keep it in a data source, and name that.",
+            "Store it in a data source, and name that.",
         )
         for part, value in _parts(stored.workflow)
         for path in inline_secrets.find_secrets(value)

@@ -1,4 +1,4 @@
-"""Workflows read and written, each query within the caller's organisation; changes are guarded by the revision."""
+"""Queries of workflows, each restricted to the caller's organization; the revision guards changes."""
 
 from __future__ import annotations
 
@@ -65,16 +65,16 @@ LISTED: Sequence[SQLColumnExpression[Any]] = (
     col(Workflow.created_at),
     col(Workflow.updated_at),
 )
-"""What a list shows of a workflow."""
+"""Columns of a workflow in a list."""
 Listed: TypeAlias = Row[*tuple[Any, ...]]
-"""A workflow with those columns alone, by their names."""
+"""Row with these columns alone, as attributes."""
 
 
 async def lock_workflow(connection: AsyncConnection, workflow_id: str, caller: ApiCaller) -> None:
-    """Wait until nobody else is changing a workflow, and keep them waiting until the transaction ends.
+    """Lock a workflow against other changes until the transaction ends.
 
-    A statement of its own: what PostgreSQL reads together with a lock may be older than the lock. SQLite's transactions
-    take turns anyway.
+    A separate statement: PostgreSQL may read rows together with a lock that are older than the lock. SQLite
+    serializes transactions anyway.
     """
     row = select(col(Workflow.id)).where(
         col(Workflow.id) == workflow_id, col(Workflow.organization_id) == caller.organization_id
@@ -115,7 +115,7 @@ async def find_workflow(
 
 
 def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> StoredWorkflow:
-    """Return a workflow from its row, joined with that of its graph."""
+    """Return a workflow from its row joined with that of its graph."""
     fields = foreign_settings.move(row)
     nodes, connections = fields.pop("nodes"), fields.pop("connections")
     return StoredWorkflow(Workflow(**fields), nodes, connections, shared_with)
@@ -123,7 +123,7 @@ def _stored(row: Mapping[Any, Any], shared_with: Mapping[str, datetime]) -> Stor
 
 @dataclass(frozen=True, slots=True)
 class WorkflowFilter:
-    """Which workflows a list shows."""
+    """Filter of a list of workflows."""
 
     status: WorkflowStatus | None
     tag: str | None
@@ -137,10 +137,10 @@ async def list_workflows(
     part: PageBounds,
     order: ColumnElement[Any],
 ) -> tuple[int, Sequence[Listed]]:
-    """Return how many workflows the caller may read and a page of them; templates are left out."""
+    """Return the number of workflows that the caller may read, without templates, and a page of them."""
     conditions = [is_listed_for(caller), *_conditions(caller, wanted)]
     sorting = (order, _tie(order))
-    # Only ids are sorted and passed over: PostgreSQL would sort whole rows, on the disk where there are many.
+    # Only ids are sorted and skipped: PostgreSQL would sort whole rows, on disk if there are many.
     shown = (
         select(col(Workflow.id), _counted_on_the_way(wanted).label("total"))
         .where(*conditions)
@@ -162,15 +162,16 @@ async def list_workflows(
 
 
 def _counted_on_the_way(wanted: WorkflowFilter) -> ColumnElement[Any]:
-    """Return how many there are, for a search: it looks at every row, and should do so once.
+    """Return the total as a column for a search, which reads every row and should do so once.
 
-    Anything else is counted in an index, apart: the page then needs no more of it than its own rows.
+    Without a search, the total is counted in an index by another statement, and the page reads only its own
+    rows.
     """
     return null() if wanted.search is None else func.count().over()
 
 
 def _tie(order: ColumnElement[Any]) -> ColumnElement[Any]:
-    """Return the order of those that are equal: by id and the same way round, so that an index can give it all."""
+    """Return the order of equal rows: by id, in the same direction, so that one index gives the whole order."""
     is_descending = isinstance(order, UnaryExpression) and order.modifier is operators.desc_op
     return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
 
@@ -188,17 +189,17 @@ def _conditions(caller: ApiCaller, wanted: WorkflowFilter) -> Iterable[ColumnEle
 
 
 def searched_in(name: str, description: str) -> str:
-    """Return what a search looks through."""
+    """Return the text that searches match."""
     return _folded(f"{name}\n{description}")
 
 
 def _folded(text: str) -> str:
-    """Return a text without the difference between capitals and small letters; databases know only that of ASCII."""
+    """Return a text with case folded; databases fold ASCII alone."""
     return unicodedata.normalize("NFC", text.casefold())
 
 
 async def count_by_status(connection: AsyncConnection, organization_id: str) -> dict[str, int]:
-    """Return how many workflows an organisation has in each status, templates left out."""
+    """Return the number of an organization's workflows in each status, without templates."""
     rows = await connection.execute(
         select(col(Workflow.status), func.count().label("total"))
         .where(
@@ -214,7 +215,7 @@ async def count_by_status(connection: AsyncConnection, organization_id: str) -> 
 async def templates(
     connection: AsyncConnection, caller: ApiCaller, part: PageBounds
 ) -> tuple[int, list[StoredWorkflow]]:
-    """Return how many templates the caller's organisation has, and a page of them, the newest first."""
+    """Return the number of templates of the caller's organization, and a page of them, the newest first."""
     conditions = (
         col(Workflow.organization_id) == caller.organization_id,
         col(Workflow.deleted_at).is_(None),
@@ -233,7 +234,7 @@ async def templates(
 
 
 async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
-    """Tell whether a workflow is in the very state that was to be written."""
+    """Tell whether a workflow is stored in this revision."""
     statement = select(col(Workflow.id)).where(
         col(Workflow.id) == workflow.id,
         col(Workflow.revision) == workflow.revision,
@@ -243,14 +244,14 @@ async def is_stored(connection: AsyncConnection, workflow: Workflow) -> bool:
 
 
 async def exists(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Tell whether a workflow was made, whoever may see it."""
+    """Tell whether a workflow exists, without a check of visibility."""
     return (
         await connection.scalar(select(col(Workflow.id)).where(col(Workflow.id) == workflow_id)) is not None
     )
 
 
 async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, catalog: NodeCatalog) -> None:
-    """Write a new workflow with its graph, triggers, tags and first version."""
+    """Insert a workflow with its graph, triggers, tags and first version."""
     workflow = stored.workflow
     graph = WorkflowGraph(
         workflow_id=workflow.id,
@@ -276,7 +277,7 @@ async def add_workflow(connection: AsyncConnection, stored: StoredWorkflow, cata
 
 
 def _columns(workflow: Workflow) -> dict[str, object]:
-    """Return a workflow's row as it is written, with what stands in other columns too and is searched by."""
+    """Return the columns of a workflow's row, including those derived for searches."""
     app_id = workflow.config.get("appId")
     is_known = isinstance(app_id, str) and ids.is_id(app_id)
     return {
@@ -293,7 +294,7 @@ async def save_workflow(
     caller: ApiCaller,
     catalog: NodeCatalog,
 ) -> bool:
-    """Write what differs, unless the workflow has changed since `before` was read; tells whether it was written."""
+    """Save the differences unless the workflow has changed since `before`; tells whether it was saved."""
     workflow = after.workflow
     result = await connection.execute(
         update(Workflow)
@@ -372,7 +373,7 @@ async def _add_tags(connection: AsyncConnection, workflow: Workflow) -> None:
 
 
 def snapshot(stored: StoredWorkflow) -> dict[str, object]:
-    """Return what a version keeps of a workflow."""
+    """Return the content of a version's snapshot."""
     workflow = stored.workflow
     return {
         "name": workflow.name,

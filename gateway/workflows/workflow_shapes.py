@@ -1,4 +1,4 @@
-"""Workflows on their way in and out: checked fields become a row, and a row becomes the Workflow object."""
+"""Workflows in requests and answers: validated fields become a row, and a row becomes the Workflow object."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _VISIBILITY: Final = "PUT /api/v1/workflows/:id/visibility"
 
 
 class CreateWorkflow(GuardedWire):
-    """A workflow that somebody wants."""
+    """Workflow to create."""
 
     read_only: ClassVar[Mapping[str, str]] = {
         **dict.fromkeys(
@@ -60,18 +60,18 @@ class CreateWorkflow(GuardedWire):
     name: Name
     description: Description | None = None
     status: WorkflowStatus | None = None
-    """`draft`, where it is absent."""
+    """By default `draft`."""
     nodes: Nodes | None = None
     connections: Connections | None = None
     tags: Tags | None = None
     settings: Settings | None = None
-    """What runs obey; keys of your own belong to `config`."""
+    """Settings of runs and pods; keys of your own belong to `config`."""
     config: dict[str, Any] | None = None
-    """Whatever is to be kept with the workflow."""
+    """Any values to store with the workflow."""
 
 
 class UpdateWorkflow(GuardedWire):
-    """What is to change; the rest stays."""
+    """Changes of a workflow; absent fields do not change."""
 
     read_only: ClassVar[Mapping[str, str]] = {
         **CreateWorkflow.read_only,
@@ -85,12 +85,12 @@ class UpdateWorkflow(GuardedWire):
     connections: Connections | None = None
     tags: Tags | None = None
     settings: dict[str, Any] | None = None
-    """Merged: of `KnownSettings`, null takes one away. Keys of your own belong to `config`."""
+    """Merged: null removes one of `KnownSettings`. Keys of your own belong to `config`."""
     config: dict[str, Any] | None = None
 
 
 class ShownNode(WireStruct):
-    """A node of a workflow; its type stands there under two names."""
+    """Node of a workflow; its type has two names."""
 
     id: str
     node_id: str
@@ -107,7 +107,7 @@ class ShownNode(WireStruct):
 
 
 class ShownConnection(WireStruct):
-    """An edge of a workflow's graph."""
+    """Connection of a workflow."""
 
     id: str
     source_node_id: str
@@ -117,7 +117,7 @@ class ShownConnection(WireStruct):
 
 
 class WorkflowSummary(WireStruct):
-    """A workflow without its graph."""
+    """Workflow without its graph."""
 
     id: str
     name: str
@@ -134,14 +134,14 @@ class WorkflowSummary(WireStruct):
 
 
 class WorkflowShape(WorkflowSummary):
-    """A workflow."""
+    """Workflow."""
 
     nodes: Sequence[ShownNode]
     connections: Sequence[ShownConnection]
     config: Mapping[str, Any]
     settings: Mapping[str, Any]
     scopes: Sequence[str]
-    """What its nodes need: `resource:action:id`."""
+    """Permissions that its nodes need: `resource:action:id`."""
     shared_with: Sequence[str]
     """Ids of the users that it is shared with."""
 
@@ -152,16 +152,17 @@ READ_ONLY: Final[Mapping[str, str]] = {
     ),
     **UpdateWorkflow.read_only,
 }
-"""Every field of a workflow, with the route that changes it, for bodies of routes that change one field alone."""
+"""Every field of a workflow with the route that changes it, for bodies of routes that change a single field.
+"""
 
 
 class NewWorkflow(WireStruct):
-    """The id of a workflow that was created."""
+    """Id of a created workflow."""
 
     workflow_id: str
 
 
-# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def build_workflow(
@@ -179,7 +180,7 @@ def build_workflow(
 def draft_workflow(
     caller: ApiCaller, body: CreateWorkflow, catalog: NodeCatalog, problems: ProblemCollector, now: datetime
 ) -> StoredWorkflow:
-    """Return a new workflow of the caller, but for positions; what is wrong with the body goes to `problems`."""
+    """Return a new workflow of the caller, without positions; problems are added to `problems`."""
     workflow_id = ids.new_id("wf")
     workflow = Workflow(
         id=workflow_id,
@@ -202,7 +203,7 @@ def draft_workflow(
 
 
 def apply_changes(before: StoredWorkflow, body: UpdateWorkflow, catalog: NodeCatalog) -> StoredWorkflow:
-    """Return a workflow with what the body gives in the place of what was; raises 422."""
+    """Return a workflow with the changes of a body; raises 422."""
     workflow = before.workflow
     problems = ProblemCollector()
     changes: dict[str, object] = {}
@@ -238,7 +239,7 @@ def _description(given: str, problems: ProblemCollector) -> str:
 
 
 def _tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
-    """Return the tags in the order in which they were given, each once."""
+    """Return the tags in the given order, without duplicates."""
     if len(given) > limits.TAGS:
         problems.add("tags", "too-many", f"A workflow may have at most {limits.TAGS} tags")
         return []
@@ -251,9 +252,9 @@ def _tags(given: Sequence[str], problems: ProblemCollector) -> list[str]:
 
 
 def strict(settings: Mapping[str, Json]) -> dict[str, Json]:
-    """Return the settings of a new workflow: nodes fail where a path finds nothing, unless they say otherwise.
+    """Return the settings of a new workflow, with `strictMappings: true` by default.
 
-    Those that were stored before keep what they have, so that nothing that runs begins to fail.
+    Workflows from before that default keep their behavior, so that none of them begins to fail.
     """
     return {"strictMappings": True, **{key: value for key, value in settings.items() if value is not None}}
 
@@ -265,10 +266,10 @@ def _settings(
     given: Mapping[str, Json],
     problems: ProblemCollector,
 ) -> dict[str, Json]:
-    """Return settings with the given ones merged in, complete.
+    """Return all settings, with the given ones merged in.
 
-    Unknown keys are refused, but for those of older servers, sent back as they are stored or were before they were
-    moved to `config.settings`; null takes away one that could not be moved.
+    Unknown keys are refused, except for those that older servers accepted: they may be sent with their stored
+    values, from before or after their move to `config.settings`. Null removes one that could not be moved.
     """
     whole = cast("Mapping[str, Json]", with_whole_numbers(dict(given), KnownSettings))
     removed = {key: value for key, value in whole.items() if value is None and key in {*before, *KNOWN}}
@@ -291,7 +292,7 @@ def _settings(
 def _config(
     before: Mapping[str, Json], given: Mapping[str, Json], problems: ProblemCollector
 ) -> dict[str, Json]:
-    """Return a config with the given one merged in; of its keys, only `appId` means something here."""
+    """Return a config with the given one merged in; `appId` is the only key with a meaning for the server."""
     app_id = given.get("appId")
     if app_id is not None:
         text_rules.check_identifier(app_id if isinstance(app_id, str) else "", "config.appId", problems)
@@ -301,14 +302,14 @@ def _config(
 def _merged(
     before: Mapping[str, Json], given: Mapping[str, Json], path: str, problems: ProblemCollector
 ) -> dict[str, Json]:
-    """Return `before` with the given keys set; null takes a key away."""
+    """Return `before` with the given keys set; null removes a key."""
     merged: dict[str, Json] = {key: value for key, value in {**before, **given}.items() if value is not None}
     if len(encode_json(merged)) > limits.SETTINGS_BYTES:
         problems.add(path, "too-large", f"{path} may take at most {limits.SETTINGS_BYTES:,} bytes")
     return merged
 
 
-# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── answers ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def show_summary(workflow: Workflow | Listed) -> dict[str, Json]:

@@ -1,4 +1,4 @@
-"""Workflows: list, create, get, update, delete, status and statistics."""
+"""Endpoints of workflows: list, create, show, update, delete, status and statistics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ FORCE = FlagParameter(
 
 
 class SetStatus(GuardedWire):
-    """The status that is wanted."""
+    """New status of a workflow."""
 
     read_only: ClassVar[Mapping[str, str]] = dict.fromkeys(
         (
@@ -55,7 +55,7 @@ class SetStatus(GuardedWire):
 
 
 class WorkflowList(WireStruct):
-    """A part of a list of workflows; `count` tells how many there are in all."""
+    """Page of a list of workflows; `count` is the total."""
 
     count: int
     limit: int
@@ -64,7 +64,7 @@ class WorkflowList(WireStruct):
 
 
 class WorkflowStats(WireStruct):
-    """How many workflows there are, in all and by status."""
+    """Number of workflows, in total and by status."""
 
     total: int
     draft: int
@@ -94,7 +94,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
 
 
 async def stats(request: GatewayRequest) -> JsonResponse:
-    """Count the organisation's workflows by status."""
+    """Count the organization's workflows by status."""
     async with request.gateway.database.read() as connection:
         counts = await workflow_rows.count_by_status(connection, request.caller.organization_id)
     shown = {status.value: counts.get(status, 0) for status in WorkflowStatus}
@@ -108,7 +108,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
     """Create a workflow."""
     value = await read_json(request)
     body = body_of(request, value, CreateWorkflow)
-    # In a thread: others are served while a large graph is gone through.
+    # A thread, so that a large graph does not block other requests.
     made = await asyncio.to_thread(
         workflow_shapes.build_workflow, request.caller, body, request.gateway.catalog, request.gateway.clock()
     )
@@ -117,9 +117,10 @@ async def create(request: GatewayRequest) -> JsonResponse:
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
-    """Change a workflow: what the body doesn't name stays.
+    """Change a workflow; absent fields do not change.
 
-    Nodes, connections and tags are replaced whole; `settings` and `config` are merged, and null takes a key away.
+    Nodes, connections and tags are replaced as a whole; `settings` and `config` are merged, and null removes
+    a key.
     """
     value = await read_json(request)
     body = body_of(request, value, UpdateWorkflow)
@@ -138,7 +139,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 
 async def set_status(request: GatewayRequest) -> JsonResponse:
-    """Set a workflow's status: it becomes active only with a graph that can run, and archived without its pods."""
+    """Set a workflow's status. An active workflow needs a valid graph; archiving a workflow undeploys it."""
     wanted = (await decode_body(request, SetStatus)).status
 
     async def undeploy_archived(connection: AsyncConnection, edited: WorkflowEdit) -> None:
@@ -160,7 +161,7 @@ async def set_status(request: GatewayRequest) -> JsonResponse:
 
 
 async def delete(request: GatewayRequest) -> NoContent:
-    """Delete a workflow; its executions keep their history."""
+    """Delete a workflow; its executions are kept."""
     is_forced = request.query[FORCE]
     live: list[ExecutionKey] = []
 
@@ -171,7 +172,7 @@ async def delete(request: GatewayRequest) -> NoContent:
             message = "The workflow is deployed: undeploy it first, or do both with ?force=true"
             raise errors.conflict("workflow-deployed", message)
         await deployment_changes.undeploy_workflow(connection, request, workflow_id)
-        # The workflow is gone by now: from here on no run is accepted, so those that are found are all there are.
+        # The workflow is deleted in this transaction: no further run is accepted, so these are all.
         live[:] = await workflow_rows.live_executions(connection, edited.before.workflow)
         if live and not is_forced:
             message = f"{len(live)} executions have not ended: wait for them, or cancel them with ?force=true"

@@ -401,7 +401,7 @@ async def test_a_connection_is_removed(people: OrganizationUsers) -> None:
             "output, error",
         ),
         ({"source": "step", "target": "last", "targetPort": "ai"}, "targetPort", "invalid-port", "input"),
-        ({"source": "step", "target": "start"}, "targetPort", "invalid-port", "takes an input"),
+        ({"source": "step", "target": "start"}, "targetPort", "invalid-port", "with an input"),
         ({"source": "last", "target": "step"}, "targetNodeId", "cycle", "Remove a connection"),
         ({"source": "step", "target": "step"}, "targetNodeId", "cycle", "another node"),
     ],

@@ -507,7 +507,7 @@ async def test_a_mail_server_is_tested_by_logging_in(
         )
         return found.is_ok, found.message
 
-    assert await probed(PASSWORD) == (True, "The mail server takes the login")
+    assert await probed(PASSWORD) == (True, "The mail server accepts the login")
     assert await probed("wrong") == (False, "The mail server refused the login (535)")
     assert (await probed(PASSWORD, port=1))[1].startswith("No connection to the mail server")
     assert mail_node_harness.server.received == []
