@@ -1,9 +1,8 @@
-"""Synchronization of a process's clock with the database, and of stored deadlines when an SQLite host's clock
-is set.
+"""Synchronization of clocks with the database, and of deadlines with an SQLite host's clock.
 
-On PostgreSQL the process polls the server's clock. On SQLite the clock of the database is that of the
-host: when somebody sets it, all stored deadlines move by the same step, in one transaction, before the
-process follows. Schedules and dates follow the new time; leases, timeouts and waits keep their durations.
+On PostgreSQL the process polls the server's clock. On SQLite the clock of the database is that of the host:
+when somebody sets it, all stored deadlines move by the same step, in one transaction, before the process
+follows. Schedules and dates follow the new time; leases, timeouts and waits keep their durations.
 """
 
 from __future__ import annotations

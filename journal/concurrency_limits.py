@@ -1,7 +1,7 @@
 """Concurrency limits: a run occupies a slot unless its target is `limited`, and slots are counted from rows.
 
-A run that waits for a slot has the target `limited`, which nobody claims. Admission takes a lock for each
-key, SQLite's write lock or an advisory lock, so that two concurrent counts can't both fill the last slot.
+A run that waits for a slot has the target `limited`, which nobody claims. Admission locks each key, with
+SQLite's write lock or an advisory lock, so that two concurrent counts can't both fill the last slot.
 """
 
 from __future__ import annotations
@@ -109,8 +109,9 @@ def _hash_key(expression: Json, trigger: Json) -> str:
 
 
 async def count_unended(connection: AsyncConnection, key: str) -> int:
-    """Return how many runs of a key hold or await a slot. Blocks admission for the key until the transaction
-    ends.
+    """Return how many runs of a key hold or await a slot.
+
+    Blocks admission for the key until the transaction ends.
     """
     await _lock_key(connection, key)
     is_of_key = col(Execution.concurrency_key) == key

@@ -77,8 +77,9 @@ class LoadedWorkflow:
         return None if self.trigger is None else self.trigger.kind
 
     def is_readable_by(self, caller: ApiCaller) -> bool:
-        """Return whether a caller may read the workflow, as `models.workflow.is_readable_by` does for the
-        row.
+        """Return whether a caller may read the workflow.
+
+        The rule is that of `models.workflow.is_readable_by` for the row.
         """
         return self.organization_id == caller.organization_id and (
             caller.is_admin
@@ -92,8 +93,9 @@ class LoadedWorkflow:
 def load_workflow(
     row: Row[Any], readers: frozenset[str], catalog: NodeTypeRegistry, *, is_deployed: bool = False
 ) -> LoadedWorkflow:
-    """Build a loaded workflow from its row joined with its graph's row; takes noticeable time for a large
-    graph.
+    """Build a loaded workflow from its row joined with its graph's row.
+
+    Takes noticeable time for a large graph.
     """
     text = encode_canonical(build_definition(row.nodes, row.connections, row.settings))
     settings = effective_settings(row.settings)
@@ -139,8 +141,9 @@ def check_graph(
     *,
     passed: Collection[str] = (),
 ) -> ValidationResult:
-    """Return the errors that keep a stored graph from running. Configs of the nodes in `passed` count as
-    valid.
+    """Return the errors that keep a stored graph from running.
+
+    Configs of the nodes in `passed` count as valid.
     """
     return find_errors(
         ParsedGraph.from_stored(build_definition(nodes, connections, {})), catalog, passed=passed

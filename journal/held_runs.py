@@ -20,8 +20,9 @@ UNTIL_RESUMED: Final = datetime(9999, 1, 1, tzinfo=UTC)
 
 
 async def release_held_runs(connection: AsyncConnection, workflow_id: str) -> None:
-    """Make the held runs of a workflow due, in the order of their acceptance; the sweep for due runs finds
-    them.
+    """Make the held runs of a workflow due, in the order of their acceptance.
+
+    The sweep for due runs finds them.
     """
     await connection.execute(
         update(Execution)

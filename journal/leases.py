@@ -45,8 +45,9 @@ class RunLease:
 
 
 class LeaseKeeper:
-    """Renewer of the leases of one process. Reports lost leases, and stop and cancel requests that renewals
-    find.
+    """Renewer of the leases of one process.
+
+    Reports lost leases, and stop and cancel requests that renewals find.
     """
 
     def __init__(
@@ -114,8 +115,9 @@ class LeaseKeeper:
             await store.close()
 
     def _seconds_until_renewal(self, begun_at: float) -> float:
-        """Return the time until the next round, counted from the begin of the last one, so that a slow round
-        delays nothing.
+        """Return the time until the next round.
+
+        It counts from the begin of the last round, so that a slow round delays nothing.
         """
         return max(0.0, begun_at + self._lease_seconds / RENEWALS_PER_LEASE - time.monotonic())
 

@@ -1,5 +1,6 @@
-"""Reclaim of runs of a process that the kernel killed for lack of memory. Each run gets a log line and becomes a
-suspect at once.
+"""Reclaim of runs of a process that the kernel killed for lack of memory.
+
+Each run gets a log line and becomes a suspect at once.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ _IS_RUNNING = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNIN
 
 
 async def reclaim_out_of_memory(database: Database, store: JournalStore, owner: str) -> int:
-    """Reclaim the runs of a killed process and log their nodes; returns the number of runs. Raises
-    `DatabaseUnavailable`.
+    """Reclaim the runs of a killed process and log their nodes; returns the number of runs.
 
-    Logs only nodes with effect `write`: other nodes record nothing before they end.
+    Logs only nodes with effect `write`: other nodes record nothing before they end. Raises
+    `DatabaseUnavailable`.
     """
     nodes = await database.transaction(partial(_log_out_of_memory, owner=owner))
     log.warning(

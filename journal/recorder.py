@@ -51,8 +51,9 @@ class RunRecorder:
     """Recorder that groups the writes of all runs of a process."""
 
     def __init__(self, store: RunStore, on_committed: Callable[[Mapping[str, str]], None]) -> None:
-        """Create a recorder. `on_committed` gets changed runs by id, each with its channel if the run has
-        ended.
+        """Create a recorder.
+
+        `on_committed` gets changed runs by id, each with its channel if the run has ended.
         """
         self._store = store
         self._on_committed = on_committed
@@ -67,8 +68,9 @@ class RunRecorder:
         """Runs whose rows another transaction had locked at their last write."""
 
     def submit(self, write: RunWrite) -> asyncio.Future[bool]:
-        """Queue a write; the future returns whether the run still held its token, or raises
-        `LockWaitTimeout`.
+        """Queue a write; the future returns whether the run still held its token.
+
+        The future raises `LockWaitTimeout` if another transaction keeps the run's row locked.
         """
         group = self._locked_group if write.execution_id in self._locked else self._group
         return group.submit(write)
@@ -98,8 +100,9 @@ class RunRecorder:
 
 
 def percent_of(share: float) -> int:
-    """Return the completed share of a run in percent, rounded down, at most 99: only the end of a run makes
-    it 100.
+    """Return the completed share of a run in percent, rounded down.
+
+    It is at most 99: only the end of a run makes it 100.
     """
     return min(int(share * 100 + ROUNDING_PERCENT), MAX_PERCENT_UNDER_WAY)
 

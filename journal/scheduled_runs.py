@@ -1,8 +1,8 @@
-"""Runs of schedules, accepted in the transaction that advances their schedules, so that each instant has one
-run.
+"""Runs of schedules, accepted in the transaction that advances their schedules.
 
-The transaction locks the rows of the schedules and skips those that another has locked. So several
-processes may do this at once, and a process that dies in between changes nothing.
+Each instant has one run for that reason. The transaction locks the rows of the schedules and skips those that
+another has locked. So several processes may do this at once, and a process that dies in between changes
+nothing.
 """
 
 from __future__ import annotations
@@ -419,8 +419,9 @@ class _ScheduleWriter:
         return execution_id
 
     async def _write_definitions(self) -> None:
-        """Store new definitions and renew the age of existing ones, so that retention won't delete them
-        before their use.
+        """Store new definitions and renew the age of existing ones.
+
+        Otherwise retention might delete them before their use.
         """
         dialect: Any = postgresql if self._connection.dialect.name == "postgresql" else sqlite
         statement = dialect.insert(Definition)
@@ -448,8 +449,9 @@ def _build_trigger(runnable: ScheduleDefinition, wanted: ScheduleTimetable, inst
 def _schedule_limit(
     runnable: ScheduleDefinition, wanted: ScheduleTimetable, trigger: Json
 ) -> ConcurrencyLimit | None:
-    """Return the concurrency limit of a run: that of its workflow's settings, or one run at a time for
-    overlap `queue`.
+    """Return the concurrency limit of a run.
+
+    It is that of the workflow's settings, or one run at a time for overlap `queue`.
     """
     workflow_id = runnable.due.workflow_id
     limit = concurrency_limits.concurrency_limit(runnable.settings, workflow_id, trigger)

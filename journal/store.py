@@ -330,11 +330,11 @@ class RunStore(Protocol):
         """Return whether suspects wait for a trial that have lost at most this many workers in trials."""
 
     async def record(self, batch: Sequence[RunWrite], *, owner: str = "") -> frozenset[str]:
-        """Write the records of runs, at most one write per run; returns the ids of runs that still held their
-        token.
+        """Write the records of runs; returns the ids of runs that still held their token.
 
-        With an `owner`, writes nothing for runs that another owner has leased. Raises `PartialCommit` if
-        other transactions had locked some of the rows; the rest was written then.
+        A batch has at most one write per run. With an `owner`, writes nothing for runs that another owner has
+        leased. Raises `PartialCommit` if other transactions had locked some of the rows; the rest was written
+        then.
         """
 
     async def renew(
@@ -349,8 +349,9 @@ class RunStore(Protocol):
         """Return the recorded spans of runs by execution id, ordered by their sequence numbers."""
 
     async def last_log_lines(self, keys: Sequence[ExecutionKey]) -> dict[str, int]:
-        """Return the highest sequence number of each run's log, by execution id; runs without a log are left
-        out.
+        """Return the highest sequence number of each run's log, by execution id.
+
+        Runs without a log are left out.
         """
 
     async def promote_due(self) -> int:
@@ -363,8 +364,9 @@ class RunStore(Protocol):
         """
 
     async def release(self, owner: str, held: Sequence[str]) -> int:
-        """Release all runs but `held` that their living owner never started, without counting an attempt;
-        returns their number.
+        """Release all runs but `held` that their living owner never started; returns their number.
+
+        The released claims don't count as attempts.
         """
 
     async def for_thread(self) -> RunStore:
@@ -394,6 +396,7 @@ class JournalStore(RunStore, Protocol):
         """
 
     async def request_end(self, key: ExecutionKey, request: str) -> EndRequestOutcome | None:
-        """Request a run to `stop` or `cancel`; an unclaimed run ends at once. Returns None for an unknown
-        run.
+        """Request a run to `stop` or `cancel`; returns None for an unknown run.
+
+        An unclaimed run ends at once.
         """

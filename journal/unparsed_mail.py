@@ -141,11 +141,10 @@ class MailRunState:
 async def release_parsed(
     connection: AsyncConnection, batch: Sequence[MailParseResult]
 ) -> list[MailRunState | None]:
-    """Release the runs of parsed mail to executors, without counting an attempt; None for each run with
-    a lost lease.
+    """Release the runs of parsed mail to executors, without counting an attempt.
 
-    A run with a stop or cancel request ends. So does a run that may not wait and finds no free concurrency
-    slot.
+    The result is None for each run with a lost lease. A run with a stop or cancel request ends. So does a run
+    that may not wait and finds no free concurrency slot.
     """
     limits = await _concurrency_limits(connection, batch)
     found: dict[str, MailRunState | None] = {}

@@ -1,8 +1,8 @@
-"""Circuit breaker for a database server: when it is down, calls fail within seconds, then at once until it
-answers again.
+"""Circuit breaker for a database server.
 
-A slow call is no proof of an outage, since a statement may take its time. So a late call triggers a probe
-of the server, and calls fail only if the probe gets no answer either.
+During an outage, calls fail within seconds, then at once until the server answers again. A slow call is no
+proof of an outage, since a statement may take its time. So a late call triggers a probe of the server, and
+calls fail only if the probe gets no answer either.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ class CircuitBreaker:
     """Circuit breaker for the calls of one event loop to one server."""
 
     def __init__(self, probe: Callable[[], Awaitable[object]], terminate: Callable[[], None]) -> None:
-        """Create a breaker. `probe` returns after any answer of the server; `terminate` breaks all
-        connections.
+        """Create a breaker.
+
+        `probe` returns after any answer of the server; `terminate` breaks all connections.
         """
         self._probe = probe
         self._terminate = terminate

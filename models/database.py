@@ -99,13 +99,13 @@ class Database:
     async def transaction(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, locks: str | None = None
     ) -> T:
-        """Run `work` in one transaction and commit it. `work` may be called again, so it must change nothing
-        else.
+        """Run `work` in one transaction and commit it.
 
-        A canceled caller leaves the transaction to end by itself: SQLite's driver, interrupted inside it,
-        would keep the file locked. Transactions of this process with the same row in `locks` run one after
-        another. Raises `DatabaseUnavailable`, and `LockWaitTimeout` if another transaction keeps a row or
-        key locked. An exception of `work` rolls the transaction back and propagates.
+        `work` may be called again, so it must change nothing but the database. A canceled caller leaves the
+        transaction to end by itself: SQLite's driver, interrupted inside it, would keep the file locked.
+        Transactions of this process with the same row in `locks` run one after another. An exception of
+        `work` rolls the transaction back and propagates. Raises `DatabaseUnavailable`, and `LockWaitTimeout`
+        if another transaction keeps a row or key locked.
         """
         task = asyncio.create_task(
             self._transact(work) if locks is None else self._transact_in_turn(work, locks)
@@ -198,8 +198,9 @@ class _SqliteWriteTransactions:
         self._under_way: set[object] = set()
 
     def begin(self, connection: Any) -> None:  # noqa: ANN401 - the driver's own connection
-        """Begin a write transaction at once, so that it can't fail at its first write because another one was
-        faster.
+        """Begin a write transaction at once.
+
+        Otherwise it could fail at its first write because another transaction was faster.
         """
         if not connection.get_execution_options().get("reads_only"):
             self._breaker.begin(connection.exec_driver_sql, busy_seconds=SQLITE_BUSY_SECONDS)

@@ -1,5 +1,6 @@
-"""Clock of a process that follows the database's time: learned from answers, extrapolated by the monotonic
-clock.
+"""Clock of a process that follows the database's time.
+
+It learns the time from answers of the database, and extrapolates by the monotonic clock.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ _SECOND: Final = 1_000_000
 
 
 class DatabaseClock:
-    """Clock that returns the database's time without a query. Before the first answer it returns the host's
-    time.
+    """Clock that returns the database's time without a query.
 
-    Thread-safe. Times are aware datetimes in UTC, exact to the microsecond.
+    Before the first answer it returns the host's time. Thread-safe. Times are aware datetimes in UTC, exact
+    to the microsecond.
     """
 
     def __init__(self) -> None:

@@ -25,8 +25,9 @@ class DatabaseTime(FunctionElement[int]):
 
 
 class PresentTime(FunctionElement[int]):
-    """SQL expression for the time of the statement, not of the begin of its transaction, for values that have
-    an order.
+    """SQL expression for the time of the statement, not of the begin of its transaction.
+
+    For values that have an order.
     """
 
     type = BigInteger()

@@ -1,6 +1,4 @@
-"""Deployments: table of desired and observed state, table of decisions, and the status that follows from
-them.
-"""
+"""Deployments: desired and observed state, decisions, and the status that follows from them."""
 
 from __future__ import annotations
 
@@ -173,8 +171,9 @@ def status_of(deployment: Deployment | None) -> DeploymentStatus:
 
 
 def is_serving(deployment: Deployment) -> bool:
-    """Return whether a pod claims runs, as last observed; an unobservable deployment counts as serving if it
-    was.
+    """Return whether a pod claims runs, as last observed.
+
+    A deployment that can't be observed counts as serving if it was serving before.
     """
     if deployment.observed == ObservedState.UNKNOWN:
         return deployment.ready_replicas > 0

@@ -50,8 +50,9 @@ class TokenBearer:
 async def ensure_token(
     connection: AsyncConnection, bearer: TokenBearer, *, secret: bytes, token_id: str, now: datetime
 ) -> str:
-    """Return the current token of a deployment's pods; issues one with the new id `token_id` if none is
-    valid.
+    """Return the current token of a deployment's pods.
+
+    Issues a token with the new id `token_id` if none is valid.
     """
     found = (await connection.execute(_is_valid(bearer.workflow_id).limit(1))).first()
     if found is not None:
@@ -93,8 +94,9 @@ async def revoke_tokens(connection: AsyncConnection, workflow_id: str, *, now: d
 async def revoke_superseded_tokens(
     connection: AsyncConnection, workflow_id: str, *, before: datetime, now: datetime
 ) -> int:
-    """Revoke all tokens but the current one, if that is older than `before`; returns the number of revoked
-    tokens.
+    """Revoke all tokens but the current one; returns the number of revoked tokens.
+
+    Does nothing unless the current token is older than `before`.
     """
     newest = (await connection.execute(_is_valid(workflow_id).limit(1))).first()
     if newest is None:

@@ -12,8 +12,9 @@ limit.
 
 
 def raise_descriptor_limit() -> int:
-    """Raise the soft limit of open descriptors to the hard one, at most `MAX_DESCRIPTORS`; returns the new
-    limit.
+    """Raise the soft limit of open descriptors to the hard one; returns the new limit.
+
+    The limit is at most `MAX_DESCRIPTORS`.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)

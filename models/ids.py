@@ -96,8 +96,9 @@ def encode_base32(number: int) -> str:
 
 
 def derive_id(prefix: str, origin: str, *parts: str) -> str:
-    """Derive the id of `parts` below another id; it has the time of `origin`, so that their rows are
-    adjacent.
+    """Derive the id of `parts` below another id.
+
+    It has the time of `origin`, so that their rows are adjacent.
     """
     head = sum(
         ALPHABET.find(character) << 5 * place for place, character in enumerate(reversed(origin[-26:]))

@@ -43,8 +43,9 @@ class PodProcess:
 
 
 def lease_owner(workflow_id: str, process: PodProcess) -> str:
-    """Return the name under which a process leases runs. Only pods of its workflow have names with this
-    prefix.
+    """Return the name under which a process leases runs.
+
+    Only pods of its workflow have names with this prefix.
     """
     return f"{lease_owner_prefix(workflow_id)}{process.name}"
 

@@ -43,8 +43,9 @@ _CLASSES: Final = {
 
 
 def failure_of(error: BaseException) -> DatabaseFailure | None:
-    """Return the kind of failure for an error of asyncpg, SQLAlchemy or the system; None for one that isn't
-    transient.
+    """Return the kind of failure for an error; None for an error that isn't transient.
+
+    The error is one of asyncpg, SQLAlchemy or the system.
     """
     original = getattr(error, "orig", None) or error
     sqlstate = getattr(original, "sqlstate", None)

@@ -1,5 +1,6 @@
-"""PostgreSQL sessions that end by themselves, and release their locks, when their process freezes or its
-machine is lost.
+"""PostgreSQL sessions that end by themselves and release their locks.
+
+They end when their process freezes or its machine is lost.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ def driver_address(url: URL) -> str:
 
 
 async def open_session(address: str, *, settings: Mapping[str, str], **options: Any) -> Any:  # noqa: ANN401 - asyncpg's own
-    """Open a session with these settings and our timeouts; without them behind a pooler that refuses
-    settings.
+    """Open a session with these settings and our timeouts.
 
-    Takes the options of `asyncpg.connect`, and raises its exceptions.
+    Behind a pooler that refuses settings, it has neither. Takes the options of `asyncpg.connect`, and raises
+    its exceptions.
     """
     connection = await _open_session(address, settings, options)
     of_loop = _connections.setdefault(asyncio.get_running_loop(), {})
@@ -100,8 +101,9 @@ def has_timeouts(connection: object) -> bool:
 
 
 def guard_server(address: str) -> GuardedCall:
-    """Return the context of a call to a server; it raises `DatabaseUnavailable` during an outage of the
-    server.
+    """Return the context of a call to a server.
+
+    The context raises `DatabaseUnavailable` during an outage of the server.
     """
     of_loop = _breakers.setdefault(asyncio.get_running_loop(), {})
     breaker = of_loop.get(address)

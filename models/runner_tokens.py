@@ -1,7 +1,7 @@
 """Tokens with which pods and the gateway authenticate each other.
 
-A token is derived from the server's secret and a row's id, so that the deployer can derive it again and
-nobody stores it. Rows store its hash. The gateway authenticates to pods with a key that is derived from this
+A token is derived from the server's secret and a row's id. So the deployer can derive it again, and nobody
+stores it. Rows store its hash. The gateway authenticates to pods with a key that is derived from this
 hash, so that it never sends the token itself.
 """
 

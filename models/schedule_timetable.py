@@ -170,10 +170,9 @@ class ScheduleDecision:
 
 
 def parse_timetable(config: Mapping[str, Any]) -> ScheduleTimetable:
-    """Parse the stored config of a trigger; raises `InvalidTimetable` for a config that no process here could
-    follow.
+    """Parse the stored config of a trigger; the config of a draft may be anything.
 
-    The config of a draft may be anything.
+    Raises `InvalidTimetable` for a config that no process here could follow.
     """
     try:
         parsed = msgspec.convert(
@@ -233,8 +232,9 @@ def decide_instants(timetable: ScheduleTimetable, state: ScheduleState, now: dat
 def _instants_to_run(
     timetable: ScheduleTimetable, state: ScheduleState, due_until: datetime
 ) -> tuple[list[datetime], SkipReason | None, datetime | None]:
-    """Return the due instants that the misfire policy runs, the reason for leaving others out, and the last
-    of these.
+    """Return the due instants that the misfire policy runs.
+
+    With them, returns the reason for leaving others out, and the last of these.
     """
     first, anchor_at = state.next_run_at, state.anchor_at
     in_time_since = due_until - GRACE_TIME

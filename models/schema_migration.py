@@ -1,5 +1,6 @@
-"""Migration of a database's tables to the newest revision, and checks of the revision that don't load
-Alembic.
+"""Migration of a database's tables to the newest revision.
+
+Checks of the revision don't load Alembic.
 """
 
 from __future__ import annotations

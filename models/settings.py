@@ -159,8 +159,9 @@ class ServerSettings(BaseSettings):
         self.require_redis()
 
     def require_redis(self) -> None:
-        """Check that Redis is configured, which only `pilotflame dev` can do without; raises
-        `InvalidSettings`.
+        """Check that Redis is configured; raises `InvalidSettings`.
+
+        Only `pilotflame dev` can do without it.
         """
         if not self.redis_url:
             raise InvalidSettings("PILOTFLAME_REDIS_URL is not set: only `pilotflame dev` does without Redis")

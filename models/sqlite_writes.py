@@ -35,8 +35,9 @@ class WriteLockBreaker:
         self._is_open = False
 
     def begin(self, execute: Callable[[str], object], *, busy_seconds: float) -> None:
-        """Begin a transaction on a connection with a lock wait of `busy_seconds`; raises
-        `DatabaseUnavailable`.
+        """Begin a transaction on a connection; raises `DatabaseUnavailable`.
+
+        `busy_seconds` is the lock wait of the connection.
         """
         if not self._is_open or not self._is_free(execute, busy_seconds):
             self._wait(execute)

@@ -1,5 +1,6 @@
-"""Turns of transactions that lock the same row in one process, so that waiting transactions hold no
-connections.
+"""Turns of transactions that lock the same row in one process.
+
+While they wait for their turns, transactions hold no connections.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from models.errors import LockWaitTimeout
 
 
 class TransactionTurns:
-    """Queues of turns by key. If one turn ends with a lock timeout, those behind it fail at once: they need
-    the same lock.
+    """Queues of turns by key.
+
+    If one turn ends with a lock timeout, those behind it fail at once: they need the same lock.
     """
 
     def __init__(self) -> None:

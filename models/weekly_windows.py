@@ -1,5 +1,6 @@
-"""Weekly windows in the local time of a zone, as a function of time, so that clock changes, missed ticks and
-restarts need no special handling.
+"""Weekly windows in the local time of a zone.
+
+They are functions of time, so that clock changes, missed ticks and restarts need no special handling.
 """
 
 from __future__ import annotations

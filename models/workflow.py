@@ -44,12 +44,11 @@ DEFAULT_SETTINGS: dict[str, Any] = {
 
 
 def _list_index(field: str) -> Index:
-    """Return the index of lists that are sorted by a field; like lists, it leaves out templates and deleted
-    workflows.
+    """Return the index of lists that are sorted by a field.
 
-    It contains the columns that decide on read access, so that lists are sorted, paged and
-    counted without reading rows. SQLite uses it only for queries that state the condition in the same
-    words.
+    Like lists, it leaves out templates and deleted workflows. It contains the columns that decide on read
+    access, so that lists are sorted, paged and counted without reading rows. SQLite uses it only for queries
+    that state the condition in the same words.
     """
     condition = and_(column("deleted_at").is_(None), column("is_template").is_(False))
     return Index(

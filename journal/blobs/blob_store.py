@@ -118,8 +118,9 @@ async def _verify_chunks(opened: OpenBlob, sha256: str) -> AsyncIterator[bytes]:
 
 
 def _require_ids(owner: BlobOwner) -> None:
-    """Refuse ids that could lead out of the storage's folder as a part of a path. Ids come from rows, so this
-    never fails.
+    """Refuse an owner with ids that could lead out of the storage's folder.
+
+    Ids are parts of paths. They come from rows, so this never fails.
     """
     if not all(map(ids.is_id, owner)):
         raise ValueError("The owner of a blob must be two ids")

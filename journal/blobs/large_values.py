@@ -1,5 +1,6 @@
-"""Large inputs and outputs of nodes: moved to blobs when a span is committed, restored when its run
-continues.
+"""Large inputs and outputs of nodes, stored as blobs.
+
+They are moved to blobs when a span is committed, and restored when its run continues.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ class LargeValues:
         self._owner = owner
 
     async def store(self, spans: Sequence[NodeSpan]) -> list[NodeSpan]:
-        """Return the newest span of each node for its row, after values larger than a row are durable as
-        blobs.
+        """Return the newest span of each node for its row, with large values as references.
+
+        Values larger than a row are durable as blobs by then.
         """
         newest = {(span.node_id, span.iteration): span for span in spans}
         put: dict[bytes, bytes] = {}

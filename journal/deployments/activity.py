@@ -27,8 +27,9 @@ BATCH_DEPLOYMENTS: Final = 500
 
 
 def _inline_literal(value: str) -> ColumnElement[str]:
-    """Return a literal instead of a bound parameter: a partial index needs a condition that the databases can
-    read.
+    """Return a literal instead of a bound parameter.
+
+    The databases use a partial index only for a condition that they can read.
     """
     return literal_column(f"'{value}'")
 
@@ -87,8 +88,9 @@ class DeploymentActivity:
 
     @property
     def policy(self) -> DeploymentPolicy:
-        """The lifecycle policy. Its use raises `ZoneInfoNotFoundError` where this machine doesn't know its
-        time zone.
+        """The lifecycle policy.
+
+        Its use raises `ZoneInfoNotFoundError` where this machine doesn't know its time zone.
         """
         return lifecycle_policy.parse_policy(self.stored_policy)
 
@@ -156,8 +158,9 @@ async def lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool
 
 
 async def try_lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Lock a deployment without waiting, for sweeps: they will look again, and have other deployments to
-    process.
+    """Lock a deployment without waiting; returns whether it was free.
+
+    For sweeps: they will look again, and have other deployments to process.
     """
     statement = (
         select(col(Deployment.workflow_id))

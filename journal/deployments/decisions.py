@@ -1,5 +1,6 @@
-"""Lifecycle decisions about deployments: desired state and the record of a decision change in one
-transaction.
+"""Lifecycle decisions about deployments.
+
+Desired state and the record of a decision change in one transaction.
 """
 
 from __future__ import annotations
@@ -57,12 +58,11 @@ async def decide_and_apply(
     user_id: str | None = None,
     lock: LockDeployment = activity.lock_deployment,
 ) -> DecidedDeployment | None:
-    """Read a deployment, decide and apply the decision in one transaction; None for a workflow that was never
-    deployed.
+    """Read a deployment, decide, and apply the decision in one transaction.
 
-    Concurrent activity is either seen here, or sees the decision. `decide` may be called again, and its
-    exceptions propagate. Returns None too if `lock` doesn't get the deployment. Raises
-    `DatabaseUnavailable`.
+    Returns None for a workflow that was never deployed, or if `lock` doesn't get the deployment. Concurrent
+    activity is either seen here, or sees the decision. `decide` may be called again, and its exceptions
+    propagate. Raises `DatabaseUnavailable`.
     """
     work = partial(
         _decide_and_apply,

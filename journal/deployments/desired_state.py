@@ -50,8 +50,9 @@ class DeployRequest:
 
 
 async def find_deployment(connection: AsyncConnection, workflow_id: str) -> Deployment | None:
-    """Return the desired and last observed state of a deployment; None for a workflow that was never
-    deployed.
+    """Return the desired and last observed state of a deployment.
+
+    Returns None for a workflow that was never deployed.
     """
     statement = select(Deployment).where(col(Deployment.workflow_id) == workflow_id)
     row = (await connection.execute(statement)).mappings().first()
@@ -116,8 +117,9 @@ def _is_desired(deployment: Deployment, order: DeployRequest) -> bool:
 
 
 async def _store_definition(connection: AsyncConnection, order: DeployRequest) -> None:
-    """Store a definition, or renew its age, so that retention won't delete it before a deployment refers to
-    it.
+    """Store a definition, or renew its age.
+
+    Otherwise retention might delete it before a deployment refers to it.
     """
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(Definition).values(

@@ -1,7 +1,7 @@
 """Wakes of deployments for their runs: start a stopped deployment, or defer its runs where it may not start.
 
-A deferred run waits although it has not started. Sweeps check again and again whether it may run, so it
-continues after any start of the deployment, change of its policy or opening of its window.
+A deferred run waits although it has not started. Sweeps check repeatedly whether it may run. So it
+continues after a start of the deployment, a change of its policy or the opening of its window.
 """
 
 from __future__ import annotations
@@ -224,8 +224,9 @@ async def _wake_for_runs(database: Database, workflow_id: str, condition: Column
 
 
 def _needs_nothing(seen: DeploymentActivity, condition: ColumnElement[bool]) -> bool:
-    """Lock-free fast path: pods are already desired for the pending runs, or the deferred runs may not start
-    yet.
+    """Return, without a lock, whether the runs of a deployment need no change.
+
+    Fast path for most: pods are already desired for the pending runs, or the deferred runs may not start yet.
     """
     if not seen.deployment.is_deployed:
         return False

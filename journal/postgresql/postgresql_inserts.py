@@ -104,8 +104,9 @@ class PostgresqlInserts:
         return answers
 
     async def _explain_refusals(self, batch: Sequence[RunAcceptance]) -> dict[str, AcceptanceResult]:
-        """Explain missing rows: accepted by an attempt with a lost answer, repeated, or built from an old
-        revision.
+        """Explain missing rows of runs.
+
+        They were accepted by an attempt with a lost answer, repeated, or built from an old revision.
         """
         earlier = await self._read_earlier_keys([(item.shard, item.idempotency) for item in batch])
         own = {
@@ -167,8 +168,9 @@ class PostgresqlInserts:
     async def _ingest_results(
         self, batch: Sequence[IngestWrite], rows: Sequence[Any], full: Collection[str] = ()
     ) -> dict[str, IngestResult]:
-        """Return the results of inbound requests, from the ids of deliveries and runs that the statement
-        returned.
+        """Return the results of inbound requests, from the ids that the statement returned.
+
+        The ids are those of deliveries and of runs.
         """
         returned = {row[0] for row in rows}
         missing = [one for one in batch if one.delivery_id not in returned]
@@ -190,8 +192,9 @@ class PostgresqlInserts:
         return answers
 
     async def _explain_missing(self, batch: Sequence[IngestWrite]) -> dict[str, IngestResult]:
-        """Explain missing deliveries: stored by an attempt with a lost answer, repeated, or built from an old
-        revision.
+        """Explain missing rows of deliveries.
+
+        They were stored by an attempt with a lost answer, repeated, or built from an old revision.
         """
         bound = await self._read_earlier_keys([(one.shard, one.idempotency) for one in batch])
         found = await self._fetch(

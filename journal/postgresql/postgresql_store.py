@@ -297,8 +297,9 @@ class PostgreSQLStore:
         *arguments: object,
         may_repeat: Callable[[Exception], bool] = lambda _error: True,
     ) -> list[Any]:
-        """Run one statement, and retry it where that may help; raises `DatabaseUnavailable` and
-        `LockWaitTimeout`.
+        """Run one statement, and retry it where that may help.
+
+        Raises `DatabaseUnavailable` and `LockWaitTimeout`.
         """
 
         async def fetch() -> list[Any]:

@@ -181,8 +181,9 @@ def _current_workflows(
 def _claim_key(
     connection: sqlite3.Connection, item: RunAcceptance, key: IdempotencyKey, now: int, *, is_new: bool
 ) -> AcceptanceResult | None:
-    """Return the answer to an earlier request with this key; otherwise store the key if the run will be
-    accepted.
+    """Return the answer to an earlier request with this key.
+
+    Without one, store the key if the run will be accepted.
     """
     bound = _bind_key(connection, item.shard, key, item.execution_id, now, is_new=is_new)
     return None if bound is None else AcceptanceResult(*bound)

@@ -212,8 +212,9 @@ class _ConnectionThread:
     def _transact(
         self, connection: sqlite3.Connection, works: list[tuple[DatabaseWork[Any], Future[Any]]]
     ) -> None:
-        """Run queued work in one transaction; if a piece of it fails, run each piece in a transaction of its
-        own.
+        """Run queued work in one transaction.
+
+        If a piece of it fails, run each piece in a transaction of its own.
         """
         try:
             self._begin(connection)
@@ -338,8 +339,9 @@ def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) ->
 def _organization_runs(
     connection: sqlite3.Connection, claim: ClaimQuery, organization_id: str, share: int
 ) -> list[tuple[str, bool]]:
-    """Return an organization's next runs, its workflows in turn, each with whether its workflow may have
-    more.
+    """Return an organization's next runs, its workflows in turn.
+
+    Each run has a flag that says whether its workflow may have more.
     """
     statement = (
         "SELECT min(queue_turn) FROM execution"

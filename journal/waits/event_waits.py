@@ -132,8 +132,9 @@ async def list_events_since(
 
 
 def matches_pattern(pattern: str) -> ColumnElement[bool]:
-    """Return the condition that an event has a type, or a type with the prefix of a pattern that ends in
-    `.*`.
+    """Return the condition that the type of an event matches a pattern.
+
+    A pattern is a type, or a prefix that ends in `.*`.
     """
     if not pattern.endswith(".*"):
         return col(EventRecord.event_type) == pattern
@@ -201,8 +202,9 @@ async def read_event_data(connection: AsyncConnection, event_id: str) -> str | N
 async def answer_waits(
     connection: AsyncConnection, waits: Sequence[EventWait], data: str
 ) -> list[AnswerResult]:
-    """Answer waiting nodes with an event, in a transaction; their waits are deleted with any
-    result.
+    """Answer waiting nodes with an event, in a transaction, and delete their waits.
+
+    The waits are deleted even if a node doesn't accept the answer.
     """
     payload = _encode({"output": msgspec.Raw(data.encode()), "port": OUTPUT})
     given: list[AnswerResult] = []
@@ -245,8 +247,9 @@ async def list_undelivered(connection: AsyncConnection) -> Sequence[str]:
 async def delete_finished_waits(
     connection: AsyncConnection, after: tuple[str, str] | None
 ) -> tuple[str, str] | None:
-    """Delete waits of ended or deleted runs in the next batch after `after`; returns its last key, None at
-    the end.
+    """Delete waits of ended or deleted runs in the next batch after `after`.
+
+    Returns the last key of the batch, None at the end.
     """
     condition = () if after is None else (col(EventWait.execution_id) > after[0],)
     statement = (

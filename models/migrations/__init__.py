@@ -1,3 +1,4 @@
-"""Migrations of the tables: expand first, contract a release later, so that old and new processes can run
-side by side.
+"""Migrations of the tables.
+
+Expand first, contract a release later, so that old and new processes can run side by side.
 """

@@ -1,5 +1,6 @@
-"""Alembic environment: one migration path for SQLite and PostgreSQL, on the connection of
-`models.schema_migration`.
+"""Alembic environment: one migration path for SQLite and PostgreSQL.
+
+It uses the connection of `models.schema_migration`.
 """
 
 from alembic import context
