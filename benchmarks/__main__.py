@@ -23,6 +23,7 @@ from benchmarks import (
     intake,
     machine,
     mass_starts,
+    node_loss,
     postgres_counters,
     processes,
     report,
@@ -48,6 +49,7 @@ PARTS = (
     "intake",
     "durability",
     "mass_starts",
+    "node_loss",
 )
 PART_OF_PROCESS = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
@@ -143,6 +145,11 @@ async def _mass_starts(folder: Path, _options: MeasureOptions) -> dict[str, floa
         return await mass_starts.measure(postgres, redis, folder)
 
 
+async def _node_loss(folder: Path, _options: MeasureOptions) -> dict[str, float]:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
+        return await node_loss.measure(postgres, redis, folder)
+
+
 async def _claims(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     with services.run_postgres(services.DURABLE) as postgres:
         return await claims.measure(postgres, folder)
@@ -174,6 +181,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "intake": _intake,
     "durability": _durability,
     "mass_starts": _mass_starts,
+    "node_loss": _node_loss,
 }
 """Parts that are measured once, however often the others are repeated."""
 

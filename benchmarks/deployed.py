@@ -281,10 +281,13 @@ async def _count_completed(installed: InstalledWorkflow) -> int:
     return int(listed["count"])
 
 
-async def send(installed: InstalledWorkflow, method: str, what: str) -> dict[str, Any]:
+async def send(
+    installed: InstalledWorkflow, method: str, what: str, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Send a request about the workflow and return the answer."""
     path = f"/api/v1/workflows/{installed.workflow_id}/{what}"
-    return await _request(installed, installed.api.request(method, path))
+    content = None if body is None else msgspec.json.encode(body)
+    return await _request(installed, installed.api.request(method, path, content))
 
 
 async def _request(installed: InstalledWorkflow, request: bytes) -> dict[str, Any]:

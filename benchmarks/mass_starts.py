@@ -48,7 +48,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
 
 
 async def _measure_starts(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    async with _deploying(postgres, redis, folder) as (api, pilotflame):
+    async with run_deploying(postgres, redis, folder) as (api, pilotflame):
         api.node.start_seconds, api.node.starts_at_once = PREPARE_SECONDS, PREPARED_AT_ONCE
         installed = [
             await load.install_workflow(pilotflame.api, workflows.pure_workflow())
@@ -68,7 +68,7 @@ async def _measure_starts(postgres: PostgresServer, redis: RedisServer, folder: 
 
 
 async def _measure_rest(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    async with _deploying(postgres, redis, folder, **FAST) as (api, pilotflame):
+    async with run_deploying(postgres, redis, folder, **FAST) as (api, pilotflame):
         api.node.delay_seconds = CONTROLLER_SECONDS
         installed = [
             await load.install_workflow(pilotflame.api, workflows.pure_workflow())
@@ -94,7 +94,7 @@ async def _measure_rest(postgres: PostgresServer, redis: RedisServer, folder: Pa
 
 
 @asynccontextmanager
-async def _deploying(
+async def run_deploying(
     postgres: PostgresServer, redis: RedisServer, folder: Path, **settings: str
 ) -> AsyncIterator[tuple[FakeApiServer, ServerUnderTest]]:
     """Run all processes on an empty database, beside an API server with one large node."""

@@ -111,6 +111,7 @@ TARGETS = (
     FigureTarget("mass_starts", "given_up", TargetSide.BELOW, 1, TargetJudgment.EVERY),
     FigureTarget("mass_starts", "requests_per_minute_at_rest", TargetSide.BELOW, 11, TargetJudgment.EVERY),
     FigureTarget("mass_starts", "requests_per_stop", TargetSide.BELOW, 7, TargetJudgment.EVERY),
+    FigureTarget("node_loss", "serves_again_seconds", TargetSide.BELOW, 60, TargetJudgment.EVERY),
     FigureTarget("authoring", "sqlite_slowest_query_p95_ms", TargetSide.BELOW, 50),
     FigureTarget("authoring", "postgresql_slowest_query_p95_ms", TargetSide.BELOW, 50),
     FigureTarget("authoring", "sqlite_slowest_edit_p95_ms", TargetSide.BELOW, 50),
