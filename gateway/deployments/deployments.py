@@ -154,7 +154,7 @@ async def deploy(request: GatewayRequest) -> JsonResponse:
         )
 
     edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
-    return await _deployed(request, edited.after)
+    return await _deploy_answer(request, edited.after)
 
 
 async def deploy_version(request: GatewayRequest) -> JsonResponse:
@@ -172,7 +172,7 @@ async def deploy_version(request: GatewayRequest) -> JsonResponse:
         )
 
     edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
-    return await _deployed(request, edited.after)
+    return await _deploy_answer(request, edited.after)
 
 
 def _active(before: StoredWorkflow) -> StoredWorkflow:
@@ -187,19 +187,19 @@ def _require_runnable(version: WorkflowVersion, request: GatewayRequest) -> None
     )
 
 
-async def _deployed(request: GatewayRequest, stored: StoredWorkflow) -> JsonResponse:
+async def _deploy_answer(request: GatewayRequest, stored: StoredWorkflow) -> JsonResponse:
     workflow_id = stored.workflow.id
     await deployment_changes.notify_deployer(request.gateway, workflow_id)
     deployment = await deployment_changes.await_state(request.gateway, workflow_id, _is_up_or_overtaken)
     status = status_of(deployment)
     is_done = deployment is not None and _is_running(deployment)
     shape = DeployResult(
-        message="Workflow deployed successfully" if is_done else _unfinished("deployed", status),
+        message="Workflow deployed successfully" if is_done else _pending_message("deployed", status),
         workflow_id=workflow_id,
         status=WorkflowStatus(stored.workflow.status),
         deployment_status=status,
         version=deployment.version if deployment else stored.workflow.version,
-        reason=_trouble(deployment),
+        reason=_failure_reason(deployment),
     )
     return editing.answer(stored, shape, status=200 if is_done else 202)
 
@@ -221,7 +221,7 @@ async def undeploy(request: GatewayRequest) -> JsonResponse:
     )
     is_done = status is DeploymentStatus.NOT_DEPLOYED
     shape = UndeployResult(
-        message="Workflow undeployed successfully" if is_done else _unfinished("undeployed", status),
+        message="Workflow undeployed successfully" if is_done else _pending_message("undeployed", status),
         workflow_id=workflow_id,
         status=WorkflowStatus(edited.after.workflow.status),
         deployment_status=status,
@@ -277,7 +277,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
         workflow_id=ordered.workflow_id,
         deployment_status=status,
         replicas=deployment.replicas if deployment else replicas,
-        reason=_trouble(deployment),
+        reason=_failure_reason(deployment),
     )
     return JsonResponse(shape, status=200 if deployment is not None and _is_running(deployment) else 202)
 
@@ -353,11 +353,11 @@ def _is_gone_or_overtaken(deployment: Deployment) -> bool:
     return status_of(deployment) is DeploymentStatus.NOT_DEPLOYED or deployment.is_deployed
 
 
-def _trouble(deployment: Deployment | None) -> str | UnsetType:
+def _failure_reason(deployment: Deployment | None) -> str | UnsetType:
     if deployment is None or deployment.observed_reason is None:
         return UNSET
     return deployment.observed_reason
 
 
-def _unfinished(done: str, status: DeploymentStatus) -> str:
+def _pending_message(done: str, status: DeploymentStatus) -> str:
     return f"The workflow is not {done} yet: its deployment is {status}"

@@ -39,7 +39,7 @@ class PodLogReader:
 
     async def start(self) -> None:
         """Subscribe to the answers of deployers."""
-        await self._broker.listen(self._noticed)
+        await self._broker.listen(self._receive)
 
     async def read(self, workflow_id: str, limit: int) -> Sequence[PodLogEntry]:
         """Return the last lines of a workflow's pods. Raises 503 if no deployer answers, or its cluster doesn't."""
@@ -59,7 +59,7 @@ class PodLogReader:
         finally:
             del self._asked[asked]
 
-    def _noticed(self, notification: Notification) -> None:
+    def _receive(self, notification: Notification) -> None:
         if not isinstance(notification, DirectMessage):
             return
         answer = self._asked.get(notification.message.get("pod_logs", ""))

@@ -115,11 +115,11 @@ async def start(request: GatewayRequest) -> JsonResponse:
     times = TriggerTimings(perf_counter())
     workflow_id = request.path_params["id"]
     value = await read_json(request)
-    body = _checked(body_of(request, value, TriggerRequest))
+    body = _check_body(body_of(request, value, TriggerRequest))
     idempotency_key = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
-        return await _planned(request, workflow, body, times)
+        return await _plan_run(request, workflow, body, times)
 
     with request.gateway.activation.queue(workflow_id):
         accepted = await run_requests.accept_run(request, plan, idempotency_key)
@@ -131,7 +131,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
         until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
         headers = run_requests.response_headers(request, accepted)
         try:
-            await _unless_gone(request, _wait_for_pod(request, accepted, times, until))
+            await _until_disconnect(request, _wait_for_pod(request, accepted, times, until))
         except PodUnavailable as error:
             refusal = _refusal(error.news, accepted.execution_id)
             if refusal is not None:
@@ -139,7 +139,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
                 raise refusal from error
             # Stopped since the run was accepted: the run is kept until the workflow may start.
             until = 0.0
-    progress = await _unless_gone(request, _followed(request, accepted, body, times, until))
+    progress = await _until_disconnect(request, _read_progress(request, accepted, body, times, until))
     shape = await _shape(request, accepted, body, times, progress)
     return JsonResponse(shape, headers={**headers, **times.headers()})
 
@@ -155,7 +155,7 @@ def _refusal(news: BadNews, execution_id: str) -> ApiError | None:
             return None
 
 
-def _checked(body: TriggerRequest) -> TriggerRequest:
+def _check_body(body: TriggerRequest) -> TriggerRequest:
     run_requests.require_one_spelling(body.trigger_inputs, body.inputs)
     problems = ProblemCollector()
     body.trigger_type = text_rules.check_line(
@@ -165,7 +165,7 @@ def _checked(body: TriggerRequest) -> TriggerRequest:
     return body
 
 
-async def _planned(
+async def _plan_run(
     request: GatewayRequest, workflow: LoadedWorkflow, body: TriggerRequest, times: TriggerTimings
 ) -> RunRequest:
     """Return the run request with the deployed definition. Raises 409 and 503."""
@@ -190,12 +190,12 @@ async def _wait_for_pod(
         request.path_params["id"],
         is_new=accepted.verdict is AcceptanceVerdict.ACCEPTED,
         is_ready=not times.is_cold,
-        seconds=_left(until),
+        seconds=_seconds_left(until),
     )
     times.taken = perf_counter() if is_taken else None
 
 
-async def _followed(
+async def _read_progress(
     request: GatewayRequest,
     accepted: AcceptanceResult,
     body: TriggerRequest,
@@ -205,7 +205,9 @@ async def _followed(
     """Return the progress of the run, with `sync` at its end or at the end of the wait; None if it was just taken."""
     if times.taken is not None and not body.sync:
         return None
-    return await request.gateway.waiting.progress(_key(request, accepted), _left(until) if body.sync else 0)
+    return await request.gateway.waiting.progress(
+        _key(request, accepted), _seconds_left(until) if body.sync else 0
+    )
 
 
 async def _shape(
@@ -230,7 +232,7 @@ async def _shape(
     has_completed = progress.status is ExecutionStatus.COMPLETED
     shape.status = TriggerStatus.COMPLETED if has_completed else TriggerStatus.FAILED
     if not has_completed:
-        shape.error = msgspec.Raw(progress.error) if progress.error else _ended_by_hand(progress.status)
+        shape.error = msgspec.Raw(progress.error) if progress.error else _end_request_error(progress.status)
     try:
         shape.output = await _output(request, accepted, times)
     except OutputsTooLarge as error:
@@ -261,7 +263,7 @@ async def _output(
     }
 
 
-def _ended_by_hand(status: ExecutionStatus) -> msgspec.Raw:
+def _end_request_error(status: ExecutionStatus) -> msgspec.Raw:
     return msgspec.Raw(
         encode_json({"code": status.value, "message": f"The run was {status.value} by request"})
     )
@@ -271,17 +273,17 @@ def _key(request: GatewayRequest, accepted: AcceptanceResult) -> ExecutionKey:
     return ExecutionKey(accepted.execution_id, request.caller.shard)
 
 
-def _left(until: float) -> float:
+def _seconds_left(until: float) -> float:
     return max(until - asyncio.get_running_loop().time(), 0.0)
 
 
-async def _unless_gone(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
+async def _until_disconnect(request: GatewayRequest, work: Awaitable[Answer]) -> Answer:
     """Return the result of `work`; raise `ClientDisconnect` if the client disconnects first.
 
     The run is not affected.
     """
     working = asyncio.ensure_future(work)
-    gone = asyncio.create_task(_gone(request))
+    gone = asyncio.create_task(_wait_disconnect(request))
     try:
         await asyncio.wait({working, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -294,6 +296,6 @@ async def _unless_gone(request: GatewayRequest, work: Awaitable[Answer]) -> Answ
                 await task
 
 
-async def _gone(request: GatewayRequest) -> None:
+async def _wait_disconnect(request: GatewayRequest) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -53,21 +53,21 @@ class WakeupForwarder:
     def __init__(self, database: Database, broker: Broker) -> None:
         self._database = database
         self._broker = broker
-        self._remembered: TTLCache[str, ReadyPods] = TTLCache(REMEMBERED_SECONDS, MAX_REMEMBERED)
-        self._under_way: dict[str, asyncio.Task[None]] = {}
-        self._again: set[str] = set()
+        self._cached_pods: TTLCache[str, ReadyPods] = TTLCache(REMEMBERED_SECONDS, MAX_REMEMBERED)
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._requested_again: set[str] = set()
         self._session: aiohttp.ClientSession | None = None
 
     def forward(self, workflow_id: str) -> None:
         """Wake one ready pod of a workflow in the background, if there is any."""
-        if workflow_id in self._under_way:
-            self._again.add(workflow_id)
+        if workflow_id in self._tasks:
+            self._requested_again.add(workflow_id)
         else:
-            self._under_way[workflow_id] = asyncio.create_task(self._forward(workflow_id))
+            self._tasks[workflow_id] = asyncio.create_task(self._forward(workflow_id))
 
     async def close(self) -> None:
         """Cancel all forwarding and close the HTTP session."""
-        tasks = list(self._under_way.values())
+        tasks = list(self._tasks.values())
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -78,28 +78,28 @@ class WakeupForwarder:
         try:
             is_wanted = True
             while is_wanted:
-                self._again.discard(workflow_id)
-                await self._tell_one(workflow_id)
-                is_wanted = workflow_id in self._again
+                self._requested_again.discard(workflow_id)
+                await self._wake_one_pod(workflow_id)
+                is_wanted = workflow_id in self._requested_again
         except DatabaseUnavailable as error:
             log.debug("pods not woken", workflow_id=workflow_id, error=str(error))
         except Exception:
             log.exception("pods not woken", workflow_id=workflow_id)
         finally:
-            del self._under_way[workflow_id]
+            del self._tasks[workflow_id]
 
-    async def _tell_one(self, workflow_id: str) -> None:
-        pods = self._remembered.get(workflow_id)
+    async def _wake_one_pod(self, workflow_id: str) -> None:
+        pods = self._cached_pods.get(workflow_id)
         if pods is None:
             pods = await self._find(workflow_id)
-            self._remembered.put(workflow_id, pods)
+            self._cached_pods.put(workflow_id, pods)
         for address in random.sample(pods.addresses, len(pods.addresses)):
-            if await self._takes_wakeup(address, pods.keys):
+            if await self._accepts_wakeup(address, pods.keys):
                 return
         if pods.addresses:
             # The pods are gone or about to go. The deployer starts others for the pending run.
             log.info("pods not reached", workflow_id=workflow_id, pods=len(pods.addresses))
-            self._remembered.drop(workflow_id)
+            self._cached_pods.drop(workflow_id)
             await wakeups.wake_deployer(self._broker, workflow_id)
 
     async def _find(self, workflow_id: str) -> ReadyPods:
@@ -115,7 +115,7 @@ class WakeupForwarder:
                 return ReadyPods()
             return ReadyPods(tuple(addresses), await deployment_token.wakeup_keys(connection, workflow_id))
 
-    async def _takes_wakeup(self, address: str, keys: Sequence[str]) -> bool:
+    async def _accepts_wakeup(self, address: str, keys: Sequence[str]) -> bool:
         """Return whether a pod accepted a wakeup. A draining pod, or another process at its address, doesn't."""
         import aiohttp  # noqa: PLC0415 - its client costs 15 MB, which a gateway saves while all pods poll it
 

@@ -85,7 +85,7 @@ async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> Json
     """Return a data source with its decrypted secrets."""
     call = await decode_call(request, DataSourceRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _told():
+    async with _translated_errors():
         return JsonResponse(await request.gateway.runners.sources.find(caller, call.source_id))
 
 
@@ -93,7 +93,7 @@ async def start_run(request: GatewayRequest, holder: LeaseHolder) -> JsonRespons
     """Start a run of another workflow and return its ID."""
     call = await decode_call(request, StartRunRequest, max_bytes=MAX_START_BYTES)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _told():
+    async with _translated_errors():
         execution_id = await request.gateway.runners.runs.start(
             caller,
             call.workflow_id,
@@ -110,7 +110,7 @@ async def expect_event(request: GatewayRequest, holder: LeaseHolder) -> JsonResp
     call = await decode_call(request, ExpectEventRequest)
     record_checks.require_readable(call)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _told():
+    async with _translated_errors():
         expires_at = await request.gateway.runners.events.expect(
             caller,
             EventWaitRequest(
@@ -126,7 +126,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Reserve the next time at which a throttled node may run."""
     call = await decode_call(request, ThrottleRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
-    async with _told():
+    async with _translated_errors():
         at = await request.gateway.runners.throttle.reserve(
             caller,
             call.key,
@@ -138,7 +138,7 @@ async def reserve(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
 
 
 @asynccontextmanager
-async def _told() -> AsyncIterator[None]:
+async def _translated_errors() -> AsyncIterator[None]:
     """Translate a node's error into 422 with its kind in a header, and a slow database into 503."""
     try:
         async with asyncio.timeout(ASK_SECONDS):

@@ -72,18 +72,18 @@ class PodPollHub:
         self._forwarder = forwarder
         self._waiters: dict[str, set[WaitingPod]] = {}
         """By workflow ID."""
-        self._arrivals: OrderedDict[str, int] = OrderedDict()
+        self._run_counts: OrderedDict[str, int] = OrderedDict()
         self._watched: TTLCache[str, bool] = TTLCache(WATCH_SECONDS / 2, MAX_COUNTED)
         """Deployments for which the broker will announce the next run at another gateway."""
         self._polled: TTLCache[str, bool] = TTLCache(POLL_SECONDS, MAX_COUNTED)
         """Deployments with a recent poll: the next poll of their pod learns of the run."""
-        self._looking: asyncio.Task[None] | None = None
-        self._telling: set[asyncio.Task[None]] = set()
+        self._checking: asyncio.Task[None] | None = None
+        self._notifying: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
     async def start(self) -> None:
         """Subscribe to notifications of runs at other gateways."""
-        await self._broker.listen(self._noticed)
+        await self._broker.listen(self._receive)
 
     async def wait(self, holder: LeaseHolder, call: WorkPollRequest) -> WorkPollResponse:
         """Return work or requests for a pod, or an empty response after its timeout.
@@ -95,22 +95,22 @@ class PodPollHub:
         waiter = WaitingPod(holder, call, call.wants_work)
         self._waiters.setdefault(holder.workflow_id, set()).add(waiter)
         try:
-            if self._has_missed_arrivals(waiter):
-                self._tell(waiter, has_work=True)
+            if self._has_missed_runs(waiter):
+                self._respond(waiter, has_work=True)
             else:
                 await self._begin(waiter)
-            if self._looking is None:
-                self._looking = asyncio.create_task(self._look_on())
+            if self._checking is None:
+                self._checking = asyncio.create_task(self._check_periodically())
             async with asyncio.timeout(call.seconds):
                 return await waiter.news
         except TimeoutError:
-            return self._news(waiter)
+            return self._build_response(waiter)
         finally:
             self._leave(waiter)
 
     async def arrived(self, workflow_ids: Collection[str]) -> None:
         """Notify pods of new runs after the commit, also those that poll other gateways."""
-        elsewhere = [workflow_id for workflow_id in workflow_ids if not self._has_arrived(workflow_id)]
+        elsewhere = [workflow_id for workflow_id in workflow_ids if not self._count_run(workflow_id)]
         for workflow_id in elsewhere:
             if self._polled.get(workflow_id) is None:
                 self._forwarder.forward(workflow_id)
@@ -128,13 +128,13 @@ class PodPollHub:
     def release(self) -> None:
         """Answer all polls and refuse new ones, because the gateway stops."""
         self._is_closed = True
-        for waiter in self._all():
-            self._tell(waiter)
+        for waiter in self._all_waiters():
+            self._respond(waiter)
 
     async def close(self) -> None:
         """Answer all polls and cancel the background tasks."""
         self.release()
-        tasks = [*self._telling, *([self._looking] if self._looking else [])]
+        tasks = [*self._notifying, *([self._checking] if self._checking else [])]
         for task in tasks:
             task.cancel()
         if tasks:
@@ -145,41 +145,41 @@ class PodPollHub:
         if await self._watch(waiter.workflow_id):
             waiter.wants_work = True  # one query finds the runs that were accepted before the watch began
         if waiter.wants_work:
-            await self._look([waiter])
+            await self._answer_polls([waiter])
 
-    # ── arrivals ──────────────────────────────────────────────────────────────────────────────────────────
+    # ── new runs ────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _has_arrived(self, workflow_id: str) -> bool:
+    def _count_run(self, workflow_id: str) -> bool:
         """Count a new run and return whether a pod that polls here was notified. Others learn it by their next poll."""
-        self._arrivals[workflow_id] = self._arrivals.get(workflow_id, 0) + 1
-        self._arrivals.move_to_end(workflow_id)
-        if len(self._arrivals) > MAX_COUNTED:
-            self._arrivals.popitem(last=False)
+        self._run_counts[workflow_id] = self._run_counts.get(workflow_id, 0) + 1
+        self._run_counts.move_to_end(workflow_id)
+        if len(self._run_counts) > MAX_COUNTED:
+            self._run_counts.popitem(last=False)
         waiters = [one for one in self._waiters.get(workflow_id, ()) if not one.news.done()]
         for waiter in waiters:
-            self._tell(waiter, has_work=True)
+            self._respond(waiter, has_work=True)
         return bool(waiters)
 
-    def _has_missed_arrivals(self, waiter: WaitingPod) -> bool:
+    def _has_missed_runs(self, waiter: WaitingPod) -> bool:
         """Return whether runs were accepted here since the last response to this pod."""
         known = waiter.call.arrivals.get(self._broker.channel)
-        return known is not None and known != self._arrivals.get(waiter.workflow_id, 0)
+        return known is not None and known != self._run_counts.get(waiter.workflow_id, 0)
 
-    def _noticed(self, notification: Notification) -> None:
+    def _receive(self, notification: Notification) -> None:
         if not isinstance(notification, ChangedExecutions):
             return
         for workflow_id in notification.execution_ids:
             if workflow_id in self._waiters or self._watched.get(workflow_id) is not None:
                 self._watched.drop(workflow_id)
-                task = asyncio.create_task(self._pass_on(workflow_id))
-                self._telling.add(task)
-                task.add_done_callback(self._telling.discard)
+                task = asyncio.create_task(self._notify_pods(workflow_id))
+                self._notifying.add(task)
+                task.add_done_callback(self._notifying.discard)
 
-    async def _pass_on(self, workflow_id: str) -> None:
+    async def _notify_pods(self, workflow_id: str) -> None:
         # The watch is renewed first: runs accepted in between are found by the pod that is notified now.
         if workflow_id in self._waiters:
             await self._watch(workflow_id)
-        self._has_arrived(workflow_id)
+        self._count_run(workflow_id)
 
     async def _watch(self, workflow_id: str) -> bool:
         """Have the broker announce the next run at another gateway; return whether the watch is new."""
@@ -193,26 +193,26 @@ class PodPollHub:
         self._watched.put(workflow_id, value=True)
         return True
 
-    # ── looking ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── periodic check ──────────────────────────────────────────────────────────────────────────────────────
 
-    async def _look_on(self) -> None:
+    async def _check_periodically(self) -> None:
         try:
             while self._waiters:
                 await asyncio.sleep(LOOK_SECONDS)
                 try:
-                    await self._look(self._all())
+                    await self._answer_polls(self._all_waiters())
                 except DatabaseUnavailable as error:
                     log.debug("pod polls not checked", error=str(error))
                 except Exception:
                     log.exception("pod polls not checked")
         finally:
-            self._looking = None
+            self._checking = None
 
-    async def _look(self, waiters: Collection[WaitingPod]) -> None:
-        hungry = {waiter.workflow_id for waiter in waiters if waiter.wants_work}
+    async def _answer_polls(self, waiters: Collection[WaitingPod]) -> None:
+        idle_workflow_ids = {waiter.workflow_id for waiter in waiters if waiter.wants_work}
         owners = {waiter.holder.owner for waiter in waiters}
         workflow_ids = {waiter.workflow_id for waiter in waiters}
-        asked: dict[str, dict[str, str]] = {}
+        requests_by_owner: dict[str, dict[str, str]] = {}
         async with self._database.read() as connection:
             requests: Select[*tuple[Any, ...]] = select(
                 col(Execution.id), col(Execution.request), col(Execution.lease_owner).label("owner")
@@ -221,30 +221,34 @@ class PodPollHub:
             )
             for row in await connection.execute(requests):
                 if row.owner in owners:
-                    asked.setdefault(row.owner, {})[row.id] = row.request
-            pending = select(col(Execution.target)).where(_IS_PENDING, col(Execution.target).in_(hungry))
-            wanted = set(await connection.scalars(pending.distinct())) if hungry else set()
+                    requests_by_owner.setdefault(row.owner, {})[row.id] = row.request
+            pending = select(col(Execution.target)).where(
+                _IS_PENDING, col(Execution.target).in_(idle_workflow_ids)
+            )
+            workflow_ids_with_work = (
+                set(await connection.scalars(pending.distinct())) if idle_workflow_ids else set()
+            )
         for waiter in waiters:
-            has_work = waiter.wants_work and waiter.workflow_id in wanted
-            new = asked.get(waiter.holder.owner, {}).items() - waiter.call.heard.items()
+            has_work = waiter.wants_work and waiter.workflow_id in workflow_ids_with_work
+            new = requests_by_owner.get(waiter.holder.owner, {}).items() - waiter.call.heard.items()
             if has_work or new:
-                self._tell(waiter, has_work=has_work, requests=dict(new))
+                self._respond(waiter, has_work=has_work, requests=dict(new))
 
-    # ── telling ───────────────────────────────────────────────────────────────────────────────────────────
+    # ── responses ───────────────────────────────────────────────────────────────────────────────────────────
 
-    def _tell(
+    def _respond(
         self, waiter: WaitingPod, *, has_work: bool = False, requests: dict[str, str] | None = None
     ) -> None:
         if not waiter.news.done():
-            waiter.news.set_result(self._news(waiter, has_work=has_work, requests=requests))
+            waiter.news.set_result(self._build_response(waiter, has_work=has_work, requests=requests))
 
-    def _news(
+    def _build_response(
         self, waiter: WaitingPod, *, has_work: bool = False, requests: dict[str, str] | None = None
     ) -> WorkPollResponse:
-        arrivals = self._arrivals.get(waiter.workflow_id, 0)
+        arrivals = self._run_counts.get(waiter.workflow_id, 0)
         return WorkPollResponse(has_work, requests or {}, self._broker.channel, arrivals)
 
-    def _all(self) -> list[WaitingPod]:
+    def _all_waiters(self) -> list[WaitingPod]:
         return [waiter for waiters in self._waiters.values() for waiter in waiters]
 
     def _leave(self, waiter: WaitingPod) -> None:
