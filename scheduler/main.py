@@ -158,7 +158,7 @@ async def run_duties(duties: Sequence[PeriodicDuty]) -> AsyncIterator[None]:
     running: set[asyncio.Task[None]] = set()
     for duty in duties:
         ticker.add_job(
-            _do,
+            _run_duty,
             IntervalTrigger(seconds=duty.every_seconds, timezone=UTC),
             args=[duty, running],
             next_run_time=datetime.now(UTC),  # noqa: TID251 - the ticker counts by the clock of this host
@@ -190,7 +190,7 @@ async def _watch_clock(ticker: AsyncIOScheduler) -> None:
                 job.modify(next_run_time=datetime.now(UTC))  # noqa: TID251 - the ticker counts by the clock of this host
 
 
-async def _do(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> None:
+async def _run_duty(duty: PeriodicDuty, running: set[asyncio.Task[None]]) -> None:
     """Do a duty once and log any exception: this is the outermost loop of the process."""
     if task := asyncio.current_task():
         running.add(task)

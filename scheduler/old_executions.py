@@ -51,7 +51,7 @@ async def delete_old_executions(settings: SchedulerSettings, database: Database)
     blobs = open_blobs(settings)
     deleted = 0
     try:
-        async for owners in _deleted(database, retention):
+        async for owners in _delete_batches(database, retention):
             deleted += len(owners)
             await orphan_blobs.delete_unused(blobs, database, owners)
     except BlobsUnavailable as error:
@@ -64,7 +64,9 @@ async def delete_old_executions(settings: SchedulerSettings, database: Database)
         log.info("old executions deleted", executions=deleted)
 
 
-async def _deleted(database: Database, retention: RetentionPeriods) -> AsyncIterator[Sequence[BlobOwner]]:
+async def _delete_batches(
+    database: Database, retention: RetentionPeriods
+) -> AsyncIterator[Sequence[BlobOwner]]:
     """Delete expired executions in batches, and yield the owners of each batch's blobs."""
     after: str | None = ""
     while after is not None:
@@ -75,7 +77,7 @@ async def _deleted(database: Database, retention: RetentionPeriods) -> AsyncIter
             if not _may_have_old(workflow, retention, database.clock.now()):
                 continue
             try:
-                async for owners in _deleted_of(database, workflow.id, workflow.beyond, retention):
+                async for owners in _delete_of_workflow(database, workflow.id, workflow.beyond, retention):
                     yield owners
             except LockWaitTimeout as error:
                 log.warning("old executions locked", workflow_id=workflow.id, error=str(error))
@@ -108,7 +110,7 @@ def _may_have_old(workflow: Row[Any], retention: RetentionPeriods, now: datetime
     return bool(workflow.beyond is not None or workflow.oldest < now - timedelta(days=retention.days))
 
 
-async def _deleted_of(
+async def _delete_of_workflow(
     database: Database, workflow_id: str, beyond: datetime | None, retention: RetentionPeriods
 ) -> AsyncIterator[Sequence[BlobOwner]]:
     statement = old(workflow_id, beyond, retention)

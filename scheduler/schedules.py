@@ -55,8 +55,8 @@ class ScheduleRunner:
         self._broker = broker
         self._catalog = catalog
         self._now = DatabaseTime() if now is None else now
-        self._kept: OrderedDict[str, ScheduleDefinition] = OrderedDict()
-        self._kept_characters = 0
+        self._cache: OrderedDict[str, ScheduleDefinition] = OrderedDict()
+        self._cached_characters = 0
 
     async def start_due(self) -> int:
         """Start all due runs and return their number. Raises `DatabaseUnavailable`."""
@@ -86,7 +86,7 @@ class ScheduleRunner:
                 log.warning("schedules reset: the clock was ahead", schedules=count)
 
     async def _start(self, due: Sequence[DueSchedule]) -> ScheduleRunResult:
-        runnables, lost = await self._loaded(due)
+        runnables, lost = await self._load_definitions(due)
         if lost:
             await self._database.transaction(
                 partial(scheduled_runs.postpone_schedules, problems=lost, now=self._now)
@@ -94,7 +94,7 @@ class ScheduleRunner:
         if deployed := [one.workflow_id for one in due if one.deployed_hash]:
             # Before their runs, so that no deployment stops in between as idle.
             await wakes.record_activities(self._database, deployed)
-        started = await self._started(runnables)
+        started = await self._start_runs(runnables)
         _log_result(started, lost)
         for key in sorted(started.concurrency_keys):
             await concurrency_limits.admit_waiting_runs(self._database, key)
@@ -105,7 +105,7 @@ class ScheduleRunner:
         started.decided += len(lost)
         return started
 
-    async def _started(self, runnables: Mapping[str, ScheduleDefinition]) -> ScheduleRunResult:
+    async def _start_runs(self, runnables: Mapping[str, ScheduleDefinition]) -> ScheduleRunResult:
         """Start runs. If a lock wait times out, start them workflow by workflow; a locked one remains due."""
         try:
             return await self._database.transaction(
@@ -117,45 +117,45 @@ class ScheduleRunner:
                 return ScheduleRunResult()
         started = ScheduleRunResult()
         for workflow_id, runnable in runnables.items():
-            started.add(await self._started({workflow_id: runnable}))
+            started.add(await self._start_runs({workflow_id: runnable}))
         return started
 
     # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _loaded(
+    async def _load_definitions(
         self, due: Sequence[DueSchedule]
     ) -> tuple[dict[str, ScheduleDefinition], dict[str, str]]:
         """Return the definitions of these workflows, and the reasons why others can't be run."""
-        runnables = {one.workflow_id: self._kept[one.workflow_id] for one in due if self._is_kept(one)}
+        runnables = {one.workflow_id: self._cache[one.workflow_id] for one in due if self._is_cached(one)}
         missing = [one for one in due if one.workflow_id not in runnables]
         if missing:
             async with self._database.read() as connection:
-                own = await _graphs(connection, [one for one in missing if not one.deployed_hash])
-                deployed = await _definitions(connection, [one for one in missing if one.deployed_hash])
+                own = await _read_graphs(connection, [one for one in missing if not one.deployed_hash])
+                deployed = await _read_definitions(connection, [one for one in missing if one.deployed_hash])
             # In a thread: `pilotflame dev` serves requests while large graphs are decoded.
-            found = await asyncio.to_thread(_runnables, missing, own, deployed, self._catalog)
+            found = await asyncio.to_thread(_build_definitions, missing, own, deployed, self._catalog)
             for runnable in found:
-                self._keep(runnable)
+                self._store_in_cache(runnable)
                 runnables[runnable.due.workflow_id] = runnable
         lost = {
             one.workflow_id: "The deployed definition is not stored" for one in missing if one.deployed_hash
         }
         return runnables, {key: reason for key, reason in lost.items() if key not in runnables}
 
-    def _is_kept(self, due: DueSchedule) -> bool:
-        kept = self._kept.get(due.workflow_id)
-        return kept is not None and kept.due == due
+    def _is_cached(self, due: DueSchedule) -> bool:
+        cached = self._cache.get(due.workflow_id)
+        return cached is not None and cached.due == due
 
-    def _keep(self, runnable: ScheduleDefinition) -> None:
-        earlier = self._kept.pop(runnable.due.workflow_id, None)
-        self._kept_characters += len(runnable.text) - (len(earlier.text) if earlier else 0)
-        self._kept[runnable.due.workflow_id] = runnable
-        while self._kept_characters > MAX_KEPT_CHARACTERS and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._kept_characters -= len(oldest.text)
+    def _store_in_cache(self, runnable: ScheduleDefinition) -> None:
+        earlier = self._cache.pop(runnable.due.workflow_id, None)
+        self._cached_characters += len(runnable.text) - (len(earlier.text) if earlier else 0)
+        self._cache[runnable.due.workflow_id] = runnable
+        while self._cached_characters > MAX_KEPT_CHARACTERS and len(self._cache) > 1:
+            _, oldest = self._cache.popitem(last=False)
+            self._cached_characters -= len(oldest.text)
 
 
-async def _graphs(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, RowMapping]:
+async def _read_graphs(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, RowMapping]:
     if not due:
         return {}
     rows = await connection.execute(
@@ -169,7 +169,7 @@ async def _graphs(connection: AsyncConnection, due: Sequence[DueSchedule]) -> di
     return {row["id"]: row for row in rows.mappings()}
 
 
-async def _definitions(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, str]:
+async def _read_definitions(connection: AsyncConnection, due: Sequence[DueSchedule]) -> dict[str, str]:
     found: dict[str, str] = {}
     for one in due:
         text = await connection.scalar(
@@ -183,7 +183,7 @@ async def _definitions(connection: AsyncConnection, due: Sequence[DueSchedule]) 
     return found
 
 
-def _runnables(
+def _build_definitions(
     due: Sequence[DueSchedule],
     own: Mapping[str, RowMapping],
     deployed: Mapping[str, str],
@@ -195,7 +195,7 @@ def _runnables(
         if one.deployed_hash is not None:
             if text := deployed.get(one.workflow_id):
                 definition = cast("dict[str, Any]", decoding.decode(text))
-                found.append(_runnable(one, text, one.deployed_hash, definition, catalog))
+                found.append(_build_definition(one, text, one.deployed_hash, definition, catalog))
             continue
         row = own.get(one.workflow_id)
         if row is not None and row["revision"] == one.revision:
@@ -203,11 +203,13 @@ def _runnables(
                 row["nodes"], row["connections"], row["settings"]
             )
             encoded = encode_canonical(definition)
-            found.append(_runnable(one, encoded.decode(), sha256(encoded).hexdigest(), definition, catalog))
+            found.append(
+                _build_definition(one, encoded.decode(), sha256(encoded).hexdigest(), definition, catalog)
+            )
     return found
 
 
-def _runnable(
+def _build_definition(
     due: DueSchedule, text: str, content_hash: str, definition: Mapping[str, Json], catalog: NodeTypeRegistry
 ) -> ScheduleDefinition:
     nodes = cast("Sequence[Mapping[str, Json]]", definition["nodes"])

@@ -39,17 +39,17 @@ async def delete_unused_definitions(database: Database) -> None:
     async with database.read() as connection:
         if await connection.scalar(select(col(Definition.hash)).where(_is_old()).limit(1)) is None:
             return
-    used = await _used(database)
+    used = await _find_used(database)
     deleted = 0
     after = ("", "")
-    while found := await _old(database, after):
+    while found := await _find_old(database, after):
         after = found[-1]
         deleted += await _delete(database, [one for one in found if one not in used])
     if deleted:
         log.info("unused definitions deleted", definitions=deleted)
 
 
-async def _used(database: Database) -> set[tuple[str, str]]:
+async def _find_used(database: Database) -> set[tuple[str, str]]:
     """Return the definitions of all executions and deployments.
 
     Reads them in the order of their IDs, so that no read is long.
@@ -58,7 +58,7 @@ async def _used(database: Database) -> set[tuple[str, str]]:
     after: str | None = ""
     while after is not None:
         async with database.read() as connection:
-            rows = (await connection.execute(_names(after))).all()
+            rows = (await connection.execute(_names_statement(after))).all()
         used |= {(row.organization_id, row.definition_hash) for row in rows}
         after = max((row.last for row in rows), default=None)
     async with database.read() as connection:
@@ -69,7 +69,7 @@ async def _used(database: Database) -> set[tuple[str, str]]:
         return used | {(row.organization_id, row.definition_hash) for row in deployed}
 
 
-def _names(after: str) -> Select[*tuple[Any, ...]]:
+def _names_statement(after: str) -> Select[*tuple[Any, ...]]:
     some = (
         select(col(Execution.id), col(Execution.organization_id), col(Execution.definition_hash))
         .where(col(Execution.id) > after)
@@ -81,7 +81,7 @@ def _names(after: str) -> Select[*tuple[Any, ...]]:
     return select(*names, func.max(some.c.id).label("last")).group_by(*names)
 
 
-async def _old(database: Database, after: tuple[str, str]) -> list[tuple[str, str]]:
+async def _find_old(database: Database, after: tuple[str, str]) -> list[tuple[str, str]]:
     statement = (
         select(*_IDENTITY)
         .where(tuple_(*_IDENTITY) > tuple_(*after), _is_old())

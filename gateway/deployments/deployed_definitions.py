@@ -53,7 +53,7 @@ class DeployedDefinitions:
     def __init__(self, database: Database, catalog: NodeCatalog) -> None:
         self._database = database
         self._catalog = catalog
-        self._kept: TTLCache[DefinitionKey, DeployedDefinition] = TTLCache(KEPT_SECONDS, MAX_KEPT)
+        self._cache: TTLCache[DefinitionKey, DeployedDefinition] = TTLCache(KEPT_SECONDS, MAX_KEPT)
 
     async def load(self, workflow: LoadedWorkflow, deployment: Deployment) -> LoadedWorkflow:
         """Return a workflow with the deployed definition in place of its own. Raises `DefinitionMissing`."""
@@ -81,9 +81,9 @@ class DeployedDefinitions:
         return trigger.kind if trigger else definition_snapshot.MANUAL_KIND
 
     async def _load(self, key: DefinitionKey) -> DeployedDefinition:
-        kept = self._kept.get(key)
-        if kept is not None:
-            return kept
+        cached = self._cache.get(key)
+        if cached is not None:
+            return cached
         text = select(col(Definition.body)).where(
             col(Definition.organization_id) == key.organization_id,
             col(Definition.hash) == key.hash,
@@ -94,13 +94,13 @@ class DeployedDefinitions:
         if found is None:
             raise DefinitionMissing(f"The definition {key.hash} is deployed, and not stored")
         # In a thread, so that other requests are served while a large graph is decoded.
-        deployed = await asyncio.to_thread(_deployed, found, self._catalog)
+        deployed = await asyncio.to_thread(_parse_definition, found, self._catalog)
         if len(found) <= MAX_KEPT_CHARACTERS:
-            self._kept.put(key, deployed)
+            self._cache.put(key, deployed)
         return deployed
 
 
-def _deployed(text: str, catalog: NodeCatalog) -> DeployedDefinition:
+def _parse_definition(text: str, catalog: NodeCatalog) -> DeployedDefinition:
     definition: dict[str, Any] = decoding.decode(text)
     nodes = definition["nodes"]
     return DeployedDefinition(

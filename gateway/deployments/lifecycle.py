@@ -209,7 +209,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
     It takes effect within half a minute. Fields of other policy types are validated but not stored.
     """
-    policy = lifecycle_shapes.store_policy(await _given_policy(request))
+    policy = lifecycle_shapes.store_policy(await _read_policy(request))
     edited = await editing.edit_workflow(
         request, AuditAction.WORKFLOW_LIFECYCLE_SET, lambda before: before.with_columns(lifecycle=policy)
     )
@@ -219,7 +219,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
     return editing.answer(edited.after, shape)
 
 
-async def _given_policy(request: GatewayRequest) -> LifecyclePolicy:
+async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
     """Return the policy of a body, which is either a policy or the answer of `GET` with one."""
     value = await read_json(request)
     if not isinstance(value, dict) or "type" in value or "lifecyclePolicy" not in value:
@@ -268,7 +268,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
     )
     zone = ZoneInfo(candidate.schedule.timezone) if isinstance(candidate, ScheduledWindowPolicy) else UTC
     # In a thread, so that other requests are served while thousands of runs are replayed.
-    before, after = await asyncio.to_thread(_replayed, (current, candidate), runs, since, now)
+    before, after = await asyncio.to_thread(_replay_policies, (current, candidate), runs, since, now)
     shape = PolicyPreview(
         workflow_id=workflow.id,
         lifecycle_policy=lifecycle_shapes.show_policy(body),
@@ -292,15 +292,15 @@ async def preview(request: GatewayRequest) -> JsonResponse:
 
 def _shape(workflow: Workflow, seen: DeploymentActivity | None, used: PodUsage | None) -> LifecycleShape:
     deployment = seen.deployment if seen else None
-    coming = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now) if seen else None
+    upcoming = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now) if seen else None
     return LifecycleShape(
         workflow_id=workflow.id,
         lifecycle_policy=lifecycle_shapes.show_policy(lifecycle_policy.effective_policy(workflow.lifecycle)),
         deployment_status=status_of(deployment),
         stopped_reason=stopped_reason_of(deployment),
         last_activity_at=optional_instant(seen.situation.last_activity_at if seen else None),
-        next_transition=coming.kind if coming else None,
-        next_transition_at=optional_instant(coming.at if coming else None),
+        next_transition=upcoming.kind if upcoming else None,
+        next_transition_at=optional_instant(upcoming.at if upcoming else None),
         usage=_usage(used, deployment.last_replicas) if used and deployment else None,
     )
 
@@ -327,7 +327,7 @@ def _decision(row: LifecycleDecision) -> DecisionShape:
     )
 
 
-def _replayed(
+def _replay_policies(
     policies: Sequence[DeploymentPolicy], runs: Sequence[PastRun], since: datetime, until: datetime
 ) -> list[PolicyReplay]:
     return [lifecycle_forecast.replay_runs(policy, runs, since, until) for policy in policies]

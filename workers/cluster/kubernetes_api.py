@@ -116,7 +116,7 @@ class KubernetesApi:
         self.request_seconds = request_seconds
         self._client = client
         self._budget = budget or RequestBudget()
-        self._places = asyncio.Semaphore(CONCURRENT_REQUESTS)
+        self._request_slots = asyncio.Semaphore(CONCURRENT_REQUESTS)
 
     async def close(self) -> None:
         """Close the connections."""
@@ -225,7 +225,7 @@ class KubernetesApi:
         content_type: str,
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         try:
-            async with asyncio.timeout(self.request_seconds), self._places:
+            async with asyncio.timeout(self.request_seconds), self._request_slots:
                 response = await self.send(method, path, query=query, body=body, content_type=content_type)
                 answer: bytes = await response.content.read()
         except (
