@@ -14,6 +14,16 @@ _HTML_ANCHOR = re.compile(r'<a (?:id|name)="([^"]+)"')
 _FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 _CELL_BORDER = re.compile(r"(?<!\\)\|")
 _CODE = re.compile(r"`[^`\n]+`")
+_FILE = re.compile(r"`([\w-]+\.(?:py|md|lock))`")
+_STEP = re.compile(r"^\| `([^`]+\.py)` \| `([^`]+)` \|", re.MULTILINE)
+PACKAGES = tuple(
+    Path(name).name
+    for name in tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["root_packages"]
+)
+_NOT_EXPRESSIONS = {*PACKAGES} - {"concurrency", "execution", "mail", "messages", "nodes", "pilotflame"}
+_MODULE = re.compile(rf"`((?:{'|'.join(_NOT_EXPRESSIONS)})(?:\.\w+)+)`")
+"""Dotted name of a module. `nodes.fetch` and others may be paths of expressions and settings."""
+_PATH = re.compile(rf"`((?:{'|'.join(PACKAGES)}|tests|docs|benchmarks|deploy)(?:/[\w.*<>-]+)+/?)`")
 
 
 def test_the_generated_tables_and_pages_are_up_to_date() -> None:
@@ -73,6 +83,67 @@ def test_every_page_is_reached_from_the_contents() -> None:
         reached |= found
         waiting += found
     assert set((ROOT / "docs").glob("**/*.md")) <= reached
+
+
+def test_every_file_and_module_that_a_page_names_exists() -> None:
+    pages = {page: _FENCE.sub("", page.read_text()) for page in list_pages() if page.name != "CHANGELOG.md"}
+    missing = [
+        f"{page.relative_to(ROOT)}: {name}"
+        for page, text in pages.items()
+        for name in find_missing_files(text)
+    ]
+    assert not missing
+
+
+def test_every_step_of_a_walk_names_a_function_of_its_file() -> None:
+    steps = _STEP.findall((ROOT / "docs/architecture.md").read_text())
+    assert len(steps) > 30
+    missing = [
+        f"{file}: {name}"
+        for file, name in steps
+        if not re.search(rf"^(?:async def|def|class) {name}\b", (ROOT / file).read_text(), re.MULTILINE)
+    ]
+    assert not missing
+
+
+def test_the_file_check_sees_a_file_that_was_renamed() -> None:
+    gone = "`gateway/rooutes.py` `rooutes.py` `gateway/endpoints/` `engine.paths` `docs/x/*.toml`"
+    assert find_missing_files(gone) == [
+        *("engine.paths", "docs/x/*.toml", "gateway/endpoints/", "gateway/rooutes.py", "rooutes.py")
+    ]
+    there = "`gateway/routes.py` `routes.py` `gateway/http/` `engine.graph.Graph` `nodes/library/<type>.toml`"
+    assert not find_missing_files(there)
+
+
+def find_missing_files(text: str) -> list[str]:
+    """Return the files, folders and modules that a text names as code and that the project does not have.
+
+    A file may be named by the end of its path. `<name>` stands for any name.
+    """
+    modules = [name for name in _MODULE.findall(text) if not is_module(name)]
+    paths = [
+        name for name in _PATH.findall(text) if not any(ROOT.glob(re.sub("<[^>]*>", "*", name.rstrip("/"))))
+    ]
+    files = [name for name in _FILE.findall(text) if name not in list_file_names()]
+    return [*modules, *sorted(paths), *files]
+
+
+def is_module(name: str) -> bool:
+    """Tell whether a dotted name is a module, or a name in one."""
+    parts = name.split(".")
+    return any(
+        (ROOT / "/".join(parts[:count])).with_suffix(".py").exists()
+        or (ROOT / "/".join(parts[:count])).is_dir()
+        for count in {len(parts), max(len(parts) - 1, 2)}
+    )
+
+
+@cache
+def list_file_names() -> frozenset[str]:
+    """Return the names of all files of the project, and those that users and tools write."""
+    folders = (*PACKAGES, "tests", "docs", "benchmarks", "deploy")
+    found = {path.name for folder in folders for path in (ROOT / folder).rglob("*") if path.is_file()}
+    return frozenset(found | {path.name for path in ROOT.iterdir()})
 
 
 def list_pages() -> list[Path]:
