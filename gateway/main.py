@@ -91,17 +91,17 @@ class GatewayServer(uvicorn.Server):
 
     proxies: TrustedProxies | None = None
     """Trusted proxies; their host names are resolved again and again while the server runs."""
-    _following: asyncio.Task[None] | None = None
+    _proxy_refresh: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self.proxies is not None and self.proxies.has_names:
-            self._following = asyncio.create_task(self.proxies.follow())
+            self._proxy_refresh = asyncio.create_task(self.proxies.follow())
         await super().startup(sockets)
         gc_tuning.freeze_loaded()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        if self._following is not None:
-            self._following.cancel()
+        if self._proxy_refresh is not None:
+            self._proxy_refresh.cancel()
         if self.before_shutdown is not None:
             await self.before_shutdown()
         # Otherwise long polls would hold their connections open, and with them the process.
@@ -134,7 +134,7 @@ def bounds_of(settings: GatewaySettings) -> ConnectionBounds:
 def build_server(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
     """Return a server for an application, ready to run."""
     bounds = bounds_of(settings)
-    made = GatewayServer(
+    server = GatewayServer(
         uvicorn.Config(
             app,
             host=settings.host,
@@ -153,5 +153,5 @@ def build_server(app: ASGIApp, settings: GatewaySettings) -> GatewayServer:
             timeout_graceful_shutdown=settings.shutdown_seconds,
         )
     )
-    made.proxies = bounds.proxies
-    return made
+    server.proxies = bounds.proxies
+    return server

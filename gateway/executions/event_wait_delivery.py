@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 class EventWaitDelivery:
     """Queue of events to deliver. The scheduler finds lost ones by their rows."""
 
-    def __init__(self, awaited: EventMatcher) -> None:
-        self._awaited = awaited
-        self._group: GroupCommit[str, None] = GroupCommit(self._tell)
+    def __init__(self, matcher: EventMatcher) -> None:
+        self._matcher = matcher
+        self._group: GroupCommit[str, None] = GroupCommit(self._deliver)
 
     def submit(self, event_id: str) -> None:
         """Queue a committed event for delivery."""
@@ -26,6 +26,6 @@ class EventWaitDelivery:
         """Deliver all events submitted so far."""
         await self._group.drain()
 
-    async def _tell(self, batch: Sequence[str]) -> Sequence[None]:
-        await self._awaited.deliver(batch)
+    async def _deliver(self, batch: Sequence[str]) -> Sequence[None]:
+        await self._matcher.deliver(batch)
         return [None] * len(batch)

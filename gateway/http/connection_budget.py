@@ -25,7 +25,7 @@ READ_SECONDS: Final = 1.0
 """Time that a read may take in any case."""
 LOOK_AGAIN_SECONDS: Final = 0.05
 """Pause after a search without a closable connection; each search visits all connections."""
-_AT_ONCE: Final = 100
+_SURPLUS_PART: Final = 100
 """Divisor of the limit for the surplus of closed connections, so that not every new one needs a search."""
 
 
@@ -77,7 +77,7 @@ class ConnectionBudget:
         self._limit = limit
         self._reserve = limit // RESERVE_PART + 1
         self._open: dict[BoundedConnection, None] = {}
-        self._next_look = 0.0
+        self._next_search = 0.0
 
     @property
     def is_over(self) -> bool:
@@ -88,7 +88,7 @@ class ConnectionBudget:
         """Count a new connection and close others for it; False when even the reserve is full."""
         self._open[connection] = None
         if self.is_over:
-            self._make_room(connection)
+            self._close_others(connection)
         if len(self._open) <= self._limit + self._reserve:
             return True
         self.leave(connection)
@@ -99,14 +99,14 @@ class ConnectionBudget:
         """Stop counting a connection."""
         self._open.pop(connection, None)
 
-    def _make_room(self, newcomer: BoundedConnection) -> None:
+    def _close_others(self, newcomer: BoundedConnection) -> None:
         now = monotonic()
-        if now < self._next_look:
+        if now < self._next_search:
             return
-        wanted = len(self._open) - self._limit + self._limit // _AT_ONCE
+        wanted = len(self._open) - self._limit + self._limit // _SURPLUS_PART
         victims = self._victims(newcomer, now)[:wanted]
         if not victims:
-            self._next_look = now + LOOK_AGAIN_SECONDS
+            self._next_search = now + LOOK_AGAIN_SECONDS
         for victim in victims:
             self.leave(victim)
             metrics.count_closed_connection(victim.phase.name.lower().replace("_", "-"))

@@ -21,7 +21,7 @@ _PROCESS = ids.new_id("req")[:-8]
 """Common prefix of this process's request ids; a counter follows, since ids must be unique, not secret."""
 _numbers = count(1)
 _HEADERS = [(b"x-content-type-options", b"nosniff")]
-_NOT_KEPT = (b"cache-control", b"no-store")
+_NO_STORE = (b"cache-control", b"no-store")
 """Added to every answer without a `Cache-Control` of its own."""
 
 
@@ -48,7 +48,9 @@ class EdgeLayer:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 own = message["headers"]
-                message["headers"] = [*own, *headers] if _may_be_kept(own) else [*own, *headers, _NOT_KEPT]
+                message["headers"] = (
+                    [*own, *headers] if _has_cache_control(own) else [*own, *headers, _NO_STORE]
+                )
             await send(message)
 
         holding: RequestHolding | None = scope.get("holding")
@@ -65,7 +67,7 @@ class EdgeLayer:
             metrics.count_answer(scope["method"], path, status, perf_counter() - started)
 
 
-def _may_be_kept(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+def _has_cache_control(headers: Iterable[tuple[bytes, bytes]]) -> bool:
     return any(name == b"cache-control" for name, _ in headers)
 
 

@@ -37,11 +37,11 @@ def requested_key(request: GatewayRequest, body: Json, *, workflow_id: str = "")
     if key is None:
         return None
     route = f"{request.method} {request.scope['route'].path}"
-    scope = sha256(f"{_whose(request)}\n{route}\n{workflow_id}".encode()).hexdigest()
+    scope = sha256(f"{_sender_scope(request)}\n{route}\n{workflow_id}".encode()).hexdigest()
     return IdempotencyKey(scope, key, fingerprint(body), limits.IDEMPOTENCY_SECONDS)
 
 
-def _whose(request: GatewayRequest) -> str:
+def _sender_scope(request: GatewayRequest) -> str:
     sender = request.known_sender
     if sender is None or sender.token is None:
         return request.caller.user_id

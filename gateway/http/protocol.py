@@ -152,7 +152,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """Bytes of an unfinished head, or of a body that was answered before it was read."""
         self._timer: asyncio.TimerHandle | None = None
         self._is_timed_for_head = True
-        self._taking: asyncio.TimerHandle | None = None
+        self._progress_timer: asyncio.TimerHandle | None = None
         """Timer that checks whether the client receives its answer."""
         self._unsent: ByteHolding | None = None
         self._holding: RequestHolding | None = None
@@ -230,7 +230,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._holding = RequestHolding(
             self._bounds,
             client_of(host) if is_bounded else "",
-            ByteHolding(budget, client_of(host), self._give_up_body),
+            ByteHolding(budget, client_of(host), self._drop_body),
         )
         if self._bounds.connections.is_over and not is_always_served:
             self._holding.refusal = errors.busy("Too many open connections", closes=True)
@@ -253,7 +253,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self.since = monotonic()
         super().on_response_complete()
 
-    def _give_up_body(self) -> None:
+    def _drop_body(self) -> None:
         """Drop a body in favor of others; the handler's next read raises the refusal."""
         metrics.count_abandoned_body()
         self.cycle.body = bytearray()
@@ -267,29 +267,29 @@ class BoundedProtocol(HttpToolsProtocol):
             client = self._holding.client if self._holding is not None else self._peer
             self._unsent = ByteHolding(self._bounds.unsent, client, self.gathering.abort)
             size = self.gathering.get_write_buffer_size()
-            self._look_later(size)
+            self._check_later(size)
             self._unsent.add(size)
 
     def resume_writing(self) -> None:
-        self._stop_looking()
+        self._stop_checking()
         super().resume_writing()
 
-    def _look_later(self, size: int) -> None:
-        self._taking = self.loop.call_later(self._bounds.stall_seconds, self._look_whether_taken, size)
+    def _check_later(self, size: int) -> None:
+        self._progress_timer = self.loop.call_later(self._bounds.stall_seconds, self._check_progress, size)
 
-    def _look_whether_taken(self, before: int) -> None:
+    def _check_progress(self, before: int) -> None:
         size = self.gathering.get_write_buffer_size()
         if self._unsent is None or before - size < TAKEN_BYTES:
             metrics.count_closed_connection("answer-not-taken")
             self.gathering.abort()
             return
         self._unsent.lower(size)
-        self._look_later(size)
+        self._check_later(size)
 
-    def _stop_looking(self) -> None:
-        if self._taking is not None:
-            self._taking.cancel()
-            self._taking = None
+    def _stop_checking(self) -> None:
+        if self._progress_timer is not None:
+            self._progress_timer.cancel()
+            self._progress_timer = None
         if self._unsent is not None:
             self._unsent.release()
             self._unsent = None
@@ -299,7 +299,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._bounds.connections.leave(self)
         self._stop_timer()
-        self._stop_looking()
+        self._stop_checking()
         self.gathering.closed()
         for cycle, _ in self.pipeline:  # these requests are never started
             cast("dict[str, Any]", cycle.scope)["holding"].release()

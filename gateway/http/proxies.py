@@ -80,13 +80,13 @@ class TrustedProxies:
         is_trusted = peer is not None and peer[0] in self._trusted
         if not is_trusted and self._has_warned:
             return peer
-        told = [value for name, value in headers if name == FORWARDED_FOR]
-        if not told:
+        forwarded = [value for name, value in headers if name == FORWARDED_FOR]
+        if not forwarded:
             return peer
         if not is_trusted:
             self._warn(peer)
             return peer
-        host, port = self._trusted.get_trusted_client_address(b", ".join(told).decode("latin-1"))
+        host, port = self._trusted.get_trusted_client_address(b", ".join(forwarded).decode("latin-1"))
         return (host, port) if host else peer
 
     def _trust(self) -> None:

@@ -112,7 +112,7 @@ class GatewayRequest(StarletteRequest):
         has_more = True
         while has_more:
             message = await self.receive()
-            _require_room(holding)
+            _require_not_evicted(holding)
             if message["type"] == "http.disconnect":
                 raise ClientDisconnect
             received = message.get("body", b"")
@@ -123,14 +123,14 @@ class GatewayRequest(StarletteRequest):
                 if decoder.is_needed:
                     if holding is not None:
                         holding.body.add(len(piece))
-                        _require_room(holding)
+                        _require_not_evicted(holding)
                     await asyncio.sleep(0)  # a small body may decompress to a large one
             has_more = message.get("more_body", False)
         decoder.finish()
         return body.getvalue()
 
 
-def _require_room(holding: RequestHolding | None) -> None:
+def _require_not_evicted(holding: RequestHolding | None) -> None:
     """Raise 503 when the budget has evicted the bytes of this request."""
     if holding is not None and holding.body.is_evicted:
         raise errors.busy("Too many bytes of request bodies at once")

@@ -383,21 +383,21 @@ def _problem(path: str, kind: Any, reason: str) -> dict[str, Json]:  # noqa: ANN
     enums = [part for part in _parts(kind) if isinstance(part, type) and issubclass(part, Enum)]
     if enums and code == "invalid-value":
         text = f"Expected one of {', '.join(choice.value for choice in enums[0])}"
-    if wanted := next(_wanted(kind), None) if " matching regex " in text else None:
+    if wanted := next(_pattern_descriptions(kind), None) if " matching regex " in text else None:
         text = f"Expected {wanted}"
-    return errors.problem(path, code, f"{path or 'the body'}: {_QUOTED.sub(_in_json_words, text)}")
+    return errors.problem(path, code, f"{path or 'the body'}: {_QUOTED.sub(_json_type_name, text)}")
 
 
-def _wanted(kind: Any) -> Iterator[str]:  # noqa: ANN401 - any type annotation
+def _pattern_descriptions(kind: Any) -> Iterator[str]:  # noqa: ANN401 - any type annotation
     """Yield the descriptions of an annotation's string patterns."""
     if get_origin(kind) is Annotated:
         yield from (one.description for one in get_args(kind)[1:] if one.description and one.pattern)
     elif get_origin(kind) in {Union, UnionType}:
         for part in get_args(kind):
-            yield from _wanted(part)
+            yield from _pattern_descriptions(part)
 
 
-def _in_json_words(quoted: re.Match[str]) -> str:
+def _json_type_name(quoted: re.Match[str]) -> str:
     """Return a JSON name for a Python type in a message of msgspec."""
     return " or ".join(_JSON_WORDS.get(word, word) for word in quoted[1].split(" | "))
 

@@ -12,20 +12,20 @@ if TYPE_CHECKING:
     from gateway.ingest.ingest import RunTarget
 
 
-async def require_capacity(request: GatewayRequest, ground: RunTarget, count: int = 1) -> None:
+async def require_capacity(request: GatewayRequest, target: RunTarget, count: int = 1) -> None:
     """Raise 409 for a paused workflow, and 429 when a limit of workflow, organization or sender is reached."""
-    workflow = ground.workflow
-    await require_not_paused(request, ground)
+    workflow = target.workflow
+    await require_not_paused(request, target)
     await request.gateway.rates.take(request, workflow.id, count=count)
     await request.gateway.backlog.require_room(workflow.organization_id, workflow.id, count)
 
 
-async def require_not_paused(request: GatewayRequest, ground: RunTarget) -> None:
+async def require_not_paused(request: GatewayRequest, target: RunTarget) -> None:
     """Raise 409 when a workflow is paused; for senders that can retry, unlike those of mails and webhooks."""
-    if not ground.is_held:
+    if not target.is_held:
         return
     # Reload before a refusal, which must not rest on a cached status. A plan made with it is made again.
-    workflows, workflow = request.gateway.workflows, ground.workflow
+    workflows, workflow = request.gateway.workflows, target.workflow
     workflows.forget(workflow.organization_id, workflow.id)
     if (await workflows.load(workflow.id, request.caller)).status is WorkflowStatus.PAUSED:
         raise errors.workflow_paused()

@@ -98,7 +98,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
-        count, found = await _chosen(connection, stored.workflow, body)
+        count, found = await _choose_dead_letters(connection, stored.workflow, body)
 
     async def again(execution_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
         return await redrive_runs.redrive_dead_letter(request, found[execution_id], idempotency_key)
@@ -113,14 +113,14 @@ async def purge(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)
         editing.require_writer(request, stored.workflow)
-        count, found = await _chosen(connection, stored.workflow, body)
+        count, found = await _choose_dead_letters(connection, stored.workflow, body)
     purged = 0 if body.dry_run else len(found)
     if purged:
-        await _settle(request, list(found.values()))
+        await _purge(request, list(found.values()))
     return JsonResponse(PurgeResult(matched=count, purged=purged, remaining=count - purged))
 
 
-async def _chosen(
+async def _choose_dead_letters(
     connection: AsyncConnection, workflow: Workflow, body: ChooseDeadLetters
 ) -> tuple[int, dict[str, Execution]]:
     """Return the number of dead letters to choose from, and the chosen ones by id."""
@@ -130,7 +130,7 @@ async def _chosen(
     return count, {failed.id: failed for failed in found}
 
 
-async def _settle(request: GatewayRequest, failed: Sequence[Execution]) -> None:
+async def _purge(request: GatewayRequest, failed: Sequence[Execution]) -> None:
     now = request.gateway.clock()
 
     async def settle(connection: AsyncConnection) -> None:

@@ -209,14 +209,14 @@ def _shape(delivery: Delivery) -> DeliveryShape:
         status=delivery.status,
         reason=reason,
         execution_id=delivery.execution_id,
-        execution_ids=_brought(delivery),
+        execution_ids=_several_runs(delivery),
         event_id=delivery.event_id,
         redriven_from=delivery.redriven_from,
         created_at=instant(delivery.created_at),
     )
 
 
-def _brought(delivery: Delivery) -> list[str]:
+def _several_runs(delivery: Delivery) -> list[str]:
     """Return the runs of a delivery that has several."""
     if delivery.answer is None or delivery.route != IngestRoute.ENQUEUE_BATCH:
         return []

@@ -76,7 +76,7 @@ class DeliveryLog:
             error.is_noted = True
             if error.status < SERVER_ERROR or error.is_for_owner:
                 delivery = sent.refusal_delivery(self._database.clock.now(), error)
-                if not self._has_room(delivery):
+                if not self._may_store_content(delivery):
                     delivery.payload = None
                 if delivery.outcome != DeliveryOutcome.SHED:
                     await self.note(delivery)
@@ -104,7 +104,7 @@ class DeliveryLog:
                 await self.note(sent.refusal_delivery(self._database.clock.now(), error))
             raise
 
-    def _has_room(self, delivery: Delivery) -> bool:
+    def _may_store_content(self, delivery: Delivery) -> bool:
         """Return whether the refused content may be stored too, by its size and the organization's quota."""
         size = len(delivery.payload or "")
         if size > limits.KEPT_REFUSED_CHARACTERS:

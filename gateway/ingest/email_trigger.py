@@ -137,25 +137,28 @@ async def receive_for(request: GatewayRequest, workflow_id: str, known: RequestS
     note = await inbound_request.describe_request(IngestRoute.EMAIL, sender, content, workflow_id=workflow_id)
     request.scope["content_hash"] = note.content_hash
     is_noted = nullcontext() if known is None else gateway.deliveries.refusals(note)
-    async with is_noted, gateway.deliveries.unverified(note, partial(_describe, note, arrival, addressee)):
+    async with (
+        is_noted,
+        gateway.deliveries.unverified(note, partial(_add_redrive_content, note, arrival, addressee)),
+    ):
         addressee, kind, proof = await _verify_sender(request, addressee, arrival, known)
     if known is None:
         note = replace(note, sender=addressee.sender(proof.label))
     with mail_verification.refuse_until_later(kind):
         async with gateway.deliveries.refusals(note):
             with mail_verification.answer_once(kind):
-                handed = VerifiedMail(request, addressee, arrival, kind, proof, note)
+                verified = VerifiedMail(request, addressee, arrival, kind, proof, note)
                 match kind:
                     case MailKind.NATIVE:
-                        return await _native(handed)
+                        return await _ingest_native(verified)
                     case MailKind.SNS:
-                        return await _of_topic(handed)
+                        return await _process_sns_message(verified)
                     case MailKind.RAW:
-                        return await _of_mail_server(handed)
+                        return await _ingest_raw(verified)
                     case MailKind.MAILGUN_EVENT:
                         raise mail_verification.no_mail()
                     case _:
-                        return await _of_form(handed)
+                        return await _ingest_form(verified)
 
 
 async def _verify_sender(
@@ -187,7 +190,7 @@ async def _verify_sender(
         return current, kind, await prove(current)
 
 
-async def _describe(note: InboundRequest, arrival: SenderRequest, addressee: MailTarget) -> None:
+async def _add_redrive_content(note: InboundRequest, arrival: SenderRequest, addressee: MailTarget) -> None:
     """Add to a delivery the content that a redrive of an unverified mail needs, and its deduplication key."""
     kind = await mail_verification.recognize_service(arrival)
     if kind not in FORMS or len(arrival.body) > MAX_INLINE_BYTES:
@@ -195,11 +198,11 @@ async def _describe(note: InboundRequest, arrival: SenderRequest, addressee: Mai
     key = await offload.run(mail_kinds.deduplication_key, arrival, kind)
     if key is not None:
         note.deduplication_key = deduplication_keys.derive_key("mail", addressee.workflow.id, key)
-    unread = await offload.run(_unread_form, arrival, kind, addressee, content=arrival.body)
-    note.payload = _encode(unread.as_json()).decode()
+    unparsed = await offload.run(_unparsed_form, arrival, kind, addressee, content=arrival.body)
+    note.payload = _encode(unparsed.as_json()).decode()
 
 
-def _unread_form(
+def _unparsed_form(
     arrival: SenderRequest, kind: MailKind, addressee: MailTarget, content: bytes = b""
 ) -> UnparsedMail:
     """Return the unparsed form of a mail service, for a worker; raises `RequestRefused`."""
@@ -237,8 +240,8 @@ class VerifiedMail:
         )
 
 
-async def _native(handed: VerifiedMail) -> JsonResponse:
-    request, content = handed.request, handed.arrival.body
+async def _ingest_native(verified: VerifiedMail) -> JsonResponse:
+    request, content = verified.request, verified.arrival.body
     if len(content) > (most := request.gateway.settings.max_body_bytes):
         raise BodyLimit(most).exceeded()
     value = await json_of(request, content)
@@ -247,10 +250,10 @@ async def _native(handed: VerifiedMail) -> JsonResponse:
     idempotency_key = None
     if request.known_sender is not None:
         idempotency_key = await offload.run(
-            idempotency.requested_key, request, value, workflow_id=handed.workflow_id
+            idempotency.requested_key, request, value, workflow_id=verified.workflow_id
         )
 
-    blobs, organization_id = request.gateway.blobs, handed.addressee.workflow.organization_id
+    blobs, organization_id = request.gateway.blobs, verified.addressee.workflow.organization_id
     are_kept = any(one.content is not None for one in attachments)
 
     async def message(execution_id: str) -> RunInput:
@@ -261,46 +264,46 @@ async def _native(handed: VerifiedMail) -> JsonResponse:
             raise errors.not_ready(f"{error}: try again") from error
         return RunInput(mail.given(kept), execution_id=execution_id)
 
-    return await _ingest(handed, message, idempotency_key, is_large=are_kept)
+    return await _ingest(verified, message, idempotency_key, is_large=are_kept)
 
 
-async def _of_form(handed: VerifiedMail) -> JsonResponse:
-    unread = await offload.run(_unread_form, handed.arrival, handed.kind, handed.addressee)
-    return await _ingest_unparsed(handed, unread, handed.arrival.body)
+async def _ingest_form(verified: VerifiedMail) -> JsonResponse:
+    unparsed = await offload.run(_unparsed_form, verified.arrival, verified.kind, verified.addressee)
+    return await _ingest_unparsed(verified, unparsed, verified.arrival.body)
 
 
-async def _of_mail_server(handed: VerifiedMail) -> JsonResponse:
-    envelope = mail_kinds.parse_raw_envelope(handed.arrival)
-    unread = handed.unread(sender=envelope.sender, recipients=envelope.recipients)
-    return await _ingest_unparsed(handed, unread, handed.arrival.body)
+async def _ingest_raw(verified: VerifiedMail) -> JsonResponse:
+    envelope = mail_kinds.parse_raw_envelope(verified.arrival)
+    unparsed = verified.unread(sender=envelope.sender, recipients=envelope.recipients)
+    return await _ingest_unparsed(verified, unparsed, verified.arrival.body)
 
 
-async def _of_topic(handed: VerifiedMail) -> JsonResponse:
+async def _process_sns_message(verified: VerifiedMail) -> JsonResponse:
     """Process an SNS message: confirm or end a subscription, or run the workflow on the mail that it reports."""
-    message = await offload.run(sns.parse_sns_message, handed.arrival)
+    message = await offload.run(sns.parse_sns_message, verified.arrival)
     match message.type:
         case SnsMessageType.SUBSCRIPTION:
-            if handed.proof.label != "sns":
+            if verified.proof.label != "sns":
                 raise RequestRefused(
                     "unknown-topic",
                     "The trigger doesn't name this topic, so its subscription is not confirmed",
                 )
-            await handed.request.gateway.certificates.confirm(sns.confirmation_url(message))
-            return await _record_other(handed, "subscription-confirmed", message.topic_arn)
+            await verified.request.gateway.certificates.confirm(sns.confirmation_url(message))
+            return await _record_other(verified, "subscription-confirmed", message.topic_arn)
         case SnsMessageType.UNSUBSCRIPTION:
-            return await _record_other(handed, "subscription-ended", message.topic_arn)
+            return await _record_other(verified, "subscription-ended", message.topic_arn)
     mail = await offload.run(ses.parse_ses_mail, message)
     if mail is None:
-        return await _record_other(handed, "no-mail", "The message of the topic reports no received mail")
-    unread = handed.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
+        return await _record_other(verified, "no-mail", "The message of the topic reports no received mail")
+    unparsed = verified.unread(sender=mail.sender, recipients=mail.recipients, verdicts=mail.verdicts)
     if mail.stored is not None:
-        stored = await _store_content(handed, mail.stored)
-        unread = msgspec.structs.replace(unread, stored=stored)
-        return await _ingest_unparsed(handed, unread, ses_id=mail.mail_id)
-    return await _ingest_unparsed(handed, unread, _content(mail), ses_id=mail.mail_id)
+        stored = await _store_content(verified, mail.stored)
+        unparsed = msgspec.structs.replace(unparsed, stored=stored)
+        return await _ingest_unparsed(verified, unparsed, ses_id=mail.mail_id)
+    return await _ingest_unparsed(verified, unparsed, _require_content(mail), ses_id=mail.mail_id)
 
 
-def _content(mail: SesMail) -> bytes:
+def _require_content(mail: SesMail) -> bytes:
     if mail.content is None:
         raise RequestRefused(
             "malformed-mail", "The message of SES neither contains the mail nor names where it is stored"
@@ -308,16 +311,16 @@ def _content(mail: SesMail) -> bytes:
     return mail.content
 
 
-async def _store_content(handed: VerifiedMail, place: SesStoredMail) -> StoredMailObject:
+async def _store_content(verified: VerifiedMail, place: SesStoredMail) -> StoredMailObject:
     """Return the object of a mail that SES has stored; the trigger's config must allow its bucket and prefix.
 
     Raises 503 otherwise: SNS treats a 4xx as final, and the owner may correct the config.
     """
-    config = handed.addressee.trigger.ses
-    if config is None or not config.objects or handed.proof.label != "sns":
+    config = verified.addressee.trigger.ses
+    if config is None or not config.objects or verified.proof.label != "sns":
         raise errors.trigger_not_ready("The trigger names no data source to read stored mails from")
     source = await trigger_secrets.find_secret_source(
-        handed.request.gateway, handed.addressee.workflow, config.objects, {DataSourceType.S3}
+        verified.request.gateway, verified.addressee.workflow, config.objects, {DataSourceType.S3}
     )
     prefix = str(source.settings.get("prefix") or "").strip("/")
     prefix = f"{prefix}/" if prefix else ""
@@ -331,23 +334,23 @@ async def _store_content(handed: VerifiedMail, place: SesStoredMail) -> StoredMa
 # ── ingest ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _record_other(handed: VerifiedMail, what: str, told: str) -> JsonResponse:
-    gateway = handed.request.gateway
+async def _record_other(verified: VerifiedMail, kind: str, detail: str) -> JsonResponse:
+    gateway = verified.request.gateway
     await gateway.deliveries.note(
-        handed.note.noted_delivery(gateway.clock(), status=OK, reason=f"{what}: {told}")
+        verified.note.noted_delivery(gateway.clock(), status=OK, reason=f"{kind}: {detail}")
     )
-    return JsonResponse(MailNotification(noted=what))
+    return JsonResponse(MailNotification(noted=kind))
 
 
 async def _ingest_unparsed(
-    handed: VerifiedMail, unread: UnparsedMail, content: bytes | None = None, *, ses_id: str = ""
+    verified: VerifiedMail, unparsed: UnparsedMail, content: bytes | None = None, *, ses_id: str = ""
 ) -> JsonResponse:
     """Ingest a mail that a worker parses; large content is durable before its run."""
-    blobs, organization_id = handed.request.gateway.blobs, handed.addressee.workflow.organization_id
+    blobs, organization_id = verified.request.gateway.blobs, verified.addressee.workflow.organization_id
     if content is not None and len(content) <= MAX_INLINE_BYTES:
-        unread = msgspec.structs.replace(unread, content=content)
+        unparsed = msgspec.structs.replace(unparsed, content=content)
         content = None
-        handed.note.payload = _encode(unread.as_json()).decode()
+        verified.note.payload = _encode(unparsed.as_json()).decode()
     kept: UnparsedMail | None = None
 
     async def message(execution_id: str) -> RunInput:
@@ -359,14 +362,14 @@ async def _ingest_unparsed(
                 )
             except BlobsUnavailable as error:
                 raise errors.not_ready(f"{error}: try again") from error
-            kept = msgspec.structs.replace(unread, blob=blob)
-        return RunInput((kept or unread).as_json(), is_read=False, execution_id=execution_id)
+            kept = msgspec.structs.replace(unparsed, blob=blob)
+        return RunInput((kept or unparsed).as_json(), is_read=False, execution_id=execution_id)
 
-    return await _ingest(handed, message, is_large=content is not None, ses_id=ses_id)
+    return await _ingest(verified, message, is_large=content is not None, ses_id=ses_id)
 
 
 async def _ingest(
-    handed: VerifiedMail,
+    verified: VerifiedMail,
     message: Callable[[str], Awaitable[RunInput]],
     idempotency_key: IdempotencyKey | None = None,
     *,
@@ -377,23 +380,23 @@ async def _ingest(
 
     `ses_id` is the id that Amazon SES has given the mail.
     """
-    gateway, workflow = handed.request.gateway, handed.addressee.workflow
-    await gateway.rates.take(handed.request, workflow.id, key=handed.note.sender.caller.key_id)
-    key = await offload.run(mail_kinds.deduplication_key, handed.arrival, handed.kind)
+    gateway, workflow = verified.request.gateway, verified.addressee.workflow
+    await gateway.rates.take(verified.request, workflow.id, key=verified.note.sender.caller.key_id)
+    key = await offload.run(mail_kinds.deduplication_key, verified.arrival, verified.kind)
     if idempotency_key is None and key is not None:
-        idempotency_key = handed.note.deduplication_key = deduplication_keys.derive_key(
+        idempotency_key = verified.note.deduplication_key = deduplication_keys.derive_key(
             "mail", workflow.id, key
         )
-    own_key = _own_key(handed, key, ses_id)
-    status = OK if handed.kind in MAILGUN else CREATED
+    own_key = _own_key(verified, key, ses_id)
+    status = OK if verified.kind in MAILGUN else CREATED
     # A repetition needs no second copy of its content. But a delivery's own key must be used up first.
     if is_large and idempotency_key is not None and own_key is None:
-        earlier = await ingest.find_repetition(gateway, handed.note, idempotency_key, status=status)
+        earlier = await ingest.find_repetition(gateway, verified.note, idempotency_key, status=status)
         if earlier is not None:
-            return _answer(handed, earlier, status)
+            return _answer(verified, earlier, status)
     execution_id = ids.new_id("exec")
 
-    request = handed.request
+    request = verified.request
 
     async def plan(_ground: RunTarget) -> RunInput:
         await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
@@ -402,7 +405,7 @@ async def _ingest(
 
     accepted = await ingest.ingest_request(
         gateway,
-        handed.note,
+        verified.note,
         TriggerKind.EMAIL,
         plan,
         idempotency_key,
@@ -412,25 +415,25 @@ async def _ingest(
             "replayed-delivery", "The signature of this delivery was used for another one before"
         ),
     )
-    return _answer(handed, accepted, status)
+    return _answer(verified, accepted, status)
 
 
-def _own_key(handed: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
+def _own_key(verified: VerifiedMail, key: str | None, ses_id: str) -> IdempotencyKey | None:
     """Return the key of the delivery itself, so that a signature of one mail is valid for no other.
 
     Several actions of an SES rule may report the same mail, with the same id.
     """
     if ses_id:
-        return deduplication_keys.derive_key("ses", handed.workflow_id, ses_id)
-    if handed.proof.delivery_key is None:
+        return deduplication_keys.derive_key("ses", verified.workflow_id, ses_id)
+    if verified.proof.delivery_key is None:
         return None
     return deduplication_keys.derive_key(
-        handed.proof.label, handed.workflow_id, handed.proof.delivery_key, content=key or ""
+        verified.proof.label, verified.workflow_id, verified.proof.delivery_key, content=key or ""
     )
 
 
-def _answer(handed: VerifiedMail, accepted: AcceptanceResult, status: int) -> JsonResponse:
-    headers = location(handed.request.gateway.settings, accepted.execution_id)
+def _answer(verified: VerifiedMail, accepted: AcceptanceResult, status: int) -> JsonResponse:
+    headers = location(verified.request.gateway.settings, accepted.execution_id)
     if accepted.verdict is AcceptanceVerdict.REPEATED:
         headers |= idempotency.REPLAYED
     return JsonResponse(MailReceipt(execution_id=accepted.execution_id), status=status, headers=headers)

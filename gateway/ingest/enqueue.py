@@ -117,15 +117,15 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
     async with gateway.deliveries.refusals(note):
         value = await json_of(request, content)
         now = gateway.clock()
-        body = _interpreted(value, now, request.warnings)
-        own_key, idempotency_key = await offload.run(_keys, request, value, body, vouched)
+        body = _parse_message(value, now, request.warnings)
+        own_key, idempotency_key = await offload.run(_idempotency_keys, request, value, body, vouched)
         message = body.planned(now, idempotency_key, body.callback_url)
         note.payload = message.text
 
-        async def plan(ground: RunTarget) -> RunInput:
+        async def plan(target: RunTarget) -> RunInput:
             if vouched is not None:
-                await vouched.require_on(gateway, ground)
-            await capacity.require_capacity(request, ground)
+                await vouched.require_on(gateway, target)
+            await capacity.require_capacity(request, target)
             if body.callback_url is not None:
                 await callback_checks.require_reachable(request, body.callback_url)
             return message
@@ -137,7 +137,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
     return JsonResponse(EnqueueResult(execution_id=accepted.execution_id), status=201, headers=headers)
 
 
-def _keys(
+def _idempotency_keys(
     request: GatewayRequest, value: Json, body: EnqueueRequest, vouched: VerifiedSignature | None
 ) -> tuple[IdempotencyKey | None, IdempotencyKey | None]:
     """Return the request's own key, if there are several, and the idempotency key of the message."""
@@ -193,7 +193,7 @@ def _require_name(name: str, path: str, problems: ProblemCollector) -> None:
         problems.add(path, "too-long", f"{path} may have at most {limits.DEDUPLICATION_ID_LENGTH} characters")
 
 
-def _interpreted(value: Json, now: datetime, warnings: list[dict[str, Json]]) -> EnqueueRequest:
+def _parse_message(value: Json, now: datetime, warnings: list[dict[str, Json]]) -> EnqueueRequest:
     if not isinstance(value, dict) or (value.get("message") is None and value.get("data") is None):
         return EnqueueRequest(message=value)
     return check_message(value, EnqueueRequest, now, warnings=warnings)

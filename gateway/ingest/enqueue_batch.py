@@ -123,10 +123,12 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         own_key = vouched_key(vouched, workflow_id)
         given = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
         given = given or own_key
-        planned, refused = await offload.run(_planned, batch.messages, workflow_id, given, gateway.clock())
+        planned, refused = await offload.run(
+            _plan_messages, batch.messages, workflow_id, given, gateway.clock()
+        )
         if not planned:
-            raise _all_wrong(refused)
-        first, repeats = _without_repeats(planned)
+            raise _refuse_batch(refused)
+        first, repeats = _split_repeats(planned)
         answers = await _ingest_messages(request, note, vouched, first, batch.callback_url, own_key or given)
     results = dict(refused)
     for one, answer in zip(first, answers.accepted, strict=True):
@@ -134,7 +136,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
     for place, origin in repeats.items():
         repeated = results[origin]
         results[place] = repeated if repeated.error else _duplicate_of(repeated)
-    shape = _counted([results[place] for place in range(len(batch.messages))])
+    shape = _count_results([results[place] for place in range(len(batch.messages))])
     if answers.is_repeated or (not shape.accepted and shape.duplicates):
         await gateway.deliveries.note(
             note.repetition_delivery(gateway.clock(), status=201, execution_id=None)
@@ -158,15 +160,15 @@ async def _ingest_messages(
     runs: list[IngestedRun] = []
 
     async def arrival() -> IngestWrite:
-        place = await ingest.resolve_target(gateway, note.sender.caller, str(note.workflow_id), QUEUE)
+        target = await ingest.resolve_target(gateway, note.sender.caller, str(note.workflow_id), QUEUE)
         if vouched is not None:
-            await vouched.require_on(gateway, place)
-        await capacity.require_capacity(request, place, len(planned))
+            await vouched.require_on(gateway, target)
+        await capacity.require_capacity(request, target, len(planned))
         runs[:] = [
-            ingest.build_run(gateway, place, one.body.planned(now, one.idempotency_key, callback_url))
+            ingest.build_run(gateway, target, one.body.planned(now, one.idempotency_key, callback_url))
             for one in planned
         ]
-        outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
+        outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
         return note.for_arrival(runs, status=201, outcome=outcome, idempotency=key)
 
     accepted: Sequence[AcceptanceResult] = ()
@@ -182,12 +184,12 @@ async def _ingest_messages(
     if AcceptanceVerdict.MISMATCH in {verdict, *(one.verdict for one in accepted)}:
         raise idempotency.mismatch_error()
     if verdict is AcceptanceVerdict.REPEATED:
-        return BatchAnswers(await _first(request, planned, delivery_id), is_repeated=True)
+        return BatchAnswers(await _first_results(request, planned, delivery_id), is_repeated=True)
     ingest.wake_deployments(gateway, runs, accepted)
     return BatchAnswers(accepted)
 
 
-async def _first(
+async def _first_results(
     request: GatewayRequest, planned: Sequence[PlannedMessage], delivery_id: str
 ) -> Sequence[AcceptanceResult]:
     """Return the results of the first request; a key without a run hit the concurrency limit then."""
@@ -207,7 +209,7 @@ async def _first(
     return [AcceptanceResult(accepted, one.execution_id) if one.execution_id in made else one for one in then]
 
 
-def _planned(
+def _plan_messages(
     messages: Sequence[Json], workflow_id: str, given: IdempotencyKey | None, now: datetime
 ) -> tuple[list[PlannedMessage], dict[int, BatchResult]]:
     """Return the valid messages, and the answers to the invalid ones by their places."""
@@ -234,7 +236,7 @@ def _planned(
     return planned, refused
 
 
-def _without_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessage], Mapping[int, int]]:
+def _split_repeats(planned: Sequence[PlannedMessage]) -> tuple[list[PlannedMessage], Mapping[int, int]]:
     """Return the first message of each key, and the places of repetitions mapped to the place of the first."""
     first: list[PlannedMessage] = []
     places: dict[IdempotencyKey, int] = {}
@@ -262,7 +264,7 @@ def _duplicate_of(result: BatchResult) -> BatchResult:
     return BatchResult(status="duplicate", execution_id=result.execution_id)
 
 
-def _counted(results: list[BatchResult]) -> EnqueueBatchResult:
+def _count_results(results: list[BatchResult]) -> EnqueueBatchResult:
     statuses = [one.status for one in results]
     return EnqueueBatchResult(
         results=results,
@@ -272,7 +274,7 @@ def _counted(results: list[BatchResult]) -> EnqueueBatchResult:
     )
 
 
-def _all_wrong(refused: Mapping[int, BatchResult]) -> ApiError:
+def _refuse_batch(refused: Mapping[int, BatchResult]) -> ApiError:
     details = [
         msgspec.to_builtins(detail) for one in refused.values() if one.error for detail in one.error.details
     ]

@@ -106,14 +106,14 @@ class EventDispatchPlan:
 
 def build_event_input(event: SenderEvent) -> dict[str, Json]:
     """Return the input of an event's runs."""
-    told: dict[str, Json] = {
+    event_input: dict[str, Json] = {
         "event_type": event.event_type,
         "event_data": event.data,
         "source": event.source,
     }
     if event.attributes:
-        told["attributes"] = dict(event.attributes)
-    return told
+        event_input["attributes"] = dict(event.attributes)
+    return event_input
 
 
 async def dispatch_event(
@@ -129,7 +129,7 @@ async def dispatch_event(
         text = (await offload.run(values.encode_json, trigger)).decode()
     except InvalidJson as error:
         raise ApiError(400, error.code, error.message) from error
-    told = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
+    emitted = EmittedEvent(ids.new_id("event"), event.event_type, event.source, text)
     planned = EventDispatchPlan()
 
     async def plan() -> IngestWrite:
@@ -145,7 +145,7 @@ async def dispatch_event(
             planned.runs,
             status=ANSWERED,
             outcome=outcome,
-            event=told,
+            event=emitted,
             answer=answer,
             idempotency=idempotency_key,
         )
@@ -162,7 +162,7 @@ async def dispatch_event(
     if taken.verdict is not AcceptanceVerdict.ACCEPTED:
         return await _repeat_result(gateway, sent, taken.verdict, taken.delivery_id)
     ingest.wake_deployments(gateway, planned.runs, taken.runs)
-    return EventDispatchResult(told.event_id, event.event_type, _merge_outcomes(planned, taken))
+    return EventDispatchResult(emitted.event_id, event.event_type, _merge_outcomes(planned, taken))
 
 
 # ── planning ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -176,9 +176,9 @@ async def _plan_dispatch(gateway: GatewayState, organization_id: str, message: R
     revisions = {one.workflow_id: one.revision for one in found}
     workflows = await gateway.workflows.load_several(organization_id, revisions)
     counted = await gateway.activation.count_several(deployed) if deployed else {}
-    planned, turn = EventDispatchPlan(), LoopShare()
+    planned, share = EventDispatchPlan(), LoopShare()
     for one in found:
-        await turn.yield_if_due()
+        await share.yield_if_due()
         workflow = workflows.get(one.workflow_id)
         if workflow is not None and workflow.status in SUBSCRIBING:
             await _plan_one(gateway, planned, workflow, counted.get(workflow.id), message)
@@ -295,33 +295,33 @@ async def _repeat_result(
         ).first()
         if row is None:
             raise errors.not_ready("The outcome of this event is no longer kept")
-        found = await _kept(connection, row.answer)
+        found = await _resolve_outcomes(connection, row.answer)
     await gateway.deliveries.note(
-        sent.repetition_delivery(gateway.clock(), status=ANSWERED, execution_id=_only(found))
+        sent.repetition_delivery(gateway.clock(), status=ANSWERED, execution_id=_single_run(found))
     )
     return EventDispatchResult(row.id, row.event_type, found, is_repeated=True)
 
 
 async def read_outcomes(connection: AsyncConnection, delivery: Delivery) -> Sequence[WorkflowEventOutcome]:
     """Return the outcomes of the event of a delivery."""
-    return await _kept(connection, delivery.answer or "[]")
+    return await _resolve_outcomes(connection, delivery.answer or "[]")
 
 
-async def _kept(connection: AsyncConnection, answer: str) -> Sequence[WorkflowEventOutcome]:
+async def _resolve_outcomes(connection: AsyncConnection, answer: str) -> Sequence[WorkflowEventOutcome]:
     found = _decode_outcomes(answer)
     unsure = [str(one.execution_id) for one in found if one.execution_id and one.error]
-    there = {*(await _existing(connection, unsure))}
+    there = {*(await _find_existing(connection, unsure))}
     return [_certain_outcomes(one, is_there=one.error is None or one.execution_id in there) for one in found]
 
 
-async def _existing(connection: AsyncConnection, execution_ids: Sequence[str]) -> Sequence[str]:
+async def _find_existing(connection: AsyncConnection, execution_ids: Sequence[str]) -> Sequence[str]:
     found: list[str] = []
     for some in _batches(execution_ids):
         found += await connection.scalars(select(col(Execution.id)).where(col(Execution.id).in_(some)))
     return found
 
 
-def _only(outcomes: Sequence[WorkflowEventOutcome]) -> str | None:
+def _single_run(outcomes: Sequence[WorkflowEventOutcome]) -> str | None:
     runs = [one.execution_id for one in outcomes if one.execution_id is not None]
     return runs[0] if len(runs) == 1 else None
 

@@ -197,7 +197,7 @@ async def emit(request: GatewayRequest) -> JsonResponse:
     note = await inbound_request.describe_request(IngestRoute.EVENTS, sender, content)
     async with gateway.deliveries.refusals(note):
         await gateway.rates.take(request)
-        meaning = await _meaning(request, arrival, provider)
+        meaning = await _parse_request(request, arrival, provider)
         if isinstance(meaning, UrlChallenge):
             await gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
             return JsonResponse(EndpointChallenge(challenge=meaning.text))
@@ -206,7 +206,7 @@ async def emit(request: GatewayRequest) -> JsonResponse:
             emission = await event_dispatch.dispatch_event(gateway, note, meaning, idempotency_key)
             headers = idempotency.REPLAYED if emission.is_repeated else None
             return JsonResponse(_shape(emission), headers=headers)
-        return await _each(request, note, meaning)
+        return await _ingest_batch(request, note, meaning)
 
 
 async def index(request: GatewayRequest) -> JsonResponse:
@@ -244,15 +244,15 @@ async def show(request: GatewayRequest) -> JsonResponse:
     async with request.gateway.database.read() as connection:
         event, delivery = await _readable(connection, request)
         outcomes = await event_dispatch.read_outcomes(connection, delivery) if delivery is not None else []
-    told: dict[str, Any] = decoding.decode(event.data)
+    content: dict[str, Any] = decoding.decode(event.data)
     shape = EventShape(
         id=event.id,
         event_type=event.event_type,
         source=event.source,
         user_id=event.user_id,
         created_at=instant(event.created_at),
-        event_data=told["event_data"],
-        attributes=told.get("attributes", {}),
+        event_data=content["event_data"],
+        attributes=content.get("attributes", {}),
         results=[_result(one) for one in outcomes],
     )
     return JsonResponse(shape)
@@ -277,8 +277,8 @@ async def replay(request: GatewayRequest) -> JsonResponse:
         redriven_from=delivery.id if delivery else None,
     )
 
-    async def plan(ground: RunTarget) -> RunInput:
-        await capacity.require_not_paused(request, ground)
+    async def plan(target: RunTarget) -> RunInput:
+        await capacity.require_not_paused(request, target)
         return RunInput(decoding.decode(event.data), event.data, idempotency_key=idempotency_key)
 
     async with gateway.deliveries.refusals(note):
@@ -300,7 +300,7 @@ async def handshake(request: GatewayRequest) -> NoContent:
     return NoContent(headers)
 
 
-async def _each(request: GatewayRequest, note: InboundRequest, batch: EventBatch) -> JsonResponse:
+async def _ingest_batch(request: GatewayRequest, note: InboundRequest, batch: EventBatch) -> JsonResponse:
     """Ingest the events of a batch in order, each with its own key, so that partial repetitions are detected."""
     if not batch.events:
         await request.gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
@@ -309,7 +309,7 @@ async def _each(request: GatewayRequest, note: InboundRequest, batch: EventBatch
     emissions: list[EventDispatchResult] = []
     for place, event in enumerate(batch.events):
         of_event = replace(note, delivery_id=ids.new_id("dlv"))
-        idempotency_key = _derived(note.sender, event)
+        idempotency_key = _derived_key(note.sender, event)
         if given is not None:
             idempotency_key = replace(given, key=fingerprint([given.key, place]))
         emissions.append(
@@ -320,11 +320,11 @@ async def _each(request: GatewayRequest, note: InboundRequest, batch: EventBatch
     return JsonResponse(shape, headers=idempotency.REPLAYED if is_repeated else None)
 
 
-async def _meaning(
+async def _parse_request(
     request: GatewayRequest, arrival: SenderRequest, provider: Provider | None
 ) -> SenderEvent | EventBatch | UrlChallenge:
     if provider is None:
-        return _plain(body_of(request, await json_of(request, arrival.body), EmitEventRequest))
+        return _native_event(body_of(request, await json_of(request, arrival.body), EmitEventRequest))
     try:
         return await offload.run(event_senders.parse_event, arrival, provider)
     except RequestRefused as error:
@@ -355,7 +355,7 @@ async def _readable(connection: AsyncConnection, request: GatewayRequest) -> tup
     return event, None if delivery is None else Delivery(**delivery)
 
 
-def _plain(body: EmitEventRequest) -> SenderEvent:
+def _native_event(body: EmitEventRequest) -> SenderEvent:
     """Return an event in the API's own format; raises 422."""
     problems = ProblemCollector()
     try:
@@ -370,12 +370,12 @@ def _plain(body: EmitEventRequest) -> SenderEvent:
 def _idempotency_key(
     request: GatewayRequest, sender: RequestSender, event: SenderEvent
 ) -> IdempotencyKey | None:
-    return idempotency.requested_key(request, event_dispatch.build_event_input(event)) or _derived(
+    return idempotency.requested_key(request, event_dispatch.build_event_input(event)) or _derived_key(
         sender, event
     )
 
 
-def _derived(sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:
+def _derived_key(sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:
     if event.key is None:
         return None
     return deduplication_keys.derive_key(EVENT, sender.caller.organization_id, event.key)

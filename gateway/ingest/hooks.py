@@ -108,20 +108,20 @@ async def receive(request: GatewayRequest) -> ASGIApp:
     `verification`, all requests are refused. The workflow answers with its own status, headers and body if
     the trigger waits for that.
     """
-    began = asyncio.get_running_loop().time()
+    started = asyncio.get_running_loop().time()
     for name, value in webhook_responses.POLICY.items():
         request.send_with_answer(name, value)
     sender = await find_path_sender(request)
-    let_in = await _verify_sender(request, sender)
+    verified = await _verify_sender(request, sender)
     note = await inbound_request.describe_request(
-        IngestRoute.HOOK, sender, let_in.arrival.body, workflow_id=find_token_workflow(sender)
+        IngestRoute.HOOK, sender, verified.arrival.body, workflow_id=find_token_workflow(sender)
     )
     async with request.gateway.deliveries.refusals(note):
         await request.gateway.rates.take(
-            request, note.workflow_id, key=sender.caller.key_id, also=_also(let_in, sender)
+            request, note.workflow_id, key=sender.caller.key_id, also=_extra_limits(verified, sender)
         )
         try:
-            return await _answered(request, note, let_in, began)
+            return await _answer_request(request, note, verified, started)
         except RequestRefused as error:
             raise event_signatures.refusal_error(error) from error
 
@@ -144,11 +144,11 @@ async def options(request: GatewayRequest) -> NoContent:
     return NoContent({"Allow": ", ".join(sorted({*methods, "OPTIONS"}))})
 
 
-async def _answered(
-    request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest, began: float
+async def _answer_request(
+    request: GatewayRequest, note: InboundRequest, verified: VerifiedWebhookRequest, started: float
 ) -> ASGIApp:
     """Return the answer to a verified request; raises `RequestRefused` for invalid content."""
-    hook, arrival = let_in.hook, let_in.arrival
+    hook, arrival = verified.hook, verified.arrival
     meaning = await offload.run(webhook_triggers.parse_request, hook, arrival)
     if isinstance(meaning, UrlChallenge):
         await _note_only(request, note, "challenge: the sender checks the address")
@@ -157,13 +157,13 @@ async def _answered(
         await _note_only(request, note, f"event-not-allowed: {meaning.event_type or 'no event type'}")
         return JsonResponse(WebhookReceipt(status=WebhookStatus.IGNORED))
     trigger = await offload.run(webhook_triggers.build_input, hook, arrival, meaning.body)
-    encoded = await offload.run(_encoded, trigger)
+    encoded = await offload.run(_encode_trigger, trigger)
     if len(encoded.content) <= limits.KEPT_REFUSED_CHARACTERS:
         note.payload = encoded.content.decode()
-    accepted, is_deferred = await _ingest(request, note, let_in, trigger, encoded)
+    accepted, is_deferred = await _ingest(request, note, verified, trigger, encoded)
     if hook.config.respond is ResponseMode.AT_ONCE or is_deferred:
-        return _going_on(request, hook, accepted)
-    return await _when_done(request, hook, accepted, note, began + hook.config.deadline_seconds)
+        return _accepted_response(request, hook, accepted)
+    return await _await_response(request, hook, accepted, note, started + hook.config.deadline_seconds)
 
 
 # ── senders ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -214,9 +214,9 @@ def _query(request: GatewayRequest) -> Mapping[str, Sequence[str]]:
     return {name: found for name, found in query.items() if name != KEY}
 
 
-def _also(let_in: VerifiedWebhookRequest, sender: RequestSender) -> Sequence[RateLimit]:
+def _extra_limits(verified: VerifiedWebhookRequest, sender: RequestSender) -> Sequence[RateLimit]:
     """Return the rate limit of a webhook without verification."""
-    if let_in.hook.verification.provider is not SigningProvider.NONE:
+    if verified.hook.verification.provider is not SigningProvider.NONE:
         return ()
     rate = BucketRate(limits.UNVERIFIED_HOOK_REQUESTS, limits.UNVERIFIED_HOOK_BURST)
     return (RateLimit("hook", f"hook:{sender.caller.key_id}", rate),)
@@ -225,7 +225,7 @@ def _also(let_in: VerifiedWebhookRequest, sender: RequestSender) -> Sequence[Rat
 # ── outcomes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _encoded(trigger: Mapping[str, Json]) -> EncodedTrigger:
+def _encode_trigger(trigger: Mapping[str, Json]) -> EncodedTrigger:
     try:
         return EncodedTrigger.of(trigger)
     except InvalidJson as error:
@@ -241,7 +241,7 @@ async def _note_only(request: GatewayRequest, note: InboundRequest, reason: str)
 async def _ingest(
     request: GatewayRequest,
     note: InboundRequest,
-    let_in: VerifiedWebhookRequest,
+    verified: VerifiedWebhookRequest,
     trigger: Json,
     encoded: EncodedTrigger,
 ) -> tuple[AcceptanceResult, bool]:
@@ -250,7 +250,7 @@ async def _ingest(
     A large body is durable as a blob before its run.
     """
     gateway = request.gateway
-    idempotency_key = _idempotency_key(request, note, let_in)
+    idempotency_key = _idempotency_key(request, note, verified)
     is_deferred = False
     execution_id, text = ids.new_id("exec"), None if encoded.is_large else note.payload
     if encoded.is_large and idempotency_key is not None:
@@ -259,13 +259,13 @@ async def _ingest(
         if earlier is not None:
             return earlier, False
 
-    async def plan(ground: RunTarget) -> RunInput:
+    async def plan(target: RunTarget) -> RunInput:
         nonlocal is_deferred, text
-        is_deferred = ground.is_deferred
-        await let_in.vouched.require_on(gateway, ground)
-        await gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
+        is_deferred = target.is_deferred
+        await verified.vouched.require_on(gateway, target)
+        await gateway.backlog.require_room(target.workflow.organization_id, target.workflow.id)
         if text is None:
-            owner = BlobOwner(ground.workflow.organization_id, execution_id)
+            owner = BlobOwner(target.workflow.organization_id, execution_id)
             try:
                 text = await trigger_body.store_body(gateway.blobs, owner, encoded)
             except BlobsUnavailable as error:
@@ -279,20 +279,20 @@ async def _ingest(
 
 
 def _idempotency_key(
-    request: GatewayRequest, note: InboundRequest, let_in: VerifiedWebhookRequest
+    request: GatewayRequest, note: InboundRequest, verified: VerifiedWebhookRequest
 ) -> IdempotencyKey | None:
     """Return the key of a request: from the sender's own id, an `Idempotency-Key`, or `webhook-id`."""
     workflow_id = str(note.workflow_id)
-    if let_in.vouched.delivery_key is not None:
+    if verified.vouched.delivery_key is not None:
         note.deduplication_key = deduplication_keys.derive_key(
-            DELIVERY, workflow_id, let_in.vouched.delivery_key
+            DELIVERY, workflow_id, verified.vouched.delivery_key
         )
         return note.deduplication_key
     given = idempotency.read_key(request)
     if given is not None:
         key = deduplication_keys.derive_key(NAMED, workflow_id, given)
         return replace(key, fingerprint=note.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)
-    name = let_in.arrival.headers.single("webhook-id")
+    name = verified.arrival.headers.single("webhook-id")
     return (
         deduplication_keys.derive_key(DELIVERY, workflow_id, delivery_keys.delivery_key("webhook-id", name))
         if name
@@ -300,7 +300,7 @@ def _idempotency_key(
     )
 
 
-async def _when_done(
+async def _await_response(
     request: GatewayRequest,
     hook: WebhookTrigger,
     accepted: AcceptanceResult,
@@ -312,16 +312,18 @@ async def _when_done(
     seconds = until - asyncio.get_running_loop().time()
     standing = await webhook_responses.await_answer(request.gateway, key, seconds)
     if standing is not None and standing.answer is not None:
-        return WorkflowAnswer(standing.answer, _replayed(accepted))
+        return WorkflowAnswer(standing.answer, _replay_headers(accepted))
     if standing is None or standing.status not in TERMINAL_STATUSES:
-        return _going_on(request, hook, accepted)
+        return _accepted_response(request, hook, accepted)
     if standing.status is not ExecutionStatus.COMPLETED:
         raise errors.execution_failed(accepted.execution_id)
     shape = WebhookReceipt(status=WebhookStatus.COMPLETED, execution_id=accepted.execution_id)
     return JsonResponse(shape, headers=_headers(request, accepted))
 
 
-def _going_on(request: GatewayRequest, hook: WebhookTrigger, accepted: AcceptanceResult) -> JsonResponse:
+def _accepted_response(
+    request: GatewayRequest, hook: WebhookTrigger, accepted: AcceptanceResult
+) -> JsonResponse:
     shape = WebhookReceipt(status=WebhookStatus.ACCEPTED, execution_id=accepted.execution_id)
     # Slack shows anything but 200 as a failure to the person who typed a command.
     status = OK if hook.verification.provider is SigningProvider.SLACK else ACCEPTED
@@ -329,8 +331,8 @@ def _going_on(request: GatewayRequest, hook: WebhookTrigger, accepted: Acceptanc
 
 
 def _headers(request: GatewayRequest, accepted: AcceptanceResult) -> Mapping[str, str]:
-    return {**location(request.gateway.settings, accepted.execution_id), **_replayed(accepted)}
+    return {**location(request.gateway.settings, accepted.execution_id), **_replay_headers(accepted)}
 
 
-def _replayed(accepted: AcceptanceResult) -> Mapping[str, str]:
+def _replay_headers(accepted: AcceptanceResult) -> Mapping[str, str]:
     return idempotency.REPLAYED if accepted.verdict is AcceptanceVerdict.REPEATED else {}

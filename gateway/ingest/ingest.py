@@ -108,9 +108,9 @@ async def _resolve_target(gateway: GatewayState, workflow: LoadedWorkflow, kind:
     return RunTarget(workflow, workflow.trigger, assigned_deployment_id, is_deferred, is_held)
 
 
-def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> IngestedRun:
+def build_run(gateway: GatewayState, target: RunTarget, message: RunInput) -> IngestedRun:
     """Return the run of a message; it runs for the workflow's owner, regardless of the sender."""
-    workflow = ground.workflow
+    workflow = target.workflow
     definition = DefinitionKey(workflow.organization_id, workflow.definition_hash, workflow.shard)
     limit = (
         concurrency_limits.concurrency_limit(workflow.settings, workflow.id, message.trigger)
@@ -124,7 +124,7 @@ def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> In
         workflow_id=workflow.id,
         workflow_revision=workflow.revision,
         user_id=workflow.owner_id,
-        trigger_type=ground.trigger.kind,
+        trigger_type=target.trigger.kind,
         trigger=message.text or _encode(message.trigger).decode(),
         config=workflow.config,
         definition_hash=workflow.definition_hash,
@@ -138,8 +138,8 @@ def build_run(gateway: GatewayState, ground: RunTarget, message: RunInput) -> In
         concurrency_limit=limit.runs if limit else None,
         may_wait=limit is None or limit.on_limit is LimitAction.QUEUE,
         follow_up=completion.requested_actions(workflow.settings, callback_url=message.callback_url),
-        assigned_deployment_id=ground.assigned_deployment_id,
-        delay_until=held_runs.UNTIL_RESUMED if ground.is_held else message.delay_until,
+        assigned_deployment_id=target.assigned_deployment_id,
+        delay_until=held_runs.UNTIL_RESUMED if target.is_held else message.delay_until,
         is_read=message.is_read,
     )
 
@@ -165,11 +165,11 @@ async def ingest_request(
     runs: list[IngestedRun] = []
 
     async def arrival() -> IngestWrite:
-        place = await resolve_target(gateway, caller, workflow_id, kind)
-        runs[:] = [build_run(gateway, place, await plan(place))]
+        target = await resolve_target(gateway, caller, workflow_id, kind)
+        runs[:] = [build_run(gateway, target, await plan(target))]
         if not trigger_body.is_separate(runs[0].trigger):
             sent.payload = runs[0].trigger
-        outcome = DeliveryOutcome.DEFERRED if place.is_deferred else DeliveryOutcome.ACCEPTED
+        outcome = DeliveryOutcome.DEFERRED if target.is_deferred else DeliveryOutcome.ACCEPTED
         return sent.for_arrival(runs, status=status, outcome=outcome, idempotency=own_key)
 
     try:

@@ -135,9 +135,9 @@ async def find_target(gateway: GatewayState, workflow_id: str, known: RequestSen
     """
     if known is not None:
         workflow = await gateway.workflows.load(workflow_id, known.caller)
-        return MailTarget(workflow, _config(workflow))
+        return MailTarget(workflow, _trigger_config(workflow))
     found = await gateway.workflows.load_for_sender(workflow_id)
-    if found is None or not (config := _config(found)).accepts_anonymous:
+    if found is None or not (config := _trigger_config(found)).accepts_anonymous:
         raise refuse_sender()
     return MailTarget(found, config)
 
@@ -164,23 +164,25 @@ async def verify_mail(
     A signature is checked whenever the mail has one and the trigger has its key, even for authenticated
     callers. Wrong passwords are limited by the client's `address`.
     """
-    signed = await _signature(gateway, addressee, arrival, kind)
+    signed = await _verify_signature(gateway, addressee, arrival, kind)
     if signed is not None:
         return signed
     if addressee.trigger.require_signature:
         raise sent_signatures.missing_signature("a signature that the trigger can check")
     if is_known:
         return MailVerification("")
-    return MailVerification(await _tried(gateway, addressee, arrival, client=client_of(address)))
+    return MailVerification(await _try_credentials(gateway, addressee, arrival, client=client_of(address)))
 
 
-async def _tried(gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, *, client: str) -> str:
+async def _try_credentials(
+    gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, *, client: str
+) -> str:
     """Return the kind of a mail's credentials; raises 429 for a client with too many wrong ones."""
     attempt = f"{addressee.workflow.id} {client}"
     offered = f"{addressee.workflow.id} {arrival.headers.single('Authorization')}"
     gateway.mail_attempts.require_allowed(attempt, offered)
     try:
-        label = await _credentials(gateway, addressee, arrival)
+        label = await _verify_credentials(gateway, addressee, arrival)
     except RequestRefused:
         gateway.mail_attempts.note(attempt, offered, is_right=False)
         raise
@@ -196,9 +198,9 @@ def answer_once(kind: MailKind) -> Iterator[None]:
     try:
         yield
     except RequestRefused as error:
-        raise _final(kind, refusal_error(error)) from error
+        raise _final_refusal(kind, refusal_error(error)) from error
     except ApiError as error:
-        raise _final(kind, error) from error
+        raise _final_refusal(kind, error) from error
 
 
 @contextmanager
@@ -227,7 +229,7 @@ def no_mail() -> ApiError:
     return ApiError(_FINAL, "mail-refused", message)
 
 
-def _final(kind: MailKind, error: ApiError) -> ApiError:
+def _final_refusal(kind: MailKind, error: ApiError) -> ApiError:
     if kind not in MAILGUN or not FIRST_REFUSAL <= error.status < FIRST_SERVER_ERROR:
         return error
     if error.status in {TOO_MANY, _FINAL}:
@@ -235,7 +237,7 @@ def _final(kind: MailKind, error: ApiError) -> ApiError:
     return ApiError(_FINAL, "mail-refused", f"{error.code}: {error.message}", details=error.details)
 
 
-def _config(workflow: LoadedWorkflow) -> MailTrigger:
+def _trigger_config(workflow: LoadedWorkflow) -> MailTrigger:
     """Return the config of the workflow's trigger; an invalid one accepts nobody."""
     trigger = workflow.trigger
     if trigger is None or trigger.kind != TriggerKind.EMAIL:
@@ -249,7 +251,7 @@ def _config(workflow: LoadedWorkflow) -> MailTrigger:
 # ── signatures ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _signature(
+async def _verify_signature(
     gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest, kind: MailKind
 ) -> MailVerification | None:
     """Verify a mail's signature; None when the mail has none or the trigger has no key for it."""
@@ -258,23 +260,25 @@ async def _signature(
         if sendgrid.SIGNATURE_HEADER not in arrival.headers and sendgrid.TIME_HEADER not in arrival.headers:
             return None
         verified = await offload.run(sendgrid.verify, arrival, trigger.sendgrid.public_keys)
-        return _proof("sendgrid", verified)
+        return _build_verification("sendgrid", verified)
     if kind in MAILGUN and trigger.mailgun is not None:
         source = await trigger_secrets.find_secret_source(
             gateway, addressee.workflow, trigger.mailgun.signing_key, {"webhook-secret"}
         )
         verified = await offload.run(mailgun.verify, arrival, [source.secrets.get("secret", "")])
-        return _proof("mailgun", verified)
+        return _build_verification("mailgun", verified)
     if kind is MailKind.SNS and trigger.ses is not None:
-        return _proof("sns", await _of_sns(gateway, arrival, trigger.ses.topics))
+        return _build_verification("sns", await _verify_sns(gateway, arrival, trigger.ses.topics))
     return None
 
 
-def _proof(label: str, verified: SignatureResult) -> MailVerification:
+def _build_verification(label: str, verified: SignatureResult) -> MailVerification:
     return MailVerification(label, verified.delivery_key)
 
 
-async def _of_sns(gateway: GatewayState, arrival: SenderRequest, topics: Sequence[str]) -> SignatureResult:
+async def _verify_sns(
+    gateway: GatewayState, arrival: SenderRequest, topics: Sequence[str]
+) -> SignatureResult:
     message = await offload.run(sns.parse_sns_message, arrival)
     # Anybody can have a topic: fetch nothing for topics that the trigger doesn't name.
     sns.require_topic(message, topics)
@@ -285,7 +289,9 @@ async def _of_sns(gateway: GatewayState, arrival: SenderRequest, topics: Sequenc
 # ── credentials in a header ─────────────────────────────────────────────────────────────────────────────────
 
 
-async def _credentials(gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest) -> str | None:
+async def _verify_credentials(
+    gateway: GatewayState, addressee: MailTarget, arrival: SenderRequest
+) -> str | None:
     """Verify a mail's credentials and return their kind; None when it has none, or none are configured."""
     trigger = addressee.trigger
     scheme, _, given = (arrival.headers.single("Authorization") or "").partition(" ")

@@ -138,9 +138,9 @@ async def _redrive_run(
         redriven_from=origin.id if origin else None,
     )
 
-    async def plan(ground: RunTarget) -> RunInput:
-        await capacity.require_not_paused(request, ground)
-        await request.gateway.backlog.require_room(ground.workflow.organization_id, ground.workflow.id)
+    async def plan(target: RunTarget) -> RunInput:
+        await capacity.require_not_paused(request, target)
+        await request.gateway.backlog.require_room(target.workflow.organization_id, target.workflow.id)
         return await share_blobs(request.gateway.blobs, given.text, given.source, idempotency_key)
 
     # A refusal is not stored: the delivery would exist twice.

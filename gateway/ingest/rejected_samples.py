@@ -74,14 +74,14 @@ class RejectedSamples:
         if route is None or error.is_noted or error.status >= SERVER_ERROR:
             return
         metrics.count_rejected(route, error.code)
-        if error.status == TOO_MANY or not self._has_turn(scope):
+        if error.status == TOO_MANY or not self._may_sample(scope):
             return  # earlier samples are more useful, and are kept
         slot = next(self._turns[route]) % SLOTS
         self._waiting[route, slot] = _sample(route, slot, scope, error, self._database.clock.now())
         if self._writing is None:
             self._writing = asyncio.create_task(self._write())
 
-    def _has_turn(self, scope: Scope) -> bool:
+    def _may_sample(self, scope: Scope) -> bool:
         """Return whether the sample may replace another, so that a flood to one workflow spares other
         samples.
         """

@@ -72,12 +72,12 @@ class SnsCertificateCache:
         fetch = self._fetches.get(url)
         if fetch is None:
             fetch = self._fetches[url] = asyncio.create_task(self._fetch(url))
-            fetch.add_done_callback(lambda done: self._fetched(url, done))
+            fetch.add_done_callback(lambda done: self._finish_fetch(url, done))
         return await asyncio.shield(fetch)
 
     async def confirm(self, url: str) -> None:
         """Confirm a subscription; raises `RequestRefused` when SNS refuses, and 503 when it is unavailable."""
-        status, _ = await self._ask(url)
+        status, _ = await self._request(url)
         if status != OK:
             raise RequestRefused(
                 "malformed-message", "SNS does not confirm the subscription: its token may be too old"
@@ -89,7 +89,7 @@ class SnsCertificateCache:
         await self._client.close()
 
     async def _fetch(self, url: str) -> bytes:
-        status, pem = await self._ask(url)
+        status, pem = await self._request(url)
         if status != OK:
             raise _retry_later(f"it answered {status} instead of its certificate")
         try:
@@ -101,12 +101,12 @@ class SnsCertificateCache:
             self._kept.popitem(last=False)
         return pem
 
-    def _fetched(self, url: str, fetch: asyncio.Task[bytes]) -> None:
+    def _finish_fetch(self, url: str, fetch: asyncio.Task[bytes]) -> None:
         del self._fetches[url]
         if not fetch.cancelled():
             fetch.exception()  # marks the exception as retrieved: waiting callers have it, and nobody else needs it
 
-    async def _ask(self, url: str) -> tuple[int, bytes]:
+    async def _request(self, url: str) -> tuple[int, bytes]:
         try:
             async with self._places:
                 answer = await self._client.request(

@@ -42,23 +42,23 @@ class SubscriptionCache:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._asked: GroupCommit[OfType, SubscribedWorkflows] = GroupCommit(self._look)
+        self._lookups: GroupCommit[OfType, SubscribedWorkflows] = GroupCommit(self._look_up)
 
     async def find(self, organization_id: str, event_type: str) -> SubscribedWorkflows:
         """Return the workflows that subscribe to an event type; raises `DatabaseUnavailable`."""
-        return await self._asked.submit((organization_id, event_type))
+        return await self._lookups.submit((organization_id, event_type))
 
     async def drain(self) -> None:
         """Finish the pending lookups."""
-        await self._asked.drain()
+        await self._lookups.drain()
 
-    async def _look(self, batch: Sequence[OfType]) -> Sequence[SubscribedWorkflows]:
+    async def _look_up(self, batch: Sequence[OfType]) -> Sequence[SubscribedWorkflows]:
         async with self._database.read() as connection:
             found = {
                 one: await event_subscriptions.match_subscriptions(connection, *one)
                 for one in dict.fromkeys(batch)
             }
-            deployed = await _deployed(connection, chain.from_iterable(found.values()))
+            deployed = await _find_deployed(connection, chain.from_iterable(found.values()))
         answers = {
             one: SubscribedWorkflows(
                 some, [each.workflow_id for each in some if each.workflow_id in deployed]
@@ -68,7 +68,7 @@ class SubscriptionCache:
         return [answers[one] for one in batch]
 
 
-async def _deployed(connection: AsyncConnection, found: Iterable[EventSubscription]) -> frozenset[str]:
+async def _find_deployed(connection: AsyncConnection, found: Iterable[EventSubscription]) -> frozenset[str]:
     workflow_ids = [*{one.workflow_id for one in found}]
     deployed: set[str] = set()
     for start in range(0, len(workflow_ids), BATCH_IDS):

@@ -101,14 +101,14 @@ class VerifiedSignature:
     delivery_key: str | None
     """The sender's own id of the delivery."""
 
-    async def require_on(self, gateway: GatewayState, ground: RunTarget) -> None:
+    async def require_on(self, gateway: GatewayState, target: RunTarget) -> None:
         """Verify the request again if the target's `verification` has changed.
 
         Raises the errors of `verify_signature`.
         """
-        says = ground.trigger.config.get(FIELD)
-        if says is not None and says != self.said:
-            await verify_signature(gateway, ground.workflow, self.arrival)
+        current = target.trigger.config.get(FIELD)
+        if current is not None and current != self.said:
+            await verify_signature(gateway, target.workflow, self.arrival)
 
 
 # ── the trigger ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -124,20 +124,20 @@ async def under_current(
 
     No refusal rests on an outdated config. Raises 404, and the errors of `use`.
     """
-    workflow = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
+    workflow = await _executed_workflow(gateway, await gateway.workflows.load(workflow_id, caller))
     try:
         return await use(workflow)
     except ApiError as error:
         if error.status not in _MAY_BE_OLD and not error.is_for_owner:
             raise
         gateway.workflows.forget(workflow.organization_id, workflow.id)
-        current = await _as_it_runs(gateway, await gateway.workflows.load(workflow_id, caller))
+        current = await _executed_workflow(gateway, await gateway.workflows.load(workflow_id, caller))
         if current.trigger == workflow.trigger:
             raise
         return await use(current)
 
 
-async def _as_it_runs(gateway: GatewayState, workflow: LoadedWorkflow) -> LoadedWorkflow:
+async def _executed_workflow(gateway: GatewayState, workflow: LoadedWorkflow) -> LoadedWorkflow:
     """Return a workflow with its deployed definition, if any; unlike a run's lookup, it records no activity."""
     if not workflow.is_deployed:
         return workflow
@@ -198,7 +198,7 @@ async def verify_signature(
         for source_id in verification.data_sources
     ]
     try:
-        verified = await offload.run(_verified, arrival, verification, sources)
+        verified = await offload.run(_check_signature, arrival, verification, sources)
     except RequestRefused as error:
         refusal = event_signatures.refusal_error(error)
         if is_basic and refusal.status == errors.unauthorized().status:
@@ -224,7 +224,7 @@ def parse_config(said: Json) -> VerificationConfig:
         raise ApiError(422, "no-verification", message) from error
 
 
-def _verified(
+def _check_signature(
     arrival: SenderRequest, verification: VerificationConfig, sources: Sequence[ConnectionSource]
 ) -> SignatureResult:
     if verification.provider is SigningProvider.BASIC:

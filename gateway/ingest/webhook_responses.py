@@ -41,7 +41,7 @@ _IS_ANSWER: Final = and_(
     col(SpanRow.type) == NODE_TYPE,
     col(SpanRow.status) == SpanStatus.COMPLETED,
 )
-_STANDING: Final = (
+_RUN_STATE: Final = (
     select(col(Execution.status), col(SpanRow.resolved_config))
     .outerjoin(SpanRow, _IS_ANSWER)
     .where(col(Execution.id) == bindparam("execution_id"), col(Execution.shard) == bindparam("shard"))
@@ -85,20 +85,15 @@ async def _answer_when_ended(
         # Watch before the read, so that no change in between is missed.
         if not gateway.waiting.is_watched(key.execution_id):
             await gateway.waiting.watch([key.execution_id])
-        standing = await _read_run_state(gateway, key)
-        if (
-            standing is None
-            or standing.answer is not None
-            or standing.status in TERMINAL_STATUSES
-            or waiter.is_over
-        ):
-            return standing
+        state = await _read_run_state(gateway, key)
+        if state is None or state.answer is not None or state.status in TERMINAL_STATUSES or waiter.is_over:
+            return state
         await waiter.changed.wait()
 
 
 async def _read_run_state(gateway: GatewayState, key: ExecutionKey) -> AwaitedRunState | None:
     async with gateway.database.read() as connection:
-        row = (await connection.execute(_STANDING, key._asdict())).first()
+        row = (await connection.execute(_RUN_STATE, key._asdict())).first()
     if row is None:
         return None
     answer = None

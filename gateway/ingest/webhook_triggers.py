@@ -133,8 +133,8 @@ def parse_request(hook: WebhookTrigger, arrival: SenderRequest) -> ParsedWebhook
                 return meaning
             return ParsedWebhookRequest(meaning.event_type.removeprefix(f"{slack.SOURCE}."), meaning.data)
     body = _body(arrival)
-    told = body.get("type") if isinstance(body, dict) else None
-    return ParsedWebhookRequest(told if isinstance(told, str) else None, body)
+    event_type = body.get("type") if isinstance(body, dict) else None
+    return ParsedWebhookRequest(event_type if isinstance(event_type, str) else None, body)
 
 
 def build_input(hook: WebhookTrigger, arrival: SenderRequest, body: Json) -> dict[str, Json]:
