@@ -1,7 +1,7 @@
 """Forwarding of wakeups to pods that have no open poll at this gateway. A woken pod claims its runs as usual.
 
-A wakeup carries no data of a run. So no run can be lost on the way, taken by a stopping pod, or read by a
-process that has since received the address of the pod.
+A wakeup carries no data of a run. So no run can be lost on the way or taken by a stopping pod. Another
+process that has since received the address of the pod can't read any run either.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Objects are applied by server-side apply with the deployer as field manager. The number of pods is a patch of
 the Deployment's own `spec.replicas` with the scaler as field manager. A patch of `/scale` to 0 would leave
-that field without a manager, since zero is absent there, and the next apply would start the stopped pods.
+that field without a manager, since zero is absent there. The next apply would then start the stopped pods.
 """
 
 from __future__ import annotations

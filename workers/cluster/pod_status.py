@@ -1,6 +1,6 @@
 """Status of a deployment: turns a Deployment and its pods into the observed state.
 
-Zero is absent in these objects, the status is of an older generation right after each change, and a
+Zero is absent in these objects, and the status is of an older generation right after each change. A
 Deployment never says why none of its pods becomes ready.
 """
 

@@ -1,7 +1,7 @@
 """Watch of the quotas of one namespace, which notices when they have more capacity than before.
 
-A ReplicaSet with pods over quota retries with longer and longer delays, up to a quarter of an hour, and no
-change of a quota wakes it.
+A ReplicaSet with pods over quota retries with longer and longer delays, up to a quarter of an hour. No change
+of a quota wakes it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ def choose_next_start(waiting: Mapping[str, str], starting: Mapping[str, str], l
 
     Both map workflows to their organizations, `waiting` in the order of requests. The organization with the
     fewest starts goes first. Up to twice the limit may start while an organization has less than its share of
-    it, so that slow starts of one organization delay no other.
+    it. So slow starts of one organization delay no other.
     """
     if not waiting:
         return None
