@@ -2,11 +2,11 @@
 .PHONY: run install test check check-units check-types check-style check-imports check-words bench docs dist lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
-# Without compiled modules every start would take several times as long.
+# Without compiled modules every start takes several times as long.
 unexport PYTHONDONTWRITEBYTECODE
 
 bin := .venv/bin
-# uv installs the same locks in seconds; pip does it where there is no uv, or with `make run UV=`.
+# uv installs the same locks in seconds; pip is used without uv, or with `make run UV=`.
 UV := $(shell command -v uv)
 ifeq ($(UV),)
 pip := $(bin)/python -m pip --quiet --disable-pip-version-check install
@@ -23,13 +23,13 @@ run: install
 
 install: .venv/installed
 
-# Two at once: most of the time they wait for processes that were killed. A file's tests share what they start, and
-# files come in their own order: those with the fewest tests take the longest, and would leave one process idle in the end.
+# Two processes, because tests mostly wait for killed processes to be noticed. The tests of a file share their servers.
+# Files keep their order: those with the fewest tests take the longest, and at the end would leave one process idle.
 test: .venv/installed-for-tests
 	$(bin)/python -m tests.tools.environments
 	exec $(bin)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGUMENTS)
 
-# Types are checked beside the tests: each leaves a processor idle for some of its time. What was found is shown whole.
+# The checks run two at a time, because each leaves a processor idle for some of its time. Output is grouped by check.
 check: .venv/installed-for-tests
 	$(MAKE) --jobs 2 --keep-going $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) \
 		check-units check-types check-style check-imports check-words
@@ -63,7 +63,7 @@ docs: .venv/installed
 dist: docs
 	$(bin)/python -m hatchling build --target wheel
 
-# Each stamp is newer than what it was installed from, so a second `make run` installs nothing.
+# Each stamp is newer than its sources, so a second `make run` installs nothing.
 .venv/installed: $(bin)/python requirements.lock pyproject.toml
 	echo "Installing Pilotflame into .venv ..."
 	$(pip) --require-hashes --requirement requirements.lock
@@ -71,11 +71,11 @@ dist: docs
 	touch $@
 
 .venv/installed-for-tests: .venv/installed requirements-test.lock
-	echo "Installing what the tests need into .venv ..."
+	echo "Installing the tests' packages into .venv ..."
 	$(pip) --require-hashes --requirement requirements-test.lock
 	touch $@
 
-# The newest Python that can make a virtual environment; Debian ships some without ensurepip. uv needs no ensurepip.
+# Newest Python that can create a virtual environment: Debian ships some without ensurepip, which uv doesn't need.
 $(bin)/python:
 ifneq ($(UV),)
 	exec $(UV) venv --quiet --clear --seed --python-preference only-system --python '>=3.11' .venv
@@ -89,9 +89,9 @@ else
 	exit 1
 endif
 
-# One resolution for every Python from 3.11 on, with the hashes of all wheels. The test lock is the same set and more.
-# Each tool that tests run as a program has a lock of its own, so that none holds back a dependency. The packages of
-# Node have one too: `npm update --package-lock-only` in docs/site and tests/tools/typescript_clients.
+# One resolution for every Python from 3.11 on, with the hashes of all wheels. The test lock is a superset. Each tool
+# that tests run as a program has a separate lock, so that none holds back a dependency. The Node packages have
+# one too: `npm update --package-lock-only` in docs/site and tests/tools/typescript_clients.
 lock:
 	tools=$$(mktemp -d) && trap 'rm -r "$$tools"' EXIT && python3 -m venv "$$tools" && \
 	"$$tools/bin/python" -m pip --quiet --disable-pip-version-check install uv && \

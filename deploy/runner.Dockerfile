@@ -1,7 +1,7 @@
-# The image of the pods of deployed workflows: no database, broker or cluster client, since a pod has no use for one.
+# Image of the pods of deployed workflows, without clients for databases, brokers or clusters, which a pod never uses.
 #   docker build --file deploy/runner.Dockerfile --tag pilotflame-runner .
 #
-# A digest is one content for ever. To take a newer one, look for what the tag leads to now:
+# A digest never changes its content. To update it, look up the current digest of the tag:
 #   docker buildx imagetools inspect python:3.13-slim-trixie
 ARG PYTHON_IMAGE=docker.io/library/python:3.13.15-slim-trixie@sha256:9d2e5553305c7c7b0097999bb17187c69b921ccd6bc9d40e4bb5ebe652c00285
 
@@ -10,19 +10,19 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_INPUT=1 PIP_ROOT_U
 RUN python -m venv --without-pip /opt/pilotflame
 WORKDIR /source
 COPY requirements.lock ./
-# Wheels alone: nothing of others' is run to install it, and no compiler is needed.
+# Wheels only: no third-party code runs during the installation, and no compiler is needed.
 RUN pip --python /opt/pilotflame/bin/python install --quiet --no-compile --only-binary :all: \
         --require-hashes --requirement requirements.lock
 COPY . .
 RUN pip --python /opt/pilotflame/bin/python install --quiet --no-compile --no-deps --no-build-isolation .
-# From one lock, so that pods run the versions that workers run.
+# From the same lock, so that pods and workers run the same versions.
 RUN pip --python /opt/pilotflame/bin/python uninstall --quiet --yes \
         aio_pika aiosqlite alembic apscheduler dramatiq hiredis kubernetes redis sqlalchemy sqlmodel
-# Compiled for good: who runs it can't write here, and would compile everything anew at every start.
+# Compiled now: the user of the container can't write here, and would compile everything at every start.
 RUN python -m compileall -q --invalidation-mode unchecked-hash /opt/pilotflame/lib
 
 FROM ${PYTHON_IMAGE}
-# The same for Python's own modules, which come without; and nothing is installed from here on.
+# The same for the standard library, which is shipped uncompiled. Nothing is installed after this.
 RUN python -m pip uninstall --quiet --yes --root-user-action=ignore pip \
     && python -m compileall -q --invalidation-mode unchecked-hash "$(python -c 'import os; print(os.path.dirname(os.__file__))')" \
     && groupadd --gid 10001 pilotflame \
@@ -34,7 +34,7 @@ ENV PATH=/opt/pilotflame/bin:$PATH \
 WORKDIR /tmp
 USER 10001:10001
 EXPOSE 8080
-# The process alone is asked: with its gateway away, a restart would help nobody.
+# Checks the process only: if its gateway is unavailable, a restart would not help.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s --retries=3 \
     CMD ["sh", "-c", "exec python -S -c \"from urllib.request import urlopen; urlopen('http://$PILOTFLAME_RUNNER_HOST:$PILOTFLAME_RUNNER_PORT/healthz', timeout=4)\""]
 ENTRYPOINT ["pilotflame"]
