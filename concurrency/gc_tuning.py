@@ -11,8 +11,8 @@ from typing import Final
 YOUNG_OBJECTS: Final = 10_000
 """Number of new objects that trigger a young collection.
 
-Python's default of 700 matches a few requests and runs in progress, so nearly all of those objects are still
-in use. Most unused objects are gone by then anyway, by reference counting.
+Python's default of 700 matches a few requests and runs in progress.
+Nearly all of those objects are still in use. Most unused objects are gone by then anyway, by reference counting.
 """
 YOUNG_COLLECTIONS: Final = 4
 """Young collections per middle collection. A middle collection traverses some ten thousand objects, in

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 SWITCH_SECONDS: Final = 0.001
 """Time that the loop waits for the thread to release the interpreter's lock; Python's default is 0.005."""
-_is_inline: Final = ContextVar("is_brief", default=False)
+_is_inline: Final = ContextVar("is_inline", default=False)
 # One thread: pure Python code is no faster in several, and each additional thread would delay the loop.
 _thread: Final = ThreadPoolExecutor(
     max_workers=1,

@@ -175,8 +175,8 @@ def arrange_cards(
 ) -> list[CardPosition]:
     """Return a position for each node, in the order of `node_ids`; `current` holds their present positions.
 
-    The order from top to bottom is kept unless another has clearly fewer crossings, and as many nodes as
-    possible keep their exact position. Edges to unknown nodes and self-loops are ignored. Of several nodes
+    The order from top to bottom is kept unless another has clearly fewer crossings. As many
+    nodes as possible keep their exact position. Edges to unknown nodes and self-loops are ignored. Of several nodes
     with the same id, the first has its edges.
     """
     return _arrange_parts(_build_layout_graph(node_ids, edges), current, _EFFORTS)

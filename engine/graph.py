@@ -17,8 +17,8 @@ Definition: TypeAlias = "Mapping[str, Json]"
 """`{"nodes": [...], "connections": [...], "settings": {...}}` in the stored form; see `GraphNode.from_stored`
 and `GraphEdge.from_stored`.
 
-The definition of a test run may hold `upTo`, the last node to run, and `pinned`, outputs by the ids of
-nodes that return them without being run.
+The definition of a test run may contain `upTo`, the last node to run, and `pinned`. The latter holds outputs by
+the ids of nodes that return them without being run.
 """
 
 

@@ -41,8 +41,8 @@ def remove_secrets(value: Json) -> tuple[Json, list[str]]:
     """Return a value without its credentials, and their places.
 
     A field is removed with its name. In a list an empty text replaces a credential, so that the other items
-    keep their positions. In a text of several lines (a program, a message) only the credential is removed,
-    unless the field name marks all of it.
+    keep their positions. A text of several lines (a program, a message) loses only the credential, unless the field
+    name marks all of it.
     """
     found: list[str] = []
     kept = _filter_value(value, "", [], found)

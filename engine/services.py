@@ -1,8 +1,8 @@
 """Protocols of the services that a process provides to nodes: all external effects of a node go through them.
 
 The engine and the nodes know only these protocols; shared workers and pods implement them differently. Each
-method raises `NodeError` for errors that the author or user of the node can fix, with `retryable` if another
-attempt may succeed.
+method raises `NodeError` for errors that the author or user of the node can fix. `retryable` means that
+another attempt may succeed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Nodes that return at once are called in place, one after another. Nodes that wait for external work get a
 task, so that independent branches run concurrently. The journal records everything. A commit is requested
-only where the order of effects requires it, before a write node starts and before anything follows one, or
-where many records have accumulated.
+only if the order of effects requires it (before a write node starts, and before anything follows one), or if
+many records have accumulated.
 """
 
 from __future__ import annotations

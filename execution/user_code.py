@@ -37,5 +37,5 @@ def open_pod_code(settings: ExecutionSettings) -> CodeRunner | RefusedCode:
 def _open_code(settings: ExecutionSettings) -> CodeRunner:
     missing = confinement.missing_protections()
     if missing:
-        log.warning("kernel lacks walls around code nodes", missing=missing, backend=settings.code_backend)
+        log.warning("kernel lacks protections for code nodes", missing=missing, backend=settings.code_backend)
     return CodeRunner(settings.code_backend, limit=settings.cpu_processes)

@@ -1,8 +1,7 @@
-"""Decode a long JSON text in pieces, so that no other thread waits for the interpreter longer than one piece
-takes.
+"""Decode a long JSON text in pieces, so that other threads wait for the interpreter at most one piece long.
 
-The text is cut behind commas. Each piece is enclosed in the brackets that are open around it, so that it
-is a JSON text of its own. Its value is added to the containers that earlier pieces have left open.
+The text is cut behind commas. Each piece is enclosed in the brackets that are open around it, which makes it
+a JSON text of its own. Its value is added to the containers that earlier pieces have left open.
 """
 
 from __future__ import annotations
