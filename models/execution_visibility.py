@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def visibility_condition(caller: ApiCaller) -> ColumnElement[bool]:
     """Return the condition under which a caller may see an execution: its workflow is readable.
 
-    Of a deleted workflow, the history stays with admins, the owner, and whoever ran it. So does a private execution.
+    Executions of a deleted workflow, and private executions, are visible to admins, the owner of the
+    workflow, and the user of the execution.
     """
     own = and_(col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
     if caller.is_admin:

@@ -93,7 +93,7 @@ class DataSourceProber:
         except TimeoutError:
             return False, f"No answer within {limits.DATA_SOURCE_TEST_SECONDS} seconds"
         except NodeError as error:
-            return False, _told(error.message, source.settings, secrets)
+            return False, _redact(error.message, source.settings, secrets)
 
     async def _connect(self, source: DataSource, secrets: dict[str, str]) -> str:
         """Return a message about the connection; raises `NodeError`."""
@@ -151,7 +151,7 @@ async def _list_one(bucket: ObjectBucket) -> None:
             raise
 
 
-def _told(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
+def _redact(message: str, settings: Mapping[str, object], secrets: Mapping[str, str]) -> str:
     """Return a driver's message without secrets and without addresses of the internal network."""
     return _ADDRESS.sub(
         lambda found: found[0] if found[0] == settings.get("host") else "its address",

@@ -87,29 +87,29 @@ class RunAcceptor:
         )
         # A separate group: each of these runs takes a transaction of its own, and others need not wait for
         # it.
-        self._impatient: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(self._commit)
+        self._separate: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(self._commit)
         # Inbound requests have a group commit of their own too: each may start a thousand runs.
-        self._arriving: GroupCommit[IngestWrite, IngestResult] = GroupCommit(
-            self._take_in, weigh=lambda arrival: sum(map(_weight, arrival.runs)), max_weight=MAX_CHARACTERS
+        self._ingests: GroupCommit[IngestWrite, IngestResult] = GroupCommit(
+            self._ingest_batch, weigh=lambda write: sum(map(_weight, write.runs)), max_weight=MAX_CHARACTERS
         )
         self._admissions: set[asyncio.Task[None]] = set()
         self._wakeups: GroupCommit[None, None] = GroupCommit(self._wake)
-        self._arrivals: GroupCommit[str, None] = GroupCommit(self._tell_pods)
-        self._unread: GroupCommit[None, None] = GroupCommit(self._tell_readers)
+        self._pod_notifications: GroupCommit[str, None] = GroupCommit(self._notify_pods)
+        self._parser_wakeups: GroupCommit[None, None] = GroupCommit(self._wake_mail_parsers)
         self._stored: TTLCache[DefinitionKey, bool] = TTLCache(STORED_SECONDS, MAX_STORED)
 
     async def accept(self, acceptance: RunAcceptance) -> AcceptanceResult:
         """Return the outcome of a run after its commit; raises 503 while too many runs wait."""
-        group = self._group if acceptance.may_wait else self._impatient
+        group = self._group if acceptance.may_wait else self._separate
         if group.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await group.submit(acceptance)
 
-    async def ingest(self, arrival: IngestWrite) -> IngestResult:
+    async def ingest(self, write: IngestWrite) -> IngestResult:
         """Return the outcome of an inbound request after its commit; raises 503 while too many wait."""
-        if self._arriving.depth >= limits.ACCEPTANCES_WAITING:
+        if self._ingests.depth >= limits.ACCEPTANCES_WAITING:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
-        return await self._arriving.submit(arrival)
+        return await self._ingests.submit(write)
 
     def is_stored(self, definition: DefinitionKey) -> bool:
         """Tell whether the database is known to have a definition, so that its text need not be sent again."""
@@ -132,13 +132,13 @@ class RunAcceptor:
     async def drain(self) -> None:
         """Finish pending commits and wakeups."""
         await self._group.drain()
-        await self._impatient.drain()
-        await self._arriving.drain()
+        await self._separate.drain()
+        await self._ingests.drain()
         while self._admissions:
             await asyncio.wait(self._admissions)
         await self._wakeups.drain()
-        await self._unread.drain()
-        await self._arrivals.drain()
+        await self._parser_wakeups.drain()
+        await self._pod_notifications.drain()
 
     async def _commit(self, batch: Sequence[RunAcceptance]) -> Sequence[AcceptanceResult]:
         # Expect the executions before the commit, so that no later change is missed.
@@ -150,21 +150,21 @@ class RunAcceptor:
             if answer.verdict is AcceptanceVerdict.ACCEPTED
         ]
         self._remember(accepted)
-        self._tell(accepted)
+        self._notify(accepted)
         return answers
 
-    async def _take_in(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
+    async def _ingest_batch(self, batch: Sequence[IngestWrite]) -> Sequence[IngestResult]:
         answers = await self._store.ingest(batch)
         accepted: list[IngestedRun] = []
-        for arrival, answer in zip(batch, answers, strict=True):
-            of_runs = zip(arrival.runs, answer.runs, strict=False)  # empty if the request was not accepted
+        for write, answer in zip(batch, answers, strict=True):
+            of_runs = zip(write.runs, answer.runs, strict=False)  # empty if the request was not accepted
             accepted += [run for run, one in of_runs if one.verdict is AcceptanceVerdict.ACCEPTED]
-            if arrival.event is not None and answer.verdict is AcceptanceVerdict.ACCEPTED:
-                self._events.submit(arrival.event.event_id)
+            if write.event is not None and answer.verdict is AcceptanceVerdict.ACCEPTED:
+                self._events.submit(write.event.event_id)
         self._remember(accepted)
-        self._tell([run for run in accepted if run.is_read and run.delay_until is None])
+        self._notify([run for run in accepted if run.is_read and run.delay_until is None])
         if any(not run.is_read for run in accepted):
-            self._unread.submit(None)
+            self._parser_wakeups.submit(None)
         return answers
 
     def _remember(self, accepted: Sequence[RunAcceptance]) -> None:
@@ -175,13 +175,13 @@ class RunAcceptor:
                     DefinitionKey(one.organization_id, one.definition_hash, one.shard), value=True
                 )
 
-    def _tell(self, accepted: Sequence[RunAcceptance]) -> None:
+    def _notify(self, accepted: Sequence[RunAcceptance]) -> None:
         """Notify pods and workers of runs that may start."""
         if any(one.concurrency_key is None and one.assigned_deployment_id is None for one in accepted):
             self.wake_workers()
         for one in accepted:
             if one.concurrency_key is None and one.assigned_deployment_id is not None:
-                self._arrivals.submit(one.assigned_deployment_id)
+                self._pod_notifications.submit(one.assigned_deployment_id)
             if one.concurrency_key is not None:
                 self._begin_admission(one.concurrency_key)
 
@@ -201,11 +201,11 @@ class RunAcceptor:
         except DatabaseUnavailable as error:
             log.debug("concurrency slots not granted", key=key, error=str(error))
 
-    async def _tell_pods(self, batch: Sequence[str]) -> Sequence[None]:
+    async def _notify_pods(self, batch: Sequence[str]) -> Sequence[None]:
         await self._pods.arrived(set(batch))
         return [None] * len(batch)
 
-    async def _tell_readers(self, batch: Sequence[None]) -> Sequence[None]:
+    async def _wake_mail_parsers(self, batch: Sequence[None]) -> Sequence[None]:
         await wakeups.wake_mail_parsers(self._broker)
         return batch
 

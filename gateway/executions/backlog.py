@@ -94,14 +94,14 @@ class BacklogLimits:
         async def count_organization(connection: AsyncConnection) -> int:
             return await backlog.count_organization_backlog(connection, organization_id, at_most=whole + 1)
 
-        await self._look(organization, count, whole, count_organization)
+        await self._refresh(organization, count, whole, count_organization)
         if organization.lacks_room(count, whole):
             raise errors.queue_full("the organization", whole, organization.retry_seconds(count, whole))
         workflow = self._tallies.get(workflow_id)
         if organization.lacks_room(
             count, self._per_workflow
         ):  # otherwise no workflow of the organization can exceed its limit
-            workflow = await self._require_room_of_workflow(organization_id, workflow_id, count)
+            workflow = await self._require_workflow_capacity(organization_id, workflow_id, count)
         organization.added += count
         if workflow is not None:
             workflow.added += count
@@ -110,7 +110,7 @@ class BacklogLimits:
         """Finish running counts."""
         await asyncio.gather(*self._counting, return_exceptions=True)
 
-    async def _require_room_of_workflow(
+    async def _require_workflow_capacity(
         self, organization_id: str, workflow_id: str, count: int
     ) -> BacklogCount:
         workflow = self._tally(workflow_id)
@@ -121,21 +121,21 @@ class BacklogLimits:
                 connection, organization_id, workflow_id, at_most=limit + 1
             )
 
-        await self._look(workflow, count, limit, count_workflow)
+        await self._refresh(workflow, count, limit, count_workflow)
         if workflow.lacks_room(count, limit):
             raise errors.queue_full("the workflow", limit, workflow.retry_seconds(count, limit))
         return workflow
 
-    def _tally(self, whose: str) -> BacklogCount:
-        tally = self._tallies.get(whose)
+    def _tally(self, key: str) -> BacklogCount:
+        tally = self._tallies.get(key)
         if tally is None:
-            tally = self._tallies[whose] = BacklogCount()
-        self._tallies.move_to_end(whose)
+            tally = self._tallies[key] = BacklogCount()
+        self._tallies.move_to_end(key)
         if len(self._tallies) > MAX_TALLIES:
             self._tallies.popitem(last=False)
         return tally
 
-    async def _look(
+    async def _refresh(
         self,
         tally: BacklogCount,
         count: int,

@@ -128,7 +128,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
         return JsonResponse(preview)
     for workflow_id, runs in by_workflow.items():
         await request.gateway.backlog.require_room(request.caller.organization_id, workflow_id, runs)
-    chosen = await bulk_actions.begin_retry(request, found, _about(request, body), idempotency_key)
+    chosen = await bulk_actions.begin_retry(request, found, _audit_subject(request, body), idempotency_key)
     return await _retried(request, chosen, headers={} if chosen == found else idempotency.REPLAYED)
 
 
@@ -148,11 +148,11 @@ async def _chosen(
     """Select the executions to act on, and record the action in the audit trail before it begins."""
     found, _ = await bulk_actions.find(request, body.filter.wanted(), condition, body.limit)
     if not body.dry_run:
-        await bulk_actions.trace(request, found, action, _about(request, body))
+        await bulk_actions.trace(request, found, action, _audit_subject(request, body))
     return found
 
 
-def _about(request: GatewayRequest, body: BulkRequest) -> str:
+def _audit_subject(request: GatewayRequest, body: BulkRequest) -> str:
     """Return the subject of the audit record: the workflow of the filter, or the organization."""
     return body.filter.workflow_id or request.caller.organization_id
 

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
     from journal.store import EndRequestOutcome, ExecutionKey
 
 
-async def ask_to_end(gateway: GatewayState, key: ExecutionKey, wish: str) -> EndRequestOutcome | None:
+async def ask_to_end(gateway: GatewayState, key: ExecutionKey, action: str) -> EndRequestOutcome | None:
     """Request the `stop` or `cancel` of an execution; None if it does not exist."""
-    requested = await gateway.store.request_end(key, wish)
+    requested = await gateway.store.request_end(key, action)
     if requested is not None:
         await end_requests.notify_end_request(
             gateway.broker,
             key.execution_id,
-            wish,
+            action,
             lease_owner=requested.lease_owner,
             channel=requested.channel,
         )

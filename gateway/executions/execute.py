@@ -76,14 +76,14 @@ async def start(request: GatewayRequest) -> JsonResponse:
     )
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
-        return await _planned(request, workflow, body)
+        return await _plan_run(request, workflow, body)
 
     accepted = await run_requests.accept_run(request, plan, idempotency_key)
     headers = run_requests.response_headers(request, accepted)
     return JsonResponse(ExecuteResult(execution_id=accepted.execution_id), status=201, headers=headers)
 
 
-async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:
+async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: ExecuteRequest) -> RunRequest:
     """Return the run to accept; raises 403, 409 and 422."""
     override = body.definition
     if override is not None and not override.nodes and not override.connections:
@@ -100,7 +100,7 @@ async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: Exec
         # A thread, so that a large graph does not block other requests.
         catalog = request.gateway.catalog
         run = await asyncio.to_thread(
-            _changed, workflow, override, piece, inputs, catalog, request.gateway.clock()
+            _plan_changed_run, workflow, override, piece, inputs, catalog, request.gateway.clock()
         )
         run = replace(run, is_private=override is not None or bool(piece.pinned))
     graph_shapes.require_valid(run.workflow.validation)
@@ -110,7 +110,7 @@ async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: Exec
     return replace(run, callback_url=body.callback_url)
 
 
-def _changed(
+def _plan_changed_run(
     workflow: LoadedWorkflow,
     override: DefinitionOverride | None,
     piece: GraphSelection,

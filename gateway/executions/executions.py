@@ -176,14 +176,14 @@ async def show(request: GatewayRequest) -> JsonResponse:
     large = frozenset(found.references)
     texts = [text for node_id, text in found.outputs if node_id in large]
     texts += large_outputs.trigger_references(found.data.trigger)
-    outputs = await _outputs_shown(request, found.execution.id, owner, texts)
+    outputs = await _select_view(request, found.execution.id, owner, texts)
     return JsonResponse(execution_shapes.show_execution(found, outputs))
 
 
 async def progress(request: GatewayRequest) -> JsonResponse:
     """Show the progress of an execution: when it has ended, or after `wait` seconds."""
     wait_seconds = request.query[WAIT]
-    key = await _visible(request)
+    key = await _find_key(request)
     found = await request.gateway.waiting.progress(key, wait_seconds)
     if found is None:
         raise errors.not_found("execution")
@@ -196,7 +196,7 @@ async def spans(request: GatewayRequest) -> JsonResponse:
     query = request.query
     part = query.page(RECORDS)
     node_id, statuses = query[NODE_ID], query[SPAN_STATUS]
-    key = await _visible(request)
+    key = await _find_key(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.list_spans(
             connection, key, part, node_id=node_id, statuses=statuses
@@ -204,7 +204,7 @@ async def spans(request: GatewayRequest) -> JsonResponse:
     texts = [row.input for row in rows if row.input_is_reference]
     texts += [row.output for row in rows if row.output_is_reference]
     owner = await _owner(request, key) if texts else None
-    outputs = await _outputs_shown(request, key.execution_id, owner, texts)
+    outputs = await _select_view(request, key.execution_id, owner, texts)
     shown = [execution_shapes.show_span(row, outputs) for row in rows]
     return JsonResponse(SpanList(count=count, limit=part.limit, offset=part.offset, spans=shown))
 
@@ -213,7 +213,7 @@ async def logs(request: GatewayRequest) -> JsonResponse:
     """List the log lines of an execution, the oldest first."""
     query = request.query
     part, levels = query.page(RECORDS), query[LEVEL]
-    key = await _visible(request)
+    key = await _find_key(request)
     async with request.gateway.database.read() as connection:
         count, rows = await execution_rows.list_logs(connection, key, part, levels=levels)
     shown = [execution_shapes.show_log(row) for row in rows]
@@ -227,7 +227,7 @@ async def events(request: GatewayRequest) -> ASGIApp:
     it. A client that sends the id `end` gets 204, which ends its reconnections.
     """
     last_seen = request.headers.get("last-event-id", "0")
-    key = await _visible(request)
+    key = await _find_key(request)
     if last_seen == live_events.END:
         return NoContent()
     if not (last_seen.isascii() and last_seen.isdecimal() and len(last_seen) <= MAX_SEQUENCE_DIGITS):
@@ -241,7 +241,7 @@ async def blob(request: GatewayRequest) -> BlobDownload:
 
     The content type is that of the reference; browsers save the file and never show it.
     """
-    key = await _visible(request)
+    key = await _find_key(request)
     owner = await _owner(request, key)
     try:
         return await BlobDownload.of(request.gateway.blobs, owner, request.path_params["sha256"])
@@ -264,12 +264,14 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
     return await _ask_to_end(request, "cancel")
 
 
-async def _ask_to_end(request: GatewayRequest, wish: str) -> JsonResponse:
-    key = await _visible(request)
-    requested = await ask_to_end(request.gateway, key, wish)
+async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
+    key = await _find_key(request)
+    requested = await ask_to_end(request.gateway, key, action)
     if requested is None:
         raise errors.not_found("execution")
-    log.info("execution end requested", execution_id=key.execution_id, request=wish, status=requested.status)
+    log.info(
+        "execution end requested", execution_id=key.execution_id, request=action, status=requested.status
+    )
     return JsonResponse(
         EndRequestResult(execution_id=key.execution_id, status=ExecutionStatus(requested.status))
     )
@@ -281,7 +283,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     An execution is resumed once. After that, resume the newest execution of its line, which `details` names.
     """
     caller, gateway = request.caller, request.gateway
-    failed = await _visible(request)
+    failed = await _find_key(request)
     idempotency_key = idempotency.requested_key(request, None, workflow_id=failed.execution_id)
     new_id, now = ids.new_id("exec"), gateway.clock()
 
@@ -317,7 +319,7 @@ async def _owner(request: GatewayRequest, key: ExecutionKey) -> BlobOwner:
     return owner
 
 
-async def _outputs_shown(
+async def _select_view(
     request: GatewayRequest, execution_id: str, owner: BlobOwner | None, references: Sequence[str]
 ) -> ShownOutputs:
     """Return the view of an execution's outputs that the query selects."""
@@ -327,6 +329,6 @@ async def _outputs_shown(
     return await shown.expand(execution_id, owner, references)
 
 
-async def _visible(request: GatewayRequest) -> ExecutionKey:
+async def _find_key(request: GatewayRequest) -> ExecutionKey:
     """Return the key of the execution of the path; raises 404 unless the caller may see it."""
     return await request.gateway.access.key(request.path_params["id"], request.caller)

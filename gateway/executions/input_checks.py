@@ -34,12 +34,14 @@ async def require_valid_inputs(
         found.add("choice", "invalid-value", f"choice {known}")
     schema = asked.get("schema")
     if isinstance(schema, dict):
-        for wrong in await _wrong(request, schema, data):
-            found.add(wrong.path, wrong.keyword, f"{wrong.path}: {wrong.message}")
+        for violation in await _find_violations(request, schema, data):
+            found.add(violation.path, violation.keyword, f"{violation.path}: {violation.message}")
     found.raise_any()
 
 
-async def _wrong(request: GatewayRequest, schema: Mapping[str, Json], data: Json) -> Sequence[FormViolation]:
+async def _find_violations(
+    request: GatewayRequest, schema: Mapping[str, Json], data: Json
+) -> Sequence[FormViolation]:
     try:
         found = await request.gateway.forms.check(request.caller.organization_id, schema, data)
     except InvalidSchema as error:

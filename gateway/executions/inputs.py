@@ -95,25 +95,25 @@ async def answer(request: GatewayRequest) -> JsonResponse:
         idempotency.requested_key, request, value, workflow_id=key.execution_id
     )
     if await _is_repeated(request, key, idempotency_key):
-        return _taken(key, body, idempotency.REPLAYED)
+        return _accepted_response(key, body, idempotency.REPLAYED)
     try:
         async with gateway.database.read() as connection:
-            asked = await _asked(connection, key, body)
+            asked = await _find_waiting_node(connection, key, body)
     except ApiError:
         # A node that no longer waits may have been answered by an earlier copy of this request.
         if await _is_repeated(request, key, idempotency_key):
-            return _taken(key, body, idempotency.REPLAYED)
+            return _accepted_response(key, body, idempotency.REPLAYED)
         raise
     await input_checks.require_valid_inputs(request, asked.request, body.choice, body.data)
-    given = await _given(request, key, asked, body, idempotency_key)
+    given = await _store_answer(request, key, asked, body, idempotency_key)
     if given is None:
-        return _taken(key, body, idempotency.REPLAYED)
+        return _accepted_response(key, body, idempotency.REPLAYED)
     if given.concurrency_key is not None:
         await concurrency_limits.admit_waiting_runs(gateway.database, given.concurrency_key)
     if given.is_woken:
         gateway.acceptances.wake_workers()
     log.info("input answered", execution_id=key.execution_id, node_id=asked.node_id, user_id=caller.user_id)
-    return _taken(key, body, {})
+    return _accepted_response(key, body, {})
 
 
 async def _is_repeated(
@@ -128,7 +128,9 @@ async def _is_repeated(
     return earlier is not None
 
 
-async def _asked(connection: AsyncConnection, key: ExecutionKey, body: InputAnswer) -> WaitingNode:
+async def _find_waiting_node(
+    connection: AsyncConnection, key: ExecutionKey, body: InputAnswer
+) -> WaitingNode:
     """Return the waiting node of an answer; raises 409 if none waits, and 422 if several turns of a loop do."""
     waiting = [
         one
@@ -145,7 +147,7 @@ async def _asked(connection: AsyncConnection, key: ExecutionKey, body: InputAnsw
     return waiting[0]
 
 
-async def _given(
+async def _store_answer(
     request: GatewayRequest,
     key: ExecutionKey,
     asked: WaitingNode,
@@ -158,13 +160,13 @@ async def _given(
     """
     user_id = request.caller.user_id
     answered_at = request.gateway.clock()
-    told: Json = {"data": body.data, "choice": body.choice, "by": user_id, "at": instant(answered_at)}
+    answer_value: Json = {"data": body.data, "choice": body.choice, "by": user_id, "at": instant(answered_at)}
     give = partial(
         node_answers.store_answer,
         key=key,
         node_id=asked.node_id,
         iteration=asked.iteration,
-        payload=node_answers.encode_output_answer(told, body.choice or OUTPUT),
+        payload=node_answers.encode_output_answer(answer_value, body.choice or OUTPUT),
         kind=AnswerSource.INPUT,
         user_id=user_id,
     )
@@ -196,7 +198,7 @@ def _refusal(reception: AnswerReception) -> ApiError:
     return errors.conflict("no-input-pending", message)
 
 
-def _taken(key: ExecutionKey, body: InputAnswer, headers: Mapping[str, str]) -> JsonResponse:
+def _accepted_response(key: ExecutionKey, body: InputAnswer, headers: Mapping[str, str]) -> JsonResponse:
     taken = InputAnswerResult(execution_id=key.execution_id, node_id=body.node_id, status="accepted")
     return JsonResponse(taken, headers=headers)
 

@@ -64,7 +64,7 @@ class LargeOutputs:
     def __init__(self, blobs: RunBlobs, public_url: str) -> None:
         self._blobs = blobs
         self._address = f"{public_url.rstrip('/')}/api/v1/executions"
-        self._room = asyncio.Semaphore(EXPANSIONS_AT_ONCE)
+        self._slots = asyncio.Semaphore(EXPANSIONS_AT_ONCE)
 
     def explain(self, execution_id: str) -> ShownOutputs:
         """Return the view of an execution's outputs in which large ones are explained."""
@@ -79,7 +79,7 @@ class LargeOutputs:
         contents: dict[str, Raw] = {}
         reasons: dict[str, OmissionReason] = {}
         left_bytes = limits.EXPANDED_BYTES
-        async with self._room:
+        async with self._slots:
             for text, count in Counter(texts).items():
                 reference = _reference_of(text)
                 if reference is None:

@@ -114,12 +114,12 @@ class RunEventStream:
             client = asyncio.create_task(_until_gone(receive))
             client.add_done_callback(lambda _: waiter.end())
             try:
-                while not waiter.is_over and await self._tell(waiter, scope, send):
+                while not waiter.is_over and await self._send_changes(waiter, scope, send):
                     await waiter.changed.wait()
             finally:
                 client.cancel()
 
-    async def _tell(self, waiter: ExecutionWaiter, scope: Scope, send: Send) -> bool:
+    async def _send_changes(self, waiter: ExecutionWaiter, scope: Scope, send: Send) -> bool:
         """Send new events; False if none will follow."""
         waiter.changed.clear()
         try:
@@ -129,7 +129,7 @@ class RunEventStream:
             head = await self._live.head(self._key)
             if head is None:
                 return False
-            await self._send_news(head, send)
+            await self._send_records(head, send)
         except ApiError:
             return False
         except DatabaseUnavailable:
@@ -141,7 +141,7 @@ class RunEventStream:
         await self._keep_alive(send)
         return True
 
-    async def _send_news(self, head: Execution, send: Send) -> None:
+    async def _send_records(self, head: Execution, send: Send) -> None:
         shown = self._shown
         if shown is not None and shown.updated_at == head.updated_at:
             return
@@ -151,19 +151,19 @@ class RunEventStream:
         is_all = False
         while not is_all:
             async with self._live.database.read() as connection:
-                news = await execution_rows.read_changes(
+                changes = await execution_rows.read_changes(
                     connection, self._key, self._after, at_most=EVENTS_AT_ONCE
                 )
-            is_all = news.is_all
-            await self._send(send, b"".join(self._events(news)))
+            is_all = changes.is_all
+            await self._send(send, b"".join(self._events(changes)))
         self._shown = head
         if head.status in TERMINAL_STATUSES:
             await self._send(send, _event("execution", execution_shapes.show_head(head), END))
 
-    def _events(self, news: RunChanges) -> list[bytes]:
+    def _events(self, changes: RunChanges) -> list[bytes]:
         outputs = self._live.large_outputs.explain(self._key.execution_id)
-        spans = [(row.sequence, "span", execution_shapes.show_span(row, outputs)) for row in news.spans]
-        lines = [(row.sequence, "log", execution_shapes.show_log(row)) for row in news.logs]
+        spans = [(row.sequence, "span", execution_shapes.show_span(row, outputs)) for row in changes.spans]
+        lines = [(row.sequence, "log", execution_shapes.show_log(row)) for row in changes.logs]
         in_order = sorted([*spans, *lines], key=lambda event: event[0])
         if in_order:
             self._after = in_order[-1][0]

@@ -71,7 +71,7 @@ class ExecutionPollHub:
 
     async def start(self) -> None:
         """Open the channel, or continue without it while the broker is away."""
-        await self._broker.listen(self._noticed)
+        await self._broker.listen(self._handle_notification)
         self._looking = asyncio.create_task(self._look_again())
 
     def release(self) -> None:
@@ -110,13 +110,13 @@ class ExecutionPollHub:
                 self.polls -= 1
 
     async def _ended(self, key: ExecutionKey, waiter: ExecutionWaiter) -> RunProgressReport | None:
-        if self._will_hear_of(key.execution_id):
+        if self._is_end_watched(key.execution_id):
             # Accepted or read here with a watch in effect, and no notification since: there is nothing new to
             # read.
             await waiter.changed.wait()
         while True:
             waiter.changed.clear()
-            was_watched = self._will_hear_of(key.execution_id)
+            was_watched = self._is_end_watched(key.execution_id)
             progress = await self._reads.submit(key)
             if progress is None or progress.status in TERMINAL_STATUSES or waiter.is_over:
                 return progress
@@ -138,7 +138,7 @@ class ExecutionPollHub:
             if not waiters:
                 self._waiters.pop(execution_id, None)
 
-    def _will_hear_of(self, execution_id: str) -> bool:
+    def _is_end_watched(self, execution_id: str) -> bool:
         """Tell whether a watch for the end is in effect and no notification has arrived since."""
         return self._expected.get(execution_id) is not None or self.is_watched(execution_id)
 
@@ -184,7 +184,7 @@ class ExecutionPollHub:
                 self.heard_of(progress.execution_id)
         return [found.get(key.execution_id) for key in batch]
 
-    def _noticed(self, notification: Notification) -> None:
+    def _handle_notification(self, notification: Notification) -> None:
         if isinstance(notification, ChangedExecutions):
             for execution_id in notification.execution_ids:
                 self.heard_of(execution_id)

@@ -81,7 +81,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
     )
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
-        return await _planned(request, workflow, body)
+        return await _plan_run(request, workflow, body)
 
     accepted = await run_requests.accept_run(request, plan, idempotency_key)
     headers = run_requests.response_headers(request, accepted)
@@ -90,12 +90,12 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
     if progress is None:
         raise errors.not_found("execution")
     if progress.status not in TERMINAL_STATUSES:
-        goes_on = PendingNodeTest(execution_id=accepted.execution_id, status=progress.status)
-        return JsonResponse(goes_on, status=202, headers=headers)
-    return JsonResponse(await _tried(request, key, progress), headers=headers)
+        pending = PendingNodeTest(execution_id=accepted.execution_id, status=progress.status)
+        return JsonResponse(pending, status=202, headers=headers)
+    return JsonResponse(await _read_result(request, key, progress), headers=headers)
 
 
-async def _planned(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
+async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: NodeTestRequest) -> RunRequest:
     """Return the run to accept; raises 403, 404, 409 and 422."""
     caller, catalog = request.caller, request.gateway.catalog
     if body.config is not None and not caller.has_scope(KeyScope.WORKFLOWS_WRITE):
@@ -119,7 +119,9 @@ def _is_of_node(row: Recorded) -> bool:
     return not row.iteration and row.kind == execution_rows.SpanKind.NODE
 
 
-async def _tried(request: GatewayRequest, key: ExecutionKey, progress: RunProgressReport) -> NodeTestResult:
+async def _read_result(
+    request: GatewayRequest, key: ExecutionKey, progress: RunProgressReport
+) -> NodeTestResult:
     whole = PageBounds(limits.RECORDS_MAX, 0)
     async with request.gateway.database.read() as connection:
         _, spans = await execution_rows.list_spans(

@@ -89,7 +89,7 @@ class RunRateLimiter:
         self._per_key = read_rate(settings.rate_per_key, settings.rate_per_key_burst)
         self._per_workflow = read_rate(settings.rate_per_workflow, settings.rate_per_workflow_burst)
         self._leases: OrderedDict[str, TokenLease] = OrderedDict()
-        self._asked: GroupCommit[TokenDemand, TokenGrant] = GroupCommit(self._ask)
+        self._demands: GroupCommit[TokenDemand, TokenGrant] = GroupCommit(self._take_tokens)
         self._own = LocalTokenBuckets()
         self._away_until = 0.0
 
@@ -108,8 +108,8 @@ class RunRateLimiter:
         limit of a workflow, and only for callers who may run it. `also` adds limits of the route.
         """
         limits = list(also)
-        if self._per_key is not None and (whose := request.caller.key_id if key is None else key):
-            limits.append(RateLimit("key", f"key:{whose}", self._per_key))
+        if self._per_key is not None and (sender_key := request.caller.key_id if key is None else key):
+            limits.append(RateLimit("key", f"key:{sender_key}", self._per_key))
         if workflow_id is not None:
             limits += self.of_workflow(workflow_id)
         if not limits:
@@ -133,14 +133,14 @@ class RunRateLimiter:
             for limit, lease in short:
                 if count >= lease.refused and (seconds := lease.refused_until - monotonic()) > 0:
                     raise _refused(limit, seconds)
-            await asyncio.gather(*(self._more(limit, lease, count) for limit, lease in short))
+            await asyncio.gather(*(self._lease_more(limit, lease, count) for limit, lease in short))
         for _, lease in pairs:
             lease.tokens -= count
             lease.spent += count
 
     async def drain(self) -> None:
         """Finish pending requests to Redis."""
-        await self._asked.drain()
+        await self._demands.drain()
 
     def _lease(self, limit: RateLimit) -> TokenLease:
         lease = self._leases.get(limit.bucket)
@@ -165,22 +165,22 @@ class RunRateLimiter:
 
     # ── token leases ────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _more(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
+    async def _lease_more(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
         """Lease tokens, with one request for all that wait for them."""
         lease.awaited += count
         try:
             if lease.asking is None:
-                lease.asking = asyncio.create_task(self._ask_for(limit, lease, count))
+                lease.asking = asyncio.create_task(self._lease_tokens(limit, lease, count))
             await asyncio.shield(lease.asking)
         finally:
             lease.awaited -= count
 
-    async def _ask_for(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
+    async def _lease_tokens(self, limit: RateLimit, lease: TokenLease, count: int) -> None:
         try:
             now = monotonic()
             ahead = _ahead(limit.rate, lease, now)
             wanted = max(lease.awaited, count)
-            grant = await self._asked.submit(TokenDemand(limit.bucket, limit.rate, count, wanted, ahead))
+            grant = await self._demands.submit(TokenDemand(limit.bucket, limit.rate, count, wanted, ahead))
             lease.left, lease.spent = grant.left, 0
             if grant.tokens:
                 lease.tokens = lease.held(now) + grant.tokens
@@ -191,7 +191,7 @@ class RunRateLimiter:
         finally:
             lease.asking = None
 
-    async def _ask(self, batch: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
+    async def _take_tokens(self, batch: Sequence[TokenDemand]) -> Sequence[TokenGrant]:
         if monotonic() >= self._away_until:
             try:
                 async with asyncio.timeout(ASK_SECONDS):

@@ -85,11 +85,11 @@ async def resume_execution(
 
     Returns its concurrency key if it waits for a slot.
     """
-    earlier = await _required_failed(connection, failed, caller)
+    earlier = await _lock_failed(connection, failed, caller)
     concurrency_key: str | None = earlier.concurrency_key
     if await connection.scalar(select(col(Execution.id)).where(col(Execution.id) == new_id)) is not None:
         return concurrency_key  # an earlier attempt was committed, but its answer was lost
-    await _require_untaken(connection, failed)
+    await _require_not_resumed(connection, failed)
     await insert_copy(connection, failed, new_id, caller, trigger_type=earlier.trigger_type)
     return concurrency_key
 
@@ -114,7 +114,7 @@ async def insert_copy(
         ),
         "follow_up": literal(await _follow_up(connection, failed, trigger_type), Text()),
     }
-    if await connection.scalar(_is_unread(failed)):
+    if await connection.scalar(_is_unparsed(failed)):
         changes["target"] = literal(UNPARSED_TARGET)
     await connection.execute(_new_execution(failed, new_id, caller, changes))
     await connection.execute(_new_data(failed, new_id))
@@ -157,7 +157,7 @@ async def _copy_attempts(connection: AsyncConnection, failed: ExecutionKey, new_
     await connection.execute(_copy("attempt_span", changes, condition), copies)
 
 
-async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, caller: ApiCaller) -> Row[Any]:
+async def _lock_failed(connection: AsyncConnection, failed: ExecutionKey, caller: ApiCaller) -> Row[Any]:
     """Return the row of the failed execution, locked against resume and deletion until the transaction ends."""
     statement: Select[*tuple[Any, ...]] = (
         select(
@@ -180,11 +180,11 @@ async def _required_failed(connection: AsyncConnection, failed: ExecutionKey, ca
     return found
 
 
-async def _require_untaken(connection: AsyncConnection, failed: ExecutionKey) -> None:
+async def _require_not_resumed(connection: AsyncConnection, failed: ExecutionKey) -> None:
     """Raise 409 if a failed execution was resumed before; the details name the newest execution of the line."""
     # A separate statement after the lock, so that it sees the commit of a competing resume.
-    taken_up = select(col(Execution.key_id)).where(col(Execution.id) == failed.execution_id, IS_RESUMED)
-    key_id = await connection.scalar(taken_up)
+    resumed_key = select(col(Execution.key_id)).where(col(Execution.id) == failed.execution_id, IS_RESUMED)
+    key_id = await connection.scalar(resumed_key)
     if key_id is None:
         return
     line = select(col(Execution.id)).where(
@@ -244,7 +244,7 @@ def _new_execution(
     return _copy("execution", changes, condition)
 
 
-def _is_unread(failed: ExecutionKey) -> Select[bool]:
+def _is_unparsed(failed: ExecutionKey) -> Select[bool]:
     """Return the statement that tells whether the mail that started a run could not be parsed."""
     return select(unparsed_mail.is_unparsed_column(col(ExecutionData.trigger))).where(
         col(ExecutionData.execution_id) == failed.execution_id, col(ExecutionData.shard) == failed.shard

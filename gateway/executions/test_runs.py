@@ -84,8 +84,8 @@ def plan_partial_run(
     """Return the run of a part of a graph; raises 422 if the part names unknown nodes."""
     known = {str(node["id"]) for node in nodes}
     asked = {} if piece.up_to is None else {"upTo": piece.up_to}
-    _require(known, asked | {f"pinned.{node_id}": node_id for node_id in piece.pinned})
-    _require_room(piece.pinned, "pinned")
+    _require_known(known, asked | {f"pinned.{node_id}": node_id for node_id in piece.pinned})
+    _require_size(piece.pinned, "pinned")
     node = definition_snapshot.find_trigger(nodes, catalog)
     kind = node.kind if node else definition_snapshot.MANUAL_KIND
     trigger = _trigger(kind, inputs, nodes, piece.pinned, catalog, now)
@@ -104,8 +104,8 @@ def plan_node_test(
     if given.config is not None:
         tried = {**tried, "config": dict(given.config)}
     others = {str(node["id"]): node for node in nodes if node["id"] != node_id}
-    _require(others, {f"nodes.{other}": other for other in given.nodes})
-    _require_room({"input": given.input, **given.nodes}, "input and nodes")
+    _require_known(others, {f"nodes.{other}": other for other in given.nodes})
+    _require_size({"input": given.input, **given.nodes}, "input and nodes")
     kind = workflow.trigger_kind or "manual"
     if _is_trigger(tried, catalog):
         if not isinstance(given.input, dict | None):
@@ -113,22 +113,24 @@ def plan_node_test(
                 [errors.problem("input", "invalid-type", "a trigger's input must be an object")]
             )
         started_by = trigger_output(kind, given.input or given.trigger, now)
-        return RunRequest(_tested(workflow, [tried], [], {}, catalog), TEST, started_by, is_private=True)
+        return RunRequest(
+            _test_workflow(workflow, [tried], [], {}, catalog), TEST, started_by, is_private=True
+        )
     trigger = _trigger(kind, given.trigger, nodes, given.nodes, catalog, now)
-    parent, edge = _parent_of(tried, others, catalog)
+    parent, edge = _build_parent(tried, others, catalog)
     body = _body(node_id, nodes, connections, catalog)
     inside = [one for one in connections if one["source"] in {node_id, *body} and one["target"] in body]
     taken = [tried, parent, *(others[other] for other in {**given.nodes, **dict.fromkeys(body)})]
     pinned = {**given.nodes, str(parent["id"]): given.input}
     return RunRequest(
-        _tested(workflow, taken, [edge, *inside], pinned, catalog), TEST, trigger, is_private=True
+        _test_workflow(workflow, taken, [edge, *inside], pinned, catalog), TEST, trigger, is_private=True
     )
 
 
 # ── definitions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _tested(
+def _test_workflow(
     workflow: LoadedWorkflow,
     nodes: Sequence[StoredNode],
     connections: Sequence[StoredConnection],
@@ -161,12 +163,12 @@ def _with_definition(
         workflow,
         definition=text.decode(),
         definition_hash=sha256(text).hexdigest(),
-        validation=_of_what_runs(find_errors(graph, catalog), piece),
+        validation=_filter_findings(find_errors(graph, catalog), piece),
         total_nodes=len(graph.nodes),
     )
 
 
-def _of_what_runs(found: ValidationResult, piece: GraphSelection) -> ValidationResult:
+def _filter_findings(found: ValidationResult, piece: GraphSelection) -> ValidationResult:
     """Omit findings about nodes that do not run; with pinned outputs, a missing trigger is no error."""
 
     def matters(finding: GraphFinding) -> bool:
@@ -213,7 +215,7 @@ def _is_trigger(node: StoredNode, catalog: NodeCatalog) -> bool:
     return node_type is not None and node_type.is_trigger
 
 
-def _parent_of(
+def _build_parent(
     node: StoredNode, taken: Collection[str], catalog: NodeCatalog
 ) -> tuple[StoredNode, StoredConnection]:
     """Return a node that stands for the predecessors of another, and the connection between them."""
@@ -242,7 +244,7 @@ def _parent_of(
 # ── refusals ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _require(known: Collection[str], asked: Mapping[str, str]) -> None:
+def _require_known(known: Collection[str], asked: Mapping[str, str]) -> None:
     """Raise 422 with a problem for each field that names an unknown node, by its path."""
     absent = [_absent(path, node_id, known) for path, node_id in asked.items() if node_id not in known]
     if absent:
@@ -256,7 +258,7 @@ def _absent(path: str, node_id: str, known: Iterable[str]) -> dict[str, Json]:
     return errors.problem(path, "unknown-node", message)
 
 
-def _require_room(given: Mapping[str, Json], path: str) -> None:
+def _require_size(given: Mapping[str, Json], path: str) -> None:
     try:
         encode_json(dict(given), max_bytes=limits.PINNED_BYTES)
     except InvalidJson as error:

@@ -182,7 +182,7 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, UseTemplate)
     catalog = request.gateway.catalog
-    template, references = await _to_use(request, body)
+    template, references = await _find_template(request, body)
 
     def copied() -> CredentialFreeWorkflow:
         named = workflow_shapes.apply_changes(template, UpdateWorkflow(name=body.name), catalog)
@@ -195,7 +195,7 @@ async def use_template(request: GatewayRequest) -> JsonResponse:
     return await _create(request, value, await asyncio.to_thread(copied), AuditAction.TEMPLATE_USED)
 
 
-async def _to_use(
+async def _find_template(
     request: GatewayRequest, body: UseTemplate
 ) -> tuple[StoredWorkflow, Mapping[str, str | None] | None]:
     """Return the template and the replacements of its references; raises 404."""
@@ -231,13 +231,13 @@ def _template(stored: StoredWorkflow) -> dict[str, Json]:
 async def export_workflow(request: GatewayRequest) -> JsonResponse:
     """Export a workflow as a document without credentials, for a backup or an import elsewhere."""
     stored = await editing.read_workflow(request)
-    written = await asyncio.to_thread(_written, stored, request.gateway.catalog)
+    written = await asyncio.to_thread(_encode_document, stored, request.gateway.catalog)
     disposition = f'attachment; filename="{workflow_documents.file_name(stored.workflow)}"'
     headers = {"Content-Disposition": disposition, **editing.entity_tag(stored)}
     return JsonResponse(msgspec.Raw(written), headers=headers)
 
 
-def _written(stored: StoredWorkflow, catalog: NodeCatalog) -> bytes:
+def _encode_document(stored: StoredWorkflow, catalog: NodeCatalog) -> bytes:
     """Return a document as JSON, indented unless it is very long."""
     written = msgspec.json.encode(workflow_documents.export_document(stored, catalog))
     # Indentation makes a deeply nested document sixty times as long.

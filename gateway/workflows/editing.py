@@ -218,18 +218,18 @@ def _applied(change: Change, before: StoredWorkflow, catalog: NodeCatalog) -> _A
     applied = _AppliedEdit(after, content_hash(before), content_hash(after))
     if applied.hash_after == applied.hash_before and after.workflow.deleted_at is None:
         return None
-    to_check = _unproved_nodes(before, after)
+    to_check = _nodes_to_check(before, after)
     if to_check is not None:
         passed = frozenset(str(node["id"]) for node in after.nodes) - to_check
         graph_shapes.require_valid(
             definition_snapshot.check_graph(after.nodes, after.connections, catalog, passed=passed)
         )
         applied = replace(applied, named_sources=source_checks.named_sources(after, catalog, only=to_check))
-    _require_bare(after)
+    _require_no_credentials(after)
     return applied
 
 
-def _require_bare(stored: StoredWorkflow) -> None:
+def _require_no_credentials(stored: StoredWorkflow) -> None:
     """Raise 422 for credentials in a template, since the whole organization can read it."""
     if not stored.workflow.is_template:
         return
@@ -245,7 +245,7 @@ def _require_bare(stored: StoredWorkflow) -> None:
         raise errors.invalid(found)
 
 
-def _unproved_nodes(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str] | None:
+def _nodes_to_check(before: StoredWorkflow, after: StoredWorkflow) -> frozenset[str] | None:
     """Return the ids of nodes to check before a workflow becomes active, or stays active with another graph.
 
     None if no check is needed.

@@ -91,7 +91,7 @@ def with_node(before: StoredWorkflow, node: NodeInput, catalog: NodeCatalog) -> 
         raise errors.conflict("duplicate-node-id", message)
     if len(before.nodes) >= limits.NODES:
         raise _refusal("nodes", "too-many", f"A workflow may have at most {limits.NODES:,} nodes")
-    _require_room([*before.nodes, made], made)
+    _require_size([*before.nodes, made], made)
     return replace(before, nodes=[*before.nodes, made])
 
 
@@ -187,11 +187,11 @@ def _set_or_remove(node: StoredNode, key: str, value: Json) -> None:
 
 def _with_replaced(before: StoredWorkflow, node: StoredNode, after: StoredNode) -> StoredWorkflow:
     nodes = [after if other is node else other for other in before.nodes]
-    _require_room(nodes, after)
+    _require_size(nodes, after)
     return replace(before, nodes=nodes)
 
 
-def _require_room(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
+def _require_size(nodes: Sequence[StoredNode], changed: StoredNode) -> None:
     """Raise 422 if the graph with a changed node would be too large for one request body."""
     try:
         encode_json({"nodes": [changed]})
@@ -295,7 +295,7 @@ def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]
     if source == target:
         message = f"Node {source} can't be connected to itself"
         raise _refusal("targetNodeId", "cycle", message, "Connect it to another node.")
-    way = _way(target, source, others)
+    way = _find_path(target, source, others)
     if way:
         around = [source, *way]
         if len(around) > SHOWN_OF_A_CYCLE + 1:
@@ -304,7 +304,7 @@ def _require_no_cycle(edge: StoredConnection, others: Iterable[StoredConnection]
         raise _refusal("targetNodeId", "cycle", message, "Remove a connection of the cycle first.")
 
 
-def _way(start: str, end: str, edges: Iterable[StoredConnection]) -> list[str]:
+def _find_path(start: str, end: str, edges: Iterable[StoredConnection]) -> list[str]:
     """Return the nodes on a shortest path along the edges, both ends included; empty if there is none."""
     children = defaultdict(list)
     for edge in edges:

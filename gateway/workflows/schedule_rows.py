@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from models.workflow_triggers import WorkflowTrigger
 
 _KEPT = frozenset({"workflow_id", "organization_id", "shard"})
-_OF_THE_PAST = {"last_run_at": None, "last_execution_id": None, "skipped_at": None, "skipped_reason": None}
+_HISTORY = {"last_run_at": None, "last_execution_id": None, "skipped_at": None, "skipped_reason": None}
 
 
 async def save_schedule(
@@ -50,12 +50,12 @@ async def save_schedule(
         .first()
     )
     now = await database_time.read_database_time(connection)
-    row = _begun(workflow, trigger, now, _last_run_at(found, now))
+    row = _new_schedule(workflow, trigger, now, _last_run_at(found, now))
     if found is not None and found["next_run_at"] is not None and _is_alike(row, Schedule(**found)):
         return
-    values = row.model_dump(exclude=set(_OF_THE_PAST))
+    values = row.model_dump(exclude=set(_HISTORY))
     if found is None or found["node_id"] != trigger.node_id:
-        values |= _OF_THE_PAST
+        values |= _HISTORY
     dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
     statement = dialect.insert(Schedule).values(values)
     changes = {name: statement.excluded[name] for name in values if name not in _KEPT}
@@ -74,7 +74,7 @@ def _last_run_at(found: RowMapping | None, now: datetime) -> datetime:
     )
 
 
-def _begun(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
+def _new_schedule(workflow: Workflow, trigger: WorkflowTrigger, now: datetime, since: datetime) -> Schedule:
     """Return the row of a schedule that starts now; instants up to `since` were run."""
     row = Schedule(
         workflow_id=workflow.id,

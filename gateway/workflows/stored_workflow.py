@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from engine.values import Json
 
 StoredNode: TypeAlias = "dict[str, Json]"
-"""`id, type, label, config, inputMappings, passThroughValues`; where given `version, retry, timeout, atMostOnce`; and
-`position`, which a graph that is kept has for every node.
+"""Node as stored: `id, type, label, config, inputMappings, passThroughValues`.
+
+Optional fields are `version, retry, timeout, atMostOnce`; every node of a stored graph has a `position`.
 """
 StoredConnection: TypeAlias = "dict[str, Json]"
 """`id, source, sourcePort, target, targetPort`."""
@@ -23,14 +24,14 @@ StoredConnection: TypeAlias = "dict[str, Json]"
 
 @dataclass(frozen=True, slots=True)
 class StoredWorkflow:
-    """A workflow with its graph and whom it is shared with."""
+    """Workflow with its graph and shares."""
 
     workflow: Workflow
     nodes: Sequence[StoredNode]
     connections: Sequence[StoredConnection]
     shared_with: Mapping[str, datetime]
-    """Whom it is shared with, by user id, and since when; in that order."""
+    """Time of each share by user id, in the order of the shares."""
 
     def with_columns(self, **changes: Any) -> Self:  # noqa: ANN401 - columns of any type
-        """Return the workflow with other values in its own row."""
+        """Return the workflow with changed columns of its own row."""
         return replace(self, workflow=Workflow(**{**column_values(self.workflow), **changes}))

@@ -145,7 +145,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
         stored = await editing.find_readable(connection, request)
         version = await _find(connection, stored, request.path_params["version"])
     head = {**msgspec.to_builtins(_head(version)), "workflowId": stored.workflow.id}
-    snapshot = _shown(_open_to_all(stored, version.snapshot))
+    snapshot = _shown(_readable_snapshot(stored, version.snapshot))
     return editing.answer(stored, {**head, "snapshot": snapshot})
 
 
@@ -167,7 +167,7 @@ async def compare(request: GatewayRequest) -> JsonResponse:
 def _difference(
     stored: StoredWorkflow, from_: tuple[State, Mapping[str, Any]], to: tuple[State, Mapping[str, Any]]
 ) -> VersionDifference:
-    before, after = [_shown(_open_to_all(stored, snapshot)) for _, snapshot in (from_, to)]
+    before, after = [_shown(_readable_snapshot(stored, snapshot)) for _, snapshot in (from_, to)]
     fields = [{name: state[name] for name in ("name", "description")} for state in (before, after)]
     return VersionDifference(
         workflow_id=stored.workflow.id,
@@ -210,7 +210,7 @@ def _head(version: VersionRow | WorkflowVersion) -> VersionHead:
     )
 
 
-def _open_to_all(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
+def _readable_snapshot(stored: StoredWorkflow, snapshot: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return a snapshot for readers; without credentials if the workflow is a template.
 
     The whole organization reads templates.
@@ -265,7 +265,7 @@ async def create(request: GatewayRequest) -> JsonResponse:
         )
         await version_rows.add_version(connection, version)
 
-    edited = await editing.edit_workflow(request, AuditAction.VERSION_CREATED, _counted, also=keep)
+    edited = await editing.edit_workflow(request, AuditAction.VERSION_CREATED, _with_next_version, also=keep)
     workflow = edited.after.workflow
     given_by_server: dict[str, Json] = {
         "version": workflow.version,
@@ -292,7 +292,7 @@ async def restore(request: GatewayRequest) -> JsonResponse:
     return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
 
 
-def _counted(before: StoredWorkflow) -> StoredWorkflow:
+def _with_next_version(before: StoredWorkflow) -> StoredWorkflow:
     """Return a workflow with the next version number; raises 409."""
     if before.workflow.version >= limits.VERSIONS:
         raise errors.conflict(

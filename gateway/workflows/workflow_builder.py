@@ -95,10 +95,10 @@ def plan_workflow(caller: ApiCaller, value: Json, catalog: NodeCatalog, now: dat
     validation = validate_graph(graph_shapes.graph_of(stored), catalog, is_draft=is_draft)
     # Validation reports unknown node types too, with a suggestion.
     errors = [problem for problem in errors if problem["code"] != FindingType.UNKNOWN_NODE_TYPE]
-    errors = [*errors, *_told(validation.errors, stored, wrong, errors)]
+    errors = [*errors, *_located_findings(validation.errors, stored, wrong, errors)]
     if not errors:
         stored = replace(stored, nodes=graph_shapes.placed(stored.nodes, stored.connections))
-    return WorkflowPlan(stored, errors, [*_told(validation.warnings, stored, wrong, errors)])
+    return WorkflowPlan(stored, errors, [*_located_findings(validation.warnings, stored, wrong, errors)])
 
 
 def refusal_error(errors: Sequence[Problem]) -> ApiError:
@@ -130,7 +130,7 @@ def _plain(body: BuildWorkflow) -> CreateWorkflow:
     )
 
 
-def _told(
+def _located_findings(
     findings: Iterable[GraphFinding], stored: StoredWorkflow, wrong: InvalidFields, told: Iterable[Problem]
 ) -> Iterator[Problem]:
     """Return the findings with their paths in the body, without those that follow from reported problems."""
@@ -139,7 +139,7 @@ def _told(
     bare = {_item(str(problem["path"])) for problem in told if problem["code"] == "required"}
     for finding in findings:
         node, edge = nodes.get(finding.node_id or ""), edges.get(finding.connection_id or "")
-        if finding.type in wrong.unsure or edge in wrong.items:
+        if finding.type in wrong.uncertain_types or edge in wrong.items:
             continue
         if finding.type in OF_FIELDS and node in wrong.items:
             continue
@@ -161,16 +161,16 @@ class InvalidFields:
         """Nodes and connections with such fields, as `nodes.0`."""
 
     @property
-    def unsure(self) -> frozenset[FindingType]:
+    def uncertain_types(self) -> frozenset[FindingType]:
         """Findings of these types may disappear once the fields are valid, for any node."""
-        unsure = set()
+        uncertain_types = set()
         if any(item.startswith("connections.") for item in self.items):
-            unsure.add(FindingType.DISCONNECTED_NODE)
+            uncertain_types.add(FindingType.DISCONNECTED_NODE)
         if any(
             path in {_item(path), f"{_item(path)}.id"} for path in self.paths if path.startswith("nodes.")
         ):
-            unsure.add(FindingType.BROKEN_CONNECTION)
-        return frozenset(unsure)
+            uncertain_types.add(FindingType.BROKEN_CONNECTION)
+        return frozenset(uncertain_types)
 
     def is_news(self, problem: Problem) -> bool:
         """Tell whether a problem has another cause than the omission of an invalid field."""

@@ -139,10 +139,10 @@ async def list_workflows(
 ) -> tuple[int, Sequence[Listed]]:
     """Return the number of workflows that the caller may read, without templates, and a page of them."""
     conditions = [is_listed_for(caller), *_conditions(caller, wanted)]
-    sorting = (order, _tie(order))
+    sorting = (order, _tie_order(order))
     # Only ids are sorted and skipped: PostgreSQL would sort whole rows, on disk if there are many.
     shown = (
-        select(col(Workflow.id), _counted_on_the_way(wanted).label("total"))
+        select(col(Workflow.id), _total_column(wanted).label("total"))
         .where(*conditions)
         .order_by(*sorting)
         .limit(part.limit)
@@ -161,7 +161,7 @@ async def list_workflows(
     return count or 0, rows
 
 
-def _counted_on_the_way(wanted: WorkflowFilter) -> ColumnElement[Any]:
+def _total_column(wanted: WorkflowFilter) -> ColumnElement[Any]:
     """Return the total as a column for a search, which reads every row and should do so once.
 
     Without a search, the total is counted in an index by another statement, and the page reads only its own
@@ -170,7 +170,7 @@ def _counted_on_the_way(wanted: WorkflowFilter) -> ColumnElement[Any]:
     return null() if wanted.search is None else func.count().over()
 
 
-def _tie(order: ColumnElement[Any]) -> ColumnElement[Any]:
+def _tie_order(order: ColumnElement[Any]) -> ColumnElement[Any]:
     """Return the order of equal rows: by id, in the same direction, so that one index gives the whole order."""
     is_descending = isinstance(order, UnaryExpression) and order.modifier is operators.desc_op
     return col(Workflow.id).desc() if is_descending else col(Workflow.id).asc()
