@@ -68,7 +68,8 @@ class BenchmarkRequest:
 
 def main() -> None:
     request = _parse_request()
-    # PostgreSQL and Redis make their folders where tempfile does; /tmp may be memory, which no disk slows down.
+    # PostgreSQL and Redis create their folders below tempfile's; /tmp may be in memory, without a disk's
+    # latency.
     tempfile.tempdir = str(request.folder)
     figures = uvloop.run(_measure(request))
     outcomes = [*targets.judge_targets(figures)]

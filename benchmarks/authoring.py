@@ -72,7 +72,7 @@ class TimedRequest:
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
-    """Return how long each kind of request takes on either database."""
+    """Return the latency of each kind of request on both databases."""
     on_sqlite = folder / "sqlite"
     on_postgres = folder / "postgresql"
     on_sqlite.mkdir()
@@ -216,7 +216,7 @@ async def _measure_edits(api: BenchmarkApi, workflow: str) -> dict[str, LatencyS
 
 
 async def _measure_whole_graph(api: BenchmarkApi, workflow: str) -> dict[str, LatencySample]:
-    """Have every node looked at; the first layout moves them, and the others leave them where they are."""
+    """Measure requests about every node. The first layout moves the nodes; the others leave them in place."""
     asked = {
         "validate": TimedRequest("POST", f"{workflow}/validate"),
         "lay_out": TimedRequest("POST", f"{workflow}/layout"),
@@ -250,7 +250,7 @@ class _TimedClient:
         return body
 
     async def seconds(self, asked: TimedRequest) -> float:
-        """Return how long a request takes; raises `WrongAnswer`."""
+        """Return the duration of a request; raises `WrongAnswer`."""
         request = self._encoded(asked)
         started_at = perf_counter()
         answer = await self.connection.send(request)

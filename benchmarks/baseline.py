@@ -25,7 +25,7 @@ PATIENCE_SECONDS = 60
 
 
 def measure(redis_url: str, folder: Path, seconds: float) -> dict[str, float]:
-    """Return the figures to compare all others with."""
+    """Return the baseline figures."""
     figures = {"calibration_ms": measure_calibration_ms(), "fdatasync_ms": measure_fdatasync_ms(folder)}
     for count in PROCESS_COUNTS:
         figures[f"chains_per_second_of_{count}"] = _measure_chains(redis_url, folder, count, seconds)

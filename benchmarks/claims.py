@@ -88,7 +88,7 @@ async def _compare(name: str, few: JournalStore, many: JournalStore) -> dict[str
 
 
 class _BenchmarkClaimer:
-    """Claims as a worker does: organisations in turn, from where it left off."""
+    """Claimer that works like a worker: organizations in turn, continuing after the last one."""
 
     def __init__(self, store: JournalStore) -> None:
         self._store = store

@@ -19,7 +19,7 @@ from tests.services import PostgresServer, RedisServer
 
 ROUNDS = 20
 PROBE_SECONDS = 1.0
-"""As the readiness probe of the manifests asks for: the least that Kubernetes allows."""
+"""Interval of the manifests' readiness probe, the shortest that Kubernetes permits."""
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:

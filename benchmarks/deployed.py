@@ -25,7 +25,7 @@ from benchmarks.load import InstalledWorkflow, LatencySample, WrongAnswer
 CALLS_PER_SECOND = 20
 STOP_EVERY_SECONDS = 5
 STEADY_PER_SECOND_ASKED = 4
-"""The steady load lasts so many times as long as others."""
+"""Factor by which the steady load lasts longer than others."""
 BURSTS = 9
 BURST_SECONDS = 2
 SILENCE_SECONDS = 5
@@ -87,7 +87,7 @@ class TriggerCallers:
         self.calls.append(TriggerCall(seconds, IS_COLD.search(answer.head) is not None, trouble))
 
     async def call_steadily(self, seconds: float) -> None:
-        """Trigger at even intervals, however long the answers take."""
+        """Trigger at even intervals, independent of the duration of the answers."""
         begun_at = perf_counter()
         async with asyncio.timeout(seconds + STUCK_SECONDS), asyncio.TaskGroup() as tasks:
             for number in range(round(CALLS_PER_SECOND * seconds)):
@@ -95,7 +95,7 @@ class TriggerCallers:
                 tasks.create_task(self.call())
 
     async def call_at_once(self, callers: int) -> None:
-        """Trigger by so many at once."""
+        """Trigger by `callers` clients at once."""
         async with asyncio.timeout(STUCK_SECONDS), asyncio.TaskGroup() as tasks:
             for _ in range(callers):
                 tasks.create_task(self.call())
@@ -183,7 +183,7 @@ async def _measure_cold(installed: InstalledWorkflow) -> dict[str, float]:
 
 
 async def _measure_crowd(installed: InstalledWorkflow) -> dict[str, float]:
-    """Have many call a sleeping workflow at once."""
+    """Trigger a sleeping workflow by many clients at once."""
     await put_to_sleep(installed)
     before = await _count_wakes(installed)
     callers = TriggerCallers(installed)
@@ -196,7 +196,7 @@ async def _measure_crowd(installed: InstalledWorkflow) -> dict[str, float]:
 
 
 async def _measure_stops(installed: InstalledWorkflow, seconds: float) -> dict[str, float]:
-    """Stop a workflow again and again while it is called."""
+    """Stop a workflow repeatedly under load."""
     before, completed_before = await _count_wakes(installed), await _count_completed(installed)
     callers = TriggerCallers(installed)
     async with asyncio.TaskGroup() as tasks:
@@ -217,7 +217,7 @@ async def _measure_stops(installed: InstalledWorkflow, seconds: float) -> dict[s
 
 
 async def _measure_bursts(installed: InstalledWorkflow, data: Path) -> dict[str, float]:
-    """Leave a workflow alone for longer than it stays up, between bursts of calls."""
+    """Send bursts of calls, with pauses that exceed the workflow's idle time."""
     await put_to_sleep(installed)
     _set_idle_seconds(data / "pilotflame.db", installed.workflow_id)
     before, completed_before = await _count_wakes(installed), await _count_completed(installed)

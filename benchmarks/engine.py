@@ -103,7 +103,7 @@ class DiscardingJournal:
         """Forget how far the run is."""
 
     async def commit(self) -> None:
-        """Have nothing to keep."""
+        """Do nothing."""
 
     def holds_lease(self) -> bool:
         return True
@@ -147,7 +147,7 @@ async def _measure_nodes() -> dict[str, float]:
 
 
 async def _measure_node(node_type: str, config: Any, data: Json) -> float:  # noqa: ANN401 - JSON of the catalogue
-    """Return the microseconds of a node in a run of itself after a trigger, less those of the trigger alone."""
+    """Return the microseconds of a node: a run of a trigger and the node, minus a run of the trigger alone."""
     await call(node_type, config, data)  # it must work before it is timed
     alone = await _measure_run([{"id": "start", "type": "manual"}], trigger=data)
     graph = [{"id": "start", "type": "manual"}, {"id": "node", "type": node_type, "config": config}]

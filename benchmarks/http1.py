@@ -51,7 +51,7 @@ def split_message(received: bytes) -> tuple[HttpMessage, bytes] | None:
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkApi:
-    """A server on this machine, and a key for it; makes requests as bytes."""
+    """Address and API key of a server on this machine; builds requests as bytes."""
 
     port: int
     key: str
@@ -76,7 +76,7 @@ class BenchmarkApi:
 
 
 class KeptConnection(asyncio.Protocol):
-    """A kept connection to a server on this machine, for one request at a time."""
+    """Persistent connection to a server on this machine, for one request at a time."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -43,7 +43,7 @@ _numbers = count(1)
 
 @dataclass(slots=True)
 class IngestLoad:
-    """One kind of request, and where it goes."""
+    """One kind of request, and its target."""
 
     api: BenchmarkApi
     workflow_id: str
@@ -115,7 +115,7 @@ async def _measure_mode(
 
 
 async def _wait_until_run(sending: IngestLoad) -> None:
-    """Wait until nothing is left to be run, and see that each accepted request has run once."""
+    """Wait until no run is left, and check that each accepted request has run once."""
     deadline = perf_counter() + DRAIN_SECONDS
     async with _open_connection(sending.api) as connection:
         while await _count_executions(connection, sending, *UNFINISHED):

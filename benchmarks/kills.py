@@ -35,7 +35,7 @@ DEFAULTS = {"LEASE_SECONDS": "10", "SWEEP_SECONDS": "2"}
 """Defaults of the product, in place of the short intervals of the tests."""
 PATIENCE_SECONDS = 1_800.0
 AT_ONCE = 20
-"""Runs that clients have under way."""
+"""Concurrent runs of the clients."""
 BESIDE = 100
 NODE_SECONDS = 0.05
 
@@ -92,7 +92,7 @@ async def _kill_dev(request: KillRequest) -> None:
 
 
 async def _run_poison(_request: KillRequest) -> None:
-    """Have one run kill the process whenever its node begins."""
+    """Let one run kill the process whenever its node starts."""
     async with _run_one_process() as (deployment, client, effects):
         effects.delay_seconds = NODE_SECONDS
         poison = await client.create(

@@ -84,7 +84,7 @@ class LoadTarget(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class InstalledWorkflow:
-    """A workflow as it was created on a server."""
+    """Workflow that was created on a server."""
 
     api: BenchmarkApi
     workflow: BenchmarkWorkflow
@@ -130,7 +130,7 @@ async def run_sequentially(installed: InstalledWorkflow, times: int) -> LatencyS
 
 
 async def run_closed_loop(installed: LoadTarget, clients: int, seconds: float) -> LatencySample:
-    """Run it for so long by so many clients, each of which waits for its result before it asks again."""
+    """Run for `seconds` with `clients` clients, each of which waits for its result before its next request."""
     latencies: list[float] = []
     ended_in_window = 0
 

@@ -20,12 +20,12 @@ def describe_machine() -> dict[str, str | int]:
 
 
 def measure_calibration_ms() -> float:
-    """Return the milliseconds that a fixed loop of pure Python takes: the median of five."""
+    """Return the duration of a fixed loop of pure Python in milliseconds: the median of five."""
     return median(_time_loop_ms() for _ in range(CALIBRATION_ROUNDS))
 
 
 def measure_fdatasync_ms(folder: Path) -> float:
-    """Return the median time to make one page durable on the folder's disk, in a file that has its full size."""
+    """Return the median time of an fdatasync of one page on the folder's disk, in a preallocated file."""
     page = os.urandom(PAGE_BYTES)
     path = folder / "fdatasync"
     with path.open("wb", buffering=0) as file:

@@ -129,7 +129,7 @@ async def _sent(installed: InstalledWorkflow, method: str, what: str) -> dict[st
 
 
 async def _count_requests(api: FakeApiServer, seconds: float) -> float:
-    """Return requests per minute while nothing happens."""
+    """Return requests per minute at rest."""
     seen = len(api.requests)
     await asyncio.sleep(seconds)
     return (len(api.requests) - seen) * 60 / seconds

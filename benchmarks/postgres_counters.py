@@ -24,7 +24,7 @@ class PostgresCounters:
     commits: int
     wal_bytes: int
     transaction_ids: int
-    """Only transactions that write have one."""
+    """Assigned to writing transactions only."""
 
     def per_run(self, before: PostgresCounters, runs: int) -> dict[str, float]:
         """Return the increase since `before` per run."""

@@ -1,4 +1,4 @@
-"""Starts Pilotflame as it is shipped, in an empty folder and on a free port, and waits until it answers."""
+"""Starts of Pilotflame as shipped, in an empty folder and on a free port, until it answers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def build_environment(api: BenchmarkApi, folder: Path) -> dict[str, str]:
 
 
 def find_free_port() -> int:
-    """Return a port that nothing listens on."""
+    """Return an unused port."""
     with socket.create_server(("127.0.0.1", 0)) as candidate:
         port: int = candidate.getsockname()[1]
     return port

@@ -26,7 +26,7 @@ class ProcessProfiler:
     folder: Path
 
     async def record(self, process_id: int, seconds: float) -> list[Path]:
-        """Sample for so long, half of it for the flame graph and half for the list; returns both files."""
+        """Sample for `seconds`, half for the flame graph and half for the list; return all files."""
         self.folder.mkdir(parents=True, exist_ok=True)
         graph, stacks, functions = (
             self.folder / f"{self.process}.{kind}" for kind in ("svg", "stacks", "txt")

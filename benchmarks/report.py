@@ -1,4 +1,4 @@
-"""Figures as a table to read, and as JSON to keep."""
+"""Figures as a table, and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NAME_WIDTH = 44
 
 
 def format_table(repetitions: Repetitions) -> Iterator[str]:
-    """Yield a line for each figure: its median, and its range where there is more than one."""
+    """Yield a line for each figure: its median, and its range if it was repeated."""
     for measured, several in repetitions.items():
         yield ""
         yield f"{measured}, {len(several)} repetitions" if len(several) > 1 else measured

@@ -1,8 +1,10 @@
-"""Rows from one table to another: through a workflow of three nodes, and by hand with the same driver.
+"""Rows copied from one table to another: by a workflow of three nodes, and by hand-written code with the same
+driver.
 
-The workflow reads with `postgresql-source`, changes each row with `map`, and writes with `postgresql-destination`, run
-by `pilotflame dev` with everything that it keeps of a run. By hand, one connection fetches, a comprehension changes,
-and `executemany` inserts, as the destination does, in one transaction; or COPY writes, which takes no upsert.
+The workflow reads with `postgresql-source`, changes each row with `map`, and writes with
+`postgresql-destination`. It runs in `pilotflame dev`, with all records of a run. The hand-written code
+fetches on one connection, changes rows in a comprehension, and inserts with `executemany` in one
+transaction, like the destination; or it writes with COPY, which has no upsert.
 """
 
 from __future__ import annotations
@@ -45,7 +47,7 @@ Rows: TypeAlias = Sequence[tuple[int, str, float]]
 
 
 async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
-    """Return rows per second of either way, and how many times longer the workflow takes."""
+    """Return rows per second of both ways, and the ratio of their durations."""
     address = asyncpg_dsn(await postgres.create_database("transfer"))
     connection = await asyncpg.connect(address)
     await connection.execute(_TABLES)

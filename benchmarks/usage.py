@@ -25,7 +25,7 @@ def memory_megabytes(process_ids: Mapping[str, int]) -> dict[str, float]:
 
 def started_at(process_id: int) -> float:
     """Return when a process began, by the wall clock; psutil knows that to the second only."""
-    # Behind the name, which may hold blanks, it is the 20th field (proc(5) counts it as the 22nd).
+    # After the name, which may contain spaces, it is the 20th field (proc(5) counts it as the 22nd).
     fields = Path(f"/proc/{process_id}/stat").read_text().rpartition(") ")[2].split()
     since_boot = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - since_boot)

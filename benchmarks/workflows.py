@@ -22,7 +22,7 @@ class BenchmarkWorkflow:
 
 
 def pure_workflow() -> BenchmarkWorkflow:
-    """Add one, ask whether that is even, say so: three nodes run, the branch not taken is skipped."""
+    """Add one, and branch on whether the sum is even: three nodes run, and the branch not taken is skipped."""
 
     def is_right(x: int, outputs: Mapping[str, Any]) -> bool:
         taken, skipped = ("odd", "even") if x % 2 == 0 else ("even", "odd")

@@ -110,9 +110,10 @@ def run_command(
     anew: bool = False,
     leaves_children: bool = False,
 ) -> Iterator[RunningCommand]:
-    """Have a command run during a block; `anew`: loaded by itself, so that its memory and its time are its own.
+    """Run a command during a block; with `anew` in a fresh process, so that its memory and its time are its
+    own.
 
-    All that it has started ends with it, unless it `leaves_children` for a test that watches them outlive it.
+    All its descendants end with it, unless it `leaves_children` for a test about those.
     """
     log.write_bytes(b"")
     if anew:

@@ -15,7 +15,7 @@ _files: list[bytes] = []
 
 
 async def create_database(postgres: PostgresServer, name: str) -> str:
-    """Make a database and return its URL."""
+    """Create a database and return its URL."""
     if postgres not in _with_template:
         await schema_migration.migrate(parse_url(await postgres.create_database(TEMPLATE)))
         _with_template.add(postgres)
@@ -23,7 +23,7 @@ async def create_database(postgres: PostgresServer, name: str) -> str:
 
 
 async def create_sqlite_database(file: Path) -> str:
-    """Make a database of SQLite and return its URL."""
+    """Create an SQLite database and return its URL."""
     url = f"sqlite:///{file}"
     if _files:
         await asyncio.to_thread(file.write_bytes, _files[0])

@@ -1,4 +1,4 @@
-"""A gateway that takes batches of messages and nothing else, as strict about them as the real one."""
+"""Gateway that only accepts batches of messages, as strictly as the real one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FIELDS: Final = {"message", "priority", "delaySeconds", "notBefore", "deduplicat
 DEDUPLICATION_ID: Final = re.compile(r"[\x21-\x7e]{1,255}")
 MAX_MESSAGES: Final = 1_000
 POISON: Final = "poison"
-"""A message that the gateway never takes."""
+"""Message that the gateway always refuses."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class FakeGateway:
     """Answers to the next calls."""
     is_away: bool = False
     loses_answers: int = 0
-    """To so many calls an answer is lost after their messages were taken."""
+    """Number of next calls whose answers are lost after their messages were accepted."""
 
     @property
     def url(self) -> str:

@@ -58,7 +58,7 @@ class FakeS3:
     """Suffix of virtual-hosted bucket names."""
     buckets: dict[str, dict[str, FakeObject]] = field(default_factory=lambda: {"bucket": {}})
     behind: timedelta = timedelta()
-    """By so much its objects are dated too early."""
+    """Amount by which the dates of its objects are too early."""
     requests: list[str] = field(default_factory=list)
     """Method, host and raw path of each."""
     failures: list[S3Error] = field(default_factory=list)

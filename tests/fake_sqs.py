@@ -25,7 +25,7 @@ MAX_BATCH: Final = 10
 MAX_WAIT_SECONDS: Final = 20
 MAX_VISIBILITY_SECONDS: Final = 43_200
 REAL_WAIT_SECONDS: Final = 0.05
-"""So long a wait really takes at most: the clock of the queue is the test's."""
+"""Longest real duration of a long poll: the test controls the clock of the queue."""
 
 
 @dataclass
@@ -68,7 +68,7 @@ class FakeSqs:
     failures: list[SqsError] = field(default_factory=list)
     """Answers to the next calls."""
     half_failures: int = 0
-    """In so many batches every second entry fails, for no fault of its sender's."""
+    """Number of next batches in which every second entry fails by a fault of the service."""
     actions: list[str] = field(default_factory=list)
     arrived: asyncio.Event = field(default_factory=asyncio.Event)
 

@@ -1,4 +1,4 @@
-"""Values in JSON that a hostile author gives to the fields of nodes, and the check that validation survives them."""
+"""Hostile JSON values for the fields of nodes, and the check that validation survives them."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class CheckedFields:
 
 
 def check_every_field(text: str) -> CheckedFields:
-    """Give a value to each field of each type of node, one at a time, and validate.
+    """Set each field of each node type to a value, one at a time, and validate.
 
     A text that is refused as JSON is refused for all fields alike.
     """
@@ -73,7 +73,7 @@ def check_every_field(text: str) -> CheckedFields:
                 findings = _findings(node_type.type, {**example, name: decode_json(text.encode())})
             except InvalidJson:
                 findings = []
-            except Exception as error:  # noqa: BLE001 - none is expected, whatever it is
+            except Exception as error:  # noqa: BLE001 - every error is a finding
                 checked.unworded.append(f"{node_type.type}.{name}: {error!r}"[:300])
                 continue
             checked.slowest_seconds = max(checked.slowest_seconds, perf_counter() - since)

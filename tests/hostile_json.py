@@ -8,11 +8,11 @@ from random import Random
 from typing import Final, TypeAlias
 
 Text: TypeAlias = Callable[[int], bytes]
-"""Makes a text of a length in bytes, or a little less."""
+"""Generator of a text of about the given length in bytes, at most."""
 
 
 def list_of(item: bytes, length: int) -> bytes:
-    """Return a list of one item again and again."""
+    """Return a list that repeats one item."""
     return b"[" + b",".join([item] * ((length - 2) // (len(item) + 1))) + b"]"
 
 

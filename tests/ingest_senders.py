@@ -51,7 +51,7 @@ class SenderUnderTest:
 
 @dataclass(frozen=True, slots=True)
 class SenderDelivery:
-    """Something to be sent, as often as it takes; a sender that signs does so each time."""
+    """Delivery that is sent until it is accepted, and signed anew each time."""
 
     sender: SenderUnderTest
     number: int

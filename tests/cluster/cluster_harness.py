@@ -31,7 +31,7 @@ NAMESPACE = "user-workflows"
 POLL_SECONDS = 0.02
 GRACE_SECONDS = 20
 FAKE_REQUESTS_PER_SECOND = 1_000.0
-"""So many that no test waits for its budget."""
+"""Budget so large that no test waits for it."""
 DEFAULT_IMAGE = "python:3.13-slim"
 RESTRICTED = {"pod-security.kubernetes.io/enforce": "restricted"}
 TEST_KUBECONFIG = os.environ.get("TEST_KUBECONFIG")
@@ -104,7 +104,7 @@ class DriverUnderTest:
         await self.until_true(is_gone)
 
     async def create_namespace(self) -> None:
-        """Make the namespace anew."""
+        """Create the namespace again."""
         assert self.core is not None
         await self.core.create_namespace({"metadata": {"name": self.namespace, "labels": RESTRICTED}})
 
@@ -123,7 +123,7 @@ class DriverUnderTest:
         return observed
 
     async def until_true(self, holds: Callable[[], Awaitable[bool]]) -> None:
-        """Ask until something holds."""
+        """Poll until the condition holds."""
         async with asyncio.timeout(self.patience_seconds):
             while not await holds():  # noqa: ASYNC110 - of another process, which sets no event of ours
                 await asyncio.sleep(POLL_SECONDS)
@@ -142,7 +142,7 @@ class DriverUnderTest:
         return wanted
 
     async def get(self, url: str) -> Any:  # noqa: ANN401 - JSON
-        """Ask a pod for something."""
+        """Send a GET request to a pod."""
         try:
             async with (
                 aiohttp.ClientSession() as session,
@@ -162,7 +162,7 @@ class DriverUnderTest:
                 await self.get(f"{url}/exit?code=0")
 
     async def clean(self) -> None:
-        """Take everything away that tests have deployed."""
+        """Remove all deployments of tests."""
         async with asyncio.timeout(self.patience_seconds + GRACE_SECONDS):
             for workflow_id in self.used:
                 while not await self.driver.delete(workflow_id):
@@ -172,7 +172,7 @@ class DriverUnderTest:
 async def turn_until(holds: Callable[[], bool], *, patience_seconds: float = 60.0) -> None:
     """Let other tasks run until the condition holds."""
     async with asyncio.timeout(patience_seconds):
-        while not holds():  # noqa: ASYNC110 - of what sets no event
+        while not holds():  # noqa: ASYNC110 - nothing signals the change
             await asyncio.sleep(0)
 
 
@@ -222,7 +222,7 @@ async def open_fake_cluster(
 
 @asynccontextmanager
 async def keep_watch_open(cluster: DriverUnderTest) -> AsyncIterator[DriverUnderTest]:
-    """Keep a watch open on each driver of a cluster, as a deployer does: it answers from its cache then."""
+    """Keep a watch open on each driver of a cluster, as a deployer does, so that it answers from its cache."""
     watches: list[asyncio.Task[None]] = []
     reopen = cluster.reopen
 
@@ -260,7 +260,7 @@ def build_kubeconfig(api: FakeApiServer) -> str:
 
 @asynccontextmanager
 async def open_real_cluster(path: Path) -> AsyncIterator[DriverUnderTest]:
-    """Use a namespace of its own on the cluster of a kubeconfig, and an image that its nodes have."""
+    """Use a new namespace on the cluster of a kubeconfig, and an image that its nodes have."""
     namespace = ids.new_id("test").replace("_", "-")
     configuration = client.Configuration()
     await config.load_kube_config(

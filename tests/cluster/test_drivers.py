@@ -143,7 +143,7 @@ async def test_a_pod_that_crashes_is_started_again(cluster: DriverUnderTest) -> 
             urls = await cluster.driver.endpoint(wanted.workflow_id)
             started_at = [(await cluster.get(f"{url}/state"))["started_at"] for url in urls]
         except (OSError, aiohttp.ClientError):
-            return False  # it was counted as ready a moment longer than it lived
+            return False  # it was counted as ready slightly longer than it lived
         return bool(urls) and started_at != [first]
 
     await cluster.until_true(has_started_again)

@@ -1,4 +1,4 @@
-"""The fake API server gives the answers that a real one gave, recorded in `answers.json`."""
+"""Fake API server with the same answers as a real one, recorded in `answers.json`."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ async def test_a_deployment_that_was_begun_and_left_is_finished_or_removed_witho
 
 
 async def _cut_off(api: FakeApiServer, requests: int, work: Any) -> None:  # noqa: ANN401 - a coroutine
-    """End a deployer's work after so many requests, as a kill does."""
+    """Interrupt a deployer after a number of requests, as a kill does."""
     seen = len(api.requests)
     task = asyncio.ensure_future(work)
     await turn_until(lambda: len(api.requests) >= seen + requests or task.done())

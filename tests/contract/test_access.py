@@ -99,7 +99,7 @@ TEMPLATE_MAKERS = expect_access(
 COPYING_ADMINS = expect_access(
     stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_ADMIN, owner=NOT_ADMIN, colleague_of_public=NOT_ADMIN
 )
-"""The same, of a copy: nothing happens to the workflow itself."""
+"""The same for copies, which leave the workflow itself unchanged."""
 TEMPLATE_READERS = expect_access(stranger=NOT_FOUND, colleague=OK, guest=OK, owner=OK)
 TEMPLATE_WRITERS = expect_access(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_OWNER, owner=OK)
 KEY_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
@@ -127,7 +127,7 @@ SCOPES = {
 """Scope of the key for operations that no scope alone permits."""
 
 Make: TypeAlias = Callable[["AccessCast", bool], Awaitable[str]]
-"""Makes something of the owner's, public or not, and returns its id."""
+"""Creates an object of the owner, public or not, and returns its id."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,9 @@ def fill_names(body: Mapping[str, Any], words: Mapping[str, str]) -> dict[str, A
 
 
 async def create_workflow(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    """Make one that isn't laid out, nor as it was in its first version; a node and a connection are called `step`."""
+    """Create a workflow without a layout, changed since its first version; a node and a connection are called
+    `step`.
+    """
     nodes = [{**node, "position": {"x": 7, "y": 7}} for node in GRAPH["nodes"]]
     workflow_id = await cast.owner.create(nodes=nodes, connections=[{**EDGE, "id": "step"}])
     share = {
@@ -293,7 +295,7 @@ async def create_webhook(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT
 
 
 async def create_mail_address(cast: AccessCast, is_public: bool) -> str:  # noqa: FBT001 - every `Make` has it
-    """Make an active one that begins with a mail; returns the token of its address."""
+    """Create an active workflow with an email trigger; return the token of its address."""
     return await trigger_token(cast, await create_email_workflow(cast, is_public))
 
 

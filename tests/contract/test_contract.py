@@ -68,7 +68,7 @@ ENDPOINTS = [ContractEndpoint(**endpoint) for endpoint in CONTRACT["endpoints"]]
 REQUIRED_BY_THE_EXAMPLE = {(f"PUT {WORKFLOWS}/:id/lifecycle", "schedule")}
 """Fields that can't be left out because other fields of the example require them."""
 OF_ANY_TYPE = {(f"POST {WORKFLOWS}/:id/enqueue", "message")}
-"""Fields that take more than the example has."""
+"""Fields that accept more types than the example shows."""
 FIELDS = [
     (endpoint, one)
     for endpoint in ENDPOINTS
@@ -113,7 +113,7 @@ def build_edge(source: str, target: str, **fields: str) -> dict[str, str]:
 
 
 async def build_scene(people: OrganizationUsers, *free: str, sub: str = "", **fields: Any) -> ExampleScene:  # noqa: ANN401 - any JSON value
-    """Make a workflow, by default one of two nodes."""
+    """Create a workflow, by default with two nodes."""
     graph = {"nodes": [SOURCE, STEP], "connections": [EDGE]}
     workflow_id = await people.owner.create(**{**graph, **fields})
     return ExampleScene({**example_ids(people), "wf_abc123": workflow_id}, frozenset(free), sub)
@@ -175,7 +175,7 @@ async def scene_with_subscription(people: OrganizationUsers) -> ExampleScene:
 
 
 async def scene_of_example(people: OrganizationUsers, *free: str, **fields: Any) -> ExampleScene:  # noqa: ANN401 - any JSON value
-    """Make the workflow of the example: in its third version, and shared."""
+    """Create the workflow of the example: shared, in its third version."""
     described = {key: WORKFLOW[key] for key in ("name", "description", "tags", "settings")}
     made = await build_scene(people, *free, **{**described, **fields})
     workflow_id = made.ids["wf_abc123"]

@@ -1,4 +1,4 @@
-"""Many runs at once, as rows that the database makes itself."""
+"""Bulk inserts of runs, as rows that the database generates."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class BridgeQueue(ABC):
 
     @abstractmethod
     async def break_off(self) -> None:
-        """Have the bridge lose its connection, or the answer to its next call."""
+        """Break the bridge's connection, or lose the answer to its next call."""
 
     def time_passes(self) -> None:  # noqa: B027 - most give the messages of the dead to others at once
         """Let the time pass after which messages of dead consumers are delivered to others."""
@@ -279,7 +279,7 @@ class BridgeRunner:
             tasks.create_task(self.run())
             await wait_until(condition)
             async with asyncio.timeout(PATIENCE_SECONDS):
-                while await place.left():  # noqa: ASYNC110 - a server tells nobody
+                while await place.left():  # noqa: ASYNC110 - nothing signals the change
                     await asyncio.sleep(POLL_SECONDS)
             self.stop.set()
 
@@ -292,7 +292,7 @@ class BridgeRunner:
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait for something to hold."""
+    """Wait until the condition holds."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not condition():  # noqa: ASYNC110 - what changes is the state of servers
+        while not condition():  # noqa: ASYNC110 - nothing signals the change
             await asyncio.sleep(POLL_SECONDS)

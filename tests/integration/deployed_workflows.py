@@ -32,7 +32,7 @@ async def deploy_with_pod(
     workflow_id: str,
     **changes: Any,  # noqa: ANN401 - any column
 ) -> Deployment:
-    """Have a workflow deployed with one pod that runs, and nothing happening since an hour ago."""
+    """Deploy a workflow with one running pod, idle for an hour."""
     now = datetime.now(UTC)
     deployment = Deployment(
         **{
@@ -117,7 +117,7 @@ async def serve_as_pods(harness: GatewayHarness) -> AsyncIterator[None]:
 
 
 async def run(harness: GatewayHarness, person: UserClient, workflow_id: str, **columns: Any) -> str:  # noqa: ANN401 - any column
-    """Make a run of a workflow that its pods are to take, with these columns."""
+    """Insert a run of a workflow for its pods, with these columns."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
     execution_id: str = response.json()["executionId"]
     values = {"target": workflow_id, **columns}

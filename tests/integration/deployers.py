@@ -104,7 +104,7 @@ async def read_deployment(harness: GatewayHarness, workflow_id: str) -> Deployme
 
 
 async def read_deployments(harness: GatewayHarness, workflow_ids: Sequence[str]) -> list[Deployment]:
-    """Return the rows of deployments as of one moment: read one by one, they would be of several."""
+    """Return the rows of deployments in one snapshot: separate reads would mix several states."""
     statement = select(Deployment).where(col(Deployment.workflow_id).in_(workflow_ids))
     async with harness.gateway.database.read() as connection:
         return [Deployment(**row) for row in (await connection.execute(statement)).mappings()]
@@ -147,7 +147,7 @@ async def request_lifecycle(
     status: int,
     **body: Any,  # noqa: ANN401 - any JSON value
 ) -> dict[str, Any]:
-    """Ask something of a deployment, and return the answer."""
+    """Send a lifecycle request for a deployment, and return the answer."""
     response = await person.api.post(f"/api/v1/workflows/{workflow_id}/{verb}", json=body)
     assert response.status_code == status, response.text
     answer: dict[str, Any] = response.json()

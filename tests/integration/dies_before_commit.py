@@ -31,7 +31,7 @@ async def main(url: str, folder: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return await record(batch, owner=owner)
 
-    store.record = record_or_die  # type: ignore[method-assign]  # in the place of what it does
+    store.record = record_or_die  # type: ignore[method-assign]  # replaced for the test
     blobs = open_blobs(settings)
     services = NodeServices(http=NoNetwork())
     executor = RunExecutor(

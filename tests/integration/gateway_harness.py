@@ -46,7 +46,7 @@ class UserClient:
     key: str
 
     async def create(self, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
-        """Make a workflow and return its id."""
+        """Create a workflow and return its id."""
         response = await self.api.post("/api/v1/workflows", json={"name": "A workflow", **fields})
         assert response.status_code == 201, response.text
         workflow_id: str = response.json()["workflowId"]

@@ -47,7 +47,7 @@ async def listen(app: ASGIApp, settings: GatewaySettings) -> AsyncIterator[Addre
 
 
 class RawConnection:
-    """A connection from an address of this machine, on which bytes are sent as they are."""
+    """Connection from an address of this machine, for raw bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -70,7 +70,7 @@ class RawConnection:
         return int(first.split()[1]), dict(headers)
 
     async def ask(self, path: str) -> int:
-        """Ask for a path and return the status, having read the body."""
+        """Send a GET request, read the body, and return the status."""
         await self.send(f"GET {path} HTTP/1.1\nHost: x\nX-API-Key: {KEY}")
         status, headers = await self.answer()
         await self.reader.readexactly(int(headers["content-length"]))

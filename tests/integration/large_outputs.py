@@ -27,7 +27,7 @@ def emit_different_text(_call: NodeCall) -> Json:
 
 
 def emit_length(call: NodeCall) -> Json:
-    """Give out how long the text is that arrives."""
+    """Output the length of the input text."""
     data = call.data
     text = data.get("text") if isinstance(data, dict) else None
     return {"length": len(text) if isinstance(text, str) else None}
@@ -38,7 +38,7 @@ def make_node_type(name: str, effect: NodeEffect = NodeEffect.PURE) -> NodeType:
 
 
 def build_catalog(**runs: RunNode) -> NodeCatalog:
-    """Return the library with `unlike`, `length`, and others, all of them pure but `effect`."""
+    """Return the library with the nodes `unlike`, `length`, and others; all are pure except `effect`."""
     runs = {"unlike": emit_different_text, "length": emit_length, **runs}
     types = {
         name: make_node_type(name, NodeEffect.WRITE if name == "effect" else NodeEffect.PURE) for name in runs

@@ -36,7 +36,7 @@ async def hold_transaction_open(url: URL, statement: str, *arguments: object) ->
 
 @asynccontextmanager
 async def open_impatient_database(url: URL, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Database]:
-    """Yield a database that waits for locks no longer than a test should; skips where there are none."""
+    """Yield a database with a short lock timeout; skip the test if the database has no row locks."""
     if is_sqlite(url):
         pytest.skip("SQLite locks no rows")
     monkeypatch.setitem(sessions.SESSION_TIMEOUTS, "lock_timeout", "200")

@@ -69,7 +69,7 @@ class FakeSns:
         return OutboundResponse(200, {}, body, url)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Nothing to close."""
 
 
 @dataclass
@@ -90,7 +90,7 @@ class MailHarness:
     # ── workflows ─────────────────────────────────────────────────────────────────────────────────────────
 
     async def workflow(self, person: UserClient, **config: Any) -> str:  # noqa: ANN401 - any JSON value
-        """Make an active workflow with an e-mail trigger."""
+        """Create an active workflow with an email trigger."""
         trigger = {"id": "start", "nodeId": "email-trigger", "label": "Start", "config": config}
         settings = config.pop("settings", {})
         workflow_id = await person.create(nodes=[trigger, STEP], connections=[EDGE], settings=settings)

@@ -163,7 +163,7 @@ class RunDatabase:
     async def workflow(
         self, organization: Organization | None = None, *, turn: int | None = None
     ) -> OwnedWorkflow:
-        """Make a workflow, in an organisation of its own if none is given, and with a certain turn if one is."""
+        """Create a workflow, by default in a new organization, and optionally with a given turn."""
         owner = organization or await self.organization()
         workflow_id = ids.new_id("wf")
         while turn is not None and ids.turn_of_workflow(workflow_id) != turn:
@@ -239,7 +239,7 @@ class RunDatabase:
         return key_of(one)
 
     async def suspect(self, place: OwnedWorkflow | None = None, **changes: Any) -> ExecutionKey:  # noqa: ANN401 - any field of an Acceptance
-        """Accept a run, and have as many workers die on it as make it a suspect."""
+        """Accept a run, and let workers die on it until it is a suspect."""
         key = await self.begun(place, **changes)
         (one,) = await self.claim()
         assert one.execution_id == key.execution_id

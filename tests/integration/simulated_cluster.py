@@ -44,7 +44,7 @@ class InProcessGatewayServer(gateways.GatewayServer):
 
 @asynccontextmanager
 async def listen_for_pods(harness: GatewayHarness) -> AsyncIterator[str]:
-    """Have the gateway of a world listen on a socket, which pods need; yields its address."""
+    """Let the gateway of a harness listen on a socket for pods; yield its address."""
     listener = socket.create_server(("127.0.0.1", 0))
     app = gateways.create_app(lambda: nullcontext(harness.gateway))
     server = InProcessGatewayServer(gateways.build_server(app, harness.gateway.settings).config)
@@ -69,7 +69,7 @@ class SimulatedCluster:
     broken: dict[str, str] = field(default_factory=dict)
     """Why pods of a workflow can't start."""
     is_held: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set, nothing is done about anything."""
+    """While set, the cluster does nothing."""
     pods: dict[str, AsyncExitStack] = field(default_factory=dict)
 
     async def run(self) -> None:

@@ -23,7 +23,7 @@ LIMITED = {**QUEUE, "settings": {"concurrency": {"limit": 1, "onLimit": "reject"
 async def url(harness: GatewayHarness) -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(harness.app, port=0, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110 - it tells nobody
+    while not server.started:  # noqa: ASYNC110 - nothing signals the change
         await asyncio.sleep(0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True

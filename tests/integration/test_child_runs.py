@@ -59,7 +59,7 @@ async def create_runnable(
     owned_workflow: OwnedWorkflow | None = None,
     **columns: Any,  # noqa: ANN401 - columns
 ) -> OwnedWorkflow:
-    """Make a workflow that can be run, in the organisation of another if that is given."""
+    """Create an executable workflow, optionally in the organization of another."""
     made = await run_database.workflow(owned_workflow.organization if owned_workflow else None)
     graph = WorkflowGraph(
         workflow_id=made.workflow_id, shard=made.organization.shard, nodes=NODES, connections=EDGES
@@ -221,7 +221,7 @@ async def test_what_the_caller_may_not_read_is_not_run(run_database: RunDatabase
     public = await create_runnable(run_database, owned_workflow, is_public=True)
     await start(starter, caller, public, iteration="1")
 
-    # An admin of the organisation reads all of it, and nothing of others.
+    # An admin may read everything of the organization, and nothing of others.
     await run_database.query("DELETE FROM workflow_share")
     await run_database.database.transaction(
         lambda connection: connection.execute(

@@ -120,16 +120,16 @@ async def count_pending(run_database: RunDatabase) -> int:
 
 
 async def wait_until_begun(run_database: RunDatabase, count: int) -> None:
-    """Wait until so many of the flood don't wait any more."""
+    """Wait until `count` runs of the flood have started."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while await count_pending(run_database) > MANY + 1 - count:  # noqa: ASYNC110 - rows tell nobody
+        while await count_pending(run_database) > MANY + 1 - count:  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
 
 
 async def wait_until_ended(run_database: RunDatabase, execution_id: str) -> dict[str, Any]:
     """Wait until a run has completed, and return its row."""
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while (row := await run_database.row(execution_id))["ended_at"] is None:  # noqa: ASYNC110 - rows tell nobody
+        while (row := await run_database.row(execution_id))["ended_at"] is None:  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
     assert row["status"] == "completed"
     return row

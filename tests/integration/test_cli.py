@@ -47,7 +47,7 @@ class CommandShell:
         return str(path)
 
     def api(self, path: str, key: str = KEY) -> httpx2.Response:
-        """Ask the server itself."""
+        """Send a request to the server itself."""
         url = self.given["PILOTFLAME_URL"] + path
         return httpx2.get(url, headers={"X-API-Key": key}, trust_env=False)
 

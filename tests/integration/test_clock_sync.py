@@ -24,9 +24,9 @@ from tests.integration.run_database import MigratedDatabase, RunDatabase, open_r
 
 DAY = 86_400_000_000
 MOMENT = 60_000_000
-"""Microseconds: longer than anything here takes, and far less than the clock is set by."""
+"""Microseconds: longer than anything here takes, and far less than the change of the clock."""
 MODULES = (access, deployment, event_wait, execution, ingest, schedule, signing_secrets)
-"""Those with tables that hold the end of something: they must be known to the metadata."""
+"""Modules with tables of deadlines, imported so that the metadata contains them."""
 ENDING_NAMES = {"expires_at", "due_at", "next_at", "wake_at", "deadline_at", "follow_up_at", "next_run_at"}
 CALENDAR = {
     *("api_key.expires_at", "intake_token.expires_at", "signing_secret.expires_at"),

@@ -200,7 +200,7 @@ async def completion_harness(run_database: RunDatabase, tmp_path: Path) -> Async
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+        while not await condition():  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
 
 

@@ -116,7 +116,7 @@ HELD_BY_LANDLOCK = {
 }
 """Kinds of system calls that such a process needs, and that a filter without paths must permit."""
 NEEDED = {"monty": {"fork"}}
-"""It starts its interpreter, which may start nothing: see below."""
+"""It starts its interpreter, which may start no process: see below."""
 
 
 def _plain_user() -> int | None:

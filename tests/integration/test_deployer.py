@@ -188,7 +188,7 @@ async def test_a_pod_that_is_gone_is_noticed_without_anybody_asking(
 
 
 class MortalApi(KubernetesApi):
-    """Belongs to a process that dies at one of its changes: no request is sent from then on, and none is answered."""
+    """API client of a process that dies at one of its changes: later requests are neither sent nor answered."""
 
     dies_at = 0
 
@@ -210,7 +210,7 @@ class MortalApi(KubernetesApi):
 
 
 class MortalDriver(KubernetesDriver):
-    """Reads nothing from its cache either, once its process is dead."""
+    """Driver that stops reading its cache, too, once its process is dead."""
 
     def __init__(self, api: MortalApi) -> None:
         super().__init__(api, cluster_layout())
@@ -249,7 +249,7 @@ async def expire(harness: GatewayHarness, workflow_id: str) -> None:
 async def deploy_and_die(
     harness: GatewayHarness, workflow_id: str, api: FakeApiServer, stack: AsyncExitStack, dies_at: int
 ) -> None:
-    """Have a deployer look after a workflow, and die half-way."""
+    """Let a deployer reconcile a workflow, and die midway."""
     mortal = MortalApi(api)
     mortal.dies_at = dies_at
 
@@ -326,7 +326,7 @@ async def test_what_no_row_accounts_for_is_removed(
         await request_lifecycle(people.owner, "undeploy", workflow_id, 202)
         await wait_for_deployment(harness, workflow_id, is_gone)
         async with asyncio.timeout(PATIENCE_SECONDS):
-            while list_objects(api) != before:  # noqa: ASYNC110 - objects tell nobody
+            while list_objects(api) != before:  # noqa: ASYNC110 - nothing signals the change
                 await asyncio.sleep(0.01)
 
 

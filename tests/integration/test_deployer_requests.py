@@ -73,7 +73,7 @@ class CallCounter:
         return call
 
     async def happen(self, count: int) -> None:
-        """Wait for so many more calls."""
+        """Wait for `count` more calls."""
         before = self.count
         async with asyncio.timeout(30):
             while self.count - before < count:  # noqa: ASYNC110 - of a function that sets no event
@@ -92,7 +92,7 @@ class RequestTimes:
         api.refuses = self._answer
 
     async def happen(self, count: int, meanwhile: Callable[[], None]) -> None:
-        """Wait for so many requests, and do something else over and over."""
+        """Wait for `count` more requests, and call `meanwhile` repeatedly."""
         async with asyncio.timeout(30):
             while len(self._times) < count:
                 meanwhile()
@@ -133,7 +133,7 @@ def is_write_of_deployment(method: str, path: str) -> bool:
 async def harness(
     postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[GatewayHarness]:
-    """Yield a gateway on one database: requests to a cluster know nothing of it."""
+    """Yield a gateway on one database, since cluster requests don't depend on the database."""
     async with create_gateway("sqlite", postgres, tmp_path_factory.mktemp("world")) as harness:
         yield harness
 
@@ -385,7 +385,7 @@ async def test_mass_starts_are_limited_and_none_is_given_up(
         harness, cluster.reopen, cluster="kubernetes", starts_at_once=3, deployer_sweep_seconds=SWEEP_SECONDS
     ):
         await turn_until(lambda: len(api.node.preparing) >= 3)
-        await sweeps.happen(4)  # of which none starts more
+        await sweeps.happen(4)  # none starts more
         api.node.starts_at_once = 2
         await wait_for_deployments(harness, workflow_ids, lambda found: all(map(is_running, found)))
     assert api.node.most_preparing == 3
@@ -413,7 +413,7 @@ async def test_mass_starts_of_local_pods_are_limited_too(
         harness, tmp_path / "pods", command=command, starts_at_once=2, deployer_sweep_seconds=SWEEP_SECONDS
     ):
         await wait_for_deployments(harness, workflow_ids, lambda found: all_run(found) or most_starting >= 2)
-        await sweeps.happen(4)  # of which none starts more
+        await sweeps.happen(4)  # none starts more
         all_run(await read_deployments(harness, workflow_ids))
         may_start.touch()
         await wait_for_deployments(harness, workflow_ids, all_run)

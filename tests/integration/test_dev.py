@@ -31,7 +31,7 @@ LEASE_SECONDS = 60
 
 
 def create_data_folder(folder: Path) -> Path:
-    """Make a data folder in which the tables are there already: making them takes as long as a start."""
+    """Create a data folder with migrated tables, since a migration takes as long as a start."""
     folder.mkdir(mode=0o700)
     asyncio.run(databases.create_sqlite_database(folder / "pilotflame.db"))
     return folder
@@ -42,7 +42,7 @@ def get_whoami(address: str, key: str) -> httpx2.Response:
 
 
 def write_workflow_file(folder: Path, *nodes: Mapping[str, object]) -> str:
-    """Write a workflow that goes from node to node, and return the file's name."""
+    """Write a workflow with its nodes in a row, and return the file's name."""
     chain = [START, *nodes]
     edges = [{"source": one["id"], "target": other["id"]} for one, other in pairwise(chain)]
     file = folder / "workflow.json"

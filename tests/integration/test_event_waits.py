@@ -94,13 +94,13 @@ async def count(harness: GatewayHarness, table: type[SQLModel], **equal: Any) ->
 
 
 async def wait_until_asleep(harness: GatewayHarness, execution_id: str) -> None:
-    while (await read_run(harness, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows tell nobody
+    while (await read_run(harness, execution_id))["status"] != "waiting":  # noqa: ASYNC110 - rows send no events
         await asyncio.sleep(0.02)
 
 
 async def read_result(harness: GatewayHarness, person: UserClient, execution_id: str) -> tuple[str, Any]:
     """Return by which node a run has ended, and the total of the event that it was given."""
-    while (await read_run(harness, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows tell nobody
+    while (await read_run(harness, execution_id))["status"] not in TERMINAL_STATUSES:  # noqa: ASYNC110 - rows send no events
         await asyncio.sleep(0.02)
     shown = (await person.api.get(f"/api/v1/executions/{execution_id}")).json()
     assert shown["status"] == "completed", shown
@@ -109,7 +109,7 @@ async def read_result(harness: GatewayHarness, person: UserClient, execution_id:
 
 
 def silence_gateway(harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the gateway die, as far as others see, as soon as events are committed."""
+    """Silence the gateway as soon as events are committed, as if it had died."""
     telling = harness.gateway.acceptances._events  # noqa: SLF001 - it is nowhere else
     monkeypatch.setattr(telling, "submit", lambda _event_id: None)
     monkeypatch.setattr(event_waits, "UNDELIVERED_SECONDS", 0)
@@ -294,7 +294,7 @@ async def raise_died(*_given: object) -> None:
 async def age_events(harness: GatewayHarness) -> None:
     """Move events into the past, by the database's clock."""
     first = await read_database_time(harness)
-    while await read_database_time(harness) <= first:  # noqa: ASYNC110 - clocks tell nobody
+    while await read_database_time(harness) <= first:  # noqa: ASYNC110 - nothing signals the change
         await asyncio.sleep(0.001)
 
 

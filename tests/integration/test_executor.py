@@ -83,7 +83,7 @@ async def owned_workflow(run_database: RunDatabase) -> OwnedWorkflow:
 async def wait_until(condition: Callable[[], Awaitable[bool]], seconds: float = PATIENCE_SECONDS) -> None:
     """Wait for a condition."""
     async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+        while not await condition():  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
 
 
@@ -356,7 +356,7 @@ async def test_whoever_accepted_a_run_is_told_of_its_end_once_and_without_a_watc
     await worker.broker.wake_workers()
     await wait_until(lambda: workers.are_all("completed"))
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not notifications:  # noqa: ASYNC110 - a list tells nobody
+        while not notifications:  # noqa: ASYNC110 - nothing signals the change
             await asyncio.sleep(0.02)
     assert notifications == [ChangedExecutions((run.execution_id,))]
 
@@ -596,7 +596,7 @@ async def test_a_run_ends_when_it_is_asked_to(
         direct_message = {"execution_id": execution_id, "request": request_}
         await worker.broker.send(worker.broker.channel, direct_message)
     if request_ == "stop":
-        (active,) = worker.executor._active.values()  # noqa: SLF001 - nobody else knows what it was asked
+        (active,) = worker.executor._active.values()  # noqa: SLF001 - not public elsewhere
         await wait_soon(active.control.changed)
         assert await has_status(run_database, execution_id, "running")
         workers.stage.go_on.set()
@@ -630,7 +630,7 @@ async def test_a_worker_that_stops_hands_its_runs_over_at_a_node_s_boundary(
     (execution_id,) = await workers.accept(owned_workflow, "note", "hold", "effect")
     first = await workers.start()
     await wait_soon(workers.stage.begun)
-    (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else is told
+    (active,) = first.executor._active.values()  # noqa: SLF001 - not public elsewhere
     draining = asyncio.create_task(first.executor.drain())
     await wait_soon(active.control.changed)
     assert active.control.request is ControlRequest.HAND_OFF
@@ -682,7 +682,7 @@ async def test_a_worker_that_stops_loses_no_attempt_over_a_node_that_cannot_be_b
     library = workers.stage.library()
     assert isinstance(library, ExecutorTestCatalog)
     library.runs["hold"] = stubborn
-    workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
+    workers.stage.library = lambda: library  # type: ignore[method-assign]  # replaced for the test
     for name in ("HAND_OFF_SECONDS", "CANCEL_SECONDS"):
         monkeypatch.setattr(executors, name, 0.1)
     (execution_id,) = await workers.accept(owned_workflow, "hold")
@@ -733,7 +733,7 @@ async def test_a_worker_that_has_lost_a_run_abandons_it_and_another_finishes_it(
     (execution_id,) = await workers.accept(owned_workflow, "hold", "effect")
     first = await workers.start(lease_seconds=2.4)
     await wait_soon(workers.stage.begun)
-    (active,) = first.executor._active.values()  # noqa: SLF001 - nobody else knows the lease
+    (active,) = first.executor._active.values()  # noqa: SLF001 - not public elsewhere
     first.executor._is_draining = True  # noqa: SLF001 - it must not win its own run back
     await take_away(run_database)
 
@@ -830,7 +830,7 @@ async def test_a_write_that_cannot_be_recorded_ends_the_run_as_crashed_and_no_ot
     library = workers.stage.library()
     assert isinstance(library, ExecutorTestCatalog)
     library.runs["note"] = unstorable
-    workers.stage.library = lambda: library  # type: ignore[method-assign]  # in the place of what it does
+    workers.stage.library = lambda: library  # type: ignore[method-assign]  # replaced for the test
     (poison,) = await workers.accept(owned_workflow, "note")
     (good,) = await workers.accept(owned_workflow, "effect")
     await workers.start(lease_seconds=0.2, sweep_seconds=0.05)

@@ -27,7 +27,7 @@ PATIENCE_SECONDS = 60.0
 
 
 async def wait_until_true(condition: AsyncIterator[bool], *, within_seconds: float) -> float:
-    """Wait until a condition holds and return how long that took."""
+    """Wait until a condition holds, and return the duration of the wait."""
     started = monotonic()
     async for holds in condition:
         if holds:

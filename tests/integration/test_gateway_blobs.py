@@ -30,7 +30,7 @@ LARGE = json.dumps({"text": "x" * 3_000_000}).encode()
 
 
 class RunWithBlob:
-    """A failed run of the owner's, of which one output is kept as a blob."""
+    """Failed run of the owner with one output in a blob."""
 
     def __init__(
         self, harness: GatewayHarness, person: UserClient, run: ClaimedRun, reference: BlobReference

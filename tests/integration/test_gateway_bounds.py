@@ -1,4 +1,4 @@
-"""Bounds of the gateway's process: no client takes the memory or the connections that others need."""
+"""Limits of the gateway process: no client exhausts the memory or the connections of others."""
 
 import asyncio
 import socket
@@ -280,7 +280,7 @@ def _read_rest(reader: socket.socket) -> bytes:
 
 
 def bare_application(*routes: Route) -> ASGIApp:
-    """Return an application behind the layer that holds the bounds, without a gateway's state."""
+    """Return an application behind the layer with the limits, without a gateway's state."""
     router = Router(routes)
     return EdgeLayer(router, others=router)
 

@@ -28,7 +28,7 @@ WORKFLOWS = "/api/v1/workflows"
 SHIPPED = len(shipped_templates.load_templates())
 """Templates available to all organizations."""
 CANARY = "canary-5f2b9c"
-"""No answer and no row of a copy may hold it."""
+"""Marker that must not appear in an answer or in a row of a copy."""
 SOURCE = {
     "id": "source",
     "nodeId": "mysql-source",
@@ -105,7 +105,7 @@ async def post(person: UserClient, path: str, body: Any = None, **headers: str) 
 
 
 async def copy_workflow(person: UserClient, path: str, body: Any = None) -> dict[str, Any]:  # noqa: ANN401 - any JSON value
-    """Make a workflow out of another, and return the answer."""
+    """Copy a workflow, and return the answer."""
     response = await post(person, path, body)
     assert response.status_code == 201, response.text
     answer: dict[str, Any] = response.json()
@@ -113,7 +113,7 @@ async def copy_workflow(person: UserClient, path: str, body: Any = None) -> dict
 
 
 async def create_template(people: OrganizationUsers, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Make a template out of a workflow of the owner's, and return its id."""
+    """Create a template from a workflow of the owner, and return its id."""
     workflow_id = await people.owner.create(**fields)
     answer = await copy_workflow(people.admin, f"/{workflow_id}/save-as-template", {})
     template_id: str = answer["workflowId"]

@@ -43,7 +43,7 @@ def changed_settings(**settings: object) -> dict[str, Any]:
 
 
 async def create_source(person: UserClient, **fields: Any) -> str:  # noqa: ANN401 - any JSON value
-    """Make a data source and return its id."""
+    """Create a data source and return its id."""
     count = (await person.api.get(SOURCES)).json()["count"]
     response = await person.api.post(SOURCES, json={"name": f"Source {count}", **DATABASE, **fields})
     assert response.status_code == 201, response.text

@@ -1,4 +1,4 @@
-"""Deployments as clients ask for them, with a deployer and pods on this machine, on both databases."""
+"""Deployments over HTTP, with a deployer and pods on this machine, on both databases."""
 
 from __future__ import annotations
 

@@ -265,7 +265,7 @@ async def test_a_mail_is_known_again_and_a_token_of_mailgun_is_good_for_one_mail
 
 
 def notified(step: ProviderStep, content: str, ses_id: str) -> ProviderStep:
-    """Return another notification of SES, of a mail with a content and the id that SES gives it."""
+    """Return another notification of SES about a mail with the given content and SES id."""
     envelope = json.loads(step.body)
     told = json.loads(envelope["Message"])
     told["content"] = b64encode(content.encode()).decode()
@@ -440,7 +440,7 @@ async def test_a_mail_that_is_stored_is_read_only_where_the_trigger_says(
         assert_refused(await mails.post(workflow_id, step), 503, "trigger-not-ready")
         (delivery,) = await mails.deliveries(workflow_id)
         assert delivery.reason.startswith("trigger-not-ready: ")
-    # As it is now, the object can't be read; a moment later it can.
+    # The object is unreadable at first, and readable a moment later.
     workflow_id = await mails.workflow(
         owner, ses={"topics": topics, "objects": await mails.bucket(owner, "")}
     )
@@ -845,5 +845,5 @@ async def test_a_large_mail_keeps_nobody_waiting(mails: MailHarness, people: Org
     seconds = time.process_time() - began
     (told,) = (await mails.given(execution_id))["attachments"]
     assert told["size"] == 57 * (25_000_000 // 78)
-    assert seconds < 3  # of a processor; most take a twentieth of that
+    assert seconds < 3  # processor time; usually a twentieth of that
     assert heartbeat.longest_delay_seconds < 0.25

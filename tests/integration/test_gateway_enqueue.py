@@ -209,7 +209,7 @@ async def test_a_message_for_later_wakes_no_pods(
         (url, {"message": 2}, 1),
     ):
         assert (await people.owner.api.post(path, json=body)).status_code == 201
-        await harness.gateway.activation._wakes.drain()  # noqa: SLF001 - nobody waits for it otherwise
+        await harness.gateway.activation._wakes.drain()  # noqa: SLF001 - nothing else waits for them
         (deployment,) = await read_rows(harness, Deployment, workflow_id=workflow_id)
         assert deployment.replicas == replicas
     runs = await read_rows(harness, Execution, workflow_id=workflow_id, assigned_deployment_id=workflow_id)

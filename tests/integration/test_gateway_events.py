@@ -123,7 +123,7 @@ async def create_token(
 
 @asynccontextmanager
 async def set_time(harness: GatewayHarness, moment: datetime) -> AsyncIterator[None]:
-    """Have the gateway look at signatures at a moment."""
+    """Set the gateway's clock for signatures."""
     before = harness.gateway
     harness.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
     try:
@@ -363,7 +363,7 @@ async def test_deployed_workflows_take_events_as_they_are_deployed(
 
 async def wait_until_wanted(harness: GatewayHarness, workflow_id: str) -> None:
     async with asyncio.timeout(60):
-        while not (await read_rows(harness, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows tell nobody
+        while not (await read_rows(harness, Deployment, workflow_id=workflow_id))[0].replicas:  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
 
 
@@ -382,7 +382,7 @@ async def test_events_that_are_none_are_refused_with_a_note(
 async def send(
     client: httpx2.AsyncClient, step: ProviderStep, target: str, key: str | None = None
 ) -> httpx2.Response:
-    """Send a request as it was recorded, but for its line and its API key."""
+    """Send a recorded request with another request line and API key."""
     headers = [
         (name, value)
         for name, value in step.headers
@@ -589,7 +589,7 @@ async def test_a_thousand_workflows_are_run_within_moments(
 
 
 async def seed(harness: GatewayHarness, person: UserClient, count: int) -> None:
-    """Make many workflows like one, each with a graph of its own."""
+    """Insert copies of a workflow, each with its own graph."""
     first = await create_active_workflow(person, subscription_graph("seeded.event"))
     async with harness.gateway.database.read() as connection:
         tables: Sequence[tuple[type[SQLModel], str]] = (

@@ -73,7 +73,7 @@ def _nobody_looks_without_being_told() -> Iterator[None]:
 
 @pytest.fixture
 def looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have gateways that start from now on look by themselves, as they do."""
+    """Restore the default polling of gateways that start from now on."""
     assert LOOK_SECONDS <= 1
     monkeypatch.setattr(long_poll, "LOOK_SECONDS", 0.2)
 
@@ -866,7 +866,7 @@ async def measure_poll(poll: Awaitable[dict[str, Any]]) -> tuple[dict[str, Any],
 
 
 async def spin_until(condition: Callable[[], bool]) -> None:
-    while not condition():  # noqa: ASYNC110 - what is waited for says nothing of itself
+    while not condition():  # noqa: ASYNC110 - nothing signals the change
         await asyncio.sleep(0.001)
 
 

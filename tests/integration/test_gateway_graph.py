@@ -418,7 +418,7 @@ async def test_others_are_served_while_a_graph_is_gone_through(
     busy: set[Thread] = set()
 
     def seen(step: Callable[..., Any]) -> Callable[..., Any]:
-        def watched(*args: Any, **options: Any) -> Any:  # noqa: ANN401 - whatever the step takes and returns
+        def watched(*args: Any, **options: Any) -> Any:  # noqa: ANN401 - passed through unchanged
             busy.add(current_thread())
             return step(*args, **options)
 

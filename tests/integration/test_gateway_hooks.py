@@ -116,7 +116,7 @@ async def signature_config(person: UserClient, provider: str, **more: Any) -> di
 
 @contextmanager
 def set_time(harness: GatewayHarness, moment: datetime) -> Iterator[None]:
-    """Have the gateway look at signatures at a moment."""
+    """Set the gateway's clock for signatures."""
     before = harness.gateway
     harness.app.state.gateway = dataclasses.replace(before, clock=lambda: moment)
     try:
@@ -128,7 +128,7 @@ def set_time(harness: GatewayHarness, moment: datetime) -> Iterator[None]:
 async def send(
     harness: GatewayHarness, step: ProviderStep, target: str, body: bytes | None = None
 ) -> httpx2.Response:
-    """Send a request as it was recorded, but for its line."""
+    """Send a recorded request with another request line."""
     left_out = {b"host", b"connection", b"content-length"}
     headers = [(name, value) for name, value in step.headers if name.lower() not in left_out]
     nobody = await harness.client()
@@ -601,7 +601,7 @@ async def test_a_large_body_is_a_blob_of_its_run(harness: GatewayHarness, people
 async def test_a_body_may_be_as_large_as_its_trigger_says(
     harness: GatewayHarness, people: OrganizationUsers
 ) -> None:
-    """Its run gets it whole, and may pass it on unchanged, though no node may make as much."""
+    """Its run gets the whole body, and may pass it on unchanged, although no node may output as much."""
     hook = await create_webhook(people.owner, {**WHEN_DONE, "maxBodyBytes": 25_000_000}, ANSWERS)
     nobody = await harness.client()
     headers = {"Content-Type": "application/json"}

@@ -386,7 +386,7 @@ async def test_a_preview_replays_past_runs_under_both_policies(
 
 
 async def backdate_workflow(harness: GatewayHarness, workflow_id: str, age: timedelta) -> None:
-    """Have a workflow been made long ago."""
+    """Move the creation of a workflow far into the past."""
     row = update(Workflow).where(col(Workflow.id) == workflow_id)
     made = row.values(created_at=datetime.now(UTC) - age)
     await harness.gateway.database.transaction(lambda connection: connection.execute(made))

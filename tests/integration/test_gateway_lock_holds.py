@@ -37,7 +37,9 @@ def _large_workflow(config: bytes) -> bytes:
 
 
 async def _assert_holds_nobody_up(person: UserClient, method: str, path: str, body: bytes = b"") -> None:
-    """Send a request up to three times: a hold that it makes is there each time, one of a busy machine is not."""
+    """Send a request up to three times: a hold that it causes occurs each time, a hold by a busy machine does
+    not.
+    """
     for _ in range(lock_holds.ATTEMPTS):
         headers = {**JSON, "Idempotency-Key": uuid4().hex}
         with lock_holds.measure_holds() as holds:

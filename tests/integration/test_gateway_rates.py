@@ -101,7 +101,7 @@ async def test_gateways_share_their_buckets_on_redis(
 
 
 class BrokerWithoutTokens(LocalBroker):
-    """A broker that gives no tokens."""
+    """Broker whose token buckets are empty."""
 
     async def take_tokens(self, demands: Sequence[TokenDemand]) -> Sequence[TokenGrant]:  # noqa: ARG002 - the broker's own
         raise BrokerUnavailable("Redis is away")

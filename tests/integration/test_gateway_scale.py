@@ -29,7 +29,7 @@ from tests.services import PostgresServer
 
 WORKFLOWS = "/api/v1/workflows"
 NUMBER = 1_500
-"""Of each of two organisations: enough for PostgreSQL to take an index where there is one."""
+"""Workflows of each of two organizations: enough for PostgreSQL to prefer an index."""
 COLUMNS = {
     "createdAt": "created_at",
     "updatedAt": "updated_at",

@@ -126,7 +126,7 @@ async def test_shares_and_edits_at_the_same_time_are_all_kept(
 
 
 async def attempt_forbidden(person: UserClient, workflow_id: str, user_id: str) -> list[httpx2.Response]:
-    """Try everything that sharing doesn't give."""
+    """Attempt every operation that a share doesn't permit."""
     path = f"{WORKFLOWS}/{workflow_id}"
     return [
         await person.api.put(path, json={"name": "Taken over"}),

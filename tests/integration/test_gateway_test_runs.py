@@ -1,4 +1,4 @@
-"""Pieces of a workflow tried out over HTTP: a graph up to a node, nodes with given outputs, and a node alone."""
+"""Test runs over HTTP: a graph up to a node, nodes with given outputs, and a single node."""
 
 import json
 from collections.abc import AsyncIterator

@@ -138,7 +138,7 @@ async def read_deployment(harness: GatewayHarness, workflow_id: str) -> Deployme
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+        while not await condition():  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
 
 

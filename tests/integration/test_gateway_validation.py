@@ -293,7 +293,7 @@ async def test_a_graph_is_checked_beside_the_loop_that_serves_others(
 ) -> None:
     threads: list[threading.Thread] = []
 
-    def noted(*arguments: Any, **named: Any) -> ValidationResult:  # noqa: ANN401 - whatever it is asked
+    def noted(*arguments: Any, **named: Any) -> ValidationResult:  # noqa: ANN401 - passed through unchanged
         threads.append(threading.current_thread())
         return validate_graph(*arguments, **named)
 

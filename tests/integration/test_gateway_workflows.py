@@ -634,7 +634,7 @@ async def test_a_commit_whose_answer_was_lost_is_not_made_twice(
 ) -> None:
     transaction = harness.gateway.database.transaction
 
-    async def answered_the_second_time(work: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:  # noqa: ANN401 - whatever `work` returns
+    async def answered_the_second_time(work: Callable[[AsyncConnection], Awaitable[Any]]) -> Any:  # noqa: ANN401 - passed through unchanged
         await transaction(work)
         return await transaction(work)
 

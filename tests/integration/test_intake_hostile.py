@@ -39,7 +39,7 @@ URLENCODED = "application/x-www-form-urlencoded"
 CLOUD_EVENTS = "application/cloudevents+json"
 CLOUD_BATCH = "application/cloudevents-batch+json"
 LARGE = 1_000_001
-"""One more than the bodies that this gateway takes."""
+"""One byte more than this gateway's limit of bodies."""
 DEEP = 100_000
 
 

@@ -103,7 +103,7 @@ async def counting_folder(tmp_path: Path) -> AsyncIterator[CountingFolder]:
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+        while not await condition():  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
 
 

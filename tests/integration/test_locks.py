@@ -246,7 +246,7 @@ async def test_a_key_that_a_frozen_process_has_locked_holds_up_no_other_key(
         hold_key_lock(run_database, "a"),
     ):
         assert await require_prompt(concurrency_limits.admit_waiting_keys(database)) == (1, "")
-        # Many at once take one connection, so that others have some.
+        # Many at once use one connection, so that others remain.
         waiting = [
             asyncio.create_task(concurrency_limits.admit_waiting_runs(database, "a")) for _ in range(30)
         ]
@@ -385,7 +385,7 @@ async def create_ended_runs(
     owned_workflow: OwnedWorkflow,
     **changes: Any,  # noqa: ANN401 - any field of an Acceptance
 ) -> list[ExecutionKey]:
-    """Return two runs that have completed."""
+    """Create two completed runs, and return their ids."""
     runs = [await run_database.claimed(owned_workflow, **changes) for _ in range(2)]
     await run_database.store.record([write(one, end=RunStatus.COMPLETED) for one in runs])
     return [key_of(one) for one in runs]

@@ -30,7 +30,7 @@ from workers.settings import WorkerSettings
 
 PATIENCE_SECONDS = 60.0
 DEATH_SECONDS = 20.0
-"""Far more than a process takes to die with its parent."""
+"""Far more than a process needs to die with its parent."""
 LEASE_SECONDS = 600.0
 NOON = datetime(2025, 1, 15, 12, tzinfo=UTC)
 KILLED = 137
@@ -48,7 +48,7 @@ class LostWorkerHarness:
     folder: Path
 
     def worker(self, number: int) -> RunningCommand:
-        """Start a worker that holds one run at a time; all have the same name."""
+        """Start a worker that executes one run at a time; all workers have the same name."""
         log = self.folder / f"{number}.log"
         started = self.stack.enter_context(command_runs.run_command("worker", given=self.given, log=log))
         started.says("worker ready")

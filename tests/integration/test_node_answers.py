@@ -1,4 +1,4 @@
-"""Answers to waiting nodes, in both orders with the write by which their run goes to sleep."""
+"""Answers to waiting nodes, before and after the commit that puts their run to sleep."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def make_calls(store: JournalStore, database: Database) -> Calls:
 
 
 async def assert_all_refused(calls: Calls) -> float:
-    """Make calls at the same time, which must all fail; returns how long that took."""
+    """Make calls at the same time, which must all fail; return the duration."""
     begun_at = monotonic()
     answers = await asyncio.gather(*(call() for call in calls), return_exceptions=True)
     assert {type(answer) for answer in answers} == {DatabaseUnavailable}
@@ -128,7 +128,7 @@ async def test_what_was_under_way_when_the_server_fell_silent_is_given_up(
     calls = [*make_calls(*store_and_database), store_and_database[1].ping]
     await asyncio.gather(*(call() for call in calls))
     faulty_proxy.keep_requests(b"")
-    # More than there are connections: some wait for one of them.
+    # More calls than connections: some wait for a connection.
     assert await assert_all_refused(calls * CALLS) < FIRST_SECONDS
 
 
@@ -146,7 +146,7 @@ async def test_a_statement_that_takes_its_time_is_waited_for(
 
 @contextmanager
 def lock_file(run_database: RunDatabase) -> Iterator[None]:
-    """Keep a file locked, as a backup tool might."""
+    """Hold a lock on a file, as a backup tool might."""
     locking = sqlite3.connect(run_database.url.database or "", isolation_level=None)
     with closing(locking):
         locking.execute("BEGIN IMMEDIATE")

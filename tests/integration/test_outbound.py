@@ -116,7 +116,7 @@ async def open_client(
 
 
 def make_resolver(*answers: Sequence[str]) -> ResolveName:
-    """A resolver that gives the answers one after the other, the last one for ever."""
+    """Return a resolver that gives the answers in order, and then the last one forever."""
     remaining = list(answers)
 
     async def resolve(_: str) -> Sequence[str]:

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.anyio
 
 PATIENCE_SECONDS = 60.0
 WORKING_SECONDS = 1.5
-"""No child takes so much of a processor only to start."""
+"""More processor time than the start of a child uses."""
 
 NEVER_ENDING: dict[str, Json] = {"text": "a" * 1_000_000, "pattern": "a.*b|a", "operation": "find-all"}
 """Each of a million searches reads on to the end of the text."""

@@ -309,7 +309,7 @@ async def _drop_answer_to(command: bytes, url: str) -> AsyncIterator[str]:
 
 
 async def _load_scripts(url: str) -> None:
-    """Have one wakeup go through, so that no later command is answered by "no such script"."""
+    """Send one wakeup, so that no later command fails with "no such script"."""
     broker = await connect_broker(url)
     wakeups: Queue[int] = Queue()
     broker.start_worker(wakeups.put_nowait)

@@ -58,7 +58,7 @@ async def create_ended_run(
     days: float,
     **columns: Any,  # noqa: ANN401 - columns
 ) -> ClaimedRun:
-    """Have a run accepted and ended so many days ago, with a row in every table."""
+    """Create a run that ended `days` ago, with a row in every table."""
     run = await run_database.claimed(owned_workflow)
     spans = [
         NodeSpan(f"n{number}", "", "set", SpanStatus.COMPLETED, number, NOW, NOW, output=b"1")
@@ -92,7 +92,7 @@ async def change(run_database: RunDatabase, execution_id: str, **columns: Any) -
 
 
 async def remaining_executions(run_database: RunDatabase) -> set[str]:
-    """Return the executions that are left, of which nothing is missing."""
+    """Return the remaining executions, each of which must be complete."""
     found = [
         {
             row["id"]

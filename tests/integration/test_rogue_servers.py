@@ -93,7 +93,7 @@ def memory_bytes(name: str) -> int:
 
 @contextmanager
 def assert_little_memory() -> Iterator[None]:
-    """Check that the process takes little more at any time, even within one call."""
+    """Check that the process's memory grows little at any time, even within one call."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the highest so far is forgotten
     before = memory_bytes("VmRSS")
     yield
@@ -126,7 +126,7 @@ async def run_and_fail(source: ConnectionSource, node: str, config: dict[str, Js
 
 TEXT, INT4, TEXT_ARRAY, RECORD = 25, 23, 1009, 2249
 ARRAY = struct.pack(">iiiii", 1, 0, TEXT, 2**31 - 1, 1)
-"""Of items none of which follows."""
+"""Header of an array whose items never follow."""
 
 
 def encode_message(kind: bytes, body: bytes = b"") -> bytes:

@@ -153,7 +153,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 
 async def wait_until_async(condition: Callable[[], Awaitable[bool]]) -> None:
     async with asyncio.timeout(PATIENCE_SECONDS):
-        while not await condition():  # noqa: ASYNC110 - rows tell nobody that they changed
+        while not await condition():  # noqa: ASYNC110 - rows send no events
             await asyncio.sleep(0.02)
 
 

@@ -233,7 +233,7 @@ async def test_duties_go_on_when_the_clock_is_set_back(monkeypatch: pytest.Monke
     times, again = 0, asyncio.Event()
 
     class FaultyWallClock(datetime):
-        """The time of day by a clock that goes wrong."""
+        """Current time by a clock that runs wrong."""
 
         @classmethod
         def now(cls, tz: tzinfo | None = None) -> datetime:  # type: ignore[override]  # the class's own is a subclass

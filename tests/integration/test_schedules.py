@@ -1,4 +1,4 @@
-"""Schedules of workflows, from the graph to the runs, under a clock that the tests hold."""
+"""Schedules of workflows, from the graph to the runs, under a clock that the tests control."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ async def test_one_that_dies_before_its_commit_leaves_the_instant_to_the_next(
     (first, *_) = await get_instants(people.owner, workflow_id)
     write = scheduled_runs._ScheduleWriter.write  # noqa: SLF001 - the last moment before the commit
 
-    async def die(entrance: Any) -> None:  # noqa: ANN401 - what the method is of
+    async def die(entrance: Any) -> None:  # noqa: ANN401 - the type of the patched method
         await write(entrance)
         raise SchedulerKilled
 

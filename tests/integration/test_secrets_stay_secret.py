@@ -88,7 +88,7 @@ async def repeating_servers() -> AsyncIterator[RepeatingServers]:
 
 
 async def create_sources(person: UserClient) -> dict[str, str]:
-    """Make the data sources and return their ids by name."""
+    """Create the data sources and return their ids by name."""
     ids = {}
     for name, body in SOURCES.items():
         answer = await person.api.post("/api/v1/datasources", json={"name": name, **body})
@@ -197,7 +197,7 @@ async def test_no_answer_no_log_and_no_row_holds_a_secret(
 
 
 async def exercise_event_token(admin: UserClient, reader: AnswerCollector) -> list[str]:
-    """Make a token for events, send some by it, look at it, and return it."""
+    """Create an event token, send events with it, read it, and return it."""
     body = {
         "name": "Hooks",
         "secrets": {"github": [f"{CANARY}-github"], "slack": [f"{CANARY}-slack", f"{CANARY}-next"]},

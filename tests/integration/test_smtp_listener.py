@@ -37,7 +37,7 @@ async def mails(harness: GatewayHarness) -> AsyncIterator[MailHarness]:
 async def url(mails: MailHarness) -> AsyncIterator[str]:
     server = uvicorn.Server(uvicorn.Config(mails.harness.app, port=0, log_config=None, lifespan="off"))
     serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110 - it tells nobody
+    while not server.started:  # noqa: ASYNC110 - nothing signals the change
         await asyncio.sleep(0.01)
     yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     server.should_exit = True
@@ -55,7 +55,7 @@ async def open_listener(url: str, **settings: Any) -> AsyncIterator[int]:  # noq
 async def create_address(
     mails: MailHarness, person: UserClient, domain: str = "in.example.org"
 ) -> tuple[str, str]:
-    """Make a workflow that takes mail; returns its id and the address of its trigger."""
+    """Create a workflow with an email trigger; return its id and address."""
     workflow_id = await mails.workflow(person)
     made = await person.api.post(f"{WORKFLOWS}/{workflow_id}/trigger-token", json={})
     assert made.json()["urls"]["mailServer"].endswith(f"/mail/{made.json()['token']}")

@@ -150,7 +150,7 @@ async def assert_refused(code: str, work: Any) -> str:  # noqa: ANN401 - a corou
 
 
 async def wait_until(condition: Callable[[], Awaitable[bool]]) -> None:
-    while not await condition():  # noqa: ASYNC110 - a server tells nobody
+    while not await condition():  # noqa: ASYNC110 - nothing signals the change
         await asyncio.sleep(0.02)
 
 
@@ -745,7 +745,7 @@ async def test_the_certificate_must_name_the_host_although_an_address_is_connect
 
 
 def create_certificate(name: str, folder: Path) -> Path:
-    """Make a certificate for a name, with its key in the same file."""
+    """Create a certificate for a name, with its key in the same file."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     made = (

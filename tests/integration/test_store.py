@@ -206,7 +206,7 @@ async def test_a_run_checked_against_an_old_workflow_is_refused(
         AcceptanceResult(AcceptanceVerdict.STALE, stale.execution_id)
     ]
     assert await run_database.count("execution") == await run_database.count("execution_data") == 0
-    await run_database.accept(owned_workflow, **idempotency_fields())  # the key wasn't kept
+    await run_database.accept(owned_workflow, **idempotency_fields())  # the key wasn't stored
 
 
 async def test_a_run_of_a_deleted_workflow_is_refused(
@@ -435,7 +435,7 @@ async def test_two_processes_that_race_for_runs_get_each_once(run_database: RunD
             try:
                 claimed = await store.claim(ClaimQuery(owner, 30.0, 7))
             except DatabaseUnavailable:
-                continue  # a serializable database may refuse the same one again and again: it took nothing
+                continue  # a serializable database may refuse the same request repeatedly: nothing was committed
             if not claimed:
                 return
             taken.extend(one.execution_id for one in claimed)
@@ -1574,7 +1574,7 @@ async def test_a_claim_on_postgresql_probes_the_index_however_many_runs_wait(
     on_postgres: MigratedDatabase, spy: StatementSpy, organizations: int, statistics: str
 ) -> None:
     async with open_run_database(on_postgres) as run_database:
-        # Else the statistics may be of any moment in between.
+        # Otherwise the statistics may be of any time in between.
         await run_database.query("ALTER TABLE execution SET (autovacuum_enabled = false)")
         if statistics == "stale":
             await run_database.query("ANALYZE execution")  # of an empty table

@@ -1,4 +1,6 @@
-"""The templates that ship with the server, each from its use to the right result, on public data that is kept here."""
+"""Templates shipped with the server, each used and run to the right result on public data that is stored
+here.
+"""
 
 import csv
 import json
@@ -52,7 +54,7 @@ def organization_folder(harness: GatewayHarness, person: UserClient) -> Path:
 
 
 async def create_sqlite_source(person: UserClient, file: str) -> str:
-    """Make a data source of a SQLite file; returns its id."""
+    """Create a data source of an SQLite file; return its id."""
     body = {"name": file, "type": "sqlite", "settings": {"file": file}}
     response = await person.api.post("/api/v1/datasources", json=body)
     assert response.status_code == 201, response.text

@@ -89,7 +89,7 @@ async def execute_workflow(person: UserClient, workflow_id: str, **inputs: Any) 
 
 async def wait_for_question(person: UserClient, execution_id: str) -> dict[str, Any]:
     """Wait until an execution asks something."""
-    while not (shown := await get_json(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows tell nobody
+    while not (shown := await get_json(person, f"/{execution_id}/pending-inputs"))["inputs"]:  # noqa: ASYNC110 - rows send no events
         await asyncio.sleep(0.02)
     found: dict[str, Any] = shown["inputs"][0]
     return found

@@ -6,7 +6,7 @@ Json = dict[str, Any]
 
 
 class KubernetesError(Exception):
-    """An answer other than success, as the API server gives it."""
+    """Error response of the API server."""
 
     def __init__(self, status: int, reason: str, message: str, **metadata: str) -> None:
         super().__init__(message)

@@ -139,14 +139,14 @@ class FakeControllers:
             await asyncio.sleep(self._node.delay_seconds)
 
     def _seconds_until_due(self) -> float | None:
-        """Return when there is something to do though nothing changes."""
+        """Return the seconds until the next timed action; None if there is none."""
         if any(not machine.is_heard for machine in self._node.machines):
             return self._node.delay_seconds
         now_seconds = asyncio.get_running_loop().time()
         return min((max(retry.at - now_seconds, 0) for retry in self.retries.values()), default=None)
 
     def _control_machines(self) -> None:
-        """Take machines for lost that have been silent for too long, and evict their pods in time."""
+        """Taint machines that have been silent for too long, and evict their pods in time."""
         now_seconds = asyncio.get_running_loop().time()
         for machine in self._node.machines:
             if machine.silent_since is None:
@@ -212,7 +212,7 @@ class FakeControllers:
             self._store.delete(KINDS["pods"], metadata["namespace"], metadata["name"], {})
 
     def _schedule(self, pod: Json) -> bool:
-        """Give a pod its machine; one that has none waits, and goes at once when it is deleted."""
+        """Assign a pod to a machine. A pod without a machine waits, and is deleted at once when requested."""
         metadata = pod["metadata"]
         if "deletionTimestamp" in metadata:
             self._store.remove(("pods", metadata["namespace"], metadata["name"]))
@@ -250,7 +250,7 @@ class FakeControllers:
         self._store.set_status(deployment, self._status(deployment, failure))
 
     def _made(self, deployment: Json, digest: str, count: int, pods: list[Json]) -> str | None:
-        """Make pods, unless that has failed a moment ago; return why one could not be made."""
+        """Create pods, unless that failed a moment ago; return the reason of a failure."""
         metadata, now_seconds = deployment["metadata"], asyncio.get_running_loop().time()
         uid = metadata["uid"]
         retry = self.retries.get(uid)

@@ -34,14 +34,14 @@ class NodeBehavior:
     """Behavior of machines and controllers."""
 
     runs_commands: bool = False
-    """Without, a container is ready as soon as it is started, and nothing runs."""
+    """If false, a container is ready as soon as it is started, without a process."""
     delay_seconds: float = 0.02
     """Delay until a controller notices a change."""
     first_retry_seconds: float = 0.005
     """First delay until a ReplicaSet retries a refused pod; doubled each time."""
     restart_seconds: float = 0.3
     pull_seconds: float = 0.3
-    """Until an image that could not be pulled is tried again; the real one takes up to five minutes."""
+    """Delay until a failed image pull is retried; up to five minutes in a real kubelet."""
     start_seconds: float = 0.0
     """Time that a kubelet prepares a container before it starts it."""
     starts_at_once: int = 1_000
@@ -235,7 +235,7 @@ class FakeKubelet:
             process.kill()
 
     async def _probe(self) -> None:
-        """Ask for the start, then again and again whether it is ready."""
+        """Run the startup probe, then the readiness probe periodically."""
         async with aiohttp.ClientSession() as session:
             await self._started(session)
             probe = (self._container.get("readinessProbe") or {}).get("httpGet")
@@ -250,7 +250,7 @@ class FakeKubelet:
                 await asyncio.sleep(self._node.probe_seconds)
 
     async def _started(self, session: aiohttp.ClientSession) -> None:
-        """Return once the startup probe has succeeded; a container that takes too long is killed for it."""
+        """Return once the startup probe has succeeded; a container that takes too long is killed."""
         probe = self._container.get("startupProbe")
         if probe is None:
             return

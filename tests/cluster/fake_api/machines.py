@@ -24,7 +24,7 @@ class FakeMachine:
     cpu_millicores: float = 32_000
     is_powered: bool = True
     silent_since: float | None = None
-    """By the event loop's clock; None while its kubelet renews its lease."""
+    """Start of the silence by the event loop's clock; None while its kubelet renews its lease."""
     lost_since: float | None = None
     """When the control plane took it for lost, and tainted it."""
     is_cordoned: bool = False
@@ -54,7 +54,7 @@ def schedule_pod(pod: Json, machines: list[FakeMachine], others: list[Json]) -> 
 
 
 def toleration_seconds(pod: Json) -> float | None:
-    """Return how long a pod stays bound to a machine that is lost; None: for good."""
+    """Return how long a pod stays bound to a lost machine; None for no limit."""
     for toleration in pod["spec"].get("tolerations") or ():
         if toleration.get("key") == UNREACHABLE and toleration.get("effect") in {None, "NoExecute"}:
             seconds: float | None = toleration.get("tolerationSeconds")

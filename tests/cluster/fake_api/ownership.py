@@ -109,7 +109,7 @@ def update(owners: Owners, manager: FieldManager, old: Json, new: Json) -> None:
 def apply(
     owners: Owners, manager: FieldManager, live: Json, config: Json, *, is_forced: bool, group_version: str
 ) -> Json:
-    """Return the object with a configuration applied, or raise 409 with the fields that others own."""
+    """Return the object with a configuration applied; raise 409 with the fields that other managers own."""
     present, wanted = managed_fields(live), managed_fields(config)
     conflicts: dict[FieldManager, list[Path]] = {}
     for other, owned in owners.items():

@@ -23,7 +23,7 @@ _GO_NAMES = {"str": "string", "int": "int32", "bool": "bool", "datetime": "Time"
 
 @dataclass(frozen=True)
 class ObjectKind:
-    """A kind of object that the server keeps."""
+    """Kind of object in the server's API."""
 
     name: str
     plural: str

@@ -63,11 +63,11 @@ class FakeApiServer:
     failures: list[KubernetesError] = field(default_factory=list)
     """Answers to the next requests."""
     outage: KubernetesError | None = None
-    """The answer to every request, as long as it is set."""
+    """Answer to every request while it is set."""
     refuses: Callable[[str, str], KubernetesError | None] = lambda *_: None
     """Answer to each request with this method and path with query, until it is changed; None: as usual."""
     is_silent: bool = False
-    """It takes requests, and answers none."""
+    """Accept requests without answering."""
     page_size: int | None = None
     """Most items of one page, whatever limit a client requests."""
     requests: list[str] = field(default_factory=list)
@@ -89,7 +89,7 @@ class FakeApiServer:
     # ── controls for tests ──────────────────────────────────────────────────────────────────────────────────
 
     async def listen(self) -> None:
-        """Take requests, on the same port as before."""
+        """Accept requests, on the same port as before."""
         application = web.Application(client_max_size=2**24)
         application.router.add_route("*", "/{path:.*}", self.answer)
         self._runner = web.AppRunner(application, access_log=None, shutdown_timeout=0.1)
@@ -121,7 +121,7 @@ class FakeApiServer:
         self.cut_watches()
 
     def restart_etcd(self) -> None:
-        """Answer again, with nothing known of the versions before."""
+        """Answer again, without the earlier versions."""
         self.store.forget()
         self.outage = None
 

@@ -48,7 +48,7 @@ def format_now() -> str:
 
 
 class ObjectStore:
-    """All state of the API server; nothing in it waits."""
+    """All state of the API server, without waits."""
 
     def __init__(self) -> None:
         self.version = FIRST_VERSION
@@ -68,7 +68,7 @@ class ObjectStore:
         return self._shown(kind, found)
 
     def every(self, plural: str, namespace: str | None = None) -> Iterator[Json]:
-        """Yield the objects themselves: controllers read them, and change them by `set_status` alone."""
+        """Yield the stored objects: controllers read them, and change them by `set_status` only."""
         for (of_plural, of_namespace, _), found in sorted(self._stored.items()):
             if of_plural == plural and namespace in {None, of_namespace}:
                 yield found.object
@@ -202,14 +202,14 @@ class ObjectStore:
             self._commit("MODIFIED", key)
 
     def bind(self, pod: Json, machine: str) -> None:
-        """Have the scheduler give a pod its machine."""
+        """Assign a pod to a machine, as the scheduler."""
         metadata = pod["metadata"]
         key = ("pods", metadata["namespace"], metadata["name"])
         self._stored[key].object["spec"]["nodeName"] = machine
         self._commit("MODIFIED", key)
 
     def touch(self) -> None:
-        """Have the controllers look once more, though no object has changed."""
+        """Wake the controllers without a change."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -236,13 +236,13 @@ class ObjectStore:
         return self._shown(kind, present)
 
     def remove(self, key: Key) -> None:
-        """Take an object away at once."""
+        """Remove an object at once."""
         if key in self._stored:
             self._commit("DELETED", key)
             del self._stored[key]
 
     def forget(self) -> None:
-        """Compact: nothing before now can be watched or listed any more."""
+        """Compact the history: no earlier version can be watched or listed any more."""
         self.version += 1
         self.forgotten = self.version
         self.events.clear()
