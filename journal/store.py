@@ -128,8 +128,9 @@ class IngestWrite(msgspec.Struct, frozen=True):
     """Result of an event, as JSON text. Without it, the ids of accepted runs are stored if there are several.
     """
     idempotency: IdempotencyKey | None = None
-    """Key of the whole request. Runs may have their own keys; a run that was accepted before is not accepted
-    again.
+    """Key of the whole request.
+
+    Runs may have their own keys; a run that was accepted before is not accepted again.
     """
     redriven_from: str | None = None
 
@@ -138,7 +139,9 @@ class IngestResult(msgspec.Struct, frozen=True):
     """Result of an inbound request."""
 
     verdict: AcceptanceVerdict
-    """ACCEPTED even if some of its runs are not; REPEATED and MISMATCH by its own key; STALE if one of its
+    """Verdict on the whole request.
+
+    ACCEPTED even if some of its runs are not; REPEATED and MISMATCH by its own key; STALE if one of its
     workflows has changed, and then nothing is stored.
     """
     delivery_id: str

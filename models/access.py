@@ -109,8 +109,9 @@ class ApiCaller:
 
 KEY_PREFIX = "sk-"
 _ROUTING_CODE = "00"
-"""Reserved for routing between regions: keys stay in users' systems forever, so the code is part of them from
-the start.
+"""Reserved for routing between regions.
+
+Keys stay in users' systems forever, so the code is part of them from the start.
 """
 
 

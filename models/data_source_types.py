@@ -240,8 +240,10 @@ class DataSourceTypeFields:
     settings: type[DataSourceFields]
     secrets: type[DataSourceFields]
     destination: frozenset[str] = frozenset()
-    """Settings that say where secrets are sent, and how securely. A change of one of them requires the
-    secrets again; otherwise its author could have them sent to another server.
+    """Settings that say where secrets are sent, and how securely.
+
+    A change of one of them requires the secrets again; otherwise its author could have them sent to another
+    server.
     """
 
 

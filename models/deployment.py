@@ -77,8 +77,10 @@ class Deployment(SQLModel, table=True):
     version: int
     """Version of the workflow with that definition."""
     generation: int = Field(default=1, sa_column=Column(BigInteger, nullable=False))
-    """Number that increases with every change of the desired state. A change names the generation that it
-    read, so that only one of several concurrent wakes or stops succeeds.
+    """Number that increases with every change of the desired state.
+
+    A change names the generation that it read, so that only one of several concurrent wakes or stops
+    succeeds.
     """
     deployed_generation: int = Field(default=1, sa_column=Column(BigInteger, nullable=False))
     """Generation of the last deploy: older pods are replaced."""

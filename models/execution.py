@@ -32,8 +32,9 @@ SHARED_TARGET = "shared"
 LIMITED_TARGET = "limited"
 """Target of runs that wait for a concurrency slot."""
 DELAYED_TARGET = "delayed"
-"""Target of runs that may not start before a time, when they get another target. Ids of workflows sort after
-all these words.
+"""Target of runs that may not start before a time, when they get another target.
+
+Ids of workflows sort after all these words.
 """
 UNPARSED_TARGET = "intake"
 """Target of runs with unparsed mail."""
@@ -42,8 +43,9 @@ ISOLATED_TARGET = "isolated"
 ISOLATED_UNPARSED_TARGET = "isolated-intake"
 """Target of suspects with unparsed mail."""
 ISOLATION_TARGETS = {SHARED_TARGET: ISOLATED_TARGET, UNPARSED_TARGET: ISOLATED_UNPARSED_TARGET}
-"""Targets with a separate target for their suspects; suspects of a deployment keep its target and differ by
-their losses.
+"""Targets with a separate target for their suspects.
+
+Suspects of a deployment keep its target, and are recognized by their losses.
 """
 PRIORITY_MICROSECONDS = 60_000_000
 """Time by which one step of priority makes a run count as accepted earlier."""
@@ -145,18 +147,18 @@ class Execution(SQLModel, table=True):
     user_id: str
     status: str = ExecutionStatus.PENDING
     target: str = SHARED_TARGET
-    """Who may claim it: any worker, the pods of the workflow with this id, or nobody while it waits for a
-    slot.
-    """
+    """Possible executors: any worker, the pods of the workflow with this id, or none while it waits for a slot."""
     assigned_deployment_id: str | None = None
-    """Deployment for its pods: its target unless that is a special one such as `limited`. None: any worker
-    may run it.
+    """Id of the workflow with the pods that run it, as its target unless that is special, such as `limited`.
+
+    None: any worker may run it.
     """
     trigger_type: str
     definition_hash: str
     rank: int = Field(sa_column=Column(BigInteger, nullable=False))
-    """Time of acceptance in microseconds, less a minute for each step of priority; smaller ranks are claimed
-    first.
+    """Time of acceptance in microseconds, less a minute for each step of priority.
+
+    Smaller ranks are claimed first.
     """
     queue_turn: int = Field(sa_column=Column(SmallInteger, nullable=False))
     """Hash of the workflow's id: within an organization, workflows are served in the order of their turns."""
@@ -173,9 +175,7 @@ class Execution(SQLModel, table=True):
     isolated: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, server_default=text("false"))
     )
-    """Whether it was claimed as a suspect and has not passed its trial since: a death of its worker counts
-    against it.
-    """
+    """Whether it is on trial as a suspect: then the death of its worker counts against it."""
     isolation_losses: int = Field(
         default=0, sa_column=Column(SmallInteger, nullable=False, server_default=text("0"))
     )
@@ -216,10 +216,9 @@ class Execution(SQLModel, table=True):
     is_private: bool = Field(
         default=False, sa_column=Column(Boolean, nullable=False, default=False, server_default=false())
     )
-    """Whether it runs content of its user, so that only users who may change the workflow see it."""
+    """Whether it runs content of its user. Then only this user and writers of the workflow see it."""
     has_journal: bool = False
-    """Whether spans of an earlier attempt, or of the run that it resumes, must be read before it continues.
-    """
+    """Whether spans of an earlier attempt, or of the run that it resumes, must be read before it continues."""
     created_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
     started_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
     ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))

@@ -90,15 +90,17 @@ class Delivery(SQLModel, table=True):
     """Id of its run, if it has started exactly one; that of the first delivery for a duplicate."""
     event_id: str | None = None
     answer: str | None = Field(default=None, sa_column=Column(Text))
-    """Result as JSON text: the run ids of a batch with several runs, or the results of an event, `[[workflow
-    id, name, execution id, error]]`. An error beside an execution id is true if that execution doesn't
-    exist.
+    """Result as JSON text.
+
+    It is the run ids of a batch with several runs, or the results of an event, `[[workflow id, name,
+    execution id, error]]`. An error beside an execution id is true if that execution doesn't exist.
     """
     payload: str | None = Field(default=None, sa_column=Column(Text))
     """Trigger input as JSON text, for a refused request that may be redriven."""
     deduplication_key: str | None = Field(default=None, sa_column=Column(Text))
-    """Idempotency key of a refused request, as JSON text: a repetition by the sender has it, and a redrive
-    consumes it.
+    """Idempotency key of a refused request, as JSON text.
+
+    A repetition by the sender has it, and a redrive consumes it.
     """
     redriven_from: str | None = None
     """Delivery that this one redrives."""

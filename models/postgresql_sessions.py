@@ -44,8 +44,9 @@ _without_timeouts: WeakSet[Any] = WeakSet()
 _connections: WeakKeyDictionary[AbstractEventLoop, dict[str, WeakSet[Any]]] = WeakKeyDictionary()
 """Open connections by event loop and address."""
 _breakers: WeakKeyDictionary[AbstractEventLoop, dict[str, CircuitBreaker]] = WeakKeyDictionary()
-"""Circuit breakers by event loop and address. All pools of a loop share one, so that the first to detect an
-outage tells the others.
+"""Circuit breakers by event loop and address.
+
+All pools of a loop share one, so that the first to detect an outage fails the calls of the others.
 """
 
 
