@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -105,9 +105,13 @@ async def redirect(request: GatewayRequest) -> RedirectResponse:  # noqa: ARG001
 
 
 def _find(path: str) -> ASGIApp | None:
-    return _opened().find(path)
+    try:
+        built_at = (BUILT / MANIFEST).stat().st_mtime_ns
+    except FileNotFoundError:
+        built_at = 0
+    return _opened(built_at).find(path)
 
 
-@cache
-def _opened() -> DocumentationSite | plain_pages.PlainPages:
+@lru_cache(maxsize=1)
+def _opened(built_at: int) -> DocumentationSite | plain_pages.PlainPages:  # noqa: ARG001 - a new build is opened anew
     return open_site(BUILT, checkout=CHECKOUT)
