@@ -21,11 +21,11 @@ from concurrency import gc_tuning
 
 BEAT_SECONDS: Final = 0.0005
 REFERENCE_SECONDS: Final = 0.0035
-"""That `_reference` takes on a core of an AMD EPYC in a cloud, for which the bounds are meant."""
+"""Seconds of `_reference` on a core of an AMD EPYC in a cloud, the reference machine of the bounds."""
 MEGABYTE_SECONDS: Final = 0.05
-"""The longest that a body of up to 1 MB may hold the lock, on that core."""
+"""Longest GIL hold for a body of up to 1 MB, on that core."""
 LIMIT_SECONDS: Final = 0.5
-"""The longest that anything within the limits may hold it."""
+"""Longest GIL hold for any input within the limits, on that core."""
 ATTEMPTS: Final = 3
 _SCHEDULING: Final = Path("/proc/thread-self/schedstat")
 _TEXT: Final = "[" + ",".join(['{"a":[1,"b"]}'] * 20_000) + "]"

@@ -22,14 +22,14 @@ BEGINNING = datetime(2025, 1, 1, tzinfo=UTC)
 NODES = 10
 ROWS_AT_ONCE = 5_000
 SHARED = 50
-"""One of so many is shared with the member."""
+"""One in this many workflows is shared with the member."""
 
 ACTIONS = ("Sync", "Import", "Clean", "Enrich", "Report", "Archive", "Notify")
 SUBJECTS = ("orders", "customers", "invoices", "stock", "tickets", "leads", "payments", "sensors", "pages")
 COMMON_WORD, RARE_WORD, ABSENT_WORD = "DATABASE", "réconciliation", "xylophone"
 """Words in the description of every workflow, of one in five hundred, and of none; stored in other case."""
 COMMON_TAG, RARE_TAG, ABSENT_TAG = "production", "audited", "nowhere"
-"""On a half, on one of five hundred, on none."""
+"""Tags of half of the workflows, of one in five hundred, and of none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,8 @@ class WorkflowOwners:
 
 
 async def fill(connection: AsyncConnection, crowd: WorkflowOwners, number: int) -> Rows:
-    """Give an organisation `number` workflows: one of twenty is deleted, one of fifty a template, one of ten public.
+    """Insert `number` workflows of an organization: one in twenty is deleted, one in fifty a template, one in
+    ten public.
 
     Returns their rows.
     """
@@ -71,7 +72,7 @@ async def fill(connection: AsyncConnection, crowd: WorkflowOwners, number: int) 
 
 
 def _build_workflow(crowd: WorkflowOwners, index: int) -> dict[str, Any]:
-    # The digits have no order in them, and are as many in each name: languages agree on how these are sorted.
+    # The digits are unordered and of equal length in each name, so that all collations sort them alike.
     name = f"{ACTIONS[index % 7]} {SUBJECTS[index % 9]} {index * 7919 % 100_000:05}"
     description = _build_description(index)
     created_at = BEGINNING + timedelta(seconds=index // 3)
@@ -113,7 +114,9 @@ def _build_description(index: int) -> str:
 
 
 def _choose_status(index: int) -> WorkflowStatus:
-    """Return draft for a half, active for most others, paused and archived for one of twenty each."""
+    """Return draft for half of the workflows, active for most others, paused and archived for one in twenty
+    each.
+    """
     if index % 2:
         return WorkflowStatus.DRAFT
     others = {0: WorkflowStatus.PAUSED, 2: WorkflowStatus.ARCHIVED}

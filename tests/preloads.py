@@ -17,7 +17,7 @@ SHIFTED_CLOCK = Path(__file__).with_name("shifted_clock.c")
 
 @functools.cache
 def compile_library(source: Path) -> Path | None:
-    """Return the shared library of a C file; None where there is no compiler."""
+    """Compile a C file and return the shared library; None if there is no compiler."""
     compiler = shutil.which("cc")
     if compiler is None:
         return None

@@ -1,7 +1,7 @@
-"""Real servers for tests, each on its own port and in its own folder, and gone when the test process is.
+"""Real servers for tests, each on its own port and in its own folder; they end with the test process.
 
-A server that TEST_DATABASE_URL, TEST_REDIS_URL, TEST_MYSQL_URL or TEST_RABBITMQ_URL names is used as it is. Otherwise
-the distribution's programs are started, or those of the PyPI packages where it has none.
+A server named by TEST_DATABASE_URL, TEST_REDIS_URL, TEST_MYSQL_URL or TEST_RABBITMQ_URL is used instead.
+Otherwise the programs of the distribution are started, or those of PyPI packages if it has none.
 """
 
 import os
@@ -76,7 +76,7 @@ class TestedServer(ABC):
 
     @property
     def process_id(self) -> int | None:
-        """The process of the server itself; None before the first start."""
+        """Process id of the server; None before the first start."""
         return self._process.pid if self._process is not None else None
 
     @abstractmethod
@@ -130,7 +130,7 @@ class PostgresServer(TestedServer):
     """PostgreSQL server whose commits survive `kill`, which ends the server and not the machine under it."""
 
     STOP = signal.SIGINT  # "fast": SIGTERM would wait for every client to leave
-    KILL = signal.SIGQUIT  # "immediate": after SIGKILL children keep the shared memory, and a restart fails
+    KILL = signal.SIGQUIT  # "immediate": after SIGKILL, children keep the shared memory, and a restart fails
 
     def is_ready(self) -> bool:
         try:
@@ -163,9 +163,9 @@ class RedisServer(TestedServer):
 
 
 class MysqlServer(TestedServer):
-    """MariaDB, as distributions have it; another server where the environment names one."""
+    """MariaDB of the distribution, or the server that the environment names."""
 
-    STOP = signal.SIGKILL  # nothing in it outlives the tests, and its good order takes seconds
+    STOP = signal.SIGKILL  # its data doesn't outlive the tests, and an orderly stop takes seconds
 
     def is_ready(self) -> bool:
         try:
@@ -191,7 +191,7 @@ class PortMapper(TestedServer):
 class RabbitmqServer(TestedServer):
     """RabbitMQ node without peers."""
 
-    STOP = signal.SIGKILL  # nothing in it outlives the tests, and its good order takes seconds
+    STOP = signal.SIGKILL  # its data doesn't outlive the tests, and an orderly stop takes seconds
 
     def is_ready(self) -> bool:
         try:
@@ -265,7 +265,7 @@ def run_redis() -> Iterator[RedisServer]:
 
 @contextmanager
 def run_mysql() -> Iterator[MysqlServer | None]:
-    """Start a MariaDB with a database `test`; None where the program isn't on PATH."""
+    """Start a MariaDB with a database `test`; yield None if the program isn't on PATH."""
     if named := os.environ.get("TEST_MYSQL_URL"):
         yield MysqlServer(make_url(named))
         return
@@ -286,7 +286,7 @@ def run_mysql() -> Iterator[MysqlServer | None]:
 
 @contextmanager
 def run_rabbitmq() -> Iterator[RabbitmqServer | None]:
-    """Start a RabbitMQ; None where its program isn't there."""
+    """Start a RabbitMQ; yield None if its program doesn't exist."""
     if named := os.environ.get("TEST_RABBITMQ_URL"):
         yield RabbitmqServer(make_url(named))
         return
@@ -328,7 +328,7 @@ def run_rabbitmq() -> Iterator[RabbitmqServer | None]:
 
 @contextmanager
 def run_pgbouncer(postgres: PostgresServer) -> Iterator[PgBouncer | None]:
-    """Start a PgBouncer before the given server; None where the program isn't on PATH."""
+    """Start a PgBouncer in front of the given server; yield None if the program isn't on PATH."""
     program = _find_on_path("pgbouncer")
     if program is None:
         yield None
@@ -382,7 +382,7 @@ def _nobody_options() -> list[str]:
 
 
 def reserve_port() -> int:
-    """Return a port that no other test is given, nor the kernel gives to a connection while its server is down."""
+    """Return a port that neither another test nor an outgoing connection gets while its server is down."""
     while True:
         port = random.choice(PORTS)
         if port % _SHARES != _SHARE or port in _given_ports:

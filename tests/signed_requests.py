@@ -36,7 +36,7 @@ _ECDSA: Final = ec.ECDSA(Prehashed(SHA256()))
 
 @dataclass(frozen=True, slots=True)
 class SignedRequest:
-    """A request, but for where it goes."""
+    """Request without its address."""
 
     headers: Mapping[str, str]
     body: bytes
@@ -85,7 +85,7 @@ def sign_mailgun(number: int) -> SignedRequest:
 
 
 def sign_ses(number: int) -> SignedRequest:
-    """Return a mail that SES hands in through SNS. Nothing here can sign as SNS does: a token has to vouch for it."""
+    """Return a mail of SES, delivered by SNS. Tests can't sign as SNS, so the request needs a token."""
     source, recipient = "ada@example.org", "desk@in.example.test"
     told = {
         "notificationType": "Received",
@@ -138,7 +138,7 @@ def sign_stripe(number: int) -> SignedRequest:
 
 
 def build_cloud_event(number: int) -> SignedRequest:
-    """Return a structured CloudEvent, which nothing signs: an API key has to vouch for it."""
+    """Return a structured CloudEvent. It has no signature, so the request needs an API key."""
     event = {"specversion": "1.0", "id": f"A{number}", "source": "/tests", "type": EVENT_TYPE, "data": {}}
     return SignedRequest({"Content-Type": "application/cloudevents+json"}, json.dumps(event).encode())
 

@@ -89,7 +89,7 @@ class FakeMailServer:
 async def serve_smtp(
     certificate: Path | None = None, *, tls: str = "starttls"
 ) -> AsyncIterator[FakeMailServer]:
-    """Run a server on a free port of the loopback; `tls` as data sources have it."""
+    """Run a server on a free port of the loopback; `tls` has the values of data sources."""
     mail_server = FakeMailServer()
     context = _tls_context(certificate) if certificate else None
 

@@ -118,5 +118,5 @@ class RetryingClient:
         return bool((await self.progress(execution_id))["status"] == status)
 
     async def ask(self, execution_id: str, request: str) -> httpx2.Response:
-        """Ask for `stop`, `cancel` or `resume`."""
+        """Request `stop`, `cancel` or `resume`."""
         return await self.answer("POST", f"/executions/{execution_id}/{request}")

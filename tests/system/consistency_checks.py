@@ -132,5 +132,5 @@ def _changed_keys(one: Mapping[str, Json], other: Mapping[str, Json]) -> list[st
 
 
 def count_repeated(effects: Mapping[tuple[str, str], Sequence[LedgerCall]]) -> Counter[str]:
-    """Return how often nodes had their effect more than once, by execution."""
+    """Return the number of repeated effects of nodes by execution."""
     return Counter(execution_id for (execution_id, _), calls in effects.items() for _ in calls[1:])

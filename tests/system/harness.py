@@ -1,4 +1,4 @@
-"""Pilotflame as it is deployed: real processes on real servers, and everything that can be done to them."""
+"""Pilotflame as deployed: real processes on real servers, with controls for every fault."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class OneProcess(SystemUnderTest):
 
     @contextmanager
     def database_locked(self) -> Iterator[None]:
-        """Keep the process from writing, as a backup tool might."""
+        """Lock the database against writes of the process, as a backup tool might."""
         fault = InjectedFault("SQLite locked", time.time(), float("inf"))
         self.faults.append(fault)
         with self.records.locked():
@@ -125,7 +125,7 @@ class FaultyLinks:
     gateway_to_database: FaultyProxy
     gateway_to_redis: FaultyProxy
     worker_to_database: FaultyProxy
-    """The first worker's: the second one, and the scheduler, ask PostgreSQL directly."""
+    """Link of the first worker. The second worker and the scheduler connect to PostgreSQL directly."""
 
 
 @dataclass(kw_only=True)
@@ -146,7 +146,7 @@ class ManyProcesses(SystemUnderTest):
 
     @asynccontextmanager
     async def database_down(self) -> AsyncIterator[None]:
-        """Have PostgreSQL crash, and start it again after the block."""
+        """Crash PostgreSQL, and restart it after the block."""
         fault = InjectedFault("PostgreSQL killed", time.time(), float("inf"))
         self.faults.append(fault)
         async with _take_down(self.postgres):
@@ -168,7 +168,7 @@ class ManyProcesses(SystemUnderTest):
 
     @asynccontextmanager
     async def redis_down(self) -> AsyncIterator[None]:
-        """Have Redis crash, and start it again after the block."""
+        """Crash Redis, and restart it after the block."""
         async with _take_down(self.redis):
             yield
 

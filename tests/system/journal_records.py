@@ -94,7 +94,7 @@ class JournalRecords(ABC):
         return [NodeRecord(*row) for row in rows]
 
     async def status(self, execution_id: str) -> str | None:
-        """Return the status of an execution; None where there is none."""
+        """Return the status of an execution; None if it doesn't exist."""
         rows = await self.fetch(f"SELECT status FROM execution WHERE id = '{execution_id}'")
         return rows[0][0] if rows else None
 

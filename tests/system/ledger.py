@@ -36,7 +36,7 @@ class LedgerCall:
     """Its `Idempotency-Key`."""
     body: bytes
     receipt: int
-    """The number that its answer holds."""
+    """Number in its answer."""
     port: int
     """Port of the sender's end of the connection."""
     arrived_at: float
@@ -129,7 +129,7 @@ class EffectLedger:
 
     @contextmanager
     def holding(self, node_id: str) -> Iterator[HeldRequests]:
-        """Keep requests of a node without an answer, until released or until the block ends."""
+        """Hold back the answers to a node's requests until released or until the block ends."""
         held = self._held[node_id] = HeldRequests(node_id)
         try:
             yield held

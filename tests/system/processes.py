@@ -112,7 +112,7 @@ class SystemProcess:
         assert self._process is not None
         self._process.wait()
         while any(_is_alive(process) for process in family):
-            pass  # a worker goes with its parent: it takes milliseconds, and nothing may happen in between
+            pass  # a worker dies with its parent within milliseconds, during which no other fault may strike
 
     def pause(self) -> None:
         """Pause the process unnoticed with SIGSTOP; return once it is stopped."""
@@ -124,7 +124,7 @@ class SystemProcess:
         while any(
             process.status() not in {psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE} for process in family
         ):
-            pass  # it takes microseconds, and nothing may happen in between
+            pass  # it takes microseconds, during which no other fault may strike
 
     def resume(self) -> None:
         """Resume the process after a pause with SIGCONT."""
@@ -134,7 +134,7 @@ class SystemProcess:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep it paused for the time of a block."""
+        """Pause the process during a block."""
         self.pause()
         try:
             yield

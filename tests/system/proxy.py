@@ -45,7 +45,7 @@ class FaultyProxy:
         self._has_kept_one.clear()
 
     async def kept_one(self) -> None:
-        """Wait until something is kept here."""
+        """Wait until traffic is held back."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             await self._has_kept_one.wait()
 

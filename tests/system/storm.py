@@ -59,7 +59,7 @@ class StormReport:
 
     ended: Counter[str]
     crashed: int
-    """Runs that were given up since they lost so many workers in a row."""
+    """Runs that ended as crashed after too many lost workers in a row."""
     repeated_effects: int
     calls: int
     longest_seconds: float
@@ -164,7 +164,7 @@ async def _strike_all(strikes: Sequence[Strike], storm: StormPlan, chance: Rando
 
     async with asyncio.TaskGroup() as group:
         for number, strike in enumerate(strikes):
-            # One after another, but each within its own stretch of time at random: some meet, and some are alone.
+            # Each fault strikes at a random time within its own share of the storm: some overlap, some don't.
             moment = storm.seconds * (number + chance.random()) / len(strikes)
             group.create_task(strike_at(moment, strike))
 

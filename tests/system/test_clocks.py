@@ -96,7 +96,7 @@ async def test_a_clock_that_is_set_under_one_process_on_sqlite_fails_no_run_and_
 
 
 def age(moment: str) -> float:
-    """Return how many seconds ago a moment was, by the clock of this machine, which is PostgreSQL's."""
+    """Return the age of a timestamp in seconds by this machine's clock, which is also PostgreSQL's."""
     return (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
 
 

@@ -17,7 +17,7 @@ from tests.system.wait_conditions import wait_until
 
 RUNS = 10
 SHARED = b"\0\0\0\6shared"
-"""The runs that a worker claims, in PostgreSQL's protocol: other statements hold the word in their text."""
+"""Claims of workers in PostgreSQL's protocol; other statements contain the word in their text."""
 
 
 @on_many_processes

@@ -1,4 +1,4 @@
-"""`pilotflame dev` alone: one process, which is its own only hope."""
+"""Restart of `pilotflame dev`: a single process that recovers its own runs."""
 
 from collections.abc import AsyncIterator
 
@@ -43,7 +43,7 @@ async def test_a_restart_takes_up_at_once_what_the_killed_process_held(
 async def test_sigterm_lets_the_node_in_hand_finish_and_a_restart_goes_on_behind_it(
     dev: SystemUnderTest, client: RetryingClient, ledger: EffectLedger
 ) -> None:
-    ledger.delay_seconds = 0.3  # a node then takes as long as the gateway does to close
+    ledger.delay_seconds = 0.3  # a node then takes as long as the gateway's shutdown
     run = await client.execute(await client.create(workflow_shapes.journey_workflow(ledger)))
     await ledger.call(2)
     dev.gateway.terminate()

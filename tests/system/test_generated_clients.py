@@ -1,4 +1,4 @@
-"""Clients that generators make of the served document compile strictly, and work against a real process."""
+"""Clients generated from the served OpenAPI document: they compile strictly, and work against a real process."""
 
 from __future__ import annotations
 

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 Workflow: TypeAlias = "dict[str, Json]"
 
 LONGEST_DELAY_SECONDS = 10.0
-"""The neighbour's run takes no longer, from the request to the answer: a second, and some more, since other tests that
-run meanwhile take their part of the same processors."""
+"""Longest duration of the neighbor's run, from the request to the answer: a second, plus a margin for other
+tests on the same processors.
+"""
 PROBE_SECONDS = 0.1
 SANE_BYTES = 500 << 20
 END_SECONDS = 60.0
@@ -100,7 +101,7 @@ class SharedServer:
         return f"{error['code']}: {error['message']}"
 
     async def all_fail(self, attacks: Iterable[tuple[Workflow, Mapping[str, Json], str]]) -> None:
-        """Have graphs run all at once, each to the failure that is expected of it."""
+        """Run graphs at the same time, each to its expected failure."""
         attacks = list(attacks)
         found = await asyncio.gather(*(self.failure(graph, inputs) for graph, inputs, _ in attacks))
         assert not [
@@ -119,7 +120,7 @@ class SharedServer:
         return ended.outputs
 
     async def refusal(self, graph: Mapping[str, Json]) -> str:
-        """Have a graph refused before it is saved; returns the answer."""
+        """Check that a graph is refused before it is saved; return the answer."""
         response = await self.asked("POST", "/workflows", dict(graph))
         assert response.is_client_error, response.text
         return response.text

@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dev(data: Path) -> Iterator[dict[str, str]]:
-    """A first start, as `make run` ends in one; yields the environment of the second terminal."""
+    """Start the server for the first time, like `make run`; yield the environment of the second terminal."""
     before = "/".join(_project_files())
     log = data.with_name("dev.log").open("w+")
     # The server and its commands talk to each other without the proxy.
@@ -113,7 +113,7 @@ def test_the_commands_of_the_readme_leave_nothing_in_the_checkout(dev: dict[str,
 
 
 def _project_files() -> set[str]:
-    """Return the names in the folders that commands run in, without those that tools of tests make."""
+    """Return the names in the folders of the commands, except those that test tools create."""
     folders = (ROOT, ROOT / "docs", ROOT / "docs/examples")
     names = {file.name for folder in folders for file in folder.iterdir()}
     return {name for name in names if not name.startswith((".", "__"))}

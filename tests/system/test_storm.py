@@ -9,7 +9,7 @@ from tests.system.storm import StormPlan
 LONGEST_RUN_SECONDS = 30.0
 """Duration of a run of the storm without faults, its wait included, on a busy machine."""
 FEW = 3
-"""Runs that so many faults in a row may hit, with nothing done in between, that they are given up."""
+"""Runs that may end as crashed because several faults in a row hit them without progress in between."""
 
 
 @on_many_processes

@@ -20,7 +20,7 @@ def set_node(node_id: str) -> Node:
 
 
 def wait_node(node_id: str, seconds: float) -> Node:
-    """Return a node that gives the worker back for a time."""
+    """Return a node that waits and releases its worker meanwhile."""
     return {"id": node_id, "nodeId": "wait", "config": {"seconds": seconds}}
 
 
@@ -36,14 +36,14 @@ def build_workflow(nodes: list[Node], edges: str, **settings: Json) -> dict[str,
 
 
 def chain_workflow(*nodes: Node, **settings: Json) -> dict[str, Json]:
-    """Return a workflow that goes from node to node."""
+    """Return a workflow with its nodes in a row."""
     ids = [node["id"] for node in (START, *nodes)]
     edges = " ".join(f"{source}>{target}" for source, target in pairwise(ids))
     return build_workflow([START, *nodes], edges, **settings)
 
 
 def journey_workflow(ledger: EffectLedger) -> dict[str, Json]:
-    """Return 20 nodes that only work, that ask and that act, with two branches that run at once and one not taken."""
+    """Return 20 pure, read and write nodes, with two parallel branches and one that is not taken."""
     check: Node = {
         "id": "check",
         "nodeId": "conditional",

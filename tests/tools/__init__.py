@@ -1,1 +1,1 @@
-"""Tools that tests start as programs, each in an environment of its own: no tool holds back a dependency."""
+"""Programs that tests start, each in a separate environment, so that no tool holds back a dependency."""

@@ -1,8 +1,8 @@
 """Environments of test tools: each is built once from its lock files, below `.tool-environments/`.
 
-A folder there is named for the hash of its locks, so a changed lock makes a new one. `python -m
-tests.tools.environments` builds all of them, which `make test` does before the first test; a test that finds none
-builds its own.
+A folder there is named for the hash of its locks, so a changed lock creates a new one. `python -m
+tests.tools.environments` builds all of them; `make test` runs it before the first test. A test without its
+environment builds it.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _run(command: Sequence[str], folder: Path | None = None) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock between processes: tests of several start together."""
+    """Hold a lock between processes, because tests of several processes start together."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -207,7 +207,7 @@ class InMemoryJournal:
 
 
 class SpanHistory(InMemoryJournal):
-    """A notebook that keeps every span in the order in which it was recorded."""
+    """Journal that stores every span in the order of its recording."""
 
     def __init__(self, recorded: Sequence[NodeSpan] = ()) -> None:
         super().__init__(recorded)

@@ -20,7 +20,7 @@ CATALOG = catalog.load_catalog()
 EVERY_TYPE = pytest.mark.parametrize("node_type", CATALOG.node_types.values(), ids=CATALOG.types())
 DRAWN_ONLY = {"agent", "llm", "tool"}
 LENT = {"llm", "tool"}
-"""Types that are connected to an agent, which asks them: nothing leads into them."""
+"""Node types that are connected to an agent, which calls them: they have no input ports."""
 
 SHOUT = """
 type = "shout-it"

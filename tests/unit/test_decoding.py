@@ -1,4 +1,4 @@
-"""JSON is decoded at a cost that grows with its length alone, and by decoders of one place."""
+"""JSON decoding: its cost is linear in the length, and all decoders come from one module."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ BASE = DEPLOY / "kubernetes/base"
 EXAMPLE = DEPLOY / "kubernetes/overlays/example"
 ROLES = ("gateway", "worker", "scheduler", "deployer")
 CUSTOM = {"ScaledObject", "TriggerAuthentication"}
-"""Kinds that a cluster has been taught, of which its own schemas know nothing."""
+"""Custom resources of the cluster, without schemas in the client."""
 DIGEST = re.compile(r"@sha256:[0-9a-f]{64}\Z")
 
 
@@ -711,14 +711,14 @@ async def test_a_real_api_server_takes_all_of_it() -> None:
 
 
 async def has_an_account(core: client.CoreV1Api, namespace: str) -> None:
-    """Wait for the account that each namespace is given, and that pods of no other account have."""
+    """Wait for the default service account of a namespace, which pods need."""
     async with asyncio.timeout(30):
         while not (await core.list_namespaced_service_account(namespace)).items:  # noqa: ASYNC110 - of another machine
             await asyncio.sleep(cluster_harness.POLL_SECONDS)
 
 
 def move_to_namespace(found: Json, made: dict[str, str]) -> Json:
-    """Return an object as it is in a namespace of the test's own."""
+    """Return an object, moved to the test's namespace."""
     secret: Json = {"data": {}} if found["kind"] == "Secret" else {}
     metadata = {**found["metadata"], "namespace": made[found["metadata"]["namespace"]]}
     return {**found, **secret, "metadata": metadata}

@@ -159,7 +159,7 @@ def is_resolvable(page: Path, link: str) -> bool:
 
 @cache
 def list_anchors(page: Path) -> frozenset[str]:
-    """Return the anchors that GitHub gives to the headings of a page, and those that it sets itself."""
+    """Return the anchors of a page: GitHub's for its headings, and explicit ones."""
     text = _FENCE.sub("", page.read_text())
     found: set[str] = set(_HTML_ANCHOR.findall(text))
     for heading in _HEADING.findall(text):

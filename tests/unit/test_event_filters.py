@@ -1,4 +1,4 @@
-"""Conditions on events: tested one by one, and freed of the run that asks them."""
+"""Conditions on events: evaluated one by one, with the values of their run substituted once."""
 
 from __future__ import annotations
 

@@ -196,7 +196,7 @@ def test_a_form_that_lies_about_its_files_is_read_all_the_same() -> None:
         ("=?utf-8?b?!!!?= x", " x"),
         ("=?utf-8?x?a?=", "=?utf-8?x?a?="),
         ("=?utf-8?q?a=0D=0ABcc:_b?=", "a Bcc: b"),
-        ("Gr\xc3\xbc\xc3\x9fe", "Grüße"),  # bytes of UTF-8, as they are
+        ("Gr\xc3\xbc\xc3\x9fe", "Grüße"),  # raw bytes of UTF-8
         ("Gr\xfc\xdfe", "Grüße"),  # of ISO-8859-1
         ("a\r\n\tb", "a b"),
         ("nul \x00", "nul \ufffd"),
@@ -552,7 +552,7 @@ def test_a_text_cut_at_any_byte_is_some_text(codec: str) -> None:
             for pieces in ([raw[:at]], [raw[:at], raw[at:]]):
                 text = charsets.decode_text_pieces(pieces, codec)
                 assert "\0" not in text
-                text.encode()  # no halves of characters, which no JSON holds
+                text.encode()  # no lone surrogates, which JSON can't contain
 
 
 @pytest.mark.parametrize("codec", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"])

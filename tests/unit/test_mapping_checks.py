@@ -448,7 +448,7 @@ def test_a_past_output_has_more_than_the_schema_says() -> None:
 
 
 class SpanJournal:
-    """A journal that keeps the spans of one run."""
+    """Journal that stores the spans of one run."""
 
     def __init__(self) -> None:
         self.spans: dict[str, NodeSpan] = {}

@@ -73,7 +73,7 @@ class ExampleJournal:
         """Leave it."""
 
     async def commit(self) -> None:
-        """Nothing is lost here."""
+        """Do nothing."""
 
     def holds_lease(self) -> bool:
         return True
@@ -147,7 +147,7 @@ class ExampleBlobs:
 
 
 class ExampleMailServer:
-    """Takes every mail."""
+    """Mail server that accepts every mail."""
 
     async def send(self, *_mail: object, **_limits: object) -> None:
         """Leave it."""

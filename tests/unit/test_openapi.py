@@ -331,7 +331,9 @@ def iterate_schemas(part: Any, path: str = "") -> Iterator[tuple[str, dict[str, 
 
 
 def test_a_schema_leaves_nothing_to_be_guessed() -> None:
-    """Generators take an object without fields for an empty one, and refuse a list of anything or a word of no type."""
+    """Generators read an object without fields as an empty one, and refuse lists of any items and enums
+    without a type.
+    """
     vague = []
     for path, schema in iterate_schemas(DOCUMENT):
         kinds = schema.get("type", [])

@@ -24,7 +24,7 @@ class RecordedTransport(asyncio.Transport):
         self.is_closed = True
 
     def abort(self) -> None:
-        """Be cut off: a closed connection is, once its client has had time to take the rest."""
+        """Abort the connection, as happens to a closed one after its client had time to read the rest."""
 
 
 def make_gathering() -> tuple[BufferedTransport, RecordedTransport]:

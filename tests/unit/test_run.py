@@ -863,7 +863,7 @@ async def test_a_write_that_is_tried_again_elsewhere_gets_the_recorded_input_and
         "inputMappings": {"rate": "nodes.rate.value"},
         "config": {"note": "rate {{ nodes.rate.value }}"},
     }
-    # Nothing leads from `rate` to `pay`: whether it has settled by then is a matter of luck.
+    # No path leads from `rate` to `pay`, so their order of completion is random.
     graph = compile_drawing(
         "start > rate; start > pay", {"pay": write_world(pay), "rate": read_world(look_up)}, {"pay": options}
     )
@@ -923,7 +923,7 @@ async def test_a_failed_request_is_the_cause_of_a_failed_run_also_after_a_crash(
 
 
 def restore_errors(spans: Iterable[NodeSpan]) -> list[NodeSpan]:
-    """Return spans with their errors as they are read back from rows."""
+    """Return spans with their errors as read back from rows."""
     return [
         msgspec.structs.replace(span, error=run_rows.decode_error(run_rows.encode_error(span.error)))
         for span in spans

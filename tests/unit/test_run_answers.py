@@ -33,7 +33,7 @@ YES = encode_json({"output": {"said": "yes"}, "port": "output"})
 
 
 class AskingNode:
-    """A node that asks, and counts how often it does."""
+    """Node that requests input, and counts its requests."""
 
     def __init__(self, *, seconds: float | None = None, expired: NodeResult | None = None) -> None:
         self.calls = 0

@@ -134,7 +134,7 @@ def test_other_unknown_fields_of_an_open_body_are_warned_of_once_each() -> None:
 
 def test_every_part_of_a_strict_body_is_strict() -> None:
     class StrictOuterBody(StrictWire):
-        """A body of a route of our own, with a part that routes of the contract have too."""
+        """Strict body of a route, with a part that routes of the contract share."""
 
         part: InnerBody | None = None
 

@@ -1,4 +1,4 @@
-"""Variables that look like settings: those of any process are known, and others are named."""
+"""Environment variables that resemble settings: those of any process are known, and others are reported."""
 
 from docs.settings_reference import BRIDGES, PROCESSES
 from pilotflame import unknown_variables

@@ -1,4 +1,4 @@
-"""The cache of watches: which of two states of an object holds."""
+"""Watch cache: choice of the valid one of two states of an object."""
 
 from __future__ import annotations
 

@@ -109,7 +109,9 @@ class Fixture:
 
 
 async def restore(fixture: Fixture, postgres: PostgresServer, folder: Path, addresses: Addresses) -> str:
-    """Make the database and its blobs in a data folder, as if left a moment ago; return the URL of the database."""
+    """Restore the database and its blobs in a data folder, as if left a moment ago; return the URL of the
+    database.
+    """
     fixture.restore_blobs(folder)
     if fixture.kind == "postgresql":
         return await restore_postgresql(fixture, postgres, addresses)
@@ -117,7 +119,7 @@ async def restore(fixture: Fixture, postgres: PostgresServer, folder: Path, addr
 
 
 def restore_sqlite(fixture: Fixture, file: Path, addresses: Addresses = NOWHERE) -> str:
-    """Make a file, without the blobs; return its URL."""
+    """Restore an SQLite file without the blobs; return its URL."""
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
         connection.executescript(fixture.statements(addresses))
         tables = [
@@ -136,7 +138,7 @@ def restore_sqlite(fixture: Fixture, file: Path, addresses: Addresses = NOWHERE)
 async def restore_postgresql(
     fixture: Fixture, postgres: PostgresServer, addresses: Addresses = NOWHERE
 ) -> str:
-    """Make a database on a server, without the blobs; return its URL."""
+    """Restore a PostgreSQL database without the blobs; return its URL."""
     url = await postgres.create_database(f"upgrade_{uuid4().hex}", template="template0")
     connection = await asyncpg.connect(url.replace("+asyncpg", "", 1))
     try:
@@ -154,7 +156,9 @@ async def restore_postgresql(
 
 
 def _updates(columns: list[tuple[str, str]], manifest: Manifest) -> Iterator[str]:
-    """Move all moments of the rows, so that leases, deadlines and retention are as far away as they were."""
+    """Yield statements that shift all times of the rows, so that leases, deadlines and retention keep their
+    distance from now.
+    """
     passed = time.time_ns() // 1_000 - manifest.made_at
     for table, column in columns:
         if _MOMENT.search(column) or (table, column) in _OTHER_MOMENTS:

@@ -122,7 +122,7 @@ class Maker:
             await self.api.post("/datasources", body, user=user)
 
     async def _complete(self) -> None:
-        """Have runs complete: with a log, a throttle, a version and a large output."""
+        """Complete runs with a log, a throttle, a version and a large output."""
         log: dict[str, Json] = {
             "id": "log",
             "nodeId": "log",
@@ -207,7 +207,9 @@ class Maker:
                 await self.api.post(f"{path}/{ending}")
 
     async def _wait_for_answers(self) -> None:
-        """Have runs wait for a person, for a sub-workflow that does, and for an event; one was answered before."""
+        """Leave runs waiting for a person, for a sub-workflow that does, and for an event; one was answered
+        before.
+        """
         await self.create(
             "ask",
             workflow_shapes.build_workflow(
@@ -329,7 +331,7 @@ class Maker:
 
 
 def _triggered(trigger: str, *nodes: workflow_shapes.Node, **config: Json) -> dict[str, Json]:
-    """Return an active workflow that goes from a trigger from node to node."""
+    """Return an active workflow with a trigger and its nodes in a row."""
     ids = ["start", *(str(node["id"]) for node in nodes)]
     edges = " ".join(f"{source}>{target}" for source, target in pairwise(ids))
     return workflow_shapes.build_workflow(
@@ -367,7 +369,7 @@ def _dump_postgresql(url: str) -> str:
 
 
 def main() -> None:
-    """Make the fixtures of both kinds."""
+    """Create the fixtures of both databases."""
     with services.run_redis() as redis, services.run_postgres() as postgres:
         for kind in KINDS:
             url = asyncio.run(postgres.create_database("upgrade")) if kind == "postgresql" else None

@@ -24,7 +24,7 @@ from tests.upgrades.fixture import CALLBACKS, FOLDER, KINDS, LEDGER, SECRET_KEY,
 FIXTURES = [Fixture(path.parent.name, path.name) for path in sorted(FOLDER.glob("*/*/"))]
 NEW_SECRET_KEY = "another secret, by which everything is encrypted anew"
 UNDO_ADDITIONS = (FOLDER / "0001/undo_additions.sql").read_text().split(";\n")[:-1]
-"""These statements make a database of release 0.1.0 out of one of revision 0001 as it was last."""
+"""Statements that turn a database of the latest revision 0001 into one of release 0.1.0."""
 LEASE_SECONDS = 120.0
 """Longer than any pause of a busy machine: a repeated node would be a fault."""
 SECRETS = 5
@@ -157,7 +157,7 @@ async def what_failed_is_redriven(upgraded: Upgraded) -> None:
 
 
 async def senders_are_known(upgraded: Upgraded) -> None:
-    """Tokens and signing secrets are valid, and a repeated delivery starts nothing."""
+    """Tokens and signing secrets are valid, and a repeated delivery starts no run."""
     url = f"/hooks/{upgraded.manifest.tokens['hook']}"
     push = signed_requests.sign_github(1, {"text": "0123456789" * 30_000})
     assert (await upgraded.api.deliver(url, push))["executionId"] == upgraded.run("hook")
@@ -205,7 +205,7 @@ async def results_are_shown(upgraded: Upgraded) -> None:
 
 
 async def unfinished(api: Api) -> list[str]:
-    """Return the runs that have not ended."""
+    """Return the ids of runs that have not ended."""
     lists = [await api.get(f"/executions?status={status}") for status in ("pending", "running", "waiting")]
     return [str(run["id"]) for listed in lists for run in listed["executions"]]
 

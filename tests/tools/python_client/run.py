@@ -1,6 +1,8 @@
-"""Create a workflow, execute it, poll it until it ends, and read a refusal, with the client of openapi-python-client.
+"""Create a workflow, execute it, poll it until it ends, and read a refusal, with the client of
+openapi-python-client.
 
-Takes the URL of a server and a key. `pilotflame_client` is generated beside this file before mypy checks both.
+Arguments: the URL of a server and an API key. A test generates `pilotflame_client` beside this file, and
+mypy checks both.
 """
 
 import sys
