@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from concurrency import gc_tuning, heartbeat
 from gateway import routes, state
+from gateway.deployments.routes import TRIGGER
 from gateway.http.byte_budget import ByteBudget
 from gateway.http.connection_budget import ConnectionBudget, connections_for
 from gateway.http.cross_origin import CrossOriginLayer
@@ -47,7 +48,7 @@ class GatewayApplication(Starlette):
             **internal_routes.endpoints(internal_routes.TABLE),
         }
         router = PathRouter(served, default=answer_unrouted)
-        trigger = PathRoute(routes.TRIGGER, served[routes.TRIGGER])
+        trigger = PathRoute(TRIGGER, served[TRIGGER])
         hosts = WorkflowHostRouter(router, trigger=trigger, default=answer_unrouted)
         return CrossOriginLayer(EdgeLayer(hosts, others=self.router))
 

@@ -14,27 +14,20 @@ import msgspec
 
 from gateway.executions.execution_shapes import ExecutionErrorShape
 from gateway.http.endpoint import OPEN_QUERIES, AccessRule
+from gateway.http.operation_docs import ETAG, EVENT_STREAM, JSON, HeaderDoc, OperationDoc
 from gateway.http.refusals import BODY_CODES, ERROR_CODES, JSON_CODES, ErrorResponse, example
 from gateway.http.sender import TOKEN
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.openapi import examples, schemas
-from gateway.openapi.operation_docs import (
-    ETAG,
-    EVENT_STREAM,
-    JSON,
-    OPERATION_DOCS,
-    PLACES,
-    HeaderDoc,
-    OperationDoc,
-)
+from gateway.openapi.path_parameters import PLACES
 from gateway.workflows.run_settings import KnownSettings
 from models.access import KeyScope
 
 if TYPE_CHECKING:
     from engine.values import Json
     from gateway.http.parameters import QueryParameter
+    from gateway.http.route import Route
     from gateway.openapi.examples import OperationExample
-    from gateway.routes import Route
 
 Part: TypeAlias = dict[str, Any]
 """Fragment of the document: JSON of any shape."""
@@ -131,7 +124,7 @@ def may_warn(line: Route) -> bool:
 
 
 def _note(line: Route) -> OperationDoc:
-    return OPERATION_DOCS.get(line.handler, OperationDoc())
+    return line.docs
 
 
 def _tags(table: Iterable[Route]) -> list[Part]:

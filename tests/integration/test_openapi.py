@@ -24,9 +24,9 @@ from gateway import main, routes
 from gateway.deployments import trigger
 from gateway.executions.long_poll import ExecutionPollHub
 from gateway.http import failed_attempts, limits
+from gateway.http.route import Route
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.openapi import openapi_document
-from gateway.routes import Route
 from gateway.settings import GatewaySettings
 from journal.store import ExecutionKey, RunProgressReport
 from pilotflame import command_error

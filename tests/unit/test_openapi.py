@@ -17,13 +17,13 @@ from gateway import routes
 from gateway.executions import node_tests
 from gateway.http import parameters
 from gateway.http.endpoint import AccessRule
+from gateway.http.operation_docs import IDEMPOTENCY_KEY, IF_MATCH
 from gateway.http.refusals import ERROR_CODES, JSON_CODES
+from gateway.http.route import Route
 from gateway.http.sender import TOKEN
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.ingest import dead_letters, deliveries, events
 from gateway.openapi import examples, openapi_document
-from gateway.openapi.operation_docs import IDEMPOTENCY_KEY, IF_MATCH, OPERATION_DOCS, OperationDoc
-from gateway.routes import Route
 from gateway.workflows import nodes
 from tests.unit.call_graph import CallGraph, CodeDefinition
 
@@ -144,13 +144,13 @@ def test_an_operation_is_documented_with_the_refusals_that_its_source_leads_to(l
     documented, found = set(openapi_document.codes(line)), reachable_codes(line)
     assert found - documented == set(), "not in the document: add it to NOTES"
     assert documented - found - OF_THE_ENDPOINT - {"not-found"} == set(), (
-        "nothing raises it: take it out of NOTES"
+        "nothing raises it: take it out of the docs of its route"
     )
 
 
 @pytest.mark.parametrize("line", LINES)
 def test_an_operation_is_documented_with_the_headers_that_it_reads(line: Route) -> None:
-    taken = OPERATION_DOCS.get(line.handler, OperationDoc()).takes
+    taken = line.docs.takes
     assert (IF_MATCH in taken) is reaches(line, MATCHING)
     assert (IDEMPOTENCY_KEY in taken) is reaches(line, "gateway.http.idempotency.read_key")
 
@@ -186,10 +186,6 @@ def test_every_parameter_of_a_query_is_read(line: Route) -> None:
     }
     # The sender's token is read before the handler is called.
     assert set(line.query) - {TOKEN} <= read
-
-
-def test_a_note_is_about_a_handler_of_the_table() -> None:
-    assert set(OPERATION_DOCS) <= {line.handler for line in routes.TABLE}
 
 
 def test_names_are_given_once() -> None:

@@ -4,6 +4,7 @@ import pytest
 
 from gateway import routes
 from gateway.http.endpoint import AccessRule, answer_unrouted
+from gateway.http.route import Route
 from gateway.http.router import PathRouter
 from models.access import KeyScope
 
@@ -12,7 +13,7 @@ LINES = [pytest.param(line, id=f"{line.method} {line.path}") for line in routes.
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_every_route_says_who_may_use_it(line: routes.Route) -> None:
+def test_every_route_says_who_may_use_it(line: Route) -> None:
     assert isinstance(line.access, KeyScope | AccessRule)
 
 
@@ -48,7 +49,7 @@ def test_no_line_stands_there_twice() -> None:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_no_path_is_hidden_by_one_above_it(line: routes.Route) -> None:
+def test_no_path_is_hidden_by_one_above_it(line: Route) -> None:
     taken = ROUTER.match(line.path)
     assert taken is not None
     assert taken.route.path == line.path

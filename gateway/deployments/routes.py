@@ -1,0 +1,156 @@
+"""Routes that deploy, start and stop workflows, and follow their pods. Fixed paths precede `{id}`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from gateway.deployments import deployments, discover, lifecycle, trigger
+from gateway.deployments.lifecycle_shapes import LifecyclePolicy, PolicyPreviewRequest
+from gateway.http.operation_docs import (
+    COLD_START,
+    EDITS,
+    SERVER_TIMING,
+    TAGGED,
+    TAKES_IN,
+    OperationDoc,
+    OtherSuccess,
+)
+from gateway.http.route import EXECUTE, READ, WRITE, Route
+
+TRIGGER = "/api/v1/workflows/{id}/trigger"
+
+ROUTES: Final[Sequence[Route]] = (
+    Route(
+        "GET",
+        "/api/v1/workflows/discover",
+        READ,
+        discover.index,
+        answer=list[discover.DiscoveredWorkflow],
+        query=(discover.APP_ID,),
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/deploy",
+        WRITE,
+        deployments.deploy,
+        answer=deployments.DeployResult,
+        docs=replace(
+            EDITS,
+            also={
+                202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.DeployResult)
+            },
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/deploy-version",
+        WRITE,
+        deployments.deploy_version,
+        body=deployments.DeployVersion,
+        answer=deployments.DeployResult,
+        docs=replace(
+            EDITS,
+            also={
+                202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.DeployResult)
+            },
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/undeploy",
+        WRITE,
+        deployments.undeploy,
+        answer=deployments.UndeployResult,
+        docs=replace(
+            EDITS, also={202: OtherSuccess("The pods have not stopped yet.", deployments.UndeployResult)}
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/stop",
+        WRITE,
+        deployments.stop,
+        answer=deployments.StopResult,
+        docs=OperationDoc(
+            refusals=("not-owner", "not-deployed"),
+            also={202: OtherSuccess("The pods have not stopped yet.", deployments.StopResult)},
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/start",
+        WRITE,
+        deployments.start,
+        body=deployments.StartDeployment,
+        answer=deployments.StartResult,
+        docs=OperationDoc(
+            refusals=("not-owner", "not-deployed"),
+            also={202: OtherSuccess("The pods are not ready yet, or cannot start.", deployments.StartResult)},
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/status",
+        READ,
+        deployments.show,
+        answer=deployments.DeploymentShape,
+        docs=TAGGED,
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/logs",
+        READ,
+        deployments.logs,
+        query=(deployments.LINES,),
+        answer=deployments.PodLog,
+        docs=OperationDoc(refusals=("not-deployed",)),
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/lifecycle",
+        READ,
+        lifecycle.show,
+        answer=lifecycle.LifecycleShape,
+        docs=TAGGED,
+    ),
+    Route(
+        "PUT",
+        "/api/v1/workflows/{id}/lifecycle",
+        WRITE,
+        lifecycle.update,
+        body=LifecyclePolicy,
+        answer=lifecycle.PolicyUpdateResult,
+        docs=EDITS,
+    ),
+    Route(
+        "GET",
+        "/api/v1/workflows/{id}/lifecycle/history",
+        READ,
+        lifecycle.history,
+        query=lifecycle.LISTED,
+        answer=lifecycle.DecisionList,
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/lifecycle/preview",
+        READ,
+        lifecycle.preview,
+        body=PolicyPreviewRequest,
+        answer=lifecycle.PolicyPreview,
+        docs=TAGGED,
+    ),
+    Route(
+        "POST",
+        TRIGGER,
+        EXECUTE,
+        trigger.start,
+        body=trigger.TriggerRequest,
+        answer=trigger.TriggerResult,
+        docs=replace(TAKES_IN, sends=(*TAKES_IN.sends, SERVER_TIMING, COLD_START)).refusing(
+            *("concurrency-limit", "not-deployed", "outside-window", "start-failed", "stopped-manually"),
+            "workflow-not-active",
+        ),
+    ),
+)

@@ -1,0 +1,203 @@
+"""Routes that start, follow, answer and end runs. Fixed paths precede `{id}`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Final
+
+from gateway.executions import bulk, execute, executions, inputs, node_tests
+from gateway.executions.execution_shapes import ExecutionShape, ProgressShape
+from gateway.http.operation_docs import (
+    DISPOSITION,
+    ETAG,
+    EVENT_STREAM,
+    IDEMPOTENCY_KEY,
+    LAST_EVENT_ID,
+    LOCATION,
+    REPLAYED,
+    TAKES_IN,
+    OperationDoc,
+    OtherSuccess,
+)
+from gateway.http.route import EXECUTE, READ, WRITE, Route
+
+ROUTES: Final[Sequence[Route]] = (
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/nodes/{sub}/test",
+        EXECUTE,
+        node_tests.run_node,
+        body=node_tests.NodeTestRequest,
+        answer=node_tests.NodeTestResult,
+        docs=replace(
+            TAKES_IN,
+            also={
+                202: OtherSuccess(
+                    "The test did not end within the wait time; the execution continues.",
+                    node_tests.PendingNodeTest,
+                )
+            },
+        ).refusing("duplicate-node-id"),
+    ),
+    Route(
+        "POST",
+        "/api/v1/workflows/{id}/execute",
+        EXECUTE,
+        execute.start,
+        body=execute.ExecuteRequest,
+        answer=execute.ExecuteResult,
+        status=201,
+        docs=TAKES_IN.refusing("concurrency-limit", "no-signing-secret"),
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions",
+        READ,
+        executions.index,
+        query=executions.LISTED,
+        answer=executions.ExecutionList,
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/bulk-cancel",
+        EXECUTE,
+        bulk.cancel,
+        body=bulk.BulkRequest,
+        answer=bulk.BulkResult,
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/bulk-retry",
+        EXECUTE,
+        bulk.retry,
+        body=bulk.BulkRequest,
+        answer=bulk.BulkRetryResult,
+        docs=OperationDoc(
+            takes=(IDEMPOTENCY_KEY,),
+            sends=(REPLAYED,),
+            refusals=("invalid-idempotency-key", "idempotency-mismatch", "queue-full"),
+        ),
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/bulk-delete",
+        WRITE,
+        bulk.delete,
+        body=bulk.BulkRequest,
+        answer=bulk.BulkResult,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}",
+        READ,
+        executions.show,
+        query=(executions.EXPAND,),
+        answer=ExecutionShape,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/progress",
+        READ,
+        executions.progress,
+        query=(executions.WAIT,),
+        answer=ProgressShape,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/spans",
+        READ,
+        executions.spans,
+        query=executions.SPANS,
+        answer=executions.SpanList,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/logs",
+        READ,
+        executions.logs,
+        query=executions.LOGS,
+        answer=executions.LogList,
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/blobs/{sha256}",
+        READ,
+        executions.blob,
+        answer=str,
+        docs=OperationDoc(
+            sends=(replace(ETAG, description="SHA-256 of the content."), DISPOSITION),
+            media_type="application/octet-stream",
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/events",
+        READ,
+        executions.events,
+        answer=executions.StreamedEvent,
+        docs=OperationDoc(
+            takes=(LAST_EVENT_ID,),
+            media_type=EVENT_STREAM,
+            also={204: OtherSuccess("The client already received the end of this stream.")},
+            refusals=("invalid-last-event-id",),
+        ),
+    ),
+    Route(
+        "GET",
+        "/api/v1/executions/{id}/pending-inputs",
+        READ,
+        inputs.index,
+        answer=inputs.PendingInputs,
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/{id}/input",
+        EXECUTE,
+        inputs.answer,
+        body=inputs.InputAnswer,
+        answer=inputs.InputAnswerResult,
+        docs=OperationDoc(
+            takes=(IDEMPOTENCY_KEY,),
+            sends=(REPLAYED,),
+            refusals=(
+                "invalid-idempotency-key",
+                "idempotency-mismatch",
+                "already-answered",
+                "input-expired",
+                "no-input-pending",
+            ),
+        ),
+    ),
+    Route(
+        "POST", "/api/v1/executions/{id}/stop", EXECUTE, executions.stop, answer=executions.EndRequestResult
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/{id}/cancel",
+        EXECUTE,
+        executions.cancel,
+        answer=executions.EndRequestResult,
+    ),
+    Route(
+        "POST",
+        "/api/v1/executions/{id}/resume",
+        EXECUTE,
+        executions.resume,
+        answer=executions.ResumeResult,
+        status=201,
+        docs=OperationDoc(
+            takes=(IDEMPOTENCY_KEY,),
+            sends=(LOCATION, REPLAYED),
+            refusals=(
+                "invalid-idempotency-key",
+                "idempotency-mismatch",
+                "execution-not-failed",
+                "already-resumed",
+                "workflow-deleted",
+                "workflow-paused",
+                "workflow-archived",
+            ),
+        ),
+    ),
+)

@@ -1,0 +1,45 @@
+"""Descriptions of path parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+
+@dataclass(frozen=True, slots=True)
+class PathParameterDoc:
+    """Path parameter, chosen by the path segment before it."""
+
+    description: str
+    example: str
+    schema: Mapping[str, Json] = field(
+        default_factory=lambda: {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}
+    )
+
+
+PLACES: Final[Mapping[str, PathParameterDoc]] = {
+    "keys": PathParameterDoc("Id of the key.", "key_abc123"),
+    "event-tokens": PathParameterDoc("Id of the token.", "tok_abc123"),
+    "events": PathParameterDoc("Id of the event.", "event_abc123"),
+    "workflows": PathParameterDoc("Id of the workflow.", "wf_abc123"),
+    "nodes": PathParameterDoc("Id of the node in the workflow.", "node-xyz123"),
+    "connections": PathParameterDoc("Id of the connection in the workflow.", "conn-abc123"),
+    "versions": PathParameterDoc("Number of the version, from 1; in comparisons also `current`.", "1"),
+    "diff": PathParameterDoc("Number of the version to compare with, or `current`.", "current"),
+    "share": PathParameterDoc("Id of the user.", "user_789"),
+    "datasources": PathParameterDoc("Id of the data source.", "ds_001"),
+    "workflow-nodes": PathParameterDoc("Name of the node type.", "http-request"),
+    "deliveries": PathParameterDoc("Id of the delivery.", "dlv_abc123"),
+    "executions": PathParameterDoc("Id of the execution.", "exec_xyz789"),
+    "hooks": PathParameterDoc("The trigger token of the workflow.", "tt-abc123"),
+    "mail": PathParameterDoc("The trigger token of the workflow.", "tt-mail123"),
+    "blobs": PathParameterDoc(
+        "SHA-256 of the content, as in the field `sha256` of its reference.",
+        "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855",
+        {"type": "string", "pattern": "^[0-9a-f]{64}$"},
+    ),
+}
