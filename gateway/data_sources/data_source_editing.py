@@ -111,7 +111,7 @@ async def edit_data_source(request: GatewayRequest, action: AuditAction, change:
         after = after.with_columns(revision=before.source.revision + 1, updated_at=request.gateway.clock())
         if not await data_source_rows.save(connection, before, after, request.caller):
             raise errors.conflict(
-                "edit-conflict", "Somebody else changed this data source just now: try again"
+                "edit-conflict", "Another request changed this data source at the same time: try again"
             )
         await _record(request, connection, action, before, after)
         done = after

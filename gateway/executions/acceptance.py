@@ -85,8 +85,7 @@ class RunAcceptor:
         self._group: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(
             self._commit, weigh=_weight, max_weight=MAX_CHARACTERS
         )
-        # A separate group: each of these runs takes a transaction of its own, and others need not wait for
-        # it.
+        # A separate group: each of these runs takes a transaction of its own, which others need not wait for.
         self._separate: GroupCommit[RunAcceptance, AcceptanceResult] = GroupCommit(self._commit)
         # Inbound requests have a group commit of their own too: each may start a thousand runs.
         self._ingests: GroupCommit[IngestWrite, IngestResult] = GroupCommit(

@@ -118,7 +118,9 @@ async def edit_workflow(
         if not await workflow_rows.save_workflow(
             connection, before, after, request.caller, request.gateway.catalog
         ):
-            raise errors.conflict("edit-conflict", "Somebody else changed this workflow just now: try again")
+            raise errors.conflict(
+                "edit-conflict", "Another request changed this workflow at the same time: try again"
+            )
         await source_checks.require_usable(connection, after, wanted.named_sources, request.gateway.vault)
         edited = WorkflowEdit(before, after)
         for addition in (also, anyway):

@@ -268,7 +268,7 @@ def _require_format(given: Mapping[str, Json]) -> None:
 
 def _unknown_field(name: str) -> dict[str, Json]:
     path = f"document.{name[: limits.NODE_TYPE_LENGTH]}"
-    return errors.problem(path, "unknown-field", f"{path} is no field of a document")
+    return errors.problem(path, "unknown-field", f"{path} is not a field of a document")
 
 
 def import_document(
@@ -336,7 +336,7 @@ def resolve_references(
     for resource_id, replacement in given.items():
         path = f"references.{resource_id[:64]}"
         if resource_id not in known:
-            problems.add(path, "unknown-reference", f"{path} is no reference of the document")
+            problems.add(path, "unknown-reference", f"{path} is not a reference of the document")
         elif replacement is not None:
             text_rules.check_identifier(replacement, path, problems)
     problems.raise_any()
