@@ -18,7 +18,7 @@ SPENT_PART: Final = 0.75
 """Share of the process's descriptors for connections; files, databases and child processes need the rest."""
 MOST_CONNECTIONS: Final = 20_000
 RESERVE_PART: Final = 10
-"""The reserve above the limit has one connection per this number."""
+"""Number of connections below the limit for each one in the reserve above it."""
 IDLE_SECONDS: Final = 0.2
 """Time for a new connection to send its request before it counts as idle."""
 READ_SECONDS: Final = 1.0

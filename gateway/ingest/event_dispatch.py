@@ -121,8 +121,8 @@ async def dispatch_event(
 ) -> EventDispatchResult:
     """Ingest an event with a run of every subscribed workflow, or return the outcomes of its first delivery.
 
-    Raises 400 when the event can't be stored, 409 when workflows change all the time, 413, 422 when its
-    idempotency key had another body, 429 and 503.
+    Raises 400 when the event can't be stored, and 409 when workflows change all the time. Raises 413 and 429
+    over a limit, 422 when its idempotency key had another body, and 503.
     """
     trigger = build_event_input(event)
     try:

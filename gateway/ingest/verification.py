@@ -184,8 +184,8 @@ async def verify_signature(
 ) -> VerifiedSignature:
     """Verify a request by the workflow's trigger and return the result.
 
-    Raises 401 for an invalid signature, 400 for a request that can't be parsed, 422 when the trigger has no
-    valid `verification`, and 503 when its secret is missing or can't be read.
+    Raises 401 for an invalid signature, and 400 for a request that can't be parsed. Raises 422 when the
+    trigger has no valid `verification`, and 503 when its secret is missing or can't be read.
     """
     said = None if workflow.trigger is None else workflow.trigger.config.get(FIELD)
     verification = parse_config(said)
