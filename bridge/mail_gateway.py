@@ -43,8 +43,8 @@ class SmtpReply:
 
 
 OK_REPLY: Final = SmtpReply(250, "2.1.5 OK")
-NO_SUCH_ADDRESS_REPLY: Final = SmtpReply(550, "5.1.1 No workflow takes mail at this address")
-RETRY_LATER_REPLY: Final = SmtpReply(451, "4.3.0 The workflow server is not reached: try again later")
+NO_SUCH_ADDRESS_REPLY: Final = SmtpReply(550, "5.1.1 No workflow accepts mail at this address")
+RETRY_LATER_REPLY: Final = SmtpReply(451, "4.3.0 The workflow server can't be reached: try again later")
 
 
 class _MailRefusalDetail(msgspec.Struct):

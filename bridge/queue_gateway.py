@@ -123,12 +123,12 @@ class QueueGateway:
         try:
             answers = decoding.decode(text, _MessageResults).results
         except msgspec.DecodeError as error:
-            raise BridgeRefused(f"What answers at {self._url} is not Pilotflame") from error
+            raise BridgeRefused(f"The server at {self._url} is not Pilotflame") from error
         if len(answers) != len(messages):
             raise BridgeRefused(f"The gateway has answered {len(answers)} of {len(messages)} messages")
         if any(one.error is not None and one.error.code == CONCURRENCY_LIMIT_CODE for one in answers):
             # Messages that were accepted meanwhile are deduplicated on the next attempt.
-            raise BridgeUnavailable("As many runs of the workflow go on as its settings allow")
+            raise BridgeUnavailable("The concurrency limit of the workflow is reached")
         return answers
 
     async def close(self) -> None:
@@ -153,17 +153,17 @@ def _error_for_response(status: int, headers: Mapping[str, str], text: bytes) ->
     try:
         reason = decoding.decode(text, _RefusalEnvelope).error
     except msgspec.DecodeError:
-        reason = _ValidationRefusal("", "The answer is none of Pilotflame's")
+        reason = _ValidationRefusal("", "The response is not one of Pilotflame")
     said = f"{reason.message} ({status} {reason.code})".replace(" )", ")")
     if status == TOO_LARGE_STATUS or reason.blames_content:
         return ContentRefused(reason.code or "payload-too-large", said)
     # An inactive workflow may become active again: its messages are safest in their queue.
     if status in RETRYABLE_STATUSES or status == CONFLICT_STATUS or status >= FIRST_SERVER_ERROR:
         return BridgeUnavailable(
-            f"The gateway would not: {said}",
+            f"The gateway is not available: {said}",
             retry_after_seconds=_parse_retry_after(headers.get("Retry-After")),
         )
-    return BridgeRefused(f"The gateway refuses it: {said}")
+    return BridgeRefused(f"The gateway refused the request: {said}")
 
 
 def _parse_retry_after(retry_after: str | None) -> float:

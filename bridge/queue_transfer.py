@@ -80,7 +80,7 @@ class QueueTransfer:
             self._in_hand.difference_update(taken)
         self.accepted += sum(answer.status == "accepted" for answer in answers)
         self.duplicates += sum(answer.status == "duplicate" for answer in answers)
-        log.debug("messages handed over", taken=len(taken), refused=len(refused))
+        log.debug("messages sent", taken=len(taken), refused=len(refused))
         if refused:
             await self._handle_refused(refused)
 
@@ -116,7 +116,7 @@ class QueueTransfer:
             case RefusalAction.STOP:
                 first = refused[0][0]
                 raise BridgeRefused(
-                    f"The message {first.deduplication_id} was refused, and left where it is: {reasons[first.id]}"
+                    f"The message {first.deduplication_id} was refused, and left in its queue: {reasons[first.id]}"
                 )
             case RefusalAction.DROP:
                 await self._until_available(lambda: self._source.acknowledge(list(reasons)))

@@ -153,7 +153,7 @@ class RabbitmqConsumer:
             arrived.append(self._arrivals.get_nowait())
         taken = {f"{self._mark}.{one.delivery_tag}": one for one in arrived if one is not None}
         if len(taken) < len(arrived):
-            raise BridgeUnavailable("RabbitMQ delivers no more by this connection")
+            raise BridgeUnavailable("RabbitMQ has closed the channel")
         self.in_hand.update(taken)
         return list(taken.items())
 
@@ -168,7 +168,7 @@ async def _translate_errors() -> AsyncIterator[None]:
     try:
         yield
     except FINAL_ERRORS as error:
-        raise BridgeRefused(f"RabbitMQ refuses it: {error}") from error
+        raise BridgeRefused(f"RabbitMQ refused: {error}") from error
     except RETRYABLE_ERRORS as error:
         raise BridgeUnavailable(f"RabbitMQ did not answer: {error or type(error).__name__}") from error
 
@@ -179,4 +179,4 @@ def _ignore_closed_channel() -> Iterator[None]:
     try:
         yield
     except RETRYABLE_ERRORS as error:
-        log.info("message out of hand", reason=str(error) or type(error).__name__)
+        log.info("message no longer held", reason=str(error) or type(error).__name__)

@@ -112,7 +112,7 @@ class RedisStream:
         try:
             # The group begins at the first entry, so that entries from before its creation are not missed.
             await self._client.xgroup_create(self._stream, self._group, id=OWN, mkstream=True)
-            log.info("consumer group made", stream=self._stream, group=self._group)
+            log.info("consumer group created", stream=self._stream, group=self._group)
         except redis.ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise
@@ -154,7 +154,7 @@ class RedisStream:
     async def _messages(self, entries: Sequence[StreamEntry]) -> Sequence[SourceMessage]:
         gone = [entry_id.decode() for entry_id, fields in entries if not fields]
         if gone:
-            log.warning("entries were deleted before they were handed over", stream=self._stream, ids=gone)
+            log.warning("entries were deleted before they were sent", stream=self._stream, ids=gone)
             await self._acknowledge(gone)
         return [self._message(entry_id.decode(), fields) for entry_id, fields in entries if fields]
 
@@ -186,9 +186,9 @@ class RedisStream:
             self._may_have_own, self._has_group = True, False
             text = str(error) or type(error).__name__
             if isinstance(error, AuthenticationError | AuthorizationError | NoPermissionError):
-                raise BridgeRefused(f"Redis refuses it: {text}") from error
+                raise BridgeRefused(f"Redis refused: {text}") from error
             if isinstance(error, redis.ResponseError) and text.startswith(FINAL_ERRORS):
-                raise BridgeRefused(f"Redis refuses it: {text}") from error
+                raise BridgeRefused(f"Redis refused: {text}") from error
             raise BridgeUnavailable(f"Redis did not answer: {text}") from error
 
 

@@ -38,12 +38,12 @@ async def until_available(work: Callable[[], Awaitable[T]], stop: asyncio.Event)
             note("bridge waits", reason=str(error), seconds=round(seconds, 1))
         else:
             if failures:
-                log.info("bridge goes on", failures=failures)
+                log.info("bridge continues", failures=failures)
             return result
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), seconds)
         if stop.is_set():
-            raise BridgeStopped("It was told to stop while it waited")
+            raise BridgeStopped("The process stopped while it waited")
 
 
 def pause_seconds(failures: int, retry_after_seconds: float) -> float:

@@ -57,7 +57,7 @@ class BridgeSettings(BaseSettings):
     bridge_name: str = Field(
         default="",
         description=(
-            "Name of the source, which tells two streams or queues of the same name apart when both feed one"
+            "Name of the source, which distinguishes two streams or queues of the same name when both feed one"
             " workflow: messages are deduplicated by it and their id. Unset: the name of the stream or queue."
         ),
     )
@@ -111,7 +111,7 @@ class BridgeSettings(BaseSettings):
         chosen = self.bridge_name or name
         if not _NAME.fullmatch(chosen):
             raise InvalidSettings(
-                f"Set PILOTFLAME_BRIDGE_NAME to 1 to 100 visible ASCII characters: {chosen!r} are none"
+                f"Set PILOTFLAME_BRIDGE_NAME to 1 to 100 visible ASCII characters, not {chosen!r}"
             )
         return f"{kind}:{chosen}"
 
@@ -132,7 +132,7 @@ class RedisBridgeSettings(BridgeSettings):
         description="Unique name of this consumer in the group. Unset: the name of the machine.",
     )
     bridge_redis_delete: bool = Field(
-        default=False, description="Delete entries of the stream once they are handed over."
+        default=False, description="Delete entries of the stream after they are accepted."
     )
     bridge_redis_dead_letters: str = Field(
         default="", description="Stream for refused entries. Unset: `<stream>.dead-letters`."

@@ -38,7 +38,7 @@ SHUTDOWN_SECONDS: Final = 20.0
 MAX_RECIPIENTS: Final = 100
 SERVER_NAME: Final = "Pilotflame"
 TOO_MANY_CONNECTIONS_REPLY: Final = b"421 4.3.2 Too many connections: try again later\r\n"
-WRONG_DOMAIN_REPLY: Final = SmtpReply(550, "5.7.1 No mail is taken for this domain")
+WRONG_DOMAIN_REPLY: Final = SmtpReply(550, "5.7.1 Mail for this domain is not accepted")
 TOO_MANY_RECIPIENTS_REPLY: Final = SmtpReply(452, "4.5.3 Too many recipients")
 
 
@@ -82,7 +82,7 @@ class SmtpMailHandler:
             if self._handed_over == 0:
                 self.at_rest.set()
         for address, reply in zip(envelope.rcpt_tos, replies, strict=True):
-            log.info("mail handed over", recipient_domain=split_recipient(address)[1], code=reply.code)
+            log.info("mail posted", recipient_domain=split_recipient(address)[1], code=reply.code)
         if self._protocol is MailProtocol.LMTP:
             return "\r\n".join(reply.line for reply in replies)
         return worst_reply(replies).line

@@ -185,9 +185,9 @@ class SqsQueue:
         done = await self._call(action, {"Entries": entries}, _SqsBatchResult, seconds=CALL_SECONDS)
         for failure in done.failed or ():
             if not failure.sender_fault:
-                raise BridgeUnavailable(f"SQS has not done all of {action}: {failure.code}")
+                raise BridgeUnavailable(f"SQS has not completed {action}: {failure.code}")
             # The receipt handle has expired: another consumer has the message, or it is deleted.
-            log.info("message out of hand", action=action, code=failure.code)
+            log.info("message no longer held", action=action, code=failure.code)
 
     async def _call(self, action: str, call: Mapping[str, Any], answer: type[T], *, seconds: float) -> T:
         body = msgspec.json.encode({"QueueUrl": self._queue_url, **call})
@@ -209,7 +209,9 @@ class SqsQueue:
         try:
             return decoding.decode(text, answer)
         except msgspec.DecodeError as error:
-            raise BridgeRefused(f"What answers at {self._endpoint} is no SQS that speaks JSON") from error
+            raise BridgeRefused(
+                f"The server at {self._endpoint} does not support the JSON protocol of SQS"
+            ) from error
 
 
 def _error_for_response(status: int, text: bytes) -> Exception:
@@ -221,8 +223,8 @@ def _error_for_response(status: int, text: bytes) -> Exception:
     said = f"{error.message} ({status} {code})".strip().replace(" )", ")")
     passes = status >= FIRST_SERVER_ERROR or status == TOO_MANY_REQUESTS
     if passes or any(word in code.lower() for word in RETRYABLE_CODES):
-        return BridgeUnavailable(f"SQS would not: {said}")
-    return BridgeRefused(f"SQS refuses it: {said}")
+        return BridgeUnavailable(f"SQS is not available: {said}")
+    return BridgeRefused(f"SQS refused: {said}")
 
 
 def _split_pages(ids: Sequence[str], size: int) -> Iterator[Sequence[str]]:

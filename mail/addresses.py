@@ -52,7 +52,7 @@ def _format_address(name: str, address: str) -> str:
     return f'"{quoted}" <{address}>' if _SPECIAL.search(name) else f"{name} <{address}>"
 
 
-# ── of mail to be sent ──────────────────────────────────────────────────────────────────────────────────────
+# ── outgoing mail ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +76,14 @@ def parse_mailboxes(text: str) -> list[Mailbox]:
     pairs = _parse_pairs(text)
     # An address that isn't literally in the text was repaired by the parser, and may be somebody else's.
     if not pairs or any(address not in text for _, address in pairs):
-        raise ValueError("it is no address")
+        raise ValueError("it is not an address")
     return [_build_mailbox(name, address) for name, address in pairs]
 
 
 def _build_mailbox(name: str, address: str) -> Mailbox:
     local, at, domain = address.rpartition("@")
     if not at or not _LOCAL.fullmatch(local) or len(local) > _MAX_LOCAL_CHARACTERS:
-        raise ValueError(f"{address[:100]!r} is no address such as ada@example.org")
+        raise ValueError(f"{address[:100]!r} is not an address such as ada@example.org")
     return Mailbox(name, local, _encode_domain(domain))
 
 
@@ -94,7 +94,7 @@ def _encode_domain(domain: str) -> str:
         try:
             domain = idna.encode(domain, uts46=True).decode()
         except idna.IDNAError as error:
-            raise ValueError(f"{domain[:100]!r} is no domain") from error
+            raise ValueError(f"{domain[:100]!r} is not a domain") from error
     if len(domain) > _MAX_DOMAIN_CHARACTERS or not _DOMAIN.fullmatch(domain):
-        raise ValueError(f"{domain[:100]!r} is no domain")
+        raise ValueError(f"{domain[:100]!r} is not a domain")
     return domain

@@ -69,7 +69,7 @@ def is_workflow_mail(message_id: str) -> bool:
 def check_header(name: str, value: str) -> None:
     """Raise `ValueError` for an invalid or managed header, and for a value that would inject another header."""
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{name[:100]!r} is no name of a header")
+        raise ValueError(f"{name[:100]!r} is not a valid header name")
     if name.lower() in _MANAGED_HEADERS or name.lower().startswith(_MANAGED_HEADER_PREFIXES):
         raise ValueError(f"the header {name} can't be set here")
     check_line(value, f"the header {name}")

@@ -136,7 +136,7 @@ def join_lines(text: str) -> str:
     return " ".join(text.splitlines()).strip()
 
 
-# ── labels from outside ─────────────────────────────────────────────────────────────────────────────────────
+# ── sanitizing of labels ────────────────────────────────────────────────────────────────────────────────────
 
 
 def clean_file_name(text: str) -> str:

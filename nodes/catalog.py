@@ -135,7 +135,9 @@ class NodeCatalog:
                 name, self.node_types
             )
             known = (
-                f"did you mean {' or '.join(nearest)}?" if nearest else f"there is {', '.join(self.types())}"
+                f"did you mean {' or '.join(nearest)}?"
+                if nearest
+                else f"the catalog has {', '.join(self.types())}"
             )
             raise UnknownNodeType(f"There is no node type {name!r}: {known}", nearest=nearest)
         if version in (None, node_type.version):
@@ -144,7 +146,7 @@ class NodeCatalog:
             wanted = f"{type} has no version {version[:SHOWN_CHARACTERS]!r}"
             known = " and ".join([node_type.version, *node_type.earlier])
             raise UnknownNodeType(
-                f"{wanted}: the catalogue has {known}", nearest=[type], version=node_type.version
+                f"{wanted}: the catalog has {known}", nearest=[type], version=node_type.version
             )
         return node_type.earlier[version]
 

@@ -33,7 +33,7 @@ def is_network(text: str) -> bool:
 TEXT_FORMATS: Final[Mapping[str, TextFormat]] = {
     "cron": TextFormat(
         schedule_timetable.is_cron_expression,
-        "five fields as cron has them, minute, hour, day of month, month and day of week, that come true at some time",
+        "a cron expression of five fields (minute, hour, day of month, month and day of week) that matches some time",
     ),
     "network": TextFormat(is_network, "a range of addresses such as 192.0.2.0/24, or one address"),
     "time-zone": TextFormat(is_time_zone, "an IANA time zone such as Europe/Berlin"),

@@ -129,7 +129,11 @@ def find_problems(
     if checker.is_valid(config):
         return []
     if _has_many_values(config):
-        return [ConfigProblem("config", "it doesn't fit the schema, and is too large to say where", "config")]
+        return [
+            ConfigProblem(
+                "config", "it doesn't match the schema, and is too large to locate the error", "config"
+            )
+        ]
     found = [problem for error in checker.iter_errors(config) for problem in _collect_problems(error, schema)]
     return found[:MAXIMUM_PROBLEMS]
 

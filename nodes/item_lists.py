@@ -23,6 +23,6 @@ def read_items(config: Mapping[str, Json], name: str = "items") -> list[Json]:
         raise NodeError(f"{config_fields.invalid_field(name, 'a list', value)}{hint}", code="invalid-config")
     found = config_fields.read_sequence(config, name)
     if len(found) > MAXIMUM_ITEMS:
-        message = f"`{name}` has {len(found):,} items; at most {MAXIMUM_ITEMS:,} go through"
+        message = f"`{name}` has {len(found):,} items; at most {MAXIMUM_ITEMS:,} are processed"
         raise NodeError(message, code="too-many-items")
     return found

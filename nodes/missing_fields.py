@@ -44,6 +44,6 @@ def require_fields(call: NodeCall, paths: Sequence[str], item_count: int) -> Non
         return
     message = (
         f"None of the {item_count:,} items has a field for {', '.join(paths)}: "
-        'correct the name, or set `missing` to "null" where that is no mistake'
+        'correct the name, or set `missing` to "null" if that is intended'
     )
     raise NodeError(message, code="unresolved-mapping")

@@ -63,7 +63,7 @@ async def _convert_object(call: NodeCall, key: str, content: bytes) -> dict[str,
         known = file_reader.guess_format(content, name=key)
     if len(content) > file_reader.MAXIMUM_BYTES:
         maximum = f"{file_reader.MAXIMUM_BYTES:,}"
-        message = f"The object has {len(content):,} bytes; only as a blob may it have more than {maximum}"
+        message = f"The object has {len(content):,} bytes; at most {maximum} are read unless `as` is `blob`"
         raise NodeError(message, code="object-too-large")
     return {"format": known.value, **await file_reader.parse_content(call, content, known)}
 

@@ -193,7 +193,7 @@ def follow_redirect(call: OutboundCall, response: OutboundResponse) -> OutboundC
 def _require_final_status(target: UrlTarget, status: int) -> None:
     """Refuse an interim status: 101 switches to a protocol that wasn't requested (RFC 9110, section 15)."""
     if status not in FINAL_STATUSES:
-        message = f"{target.host} answered {status}, which is no status of a final answer"
+        message = f"{target.host} answered {status}, which is not a final status"
         raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message)
 
 
@@ -238,7 +238,7 @@ class OutboundClient:
             async with asyncio.timeout(seconds):
                 return await (self._send_following(call) if follow_redirects else self._send(call))
         except TimeoutError as error:
-            message = f"no complete answer from {call.target.host} within {seconds:g} s"
+            message = f"no complete response from {call.target.host} within {seconds:g} s"
             raise OutboundUnavailable(OutboundOutageCode.TIMED_OUT, message) from error
 
     async def close(self) -> None:
@@ -331,10 +331,10 @@ class OutboundClient:
             message = f"no {kind} to {target.host} on port {target.port}"
             raise OutboundUnavailable(OutboundOutageCode.NOT_CONNECTED, message) from error
         except aiohttp.ClientResponseError as error:
-            message = f"{target.host} sent no valid HTTP, or a head that is too large"
+            message = f"{target.host} sent invalid HTTP, or headers that are too large"
             raise OutboundRefused(OutboundRefusalCode.INVALID_RESPONSE, message) from error
         except aiohttp.ClientError as error:
-            message = f"the connection to {target.host} broke before its answer was complete"
+            message = f"the connection to {target.host} was lost before its response was complete"
             raise OutboundUnavailable(OutboundOutageCode.INTERRUPTED, message) from error
 
     def _open_session(self) -> ClientSession:

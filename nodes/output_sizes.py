@@ -44,7 +44,5 @@ class OutputSize:
             raise self._exceeded() from error
 
     def _exceeded(self) -> NodeError:
-        message = (
-            f"{self._name} take more than {MAXIMUM_BYTES:,} bytes: that is passed with number {self._count:,}"
-        )
+        message = f"{self._name} take more than {MAXIMUM_BYTES:,} bytes: exceeded at number {self._count:,}"
         return NodeError(message, code="output-too-large")

@@ -73,7 +73,7 @@ def require_constant_sql(call: NodeCall, name: str) -> str:
     unresolved: list[str] = []
     text = call.values[name].render({}, unresolved)
     if unresolved:
-        message = f"`{name}` can't hold an expression: write `?`, and the value in `parameters`, where it is never SQL"
+        message = f"`{name}` can't contain an expression: write `?`, and put the value into `parameters`"
         raise NodeError(message, code="statement-refused")
     return config_fields.read_text({name: text}, name)
 
@@ -98,7 +98,7 @@ def _read_parameters(config: Mapping[str, Json]) -> list[Json]:
 def _check_names(columns: Sequence[str]) -> None:
     for name in columns:
         if columns.count(name) > 1:
-            message = f"Two columns of the result have the name {name[:100]!r}: give one another with AS"
+            message = f"Two columns of the result have the name {name[:100]!r}: rename one with AS"
             raise NodeError(message, code="duplicate-column")
 
 

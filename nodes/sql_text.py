@@ -75,7 +75,7 @@ def _require_statement(
         raise StatementRefused(f"{statement.verb[:20]} is not {wanted}: it must begin with one of {shown}")
     if statement.values != values:
         raise StatementRefused(
-            f"The statement has places (`?`) for {statement.values} values, but `parameters` holds {values}"
+            f"The statement has {statement.values} placeholders (`?`), but `parameters` has {values} values"
         )
     return statement
 
@@ -84,7 +84,7 @@ def quote_name(name: str, dialect: SqlDialect) -> str:
     """Quote a column name, or a part of a table name; raises `StatementRefused`."""
     if not name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
         raise StatementRefused(
-            f"{name[:40]!r} can't be a name: it takes 1 to {MAX_NAME_BYTES} bytes, without NUL"
+            f"{name[:40]!r} is not a valid name: a name has 1 to {MAX_NAME_BYTES} bytes, without NUL"
         )
     mark = "`" if dialect is SqlDialect.MYSQL else '"'
     return f"{mark}{name.replace(mark, 2 * mark)}{mark}"
@@ -98,7 +98,7 @@ def quote_table(name: str, dialect: SqlDialect) -> str:
     return ".".join(quote_name(part, dialect) for part in parts)
 
 
-# ── reading ─────────────────────────────────────────────────────────────────────────────────────────────────
+# ── tokenizer ───────────────────────────────────────────────────────────────────────────────────────────────
 
 _COMMON_TOKENS = r"""
   | (?P<place> \? )
@@ -195,15 +195,15 @@ def _find_token_end(text: str, token: re.Match[str], kind: str) -> int:
         case "dollar":
             closed = text.find(token[0], token.end())
             if closed < 0:
-                raise StatementRefused(f"A text that begins with {token[0][:20]} doesn't end")
+                raise StatementRefused(f"A text that begins with {token[0][:20]} is not closed")
             return closed + len(token[0])
         case "open":
-            raise StatementRefused(f"What begins with {token[0]} doesn't end")
+            raise StatementRefused(f"The text or name after {token[0]} is not closed")
         case "numbered":
             raise StatementRefused(f"Write `?` for a value, not {token[0][:10]}")
         case "executed":
             raise StatementRefused(
-                f"A comment that begins with {token[0]} is not allowed: the server obeys it"
+                f"A comment that begins with {token[0]} is not allowed: the server executes it"
             )
         case _:
             return token.end()
@@ -214,7 +214,7 @@ def _find_nested_end(text: str, position: int) -> int:
     while depth:
         edge = _COMMENT_EDGE.search(text, position)
         if edge is None:
-            raise StatementRefused("A comment that begins with /* doesn't end")
+            raise StatementRefused("A comment that begins with /* is not closed")
         depth += 1 if edge[0] == "/*" else -1
         position = edge.end()
     return position

@@ -120,7 +120,7 @@ def parse_target(url: str, base: str = "") -> UrlTarget:
         match = URL_PATTERN.fullmatch(urljoin(base, url))
         host = canonicalize_host(match[2]) if match else ""
     except ValueError as error:
-        raise ValueError("the URL's host is no valid name or address") from error
+        raise ValueError("the URL's host is not a valid name or address") from error
     if match is None:
         raise ValueError("the URL must be http or https, with a host and without a user")
     scheme = match[1].lower()

@@ -71,7 +71,7 @@ def build_response(config: Mapping[str, Json]) -> WebhookResponse:
     body_type = config_fields.read_choice(config, "bodyType", ResponseBodyType)
     body = _encode_body(body_type, config.get("body"))
     if len(body) > MAX_BODY_BYTES:
-        message = f"`body` has {len(body):,} bytes; an answer holds at most {MAX_BODY_BYTES:,}"
+        message = f"`body` has {len(body):,} bytes; a response has at most {MAX_BODY_BYTES:,}"
         raise NodeError(message, code="invalid-config")
     return WebhookResponse(int(status), {"content-type": _MEDIA_TYPES[body_type], **headers}, body)
 
@@ -85,7 +85,7 @@ def _check_headers(given: Mapping[str, Json]) -> dict[str, str]:
         if lower in headers or not _is_permitted(lower):
             known = ", ".join(sorted(_PERMITTED_HEADERS))
             message = (
-                f"`headers` may hold, each once, {known} and names of your own that begin with x-,"
+                f"`headers` accepts, each once, {known} and other names that begin with x-,"
                 f" not {name[:100]!r}"
             )
             raise NodeError(message, code="invalid-config")
@@ -117,4 +117,4 @@ def _encode_body(body_type: ResponseBodyType, value: Json) -> bytes:
     try:
         return b64decode(value, validate=True)
     except ValueError as error:
-        raise NodeError("`body` is no Base64", code="invalid-config") from error
+        raise NodeError("`body` is not valid Base64", code="invalid-config") from error

@@ -475,7 +475,7 @@ def _settings() -> ServerSettings:
     return settings.model_copy(update={"secret_key": data_dir.secret_key(settings.data_dir)})
 
 
-# ── a running server ──────────────────────────────────────────────────────────────────────────────
+# ── client commands ───────────────────────────────────────────────────────────────────────────────
 
 
 @app.command()

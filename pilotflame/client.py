@@ -158,7 +158,7 @@ class ApiClient:
             if last != LAST_EVENT:
                 time.sleep(PAUSE_SECONDS)
 
-    # ── the wire ──────────────────────────────────────────────────────────────────────────────────
+    # ── transport ─────────────────────────────────────────────────────────────────────────────────
 
     def _retry(self, ask: Callable[[], T]) -> T:
         """Retry for half a minute if the server has answered before: a restart loses nothing."""

@@ -48,7 +48,7 @@ def begin_migration(database_url: str) -> subprocess.Popen[bytes]:
     """Start the migration of a database in another process; Alembic would stay in the memory of this one."""
     environment = os.environ | {"PILOTFLAME_DATABASE_URL": database_url}
     command = [sys.executable, "-m", "pilotflame", "migrate"]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - our own program
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)  # noqa: S603 - this program itself
 
 
 def _is_new(settings: ServerSettings) -> bool:

@@ -63,7 +63,7 @@ class LineRenderer(Protocol):
     def __call__(self, logger: object, level: str, fields: Fields, /) -> bytes: ...
 
 
-# ── what a line says ──────────────────────────────────────────────────────────────────────────────
+# ── rendering ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def as_json(_logger: object, level: str, fields: Fields, /) -> bytes:
@@ -141,7 +141,7 @@ def _traceback(exc_info: object) -> str:
     return "".join(traceback.format_exception(error))[-MAX_TRACEBACK:]
 
 
-# ── where lines go ────────────────────────────────────────────────────────────────────────────────
+# ── writing ───────────────────────────────────────────────────────────────────────────────────────
 
 
 class LogLineWriter:

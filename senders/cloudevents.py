@@ -60,7 +60,7 @@ def parse_event(request: SenderRequest) -> SenderEvent | EventBatch:
     if not media_type.name.startswith("application/cloudevents"):
         return _parse_binary(request)
     if media_type.parameters.get("charset", "utf-8").lower() not in {"utf-8", "utf8"}:
-        raise RequestRefused("unsupported-media-type", "JSON is UTF-8")
+        raise RequestRefused("unsupported-media-type", "JSON must be UTF-8")
     if media_type.name == STRUCTURED_TYPE:
         return _parse_structured(request.json)
     if media_type.name != BATCHED_TYPE:
@@ -69,7 +69,7 @@ def parse_event(request: SenderRequest) -> SenderEvent | EventBatch:
         )
     batch = request.json
     if not isinstance(batch, list):
-        raise _invalid_event("a batch is a list")
+        raise _invalid_event("a batch must be a list")
     if len(batch) > MAX_EVENTS:
         raise RequestRefused("too-large", f"A batch has at most {MAX_EVENTS:,} events")
     return EventBatch([_parse_structured(one) for one in batch])
@@ -110,7 +110,7 @@ def _parse_binary(request: SenderRequest) -> SenderEvent:
     for header in request.headers.names_with_prefix(HEADER_PREFIX):
         name = header.removeprefix(HEADER_PREFIX)
         if name == "datacontenttype":
-            raise _invalid_event("the type of the data belongs into Content-Type")
+            raise _invalid_event("the media type of the data belongs in Content-Type")
         attributes[name] = _decode_header(request.headers.single(header) or "")
     content_type = request.headers.single("Content-Type")
     if content_type:
@@ -124,10 +124,10 @@ def _decode_header(value: str) -> str:
         value = _QUOTED_PAIR.sub(r"\1", value[1:-1])
     try:
         if _NO_ESCAPE.search(value):
-            raise _invalid_event("a percent sign in a header is followed by no hexadecimal number")
+            raise _invalid_event("a percent sign in a header is not followed by two hexadecimal digits")
         return unquote_to_bytes(value.encode("latin-1")).decode()
     except UnicodeDecodeError as error:
-        raise _invalid_event("a header is not UTF-8, percent-encoded") from error
+        raise _invalid_event("a header is not percent-encoded UTF-8") from error
 
 
 def _parse_body(request: SenderRequest) -> Json:
@@ -181,13 +181,13 @@ def _build_event(attributes: Mapping[str, Json], data: Json) -> SenderEvent:
 def _require_attribute(name: str, value: Json) -> None:
     """Require a text, a boolean, or an integer of 32 bits; raises `RequestRefused`."""
     if not _ATTRIBUTE_NAME.fullmatch(name):
-        raise _invalid_event("the names of attributes are of lower-case letters and digits")
+        raise _invalid_event("attribute names may contain only lower-case letters and digits")
     if isinstance(value, str):
         _require_text(name, value)
     elif name in _TEXT_ATTRIBUTES or not (
         isinstance(value, bool) or (isinstance(value, int) and value in _INTEGER_RANGE)
     ):
-        raise _invalid_event(f"its {name} is no attribute")
+        raise _invalid_event(f"its {name} has an invalid type")
 
 
 def _require_text(name: str, value: str) -> None:
@@ -198,9 +198,9 @@ def _require_text(name: str, value: str) -> None:
     if _CONTROL.search(value) or (name in _TEXT_ATTRIBUTES and not value):
         raise _invalid_event(f"its {name} is empty, or holds control characters")
     if name == "source" and " " in value:
-        raise _invalid_event("its source is no address")
+        raise _invalid_event("its source is not a URI reference")
     if name == "time" and not _is_timestamp(value):
-        raise _invalid_event("its time is no time of RFC 3339")
+        raise _invalid_event("its time is not a timestamp of RFC 3339")
 
 
 def _is_timestamp(value: str) -> bool:
@@ -214,4 +214,4 @@ def _is_timestamp(value: str) -> bool:
 
 
 def _invalid_event(reason: str) -> RequestRefused:
-    return RequestRefused("invalid-event", f"The request is no CloudEvent: {reason}")
+    return RequestRefused("invalid-event", f"The request is not a valid CloudEvent: {reason}")

@@ -129,9 +129,7 @@ def decode_value(value: memoryview | bytes) -> str:
 
 def _parse_multipart(body: bytes, boundary: str) -> Iterator[FormPart]:
     if not 1 <= len(boundary) <= MAX_BOUNDARY_LENGTH:
-        raise RequestRefused(
-            "malformed-form", "The Content-Type of the form names no boundary that parts could have"
-        )
+        raise RequestRefused("malformed-form", "The Content-Type of the form has no valid boundary")
     delimiter = b"--" + boundary.encode("latin-1")
     if not body.startswith(delimiter):
         raise _malformed_form("it does not begin with its boundary")
@@ -240,7 +238,7 @@ def _unescape(body: bytes, start: int, end: int) -> memoryview:
                 stop = escape
         piece = body[start:stop]
         if _IS_NO_ESCAPE.search(piece):
-            raise _malformed_form("a percent sign is followed by no hexadecimal number")
+            raise _malformed_form("a percent sign is not followed by two hexadecimal digits")
         value += a2b_qp(piece.replace(b"=", b"%3D").translate(_AS_QUOTED_PRINTABLE))
         start = stop
     return memoryview(value).toreadonly()

@@ -61,7 +61,7 @@ def require_type(event_type: str) -> None:
 def require_object(value: Json, what: str) -> dict[str, Json]:
     """Require a JSON object; raises `RequestRefused`."""
     if not isinstance(value, dict):
-        raise RequestRefused("invalid-event", f"{what} is no JSON object")
+        raise RequestRefused("invalid-event", f"{what} is not a JSON object")
     return value
 
 

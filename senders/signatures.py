@@ -57,7 +57,7 @@ def require_match(given: Collection[bytes], expected: Collection[bytes]) -> None
 def require_fresh(timestamp: str, at: datetime, *, past: timedelta, ahead: timedelta = CLOCK_SKEW) -> None:
     """Require a timestamp header, in seconds since the epoch, to be close to `at`; raises `RequestRefused`."""
     if not _SECONDS.fullmatch(timestamp):
-        raise RequestRefused("invalid-signature", "The time of the signature is no number of seconds")
+        raise RequestRefused("invalid-signature", "The time of the signature is not a number of seconds")
     require_recent(int(timestamp), at, past=past, ahead=ahead)
 
 
@@ -80,11 +80,9 @@ def missing_signature(what: str) -> RequestRefused:
 
 def invalid_signature() -> RequestRefused:
     """Return the refusal of a request with a wrong signature; it gives no details."""
-    return RequestRefused("invalid-signature", "The signature is not that of the request")
+    return RequestRefused("invalid-signature", "The signature does not match the request")
 
 
 def missing_secret() -> RequestRefused:
     """Return the refusal of a request for which no usable secret is configured."""
-    return RequestRefused(
-        "no-secret", "No secret, or none that can be used, is configured to verify the request with"
-    )
+    return RequestRefused("no-secret", "No usable secret is configured to verify the request with")

@@ -77,14 +77,12 @@ class SnsMessage:
 def parse_sns_message(request: SenderRequest) -> SnsMessage:
     """Parse the message in a request of any media type (SNS sends text/plain); raises `RequestRefused`."""
     if request.headers.values(RAW_HEADER):
-        raise RequestRefused(
-            "raw-delivery", "The subscription delivers messages raw, and so without a signature"
-        )
+        raise RequestRefused("raw-delivery", "The subscription uses raw delivery, which has no signature")
     if len(request.body) > MAX_BYTES:
         raise RequestRefused("too-large", f"A message of SNS has at most {MAX_BYTES:,} bytes")
     members = request.json
     if not isinstance(members, dict):
-        raise _malformed_message("it is no JSON object")
+        raise _malformed_message("it is not a JSON object")
     topic_arn, host = _parse_topic(members)
     timestamp, sent_at = _parse_time(members)
     kind = _parse_type(members, request.headers.single(TYPE_HEADER))
@@ -154,22 +152,22 @@ def confirmation_url(message: SnsMessage) -> str:
     The URL is built from topic and token; the `SubscribeURL` of the message is never visited.
     """
     if message.type is not SnsMessageType.SUBSCRIPTION or message.token is None:
-        raise _malformed_message("it asks for no confirmation")
+        raise _malformed_message("it is not a subscription confirmation")
     topic = quote(message.topic_arn, safe=":")
     return f"https://{message.host}/?Action=ConfirmSubscription&TopicArn={topic}&Token={message.token}"
 
 
-# ── its form ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── format ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _parse_type(members: dict[str, Json], header: str | None) -> SnsMessageType:
     text = _text_member(members, "Type")
     if header is not None and header != text:
-        raise _malformed_message("its header and its body say different types")
+        raise _malformed_message("its header and its body have different types")
     try:
         return SnsMessageType(text)
     except ValueError as error:
-        raise _malformed_message("its Type is none of SNS") from error
+        raise _malformed_message("its Type is unknown") from error
 
 
 def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
@@ -177,7 +175,7 @@ def _parse_topic(members: dict[str, Json]) -> tuple[str, str]:
     arn = _text_member(members, "TopicArn")
     parts = _TOPIC_ARN.fullmatch(arn)
     if parts is None:
-        raise _malformed_message("its TopicArn is none")
+        raise _malformed_message("its TopicArn is invalid")
     partition, region = parts.groups()
     return arn, f"sns.{region}.{_DOMAINS[partition]}"
 
@@ -187,7 +185,7 @@ def _parse_time(members: dict[str, Json]) -> tuple[str, datetime]:
     try:
         return text, datetime.fromisoformat(text)
     except ValueError as error:
-        raise _malformed_message("its Timestamp is none") from error
+        raise _malformed_message("its Timestamp is invalid") from error
 
 
 def _has_member(members: dict[str, Json], name: str) -> bool:
@@ -200,15 +198,15 @@ def _text_member(members: dict[str, Json], name: str, pattern: re.Pattern[str] |
     if not isinstance(value, str):
         raise _malformed_message(f"it has no text {name}")
     if pattern is not None and not pattern.fullmatch(value):
-        raise _malformed_message(f"its {name} is none")
+        raise _malformed_message(f"its {name} is invalid")
     return value
 
 
 def _malformed_message(reason: str) -> RequestRefused:
-    return RequestRefused("malformed-message", f"The message is none of SNS: {reason}")
+    return RequestRefused("malformed-message", f"The message is not a valid SNS message: {reason}")
 
 
-# ── its signature ───────────────────────────────────────────────────────────────────────────────────────────
+# ── signature ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
 # Version 1 is the default of a topic. Two messages with the same SHA-1 digest can only be made by a publisher
@@ -241,7 +239,7 @@ def _certificate_key(certificate_pem: bytes, now: datetime) -> RSAPublicKey:
     if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
         raise _invalid_certificate_error("it is not valid at this time")
     if not isinstance(key, RSAPublicKey) or key.key_size < MIN_KEY_BITS:
-        raise _invalid_certificate_error(f"its key is no RSA key of {MIN_KEY_BITS:,} bits or more")
+        raise _invalid_certificate_error(f"its key is not an RSA key of {MIN_KEY_BITS:,} bits or more")
     return key
 
 

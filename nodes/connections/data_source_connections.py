@@ -249,6 +249,6 @@ def _check_host(source: ConnectionSource, url: str) -> None:
     try:
         host = url_targets.parse_target(url).host
     except ValueError as error:
-        raise NodeError(f"The address is not to be used: {error}", code="invalid-url") from error
+        raise NodeError(f"The URL can't be used: {error}", code="invalid-url") from error
     if not isinstance(hosts, list) or host not in {str(each).lower().rstrip(".") for each in hosts}:
         raise NodeError(f"The data source is not for the host {host}", code="host-not-allowed")

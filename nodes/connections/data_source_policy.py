@@ -106,7 +106,7 @@ async def _resolve(host: str, resolve: ResolveHost) -> Sequence[IpAddress]:
     try:
         name = url_targets.canonicalize_host(f"[{host}]" if ":" in host else host)
     except ValueError as error:
-        raise NodeError(f"{host[:100]!r} is no valid host", code="address-not-allowed") from error
+        raise NodeError(f"{host[:100]!r} is not a valid host", code="address-not-allowed") from error
     try:
         return [url_targets.unmap_ipv4(name)]
     except ValueError:
@@ -142,7 +142,7 @@ async def _server_addresses(host: str, resolve: ResolveHost) -> Sequence[IpAddre
         return await _resolve(host, resolve)
     except NodeError as error:
         # Without the host name: the location of the server's database is secret.
-        message = "It can't be told whether this is the server's own database"
+        message = "It can't be determined whether this is the server's own database"
         raise NodeError(message, code="connection-failed", retryable=True) from error
 
 

@@ -70,7 +70,7 @@ class DatabaseEndpoint:
         found = await data_source_policy.resolve_allowed(
             connection_policy, resolve, host=self.host, port=self.port, database=self.database or self.user
         )
-        failure = connection_error("nobody answered there")
+        failure = connection_error("the server did not answer")
         context = self.tls_context()
         for address in found:
             try:
@@ -79,9 +79,9 @@ class DatabaseEndpoint:
             except TimeoutError:
                 failure = connection_error(f"there was no answer within {CONNECT_SECONDS} s")
             except ssl.SSLError:
-                failure = connection_error("its certificate is not to be trusted, or it speaks no TLS")
+                failure = connection_error("its certificate is not trusted, or it does not support TLS")
             except OSError:
-                failure = connection_error("nobody answered there, or not with TLS")
+                failure = connection_error("the server did not answer, or not with TLS")
         raise failure
 
     async def _open(
@@ -103,7 +103,7 @@ class _NamedTlsContext(ssl.SSLContext):
 
     server_name: str
 
-    def wrap_bio(self, *args: Any, **named: Any) -> ssl.SSLObject:  # noqa: ANN401 - passed on as they come
+    def wrap_bio(self, *args: Any, **named: Any) -> ssl.SSLObject:  # noqa: ANN401 - passed on
         return super().wrap_bio(*args, **(named | {"server_hostname": self.server_name}))
 
 

@@ -88,7 +88,7 @@ class RowCollector:
     def add(self, rows: list[list[Json]]) -> None:
         """Add rows; raises `NodeError` beyond a limit. The size of a row includes its column names."""
         if len(self._rows) + len(rows) > self._max_rows:
-            message = f"The query gives more than {self._max_rows:,} rows, which is its limit (`maxRows`)"
+            message = f"The query returns more than {self._max_rows:,} rows, which is its limit (`maxRows`)"
             raise NodeError(message, code="too-many-rows")
         raw = _encode(rows)
         self._bytes += len(raw) + self._names_bytes * len(rows)
@@ -135,7 +135,7 @@ MISREAD_ERRORS = (
 
 def unreadable_server() -> NodeError:
     """Return the error for a server with unreadable messages."""
-    message = "What the server sent can't be read: it doesn't keep to the protocol of such databases"
+    message = "The response of the server can't be read: it violates the database protocol"
     return NodeError(message, code="invalid-response")
 
 

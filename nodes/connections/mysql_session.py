@@ -108,7 +108,7 @@ async def open_session(
     except OSError:
         raise  # Includes an untrusted certificate, which is a ValueError too.
     except (RuntimeError, *database_session.MISREAD_ERRORS) as error:
-        raise connection_error("what answered there is no such database", retryable=False) from error
+        raise connection_error("the server is not a database of this type", retryable=False) from error
     opened = MysqlSession(connection, cast("BufferedWire", loop.wire))
     try:
         await opened.prepare()
@@ -293,7 +293,7 @@ class MysqlSession:
         if {column.lower() for column in upsert.key} not in columns_of.values():
             key = ", ".join(upsert.key)
             raise NodeError(
-                f"The table {table[:100]} has no unique key of just {key[:200]}", code="sql-error"
+                f"The table {table[:100]} has no unique key of exactly {key[:200]}", code="sql-error"
             )
 
     async def _binders(self, table: str, names: Sequence[str]) -> Sequence[Convert]:
@@ -402,14 +402,14 @@ def _translate_errors(timeout_seconds: float = 0) -> Iterator[None]:
     except errors.MySQLError as error:
         raise _to_node_error(error, timeout_seconds) from error
     except UnicodeError as error:
-        message = "A text of the result is not in the character set that its column names"
+        message = "A text of the result is not valid in the character set of its column"
         raise NodeError(message, code="sql-error") from error
     except database_session.MISREAD_ERRORS as error:
         raise database_session.unreadable_server() from error
     except RuntimeError as error:
         # The driver raises it if a server requests a file of this machine.
         raise NodeError(
-            "The server asked for a local file, which it doesn't get", code="statement-refused"
+            "The server requested a local file, which is refused", code="statement-refused"
         ) from error
     except OSError as error:
         if isinstance(error, TimeoutError):

@@ -97,11 +97,11 @@ class OrganizationFolder:
             raise NodeError(message, code="timed-out", retryable=True) from error
         except OSError as error:
             if error.errno in UNREACHABLE_ERRORS:
-                raise NodeError("The key leads to no file", code="invalid-key") from error
+                raise NodeError("The key does not lead to a file", code="invalid-key") from error
             message = f"The folder can't be used: {error.strerror}"
             raise NodeError(message, code="not-available", retryable=True) from error
 
-    # ── in a thread ───────────────────────────────────────────────────────────────────────────────
+    # ── work in threads ───────────────────────────────────────────────────────────────────────────
 
     def _get(self, folders: Sequence[str], name: str, max_bytes: int) -> bytes:
         with self._opened(folders) as folder:
@@ -109,7 +109,7 @@ class OrganizationFolder:
         with os.fdopen(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
-                raise NodeError("The key leads to no file", code="invalid-key")
+                raise NodeError("The key does not lead to a file", code="invalid-key")
             content = file.read(max_bytes + 1)
         if len(content) > max_bytes:
             message = f"The file has {status.st_size:,} bytes; at most {max_bytes:,} are read"
@@ -147,7 +147,7 @@ class OrganizationFolder:
     def _check_room(self, wanted_bytes: int) -> None:
         sizes = [status.st_size for _, status in self._files()]
         if len(sizes) >= MAX_FILES:
-            message = f"The folder has {MAX_FILES:,} files, and may have no more"
+            message = f"The folder has {MAX_FILES:,} files, which is the limit"
             raise NodeError(message, code="folder-full")
         if sum(sizes) + wanted_bytes > MAX_FOLDER_BYTES:
             message = f"The folder would have more than {MAX_FOLDER_BYTES:,} bytes"

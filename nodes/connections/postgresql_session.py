@@ -99,7 +99,7 @@ async def open_session(
     except OSError:
         raise  # Includes an untrusted certificate, which is a ValueError too.
     except (asyncpg.InterfaceError, asyncpg.InternalClientError, *database_session.MISREAD_ERRORS) as error:
-        raise connection_error("what answered there is no such database", retryable=False) from error
+        raise connection_error("the server is not a database of this type", retryable=False) from error
     opened = PostgresqlSession(connection, loop.wire)
     try:
         await opened.prepare()
@@ -430,7 +430,9 @@ def _translate_errors(timeout_seconds: float = 0) -> Iterator[None]:
             f"The database driver: {database_session.quote_server_message(error)}", code="sql-error"
         ) from error
     except (ValueError, OverflowError) as error:
-        message = "A value of the result has no form here, as a date before the year 1: select it as a text"
+        message = (
+            "A value of the result can't be represented, such as a date before the year 1: cast it to text"
+        )
         raise NodeError(message, code="sql-error") from error
     except database_session.MISREAD_ERRORS as error:
         raise database_session.unreadable_server() from error

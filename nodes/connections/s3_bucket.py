@@ -281,13 +281,13 @@ def _require_success(response: OutboundResponse, what: str) -> None:
     if status in REDIRECT_STATUSES:
         region = response.headers.get("x-amz-bucket-region", "")
         hint = f"in {region}" if REGION_PATTERN.fullmatch(region) else "elsewhere"
-        raise NodeError(f"The bucket is {hint}: mend the region or endpoint", code="wrong-region")
+        raise NodeError(f"The bucket is {hint}: correct the region or endpoint", code="wrong-region")
     if status < FIRST_ERROR:
         return
     match = ERROR_CODE.search(response.body)
     reason = match[1].decode() if match else ""
     if status == NOT_FOUND and reason != "NoSuchBucket":
-        raise NodeError(f"There is nothing like {what}", code="object-not-found")
+        raise NodeError(f"S3 did not find {what}", code="object-not-found")
     message = f"S3 answered {status} {reason} about {what}".replace("  ", " ")
     code = "access-denied" if status in FORBIDDEN else f"s3-{status}"
     is_retryable = status in RETRYABLE_BELOW_500 or status >= FIRST_SERVER_ERROR
@@ -298,7 +298,7 @@ def _build_signer(source: ConnectionSource, region: str) -> AwsSigner:
     access_key_id = _text_setting(source.settings, "accessKeyId")
     secret_access_key = source.secrets.get("secretAccessKey", "")
     if not access_key_id or not secret_access_key:
-        raise _invalid_source("`accessKeyId` and `secretAccessKey` are needed")
+        raise _invalid_source("`accessKeyId` and `secretAccessKey` are required")
     return AwsSigner(access_key_id, secret_access_key, region, source.secrets.get("sessionToken") or None)
 
 

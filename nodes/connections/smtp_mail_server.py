@@ -153,21 +153,21 @@ class SmtpMailServer:
     async def _protect(self, client: aiosmtplib.SMTP) -> None:
         if self._place.tls is not MailTls.STARTTLS:
             return
-        with _refused_error("connection-failed", "our greeting"):
+        with _refused_error("connection-failed", "EHLO"):
             await client.ehlo()
         if not client.supports_extension("starttls"):
-            message = "The mail server offers no STARTTLS, or somebody on the way hides it: nothing was sent"
+            message = "The mail server offers no STARTTLS, or an attacker suppresses it: nothing was sent"
             raise NodeError(message, code="tls-failed")
-        with _refused_error("tls-failed", "to begin with TLS"):
+        with _refused_error("tls-failed", "STARTTLS"):
             await client.starttls()
 
     async def _log_in(self, client: aiosmtplib.SMTP) -> None:
-        with _refused_error("connection-failed", "our greeting"):
+        with _refused_error("connection-failed", "EHLO"):
             await client.ehlo()
         if not self._place.username:
             return
         if not client.supported_auth_methods:
-            raise NodeError("The mail server offers no login that is known here", code="login-refused")
+            raise NodeError("The mail server offers no supported login method", code="login-refused")
         try:
             await client.login(self._place.username, self._place.password)
         except aiosmtplib.SMTPResponseException as error:
@@ -178,11 +178,11 @@ class SmtpMailServer:
             ) from error
 
 
-# ── one step after the other ────────────────────────────────────────────────────────────────────────────────
+# ── steps ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def _open_socket(found: Sequence[IpAddress], port: int) -> socket.socket:
-    reason = "nobody answered there"
+    reason = "the server did not answer"
     for address in found:
         family = socket.AF_INET if isinstance(address, IPv4Address) else socket.AF_INET6
         opened = socket.socket(family, socket.SOCK_STREAM)
@@ -205,7 +205,7 @@ async def _open_socket(found: Sequence[IpAddress], port: int) -> socket.socket:
 def _check_size(client: aiosmtplib.SMTP, size: int) -> None:
     most = client.esmtp_extensions.get("size", "")
     if most.isdecimal() and 0 < int(most) < size:
-        message = f"The mail has {size:,} bytes, and the mail server takes {int(most):,}"
+        message = f"The mail has {size:,} bytes, and the mail server accepts {int(most):,}"
         raise NodeError(message, code="mail-too-large")
 
 
@@ -236,7 +236,7 @@ async def _send_content(client: aiosmtplib.SMTP, written: bytes) -> None:
         try:
             answer = await protocol.read_response()
         except (aiosmtplib.SMTPServerDisconnected, OSError) as error:
-            message = "The connection broke before the mail server said whether it has taken the mail"
+            message = "The connection was lost before the mail server confirmed the mail"
             raise NodeError(message, code="delivery-unknown", retryable=True) from error
         _require_code(answer, 250)
 
@@ -263,7 +263,7 @@ def _refused_error(code: str, what: str) -> Iterator[None]:
         yield
     except aiosmtplib.SMTPResponseException as error:
         if error.code < 0:
-            raise _connection_error("what answered there is no mail server", retryable=False) from error
+            raise _connection_error("the server is not a mail server", retryable=False) from error
         message = f"The mail server refused {what}: {error.code} {database_session.quote_server_message(error.message)}"
         raise NodeError(message, code=code, retryable=error.code in _TEMPORARY_CODES) from error
 
@@ -273,14 +273,14 @@ def _translate_errors(timeout_seconds: float) -> Iterator[None]:
     try:
         yield
     except ssl.SSLError as error:
-        message = "The mail server's certificate is not to be trusted, or it speaks no TLS"
+        message = "The mail server's certificate is not trusted, or it does not support TLS"
         raise NodeError(message, code="tls-failed") from error
     except TimeoutError as error:
         message = f"The mail server did not finish within {timeout_seconds:g} s, which is the limit (`timeoutSeconds`)"
         raise NodeError(message, code="timeout", retryable=True) from error
     except OSError as error:
         if isinstance(error.__cause__, ssl.SSLError):
-            message = "The mail server's certificate is not to be trusted, or it speaks no TLS"
+            message = "The mail server's certificate is not trusted, or it does not support TLS"
             raise NodeError(message, code="tls-failed") from error
         raise _connection_error("it was lost") from error
     except (aiosmtplib.SMTPException, ValueError) as error:

@@ -62,7 +62,7 @@ def to_bytes(value: Json) -> bytes | None:
     try:
         return b64decode(value if isinstance(value, str) else "?", validate=True)
     except InvalidBase64 as error:
-        raise NodeError("What goes into a column of bytes must be Base64", code="invalid-rows") from error
+        raise NodeError("A value for a binary column must be Base64", code="invalid-rows") from error
 
 
 def to_json_text(value: Json) -> str:

@@ -95,7 +95,7 @@ def perform(raw: bytes, _speaker: JobReporter) -> Json:
         raise _out_of_memory_error() from None
 
 
-# ── what statements do ──────────────────────────────────────────────────────────────────────────────────────
+# ── actions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _run_query(connection: sqlite3.Connection, job: SqliteJob) -> Json:
@@ -147,7 +147,7 @@ def _decode_values(job: SqliteJob) -> list[str | int | float | None]:
     return [sql_values.to_plain(value) for value in values]
 
 
-# ── the file ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── file ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class SqliteJobFile:
@@ -204,7 +204,7 @@ class SqliteJobFile:
         try:
             descriptor = os.open(self._file, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
         except FileNotFoundError as error:
-            message = "The file of the data source doesn't exist yet: a sqlite-destination makes it"
+            message = "The file of the data source doesn't exist yet: a sqlite-destination node creates it"
             raise NodeError(message, code="connection-failed") from error
         except OSError as error:
             raise foreign_file_error() from error
@@ -221,7 +221,9 @@ class SqliteJobFile:
 
 
 def foreign_file_error() -> NodeError:
-    return NodeError("The data source leads to a file that is not its own", code="address-not-allowed")
+    return NodeError(
+        "The file of the data source is not a regular file of the organization", code="address-not-allowed"
+    )
 
 
 def _to_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQLite
@@ -230,7 +232,7 @@ def _to_json(value: Any) -> Json:  # noqa: ANN401 - one of the five types of SQL
     return sql_values.float_to_json(value) if isinstance(value, float) else value
 
 
-# ── what a statement may do ─────────────────────────────────────────────────────────────────────────────────
+# ── permissions ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
@@ -293,7 +295,9 @@ def _to_node_error(error: sqlite3.Error, *, is_over: bool, timeout_seconds: floa
     if name.startswith("SQLITE_NOMEM"):
         return _out_of_memory_error()
     if name == "SQLITE_IOERR_WRITE":
-        message = "A file can't be written: the disk is full, or a passing file of the statement too large"
+        message = (
+            "A file can't be written: the disk is full, or a temporary file of the statement is too large"
+        )
         return NodeError(message, code="sql-error")
     is_busy = name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
     return NodeError(
@@ -304,7 +308,5 @@ def _to_node_error(error: sqlite3.Error, *, is_over: bool, timeout_seconds: floa
 
 
 def _out_of_memory_error() -> NodeError:
-    message = (
-        f"The statement needs more memory than the {HEAP_BYTES >> 20:,} MB that it may take: select less"
-    )
+    message = f"The statement exceeded its memory limit of {HEAP_BYTES >> 20:,} MB: select less"
     return NodeError(message, code="out-of-memory")

@@ -34,7 +34,7 @@ COMPANION_SUFFIXES = ("-journal", "-wal", "-shm")
 def find_file(source: ConnectionSource, policy: ConnectionPolicy) -> Path:
     """Return the path of a data source's database; raises `NodeError` for one outside its organization."""
     if policy.files is None:
-        raise NodeError("There are no files where this runs", code="not-available")
+        raise NodeError("Files are not available in this process", code="not-available")
     name = config_fields.read_text(source.settings, "file")
     if not _is_file_name(name) or not _is_file_name(source.organization_id):
         message = "`file` must be a name of letters, digits, dots, hyphens and underscores, without a folder"

@@ -96,7 +96,7 @@ class ChainMatcher:
         return bool(matched & self._last)
 
 
-# ── compiled ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── compilation ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def compile_selector(name: str, written: str) -> CssSelector:
@@ -108,16 +108,16 @@ def compile_selector(name: str, written: str) -> CssSelector:
         selectors = css.parse(written)
         if any(selector.pseudo_element for selector in selectors):
             raise NodeError(
-                f"`{name}` has a pseudo-element: take an attribute or the text", code="invalid-selector"
+                f"`{name}` has a pseudo-element: use an attribute or the text", code="invalid-selector"
             )
         chains = [_build_chain(selector.parsed_tree) for selector in selectors]
         return CssSelector(chains, cost=1 + sum(map(written.count, SELECTOR_MARKS)))
     except SelectorError as error:
-        raise NodeError(f"`{name}` is no selector: {error}", code="invalid-selector") from error
+        raise NodeError(f"`{name}` is not a valid selector: {error}", code="invalid-selector") from error
     except RecursionError as error:
-        raise NodeError(f"`{name}` has too much inside one another", code="invalid-selector") from error
+        raise NodeError(f"`{name}` is nested too deeply", code="invalid-selector") from error
     except _UnsupportedSelector as error:
-        message = f"`{name}`: {error} isn't among what selects here"
+        message = f"`{name}`: {error} is not supported"
         raise NodeError(message, code="invalid-selector") from error
 
 

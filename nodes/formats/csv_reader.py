@@ -91,7 +91,7 @@ def _read_records(text: str, delimiter: str) -> Iterator[CsvRecord]:
             if record:
                 yield reader.line_num, record
     except csv.Error as error:
-        raise NodeError(f"Line {reader.line_num} is no CSV: {error}", code="invalid-csv") from error
+        raise NodeError(f"Line {reader.line_num} is not valid CSV: {error}", code="invalid-csv") from error
 
 
 def _read_columns(
@@ -120,11 +120,11 @@ def _number_blank_names(header: Sequence[str]) -> list[str]:
 
 def _require_unique_names(columns: Sequence[str]) -> Sequence[str]:
     if len(columns) > MAXIMUM_COLUMNS:
-        message = f"The CSV has {len(columns):,} columns where there may be {MAXIMUM_COLUMNS:,}: is `delimiter` right?"
+        message = f"The CSV has {len(columns):,} columns; at most {MAXIMUM_COLUMNS:,} are read: is `delimiter` right?"
         raise NodeError(message, code="too-many-columns")
     for name, count in Counter(columns).most_common(1):
         if count > 1:
-            message = f"{count} columns have the name {name[:100]!r}: give each its own by `columns`"
+            message = f"{count} columns have the name {name[:100]!r}: name them with `columns`"
             raise NodeError(message, code="duplicate-column")
     return columns
 
@@ -134,7 +134,7 @@ def _check_size(rows: int, columns: int, maximum_rows: float) -> None:
         message = f"The CSV has more than {maximum_rows:,} rows; `maxRows` may be up to {MAXIMUM_ROWS:,}"
         raise NodeError(message, code="too-many-rows")
     if rows * columns > MAXIMUM_VALUES:
-        message = f"The CSV has more than {MAXIMUM_VALUES:,} values in its {columns:,} columns: cut it up"
+        message = f"The CSV has more than {MAXIMUM_VALUES:,} values in its {columns:,} columns: split it"
         raise NodeError(message, code="too-many-rows")
 
 

@@ -110,7 +110,7 @@ async def format_csv(call: NodeCall) -> Json:
 def _require_distinct(columns: Sequence[str]) -> Sequence[str]:
     for name, count in Counter(columns).most_common(1):
         if count > 1:
-            message = f"`columns` names {name[:100]!r} {count} times: a column stands in a CSV once"
+            message = f"`columns` names {name[:100]!r} {count} times: a column can occur only once"
             raise NodeError(message, code="duplicate-column")
     return columns
 
@@ -139,10 +139,10 @@ def _row_values(columns: Sequence[str], item: Json, index: int, missing: set[str
 
 def _check_size(rows: int, columns: int) -> None:
     if columns > MAXIMUM_COLUMNS:
-        message = f"The items have more than {MAXIMUM_COLUMNS:,} fields: choose some of them by `columns`"
+        message = f"The items have more than {MAXIMUM_COLUMNS:,} fields: choose some of them with `columns`"
         raise NodeError(message, code="too-many-columns")
     if rows * columns > MAXIMUM_VALUES:
-        message = f"{rows:,} rows of {columns:,} columns are more than {MAXIMUM_VALUES:,} values: cut them up"
+        message = f"{rows:,} rows of {columns:,} columns are more than {MAXIMUM_VALUES:,} values: split them"
         raise NodeError(message, code="too-many-values")
 
 

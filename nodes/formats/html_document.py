@@ -168,5 +168,5 @@ def _check_size(elements: int, attributes: int, depth: int) -> None:
         most = f"{MAXIMUM_ELEMENTS:,} elements or {MAXIMUM_ATTRIBUTES:,} attributes"
         raise NodeError(f"The page has more than {most}", code="too-many-elements")
     if depth > MAXIMUM_DEPTH:
-        message = f"Elements of the page stand inside one another more than {MAXIMUM_DEPTH} deep"
+        message = f"Elements of the page are nested more than {MAXIMUM_DEPTH} deep"
         raise NodeError(message, code="too-deep")

@@ -33,7 +33,7 @@ async def parse_json(call: NodeCall) -> Json:
         message = f"The JSON has {len(raw):,} bytes; at most {MAXIMUM_BYTES:,} are read"
         raise NodeError(message, code="text-too-long")
     if raw.count(b"[") + raw.count(b"{") > MAXIMUM_CONTAINERS:
-        message = f"The JSON has more than {MAXIMUM_CONTAINERS:,} opening brackets: cut it up"
+        message = f"The JSON has more than {MAXIMUM_CONTAINERS:,} opening brackets: split it"
         raise NodeError(message, code="too-many-values")
     if config_fields.read_choice(call.config, "format", JsonFormat) is JsonFormat.LINES:
         return {"value": await _parse_lines(raw)}

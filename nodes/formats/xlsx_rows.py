@@ -96,5 +96,5 @@ def _check_size(rows: int, columns: int, config: Mapping[str, Json]) -> None:
         message = f"The sheet has more than {maximum:,} rows; `maxRows` may be up to {MAXIMUM_ROWS:,}"
         raise NodeError(message, code="too-many-rows")
     if rows * columns > MAXIMUM_VALUES:
-        message = f"The sheet has more than {MAXIMUM_VALUES:,} values in its {columns:,} columns: cut it up"
+        message = f"The sheet has more than {MAXIMUM_VALUES:,} values in its {columns:,} columns: split it"
         raise NodeError(message, code="too-many-rows")

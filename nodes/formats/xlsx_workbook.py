@@ -138,7 +138,7 @@ class ZipArchive:
     def __init__(self, raw: bytes, turn: LoopShare) -> None:
         if raw.startswith(OLD_FORMAT):
             raise _invalid_workbook(
-                "it is an old `.xls`, or locked by a password: save it as `.xlsx` without one"
+                "it is an old `.xls`, or protected by a password: save it as `.xlsx` without one"
             )
         if raw.count(DIRECTORY_ENTRY) > MAXIMUM_ENTRIES:
             message = f"The workbook holds more than {MAXIMUM_ENTRIES:,} files"
@@ -146,7 +146,7 @@ class ZipArchive:
         try:
             self._zip = zipfile.ZipFile(io.BytesIO(raw))
         except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise _invalid_workbook("it is no zip archive") from error
+            raise _invalid_workbook("it is not a zip archive") from error
         self._turn = turn
         self._names = frozenset(self._zip.namelist())
         self._bytes_left = MAXIMUM_UNPACKED_BYTES
@@ -182,7 +182,7 @@ class ZipArchive:
 
 
 def _invalid_workbook(reason: str) -> NodeError:
-    return NodeError(f"`file` is no Excel workbook (.xlsx): {reason}", code="invalid-workbook")
+    return NodeError(f"`file` is not an Excel workbook (.xlsx): {reason}", code="invalid-workbook")
 
 
 # ── parts ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -371,7 +371,7 @@ class SheetCells(WorkbookPart):
             case "s":
                 place = _parse_whole(written, otherwise=-1)
                 if not 0 <= place < len(self._strings):
-                    raise _invalid_workbook("a cell refers to a text that isn't there")
+                    raise _invalid_workbook("a cell refers to a missing text")
                 return self._strings[place]
             case "b":
                 return written.strip() in {"1", "true"}
@@ -385,7 +385,7 @@ class SheetCells(WorkbookPart):
             return None
         number = float(written) if NUMBER_PATTERN.fullmatch(written) else math.nan
         if not math.isfinite(number):
-            raise _invalid_workbook("a number in it is none")
+            raise _invalid_workbook("a cell has an invalid number")
         if self._shows is not NumberDisplay.NUMBER:
             return _format_serial(number, self._shows, counts_from_1904=self._counts_from_1904)
         return _simplify_number(number)

@@ -43,12 +43,10 @@ async def read_xml(raw: bytes, reader: XmlHandler, turn: LoopShare, *, encoding:
         parser.Parse(b"", True)  # noqa: FBT003 - expat takes it by position
     except expat.ExpatError as error:
         reason = expat.errors.messages.get(error.code, "it is malformed")
-        message = f"Line {error.lineno}, column {error.offset + 1} is no XML: {reason}"
+        message = f"Line {error.lineno}, column {error.offset + 1} is not valid XML: {reason}"
         raise NodeError(message, code="invalid-xml") from error
     except (LookupError, ValueError) as error:
-        raise NodeError(
-            f"The XML is in an encoding that nobody reads: {error}", code="invalid-xml"
-        ) from error
+        raise NodeError(f"The encoding of the XML is not supported: {error}", code="invalid-xml") from error
 
 
 def _refuse_document_type(name: str, *_identifiers: object) -> None:

@@ -47,7 +47,7 @@ async def parse_xml(call: NodeCall) -> Json:
 
 def _check_size(size: int) -> None:
     if size > MAXIMUM_BYTES:
-        message = f"`text` has more than {MAXIMUM_BYTES:,} bytes: cut the XML up"
+        message = f"`text` has more than {MAXIMUM_BYTES:,} bytes: split the XML"
         raise NodeError(message, code="input-too-large")
 
 
@@ -81,10 +81,10 @@ class XmlTree:
     def start(self, name: str, attributes: Mapping[str, str]) -> None:
         self._count += 1 + len(attributes)
         if self._count > MAXIMUM_VALUES:
-            message = f"The XML has more than {MAXIMUM_VALUES:,} elements and attributes: cut it up"
+            message = f"The XML has more than {MAXIMUM_VALUES:,} elements and attributes: split it"
             raise NodeError(message, code="too-many-elements")
         if len(self._open) == MAXIMUM_DEPTH:
-            message = f"Elements stand inside one another more than {MAXIMUM_DEPTH} deep at <{name[:40]}>"
+            message = f"Elements are nested more than {MAXIMUM_DEPTH} deep at <{name[:40]}>"
             raise NodeError(message, code="too-deep")
         named = {
             ATTRIBUTE_PREFIX + self._named(key): value

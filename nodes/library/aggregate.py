@@ -89,7 +89,7 @@ class AggregateItem:
         value = self.at(name)
         if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
             return value
-        hint = "; csv-parse makes numbers of texts by its `types`" if isinstance(value, str) else ""
+        hint = "; csv-parse converts texts to numbers with `types`" if isinstance(value, str) else ""
         found = config_fields.describe_type(value)
         message = f"Item {self.index} has {found} in `{name}`, where a number is needed{hint}"
         raise NodeError(message, code="not-a-number")
@@ -119,7 +119,7 @@ class AggregateTally:
         try:
             return AGGREGATE_FUNCTIONS[function](self.numbers)
         except OverflowError:
-            message = f"The {function} of `{self.aggregation.field}` is too large a number"
+            message = f"The {function} of `{self.aggregation.field}` is too large"
             raise NodeError(message, code="number-too-large") from None
 
 
@@ -186,7 +186,9 @@ def _read_aggregations(config: Mapping[str, Json], group_by: Sequence[str]) -> l
 
 def _check_size(results: int) -> None:
     if results > MAXIMUM_RESULTS:
-        message = f"The groups have more than {MAXIMUM_RESULTS:,} results: take fewer, or group by less"
+        message = (
+            f"The groups have more than {MAXIMUM_RESULTS:,} results: compute fewer, or group by fewer fields"
+        )
         raise NodeError(message, code="too-many-groups")
 
 

@@ -63,9 +63,7 @@ async def _index_by_key(
         await turn.yield_if_due()
         key = identity_key(keys.values_of(item, index))
         if key in found:
-            message = (
-                f"Items {places[key]} and {index} of `{name}` have the same key: dedupe leaves one of them"
-            )
+            message = f"Items {places[key]} and {index} of `{name}` have the same key: a dedupe node keeps one of them"
             raise NodeError(message, code="duplicate-key")
         found[key], places[key] = item, index
     return found

@@ -84,10 +84,10 @@ def run(call: NodeCall) -> Json:
             case DateOperation.CONVERT:
                 return _format_iso(date, _read_zone(config, "toZone"))
     except OverflowError as error:
-        raise NodeError("The result is no date from year 1 to 9999", code="out-of-range") from error
+        raise NodeError("The result is not a date from year 1 to 9999", code="out-of-range") from error
 
 
-# ── in ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── input ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_date(call: NodeCall, name: str, zone: ZoneInfo) -> datetime:
@@ -117,7 +117,7 @@ def _parse_date(name: str, written: str, form: str, zone: ZoneInfo) -> datetime:
         moment = datetime.strptime(written[: 2 * MAXIMUM_FORM_CHARACTERS], form)  # noqa: DTZ007 - the zone is set on the next line
         return (moment if moment.tzinfo else moment.replace(tzinfo=zone)).astimezone(UTC)
     except (ValueError, OverflowError, re.error) as error:
-        message = f"`{name}` is {written[:SHOWN_CHARACTERS]!r}, which isn't written as {form}"
+        message = f"`{name}` is {written[:SHOWN_CHARACTERS]!r}, which doesn't have the format {form}"
         raise NodeError(message, code="invalid-date") from error
 
 
@@ -143,7 +143,7 @@ def _read_amount(config: Mapping[str, Json]) -> int:
     return int(amount)
 
 
-# ── reckoned ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── calculation ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _add_units(date: datetime, amount: int, unit: DateUnit, zone: ZoneInfo) -> datetime:
@@ -199,7 +199,7 @@ def _end_of_unit(date: datetime, unit: DateUnit, zone: ZoneInfo) -> datetime:
     return _start_of_unit(_add_units(start, 1, unit, zone), unit, zone).astimezone(UTC) - MICROSECOND
 
 
-# ── out ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── output ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _format_iso(date: datetime, zone: ZoneInfo) -> dict[str, Json]:

@@ -85,7 +85,7 @@ def _compose(outgoing: OutgoingMail) -> bytes:
         raise NodeError(f"The mail can't be written: {error}", code="invalid-header") from error
 
 
-# ── whom it is for ──────────────────────────────────────────────────────────────────────────────────────────
+# ── recipients ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_mailboxes(config: Mapping[str, Json], name: str) -> list[Mailbox]:
@@ -110,12 +110,12 @@ def _list_recipients(outgoing: OutgoingMail, bcc: Sequence[Mailbox]) -> Sequence
     if not found:
         raise NodeError("The mail has no recipient in `to`, `cc` or `bcc`", code="invalid-address")
     if len(found) > MAXIMUM_RECIPIENTS:
-        message_ = f"The mail has {len(found):,} recipients; at most {MAXIMUM_RECIPIENTS} get one mail"
+        message_ = f"The mail has {len(found):,} recipients; at most {MAXIMUM_RECIPIENTS} are allowed"
         raise NodeError(message_, code="too-many-recipients")
     return list(found)
 
 
-# ── what it says ────────────────────────────────────────────────────────────────────────────────────────────
+# ── content ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _read_headers(config: Mapping[str, Json]) -> dict[str, str]:
@@ -143,7 +143,7 @@ def _read_body(config: Mapping[str, Json], name: str) -> str:
 async def _read_attachments(call: NodeCall) -> Sequence[EnclosedFile]:
     given = config_fields.read_sequence(call.config, "attachments")
     if len(given) > MAXIMUM_ATTACHMENTS:
-        message_ = f"The mail has {len(given):,} attachments; it may have {MAXIMUM_ATTACHMENTS}"
+        message_ = f"The mail has {len(given):,} attachments; at most {MAXIMUM_ATTACHMENTS} are allowed"
         raise NodeError(message_, code="too-many-attachments")
     enclosed: list[EnclosedFile] = []
     room = MAXIMUM_ATTACHED_BYTES

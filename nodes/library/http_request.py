@@ -97,7 +97,7 @@ async def _send_request(
     )
 
 
-# ── the request ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── request ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _build_url(config: Mapping[str, Json]) -> str:
@@ -148,7 +148,7 @@ def _set_default_header(headers: dict[str, str], name: str, value: str) -> None:
         headers[name] = value
 
 
-# ── the answer ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── response ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _redact_response(response: HttpResponse, secrets: Mapping[str, str]) -> HttpResponse:
@@ -204,7 +204,7 @@ def _decode_json(response: HttpResponse) -> Json:
         return decode_json(response.body.removeprefix(BYTE_ORDER_MARK)) if response.body else None
     except InvalidJson as error:
         message = (
-            f"The answer can't be taken as JSON: {error.message}. With `responseType: auto` it is a text"
+            f"The response is not valid JSON: {error.message}. With `responseType: auto` it becomes a text"
         )
         raise NodeError(message, code="invalid-response") from error
 

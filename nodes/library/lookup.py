@@ -73,14 +73,12 @@ class LookupJoin:
         return [item if self.name is None else self._with(item, index, nothing)]
 
     def _with(self, item: Json, index: int, found: Json) -> Json:
-        own = item_keys.require_item_fields(item, index, "nothing can be laid beside its fields")
+        own = item_keys.require_item_fields(item, index, "no fields can be added to it")
         if self.name is not None:
             return {**own, self.name: found}
         if not isinstance(found, dict):
             kind = config_fields.describe_type(found)
-            message = (
-                f"A row of the table is {kind}, which has no fields to lay beside an item's: give `as` a name"
-            )
+            message = f"A row of the table is {kind}, which has no fields to merge into an item: set `as`"
             raise NodeError(message, code="not-an-object")
         return own | {name: value for name, value in found.items() if name not in own}
 
@@ -103,7 +101,9 @@ async def run(call: NodeCall) -> Json:
             size.add(made)
             joined.append(made)
             if len(joined) > item_lists.MAXIMUM_ITEMS:
-                message = f"More than {item_lists.MAXIMUM_ITEMS:,} items come of it: `matches: list` makes one of each"
+                message = (
+                    f"More than {item_lists.MAXIMUM_ITEMS:,} items: `matches: list` returns one for each"
+                )
                 raise NodeError(message, code="too-many-items")
     return {"items": joined, "count": len(joined), "unmatched": unmatched}
 

@@ -37,6 +37,6 @@ async def run(call: NodeCall) -> Json:
 
 def _merge_item(item: Json, index: int, made: Json) -> Json:
     own = item_keys.require_item_fields(
-        item, index, "fields can be laid over an object; `mode: replace` drops it"
+        item, index, "fields can only be merged into an object; `mode: replace` replaces it"
     )
     return {**own, **config_fields.read_mapping({"value": made}, "value")}

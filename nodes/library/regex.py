@@ -96,12 +96,12 @@ def _compile_pattern(config: Mapping[str, Json]) -> RegexPattern:
         )
     except re2.error as error:
         reason = bytes(error.args[0]).decode(errors="replace")
-        raise NodeError(f"`pattern` is no expression: {reason}", code="invalid-pattern") from error
+        raise NodeError(f"`pattern` is not a valid expression: {reason}", code="invalid-pattern") from error
     finally:
         # The cache would keep the last 128 expressions, with the memory of their searches.
         re2.purge()
     if pattern.groups > MAXIMUM_GROUPS:
-        message = f"`pattern` has {pattern.groups:,} groups; at most {MAXIMUM_GROUPS} are told"
+        message = f"`pattern` has {pattern.groups:,} groups; at most {MAXIMUM_GROUPS} are returned"
         raise NodeError(message, code="invalid-pattern")
     return pattern
 
@@ -128,9 +128,7 @@ def _find_matches(pattern: RegexPattern, text: str, maximum: int) -> Iterator[Re
             )
             raise NodeError(message, code="too-many-matches")
         if time.monotonic() > deadline:
-            message = (
-                f"After {MAXIMUM_SECONDS:g} seconds there were {count:,} matches and no end: search less text"
-            )
+            message = f"After {MAXIMUM_SECONDS:g} s and {count:,} matches the search had not ended: search less text"
             raise NodeError(message, code="took-too-long")
         yield match
 

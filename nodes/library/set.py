@@ -26,6 +26,6 @@ def run(call: NodeCall) -> Json:
         return values
     if not isinstance(call.data, dict):
         arrived = config_fields.describe_type(call.data)
-        message = f"Fields can be set on an object, but {arrived} arrived; `mode: replace` drops it"
+        message = f"Fields can be set on an object, but {arrived} arrived; `mode: replace` replaces it"
         raise NodeError(message, code="not-an-object")
     return {**call.data, **values}

@@ -157,7 +157,7 @@ def natural_key(text: str) -> str:
     """
     if len(text) > MAXIMUM_NATURAL_CHARACTERS:
         message = (
-            f"A text of {len(text):,} characters is no natural key: at most {MAXIMUM_NATURAL_CHARACTERS:,}"
+            f"A text of {len(text):,} characters is too long to sort: at most {MAXIMUM_NATURAL_CHARACTERS:,}"
         )
         raise NodeError(message, code="key-too-long")
     return DIGITS.sub(_pad_number, text.casefold())

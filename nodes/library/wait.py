@@ -22,7 +22,7 @@ def run(call: NodeCall) -> Json | TimerWait:
         return call.data
     if until > call.now + LONGEST_WAIT:
         raise NodeError(
-            f"A wait ends within {LONGEST_WAIT.days} days, so not at {until}", code="wait-too-long"
+            f"A wait can take {LONGEST_WAIT.days} days at most, and not until {until}", code="wait-too-long"
         )
     return TimerWait(until.astimezone(UTC), output=call.data)
 
@@ -41,6 +41,6 @@ def _wake_time(call: NodeCall) -> datetime:
             "until", "an ISO 8601 time like 2027-01-31T09:00:00+01:00", written
         ) from None
     if until.tzinfo is None:
-        message = f"`until` must say its zone: {written}Z, or an offset like +01:00"
+        message = f"`until` must have a time zone: {written}Z, or an offset like +01:00"
         raise NodeError(message, code="invalid-config")
     return until

@@ -68,6 +68,6 @@ def _bind_filter(call: NodeCall) -> tuple[str | None, str]:
     source, given = event_filters.bind_condition(condition, call.scope, call.unresolved)
     text, values_given = values.encode_json(source), values.encode_json(given)
     if len(text) + len(values_given) > MAX_FILTER_BYTES:
-        message = f"The filter and what it looks up have more than {MAX_FILTER_BYTES:,} bytes"
+        message = f"The filter and its values have more than {MAX_FILTER_BYTES:,} bytes"
         raise NodeError(message, code="filter-too-large")
     return text.decode(), values_given.decode()

@@ -16,9 +16,9 @@ WHEN_DONE_MODE: Final = "when-done"
 def run(call: NodeCall) -> Json:
     answer = webhook_responses.build_response(call.config)
     if _is_awaited(call.scope.get("trigger")):
-        call.log("info", f"The sender is answered with the status {answer.status}")
+        call.log("info", f"The sender of the webhook gets a response with the status {answer.status}")
     else:
-        call.log("info", "Nobody waits for this answer: the run was not set off by a webhook that does")
+        call.log("info", "No sender waits for this response: no webhook that waits has started the run")
     return call.data
 
 

@@ -41,7 +41,7 @@ class FairSlots:
             return
         waiting = self._waiting.setdefault(organization_id, deque())
         if len(waiting) >= MAX_WAITING:
-            message = f"{MAX_WAITING:,} nodes of the organisation wait for a process already"
+            message = f"{MAX_WAITING:,} nodes of the organization are already waiting for a process"
             raise NodeError(message, code="busy", retryable=True)
         turn = asyncio.get_running_loop().create_future()
         waiting.append(turn)

@@ -117,10 +117,10 @@ class ProcessPool:
                     outcome = await child.perform(job, listener)
             except TimeoutError as error:
                 self._end(child)
-                raise NodeError(f"It took longer than its {seconds:g} s", code="timeout") from error
+                raise NodeError(f"The time limit of {seconds:g} s was exceeded", code="timeout") from error
             except (InvalidFrame, EOFError, OSError) as error:
                 self._end(child)
-                message = "The process that it ran in ended without an answer"
+                message = "The process of the node ended unexpectedly"
                 raise NodeError(message, code="crashed") from error
             except BaseException:
                 self._end(child)
@@ -157,7 +157,7 @@ class ProcessPool:
                 await child.wait_ready()
         except (TimeoutError, InvalidFrame, EOFError, OSError) as error:
             self._end(child)
-            raise NodeError("The process did not start well", code="crashed", retryable=True) from error
+            raise NodeError("The process failed to start", code="crashed", retryable=True) from error
         except BaseException:
             self._end(child)
             raise

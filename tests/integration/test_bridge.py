@@ -453,5 +453,7 @@ async def test_the_command_says_in_one_line_what_keeps_it_from_working(
     wrong = {**given, "PILOTFLAME_API_KEY": "sk-wrong"}
     refused = await asyncio.to_thread(lambda: command_runs.run(*typed, given=wrong))
     assert refused.returncode == 2
-    assert refused.stderr == "pilotflame: The gateway refuses it: It was refused (401 unauthorized)\n"
+    assert (
+        refused.stderr == "pilotflame: The gateway refused the request: It was refused (401 unauthorized)\n"
+    )
     assert await redis_queue.left() == 1

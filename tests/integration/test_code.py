@@ -205,7 +205,7 @@ HUNGRY = [
 @pytest.mark.parametrize("source", HUNGRY)
 async def test_a_script_has_only_so_much_memory(code_bench: CodeBench, source: str) -> None:
     code, message = await code_bench.failure(source, maxMemoryMb=32)
-    assert (code, message) == ("out-of-memory", "It needed more memory than its 32 MB")
+    assert (code, message) == ("out-of-memory", "The memory limit of 32 MB was exceeded")
 
 
 @pytest.mark.parametrize(

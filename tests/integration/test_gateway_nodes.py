@@ -163,7 +163,7 @@ async def test_an_unknown_type_or_version_is_refused_with_what_there_is(people: 
         await people.owner.api.post(path, json={"nodeId": "set", "version": "9.9.9"}),
         await people.owner.api.put(f"{path}/step", json={"config": {}, "version": "9.9.9"}),
     ):
-        assert "the catalogue has 1.0.0" in error_detail(response)["message"]
+        assert "the catalog has 1.0.0" in error_detail(response)["message"]
     assert len(await list_nodes(people.owner, workflow_id)) == 2
 
 

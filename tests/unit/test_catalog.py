@@ -160,14 +160,14 @@ def test_an_unknown_type_is_answered_with_the_nearest_ones() -> None:
 
 
 def test_a_type_like_no_other_is_answered_with_all_of_them() -> None:
-    with pytest.raises(UnknownNodeType, match="there is agent, aggregate, ") as raised:
+    with pytest.raises(UnknownNodeType, match="the catalog has agent, aggregate, ") as raised:
         CATALOG.get("quux")
     assert raised.value.nearest == ()
 
 
 def test_a_version_that_the_catalogue_lacks_is_answered_with_the_one_it_has() -> None:
     assert CATALOG.get("set", "1.0.0") is CATALOG.get("set")
-    with pytest.raises(UnknownNodeType, match=r"no version '9.0.0': the catalogue has 1.0.0") as raised:
+    with pytest.raises(UnknownNodeType, match=r"no version '9.0.0': the catalog has 1.0.0") as raised:
         CATALOG.get("set", "9.0.0")
     assert raised.value.version == "1.0.0"
 
@@ -182,7 +182,7 @@ def test_an_earlier_version_differs_where_its_entry_says_so_and_nowhere_else() -
     defaults = CATALOG.with_defaults(now, {})
     assert CATALOG.with_defaults(before, {}) == defaults | {"formulas": "keep"}
     assert [CATALOG.config_problems(each, {"formulas": "never"}) for each in (now, before)] != [[], []]
-    with pytest.raises(UnknownNodeType, match=r"the catalogue has 1\.1\.0 and 1\.0\.0") as raised:
+    with pytest.raises(UnknownNodeType, match=r"the catalog has 1\.1\.0 and 1\.0\.0") as raised:
         CATALOG.get("csv-format", "0.9.0")
     assert raised.value.version == "1.1.0"
 
@@ -327,7 +327,7 @@ LARGE: dict[str, Callable[[], dict[str, Json]]] = {
 def test_a_large_config_that_is_wrong_is_refused_without_a_large_report(kind: str) -> None:
     config = {"url": "u", **LARGE[kind]()}
     (problem,) = CATALOG.config_problems(CATALOG.get("http-request"), config)
-    assert "too large to say where" in problem.message
+    assert "too large to locate the error" in problem.message
 
 
 def test_a_problem_never_shows_a_value() -> None:

@@ -21,8 +21,8 @@ def test_a_config_is_told_which_form_its_text_lacks() -> None:
             "cron",
             "format",
             (
-                "must be five fields as cron has them, minute, hour, day of month, month and day of week, that come"
-                " true at some time"
+                "must be a cron expression of five fields (minute, hour, day of month, month and day of week)"
+                " that matches some time"
             ),
         ),
         ("timezone", "format", "must be an IANA time zone such as Europe/Berlin"),

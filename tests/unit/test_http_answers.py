@@ -55,7 +55,7 @@ def test_an_answer_is_what_the_config_says(config: Json, headers: Json, body: by
     ],
 )
 def test_what_says_how_an_answer_is_to_be_treated_is_not_the_workflows_to_say(name: str) -> None:
-    with pytest.raises(NodeError, match="names of your own"):
+    with pytest.raises(NodeError, match="other names that begin with x-"):
         webhook_responses.build_response({**PLAIN, "headers": {name: "1"}})
 
 

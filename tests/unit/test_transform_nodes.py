@@ -398,7 +398,7 @@ WIDE: Json = {"k": 1, **{str(number): 0 for number in range(10_000)}}
             {"by": ["k"], "tableBy": ["{{ item }}"], "table": [1]},
             [{"k": 1}],
             "not-an-object",
-            "give `as` a name",
+            "set `as`",
         ),
         (
             "lookup",

@@ -88,7 +88,7 @@ def _perform_and_reply(perform: PerformJob, job: bytes, speaker: JobReporter) ->
     except InvalidJson as error:
         _report_failure(error.code, error.message)
     except MemoryError:
-        _report_failure("out-of-memory", "There was not enough memory for it")
+        _report_failure("out-of-memory", "The node ran out of memory")
     except Exception as error:  # noqa: BLE001 - an exception of a node ends that node, not the process
         _report_failure("node-error", f"{type(error).__name__}: {error}")
     else:
@@ -103,7 +103,7 @@ def _check_result(value: Json) -> None:
         if error.code != "too-large":
             raise
         name = run_limits.setting_name("max_output_bytes")
-        message = f"The output takes more than the {MAXIMUM_BYTES:,} bytes that can be kept ({name})"
+        message = f"The output exceeds the limit of {MAXIMUM_BYTES:,} bytes ({name})"
         raise NodeError(message, code="output-too-large") from error
 
 

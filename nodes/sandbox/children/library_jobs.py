@@ -81,7 +81,7 @@ def _build_call(config: Mapping[str, Json], speaker: JobReporter) -> NodeCall:
     )
 
 
-def _run_coroutine(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - what a node returns, or a coroutine of it
+def _run_coroutine(outcome: Any) -> NodeOutcome:  # noqa: ANN401 - the outcome of a node, or a coroutine of it
     """Run a coroutine that never waits for anything but its next turn on the loop."""
     if not iscoroutine(outcome):
         return cast("NodeOutcome", outcome)

@@ -119,7 +119,7 @@ def perform(raw: bytes, speaker: JobReporter) -> Json:
     confinement.limit_cpu(job.timeout_seconds)
     confinement.limit_memory(job.max_memory_bytes)
     if not system_calls.allow_calls(system_calls.COMPUTING_CALLS):
-        message = "This server can't run all of Python: its kernel has no filter for system calls"
+        message = "This server can't run CPython: its kernel does not support filters of system calls"
         raise NodeError(message, code="not-available")
     sys.stdin, sys.stdout, sys.stderr = (
         io.StringIO(),

@@ -69,7 +69,7 @@ def encode_result(value: object) -> Json:
     try:
         return _tuples_to_lists(msgspec.to_builtins(value, str_keys=True))
     except RecursionError as error:
-        message = "The result holds itself, or too much inside one another"
+        message = "The result contains itself, or is nested too deeply"
         raise NodeError(message, code="too-deep") from error
     except (TypeError, ValueError) as error:
         message = f"The result can't be written as JSON: {str(error)[:MAX_MESSAGE_CHARACTERS]}"
@@ -94,9 +94,9 @@ def code_error(kind: str, message: str, line: int | None) -> NodeError:
 
 
 def script_timeout(seconds: float) -> NodeError:
-    return NodeError(f"It took longer than its {seconds:g} s", code="timeout")
+    return NodeError(f"The time limit of {seconds:g} s was exceeded", code="timeout")
 
 
 def script_out_of_memory(max_bytes: int) -> NodeError:
-    message = f"It needed more memory than its {max_bytes // 2**20:,} MB"
+    message = f"The memory limit of {max_bytes // 2**20:,} MB was exceeded"
     return NodeError(message, code="out-of-memory")
