@@ -107,12 +107,16 @@ def _reply_for_status(status: int, text: bytes) -> SmtpReply:
         reason = decoding.decode(text, _MailRefusal).error
     except msgspec.DecodeError:
         return RETRY_LATER_REPLY
-    told = "".join(one for one in f"{reason.code}: {reason.message}" if " " <= one <= "~")[
+    reason_text = "".join(one for one in f"{reason.code}: {reason.message}" if " " <= one <= "~")[
         :MAX_MESSAGE_CHARACTERS
     ]
     if status == TOO_LARGE_STATUS:
-        return SmtpReply(552, f"5.3.4 {told}")
-    return SmtpReply(550, f"5.7.1 {told}") if status in FINAL_STATUSES else SmtpReply(451, f"4.3.0 {told}")
+        return SmtpReply(552, f"5.3.4 {reason_text}")
+    return (
+        SmtpReply(550, f"5.7.1 {reason_text}")
+        if status in FINAL_STATUSES
+        else SmtpReply(451, f"4.3.0 {reason_text}")
+    )
 
 
 def _encode_address(address: str) -> str:

@@ -97,12 +97,12 @@ class RabbitmqQueue:
 
     def _message(self, delivery_id: str, delivery: AbstractIncomingMessage) -> SourceMessage:
         # Without a message id from the publisher, a second delivery can't be distinguished from a new message.
-        known_as = make_deduplication_id(self.label, delivery.message_id or delivery_id)
+        deduplication_id = make_deduplication_id(self.label, delivery.message_id or delivery_id)
         try:
             body = to_json(delivery.body)
         except UnreadableMessage as error:
-            return SourceMessage(delivery_id, known_as, problem=str(error))
-        return SourceMessage(delivery_id, known_as, body, min(delivery.priority or 0, MAX_PRIORITY))
+            return SourceMessage(delivery_id, deduplication_id, problem=str(error))
+        return SourceMessage(delivery_id, deduplication_id, body, min(delivery.priority or 0, MAX_PRIORITY))
 
 
 class RabbitmqConsumer:
@@ -113,7 +113,7 @@ class RabbitmqConsumer:
         self._connection = connection
         self._mark = uuid4().hex
         """Unique part of delivery ids: delivery tags are unique only within a channel."""
-        self._arrivals: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
+        self._received: asyncio.Queue[AbstractIncomingMessage | None] = asyncio.Queue()
         """Received deliveries; None marks the end of the channel."""
 
     @classmethod
@@ -136,21 +136,21 @@ class RabbitmqConsumer:
         (await channel.get_underlay_channel()).on_consumer_cancel_callbacks.add(self._end)
         # A passive lookup: the owners of a queue declare its properties.
         queue = await channel.get_queue(queue_name, ensure=True)
-        await queue.consume(self._arrivals.put)
+        await queue.consume(self._received.put)
 
     def _end(self, *_: object) -> None:
-        self._arrivals.put_nowait(None)
+        self._received.put_nowait(None)
 
     async def take(self, limit: int, wait_seconds: float) -> Sequence[tuple[str, AbstractIncomingMessage]]:
         """Return received messages by id; raises `BridgeUnavailable` after the end of the channel, without
         acknowledgements.
         """
         try:
-            arrived = [await asyncio.wait_for(self._arrivals.get(), wait_seconds)]
+            arrived = [await asyncio.wait_for(self._received.get(), wait_seconds)]
         except TimeoutError:
             return []
-        while len(arrived) < limit and not self._arrivals.empty():
-            arrived.append(self._arrivals.get_nowait())
+        while len(arrived) < limit and not self._received.empty():
+            arrived.append(self._received.get_nowait())
         taken = {f"{self._mark}.{one.delivery_tag}": one for one in arrived if one is not None}
         if len(taken) < len(arrived):
             raise BridgeUnavailable("RabbitMQ has closed the channel")

@@ -159,12 +159,12 @@ class RedisStream:
         return [self._message(entry_id.decode(), fields) for entry_id, fields in entries if fields]
 
     def _message(self, entry_id: str, fields: Mapping[bytes, bytes]) -> SourceMessage:
-        known_as = make_deduplication_id(self.label, entry_id)
+        deduplication_id = make_deduplication_id(self.label, entry_id)
         try:
             body, priority = parse_entry(fields)
         except UnreadableMessage as error:
-            return SourceMessage(entry_id, known_as, problem=str(error))
-        return SourceMessage(entry_id, known_as, body, priority)
+            return SourceMessage(entry_id, deduplication_id, problem=str(error))
+        return SourceMessage(entry_id, deduplication_id, body, priority)
 
     async def _acknowledge(self, ids: Sequence[str]) -> None:
         await self._client.xack(self._stream, self._group, *ids)

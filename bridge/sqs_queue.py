@@ -163,13 +163,15 @@ class SqsQueue:
         return [self._message(one) for one in batch.messages or ()]
 
     def _message(self, received: _SqsMessage) -> SourceMessage:
-        known_as = make_deduplication_id(self.label, received.message_id)
+        deduplication_id = make_deduplication_id(self.label, received.message_id)
         attribute = received.message_attributes.get(PRIORITY_ATTRIBUTE)
         try:
             priority = parse_priority(attribute.string_value if attribute else None)
-            return SourceMessage(received.receipt_handle, known_as, to_json(received.body.encode()), priority)
+            return SourceMessage(
+                received.receipt_handle, deduplication_id, to_json(received.body.encode()), priority
+            )
         except UnreadableMessage as error:
-            return SourceMessage(received.receipt_handle, known_as, problem=str(error))
+            return SourceMessage(received.receipt_handle, deduplication_id, problem=str(error))
 
     async def _change_visibility(self, ids: Sequence[str], seconds: int) -> None:
         await self._in_batches("ChangeMessageVisibilityBatch", ids, {"VisibilityTimeout": seconds})

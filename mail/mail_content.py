@@ -58,7 +58,7 @@ class MailAttachment:
     def as_json(self) -> dict[str, Any]:
         """Return the JSON that workflows get, without the reference to the content."""
         label = self.label
-        told = {
+        fields = {
             "filename": label.filename,
             "content_type": label.content_type,
             "size": self.size,
@@ -69,7 +69,7 @@ class MailAttachment:
             "url": self.url,
         }
         always = {"filename", "content_type", "size"}
-        return {name: value for name, value in told.items() if value or name in always}
+        return {name: value for name, value in fields.items() if value or name in always}
 
 
 KeepAttachment: TypeAlias = Callable[[AttachmentLabel, Iterator[bytes]], object]

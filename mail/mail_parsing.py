@@ -35,13 +35,13 @@ def parse_mail(
     root = MailPart.parse(given, _find_beginning(given), len(given), limits)
     kept = AttachmentCollector(keep_attachment, limits)
     bodies: dict[str, list[str]] = {parts.TEXT_TYPE: [], parts.HTML_TYPE: []}
-    room = limits.max_text_bytes
+    remaining = limits.max_text_bytes
     found = parts.find_leaves(given, root, limits)
     for part in found.leaves:
-        if part.body_type is None or part.size > room:
+        if part.body_type is None or part.size > remaining:
             kept.add(part.label, part.content(given))
             continue
-        room -= part.size
+        remaining -= part.size
         bodies[part.body_type].append(decode_body(part.content(given), part.parameters.get("charset", "")))
     return replace(
         mail_of_headers(root.headers),

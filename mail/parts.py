@@ -110,9 +110,9 @@ def _iterate_leaves(raw: Raw, root: MailPart, limits: MailLimits, found: PartSea
             yield part
             continue
         # Parts nested too deeply are left out; read as text, they would be boundaries and encoded bytes.
-        room = limits.max_parts - opened if depth < limits.max_depth else 0
-        found.omitted += max(0, len(places) - room)
-        places = places[:room]
+        remaining = limits.max_parts - opened if depth < limits.max_depth else 0
+        found.omitted += max(0, len(places) - remaining)
+        places = places[:remaining]
         opened += len(places)
         default_type = MESSAGE_TYPE if part.content_type == DIGEST_TYPE else TEXT_TYPE
         inner: list[MailPart] = []

@@ -34,9 +34,9 @@ def parse_sendgrid_form(
     content_ids = _invert_mapping(_object_field(form, "content-ids"))
 
     def label(file: FormFile) -> AttachmentLabel:
-        told = described.get(file.field)
+        info = described.get(file.field)
         return _attachment_label(
-            file, told if isinstance(told, dict) else {}, content_ids.get(file.field, "")
+            file, info if isinstance(info, dict) else {}, content_ids.get(file.field, "")
         )
 
     def text(name: str) -> str:

@@ -77,12 +77,12 @@ async def _rotate_table(
         if not rows:
             return
         last = rows[-1].id
-        anew = {row: resealed for row in rows if (resealed := _resealed(vault, row)) is not None}
+        anew = {row: encrypted for row in rows if (encrypted := _encrypt_again(vault, row)) is not None}
         rotation.unreadable += [row.id for row in rows if row not in anew]
         rotation.encrypted += await _replace(database, table, anew)
 
 
-def _resealed(vault: SecretVault, row: _Found) -> EncryptedText | None:
+def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
     owner = {"organization_id": row.organization_id, "object_id": row.id}
     try:
         # Rows without a secret have None, and are not selected.
@@ -97,11 +97,11 @@ async def _replace(database: Database, table: _Table, anew: dict[_Found, Encrypt
 
     async def replace(connection: AsyncConnection) -> int:
         count = 0
-        for row, resealed in anew.items():
+        for row, encrypted in anew.items():
             result = await connection.execute(
                 update(table)
                 .where(col(table.id) == row.id, col(table.encrypted) == row.encrypted)
-                .values(encrypted=resealed.content, secret_id=resealed.secret_id)
+                .values(encrypted=encrypted.content, secret_id=encrypted.secret_id)
             )
             count += result.rowcount
         return count

@@ -117,7 +117,7 @@ class OrganizationFolder:
         return content
 
     def _put(self, folders: Sequence[str], name: str, content: bytes) -> str:
-        self._check_room(len(content))
+        self._require_capacity(len(content))
         unfinished = f".{secrets.token_hex(16)}"
         with self._opened(folders, makes=True) as folder:
             try:
@@ -144,7 +144,7 @@ class OrganizationFolder:
         ]
         return sorted(found, key=lambda one: one.key)
 
-    def _check_room(self, wanted_bytes: int) -> None:
+    def _require_capacity(self, wanted_bytes: int) -> None:
         sizes = [status.st_size for _, status in self._files()]
         if len(sizes) >= MAX_FILES:
             message = f"The folder has {MAX_FILES:,} files, which is the limit"

@@ -81,7 +81,7 @@ def confine(parent: int) -> None:
     )
 
 
-def perform(raw: bytes, _speaker: JobReporter) -> Json:
+def perform(raw: bytes, _reporter: JobReporter) -> Json:
     job = _decode(raw)
     confinement.limit_file_size(
         2 * job.max_file_bytes

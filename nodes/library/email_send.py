@@ -146,13 +146,13 @@ async def _read_attachments(call: NodeCall) -> Sequence[EnclosedFile]:
         message_ = f"The mail has {len(given):,} attachments; at most {MAXIMUM_ATTACHMENTS} are allowed"
         raise NodeError(message_, code="too-many-attachments")
     enclosed: list[EnclosedFile] = []
-    room = MAXIMUM_ATTACHED_BYTES
+    remaining = MAXIMUM_ATTACHED_BYTES
     for each in given:
         if not isinstance(each, dict):
             raise config_fields.invalid_field("attachments", "a list of attachments", given)
         content = await _read_content(call, each)
-        room -= len(content)
-        if room < 0:
+        remaining -= len(content)
+        if remaining < 0:
             message_ = f"The attachments have more than {MAXIMUM_ATTACHED_BYTES:,} bytes together"
             raise NodeError(message_, code="mail-too-large")
         enclosed.append(EnclosedFile(_attachment_label(each), content))

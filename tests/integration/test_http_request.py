@@ -277,7 +277,7 @@ async def test_redirects_are_followed_unless_told_otherwise(server: RecordingSer
 
 
 async def test_an_answer_that_does_not_come_is_worth_another_attempt(server: RecordingServer) -> None:
-    with pytest.raises(NodeError, match="No complete answer") as raised:
+    with pytest.raises(NodeError, match="No complete response") as raised:
         await server.output({"url": f"{server.url}/slow", "timeoutSeconds": 0.1})
     assert (raised.value.code, raised.value.retryable) == ("timed-out", True)
 

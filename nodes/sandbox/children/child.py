@@ -62,10 +62,10 @@ def main(kind: str, parent: int) -> None:
     perform = work.load()
     _close_log()
     work.confine(parent)
-    speaker = JobReporter()
+    reporter = JobReporter()
     _write(encode_frame(FrameTag.READY))
     while (job := _read_job()) is not None:
-        _perform_and_reply(perform, job, speaker)
+        _perform_and_reply(perform, job, reporter)
 
 
 def _close_log() -> None:
@@ -75,9 +75,9 @@ def _close_log() -> None:
     os.close(nowhere)
 
 
-def _perform_and_reply(perform: PerformJob, job: bytes, speaker: JobReporter) -> None:
+def _perform_and_reply(perform: PerformJob, job: bytes, reporter: JobReporter) -> None:
     try:
-        outcome = perform(job, speaker)
+        outcome = perform(job, reporter)
         port = outcome.port if isinstance(outcome, NodeResult) else OUTPUT
         value = outcome.output if isinstance(outcome, NodeResult) else outcome
         _check_result(value)

@@ -40,7 +40,7 @@ def confine(parent: int) -> None:
     system_calls.allow_calls(system_calls.COMPUTING_CALLS)
 
 
-def _check_form(raw: bytes, _speaker: JobReporter) -> Json:
+def _check_form(raw: bytes, _reporter: JobReporter) -> Json:
     """Return the violations of an answer, each with its path, keyword and message."""
     job = _decode(raw)
     return _find_violations(decoding.decode(job.schema), decoding.decode(job.data))

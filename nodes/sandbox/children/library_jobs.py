@@ -40,12 +40,12 @@ def load() -> PerformJob:
     for encoding in ENCODINGS:
         import_module(f"encodings.{encoding}")
 
-    def perform(raw: bytes, speaker: JobReporter) -> Json | NodeResult:
+    def perform(raw: bytes, reporter: JobReporter) -> Json | NodeResult:
         job = _decode(raw)
-        call = _build_call(decoding.decode(job.config), speaker)
+        call = _build_call(decoding.decode(job.config), reporter)
         outcome = _run_coroutine(runs[job.type](call))
         if call.unresolved:
-            speaker.unresolved(call.unresolved)
+            reporter.unresolved(call.unresolved)
         return cast("Json | NodeResult", outcome)
 
     return perform
@@ -61,7 +61,7 @@ def confine(parent: int) -> None:
     system_calls.allow_calls(system_calls.COMPUTING_CALLS)
 
 
-def _build_call(config: Mapping[str, Json], speaker: JobReporter) -> NodeCall:
+def _build_call(config: Mapping[str, Json], reporter: JobReporter) -> NodeCall:
     """Return a call with a config and a log only: nodes that run here use no other part of it."""
     return NodeCall(
         config=config,
@@ -70,7 +70,7 @@ def _build_call(config: Mapping[str, Json], speaker: JobReporter) -> NodeCall:
         conditions={},
         values={},
         unresolved=[],
-        log=speaker.log,
+        log=reporter.log,
         caller=EMPTY_CALLER,
         node_id="",
         iteration="",

@@ -100,9 +100,9 @@ class MontyInterpreter:
         self._pool: Monty | None = None
         self._has_forbidden_processes = False
 
-    def perform(self, raw: bytes, speaker: JobReporter) -> Json:
+    def perform(self, raw: bytes, reporter: JobReporter) -> Json:
         job = _decode(raw)
-        printed = PrintedLines(speaker)
+        printed = PrintedLines(reporter)
         try:
             return script_output.encode_result(self._run(job, printed))
         except MontyCrashedError as error:

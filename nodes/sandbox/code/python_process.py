@@ -112,10 +112,10 @@ def confine(parent: int) -> None:
     landlock.restrict_files({})
 
 
-def perform(raw: bytes, speaker: JobReporter) -> Json:
+def perform(raw: bytes, reporter: JobReporter) -> Json:
     job = _decode(raw)
     names = decoding.decode(job.inputs)
-    printed = PrintedLines(speaker)
+    printed = PrintedLines(reporter)
     confinement.limit_cpu(job.timeout_seconds)
     confinement.limit_memory(job.max_memory_bytes)
     if not system_calls.allow_calls(system_calls.COMPUTING_CALLS):

@@ -22,8 +22,8 @@ LOG_LEVELS: Final = {"stdout": "info", "stderr": "warning"}
 class PrintedLines:
     """Splits printed text into lines of the log, up to the limits."""
 
-    def __init__(self, speaker: JobReporter) -> None:
-        self._speaker = speaker
+    def __init__(self, reporter: JobReporter) -> None:
+        self._reporter = reporter
         self._begun = dict.fromkeys(LOG_LEVELS, "")
         """Unterminated line of each stream."""
         self._lines = 0
@@ -31,13 +31,13 @@ class PrintedLines:
         self._characters = 0
 
     def write(self, stream: str, text: str) -> None:
-        room = MAX_PRINTED_CHARACTERS - self._characters
+        remaining = MAX_PRINTED_CHARACTERS - self._characters
         self._characters += len(text)
-        *lines, begun = (self._begun[stream] + text[:room]).split("\n")
+        *lines, begun = (self._begun[stream] + text[:remaining]).split("\n")
         for line in lines:
             self._line(stream, line)
         self._begun[stream] = begun
-        if len(text) > room:
+        if len(text) > remaining:
             self._give_up()
 
     def end(self) -> None:
@@ -52,12 +52,12 @@ class PrintedLines:
         if self._gave_up:
             return
         self._lines += 1
-        self._speaker.log(LOG_LEVELS[stream], line[:MAX_LINE_CHARACTERS])
+        self._reporter.log(LOG_LEVELS[stream], line[:MAX_LINE_CHARACTERS])
 
     def _give_up(self) -> None:
         if not self._gave_up:
             self._gave_up = True
-            self._speaker.log("warning", "The code printed too much: the rest is left out")
+            self._reporter.log("warning", "The code printed too much: the rest is left out")
 
 
 def encode_result(value: object) -> Json:
