@@ -774,7 +774,7 @@ async def test_an_answer_that_nobody_waits_for_is_noted(
     progress = await people.owner.api.get(f"/api/v1/executions/{execution_id}/progress")
     assert progress.json()["status"] == "completed"
     logs = await people.owner.api.get(f"/api/v1/executions/{execution_id}/logs")
-    assert "Nobody waits for this answer" in logs.text
+    assert "No sender waits for this response" in logs.text
 
 
 # ── queues ──────────────────────────────────────────────────────────────────────────────────────────────────

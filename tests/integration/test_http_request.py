@@ -218,7 +218,7 @@ async def test_an_answer_becomes(
 
 async def test_an_answer_that_should_be_json_and_is_not_fails_the_node(server: RecordingServer) -> None:
     with pytest.raises(
-        NodeError, match=r"^GET http://.*/raw\?hex=…: The answer can't be taken as JSON"
+        NodeError, match=r"^GET http://.*/raw\?hex=…: The response is not valid JSON"
     ) as raised:
         await server.output({"url": f"{server.url}/raw?hex=7b", "responseType": "json"})
     assert (raised.value.code, raised.value.retryable) == ("invalid-response", False)
