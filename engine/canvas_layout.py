@@ -57,7 +57,7 @@ HIDDEN_EDGE: Final = 4 * ROW_HEIGHT
 
 @dataclass(frozen=True, slots=True)
 class _LayoutEffort:
-    """Search effort for graphs with at most this number of nodes."""
+    """Search effort for graphs of at most `nodes` nodes."""
 
     nodes: float
     starts: int

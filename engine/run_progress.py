@@ -316,7 +316,7 @@ class RunProgress:
     def apply_answers(self, wait_answers: NodeAnswers) -> None:
         """Apply the current wait answers to sleeping nodes."""
         self._wait_answers, sleeping = wait_answers, self._worklist.sleeping
-        for visit in [one.visit for one in sleeping.values() if one.then is WakeAction.EXPIRED]:
+        for visit in [sleeper.visit for sleeper in sleeping.values() if sleeper.then is WakeAction.EXPIRED]:
             payload = self._find_answer(visit)
             # An earlier answer of this loop may have cancelled this node.
             if payload is not None and sleeping.pop(visit, None) is not None:

@@ -414,26 +414,32 @@ class WorkflowRunner:
 
     async def _wake(self) -> None:
         now, sleeping = time.monotonic(), self._worklist.sleeping
-        due = [one for one in sleeping.values() if one.wakes_at is not None and one.wakes_at <= now]
-        if not await self._read_new_answers(is_due=any(one.then is WakeAction.EXPIRED for one in due)):
-            due = [one for one in due if one.then is not WakeAction.EXPIRED]
-        for one in due:
+        due = [
+            sleeper
+            for sleeper in sleeping.values()
+            if sleeper.wakes_at is not None and sleeper.wakes_at <= now
+        ]
+        if not await self._read_new_answers(
+            is_due=any(sleeper.then is WakeAction.EXPIRED for sleeper in due)
+        ):
+            due = [sleeper for sleeper in due if sleeper.then is not WakeAction.EXPIRED]
+        for sleeper in due:
             if not self._may_start():
                 return
             # An earlier node of this loop may have cancelled this node.
-            if sleeping.pop(one.visit, None) is None:
+            if sleeping.pop(sleeper.visit, None) is None:
                 continue
-            if one.then is WakeAction.TRIED_AGAIN:
-                await self._begin(one.visit)
+            if sleeper.then is WakeAction.TRIED_AGAIN:
+                await self._begin(sleeper.visit)
             else:
-                self._progress.wake(one)
+                self._progress.wake(sleeper)
 
     async def _read_new_answers(self, *, is_due: bool) -> bool:
         """Apply new wait answers: periodically, and always before a wait for an answer expires.
 
         Returns False if the answers are unavailable.
         """
-        awaits = any(one.then is WakeAction.EXPIRED for one in self._worklist.sleeping.values())
+        awaits = any(sleeper.then is WakeAction.EXPIRED for sleeper in self._worklist.sleeping.values())
         is_time = is_due or time.monotonic() > self._answers_read_at + ANSWER_POLL_SECONDS
         if self._listen is None or not awaits or not is_time:
             return True

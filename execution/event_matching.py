@@ -146,15 +146,15 @@ class EventMatcher:
         async def answer(connection: AsyncConnection) -> list[AnswerResult]:
             return await event_waits.answer_waits(connection, waits, data)
 
-        given = await self._database.transaction(answer)
-        for key in _concurrency_keys(given):
+        results = await self._database.transaction(answer)
+        for key in _concurrency_keys(results):
             await concurrency_limits.admit_waiting_runs(self._database, key)
-        if any(one.is_woken for one in given):
+        if any(result.is_woken for result in results):
             await wakeups.wake_workers(self._broker)
 
 
-def _concurrency_keys(given: Iterable[AnswerResult]) -> Iterable[str]:
-    return dict.fromkeys(one.concurrency_key for one in given if one.concurrency_key is not None)
+def _concurrency_keys(results: Iterable[AnswerResult]) -> Iterable[str]:
+    return dict.fromkeys(result.concurrency_key for result in results if result.concurrency_key is not None)
 
 
 def _matches_filter(wait: EventWait, event: Json) -> bool:

@@ -252,7 +252,7 @@ class RunExecutor:
         if not claim.is_trial:
             self._remember_turns(claimed)
         leases = [self._leases.hold(ExecutionKey(c.execution_id, c.shard), c.token, since) for c in claimed]
-        if any(one.may_have_more for one in claimed):
+        if any(run.may_have_more for run in claimed):
             self.wake()
             await wakeups.wake_workers(self._broker)
         try:
@@ -280,20 +280,20 @@ class RunExecutor:
         return min(left + self._settings.concurrency, MAX_EXTRA_CLAIM), sorted(served)
 
     async def _begin_each_alone(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
-        for one, lease in zip(claimed, leases, strict=True):
+        for run, lease in zip(claimed, leases, strict=True):
             try:
-                await self._begin([one], [lease])
+                await self._begin([run], [lease])
             except Exception:
                 # As with a run that breaks: its lease expires, and the attempt is counted.
-                log.exception("run not started", execution_id=one.execution_id)
+                log.exception("run not started", execution_id=run.execution_id)
                 self._leases.release(lease)
 
     def _remember_turns(self, claimed: Sequence[ClaimedRun]) -> None:
         """Store the round-robin position, so that the next claim continues behind this one."""
         self._after_organization = claimed[-1].organization_id
-        for one in claimed:
-            self._turns[one.organization_id] = turn_of_workflow(one.workflow_id) + 1
-            self._turns.move_to_end(one.organization_id)
+        for run in claimed:
+            self._turns[run.organization_id] = turn_of_workflow(run.workflow_id) + 1
+            self._turns.move_to_end(run.organization_id)
         while len(self._turns) > MAX_CACHED_TURNS:
             self._turns.popitem(last=False)
 
@@ -305,8 +305,8 @@ class RunExecutor:
     async def _begin(self, claimed: Sequence[ClaimedRun], leases: Sequence[RunLease]) -> None:
         programs = await self._programs.load(claimed)
         recovered_states = await self._recover_states([run for run in claimed if run.has_journal])
-        for one, lease in zip(claimed, leases, strict=True):
-            recovered = recovered_states.get(one.execution_id, RecoveredState())
+        for run, lease in zip(claimed, leases, strict=True):
+            recovered = recovered_states.get(run.execution_id, RecoveredState())
             settled = [
                 span.node_id
                 for span in recovered.spans
@@ -317,24 +317,24 @@ class RunExecutor:
                 self._recorder,
                 lease,
                 settled,
-                channel=one.channel,
-                wait_answer_count=one.wait_answer_count,
-                large=self._large_values(one),
+                channel=run.channel,
+                wait_answer_count=run.wait_answer_count,
+                large=self._large_values(run),
                 control=control,
             )
-            program = programs[definition_key(one)]
-            task = asyncio.create_task(self._run(one, program, recovered, journal, control, lease))
-            self._active[one.execution_id] = RunningExecution(
-                one.organization_id, lease, control, journal, task, time.monotonic()
+            program = programs[definition_key(run)]
+            task = asyncio.create_task(self._run(run, program, recovered, journal, control, lease))
+            self._active[run.execution_id] = RunningExecution(
+                run.organization_id, lease, control, journal, task, time.monotonic()
             )
-            if one.request is not None:
-                self._on_request(lease, one.request)
+            if run.request is not None:
+                self._on_request(lease, run.request)
         run_metrics.ACTIVE_RUNS.set(len(self._active))
 
-    def _large_values(self, one: ClaimedRun) -> LargeValues | None:
+    def _large_values(self, run: ClaimedRun) -> LargeValues | None:
         if self._blobs is None:
             return None
-        owner = BlobOwner(one.organization_id, one.key_id)
+        owner = BlobOwner(run.organization_id, run.key_id)
         return LargeValues(self._blobs, owner, self._settings.max_row_output_bytes)
 
     async def _recover_states(self, begun: Sequence[ClaimedRun]) -> dict[str, RecoveredState]:
@@ -356,15 +356,15 @@ class RunExecutor:
         }
 
     async def _read_answers(
-        self, one: ClaimedRun, journal: RunJournal
+        self, run: ClaimedRun, journal: RunJournal
     ) -> Mapping[tuple[str, str], bytes] | None:
         """Return the current wait answers of a run; None if the database is unavailable."""
         try:
-            answers = await self._group_answers([ExecutionKey(one.execution_id, one.shard)])
+            answers = await self._group_answers([ExecutionKey(run.execution_id, run.shard)])
         except DatabaseUnavailable:
             await asyncio.sleep(PAUSE_SECONDS)
             return None
-        found = answers.get(one.execution_id, {})
+        found = answers.get(run.execution_id, {})
         journal.count_answers(len(found))
         return found
 
@@ -402,10 +402,10 @@ class RunExecutor:
                 await self._watch_trial(claimed[0])
         self._suspects.pause()
 
-    async def _watch_trial(self, one: ClaimedRun) -> None:
+    async def _watch_trial(self, run: ClaimedRun) -> None:
         """Wait until a run is proven or has left."""
-        log.info("suspect on trial", execution_id=one.execution_id, attempt=one.attempt)
-        active = self._active.get(one.execution_id)
+        log.info("suspect on trial", execution_id=run.execution_id, attempt=run.attempt)
+        active = self._active.get(run.execution_id)
         while active is not None and not active.is_proven() and not active.task.done():
             await asyncio.wait([active.task], timeout=POLL_SECONDS)
             if active.journal.owes_result and not active.journal.is_committing:
@@ -419,7 +419,7 @@ class RunExecutor:
 
     async def _run(
         self,
-        one: ClaimedRun,
+        run: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
         recovered: RecoveredState,
         journal: RunJournal,
@@ -427,26 +427,26 @@ class RunExecutor:
         lease: RunLease,
     ) -> None:
         try:
-            ended = await self._finish(one, program, recovered, journal, control)
-            await journal.end(ended)
+            outcome = await self._finish(run, program, recovered, journal, control)
+            await journal.end(outcome)
         except LeaseLost:
-            log.warning("run abandoned", execution_id=one.execution_id, reason="lease lost")
+            log.warning("run abandoned", execution_id=run.execution_id, reason="lease lost")
         except Exception:
             # The lease expires, and the attempt is counted, so a run that always breaks ends as crashed.
-            log.exception("run failed unexpectedly", execution_id=one.execution_id)
+            log.exception("run failed unexpectedly", execution_id=run.execution_id)
         else:
-            self._on_ended(one, ended)
+            self._on_ended(run, outcome)
         finally:
             self._leases.release(lease)
             if self._running_execution(lease) is not None:
-                del self._active[one.execution_id]
+                del self._active[run.execution_id]
             run_metrics.ACTIVE_RUNS.set(len(self._active))
             if self._owes_claim:
                 self._wanted.set()
 
     async def _finish(
         self,
-        one: ClaimedRun,
+        run: ClaimedRun,
         program: WorkflowProgram | InvalidDefinition,
         recovered: RecoveredState,
         journal: RunJournal,
@@ -455,42 +455,42 @@ class RunExecutor:
         if isinstance(program, InvalidDefinition):
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-definition", str(program)))
         try:
-            trigger = await journal.trigger(one.trigger)
+            trigger = await journal.trigger(run.trigger)
             recorded = await journal.restore(recovered.spans)
         except InvalidJson as error:
             return RunOutcome(RunStatus.FAILED, error=RunError("invalid-input", str(error)))
         except RecordedValueLost as error:
             return RunOutcome(RunStatus.FAILED, error=RunError("value-lost", error.message, error.node_id))
         start = RunStart(
-            caller=RunCaller(one.organization_id, one.user_id, one.workflow_id, one.execution_id, one.key_id),
+            caller=RunCaller(run.organization_id, run.user_id, run.workflow_id, run.execution_id, run.key_id),
             trigger=trigger,
             clock=self._store.clock,
-            deadline=one.deadline_at,
-            started_at=one.started_at,
-            attempt=one.attempt,
+            deadline=run.deadline_at,
+            started_at=run.started_at,
+            attempt=run.attempt,
             recorded=recorded,
             sequence=recovered.last_sequence,
             wait_answers=recovered.wait_answers,
-            listen=partial(self._read_answers, one, journal),
+            listen=partial(self._read_answers, run, journal),
         )
         return await run_workflow(program, start, journal, control, self._services, self._limits)
 
-    def _on_ended(self, one: ClaimedRun, ended: RunOutcome) -> None:
-        run_metrics.ENDED_RUNS[ended.status].inc()
+    def _on_ended(self, run: ClaimedRun, outcome: RunOutcome) -> None:
+        run_metrics.ENDED_RUNS[outcome.status].inc()
         on_left = self._hooks.on_left
-        if on_left is not None and (one.follow_up is not None or one.concurrency_key is not None):
-            on_left(one, ended)
-        if ended.status is RunStatus.WAITING and ended.due_at is not None:
-            seconds = self._store.clock.seconds_until(ended.due_at)
+        if on_left is not None and (run.follow_up is not None or run.concurrency_key is not None):
+            on_left(run, outcome)
+        if outcome.status is RunStatus.WAITING and outcome.due_at is not None:
+            seconds = self._store.clock.seconds_until(outcome.due_at)
             if seconds < MAX_TIMER_SECONDS:
                 delay = seconds + TIMER_MARGIN_SECONDS
                 asyncio.get_running_loop().call_later(delay, self._in_background, self._promote_due)
         log.info(
             "execution left",
-            status=ended.status.value,
-            execution_id=one.execution_id,
-            workflow_id=one.workflow_id,
-            error=ended.error.code if ended.error else None,
+            status=outcome.status.value,
+            execution_id=run.execution_id,
+            workflow_id=run.workflow_id,
+            error=outcome.error.code if outcome.error else None,
         )
 
     # ── requests and notifications ────────────────────────────────────────────────────────────────────
