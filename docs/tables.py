@@ -11,6 +11,7 @@ from pathlib import Path
 
 from docs import expression_reference, node_reference, settings_reference, workflow_settings_reference
 from gateway.http import limits
+from gateway.http.refusals import ERROR_CODES
 
 ROOT = Path(__file__).parent.parent
 
@@ -26,6 +27,27 @@ def build_limits_table() -> str:
             value = getattr(limits, statement.target.id)
             rows.append(_settings_row(str(below.value.value).rstrip("."), f"{value:,}"))
     return "\n".join(["| limit | value |", "| --- | --- |", *rows])
+
+
+def build_error_page() -> str:
+    """Return the page of error codes, sorted by status and code."""
+    rows = [
+        _settings_row(str(error.status), f"`{code}`", error.meaning)
+        for code, error in sorted(ERROR_CODES.items(), key=lambda item: (item[1].status, item[0]))
+    ]
+    return "\n".join(
+        [
+            "# Error codes",
+            "Responses with a status from 400 on have one of these codes in `error.code`. Programs should use it:",
+            "the message is for people and may change. `/docs/api/` lists the codes of each operation. `make docs`",
+            "generates this page from the code.",
+            "",
+            "| status | code | meaning |",
+            "| --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
 
 
 def replace_table(text: str, name: str, table: str) -> str:
@@ -50,6 +72,7 @@ def build_documents() -> dict[Path, str]:
     return {
         readme: replace_table(readme.read_text(), "settings", settings_reference.build_short_table()),
         operations: replace_table(operations.read_text(), "limits", build_limits_table()),
+        ROOT / "docs/errors.md": build_error_page(),
         ROOT / "docs/nodes.md": node_reference.build_reference(),
         expressions: replace_tables(expressions.read_text(), expression_reference.build_parts()),
         ROOT / "docs/settings.md": settings_reference.build_page(),
