@@ -54,7 +54,7 @@ SELECT number FROM series)
 
 
 async def measure(postgres: PostgresServer, folder: Path) -> dict[str, float]:
-    """Return the median milliseconds of a claim for each database, size and number of organisations, and ratios."""
+    """Return the median milliseconds of a claim for each database, size and number of organizations, and ratios."""
     figures: dict[str, float] = {}
     for organizations in ORGANIZATIONS:
         async with (

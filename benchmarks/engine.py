@@ -55,7 +55,7 @@ NODES: Mapping[str, str] = {
     "hash": "hash",
     "date_time": "date-time",
 }
-"""Kinds of nodes, measured by the first example of each in the catalogue."""
+"""Kinds of nodes, measured by the first example of each in the catalog."""
 
 
 Nodes: TypeAlias = "list[dict[str, Any]]"
@@ -146,7 +146,7 @@ async def _measure_nodes() -> dict[str, float]:
     return figures
 
 
-async def _measure_node(node_type: str, config: Any, data: Json) -> float:  # noqa: ANN401 - JSON of the catalogue
+async def _measure_node(node_type: str, config: Any, data: Json) -> float:  # noqa: ANN401 - JSON of the catalog
     """Return the microseconds of a node: a run of a trigger and the node, minus a run of the trigger alone."""
     await call(node_type, config, data)  # it must work before it is timed
     alone = await _measure_run([{"id": "start", "type": "manual"}], trigger=data)

@@ -1,4 +1,4 @@
-"""A gateway on a real database, with organisations, users and keys made on demand, and clients that use them."""
+"""Gateway on a real database, with organizations, users and keys created on demand, and their clients."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class UserClient:
 
 @dataclass(frozen=True)
 class OrganizationUsers:
-    """Two organisations: one with an admin and two members, the other with an admin."""
+    """Two organizations: one with an admin and two members, the other with an admin."""
 
     admin: UserClient
     owner: UserClient

@@ -286,7 +286,7 @@ async def test_a_script_learns_no_secret(
     assert "canary-canary" not in told
 
 
-# ── neighbours ──────────────────────────────────────────────────────────────────────────────────────────────
+# ── neighbors ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def test_hostile_scripts_do_not_hold_up_or_change_the_others(code_bench: CodeBench) -> None:

@@ -114,7 +114,7 @@ class CompletionHarness:
         return after
 
     async def owned_workflow(self, *, signs: bool = True) -> OwnedWorkflow:
-        """Make a workflow that can be run, of an organisation that can sign."""
+        """Create an executable workflow in an organization with a signing secret."""
         owned_workflow = await self.run_database.workflow()
         graph = WorkflowGraph(
             workflow_id=owned_workflow.workflow_id,

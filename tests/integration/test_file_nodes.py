@@ -288,7 +288,7 @@ def test_the_catalogue_finds_a_config_that_names_neither_object_nor_prefix() -> 
     assert problem.message == "key or prefix is required"
 
 
-# ── the organisation's own folder ─────────────────────────────────────────────────────────────────────────
+# ── the organization's own folder ─────────────────────────────────────────────────────────────────────────
 
 
 async def test_files_come_back_and_are_listed_by_their_paths(file_stores: FileStores) -> None:

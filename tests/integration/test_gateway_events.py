@@ -541,7 +541,7 @@ async def test_an_event_is_replayed_to_a_workflow(harness: GatewayHarness, peopl
 async def copy_row(
     harness: GatewayHarness, table: type[SQLModel], organization_id: str, new: Sequence[str]
 ) -> None:
-    """Make rows like the only one that an organisation has, under other ids."""
+    """Insert copies of an organization's only row under other ids."""
 
     async def copy(connection: AsyncConnection) -> None:
         of_organization = getattr(table, "organization_id") == organization_id  # noqa: B009 - of any table

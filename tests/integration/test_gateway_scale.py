@@ -1,4 +1,4 @@
-"""Lists of organisations with many workflows: right in every order and under every filter, and read by indexes."""
+"""Lists of large organizations: correct in every order and under every filter, and read by indexes."""
 
 from __future__ import annotations
 

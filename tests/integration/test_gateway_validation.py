@@ -1,4 +1,4 @@
-"""Graphs checked over HTTP, the scopes that they need, and the catalogue that they are drawn from."""
+"""Validation of graphs over HTTP, their required scopes, and the node catalog."""
 
 import threading
 from collections.abc import Mapping
@@ -321,7 +321,7 @@ async def test_scopes_are_computed_kept_and_shown(people: OrganizationUsers) -> 
     assert [entry["action"] for entry in trail["entries"]][:1] == ["workflow.scopes-computed"]
 
 
-# ── the catalogue ───────────────────────────────────────────────────────────────────────────────────────────
+# ── the catalog ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 async def get_catalog(person: UserClient, query: str = "") -> dict[str, Any]:

@@ -47,7 +47,7 @@ def person(harness_with_worker: GatewayHarness, people: OrganizationUsers) -> Us
 
 
 def organization_folder(harness: GatewayHarness, person: UserClient) -> Path:
-    """Return where the files of a person's organisation are."""
+    """Return the folder of files of a user's organization."""
     path = harness.gateway.settings.data_dir / "files" / person.user.organization_id
     path.mkdir(parents=True, exist_ok=True)
     return path

@@ -58,7 +58,7 @@ ELEMENTS = 1_000_000
 
 @dataclass
 class NeighborOrganization:
-    """Another organisation, which runs one and the same small workflow all the time."""
+    """Another organization, which runs the same small workflow continuously."""
 
     client: RetryingClient
     workflow_id: str = ""
@@ -131,7 +131,7 @@ async def shared_server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
     folder = tmp_path_factory.mktemp("hostile")
     async with harness.run_one_process(folder, **SMALL) as deployment, serve_answers() as upstream:
         client = RetryingClient(deployment.url)
-        response = await client.answer("GET", "/auth/whoami")  # the first organisation is there
+        response = await client.answer("GET", "/auth/whoami")  # the first organization is there
         assert response.status_code == HTTPStatus.OK
         neighbour = NeighborOrganization(
             RetryingClient(deployment.url, key=await _key_of_another(deployment, folder))

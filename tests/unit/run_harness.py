@@ -54,7 +54,7 @@ def write_world(run: RunNode) -> MadeUpNodeType:
 
 @dataclass(frozen=True)
 class MadeUpNodeTypes:
-    """The catalogue of them: every config is right."""
+    """Catalog of these node types, which accepts every config."""
 
     kinds: Mapping[str, MadeUpNodeType]
 
