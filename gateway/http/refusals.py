@@ -99,7 +99,7 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     "malformed-form": ErrorCode(400, "The body is not a form of the declared `Content-Type`."),
     "malformed-mail": ErrorCode(400, "The mail service's data about the mail is malformed."),
     "malformed-message": ErrorCode(
-        400, "The body is not a message of Amazon SNS, or cancels a subscription."
+        400, "The body is not a message of Amazon SNS, or SNS does not confirm the subscription."
     ),
     "unknown-mail": ErrorCode(400, "The form matches no supported mail service."),
     "raw-delivery": ErrorCode(400, "The subscription uses raw message delivery: disable it."),
