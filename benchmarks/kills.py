@@ -186,10 +186,10 @@ async def _seconds_to_recover(
     """Return the seconds from a kill to when another process is at the same node."""
     with effects.holding("charge") as held:
         run = await client.execute(workflow)
-        call = await held.arrived()
+        call = await held.notify_pods()
         killed_at = time.monotonic()
         await kill(deployment.sender(call))
-        again = await held.arrived()
+        again = await held.notify_pods()
         seconds = time.monotonic() - killed_at
         assert (again.execution_id, again.key) == (call.execution_id, call.key)
     await client.end(run, PATIENCE_SECONDS)

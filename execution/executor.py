@@ -218,10 +218,10 @@ class RunExecutor:
         elif self._suspects.is_due and self._isolation.is_open:
             self._in_background(self._try_suspects)  # new runs don't wait for the search
         await self._isolation.pass_gate()
-        limit, others_than = self._free_slots()
+        limit, excluded_organizations = self._free_slots()
         if limit <= 0 or self._is_draining:
             return  # the end of a run triggers the owed claim
-        self._owes_claim = bool(others_than)
+        self._owes_claim = bool(excluded_organizations)
         since = time.monotonic()
         claim = ClaimQuery(
             self._broker.channel,
@@ -229,7 +229,7 @@ class RunExecutor:
             limit,
             self._after_organization,
             self._turns,
-            others_than=others_than,
+            excluded_organizations=excluded_organizations,
         )
         self._is_claiming = True
         try:

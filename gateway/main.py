@@ -110,7 +110,7 @@ class GatewayServer(uvicorn.Server):
         if isinstance(app, GatewayApplication) and hasattr(app.state, "gateway"):
             app.state.gateway.waiting.release()
             app.state.gateway.activation.release()
-            app.state.gateway.runners.desk.release()
+            app.state.gateway.runners.poll_hub.release()
         await super().shutdown(sockets)
 
 

@@ -65,7 +65,7 @@ class GatewayState:
     broker: Broker
     catalog: NodeCatalog
     authenticator: KeyAuthenticator
-    doorkeeper: SenderAuthenticator
+    sender_authenticator: SenderAuthenticator
     deliveries: DeliveryLog
     samples: RejectedSamples
     subscribers: SubscriptionCache
@@ -121,16 +121,16 @@ async def assemble_state(
     catalog = catalogs.load_catalog()
     blobs = open_blobs(settings)
     authenticator = KeyAuthenticator(database, settings.secret, settings.previous_secrets)
-    doorkeeper = SenderAuthenticator(database, authenticator)
+    sender_authenticator = SenderAuthenticator(database, authenticator)
     deliveries = DeliveryLog(database)
     samples = RejectedSamples(database)
     subscribers = SubscriptionCache(database)
     vault = SecretVault(settings.secret, settings.previous_secrets)
     waiting = ExecutionPollHub(store, broker)
-    desk = PodPollHub(database, broker, WakeupForwarder(database, broker))
+    poll_hub = PodPollHub(database, broker, WakeupForwarder(database, broker))
     event_matcher = EventMatcher(database, broker)
     event_wait_delivery = EventWaitDelivery(event_matcher)
-    acceptances = RunAcceptor(database, store, broker, waiting, desk, event_wait_delivery)
+    acceptances = RunAcceptor(database, store, broker, waiting, poll_hub, event_wait_delivery)
     rates = RunRateLimiter(broker, settings)
     backlog = BacklogLimits(database, settings)
     activation = DeploymentActivator(database, broker, waiting)
@@ -151,7 +151,7 @@ async def assemble_state(
     await activation.start()
     try:
         async with pod_state.open_pod_state(
-            settings, database, store, broker, catalog, vault, desk
+            settings, database, store, broker, catalog, vault, poll_hub
         ) as for_pods:
             yield GatewayState(
                 settings=settings,
@@ -161,7 +161,7 @@ async def assemble_state(
                 broker=broker,
                 catalog=catalog,
                 authenticator=authenticator,
-                doorkeeper=doorkeeper,
+                sender_authenticator=sender_authenticator,
                 deliveries=deliveries,
                 samples=samples,
                 subscribers=subscribers,
@@ -199,5 +199,5 @@ async def assemble_state(
         await deliveries.drain()
         await samples.drain()
         await subscribers.drain()
-        await doorkeeper.close()
+        await sender_authenticator.close()
         await authenticator.close()

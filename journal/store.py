@@ -185,7 +185,7 @@ class ClaimQuery:
     0.
     """
     target: str = "shared"
-    others_than: Sequence[str] = ()
+    excluded_organizations: Sequence[str] = ()
     """Organizations to skip."""
     is_trial: bool = False
     """Claim suspects for a trial in isolation; otherwise only runs that aren't suspects are claimed."""

@@ -76,12 +76,12 @@ def encrypt_secrets(
 ) -> EncryptedText:
     """Encrypt the secrets of a data source for its row."""
     text = msgspec.json.encode(secrets)
-    return vault.seal(text, organization_id=organization_id, object_id=source_id)
+    return vault.encrypt(text, organization_id=organization_id, object_id=source_id)
 
 
 def decrypt_secrets(vault: SecretVault, source: DataSource) -> dict[str, str]:
     """Decrypt the secrets of a data source, by name; raises `VaultError`."""
-    text = vault.open(
+    text = vault.decrypt(
         EncryptedText(source.secret_id, source.encrypted),
         organization_id=source.organization_id,
         object_id=source.id,

@@ -54,7 +54,7 @@ class SecretVault:
         self.secret_id = identify_secret(secret)
         self._keys = {identify_secret(one): _DerivedKey(one) for one in (secret, *previous)}
 
-    def seal(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
+    def encrypt(self, text: bytes, *, organization_id: str, object_id: str) -> EncryptedText:
         """Encrypt a text for one object."""
         nonce = os.urandom(NONCE_BYTES)
         key = self._keys[self.secret_id].cipher
@@ -62,7 +62,7 @@ class SecretVault:
             self.secret_id, nonce + key.encrypt(nonce, text, _associated_data(organization_id, object_id))
         )
 
-    def open(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
+    def decrypt(self, encrypted: EncryptedText, *, organization_id: str, object_id: str) -> bytes:
         """Decrypt a text of one object; raises `UnknownSecret` and `SecretCorrupted`."""
         from cryptography.exceptions import InvalidTag  # noqa: PLC0415 - see _DerivedKey
 

@@ -74,13 +74,13 @@ def visible_suffix(secret: str) -> str:
 
 def encrypt_secret(vault: SecretVault, secret: str, *, organization_id: str, object_id: str) -> EncryptedText:
     """Encrypt a secret for its row."""
-    return vault.seal(secret.encode(), organization_id=organization_id, object_id=object_id)
+    return vault.encrypt(secret.encode(), organization_id=organization_id, object_id=object_id)
 
 
 def decrypt_secret(vault: SecretVault, row: SigningSecret) -> str:
     """Decrypt the secret of a row; raises `VaultError`."""
     stored = EncryptedText(row.secret_id, row.encrypted)
-    return vault.open(stored, organization_id=row.organization_id, object_id=row.id).decode()
+    return vault.decrypt(stored, organization_id=row.organization_id, object_id=row.id).decode()
 
 
 def sign_message(keys: Iterable[str], message_id: str, timestamp: int, body: bytes) -> str:

@@ -87,7 +87,7 @@ def _encrypt_again(vault: SecretVault, row: _Found) -> EncryptedText | None:
     try:
         # Rows without a secret have None, and are not selected.
         encrypted = EncryptedText(row.secret_id or "", row.encrypted or b"")
-        return vault.seal(vault.open(encrypted, **owner), **owner)
+        return vault.encrypt(vault.decrypt(encrypted, **owner), **owner)
     except VaultError:
         return None
 

@@ -70,7 +70,7 @@ class FakeSqs:
     half_failures: int = 0
     """Number of next batches in which every second entry fails by a fault of the service."""
     actions: list[str] = field(default_factory=list)
-    arrived: asyncio.Event = field(default_factory=asyncio.Event)
+    notify_pods: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def endpoint(self) -> str:
@@ -86,7 +86,7 @@ class FakeSqs:
 
     def send(self, body: str, **attributes: Any) -> None:  # noqa: ANN401 - as SQS has them
         self.messages.append(FakeSqsMessage(body, attributes))
-        self.arrived.set()
+        self.notify_pods.set()
 
     async def answer(self, request: web.Request) -> web.Response:
         """Answer one call."""
@@ -142,9 +142,9 @@ class FakeSqs:
         if not in_range:
             raise SqsError(400, "com.amazonaws.sqs#InvalidParameterValue")
         if WaitTimeSeconds and not self._visible():
-            self.arrived.clear()
+            self.notify_pods.clear()
             try:
-                await asyncio.wait_for(self.arrived.wait(), REAL_WAIT_SECONDS)
+                await asyncio.wait_for(self.notify_pods.wait(), REAL_WAIT_SECONDS)
             except TimeoutError:
                 return {}
         received = []

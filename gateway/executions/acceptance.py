@@ -60,7 +60,7 @@ _CLOSED: Final[Mapping[WorkflowStatus, str]] = {
 class PodNotifier(Protocol):
     """Notifies pods of new runs."""
 
-    async def arrived(self, workflow_ids: Collection[str]) -> None:
+    async def notify_pods(self, workflow_ids: Collection[str]) -> None:
         """Notify the pods of these workflows."""
 
 
@@ -196,12 +196,12 @@ class RunAcceptor:
             if await concurrency_limits.admit_waiting_runs(self._database, key):
                 self.wake_workers()
                 # Keys begin with the workflow id; if that workflow has no deployment, no pod polls for it.
-                await self._pods.arrived({key.partition(":")[0]})
+                await self._pods.notify_pods({key.partition(":")[0]})
         except DatabaseUnavailable as error:
             log.debug("concurrency slots not granted", key=key, error=str(error))
 
     async def _notify_pods(self, batch: Sequence[str]) -> Sequence[None]:
-        await self._pods.arrived(set(batch))
+        await self._pods.notify_pods(set(batch))
         return [None] * len(batch)
 
     async def _wake_mail_parsers(self, batch: Sequence[None]) -> Sequence[None]:

@@ -55,7 +55,7 @@ class BacklogCount:
     def size(self) -> int:
         return (self.counted or 0) + self.added
 
-    def lacks_room(self, count: int, limit: int) -> bool:
+    def lacks_capacity(self, count: int, limit: int) -> bool:
         return self.size + count > limit
 
     def recount(self, found: int, *, added_before: int, began: float, ended: float) -> None:
@@ -86,7 +86,7 @@ class BacklogLimits:
         self._tallies: OrderedDict[str, BacklogCount] = OrderedDict()
         self._counting: set[asyncio.Task[None]] = set()
 
-    async def require_room(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
+    async def require_capacity(self, organization_id: str, workflow_id: str, count: int = 1) -> None:
         """Add runs to the backlogs of a workflow and its organization; raises 429 without capacity for all."""
         organization = self._tally(organization_id)
         whole = self._per_organization
@@ -95,10 +95,10 @@ class BacklogLimits:
             return await backlog.count_organization_backlog(connection, organization_id, at_most=whole + 1)
 
         await self._refresh(organization, count, whole, count_organization)
-        if organization.lacks_room(count, whole):
+        if organization.lacks_capacity(count, whole):
             raise errors.queue_full("the organization", whole, organization.retry_seconds(count, whole))
         workflow = self._tallies.get(workflow_id)
-        if organization.lacks_room(
+        if organization.lacks_capacity(
             count, self._per_workflow
         ):  # otherwise no workflow of the organization can exceed its limit
             workflow = await self._require_workflow_capacity(organization_id, workflow_id, count)
@@ -122,7 +122,7 @@ class BacklogLimits:
             )
 
         await self._refresh(workflow, count, limit, count_workflow)
-        if workflow.lacks_room(count, limit):
+        if workflow.lacks_capacity(count, limit):
             raise errors.queue_full("the workflow", limit, workflow.retry_seconds(count, limit))
         return workflow
 
@@ -150,7 +150,7 @@ class BacklogLimits:
             tally.counting = asyncio.create_task(self._count(tally, find))
             self._counting.add(tally.counting)
             tally.counting.add_done_callback(self._counting.discard)
-        if tally.counting is not None and (tally.counted is None or tally.lacks_room(count, limit)):
+        if tally.counting is not None and (tally.counted is None or tally.lacks_capacity(count, limit)):
             await asyncio.shield(tally.counting)
 
     async def _count(self, tally: BacklogCount, find: Callable[[AsyncConnection], Awaitable[int]]) -> None:

@@ -127,7 +127,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
         preview = BulkRetryResult(**_counts(found, None), new_execution_ids=[])
         return JsonResponse(preview)
     for workflow_id, runs in by_workflow.items():
-        await request.gateway.backlog.require_room(request.caller.organization_id, workflow_id, runs)
+        await request.gateway.backlog.require_capacity(request.caller.organization_id, workflow_id, runs)
     chosen = await bulk_actions.begin_retry(request, found, _audit_subject(request, body), idempotency_key)
     return await _retried(request, chosen, headers={} if chosen == found else idempotency.REPLAYED)
 

@@ -16,7 +16,7 @@ from sqlmodel import col
 from engine.values import fingerprint
 from gateway.access import audit_log
 from gateway.executions import acceptance, execution_rows, resume_runs
-from gateway.executions.cancellation import ask_to_end
+from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.resume_runs import IS_RESUMED
 from gateway.executions.test_runs import TEST
 from gateway.http import idempotency
@@ -193,7 +193,7 @@ async def cancel(gateway: GatewayState, caller: ApiCaller, execution_ids: Sequen
 async def _ask_to_end_unlocked(gateway: GatewayState, key: ExecutionKey) -> EndRequestOutcome | None:
     """Cancel an execution; None if it does not exist or another transaction holds its lock."""
     try:
-        return await ask_to_end(gateway, key, "cancel")
+        return await request_end_of_run(gateway, key, "cancel")
     except LockWaitTimeout:
         return None
 

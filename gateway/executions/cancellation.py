@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from journal.store import EndRequestOutcome, ExecutionKey
 
 
-async def ask_to_end(gateway: GatewayState, key: ExecutionKey, action: str) -> EndRequestOutcome | None:
+async def request_end_of_run(
+    gateway: GatewayState, key: ExecutionKey, action: str
+) -> EndRequestOutcome | None:
     """Request the `stop` or `cancel` of an execution; None if it does not exist."""
     requested = await gateway.store.request_end(key, action)
     if requested is not None:

@@ -11,7 +11,7 @@ from msgspec import UNSET, UnsetType
 
 from engine.run_records import SpanStatus
 from gateway.executions import execution_rows, execution_shapes, large_outputs, live_events, resume_runs
-from gateway.executions.cancellation import ask_to_end
+from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.execution_rows import ExecutionFilter
 from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape
 from gateway.http import errors, idempotency, limits
@@ -266,7 +266,7 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
 
 async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
     key = await _find_key(request)
-    requested = await ask_to_end(request.gateway, key, action)
+    requested = await request_end_of_run(request.gateway, key, action)
     if requested is None:
         raise errors.not_found("execution")
     log.info(

@@ -136,7 +136,7 @@ class RunEventStream:
             pass  # the next attempt, a second later, sends the same events
         else:
             if head.status in TERMINAL_STATUSES:
-                self._live.waiting.heard_of(self._key.execution_id)
+                self._live.waiting.wake_waiters(self._key.execution_id)
                 return False
         await self._keep_alive(send)
         return True

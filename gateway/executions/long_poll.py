@@ -169,7 +169,7 @@ class ExecutionPollHub:
             watch.is_set = True
         return [True] * len(batch)
 
-    def heard_of(self, execution_id: str) -> None:
+    def wake_waiters(self, execution_id: str) -> None:
         """Wake all waiters of a changed execution; those that continue to wait watch it again."""
         self._watched.drop(execution_id)
         self._expected.drop(execution_id)
@@ -181,13 +181,13 @@ class ExecutionPollHub:
         for progress in found.values():
             if progress.status in TERMINAL_STATUSES:
                 # The notification of the end was lost, or was sent before the watch.
-                self.heard_of(progress.execution_id)
+                self.wake_waiters(progress.execution_id)
         return [found.get(key.execution_id) for key in batch]
 
     def _handle_notification(self, notification: Notification) -> None:
         if isinstance(notification, ChangedExecutions):
             for execution_id in notification.execution_ids:
-                self.heard_of(execution_id)
+                self.wake_waiters(execution_id)
 
     async def _look_again(self) -> None:
         while True:

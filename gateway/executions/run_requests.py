@@ -93,7 +93,7 @@ async def _accept(
     caller = request.caller
     try:
         run = await _plan_run(request, plan, workflow)
-        await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
+        await request.gateway.backlog.require_capacity(workflow.organization_id, workflow.id)
     except ApiError:
         # A repeated request gets its first answer, even if the workflow has changed since.
         if idempotency_key is None:

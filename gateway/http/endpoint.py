@@ -96,7 +96,7 @@ class PathEndpoint:
         gateway: GatewayState = scope["app"].state.gateway
         caller = sender = None
         if operation.access is AccessRule.SENDER:
-            sender = await gateway.doorkeeper.authenticate(scope)
+            sender = await gateway.sender_authenticator.authenticate(scope)
             caller = None if sender is None else sender.caller
         elif operation.access is not AccessRule.PUBLIC:
             caller = await gateway.authenticator.caller(scope)

@@ -17,7 +17,7 @@ async def require_capacity(request: GatewayRequest, target: RunTarget, count: in
     workflow = target.workflow
     await require_not_paused(request, target)
     await request.gateway.rates.take(request, workflow.id, count=count)
-    await request.gateway.backlog.require_room(workflow.organization_id, workflow.id, count)
+    await request.gateway.backlog.require_capacity(workflow.organization_id, workflow.id, count)
 
 
 async def require_not_paused(request: GatewayRequest, target: RunTarget) -> None:

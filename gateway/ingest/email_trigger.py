@@ -399,7 +399,7 @@ async def _ingest(
     request = verified.request
 
     async def plan(_ground: RunTarget) -> RunInput:
-        await request.gateway.backlog.require_room(workflow.organization_id, workflow.id)
+        await request.gateway.backlog.require_capacity(workflow.organization_id, workflow.id)
         made = await message(execution_id)
         return replace(made, idempotency_key=idempotency_key)
 

@@ -143,7 +143,7 @@ def _idempotency_keys(
     """Return the request's own key, if there are several, and the idempotency key of the message."""
     workflow_id = request.path_params["id"]
     keys = [
-        vouched_key(vouched, workflow_id),
+        find_signed_key(vouched, workflow_id),
         idempotency.requested_key(request, value, workflow_id=workflow_id),
         deduplication_keys.sender_key(workflow_id, body.deduplication_id)
         if body.deduplication_id is not None
@@ -153,7 +153,7 @@ def _idempotency_keys(
     return found[0] if len(found) > 1 else None, found[-1] if found else None
 
 
-def vouched_key(vouched: VerifiedSignature | None, workflow_id: str) -> IdempotencyKey | None:
+def find_signed_key(vouched: VerifiedSignature | None, workflow_id: str) -> IdempotencyKey | None:
     """Return the key of a signed request, regardless of its other keys, which aren't signed."""
     if vouched is None or vouched.delivery_key is None:
         return None

@@ -20,7 +20,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
 from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
-from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, vouched_key
+from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, find_signed_key
 from gateway.workflows import callback_checks
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
 from json_text import decoding
@@ -120,7 +120,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         batch = body_of(request, value, _UncheckedBatch)
         if batch.callback_url is not None:
             await callback_checks.require_reachable(request, batch.callback_url)
-        own_key = vouched_key(vouched, workflow_id)
+        own_key = find_signed_key(vouched, workflow_id)
         given = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
         given = given or own_key
         planned, refused = await offload.run(

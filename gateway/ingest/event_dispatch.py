@@ -217,7 +217,7 @@ async def _plan_one(
         return
     try:
         await gateway.rates.spend(gateway.rates.of_workflow(workflow.id))
-        await gateway.backlog.require_room(workflow.organization_id, workflow.id)
+        await gateway.backlog.require_capacity(workflow.organization_id, workflow.id)
     except ApiError as error:
         planned.refuse(workflow, error)
         return

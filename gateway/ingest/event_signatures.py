@@ -43,7 +43,7 @@ def seal_secrets(
     vault: SecretVault, secrets: Secrets, *, organization_id: str, token_id: str
 ) -> EncryptedText:
     """Encrypt the secrets of an event token for storage."""
-    return vault.seal(_encode(secrets), organization_id=organization_id, object_id=token_id)
+    return vault.encrypt(_encode(secrets), organization_id=organization_id, object_id=token_id)
 
 
 async def verify_event(arrival: SenderRequest, sender: RequestSender, vault: SecretVault) -> Provider | None:
@@ -88,7 +88,7 @@ def _opened(sender: RequestSender, vault: SecretVault) -> Secrets:
     if token is None or token.encrypted is None:
         return {}
     try:
-        text = vault.open(token.encrypted, organization_id=token.organization_id, object_id=token.id)
+        text = vault.decrypt(token.encrypted, organization_id=token.organization_id, object_id=token.id)
     except VaultError as error:
         log.error("secrets of an event token not opened", token_id=token.id, reason=str(error))  # noqa: TRY400 - the reason says it
         raise errors.not_ready("The secrets of this token can't be read: tell the operator") from error

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from gateway.ingest.event_signatures import Secrets
     from models.access import ApiCaller
 
-Some = Annotated[
+SecretTexts = Annotated[
     list[Annotated[str, Meta(min_length=1, max_length=limits.SECRET_LENGTH)]],
     Meta(max_length=limits.EVENT_TOKEN_SECRETS),
 ]
@@ -42,11 +42,11 @@ LISTED: Final = (LIMIT, OFFSET)
 class ProviderSecrets(StrictWire):
     """Signing secrets of providers; several of one provider during a rotation."""
 
-    github: Some = msgspec.field(default_factory=list)
-    stripe: Some = msgspec.field(default_factory=list)
-    slack: Some = msgspec.field(default_factory=list)
+    github: SecretTexts = msgspec.field(default_factory=list)
+    stripe: SecretTexts = msgspec.field(default_factory=list)
+    slack: SecretTexts = msgspec.field(default_factory=list)
     """Signing secrets of apps."""
-    standard_webhooks: Some = msgspec.field(default_factory=list)
+    standard_webhooks: SecretTexts = msgspec.field(default_factory=list)
     """`whsec_` and a secret, or `whpk_` and a public key."""
 
 

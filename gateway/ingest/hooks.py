@@ -135,7 +135,7 @@ async def options(request: GatewayRequest) -> NoContent:
     methods: Collection[str] = METHODS
     try:
         sender = await find_path_sender(request)
-        methods = await verification.under_current(
+        methods = await verification.verify_with_current_secret(
             request.gateway, sender.caller, find_token_workflow(sender), _accepted_methods
         )
     except ApiError as error:
@@ -190,10 +190,12 @@ async def _verify_sender(request: GatewayRequest, sender: RequestSender) -> Veri
             content = await request.body_up_to(limit)
         elif len(content) > limit.bytes:
             raise limit.exceeded()
-        arrival = verification.build_arrival(request, query, content)
+        arrival = verification.build_inbound_request(request, query, content)
         return VerifiedWebhookRequest(hook, await verification.verify_signature(gateway, workflow, arrival))
 
-    return await verification.under_current(gateway, sender.caller, find_token_workflow(sender), use)
+    return await verification.verify_with_current_secret(
+        gateway, sender.caller, find_token_workflow(sender), use
+    )
 
 
 async def _accepted_methods(workflow: LoadedWorkflow) -> Collection[str]:
@@ -263,7 +265,7 @@ async def _ingest(
         nonlocal is_deferred, text
         is_deferred = target.is_deferred
         await verified.vouched.require_on(gateway, target)
-        await gateway.backlog.require_room(target.workflow.organization_id, target.workflow.id)
+        await gateway.backlog.require_capacity(target.workflow.organization_id, target.workflow.id)
         if text is None:
             owner = BlobOwner(target.workflow.organization_id, execution_id)
             try:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 T = TypeVar("T")
-One: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
+NonEmptyText: TypeAlias = Annotated[str, msgspec.Meta(min_length=1)]
 
 SENDGRID: Final = frozenset({MailKind.SENDGRID_PARSED, MailKind.SENDGRID_RAW})
 MAILGUN: Final = frozenset(
@@ -57,7 +57,7 @@ _FINAL: Final = 406
 
 
 class _SendGrid(msgspec.Struct, frozen=True, rename="camel"):
-    public_key: One | list[One]
+    public_key: NonEmptyText | list[NonEmptyText]
 
     @property
     def public_keys(self) -> Sequence[str]:
@@ -65,7 +65,7 @@ class _SendGrid(msgspec.Struct, frozen=True, rename="camel"):
 
 
 class _Mailgun(msgspec.Struct, frozen=True, rename="camel"):
-    signing_key: One
+    signing_key: NonEmptyText
 
 
 class _Ses(msgspec.Struct, frozen=True, rename="camel"):

@@ -18,7 +18,7 @@ UNAUTHORIZED: Final = 401
 async def find_path_sender(request: GatewayRequest) -> RequestSender:
     """Return the sender of the token in the path; raises 404 for any other token, and 429."""
     try:
-        sender = await request.gateway.doorkeeper.by_token(request.scope, request.path_params["id"])
+        sender = await request.gateway.sender_authenticator.by_token(request.scope, request.path_params["id"])
     except ApiError as error:
         if error.status == UNAUTHORIZED:
             raise errors.not_found("object") from error

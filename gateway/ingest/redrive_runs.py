@@ -140,7 +140,7 @@ async def _redrive_run(
 
     async def plan(target: RunTarget) -> RunInput:
         await capacity.require_not_paused(request, target)
-        await request.gateway.backlog.require_room(target.workflow.organization_id, target.workflow.id)
+        await request.gateway.backlog.require_capacity(target.workflow.organization_id, target.workflow.id)
         return await share_blobs(request.gateway.blobs, given.text, given.source, idempotency_key)
 
     # A refusal is not stored: the delivery would exist twice.

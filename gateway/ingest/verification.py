@@ -114,7 +114,7 @@ class VerifiedSignature:
 # ── the trigger ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def under_current(
+async def verify_with_current_secret(
     gateway: GatewayState,
     caller: ApiCaller,
     workflow_id: str,
@@ -152,7 +152,7 @@ async def _executed_workflow(gateway: GatewayState, workflow: LoadedWorkflow) ->
 # ── requests ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def build_arrival(
+def build_inbound_request(
     request: GatewayRequest, query: Mapping[str, Sequence[str]], content: bytes
 ) -> SenderRequest:
     """Return a request in the form that sender adapters use; without its path, which may contain a token."""
@@ -168,7 +168,7 @@ async def message_signature(request: GatewayRequest, kind: str, content: bytes) 
     gateway, sender = request.gateway, request.sender
     if sender.token is None:
         return None
-    arrival = build_arrival(request, {}, content)
+    arrival = build_inbound_request(request, {}, content)
 
     async def use(workflow: LoadedWorkflow) -> VerifiedSignature:
         trigger = workflow.trigger
@@ -176,7 +176,7 @@ async def message_signature(request: GatewayRequest, kind: str, content: bytes) 
             return VerifiedSignature(arrival, None, None)
         return await verify_signature(gateway, workflow, arrival)
 
-    return await under_current(gateway, sender.caller, request.path_params["id"], use)
+    return await verify_with_current_secret(gateway, sender.caller, request.path_params["id"], use)
 
 
 async def verify_signature(

@@ -83,7 +83,7 @@ async def _reclaim_earlier(gateway: GatewayState, holder: LeaseHolder) -> None:
         if process.pod == holder.process.pod and process.started_at < holder.process.started_at
     ]
     if await pod_leases.reclaim_pod_leases(gateway.database, gateway.store, holder.workflow_id, earlier):
-        await gateway.runners.desk.arrived([holder.workflow_id])
+        await gateway.runners.poll_hub.notify_pods([holder.workflow_id])
 
 
 def _own_database(gateway: GatewayState) -> ServerDatabaseAddress | None:
@@ -96,7 +96,7 @@ def _own_database(gateway: GatewayState) -> ServerDatabaseAddress | None:
 async def wait(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
     """Wait for work and for stop or cancel requests to the runs that the pod holds."""
     call = await decode_call(request, WorkPollRequest)
-    return JsonResponse(await request.gateway.runners.desk.wait(holder, call))
+    return JsonResponse(await request.gateway.runners.poll_hub.wait(holder, call))
 
 
 async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -28,7 +28,7 @@ class PodState:
     """Services of the internal API. Workers offer the same node services by the same code."""
 
     authenticator: PodAuthenticator
-    desk: PodPollHub
+    poll_hub: PodPollHub
     sources: StoredDataSources
     runs: ChildRunStarter
     throttle: SharedThrottle
@@ -43,18 +43,18 @@ async def open_pod_state(
     broker: Broker,
     catalog: NodeCatalog,
     vault: SecretVault,
-    desk: PodPollHub,
+    poll_hub: PodPollHub,
 ) -> AsyncIterator[PodState]:
     """Open the services and accept polls of pods while the context lasts."""
-    await desk.start()
+    await poll_hub.start()
     try:
         yield PodState(
             authenticator=PodAuthenticator(database),
-            desk=desk,
+            poll_hub=poll_hub,
             sources=StoredDataSources(database, vault),
             runs=ChildRunStarter(database, store, broker, catalog, settings),
             throttle=SharedThrottle(database),
             events=EventMatcher(database, broker),
         )
     finally:
-        await desk.close()
+        await poll_hub.close()

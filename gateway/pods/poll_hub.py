@@ -108,7 +108,7 @@ class PodPollHub:
         finally:
             self._leave(waiter)
 
-    async def arrived(self, workflow_ids: Collection[str]) -> None:
+    async def notify_pods(self, workflow_ids: Collection[str]) -> None:
         """Notify pods of new runs after the commit, also those that poll other gateways."""
         elsewhere = [workflow_id for workflow_id in workflow_ids if not self._count_run(workflow_id)]
         for workflow_id in elsewhere:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from gateway.deployments import deployment_changes
-from gateway.executions.cancellation import ask_to_end
+from gateway.executions.cancellation import request_end_of_run
 from gateway.http import errors, read_only
 from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, FlagParameter, TextParameter, sorted_by
 from gateway.http.request import GatewayRequest
@@ -187,5 +187,5 @@ async def delete(request: GatewayRequest) -> NoContent:
     await deployment_changes.notify_deployer(request.gateway, edited.after.workflow.id)
     for start in range(0, len(live), CANCELS_AT_ONCE):
         cancelled = live[start : start + CANCELS_AT_ONCE]
-        await asyncio.gather(*(ask_to_end(request.gateway, one, "cancel") for one in cancelled))
+        await asyncio.gather(*(request_end_of_run(request.gateway, one, "cancel") for one in cancelled))
     return NoContent()

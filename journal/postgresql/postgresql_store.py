@@ -446,7 +446,7 @@ def _claim_statement(claim: ClaimQuery) -> tuple[Any, ...]:
         turns,
         claim.limit,
         *lease,
-        list(claim.others_than),
+        list(claim.excluded_organizations),
     )
 
 

@@ -328,7 +328,7 @@ def _pending_organizations(connection: sqlite3.Connection, claim: ClaimQuery) ->
     organizations: list[str] = []
     first = current = following(claim.after_organization) or following("")
     while current is not None and len(organizations) < claim.limit:
-        if current not in claim.others_than:
+        if current not in claim.excluded_organizations:
             organizations.append(current)
         current = following(current) or following("")
         if current == first:

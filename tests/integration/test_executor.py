@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from engine import workflow_runner as engine_run
 from engine.node_api import EffectRule, NodeCall, NodeEffect, NodeType, RunNode
-from engine.run_control import ControlRequest
+from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import NodeError
 from engine.run_records import RunStatus
 from engine.services import NodeServices
@@ -462,6 +462,10 @@ async def test_a_definition_that_cannot_run_fails_its_run_and_no_other(
     assert json.loads((await run_database.row(run.execution_id))["error"])["code"] == "invalid-definition"
 
 
+async def is_requested(control: RunControl) -> bool:
+    return control.request is not None
+
+
 async def has_status(run_database: RunDatabase, execution_id: str, status: str) -> bool:
     found: str = (await run_database.row(execution_id))["status"]
     return found == status
@@ -597,7 +601,7 @@ async def test_a_run_ends_when_it_is_asked_to(
         await worker.broker.send(worker.broker.channel, direct_message)
     if request_ == "stop":
         (active,) = worker.executor._active.values()  # noqa: SLF001 - not public elsewhere
-        await wait_soon(active.control.changed)
+        await wait_until(lambda: is_requested(active.control))
         assert await has_status(run_database, execution_id, "running")
         workers.stage.go_on.set()
     await wait_until(lambda: has_status(run_database, execution_id, status))

@@ -97,10 +97,10 @@ async def test_several_at_once_are_taken_in_together_or_not_at_all(
     organization_id = people.owner.user.organization_id
     async with run_with_settings(harness, max_backlog_per_organization=10) as gateway:
         room = gateway.gateway.backlog
-        await room.require_room(organization_id, "wf_a", 8)
+        await room.require_capacity(organization_id, "wf_a", 8)
         with pytest.raises(ApiError):
-            await room.require_room(organization_id, "wf_a", 3)
-        await room.require_room(organization_id, "wf_a", 2)
+            await room.require_capacity(organization_id, "wf_a", 3)
+        await room.require_capacity(organization_id, "wf_a", 2)
 
 
 # ── counting ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -261,7 +261,7 @@ async def test_the_token_of_a_workflow_is_shown_once_and_replaced(
     for token in (old["token"], new["token"]):
         assert (await nobody.post(url + token, json={"message": 1})).status_code == 201
     assert (await people.owner.api.delete(path)).status_code == 204
-    harness.gateway.doorkeeper._kept._items.clear()  # noqa: SLF001 - it would be a second until it is asked for again
+    harness.gateway.sender_authenticator._kept._items.clear()  # noqa: SLF001 - it would be a second until it is asked for again
     for token in (old["token"], new["token"]):
         assert_refused(await nobody.post(url + token, json={"message": 1}), 401, "unauthorized")
     assert_refused(await people.stranger.api.post(path, json={}), 404, "not-found")

@@ -44,20 +44,20 @@ def nobody_looks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def open_hub(harness: GatewayHarness, broker: Broker) -> PodPollHub:
-    desk = PodPollHub(harness.gateway.database, broker, WakeupForwarder(harness.gateway.database, broker))
-    await desk.start()
-    return desk
+    poll_hub = PodPollHub(harness.gateway.database, broker, WakeupForwarder(harness.gateway.database, broker))
+    await poll_hub.start()
+    return poll_hub
 
 
 async def test_an_arrival_is_told_wherever_a_pod_waits(
     harness: GatewayHarness, two_brokers: tuple[Broker, Broker]
 ) -> None:
     here, there = [await open_hub(harness, broker) for broker in two_brokers]
-    for desk in (here, there, there):
-        waiting = asyncio.create_task(desk.wait(POD, WorkPollRequest(SECONDS, wants_work=False)))
-        while not desk.has_waiting_pod(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
+    for poll_hub in (here, there, there):
+        waiting = asyncio.create_task(poll_hub.wait(POD, WorkPollRequest(SECONDS, wants_work=False)))
+        while not poll_hub.has_waiting_pod(POD.workflow_id):  # noqa: ASYNC110 - a desk has no event for it
             await asyncio.sleep(0.01)
-        await here.arrived([POD.workflow_id])
+        await here.notify_pods([POD.workflow_id])
         assert (await waiting).has_work
     await here.close()
     await there.close()
@@ -66,13 +66,13 @@ async def test_an_arrival_is_told_wherever_a_pod_waits(
 async def test_what_arrives_between_two_polls_is_told_with_the_next(
     harness: GatewayHarness, two_brokers: tuple[Broker, Broker]
 ) -> None:
-    desk = await open_hub(harness, two_brokers[0])
-    first = await desk.wait(POD, WorkPollRequest(0, wants_work=True))
+    poll_hub = await open_hub(harness, two_brokers[0])
+    first = await poll_hub.wait(POD, WorkPollRequest(0, wants_work=True))
     assert not first.has_work
     known = {first.gateway: first.arrivals}
-    await desk.arrived([POD.workflow_id])
-    second = await desk.wait(POD, WorkPollRequest(SECONDS, wants_work=False, arrivals=known))
+    await poll_hub.notify_pods([POD.workflow_id])
+    second = await poll_hub.wait(POD, WorkPollRequest(SECONDS, wants_work=False, arrivals=known))
     assert second.has_work
     known = {second.gateway: second.arrivals}
-    assert not (await desk.wait(POD, WorkPollRequest(0, wants_work=False, arrivals=known))).has_work
-    await desk.close()
+    assert not (await poll_hub.wait(POD, WorkPollRequest(0, wants_work=False, arrivals=known))).has_work
+    await poll_hub.close()

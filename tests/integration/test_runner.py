@@ -600,8 +600,8 @@ async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
 ) -> None:
     monkeypatch.setattr(desks, "LOOK_SECONDS", 3_600.0)
     pod = await pods.start().ready()
-    desk = pods.gateway.state.runners.desk
-    await wait_until(lambda: desk.has_waiting_pod(pods.owned_workflow.workflow_id))
+    poll_hub = pods.gateway.state.runners.poll_hub
+    await wait_until(lambda: poll_hub.has_waiting_pod(pods.owned_workflow.workflow_id))
     elsewhere = InterruptibleGateway(pods.run_database, pods.folder / "elsewhere")
     await elsewhere.start()
     gone = "http://127.0.0.1:1"
@@ -610,7 +610,7 @@ async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
         urls=json.dumps([gone, pod.url]),
     )
     key = await pods.accept(SIMPLE)
-    await elsewhere.state.runners.desk.arrived([pods.owned_workflow.workflow_id])
+    await elsewhere.state.runners.poll_hub.notify_pods([pods.owned_workflow.workflow_id])
     await pods.reaches(key, "completed")
 
     told: list[DeployerMessage] = []
@@ -618,7 +618,7 @@ async def test_what_arrives_at_a_gateway_where_no_pod_waits_is_forwarded_to_one(
     await pods.run_database.query("UPDATE deployment SET ready_addresses = :urls", urls=json.dumps([gone]))
 
     async def deployer_is_told() -> bool:
-        await elsewhere.state.runners.desk.arrived([pods.owned_workflow.workflow_id])
+        await elsewhere.state.runners.poll_hub.notify_pods([pods.owned_workflow.workflow_id])
         return ReconcileDeployment(pods.owned_workflow.workflow_id) in told
 
     await wait_until_async(deployer_is_told)

@@ -497,13 +497,18 @@ async def test_a_claim_passes_over_organisations_that_it_names(run_database: Run
     )
     await run_database.store.accept([owned_workflow.run() for owned_workflow in places for _ in range(20)])
     first, second, third, last = (owned_workflow.organization.id for owned_workflow in places)
-    for others_than, expected in (((first, third), {second, last}), ((second, third, last), {first})):
-        claim = ClaimQuery("worker", 30.0, 2, after_organization=second, others_than=others_than)
+    for excluded_organizations, expected in (
+        ((first, third), {second, last}),
+        ((second, third, last), {first}),
+    ):
+        claim = ClaimQuery(
+            "worker", 30.0, 2, after_organization=second, excluded_organizations=excluded_organizations
+        )
         claimed = await run_database.store.claim(claim)
         assert len(claimed) == 2
         assert {one.organization_id for one in claimed} == expected
     everybody = (first, second, third, last)
-    assert not await run_database.store.claim(ClaimQuery("worker", 30.0, 2, others_than=everybody))
+    assert not await run_database.store.claim(ClaimQuery("worker", 30.0, 2, excluded_organizations=everybody))
 
 
 async def test_what_is_claimed_comes_in_the_order_of_the_turns(run_database: RunDatabase) -> None:

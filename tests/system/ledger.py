@@ -62,7 +62,7 @@ class HeldRequests:
     calls: asyncio.Queue[LedgerCall] = field(default_factory=asyncio.Queue)
     released: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def arrived(self) -> LedgerCall:
+    async def notify_pods(self) -> LedgerCall:
         """Wait for the next request of the node."""
         async with asyncio.timeout(PATIENCE_SECONDS):
             return await self.calls.get()

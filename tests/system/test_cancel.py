@@ -30,7 +30,7 @@ async def test_a_running_run_is_cancelled_in_the_middle_of_a_node(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        await held.arrived()
+        await held.notify_pods()
         await client.ask(run, "cancel")
         assert (await client.end(run)).status == "cancelled"
     assert (await client.ask(run, "cancel")).json()["status"] == "cancelled"
@@ -63,7 +63,7 @@ async def test_the_run_of_a_dead_worker_is_ended_by_whoever_cancels_it(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        owner = deployment.sender(await held.arrived())
+        owner = deployment.sender(await held.notify_pods())
         # No process is left to sweep.
         with deployment.other_worker(owner).paused(), deployment.scheduler.paused():
             owner.kill()
@@ -83,7 +83,7 @@ async def test_a_run_whose_worker_died_before_it_heard_of_the_cancel_ends_as_can
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        owner = deployment.sender(await held.arrived())
+        owner = deployment.sender(await held.notify_pods())
         owner.pause()
         assert (await client.ask(run, "cancel")).json()["status"] == "running"
         owner.kill()
@@ -99,7 +99,7 @@ async def test_a_stopped_run_finishes_the_node_in_hand_and_begins_no_other(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        call = await held.arrived()
+        call = await held.notify_pods()
         await client.ask(run, "stop")
         assert (await client.progress(run))["status"] == "running"
     ended = await client.end(run)

@@ -107,7 +107,7 @@ async def test_a_commit_of_a_worker_whose_answer_was_lost_is_made_again_and_chan
     )
     with deployment.workers[1].paused(), ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        receipt = (await held.arrived()).receipt
+        receipt = (await held.notify_pods()).receipt
         way.keep_answers(f'"receipt":{receipt}'.encode())
         held.release()
         await way.kept_one()

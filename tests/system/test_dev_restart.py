@@ -33,7 +33,7 @@ async def test_a_restart_takes_up_at_once_what_the_killed_process_held(
     workflow = await client.create(workflow_shapes.journey_workflow(ledger))
     with ledger.holding("ship") as held:
         run = await client.execute(workflow)
-        await held.arrived()
+        await held.notify_pods()
         dev.gateway.kill()
     await dev.revive()
     await consistency_checks.assert_consistent(dev, client, ledger, {run: "completed"})

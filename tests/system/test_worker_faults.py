@@ -32,9 +32,9 @@ async def test_a_worker_that_slept_past_its_lease_changes_nothing_when_it_wakes(
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        sleeper = deployment.sender(await held.arrived())
+        sleeper = deployment.sender(await held.notify_pods())
         with sleeper.paused():
-            again = await held.arrived()
+            again = await held.notify_pods()
             assert deployment.sender(again) is deployment.other_worker(sleeper)
             held.release()
             assert (await client.end(run)).status == "completed"
@@ -51,11 +51,11 @@ async def test_a_worker_that_slept_past_its_lease_begins_again_what_it_had_in_ha
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        sleeper = deployment.sender(await held.arrived())
+        sleeper = deployment.sender(await held.notify_pods())
         with sleeper.paused():
             # Reclaimed meanwhile: with a process of its own it might renew its lease before its sweep meets it.
             await wait_until(partial(_is_taken_back, deployment, run))
-        await held.arrived()
+        await held.notify_pods()
     await consistency_checks.assert_consistent(
         deployment, client, ledger, {run: "completed"}, within=RECOVERY_SECONDS
     )
@@ -70,7 +70,7 @@ async def test_a_worker_that_fell_asleep_in_a_commit_begins_no_node_after_it(
     )
     with ledger.holding("look") as held:
         run = await client.execute(workflow)
-        sleeper = deployment.sender(await held.arrived())
+        sleeper = deployment.sender(await held.notify_pods())
         # The run's row is locked: the worker is still in the commit before `charge` when it is paused.
         async with deployment.records.row_locked(run) as lock:
             held.release()
@@ -95,11 +95,11 @@ async def test_a_result_that_was_on_its_way_when_the_lease_was_lost_changes_noth
     with ledger.holding("charge") as charged, ledger.holding("ship") as shipped:
         with other.paused():
             run = await client.execute(workflow)
-            late = await charged.arrived()
+            late = await charged.notify_pods()
         async with deployment.late_requests(f'"receipt":{late.receipt}'.encode()):
             charged.release()
             # The other worker has taken over, and is in the middle of the next node, when the result arrives.
-            assert deployment.sender(await shipped.arrived()) is other
+            assert deployment.sender(await shipped.notify_pods()) is other
         await wait_until(lambda: one.has_logged("run abandoned", run))
     ended = await client.end(run)
     assert ended.outputs["charge"]["body"] != {"receipt": late.receipt}
@@ -129,7 +129,7 @@ async def test_a_run_ends_when_its_time_is_over_though_its_worker_died_meanwhile
     )
     with ledger.holding("charge") as held:
         run = await client.execute(workflow)
-        deployment.sender(await held.arrived()).kill()
+        deployment.sender(await held.notify_pods()).kill()
         await deployment.revive()
         ended = await client.end(run, within=3 + RECOVERY_SECONDS)
         assert ended.error_code == "timeout"

@@ -15,15 +15,15 @@ HERE = {"organization_id": "org_1", "object_id": "ds_1"}
 
 def test_what_is_sealed_is_opened_and_shows_nothing_of_itself() -> None:
     vault = SecretVault(NEW)
-    encrypted = vault.seal(TEXT, **HERE)
+    encrypted = vault.encrypt(TEXT, **HERE)
     assert b"canary" not in encrypted.content
-    assert vault.open(encrypted, **HERE) == TEXT
-    assert SecretVault(NEW).open(encrypted, **HERE) == TEXT
+    assert vault.decrypt(encrypted, **HERE) == TEXT
+    assert SecretVault(NEW).decrypt(encrypted, **HERE) == TEXT
 
 
 def test_the_same_text_is_never_sealed_the_same_way_twice() -> None:
     vault = SecretVault(NEW)
-    assert len({vault.seal(TEXT, **HERE).content for _ in range(100)}) == 100
+    assert len({vault.encrypt(TEXT, **HERE).content for _ in range(100)}) == 100
 
 
 @pytest.mark.parametrize(
@@ -38,31 +38,31 @@ def test_the_same_text_is_never_sealed_the_same_way_twice() -> None:
 def test_what_is_sealed_for_one_object_is_no_other_ones(elsewhere: dict[str, str]) -> None:
     vault = SecretVault(NEW)
     with pytest.raises(SecretCorrupted):
-        vault.open(vault.seal(TEXT, **HERE), **elsewhere)
+        vault.decrypt(vault.encrypt(TEXT, **HERE), **elsewhere)
 
 
 def test_every_byte_counts() -> None:
     vault = SecretVault(NEW)
-    encrypted = vault.seal(TEXT, **HERE)
+    encrypted = vault.encrypt(TEXT, **HERE)
     for place in range(len(encrypted.content)):
         changed = bytearray(encrypted.content)
         changed[place] ^= 1
         with pytest.raises(SecretCorrupted):
-            vault.open(EncryptedText(encrypted.secret_id, bytes(changed)), **HERE)
+            vault.decrypt(EncryptedText(encrypted.secret_id, bytes(changed)), **HERE)
     for length in range(len(encrypted.content)):
         with pytest.raises(SecretCorrupted):
-            vault.open(EncryptedText(encrypted.secret_id, encrypted.content[:length]), **HERE)
+            vault.decrypt(EncryptedText(encrypted.secret_id, encrypted.content[:length]), **HERE)
 
 
 def test_an_earlier_secret_opens_what_it_sealed_as_long_as_it_is_listed() -> None:
-    encrypted = SecretVault(OLD).seal(TEXT, **HERE)
+    encrypted = SecretVault(OLD).encrypt(TEXT, **HERE)
     both = SecretVault(NEW, [OLD])
-    assert both.open(encrypted, **HERE) == TEXT
-    assert both.seal(TEXT, **HERE).secret_id == identify_secret(NEW)
+    assert both.decrypt(encrypted, **HERE) == TEXT
+    assert both.encrypt(TEXT, **HERE).secret_id == identify_secret(NEW)
     with pytest.raises(UnknownSecret, match="PILOTFLAME_SECRET_KEY"):
-        SecretVault(NEW).open(encrypted, **HERE)
+        SecretVault(NEW).decrypt(encrypted, **HERE)
     with pytest.raises(SecretCorrupted):
-        both.open(EncryptedText(identify_secret(NEW), encrypted.content), **HERE)
+        both.decrypt(EncryptedText(identify_secret(NEW), encrypted.content), **HERE)
 
 
 def test_the_id_of_a_secret_tells_nothing_of_it() -> None:

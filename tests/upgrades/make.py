@@ -276,7 +276,7 @@ class Maker:
         await self.create("charge", limited)
         with self.ledger.holding("charge") as held:
             self.runs["orphaned"] = await self.run("charge", callbackUrl=self.receiver.url())
-            self.others["interrupted_call"] = str((await held.arrived()).key)
+            self.others["interrupted_call"] = str((await held.notify_pods()).key)
             self.runs["behind"] = await self.run("charge")
             self._server.end_family()
 

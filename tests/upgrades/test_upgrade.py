@@ -101,7 +101,7 @@ async def test_a_database_of_an_earlier_release_is_upgraded_and_everything_in_it
             "rotate-secret",
             given={**rotation, "PILOTFLAME_PREVIOUS_SECRET_KEYS": f'["{SECRET_KEY}"]'},
         )
-        assert rotated.startswith(f"{SECRETS} encrypted anew")
+        assert rotated.startswith(f"{SECRETS} secrets encrypted anew")
         assert "cannot" not in rotated
 
 
