@@ -90,7 +90,10 @@ def parse_priority(text: str | None) -> int | None:
 
 
 def make_deduplication_id(label: str, message_id: str) -> str:
-    """Return the deduplication id of a message, in the characters that the gateway accepts."""
+    """Return the deduplication id of a message: the label of its source, and the id of the message.
+
+    The id is hashed if it is too long or has characters that the gateway refuses.
+    """
     plain = f"{label}/{message_id}"
     if _DEDUPLICATION_ID.fullmatch(plain):
         return plain

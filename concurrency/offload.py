@@ -125,7 +125,10 @@ _loop_queues: WeakKeyDictionary[asyncio.AbstractEventLoop, _LoopQueue] = WeakKey
 
 
 async def yield_to_loop() -> None:
-    """Yield to the event loop; other work waits for one step at a time, however many coroutines yield."""
+    """Yield to the event loop, which resumes one such coroutine per pass, so that other work runs in between.
+
+    Without a running loop, the thread that drives the coroutine resumes it.
+    """
     try:
         loop = asyncio.get_running_loop()
     except RuntimeError:

@@ -265,7 +265,10 @@ def compile_value(value: Json) -> ValueTemplate:
 
 
 def rewrite_expressions(value: Json, text_of: Callable[[Expression], str]) -> Json:
-    """Return a value that has been compiled before with its expressions replaced by `text_of`."""
+    """Return a value with the text inside each `{{ }}` replaced by `text_of`; keys stay as they are.
+
+    Raises `ExpressionError` for an invalid expression: pass values that compile.
+    """
     if isinstance(value, list):
         return [rewrite_expressions(item, text_of) for item in value]
     if isinstance(value, dict):

@@ -29,7 +29,7 @@ class RunControl:
         self.changed = asyncio.Event()
 
     def ask(self, request: ControlRequest) -> None:
-        """Make a request, unless a stronger one was made before."""
+        """Set the request to the run and wake the waiters of `changed`, unless one at least as strong is set."""
         if self.request is None or request > self.request:
             self.request = request
             self.changed.set()

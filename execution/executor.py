@@ -79,7 +79,10 @@ class RunningExecution(msgspec.Struct, frozen=True):
     """Time by the monotonic clock."""
 
     def is_proven(self) -> bool:
-        """Return whether the run has lasted long enough, or recorded a result, without killing its process."""
+        """Return whether the run counts as harmless to its process.
+
+        It has committed a new result since its claim, or has run for `TRIAL_SECONDS`.
+        """
         return self.journal.has_new_result or time.monotonic() - self.begun_at >= TRIAL_SECONDS
 
 

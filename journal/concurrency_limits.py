@@ -109,9 +109,9 @@ def _hash_key(expression: Json, trigger: Json) -> str:
 
 
 async def count_unended(connection: AsyncConnection, key: str) -> int:
-    """Return how many runs of a key hold or await a slot.
+    """Return how many runs of a key hold or await a slot; raises `LockWaitTimeout`.
 
-    Blocks admission for the key until the transaction ends.
+    Locks the key until the transaction ends, so that no waiting run of it gets a slot meanwhile.
     """
     await _lock_key(connection, key)
     is_of_key = col(Execution.concurrency_key) == key

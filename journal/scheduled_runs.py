@@ -183,7 +183,11 @@ async def start_due_runs(
 async def postpone_schedules(
     connection: AsyncConnection, problems: Mapping[str, str], now: ColumnElement[int]
 ) -> None:
-    """Postpone due schedules that can't run, and store the problem of each, by workflow id."""
+    """Set the next look at due schedules with a problem to `POSTPONE_TIME` from now; store each problem, by
+    workflow id.
+
+    Their next instants stay as they are.
+    """
     for workflow_id, problem in sorted(problems.items()):
         await connection.execute(
             update(Schedule)

@@ -50,8 +50,7 @@ class ServerSettings(BaseSettings):
         default=None,
         repr=False,
         description=(
-            "Redis for wake-ups and shared rate limits: `redis://host:6379/0`. Every process but `pilotflame"
-            " dev` needs it."
+            "Redis for wake-ups and shared rate limits: `redis://host:6379/0`. `pilotflame dev` does without."
         ),
     )
     secret_key: SecretStr | None = Field(

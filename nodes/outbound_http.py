@@ -198,7 +198,10 @@ def _require_final_status(target: UrlTarget, status: int) -> None:
 
 
 async def send_once(request: ClientRequest, handler: ClientHandlerType) -> ClientResponse:
-    """Prevent aiohttp from repeating a request after a broken connection: the caller decides that."""
+    """Raise a broken connection as a plain `ClientError`, for which aiohttp doesn't repeat the request.
+
+    The caller decides whether to repeat it. A failure to connect is raised as it is.
+    """
     import aiohttp  # noqa: PLC0415 - see `OutboundClient`
 
     try:

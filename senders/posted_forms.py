@@ -170,7 +170,11 @@ def _find_delimiters(body: bytes, delimiter: bytes) -> Iterator[tuple[int, int, 
 
 
 def _parse_part(body: bytes, start: int, end: int) -> FormPart:
-    """Parse the part that begins with the line end at `start`: header lines, an empty line, and the value."""
+    """Parse the part in `body[start:end]`, which begins with a CRLF: header lines, an empty line, and the
+    value.
+
+    Raises `RequestRefused` if the header doesn't end or is too long. Without a name, the name is empty.
+    """
     headers_end = body.find(b"\r\n\r\n", start, start + MAX_HEADER_BYTES)
     if headers_end == -1 or headers_end + 4 > end:
         raise _malformed_form("a part has no header, or one that is too long")

@@ -92,7 +92,9 @@ async def page(
 
 
 async def _shares(connection: AsyncConnection, source_ids: Sequence[str]) -> dict[str, dict[str, datetime]]:
-    """Return the shares of data sources, each in the order of the shares."""
+    """Return the time of each share, by source id and user id, the first share first; unshared sources are
+    absent.
+    """
     found: dict[str, dict[str, datetime]] = {}
     for row in await connection.execute(
         select(

@@ -108,7 +108,12 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
 
 
 async def purge(request: GatewayRequest) -> JsonResponse:
-    """Purge dead letters for good; their executions are kept as long as others."""
+    """Take the chosen dead letters off the list for good, so that none can be redriven; a dry run only counts
+    them.
+
+    Their executions stay until their retention ends. Raises 404, and 403 unless the caller may change the
+    workflow.
+    """
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request)

@@ -82,7 +82,10 @@ async def _owner(request: GatewayRequest, holder: LeaseHolder) -> BlobOwner:
 
 
 async def open_data_source(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
-    """Return a data source with its decrypted secrets."""
+    """Return a data source with its decrypted secrets, as the user of the path's run may use it.
+
+    Raises 409 `lease-lost`, 422 for a `NodeError`, and 503 if the database does not answer.
+    """
     call = await decode_call(request, DataSourceRequest)
     caller = await lease_checks.read_caller(request.gateway.database, holder, request.path_params["id"])
     async with _translated_errors():

@@ -86,9 +86,10 @@ class PodPollHub:
         await self._broker.listen(self._receive)
 
     async def wait(self, holder: LeaseHolder, call: WorkPollRequest) -> WorkPollResponse:
-        """Return work or requests for a pod, or an empty response after its timeout.
+        """Wait until a pod may have runs to claim, or new requests to its runs, and return that; empty at its
+        timeout.
 
-        Raises `DatabaseUnavailable`, and 503 if too many pods poll or the gateway stops.
+        Claims nothing. Raises `DatabaseUnavailable`, and 503 if too many pods poll or the gateway stops.
         """
         if self._is_closed or sum(map(len, self._waiters.values())) >= MAX_WAITING:
             raise errors.not_ready("Too many pods wait here, or this gateway is stopping: try again")
@@ -182,7 +183,10 @@ class PodPollHub:
         self._count_run(workflow_id)
 
     async def _watch(self, workflow_id: str) -> bool:
-        """Have the broker announce the next run at another gateway; return whether the watch is new."""
+        """Have the broker announce the next run at another gateway, once; return whether a new watch began.
+
+        False if a watch is in force or the broker is unavailable; the periodic check makes up for its loss.
+        """
         if self._watched.get(workflow_id) is not None:
             return False
         try:

@@ -352,7 +352,9 @@ def resolve_references(
 
 
 def _with(replacements: Mapping[str, str | None], value: Json, path: str = "") -> Json:
-    """Return a value with replacements at some paths; a field or item with the replacement null is removed."""
+    """Return a value with leaves replaced by their path, such as `items.0.id`; null removes the field or item
+    there.
+    """
     if isinstance(value, dict):
         fields = [(key, item, f"{path}.{key}" if path else key) for key, item in value.items()]
         return {

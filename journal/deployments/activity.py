@@ -158,9 +158,9 @@ async def lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool
 
 
 async def try_lock_deployment(connection: AsyncConnection, workflow_id: str) -> bool:
-    """Lock a deployment without waiting; returns whether it was free.
+    """Lock a deployment until the transaction ends, without waiting; return False if it is locked or missing.
 
-    For sweeps: they will look again, and have other deployments to process.
+    For sweeps, which look again later and have other deployments to process.
     """
     statement = (
         select(col(Deployment.workflow_id))

@@ -167,7 +167,10 @@ async def filter_awaited(
 async def list_waits(
     connection: AsyncConnection, event: EventAnnouncement, after: tuple[str, str, str] | None
 ) -> Sequence[EventWait]:
-    """Return the next batch of nodes that wait for such an event, after `after`."""
+    """Return the next batch of waits that match an event by type and time; their conditions are not checked.
+
+    `after` is the execution id, node id and iteration of the previous batch's last wait.
+    """
     conditions: list[ColumnElement[bool]] = [
         col(EventWait.organization_id) == event.organization_id,
         col(EventWait.pattern).in_(matching_patterns(event.event_type)),

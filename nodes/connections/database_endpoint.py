@@ -66,7 +66,10 @@ class DatabaseEndpoint:
         resolve: ResolveHost,
         open_at: Callable[[str, ssl.SSLContext | None], Awaitable[Opened]],
     ) -> Opened:
-        """Open a connection at the first permitted address that accepts one; raises `NodeError`."""
+        """Open a connection at the first permitted address that accepts one; raises `NodeError`.
+
+        Under `DatabaseTls.PREFER`, an address that fails is tried again without TLS.
+        """
         found = await data_source_policy.resolve_allowed(
             connection_policy, resolve, host=self.host, port=self.port, database=self.database or self.user
         )

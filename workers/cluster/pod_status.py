@@ -200,10 +200,10 @@ def _pod_status_failure(pod: Manifest) -> PodFailure | None:
 
 
 def _is_on_lost_node(status: Manifest) -> bool:
-    """Return whether the node of a pod counts as lost.
+    """Return whether the node of a pod seems lost: `Ready` is no longer true, but `ContainersReady` is.
 
-    A kubelet always writes both conditions alike. The control plane, when a node is silent, changes `Ready`
-    and leaves `ContainersReady`. So nodes need not be read, which a role of a namespace can't permit.
+    A kubelet always writes both alike; for a silent node, the control plane changes `Ready` alone. So nodes
+    need not be read, which a role of a namespace can't permit.
     """
     conditions = {one["type"]: one["status"] for one in status.get("conditions") or ()}
     return conditions.get("ContainersReady") == "True" and conditions.get("Ready") in {"False", "Unknown"}

@@ -106,7 +106,7 @@ class Deployer:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> None:
-        """Start to reconcile deployments."""
+        """Start the tasks that reconcile deployments and answer requests for pod logs, until `stop`."""
         self._broker.start_deployer(self._on_message)
         for loop in (
             self._sweep_forever(),

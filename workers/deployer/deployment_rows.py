@@ -170,7 +170,7 @@ async def lock_deployment(database: Database, workflow_id: str, deployer: str) -
 
 
 async def unlock_deployment(database: Database, workflow_id: str, deployer: str) -> None:
-    """Release the lock of a deployment."""
+    """Release a deployer's lock of a deployment; does nothing if the deployer no longer holds it."""
     statement = (
         update(Deployment)
         .where(col(Deployment.workflow_id) == workflow_id, col(Deployment.held_by) == deployer)

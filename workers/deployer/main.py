@@ -63,7 +63,7 @@ async def _serve(settings: DeployerSettings) -> None:
 
 
 def runner_command(settings: DeployerSettings) -> tuple[str, ...]:
-    """Return the command of the program in a pod."""
+    """Return the command that starts the runner in a pod: of this Python for local pods, else of the image."""
     return LOCAL_COMMAND if settings.cluster == "local" else COMMAND_OF_IMAGE
 
 

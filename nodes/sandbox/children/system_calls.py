@@ -203,7 +203,9 @@ def refuse_changes(calls: CallNumbers) -> bool:
 
 
 def are_filtered() -> bool:
-    """Tell whether the kernel has such filters, and this module knows the call numbers of the architecture."""
+    """Return whether system calls can be filtered: the kernel has seccomp, and `MACHINES` has the
+    architecture.
+    """
     if sys.platform != "linux" or os.uname().machine not in MACHINES:
         return False
     # A null filter fails with EFAULT if filters are supported, and with EINVAL if not.
