@@ -213,7 +213,7 @@ async def test_what_has_no_schedule_or_cannot_be_run_by_one_says_so(people: Orga
     response = await admin.api.put(f"/api/v1/workflows/{impossible}/status", json={"status": "active"})
     assert_refused(response, 422, "validation-failed")
     (cron, zone) = [detail["message"] for detail in response.json()["error"]["details"]]
-    assert "cron: must be five fields" in cron
+    assert "cron: must be a cron expression of five fields" in cron
     assert "timezone: must be an IANA time zone" in zone
     template = await create_active_workflow(admin, HOURLY)
     await admin.api.put(f"/api/v1/workflows/{template}/visibility", json={"isTemplate": True})
