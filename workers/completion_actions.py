@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -144,7 +145,7 @@ class CompletionActions:
     async def perform(self, keys: Sequence[ExecutionKey]) -> None:
         """Claim and start the due actions of runs. Raises `DatabaseUnavailable`."""
         for due in await completion.claim_completions(self._database, keys, self._lease_seconds):
-            self._start_task(lambda due=due: self._perform_due(due))  # type: ignore[misc]
+            self._start_task(partial(self._perform_due, due))
 
     async def sweep(self) -> None:
         """Give away free slots, then start due actions without an owner. Raises `DatabaseUnavailable`."""

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping
+from functools import partial
 from hashlib import sha256
 from html.parser import HTMLParser
 from pathlib import Path
@@ -73,7 +74,7 @@ def stage_pages(folder: Path) -> None:
     """Write every page into `folder`, with links to where the other pages and files stand there."""
     pages = list_pages()
     for page, place in pages.items():
-        text = LINK.sub(lambda match, page=page: _stage_link(match, page, pages, folder), page.read_text())  # type: ignore[misc]
+        text = LINK.sub(partial(_stage_link, page=page, pages=pages, folder=folder), page.read_text())
         target = folder / place
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(text)

@@ -154,7 +154,7 @@ def test_a_plain_page_escapes_its_text(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text('<script>x</script> [a](page.md) [b](java"script:x) [c](https://example.com)')
     shown = plain_pages.PlainPages({"page.md": page})
-    text = shown.find("page.md").body.decode()  # type: ignore[union-attr]
+    text = shown.find("page.md").body.decode()  # type: ignore[union-attr]  # a page, which has a body
     assert "<script>" not in text
     assert '<a href="page.md">' in text
     assert text.count("<a ") == 3

@@ -162,7 +162,7 @@ async def journal_harness(run_database: RunDatabase, monkeypatch: pytest.MonkeyP
     lease = RunLease(key_of(run), run.token, time.monotonic() + 60)
     store = FaultyStore(run_database.store)
     committed: list[str] = []
-    journal = RunJournal(RunRecorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]
+    journal = RunJournal(RunRecorder(store, committed.extend), lease, settled=["earlier"])  # type: ignore[arg-type]  # a partial store
     return JournalHarness(run, lease, journal, store, committed)
 
 
@@ -421,7 +421,7 @@ async def test_a_renewal_that_fails_is_tried_again(run_database: RunDatabase, er
         async def close(self) -> None: ...
 
     with capture_logs():
-        kept = await make_keeper(FailsAtFirst(), 0.15)  # type: ignore[arg-type]
+        kept = await make_keeper(FailsAtFirst(), 0.15)  # type: ignore[arg-type]  # a partial store
         lease = kept.hold(await run_database.claimed())
         first_end = lease.until
         async with asyncio.timeout(PATIENCE_SECONDS):
@@ -454,7 +454,7 @@ async def test_a_lease_whose_row_is_locked_makes_no_other_wait_for_the_next_roun
         async def close(self) -> None: ...
 
     with capture_logs():
-        kept = await make_keeper(LocksOne(), 0.3)  # type: ignore[arg-type]
+        kept = await make_keeper(LocksOne(), 0.3)  # type: ignore[arg-type]  # a partial store
         for one in (kept_back, await run_database.claimed()):
             kept.hold(one)
         async with asyncio.timeout(PATIENCE_SECONDS):

@@ -98,7 +98,7 @@ async def mail_node_harness(
     async with smtp_server.serve_smtp(certificate) as server:
         settings: dict[str, Json] = {"host": HOST, "port": server.port, "username": USERNAME}
         source = ConnectionSource("ds_001", "org_1", "smtp", 1, settings, {"password": PASSWORD})
-        found = MailNodeHarness(server, None, source, NodeBlobs(blobs))  # type: ignore[arg-type]
+        found = MailNodeHarness(server, None, source, NodeBlobs(blobs))  # type: ignore[arg-type]  # set below
         policy = ConnectionPolicy(allowed_networks=(ip_network("127.0.0.0/8"),))
         found.connections = DataSourceConnections(found, policy, resolve_to_loopback)
         yield found

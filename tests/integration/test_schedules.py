@@ -297,7 +297,7 @@ async def test_one_that_dies_before_its_commit_leaves_the_instant_to_the_next(
         raise SchedulerKilled
 
     with monkeypatch.context() as patch:
-        patch.setattr(scheduled_runs._ScheduleWriter, "write", die)  # noqa: SLF001
+        patch.setattr(scheduled_runs._ScheduleWriter, "write", die)  # noqa: SLF001 - its commit is where it dies
         with pytest.raises(SchedulerKilled):
             await tick(harness, first)
     assert await read_runs(harness, workflow_id) == []

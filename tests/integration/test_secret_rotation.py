@@ -99,7 +99,7 @@ async def test_data_sources_and_keys_survive_a_change_of_the_secret(
         calls.append(given)
         if len(calls) > 1:
             raise KeyboardInterrupt
-        return await replace(*given)  # type: ignore[arg-type]
+        return await replace(*given)  # type: ignore[arg-type]  # passed on as received
 
     monkeypatch.setattr(secret_rotation, "_replace", replace_once)
     with pytest.raises(KeyboardInterrupt):

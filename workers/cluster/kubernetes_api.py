@@ -273,7 +273,8 @@ class KubernetesApi:
 def _enable_keep_alive(response: aiohttp.ClientResponse) -> None:
     """Enable TCP keepalive, so that a silently vanished server is noticed within 25 s."""
     connection = response.connection
-    found = None if connection is None else connection.transport.get_extra_info("socket")  # type: ignore[union-attr]
+    transport = None if connection is None else connection.transport
+    found = None if transport is None else transport.get_extra_info("socket")
     if found is None:
         return
     found.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

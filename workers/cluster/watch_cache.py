@@ -228,7 +228,7 @@ class WatchCache:
             pause_seconds = min(self.first_pause_seconds * 2**pauses, MAX_PAUSE_SECONDS)
             pauses = min(pauses + 1, MAX_DOUBLINGS)
             # Randomized, so that not all interrupted clients return at once.
-            await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311
+            await asyncio.sleep(pause_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - no secret
 
     async def _pause_probe(self, *, requests: int) -> None:
         """Wait until a collection may be requested again after the last of so many requests was forbidden.
