@@ -15,6 +15,7 @@ from sqlalchemy.orm import aliased
 from sqlmodel import SQLModel, col
 
 from journal.blobs.blob_storage import BlobOwner
+from models.blocked_interval import BlockedInterval
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
     ),
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
     (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
+    (BlockedInterval, (col(BlockedInterval.execution_id), col(BlockedInterval.started_at))),
 )
 """Tables with records of an execution, and their keys."""
 

@@ -44,6 +44,8 @@ TABLES = (
         "attempt_span",
         "log_line",
         "wait_answer",
+        "blocked_interval",
+        "worker_presence",
         "throttle",
         "idempotency",
         "definition",

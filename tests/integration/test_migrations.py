@@ -16,6 +16,7 @@ from sqlmodel import SQLModel
 from models import (  # noqa: F401 - their tables must be known to the metadata
     access,
     audit,
+    blocked_interval,
     data_source,
     deployment,
     deployment_token,
@@ -26,6 +27,7 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     schema_migration,
     schema_support,
     signing_secrets,
+    worker_presence,
     workflow,
     workflow_triggers,
 )

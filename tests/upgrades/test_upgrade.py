@@ -225,7 +225,7 @@ async def test_an_upgraded_database_has_all_its_rows_and_the_tables_of_a_new_one
         new = await postgres.create_database("upgrade_new")
     await schema_migration.migrate(parse_url(new))
     assert after.parts == (await schemas.read(new)).parts
-    assert sorted(after.row_counts.values()) == sorted(before.row_counts.values())
+    assert sorted(filter(None, after.row_counts.values())) == sorted(filter(None, before.row_counts.values()))
 
     await schemas.downgrade(url, fixture.revision)
     assert await schemas.read(url) == before

@@ -1,0 +1,26 @@
+"""Presence of workers: the last time at which each worker process was known to claim runs."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from sqlalchemy import Column
+from sqlmodel import Field, SQLModel
+
+from models.column_types import TimestampColumn
+
+
+class WorkerPresence(SQLModel, table=True):
+    """Worker process that claims runs of any workflow without a deployment."""
+
+    __tablename__ = "worker_presence"
+
+    owner: str = Field(primary_key=True)
+    """Name of the process in its leases."""
+    concurrency: int
+    """Number of runs that it holds at most."""
+    held_runs: int = 0
+    started_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    seen_at: datetime = Field(sa_column=Column(TimestampColumn, nullable=False))
+    ended_at: datetime | None = Field(default=None, sa_column=Column(TimestampColumn))
+    """Time of an orderly end; None for a process that runs, or died."""
