@@ -17,6 +17,7 @@ from gateway.http import idempotency, limits
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, decode_body, read_json
+from models.access import ApiCaller
 from models.audit import AuditAction
 from models.execution_status import ExecutionStatus
 
@@ -87,7 +88,9 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
     )
     if body.dry_run:
         return JsonResponse(BulkResult(**_counts(chosen, None)))
-    cancelled = await bulk_actions.cancel(request.gateway, request.caller, chosen.execution_ids)
+    cancelled = await bulk_actions.cancel(
+        request.gateway.store, request.gateway.broker, request.caller, chosen.execution_ids
+    )
     log.info("executions cancelled", executions=len(cancelled), matched=chosen.matched)
     return JsonResponse(BulkResult(**_counts(chosen, cancelled)))
 
@@ -104,7 +107,7 @@ async def delete(request: GatewayRequest) -> JsonResponse:
     )
     if body.dry_run:
         return JsonResponse(BulkResult(**_counts(chosen, None)))
-    deleted = await bulk_actions.delete(request.gateway, chosen.execution_ids)
+    deleted = await bulk_actions.delete(request.gateway.database, request.gateway.blobs, chosen.execution_ids)
     log.info("executions deleted", executions=len(deleted), matched=chosen.matched)
     return JsonResponse(BulkResult(**_counts(chosen, deleted)))
 
@@ -117,25 +120,32 @@ async def retry(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, BulkRequest)
     idempotency_key = idempotency.requested_key(request, value)
-    earlier = None if idempotency_key is None else await bulk_actions.begun(request, idempotency_key)
+    gateway, caller = request.gateway, request.caller
+    earlier = None
+    if idempotency_key is not None:
+        earlier = await bulk_actions.begun(gateway.database, caller.shard, idempotency_key)
     if earlier is not None:
         return await _retried(request, earlier, headers=idempotency.REPLAYED)
     found, by_workflow = await bulk_actions.find(
-        request, body.filter.wanted(), bulk_actions.retryable(request.caller), body.limit
+        gateway.database, body.filter.wanted(), bulk_actions.retryable(caller), body.limit
     )
     if body.dry_run:
         preview = BulkRetryResult(**_counts(found, None), new_execution_ids=[])
         return JsonResponse(preview)
     for workflow_id, runs in by_workflow.items():
-        await request.gateway.backlog.require_capacity(request.caller.organization_id, workflow_id, runs)
-    chosen = await bulk_actions.begin_retry(request, found, _audit_subject(request, body), idempotency_key)
+        await gateway.backlog.require_capacity(caller.organization_id, workflow_id, runs)
+    subject = _audit_subject(body, caller)
+    chosen = await bulk_actions.begin_retry(gateway.database, caller, found, subject, idempotency_key)
     return await _retried(request, chosen, headers={} if chosen == found else idempotency.REPLAYED)
 
 
 async def _retried(
     request: GatewayRequest, chosen: ChosenExecutions, headers: Mapping[str, str]
 ) -> JsonResponse:
-    resumed = await bulk_actions.retry(request.gateway, request.caller, chosen)
+    gateway = request.gateway
+    resumed = await bulk_actions.retry(
+        gateway.database, gateway.acceptances, gateway.access, request.caller, chosen
+    )
     log.info("executions retried", executions=len(resumed), matched=chosen.matched)
     listed = list(resumed.values())[: limits.BULK_LISTED]
     answer = BulkRetryResult(**_counts(chosen, list(resumed)), new_execution_ids=listed)
@@ -146,15 +156,17 @@ async def _chosen(
     request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
 ) -> ChosenExecutions:
     """Select the executions to act on, and record the action in the audit trail before it begins."""
-    found, _ = await bulk_actions.find(request, body.filter.wanted(), condition, body.limit)
+    found, _ = await bulk_actions.find(request.gateway.database, body.filter.wanted(), condition, body.limit)
     if not body.dry_run:
-        await bulk_actions.trace(request, found, action, _audit_subject(request, body))
+        await bulk_actions.trace(
+            request.gateway.database, request.caller, found, action, _audit_subject(body, request.caller)
+        )
     return found
 
 
-def _audit_subject(request: GatewayRequest, body: BulkRequest) -> str:
+def _audit_subject(body: BulkRequest, caller: ApiCaller) -> str:
     """Return the subject of the audit record: the workflow of the filter, or the organization."""
-    return body.filter.workflow_id or request.caller.organization_id
+    return body.filter.workflow_id or caller.organization_id
 
 
 def _counts(chosen: ChosenExecutions, done: Sequence[str] | None) -> dict[str, Any]:

@@ -37,11 +37,14 @@ if TYPE_CHECKING:
     from sqlalchemy import ColumnElement
     from sqlalchemy.ext.asyncio import AsyncConnection
 
+    from gateway.executions.acceptance import RunAcceptor
+    from gateway.executions.execution_access import ExecutionAccess
     from gateway.executions.execution_rows import ExecutionFilter
-    from gateway.http.request import GatewayRequest
-    from gateway.state import GatewayState
-    from journal.store import EndRequestOutcome, IdempotencyKey
+    from journal.blobs.blob_store import BlobStore
+    from journal.store import EndRequestOutcome, IdempotencyKey, JournalStore
+    from messages.broker import Broker
     from models.access import ApiCaller
+    from models.database import Database
 
 log = structlog.get_logger()
 
@@ -105,53 +108,58 @@ def deletable(caller: ApiCaller) -> ColumnElement[bool]:
 
 
 async def find(
-    request: GatewayRequest, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
+    database: Database, wanted: ExecutionFilter, condition: ColumnElement[bool], limit: int
 ) -> tuple[ChosenExecutions, Counter[str]]:
     """Return the oldest executions that match a filter and a condition, and the matches by workflow."""
-    async with request.gateway.database.read() as connection:
+    async with database.read() as connection:
         matched, rows = await execution_rows.find_oldest(connection, wanted, condition, limit=limit)
     found = ChosenExecutions(ids.new_id("bulk"), matched, [row.id for row in rows])
     return found, Counter(row.workflow_id for row in rows)
 
 
-async def trace(request: GatewayRequest, found: ChosenExecutions, action: AuditAction, about: str) -> None:
+async def trace(
+    database: Database, caller: ApiCaller, found: ChosenExecutions, action: AuditAction, about: str
+) -> None:
     """Record a bulk action in the audit trail of a workflow or organization, before it begins."""
-    leave = partial(_trace, request=request, found=found, action=action, about=about)
-    await request.gateway.database.transaction(leave)
+    record = partial(_trace, caller=caller, found=found, action=action, about=about)
+    await database.transaction(record)
 
 
 async def begin_retry(
-    request: GatewayRequest, found: ChosenExecutions, about: str, idempotency_key: IdempotencyKey | None
+    database: Database,
+    caller: ApiCaller,
+    found: ChosenExecutions,
+    about: str,
+    idempotency_key: IdempotencyKey | None,
 ) -> ChosenExecutions:
     """Record a retry in the audit trail and return its selection of executions.
 
     The selection is that of the first request with the idempotency key. Raises 422 if that request had
     another body.
     """
-    text, now = _encode(found).decode(), request.gateway.clock()
+    text, now = _encode(found).decode(), database.clock.now()
 
     async def keep(connection: AsyncConnection) -> str:
         bound = text
         if idempotency_key is not None:
-            shard = request.caller.shard
             bound = await idempotency.reserve_key(
-                connection, idempotency_key, shard=shard, resource_id=text, now=now
+                connection, idempotency_key, shard=caller.shard, resource_id=text, now=now
             )
         if bound == text:
             await _trace(
-                connection, request=request, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
+                connection, caller=caller, found=found, action=AuditAction.EXECUTIONS_RETRIED, about=about
             )
         return bound
 
-    return _decode(await request.gateway.database.transaction(keep))
+    return _decode(await database.transaction(keep))
 
 
-async def begun(request: GatewayRequest, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
+async def begun(database: Database, shard: int, idempotency_key: IdempotencyKey) -> ChosenExecutions | None:
     """Return the selection of an earlier request with this idempotency key, or None.
 
     Raises 422 if the body of that request differs.
     """
-    earlier = await acceptance.find_earlier(request.gateway.database, request.caller.shard, idempotency_key)
+    earlier = await acceptance.find_earlier(database, shard, idempotency_key)
     if earlier is None:
         return None
     if earlier.verdict is AcceptanceVerdict.MISMATCH:
@@ -162,7 +170,7 @@ async def begun(request: GatewayRequest, idempotency_key: IdempotencyKey) -> Cho
 async def _trace(
     connection: AsyncConnection,
     *,
-    request: GatewayRequest,
+    caller: ApiCaller,
     found: ChosenExecutions,
     action: AuditAction,
     about: str,
@@ -170,18 +178,20 @@ async def _trace(
     hashed = fingerprint(list(found.execution_ids))
     before, after = (hashed, None) if action is AuditAction.EXECUTIONS_DELETED else (None, hashed)
     if found.execution_ids:
-        await audit_log.record_change(connection, request.caller, action, about, before=before, after=after)
+        await audit_log.record_change(connection, caller, action, about, before=before, after=after)
 
 
 # ── actions ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def cancel(gateway: GatewayState, caller: ApiCaller, execution_ids: Sequence[str]) -> list[str]:
+async def cancel(
+    store: JournalStore, broker: Broker, caller: ApiCaller, execution_ids: Sequence[str]
+) -> list[str]:
     """Cancel executions; returns those that had not ended before."""
     cancelled: list[str] = []
     for some in _batches(execution_ids, CANCELS_AT_ONCE):
         keys = [ExecutionKey(execution_id, caller.shard) for execution_id in some]
-        answers = await asyncio.gather(*(_ask_to_end_unlocked(gateway, key) for key in keys))
+        answers = await asyncio.gather(*(_ask_to_end_unlocked(store, broker, key) for key in keys))
         cancelled += [
             execution_id
             for execution_id, answer in zip(some, answers, strict=True)
@@ -190,42 +200,53 @@ async def cancel(gateway: GatewayState, caller: ApiCaller, execution_ids: Sequen
     return cancelled
 
 
-async def _ask_to_end_unlocked(gateway: GatewayState, key: ExecutionKey) -> EndRequestOutcome | None:
+async def _ask_to_end_unlocked(
+    store: JournalStore, broker: Broker, key: ExecutionKey
+) -> EndRequestOutcome | None:
     """Cancel an execution; None if it does not exist or another transaction holds its lock."""
     try:
-        return await request_end_of_run(gateway, key, "cancel")
+        return await request_end_of_run(store, broker, key, "cancel")
     except LockWaitTimeout:
         return None
 
 
-async def retry(gateway: GatewayState, caller: ApiCaller, chosen: ChosenExecutions) -> dict[str, str]:
-    """Resume failed executions, idempotently; returns the new ids by the ids of the failed executions."""
+async def retry(
+    database: Database,
+    acceptances: RunAcceptor,
+    access: ExecutionAccess,
+    caller: ApiCaller,
+    chosen: ChosenExecutions,
+) -> dict[str, str]:
+    """Resume failed executions, idempotently; returns the new ids by the ids of the failed executions.
+
+    The new executions are visible to the caller, and `acceptances` wakes workers for them.
+    """
     new_ids = {
         execution_id: ids.derive_id("exec", execution_id, chosen.operation_id)
         for execution_id in chosen.execution_ids
     }
     resumed: set[str] = set()
     for some in _batches(chosen.execution_ids, RETRIES_AT_ONCE):
-        keys = await _resumed_unlocked(gateway, caller, {one: new_ids[one] for one in some})
+        keys = await _resumed_unlocked(database, caller, {one: new_ids[one] for one in some})
         for execution_id, concurrency_key in keys.items():
             resumed.add(execution_id)
-            gateway.access.allow(new_ids[execution_id], caller)
-            gateway.acceptances.follow(concurrency_key)
+            access.allow(new_ids[execution_id], caller)
+            acceptances.follow(concurrency_key)
     return {execution_id: new_id for execution_id, new_id in new_ids.items() if execution_id in resumed}
 
 
 async def _resumed_unlocked(
-    gateway: GatewayState, caller: ApiCaller, new_ids: Mapping[str, str]
+    database: Database, caller: ApiCaller, new_ids: Mapping[str, str]
 ) -> dict[str, str | None]:
     """Resume a batch; if another transaction locks part of it, resume one by one and skip the locked ones."""
     try:
-        return await gateway.database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
+        return await database.transaction(partial(_resume, caller=caller, new_ids=new_ids))
     except LockWaitTimeout:
         if len(new_ids) == 1:
             return {}
     resumed: dict[str, str | None] = {}
     for one, new_id in new_ids.items():
-        resumed |= await _resumed_unlocked(gateway, caller, {one: new_id})
+        resumed |= await _resumed_unlocked(database, caller, {one: new_id})
     return resumed
 
 
@@ -254,14 +275,14 @@ async def _resume(
     return resumed
 
 
-async def delete(gateway: GatewayState, execution_ids: Sequence[str]) -> list[str]:
+async def delete(database: Database, blobs: BlobStore, execution_ids: Sequence[str]) -> list[str]:
     """Delete ended executions with their data; returns the deleted ids."""
     deleted: list[str] = []
     for some in _batches(execution_ids, DELETIONS_AT_ONCE):
-        gone = await delete_runs(gateway.database, some)
+        gone = await delete_runs(database, some)
         deleted += [execution_id for execution_id in some if execution_id in gone]
         try:
-            await orphan_blobs.delete_unused(gateway.blobs, gateway.database, list(gone.values()))
+            await orphan_blobs.delete_unused(blobs, database, list(gone.values()))
         except BlobsUnavailable as error:
             log.warning(
                 "blobs of deleted executions not deleted", error=str(error)

@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING
 from messages import end_requests
 
 if TYPE_CHECKING:
-    from gateway.state import GatewayState
-    from journal.store import EndRequestOutcome, ExecutionKey
+    from journal.store import EndRequestOutcome, ExecutionKey, JournalStore
+    from messages.broker import Broker
 
 
 async def request_end_of_run(
-    gateway: GatewayState, key: ExecutionKey, action: str
+    store: JournalStore, broker: Broker, key: ExecutionKey, action: str
 ) -> EndRequestOutcome | None:
     """Request the `stop` or `cancel` of an execution; None if it does not exist."""
-    requested = await gateway.store.request_end(key, action)
+    requested = await store.request_end(key, action)
     if requested is not None:
         await end_requests.notify_end_request(
-            gateway.broker,
+            broker,
             key.execution_id,
             action,
             lease_owner=requested.lease_owner,

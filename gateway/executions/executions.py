@@ -266,7 +266,7 @@ async def cancel(request: GatewayRequest) -> JsonResponse:
 
 async def _ask_to_end(request: GatewayRequest, action: str) -> JsonResponse:
     key = await _find_key(request)
-    requested = await request_end_of_run(request.gateway, key, action)
+    requested = await request_end_of_run(request.gateway.store, request.gateway.broker, key, action)
     if requested is None:
         raise errors.not_found("execution")
     log.info(

@@ -12,8 +12,7 @@ from nodes.sandbox.form_checks import InvalidSchema
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.http.request import GatewayRequest
-    from nodes.sandbox.form_checks import FormViolation
+    from nodes.sandbox.form_checks import FormChecker, FormViolation
 
 
 def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
@@ -22,9 +21,12 @@ def read_choices(request: Mapping[str, Json]) -> Sequence[Mapping[str, Json]]:
 
 
 async def require_valid_inputs(
-    request: GatewayRequest, asked: Mapping[str, Json], choice: str | None, data: Json
+    forms: FormChecker, organization_id: str, asked: Mapping[str, Json], choice: str | None, data: Json
 ) -> None:
-    """Raise 422 unless `choice` is one of the choices and `data` matches the schema."""
+    """Raise 422 unless `choice` is one of the choices and `data` matches the schema.
+
+    Raises 503 if the schema of the node could not be checked in time.
+    """
     found = ProblemCollector()
     ports = [str(one["port"]) for one in read_choices(asked)]
     if choice is None and ports:
@@ -34,16 +36,16 @@ async def require_valid_inputs(
         found.add("choice", "invalid-value", f"choice {known}")
     schema = asked.get("schema")
     if isinstance(schema, dict):
-        for violation in await _find_violations(request, schema, data):
+        for violation in await _find_violations(forms, organization_id, schema, data):
             found.add(violation.path, violation.keyword, f"{violation.path}: {violation.message}")
     found.raise_any()
 
 
 async def _find_violations(
-    request: GatewayRequest, schema: Mapping[str, Json], data: Json
+    forms: FormChecker, organization_id: str, schema: Mapping[str, Json], data: Json
 ) -> Sequence[FormViolation]:
     try:
-        found = await request.gateway.forms.check(request.caller.organization_id, schema, data)
+        found = await forms.check(organization_id, schema, data)
     except InvalidSchema as error:
         problem = errors.problem("data", "invalid-schema", f"data: the node's schema: {error}")
         raise errors.invalid([problem]) from error

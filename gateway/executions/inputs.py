@@ -104,7 +104,9 @@ async def answer(request: GatewayRequest) -> JsonResponse:
         if await _is_repeated(request, key, idempotency_key):
             return _accepted_response(key, body, idempotency.REPLAYED)
         raise
-    await input_checks.require_valid_inputs(request, asked.request, body.choice, body.data)
+    await input_checks.require_valid_inputs(
+        gateway.forms, caller.organization_id, asked.request, body.choice, body.data
+    )
     given = await _store_answer(request, key, asked, body, idempotency_key)
     if given is None:
         return _accepted_response(key, body, idempotency.REPLAYED)

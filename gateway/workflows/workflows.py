@@ -185,7 +185,8 @@ async def delete(request: GatewayRequest) -> NoContent:
         also=look_for_runs,
     )
     await deployment_changes.notify_deployer(request.gateway, edited.after.workflow.id)
+    store, broker = request.gateway.store, request.gateway.broker
     for start in range(0, len(live), CANCELS_AT_ONCE):
         cancelled = live[start : start + CANCELS_AT_ONCE]
-        await asyncio.gather(*(request_end_of_run(request.gateway, one, "cancel") for one in cancelled))
+        await asyncio.gather(*(request_end_of_run(store, broker, one, "cancel") for one in cancelled))
     return NoContent()
