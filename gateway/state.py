@@ -22,6 +22,7 @@ from gateway.executions.large_outputs import LargeOutputs
 from gateway.executions.live_events import LiveEvents
 from gateway.executions.long_poll import ExecutionPollHub
 from gateway.executions.rate_limits import RunRateLimiter
+from gateway.executions.run_requests import WorkflowRunAcceptor
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
 from gateway.http.sender import SenderAuthenticator
@@ -34,6 +35,7 @@ from gateway.pods.forwarding import WakeupForwarder
 from gateway.pods.pod_state import PodState
 from gateway.pods.poll_hub import PodPollHub
 from gateway.settings import GatewaySettings
+from gateway.workflows.callback_checks import CallbackChecker
 from gateway.workflows.workflow_cache import WorkflowCache
 from journal import clock_sync
 from journal.blobs.blob_store import BlobStore
@@ -71,6 +73,8 @@ class GatewayState:
     subscribers: SubscriptionCache
     workflows: WorkflowCache
     acceptances: RunAcceptor
+    workflow_runs: WorkflowRunAcceptor
+    callbacks: CallbackChecker
     rates: RunRateLimiter
     backlog: BacklogLimits
     activation: DeploymentActivator
@@ -167,6 +171,8 @@ async def assemble_state(
                 subscribers=subscribers,
                 workflows=workflows,
                 acceptances=acceptances,
+                workflow_runs=WorkflowRunAcceptor(database, workflows, access, rates, backlog, acceptances),
+                callbacks=CallbackChecker(database, settings.outbound_allowed_networks),
                 rates=rates,
                 backlog=backlog,
                 activation=activation,

@@ -122,14 +122,14 @@ async def start(request: GatewayRequest) -> JsonResponse:
         return await _plan_run(request, workflow, body, times)
 
     with request.gateway.activation.queue(workflow_id):
-        accepted = await run_requests.accept_run(request, plan, idempotency_key)
+        accepted = await request.gateway.workflow_runs.accept(request, workflow_id, plan, idempotency_key)
         times.accepted = perf_counter()
         # The inputs are committed; don't hold them in memory during the wait.
         value, body.inputs, body.trigger_inputs = None, None, None
         request.release_body()
         seconds = limits.TRIGGER_SYNC_SECONDS if body.sync else limits.TRIGGER_ASYNC_SECONDS
         until = asyncio.get_running_loop().time() + seconds - (times.accepted - times.began)
-        headers = run_requests.response_headers(request, accepted)
+        headers = run_requests.response_headers(request.gateway.settings, accepted)
         try:
             await _until_disconnect(request, _wait_for_pod(request, accepted, times, until))
         except PodUnavailable as error:

@@ -110,6 +110,11 @@ class RunAcceptor:
             raise errors.not_ready("Too many executions wait to be accepted: try again")
         return await self._ingests.submit(write)
 
+    @property
+    def channel(self) -> str:
+        """Channel on which this gateway is notified of the ends of its runs."""
+        return self._broker.channel
+
     def is_stored(self, definition: DefinitionKey) -> bool:
         """Tell whether the database is known to have a definition, so that its text need not be sent again."""
         return self._stored.get(definition) is not None

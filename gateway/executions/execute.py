@@ -18,7 +18,7 @@ from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, WireStruct, body_of, read_json
-from gateway.workflows import callback_checks, graph_shapes
+from gateway.workflows import graph_shapes
 from gateway.workflows.graph_shapes import Connections, GraphId, Nodes
 from models.access import KeyScope
 
@@ -78,8 +78,10 @@ async def start(request: GatewayRequest) -> JsonResponse:
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _plan_run(request, workflow, body)
 
-    accepted = await run_requests.accept_run(request, plan, idempotency_key)
-    headers = run_requests.response_headers(request, accepted)
+    accepted = await request.gateway.workflow_runs.accept(
+        request, request.path_params["id"], plan, idempotency_key
+    )
+    headers = run_requests.response_headers(request.gateway.settings, accepted)
     return JsonResponse(ExecuteResult(execution_id=accepted.execution_id), status=201, headers=headers)
 
 
@@ -106,7 +108,9 @@ async def _plan_run(request: GatewayRequest, workflow: LoadedWorkflow, body: Exe
     graph_shapes.require_valid(run.workflow.validation)
     if body.callback_url is None:
         return run
-    await callback_checks.require_reachable(request, body.callback_url)
+    await request.gateway.callbacks.require_reachable(
+        body.callback_url, request.caller.organization_id, has_key=request.has_key
+    )
     return replace(run, callback_url=body.callback_url)
 
 

@@ -83,8 +83,8 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _plan_run(request, workflow, body)
 
-    accepted = await run_requests.accept_run(request, plan, idempotency_key)
-    headers = run_requests.response_headers(request, accepted)
+    accepted = await request.gateway.workflow_runs.accept(request, workflow_id, plan, idempotency_key)
+    headers = run_requests.response_headers(request.gateway.settings, accepted)
     key = ExecutionKey(accepted.execution_id, request.caller.shard)
     progress = await request.gateway.waiting.progress(key, body.wait)
     if progress is None:

@@ -71,6 +71,11 @@ class GatewayRequest(StarletteRequest):
         return self._sender
 
     @property
+    def has_key(self) -> bool:
+        """Whether an API key authenticates the request, not a token in its URL."""
+        return self._caller is not None and (self._sender is None or self._sender.token is None)
+
+    @property
     def id(self) -> str:
         """Request id, as in the answer and the log."""
         return str(self.scope["request_id"])

@@ -15,7 +15,6 @@ from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import GuardedWire, WireStruct, convert, json_of
 from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
 from gateway.ingest.ingest import RunInput
-from gateway.workflows import callback_checks
 from journal.store import AcceptanceVerdict
 from models.ingest import IngestRoute
 
@@ -127,7 +126,9 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
                 await vouched.require_on(gateway, target)
             await capacity.require_capacity(request, target)
             if body.callback_url is not None:
-                await callback_checks.require_reachable(request, body.callback_url)
+                await request.gateway.callbacks.require_reachable(
+                    body.callback_url, request.caller.organization_id, has_key=request.has_key
+                )
             return message
 
         accepted = await ingest.ingest_request(gateway, note, QUEUE, plan, idempotency_key, own_key=own_key)

@@ -21,7 +21,6 @@ from gateway.http.responses import JsonResponse
 from gateway.http.wire import StrictWire, WireStruct, body_of, json_of
 from gateway.ingest import capacity, deduplication_keys, inbound_request, ingest, verification
 from gateway.ingest.enqueue import QUEUE, BatchMessage, QueueMessage, check_message, find_signed_key
-from gateway.workflows import callback_checks
 from journal.store import AcceptanceResult, AcceptanceVerdict, IdempotencyKey, IngestWrite
 from json_text import decoding
 from models.ingest import Delivery, DeliveryOutcome, IngestRoute
@@ -119,7 +118,9 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
         value = await json_of(request, content)
         batch = body_of(request, value, _UncheckedBatch)
         if batch.callback_url is not None:
-            await callback_checks.require_reachable(request, batch.callback_url)
+            await request.gateway.callbacks.require_reachable(
+                batch.callback_url, request.caller.organization_id, has_key=request.has_key
+            )
         own_key = find_signed_key(vouched, workflow_id)
         given = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
         given = given or own_key

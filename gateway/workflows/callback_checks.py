@@ -14,37 +14,54 @@ from models import signing_secrets
 from nodes import url_targets
 
 if TYPE_CHECKING:
-    from gateway.http.request import GatewayRequest
+    from collections.abc import Collection
+    from ipaddress import IPv4Network, IPv6Network
+
+    from models.database import Database
     from nodes.url_targets import UrlTarget
 
 
-async def require_reachable(request: GatewayRequest, url: str) -> None:
-    """Raise 422 unless a run may report its end to this URL.
+class CallbackChecker:
+    """Checks whether a run may report its end to a URL."""
 
-    The address must be public, the organization needs a signing secret, and the caller an API key: a trigger
-    token allows requests but reveals nothing about their runs. Host names are resolved and checked at each
-    callback.
-    """
-    problems = ProblemCollector()
-    target = check_callback(url, "callbackUrl", problems)
-    if request.known_sender is not None and request.known_sender.token is not None:
-        problems.add("callbackUrl", "key-required", "callbackUrl needs an API key: a token is not enough")
-    if target is not None and not _may_be_reached(request, target):
-        problems.add(
-            "callbackUrl",
-            "address-not-allowed",
-            f"callbackUrl: {url_targets.not_public_refusal(target.host)}",
-        )
-    problems.raise_any()
-    secrets = signing_secrets.valid_secrets_statement(request.caller.organization_id).subquery()
-    async with request.gateway.database.read() as connection:
-        if not await connection.scalar(select(func.count()).select_from(secrets)):
-            raise ApiError(
-                422,
-                "no-signing-secret",
-                "Messages to a callbackUrl are signed: an admin creates the organization's secret first, with"
-                " POST /api/v1/auth/signing-secret",
+    def __init__(self, database: Database, allowed_networks: Collection[IPv4Network | IPv6Network]) -> None:
+        self._database = database
+        self._allowed_networks = allowed_networks
+
+    async def require_reachable(self, url: str, organization_id: str, *, has_key: bool) -> None:
+        """Raise 422 unless a run of the organization may report its end to this URL.
+
+        The address must be public, the organization needs a signing secret, and the caller an API key: a
+        trigger token allows requests but reveals nothing about their runs. Host names are resolved and
+        checked at each callback.
+        """
+        problems = ProblemCollector()
+        target = check_callback(url, "callbackUrl", problems)
+        if not has_key:
+            problems.add("callbackUrl", "key-required", "callbackUrl needs an API key: a token is not enough")
+        if target is not None and not self._is_allowed(target):
+            problems.add(
+                "callbackUrl",
+                "address-not-allowed",
+                f"callbackUrl: {url_targets.not_public_refusal(target.host)}",
             )
+        problems.raise_any()
+        secrets = signing_secrets.valid_secrets_statement(organization_id).subquery()
+        async with self._database.read() as connection:
+            if not await connection.scalar(select(func.count()).select_from(secrets)):
+                raise ApiError(
+                    422,
+                    "no-signing-secret",
+                    "Messages to a callbackUrl are signed: an admin creates the organization's secret first,"
+                    " with POST /api/v1/auth/signing-secret",
+                )
+
+    def _is_allowed(self, target: UrlTarget) -> bool:
+        try:
+            address = url_targets.unmap_ipv4(str(ip_address(target.host)))
+        except ValueError:
+            return True
+        return url_targets.is_public(address) or any(address in network for network in self._allowed_networks)
 
 
 def check_callback(url: str, path: str, problems: ProblemCollector) -> UrlTarget | None:
@@ -58,12 +75,3 @@ def check_callback(url: str, path: str, problems: ProblemCollector) -> UrlTarget
     except ValueError as error:
         problems.add(path, "invalid-url", f"{path} must be an http or https address: {error}")
         return None
-
-
-def _may_be_reached(request: GatewayRequest, target: UrlTarget) -> bool:
-    try:
-        address = url_targets.unmap_ipv4(str(ip_address(target.host)))
-    except ValueError:
-        return True
-    allowed = request.gateway.settings.outbound_allowed_networks
-    return url_targets.is_public(address) or any(address in network for network in allowed)
