@@ -23,6 +23,7 @@ from benchmarks import (
     intake,
     machine,
     mass_starts,
+    million,
     node_loss,
     postgres_counters,
     processes,
@@ -50,6 +51,7 @@ PARTS = (
     "durability",
     "mass_starts",
     "node_loss",
+    "million",
 )
 PART_OF_PROCESS = {"gateway": "production", "worker": "production", "dev": "dev"}
 SHORTEST_PROFILE_SECONDS = 6
@@ -168,6 +170,11 @@ async def _intake(folder: Path, options: MeasureOptions) -> dict[str, float]:
         return await intake.measure(postgres, redis, folder, options.seconds)
 
 
+async def _million(folder: Path, _options: MeasureOptions) -> dict[str, float]:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
+        return await million.measure(postgres, redis, folder)
+
+
 async def _durability(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     return await durability.measure(folder)
 
@@ -183,6 +190,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "durability": _durability,
     "mass_starts": _mass_starts,
     "node_loss": _node_loss,
+    "million": _million,
 }
 """Parts that are measured once, however often the others are repeated."""
 

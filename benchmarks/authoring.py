@@ -112,7 +112,7 @@ async def _measure_lists(callers: Sequence[BenchmarkApi]) -> dict[str, LatencySa
     samples: dict[str, LatencySample] = {}
     for name, query in LISTS.items():
         asked = [TimedRequest("GET", PATH + query)] * (WARM_UP + REQUESTS)
-        several = [await _sample(api, asked) for api in callers]
+        several = [await sample_requests(api, asked) for api in callers]
         samples[name] = max(several, key=lambda sample: sample.milliseconds(95))
     return samples
 
@@ -212,7 +212,9 @@ async def _measure_edits(api: BenchmarkApi, workflow: str) -> dict[str, LatencyS
         "remove_a_node": lambda number: TimedRequest("DELETE", f"{workflow}/nodes/added-{number}"),
     }
     numbers = range(WARM_UP + REQUESTS)
-    return {name: await _sample(api, [ask(number) for number in numbers]) for name, ask in kinds.items()}
+    return {
+        name: await sample_requests(api, [ask(number) for number in numbers]) for name, ask in kinds.items()
+    }
 
 
 async def _measure_whole_graph(api: BenchmarkApi, workflow: str) -> dict[str, LatencySample]:
@@ -221,14 +223,14 @@ async def _measure_whole_graph(api: BenchmarkApi, workflow: str) -> dict[str, La
         "validate": TimedRequest("POST", f"{workflow}/validate"),
         "lay_out": TimedRequest("POST", f"{workflow}/layout"),
     }
-    return {name: await _sample(api, [one] * (WARM_UP + REQUESTS)) for name, one in asked.items()}
+    return {name: await sample_requests(api, [one] * (WARM_UP + REQUESTS)) for name, one in asked.items()}
 
 
 # ── one client ──────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _sample(api: BenchmarkApi, several: Sequence[TimedRequest]) -> LatencySample:
-    """Send one request after the other. The first requests are not counted."""
+async def sample_requests(api: BenchmarkApi, several: Sequence[TimedRequest]) -> LatencySample:
+    """Send one request after the other, and return the latencies without those of the first `WARM_UP`."""
     async with _open_client(api) as client:
         for asked in several[:WARM_UP]:
             await client.expect(asked)

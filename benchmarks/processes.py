@@ -56,13 +56,16 @@ async def run_dev(folder: Path, **settings: str) -> AsyncIterator[ServerUnderTes
         yield pilotflame
 
 
+PROCESSES = ("gateway", "worker", "scheduler", "deployer")
+
+
 @asynccontextmanager
 async def run_production(
-    folder: Path, database_url: str, redis_url: str, **settings: str
+    folder: Path, database_url: str, redis_url: str, *, names: Sequence[str] = PROCESSES, **settings: str
 ) -> AsyncIterator[ServerUnderTest]:
-    """Run the processes of the Procfile on a database, which is migrated first, and a Redis.
+    """Run processes of the Procfile on a database, which is migrated first, and a Redis.
 
-    Settings are named without `PILOTFLAME_`.
+    `names` selects the processes. Settings are named without `PILOTFLAME_`.
     """
     api = BenchmarkApi(find_free_port(), f"sk-{secrets.token_urlsafe(32)}")
     variables = build_environment(api, folder) | {
@@ -73,7 +76,8 @@ async def run_production(
         "PILOTFLAME_SECRET_KEY": secrets.token_urlsafe(48),
     }
     subprocess.run(["pilotflame", "migrate"], env=variables, check=True, stdout=subprocess.DEVNULL)  # noqa: ASYNC221 - nothing else is under way
-    async with _wait_until_answering(api, read_procfile(), variables, folder) as pilotflame:
+    commands = {name: command for name, command in read_procfile().items() if name in names}
+    async with _wait_until_answering(api, commands, variables, folder) as pilotflame:
         yield pilotflame
 
 

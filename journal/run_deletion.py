@@ -17,6 +17,7 @@ from sqlmodel import SQLModel, col
 from journal.blobs.blob_storage import BlobOwner
 from models.blocked_interval import BlockedInterval
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow, WaitAnswer
+from models.execution_label import ExecutionLabel
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -48,6 +49,10 @@ _RUN_TABLES: Final[Sequence[tuple[type[SQLModel], Sequence[SQLColumnExpression[A
     ),
     (LogRow, (col(LogRow.execution_id), col(LogRow.sequence))),
     (WaitAnswer, (col(WaitAnswer.execution_id), col(WaitAnswer.node_id), col(WaitAnswer.iteration))),
+    (
+        ExecutionLabel,
+        (col(ExecutionLabel.execution_id), col(ExecutionLabel.key), col(ExecutionLabel.value)),
+    ),
     (BlockedInterval, (col(BlockedInterval.execution_id), col(BlockedInterval.started_at))),
 )
 """Tables with records of an execution, and their keys."""

@@ -47,6 +47,12 @@ ISOLATION_TARGETS = {SHARED_TARGET: ISOLATED_TARGET, UNPARSED_TARGET: ISOLATED_U
 
 Suspects of a deployment keep its target, and are recognized by their losses.
 """
+LIVE_CONDITION = "status IN ('pending', 'running', 'waiting')"
+UNSUCCESSFUL_CONDITION = "status IN ('failed', 'stopped', 'cancelled')"
+"""Conditions of the indexes of lists by status. SQLite uses them only for queries that repeat the condition.
+
+Completed runs, the most, have no such index: a list finds them by time alone.
+"""
 PRIORITY_MICROSECONDS = 60_000_000
 """Time by which one step of priority makes a run count as accepted earlier."""
 
@@ -130,6 +136,15 @@ class Execution(SQLModel, table=True):
             "ended_at",
             postgresql_where=text("follow_up IS NOT NULL AND ended_at IS NOT NULL"),
             sqlite_where=text("follow_up IS NOT NULL AND ended_at IS NOT NULL"),
+        ),
+        *(
+            Index(
+                f"ix_execution_{name}",
+                *("organization_id", "status", "created_at", "id"),
+                postgresql_where=text(condition),
+                sqlite_where=text(condition),
+            )
+            for name, condition in (("live", LIVE_CONDITION), ("unsuccessful", UNSUCCESSFUL_CONDITION))
         ),
         Index(
             "ix_execution_deployed",

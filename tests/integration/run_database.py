@@ -45,6 +45,7 @@ TABLES = (
         "log_line",
         "wait_answer",
         "blocked_interval",
+        "execution_label",
         "worker_presence",
         "throttle",
         "idempotency",

@@ -22,6 +22,7 @@ from models import (  # noqa: F401 - their tables must be known to the metadata
     deployment_token,
     event_wait,
     execution,
+    execution_label,
     ingest,
     schedule,
     schema_migration,
