@@ -138,6 +138,8 @@ class NodeVisit(msgspec.Struct, eq=False):
     config: Mapping[str, Json] = {}
     resolved_config: bytes | None = None
     hashes: bytes | None = None
+    sources: set[tuple[str, int]] | None = None
+    """Data sources used so far, by id and revision; for a loop those of its body."""
     unresolved: list[str] = []
     written: tuple[Json, bytes, bytes] | None = None
     """Output as seen by other nodes, its stored form, and the digest of that."""
@@ -163,6 +165,13 @@ class NodeVisit(msgspec.Struct, eq=False):
     @property
     def is_at_most_once(self) -> bool:
         return self.program.node.at_most_once and self.is_write
+
+    def note_sources_in_loops(self) -> None:
+        """Add the data sources that the node has used to those of the enclosing loops."""
+        loop = self.frame.loop
+        while loop is not None:
+            loop.visit.sources = (loop.visit.sources or set()) | (self.sources or set())
+            loop = loop.visit.frame.loop
 
     @property
     def has_error_edge(self) -> bool:

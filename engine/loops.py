@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final, Protocol
 
-from engine import outcomes, values
+from engine import node_key, outcomes, values
 from engine import run_limits as engine_limits
 from engine.frames import LoopProgress, SectionFrame
 from engine.node_api import CONTINUE, DONE
@@ -76,7 +76,9 @@ class LoopScheduler:
                 self._owner.skip_body(body, frame)
             self._owner.complete(visit, _empty_output(len(each.items)), DONE)
             return
-        if node_id not in frame.recorded:
+        if node_id in frame.recorded:
+            self._restore_sources(visit)
+        else:
             count = values.encode_json({"count": len(each.items)})
             self._recorder.record_node(visit, SpanStatus.RUNNING, output=count)
         loop = LoopProgress(visit, body, each.items, max(each.concurrency, 1), each.continues_on_error)
@@ -84,6 +86,15 @@ class LoopScheduler:
         if not loop.continues_on_error:
             loop.failure = self._recorded_failure(loop)
         self._advance(loop)
+
+    def _restore_sources(self, visit: NodeVisit) -> None:
+        """Restore the data sources that the body of a loop has used in earlier attempts."""
+        body, found = visit.program.body, set(visit.sources or ())
+        for spans in self._recorded.values():
+            for span in spans.values():
+                if span.node_id in body and (key := node_key.decode_sources(span.hashes)) is not None:
+                    found |= set(key)
+        visit.sources = found
 
     def _advance(self, loop: LoopProgress) -> None:
         """Begin as many iterations as the limits allow, or end the loop if nothing is left to wait for."""

@@ -56,6 +56,22 @@ class EffectRule:
         return self.cases.get(value.upper(), self.default) if isinstance(value, str) else self.default
 
 
+@dataclass(frozen=True, slots=True)
+class VolatilityRule:
+    """Case in which the result of a node depends on clock or chance; without fields it always does."""
+
+    without: str | None = None
+    """Field of the config whose absence makes the node read the clock."""
+    field: str | None = None
+    value: Json = None
+    """Value of `field` for which the rule holds."""
+
+    def applies_to(self, config: Mapping[str, Json]) -> bool:
+        return (self.without is None or self.without not in config) and (
+            self.field is None or config.get(self.field) == self.value
+        )
+
+
 class FieldCompilation(StrEnum):
     """Form in which a config field reaches the node if it isn't rendered before the call."""
 
@@ -124,6 +140,8 @@ class NodeType:
     input_description: str = ""
     output: OutputDescription = field(default_factory=OutputDescription)
     cpu: CpuDemand | None = None
+    volatile: tuple[VolatilityRule, ...] = ()
+    """Cases in which a replay treats it as a read, although it only computes."""
     runnable: bool = True
     """False if the node can be drawn and connected, but has no implementation."""
     resources: Mapping[str, Json] = field(default_factory=dict)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hashlib import sha256
 from typing import TYPE_CHECKING, cast
 
-from engine import values
+from engine import node_key, values
 from engine.expressions import MISSING, ExpressionError, ValueTemplate, compile_path
 from engine.frames import NodeVisit
 from engine.joins import JoinMode
@@ -16,6 +16,7 @@ from engine.run_records import SpanStatus
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from engine.expressions import ExpressionPath
     from engine.frames import SectionFrame
     from engine.program import NodeProgram, WorkflowProgram
     from engine.run_records import NodeSpan
@@ -105,6 +106,9 @@ class NodeInputs:
         if program.missing is not None:
             raise NodeError(f"The node needs configuration: {program.missing}", code="missing-config")
         scope = {"data": visit.data, **(roots or frame.roots)}
+        if program.outside and roots is None:
+            # Nodes that settle while this one runs must not change what it reads: its key says what that is.
+            scope["nodes"] = frame.nodes.copy()
         if visit.resolved_config is not None:
             visit.config = cast("Mapping[str, Json]", values.restore_json(visit.resolved_config))
         else:
@@ -120,7 +124,9 @@ class NodeInputs:
                 # committed.
                 visit.config = cast("Mapping[str, Json]", values.restore_json(rendered))
             dynamic = sha256(dynamic + rendered).digest()
-        visit.hashes = program.static_hashes + dynamic
+        visit.hashes = program.static_hashes + dynamic + program.key_end
+        if program.outside:
+            visit.hashes += self._digest_reads(frame, program, scope)
         node_id, log = program.node.id, self._recorder.log
         return NodeCall(
             config=visit.config,
@@ -139,6 +145,14 @@ class NodeInputs:
             services=self._services,
             is_strict=self._is_strict,
         )
+
+    def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
+        """Return the digest of the values that a node can read outside `data`."""
+        if frame.loop is not None:
+            return node_key.UNKNOWN  # a replay never reuses one node of an iteration
+        if program.body and any(_is_undecided(frame, path) for path in program.outside):
+            return node_key.UNKNOWN  # later iterations may find the value
+        return node_key.digest_reads(program.outside, scope)
 
     def check_resolved(self, visit: NodeVisit, scope: Mapping[str, Json] | None = None) -> None:
         """Raise `NodeError` for unresolved paths if the settings of the graph are strict.
@@ -167,6 +181,12 @@ class NodeInputs:
                 "add a fallback, as in {{ data.name ?? null }}"
             )
             raise NodeError(message, code="unresolved-mapping")
+
+
+def _is_undecided(frame: SectionFrame, path: ExpressionPath) -> bool:
+    """Return whether a path leads into a node that may settle later."""
+    node_id = path.steps[0][0] if path.root == "nodes" and path.steps else None
+    return node_id is not None and node_id not in frame.nodes and not frame.is_skipped(node_id)
 
 
 def _is_field_of_item(path: str) -> bool:

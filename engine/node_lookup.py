@@ -32,6 +32,9 @@ class NodeTypeLookup(Protocol):
 
     def get(self, type: str, version: str | None = None) -> NodeType: ...  # noqa: A002 - the field's own word
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]: ...
+    def implementation_digest(self, node_type: NodeType) -> bytes:
+        """Return a digest of the code of a node type, as a part of the key of its nodes."""
+
     def config_problems(
         self, node_type: NodeType, config: Mapping[str, Json]
     ) -> Sequence[ConfigProblemView]: ...

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from inspect import iscoroutinefunction
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from engine.conditions import CompiledCondition, compile_condition
 from engine.expressions import (
@@ -16,6 +16,7 @@ from engine.expressions import (
     compile_expression,
     compile_template,
     compile_value,
+    list_paths,
     literal_template,
 )
 from engine.joins import JoinConfig, JoinMode
@@ -29,6 +30,7 @@ from engine.node_api import (
     NodeType,
     RunNode,
 )
+from engine.node_key import NO_READS, digest_part, digest_ports
 from engine.node_lookup import NodeTypeLookup
 from engine.pruning import prune_graph
 from engine.run_errors import InvalidDefinition
@@ -36,8 +38,13 @@ from engine.sections import GraphSection, divide_graph
 from engine.values import encode_canonical
 
 if TYPE_CHECKING:
+    from engine.expressions import ExpressionPath
     from engine.graph import GraphNode, ParsedGraph
     from engine.values import Json
+
+STRICT: Final = "settings.strictMappings"
+OUTER_ROOTS: Final = ("trigger", "nodes", "execution")
+"""Roots whose values are the same for all iterations of a loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +64,16 @@ class NodeProgram:
     """Message about missing config; the node fails with it when it is reached."""
     static_hashes: bytes
     """Digests of type and version, of the config with defaults, and of the mappings."""
+    outside: tuple[ExpressionPath, ...] = ()
+    """Paths outside `data` that late values and conditions can read, and for a loop the nodes of its body."""
+    implementation: bytes = b""
+    """Digest of its implementation, and for a loop of its body."""
+    key_end: bytes = b""
+    """Digests of implementation and ports, and of its reads if nothing can be read."""
+    body: frozenset[str] = frozenset()
+    """Nodes inside a loop, at all depths."""
+    is_volatile: bool = False
+    """Whether its result depends on clock or chance, so that a replay treats it as a read."""
     join: JoinConfig | None = None
     is_given_again: bool = False
     """Whether its first input is recorded and reused whenever the node is resumed."""
@@ -95,15 +112,16 @@ class WorkflowProgram:
             node_id: _pinned_runner(nodes[node_id], graph) for node_id in graph.pinned if node_id in nodes
         }
         runs = {node_id: pinned.get(node_id) or kinds[each.node.type] for node_id, each in nodes.items()}
+        root = divide_graph(
+            graph,
+            loops=[key for key, each in nodes.items() if each.node_type.loops and not each.is_pinned],
+            first=[key for key, each in nodes.items() if each.node_type.is_trigger or each.is_pinned],
+            eager=[key for key, each in nodes.items() if each.join and each.join.mode is JoinMode.ANY],
+        )
         return cls(
             graph=graph,
-            root=divide_graph(
-                graph,
-                loops=[key for key, each in nodes.items() if each.node_type.loops and not each.is_pinned],
-                first=[key for key, each in nodes.items() if each.node_type.is_trigger or each.is_pinned],
-                eager=[key for key, each in nodes.items() if each.join and each.join.mode is JoinMode.ANY],
-            ),
-            nodes=nodes,
+            root=root,
+            nodes={**nodes, **_complete_keys(nodes, root, graph)},
             runs=runs,
             inline=frozenset(node_id for node_id, run in runs.items() if not iscoroutinefunction(run)),
             repeatable=frozenset(
@@ -128,6 +146,7 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
         missing=None,
         join=None,
         is_given_again=False,
+        implementation=digest_part({"pinned": graph.pinned[node.id]}),
         is_pinned=True,
     )
 
@@ -142,6 +161,72 @@ def _pinned_runner(program: NodeProgram, graph: ParsedGraph) -> RunNode:
     return lambda _call: result
 
 
+def _complete_keys(
+    nodes: Mapping[str, NodeProgram],
+    section: GraphSection,
+    graph: ParsedGraph,
+) -> dict[str, NodeProgram]:
+    """Return the programs of a section and its bodies with the parts of their keys that depend on the graph."""
+    done: dict[str, NodeProgram] = {}
+    for body in section.bodies.values():
+        done |= _complete_keys(nodes, body, graph)
+    for node in section.graph.nodes:
+        if node.id == section.loop_id:
+            continue
+        program = nodes[node.id]
+        implementation = program.implementation
+        outside = program.outside
+        body_ids: frozenset[str] = frozenset()
+        if node.id in section.bodies:
+            body = section.bodies[node.id]
+            body_ids = frozenset(inner.id for inner in body.inner_nodes())
+            implementation = _implementation_with_body(implementation, body, done)
+            outside = _outside_of_body(program, [done[inner] for inner in sorted(body_ids)], body_ids)
+        ports = [(edge.source_port, edge.target_port) for edge in graph.inbound[node.id]]
+        if graph.settings.strict_mappings:
+            ports.append(("", STRICT))
+        done[node.id] = replace(
+            program,
+            outside=outside,
+            implementation=implementation,
+            key_end=implementation + digest_ports(ports) + (b"" if outside else NO_READS),
+            body=body_ids,
+        )
+    return done
+
+
+def _implementation_with_body(own: bytes, body: GraphSection, nodes: Mapping[str, NodeProgram]) -> bytes:
+    """Return the digest of a loop's implementation and its body: nodes, connections, and nested bodies."""
+    inner: list[Json] = [
+        [node.id, nodes[node.id].static_hashes.hex(), nodes[node.id].implementation.hex()]
+        for node in body.graph.nodes
+        if node.id != body.loop_id
+    ]
+    edges: list[Json] = [
+        [edge.source, edge.source_port, edge.target, edge.target_port] for edge in body.graph.edges
+    ]
+    return digest_part([own.hex(), inner, edges])
+
+
+def _outside_of_body(
+    loop: NodeProgram, inner: Sequence[NodeProgram], body_ids: frozenset[str]
+) -> tuple[ExpressionPath, ...]:
+    """Return the paths of a loop and its body that lead out of both, each once."""
+    paths = {path.text: path for path in loop.outside}
+    hidden = body_ids | {loop.node.id}
+    for program in inner:
+        for path in (*program.outside, *program.config.paths, *_mapping_paths(program)):
+            is_inside = path.root == "nodes" and bool(path.steps) and path.steps[0][0] in hidden
+            if path.root in OUTER_ROOTS and not is_inside:
+                paths[path.text] = path
+    return tuple(paths.values())
+
+
+def _mapping_paths(program: NodeProgram) -> Iterator[ExpressionPath]:
+    for source in program.mappings.values():
+        yield from source.paths if isinstance(source, ValueTemplate) else list_paths(source)
+
+
 def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
     """Compile one node; raises `LookupError` for an unknown type, `ExpressionError` for a bad expression."""
     node_type = catalog.get(node.type, node.version)
@@ -150,6 +235,20 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
     problems = catalog.config_problems(node_type, node.config)
     effect = node_type.effect.of(config)
     mappings = {key: compile_mapping(value) for key, value in node.input_mappings.items()}
+    conditions = {
+        place: compile_condition(value)
+        for place, (kind, value) in late.items()
+        if kind is FieldCompilation.CONDITION
+    }
+    values = {
+        place: literal_template(value) if kind is FieldCompilation.LITERAL else compile_value(value)
+        for place, (kind, value) in late.items()
+        if kind is not FieldCompilation.CONDITION
+    }
+    literals = [value for kind, value in late.values() if kind is FieldCompilation.LITERAL]
+    late_paths = [path for condition in conditions.values() for path in condition.paths]
+    late_paths += [path for template in values.values() for path in template.paths]
+    late_paths += [path for value in literals for path in _literal_paths(value)]
     parts: tuple[Json, ...] = (
         [node_type.type, node_type.version],
         config,
@@ -160,23 +259,26 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
         node_type=node_type,
         is_write=effect is NodeEffect.WRITE,
         config=compile_template(early),
-        conditions={
-            place: compile_condition(value)
-            for place, (kind, value) in late.items()
-            if kind is FieldCompilation.CONDITION
-        },
-        values={
-            place: literal_template(value) if kind is FieldCompilation.LITERAL else compile_value(value)
-            for place, (kind, value) in late.items()
-            if kind is not FieldCompilation.CONDITION
-        },
+        conditions=conditions,
+        values=values,
         mappings=mappings,
         missing=next((p.message for p in problems if p.keyword == "required"), None),
         pass_through={key: str(value) for key, value in node.pass_through_values.items()},
         static_hashes=b"".join(sha256(encode_canonical(part)).digest() for part in parts),
+        implementation=catalog.implementation_digest(node_type),
+        outside=tuple({path.text: path for path in late_paths if path.root != "data"}.values()),
         join=JoinConfig.from_config(config) if node_type.joins else None,
+        is_volatile=any(rule.applies_to(config) for rule in node_type.volatile),
         is_given_again=effect is NodeEffect.WRITE or node_type.loops,
     )
+
+
+def _literal_paths(value: Json) -> Sequence[ExpressionPath]:
+    """Return the paths in a text that its node may compile itself, as keys of items are."""
+    try:
+        return compile_value(value).paths
+    except ExpressionError:
+        return ()  # it is no expression, such as a script
 
 
 def _divide_config(

@@ -82,7 +82,7 @@ class NodeSpan(msgspec.Struct, frozen=True):
     resolved_config: bytes | None = None
     """Config of a write node as rendered for its first attempt; later attempts reuse it."""
     hashes: bytes | None = None
-    """Four SHA-256 digests: type and version; config with defaults; mappings; resolved input."""
+    """Key of the node; see `engine.node_key`."""
     input_blob: bytes | None = None
     """JSON reference to the blob of an input that is too large for a row; `input` is None in the row then."""
     output_blob: bytes | None = None

@@ -8,9 +8,10 @@ another attempt may succeed.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Final, NoReturn, Protocol
 
 import msgspec
 
@@ -29,6 +30,23 @@ class RunCaller(msgspec.Struct, frozen=True):
     execution_id: str
     key_id: str
     """Id of the first of a chain of resumed executions; data of a run is stored under it."""
+
+
+_used_sources: Final[ContextVar[set[tuple[str, int]] | None]] = ContextVar("used_sources", default=None)
+
+
+def collect_source_uses() -> set[tuple[str, int]]:
+    """Return a set that receives the id and revision of each data source that the current task uses from now on."""
+    uses: set[tuple[str, int]] = set()
+    _used_sources.set(uses)
+    return uses
+
+
+def note_source_use(source_id: str, revision: int) -> None:
+    """Add a data source to those that the current node has used."""
+    uses = _used_sources.get()
+    if uses is not None:
+        uses.add((source_id, revision))
 
 
 class HttpResponse(Protocol):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from engine import node_key
 from engine import run_limits as engine_limits
 from engine.outcomes import LOST_ATTEMPT_CODE, make_storable
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, SpanStatus
@@ -79,6 +80,10 @@ class SpanRecorder:
             self._record_attempt_state(visit, status, ended_at, wake_at, error)
         self._sequence += 1
         node = visit.program.node
+        hashes = visit.hashes
+        if visit.sources and hashes is not None:
+            hashes += node_key.encode_sources(visit.sources)
+            visit.note_sources_in_loops()
         if output is not None:
             self._pending_bytes += len(output)
         if visit.input is not None:
@@ -103,7 +108,7 @@ class SpanRecorder:
                 wake_at=wake_at,
                 awaits=awaits,
                 resolved_config=visit.resolved_config,
-                hashes=visit.hashes,
+                hashes=hashes,
             )
         )
 

@@ -31,6 +31,7 @@ from engine.run_errors import LeaseLost, NodeError
 from engine.run_limits import RunLimits
 from engine.run_progress import NodeAnswers, RunProgress
 from engine.run_records import NodeSpan, RunError, RunJournalWriter, RunOutcome, RunStatus, SpanStatus
+from engine.services import collect_source_uses
 from engine.span_recorder import SpanRecorder
 from engine.values import InvalidJson
 from engine.worklist import Worklist
@@ -371,6 +372,7 @@ class WorkflowRunner:
 
     async def _call_node(self, visit: NodeVisit, call: NodeCall) -> NodeOutcome:
         run = self._program.runs[visit.node_id]
+        visit.sources = collect_source_uses()
         if visit.node_id in self._program.repeatable:
             return await offload.run_coroutine(lambda: cast("Coroutine[Any, Any, NodeOutcome]", run(call)))
         outcome = run(call)

@@ -117,6 +117,12 @@ class Execution(SQLModel, table=True):
             sqlite_where=text("resumed_from IS NOT NULL"),
         ),
         Index(
+            "ix_execution_replayed",
+            "replay_of",
+            postgresql_where=text("replay_of IS NOT NULL"),
+            sqlite_where=text("replay_of IS NOT NULL"),
+        ),
+        Index(
             "ix_execution_limited",
             "concurrency_key",
             "is_fresh",
@@ -207,8 +213,15 @@ class Execution(SQLModel, table=True):
     """Completed share in percent, including iterations of loops; never decreases, and is at most 99."""
     error: dict[str, Any] | None = Field(default=None, sa_column=Column(JsonTextColumn))
     key_id: str
-    """Execution id in idempotency keys: its own, or that of the first run of its chain of resumed runs."""
+    """Execution id under which its blobs are stored: its own, or that of the first run of its line.
+
+    A line consists of runs that were resumed from, or are replays of, one another.
+    """
     resumed_from: str | None = None
+    replay_of: str | None = None
+    """Execution of which it is a replay, or of which the run that it resumes is one."""
+    write_key_id: str | None = None
+    """Execution id in idempotency keys; None: `key_id`. A replay has its own id, and its writes new keys."""
     channel: str
     """Channel of the gateway that accepted it, which is notified of its end."""
     parent_id: str | None = None
@@ -293,6 +306,10 @@ class SpanRow(SQLModel, table=True):
     input_blob: str | None = Field(default=None, sa_column=Column(Text))
     """JSON `{"$blob": {sha256, size, type, name}}`, in place of an input that is too large for a row."""
     output_blob: str | None = Field(default=None, sa_column=Column(Text))
+    reused_from: str | None = None
+    """Execution that ran the node, if a replay has reused its result."""
+    key_id: str | None = None
+    """Execution id in the node's idempotency key, if it is not that of its run."""
 
 
 class AttemptRow(SQLModel, table=True):

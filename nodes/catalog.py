@@ -13,6 +13,7 @@ A node is two files, `csv_parse.toml` and `csv_parse.py` for the type `csv-parse
     joins = true                    # branches meet in it by its config's `mode` and `combine`; see engine/joins.py
     loops = true                    # nodes behind its port `continue` run once for each item; see engine/sections.py
     cpu = "large"                   # long computation: for `large` configs or `always`; see engine.node_api.CpuDemand
+    volatile = [{}]                 # the result depends on clock or chance: always, or in these cases
     runnable = true                 # false: the node can be drawn, but has no `.py`
     resources = { cpu = "500m", memory = "256Mi" }  # requests of a pod that runs it; default: 100m and 128Mi
     s3_location = "s3://…"          # address of its package; default: by type and version
@@ -70,6 +71,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -77,7 +79,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from engine import name_suggestions
+from engine import name_suggestions, node_key
 from engine.conditions import CONDITION_SCHEMA
 from engine.node_api import (
     INPUT,
@@ -91,6 +93,7 @@ from engine.node_api import (
     OutputDescription,
     RunNode,
     UnknownNodeType,
+    VolatilityRule,
 )
 from nodes import config_problems
 from nodes.config_problems import ConfigProblem
@@ -125,6 +128,7 @@ class NodeCatalog:
     _validators: dict[tuple[str, str], Draft202012Validator] = field(
         default_factory=dict, init=False, repr=False
     )
+    _digests: dict[str, bytes] = field(default_factory=dict, init=False, repr=False)
 
     def get(self, type: str, version: str | None = None) -> NodeType:  # noqa: A002 - the field's own word
         """Return a node type, in `version` if it is given; raises `UnknownNodeType`."""
@@ -170,6 +174,15 @@ class NodeCatalog:
         """
         return config_problems.find_problems(self._validator(node_type), config, node_type.config_schema)
 
+    def implementation_digest(self, node_type: NodeType) -> bytes:
+        """Return the digest of the file that implements a node type, without importing it."""
+        found = self._digests.get(node_type.type)
+        if found is None:
+            path = LIBRARY_FOLDER / f"{_file_stem(node_type.type)}.py"
+            content = path.read_bytes() if path.is_file() else b""
+            found = self._digests[node_type.type] = sha256(content).digest()[: node_key.PART_BYTES]
+        return found
+
     def implementation(self, type: str) -> RunNode:  # noqa: A002 - the field's own word
         """Import and return the function that runs a node type; for processes that execute nodes."""
         module = import_module(f"nodes.library.{_file_stem(self.get(type).type)}")
@@ -199,6 +212,12 @@ class _EffectTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     default: NodeEffect
     field: str
     cases: dict[str, NodeEffect]
+
+
+class _VolatilityTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    without: str | None = None
+    field: str | None = None
+    value: Any = None
 
 
 class _PortsTable(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -251,6 +270,7 @@ class _CatalogEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     joins: bool = False
     loops: bool = False
     cpu: CpuDemand | None = None
+    volatile: list[_VolatilityTable] = []
     runnable: bool = True
     s3_location: str = ""
     resources: dict[str, Any] = {}
@@ -317,6 +337,7 @@ def _build_node_type(entry: _CatalogEntry) -> NodeType:
         input_description=entry.input.description,
         output=_build_output(entry.output),
         cpu=entry.cpu,
+        volatile=tuple(VolatilityRule(rule.without, rule.field, rule.value) for rule in entry.volatile),
         runnable=entry.runnable,
         resources={**DEFAULT_RESOURCES, **entry.resources},
         s3_location=entry.s3_location or f"{PACKAGES_URL}/{entry.type}/{entry.version}",

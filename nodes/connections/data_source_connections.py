@@ -9,7 +9,14 @@ from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 from engine.run_errors import NodeError
-from engine.services import ObjectBucket, QueryRows, RunCaller, SqlDatabase, UpsertRule
+from engine.services import (
+    ObjectBucket,
+    QueryRows,
+    RunCaller,
+    SqlDatabase,
+    UpsertRule,
+    note_source_use,
+)
 from nodes import config_fields, redaction, sql_text, url_targets
 from nodes.connections import database_session
 from nodes.connections.data_source_policy import ConnectionPolicy, ResolveHost
@@ -88,6 +95,7 @@ class DataSourceConnections:
 
     async def _find(self, caller: RunCaller, source_id: str, *types: str) -> ConnectionSource:
         source = await self._sources.find(caller, source_id)
+        note_source_use(source.id, source.revision)
         if source.type not in types:
             wanted = " or ".join(types)
             raise NodeError(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from itertools import pairwise
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ import msgspec.structs
 
 from engine.graph import Definition, ParsedGraph
 from engine.node_api import EffectRule, FieldCompilation, NodeCall, NodeEffect, NodeType, RunNode, TimerWait
+from engine.node_key import PART_BYTES
 from engine.program import WorkflowProgram
 from engine.run_control import RunControl
 from engine.run_errors import LeaseLost, NodeError
@@ -38,6 +40,7 @@ class MadeUpNodeType:
     version: str = "1.0.0"
     joins: bool = False
     loops: bool = False
+    code: bytes = b"code"
 
 
 def pure_node(run: RunNode, **more: Any) -> MadeUpNodeType:  # noqa: ANN401 - the other fields of Kind
@@ -77,6 +80,9 @@ class MadeUpNodeTypes:
 
     def with_defaults(self, node_type: NodeType, config: Mapping[str, Json]) -> dict[str, Json]:  # noqa: ARG002 - the protocol's signature
         return dict(config)
+
+    def implementation_digest(self, node_type: NodeType) -> bytes:
+        return sha256(self.kinds[node_type.type].code).digest()[:PART_BYTES]
 
     def config_problems(self, node_type: NodeType, config: Mapping[str, Json]) -> list[Any]:  # noqa: ARG002 - the protocol's signature
         return []

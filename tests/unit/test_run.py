@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from engine import span_recorder
 from engine import workflow_runner as engine_run
 from engine.node_api import FieldCompilation, NodeCall, NodeOutcome, NodeResult, RunNode, TimerWait
+from engine.node_key import NodeKey, decode_key
 from engine.program import WorkflowProgram
 from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import FailureCause, HttpRequestName, LeaseLost, NodeError
@@ -1433,26 +1434,26 @@ async def test_ten_thousand_skipped_nodes_neither_recurse_nor_explode() -> None:
 # ── hashes ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-PARTS = ("type and version", "config", "mappings", "input")
-
-
-async def split_hashes(
+async def key_of(
     *,
     trigger: Json = 1,
     version: str = "1.0.0",
+    code: bytes = b"code",
     config: Json = None,
     mappings: Json = None,
+    edge: str = "start > node",
     kind: Callable[..., MadeUpNodeType] = pure_node,
-) -> dict[str, bytes]:
-    kinds = {"node": with_changes(kind(pause_node if kind is write_world else echo_data), version=version)}
+) -> NodeKey:
+    """Run a node, and return its key."""
+    run = pause_node if kind is write_world else echo_data
+    kinds = {"node": with_changes(kind(run), version=version, code=code)}
     options: dict[str, Json] = {"config": config or {"a": 1}, "inputMappings": mappings or {}}
     notebook = await run_to_completion(
-        SimulatedWorker(compile_drawing("start > node", kinds, {"node": options}), trigger)
+        SimulatedWorker(compile_drawing(edge, kinds, {"node": options}), trigger)
     )
-    hashes = notebook.spans["node"].hashes
-    assert hashes is not None
-    assert len(hashes) == 128
-    return {part: hashes[32 * place : 32 * place + 32] for place, part in enumerate(PARTS)}
+    key = decode_key(notebook.spans["node"].hashes)
+    assert key is not None
+    return key
 
 
 @pytest.mark.parametrize("kind", [pure_node, write_world])
@@ -1460,23 +1461,25 @@ async def split_hashes(
     ("change", "changed"),
     [
         ({}, set()),
-        ({"version": "2.0.0"}, {"type and version"}),
+        ({"version": "2.0.0"}, {"type"}),
         ({"config": {"a": 2}}, {"config"}),
         ({"mappings": {"m": "trigger"}}, {"mappings", "input"}),
         ({"trigger": 2}, {"input"}),
+        ({"code": b"other"}, {"implementation"}),
+        ({"edge": "start > node; start > node"}, {"ports"}),
     ],
-    ids=["nothing", "version", "config", "mappings", "input"],
+    ids=["nothing", "version", "config", "mappings", "input", "implementation", "ports"],
 )
-async def test_a_change_shows_in_the_hash_of_its_part(
+async def test_a_change_shows_in_its_part_of_the_key(
     kind: Callable[..., MadeUpNodeType], change: dict[str, Any], changed: set[str]
 ) -> None:
-    before, after = await split_hashes(kind=kind), await split_hashes(kind=kind, **change)
+    before, after = await key_of(kind=kind), await key_of(kind=kind, **change)
     # The input of a write includes its rendered config: the two can't change apart.
     expected = changed | ({"input"} if kind is write_world and "config" in changed else set())
-    assert {part for part in PARTS if before[part] != after[part]} == expected
+    assert {part for part in NodeKey._fields if getattr(before, part) != getattr(after, part)} == expected
 
 
 async def test_a_hash_does_not_depend_on_the_order_of_keys_or_on_where_it_is_taken() -> None:
-    one = await split_hashes(config={"a": 1, "b": {"c": 2, "d": 3}})
-    assert one == await split_hashes(config={"b": {"d": 3, "c": 2}, "a": 1})
-    assert one["config"] == sha256(b'{"a":1,"b":{"c":2,"d":3}}').digest()
+    one = await key_of(config={"a": 1, "b": {"c": 2, "d": 3}})
+    assert one == await key_of(config={"b": {"d": 3, "c": 2}, "a": 1})
+    assert one.config == sha256(b'{"a":1,"b":{"c":2,"d":3}}').digest()

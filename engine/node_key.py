@@ -1,0 +1,120 @@
+"""Key of a node: digests of everything that its result depends on, kept with its span.
+
+A replay compares the key of a recorded result with the key that the node has now. An incomplete key, from an
+older release or with values that could not be determined, never equals another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from hashlib import sha256
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeAlias
+
+import msgspec
+
+from engine import values
+from engine.expressions import MISSING, ExpressionPath
+from json_text import decoding
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+DIGEST_BYTES: Final = 32
+PART_BYTES: Final = 16
+"""Length of the later digests: the first half of a SHA-256."""
+MAX_SOURCES: Final = 12
+"""Maximum number of data sources in a key; with more, the key is incomplete."""
+UNKNOWN: Final = bytes(PART_BYTES)
+"""Digest of values that can't be determined before the node runs."""
+_UNKNOWN_SOURCES: Final = b"?"
+
+DataSourceUse: TypeAlias = tuple[str, int]
+"""Id and revision of a data source that a node has used."""
+
+
+class NodeKey(NamedTuple):
+    """Digests of the parts of a key, and the data sources that the node has used."""
+
+    type: bytes
+    config: bytes
+    mappings: bytes
+    input: bytes
+    """Resolved input, with the rendered config if that depends on data or is recorded."""
+    implementation: bytes
+    """Code of the node, and for a loop its body."""
+    ports: bytes
+    """Ports of the connections that lead to the node."""
+    reads: bytes
+    """Values outside `data` that late values and conditions can read, and for a loop those of its body."""
+    sources: tuple[DataSourceUse, ...]
+
+
+_PARTS: Final = (DIGEST_BYTES,) * 4 + (PART_BYTES,) * 3
+_FIXED_BYTES: Final = sum(_PARTS)
+_encode = msgspec.json.Encoder().encode
+_source_decoder = decoding.build_decoder(tuple[DataSourceUse, ...])
+
+
+def decode_key(hashes: bytes | None) -> NodeKey | None:
+    """Return the key that a span contains; None if it has none or an incomplete one."""
+    if hashes is None or len(hashes) < _FIXED_BYTES:
+        return None
+    parts: list[bytes] = []
+    at = 0
+    for size in _PARTS:
+        parts.append(hashes[at : at + size])
+        at += size
+    if UNKNOWN in parts or hashes[at:] == _UNKNOWN_SOURCES:
+        return None
+    try:
+        sources = _source_decoder.decode(hashes[at:]) if len(hashes) > at else ()
+    except msgspec.DecodeError:
+        return None
+    kind, config, mappings, given, implementation, ports, reads = parts
+    return NodeKey(kind, config, mappings, given, implementation, ports, reads, sources)
+
+
+def decode_sources(hashes: bytes | None) -> tuple[DataSourceUse, ...] | None:
+    """Return the data sources in the key of a span, whose other parts may be unknown."""
+    if hashes is None or len(hashes) <= _FIXED_BYTES:
+        return None
+    try:
+        return _source_decoder.decode(hashes[_FIXED_BYTES:])
+    except msgspec.DecodeError:
+        return None
+
+
+def encode_sources(sources: Collection[DataSourceUse]) -> bytes:
+    """Return the end of a key: the data sources that a node has used; empty for none."""
+    if not sources:
+        return b""
+    return _encode(sorted(sources)) if len(sources) <= MAX_SOURCES else _UNKNOWN_SOURCES
+
+
+def digest_part(value: object) -> bytes:
+    """Return the digest of a JSON value as a later part of a key."""
+    return sha256(values.encode_canonical(value)).digest()[:PART_BYTES]
+
+
+def digest_ports(connections: Iterable[tuple[str, str]]) -> bytes:
+    """Return the digest of connections to a node, each as its source port and its target port.
+
+    The nodes that they come from don't count: they matter through the input alone.
+    """
+    return digest_part(sorted(map(list, connections)))
+
+
+def digest_reads(paths: Sequence[ExpressionPath], scope: Mapping[str, Json]) -> bytes:
+    """Return the digest of the values at `paths`; raises `InvalidJson` and `BudgetExceeded`.
+
+    All paths count, also those that an evaluation may skip: the digest must be known before the node runs.
+    """
+    if not paths:
+        return NO_READS
+    found = [path.resolve(scope) for path in paths]
+    text = values.encode_json([[] if value is MISSING else [value] for value in found])
+    return sha256(text).digest()[:PART_BYTES]
+
+
+NO_READS: Final = digest_part([])
+"""Digest of no values."""
