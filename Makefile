@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check check-units check-types check-style check-imports check-words bench docs dist lock
+.PHONY: run install test check check-units check-types check-style check-imports check-words bench docs dist audit lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start takes several times as long.
@@ -59,9 +59,14 @@ docs: .venv/installed
 	$(bin)/python -m docs.tables
 	$(bin)/python -m docs.site.build
 
-# The wheel with the documentation site.
+# The wheel with the documentation site, and its bill of materials.
 dist: docs
 	$(bin)/python -m hatchling build --target wheel
+	$(bin)/python -m deploy.release.bill_of_materials
+
+# Known vulnerabilities of every locked package; exit code 2 if the advisory databases could not be asked.
+audit: .venv/installed
+	$(bin)/python -m deploy.release.audit
 
 # Each stamp is newer than its sources, so a second `make run` installs nothing.
 .venv/installed: $(bin)/python requirements.lock pyproject.toml
@@ -100,6 +105,6 @@ lock:
 	product="$$compile --group build --extra s3 --extra rabbitmq --extra smtp" && \
 	$$product --output-file requirements.lock pyproject.toml && \
 	$$product --group test --constraint requirements.lock --output-file requirements-test.lock pyproject.toml && \
-	for tool in docs/site/requirements.in tests/tools/*/requirements.in; do \
+	for tool in docs/site/requirements.in deploy/release/requirements.in tests/tools/*/requirements.in; do \
 		$$compile --output-file "$${tool%.in}.lock" "$$tool" || exit 1; \
 	done

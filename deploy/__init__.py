@@ -1,0 +1,1 @@
+"""Images, Kubernetes manifests, and the tools of a release."""

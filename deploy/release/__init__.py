@@ -1,0 +1,1 @@
+"""Tools of a release: the audit of the locks, and the bill of materials."""
