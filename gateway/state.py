@@ -10,9 +10,11 @@ from typing import TypeAlias
 
 from execution.event_matching import EventMatcher
 from gateway.access.bootstrap import bootstrap
+from gateway.data_sources.data_source_editing import DataSourceEditor
 from gateway.data_sources.data_source_probes import DataSourceProber
 from gateway.deployments.activation import DeploymentActivator
 from gateway.deployments.deployed_definitions import DeployedDefinitions
+from gateway.deployments.deployment_changes import DeployerClient
 from gateway.deployments.pod_logs import PodLogReader
 from gateway.executions.acceptance import RunAcceptor
 from gateway.executions.backlog import BacklogLimits
@@ -36,6 +38,7 @@ from gateway.pods.pod_state import PodState
 from gateway.pods.poll_hub import PodPollHub
 from gateway.settings import GatewaySettings
 from gateway.workflows.callback_checks import CallbackChecker
+from gateway.workflows.editing import WorkflowEditor
 from gateway.workflows.workflow_cache import WorkflowCache
 from journal import clock_sync
 from journal.blobs.blob_store import BlobStore
@@ -72,11 +75,13 @@ class GatewayState:
     samples: RejectedSamples
     subscribers: SubscriptionCache
     workflows: WorkflowCache
+    workflow_editor: WorkflowEditor
     acceptances: RunAcceptor
     workflow_runs: WorkflowRunAcceptor
     callbacks: CallbackChecker
     rates: RunRateLimiter
     backlog: BacklogLimits
+    deployer: DeployerClient
     activation: DeploymentActivator
     deployed: DeployedDefinitions
     waiting: ExecutionPollHub
@@ -84,6 +89,7 @@ class GatewayState:
     live_events: LiveEvents
     large_outputs: LargeOutputs
     vault: SecretVault
+    data_source_editor: DataSourceEditor
     probes: DataSourceProber
     forms: FormChecker
     runners: PodState
@@ -170,11 +176,13 @@ async def assemble_state(
                 samples=samples,
                 subscribers=subscribers,
                 workflows=workflows,
+                workflow_editor=WorkflowEditor(database, catalog, vault),
                 acceptances=acceptances,
                 workflow_runs=WorkflowRunAcceptor(database, workflows, access, rates, backlog, acceptances),
                 callbacks=CallbackChecker(database, settings.outbound_allowed_networks),
                 rates=rates,
                 backlog=backlog,
+                deployer=DeployerClient(database, broker, acceptances, waiting, settings.settle_seconds),
                 activation=activation,
                 deployed=DeployedDefinitions(database, catalog),
                 waiting=waiting,
@@ -182,6 +190,7 @@ async def assemble_state(
                 live_events=live_events,
                 large_outputs=live_events.large_outputs,
                 vault=vault,
+                data_source_editor=DataSourceEditor(database),
                 probes=DataSourceProber(vault, settings, database.clock),
                 forms=forms,
                 runners=for_pods,

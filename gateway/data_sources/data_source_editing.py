@@ -21,8 +21,11 @@ from models.audit import AuditAction
 
 if TYPE_CHECKING:
     from engine.values import Json
-    from gateway.http.request import GatewayRequest
+    from gateway.http.preconditions import RequestedObject
+    from journal.store import IdempotencyKey
+    from models.access import ApiCaller
     from models.data_source import DataSource
+    from models.database import Database
 
 log = structlog.get_logger()
 
@@ -31,118 +34,128 @@ Change: TypeAlias = Callable[[StoredDataSource], StoredDataSource]
 """
 
 
-async def find_readable(connection: AsyncConnection, request: GatewayRequest) -> StoredDataSource:
-    """Return the data source of the path; raises 404 unless the caller may read it."""
-    stored = await data_source_rows.find(connection, request.path_params["id"], request.caller)
+async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> StoredDataSource:
+    """Return the requested data source; raises 404 unless the caller may read it."""
+    stored = await data_source_rows.find(connection, requested.id, requested.caller)
     if stored is None:
         raise errors.not_found("data source")
     return stored
 
 
-async def read_data_source(request: GatewayRequest) -> StoredDataSource:
-    """Return the data source of the path in a transaction of its own; raises 404."""
-    async with request.gateway.database.read() as connection:
-        return await find_readable(connection, request)
-
-
-def require_writer(request: GatewayRequest, source: DataSource) -> None:
+def require_writer(caller: ApiCaller, source: DataSource) -> None:
     """Raise 403 unless the caller may change, share and delete a readable data source."""
-    preconditions.require_owner(request, source.owner_id, what="data source")
+    preconditions.require_owner(caller, source.owner_id, what="data source")
 
 
-async def create_data_source(request: GatewayRequest, body: Json, source: DataSource) -> JsonResponse:
-    """Insert a data source, once per idempotency key, and answer 201 with its id."""
-    idempotency_key = idempotency.requested_key(request, _without_secrets(request, body))
+class DataSourceEditor:
+    """Reads, edits, creates and deletes data sources, each in a transaction with its audit record."""
 
-    async def insert(connection: AsyncConnection) -> str:
-        if idempotency_key is not None:
-            bound = await idempotency.reserve_key(
-                connection, idempotency_key, shard=source.shard, resource_id=source.id, now=source.created_at
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def read(self, requested: RequestedObject) -> StoredDataSource:
+        """Return the requested data source in a transaction of its own; raises 404."""
+        async with self._database.read() as connection:
+            return await find_readable(connection, requested)
+
+    async def create(
+        self, caller: ApiCaller, source: DataSource, idempotency_key: IdempotencyKey | None
+    ) -> JsonResponse:
+        """Insert a data source, once per idempotency key, and answer 201 with its id."""
+
+        async def insert(connection: AsyncConnection) -> str:
+            if idempotency_key is not None:
+                bound = await idempotency.reserve_key(
+                    connection,
+                    idempotency_key,
+                    shard=source.shard,
+                    resource_id=source.id,
+                    now=source.created_at,
+                )
+                if bound != source.id:
+                    return bound
+            # An earlier attempt may have been committed, though its answer was lost.
+            if await data_source_rows.exists(connection, source.id):
+                return source.id
+            if await data_source_rows.count(connection, source.organization_id) >= limits.DATA_SOURCES:
+                message = f"An organization may have at most {limits.DATA_SOURCES:,} data sources"
+                raise errors.conflict("too-many-data-sources", message)
+            await data_source_rows.add(connection, source)
+            await _record(
+                connection, caller, AuditAction.DATA_SOURCE_CREATED, None, StoredDataSource(source, {})
             )
-            if bound != source.id:
-                return bound
-        # An earlier attempt may have been committed, though its answer was lost.
-        if await data_source_rows.exists(connection, source.id):
             return source.id
-        if await data_source_rows.count(connection, source.organization_id) >= limits.DATA_SOURCES:
-            message = f"An organization may have at most {limits.DATA_SOURCES:,} data sources"
-            raise errors.conflict("too-many-data-sources", message)
-        await data_source_rows.add(connection, source)
-        await _record(
-            request, connection, AuditAction.DATA_SOURCE_CREATED, None, StoredDataSource(source, {})
+
+        try:
+            source_id = await self._database.transaction(insert)
+        except DataSourceNameTaken as error:
+            raise name_taken(error) from error
+        shown = {"dataSourceId": source_id}
+        if source_id != source.id:
+            return JsonResponse(shown, status=201, headers=idempotency.REPLAYED)
+        log.info(
+            AuditAction.DATA_SOURCE_CREATED, data_source_id=source_id, organization_id=source.organization_id
         )
-        return source.id
+        return JsonResponse(shown, status=201, headers=entity_tag(StoredDataSource(source, {})))
 
-    try:
-        source_id = await request.gateway.database.transaction(insert)
-    except DataSourceNameTaken as error:
-        raise name_taken(error) from error
-    shown = {"dataSourceId": source_id}
-    if source_id != source.id:
-        return JsonResponse(shown, status=201, headers=idempotency.REPLAYED)
-    log.info(
-        AuditAction.DATA_SOURCE_CREATED, data_source_id=source_id, organization_id=source.organization_id
-    )
-    return JsonResponse(shown, status=201, headers=entity_tag(StoredDataSource(source, {})))
+    async def edit(self, requested: RequestedObject, action: AuditAction, change: Change) -> StoredDataSource:
+        """Apply `change` to the requested data source, after all concurrent edits.
 
+        Raises 404, 403, 412 if `If-Match` names another revision, `DataSourceNameTaken`, and the errors of
+        `change`; then nothing is written.
+        """
+        done: StoredDataSource | None = None
 
-async def edit_data_source(request: GatewayRequest, action: AuditAction, change: Change) -> StoredDataSource:
-    """Apply `change` to the data source of the path, after all concurrent edits.
-
-    Raises 404, 403, 412 if `If-Match` names another revision, `DataSourceNameTaken`, and the errors of
-    `change`; then nothing is written.
-    """
-    done: StoredDataSource | None = None
-
-    async def work(connection: AsyncConnection) -> StoredDataSource:
-        nonlocal done
-        await data_source_rows.lock(connection, request.path_params["id"], request.caller)
-        if done is not None and await data_source_rows.exists(
-            connection, done.source.id, revision=done.source.revision
-        ):
-            # Repeated because the answer to the commit was lost: the change is committed.
-            return done
-        before = await find_readable(connection, request)
-        require_writer(request, before.source)
-        preconditions.require_match(request, entity_tag(before)["ETag"], what="data source")
-        after = change(before)
-        if content_hash(after) == content_hash(before):
-            return before
-        after = after.with_columns(revision=before.source.revision + 1, updated_at=request.gateway.clock())
-        if not await data_source_rows.save(connection, before, after, request.caller):
-            raise errors.conflict(
-                "edit-conflict", "Another request changed this data source at the same time: try again"
+        async def work(connection: AsyncConnection) -> StoredDataSource:
+            nonlocal done
+            await data_source_rows.lock(connection, requested.id, requested.caller)
+            if done is not None and await data_source_rows.exists(
+                connection, done.source.id, revision=done.source.revision
+            ):
+                # Repeated because the answer to the commit was lost: the change is committed.
+                return done
+            before = await find_readable(connection, requested)
+            require_writer(requested.caller, before.source)
+            preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="data source")
+            after = change(before)
+            if content_hash(after) == content_hash(before):
+                return before
+            after = after.with_columns(
+                revision=before.source.revision + 1, updated_at=self._database.clock.now()
             )
-        await _record(request, connection, action, before, after)
-        done = after
+            if not await data_source_rows.save(connection, before, after, requested.caller):
+                raise errors.conflict(
+                    "edit-conflict", "Another request changed this data source at the same time: try again"
+                )
+            await _record(connection, requested.caller, action, before, after)
+            done = after
+            return after
+
+        after = await self._database.transaction(work)
+        if after is done:
+            log.info(action, data_source_id=after.source.id, revision=after.source.revision)
         return after
 
-    after = await request.gateway.database.transaction(work)
-    if after is done:
-        log.info(action, data_source_id=after.source.id, revision=after.source.revision)
-    return after
+    async def delete(self, requested: RequestedObject, *, is_forced: bool) -> None:
+        """Delete the requested data source; raises 409 if workflows use it, unless `is_forced`."""
+        is_done = False
 
+        async def work(connection: AsyncConnection) -> None:
+            nonlocal is_done
+            await data_source_rows.lock(connection, requested.id, requested.caller)
+            if is_done and not await data_source_rows.exists(connection, requested.id):
+                return
+            before = await find_readable(connection, requested)
+            require_writer(requested.caller, before.source)
+            preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="data source")
+            if not is_forced:
+                await _require_unused(connection, before.source, requested.caller)
+            await data_source_rows.remove(connection, before.source)
+            await _record(connection, requested.caller, AuditAction.DATA_SOURCE_DELETED, before, None)
+            is_done = True
 
-async def delete_data_source(request: GatewayRequest, *, is_forced: bool) -> None:
-    """Delete the data source of the path; raises 409 if workflows use it, unless `is_forced`."""
-    is_done = False
-
-    async def work(connection: AsyncConnection) -> None:
-        nonlocal is_done
-        await data_source_rows.lock(connection, request.path_params["id"], request.caller)
-        if is_done and not await data_source_rows.exists(connection, request.path_params["id"]):
-            return
-        before = await find_readable(connection, request)
-        require_writer(request, before.source)
-        preconditions.require_match(request, entity_tag(before)["ETag"], what="data source")
-        if not is_forced:
-            await _require_unused(request, connection, before.source)
-        await data_source_rows.remove(connection, before.source)
-        await _record(request, connection, AuditAction.DATA_SOURCE_DELETED, before, None)
-        is_done = True
-
-    await request.gateway.database.transaction(work)
-    log.info(AuditAction.DATA_SOURCE_DELETED, data_source_id=request.path_params["id"])
+        await self._database.transaction(work)
+        log.info(AuditAction.DATA_SOURCE_DELETED, data_source_id=requested.id)
 
 
 def entity_tag(stored: StoredDataSource) -> dict[str, str]:
@@ -173,23 +186,21 @@ def name_taken(error: DataSourceNameTaken) -> ApiError:
 
 
 async def _record(
-    request: GatewayRequest,
     connection: AsyncConnection,
+    caller: ApiCaller,
     action: AuditAction,
     before: StoredDataSource | None,
     after: StoredDataSource | None,
 ) -> None:
     hashes = [None if stored is None else content_hash(stored) for stored in (before, after)]
     object_id = next(stored.source.id for stored in (before, after) if stored is not None)
-    await audit_log.record_change(
-        connection, request.caller, action, object_id, before=hashes[0], after=hashes[1]
-    )
+    await audit_log.record_change(connection, caller, action, object_id, before=hashes[0], after=hashes[1])
 
 
-async def _require_unused(request: GatewayRequest, connection: AsyncConnection, source: DataSource) -> None:
+async def _require_unused(connection: AsyncConnection, source: DataSource, caller: ApiCaller) -> None:
     if not await data_source_rows.is_named(connection, source):
         return
-    named_by = await data_source_rows.naming(connection, source, request.caller, limits.FINDINGS)
+    named_by = await data_source_rows.naming(connection, source, caller, limits.FINDINGS)
     raise ApiError(
         409,
         "data-source-in-use",
@@ -198,9 +209,9 @@ async def _require_unused(request: GatewayRequest, connection: AsyncConnection, 
     )
 
 
-def _without_secrets(request: GatewayRequest, body: Json) -> Json:
+def without_secrets(body: Json, secret: bytes) -> Json:
     """Return a body for the comparison of repeated requests, with a keyed hash in place of its secrets."""
     if not isinstance(body, dict) or "secrets" not in body:
         return body
-    hashed = hmac.digest(request.gateway.settings.secret, encode_canonical(body["secrets"]), "sha256")
+    hashed = hmac.digest(secret, encode_canonical(body["secrets"]), "sha256")
     return {**body, "secrets": hashed.hex()}

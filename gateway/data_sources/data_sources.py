@@ -110,13 +110,13 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a data source without its secrets."""
-    stored = await editing.read_data_source(request)
+    stored = await request.gateway.data_source_editor.read(request.requested_object)
     return editing.answer(stored, data_source_shapes.show_data_source(stored))
 
 
 async def test(request: GatewayRequest) -> JsonResponse:
     """Test a data source: connect to its server as a workflow would."""
-    stored = await editing.read_data_source(request)
+    stored = await request.gateway.data_source_editor.read(request.requested_object)
     found = await request.gateway.probes.probe(stored.source)
     return JsonResponse(
         DataSourceTest(ok=found.is_ok, message=found.message, duration_ms=found.duration_milliseconds)
@@ -134,7 +134,9 @@ async def create(request: GatewayRequest) -> JsonResponse:
         request.caller, body, request.gateway.vault, request.gateway.clock()
     )
     read_only.warn_of_new(request, value, CreateDataSource, lambda: _as_json(StoredDataSource(source, {})))
-    return await editing.create_data_source(request, value, source)
+    compared = editing.without_secrets(value, request.gateway.settings.secret)
+    idempotency_key = request.idempotency_key(compared)
+    return await request.gateway.data_source_editor.create(request.caller, source, idempotency_key)
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
@@ -148,8 +150,8 @@ async def update(request: GatewayRequest) -> JsonResponse:
         return data_source_shapes.apply_changes(before, body, vault, now)
 
     try:
-        after = await editing.edit_data_source(
-            request,
+        after = await request.gateway.data_source_editor.edit(
+            request.requested_object,
             AuditAction.DATA_SOURCE_UPDATED,
             change,
         )
@@ -160,7 +162,7 @@ async def update(request: GatewayRequest) -> JsonResponse:
 
 async def delete(request: GatewayRequest) -> NoContent:
     """Delete a data source with its secrets; with `force`, even if workflows name it."""
-    await editing.delete_data_source(request, is_forced=request.query[FORCE])
+    await request.gateway.data_source_editor.delete(request.requested_object, is_forced=request.query[FORCE])
     return NoContent()
 
 
@@ -169,7 +171,7 @@ async def delete(request: GatewayRequest) -> NoContent:
 
 async def list_shares(request: GatewayRequest) -> JsonResponse:
     """List the users that a data source is shared with."""
-    stored = await editing.read_data_source(request)
+    stored = await request.gateway.data_source_editor.read(request.requested_object)
     guests = [
         DataSourceGuest(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()
     ]
@@ -181,8 +183,10 @@ async def share(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, ShareDataSource)
     await _require_user(request, body.user_id)
     now = request.gateway.clock()
-    after = await editing.edit_data_source(
-        request, AuditAction.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+    after = await request.gateway.data_source_editor.edit(
+        request.requested_object,
+        AuditAction.SHARE_ADDED,
+        lambda before: _shared(before, body.user_id, request.caller, now),
     )
     shared = DataSourceShareResult(
         message="Data source shared successfully", data_source_id=after.source.id, user_id=body.user_id
@@ -193,8 +197,8 @@ async def share(request: GatewayRequest) -> JsonResponse:
 async def unshare(request: GatewayRequest) -> NoContent:
     """End a share: the user loses access to the data source, and so do workflows that run for them."""
     user_id = request.path_params["subId"]
-    after = await editing.edit_data_source(
-        request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
+    after = await request.gateway.data_source_editor.edit(
+        request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
     )
     return NoContent(editing.entity_tag(after))
 
@@ -208,15 +212,17 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
         read_only.require_same(value, SetDataSourceVisibility, lambda: _as_json(before))
         return before.with_columns(is_public=is_public)
 
-    after = await editing.edit_data_source(request, AuditAction.DATA_SOURCE_VISIBILITY_SET, change)
+    after = await request.gateway.data_source_editor.edit(
+        request.requested_object, AuditAction.DATA_SOURCE_VISIBILITY_SET, change
+    )
     return editing.answer(after, data_source_shapes.show_data_source(after))
 
 
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
     """Raise 404 unless the user belongs to the organization; first require a caller that may share."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
-        editing.require_writer(request, stored.source)
+        stored = await editing.find_readable(connection, request.requested_object)
+        editing.require_writer(request.caller, stored.source)
         await shares.require_user(connection, user_id, request.caller)
 
 

@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncConnection
 
-    from gateway.http.request import GatewayRequest
-    from gateway.state import GatewayState
+    from gateway.executions.acceptance import RunAcceptor
+    from gateway.executions.long_poll import ExecutionPollHub
+    from gateway.http.preconditions import RequestedObject
     from gateway.workflows.stored_workflow import StoredWorkflow
     from journal.deployments.activity import DeploymentActivity
+    from messages.broker import Broker
+    from models.access import ApiCaller
+    from models.database import Database
     from models.deployment import Deployment
     from models.lifecycle_policy import LifecycleVerdict, StoppedReason
 
@@ -43,35 +47,39 @@ def not_deployed() -> errors.ApiError:
 
 async def deploy_workflow(
     connection: AsyncConnection,
-    request: GatewayRequest,
+    caller: ApiCaller,
     stored: StoredWorkflow,
     snapshot: Mapping[str, Any],
     *,
     version: int,
     token_id: str,
+    secret: bytes,
 ) -> Deployment:
-    """Deploy the definition of a snapshot in the transaction of `connection`, which may be repeated."""
+    """Deploy the definition of a snapshot in the transaction of `connection`, which may be repeated.
+
+    The token of its pods is hashed with `secret`.
+    """
     workflow = stored.workflow
     text = await asyncio.to_thread(_pinned, snapshot)
     order = DeployRequest(
         workflow_id=workflow.id,
         organization_id=workflow.organization_id,
         shard=workflow.shard,
-        user_id=request.caller.user_id,
+        user_id=caller.user_id,
         version=version,
         definition=text.decode(),
         definition_hash=sha256(text).hexdigest(),
         token_id=token_id,
     )
     before = await desired_state.find_deployment(connection, workflow.id)
-    after = await desired_state.deploy_workflow(connection, order, secret=request.gateway.settings.secret)
-    await _record(connection, request, AuditAction.WORKFLOW_DEPLOYED, before, after)
+    after = await desired_state.deploy_workflow(connection, order, secret=secret)
+    await _record(connection, caller, AuditAction.WORKFLOW_DEPLOYED, before, after)
     return after
 
 
 async def undeploy_workflow(
     connection: AsyncConnection,
-    request: GatewayRequest,
+    caller: ApiCaller,
     workflow_id: str,
     *,
     reason: StoppedReason | None = None,
@@ -79,21 +87,29 @@ async def undeploy_workflow(
     """Undeploy a workflow in the transaction of `connection`; its runs belong to the workers from then on."""
     before = await desired_state.find_deployment(connection, workflow_id)
     after = await desired_state.undeploy_workflow(
-        connection, workflow_id, user_id=request.caller.user_id, reason=reason
+        connection, workflow_id, user_id=caller.user_id, reason=reason
     )
     if after is not None:
-        await _record(connection, request, AuditAction.WORKFLOW_UNDEPLOYED, before, after)
+        await _record(connection, caller, AuditAction.WORKFLOW_UNDEPLOYED, before, after)
 
 
 async def change_deployment(
-    request: GatewayRequest, action: AuditAction, decide: Decide, *, replicas: int | None = None
+    database: Database,
+    requested: RequestedObject,
+    action: AuditAction,
+    decide: Decide,
+    *,
+    replicas: int | None = None,
 ) -> Deployment:
-    """Apply a decision to the deployment of the path. Raises 404, 403, and 409 if the workflow isn't deployed."""
-    workflow_id = request.path_params["id"]
+    """Apply a decision to the deployment of the requested workflow.
+
+    Raises 404, 403, and 409 if the workflow isn't deployed.
+    """
+    workflow_id, caller = requested.id, requested.caller
 
     async def work(connection: AsyncConnection) -> Deployment:
-        stored = await editing.find_readable(connection, request)
-        editing.require_writer(request, stored.workflow)
+        stored = await editing.find_readable(connection, requested)
+        editing.require_writer(caller, stored.workflow)
         await activity.lock_deployment(connection, workflow_id)
         seen = await activity.read_activity(connection, workflow_id)
         if seen is None or not seen.deployment.is_deployed:
@@ -102,41 +118,57 @@ async def change_deployment(
         if decision.action is LifecycleAction.NONE:
             return seen.deployment
         after = await decisions.apply_decision(
-            connection, seen, decision, replicas=replicas, user_id=request.caller.user_id
+            connection, seen, decision, replicas=replicas, user_id=caller.user_id
         )
-        await _record(connection, request, action, seen.deployment, after)
+        await _record(connection, caller, action, seen.deployment, after)
         return after
 
-    return await request.gateway.database.transaction(work, locks=f"deployment:{workflow_id}")
+    return await database.transaction(work, locks=f"deployment:{workflow_id}")
 
 
-async def notify_deployer(gateway: GatewayState, workflow_id: str) -> None:
-    """Notify the deployer, and the workers, which may have received its runs. Call it after the commit."""
-    await wakeups.wake_deployer(gateway.broker, workflow_id)
-    gateway.acceptances.wake_workers()
+class DeployerClient:
+    """Client of the deployer: notifies it of changed deployments and waits for their effect."""
 
+    def __init__(
+        self,
+        database: Database,
+        broker: Broker,
+        acceptances: RunAcceptor,
+        waiting: ExecutionPollHub,
+        settle_seconds: float,
+    ) -> None:
+        self._database = database
+        self._broker = broker
+        self._acceptances = acceptances
+        self._waiting = waiting
+        self._settle_seconds = settle_seconds
 
-async def await_state(
-    gateway: GatewayState, workflow_id: str, is_reached: Callable[[Deployment], bool]
-) -> Deployment | None:
-    """Return a deployment once it has reached a state, failed or is blocked, or the time is over."""
-    waiting, key = gateway.waiting, reconcile_payload(workflow_id)
-    with waiting.waiter(key) as waiter:
-        timer = asyncio.get_running_loop().call_later(gateway.settings.settle_seconds, waiter.end)
-        try:
-            while True:
-                waiter.changed.clear()
-                was_watched = waiting.is_watched(key)
-                async with gateway.database.read() as connection:
-                    deployment = await desired_state.find_deployment(connection, workflow_id)
-                if deployment is None or waiter.is_over or is_reached(deployment):
-                    return deployment
-                if has_failed(deployment) or wakes.blocked_reason(deployment) is not None:
-                    return deployment
-                if was_watched or not await waiting.watch([key]):
-                    await waiter.changed.wait()
-        finally:
-            timer.cancel()
+    async def notify(self, workflow_id: str) -> None:
+        """Notify the deployer, and the workers, which may have received its runs. Call it after the commit."""
+        await wakeups.wake_deployer(self._broker, workflow_id)
+        self._acceptances.wake_workers()
+
+    async def await_state(
+        self, workflow_id: str, is_reached: Callable[[Deployment], bool]
+    ) -> Deployment | None:
+        """Return a deployment once it has reached a state, failed or is blocked, or the time is over."""
+        waiting, key = self._waiting, reconcile_payload(workflow_id)
+        with waiting.waiter(key) as waiter:
+            timer = asyncio.get_running_loop().call_later(self._settle_seconds, waiter.end)
+            try:
+                while True:
+                    waiter.changed.clear()
+                    was_watched = waiting.is_watched(key)
+                    async with self._database.read() as connection:
+                        deployment = await desired_state.find_deployment(connection, workflow_id)
+                    if deployment is None or waiter.is_over or is_reached(deployment):
+                        return deployment
+                    if has_failed(deployment) or wakes.blocked_reason(deployment) is not None:
+                        return deployment
+                    if was_watched or not await waiting.watch([key]):
+                        await waiter.changed.wait()
+            finally:
+                timer.cancel()
 
 
 def has_failed(deployment: Deployment) -> bool:
@@ -157,14 +189,14 @@ def _pinned(snapshot: Mapping[str, Any]) -> bytes:
 
 async def _record(
     connection: AsyncConnection,
-    request: GatewayRequest,
+    caller: ApiCaller,
     action: AuditAction,
     before: Deployment | None,
     after: Deployment,
 ) -> None:
     await audit_log.record_change(
         connection,
-        request.caller,
+        caller,
         action,
         after.workflow_id,
         before=_content_hash(before),

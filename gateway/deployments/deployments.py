@@ -150,10 +150,18 @@ async def deploy(request: GatewayRequest) -> JsonResponse:
         snapshot = workflow_rows.snapshot(stored)
         version = stored.workflow.version
         await deployment_changes.deploy_workflow(
-            connection, request, stored, snapshot, version=version, token_id=token_id
+            connection,
+            request.caller,
+            stored,
+            snapshot,
+            version=version,
+            token_id=token_id,
+            secret=request.gateway.settings.secret,
         )
 
-    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order
+    )
     return await _deploy_answer(request, edited.after)
 
 
@@ -168,10 +176,18 @@ async def deploy_version(request: GatewayRequest) -> JsonResponse:
             raise errors.not_found("version")
         _require_runnable(version, request)
         await deployment_changes.deploy_workflow(
-            connection, request, edited.after, version.snapshot, version=wanted, token_id=token_id
+            connection,
+            request.caller,
+            edited.after,
+            version.snapshot,
+            version=wanted,
+            token_id=token_id,
+            secret=request.gateway.settings.secret,
         )
 
-    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _active, anyway=order
+    )
     return await _deploy_answer(request, edited.after)
 
 
@@ -189,8 +205,8 @@ def _require_runnable(version: WorkflowVersion, request: GatewayRequest) -> None
 
 async def _deploy_answer(request: GatewayRequest, stored: StoredWorkflow) -> JsonResponse:
     workflow_id = stored.workflow.id
-    await deployment_changes.notify_deployer(request.gateway, workflow_id)
-    deployment = await deployment_changes.await_state(request.gateway, workflow_id, _is_up_or_overtaken)
+    await request.gateway.deployer.notify(workflow_id)
+    deployment = await request.gateway.deployer.await_state(workflow_id, _is_up_or_overtaken)
     status = status_of(deployment)
     is_done = deployment is not None and _is_running(deployment)
     shape = DeployResult(
@@ -211,14 +227,14 @@ async def undeploy(request: GatewayRequest) -> JsonResponse:
     """
 
     async def order(connection: AsyncConnection, edited: WorkflowEdit) -> None:
-        await deployment_changes.undeploy_workflow(connection, request, edited.after.workflow.id)
+        await deployment_changes.undeploy_workflow(connection, request.caller, edited.after.workflow.id)
 
-    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_STATUS_SET, _draft, anyway=order)
-    workflow_id = edited.after.workflow.id
-    await deployment_changes.notify_deployer(request.gateway, workflow_id)
-    status = status_of(
-        await deployment_changes.await_state(request.gateway, workflow_id, _is_gone_or_overtaken)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.WORKFLOW_STATUS_SET, _draft, anyway=order
     )
+    workflow_id = edited.after.workflow.id
+    await request.gateway.deployer.notify(workflow_id)
+    status = status_of(await request.gateway.deployer.await_state(workflow_id, _is_gone_or_overtaken))
     is_done = status is DeploymentStatus.NOT_DEPLOYED
     shape = UndeployResult(
         message="Workflow undeployed successfully" if is_done else _pending_message("undeployed", status),
@@ -240,10 +256,12 @@ async def stop(request: GatewayRequest) -> JsonResponse:
     Runs that don't finish return to the queue. The deployment remains. It starts again by `start`, or for the
     next run if its lifecycle policy allows that.
     """
-    deployment = await deployment_changes.change_deployment(request, AuditAction.WORKFLOW_STOPPED, _stopped)
-    await deployment_changes.notify_deployer(request.gateway, deployment.workflow_id)
+    deployment = await deployment_changes.change_deployment(
+        request.gateway.database, request.requested_object, AuditAction.WORKFLOW_STOPPED, _stopped
+    )
+    await request.gateway.deployer.notify(deployment.workflow_id)
     status = status_of(
-        await deployment_changes.await_state(request.gateway, deployment.workflow_id, _is_down_or_overtaken)
+        await request.gateway.deployer.await_state(deployment.workflow_id, _is_down_or_overtaken)
     )
     shape = StopResult(workflow_id=deployment.workflow_id, deployment_status=status)
     return JsonResponse(shape, status=200 if status is DeploymentStatus.STOPPED else 202)
@@ -266,12 +284,14 @@ async def start(request: GatewayRequest) -> JsonResponse:
         return LifecycleVerdict(LifecycleAction.START, LifecycleReason.BY_HAND)
 
     ordered = await deployment_changes.change_deployment(
-        request, AuditAction.WORKFLOW_STARTED, started, replicas=replicas
+        request.gateway.database,
+        request.requested_object,
+        AuditAction.WORKFLOW_STARTED,
+        started,
+        replicas=replicas,
     )
-    await deployment_changes.notify_deployer(request.gateway, ordered.workflow_id)
-    deployment = await deployment_changes.await_state(
-        request.gateway, ordered.workflow_id, _is_up_or_overtaken
-    )
+    await request.gateway.deployer.notify(ordered.workflow_id)
+    deployment = await request.gateway.deployer.await_state(ordered.workflow_id, _is_up_or_overtaken)
     status = status_of(deployment)
     shape = StartResult(
         workflow_id=ordered.workflow_id,
@@ -288,7 +308,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show the desired and observed state of a workflow's deployment."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         deployment = await desired_state.find_deployment(connection, stored.workflow.id)
     is_deployed = deployment is not None and deployment.is_deployed
     shape = DeploymentShape(
@@ -316,7 +336,7 @@ async def logs(request: GatewayRequest) -> JsonResponse:
     """Show the last log lines of a workflow's pods themselves; logs of runs are part of their executions."""
     limit = request.query[LINES]
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         deployment = await desired_state.find_deployment(connection, stored.workflow.id)
     if status_of(deployment) is DeploymentStatus.NOT_DEPLOYED:
         raise deployment_changes.not_deployed()

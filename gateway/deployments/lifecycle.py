@@ -197,7 +197,7 @@ class PolicyPreview(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a workflow's lifecycle policy, and the state of its deployment."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         seen = await activity.read_activity(connection, stored.workflow.id)
         now = request.gateway.clock() if seen is None else seen.now
         used = await lifecycle_rows.read_usage(connection, stored.workflow.id, now)
@@ -210,8 +210,10 @@ async def update(request: GatewayRequest) -> JsonResponse:
     It takes effect within half a minute. Fields of other policy types are validated but not stored.
     """
     policy = lifecycle_shapes.store_policy(await _read_policy(request))
-    edited = await editing.edit_workflow(
-        request, AuditAction.WORKFLOW_LIFECYCLE_SET, lambda before: before.with_columns(lifecycle=policy)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
+        AuditAction.WORKFLOW_LIFECYCLE_SET,
+        lambda before: before.with_columns(lifecycle=policy),
     )
     shape = PolicyUpdateResult(
         workflow_id=edited.after.workflow.id, lifecycle_policy=lifecycle_shapes.show_policy(policy)
@@ -226,7 +228,7 @@ async def _read_policy(request: GatewayRequest) -> LifecyclePolicy:
         return body_of(request, value, LifecyclePolicy)
     given = body_of(request, value, LifecycleUpdate)
     async with request.gateway.database.read() as connection:
-        workflow = (await editing.find_readable(connection, request)).workflow
+        workflow = (await editing.find_readable(connection, request.requested_object)).workflow
         seen = await activity.read_activity(connection, workflow.id)
     now = {"workflowId": workflow.id, "deploymentStatus": status_of(seen.deployment if seen else None).value}
     read_only.require_same({name: value[name] for name in now if name in value}, LifecycleUpdate, lambda: now)
@@ -237,7 +239,7 @@ async def history(request: GatewayRequest) -> JsonResponse:
     """List the decisions about a workflow's deployment, by users and by its policy, newest first."""
     part = request.query.page()
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         count, found = await lifecycle_rows.list_decisions(connection, stored.workflow.id, part)
     shape = DecisionList(
         count=count, limit=part.limit, offset=part.offset, decisions=[_decision(one) for one in found]
@@ -254,7 +256,7 @@ async def preview(request: GatewayRequest) -> JsonResponse:
     body = lifecycle_shapes.store_policy(await decode_body(request, PolicyPreviewRequest))
     now = request.gateway.clock()
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         workflow = stored.workflow
         since = max(now - PREVIEW_TIME, workflow.created_at)
         runs = await lifecycle_rows.read_past_runs(connection, workflow.id, since, now)

@@ -21,7 +21,7 @@ from engine.values import encode_json
 from gateway.deployments.activation import BadNews, PodUnavailable, StartBlockage, StartFailure
 from gateway.executions import acceptance, run_requests
 from gateway.executions.run_requests import RunRequest
-from gateway.http import errors, idempotency, limits, text_rules
+from gateway.http import errors, limits, text_rules
 from gateway.http.errors import ApiError
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -116,7 +116,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     workflow_id = request.path_params["id"]
     value = await read_json(request)
     body = _check_body(body_of(request, value, TriggerRequest))
-    idempotency_key = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
+    idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=workflow_id)
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _plan_run(request, workflow, body, times)

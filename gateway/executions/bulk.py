@@ -119,7 +119,7 @@ async def retry(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, BulkRequest)
-    idempotency_key = idempotency.requested_key(request, value)
+    idempotency_key = request.idempotency_key(value)
     gateway, caller = request.gateway, request.caller
     earlier = None
     if idempotency_key is not None:

@@ -13,7 +13,7 @@ from engine.triggers import trigger_output
 from gateway.executions import acceptance, run_requests, test_runs
 from gateway.executions.run_requests import RunRequest
 from gateway.executions.test_runs import WHOLE, GraphSelection
-from gateway.http import errors, idempotency, limits, text_rules
+from gateway.http import errors, limits, text_rules
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
 from gateway.http.text_rules import ProblemCollector
@@ -71,9 +71,7 @@ async def start(request: GatewayRequest) -> JsonResponse:
     value = await read_json(request)
     body = body_of(request, value, ExecuteRequest)
     run_requests.require_one_spelling(body.trigger_inputs, body.inputs)
-    idempotency_key = await offload.run(
-        idempotency.requested_key, request, value, workflow_id=request.path_params["id"]
-    )
+    idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=request.path_params["id"])
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:
         return await _plan_run(request, workflow, body)

@@ -284,7 +284,7 @@ async def resume(request: GatewayRequest) -> JsonResponse:
     """
     caller, gateway = request.caller, request.gateway
     failed = await _find_key(request)
-    idempotency_key = idempotency.requested_key(request, None, workflow_id=failed.execution_id)
+    idempotency_key = request.idempotency_key(None, workflow_id=failed.execution_id)
     new_id, now = ids.new_id("exec"), gateway.clock()
 
     async def insert(connection: AsyncConnection) -> tuple[str, str | None]:

@@ -91,9 +91,7 @@ async def answer(request: GatewayRequest) -> JsonResponse:
     key = await gateway.access.key(request.path_params["id"], caller)
     value = await read_json(request)
     body = body_of(request, value, InputAnswer)
-    idempotency_key = await offload.run(
-        idempotency.requested_key, request, value, workflow_id=key.execution_id
-    )
+    idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=key.execution_id)
     if await _is_repeated(request, key, idempotency_key):
         return _accepted_response(key, body, idempotency.REPLAYED)
     try:

@@ -13,7 +13,7 @@ from gateway.executions import acceptance, execution_rows, execution_shapes, run
 from gateway.executions.execution_shapes import LogShape, Status
 from gateway.executions.run_requests import RunRequest
 from gateway.executions.test_runs import NodeTestInput
-from gateway.http import errors, idempotency, limits
+from gateway.http import errors, limits
 from gateway.http.query import PageBounds
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -77,7 +77,7 @@ async def run_node(request: GatewayRequest) -> JsonResponse:
     body = body_of(request, value, NodeTestRequest)
     workflow_id, node_id = request.path_params["id"], request.path_params["sub"]
     idempotency_key = await offload.run(
-        idempotency.requested_key, request, value, workflow_id=f"{workflow_id}/{node_id}"
+        request.idempotency_key, value, workflow_id=f"{workflow_id}/{node_id}"
     )
 
     async def plan(workflow: LoadedWorkflow) -> RunRequest:

@@ -19,40 +19,27 @@ from models.execution import Idempotency
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
+    from starlette.datastructures import Headers
 
     from engine.values import Json
-    from gateway.http.request import GatewayRequest
 
 REPLAYED: Final[Mapping[str, str]] = {"Idempotent-Replayed": "true"}
 """Header of a repeated answer."""
 
 
-def requested_key(request: GatewayRequest, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
-    """Return the idempotency key of a request, or None; raises 400 for an invalid key.
+def build_key(key: str, sender: str, route: str, body: Json) -> IdempotencyKey:
+    """Return the idempotency key of a request from the value of its header.
 
-    Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with one
-    key. The `body` of equal requests is then compared.
+    Requests are equal when one sender sends them to one route with one key. The `body` of equal requests is
+    then compared. `sender` and `route` are any texts that identify these.
     """
-    key = read_key(request)
-    if key is None:
-        return None
-    route = f"{request.method} {request.scope['route'].path}"
-    scope = sha256(f"{_sender_scope(request)}\n{route}\n{workflow_id}".encode()).hexdigest()
+    scope = sha256(f"{sender}\n{route}".encode()).hexdigest()
     return IdempotencyKey(scope, key, fingerprint(body), limits.IDEMPOTENCY_SECONDS)
 
 
-def _sender_scope(request: GatewayRequest) -> str:
-    sender = request.known_sender
-    if sender is None or sender.token is None:
-        return request.caller.user_id
-    # A token's sender isn't the user whom it acts for. Its retries stay equal even when the token was
-    # replaced.
-    return f"{sender.token.kind}-token:{sender.token.workflow_id or sender.token.id}"
-
-
-def read_key(request: GatewayRequest) -> str | None:
-    """Return the value of the header, or None; raises 400 for an invalid one."""
-    keys = request.headers.getlist("idempotency-key")
+def read_key(headers: Headers) -> str | None:
+    """Return the value of the header `Idempotency-Key`, or None; raises 400 for an invalid one."""
+    keys = headers.getlist("idempotency-key")
     if not keys:
         return None
     if len(keys) > 1 or not is_key(keys[0]):

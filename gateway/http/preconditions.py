@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from gateway.http.errors import ApiError
 
 if TYPE_CHECKING:
-    from gateway.http.request import GatewayRequest
+    from models.access import ApiCaller
 
 
-def require_owner(request: GatewayRequest, owner_id: str, *, what: str) -> None:
+@dataclass(frozen=True, slots=True)
+class RequestedObject:
+    """Object that the path of a request names, with the identity and the condition under which it is used."""
+
+    id: str
+    caller: ApiCaller
+    if_match: str | None
+    """Value of the header `If-Match`."""
+
+
+def require_owner(caller: ApiCaller, owner_id: str, *, what: str) -> None:
     """Raise 403 when the caller may use an object, but not change, share or delete it."""
-    if owner_id != request.caller.user_id and not request.caller.is_admin:
+    if owner_id != caller.user_id and not caller.is_admin:
         message = f"Only the {what}'s owner and admins of the organization may do this"
         raise ApiError(403, "not-owner", message)
 
 
-def require_match(request: GatewayRequest, current: str, *, what: str) -> None:
+def require_match(if_match: str | None, current: str, *, what: str) -> None:
     """Raise 412 unless `If-Match` is absent, `*`, or contains the `current` tag (RFC 9110, 13.1.1)."""
-    given = request.headers.get("if-match")
-    if given is None or given.strip() == "*":
+    if if_match is None or if_match.strip() == "*":
         return
-    if current not in (tag.strip() for tag in given.split(",")):
+    if current not in (tag.strip() for tag in if_match.split(",")):
         message = f"The {what} has changed since you read it: read it again, then repeat your change"
         raise ApiError(412, "precondition-failed", message, headers={"ETag": current})

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
 
-from gateway.http import errors
+from gateway.http import errors, idempotency
 from gateway.http.body_limit import BodyLimit
 from gateway.http.content_encoding import ContentDecoder
+from gateway.http.preconditions import RequestedObject
 from gateway.http.query import QueryString
 from gateway.http.sender import refuse_sender
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from gateway.http.protocol import RequestHolding
     from gateway.http.sender import RequestSender
     from gateway.state import GatewayState
+    from journal.store import IdempotencyKey
     from models.access import ApiCaller
 
 MAX_LENGTH_DIGITS = 15
@@ -71,6 +73,11 @@ class GatewayRequest(StarletteRequest):
         return self._sender
 
     @property
+    def requested_object(self) -> RequestedObject:
+        """Object that the path names; only routes with a caller may ask for it."""
+        return RequestedObject(self.path_params["id"], self.caller, self.headers.get("if-match"))
+
+    @property
     def has_key(self) -> bool:
         """Whether an API key authenticates the request, not a token in its URL."""
         return self._caller is not None and (self._sender is None or self._sender.token is None)
@@ -84,6 +91,26 @@ class GatewayRequest(StarletteRequest):
     def query(self) -> QueryString:
         """Query string, which is read parameter by parameter."""
         return QueryString(self.scope["query_string"], self._parameters)
+
+    def idempotency_key(self, body: Json, *, workflow_id: str = "") -> IdempotencyKey | None:
+        """Return the idempotency key of the request, or None; raises 400 for an invalid key.
+
+        Requests are equal when one user, or tokens of one workflow, send them to one route and workflow with
+        one key. The `body` of equal requests is then compared.
+        """
+        key = idempotency.read_key(self.headers)
+        if key is None:
+            return None
+        route = f"{self.method} {self.scope['route'].path}\n{workflow_id}"
+        return idempotency.build_key(key, self._sender_identity(), route, body)
+
+    def _sender_identity(self) -> str:
+        if self._sender is None or self._sender.token is None:
+            return self.caller.user_id
+        # A token's sender isn't the user whom it acts for. Its retries stay equal even when the token was
+        # replaced.
+        token = self._sender.token
+        return f"{token.kind}-token:{token.workflow_id or token.id}"
 
     def send_with_answer(self, name: str, value: str) -> None:
         """Add a header to the answer, be it a success or a refusal."""

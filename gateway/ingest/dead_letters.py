@@ -82,7 +82,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     """List the failed runs of inbound requests of a workflow that are neither redriven nor purged."""
     part = request.query.page()
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         count, found = await delivery_rows.list_dead_letters(connection, stored.workflow, part)
         given = await delivery_rows.read_input(connection, [failed.id for failed in found])
     outputs = request.gateway.large_outputs
@@ -97,7 +97,7 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     """
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         count, found = await _choose_dead_letters(connection, stored.workflow, body)
 
     async def again(execution_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:
@@ -116,8 +116,8 @@ async def purge(request: GatewayRequest) -> JsonResponse:
     """
     body = await decode_body(request, ChooseDeadLetters)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
-        editing.require_writer(request, stored.workflow)
+        stored = await editing.find_readable(connection, request.requested_object)
+        editing.require_writer(request.caller, stored.workflow)
         count, found = await _choose_dead_letters(connection, stored.workflow, body)
     purged = 0 if body.dry_run else len(found)
     if purged:

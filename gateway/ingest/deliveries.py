@@ -110,7 +110,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     part = query.page()
     wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL])
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         count, found = await delivery_rows.list_deliveries(connection, stored.workflow, wanted, part)
     shown = [_shape(one) for one in found]
     return JsonResponse(DeliveryList(count=count, limit=part.limit, offset=part.offset, deliveries=shown))
@@ -128,8 +128,8 @@ async def redrive(request: GatewayRequest) -> JsonResponse:
     requests run it once.
     """
     delivery = await _readable(request, request.path_params["id"])
-    idempotency_key = idempotency.requested_key(
-        request, {"delivery": delivery.id}, workflow_id=str(delivery.workflow_id)
+    idempotency_key = request.idempotency_key(
+        {"delivery": delivery.id}, workflow_id=str(delivery.workflow_id)
     )
     accepted, kind = await redrive_runs.redrive_delivery(request, delivery, idempotency_key)
     headers = location(request.gateway.settings, accepted.execution_id)
@@ -150,7 +150,7 @@ async def redrive_many(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, RedriveDeliveries)
     wanted = DeliveryFilter(body.outcome, body.route, body.since, body.until)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         count, found = await delivery_rows.find_not_redriven(connection, stored.workflow, wanted, body.limit)
 
     async def again(delivery_id: str, idempotency_key: IdempotencyKey) -> tuple[AcceptanceResult, str]:

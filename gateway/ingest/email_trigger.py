@@ -249,9 +249,7 @@ async def _ingest_native(verified: VerifiedMail) -> JsonResponse:
     attachments = await offload.run(decode_attachments, mail.attachments)
     idempotency_key = None
     if request.known_sender is not None:
-        idempotency_key = await offload.run(
-            idempotency.requested_key, request, value, workflow_id=verified.workflow_id
-        )
+        idempotency_key = await offload.run(request.idempotency_key, value, workflow_id=verified.workflow_id)
 
     blobs, organization_id = request.gateway.blobs, verified.addressee.workflow.organization_id
     are_kept = any(one.content is not None for one in attachments)

@@ -145,7 +145,7 @@ def _idempotency_keys(
     workflow_id = request.path_params["id"]
     keys = [
         find_signed_key(vouched, workflow_id),
-        idempotency.requested_key(request, value, workflow_id=workflow_id),
+        request.idempotency_key(value, workflow_id=workflow_id),
         deduplication_keys.sender_key(workflow_id, body.deduplication_id)
         if body.deduplication_id is not None
         else None,

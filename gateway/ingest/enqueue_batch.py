@@ -122,7 +122,7 @@ async def enqueue(request: GatewayRequest) -> JsonResponse:
                 batch.callback_url, request.caller.organization_id, has_key=request.has_key
             )
         own_key = find_signed_key(vouched, workflow_id)
-        given = await offload.run(idempotency.requested_key, request, value, workflow_id=workflow_id)
+        given = await offload.run(request.idempotency_key, value, workflow_id=workflow_id)
         given = given or own_key
         planned, refused = await offload.run(
             _plan_messages, batch.messages, workflow_id, given, gateway.clock()

@@ -267,7 +267,7 @@ async def replay(request: GatewayRequest) -> JsonResponse:
     gateway, caller, workflow_id = request.gateway, request.caller, body.workflow_id
     async with gateway.database.read() as connection:
         event, delivery = await _readable(connection, request)
-    idempotency_key = idempotency.requested_key(request, {"event": event.id}, workflow_id=workflow_id)
+    idempotency_key = request.idempotency_key({"event": event.id}, workflow_id=workflow_id)
     note = InboundRequest(
         route=IngestRoute.EVENTS,
         sender=RequestSender(caller, f"api-key:{caller.key_id}"),
@@ -305,7 +305,7 @@ async def _ingest_batch(request: GatewayRequest, note: InboundRequest, batch: Ev
     if not batch.events:
         await request.gateway.acceptances.ingest(note.for_arrival([], status=event_dispatch.ANSWERED))
     whole: Json = [event_dispatch.build_event_input(one) for one in batch.events]
-    given = await offload.run(idempotency.requested_key, request, whole)
+    given = await offload.run(request.idempotency_key, whole)
     emissions: list[EventDispatchResult] = []
     for place, event in enumerate(batch.events):
         of_event = replace(note, delivery_id=ids.new_id("dlv"))
@@ -370,9 +370,7 @@ def _native_event(body: EmitEventRequest) -> SenderEvent:
 def _idempotency_key(
     request: GatewayRequest, sender: RequestSender, event: SenderEvent
 ) -> IdempotencyKey | None:
-    return idempotency.requested_key(request, event_dispatch.build_event_input(event)) or _derived_key(
-        sender, event
-    )
+    return request.idempotency_key(event_dispatch.build_event_input(event)) or _derived_key(sender, event)
 
 
 def _derived_key(sender: RequestSender, event: SenderEvent) -> IdempotencyKey | None:

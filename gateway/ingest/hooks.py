@@ -290,7 +290,7 @@ def _idempotency_key(
             DELIVERY, workflow_id, verified.vouched.delivery_key
         )
         return note.deduplication_key
-    given = idempotency.read_key(request)
+    given = idempotency.read_key(request.headers)
     if given is not None:
         key = deduplication_keys.derive_key(NAMED, workflow_id, given)
         return replace(key, fingerprint=note.content_hash, lifetime_seconds=limits.IDEMPOTENCY_SECONDS)

@@ -104,7 +104,7 @@ class WorkflowSchedule(WireStruct):
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show the next and last runs of a workflow's schedule, and whether the schedule is active."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         row, status = await _row(connection, stored.workflow.id)
     trigger = definition_snapshot.find_trigger(stored.nodes, request.gateway.catalog)
     shown = _shape(stored.workflow, trigger, row, status, request.gateway.clock())

@@ -80,7 +80,7 @@ async def show(request: GatewayRequest) -> JsonResponse:
     """Show the addresses for senders, without the token."""
     workflow_id = request.path_params["id"]
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         rows = await _valid(connection, workflow_id, request.gateway.clock())
     shape = InboundAddress(
         trigger_kind=_kind(request, stored),
@@ -115,8 +115,8 @@ async def replace(request: GatewayRequest) -> JsonResponse:
         nonlocal stored
         # The lock serializes replacements: the second one waits here, and ends the first one's token.
         await workflow_rows.lock_workflow(connection, request.path_params["id"], caller)
-        stored = await editing.find_readable(connection, request)
-        editing.require_writer(request, stored.workflow)
+        stored = await editing.find_readable(connection, request.requested_object)
+        editing.require_writer(request.caller, stored.workflow)
         before = await _end(
             connection, stored.workflow.id, now, now + timedelta(seconds=body.overlap_seconds)
         )
@@ -159,8 +159,8 @@ async def revoke(request: GatewayRequest) -> NoContent:
     now = request.gateway.clock()
 
     async def end(connection: AsyncConnection) -> None:
-        stored = await editing.find_readable(connection, request)
-        editing.require_writer(request, stored.workflow)
+        stored = await editing.find_readable(connection, request.requested_object)
+        editing.require_writer(request.caller, stored.workflow)
         before = await _end(connection, stored.workflow.id, now, now)
         await audit_log.record_change(
             connection,

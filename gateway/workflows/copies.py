@@ -10,6 +10,7 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 from msgspec.structs import replace
 
+from concurrency import offload
 from gateway.http import errors, idempotency, limits
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -128,7 +129,7 @@ class ImportAnswer(WireStruct):
 
 async def duplicate(request: GatewayRequest) -> JsonResponse:
     """Copy a workflow into a new draft of the caller, without credentials and shares."""
-    source = await editing.read_workflow(request)
+    source = await request.gateway.workflow_editor.read(request.requested_object)
     named = source.with_columns(name=workflow_documents.name_of_copy(source.workflow.name))
     # A thread, here and below, so that a large graph does not block other requests.
     copy = await asyncio.to_thread(
@@ -144,7 +145,7 @@ async def save_as_template(request: GatewayRequest) -> JsonResponse:
     """
     value = await read_json(request)
     body = body_of(request, value, SaveAsTemplate)
-    source = await editing.read_workflow(request)
+    source = await request.gateway.workflow_editor.read(request.requested_object)
     if not request.caller.is_admin:
         raise errors.admin_required()
     described = UpdateWorkflow(name=body.name, description=body.description, tags=body.tags)
@@ -217,7 +218,12 @@ async def _create(
     def copied(workflow_id: str) -> CopyResult:
         return CopyResult(workflow_id=workflow_id, removed_secrets=copy.removed)
 
-    return await editing.create_workflow(request, body, copy.stored, action, shown=copied)
+    idempotency_key = await offload.run(
+        request.idempotency_key, body, workflow_id=request.path_params.get("id", "")
+    )
+    return await request.gateway.workflow_editor.create(
+        request.caller, copy.stored, action, idempotency_key, shown=copied
+    )
 
 
 def _template(stored: StoredWorkflow) -> dict[str, Json]:
@@ -230,7 +236,7 @@ def _template(stored: StoredWorkflow) -> dict[str, Json]:
 
 async def export_workflow(request: GatewayRequest) -> JsonResponse:
     """Export a workflow as a document without credentials, for a backup or an import elsewhere."""
-    stored = await editing.read_workflow(request)
+    stored = await request.gateway.workflow_editor.read(request.requested_object)
     written = await asyncio.to_thread(_encode_document, stored, request.gateway.catalog)
     disposition = f'attachment; filename="{workflow_documents.file_name(stored.workflow)}"'
     headers = {"Content-Disposition": disposition, **editing.entity_tag(stored)}
@@ -257,13 +263,14 @@ async def import_workflow(request: GatewayRequest) -> JsonResponse:
         _imported, body, request.caller, request.gateway.catalog, request.gateway.clock()
     )
     if not answer.created:
-        idempotency.read_key(request)  # an invalid key is refused, though no workflow is created
+        idempotency.read_key(request.headers)  # an invalid key is refused, though no workflow is created
         return JsonResponse(answer)
-    return await editing.create_workflow(
-        request,
-        value,
+    idempotency_key = await offload.run(request.idempotency_key, value)
+    return await request.gateway.workflow_editor.create(
+        request.caller,
         stored,
         AuditAction.WORKFLOW_IMPORTED,
+        idempotency_key,
         shown=lambda workflow_id: replace(answer, workflow_id=workflow_id),
     )
 

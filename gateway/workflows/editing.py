@@ -12,7 +12,6 @@ import msgspec
 import structlog
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from concurrency import offload
 from gateway.access import audit_log
 from gateway.http import errors, idempotency, preconditions
 from gateway.http.responses import JsonResponse
@@ -25,10 +24,11 @@ from models.workflow import Workflow, WorkflowStatus
 
 if TYPE_CHECKING:
     from engine.resource_scopes import ResourceReference
-
-if TYPE_CHECKING:
-    from engine.values import Json
-    from gateway.http.request import GatewayRequest
+    from gateway.http.preconditions import RequestedObject
+    from journal.store import IdempotencyKey
+    from models.access import ApiCaller
+    from models.database import Database
+    from models.encryption import SecretVault
     from nodes.catalog import NodeCatalog
 
 log = structlog.get_logger()
@@ -61,132 +61,142 @@ Addition: TypeAlias = Callable[[AsyncConnection, WorkflowEdit], Awaitable[None]]
 """Writes rows beyond the workflow's own in the transaction of the edit."""
 
 
-async def find_readable(connection: AsyncConnection, request: GatewayRequest) -> StoredWorkflow:
-    """Return the workflow of the path; raises 404 unless the caller may read it."""
-    stored = await workflow_rows.find_workflow(connection, request.path_params["id"], request.caller)
+async def find_readable(connection: AsyncConnection, requested: RequestedObject) -> StoredWorkflow:
+    """Return the requested workflow; raises 404 unless the caller may read it."""
+    stored = await workflow_rows.find_workflow(connection, requested.id, requested.caller)
     if stored is None:
         raise errors.not_found("workflow")
     return stored
 
 
-async def read_workflow(request: GatewayRequest) -> StoredWorkflow:
-    """Return the workflow of the path in a transaction of its own; raises 404."""
-    async with request.gateway.database.read() as connection:
-        return await find_readable(connection, request)
-
-
-def require_writer(request: GatewayRequest, workflow: Workflow) -> None:
+def require_writer(caller: ApiCaller, workflow: Workflow) -> None:
     """Raise 403 unless the caller may change, share and delete a readable workflow."""
-    preconditions.require_owner(request, workflow.owner_id, what="workflow")
+    preconditions.require_owner(caller, workflow.owner_id, what="workflow")
 
 
-async def edit_workflow(
-    request: GatewayRequest,
-    action: AuditAction,
-    change: Change,
-    *,
-    also: Addition | None = None,
-    anyway: Addition | None = None,
-) -> WorkflowEdit:
-    """Apply `change` to the workflow of the path, after all concurrent edits.
+class WorkflowEditor:
+    """Reads, edits and creates workflows, each in a transaction with its audit record."""
 
-    `also` runs with a change, `anyway` even without one. Raises 404, 403, 412 if `If-Match` names another
-    revision, 422 if an active workflow would become invalid, and the errors of `change`, `also` and `anyway`;
-    then nothing is written.
-    """
-    done: WorkflowEdit | None = None
+    def __init__(self, database: Database, catalog: NodeCatalog, vault: SecretVault) -> None:
+        self._database = database
+        self._catalog = catalog
+        self._vault = vault
 
-    async def work(connection: AsyncConnection) -> WorkflowEdit:
-        nonlocal done
-        await workflow_rows.lock_workflow(connection, request.path_params["id"], request.caller)
-        if done is not None and await workflow_rows.is_stored(connection, done.after.workflow):
-            # Repeated because the answer to the commit was lost: the change is committed.
-            return done
-        before = await find_readable(connection, request)
-        require_writer(request, before.workflow)
-        preconditions.require_match(request, entity_tag(before)["ETag"], what="workflow")
-        # A thread, so that a large graph does not block other requests.
-        wanted = await asyncio.to_thread(_applied, change, before, request.gateway.catalog)
-        if wanted is None:
-            same = WorkflowEdit(before, before)
-            if anyway is not None:
-                await anyway(connection, same)
-            return same
+    async def read(self, requested: RequestedObject) -> StoredWorkflow:
+        """Return the requested workflow; raises 404 unless the caller may read it."""
+        async with self._database.read() as connection:
+            return await find_readable(connection, requested)
+
+    async def edit(
+        self,
+        requested: RequestedObject,
+        action: AuditAction,
+        change: Change,
+        *,
+        also: Addition | None = None,
+        anyway: Addition | None = None,
+    ) -> WorkflowEdit:
+        """Apply `change` to the requested workflow, after all concurrent edits.
+
+        `also` runs with a change, `anyway` even without one. Raises 404, 403, 412 if `If-Match` names another
+        revision, 422 if an active workflow would become invalid, and the errors of `change`, `also` and
+        `anyway`; then nothing is written.
+        """
+        caller = requested.caller
+        done: WorkflowEdit | None = None
+
+        async def work(connection: AsyncConnection) -> WorkflowEdit:
+            nonlocal done
+            await workflow_rows.lock_workflow(connection, requested.id, caller)
+            if done is not None and await workflow_rows.is_stored(connection, done.after.workflow):
+                # Repeated because the answer to the commit was lost: the change is committed.
+                return done
+            before = await find_readable(connection, requested)
+            require_writer(caller, before.workflow)
+            preconditions.require_match(requested.if_match, entity_tag(before)["ETag"], what="workflow")
+            # A thread, so that a large graph does not block other requests.
+            wanted = await asyncio.to_thread(_applied, change, before, self._catalog)
+            if wanted is None:
+                same = WorkflowEdit(before, before)
+                if anyway is not None:
+                    await anyway(connection, same)
+                return same
+            edited = WorkflowEdit(before, await self._save(connection, before, wanted, caller))
+            for addition in (also, anyway):
+                if addition is not None:
+                    await addition(connection, edited)
+            await audit_log.record_change(
+                connection,
+                caller,
+                action,
+                before.workflow.id,
+                before=wanted.hash_before,
+                after=None if edited.after.workflow.deleted_at else wanted.hash_after,
+            )
+            done = edited
+            return edited
+
+        edited = await self._database.transaction(work, locks=requested.id)
+        if edited.after is not edited.before:
+            log.info(action, workflow_id=edited.after.workflow.id, revision=edited.after.workflow.revision)
+        return edited
+
+    async def _save(
+        self, connection: AsyncConnection, before: StoredWorkflow, wanted: _AppliedEdit, caller: ApiCaller
+    ) -> StoredWorkflow:
+        """Store a changed workflow as its next revision; raises 409 and 422."""
         after = wanted.after.with_columns(
-            revision=before.workflow.revision + 1, updated_at=request.gateway.clock()
+            revision=before.workflow.revision + 1, updated_at=self._database.clock.now()
         )
-        if not await workflow_rows.save_workflow(
-            connection, before, after, request.caller, request.gateway.catalog
-        ):
+        if not await workflow_rows.save_workflow(connection, before, after, caller, self._catalog):
             raise errors.conflict(
                 "edit-conflict", "Another request changed this workflow at the same time: try again"
             )
-        await source_checks.require_usable(connection, after, wanted.named_sources, request.gateway.vault)
-        edited = WorkflowEdit(before, after)
-        for addition in (also, anyway):
-            if addition is not None:
-                await addition(connection, edited)
-        await audit_log.record_change(
-            connection,
-            request.caller,
-            action,
-            before.workflow.id,
-            before=wanted.hash_before,
-            after=None if after.workflow.deleted_at else wanted.hash_after,
-        )
-        done = edited
-        return edited
+        await source_checks.require_usable(connection, after, wanted.named_sources, self._vault)
+        return after
 
-    edited = await request.gateway.database.transaction(work, locks=request.path_params["id"])
-    if edited.after is not edited.before:
-        log.info(action, workflow_id=edited.after.workflow.id, revision=edited.after.workflow.revision)
-    return edited
+    async def create(
+        self,
+        caller: ApiCaller,
+        made: StoredWorkflow,
+        action: AuditAction,
+        idempotency_key: IdempotencyKey | None,
+        *,
+        shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
+    ) -> JsonResponse:
+        """Insert a workflow, once per idempotency key, and answer 201 with `shown(workflow_id)`."""
+        workflow = made.workflow
+        named: Sequence[ResourceReference] = ()
+        if workflow.status == WorkflowStatus.ACTIVE:
+            every = {str(node["id"]) for node in made.nodes}
+            named = await asyncio.to_thread(source_checks.named_sources, made, self._catalog, only=every)
 
+        async def insert(connection: AsyncConnection) -> str:
+            if idempotency_key is not None:
+                bound = await idempotency.reserve_key(
+                    connection,
+                    idempotency_key,
+                    shard=workflow.shard,
+                    resource_id=workflow.id,
+                    now=workflow.created_at,
+                )
+                if bound != workflow.id:
+                    return bound
+            # An earlier attempt may have been committed, though its answer was lost.
+            if not await workflow_rows.exists(connection, workflow.id):
+                await source_checks.require_usable(connection, made, named, self._vault)
+                await workflow_rows.add_workflow(connection, made, self._catalog)
+                after = content_hash(made)
+                await audit_log.record_change(
+                    connection, caller, action, workflow.id, before=None, after=after
+                )
+            return workflow.id
 
-async def create_workflow(
-    request: GatewayRequest,
-    body: Json,
-    made: StoredWorkflow,
-    action: AuditAction,
-    *,
-    shown: Callable[[str], object] = lambda workflow_id: {"workflowId": workflow_id},
-) -> JsonResponse:
-    """Insert a workflow, once per idempotency key, and answer 201 with `shown(workflow_id)`."""
-    idempotency_key = await offload.run(
-        idempotency.requested_key, request, body, workflow_id=request.path_params.get("id", "")
-    )
-    workflow, catalog = made.workflow, request.gateway.catalog
-    named: Sequence[ResourceReference] = ()
-    if workflow.status == WorkflowStatus.ACTIVE:
-        every = {str(node["id"]) for node in made.nodes}
-        named = await asyncio.to_thread(source_checks.named_sources, made, catalog, only=every)
-
-    async def insert(connection: AsyncConnection) -> str:
-        if idempotency_key is not None:
-            bound = await idempotency.reserve_key(
-                connection,
-                idempotency_key,
-                shard=workflow.shard,
-                resource_id=workflow.id,
-                now=workflow.created_at,
-            )
-            if bound != workflow.id:
-                return bound
-        # An earlier attempt may have been committed, though its answer was lost.
-        if not await workflow_rows.exists(connection, workflow.id):
-            await source_checks.require_usable(connection, made, named, request.gateway.vault)
-            await workflow_rows.add_workflow(connection, made, catalog)
-            after = content_hash(made)
-            await audit_log.record_change(
-                connection, request.caller, action, workflow.id, before=None, after=after
-            )
-        return workflow.id
-
-    workflow_id = await request.gateway.database.transaction(insert)
-    if workflow_id != workflow.id:
-        return JsonResponse(shown(workflow_id), status=201, headers=idempotency.REPLAYED)
-    log.info(action, workflow_id=workflow_id, organization_id=workflow.organization_id)
-    return answer(made, shown(workflow_id), status=201)
+        workflow_id = await self._database.transaction(insert)
+        if workflow_id != workflow.id:
+            return JsonResponse(shown(workflow_id), status=201, headers=idempotency.REPLAYED)
+        log.info(action, workflow_id=workflow_id, organization_id=workflow.organization_id)
+        return answer(made, shown(workflow_id), status=201)
 
 
 def answer(stored: StoredWorkflow, value: object, *, status: int = 200) -> JsonResponse:

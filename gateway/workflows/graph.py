@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from msgspec import UNSET, UnsetType
 
+from concurrency import offload
 from engine import canvas_layout as layouts
 from engine.findings import FindingType
 from gateway.http import idempotency, limits
@@ -74,8 +75,8 @@ class BuildFindings(WireStruct):
 
 async def layout(request: GatewayRequest) -> JsonResponse:
     """Arrange the nodes of a workflow from left to right; an arranged graph does not change."""
-    stored = await editing.read_workflow(request)
-    editing.require_writer(request, stored.workflow)
+    stored = await request.gateway.workflow_editor.read(request.requested_object)
+    editing.require_writer(request.caller, stored.workflow)
     seen = graph_shapes.drawing(stored.nodes, stored.connections)
     # A thread, here and below, so that a large graph does not block other requests.
     places = await asyncio.to_thread(layouts.arrange_cards, *seen)
@@ -85,7 +86,9 @@ async def layout(request: GatewayRequest) -> JsonResponse:
         wanted = places if current == seen else layouts.arrange_cards(*current)
         return replace(before, nodes=graph_shapes.moved(before.nodes, wanted))
 
-    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_LAID_OUT, arranged)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.WORKFLOW_LAID_OUT, arranged
+    )
     nodes = zip(edited.before.nodes, edited.after.nodes, strict=True)
     count = sum(node["position"] != was["position"] for was, node in nodes)
     laid_out = LayoutResult(workflow_id=stored.workflow.id, changed=count > 0, nodes_repositioned=count)
@@ -109,7 +112,7 @@ async def build(request: GatewayRequest) -> JsonResponse:
     )
     warnings = plan.warnings[: limits.FINDINGS]
     if is_dry_run:
-        idempotency.read_key(request)  # an invalid key is refused, though no workflow is created
+        idempotency.read_key(request.headers)  # an invalid key is refused, though no workflow is created
         errors = plan.errors[: limits.FINDINGS]
         return JsonResponse({"valid": not errors, "errors": errors, "warnings": warnings})
     if plan.errors:
@@ -128,4 +131,7 @@ async def build(request: GatewayRequest) -> JsonResponse:
             "connectionCount": len(connections),
         }
 
-    return await editing.create_workflow(request, value, plan.stored, AuditAction.WORKFLOW_BUILT, shown=built)
+    idempotency_key = await offload.run(request.idempotency_key, value)
+    return await request.gateway.workflow_editor.create(
+        request.caller, plan.stored, AuditAction.WORKFLOW_BUILT, idempotency_key, shown=built
+    )

@@ -157,7 +157,7 @@ class ConnectionRemoval(WireStruct):
 
 async def index(request: GatewayRequest) -> JsonResponse:
     """List the nodes of a workflow."""
-    stored = await editing.read_workflow(request)
+    stored = await request.gateway.workflow_editor.read(request.requested_object)
     inbound = Counter(edge["target"] for edge in stored.connections)
     outbound = Counter(edge["source"] for edge in stored.connections)
     catalog = request.gateway.catalog
@@ -172,8 +172,8 @@ async def add(request: GatewayRequest) -> JsonResponse:
     node_id = body.id or graph_shapes.new_id("node")
     named = msgspec.structs.replace(body, id=node_id)
     catalog = request.gateway.catalog
-    edited = await editing.edit_workflow(
-        request,
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
         AuditAction.NODE_ADDED,
         lambda before: node_edits.with_node(before, named, catalog),
     )
@@ -195,8 +195,8 @@ async def configure(request: GatewayRequest) -> JsonResponse:
         read_only.require_same(body, NodeChanges, lambda: _all_fields(before, node_id, catalog))
         return node_edits.with_changes(before, node_id, changes, catalog)
 
-    edited = await editing.edit_workflow(
-        request,
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
         AuditAction.NODE_CONFIGURED,
         change,
     )
@@ -206,8 +206,10 @@ async def configure(request: GatewayRequest) -> JsonResponse:
 async def remove(request: GatewayRequest) -> JsonResponse:
     """Remove a node and its connections."""
     node_id = request.path_params["sub"]
-    edited = await editing.edit_workflow(
-        request, AuditAction.NODE_REMOVED, lambda before: node_edits.without_node(before, node_id)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
+        AuditAction.NODE_REMOVED,
+        lambda before: node_edits.without_node(before, node_id),
     )
     removed = len(edited.before.connections) - len(edited.after.connections)
     return editing.answer(
@@ -230,7 +232,9 @@ async def set_mappings(request: GatewayRequest) -> JsonResponse:
         read_only.require_same(value, SetMappings, lambda: _ids_of_node(before, node_id))
         return node_edits.with_mappings(before, node_id, mappings)
 
-    edited = await editing.edit_workflow(request, AuditAction.NODE_CONFIGURED, change)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.NODE_CONFIGURED, change
+    )
     return editing.answer(
         edited.after,
         MappingsAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, input_mappings=mappings),
@@ -248,7 +252,9 @@ async def set_pass_through(request: GatewayRequest) -> JsonResponse:
         read_only.require_same(value, SetPassThrough, lambda: _ids_of_node(before, node_id))
         return node_edits.with_pass_through(before, node_id, values)
 
-    edited = await editing.edit_workflow(request, AuditAction.NODE_CONFIGURED, change)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.NODE_CONFIGURED, change
+    )
     return editing.answer(
         edited.after,
         PassThroughAnswer(node_id=node_id, workflow_id=edited.after.workflow.id, pass_through_values=values),
@@ -280,8 +286,8 @@ async def connect(request: GatewayRequest) -> JsonResponse:
     connection_id = body.id or graph_shapes.new_id("conn")
     named = msgspec.structs.replace(body, id=connection_id)
     catalog = request.gateway.catalog
-    edited = await editing.edit_workflow(
-        request,
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
         AuditAction.CONNECTION_ADDED,
         lambda before: node_edits.with_connection(before, named, catalog),
     )
@@ -296,8 +302,8 @@ async def connect(request: GatewayRequest) -> JsonResponse:
 async def disconnect(request: GatewayRequest) -> JsonResponse:
     """Remove a connection."""
     connection_id = request.path_params["sub"]
-    edited = await editing.edit_workflow(
-        request,
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
         AuditAction.CONNECTION_REMOVED,
         lambda before: node_edits.without_connection(before, connection_id),
     )

@@ -76,7 +76,7 @@ class SetVisibility(StrictWire):
 
 async def index(request: GatewayRequest) -> JsonResponse:
     """List the users that a workflow is shared with."""
-    stored = await editing.read_workflow(request)
+    stored = await request.gateway.workflow_editor.read(request.requested_object)
     guests = [
         WorkflowGuest(user_id=user, shared_at=instant(since)) for user, since in stored.shared_with.items()
     ]
@@ -88,8 +88,10 @@ async def add(request: GatewayRequest) -> JsonResponse:
     body = await decode_body(request, ShareWith)
     await _require_user(request, body.user_id)
     now = request.gateway.clock()
-    edited = await editing.edit_workflow(
-        request, AuditAction.SHARE_ADDED, lambda before: _shared(before, body.user_id, request.caller, now)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
+        AuditAction.SHARE_ADDED,
+        lambda before: _shared(before, body.user_id, request.caller, now),
     )
     shared = ShareResult(
         message="Workflow shared successfully", workflow_id=edited.after.workflow.id, user_id=body.user_id
@@ -100,8 +102,8 @@ async def add(request: GatewayRequest) -> JsonResponse:
 async def remove(request: GatewayRequest) -> NoContent:
     """End a share: the user loses access to the workflow and its executions."""
     user_id = request.path_params["subId"]
-    edited = await editing.edit_workflow(
-        request, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.SHARE_REMOVED, lambda before: _unshared(before, user_id)
     )
     _forget_who_may_read(request, edited)
     return NoContent(editing.entity_tag(edited.after))
@@ -116,7 +118,9 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
         read_only.require_same(value, SetVisibility, lambda: workflow_shapes.show_workflow(before))
         return _visible(before, body, request.caller)
 
-    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_VISIBILITY_SET, change)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.WORKFLOW_VISIBILITY_SET, change
+    )
     _forget_who_may_read(request, edited)
     return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
 
@@ -124,8 +128,8 @@ async def set_visibility(request: GatewayRequest) -> JsonResponse:
 async def _require_user(request: GatewayRequest, user_id: str) -> None:
     """Raise 404 unless the user belongs to the organization; first require a caller that may share."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
-        editing.require_writer(request, stored.workflow)
+        stored = await editing.find_readable(connection, request.requested_object)
+        editing.require_writer(request.caller, stored.workflow)
         await shares.require_user(connection, user_id, request.caller)
 
 

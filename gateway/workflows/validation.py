@@ -46,7 +46,7 @@ class WorkflowScopes(WireStruct):
 async def check(request: GatewayRequest) -> JsonResponse:
     """Validate a workflow's graph and list all errors and warnings, with suggestions."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         past = await output_samples.recent_outputs(connection, stored.workflow, request.caller)
     # A thread, so that a large graph does not block other requests.
     validation = await asyncio.to_thread(_checked, stored, past, request.gateway.catalog)
@@ -62,7 +62,9 @@ async def compute_scopes(request: GatewayRequest) -> JsonResponse:
             scopes=resource_scopes.required_scopes(graph_shapes.graph_of(before), catalog)
         )
 
-    edited = await editing.edit_workflow(request, AuditAction.WORKFLOW_SCOPES_COMPUTED, with_scopes)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.WORKFLOW_SCOPES_COMPUTED, with_scopes
+    )
     workflow = edited.after.workflow
     return editing.answer(edited.after, WorkflowScopes(workflow_id=workflow.id, scopes=workflow.scopes))
 

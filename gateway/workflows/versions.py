@@ -129,7 +129,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
     """List a workflow's versions, the oldest first."""
     part = request.query.page(LIMIT)
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         heads = await version_rows.list_versions(connection, stored.workflow.id, part)
     listed = VersionList(
         workflow_id=stored.workflow.id,
@@ -142,7 +142,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a version with its snapshot of the workflow."""
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         version = await _find(connection, stored, request.path_params["version"])
     head = {**msgspec.to_builtins(_head(version)), "workflowId": stored.workflow.id}
     snapshot = _shown(_readable_snapshot(stored, version.snapshot))
@@ -156,7 +156,7 @@ async def compare(request: GatewayRequest) -> JsonResponse:
     """
     names = request.path_params
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         from_, before = await _state(connection, stored, names["version"])
         to, after = await _state(connection, stored, names["other"])
     # A thread, so that large graphs do not block other requests.
@@ -265,7 +265,9 @@ async def create(request: GatewayRequest) -> JsonResponse:
         )
         await version_rows.add_version(connection, version)
 
-    edited = await editing.edit_workflow(request, AuditAction.VERSION_CREATED, _with_next_version, also=keep)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object, AuditAction.VERSION_CREATED, _with_next_version, also=keep
+    )
     workflow = edited.after.workflow
     given_by_server: dict[str, Json] = {
         "version": workflow.version,
@@ -284,10 +286,12 @@ async def restore(request: GatewayRequest) -> JsonResponse:
     The workflow keeps its version number.
     """
     async with request.gateway.database.read() as connection:
-        stored = await editing.find_readable(connection, request)
+        stored = await editing.find_readable(connection, request.requested_object)
         version = await _find(connection, stored, request.path_params["version"])
-    edited = await editing.edit_workflow(
-        request, AuditAction.VERSION_RESTORED, lambda before: _restored(before, version.snapshot)
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
+        AuditAction.VERSION_RESTORED,
+        lambda before: _restored(before, version.snapshot),
     )
     return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
 

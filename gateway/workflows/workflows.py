@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from concurrency import offload
 from gateway.deployments import deployment_changes
 from gateway.executions.cancellation import request_end_of_run
 from gateway.http import errors, read_only
@@ -89,7 +90,7 @@ async def index(request: GatewayRequest) -> JsonResponse:
 
 async def show(request: GatewayRequest) -> JsonResponse:
     """Show a workflow with its graph."""
-    stored = await editing.read_workflow(request)
+    stored = await request.gateway.workflow_editor.read(request.requested_object)
     return editing.answer(stored, workflow_shapes.show_workflow(stored))
 
 
@@ -113,7 +114,10 @@ async def create(request: GatewayRequest) -> JsonResponse:
         workflow_shapes.build_workflow, request.caller, body, request.gateway.catalog, request.gateway.clock()
     )
     read_only.warn_of_new(request, value, CreateWorkflow, lambda: workflow_shapes.show_workflow(made))
-    return await editing.create_workflow(request, value, made, AuditAction.WORKFLOW_CREATED)
+    idempotency_key = await offload.run(request.idempotency_key, value)
+    return await request.gateway.workflow_editor.create(
+        request.caller, made, AuditAction.WORKFLOW_CREATED, idempotency_key
+    )
 
 
 async def update(request: GatewayRequest) -> JsonResponse:
@@ -130,8 +134,8 @@ async def update(request: GatewayRequest) -> JsonResponse:
         read_only.require_same(value, UpdateWorkflow, lambda: workflow_shapes.show_workflow(before))
         return workflow_shapes.apply_changes(before, body, catalog)
 
-    edited = await editing.edit_workflow(
-        request,
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
         AuditAction.WORKFLOW_UPDATED,
         change,
     )
@@ -146,17 +150,17 @@ async def set_status(request: GatewayRequest) -> JsonResponse:
         if wanted is WorkflowStatus.ARCHIVED:
             workflow_id = edited.after.workflow.id
             await deployment_changes.undeploy_workflow(
-                connection, request, workflow_id, reason=StoppedReason.ARCHIVED
+                connection, request.caller, workflow_id, reason=StoppedReason.ARCHIVED
             )
 
-    edited = await editing.edit_workflow(
-        request,
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
         AuditAction.WORKFLOW_STATUS_SET,
         lambda before: before.with_columns(status=wanted),
         anyway=undeploy_archived,
     )
     if wanted is WorkflowStatus.ARCHIVED:
-        await deployment_changes.notify_deployer(request.gateway, edited.after.workflow.id)
+        await request.gateway.deployer.notify(edited.after.workflow.id)
     return editing.answer(edited.after, workflow_shapes.show_workflow(edited.after))
 
 
@@ -171,20 +175,20 @@ async def delete(request: GatewayRequest) -> NoContent:
         if deployment is not None and deployment.is_deployed and not is_forced:
             message = "The workflow is deployed: undeploy it first, or do both with ?force=true"
             raise errors.conflict("workflow-deployed", message)
-        await deployment_changes.undeploy_workflow(connection, request, workflow_id)
+        await deployment_changes.undeploy_workflow(connection, request.caller, workflow_id)
         # The workflow is deleted in this transaction: no further run is accepted, so these are all.
         live[:] = await workflow_rows.live_executions(connection, edited.before.workflow)
         if live and not is_forced:
             message = f"{len(live)} executions have not ended: wait for them, or cancel them with ?force=true"
             raise errors.conflict("workflow-running", message)
 
-    edited = await editing.edit_workflow(
-        request,
+    edited = await request.gateway.workflow_editor.edit(
+        request.requested_object,
         AuditAction.WORKFLOW_DELETED,
         lambda before: before.with_columns(deleted_at=request.gateway.clock()),
         also=look_for_runs,
     )
-    await deployment_changes.notify_deployer(request.gateway, edited.after.workflow.id)
+    await request.gateway.deployer.notify(edited.after.workflow.id)
     store, broker = request.gateway.store, request.gateway.broker
     for start in range(0, len(live), CANCELS_AT_ONCE):
         cancelled = live[start : start + CANCELS_AT_ONCE]
