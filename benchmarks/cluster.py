@@ -28,7 +28,7 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
     async with open_fake_cluster(folder, second=1.0) as (_, api):
         api.node.path = f"{Path(sys.executable).parent}:{api.node.path}"
         settings = {"CLUSTER": "kubernetes", "KUBECONFIG": str(folder / "kubeconfig")}
-        async with processes.run_production(folder, database_url, redis.url, **settings) as pilotflame:
+        async with processes.run_production(folder, database_url, redis.url, settings) as pilotflame:
             installed = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
             figures = {"calibration_ms": machine.measure_calibration_ms()}
             # Whole seconds between probes would hide differences between start times.

@@ -50,7 +50,7 @@ async def _measure(descriptors: int, mails: int) -> None:
         async with AsyncExitStack() as stack:
             connections = str(connections_for(descriptors))
             server = await stack.enter_async_context(
-                processes.run_dev(Path(folder), MAX_CONNECTIONS=connections)
+                processes.run_dev(Path(folder), {"MAX_CONNECTIONS": connections})
             )
             resource.prlimit(server.process_ids["dev"], resource.RLIMIT_NOFILE, (descriptors, descriptors))
             workflow_id = await _create_workflow(server.api)

@@ -110,7 +110,7 @@ class TriggerCallers:
 
 async def measure(folder: Path, seconds: float) -> dict[str, float]:
     """Return milliseconds of cold and warm triggers, and the number of triggers lost while pods were stopped."""
-    async with processes.run_dev(folder, LIFECYCLE_SECONDS=LIFECYCLE_SECONDS) as pilotflame:
+    async with processes.run_dev(folder, {"LIFECYCLE_SECONDS": LIFECYCLE_SECONDS}) as pilotflame:
         installed = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
         since = perf_counter()
         await send(installed, "POST", "deploy")

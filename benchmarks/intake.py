@@ -77,10 +77,10 @@ async def measure(
     on_sqlite.mkdir(parents=True)
     on_postgres.mkdir(parents=True)
     settings = {"MAX_BACKLOG_PER_WORKFLOW": str(BACKLOG), "MAX_BACKLOG_PER_ORGANIZATION": str(BACKLOG)}
-    async with processes.run_dev(on_sqlite, **settings) as pilotflame:
+    async with processes.run_dev(on_sqlite, settings) as pilotflame:
         figures = await _measure_mode("dev", pilotflame, "dev", seconds)
     database_url = await postgres.create_database("intake")
-    async with processes.run_production(on_postgres, database_url, redis.url, **settings) as pilotflame:
+    async with processes.run_production(on_postgres, database_url, redis.url, settings) as pilotflame:
         return figures | await _measure_mode("production", pilotflame, "gateway", seconds)
 
 

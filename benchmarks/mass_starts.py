@@ -108,7 +108,7 @@ async def run_deploying(
             "SETTLE_SECONDS": "0.1",
             **settings,
         }
-        async with processes.run_production(folder, database_url, redis.url, **settings) as pilotflame:
+        async with processes.run_production(folder, database_url, redis.url, settings) as pilotflame:
             yield api, pilotflame
 
 

@@ -44,15 +44,15 @@ class ServerUnderTest:
 
 
 @asynccontextmanager
-async def run_dev(folder: Path, **settings: str) -> AsyncIterator[ServerUnderTest]:
+async def run_dev(
+    folder: Path, settings: Mapping[str, str] | None = None, *, checkout: Path = PROJECT
+) -> AsyncIterator[ServerUnderTest]:
     """Run `pilotflame dev` on SQLite in `folder`; settings are named without `PILOTFLAME_`."""
     port = find_free_port()
     api = BenchmarkApi(port, f"sk-{secrets.token_urlsafe(32)}")
     commands = {"dev": ["pilotflame", "dev", "--port", str(port)]}
-    variables = build_environment(api, folder) | {
-        f"PILOTFLAME_{name}": value for name, value in settings.items()
-    }
-    async with _wait_until_answering(api, commands, variables, folder) as pilotflame:
+    variables = build_environment(api, folder, checkout, settings)
+    async with _wait_until_answering(api, commands, variables, folder, checkout) as pilotflame:
         yield pilotflame
 
 
@@ -61,23 +61,30 @@ PROCESSES = ("gateway", "worker", "scheduler", "deployer")
 
 @asynccontextmanager
 async def run_production(
-    folder: Path, database_url: str, redis_url: str, *, names: Sequence[str] = PROCESSES, **settings: str
+    folder: Path,
+    database_url: str,
+    redis_url: str,
+    settings: Mapping[str, str] | None = None,
+    *,
+    names: Sequence[str] = PROCESSES,
+    checkout: Path = PROJECT,
 ) -> AsyncIterator[ServerUnderTest]:
     """Run processes of the Procfile on a database, which is migrated first, and a Redis.
 
     `names` selects the processes. Settings are named without `PILOTFLAME_`.
     """
     api = BenchmarkApi(find_free_port(), f"sk-{secrets.token_urlsafe(32)}")
-    variables = build_environment(api, folder) | {
-        **{f"PILOTFLAME_{name}": value for name, value in settings.items()},
+    variables = build_environment(api, folder, checkout, settings) | {
         "PILOTFLAME_RUNNER_GATEWAY_URL": f"http://127.0.0.1:{api.port}",
         "PILOTFLAME_DATABASE_URL": database_url,
         "PILOTFLAME_REDIS_URL": redis_url,
         "PILOTFLAME_SECRET_KEY": secrets.token_urlsafe(48),
     }
-    subprocess.run(["pilotflame", "migrate"], env=variables, check=True, stdout=subprocess.DEVNULL)  # noqa: ASYNC221 - nothing else is under way
+    subprocess.run(  # noqa: ASYNC221 - nothing else is under way
+        ["pilotflame", "migrate"], cwd=checkout, env=variables, check=True, stdout=subprocess.DEVNULL
+    )
     commands = {name: command for name, command in read_procfile().items() if name in names}
-    async with _wait_until_answering(api, commands, variables, folder) as pilotflame:
+    async with _wait_until_answering(api, commands, variables, folder, checkout) as pilotflame:
         yield pilotflame
 
 
@@ -89,16 +96,23 @@ def read_procfile() -> dict[str, Sequence[str]]:
     return {command[-1]: command for command in commands}
 
 
-def build_environment(api: BenchmarkApi, folder: Path) -> dict[str, str]:
+def build_environment(
+    api: BenchmarkApi,
+    folder: Path,
+    checkout: Path = PROJECT,
+    settings: Mapping[str, str] | None = None,
+) -> dict[str, str]:
     """Return the variables that any of the processes needs; the user's own settings are left out."""
+    programs = Path(sys.executable).parent if checkout == PROJECT else checkout / ".venv/bin"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PILOTFLAME_")}
     return kept | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)]),
+        "PATH": os.pathsep.join([str(programs), kept.get("PATH", os.defpath)]),
         "PILOTFLAME_DATA_DIR": str(folder / "data"),
         "PILOTFLAME_PORT": str(api.port),
         "PILOTFLAME_PUBLIC_URL": f"http://127.0.0.1:{api.port}",
         "PILOTFLAME_BOOTSTRAP_API_KEY": api.key,
         "PILOTFLAME_OUTBOUND_ALLOWED_NETWORKS": "127.0.0.1/32",
+        **{f"PILOTFLAME_{name}": value for name, value in (settings or {}).items()},
     }
 
 
@@ -111,7 +125,10 @@ def find_free_port() -> int:
 
 @contextmanager
 def run_commands(
-    commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], folder: Path
+    commands: Mapping[str, Sequence[str]],
+    variables: Mapping[str, str],
+    folder: Path,
+    checkout: Path = PROJECT,
 ) -> Iterator[RunningProcesses]:
     """Run commands as long as the context lasts, each with a log of its own; they end with this process too."""
     processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -120,7 +137,7 @@ def run_commands(
             with log_file(name, folder).open("ab") as log:
                 processes[name] = subprocess.Popen(
                     ["setpriv", "--pdeathsig=KILL", *command],
-                    cwd=PROJECT,
+                    cwd=checkout,
                     env=variables,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -158,10 +175,14 @@ def _wait_or_kill(process: subprocess.Popen[bytes]) -> None:
 
 @asynccontextmanager
 async def _wait_until_answering(
-    api: BenchmarkApi, commands: Mapping[str, Sequence[str]], variables: Mapping[str, str], folder: Path
+    api: BenchmarkApi,
+    commands: Mapping[str, Sequence[str]],
+    variables: Mapping[str, str],
+    folder: Path,
+    checkout: Path,
 ) -> AsyncIterator[ServerUnderTest]:
     started_at = perf_counter()
-    with run_commands(commands, variables, folder) as processes:
+    with run_commands(commands, variables, folder, checkout) as processes:
         while not await _is_ready(api):
             require_running(processes, folder)
             if perf_counter() - started_at > READY_SECONDS:

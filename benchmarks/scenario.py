@@ -52,19 +52,20 @@ async def measure(
     await asyncio.sleep(options.idle_seconds)
     process_ids = {**pilotflame.process_ids, **servers.process_ids}
     figures |= _figures_by_process("memory_mb", usage.memory_megabytes(process_ids))
-    figures |= await _measure_saturated(pure, process_ids, servers.database_url, options)
-    figures |= await _measure_at_leisure(pure, options.seconds)
-    figures |= await _measure_forty_nodes(pilotflame)
+    figures |= await measure_saturated(pure, process_ids, servers.database_url, options)
+    figures |= await measure_at_leisure(pure, options.seconds)
+    figures |= await measure_forty_nodes(pilotflame)
     figures |= await _measure_three_writes(pilotflame, options.seconds)
     return figures
 
 
-async def _measure_saturated(
+async def measure_saturated(
     installed: InstalledWorkflow,
     process_ids: Mapping[str, int],
     database_url: str | None,
     options: MeasureOptions,
 ) -> dict[str, float]:
+    """Measure rate, latency and CPU time with clients that never pause."""
     await load.run_closed_loop(installed, CLIENTS, WARM_UP_SECONDS)
     calibration_ms = machine.measure_calibration_ms()
     before = await _measure_spent(process_ids, database_url)
@@ -92,12 +93,14 @@ async def _measure_saturated(
     return figures
 
 
-async def _measure_at_leisure(installed: InstalledWorkflow, seconds: float) -> dict[str, float]:
+async def measure_at_leisure(installed: InstalledWorkflow, seconds: float) -> dict[str, float]:
+    """Measure latency at ten runs per second."""
     sample = await load.run_open_loop(installed, RUNS_PER_SECOND, seconds)
     return {f"at_10_per_second_p{percent}_ms": sample.milliseconds(percent) for percent in (50, 95, 99)}
 
 
-async def _measure_forty_nodes(pilotflame: ServerUnderTest) -> dict[str, float]:
+async def measure_forty_nodes(pilotflame: ServerUnderTest) -> dict[str, float]:
+    """Measure one long run at a time."""
     installed = await load.install_workflow(pilotflame.api, workflows.light_chain_workflow())
     await load.run_sequentially(installed, 1)
     sample = await load.run_sequentially(installed, SINGLE_RUNS)

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from journal.concurrency_limits import advisory_lock_id
-from journal.postgresql.postgresql_text import NOW, lock_wait_sql, transpose_rows, unnest_sql
+from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
 from journal.run_rows import TOUCH_INTERVAL_MICROSECONDS, split_rivals
 from journal.store import (
     AcceptanceResult,
@@ -275,9 +275,10 @@ def _run_inserts_sql(status: str, target: str, due_at: str, since: str) -> str:
 
 
 _CURRENT = """
-    SELECT item.* FROM item JOIN workflow ON workflow.id = item.workflow_id AND workflow.shard = item.shard
-        AND workflow.revision = item.revision AND workflow.organization_id = item.organization_id
-        AND workflow.deleted_at IS NULL"""
+    SELECT item.* FROM item, LATERAL (
+        SELECT id FROM workflow WHERE id = item.workflow_id AND shard = item.shard AND revision = item.revision
+            AND organization_id = item.organization_id AND deleted_at IS NULL OFFSET 0
+    ) AS unchanged"""
 _UNLIMITED_TARGET = f"coalesce(assigned_deployment_id, '{SHARED_TARGET}')"
 _TARGET = f"CASE WHEN concurrency_key IS NULL THEN {_UNLIMITED_TARGET} ELSE '{LIMITED_TARGET}' END"
 _ACCEPT = f"""
@@ -347,15 +348,18 @@ SELECT (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target <> 
     + (SELECT count(*) FROM execution WHERE concurrency_key = $1 AND target = '{LIMITED_TARGET}' AND status = 'pending')
 """
 _EARLIER_KEYS = f"""
-SELECT shard, scope, key, fingerprint, resource_id FROM idempotency
-JOIN unnest({unnest_sql(1, ("smallint", "text", "text"))}) AS asked (shard, scope, key) USING (shard, scope, key)
-WHERE expires_at > {NOW}
+SELECT asked.*, found.fingerprint, found.resource_id
+FROM unnest({unnest_sql(1, ("smallint", "text", "text"))}) AS asked (shard, scope, key),
+    {looked_up_sql("idempotency", "shard", "scope", "key")} AS found
+WHERE found.expires_at > {NOW}
 """
-_ACCEPTED = """
-SELECT id FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, shard) USING (id, shard)
+_ACCEPTED = f"""
+SELECT found.id FROM unnest($1::text[], $2::smallint[]) AS asked (id, shard),
+    {looked_up_sql("execution", "id", "shard")} AS found
 """
-_STORED_DELIVERIES = """
-SELECT id FROM delivery JOIN unnest($1::text[], $2::smallint[]) AS asked (id, shard) USING (id, shard)
+_STORED_DELIVERIES = f"""
+SELECT found.id FROM unnest($1::text[], $2::smallint[]) AS asked (id, shard),
+    {looked_up_sql("delivery", "id", "shard")} AS found
 """
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from engine.run_records import NodeSpan, RunStatus
 from journal.postgresql.postgresql_inserts import PostgresqlInserts
-from journal.postgresql.postgresql_text import NOW, lock_wait_sql, transpose_rows, unnest_sql
+from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
 from journal.run_rows import (
     ATTEMPT_CHANGES,
     ATTEMPT_COLUMNS,
@@ -74,9 +74,9 @@ T = TypeVar("T")
 
 SESSION_SETTINGS = {
     "application_name": "pilotflame",
-    # A generic plan that was made while a table was empty scans the whole table for the life of the
-    # connection.
-    "plan_cache_mode": "force_custom_plan",
+    # Planning would take almost half of the time of the statements of a run. A plan may have been made while the tables
+    # were empty, so each statement is written such that only one plan is possible; `looked_up_sql` says how.
+    "plan_cache_mode": "force_generic_plan",
     "jit": "off",
     # Each statement is written for one index. With outdated statistics, or an index that was once larger, a
     # claim might read all pending runs again for each workflow.
@@ -534,8 +534,10 @@ WITH held AS (
     FROM unnest({unnest_sql(1, _WRITE_TYPES)}) AS write (
         id, shard, token, move, status, completed_nodes, progress, has_new_result, has_passed, error, due_at,
         wait_answer_count)
-    WHERE execution.id = write.id AND execution.shard = write.shard AND execution.token = write.token
-        AND execution.status = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
+    -- The array and the expression leave one index to choose, as in a claim.
+    WHERE execution.id = ANY ($1::text[])
+        AND execution.id = write.id AND execution.shard = write.shard AND execution.token = write.token
+        AND execution.status || '' = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
         AND {{lock_wait}}
     RETURNING execution.id
 ), new_span AS (
@@ -570,7 +572,7 @@ _RECORD_ALONE = _record_statement(LONE_LOCK_MILLISECONDS)
 _HELD_LEASES = f"""
 execution JOIN unnest({unnest_sql(1, ("text", "smallint", "bigint"))}) AS held (id, shard, token)
     ON execution.id = held.id AND execution.shard = held.shard AND execution.token = held.token
-WHERE status = 'running' AND ({{owner}}::text = '' OR lease_owner = {{owner}})
+WHERE execution.id = ANY ($1::text[]) AND status || '' = 'running' AND ({{owner}}::text = '' OR lease_owner = {{owner}})
 """
 _RENEW = f"""
 UPDATE execution SET lease_until = {NOW} + $4::bigint
@@ -606,27 +608,29 @@ def _run_write_row(write: RunWrite) -> tuple[Any, ...]:
 # ── read ──────────────────────────────────────────────────────────────────────────────────────────
 
 _DEFINITIONS = f"""
-SELECT organization_id, hash, shard, body FROM definition
-JOIN unnest({unnest_sql(1, ("text", "text", "smallint"))}) AS asked (organization_id, hash, shard)
-USING (organization_id, hash, shard)
+SELECT asked.*, found.body FROM unnest({unnest_sql(1, ("text", "text", "smallint"))})
+    AS asked (organization_id, hash, shard),
+    {looked_up_sql("definition", "organization_id", "hash", "shard")} AS found
 """
+_ASKED = "unnest($1::text[], $2::smallint[]) AS asked"
 _SPANS = f"""
-SELECT {", ".join(SPAN_COLUMNS)} FROM span
-JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, shard) USING (execution_id, shard)
-ORDER BY execution_id, sequence
+SELECT {", ".join(f"found.{column}" for column in SPAN_COLUMNS)} FROM {_ASKED} (execution_id, shard),
+    {looked_up_sql("span", "execution_id", "shard")} AS found
+ORDER BY found.execution_id, found.sequence
 """
-_LAST_LOG_LINES = """
-SELECT execution_id, max(sequence) FROM log_line
-JOIN unnest($1::text[], $2::smallint[]) AS asked (execution_id, shard) USING (execution_id, shard)
-GROUP BY execution_id
+_LAST_LOG_LINES = f"""
+SELECT asked.execution_id, max(found.sequence) FROM {_ASKED} (execution_id, shard),
+    {looked_up_sql("log_line", "execution_id", "shard")} AS found
+GROUP BY asked.execution_id
 """
-_PROGRESS = """
-SELECT execution.id, execution.status, completed_nodes, total_nodes, execution.error, span.node_id,
-    coalesce(span.output, span.output_blob), progress, span.output IS NULL
-FROM execution JOIN unnest($1::text[], $2::smallint[]) AS asked (id, shard) USING (id, shard)
-LEFT JOIN span ON span.execution_id = execution.id AND span.shard = execution.shard
-    AND execution.ended_at IS NOT NULL AND span.ended_at IS NOT NULL AND span.iteration = ''
-    AND coalesce(span.output, span.output_blob) IS NOT NULL
+_PROGRESS = f"""
+SELECT run.id, run.status, run.completed_nodes, run.total_nodes, run.error, result.node_id,
+    coalesce(result.output, result.output_blob), run.progress, result.output IS NULL
+FROM {_ASKED} (id, shard), {looked_up_sql("execution", "id", "shard")} AS run
+LEFT JOIN LATERAL (
+    SELECT * FROM span WHERE execution_id = run.id AND shard = run.shard AND run.ended_at IS NOT NULL
+        AND ended_at IS NOT NULL AND iteration = '' AND coalesce(output, output_blob) IS NOT NULL OFFSET 0
+) AS result ON true
 """
 
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────

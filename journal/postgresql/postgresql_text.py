@@ -30,3 +30,13 @@ def transpose_rows(rows: Any, width: int) -> list[list[Any]]:  # noqa: ANN401 - 
 
 def unnest_sql(first: int, types: Sequence[str]) -> str:
     return ", ".join(f"${first + offset}::{kind}[]" for offset, kind in enumerate(types))
+
+
+def looked_up_sql(table: str, *columns: str) -> str:
+    """Return SQL that looks up rows of a table by columns of each row of `asked`.
+
+    OFFSET 0 fixes the order: the planner may neither begin with the table, which it would read from end to end, nor
+    choose another index for the lack of rows or statistics.
+    """
+    matches = " AND ".join(f"{table}.{column} = asked.{column}" for column in columns)
+    return f"LATERAL (SELECT * FROM {table} WHERE {matches} OFFSET 0)"

@@ -911,6 +911,18 @@ async def test_many_polls_of_one_run_are_all_answered(
     assert max(seconds for _, seconds in answers) < PROMPT_SECONDS
 
 
+async def test_polls_are_read_again_after_their_first_second_only(
+    harness: GatewayHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(long_poll, "LOOK_SECONDS", LOOK_SECONDS)
+    polls = long_poll.ExecutionPollHub(harness.gateway.store, harness.gateway.broker)
+    with polls.waiter("exec_1") as waiter:
+        polls.wake_overdue(waiter.begun_at + LOOK_SECONDS / 2)
+        assert not waiter.changed.is_set()
+        polls.wake_overdue(waiter.begun_at + LOOK_SECONDS)
+        assert waiter.changed.is_set()
+
+
 @pytest.mark.usefixtures("looks")
 async def test_a_notification_that_is_lost_costs_a_look(
     harness: GatewayHarness, people: OrganizationUsers

@@ -1,0 +1,151 @@
+"""Ratios of this checkout to another one, whose servers take turns: `python -m benchmarks.compare CHECKOUT [part ...]`.
+
+A shared machine changes its speed by half for minutes at a time, so only figures of servers that took turns can be
+compared. The other checkout needs a virtual environment of its own in `.venv`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import uvloop
+
+from benchmarks import load, machine, postgres_counters, processes, scenario, workflows
+from benchmarks.processes import PROJECT, ServerUnderTest
+from benchmarks.scenario import BackingServers, MeasureOptions
+from tests import services
+from tests.services import PostgresServer, RedisServer
+
+DISK = Path("/var/tmp")  # noqa: S108 - each run makes a folder of its own in it
+PARTS = ("dev", "production")
+FIGURES = (
+    "executions_per_second",
+    "cpu_ms_per_run",
+    "at_10_per_second_p50_ms",
+    "at_10_per_second_p99_ms",
+    "saturation_p50_ms",
+    "saturation_p99_ms",
+    "forty_nodes_ms",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CompareRequest:
+    """Parsed command line."""
+
+    checkouts: Mapping[str, Path]
+    parts: Sequence[str]
+    rounds: int
+    options: MeasureOptions
+
+
+def main() -> None:
+    request = _parse_request()
+    tempfile.tempdir = str(DISK)
+    uvloop.run(_compare(request))
+
+
+async def _compare(request: CompareRequest) -> None:
+    gc.freeze()  # The generator's own garbage collections would show up in the server's latencies.
+    for part in request.parts:
+        figures: dict[str, list[dict[str, float]]] = {name: [] for name in request.checkouts}
+        with (
+            tempfile.TemporaryDirectory(prefix="pilotflame-compare-") as root,
+            services.run_postgres(services.DURABLE) as postgres,
+            services.run_redis() as redis,
+        ):
+            await postgres_counters.require_durable(postgres.url)
+            for number in range(request.rounds):
+                # The order alternates too, so that neither always follows the other's load.
+                for name in list(request.checkouts)[:: -1 if number % 2 else 1]:
+                    folder = Path(tempfile.mkdtemp(dir=root))
+                    measured = await _measure(
+                        part, request.checkouts[name], folder, postgres, redis, f"{name}_{number}", request
+                    )
+                    figures[name].append(measured)
+                    print(
+                        f"{part} {number + 1} {name}:",
+                        *(f"{measured[one]:.2f}" for one in FIGURES),
+                        flush=True,
+                    )
+        print(*_table(part, figures), sep="\n", flush=True)
+
+
+async def _measure(
+    part: str,
+    checkout: Path,
+    folder: Path,
+    postgres: PostgresServer,
+    redis: RedisServer,
+    name: str,
+    request: CompareRequest,
+) -> dict[str, float]:
+    if part == "dev":
+        async with processes.run_dev(folder, checkout=checkout) as pilotflame:
+            return await _measure_path(pilotflame, BackingServers(), request.options)
+    database_url = await postgres.create_database(f"compare_{name}")
+    ids = {"postgresql": postgres.process_id, "redis": redis.process_id}
+    servers = BackingServers(database_url, {one: number for one, number in ids.items() if number is not None})
+    async with processes.run_production(folder, database_url, redis.url, checkout=checkout) as pilotflame:
+        return await _measure_path(pilotflame, servers, request.options)
+
+
+async def _measure_path(
+    pilotflame: ServerUnderTest, servers: BackingServers, options: MeasureOptions
+) -> dict[str, float]:
+    """Take the figures of the path of a run alone."""
+    pure = await load.install_workflow(pilotflame.api, workflows.pure_workflow())
+    process_ids = {**pilotflame.process_ids, **servers.process_ids}
+    return {
+        **await scenario.measure_saturated(pure, process_ids, servers.database_url, options),
+        **await scenario.measure_at_leisure(pure, options.seconds),
+        **await scenario.measure_forty_nodes(pilotflame),
+    }
+
+
+def _table(part: str, figures: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
+    """Return lines with the medians of both checkouts and the ratio of each pair of neighbors in time."""
+    base, this = figures.values()
+    names = [*FIGURES, *sorted(one for one in this[0] if one.startswith("cpu_ms_per_run_"))]
+    names += [
+        one for one in ("calibration_ms", "runs_per_transaction", "wal_bytes_per_run") if one in this[0]
+    ]
+    lines = [f"\n{part:32}{'base':>10}{'this':>10}{'ratio':>8}  ratio of each round"]
+    for name in names:
+        ratios = [
+            after[name] / before[name] if before[name] else 0.0
+            for before, after in zip(base, this, strict=True)
+        ]
+        of_base, of_this = (median(one[name] for one in of) for of in (base, this))
+        shown = " ".join(f"{one:.2f}" for one in ratios)
+        lines.append(f"{name:32}{of_base:10.3f}{of_this:10.3f}{median(ratios):8.2f}  {shown}")
+    return lines
+
+
+def _parse_request() -> CompareRequest:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
+    parser.add_argument("checkout", type=Path, help="the other checkout, with a virtual environment in .venv")
+    parser.add_argument("part", nargs="*", help=f"any of {', '.join(PARTS)}; default: all")
+    parser.add_argument("--seconds", type=float, default=6.0, help="length of each load (default: 6)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each checkout (default: 4)")
+    given = parser.parse_args()
+    unknown = set(given.part) - set(PARTS)
+    if unknown:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}")
+    print(machine.describe_machine())
+    return CompareRequest(
+        {"base": given.checkout.resolve(), "this": PROJECT},
+        given.part or PARTS,
+        given.rounds,
+        MeasureOptions(given.seconds, 0.0),
+    )
+
+
+if __name__ == "__main__":
+    main()
