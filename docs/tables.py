@@ -12,6 +12,7 @@ from pathlib import Path
 from docs import expression_reference, node_reference, settings_reference, workflow_settings_reference
 from gateway.http import limits
 from gateway.http.refusals import ERROR_CODES
+from journal.explanations.blockers import BLOCKER_RULES
 
 ROOT = Path(__file__).parent.parent
 
@@ -50,6 +51,15 @@ def build_error_page() -> str:
     )
 
 
+def build_blockers_table() -> str:
+    """Return a table with a row for each code of an explanation."""
+    rows = [
+        _settings_row(f"`{code}`", rule.kind, rule.meaning, rule.remedy)
+        for code, rule in BLOCKER_RULES.items()
+    ]
+    return "\n".join(["| code | kind | meaning | remedy |", "| --- | --- | --- | --- |", *rows])
+
+
 def replace_table(text: str, name: str, table: str) -> str:
     """Return a document with a table inserted between its two marks."""
     before, _, rest = text.partition(f"<!-- {name} -->\n")
@@ -69,7 +79,9 @@ def build_documents() -> dict[Path, str]:
     readme, operations = ROOT / "README.md", ROOT / "docs/operations.md"
     expressions, retries = ROOT / "docs/expressions.md", ROOT / "docs/retries.md"
     workflow_settings = ROOT / "docs/workflow-settings.md"
+    why = ROOT / "docs/why.md"
     return {
+        why: replace_table(why.read_text(), "blockers", build_blockers_table()),
         readme: replace_table(readme.read_text(), "settings", settings_reference.build_short_table()),
         operations: replace_table(operations.read_text(), "limits", build_limits_table()),
         ROOT / "docs/errors.md": build_error_page(),

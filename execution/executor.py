@@ -175,6 +175,10 @@ class RunExecutor:
         self._owes_claim = True
         self._wanted.set()
 
+    def count_held_runs(self) -> int:
+        """Return the number of runs that this process holds."""
+        return len(self._active)
+
     async def drain(self, *, patience_seconds: float = 0) -> None:
         """Stop claiming, and hand off runs that outlast the patience, at the boundary of a node if possible."""
         self._is_draining = True

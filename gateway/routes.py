@@ -11,6 +11,7 @@ from gateway.data_sources import routes as data_sources_routes
 from gateway.deployments import routes as deployments_routes
 from gateway.documentation import site
 from gateway.executions import routes as executions_routes
+from gateway.explanations import routes as explanations_routes
 from gateway.http.endpoint import AccessRule, PathEndpoint, PathOperation
 from gateway.http.operation_docs import KEPT, OperationDoc
 from gateway.http.route import Route
@@ -41,6 +42,7 @@ TABLE: Sequence[Route] = (
     *data_sources_routes.ROUTES,
     *ingest_routes.ROUTES,
     *executions_routes.ROUTES,
+    *explanations_routes.ROUTES,
 )
 
 FOR_BROWSERS: Sequence[Route] = (

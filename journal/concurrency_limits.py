@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeAlias, cast
 from weakref import WeakKeyDictionary
 
 import structlog
-from sqlalchemy import and_, func, literal, literal_column, select, update
+from sqlalchemy import and_, func, literal, literal_column, select, tuple_, update
 from sqlmodel import col
 
 from engine.expressions import ExpressionError, compile_template
@@ -120,6 +120,17 @@ async def count_unended(connection: AsyncConnection, key: str) -> int:
         for condition in (_HOLDS_SLOT, _IS_WAITING)
     ]
     return sum(count or 0 for count in counted)
+
+
+def holders_statement(key: str) -> Select[str]:
+    """Return the statement that finds the runs which hold a slot of a key."""
+    return select(col(Execution.id)).where(col(Execution.concurrency_key) == key, _HOLDS_SLOT)
+
+
+def ahead_statement(key: str, run: Execution) -> Select[str]:
+    """Return the statement that finds the runs which admission takes before a waiting run of a key."""
+    is_earlier = tuple_(*_ORDER) < tuple_(run.is_fresh, run.rank, run.id)
+    return select(col(Execution.id)).where(col(Execution.concurrency_key) == key, _IS_WAITING, is_earlier)
 
 
 async def admit_waiting_runs(database: Database, key: str) -> int:

@@ -96,6 +96,16 @@ class Database:
                 raise
             raise DatabaseUnavailable("The database did not answer") from error
 
+    @asynccontextmanager
+    async def read_snapshot(self) -> AsyncIterator[AsyncConnection]:
+        """Yield a connection whose reads see the database at one moment; raises `DatabaseUnavailable`."""
+        async with self.read() as connection:
+            if self._writes is None:
+                await connection.execution_options(isolation_level="REPEATABLE READ")
+            else:
+                await connection.exec_driver_sql("BEGIN")  # each statement would be a snapshot of its own
+            yield connection
+
     async def transaction(
         self, work: Callable[[AsyncConnection], Awaitable[T]], *, locks: str | None = None
     ) -> T:

@@ -21,7 +21,7 @@ from apscheduler.triggers.interval import IntervalTrigger
 from concurrency import heartbeat
 from execution import abandoned_runs, due_runs
 from execution.event_matching import EventMatcher
-from journal import clock_sync
+from journal import clock_sync, worker_presence
 from journal.store import JournalStore
 from journal.store_factory import open_store
 from messages import broker as brokers
@@ -84,6 +84,9 @@ def list_duties(
             partial(abandoned_runs.end_abandoned_runs, database, store, broker),
         ),
         PeriodicDuty("forget idempotency keys", 60, partial(retention.forget_expired_keys, database)),
+        PeriodicDuty(
+            "forget absent workers", 3_600, partial(worker_presence.forget_absent_workers, database)
+        ),
         PeriodicDuty("forget expired throttles", 60, partial(retention.forget_past_paces, database)),
         PeriodicDuty(
             "delete old deliveries", 3_600, partial(retention.forget_deliveries, settings, database)

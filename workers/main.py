@@ -23,7 +23,7 @@ from execution.shared_throttle import SharedThrottle
 from execution.stored_data_sources import StoredDataSources
 from execution.trials import TrialGate
 from execution.user_code import open_worker_code
-from journal import clock_sync
+from journal import clock_sync, worker_presence
 from journal.blobs.blob_store_factory import open_blobs
 from journal.store import JournalStore
 from journal.store_factory import open_store
@@ -156,7 +156,10 @@ async def run_worker(
         await executor.start()
         after.start()
         reader.start()
-        yield executor
+        async with worker_presence.report_presence(
+            database, broker.channel, settings.concurrency, executor.count_held_runs
+        ):
+            yield executor
     finally:
         await reader.close()
         await executor.drain()

@@ -15,6 +15,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from engine.run_records import NodeSpan, RunStatus
+from journal import claim_rules
 from journal.run_rows import (
     ATTEMPT_CHANGES,
     ATTEMPT_COLUMNS,
@@ -307,7 +308,7 @@ def _claim(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun
 
 def _claim_for_trial(connection: sqlite3.Connection, claim: ClaimQuery) -> list[ClaimedRun]:
     rows = connection.execute(
-        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY isolation_losses, attempt, rank LIMIT ?",
+        f"SELECT id FROM execution {_IS_SUSPECT} ORDER BY {', '.join(claim_rules.TRIAL_ORDER)} LIMIT ?",
         (ISOLATION_TARGETS.get(claim.target, claim.target), claim.max_isolation_losses, claim.limit),
     ).fetchall()
     now = _now_microseconds()
@@ -362,13 +363,13 @@ def _organization_runs(
         if current == turns[0]:
             break
     # At other targets, suspects wait at a separate isolation target.
-    is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND attempt < {SUSPECT_LOSSES}"
+    is_no_suspect = "" if claim.target in ISOLATION_TARGETS else f" AND {claim_rules.IS_NO_SUSPECT_SQL}"
     chosen: list[tuple[str, bool]] = []
     for served, queue_turn in enumerate(turns):
         part = -(-(share - len(chosen)) // (len(turns) - served))
         rows = connection.execute(
-            "SELECT id FROM execution WHERE status = 'pending' AND target = ? AND organization_id = ?"
-            f" AND queue_turn = ?{is_no_suspect} ORDER BY is_fresh, rank LIMIT ?",
+            f"SELECT id FROM execution WHERE {claim_rules.pending_sql('?')} AND organization_id = ?"
+            f" AND queue_turn = ?{is_no_suspect} ORDER BY {', '.join(claim_rules.CLAIM_ORDER)} LIMIT ?",
             (claim.target, organization_id, queue_turn, part),
         ).fetchall()
         chosen.extend((row[0], len(rows) == part) for row in rows)
@@ -403,11 +404,7 @@ def _take_run(
     return decode_claim((*row, may_have_more, now))
 
 
-# In the index, started runs are apart from runs that have never started.
-_IS_SUSPECT = (
-    f"WHERE status = 'pending' AND target = ? AND NOT is_fresh AND attempt >= {SUSPECT_LOSSES}"
-    " AND isolation_losses <= ?"
-)
+_IS_SUSPECT = f"WHERE {claim_rules.pending_sql('?')} AND {claim_rules.suspect_sql('?')}"
 
 
 def _has_suspects(connection: sqlite3.Connection, target: str, max_isolation_losses: int) -> bool:

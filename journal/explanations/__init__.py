@@ -1,0 +1,1 @@
+"""Explanations of runs, nodes, deployments and organizations: why something does not move."""

@@ -1,0 +1,236 @@
+"""Blockers: codes with their meaning and remedy, and the parts of an explanation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from engine.values import Json
+
+
+class BlockerCode(StrEnum):
+    """Reason why a run, a node or a deployment does not move."""
+
+    QUEUED_BEHIND = "queued-behind"
+    WAITING_FOR_SLOT = "waiting-for-slot"
+    NO_WORKER = "no-worker"
+    WAKING = "waking"
+    DRAINING = "draining"
+    WINDOW_CLOSED = "window-closed"
+    STOPPED_MANUALLY = "stopped-manually"
+    WORKFLOW_PAUSED = "workflow-paused"
+    DEPLOYMENT_FAILED = "deployment-failed"
+    RETRY_AT = "retry-at"
+    TIMER = "timer"
+    AWAITING_EVENT = "awaiting-event"
+    AWAITING_INPUT = "awaiting-input"
+    WORKER_LOST = "worker-lost"
+    NODE_RUNNING = "node-running"
+    CANCEL_REQUESTED = "cancel-requested"
+    BROKER_DOWN = "broker-down"
+    NONE = "none"
+    PARENTS = "parents"
+    BRANCH_NOT_TAKEN = "branch-not-taken"
+    PARALLELISM = "parallelism"
+
+
+class BlockerKind(StrEnum):
+    """Kind of remedy."""
+
+    WAIT = "wait"
+    """It ends by itself."""
+    CHANGE = "change"
+    """A user can end it."""
+    ESCALATE = "escalate"
+    """An operator of the server can end it."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockerRule:
+    """Kind, meaning and remedy of a code, for answers and documentation."""
+
+    kind: BlockerKind
+    meaning: str
+    remedy: str
+
+
+BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
+    BlockerCode.QUEUED_BEHIND: BlockerRule(
+        BlockerKind.WAIT,
+        "Other runs of the workflow are claimed first, or all workers are full. `position` is its place.",
+        "Wait, raise the priority of urgent runs, or start more workers.",
+    ),
+    BlockerCode.WAITING_FOR_SLOT: BlockerRule(
+        BlockerKind.WAIT,
+        "The concurrency limit of the workflow is reached. `by` lists the runs that hold the slots.",
+        "Wait, cancel a run in `by`, or raise `settings.concurrency`.",
+    ),
+    BlockerCode.NO_WORKER: BlockerRule(
+        BlockerKind.ESCALATE,
+        "No worker has reported for 15 seconds. `lastSeen` is the last report of any worker.",
+        "Start `pilotflame worker`, or look at the logs of the workers.",
+    ),
+    BlockerCode.WAKING: BlockerRule(
+        BlockerKind.WAIT,
+        "The pods of the workflow start. `phase` is `decide`, `schedule` or `start`; `podReason` says why they can't.",
+        "Wait. With `podReason` `unschedulable`, `quota` or `node-not-ready`, give the cluster more capacity.",
+    ),
+    BlockerCode.DRAINING: BlockerRule(
+        BlockerKind.WAIT,
+        "The deployment stops or moves, and claims no further runs.",
+        "Wait until the stop is over, or start the workflow.",
+    ),
+    BlockerCode.WINDOW_CLOSED: BlockerRule(
+        BlockerKind.WAIT,
+        "The lifecycle policy keeps the workflow stopped until `opensAt`.",
+        "Wait, start the workflow by hand, or change its lifecycle policy.",
+    ),
+    BlockerCode.STOPPED_MANUALLY: BlockerRule(
+        BlockerKind.CHANGE, "A user has stopped the deployment.", "Start the workflow."
+    ),
+    BlockerCode.WORKFLOW_PAUSED: BlockerRule(
+        BlockerKind.CHANGE,
+        "The workflow is paused. Its runs are kept until it is active again.",
+        "Set the status of the workflow to `active`.",
+    ),
+    BlockerCode.DEPLOYMENT_FAILED: BlockerRule(
+        BlockerKind.CHANGE,
+        "The pods of the workflow can't start. `podReason` and the message say why.",
+        "Correct the reason, then start or deploy the workflow. Otherwise it is started again at `next.at`.",
+    ),
+    BlockerCode.RETRY_AT: BlockerRule(
+        BlockerKind.WAIT, "A node has failed and is tried again at `until`.", "Wait, or stop the run."
+    ),
+    BlockerCode.TIMER: BlockerRule(
+        BlockerKind.WAIT, "The run, or a node of it, waits for the time in `until`.", "Wait."
+    ),
+    BlockerCode.AWAITING_EVENT: BlockerRule(
+        BlockerKind.WAIT,
+        "A node waits for an event of the type in `eventType`.",
+        "Send the event, or wait until the node times out at `until`.",
+    ),
+    BlockerCode.AWAITING_INPUT: BlockerRule(
+        BlockerKind.CHANGE,
+        "A node waits for the answer of a person.",
+        "Answer it; the action in `actions` shows the request.",
+    ),
+    BlockerCode.WORKER_LOST: BlockerRule(
+        BlockerKind.WAIT,
+        "The process that executes the run no longer renews its lease. Another one continues at `reclaimAt`.",
+        "Wait a few seconds.",
+    ),
+    BlockerCode.NODE_RUNNING: BlockerRule(
+        BlockerKind.WAIT,
+        "A node is at work. `p95` is the time that 95 % of its recent executions took; `by` lists sub-workflow runs.",
+        "Wait. If it takes much longer than `p95`, look at the logs of the run.",
+    ),
+    BlockerCode.CANCEL_REQUESTED: BlockerRule(
+        BlockerKind.WAIT,
+        "A stop or cancellation is requested. The run ends at the next possible moment, at `hardAt` at the latest.",
+        "Wait, or cancel a run that was only stopped.",
+    ),
+    BlockerCode.BROKER_DOWN: BlockerRule(
+        BlockerKind.ESCALATE,
+        "Redis does not answer, so workers learn of the run from their next sweep, every two seconds.",
+        "Restore Redis. Runs are delayed, not lost.",
+    ),
+    BlockerCode.NONE: BlockerRule(
+        BlockerKind.WAIT, "Nothing blocks it: the next claim takes it, or it has ended.", "Nothing to do."
+    ),
+    BlockerCode.PARENTS: BlockerRule(
+        BlockerKind.WAIT, "Nodes before it have not ended: those in `ids`.", "See why these nodes wait."
+    ),
+    BlockerCode.BRANCH_NOT_TAKEN: BlockerRule(
+        BlockerKind.CHANGE,
+        "The node `router` left by another port than `port`, so this node is skipped.",
+        "Compare the condition of the router with its input.",
+    ),
+    BlockerCode.PARALLELISM: BlockerRule(
+        BlockerKind.WAIT,
+        "As many nodes run as `settings.parallelism` allows.",
+        "Wait, or raise `settings.parallelism`.",
+    ),
+}
+"""Every code with its rule."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockerHolder:
+    """Owner of what a run waits for."""
+
+    type: str
+    """`execution`, `worker` or `user`."""
+    id: str | None
+    """None if the caller may not see it."""
+    since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class EndEstimate:
+    """Estimated end of a blocker, and its basis."""
+
+    at: datetime
+    basis: str
+
+
+@dataclass(frozen=True, slots=True)
+class SuggestedRequest:
+    """Request of the API that ends or shortens a blocker, with the scope that it needs."""
+
+    method: str
+    path: str
+    scope: str
+
+
+@dataclass(frozen=True, slots=True)
+class Blocker:
+    """One reason why something does not move."""
+
+    code: BlockerCode
+    message: str
+    since: datetime | None
+    until: datetime | None = None
+    """Time at which it ends by itself; None if that is unknown."""
+    by: Sequence[BlockerHolder] = ()
+    position: int | None = None
+    estimate: EndEstimate | None = None
+    kind: BlockerKind | None = None
+    """None: the kind of the code."""
+    actions: Sequence[SuggestedRequest] = ()
+    details: Mapping[str, Json] = field(default_factory=dict)
+    """Fields of this code, as JSON."""
+
+    @property
+    def effective_kind(self) -> BlockerKind:
+        """The kind of this blocker, or else that of its code."""
+        return self.kind or BLOCKER_RULES[self.code].kind
+
+
+@dataclass(frozen=True, slots=True)
+class NextEvent:
+    """Next event that moves the run without a request."""
+
+    event: str
+    at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Explanation of a run or a node at one moment."""
+
+    since: datetime | None
+    """Time since which the primary reason holds."""
+    is_progressing: bool
+    blockers: Sequence[Blocker] = ()
+    next: NextEvent | None = None
+    checked: Sequence[str] = ()
+    unknown: Sequence[str] = ()
+
+    @property
+    def primary(self) -> BlockerCode:
+        """Code of the first blocker, or `none`."""
+        return self.blockers[0].code if self.blockers else BlockerCode.NONE

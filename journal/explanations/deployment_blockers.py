@@ -1,0 +1,159 @@
+"""Blockers of runs that wait for the pods of their workflow, by the rules of wakes and lifecycle."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Final
+from zoneinfo import ZoneInfoNotFoundError
+
+from journal.deployments import wakes
+from journal.explanations.blockers import Blocker, BlockerCode, BlockerKind, SuggestedRequest
+from models import lifecycle_policy, timestamps
+from models.deployment import DeploymentStatus, status_of
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, StartRefusalCode
+
+if TYPE_CHECKING:
+    from journal.deployments.activity import DeploymentActivity
+    from journal.explanations.run_facts import LastDecision
+
+WRITE_SCOPE: Final = "workflows:write"
+_STARTS: Final = frozenset({LifecycleAction.START, LifecycleAction.WAKE})
+
+
+def find_blocker(
+    seen: DeploymentActivity | None, last: LastDecision | None, now: datetime, *, since: datetime | None
+) -> Blocker | None:
+    """Return why no pod of a deployment claims runs; None if one does.
+
+    `since` is the time from which the run could be claimed. A deployment in an unknown time zone can't be
+    decided here, and counts as asleep.
+    """
+    if seen is None or not seen.deployment.is_deployed:
+        return Blocker(
+            BlockerCode.DRAINING,
+            "The workflow is no longer deployed; its runs pass to the workers within two seconds",
+            since,
+        )
+    deployment = seen.deployment
+    if wakes.is_ready(deployment):
+        return None
+    if wakes.is_desired(deployment):
+        return _starting_blocker(seen, last, now, since)
+    try:
+        refusal = lifecycle_policy.start_refusal(seen.policy, seen.situation, now)
+        decision = lifecycle_policy.decide(seen.policy, seen.situation, now)
+    except ZoneInfoNotFoundError as error:
+        return Blocker(
+            BlockerCode.WINDOW_CLOSED,
+            f"The time zone of its schedule is unknown: {error}",
+            since,
+            kind=BlockerKind.CHANGE,
+            details={"opensAt": None},
+        )
+    if refusal is not None:
+        return _refusal_blocker(seen, refusal.code, refusal.opens_at, since)
+    if decision.reason is LifecycleReason.FAILED:
+        return _failed_blocker(seen, since, decision.check_at)
+    if deployment.drain_until is not None and decision.action not in _STARTS:
+        return Blocker(
+            BlockerCode.DRAINING,
+            "The deployment stops after its present runs, and is started again for this one",
+            deployment.stopped_at or since,
+            until=deployment.drain_until,
+        )
+    return Blocker(
+        BlockerCode.WAKING,
+        "The deployment is stopped; the next sweep starts it for the run",
+        since,
+        actions=[_request(seen, "POST", "start")],
+        details={"phase": "decide", "elapsed": _elapsed(since, now), "deadline": None, "podReason": None},
+    )
+
+
+def _starting_blocker(
+    seen: DeploymentActivity, last: LastDecision | None, now: datetime, since: datetime | None
+) -> Blocker:
+    """Return the blocker of a deployment that shall have pods and has none that claims."""
+    deployment = seen.deployment
+    if status_of(deployment) is DeploymentStatus.FAILED:
+        return _failed_blocker(seen, since, None)
+    started_at = last.at if last is not None and last.action in _STARTS else None
+    begun_at = max(filter(None, (started_at, since)), default=None)
+    is_applied = deployment.observed_generation == deployment.generation
+    blocked = wakes.blocked_reason(deployment)
+    reason = deployment.observed_reason_code if is_applied else None
+    text = blocked or (deployment.observed_reason if is_applied else None) or "Its pods start"
+    return Blocker(
+        BlockerCode.WAKING,
+        text,
+        begun_at,
+        kind=BlockerKind.ESCALATE if blocked else None,
+        actions=[
+            SuggestedRequest("GET", f"/api/v1/workflows/{deployment.workflow_id}/logs", "workflows:read")
+        ],
+        details={
+            "phase": "start" if is_applied else "schedule",
+            "elapsed": _elapsed(begun_at, now),
+            "deadline": None,
+            "podReason": reason,
+        },
+    )
+
+
+def _refusal_blocker(
+    seen: DeploymentActivity, code: StartRefusalCode, opens_at: datetime | None, since: datetime | None
+) -> Blocker:
+    start = _request(seen, "POST", "start")
+    match code:
+        case StartRefusalCode.OUTSIDE_WINDOW:
+            return Blocker(
+                BlockerCode.WINDOW_CLOSED,
+                "The lifecycle policy keeps the workflow stopped until its next window",
+                since,
+                until=opens_at,
+                actions=[start, _request(seen, "PUT", "lifecycle")],
+                details={"opensAt": moment_text(opens_at)},
+            )
+        case StartRefusalCode.STOPPED_MANUALLY:
+            return Blocker(
+                BlockerCode.STOPPED_MANUALLY,
+                "A user has stopped the workflow",
+                seen.deployment.stopped_at or since,
+                actions=[start],
+            )
+        case StartRefusalCode.NOT_DEPLOYED:
+            return Blocker(
+                BlockerCode.STOPPED_MANUALLY,
+                "The workflow is archived, and its deployment is not started any more",
+                seen.deployment.stopped_at or since,
+                actions=[_request(seen, "PUT", "status")],
+            )
+
+
+def _failed_blocker(seen: DeploymentActivity, since: datetime | None, again_at: datetime | None) -> Blocker:
+    deployment = seen.deployment
+    reason = deployment.failed_reason or deployment.observed_reason
+    return Blocker(
+        BlockerCode.DEPLOYMENT_FAILED,
+        reason or "The pods of the workflow can't start",
+        deployment.stopped_at or deployment.observed_at or since,
+        until=again_at,
+        actions=[_request(seen, "POST", "start"), _request(seen, "POST", "deploy")],
+        details={
+            "podReason": deployment.failed_reason_code or deployment.observed_reason_code,
+            "failures": deployment.start_failures,
+        },
+    )
+
+
+def _request(seen: DeploymentActivity, method: str, name: str) -> SuggestedRequest:
+    return SuggestedRequest(method, f"/api/v1/workflows/{seen.deployment.workflow_id}/{name}", WRITE_SCOPE)
+
+
+def _elapsed(since: datetime | None, now: datetime) -> float | None:
+    return None if since is None else max((now - since).total_seconds(), 0.0)
+
+
+def moment_text(moment: datetime | None) -> str | None:
+    """Return a time as the API writes it."""
+    return None if moment is None else timestamps.format_timestamp(moment)

@@ -1,0 +1,428 @@
+"""Explanation of one run: a pure function of facts, which asks the rules of claims, admission and lifecycle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+from engine.node_api import AnswerSource
+from engine.run_records import SpanStatus
+from journal.explanations import deployment_blockers
+from journal.explanations.blockers import (
+    Blocker,
+    BlockerCode,
+    BlockerHolder,
+    BlockerKind,
+    EndEstimate,
+    Explanation,
+    NextEvent,
+    SuggestedRequest,
+)
+from journal.held_runs import UNTIL_RESUMED
+from journal.worker_presence import ABSENT_SECONDS
+from models.execution import (
+    DELAYED_TARGET,
+    ISOLATED_UNPARSED_TARGET,
+    LIMITED_TARGET,
+    UNPARSED_TARGET,
+)
+from models.execution_status import TERMINAL_STATUSES, ExecutionStatus
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from engine.values import Json
+    from journal.explanations.run_facts import RunFacts, UnsettledNode
+    from models.worker_presence import WorkerPresence
+
+SWEEP_TIME: Final = timedelta(seconds=2)
+"""Interval of the sweeps that find work which no event has announced, by default."""
+EXECUTE_SCOPE: Final = "workflows:execute"
+WRITE_SCOPE: Final = "workflows:write"
+_CHECKED: Final = {
+    ExecutionStatus.PENDING: ("request", "slot", "deployment", "window", "workers", "queue", "broker"),
+    ExecutionStatus.WAITING: ("paused", "window", "deployment", "timer", "retry", "event", "input"),
+    ExecutionStatus.RUNNING: ("lease", "request", "nodes", "sub-workflows"),
+}
+
+
+def explain_run(facts: RunFacts) -> Explanation:
+    """Explain why a run does not move, at the time of the facts.
+
+    There are no blockers exactly when the next claim takes the run, or after its end. The first blocker is
+    the primary one.
+    """
+    run = facts.run
+    if run.status in TERMINAL_STATUSES:
+        return Explanation(run.ended_at, is_progressing=False)
+    status = ExecutionStatus(run.status)
+    blockers = [*_BLOCKERS[status](facts)]
+    is_running = status is ExecutionStatus.RUNNING and not any(
+        blocker.code is BlockerCode.WORKER_LOST for blocker in blockers
+    )
+    since = blockers[0].since if blockers else run.updated_at
+    return Explanation(
+        since,
+        is_progressing=is_running or not blockers,
+        blockers=blockers,
+        next=_next_event(facts, blockers),
+        checked=_CHECKED[status],
+        unknown=() if facts.is_broker_reachable else ("broker: Redis does not answer",),
+    )
+
+
+# ── pending ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _pending_blockers(facts: RunFacts) -> Iterator[Blocker]:
+    run = facts.run
+    if run.target == LIMITED_TARGET:
+        yield _slot_blocker(facts)
+        return
+    if facts.deployment_id is not None:
+        blocker = deployment_blockers.find_blocker(
+            facts.deployment, facts.last_decision, facts.now, since=run.updated_at
+        )
+        if blocker is not None:
+            yield blocker
+            return
+    else:
+        present = present_workers(facts.workers, facts.now)
+        if not present:
+            yield no_worker(facts.workers, run.target, since=run.updated_at)
+            return
+        if all(worker.held_runs >= worker.concurrency for worker in present):
+            yield _queued_blocker(facts, f"All {len(present)} workers are full")
+            return
+    if run.target in {UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET}:
+        yield Blocker(
+            BlockerCode.QUEUED_BEHIND, "The mail of the run is being parsed", run.updated_at, position=1
+        )
+    elif facts.ahead or not facts.is_claimable:
+        yield _queued_blocker(facts, f"{facts.ahead} runs are claimed before it")
+    elif not facts.is_broker_reachable:
+        yield Blocker(
+            BlockerCode.BROKER_DOWN,
+            "Redis does not answer; the next sweep of a worker finds the run",
+            run.updated_at,
+            until=facts.now + SWEEP_TIME,
+        )
+
+
+def present_workers(workers: Sequence[WorkerPresence], now: datetime) -> list[WorkerPresence]:
+    """Return the workers that have reported lately."""
+    earliest = now - timedelta(seconds=ABSENT_SECONDS)
+    return [worker for worker in workers if worker.ended_at is None and worker.seen_at >= earliest]
+
+
+def no_worker(workers: Sequence[WorkerPresence], queue: str, *, since: datetime | None) -> Blocker:
+    """Return the blocker of runs without any worker."""
+    seen_at = max((worker.seen_at for worker in workers), default=None)
+    text = "No worker was ever seen" if seen_at is None else "No worker reports any more"
+    return Blocker(
+        BlockerCode.NO_WORKER,
+        f"{text}; start one",
+        since,
+        details={"queue": queue, "lastSeen": _text(seen_at)},
+    )
+
+
+def _slot_blocker(facts: RunFacts) -> Blocker:
+    run, slot = facts.run, facts.slot
+    if slot is None:
+        raise LookupError("Facts of a limited run have its slots")
+    if slot.held < slot.limit and not slot.ahead:
+        text = "A slot is free; the run is admitted within two seconds"
+    else:
+        text = f"{slot.held} of {slot.limit} slots of its concurrency key are held"
+    holders = [
+        BlockerHolder("execution", holder.execution_id if holder.is_visible else None, holder.since)
+        for holder in slot.holders
+    ]
+    return Blocker(
+        BlockerCode.WAITING_FOR_SLOT,
+        text,
+        run.updated_at,
+        by=holders,
+        position=slot.ahead + 1,
+        estimate=_estimate_slot(facts),
+        actions=[_end_run(holder.id, "cancel") for holder in holders[:3] if holder.id is not None],
+        details={"limit": slot.limit, "held": slot.held},
+    )
+
+
+def _estimate_slot(facts: RunFacts) -> EndEstimate | None:
+    """Estimate the time of a free slot from the ends of the holders, as if each takes the median time."""
+    slot, durations = facts.slot, facts.recent.runs
+    if slot is None or not durations or not slot.limit:
+        return None
+    typical = timedelta(seconds=median(durations))
+    ends = sorted(max(holder.since + typical, facts.now) for holder in slot.holders)
+    if not ends:
+        return EndEstimate(facts.now + SWEEP_TIME, "interval of admission")
+    rounds, place = divmod(slot.ahead, max(min(slot.limit, len(ends)), 1))
+    return EndEstimate(ends[min(place, len(ends) - 1)] + rounds * typical, _median_basis(durations))
+
+
+def _queued_blocker(facts: RunFacts, text: str) -> Blocker:
+    estimate = None
+    present = present_workers(facts.workers, facts.now)
+    places = sum(worker.concurrency for worker in present)
+    if facts.recent.runs and places:
+        rounds = max(math.ceil((facts.ahead + 1) / places), 1)
+        seconds = rounds * median(facts.recent.runs)
+        estimate = EndEstimate(facts.now + timedelta(seconds=seconds), _median_basis(facts.recent.runs))
+    return Blocker(
+        BlockerCode.QUEUED_BEHIND,
+        text,
+        facts.run.updated_at,
+        position=facts.ahead + 1,
+        estimate=estimate,
+    )
+
+
+# ── waiting ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _waiting_blockers(facts: RunFacts) -> Iterator[Blocker]:
+    run = facts.run
+    if run.started_at is None:
+        yield _deferred_blocker(facts)
+        return
+    found = [_node_blocker(facts, node) for node in facts.nodes]
+    if found:
+        yield from sorted(found, key=lambda one: (one.until is None, one.until or facts.now))
+    else:
+        yield Blocker(
+            BlockerCode.TIMER,
+            "The run waits for a time"
+            if run.due_at is not None
+            else "Its waits are answered; it goes on with the next sweep",
+            run.updated_at,
+            until=run.due_at or facts.now + SWEEP_TIME,
+        )
+
+
+def _deferred_blocker(facts: RunFacts) -> Blocker:
+    """Return the blocker of a run that was accepted and may not start yet."""
+    run = facts.run
+    if run.due_at == UNTIL_RESUMED and run.target == DELAYED_TARGET:
+        if facts.workflow_status == WorkflowStatus.PAUSED:
+            return workflow_paused(run.workflow_id, since=run.updated_at)
+        return Blocker(
+            BlockerCode.WORKFLOW_PAUSED,
+            "The workflow was resumed; the run starts with the next sweep",
+            run.updated_at,
+            until=facts.now + SWEEP_TIME,
+            kind=BlockerKind.WAIT,
+        )
+    if facts.deployment_id is not None:
+        blocker = deployment_blockers.find_blocker(
+            facts.deployment, facts.last_decision, facts.now, since=run.updated_at
+        )
+        return blocker or Blocker(
+            BlockerCode.WAKING,
+            "The deployment may serve it; the next sweep releases it",
+            run.updated_at,
+            until=facts.now + SWEEP_TIME,
+            details={"phase": "decide"},
+        )
+    return Blocker(
+        BlockerCode.TIMER, "The run was accepted for a later time", run.updated_at, until=run.due_at
+    )
+
+
+def workflow_paused(workflow_id: str, *, since: datetime | None) -> Blocker:
+    """Return the blocker of a paused workflow."""
+    return Blocker(
+        BlockerCode.WORKFLOW_PAUSED,
+        "The workflow is paused; its runs start when it is active again",
+        since,
+        actions=[SuggestedRequest("PUT", f"/api/v1/workflows/{workflow_id}/status", WRITE_SCOPE)],
+    )
+
+
+# ── nodes ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
+    """Return what a node that is at work or waits is waiting for."""
+    where: Mapping[str, Json] = {
+        "node": node.node_id,
+        "iteration": node.iteration,
+        "attempt": node.attempt,
+    }
+    if node.status is SpanStatus.RETRYING:
+        return Blocker(
+            BlockerCode.RETRY_AT,
+            f"{node.label} has failed and is tried again",
+            node.started_at,
+            until=node.wake_at,
+            details=where,
+        )
+    if node.status is SpanStatus.RUNNING:
+        return _running_blocker(facts, node)
+    if node.awaits is None:
+        return Blocker(
+            BlockerCode.TIMER,
+            f"{node.label} waits for a time",
+            node.started_at,
+            until=node.wake_at,
+            details=where,
+        )
+    match node.awaits["kind"]:
+        case AnswerSource.INPUT:
+            return _input_blocker(facts, node)
+        case AnswerSource.EVENT:
+            request = node.awaits["request"]
+            event_type = request.get("eventType") if isinstance(request, dict) else None
+            return Blocker(
+                BlockerCode.AWAITING_EVENT,
+                f"{node.label} waits for an event",
+                node.started_at,
+                until=node.wake_at,
+                actions=[SuggestedRequest("POST", "/api/v1/workflows/events", EXECUTE_SCOPE)],
+                details={**where, "eventType": event_type},
+            )
+        case _:
+            return _running_blocker(facts, node)
+
+
+def _input_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
+    path = f"/api/v1/executions/{facts.run.id}/input"
+    request_id = f"{node.node_id}:{node.iteration}" if node.iteration else node.node_id
+    return Blocker(
+        BlockerCode.AWAITING_INPUT,
+        f"{node.label} waits for the answer of a person",
+        node.started_at,
+        until=node.wake_at,
+        actions=[SuggestedRequest("POST", path, EXECUTE_SCOPE)],
+        details={"node": node.node_id, "iteration": node.iteration, "requestId": request_id},
+    )
+
+
+def _running_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
+    """Return the blocker of a node at work; sub-workflow runs that it has started hold it."""
+    children = [child for child in facts.children if child.node_id in {node.node_id, ""}]
+    durations = facts.recent.nodes.get(node.node_id, ())
+    p95 = percentile(durations, 0.95) if durations else None
+    estimate = None
+    if node.started_at is not None and durations:
+        end = node.started_at + timedelta(seconds=median(durations))
+        if end > facts.now:
+            estimate = EndEstimate(end, _median_basis(durations))
+    return Blocker(
+        BlockerCode.NODE_RUNNING,
+        f"{node.label} waits for a sub-workflow" if children else f"{node.label} is at work",
+        node.started_at,
+        until=node.wake_at,
+        by=[
+            BlockerHolder("execution", child.execution_id if child.is_visible else None, child.since)
+            for child in children
+        ],
+        estimate=estimate,
+        details={
+            "node": node.node_id,
+            "iteration": node.iteration,
+            "attempt": node.attempt,
+            "p95": None if p95 is None else round(p95, 3),
+        },
+    )
+
+
+# ── running ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _running_blockers(facts: RunFacts) -> Iterator[Blocker]:
+    run = facts.run
+    if run.lease_until is not None and run.lease_until < facts.now:
+        reported = [worker.seen_at for worker in facts.workers if worker.owner == run.lease_owner]
+        yield Blocker(
+            BlockerCode.WORKER_LOST,
+            "The process that executes the run does not renew its lease",
+            run.lease_until,
+            until=facts.now + SWEEP_TIME,
+            by=[BlockerHolder("worker", run.lease_owner, None)],
+            details={
+                "lastHeartbeat": _text(max(reported, default=None)),
+                "reclaimAt": _text(facts.now + SWEEP_TIME),
+            },
+        )
+        return
+    if run.request is not None:
+        yield Blocker(
+            BlockerCode.CANCEL_REQUESTED,
+            "Its cancellation is requested"
+            if run.request == "cancel"
+            else "It stops after its present nodes",
+            run.updated_at,
+            until=run.deadline_at,
+            actions=[] if run.request == "cancel" else [_end_run(run.id, "cancel")],
+            details={"request": run.request, "hardAt": _text(run.deadline_at)},
+        )
+    nodes = [_node_blocker(facts, node) for node in facts.nodes]
+    yield from sorted(nodes, key=lambda one: one.code is not BlockerCode.NODE_RUNNING)
+    if not nodes:
+        # Nodes that return at once are recorded when they have ended.
+        yield Blocker(
+            BlockerCode.NODE_RUNNING,
+            "A process executes the run, and has not reported a node yet",
+            run.updated_at,
+            details={"node": None, "iteration": "", "attempt": run.attempt, "p95": None},
+        )
+
+
+def _next_event(facts: RunFacts, blockers: Sequence[Blocker]) -> NextEvent | None:
+    """Return the earliest event at a known time."""
+    run = facts.run
+    moments = [
+        NextEvent(_EVENTS.get(one.code, one.code.value), one.until)
+        for one in blockers
+        if one.until is not None
+    ]
+    if not blockers:
+        return NextEvent("claim", facts.now)
+    if run.status == ExecutionStatus.PENDING and run.target == LIMITED_TARGET:
+        moments.append(NextEvent("admission", facts.now + SWEEP_TIME))
+    return min(moments, key=lambda event: event.at, default=None)
+
+
+def _end_run(execution_id: str, how: str) -> SuggestedRequest:
+    return SuggestedRequest("POST", f"/api/v1/executions/{execution_id}/{how}", EXECUTE_SCOPE)
+
+
+def _text(moment: datetime | None) -> str | None:
+    return deployment_blockers.moment_text(moment)
+
+
+def median(values: Sequence[float]) -> float:
+    """Return the median of at least one value."""
+    return percentile(values, 0.5)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Return the smallest value that this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(math.ceil(share * len(ordered)) - 1, 0)]
+
+
+def _median_basis(values: Sequence[float]) -> str:
+    return f"p50 of {len(values)} runs"
+
+
+_EVENTS: Final = {
+    BlockerCode.WORKER_LOST: "lease-reclaim",
+    BlockerCode.CANCEL_REQUESTED: "deadline",
+    BlockerCode.WINDOW_CLOSED: "window-opening",
+    BlockerCode.RETRY_AT: "retry",
+    BlockerCode.AWAITING_EVENT: "timeout",
+    BlockerCode.AWAITING_INPUT: "timeout",
+    BlockerCode.BROKER_DOWN: "sweep",
+    BlockerCode.DEPLOYMENT_FAILED: "start",
+}
+_BLOCKERS: Final = {
+    ExecutionStatus.PENDING: _pending_blockers,
+    ExecutionStatus.WAITING: _waiting_blockers,
+    ExecutionStatus.RUNNING: _running_blockers,
+}

@@ -1,0 +1,172 @@
+"""Time of a run by cause, and its critical path: pure functions of its row, intervals and spans."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from engine.run_records import SpanStatus
+from journal.explanations.blockers import BlockerCode
+from json_text import decoding
+from models.execution import Execution, SpanRow
+from models.workflow import Definition
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.blocked_interval import BlockedInterval
+
+MAX_SPANS: Final = 2_000
+_ZERO: Final = timedelta()
+
+
+@dataclass(frozen=True, slots=True)
+class TimeSpent:
+    """Time of a run from its acceptance to its end or now; the parts sum up to it."""
+
+    queued: timedelta
+    waking: timedelta
+    running: timedelta
+    waiting_for: Mapping[str, timedelta]
+    """By code of the blocker."""
+
+
+@dataclass(frozen=True, slots=True)
+class PathStep:
+    """Node on the critical path: the chain of nodes that determined the end of the run."""
+
+    node_id: str
+    label: str
+    started_at: datetime
+    ended_at: datetime
+
+
+class _StoredEdge(msgspec.Struct):
+    source: str = ""
+    target: str = ""
+
+
+class _StoredEdges(msgspec.Struct):
+    connections: list[_StoredEdge] = []
+
+
+_decode_edges: Final = decoding.build_decoder(_StoredEdges).decode
+
+
+def sum_times(
+    run: Execution,
+    intervals: Sequence[BlockedInterval],
+    now: datetime,
+    *,
+    primary: BlockerCode,
+    since: datetime | None,
+) -> TimeSpent:
+    """Divide the time of a run by cause.
+
+    `primary` and `since` are the present reason of an unfinished run that has no open interval.
+    """
+    end = run.ended_at or now
+    begun_at = run.started_at or end
+    times: dict[str, timedelta] = {}
+    cursor = run.created_at
+    for label, start, stop in _labelled(run, intervals, end, primary, since):
+        first, last = max(start, cursor), min(stop, end)
+        if last <= first:
+            continue
+        _add_gap(times, cursor, first, begun_at)
+        times[label] = times.get(label, _ZERO) + (last - first)
+        cursor = last
+    _add_gap(times, cursor, end, begun_at)
+    queued, running = times.pop(BlockerCode.QUEUED_BEHIND, _ZERO), times.pop(_RUNNING, _ZERO)
+    return TimeSpent(queued, times.pop(BlockerCode.WAKING, _ZERO), running, times)
+
+
+_RUNNING: Final = "running"
+
+
+def _add_gap(times: dict[str, timedelta], start: datetime, stop: datetime, begun_at: datetime) -> None:
+    """Count time without a blocker: as queued before the first claim, as running after it."""
+    for label, first, last in (
+        (BlockerCode.QUEUED_BEHIND.value, start, min(stop, begun_at)),
+        (_RUNNING, max(start, begun_at), stop),
+    ):
+        if last > first:
+            times[label] = times.get(label, _ZERO) + (last - first)
+
+
+def _labelled(
+    run: Execution,
+    intervals: Sequence[BlockedInterval],
+    end: datetime,
+    primary: BlockerCode,
+    since: datetime | None,
+) -> Iterator[tuple[str, datetime, datetime]]:
+    is_open = False
+    for interval in intervals:
+        blocked_until = interval.ended_at or end
+        yield interval.code, interval.started_at, blocked_until
+        if interval.node_id is not None or interval.code == BlockerCode.QUEUED_BEHIND:
+            # It had started, so it was queued from then on until a process claimed it again.
+            yield BlockerCode.QUEUED_BEHIND.value, blocked_until, interval.resumed_at or end
+        is_open = interval.ended_at is None
+    is_blocked = primary not in {BlockerCode.NONE, BlockerCode.NODE_RUNNING, BlockerCode.CANCEL_REQUESTED}
+    if run.ended_at is None and is_blocked and since is not None and not is_open:
+        yield primary.value, since, end
+
+
+def find_critical_path(spans: Iterable[PathStep], edges: Iterable[tuple[str, str]]) -> Sequence[PathStep]:
+    """Return the nodes that determined the end of a run, from the first to the last.
+
+    Each is the parent of the next that ended last. `edges` are pairs of source and target.
+    """
+    by_id = {step.node_id: step for step in spans}
+    parents: dict[str, list[PathStep]] = {}
+    for source, target in edges:
+        if source in by_id and target in by_id:
+            parents.setdefault(target, []).append(by_id[source])
+    step = max(by_id.values(), key=lambda one: one.ended_at, default=None)
+    path: list[PathStep] = []
+    seen: set[str] = set()
+    while step is not None and step.node_id not in seen:
+        seen.add(step.node_id)
+        path.append(step)
+        step = max(parents.get(step.node_id, ()), key=lambda one: one.ended_at, default=None)
+    return path[::-1]
+
+
+async def read_critical_path(connection: AsyncConnection, run: Execution) -> Sequence[PathStep]:
+    """Return the critical path of an ended run, from its spans and its definition snapshot."""
+    statement = (
+        select(
+            *(col(SpanRow.node_id), col(SpanRow.label)),
+            *(col(SpanRow.started_at), col(SpanRow.ended_at)),
+        )
+        .where(
+            col(SpanRow.execution_id) == run.id,
+            col(SpanRow.shard) == run.shard,
+            col(SpanRow.iteration) == "",
+            col(SpanRow.status) != SpanStatus.SKIPPED.value,
+            col(SpanRow.ended_at).is_not(None),
+        )
+        .limit(MAX_SPANS)
+    )
+    steps = [
+        PathStep(row.node_id, row.label, row.started_at, row.ended_at)
+        for row in await connection.execute(statement)
+        if row.started_at is not None and row.ended_at is not None
+    ]
+    body = await connection.scalar(
+        select(col(Definition.body)).where(
+            col(Definition.organization_id) == run.organization_id,
+            col(Definition.hash) == run.definition_hash,
+            col(Definition.shard) == run.shard,
+        )
+    )
+    edges = _decode_edges(body).connections if body else []
+    return find_critical_path(steps, [(edge.source, edge.target) for edge in edges])

@@ -1,0 +1,107 @@
+"""Presence of workers: each worker process stores at an interval that it lives, and how many runs it holds."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+from sqlalchemy import delete, func, select, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from models.database_time import DatabaseTime
+from models.errors import DatabaseUnavailable
+from models.worker_presence import WorkerPresence
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from models.database import Database
+
+log = structlog.get_logger()
+
+REPORT_SECONDS: Final = 5.0
+ABSENT_SECONDS: Final = 15.0
+"""Time without a report after which a worker counts as gone."""
+FORGET_MICROSECONDS: Final = 86_400_000_000
+"""Age of the last report after which a row is deleted, unless it is the newest of all."""
+
+
+@asynccontextmanager
+async def report_presence(
+    database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
+) -> AsyncIterator[None]:
+    """Report a worker as present while the context lasts; an unreachable database is no error."""
+    task = asyncio.create_task(_report_forever(database, owner, concurrency, held_runs))
+    try:
+        yield
+    finally:
+        task.cancel()
+        try:
+            async with asyncio.timeout(REPORT_SECONDS):
+                await database.transaction(partial(end_presence, owner=owner))
+        except (DatabaseUnavailable, TimeoutError) as error:
+            log.debug("end of worker not reported", error=str(error))
+
+
+async def store_presence(
+    connection: AsyncConnection, *, owner: str, concurrency: int, held_runs: int
+) -> None:
+    """Insert or renew the row of a worker."""
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(WorkerPresence).values(
+        owner=owner,
+        concurrency=concurrency,
+        held_runs=held_runs,
+        started_at=DatabaseTime(),
+        seen_at=DatabaseTime(),
+    )
+    await connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[col(WorkerPresence.owner)],
+            set_={"seen_at": statement.excluded.seen_at, "held_runs": statement.excluded.held_runs},
+        )
+    )
+
+
+async def end_presence(connection: AsyncConnection, *, owner: str) -> None:
+    """Store the orderly end of a worker."""
+    await connection.execute(
+        update(WorkerPresence)
+        .where(col(WorkerPresence.owner) == owner)
+        .values(seen_at=DatabaseTime(), ended_at=DatabaseTime())
+    )
+
+
+async def forget_absent_workers(database: Database) -> None:
+    """Delete workers that have not reported for a day, except the last of all; raises `DatabaseUnavailable`."""
+
+    async def work(connection: AsyncConnection) -> None:
+        newest = select(func.max(col(WorkerPresence.seen_at))).scalar_subquery()
+        await connection.execute(
+            delete(WorkerPresence).where(
+                col(WorkerPresence.seen_at) < DatabaseTime() - FORGET_MICROSECONDS,
+                col(WorkerPresence.seen_at) < newest,
+            )
+        )
+
+    await database.transaction(work)
+
+
+async def _report_forever(
+    database: Database, owner: str, concurrency: int, held_runs: Callable[[], int]
+) -> None:
+    while True:
+        try:
+            await database.transaction(
+                partial(store_presence, owner=owner, concurrency=concurrency, held_runs=held_runs())
+            )
+        except DatabaseUnavailable as error:
+            log.debug("worker not reported", error=str(error))
+        except Exception:
+            log.exception("worker not reported")
+        await asyncio.sleep(REPORT_SECONDS)

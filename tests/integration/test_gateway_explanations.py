@@ -1,0 +1,89 @@
+"""Explanations over HTTP: of a run, a workflow, and the runs of an organization."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import insert, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlmodel import col
+
+from journal import concurrency_limits, worker_presence
+from models.execution import Execution
+from models.workflow import WorkflowShare
+from tests.integration.gateway_harness import GRAPH, GatewayHarness, OrganizationUsers, UserClient
+
+
+async def start(person: UserClient, workflow_id: str) -> str:
+    answer = await person.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+    assert answer.status_code == 201, answer.text
+    execution_id: str = answer.json()["executionId"]
+    return execution_id
+
+
+async def why(person: UserClient, subject: str) -> dict[str, Any]:
+    answer = await person.api.get(f"/api/v1/{subject}/why")
+    assert answer.status_code == 200, answer.text
+    explained: dict[str, Any] = answer.json()
+    return explained
+
+
+async def test_a_run_without_a_worker_says_so_and_a_worker_ends_it(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH, status="active")
+    execution_id = await start(people.owner, workflow_id)
+    before = await why(people.owner, f"executions/{execution_id}")
+    assert before["primary"] == "no-worker"
+    assert before["blockers"][0]["kind"] == "escalate"
+    assert before["blockers"][0]["details"] == {"queue": "shared", "lastSeen": None}
+    assert before["timing"]["waitingFor"]["no-worker"] > 0
+
+    database = harness.gateway.database
+
+    async def report(connection: AsyncConnection) -> None:
+        await worker_presence.store_presence(connection, owner="worker:a/1", concurrency=5, held_runs=0)
+
+    await database.transaction(report)
+    after = await why(people.owner, f"executions/{execution_id}")
+    assert (after["primary"], after["progressing"], after["blockers"]) == ("none", True, [])
+
+    second = await start(people.owner, workflow_id)
+    behind = await why(people.owner, f"executions/{second}")
+    assert (behind["primary"], behind["blockers"][0]["position"]) == ("queued-behind", 2)
+
+    async def end(connection: AsyncConnection) -> None:
+        await worker_presence.end_presence(connection, owner="worker:a/1")
+
+    await database.transaction(end)
+    assert (await why(people.owner, f"executions/{second}"))["primary"] == "no-worker"
+
+
+async def test_a_holder_that_the_caller_may_not_see_loses_its_id(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    settings = {"concurrency": {"limit": 1}}
+    workflow_id = await people.owner.create(**GRAPH, status="active", settings=settings)
+    holder = await start(people.owner, workflow_id)
+    # Admission skips locked rows: it must be over before the row changes below.
+    await concurrency_limits.admit_waiting_runs(harness.gateway.database, workflow_id)
+    blocked = await start(people.owner, workflow_id)
+
+    async def work(connection: AsyncConnection) -> None:
+        hide = update(Execution).where(col(Execution.id) == holder).values(is_private=True)
+        await connection.execute(hide)
+        share = {
+            "workflow_id": workflow_id,
+            "user_id": people.colleague.user.id,
+            "shared_at": datetime.now(UTC),
+        }
+        await connection.execute(insert(WorkflowShare).values(share))
+
+    await harness.gateway.database.transaction(work)
+    for person, shown in ((people.owner, holder), (people.colleague, None)):
+        (blocker,) = (await why(person, f"executions/{blocked}"))["blockers"]
+        assert blocker["code"] == "waiting-for-slot"
+        assert [one["id"] for one in blocker["by"]] == [shown]
+        assert (blocker["position"], len(blocker["actions"])) == (1, 0 if shown is None else 1)
+    assert (await people.stranger.api.get(f"/api/v1/executions/{blocked}/why")).status_code == 404
