@@ -1,5 +1,5 @@
 # `make run` needs python3 (3.11 or newer), python3-venv or uv, and make; the locks bring everything else.
-.PHONY: run install test check check-units check-types check-style check-imports check-words bench docs dist audit lock
+.PHONY: run install test check check-units check-types check-style check-imports check-words bench fuzz docs dist audit lock
 .SILENT:
 MAKEFLAGS += --no-print-directory
 # Without compiled modules every start takes several times as long.
@@ -53,6 +53,10 @@ check-words: .venv/installed-for-tests
 
 bench: .venv/installed-for-tests
 	exec $(bin)/python -m benchmarks $(ARGUMENTS)
+
+# Coverage-guided fuzzing of every parser of bytes from strangers: an hour, or ARGUMENTS="--seconds 60".
+fuzz: .venv/installed-for-tests
+	exec $(bin)/python -m benchmarks.fuzz $(ARGUMENTS)
 
 # The pages and tables that are generated from the code, then the site that the gateway serves below /docs/.
 docs: .venv/installed
