@@ -1,0 +1,118 @@
+"""Walks through the code: the files that a reader opens to follow a request from the edge to its end.
+
+`pytest -s` prints them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+
+from messages.broker import ChangedExecutions, Notification
+from tests.cluster.cluster_harness import open_fake_cluster
+from tests.file_walks import FileWalk, record_walk
+from tests.integration.deployers import run_test_deployer
+from tests.integration.gateway_harness import EDGE, STEP, TRIGGER, OrganizationUsers, create_gateway
+from tests.integration.mail_harness import MailHarness, run_mail_harness
+from tests.provider_requests import BY_NAME, CONFIG
+from tests.services import PostgresServer
+from workers.main import run_worker
+from workers.settings import WorkerSettings
+
+QUIET_SECONDS: Final = 3_600.0
+"""Interval of periodic work, which belongs to no walk."""
+LAST: Final = {"id": "last", "nodeId": "set", "label": "Last", "config": {"values": {"b": "{{ data.a }}"}}}
+GRAPH: Final[dict[str, Any]] = {
+    "nodes": [TRIGGER, STEP, LAST],
+    "connections": [EDGE, {"sourceNodeId": "step", "targetNodeId": "last"}],
+}
+MAILS: Final = ("sg_raw_mime", "sg_raw_mime_lf")
+
+
+@pytest.fixture
+async def mails(postgres: PostgresServer, tmp_path: Path) -> AsyncIterator[MailHarness]:
+    """Yield a gateway on SQLite that waits for deployments."""
+    async with (
+        create_gateway("sqlite", postgres, tmp_path, settle_seconds=60) as harness,
+        run_mail_harness(harness) as mails,
+    ):
+        yield mails
+
+
+@pytest.fixture
+async def people(mails: MailHarness) -> OrganizationUsers:
+    return await mails.harness.people()
+
+
+@pytest.fixture
+async def ended(mails: MailHarness) -> AsyncIterator[asyncio.Queue[str]]:
+    """Run a worker in the process of the gateway; yield the ids of ended runs."""
+    gateway, queue = mails.gateway, asyncio.Queue[str]()
+
+    def add(notification: Notification) -> None:
+        if isinstance(notification, ChangedExecutions):
+            for execution_id in notification.execution_ids:
+                queue.put_nowait(execution_id)
+
+    shared = gateway.settings.model_dump(include={"data_dir", "database_url", "secret_key"})
+    settings = WorkerSettings(**shared, sweep_seconds=QUIET_SECONDS, lease_seconds=QUIET_SECONDS)
+    async with run_worker(settings, gateway.store, gateway.broker, gateway.database):
+        await gateway.broker.listen(add)
+        yield queue
+
+
+def assert_walks(walk: FileWalk, *, through: str, at_most: int) -> None:
+    """Check that a walk passes a file, which shows that it is whole, and few files in all."""
+    print(walk)  # noqa: T201 - asked for with `pytest -s`
+    assert through in walk.files, walk
+    assert len(walk.files) <= at_most, walk
+
+
+async def test_an_execution_walks_through_few_files(
+    people: OrganizationUsers, ended: asyncio.Queue[str]
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH)
+    for _ in range(2):  # the first loads the workflow into caches
+        with record_walk() as walk:
+            answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/execute", json={})
+            async with asyncio.timeout(60):
+                while answer.json()["executionId"] != await ended.get():
+                    pass
+    assert_walks(walk, through="nodes/library/set.py", at_most=70)
+
+
+async def test_a_mail_of_sendgrid_walks_through_few_files(
+    mails: MailHarness, people: OrganizationUsers, ended: asyncio.Queue[str]
+) -> None:
+    config = {"sendgrid": {"publicKey": CONFIG["sendgrid"]["public_key"]}}
+    workflow_id = await mails.workflow(people.owner, **config)
+    for name in MAILS:
+        (step,) = BY_NAME[name].steps
+        with record_walk() as walk:
+            answer = await mails.post(workflow_id, step)
+            assert answer.status_code == 201, answer.text
+            async with asyncio.timeout(60):
+                while answer.json()["executionId"] != await ended.get():
+                    pass
+    assert_walks(walk, through="nodes/library/set.py", at_most=97)
+
+
+async def test_a_deploy_walks_through_few_files(
+    mails: MailHarness, people: OrganizationUsers, tmp_path: Path
+) -> None:
+    workflow_ids = [await people.owner.create(**GRAPH) for _ in range(2)]
+    async with (
+        open_fake_cluster(tmp_path) as (cluster, _),
+        run_test_deployer(
+            mails.harness, cluster.reopen, cluster="kubernetes", deployer_sweep_seconds=QUIET_SECONDS
+        ),
+    ):
+        for workflow_id in workflow_ids:  # the first connects to the cluster
+            with record_walk() as walk:
+                answer = await people.owner.api.post(f"/api/v1/workflows/{workflow_id}/deploy", json={})
+            assert answer.json()["deploymentStatus"] == "running", answer.text
+    assert_walks(walk, through="workers/cluster/manifests.py", at_most=88)
