@@ -68,10 +68,12 @@ bridge = Typer(
     no_args_is_help=True,
     help="Move messages of an external queue to a workflow.",
 )
+runs = Typer(rich_markup_mode=None, no_args_is_help=True, help="Follow and repair runs of a running server.")
 app.add_typer(orgs, name="orgs")
 app.add_typer(users, name="users")
 app.add_typer(keys, name="keys")
 app.add_typer(bridge, name="bridge")
+app.add_typer(runs, name="runs")
 
 
 def _show_version(is_wanted: bool) -> None:
@@ -563,6 +565,30 @@ def logs(
     for line in lines:
         node = line["nodeId"] or "-"
         typer.echo(_visible(f"{line['createdAt']} {line['level']:<7} {node} {line['message']}"))
+
+
+@runs.command("why")
+@app.command("why")
+def explain(
+    subject: Annotated[
+        str | None,
+        Argument(
+            help="Id of an execution, or id or exact name of a workflow.",
+            show_default="all runs of the organization",
+        ),
+    ] = None,
+    as_json: Annotated[bool, Option("--json", help="Print the answer of the API.")] = False,
+) -> None:
+    """Explain why an execution or a workflow does not move, or count unfinished runs by reason."""
+    from pilotflame import explanations
+    from pilotflame.client import ApiClient
+
+    explained = explanations.fetch_explanation(ApiClient.from_environment(), subject)
+    if as_json:
+        typer.echo(_visible(json.dumps(explained, indent=2, ensure_ascii=False)))
+        return
+    for line in explanations.render_explanation(explained):
+        typer.echo(_visible(line))
 
 
 def _connections(client: ApiClient, workflow_id: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:

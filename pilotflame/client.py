@@ -139,6 +139,18 @@ class ApiClient:
         found: dict[str, Any] = self._retry(lambda: self._answer("GET", path))["outputs"]
         return found
 
+    def explain(self, path: str) -> dict[str, Any]:
+        """Return why the subject at a path does not move; the organization without a path."""
+        return self._answer("GET", f"{path}/why")
+
+    def explain_execution(self, execution_id: str) -> dict[str, Any]:
+        """Return why a run does not move."""
+        return self.explain(_execution(execution_id))
+
+    def explain_workflow(self, workflow_id: str) -> dict[str, Any]:
+        """Return why the deployment of a workflow is awake, asleep or absent."""
+        return self.explain(_workflow(workflow_id))
+
     def logs(self, execution_id: str) -> Iterator[dict[str, Any]]:
         """Yield the log lines of a run that are written so far."""
         return self._listed(f"{_execution(execution_id)}/logs", "logs")

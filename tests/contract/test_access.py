@@ -606,6 +606,8 @@ ROWS = [
     run_row("GET", "/blobs/{sha256}"),
     run_row("GET", "/events"),
     run_row("GET", "/why"),
+    read_row("GET", "/why"),
+    AccessRow("GET", "/api/v1/why", READ, OWN),
     AccessRow("GET", f"{EXECUTION}/pending-inputs", READ, READERS, create_waiting_execution),
     AccessRow("POST", f"{EXECUTION}/input", EXECUTE, READERS, create_waiting_execution, ANSWER),
     run_row("POST", "/stop", scope=EXECUTE),

@@ -323,3 +323,16 @@ def test_no_process_starts_on_a_redis_that_forgets_when_it_is_full(
     assert done.returncode == 2
     assert "maxmemory-policy" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_why_explains_a_run_a_workflow_and_the_organization(shell: CommandShell) -> None:
+    workflow = shell.file("why.yaml", GREETING.format(name="Explained", said="Hi"))
+    workflow_id = shell.output("apply", workflow).strip()
+    ran = command_runs.run("run", workflow_id, "--input", '{"name": "you"}', given=shell.given)
+    execution_id = ran.stderr.strip()
+    explained = shell.output("why", execution_id)
+    assert f"{execution_id} completed: none since " in explained
+    assert "critical path: Manual 0." in explained
+    assert shell.output("runs", "why", execution_id) == explained
+    assert "deploy" in shell.output("why", "Explained")
+    assert json.loads(shell.output("why", "--json"))["workers"]["present"] == 1

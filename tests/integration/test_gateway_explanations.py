@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import insert, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
+from execution import due_runs
 from journal import concurrency_limits, worker_presence
 from models.execution import Execution
 from models.workflow import WorkflowShare
@@ -23,7 +24,7 @@ async def start(person: UserClient, workflow_id: str) -> str:
 
 
 async def why(person: UserClient, subject: str) -> dict[str, Any]:
-    answer = await person.api.get(f"/api/v1/{subject}/why")
+    answer = await person.api.get(f"/api/v1/{subject}/why".replace("//why", "/why"))
     assert answer.status_code == 200, answer.text
     explained: dict[str, Any] = answer.json()
     return explained
@@ -87,3 +88,80 @@ async def test_a_holder_that_the_caller_may_not_see_loses_its_id(
         assert [one["id"] for one in blocker["by"]] == [shown]
         assert (blocker["position"], len(blocker["actions"])) == (1, 0 if shown is None else 1)
     assert (await people.stranger.api.get(f"/api/v1/executions/{blocked}/why")).status_code == 404
+
+
+async def test_a_workflow_says_why_its_pods_are_up_or_down(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    workflow_id = await people.owner.create(**GRAPH, status="active")
+    path = f"/api/v1/workflows/{workflow_id}"
+    absent = await why(people.owner, f"workflows/{workflow_id}")
+    assert (absent["deploymentStatus"], absent["reason"]) == ("not-deployed", "not-deployed")
+    assert [one["path"] for one in absent["actions"]] == [f"{path}/deploy"]
+    assert absent["primary"] == "none"
+
+    assert (await people.owner.api.post(f"{path}/deploy")).status_code == 202
+    starting = await why(people.owner, f"workflows/{workflow_id}")
+    assert (starting["primary"], starting["lastDecision"]["reason"]) == ("waking", "deployed")
+    assert starting["lastDecision"]["userId"] == people.owner.user.id
+
+    execution_id = await start(people.owner, workflow_id)
+
+    async def work(connection: AsyncConnection) -> None:
+        to_pods = {"target": workflow_id, "assigned_deployment_id": workflow_id}
+        await connection.execute(update(Execution).where(col(Execution.id) == execution_id).values(to_pods))
+
+    await harness.gateway.database.transaction(work)
+    assert (await why(people.owner, f"executions/{execution_id}"))["primary"] == "waking"
+    counts = await why(people.owner, "")
+    assert {one["code"]: one["count"] for one in counts["reasons"]} == {"waking": 1}
+
+    assert (await people.owner.api.put(f"{path}/lifecycle", json={"type": "always-on"})).status_code == 200
+    assert (await people.owner.api.post(f"{path}/stop")).status_code in {200, 202}
+    await due_runs.wake_due_deployments(harness.gateway.database, harness.gateway.broker)
+    stopped = await why(people.owner, f"workflows/{workflow_id}")
+    assert (stopped["primary"], stopped["stoppedReason"]) == ("stopped-manually", "manual")
+    assert (await why(people.owner, f"executions/{execution_id}"))["primary"] == "stopped-manually"
+    counts = await why(people.owner, "")
+    assert {one["code"]: one["count"] for one in counts["reasons"]} == {"stopped-manually": 1}
+
+    assert (await people.owner.api.put(f"{path}/status", json={"status": "paused"})).status_code == 200
+    assert (await why(people.owner, f"workflows/{workflow_id}"))["primary"] == "workflow-paused"
+
+
+async def test_counts_cover_every_unfinished_run_of_the_organization_alone(
+    harness: GatewayHarness, people: OrganizationUsers
+) -> None:
+    limited = await people.owner.create(**GRAPH, status="active", settings={"concurrency": {"limit": 1}})
+    free = await people.owner.create(**GRAPH, status="active")
+    started = [await start(people.owner, limited)]
+    await concurrency_limits.admit_waiting_runs(harness.gateway.database, limited)
+    started += [await start(people.owner, limited) for _ in range(2)]
+    started += [await start(people.owner, free) for _ in range(3)]
+    running, lost, ending = started[-3:]
+
+    async def work(connection: AsyncConnection) -> None:
+        soon, past = datetime.now(UTC) + timedelta(minutes=1), datetime.now(UTC) - timedelta(minutes=1)
+        for execution_id, lease_until, request in (
+            (running, soon, None),
+            (lost, past, None),
+            (ending, soon, "stop"),
+        ):
+            changes = {"status": "running", "lease_until": lease_until, "request": request}
+            await connection.execute(
+                update(Execution).where(col(Execution.id) == execution_id).values(changes)
+            )
+
+    await harness.gateway.database.transaction(work)
+    counts = await why(people.owner, "")
+    assert {one["code"]: one["count"] for one in counts["reasons"]} == {
+        "no-worker": 1,
+        "waiting-for-slot": 2,
+        "node-running": 1,
+        "worker-lost": 1,
+        "cancel-requested": 1,
+    }
+    for reason in counts["reasons"]:
+        assert reason["oldestSince"] is not None
+        assert not reason["countIsLowerBound"]
+    assert (await why(people.stranger, ""))["reasons"] == []

@@ -1,0 +1,112 @@
+"""Explanation of a workflow's deployment: why it is awake, asleep or not deployed, as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+from zoneinfo import ZoneInfoNotFoundError
+
+from journal.deployments import wakes
+from journal.explanations import deployment_blockers
+from journal.explanations.blockers import Blocker, BlockerCode, NextEvent, SuggestedRequest
+from journal.explanations.run_explanation import workflow_paused
+from models import lifecycle_policy
+from models.deployment import DeploymentStatus, status_of
+from models.lifecycle_policy import LifecycleAction, LifecycleReason, StoppedReason
+from models.workflow import WorkflowStatus
+
+if TYPE_CHECKING:
+    from journal.deployments.activity import DeploymentActivity
+    from journal.explanations.run_facts import LastDecision
+    from models.lifecycle_policy import LifecycleVerdict
+    from models.workflow import Workflow
+
+REASON_TEXTS: Final[Mapping[LifecycleReason, str]] = {
+    LifecycleReason.ALWAYS_ON: "Its policy keeps it running",
+    LifecycleReason.WINDOW_OPEN: "A window of its schedule is open",
+    LifecycleReason.RUN_DUE: "A run is due and starts it",
+    LifecycleReason.IDLE: "It has been idle for the time of its policy, and stops",
+    LifecycleReason.NO_MORE_RUNS: "It has no more runs, and stops",
+    LifecycleReason.WINDOW_CLOSED: "No window of its schedule is open",
+    LifecycleReason.DRAINED: "Its last run has ended, and it stops",
+    LifecycleReason.DRAIN_TIME_OVER: "The time for its last runs is over, and it stops",
+    LifecycleReason.BY_HAND: "A user has started or stopped it",
+    LifecycleReason.DEPLOYED: "It was deployed",
+    LifecycleReason.UNDEPLOYED: "It was undeployed",
+    LifecycleReason.NOT_DEPLOYED: "It is not deployed: workers run its executions",
+    LifecycleReason.IN_USE: "It has runs, or starts",
+    LifecycleReason.NOT_IDLE_YET: "It was used within the time of its policy",
+    LifecycleReason.STARTED_BY_HAND: "A user has started it outside its window",
+    LifecycleReason.STOPPED_BY_HAND: "A user has stopped it",
+    LifecycleReason.DRAINING: "It waits for its last runs, and stops then",
+    LifecycleReason.ASLEEP: "It is asleep: the next run starts it",
+    LifecycleReason.FAILED: "Its pods could not start",
+}
+"""Text of each reason of a lifecycle decision."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeploymentExplanation:
+    """Reason for the state of a deployment."""
+
+    status: DeploymentStatus
+    reason: LifecycleReason
+    message: str
+    stopped_reason: StoppedReason | None
+    blockers: Sequence[Blocker]
+    """Reasons why a run could not start now; an asleep deployment that a run may wake has none."""
+    next: NextEvent | None
+
+
+def explain_deployment(
+    workflow: Workflow, seen: DeploymentActivity | None, last: LastDecision | None
+) -> DeploymentExplanation:
+    """Explain the state of a workflow's deployment, at the time of its activity."""
+    paused = [workflow_paused(workflow.id, since=None)] if workflow.status == WorkflowStatus.PAUSED else []
+    status = status_of(seen.deployment if seen is not None else None)
+    if seen is None or not seen.deployment.is_deployed:
+        reason = LifecycleReason.NOT_DEPLOYED
+        return DeploymentExplanation(status, reason, REASON_TEXTS[reason], None, paused, None)
+    decision = _decide(seen)
+    blocker = deployment_blockers.find_blocker(seen, last, seen.now, since=None)
+    if blocker is not None and blocker.code is BlockerCode.WAKING and not wakes.is_desired(seen.deployment):
+        blocker = None  # a run starts it: being asleep is no reason that keeps a run waiting
+    return DeploymentExplanation(
+        status,
+        decision.reason,
+        REASON_TEXTS[decision.reason],
+        StoppedReason(seen.deployment.stopped_reason) if seen.deployment.stopped_reason else None,
+        [*paused, *([blocker] if blocker is not None else [])],
+        _next_event(seen),
+    )
+
+
+def _decide(seen: DeploymentActivity) -> LifecycleVerdict:
+    try:
+        return lifecycle_policy.decide(seen.policy, seen.situation, seen.now)
+    except ZoneInfoNotFoundError:
+        return lifecycle_policy.LifecycleVerdict(LifecycleAction.NONE, LifecycleReason.WINDOW_CLOSED)
+
+
+def _next_event(seen: DeploymentActivity) -> NextEvent | None:
+    try:
+        transition = lifecycle_policy.next_transition(seen.policy, seen.situation, seen.now)
+    except ZoneInfoNotFoundError:
+        return None
+    return None if transition is None else NextEvent(transition.kind.value, transition.at)
+
+
+def suggest_requests(workflow_id: str, status: DeploymentStatus) -> Sequence[SuggestedRequest]:
+    """Return requests that change the state of a deployment."""
+    names = {
+        DeploymentStatus.NOT_DEPLOYED: "deploy",
+        DeploymentStatus.STOPPED: "start",
+        DeploymentStatus.FAILED: "start",
+        DeploymentStatus.RUNNING: "stop",
+    }
+    name = names.get(status)
+    if name is None:
+        return ()
+    path = f"/api/v1/workflows/{workflow_id}/{name}"
+    return [SuggestedRequest("POST", path, deployment_blockers.WRITE_SCOPE)]

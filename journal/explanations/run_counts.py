@@ -1,0 +1,255 @@
+"""Counts of unfinished runs by the reason that keeps them from moving, of one organization or of all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import and_, case, func, literal, literal_column, select, union_all
+from sqlmodel import col
+
+from journal.deployments import activity, wakes
+from journal.explanations import deployment_blockers, run_explanation
+from journal.explanations.blockers import BlockerCode
+from journal.explanations.run_facts import SPECIAL_TARGETS
+from journal.held_runs import UNTIL_RESUMED
+from models.blocked_interval import BlockedInterval
+from models.database_time import DatabaseTime
+from models.deployment import Deployment
+from models.execution import (
+    DELAYED_TARGET,
+    ISOLATED_TARGET,
+    ISOLATED_UNPARSED_TARGET,
+    LIMITED_TARGET,
+    SHARED_TARGET,
+    UNPARSED_TARGET,
+    Execution,
+)
+from models.execution_status import ExecutionStatus
+from models.timestamps import from_microseconds
+from models.worker_presence import WorkerPresence
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+MAX_COUNTED: Final = 10_000
+"""Largest number of runs of one kind that is counted."""
+_WORKER_QUEUES: Final = (SHARED_TARGET, ISOLATED_TARGET, UNPARSED_TARGET, ISOLATED_UNPARSED_TARGET)
+# Literals instead of bound parameters: the databases use a partial index only for a condition that they can
+# read.
+_IS_RUNNING: Final = col(Execution.status) == literal_column(f"'{ExecutionStatus.RUNNING}'")
+
+
+@dataclass(frozen=True, slots=True)
+class CodeCount:
+    """Number of runs with one primary reason."""
+
+    count: int
+    is_lower_bound: bool
+    oldest_since: datetime | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunCounts:
+    """Counts of unfinished runs by code, and the workers that have reported."""
+
+    now: datetime
+    by_code: Mapping[BlockerCode, CodeCount]
+    workers: Sequence[WorkerPresence]
+
+
+async def count_runs(connection: AsyncConnection, organization_id: str | None = None) -> RunCounts:
+    """Count the unfinished runs of an organization, or of all, by their primary reason.
+
+    Each kind is counted up to `MAX_COUNTED`. Of runs in the queue of workers, all count as queued.
+    """
+    now = from_microseconds(await connection.scalar(select(DatabaseTime())) or 0)
+    workers = await connection.execute(
+        select(WorkerPresence).order_by(col(WorkerPresence.seen_at).desc()).limit(1_000)
+    )
+    present = [WorkerPresence(**row) for row in workers.mappings()]
+    totals = _CodeTotals()
+    pods = await _deployed_targets(connection, organization_id)
+    for target, row in await _pending(connection, organization_id, pods):
+        code = await _pending_code(connection, target, present, now)
+        totals.add(code, row)
+    for code, row in [
+        *await _deferred(connection, organization_id, pods, now),
+        *await _waiting(connection, organization_id),
+        *await _running(connection, organization_id),
+    ]:
+        totals.add(code, row)
+    return RunCounts(now, totals.found, present)
+
+
+class _CodeTotals:
+    def __init__(self) -> None:
+        self.found: dict[BlockerCode, CodeCount] = {}
+
+    def add(self, code: BlockerCode, row: Any) -> None:  # noqa: ANN401 - a row with `number` and `oldest`
+        if not row.number:
+            return
+        before = self.found.get(code, CodeCount(0, is_lower_bound=False, oldest_since=None))
+        oldest = [one for one in (before.oldest_since, _moment(row.oldest)) if one is not None]
+        self.found[code] = CodeCount(
+            before.count + row.number,
+            before.is_lower_bound or row.number >= MAX_COUNTED,
+            min(oldest, default=None),
+        )
+
+
+def _moment(value: datetime | int | None) -> datetime | None:
+    return from_microseconds(value) if isinstance(value, int) else value
+
+
+def _bounded(label: Any, *conditions: ColumnElement[bool]) -> Select[Any]:  # noqa: ANN401 - any expression
+    """Return the statement that counts rows of one kind up to the limit."""
+    some = select(col(Execution.updated_at).label("at")).where(*conditions).limit(MAX_COUNTED).subquery()
+    return select(
+        literal(label).label("label"), func.count().label("number"), func.min(some.c.at).label("oldest")
+    ).select_from(some)
+
+
+def _of(organization_id: str | None) -> Sequence[ColumnElement[bool]]:
+    return () if organization_id is None else (col(Execution.organization_id) == organization_id,)
+
+
+async def _deployed_targets(connection: AsyncConnection, organization_id: str | None) -> Sequence[str]:
+    """Return the deployments with pending or deferred runs, of an organization or of all."""
+    found: set[str] = set()
+    for condition in (wakes.IS_PENDING, wakes.IS_DEFERRED):
+        if organization_id is None:
+            targets = await connection.scalars(wakes.targets_statement(condition, SHARED_TARGET))
+            found |= {str(target) for target in targets}
+            continue
+        deployed = select(col(Deployment.workflow_id)).where(
+            col(Deployment.organization_id) == organization_id, col(Deployment.is_deployed)
+        )
+        has_runs = (
+            select(col(Execution.id))
+            .where(
+                condition,
+                col(Execution.target) == col(Deployment.workflow_id),
+                col(Execution.organization_id) == organization_id,
+            )
+            .correlate(Deployment)
+            .exists()
+        )
+        found |= {*await connection.scalars(deployed.where(has_runs).limit(activity.BATCH_DEPLOYMENTS))}
+    return sorted(found - SPECIAL_TARGETS)
+
+
+async def _pending(
+    connection: AsyncConnection, organization_id: str | None, pods: Sequence[str]
+) -> Sequence[tuple[str, Any]]:
+    targets = [*_WORKER_QUEUES, LIMITED_TARGET, *pods]
+    statement = union_all(
+        *(
+            _bounded(target, wakes.IS_PENDING, col(Execution.target) == target, *_of(organization_id))
+            for target in targets
+        )
+    )
+    return [(str(row.label), row) for row in await connection.execute(statement)]
+
+
+async def _pending_code(
+    connection: AsyncConnection, target: str, workers: Sequence[WorkerPresence], now: datetime
+) -> BlockerCode:
+    """Return the reason of the pending runs of a target."""
+    if target == LIMITED_TARGET:
+        return BlockerCode.WAITING_FOR_SLOT
+    if target in _WORKER_QUEUES:
+        present = run_explanation.present_workers(workers, now)
+        return BlockerCode.QUEUED_BEHIND if present else BlockerCode.NO_WORKER
+    return await _deployment_code(connection, target, now, otherwise=BlockerCode.QUEUED_BEHIND)
+
+
+async def _deployment_code(
+    connection: AsyncConnection, workflow_id: str, now: datetime, *, otherwise: BlockerCode
+) -> BlockerCode:
+    seen = await activity.read_activity(connection, workflow_id)
+    blocker = deployment_blockers.find_blocker(seen, None, now, since=None)
+    return otherwise if blocker is None else blocker.code
+
+
+async def _deferred(
+    connection: AsyncConnection, organization_id: str | None, pods: Sequence[str], now: datetime
+) -> Sequence[tuple[BlockerCode, Any]]:
+    """Return counts of runs that were accepted and may not start yet."""
+    is_held = col(Execution.due_at) == UNTIL_RESUMED
+    of_delayed = and_(wakes.IS_DEFERRED, col(Execution.target) == DELAYED_TARGET, *_of(organization_id))
+    statement = union_all(
+        _bounded(BlockerCode.WORKFLOW_PAUSED.value, of_delayed, is_held),
+        _bounded(BlockerCode.TIMER.value, of_delayed, ~is_held),
+        *(
+            _bounded(target, wakes.IS_DEFERRED, col(Execution.target) == target, *_of(organization_id))
+            for target in pods
+        ),
+    )
+    found: list[tuple[BlockerCode, Any]] = []
+    for row in await connection.execute(statement):
+        code = (
+            await _deployment_code(connection, row.label, now, otherwise=BlockerCode.WAKING)
+            if row.label in pods and row.number
+            else BlockerCode(row.label)
+            if row.label in {*BlockerCode}
+            else BlockerCode.WAKING
+        )
+        found.append((code, row))
+    return found
+
+
+async def _waiting(
+    connection: AsyncConnection, organization_id: str | None
+) -> Sequence[tuple[BlockerCode, Any]]:
+    """Return counts of started runs that wait, from the intervals that are open."""
+    is_open: list[ColumnElement[bool]] = [col(BlockedInterval.ended_at).is_(None)]
+    if organization_id is not None:
+        is_open.append(col(BlockedInterval.organization_id) == organization_id)
+    codes = [
+        BlockerCode.TIMER,
+        BlockerCode.RETRY_AT,
+        BlockerCode.AWAITING_EVENT,
+        BlockerCode.AWAITING_INPUT,
+        BlockerCode.NODE_RUNNING,
+    ]
+    statements = []
+    for code in codes:
+        some = (
+            select(col(BlockedInterval.started_at).label("at"))
+            .where(*is_open, col(BlockedInterval.code) == code.value)
+            .limit(MAX_COUNTED)
+            .subquery()
+        )
+        statements.append(
+            select(
+                literal(code.value).label("label"),
+                func.count().label("number"),
+                func.min(some.c.at).label("oldest"),
+            ).select_from(some)
+        )
+    return [(BlockerCode(row.label), row) for row in await connection.execute(union_all(*statements))]
+
+
+async def _running(
+    connection: AsyncConnection, organization_id: str | None
+) -> Sequence[tuple[BlockerCode, Any]]:
+    """Return counts of running runs: with a lease, without one, and with a request to end."""
+    code = case(
+        (col(Execution.lease_until) < DatabaseTime(), BlockerCode.WORKER_LOST.value),
+        (col(Execution.request).is_not(None), BlockerCode.CANCEL_REQUESTED.value),
+        else_=BlockerCode.NODE_RUNNING.value,
+    ).label("label")
+    some = (
+        select(code, col(Execution.updated_at).label("at"))
+        .where(_IS_RUNNING, *_of(organization_id))
+        .limit(MAX_COUNTED)
+        .subquery()
+    )
+    statement = select(
+        some.c.label, func.count().label("number"), func.min(some.c.at).label("oldest")
+    ).group_by(some.c.label)
+    return [(BlockerCode(row.label), row) for row in await connection.execute(statement)]

@@ -1,0 +1,89 @@
+"""Text of explanations for a terminal: why a run, a workflow or the runs of an organization do not move."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pilotflame.client import ApiClient
+
+EXECUTION_PREFIX = "exec_"
+
+
+def fetch_explanation(client: ApiClient, subject: str | None) -> dict[str, Any]:
+    """Return the explanation of an execution or workflow, or of the organization without a subject.
+
+    A workflow is named by its id or its exact name. Raises `CommandError`.
+    """
+    if subject is None:
+        return client.explain("")
+    if subject.startswith(EXECUTION_PREFIX):
+        return client.explain_execution(subject)
+    return client.explain_workflow(client.find_workflow(subject))
+
+
+def render_explanation(explained: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the lines of an explanation."""
+    if "reasons" in explained:
+        yield from _organization_lines(explained)
+        return
+    yield _heading(explained)
+    for blocker in explained["blockers"]:
+        yield from _blocker_lines(blocker)
+    if explained["next"] is not None:
+        yield f"next: {explained['next']['event']} at {explained['next']['at']}"
+    for fact in explained.get("unknown", ()):
+        yield f"unknown: {fact}"
+    if "timing" in explained:
+        yield f"time: {_timing_text(explained['timing'])}"
+    if explained.get("criticalPath"):
+        steps = (f"{step['nodeLabel']} {step['seconds']:.3f} s" for step in explained["criticalPath"])
+        yield f"critical path: {' -> '.join(steps)}"
+    for action in explained.get("actions", ()):
+        yield f"  {action['method']} {action['path']}"
+
+
+def _heading(explained: Mapping[str, Any]) -> str:
+    if "deploymentStatus" in explained:
+        return (
+            f"{explained['workflowId']} {explained['deploymentStatus']}:"
+            f" {explained['message']} ({explained['reason']})"
+        )
+    since = f" since {explained['since']}" if explained["since"] else ""
+    return f"{explained['executionId']} {explained['status']}: {explained['primary']}{since}"
+
+
+def _blocker_lines(blocker: Mapping[str, Any]) -> Iterator[str]:
+    facts = [blocker["kind"]]
+    if blocker["position"] is not None:
+        facts.append(f"position {blocker['position']}")
+    if blocker["until"] is not None:
+        facts.append(f"until {blocker['until']}")
+    if blocker["estimate"] is not None:
+        facts.append(f"about {blocker['estimate']['at']} ({blocker['estimate']['basis']})")
+    facts += [f"{name} {value}" for name, value in blocker["details"].items() if value not in (None, "")]
+    yield f"- {blocker['code']}: {blocker['message']} ({', '.join(facts)})"
+    for holder in blocker["by"]:
+        since = f" since {holder['since']}" if holder["since"] else ""
+        yield f"  held by {holder['type']} {holder['id'] or '(not visible)'}{since}"
+    for action in blocker["actions"]:
+        yield f"  {action['method']} {action['path']} ({action['scope']})"
+
+
+def _timing_text(timing: Mapping[str, Any]) -> str:
+    parts = {name: timing[name] for name in ("queued", "waking", "running")} | timing["waitingFor"]
+    return ", ".join(f"{name} {seconds:.3f} s" for name, seconds in parts.items() if seconds) or "none"
+
+
+def _organization_lines(explained: Mapping[str, Any]) -> Iterator[str]:
+    for reason in explained["reasons"]:
+        number = f"{reason['count']}{'+' if reason['countIsLowerBound'] else ''}"
+        since = f", oldest since {reason['oldestSince']}" if reason["oldestSince"] else ""
+        yield f"{number:>7}  {reason['code']} ({reason['kind']}{since})"
+    if not explained["reasons"]:
+        yield "No unfinished runs"
+    workers = explained["workers"]
+    yield f"{workers['present']} workers hold {workers['heldRuns']} of {workers['concurrency']} runs"
+    for fact in explained["unknown"]:
+        yield f"unknown: {fact}"
