@@ -47,6 +47,7 @@ TABLE: Sequence[Route] = (
 
 FOR_BROWSERS: Sequence[Route] = (
     Route("GET", "/", AccessRule.PUBLIC, site.redirect, status=302),
+    *access_routes.FOR_BROWSERS,
     Route("GET", "/docs", AccessRule.PUBLIC, site.redirect, status=302),
     Route("GET", "/docs/*", AccessRule.PUBLIC, site.show, answer=bytes),
     Route("GET", "/favicon.svg", AccessRule.PUBLIC, document.icon, answer=bytes),

@@ -10,6 +10,7 @@ from typing import TypeAlias
 
 from execution.event_matching import EventMatcher
 from gateway.access.bootstrap import bootstrap
+from gateway.access.browser_sign_in import BrowserSignIn
 from gateway.data_sources.data_source_editing import DataSourceEditor
 from gateway.data_sources.data_source_probes import DataSourceProber
 from gateway.deployments.activation import DeploymentActivator
@@ -28,6 +29,7 @@ from gateway.executions.run_requests import WorkflowRunAcceptor
 from gateway.http.authentication import KeyAuthenticator
 from gateway.http.failed_attempts import PasswordAttempts
 from gateway.http.sender import SenderAuthenticator
+from gateway.http.sessions import SessionAuthenticator
 from gateway.ingest.delivery_log import DeliveryLog
 from gateway.ingest.rejected_samples import RejectedSamples
 from gateway.ingest.sns_certificates import MAX_ANSWER_BYTES, SnsCertificateCache
@@ -95,6 +97,8 @@ class GatewayState:
     runners: PodState
     pod_logs: PodLogReader
     certificates: SnsCertificateCache
+    sessions: SessionAuthenticator
+    sign_in: BrowserSignIn
     mail_attempts: PasswordAttempts
     """Limit of wrong passwords that accompany mails."""
 
@@ -130,7 +134,9 @@ async def assemble_state(
         await bootstrap(database, settings.bootstrap_api_key.get_secret_value(), settings.secret)
     catalog = catalogs.load_catalog()
     blobs = open_blobs(settings)
-    authenticator = KeyAuthenticator(database, settings.secret, settings.previous_secrets)
+    authenticator = KeyAuthenticator(
+        database, settings.secret, settings.previous_secrets, settings.public_url
+    )
     sender_authenticator = SenderAuthenticator(database, authenticator)
     deliveries = DeliveryLog(database)
     samples = RejectedSamples(database)
@@ -197,6 +203,8 @@ async def assemble_state(
                 pod_logs=pod_logs,
                 certificates=certificates,
                 clock=database.clock.now,
+                sessions=authenticator.sessions,
+                sign_in=BrowserSignIn(database, (settings.secret, *settings.previous_secrets)),
                 mail_attempts=PasswordAttempts("Too many mails from this address had a wrong password"),
             )
     finally:

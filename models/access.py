@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from functools import cache
 from hashlib import blake2b
+from typing import Final
 
 from sqlalchemy import Column, Index, SmallInteger, UniqueConstraint
 from sqlmodel import Field, SQLModel
@@ -17,8 +19,9 @@ from models.ids import ALPHABET
 
 
 class UserRole(StrEnum):
-    """Role of a user in its organization."""
+    """Role of a user in its organization; a member may change and run things, a viewer may only read."""
 
+    VIEWER = "viewer"
     MEMBER = "member"
     ADMIN = "admin"
 
@@ -33,9 +36,19 @@ class KeyScope(StrEnum):
     DATASOURCES_WRITE = "datasources:write"
     KEYS_WRITE = "keys:write"
     USERS_WRITE = "users:write"
+    NODES_WRITE = "nodes:write"
+    TASKS_WORK = "tasks:work"
+    MODELS_READ = "models:read"
+    MODELS_WRITE = "models:write"
 
 
 ALL_KEY_SCOPES = frozenset(KeyScope)
+SCOPES_OF_ROLES: Final[Mapping[UserRole, frozenset[KeyScope]]] = {
+    UserRole.VIEWER: frozenset(scope for scope in KeyScope if scope.endswith(":read")),
+    UserRole.MEMBER: ALL_KEY_SCOPES - {KeyScope.USERS_WRITE},
+    UserRole.ADMIN: ALL_KEY_SCOPES,
+}
+"""Scopes that the keys of a user can have at most; a key has those of them that it was created with."""
 
 
 class Organization(SQLModel, table=True):
@@ -98,6 +111,8 @@ class ApiCaller:
     shard: int
     role: UserRole
     scopes: frozenset[str]
+    session_id: str | None = None
+    """Browser session that stands for the key in this request."""
 
     @property
     def is_admin(self) -> bool:

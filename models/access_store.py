@@ -16,7 +16,17 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from sqlmodel import col
 
 from models import ids
-from models.access import ApiCaller, ApiKey, Organization, User, UserRole, hash_key, new_key, visible_prefix
+from models.access import (
+    SCOPES_OF_ROLES,
+    ApiCaller,
+    ApiKey,
+    Organization,
+    User,
+    UserRole,
+    hash_key,
+    new_key,
+    visible_prefix,
+)
 from models.database import Database
 from models.encryption import identify_secret
 
@@ -70,13 +80,14 @@ async def find_keys(database: Database, hashes: Collection[str]) -> dict[str, Fo
 
 
 def _key_of_row(row: Row[*tuple[Any, ...]]) -> FoundKey:
+    role = UserRole(row.role)
     caller = ApiCaller(
         key_id=row.id,
         user_id=row.user_id,
         organization_id=row.organization_id,
         shard=row.shard,
-        role=UserRole(row.role),
-        scopes=frozenset(row.scopes),
+        role=role,
+        scopes=SCOPES_OF_ROLES[role].intersection(row.scopes),
     )
     return FoundKey(caller, row.hash, row.expires_at, row.revoked_at, row.last_used_at)
 
@@ -178,6 +189,45 @@ async def list_users(
 
 
 # ── keys ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def find_operator_key(connection: AsyncConnection, now: datetime) -> ApiKey | None:
+    """Return the oldest valid key of an admin of the oldest organization; None without one."""
+    oldest = select(col(Organization.id)).order_by(col(Organization.created_at)).limit(1).scalar_subquery()
+    statement = (
+        select(ApiKey)
+        .join(User, col(User.id) == col(ApiKey.user_id))
+        .where(col(ApiKey.organization_id) == oldest, col(User.role) == UserRole.ADMIN)
+        .where(col(ApiKey.revoked_at).is_(None))
+        .where(or_(col(ApiKey.expires_at).is_(None), col(ApiKey.expires_at) > now))
+        .order_by(col(ApiKey.id))
+        .limit(1)
+    )
+    row = (await connection.execute(statement)).mappings().first()
+    return ApiKey(**row) if row else None
+
+
+async def find_key(connection: AsyncConnection, key_id: str) -> FoundKey | None:
+    """Return the key with an id and its caller, valid or not."""
+    statement = (
+        select(ApiKey, col(User.role))
+        .join(User, col(User.id) == col(ApiKey.user_id))
+        .where(col(ApiKey.id) == key_id)
+    )
+    row = (await connection.execute(statement)).first()
+    return None if row is None else _key_of_row(row)
+
+
+async def find_organization_by_prefix(connection: AsyncConnection, prefix: str) -> Organization | None:
+    """Return the organization of the only keys that begin with a prefix; the only organization if no key does.
+
+    None where several organizations come into question.
+    """
+    with_prefix = select(col(ApiKey.organization_id)).where(col(ApiKey.prefix) == prefix)
+    statement = select(Organization).where(col(Organization.id).in_(with_prefix)).limit(2)
+    found = (await connection.execute(statement)).mappings().all()
+    found = found or (await connection.execute(select(Organization).limit(2))).mappings().all()
+    return Organization(**found[0]) if len(found) == 1 else None
 
 
 async def create_key(

@@ -43,6 +43,9 @@ class AuditAction(StrEnum):
     KEY_CREATED = "key.created"
     KEY_REVOKED = "key.revoked"
     USER_CREATED = "user.created"
+    SESSION_CREATED = "session.created"
+    SESSION_ENDED = "session.ended"
+    SIGN_IN_REFUSED = "sign-in.refused"
     EVENT_TOKEN_CREATED = "event-token.created"  # noqa: S105 - the name of an action
     EVENT_TOKEN_REVOKED = "event-token.revoked"  # noqa: S105 - the name of an action
     TRIGGER_TOKEN_SET = "trigger-token.set"  # noqa: S105 - the name of an action

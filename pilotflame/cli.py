@@ -389,7 +389,8 @@ def create_user(
     email: str,
     org: Organization,
     role: Annotated[
-        Literal["member", "admin"], Option(help="Role; an admin manages the whole organization.")
+        Literal["viewer", "member", "admin"],
+        Option(help="Role; a viewer only reads, an admin manages the whole organization."),
     ] = "member",
     name: Annotated[str, Option(help="Name of the user.")] = "",
 ) -> None:

@@ -17,7 +17,7 @@ from gateway.http.responses import JsonResponse, NoContent
 from gateway.http.text_rules import ProblemCollector
 from gateway.http.wire import Instant, StrictWire, WireStruct, body_of, instant, optional_instant, read_json
 from models import access_store
-from models.access import ApiCaller, ApiKey, KeyScope, User, UserRole
+from models.access import ALL_KEY_SCOPES, SCOPES_OF_ROLES, ApiCaller, ApiKey, KeyScope, User, UserRole
 from models.audit import AuditAction
 
 LIFETIME: Final = {"minimum": 1, "maximum": limits.KEY_LIFETIME_SECONDS}
@@ -173,11 +173,12 @@ async def create_key(request: GatewayRequest) -> JsonResponse:
         user = await access_store.find_user(connection, caller.organization_id, user_id)
         if user is None:
             raise errors.not_found("user")
+        _require_scopes_of_role(body, UserRole(user.role))
         made = await access_store.create_key(
             connection,
             user=user,
             name=name,
-            scopes=scopes,
+            scopes=scopes & SCOPES_OF_ROLES[UserRole(user.role)],
             secret=request.gateway.settings.secret,
             now=now,
             expires_at=expires_at,
@@ -217,7 +218,15 @@ async def revoke_key(request: GatewayRequest) -> NoContent:
 
 
 def _scopes(scopes: Iterable[str]) -> list[KeyScope]:
-    return sorted(map(KeyScope, scopes))
+    """Return the known scopes in order: a newer release may have stored others."""
+    return sorted(KeyScope(scope) for scope in scopes if scope in ALL_KEY_SCOPES)
+
+
+def _require_scopes_of_role(body: CreateKey, role: UserRole) -> None:
+    """Raise 422 for requested scopes that keys of a role cannot have."""
+    if beyond := sorted(frozenset(body.scopes or ()) - SCOPES_OF_ROLES[role]):
+        message = f"A {role} cannot have {', '.join(beyond)}: leave it out, or choose another user"
+        raise errors.invalid([errors.problem("scopes", "beyond-role", message)])
 
 
 def _own(caller: ApiCaller) -> str | None:

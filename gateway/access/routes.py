@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-from gateway.access import access, audit, signing
+from gateway.access import access, audit, session_shapes, sessions, sign_in, signing
 from gateway.http.endpoint import AccessRule
 from gateway.http.operation_docs import OperationDoc
 from gateway.http.parameters import LIMIT, OFFSET
@@ -24,6 +24,17 @@ ROUTES: Final[Sequence[Route]] = (
         status=201,
         docs=OperationDoc(refusals=("not-found",)),
     ),
+    Route(
+        "GET", "/api/v1/auth/sessions", AccessRule.ANY_KEY, sessions.index, answer=session_shapes.SessionList
+    ),
+    Route(
+        "GET",
+        "/api/v1/auth/sessions/{id}",
+        AccessRule.ANY_KEY,
+        sessions.show,
+        answer=session_shapes.SessionShape,
+    ),
+    Route("DELETE", "/api/v1/auth/sessions/{id}", AccessRule.ANY_KEY, sessions.end, status=204),
     Route("DELETE", "/api/v1/auth/keys/{id}", KEYS, access.revoke_key, status=204),
     Route(
         "GET",
@@ -64,3 +75,9 @@ ROUTES: Final[Sequence[Route]] = (
         "GET", "/api/v1/audit", AccessRule.ADMIN, audit.index, query=audit.LISTED, answer=audit.AuditEntryList
     ),
 )
+
+FOR_BROWSERS: Final[Sequence[Route]] = (
+    Route("POST", "/session", AccessRule.PUBLIC, sign_in.create, status=201),
+    Route("DELETE", "/session", AccessRule.PUBLIC, sign_in.end, status=204),
+)
+"""Routes of sign-ins, for the pages of the dashboard."""

@@ -18,6 +18,7 @@ from concurrency.single_flight import SingleFlight
 from gateway.http import errors
 from gateway.http.client_address import client_of_scope
 from gateway.http.failed_attempts import FailedAttempts
+from gateway.http.sessions import SessionAuthenticator
 from journal.group_commit import GroupCommit
 from models import access_store
 from models.access import hash_key
@@ -52,8 +53,16 @@ class CachedCaller:
 class KeyAuthenticator:
     """Authenticator of API keys, for one process."""
 
-    def __init__(self, database: Database, secret: bytes, previous: Sequence[bytes] = ()) -> None:
+    def __init__(
+        self,
+        database: Database,
+        secret: bytes,
+        previous: Sequence[bytes] = (),
+        public_url: str = "",
+    ) -> None:
         self._database = database
+        self.sessions = SessionAuthenticator(database, public_url)
+        """Authenticator of requests without a key."""
         self._secret = secret
         self._previous = previous
         self._remembered: OrderedDict[str, CachedCaller] = OrderedDict()
@@ -65,13 +74,17 @@ class KeyAuthenticator:
         self._background: set[asyncio.Task[None]] = set()
 
     async def caller(self, scope: Scope) -> ApiCaller:
-        """Return the caller of the request's key.
+        """Return the caller of the request's key; without a key, that of its browser session.
 
-        Raises 401 without a valid key, 429 after too many failures.
+        Raises 401 without a valid key or session, 403 for a change that another site requests by a session,
+        and 429 after too many failures. A request with a key never looks at cookies.
         """
         key = _key(scope)
         if key is None:
-            raise errors.unauthorized()
+            found = await self._caller_of_session(scope)
+            if found is None:
+                raise errors.unauthorized()
+            return found
         remembered = self._remembered.get(hash_key(key, self._secret))
         if remembered is not None and remembered.fresh_until > monotonic():
             return remembered.caller
@@ -80,9 +93,14 @@ class KeyAuthenticator:
             raise self._failures.fail(client_of_scope(scope), errors.unauthorized())
         return caller
 
+    async def _caller_of_session(self, scope: Scope) -> ApiCaller | None:
+        has_key = any(name == b"x-api-key" for name, _ in scope["headers"])
+        return None if has_key else await self.sessions.caller(scope)
+
     async def close(self) -> None:
         """Wait for the background writes."""
         await self._lookups.drain()
+        await self.sessions.close()
         await asyncio.gather(*self._background, return_exceptions=True)
 
     async def _look_up(self, key: str) -> ApiCaller | None:

@@ -34,9 +34,10 @@ class ClientFailures:
 class FailedAttempts:
     """Failed attempts of one process, by client."""
 
-    def __init__(self, message: str) -> None:
-        """Set the message of refusals."""
+    def __init__(self, message: str, *, max_failures: int = MAX_FAILURES) -> None:
+        """Set the message of refusals, and the failures of one client that get the ordinary answer."""
         self._message = message
+        self._max_failures = max_failures
         self._failures: OrderedDict[str, ClientFailures] = OrderedDict()
 
     def fail(self, client: str, otherwise: ApiError) -> ApiError:
@@ -49,7 +50,7 @@ class FailedAttempts:
     def refusal(self, client: str) -> ApiError | None:
         """Return 429 when a client has failed too often, otherwise None."""
         failures = self._failures.get(client)
-        if failures is None or failures.count < MAX_FAILURES:
+        if failures is None or failures.count < self._max_failures:
             return None
         left = failures.since + FAILURE_WINDOW_SECONDS - monotonic()
         if left <= 0:

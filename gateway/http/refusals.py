@@ -72,7 +72,15 @@ BODY_CODES: Final = (
 """Codes that any operation with a body can return."""
 
 GENERAL: Final = frozenset(
-    {*BODY_CODES, "unauthorized", "scope-required", "rate-limited", "internal-error", "not-ready"}
+    {
+        *BODY_CODES,
+        "unauthorized",
+        "scope-required",
+        "cross-site-request",
+        "rate-limited",
+        "internal-error",
+        "not-ready",
+    }
 ) - {"validation-failed"}
 """Codes that most operations can return, without a meaning of their own."""
 
@@ -116,6 +124,16 @@ ERROR_CODES: Final[Mapping[str, ErrorCode]] = {
     ),
     "scope-required": ErrorCode(403, "The key lacks the scope that `details` names."),
     "admin-required": ErrorCode(403, "Only an admin of the organization may do this."),
+    "sign-in-refused": ErrorCode(
+        401, "The key is unknown, expired or revoked, or the sign-in code was used."
+    ),
+    "https-required": ErrorCode(
+        403, "Browsers sign in over HTTPS, or over plain HTTP on the server's own machine."
+    ),
+    "cross-site-request": ErrorCode(
+        403,
+        "A page of another site requests a change with the session of a browser: send `X-API-Key` instead.",
+    ),
     "network-not-allowed": ErrorCode(403, "The trigger does not accept requests from this address."),
     "not-owner": ErrorCode(403, "Only the object's owner and admins of the organization may do this."),
     "not-found": ErrorCode(404, "The object does not exist, or the caller may not see it."),

@@ -17,6 +17,7 @@ from gateway.http.endpoint import OPEN_QUERIES, AccessRule
 from gateway.http.operation_docs import ETAG, EVENT_STREAM, JSON, HeaderDoc, OperationDoc
 from gateway.http.refusals import BODY_CODES, ERROR_CODES, JSON_CODES, ErrorResponse, example
 from gateway.http.sender import TOKEN
+from gateway.http.session_cookies import SAFE_METHODS
 from gateway.http.wire import WireStruct, is_strict_body
 from gateway.openapi import examples, schemas
 from gateway.openapi.path_parameters import PLACES
@@ -182,6 +183,8 @@ def codes(line: Route) -> list[str]:
     found = set(_note(line).refusals)
     if line.access is not AccessRule.PUBLIC:
         found |= {"unauthorized", "rate-limited", "internal-error", "not-ready"}
+        if line.access is not AccessRule.SENDER and line.method not in SAFE_METHODS:
+            found |= {"cross-site-request"}
     if line.access not in {AccessRule.PUBLIC, AccessRule.ANY_KEY}:
         found |= {"scope-required"}
     if line.access is AccessRule.ADMIN:

@@ -103,6 +103,7 @@ COPYING_ADMINS = expect_access(
 TEMPLATE_READERS = expect_access(stranger=NOT_FOUND, colleague=OK, guest=OK, owner=OK)
 TEMPLATE_WRITERS = expect_access(stranger=NOT_FOUND, colleague=NOT_OWNER, guest=NOT_OWNER, owner=OK)
 KEY_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_FOUND, guest=NOT_FOUND, owner=OK)
+SESSION_HOLDERS: Expected = {**KEY_HOLDERS, CallerKind.WRONG_SCOPE: OK}
 ADMINS = expect_access(stranger=OK, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
 """Operations of admins in their own organization."""
 TOKEN_HOLDERS = expect_access(stranger=NOT_FOUND, colleague=NOT_ADMIN, guest=NOT_ADMIN, owner=NOT_ADMIN)
@@ -343,6 +344,13 @@ async def create_key(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001,
     return key_id
 
 
+async def create_session(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
+    browser = await cast.harness.browser()
+    response = await browser.post("/session", json={"key": cast.owner.key})
+    session_id: str = response.json()["id"]
+    return session_id
+
+
 async def create_event_token(cast: AccessCast, is_public: bool) -> str:  # noqa: ARG001, FBT001 - every `Make` has it
     client = await cast.harness.client(cast.keys[CallerKind.ADMIN, KEYS])
     response = await client.post("/api/v1/auth/event-tokens", json={"name": "Hooks"})
@@ -385,7 +393,7 @@ MADE: Sequence[Make] = (
         create_template,
         create_delivery,
     ),
-    *(create_failed_execution, create_waiting_execution, create_key, create_data_source),
+    *(create_failed_execution, create_waiting_execution, create_key, create_session, create_data_source),
     *(create_subscribed_workflow, create_event, create_event_token, create_mail_address),
 )
 WORKFLOW = "/api/v1/workflows/{id}"
@@ -441,6 +449,9 @@ ROWS = [
     AccessRow("GET", "/api/v1/auth/whoami", None, ANY_KEY),
     AccessRow("GET", "/api/v1/auth/keys", KEYS, OWN),
     AccessRow("POST", "/api/v1/auth/keys", KEYS, OWN, body={"name": "Mine"}, status=201),
+    AccessRow("GET", "/api/v1/auth/sessions", None, ANY_KEY),
+    AccessRow("GET", "/api/v1/auth/sessions/{id}", None, SESSION_HOLDERS, create_session),
+    AccessRow("DELETE", "/api/v1/auth/sessions/{id}", None, SESSION_HOLDERS, create_session, status=204),
     AccessRow("DELETE", "/api/v1/auth/keys/{id}", KEYS, KEY_HOLDERS, create_key, status=204),
     AccessRow("GET", "/api/v1/auth/signing-secret", KEYS, ADMINS),
     AccessRow("POST", "/api/v1/auth/signing-secret", KEYS, ADMINS, status=201),

@@ -129,6 +129,15 @@ class GatewayHarness:
         client = httpx2.AsyncClient(transport=transport, base_url="http://gateway", headers=headers)
         return await self._clients.enter_async_context(client)
 
+    async def browser(
+        self, *, address: str = "127.0.0.1", host: str = "localhost:8000"
+    ) -> httpx2.AsyncClient:
+        """Return a client without a key that keeps cookies, like pages of the dashboard at `host`."""
+        transport = httpx2.ASGITransport(self.app, client=(address, 1234))
+        headers = {"Sec-Fetch-Site": "same-origin", "User-Agent": "A browser"}
+        client = httpx2.AsyncClient(transport=transport, base_url=f"http://{host}", headers=headers)
+        return await self._clients.enter_async_context(client)
+
 
 async def _make_person(
     connection: AsyncConnection,

@@ -54,6 +54,7 @@ OF_THE_ENDPOINT = {
     "rate-limited",
     "scope-required",
     "admin-required",
+    "cross-site-request",
     "internal-error",
     "not-ready",
     "invalid-query",

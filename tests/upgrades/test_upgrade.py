@@ -8,8 +8,11 @@ from pathlib import Path
 
 import httpx2
 import pytest
+from sqlalchemy import select
+from sqlmodel import col
 
 from models import schema_migration
+from models.access import ALL_KEY_SCOPES, ApiKey
 from models.database import Database, parse_url
 from tests import command_runs, http_receiver, services, signed_requests
 from tests.http_receiver import HttpReceiver
@@ -243,6 +246,24 @@ async def test_a_database_of_release_0_1_0_gets_what_was_added_to_its_revision_l
         urls.append(url)
     complete, early = [await schemas.read(url) for url in urls]
     assert early.columns == complete.columns
+
+
+async def test_keys_with_all_scopes_get_new_ones(
+    first_fixture: Fixture, tmp_path: Path, postgres: services.PostgresServer
+) -> None:
+    url = await fixtures.restore(first_fixture, postgres, tmp_path, {})
+    await schema_migration.migrate(parse_url(url))
+    limited = "UPDATE api_key SET scopes = '[\"workflows:read\"]' WHERE id = (SELECT max(id) FROM api_key)"
+    await schemas.downgrade(url, "0005")
+    await schemas.execute(url, [limited])
+    await schema_migration.migrate(parse_url(url))
+    database = Database(parse_url(url))
+    async with database.read() as connection:
+        scopes = (await connection.execute(select(col(ApiKey.scopes)).order_by(col(ApiKey.id)))).scalars()
+        *others, last = map(set, scopes)
+    await database.close()
+    assert last == {"workflows:read"}
+    assert ALL_KEY_SCOPES in others
 
 
 async def revision(url: str) -> str | None:

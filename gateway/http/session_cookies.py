@@ -1,0 +1,97 @@
+"""Cookies of browser sessions, and the origins from which requests with one may change anything.
+
+Cookies follow RFC 6265bis; the check of origins is that of https://www.w3.org/TR/fetch-metadata/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from gateway.http.errors import ApiError
+from models.browser_session import LIFETIME
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+SECURE_NAME: Final = "__Host-pilotflame"
+LOOPBACK_NAME: Final = "pilotflame-loopback"
+LONGEST_COOKIE: Final = 4_096
+SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+
+
+@dataclass(frozen=True, slots=True)
+class SessionCookie:
+    """Cookie of a session: its name, whether it requires HTTPS, and the origin of its pages."""
+
+    name: str
+    is_secure: bool
+    origin: str
+
+    def value_of(self, scope: Mapping[str, Any]) -> str | None:
+        """Return the value that a request sends; None without one."""
+        prefix = f"{self.name}="
+        for header, value in scope["headers"]:
+            if header == b"cookie" and len(value) <= LONGEST_COOKIE:
+                for pair in value.decode("latin-1").split(";"):
+                    text = pair.strip()
+                    if text.startswith(prefix):
+                        return text.removeprefix(prefix) or None
+        return None
+
+    def header(self, value: str) -> str:
+        """Return the header `Set-Cookie` that stores a value, or removes the cookie for an empty one."""
+        seconds = int(LIFETIME.total_seconds()) if value else 0
+        secure = "; Secure" if self.is_secure else ""
+        return f"{self.name}={value}; Path=/; Max-Age={seconds}; HttpOnly; SameSite=Lax{secure}"
+
+    def require_same_origin(self, scope: Mapping[str, Any]) -> None:
+        """Raise 403 for a request that may change something and is not from a page of this server."""
+        if scope["method"] in SAFE_METHODS:
+            return
+        headers = dict(scope["headers"])
+        site = headers.get(b"sec-fetch-site")
+        if site is None:
+            is_ours = headers.get(b"origin", b"").decode("latin-1") == self.origin
+        else:
+            is_ours = site == b"same-origin"
+        if not is_ours:
+            raise ApiError(
+                403,
+                "cross-site-request",
+                "Browsers may change something from pages of this server only: other programs send X-API-Key",
+            )
+
+
+def cookie_of(scope: Mapping[str, Any], public_url: str) -> SessionCookie | None:
+    """Return the cookie of sessions at the address of a request; None where sessions are not possible.
+
+    Behind HTTPS, `public_url` says so. Plain HTTP is possible on this machine only: the client and the
+    requested host are loopback addresses, so that a foreign host name that resolves to one is refused.
+    """
+    public = urlsplit(public_url)
+    if public.scheme == "https":
+        return SessionCookie(SECURE_NAME, is_secure=True, origin=f"https://{public.netloc.lower()}")
+    host = next((value.decode("latin-1") for name, value in scope["headers"] if name == b"host"), "").lower()
+    if not (is_loopback_host(urlsplit(f"//{host}").hostname or "") and is_loopback_client(scope)):
+        return None
+    return SessionCookie(LOOPBACK_NAME, is_secure=False, origin=f"http://{host}")
+
+
+def is_loopback_client(scope: Mapping[str, Any]) -> bool:
+    """Return whether a request comes from this machine."""
+    client = scope.get("client")
+    return client is not None and is_loopback_host(client[0])
+
+
+def is_loopback_host(host: str) -> bool:
+    """Return whether a host is `localhost` or a loopback address."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
