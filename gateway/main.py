@@ -25,8 +25,7 @@ from gateway.http.edge import CrossOriginLayer, EdgeLayer
 from gateway.http.endpoint import answer_unrouted
 from gateway.http.protocol import BoundedProtocol, ConnectionBounds
 from gateway.http.proxies import TrustedProxies
-from gateway.http.router import PathRoute, PathRouter
-from gateway.http.workflow_hosts import WorkflowHostRouter
+from gateway.http.router import PathRoute, PathRouter, WorkflowHostRouter
 from gateway.pods import routes as internal_routes
 from gateway.settings import GatewaySettings
 from gateway.state import StateFactory
