@@ -128,13 +128,18 @@ class CrossOriginLayer:
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_cross_origin_headers(scope, origins, message["headers"])]
+                message["headers"] = [
+                    *message["headers"],
+                    *_cross_origin_headers(scope, origins, message["headers"]),
+                ]
             await send(message)
 
         await self._app(scope, receive, send_with_headers)
 
 
-def _cross_origin_headers(scope: Scope, origins: Collection[str], answered: Iterable[tuple[bytes, bytes]]) -> Headers:
+def _cross_origin_headers(
+    scope: Scope, origins: Collection[str], answered: Iterable[tuple[bytes, bytes]]
+) -> Headers:
     """Return the additional headers of an answer."""
     sent: dict[bytes, bytes] = dict(scope["headers"])
     origin = sent.get(b"origin", b"")
