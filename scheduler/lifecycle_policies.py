@@ -13,10 +13,9 @@ from sqlmodel import col
 
 from journal.deployments import activity, decisions, wakes
 from messages import wakeups
-from models import lifecycle_policy
 from models.database_time import DatabaseTime
 from models.deployment import LifecycleDecision
-from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StoppedReason
+from models.lifecycle_policy import LifecycleAction
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -30,14 +29,6 @@ log = structlog.get_logger()
 KEPT_TIME: Final = timedelta(days=30)
 """Retention of decisions. The last older one of each workflow is kept too, because it is still in force."""
 BATCH_ROWS: Final = 1_000
-
-
-def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
-    """Return the decision about a deployment: one that can't start is stopped, and started again later."""
-    situation = seen.situation
-    if situation.is_up and wakes.has_failed(seen.deployment):
-        return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
-    return decisions.decide_by_policy(seen)
 
 
 async def keep_policies(database: Database, broker: Broker) -> None:
@@ -62,10 +53,10 @@ async def forget_decisions(database: Database) -> None:
 async def _keep_policy(database: Database, broker: Broker, seen: DeploymentActivity) -> None:
     workflow_id = seen.deployment.workflow_id
     try:
-        if decide_lifecycle(seen).action is LifecycleAction.NONE:
+        if wakes.decide_lifecycle(seen).action is LifecycleAction.NONE:
             return
         settled = await decisions.decide_and_apply(
-            database, workflow_id, decide_lifecycle, lock=activity.try_lock_deployment
+            database, workflow_id, wakes.decide_lifecycle, lock=activity.try_lock_deployment
         )
     except ZoneInfoNotFoundError as error:
         log.warning("time zone unknown", workflow_id=workflow_id, error=str(error))

@@ -39,14 +39,19 @@ async def delete_unused(blobs: BlobStore, database: Database, owners: Sequence[B
     Call it after the commit that deletes the rows: a run that was resumed from a deleted run keeps their
     shared blobs.
     """
-    deleted = 0
+    unused = await find_unused(database, owners)
+    await blobs.delete_runs(unused)
+    return len(unused)
+
+
+async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequence[BlobOwner]:
+    """Return the owners that no execution refers to."""
+    unused: list[BlobOwner] = []
     for begin in range(0, len(owners), BATCH_OWNERS):
         batch = owners[begin : begin + BATCH_OWNERS]
         named = await _referenced_ids(database, {owner.key_id for owner in batch})
-        unused = [owner for owner in batch if owner.key_id not in named]
-        await blobs.delete_runs(unused)
-        deleted += len(unused)
-    return deleted
+        unused += [owner for owner in batch if owner.key_id not in named]
+    return unused
 
 
 async def _referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:

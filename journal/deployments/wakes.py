@@ -31,7 +31,13 @@ from models.deployment import (
 )
 from models.execution import ISOLATED_TARGET, SHARED_TARGET, Execution
 from models.execution_status import ExecutionStatus
-from models.lifecycle_policy import LifecycleAction, LifecycleReason, LifecycleVerdict, StartRefusal
+from models.lifecycle_policy import (
+    LifecycleAction,
+    LifecycleReason,
+    LifecycleVerdict,
+    StartRefusal,
+    StoppedReason,
+)
 from models.loss_limits import SUSPECT_LOSSES
 
 if TYPE_CHECKING:
@@ -134,6 +140,14 @@ def blocked_reason(deployment: Deployment) -> str | None:
         and deployment.observed_reason_code in BLOCKING_REASONS
     )
     return deployment.observed_reason if is_blocked else None
+
+
+def decide_lifecycle(seen: DeploymentActivity) -> LifecycleVerdict:
+    """Decide about a deployment by its policy; one that can't start is stopped, and started again later."""
+    situation = seen.situation
+    if situation.is_up and has_failed(seen.deployment):
+        return lifecycle_policy.stop_decision(situation, LifecycleReason.FAILED, StoppedReason.FAILED)
+    return decisions.decide_by_policy(seen)
 
 
 def decide_for_run(seen: DeploymentActivity) -> LifecycleVerdict:

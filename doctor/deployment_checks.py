@@ -1,0 +1,147 @@
+"""Checks of deployments: their policies, their last applied change, and the objects in the cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final, Protocol
+from zoneinfo import ZoneInfoNotFoundError
+
+from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
+from journal.deployments import activity, wakes
+from models.deployment import ObservedState
+from models.lifecycle_policy import LifecycleAction
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.deployments.activity import DeploymentActivity
+    from models.deployment import Deployment
+
+UNAPPLIED_TIME: Final = timedelta(seconds=60)
+"""Time after which a change of the desired state must have been applied, and its effect observed."""
+_SETTLED_STATES: Final = frozenset(
+    {ObservedState.ABSENT, ObservedState.STOPPED, ObservedState.RUNNING, ObservedState.UNKNOWN}
+)
+"""Observed states in which no pod starts or stops."""
+
+
+class ClusterDeployment(Protocol):
+    """Objects of a deployment in the cluster, as its driver lists them."""
+
+    @property
+    def workflow_id(self) -> str: ...
+    @property
+    def replicas(self) -> int: ...
+    @property
+    def exists(self) -> bool: ...
+
+
+async def read_deployments(connection: AsyncConnection) -> Sequence[DeploymentActivity]:
+    """Return every deployment that is to be in the cluster, with its policy and activity."""
+    found: list[DeploymentActivity] = []
+    while True:
+        batch = await activity.read_all_activities(
+            connection, found[-1].deployment.workflow_id if found else ""
+        )
+        found += batch
+        if len(batch) < activity.BATCH_DEPLOYMENTS:
+            return found
+
+
+def check_deployments(deployments: Sequence[DeploymentActivity]) -> Iterator[DriftFinding]:
+    """Yield findings that the rows show: a policy that is not kept, and a change that is not applied."""
+    for seen in deployments:
+        if finding := _check_policy(seen) or _check_change(seen):
+            yield finding
+
+
+def compare_cluster(
+    deployments: Sequence[DeploymentActivity], listed: Sequence[ClusterDeployment]
+) -> Iterator[DriftFinding]:
+    """Yield findings about differences between the rows and the objects in the cluster."""
+    in_cluster = {one.workflow_id: one for one in listed if one.exists}
+    for seen in deployments:
+        deployment = seen.deployment
+        if not _is_settled(seen):
+            continue
+        found = in_cluster.get(deployment.workflow_id)
+        if found is None:
+            message = "The workflow is deployed, and the cluster has no objects of it."
+            yield _finding(DriftClass.WORKFLOW_WITHOUT_DEPLOYMENT, deployment, message)
+        elif found.replicas != deployment.replicas:
+            yield _finding(
+                DriftClass.REPLICAS_DIFFER,
+                deployment,
+                f"{deployment.replicas} pods are wanted, and the cluster was asked for {found.replicas}.",
+                wanted=deployment.replicas,
+                cluster=found.replicas,
+            )
+    wanted_ids = {seen.deployment.workflow_id for seen in deployments}
+    for workflow_id in sorted(in_cluster.keys() - wanted_ids):
+        yield DriftFinding(
+            DriftClass.DEPLOYMENT_WITHOUT_WORKFLOW,
+            DriftSubject("deployment", workflow_id),
+            "The cluster has objects of a workflow that is not deployed.",
+            {"replicas": in_cluster[workflow_id].replicas},
+        )
+
+
+def _check_policy(seen: DeploymentActivity) -> DriftFinding | None:
+    try:
+        decision = wakes.decide_lifecycle(seen)
+    except ZoneInfoNotFoundError as error:
+        return DriftFinding(
+            DriftClass.UNSAFE_SETTING,
+            _subject(seen.deployment),
+            f"The lifecycle policy names a time zone that this machine does not know: {error}",
+            remedy="Install the package tzdata, or change the policy.",
+        )
+    if decision.action is LifecycleAction.NONE:
+        return None
+    reason = decision.reason.value
+    if decision.action in {LifecycleAction.START, LifecycleAction.WAKE}:
+        message = "Its policy starts the deployment now, and it is stopped."
+        return _finding(DriftClass.ASLEEP_AGAINST_WINDOW, seen.deployment, message, reason=reason)
+    message = "Its policy stops the deployment now, and it runs."
+    return _finding(DriftClass.AWAKE_AGAINST_POLICY, seen.deployment, message, reason=reason)
+
+
+def _check_change(seen: DeploymentActivity) -> DriftFinding | None:
+    deployment = seen.deployment
+    is_applied = deployment.observed_generation >= deployment.generation
+    if is_applied or seen.now - deployment.updated_at < UNAPPLIED_TIME:
+        return None
+    return _finding(
+        DriftClass.CHANGE_NOT_APPLIED,
+        deployment,
+        "The deployer has not applied the last change of the desired state.",
+        severity=DriftSeverity.CRITICAL,
+        generation=deployment.generation,
+        appliedGeneration=deployment.observed_generation,
+    )
+
+
+def _is_settled(seen: DeploymentActivity) -> bool:
+    """Return whether no change is on its way to the cluster."""
+    deployment = seen.deployment
+    return (
+        deployment.observed_generation >= deployment.generation
+        and deployment.observed in _SETTLED_STATES
+        and seen.now - deployment.updated_at > UNAPPLIED_TIME
+    )
+
+
+def _subject(deployment: Deployment) -> DriftSubject:
+    return DriftSubject("deployment", deployment.workflow_id, deployment.organization_id)
+
+
+def _finding(
+    drift_class: DriftClass,
+    deployment: Deployment,
+    message: str,
+    *,
+    severity: DriftSeverity = DriftSeverity.WARNING,
+    **evidence: int | str,
+) -> DriftFinding:
+    return DriftFinding(drift_class, _subject(deployment), message, evidence, severity)

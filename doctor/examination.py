@@ -1,0 +1,156 @@
+"""Examination: every check, made twice, so that work in progress is no finding."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from doctor import deployment_checks, row_checks, setting_checks, store_checks
+from doctor.findings import DriftFinding, DriftSeverity
+from journal.blobs.blob_storage import BlobsUnavailable
+from messages.broker import BrokerUnavailable
+from models.database_time import read_database_time
+from models.errors import DatabaseUnavailable
+
+if TYPE_CHECKING:
+    from doctor.deployment_checks import ClusterDeployment
+    from doctor.setting_checks import ServerFacts
+    from journal.blobs.blob_store import BlobStore
+    from messages.broker import Broker
+    from models.database import Database
+
+GRACE_SECONDS: Final = 3.0
+"""Time between the two observations: longer than a sweep of the server takes."""
+
+
+class StoreState(StrEnum):
+    """Result of looking into a store."""
+
+    OK = "ok"
+    UNREACHABLE = "unreachable"
+    """Nothing is known about it, so the examination is not clean."""
+    NOT_EXAMINED = "not-examined"
+
+
+class ClusterUnreadable(Exception):
+    """The cluster did not answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminedStores:
+    """Stores to look into; a store that is None is not examined."""
+
+    database: Database
+    broker: Broker | None = None
+    blobs: BlobStore | None = None
+    facts: ServerFacts | None = None
+    list_cluster: Callable[[], Awaitable[Sequence[ClusterDeployment]]] | None = None
+    """Lists the deployments in the cluster; raises `ClusterUnreadable`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExaminationReport:
+    """Findings that both observations have, and the stores that could be read."""
+
+    as_of: datetime | None
+    """Time of the second observation by the database's clock; None if it can't be reached."""
+    stores: Mapping[str, StoreState]
+    findings: Sequence[DriftFinding]
+
+    @property
+    def has_unreachable_store(self) -> bool:
+        return StoreState.UNREACHABLE in self.stores.values()
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether every store was read and nothing was found."""
+        return not self.findings and not self.has_unreachable_store
+
+
+@dataclass(slots=True)
+class _Observation:
+    as_of: datetime | None = None
+    stores: dict[str, StoreState] = field(default_factory=dict)
+    findings: list[DriftFinding] = field(default_factory=list)
+
+
+async def examine(stores: ExaminedStores, *, grace_seconds: float = GRACE_SECONDS) -> ExaminationReport:
+    """Observe all stores twice; return the findings of both, the most urgent first.
+
+    An unreachable store is reported, never taken for clean. Without findings the second observation is left out.
+    """
+    first = await _observe(stores)
+    second = first
+    if first.findings:
+        await asyncio.sleep(grace_seconds)
+        second = await _observe(stores)
+    seen_before = {finding.key for finding in first.findings}
+    kept = [finding for finding in second.findings if finding.key in seen_before]
+    kept.sort(key=lambda finding: (finding.severity is not DriftSeverity.CRITICAL, *finding.key))
+    return ExaminationReport(second.as_of, second.stores, kept)
+
+
+async def _observe(stores: ExaminedStores) -> _Observation:
+    seen = _Observation()
+    if stores.facts is not None:
+        seen.findings += setting_checks.check_settings(stores.facts)
+    await _observe_database(stores, seen)
+    await _observe_broker(stores, seen)
+    await _observe_blobs(stores, seen)
+    return seen
+
+
+async def _observe_database(stores: ExaminedStores, seen: _Observation) -> None:
+    seen.stores["database"] = StoreState.OK
+    seen.stores["cluster"] = StoreState.NOT_EXAMINED
+    try:
+        if outdated := await store_checks.check_tables(stores.database):
+            seen.findings += outdated
+            return
+        # One snapshot: rows that change between two statements would look like drift.
+        async with stores.database.read() as connection:
+            seen.as_of = await read_database_time(connection)
+            seen.findings += await store_checks.check_database(connection)
+            seen.findings += await row_checks.find_overdue_rows(connection)
+            deployments = await deployment_checks.read_deployments(connection)
+    except DatabaseUnavailable:
+        seen.stores["database"] = StoreState.UNREACHABLE
+        return
+    seen.findings += deployment_checks.check_deployments(deployments)
+    if stores.list_cluster is None:
+        return
+    try:
+        listed = await stores.list_cluster()
+    except ClusterUnreadable:
+        seen.stores["cluster"] = StoreState.UNREACHABLE
+        return
+    seen.stores["cluster"] = StoreState.OK
+    seen.findings += deployment_checks.compare_cluster(deployments, listed)
+
+
+async def _observe_broker(stores: ExaminedStores, seen: _Observation) -> None:
+    if stores.broker is None:
+        seen.stores["redis"] = StoreState.NOT_EXAMINED
+        return
+    try:
+        await stores.broker.ping()
+        seen.stores["redis"] = StoreState.OK
+    except BrokerUnavailable:
+        seen.stores["redis"] = StoreState.UNREACHABLE
+
+
+async def _observe_blobs(stores: ExaminedStores, seen: _Observation) -> None:
+    if stores.blobs is None:
+        seen.stores["blobs"] = StoreState.NOT_EXAMINED
+        return
+    try:
+        seen.findings += await store_checks.check_blobs(stores.database, stores.blobs)
+        seen.stores["blobs"] = StoreState.OK
+    except BlobsUnavailable:
+        seen.stores["blobs"] = StoreState.UNREACHABLE
+    except DatabaseUnavailable:
+        seen.stores["blobs"] = StoreState.NOT_EXAMINED

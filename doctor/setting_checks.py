@@ -1,0 +1,135 @@
+"""Checks of settings that a first start often gets wrong. Each is a pure function of facts about this process."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
+
+from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
+from models.database import is_sqlite
+
+if TYPE_CHECKING:
+    from ipaddress import IPv4Network, IPv6Network
+
+    from sqlalchemy.engine import URL
+
+LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "::1", "localhost"})
+WIDE_PREFIX: Final = 8
+"""Prefix length of networks; a wider one opens nearly everything."""
+FEW_CHARACTERS: Final = 10
+"""Number of different characters below which a secret was typed, not generated."""
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
+
+
+@dataclass(frozen=True, slots=True)
+class ServerFacts:
+    """Settings and facts that the checks judge."""
+
+    host: str
+    """Address that the gateway listens on."""
+    public_url: str
+    trusted_proxies: str
+    secret: str
+    outbound_allowed_networks: Sequence[IPv4Network | IPv6Network]
+    data_dir: Path
+    database_url: URL
+
+
+def check_settings(facts: ServerFacts) -> Iterator[DriftFinding]:
+    """Yield a finding for each setting that is unsafe, or that users will trip over."""
+    yield from _check_public_url(facts)
+    yield from _check_networks(facts)
+    yield from _check_secret(facts)
+    yield from _check_permissions(facts)
+
+
+def _check_public_url(facts: ServerFacts) -> Iterator[DriftFinding]:
+    is_public = facts.host not in LOOPBACK_HOSTS
+    if not facts.public_url:
+        if is_public:
+            yield _finding(
+                "PUBLIC_URL",
+                "It is unset: URLs of triggers are shown with the host of the request that asked for them.",
+                "Set it to the address at which senders reach the gateway.",
+            )
+        return
+    address = urlsplit(facts.public_url)
+    is_loopback = address.hostname in LOOPBACK_HOSTS
+    if address.scheme == "http" and not is_loopback:
+        yield _finding(
+            "PUBLIC_URL",
+            "It is plain HTTP: API keys and sessions travel unencrypted.",
+            "Put TLS in front of the gateway, and set an address with https.",
+            DriftSeverity.CRITICAL,
+        )
+    if is_public and is_loopback:
+        yield _finding(
+            "PUBLIC_URL",
+            "It names this machine alone, while the gateway listens for others.",
+            "Set it to the address at which senders reach the gateway.",
+        )
+    if address.scheme == "https" and not facts.trusted_proxies:
+        yield _finding(
+            "TRUSTED_PROXIES",
+            "It is empty while PUBLIC_URL is https: the gateway takes its proxy for the client of every request.",
+            "Name the addresses of the proxy that ends TLS.",
+        )
+
+
+def _check_networks(facts: ServerFacts) -> Iterator[DriftFinding]:
+    for network in facts.outbound_allowed_networks:
+        if network.prefixlen < WIDE_PREFIX:
+            yield _finding(
+                "OUTBOUND_ALLOWED_NETWORKS",
+                f"{network} lets workflows reach nearly every private address, metadata services included.",
+                "Name the networks of the services that workflows need.",
+                DriftSeverity.CRITICAL,
+            )
+
+
+def _check_secret(facts: ServerFacts) -> Iterator[DriftFinding]:
+    if facts.secret and len(set(facts.secret)) < FEW_CHARACTERS:
+        yield _finding(
+            "SECRET_KEY",
+            "It has few different characters, so it can be guessed.",
+            "Generate one, and rotate with `pilotflame keys rotate-secret`.",
+            DriftSeverity.CRITICAL,
+        )
+
+
+def _check_permissions(facts: ServerFacts) -> Iterator[DriftFinding]:
+    paths = [facts.data_dir / "secret.key"]
+    if is_sqlite(facts.database_url) and facts.database_url.database:
+        paths.append(Path(facts.database_url.database))
+    for path in paths:
+        try:
+            mode = path.stat().st_mode
+        except OSError:
+            continue
+        folder_mode = path.parent.stat().st_mode
+        if mode & _OTHERS and folder_mode & _OTHERS:
+            yield DriftFinding(
+                DriftClass.UNSAFE_SETTING,
+                DriftSubject("file", path.name),
+                f"Other users of this machine may open {path.name}.",
+                {"mode": stat.filemode(mode)},
+                DriftSeverity.CRITICAL,
+                f"chmod 600 {path}",
+            )
+
+
+def _finding(
+    setting: str, message: str, remedy: str, severity: DriftSeverity = DriftSeverity.WARNING
+) -> DriftFinding:
+    return DriftFinding(
+        DriftClass.UNSAFE_SETTING,
+        DriftSubject("setting", f"PILOTFLAME_{setting}"),
+        message,
+        {},
+        severity,
+        remedy,
+    )

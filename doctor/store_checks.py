@@ -1,0 +1,167 @@
+"""Checks of the stores: tables and indexes, leader, workers, clocks, and blobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import func, select, text
+from sqlmodel import col
+
+from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
+from doctor.row_checks import before
+from journal.blobs.blob_reference import BlobReference, InvalidBlobReference
+from journal.blobs.blob_storage import BlobLost, BlobOwner
+from journal.blobs.orphan_blobs import MIN_AGE_HOURS, find_unused
+from journal.worker_presence import ABSENT_SECONDS
+from models import schema_migration
+from models.database_time import read_database_time
+from models.execution import Execution, Leadership, SpanRow
+from models.worker_presence import WorkerPresence
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from journal.blobs.blob_store import BlobStore
+    from models.database import Database
+
+SKEW_SECONDS: Final = 2.0
+CHECKED_BLOBS: Final = 200
+"""Number of the newest large outputs whose blobs are looked for."""
+DATABASE: Final = DriftSubject("database", "database")
+_INVALID_INDEXES: Final = text(
+    "SELECT relname FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid"
+    " WHERE NOT indisvalid AND pg_table_is_visible(indexrelid)"
+)
+
+
+async def check_tables(database: Database) -> Sequence[DriftFinding]:
+    """Find tables that are older than this code; raises `DatabaseUnavailable`."""
+    try:
+        await schema_migration.require_current(database)
+    except (schema_migration.OutdatedDatabase, schema_migration.NewerDatabase) as error:
+        return [
+            DriftFinding(
+                DriftClass.MIGRATION_BEHIND,
+                DATABASE,
+                str(error),
+                {"expected": schema_migration.HEAD_REVISION},
+                DriftSeverity.CRITICAL,
+                "Run `pilotflame migrate` with the newest version, then restart all processes with it.",
+            )
+        ]
+    return ()
+
+
+async def check_database(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    """Find invalid indexes, an absent leader, absent workers, and a clock that differs from the database's."""
+    found = [*await _check_leader(connection), *await _check_workers(connection)]
+    if connection.dialect.name == "postgresql":
+        found += await _check_postgresql(connection)
+    return found
+
+
+async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFinding]:
+    """Find blobs that belong to no run, and large outputs without their blob.
+
+    Raises `DatabaseUnavailable` and `BlobsUnavailable`.
+    """
+    orphans = 0
+    async for owners in blobs.backend.idle_owners(timedelta(hours=MIN_AGE_HOURS + 1)):
+        orphans += len(await find_unused(database, owners))
+    found: list[DriftFinding] = []
+    if orphans:
+        message = f"{orphans} runs without a row have had blobs for over a day."
+        found.append(
+            DriftFinding(
+                DriftClass.BLOB_WITHOUT_ROW, DriftSubject("blobs", "blobs"), message, {"runs": orphans}
+            )
+        )
+    async for owner, reference in _newest_references(database):
+        try:
+            async with blobs.open(owner, reference.sha256):
+                pass
+        except BlobLost:
+            found.append(
+                DriftFinding(
+                    DriftClass.ROW_WITHOUT_BLOB,
+                    DriftSubject("execution", owner.key_id, owner.organization_id),
+                    "A large output of the run is gone from the storage of blobs.",
+                    {"sha256": reference.sha256, "bytes": reference.size},
+                    DriftSeverity.CRITICAL,
+                    "Restore the storage of blobs from a backup that is at least as new as the database.",
+                )
+            )
+    return found
+
+
+async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    leads = select(func.count()).where(col(Leadership.lease_until) > before(0))
+    if await connection.scalar(leads):
+        return ()
+    message = "No scheduler leads: schedules, timers and lifecycle policies stand still."
+    remedy = "Start `pilotflame scheduler`, and read its log if it runs."
+    return [_server_finding(DriftClass.NO_LEADER, "scheduler", message, remedy)]
+
+
+async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    present = select(func.count()).where(
+        col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
+    )
+    if await connection.scalar(present):
+        return ()
+    message = "No worker is present: runs that no pod executes stay pending."
+    return [_server_finding(DriftClass.NO_WORKER, "worker", message, "Start `pilotflame worker`.")]
+
+
+async def _check_postgresql(connection: AsyncConnection) -> Sequence[DriftFinding]:
+    found = [
+        DriftFinding(
+            DriftClass.INVALID_INDEX,
+            DriftSubject("index", name),
+            f"The index {name} is invalid: PostgreSQL maintains it and does not use it.",
+            remedy=f"Run REINDEX INDEX CONCURRENTLY {name}",
+        )
+        for name in await connection.scalars(_INVALID_INDEXES)
+    ]
+    asked_at = time.time()  # noqa: TID251 - the clock of this host is the one that is examined
+    database_time = (await read_database_time(connection)).timestamp()
+    answered_at = time.time()  # noqa: TID251 - the clock of this host is the one that is examined
+    skew = max(asked_at - database_time, database_time - answered_at)
+    if skew > SKEW_SECONDS:
+        found.append(
+            DriftFinding(
+                DriftClass.CLOCK_SKEW,
+                DriftSubject("host", "clock"),
+                f"The clock of this host differs from the database's by {skew:.0f} s.",
+                {"seconds": round(skew, 1)},
+                remedy="Synchronize the clocks of all hosts by NTP: certificates and object storage depend on them.",
+            )
+        )
+    return found
+
+
+async def _newest_references(database: Database) -> AsyncIterator[tuple[BlobOwner, BlobReference]]:
+    """Yield the owners and references of the newest large outputs."""
+    statement = (
+        select(*(col(Execution.organization_id), col(Execution.key_id), col(SpanRow.output_blob)))
+        .join(Execution, col(Execution.id) == col(SpanRow.execution_id))
+        .where(col(SpanRow.output_blob).is_not(None))
+        .order_by(col(SpanRow.execution_id).desc())
+        .limit(CHECKED_BLOBS)
+    )
+    async with database.read() as connection:
+        rows = (await connection.execute(statement)).all()
+    for organization_id, key_id, written in rows:
+        try:
+            yield BlobOwner(organization_id, key_id), BlobReference.from_text((written or "").encode())
+        except InvalidBlobReference:
+            continue
+
+
+def _server_finding(drift_class: DriftClass, process: str, message: str, remedy: str) -> DriftFinding:
+    return DriftFinding(
+        drift_class, DriftSubject("process", process), message, {}, DriftSeverity.CRITICAL, remedy
+    )
