@@ -10,6 +10,7 @@ from gateway.access import routes as access_routes
 from gateway.data_sources import routes as data_sources_routes
 from gateway.deployments import routes as deployments_routes
 from gateway.documentation import site
+from gateway.drift import routes as drift_routes
 from gateway.executions import routes as executions_routes
 from gateway.explanations import routes as explanations_routes
 from gateway.http.endpoint import AccessRule, PathEndpoint, PathOperation
@@ -43,6 +44,7 @@ TABLE: Sequence[Route] = (
     *ingest_routes.ROUTES,
     *executions_routes.ROUTES,
     *explanations_routes.ROUTES,
+    *drift_routes.ROUTES,
 )
 
 FOR_BROWSERS: Sequence[Route] = (

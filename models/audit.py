@@ -59,6 +59,7 @@ class AuditAction(StrEnum):
     DATA_SOURCE_UPDATED = "data-source.updated"
     DATA_SOURCE_VISIBILITY_SET = "data-source.visibility-set"
     DATA_SOURCE_DELETED = "data-source.deleted"
+    DRIFT_FIXED = "drift.fixed"
 
 
 class AuditEntry(SQLModel, table=True):

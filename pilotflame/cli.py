@@ -342,6 +342,42 @@ def migrate() -> None:
     typer.echo("The database is up to date")
 
 
+@app.command()
+def doctor(
+    fix: Annotated[
+        list[str] | None,
+        Option("--fix", metavar="CLASS", help="Fix findings of this class; may be given several times."),
+    ] = None,
+    cluster: Annotated[
+        bool, Option("--cluster", help="Examine the cluster too, with the settings of the deployer.")
+    ] = False,
+    as_json: Annotated[bool, Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Examine the database, Redis, blobs, the cluster and settings for drift, and fix it on request.
+
+    Everything is observed twice. Without --fix nothing is changed.
+
+    Exits with 0 if nothing was found, 1 for findings, and 2 if a store could not be examined.
+    """
+    from doctor.findings import FIXES, DriftClass
+    from pilotflame import doctor_command
+
+    fixable = sorted(drift_class.value for drift_class in FIXES)
+    if unknown := [name for name in fix or [] if name not in fixable]:
+        raise CommandError(
+            f"There is no fix for {', '.join(unknown)}; the classes with one are: {', '.join(fixable)}"
+        )
+    request = doctor_command.DoctorRequest(
+        [DriftClass(name) for name in fix or []], looks_into_cluster=cluster
+    )
+    result = asyncio.run(doctor_command.examine_installation(_settings(), request))
+    if as_json:
+        typer.echo(doctor_command.encode_result(result).decode())
+    else:
+        typer.echo(_visible("\n".join(doctor_command.describe_result(result))))
+    raise typer.Exit(result.exit_code)
+
+
 def _begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
     """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log."""
     from nodes.sandbox.children import confinement

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
-    from gateway.http.parameters import PageBounds
+    from gateway.http.query import PageBounds
 
 OPERATOR: Final = "operator"
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {"createdAt": col(AuditEntry.created_at)}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from sqlalchemy.sql.expression import SQLColumnExpression
 
     from engine.run_records import SpanStatus
-    from gateway.http.parameters import PageBounds
+    from gateway.http.query import PageBounds
     from journal.store import ExecutionKey
     from models.access import ApiCaller
     from models.execution_status import ExecutionStatus

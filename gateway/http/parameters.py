@@ -199,14 +199,6 @@ def sorted_by(columns: Mapping[str, SQLColumnExpression[Any]]) -> OrderParameter
     return OrderParameter("sort", "Field by which the list is sorted, then `:asc` or `:desc`.", columns)
 
 
-@dataclass(frozen=True, slots=True)
-class PageBounds:
-    """Limit and offset of a page of a list."""
-
-    limit: int
-    offset: int
-
-
 LIMIT: Final = IntegerParameter(
     "limit", "Maximum number of items in the answer.", limits.PAGE_DEFAULT, minimum=1, maximum=limits.PAGE_MAX
 )

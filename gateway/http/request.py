@@ -1,33 +1,27 @@
-"""Request as handlers see it: with the caller, the gateway's state, the parameters of its query, and a bounded body.
-
-Bodies are decompressed in pieces and up to a limit.
-"""
+"""Request as handlers see it: Starlette's request with the caller, the gateway's state, and a bounded body."""
 
 from __future__ import annotations
 
 import asyncio
-import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Collection
 from io import BytesIO
-from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qsl
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import ClientDisconnect
 from starlette.requests import Request as StarletteRequest
 
-from engine import name_suggestions
-from gateway.http import errors, idempotency, limits
-from gateway.http.errors import ApiError, invalid_query
-from gateway.http.parameters import LIMIT, OFFSET, IntegerParameter, PageBounds, QueryParameter, Value
+from gateway.http import errors, idempotency
+from gateway.http.body_limit import BodyLimit
+from gateway.http.content_encoding import ContentDecoder
 from gateway.http.preconditions import RequestedObject
+from gateway.http.query import QueryString
 from gateway.http.sender import refuse_sender
 
 if TYPE_CHECKING:
     from starlette.types import Receive, Scope
 
     from engine.values import Json
+    from gateway.http.parameters import QueryParameter
     from gateway.http.protocol import RequestHolding
     from gateway.http.sender import RequestSender
     from gateway.state import GatewayState
@@ -36,17 +30,6 @@ if TYPE_CHECKING:
 
 MAX_LENGTH_DIGITS = 15
 """Longer values of `Content-Length` exceed any limit."""
-
-REMEMBERED_BYTES = 100
-"""Maximum length of a query whose parsed form is cached, such as that of a poll."""
-MAX_SHOWN_NAME = 64
-
-PIECE_BYTES: Final = 262_144
-"""Maximum decompressed bytes of one piece."""
-ACCEPTED: Final = "gzip, deflate"
-_GZIP_WINDOW: Final = 31
-_RAW_WINDOW: Final = -15
-_ZLIB_METHOD: Final = 0x08
 
 
 class GatewayRequest(StarletteRequest):
@@ -183,112 +166,3 @@ def _require_not_evicted(holding: RequestHolding | None) -> None:
     """Raise 503 when the budget has evicted the bytes of this request."""
     if holding is not None and holding.body.is_evicted:
         raise errors.busy("Too many bytes of request bodies at once")
-
-
-@lru_cache(maxsize=1_000)
-def _parsed(raw: bytes) -> Mapping[str, Sequence[str]]:
-    try:
-        pairs = parse_qsl(raw.decode("latin-1"), keep_blank_values=True, max_num_fields=limits.QUERY_FIELDS)
-    except ValueError as error:
-        text = f"The query has more than {limits.QUERY_FIELDS} parameters"
-        raise ApiError(400, "invalid-query", text) from error
-    given: dict[str, list[str]] = {}
-    for name, value in pairs:
-        values = given.setdefault(name, [])
-        if value:
-            values.append(value)
-    return given
-
-
-class QueryString:
-    """Query string of one request, with the parameters that its route declares."""
-
-    def __init__(self, raw: bytes, declared: Collection[QueryParameter[Any]]) -> None:
-        self._given = _parsed(raw) if len(raw) <= REMEMBERED_BYTES else _parsed.__wrapped__(raw)
-        self._declared = declared
-
-    def require_known(self) -> None:
-        """Raise 400 for a name that the route doesn't declare."""
-        known = {parameter.name for parameter in self._declared}
-        for name in self._given:
-            if name not in known:
-                shown, near = name[:MAX_SHOWN_NAME], name_suggestions.suggest_names(name, known)
-                hint = (
-                    f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
-                )
-                raise invalid_query(shown, "unknown-parameter", f"{shown} is not a parameter here: {hint}")
-
-    def __getitem__(self, parameter: QueryParameter[Value]) -> Value:
-        """Return the value of a declared parameter; raises 400 for an invalid one."""
-        if parameter not in self._declared:
-            raise LookupError(f"The route doesn't declare the parameter {parameter.name}")
-        return parameter.read(self._given.get(parameter.name, ()))
-
-    def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:
-        """Return the page that `limit` and `offset` request."""
-        return PageBounds(self[limit], self[OFFSET])
-
-
-class ContentDecoder:
-    """Decoder of one body by its `Content-Encoding` (RFC 9110, section 8.4.1)."""
-
-    def __init__(self, encoding: str) -> None:
-        """Raise 415 for an encoding other than gzip, deflate and identity."""
-        name = encoding.strip().lower().removeprefix("x-")
-        if name not in {"", "identity", "gzip", "deflate"}:
-            message = "Send the body uncompressed, or compressed with gzip or deflate"
-            raise ApiError(415, "unsupported-media-type", message, headers={"Accept-Encoding": ACCEPTED})
-        self.is_needed = name in {"gzip", "deflate"}
-        self._decompressor = zlib.decompressobj(_GZIP_WINDOW) if name == "gzip" else None
-        self._has_begun = False
-        self._is_over = False
-
-    def decode(self, data: bytes) -> Iterator[bytes]:
-        """Yield the decompressed pieces of the next bytes of a body; raises 400 for malformed bytes."""
-        if self._is_over and data:
-            raise _malformed()
-        has_more = bool(data)
-        while has_more and not self._is_over:
-            decompressor = self._decompressor or self._begin(data)
-            try:
-                piece = decompressor.decompress(data, PIECE_BYTES)
-            except zlib.error as error:
-                raise _malformed() from error
-            data = decompressor.unconsumed_tail
-            # zlib may have consumed all input and still hold output that did not fit into the piece.
-            has_more = bool(data) or len(piece) == PIECE_BYTES
-            self._has_begun = True
-            self._is_over = decompressor.eof
-            if piece:
-                yield piece
-            if decompressor.unused_data:
-                raise _malformed()
-
-    def finish(self) -> None:
-        """Raise 400 when the compressed body is cut short; an empty body is valid."""
-        if self._has_begun and not self._is_over:
-            raise _malformed()
-
-    def _begin(self, data: bytes) -> zlib._Decompress:
-        """Return the decompressor of deflate; some senders omit the zlib wrapper that RFC 9110 requires."""
-        window = zlib.MAX_WBITS if data[0] & 0x0F == _ZLIB_METHOD else _RAW_WINDOW
-        self._decompressor = zlib.decompressobj(window)
-        return self._decompressor
-
-
-def _malformed() -> ApiError:
-    message = "The body is not compressed as its Content-Encoding declares, or is cut short"
-    return ApiError(400, "malformed-body", message)
-
-
-@dataclass(frozen=True, slots=True)
-class BodyLimit:
-    """Maximum bytes of a body after decompression."""
-
-    bytes: int
-    setting: str = "PILOTFLAME_MAX_BODY_BYTES"
-    """Setting to name in the refusal; empty when no setting changes the limit."""
-
-    def exceeded(self) -> ApiError:
-        """Return the refusal of a larger body."""
-        return errors.too_large(self.bytes, self.setting)

@@ -15,8 +15,9 @@ import msgspec
 
 from concurrency import offload
 from gateway.http import errors, idempotency
+from gateway.http.body_limit import BodyLimit
 from gateway.http.errors import ApiError
-from gateway.http.request import BodyLimit, GatewayRequest
+from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, location
 from gateway.http.wire import GuardedWire, WireStruct, body_of, json_of
 from gateway.ingest import deduplication_keys, inbound_request, ingest, mail_verification, trigger_secrets

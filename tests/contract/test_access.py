@@ -468,6 +468,7 @@ ROWS = [
     AccessRow("GET", "/api/v1/auth/users", USERS, ADMINS),
     AccessRow("POST", "/api/v1/auth/users", USERS, ADMINS, body={"email": "<address>"}, status=201),
     AccessRow("GET", "/api/v1/audit", USERS, ADMINS),
+    AccessRow("GET", "/api/v1/admin/drift", USERS, ADMINS),
     AccessRow("GET", "/api/v1/intake-samples", USERS, ADMINS),
     AccessRow("GET", "/api/v1/datasources", READ_SOURCES, OWN),
     AccessRow("POST", "/api/v1/datasources", WRITE_SOURCES, OWN, body=TOKEN, status=201),

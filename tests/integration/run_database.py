@@ -54,7 +54,7 @@ TABLES = (
     *("deployment", "deployment_token", "lifecycle_decision", "data_source_share", "data_source"),
     *("workflow_trigger_match", "workflow_trigger", "schedule"),
     *("workflow_graph", "workflow_tag", "workflow_share", "workflow_version", "workflow"),
-    *("api_key", "signing_secret", "user_account", "organization"),
+    *("audit_entry", "api_key", "signing_secret", "user_account", "organization"),
 )
 DEFINITION = '{"nodes":[],"connections":[]}'
 LEASE_SECONDS = 30.0

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from docs import settings_reference
 from docs.tables import ROOT, build_documents
+from doctor.findings import FIXES, DriftClass
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
@@ -180,3 +181,11 @@ def test_the_link_check_sees_a_broken_link(tmp_path: Path) -> None:
     assert not is_resolvable(page, "#no-heading")
     assert not is_resolvable(page, "page.md#twice-2")
     assert not is_resolvable(page, "other.md")
+
+
+def test_the_page_of_the_doctor_has_every_class_with_its_fix() -> None:
+    rows = re.findall(
+        r"^\| `([a-z-]+)` \| .+ \| (.*?) ?\|$", (ROOT / "docs/doctor.md").read_text(), re.MULTILINE
+    )
+    described = {drift_class: fix.description for drift_class, fix in FIXES.items()}
+    assert dict(rows) == {drift_class.value: described.get(drift_class, "") for drift_class in DriftClass}

@@ -1,0 +1,1 @@
+"""Endpoint of the doctor's findings."""

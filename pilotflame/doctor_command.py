@@ -1,0 +1,301 @@
+"""Command `pilotflame doctor`: examine every store of an installation, and fix findings."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+from sqlalchemy import select
+from sqlmodel import col
+
+from doctor import examination
+from doctor.examination import ClusterUnreadable, ExaminedStores
+from doctor.findings import FIXES, DriftClass
+from doctor.setting_checks import ServerFacts
+from engine.values import encode_canonical
+from execution import due_runs
+from gateway.access import audit_log
+from gateway.access.audit_log import ServerOperator
+from gateway.drift import drift
+from gateway.settings import GatewaySettings
+from journal.blobs import orphan_blobs
+from journal.blobs.blob_store_factory import open_blobs
+from journal.store_factory import open_store
+from messages import broker as brokers
+from messages import wakeups
+from models import database as databases
+from models.access import Organization
+from models.audit import AuditAction
+from models.database import Database
+from nodes import catalog as catalogs
+from pilotflame.command_error import CommandError
+from scheduler import lifecycle_policies, recovery
+from scheduler.schedules import ScheduleRunner
+from workers.cluster.driver import ClusterError
+from workers.deployer import main as deployer
+from workers.deployer.settings import DeployerSettings
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncConnection
+
+    from doctor.examination import ExaminationReport
+    from doctor.findings import DriftFinding
+    from engine.values import Json
+    from journal.blobs.blob_store import BlobStore
+    from journal.store import JournalStore
+    from messages.broker import Broker
+    from models.settings import ServerSettings
+    from workers.cluster.driver import ClusterDriver, ObservedDeployment
+
+
+class DoctorExit(IntEnum):
+    """Exit code of the command."""
+
+    CLEAN = 0
+    DRIFT = 1
+    COULD_NOT_LOOK = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorRequest:
+    """Parsed command line."""
+
+    fixes: Collection[DriftClass] = ()
+    looks_into_cluster: bool = False
+    grace_seconds: float = examination.GRACE_SECONDS
+    """Time between the two observations."""
+
+
+@dataclass(frozen=True, slots=True)
+class DoctorResult:
+    """Report after all fixes, and the number of findings of each class that were fixed."""
+
+    report: ExaminationReport
+    fixed: Mapping[DriftClass, int]
+
+    @property
+    def exit_code(self) -> DoctorExit:
+        if self.report.has_unreachable_store:
+            return DoctorExit.COULD_NOT_LOOK
+        return DoctorExit.DRIFT if self.report.findings else DoctorExit.CLEAN
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenStores:
+    """Stores of the installation, open."""
+
+    database: Database
+    broker: Broker
+    blobs: BlobStore
+    journal: JournalStore
+    driver: ClusterDriver | None
+    examined: ExaminedStores
+
+
+_Fix = Callable[[_OpenStores, Sequence["DriftFinding"]], Awaitable[None]]
+
+
+async def examine_installation(settings: ServerSettings, request: DoctorRequest) -> DoctorResult:
+    """Examine every store and fix the findings of the requested classes; then examine again.
+
+    Raises `CommandError`, `InvalidSettings`, and `DatabaseUnavailable` in a fix.
+    """
+    _require_file(settings)
+    async with _open_stores(settings, request) as stores:
+        report = await examination.examine(stores.examined, grace_seconds=request.grace_seconds)
+        fixed: dict[DriftClass, int] = {}
+        for drift_class in request.fixes:
+            found = [finding for finding in report.findings if finding.drift_class is drift_class]
+            if not found or drift_class not in FIXES:
+                continue
+            await _FIXES[FIXES[drift_class].id](stores, found)
+            await _record_fix(stores.database, FIXES[drift_class].id, found)
+            fixed[drift_class] = len(found)
+        if fixed:
+            report = await examination.examine(stores.examined, grace_seconds=request.grace_seconds)
+        return DoctorResult(report, fixed)
+
+
+def _require_file(settings: ServerSettings) -> None:
+    """Raise `CommandError` if the database is a file that does not exist: opening it would create it."""
+    url = databases.parse_url(settings.database_url)
+    if databases.is_sqlite(url) and not Path(url.database or "").exists():
+        raise CommandError(
+            f"There is no database at {url.database}: start `pilotflame dev`, or set PILOTFLAME_DATABASE_URL"
+        )
+
+
+def encode_result(result: DoctorResult) -> bytes:
+    """Return the result as JSON, with the fields of `GET /api/v1/admin/drift` and `fixed`."""
+    shown: dict[str, Json] = msgspec.to_builtins(drift.build_report(result.report))
+    return msgspec.json.encode({**shown, "fixed": dict(result.fixed)})
+
+
+def describe_result(result: DoctorResult) -> Sequence[str]:
+    """Return the result as lines of text."""
+    lines = [f"fixed {count} of {drift_class}" for drift_class, count in result.fixed.items()]
+    lines += [f"{name}: {state}" for name, state in result.report.stores.items()]
+    for finding in result.report.findings:
+        subject = f"{finding.subject.type} {finding.subject.id}"
+        lines.append(f"{finding.severity} {finding.drift_class} {subject}: {finding.message}")
+        evidence = ", ".join(
+            f"{name} {value}" for name, value in finding.evidence.items() if value is not None
+        )
+        lines += [f"    {evidence}"] if evidence else []
+        if fix := FIXES.get(finding.drift_class):
+            lines.append(f"    pilotflame doctor --fix {finding.drift_class}  # {fix.description}")
+        elif finding.remedy:
+            lines.append(f"    {finding.remedy}")
+    count = len(result.report.findings)
+    if result.report.has_unreachable_store:
+        lines.append(f"{count} findings; a store could not be examined, so there may be more")
+    else:
+        lines.append(f"{count} findings" if count else "Nothing found")
+    return lines
+
+
+@asynccontextmanager
+async def _open_stores(settings: ServerSettings, request: DoctorRequest) -> AsyncIterator[_OpenStores]:
+    async with AsyncExitStack() as stack:
+        database = Database(databases.parse_url(settings.database_url))
+        stack.push_async_callback(database.close)
+        broker = await brokers.connect_broker(settings.redis_url)
+        stack.push_async_callback(broker.close)
+        blobs = open_blobs(settings)
+        stack.push_async_callback(blobs.close)
+        journal = await open_store(database.url, clock=database.clock, connections=1)
+        stack.push_async_callback(journal.close)
+        driver: ClusterDriver | None = None
+        list_cluster: Callable[[], Awaitable[Sequence[ObservedDeployment]]] | None = None
+        if request.looks_into_cluster:
+            driver = await _open_driver()
+            if driver is not None:
+                stack.push_async_callback(driver.close)
+            list_cluster = _cluster_lister(driver)
+        examined = ExaminedStores(
+            database,
+            broker if settings.redis_url else None,
+            blobs,
+            read_facts(settings, GatewaySettings()),
+            list_cluster,
+        )
+        yield _OpenStores(database, broker, blobs, journal, driver, examined)
+
+
+def read_facts(settings: ServerSettings, gateway: GatewaySettings) -> ServerFacts:
+    """Return the facts about settings that the checks judge."""
+    return ServerFacts(
+        host=gateway.host,
+        public_url=gateway.public_url,
+        trusted_proxies=gateway.trusted_proxies,
+        secret=settings.secret_key.get_secret_value() if settings.secret_key else "",
+        outbound_allowed_networks=settings.outbound_allowed_networks,
+        data_dir=settings.data_dir,
+        database_url=databases.parse_url(settings.database_url),
+    )
+
+
+async def _open_driver() -> ClusterDriver | None:
+    try:
+        return await deployer.open_driver(DeployerSettings())
+    except ClusterError:
+        return None
+
+
+def _cluster_lister(
+    driver: ClusterDriver | None,
+) -> Callable[[], Awaitable[Sequence[ObservedDeployment]]]:
+    async def list_deployments() -> Sequence[ObservedDeployment]:
+        if driver is None:
+            raise ClusterUnreadable
+        try:
+            return await driver.list()
+        except ClusterError as error:
+            raise ClusterUnreadable from error
+
+    return list_deployments
+
+
+# ── fixes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _reclaim_leases(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await recovery.recover_runs(stores.journal, stores.broker)
+
+
+async def _wake_workers(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await wakeups.wake_workers(stores.broker)
+
+
+async def _start_schedules(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await ScheduleRunner(stores.database, stores.broker, catalogs.load_catalog()).start_due()
+
+
+async def _promote_runs(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await recovery.promote_due_runs(stores.journal, stores.broker)
+
+
+async def _wake_deployments(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await due_runs.wake_due_deployments(stores.database, stores.broker)
+
+
+async def _keep_policies(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await lifecycle_policies.keep_policies(stores.database, stores.broker)
+
+
+async def _delete_blobs(stores: _OpenStores, _found: Sequence[DriftFinding]) -> None:
+    await orphan_blobs.delete_orphans(stores.blobs, stores.database)
+
+
+async def _reconcile(stores: _OpenStores, found: Sequence[DriftFinding]) -> None:
+    for finding in found:
+        await wakeups.wake_deployer(stores.broker, finding.subject.id)
+
+
+async def _delete_deployments(stores: _OpenStores, found: Sequence[DriftFinding]) -> None:
+    if stores.driver is not None:
+        for finding in found:
+            await stores.driver.delete(finding.subject.id)
+
+
+_FIXES: Final[Mapping[str, _Fix]] = {
+    "reclaim-leases": _reclaim_leases,
+    "wake-workers": _wake_workers,
+    "start-due-schedules": _start_schedules,
+    "promote-due-runs": _promote_runs,
+    "wake-deployments": _wake_deployments,
+    "keep-policies": _keep_policies,
+    "delete-orphaned-blobs": _delete_blobs,
+    "reconcile": _reconcile,
+    "delete-deployment": _delete_deployments,
+}
+
+
+async def _record_fix(database: Database, fix_id: str, found: Sequence[DriftFinding]) -> None:
+    """Add an entry to the audit trail of each organization whose objects were fixed."""
+    concerned = {finding.subject.organization_id for finding in found}
+
+    async def record(connection: AsyncConnection) -> None:
+        rows = await connection.execute(
+            select(col(Organization.id), col(Organization.shard)).where(col(Organization.id).in_(concerned))
+        )
+        for organization_id, shard in rows.all():
+            subjects: Sequence[Json] = sorted(
+                each.subject.id for each in found if each.subject.organization_id == organization_id
+            )
+            await audit_log.record_change(
+                connection,
+                ServerOperator(organization_id, shard),
+                AuditAction.DRIFT_FIXED,
+                fix_id,
+                before=None,
+                after=sha256(encode_canonical(subjects)).hexdigest(),
+            )
+
+    await database.transaction(record)
