@@ -1,25 +1,30 @@
-"""Organization with a million stored runs, and the latency of reads from it on both databases.
+"""Latency of reads from an organization with a million stored runs, on both databases.
 
-SQL inserts the rows. Only the gateway runs, so that nothing changes them.
+Only the gateway runs, so that nothing changes the rows. `tests.many_runs` inserts them.
 """
 
 from __future__ import annotations
 
-import asyncio
-import sqlite3
-from collections.abc import Mapping, Sequence
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-import asyncpg
 from sqlalchemy import text
 
 from benchmarks import authoring, machine, processes
 from benchmarks.authoring import WARM_UP, TimedRequest
-from benchmarks.postgres_counters import asyncpg_dsn
 from models.database import Database, is_sqlite, parse_url
+from tests.many_runs import (
+    COMMON_TAG,
+    CUSTOMER_KEY,
+    ORDER_KEY,
+    RARE_TAG,
+    RunOwner,
+    cursor_behind,
+    fill,
+    run_id,
+    workflow_id,
+)
 from tests.services import PostgresServer, RedisServer
 
 if TYPE_CHECKING:
@@ -28,132 +33,41 @@ if TYPE_CHECKING:
     from benchmarks.http1 import BenchmarkApi
 
 RUNS: Final = 1_000_000
-WORKFLOWS: Final = 200
-RECORDS: Final = 200_000
-"""Deliveries, events and audit entries each."""
-ORDER_KEY: Final = "order"
-"""Key of the metadata that every run has, with its own number as the value."""
-CUSTOMER_KEY: Final = "customer"
-"""Key of metadata with the same value in one of a thousand runs."""
-COMMON_TAG: Final = "nightly"
-"""Tag of every second run."""
-RARE_TAG: Final = "audited"
-"""Tag of one in ten thousand runs."""
-FIRST_MICROSECOND: Final = 1_700_000_000_000_000
 REQUESTS: Final = 40
-_STEP: Final = 10_000
-"""Runs that follow each other by this many microseconds; eight of a row share a time, as in a group commit."""
-
-# Of a hundred runs 94 are completed, 3 failed, 1 stopped, 1 cancelled, and 1 waits for a time far away. The
-# ids are as long as real ones, and older than all of them. One pending run in a thousand belongs to a deployed
-# workflow without pods.
-_STATUS = (
-    "CASE WHEN number % 1000 = 7 THEN 'pending' WHEN number % 100 IN (1, 2, 3) THEN 'failed'"
-    " WHEN number % 100 = 4 THEN 'stopped' WHEN number % 100 = 5 THEN 'cancelled'"
-    " WHEN number % 100 = 6 THEN 'waiting' ELSE 'completed' END"
-)
-_CREATED = f"({FIRST_MICROSECOND} + CAST(number / 8 * 8 AS bigint) * {_STEP})"
-_WORKFLOW = "('wf_million_' || number % {workflows})"
-_STATEMENTS: Final = (
-    """
-INSERT INTO execution (id, shard, organization_id, workflow_id, user_id, status, target, assigned_deployment_id,
-    trigger_type, definition_hash, rank, queue_turn, is_fresh, token, attempt, timeout_microseconds,
-    completed_nodes, total_nodes, progress, error, key_id, has_journal, channel, depth, wait_answer_count, due_at,
-    created_at, started_at, ended_at, updated_at)
-SELECT {id}, {shard}, '{organization}', workflow, '{user}', status,
-    CASE status WHEN 'pending' THEN workflow WHEN 'waiting' THEN 'delayed' ELSE 'shared' END,
-    CASE status WHEN 'pending' THEN workflow END,
-    CASE number % 4 WHEN 0 THEN 'queue' WHEN 1 THEN 'api' WHEN 2 THEN 'webhook' ELSE 'schedule' END, '{hash}',
-    created, number % 1024, status = 'pending', 1, 0, 3600000000,
-    CASE status WHEN 'completed' THEN 4 ELSE 1 END, 4, 25,
-    CASE status WHEN 'failed' THEN '{error}' END, {id}, false, '', 0, 0,
-    CASE status WHEN 'waiting' THEN 4102444800000000 END, created,
-    CASE status WHEN 'pending' THEN NULL ELSE created + 5000 END,
-    CASE WHEN status IN ('pending', 'waiting') THEN NULL ELSE created + 90000 END, created + 90000
-FROM (SELECT number, {status} AS status, {created} AS created, {workflow} AS workflow FROM {numbers}) AS runs
-""",
-    """
-INSERT INTO execution_data (execution_id, shard, trigger, config, organization_id, workflow_id, created_at)
-SELECT {id}, {shard}, '{{"body":{{"order":' || number || '}},"headers":{{}},"query":{{}}}}', '{{}}', '{organization}',
-    {workflow}, {created} FROM {numbers}
-""",
-    """
-INSERT INTO span (execution_id, node_id, iteration, shard, id, sequence, label, type, status, port, attempt,
-    started_at, ended_at, output)
-SELECT {id}, 'clean', '', {shard}, {span_id}, 1, 'Clean', 'set', 'completed', 'output', 1,
-    {created} + 5000, {created} + 20000, '{{"order":' || number || ',"total":12.5}}' FROM {numbers}
-""",
-    """
-INSERT INTO execution_label (execution_id, key, value, shard, organization_id, created_at)
-SELECT {id}, '{order_key}', CAST(number AS text), {shard}, '{organization}', {created} FROM {numbers}
-UNION ALL SELECT {id}, '{customer_key}', 'c' || number % 1000, {shard}, '{organization}', {created} FROM {numbers}
-UNION ALL SELECT {id}, '', '{common_tag}', {shard}, '{organization}', {created} FROM {numbers} WHERE number % 2 = 0
-UNION ALL SELECT {id}, '', '{rare_tag}', {shard}, '{organization}', {created} FROM {numbers} WHERE number % 10000 = 0
-""",
-    """
-INSERT INTO delivery (id, shard, organization_id, workflow_id, user_id, route, sender, content_hash,
-    content_bytes, outcome, status, execution_id, created_at)
-SELECT 'dlv' || {suffix}, {shard}, '{organization}', 'wf_million_0', '{user}', 'enqueue', 'api-key:million', '{hash}',
-    120, CASE number % 50 WHEN 0 THEN 'rejected' ELSE 'accepted' END, 202, {id}, {created}
-FROM {numbers} WHERE number < {records}
-""",
-    """
-INSERT INTO event (id, shard, organization_id, user_id, event_type, source, data, created_at, delivered_at)
-SELECT 'evt' || {suffix}, {shard}, '{organization}', '{user}', 'order.created', 'million',
-    '{{"event_data":{{"order":' || number || '}},"event_type":"order.created","source":"million"}}',
-    {created}, {created}
-FROM {numbers} WHERE number < {records}
-""",
-    """
-INSERT INTO audit_entry (id, organization_id, shard, user_id, key_id, action, object_id, before_hash, after_hash,
-    created_at)
-SELECT 'audit' || {suffix}, '{organization}', {shard}, '{user}', 'million', 'workflow-updated',
-    {workflow}, '{hash}', '{hash}', {created} FROM {numbers} WHERE number < {records}
-""",
-)
-_WORKFLOWS: Final = (
-    """
-INSERT INTO workflow (id, organization_id, shard, owner_id, name, description, status, version, revision, tags,
-    settings, config, search_text, scopes, is_public, is_template, created_at, updated_at)
-SELECT 'wf_million_' || number, '{organization}', {shard}, '{user}', 'Million ' || number, '', 'active', 1, 1, '[]',
-    '{{}}', '{{}}', 'million ' || number, '[]', false, false, {first} + number, {first} + number
-FROM {numbers} WHERE number < {workflows}
-""",
-    """
-INSERT INTO workflow_graph (workflow_id, shard, nodes, connections)
-SELECT 'wf_million_' || number, {shard}, '[]', '[]' FROM {numbers} WHERE number < {workflows}
-""",
-)
-_ERROR: Final = '{"code":"node-error","message":"It failed","nodeId":"clean","attempt":1}'
-
-
+_PATH: Final = "/api/v1/executions"
 READS: Final[Mapping[str, str]] = {
-    "run": f"/api/v1/executions/exec_{RUNS // 2:026}",
-    "spans_of_a_run": f"/api/v1/executions/exec_{RUNS // 2:026}/spans",
+    "run": f"{_PATH}/{run_id(RUNS // 2)}",
+    "spans_of_a_run": f"{_PATH}/{run_id(RUNS // 2)}/spans",
+    "newest_page": f"{_PATH}?after=start",
+    "page_after_half": f"{_PATH}?after={cursor_behind(RUNS // 2)}",
+    "newest_100": f"{_PATH}?after=start&limit=100",
+    "oldest_page": f"{_PATH}?after=start&sort=createdAt:asc",
+    "page_of_a_workflow": f"{_PATH}?after=start&workflow_id={workflow_id(3)}",
+    "failed_page": f"{_PATH}?after=start&status=failed",
+    "live_page": f"{_PATH}?after=start&status=pending,running,waiting",
+    "page_of_a_trigger": f"{_PATH}?after=start&trigger_type=webhook",
+    "page_of_an_hour": f"{_PATH}?after=start&since=2023-11-14T22:30:00Z&until=2023-11-14T23:30:00Z",
+    "page_of_metadata": f"{_PATH}?after=start&metadata.{ORDER_KEY}=700000",
+    "list_of_metadata": f"{_PATH}?metadata.{ORDER_KEY}=700000",
+    "page_of_common_metadata": f"{_PATH}?after=start&metadata.{CUSTOMER_KEY}=c7",
+    "page_of_two_keys": f"{_PATH}?after=start&metadata.{CUSTOMER_KEY}=c7&metadata.{ORDER_KEY}=7007",
+    "page_of_a_common_tag": f"{_PATH}?after=start&tag={COMMON_TAG}",
+    "page_of_a_rare_tag": f"{_PATH}?after=start&tag={RARE_TAG}",
+    "failed_page_of_a_common_tag": f"{_PATH}?after=start&tag={COMMON_TAG}&status=failed",
+    "deliveries": f"/api/v1/workflows/{workflow_id(0)}/deliveries?after=start",
+    "events": "/api/v1/events?after=start",
+    "audit_trail": "/api/v1/audit?after=start",
 }
 """Paths of the measured reads by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class RunOwner:
-    """User whose organization gets the rows; `shard` is that of the organization."""
-
-    organization_id: str
-    user_id: str
-    shard: int
-
-
-def run_id(number: int) -> str:
-    """Return the id of the run with a number from 0 to `RUNS - 1`; later numbers are newer."""
-    return f"exec_{number:026}"
-
-
-def workflow_id(number: int) -> str:
-    """Return the id of the workflow with a number from 0 to `WORKFLOWS - 1`.
-
-    Run `n` belongs to workflow `n % WORKFLOWS`.
-    """
-    return f"wf_million_{number}"
+LARGE_TABLES: Final = (
+    "execution",
+    "execution_data",
+    "execution_label",
+    "span",
+    "delivery",
+    "event",
+    "audit_entry",
+)
 
 
 async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) -> dict[str, float]:
@@ -168,8 +82,12 @@ async def measure(postgres: PostgresServer, redis: RedisServer, folder: Path) ->
         of_database.mkdir()
         async with processes.run_production(of_database, address, redis.url, names=("gateway",)) as server:
             url = parse_url(address)
-            await fill(url, await _read_owner(url))
+            await fill(url, await _read_owner(url), RUNS)
+            before = await _count_sequential_scans(url)
             figures |= await _measure_reads(name, server.api)
+            if before is not None:
+                scans = await _count_sequential_scans(url)
+                figures[f"{name}_sequential_scans"] = (scans or 0) - before
     return figures
 
 
@@ -191,71 +109,22 @@ async def _measure_reads(name: str, api: BenchmarkApi) -> dict[str, float]:
     for read, path in READS.items():
         sample = await authoring.sample_requests(api, [TimedRequest("GET", path)] * (WARM_UP + REQUESTS))
         figures[f"{name}_{read}_p95_ms"] = sample.milliseconds(95)
-    figures[f"{name}_slowest_p95_ms"] = max(figures[f"{name}_{read}_p95_ms"] for read in READS)
+    figures[f"{name}_slowest_p95_ms"] = max(
+        value for figure, value in figures.items() if figure.endswith("p95_ms")
+    )
     return figures
 
 
-async def fill(url: URL, owner: RunOwner, runs: int = RUNS) -> None:
-    """Insert the workflows, the runs with a span and labels each, and the records of an organization.
-
-    The database is migrated, and the organization and user exist. Takes about a minute for a million runs.
-    """
+async def _count_sequential_scans(url: URL) -> int | None:
+    """Return the number of scans of whole large tables so far; None on SQLite, which does not count them."""
     if is_sqlite(url):
-        await asyncio.to_thread(_fill_sqlite, Path(url.database or ""), owner, runs)
-        return
-    connection = await asyncpg.connect(asyncpg_dsn(url.render_as_string(hide_password=False)))
+        return None
+    database = Database(url)
+    statement = text("SELECT sum(seq_scan) FROM pg_stat_user_tables WHERE relname = ANY(:tables)")
     try:
-        for statement in _statements(owner, runs, _POSTGRESQL):
-            await connection.execute(statement)
-        # As autovacuum would have done during so many inserts.
-        await connection.execute("VACUUM (ANALYZE)")
-        await connection.execute("CHECKPOINT")
+        # Sessions report their scans at intervals, or when asked to.
+        async with database.read() as connection:
+            await connection.execute(text("SELECT pg_sleep(1.5)"))
+            return int(await connection.scalar(statement, {"tables": list(LARGE_TABLES)}))
     finally:
-        await connection.close()
-
-
-_POSTGRESQL: Final = {
-    "numbers": "generate_series(0, {last}) AS number",
-    "suffix": "('_' || lpad(CAST(number AS text), 26, '0'))",
-}
-_SQLITE: Final = {
-    "numbers": (
-        "(WITH RECURSIVE series (number) AS (SELECT 0 UNION ALL SELECT number + 1 FROM series"
-        " WHERE number < {last}) SELECT number FROM series)"
-    ),
-    "suffix": "printf('_%026d', number)",
-}
-
-
-def _fill_sqlite(path: Path, owner: RunOwner, runs: int) -> None:
-    with closing(sqlite3.connect(path)) as connection:
-        for statement in _statements(owner, runs, _SQLITE):
-            with connection:
-                connection.execute(statement)
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-
-
-def _statements(owner: RunOwner, runs: int, dialect: Mapping[str, str]) -> Sequence[str]:
-    suffix = dialect["suffix"]
-    values = {
-        "numbers": dialect["numbers"].format(last=runs - 1),
-        "suffix": suffix,
-        "id": f"'exec' || {suffix}",
-        "span_id": f"'span' || {suffix}",
-        "organization": owner.organization_id,
-        "user": owner.user_id,
-        "shard": owner.shard,
-        "status": _STATUS,
-        "created": _CREATED,
-        "workflow": _WORKFLOW.format(workflows=WORKFLOWS),
-        "workflows": WORKFLOWS,
-        "records": RECORDS,
-        "first": FIRST_MICROSECOND,
-        "error": _ERROR,
-        "hash": "0" * 64,
-        "order_key": ORDER_KEY,
-        "customer_key": CUSTOMER_KEY,
-        "common_tag": COMMON_TAG,
-        "rare_tag": RARE_TAG,
-    }
-    return [statement.format(**values) for statement in (*_WORKFLOWS, *_STATEMENTS)]
+        await database.close()

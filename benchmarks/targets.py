@@ -118,6 +118,7 @@ TARGETS = (
     FigureTarget("authoring", "postgresql_slowest_edit_p95_ms", TargetSide.BELOW, 50),
     FigureTarget("million", "sqlite_slowest_p95_ms", TargetSide.BELOW, 50),
     FigureTarget("million", "postgresql_slowest_p95_ms", TargetSide.BELOW, 50),
+    FigureTarget("million", "postgresql_sequential_scans", TargetSide.BELOW, 1),
     *_INTAKE,
     FigureTarget("intake", "production_batched_messages_per_second", TargetSide.AT_LEAST, 5_000),
     FigureTarget("intake", "dev_batched_messages_per_second", TargetSide.AT_LEAST, 5_000),

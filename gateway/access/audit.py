@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Final
 
 from gateway.access import audit_log
 from gateway.access.audit_log import AuditFilter
+from gateway.http import keyset
+from gateway.http.keyset import AFTER, KeysetPage
 from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TextParameter, TimeParameter, sorted_by
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse
@@ -22,7 +24,7 @@ USER: Final = TextParameter("userId", "Only changes by this user.")
 SINCE: Final = TimeParameter("since", "Only changes from this time on.")
 UNTIL: Final = TimeParameter("until", "Only changes before this time.")
 SORT: Final = sorted_by(audit_log.SORTABLE)
-LISTED: Final = (OBJECT, ACTION, USER, SINCE, UNTIL, LIMIT, OFFSET, SORT)
+LISTED: Final = (OBJECT, ACTION, USER, SINCE, UNTIL, LIMIT, OFFSET, AFTER, SORT)
 
 
 class AuditEntryShape(WireStruct):
@@ -42,8 +44,8 @@ class AuditEntryShape(WireStruct):
     created_at: Instant
 
 
-class AuditEntryList(WireStruct):
-    """Page of the audit trail; `count` is the number of all matching entries."""
+class AuditEntryList(KeysetPage, kw_only=True):
+    """Page of the audit trail; `count` is the number of all matching entries, with `after` up to 10,000."""
 
     count: int
     limit: int
@@ -56,10 +58,19 @@ async def index(request: GatewayRequest) -> JsonResponse:
     query = request.query
     part, order = query.page(), query[SORT]
     wanted = AuditFilter(query[OBJECT], query[ACTION], query[USER], query[SINCE], query[UNTIL])
+    bounds = keyset.read_bounds(query, SORT)
     async with request.gateway.database.read() as connection:
-        count, found = await audit_log.list_entries(connection, request.caller, wanted, part, order)
-    entries = [_entry(one) for one in found]
-    return JsonResponse(AuditEntryList(count=count, limit=part.limit, offset=part.offset, entries=entries))
+        page = await audit_log.list_entries(connection, request.caller, wanted, part, order, bounds)
+    return JsonResponse(
+        AuditEntryList(
+            count=page.count,
+            count_is_lower_bound=page.is_lower_bound,
+            limit=part.limit,
+            offset=part.offset,
+            next=page.next_cursor,
+            entries=[_entry(one) for one in page.items],
+        )
+    )
 
 
 def _entry(entry: AuditEntry) -> AuditEntryShape:

@@ -11,6 +11,8 @@ from sqlalchemy import func, insert, select
 from sqlmodel import col
 
 from engine.values import fingerprint
+from gateway.http import keyset
+from gateway.http.keyset import ListPage
 from models import ids
 from models.access import ApiCaller, ApiKey, User
 from models.audit import AuditAction, AuditEntry
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
     from sqlalchemy.sql.expression import SQLColumnExpression
 
+    from gateway.http.keyset import KeysetBounds
     from gateway.http.query import PageBounds
 
 OPERATOR: Final = "operator"
@@ -89,18 +92,27 @@ async def list_entries(
     wanted: AuditFilter,
     part: PageBounds,
     order: ColumnElement[Any],
-) -> tuple[int, list[AuditEntry]]:
-    """Return the number of matching entries of the caller's organization, and a page of them."""
+    bounds: KeysetBounds | None,
+) -> ListPage[AuditEntry]:
+    """Return a page of the matching entries of the caller's organization; `bounds` replaces `part` and `order`."""
     conditions = [col(AuditEntry.organization_id) == caller.organization_id, *_conditions(wanted)]
+    item_id = col(AuditEntry.id)
+    if bounds is not None:
+        columns = AuditEntry.__table__.columns  # type: ignore[attr-defined]  # SQLModel adds it
+        created_at = col(AuditEntry.created_at)
+        page = await keyset.list_rows(
+            connection, columns, conditions, bounds, created_at=created_at, item_id=item_id
+        )
+        return page.convert(lambda row: AuditEntry(**row))
     count = await connection.scalar(select(func.count()).select_from(AuditEntry).where(*conditions))
     rows = await connection.execute(
         select(AuditEntry)
         .where(*conditions)
-        .order_by(order, col(AuditEntry.id).desc())
+        .order_by(order, item_id.desc())
         .limit(part.limit)
         .offset(part.offset)
     )
-    return count or 0, [AuditEntry(**row) for row in rows.mappings()]
+    return ListPage(count or 0, [AuditEntry(**row) for row in rows.mappings()])
 
 
 def _conditions(wanted: AuditFilter) -> Iterable[ColumnElement[bool]]:

@@ -34,9 +34,10 @@ class BulkFilter(StrictWire):
     """Accepted at this time or later."""
     created_before: Annotated[datetime, Meta(tz=True)] | None = None
 
-    def wanted(self) -> ExecutionFilter:
+    def wanted(self, organization_id: str) -> ExecutionFilter:
         statuses = [self.status] if isinstance(self.status, ExecutionStatus) else self.status
         return ExecutionFilter(
+            organization_id=organization_id,
             workflow_id=self.workflow_id,
             statuses=statuses or (),
             trigger_type=self.trigger_type,
@@ -127,7 +128,10 @@ async def retry(request: GatewayRequest) -> JsonResponse:
     if earlier is not None:
         return await _retried(request, earlier, headers=idempotency.REPLAYED)
     found, by_workflow = await bulk_actions.find(
-        gateway.database, body.filter.wanted(), bulk_actions.retryable(caller), body.limit
+        gateway.database,
+        body.filter.wanted(caller.organization_id),
+        bulk_actions.retryable(caller),
+        body.limit,
     )
     if body.dry_run:
         preview = BulkRetryResult(**_counts(found, None), new_execution_ids=[])
@@ -156,7 +160,8 @@ async def _chosen(
     request: GatewayRequest, body: BulkRequest, condition: ColumnElement[bool], action: AuditAction
 ) -> ChosenExecutions:
     """Select the executions to act on, and record the action in the audit trail before it begins."""
-    found, _ = await bulk_actions.find(request.gateway.database, body.filter.wanted(), condition, body.limit)
+    wanted = body.filter.wanted(request.caller.organization_id)
+    found, _ = await bulk_actions.find(request.gateway.database, wanted, condition, body.limit)
     if not body.dry_run:
         await bulk_actions.trace(
             request.gateway.database, request.caller, found, action, _audit_subject(body, request.caller)

@@ -15,6 +15,7 @@ from sqlalchemy import (
     Text,
     and_,
     cast,
+    exists,
     false,
     func,
     literal,
@@ -26,8 +27,10 @@ from sqlalchemy import (
 from sqlalchemy.orm import aliased
 from sqlmodel import col
 
+from gateway.http.keyset import ListPage
 from journal.blobs.blob_storage import BlobOwner
 from models.execution import AttemptRow, Execution, ExecutionData, LogRow, SpanRow
+from models.execution_label import ExecutionLabel
 from models.execution_visibility import visibility_condition
 
 if TYPE_CHECKING:
@@ -58,6 +61,10 @@ class SpanKind(StrEnum):
     ATTEMPT = "attempt"
 
 
+SAME_RUN: Final = and_(
+    col(ExecutionData.execution_id) == col(Execution.id), col(ExecutionData.shard) == col(Execution.shard)
+)
+"""Join of executions with their data."""
 SORTABLE: Final[Mapping[str, SQLColumnExpression[Any]]] = {
     "createdAt": col(ExecutionData.created_at),
     "startedAt": _or_never(col(Execution.started_at)),
@@ -74,8 +81,9 @@ _IS_REFERENCE: Final = and_(col(SpanRow.output).is_(None), col(SpanRow.output_bl
 
 @dataclass(frozen=True, slots=True)
 class ExecutionFilter:
-    """Filter of a list of executions."""
+    """Filter of a list of executions of an organization."""
 
+    organization_id: str
     workflow_id: str | None
     statuses: Sequence[ExecutionStatus]
     """Empty: all statuses."""
@@ -84,6 +92,8 @@ class ExecutionFilter:
     since: datetime | None
     until: datetime | None
     """Accepted at `since` or later, and before `until`."""
+    labels: Sequence[tuple[str, str]] = ()
+    """Metadata as key and value, and tags as `TAG_KEY` and tag; a match has all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,46 +114,38 @@ async def list_executions(
     wanted: ExecutionFilter,
     part: PageBounds,
     order: ColumnElement[Any],
-) -> tuple[int, list[Execution]]:
-    """Return the number of executions that the caller may see and that match, and a page of them."""
+) -> ListPage[Execution]:
+    """Return a page of the executions that the caller may see and that match."""
     conditions = [
         visibility_condition(caller),
         col(ExecutionData.organization_id) == caller.organization_id,
         *_conditions(wanted),
     ]
-    same_run = and_(
-        col(ExecutionData.execution_id) == col(Execution.id),
-        col(ExecutionData.shard) == col(Execution.shard),
-    )
     count = await connection.scalar(
-        select(func.count()).select_from(Execution).join(ExecutionData, same_run).where(*conditions)
+        select(func.count()).select_from(Execution).join(ExecutionData, SAME_RUN).where(*conditions)
     )
     rows = await connection.execute(
         select(Execution)
-        .join(ExecutionData, same_run)
+        .join(ExecutionData, SAME_RUN)
         .where(*conditions)
         .order_by(order, col(ExecutionData.execution_id).desc())
         .limit(part.limit)
         .offset(part.offset)
     )
-    return count or 0, [Execution(**row) for row in rows.mappings()]
+    return ListPage(count or 0, [Execution(**row) for row in rows.mappings()])
 
 
 async def find_oldest(
     connection: AsyncConnection, wanted: ExecutionFilter, *conditions: ColumnElement[bool], limit: int
 ) -> tuple[int, Sequence[Recorded]]:
     """Return the number of matching executions, and the ids and workflows of the oldest."""
-    same_run = and_(
-        col(ExecutionData.execution_id) == col(Execution.id),
-        col(ExecutionData.shard) == col(Execution.shard),
-    )
     required = [*conditions, *_conditions(wanted)]
     count = await connection.scalar(
-        select(func.count()).select_from(Execution).join(ExecutionData, same_run).where(*required)
+        select(func.count()).select_from(Execution).join(ExecutionData, SAME_RUN).where(*required)
     )
     rows = await connection.execute(
         select(col(Execution.id), col(Execution.workflow_id))
-        .join(ExecutionData, same_run)
+        .join(ExecutionData, SAME_RUN)
         .where(*required)
         .order_by(col(ExecutionData.created_at), col(ExecutionData.execution_id))
         .limit(limit)
@@ -156,18 +158,58 @@ def _conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
         yield col(ExecutionData.workflow_id) == wanted.workflow_id
     if wanted.statuses:
         yield col(Execution.status).in_(wanted.statuses)
+    yield from column_conditions(wanted)
+    if wanted.parent_id is not None:
+        yield from is_child_of(wanted.parent_id)
+    yield from time_conditions(wanted, col(ExecutionData.created_at))
+    for key, value in wanted.labels:
+        # A list of ids, which both databases look up first: a correlated condition would examine every run.
+        labelled = select(col(ExecutionLabel.execution_id)).where(
+            col(ExecutionLabel.organization_id) == wanted.organization_id,
+            col(ExecutionLabel.key) == key,
+            col(ExecutionLabel.value) == value,
+        )
+        yield col(Execution.id).in_(labelled)
+
+
+def column_conditions(wanted: ExecutionFilter) -> Iterable[ColumnElement[bool]]:
+    """Yield the conditions on columns that no index of a list has."""
     if wanted.trigger_type is not None:
         yield col(Execution.trigger_type) == wanted.trigger_type
-    if wanted.parent_id is not None:
-        yield col(Execution.parent_id) == wanted.parent_id
-        # A redundant condition on the root: the index of trees of runs begins with it.
-        parent = aliased(Execution)
-        root = select(col(parent.root_id)).where(col(parent.id) == wanted.parent_id).scalar_subquery()
-        yield col(Execution.root_id) == func.coalesce(root, wanted.parent_id)
+
+
+def is_child_of(parent_id: str) -> Sequence[ColumnElement[bool]]:
+    """Return the conditions for the executions that a node of another has started."""
+    # A redundant condition on the root: the index of trees of runs begins with it.
+    parent = aliased(Execution)
+    root = select(col(parent.root_id)).where(col(parent.id) == parent_id).scalar_subquery()
+    return col(Execution.parent_id) == parent_id, col(Execution.root_id) == func.coalesce(root, parent_id)
+
+
+def time_conditions(
+    wanted: ExecutionFilter, created_at: SQLColumnExpression[Any]
+) -> Iterable[ColumnElement[bool]]:
+    """Yield the conditions on the time of acceptance, in the given column."""
     if wanted.since is not None:
-        yield col(ExecutionData.created_at) >= wanted.since
+        yield created_at >= wanted.since
     if wanted.until is not None:
-        yield col(ExecutionData.created_at) < wanted.until
+        yield created_at < wanted.until
+
+
+def has_label(label: tuple[str, str]) -> ColumnElement[bool]:
+    """Return the condition for executions with a tag or metadata entry, for a look at one run after the other."""
+    key, value = label
+    one = aliased(ExecutionLabel)
+    return (
+        exists()
+        .where(
+            col(one.execution_id) == col(Execution.id),
+            col(one.shard) == col(Execution.shard),
+            col(one.key) == key,
+            col(one.value) == value,
+        )
+        .correlate(Execution)
+    )
 
 
 async def find_execution(

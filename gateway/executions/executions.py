@@ -10,13 +10,23 @@ import structlog
 from msgspec import UNSET, UnsetType
 
 from engine.run_records import SpanStatus
-from gateway.executions import execution_rows, execution_shapes, large_outputs, live_events, resume_runs
+from gateway.executions import (
+    execution_pages,
+    execution_rows,
+    execution_shapes,
+    large_outputs,
+    live_events,
+    resume_runs,
+    run_labels,
+)
 from gateway.executions.cancellation import request_end_of_run
 from gateway.executions.execution_rows import ExecutionFilter
 from gateway.executions.execution_shapes import ExecutionShape, LogShape, SpanShape
-from gateway.http import errors, idempotency, limits
+from gateway.executions.run_labels import MetadataParameter
+from gateway.http import errors, idempotency, keyset, limits
 from gateway.http.downloads import BlobDownload
 from gateway.http.errors import ApiError
+from gateway.http.keyset import AFTER, KeysetPage
 from gateway.http.parameters import (
     LIMIT,
     OFFSET,
@@ -69,7 +79,12 @@ PARENT_ID = TextParameter("parent_id", "Only executions that a node of this exec
 SINCE = TimeParameter("since", "Only executions accepted at this time or later.")
 UNTIL = TimeParameter("until", "Only executions accepted before this time.")
 SORT = sorted_by(execution_rows.SORTABLE)
-LISTED = (WORKFLOW_ID, STATUS, TRIGGER_TYPE, PARENT_ID, SINCE, UNTIL, LIMIT, OFFSET, SORT)
+TAG = TextParameter("tag", "Only executions with this tag.")
+METADATA = MetadataParameter()
+LISTED = (
+    *(WORKFLOW_ID, STATUS, TRIGGER_TYPE, PARENT_ID, SINCE, UNTIL, TAG, METADATA),
+    *(LIMIT, OFFSET, AFTER, SORT),
+)
 WAIT = IntegerParameter(
     "wait",
     "Seconds for which the answer waits for the end of the execution.",
@@ -93,8 +108,8 @@ SPANS = (NODE_ID, SPAN_STATUS, EXPAND, RECORDS, OFFSET)
 LOGS = (LEVEL, RECORDS, OFFSET)
 
 
-class ExecutionList(WireStruct):
-    """Page of a list of executions; `count` is the total."""
+class ExecutionList(KeysetPage, kw_only=True):
+    """Page of a list of executions; `count` is the total, with `after` up to 10,000."""
 
     count: int
     limit: int
@@ -153,17 +168,31 @@ async def index(request: GatewayRequest) -> JsonResponse:
     query = request.query
     part, order = query.page(), query[SORT]
     wanted = ExecutionFilter(
+        organization_id=request.caller.organization_id,
         workflow_id=query[WORKFLOW_ID],
         statuses=query[STATUS],
         trigger_type=query[TRIGGER_TYPE],
         parent_id=query[PARENT_ID],
         since=query[SINCE],
         until=query[UNTIL],
+        labels=run_labels.filter_labels(query[TAG], query[METADATA]),
     )
+    bounds = keyset.read_bounds(query, SORT)
     async with request.gateway.database.read() as connection:
-        count, found = await execution_rows.list_executions(connection, request.caller, wanted, part, order)
-    shown = [execution_shapes.show_summary(one) for one in found]
-    return JsonResponse(ExecutionList(count=count, limit=part.limit, offset=part.offset, executions=shown))
+        if bounds is None:
+            page = await execution_rows.list_executions(connection, request.caller, wanted, part, order)
+        else:
+            page = await execution_pages.list_page(connection, request.caller, wanted, bounds)
+    return JsonResponse(
+        ExecutionList(
+            count=page.count,
+            count_is_lower_bound=page.is_lower_bound,
+            limit=part.limit,
+            offset=part.offset,
+            next=page.next_cursor,
+            executions=[execution_shapes.show_summary(one) for one in page.items],
+        )
+    )
 
 
 async def show(request: GatewayRequest) -> JsonResponse:

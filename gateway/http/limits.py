@@ -17,6 +17,20 @@ PAGE_MAX: Final = 100
 """Items of a list at once."""
 OFFSET_MAX: Final = 1_000_000
 """Largest `offset` of a list."""
+KEYSET_COUNT: Final = 10_000
+"""Items that a list with `after` counts."""
+METADATA_FILTERS: Final = 3
+"""Keys of metadata that a list of executions is filtered by."""
+EXECUTION_TAGS: Final = 20
+"""Tags of an execution."""
+EXECUTION_TAG_LENGTH: Final = 64
+"""Characters of a tag of an execution."""
+METADATA_KEYS: Final = 20
+"""Keys of the metadata of an execution."""
+METADATA_VALUE_LENGTH: Final = 256
+"""Characters of a value of an execution's metadata."""
+EXAMINED_RUNS: Final = 12_000
+"""Executions that a list with `after` examines to count those that match."""
 QUERY_FIELDS: Final = 50
 """Parameters in a query string."""
 SEARCH_LENGTH: Final = 200

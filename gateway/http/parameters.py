@@ -45,6 +45,14 @@ class QueryParameter(ABC, Generic[Value]):
     def read(self, given: Sequence[str]) -> Value:
         """Return the parsed value of the given texts, none of which is empty; raises 400."""
 
+    def has_name(self, name: str) -> bool:
+        """Return whether a name of a query means this parameter."""
+        return name == self.name
+
+    def collect(self, query: Mapping[str, Sequence[str]]) -> Sequence[str]:
+        """Return the texts to parse from a query by name."""
+        return query.get(self.name, ())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TextParameter(QueryParameter[str | None]):
@@ -186,6 +194,12 @@ class OrderParameter(QueryParameter[ColumnElement[Any]]):
             text = f"{self.name} must be one of {', '.join(self.columns)}, then :asc or :desc"
             raise invalid_query(self.name, "invalid-value", text)
         return order
+
+    def is_newest_first(self, order: ColumnElement[Any]) -> bool | None:
+        """Return whether an order that `read` has returned is by `createdAt`, descending; None for other fields."""
+        column = self.columns["createdAt"]
+        directions = {True: column.desc(), False: column.asc()}
+        return next((is_descending for is_descending, one in directions.items() if order.compare(one)), None)
 
     def _orders(self) -> dict[str, ColumnElement[Any]]:
         orders: dict[str, ColumnElement[Any]] = {}

@@ -52,7 +52,7 @@ class QueryString:
         """Raise 400 for a name that the route doesn't declare."""
         known = {parameter.name for parameter in self._declared}
         for name in self._given:
-            if name not in known:
+            if not any(parameter.has_name(name) for parameter in self._declared):
                 shown, near = name[:MAX_SHOWN_NAME], name_suggestions.suggest_names(name, known)
                 hint = (
                     f"did you mean {' or '.join(near)}?" if near else f"there is {', '.join(known) or 'none'}"
@@ -63,7 +63,7 @@ class QueryString:
         """Return the value of a declared parameter; raises 400 for an invalid one."""
         if parameter not in self._declared:
             raise LookupError(f"The route doesn't declare the parameter {parameter.name}")
-        return parameter.read(self._given.get(parameter.name, ()))
+        return parameter.read(parameter.collect(self._given))
 
     def page(self, limit: IntegerParameter = LIMIT) -> PageBounds:
         """Return the page that `limit` and `offset` request."""

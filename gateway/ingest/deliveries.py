@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import msgspec
 
-from gateway.http import errors, idempotency, limits
+from gateway.http import errors, idempotency, keyset, limits
+from gateway.http.keyset import AFTER, KeysetPage
 from gateway.http.parameters import LIMIT, OFFSET, ChoiceParameter, TimeParameter
 from gateway.http.refusals import ErrorReason
 from gateway.http.request import GatewayRequest
@@ -28,7 +29,7 @@ OUTCOME: Final = ChoiceParameter("outcome", "Only deliveries with this outcome."
 ROUTE: Final = ChoiceParameter("route", "Only deliveries of this route.", IngestRoute)
 SINCE: Final = TimeParameter("since", "Only deliveries from this time on.")
 UNTIL: Final = TimeParameter("until", "Only deliveries before this time.")
-LISTED: Final = (OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, OFFSET)
+LISTED: Final = (OUTCOME, ROUTE, SINCE, UNTIL, LIMIT, OFFSET, AFTER)
 
 
 class DeliveryShape(WireStruct):
@@ -59,8 +60,8 @@ class DeliveryShape(WireStruct):
     created_at: Instant
 
 
-class DeliveryList(WireStruct):
-    """Page of the deliveries, the newest first; `count` is the number of all."""
+class DeliveryList(KeysetPage, kw_only=True):
+    """Page of the deliveries, the newest first; `count` is the number of all, with `after` up to 10,000."""
 
     count: int
     limit: int
@@ -109,11 +110,20 @@ async def index(request: GatewayRequest) -> JsonResponse:
     query = request.query
     part = query.page()
     wanted = DeliveryFilter(query[OUTCOME], query[ROUTE], query[SINCE], query[UNTIL])
+    bounds = keyset.read_bounds(query)
     async with request.gateway.database.read() as connection:
         stored = await editing.find_readable(connection, request.requested_object)
-        count, found = await delivery_rows.list_deliveries(connection, stored.workflow, wanted, part)
-    shown = [_shape(one) for one in found]
-    return JsonResponse(DeliveryList(count=count, limit=part.limit, offset=part.offset, deliveries=shown))
+        page = await delivery_rows.list_deliveries(connection, stored.workflow, wanted, part, bounds)
+    return JsonResponse(
+        DeliveryList(
+            count=page.count,
+            count_is_lower_bound=page.is_lower_bound,
+            limit=part.limit,
+            offset=part.offset,
+            next=page.next_cursor,
+            deliveries=[_shape(one) for one in page.items],
+        )
+    )
 
 
 async def show(request: GatewayRequest) -> JsonResponse:

@@ -13,7 +13,8 @@ from sqlmodel import col
 
 from concurrency import offload
 from engine.values import fingerprint
-from gateway.http import errors, idempotency, limits, text_rules
+from gateway.http import errors, idempotency, keyset, limits, text_rules
+from gateway.http.keyset import AFTER, KeysetPage, ListPage
 from gateway.http.parameters import LIMIT, OFFSET, TextParameter, TimeParameter
 from gateway.http.request import GatewayRequest
 from gateway.http.responses import JsonResponse, NoContent, location
@@ -70,7 +71,7 @@ EVENT_TYPE: Final = TextParameter(
 FROM: Final = TextParameter("source", "Only events of this source.")
 SINCE: Final = TimeParameter("since", "Only events from this time on.")
 UNTIL: Final = TimeParameter("until", "Only events before this time.")
-LISTED: Final = (EVENT_TYPE, FROM, SINCE, UNTIL, LIMIT, OFFSET)
+LISTED: Final = (EVENT_TYPE, FROM, SINCE, UNTIL, LIMIT, OFFSET, AFTER)
 _ORIGIN: Final = re.compile(r"[A-Za-z0-9*.:_-]{1,255}")
 
 
@@ -124,7 +125,7 @@ class EndpointChallenge(WireStruct):
     challenge: str
 
 
-class EventSummary(WireStruct, kw_only=False):
+class EventSummary(WireStruct):
     """Event without its data."""
 
     id: str
@@ -135,8 +136,8 @@ class EventSummary(WireStruct, kw_only=False):
     created_at: Instant
 
 
-class EventList(WireStruct):
-    """Page of the events; `count` is the number of all."""
+class EventList(KeysetPage, kw_only=True):
+    """Page of the events; `count` is the number of all, with `after` up to 10,000."""
 
     count: int
     limit: int
@@ -226,17 +227,33 @@ async def index(request: GatewayRequest) -> JsonResponse:
         *(col(EventRow.id), col(EventRow.event_type), col(EventRow.source)),
         *(col(EventRow.user_id), col(EventRow.created_at)),
     )
+    bounds = keyset.read_bounds(query)
+    created_at, item_id = col(EventRow.created_at), col(EventRow.id)
     async with request.gateway.database.read() as connection:
-        count = await connection.scalar(select(func.count()).select_from(EventRow).where(*conditions))
-        rows = await connection.execute(
-            select(*columns)
-            .where(*conditions)
-            .order_by(col(EventRow.created_at).desc(), col(EventRow.id).desc())
-            .limit(part.limit)
-            .offset(part.offset)
+        if bounds is None:
+            count = await connection.scalar(select(func.count()).select_from(EventRow).where(*conditions))
+            rows = await connection.execute(
+                select(*columns)
+                .where(*conditions)
+                .order_by(created_at.desc(), item_id.desc())
+                .limit(part.limit)
+                .offset(part.offset)
+            )
+            page = ListPage(count or 0, rows.mappings().all())
+        else:
+            page = await keyset.list_rows(
+                connection, columns, conditions, bounds, created_at=created_at, item_id=item_id
+            )
+    return JsonResponse(
+        EventList(
+            count=page.count,
+            count_is_lower_bound=page.is_lower_bound,
+            limit=part.limit,
+            offset=part.offset,
+            next=page.next_cursor,
+            events=[EventSummary(**{**row, "created_at": instant(row["created_at"])}) for row in page.items],
         )
-        found = [EventSummary(*row[:4], instant(row[4])) for row in rows]
-    return JsonResponse(EventList(count=count or 0, limit=part.limit, offset=part.offset, events=found))
+    )
 
 
 async def show(request: GatewayRequest) -> JsonResponse:

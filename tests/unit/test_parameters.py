@@ -33,6 +33,8 @@ def allowed_values(parameter: QueryParameter[Any]) -> list[str]:
             return ["x", "x" * length]
         case {"type": "boolean"}:
             return ["true", "false"]
+        case {"examples": [*values]}:
+            return [str(value) for value in values]
         case {"format": "date-time"}:
             return ["2025-01-15T10:30:00Z", "2025-01-15T10:30:00.123+02:00"]
     raise AssertionError(parameter.schema)

@@ -1,0 +1,225 @@
+"""Pages of the list of executions by keyset, each read from the index that leaves the fewest rows to examine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import and_, case, func, literal_column, select
+from sqlmodel import col
+
+from gateway.executions import execution_rows
+from gateway.http import keyset, limits
+from gateway.http.keyset import BoundedCount, KeysetBounds, ListPage
+from models.execution import Execution, ExecutionData
+from models.execution_label import ExecutionLabel
+from models.execution_status import ExecutionStatus
+from models.execution_visibility import visibility_condition
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import FromClause, Select, SQLColumnExpression
+
+    from gateway.executions.execution_rows import ExecutionFilter
+    from models.access import ApiCaller
+
+_INDEXED_STATUSES: Final = (
+    (ExecutionStatus.PENDING, ExecutionStatus.RUNNING, ExecutionStatus.WAITING),
+    (ExecutionStatus.FAILED, ExecutionStatus.STOPPED, ExecutionStatus.CANCELLED),
+)
+"""Statuses of the indexes `ix_execution_live` and `ix_execution_unsuccessful`, in the order of their conditions."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RunSource:
+    """Part of an index, in the order of the list."""
+
+    table: FromClause
+    """Executions, joined with the table of the index unless that is their own."""
+    created_at: SQLColumnExpression[Any]
+    item_id: SQLColumnExpression[Any]
+    within: Sequence[ColumnElement[bool]]
+    """Conditions that the index decides."""
+    residual: Sequence[ColumnElement[bool]]
+    """Conditions for which each row is read."""
+
+
+async def list_page(
+    connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter, bounds: KeysetBounds
+) -> ListPage[Execution]:
+    """Return a page of the executions that the caller may see and that match."""
+    found: list[tuple[datetime, Execution]] = []
+    count, is_lower_bound = 0, False
+    for source in await _choose_sources(connection, caller, wanted):
+        rows = await connection.execute(_select_page(source, bounds))
+        for row in rows.mappings():
+            columns = dict(row)
+            found.append((columns.pop("listed_at"), Execution(**columns)))
+        counted = await _count(connection, source)
+        count, is_lower_bound = count + counted.count, is_lower_bound or counted.is_lower_bound
+    found.sort(key=lambda one: (one[0], one[1].id), reverse=bounds.is_descending)
+    shown = found[: bounds.limit]
+    last = shown[-1] if len(found) > bounds.limit else None
+    return ListPage(
+        min(count, limits.KEYSET_COUNT),
+        [execution for _, execution in shown],
+        None if last is None else bounds.cursor_behind(last[0], last[1].id),
+        is_lower_bound or count > limits.KEYSET_COUNT,
+    )
+
+
+def _select_page(source: _RunSource, bounds: KeysetBounds) -> Select[*tuple[Any, ...]]:
+    # One more than shown: then another page follows.
+    return (
+        select(Execution, source.created_at.label("listed_at"))
+        .select_from(source.table)
+        .where(*source.within, *source.residual, *bounds.condition(source.created_at, source.item_id))
+        .order_by(*bounds.order(source.created_at, source.item_id))
+        .limit(bounds.limit + 1)
+    )
+
+
+async def _count(connection: AsyncConnection, source: _RunSource) -> BoundedCount:
+    """Count the matching rows among the newest `limits.EXAMINED_RUNS` rows of the index."""
+    if not source.residual:
+        # From the table of the index alone.
+        return await keyset.count_rows(connection, select(source.item_id).where(*source.within))
+    matches = case((and_(*source.residual), 1), else_=0).label("matches")
+    examined = (
+        select(matches)
+        .select_from(source.table)
+        .where(*source.within)
+        .order_by(source.created_at.desc())
+        .limit(limits.EXAMINED_RUNS)
+        .subquery()
+    )
+    totals = select(func.count(), func.coalesce(func.sum(examined.c.matches), 0)).select_from(examined)
+    examined_rows, matching_rows = (await connection.execute(totals)).one()
+    is_lower_bound = examined_rows == limits.EXAMINED_RUNS or matching_rows > limits.KEYSET_COUNT
+    return BoundedCount(min(matching_rows, limits.KEYSET_COUNT), is_lower_bound)
+
+
+# ── choice of the index ─────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _choose_sources(
+    connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter
+) -> Sequence[_RunSource]:
+    """Return the sources whose rows together are the list; no run is in two of them."""
+    if wanted.labels:
+        return [await _labelled(connection, caller, wanted)]
+    if wanted.parent_id is not None:
+        own = (col(Execution.organization_id) == caller.organization_id, col(Execution.shard) == caller.shard)
+        children = execution_rows.is_child_of(wanted.parent_id)
+        created_at = col(Execution.created_at)
+        within = (*own, *children, *execution_rows.time_conditions(wanted, created_at))
+        residual = [*_hidden(caller), *execution_rows.column_conditions(wanted), *_of_workflow(wanted)]
+        return [_RunSource(_executions(), created_at, col(Execution.id), within, residual)]
+    indexes = [_INDEXED_STATUSES[0], _INDEXED_STATUSES[1]]
+    if wanted.statuses and ExecutionStatus.COMPLETED not in wanted.statuses:
+        return [
+            _of_status(caller, wanted, status, index)
+            for index in indexes
+            for status in index
+            if status in wanted.statuses
+        ]
+    return [_by_time(caller, wanted)]
+
+
+def _by_time(caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
+    within = [col(ExecutionData.organization_id) == caller.organization_id]
+    if wanted.workflow_id is not None:
+        # In a function: SQLite would else read the index of the organization, which has the same order.
+        within = [
+            col(ExecutionData.workflow_id) == wanted.workflow_id,
+            func.coalesce(col(ExecutionData.organization_id), "") == caller.organization_id,
+        ]
+    created_at = col(ExecutionData.created_at)
+    within += execution_rows.time_conditions(wanted, created_at)
+    residual = [*_hidden(caller), *execution_rows.column_conditions(wanted), *_statuses(wanted)]
+    table = _executions().join(ExecutionData.__table__, execution_rows.SAME_RUN)  # type: ignore[attr-defined]  # SQLModel adds it
+    return _RunSource(table, created_at, col(ExecutionData.execution_id), within, residual)
+
+
+def _of_status(
+    caller: ApiCaller,
+    wanted: ExecutionFilter,
+    status: ExecutionStatus,
+    index: Sequence[ExecutionStatus],
+) -> _RunSource:
+    # Literals, not bound parameters: databases use a partial index only for a condition that they can read.
+    is_indexed = col(Execution.status).in_([literal_column(f"'{one}'") for one in index])
+    created_at = col(Execution.created_at)
+    within = [
+        is_indexed,
+        col(Execution.organization_id) == caller.organization_id,
+        col(Execution.status) == literal_column(f"'{status}'"),
+        *execution_rows.time_conditions(wanted, created_at),
+    ]
+    residual = [*_hidden(caller), *execution_rows.column_conditions(wanted), *_of_workflow(wanted)]
+    return _RunSource(_executions(), created_at, col(Execution.id), within, residual)
+
+
+async def _labelled(connection: AsyncConnection, caller: ApiCaller, wanted: ExecutionFilter) -> _RunSource:
+    """Return the source of runs with the rarest of the labels; the others are checked run by run."""
+    rarest = wanted.labels[0]
+    if len(wanted.labels) > 1:
+        counts = {
+            label: (await keyset.count_rows(connection, _runs_with(caller, label))).count
+            for label in wanted.labels
+        }
+        rarest = min(counts, key=lambda label: counts[label])
+    key, value = rarest
+    created_at = col(ExecutionLabel.created_at)
+    within = [
+        col(ExecutionLabel.organization_id) == caller.organization_id,
+        col(ExecutionLabel.key) == key,
+        col(ExecutionLabel.value) == value,
+        *execution_rows.time_conditions(wanted, created_at),
+    ]
+    others = [execution_rows.has_label(label) for label in wanted.labels if label != rarest]
+    residual = [
+        *others,
+        *_hidden(caller),
+        *execution_rows.column_conditions(wanted),
+        *_of_workflow(wanted),
+        *_statuses(wanted),
+    ]
+    if wanted.parent_id is not None:
+        residual += execution_rows.is_child_of(wanted.parent_id)
+    same_run = and_(
+        col(ExecutionLabel.execution_id) == col(Execution.id),
+        col(ExecutionLabel.shard) == col(Execution.shard),
+    )
+    table = _executions().join(ExecutionLabel.__table__, same_run)  # type: ignore[attr-defined]  # SQLModel adds it
+    return _RunSource(table, created_at, col(ExecutionLabel.execution_id), within, residual)
+
+
+def _runs_with(caller: ApiCaller, label: tuple[str, str]) -> Select[str]:
+    key, value = label
+    return select(col(ExecutionLabel.execution_id)).where(
+        col(ExecutionLabel.organization_id) == caller.organization_id,
+        col(ExecutionLabel.key) == key,
+        col(ExecutionLabel.value) == value,
+    )
+
+
+def _executions() -> FromClause:
+    table: FromClause = Execution.__table__  # type: ignore[attr-defined]  # SQLModel adds it
+    return table
+
+
+def _hidden(caller: ApiCaller) -> Sequence[ColumnElement[bool]]:
+    """Return the conditions for executions that the caller may see; admins see all of their organization."""
+    return () if caller.is_admin else (visibility_condition(caller),)
+
+
+def _statuses(wanted: ExecutionFilter) -> Sequence[ColumnElement[bool]]:
+    return (col(Execution.status).in_(wanted.statuses),) if wanted.statuses else ()
+
+
+def _of_workflow(wanted: ExecutionFilter) -> Sequence[ColumnElement[bool]]:
+    return () if wanted.workflow_id is None else (col(Execution.workflow_id) == wanted.workflow_id,)

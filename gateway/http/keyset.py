@@ -1,0 +1,198 @@
+"""Pages of lists by keyset: each page begins behind the last item of the one before, at any depth and cost alike.
+
+Rows that are added or removed meanwhile neither repeat nor hide others. The order is that of `createdAt`, and
+of the ids within one time.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import urlsafe_b64decode, urlsafe_b64encode
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
+
+from msgspec import UNSET, UnsetType
+from sqlalchemy import and_, func, literal, or_, select
+from sqlalchemy.ext.asyncio import AsyncConnection
+from sqlalchemy.sql.expression import SQLColumnExpression
+
+from gateway.http import limits
+from gateway.http.errors import invalid_query
+from gateway.http.parameters import LIMIT, OFFSET, OrderParameter, QueryParameter
+from gateway.http.wire import WireStruct
+from models.column_types import TimestampColumn
+from models.timestamps import from_microseconds, to_microseconds
+
+if TYPE_CHECKING:
+    from sqlalchemy import ColumnElement, RowMapping, Select
+
+    from engine.values import Json
+    from gateway.http.query import QueryString
+
+Item = TypeVar("Item")
+Shown = TypeVar("Shown")
+
+START: Final = "start"
+"""Cursor of the first page."""
+_CURSOR: Final = re.compile(r"([ad])([0-9]{1,16})\.([A-Za-z0-9_-]{1,64})\Z")
+_INVALID: Final = "after must be `start`, or the `next` of an answer of this list in the same order"
+
+
+@dataclass(frozen=True, slots=True)
+class PageCursor:
+    """Position behind an item of a list; without an item, the beginning of the list."""
+
+    is_descending: bool | None = None
+    created_at: datetime | None = None
+    item_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CursorParameter(QueryParameter[PageCursor | None]):
+    """Cursor of a page; None when absent: then `offset` selects the page."""
+
+    @property
+    def schema(self) -> dict[str, Json]:
+        return {"type": "string", "pattern": "^(start|[A-Za-z0-9_-]{1,200})$", "examples": [START]}
+
+    def read(self, given: Sequence[str]) -> PageCursor | None:
+        if not given:
+            return None
+        text = given[-1]
+        if text == START:
+            return PageCursor()
+        found = _CURSOR.match(_decode(text)) if len(text) <= limits.SEARCH_LENGTH else None
+        if found is None:
+            raise invalid_query(self.name, "invalid-cursor", _INVALID)
+        return PageCursor(found[1] == "d", from_microseconds(int(found[2])), found[3])
+
+
+def _decode(text: str) -> str:
+    try:
+        return urlsafe_b64decode(text + "=" * (-len(text) % 4)).decode("ascii", "replace")
+    except ValueError:
+        return ""
+
+
+AFTER: Final = CursorParameter(
+    "after",
+    "Page behind this cursor: `start`, then the `next` of each answer. The pages stay in step with each other"
+    " while items are added, and the list must be sorted by `createdAt`.",
+)
+
+
+class KeysetPage(WireStruct, kw_only=True):
+    """Fields of an answer to a request with `after`."""
+
+    next: str | UnsetType | None = UNSET
+    """Cursor of the next page; null on the last page, and absent without `after`."""
+    count_is_lower_bound: bool | UnsetType = UNSET
+    """With `after`, whether more items match than `count` says: it goes up to 10,000 then."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeysetBounds:
+    """Number of items, order and beginning of a page."""
+
+    limit: int
+    is_descending: bool
+    cursor: PageCursor
+
+    def condition(
+        self, created_at: SQLColumnExpression[Any], item_id: SQLColumnExpression[Any]
+    ) -> Sequence[ColumnElement[bool]]:
+        """Return the conditions for items behind the cursor."""
+        if self.cursor.created_at is None:
+            return ()
+        moment = literal(self.cursor.created_at, TimestampColumn)
+        if self.is_descending:
+            ties = or_(created_at < moment, item_id < self.cursor.item_id)
+            return (and_(created_at <= moment, ties),)
+        return (and_(created_at >= moment, or_(created_at > moment, item_id > self.cursor.item_id)),)
+
+    def order(
+        self, created_at: SQLColumnExpression[Any], item_id: SQLColumnExpression[Any]
+    ) -> Sequence[ColumnElement[Any]]:
+        """Return the order of the list."""
+        if self.is_descending:
+            return created_at.desc(), item_id.desc()
+        return created_at.asc(), item_id.asc()
+
+    def cursor_behind(self, created_at: datetime, item_id: str) -> str:
+        """Return the cursor of the page behind an item, as clients send it."""
+        text = f"{'d' if self.is_descending else 'a'}{to_microseconds(created_at)}.{item_id}"
+        return urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+@dataclass(frozen=True, slots=True)
+class BoundedCount:
+    """Number of items, counted up to a limit."""
+
+    count: int
+    is_lower_bound: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ListPage(Generic[Item]):
+    """Page of a list, selected by a number of items to skip or by a cursor."""
+
+    count: int
+    items: Sequence[Item]
+    next_cursor: str | UnsetType | None = UNSET
+    is_lower_bound: bool | UnsetType = UNSET
+    """Whether more items match than `count` says; both are only set for a page by a cursor."""
+
+    def convert(self, show: Callable[[Item], Shown]) -> ListPage[Shown]:
+        """Return the page with each item converted."""
+        return ListPage(self.count, [show(one) for one in self.items], self.next_cursor, self.is_lower_bound)
+
+
+def read_bounds(query: QueryString, sort: OrderParameter | None = None) -> KeysetBounds | None:
+    """Return the page that `after` selects; None without it.
+
+    Lists without `sort` begin with the newest. Raises 400 for a cursor of another order, for an order that is
+    not by `createdAt`, and for an `offset` beside it.
+    """
+    cursor = query[AFTER]
+    if cursor is None:
+        return None
+    if query[OFFSET]:
+        raise invalid_query(OFFSET.name, "ambiguous", "offset and after exclude each other: send one of them")
+    is_descending = True if sort is None else sort.is_newest_first(query[sort])
+    if is_descending is None:
+        message = "Pages by after are sorted by createdAt: send sort=createdAt:desc or createdAt:asc"
+        raise invalid_query("sort", "invalid-value", message)
+    if cursor.is_descending not in {None, is_descending}:
+        raise invalid_query(AFTER.name, "invalid-cursor", _INVALID)
+    return KeysetBounds(query[LIMIT], is_descending, cursor)
+
+
+async def list_rows(
+    connection: AsyncConnection,
+    columns: Sequence[SQLColumnExpression[Any]],
+    conditions: Sequence[ColumnElement[bool]],
+    bounds: KeysetBounds,
+    *,
+    created_at: SQLColumnExpression[Any],
+    item_id: SQLColumnExpression[Any],
+) -> ListPage[RowMapping]:
+    """Return a page of the rows that match; `columns` contain `created_at` and `id`."""
+    counted = await count_rows(connection, select(item_id).where(*conditions))
+    statement = select(*columns).where(*conditions, *bounds.condition(created_at, item_id))
+    # One more than shown: then another page follows.
+    ordered = statement.order_by(*bounds.order(created_at, item_id)).limit(bounds.limit + 1)
+    rows = (await connection.execute(ordered)).mappings().all()
+    next_cursor = None
+    if len(rows) > bounds.limit:
+        rows = rows[: bounds.limit]
+        next_cursor = bounds.cursor_behind(rows[-1]["created_at"], rows[-1]["id"])
+    return ListPage(counted.count, rows, next_cursor, counted.is_lower_bound)
+
+
+async def count_rows(connection: AsyncConnection, matching: Select[*tuple[Any, ...]]) -> BoundedCount:
+    """Count the rows of a statement up to `limits.KEYSET_COUNT`, reading no more of them."""
+    some = matching.limit(limits.KEYSET_COUNT + 1).subquery()
+    count = await connection.scalar(select(func.count()).select_from(some)) or 0
+    return BoundedCount(min(count, limits.KEYSET_COUNT), count > limits.KEYSET_COUNT)

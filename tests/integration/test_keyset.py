@@ -1,0 +1,260 @@
+"""Lists by keyset: complete and stable while rows are added and removed, and read by indexes at any depth."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event, text
+
+from gateway.http import keyset, limits
+from models.access import UserRole
+from models.database import is_sqlite
+from tests import many_runs
+from tests.integration.gateway_harness import GatewayHarness, UserClient, assert_refused, create_gateway
+from tests.many_runs import COMMON_TAG, CUSTOMER_KEY, ORDER_KEY, RARE_TAG, RunOwner
+from tests.services import PostgresServer
+
+RUNS = 1_200
+EXECUTIONS = "/api/v1/executions"
+DELIVERIES = f"/api/v1/workflows/{many_runs.workflow_id(0)}/deliveries"
+LISTS = {
+    EXECUTIONS: "executions",
+    DELIVERIES: "deliveries",
+    "/api/v1/events": "events",
+    "/api/v1/audit": "entries",
+}
+"""Paths, and the names of the items in their answers."""
+FILTERS = (
+    "status=failed",
+    "status=pending,running,waiting,cancelled",
+    "status=completed,failed",
+    f"workflow_id={many_runs.workflow_id(3)}",
+    f"workflow_id={many_runs.workflow_id(3)}&status=failed",
+    "trigger_type=webhook&sort=createdAt:asc",
+    "since=2023-11-14T22:13:22Z&until=2023-11-14T22:13:28Z",
+    "parent_id=exec_absent",
+    f"tag={COMMON_TAG}",
+    f"tag={COMMON_TAG}&status=failed&sort=createdAt:asc",
+    f"tag={RARE_TAG}&metadata.{CUSTOMER_KEY}=c0",
+    f"metadata.{ORDER_KEY}=7",
+    f"metadata.{CUSTOMER_KEY}=c7&metadata.{ORDER_KEY}=1007&tag={COMMON_TAG}",
+    f"metadata.{CUSTOMER_KEY}=c7&metadata.{ORDER_KEY}=8",
+)
+
+
+@dataclass(frozen=True)
+class ManyRuns:
+    """Organization with many runs, its admin, and a member who may read one of its workflows."""
+
+    harness: GatewayHarness
+    owner: RunOwner
+    admin: UserClient
+    member: UserClient
+
+
+@pytest.fixture(scope="module", params=["sqlite", "postgresql"])
+async def many(
+    request: pytest.FixtureRequest, postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[ManyRuns]:
+    folder: Path = tmp_path_factory.mktemp("keyset")
+    async with create_gateway(request.param, postgres, folder) as harness:
+        organization = await harness.organization()
+        admin = await harness.person(organization, UserRole.ADMIN)
+        member = await harness.person(organization)
+        owner = RunOwner(organization.id, admin.user.id, organization.shard)
+        await many_runs.fill(harness.gateway.database.url, owner, RUNS)
+        public = many_runs.workflow_id(3)
+        await harness.gateway.database.transaction(
+            lambda connection: connection.execute(
+                text("UPDATE workflow SET is_public = true WHERE id = :id"), {"id": public}
+            )
+        )
+        yield ManyRuns(harness, owner, admin, member)
+
+
+async def _read(person: UserClient, path: str) -> dict[str, Any]:
+    answer = await person.api.get(path)
+    assert answer.status_code == 200, answer.text
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+async def _walk(person: UserClient, path: str, *, limit: int) -> AsyncIterator[dict[str, Any]]:
+    """Yield the pages of a list."""
+    cursor: str | None = keyset.START
+    while cursor is not None:
+        sign = "&" if "?" in path else "?"
+        page = await _read(person, f"{path}{sign}after={cursor}&limit={limit}")
+        yield page
+        cursor = page["next"]
+
+
+@pytest.mark.parametrize(("path", "name"), LISTS.items())
+async def test_pages_contain_each_item_once_although_others_come_and_go(
+    many: ManyRuns, path: str, name: str
+) -> None:
+    pages = 0
+    seen: list[str] = []
+    table = {"executions": "execution_data", "deliveries": "delivery", "events": "event"}.get(
+        name, "audit_entry"
+    )
+    column = "execution_id" if name == "executions" else "id"
+    expected = [one["id"] for one in (await _read(many.admin, f"{path}?limit=100"))[name]]
+    async for page in _walk(many.admin, path, limit=7):
+        seen += [one["id"] for one in page[name]]
+        pages += 1
+        if pages == 3:
+            await _add_newer(many, table, column, seen[0])
+        if len(seen) >= 100:
+            break
+    assert seen[:100] == expected
+
+
+async def _add_newer(many: ManyRuns, table: str, column: str, newest: str) -> None:
+    """Insert a copy of the newest row, with a later time."""
+    async with many.harness.gateway.database.engine.connect() as connection:
+        row = (
+            (await connection.execute(text(f"SELECT * FROM {table} WHERE {column} = :id"), {"id": newest}))
+            .mappings()
+            .one()
+        )
+    later = {**row, column: f"{newest[:-1]}z", "created_at": row["created_at"] + 1}
+    names = ", ".join(f"{name}" for name in later)
+    values = ", ".join(f":{name}" for name in later)
+    insert = text(f"INSERT INTO {table} ({names}) VALUES ({values})")
+    await many.harness.gateway.database.transaction(lambda connection: connection.execute(insert, later))
+
+
+@pytest.mark.parametrize("query", FILTERS)
+async def test_filtered_pages_are_those_of_the_list_by_offset(many: ManyRuns, query: str) -> None:
+    for person in (many.admin, many.member):
+        listed = [
+            one
+            for offset in range(0, RUNS + 1, 100)
+            for one in (await _read(person, f"{EXECUTIONS}?{query}&limit=100&offset={offset}"))["executions"]
+        ]
+        if query.endswith(":asc"):
+            listed.sort(key=lambda one: (one["createdAt"], one["id"]))
+        walked = [page async for page in _walk(person, f"{EXECUTIONS}?{query}", limit=100)]
+        assert [one for page in walked for one in page["executions"]] == listed
+        assert {(page["count"], page["countIsLowerBound"]) for page in walked} == {(len(listed), False)}
+
+
+async def test_a_count_ends_at_its_limit_and_says_so(many: ManyRuns, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "KEYSET_COUNT", 20)
+    for path in LISTS:
+        page = await _read(many.admin, f"{path}?after=start&limit=2")
+        total = (await _read(many.admin, f"{path}?limit=1"))["count"]
+        assert (page["count"], page["countIsLowerBound"]) == ((20, True) if total > 20 else (total, False))
+        assert "next" not in await _read(many.admin, path)
+    monkeypatch.setattr(limits, "EXAMINED_RUNS", 40)
+    page = await _read(many.admin, f"{EXECUTIONS}?after=start&trigger_type=webhook")
+    assert (page["count"], page["countIsLowerBound"]) == (10, True)
+    assert len(page["executions"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("query", "path", "code"),
+    [
+        ("after=nonsense", "after", "invalid-cursor"),
+        ("after=ZDE3LmV4ZWNfMSI", "after", "invalid-cursor"),
+        (f"after={many_runs.cursor_behind(1)}&sort=createdAt:asc", "after", "invalid-cursor"),
+        ("after=start&sort=endedAt:desc", "sort", "invalid-value"),
+        ("after=start&offset=1", "offset", "ambiguous"),
+        ("metadata.Order=7", "metadata.key", "invalid-key"),
+        ("metadata.a=1&metadata.b=1&metadata.c=1&metadata.d=1", "metadata.key", "too-many"),
+    ],
+)
+async def test_an_invalid_cursor_or_filter_is_refused_with_the_reason(
+    many: ManyRuns, query: str, path: str, code: str
+) -> None:
+    answer = await many.admin.api.get(f"{EXECUTIONS}?{query}")
+    assert_refused(answer, 400, "invalid-query")
+    [detail] = answer.json()["error"]["details"]
+    assert (detail["path"], detail["code"]) == (path, code)
+
+
+# ── query plans ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def _collect_statements(harness: GatewayHarness) -> Iterator[list[tuple[str, Any]]]:
+    sent: list[tuple[str, Any]] = []
+
+    def collect(_connection: object, _cursor: object, statement: str, parameters: Any, *_: object) -> None:  # noqa: ANN401 - the driver's own
+        if statement.startswith("SELECT") and "api_key" not in statement:
+            sent.append((statement, parameters))
+
+    engine = harness.gateway.database.engine.sync_engine
+    event.listen(engine, "before_cursor_execute", collect)
+    try:
+        yield sent
+    finally:
+        event.remove(engine, "before_cursor_execute", collect)
+
+
+async def _explain(many: ManyRuns, statement: str, parameters: Any) -> str:  # noqa: ANN401 - the driver's own
+    """Return the plan for tables that are too large to be read from end to end."""
+    database = many.harness.gateway.database
+    async with database.read() as connection:
+        if is_sqlite(database.url):
+            explain = "EXPLAIN QUERY PLAN"
+        else:
+            explain = "EXPLAIN"
+            await connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+        rows = await connection.exec_driver_sql(f"{explain} {statement}", parameters)
+        return "\n".join(str(row[-1]) for row in rows)
+
+
+PAGES = [f"{EXECUTIONS}?{query}" for query in (*FILTERS, "limit=5", f"after={many_runs.cursor_behind(600)}")]
+INDEXES: Mapping[str, str] = {
+    PAGES[0]: "ix_execution_unsuccessful",
+    f"{EXECUTIONS}?status=waiting": "ix_execution_live",
+    f"{EXECUTIONS}?metadata.{ORDER_KEY}=7": "ix_execution_label_value",
+    f"{EXECUTIONS}?tag={COMMON_TAG}": "ix_execution_label_value",
+    f"{EXECUTIONS}?limit=3": "ix_execution_data_organization",
+    PAGES[3]: "ix_execution_data_workflow",
+    DELIVERIES: "ix_delivery_workflow",
+    "/api/v1/events": "ix_event_organization",
+    "/api/v1/audit": "ix_audit_entry_organization",
+}
+
+
+async def test_no_list_reads_a_table_from_end_to_end_or_a_payload(many: ManyRuns) -> None:
+    for path in dict.fromkeys(itertools.chain(PAGES, INDEXES)):
+        asked = path if "after=" in path else f"{path}{'&' if '?' in path else '?'}after=start"
+        for person in (many.admin, many.member):
+            with _collect_statements(many.harness) as sent:
+                answer = await person.api.get(asked)
+            if answer.status_code != 200:
+                assert person is many.member, answer.text
+                continue
+            plans = [await _explain(many, *one) for one in sent]
+            for (statement, _), plan in zip(sent, plans, strict=True):
+                large = [line for line in plan.splitlines() if "Seq Scan" in line or line.startswith("SCAN ")]
+                assert not [line for line in large if "anon_" not in line and "Subquery" not in line], plan
+                assert not {"execution_data.trigger,", "span.output", "event.data", "delivery.payload"} & set(
+                    statement.split()
+                )
+            if path in INDEXES and person is many.admin:
+                assert INDEXES[path] in "\n".join(plans)
+
+
+async def test_the_rarest_label_is_read_first(many: ManyRuns) -> None:
+    for query in (
+        f"tag={COMMON_TAG}&metadata.{ORDER_KEY}=1006",
+        f"metadata.{ORDER_KEY}=1006&tag={COMMON_TAG}",
+    ):
+        with _collect_statements(many.harness) as sent:
+            page = await _read(many.admin, f"{EXECUTIONS}?after=start&{query}")
+        assert [one["id"] for one in page["executions"]] == [many_runs.run_id(1006)]
+        [parameters] = [given for statement, given in sent if "listed_at" in statement]
+        # The index is read by the key of the metadata; the tag is looked up for each run that it has.
+        values = [one for one in parameters if one in {ORDER_KEY, COMMON_TAG}]
+        assert values == [ORDER_KEY, COMMON_TAG]
