@@ -1,5 +1,5 @@
 """Entry point of `python -m pilotflame`, for environments without the command on PATH."""
 
-from pilotflame.cli import app
+from pilotflame.command import main
 
-app()
+main()

@@ -8,50 +8,34 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
-import signal
 import sys
 from collections.abc import Mapping
 from datetime import timedelta
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 from typer import Argument, Option, Typer
 
-from concurrency import gc_tuning
-from pilotflame import command_error, run_outputs, unknown_variables
-from pilotflame.command_error import CommandError
+from pilotflame import command_error, run_outputs, server_processes, unknown_variables
+from pilotflame.command_error import CommandError, escape_text
 from pilotflame.run_outputs import OutputChoice
 
 if TYPE_CHECKING:
     from bridge.settings import BridgeSettings
     from models.settings import ServerSettings
     from pilotflame.client import ApiClient
-    from pilotflame.log_lines import LineRenderer, LogLineWriter
-    from pilotflame.worker_parent import ChildDeath
 
-REFUSED: Final = 2
-PROCESSES: Final = frozenset({"dev", "gateway", "worker", "scheduler", "deployer", "runner", "bridge"})
+PROCESSES: Final = frozenset({"dev", "bridge", *server_processes.PROCESSES})
 SHOWN_IDS: Final = 20
-REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
-_INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-"""Control characters for terminals, and characters that change the direction of text."""
 
 
 class CommandGroup(Typer):
     """Command group that prints errors of users in one line; internal errors keep their traceback."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as Typer has it
-        try:
+        with command_error.printed_errors():
             return super().__call__(*args, **kwargs)
-        except Exception as error:
-            text = command_error.explain_error(error)
-            if text is None:
-                raise
-            typer.echo(f"pilotflame: {_visible(text)}", err=True)
-            sys.exit(REFUSED)
 
 
 # Disabled, since Typer would load rich to render help and errors.
@@ -78,6 +62,8 @@ app.add_typer(runs, name="runs")
 
 def _show_version(is_wanted: bool) -> None:
     if is_wanted:
+        from importlib import metadata
+
         typer.echo(f"pilotflame {metadata.version('pilotflame')}")
         raise typer.Exit
 
@@ -94,11 +80,13 @@ def pilotflame(
     The server reads its settings from variables that begin with PILOTFLAME_. Commands that talk to a running server
     find it by PILOTFLAME_URL (default: http://127.0.0.1:8000) and PILOTFLAME_API_KEY.
     """
-    os.umask(0o077)  # New files are readable by their owner only.
-    gc_tuning.tune_at_start()
+    server_processes.prepare_process()
     if context.invoked_subcommand not in PROCESSES:  # Processes log this warning.
         for name, meant in unknown_variables.find_unknown(os.environ).items():
-            typer.echo(_visible(f"pilotflame: {unknown_variables.warning_text(name, meant)}"), err=True)
+            typer.echo(
+                escape_text(f"pilotflame: {unknown_variables.warning_text(name, meant)}"),
+                err=True,
+            )
 
 
 # ── processes ─────────────────────────────────────────────────────────────────────────────────────
@@ -120,7 +108,9 @@ def run_every_role(
     from pilotflame import log_lines
 
     definition = None if example is None else _definition(example)
-    lines = _begin(ServerSettings(), log_lines.as_text if sys.stdout.isatty() else log_lines.as_json)
+    lines = server_processes.begin(
+        ServerSettings(), log_lines.as_text if sys.stdout.isatty() else log_lines.as_json
+    )
     from pilotflame import dev
 
     given = {"host": host, "port": port}
@@ -132,89 +122,8 @@ def run_every_role(
     )
 
 
-@app.command()
-def gateway() -> None:
-    """Serve the HTTP API."""
-    from gateway.settings import GatewaySettings
-
-    settings = GatewaySettings()
-    _begin(settings)
-    from gateway import main
-
-    main.serve(settings)
-
-
-@app.command()
-def worker() -> None:
-    """Execute runs.
-
-    If the worker dies, its parent process releases its leases at once.
-    """
-    from pilotflame import worker_parent
-
-    announce = worker_parent.fork_worker(_release_leases)
-    from workers.settings import WorkerSettings
-
-    settings = WorkerSettings()
-    _begin(settings)
-    from workers import main
-
-    main.serve(settings, announce)
-
-
-def _release_leases(death: ChildDeath) -> None:
-    from workers.settings import WorkerSettings
-
-    settings = WorkerSettings()
-    _begin(settings)
-    from workers import lost_worker_leases
-
-    release = lost_worker_leases.release_leases(
-        settings, death.owner, death.exit_code, is_out_of_memory=death.is_out_of_memory
-    )
-    asyncio.run(release)
-
-
-@app.command()
-def scheduler() -> None:
-    """Run schedules, policies, retention and recovery.
-
-    One scheduler leads, others stand by.
-    """
-    from scheduler.settings import SchedulerSettings
-
-    settings = SchedulerSettings()
-    _begin(settings)
-    from scheduler import main
-
-    main.serve(settings)
-
-
-@app.command()
-def deployer() -> None:
-    """Reconcile deployed workflows with the cluster.
-
-    Several deployers share the deployments; each has one at a time.
-    """
-    from workers.deployer.settings import DeployerSettings
-
-    settings = DeployerSettings()
-    _begin(settings)
-    from workers.deployer import main
-
-    main.serve(settings)
-
-
-@app.command()
-def runner() -> None:
-    """Run the executions of one deployed workflow in its pod."""
-    from runner.settings import RunnerSettings
-
-    settings = RunnerSettings()  # type: ignore[call-arg]  # pydantic reads them from the environment
-    _begin_log(settings.log_level)
-    from runner import main
-
-    main.serve(settings)
+for _name, _run in server_processes.PROCESSES.items():
+    app.command(_name)(_run)
 
 
 Workflow = Annotated[str | None, Option(help="Id of the workflow.", show_default=False)]
@@ -307,7 +216,7 @@ def smtp() -> None:
     from bridge.smtp_settings import SmtpListenerSettings
 
     settings = SmtpListenerSettings()
-    _begin_log(settings.log_level)
+    server_processes.begin_log(settings)
     try:
         from bridge import smtp_listener
     except ModuleNotFoundError as error:
@@ -322,7 +231,7 @@ def smtp() -> None:
 
 def _bridge(kind: type[BridgeSettings], given: Mapping[str, Any]) -> None:
     settings = kind(**{f"bridge_{name}": value for name, value in given.items() if value is not None})
-    _begin_log(settings.log_level)
+    server_processes.begin_log(settings)
     from bridge import bridge_errors, main
 
     try:
@@ -374,34 +283,8 @@ def doctor(
     if as_json:
         typer.echo(doctor_command.encode_result(result).decode())
     else:
-        typer.echo(_visible("\n".join(doctor_command.describe_result(result))))
+        typer.echo(escape_text("\n".join(doctor_command.describe_result(result))))
     raise typer.Exit(result.exit_code)
-
-
-def _begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
-    """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log."""
-    from nodes.sandbox.children import confinement
-
-    confinement.hide_process()  # The environment contains the server's secret.
-    if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
-        raise CommandError("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
-    return _begin_log(settings.log_level, render)
-
-
-def _begin_log(level: str, render: LineRenderer | None = None) -> LogLineWriter:
-    """Configure the log, and exit with 0 on SIGTERM and SIGINT."""
-    from pilotflame import log_lines
-
-    lines = log_lines.configure_logging(level, render or log_lines.as_json)
-    import structlog  # Imported after `log_lines`, which keeps structlog from loading rich.
-
-    log = structlog.get_logger()
-    for name, meant in unknown_variables.find_unknown(os.environ).items():
-        log.warning("unknown setting", variable=name, meant=meant)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Applies during startup, and when Uvicorn repeats the signal that has stopped it.
-        signal.signal(number, lambda *_: sys.exit(0))
-    return lines
 
 
 # ── access ────────────────────────────────────────────────────────────────────────────────────────
@@ -470,7 +353,9 @@ def list_keys(org: AnyOrganization = None) -> None:
             "revoked" if key.revoked_at else f"until {key.expires_at:%Y-%m-%d}" if key.expires_at else "valid"
         )
         used = f"used {key.last_used_at:%Y-%m-%d}" if key.last_used_at else "never used"
-        typer.echo(_visible(f"{key.id}  {key.prefix}…  {state}  {used}  {','.join(key.scopes)}  {key.name}"))
+        typer.echo(
+            escape_text(f"{key.id}  {key.prefix}…  {state}  {used}  {','.join(key.scopes)}  {key.name}")
+        )
 
 
 @keys.command("revoke")
@@ -534,7 +419,7 @@ def apply(file: Annotated[Path, Argument(help="YAML or JSON file of a workflow."
     for error in found:
         place = next((f"{error[name]}: " for name in ("nodeId", "connectionId") if name in error), "")
         text = f"pilotflame: {place}{error['message']} ({error['type']}): {error['suggestion']}"
-        typer.echo(_visible(text), err=True)
+        typer.echo(escape_text(text), err=True)
     if found:
         raise typer.Exit(1)
 
@@ -583,7 +468,7 @@ def run(
     if result["status"] != "completed":
         error = result["error"]
         reason = f": {error['message']} ({error['code']})" if error else ""
-        typer.echo(_visible(f"pilotflame: {execution_id} {result['status']}{reason}"), err=True)
+        typer.echo(escape_text(f"pilotflame: {execution_id} {result['status']}{reason}"), err=True)
         raise typer.Exit(1)
 
 
@@ -601,7 +486,7 @@ def logs(
         lines = (event.data for event in client.follow(execution) if event.name == "log")
     for line in lines:
         node = line["nodeId"] or "-"
-        typer.echo(_visible(f"{line['createdAt']} {line['level']:<7} {node} {line['message']}"))
+        typer.echo(escape_text(f"{line['createdAt']} {line['level']:<7} {node} {line['message']}"))
 
 
 @runs.command("why")
@@ -622,10 +507,10 @@ def explain(
 
     explained = explanations.fetch_explanation(ApiClient.from_environment(), subject)
     if as_json:
-        typer.echo(_visible(json.dumps(explained, indent=2, ensure_ascii=False)))
+        typer.echo(escape_text(json.dumps(explained, indent=2, ensure_ascii=False)))
         return
     for line in explanations.render_explanation(explained):
-        typer.echo(_visible(line))
+        typer.echo(escape_text(line))
 
 
 def _connections(client: ApiClient, workflow_id: str, body: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -645,16 +530,16 @@ def _print_outputs(
         return
     for node_id, note in run_outputs.find_omitted(outputs).items():
         text = f"pilotflame: the output of {node_id} has {note['bytes']:,} bytes and is not shown: GET {note['url']}"
-        typer.echo(_visible(text), err=True)
+        typer.echo(escape_text(text), err=True)
     if choice is OutputChoice.JSON:
         shown = {"executionId": execution_id} | {
             name: result[name] for name in ("status", "outputs", "error")
         }
-        typer.echo(_visible(run_outputs.render(shown)))
+        typer.echo(escape_text(run_outputs.render(shown)))
         return
     if choice is OutputChoice.LAST:
         outputs = run_outputs.select_last(outputs, connections)
-    text = _visible(run_outputs.render(outputs))
+    text = escape_text(run_outputs.render(outputs))
     if choice is OutputChoice.LAST and sys.stdout.isatty():
         text, is_cut = run_outputs.truncate(text)
         if is_cut:
@@ -697,8 +582,3 @@ def _body(given: str) -> dict[str, Any]:
     if not isinstance(inputs, dict):
         raise CommandError("--input must be a JSON object")
     return inputs if "triggerInputs" in inputs else {"triggerInputs": inputs}
-
-
-def _visible(text: str) -> str:
-    """Escape characters that a terminal could act on."""
-    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)

@@ -2,9 +2,38 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+REFUSED: Final = 2
+"""Exit code of a command whose user can fix its error."""
+_INVISIBLE: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+"""Control characters for terminals, and characters that change the direction of text."""
+
 
 class CommandError(Exception):
     """Error that the user can fix; its text gives the cause and the fix."""
+
+
+@contextmanager
+def printed_errors() -> Iterator[None]:
+    """Print an error that a user can fix as one line, and exit; internal errors keep their traceback."""
+    try:
+        yield
+    except Exception as error:
+        text = explain_error(error)
+        if text is None:
+            raise
+        print(f"pilotflame: {escape_text(text)}", file=sys.stderr)  # noqa: T201 - output of the command
+        sys.exit(REFUSED)
+
+
+def escape_text(text: str) -> str:
+    """Escape characters that a terminal could act on."""
+    return _INVISIBLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def explain_error(error: Exception) -> str | None:

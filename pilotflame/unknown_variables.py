@@ -20,11 +20,15 @@ _SERVICE_HOST: Final = "_SERVICE_HOST"
 """
 
 
-def find_unknown(environment: Iterable[str]) -> Mapping[str, list[str]]:
-    """Return unknown variables with the prefix of settings, each with the settings that are similar."""
-    given = [
-        name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in OF_COMMANDS
-    ]
+def find_unknown(
+    environment: Iterable[str], own: type[BaseSettings] | None = None
+) -> Mapping[str, list[str]]:
+    """Return unknown variables with the prefix of settings, each with the settings that are similar.
+
+    Settings of other processes than `own` are loaded only if variables are left that `own` does not know.
+    """
+    spared = OF_COMMANDS | (_variables(own) if own is not None else frozenset())
+    given = [name for name in environment if name.upper().startswith(PREFIX) and name.upper() not in spared]
     links = tuple(
         name.removesuffix(_SERVICE_HOST) + kind
         for name in given
@@ -53,7 +57,11 @@ def warning_text(name: str, meant: Iterable[str]) -> str:
 @cache
 def known_variables() -> frozenset[str]:
     """Return the variables of all processes, which often share one environment."""
-    return frozenset(f"{PREFIX}{field}".upper() for kind in _kinds() for field in kind.model_fields)
+    return frozenset(name for kind in _kinds() for name in _variables(kind))
+
+
+def _variables(kind: type[BaseSettings]) -> frozenset[str]:
+    return frozenset(f"{PREFIX}{field}".upper() for field in kind.model_fields)
 
 
 def _kinds() -> Iterable[type[BaseSettings]]:

@@ -13,12 +13,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pilotflame.cli import app
+from pilotflame.command import main
 
 LOADED = (
     "alembic.command",
     "gateway.main",
     "pilotflame.accounts",
+    "pilotflame.cli",
     "pilotflame.dev",
     "runner.main",
     "scheduler.main",
@@ -86,4 +87,4 @@ def _run_forked(
         with file.open("ab") as sink:
             os.dup2(sink.fileno(), descriptor)
     sys.argv = [*typed]
-    sys.exit(app())
+    main()

@@ -166,8 +166,8 @@ def test_a_server_hides_its_environment_from_other_processes_of_its_user() -> No
     program = f"""
 import ctypes
 from models.settings import ServerSettings
-from pilotflame import cli
-cli._begin(ServerSettings())
+from pilotflame import server_processes
+server_processes.begin(ServerSettings())
 print(ctypes.CDLL(None).prctl({get_dumpable}, 0, 0, 0, 0))
 """
     done = subprocess.run(

@@ -578,7 +578,7 @@ def test_the_runner_and_every_node_load_without_what_its_image_lacks() -> None:
 import importlib, pkgutil, sys
 for name in {sorted(packages_removed_from_pods())}:
     sys.modules[name] = None
-import nodes.library, nodes.connections, pilotflame.cli, runner.main
+import nodes.library, nodes.connections, pilotflame.cli, pilotflame.command, runner.main
 for package in (nodes.library, nodes.connections):
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)

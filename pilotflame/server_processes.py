@@ -1,0 +1,158 @@
+"""Processes of the server: each function prepares its process, loads the modules of that process alone, and serves.
+
+Nothing else is imported here: this module is a part of every start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Final
+
+from pilotflame.command_error import CommandError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import NoReturn
+
+    from bridge.settings import BridgeSettings
+    from bridge.smtp_settings import SmtpListenerSettings
+    from models.settings import ServerSettings
+    from pilotflame.log_lines import LineRenderer, LogLineWriter
+    from pilotflame.worker_parent import ChildDeath
+    from runner.settings import RunnerSettings
+
+    LoggedSettings = ServerSettings | RunnerSettings | BridgeSettings | SmtpListenerSettings
+
+REDIS_SCHEMES: Final = ("redis://", "rediss://", "unix://")
+
+
+def prepare_process() -> None:
+    """Set the rights of new files, and the garbage collector. First step of every command."""
+    from concurrency import gc_tuning
+
+    os.umask(0o077)  # New files are readable by their owner only.
+    gc_tuning.tune_at_start()
+
+
+def begin(settings: ServerSettings, render: LineRenderer | None = None) -> LogLineWriter:
+    """Prepare a process before its own modules are loaded: hide its memory, check settings, configure the log."""
+    from nodes.sandbox.children import confinement
+
+    confinement.hide_process()  # The environment contains the server's secret.
+    if settings.redis_url is not None and not settings.redis_url.startswith(REDIS_SCHEMES):
+        raise CommandError("PILOTFLAME_REDIS_URL must look like redis://host:6379/0")
+    return begin_log(settings, render)
+
+
+def begin_log(settings: LoggedSettings, render: LineRenderer | None = None) -> LogLineWriter:
+    """Configure the log, and exit with 0 on SIGTERM and SIGINT."""
+    from pilotflame import log_lines, unknown_variables
+
+    lines = log_lines.configure_logging(settings.log_level, render or log_lines.as_json)
+    import structlog  # Imported after `log_lines`, which keeps structlog from loading rich.
+
+    log = structlog.get_logger()
+    for name, meant in unknown_variables.find_unknown(os.environ, type(settings)).items():
+        log.warning("unknown setting", variable=name, meant=meant)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # Applies during startup, and when Uvicorn repeats the signal that has stopped it.
+        signal.signal(number, _exit)
+    return lines
+
+
+def _exit(*_: object) -> NoReturn:
+    sys.exit(0)
+
+
+def run_gateway() -> None:
+    """Serve the HTTP API."""
+    from gateway.settings import GatewaySettings
+
+    settings = GatewaySettings()
+    begin(settings)
+    from gateway import main
+
+    main.serve(settings)
+
+
+def run_worker() -> None:
+    """Execute runs.
+
+    If the worker dies, its parent process releases its leases at once.
+    """
+    from pilotflame import worker_parent
+
+    announce = worker_parent.fork_worker(_release_leases)
+    from workers.settings import WorkerSettings
+
+    settings = WorkerSettings()
+    begin(settings)
+    from workers import main
+
+    main.serve(settings, announce)
+
+
+def _release_leases(death: ChildDeath) -> None:
+    import asyncio
+
+    from workers.settings import WorkerSettings
+
+    settings = WorkerSettings()
+    begin(settings)
+    from workers import lost_worker_leases
+
+    release = lost_worker_leases.release_leases(
+        settings, death.owner, death.exit_code, is_out_of_memory=death.is_out_of_memory
+    )
+    asyncio.run(release)
+
+
+def run_scheduler() -> None:
+    """Run schedules, policies, retention and recovery.
+
+    One scheduler leads, others stand by.
+    """
+    from scheduler.settings import SchedulerSettings
+
+    settings = SchedulerSettings()
+    begin(settings)
+    from scheduler import main
+
+    main.serve(settings)
+
+
+def run_deployer() -> None:
+    """Reconcile deployed workflows with the cluster.
+
+    Several deployers share the deployments; each has one at a time.
+    """
+    from workers.deployer.settings import DeployerSettings
+
+    settings = DeployerSettings()
+    begin(settings)
+    from workers.deployer import main
+
+    main.serve(settings)
+
+
+def run_runner() -> None:
+    """Run the executions of one deployed workflow in its pod."""
+    from runner.settings import RunnerSettings
+
+    settings = RunnerSettings()  # type: ignore[call-arg]  # pydantic reads them from the environment
+    begin_log(settings)
+    from runner import main
+
+    main.serve(settings)
+
+
+PROCESSES: Final[dict[str, Callable[[], None]]] = {
+    "gateway": run_gateway,
+    "worker": run_worker,
+    "scheduler": run_scheduler,
+    "deployer": run_deployer,
+    "runner": run_runner,
+}
+"""Commands without options, by their names."""
