@@ -7,17 +7,14 @@ from base64 import b64decode
 from collections.abc import Sequence
 from datetime import timedelta
 from hashlib import sha256
-from typing import Final
-
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_der_public_key
+from typing import TYPE_CHECKING, Final
 
 from senders import signatures
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
 SIGNATURE_HEADER: Final = "X-Twilio-Email-Event-Webhook-Signature"
 TIME_HEADER: Final = "X-Twilio-Email-Event-Webhook-Timestamp"
@@ -27,9 +24,11 @@ within that time is the same mail, deduplicated by its Message-ID.
 """
 
 
-def verify(request: SenderRequest, public_keys: Sequence[str]) -> SignatureResult:
+def verify(request: SenderRequest, keys_in_base64: Sequence[str]) -> SignatureResult:
     """Verify the signature with one of these public keys (DER in base64); raises `RequestRefused`."""
-    keys = _usable_keys(public_keys)
+    from senders import public_keys  # noqa: PLC0415 - loads cryptography
+
+    keys = _usable_keys(keys_in_base64)
     time = request.headers.single(TIME_HEADER)
     header = request.headers.single(SIGNATURE_HEADER)
     if time is None or header is None:
@@ -43,28 +42,22 @@ def verify(request: SenderRequest, public_keys: Sequence[str]) -> SignatureResul
     signed = sha256(time.encode())
     signed.update(request.body)
     digest = signed.digest()
-    if not any(_is_signed_with(key, signature, digest) for key in keys):
+    if not any(public_keys.is_ecdsa_signed(key, signature, digest) for key in keys):
         raise signatures.invalid_signature()
     return SignatureResult()
 
 
-def _usable_keys(public_keys: Sequence[str]) -> Sequence[ec.EllipticCurvePublicKey]:
+def _usable_keys(keys_in_base64: Sequence[str]) -> Sequence[EllipticCurvePublicKey]:
+    from senders import public_keys  # noqa: PLC0415 - loads cryptography
+
     keys = []
-    for text in public_keys:
+    for text in keys_in_base64:
         try:
-            key = load_der_public_key(b64decode("".join(text.split()), validate=True))
-        except (ValueError, UnsupportedAlgorithm):
+            der = b64decode("".join(text.split()), validate=True)
+        except ValueError:
             continue
-        if isinstance(key, ec.EllipticCurvePublicKey):
+        if (key := public_keys.read_ecdsa_key(der)) is not None:
             keys.append(key)
     if not keys:
         raise signatures.missing_secret()
     return keys
-
-
-def _is_signed_with(key: ec.EllipticCurvePublicKey, signature: bytes, digest: bytes) -> bool:
-    try:
-        key.verify(signature, digest, ec.ECDSA(Prehashed(SHA256())))
-    except InvalidSignature:
-        return False
-    return True

@@ -11,20 +11,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
-
-from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
-from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
-from cryptography.hazmat.primitives.hashes import SHA1, SHA256, HashAlgorithm
 
 from engine.values import Json
 from senders import delivery_keys, signatures
 from senders.request_refusal import RequestRefused
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
 
 TYPE_HEADER: Final = "x-amz-sns-message-type"
 RAW_HEADER: Final = "x-amz-sns-rawdelivery"
@@ -131,17 +128,24 @@ def verify(
 
     `certificate_pem` is the content of `signing_certificate_url`.
     """
+    from senders import public_keys  # noqa: PLC0415 - loads cryptography
+
     require_topic(message, topics)
     signing_certificate_url(message)
-    algorithm = _ALGORITHMS.get(message.signature_version)
-    if algorithm is None:
+    # Version 1 is the default of a topic. Two messages with the same SHA-1 digest can only be made by a publisher of
+    # the topic, who could have sent either.
+    digests = {"1": public_keys.RsaDigest.SHA1, "2": public_keys.RsaDigest.SHA256}
+    digest = digests.get(message.signature_version)
+    if digest is None:
         raise RequestRefused("invalid-signature", "The version of the signature is neither 1 nor 2")
     signatures.require_recent(message.sent_at.timestamp(), now, past=TOLERANCE)
     key = _certificate_key(certificate_pem, now)
     try:
-        key.verify(b64decode(message.signature, validate=True), _signed_text(message), PKCS1v15(), algorithm)
-    except (InvalidSignature, ValueError) as error:
+        signature = b64decode(message.signature, validate=True)
+    except ValueError as error:
         raise signatures.invalid_signature() from error
+    if not public_keys.is_rsa_signed(key, signature, _signed_text(message), digest):
+        raise signatures.invalid_signature()
     return SignatureResult(delivery_keys.delivery_key("sns", message.message_id))
 
 
@@ -209,11 +213,6 @@ def _malformed_message(reason: str) -> RequestRefused:
 # ── signature ───────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# Version 1 is the default of a topic. Two messages with the same SHA-1 digest can only be made by a publisher
-# of the topic, who could have sent either.
-_ALGORITHMS: Final[dict[str, HashAlgorithm]] = {"1": SHA1(), "2": SHA256()}  # noqa: S303 - see above
-
-
 def _signed_text(message: SnsMessage) -> bytes:
     """Return the text that SNS has signed: names and values, a line each, in alphabetical order."""
     members = {
@@ -231,14 +230,16 @@ def _signed_text(message: SnsMessage) -> bytes:
 
 def _certificate_key(certificate_pem: bytes, now: datetime) -> RSAPublicKey:
     """Return the RSA key of a certificate that is valid now; raises `RequestRefused`."""
+    from senders import public_keys  # noqa: PLC0415 - loads cryptography
+
     try:
-        certificate = x509.load_pem_x509_certificate(certificate_pem)
-        key = certificate.public_key()
-    except (ValueError, UnsupportedAlgorithm) as error:
+        certificate = public_keys.read_certificate(certificate_pem)
+    except ValueError as error:
         raise _invalid_certificate_error("it can't be read") from error
-    if not certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc:
+    if not certificate.starts_at <= now <= certificate.ends_at:
         raise _invalid_certificate_error("it is not valid at this time")
-    if not isinstance(key, RSAPublicKey) or key.key_size < MIN_KEY_BITS:
+    key = certificate.rsa_key
+    if key is None or key.key_size < MIN_KEY_BITS:
         raise _invalid_certificate_error(f"its key is not an RSA key of {MIN_KEY_BITS:,} bits or more")
     return key
 

@@ -6,15 +6,15 @@ import binascii
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Final
-
-from cryptography.exceptions import InvalidSignature
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from typing import TYPE_CHECKING, Final
 
 from senders import delivery_keys, sender_event, signatures
 from senders.sender_event import SenderEvent
 from senders.sender_request import SenderRequest
 from senders.signatures import SignatureResult
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 SOURCE: Final = "standard-webhooks"
 TOLERANCE: Final = timedelta(minutes=5)
@@ -32,7 +32,7 @@ def verify(
 
     Secrets are in base64, optionally after `whsec_`; keys after `whpk_` are public keys.
     """
-    keys, public_keys = _split_secrets(secrets)
+    keys, verifying_keys = _split_secrets(secrets)
     name, time, header = (_signed_header(request, suffix) for suffix in ("id", "timestamp", "signature"))
     if not name or time is None or header is None:
         raise signatures.missing_signature("webhook-id, webhook-timestamp or webhook-signature")
@@ -43,7 +43,7 @@ def verify(
     request.require_offloaded()
     prefix = b"%s.%s." % (signatures.header_bytes(name), time.encode())
     expected = [b"v1," + b64encode(signatures.compute_hmac(key, prefix, request.body)) for key in keys]
-    if not _is_signed_with(public_keys, given, prefix, request.body):
+    if not _is_signed_with(verifying_keys, given, prefix, request.body):
         signatures.require_match(given, expected)
     return SignatureResult(delivery_keys.delivery_key(SOURCE, name))
 
@@ -78,8 +78,8 @@ def _signed_header(request: SenderRequest, suffix: str) -> str | None:
 
 def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed25519PublicKey]]:
     """Return secrets and public keys separately; raises `RequestRefused` if none is usable."""
-    keys = []
-    public_keys = []
+    keys: list[bytes] = []
+    verifying_keys: list[Ed25519PublicKey] = []
     for secret in secrets:
         is_public = secret.startswith(PUBLIC_KEY_PREFIX)
         try:
@@ -87,29 +87,33 @@ def _split_secrets(secrets: Sequence[str]) -> tuple[Sequence[bytes], Sequence[Ed
                 secret.removeprefix(PUBLIC_KEY_PREFIX if is_public else SECRET_PREFIX), validate=True
             )
             if is_public:
-                public_keys.append(Ed25519PublicKey.from_public_bytes(key))
+                from senders import public_keys  # noqa: PLC0415 - loads cryptography
+
+                verifying_keys.append(public_keys.read_ed25519_key(key))
             elif key:
                 keys.append(key)
         except ValueError:
             continue
-    if not keys and not public_keys:
+    if not keys and not verifying_keys:
         raise signatures.missing_secret()
-    return keys, public_keys
+    return keys, verifying_keys
 
 
 def _is_signed_with(
-    public_keys: Sequence[Ed25519PublicKey], given: Sequence[bytes], prefix: bytes, body: bytes
+    verifying_keys: Sequence[Ed25519PublicKey], given: Sequence[bytes], prefix: bytes, body: bytes
 ) -> bool:
     """Tell whether a `v1a` signature was made with the private key of one of these public keys."""
     signed = [signature.removeprefix(b"v1a,") for signature in given if signature.startswith(b"v1a,")]
-    if not signed or not public_keys:
+    if not signed or not verifying_keys:
         return False
+    from senders import public_keys  # noqa: PLC0415 - loads cryptography
+
     message = prefix + body
     for signature in signed:
-        for key in public_keys:
-            try:
-                key.verify(b64decode(signature, validate=True), message)
-            except (InvalidSignature, binascii.Error):
-                continue
+        try:
+            decoded = b64decode(signature, validate=True)
+        except binascii.Error:
+            continue
+        if any(public_keys.is_ed25519_signed(key, decoded, message) for key in verifying_keys):
             return True
     return False

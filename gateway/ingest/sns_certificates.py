@@ -13,7 +13,6 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Final, Protocol
 
 import structlog
-from cryptography import x509
 
 from gateway.http import errors
 from gateway.http.errors import ApiError
@@ -92,8 +91,10 @@ class SnsCertificateCache:
         status, pem = await self._request(url)
         if status != OK:
             raise _retry_later(f"it answered {status} instead of its certificate")
+        from senders import public_keys  # noqa: PLC0415 - loads cryptography
+
         try:
-            ends = x509.load_pem_x509_certificate(pem).not_valid_after_utc
+            ends = public_keys.read_certificate(pem).ends_at
         except ValueError as error:
             raise _retry_later("its answer is no certificate") from error
         self._kept[url] = (pem, ends)

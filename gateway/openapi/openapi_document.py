@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from http import HTTPStatus
-from importlib import metadata, resources
+from importlib import resources
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import msgspec
@@ -58,6 +58,8 @@ _NAMED: Final = re.compile(r"([^/]+)/\{(\w+)\}")
 
 def build_document(table: Sequence[Route], *, server: str = ANY_SERVER) -> Part:
     """Return the OpenAPI document of a route table; `server` is the base URL of its paths."""
+    from importlib import metadata  # noqa: PLC0415 - loads the parsers of mails and archives
+
     found, named = schemas.build_schemas(
         [kind for line in table for kind in _types(line) if kind is not None]
         + [ErrorResponse, KnownSettings, ExecutionErrorShape],

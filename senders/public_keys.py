@@ -1,0 +1,93 @@
+"""Public keys and certificates of senders, and the verification of their signatures.
+
+Other modules import this one at its first use: it alone loads `cryptography`, a tenth of a start, and few processes
+ever receive such a signature.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ec import ECDSA, EllipticCurvePublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.padding import PKCS1v15
+from cryptography.hazmat.primitives.asymmetric.rsa import RSAPublicKey
+from cryptography.hazmat.primitives.asymmetric.utils import Prehashed
+from cryptography.hazmat.primitives.hashes import SHA1, SHA256
+from cryptography.hazmat.primitives.serialization import load_der_public_key
+
+
+class RsaDigest(Enum):
+    """Digest of a signature by RSASSA-PKCS1-v1_5."""
+
+    SHA1 = SHA1()  # noqa: S303 - see `senders.sns`
+    SHA256 = SHA256()
+
+
+@dataclass(frozen=True, slots=True)
+class SigningCertificate:
+    """X.509 certificate, with its time of validity."""
+
+    starts_at: datetime
+    ends_at: datetime
+    rsa_key: RSAPublicKey | None
+    """None for a key of another kind."""
+
+
+def read_certificate(pem: bytes) -> SigningCertificate:
+    """Return a certificate; raises ValueError for a text that is none."""
+    try:
+        certificate = x509.load_pem_x509_certificate(pem)
+        key = certificate.public_key()
+    except UnsupportedAlgorithm as error:
+        raise ValueError(str(error)) from error
+    return SigningCertificate(
+        certificate.not_valid_before_utc,
+        certificate.not_valid_after_utc,
+        key if isinstance(key, RSAPublicKey) else None,
+    )
+
+
+def is_rsa_signed(key: RSAPublicKey, signature: bytes, message: bytes, digest: RsaDigest) -> bool:
+    """Tell whether the private key of an RSA key has signed a message."""
+    try:
+        key.verify(signature, message, PKCS1v15(), digest.value)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def read_ecdsa_key(der: bytes) -> EllipticCurvePublicKey | None:
+    """Return a public key of an elliptic curve, or None for anything else."""
+    try:
+        key = load_der_public_key(der)
+    except (ValueError, UnsupportedAlgorithm):
+        return None
+    return key if isinstance(key, EllipticCurvePublicKey) else None
+
+
+def is_ecdsa_signed(key: EllipticCurvePublicKey, signature: bytes, sha256_digest: bytes) -> bool:
+    """Tell whether the private key of a key has signed the message with this digest."""
+    try:
+        key.verify(signature, sha256_digest, ECDSA(Prehashed(SHA256())))
+    except InvalidSignature:
+        return False
+    return True
+
+
+def read_ed25519_key(raw: bytes) -> Ed25519PublicKey:
+    """Return a key of 32 bytes; raises ValueError for others."""
+    return Ed25519PublicKey.from_public_bytes(raw)
+
+
+def is_ed25519_signed(key: Ed25519PublicKey, signature: bytes, message: bytes) -> bool:
+    """Tell whether the private key of a key has signed a message."""
+    try:
+        key.verify(signature, message)
+    except InvalidSignature:
+        return False
+    return True
