@@ -67,7 +67,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
@@ -196,10 +196,33 @@ class NodeCatalog:
         return self._validators[key]
 
 
+class LazyNodeTypes(Mapping[str, NodeType]):
+    """Node types of a folder, each read at its first use: a pod needs those of one workflow."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {path.stem.replace("_", "-"): path for path in sorted(folder.glob("*.toml"))}
+        self._read: dict[str, NodeType] = {}
+
+    def __getitem__(self, name: str) -> NodeType:
+        found = self._read.get(name)
+        if found is None:
+            found = self._read[name] = _read_entry(self._files[name])
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 @cache
 def load_catalog() -> NodeCatalog:
-    """Read the library, once per process."""
-    return read_catalog(LIBRARY_FOLDER)
+    """Return the library, whose node types are read at their first use."""
+    return NodeCatalog(LazyNodeTypes(LIBRARY_FOLDER))
 
 
 def read_catalog(folder: Path) -> NodeCatalog:
