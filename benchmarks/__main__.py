@@ -29,6 +29,7 @@ from benchmarks import (
     processes,
     report,
     scenario,
+    starts,
     targets,
     transfer,
 )
@@ -41,6 +42,7 @@ PARTS = (
     "baseline",
     "dev",
     "production",
+    "start",
     "claims",
     "authoring",
     "engine",
@@ -153,6 +155,11 @@ async def _node_loss(folder: Path, _options: MeasureOptions) -> dict[str, float]
         return await node_loss.measure(postgres, redis, folder)
 
 
+async def _start(folder: Path, _options: MeasureOptions) -> dict[str, float]:
+    with services.run_postgres(services.DURABLE) as postgres, services.run_redis() as redis:
+        return await starts.measure(postgres, redis, folder)
+
+
 async def _claims(folder: Path, _options: MeasureOptions) -> dict[str, float]:
     with services.run_postgres(services.DURABLE) as postgres:
         return await claims.measure(postgres, folder)
@@ -184,6 +191,7 @@ ONE_SHOT_PARTS: Mapping[str, Callable[[Path, MeasureOptions], Awaitable[dict[str
     "transfer": _transfer,
     "deployed": _deployed,
     "cluster": _cluster,
+    "start": _start,
     "claims": _claims,
     "authoring": _authoring,
     "intake": _intake,

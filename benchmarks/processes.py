@@ -183,7 +183,7 @@ async def _wait_until_answering(
 ) -> AsyncIterator[ServerUnderTest]:
     started_at = perf_counter()
     with run_commands(commands, variables, folder, checkout) as processes:
-        while not await _is_ready(api):
+        while not await is_ready(api):
             require_running(processes, folder)
             if perf_counter() - started_at > READY_SECONDS:
                 raise ProcessEnded(f"Not ready after {READY_SECONDS} seconds; see {folder}")
@@ -193,7 +193,8 @@ async def _wait_until_answering(
         yield ServerUnderTest(api, process_ids, folder, started_at, ready_seconds)
 
 
-async def _is_ready(api: BenchmarkApi) -> bool:
+async def is_ready(api: BenchmarkApi) -> bool:
+    """Tell whether the gateway answers `/readyz` with 200."""
     try:
         connection = await KeptConnection.open(api.port)
     except OSError:

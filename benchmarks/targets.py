@@ -87,6 +87,14 @@ TARGETS = (
     *(FigureTarget("dev", *line) for line in _BOTH_MODES),
     FigureTarget("dev", "memory_mb_dev", TargetSide.BELOW, 120),
     FigureTarget("dev", "ready_seconds", TargetSide.BELOW, 2),
+    *(
+        FigureTarget("start", f"{name}_import_cpu_seconds", TargetSide.BELOW, seconds)
+        for name, seconds in (("gateway", 0.6), ("worker", 0.6), ("scheduler", 0.45), ("runner", 0.35))
+    ),
+    FigureTarget("start", "dev_ready_seconds", TargetSide.BELOW, 0.7),
+    FigureTarget("start", "gateway_memory_mb", TargetSide.BELOW, 70),
+    FigureTarget("start", "worker_memory_mb", TargetSide.BELOW, 70),
+    FigureTarget("start", "dev_memory_mb", TargetSide.BELOW, 90),
     # A single claim's time varies by a third on a quiet machine; a cost that grows with the table grows a
     # thousandfold.
     FigureTarget("claims", "sqlite_of_1_ratio", TargetSide.BELOW, 1.5),

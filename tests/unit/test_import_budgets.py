@@ -1,0 +1,55 @@
+"""Modules that each process loads at its start: their number, and libraries that belong to other commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from docs.tables import ROOT
+
+PACKAGES = frozenset(
+    tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["root_packages"]
+)
+# Modules of the process, then the most modules of the project and of libraries that its start may load. A new module
+# needs no change here while there is room; raise a budget only for modules that every start needs.
+BUDGETS = {
+    "gateway": (("gateway.settings", "gateway.main"), 420, 400),
+    "worker": (("workers.settings", "workers.main"), 235, 330),
+    "scheduler": (("scheduler.settings", "scheduler.main"), 150, 330),
+    "deployer": (("workers.deployer.settings", "workers.deployer.main"), 95, 310),
+    "runner": (("runner.settings", "runner.main"), 145, 300),
+    "dev": (("pilotflame.dev", "pilotflame.all_in_one"), 510, 420),
+}
+LIBRARIES_OF_OTHERS = {"alembic", "cryptography", "kubernetes", "rich", "typer"}
+"""Libraries for migrations, secrets, clusters and the command line: loaded by their first use."""
+PROGRAM = """
+import importlib, json, sys
+import pilotflame.command, pilotflame.log_lines
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print(json.dumps([*sys.modules]))
+"""
+
+
+@pytest.mark.parametrize("process", BUDGETS)
+def test_a_start_loads_no_more_modules_than_its_budget(process: str) -> None:
+    modules, most_own, most_of_libraries = BUDGETS[process]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *modules], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = json.loads(done.stdout)
+    packages = {name: name.partition(".")[0] for name in loaded}
+    own = sorted(name for name, package in packages.items() if package in PACKAGES)
+    of_libraries = sorted(
+        name
+        for name, package in packages.items()
+        if package not in PACKAGES and package not in sys.stdlib_module_names
+    )
+    assert {packages[name] for name in of_libraries} & LIBRARIES_OF_OTHERS == set()
+    assert not [name for name in own if name.startswith("nodes.library.")], "read by the catalog at first use"
+    assert len(own) <= most_own, own
+    assert len(of_libraries) <= most_of_libraries, of_libraries
