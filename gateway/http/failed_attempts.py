@@ -34,8 +34,8 @@ class ClientFailures:
 class FailedAttempts:
     """Failed attempts of one process, by client."""
 
-    def __init__(self, message: str, *, max_failures: int = MAX_FAILURES) -> None:
-        """Set the message of refusals, and the failures of one client that get the ordinary answer."""
+    def __init__(self, message: str, *, max_failures: int | None = None) -> None:
+        """Set the message of refusals, and the failures that get the ordinary answer (default: `MAX_FAILURES`)."""
         self._message = message
         self._max_failures = max_failures
         self._failures: OrderedDict[str, ClientFailures] = OrderedDict()
@@ -50,7 +50,8 @@ class FailedAttempts:
     def refusal(self, client: str) -> ApiError | None:
         """Return 429 when a client has failed too often, otherwise None."""
         failures = self._failures.get(client)
-        if failures is None or failures.count < self._max_failures:
+        max_failures = MAX_FAILURES if self._max_failures is None else self._max_failures
+        if failures is None or failures.count < max_failures:
             return None
         left = failures.since + FAILURE_WINDOW_SECONDS - monotonic()
         if left <= 0:

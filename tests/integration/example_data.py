@@ -76,7 +76,10 @@ async def create_examples(harness: GatewayHarness, people: OrganizationUsers) ->
     await harness.gateway.blobs.put(owner, b"", media_type="application/octet-stream", name="empty.bin")
     waiting = await _send(people, "POST", f"workflows/{workflow_id}/execute", {})
     await input_waits.wait_for_input(harness.gateway.database, waiting["executionId"])
+    browser = await harness.browser()
+    session = (await browser.post("/session", json={"key": admin.key})).json()
     return {
+        "session_abc123": session["id"],
         "wf_abc123": workflow_id,
         "wf_tmpl_001": template_id,
         "ds_001": source["dataSourceId"],
