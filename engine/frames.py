@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -37,6 +38,8 @@ class SectionFrame:
     """Share of the run's progress for each of its nodes, once it has settled."""
     counted = 0.0
     """Share of the run's progress counted so far, in an iteration."""
+    candidates: Mapping[str, NodeSpan] = MappingProxyType({})
+    """Results of an earlier run that a replay may reuse, outside of loops."""
 
     def __init__(
         self,
@@ -145,6 +148,10 @@ class NodeVisit(msgspec.Struct, eq=False):
     """Output as seen by other nodes, its stored form, and the digest of that."""
     begun_at: datetime | None = None
     """Start of the current attempt; None between two attempts."""
+    candidate: NodeSpan | None = None
+    """Recorded result of an earlier run, until the key of the node is known."""
+    key_id: str | None = None
+    """Execution id in the idempotency key, if it is not that of the run."""
     lost: NodeSpan | None = None
     """Span of an attempt with an unknown outcome, recorded by an earlier worker; None once it has been
     reported.

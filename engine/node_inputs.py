@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from hashlib import sha256
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+from msgspec import structs
 
 from engine import node_key, values
 from engine.expressions import MISSING, ExpressionError, ValueTemplate, compile_path
@@ -68,6 +70,8 @@ class NodeInputs:
         recorded = frame.recorded.get(node_id)
         if recorded is not None:
             _resume_visit(visit, recorded)
+        elif frame.candidates:
+            visit.candidate = frame.candidates.get(node_id)
         return visit
 
     def unreached(self, frame: SectionFrame, node_id: str) -> NodeVisit:
@@ -136,15 +140,28 @@ class NodeInputs:
             values=program.values,
             unresolved=visit.unresolved,
             log=lambda level, message: log(level, message, node_id),
-            caller=self._caller,
+            caller=self._caller_of(visit),
             node_id=node_id,
             iteration=frame.iteration,
-            idempotency_key=f"{self._caller.key_id}:{node_id}:{frame.iteration or 0}",
+            idempotency_key=self._idempotency_key(visit),
             attempt=visit.attempt,
             now=visit.begun_at,
             services=self._services,
             is_strict=self._is_strict,
         )
+
+    def identify_call(self, visit: NodeVisit) -> dict[str, Any]:
+        """Return the fields of a call that depend on the execution id in idempotency keys."""
+        return {"caller": self._caller_of(visit), "idempotency_key": self._idempotency_key(visit)}
+
+    def _caller_of(self, visit: NodeVisit) -> RunCaller:
+        if visit.key_id is None:
+            return self._caller
+        return structs.replace(self._caller, write_key_id=visit.key_id)
+
+    def _idempotency_key(self, visit: NodeVisit) -> str:
+        prefix = visit.key_id or self._caller.key_prefix
+        return f"{prefix}:{visit.node_id}:{visit.frame.iteration or 0}"
 
     def _digest_reads(self, frame: SectionFrame, program: NodeProgram, scope: Mapping[str, Json]) -> bytes:
         """Return the digest of the values that a node can read outside `data`."""
@@ -232,6 +249,7 @@ def _apply_mappings(
 def _resume_visit(visit: NodeVisit, recorded: NodeSpan) -> None:
     """Continue a node after an earlier attempt; a recorded input and config must not change."""
     visit.started_at = recorded.started_at or visit.started_at
+    visit.key_id = recorded.key_id
     if recorded.status is SpanStatus.WAITING:
         visit.attempt, visit.hashes = recorded.attempt, recorded.hashes
         visit.unresolved = list(recorded.unresolved)

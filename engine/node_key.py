@@ -74,6 +74,12 @@ def decode_key(hashes: bytes | None) -> NodeKey | None:
     return NodeKey(kind, config, mappings, given, implementation, ports, reads, sources)
 
 
+def is_same(hashes: bytes | None, recorded: bytes | None) -> bool:
+    """Return whether two keys are complete and equal, apart from the data sources."""
+    now, before = decode_key(hashes), decode_key(recorded)
+    return now is not None and before is not None and now[:-1] == before[:-1]
+
+
 def decode_sources(hashes: bytes | None) -> tuple[DataSourceUse, ...] | None:
     """Return the data sources in the key of a span, whose other parts may be unknown."""
     if hashes is None or len(hashes) <= _FIXED_BYTES:

@@ -22,6 +22,7 @@ MAX_MESSAGE_LENGTH: Final = 8_192
 TIMEOUT_CODE: Final = "timeout"
 EXPIRED_CODE: Final = "expired"
 LOST_ATTEMPT_CODE: Final = "lost-attempt"
+NEEDS_CONFIRM_CODE: Final = "write-needs-confirm"
 UNKNOWN_OUTCOMES: Final = frozenset({TIMEOUT_CODE, "timed-out", "interrupted"})
 """Codes of errors that leave the outcome of a write unknown."""
 

@@ -53,6 +53,7 @@ class NodeProgram:
 
     node: GraphNode
     node_type: NodeType
+    effect: NodeEffect
     is_write: bool
     """Whether the node changes something outside."""
     config: ValueTemplate
@@ -139,6 +140,7 @@ def _compile_pinned_or_node(node: GraphNode, graph: ParsedGraph, catalog: NodeTy
     bare = replace(node, config={}, input_mappings={}, pass_through_values={})
     return replace(
         compile_node(bare, catalog),
+        effect=NodeEffect.PURE,
         is_write=False,
         config=compile_template({}),
         conditions={},
@@ -215,14 +217,15 @@ def _outside_of_body(
     paths = {path.text: path for path in loop.outside}
     hidden = body_ids | {loop.node.id}
     for program in inner:
-        for path in (*program.outside, *program.config.paths, *_mapping_paths(program)):
+        for path in (*program.outside, *program.config.paths, *mapping_paths(program)):
             is_inside = path.root == "nodes" and bool(path.steps) and path.steps[0][0] in hidden
             if path.root in OUTER_ROOTS and not is_inside:
                 paths[path.text] = path
     return tuple(paths.values())
 
 
-def _mapping_paths(program: NodeProgram) -> Iterator[ExpressionPath]:
+def mapping_paths(program: NodeProgram) -> Iterator[ExpressionPath]:
+    """Yield the paths of the input mappings of a node."""
     for source in program.mappings.values():
         yield from source.paths if isinstance(source, ValueTemplate) else list_paths(source)
 
@@ -257,6 +260,7 @@ def compile_node(node: GraphNode, catalog: NodeTypeLookup) -> NodeProgram:
     return NodeProgram(
         node=node,
         node_type=node_type,
+        effect=effect,
         is_write=effect is NodeEffect.WRITE,
         config=compile_template(early),
         conditions=conditions,

@@ -257,6 +257,16 @@ class RunProgress:
             self._fail_frame(frame, span.error)
         self._on_node_settled(frame)
 
+    def reuse(self, visit: NodeVisit, candidate: NodeSpan) -> None:
+        """Complete a node with its result in an earlier run, whose key is the same."""
+        frame, node_id, text = visit.frame, visit.node_id, candidate.output or b"null"
+        frame.outputs[node_id] = frame.nodes[node_id] = values.restore_json(text)
+        frame.digests[node_id] = sha256(candidate.output or b"").digest()
+        self._recorder.record_reused(candidate)
+        self._recorder.count_node(visit)
+        self.schedule_successors(frame, frame.plan.settle(node_id, candidate.port or OUTPUT))
+        self._on_node_settled(frame)
+
     def schedule_successors(self, frame: SectionFrame, step: ReadinessChange) -> None:
         """Schedule ready nodes of a frame, and record skipped ones."""
         if step.ready:

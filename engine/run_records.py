@@ -26,8 +26,14 @@ class SpanStatus(StrEnum):
     FAILED = "failed"
     SKIPPED = "skipped"
     CANCELLED = "cancelled"
+    CANDIDATE = "candidate"
+    """Not reached yet, with a result of an earlier run that is reused if the key is the same."""
+    UNCONFIRMED = "unconfirmed"
+    """The same, for a write that must not be repeated with another key."""
 
 
+CANDIDATE_STATUSES = frozenset({SpanStatus.CANDIDATE, SpanStatus.UNCONFIRMED})
+"""Statuses of nodes that a replay has not reached; nobody else sees their spans."""
 SETTLED_STATUSES = frozenset({SpanStatus.COMPLETED, SpanStatus.FAILED, SpanStatus.SKIPPED})
 
 
@@ -86,6 +92,10 @@ class NodeSpan(msgspec.Struct, frozen=True):
     input_blob: bytes | None = None
     """JSON reference to the blob of an input that is too large for a row; `input` is None in the row then."""
     output_blob: bytes | None = None
+    reused_from: str | None = None
+    """Execution that ran the node, if a replay has reused its result."""
+    key_id: str | None = None
+    """Execution id in the node's idempotency key, if it is not that of its run."""
 
     @property
     def is_turn(self) -> bool:

@@ -29,7 +29,13 @@ class RunCaller(msgspec.Struct, frozen=True):
     workflow_id: str
     execution_id: str
     key_id: str
-    """Id of the first of a chain of resumed executions; data of a run is stored under it."""
+    """Id of the first of a line of executions; data of a run is stored under it."""
+    write_key_id: str = ""
+    """Id in idempotency keys; empty: `key_id`. A replay has its own, so that its writes have new keys."""
+
+    @property
+    def key_prefix(self) -> str:
+        return self.write_key_id or self.key_id
 
 
 _used_sources: Final[ContextVar[set[tuple[str, int]] | None]] = ContextVar("used_sources", default=None)

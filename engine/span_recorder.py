@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from msgspec import structs
+
 from engine import node_key
 from engine import run_limits as engine_limits
 from engine.outcomes import LOST_ATTEMPT_CODE, make_storable
@@ -109,8 +111,17 @@ class SpanRecorder:
                 awaits=awaits,
                 resolved_config=visit.resolved_config,
                 hashes=hashes,
+                key_id=visit.key_id,
             )
         )
+
+    def record_reused(self, candidate: NodeSpan) -> None:
+        """Record that the result of an earlier run holds."""
+        self._sequence += 1
+        self._pending_bytes += len(candidate.output or b"") + len(candidate.input or b"")
+        has_failed = candidate.error is not None
+        status = SpanStatus.FAILED if has_failed else SpanStatus.COMPLETED
+        self._journal.record(structs.replace(candidate, status=status, sequence=self._sequence))
 
     def _record_attempt_state(
         self,

@@ -20,17 +20,25 @@ import msgspec
 
 from concurrency import offload
 from concurrency.offload import BudgetExceeded
-from engine import outcomes
+from engine import node_key, outcomes
 from engine.expressions import ExpressionError
 from engine.frames import NodeVisit, SectionFrame, WakeAction
 from engine.node_api import NodeCall, NodeOutcome
 from engine.node_inputs import NodeInputs
-from engine.outcomes import LOST_ATTEMPT_CODE, TIMEOUT_CODE, to_node_error
+from engine.outcomes import LOST_ATTEMPT_CODE, NEEDS_CONFIRM_CODE, TIMEOUT_CODE, to_node_error
 from engine.run_control import ControlRequest, RunControl
 from engine.run_errors import LeaseLost, NodeError
 from engine.run_limits import RunLimits
 from engine.run_progress import NodeAnswers, RunProgress
-from engine.run_records import NodeSpan, RunError, RunJournalWriter, RunOutcome, RunStatus, SpanStatus
+from engine.run_records import (
+    CANDIDATE_STATUSES,
+    NodeSpan,
+    RunError,
+    RunJournalWriter,
+    RunOutcome,
+    RunStatus,
+    SpanStatus,
+)
 from engine.services import collect_source_uses
 from engine.span_recorder import SpanRecorder
 from engine.values import InvalidJson
@@ -120,6 +128,9 @@ class WorkflowRunner:
             program.root, start.trigger, _build_roots(start), recorded.get("", {}), start.started_at
         )
         self._root.share = 1 / program.root.size
+        self._root.candidates = {
+            span.node_id: span for span in start.recorded if span.status in CANDIDATE_STATUSES
+        }
         self._progress = RunProgress(
             program, recorded, start.wait_answers, node_inputs, recorder, worklist, limits
         )
@@ -254,6 +265,10 @@ class WorkflowRunner:
         except (ExpressionError, InvalidJson, NodeError) as error:
             self._progress.fail(visit, to_node_error(error))
             return
+        if visit.candidate is not None:
+            if self._apply_candidate(visit, visit.candidate):
+                return
+            call = msgspec.structs.replace(call, **self._node_inputs.identify_call(visit))
         is_write = visit.program.is_write
         if is_write:
             self._recorder.record_node(visit, SpanStatus.RUNNING)
@@ -266,6 +281,24 @@ class WorkflowRunner:
             self._start(visit, self._call_node(visit, call))
             return
         self._call_in_place(visit, call)
+
+    def _apply_candidate(self, visit: NodeVisit, candidate: NodeSpan) -> bool:
+        """Reuse the result of an earlier run if its key is the same; returns False if the node has to run."""
+        visit.candidate = None
+        if node_key.is_same(visit.hashes, candidate.hashes):
+            if candidate.port is not None:
+                self._progress.reuse(visit, candidate)
+                return True
+            # An attempt with an unknown end: the same request is repeated under its own key.
+            visit.key_id = candidate.key_id
+        elif candidate.status is SpanStatus.UNCONFIRMED:
+            message = (
+                "The node would repeat a write with another request than before:"
+                " replay with its id in `confirm` to allow that"
+            )
+            self._progress.fail(visit, NodeError(message, code=NEEDS_CONFIRM_CODE), is_final=True)
+            return True
+        return False
 
     async def _prepare_in_thread(
         self, frame: SectionFrame, node_id: str, prepare: Callable[[], T], visit: NodeVisit | None = None
@@ -460,7 +493,8 @@ async def _output_of(outcome: NodeOutcome) -> NodeOutcome:
 def _group_by_iteration(recorded: Sequence[NodeSpan]) -> Mapping[str, Mapping[str, NodeSpan]]:
     found: dict[str, dict[str, NodeSpan]] = {}
     for span in recorded:
-        found.setdefault(span.iteration, {})[span.node_id] = span
+        if span.status not in CANDIDATE_STATUSES:
+            found.setdefault(span.iteration, {})[span.node_id] = span
     return found
 
 

@@ -103,9 +103,9 @@ class ChildRunStarter:
         """Start a run of another workflow, or find the run of an earlier call; returns its execution id.
 
         An awaited run answers this very execution, so a resumed execution starts it anew. A run that isn't
-        awaited belongs to the whole chain of resumed executions. Raises `NodeError`.
+        awaited belongs to all executions that share its idempotency key. Raises `NodeError`.
         """
-        origin = caller.execution_id if awaited else caller.key_id
+        origin = caller.execution_id if awaited else caller.key_prefix
         child_id = ids.derive_id("exec", origin, node_id, iteration)
         answering = (
             children.completion_for_parent(caller.execution_id, node_id, iteration) if awaited else None

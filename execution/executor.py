@@ -469,7 +469,10 @@ class RunExecutor:
         except RecordedValueLost as error:
             return RunOutcome(RunStatus.FAILED, error=RunError("value-lost", error.message, error.node_id))
         start = RunStart(
-            caller=RunCaller(run.organization_id, run.user_id, run.workflow_id, run.execution_id, run.key_id),
+            caller=RunCaller(
+                *(run.organization_id, run.user_id, run.workflow_id, run.execution_id, run.key_id),
+                write_key_id=run.write_key_id,
+            ),
             trigger=trigger,
             clock=self._store.clock,
             deadline=run.deadline_at,

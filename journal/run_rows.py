@@ -46,6 +46,8 @@ SPAN_COLUMNS = (
     "hashes",
     "input_blob",
     "output_blob",
+    "reused_from",
+    "key_id",
 )
 SPAN_KEY = ("execution_id", "node_id", "iteration")
 SPAN_FIXED_COLUMNS = (*SPAN_KEY, "shard", "id")
@@ -150,6 +152,8 @@ def span_rows(batch: Sequence[RunWrite]) -> list[DatabaseRow]:
             span.hashes,
             _to_text(span.input_blob),
             _to_text(span.output_blob),
+            span.reused_from,
+            span.key_id,
         )
         for (write, span), span_id in zip(newest, ids.new_ids("span", len(newest)), strict=True)
     ]
@@ -205,7 +209,7 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
     """Decode a span from a row of `SPAN_COLUMNS`."""
     (_, node_id, iteration, _, _, sequence, label, kind, status, port, attempt, *rest) = row
     started_at, ended_at, wake_at, input_node, data, output, error, unresolved, *rest = rest
-    awaits, resolved_config, hashes, input_blob, output_blob = rest
+    awaits, resolved_config, hashes, input_blob, output_blob, reused_from, key_id = rest
     return NodeSpan(
         node_id=node_id,
         label=label,
@@ -228,6 +232,8 @@ def decode_span(row: Sequence[Any]) -> NodeSpan:
         hashes=hashes,
         input_blob=_to_bytes(input_blob),
         output_blob=_to_bytes(output_blob),
+        reused_from=reused_from,
+        key_id=key_id,
     )
 
 
@@ -235,7 +241,7 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
     """Decode a claimed run from a row with the fields of `ClaimedRun` in their order."""
     execution_id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, *rest = row
     has_journal, trigger, started_at, deadline_at, request, channel, user_id, wait_answer_count, *rest = rest
-    concurrency_key, follow_up, may_have_more, claimed_at = rest
+    concurrency_key, follow_up, write_key_id, may_have_more, claimed_at = rest
     return ClaimedRun(
         execution_id=execution_id,
         shard=shard,
@@ -257,6 +263,7 @@ def decode_claim(row: Sequence[Any]) -> ClaimedRun:
         follow_up=follow_up,
         may_have_more=bool(may_have_more),
         claimed_at=from_microseconds(claimed_at),
+        write_key_id=write_key_id or "",
     )
 
 

@@ -223,6 +223,8 @@ class ClaimedRun(msgspec.Struct, frozen=True):
     """Whether its workflow's share of the claim was used up, so that more of its runs may wait."""
     claimed_at: datetime | None = None
     """Time by the database's clock; None from a gateway of an earlier version."""
+    write_key_id: str = ""
+    """Execution id in idempotency keys; empty: `key_id`."""
 
 
 @dataclass(frozen=True, slots=True)

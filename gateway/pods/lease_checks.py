@@ -77,14 +77,17 @@ def held_conditions(holder: LeaseHolder) -> Sequence[ColumnElement[bool]]:
 
 async def read_caller(database: Database, holder: LeaseHolder, execution_id: str) -> RunCaller:
     """Return the organization, user and workflow in whose name a run acts. Raises 409 `lease-lost`."""
-    statement = select(col(Execution.user_id), col(Execution.key_id)).where(
+    statement = select(col(Execution.user_id), col(Execution.key_id), col(Execution.write_key_id)).where(
         col(Execution.id) == execution_id, *held_conditions(holder)
     )
     async with database.read() as connection:
         row = (await connection.execute(statement)).first()
     if row is None:
         raise lease_lost()
-    return RunCaller(holder.organization_id, row.user_id, holder.workflow_id, execution_id, row.key_id)
+    return RunCaller(
+        *(holder.organization_id, row.user_id, holder.workflow_id, execution_id, row.key_id),
+        write_key_id=row.write_key_id or "",
+    )
 
 
 async def require_resume_line(database: Database, holder: LeaseHolder, key_id: str) -> None:

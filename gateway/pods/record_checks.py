@@ -71,6 +71,9 @@ def _check_span(span: NodeSpan) -> None:
         decoding.decode(span.awaits, _AwaitedNode)
     if span.hashes is not None and len(span.hashes) > MAX_HASHES_BYTES:
         raise _refused("The hashes are too long")
+    for execution_id in (span.reused_from, span.key_id):
+        if execution_id is not None and not ids.is_id(execution_id):
+            raise _refused("The execution of a span is not a valid ID")
 
 
 def _moments(write: RunWrite) -> Iterator[datetime]:

@@ -56,7 +56,10 @@ async def find_unused(database: Database, owners: Sequence[BlobOwner]) -> Sequen
 
 async def _referenced_ids(database: Database, key_ids: Collection[str]) -> set[str]:
     """Return the ids that rows refer to."""
+    # Each part has an index of its own.
     resumed = col(Execution.resumed_from).is_not(None) & col(Execution.key_id).in_(key_ids)
-    statement = select(col(Execution.key_id)).where(or_(col(Execution.id).in_(key_ids), resumed)).distinct()
+    replayed = col(Execution.replay_of).is_not(None) & col(Execution.key_id).in_(key_ids)
+    named = or_(col(Execution.id).in_(key_ids), resumed, replayed)
+    statement = select(col(Execution.key_id)).where(named).distinct()
     async with database.read() as connection:
         return set(await connection.scalars(statement))

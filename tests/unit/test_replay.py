@@ -1,0 +1,518 @@
+"""Replays: exactly the nodes run again whose key has changed, and no write is repeated by guess."""
+
+import asyncio
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, cast
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from engine.node_api import CONTINUE, LoopRequest, NodeCall, NodeResult
+from engine.node_key import decode_key
+from engine.program import WorkflowProgram
+from engine.replay_plan import (
+    NodeReplay,
+    ReplayDecision,
+    ReplayFacts,
+    ReplayOptions,
+    ReplayPlan,
+    ResultUse,
+    changed_body_nodes,
+    diff_paths,
+    may_have_happened,
+    plan_replay,
+)
+from engine.run_errors import NodeError
+from engine.run_records import NodeSpan, RunOutcome, RunStatus, SpanStatus
+from engine.services import RunCaller
+from engine.values import Json
+from models.database_clock import DatabaseClock
+from tests.unit.run_harness import (
+    InMemoryJournal,
+    MadeUpNodeType,
+    SimulatedWorker,
+    compile_drawing,
+    pure_node,
+    write_world,
+)
+
+EARLIER, LATER = "exec_1", "exec_2"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+
+@dataclass
+class World:
+    """Node types that note their calls."""
+
+    calls: list[str] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    """Idempotency keys of the writes."""
+    broken: set[str] = field(default_factory=set)
+    error: str = "broken"
+
+    @property
+    def kinds(self) -> Mapping[str, MadeUpNodeType]:
+        return {
+            "start": pure_node(self.start),
+            "add": pure_node(self.add),
+            "parity": pure_node(self.parity),
+            "branch": pure_node(self.branch),
+            "read": pure_node(self.add),
+            "pay": write_world(self.pay),
+            "loop": pure_node(self.loop, loops=True),
+        }
+
+    def start(self, call: NodeCall) -> Json:
+        return call.data
+
+    def add(self, call: NodeCall) -> Json:
+        self._note(call)
+        return total_of(call.data) + total_of(call.config.get("by", 0))
+
+    def parity(self, call: NodeCall) -> Json:
+        self._note(call)
+        return total_of(call.data) % 2
+
+    def branch(self, call: NodeCall) -> NodeResult:
+        self._note(call)
+        return NodeResult(call.data, "output" if total_of(call.data) % 2 else "other")
+
+    def loop(self, call: NodeCall) -> LoopRequest:
+        self._note(call)
+        return LoopRequest(cast("Sequence[Json]", call.config.get("items", [1, 2, 3])))
+
+    async def pay(self, call: NodeCall) -> Json:
+        await asyncio.sleep(0)
+        self.keys.append(call.idempotency_key)
+        self._note(call)
+        return {"paid": call.data}
+
+    def _note(self, call: NodeCall) -> None:
+        name = f"{call.node_id}.{call.iteration}" if call.iteration else call.node_id
+        self.calls.append(name)
+        if name in self.broken:
+            raise NodeError("broken", code=self.error)
+
+
+def total_of(value: Json) -> int:
+    """Return the sum of all numbers in a value."""
+    if isinstance(value, dict):
+        return sum(map(total_of, value.values()))
+    if isinstance(value, list):
+        return sum(map(total_of, value))
+    return int(value) if isinstance(value, int | float) else 0
+
+
+@dataclass(frozen=True)
+class PastRun:
+    """An ended run."""
+
+    program: WorkflowProgram
+    trigger: Json
+    spans: Sequence[NodeSpan]
+
+
+async def run_first(program: WorkflowProgram, trigger: Json = 1) -> PastRun:
+    worker = SimulatedWorker(program, trigger)
+    await worker.work()
+    return PastRun(program, trigger, list(worker.notebook.rows.values()))
+
+
+def plan_of(
+    past: PastRun,
+    program: WorkflowProgram | None = None,
+    trigger: Json = None,
+    **options: Any,  # noqa: ANN401 - fields of `ReplayOptions`
+) -> ReplayPlan:
+    program = program or past.program
+    inner = {
+        span.node_id
+        for span in past.spans
+        if span.iteration and span.status is SpanStatus.COMPLETED and span.port != CONTINUE
+    }
+    facts = ReplayFacts(
+        caller=RunCaller("org_1", "user_1", "wf_1", EARLIER, EARLIER),
+        started_at=NOW,
+        clock=DatabaseClock(),
+        original=past.program.graph,
+        program=program,
+        trigger=past.trigger if trigger is None else trigger,
+        has_new_input=trigger is not None,
+        spans=[span for span in past.spans if not span.iteration],
+        has_outputs=True,
+        written_in_loops=frozenset(inner),
+        revisions={name: 1 for span in past.spans for name, _ in sources_of(span)},
+    )
+    return plan_replay(facts, ReplayOptions(**options))
+
+
+def sources_of(span: NodeSpan) -> Collection[tuple[str, int]]:
+    key = decode_key(span.hashes)
+    return key.sources if key else ()
+
+
+def use_spans(past: PastRun, plan: ReplayPlan, program: WorkflowProgram) -> list[NodeSpan]:
+    """Return the spans with which a replay begins."""
+    by_id = {node.node_id: node for node in plan.nodes}
+    found: list[NodeSpan] = []
+    for span in past.spans:
+        node = by_id.get(span.node_id)
+        if not span.iteration and node is not None:
+            found += [used] if (used := use_span(span, node)) else []
+        elif span.iteration:
+            found += [used] if (used := use_inner(span, plan, past, program)) else []
+    return found
+
+
+def use_span(span: NodeSpan, node: NodeReplay) -> NodeSpan | None:
+    match node.use:
+        case ResultUse.SETTLED:
+            return replace(span, reused_from=EARLIER)
+        case ResultUse.IN_FLIGHT:
+            return replace(span, status=SpanStatus.RUNNING, error=None, attempt=0, key_id=EARLIER)
+        case ResultUse.CANDIDATE | ResultUse.UNCONFIRMED:
+            is_free = node.use is ResultUse.CANDIDATE
+            status = SpanStatus.CANDIDATE if is_free else SpanStatus.UNCONFIRMED
+            return replace(span, status=status, reused_from=EARLIER, key_id=EARLIER)
+        case _:
+            return None
+
+
+def use_inner(span: NodeSpan, plan: ReplayPlan, past: PastRun, program: WorkflowProgram) -> NodeSpan | None:
+    for loop in plan.nodes:
+        body = program.nodes[loop.node_id].body
+        if loop.use is ResultUse.TURNS and (span.node_id in body or span.node_id == loop.node_id):
+            is_kept = span.status is SpanStatus.COMPLETED
+            changed = changed_body_nodes(program.nodes[loop.node_id], past.program.graph, program.graph)
+            return span if is_kept and span.node_id not in changed else None
+    return None
+
+
+async def run_again(
+    past: PastRun, plan: ReplayPlan, program: WorkflowProgram | None = None, trigger: Json = None
+) -> tuple[RunOutcome, InMemoryJournal]:
+    program = program or past.program
+    recorded = use_spans(past, plan, program)
+    worker = SimulatedWorker(program, past.trigger if trigger is None else trigger, recorded=recorded)
+    worker.start = replace(worker.start, caller=RunCaller("org_1", "user_1", "wf_1", LATER, EARLIER, LATER))
+    ended = await worker.work()
+    return ended, worker.notebook
+
+
+def decisions(plan: ReplayPlan) -> dict[str, str]:
+    return {node.node_id: node.decision.value for node in plan.nodes}
+
+
+def reasons(plan: ReplayPlan, node_id: str) -> list[str]:
+    return [reason.code.value for node in plan.nodes if node.node_id == node_id for reason in node.reasons]
+
+
+# ── any graph and any edit ──────────────────────────────────────────────────────────────────────────────────
+
+KINDS = ("add", "parity", "branch", "pay")
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> tuple[str, dict[str, dict[str, Json]]]:
+    """Return a drawing of a graph, and the options of its nodes."""
+    count = draw(st.integers(2, 7))
+    names = [f"{draw(st.sampled_from(KINDS))}{number}" for number in range(1, count + 1)]
+    drawing: list[str] = []
+    options: dict[str, dict[str, Json]] = {}
+    ancestors: dict[str, set[str]] = {"start": set()}
+    for place, name in enumerate(names):
+        before = ["start", *names[:place]]
+        sources = draw(st.lists(st.sampled_from(before), min_size=1, max_size=2, unique=True))
+        ancestors[name] = {*sources, *(each for source in sources for each in ancestors[source])}
+        for source in sources:
+            port = draw(st.sampled_from(["", ":other"])) if source.startswith("branch") else ""
+            drawing.append(f"{source}{port} > {name}")
+        by: Json = draw(st.integers(0, 2))
+        if draw(st.booleans()):
+            # Of branches that run at the same time, none can rely on the other.
+            by = f"{{{{ nodes.{draw(st.sampled_from(sorted(ancestors[name])))} ?? 0 }}}}"
+        options[name] = {"config": {"by": by}}
+    return "; ".join(drawing), options
+
+
+@settings(max_examples=120, deadline=None)
+@given(graph=graphs(), trigger=st.integers(0, 3))
+def test_a_replay_of_an_unchanged_definition_and_input_runs_nothing_again(
+    graph: tuple[str, dict[str, dict[str, Json]]], trigger: int
+) -> None:
+    async def check() -> None:
+        drawing, options = graph
+        world = World()
+        past = await run_first(compile_drawing(drawing, world.kinds, options), trigger)
+        world.calls.clear()
+        plan = plan_of(past)
+        assert set(decisions(plan).values()) == {"reuse"}
+        ended, notebook = await run_again(past, plan)
+        assert (ended, world.calls) == (RunOutcome(RunStatus.COMPLETED), [])
+        statuses = {span.node_id: span.status for span in past.spans}
+        assert {node_id: span.status for node_id, span in notebook.spans.items()} == statuses
+
+    asyncio.run(check())
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    graph=graphs(),
+    trigger=st.integers(0, 3),
+    data=st.data(),
+)
+def test_an_edit_runs_exactly_the_nodes_again_whose_key_has_changed(
+    graph: tuple[str, dict[str, dict[str, Json]]], trigger: int, data: st.DataObject
+) -> None:
+    drawing, options = graph
+    edited = data.draw(st.sampled_from([*options, "start"]))
+    after = dict(options)
+    new_trigger: Json = None
+    if edited == "start":
+        new_trigger = data.draw(st.integers(0, 3))
+    elif data.draw(st.booleans()):
+        after[edited] = {"config": {"by": data.draw(st.integers(3, 5))}}
+    else:
+        after[edited] = {**options[edited], "inputMappings": {"more": "trigger"}}
+
+    async def check() -> None:
+        world = World()
+        past = await run_first(compile_drawing(drawing, world.kinds, options), trigger)
+        program = compile_drawing(drawing, world.kinds, after)
+        wanted = await run_first(program, trigger if new_trigger is None else new_trigger)
+        before = {span.node_id: decode_key(span.hashes) for span in past.spans}
+        changed = {
+            span.node_id
+            for span in wanted.spans
+            if span.status is SpanStatus.COMPLETED and decode_key(span.hashes) != before.get(span.node_id)
+        } - {"start"}
+        world.calls.clear()
+        world.keys.clear()
+        writes = frozenset(name for name in options if name.startswith("pay"))
+        plan = plan_of(past, program, new_trigger, confirmed=writes)
+        ended, notebook = await run_again(past, plan, program, new_trigger)
+        assert ended == RunOutcome(RunStatus.COMPLETED)
+        assert sorted(world.calls) == sorted(changed)
+        assert {span.node_id: span.output for span in wanted.spans} == {
+            node_id: span.output for node_id, span in notebook.spans.items()
+        }
+        # A write that is repeated has a new key, and one that isn't has none.
+        assert all(key.startswith(LATER) for key in world.keys)
+        # What isn't confirmed is asked for or refused, and never runs.
+        world.calls.clear()
+        careful = plan_of(past, program, new_trigger)
+        if not careful.unconfirmed:
+            await run_again(past, careful, program, new_trigger)
+        done = {span.node_id for span in past.spans if span.port is not None}
+        assert not {name for name in world.calls if name.startswith("pay")} & done
+
+    asyncio.run(check())
+
+
+# ── failures ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("error", "decision", "key"),
+    [
+        ("http-409", "rerun", LATER),
+        ("not-connected", "rerun", LATER),
+        ("sql-error", "rerun", LATER),
+        ("http-502", "rerun", EARLIER),
+        ("timed-out", "rerun", EARLIER),
+        ("anything-else", "rerun", EARLIER),
+    ],
+)
+async def test_a_failed_write_runs_again_under_its_old_key_unless_nothing_can_have_happened(
+    error: str, decision: str, key: str
+) -> None:
+    world = World(broken={"pay"}, error=error)
+    past = await run_first(compile_drawing("start > pay > add", world.kinds))
+    world.broken.clear()
+    world.keys.clear()
+    plan = plan_of(past)
+    assert decisions(plan) == {"start": "reuse", "pay": decision, "add": "rerun"}
+    ended, _ = await run_again(past, plan)
+    assert (ended, world.keys) == (RunOutcome(RunStatus.COMPLETED), [f"{key}:pay:0"])
+
+
+async def test_a_failed_write_with_an_unknown_end_and_another_request_needs_a_confirmation() -> None:
+    world = World(broken={"pay"}, error="timed-out")
+    past = await run_first(compile_drawing("start > pay", world.kinds, {"pay": {"config": {"by": 1}}}))
+    changed = compile_drawing("start > pay", world.kinds, {"pay": {"config": {"by": 2}}})
+    plan = plan_of(past, changed)
+    assert plan.unconfirmed == ("pay",)
+    assert reasons(plan, "pay") == ["failed", "config-changed", "write-needs-confirm"]
+    allowed = plan_of(past, changed, confirmed=frozenset({"pay"}))
+    assert allowed.digest() == plan.digest()
+    world.broken.clear()
+    world.keys.clear()
+    await run_again(past, allowed, changed)
+    assert world.keys == [f"{LATER}:pay:0"]
+
+
+async def test_a_mended_graph_goes_on_behind_the_last_good_node() -> None:
+    world = World(broken={"add2"})
+    drawing = "start > pay > add1 > add2 > pay2"
+    past = await run_first(compile_drawing(drawing, world.kinds))
+    world.broken.clear()
+    world.calls.clear()
+    mended = compile_drawing(drawing, world.kinds, {"add2": {"config": {"by": 7}}})
+    plan = plan_of(past, mended)
+    assert decisions(plan) == {
+        "start": "reuse", "pay": "reuse", "add1": "reuse", "add2": "rerun", "pay2": "rerun",
+    }  # fmt: skip
+    ended, notebook = await run_again(past, plan, mended)
+    assert (ended, world.calls) == (RunOutcome(RunStatus.COMPLETED), ["add2", "pay2"])
+    reused = {node_id: span.reused_from for node_id, span in notebook.spans.items()}
+    assert reused == {"start": EARLIER, "pay": EARLIER, "add1": EARLIER, "add2": None, "pay2": None}
+
+
+async def test_a_write_behind_a_maybe_is_reused_or_refused_at_run_time() -> None:
+    world = World()
+    drawing = "start > add > parity > pay"
+    past = await run_first(compile_drawing(drawing, world.kinds))
+    for by, ended_as in ((2, RunStatus.COMPLETED), (1, RunStatus.FAILED)):
+        world.keys.clear()
+        changed = compile_drawing(drawing, world.kinds, {"add": {"config": {"by": by}}})
+        plan = plan_of(past, changed)
+        assert decisions(plan) == {"start": "reuse", "add": "rerun", "parity": "maybe", "pay": "maybe"}
+        ended, notebook = await run_again(past, plan, changed)
+        assert (ended.status, world.keys) == (ended_as, [])
+        if ended.status is RunStatus.FAILED:
+            assert notebook.spans["pay"].error is not None
+            assert notebook.spans["pay"].error.code == "write-needs-confirm"
+            assert notebook.spans["pay"].resolved_config is not None
+
+
+async def test_a_candidate_that_is_no_longer_reached_is_skipped() -> None:
+    world = World()
+    drawing = "start > add > branch; branch > pay; branch:other > add2"
+    past = await run_first(compile_drawing(drawing, world.kinds))
+    changed = compile_drawing(drawing, world.kinds, {"add": {"config": {"by": 1}}})
+    plan = plan_of(past, changed)
+    ended, notebook = await run_again(past, plan, changed)
+    assert ended == RunOutcome(RunStatus.COMPLETED)
+    assert (notebook.status("pay"), notebook.status("add2")) == ("skipped", "completed")
+
+
+async def test_results_without_a_complete_key_are_not_reused() -> None:
+    world = World()
+    past = await run_first(compile_drawing("start > add > pay", world.kinds))
+    old = [replace(span, hashes=(span.hashes or b"")[:128]) for span in past.spans]
+    plan = plan_of(PastRun(past.program, past.trigger, old))
+    assert decisions(plan) == {"start": "rerun", "add": "rerun", "pay": "ask"}
+    assert reasons(plan, "pay") == ["no-result", "write-needs-confirm"]
+
+
+async def test_a_forced_node_runs_again_and_those_behind_it_only_with_another_input() -> None:
+    world = World()
+    past = await run_first(compile_drawing("start > add > parity > add2", world.kinds))
+    world.calls.clear()
+    plan = plan_of(past, forced=frozenset({"add"}))
+    assert decisions(plan) == {"start": "reuse", "add": "rerun", "parity": "maybe", "add2": "maybe"}
+    await run_again(past, plan)
+    assert world.calls == ["add"]
+
+
+async def test_a_changed_data_source_or_code_is_a_reason() -> None:
+    world = World()
+    past = await run_first(compile_drawing("start > add", world.kinds))
+    used = [
+        replace(span, hashes=(span.hashes or b"") + b'[["ds_1",1]]') if span.node_id == "add" else span
+        for span in past.spans
+    ]
+    assert decisions(plan_of(PastRun(past.program, past.trigger, used)))["add"] == "reuse"
+    newer = [replace(span, hashes=(span.hashes or b"").replace(b",1]", b",2]")) for span in used]
+    assert reasons(plan_of(PastRun(past.program, past.trigger, newer)), "add") == ["source-changed"]
+    kinds = {**world.kinds, "add": pure_node(world.add, code=b"new")}
+    assert reasons(plan_of(past, compile_drawing("start > add", kinds)), "add") == ["implementation-changed"]
+
+
+async def test_reasons_name_what_has_changed() -> None:
+    world = World()
+    options: dict[str, dict[str, Json]] = {"add": {"config": {"by": {"a": [1, 2], "b": 3}}}}
+    past = await run_first(compile_drawing("start > add > pay", world.kinds, options), {"x": 1, "y": 2})
+    edited: dict[str, dict[str, Json]] = {"add": {"config": {"by": {"a": [1, 5], "c": 3}}}}
+    plan = plan_of(past, compile_drawing("start > add > pay > add2", world.kinds, edited))
+    (reason,) = plan.nodes[1].reasons
+    assert (reason.code, reason.paths) == ("config-changed", ("by.b", "by.c", "by.a.1"))
+    assert reasons(plan, "add2") == ["new-node"]
+    assert reasons(plan, "pay") == ["upstream-maybe", "write-needs-confirm"]
+    other = plan_of(past, trigger={"x": 1, "y": 3})
+    assert [(reason.code, reason.paths) for reason in other.nodes[1].reasons] == [
+        ("input-changed", ("data.y",))
+    ]
+    lacking = plan_of(past, compile_drawing("start > pay", world.kinds))
+    assert lacking.removed == ("add",)
+    assert "removed-node" in reasons(lacking, "pay")
+
+
+# ── loops ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+LOOP = "start > loop; loop:continue > pay > add; loop:done > add2"
+
+
+async def test_a_failed_loop_runs_its_failed_iterations_alone() -> None:
+    world = World(broken={"add.1"})
+    past = await run_first(compile_drawing(LOOP, world.kinds))
+    world.broken.clear()
+    world.calls.clear()
+    plan = plan_of(past)
+    (loop,) = [node for node in plan.nodes if node.node_id == "loop"]
+    assert (loop.decision, loop.failed_only, plan.unconfirmed) == (ReplayDecision.RERUN, True, ())
+    ended, notebook = await run_again(past, plan)
+    assert ended == RunOutcome(RunStatus.COMPLETED)
+    assert {"pay.0", "pay.1"}.isdisjoint(world.calls)
+    assert "add.1" in world.calls
+    assert cast("dict[str, Json]", notebook.output("loop"))["count"] == 3
+
+
+async def test_a_loop_with_a_mended_body_keeps_its_good_iterations_if_asked_to() -> None:
+    world = World(broken={"add.2"})
+    past = await run_first(compile_drawing(LOOP, world.kinds))
+    world.broken.clear()
+    mended = compile_drawing(LOOP, world.kinds, {"add": {"config": {"by": 5}}})
+    whole = plan_of(past, mended)
+    assert whole.unconfirmed == ("pay",)  # every iteration would run again
+    assert reasons(whole, "loop") == ["failed", "config-changed"]
+    world.calls.clear()
+    plan = plan_of(past, mended, failed_only=True)
+    assert plan.unconfirmed == ()
+    ended, _ = await run_again(past, plan, mended)
+    assert ended == RunOutcome(RunStatus.COMPLETED)
+    assert world.calls == ["loop", "add.2", "add2"]
+
+
+async def test_a_completed_loop_is_reused_unless_its_body_has_changed() -> None:
+    world = World()
+    past = await run_first(compile_drawing(LOOP, world.kinds))
+    assert set(decisions(plan_of(past)).values()) == {"reuse"}
+    changed = compile_drawing(LOOP, world.kinds, {"add": {"config": {"by": 5}}})
+    plan = plan_of(past, changed)
+    assert (decisions(plan)["loop"], plan.unconfirmed) == ("rerun", ("pay",))
+    behind = plan_of(past, forced=frozenset({"start"}))
+    assert decisions(behind)["loop"] in {"reuse", "maybe"}
+
+
+# ── rules ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_second_attempt_proves_nothing_about_the_first() -> None:
+    world = World(broken={"pay"}, error="http-409")
+    past = asyncio.run(run_first(compile_drawing("start > pay", world.kinds)))
+    (span,) = [span for span in past.spans if span.node_id == "pay"]
+    assert not may_have_happened(span)
+    assert may_have_happened(replace(span, attempt=2))
+    assert not may_have_happened(replace(span, status=SpanStatus.CANCELLED, resolved_config=None))
+
+
+def test_differences_are_named_by_their_places() -> None:
+    assert diff_paths({"a": 1}, {"a": 1}) == []
+    assert diff_paths(1, 2, "data") == ["data"]
+    assert diff_paths([1], [1, 2], "data") == ["data"]
+    assert len(diff_paths({}, {str(number): 0 for number in range(100)})) == 20
