@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from sqlalchemy import func, select, text
+from sqlalchemy import Select, func, select, text
 from sqlmodel import col
 
 from doctor.findings import DriftClass, DriftFinding, DriftSeverity, DriftSubject
@@ -20,6 +20,7 @@ from models import schema_migration
 from models.database_time import read_database_time
 from models.execution import Execution, Leadership, SpanRow
 from models.worker_presence import WorkerPresence
+from models.worker_processes import ALL_IN_ONE_OWNER
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection
@@ -99,7 +100,9 @@ async def check_blobs(database: Database, blobs: BlobStore) -> Sequence[DriftFin
 
 async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
     leads = select(func.count()).where(col(Leadership.lease_until) > before(0))
-    if await connection.scalar(leads):
+    # One process that has all roles needs no election.
+    has_all_roles = _select_present().where(col(WorkerPresence.owner).startswith(ALL_IN_ONE_OWNER))
+    if await connection.scalar(leads) or await connection.scalar(has_all_roles):
         return ()
     message = "No scheduler leads: schedules, timers and lifecycle policies stand still."
     remedy = "Start `pilotflame scheduler`, and read its log if it runs."
@@ -107,13 +110,17 @@ async def _check_leader(connection: AsyncConnection) -> Sequence[DriftFinding]:
 
 
 async def _check_workers(connection: AsyncConnection) -> Sequence[DriftFinding]:
-    present = select(func.count()).where(
-        col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
-    )
-    if await connection.scalar(present):
+    if await connection.scalar(_select_present()):
         return ()
     message = "No worker is present: runs that no pod executes stay pending."
     return [_server_finding(DriftClass.NO_WORKER, "worker", message, "Start `pilotflame worker`.")]
+
+
+def _select_present() -> Select[int]:
+    """Return the statement that counts present workers."""
+    return select(func.count()).where(
+        col(WorkerPresence.seen_at) > before(ABSENT_SECONDS), col(WorkerPresence.ended_at).is_(None)
+    )
 
 
 async def _check_postgresql(connection: AsyncConnection) -> Sequence[DriftFinding]:

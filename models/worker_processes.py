@@ -11,6 +11,8 @@ from uuid import uuid4
 
 WORKER_OWNER_PREFIX: Final = "worker:"
 """Prefix of the lease owner names of all workers."""
+ALL_IN_ONE_OWNER: Final = "dev"
+"""Prefix of the lease owner names of `pilotflame dev`, which does the duties of the scheduler too."""
 
 
 def new_lease_owner(name: str) -> str:

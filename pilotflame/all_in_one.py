@@ -33,6 +33,7 @@ from models import database as databases
 from models.database import Database
 from models.pod_processes import POD_OWNER_PREFIX
 from models.schema_migration import OutdatedDatabase
+from models.worker_processes import ALL_IN_ONE_OWNER
 from pilotflame import data_dir
 from pilotflame.client import ApiClient
 from pilotflame.command_error import CommandError
@@ -48,8 +49,6 @@ from workers.settings import WorkerSettings
 
 log = structlog.get_logger()
 
-OWNER: Final = "dev"
-"""Prefix of the owner names in the leases of such a process."""
 EXAMPLE: Final = (
     '{"name": "Hello", "nodes": [{"id": "start", "type": "manual"},'
     ' {"id": "greet", "type": "template", "config": {"text": "Hello, {{ data.body.name }}!"}}],'
@@ -132,11 +131,11 @@ async def _run(
         await stack.enter_async_context(clock_sync.run_clock_sync(database, moves=lambda: True))
         store = await open_store(url, clock=database.clock)
         stack.push_async_callback(store.close)
-        broker = await brokers.connect_broker(None, channel=ids.new_id(OWNER))
+        broker = await brokers.connect_broker(None, channel=ids.new_id(ALL_IN_ONE_OWNER))
         stack.push_async_callback(broker.close)
         # The folder lock excludes other processes: leases of such a process in its database belong to a dead one. Its
         # pods may have outlived it, and keep their leases.
-        if data_dir.holds_database(roles.gateway) and (count := await store.reclaim(f"{OWNER}_")):
+        if data_dir.holds_database(roles.gateway) and (count := await store.reclaim(f"{ALL_IN_ONE_OWNER}_")):
             log.info("executions reclaimed", count=count)
         key = await _first_key(database, roles.gateway)
         gateway = await stack.enter_async_context(

@@ -179,6 +179,14 @@ async def test_absent_processes_are_found(examine: Callable[..., Any], runs: Run
     assert all(finding.remedy for finding in report.findings)
 
 
+async def test_one_process_with_all_roles_needs_no_leader(
+    examine: Callable[..., Any], runs: RunDatabase
+) -> None:
+    await runs.query("DELETE FROM leadership")
+    await runs.query("UPDATE worker_presence SET owner = 'dev_1'")
+    assert (await examine()).exit_code is DoctorExit.CLEAN
+
+
 async def test_blobs_of_no_run_are_found_and_deleted(
     examine: Callable[..., Any], runs: RunDatabase, tmp_path: Path
 ) -> None:
