@@ -21,6 +21,8 @@ from sqlmodel import col
 
 from engine.expressions import ExpressionError, compile_template
 from engine.values import fingerprint
+from journal import blocked_intervals
+from journal.explanations.blockers import BlockerCode
 from journal.group_commit import GroupCommit
 from models.database_time import DatabaseTime
 from models.errors import LockWaitTimeout
@@ -219,6 +221,14 @@ async def _admit_locked(connection: AsyncConnection, *, key: str, lock: LockKey)
         chosen = [row.id for row in rows[:places]]
         if not chosen:
             return admitted
+        # Before the update, which sets the start of the wait to now.
+        await blocked_intervals.add_ended_intervals(
+            connection,
+            BlockerCode.WAITING_FOR_SLOT,
+            col(Execution.id).in_(chosen),
+            _IS_WAITING,
+            since=col(Execution.updated_at),
+        )
         given = {*await connection.scalars(_admit_statement(chosen))}
         admitted += len(given)
         if len(given) == len(chosen):

@@ -6,8 +6,10 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 import structlog
 
 from concurrency import offload
@@ -21,11 +23,15 @@ from engine.run_records import (
     LogLine,
     NodeSpan,
     RunOutcome,
+    RunStatus,
+    SpanStatus,
 )
 from journal import trigger_body
 from journal.blobs.blob_storage import BlobsUnavailable
+from journal.explanations.blockers import BlockerCode, code_of_wait
 from journal.group_commit import GroupCommit
 from journal.store import RunWrite
+from json_text import decoding
 from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from models.execution_status import MAX_PERCENT_UNDER_WAY
 
@@ -43,8 +49,18 @@ RETRY_SECONDS = 0.25
 MAX_ROWS = 2_000
 """Maximum rows of one commit, except for a single larger run, so that other runs wait no longer than that."""
 
+_WAITING_STATUSES = frozenset({SpanStatus.WAITING, SpanStatus.RETRYING})
+_NEVER = datetime.max.replace(tzinfo=UTC)
+
 ROUNDING_PERCENT = 1e-6
 """Tolerance for rounding errors in sums of shares."""
+
+
+class _AwaitedAnswer(msgspec.Struct):
+    kind: str
+
+
+_decode_awaits = decoding.build_decoder(_AwaitedAnswer).decode
 
 
 class RunRecorder:
@@ -145,6 +161,8 @@ class RunJournal:
         self._is_broken = False
         self._done = 0.0
         """Completed share of the run, as far as this claim of it knows."""
+        self._waits: dict[tuple[str, str], NodeSpan] = {}
+        """Last spans of the nodes that wait or retry."""
         self.has_new_result = False
         """Whether a result was committed since the run was claimed."""
 
@@ -155,6 +173,8 @@ class RunJournal:
             span.input is not None and len(span.input) > self._max_row_bytes
         ):
             self._has_large = True
+        if span.status in _WAITING_STATUSES or self._waits:
+            self._track_wait(span)
         if span.status in SETTLED_STATUSES:
             self._write.has_new_result = True
             # A node in a loop counts once, at the first iteration in which it settles; the loop counts after
@@ -184,6 +204,8 @@ class RunJournal:
 
     async def restore(self, spans: Sequence[NodeSpan]) -> Sequence[NodeSpan]:
         """Return spans with values that their rows keep in blobs; raises `RecordedValueLost` and `LeaseLost`."""
+        for span in spans:
+            self._track_wait(span)
         if self._large is None or not any(span.output_blob or span.input_blob for span in spans):
             return spans
         large = self._large
@@ -230,9 +252,33 @@ class RunJournal:
             write = self._take_pending()
             write.end, write.error, write.due_at = ended.status, ended.error, ended.due_at
             write.wait_answer_count = self._wait_answer_count
+            if ended.status is RunStatus.WAITING:
+                self._name_blocker(write)
+            elif ended.status is RunStatus.RELEASED:
+                write.blocked_by = BlockerCode.QUEUED_BEHIND
             if ended.status not in UNFINISHED_STATUSES:
                 write.channel = self._channel
             await self._submit(write)
+
+    def _track_wait(self, span: NodeSpan) -> None:
+        place = span.node_id, span.iteration
+        if span.status in _WAITING_STATUSES:
+            self._waits[place] = span
+        else:
+            self._waits.pop(place, None)
+
+    def _name_blocker(self, write: RunWrite) -> None:
+        """Name the wait that ends first as the reason of the run's wait."""
+        span = min(
+            self._waits.values(),
+            key=lambda one: (one.wake_at is None, one.wake_at or _NEVER, one.sequence),
+            default=None,
+        )
+        if span is None:
+            write.blocked_by = BlockerCode.TIMER
+            return
+        kind = None if span.awaits is None else _decode_awaits(span.awaits).kind
+        write.blocked_by, write.blocked_node = code_of_wait(span.status, kind), span.node_id
 
     def _take_pending(self) -> RunWrite:
         write, self._write = self._write, self._clear_pending()

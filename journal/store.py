@@ -17,6 +17,7 @@ from typing import Annotated, NamedTuple, Protocol
 import msgspec
 
 from engine.run_records import AttemptSpan, LogLine, NodeSpan, RunError, RunStatus
+from journal.explanations.blockers import BlockerCode
 from models.database_clock import DatabaseClock
 from models.execution_status import MAX_PERCENT_UNDER_WAY, ExecutionStatus
 from models.loss_limits import MAX_ISOLATION_LOSSES
@@ -261,6 +262,9 @@ class RunWrite(msgspec.Struct):
     due_at: datetime | None = None
     wait_answer_count: int = 0
     """Number of answers that it has seen; a waiting run with more answers continues at once."""
+    blocked_by: BlockerCode | None = None
+    """Reason for a wait, which opens a blocked interval."""
+    blocked_node: str | None = None
     attempts: list[AttemptSpan] = []
     """Attempts, each with a span of its node; the last record of an attempt counts."""
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from datetime import timedelta
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -35,19 +37,25 @@ from gateway.http import errors
 from gateway.http.responses import JsonResponse
 from gateway.pods import lease_checks, record_checks
 from gateway.pods.pod_endpoint import decode_call
+from journal import blocked_intervals
 from journal.deployments import pod_leases
 from journal.store import ClaimQuery, LeaseRenewal
 from messages import taken_runs
 from messages.broker import BrokerUnavailable
 from models.database import is_sqlite
-from models.errors import PartialCommit
+from models.errors import DatabaseUnavailable, LockWaitTimeout, PartialCommit
 from nodes.connections import data_source_policy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gateway.http.request import GatewayRequest
     from gateway.pods.lease_checks import LeaseHolder
     from gateway.state import GatewayState
+    from journal.store import ClaimedRun
 
+YOUNG_POD_TIME: Final = timedelta(minutes=15)
+"""Age of a pod up to which its first claims may take runs that have waited for its start."""
 MANY_WRITES = 20
 """Number of writes or spans above which they are checked in a thread."""
 
@@ -115,9 +123,24 @@ async def claim(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:
         )
     )
     await taken_runs.notify_taken_runs(request.gateway.broker, claimed)
+    await _record_wakes(request.gateway, holder, claimed)
     # Completion actions are not the pod's business and may contain addresses that it must not see.
     own = [msgspec.structs.replace(one, follow_up=None, concurrency_key=None) for one in claimed]
     return JsonResponse(ClaimResponse(own))
+
+
+async def _record_wakes(gateway: GatewayState, holder: LeaseHolder, claimed: Sequence[ClaimedRun]) -> None:
+    """Record that first claims of a young pod have waited for its start. Losing this record is harmless."""
+    fresh = [run.execution_id for run in claimed if not run.has_journal]
+    if not fresh or gateway.clock() - holder.process.started_at > YOUNG_POD_TIME:
+        return
+    record = partial(
+        blocked_intervals.add_waking_intervals,
+        execution_ids=fresh,
+        pod_started_at=holder.process.started_at,
+    )
+    with suppress(DatabaseUnavailable, LockWaitTimeout):
+        await gateway.database.transaction(record)
 
 
 async def suspects(request: GatewayRequest, holder: LeaseHolder) -> JsonResponse:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from journal.store import RunWrite
 
 MAX_HASHES_BYTES = 1_024
+MAX_NODE_CHARACTERS = 200
 
 
 class _AwaitedNode(msgspec.Struct):
@@ -44,8 +45,15 @@ def require_storable(write: RunWrite) -> None:
         raise _refused(f"A value can't be stored: {error}") from error
     if any(moment.tzinfo is None for moment in _moments(write)):
         raise _refused("A time has no zone")
+    if write.blocked_node is not None and not is_storable_text(write.blocked_node):
+        raise _refused("The blocked node is not a valid ID")
     if write.channel and not ids.is_id(write.channel):
         raise _refused("The channel is not a valid ID")
+
+
+def is_storable_text(text: str) -> bool:
+    """Return whether every database can store a text from a pod."""
+    return len(text) <= MAX_NODE_CHARACTERS and "\0" not in text
 
 
 def require_readable(call: ExpectEventRequest) -> None:

@@ -18,7 +18,9 @@ import structlog
 from sqlalchemy import and_, bindparam, case, func, literal, literal_column, select, update
 from sqlmodel import col
 
+from journal import blocked_intervals
 from journal.deployments import activity, decisions
+from journal.explanations.blockers import BlockerCode
 from models import lifecycle_policy
 from models.database_time import DatabaseTime
 from models.deployment import (
@@ -184,6 +186,14 @@ async def wake_for_waiting_runs(database: Database) -> dict[str, WakeOutcome]:
 
 async def release_deferred_runs(connection: AsyncConnection, workflow_id: str) -> int:
     """Make the deferred runs of a deployment pending; returns their number."""
+    code = case(
+        (col(Execution.due_at) == UNTIL_STARTED, BlockerCode.STOPPED_MANUALLY.value),
+        else_=BlockerCode.WINDOW_CLOSED.value,
+    )
+    of_deployment = col(Execution.target) == workflow_id
+    await blocked_intervals.add_ended_intervals(
+        connection, code, of_deployment, IS_DEFERRED, since=col(Execution.updated_at)
+    )
     return await _retarget_runs(
         connection, workflow_id, IS_DEFERRED, status=ExecutionStatus.PENDING.value, due_at=None
     )

@@ -8,6 +8,9 @@ from datetime import datetime
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final
 
+from engine.node_api import AnswerSource
+from engine.run_records import SpanStatus
+
 if TYPE_CHECKING:
     from engine.values import Json
 
@@ -156,6 +159,21 @@ BLOCKER_RULES: Final[Mapping[BlockerCode, BlockerRule]] = {
     ),
 }
 """Every code with its rule."""
+
+
+def code_of_wait(status: SpanStatus, kind: str | None) -> BlockerCode:
+    """Return the code of a waiting node, by its status and the source of the answer that it waits for, if any."""
+    if status is SpanStatus.RETRYING:
+        return BlockerCode.RETRY_AT
+    match kind:
+        case None:
+            return BlockerCode.TIMER
+        case AnswerSource.INPUT:
+            return BlockerCode.AWAITING_INPUT
+        case AnswerSource.EVENT:
+            return BlockerCode.AWAITING_EVENT
+        case _:
+            return BlockerCode.NODE_RUNNING
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
-from engine.node_api import AnswerSource
 from engine.run_records import SpanStatus
 from journal.explanations import deployment_blockers
 from journal.explanations.blockers import (
@@ -19,6 +18,7 @@ from journal.explanations.blockers import (
     Explanation,
     NextEvent,
     SuggestedRequest,
+    code_of_wait,
 )
 from journal.held_runs import UNTIL_RESUMED
 from journal.worker_presence import ABSENT_SECONDS
@@ -253,38 +253,26 @@ def _node_blocker(facts: RunFacts, node: UnsettledNode) -> Blocker:
         "iteration": node.iteration,
         "attempt": node.attempt,
     }
-    if node.status is SpanStatus.RETRYING:
-        return Blocker(
-            BlockerCode.RETRY_AT,
-            f"{node.label} has failed and is tried again",
-            node.started_at,
-            until=node.wake_at,
-            details=where,
-        )
-    if node.status is SpanStatus.RUNNING:
-        return _running_blocker(facts, node)
-    if node.awaits is None:
-        return Blocker(
-            BlockerCode.TIMER,
-            f"{node.label} waits for a time",
-            node.started_at,
-            until=node.wake_at,
-            details=where,
-        )
-    match node.awaits["kind"]:
-        case AnswerSource.INPUT:
+    kind = None if node.awaits is None else str(node.awaits["kind"])
+    code = BlockerCode.NODE_RUNNING if node.status is SpanStatus.RUNNING else code_of_wait(node.status, kind)
+    match code:
+        case BlockerCode.AWAITING_INPUT:
             return _input_blocker(facts, node)
-        case AnswerSource.EVENT:
-            request = node.awaits["request"]
+        case BlockerCode.AWAITING_EVENT:
+            request = node.awaits["request"] if node.awaits is not None else None
             event_type = request.get("eventType") if isinstance(request, dict) else None
             return Blocker(
-                BlockerCode.AWAITING_EVENT,
+                code,
                 f"{node.label} waits for an event",
                 node.started_at,
                 until=node.wake_at,
                 actions=[SuggestedRequest("POST", "/api/v1/workflows/events", EXECUTE_SCOPE)],
                 details={**where, "eventType": event_type},
             )
+        case BlockerCode.RETRY_AT | BlockerCode.TIMER:
+            is_retry = code is BlockerCode.RETRY_AT
+            text = "has failed and is tried again" if is_retry else "waits for a time"
+            return Blocker(code, f"{node.label} {text}", node.started_at, until=node.wake_at, details=where)
         case _:
             return _running_blocker(facts, node)
 

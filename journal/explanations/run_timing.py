@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 import msgspec
@@ -73,51 +74,49 @@ def sum_times(
     """
     end = run.ended_at or now
     begun_at = run.started_at or end
+    blocked = [*_blocked_spans(run, intervals, end, primary, since)]
+    queued = [*_queued_spans(run, intervals, end)]
     times: dict[str, timedelta] = {}
-    cursor = run.created_at
-    for label, start, stop in _labelled(run, intervals, end, primary, since):
-        first, last = max(start, cursor), min(stop, end)
-        if last <= first:
-            continue
-        _add_gap(times, cursor, first, begun_at)
-        times[label] = times.get(label, _ZERO) + (last - first)
-        cursor = last
-    _add_gap(times, cursor, end, begun_at)
-    queued, running = times.pop(BlockerCode.QUEUED_BEHIND, _ZERO), times.pop(_RUNNING, _ZERO)
-    return TimeSpent(queued, times.pop(BlockerCode.WAKING, _ZERO), running, times)
+    bounds = {run.created_at, begun_at, end}
+    bounds.update(moment for _, start, stop in blocked for moment in (start, stop))
+    bounds.update(moment for span in queued for moment in span)
+    for start, stop in pairwise(sorted(one for one in bounds if run.created_at <= one <= end)):
+        label = next((code for code, first, last in blocked if first <= start and stop <= last), None)
+        if label is None:
+            is_queued = stop <= begun_at or any(first <= start and stop <= last for first, last in queued)
+            label = BlockerCode.QUEUED_BEHIND.value if is_queued else _RUNNING
+        times[label] = times.get(label, _ZERO) + (stop - start)
+    queue_time, running = times.pop(BlockerCode.QUEUED_BEHIND, _ZERO), times.pop(_RUNNING, _ZERO)
+    return TimeSpent(queue_time, times.pop(BlockerCode.WAKING, _ZERO), running, times)
 
 
 _RUNNING: Final = "running"
 
 
-def _add_gap(times: dict[str, timedelta], start: datetime, stop: datetime, begun_at: datetime) -> None:
-    """Count time without a blocker: as queued before the first claim, as running after it."""
-    for label, first, last in (
-        (BlockerCode.QUEUED_BEHIND.value, start, min(stop, begun_at)),
-        (_RUNNING, max(start, begun_at), stop),
-    ):
-        if last > first:
-            times[label] = times.get(label, _ZERO) + (last - first)
-
-
-def _labelled(
+def _blocked_spans(
     run: Execution,
     intervals: Sequence[BlockedInterval],
     end: datetime,
     primary: BlockerCode,
     since: datetime | None,
 ) -> Iterator[tuple[str, datetime, datetime]]:
-    is_open = False
+    """Yield code, start and end of each block; where several overlap, the first counts."""
     for interval in intervals:
-        blocked_until = interval.ended_at or end
-        yield interval.code, interval.started_at, blocked_until
-        if interval.node_id is not None or interval.code == BlockerCode.QUEUED_BEHIND:
-            # It had started, so it was queued from then on until a process claimed it again.
-            yield BlockerCode.QUEUED_BEHIND.value, blocked_until, interval.resumed_at or end
-        is_open = interval.ended_at is None
+        yield interval.code, interval.started_at, interval.ended_at or end
+    is_open = any(interval.ended_at is None for interval in intervals)
     is_blocked = primary not in {BlockerCode.NONE, BlockerCode.NODE_RUNNING, BlockerCode.CANCEL_REQUESTED}
     if run.ended_at is None and is_blocked and since is not None and not is_open:
         yield primary.value, since, end
+
+
+def _queued_spans(
+    run: Execution, intervals: Sequence[BlockedInterval], end: datetime
+) -> Iterator[tuple[datetime, datetime]]:
+    """Yield the times in which a run that had started could be claimed again."""
+    for interval in intervals:
+        has_started = run.started_at is not None and interval.started_at >= run.started_at
+        if has_started and interval.ended_at is not None:
+            yield interval.ended_at, interval.resumed_at or end
 
 
 def find_critical_path(spans: Iterable[PathStep], edges: Iterable[tuple[str, str]]) -> Sequence[PathStep]:

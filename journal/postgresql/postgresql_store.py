@@ -19,6 +19,8 @@ import msgspec
 
 from engine.run_records import NodeSpan, RunStatus
 from journal import claim_rules
+from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS, blocked_rows
+from journal.explanations.blockers import BlockerCode
 from journal.postgresql.postgresql_inserts import PostgresqlInserts
 from journal.postgresql.postgresql_text import NOW, lock_wait_sql, looked_up_sql, transpose_rows, unnest_sql
 from journal.run_rows import (
@@ -171,16 +173,17 @@ class PostgreSQLStore:
         return frozenset(held)
 
     async def _record(
-        self, statements: Mapping[bool, str], batch: Sequence[RunWrite], owner: str
+        self, statements: Mapping[tuple[bool, bool], str], batch: Sequence[RunWrite], owner: str
     ) -> frozenset[str]:
-        attempts = attempt_rows(batch)
+        attempts, blocked = attempt_rows(batch), blocked_rows(batch)
         rows = await self._fetch(
-            statements[bool(attempts)],
+            statements[bool(attempts), bool(blocked)],
             *transpose_rows(map(_run_write_row, batch), len(_WRITE_TYPES)),
             *transpose_rows(span_rows(batch), len(SPAN_COLUMNS)),
             *transpose_rows(log_rows(batch), len(LOG_COLUMNS)),
             owner,
             *(transpose_rows(attempts, len(ATTEMPT_COLUMNS)) if attempts else ()),
+            *(transpose_rows(blocked, len(_BLOCKED_TYPES)) if blocked else ()),
         )
         return frozenset(row[0] for row in rows)
 
@@ -380,6 +383,10 @@ def _claim_update_sql(also: str = "") -> str:
     -- statistics, the planner would scan whole tables to find the few chosen rows.
     WHERE id = ANY (ARRAY(SELECT id FROM chosen)) AND status || '' = 'pending'
     RETURNING *
+), resumed AS (
+    -- Runs without an earlier attempt have no interval to end, and cost nothing here.
+    UPDATE blocked_interval SET ended_at = coalesce(ended_at, {NOW}), resumed_at = {NOW}
+    WHERE execution_id = ANY (ARRAY(SELECT id FROM taken WHERE has_journal)) AND resumed_at IS NULL
 )
 SELECT taken.id, shard, organization_id, workflow_id, definition_hash, token, attempt, key_id, has_journal,
     (SELECT trigger FROM execution_data AS data WHERE data.execution_id = taken.id AND data.shard = taken.shard),
@@ -500,6 +507,20 @@ _NEW_ATTEMPTS = f"""
 )
 """
 """Only in statements for batches with attempts of nodes: most batches have none and should not pay for it."""
+_BLOCKED_TYPES = ("text", "text", "text")
+_NEW_INTERVALS = """
+, new_interval AS (
+    INSERT INTO blocked_interval ({columns})
+    SELECT held.id, {now}, held.shard, held.organization_id,
+        CASE WHEN held.status = 'waiting' THEN blocked.code ELSE '{queued}' END,
+        blocked.node_id, CASE WHEN held.status = 'waiting' THEN NULL ELSE {now} END
+    FROM unnest({blocked}) AS blocked (execution_id, code, node_id)
+    JOIN held ON held.id = blocked.execution_id
+    WHERE held.status IN ('waiting', 'pending')
+    ON CONFLICT DO NOTHING
+)
+"""
+"""Only in statements for batches with runs that wait or are released, like `_NEW_ATTEMPTS`."""
 # A run that got an answer while it was running doesn't wait: the next executor that claims it reads the
 # answer.
 _ENDS_WAITING = "(write.status = 'waiting' AND execution.wait_answer_count <= write.wait_answer_count)"
@@ -538,7 +559,7 @@ WITH held AS (
         AND execution.id = write.id AND execution.shard = write.shard AND execution.token = write.token
         AND execution.status || '' = 'running' AND (${_OWNER}::text = '' OR execution.lease_owner = ${_OWNER})
         AND {{lock_wait}}
-    RETURNING execution.id
+    RETURNING execution.id, execution.shard, execution.organization_id, execution.status
 ), new_span AS (
     INSERT INTO span ({", ".join(SPAN_COLUMNS)})
     SELECT written.* FROM unnest({unnest_sql(_FIRST_SPAN, _SPAN_TYPES)}) AS written ({", ".join(SPAN_COLUMNS)})
@@ -552,18 +573,32 @@ WITH held AS (
     ON CONFLICT DO NOTHING
 )
 {{attempts}}
+{{intervals}}
 SELECT id FROM held
 """
 
 
-def _record_statement(lock_milliseconds: int) -> Mapping[bool, str]:
-    """Return the statements that record a batch, by whether it has attempts of nodes."""
+def _record_statement(lock_milliseconds: int) -> Mapping[tuple[bool, bool], str]:
+    """Return the statements that record a batch, by whether it has attempts of nodes, and blocked runs."""
     return {
-        has_attempts: _RECORD_TEMPLATE.format(
-            lock_wait=lock_wait_sql(lock_milliseconds), attempts=_NEW_ATTEMPTS if has_attempts else ""
+        (has_attempts, has_blocked): _RECORD_TEMPLATE.format(
+            lock_wait=lock_wait_sql(lock_milliseconds),
+            attempts=_NEW_ATTEMPTS if has_attempts else "",
+            intervals=_new_intervals_sql(has_attempts=has_attempts) if has_blocked else "",
         )
         for has_attempts in (False, True)
+        for has_blocked in (False, True)
     }
+
+
+def _new_intervals_sql(*, has_attempts: bool) -> str:
+    first = _OWNER + 1 + (len(_ATTEMPT_TYPES) if has_attempts else 0)
+    return _NEW_INTERVALS.format(
+        columns=INTERVAL_COLUMNS_SQL,
+        now=NOW,
+        queued=BlockerCode.QUEUED_BEHIND.value,
+        blocked=unnest_sql(first, _BLOCKED_TYPES),
+    )
 
 
 _RECORD = _record_statement(BATCH_LOCK_MILLISECONDS)
@@ -644,11 +679,26 @@ def _skip_locked_sql(condition: str, limit: str = "") -> str:
 
 
 _PROMOTE_DUE = f"""
+WITH due AS MATERIALIZED (
+    SELECT id, shard, organization_id, target, is_fresh, due_at, updated_at FROM execution
+    WHERE status = 'waiting' AND due_at <= {NOW} FOR NO KEY UPDATE SKIP LOCKED
+), new_interval AS (
+    INSERT INTO blocked_interval ({INTERVAL_COLUMNS_SQL})
+    SELECT id, updated_at, shard, organization_id,
+        CASE target WHEN '{DELAYED_TARGET}' THEN '{BlockerCode.TIMER}' ELSE '{BlockerCode.WINDOW_CLOSED}' END,
+        NULL, {NOW}
+    -- The release of held runs has added their interval, and set both times to the same moment.
+    FROM due WHERE is_fresh AND due_at > updated_at + {LEAST_MICROSECONDS}
+    ON CONFLICT DO NOTHING
+), ended AS (
+    UPDATE blocked_interval SET ended_at = {NOW}
+    WHERE execution_id = ANY (ARRAY(SELECT id FROM due WHERE NOT is_fresh)) AND ended_at IS NULL
+)
 UPDATE execution SET status = 'pending', due_at = NULL, updated_at = {NOW}, deadline_at = deadline_at + {NOW},
     target = CASE target
         WHEN '{DELAYED_TARGET}' THEN coalesce(assigned_deployment_id, '{SHARED_TARGET}') ELSE target
     END
-WHERE {_skip_locked_sql(f"status = 'waiting' AND due_at <= {NOW}")} RETURNING id
+WHERE id = ANY (ARRAY(SELECT id FROM due)) RETURNING id
 """
 _ISOLATION_LOSSES = "isolation_losses + CASE WHEN isolated THEN 1 ELSE 0 END"
 _HAS_CRASHED = f"(attempt >= {MAX_LOST_ATTEMPTS} OR {_ISOLATION_LOSSES} >= {MAX_ISOLATION_LOSSES})"
@@ -668,8 +718,16 @@ UPDATE execution SET token = token + 1, lease_owner = NULL, lease_until = NULL, 
     target = {release_target_sql(_IS_NEXT_ISOLATED)}
 """
 _SWEEP = f"""
+WITH lost AS MATERIALIZED (
+    SELECT id, shard, organization_id, lease_until FROM execution
+    WHERE status = 'running' AND lease_until < {NOW} LIMIT $1::integer FOR NO KEY UPDATE SKIP LOCKED
+), new_interval AS (
+    INSERT INTO blocked_interval ({INTERVAL_COLUMNS_SQL})
+    SELECT id, lease_until, shard, organization_id, '{BlockerCode.WORKER_LOST}', NULL, {NOW} FROM lost
+    ON CONFLICT DO NOTHING
+)
 {_RECLAIM.format(least_isolation_losses=0, least_losses=0)}
-WHERE {_skip_locked_sql(f"status = 'running' AND lease_until < {NOW}", "LIMIT $1::integer")}
+WHERE id = ANY (ARRAY(SELECT id FROM lost))
 RETURNING id, status, channel
 """
 _HAD_TRIAL = (
@@ -696,6 +754,7 @@ _HAS_PENDING = (
 )
 _IS_HELD = f"(status = 'running' AND lease_until >= {NOW})"
 _REQUEST_END = f"""
+WITH requested AS (
 UPDATE execution SET updated_at = {NOW},
     request = CASE WHEN request = 'cancel' THEN request ELSE $3::text END,
     token = CASE WHEN {_IS_HELD} THEN token ELSE token + 1 END,
@@ -704,5 +763,11 @@ UPDATE execution SET updated_at = {NOW},
     status = CASE WHEN {_IS_HELD} THEN status WHEN request = 'cancel' THEN 'cancelled' ELSE $4::text END
 WHERE id = $1 AND shard = $2 AND status IN ('pending', 'running', 'waiting')
     AND {lock_wait_sql(sessions.LOCK_WAIT_MILLISECONDS)}
-RETURNING status, lease_owner, channel
+RETURNING id, status, lease_owner, channel, ended_at
+), ended AS (
+    UPDATE blocked_interval SET ended_at = {NOW}
+    WHERE execution_id = ANY (ARRAY(SELECT id FROM requested WHERE ended_at IS NOT NULL))
+        AND blocked_interval.ended_at IS NULL
+)
+SELECT status, lease_owner, channel FROM requested
 """

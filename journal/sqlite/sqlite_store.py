@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from engine.run_records import NodeSpan, RunStatus
 from journal import claim_rules
+from journal.blocked_intervals import INTERVAL_COLUMNS_SQL, LEAST_MICROSECONDS, blocked_rows
+from journal.explanations.blockers import BlockerCode
 from journal.run_rows import (
     ATTEMPT_CHANGES,
     ATTEMPT_COLUMNS,
@@ -401,7 +403,25 @@ def _take_run(
             *((claim.target,) if claim.is_trial else ()),
         ),
     ).fetchone()
+    if row[_HAS_JOURNAL]:
+        # Runs without an earlier attempt have no interval to end.
+        connection.execute(_RESUME_INTERVALS, {"now": now, "id": execution_id})
     return decode_claim((*row, may_have_more, now))
+
+
+_HAS_JOURNAL = ClaimedRun.__struct_fields__.index("has_journal")
+_RESUME_INTERVALS = (
+    "UPDATE blocked_interval SET ended_at = coalesce(ended_at, :now), resumed_at = :now"
+    " WHERE execution_id = :id AND resumed_at IS NULL"
+)
+_END_INTERVALS = "UPDATE blocked_interval SET ended_at = :now WHERE execution_id = :id AND ended_at IS NULL"
+_INSERT_INTERVALS = f"INSERT OR IGNORE INTO blocked_interval ({INTERVAL_COLUMNS_SQL})"
+_BLOCK_RUN = (
+    f"{_INSERT_INTERVALS} SELECT id, :now, shard, organization_id,"
+    f" CASE WHEN status = 'waiting' THEN :code ELSE '{BlockerCode.QUEUED_BEHIND}' END, :node,"
+    " CASE WHEN status = 'waiting' THEN NULL ELSE :now END"
+    " FROM execution WHERE id = :id AND status IN ('waiting', 'pending')"
+)
 
 
 _IS_SUSPECT = f"WHERE {claim_rules.pending_sql('?')} AND {claim_rules.suspect_sql('?')}"
@@ -469,6 +489,8 @@ def _record(connection: sqlite3.Connection, batch: Sequence[RunWrite], owner: st
     connection.executemany(_UPSERT_SPANS, span_rows(held))
     connection.executemany(_UPSERT_ATTEMPTS, attempt_rows(held))
     connection.executemany(_INSERT_LOGS, log_rows(held))
+    for execution_id, code, node_id in blocked_rows(held):
+        connection.execute(_BLOCK_RUN, {"id": execution_id, "code": code, "node": node_id, "now": now})
     return frozenset(write.execution_id for write in held)
 
 
@@ -576,8 +598,27 @@ _OUTPUTS = (
 # ── sweep ─────────────────────────────────────────────────────────────────────────────────────────
 
 
+_IS_DUE = "status = 'waiting' AND due_at <= :now"
+_END_DEFERRALS = (
+    f"{_INSERT_INTERVALS} SELECT id, updated_at, shard, organization_id, CASE target WHEN '{DELAYED_TARGET}'"
+    f" THEN '{BlockerCode.TIMER}' ELSE '{BlockerCode.WINDOW_CLOSED}' END, NULL, :now"
+    # The release of held runs has added their interval, and set both times to the same moment.
+    f" FROM execution WHERE {_IS_DUE} AND is_fresh AND due_at > updated_at + {LEAST_MICROSECONDS}"
+)
+_END_WAITS = (
+    "UPDATE blocked_interval SET ended_at = :now WHERE ended_at IS NULL"
+    f" AND execution_id IN (SELECT id FROM execution WHERE {_IS_DUE} AND NOT is_fresh)"
+)
+_NAME_LOSSES = (
+    f"{_INSERT_INTERVALS} SELECT id, lease_until, shard, organization_id, '{BlockerCode.WORKER_LOST}', NULL, :now"
+    " FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit"
+)
+
+
 def _promote_due(connection: sqlite3.Connection) -> int:
     now = _now_microseconds()
+    connection.execute(_END_DEFERRALS, {"now": now})
+    connection.execute(_END_WAITS, {"now": now})
     return connection.execute(
         "UPDATE execution SET status = 'pending', due_at = NULL, updated_at = ?1, deadline_at = deadline_at + ?1,"
         f" target = CASE target WHEN '{DELAYED_TARGET}'"
@@ -616,6 +657,7 @@ _RELEASE = (
 def _sweep(connection: sqlite3.Connection, limit: int) -> SweepResult:
     now = _now_microseconds()
     due = _promote_due(connection)
+    connection.execute(_NAME_LOSSES, {"now": now, "limit": limit})
     rows = connection.execute(
         _RECLAIM
         + " WHERE id IN (SELECT id FROM execution WHERE status = 'running' AND lease_until < :now LIMIT :limit)"
@@ -669,6 +711,8 @@ def _request_end(connection: sqlite3.Connection, key: ExecutionKey, request: str
             "status": (ExecutionStatus.STOPPED if request == "stop" else ExecutionStatus.CANCELLED).value,
         },
     ).fetchone()
+    if row is not None and row[0] in TERMINAL_STATUSES:
+        connection.execute(_END_INTERVALS, {"now": now, "id": key.execution_id})
     if row is None:
         row = connection.execute(
             "SELECT status, NULL, channel FROM execution WHERE id = ? AND shard = ?", key

@@ -18,6 +18,7 @@ from sqlmodel import col
 
 from engine.node_api import OUTPUT, AnswerSource
 from engine.run_records import SpanStatus
+from journal import blocked_intervals
 from json_text import decoding
 from models.database_time import DatabaseTime
 from models.execution import Execution, SpanRow, WaitAnswer
@@ -145,6 +146,8 @@ async def store_answer(
             "deadline_at": col(Execution.deadline_at) + DatabaseTime(),
         }
     await connection.execute(update(Execution).where(*_is_run(key)).values(changes))
+    if is_woken:
+        await blocked_intervals.end_interval(connection, key.execution_id)
     return AnswerResult(AnswerReception.TAKEN, is_woken, run.concurrency_key if is_woken else None)
 
 

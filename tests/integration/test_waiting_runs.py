@@ -140,6 +140,9 @@ async def test_a_run_asks_and_goes_on_with_the_answer(
         shown = await wait_for_question(people.owner, agreed)
         assert (shown["nodeId"], shown["title"], shown["expiresAt"]) == ("ask", "Go on?", None)
         assert shown["choices"] == [{"port": "yes", "label": "yes"}, {"port": "no", "label": "no"}]
+        asked = await get_json(people.owner, f"/{agreed}/why")
+        assert (asked["primary"], asked["blockers"][0]["details"]["requestId"]) == ("awaiting-input", "ask")
+        assert asked["history"][0]["to"] is None
         await say(people.admin, agreed, "yes")
         await wait_for_question(people.owner, refused)
         await say(people.owner, refused, "no")
@@ -147,7 +150,11 @@ async def test_a_run_asks_and_goes_on_with_the_answer(
         assert outputs["ask"]["by"] == people.admin.user.id
         assert outputs["go"]["went"] == "well"
         failed = await wait_until_ended(people.owner, refused)
+        ended = await get_json(people.owner, f"/{agreed}/why")
     assert (failed["status"], failed["error"]["message"]) == ("failed", "Refused")
+    assert [(row["code"], row["nodeId"]) for row in ended["history"]] == [("awaiting-input", "ask")]
+    assert ended["timing"]["waitingFor"]["awaiting-input"] > 0
+    assert [step["nodeId"] for step in ended["criticalPath"]] == ["start", "ask", "go"]
 
 
 async def test_an_answer_survives_the_worker_that_had_it_in_hand(

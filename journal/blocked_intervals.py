@@ -1,0 +1,114 @@
+"""Blocked intervals of runs, written by the commits that block a run, release it and claim it again.
+
+Runs that start without a wait have none. Starts are known from the rows: acceptance, and the last change of a
+blocked run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import BigInteger, func, literal, select, type_coerce, update
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlmodel import col
+
+from journal.explanations.blockers import BlockerCode
+from models.blocked_interval import BlockedInterval
+from models.database_time import DatabaseTime
+from models.execution import Execution
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+    from datetime import datetime
+
+    from sqlalchemy import ColumnElement, Select
+    from sqlalchemy.ext.asyncio import AsyncConnection
+    from sqlalchemy.sql.expression import SQLColumnExpression
+
+    from journal.store import RunWrite
+
+LEAST_MICROSECONDS: Final = 250_000
+"""Shortest wait for a slot or a pod that is kept. Shorter ones count as time in the queue."""
+_COLUMNS: Final = ("execution_id", "started_at", "shard", "organization_id", "code", "ended_at")
+INTERVAL_COLUMNS_SQL: Final = "execution_id, started_at, shard, organization_id, code, node_id, ended_at"
+
+
+def blocked_rows(batch: Sequence[RunWrite]) -> list[tuple[str, str, str | None]]:
+    """Return execution id, code and node of each write that ends a claim without ending its run."""
+    return [
+        (write.execution_id, (write.blocked_by or BlockerCode.QUEUED_BEHIND).value, write.blocked_node)
+        for write in batch
+        if write.blocked_by is not None
+    ]
+
+
+async def add_ended_intervals(
+    connection: AsyncConnection,
+    code: BlockerCode | ColumnElement[str],
+    *conditions: ColumnElement[bool],
+    since: SQLColumnExpression[Any],
+) -> None:
+    """Add an interval that ends now to each run with these conditions, before the change that releases them.
+
+    `since` is the column with its start. Intervals that would be shorter than `LEAST_MICROSECONDS` are left out.
+    """
+    start = type_coerce(since, BigInteger)
+    rows = select(
+        col(Execution.id),
+        start,
+        col(Execution.shard),
+        col(Execution.organization_id),
+        literal(code.value) if isinstance(code, BlockerCode) else code,
+        DatabaseTime(),
+    ).where(*conditions, start <= DatabaseTime() - LEAST_MICROSECONDS)
+    await _insert_intervals(connection, rows)
+
+
+async def add_waking_intervals(
+    connection: AsyncConnection, execution_ids: Collection[str], pod_started_at: datetime
+) -> None:
+    """Add the wait for their pod to runs that it has claimed, and that were accepted before it started.
+
+    The wait begins at the acceptance of the run, or at the end of its last interval.
+    """
+    earlier = (
+        select(func.max(type_coerce(col(BlockedInterval.ended_at), BigInteger)))
+        .where(col(BlockedInterval.execution_id) == col(Execution.id))
+        .correlate(Execution)
+        .scalar_subquery()
+    )
+    start = func.coalesce(earlier, type_coerce(col(Execution.created_at), BigInteger))
+    claimed_at = type_coerce(col(Execution.started_at), BigInteger)
+    rows = select(
+        col(Execution.id),
+        start,
+        col(Execution.shard),
+        col(Execution.organization_id),
+        literal(BlockerCode.WAKING.value),
+        claimed_at,
+    ).where(
+        col(Execution.id).in_(execution_ids),
+        col(Execution.created_at) < pod_started_at,
+        start <= claimed_at - LEAST_MICROSECONDS,
+    )
+    await _insert_intervals(connection, rows)
+
+
+async def _insert_intervals(connection: AsyncConnection, rows: Select[*tuple[Any, ...]]) -> None:
+    dialect: Any = postgresql if connection.dialect.name == "postgresql" else sqlite
+    statement = dialect.insert(BlockedInterval).from_select(_COLUMNS, rows)
+    await connection.execute(
+        statement.on_conflict_do_update(
+            index_elements=[col(BlockedInterval.execution_id), col(BlockedInterval.started_at)],
+            set_={"ended_at": statement.excluded.ended_at},
+        )
+    )
+
+
+async def end_interval(connection: AsyncConnection, execution_id: str) -> None:
+    """End the open interval of a run, which can be claimed from now on."""
+    await connection.execute(
+        update(BlockedInterval)
+        .where(col(BlockedInterval.execution_id) == execution_id, col(BlockedInterval.ended_at).is_(None))
+        .values(ended_at=type_coerce(DatabaseTime(), BigInteger))
+    )
